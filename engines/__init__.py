@@ -1,0 +1,1 @@
+"""Engines: a compiled graph is opened, described and run here. No torch."""

@@ -1,0 +1,1 @@
+"""Export: a model in diffusers format becomes a bundle here, checked against PyTorch."""

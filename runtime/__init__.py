@@ -1,0 +1,1 @@
+"""Runtime: a bundle, concepts and requests become pictures here. No torch."""
