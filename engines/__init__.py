@@ -1,1 +1,1 @@
-"""Engines: a compiled graph is opened, described and run here. No torch."""
+"""Compiled graphs: what a bundle holds, how a graph is opened, bound and run. No torch, no knowledge of diffusion."""

@@ -1,0 +1,373 @@
+"""The bundle: a folder that holds one compiled model, and `bundle.json`, which is all that runtime knows of it.
+
+    bundle/
+      bundle.json        written last; a folder without it is no bundle
+      tokenizer*/ ...    files of the encoders' tokenizers
+      *.onnx (+ data)    the graphs
+      *.safetensors      the encoders' base embedding tables
+      .verified.json     which files were hashed, and their size, mtime and inode then; may be deleted
+      plans/             a cache of compiled plans; may be deleted
+
+This file knows nothing of what the graphs compute and opens none of them.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from enum import StrEnum
+from pathlib import Path, PurePosixPath
+from typing import Any, Self
+
+import msgspec
+
+from oneword.engines.errors import BundleError, FileError, UsageError
+from oneword.engines.spec import Precision, TensorSpec
+
+FORMAT_VERSION = 1
+MANIFEST = "bundle.json"
+VERIFIED = ".verified.json"
+PLANS = "plans"
+_MAX_MANIFEST_BYTES = 8 << 20
+
+
+class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where the weights came from: a directory's name or a hub id, its revision, and a digest of its weights."""
+
+    id: str
+    digest: str
+    revision: str | None = None
+
+
+class Graph(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One compiled graph. `files[0]` is the .onnx, the others its external data; `digest` covers them all."""
+
+    files: tuple[str, ...]
+    digest: str
+    precision: Precision
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    def input(self, name: str) -> TensorSpec | None:
+        """The spec of the input called `name`, or None."""
+        return next((spec for spec in self.inputs if spec.name == name), None)
+
+    def output(self, name: str) -> TensorSpec | None:
+        """The spec of the output called `name`, or None."""
+        return next((spec for spec in self.outputs if spec.name == name), None)
+
+
+class TokenizerKind(StrEnum):
+    """How text becomes ids."""
+
+    CLIP = "clip"  # byte-level BPE, vocab.json + merges.txt
+    WORDPIECE = "wordpiece"  # BERT's, vocab.txt
+
+
+class Encoder(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One text encoder: its graph, its base embedding table, its tokenizer."""
+
+    graph: str
+    """Name of its graph, and of the encoder in concept files: `text_encoder`, `text_encoder_2`."""
+    table: str
+    """Safetensors file with one tensor, `embedding_table` [vocab_size, width], in the graph's precision."""
+    tokenizer: str
+    """Folder of the tokenizer's files."""
+    tokenizer_kind: TokenizerKind
+    vocab_size: int
+    width: int
+    """D of the embedding table: the width of a learned vector."""
+    hidden_width: int
+    """D of `hidden_states`: the columns it fills in the context."""
+    length: int
+    """Tokens of one chunk, bos and eos included."""
+    bos_id: int | None
+    eos_id: int
+    pad_id: int
+    layers: tuple[int, ...]
+    """The values that the graph's `layer` input may take: how many transformer layers are run."""
+    default_layer: int
+    pooled_width: int | None = None
+    """P where the encoder pools (its graph then takes `eos_index` and gives `pooled`), else None."""
+
+
+class MissingNegative(StrEnum):
+    """What stands for a negative prompt that was not given."""
+
+    EMPTY = "empty"  # the empty prompt, encoded
+    ZEROS = "zeros"  # a context (and pooled vector) of zeros
+
+
+class Conditioning(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How what the encoders give is put together for the denoiser."""
+
+    context: tuple[str, ...]
+    """Encoders whose hidden states stand side by side along the context's columns, in this order."""
+    missing_negative: MissingNegative = MissingNegative.EMPTY
+    pooled: str | None = None
+    """The encoder whose `pooled` is fed to the denoiser, if any."""
+    time_ids: tuple[str, ...] = ()
+    """Meaning of the columns of `time_ids`: original_height, original_width, crop_top, crop_left, target_height,
+    target_width."""
+
+
+class Vae(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Facts of the autoencoder. Scale and shift are inside the graphs; they stand here as a record."""
+
+    scale: float
+    shift: float
+    factor: int
+    """Pixels per latent along one side; picture sizes are multiples of it."""
+    latent_channels: int
+
+
+class Defaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a request that does not say otherwise gets."""
+
+    width: int
+    height: int
+    steps: int = 50
+    guidance_scale: float = 7.5
+    sampler: str = "ddim"
+
+
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`bundle.json`. Graphs that runtime knows: one per encoder, denoise_step, vae_decoder, vae_encoder (may lack)."""
+
+    source: Source
+    graphs: dict[str, Graph]
+    encoders: tuple[Encoder, ...]
+    conditioning: Conditioning
+    scheduler: dict[str, Any]
+    """The scheduler's config, verbatim, `_class_name` included."""
+    vae: Vae
+    defaults: Defaults
+    files: dict[str, str] = {}
+    """Relative path -> sha256 of every file of the bundle. Filled in by `write_bundle`."""
+    created_by: str = "oneword"
+    format_version: int = FORMAT_VERSION
+
+
+class Bundle(msgspec.Struct, frozen=True):
+    """A bundle on disk, whole and as it was written."""
+
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, path: str | Path) -> Self:
+        """Reads the manifest and checks every file against it.
+
+        A file is hashed once; later it is enough that its size, mtime and inode are those it had then.
+
+        Raises:
+            UsageError: there is no bundle at `path`.
+            BundleError: the bundle is broken, incomplete, changed, or of another version.
+        """
+        folder = Path(path)
+        manifest = _read_manifest(folder)
+        _check_references(folder, manifest)
+        _check_files(folder, manifest)
+        return cls(folder, manifest)
+
+    def file(self, relative: str) -> Path:
+        """Absolute path of a file of the bundle."""
+        return (self.path / relative).resolve()
+
+    def graph(self, name: str) -> Graph:
+        """The graph called `name`. Raises UsageError where the bundle has none."""
+        try:
+            return self.manifest.graphs[name]
+        except KeyError:
+            raise UsageError(
+                f"the bundle {self.path} has no graph {name!r}, it has {', '.join(sorted(self.manifest.graphs))}: "
+                "export the model again with ti-export"
+            ) from None
+
+    def encoder(self, name: str) -> Encoder:
+        """The encoder whose graph is called `name`. Raises UsageError where the bundle has none."""
+        for encoder in self.manifest.encoders:
+            if encoder.graph == name:
+                return encoder
+        names = ", ".join(encoder.graph for encoder in self.manifest.encoders)
+        raise UsageError(f"the bundle {self.path} has no encoder {name!r}, it has {names}")
+
+
+def write_bundle(path: str | Path, fill: Callable[[Path], Manifest]) -> Bundle:
+    """Makes a bundle whole or not at all: `fill(folder)` writes the files into a folder beside `path` and returns the
+    manifest (its `files` may be empty); everything is hashed, bundle.json is written last, and the folder renamed.
+
+    An older bundle at `path` is replaced; any other non-empty folder, or a file, is refused.
+    """
+    path = Path(path).absolute()
+    _refuse_to_overwrite(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    except OSError as error:
+        raise FileError(f"cannot write the bundle {path}: {error.strerror}") from error
+    try:
+        staging.chmod(0o755)
+        manifest = fill(staging)
+        relative = sorted(p.relative_to(staging).as_posix() for p in staging.rglob("*") if p.is_file())
+        files = {name: file_digest(staging / name) for name in relative}
+        manifest = msgspec.structs.replace(manifest, files=files)
+        _check_references(staging, manifest)
+        _remember(staging, files)
+        for name in relative:
+            _fsync(staging / name)
+        text = json.dumps(msgspec.to_builtins(manifest), indent=1)
+        (staging / MANIFEST).write_text(text + "\n", encoding="utf-8")
+        _fsync(staging / MANIFEST)
+        _fsync(staging)
+        _move_into_place(staging, path)
+    except OSError as error:
+        raise FileError(f"cannot write the bundle {path}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return Bundle.open(path)
+
+
+def graph_digest(folder: Path, files: Iterable[str]) -> str:
+    """sha256 over the sha256 of each file, in order: the .onnx and its external data."""
+    digests = "".join(file_digest(folder / name) for name in files)
+    return hashlib.sha256(digests.encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file's bytes, as hex."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _read_manifest(folder: Path) -> Manifest:
+    path = folder / MANIFEST
+    try:
+        if path.stat().st_size > _MAX_MANIFEST_BYTES:
+            raise BundleError(f"{path} is larger than {_MAX_MANIFEST_BYTES >> 20} MiB: this is no manifest")
+        data = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise UsageError(f"{folder} is not a bundle (no {MANIFEST}): make one with ti-export MODEL {folder}") from None
+    except OSError as error:
+        raise FileError(f"cannot read {path}: {error.strerror}") from error
+    try:
+        version = msgspec.json.decode(data, type=_Version).format_version
+        if version != FORMAT_VERSION:
+            raise BundleError(
+                f"{path} has format version {version}, this oneword reads {FORMAT_VERSION}: "
+                "export the model again with ti-export"
+            )
+        return msgspec.json.decode(data, type=Manifest)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise BundleError(f"{path} is not a valid manifest ({error}): export the model again with ti-export") from error
+
+
+class _Version(msgspec.Struct):
+    format_version: int
+
+
+def _check_references(folder: Path, manifest: Manifest) -> None:
+    """Whatever the manifest names is there: files in `files`, graphs of encoders, encoders of the conditioning."""
+    graphs, encoders = manifest.graphs, {encoder.graph: encoder for encoder in manifest.encoders}
+    for needed in ("denoise_step", "vae_decoder", *encoders):
+        if needed not in graphs:
+            raise BundleError(f"the bundle {folder} has no graph {needed!r}: export the model again with ti-export")
+    for name in (*manifest.conditioning.context, *filter(None, [manifest.conditioning.pooled])):
+        if name not in encoders:
+            raise BundleError(f"the bundle {folder} conditions on {name!r}, which is none of its encoders")
+    for name, graph in graphs.items():
+        if not graph.files:
+            raise BundleError(f"graph {name!r} of the bundle {folder} has no file")
+        if len(set(graph.files)) != len(graph.files):
+            raise BundleError(f"graph {name!r} of the bundle {folder} names a file twice")
+    listed = [name for graph in graphs.values() for name in graph.files]
+    for name in [*listed, *(encoder.table for encoder in manifest.encoders)]:
+        if name not in manifest.files:
+            raise BundleError(f"{name} is not among the hashed files of the bundle {folder}")
+    for encoder in manifest.encoders:
+        if encoder.default_layer not in encoder.layers:
+            raise BundleError(f"encoder {encoder.graph!r} of the bundle {folder} has no layer {encoder.default_layer}")
+    for name in (*manifest.files, *(encoder.tokenizer for encoder in manifest.encoders)):
+        pure = PurePosixPath(name)
+        if not name or pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name or ":" in name:
+            raise BundleError(f"the bundle {folder} names {name!r}, which is outside of it")
+
+
+def _check_files(folder: Path, manifest: Manifest) -> None:
+    root = folder.resolve()
+    in_graphs = {name for graph in manifest.graphs.values() for name in graph.files}
+    remembered = _remembered(folder)
+    stale = False
+    for name, digest in manifest.files.items():
+        path = folder / name
+        if not path.resolve().is_relative_to(root):
+            raise BundleError(f"{path} is a link that leaves the bundle: copy the file itself")
+        try:
+            stat = path.stat()
+        except FileNotFoundError:
+            raise BundleError(f"{path} is missing: the bundle is incomplete, copy or export it again") from None
+        except OSError as error:
+            raise FileError(f"cannot read {path}: {error.strerror}") from error
+        if name in in_graphs and stat.st_nlink > 1:
+            raise BundleError(
+                f"{path} is hardlinked, so that it can change from elsewhere: copy it (cp --no-preserve=links)"
+            )
+        if remembered.get(name) == _stamp(digest, stat):
+            continue
+        if file_digest(path) != digest:
+            raise BundleError(f"{path} has changed since it was exported (sha256 differs): copy or export it again")
+        stale = True
+    for name, graph in manifest.graphs.items():
+        digests = "".join(manifest.files[file] for file in graph.files)
+        if hashlib.sha256(digests.encode()).hexdigest() != graph.digest:
+            raise BundleError(f"graph {name!r} of the bundle {folder} has not the digest of its files: export it again")
+    if stale:
+        _remember(folder, manifest.files)
+
+
+def _stamp(digest: str, stat: os.stat_result) -> list[str | int]:
+    return [digest, stat.st_size, stat.st_mtime_ns, stat.st_ino]
+
+
+def _remembered(folder: Path) -> Mapping[str, list[str | int]]:
+    try:
+        return msgspec.json.decode((folder / VERIFIED).read_bytes(), type=dict[str, list[str | int]])
+    except (OSError, msgspec.DecodeError):
+        return {}
+
+
+def _remember(folder: Path, files: Mapping[str, str]) -> None:
+    """Writes what was hashed; a read-only bundle is hashed again the next time."""
+    stamps = {name: _stamp(digest, (folder / name).stat()) for name, digest in files.items()}
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=VERIFIED, delete=False) as stream:
+            stream.write(msgspec.json.encode(stamps))
+        os.replace(stream.name, folder / VERIFIED)
+    except OSError:
+        return
+
+
+def _refuse_to_overwrite(path: Path) -> None:
+    if path.is_dir() and ((path / MANIFEST).is_file() or not any(path.iterdir())):
+        return
+    if path.exists():
+        raise UsageError(f"{path} exists and is not a bundle: choose a new folder")
+
+
+def _move_into_place(staging: Path, path: Path) -> None:
+    old = staging.with_suffix(".old")
+    if path.exists():
+        os.rename(path, old)
+    os.rename(staging, path)
+    _fsync(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

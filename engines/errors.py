@@ -1,0 +1,59 @@
+"""Everything that goes wrong and that we can name.
+
+A message is one line: what was given, what is allowed, what mends it.
+
+OnewordError            exit status 1
+├── UsageError          exit status 2: the command or the call asked for something that does not exist
+│   └── FeedError       an engine was given a wrong name, dtype or shape
+├── FileError           a file cannot be read or written, or is not what it should be
+│   ├── BundleError     a bundle is broken, incomplete, changed, or of another version
+│   └── ConceptError    an embedding file is refused
+├── MissingPackage      an optional package is not installed; the message carries the pip line
+└── EngineError         a graph could not be opened or failed while it ran
+    └── NotFinite       a graph produced NaN or infinity
+"""
+
+
+class OnewordError(Exception):
+    """The root: catch it to catch everything that `oneword` raises on purpose."""
+
+    exit_code = 1
+
+
+class UsageError(OnewordError):
+    """The request itself is wrong, whatever the files and the machine are."""
+
+    exit_code = 2
+
+
+class FeedError(UsageError):
+    """A tensor given to an engine has a wrong name, dtype or shape."""
+
+
+class FileError(OnewordError):
+    """A file cannot be read or written, or does not hold what its name promises."""
+
+
+class BundleError(FileError):
+    """A bundle is broken, incomplete, changed since it was written, or of another format version."""
+
+
+class ConceptError(FileError):
+    """An embedding file is refused: unsafe, malformed, or made for another model."""
+
+
+class MissingPackage(OnewordError):
+    """An optional package is not installed."""
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(f"{package} is not installed: pip install 'oneword[{extra}]'")
+        self.package = package
+        self.extra = extra
+
+
+class EngineError(OnewordError):
+    """A graph could not be opened, or failed while it ran."""
+
+
+class NotFinite(EngineError):
+    """A graph produced NaN or infinity; the message names the graph and the rows."""

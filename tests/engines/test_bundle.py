@@ -1,0 +1,215 @@
+"""A bundle is opened whole or not at all."""
+
+import contextlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given, settings
+
+from oneword.engines.bundle import (
+    Bundle,
+    Conditioning,
+    Defaults,
+    Encoder,
+    Graph,
+    Manifest,
+    Source,
+    TokenizerKind,
+    Vae,
+    graph_digest,
+    write_bundle,
+)
+from oneword.engines.errors import BundleError, FileError, OnewordError, UsageError
+from oneword.engines.spec import DType, Precision, TensorSpec
+
+
+def fill(folder: Path) -> Manifest:
+    graphs = {}
+    for name in ("text_encoder", "denoise_step", "vae_decoder"):
+        (folder / f"{name}.onnx").write_bytes(name.encode())
+        (folder / f"{name}.data").write_bytes(b"weights of " + name.encode())
+        files = (f"{name}.onnx", f"{name}.data")
+        spec = TensorSpec("x", DType.FLOAT32, ("B", 4))
+        graphs[name] = Graph(files, graph_digest(folder, files), Precision.FP32, (spec,), ())
+    (folder / "table.safetensors").write_bytes(b"table")
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer" / "vocab.json").write_text("{}")
+    encoder = Encoder(
+        graph="text_encoder",
+        table="table.safetensors",
+        tokenizer="tokenizer",
+        tokenizer_kind=TokenizerKind.CLIP,
+        vocab_size=10,
+        width=4,
+        hidden_width=4,
+        length=8,
+        bos_id=8,
+        eos_id=9,
+        pad_id=9,
+        layers=(1, 2),
+        default_layer=2,
+    )
+    return Manifest(
+        source=Source("somewhere", "0" * 64),
+        graphs=graphs,
+        encoders=(encoder,),
+        conditioning=Conditioning(("text_encoder",)),
+        scheduler={"_class_name": "DDIMScheduler", "beta_start": 0.1},
+        vae=Vae(scale=1.0, shift=0.0, factor=8, latent_channels=4),
+        defaults=Defaults(width=64, height=64),
+    )
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    return write_bundle(tmp_path / "bundle", fill).path
+
+
+def edit(bundle: Path, change: Callable[[dict[str, object]], object]) -> None:
+    manifest = json.loads((bundle / "bundle.json").read_text())
+    change(manifest)
+    (bundle / "bundle.json").write_text(json.dumps(manifest))
+
+
+def test_what_was_written_is_what_is_opened(bundle: Path) -> None:
+    manifest = Bundle.open(bundle).manifest
+
+    assert set(manifest.files) == {
+        *(f"{g}.{s}" for g in ("text_encoder", "denoise_step", "vae_decoder") for s in ("onnx", "data")),
+        "table.safetensors",
+        "tokenizer/vocab.json",
+    }
+    assert manifest.scheduler["_class_name"] == "DDIMScheduler"
+    assert manifest.graphs["denoise_step"].inputs == (TensorSpec("x", DType.FLOAT32, ("B", 4)),)
+
+
+def test_a_failed_export_leaves_nothing(tmp_path: Path) -> None:
+    def fails(folder: Path) -> Manifest:
+        (folder / "half.onnx").write_bytes(b"half")
+        raise FileError("disk full")
+
+    with pytest.raises(FileError, match="disk full"):
+        write_bundle(tmp_path / "bundle", fails)
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_older_bundle_is_replaced_and_any_other_folder_is_refused(bundle: Path, tmp_path: Path) -> None:
+    (bundle / "stray").write_text("of the older bundle")
+    write_bundle(bundle, fill)
+    assert not (bundle / "stray").exists()
+
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.png").write_bytes(b"cat")
+    with pytest.raises(UsageError, match="is not a bundle: choose a new folder"):
+        write_bundle(tmp_path / "photos", fill)
+    assert [p.name for p in (tmp_path / "photos").iterdir()] == ["cat.png"]
+
+
+@pytest.mark.parametrize(
+    "name", ["denoise_step.onnx", "denoise_step.data", "table.safetensors", "tokenizer/vocab.json"]
+)
+def test_a_changed_file_is_named(bundle: Path, name: str) -> None:
+    data = (bundle / name).read_bytes()
+    (bundle / name).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+
+    with pytest.raises(BundleError, match=f"{name} has changed since it was exported"):
+        Bundle.open(bundle)
+
+
+def test_a_missing_file_is_named(bundle: Path) -> None:
+    (bundle / "denoise_step.data").unlink()
+
+    with pytest.raises(BundleError, match=r"denoise_step.data is missing: the bundle is incomplete"):
+        Bundle.open(bundle)
+
+
+def test_hardlinked_weights_are_refused(bundle: Path, tmp_path: Path) -> None:
+    os.link(bundle / "denoise_step.data", tmp_path / "elsewhere")
+
+    with pytest.raises(BundleError, match=r"denoise_step.data is hardlinked"):
+        Bundle.open(bundle)
+
+
+def test_a_link_that_leaves_the_bundle_is_refused(bundle: Path, tmp_path: Path) -> None:
+    (bundle / "table.safetensors").rename(tmp_path / "table.safetensors")
+    (bundle / "table.safetensors").symlink_to(tmp_path / "table.safetensors")
+
+    with pytest.raises(BundleError, match="leaves the bundle"):
+        Bundle.open(bundle)
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/../../b", "..\\b", "C:/x", ""])
+def test_a_path_that_leaves_the_bundle_is_refused(bundle: Path, name: str) -> None:
+    edit(bundle, lambda m: m["files"].update({name: "0" * 64}))  # type: ignore[attr-defined]
+
+    with pytest.raises(BundleError, match="which is outside of it"):
+        Bundle.open(bundle)
+
+
+def test_a_file_is_hashed_once_and_again_when_it_changes(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[str] = []
+
+    def recorded(path: Path) -> str:
+        hashed.append(path.name)
+        return real(path)
+
+    from oneword.engines import bundle as module
+
+    real = module.file_digest
+    monkeypatch.setattr(module, "file_digest", recorded)
+
+    Bundle.open(bundle)
+    assert hashed == []
+    os.utime(bundle / "table.safetensors", ns=(1, 1))
+    Bundle.open(bundle)
+    Bundle.open(bundle)
+    assert hashed == ["table.safetensors"]
+
+
+def test_a_folder_that_is_no_bundle_says_how_to_make_one(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"is not a bundle \(no bundle.json\): make one with ti-export"):
+        Bundle.open(tmp_path)
+
+
+def test_an_unknown_key_and_another_version_are_refused(bundle: Path) -> None:
+    edit(bundle, lambda m: m.update(colour="red"))
+    with pytest.raises(BundleError, match="unknown field `colour`"):
+        Bundle.open(bundle)
+
+    edit(bundle, lambda m: m.update(format_version=99))
+    with pytest.raises(BundleError, match="format version 99, this oneword reads 1"):
+        Bundle.open(bundle)
+
+
+def test_swapped_graphs_are_noticed(bundle: Path) -> None:
+    def swap(manifest: dict[str, object]) -> None:
+        graphs = manifest["graphs"]
+        assert isinstance(graphs, dict)
+        graphs["vae_decoder"]["files"] = graphs["denoise_step"]["files"]
+
+    edit(bundle, swap)
+    with pytest.raises(BundleError, match=r"graph 'vae_decoder' .* has not the digest of its files"):
+        Bundle.open(bundle)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_a_damaged_manifest_opens_or_is_named_but_never_crashes(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    folder = tmp_path_factory.getbasetemp() / "fuzzed"
+    if not folder.exists():
+        write_bundle(folder, fill)
+        (folder / "bundle.json").rename(folder / "original.json")
+    text = (folder / "original.json").read_bytes()
+    start = data.draw(st.integers(0, len(text)))
+    stop = data.draw(st.integers(start, min(len(text), start + 40)))
+    (folder / "bundle.json").write_bytes(text[:start] + data.draw(st.binary(max_size=8)) + text[stop:])
+
+    with contextlib.suppress(OnewordError):
+        Bundle.open(folder)
