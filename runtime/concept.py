@@ -1,0 +1,272 @@
+"""Learned words and their files: `Concept`, `save_concept`, `load_concept`.
+
+A file is safetensors, at most 1 MiB, and is read here byte by byte: the header's length is checked before the header is
+parsed, the header before a number is touched, and nothing is ever unpickled. Pickled files (`.pt`, `.bin`), A1111
+pictures and LoRA bundles are not read here but by `oneword.runtime.layouts`, behind `ti-concept`.
+
+    one encoder     {token: [n, D]}                       as diffusers, A1111 and ComfyUI read it
+    two encoders    {"clip_l": [n, 768], "clip_g": [n, 1280]}   as they all read SDXL words
+"""
+
+import json
+import math
+import os
+import re
+import tempfile
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import safetensors.numpy
+
+from oneword.engines.errors import ConceptError
+
+Vectors: TypeAlias = npt.NDArray[np.float32]
+
+MAX_FILE_BYTES: Final = 1 << 20
+MAX_HEADER_BYTES: Final = 64 << 10
+MAX_VECTORS: Final = 75  # what CLIP's 77 positions leave between BOS and EOS
+MAX_TOKEN_LENGTH: Final = 64
+MAX_NORM: Final = 300.0  # a vocabulary row is about 0.4 long; learned ones drift past 20, never near this
+ENCODER_KEYS: Final = {"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5"}
+"""The name of each encoder's vectors in a file for several encoders."""
+
+_KEY_ENCODERS: Final = {key: encoder for encoder, key in ENCODER_KEYS.items()} | {
+    "text_encoders_0": "text_encoder",
+    "text_encoders_1": "text_encoder_2",
+}
+_FILE_NAME_KEYS: Final = ("emb_params", "emp_params")  # kohya, OneTrainer: the file's name is the word
+_DTYPES: Final[dict[str, np.dtype[Any]]] = {
+    "F16": np.dtype("<f2"),
+    "F32": np.dtype("<f4"),
+    "F64": np.dtype("<f8"),
+    "BF16": np.dtype("<u2"),
+}
+_TOKEN: Final = re.compile(r"<[\w.+*@#!~&$%^=-]+>|[\w.+*@#!~&$%^=-]+")
+
+
+@dataclass(frozen=True)
+class Concept:
+    """A learned word: `vectors[encoder]` is float32 [n, D], one row per token id that the word becomes.
+
+    Raises ConceptError where a word is not safe to serve: token, shape, count, finiteness, norm.
+    """
+
+    token: str
+    vectors: Mapping[str, Vectors]
+    provenance: Mapping[str, str] = field(default_factory=dict[str, str])
+
+    def __post_init__(self) -> None:
+        check_token(self.token)
+        if not self.vectors:
+            raise ConceptError(f"{self.token!r} has no vectors: a word is 1 to {MAX_VECTORS} vectors for an encoder")
+        checked = {encoder: _checked(f"{self.token!r} ({encoder})", value) for encoder, value in self.vectors.items()}
+        object.__setattr__(self, "vectors", MappingProxyType(checked))
+        object.__setattr__(self, "provenance", MappingProxyType(dict(self.provenance)))
+
+
+def save_concept(concept: Concept, path: str | os.PathLike[str]) -> None:
+    """Writes the word's file whole or not at all; provenance becomes the file's metadata. Source: DESIGN, Concept."""
+    if len(concept.vectors) == 1:
+        tensors = {concept.token: next(iter(concept.vectors.values()))}
+    else:
+        tensors = {_file_key(encoder): value for encoder, value in concept.vectors.items()}
+    metadata = {"format": "pt", **concept.provenance, "token": concept.token}
+    data = safetensors.numpy.save({key: np.ascontiguousarray(value) for key, value in tensors.items()}, metadata)
+    concept_of(*read_safetensors(data, str(path)), str(path))  # what the gate would refuse is not written
+    write_whole(Path(path), data)
+
+
+def load_concept(path: str | os.PathLike[str]) -> Concept:
+    """Reads one word from a safetensors file of any tool, through the gate. Raises ConceptError."""
+    name = str(path)
+    return concept_of(*read_safetensors(read_limited(Path(path)), name), name)
+
+
+def concept_of(tensors: Mapping[str, Vectors], metadata: Mapping[str, str], name: str) -> Concept:
+    """The one word that a file's tensors spell; `name` is the file's, and is the word where the file has no other."""
+    provenance = {key: value for key, value in metadata.items() if key not in ("format", "token")}
+    stem = token_from_stem(name)
+    if any(key in _KEY_ENCODERS for key in tensors):
+        vectors = {_KEY_ENCODERS[key]: value for key, value in tensors.items() if key in _KEY_ENCODERS}
+        if any(key not in _KEY_ENCODERS and key.removesuffix("_out") not in _KEY_ENCODERS for key in tensors):
+            raise ConceptError(f"{name} mixes {_listed(tensors)}: allowed beside clip_l and clip_g are their _out rows")
+        return Concept(metadata.get("token", stem), vectors, provenance)
+    words = {key: value for key, value in tensors.items() if key not in ("emb_params_out", "emp_params_out")}
+    if len(words) != 1:
+        raise ConceptError(
+            f"{name} holds {len(words)} tensors ({_listed(words)}), a word's file holds one: ti-concept convert it"
+        )
+    [(key, value)] = words.items()
+    token = metadata.get("token", stem) if key in _FILE_NAME_KEYS else key
+    return Concept(token, {"text_encoder": value}, provenance)
+
+
+def check_token(token: str) -> None:
+    """Raises ConceptError for a token that could leave a folder, break a prompt or deceive a reader."""
+    if "/" in token or "\\" in token or ".." in token:
+        raise ConceptError(f"token {token[:80]!r} looks like a path: rename the word, for example <toy>")
+    if len(token) > MAX_TOKEN_LENGTH:
+        raise ConceptError(f"token {token[:20]!r}... has {len(token)} characters, allowed are {MAX_TOKEN_LENGTH}")
+    if not _TOKEN.fullmatch(token) or unicodedata.normalize("NFC", token) != token:
+        raise ConceptError(
+            f"token {token!r} is not safe in a prompt: letters, digits and . + * @ # ! ~ & $ % ^ = - _ , "
+            "bare or inside <>, for example <toy>"
+        )
+
+
+def token_from_stem(name: str) -> str:
+    """A file's name without folder and suffix as a token; what a token cannot hold becomes _."""
+    stem = unicodedata.normalize("NFC", Path(name).stem)
+    bare = re.sub(r"[^\w.+*@#!~&$%^=-]+|\.{2,}", "_", stem).strip("_")[: MAX_TOKEN_LENGTH - 2]
+    return f"<{bare}>" if stem.startswith("<") and stem.endswith(">") else bare or "word"
+
+
+def read_limited(path: Path) -> bytes:
+    """The file's bytes, never more than the gate lets in. Raises ConceptError when absent, unreadable or too large."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_FILE_BYTES + 1)
+            size = os.fstat(file.fileno()).st_size
+    except OSError as error:
+        raise ConceptError(f"cannot read {path}: {error.strerror}") from error
+    if len(data) > MAX_FILE_BYTES:
+        raise ConceptError(f"{path} has {max(size, len(data))} bytes, an embedding at most {MAX_FILE_BYTES} (1 MiB)")
+    return data
+
+
+def read_safetensors(data: bytes, name: str) -> tuple[dict[str, Vectors], dict[str, str]]:
+    """Tensors (as float32) and metadata of a safetensors file, read strictly. Raises ConceptError.
+
+    Source: the format as huggingface/safetensors documents it. Stricter than that library: floats only, at most 2-D,
+    no duplicate keys, no gaps, no empty tensors, keys that are not paths.
+    """
+    header, start = _header(data, name)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ConceptError(f"{name}: __metadata__ must map names to strings")
+    tensors: dict[str, Vectors] = {}
+    regions: list[tuple[int, int]] = []
+    for key, entry in header.items():
+        if "/" in key or "\\" in key or ".." in key:
+            raise ConceptError(f"{name}: key {key[:80]!r} looks like a path, a key is a word such as <toy>")
+        tensors[key], region = _tensor(memoryview(data)[start:], key, entry, name)
+        regions.append(region)
+    end = 0
+    for first, last in sorted(regions):
+        if first != end:
+            raise ConceptError(f"{name}: tensors overlap or leave gaps in the file's data at byte {first}")
+        end = last
+    if end != len(data) - start:
+        raise ConceptError(f"{name}: {len(data) - start - end} bytes after the last tensor")
+    return tensors, metadata
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes a file that appears whole or not at all, and survives a power cut. Raises ConceptError."""
+    try:
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}.")
+    except OSError as error:
+        raise ConceptError(f"cannot write {path}: {error.strerror}") from error
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        Path(temporary).unlink(missing_ok=True)
+        raise ConceptError(f"cannot write {path}: {error.strerror}") from error
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _header(data: bytes, name: str) -> tuple[dict[str, Any], int]:
+    if len(data) < 8:
+        raise ConceptError(f"{name} has {len(data)} bytes, not a safetensors file: for .pt and .bin ti-concept convert")
+    length = int.from_bytes(data[:8], "little")
+    if data[8:9] != b"{" and (data[:4] == b"PK\x03\x04" or data[:1] == b"\x80"):
+        raise ConceptError(f"{name} is a pickle (.pt, .bin), served are safetensors only: ti-concept convert it first")
+    if length > MAX_HEADER_BYTES:
+        raise ConceptError(f"{name}: header of {length} bytes, allowed are {MAX_HEADER_BYTES} (64 KiB)")
+    if 8 + length > len(data):
+        raise ConceptError(f"{name} is cut off: its header of {length} bytes does not fit {len(data)} bytes")
+    try:
+        header = json.loads(data[8 : 8 + length].decode(), object_pairs_hook=_unique_pairs)
+    except _DuplicateKeyError as error:
+        raise ConceptError(f"{name}: key {str(error)[:80]!r} stands twice in the header") from None
+    except (ValueError, RecursionError):
+        raise ConceptError(f"{name}: the header is not JSON, so this is not a safetensors file") from None
+    if not isinstance(header, dict):
+        raise ConceptError(f"{name}: the header is {type(header).__name__}, not a table of tensors")
+    return header, 8 + length
+
+
+class _DuplicateKeyError(ValueError):
+    pass
+
+
+def _unique_pairs(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise _DuplicateKeyError(key)
+        result[key] = value
+    return result
+
+
+def _tensor(data: memoryview, key: str, entry: Any, name: str) -> tuple[Vectors, tuple[int, int]]:
+    match entry:
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(first), int(last)]} if len(entry) == 3:
+            pass
+        case _:
+            raise ConceptError(f"{name}: {key[:80]!r} is not described by dtype, shape and data_offsets")
+    if dtype not in _DTYPES:
+        raise ConceptError(f"{name}: {key[:80]!r} is {dtype}, allowed are {', '.join(_DTYPES)}")
+    sizes = [size for size in shape if type(size) is int and 0 < size <= MAX_FILE_BYTES]
+    if len(sizes) != len(shape) or not 1 <= len(shape) <= 2:
+        raise ConceptError(f"{name}: {key[:80]!r} has shape {shape}, a word is [n, D], 1 <= n <= {MAX_VECTORS}"[:300])
+    if not 0 <= first <= last <= len(data) or last - first != math.prod(sizes) * _DTYPES[dtype].itemsize:
+        raise ConceptError(f"{name}: {key[:80]!r}, {dtype} {shape}, does not fill bytes {first} to {last}"[:300])
+    raw = np.frombuffer(data[first:last], _DTYPES[dtype]).reshape(sizes)
+    value = (raw.astype(np.uint32) << 16).view(np.float32) if dtype == "BF16" else _narrowed(raw)
+    return value, (first, last)
+
+
+def _narrowed(value: npt.NDArray[Any]) -> Vectors:
+    with np.errstate(over="ignore"):  # a float64 beyond float32 becomes inf, which the gate names
+        return value.astype(np.float32)
+
+
+def _checked(what: str, value: npt.ArrayLike) -> Vectors:
+    vectors = _narrowed(np.asarray(value))
+    if vectors.ndim == 1:  # diffusers once wrote one vector as [D]
+        vectors = vectors[None]
+    if vectors.ndim != 2 or vectors.shape[1] == 0:
+        raise ConceptError(f"{what} has shape {list(vectors.shape)}, a word is [n, D]")
+    if not 1 <= len(vectors) <= MAX_VECTORS:
+        raise ConceptError(f"{what} has {len(vectors)} vectors, allowed are 1 to {MAX_VECTORS}")
+    if not np.isfinite(vectors).all():
+        raise ConceptError(f"{what} holds NaN or infinity: the training that made it failed")
+    norm = float(np.linalg.norm(vectors.astype(np.float64), axis=1).max())
+    if not 0 < norm <= MAX_NORM:
+        raise ConceptError(f"{what} is {norm:.3g} long, a plausible vector is longer than 0 and at most {MAX_NORM:g}")
+    vectors.flags.writeable = False
+    return vectors
+
+
+def _file_key(encoder: str) -> str:
+    if encoder not in ENCODER_KEYS:
+        raise ConceptError(f"encoder {encoder!r} has no name in a file, allowed are {', '.join(ENCODER_KEYS)}")
+    return ENCODER_KEYS[encoder]
+
+
+def _listed(keys: Mapping[str, object]) -> str:
+    return ", ".join(repr(key[:40]) for key in list(keys)[:5]) + (", ..." if len(keys) > 5 else "")

@@ -1,0 +1,178 @@
+"""Concept files against safetensors' own writer, and one refusal a test."""
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+from safetensors.torch import load_file, save_file
+
+from oneword.engines.errors import ConceptError
+from oneword.runtime.concept import Concept, load_concept, save_concept
+
+ROWS = np.linspace(-0.3, 0.3, 2 * 16, dtype=np.float32).reshape(2, 16)
+
+
+def _write(path: Path, header: bytes, data: bytes = b"") -> Path:
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data)
+    return path
+
+
+def _described(tensors: dict[str, object]) -> bytes:
+    return json.dumps(tensors).encode()
+
+
+def test_a_saved_word_is_the_word_that_is_loaded(tmp_path: Path) -> None:
+    path = tmp_path / "toy.safetensors"
+    save_concept(Concept("<toy>", {"text_encoder": ROWS}, {"base_model": "miniature", "seed": "7"}), path)
+    loaded = load_concept(path)
+    assert loaded.token == "<toy>"
+    np.testing.assert_array_equal(loaded.vectors["text_encoder"], ROWS)
+    assert dict(loaded.provenance) == {"base_model": "miniature", "seed": "7"}
+    np.testing.assert_array_equal(load_file(path)["<toy>"].numpy(), ROWS)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["toy.safetensors"]
+
+
+def test_a_word_for_two_encoders_is_written_as_sdxl_tools_read_it(tmp_path: Path) -> None:
+    path = tmp_path / "toy.safetensors"
+    save_concept(Concept("<toy>", {"text_encoder": ROWS, "text_encoder_2": ROWS[:, :8]}), path)
+    assert set(safetensors.numpy.load_file(path)) == {"clip_l", "clip_g"}
+    loaded = load_concept(path)
+    assert loaded.token == "<toy>"
+    np.testing.assert_array_equal(loaded.vectors["text_encoder_2"], ROWS[:, :8])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_every_float_that_tools_write_is_read_as_torch_reads_it(tmp_path: Path, dtype: torch.dtype) -> None:
+    rows = torch.from_numpy(ROWS).to(dtype)
+    save_file({"<toy>": rows}, tmp_path / "a.safetensors")
+    np.testing.assert_array_equal(
+        load_concept(tmp_path / "a.safetensors").vectors["text_encoder"], rows.float().numpy()
+    )
+
+
+@pytest.mark.parametrize("key", ["emb_params", "emp_params"])
+def test_kohya_and_onetrainer_files_take_the_files_name(tmp_path: Path, key: str) -> None:
+    safetensors.numpy.save_file({key: ROWS}, tmp_path / "my toy.safetensors")
+    assert load_concept(tmp_path / "my toy.safetensors").token == "my_toy"
+
+
+def test_one_vector_of_old_diffusers_without_its_first_axis_is_a_word(tmp_path: Path) -> None:
+    safetensors.numpy.save_file({"<toy>": ROWS[0]}, tmp_path / "a.safetensors")
+    assert load_concept(tmp_path / "a.safetensors").vectors["text_encoder"].shape == (1, 16)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (np.full((1, 16), np.nan, np.float32), "NaN or infinity"),
+        (np.full((1, 16), 1e300), "NaN or infinity"),
+        (np.full((1, 16), 1e6, np.float32), "plausible"),
+        (np.zeros((1, 16), np.float32), "plausible"),
+        (np.ones((76, 16), np.float32), "has 76 vectors, allowed are 1 to 75"),
+        (np.ones((1, 2, 16), np.float32), "has shape"),
+        (np.ones((1, 16), np.int64), "is I64, allowed are"),
+    ],
+)
+def test_numbers_that_are_no_word_are_refused_by_name(tmp_path: Path, rows: np.ndarray, message: str) -> None:
+    safetensors.numpy.save_file({"<toy>": rows}, tmp_path / "a.safetensors")
+    with pytest.raises(ConceptError, match=message):
+        load_concept(tmp_path / "a.safetensors")
+
+
+ENTRY = {"dtype": "F32", "shape": [1, 2], "data_offsets": [0, 8]}
+
+
+@pytest.mark.parametrize(
+    ("header", "data", "message"),
+    [
+        (_described({"../../etc/passwd": ENTRY}), bytes(8), "looks like a path"),
+        (b'{"a": 1, "a": 2}', b"", "stands twice"),
+        (_described({"a": ENTRY | {"shape": [0, 2**40], "data_offsets": [0, 0]}}), b"", "has shape"),
+        (_described({"a": ENTRY | {"shape": [2**62, 2**62]}}), bytes(8), "has shape"),
+        (_described({"a": ENTRY | {"data_offsets": [0, 80]}}), bytes(8), "does not fill"),
+        (_described({"a": ENTRY | {"shape": [True, 2]}}), bytes(8), "has shape"),
+        (_described({"a": ENTRY}), bytes(12), "4 bytes after the last tensor"),
+        (_described({"a": ENTRY, "b": ENTRY}), bytes(8), "overlap"),
+        (_described({"a": 7}), bytes(8), "is not described"),
+        (_described({}), b"", "holds 0 tensors"),
+        (_described({"a": ENTRY, "b": ENTRY | {"data_offsets": [8, 16]}}), bytes(16), "holds 2 tensors"),
+        (_described({"__metadata__": {"a": 1}, "a": ENTRY}), bytes(8), "__metadata__"),
+        (b"[" * 60_000, b"", "not JSON"),
+        (b"[]", b"", "list, not a table"),
+        (b" " * 65_537, b"", "header of 65537 bytes, allowed are 65536"),
+    ],
+)
+def test_a_malicious_header_is_refused_by_name_and_at_once(
+    tmp_path: Path, header: bytes, data: bytes, message: str
+) -> None:
+    path = _write(tmp_path / "a.safetensors", header, data)
+    with pytest.raises(ConceptError, match=message) as caught:
+        load_concept(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_other_files_are_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    for data, message in [
+        (b"", "has 0 bytes"),
+        (b"PK\x03\x04" + bytes(99), "is a pickle"),
+        (b"\x80\x02" + bytes(99), "is a pickle"),
+        ((200).to_bytes(8, "little") + b"{}", "cut off"),
+        ((2**63).to_bytes(8, "little") + b"{}", "header of 9223372036854775808 bytes"),
+        (bytes((1 << 20) + 1), "has 1048577 bytes"),
+    ]:
+        path.write_bytes(data)
+        with pytest.raises(ConceptError, match=message):
+            load_concept(path)
+    with pytest.raises(ConceptError, match="No such file"):
+        load_concept(tmp_path / "absent.safetensors")
+
+
+@pytest.mark.parametrize("token", ["", "a b", "../toy", "a/b", "(toy:2)", "<a", "x" * 65, "to\ny", "e\u0301", "\u202e"])
+def test_a_token_that_is_not_safe_in_a_prompt_is_refused(token: str) -> None:
+    with pytest.raises(ConceptError, match="token"):
+        Concept(token, {"text_encoder": ROWS})
+
+
+@pytest.mark.parametrize("token", ["<toy>", "sks", "*", "S*", "<cat-toy>", "été", "人形", "a.b"])
+def test_tokens_that_people_use_are_taken(token: str) -> None:
+    assert Concept(token, {"text_encoder": ROWS}).token == token
+
+
+def test_a_word_is_frozen() -> None:
+    rows = ROWS.copy()
+    concept = Concept("<toy>", {"text_encoder": rows})
+    rows[:] = 0
+    np.testing.assert_array_equal(concept.vectors["text_encoder"], ROWS)
+    with pytest.raises(ValueError, match="read-only"):
+        concept.vectors["text_encoder"][0, 0] = 1
+
+
+def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "toy.safetensors"
+    save_concept(Concept("<toy>", {"text_encoder": ROWS}), path)
+    before = path.read_bytes()
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(ConceptError, match="No space left on device"):
+        save_concept(Concept("<toy>", {"text_encoder": ROWS * 2}), path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_largest_header_let_in_is_read_without_a_pause(tmp_path: Path) -> None:
+    entries = {f"{i:x}": {"dtype": "F32", "shape": [1], "data_offsets": [4 * i, 4 * i + 4]} for i in range(950)}
+    path = _write(tmp_path / "a.safetensors", _described(entries), bytes(3_800))
+    start = time.process_time()
+    with pytest.raises(ConceptError, match="holds 950 tensors"):
+        load_concept(path)
+    print(f"950 tensors refused in {1e3 * (time.process_time() - start):.1f} ms")
