@@ -1,1 +1,1 @@
-"""Export: a model in diffusers format becomes a bundle here, checked against PyTorch."""
+"""A diffusers model becomes a bundle: graphs traced, checked against PyTorch, and written with their manifest."""
