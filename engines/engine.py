@@ -1,0 +1,180 @@
+"""What an engine is: a compiled graph that is bound to fixed buffers and run. No back end, and nothing of diffusion."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from oneword.engines.errors import FeedError
+from oneword.engines.spec import DType, TensorSpec
+
+NumpyArray: TypeAlias = npt.NDArray[Any]
+Region: TypeAlias = Any  # what numpy takes between [ ]: an int, a slice, Ellipsis, or a tuple of them
+Shape: TypeAlias = tuple[int, ...]
+
+
+class Array(Protocol):
+    """A tensor that stays on the device where it was made until `numpy()` is asked for."""
+
+    @property
+    def shape(self) -> Shape: ...
+
+    def numpy(self) -> NumpyArray:
+        """The values on the host; a view where the device is the host."""
+        ...
+
+    def write(self, region: Region, values: npt.ArrayLike) -> None:
+        """Overwrites one region in place, cast to the array's dtype."""
+        ...
+
+    def __dlpack__(self) -> Any: ...
+
+    def __dlpack_device__(self) -> tuple[int, int]: ...
+
+
+class Binding(Protocol):
+    """A graph at fixed shapes with fixed buffers: write `inputs`, `run()`, read `outputs`, as often as you like."""
+
+    @property
+    def inputs(self) -> Mapping[str, Array]: ...
+
+    @property
+    def outputs(self) -> Mapping[str, Array]: ...
+
+    def run(self, stream: int | None = None) -> None:
+        """Computes the outputs. Raises EngineError."""
+        ...
+
+
+class Engine(Protocol):
+    """One compiled graph."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def backend(self) -> str:
+        """The back end, its version and what it computes in, as it is reported: `onnxruntime 1.32.0 cpu fp32`."""
+        ...
+
+    @property
+    def inputs(self) -> Mapping[str, TensorSpec]: ...
+
+    @property
+    def outputs(self) -> Mapping[str, TensorSpec]: ...
+
+    def bind(self, shapes: Mapping[str, Sequence[int]], arrays: Mapping[str, NumpyArray] | None = None) -> Binding:
+        """Buffers for every input and output, inputs filled with zeros.
+
+        `shapes` gives the shape of every input (an optional one may lack where other inputs fix its axes), and of an
+        output whose axes no input has. An input in `arrays` is read where it lies, without a copy, if the engine runs
+        on the host. Raises FeedError.
+        """
+        ...
+
+    def run(self, feeds: Mapping[str, NumpyArray]) -> dict[str, NumpyArray]:
+        """One call, host to host. Raises FeedError before, EngineError in the engine."""
+        ...
+
+
+class HostArray:
+    """A tensor in host memory."""
+
+    def __init__(self, values: NumpyArray) -> None:
+        self._values = values
+
+    @property
+    def shape(self) -> Shape:
+        """Sizes of the axes."""
+        return self._values.shape
+
+    def numpy(self) -> NumpyArray:
+        """The buffer itself."""
+        return self._values
+
+    def write(self, region: Region, values: npt.ArrayLike) -> None:
+        """Overwrites one region in place."""
+        self._values[region] = values
+
+    def __dlpack__(self) -> Any:
+        return self._values.__dlpack__()
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        kind, index = self._values.__dlpack_device__()
+        return int(kind), int(index)
+
+
+_NUMPY: dict[DType, np.dtype[Any]] = {dtype: np.dtype(dtype.value) for dtype in DType if dtype is not DType.BFLOAT16}
+_NUMPY[DType.BFLOAT16] = np.dtype(np.uint16)  # numpy has none: the bits
+
+
+def numpy_dtype(dtype: DType) -> np.dtype[Any]:
+    """The numpy dtype that holds a tensor's elements; bfloat16 as its bits in uint16."""
+    return _NUMPY[dtype]
+
+
+def check_shapes(
+    graph: str, specs: Mapping[str, TensorSpec], shapes: Mapping[str, Sequence[int]]
+) -> tuple[dict[str, int], dict[str, Shape]]:
+    """Sizes of the named axes, and the shape of every input; the first thing wrong raises FeedError."""
+    _check_names(graph, specs, shapes)
+    sizes: dict[str, int] = {}
+    first: dict[str, str] = {}
+    for name, spec in specs.items():
+        shape = tuple(shapes.get(name, ()))
+        if name not in shapes:
+            continue
+        if len(shape) != len(spec.axes):
+            raise FeedError(f"{name!r} of {graph} has {len(shape)} axes {_x(shape)}, the graph takes {spec}")
+        for axis, size in zip(spec.axes, shape, strict=True):
+            if isinstance(axis, int) and size != axis:
+                raise FeedError(
+                    f"{name!r} of {graph} is {_x(shape)}, the graph takes {spec}: "
+                    "give that shape, or export the model for it with ti-export"
+                )
+            if isinstance(axis, str) and size != sizes.setdefault(axis, size):
+                raise FeedError(
+                    f"{name!r} of {graph} is {_x(shape)}, so {axis} = {size}, "
+                    f"but {first[axis]!r} has {axis} = {sizes[axis]}: both must agree in {spec}"
+                )
+            if isinstance(axis, str):
+                first.setdefault(axis, name)
+            if size < 1:
+                raise FeedError(f"{name!r} of {graph} is {_x(shape)}: every axis of {spec} is at least 1")
+    return sizes, {name: shape_of(graph, spec, sizes) for name, spec in specs.items()}
+
+
+def check_feeds(graph: str, specs: Mapping[str, TensorSpec], feeds: Mapping[str, NumpyArray]) -> dict[str, Shape]:
+    """The shape of every input, optional ones included; the first wrong name, dtype or shape raises FeedError."""
+    _check_names(graph, specs, feeds)
+    for name, value in feeds.items():
+        check_dtype(graph, specs[name], value)
+    return check_shapes(graph, specs, {name: value.shape for name, value in feeds.items()})[1]
+
+
+def check_dtype(graph: str, spec: TensorSpec, value: NumpyArray) -> None:
+    """Raises FeedError where the elements are not what the graph takes."""
+    if value.dtype != numpy_dtype(spec.dtype):
+        raise FeedError(f"{spec.name!r} of {graph} is {value.dtype}, the graph takes {spec}: cast it to {spec.dtype}")
+
+
+def shape_of(graph: str, spec: TensorSpec, sizes: Mapping[str, int]) -> Shape:
+    """The shape of a tensor where its named axes have these sizes. Raises FeedError naming the axis that lacks."""
+    for axis in spec.axes:
+        if isinstance(axis, str) and axis not in sizes:
+            raise FeedError(f"no shape was given that fixes axis {axis} of {spec} of {graph}: give the shape of it")
+    return tuple(sizes[axis] if isinstance(axis, str) else axis for axis in spec.axes)
+
+
+def _check_names(graph: str, specs: Mapping[str, TensorSpec], given: Mapping[str, object]) -> None:
+    for name in given:
+        if name not in specs:
+            raise FeedError(f"{graph} has no input {name!r}, it takes {', '.join(specs)}")
+    missing = [name for name, spec in specs.items() if name not in given and not spec.optional]
+    if missing:
+        raise FeedError(f"{graph} was not given {', '.join(missing)}; it takes {', '.join(specs)}")
+
+
+def _x(shape: Shape) -> str:
+    return "x".join(str(size) for size in shape)

@@ -1,0 +1,160 @@
+"""ONNX Runtime: graphs on the CPU, their buffers bound once. The only module that imports `onnxruntime`."""
+
+import importlib.metadata
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from oneword.engines.engine import (
+    Array,
+    HostArray,
+    NumpyArray,
+    check_dtype,
+    check_feeds,
+    check_shapes,
+    numpy_dtype,
+    shape_of,
+)
+from oneword.engines.errors import EngineError, FeedError, MissingPackage
+from oneword.engines.spec import DType, Precision, TensorSpec
+
+# Numbers of onnx.TensorProto.DataType: numpy has no name for bfloat16.
+_ELEMENT = {
+    DType.FLOAT32: 1,
+    DType.UINT8: 2,
+    DType.INT64: 7,
+    DType.BOOL: 9,
+    DType.FLOAT16: 10,
+    DType.BFLOAT16: 16,
+}
+
+
+class OnnxRuntimeEngine:
+    """An ONNX graph in ONNX Runtime's CPU provider.
+
+    Raises:
+        MissingPackage: onnxruntime is not installed.
+        EngineError: both of its builds are installed, or the graph cannot be opened.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        path: Path,
+        inputs: Sequence[TensorSpec],
+        outputs: Sequence[TensorSpec],
+        precision: Precision,
+        threads: int | None = None,
+    ) -> None:
+        ort = _onnxruntime()
+        self.name = name
+        self.inputs = {spec.name: spec for spec in inputs}
+        self.outputs = {spec.name: spec for spec in outputs}
+        self.backend = f"onnxruntime {ort.__version__} cpu {precision}"
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = threads or int(os.environ.get("OMP_NUM_THREADS", "0"))
+        try:
+            self._session = ort.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # its exceptions have no common base of their own
+            raise EngineError(f"cannot open graph {name!r} ({path}): {_line(error)}") from error
+        given = {value.name for value in self._session.get_inputs()}
+        if given != set(self.inputs):
+            raise EngineError(
+                f"graph {name!r} ({path}) takes {', '.join(sorted(given))}, "
+                f"its manifest says {', '.join(sorted(self.inputs))}: export the model again with ti-export"
+            )
+
+    def bind(
+        self, shapes: Mapping[str, Sequence[int]], arrays: Mapping[str, NumpyArray] | None = None
+    ) -> "OnnxRuntimeBinding":
+        """See Engine.bind. Arrays given must be C-contiguous; they are read where they lie at every run."""
+        arrays = arrays or {}
+        all_shapes = {
+            **{name: tuple(shape) for name, shape in shapes.items()},
+            **{n: a.shape for n, a in arrays.items()},
+        }
+        of_outputs = {name: all_shapes.pop(name) for name in [*all_shapes] if name in self.outputs}
+        sizes, input_shapes = check_shapes(self.name, self.inputs, all_shapes)
+        for name, value in arrays.items():
+            check_dtype(self.name, self.inputs[name], value)
+            if not value.flags.c_contiguous:
+                raise FeedError(f"{name!r} of {self.name} is not contiguous: pass numpy.ascontiguousarray of it")
+        output_shapes = {n: of_outputs.get(n) or shape_of(self.name, s, sizes) for n, s in self.outputs.items()}
+        inputs = {
+            name: arrays[name] if name in arrays else np.zeros(shape, numpy_dtype(self.inputs[name].dtype))
+            for name, shape in input_shapes.items()
+        }
+        outputs = {
+            name: np.zeros(shape, numpy_dtype(self.outputs[name].dtype)) for name, shape in output_shapes.items()
+        }
+        return OnnxRuntimeBinding(self.name, self._session, self.inputs, self.outputs, inputs, outputs)
+
+    def run(self, feeds: Mapping[str, NumpyArray]) -> dict[str, NumpyArray]:
+        """See Engine.run."""
+        shapes = check_feeds(self.name, self.inputs, feeds)
+        missing = {name: np.zeros(shapes[name], numpy_dtype(self.inputs[name].dtype)) for name in shapes.keys() - feeds}
+        try:
+            values = self._session.run(list(self.outputs), {**feeds, **missing})
+        except Exception as error:  # its exceptions have no common base of their own
+            raise EngineError(f"graph {self.name!r} failed: {_line(error)}") from error
+        return dict(zip(self.outputs, values, strict=True))
+
+
+class OnnxRuntimeBinding:
+    """A session with its inputs and outputs bound to host memory by address: a run copies nothing."""
+
+    def __init__(
+        self,
+        name: str,
+        session: Any,
+        input_specs: Mapping[str, TensorSpec],
+        output_specs: Mapping[str, TensorSpec],
+        inputs: Mapping[str, NumpyArray],
+        outputs: Mapping[str, NumpyArray],
+    ) -> None:
+        self._name = name
+        self._session = session
+        self._buffers = [*inputs.values(), *outputs.values()]  # the addresses below stay alive as long as this
+        self._binding = session.io_binding()
+        for key, value in inputs.items():
+            self._binding.bind_input(key, "cpu", 0, _ELEMENT[input_specs[key].dtype], value.shape, value.ctypes.data)
+        for key, value in outputs.items():
+            self._binding.bind_output(key, "cpu", 0, _ELEMENT[output_specs[key].dtype], value.shape, value.ctypes.data)
+        self.inputs: Mapping[str, Array] = {key: HostArray(value) for key, value in inputs.items()}
+        self.outputs: Mapping[str, Array] = {key: HostArray(value) for key, value in outputs.items()}
+
+    def run(self, stream: int | None = None) -> None:
+        """See Binding.run. The CPU has no streams."""
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except Exception as error:  # its exceptions have no common base of their own
+            raise EngineError(f"graph {self._name!r} failed: {_line(error)}") from error
+
+
+def _onnxruntime() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingPackage("onnxruntime", "cpu") from error
+    if _installed("onnxruntime") and _installed("onnxruntime-gpu"):
+        raise EngineError(
+            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other: "
+            "pip uninstall onnxruntime onnxruntime-gpu, then pip install 'oneword[cpu]' or 'oneword[cuda]'"
+        )
+    return onnxruntime
+
+
+def _installed(distribution: str) -> bool:
+    try:
+        importlib.metadata.distribution(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

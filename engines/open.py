@@ -1,0 +1,30 @@
+"""A bundle, the name of a graph and a back end become an engine; the back end is imported when asked for."""
+
+from enum import StrEnum
+
+from oneword.engines.bundle import Bundle
+from oneword.engines.engine import Engine
+
+
+class Backend(StrEnum):
+    """What runs the graphs."""
+
+    ONNXRUNTIME = "onnxruntime"
+
+
+def open_engine(
+    bundle: Bundle, graph: str, backend: Backend = Backend.ONNXRUNTIME, threads: int | None = None
+) -> Engine:
+    """Opens one graph of a bundle.
+
+    `threads` is the number of CPU threads; None leaves it to OMP_NUM_THREADS, else to the back end.
+
+    Raises UsageError for a graph that the bundle has not, MissingPackage, EngineError.
+    """
+    entry = bundle.graph(graph)
+    path = bundle.file(entry.files[0])
+    match backend:
+        case Backend.ONNXRUNTIME:
+            from oneword.engines.onnxruntime import OnnxRuntimeEngine
+
+            return OnnxRuntimeEngine(graph, path, entry.inputs, entry.outputs, entry.precision, threads)
