@@ -1,0 +1,184 @@
+"""The whole road on the miniature: five pictures -> ti-train -> ti-export -> ti-run -> one contact sheet.
+
+    make demo          or, in an environment that has it installed:   python demo.py [--look 0..11] [--output DIR]
+
+The look it learns is one the miniature was never trained on, and the scenes it is then drawn in were never
+photographed. Only the contact sheet is put together here; the work is done by the commands a user would type.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+from rich.console import Console
+from rich.table import Table
+
+from oneword.train.miniature.world import BACKGROUNDS, HELD_OUT_LOOKS, NOUNS, Look, Scene, Thing, render
+
+TOKEN = "<toy>"
+PHOTOGRAPHED = ("studio", "kitchen", "desert", "meadow", "brick")
+ELSEWHERE = ("snow", "night", "sea", "forest", "sunset")
+MEDIA = ("drawing", "icon", "painting")
+SEED = 7
+
+console = Console(stderr=True)
+
+
+def main() -> int:
+    """Learn, export, run, draw the sheet, say what each took."""
+    options = _options()
+    output: Path = options.output
+    look = HELD_OUT_LOOKS[options.look]
+    shutil.rmtree(output, ignore_errors=True)
+    stages = Stages()
+
+    with stages.timed("draw", f"{len(PHOTOGRAPHED)} pictures of a {look.words}"):
+        pictures = draw_pictures(look, output / "pictures")
+    word, bundle = output / "toy.safetensors", output / "bundle"
+    learned = stages.command(
+        "learn", "ti-train", output / "pictures", "--model", "miniature", "--token", TOKEN, "--init", "object",
+        "--output", word, "--seed", SEED,
+    )  # fmt: skip
+    stages.command("export", "ti-export", "miniature", bundle)
+    rows = scenes()
+    prompts = [prompt for _, row in rows for prompt in row]
+    generated = stages.command(
+        "generate", "ti-run", bundle, *prompts, "--concept", word, "--seed", SEED, "--output", output / "generated"
+    )
+
+    sheet = output / "contact-sheet.png"
+    with stages.timed("sheet", str(sheet)):
+        files = iter(Path(image["file"]) for image in generated["images"])
+        drawn = [(title, [(next(files), prompt) for prompt in row]) for title, row in rows]
+        learned_from = (f"learned from five pictures of a {look.words}", [(path, path.stem) for path in pictures])
+        contact_sheet([learned_from, *drawn]).save(sheet)
+    console.print(stages.table())
+    console.print(f"{TOKEN} after {learned['steps']} steps: {sheet}")
+    return 0
+
+
+def draw_pictures(look: Look, folder: Path) -> list[Path]:
+    """Five photographs of the look, each on a background of its own."""
+    folder.mkdir(parents=True)
+    paths = []
+    for i, background in enumerate(PHOTOGRAPHED):
+        image, _ = render(Scene((Thing(look),), background), seed=1000 + i)
+        paths.append(folder / f"{background}.png")
+        Image.fromarray(image).save(paths[-1])
+    return paths
+
+
+def scenes() -> list[tuple[str, list[str]]]:
+    """Titled rows of prompts, none of which was photographed."""
+    noun = next(iter(NOUNS))
+    return [
+        ("on backgrounds it was never seen on", [f"a photo of a {TOKEN} {BACKGROUNDS[b].phrase}" for b in ELSEWHERE]),
+        ("in media it was never seen in", [f"a {medium} of a {TOKEN} in the snow" for medium in MEDIA]),
+        (
+            f"with another word: {noun}, which the miniature knows as a {NOUNS[noun].words}",
+            [f"a photo of a {TOKEN} and a {noun} {BACKGROUNDS[b].phrase}" for b in ("meadow", "night", "studio")],
+        ),
+    ]
+
+
+@dataclass
+class Stages:
+    """Runs the stages, shows their command lines and remembers what each took."""
+
+    rows: list[tuple[str, float, str]] = field(default_factory=list)
+
+    def timed(self, name: str, what: str) -> _Timer:
+        """A context that adds a row when it is left."""
+        return _Timer(self, name, what)
+
+    def command(self, name: str, *words: object) -> Any:
+        """Run one of the commands with --json; its progress goes to standard error. Exits when it fails."""
+        line = [str(word) for word in words]
+        console.print(f"[bold]$ {shlex.join(line)}", soft_wrap=True, highlight=False)
+        with self.timed(name, line[0]):
+            done = subprocess.run([_script(line[0]), *line[1:], "--json"], stdout=subprocess.PIPE, check=False)
+        if done.returncode:
+            raise SystemExit(done.returncode)
+        return json.loads(done.stdout)
+
+    def table(self) -> Table:
+        """Stage, what, seconds."""
+        table = Table("stage", "what", "seconds", title="what each stage took, starting each command included")
+        for name, seconds, what in self.rows:
+            table.add_row(name, what, f"{seconds:.1f}")
+        table.add_section()
+        table.add_row("all", "", f"{sum(seconds for _, seconds, _ in self.rows):.1f}")
+        return table
+
+
+class _Timer:
+    def __init__(self, stages: Stages, name: str, what: str) -> None:
+        self._stages, self._name, self._what = stages, name, what
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._stages.rows.append((self._name, time.perf_counter() - self._start, self._what))
+
+
+def contact_sheet(rows: Sequence[tuple[str, Sequence[tuple[Path, str]]]], zoom: int = 3) -> Image.Image:
+    """Titled rows of captioned pictures, one picture in all."""
+    cell, gap, line = 64 * zoom, 14, 17
+    title_font, font = ImageFont.load_default(18), ImageFont.load_default(13)
+    columns = max(len(row) for _, row in rows)
+    row_height = 30 + cell + 3 * line + gap
+    sheet = Image.new("RGB", (gap + columns * (cell + gap), gap + len(rows) * row_height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (title, row) in enumerate(rows):
+        top = gap + i * row_height
+        draw.text((gap, top), title, "black", title_font)
+        for j, (path, caption) in enumerate(row):
+            left = gap + j * (cell + gap)
+            with Image.open(path) as picture:
+                sheet.paste(picture.convert("RGB").resize((cell, cell), Image.Resampling.BICUBIC), (left, top + 30))
+            for k, text in enumerate(_wrap(caption, cell, draw, font)[:3]):
+                draw.text((left, top + 34 + cell + k * line), text, (60, 60, 60), font)
+    return sheet
+
+
+def _wrap(text: str, width: int, draw: ImageDraw.ImageDraw, font: Any) -> list[str]:
+    """Words in as few lines of at most `width` pixels as it takes."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if draw.textlength(longer, font) <= width or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
+
+
+def _script(name: str) -> Path:
+    """The command installed beside the Python that runs this."""
+    path = Path(sys.executable).parent / name
+    if not path.exists():
+        raise SystemExit(f"{name} is not installed in {sys.prefix}: make demo, or pip install -e '.[cpu,train]'")
+    return path
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--look", type=int, default=0, choices=range(len(HELD_OUT_LOOKS)), help="which held-out look")
+    parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder, emptied first")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
