@@ -65,7 +65,7 @@ class TorchGenerator:
 
     def _doubles(self, size: int) -> npt.NDArray[np.float64]:
         high, low = self._words.random_raw(2 * size).reshape(size, 2).T  # the first word is the higher half
-        return (((high << 32) | low) & ((1 << _DOUBLE_BITS) - 1)) * 2.0**-_DOUBLE_BITS
+        return (((high << 32) | low) & ((1 << _DOUBLE_BITS) - 1)).astype(np.float64) * 2.0**-_DOUBLE_BITS
 
 
 def _box_muller(uniforms: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

@@ -1,0 +1,364 @@
+"""Samplers as tables: `make_schedule` turns a sampler, a scheduler's config and a number of steps into rows of numbers.
+
+The state is variance-preserving, x = alpha x0 + sigma eps with alpha^2 + sigma^2 = 1, for every sampler; Euler's own
+state is that divided by alpha, which is folded into the rows. A step then is, with m the model's guided answer,
+
+    denoised = a * sample + b * m
+    next     = c * sample + d * denoised + e * previous + f * noise
+
+`previous` being the last step's `denoised`. Each sampler is a pure function from the levels it visits to c, d, e, f.
+All of them equal diffusers' scheduler of that name: timesteps, order of draws, first and last step. Not covered: what
+`oneword.runtime.schedule` refuses, Euler's churn, and higher orders.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from oneword.engines.errors import UsageError
+from oneword.runtime.schedule import Array, NoiseSchedule, karras_sigmas
+
+COLUMNS: Final = ("t", "a", "b", "c", "d", "e", "f", "guidance", "rescale", "known_scale", "known_sigma")
+"""The columns of `Schedule.rows`."""
+
+
+class Sampler(StrEnum):
+    """The samplers by the names that commands take."""
+
+    DDIM = "ddim"
+    DDPM = "ddpm"
+    EULER = "euler"
+    EULER_A = "euler-a"
+    DPMPP_2M = "dpmpp-2m"
+    DPMPP_2M_KARRAS = "dpmpp-2m-karras"
+    DPMPP_2M_SDE = "dpmpp-2m-sde"
+    LCM = "lcm"
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """All that a request's steps need: one row of `COLUMNS` a step, and where the first sample comes from."""
+
+    rows: npt.NDArray[np.float32]
+    """[S, 11]"""
+    draws: npt.NDArray[np.bool_]
+    """[S]: the steps that draw noise, after the first sample's, in this order."""
+    guided: npt.NDArray[np.bool_]
+    """[S]: the steps that evaluate the negative prompt as well."""
+    init_scale: float
+    """Text to image: sample = init_scale * noise."""
+    start_scale: float
+    """Image to image: sample = start_scale * latents + start_sigma * noise."""
+    start_sigma: float
+
+    @property
+    def timesteps(self) -> npt.NDArray[np.float32]:
+        """[S], falling."""
+        return self.rows[:, 0]
+
+
+def make_schedule(
+    scheduler_config: Mapping[str, Any],
+    sampler: Sampler,
+    steps: int,
+    *,
+    guidance_scale: float,
+    guidance_rescale: float = 0.0,
+    eta: float = 0.0,
+    guidance_interval: tuple[float, float] | None = None,
+    strength: float = 1.0,
+) -> Schedule:
+    """The rows of a whole run.
+
+    `guidance_rescale` is phi of arXiv 2305.08891. `guidance_interval` (low, high] bounds sigma / alpha of the guided
+    steps (arXiv 2404.07724). `strength` in (0, 1] leaves out the first steps, as image to image does; `eta` is DDIM's.
+    Raises UsageError for what is out of range or what the scheduler's config asks and this runtime cannot follow.
+    """
+    method = _METHODS[sampler]
+    noise = NoiseSchedule.read(scheduler_config, method.default_spacing)
+    _check(noise, sampler, steps, guidance_scale, guidance_rescale, eta, guidance_interval)
+    levels = method.levels(noise, steps)
+    start = _start(len(levels.t), strength)
+    levels = Levels(levels.t[start:], levels.alpha[start:], levels.sigma[start:], levels.last_alpha, levels.last_sigma)
+    update = method.update(noise, levels, Settings(steps, eta))
+    a, b = prediction(noise.prediction_type, levels)
+    guided = _guided(levels, guidance_scale, guidance_interval)
+    guidance, rescale = np.where(guided, guidance_scale, 1.0), np.where(guided, guidance_rescale, 0.0)
+    known_scale, known_sigma = np.append(levels.alpha[1:], 1.0), np.append(levels.sigma[1:], 0.0)
+    columns = (levels.t, a, b, update.c, update.d, update.e, update.f, guidance, rescale, known_scale, known_sigma)
+    rows = np.stack(np.broadcast_arrays(*columns), 1).astype(np.float32)
+    if not np.isfinite(rows).all():
+        raise UsageError(f"{sampler} in {steps} steps has no finite schedule with this model: take other steps")
+    euler_start = method.divided and noise.timestep_spacing != "leading"
+    return Schedule(
+        rows=rows,
+        draws=update.draws,
+        guided=guided,
+        init_scale=float(levels.sigma[0]) if euler_start else 1.0,
+        start_scale=float(levels.alpha[0]),
+        start_sigma=float(levels.sigma[0]),
+    )
+
+
+class Levels(NamedTuple):
+    """The noise levels that a run visits: t, alpha, sigma [S], and the level it ends at."""
+
+    t: Array
+    alpha: Array
+    sigma: Array
+    last_alpha: float
+    last_sigma: float
+
+    @property
+    def next_alpha(self) -> Array:
+        """[S]"""
+        return np.append(self.alpha[1:], self.last_alpha)
+
+    @property
+    def next_sigma(self) -> Array:
+        """[S]"""
+        return np.append(self.sigma[1:], self.last_sigma)
+
+
+class Settings(NamedTuple):
+    """What a sampler is told beside the levels: steps asked for (before `strength`), eta."""
+
+    steps: int
+    eta: float
+
+
+class Update(NamedTuple):
+    """next = c * sample + d * denoised + e * previous + f * noise, each [S], and which steps draw the noise."""
+
+    c: Array
+    d: Array
+    e: Array
+    f: Array
+    draws: npt.NDArray[np.bool_]
+
+
+def prediction(prediction_type: str, levels: Levels) -> tuple[Array, Array]:
+    """a, b [S] of denoised = a * sample + b * m. Raises UsageError for eps at zero signal, where x0 is undefined."""
+    match prediction_type:
+        case "v_prediction":
+            return levels.alpha, -levels.sigma
+        case "sample":
+            return np.zeros_like(levels.t), np.ones_like(levels.t)
+        case _:
+            if not levels.alpha.all():
+                raise UsageError(
+                    "zero terminal SNR (rescale_betas_zero_snr) leaves nothing for epsilon prediction to divide by: "
+                    "take spacing leading, or another sampler such as euler"
+                )
+            return 1 / levels.alpha, -levels.sigma / levels.alpha
+
+
+def ddim(noise: NoiseSchedule, levels: Levels, settings: Settings) -> Update:
+    """DDIM update, eq. 12 of Song et al. (2021), any eta; the step below is t - train // steps, as in diffusers."""
+    below = levels.t - noise.num_train_timesteps // settings.steps
+    abar, abar_next = (
+        levels.alpha**2,
+        np.where(below >= 0, noise.abar_at(np.maximum(below, 0)), noise.final_alpha_cumprod),
+    )
+    variance = (1 - abar_next) / (1 - abar) * (1 - abar / abar_next)
+    direction = np.sqrt(np.maximum(1 - abar_next - settings.eta**2 * variance, 0)) / levels.sigma
+    return Update(
+        c=direction,
+        d=np.sqrt(abar_next) - direction * levels.alpha,
+        e=np.zeros_like(abar),
+        f=settings.eta * np.sqrt(variance),
+        draws=np.full(len(abar), settings.eta > 0),
+    )
+
+
+def ddpm(noise: NoiseSchedule, levels: Levels, settings: Settings) -> Update:
+    """DDPM update, eq. 7 of Ho et al. (2020); the variance is clamped to 1e-20 as in diffusers."""
+    abar, abar_next = levels.alpha**2, levels.next_alpha**2
+    alpha = abar / abar_next
+    variance = np.maximum((1 - abar_next) / (1 - abar) * (1 - alpha), 1e-20)
+    draws = levels.t > 0
+    return Update(
+        c=np.sqrt(alpha) * (1 - abar_next) / (1 - abar),
+        d=np.sqrt(abar_next) * (1 - alpha) / (1 - abar),
+        e=np.zeros_like(abar),
+        f=np.where(draws, np.sqrt(variance if noise.variance_type == "fixed_small" else 1 - alpha), 0),
+        draws=draws,
+    )
+
+
+def euler(noise: NoiseSchedule, levels: Levels, settings: Settings) -> Update:
+    """Euler's step of algorithm 2 of Karras et al. (2022), without churn."""
+    ve, ve_next = levels.sigma / levels.alpha, levels.next_sigma / levels.next_alpha
+    return _divided(levels, ve_next / ve, np.zeros_like(ve), draws=False)
+
+
+def euler_ancestral(noise: NoiseSchedule, levels: Levels, settings: Settings) -> Update:
+    """Euler to sigma_down = sigma_next^2 / sigma, then noise of sigma_up, as k-diffusion's `sample_euler_ancestral`."""
+    ve, ve_next = levels.sigma / levels.alpha, levels.next_sigma / levels.next_alpha
+    up = np.sqrt(ve_next**2 * (ve**2 - ve_next**2) / ve**2)
+    return _divided(levels, (ve_next / ve) ** 2, up, draws=True)
+
+
+def dpmpp_2m(noise: NoiseSchedule, levels: Levels, settings: Settings) -> Update:
+    """DPM-Solver++(2M), midpoint, algorithm 2 of Lu et al. (2022); first order in the first and last steps."""
+    h = _log_snr_steps(levels)
+    gain = -levels.next_alpha * np.expm1(-h)
+    c = levels.next_sigma / levels.sigma
+    return _multistep(noise, h, c, gain, np.zeros_like(h), draws=False)
+
+
+def dpmpp_2m_sde(noise: NoiseSchedule, levels: Levels, settings: Settings) -> Update:
+    """SDE-DPM-Solver++(2M), midpoint, of Lu et al. (2022); draws at every step, the last one included."""
+    h = _log_snr_steps(levels)
+    gain = -levels.next_alpha * np.expm1(-2 * h)
+    c = levels.next_sigma / levels.sigma * np.exp(-h)
+    return _multistep(noise, h, c, gain, levels.next_sigma * np.sqrt(-np.expm1(-2 * h)), draws=True)
+
+
+def lcm(noise: NoiseSchedule, levels: Levels, settings: Settings) -> Update:
+    """Multistep consistency sampling, algorithm 3 of Luo et al. (2023): no noise after the last step."""
+    time = levels.t * noise.timestep_scaling
+    c_skip, c_out = 0.25 / (time**2 + 0.25), time / np.sqrt(time**2 + 0.25)
+    scale, sigma = np.append(levels.alpha[1:], 1.0), np.append(levels.sigma[1:], 0.0)
+    draws = np.arange(len(time)) < len(time) - 1
+    return Update(scale * c_skip, scale * c_out, np.zeros_like(time), sigma, draws)
+
+
+def _divided(levels: Levels, ratio: Array, up: Array, *, draws: bool) -> Update:
+    """Euler's state is ours divided by alpha; it leaves the last one undivided."""
+    scale = np.append(levels.alpha[1:], 1.0)
+    return Update(
+        c=scale / levels.alpha * ratio,
+        d=scale * (1 - ratio),
+        e=np.zeros_like(ratio),
+        f=scale * up,
+        draws=np.full(len(ratio), draws),
+    )
+
+
+def _log_snr_steps(levels: Levels) -> Array:
+    """h [S]: the steps in log(alpha / sigma), the last one infinite where a run ends without noise."""
+    with np.errstate(divide="ignore"):
+        return np.log(levels.next_alpha / levels.next_sigma) - np.log(levels.alpha / levels.sigma)
+
+
+def _multistep(noise: NoiseSchedule, h: Array, c: Array, gain: Array, f: Array, *, draws: bool) -> Update:
+    """The second-order correction 0.5 / r (denoised - previous), r = h_previous / h, where the order is two."""
+    last_is_first_order = (
+        noise.euler_at_final or noise.final_sigmas_type == "zero" or (noise.lower_order_final and len(h) < 15)
+    )
+    second = np.arange(len(h)) > 0
+    second[-1] &= not last_is_first_order
+    correction = np.zeros_like(h)
+    correction[second] = gain[second] * 0.5 * h[second] / np.append(1.0, h[:-1])[second]
+    return Update(c, gain + correction, -correction, f, np.full(len(h), draws))
+
+
+def _whole_levels(noise: NoiseSchedule, t: Array) -> Levels:
+    abar = noise.abar_at(t)
+    return Levels(t, np.sqrt(abar), np.sqrt(1 - abar), 1.0, 0.0)
+
+
+def _sigma_levels(noise: NoiseSchedule, t: Array, sigmas: Array) -> Levels:
+    last = noise.sigmas[0] if noise.final_sigmas_type == "sigma_min" else 0.0
+    ve = np.append(sigmas, last).astype(np.float32).astype(np.float64)
+    alpha = 1 / np.sqrt(ve**2 + 1)
+    return Levels(t, alpha[:-1], (ve * alpha)[:-1], float(alpha[-1]), float(ve[-1] * alpha[-1]))
+
+
+def _ddim_levels(noise: NoiseSchedule, steps: int) -> Levels:
+    return _whole_levels(noise, noise.timesteps(steps, rounded=True))
+
+
+def _lcm_levels(noise: NoiseSchedule, steps: int) -> Levels:
+    return _whole_levels(noise, noise.timesteps_lcm(steps))
+
+
+def _euler_levels(noise: NoiseSchedule, steps: int) -> Levels:
+    t = noise.timesteps(steps, rounded=False)
+    sigmas = noise.sigma_at(t)
+    if noise.use_karras_sigmas:
+        sigmas = karras_sigmas(sigmas[0], sigmas[-1], steps)
+        t = noise.timestep_of(sigmas)
+    return _sigma_levels(noise, t, sigmas)
+
+
+def _euler_ancestral_levels(noise: NoiseSchedule, steps: int) -> Levels:
+    t = noise.timesteps(steps, rounded=False)
+    return _sigma_levels(noise, t, noise.sigma_at(t))._replace(last_alpha=1.0, last_sigma=0.0)
+
+
+def _dpm_levels(noise: NoiseSchedule, steps: int) -> Levels:
+    t = noise.timesteps_dpm(steps)
+    return _sigma_levels(noise, t, noise.sigma_at(t))
+
+
+def _dpm_karras_levels(noise: NoiseSchedule, steps: int) -> Levels:
+    sigmas = karras_sigmas(noise.sigmas[-1], noise.sigmas[0], steps)
+    t = noise.timestep_of(sigmas)
+    return _sigma_levels(noise, np.floor(t) if noise.beta_schedule == "squaredcos_cap_v2" else np.round(t), sigmas)
+
+
+class _Method(NamedTuple):
+    levels: Callable[[NoiseSchedule, int], Levels]
+    update: Callable[[NoiseSchedule, Levels, Settings], Update]
+    default_spacing: str  # of the diffusers class, for a config that names none
+    divided: bool = False  # Euler's own state, ours divided by alpha, starts at sigma * noise
+
+
+_METHODS: Final = {
+    Sampler.DDIM: _Method(_ddim_levels, ddim, "leading"),
+    Sampler.DDPM: _Method(_ddim_levels, ddpm, "leading"),
+    Sampler.EULER: _Method(_euler_levels, euler, "linspace", divided=True),
+    Sampler.EULER_A: _Method(_euler_ancestral_levels, euler_ancestral, "linspace", divided=True),
+    Sampler.DPMPP_2M: _Method(_dpm_levels, dpmpp_2m, "linspace"),
+    Sampler.DPMPP_2M_KARRAS: _Method(_dpm_karras_levels, dpmpp_2m, "linspace"),
+    Sampler.DPMPP_2M_SDE: _Method(_dpm_levels, dpmpp_2m_sde, "linspace"),
+    Sampler.LCM: _Method(_lcm_levels, lcm, "leading"),
+}
+
+
+def _start(steps: int, strength: float) -> int:
+    if not 0 < strength <= 1:
+        raise UsageError(f"strength {strength:g}, allowed are 0 < strength <= 1")
+    kept = min(int(steps * strength), steps)
+    if kept == 0:
+        raise UsageError(f"strength {strength:g} of {steps} steps leaves none: take {math.ceil(1 / strength)} or more")
+    return steps - kept
+
+
+def _guided(levels: Levels, guidance_scale: float, interval: tuple[float, float] | None) -> npt.NDArray[np.bool_]:
+    guided = np.full(len(levels.t), guidance_scale > 1)
+    if interval is None:
+        return guided
+    with np.errstate(divide="ignore"):
+        sigma = levels.sigma / levels.alpha
+    return guided & (interval[0] < sigma) & (sigma <= interval[1])
+
+
+def _check(
+    noise: NoiseSchedule,
+    sampler: Sampler,
+    steps: int,
+    guidance_scale: float,
+    guidance_rescale: float,
+    eta: float,
+    interval: tuple[float, float] | None,
+) -> None:
+    if not 1 <= steps <= noise.num_train_timesteps:
+        raise UsageError(f"{steps} steps, allowed are 1 to {noise.num_train_timesteps}")
+    if not 0 <= guidance_scale < math.inf:
+        raise UsageError(f"guidance scale {guidance_scale:g}, allowed are 0 and more (1 is none)")
+    if not 0 <= guidance_rescale <= 1:
+        raise UsageError(f"guidance rescale {guidance_rescale:g}, allowed are 0 to 1")
+    if not 0 <= eta <= 1:
+        raise UsageError(f"eta {eta:g}, allowed are 0 to 1")
+    if eta > 0 and sampler is not Sampler.DDIM:
+        raise UsageError(f"eta {eta:g} with {sampler}, only ddim takes one")
+    if interval is not None and not 0 <= interval[0] < interval[1]:
+        raise UsageError(f"guidance interval {interval[0]:g} to {interval[1]:g}, allowed are 0 <= low < high")

@@ -1,0 +1,191 @@
+"""Noise schedules: what a diffusers scheduler's config says of noise and time. Pure arrays: no models, no randomness.
+
+Not covered, and refused by name: `thresholding`, `clip_sample` (neither suits latents), exponential, beta, Lu and flow
+sigmas, continuous timesteps, log-linear interpolation, learned variances, solver orders other than 2.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from oneword.engines.errors import UsageError
+
+Array: TypeAlias = npt.NDArray[np.float64]
+
+PREDICTION_TYPES: Final = ("epsilon", "v_prediction", "sample")
+BETA_SCHEDULES: Final = ("linear", "scaled_linear", "squaredcos_cap_v2")
+SPACINGS: Final = ("leading", "linspace", "trailing")
+
+_MUST_BE: Final[dict[str, tuple[Any, ...]]] = {
+    "thresholding": (False, None),
+    "clip_sample": (False, None),
+    "use_exponential_sigmas": (False, None),
+    "use_beta_sigmas": (False, None),
+    "use_lu_lambdas": (False, None),
+    "use_flow_sigmas": (False, None),
+    "timestep_type": ("discrete",),
+    "interpolation_type": ("linear",),
+    "solver_order": (2,),
+    "solver_type": ("midpoint", "logrho", "bh1", "bh2"),  # diffusers reads the last three as midpoint
+    "lambda_min_clipped": (-np.inf, "-inf", None),
+    "variance_type": ("fixed_small", "fixed_large", None),
+    "final_sigmas_type": ("zero", "sigma_min"),
+    "beta_schedule": BETA_SCHEDULES,
+    "prediction_type": PREDICTION_TYPES,
+    "timestep_spacing": SPACINGS,
+}
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """The facts of a scheduler's config that samplers need; a missing key is what the diffusers class of that sampler
+    takes for it (their only difference is `timestep_spacing`), except that latents are never clipped."""
+
+    num_train_timesteps: int = 1000
+    beta_start: float = 0.0001
+    beta_end: float = 0.02
+    beta_schedule: str = "linear"
+    trained_betas: tuple[float, ...] | None = None
+    prediction_type: str = "epsilon"
+    timestep_spacing: str = "leading"
+    steps_offset: int = 0
+    set_alpha_to_one: bool = True
+    rescale_betas_zero_snr: bool = False
+    variance_type: str = "fixed_small"
+    final_sigmas_type: str = "zero"
+    lower_order_final: bool = True
+    euler_at_final: bool = False
+    use_karras_sigmas: bool = False
+    original_inference_steps: int = 50
+    timestep_scaling: float = 10.0
+    alphas_cumprod: Array = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "alphas_cumprod", _alphas_cumprod(self))
+
+    @classmethod
+    def read(cls, config: Mapping[str, Any], default_spacing: str) -> "NoiseSchedule":
+        """Reads a scheduler's config, verbatim. Raises UsageError naming the key that this runtime cannot follow."""
+        defaults = set(config.get("_use_default_values", ()))  # diffusers notes here what its file did not say
+        said = {key: value for key, value in config.items() if key not in defaults}
+        for key, allowed in _MUST_BE.items():
+            if key in said and said[key] not in allowed:
+                choices = ", ".join(map(repr, allowed))
+                raise UsageError(f"the scheduler's config says {key} = {said[key]!r}, this runtime follows: {choices}")
+        known = {key: said[key] for key in cls.__dataclass_fields__ if said.get(key) is not None}
+        if "trained_betas" in known:
+            known["trained_betas"] = tuple(known["trained_betas"])
+            known["num_train_timesteps"] = len(known["trained_betas"])
+        return cls(**({"timestep_spacing": default_spacing} | known))
+
+    @property
+    def final_alpha_cumprod(self) -> float:
+        """What DDIM takes for the level below timestep 0."""
+        return 1.0 if self.set_alpha_to_one else float(self.alphas_cumprod[0])
+
+    @property
+    def sigmas(self) -> Array:
+        """sqrt((1 - abar) / abar) [num_train_timesteps], the last one finite, as for diffusers' Euler and DPM."""
+        abar = self.alphas_cumprod.copy()
+        if self.rescale_betas_zero_snr:
+            abar[-1] = 2.0**-24
+        return np.asarray(np.sqrt((1 - abar) / abar).astype(np.float32), np.float64)
+
+    def timesteps(self, steps: int, *, rounded: bool) -> Array:
+        """The timesteps [S] visited in `steps` steps, falling. Source: table 2 of arXiv 2305.08891, as diffusers does.
+
+        `rounded` rounds linspace's timesteps to whole ones (DDIM, DDPM); Euler keeps the fractions.
+        """
+        train = self.num_train_timesteps
+        match self.timestep_spacing:
+            case "linspace":
+                t = np.linspace(0, train - 1, steps)[::-1]
+                return np.round(t) if rounded else t
+            case "leading":
+                return np.arange(steps, dtype=np.float64)[::-1] * (train // steps) + self.steps_offset
+            case _:
+                return np.round(np.arange(train, 0, -train / steps)) - 1
+
+    def timesteps_dpm(self, steps: int) -> Array:
+        """As `timesteps`, but leading and linspace leave out the last of steps + 1, as diffusers' DPM solver does."""
+        train = self.num_train_timesteps
+        match self.timestep_spacing:
+            case "linspace":
+                return np.round(np.linspace(0, train - 1, steps + 1))[::-1][:-1]
+            case "leading":
+                t = np.arange(steps + 1, dtype=np.float64)[::-1][:-1] * (train // (steps + 1))
+                return t + self.steps_offset
+            case _:
+                return np.round(np.arange(train, 0, -train / steps)) - 1
+
+    def timesteps_lcm(self, steps: int) -> Array:
+        """Timesteps of latent consistency models, evenly from those the distillation used (arXiv 2310.04378)."""
+        stride = self.num_train_timesteps // self.original_inference_steps
+        if steps > self.original_inference_steps:
+            raise UsageError(f"{steps} steps, lcm allows at most {self.original_inference_steps} here: lower the steps")
+        original = np.arange(1, self.original_inference_steps + 1, dtype=np.float64)[::-1] * stride - 1
+        return original[np.floor(np.linspace(0, len(original), steps, endpoint=False)).astype(np.int64)]
+
+    def sigma_at(self, timesteps: Array) -> Array:
+        """sigma [S] at timesteps that may be fractional."""
+        return np.interp(timesteps, np.arange(self.num_train_timesteps), self.sigmas)
+
+    def timestep_of(self, sigmas: Array) -> Array:
+        """The fractional timesteps [S] at which these sigmas stand, linear in log sigma."""
+        return np.interp(np.log(np.maximum(sigmas, 1e-10)), np.log(self.sigmas), np.arange(self.num_train_timesteps))
+
+    def abar_at(self, timesteps: Array) -> Array:
+        """abar [S] at whole timesteps. Raises UsageError where `steps_offset` leads past the last one."""
+        if timesteps.max() >= self.num_train_timesteps:
+            raise UsageError(
+                f"timestep {timesteps.max():g} (steps_offset {self.steps_offset}) is past the last one, "
+                f"{self.num_train_timesteps - 1}: take fewer steps"
+            )
+        return self.alphas_cumprod[timesteps.astype(np.int64)]
+
+
+def karras_sigmas(sigma_max: float, sigma_min: float, steps: int) -> Array:
+    """Sigmas [S] evenly spaced in sigma^(1/7), eq. 5 of Karras et al. (2022)."""
+    high, low = sigma_max ** (1 / 7), sigma_min ** (1 / 7)
+    return np.asarray((high + np.linspace(0, 1, steps) * (low - high)) ** 7)
+
+
+def _alphas_cumprod(noise: NoiseSchedule) -> Array:
+    """The product of 1 - beta [num_train_timesteps], rounded where diffusers rounds to float32."""
+    betas = _betas(noise).astype(np.float32)
+    if noise.rescale_betas_zero_snr:
+        betas = _zero_terminal_snr(betas)
+    alphas = np.float32(1) - betas
+    return np.asarray(np.cumprod(alphas.astype(np.float64)).astype(np.float32), np.float64)
+
+
+def _betas(noise: NoiseSchedule) -> npt.NDArray[Any]:
+    if noise.trained_betas is not None:
+        return np.asarray(noise.trained_betas)
+    steps = noise.num_train_timesteps
+    match noise.beta_schedule:
+        case "linear":
+            return _linspace(noise.beta_start, noise.beta_end, steps)
+        case "scaled_linear":
+            return np.square(_linspace(noise.beta_start**0.5, noise.beta_end**0.5, steps))
+        case _:
+            bar = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * np.pi / 2) ** 2
+            return np.asarray(np.minimum(1 - bar[1:] / bar[:-1], 0.999))
+
+
+def _linspace(start: float, end: float, steps: int) -> npt.NDArray[np.float32]:
+    """torch.linspace in float32, which counts from both ends; numpy's is one bit off in places."""
+    first, last, i = np.float32(start), np.float32(end), np.arange(steps, dtype=np.float32)
+    step = (last - first) / np.float32(max(steps - 1, 1))
+    return np.where(i < steps // 2, first + step * i, last - step * (np.float32(steps - 1) - i)).astype(np.float32)
+
+
+def _zero_terminal_snr(betas: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Algorithm 1 of arXiv 2305.08891: shift and scale sqrt(abar) so that the last one is 0 and the first stays."""
+    root = np.sqrt(np.cumprod((np.float32(1) - betas).astype(np.float64)).astype(np.float32))
+    first, last = root[0], root[-1]
+    bar = ((root - last) * (first / (first - last))) ** 2
+    return np.float32(1) - np.concatenate([bar[:1], bar[1:] / bar[:-1]])
