@@ -1,0 +1,212 @@
+"""`ti-train`: folders of pictures in, concept files out. A thin skin over `oneword.train.run`."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from oneword.engines.errors import FileError, OnewordError, UsageError
+from oneword.runtime.concept import save_concept
+from oneword.train.recipe import RECIPES, Compute, Norm, Recipe, named_recipe
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line and ours."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises `UsageError`."""
+        raise UsageError(f"{message} ({self.prog} --help)")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of `ti-train`."""
+    p = Parser("ti-train", description="Learn a word, or many at once, from folders of pictures.")
+    p.add_argument("images", nargs="*", type=Path, metavar="IMAGES_DIR", help="a folder of pictures for each word")
+    p.add_argument("--model", required=True, help="a diffusers directory, a hub id, or miniature")
+    p.add_argument("--token", action="append", default=[], help='what the word is called, for example "<toy>"')
+    p.add_argument(
+        "--init", action="append", default=[], help="a word or words to start from, random, or a concept file"
+    )
+    p.add_argument("--output", action="append", default=[], type=Path, help="the concept file to write (.safetensors)")
+    p.add_argument(
+        "--manifest", type=Path, help="a CSV with the columns images, token, init, output, in place of those"
+    )
+    p.add_argument("--recipe", default="fast", help=f"one of {', '.join(RECIPES)} (default fast)")
+    p.add_argument("--steps", type=int, help="optimiser steps")
+    p.add_argument("--vectors", type=int, help="vectors a word")
+    p.add_argument("--learning-rate", type=float, help="of AdamW")
+    p.add_argument("--batch-size", type=int, help="pictures a step, of each word")
+    p.add_argument("--accumulation", type=int, help="backward passes a step")
+    p.add_argument("--norm", choices=[norm.value for norm in Norm], help="what becomes of a vector's length")
+    p.add_argument("--min-snr", type=float, help="gamma of min-SNR weighting")
+    p.add_argument("--stop-below", type=float, help="stop a word early at this DVAR ratio (0.15 is usual)")
+    p.add_argument("--flip", action="store_const", const=True, help="learn from mirrored pictures too")
+    p.add_argument("--compute", choices=[compute.value for compute in Compute], help="what the UNet computes in")
+    p.add_argument("--gradient-checkpointing", action="store_const", const=True, help="less memory, more time")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--json", action="store_true", help="one JSON document on standard output")
+    return p
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `ti-train`; the exit status."""
+    console = Console(stderr=True, highlight=False)
+    try:
+        report = train(parser().parse_args(arguments), console)
+    except OnewordError as error:
+        print(f"ti-train: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("ti-train: interrupted", file=sys.stderr)
+        return 130
+    if report is not None:
+        print(json.dumps(report, indent=2))
+    return 0
+
+
+def train(args: argparse.Namespace, console: Console) -> dict[str, Any] | None:
+    """Parse, learn, write; what `--json` prints, or None."""
+    recipe = recipe_of(args)
+    rows = manifest_rows(args)
+    for row in rows:
+        check_output(Path(row["output"]))
+    from oneword.train.run import Task, learn, quiet  # seconds of torch that a wrong option need not wait for
+
+    quiet()
+    tasks = [Task(Path(row["images"]), row["token"], row["init"]) for row in rows]
+    started = time.perf_counter()
+    *_, last = follow(learn(args.model, tasks, recipe, args.seed), console)
+    seconds = time.perf_counter() - started
+    for row, concept in zip(rows, last.concepts, strict=True):
+        save_concept(concept, row["output"])
+        console.print(f"{concept.token} -> {row['output']}, {last.step} steps in {seconds:.0f} s", markup=False)
+    if not args.json:
+        return None
+    return {
+        "concepts": [
+            {
+                **row,
+                "vectors": {name: list(rows.shape) for name, rows in concept.vectors.items()},
+                "loss": _number(loss),
+            }
+            for row, concept, loss in zip(rows, last.concepts, last.losses, strict=True)
+        ],
+        "model": args.model,
+        "recipe": recipe.as_text(),
+        "seed": args.seed,
+        "steps": last.step,
+        "seconds": {**{name: round(value, 3) for name, value in last.timings.items()}, "total": round(seconds, 3)},
+    }
+
+
+def recipe_of(args: argparse.Namespace) -> Recipe:
+    """The named recipe with the options given over it."""
+    changes = {
+        name: getattr(args, name)
+        for name in (
+            "steps", "vectors", "learning_rate", "batch_size", "accumulation", "min_snr", "stop_below", "flip",
+            "gradient_checkpointing",
+        )
+        if getattr(args, name) is not None
+    }  # fmt: skip
+    if args.norm:
+        changes["norm"] = Norm(args.norm)
+    if args.compute:
+        changes["compute"] = Compute(args.compute)
+    return named_recipe(args.recipe).with_changes(**changes)
+
+
+def manifest_rows(args: argparse.Namespace) -> list[dict[str, str]]:
+    """images, token, init and output of every word, from the options or the CSV."""
+    if args.manifest:
+        if args.images or args.token or args.output or args.init:
+            raise UsageError(
+                "--manifest takes the place of IMAGES_DIR, --token, --init and --output: give one or the other"
+            )
+        return read_manifest(args.manifest)
+    count = len(args.images)
+    if not count:
+        raise UsageError(
+            "no folder of pictures: ti-train IMAGES_DIR --model miniature --token '<toy>' --output toy.safetensors"
+        )
+    inits = args.init or ["object"]
+    if len(inits) == 1:
+        inits = inits * count
+    for option, given in (("--token", args.token), ("--init", inits), ("--output", args.output)):
+        if len(given) != count:
+            raise UsageError(f"{count} folders and {len(given)} times {option}: give one for each folder")
+    return [
+        {"images": str(images), "token": token, "init": init, "output": str(output)}
+        for images, token, init, output in zip(args.images, args.token, inits, args.output, strict=True)
+    ]
+
+
+def read_manifest(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV; folders and outputs are relative to it. Raises `UsageError` for columns that are not there."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError) as error:
+        raise FileError(f"{path} cannot be read: {error}") from error
+    for number, row in enumerate(rows, start=2):
+        if missing := [name for name in ("images", "token", "output") if not row.get(name)]:
+            raise UsageError(
+                f"{path} line {number} has no {', '.join(missing)}: the columns are images, token, init, output"
+            )
+    return [
+        {
+            "images": str(path.parent / row["images"]),
+            "token": row["token"],
+            "init": row.get("init") or "object",
+            "output": str(path.parent / row["output"]),
+        }
+        for row in rows
+    ]
+
+
+def check_output(path: Path) -> None:
+    """Now, rather than after the learning: raises `UsageError` where the concept could not be written."""
+    if path.suffix != ".safetensors":
+        raise UsageError(f"--output {path}: a concept is written as .safetensors")
+    if not path.absolute().parent.is_dir():
+        raise UsageError(f"--output {path}: there is no folder {path.parent}: make it first")
+
+
+def follow(run: Iterable[Any], console: Console) -> Iterable[Any]:
+    """Pass a run's progress on, showing it: a bar on a terminal, a line every tenth of the way elsewhere."""
+    bar = Bar(
+        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
+        TimeRemainingColumn(), TextColumn("loss {task.fields[loss]} rate {task.fields[rate]}"), console=console, transient=True,
+    )  # fmt: skip
+    smooth = math.nan
+    with bar:
+        shown = None
+        for progress in run:
+            for note in progress.notes:
+                console.print(f"note: {note}", markup=False)
+            now = [loss for loss in progress.losses if math.isfinite(loss)]
+            mean = sum(now) / len(now) if now else smooth
+            smooth = mean if math.isnan(smooth) else 0.9 * smooth + 0.1 * mean
+            words = {"loss": f"{smooth:.4f}", "rate": f"{progress.learning_rate:.2g}"}
+            if console.is_terminal:
+                shown = bar.add_task("learning", total=progress.steps, **words) if shown is None else shown
+                bar.update(shown, completed=progress.step, **words)
+            elif progress.step % max(1, progress.steps // 10) == 0:
+                line = f"step {progress.step}/{progress.steps} loss {words['loss']} rate {words['rate']}"
+                console.print(line, markup=False)
+            yield progress
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,371 @@
+"""Learning words: one optimiser step over a batch that many words share. No files, no progress bars.
+
+Of all the numbers in play only the words' rows [n, D] are parameters. The text encoder is the module that is exported,
+fed with a small table: the few vocabulary rows the prompts use, then the words' rows. Each word has its own rows, loss,
+optimiser, random stream and end; words in one batch do not see one another.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DDPMScheduler
+from torch.nn.functional import mse_loss
+
+from oneword.engines.errors import EngineError, UsageError
+from oneword.export.modules import TextEncoder
+from oneword.export.source import Source
+from oneword.runtime.concept import Concept
+from oneword.train.pictures import Moments
+from oneword.train.prompts import per_image_template
+from oneword.train.recipe import Compute, Norm, Rate, Recipe
+
+Rows = Mapping[str, torch.Tensor]  # of each text encoder, [n, D] float32
+
+
+@dataclass
+class Word:
+    """A word on its way: what it is learned from, and everything that changes while it is.
+
+    `prompts` are templates; `captions`, where there are any, hold one template a picture and take their place.
+    """
+
+    token: str
+    moments: Moments
+    initial: Rows
+    prompts: Sequence[str]
+    captions: Sequence[str] | None = None
+    rows: dict[str, torch.nn.Parameter] = field(default_factory=dict)
+    picture_rows: dict[str, torch.nn.Parameter] = field(default_factory=dict)
+    optimizer: torch.optim.AdamW = field(init=False)
+    generator: torch.Generator = field(default_factory=torch.Generator)
+    losses: list[float] = field(default_factory=list)
+    watched: list[float] = field(default_factory=list)  # losses on a fixed batch, for stopping
+    stopped: bool = False
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One word's share of a batch: `latents`, `eps` [B, C, h, w], `timesteps` [B] i64, `prompts` one template a row."""
+
+    latents: torch.Tensor
+    eps: torch.Tensor
+    timesteps: torch.Tensor
+    mask: torch.Tensor | None
+    prompts: list[str]
+
+
+class Learner:
+    """Learns words against a frozen model.
+
+    Raises `UsageError` for a model or a prompt that cannot be learned with, `EngineError` where a loss is not finite.
+    """
+
+    def __init__(self, source: Source, words: Sequence[Word], recipe: Recipe, seed: int) -> None:
+        self.source = source
+        self.words = words
+        self.recipe = recipe
+        self.steps_done = 0
+        self.scheduler = noise_scheduler(source.scheduler_config)
+        self.dtype = compute_dtype(recipe.compute)
+        self.unet = source.unet.requires_grad_(False).eval().to(self.dtype, memory_format=torch.channels_last)
+        if recipe.gradient_checkpointing:
+            self.unet.enable_gradient_checkpointing()
+            self.unet.train()  # diffusers checkpoints only then; nothing in these networks drops out
+        self.encoders = {
+            name: PromptEncoder(TextEncoder(model.requires_grad_(False).eval()), source.tokenizers[name], name)
+            for name, model in source.text_encoders.items()
+        }
+        self.target_norms = {name: vocabulary_norm(prompt.encoder.table) for name, prompt in self.encoders.items()}
+        self._first_row: list[int] = []
+        next_row = 0
+        for word in words:
+            _prepare(word, recipe, seed)
+            self._first_row.append(next_row)
+            next_row += recipe.vectors + (len(word.moments.mean) if recipe.per_image else 0)
+
+    @property
+    def finished(self) -> bool:
+        return self.steps_done >= self.recipe.steps or all(word.stopped for word in self.words)
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the step that comes next."""
+        return learning_rate_at(self.recipe, self.steps_done)
+
+    def step(self) -> list[float]:
+        """One optimiser step for every word not stopped; their losses, in the words' order (NaN for stopped words)."""
+        active = [index for index, word in enumerate(self.words) if not word.stopped]
+        losses = np.zeros(len(self.words))
+        for _ in range(self.recipe.accumulation):
+            draws = {index: draw(self.words[index], self.recipe, len(self.scheduler)) for index in active}
+            each = self._losses(draws)
+            (torch.stack(each).sum() / self.recipe.accumulation).backward()
+            losses[active] += [loss.item() / self.recipe.accumulation for loss in each]
+        for index in active:
+            self._update(self.words[index], losses[index])
+        self.steps_done += 1
+        return [float(losses[index]) if index in active else math.nan for index in range(len(self.words))]
+
+    @torch.no_grad()
+    def watch(self, index: int, batch: Draw) -> float:
+        """The loss of a word on a given batch, nothing learned: what stopping looks at."""
+        return float(self._losses({index: batch}, regularized=False)[0])
+
+    def rows_in_use(self) -> int:
+        """How many of its vectors a word has by now."""
+        return self.recipe.vectors_at(self.steps_done)
+
+    def concept(self, index: int, provenance: Mapping[str, str]) -> Concept:
+        """The word as it is now."""
+        word = self.words[index]
+        count = self.rows_in_use()
+        return Concept(
+            word.token, {name: rows.detach()[:count].numpy().copy() for name, rows in word.rows.items()}, provenance
+        )
+
+    def _losses(self, draws: Mapping[int, Draw], *, regularized: bool = True) -> list[torch.Tensor]:
+        """The loss of each drawn word, one UNet call for all of them."""
+        latents, eps, timesteps = (
+            torch.cat([getattr(one, name) for one in draws.values()]) for name in ("latents", "eps", "timesteps")
+        )
+        noisy = self.scheduler.add_noise(latents, eps, timesteps)
+        context = self._context({index: one.prompts for index, one in draws.items()})
+        predicted = self.unet(
+            noisy.to(self.dtype, memory_format=torch.channels_last),
+            timesteps,
+            encoder_hidden_states=context.to(self.dtype),
+            return_dict=False,
+        )[0].float()
+        target = prediction_target(self.scheduler, latents, eps, timesteps)
+        error = mse_loss(predicted, target, reduction="none")
+        weights = (
+            None if self.recipe.min_snr is None else min_snr_weights(self.scheduler, timesteps, self.recipe.min_snr)
+        )
+        if weights is not None:
+            error = error * weights[:, None, None, None]
+        sizes = [len(one.latents) for one in draws.values()]
+        losses = [
+            part.mean()
+            if one.mask is None
+            else (part * one.mask).sum() / (one.mask.sum() * part.shape[1]).clamp(min=1e-6)
+            for part, one in zip(error.split(sizes), draws.values(), strict=True)
+        ]
+        if regularized and self.recipe.init_weight:
+            losses = [
+                loss + self.recipe.init_weight * distance_to_start(self.words[index])
+                for loss, index in zip(losses, draws, strict=True)
+            ]
+        return losses
+
+    def _context(self, prompts: Mapping[int, Sequence[str]]) -> torch.Tensor:
+        """Encoded prompts [sum of B, T, D], each different prompt encoded once."""
+        wanted = [(index, prompt) for index, some in prompts.items() for prompt in some]
+        unique = list(dict.fromkeys(wanted))
+        place = {key: position for position, key in enumerate(unique)}
+        count = self.rows_in_use()
+        texts = [(prompt, self._first_row[index], count, self.recipe.vectors) for index, prompt in unique]
+        states = []
+        for name, encoder in self.encoders.items():
+            learned = [
+                rows
+                for word in self.words
+                for rows in (word.rows[name], word.picture_rows.get(name))
+                if rows is not None
+            ]
+            states.append(encoder(texts, torch.cat(learned)))
+        return torch.cat(states, -1)[[place[key] for key in wanted]]
+
+    def _update(self, word: Word, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise EngineError(
+                f"the loss of {word.token!r} is {loss} at step {self.steps_done + 1}: lower the rate "
+                f"(it is {self.learning_rate:g}) or compute in fp32"
+            )
+        for group in word.optimizer.param_groups:
+            group["lr"] = self.learning_rate
+        word.optimizer.step()
+        word.optimizer.zero_grad(set_to_none=True)
+        word.losses.append(loss)
+        count = self.rows_in_use()
+        with torch.no_grad():
+            for name, rows in word.rows.items():
+                rows[count:] = word.initial[name][count:]  # those that have not joined yet
+                rows[:count] = with_norm(rows[:count], self.recipe.norm, self.target_norms[name], self.learning_rate)
+
+
+class PromptEncoder:
+    """Templates to hidden states, through the exported text encoder and a table of only the rows in use."""
+
+    def __init__(self, encoder: TextEncoder, tokenizer: Any, name: str) -> None:
+        self.encoder, self.tokenizer, self.name = encoder, tokenizer, name
+        self.length: int = min(int(tokenizer.model_max_length), 77 if tokenizer.model_max_length > 10_000 else 10_000)
+        self._ids: dict[int, int] = {}  # vocabulary id -> row of the small table
+        self._prompts: dict[tuple[str, int], list[int]] = {}
+
+    def __call__(self, texts: Sequence[tuple[str, int, int, int]], learned: torch.Tensor) -> torch.Tensor:
+        """(template, first row, rows in use, rows in all) B times, all words' rows `learned` [R, D] -> [B, T, D]."""
+        sequences = [self._encode(*text) for text in texts]  # learned rows as negative numbers, -1 - row
+        frozen = self.encoder.table[list(self._ids)].to(learned.dtype)
+        input_ids = torch.tensor(sequences)
+        input_ids = torch.where(input_ids < 0, len(frozen) - 1 - input_ids, input_ids)
+        layers = torch.full((len(texts),), self.encoder.num_layers)
+        return self.encoder(input_ids, torch.cat([frozen, learned]), torch.ones(input_ids.shape), layers)[0]
+
+    def _encode(self, template: str, first: int, count: int, total: int) -> list[int]:
+        """`template` as rows of the small table, BOS, EOS and padding included; -1 - r for learned row r."""
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        pieces = re.split(r"\{(\d*)\}", template)
+        inner: list[int] = []
+        for position, piece in enumerate(pieces):
+            if position % 2 == 0:
+                inner += [self._row(i) for i in self.tokenizer(piece, add_special_tokens=False).input_ids]
+            elif piece:  # the word of one picture
+                inner.append(-1 - (first + total + int(piece) - 1))
+            else:
+                inner += [-1 - (first + row) for row in range(count)]
+        if len(inner) > self.length - 2:
+            words = [i for i, row in enumerate(inner) if row < 0]
+            if words and words[-1] >= self.length - 2:
+                raise UsageError(
+                    f"the prompt {template!r} is {len(inner)} tokens, {self.name} reads {self.length - 2}: "
+                    "shorten it until the word fits"
+                )
+        ids = [self._row(bos), *inner[: self.length - 2], self._row(eos)]
+        return ids + [self._row(self.tokenizer.pad_token_id)] * (self.length - len(ids))
+
+    def _row(self, token_id: int) -> int:
+        return self._ids.setdefault(token_id, len(self._ids))
+
+
+def draw(word: Word, recipe: Recipe, timesteps: int) -> Draw:
+    """A word's next batch from its own random stream.
+
+    Pictures come in shuffled rounds, and timesteps one from each of B equal parts (Kingma et al. 2021, arXiv
+    2107.00630, appendix I.1): both unbiased, and much less scattered than independent draws.
+    """
+    rng, count = word.generator, recipe.batch_size
+    pictures = len(word.moments.mean)
+    rounds = -(-count // pictures)
+    chosen = torch.cat([torch.randperm(pictures, generator=rng) for _ in range(rounds)])[:count]
+    posterior = torch.randn(word.moments.mean[chosen].shape, generator=rng)
+    eps = torch.randn(posterior.shape, generator=rng)
+    parts = (torch.randperm(count, generator=rng) + torch.rand(1, generator=rng)) / count
+    templates = torch.randint(len(word.prompts), (count,), generator=rng).tolist()
+    prompts = [word.prompts[index] for index in templates]
+    if word.captions is not None:
+        prompts = [word.captions[index % len(word.captions)] for index in chosen.tolist()]
+    if recipe.per_image:
+        own = (torch.rand(count, generator=rng) < recipe.per_image).tolist()
+        prompts = [
+            per_image_template(prompt, index) if mixed else prompt
+            for prompt, index, mixed in zip(prompts, chosen.tolist(), own, strict=True)
+        ]
+    mask = word.moments.mask
+    return Draw(
+        word.moments.mean[chosen] + word.moments.std[chosen] * posterior,
+        eps,
+        (parts * timesteps).long().clamp(max=timesteps - 1),
+        None if mask is None else mask[chosen],
+        prompts,
+    )
+
+
+def _prepare(word: Word, recipe: Recipe, seed: int) -> None:
+    """Rows, random stream and optimiser at the start."""
+    word.generator.manual_seed(seed)
+    for name, initial in word.initial.items():
+        if initial.shape[0] != recipe.vectors:
+            raise UsageError(f"{word.token!r} starts from {initial.shape[0]} vectors, the recipe has {recipe.vectors}")
+        word.rows[name] = torch.nn.Parameter(initial.clone())
+        if recipe.per_image:
+            word.picture_rows[name] = torch.nn.Parameter(initial[:1].repeat(len(word.moments.mean), 1))
+    word.optimizer = torch.optim.AdamW(
+        [*word.rows.values(), *word.picture_rows.values()],
+        lr=recipe.learning_rate,
+        betas=recipe.betas,
+        weight_decay=recipe.weight_decay,
+        foreach=False,
+    )
+
+
+def noise_scheduler(config: Mapping[str, Any]) -> DDPMScheduler:
+    """The model's own noise schedule, whatever sampler its config was written for."""
+    keys = (
+        "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type",
+        "rescale_betas_zero_snr",
+    )  # fmt: skip
+    return DDPMScheduler(**{key: config[key] for key in keys if key in config})
+
+
+def prediction_target(
+    scheduler: DDPMScheduler, latents: torch.Tensor, eps: torch.Tensor, timesteps: torch.Tensor
+) -> torch.Tensor:
+    """What the UNet is asked for: eps, v (Salimans and Ho 2022) or x0."""
+    kind = scheduler.config.prediction_type
+    if kind == "epsilon":
+        return eps
+    if kind == "v_prediction":
+        return scheduler.get_velocity(latents, eps, timesteps)
+    if kind == "sample":
+        return latents
+    raise UsageError(f"the model predicts {kind!r}: epsilon, v_prediction and sample can be learned with")
+
+
+def min_snr_weights(scheduler: DDPMScheduler, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
+    """min(SNR, gamma) as the weight of the x0 error (Hang et al., arXiv 2303.09556), for each prediction."""
+    alphas = scheduler.alphas_cumprod[timesteps]
+    snr = alphas / (1 - alphas)
+    clipped = snr.clamp(max=gamma)
+    return {"epsilon": clipped / snr, "v_prediction": clipped / (snr + 1), "sample": clipped}[
+        scheduler.config.prediction_type
+    ]
+
+
+def learning_rate_at(recipe: Recipe, step: int) -> float:
+    """The rate of optimiser step `step` (the first is 0): linear warm-up, then constant or half a cosine down to 0."""
+    rate = recipe.learning_rate * min(1.0, (step + 1) / (recipe.warmup + 1))
+    if recipe.rate is Rate.CONSTANT:
+        return rate
+    return rate * 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
+
+
+def with_norm(rows: torch.Tensor, norm: Norm, target: float, rate: float) -> torch.Tensor:
+    """`rows` [n, D] with their lengths free, set to `target`, or pulled there by 100 x rate, at most all the way.
+
+    The pull is cloneofsimo's (lora, `ti_train`), the target the vocabulary's median (OneTrainer).
+    """
+    if norm is Norm.FREE:
+        return rows
+    length = rows.norm(dim=-1, keepdim=True).clamp(min=1e-8)
+    pull = 1.0 if norm is Norm.FIXED else min(1.0, 100 * rate)
+    return rows / length * (length + pull * (target - length))
+
+
+def vocabulary_norm(table: torch.Tensor) -> float:
+    """The median length of the vocabulary's rows [V, D]."""
+    return float(table.float().norm(dim=-1).median())
+
+
+def distance_to_start(word: Word) -> torch.Tensor:
+    """Mean squared distance of the word's rows to where they started, summed over its encoders."""
+    return torch.stack([(rows - word.initial[name]).square().sum(-1).mean() for name, rows in word.rows.items()]).sum()
+
+
+def compute_dtype(compute: Compute) -> torch.dtype:
+    """bf16 where it was asked for, or where this processor multiplies it natively."""
+    if compute is Compute.AUTO:
+        return torch.bfloat16 if has_fast_bf16() else torch.float32
+    return torch.bfloat16 if compute is Compute.BF16 else torch.float32
+
+
+def has_fast_bf16() -> bool:
+    """Whether this processor has bf16 products (AVX512-BF16 or AMX)."""
+    capability = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(capability.get("avx512_bf16") or capability.get("amx_bf16"))

@@ -1,0 +1,183 @@
+"""The pictures a word is learned from: read, turned upright, cut to the model's size, and encoded once.
+
+A folder's pictures are its files with a picture's ending, by name; `name.txt` beside `name.png` is its caption and
+`name.mask.png` (or alpha) says which part of it counts. Other files are left alone. Nothing here learns or draws noise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image, ImageOps
+
+from oneword.engines.errors import FileError, UsageError
+from oneword.export.modules import VaeEncoder
+
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+MAX_PIXELS = 120_000_000  # what a picture may claim to hold: 360 MB decoded
+MIN_SIDE = 16
+MASK_ENDING = ".mask.png"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture at the model's size: `pixels` [H, W, 3] uint8 and `mask` [H, W] float32, 0 to 1, if any.
+
+    `digest` is the sha256 of the files it was read from; `caption` is the text of `name.txt`, stripped.
+    """
+
+    path: Path
+    pixels: np.ndarray
+    mask: np.ndarray | None
+    caption: str | None
+    digest: str
+
+
+@dataclass(frozen=True)
+class Moments:
+    """The VAE's posterior of each picture, `mean` and `std` [P, C, h, w] float32, scaled and shifted for the UNet.
+
+    `mask` [P, 1, h, w] float32 weighs the loss; None where all counts.
+    """
+
+    mean: torch.Tensor
+    std: torch.Tensor
+    mask: torch.Tensor | None
+
+
+def read_pictures(folder: Path, size: int) -> list[Picture]:
+    """Every picture of `folder`, by name, cut to `size` x `size`.
+
+    Raises `UsageError` without a folder or without a picture in it, `FileError` naming a file that cannot be used.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is not a folder: give one that holds the word's pictures (three to five are usual)")
+    paths = [
+        path
+        for path in sorted(folder.iterdir())
+        if path.suffix.lower() in ENDINGS and not path.name.startswith(".") and not path.name.endswith(MASK_ENDING)
+    ]
+    if not paths:
+        raise UsageError(f"{folder} holds no picture: put three to five in it ({', '.join(ENDINGS)})")
+    return [read_picture(path, size) for path in paths]
+
+
+def read_picture(path: Path, size: int) -> Picture:
+    """One picture with its caption and mask; errors as `read_pictures`."""
+    image = _open(path)
+    colours, alpha = _as_rgb(image)
+    mask_path = path.with_name(path.stem + MASK_ENDING)
+    caption_path = path.with_suffix(".txt")
+    files = [file for file in (path, mask_path, caption_path) if file.is_file()]
+    mask = alpha
+    if mask_path in files:
+        mask = _open(mask_path).convert("L")
+        if mask.size != colours.size:
+            sizes = f"{mask.width}x{mask.height}, its picture {colours.width}x{colours.height}"
+            raise FileError(f"{mask_path} is {sizes}: give the mask its picture's size")
+    return Picture(
+        path,
+        np.asarray(_cut(colours, size)),
+        None if mask is None else np.asarray(_cut(mask, size), np.float32) / 255,
+        _read_caption(caption_path) if caption_path in files else None,
+        hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest(),
+    )
+
+
+def _open(path: Path) -> Image.Image:
+    """Decoded (an animation's first frame) and upright, or a one-line error that names the file."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path) as image:
+                size = f"{image.width}x{image.height}"
+                if image.width * image.height > MAX_PIXELS:
+                    raise FileError(f"{path} claims {size} pixels, at most {MAX_PIXELS:,} are read: make it smaller")
+                if min(image.size) < MIN_SIDE:
+                    raise FileError(
+                        f"{path} is {size}: too small to learn from, give at least {MIN_SIDE} pixels a side"
+                    )
+                image.load()
+                return ImageOps.exif_transpose(image)
+    except Image.DecompressionBombError as error:
+        raise FileError(f"{path} claims more pixels than are read (at most {MAX_PIXELS:,}): make it smaller") from error
+    except Image.UnidentifiedImageError as error:
+        raise FileError(f"{path} is not a picture, whatever its name says: take it out of the folder") from error
+    except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow's decoders raise on damaged files
+        raise FileError(f"{path} cannot be read as a picture ({error}): save it anew or take it out") from error
+
+
+def _as_rgb(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    """RGB over white, and the alpha where any of it is not opaque."""
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        values = np.asarray(image).astype(np.float32)
+        top = 65535 if values.max() > 255 else 255
+        return Image.fromarray(np.clip(values * (255 / top) + 0.5, 0, 255).astype(np.uint8)).convert("RGB"), None
+    if not image.has_transparency_data:
+        return image.convert("RGB"), None
+    layered = image.convert("RGBA")
+    alpha = layered.getchannel("A")
+    white = Image.new("RGBA", layered.size, "white")
+    colours = Image.alpha_composite(white, layered).convert("RGB")
+    return colours, None if alpha.getextrema()[0] == 255 else alpha
+
+
+def _cut(image: Image.Image, size: int) -> Image.Image:
+    """The largest centred square, resized as the paper's code does (bicubic, antialiased)."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+
+
+def _read_caption(path: Path) -> str:
+    try:
+        return " ".join(path.read_text(encoding="utf-8").split())
+    except UnicodeDecodeError as error:
+        raise FileError(f"{path} is not UTF-8 text: save it as such") from error
+
+
+@torch.no_grad()
+def encode_moments(vae: AutoencoderKL, pictures: Sequence[Picture], *, flip: bool = False) -> Moments:
+    """The pictures' posteriors, once for the whole run; with `flip` the mirrored pictures follow.
+
+    A latent is `mean + std * eps`: the VAE's scaling factor and shift are already in both.
+    """
+    pixels = np.stack([picture.pixels for picture in pictures])
+    masks = None
+    if any(picture.mask is not None for picture in pictures):
+        masks = np.stack([_opaque(picture) if picture.mask is None else picture.mask for picture in pictures])
+    if flip:
+        pixels = np.concatenate([pixels, pixels[:, :, ::-1]])
+        masks = None if masks is None else np.concatenate([masks, masks[:, :, ::-1]])
+    encoder = VaeEncoder(vae)
+    encoded = [encoder(torch.from_numpy(image.copy())[None]) for image in pixels]
+    mean, std = (torch.cat(parts) for parts in list(zip(*encoded, strict=True))[:2])
+    mask = None
+    if masks is not None:
+        mask = torch.nn.functional.interpolate(torch.from_numpy(masks)[:, None], mean.shape[-2:], mode="area")
+    return Moments(mean, std, mask)
+
+
+def _opaque(picture: Picture) -> np.ndarray:
+    return np.ones(picture.pixels.shape[:2], np.float32)
+
+
+def near_duplicates(pictures: Sequence[Picture]) -> list[tuple[Path, Path]]:
+    """Pairs that differ, shrunk to 16x16, by less than two grey levels: one picture twice teaches nothing new."""
+    small = [
+        np.asarray(Image.fromarray(picture.pixels).resize((16, 16), Image.Resampling.BOX), np.float32)
+        for picture in pictures
+    ]
+    return [
+        (pictures[i].path, pictures[j].path)
+        for i in range(len(pictures))
+        for j in range(i + 1, len(pictures))
+        if np.abs(small[i] - small[j]).mean() < 2
+    ]
