@@ -1,0 +1,141 @@
+"""The miniature's world: what it promises about its words, its pictures and its captions."""
+
+import numpy as np
+import pytest
+
+from oneword.engines.errors import UsageError
+from oneword.train.miniature import judge, world
+from oneword.train.miniature.words import LENGTH, make_tokenizer
+from oneword.train.miniature.world import Look, Scene, Thing
+
+RED_CIRCLE = Look("circle", "red", "white", "plain")
+
+
+def _scenes(count: int, seed: int = 0) -> list[Scene]:
+    rng = np.random.default_rng(seed)
+    return [world.sample_scene(rng) for _ in range(count)]
+
+
+def test_the_world_is_as_large_as_promised() -> None:
+    assert len(world.SHAPES) >= 12
+    assert len(world.COLOURS) >= 12
+    assert len(world.PATTERNS) >= 4
+    assert len(world.MEDIA) >= 4
+    assert len(world.NOUNS) >= 300
+    assert len(world.STYLES) >= 60
+    assert len(set(world.HELD_OUT_LOOKS)) == 12
+    assert len(world.HELD_OUT_STYLES) == 6
+
+
+def test_the_training_set_never_shows_a_held_out_look_or_style() -> None:
+    scenes = _scenes(20_000)
+    looks = {thing.look for scene in scenes for thing in scene.things}
+    assert looks.isdisjoint(world.HELD_OUT_LOOKS)
+    assert {scene.style for scene in scenes}.isdisjoint(world.HELD_OUT_STYLES)
+    assert not set(world.NOUNS.values()) & set(world.HELD_OUT_LOOKS)
+
+
+def test_a_quarter_of_the_scenes_has_two_things_and_one_noun_is_biased() -> None:
+    scenes = _scenes(20_000)
+    assert np.mean([len(scene.things) == 2 for scene in scenes]) == pytest.approx(0.25, abs=0.02)
+    rng = np.random.default_rng(1)
+    colours = [world.biased_thing(rng).look.colour for _ in range(2_000)]
+    assert colours.count("red") / 2_000 == pytest.approx(0.9, abs=0.03)
+
+
+def test_the_same_scene_and_seed_give_the_same_picture() -> None:
+    scene = _scenes(1)[0]
+    first, words = world.render(scene, 7)
+    again, _ = world.render(scene, 7)
+    other, _ = world.render(scene, 8)
+    assert first.shape == (64, 64, 3)
+    assert first.dtype == np.uint8
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first.astype(int) - other.astype(int)).max() > 10
+    assert words == world.caption(scene)
+
+
+def test_captions_read_as_written_by_hand() -> None:
+    blue_dots = Look("star", "red", "blue", "dots")
+    green_base = Look("arrow", "orange", "green", "base")
+    assert world.caption(Scene((Thing(RED_CIRCLE),), "snow")) == "a photo of a red circle in the snow"
+    assert world.caption(Scene((Thing(blue_dots), Thing(green_base)), "night", "icon")) == (
+        "an icon of a red star with blue dots and an orange arrow with a green base at night"
+    )
+    style, noun = next(iter(world.STYLES)), next(iter(world.NOUNS))
+    assert world.caption(Scene((Thing(world.NOUNS[noun], noun),), "sea", None, style)) == (
+        f"a {noun} by the sea in the style of {style}"
+    )
+
+
+def test_an_unshaded_object_has_exactly_the_colour_of_its_name() -> None:
+    for name, rgb in world.COLOURS.items():
+        scene = Scene(
+            (Thing(Look("square", name, "white" if name != "white" else "black", "plain")),), "studio", "icon"
+        )
+        centre = world.render(scene, 3)[0][30:36, 29:35].reshape(-1, 3)
+        expected = np.broadcast_to(np.array(rgb) * 255, centre.shape)
+        np.testing.assert_allclose(centre, expected, atol=1)  # rounding
+
+
+def test_the_area_of_a_circle_is_what_its_radius_says() -> None:
+    """The circle's distance function has radius 0.88 of a drawn radius between 16 and 21 pixels."""
+    flat = world.Style()
+    scene = Scene((Thing(RED_CIRCLE),), "studio", None, flat)
+    areas = []
+    for seed in range(40):
+        image = world.render(scene, seed)[0].astype(int)
+        areas.append((image[..., 0] - image[..., 1] > 90).sum())
+    radii = np.sqrt(np.array(areas) / np.pi) / 0.88
+    assert radii.min() > 15.8
+    assert radii.max() < 21.2
+
+
+def test_unknown_words_are_refused_with_the_known_ones() -> None:
+    with pytest.raises(UsageError, match="unknown shape 'blob': the world has circle, square"):
+        Look("blob", "red", "white", "plain")
+    with pytest.raises(UsageError, match="unknown background 'moon'"):
+        Scene((Thing(RED_CIRCLE),), "moon")
+    with pytest.raises(UsageError, match="a scene of 3 things"):
+        Scene((Thing(RED_CIRCLE),) * 3, "snow")
+    with pytest.raises(UsageError, match="set medium=None"):
+        Scene((Thing(RED_CIRCLE),), "snow", "photo", next(iter(world.STYLES)))
+
+
+def test_every_word_of_the_world_is_one_token() -> None:
+    tokens = make_tokenizer()
+    for word in world.vocabulary():
+        assert len(tokens(word).input_ids) == 3, word
+
+
+def test_every_caption_fits_the_text_encoder() -> None:
+    tokens = make_tokenizer()
+    rng = np.random.default_rng(5)
+    captions = [world.caption(scene) for scene in _scenes(500)] + [world.paraphrase(s, rng) for s in _scenes(500)]
+    assert max(len(tokens(words).input_ids) for words in captions) <= LENGTH
+    unknown = {word for words in captions for word in words.replace("-", " - ").split()} - set(world.vocabulary())
+    assert not unknown
+
+
+def test_a_claim_is_true_of_the_scene_it_was_taken_from_and_false_where_a_value_differs() -> None:
+    rng = np.random.default_rng(2)
+    for scene in _scenes(500):
+        assert judge.sample_claim(scene, rng).holds(scene)
+    red = Scene((Thing(RED_CIRCLE),), "snow")
+    blue = Scene((Thing(Look("circle", "blue", "white", "plain")),), "snow")
+    claim = judge.Claim((None, "red", None, None), None, None, "snow", None)
+    assert claim.words == "a red object in the snow"
+    assert claim.holds(red)
+    assert not claim.holds(blue)
+    assert not judge.Claim((None, None, None, None), None, "icon", None, None).holds(red)
+
+
+def test_the_contrastive_loss_is_clips_where_each_picture_has_one_true_caption() -> None:
+    """Expected value: the symmetric cross-entropy of Radford et al. (2021), written out."""
+    torch = pytest.importorskip("torch")
+    logits = torch.tensor([[2.0, 0.5], [-1.0, 1.0]])
+    expected = (
+        torch.nn.functional.cross_entropy(logits, torch.arange(2))
+        + torch.nn.functional.cross_entropy(logits.T, torch.arange(2))
+    ) / 2
+    torch.testing.assert_close(judge.contrastive_loss(logits, torch.eye(2, dtype=torch.bool)), expected)

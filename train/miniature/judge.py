@@ -1,0 +1,116 @@
+"""What is true of a picture: captions that say a part of a scene, and the contrastive loss that knows which are true.
+
+Used to train the miniature's judge, a small CLIPModel, and to ask it questions (`QUESTIONS`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import CLIPTokenizer
+
+from oneword.train.miniature import world
+from oneword.train.miniature.words import LENGTH
+
+#: The attributes the judge is asked for, and the caption that says each value.
+QUESTIONS: dict[str, dict[str, str]] = {
+    "shape": {name: f"a {name}" for name in world.SHAPES},
+    "colour": {name: f"a {name} object" for name in world.COLOURS},
+    "background": {name: f"an object {background.phrase}" for name, background in world.BACKGROUNDS.items()},
+    "medium": {name: f"a {name} of an object" for name in world.MEDIA},
+    "pattern": {
+        "plain": "a plain object",
+        "stripes": "an object with stripes",
+        "dots": "an object with dots",
+        "base": "an object with a base",
+    },
+}
+
+_PARTS = ("shape", "colour", "second_colour", "pattern")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a caption says: values a thing must have (None: unsaid), and the scene's medium, background and style."""
+
+    look: tuple[str | None, ...]
+    name: str | None
+    medium: str | None
+    background: str | None
+    style: str | None
+
+    def holds(self, scene: world.Scene) -> bool:
+        return (
+            (self.medium is None or self.medium == scene.medium)
+            and (self.background is None or self.background == scene.background)
+            and (self.style is None or self.style == scene.style)
+            and any(self._fits(thing) for thing in scene.things)
+        )
+
+    def _fits(self, thing: world.Thing) -> bool:
+        have = (thing.look.shape, thing.look.colour, thing.look.second_colour, thing.look.pattern)
+        if self.name is not None:
+            return world.NOUNS.get(self.name) == thing.look
+        plain = thing.look.pattern == "plain"
+        return all(
+            want is None or (want == value and not (plain and part == "second_colour"))
+            for part, want, value in zip(_PARTS, self.look, have, strict=True)
+        )
+
+    @property
+    def words(self) -> str:
+        shape, colour, second, pattern = self.look
+        thing = self.name or " ".join(filter(None, [colour, shape or "object"]))
+        if not self.name and pattern == "plain":
+            thing = f"plain {thing}"
+        elif not self.name and pattern:
+            article = "a " if pattern == "base" else ""
+            thing += f" with {article}{f'{second} ' if second else ''}{pattern}"
+        opening = f"a {self.medium} of a {thing}" if self.medium else f"a {thing}"
+        place = f" {world.BACKGROUNDS[self.background].phrase}" if self.background else ""
+        return opening + place + (f" in the style of {self.style}" if self.style else "")
+
+
+def sample_claim(scene: world.Scene, rng: np.random.Generator) -> Claim:
+    """A true claim about a scene, saying much or little."""
+    thing = scene.things[rng.integers(len(scene.things))]
+    look = thing.look
+    said = rng.random(6) < rng.choice([0.2, 0.5, 0.9])
+    name = thing.name if thing.name in world.NOUNS and rng.random() < 0.25 else None
+    pattern = look.pattern if said[3] else None
+    second = look.second_colour if pattern and pattern != "plain" and said[2] else None
+    return Claim(
+        (look.shape if said[0] else None, look.colour if said[1] else None, second, pattern),
+        name,
+        scene.medium if said[4] else None,
+        scene.background if said[5] else None,
+        scene.style if isinstance(scene.style, str) and said[4] else None,
+    )
+
+
+def sample_batch(rng: np.random.Generator, count: int, tokens: CLIPTokenizer) -> tuple[Tensor, Tensor, Tensor]:
+    """Pictures [B, 3, 64, 64], ids [B, 32], and which caption is true of which picture [B, B]."""
+    scenes = [world.sample_scene(rng) for _ in range(count)]
+    images = np.stack([world.render(scene, int(rng.integers(2**31)))[0] for scene in scenes])
+    claims = [sample_claim(scene, rng) for scene in scenes]
+    truth = torch.tensor([[claim.holds(scene) for claim in claims] for scene in scenes])
+    ids = tokens(
+        [claim.words for claim in claims], padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt"
+    ).input_ids
+    return pixels(images), ids, truth
+
+
+def pixels(images: np.ndarray) -> Tensor:
+    """uint8 [B, H, W, 3] -> the judge's input, [-1, 1] [B, 3, H, W]."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def contrastive_loss(logits: Tensor, truth: Tensor) -> Tensor:
+    """CLIP's symmetric loss with several right answers a row: cross-entropy to the uniform truth, [B, B] -> []."""
+    wanted = truth.float()
+    per_image = -(logits.log_softmax(1) * wanted / wanted.sum(1, keepdim=True)).sum(1).mean()
+    per_text = -(logits.log_softmax(0) * wanted / wanted.sum(0, keepdim=True)).sum(0).mean()
+    return (per_image + per_text) / 2
