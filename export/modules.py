@@ -43,6 +43,21 @@ class TextEncoder(nn.Module):
         """L: `layer` may be 1..L."""
         return len(self.layers)
 
+    @property
+    def max_length(self) -> int:
+        """The most tokens a row may have."""
+        return int(self.positions.weight.shape[0])
+
+    @property
+    def hidden_width(self) -> int:
+        """D of the hidden states."""
+        return int(self.norm.weight.shape[0])
+
+    @property
+    def pooled_width(self) -> int:
+        """P: the width of what pooling gives."""
+        return self.hidden_width if self.projection is None else int(self.projection.weight.shape[0])
+
     def forward(
         self,
         input_ids: Tensor,
@@ -205,14 +220,16 @@ def weigh_tokens(states: Tensor, weights: Tensor) -> Tensor:
     """A1111's emphasis: each token's state times its weight, then the row's mean restored; exactly nothing for ones.
 
     A1111 divides by a mean that may be near zero. Here the factor stays within what the weights themselves allow
-    (1/max .. 1/min, and at most 10), which it never leaves unless the mean all but cancels.
+    (1/max .. 1/min, and at most 10), and is 1 for rows whose mean is only what rounding left.
     """
     weighted = states * weights[:, :, None]
-    factor = states.mean(dim=(1, 2)) / weighted.mean(dim=(1, 2))
+    before, after = (x.detach().mean(dim=(1, 2)) for x in (states, weighted))  # learning: no gradient of 0 / 0
     smallest = 1 / weights.amax(dim=1).clamp(min=1)
-    largest = 1 / weights.amin(dim=1).clamp(min=0.1, max=1)
-    factor = torch.minimum(torch.maximum(factor, smallest), largest)
-    return weighted * factor[:, None, None]
+    largest = 1 / weights.amin(dim=1).clamp(min=0.1).clamp(max=1)
+    factor = torch.minimum(torch.maximum(before / after, smallest), largest)
+    rounding = 1e-3 * states.abs().mean(dim=(1, 2))
+    has_mean = torch.minimum(before.abs(), after.abs()) > rounding
+    return weighted * torch.where(has_mean, factor, 1.0)[:, None, None]
 
 
 def rescale_guidance(m: Tensor, m_cond: Tensor, rescale: Tensor) -> Tensor:
@@ -240,5 +257,3 @@ def finite(x: Tensor) -> Tensor:
 def latent_scale_and_shift(vae: AutoencoderKL | VQModel) -> tuple[float, float]:
     """What turns the VAE's latents into the sampler's: (z - shift) * scale."""
     return float(vae.config.scaling_factor), float(vae.config.get("shift_factor", None) or 0.0)
-
-

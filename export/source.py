@@ -75,7 +75,9 @@ def load_source(model: str | Path, dtype: torch.dtype = torch.float32) -> Source
     missing = {"unet", "scheduler"} - {*loaded, *(n for n in index if n == "scheduler")}
     vae = loaded.get("vae", loaded.get("vqvae"))
     encoders = {
-        "text_encoder" if n == "bert" else n: m for n, m in loaded.items() if n.startswith("text_encoder") or n == "bert"
+        "text_encoder" if n == "bert" else n: m
+        for n, m in loaded.items()
+        if n.startswith("text_encoder") or n == "bert"
     }
     if missing or vae is None or not encoders:
         raise UsageError(
@@ -113,7 +115,9 @@ def find_model(model: str) -> tuple[Path, str]:
             raise UsageError(f"{model} has no model_index.json: give a diffusers directory, a hub id, or 'miniature'")
         return path, ""
     if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", model):
-        raise UsageError(f"{model} is no directory and no hub id: give a diffusers directory, owner/name, or 'miniature'")
+        raise UsageError(
+            f"{model} is no directory and no hub id: give a diffusers directory, owner/name, or 'miniature'"
+        )
     return download(model)
 
 
@@ -123,7 +127,9 @@ def download(model: str) -> tuple[Path, str]:
     try:
         path = Path(snapshot_download(repo, revision=revision or None, allow_patterns=HUB_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as e:
-        raise FileError(f"{model} cannot be had from the hub ({first_line(e)}): give a local diffusers directory") from e
+        raise FileError(
+            f"{model} cannot be had from the hub ({first_line(e)}): give a local diffusers directory"
+        ) from e
     return path, path.name
 
 

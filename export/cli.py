@@ -1,0 +1,98 @@
+"""`ti-export MODEL BUNDLE`: a thin skin over export_bundle."""
+
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from oneword.engines.errors import OnewordError
+from oneword.engines.spec import Precision
+
+
+@click.command()
+@click.argument("model")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--precision",
+    type=click.Choice([p.value for p in Precision]),
+    default=Precision.FP32.value,
+    show_default=True,
+    help="What the networks compute in; the sampler's state stays float32.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output.")
+def command(model: str, bundle: Path, precision: str, as_json: bool) -> None:
+    """Compile MODEL, a diffusers directory, a hub id or the word `miniature`, into the folder BUNDLE.
+
+    Every graph is compared with PyTorch on fresh inputs before the bundle appears.
+    """
+    started = time.perf_counter()
+    console = Console(stderr=True)
+    silence_libraries()
+    from oneword.export.write import export_bundle  # torch: after --help has been answered
+
+    with console.status(f"exporting {model}") as status:
+
+        def report(message: str) -> None:
+            elapsed = time.perf_counter() - started
+            status.update(message)
+            console.print(f"[dim]{elapsed:6.1f} s[/dim]  {message}", highlight=False)
+
+        exported = export_bundle(model, bundle, precision=Precision(precision), report=report)
+    seconds = time.perf_counter() - started
+    for difference in exported.differences:
+        console.print(f"          {difference}", highlight=False)
+    for reason in exported.unchecked:
+        console.print(f"          not checked: {reason}", highlight=False)
+    if as_json:
+        print(json.dumps(summary(exported, seconds), indent=1))
+    else:
+        console.print(f"wrote {bundle} in {seconds:.1f} s", highlight=False)
+
+
+def summary(exported: Any, seconds: float) -> dict[str, object]:
+    """What `--json` prints."""
+    manifest = exported.bundle.manifest
+    return {
+        "bundle": str(exported.bundle.path),
+        "family": exported.family,
+        "source": {"id": manifest.source.id, "revision": manifest.source.revision, "digest": manifest.source.digest},
+        "graphs": {
+            name: {"files": list(graph.files), "digest": graph.digest, "precision": graph.precision.value}
+            for name, graph in manifest.graphs.items()
+        },
+        "differences": [
+            {"graph": d.graph, "output": d.output, "value": d.value, "unit": d.unit, "allowed": d.allowed}
+            for d in exported.differences
+        ],
+        "unchecked": list(exported.unchecked),
+        "seconds": round(seconds, 3),
+    }
+
+
+def silence_libraries() -> None:
+    """What the libraries say about themselves is no news to the user; their errors are raised."""
+    for name in ("transformers", "diffusers", "huggingface_hub", "torch.utils._sympy"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def main() -> None:
+    """The console script: 0 done, 2 wrong usage, 1 anything else that can be named."""
+    try:
+        sys.exit(command.main(prog_name="ti-export", standalone_mode=False))
+    except click.ClickException as error:
+        message, code = error.format_message(), error.exit_code
+    except click.Abort:
+        message, code = "stopped", 130
+    except OnewordError as error:
+        message, code = str(error), error.exit_code
+    print(f"ti-export: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""The torch modules behind the Engine protocol: what compiled graphs are compared with, and previews while training."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+from oneword.engines.engine import Array, HostArray, NumpyArray, check_feeds, check_shapes, numpy_dtype
+from oneword.engines.errors import EngineError
+from oneword.engines.spec import TensorSpec
+from oneword.export.families import Traceable
+from oneword.export.source import first_line
+from oneword.export.trace import to_torch
+
+
+class EagerEngine:
+    """One graph's torch module, run as it is."""
+
+    def __init__(self, graph: Traceable) -> None:
+        self.graph = graph
+        self.name = graph.name
+        self.backend = f"eager {torch.__version__} cpu {graph.precision}"
+        self.inputs: Mapping[str, TensorSpec] = {spec.name: spec for spec in graph.inputs}
+        self.outputs: Mapping[str, TensorSpec] = {spec.name: spec for spec in graph.outputs}
+
+    def bind(
+        self, shapes: Mapping[str, Sequence[int]], arrays: Mapping[str, NumpyArray] | None = None
+    ) -> "EagerBinding":
+        """See Engine.bind; shapes of outputs are not needed here."""
+        arrays = arrays or {}
+        given = {n: tuple(s) for n, s in shapes.items() if n in self.inputs} | {n: a.shape for n, a in arrays.items()}
+        _, all_shapes = check_shapes(self.name, self.inputs, given)
+        inputs = {
+            name: arrays[name] if name in arrays else np.zeros(shape, numpy_dtype(self.inputs[name].dtype))
+            for name, shape in all_shapes.items()
+        }
+        return EagerBinding(self, inputs)
+
+    def run(self, feeds: Mapping[str, NumpyArray]) -> dict[str, NumpyArray]:
+        """See Engine.run."""
+        shapes = check_feeds(self.name, self.inputs, feeds)
+        missing = {n: np.zeros(shapes[n], numpy_dtype(self.inputs[n].dtype)) for n in shapes.keys() - feeds.keys()}
+        tensors = to_torch(self.graph.inputs, {**feeds, **missing})
+        try:
+            with torch.no_grad():
+                values = self.graph.module(*tensors.values())
+        except RuntimeError as error:
+            raise EngineError(f"graph {self.name!r} failed: {first_line(error)}") from error
+        return {name: np.ascontiguousarray(value.numpy()) for name, value in zip(self.outputs, values, strict=True)}
+
+
+class EagerBinding:
+    """A module with its inputs held; outputs are there after the first run."""
+
+    def __init__(self, engine: EagerEngine, inputs: Mapping[str, NumpyArray]) -> None:
+        self.engine = engine
+        self.inputs: Mapping[str, Array] = {name: HostArray(value) for name, value in inputs.items()}
+        self.outputs: Mapping[str, Array] = {}
+
+    def run(self, stream: int | None = None) -> None:
+        """See Binding.run."""
+        values = self.engine.run({name: value.numpy() for name, value in self.inputs.items()})
+        if not self.outputs:
+            self.outputs = {name: HostArray(value) for name, value in values.items()}
+        for name, value in values.items():
+            self.outputs[name].write(..., value)

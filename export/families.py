@@ -1,0 +1,284 @@
+"""Families of models: which components become which graphs, and what the manifest says of them.
+
+A family is one function from a loaded Source to an Exportable, listed in FAMILIES under the pipelines that are of it.
+Nothing below this floor knows a family's name.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from oneword.engines.bundle import Conditioning, Defaults, Encoder, MissingNegative, TokenizerKind, Vae
+from oneword.engines.errors import UsageError
+from oneword.engines.spec import DType, Owner, Precision, TensorSpec
+from oneword.export.modules import (
+    SCHEDULE_COLUMNS,
+    DenoiseStep,
+    TextEncoder,
+    VaeDecoder,
+    VaeEncoder,
+    latent_scale_and_shift,
+)
+from oneword.export.source import Source
+
+TORCH_DTYPES = {Precision.FP32: torch.float32, Precision.FP16: torch.float16, Precision.BF16: torch.bfloat16}
+TIME_IDS = ("original_height", "original_width", "crop_top", "crop_left", "target_height", "target_width")
+SAMPLERS = {
+    "DDPMScheduler": "ddpm",
+    "EulerDiscreteScheduler": "euler",
+    "EulerAncestralDiscreteScheduler": "euler-a",
+    "DPMSolverMultistepScheduler": "dpmpp-2m",
+    "LCMScheduler": "lcm",
+}
+
+
+@dataclass(frozen=True)
+class Traceable:
+    """One graph before it is traced: a module, and what goes in and out of it, in order."""
+
+    name: str
+    module: nn.Module
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    limits: Mapping[str, int]
+    """Exclusive upper bounds of index inputs that no axis bounds, and sizes of axes the weights fix (`V`, `T` at most)."""
+
+    @property
+    def precision(self) -> Precision:
+        """What the network computes in: the dtype of its weights."""
+        dtype = next(p.dtype for p in self.module.parameters())
+        return next(precision for precision, d in TORCH_DTYPES.items() if d == dtype)
+
+
+@dataclass(frozen=True)
+class Exportable:
+    """A model of a known family, ready to be traced."""
+
+    family: str
+    graphs: tuple[Traceable, ...]
+    encoders: tuple[Encoder, ...]
+    tables: Mapping[str, torch.Tensor]
+    conditioning: Conditioning
+    vae: Vae
+    defaults: Defaults
+
+
+def family_of(source: Source) -> Exportable:
+    """The source as its family sees it. Raises UsageError naming what the runtime cannot do."""
+    families = {pipeline: family for family in FAMILIES for pipeline in FAMILIES[family]}
+    if source.pipeline not in families:
+        raise UsageError(
+            f"{source.model} is a {source.pipeline or 'model of no pipeline'}; known are {', '.join(families)}"
+        )
+    refuse_what_the_runtime_cannot_do(source)
+    return families[source.pipeline](source)
+
+
+def stable_diffusion(source: Source) -> Exportable:
+    """Stable Diffusion 1.x and 2.x (arXiv 2112.10752): one CLIP text encoder, its last state normed."""
+    encoder = TextEncoder(source.text_encoders["text_encoder"])
+    return assemble(
+        source,
+        "stable-diffusion",
+        {"text_encoder": encoder},
+        Conditioning(context=("text_encoder",)),
+        guidance_scale=7.5,
+    )
+
+
+def stable_diffusion_xl(source: Source) -> Exportable:
+    """SDXL (arXiv 2307.01952): two CLIP encoders side by side, last state but one, no norm; the second also pools."""
+    encoders = {
+        "text_encoder": TextEncoder(source.text_encoders["text_encoder"], final_norm=False),
+        "text_encoder_2": TextEncoder(source.text_encoders["text_encoder_2"], final_norm=False, pools=True),
+    }
+    zeros = bool(source.model_index.get("force_zeros_for_empty_prompt", True))
+    conditioning = Conditioning(
+        context=("text_encoder", "text_encoder_2"),
+        missing_negative=MissingNegative.ZEROS if zeros else MissingNegative.EMPTY,
+        pooled="text_encoder_2",
+        time_ids=TIME_IDS,
+    )
+    return assemble(source, "stable-diffusion-xl", encoders, conditioning, guidance_scale=5.0, skipped_layers=1)
+
+
+FAMILIES: dict[Callable[[Source], Exportable], tuple[str, ...]] = {
+    stable_diffusion: ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline"),
+    stable_diffusion_xl: ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline"),
+}
+
+
+def assemble(
+    source: Source,
+    family: str,
+    encoders: Mapping[str, TextEncoder],
+    conditioning: Conditioning,
+    guidance_scale: float,
+    skipped_layers: int = 0,
+) -> Exportable:
+    """What all families share: encoders, denoise step and VAE as graphs, and the facts about them."""
+    factor = 2 ** (len(source.vae.config.block_out_channels) - 1)
+    scale, shift = latent_scale_and_shift(source.vae)
+    size = int(source.unet.config.sample_size) * factor
+    return Exportable(
+        family=family,
+        graphs=(
+            *(encoder_graph(name, encoder) for name, encoder in encoders.items()),
+            denoise_graph(source, conditioning, encoders),
+            *vae_graphs(source),
+        ),
+        encoders=tuple(encoder_facts(source, n, e, e.num_layers - skipped_layers) for n, e in encoders.items()),
+        tables={name: encoder.table for name, encoder in encoders.items()},
+        conditioning=conditioning,
+        vae=Vae(scale=scale, shift=shift, factor=factor, latent_channels=int(source.vae.config.latent_channels)),
+        defaults=Defaults(
+            width=size,
+            height=size,
+            guidance_scale=guidance_scale,
+            sampler=SAMPLERS.get(str(source.scheduler_config.get("_class_name")), "ddim"),
+        ),
+    )
+
+
+def encoder_graph(name: str, encoder: TextEncoder) -> Traceable:
+    """A text encoder with its embedding table as an input."""
+    vocab_size, width = encoder.table.shape
+    table = {torch.float32: DType.FLOAT32, torch.float16: DType.FLOAT16, torch.bfloat16: DType.BFLOAT16}[encoder.dtype]
+    inputs = [
+        TensorSpec("input_ids", DType.INT64, ("B", "T")),
+        TensorSpec("embedding_table", table, ("V", width), owner=Owner.MODEL),
+        TensorSpec("token_weights", DType.FLOAT32, ("B", "T")),
+        TensorSpec("layer", DType.INT64, ("B",)),
+    ]
+    outputs = [TensorSpec("hidden_states", DType.FLOAT32, ("B", "T", encoder.hidden_width))]
+    if encoder.pools:
+        inputs.append(TensorSpec("eos_index", DType.INT64, ("B",)))
+        outputs.append(TensorSpec("pooled", DType.FLOAT32, ("B", encoder.pooled_width)))
+    limits = {"V": vocab_size, "T": encoder.max_length, "layer": encoder.num_layers + 1}
+    return Traceable(name, encoder, tuple(inputs), (*outputs, FINITE), limits)
+
+
+def denoise_graph(source: Source, conditioning: Conditioning, encoders: Mapping[str, TextEncoder]) -> Traceable:
+    """The denoise step, with SDXL's two inputs where the family pools."""
+    channels = int(source.unet.config.in_channels)
+    latents = ("B", channels, "h", "w")
+    width = sum(encoders[name].hidden_width for name in conditioning.context)
+    inputs = [
+        TensorSpec("sample", DType.FLOAT32, latents),
+        TensorSpec("previous", DType.FLOAT32, latents),
+        TensorSpec("noise", DType.FLOAT32, latents),
+        TensorSpec("known", DType.FLOAT32, latents),
+        TensorSpec("known_noise", DType.FLOAT32, latents),
+        TensorSpec("mask", DType.FLOAT32, ("B", 1, "h", "w")),
+        TensorSpec("schedule", DType.FLOAT32, ("B", len(SCHEDULE_COLUMNS))),
+        TensorSpec("branch_row", DType.INT64, ("N",), owner=Owner.BRANCH),
+        TensorSpec("branch_context", DType.INT64, ("N",), owner=Owner.BRANCH),
+        TensorSpec("uncond_branch", DType.INT64, ("B",)),
+        TensorSpec("cond_branch", DType.INT64, ("B",)),
+        TensorSpec("context", DType.FLOAT32, ("M", "T", width), owner=Owner.CONTEXT),
+    ]
+    if conditioning.pooled:
+        pooled_width = encoders[conditioning.pooled].pooled_width
+        inputs.append(TensorSpec("pooled", DType.FLOAT32, ("M", pooled_width), owner=Owner.CONTEXT))
+        inputs.append(TensorSpec("time_ids", DType.FLOAT32, ("M", len(conditioning.time_ids)), owner=Owner.CONTEXT))
+    outputs = (
+        TensorSpec("next_sample", DType.FLOAT32, latents),
+        TensorSpec("denoised", DType.FLOAT32, latents),
+        FINITE,
+    )
+    return Traceable("denoise_step", DenoiseStep(source.unet), tuple(inputs), outputs, {})
+
+
+def vae_graphs(source: Source) -> tuple[Traceable, ...]:
+    """Decoder, and encoder where the autoencoder has a posterior."""
+    channels = int(source.vae.config.latent_channels)
+    latents, pixels = ("B", channels, "h", "w"), ("B", "H", "W", 3)
+    factor = 2 ** (len(source.vae.config.block_out_channels) - 1)
+    decoder = Traceable(
+        "vae_decoder",
+        VaeDecoder(source.vae),
+        (TensorSpec("latents", DType.FLOAT32, latents),),
+        (TensorSpec("images", DType.UINT8, pixels), FINITE),
+        {"factor": factor},
+    )
+    if not hasattr(source.vae.config, "scaling_factor") or type(source.vae).__name__ == "VQModel":
+        return (decoder,)
+    encoder = Traceable(
+        "vae_encoder",
+        VaeEncoder(source.vae),
+        (TensorSpec("images", DType.UINT8, pixels),),
+        (TensorSpec("mean", DType.FLOAT32, latents), TensorSpec("std", DType.FLOAT32, latents), FINITE),
+        {"factor": factor},
+    )
+    return decoder, encoder
+
+
+FINITE = TensorSpec("finite", DType.BOOL, ("B",))
+
+
+def encoder_facts(source: Source, name: str, encoder: TextEncoder, default_layer: int) -> Encoder:
+    """What the manifest says of one encoder."""
+    tokenizer = source.tokenizers[name]
+    vocab_size, width = encoder.table.shape
+    kind = TokenizerKind.WORDPIECE if "Bert" in type(tokenizer).__name__ else TokenizerKind.CLIP
+    wordpiece = kind is TokenizerKind.WORDPIECE
+    bos, eos = (
+        (tokenizer.cls_token_id, tokenizer.sep_token_id)
+        if wordpiece
+        else (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    )
+    if len(tokenizer) > vocab_size:
+        raise UsageError(
+            f"{name} has {vocab_size} rows and its tokenizer {len(tokenizer)} words: give a model whose files fit"
+        )
+    return Encoder(
+        graph=name,
+        table=f"{name.replace('text_encoder', 'embedding_table')}.safetensors",
+        tokenizer=name.replace("text_encoder", "tokenizer"),
+        tokenizer_kind=kind,
+        vocab_size=vocab_size,
+        width=width,
+        hidden_width=encoder.hidden_width,
+        length=min(int(tokenizer.model_max_length), encoder.max_length),
+        bos_id=bos,
+        eos_id=eos,
+        pad_id=tokenizer.pad_token_id,
+        layers=tuple(range(1, encoder.num_layers + 1)),
+        default_layer=default_layer,
+        pooled_width=encoder.pooled_width if encoder.pools else None,
+    )
+
+
+def refuse_what_the_runtime_cannot_do(source: Source) -> None:
+    """Raises UsageError naming the first setting that no graph or schedule of ours can express."""
+    scheduler, unet = source.scheduler_config, source.unet.config
+    channels = source.vae.config.latent_channels
+    problems: list[tuple[Any, str]] = [
+        (scheduler.get("thresholding"), "the scheduler thresholds (dynamic thresholding looks at every pixel)"),
+        (scheduler.get("clip_sample"), "the scheduler clips samples (clip_sample)"),
+        (
+            "beta_schedule" not in scheduler,
+            f"the scheduler is {scheduler.get('_class_name')}, which has no beta_schedule",
+        ),
+        (
+            scheduler.get("prediction_type", "epsilon") not in ("epsilon", "v_prediction", "sample"),
+            f"the scheduler predicts {scheduler.get('prediction_type')}",
+        ),
+        (unet.in_channels != channels, f"the UNet takes {unet.in_channels} channels and the VAE gives {channels}"),
+        (unet.out_channels != channels, f"the UNet gives {unet.out_channels} channels and the VAE takes {channels}"),
+        (unet.get("time_cond_proj_dim"), "the UNet wants timestep_cond (distilled guidance)"),
+        (unet.get("class_embed_type") or unet.get("num_class_embeds"), "the UNet wants class labels"),
+        (unet.get("encoder_hid_dim_type"), f"the UNet wants {unet.get('encoder_hid_dim_type')} for its context"),
+        (
+            unet.get("addition_embed_type") not in ((None, "text_time") if len(source.text_encoders) > 1 else (None,)),
+            f"the UNet wants added conditions of type {unet.get('addition_embed_type')}",
+        ),
+        (unet.get("center_input_sample"), "the UNet centres its input (center_input_sample)"),
+        (unet.get("attention_type", "default") != "default", f"the UNet's attention is {unet.get('attention_type')}"),
+    ]
+    for bad, what in problems:
+        if bad:
+            raise UsageError(f"{source.model}: {what}, which the runtime cannot do; give a plain text-to-image model")

@@ -1,0 +1,88 @@
+"""A compiled graph against its torch module, on fresh inputs of several shapes. References are made first, so that the
+module can be freed before the compiled graph is opened."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from oneword.engines.engine import Engine, NumpyArray
+from oneword.engines.errors import EngineError
+from oneword.engines.spec import DType, Precision
+from oneword.export.eager import EagerEngine
+from oneword.export.families import Traceable
+from oneword.export.trace import example_feeds
+
+# None is what was traced; odd sizes, one row and ragged branches are among them.
+SHAPES: tuple[Mapping[str, int], ...] = (
+    {"B": 1, "N": 2, "M": 2, "T": 77, "h": 8, "w": 8},
+    {"B": 2, "N": 4, "M": 3, "T": 16, "h": 9, "w": 15},
+    {"B": 4, "N": 5, "M": 2, "T": 5, "h": 17, "w": 16},
+)
+# Largest |difference| / largest |reference| of float outputs; of pictures the mean difference in levels.
+TOLERANCE = {Precision.FP32: 1e-3, Precision.FP16: 5e-2, Precision.BF16: 2e-1}
+PICTURE_TOLERANCE = {Precision.FP32: 0.05, Precision.FP16: 2.0, Precision.BF16: 8.0}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the torch module gives for some inputs."""
+
+    feeds: Mapping[str, NumpyArray]
+    outputs: Mapping[str, NumpyArray]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far one output of a compiled graph is from the module's, at the worst of the shapes.
+
+    Float outputs: largest |difference| / largest |reference|. Pictures: mean |difference| in levels of 255.
+    """
+
+    graph: str
+    output: str
+    value: float
+    unit: str
+    allowed: float
+
+    def __str__(self) -> str:
+        return f"{self.graph}.{self.output}: {self.value:.1e} {self.unit} (allowed {self.allowed:g})"
+
+
+def references(graph: Traceable, shapes: Sequence[Mapping[str, int]] = SHAPES) -> list[Reference]:
+    """Runs the module at every shape, seeds 1, 2, ...: never what it was traced with."""
+    eager = EagerEngine(graph)
+    feeds = [example_feeds(graph, sizes, seed) for seed, sizes in enumerate(shapes, start=1)]
+    return [Reference(f, eager.run(f)) for f in feeds]
+
+
+def compare(engine: Engine, cases: Iterable[Reference], precision: Precision) -> list[Difference]:
+    """The worst difference of each output over all cases. Raises EngineError where it is more than allowed."""
+    worst: dict[str, float] = {}
+    for case in cases:
+        outputs = engine.run(case.feeds)
+        for name, expected in case.outputs.items():
+            distance = difference(engine, name, outputs[name], expected)
+            worst[name] = max(worst.get(name, 0.0), distance)
+    differences = []
+    for name, value in worst.items():
+        picture = engine.outputs[name].dtype is DType.UINT8
+        allowed = 0.0 if name == "finite" else (PICTURE_TOLERANCE if picture else TOLERANCE)[precision]
+        found = Difference(engine.name, name, value, "levels" if picture else "relative", allowed)
+        if not value <= allowed:
+            raise EngineError(
+                f"{found}: the compiled graph is not the model (on {engine.backend}); try another precision"
+            )
+        differences.append(found)
+    return differences
+
+
+def difference(engine: Engine, name: str, actual: NumpyArray, expected: NumpyArray) -> float:
+    """The distance of one output, as Difference says; infinite where the shapes differ."""
+    if actual.shape != expected.shape:
+        return float("inf")
+    if engine.outputs[name].dtype is DType.UINT8:
+        return float(np.abs(actual.astype(np.float32) - expected.astype(np.float32)).mean())
+    if actual.dtype == np.bool_:
+        return float((actual != expected).any())
+    return float(np.abs(actual - expected).max() / max(float(np.abs(expected).max()), 1e-30))

@@ -1,0 +1,146 @@
+"""A torch module becomes an ONNX file: opset 20, every batch and size axis dynamic and named, then checked."""
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir
+import torch
+
+from oneword.engines.engine import NumpyArray, numpy_dtype
+from oneword.engines.errors import OnewordError
+from oneword.engines.spec import DType, TensorSpec
+from oneword.export.families import Traceable
+from oneword.export.source import first_line
+
+OPSET = 20
+EXAMPLE_SIZES = {"B": 3, "N": 5, "M": 4, "T": 7, "h": 12, "w": 10}  # none 0, 1, or equal to another
+
+
+def trace(graph: Traceable, folder: Path) -> tuple[str, ...]:
+    """Writes `<name>.onnx` (and its data file, if it is large) into `folder`; the files' names, the .onnx first."""
+    path = folder / f"{graph.name}.onnx"
+    examples = tuple(to_torch(graph.inputs, example_feeds(graph, EXAMPLE_SIZES, seed=0)).values())
+    try:
+        with quiet(), torch.no_grad():
+            program = torch.onnx.export(
+                graph.module,
+                examples,
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=[spec.name for spec in graph.inputs],
+                output_names=[spec.name for spec in graph.outputs],
+                dynamic_shapes=tuple(dynamic_axes(spec) for spec in graph.inputs),
+                optimize=True,
+                verbose=False,
+            )
+            assert program is not None  # it is, for dynamo=True
+            name_axes(program, graph)
+            program.save(str(path), external_data=large(graph))
+    except (RuntimeError, ValueError, TypeError, AssertionError) as e:
+        raise OnewordError(
+            f"{graph.name} cannot be traced to ONNX ({first_line(e)}): this model is not supported"
+        ) from e
+    onnx.checker.check_model(str(path), full_check=not large(graph))
+    return tuple(p.name for p in (path, path.with_name(path.name + ".data")) if p.exists())
+
+
+def large(graph: Traceable) -> bool:
+    """Whether the weights go to a data file, as they must above protobuf's 2 GB."""
+    return sum(p.numel() * p.element_size() for p in graph.module.parameters()) > 1 << 30
+
+
+def dynamic_axes(spec: TensorSpec) -> dict[int, object]:
+    """What torch.export is told of one input: its named axes are dynamic."""
+    return {
+        i: torch.export.Dim.DYNAMIC if isinstance(axis, str) else torch.export.Dim.STATIC
+        for i, axis in enumerate(spec.axes)
+    }
+
+
+def name_axes(program: torch.onnx.ONNXProgram, graph: Traceable) -> None:
+    """Gives the axes of inputs and outputs the manifest's names, for torch.export invents its own."""
+    model = program.model.graph
+    for values, specs in ((model.inputs, graph.inputs), (model.outputs, graph.outputs)):
+        for value, spec in zip(values, specs, strict=True):
+            value.shape = onnx_ir.Shape(spec.axes)
+    for node in model:
+        for value in node.outputs:
+            if not value.is_graph_output():
+                value.shape = None  # in the invented names; every reader infers them anew
+
+
+def example_feeds(graph: Traceable, sizes: Mapping[str, int], seed: int) -> dict[str, NumpyArray]:
+    """Random inputs at the given sizes of the axes (pictures are h and w times the VAE's factor); every index is valid."""
+    generator = np.random.default_rng(seed)
+    factor = graph.limits.get("factor", 1)
+    axes = {**sizes, "H": sizes["h"] * factor, "W": sizes["w"] * factor, "V": graph.limits.get("V", 0) + 3}
+    axes["T"] = min(axes["T"], graph.limits.get("T", axes["T"]))
+    return {spec.name: example(spec, axes, graph.limits, generator) for spec in graph.inputs}
+
+
+INDEXED_AXIS = {
+    "input_ids": "V",
+    "eos_index": "T",
+    "branch_row": "B",
+    "branch_context": "M",
+    "uncond_branch": "N",
+    "cond_branch": "N",
+}
+
+
+def example(
+    spec: TensorSpec, axes: Mapping[str, int], limits: Mapping[str, int], generator: np.random.Generator
+) -> NumpyArray:
+    """A random array for one input: indices within what they index, timesteps 0..999, everything else around 1."""
+    shape = tuple(axes[axis] if isinstance(axis, str) else axis for axis in spec.axes)
+    if spec.name == "layer":
+        return generator.integers(1, limits["layer"], shape)
+    if spec.dtype is DType.INT64:
+        return generator.integers(0, axes[INDEXED_AXIS[spec.name]], shape)
+    if spec.dtype is DType.UINT8:
+        return generator.integers(0, 256, shape, dtype=np.uint8)
+    values = generator.standard_normal(shape, dtype=np.float32)
+    match spec.name:
+        case "schedule":
+            values[:, 0] = generator.uniform(0, 999, shape[0])
+        case "mask":
+            values = generator.uniform(0, 1, shape).astype(np.float32)
+        case "token_weights":
+            values = generator.choice(np.float32([1, 1, 0.8, 1.2]), shape)
+        case "time_ids":
+            values = generator.choice(np.float32([0, 512, 1024]), shape)
+        case "embedding_table":
+            values *= np.float32(0.02)
+    if spec.dtype is DType.BFLOAT16:
+        return torch.from_numpy(values).to(torch.bfloat16).view(torch.uint16).numpy()
+    return values.astype(numpy_dtype(spec.dtype))
+
+
+def to_torch(specs: tuple[TensorSpec, ...], feeds: Mapping[str, NumpyArray]) -> dict[str, torch.Tensor]:
+    """Feeds as tensors, in the order of the specs; bfloat16 comes as its bits in uint16."""
+    tensors = {spec.name: torch.from_numpy(np.ascontiguousarray(feeds[spec.name])) for spec in specs}
+    return {
+        s.name: tensors[s.name].view(torch.bfloat16) if s.dtype is DType.BFLOAT16 else tensors[s.name] for s in specs
+    }
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps what torch.onnx says to itself while it works; its errors still come as exceptions."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

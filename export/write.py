@@ -1,0 +1,114 @@
+"""A source becomes a bundle on disk: graphs traced and checked one after another, tables and tokenizers beside them."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from oneword.engines.bundle import Bundle, Graph, Manifest, TokenizerKind, graph_digest, write_bundle
+from oneword.engines.bundle import Source as Provenance
+from oneword.engines.onnxruntime import OnnxRuntimeEngine
+from oneword.engines.spec import Precision
+from oneword.export.families import TORCH_DTYPES, Exportable, Traceable, family_of
+from oneword.export.parity import Difference, compare, references
+from oneword.export.source import Source, load_source
+from oneword.export.trace import trace
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A bundle and how far its graphs are from the torch modules."""
+
+    bundle: Bundle
+    family: str
+    differences: tuple[Difference, ...]
+    unchecked: tuple[str, ...]
+    """Graphs that the checking engine cannot run, each with the reason."""
+
+
+def export_bundle(
+    model: str | Path,
+    path: str | Path,
+    *,
+    precision: Precision = Precision.FP32,
+    report: Report = lambda message: None,
+) -> Exported:
+    """Exports `model` (see load_source) to a bundle at `path`, whole or not at all. `report` hears of every stage."""
+    report(f"loading {model}")
+    source = load_source(model, TORCH_DTYPES[precision])
+    exportable = family_of(source)
+    differences: list[Difference] = []
+    unchecked: list[str] = []
+
+    def fill(folder: Path) -> Manifest:
+        graphs = {}
+        for graph in exportable.graphs:
+            report(f"tracing {graph.name}")
+            graphs[graph.name] = write_graph(graph, folder)
+            report(f"checking {graph.name}")
+            differences.extend(check_graph(graph, folder / graphs[graph.name].files[0]))
+        report("writing tables and tokenizers")
+        write_encoders(source, exportable, folder)
+        return Manifest(
+            source=Provenance(
+                id=source.model if source.revision else source.path.name,
+                digest=source.digest,
+                revision=source.revision or None,
+            ),
+            graphs=graphs,
+            encoders=exportable.encoders,
+            conditioning=exportable.conditioning,
+            scheduler=dict(source.scheduler_config),
+            vae=exportable.vae,
+            defaults=exportable.defaults,
+        )
+
+    bundle = write_bundle(path, fill)
+    return Exported(bundle, exportable.family, tuple(differences), tuple(unchecked))
+
+
+def write_graph(graph: Traceable, folder: Path) -> Graph:
+    """Traces one graph into `folder` and describes it."""
+    files = trace(graph, folder)
+    return Graph(
+        files=files,
+        digest=graph_digest(folder, files),
+        precision=graph.precision,
+        inputs=graph.inputs,
+        outputs=graph.outputs,
+    )
+
+
+def check_graph(graph: Traceable, onnx_path: Path) -> list[Difference]:
+    """The graph in ONNX Runtime against its module. Raises EngineError where it is not the same."""
+    cases = references(graph)
+    engine = OnnxRuntimeEngine(graph.name, onnx_path, graph.inputs, graph.outputs, graph.precision)
+    return compare(engine, cases, graph.precision)
+
+
+def write_encoders(source: Source, exportable: Exportable, folder: Path) -> None:
+    """Every encoder's base table and its tokenizer's vocabulary."""
+    for encoder in exportable.encoders:
+        table = exportable.tables[encoder.graph].contiguous().clone()
+        save_file({"embedding_table": table}, folder / encoder.table)
+        write_tokenizer(source.tokenizers[encoder.graph], encoder.tokenizer_kind, folder / encoder.tokenizer)
+
+
+def write_tokenizer(tokenizer: Any, kind: TokenizerKind, folder: Path) -> None:
+    """vocab.json and merges.txt (CLIP) or vocab.txt (WordPiece), as the loaded tokenizer has them, and tokenizer.json."""
+    backend = tokenizer.backend_tokenizer
+    model = json.loads(backend.to_str())["model"]
+    words = sorted(model["vocab"], key=model["vocab"].__getitem__)
+    folder.mkdir()
+    backend.save(str(folder / "tokenizer.json"))
+    if kind is TokenizerKind.WORDPIECE:
+        (folder / "vocab.txt").write_text("".join(f"{word}\n" for word in words), encoding="utf-8")
+        return
+    merges = (merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"])
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{m}\n" for m in merges), encoding="utf-8")
