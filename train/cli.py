@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from rich.console import Console
-from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
 from oneword.engines.errors import FileError, OnewordError, UsageError
@@ -185,26 +185,29 @@ def check_output(path: Path) -> None:
 
 def follow(run: Iterable[Any], console: Console) -> Iterable[Any]:
     """Pass a run's progress on, showing it: a bar on a terminal, a line every tenth of the way elsewhere."""
-    bar = Bar(
-        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
-        TimeRemainingColumn(), TextColumn("loss {task.fields[loss]} rate {task.fields[rate]}"), console=console, transient=True,
-    )  # fmt: skip
+    columns = (
+        TextColumn("learning"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
+    bar = Bar(*columns, console=console, transient=True)
     smooth = math.nan
+    shown: TaskID | None = None
     with bar:
-        shown = None
         for progress in run:
             for note in progress.notes:
                 console.print(f"note: {note}", markup=False)
             now = [loss for loss in progress.losses if math.isfinite(loss)]
             mean = sum(now) / len(now) if now else smooth
             smooth = mean if math.isnan(smooth) else 0.9 * smooth + 0.1 * mean
-            words = {"loss": f"{smooth:.4f}", "rate": f"{progress.learning_rate:.2g}"}
+            state = f"loss {smooth:.4f} rate {progress.learning_rate:.2g}"
             if console.is_terminal:
-                shown = bar.add_task("learning", total=progress.steps, **words) if shown is None else shown
-                bar.update(shown, completed=progress.step, **words)
+                shown = bar.add_task(state, total=progress.steps) if shown is None else shown
+                bar.update(shown, completed=progress.step, description=state)
             elif progress.step % max(1, progress.steps // 10) == 0:
-                line = f"step {progress.step}/{progress.steps} loss {words['loss']} rate {words['rate']}"
-                console.print(line, markup=False)
+                console.print(f"step {progress.step}/{progress.steps} {state}", markup=False)
             yield progress
 
 

@@ -11,15 +11,17 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from diffusers import DDPMScheduler
 from torch.nn.functional import mse_loss
 
+from oneword.engines.bundle import Encoder
 from oneword.engines.errors import EngineError, UsageError
-from oneword.export.modules import TextEncoder
+from oneword.export.families import family_of
+from oneword.export.modules import TextEncoder, UNet
 from oneword.export.source import Source
 from oneword.runtime.concept import Concept
 from oneword.train.pictures import Moments
@@ -74,13 +76,19 @@ class Learner:
         self.steps_done = 0
         self.scheduler = noise_scheduler(source.scheduler_config)
         self.dtype = compute_dtype(recipe.compute)
-        self.unet = source.unet.requires_grad_(False).eval().to(self.dtype, memory_format=torch.channels_last)
+        source.unet.to(self.dtype, memory_format=torch.channels_last)
         if recipe.gradient_checkpointing:
-            self.unet.enable_gradient_checkpointing()
-            self.unet.train()  # diffusers checkpoints only then; nothing in these networks drops out
+            source.unet.enable_gradient_checkpointing()
+            source.unet.train()  # diffusers checkpoints only then; nothing in these networks drops out
+        self.unet = UNet(source.unet)
+        family = family_of(source)
+        modules = {graph.name: graph.module for graph in family.graphs}
+        self.conditioning = family.conditioning
         self.encoders = {
-            name: PromptEncoder(TextEncoder(model.requires_grad_(False).eval()), source.tokenizers[name], name)
-            for name, model in source.text_encoders.items()
+            encoder.graph: PromptEncoder(
+                cast(TextEncoder, modules[encoder.graph]), source.tokenizers[encoder.graph], encoder
+            )
+            for encoder in family.encoders
         }
         self.target_norms = {name: vocabulary_norm(prompt.encoder.table) for name, prompt in self.encoders.items()}
         self._first_row: list[int] = []
@@ -106,7 +114,7 @@ class Learner:
         for _ in range(self.recipe.accumulation):
             draws = {index: draw(self.words[index], self.recipe, len(self.scheduler)) for index in active}
             each = self._losses(draws)
-            (torch.stack(each).sum() / self.recipe.accumulation).backward()
+            torch.autograd.backward(torch.stack(each).sum() / self.recipe.accumulation)
             losses[active] += [loss.item() / self.recipe.accumulation for loss in each]
         for index in active:
             self._update(self.words[index], losses[index])
@@ -136,13 +144,14 @@ class Learner:
             torch.cat([getattr(one, name) for one in draws.values()]) for name in ("latents", "eps", "timesteps")
         )
         noisy = self.scheduler.add_noise(latents, eps, timesteps)
-        context = self._context({index: one.prompts for index, one in draws.items()})
+        context, pooled = self._context({index: one.prompts for index, one in draws.items()})
         predicted = self.unet(
             noisy.to(self.dtype, memory_format=torch.channels_last),
             timesteps,
-            encoder_hidden_states=context.to(self.dtype),
-            return_dict=False,
-        )[0].float()
+            context.to(self.dtype),
+            None if pooled is None else pooled.to(self.dtype),
+            self._time_ids(latents) if self.conditioning.time_ids else None,
+        ).float()
         target = prediction_target(self.scheduler, latents, eps, timesteps)
         error = mse_loss(predicted, target, reduction="none")
         weights = (
@@ -155,7 +164,7 @@ class Learner:
             part.mean()
             if one.mask is None
             else (part * one.mask).sum() / (one.mask.sum() * part.shape[1]).clamp(min=1e-6)
-            for part, one in zip(error.split(sizes), draws.values(), strict=True)
+            for part, one in zip(torch.split(error, sizes), draws.values(), strict=True)
         ]
         if regularized and self.recipe.init_weight:
             losses = [
@@ -164,23 +173,28 @@ class Learner:
             ]
         return losses
 
-    def _context(self, prompts: Mapping[int, Sequence[str]]) -> torch.Tensor:
-        """Encoded prompts [sum of B, T, D], each different prompt encoded once."""
+    def _context(self, prompts: Mapping[int, Sequence[str]]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Encoded prompts [sum of B, T, D] and, where the family pools, [sum of B, P]; each different prompt once."""
         wanted = [(index, prompt) for index, some in prompts.items() for prompt in some]
         unique = list(dict.fromkeys(wanted))
-        place = {key: position for position, key in enumerate(unique)}
+        places = {key: position for position, key in enumerate(unique)}
+        rows = [places[key] for key in wanted]
         count = self.rows_in_use()
         texts = [(prompt, self._first_row[index], count, self.recipe.vectors) for index, prompt in unique]
-        states = []
-        for name, encoder in self.encoders.items():
-            learned = [
-                rows
-                for word in self.words
-                for rows in (word.rows[name], word.picture_rows.get(name))
-                if rows is not None
-            ]
-            states.append(encoder(texts, torch.cat(learned)))
-        return torch.cat(states, -1)[[place[key] for key in wanted]]
+        encoded = {name: self.encoders[name](texts, self._all_rows(name)) for name in self.conditioning.context}
+        pooled = encoded[self.conditioning.pooled][1] if self.conditioning.pooled else None
+        states = torch.cat([states for states, _ in encoded.values()], -1)
+        return states[rows], None if pooled is None else pooled[rows]
+
+    def _all_rows(self, encoder: str) -> torch.Tensor:
+        """Every word's rows [R, D], each word's pictures' own after them."""
+        kept = (store.get(encoder) for word in self.words for store in (word.rows, word.picture_rows))
+        return torch.cat(tuple(rows for rows in kept if rows is not None))
+
+    def _time_ids(self, latents: torch.Tensor) -> torch.Tensor:
+        """SDXL's sizes [B, 6]: as if each picture had always been as large as it is now, uncropped."""
+        side = float(latents.shape[-1] * 2 ** (len(self.source.vae.config.block_out_channels) - 1))
+        return torch.tensor([side, side, 0.0, 0.0, side, side]).repeat(len(latents), 1)
 
     def _update(self, word: Word, loss: float) -> None:
         if not math.isfinite(loss):
@@ -203,24 +217,33 @@ class Learner:
 class PromptEncoder:
     """Templates to hidden states, through the exported text encoder and a table of only the rows in use."""
 
-    def __init__(self, encoder: TextEncoder, tokenizer: Any, name: str) -> None:
-        self.encoder, self.tokenizer, self.name = encoder, tokenizer, name
-        self.length: int = min(int(tokenizer.model_max_length), 77 if tokenizer.model_max_length > 10_000 else 10_000)
+    def __init__(self, encoder: TextEncoder, tokenizer: Any, facts: Encoder) -> None:
+        self.encoder, self.tokenizer, self.facts = encoder, tokenizer, facts
         self._ids: dict[int, int] = {}  # vocabulary id -> row of the small table
-        self._prompts: dict[tuple[str, int], list[int]] = {}
 
-    def __call__(self, texts: Sequence[tuple[str, int, int, int]], learned: torch.Tensor) -> torch.Tensor:
-        """(template, first row, rows in use, rows in all) B times, all words' rows `learned` [R, D] -> [B, T, D]."""
+    def __call__(
+        self, texts: Sequence[tuple[str, int, int, int]], learned: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Encode B texts.
+
+        A text is (template, the word's first row in `learned`, its rows in use, its rows in all); `learned` [R, D]
+        holds all words' rows. Returns hidden states [B, T, D] and, if the encoder pools, [B, P].
+        """
         sequences = [self._encode(*text) for text in texts]  # learned rows as negative numbers, -1 - row
         frozen = self.encoder.table[list(self._ids)].to(learned.dtype)
         input_ids = torch.tensor(sequences)
+        eos = (input_ids == self._row(self.facts.eos_id)).int().argmax(-1) if self.encoder.pools else None
         input_ids = torch.where(input_ids < 0, len(frozen) - 1 - input_ids, input_ids)
-        layers = torch.full((len(texts),), self.encoder.num_layers)
-        return self.encoder(input_ids, torch.cat([frozen, learned]), torch.ones(input_ids.shape), layers)[0]
+        layers = torch.full((len(texts),), self.facts.default_layer)
+        states, *pooled, _ = self.encoder(
+            input_ids, torch.cat([frozen, learned]).to(self.encoder.dtype), torch.ones(input_ids.shape), layers, eos
+        )
+        return states, pooled[0] if pooled else None
 
     def _encode(self, template: str, first: int, count: int, total: int) -> list[int]:
         """`template` as rows of the small table, BOS, EOS and padding included; -1 - r for learned row r."""
-        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        bos = [] if self.facts.bos_id is None else [self.facts.bos_id]
+        room = self.facts.length - len(bos) - 1
         pieces = re.split(r"\{(\d*)\}", template)
         inner: list[int] = []
         for position, piece in enumerate(pieces):
@@ -230,15 +253,13 @@ class PromptEncoder:
                 inner.append(-1 - (first + total + int(piece) - 1))
             else:
                 inner += [-1 - (first + row) for row in range(count)]
-        if len(inner) > self.length - 2:
-            words = [i for i, row in enumerate(inner) if row < 0]
-            if words and words[-1] >= self.length - 2:
-                raise UsageError(
-                    f"the prompt {template!r} is {len(inner)} tokens, {self.name} reads {self.length - 2}: "
-                    "shorten it until the word fits"
-                )
-        ids = [self._row(bos), *inner[: self.length - 2], self._row(eos)]
-        return ids + [self._row(self.tokenizer.pad_token_id)] * (self.length - len(ids))
+        if any(row < 0 for row in inner[room:]):
+            raise UsageError(
+                f"the prompt {template!r} is {len(inner)} tokens, {self.facts.graph} reads {room}: "
+                "shorten it until the word fits"
+            )
+        ids = [*map(self._row, bos), *inner[:room], self._row(self.facts.eos_id)]
+        return ids + [self._row(self.facts.pad_id)] * (self.facts.length - len(ids))
 
     def _row(self, token_id: int) -> int:
         return self._ids.setdefault(token_id, len(self._ids))
@@ -312,7 +333,7 @@ def prediction_target(
     if kind == "epsilon":
         return eps
     if kind == "v_prediction":
-        return scheduler.get_velocity(latents, eps, timesteps)
+        return cast(torch.Tensor, scheduler.get_velocity(latents, eps, timesteps))
     if kind == "sample":
         return latents
     raise UsageError(f"the model predicts {kind!r}: epsilon, v_prediction and sample can be learned with")
@@ -320,12 +341,11 @@ def prediction_target(
 
 def min_snr_weights(scheduler: DDPMScheduler, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
     """min(SNR, gamma) as the weight of the x0 error (Hang et al., arXiv 2303.09556), for each prediction."""
-    alphas = scheduler.alphas_cumprod[timesteps]
+    alphas: torch.Tensor = scheduler.alphas_cumprod[timesteps]
     snr = alphas / (1 - alphas)
     clipped = snr.clamp(max=gamma)
-    return {"epsilon": clipped / snr, "v_prediction": clipped / (snr + 1), "sample": clipped}[
-        scheduler.config.prediction_type
-    ]
+    weights = {"epsilon": clipped / snr, "v_prediction": clipped / (snr + 1), "sample": clipped}
+    return weights[scheduler.config.prediction_type]
 
 
 def learning_rate_at(recipe: Recipe, step: int) -> float:
@@ -343,14 +363,14 @@ def with_norm(rows: torch.Tensor, norm: Norm, target: float, rate: float) -> tor
     """
     if norm is Norm.FREE:
         return rows
-    length = rows.norm(dim=-1, keepdim=True).clamp(min=1e-8)
+    length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp(min=1e-8)
     pull = 1.0 if norm is Norm.FIXED else min(1.0, 100 * rate)
     return rows / length * (length + pull * (target - length))
 
 
 def vocabulary_norm(table: torch.Tensor) -> float:
     """The median length of the vocabulary's rows [V, D]."""
-    return float(table.float().norm(dim=-1).median())
+    return float(torch.linalg.vector_norm(table.float(), dim=-1).median())
 
 
 def distance_to_start(word: Word) -> torch.Tensor:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from oneword.engines.errors import FileError, UsageError
 from oneword.export.modules import VaeEncoder
@@ -108,7 +108,7 @@ def _open(path: Path) -> Image.Image:
                 return ImageOps.exif_transpose(image)
     except Image.DecompressionBombError as error:
         raise FileError(f"{path} claims more pixels than are read (at most {MAX_PIXELS:,}): make it smaller") from error
-    except Image.UnidentifiedImageError as error:
+    except UnidentifiedImageError as error:
         raise FileError(f"{path} is not a picture, whatever its name says: take it out of the folder") from error
     except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow's decoders raise on damaged files
         raise FileError(f"{path} cannot be read as a picture ({error}): save it anew or take it out") from error

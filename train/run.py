@@ -80,12 +80,13 @@ def learn(model: str | Path | Source, tasks: Sequence[Task], recipe: Recipe, see
     encoded = time.perf_counter()
 
     learner = Learner(source, words, recipe, seed)
-    while not learner.finished:
+    while True:
         rate = learner.learning_rate
         losses = learner.step()
+        stopped = [word.stopped for word in words]
         if learner.finished:
             break
-        yield Progress(learner.steps_done, recipe.steps, losses, rate, [word.stopped for word in words], notes)
+        yield Progress(learner.steps_done, recipe.steps, losses, rate, stopped, notes)
         notes = []
     ended = time.perf_counter()
     notes += [f"{word.token} is where it started: nothing was learned" for word in words if not has_moved(word)]
@@ -94,7 +95,7 @@ def learn(model: str | Path | Source, tasks: Sequence[Task], recipe: Recipe, see
         recipe.steps,
         losses,
         rate,
-        [word.stopped for word in words],
+        stopped,
         notes,
         [
             learner.concept(i, provenance(source, task, recipe, seed, learner.steps_done))
@@ -148,7 +149,7 @@ def initial_rows(source: Source, init: str, vectors: int, seed: int) -> Rows:
         return _rows_of_concept(load_concept(Path(init)), source, vectors)
     rows: dict[str, torch.Tensor] = {}
     for name, model in source.text_encoders.items():
-        table = model.get_input_embeddings().weight.detach().float()
+        table = embedding_table(model)
         if init == "random":
             generator = torch.Generator().manual_seed(seed)
             direction = torch.randn(vectors, table.shape[1], generator=generator)
@@ -162,7 +163,7 @@ def initial_rows(source: Source, init: str, vectors: int, seed: int) -> Rows:
 def _rows_of_concept(concept: Concept, source: Source, vectors: int) -> Rows:
     rows: dict[str, torch.Tensor] = {}
     for name, model in source.text_encoders.items():
-        width = model.get_input_embeddings().weight.shape[1]
+        width = embedding_table(model).shape[1]
         if name not in concept.vectors or concept.vectors[name].shape[1] != width:
             raise UsageError(
                 f"the concept {concept.token!r} has no rows {width} wide for {name}: start from another word"
@@ -170,6 +171,12 @@ def _rows_of_concept(concept: Concept, source: Source, vectors: int) -> Rows:
         given = torch.from_numpy(concept.vectors[name].copy())
         rows[name] = given[torch.arange(vectors).clamp(max=len(given) - 1)]
     return rows
+
+
+def embedding_table(model: Any) -> torch.Tensor:
+    """A text encoder's vocabulary rows [V, D] float32."""
+    table: torch.Tensor = model.get_input_embeddings().weight
+    return table.detach().float()
 
 
 def split_words(init: str) -> list[str]:
