@@ -44,7 +44,7 @@ class Traceable:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     limits: Mapping[str, int]
-    """Exclusive upper bounds of index inputs that no axis bounds, and sizes of axes the weights fix (`V`, `T` at most)."""
+    """Bounds that the weights set: `V` rows, `T` tokens at most, `layer` below, VAE `factor`."""
 
     @property
     def precision(self) -> Precision:

@@ -5,6 +5,8 @@ h = H / 8. Inputs and outputs are float32 (table: the network's dtype); the netw
 Every module ends with `finite` [B] bool, so that a NaN is noticed without anybody looking at a picture.
 """
 
+from typing import Any
+
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel, VQModel
 from torch import Tensor, nn
@@ -23,14 +25,14 @@ class TextEncoder(nn.Module):
 
     def __init__(self, model: nn.Module, *, final_norm: bool = True, pools: bool = False) -> None:
         super().__init__()
-        text = getattr(model, "text_model", model)
-        embeddings = text.embeddings
-        self.layers = text.encoder.layers
-        self.norm = text.final_layer_norm
+        text: Any = getattr(model, "text_model", model)
+        embeddings: Any = text.embeddings
+        self.layers: nn.ModuleList = text.encoder.layers
+        self.norm: nn.LayerNorm = text.final_layer_norm
         self.final_norm = final_norm
-        self.projection = getattr(model, "text_projection", None)
+        self.projection: nn.Linear | None = getattr(model, "text_projection", None)
         self.pools = pools
-        self.positions = embeddings.position_embedding
+        self.positions: nn.Embedding = embeddings.position_embedding
         self.register_buffer("table", embeddings.token_embedding.weight.detach(), persistent=False)
 
     @property
@@ -66,7 +68,8 @@ class TextEncoder(nn.Module):
         layer: Tensor,
         eos_index: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        """[B,T] ids, [V,D] table, [B,T] weights, [B] layer, [B] eos -> hidden_states [B,T,D], (pooled [B,P],) finite [B]."""
+        """input_ids [B,T], table [V,D], token_weights [B,T], layer [B], eos_index [B] ->
+        hidden_states [B,T,D], pooled [B,P] where it pools, finite [B]."""
         return self.embeddings_to_states(embedding_table[input_ids], token_weights, layer, eos_index)
 
     def embeddings_to_states(
@@ -105,7 +108,7 @@ class UNet(nn.Module):
     def forward(
         self, sample: Tensor, t: Tensor, context: Tensor, pooled: Tensor | None = None, time_ids: Tensor | None = None
     ) -> Tensor:
-        """[N,C,h,w] latents, [N] timesteps, [N,T,D] contexts, SDXL's [N,P] and [N,6] -> [N,C,h,w], all the UNet's dtype."""
+        """Latents [N,C,h,w], timesteps [N], contexts [N,T,D], SDXL's [N,P] and [N,6] -> [N,C,h,w]."""
         unet = self.unet
         emb = unet.time_embedding(unet.get_time_embed(sample=sample, timestep=t))
         added = {"text_embeds": pooled, "time_ids": time_ids}
@@ -179,7 +182,7 @@ class DenoiseStep(nn.Module):
 
 
 class VaeDecoder(nn.Module):
-    """The sampler's latents [B,C,h,w] -> images [B,H,W,3] uint8, finite [B]. The model's scale and shift are undone inside."""
+    """The sampler's latents [B,C,h,w] -> images [B,H,W,3] uint8, finite [B]; scale and shift are undone inside."""
 
     def __init__(self, vae: AutoencoderKL | VQModel) -> None:
         super().__init__()
@@ -233,7 +236,7 @@ def weigh_tokens(states: Tensor, weights: Tensor) -> Tensor:
 
 
 def rescale_guidance(m: Tensor, m_cond: Tensor, rescale: Tensor) -> Tensor:
-    """Guidance rescale, section 3.4 of arXiv 2305.08891: pull the guided prediction's deviation towards the conditional's."""
+    """Guidance rescale, section 3.4 of arXiv 2305.08891: the guided deviation is pulled to the conditional's."""
     std_cond, std = (x.std(dim=(1, 2, 3), keepdim=True) for x in (m_cond, m))
     return m * (1 - rescale + rescale * std_cond / std.clamp(min=1e-12))
 

@@ -1,4 +1,4 @@
-"""Where a model comes from: a diffusers directory, a hub id, or the word `miniature`. Weights are safetensors, never pickles."""
+"""Where a model comes from: a diffusers directory, a hub id, or the word `miniature`. Safetensors only, no pickles."""
 
 import hashlib
 import importlib.resources
@@ -154,7 +154,7 @@ def load_component(path: Path, name: str, class_name: str, dtype: torch.dtype) -
 
 
 def weights_variant(folder: Path) -> str | None:
-    """`fp16` where the folder has only files like model.fp16.safetensors; an error where it has no safetensors at all."""
+    """`fp16` where all files are like model.fp16.safetensors, else None; an error where there is no safetensors."""
     names = [p.name for p in folder.glob(WEIGHTS)]
     if not names:
         raise OnewordError(f"{folder} has no .safetensors: pickles are not read, convert the weights first")

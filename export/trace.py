@@ -76,7 +76,7 @@ def name_axes(program: torch.onnx.ONNXProgram, graph: Traceable) -> None:
 
 
 def example_feeds(graph: Traceable, sizes: Mapping[str, int], seed: int) -> dict[str, NumpyArray]:
-    """Random inputs at the given sizes of the axes (pictures are h and w times the VAE's factor); every index is valid."""
+    """Random inputs at the given sizes of the axes (H and W are h and w times the VAE's factor), every index valid."""
     generator = np.random.default_rng(seed)
     factor = graph.limits.get("factor", 1)
     axes = {**sizes, "H": sizes["h"] * factor, "W": sizes["w"] * factor, "V": graph.limits.get("V", 0) + 3}
@@ -112,9 +112,9 @@ def example(
         case "mask":
             values = generator.uniform(0, 1, shape).astype(np.float32)
         case "token_weights":
-            values = generator.choice(np.float32([1, 1, 0.8, 1.2]), shape)
+            values = generator.choice(np.array([1, 1, 0.8, 1.2], np.float32), shape)
         case "time_ids":
-            values = generator.choice(np.float32([0, 512, 1024]), shape)
+            values = generator.choice(np.array([0, 512, 1024], np.float32), shape)
         case "embedding_table":
             values *= np.float32(0.02)
     if spec.dtype is DType.BFLOAT16:

@@ -100,7 +100,7 @@ def write_encoders(source: Source, exportable: Exportable, folder: Path) -> None
 
 
 def write_tokenizer(tokenizer: Any, kind: TokenizerKind, folder: Path) -> None:
-    """vocab.json and merges.txt (CLIP) or vocab.txt (WordPiece), as the loaded tokenizer has them, and tokenizer.json."""
+    """tokenizer.json, and vocab.json with merges.txt (CLIP) or vocab.txt (WordPiece), as the tokenizer has them."""
     backend = tokenizer.backend_tokenizer
     model = json.loads(backend.to_str())["model"]
     words = sorted(model["vocab"], key=model["vocab"].__getitem__)

@@ -1,4 +1,4 @@
-"""Tiny models with random weights that are real in every other way: diffusers directories, a BPE tokenizer of their own."""
+"""Tiny models, real but for their random weights: diffusers directories with a BPE tokenizer of their own."""
 
 import json
 from pathlib import Path
