@@ -1,0 +1,255 @@
+"""Prompts as token ids: A1111's weights, BREAK, chunks, and learned words. Reads text, knows no model's name.
+
+    (red) [red]       weight 1.1, 1 / 1.1; they nest        (red:1.3)     weight 1.3
+    \\( \\) \\[ \\] \\\\    the characters themselves            BREAK         the rest goes to a new chunk
+    <word>  embedding:word     a learned word, anywhere       word          a learned word with a bare name, whole only
+
+The tokenizer's vocabulary is never touched: a prompt is split at known words, longest first, the rest goes to the
+tokenizer, and a word of n vectors becomes n ids. A prompt longer than the encoder's length becomes several chunks, each
+with its own bos and eos; a word's ids stay in one chunk. Unlike A1111, the mean that weights shift is restored chunk by
+chunk (inside the text encoder's graph), so that rows stay independent, and commas do not move a chunk's end.
+"""
+
+import difflib
+import math
+import re
+import unicodedata
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import tokenizers
+
+from oneword.engines.bundle import Encoder
+from oneword.engines.errors import BundleError, UsageError
+
+MAX_CHARACTERS: Final = 50_000
+MAX_WEIGHT: Final = 100.0
+
+_ATTENTION: Final = re.compile(r"\\[()\[\]\\]|\\|\(|\[|:\s*([+-]?[.\d]+)\s*\)|\)|]|[^\\()\[\]:]+|:")
+_BREAK: Final = re.compile(r"\s*\bBREAK\b\s*")
+_NAMED: Final = re.compile(r"<([^\s<>]+)>|\bembedding:(<[^\s<>]+>|[\w.+*@#!~&$%^=-]+)", re.IGNORECASE)
+_RUN: Final = re.compile(r"[\w.+*@#!~&$%^=-]{1,64}")
+
+
+class Tokenizer:
+    """One encoder's own vocabulary and the shape of its chunks."""
+
+    def __init__(self, folder: Path, encoder: Encoder) -> None:
+        """Reads the folder's tokenizer.json. Raises BundleError where it is absent or broken."""
+        self.length, self.bos_id, self.eos_id, self.pad_id = (
+            encoder.length,
+            encoder.bos_id,
+            encoder.eos_id,
+            encoder.pad_id,
+        )
+        file = folder / "tokenizer.json"
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises plain Exception for absent and broken files alike
+            raise BundleError(
+                f"{file} cannot be read ({' '.join(str(error).split())}): export the bundle again"
+            ) from None
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+
+    @property
+    def room(self) -> int:
+        """Ids of a chunk beside its bos and eos."""
+        return self.length - 1 - (self.bos_id is not None)
+
+    def ids(self, text: str) -> list[int]:
+        """The ids of a text without bos and eos, uncut."""
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def knows(self, piece: str) -> bool:
+        """Whether a text such as <|endoftext|> is a token of the model itself."""
+        return self._tokenizer.token_to_id(piece) is not None
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The learned words that prompts may use: token -> its ids. Keeps the mapping it is given, copies nothing."""
+
+    words: Mapping[str, tuple[int, ...]]
+
+    def named(self, name: str) -> tuple[int, ...] | None:
+        """The ids of what stands in <name> or after embedding:, however the token itself is written."""
+        bare = name.removeprefix("<").removesuffix(">")
+        return self._get(f"<{bare}>") or self._get(bare)
+
+    def bare(self, name: str) -> tuple[int, ...] | None:
+        """The ids of a token without <>."""
+        return self._get(name)
+
+    def near(self, name: str) -> list[str]:
+        """Up to three tokens that look like this name."""
+        bare = {token.strip("<>").lower(): token for token in self.words}
+        return [bare[match] for match in difflib.get_close_matches(name.strip("<>").lower(), bare, 3, 0.5)]
+
+    def _get(self, token: str) -> tuple[int, ...] | None:
+        return self.words.get(token) or self.words.get(token.lower())
+
+
+@dataclass(frozen=True)
+class PromptTokens:
+    """One prompt for one encoder, in chunks."""
+
+    input_ids: npt.NDArray[np.int64]
+    """[chunks, T]"""
+    token_weights: npt.NDArray[np.float32]
+    """[chunks, T]; 1 for bos, eos and padding"""
+    eos_index: npt.NDArray[np.int64]
+    """[chunks]: where the first eos stands, which is where CLIP pools."""
+
+
+def encode_ids(prompt: str, tokenizer: Tokenizer, vocabulary: Vocabulary) -> PromptTokens:
+    """A prompt as chunks of ids and weights. Raises UsageError for unknown learned words and impossible weights."""
+    chunks: list[list[tuple[int, float]]] = [[]]
+    for part in weighted_parts(prompt):
+        if part is None:
+            chunks.append([])
+            continue
+        for piece in split_at_words(part.text, vocabulary, tokenizer):
+            whole = isinstance(piece, tuple)
+            ids = list(piece) if isinstance(piece, tuple) else tokenizer.ids(piece)
+            if whole and len(ids) > tokenizer.room:
+                raise UsageError(f"a word of {len(ids)} vectors does not fit this encoder's {tokenizer.room} tokens")
+            while ids:
+                room = tokenizer.room - len(chunks[-1])
+                if room == 0 or (whole and room < len(ids)):
+                    chunks.append([])
+                    continue
+                chunks[-1] += [(id_, part.weight) for id_ in ids[:room]]
+                ids = ids[room:]
+    if not chunks[-1] and len(chunks) > 1:
+        chunks.pop()  # BREAK at the very end
+    return _padded(chunks, tokenizer)
+
+
+class Part(NamedTuple):
+    """A piece of a prompt and its weight."""
+
+    text: str
+    weight: float
+
+
+def weighted_parts(prompt: str) -> list[Part | None]:
+    """A prompt's pieces in A1111's syntax, None for BREAK. Neighbours of equal weight are one piece.
+
+    Source: AUTOMATIC1111/stable-diffusion-webui, modules/prompt_parser.py, parse_prompt_attention.
+    Raises UsageError for a prompt too long, and for weights that are no number or beyond +-100.
+    """
+    if len(prompt) > MAX_CHARACTERS:
+        raise UsageError(f"the prompt has {len(prompt)} characters, allowed are {MAX_CHARACTERS}")
+    parts: list[tuple[str | None, float]] = []
+    opened: dict[str, list[int]] = {"(": [], "[": []}
+
+    def multiply(start: int, factor: float) -> None:
+        parts[start:] = [(text, weight * factor) for text, weight in parts[start:]]
+
+    for match in _ATTENTION.finditer(unicodedata.normalize("NFC", prompt)):
+        text, weight = match.group(), match.group(1)
+        if text in opened:
+            opened[text].append(len(parts))
+        elif weight is not None and opened["("]:
+            multiply(opened["("].pop(), _number(weight))
+        elif text == ")" and opened["("]:
+            multiply(opened["("].pop(), 1.1)
+        elif text == "]" and opened["["]:
+            multiply(opened["["].pop(), 1 / 1.1)
+        elif text[0] == "\\" and len(text) == 2:
+            parts.append((text[1], 1.0))
+        else:
+            for i, between in enumerate(_BREAK.split(text)):
+                parts += [(None, 1.0)] * (i > 0) + [(between, 1.0)]
+    for starts, factor in ((opened["("], 1.1), (opened["["], 1 / 1.1)):
+        for start in starts:
+            multiply(start, factor)
+    return list(_joined(parts))
+
+
+def split_at_words(text: str, vocabulary: Vocabulary, tokenizer: Tokenizer) -> Iterator[str | tuple[int, ...]]:
+    """The text between learned words as it is, and the ids of each learned word. Raises UsageError for unknown ones."""
+    start = position = 0
+    while position < len(text):
+        end, ids = _word_at(text, position, vocabulary, tokenizer)
+        if ids is not None:
+            if text[start:position].strip():
+                yield text[start:position]
+            yield ids
+            start = end
+        position = end
+    if text[start:].strip():
+        yield text[start:]
+
+
+def _word_at(
+    text: str, position: int, vocabulary: Vocabulary, tokenizer: Tokenizer
+) -> tuple[int, tuple[int, ...] | None]:
+    """The learned word that begins here and its end, or the next place where one may begin and None."""
+    if named := _NAMED.match(text, position):
+        end, name = named.end(), named.group(1) or named.group(2)
+        while name and named.group(2) and name[0] != "<":  # embedding:toys is toy, then s: the longest known name
+            if ids := vocabulary.named(name):
+                return end, ids
+            name, end = name[:-1], end - 1
+        name = named.group(1) or named.group(2)
+        if ids := vocabulary.named(name):
+            return named.end(), ids
+        if not tokenizer.knows(named.group()):
+            near = vocabulary.near(name) or list(vocabulary.words)[:3]
+            raise UsageError(
+                f"no word {named.group()[:80]!r} is loaded, "
+                + (f"near it are {', '.join(near)}" if near else "none is: give its file with --concept")
+            )
+        return named.end(), None
+    if vocabulary.words and not _word_character(text, position - 1) and (run := _RUN.match(text, position)):
+        for end in range(run.end(), position, -1):
+            if not _word_character(text, end) and (ids := vocabulary.bare(text[position:end])):
+                return end, ids
+    return position + 1, None
+
+
+def _word_character(text: str, position: int) -> bool:
+    return 0 <= position < len(text) and (text[position].isalnum() or text[position] == "_")
+
+
+def _joined(parts: list[tuple[str | None, float]]) -> Iterator[Part | None]:
+    text, weight = "", 1.0
+    for piece, factor in [*parts, (None, math.nan)]:
+        if piece is not None and (factor == weight or not text):
+            text, weight = text + piece, factor
+            continue
+        if text:
+            if not abs(weight) <= MAX_WEIGHT:
+                raise UsageError(f"weight {weight:g} of {text[:40]!r}, allowed are -{MAX_WEIGHT:g} to {MAX_WEIGHT:g}")
+            yield Part(text, weight)
+        text, weight = piece or "", factor if piece else 1.0
+        if piece is None and not math.isnan(factor):
+            yield None
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise UsageError(f"weight {text[:40]!r} is not a number: write (word:1.2), or \\( for the character") from None
+
+
+def _padded(chunks: list[list[tuple[int, float]]], tokenizer: Tokenizer) -> PromptTokens:
+    shape = (len(chunks), tokenizer.length)
+    input_ids, token_weights = np.full(shape, tokenizer.pad_id, np.int64), np.ones(shape, np.float32)
+    first = tokenizer.length - 1 - tokenizer.room
+    for row, chunk in enumerate(chunks):
+        end = first + len(chunk)
+        if tokenizer.bos_id is not None:
+            input_ids[row, 0] = tokenizer.bos_id
+        input_ids[row, first:end] = [id_ for id_, _ in chunk]
+        token_weights[row, first:end] = [weight for _, weight in chunk]
+        input_ids[row, end] = tokenizer.eos_id
+    return PromptTokens(input_ids, token_weights, (input_ids == tokenizer.eos_id).argmax(1))

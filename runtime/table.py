@@ -1,0 +1,86 @@
+"""The embedding table that a compiled text encoder is fed: the model's rows, then learned rows, in one array.
+
+Loading a word writes its rows and nothing else; no engine is touched, no vocabulary grows. Rows are counted while
+prompts that name them wait to be encoded, and are given to other words only after that. Not safe across threads.
+"""
+
+from collections import Counter
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from oneword.engines.errors import ConceptError, UsageError
+
+DEFAULT_CAPACITY: Final = 1024
+"""Learned rows. Pages that no word has been written to cost no memory."""
+
+
+class EmbeddingTable:
+    """`base` [V, D] and room for `capacity` learned rows, in the base's dtype."""
+
+    def __init__(self, base: npt.NDArray[Any], capacity: int = DEFAULT_CAPACITY) -> None:
+        self.vocab_size, self.width = base.shape
+        self.array: npt.NDArray[Any] = np.zeros((self.vocab_size + capacity, self.width), base.dtype)
+        """[V + capacity, D], C-contiguous: what the graph's `embedding_table` is bound to, for good."""
+        self.array[: self.vocab_size] = base
+        self._ids: dict[str, tuple[int, ...]] = {}
+        self._free = list(range(self.vocab_size + capacity - 1, self.vocab_size - 1, -1))
+        self._held: Counter[int] = Counter()
+        self._leaving: set[int] = set()
+
+    @property
+    def ids(self) -> dict[str, tuple[int, ...]]:
+        """The ids of every loaded word."""
+        return dict(self._ids)
+
+    @property
+    def free_rows(self) -> int:
+        """How many more vectors can be loaded now."""
+        return len(self._free)
+
+    def load(self, token: str, vectors: npt.NDArray[np.floating[Any]]) -> tuple[int, ...]:
+        """Writes a word's vectors [n, D]; returns its n ids, V and above. Raises ConceptError."""
+        if token in self._ids:
+            raise ConceptError(f"{token!r} is loaded already: unload it first")
+        if vectors.ndim != 2 or vectors.shape[1] != self.width:
+            raise ConceptError(
+                f"{token!r} has vectors of shape {list(vectors.shape)}, this encoder takes [n, {self.width}]: "
+                "the word was learned for another model"
+            )
+        if len(vectors) > len(self._free):
+            capacity = len(self.array) - self.vocab_size
+            raise ConceptError(
+                f"{token!r} needs {len(vectors)} rows, {len(self._free)} of {capacity} are free: unload words first"
+            )
+        ids = tuple(self._free.pop() for _ in range(len(vectors)))
+        self.array[list(ids)] = vectors
+        self._ids[token] = ids
+        return ids
+
+    def unload(self, token: str) -> None:
+        """Frees a word's rows: those held for waiting prompts as soon as they are released. Raises UsageError."""
+        if token not in self._ids:
+            raise UsageError(f"no word {token!r} is loaded, so none can be unloaded")
+        for row in reversed(self._ids.pop(token)):
+            if self._held[row]:
+                self._leaving.add(row)
+            else:
+                self._free.append(row)
+
+    def hold(self, ids: npt.NDArray[np.integer[Any]]) -> None:
+        """Keeps the learned rows among these ids, of any shape, from being given away until they are released."""
+        self._held.update(self._learned(ids))
+
+    def release(self, ids: npt.NDArray[np.integer[Any]]) -> None:
+        """Undoes one `hold` of the same ids."""
+        for row, times in Counter(self._learned(ids)).items():
+            self._held[row] -= times
+            if self._held[row] <= 0:
+                del self._held[row]
+                if row in self._leaving:
+                    self._leaving.discard(row)
+                    self._free.append(row)
+
+    def _learned(self, ids: npt.NDArray[np.integer[Any]]) -> list[int]:
+        return [int(row) for row in ids[ids >= self.vocab_size]]

@@ -1,0 +1,362 @@
+"""Prompts against transformers' CLIPTokenizer, OpenAI's slow BPE, A1111's own examples and diffusers' loader."""
+
+import functools
+import itertools
+import json
+import random
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import regex
+import safetensors.numpy
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import BertTokenizer, CLIPTokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from oneword.engines.bundle import Encoder, TokenizerKind
+from oneword.engines.errors import BundleError, OnewordError, UsageError
+from oneword.runtime.prompt import Part, PromptTokens, Tokenizer, Vocabulary, encode_ids, weighted_parts
+
+CORPUS = (
+    "a photo of the small red and blue striped toy on a wooden table in the style of an old painting party artist "
+    "castle mountain river dog's cat's don't we're 12 34 2024 été naïve straße sunset over water with clouds "
+) * 3
+LENGTH = 20
+BYTES = bytes_to_unicode()
+
+
+def _bpe_files(folder: Path) -> Path:
+    """A byte-level BPE whose merges are counted on a few sentences."""
+    words = Counter("".join(BYTES[b] for b in word.encode()) for word in CORPUS.split())
+    pieces = {word: [*word[:-1], word[-1] + "</w>"] for word in words}
+    merges: list[tuple[str, str]] = []
+    while len(merges) < 250:
+        pairs: Counter[tuple[str, str]] = Counter()
+        for word, parts in pieces.items():
+            for pair in itertools.pairwise(parts):
+                pairs[pair] += words[word]
+        if not pairs:
+            break
+        best = max(pairs, key=lambda pair: (pairs[pair], pair))
+        merges.append(best)
+        pieces = {word: _merged(parts, best) for word, parts in pieces.items()}
+    letters = list(BYTES.values())
+    tokens = [*letters, *(x + "</w>" for x in letters), *("".join(pair) for pair in merges)]
+    tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in merges) + "\n")
+    return folder
+
+
+def _merged(parts: list[str], pair: tuple[str, str]) -> list[str]:
+    result: list[str] = []
+    for part in parts:
+        if result and (result[-1], part) == pair:
+            result[-1] += part
+        else:
+            result.append(part)
+    return result
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory: pytest.TempPathFactory) -> CLIPTokenizer:
+    folder = _bpe_files(tmp_path_factory.mktemp("bpe"))
+    tokenizer = CLIPTokenizer.from_pretrained(folder, model_max_length=LENGTH)
+    tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def ours(theirs: CLIPTokenizer) -> Tokenizer:
+    return _ours(theirs)
+
+
+def _ours(theirs: CLIPTokenizer) -> Tokenizer:
+    return Tokenizer(
+        Path(theirs.name_or_path),
+        Encoder(
+            graph="text_encoder",
+            table="t",
+            tokenizer="t",
+            tokenizer_kind=TokenizerKind.CLIP,
+            vocab_size=len(theirs),
+            width=8,
+            hidden_width=8,
+            length=LENGTH,
+            bos_id=theirs.bos_token_id,
+            eos_id=theirs.eos_token_id,
+            pad_id=theirs.pad_token_id,
+            layers=(1,),
+            default_layer=1,
+        ),
+    )
+
+
+NOTHING = Vocabulary({})
+WORDS = [
+    *CORPUS.split(),
+    *("Été", "É", "ça", "人形", "кот", "😀", "e\u0301", "ﬁne", "İstanbul", "x²", "\u00a0", "don't", "we'll", "it's"),
+    *("--", "...", ",", "!", "#1", "a.b", "100%", "§", "&amp;", "_", "'", "PARTY", "Red", "\t", "\n", "\u3000", "<3"),
+]
+
+
+def _prompts(count: int) -> Iterator[str]:
+    choice = random.Random(4)
+    for _ in range(count):
+        words = choice.choices(WORDS, k=choice.randint(0, 12))
+        yield "".join(word + choice.choice(["", " ", " ", ", "]) for word in words)
+
+
+def test_two_thousand_prompts_have_the_ids_of_transformers(ours: Tokenizer, theirs: CLIPTokenizer) -> None:
+    for prompt in _prompts(2_000):
+        expected = theirs(prompt, padding="max_length", truncation=True).input_ids
+        tokens = encode_ids(prompt, ours, NOTHING)
+        whole = theirs(prompt, add_special_tokens=False).input_ids
+        assert len(tokens.input_ids) == max(1, -(-len(whole) // (LENGTH - 2)))
+        assert tokens.input_ids[0].tolist() == expected, prompt
+        assert tokens.input_ids[:, 1:-1].ravel()[: len(whole)].tolist() == whole
+
+
+def test_the_slow_bpe_that_came_with_clip_gives_the_same_ids(ours: Tokenizer, theirs: CLIPTokenizer) -> None:
+    ranks = {
+        tuple(line.split()): i
+        for i, line in enumerate((Path(theirs.name_or_path) / "merges.txt").read_text().splitlines()[1:])
+    }
+    vocabulary = json.loads((Path(theirs.name_or_path) / "vocab.json").read_text())
+    pattern = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
+
+    @functools.cache
+    def bpe(word: str) -> tuple[str, ...]:
+        parts = [*word[:-1], word[-1] + "</w>"]
+        while len(parts) > 1:
+            best = min(itertools.pairwise(parts), key=lambda pair: ranks.get(pair, len(ranks)))
+            if best not in ranks:
+                break
+            parts = _merged(parts, best)
+        return tuple(parts)
+
+    for prompt in _prompts(400):
+        if "e\u0301" in prompt:  # OpenAI's has ftfy in front, which is NFC at least
+            continue
+        words = pattern.findall(regex.sub(r"\s+", " ", prompt).strip().lower())
+        expected = [vocabulary[part] for word in words for part in bpe("".join(BYTES[b] for b in word.encode()))]
+        assert ours.ids(prompt) == expected, prompt
+
+
+@pytest.mark.parametrize(
+    ("prompt", "parts"),
+    [
+        ("normal text", [("normal text", 1.0)]),
+        ("an (important) word", [("an ", 1.0), ("important", 1.1), (" word", 1.0)]),
+        ("(unbalanced", [("unbalanced", 1.1)]),
+        (r"\(literal\]", [("(literal]", 1.0)]),
+        ("(unnecessary)(parens)", [("unnecessaryparens", 1.1)]),
+        (
+            "a (((house:1.3)) [on] a (hill:0.5), sun, (((sky))).",
+            [
+                ("a ", 1.0),
+                ("house", 1.5730000000000004),
+                (" ", 1.1),
+                ("on", 1.0),
+                (" a ", 1.1),
+                ("hill", 0.55),
+                (", sun, ", 1.1),
+                ("sky", 1.4641000000000006),
+                (".", 1.1),
+            ],
+        ),
+        ("a:b) c]", [("a:b) c]", 1.0)]),
+        ("(a:-0.5)", [("a", -0.5)]),
+        ("", []),
+    ],
+)
+def test_weights_are_read_as_in_a1111s_own_examples(prompt: str, parts: list[tuple[str, float]]) -> None:
+    result = [part for part in weighted_parts(prompt) if part is not None]
+    assert [part.text for part in result] == [text for text, _ in parts]
+    assert [part.weight for part in result] == pytest.approx([weight for _, weight in parts])
+
+
+def test_break_begins_a_new_chunk_and_is_no_word_in_breakfast(ours: Tokenizer) -> None:
+    assert weighted_parts("a BREAK b") == [Part("a", 1.0), None, Part("b", 1.0)]
+    assert weighted_parts("BREAKFAST a") == [Part("BREAKFAST a", 1.0)]
+    tokens = encode_ids("red BREAK (blue:1.5)", ours, NOTHING)
+    alone = [encode_ids("red", ours, NOTHING), encode_ids("(blue:1.5)", ours, NOTHING)]
+    np.testing.assert_array_equal(tokens.input_ids, np.concatenate([one.input_ids for one in alone]))
+    np.testing.assert_array_equal(tokens.token_weights, np.concatenate([one.token_weights for one in alone]))
+    assert len(encode_ids("red BREAK", ours, NOTHING).input_ids) == 1
+
+
+def test_weights_stand_on_the_words_and_nowhere_else(ours: Tokenizer) -> None:
+    tokens = encode_ids("a (red toy:1.5) on", ours, NOTHING)
+    ids = [ours.ids(text) for text in ("a", "red toy", "on")]
+    content = [1.0] * len(ids[0]) + [1.5] * len(ids[1]) + [1.0] * len(ids[2])
+    expected = [1.0, *content, *[1.0] * (LENGTH - 1 - len(content))]
+    np.testing.assert_array_equal(tokens.token_weights, [np.float32(expected)])
+    assert (encode_ids("a red toy", ours, NOTHING).token_weights == 1).all()
+
+
+TOY = {"<toy>": (900, 901), "<toy-2>": (902,), "art": (903,), "*": (904,), "S*": (905,), "старый": (906,)}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "pieces"),
+    [
+        ("a photo of <toy>", ["a photo of", 900, 901]),
+        ("<toy><toy>", [900, 901, 900, 901]),
+        ("x<toy>y", ["x", 900, 901, "y"]),
+        ("<TOY> and <toy-2>", [900, 901, "and", 902]),
+        ("embedding:toy, red", [900, 901, ", red"]),
+        ("embedding:<toy>, red", [900, 901, ", red"]),
+        ("(embedding:toy-2:1.2)", [902]),
+        ("embedding:toys", [900, 901, "s"]),
+        ("toy", ["toy"]),
+        ("art party artist Art, art.", [903, "party artist", 903, ",", 903, "."]),
+        ("<art> embedding:art", [903, 903]),
+        ("a * and S* but 5*3", ["a", 904, "and", 905, "but 5*3"]),
+        ("старый кот", [906, "кот"]),
+        ("a <3 b > c", ["a <3 b > c"]),
+        ("\\(<toy>\\)", ["(", 900, 901, ")"]),
+        ("<|endoftext|>", ["<|endoftext|>"]),
+    ],
+)
+def test_learned_words_stand_where_the_prompt_names_them(ours: Tokenizer, prompt: str, pieces: list[str | int]) -> None:
+    expected = [id_ for piece in pieces for id_ in ([piece] if isinstance(piece, int) else ours.ids(piece))]
+    tokens = encode_ids(prompt, ours, Vocabulary(TOY))
+    row = tokens.input_ids[0].tolist()
+    assert row[1 : 1 + len(expected)] == expected
+    assert row[1 + len(expected)] == ours.eos_id
+
+
+@pytest.mark.parametrize("prompt", ["<toyy>", "embedding:nothing", "a <lora:x:0.8>", "(<toy-3>:1.2)"])
+def test_an_unknown_word_is_an_error_that_lists_the_near_ones(ours: Tokenizer, prompt: str) -> None:
+    with pytest.raises(UsageError, match=r"no word .* is loaded, near it are .*(<toy>|art)"):
+        encode_ids(prompt, ours, Vocabulary(TOY))
+    with pytest.raises(UsageError, match="give its file with --concept"):
+        encode_ids(prompt, ours, NOTHING)
+
+
+def test_a_word_of_many_vectors_is_never_cut(ours: Tokenizer) -> None:
+    words = Vocabulary({"<long>": tuple(range(900, 910)), "<huge>": tuple(range(900, 919))})
+    tokens = encode_ids("<long> <long>", ours, words)
+    assert tokens.input_ids.shape == (2, LENGTH)
+    assert tokens.input_ids[:, 1:11].tolist() == [list(range(900, 910))] * 2
+    with pytest.raises(UsageError, match="19 vectors does not fit this encoder's 18 tokens"):
+        encode_ids("<huge>", ours, words)
+
+
+def test_the_eos_index_is_a_position_that_learned_ids_cannot_move(ours: Tokenizer) -> None:
+    tokens = encode_ids("red <toy> blue", ours, Vocabulary({"<toy>": (ours.eos_id + 1, ours.eos_id + 2)}))
+    expected = 1 + len(ours.ids("red")) + 2 + len(ours.ids("blue"))
+    assert tokens.eos_index.tolist() == [expected]
+    assert tokens.input_ids[0].argmax() != expected  # where legacy CLIP would pool
+
+
+def test_ids_are_those_of_diffusers_after_load_textual_inversion(tiny_model: Path, tmp_path: Path) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_model)
+    width = pipeline.text_encoder.get_input_embeddings().weight.shape[1]
+    vocab = len(pipeline.tokenizer)
+    words: dict[str, tuple[int, ...]] = {}
+    pipeline.tokenizer.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    for token, count in (("<toy>", 1), ("<ring-2>", 3), ("sks-dog", 2)):
+        rows = np.random.default_rng(count).normal(0, 0.1, (count, width)).astype(np.float32)
+        safetensors.numpy.save_file({token: rows}, tmp_path / f"{count}.safetensors")
+        pipeline.load_textual_inversion(tmp_path / f"{count}.safetensors")
+        words[token] = tuple(range(vocab, vocab + count))
+        vocab += count
+    theirs = pipeline.tokenizer
+    theirs.name_or_path = str(tmp_path)
+    ours = _ours(theirs)
+    choice = random.Random(8)
+    for _ in range(300):
+        parts = choice.choices([*words, "red", "photo of a", ",", "star!", "Blue cat's"], k=choice.randint(1, 7))
+        prompt = " ".join(parts)
+        converted = pipeline.maybe_convert_prompt(prompt, theirs)
+        expected = theirs(converted, add_special_tokens=False).input_ids
+        tokens = encode_ids(prompt, ours, Vocabulary(words))
+        rows = [row[1:end] for row, end in zip(tokens.input_ids.tolist(), tokens.eos_index.tolist(), strict=True)]
+        assert list(itertools.chain(*rows)) == expected, prompt
+
+
+def test_berts_wordpiece_is_read_as_transformers_reads_it(tmp_path: Path) -> None:
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "photo", "of", "ca", "##t", "##s", ",", "ete"]
+    (tmp_path / "vocab.txt").write_text("\n".join(pieces) + "\n")
+    theirs = BertTokenizer.from_pretrained(tmp_path, model_max_length=LENGTH)
+    theirs.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    encoder = Encoder(
+        graph="text_encoder",
+        table="t",
+        tokenizer="t",
+        tokenizer_kind=TokenizerKind.WORDPIECE,
+        vocab_size=len(pieces),
+        width=8,
+        hidden_width=8,
+        length=LENGTH,
+        bos_id=theirs.cls_token_id,
+        eos_id=theirs.sep_token_id,
+        pad_id=theirs.pad_token_id,
+        layers=(1,),
+        default_layer=1,
+    )
+    ours = Tokenizer(tmp_path, encoder)
+    for prompt in ("A photo, of cats", "Été cat", "unknown", ""):
+        expected = theirs(prompt, padding="max_length").input_ids
+        assert encode_ids(prompt, ours, NOTHING).input_ids.tolist() == [expected]
+
+
+def test_impossible_prompts_are_refused_by_name(ours: Tokenizer) -> None:
+    for prompt, message in [
+        ("(a:1.2.3)", "weight '1.2.3' is not a number"),
+        ("(a:1e)" + "(" * 60 + "b", "weight .* allowed are -100 to 100"),
+        ("(a:999)", "weight 999 of 'a', allowed"),
+        ("a" * 50_001, "50001 characters, allowed are 50000"),
+    ]:
+        with pytest.raises(UsageError, match=message):
+            encode_ids(prompt, ours, NOTHING)
+
+
+def test_a_tokenizer_that_is_absent_or_broken_is_named(ours: Tokenizer, tmp_path: Path, theirs: CLIPTokenizer) -> None:
+    (tmp_path / "tokenizer.json").write_text("{")
+    broken = CLIPTokenizer.from_pretrained(theirs.name_or_path, model_max_length=LENGTH)
+    for folder in (tmp_path, tmp_path / "absent"):
+        broken.name_or_path = str(folder)
+        with pytest.raises(BundleError, match=r"tokenizer.json cannot be read .* export the bundle again"):
+            _ours(broken)
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.lists(st.sampled_from([*TOY, *"()[]\\:<>,. ", "BREAK", "1.2", "embedding:", "red", "é", "\u0301"])))
+def test_any_prompt_is_ids_in_range_or_a_one_line_error(ours: Tokenizer, pieces: list[str]) -> None:
+    tokens = _ids_or_message("".join(pieces), ours)
+    if isinstance(tokens, str):
+        assert "\n" not in tokens
+        return
+    chunks, length = tokens.input_ids.shape
+    assert length == LENGTH
+    assert tokens.token_weights.shape == (chunks, LENGTH)
+    assert np.isfinite(tokens.token_weights).all()
+    assert (tokens.input_ids >= 0).all()
+    assert (tokens.input_ids[:, 0] == ours.bos_id).all()
+    assert (tokens.input_ids[np.arange(chunks), tokens.eos_index] == ours.eos_id).all()
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.text(max_size=60))
+def test_any_text_is_ids_or_a_one_line_error(ours: Tokenizer, text: str) -> None:
+    tokens = _ids_or_message(text, ours)
+    if isinstance(tokens, str):
+        assert "\n" not in tokens
+    else:
+        assert tokens.input_ids.max() < 907
+
+
+def _ids_or_message(prompt: str, tokenizer: Tokenizer) -> PromptTokens | str:
+    try:
+        return encode_ids(prompt, tokenizer, Vocabulary(TOY))
+    except OnewordError as error:
+        return str(error)
