@@ -1,0 +1,383 @@
+"""The batch that anyone may join: `add`, `cancel`, `step`. Every row (picture) goes through a schedule of its own.
+
+A step denoises every row once. Rows of one size share an engine call, whatever their prompts, words, samplers, steps,
+guidance and seeds; what a row gets never depends on who shares the call. Nothing waits for the slowest: a row that is
+done is decoded and leaves, a new one starts at the next step.
+"""
+
+import itertools
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from oneword.engines.bundle import Manifest
+from oneword.engines.engine import Array
+from oneword.engines.errors import NotFinite, OnewordError, UsageError
+from oneword.runtime.images import resized
+from oneword.runtime.model import Context, Model, Tokens
+from oneword.runtime.noise import TorchGenerator
+from oneword.runtime.request import Image, Request, Settings, settle
+from oneword.runtime.samplers import Schedule, make_schedule
+
+Latents: TypeAlias = npt.NDArray[np.float32]
+"""[C, h, w]"""
+
+
+@dataclass(frozen=True, eq=False)
+class StepDone:
+    """A row has done `step` of its `steps`; `denoised` is the picture as the model now sees it, to preview."""
+
+    id: int
+    index: int
+    step: int
+    steps: int
+    denoised: Latents
+
+
+@dataclass(frozen=True, eq=False)
+class PictureDone:
+    """Picture `index` of request `id` is ready: uint8 [H, W, 3]."""
+
+    id: int
+    index: int
+    seed: int
+    image: Image
+    request: Request
+    settings: Settings
+
+
+@dataclass(frozen=True, eq=False)
+class Failed:
+    """Picture `index` of request `id` will not come; the others are as they were."""
+
+    id: int
+    index: int
+    error: OnewordError
+
+
+Event: TypeAlias = StepDone | PictureDone | Failed
+
+
+@dataclass(eq=False)
+class _Row:
+    """One picture on its way."""
+
+    id: int
+    index: int
+    request: Request
+    settings: Settings
+    schedule: Schedule
+    generator: TorchGenerator
+    sample: Latents
+    previous: Latents
+    cond: Context
+    uncond: Context | None
+    known: Latents | None = None
+    known_noise: Latents | None = None
+    mask: Latents | None = None  # [1, h, w]
+    step: int = 0
+
+    @property
+    def contexts(self) -> list[Context]:
+        """What this row's next step attends to: unconditional first, where the step is guided."""
+        if self.uncond is not None and self.schedule.guided[self.step]:
+            return [self.uncond, self.cond]
+        return [self.cond]
+
+    @property
+    def seed(self) -> int:
+        return self.request.seed + self.index
+
+
+@dataclass(eq=False)
+class _Waiting:
+    """A request that was added and not begun."""
+
+    request: Request
+    settings: Settings
+    schedule: Schedule
+    tokens: Tokens
+    negative: Tokens | Context | None
+
+
+@dataclass(eq=False)
+class Batch:
+    """Rows on their way through one model. At most `max_rows` share an engine call."""
+
+    model: Model
+    max_rows: int = 16
+    seconds: dict[str, float] = field(default_factory=lambda: {"encode": 0.0, "denoise": 0.0, "decode": 0.0})
+    """Time spent so far, by stage: encode, denoise, decode."""
+
+    def __post_init__(self) -> None:
+        self._ids = itertools.count()
+        self._issued = 0
+        self._waiting: dict[int, _Waiting] = {}
+        self._rows: list[_Row] = []
+
+    def __len__(self) -> int:
+        """Pictures that are still to come."""
+        return len(self._rows) + sum(waiting.request.num_images for waiting in self._waiting.values())
+
+    def add(self, request: Request) -> int:
+        """Takes a request in; its rows start at the next `step`. Raises UsageError for what can be known now."""
+        manifest = self.model.manifest
+        settings = settle(request, manifest)
+        schedule = _schedule(request, settings, manifest)
+        if request.image is not None and "vae_encoder" not in manifest.graphs:
+            raise UsageError(
+                "this bundle has no vae_encoder, so it cannot edit pictures: export it again with ti-export"
+            )
+        tokens = self.model.tokenize(request.prompt, request.clip_skip)
+        negative: Tokens | Context | None = None
+        if any(schedule.guided):
+            try:
+                negative = self._negative(request)
+            except OnewordError:
+                self.model.release(tokens)
+                raise
+        id = next(self._ids)
+        self._issued = id + 1
+        self._waiting[id] = _Waiting(request, settings, schedule, tokens, negative)
+        return id
+
+    def cancel(self, id: int) -> None:
+        """Takes a request's rows out; one that is done already is left alone. Raises UsageError for an unknown id."""
+        if not 0 <= id < self._issued:
+            raise UsageError(f"no request has the id {id}, the last one is {self._issued - 1}")
+        if id in self._waiting:
+            self._release(self._waiting.pop(id))
+        self._rows = [row for row in self._rows if row.id != id]
+
+    def step(self) -> list[Event]:
+        """Starts what waits, denoises every row once, decodes and takes out the rows that are done."""
+        events = self._start()
+        for group in self._groups():
+            events += self._denoise(group)
+        return events + self._finish()
+
+    def _negative(self, request: Request) -> Tokens | Context:
+        if request.negative_prompt is None:
+            return self.model.missing_negative(request.clip_skip)
+        return self.model.tokenize(request.negative_prompt, request.clip_skip)
+
+    def _release(self, waiting: _Waiting) -> None:
+        for tokens in (waiting.tokens, waiting.negative):
+            if isinstance(tokens, Tokens):
+                self.model.release(tokens)
+
+    def _start(self) -> list[Event]:
+        """Encodes the prompts of all that wait in one call, and gives each row its noise."""
+        if not self._waiting:
+            return []
+        start = time.perf_counter()
+        events: list[Event] = []
+        started, self._waiting = self._waiting, {}
+        prompts = [t for w in started.values() for t in (w.tokens, w.negative) if isinstance(t, Tokens)]
+        try:
+            contexts = dict(zip(map(id, prompts), self.model.encode(prompts), strict=True))
+        except OnewordError as error:
+            return [Failed(i, n, error) for i, w in started.items() for n in range(w.request.num_images)]
+        finally:
+            for waiting in started.values():
+                self._release(waiting)
+        for request_id, waiting in started.items():
+            negative = waiting.negative
+            cond = contexts[id(waiting.tokens)]
+            uncond = contexts[id(negative)] if isinstance(negative, Tokens) else negative
+            try:
+                if not (cond.finite and (uncond is None or uncond.finite)):
+                    raise NotFinite("a text encoder gave NaN or infinity for this prompt: check the word's vectors")
+                self._rows += self._new_rows(request_id, waiting, cond, uncond)
+            except OnewordError as error:
+                events += [Failed(request_id, n, error) for n in range(waiting.request.num_images)]
+        self.seconds["encode"] += time.perf_counter() - start
+        return events
+
+    def _new_rows(self, id: int, waiting: _Waiting, cond: Context, uncond: Context | None) -> list[_Row]:
+        """A row per picture, its draws in diffusers' order: the VAE's posterior first, then the noise."""
+        request, settings, schedule = waiting.request, waiting.settings, waiting.schedule
+        vae = self.model.manifest.vae
+        shape = (vae.latent_channels, settings.height // vae.factor, settings.width // vae.factor)
+        posterior = None
+        if request.image is not None:
+            posterior = self.model.encode_image(resized(request.image, settings.width, settings.height))
+        mask = None if request.mask is None else _latent_mask(request.mask, settings, vae.factor)
+        rows = []
+        for index in range(request.num_images):
+            generator = TorchGenerator(request.seed + index)
+            known = None if posterior is None else posterior[0] + posterior[1] * generator.randn(shape)
+            noise = generator.randn(shape)
+            if known is None or (mask is not None and request.strength == 1):
+                sample = np.float32(schedule.init_scale) * noise
+            else:
+                sample = np.float32(schedule.start_scale) * known + np.float32(schedule.start_sigma) * noise
+            row = _Row(
+                id=id,
+                index=index,
+                request=request,
+                settings=settings,
+                schedule=schedule,
+                generator=generator,
+                sample=sample,
+                previous=np.zeros(shape, np.float32),
+                cond=cond,
+                uncond=uncond,
+            )
+            if mask is not None:
+                row.known, row.known_noise, row.mask = known, noise, mask
+            rows.append(row)
+        return rows
+
+    def _groups(self) -> Iterator[list[_Row]]:
+        """Rows that share a call: one size, and contexts whose common length is at most twice the longest."""
+        groups: list[list[_Row]] = []
+        for row in self._rows:
+            for group in groups:
+                if len(group) < self.max_rows and _fits(group, row):
+                    group.append(row)
+                    break
+            else:
+                groups.append([row])
+        yield from groups
+
+    def _denoise(self, group: Sequence[_Row]) -> list[Event]:
+        """One engine call: the next sample of every row of the group."""
+        start = time.perf_counter()
+        try:
+            next_sample, denoised, finite = self._call(group)
+        except OnewordError as error:
+            self._rows = [row for row in self._rows if row not in group]
+            return [Failed(row.id, row.index, error) for row in group]
+        events: list[Event] = []
+        for i, row in enumerate(group):
+            row.sample, row.previous = next_sample[i], denoised[i]
+            row.step += 1
+            if finite[i]:
+                events.append(StepDone(row.id, row.index, row.step, len(row.schedule.rows), row.previous))
+                continue
+            self._rows.remove(row)
+            message = f"graph 'denoise_step' gave NaN or infinity at step {row.step} of picture {row.index}: "
+            events.append(Failed(row.id, row.index, NotFinite(message + "export the model with --precision fp32")))
+        self.seconds["denoise"] += time.perf_counter() - start
+        return events
+
+    def _call(
+        self, group: Sequence[_Row]
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
+        """Writes the group into the engine's buffers and runs it. What has not changed since is not written again."""
+        used = _contexts_of(group)
+        length = math.lcm(*(len(context.hidden_states) for context in used))
+        branches = sum(len(row.contexts) for row in group)
+        _, h, w = group[0].sample.shape
+        prepared = self.model.bind_step(len(group), branches, len(used), length, h, w)
+        inputs, outputs = prepared.binding.inputs, prepared.binding.outputs
+        signature = tuple((row, len(row.contexts)) for row in group)
+        if prepared.written != signature:
+            prepared.written = None
+            _write_group(group, used, inputs)
+            prepared.written = signature
+        for i, row in enumerate(group):
+            inputs["sample"].write(i, row.sample)
+            inputs["previous"].write(i, row.previous)
+            inputs["schedule"].write(i, row.schedule.rows[row.step])
+            if row.schedule.draws[row.step]:
+                inputs["noise"].write(i, row.generator.randn(row.sample.shape))
+        prepared.binding.run()
+        return outputs["next_sample"].numpy().copy(), outputs["denoised"].numpy().copy(), outputs["finite"].numpy()
+
+    def _finish(self) -> list[Event]:
+        """Decodes the rows that have done their last step, those of one size together, and takes them out."""
+        start = time.perf_counter()
+        done = [row for row in self._rows if row.step == len(row.schedule.rows)]
+        self._rows = [row for row in self._rows if row.step < len(row.schedule.rows)]
+        events: list[Event] = []
+        for _, same in itertools.groupby(sorted(done, key=_size), key=_size):
+            for rows in _chunks(list(same), self.max_rows):
+                try:
+                    images, finite = self.model.decode(np.stack([row.sample for row in rows]))
+                except OnewordError as error:
+                    events += [Failed(row.id, row.index, error) for row in rows]
+                    continue
+                for row, image, ok in zip(rows, images, finite, strict=True):
+                    if ok:
+                        events.append(PictureDone(row.id, row.index, row.seed, image, row.request, row.settings))
+                        continue
+                    message = f"graph 'vae_decoder' gave NaN or infinity for picture {row.index}: "
+                    events.append(Failed(row.id, row.index, NotFinite(message + "export it with --precision fp32")))
+        self.seconds["decode"] += time.perf_counter() - start
+        return events
+
+
+def _schedule(request: Request, settings: Settings, manifest: Manifest) -> Schedule:
+    schedule = make_schedule(
+        manifest.scheduler,
+        settings.sampler,
+        settings.steps,
+        guidance_scale=settings.guidance_scale,
+        guidance_rescale=request.guidance_rescale,
+        eta=request.eta,
+        guidance_interval=request.guidance_interval,
+        strength=1.0 if request.image is None else request.strength,
+    )
+    if len(schedule.rows) == 0:
+        raise UsageError(f"strength {request.strength} of {settings.steps} steps leaves no step: give more of either")
+    return schedule
+
+
+def _latent_mask(mask: npt.NDArray[Any], settings: Settings, factor: int) -> Latents:
+    """The mask at the latents' size [1, h, w]: 1 is made anew. A latent's first pixel decides, as in diffusers."""
+    white = mask if mask.dtype == np.bool_ else mask >= 128
+    height, width = white.shape
+    rows = np.arange(0, settings.height, factor) * height // settings.height
+    columns = np.arange(0, settings.width, factor) * width // settings.width
+    return white[np.ix_(rows, columns)].astype(np.float32)[None]
+
+
+def _fits(group: Sequence[_Row], row: _Row) -> bool:
+    lengths = [len(context.hidden_states) for each in (*group, row) for context in each.contexts]
+    return _size(group[0]) == _size(row) and math.lcm(*lengths) <= 2 * max(lengths)
+
+
+def _chunks(rows: Sequence[_Row], size: int) -> Iterator[Sequence[_Row]]:
+    return (rows[i : i + size] for i in range(0, len(rows), size))
+
+
+def _size(row: _Row) -> tuple[int, int]:
+    return row.settings.width, row.settings.height
+
+
+def _contexts_of(group: Sequence[_Row]) -> list[Context]:
+    """The contexts that a group's next step attends to, each once."""
+    return list(dict.fromkeys(context for row in group for context in row.contexts))
+
+
+def _write_group(group: Sequence[_Row], contexts: Sequence[Context], inputs: Mapping[str, Array]) -> None:
+    """Writes all that stays from step to step: contexts, who attends to what, and what is masked.
+
+    A context shorter than the others is repeated whole up to their length, which cross-attention cannot tell.
+    """
+    length = inputs["context"].shape[1]
+    for m, context in enumerate(contexts):
+        inputs["context"].write(m, np.tile(context.hidden_states, (length // len(context.hidden_states), 1)))
+        if "pooled" in inputs and context.pooled is not None:
+            inputs["pooled"].write(m, context.pooled)
+    n = 0
+    for i, row in enumerate(group):
+        inputs["uncond_branch"].write(i, n)
+        for context in row.contexts:
+            inputs["branch_row"].write(n, i)
+            inputs["branch_context"].write(n, contexts.index(context))
+            n += 1
+        inputs["cond_branch"].write(i, n - 1)
+        inputs["mask"].write(i, 1.0 if row.mask is None else row.mask)
+        inputs["known"].write(i, 0.0 if row.known is None else row.known)
+        inputs["known_noise"].write(i, 0.0 if row.known_noise is None else row.known_noise)
+    if "time_ids" in inputs:
+        width, height = _size(group[0])
+        inputs["time_ids"].write(..., [height, width, 0, 0, height, width])

@@ -1,0 +1,124 @@
+"""Pictures in and out: PNGs with A1111's `parameters` text, saved whole or not at all; input pictures read safely."""
+
+import io
+import os
+import tempfile
+import warnings
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import PIL.Image
+import PIL.ImageOps
+from PIL.PngImagePlugin import PngInfo
+
+from oneword.engines.errors import FileError, UsageError
+from oneword.runtime.request import MAX_PIXELS, Image, Request, Settings
+from oneword.runtime.samplers import Sampler
+
+_MAX_BYTES = 256 << 20
+_A1111_SAMPLERS = {
+    Sampler.DDIM: "DDIM",
+    Sampler.DDPM: "DDPM",
+    Sampler.EULER: "Euler",
+    Sampler.EULER_A: "Euler a",
+    Sampler.DPMPP_2M: "DPM++ 2M",
+    Sampler.DPMPP_2M_KARRAS: "DPM++ 2M Karras",
+    Sampler.DPMPP_2M_SDE: "DPM++ 2M SDE",
+    Sampler.LCM: "LCM",
+}
+
+
+def save_png(image: Image, path: Path, parameters: str) -> None:
+    """Writes a PNG with A1111's text chunk `parameters`, whole or not at all. Raises FileError."""
+    path = Path(path)
+    data = png_bytes(image, parameters)
+    temporary: str | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.stem[:100]}.", delete=False) as stream:
+            temporary = stream.name
+            stream.write(data)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        raise FileError(f"cannot write {path}: {error.strerror}") from error
+
+
+def png_bytes(image: Image, parameters: str) -> bytes:
+    """The PNG file as bytes."""
+    info = PngInfo()
+    info.add_itxt("parameters", parameters) if not parameters.isascii() else info.add_text("parameters", parameters)
+    stream = io.BytesIO()
+    PIL.Image.fromarray(image).save(stream, "PNG", pnginfo=info)
+    return stream.getvalue()
+
+
+def read_image(path: Path) -> Image:
+    """Reads a picture as uint8 [H, W, 3]: EXIF rotation applied, transparency on white.
+
+    Raises UsageError where there is no such file, FileError where it is not a picture or has too many pixels.
+    """
+    picture = _opened(path)
+    if picture.mode.startswith("I;16") or picture.mode in ("I", "F"):
+        values = np.asarray(picture, np.float64)
+        top = 65535.0 if values.max() > 255 else 255.0
+        picture = PIL.Image.fromarray((values.clip(0, top) / top * 255).round().astype(np.uint8))
+    if picture.has_transparency_data:
+        rgba = picture.convert("RGBA")
+        picture = PIL.Image.alpha_composite(PIL.Image.new("RGBA", rgba.size, "white"), rgba)
+    return np.asarray(picture.convert("RGB"))
+
+
+def read_mask(path: Path) -> npt.NDArray[np.bool_]:
+    """Reads a mask as bool [H, W]: True where it is more white than black."""
+    return np.asarray(_opened(path).convert("L")) >= 128
+
+
+def resized(image: Image, width: int, height: int) -> Image:
+    """The picture stretched to a size (Lanczos, as diffusers does); itself where it has that size."""
+    if image.shape[:2] == (height, width):
+        return image
+    return np.asarray(PIL.Image.fromarray(image).resize((width, height), PIL.Image.Resampling.LANCZOS))
+
+
+def parameters_text(request: Request, settings: Settings, seed: int, model: str = "") -> str:
+    """The text that A1111 writes into its pictures: prompt, negative prompt, then `Name: value` pairs."""
+    pairs: dict[str, object] = {
+        "Steps": settings.steps,
+        "Sampler": _A1111_SAMPLERS[settings.sampler],
+        "CFG scale": settings.guidance_scale,
+        "Seed": seed,
+        "Size": f"{settings.width}x{settings.height}",
+    }
+    if model:
+        pairs["Model"] = model
+    if request.image is not None:
+        pairs["Denoising strength"] = request.strength
+    if request.clip_skip:
+        pairs["Clip skip"] = request.clip_skip + 1  # A1111 counts the last layer as 1
+    if request.eta:
+        pairs["Eta"] = request.eta
+    negative = f"Negative prompt: {request.negative_prompt}\n" if request.negative_prompt else ""
+    return f"{request.prompt}\n{negative}" + ", ".join(f"{name}: {value}" for name, value in pairs.items())
+
+
+def _opened(path: Path) -> PIL.Image.Image:
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise FileError(f"{path} has more than {_MAX_BYTES >> 20} MiB: give a smaller picture")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the size is checked below, by our own bound
+            picture = PIL.Image.open(path)
+            if picture.width * picture.height > MAX_PIXELS:
+                raise FileError(f"{path} is {picture.width}x{picture.height}, allowed are {MAX_PIXELS} pixels")
+            picture.load()
+        return PIL.ImageOps.exif_transpose(picture)
+    except FileNotFoundError:
+        raise UsageError(f"there is no picture {path}") from None
+    except IsADirectoryError:
+        raise UsageError(f"{path} is a folder: give one picture") from None
+    except (PIL.Image.DecompressionBombError, PIL.UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+        raise FileError(f"{path} cannot be read as a picture: {' '.join(str(error).split())[:200]}") from error
