@@ -9,6 +9,7 @@ import math
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -90,7 +91,9 @@ def train(args: argparse.Namespace, console: Console) -> dict[str, Any] | None:
     seconds = time.perf_counter() - started
     for row, concept in zip(rows, last.concepts, strict=True):
         save_concept(concept, row["output"])
-        console.print(f"{concept.token} -> {row['output']}, {last.step} steps in {seconds:.0f} s", markup=False)
+        console.print(
+            f"{concept.token} -> {row['output']}, {last.step} steps in {seconds:.0f} s", markup=False, soft_wrap=True
+        )
     if not args.json:
         return None
     return {
@@ -195,10 +198,10 @@ def follow(run: Iterable[Any], console: Console) -> Iterable[Any]:
     bar = Bar(*columns, console=console, transient=True)
     smooth = math.nan
     shown: TaskID | None = None
-    with bar:
+    with bar if console.is_terminal else nullcontext():
         for progress in run:
             for note in progress.notes:
-                console.print(f"note: {note}", markup=False)
+                console.print(f"note: {note}", markup=False, soft_wrap=True)
             now = [loss for loss in progress.losses if math.isfinite(loss)]
             mean = sum(now) / len(now) if now else smooth
             smooth = mean if math.isnan(smooth) else 0.9 * smooth + 0.1 * mean
@@ -207,7 +210,7 @@ def follow(run: Iterable[Any], console: Console) -> Iterable[Any]:
                 shown = bar.add_task(state, total=progress.steps) if shown is None else shown
                 bar.update(shown, completed=progress.step, description=state)
             elif progress.step % max(1, progress.steps // 10) == 0:
-                console.print(f"step {progress.step}/{progress.steps} {state}", markup=False)
+                console.print(f"step {progress.step}/{progress.steps} {state}", markup=False, soft_wrap=True)
             yield progress
 
 

@@ -87,7 +87,7 @@ class Recipe:
             ("steps", 1, 1_000_000),
             ("batch_size", 1, 4096),
             ("accumulation", 1, 4096),
-            ("warmup", 0, self.steps),
+            ("warmup", 0, max(0, self.steps)),
         ):
             _within(field, getattr(self, field), low, high)
         if not 0 < self.learning_rate < 10:
@@ -114,13 +114,15 @@ class Recipe:
         return self.vectors - len(self.grow_at) + sum(step >= joins for joins in self.grow_at)
 
     def with_changes(self, **changes: Any) -> Recipe:
-        """This recipe with some settings changed; a shorter run drops the vectors' later joins to the same shares."""
+        """This recipe with some settings changed; where only `steps` is, vectors join at the same share of the way."""
         known = {field.name for field in dataclasses.fields(self)}
         if unknown := sorted(set(changes) - known):
             raise UsageError(f"a recipe has no {', '.join(unknown)}: it has {', '.join(sorted(known))}")
         if "steps" in changes and "grow_at" not in changes and self.grow_at:
             scale = changes["steps"] / self.steps
             changes["grow_at"] = tuple(max(1, round(joins * scale)) for joins in self.grow_at)
+        if "steps" in changes and "warmup" not in changes:
+            changes["warmup"] = min(self.warmup, max(0, changes["steps"]))
         return dataclasses.replace(self, **changes)
 
     def as_text(self) -> dict[str, str]:

@@ -1,0 +1,218 @@
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler, StableDiffusionPipeline
+
+from oneword.engines.errors import EngineError, UsageError
+from oneword.export.source import load_source
+from oneword.train.learner import Draw, Learner, Word, draw, min_snr_weights, with_norm
+from oneword.train.pictures import Moments
+from oneword.train.recipe import Compute, Norm, Recipe
+
+QUICK = Recipe(steps=4, batch_size=4, learning_rate=0.01, weight_decay=0.0, compute=Compute.FP32)
+WIDTH = 32
+
+
+def some_moments(seed: int = 0, pictures: int = 3) -> Moments:
+    rng = torch.Generator().manual_seed(seed)
+    mean = torch.randn(pictures, 4, 4, 4, generator=rng)
+    return Moments(mean, torch.full_like(mean, 0.1), None)
+
+
+def some_word(token: str = "<toy>", seed: int = 0, recipe: Recipe = QUICK) -> Word:
+    rows = torch.randn(recipe.vectors, WIDTH, generator=torch.Generator().manual_seed(seed)) * 0.1
+    return Word(token, some_moments(seed), {"text_encoder": rows}, ["a photo of a {}", "the {}"])
+
+
+def learned(model: Path, words: list[Word], recipe: Recipe = QUICK) -> list[np.ndarray]:
+    learner = Learner(load_source(model), words, recipe, seed=7)
+    while not learner.finished:
+        learner.step()
+    return [learner.concept(i, {}).vectors["text_encoder"] for i in range(len(words))]
+
+
+@pytest.mark.parametrize("fixture", ["tiny_model_dir", "tiny_v_model_dir"])
+def test_the_gradient_is_that_of_the_text_books_loss_through_the_original_models(
+    fixture: str, request: pytest.FixtureRequest
+) -> None:
+    """Reference: diffusers' and transformers' own modules with the row put into their embedding matrix."""
+    model: Path = request.getfixturevalue(fixture)
+    word = some_word()
+    learner = Learner(load_source(model), [word], QUICK, seed=7)
+    state = word.generator.get_state()
+    batch = draw(word, QUICK, 1000)
+    word.generator.set_state(state)
+    loss = learner._losses({0: batch})[0]
+    loss.backward()
+
+    pipe = StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
+    pipe.tokenizer.add_tokens(["<toy>"])
+    pipe.text_encoder.resize_token_embeddings(len(pipe.tokenizer))
+    row = pipe.tokenizer.convert_tokens_to_ids("<toy>")
+    matrix = pipe.text_encoder.get_input_embeddings().weight
+    with torch.no_grad():
+        matrix[row] = word.initial["text_encoder"][0]
+    prompts = [prompt.format("<toy>") for prompt in batch.prompts]
+    ids = pipe.tokenizer(prompts, padding="max_length", max_length=pipe.tokenizer.model_max_length, return_tensors="pt")
+    scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
+    noisy = scheduler.add_noise(batch.latents, batch.eps, batch.timesteps)
+    predicted = pipe.unet(noisy, batch.timesteps, pipe.text_encoder(ids.input_ids)[0]).sample
+    target = (
+        scheduler.get_velocity(batch.latents, batch.eps, batch.timesteps)
+        if scheduler.config.prediction_type == "v_prediction"
+        else batch.eps
+    )
+    reference = (predicted - target).square().mean()
+    reference.backward()
+
+    torch.testing.assert_close(loss, reference, rtol=1e-5, atol=1e-6)
+    grad = word.rows["text_encoder"].grad
+    assert grad is not None
+    torch.testing.assert_close(
+        grad[0], matrix.grad[row], rtol=1e-3, atol=1e-6 * float(matrix.grad[row].abs().max()) + 1e-9
+    )
+
+
+def test_nothing_but_the_rows_is_learned_or_kept_by_the_optimiser(tiny_model_dir: Path) -> None:
+    source = load_source(tiny_model_dir)
+    frozen = {f"{part}.{name}": value.clone() for part, name, value in weights_of(source)}
+    word = some_word()
+    learner = Learner(source, [word], QUICK, seed=7)
+
+    learner.step()
+
+    assert all(torch.equal(frozen[f"{part}.{name}"], value) for part, name, value in weights_of(source))
+    assert all(not value.requires_grad and value.grad is None for _, _, value in weights_of(source))
+    numbers = sum(p.numel() for group in word.optimizer.param_groups for p in group["params"])
+    assert numbers == WIDTH
+    state = word.optimizer.state_dict()["state"]
+    assert sum(value.numel() for value in state[0].values() if value.ndim) == 2 * WIDTH
+    assert not torch.equal(word.rows["text_encoder"].detach(), word.initial["text_encoder"])
+
+
+def weights_of(source: Any) -> list[tuple[str, str, torch.Tensor]]:
+    parts = {"unet": source.unet, "vae": source.vae, **source.text_encoders}
+    return [(part, name, value) for part, module in parts.items() for name, value in module.named_parameters()]
+
+
+def test_words_in_one_batch_do_not_see_one_another(tiny_model_dir: Path) -> None:
+    """Equal up to the order in which products are summed in batches of another size."""
+    together = learned(tiny_model_dir, [some_word("<a>", 1), some_word("<b>", 2)])
+    alone = [learned(tiny_model_dir, [some_word("<a>", 1)])[0], learned(tiny_model_dir, [some_word("<b>", 2)])[0]]
+
+    for one, other in zip(together, alone, strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-4)
+    assert np.abs(together[0] - together[1]).max() > 0.01
+
+
+def test_the_same_seed_gives_the_same_bits(tiny_model_dir: Path) -> None:
+    np.testing.assert_array_equal(learned(tiny_model_dir, [some_word()])[0], learned(tiny_model_dir, [some_word()])[0])
+
+
+def test_learning_lowers_the_loss_on_a_fixed_batch(tiny_model_dir: Path) -> None:
+    recipe = QUICK.with_changes(steps=60, learning_rate=0.05)
+    word = some_word(recipe=recipe)
+    learner = Learner(load_source(tiny_model_dir), [word], recipe, seed=7)
+    batch = draw(some_word_drawn_elsewhere(), recipe, 1000)
+    before = learner.watch(0, batch)
+
+    while not learner.finished:
+        learner.step()
+
+    assert learner.watch(0, batch) < before
+
+
+def some_word_drawn_elsewhere() -> Word:
+    word = some_word()
+    word.generator.manual_seed(99)
+    return word
+
+
+def test_a_vector_that_has_not_joined_stays_where_it_started(tiny_model_dir: Path) -> None:
+    recipe = QUICK.with_changes(vectors=2, grow_at=(2,), weight_decay=0.1)
+    word = some_word(recipe=recipe)
+    learner = Learner(load_source(tiny_model_dir), [word], recipe, seed=7)
+
+    learner.step()
+    start = word.initial["text_encoder"]
+    assert torch.equal(word.rows["text_encoder"][1], start[1])
+    assert not torch.equal(word.rows["text_encoder"][0], start[0])
+    for _ in range(3):
+        learner.step()
+    assert not torch.equal(word.rows["text_encoder"][1], start[1])
+
+
+def test_words_of_single_pictures_learn_beside_the_shared_one_and_are_left_out(tiny_model_dir: Path) -> None:
+    recipe = QUICK.with_changes(per_image=1.0)
+    word = some_word(recipe=recipe)
+    learner = Learner(load_source(tiny_model_dir), [word], recipe, seed=7)
+    learner.step()
+
+    assert word.picture_rows["text_encoder"].shape == (3, WIDTH)
+    assert (word.picture_rows["text_encoder"].detach() != word.initial["text_encoder"]).any(dim=1).all()
+    assert learner.concept(0, {}).vectors["text_encoder"].shape == (1, WIDTH)
+
+
+def test_a_masked_part_has_no_say(tiny_model_dir: Path) -> None:
+    """The loss is the mean over what is unmasked: those of two halves average to the whole's."""
+    word = some_word()
+    learner = Learner(load_source(tiny_model_dir), [word], QUICK, seed=7)
+    plain = draw(word, QUICK, 1000)
+    mask = torch.zeros(4, 1, 4, 4)
+    mask[..., :2] = 1
+
+    def loss(m: torch.Tensor) -> float:
+        return learner.watch(0, Draw(plain.latents, plain.eps, plain.timesteps, m, plain.prompts))
+
+    assert loss(torch.ones_like(mask)) == pytest.approx(learner.watch(0, plain), rel=1e-5)
+    assert (loss(mask) + loss(1 - mask)) / 2 == pytest.approx(learner.watch(0, plain), rel=1e-5)
+
+
+def test_draws_cover_pictures_and_timesteps_evenly() -> None:
+    recipe = QUICK.with_changes(batch_size=6)
+    batch = draw(some_word(), recipe, 600)
+
+    assert sorted(batch.timesteps.tolist()) == [int(batch.timesteps.min()) + 100 * i for i in range(6)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),  # SNR 3 and 1/3 with gamma 1, by hand
+    [("epsilon", [1 / 3, 1.0]), ("v_prediction", [1 / 4, 1 / 4]), ("sample", [1.0, 1 / 3])],
+)
+def test_min_snr_weights_by_hand(kind: str, expected: list[float]) -> None:
+    scheduler = DDPMScheduler(prediction_type=kind)
+    scheduler.alphas_cumprod = torch.tensor([0.75, 0.25])
+
+    weights = min_snr_weights(scheduler, torch.tensor([0, 1]), 1.0)
+
+    torch.testing.assert_close(weights, torch.tensor(expected))
+
+
+def test_lengths_are_kept_set_or_pulled() -> None:
+    rows = torch.tensor([[3.0, 4.0]])
+
+    assert with_norm(rows, Norm.FREE, 1.0, 0.001) is rows
+    torch.testing.assert_close(with_norm(rows, Norm.FIXED, 1.0, 0.001), torch.tensor([[0.6, 0.8]]))
+    # length 5 pulled towards 1 by 100 * 0.001 = a tenth of the way: 4.6
+    torch.testing.assert_close(with_norm(rows, Norm.DECAYED, 1.0, 0.001), torch.tensor([[0.6, 0.8]]) * 4.6)
+
+
+def test_a_loss_that_is_not_finite_names_the_word(tiny_model_dir: Path) -> None:
+    word = some_word()
+    word.moments = Moments(torch.full((3, 4, 4, 4), torch.nan), torch.ones(3, 4, 4, 4), None)
+    learner = Learner(load_source(tiny_model_dir), [word], QUICK, seed=7)
+
+    with pytest.raises(EngineError, match="the loss of '<toy>' is nan at step 1"):
+        learner.step()
+
+
+def test_a_prompt_too_long_for_the_word_is_refused(tiny_model_dir: Path) -> None:
+    word = some_word()
+    word.prompts = ["a photo of a red blue green star ring cat dog in style and on with painting red red {}"]
+    learner = Learner(load_source(tiny_model_dir), [word], QUICK, seed=7)
+
+    with pytest.raises(UsageError, match="shorten it"):
+        learner.step()

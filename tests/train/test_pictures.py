@@ -1,0 +1,162 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+
+from oneword.engines.errors import FileError, OnewordError, UsageError
+from oneword.train.miniature import world
+from oneword.train.pictures import encode_moments, near_duplicates, read_picture, read_pictures
+
+
+def noise(width: int, height: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def halves(width: int, height: int) -> Image.Image:
+    """Red on the left, blue on the right."""
+    pixels = np.zeros((height, width, 3), np.uint8)
+    pixels[:, : width // 2, 0] = pixels[:, width // 2 :, 2] = 255
+    return Image.fromarray(pixels)
+
+
+def test_a_picture_of_the_models_size_is_read_as_it_is(tmp_path: Path) -> None:
+    image = noise(64, 64)
+    image.save(tmp_path / "a.png")
+
+    picture = read_picture(tmp_path / "a.png", 64)
+
+    np.testing.assert_array_equal(picture.pixels, np.asarray(image))
+    assert picture.mask is None
+    assert picture.caption is None
+
+
+def test_exif_rotation_is_applied(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees clockwise to see it upright: the left half becomes the upper
+    halves(64, 64).save(tmp_path / "a.png", exif=exif)
+
+    pixels = read_picture(tmp_path / "a.png", 64).pixels
+
+    np.testing.assert_array_equal(pixels[10, 32], [255, 0, 0])
+    np.testing.assert_array_equal(pixels[54, 32], [0, 0, 255])
+
+
+def test_a_wide_picture_is_cut_around_its_centre(tmp_path: Path) -> None:
+    pixels = np.zeros((40, 8000, 3), np.uint8)
+    pixels[:, 3980:4020] = [0, 255, 0]
+    Image.fromarray(pixels).save(tmp_path / "panorama.png")
+
+    picture = read_picture(tmp_path / "panorama.png", 40)
+
+    np.testing.assert_array_equal(picture.pixels, np.broadcast_to([0, 255, 0], (40, 40, 3)))
+
+
+def test_alpha_is_laid_over_white_and_becomes_the_mask(tmp_path: Path) -> None:
+    pixels = np.zeros((32, 32, 4), np.uint8)
+    pixels[:16] = [255, 0, 0, 255]
+    Image.fromarray(pixels, "RGBA").save(tmp_path / "a.png")
+
+    picture = read_picture(tmp_path / "a.png", 32)
+
+    np.testing.assert_array_equal(picture.pixels[0, 0], [255, 0, 0])
+    np.testing.assert_array_equal(picture.pixels[31, 0], [255, 255, 255])
+    assert picture.mask is not None
+    np.testing.assert_array_equal(picture.mask[[0, 31], 0], [1.0, 0.0])
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P", "CMYK", "LA", "YCbCr"])
+def test_every_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
+    name = "a.tif" if mode in ("CMYK", "YCbCr") else "a.png"
+    Image.new("RGB", (32, 32), "white").convert(mode).save(tmp_path / name)
+
+    pixels = read_picture(tmp_path / name, 32).pixels
+
+    assert pixels.shape == (32, 32, 3)
+    assert pixels.min() >= 254
+
+
+def test_sixteen_bits_are_scaled_to_eight_not_cut(tmp_path: Path) -> None:
+    grey = np.full((32, 32), 32896, np.uint16)  # 128 / 255 of 65535
+    Image.fromarray(grey).save(tmp_path / "a.png")
+
+    np.testing.assert_array_equal(read_picture(tmp_path / "a.png", 32).pixels, 128)
+
+
+def test_of_an_animation_the_first_frame_is_read(tmp_path: Path) -> None:
+    red, blue = Image.new("RGB", (32, 32), "red"), Image.new("RGB", (32, 32), "blue")
+    red.save(tmp_path / "a.gif", save_all=True, append_images=[blue])
+
+    np.testing.assert_array_equal(read_picture(tmp_path / "a.gif", 32).pixels[0, 0], [255, 0, 0])
+
+
+def test_what_is_no_usable_picture_is_named_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "text.png").write_text("I am not a picture")
+    (tmp_path / "empty.png").write_bytes(b"")
+    noise(64, 64).save(tmp_path / "whole.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:700])
+    noise(1, 1).save(tmp_path / "dot.png")
+    Image.new("1", (20000, 20000)).save(tmp_path / "bomb.png")  # 50 KB that would be 1.2 GB
+
+    for name in ("text.png", "empty.png", "cut.jpg", "dot.png", "bomb.png"):
+        with pytest.raises(FileError, match=name) as caught:
+            read_picture(tmp_path / name, 64)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_folder_without_pictures_or_no_folder_says_what_to_give(tmp_path: Path) -> None:
+    (tmp_path / "notes.md").write_text("none here")
+    with pytest.raises(UsageError, match="holds no picture"):
+        read_pictures(tmp_path, 64)
+    with pytest.raises(UsageError, match="is not a folder"):
+        read_pictures(tmp_path / "nowhere", 64)
+
+
+def test_a_folder_is_read_in_the_order_of_names_with_captions_and_masks(tmp_path: Path) -> None:
+    noise(32, 32, 1).save(tmp_path / "b.png")
+    noise(32, 32, 2).save(tmp_path / "a.JPG")
+    (tmp_path / "b.txt").write_text("a photo  of <toy>\n")
+    halves(32, 32).convert("L").point(lambda v: 255 if v > 50 else 0).save(tmp_path / "b.mask.png")
+    (tmp_path / ".hidden.png").write_text("not read")
+
+    first, second = read_pictures(tmp_path, 32)
+
+    assert [first.path.name, second.path.name] == ["a.JPG", "b.png"]
+    assert second.caption == "a photo of <toy>"
+    assert second.mask is not None
+    np.testing.assert_array_equal(second.mask[0, [0, 31]], [1.0, 0.0])
+
+
+def test_a_mask_of_another_size_is_refused(tmp_path: Path) -> None:
+    noise(32, 32).save(tmp_path / "a.png")
+    noise(32, 16).save(tmp_path / "a.mask.png")
+    with pytest.raises(OnewordError, match=r"a\.mask\.png is 32x16"):
+        read_picture(tmp_path / "a.png", 32)
+
+
+def test_the_same_picture_twice_is_noticed(tmp_path: Path) -> None:
+    photograph, _ = world.render(world.Scene((world.Thing(world.HELD_OUT_LOOKS[0]),), "snow"), 1)
+    Image.fromarray(photograph).save(tmp_path / "a.png")
+    Image.fromarray(photograph).save(tmp_path / "b.jpg", quality=80)
+    halves(64, 64).save(tmp_path / "c.png")
+
+    pairs = near_duplicates(read_pictures(tmp_path, 64))
+
+    assert [(one.name, other.name) for one, other in pairs] == [("a.png", "b.jpg")]
+
+
+def test_moments_are_the_vaes_own_scaled_and_mirrored(tmp_path: Path, tiny_model_dir: Path) -> None:
+    vae = AutoencoderKL.from_pretrained(tiny_model_dir / "vae")
+    noise(32, 32).save(tmp_path / "a.png")
+    (picture,) = read_pictures(tmp_path, 32)
+
+    moments = encode_moments(vae, [picture], flip=True)
+
+    pixels = torch.from_numpy(picture.pixels.copy()).permute(2, 0, 1)[None] / 127.5 - 1
+    with torch.no_grad():
+        straight, mirrored = vae.encode(pixels).latent_dist, vae.encode(pixels.flip(-1)).latent_dist
+    scale = vae.config.scaling_factor
+    torch.testing.assert_close(moments.mean, torch.cat([straight.mean, mirrored.mean]) * scale, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(moments.std, torch.cat([straight.std, mirrored.std]) * scale, rtol=1e-4, atol=1e-5)

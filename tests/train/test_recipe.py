@@ -1,0 +1,57 @@
+import math
+
+import pytest
+
+from oneword.engines.errors import UsageError
+from oneword.train.learner import learning_rate_at
+from oneword.train.recipe import RECIPES, Rate, Recipe, named_recipe
+
+
+def test_the_papers_one_word_is_as_the_paper_says() -> None:
+    recipe = named_recipe("one-word")
+
+    assert (recipe.steps, recipe.batch_size, recipe.vectors) == (5000, 4, 1)
+    assert recipe.learning_rate == pytest.approx(0.005 * 2 * 4)  # base rate x GPUs x batch
+
+
+def test_progressive_vectors_join_after_2000_and_4000_optimiser_steps() -> None:
+    recipe = named_recipe("progressive-three")
+
+    assert [recipe.vectors_at(step) for step in (0, 1999, 2000, 3999, 4000, 4999)] == [1, 1, 2, 2, 3, 3]
+
+
+def test_a_shorter_progressive_run_lets_vectors_join_at_the_same_share() -> None:
+    assert named_recipe("progressive-three").with_changes(steps=100).grow_at == (40, 80)
+
+
+def test_every_recipe_is_listed_under_its_own_name() -> None:
+    assert all(name == recipe.name for name, recipe in RECIPES.items())
+    with pytest.raises(UsageError, match="unknown recipe 'slow': there are fast"):
+        named_recipe("slow")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, "steps is 0"),
+        ({"vectors": 76}, "vectors is 76"),
+        ({"learning_rate": -1.0}, "learning_rate is -1.0"),
+        ({"per_image": 2.0}, "per_image is 2.0"),
+        ({"min_snr": 0.0}, "min_snr is 0.0"),
+        ({"stop_below": 1.5}, "stop_below is 1.5"),
+        ({"vectors": 2, "grow_at": (7, 3)}, "grow_at"),
+        ({"vectors": 2, "grow_at": (9000,)}, "grow_at"),
+        ({"colour": "red"}, "has no colour"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused_by_name(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Recipe().with_changes(**changes)
+
+
+def test_the_rate_warms_up_and_falls_as_half_a_cosine() -> None:
+    recipe = Recipe(steps=100, learning_rate=0.4, rate=Rate.COSINE, warmup=3)
+
+    assert learning_rate_at(recipe, 0) == pytest.approx(0.1)
+    assert learning_rate_at(recipe, 50) == pytest.approx(0.2)
+    assert learning_rate_at(recipe, 99) == pytest.approx(0.2 * (1 + math.cos(0.99 * math.pi)))

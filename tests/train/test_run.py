@@ -1,0 +1,148 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+from oneword.engines.errors import UsageError
+from oneword.export.source import load_source
+from oneword.runtime.concept import load_concept
+from oneword.train.cli import main
+from oneword.train.miniature import world
+from oneword.train.recipe import named_recipe
+from oneword.train.run import Task, initial_rows, learn
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Five pictures of a look, as PNG."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i, background in enumerate(list(world.BACKGROUNDS)[:5]):
+        pixels, _ = world.render(world.Scene((world.Thing(world.HELD_OUT_LOOKS[0]),), background), i)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    return folder
+
+
+def command(folder: Path, model: Path, output: Path, *more: str) -> list[str]:
+    learn_it = [str(folder), "--model", str(model), "--token", "<toy>", "--init", "star", "--output", str(output)]
+    return [*learn_it, "--steps", "3", "--batch-size", "2", *more]
+
+
+def test_the_command_writes_a_concept_and_says_what_it_did(
+    folder: Path, tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "toy.safetensors"
+
+    status = main(command(folder, tiny_model_dir, output, "--json", "--seed", "5"))
+
+    told = capsys.readouterr()
+    assert status == 0, told.err
+    report = json.loads(told.out)
+    assert report["steps"] == 3
+    assert report["concepts"][0]["output"] == str(output)
+    assert "step 3/3 loss" in told.err
+    concept = load_concept(output)
+    assert concept.token == "<toy>"
+    assert concept.vectors["text_encoder"].shape == (1, 32)
+    with safe_open(output, "numpy") as file:  # as diffusers reads it
+        assert list(file.keys()) == ["<toy>"]
+        metadata = file.metadata()
+    assert (metadata["recipe"], metadata["seed"], metadata["steps"], metadata["init"]) == ("fast", "5", "3", "star")
+
+
+def test_a_command_that_cannot_be_done_says_why_in_one_line_before_it_learns(
+    folder: Path, tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = command(folder, tiny_model_dir, tmp_path / "toy.safetensors")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "x.png").write_text("text")
+    cases = [
+        (["--model", str(tiny_model_dir)], 2, "no folder of pictures"),
+        ([str(empty), *good[1:]], 2, "holds no picture"),
+        ([str(tmp_path / "bad"), *good[1:]], 1, "x.png is not a picture"),
+        ([*good, "--recipe", "nothing"], 2, "unknown recipe 'nothing'"),
+        ([*good, "--learning-rate", "0"], 2, "learning_rate is 0.0"),
+        ([*good, "--token", "<again>"], 2, "1 folders and 2 times --token"),
+        ([str(folder), *good], 2, "2 folders and 1 times --token"),
+        ([*good[:-1], "x", "--steps", "many"], 2, "argument --batch-size"),
+        (command(folder, tiny_model_dir, tmp_path / "toy.bin"), 2, "written as .safetensors"),
+        (command(folder, tiny_model_dir, tmp_path / "no" / "toy.safetensors"), 2, "make it first"),
+        (command(folder, tmp_path / "no-model", tmp_path / "toy.safetensors"), 2, "no-model"),
+        ([*good[:4], "../x", *good[5:]], 1, "looks like a path"),
+    ]
+    for arguments, status, message in cases:
+        assert main(arguments) == status, arguments
+        told = capsys.readouterr()
+        assert message in told.err
+        assert told.err.count("\n") == 1
+        assert told.out == ""
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_a_manifest_learns_several_words_and_its_paths_are_relative_to_it(
+    folder: Path, tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = tmp_path / "words.csv"
+    manifest.write_text("images,token,init,output\npictures,<a>,star,a.safetensors\npictures,<b>,,b.safetensors\n")
+
+    arguments = ["--manifest", str(manifest), "--model", str(tiny_model_dir), "--steps", "2", "--batch-size", "2"]
+
+    assert main(arguments) == 0, capsys.readouterr().err
+    assert load_concept(tmp_path / "a.safetensors").token == "<a>"
+    assert load_concept(tmp_path / "b.safetensors").token == "<b>"
+
+
+def test_a_word_learned_twice_is_refused(folder: Path, tiny_model_dir: Path) -> None:
+    tasks = [Task(folder, "<a>"), Task(folder, "<a>")]
+    with pytest.raises(UsageError, match="<a> is to be learned twice"):
+        next(learn(tiny_model_dir, tasks, named_recipe("fast")))
+
+
+def test_a_word_starts_from_a_row_a_mean_of_rows_or_a_random_row(tiny_model_dir: Path) -> None:
+    source = load_source(tiny_model_dir)
+    table = source.text_encoders["text_encoder"].get_input_embeddings().weight  # type: ignore[operator]
+    star, ring = (
+        source.tokenizers["text_encoder"](word, add_special_tokens=False).input_ids for word in ("star", "ring")
+    )
+    assert len(star) == len(ring) == 1
+
+    one = initial_rows(source, "star", 2, 0)["text_encoder"]
+    mean = initial_rows(source, "star, ring", 1, 0)["text_encoder"]
+    random = initial_rows(source, "random", 3, 0)["text_encoder"]
+
+    torch.testing.assert_close(one, table[star].repeat(2, 1))
+    torch.testing.assert_close(mean, (table[star] + table[ring]) / 2)
+    median = np.median(np.linalg.norm(table.numpy(), axis=1))
+    np.testing.assert_allclose(np.linalg.norm(random.numpy(), axis=1), median, rtol=0.02)
+
+
+def test_captions_take_the_place_of_templates_and_must_hold_the_word(folder: Path, tiny_model_dir: Path) -> None:
+    for path in folder.glob("*.png"):
+        path.with_suffix(".txt").write_text("the red <toy> in style")
+    assert [
+        p.step for p in learn(tiny_model_dir, [Task(folder, "<toy>")], named_recipe("fast").with_changes(steps=1))
+    ] == [1]
+
+    (folder / "3.txt").write_text("the red star")
+    with pytest.raises(UsageError, match=r"3\.txt: the caption 'the red star' does not hold the word '<toy>'"):
+        next(learn(tiny_model_dir, [Task(folder, "<toy>")], named_recipe("fast")))
+
+
+def test_what_the_user_should_know_is_told_at_the_first_step(folder: Path, tiny_model_dir: Path) -> None:
+    for name in ("2", "3", "4"):
+        (folder / f"{name}.png").unlink()
+    (folder / "1.png").write_bytes((folder / "0.png").read_bytes())
+
+    first = next(
+        learn(tiny_model_dir, [Task(folder, "<toy>", "zebra")], named_recipe("fast").with_changes(batch_size=2))
+    )
+
+    assert "holds 2 pictures: three to five are usual" in first.notes[0]
+    assert "0.png and 1.png" in first.notes[1]
+    assert "init 'zebra' is several tokens" in first.notes[2]
