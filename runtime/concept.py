@@ -155,7 +155,7 @@ def read_safetensors(data: bytes, name: str) -> tuple[dict[str, Vectors], dict[s
     for key, entry in header.items():
         if "/" in key or "\\" in key or ".." in key:
             raise ConceptError(f"{name}: key {key[:80]!r} looks like a path, a key is a word such as <toy>")
-        tensors[key], region = _tensor(memoryview(data)[start:], key, entry, name)
+        tensors[key], region = parse_tensor(memoryview(data)[start:], key, entry, name)
         regions.append(region)
     end = 0
     for first, last in sorted(regions):
@@ -198,15 +198,20 @@ def _header(data: bytes, name: str) -> tuple[dict[str, Any], int]:
         raise ConceptError(f"{name}: header of {length} bytes, allowed are {MAX_HEADER_BYTES} (64 KiB)")
     if 8 + length > len(data):
         raise ConceptError(f"{name} is cut off: its header of {length} bytes does not fit {len(data)} bytes")
+    return parse_header(data[8 : 8 + length], name), 8 + length
+
+
+def parse_header(text: bytes, name: str) -> dict[str, Any]:
+    """A safetensors header, a JSON object whose keys are there once. Raises ConceptError."""
     try:
-        header = json.loads(data[8 : 8 + length].decode(), object_pairs_hook=_unique_pairs)
+        header = json.loads(text.decode(), object_pairs_hook=_unique_pairs)
     except _DuplicateKeyError as error:
         raise ConceptError(f"{name}: key {str(error)[:80]!r} stands twice in the header") from None
     except (ValueError, RecursionError):
         raise ConceptError(f"{name}: the header is not JSON, so this is not a safetensors file") from None
     if not isinstance(header, dict):
         raise ConceptError(f"{name}: the header is {type(header).__name__}, not a table of tensors")
-    return header, 8 + length
+    return header
 
 
 class _DuplicateKeyError(ValueError):
@@ -222,7 +227,8 @@ def _unique_pairs(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _tensor(data: memoryview, key: str, entry: Any, name: str) -> tuple[Vectors, tuple[int, int]]:
+def parse_tensor(data: memoryview, key: str, entry: Any, name: str) -> tuple[Vectors, tuple[int, int]]:
+    """The tensor that a header's entry describes, as float32, and the bytes it fills. Raises ConceptError."""
     match entry:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(first), int(last)]} if len(entry) == 3:
             pass

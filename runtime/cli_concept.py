@@ -1,0 +1,157 @@
+"""`ti-concept`: shows, checks and converts embedding files of any tool. A thin skin over `oneword.runtime.layouts`."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+import oneword
+from oneword.engines.errors import ConceptError, OnewordError, UsageError
+from oneword.runtime.concept import Concept, save_concept, token_from_stem
+from oneword.runtime.layouts import XTI_KEYS, Found, paired, read_words
+
+_PATH = click.Path(path_type=Path)
+
+
+@click.group(name="ti-concept", context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.version_option(oneword.__version__, prog_name="oneword")
+def command() -> None:
+    """Show, check and convert embedding files: .safetensors, .pt, .bin, A1111's pictures, folders, LoRAs."""
+
+
+@command.command()
+@click.argument("files", metavar="FILE...", type=_PATH, nargs=-1, required=True)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output.")
+def show(files: tuple[Path, ...], as_json: bool) -> None:
+    """Print every word of the files: its token, layout, vectors and where it comes from."""
+    described = [_described(path, found) for path in files for found in read_words(path)]
+    if as_json:
+        click.echo(json.dumps(described, indent=1, ensure_ascii=False))
+        return
+    for word in described:
+        click.echo(f"{word['token']}  ({word['layout']}, {word['file']})")
+        for encoder, facts in word["vectors"].items():
+            norms = ", ".join(f"{norm:.3g}" for norm in facts["norms"][:8]) + (", ..." if facts["count"] > 8 else "")
+            click.echo(f"  {encoder}: {facts['count']} x {facts['width']}, norms {norms}")
+        for key, value in word["provenance"].items():
+            click.echo(f"  {key}: {value}")
+
+
+@command.command()
+@click.argument("files", metavar="FILE...", type=_PATH, nargs=-1, required=True)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output.")
+def check(files: tuple[Path, ...], as_json: bool) -> None:
+    """Say for every file whether it is safe to load, or why not. Exits 1 if any is refused."""
+    results = [_checked(path) for path in files]
+    if as_json:
+        click.echo(json.dumps(results, indent=1, ensure_ascii=False))
+    else:
+        for result in results:
+            click.echo(f"ok       {result['file']}" if result["ok"] else f"refused  {result['reason']}")
+    if not all(result["ok"] for result in results):
+        raise click.exceptions.Exit(1)
+
+
+@command.command()
+@click.argument("files", metavar="FILE", type=_PATH, nargs=-1, required=True)
+@click.argument("out", type=_PATH)
+@click.option("--token", help="Call the word this instead.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output.")
+def convert(files: tuple[Path, ...], out: Path, token: str | None, as_json: bool) -> None:
+    """Write FILE's word as safetensors that diffusers, A1111, ComfyUI and ti-run read.
+
+    OUT is a .safetensors file, or a folder where FILE holds several words. Two FILEs of one word, as diffusers writes
+    them for SDXL, become one.
+    """
+    if len(files) > 2:
+        raise UsageError(f"{len(files)} files to convert, allowed are one, or two that are a pair for SDXL")
+    words = [found for path in files for found in read_words(path)]
+    concepts = [paired(words)] if len(files) == 2 else [found.concept for found in words]
+    if token is not None:
+        if len(concepts) > 1:
+            raise UsageError(f"--token {token!r} for {len(concepts)} words: convert them without it")
+        concepts = [Concept(token, concepts[0].vectors, concepts[0].provenance)]
+    targets = _targets(concepts, out)
+    for concept in concepts:
+        if set(concept.vectors) == set(XTI_KEYS):
+            raise ConceptError(
+                f"{concept.token!r} has a vector for each of 16 layers (XTI), which no other layout holds: "
+                "it can be shown and checked, not converted"
+            )
+    for concept, target in zip(concepts, targets, strict=True):
+        save_concept(concept, target)
+    if as_json:
+        click.echo(
+            json.dumps([{"token": c.token, "file": str(t)} for c, t in zip(concepts, targets, strict=True)], indent=1)
+        )
+    else:
+        for concept, target in zip(concepts, targets, strict=True):
+            click.echo(f"{concept.token} -> {target}")
+
+
+def _targets(concepts: list[Concept], out: Path) -> list[Path]:
+    if out.suffix.lower() == ".safetensors":
+        if len(concepts) != 1:
+            raise UsageError(f"{len(concepts)} words do not fit the file {out}: give a folder")
+        return [out]
+    if out.suffix:
+        raise UsageError(f"{out} is not a .safetensors file, the only layout that is written, nor a folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConceptError(f"cannot make the folder {out}: {error.strerror}") from error
+    names = [token_from_stem(concept.token.strip("<>") + ".x") for concept in concepts]
+    if len(set(names)) != len(names):
+        raise UsageError(f"words {', '.join(c.token for c in concepts)} would share a file: convert them one by one")
+    return [out / f"{name}.safetensors" for name in names]
+
+
+def _described(path: Path, found: Found) -> dict[str, Any]:
+    return {
+        "file": str(path),
+        "layout": found.layout,
+        "token": found.concept.token,
+        "vectors": {
+            encoder: {
+                "count": len(rows),
+                "width": rows.shape[1],
+                "norms": [round(float(norm), 6) for norm in np.linalg.norm(rows, axis=1)],
+            }
+            for encoder, rows in found.concept.vectors.items()
+        },
+        "provenance": dict(found.concept.provenance),
+    }
+
+
+def _checked(path: Path) -> dict[str, Any]:
+    try:
+        words = read_words(path)
+    except ConceptError as error:
+        return {"file": str(path), "ok": False, "reason": " ".join(str(error).split())}
+    return {"file": str(path), "ok": True, "tokens": [found.concept.token for found in words]}
+
+
+def main() -> None:
+    """Runs the command. Exits 0 when done, 2 for wrong usage, 1 for anything else that we can name: with one line."""
+    try:
+        code = command.main(standalone_mode=False)
+    except click.ClickException as error:
+        _exit(error.format_message(), error.exit_code)
+    except OnewordError as error:
+        _exit(str(error), error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        _exit("stopped", 130)
+    else:
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _exit(message: str, code: int) -> None:
+    click.echo(f"ti-concept: {' '.join(message.split())}", err=True)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

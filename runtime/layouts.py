@@ -1,0 +1,352 @@
+"""Everyone's embedding files as learned words. For `ti-concept` alone: what serves pictures reads safetensors only.
+
+    diffusers            {token: [n, D]}, .safetensors or .bin; a folder of sd-concepts-library
+    SDXL, SD3, Flux      clip_l, clip_g, t5, or text_encoders_0 and _1; two files of diffusers, one for each encoder
+    A1111                .pt: string_to_param with `name`, the file's name is the word; pictures: `sd-ti-embedding`
+    Gal et al.           .pt: string_to_param in a ParameterDict, one word for each placeholder
+    kohya, OneTrainer    emb_params, emp_params, and `bundle_emb.<name>.<key>` inside a LoRA
+    kohya XTI            IN01 ... OUT11: a vector for each of 16 layers; shown and checked, not converted
+
+`.pt` and `.bin` are read without PyTorch and stricter than its `weights_only`: before anything is unpickled each opcode
+is looked at, and a few names exist, which build tensors and plain containers; there is no way from them to other code.
+Not read: PyTorch's files of before 2020, vectors hidden in the pixels of A1111's old pictures, output rows (_out).
+"""
+
+import base64
+import binascii
+import collections
+import io
+import json
+import pickle
+import pickletools
+import re
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from oneword.engines.errors import ConceptError
+from oneword.runtime.concept import (
+    ENCODER_KEYS,
+    MAX_FILE_BYTES,
+    Concept,
+    Vectors,
+    concept_of,
+    parse_header,
+    parse_tensor,
+    read_limited,
+    read_safetensors,
+    token_from_stem,
+)
+
+XTI_KEYS: Final = (
+    *("IN01", "IN02", "IN04", "IN05", "IN07", "IN08", "MID"),
+    *("OUT03", "OUT04", "OUT05", "OUT06", "OUT07", "OUT08", "OUT09", "OUT10", "OUT11"),
+)
+
+_MAX_LORA_HEADER: Final = 16 << 20
+_MAX_PICTURE_TEXT: Final = 8 << 20
+_MAX_ZIP_ENTRIES: Final = 200
+_MAX_OPCODES: Final = 5_000
+_PNG: Final = b"\x89PNG\r\n\x1a\n"
+_BUNDLED: Final = re.compile(r"bundle_emb\.(.+)\.([^.]+)")
+_PICKLES: Final = (".pt", ".bin", ".pth", ".ckpt")
+
+
+@dataclass(frozen=True)
+class Found:
+    """A word, and the layout of the file in which it was found."""
+
+    layout: str
+    concept: Concept
+
+
+def read_words(path: Path) -> list[Found]:
+    """All words of a file of any tool, or of a folder of sd-concepts-library. Raises ConceptError."""
+    name = str(path)
+    if path.is_dir():
+        return _library_folder(path)
+    if path.suffix.lower() == ".png":
+        return _from_dict("A1111 picture", _picture(path), name)
+    if path.suffix.lower() in _PICKLES:
+        return _from_dict("pickle", _pickled(read_limited(path), name), name)
+    if path.suffix.lower() != ".safetensors":
+        raise ConceptError(f"{name} is no embedding file: allowed are .safetensors, .pt, .bin, .png and folders")
+    if bundled := _lora(path):
+        return bundled
+    return _from_tensors("safetensors", *read_safetensors(read_limited(path), name), name)
+
+
+def paired(words: Sequence[Found]) -> Concept:
+    """One word for two encoders from diffusers' two SDXL files, narrower first. Raises ConceptError."""
+    concepts = [found.concept for found in words]
+    vectors = [value for concept in concepts for value in concept.vectors.values()]
+    if len(concepts) != 2 or len(vectors) != 2 or len({concept.token for concept in concepts}) != 1:
+        listed = ", ".join(repr(concept.token) for concept in concepts)
+        raise ConceptError(f"words {listed} are no pair: give two files that name one word, one for each encoder")
+    first, second = sorted(vectors, key=lambda value: value.shape[1])
+    if len(first) != len(second) or first.shape[1] == second.shape[1]:
+        raise ConceptError(f"vectors {list(first.shape)} and {list(second.shape)} are no pair of two encoders")
+    return Concept(concepts[0].token, {"text_encoder": first, "text_encoder_2": second}, concepts[0].provenance)
+
+
+def _library_folder(path: Path) -> list[Found]:
+    for name in ("learned_embeds.safetensors", "learned_embeds.bin"):
+        if (path / name).is_file():
+            return [Found(f"sd-concepts-library, {found.layout}", found.concept) for found in read_words(path / name)]
+    raise ConceptError(f"{path} holds neither learned_embeds.safetensors nor learned_embeds.bin: name the file itself")
+
+
+def _from_dict(container: str, content: Any, name: str) -> list[Found]:
+    """The words of a pickled or JSON dictionary."""
+    if not isinstance(content, Mapping):
+        raise ConceptError(f"{name} holds a {type(content).__name__}, an embedding file holds a dictionary")
+    parameters = content.get("string_to_param")
+    if parameters is None:
+        tensors = {key: value for key, value in content.items() if isinstance(value, np.ndarray)}
+        if not tensors or len(tensors) != len(content) or not all(isinstance(key, str) for key in content):
+            raise ConceptError(f"{name} is of no known layout: its keys are {', '.join(map(repr, content))}"[:300])
+        return _from_tensors(container, tensors, {}, name)
+    if not isinstance(parameters, Mapping) or not parameters:
+        raise ConceptError(f"{name}: string_to_param is {type(parameters).__name__}, not a dictionary of vectors")
+    facts = {
+        key: str(content[key])[:200] for key in ("step", "sd_checkpoint", "sd_checkpoint_name") if content.get(key)
+    }
+    if "name" not in content:
+        return [
+            Found("Gal et al.", Concept(str(key), {"text_encoder": _array(value, name)}, facts))
+            for key, value in parameters.items()
+        ]
+    picture = container == "A1111 picture"
+    token = token_from_stem(f"{content['name']}.x") if picture else token_from_stem(name)
+    vectors = _array(next(iter(parameters.values())), name)
+    return [Found(container if picture else "A1111", Concept(token, {"text_encoder": vectors}, facts))]
+
+
+def _from_tensors(
+    container: str, tensors: Mapping[str, Vectors], metadata: Mapping[str, str], name: str
+) -> list[Found]:
+    """The words of a flat file of tensors."""
+    if set(tensors) == set(XTI_KEYS):
+        return [Found("kohya XTI", Concept(token_from_stem(name), dict(tensors), metadata))]
+    if any(key in ("emb_params", "emp_params") for key in tensors):
+        return [Found("kohya or OneTrainer", concept_of(tensors, metadata, name))]
+    if any(key in ENCODER_KEYS.values() or key.startswith("text_encoders_") for key in tensors):
+        return [Found("a key for each encoder", concept_of(tensors, metadata, name))]
+    return [
+        Found(f"diffusers, {container}", concept_of({key: value}, metadata, name)) for key, value in tensors.items()
+    ]
+
+
+def _lora(path: Path) -> list[Found]:
+    """The words bundled in a LoRA; of the file, only its header and their bytes are read."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 8 < length <= _MAX_LORA_HEADER:
+                return []
+            head = file.read(length)
+            if b"bundle_emb." not in head:
+                return []
+            words: dict[str, dict[str, Vectors]] = {}
+            for key, entry in parse_header(head, str(path)).items():
+                if match := _BUNDLED.fullmatch(key):
+                    first, last = _offsets(entry, key, str(path))
+                    file.seek(8 + length + first)
+                    local = entry | {"data_offsets": [0, last - first]}
+                    value, _ = parse_tensor(memoryview(file.read(last - first)), key, local, str(path))
+                    words.setdefault(match[1], {})[match[2]] = value
+    except OSError as error:
+        raise ConceptError(f"cannot read {path}: {error.strerror}") from error
+    return [
+        Found("LoRA bundle", found.concept)
+        for word, tensors in words.items()
+        for found in _from_tensors("LoRA bundle", _renamed(word, tensors), {}, f"{word}.safetensors")
+    ]
+
+
+def _renamed(word: str, tensors: Mapping[str, Vectors]) -> Mapping[str, Vectors]:
+    """OneTrainer writes string_to_param.* inside a bundle, which is the word itself."""
+    return {token_from_stem(word + ".x") if key in ("*", "string_to_param") else key: v for key, v in tensors.items()}
+
+
+def _offsets(entry: Any, key: str, name: str) -> tuple[int, int]:
+    match entry:
+        case {"data_offsets": [int(first), int(last)]} if 0 <= first <= last <= first + MAX_FILE_BYTES:
+            return first, last
+        case _:
+            raise ConceptError(f"{name}: {key[:80]!r} has no plausible data_offsets")
+
+
+def _picture(path: Path) -> Any:
+    """The JSON in a PNG's text chunk `sd-ti-embedding`; its tensors become arrays. Source: A1111's webui."""
+    try:
+        with path.open("rb") as file:
+            for kind, data in _chunks(file, str(path)):
+                if kind == b"tEXt" and data.startswith(b"sd-ti-embedding\0"):
+                    text = base64.b64decode(data.split(b"\0", 1)[1], validate=True)
+                    return json.loads(text, object_hook=_torch_tensor)
+    except OSError as error:
+        raise ConceptError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError, binascii.Error, struct.error):
+        raise ConceptError(f"{path} is a damaged picture: its embedding cannot be read") from None
+    raise ConceptError(f"{path} holds no embedding: A1111 keeps one in the text chunk sd-ti-embedding")
+
+
+def _chunks(file: io.BufferedReader, name: str) -> Iterator[tuple[bytes, bytes]]:
+    """The text chunks of a PNG; what is not text is passed over unread."""
+    if file.read(8) != _PNG:
+        raise ConceptError(f"{name} is not a PNG")
+    while len(head := file.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", head)
+        if kind != b"tEXt":
+            file.seek(length + 4, io.SEEK_CUR)
+            continue
+        if length > _MAX_PICTURE_TEXT:
+            raise ConceptError(f"{name}: a text chunk of {length} bytes, allowed are {_MAX_PICTURE_TEXT}")
+        data = file.read(length)
+        if zlib.crc32(kind + data).to_bytes(4, "big") != file.read(4):
+            raise ConceptError(f"{name} is a damaged picture: a text chunk's checksum is wrong")
+        yield kind, data
+
+
+def _torch_tensor(entry: dict[str, Any]) -> Any:
+    return np.asarray(entry["TORCHTENSOR"], np.float64) if set(entry) == {"TORCHTENSOR"} else entry
+
+
+def _pickled(data: bytes, name: str) -> Any:
+    """What torch.save wrote, with tensors as arrays. Raises ConceptError for all that is not plain data."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            return _TorchUnpickler(archive, name).content
+    except zipfile.BadZipFile:
+        raise ConceptError(
+            f"{name} is not a file of torch.save (or of one before 2020: load and save it with today's PyTorch)"
+        ) from None
+    except ConceptError:
+        raise
+    except Exception as error:  # a damaged pickle can fail in any way, though it cannot do anything
+        raise ConceptError(f"{name} is damaged ({type(error).__name__}): it cannot be read") from None
+
+
+class _ParameterDict:
+    """nn.ParameterDict as data: its pickled state holds `_parameters`."""
+
+    def __init__(self) -> None:
+        self.parameters: dict[str, Any] = {}
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, dict):
+            self.parameters = dict(state.get("_parameters") or {})
+
+
+class _TorchUnpickler(pickle.Unpickler):
+    """A pickle with a few names, over the storages of its own archive."""
+
+    def __init__(self, archive: zipfile.ZipFile, name: str) -> None:
+        self._archive, self._name = archive, name
+        entries = archive.infolist()
+        if len(entries) > _MAX_ZIP_ENTRIES:
+            raise ConceptError(f"{name} is an archive of {len(entries)} files, allowed are {_MAX_ZIP_ENTRIES}")
+        for entry in entries:
+            if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > MAX_FILE_BYTES:
+                raise ConceptError(f"{name} is a compressed archive, which torch.save never writes: refused as a bomb")
+        pickles = [entry.filename for entry in entries if entry.filename.endswith("/data.pkl")]
+        if len(pickles) != 1:
+            raise ConceptError(f"{name} holds {len(pickles)} files data.pkl, torch.save writes one")
+        self._folder = pickles[0].removesuffix("data.pkl")
+        data = archive.read(pickles[0])
+        _check_opcodes(data, name)
+        super().__init__(io.BytesIO(data))
+        # Made anew for each file: a pickle may set attributes of what it is given.
+        self._names: dict[tuple[str, str], Callable[..., Any]] = {
+            ("collections", "OrderedDict"): collections.OrderedDict,
+            ("torch._utils", "_rebuild_tensor_v2"): lambda *arguments: _tensor(*arguments),
+            ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
+            ("torch.nn.modules.container", "ParameterDict"): type("ParameterDict", (_ParameterDict,), {}),
+            ("builtins", "set"): set,  # ParameterDict's state holds an empty one
+            ("__builtin__", "set"): set,
+        }
+        self.content = _plain(self.load())
+
+    def find_class(self, module: str, name: str) -> Any:
+        """One of the few names, or ConceptError."""
+        if module == "torch" and name in _STORAGES:
+            return name
+        if (module, name) not in self._names:
+            raise ConceptError(
+                f"{self._name} asks for {module}.{name}, which is not data: it is refused, unpickling it could run code"
+            )
+        return self._names[module, name]
+
+    def persistent_load(self, pid: Any) -> npt.NDArray[Any]:
+        """A storage: the numbers of one file of the archive."""
+        match pid:
+            case ("storage", str(kind), str(key), str(), int()) if kind in _STORAGES and key.isdecimal():
+                numbers: npt.NDArray[Any] = np.frombuffer(
+                    self._archive.read(f"{self._folder}data/{key}"), _STORAGES[kind]
+                )
+                return numbers
+            case _:
+                raise ConceptError(f"{self._name}: {str(pid)[:80]!r} is no storage of torch.save")
+
+
+def _check_opcodes(data: bytes, name: str) -> None:
+    """Raises ConceptError for opcodes torch.save does not write, among them all that make room before they read."""
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
+        if opcode.name not in _OPCODES or count > _MAX_OPCODES:
+            raise ConceptError(f"{name}: opcode {opcode.name} (number {count}) is not what torch.save writes")
+        if opcode.name.endswith("PUT") and int(argument or 0) > _MAX_OPCODES:
+            raise ConceptError(f"{name}: memo entry {argument} is not what torch.save writes")
+
+
+def _tensor(storage: Any, offset: int, size: Any, stride: Any, *rest: Any) -> npt.NDArray[Any]:
+    """torch._utils._rebuild_tensor_v2 over an array, every index checked."""
+    values = np.asarray(storage)
+    sizes, strides = [int(x) for x in size], [int(x) for x in stride]
+    last = int(offset) + sum((n - 1) * step for n, step in zip(sizes, strides, strict=True))
+    if values.ndim != 1 or len(sizes) > 2 or min([*sizes, 1]) < 1 or min([*strides, int(offset)]) < 0:
+        raise ConceptError(f"a tensor of shape {sizes} is no embedding")
+    if last >= len(values) or max([*sizes, 1]) > MAX_FILE_BYTES or np.prod(sizes, dtype=np.float64) > MAX_FILE_BYTES:
+        raise ConceptError(f"a tensor of shape {sizes} reads past its {len(values)} numbers")
+    view = np.lib.stride_tricks.as_strided(values[int(offset) :], sizes, [s * values.itemsize for s in strides])
+    if values.dtype == _BFLOAT16:
+        return (view.astype(np.uint32) << 16).view(np.float32)
+    return view.copy()
+
+
+_BFLOAT16: Final = np.dtype("<u2")
+_STORAGES: Final[dict[str, np.dtype[Any]]] = {
+    "FloatStorage": np.dtype("<f4"),
+    "HalfStorage": np.dtype("<f2"),
+    "DoubleStorage": np.dtype("<f8"),
+    "BFloat16Storage": _BFLOAT16,
+    "LongStorage": np.dtype("<i8"),
+}
+_OPCODES: Final = frozenset(
+    {"PROTO", "STOP", "MARK", "EMPTY_DICT", "EMPTY_LIST", "EMPTY_TUPLE", "EMPTY_SET", "ADDITEMS", "APPEND", "APPENDS"}
+    | {"TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "SETITEM", "SETITEMS", "BINUNICODE", "SHORT_BINUNICODE", "BINFLOAT"}
+    | {"BININT", "BININT1", "BININT2", "LONG1", "NONE", "NEWTRUE", "NEWFALSE", "GLOBAL", "BINPERSID", "REDUCE"}
+    | {"BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET", "NEWOBJ", "BUILD"}
+)
+
+
+def _plain(content: Any) -> Any:
+    """The content with every ParameterDict as a dictionary."""
+    if isinstance(content, _ParameterDict):
+        return content.parameters
+    if isinstance(content, Mapping):
+        return {key: _plain(value) if isinstance(value, _ParameterDict) else value for key, value in content.items()}
+    return content
+
+
+def _array(value: Any, name: str) -> Vectors:
+    if not isinstance(value, np.ndarray) or value.dtype.kind != "f":
+        raise ConceptError(f"{name}: string_to_param holds a {type(value).__name__}, not vectors")
+    return value.astype(np.float32)

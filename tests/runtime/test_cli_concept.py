@@ -1,0 +1,120 @@
+"""`ti-concept` as a user runs it, and its files in diffusers."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+from click.testing import CliRunner
+
+from oneword.runtime import cli_concept
+from oneword.runtime.concept import load_concept
+from oneword.runtime.layouts import XTI_KEYS
+
+ROWS = np.random.default_rng(0).normal(0, 0.02, (2, 32)).astype(np.float32)
+
+
+def _run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "oneword.runtime.cli_concept", *map(str, arguments)], capture_output=True, text=True
+    )
+
+
+def _main(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str | Path
+) -> tuple[int, str]:
+    monkeypatch.setattr("sys.argv", ["ti-concept", *map(str, arguments)])
+    with pytest.raises(SystemExit) as caught:
+        cli_concept.main()
+    output = capsys.readouterr()
+    assert isinstance(caught.value.code, int)
+    return caught.value.code, output.out + output.err
+
+
+def test_show_prints_one_json_document(tmp_path: Path) -> None:
+    torch.save({"<toy>": torch.from_numpy(ROWS)}, tmp_path / "learned_embeds.bin")
+    result = CliRunner().invoke(cli_concept.command, ["show", str(tmp_path / "learned_embeds.bin"), "--json"])
+    [word] = json.loads(result.stdout)
+    assert (word["token"], word["layout"]) == ("<toy>", "diffusers, pickle")
+    assert word["vectors"]["text_encoder"]["count"] == 2
+    assert word["vectors"]["text_encoder"]["norms"] == pytest.approx(np.linalg.norm(ROWS, axis=1), abs=1e-6)
+    assert "text_encoder: 2 x 32" in CliRunner().invoke(cli_concept.command, ["show", str(tmp_path)]).stdout
+
+
+def test_check_names_every_refused_file_and_exits_1(tmp_path: Path) -> None:
+    safetensors.numpy.save_file({"<toy>": ROWS}, tmp_path / "good.safetensors")
+    safetensors.numpy.save_file({"<toy>": ROWS * np.float32(np.nan)}, tmp_path / "nan.safetensors")
+    result = _run("check", tmp_path / "good.safetensors", tmp_path / "nan.safetensors", tmp_path / "absent.pt")
+    assert result.returncode == 1
+    good, nan, absent = result.stdout.splitlines()
+    assert good.startswith("ok")
+    assert "NaN or infinity" in nan
+    assert "No such file" in absent
+    assert "Traceback" not in result.stderr
+    assert _run("check", tmp_path / "good.safetensors").returncode == 0
+
+
+def test_a_converted_pickle_loads_in_diffusers(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    torch.save(
+        {"string_to_token": {"*": 265}, "string_to_param": {"*": torch.from_numpy(ROWS)}, "name": "x"},
+        tmp_path / "toy.pt",
+    )
+    out = tmp_path / "toy.safetensors"
+    assert _main(monkeypatch, capsys, "convert", tmp_path / "toy.pt", out, "--token", "<toy>")[0] == 0
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_model)
+    pipeline.load_textual_inversion(out)
+    ids = pipeline.tokenizer.convert_tokens_to_ids(["<toy>", "<toy>_1"])
+    loaded = pipeline.text_encoder.get_input_embeddings().weight[ids].detach().numpy()
+    np.testing.assert_array_equal(loaded, ROWS)
+
+
+def test_a_pair_of_diffusers_sdxl_files_becomes_one_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wide = np.ones((2, 48), np.float32)
+    safetensors.numpy.save_file({"<toy>": ROWS}, tmp_path / "1.safetensors")
+    safetensors.numpy.save_file({"<toy>": wide}, tmp_path / "2.safetensors")
+    out = tmp_path / "toy.safetensors"
+    assert _main(monkeypatch, capsys, "convert", tmp_path / "2.safetensors", tmp_path / "1.safetensors", out)[0] == 0
+    assert set(safetensors.numpy.load_file(out)) == {"clip_l", "clip_g"}
+    np.testing.assert_array_equal(load_concept(out).vectors["text_encoder_2"], wide)
+
+
+def test_several_words_become_a_folder_of_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save({"<a>": torch.from_numpy(ROWS), "<b>": torch.from_numpy(ROWS)}, tmp_path / "two.bin")
+    code, output = _main(monkeypatch, capsys, "convert", tmp_path / "two.bin", tmp_path / "words", "--json")
+    assert code == 0
+    assert [word["token"] for word in json.loads(output)] == ["<a>", "<b>"]
+    assert [load_concept(tmp_path / "words" / f"{name}.safetensors").token for name in "ab"] == ["<a>", "<b>"]
+
+
+def test_wrong_usage_exits_2_and_refused_files_exit_1_with_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save({"<a>": torch.from_numpy(ROWS), "<b>": torch.from_numpy(ROWS)}, tmp_path / "two.bin")
+    safetensors.numpy.save_file(dict.fromkeys(XTI_KEYS, ROWS), tmp_path / "xti.safetensors")
+    out = tmp_path / "out.safetensors"
+    for arguments, code, message in [
+        (("convert", tmp_path / "two.bin", out), 2, "2 words do not fit the file"),
+        (("convert", tmp_path / "two.bin", tmp_path / "out.pt"), 2, "not a .safetensors file"),
+        (("convert", tmp_path / "two.bin", tmp_path / "out", "--token", "<c>"), 2, "--token '<c>' for 2 words"),
+        (("convert", tmp_path / "xti.safetensors", out), 1, "a vector for each of 16 layers"),
+        (("convert", tmp_path / "absent.pt", out), 1, "No such file"),
+        (("show", tmp_path / "absent.pt"), 1, "No such file"),
+        (("show",), 2, "Missing argument"),
+        (("sho",), 2, "No such command"),
+    ]:
+        actual, output = _main(monkeypatch, capsys, *arguments)
+        assert (actual, len(output.strip().splitlines())) == (code, 1), output
+        assert message in output
+    assert not out.exists()

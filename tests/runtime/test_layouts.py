@@ -1,0 +1,315 @@
+"""Everyone's embedding files, written as their tools write them, and read without PyTorch."""
+
+import base64
+import json
+import pickle
+import pickletools
+import struct
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from oneword.engines.errors import ConceptError, OnewordError
+from oneword.runtime.concept import Concept, load_concept, save_concept
+from oneword.runtime.layouts import XTI_KEYS, read_words
+
+ROWS = np.random.default_rng(0).normal(0, 0.02, (2, 768)).astype(np.float32)
+WIDE = np.random.default_rng(1).normal(0, 0.02, (2, 1280)).astype(np.float32)
+TENSOR = torch.from_numpy(ROWS)
+
+
+def _parameters(**rows: torch.Tensor) -> torch.nn.ParameterDict:
+    return torch.nn.ParameterDict({key: torch.nn.Parameter(value) for key, value in rows.items()})
+
+
+def _a1111(**more: Any) -> dict[str, Any]:
+    return {
+        "string_to_token": {"*": 265},
+        "string_to_param": {"*": TENSOR},
+        "name": "stored name",
+        "step": 4999,
+        "sd_checkpoint": "4bdfc29c",
+        "sd_checkpoint_name": "SD1.5",
+        **more,
+    }
+
+
+PICKLED: list[tuple[str, Callable[[], Any], str, list[str]]] = [
+    ("learned_embeds.bin", lambda: {"<toy>": TENSOR}, "diffusers, pickle", ["<toy>"]),
+    ("half.bin", lambda: {"<toy>": TENSOR.half()}, "diffusers, pickle", ["<toy>"]),
+    ("view.bin", lambda: {"<toy>": torch.cat([TENSOR, TENSOR])[2:]}, "diffusers, pickle", ["<toy>"]),
+    ("turned.bin", lambda: {"<toy>": TENSOR.T.contiguous().T}, "diffusers, pickle", ["<toy>"]),
+    ("learned.bin", lambda: {"<toy>": torch.nn.Parameter(TENSOR)}, "diffusers, pickle", ["<toy>"]),
+    ("my toy.pt", _a1111, "A1111", ["my_toy"]),
+    (
+        "embeddings.pt",
+        lambda: {
+            "string_to_token": {"*": torch.tensor(265), "@": torch.tensor(266)},
+            "string_to_param": _parameters(**{"*": TENSOR, "@": TENSOR}),
+        },
+        "Gal et al.",
+        ["*", "@"],
+    ),
+    ("kohya.pt", lambda: {"emb_params": TENSOR}, "kohya or OneTrainer", ["kohya"]),
+    ("pair.pt", lambda: {"clip_l": TENSOR, "clip_g": torch.from_numpy(WIDE)}, "a key for each encoder", ["pair"]),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "layout", "tokens"), PICKLED, ids=[case[0] for case in PICKLED])
+def test_what_torch_saves_is_read_without_torch(
+    tmp_path: Path, name: str, content: Callable[[], Any], layout: str, tokens: list[str]
+) -> None:
+    torch.save(content(), tmp_path / name)
+    found = read_words(tmp_path / name)
+    assert [word.layout for word in found] == [layout] * len(tokens)
+    assert [word.concept.token for word in found] == tokens
+    expected = TENSOR.half().float().numpy() if name == "half.bin" else ROWS
+    for word in found:
+        np.testing.assert_array_equal(word.concept.vectors["text_encoder"], expected)
+
+
+FLAT: list[tuple[str, dict[str, np.ndarray], str, dict[str, tuple[int, ...]]]] = [
+    ("a.safetensors", {"<toy>": ROWS}, "diffusers, safetensors", {"text_encoder": (2, 768)}),
+    (
+        "b.safetensors",
+        {"clip_l": ROWS, "clip_g": WIDE},
+        "a key for each encoder",
+        {"text_encoder": (2, 768), "text_encoder_2": (2, 1280)},
+    ),
+    (
+        "c.safetensors",
+        {"clip_l": ROWS, "clip_g": WIDE, "clip_l_out": ROWS, "clip_g_out": WIDE},
+        "a key for each encoder",
+        {"text_encoder": (2, 768), "text_encoder_2": (2, 1280)},
+    ),
+    (
+        "d.safetensors",
+        {"text_encoders_0": ROWS, "text_encoders_1": WIDE},
+        "a key for each encoder",
+        {"text_encoder": (2, 768), "text_encoder_2": (2, 1280)},
+    ),
+    ("e.safetensors", {"clip_l": ROWS, "t5": WIDE}, "a key for each encoder", {"text_encoder_3": (2, 1280)}),
+    ("f.safetensors", {"emb_params": ROWS}, "kohya or OneTrainer", {"text_encoder": (2, 768)}),
+    ("g.safetensors", {"emp_params": ROWS, "emp_params_out": ROWS}, "kohya or OneTrainer", {"text_encoder": (2, 768)}),
+    ("h.safetensors", dict.fromkeys(XTI_KEYS, ROWS), "kohya XTI", {"IN01": (2, 768), "OUT11": (2, 768)}),
+]
+
+
+@pytest.mark.parametrize(("name", "tensors", "layout", "shapes"), FLAT, ids=[case[0] for case in FLAT])
+def test_every_safetensors_layout_is_read(
+    tmp_path: Path, name: str, tensors: dict[str, np.ndarray], layout: str, shapes: dict[str, tuple[int, ...]]
+) -> None:
+    safetensors.numpy.save_file(tensors, tmp_path / name)
+    [found] = read_words(tmp_path / name)
+    assert found.layout == layout
+    assert {encoder: found.concept.vectors[encoder].shape for encoder in shapes} == shapes
+
+
+def test_words_in_a_lora_are_read_and_its_other_weights_are_not(tmp_path: Path) -> None:
+    path = tmp_path / "lora.safetensors"
+    safetensors.numpy.save_file(
+        {
+            "lora_unet.weight": np.zeros((2_000, 500), np.float32),
+            "bundle_emb.toy.string_to_param": ROWS,
+            "bundle_emb.ring.clip_l": ROWS,
+            "bundle_emb.ring.clip_g": WIDE,
+        },
+        path,
+    )
+    found = {word.concept.token: word.concept for word in read_words(path)}
+    assert set(found) == {"toy", "ring"}
+    np.testing.assert_array_equal(found["toy"].vectors["text_encoder"], ROWS)
+    np.testing.assert_array_equal(found["ring"].vectors["text_encoder_2"], WIDE)
+
+
+def _picture(path: Path, text: str) -> Path:
+    info = PngInfo()
+    info.add_text("sd-ti-embedding", text)
+    Image.new("RGB", (64, 64)).save(path, pnginfo=info)
+    return path
+
+
+def test_an_a1111_picture_is_the_word_whose_name_it_stores(tmp_path: Path) -> None:
+    content = _a1111(string_to_param={"*": {"TORCHTENSOR": ROWS.tolist()}})
+    text = base64.b64encode(json.dumps(content).encode()).decode()
+    [found] = read_words(_picture(tmp_path / "picture.png", text))
+    assert (found.layout, found.concept.token) == ("A1111 picture", "stored_name")
+    np.testing.assert_array_equal(found.concept.vectors["text_encoder"], ROWS)
+    assert found.concept.provenance["sd_checkpoint_name"] == "SD1.5"
+
+
+def test_a_folder_of_the_concepts_library_is_its_word(tmp_path: Path) -> None:
+    torch.save({"<toy>": TENSOR}, tmp_path / "learned_embeds.bin")
+    (tmp_path / "token_identifier.txt").write_text("<toy>")
+    [found] = read_words(tmp_path)
+    assert (found.layout, found.concept.token) == ("sd-concepts-library, diffusers, pickle", "<toy>")
+
+
+class _Evil:
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.function, self.arguments = function, arguments
+
+    def __reduce__(self) -> Any:
+        return self.function, self.arguments
+
+
+def _archive(path: Path, data: bytes, compression: int = zipfile.ZIP_STORED) -> Path:
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        archive.writestr("a/data.pkl", data)
+    return path
+
+
+def test_a_pickle_that_would_run_code_is_refused_and_nothing_runs(tmp_path: Path) -> None:
+    import os
+
+    marker = tmp_path / "ran"
+    for function, arguments in [
+        (os.system, (f"touch {marker}",)),
+        (eval, (f"open({str(marker)!r}, 'w')",)),
+        (subprocess.Popen, (["touch", str(marker)],)),
+        (torch.load, ("x",)),
+        (getattr, ("x", "upper")),
+    ]:
+        torch.save({"<toy>": _Evil(function, *arguments)}, tmp_path / "evil.pt")
+        with pytest.raises(ConceptError, match=r"asks for .* which is not data: it is refused"):
+            read_words(tmp_path / "evil.pt")
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (pickle.dumps({"a": 1}, 2)[:-2], "damaged"),
+        (pickle.dumps(b"x" * 10, 4), "opcode FRAME|opcode SHORT_BINBYTES"),
+        (b"\x80\x05\x96" + (2**62).to_bytes(8, "little") + b".", "damaged|opcode BYTEARRAY8"),
+        (b"\x80\x02}r" + (2**31).to_bytes(4, "little") + b".", "memo entry 2147483648"),
+        (b"\x80\x02" + b"N0" * 3_000 + b"N.", "opcode POP"),
+        (b"\x80\x02" + b")\x85" * 9_000 + b".", r"opcode .* \(number 5001\)"),
+        (pickle.dumps([1, 2], 2), "holds a list, an embedding file holds a dictionary"),
+        (pickle.dumps({"a": 1}, 2), "is of no known layout: its keys are 'a'"),
+        (pickle.dumps({"string_to_param": {"*": 1}, "name": "a"}, 2), "holds a int, not vectors"),
+    ],
+)
+def test_a_pickle_that_torch_never_writes_is_refused_by_name(tmp_path: Path, data: bytes, message: str) -> None:
+    with pytest.raises(ConceptError, match=message):
+        read_words(_archive(tmp_path / "a.pt", data))
+
+
+def test_archives_that_are_bombs_or_none_are_refused_by_name(tmp_path: Path) -> None:
+    bomb = _archive(tmp_path / "bomb.pt", bytes(100_000_000), zipfile.ZIP_DEFLATED)
+    with pytest.raises(ConceptError, match="refused as a bomb"):
+        read_words(bomb)
+    torch.save({"<toy>": TENSOR}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    with pytest.raises(ConceptError, match="before 2020"):
+        read_words(tmp_path / "old.pt")
+    with zipfile.ZipFile(tmp_path / "many.pt", "w") as archive:
+        for i in range(201):
+            archive.writestr(f"a/data/{i}", b"")
+    with pytest.raises(ConceptError, match="archive of 201 files, allowed are 200"):
+        read_words(tmp_path / "many.pt")
+
+
+def test_a_tensor_that_reads_past_its_numbers_is_refused(tmp_path: Path) -> None:
+    tensor = torch.zeros(4)
+    torch.save({"<toy>": tensor}, tmp_path / "a.pt")
+    with zipfile.ZipFile(tmp_path / "a.pt") as archive:
+        names = archive.namelist()
+        data = archive.read(names[0])
+    [size] = [
+        position for op, argument, position in pickletools.genops(data) if op.name == "BININT1" and argument == 4
+    ][1:]
+    broken = data[: size + 1] + b"\xff" + data[size + 2 :]
+    with zipfile.ZipFile(tmp_path / "b.pt", "w") as archive:
+        archive.writestr("a/data.pkl", broken)
+        archive.writestr("a/data/0", tensor.numpy().tobytes())
+    with pytest.raises(ConceptError, match="reads past its 4 numbers"):
+        read_words(tmp_path / "b.pt")
+
+
+def test_pictures_without_a_word_are_refused_by_name(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
+    (tmp_path / "text.png").write_text("hello")
+    (tmp_path / "long.png").write_bytes(b"\x89PNG\r\n\x1a\n" + struct.pack(">I4s", 2**31, b"tEXt"))
+    for path, message in [
+        (tmp_path / "plain.png", "holds no embedding"),
+        (tmp_path / "text.png", "is not a PNG"),
+        (tmp_path / "long.png", "text chunk of 2147483648 bytes"),
+        (_picture(tmp_path / "damaged.png", "!!!"), "damaged picture"),
+        (_picture(tmp_path / "empty.png", base64.b64encode(b"{}").decode()), "of no known layout"),
+    ]:
+        with pytest.raises(ConceptError, match=message):
+            read_words(path)
+
+
+def test_other_files_and_empty_folders_are_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ConceptError, match="holds neither learned_embeds"):
+        read_words(tmp_path)
+    with pytest.raises(ConceptError, match=r"allowed are \.safetensors, \.pt, \.bin, \.png and folders"):
+        read_words(tmp_path / "a.txt")
+    with pytest.raises(ConceptError, match="No such file"):
+        read_words(tmp_path / "a.pt")
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.data())
+def test_damaged_files_of_every_layout_are_words_or_one_line_errors(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    folder = tmp_path_factory.getbasetemp() / "damaged"
+    if not folder.exists():
+        folder.mkdir()
+        save_concept(Concept("<toy>", {"text_encoder": ROWS[:, :6]}), folder / "whole.safetensors")
+        torch.save({"<toy>": TENSOR[:, :6].clone()}, folder / "whole.bin")
+        torch.save({"string_to_param": _parameters(a=TENSOR[:, :6].clone())}, folder / "whole.pt")
+        text = base64.b64encode(json.dumps(_a1111(string_to_param={"*": {"TORCHTENSOR": [[1.0]]}})).encode())
+        _picture(folder / "whole.png", text.decode())
+    whole = folder / data.draw(st.sampled_from(["whole.safetensors", "whole.bin", "whole.pt", "whole.png"]))
+    content = bytearray(whole.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    broken = folder / f"broken{whole.suffix}"
+    broken.write_bytes(content[: data.draw(st.integers(0, len(content)))] if data.draw(st.booleans()) else content)
+    message = ""
+    try:
+        words = read_words(broken)
+    except OnewordError as error:
+        message = str(error)
+    else:
+        assert all(np.isfinite(rows).all() for word in words for rows in word.concept.vectors.values())
+    assert "\n" not in message
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.binary(max_size=200), st.binary(max_size=64))
+def test_any_bytes_as_a_header_are_a_one_line_error(
+    tmp_path_factory: pytest.TempPathFactory, header: bytes, data: bytes
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data)
+    with pytest.raises(ConceptError) as caught:
+        load_concept(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_layouts_are_read_where_torch_cannot_be_imported(tmp_path: Path) -> None:
+    torch.save(_a1111(), tmp_path / "toy.pt")
+    code = (
+        "import sys\n"
+        "for name in ('torch', 'diffusers', 'transformers'): sys.modules[name] = None\n"
+        "from pathlib import Path\n"
+        "from oneword.runtime.layouts import read_words\n"
+        f"print(read_words(Path({str(tmp_path / 'toy.pt')!r}))[0].concept.token)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "toy\n"
