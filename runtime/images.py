@@ -109,13 +109,13 @@ def _opened(path: Path) -> PIL.Image.Image:
     try:
         if path.stat().st_size > _MAX_BYTES:
             raise FileError(f"{path} has more than {_MAX_BYTES >> 20} MiB: give a smaller picture")
-        with warnings.catch_warnings():
+        with path.open("rb") as stream, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the size is checked below, by our own bound
-            picture = PIL.Image.open(path)
+            picture = PIL.Image.open(stream)
             if picture.width * picture.height > MAX_PIXELS:
                 raise FileError(f"{path} is {picture.width}x{picture.height}, allowed are {MAX_PIXELS} pixels")
             picture.load()
-        return PIL.ImageOps.exif_transpose(picture)
+            return PIL.ImageOps.exif_transpose(picture)
     except FileNotFoundError:
         raise UsageError(f"there is no picture {path}") from None
     except IsADirectoryError:

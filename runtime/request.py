@@ -55,6 +55,8 @@ class Request:
             text = getattr(self, name)
             if text is not None and len(text) > MAX_PROMPT:
                 raise UsageError(f"the {name} has {len(text)} characters, allowed are {MAX_PROMPT}")
+            if text is not None and any("\ud800" <= c <= "\udfff" for c in text):
+                raise UsageError(f"the {name} is not valid Unicode: it holds half of a surrogate pair")
         _within("seed", self.seed, 0, 2**63 - 1, whole=True)
         _within("num_images", self.num_images, 1, MAX_IMAGES, whole=True)
         if self.steps is not None:

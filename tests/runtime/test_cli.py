@@ -1,0 +1,120 @@
+"""`ti-run` as a user runs it: output, files, exit status."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from oneword.engines.bundle import Bundle
+from oneword.runtime.cli import main
+from oneword.runtime.concept import Concept, save_concept
+from oneword.runtime.images import save_png
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *line: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["ti-run", *map(str, line)])
+    try:
+        main()
+    except SystemExit as exit:
+        return int(exit.code or 0)
+    return 0
+
+
+def test_json_says_what_was_made_and_with_what(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "words").mkdir()
+    for name in ("toy", "cat"):
+        vectors = {"text_encoder": np.full((1, 32), 0.1, np.float32)}
+        save_concept(Concept(f"<{name}>", vectors), tmp_path / "words" / f"{name}.safetensors")
+    line = [tiny_bundle, "a <toy>", "a <cat> & a <toy>", "--concept", tmp_path / "words", "--output", tmp_path / "out"]
+
+    status = run(monkeypatch, *line, "--steps", 2, "--seed", 4, "--num-images", 2, "--size", "64x72", "--json")
+
+    assert status == 0
+    report = json.loads(capsys.readouterr().out)
+    entries = report["images"]
+    assert [(e["prompt"], e["seed"]) for e in entries] == [
+        ("a <toy>", 4),
+        ("a <toy>", 5),
+        ("a <cat> & a <toy>", 4),
+        ("a <cat> & a <toy>", 5),
+    ]
+    assert report["engine"].startswith("onnxruntime")
+    assert report["words"] == ["<cat>", "<toy>"]
+    assert report["digests"]["denoise_step"] == Bundle.open(tiny_bundle).manifest.graphs["denoise_step"].digest
+    assert set(report["seconds"]["engines"]) == {"text_encoder", "denoise_step", "vae_decoder"}
+    with PIL.Image.open(entries[3]["file"]) as picture:
+        assert picture.size == (64, 72)
+        assert picture.info["parameters"].startswith("a <cat> & a <toy>\nSteps: 2, Sampler: DDIM, CFG scale: ")
+        assert "Seed: 5, Size: 64x72" in picture.info["parameters"]
+
+
+def test_an_older_picture_is_not_overwritten(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(2):
+        assert run(monkeypatch, tiny_bundle, "a cat", "--steps", 1, "--output", tmp_path) == 0
+
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a-cat-0-2.png", "a-cat-0.png"]
+
+
+def test_an_edit_reads_its_picture_and_mask(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_png(np.full((64, 80, 3), 99, np.uint8), tmp_path / "in.png", "")
+    mask = np.zeros((64, 80), np.uint8)
+    mask[:32] = 255
+    PIL.Image.fromarray(mask).save(tmp_path / "mask.png")
+    line = [tiny_bundle, "a cat", "--image", tmp_path / "in.png", "--mask", tmp_path / "mask.png", "--strength", 0.5]
+
+    assert run(monkeypatch, *line, "--steps", 4, "--output", tmp_path / "out") == 0
+
+    with PIL.Image.open(tmp_path / "out" / "a-cat-0.png") as picture:
+        assert picture.size == (80, 64)
+        assert "Denoising strength: 0.5" in picture.info["parameters"]
+
+
+@pytest.mark.parametrize(
+    ("line", "status", "message"),
+    [
+        (["a cat", "--steps", "0"], 2, "steps is 0, allowed is 1 to 1000"),
+        (["a cat", "--size", "60x64"], 2, "size 60x64: width must be a multiple of 8"),
+        (["a cat", "--size", "big"], 2, "'big' is not WIDTHxHEIGHT, for example 512x512"),
+        (["a cat", "--sampler", "best"], 2, "'best' is not one of 'ddim', 'ddpm'"),
+        (["a <nobody>"], 2, "nobody"),
+        (["a cat", "--concept", "absent.safetensors"], 1, "absent.safetensors"),
+        (["a cat", "--image", "absent.png"], 2, "there is no picture absent.png"),
+        (["a cat", "--concept", "."], 2, "holds no .safetensors file"),
+        ([], 2, "PROMPT"),
+        (["a cat", "--colour", "red"], 2, "No such option"),
+    ],
+)
+def test_a_mistake_is_one_line_and_an_exit_status(
+    tiny_bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    line: list[str],
+    status: int,
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    assert run(monkeypatch, tiny_bundle, *line, "--output", tmp_path / "out") == status
+
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.startswith("ti-run: ")
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_no_bundle_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, tmp_path, "a cat") == 2
+
+    assert "is not a bundle (no bundle.json): make one with ti-export" in capsys.readouterr().err

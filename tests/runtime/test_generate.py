@@ -1,0 +1,394 @@
+"""Pictures against diffusers' own pipelines on the same weights, and against themselves made alone."""
+
+import contextlib
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import hypothesis.strategies as st
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import HealthCheck, given, settings
+
+from oneword.engines.errors import ConceptError, OnewordError, UsageError
+from oneword.runtime.batch import Batch, Event, Failed, PictureDone, StepDone
+from oneword.runtime.concept import Concept, save_concept
+from oneword.runtime.generate import generate
+from oneword.runtime.model import Model
+from oneword.runtime.request import Image, Request
+from oneword.runtime.samplers import Sampler
+
+PIPELINES = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_bundle: Path) -> Model:
+    return Model.open(tiny_bundle, threads=1)
+
+
+@pytest.fixture(scope="module")
+def pipelines(tiny_model_dir: Path) -> PIPELINES:
+    """diffusers' pipelines over one set of weights."""
+    from diffusers import (
+        StableDiffusionImg2ImgPipeline,
+        StableDiffusionInpaintPipeline,
+        StableDiffusionPipeline,
+    )
+
+    text = StableDiffusionPipeline.from_pretrained(tiny_model_dir, safety_checker=None)
+    parts = {**text.components, "requires_safety_checker": False}
+    pipelines = {
+        "text": text,
+        "image": StableDiffusionImg2ImgPipeline(**parts),
+        "mask": StableDiffusionInpaintPipeline(**parts),
+    }
+    for pipeline in pipelines.values():
+        pipeline.set_progress_bar_config(disable=True)
+    return pipelines
+
+
+@pytest.fixture
+def words(model: Model) -> Any:
+    """Twelve words of one to three vectors, loaded."""
+    random = np.random.default_rng(0)
+    tokens = [f"<w{i}>" for i in range(12)]
+    for i, token in enumerate(tokens):
+        model.load(Concept(token, {"text_encoder": random.normal(0, 0.5, (1 + i % 3, 32)).astype(np.float32)}))
+    yield tokens
+    for token in tokens:
+        model.unload(token)
+
+
+def psnr(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> float:
+    error = float(np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2))
+    return 10 * np.log10(255**2 / max(error, 1e-9))
+
+
+def of_diffusers(output: Any) -> Image:
+    return np.asarray((output.images[0] * 255).round(), np.uint8)
+
+
+def pictures(model: Model, requests: Sequence[Request]) -> dict[int, Image]:
+    done = [event for event in generate(model, requests) if isinstance(event, PictureDone)]
+    return {event.id: event.image for event in done}
+
+
+def scene(size: int = 64) -> Image:
+    y, x = np.mgrid[:size, :size] / size
+    return (np.stack([x, y, (x - 0.5) ** 2 + (y - 0.5) ** 2], axis=-1) * 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("negative_prompt", [None, "blue dog"])
+@pytest.mark.parametrize(("width", "height"), [(64, 64), (72, 120)])
+def test_text_to_image_is_that_of_diffusers(
+    model: Model, pipelines: PIPELINES, negative_prompt: str | None, width: int, height: int
+) -> None:
+    import torch
+
+    theirs = pipelines["text"](
+        "a photo of a red cat",
+        negative_prompt=negative_prompt,
+        num_inference_steps=12,
+        guidance_scale=5.0,
+        width=width,
+        height=height,
+        generator=torch.Generator().manual_seed(11),
+        output_type="np",
+    )
+    request = Request(
+        "a photo of a red cat",
+        negative_prompt=negative_prompt,
+        steps=12,
+        guidance_scale=5.0,
+        size=(width, height),
+        seed=11,
+    )
+    ours = pictures(model, [request])[0]
+
+    assert ours.shape == (height, width, 3)
+    assert ours.std() > 1  # there is something to compare
+    assert psnr(ours, of_diffusers(theirs)) >= 50
+
+
+@pytest.mark.parametrize("clip_skip", [0, 1, 2])
+def test_clip_skip_is_an_earlier_layer_of_transformers_encoder(
+    model: Model, pipelines: PIPELINES, clip_skip: int
+) -> None:
+    import torch
+
+    pipeline = pipelines["text"]  # whose own clip_skip does not know this release of transformers
+    ids = pipeline.tokenizer("a dog", padding="max_length", max_length=20, return_tensors="pt").input_ids
+    with torch.no_grad():
+        states = pipeline.text_encoder(ids, output_hidden_states=True).hidden_states[-(clip_skip + 1)]
+        embeds = pipeline.text_encoder.final_layer_norm(states)
+    theirs = pipeline(
+        prompt_embeds=embeds,
+        num_inference_steps=4,
+        guidance_scale=1.0,
+        width=64,
+        height=64,
+        generator=torch.Generator().manual_seed(0),
+        output_type="np",
+    )
+    ours = pictures(model, [Request("a dog", steps=4, guidance_scale=1.0, clip_skip=clip_skip)])[0]
+
+    assert psnr(ours, of_diffusers(theirs)) >= 50
+
+
+@pytest.mark.parametrize("strength", [0.5, 0.75, 1.0])
+def test_image_to_image_is_that_of_diffusers(model: Model, pipelines: PIPELINES, strength: float) -> None:
+    import PIL.Image
+    import torch
+
+    theirs = pipelines["image"](
+        "a green ring",
+        image=PIL.Image.fromarray(scene()),
+        strength=strength,
+        num_inference_steps=8,
+        guidance_scale=3.0,
+        generator=torch.Generator().manual_seed(5),
+        output_type="np",
+    )
+    request = Request("a green ring", image=scene(), strength=strength, steps=8, guidance_scale=3.0, seed=5)
+
+    assert psnr(pictures(model, [request])[0], of_diffusers(theirs)) >= 50
+
+
+@pytest.mark.parametrize("strength", [0.75, 1.0])
+def test_a_masked_edit_is_that_of_diffusers(model: Model, pipelines: PIPELINES, strength: float) -> None:
+    import PIL.Image
+    import torch
+
+    mask = np.zeros((64, 64), np.uint8)
+    mask[16:40, 8:48] = 255
+    theirs = pipelines["mask"](
+        "a blue star",
+        image=PIL.Image.fromarray(scene()),
+        mask_image=PIL.Image.fromarray(mask),
+        strength=strength,
+        num_inference_steps=8,
+        guidance_scale=3.0,
+        width=64,
+        height=64,
+        generator=torch.Generator().manual_seed(5),
+        output_type="np",
+    )
+    request = Request("a blue star", image=scene(), mask=mask, strength=strength, steps=8, guidance_scale=3.0, seed=5)
+
+    assert psnr(pictures(model, [request])[0], of_diffusers(theirs)) >= 50
+
+
+def test_a_masked_edit_keeps_the_latents_outside_the_mask(model: Model) -> None:
+    mask = np.zeros((64, 64), np.bool_)
+    mask[16:48, 16:48] = True
+    request = Request("a blue star", image=scene(), mask=mask, strength=1.0, steps=5, seed=1)
+    batch = Batch(model)
+    batch.add(request)
+    batch.step()
+    row = batch._rows[0]
+    while batch:
+        batch.step()
+
+    outside = row.mask[0] == 0  # type: ignore[index]
+    np.testing.assert_allclose(row.sample[:, outside], row.known[:, outside], atol=1e-5)  # type: ignore[index]
+    assert np.abs(row.sample - row.known)[:, ~outside].max() > 0.1  # type: ignore[operator]
+
+
+def test_picture_i_has_the_seed_plus_i(model: Model) -> None:
+    events = list(generate(model, [Request("a cat", seed=7, num_images=3, steps=3)]))
+    three = {event.seed: event.image for event in events if isinstance(event, PictureDone)}
+    alone = pictures(model, [Request("a cat", seed=9, steps=3)])[0]
+
+    assert sorted(three) == [7, 8, 9]
+    assert psnr(three[9], alone) >= 45
+    assert psnr(three[7], alone) < 40
+
+
+def test_twelve_words_share_engines_and_batch_and_each_is_as_alone(model: Model, words: list[str]) -> None:
+    requests = [Request(f"a photo of a {word}", seed=3, steps=6) for word in words]
+    alone = [pictures(model, [request])[0] for request in requests]
+    opened = dict(model.opened)
+    together = pictures(model, requests)
+
+    assert model.opened == opened
+    assert all(psnr(alone[i], together[i]) >= 45 for i in range(12))
+    different = [psnr(alone[0], other) for other in alone[1:]]
+    assert max(different) < 45  # the words do something
+
+
+def mixed(words: Sequence[str]) -> list[Request]:
+    """Eight rows that have nothing in common but the size."""
+    samplers = list(Sampler)
+    return [
+        Request(
+            f"a photo of {words[i]}" + " and a red cat" * (3 * (i % 3)),
+            negative_prompt=[None, words[-1], "blue"][i % 3],
+            seed=100 + i,
+            steps=4 + i,
+            sampler=samplers[i],
+            guidance_scale=1.0 + i,
+            eta=0.5 * (i == 0),
+            clip_skip=i % 2,
+            guidance_interval=(0.2, 0.8) if i == 5 else None,
+        )
+        for i in range(8)
+    ]
+
+
+def test_rows_that_differ_in_everything_are_each_as_alone(model: Model, words: list[str]) -> None:
+    requests = mixed(words)
+
+    together = pictures(model, requests)
+
+    for i, request in enumerate(requests):
+        assert psnr(together[i], pictures(model, [request])[0]) >= 45
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_rows_that_join_late_or_are_cancelled_leave_the_others_as_they_were(model: Model, data: st.DataObject) -> None:
+    prompts = ["a cat", "a red star", "a dog on blue", "a photo of a ring"]
+    requests = [Request(prompt, seed=i, steps=3 + i) for i, prompt in enumerate(prompts)]
+    joins = data.draw(st.lists(st.integers(0, 6), min_size=4, max_size=4))
+    cancelled = data.draw(st.sets(st.integers(0, 3), max_size=3))
+    batch, ids, done = Batch(model, max_rows=data.draw(st.integers(1, 4))), {}, {}
+    for step in range(16):
+        for i, join in enumerate(joins):
+            if join == step:
+                ids[batch.add(requests[i])] = i
+        for id, i in ids.items():
+            if i in cancelled and step == joins[i] + 1:
+                batch.cancel(id)
+        for event in batch.step():
+            if isinstance(event, PictureDone):
+                done[ids[event.id]] = event.image
+
+    assert len(batch) == 0
+    assert done.keys() == set(range(4)) - cancelled
+    for i, image in done.items():
+        assert psnr(image, pictures(model, [requests[i]])[0]) >= 45
+
+
+def test_a_word_that_breaks_the_encoder_fails_alone(model: Model) -> None:
+    model.load(Concept("<huge>", {"text_encoder": np.full((1, 32), 1.0, np.float32)}))
+    ids = model._words["text_encoder"]["<huge>"]
+    model._tables["text_encoder"].array[list(ids)] = np.nan
+    events: list[Event] = list(generate(model, [Request("a <huge>", steps=2), Request("a cat", steps=2)]))
+    model.unload("<huge>")
+
+    failed = [event for event in events if isinstance(event, Failed)]
+    assert [event.id for event in failed] == [0]
+    assert "gave NaN or infinity for this prompt" in str(failed[0].error)
+    assert [event.id for event in events if isinstance(event, PictureDone)] == [1]
+
+
+def test_unloading_a_word_waits_for_its_prompts(model: Model) -> None:
+    random = np.random.default_rng(1)
+    one, two = (random.normal(0, 0.5, (1, 32)).astype(np.float32) for _ in range(2))
+    model.load(Concept("<one>", {"text_encoder": one}))
+    request = Request("a <one>", steps=3)
+    expected = pictures(model, [request])[0]
+    batch = Batch(model)
+    batch.add(request)
+    model.unload("<one>")
+    model.load(Concept("<two>", {"text_encoder": two}))
+    image = None
+    while batch:
+        for event in batch.step():
+            if isinstance(event, PictureDone):
+                image = event.image
+    model.unload("<two>")
+
+    assert image is not None
+    np.testing.assert_array_equal(image, expected)
+    with pytest.raises(UsageError, match="<one>"):
+        batch.add(request)
+
+
+def test_events_tell_every_step_and_carry_a_preview(model: Model) -> None:
+    events = list(generate(model, [Request("a cat", steps=4)]))
+
+    steps = [event for event in events if isinstance(event, StepDone)]
+    assert [(event.step, event.steps) for event in steps] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert steps[0].denoised.shape == (4, 8, 8)
+    images, _ = model.decode(steps[-1].denoised[None])
+    assert psnr(images[0], events[-1].image) >= 45  # type: ignore[union-attr]
+
+
+def test_guidance_of_one_costs_one_branch(model: Model) -> None:
+    batch = Batch(model)
+    batch.add(Request("a cat", steps=2, guidance_scale=1.0))
+    batch.add(Request("a cat", steps=2, guidance_scale=4.0))
+    batch.step()
+
+    (rows, branches, contexts, *_) = next(reversed(model._bindings))
+    assert (rows, branches, contexts) == (2, 3, 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"size": (60, 64)}, "size 60x64: width must be a multiple of 8, for example 64"),
+        ({"size": (32768, 32768)}, "size 32768x32768 has 1073741824 pixels, allowed are 16777216"),
+        ({"clip_skip": 3}, "clip_skip is 3, this model allows 0 to 2"),
+        ({"prompt": "a <nobody>"}, "<nobody>"),
+        ({"image": scene(), "strength": 0.01, "steps": 3}, "strength 0.01"),
+    ],
+)
+def test_what_this_model_cannot_do_is_said_when_it_is_added(
+    model: Model, changes: dict[str, Any], message: str
+) -> None:
+    batch = Batch(model)
+    with pytest.raises(UsageError, match=message):
+        batch.add(Request(**{"prompt": "a cat", **changes}))
+
+    assert len(batch) == 0
+
+
+def test_a_word_of_another_width_is_refused(model: Model) -> None:
+    concept = Concept("<wide>", {"text_encoder": np.ones((1, 768), np.float32)})
+
+    with pytest.raises(ConceptError, match="vectors 768 wide, text_encoder of this model takes 32"):
+        model.load(concept)
+    assert "<wide>" not in model.words
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(prompt=st.text(alphabet=st.one_of(st.sampled_from("()[]\\:<>1.2 aBREAK_"), st.characters()), max_size=80))
+def test_any_prompt_is_made_or_refused_with_one_line(model: Model, prompt: str) -> None:
+    with contextlib.suppress(OnewordError):
+        events = list(generate(model, [Request(prompt, steps=1, guidance_scale=1.0)]))
+        assert isinstance(events[-1], PictureDone)
+
+
+RUN_WITHOUT_TORCH = """
+import importlib.abc, sys
+
+class Blocked(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "diffusers", "transformers", "onnx", "accelerate"):
+            raise ImportError(name + " is blocked")
+
+sys.meta_path.insert(0, Blocked())
+from oneword.runtime.cli import main
+sys.argv[0] = "ti-run"
+main()
+"""
+
+
+def test_the_command_runs_with_torch_diffusers_and_transformers_blocked(tiny_bundle: Path, tmp_path: Path) -> None:
+    save_concept(Concept("<toy>", {"text_encoder": np.full((2, 32), 0.1, np.float32)}), tmp_path / "toy.safetensors")
+    line = [str(tiny_bundle), "a photo of <toy>", "--steps", "2", "--concept", str(tmp_path / "toy.safetensors")]
+    done = subprocess.run(
+        [sys.executable, "-c", RUN_WITHOUT_TORCH, *line, "--output", str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a-photo-of-toy-0.png"]
+    assert done.stdout.strip() == str(tmp_path / "out" / "a-photo-of-toy-0.png")

@@ -1,0 +1,113 @@
+"""Pictures that come from anywhere, and pictures that go out."""
+
+import errno
+import os
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from oneword.engines.errors import FileError, UsageError
+from oneword.runtime.images import parameters_text, read_image, read_mask, resized, save_png
+from oneword.runtime.request import Request, Settings
+from oneword.runtime.samplers import Sampler
+
+RED = np.full((8, 12, 3), (255, 0, 0), np.uint8)
+SETTINGS = Settings(steps=20, sampler=Sampler.DPMPP_2M_KARRAS, guidance_scale=7.5, width=64, height=48)
+
+
+def test_the_parameters_are_as_a1111_writes_them(tmp_path: Path) -> None:
+    text = parameters_text(Request("a cat", negative_prompt="blurry", clip_skip=1), SETTINGS, seed=7, model="tiny")
+    save_png(RED, tmp_path / "deep" / "cat.png", text)
+
+    with PIL.Image.open(tmp_path / "deep" / "cat.png") as picture:
+        assert picture.info["parameters"] == (
+            "a cat\nNegative prompt: blurry\n"
+            "Steps: 20, Sampler: DPM++ 2M Karras, CFG scale: 7.5, Seed: 7, Size: 64x48, Model: tiny, Clip skip: 2"
+        )
+        np.testing.assert_array_equal(np.asarray(picture), RED)
+
+
+def test_a_prompt_in_any_script_survives(tmp_path: Path) -> None:
+    save_png(RED, tmp_path / "cat.png", "кот, 猫, 🐈")
+
+    with PIL.Image.open(tmp_path / "cat.png") as picture:
+        assert picture.info["parameters"] == "кот, 猫, 🐈"
+
+
+def test_a_full_disk_leaves_no_half_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(FileError, match=r"cannot write .*cat.png: No space left on device"):
+        save_png(RED, tmp_path / "cat.png", "")
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rotated_photograph_is_turned_upright(tmp_path: Path) -> None:
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6  # the camera was turned by 90 degrees
+    PIL.Image.fromarray(RED).save(tmp_path / "turned.jpg", exif=exif)
+
+    assert read_image(tmp_path / "turned.jpg").shape == (12, 8, 3)
+
+
+@pytest.mark.parametrize(
+    ("picture", "expected"),
+    [
+        (PIL.Image.new("RGBA", (4, 4), (255, 0, 0, 0)), (255, 255, 255)),
+        (PIL.Image.new("LA", (4, 4), (0, 255)), (0, 0, 0)),
+        (PIL.Image.new("L", (4, 4), 77), (77, 77, 77)),
+        (PIL.Image.fromarray(np.full((4, 4), 65535, np.uint16)), (255, 255, 255)),
+        (PIL.Image.new("1", (4, 4), 1), (255, 255, 255)),
+    ],
+)
+def test_every_mode_becomes_rgb(tmp_path: Path, picture: PIL.Image.Image, expected: tuple[int, int, int]) -> None:
+    picture.save(tmp_path / "picture.png")
+
+    image = read_image(tmp_path / "picture.png")
+
+    assert image.dtype == np.uint8
+    np.testing.assert_array_equal(image, np.broadcast_to(expected, (4, 4, 3)))
+
+
+def test_a_mask_is_white_where_it_is_more_white_than_black(tmp_path: Path) -> None:
+    PIL.Image.fromarray(np.array([[0, 127, 128, 255]], np.uint8)).save(tmp_path / "mask.png")
+
+    np.testing.assert_array_equal(read_mask(tmp_path / "mask.png"), [[False, False, True, True]])
+
+
+def test_what_is_no_picture_is_named(tmp_path: Path) -> None:
+    (tmp_path / "text.png").write_text("no picture")
+    with pytest.raises(FileError, match=r"text.png cannot be read as a picture"):
+        read_image(tmp_path / "text.png")
+
+    with pytest.raises(UsageError, match="there is no picture"):
+        read_image(tmp_path / "absent.png")
+
+    with pytest.raises(UsageError, match="is a folder"):
+        read_image(tmp_path)
+
+
+def test_a_truncated_picture_and_a_bomb_are_refused(tmp_path: Path) -> None:
+    save_png(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8), tmp_path / "whole.png", "")
+    data = (tmp_path / "whole.png").read_bytes()
+    (tmp_path / "half.png").write_bytes(data[: len(data) // 2])
+    with pytest.raises(FileError, match=r"half.png cannot be read as a picture"):
+        read_image(tmp_path / "half.png")
+
+    PIL.Image.new("1", (12_000, 12_000)).save(tmp_path / "bomb.png")
+    with pytest.raises(FileError, match=r"bomb.png is 12000x12000, allowed are 16777216 pixels"):
+        read_image(tmp_path / "bomb.png")
+
+    PIL.Image.new("1", (30_000, 30_000)).save(tmp_path / "bigger.png")
+    with pytest.raises(FileError, match=r"bigger.png cannot be read as a picture: .*900000000 pixels"):
+        read_image(tmp_path / "bigger.png")
+
+
+def test_resizing_to_its_own_size_is_nothing() -> None:
+    assert resized(RED, 12, 8) is RED
+    assert resized(RED, 24, 16).shape == (16, 24, 3)
