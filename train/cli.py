@@ -6,11 +6,13 @@ import argparse
 import csv
 import json
 import math
+import signal
 import sys
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 from rich.console import Console
@@ -20,6 +22,29 @@ from rich.progress import Progress as Bar
 from oneword.engines.errors import FileError, OnewordError, UsageError
 from oneword.runtime.concept import save_concept
 from oneword.train.recipe import RECIPES, Compute, Norm, Recipe, named_recipe
+
+
+class Interrupted(OnewordError):
+    """The user pressed Ctrl-C; the message says how to go on."""
+
+    exit_code = 130
+
+
+class Interruption:
+    """While entered, the first Ctrl-C is only noted, so that the step under way ends; the second interrupts as ever."""
+
+    asked = False
+
+    def __enter__(self) -> Interruption:
+        self._before = signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        signal.signal(signal.SIGINT, self._before)
 
 
 class Parser(argparse.ArgumentParser):
@@ -56,6 +81,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--compute", choices=[compute.value for compute in Compute], help="what the UNet computes in")
     p.add_argument("--gradient-checkpointing", action="store_const", const=True, help="less memory, more time")
     p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--checkpoints", type=Path, help="folder for the run's state (default: beside the output, .run)")
+    p.add_argument("--checkpoint-every", type=int, default=25, help="steps between two states (default 25)")
     p.add_argument("--json", action="store_true", help="one JSON document on standard output")
     return p
 
@@ -82,18 +109,28 @@ def train(args: argparse.Namespace, console: Console) -> dict[str, Any] | None:
     rows = manifest_rows(args)
     for row in rows:
         check_output(Path(row["output"]))
+    from oneword.train.checkpoint import forget
     from oneword.train.run import Task, learn, quiet  # seconds of torch that a wrong option need not wait for
 
     quiet()
+    checkpoints = args.checkpoints or Path(rows[0]["output"]).with_suffix(".run")
     tasks = [Task(Path(row["images"]), row["token"], row["init"]) for row in rows]
     started = time.perf_counter()
-    *_, last = follow(learn(args.model, tasks, recipe, args.seed), console)
+    run = learn(args.model, tasks, recipe, args.seed, checkpoints=checkpoints, checkpoint_every=args.checkpoint_every)
+    last = None
+    with Interruption() as interruption:
+        for last in follow(run, console):
+            if interruption.asked and not last.concepts:
+                run.close()
+                raise Interrupted(f"stopped at step {last.step} of {last.steps}: the same command goes on from there")
+    assert last is not None  # a run always yields its concepts
     seconds = time.perf_counter() - started
     for row, concept in zip(rows, last.concepts, strict=True):
         save_concept(concept, row["output"])
         console.print(
             f"{concept.token} -> {row['output']}, {last.step} steps in {seconds:.0f} s", markup=False, soft_wrap=True
         )
+    forget(checkpoints)
     if not args.json:
         return None
     return {

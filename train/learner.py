@@ -29,6 +29,7 @@ from oneword.runtime.concept import Concept
 from oneword.train.pictures import Moments
 from oneword.train.prompts import per_image_template
 from oneword.train.recipe import Compute, Norm, Rate, Recipe
+from oneword.train.stopping import has_settled
 
 Rows = Mapping[str, torch.Tensor]  # of each text encoder, [n, D] float32
 
@@ -93,15 +94,19 @@ class Learner:
             for encoder in family.encoders
         }
         self.target_norms = {name: vocabulary_norm(prompt.encoder.table) for name, prompt in self.encoders.items()}
+        self._watched: dict[int, Draw] = {}
         self._first_row: list[int] = []
         next_row = 0
         for word in words:
             _prepare(word, recipe, seed)
             self._first_row.append(next_row)
             next_row += recipe.vectors + (len(word.moments.mean) if recipe.per_image else 0)
+        if recipe.stop_below is not None:  # a batch of its own stream, the same whenever the run goes on
+            for index, word in enumerate(words):
+                self._watched[index] = draw(word, recipe, len(self.scheduler), torch.Generator().manual_seed(seed + 1))
 
-    @property
     def finished(self) -> bool:
+        """Whether all steps are done, or every word has stopped."""
         return self.steps_done >= self.recipe.steps or all(word.stopped for word in self.words)
 
     @property
@@ -121,6 +126,11 @@ class Learner:
         for index in active:
             self._update(self.words[index], losses[index])
         self.steps_done += 1
+        if self.recipe.stop_below is not None:
+            for index in active:
+                word = self.words[index]
+                word.watched.append(self.watch(index, self._watched[index]))
+                word.stopped = has_settled(word.watched, self.recipe.stop_below)
         return [float(losses[index]) if index in active else math.nan for index in range(len(self.words))]
 
     @torch.no_grad()
@@ -139,6 +149,26 @@ class Learner:
         return Concept(
             word.token, {name: rows.detach()[:count].numpy().copy() for name, rows in word.rows.items()}, provenance
         )
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Everything that changes while it learns: tensors, and what JSON can hold."""
+        tensors: dict[str, torch.Tensor] = {}
+        for index, word in enumerate(self.words):
+            tensors[f"{index}.generator"] = word.generator.get_state()
+            for name, value in _tensors_of(word).items():
+                tensors[f"{index}.{name}"] = value.detach().clone()
+        facts = [{"losses": word.losses, "watched": word.watched, "stopped": word.stopped} for word in self.words]
+        return tensors, {"steps_done": self.steps_done, "words": facts}
+
+    def restore(self, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
+        """Go on from what `state` gave, bit by bit."""
+        self.steps_done = facts["steps_done"]
+        for index, (word, told) in enumerate(zip(self.words, facts["words"], strict=True)):
+            word.generator.set_state(tensors[f"{index}.generator"])
+            word.losses, word.watched, word.stopped = list(told["losses"]), list(told["watched"]), told["stopped"]
+            for name, value in _tensors_of(word).items():
+                with torch.no_grad():
+                    value.copy_(tensors[f"{index}.{name}"])
 
     def _losses(self, draws: Mapping[int, Draw], *, regularized: bool = True) -> list[torch.Tensor]:
         """The loss of each drawn word, one UNet call for all of them."""
@@ -268,13 +298,13 @@ class PromptEncoder:
         return self._ids.setdefault(token_id, len(self._ids))
 
 
-def draw(word: Word, recipe: Recipe, timesteps: int) -> Draw:
-    """A word's next batch from its own random stream.
+def draw(word: Word, recipe: Recipe, timesteps: int, generator: torch.Generator | None = None) -> Draw:
+    """A word's next batch from its own random stream, or from another.
 
     Pictures come in shuffled rounds, and timesteps one from each of B equal parts (Kingma et al. 2021, arXiv
     2107.00630, appendix I.1): both unbiased, and much less scattered than independent draws.
     """
-    rng, count = word.generator, recipe.batch_size
+    rng, count = generator or word.generator, recipe.batch_size
     pictures = len(word.moments.mean)
     rounds = -(-count // pictures)
     chosen = torch.cat([torch.randperm(pictures, generator=rng) for _ in range(rounds)])[:count]
@@ -317,6 +347,22 @@ def _prepare(word: Word, recipe: Recipe, seed: int) -> None:
         weight_decay=recipe.weight_decay,
         foreach=False,
     )
+
+
+def _tensors_of(word: Word) -> dict[str, torch.Tensor]:
+    """The word's rows and its optimiser's moments, by name; made if no step has been taken yet."""
+    parameters = {f"rows.{name}": rows for name, rows in word.rows.items()}
+    parameters |= {f"picture_rows.{name}": rows for name, rows in word.picture_rows.items()}
+    tensors: dict[str, torch.Tensor] = {}
+    for name, parameter in parameters.items():
+        moments = word.optimizer.state[parameter]
+        if not moments:  # as AdamW makes them at its first step
+            moments.update(
+                step=torch.tensor(0.0), exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter)
+            )
+        tensors[name] = parameter
+        tensors |= {f"{name}.{moment}": value for moment, value in moments.items()}
+    return tensors
 
 
 def noise_scheduler(config: Mapping[str, Any]) -> DDPMScheduler:

@@ -9,9 +9,11 @@ It reads pictures, chooses where the words start, and runs the learner; it print
 
 from __future__ import annotations
 
+import hashlib
+import math
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from oneword import __version__
 from oneword.engines.errors import UsageError
 from oneword.export.source import Source, load_source
 from oneword.runtime.concept import Concept, check_token, load_concept
+from oneword.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from oneword.train.learner import Learner, Rows, Word, vocabulary_norm
 from oneword.train.pictures import Picture, encode_moments, near_duplicates, read_pictures
 from oneword.train.prompts import OBJECT_TEMPLATES, STYLE_TEMPLATES, caption_template
@@ -63,8 +66,19 @@ class Progress:
     timings: dict[str, float] = field(default_factory=dict)
 
 
-def learn(model: str | Path | Source, tasks: Sequence[Task], recipe: Recipe, seed: int = 0) -> Iterator[Progress]:
+def learn(
+    model: str | Path | Source,
+    tasks: Sequence[Task],
+    recipe: Recipe,
+    seed: int = 0,
+    *,
+    checkpoints: Path | None = None,
+    checkpoint_every: int = 25,
+) -> Generator[Progress]:
     """Learn every task's word in shared batches; yields after each step, the concepts with the last.
+
+    With `checkpoints`, a folder, the run's state is kept there every so many steps and when the iterator is closed, and
+    a run found there goes on. A `Source` given as the model is used up: its UNet is cast in place.
 
     Raises `UsageError` for tasks that cannot be learned, `FileError` for pictures that cannot be read, and what
     `load_source` raises for the model.
@@ -80,13 +94,25 @@ def learn(model: str | Path | Source, tasks: Sequence[Task], recipe: Recipe, see
     encoded = time.perf_counter()
 
     learner = Learner(source, words, recipe, seed)
-    while True:
+    settings = settings_of(source, tasks, pictures, recipe, seed) if checkpoints else {}
+    if checkpoints and (found := load_checkpoint(checkpoints, settings)):
+        learner.restore(found.tensors, found.facts)
+        notes.append(f"going on from step {found.step} of {recipe.steps} ({checkpoints})")
+    losses = [word.losses[-1] if word.losses else math.nan for word in words]
+    rate = learner.learning_rate
+    while not learner.finished():
         rate = learner.learning_rate
         losses = learner.step()
-        stopped = [word.stopped for word in words]
-        if learner.finished:
+        if checkpoints and (learner.finished() or learner.steps_done % checkpoint_every == 0):
+            save_checkpoint(checkpoints, Checkpoint(learner.steps_done, *learner.state(), settings))
+        if learner.finished():
             break
-        yield Progress(learner.steps_done, recipe.steps, losses, rate, stopped, notes)
+        try:
+            yield Progress(learner.steps_done, recipe.steps, losses, rate, [word.stopped for word in words], notes)
+        except GeneratorExit:
+            if checkpoints:
+                save_checkpoint(checkpoints, Checkpoint(learner.steps_done, *learner.state(), settings))
+            raise
         notes = []
     ended = time.perf_counter()
     notes += [f"{word.token} is where it started: nothing was learned" for word in words if not has_moved(word)]
@@ -95,7 +121,7 @@ def learn(model: str | Path | Source, tasks: Sequence[Task], recipe: Recipe, see
         recipe.steps,
         losses,
         rate,
-        stopped,
+        [word.stopped for word in words],
         notes,
         [
             learner.concept(i, provenance(source, task, recipe, seed, learner.steps_done))
@@ -103,6 +129,22 @@ def learn(model: str | Path | Source, tasks: Sequence[Task], recipe: Recipe, see
         ],
         {"load": loaded - started, "pictures": encoded - loaded, "learn": ended - encoded},
     )
+
+
+def settings_of(
+    source: Source, tasks: Sequence[Task], pictures: Sequence[Sequence[Picture]], recipe: Recipe, seed: int
+) -> dict[str, str]:
+    """What must not change while a run goes on, as text by name."""
+    words = {
+        f"{name} of word {number}": value
+        for number, (task, some) in enumerate(zip(tasks, pictures, strict=True), start=1)
+        for name, value in {
+            "token": task.token,
+            "init": task.init,
+            "pictures": hashlib.sha256("".join(picture.digest for picture in some).encode()).hexdigest()[:12],
+        }.items()
+    }
+    return {"model": source.digest[:12], "seed": str(seed), **recipe.as_text(), **words}
 
 
 def quiet() -> None:

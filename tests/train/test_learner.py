@@ -29,7 +29,7 @@ def some_word(token: str = "<toy>", seed: int = 0, recipe: Recipe = QUICK) -> Wo
 
 def learned(model: Path, words: list[Word], recipe: Recipe = QUICK) -> list[np.ndarray]:
     learner = Learner(load_source(model), words, recipe, seed=7)
-    while not learner.finished:
+    while not learner.finished():
         learner.step()
     return [learner.concept(i, {}).vectors["text_encoder"] for i in range(len(words))]
 
@@ -119,7 +119,7 @@ def test_learning_lowers_the_loss_on_a_fixed_batch(tiny_model_dir: Path) -> None
     batch = draw(some_word_drawn_elsewhere(), recipe, 1000)
     before = learner.watch(0, batch)
 
-    while not learner.finished:
+    while not learner.finished():
         learner.step()
 
     assert learner.watch(0, batch) < before
