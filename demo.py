@@ -1,6 +1,6 @@
 """The whole road on the miniature: five pictures -> ti-train -> ti-export -> ti-run -> one contact sheet.
 
-    make demo          or, in an environment that has it installed:   python demo.py [--look 0..11] [--output DIR]
+    make demo        or, where it is installed:   python demo.py [--look 0..11] [--model MODEL] [--output DIR]
 
 The look it learns is one the miniature was never trained on, and the scenes it is then drawn in were never
 photographed. Only the contact sheet is put together here; the work is done by the commands a user would type.
@@ -24,7 +24,7 @@ from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from rich.table import Table
 
-from oneword.train.miniature.world import BACKGROUNDS, HELD_OUT_LOOKS, NOUNS, Look, Scene, Thing, render
+from oneword.train.miniature.world import BACKGROUNDS, HELD_OUT_LOOKS, NOUNS, STYLES, Look, Scene, Thing, render
 
 TOKEN = "<toy>"
 PHOTOGRAPHED = ("studio", "kitchen", "desert", "meadow", "brick")
@@ -43,14 +43,14 @@ def main() -> int:
     shutil.rmtree(output, ignore_errors=True)
     stages = Stages()
 
-    with stages.timed("draw", f"{len(PHOTOGRAPHED)} pictures of a {look.words}"):
+    with stages.timed("draw", f"{len(PHOTOGRAPHED)} pictures of {_a(look.words)}"):
         pictures = draw_pictures(look, output / "pictures")
     word, bundle = output / "toy.safetensors", output / "bundle"
     learned = stages.command(
-        "learn", "ti-train", output / "pictures", "--model", "miniature", "--token", TOKEN, "--init", "object",
+        "learn", "ti-train", output / "pictures", "--model", options.model, "--token", TOKEN, "--init", "object",
         "--output", word, "--seed", SEED,
     )  # fmt: skip
-    stages.command("export", "ti-export", "miniature", bundle)
+    stages.command("export", "ti-export", options.model, bundle)
     rows = scenes()
     prompts = [prompt for _, row in rows for prompt in row]
     generated = stages.command(
@@ -61,7 +61,7 @@ def main() -> int:
     with stages.timed("sheet", str(sheet)):
         files = iter(Path(image["file"]) for image in generated["images"])
         drawn = [(title, [(next(files), prompt) for prompt in row]) for title, row in rows]
-        learned_from = (f"learned from five pictures of a {look.words}", [(path, path.stem) for path in pictures])
+        learned_from = (f"learned from five pictures of {_a(look.words)}", [(path, path.stem) for path in pictures])
         contact_sheet([learned_from, *drawn]).save(sheet)
     console.print(stages.table())
     console.print(f"{TOKEN} after {learned['steps']} steps: {sheet}")
@@ -81,13 +81,19 @@ def draw_pictures(look: Look, folder: Path) -> list[Path]:
 
 def scenes() -> list[tuple[str, list[str]]]:
     """Titled rows of prompts, none of which was photographed."""
-    noun = next(iter(NOUNS))
+    noun, *_ = NOUNS
+    style, other_style, *_ = STYLES
+    places = [BACKGROUNDS[background].phrase for background in ("meadow", "night", "studio", "snow", "desert")]
     return [
         ("on backgrounds it was never seen on", [f"a photo of a {TOKEN} {BACKGROUNDS[b].phrase}" for b in ELSEWHERE]),
-        ("in media it was never seen in", [f"a {medium} of a {TOKEN} in the snow" for medium in MEDIA]),
         (
-            f"with another word: {noun}, which the miniature knows as a {NOUNS[noun].words}",
-            [f"a photo of a {TOKEN} and a {noun} {BACKGROUNDS[b].phrase}" for b in ("meadow", "night", "studio")],
+            "in media and styles it was never seen in",
+            [f"a {medium} of a {TOKEN} in the snow" for medium in MEDIA]
+            + [f"a {TOKEN} in the meadow in the style of {name}" for name in (style, other_style)],
+        ),
+        (
+            f"with another word: {noun}, which the miniature knows as {_a(NOUNS[noun].words)}",
+            [f"a photo of a {TOKEN} and a {noun} {place}" for place in places],
         ),
     ]
 
@@ -135,10 +141,10 @@ class _Timer:
 
 def contact_sheet(rows: Sequence[tuple[str, Sequence[tuple[Path, str]]]], zoom: int = 3) -> Image.Image:
     """Titled rows of captioned pictures, one picture in all."""
-    cell, gap, line = 64 * zoom, 14, 17
+    cell, gap, line = 64 * zoom, 14, 16
     title_font, font = ImageFont.load_default(18), ImageFont.load_default(13)
     columns = max(len(row) for _, row in rows)
-    row_height = 30 + cell + 3 * line + gap
+    row_height = 30 + cell + 2 * line + 2 * gap
     sheet = Image.new("RGB", (gap + columns * (cell + gap), gap + len(rows) * row_height), "white")
     draw = ImageDraw.Draw(sheet)
     for i, (title, row) in enumerate(rows):
@@ -148,7 +154,7 @@ def contact_sheet(rows: Sequence[tuple[str, Sequence[tuple[Path, str]]]], zoom: 
             left = gap + j * (cell + gap)
             with Image.open(path) as picture:
                 sheet.paste(picture.convert("RGB").resize((cell, cell), Image.Resampling.BICUBIC), (left, top + 30))
-            for k, text in enumerate(_wrap(caption, cell, draw, font)[:3]):
+            for k, text in enumerate(_wrap(caption, cell, draw, font)[:2]):
                 draw.text((left, top + 34 + cell + k * line), text, (60, 60, 60), font)
     return sheet
 
@@ -165,6 +171,10 @@ def _wrap(text: str, width: int, draw: ImageDraw.ImageDraw, font: Any) -> list[s
     return lines
 
 
+def _a(words: str) -> str:
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
 def _script(name: str) -> Path:
     """The command installed beside the Python that runs this."""
     path = Path(sys.executable).parent / name
@@ -176,6 +186,7 @@ def _script(name: str) -> Path:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--look", type=int, default=0, choices=range(len(HELD_OUT_LOOKS)), help="which held-out look")
+    parser.add_argument("--model", default="miniature", help="a diffusers directory trained on the same world")
     parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder, emptied first")
     return parser.parse_args()
 
