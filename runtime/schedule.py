@@ -75,11 +75,12 @@ class NoiseSchedule:
             if key in said and said[key] not in allowed:
                 choices = ", ".join(map(repr, allowed))
                 raise UsageError(f"the scheduler's config says {key} = {said[key]!r}, this runtime follows: {choices}")
-        known = {key: said[key] for key in cls.__dataclass_fields__ if said.get(key) is not None}
+        known: dict[str, Any] = {"timestep_spacing": default_spacing}
+        known |= {key: said[key] for key in cls.__dataclass_fields__ if said.get(key) is not None}
         if "trained_betas" in known:
             known["trained_betas"] = tuple(known["trained_betas"])
             known["num_train_timesteps"] = len(known["trained_betas"])
-        return cls(**({"timestep_spacing": default_spacing} | known))
+        return cls(**known)
 
     @property
     def final_alpha_cumprod(self) -> float:
