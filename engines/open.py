@@ -10,6 +10,7 @@ class Backend(StrEnum):
     """What runs the graphs."""
 
     ONNXRUNTIME = "onnxruntime"
+    OPENVINO = "openvino"
 
 
 def open_engine(
@@ -28,3 +29,7 @@ def open_engine(
             from oneword.engines.onnxruntime import OnnxRuntimeEngine
 
             return OnnxRuntimeEngine(graph, path, entry.inputs, entry.outputs, entry.precision, threads)
+        case Backend.OPENVINO:
+            from oneword.engines.openvino import OpenVinoEngine
+
+            return OpenVinoEngine(graph, path, entry.inputs, entry.outputs, entry.precision, threads)

@@ -39,7 +39,7 @@ class Request:
     guidance_scale: float | None = None
     guidance_rescale: float = 0.0
     guidance_interval: tuple[float, float] | None = None
-    """First and last share of the steps that are guided, 0 to 1 (arXiv 2404.07724); None guides all."""
+    """Steps are guided where low < sigma / alpha <= high (arXiv 2404.07724); None guides all."""
     eta: float = 0.0
     clip_skip: int = 0
     """Last layers of the text encoder that are not run, as in diffusers; A1111 counts one more."""
@@ -68,9 +68,9 @@ class Request:
         _within("clip_skip", self.clip_skip, 0, 100, whole=True)
         _within("strength", self.strength, 0, 1)
         if self.guidance_interval is not None:
-            start, stop = self.guidance_interval
-            _within("guidance_interval", start, 0, 1)
-            _within("guidance_interval", stop, start, 1)
+            low, high = self.guidance_interval
+            _within("guidance_interval", low, 0, 1e9)
+            _within("guidance_interval", high, low, 1e9)
         if self.image is not None:
             _check_image(self.image)
             if self.strength == 0:

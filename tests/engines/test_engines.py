@@ -1,5 +1,7 @@
-"""A small graph, y = x + table[ids], through ONNX Runtime."""
+"""A small graph, y = x + table[ids] + bias, through every back end of the CPU."""
 
+import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -7,8 +9,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from oneword.engines.errors import EngineError, FeedError
+from oneword.engines.engine import Engine
+from oneword.engines.errors import EngineError, FeedError, MissingPackage
 from oneword.engines.onnxruntime import OnnxRuntimeEngine
+from oneword.engines.openvino import OpenVinoEngine
 from oneword.engines.spec import DType, Precision, TensorSpec
 
 INPUTS = (
@@ -42,9 +46,11 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def engine(path: Path) -> OnnxRuntimeEngine:
-    return OnnxRuntimeEngine("lookup", path, INPUTS, OUTPUTS, Precision.FP32, threads=1)
+@pytest.fixture(scope="module", params=["onnxruntime", "openvino"])
+def engine(path: Path, request: pytest.FixtureRequest) -> Engine:
+    pytest.importorskip(request.param)
+    kind = {"onnxruntime": OnnxRuntimeEngine, "openvino": OpenVinoEngine}[request.param]
+    return kind("lookup", path, INPUTS, OUTPUTS, Precision.FP32, threads=1)
 
 
 def feeds(rows: int = 3) -> dict[str, np.ndarray]:
@@ -55,13 +61,13 @@ def feeds(rows: int = 3) -> dict[str, np.ndarray]:
     }
 
 
-def test_an_optional_input_may_be_left_out(engine: OnnxRuntimeEngine) -> None:
+def test_an_optional_input_may_be_left_out(engine: Engine) -> None:
     y = engine.run(feeds())["y"]
 
     np.testing.assert_array_equal(y, np.arange(20, 32, dtype=np.float32).reshape(3, 4) + 1)
 
 
-def test_a_bound_table_is_read_where_it_lies(engine: OnnxRuntimeEngine) -> None:
+def test_a_bound_table_is_read_where_it_lies(engine: Engine) -> None:
     given = feeds()
     table = given["table"]
     binding = engine.bind({"x": (3, 4), "ids": (3,)}, {"table": table})
@@ -89,18 +95,19 @@ def test_a_bound_table_is_read_where_it_lies(engine: OnnxRuntimeEngine) -> None:
     ],
 )
 def test_a_wrong_feed_is_named_before_the_engine_sees_it(
-    engine: OnnxRuntimeEngine, change: dict[str, np.ndarray], message: str
+    engine: Engine, change: dict[str, np.ndarray], message: str
 ) -> None:
     with pytest.raises(FeedError, match=message):
         engine.run({**feeds(), **change})
 
 
-def test_a_missing_feed_is_named(engine: OnnxRuntimeEngine) -> None:
+def test_a_missing_feed_is_named(engine: Engine) -> None:
     with pytest.raises(FeedError, match="lookup was not given table, ids; it takes x, table, ids, bias"):
         engine.run({"x": np.ones((3, 4), np.float32)})
 
 
-def test_what_fails_inside_the_graph_is_an_engine_error_of_one_line(engine: OnnxRuntimeEngine) -> None:
+def test_what_fails_inside_the_graph_is_an_engine_error_of_one_line(path: Path) -> None:
+    engine = OnnxRuntimeEngine("lookup", path, INPUTS, OUTPUTS, Precision.FP32, threads=1)
     given = feeds()
     given["ids"][0] = 10
 
@@ -109,13 +116,29 @@ def test_what_fails_inside_the_graph_is_an_engine_error_of_one_line(engine: Onnx
     assert "\n" not in str(caught.value)
 
 
-def test_a_graph_that_is_not_what_its_manifest_says_is_refused(path: Path) -> None:
+def test_a_graph_that_is_not_what_its_manifest_says_is_refused(engine: Engine, path: Path) -> None:
     with pytest.raises(EngineError, match=r"takes bias, ids, table, x, its manifest says x:"):
-        OnnxRuntimeEngine("lookup", path, INPUTS[:1], OUTPUTS, Precision.FP32)
+        type(engine)("lookup", path, INPUTS[:1], OUTPUTS, Precision.FP32)  # type: ignore[call-arg]
 
 
-def test_a_broken_graph_is_named(tmp_path: Path) -> None:
+def test_a_broken_graph_is_named(engine: Engine, tmp_path: Path) -> None:
     (tmp_path / "broken.onnx").write_bytes(b"no graph")
 
-    with pytest.raises(EngineError, match=r"cannot open graph 'lookup' .*broken.onnx"):
-        OnnxRuntimeEngine("lookup", tmp_path / "broken.onnx", INPUTS, OUTPUTS, Precision.FP32)
+    with pytest.raises(EngineError, match=r"cannot open graph 'lookup' .*broken.onnx") as caught:
+        type(engine)("lookup", tmp_path / "broken.onnx", INPUTS, OUTPUTS, Precision.FP32)  # type: ignore[call-arg]
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("package", "kind"), [("onnxruntime", OnnxRuntimeEngine), ("openvino", OpenVinoEngine)])
+def test_an_absent_package_names_the_line_that_installs_it(
+    path: Path, monkeypatch: pytest.MonkeyPatch, package: str, kind: type
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    extra = {"onnxruntime": "cpu"}.get(package, package)
+
+    with pytest.raises(MissingPackage, match=rf"{package} is not installed: pip install 'oneword\[{extra}\]'"):
+        kind("lookup", path, INPUTS, OUTPUTS, Precision.FP32)
+
+
+def test_what_computes_is_reported(engine: Engine) -> None:
+    assert re.fullmatch(r"(onnxruntime [\d.]+ cpu fp32)|(openvino [\d.]+ cpu (fp32|bf16))", engine.backend)

@@ -1,0 +1,142 @@
+"""OpenVINO: graphs on the CPU, in bfloat16 where the processor has it. The only module that imports `openvino`.
+
+A graph exported in fp32 computes its convolutions and products in bfloat16 then, as `backend` says; what follows the
+last of them, which in `denoise_step` is the sampler's update, stays in float32.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from oneword.engines.engine import (
+    Array,
+    HostArray,
+    NumpyArray,
+    check_dtype,
+    check_feeds,
+    check_shapes,
+    numpy_dtype,
+    shape_of,
+)
+from oneword.engines.errors import EngineError, FeedError, MissingPackage
+from oneword.engines.spec import DType, Precision, TensorSpec
+
+
+class OpenVinoEngine:
+    """An ONNX graph compiled by OpenVINO for the CPU. `exact` keeps float32 whatever the processor has.
+
+    Raises:
+        MissingPackage: openvino is not installed.
+        EngineError: the graph cannot be compiled.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        path: Path,
+        inputs: Sequence[TensorSpec],
+        outputs: Sequence[TensorSpec],
+        precision: Precision,
+        threads: int | None = None,
+        exact: bool = False,
+    ) -> None:
+        ov = _openvino()
+        self.name = name
+        self.inputs = {spec.name: spec for spec in inputs}
+        self.outputs = {spec.name: spec for spec in outputs}
+        if any(spec.dtype is DType.BFLOAT16 for spec in (*inputs, *outputs)):
+            raise EngineError(f"graph {name!r} takes bfloat16 tensors, which openvino cannot share: export it in fp32")
+        core = ov.Core()
+        low = not exact and "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        settings = {"INFERENCE_PRECISION_HINT": "bf16" if low else "f32", "PERFORMANCE_HINT": "LATENCY"}
+        count = threads or int(os.environ.get("OMP_NUM_THREADS", "0"))
+        if count:
+            settings["INFERENCE_NUM_THREADS"] = str(count)
+        self.backend = f"openvino {ov.__version__.split('-')[0]} cpu {Precision.BF16 if low else precision}"
+        try:
+            self._compiled = core.compile_model(core.read_model(path), "CPU", settings)
+        except RuntimeError as error:
+            raise EngineError(f"cannot open graph {name!r} ({path}): {_line(error)}") from error
+        given = {value.any_name for value in self._compiled.inputs}
+        if given != set(self.inputs):
+            raise EngineError(
+                f"graph {name!r} ({path}) takes {', '.join(sorted(given))}, "
+                f"its manifest says {', '.join(sorted(self.inputs))}: export the model again with ti-export"
+            )
+
+    def bind(
+        self, shapes: Mapping[str, Sequence[int]], arrays: Mapping[str, NumpyArray] | None = None
+    ) -> "OpenVinoBinding":
+        """See Engine.bind. Arrays given must be C-contiguous; they are read where they lie at every run."""
+        arrays = arrays or {}
+        given = {name: tuple(shape) for name, shape in shapes.items()} | {n: a.shape for n, a in arrays.items()}
+        of_outputs = {name: given.pop(name) for name in [*given] if name in self.outputs}
+        sizes, input_shapes = check_shapes(self.name, self.inputs, given)
+        for name, value in arrays.items():
+            check_dtype(self.name, self.inputs[name], value)
+            if not value.flags.c_contiguous:
+                raise FeedError(f"{name!r} of {self.name} is not contiguous: pass numpy.ascontiguousarray of it")
+        inputs = {
+            name: arrays[name] if name in arrays else np.zeros(shape, numpy_dtype(self.inputs[name].dtype))
+            for name, shape in input_shapes.items()
+        }
+        outputs = {
+            name: np.zeros(of_outputs.get(name) or shape_of(self.name, spec, sizes), numpy_dtype(spec.dtype))
+            for name, spec in self.outputs.items()
+        }
+        return OpenVinoBinding(self.name, self._compiled.create_infer_request(), inputs, outputs)
+
+    def run(self, feeds: Mapping[str, NumpyArray]) -> dict[str, NumpyArray]:
+        """See Engine.run."""
+        shapes = check_feeds(self.name, self.inputs, feeds)
+        missing = {name: np.zeros(shapes[name], numpy_dtype(self.inputs[name].dtype)) for name in shapes.keys() - feeds}
+        request = self._compiled.create_infer_request()
+        for name, value in {**feeds, **missing}.items():
+            request.set_tensor(name, _tensor(np.ascontiguousarray(value)))
+        _infer(self.name, request)
+        return {name: request.get_tensor(name).data.copy() for name in self.outputs}
+
+
+class OpenVinoBinding:
+    """A request whose inputs and outputs are host memory that it shares: a run copies nothing."""
+
+    def __init__(
+        self, name: str, request: Any, inputs: Mapping[str, NumpyArray], outputs: Mapping[str, NumpyArray]
+    ) -> None:
+        self._name = name
+        self._request = request
+        self._tensors = {key: _tensor(value) for key, value in {**inputs, **outputs}.items()}
+        for key, tensor in self._tensors.items():
+            request.set_tensor(key, tensor)
+        self.inputs: Mapping[str, Array] = {key: HostArray(value) for key, value in inputs.items()}
+        self.outputs: Mapping[str, Array] = {key: HostArray(value) for key, value in outputs.items()}
+
+    def run(self, stream: int | None = None) -> None:
+        """See Binding.run. The CPU has no streams."""
+        _infer(self._name, self._request)
+
+
+def _tensor(value: NumpyArray) -> Any:
+    return _openvino().Tensor(value, shared_memory=True)
+
+
+def _infer(name: str, request: Any) -> None:
+    try:
+        request.infer()
+    except RuntimeError as error:
+        raise EngineError(f"graph {name!r} failed: {_line(error)}") from error
+
+
+def _openvino() -> Any:
+    try:
+        import openvino
+    except ImportError as error:
+        raise MissingPackage("openvino", "openvino") from error
+    return openvino
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
