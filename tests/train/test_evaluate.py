@@ -1,0 +1,62 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+
+from oneword.engines.errors import FileError
+from oneword.train.evaluate import Formula, Judge, editability, likeness, likeness_within, unit, without_word
+
+
+@pytest.fixture(scope="module")
+def judge_dir(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Path:
+    """A CLIP of random weights with a tokenizer."""
+    folder = tmp_path_factory.mktemp("judge")
+    tokenizer = CLIPTokenizer.from_pretrained(tiny_model_dir / "tokenizer")
+    common = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ids = {"vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    torch.manual_seed(0)
+    text = {**common, **ids, "max_position_embeddings": 20, "pad_token_id": tokenizer.eos_token_id}
+    vision = {**common, "image_size": 32, "patch_size": 8}
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_the_judges_space_is_that_of_transformers_own_clip(judge_dir: Path) -> None:
+    """Reference: CLIPModel's forward on the image processor's pixels."""
+    pictures = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
+    model, tokenizer = CLIPModel.from_pretrained(judge_dir), CLIPTokenizer.from_pretrained(judge_dir)
+    processor = CLIPImageProcessorPil(do_resize=False, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    pixels = processor([Image.fromarray(p) for p in pictures], return_tensors="pt").pixel_values
+    texts = ["a photo of the red star", "cat"]
+    with torch.no_grad():
+        expected = model(**tokenizer(texts, padding=True, return_tensors="pt"), pixel_values=pixels)
+
+    judge = Judge(judge_dir)
+
+    np.testing.assert_allclose(judge.pictures(pictures), expected.image_embeds.numpy(), atol=1e-5)
+    np.testing.assert_allclose(judge.texts(texts), expected.text_embeds.numpy(), atol=1e-5)
+
+
+def test_a_folder_that_is_no_clip_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileError, match="is no CLIP model"):
+        Judge(tmp_path)
+
+
+def test_scores_by_hand() -> None:
+    x, y, diagonal = [1.0, 0.0], [0.0, 1.0], [0.5**0.5, 0.5**0.5]
+    samples = np.array([x, y], np.float32)
+
+    assert likeness(samples, np.array([x], np.float32)) == pytest.approx(0.5)
+    assert likeness_within(np.array([x, y, x], np.float32)) == pytest.approx(1 / 3)
+    # the mean of x and y points along the diagonal: cosine 1 with it; each alone has cosine 0.7071
+    assert editability(samples, np.array(diagonal, np.float32)) == pytest.approx(1.0)
+    assert editability(samples, np.array(diagonal, np.float32), Formula.RELEASE) == pytest.approx(0.5**0.5)
+    np.testing.assert_allclose(unit(np.array([[3.0, 4.0]], np.float32)), [[0.6, 0.8]], rtol=1e-6)
+
+
+def test_a_prompt_without_its_word_reads_as_the_papers() -> None:
+    assert without_word("a photo of a {} on the moon") == "a photo of on the moon"

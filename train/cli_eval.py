@@ -1,0 +1,167 @@
+"""`ti-eval`: scores learned words as the paper does, and draws its figure. A thin skin over `oneword.train.evaluate`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from oneword.engines.errors import FileError, OnewordError, UsageError
+from oneword.runtime.concept import load_concept
+from oneword.runtime.model import Model
+from oneword.train.cli import Parser
+from oneword.train.evaluate import (
+    MINIATURE_PROMPTS,
+    PAPER_PROMPTS,
+    SAMPLES,
+    STEPS,
+    Formula,
+    Judge,
+    evaluate,
+    likeness_within,
+    sample,
+)
+from oneword.train.pictures import read_pictures
+from oneword.train.run import quiet
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of `ti-eval`."""
+    p = Parser("ti-eval", description="Score learned words by likeness and editability (Gal et al. 2022, section 5).")
+    p.add_argument("bundle", type=Path, metavar="BUNDLE")
+    p.add_argument("--concept", action="append", required=True, type=Path, help="a learned word, repeated for several")
+    p.add_argument("--images", action="append", required=True, type=Path, help="its training pictures, one for each")
+    p.add_argument("--judge", default="miniature", help="a directory with a CLIP model (default: the miniature's)")
+    p.add_argument("--prompts", choices=["paper", "miniature"], help="which prompts (default: as the judge)")
+    p.add_argument("--formula", choices=[f.value for f in Formula], default="paper", help="of editability")
+    p.add_argument("--samples", type=int, default=SAMPLES, help=f"pictures a prompt (default {SAMPLES})")
+    p.add_argument("--steps", type=int, default=STEPS, help=f"DDIM steps (default {STEPS})")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--output", type=Path, help="folder for samples.png, scores.json and figure.svg")
+    p.add_argument("--json", action="store_true", help="one JSON document on standard output")
+    return p
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `ti-eval`; the exit status."""
+    try:
+        args = parser().parse_args(arguments)
+        report = score(args)
+        if args.output:
+            (args.output / "scores.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+            (args.output / "figure.svg").write_text(figure(report), encoding="utf-8")
+    except OnewordError as error:
+        print(f"ti-eval: {error}", file=sys.stderr)
+        return error.exit_code
+    except OSError as error:
+        print(f"ti-eval: {args.output}: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps(report, indent=2) if args.json else table(report))
+    return 0
+
+
+def score(args: argparse.Namespace) -> dict[str, Any]:
+    """Every word's scores and the two bounds of the paper."""
+    if len(args.concept) != len(args.images):
+        raise UsageError(
+            f"{len(args.concept)} concepts and {len(args.images)} folders: give --images for each --concept"
+        )
+    if args.samples < 1:
+        raise UsageError(f"--samples is {args.samples}: give at least 1")
+    quiet()
+    prompts = MINIATURE_PROMPTS if (args.prompts or args.judge) == "miniature" else PAPER_PROMPTS
+    judge = Judge(judge_folder(args.judge))
+    model = Model.open(args.bundle)
+    if args.output:
+        args.output.mkdir(parents=True, exist_ok=True)
+    wordless = judge.pictures(sample(model, ["a photo"], args.samples, args.steps, args.seed)[0])
+    words = []
+    for number, (path, folder) in enumerate(zip(args.concept, args.images, strict=True)):
+        concept = load_concept(path)
+        training = np.stack([picture.pixels for picture in read_pictures(folder, model.manifest.defaults.width)])
+        model.load(concept)
+        options = {"samples": args.samples, "steps": args.steps, "seed": args.seed, "formula": Formula(args.formula)}
+        scores, pictures = evaluate(model, judge, concept.token, training, prompts, **options)
+        model.unload(concept.token)
+        embedded = judge.pictures(training)
+        words.append(
+            {
+                "token": concept.token,
+                "file": str(path),
+                "recipe": concept.provenance.get("recipe", ""),
+                "likeness": scores.likeness,
+                "editability": {**scores.editability, "mean": scores.mean_editability},
+                "bounds": {
+                    "training pictures": likeness_within(embedded),
+                    "prompt without the word": float((wordless @ embedded.T).mean()),
+                },
+            }
+        )
+        if args.output:
+            sheet = np.concatenate([np.concatenate(list(some[:8]), 1) for some in pictures.values()])
+            Image.fromarray(sheet).save(args.output / f"samples-{number}.png")
+    settings = {"formula": args.formula, "samples": args.samples, "steps": args.steps, "seed": args.seed}
+    return {
+        **settings,
+        "judge": args.judge,
+        "prompts": {name: list(group) for name, group in prompts.items()},
+        "words": words,
+    }
+
+
+def judge_folder(judge: str) -> Path:
+    """A CLIP directory, or the miniature's judge."""
+    from oneword.export.source import find_model
+
+    folder = find_model(judge)[0] / "judge" if judge == "miniature" else Path(judge)
+    if not folder.is_dir():
+        raise FileError(f"--judge {judge}: there is no folder {folder}: give a directory with a CLIP model")
+    return folder
+
+
+def table(report: Mapping[str, Any]) -> str:
+    """The scores as text, a word a line."""
+    groups = [*report["prompts"], "mean"]
+    lines = [f"{'word':24} {'likeness':>9}" + "".join(f"{name:>13}" for name in groups)]
+    for word in report["words"]:
+        cells = "".join(f"{word['editability'][name]:13.3f}" for name in groups)
+        lines.append(f"{word['token']:24} {word['likeness']:9.3f}{cells}")
+        bounds = ", ".join(f"{name} {value:.3f}" for name, value in word["bounds"].items())
+        lines.append(f"{'':24} likeness of {bounds}")
+    return "\n".join(lines)
+
+
+def figure(report: Mapping[str, Any]) -> str:
+    """The paper's scatter as SVG: editability across, likeness up, one dot a word."""
+    points = [
+        (word["editability"]["mean"], word["likeness"], word["recipe"] or word["token"]) for word in report["words"]
+    ]
+    low = [min(point[axis] for point in points) - 0.05 for axis in (0, 1)]
+    high = [max(point[axis] for point in points) + 0.05 for axis in (0, 1)]
+
+    def place(point: tuple[float, float, str]) -> tuple[float, float]:
+        x, y = ((point[axis] - low[axis]) / (high[axis] - low[axis]) for axis in (0, 1))
+        return 60 + 500 * x, 380 - 340 * y
+
+    dots = []
+    for point in points:
+        x, y = place(point)
+        name = point[2].replace("&", "&amp;").replace("<", "&lt;")
+        dots.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5"/><text x="{x + 8:.1f}" y="{y + 4:.1f}">{name}</text>')
+    ticks = "".join(
+        f'<text x="{60 + 500 * share:.0f}" y="400">{low[0] + share * (high[0] - low[0]):.2f}</text>'
+        f'<text x="20" y="{380 - 340 * share:.0f}">{low[1] + share * (high[1] - low[1]):.2f}</text>'
+        for share in (0.0, 0.5, 1.0)
+    )
+    return (
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 440" font-family="sans-serif" font-size="12">'
+        '<rect width="720" height="440" fill="white"/><path d="M60 40V380H560" fill="none" stroke="black"/>'
+        f'{ticks}<text x="260" y="425">editability</text><text x="20" y="25">likeness</text>'
+        f'<g fill="#2255aa">{"".join(dots)}</g></svg>\n'
+    )

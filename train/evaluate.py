@@ -1,0 +1,180 @@
+"""How good a word is, as the paper scores it: likeness and editability, from pictures that the runtime makes.
+
+Gal et al. 2022, section 5: likeness is the mean cosine in CLIP's space between 64 samples of "A photo of S*" and the
+training pictures; editability is the cosine between the mean embedding of a prompt's 64 samples and the prompt's text
+without S*, averaged over prompts. The released scorer averages the samples' cosines instead (`Formula.RELEASE`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from transformers import AutoTokenizer, CLIPModel
+
+from oneword.engines.errors import FileError
+from oneword.runtime.batch import Failed, PictureDone
+from oneword.runtime.generate import generate
+from oneword.runtime.model import Model
+from oneword.runtime.request import Request
+
+Pictures = npt.NDArray[np.uint8]  # [N, H, W, 3]
+Embeddings = npt.NDArray[np.float32]  # [N, P], of length 1
+
+SAMPLES = 64
+STEPS = 50
+PLACE = "{}"
+LIKENESS_PROMPT = "a photo of a {}"
+
+PAPER_PROMPTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "background": ("a photo of a {} on the moon", "a photo of a {} on the beach", "a photo of a {} in the snow"),
+        "style": ("an oil painting of a {}", "a watercolor painting of a {}", "a drawing of a {}"),
+        "composition": ("a photo of a {} on a table", "a photo of Elmo holding a {}", "a photo of a {} and a dog"),
+    }
+)
+MINIATURE_PROMPTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "background": ("a photo of a {} in the snow", "a photo of a {} at night", "a photo of a {} in the desert"),
+        "style": ("a drawing of a {}", "an icon of a {}", "a painting of a {}"),
+        "composition": ("a photo of a {} and a blue ring", "a photo of a red star and a {}"),
+    }
+)
+
+
+class Formula(Enum):
+    """Editability of a prompt: cosine of its samples' mean embedding (paper), or mean of their cosines (its code)."""
+
+    PAPER = "paper"
+    RELEASE = "release"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One word's scores; `editability` by prompt group. All are cosines."""
+
+    likeness: float
+    editability: Mapping[str, float]
+
+    @property
+    def mean_editability(self) -> float:
+        """Over the groups."""
+        return float(np.mean(list(self.editability.values())))
+
+
+class Judge:
+    """A CLIP model from a directory: pictures and texts to unit vectors of one space.
+
+    Raises `FileError` where the directory holds no CLIP model.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        tokenizer = next((f for f in (folder, folder.parent / "tokenizer") if list(f.glob("tokenizer*.json"))), None)
+        try:
+            self.model: Any = CLIPModel.from_pretrained(folder, local_files_only=True).float().eval()
+            self.tokenizer = AutoTokenizer.from_pretrained(tokenizer or folder, local_files_only=True)
+            settings = folder / "preprocessor_config.json"
+            facts = json.loads(settings.read_text()) if settings.is_file() else {}
+        except (OSError, ValueError, KeyError) as error:
+            raise FileError(f"{folder} is no CLIP model with a tokenizer: {str(error).splitlines()[0]}") from error
+        self.mean = torch.tensor(facts.get("image_mean", [0.5] * 3))[:, None, None]
+        self.std = torch.tensor(facts.get("image_std", [0.5] * 3))[:, None, None]
+        self.side: int = self.model.config.vision_config.image_size
+
+    @torch.no_grad()
+    def pictures(self, pictures: Pictures) -> Embeddings:
+        """uint8 [N, H, W, 3] -> [N, P]."""
+        sized = np.stack([self._sized(picture) for picture in pictures])
+        pixels = (torch.from_numpy(sized).permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
+        states = [self.model.vision_model(pixel_values=part).pooler_output for part in pixels.split(64)]
+        return unit(self.model.visual_projection(torch.cat(states)).numpy())
+
+    @torch.no_grad()
+    def texts(self, texts: Sequence[str]) -> Embeddings:
+        """N texts -> [N, P]."""
+        length = self.model.config.text_config.max_position_embeddings
+        ids = self.tokenizer(list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        return unit(self.model.text_projection(self.model.text_model(input_ids=ids.input_ids).pooler_output).numpy())
+
+    def _sized(self, picture: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        if picture.shape[:2] == (self.side, self.side):
+            return picture
+        return np.asarray(Image.fromarray(picture).resize((self.side, self.side), Image.Resampling.BICUBIC))
+
+
+def evaluate(
+    model: Model,
+    judge: Judge,
+    token: str,
+    training: Pictures,
+    prompts: Mapping[str, Sequence[str]] = MINIATURE_PROMPTS,
+    *,
+    samples: int = SAMPLES,
+    steps: int = STEPS,
+    seed: int = 0,
+    formula: Formula = Formula.PAPER,
+) -> tuple[Scores, dict[str, Pictures]]:
+    """The scores of a word that `model` has loaded, and every prompt's samples [samples, H, W, 3]."""
+    flat = [LIKENESS_PROMPT, *(prompt for group in prompts.values() for prompt in group)]
+    pictures = dict(
+        zip(flat, sample(model, [p.replace(PLACE, token) for p in flat], samples, steps, seed), strict=True)
+    )
+    embedded = {prompt: judge.pictures(some) for prompt, some in pictures.items()}
+    scores = Scores(
+        likeness(embedded[LIKENESS_PROMPT], judge.pictures(training)),
+        {
+            name: float(np.mean([editability(embedded[p], judge.texts([without_word(p)])[0], formula) for p in group]))
+            for name, group in prompts.items()
+        },
+    )
+    return scores, pictures
+
+
+def sample(model: Model, prompts: Sequence[str], count: int, steps: int, seed: int) -> list[Pictures]:
+    """`count` pictures of each prompt, with the seeds seed, seed + 1, ... Raises what made one of them fail."""
+    requests = [Request(prompt, seed=seed, num_images=count, steps=steps) for prompt in prompts]
+    done: dict[tuple[int, int], npt.NDArray[np.uint8]] = {}
+    for event in generate(model, requests):
+        if isinstance(event, Failed):
+            raise event.error
+        if isinstance(event, PictureDone):
+            done[event.id, event.index] = event.image
+    return [np.stack([done[number, index] for index in range(count)]) for number in range(len(prompts))]
+
+
+def likeness(samples: Embeddings, training: Embeddings) -> float:
+    """Mean pairwise cosine of samples [S, P] with training pictures [N, P]."""
+    return float((samples @ training.T).mean())
+
+
+def likeness_within(training: Embeddings) -> float:
+    """The upper bound: the training pictures' likeness to one another, none to itself. NaN for one picture."""
+    cosines = training @ training.T
+    return float(cosines[~np.eye(len(training), dtype=bool)].mean()) if len(training) > 1 else float("nan")
+
+
+def editability(samples: Embeddings, text: Embeddings, formula: Formula = Formula.PAPER) -> float:
+    """How far a prompt's samples [S, P] show what its text [P] without the word says."""
+    if formula is Formula.RELEASE:
+        return float((samples @ text).mean())
+    return float(unit(samples.mean(0, keepdims=True))[0] @ text)
+
+
+def without_word(prompt: str) -> str:
+    """A prompt's text without the word, as in the paper: 'a photo of a {} in the snow' -> 'a photo of in the snow'."""
+    words = prompt.replace(f"a {PLACE}", " ").replace(PLACE, " ").split()
+    return " ".join(words)
+
+
+def unit(vectors: npt.NDArray[np.float32]) -> Embeddings:
+    """Rows of length 1."""
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
