@@ -1,0 +1,122 @@
+"""Learned words through the text encoder, against a transformers model whose own vocabulary holds them."""
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+
+from oneword.engines.bundle import Encoder, TokenizerKind
+from oneword.export.modules import TextEncoder
+from oneword.runtime.prompt import Tokenizer, Vocabulary, encode_ids
+from oneword.runtime.table import EmbeddingTable
+
+PROMPTS = ["a photo of <toy>", "<toy> in the style of <zuma>, red", "<zuma>", "a red star", "<toy><toy> cat, dog"]
+WORDS = {"<toy>": 3, "<zuma>": 1}
+
+
+@pytest.fixture(scope="module")
+def theirs(tiny_model: Path) -> CLIPTokenizer:
+    return CLIPTokenizer.from_pretrained(tiny_model, subfolder="tokenizer", model_max_length=20)
+
+
+@pytest.fixture(scope="module")
+def model(theirs: CLIPTokenizer) -> CLIPTextModelWithProjection:
+    torch.manual_seed(3)
+    config = CLIPTextConfig(
+        vocab_size=len(theirs),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=20,
+        projection_dim=24,
+        bos_token_id=theirs.bos_token_id,
+        eos_token_id=theirs.eos_token_id,
+        pad_token_id=theirs.pad_token_id,
+    )
+    return CLIPTextModelWithProjection(config).eval()
+
+
+@torch.no_grad()
+def test_hidden_states_and_pooled_are_those_of_a_model_that_knows_the_words(
+    theirs: CLIPTokenizer, model: CLIPTextModelWithProjection, tmp_path: Path
+) -> None:
+    theirs.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    base = model.get_input_embeddings().weight.numpy()
+    encoder = Encoder(
+        graph="text_encoder",
+        table="t",
+        tokenizer="t",
+        tokenizer_kind=TokenizerKind.CLIP,
+        vocab_size=len(base),
+        width=32,
+        hidden_width=32,
+        length=20,
+        bos_id=theirs.bos_token_id,
+        eos_id=theirs.eos_token_id,
+        pad_id=theirs.pad_token_id,
+        layers=(1, 2, 3),
+        default_layer=3,
+    )
+    tokenizer, table = Tokenizer(tmp_path, encoder), EmbeddingTable(base, capacity=50)
+    rows = {
+        word: np.random.default_rng(count).normal(0, 0.4, (count, 32)).astype(np.float32)
+        for word, count in WORDS.items()
+    }
+    table.load("<other>", np.ones((2, 32), np.float32))
+    vocabulary = Vocabulary({word: table.load(word, vectors) for word, vectors in rows.items()})
+
+    knowing, grown = copy.deepcopy(model), copy.deepcopy(theirs)
+    names = {word: [word, *(f"{word}_{i}" for i in range(1, count))] for word, count in WORDS.items()}
+    for word, tokens in names.items():
+        grown.add_tokens(tokens)
+        knowing.resize_token_embeddings(len(grown), mean_resizing=False)
+        ids = grown.convert_tokens_to_ids(tokens)
+        knowing.get_input_embeddings().weight[ids] = torch.from_numpy(rows[word])
+
+    for prompt in PROMPTS:
+        spelled = prompt
+        for word, tokens in names.items():
+            spelled = spelled.replace(word, " ".join(tokens))
+        expected = knowing(torch.tensor([grown(spelled, padding="max_length").input_ids]))
+        tokens_ = encode_ids(prompt, tokenizer, vocabulary)
+        states, pooled, finite = TextEncoder(model, pools=True)(
+            torch.from_numpy(tokens_.input_ids),
+            torch.from_numpy(table.array),
+            torch.from_numpy(tokens_.token_weights),
+            torch.tensor([3]),
+            torch.from_numpy(tokens_.eos_index),
+        )
+        assert finite.all()
+        torch.testing.assert_close(states, expected.last_hidden_state, rtol=0, atol=2e-6)
+        torch.testing.assert_close(pooled, expected.text_embeds, rtol=0, atol=2e-6)
+
+
+@torch.no_grad()
+def test_where_legacy_clip_pools_a_learned_id_moves_and_our_eos_index_does_not(
+    theirs: CLIPTokenizer, model: CLIPTextModelWithProjection
+) -> None:
+    learned = len(theirs) + 7
+    ids = np.full((1, 20), theirs.eos_token_id)
+    ids[0, :4] = theirs.bos_token_id, 5, learned, 6
+    assert ids.argmax() == 2
+    assert (ids == theirs.eos_token_id).argmax() == 4
+    legacy = copy.deepcopy(model)
+    legacy.resize_token_embeddings(learned + 1, mean_resizing=False)
+    legacy.text_model.eos_token_id = 2  # as the configs of SD 1 and 2 say
+    right = copy.deepcopy(legacy)
+    right.text_model.eos_token_id = theirs.eos_token_id
+    moved = legacy(torch.from_numpy(ids)).text_embeds
+    expected = right(torch.from_numpy(ids)).text_embeds
+    assert (moved - expected).abs().max() > 1e-3
+    _, pooled, _ = TextEncoder(model, pools=True)(
+        torch.from_numpy(ids),
+        right.get_input_embeddings().weight,
+        torch.ones(1, 20),
+        torch.tensor([3]),
+        torch.tensor([4]),
+    )
+    torch.testing.assert_close(pooled, expected, rtol=0, atol=2e-6)
