@@ -211,7 +211,10 @@ class Batch:
         rows = []
         for index in range(request.num_images):
             generator = TorchGenerator(request.seed + index)
-            known = None if posterior is None else posterior[0] + posterior[1] * generator.randn(shape)
+            known: Latents | None = None
+            if posterior is not None:
+                mean, std = posterior
+                known = np.asarray(mean + std * generator.randn(shape), np.float32)
             noise = generator.randn(shape)
             if known is None or (mask is not None and request.strength == 1):
                 sample = np.float32(schedule.init_scale) * noise

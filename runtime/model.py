@@ -186,7 +186,7 @@ class Model:
         if key in self._bindings:
             self._bindings.move_to_end(key)
             return self._bindings[key]
-        sizes = dict(zip(("B", "N", "M", "T", "h", "w"), key, strict=True))
+        sizes: dict[str, int] = dict(zip(("B", "N", "M", "T", "h", "w"), key, strict=True))
         engine = self.engine("denoise_step")
         shapes = {
             name: [sizes[axis] if isinstance(axis, str) else axis for axis in spec.axes]
