@@ -195,8 +195,8 @@ class VaeDecoder(nn.Module):
         if self.post_quant_conv is not None:
             z = self.post_quant_conv(z)
         x = self.decoder(z).float()
-        images = ((x / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
-        return images.permute(0, 2, 3, 1), finite(x)
+        images = ((x / 2 + 0.5).clamp(0, 1) * 255).round().permute(0, 2, 3, 1)
+        return images.to(torch.uint8), finite(x)  # the cast comes last: TensorRT has uint8 at a graph's border only
 
 
 class VaeEncoder(nn.Module):
@@ -209,7 +209,7 @@ class VaeEncoder(nn.Module):
         self.network_dtype = vae.dtype
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x = images.permute(0, 3, 1, 2).float() / 127.5 - 1
+        x = images.float().permute(0, 3, 1, 2) / 127.5 - 1
         moments = self.encoder(x.to(self.network_dtype))
         if self.quant_conv is not None:
             moments = self.quant_conv(moments)
