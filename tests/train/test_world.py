@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from oneword.engines.errors import UsageError
-from oneword.train.miniature import judge, world
+from oneword.train.miniature import judge, readback, world
 from oneword.train.miniature.words import LENGTH, make_tokenizer
 from oneword.train.miniature.world import Look, Scene, Thing
 
@@ -139,3 +139,18 @@ def test_the_contrastive_loss_is_clips_where_each_picture_has_one_true_caption()
         + torch.nn.functional.cross_entropy(logits.T, torch.arange(2))
     ) / 2
     torch.testing.assert_close(judge.contrastive_loss(logits, torch.eye(2, dtype=torch.bool)), expected)
+
+
+def test_background_and_colour_read_back_from_real_renders() -> None:
+    rng = np.random.default_rng(3)
+    background, colour = [], []
+    while len(colour) < 40:
+        scene = world.sample_scene(rng)
+        if len(scene.things) == 1 and scene.medium:
+            image, _ = world.render(scene, len(colour))
+            background.append(readback.read_background(image, scene.drawn_as) == scene.background)
+            shares = readback.read_colours(image, scene.background, scene.drawn_as)
+            assert sum(shares.values()) == pytest.approx(1)
+            colour.append(shares[scene.things[0].look.colour] >= 0.3)
+    assert np.mean(background) >= 0.95
+    assert np.mean(colour) >= 0.9

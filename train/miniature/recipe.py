@@ -191,7 +191,7 @@ def train_unet(settings: Settings, say: Callable[[str], None]) -> None:
     tokens = tokenizer(settings.work)
     text_encoder = new_text_encoder(len(tokens), tokens.eos_token_id, tokens.bos_token_id)
     unet = new_unet()
-    latents, scenes, shift, scale = _latent_pool(vae, settings, say)
+    latents, scenes, scale = _latent_pool(vae, settings, say)
     alphas = torch.from_numpy(DDIMScheduler(**SCHEDULER).alphas_cumprod.numpy()).to(settings.device)
     rng = np.random.default_rng(int(time.time()))
 
@@ -199,7 +199,7 @@ def train_unet(settings: Settings, say: Callable[[str], None]) -> None:
         rows = rng.integers(len(scenes), size=settings.batch)
         captions = ["" if rng.random() < 0.1 else world.paraphrase(scenes[row], rng) for row in rows]
         ids = tokens(captions, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt").input_ids
-        x = ((latents[rows].float() - shift) * scale).to(settings.device)
+        x = (latents[rows].float() * scale).to(settings.device)
         t = torch.randint(1000, (len(rows),), device=settings.device)
         a = alphas[t].view(-1, 1, 1, 1)
         eps = torch.randn_like(x)
@@ -215,16 +215,19 @@ def train_unet(settings: Settings, say: Callable[[str], None]) -> None:
 
 
 def export(settings: Settings, folder: Path) -> None:
-    """Write the averaged weights as a diffusers directory in fp16, with the judge beside it."""
+    """Write the averaged weights as a diffusers directory in fp16, with the judge beside it once it is trained."""
     tokens = tokenizer(settings.work)
     ids = (len(tokens), tokens.eos_token_id, tokens.bos_token_id)
-    vae, text_encoder, unet, critic = new_vae(), new_text_encoder(*ids), new_unet(), new_judge(*ids)
+    vae, text_encoder, unet = new_vae(), new_text_encoder(*ids), new_unet()
     _load_stage("vae", settings, [vae])
-    _load_stage("judge", settings, [critic])
     _load_stage("unet", settings, [text_encoder, unet])
     pool = torch.load(settings.work / "pool-scale.pt", weights_only=True)
-    vae.register_to_config(scaling_factor=pool["scale"], shift_factor=pool["shift"])
-    for name, model in (("vae", vae), ("text_encoder", text_encoder), ("unet", unet), ("judge", critic)):
+    vae.register_to_config(scaling_factor=pool["scale"])
+    models = {"vae": vae, "text_encoder": text_encoder, "unet": unet}
+    if (settings.work / "judge.pt").exists():
+        models["judge"] = new_judge(*ids)
+        _load_stage("judge", settings, [models["judge"]])
+    for name, model in models.items():
         model.half().save_pretrained(folder / name)
     tokens.save_pretrained(folder / "tokenizer")
     DDIMScheduler(**SCHEDULER).save_pretrained(folder / "scheduler")
@@ -282,7 +285,7 @@ def _run_stage(
             group["lr"] = rate * min(1, (step + 1) / 200) * max(0.02, 0.5 + 0.5 * math.cos(math.pi * share))
         with torch.autocast(torch.device(settings.device).type, torch.bfloat16):
             value = loss(step)
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0, foreach=True)
         optimiser.step()
         optimiser.zero_grad()
@@ -324,7 +327,7 @@ def _to_model(images: Tensor, device: str) -> Tensor:
 
 def _latent_pool(
     vae: AutoencoderKL, settings: Settings, say: Callable[[str], None]
-) -> tuple[Tensor, list[world.Scene], float, float]:
+) -> tuple[Tensor, list[world.Scene], float]:
     """The training set as fp16 latents with its scenes; kept in chunks, so a new run draws only what is missing."""
     chunk = 5_000
     latents, scenes = [], []
@@ -342,10 +345,10 @@ def _latent_pool(
         scenes += drawn
         torch.save(latents[-1], path)
     pool = torch.cat(latents)
-    shift, scale = float(pool[:5000].float().mean()), float(1 / pool[:5000].float().std())
-    torch.save({"shift": shift, "scale": scale}, settings.work / "pool-scale.pt")
-    say(f"pool of {len(pool)} latents, shift {shift:.4f}, scale {scale:.4f}")
-    return pool, scenes, shift, scale
+    scale = float(1 / pool[:chunk].float().std())
+    torch.save({"scale": scale}, settings.work / "pool-scale.pt")
+    say(f"pool of {len(pool)} latents, scale {scale:.4f}")
+    return pool, scenes, scale
 
 
 def _encode(vae: AutoencoderKL, images: np.ndarray, device: str) -> Iterator[Tensor]:

@@ -165,7 +165,7 @@ class Style:
 MEDIA: Mapping[str, Style] = MappingProxyType(
     {
         "photo": Style(shading=0.45, shadow=0.5, vignette=0.35, softness=1.3),
-        "drawing": Style(outline=2.0, paper=0.55, saturation=0.85),
+        "drawing": Style(outline=2.0, paper=0.4, saturation=0.85),
         "icon": Style(outline=2.2, outline_light=1.0, frame=4.0, frame_light=0.12),
         "painting": Style(softness=1.8, wobble=0.8, hatching=0.14, tint=(1.0, 0.86, 0.62), tint_amount=0.25),
     }
@@ -255,6 +255,19 @@ def render(spec: Scene, seed: int) -> tuple[Array, str]:
         image = _draw_thing(image, thing.look, box, style, rng)
     image = _finish(image, style)
     return np.round(image * 255).astype(np.uint8), caption(spec)
+
+
+def render_background(background: str, style: Style, seed: int) -> Array:
+    """The scene with nothing in it: [64, 64, 3] uint8."""
+    _known("background", background, BACKGROUNDS)
+    image = _draw_background(BACKGROUNDS[background], style, np.random.default_rng(seed))
+    return np.round(_finish(image, style) * 255).astype(np.uint8)
+
+
+def drawn_colour(colour: str, style: Style) -> Array:
+    """A colour of `COLOURS` as a style's paint shows it, before shading: [3], 0 to 1."""
+    _known("colour", colour, COLOURS)
+    return _colour(np.array(COLOURS[colour], np.float32), style)
 
 
 def caption(spec: Scene) -> str:
