@@ -1,7 +1,7 @@
 # make demo    learn a word from five pictures, export the miniature, draw the word everywhere, one contact sheet
 # make test    the tests
 # make check   lint, format, types, layers
-# make bench   the benchmarks of the miniature
+# make bench   the miniature and learned words, against their bars (the other benchmarks are python -m benchmarks.NAME)
 # make clean   take away what the above made, the environment included
 #
 # Everything runs in .venv, made on first use; nothing but Python 3.11 or newer has to be there.
@@ -38,6 +38,7 @@ check: $(INSTALLED) .typing
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.miniature
+	$(BIN)/python -m benchmarks.words
 
 # Redone only when the requirements change.
 $(INSTALLED): pyproject.toml constraints.txt
