@@ -1,0 +1,125 @@
+"""Compiled plans on disk: a cache that several processes may share. A plan is native code, so only bytes whose hash the
+index records are ever handed out. What a plan computes is not known here.
+
+    <folder>/index.json      key -> size, sha256 and what the key was made of
+    <folder>/<key>.plan
+    <folder>/<key>.lock      held by the process that builds this plan
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import msgspec
+
+from oneword.engines.errors import FileError
+from oneword.engines.spec import Precision
+
+Ranges = Mapping[str, tuple[int, int, int]]
+"""Smallest, usual and largest size of each named axis."""
+
+
+@dataclass(frozen=True)
+class PlanKey:
+    """Everything that a plan depends on; plans of different keys never meet."""
+
+    graph_digest: str
+    backend: str
+    version: str
+    device: str
+    precision: Precision
+    ranges: Ranges
+    flags: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """A file name: 32 hex digits of the sha256 over all fields."""
+        text = json.dumps(asdict(self), sort_keys=True, default=list)
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+class _Entry(msgspec.Struct, frozen=True):
+    sha256: str
+    size: int
+    key: dict[str, object]
+
+
+class PlanCache:
+    """Plans in one folder. Safe against races, kills at any instant, and damaged or foreign files."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def load(self, key: PlanKey) -> bytes | None:
+        """The plan, or None where there is none or its bytes are not those that were built."""
+        entry = self._index().get(key.name)
+        if entry is None:
+            return None
+        try:
+            plan = self.path(key).read_bytes()
+        except OSError:
+            return None
+        return plan if (len(plan), hashlib.sha256(plan).hexdigest()) == (entry.size, entry.sha256) else None
+
+    def load_or_build(self, key: PlanKey, build: Callable[[], bytes]) -> bytes:
+        """The plan, built once however many processes ask at a time. Raises FileError (disk), and as `build` does."""
+        if (plan := self.load(key)) is not None:
+            return plan
+        with self._lock(f"{key.name}.lock"):
+            if (plan := self.load(key)) is None:  # else another process built it while this one waited
+                plan = build()
+                self._store(key, plan)
+        return plan
+
+    def path(self, key: PlanKey) -> Path:
+        """Where the plan lies."""
+        return self.folder / f"{key.name}.plan"
+
+    def _store(self, key: PlanKey, plan: bytes) -> None:
+        """The plan first, then the index that vouches for it: killed in between, the plan is never loaded."""
+        entry = _Entry(hashlib.sha256(plan).hexdigest(), len(plan), asdict(key))
+        self._write(self.path(key), plan)
+        with self._lock("index.lock"):
+            index = {**self._index(), key.name: entry}
+            self._write(self.folder / "index.json", msgspec.json.encode(index, order="sorted"))
+
+    def _index(self) -> dict[str, _Entry]:
+        try:
+            return msgspec.json.decode((self.folder / "index.json").read_bytes(), type=dict[str, _Entry])
+        except (OSError, msgspec.DecodeError, UnicodeDecodeError):
+            return {}
+
+    def _write(self, path: Path, data: bytes) -> None:
+        """Whole or not at all."""
+        temporary = ""
+        try:
+            with tempfile.NamedTemporaryFile(dir=self.folder, prefix=f".{path.name}.", delete=False) as stream:
+                temporary = stream.name
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(temporary, path)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise FileError(f"cannot write the plan {path} ({len(data) >> 20} MiB): {error.strerror}") from error
+
+    @contextlib.contextmanager
+    def _lock(self, name: str) -> Iterator[None]:
+        """Holds a lock file; the kernel lets go of it when the process ends, however it ends."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.folder / name, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise FileError(f"cannot write into {self.folder}: {error.strerror}") from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)

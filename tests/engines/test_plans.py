@@ -1,0 +1,110 @@
+"""The plan cache: nothing is loaded that the index does not vouch for, and nothing is built twice."""
+
+import multiprocessing
+import os
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from oneword.engines.errors import FileError
+from oneword.engines.plans import PlanCache, PlanKey
+from oneword.engines.spec import Precision
+
+KEY = PlanKey("digest", "tensorrt-rtx", "1.7", "sm89", Precision.FP32, {"B": (1, 1, 4)}, ("flag",))
+
+
+def build_and_count(folder: Path) -> bytes:
+    (folder / f"built-{os.getpid()}-{random.random()}").touch()
+    return b"plan" * 1000
+
+
+def race(folder: Path, barrier: object) -> None:
+    barrier.wait()  # type: ignore[attr-defined]
+    plan = PlanCache(folder / "plans").load_or_build(KEY, lambda: build_and_count(folder))
+    assert plan == b"plan" * 1000
+
+
+def refuse() -> bytes:
+    raise AssertionError("built although it is there")
+
+
+def test_a_plan_is_built_once_and_found_by_another_process(tmp_path: Path) -> None:
+    assert PlanCache(tmp_path).load_or_build(KEY, lambda: b"native code") == b"native code"
+    assert PlanCache(tmp_path).load_or_build(KEY, refuse) == b"native code"
+
+
+def test_eight_processes_that_race_build_once(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    barrier = context.Barrier(8)
+    processes = [context.Process(target=race, args=(tmp_path, barrier)) for _ in range(8)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 8
+    assert len(list(tmp_path.glob("built-*"))) == 1
+
+
+def test_a_thousand_flips_and_truncations_are_all_refused(tmp_path: Path) -> None:
+    cache, generator = PlanCache(tmp_path), random.Random(0)
+    plan = generator.randbytes(4096)
+    cache.load_or_build(KEY, lambda: plan)
+    for _ in range(500):
+        damaged = bytearray(plan)
+        damaged[generator.randrange(4096)] ^= 1 << generator.randrange(8)
+        cache.path(KEY).write_bytes(damaged)
+        assert cache.load(KEY) is None
+        cache.path(KEY).write_bytes(plan[: generator.randrange(4096)])
+        assert cache.load(KEY) is None
+    assert cache.load_or_build(KEY, lambda: plan) == plan
+    assert cache.load(KEY) == plan
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"graph_digest": "other data file"},
+        {"version": "1.8"},
+        {"device": "sm120"},
+        {"precision": Precision.FP16},
+        {"ranges": {"B": (1, 1, 8)}},
+        {"flags": ()},
+    ],
+)
+def test_whatever_a_plan_depends_on_separates_plans(tmp_path: Path, change: dict[str, object]) -> None:
+    cache = PlanCache(tmp_path)
+    cache.load_or_build(KEY, lambda: b"one")
+    assert cache.load_or_build(replace(KEY, **change), lambda: b"two") == b"two"  # type: ignore[arg-type]
+    assert cache.load(KEY) == b"one"
+
+
+def test_a_plan_that_no_index_records_is_never_loaded(tmp_path: Path) -> None:
+    cache = PlanCache(tmp_path)
+    cache.path(KEY).write_bytes(b"somebody else's native code")
+    assert cache.load(KEY) is None
+    (tmp_path / "index.json").write_text("not json")
+    assert cache.load_or_build(KEY, lambda: b"ours") == b"ours"
+
+
+def test_a_build_that_fails_leaves_nothing_to_load(tmp_path: Path) -> None:
+    def fail() -> bytes:
+        raise RuntimeError("out of memory")
+
+    cache = PlanCache(tmp_path)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        cache.load_or_build(KEY, fail)
+    assert cache.load(KEY) is None
+    assert cache.load_or_build(KEY, lambda: b"plan") == b"plan"
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_space(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", no_space)
+    with pytest.raises(FileError, match=r"cannot write the plan .* No space left on device"):
+        PlanCache(tmp_path).load_or_build(KEY, lambda: b"plan")
+    assert not list(tmp_path.glob("*.plan"))
+    assert not list(tmp_path.glob(".*.plan.*"))
