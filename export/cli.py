@@ -12,6 +12,7 @@ from rich.console import Console
 
 from oneword.engines.errors import OnewordError
 from oneword.engines.spec import Precision
+from oneword.engines.tensorrt import Flavour, build_plans, compute_capability, installed_version
 
 
 @click.command()
@@ -24,8 +25,27 @@ from oneword.engines.spec import Precision
     show_default=True,
     help="What the networks compute in; the sampler's state stays float32.",
 )
+@click.option(
+    "--engine",
+    type=click.Choice(["onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"]),
+    default="onnxruntime",
+    show_default=True,
+    help="What the bundle is for; the TensorRTs have plans built ahead of time.",
+)
+@click.option("--target", default="sm89", show_default=True, help="GPU that the plans are for (TensorRT only).")
+@click.option("--max-batch", type=click.IntRange(1), default=4, show_default=True, help="Most pictures a plan takes.")
+@click.option("--max-size", type=click.IntRange(8), help="Longest side a plan takes, in pixels; else the model's own.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output.")
-def command(model: str, bundle: Path, precision: str, as_json: bool) -> None:
+def command(
+    model: str,
+    bundle: Path,
+    precision: str,
+    engine: str,
+    target: str,
+    max_batch: int,
+    max_size: int | None,
+    as_json: bool,
+) -> None:
     """Compile MODEL, a diffusers directory, a hub id or the word `miniature`, into the folder BUNDLE.
 
     Every graph is compared with PyTorch on fresh inputs before the bundle appears.
@@ -35,6 +55,11 @@ def command(model: str, bundle: Path, precision: str, as_json: bool) -> None:
     silence_libraries()
     from oneword.export.write import export_bundle  # torch: after --help has been answered
 
+    plans: dict[str, Path] = {}
+    flavour = Flavour(engine) if engine.startswith("tensorrt") else None
+    if flavour is not None:  # before the long work
+        installed_version(flavour)
+        compute_capability(flavour, target)
     with console.status(f"exporting {model}") as status:
 
         def report(message: str) -> None:
@@ -43,13 +68,17 @@ def command(model: str, bundle: Path, precision: str, as_json: bool) -> None:
             console.print(f"[dim]{elapsed:6.1f} s[/dim]  {message}", highlight=False)
 
         exported = export_bundle(model, bundle, precision=Precision(precision), report=report)
+        if flavour is not None:
+            report(f"building plans with {flavour} for {target}")
+            plans = build_plans(exported.bundle, flavour, target, max_batch=max_batch, max_size=max_size)
     seconds = time.perf_counter() - started
     for difference in exported.differences:
         console.print(f"          {difference}", highlight=False)
     for reason in exported.unchecked:
         console.print(f"          not checked: {reason}", highlight=False)
     if as_json:
-        print(json.dumps(summary(exported, seconds), indent=1))
+        files = {name: str(path) for name, path in plans.items()}
+        print(json.dumps({**summary(exported, seconds), "engine": engine, "plans": files}, indent=1))
     else:
         console.print(f"wrote {bundle} in {seconds:.1f} s", highlight=False)
 

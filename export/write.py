@@ -51,7 +51,10 @@ def export_bundle(
             report(f"tracing {graph.name}")
             graphs[graph.name] = write_graph(graph, folder)
             report(f"checking {graph.name}")
-            differences.extend(check_graph(graph, folder / graphs[graph.name].files[0]))
+            if graph.precision is Precision.BF16:
+                unchecked.append(f"{graph.name}: ONNX Runtime does not compute in bf16 on a CPU")
+            else:
+                differences.extend(check_graph(graph, folder / graphs[graph.name].files[0]))
         report("writing tables and tokenizers")
         write_encoders(source, exportable, folder)
         return Manifest(
