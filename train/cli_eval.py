@@ -1,4 +1,4 @@
-"""`ti-eval`: scores learned words as the paper does, and draws its figure. A thin skin over `oneword.train.evaluate`."""
+"""`ti-eval`: scores learned words as the paper does, and draws its figure. A thin skin over `train.evaluate`."""
 
 from __future__ import annotations
 

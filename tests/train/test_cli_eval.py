@@ -1,0 +1,93 @@
+import json
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+from oneword.engines.bundle import Bundle
+from oneword.runtime.concept import Concept, save_concept
+from oneword.train.cli_eval import main
+from oneword.train.evaluate import Judge
+
+
+@pytest.fixture
+def judge_dir(tmp_path: Path, tiny_model_dir: Path) -> Path:
+    """A CLIP of random weights that speaks the tiny model's words."""
+    tokenizer = CLIPTokenizer.from_pretrained(tiny_model_dir / "tokenizer")
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    eos = tokenizer.eos_token_id
+    text = {
+        **small,
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": eos,
+        "pad_token_id": eos,
+    }
+    vision = {**small, "image_size": 32, "patch_size": 8}
+    folder = tmp_path / "judge"
+    CLIPModel(
+        CLIPConfig(text_config={**text, "max_position_embeddings": 20}, vision_config=vision, projection_dim=8)
+    ).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def arguments(tmp_path: Path, tiny_bundle: Path, judge_dir: Path) -> list[str]:
+    rng = np.random.default_rng(0)
+    (tmp_path / "pictures").mkdir()
+    side = Bundle.open(tiny_bundle).manifest.defaults.width
+    for i in range(3):
+        Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(tmp_path / "pictures" / f"{i}.png")
+    rows = rng.normal(0, 0.1, (1, 32)).astype(np.float32)
+    save_concept(Concept("<toy>", {"text_encoder": rows}, {"recipe": "fast"}), tmp_path / "toy.safetensors")
+    word = ["--concept", str(tmp_path / "toy.safetensors"), "--images", str(tmp_path / "pictures")]
+    return [str(tiny_bundle), *word, "--judge", str(judge_dir), "--samples", "2", "--steps", "2"]
+
+
+def test_a_word_is_scored_and_the_samples_are_kept(
+    arguments: list[str], judge_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status = main([*arguments, "--output", str(tmp_path / "out"), "--json"])
+
+    told = capsys.readouterr()
+    assert status == 0, told.err
+    report = json.loads(told.out)
+    assert json.loads((tmp_path / "out" / "scores.json").read_text()) == report
+    (word,) = report["words"]
+    assert set(word["editability"]) == {"background", "style", "composition", "mean"}
+    sheet = np.asarray(Image.open(tmp_path / "out" / "samples-0.png"))
+    side = sheet.shape[1] // 2
+    first = np.stack([sheet[:side, :side], sheet[:side, side:]])  # "a photo of a <toy>", two samples
+    training = np.stack([np.asarray(Image.open(path)) for path in sorted((tmp_path / "pictures").iterdir())])
+    judge = Judge(judge_dir)
+    expected = np.mean([a @ b for a in judge.pictures(first) for b in judge.pictures(training)])
+    assert word["likeness"] == pytest.approx(expected, abs=1e-4)
+    drawn = ElementTree.fromstring((tmp_path / "out" / "figure.svg").read_text())
+    assert len(drawn.findall(".//{*}circle")) == 1
+
+
+def test_a_table_is_printed_where_no_json_is_asked_for(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["word", "likeness", "background", "style", "composition", "mean"]
+    assert lines[1].split()[0] == "<toy>"
+
+
+def test_wrong_use_is_one_line(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cases = [
+        ([*arguments, "--images", "x"], 2, "1 concepts and 2 folders"),
+        ([*arguments, "--samples", "0"], 2, "--samples is 0"),
+        ([*arguments, "--judge", str(tmp_path / "nobody")], 1, "there is no folder"),
+        ([*arguments, "--judge", str(tmp_path / "pictures")], 1, "is no CLIP model"),
+    ]
+    for command, status, message in cases:
+        assert main(command) == status
+        told = capsys.readouterr().err
+        assert message in told
+        assert told.count("\n") == 1
