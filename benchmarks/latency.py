@@ -1,6 +1,6 @@
 """How long a picture takes: ours beside what people use, on one model, in one call.
 
-    python -m benchmarks.latency [--model miniature|DIR] [--size N] [--steps N] [--rounds N] [--plot FILE]
+    python -m benchmarks.latency [--model miniature|DIR] [--bundle DIR] [--steps N] [--rounds N] [--plot FILE]
 
 Contenders, each in a process of its own, in turn, `--rounds` times over; the medians are reported:
 
@@ -46,9 +46,10 @@ def main() -> None:
         print(json.dumps(_measure(options)))
         return
     with tempfile.TemporaryDirectory() as folder:
-        options.model = _model(options.model, Path(folder))
-        options.bundle = Path(folder) / "bundle"
-        _run("-m", "oneword.export.cli", options.model, options.bundle)
+        options.model = _model(options.model)
+        if options.bundle is None:
+            options.bundle = Path(folder) / "bundle"
+            _run("-m", "oneword.export.cli", options.model, options.bundle)
         rounds = [{name: _contend(name, options, Path(folder)) for name in CONTENDERS} for _ in range(options.rounds)]
     results = {name: _medians([each[name] for each in rounds]) for name in CONTENDERS}
     _print_table(results)
@@ -111,22 +112,25 @@ def _diffusers(options: argparse.Namespace) -> tuple[Callable[[], object], Calla
 
     torch.set_num_threads(options.threads)
     pipeline = _pipeline(options.model, options.contender)
-    forward, spent, ends = pipeline.unet.forward, [0.0], [0.0]
+    forward = pipeline.unet.forward
+    spent: list[float] = []
+    ends: list[float] = []
 
     def timed(*args: Any, **kwargs: Any) -> Any:
         start = time.perf_counter()
         result = forward(*args, **kwargs)
-        spent[0] += time.perf_counter() - start
+        spent.append(time.perf_counter() - start)
         return result
 
     pipeline.unet.forward = timed
 
     def draw() -> object:
-        ends[:], spent[0] = [], 0.0
+        ends.clear()
+        spent.clear()
         return _draw(pipeline, options, callback_on_step_end=lambda p, i, t, k: ends.append(time.perf_counter()) or k)
 
     def step_seconds() -> tuple[float, float]:
-        return (ends[-1] - ends[0]) / (len(ends) - 1), spent[0] / options.steps
+        return (ends[-1] - ends[0]) / (len(ends) - 1), statistics.mean(spent[1:])
 
     return draw, step_seconds
 
@@ -134,7 +138,9 @@ def _diffusers(options: argparse.Namespace) -> tuple[Callable[[], object], Calla
 def _pipeline(model: Path, contender: str) -> Any:
     import torch
     from diffusers import StableDiffusionPipeline
+    from diffusers.utils import logging
 
+    logging.disable_progress_bar()
     pipeline = StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
     if contender == "diffusers-compile":
@@ -213,7 +219,7 @@ def _run(*line: object) -> str:
     return done.stdout.strip().rpartition("\n")[2]
 
 
-def _model(name: str, folder: Path) -> Path:
+def _model(name: str) -> Path:
     if name == "miniature":
         return Path(str(importlib.resources.files("oneword") / "miniature"))
     return Path(name)
@@ -261,7 +267,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--plot", type=Path, help="write a plot here")
     parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
-    parser.add_argument("--bundle", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--bundle", type=Path, help="the model, exported; else it is exported first")
     parser.add_argument("--cold", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
 
