@@ -181,7 +181,7 @@ def last_words(*streams: bytes) -> str:
 
 def _build(job: _Job) -> _Network:
     """In the child: parses, notes what the network takes and gives, builds, writes the plan."""
-    from polygraphy.backend.trt import CreateConfig, Profile, engine_bytes_from_network, network_from_onnx_path
+    from polygraphy.backend.trt import CreateConfig, Profile, engine_bytes_from_network, network_from_onnx_path  # pyright: ignore[reportAttributeAccessIssue]
 
     profile = Profile()
     for name, (smallest, usual, largest) in job.shapes.items():
