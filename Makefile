@@ -6,15 +6,18 @@
 #
 # Everything runs in .venv, made on first use; nothing but Python 3.11 or newer has to be there.
 # Where a plain `pip install torch` means CUDA, TORCH_INDEX=<address of PyTorch's CPU wheel index> gets the CPU build
-# (the address stands on pytorch.org/get-started).
+# (the address stands on pytorch.org/get-started). EXTRAS=cpu,train,dev,openvino,tensorrt-rtx installs those engines as well, and
+# the tests that need them then run.
 
 PYTHON ?= python3.11
 VENV ?= .venv
 TORCH_INDEX ?=
+EXTRAS ?= cpu,train,dev
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
-INSTALLED := $(VENV)/.installed
+comma := ,
+INSTALLED := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
 .PHONY: help demo test check bench clean
@@ -40,12 +43,12 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.miniature
 	$(BIN)/python -m benchmarks.words
 
-# Redone only when the requirements change.
+# Redone only when the requirements or the extras change.
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV), once; this takes a few minutes"
 	$(if $(TORCH_INDEX),$(PIP) --index-url $(TORCH_INDEX) torch)
-	$(PIP) --editable '.[cpu,train,dev]'
+	$(PIP) --editable '.[$(EXTRAS)]'
 	@touch $@
 
 # Type checkers do not follow the editable install; a folder of links shows them the packages.
