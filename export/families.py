@@ -91,6 +91,8 @@ def stable_diffusion(source: Source) -> Exportable:
 
 def stable_diffusion_xl(source: Source) -> Exportable:
     """SDXL (arXiv 2307.01952): two CLIP encoders side by side, last state but one, no norm; the second also pools."""
+    if source.vae.dtype == torch.float16:
+        source.vae.float()  # this VAE overflows in fp16: black pictures
     encoders = {
         "text_encoder": TextEncoder(source.text_encoders["text_encoder"], final_norm=False),
         "text_encoder_2": TextEncoder(source.text_encoders["text_encoder_2"], final_norm=False, pools=True),
