@@ -150,3 +150,37 @@ def test_the_vae_graphs_are_those_of_diffusers(source: Source) -> None:
     posterior = vae.encode(images.permute(0, 3, 1, 2).float() / 255 * 2 - 1).latent_dist
     torch.testing.assert_close(mean, posterior.mean * vae.config.scaling_factor, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(std, posterior.std * vae.config.scaling_factor, rtol=1e-4, atol=1e-5)
+
+
+def test_the_second_encoder_of_sdxl_gives_its_last_state_but_one_and_its_projected_pool() -> None:
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    config = CLIPTextConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+        max_position_embeddings=12, projection_dim=24, hidden_act="gelu", bos_token_id=48, eos_token_id=49,
+    )  # fmt: skip
+    model = CLIPTextModelWithProjection(config).eval()
+    encoder = TextEncoder(model, final_norm=False, pools=True)
+    ids = torch.tensor([[48, 3, 4, 49, 0, 0], [48, 5, 49, 0, 0, 0]])
+    expected = model(ids, output_hidden_states=True)
+    states, pooled, finite = encoder(ids, encoder.table, torch.ones(2, 6), torch.tensor([2, 2]), torch.tensor([3, 2]))
+    torch.testing.assert_close(states, expected.hidden_states[-2], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(pooled, expected.text_embeds, rtol=1e-5, atol=1e-5)
+    assert finite.tolist() == [True, True]
+
+
+def test_the_unet_of_sdxl_takes_pooled_vectors_and_time_ids() -> None:
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel(
+        block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, attention_head_dim=(2, 4),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=40, transformer_layers_per_block=(1, 2), use_linear_projection=True,
+        addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=8 * 6 + 24,
+    ).eval()  # fmt: skip
+    sample, context, pooled = torch.randn(2, 4, 9, 8), torch.randn(2, 6, 40), torch.randn(2, 24)
+    time_ids = torch.tensor([[512.0, 512, 0, 0, 512, 512], [1024.0, 768, 0, 64, 1024, 768]])
+    t = torch.tensor([5.0, 700.0])
+    added = {"text_embeds": pooled, "time_ids": time_ids}
+    expected = unet(sample, t, context, added_cond_kwargs=added).sample
+    torch.testing.assert_close(UNet(unet)(sample, t, context, pooled, time_ids), expected, rtol=1e-5, atol=1e-5)
