@@ -23,7 +23,7 @@ from oneword.engines.open import Backend, open_engine
 from oneword.runtime.concept import Concept
 from oneword.runtime.prompt import PromptTokens, Tokenizer, Vocabulary, encode_ids
 from oneword.runtime.request import Image
-from oneword.runtime.table import EmbeddingTable
+from oneword.runtime.table import DEFAULT_CAPACITY, EmbeddingTable
 
 _BINDINGS = 8
 _CONTEXTS = 256
@@ -62,7 +62,14 @@ class StepBinding:
 class Model:
     """One bundle, ready to encode prompts, denoise and decode. Not to be called from two threads at once."""
 
-    def __init__(self, bundle: Bundle, backend: Backend = Backend.ONNXRUNTIME, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        backend: Backend = Backend.ONNXRUNTIME,
+        threads: int | None = None,
+        capacity: int = DEFAULT_CAPACITY,
+    ) -> None:
+        """`capacity` is the number of learned vectors that can be loaded at a time; unused room costs no memory."""
         self.bundle = bundle
         self.manifest = bundle.manifest
         self.backend = backend
@@ -77,12 +84,18 @@ class Model:
         self._tables: dict[str, EmbeddingTable] = {}
         for encoder in self.manifest.encoders:
             self._tokenizers[encoder.graph] = Tokenizer(bundle.file(encoder.tokenizer), encoder)
-            self._tables[encoder.graph] = EmbeddingTable(_base_table(bundle.file(encoder.table)))
+            self._tables[encoder.graph] = EmbeddingTable(_base_table(bundle.file(encoder.table)), capacity)
 
     @classmethod
-    def open(cls, path: str | Path, backend: Backend = Backend.ONNXRUNTIME, threads: int | None = None) -> Self:
+    def open(
+        cls,
+        path: str | Path,
+        backend: Backend = Backend.ONNXRUNTIME,
+        threads: int | None = None,
+        capacity: int = DEFAULT_CAPACITY,
+    ) -> Self:
         """Opens the bundle at `path`. Raises UsageError where there is none, BundleError where it is broken."""
-        return cls(Bundle.open(path), backend, threads)
+        return cls(Bundle.open(path), backend, threads, capacity)
 
     @property
     def words(self) -> tuple[str, ...]:
