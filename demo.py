@@ -88,7 +88,7 @@ def scenes() -> list[tuple[str, list[str]]]:
         ("on backgrounds it was never seen on", [f"a photo of a {TOKEN} {BACKGROUNDS[b].phrase}" for b in ELSEWHERE]),
         (
             "in media and styles it was never seen in",
-            [f"a {medium} of a {TOKEN} in the snow" for medium in MEDIA]
+            [f"{_a(medium)} of a {TOKEN} in the snow" for medium in MEDIA]
             + [f"a {TOKEN} in the meadow in the style of {name}" for name in (style, other_style)],
         ),
         (

@@ -35,12 +35,12 @@ def test_each_command_loads_and_stands_in_the_readme(name: str) -> None:
 def test_readme_names_no_command_or_target_that_is_not_there() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
     shown = "\n".join(re.findall(r"^```(?:sh|console|bash)?\n(.*?)^```", README, re.M | re.S))
-    modules = {name.replace(".", "/") for name in re.findall(r"python -m (benchmarks\.\w+)", README)}
+    files = {f"{name.replace('.', '/')}.py" for name in re.findall(r"python -m (benchmarks\.\w+)", README)}
+    files |= set(re.findall(r"\]\((?!http|#)([^)#]+)", README))
 
     assert set(re.findall(r"^ *(?:\$ )?(ti-[a-z]+)", shown, re.M)) <= set(PYPROJECT["project"]["scripts"])
     assert set(re.findall(r"\bmake ([a-z-]+)", shown)) <= targets
-    assert all((ROOT / f"{module}.py").exists() for module in modules)
-    assert all((ROOT / link).exists() for link in re.findall(r"\]\((?!http|#)([^)#]+)", README))
+    assert [name for name in sorted(files) if not (ROOT / name).exists()] == []
 
 
 def test_every_pinned_version_is_within_its_range_in_pyproject() -> None:
