@@ -46,6 +46,7 @@ def main() -> None:
         print(json.dumps(_measure(options)))
         return
     with tempfile.TemporaryDirectory() as folder:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(folder) / "inductor")  # nobody else's, and empty at first
         options.model = _model(options.model)
         if options.bundle is None:
             options.bundle = Path(folder) / "bundle"
