@@ -145,6 +145,34 @@ def check_shapes(
     return sizes, {name: shape_of(graph, spec, sizes) for name, spec in specs.items()}
 
 
+def host_buffers(
+    graph: str,
+    inputs: Mapping[str, TensorSpec],
+    outputs: Mapping[str, TensorSpec],
+    shapes: Mapping[str, Sequence[int]],
+    arrays: Mapping[str, NumpyArray] | None,
+) -> tuple[dict[str, NumpyArray], dict[str, NumpyArray]]:
+    """Host memory for every input and output: `arrays` as they lie, zeros for the rest. See Engine.bind."""
+    arrays = arrays or {}
+    given = {name: tuple(shape) for name, shape in shapes.items()} | {n: a.shape for n, a in arrays.items()}
+    of_outputs = {name: given.pop(name) for name in [*given] if name in outputs}
+    sizes, input_shapes = check_shapes(graph, inputs, given)
+    for name, value in arrays.items():
+        check_dtype(graph, inputs[name], value)
+        if not value.flags.c_contiguous:
+            raise FeedError(f"{name!r} of {graph} is not contiguous: pass numpy.ascontiguousarray of it")
+    return (
+        {
+            name: arrays[name] if name in arrays else np.zeros(shape, numpy_dtype(inputs[name].dtype))
+            for name, shape in input_shapes.items()
+        },
+        {
+            name: np.zeros(of_outputs.get(name) or shape_of(graph, spec, sizes), numpy_dtype(spec.dtype))
+            for name, spec in outputs.items()
+        },
+    )
+
+
 def check_feeds(graph: str, specs: Mapping[str, TensorSpec], feeds: Mapping[str, NumpyArray]) -> dict[str, Shape]:
     """The shape of every input, optional ones included; the first wrong name, dtype or shape raises FeedError."""
     _check_names(graph, specs, feeds)

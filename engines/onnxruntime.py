@@ -8,17 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from oneword.engines.engine import (
-    Array,
-    HostArray,
-    NumpyArray,
-    check_dtype,
-    check_feeds,
-    check_shapes,
-    numpy_dtype,
-    shape_of,
-)
-from oneword.engines.errors import EngineError, FeedError, MissingPackage
+from oneword.engines.engine import Array, HostArray, NumpyArray, check_feeds, host_buffers, numpy_dtype
+from oneword.engines.errors import EngineError, MissingPackage
 from oneword.engines.spec import DType, Precision, TensorSpec
 
 # Numbers of onnx.TensorProto.DataType: numpy has no name for bfloat16.
@@ -72,26 +63,8 @@ class OnnxRuntimeEngine:
         self, shapes: Mapping[str, Sequence[int]], arrays: Mapping[str, NumpyArray] | None = None
     ) -> "OnnxRuntimeBinding":
         """See Engine.bind. Arrays given must be C-contiguous; they are read where they lie at every run."""
-        arrays = arrays or {}
-        all_shapes = {
-            **{name: tuple(shape) for name, shape in shapes.items()},
-            **{n: a.shape for n, a in arrays.items()},
-        }
-        of_outputs = {name: all_shapes.pop(name) for name in [*all_shapes] if name in self.outputs}
-        sizes, input_shapes = check_shapes(self.name, self.inputs, all_shapes)
-        for name, value in arrays.items():
-            check_dtype(self.name, self.inputs[name], value)
-            if not value.flags.c_contiguous:
-                raise FeedError(f"{name!r} of {self.name} is not contiguous: pass numpy.ascontiguousarray of it")
-        output_shapes = {n: of_outputs.get(n) or shape_of(self.name, s, sizes) for n, s in self.outputs.items()}
-        inputs = {
-            name: arrays[name] if name in arrays else np.zeros(shape, numpy_dtype(self.inputs[name].dtype))
-            for name, shape in input_shapes.items()
-        }
-        outputs = {
-            name: np.zeros(shape, numpy_dtype(self.outputs[name].dtype)) for name, shape in output_shapes.items()
-        }
-        return OnnxRuntimeBinding(self.name, self._session, self.inputs, self.outputs, inputs, outputs)
+        of_inputs, of_outputs = host_buffers(self.name, self.inputs, self.outputs, shapes, arrays)
+        return OnnxRuntimeBinding(self.name, self._session, self.inputs, self.outputs, of_inputs, of_outputs)
 
     def run(self, feeds: Mapping[str, NumpyArray]) -> dict[str, NumpyArray]:
         """See Engine.run."""

@@ -11,17 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from oneword.engines.engine import (
-    Array,
-    HostArray,
-    NumpyArray,
-    check_dtype,
-    check_feeds,
-    check_shapes,
-    numpy_dtype,
-    shape_of,
-)
-from oneword.engines.errors import EngineError, FeedError, MissingPackage
+from oneword.engines.engine import Array, HostArray, NumpyArray, check_feeds, host_buffers, numpy_dtype
+from oneword.engines.errors import EngineError, MissingPackage
 from oneword.engines.spec import DType, Precision, TensorSpec
 
 
@@ -71,23 +62,8 @@ class OpenVinoEngine:
         self, shapes: Mapping[str, Sequence[int]], arrays: Mapping[str, NumpyArray] | None = None
     ) -> "OpenVinoBinding":
         """See Engine.bind. Arrays given must be C-contiguous; they are read where they lie at every run."""
-        arrays = arrays or {}
-        given = {name: tuple(shape) for name, shape in shapes.items()} | {n: a.shape for n, a in arrays.items()}
-        of_outputs = {name: given.pop(name) for name in [*given] if name in self.outputs}
-        sizes, input_shapes = check_shapes(self.name, self.inputs, given)
-        for name, value in arrays.items():
-            check_dtype(self.name, self.inputs[name], value)
-            if not value.flags.c_contiguous:
-                raise FeedError(f"{name!r} of {self.name} is not contiguous: pass numpy.ascontiguousarray of it")
-        inputs = {
-            name: arrays[name] if name in arrays else np.zeros(shape, numpy_dtype(self.inputs[name].dtype))
-            for name, shape in input_shapes.items()
-        }
-        outputs = {
-            name: np.zeros(of_outputs.get(name) or shape_of(self.name, spec, sizes), numpy_dtype(spec.dtype))
-            for name, spec in self.outputs.items()
-        }
-        return OpenVinoBinding(self.name, self._compiled.create_infer_request(), inputs, outputs)
+        of_inputs, of_outputs = host_buffers(self.name, self.inputs, self.outputs, shapes, arrays)
+        return OpenVinoBinding(self.name, self._compiled.create_infer_request(), of_inputs, of_outputs)
 
     def run(self, feeds: Mapping[str, NumpyArray]) -> dict[str, NumpyArray]:
         """See Engine.run."""
