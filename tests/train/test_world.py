@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from oneword.engines.errors import UsageError
 from oneword.train.miniature import judge, readback, world
@@ -154,3 +155,32 @@ def test_background_and_colour_read_back_from_real_renders() -> None:
             colour.append(shares[scene.things[0].look.colour] >= 0.3)
     assert np.mean(background) >= 0.95
     assert np.mean(colour) >= 0.9
+
+
+def test_the_questions_are_said_as_the_world_says_them() -> None:
+    assert judge.QUESTIONS["shape"]["arrow"] == "an arrow"
+    assert judge.QUESTIONS["colour"]["red"] == "a red object"
+    assert judge.QUESTIONS["background"]["snow"] == "an object in the snow"
+    assert judge.QUESTIONS["medium"]["icon"] == "an icon of an object"
+    assert judge.QUESTIONS["pattern"]["base"] == "an object with a base"
+    assert judge.QUESTIONS["pattern"]["plain"] == "a plain object"
+
+
+def test_a_batch_asks_every_question_and_knows_the_answers() -> None:
+    _, ids, truth = judge.sample_batch(np.random.default_rng(3), 6, make_tokenizer())
+    asked = sum(len(values) for values in judge.QUESTIONS.values())
+    assert ids.shape == (6 + asked, 32)
+    assert truth.shape == (6, 6 + asked)
+    assert truth[:, :6].diagonal().all()  # each picture's own claim
+    backgrounds = truth[:, 6:].split([len(values) for values in judge.QUESTIONS.values()], 1)[2]
+    assert (backgrounds.sum(1) == 1).all()  # one place a scene
+
+
+def test_a_question_nobody_can_answer_costs_nothing() -> None:
+    """By hand: three even logits, one row answered by one of them."""
+    asked = [len(values) for values in judge.QUESTIONS.values()]
+    truth = torch.zeros(2, 2 + sum(asked), dtype=torch.bool)
+    truth[:, :2] = torch.eye(2, dtype=torch.bool)
+    truth[0, 2] = True  # a shape is known of the first picture, nothing else of either
+    loss = judge.judge_loss(torch.zeros(2, 2 + sum(asked)), truth)
+    torch.testing.assert_close(loss, torch.tensor(np.log(2) + np.log(asked[0]) / len(asked), dtype=torch.float32))

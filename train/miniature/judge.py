@@ -15,20 +15,6 @@ from transformers import CLIPTokenizer
 from oneword.train.miniature import world
 from oneword.train.miniature.words import LENGTH
 
-#: The attributes the judge is asked for, and the caption that says each value.
-QUESTIONS: dict[str, dict[str, str]] = {
-    "shape": {name: f"a {name}" for name in world.SHAPES},
-    "colour": {name: f"a {name} object" for name in world.COLOURS},
-    "background": {name: f"an object {background.phrase}" for name, background in world.BACKGROUNDS.items()},
-    "medium": {name: f"a {name} of an object" for name in world.MEDIA},
-    "pattern": {
-        "plain": "a plain object",
-        "stripes": "an object with stripes",
-        "dots": "an object with dots",
-        "base": "an object with a base",
-    },
-}
-
 _PARTS = ("shape", "colour", "second_colour", "pattern")
 
 
@@ -69,9 +55,32 @@ class Claim:
         elif not self.name and pattern:
             article = "a " if pattern == "base" else ""
             thing += f" with {article}{f'{second} ' if second else ''}{pattern}"
-        opening = f"a {self.medium} of a {thing}" if self.medium else f"a {thing}"
+        thing = world.with_article(thing)
+        opening = f"{world.with_article(self.medium)} of {thing}" if self.medium else thing
         place = f" {world.BACKGROUNDS[self.background].phrase}" if self.background else ""
         return opening + place + (f" in the style of {self.style}" if self.style else "")
+
+
+def _asking(attribute: str, value: str) -> Claim:
+    """The claim that says one attribute and nothing else."""
+    look = tuple(value if part == attribute else None for part in _PARTS)
+    return Claim(
+        look, None, value if attribute == "medium" else None, value if attribute == "background" else None, None
+    )
+
+
+_VALUES = {
+    "shape": world.SHAPES,
+    "colour": world.COLOURS,
+    "background": world.BACKGROUNDS,
+    "medium": world.MEDIA,
+    "pattern": world.PATTERNS,
+}
+_ASKED = {attribute: {value: _asking(attribute, value) for value in values} for attribute, values in _VALUES.items()}
+#: The attributes the judge is asked for, and the caption that says each value.
+QUESTIONS: dict[str, dict[str, str]] = {
+    attribute: {value: claim.words for value, claim in claims.items()} for attribute, claims in _ASKED.items()
+}
 
 
 def sample_claim(scene: world.Scene, rng: np.random.Generator) -> Claim:
@@ -92,10 +101,14 @@ def sample_claim(scene: world.Scene, rng: np.random.Generator) -> Claim:
 
 
 def sample_batch(rng: np.random.Generator, count: int, tokens: CLIPTokenizer) -> tuple[Tensor, Tensor, Tensor]:
-    """Pictures [B, 3, 64, 64], ids [B, 32], and which caption is true of which picture [B, B]."""
+    """Pictures [B, 3, 64, 64], ids [B + Q, 32] and what is true of which picture [B, B + Q].
+
+    The texts are a claim about each picture, then all Q captions of `QUESTIONS` in their order.
+    """
     scenes = [world.sample_scene(rng) for _ in range(count)]
     images = np.stack([world.render(scene, int(rng.integers(2**31)))[0] for scene in scenes])
     claims = [sample_claim(scene, rng) for scene in scenes]
+    claims += [claim for asked in _ASKED.values() for claim in asked.values()]
     truth = torch.tensor([[claim.holds(scene) for claim in claims] for scene in scenes])
     ids = tokens(
         [claim.words for claim in claims], padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt"
@@ -108,9 +121,23 @@ def pixels(images: np.ndarray) -> Tensor:
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
+def judge_loss(logits: Tensor, truth: Tensor) -> Tensor:
+    """CLIP's loss over the claims, and each question's cross-entropy over its own captions. [B, B + Q] -> []."""
+    count = len(logits)
+    sizes = [count, *(len(asked) for asked in QUESTIONS.values())]
+    claims, *questions = zip(logits.split(sizes, 1), truth.split(sizes, 1), strict=True)
+    return contrastive_loss(*claims) + sum(_cross_entropy(*question) for question in questions) / len(questions)
+
+
 def contrastive_loss(logits: Tensor, truth: Tensor) -> Tensor:
     """CLIP's symmetric loss with several right answers a row: cross-entropy to the uniform truth, [B, B] -> []."""
+    return (_cross_entropy(logits, truth) + _cross_entropy(logits.T, truth.T)) / 2
+
+
+def _cross_entropy(logits: Tensor, truth: Tensor) -> Tensor:
+    """To the uniform distribution over a row's true captions; rows with none count nothing."""
     wanted = truth.float()
-    per_image = -(logits.log_softmax(1) * wanted / wanted.sum(1, keepdim=True)).sum(1).mean()
-    per_text = -(logits.log_softmax(0) * wanted / wanted.sum(0, keepdim=True)).sum(0).mean()
-    return (per_image + per_text) / 2
+    right = wanted.sum(1)
+    answered = right > 0
+    rows = -(logits.log_softmax(1) * wanted).sum(1)[answered] / right[answered]
+    return rows.sum() / answered.sum().clamp(min=1)

@@ -35,6 +35,7 @@ SCHEDULER = {
     "timestep_spacing": "trailing",
     "steps_offset": 1,
 }
+MUON = 1.5  # Muon's rate over AdamW's, both as a root mean square of the step
 MIN_SNR = 5.0  # Hang et al. 2023; weighs down the steps that only sharpen
 
 
@@ -167,7 +168,7 @@ def train_vae(settings: Settings, say: Callable[[str], None]) -> AutoencoderKL:
 
 
 def train_judge(settings: Settings, say: Callable[[str], None]) -> CLIPModel:
-    """CLIP's symmetric contrastive loss; every caption true of a picture counts as its own (Khosla et al. 2020)."""
+    """CLIP's loss, with every caption that is true of a picture (Khosla et al. 2020), and the world's questions."""
     torch.manual_seed(settings.seed)
     tokens = tokenizer(settings.work)
     model = new_judge(len(tokens), tokens.eos_token_id, tokens.bos_token_id)
@@ -176,7 +177,7 @@ def train_judge(settings: Settings, say: Callable[[str], None]) -> CLIPModel:
     def loss(step: int) -> Tensor:
         pixels, ids, truth = judge.sample_batch(rng, 128, tokens)
         out = model(input_ids=ids.to(settings.device), pixel_values=pixels.to(settings.device), attention_mask=None)
-        return judge.contrastive_loss(out.logits_per_image.float(), truth.to(settings.device))
+        return judge.judge_loss(out.logits_per_image.float(), truth.to(settings.device))
 
     _run_stage("judge", settings, settings.judge_minutes, [model], loss, 1e-3, say, ema=0.998)
     return model
@@ -267,7 +268,7 @@ def _run_stage(
     for model in models:
         model.to(settings.device).train()
     weights = [p for model in models for p in model.parameters()]
-    optimiser = torch.optim.AdamW(weights, rate, weight_decay=0.01, fused=True)
+    matrices, optimisers = _optimisers(models, rate)
     average = [p.detach().clone() for p in weights]
     step, spent = 0, 0.0
     path = settings.work / f"{name}.pt"
@@ -276,19 +277,26 @@ def _run_stage(
         for p, a, saved, saved_average in zip(weights, average, state["weights"], state["average"], strict=True):
             p.data.copy_(saved)
             a.copy_(saved_average)
-        optimiser.load_state_dict(state["optimiser"])
+        for optimiser, saved in zip(optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(saved)
         step, spent = state["step"], state["spent"]
     recent, since, saved_at = [], time.monotonic(), time.monotonic()
     while spent < minutes * 60:
         share = spent / (minutes * 60)
-        for group in optimiser.param_groups:
-            group["lr"] = rate * min(1, (step + 1) / 200) * max(0.02, 0.5 + 0.5 * math.cos(math.pi * share))
+        pace = min(1, (step + 1) / 200) * max(0.02, 0.5 + 0.5 * math.cos(math.pi * share))
+        for optimiser in optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = pace * group["initial_lr"]
         with torch.autocast(torch.device(settings.device).type, torch.bfloat16):
             value = loss(step)
         value.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0, foreach=True)
-        optimiser.step()
-        optimiser.zero_grad()
+        for weight, matrix in matrices:
+            matrix.grad = None if weight.grad is None else weight.grad.flatten(1)
+        for optimiser in optimisers:
+            optimiser.step()
+        for weight in weights:
+            weight.grad = None
         step += 1
         torch._foreach_lerp_(average, [p.detach() for p in weights], 1 - min(ema, step / (step + 10)))
         recent.append(value.item())
@@ -299,10 +307,33 @@ def _run_stage(
         if now - saved_at > 60 or spent >= minutes * 60:
             saved_at = now
             state = {"weights": weights, "average": average, "step": step, "spent": spent}
-            torch.save({**state, "optimiser": optimiser.state_dict()}, path.with_suffix(".part"))
+            torch.save({**state, "optimisers": [o.state_dict() for o in optimisers]}, path.with_suffix(".part"))
             os.replace(path.with_suffix(".part"), path)
     for p, a in zip(weights, average, strict=True):
         p.data.copy_(a)
+
+
+def _optimisers(
+    models: list[nn.Module], rate: float
+) -> tuple[list[tuple[nn.Parameter, Tensor]], list[torch.optim.Optimizer]]:
+    """Muon (Jordan et al. 2024) for the weights that mix features, AdamW for embeddings, biases and norms.
+
+    Muon takes matrices only, so a kernel [out, in, h, w] is stepped through its view [out, in * h * w]: returned are
+    the pairs (weight, view), whose gradients the caller hands over before each step.
+    """
+    tables = {id(m.weight) for model in models for m in model.modules() if isinstance(m, nn.Embedding)}
+    weights = [p for model in models for p in model.parameters()]
+    mixing = [p for p in weights if p.ndim >= 2 and id(p) not in tables]
+    rest = [p for p in weights if p.ndim < 2 or id(p) in tables]
+    matrices = [(p, p.detach().flatten(1)) for p in mixing]
+    optimisers: list[torch.optim.Optimizer] = [
+        torch.optim.Muon([m for _, m in matrices], MUON * rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, rate, weight_decay=0.01, fused=True),
+    ]
+    for optimiser in optimisers:
+        for group in optimiser.param_groups:
+            group["initial_lr"] = group["lr"]
+    return matrices, optimisers
 
 
 def _load_stage(name: str, settings: Settings, models: list[nn.Module]) -> None:

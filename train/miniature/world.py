@@ -272,13 +272,14 @@ def drawn_colour(colour: str, style: Style) -> Array:
 
 def caption(spec: Scene) -> str:
     """The scene in words: medium, things, place, style."""
-    things = " and ".join(_with_article(thing.words) for thing in spec.things)
-    opening = f"{_with_article(spec.medium)} of {things}" if spec.medium else things
+    things = " and ".join(with_article(thing.words) for thing in spec.things)
+    opening = f"{with_article(spec.medium)} of {things}" if spec.medium else things
     ending = f" in the style of {spec.style}" if isinstance(spec.style, str) else ""
     return f"{opening} {BACKGROUNDS[spec.background].phrase}{ending}"
 
 
-def _with_article(words: str) -> str:
+def with_article(words: str) -> str:
+    """'a star', 'an icon'."""
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
@@ -511,22 +512,24 @@ PHOTO_PHRASES = (
 
 
 def paraphrase(spec: Scene, rng: np.random.Generator) -> str:
-    """Another true caption: the place, the medium or details of a look may go unsaid, a photo may be said otherwise."""
+    """Another true caption: the place, the medium or details of a look may go unsaid, a noun may be spelled out."""
     things = [_partial_words(thing, rng) for thing in spec.things]
-    text = " and ".join(_with_article(words) for words in things)
+    text = " and ".join(with_article(words) for words in things)
     if spec.medium == "photo" and len(things) == 1 and rng.random() < 0.4:
         text = f"{PHOTO_PHRASES[rng.integers(len(PHOTO_PHRASES))]} {things[0]}"
     elif spec.medium and rng.random() < 0.9:
-        text = f"{_with_article(spec.medium)} of {text}"
+        text = f"{with_article(spec.medium)} of {text}"
     if rng.random() < 0.8:
         text += f" {BACKGROUNDS[spec.background].phrase}"
     return text + (f" in the style of {spec.style}" if isinstance(spec.style, str) else "")
 
 
 def _partial_words(thing: Thing, rng: np.random.Generator) -> str:
-    if thing.name or rng.random() < 0.7:
-        return thing.words
     look = thing.look
+    if thing.name == BIASED_NOUN or (thing.name and rng.random() < 0.4):
+        return thing.words
+    if rng.random() < 0.7:
+        return look.words
     return look.shape if rng.random() < 0.4 else f"{look.colour} {look.shape}"
 
 
