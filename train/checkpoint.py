@@ -69,15 +69,18 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def load_checkpoint(folder: Path, settings: Mapping[str, str]) -> Checkpoint | None:
-    """The newest whole checkpoint, None where there is none.
+    """The newest whole checkpoint, None where no run has begun.
 
-    Raises `UsageError` naming every setting that is not as it was when the run began.
+    Raises `UsageError` naming every setting that is not as it was when the run began, `FileError` where none is whole.
     """
-    for path in sorted(folder.glob("step-*"), reverse=True):
+    paths = sorted(folder.glob("step-*"), reverse=True)
+    for path in paths:
         found = _read(path)
         if found is not None:
             _check_settings(folder, found.settings, settings)
             return found
+    if paths:
+        raise FileError(f"{folder}: no state of the run in it can be read: delete that folder to begin anew")
     return None
 
 

@@ -80,6 +80,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--flip", action="store_const", const=True, help="learn from mirrored pictures too")
     p.add_argument("--compute", choices=[compute.value for compute in Compute], help="what the UNet computes in")
     p.add_argument("--gradient-checkpointing", action="store_const", const=True, help="less memory, more time")
+    p.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="any other setting of the recipe, repeated"
+    )
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--checkpoints", type=Path, help="folder for the run's state (default: beside the output, .run)")
     p.add_argument("--checkpoint-every", type=int, default=25, help="steps between two states (default 25)")
@@ -107,8 +110,7 @@ def train(args: argparse.Namespace, console: Console) -> dict[str, Any] | None:
     """Parse, learn, write; what `--json` prints, or None."""
     recipe = recipe_of(args)
     rows = manifest_rows(args)
-    for row in rows:
-        check_output(Path(row["output"]))
+    check_outputs([Path(row["output"]) for row in rows])
     from oneword.train.checkpoint import forget
     from oneword.train.run import Task, learn, quiet  # seconds of torch that a wrong option need not wait for
 
@@ -164,7 +166,7 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
         changes["norm"] = Norm(args.norm)
     if args.compute:
         changes["compute"] = Compute(args.compute)
-    return named_recipe(args.recipe).with_changes(**changes)
+    return named_recipe(args.recipe).with_changes(**changes).with_text(args.set)
 
 
 def manifest_rows(args: argparse.Namespace) -> list[dict[str, str]]:
@@ -215,12 +217,15 @@ def read_manifest(path: Path) -> list[dict[str, str]]:
     ]
 
 
-def check_output(path: Path) -> None:
-    """Now, rather than after the learning: raises `UsageError` where the concept could not be written."""
-    if path.suffix != ".safetensors":
-        raise UsageError(f"--output {path}: a concept is written as .safetensors")
-    if not path.absolute().parent.is_dir():
-        raise UsageError(f"--output {path}: there is no folder {path.parent}: make it first")
+def check_outputs(paths: Sequence[Path]) -> None:
+    """Now, rather than after the learning: raises `UsageError` where a concept could not be written."""
+    for path in paths:
+        if path.suffix != ".safetensors":
+            raise UsageError(f"--output {path}: a concept is written as .safetensors")
+        if not path.absolute().parent.is_dir():
+            raise UsageError(f"--output {path}: there is no folder {path.parent}: make it first")
+        if paths.count(path) > 1:
+            raise UsageError(f"--output {path} is given twice: give each word a file of its own")
 
 
 def follow(run: Iterable[Any], console: Console) -> Iterable[Any]:

@@ -17,7 +17,7 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from oneword.engines.errors import FileError, UsageError
+from oneword.engines.errors import FileError, NotFinite, UsageError
 from oneword.export.modules import VaeEncoder
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
@@ -117,8 +117,10 @@ def _open(path: Path) -> Image.Image:
 def _as_rgb(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     """RGB over white, and the alpha where any of it is not opaque."""
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        values = np.asarray(image).astype(np.float32)
-        top = 65535 if values.max() > 255 else 255
+        values = np.nan_to_num(np.asarray(image).astype(np.float32))
+        most = float(values.max())
+        tops = {"I": (255, 65535), "F": (1, 255, 65535)}.get(image.mode, (65535,))  # bare I and F do not say theirs
+        top = next((top for top in tops if most <= top), most)
         return Image.fromarray(np.clip(values * (255 / top) + 0.5, 0, 255).astype(np.uint8)).convert("RGB"), None
     if not image.has_transparency_data:
         return image.convert("RGB"), None
@@ -158,7 +160,10 @@ def encode_moments(vae: AutoencoderKL, pictures: Sequence[Picture], *, flip: boo
         masks = None if masks is None else np.concatenate([masks, masks[:, :, ::-1]])
     encoder = VaeEncoder(vae)
     encoded = [encoder(torch.from_numpy(image.copy())[None]) for image in pixels]
-    mean, std = (torch.cat(parts) for parts in list(zip(*encoded, strict=True))[:2])
+    mean, std, finite = (torch.cat(parts) for parts in zip(*encoded, strict=True))
+    if not finite.all():
+        bad = pictures[int(finite.int().argmin()) % len(pictures)].path
+        raise NotFinite(f"{bad}: the VAE gives NaN for it: its weights are damaged or overflow, give another model")
     mask = None
     if masks is not None:
         mask = torch.nn.functional.interpolate(torch.from_numpy(masks)[:, None], mean.shape[-2:], mode="area")

@@ -7,11 +7,14 @@ steps of batch 4 at a base rate of 0.005, times 2 GPUs, times the batch. `fast`,
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import typing
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from types import MappingProxyType
 from typing import Any
+
+import msgspec
 
 from oneword.engines.errors import UsageError
 
@@ -57,7 +60,10 @@ class Recipe:
     per_image: the share of prompts that also hold a word of their own picture.
     min_snr: gamma of min-SNR weighting (Hang et al., arXiv 2303.09556), None for none.
     stop_below: the DVAR ratio that ends learning (arXiv 2302.04841), None to run all steps.
-    flip: also learn from mirrored pictures.
+    flip: also learn from mirrored pictures. crops: and from so many random crops of each.
+    timesteps: the band of the noise schedule, as shares of it, that steps are drawn from; (0, 1) is all of it.
+    words_a_call: words that share one UNet call, None for all; 1 makes each word bitwise what it is alone.
+    compile: torch.compile the UNet: minutes before the first step, less for every step after.
     """
 
     name: str = "custom"
@@ -78,8 +84,12 @@ class Recipe:
     min_snr: float | None = None
     stop_below: float | None = None
     flip: bool = False
+    crops: int = 0
+    timesteps: tuple[float, float] = (0.0, 1.0)
+    words_a_call: int | None = None
     compute: Compute = Compute.AUTO
     gradient_checkpointing: bool = False
+    compile: bool = False
 
     def __post_init__(self) -> None:
         for field, low, high in (
@@ -88,6 +98,7 @@ class Recipe:
             ("batch_size", 1, 4096),
             ("accumulation", 1, 4096),
             ("warmup", 0, max(0, self.steps)),
+            ("crops", 0, 64),
         ):
             _within(field, getattr(self, field), low, high)
         if not 0 < self.learning_rate < 10:
@@ -102,6 +113,10 @@ class Recipe:
             raise UsageError(f"min_snr is {self.min_snr}: give a number above 0 (5 is usual)")
         if self.stop_below is not None and not 0 < self.stop_below < 1:
             raise UsageError(f"stop_below is {self.stop_below}: give a ratio between 0 and 1 (0.15 is usual)")
+        if self.words_a_call is not None:
+            _within("words_a_call", self.words_a_call, 1, 4096)
+        if not 0 <= self.timesteps[0] < self.timesteps[1] <= 1:
+            raise UsageError(f"timesteps is {self.timesteps}: give two rising shares from 0 to 1, for example 0.2,1")
         if len(self.grow_at) >= self.vectors or list(self.grow_at) != sorted(set(self.grow_at)):
             raise UsageError(
                 f"grow_at {self.grow_at} with {self.vectors} vectors: give rising steps, fewer of them than vectors"
@@ -125,6 +140,21 @@ class Recipe:
             changes["warmup"] = min(self.warmup, max(0, changes["steps"]))
         return dataclasses.replace(self, **changes)
 
+    def with_text(self, settings: Iterable[str]) -> Recipe:
+        """This recipe with settings given as `name=value`; tuples are written with commas, None as `null`."""
+        changes: dict[str, Any] = {}
+        types = typing.get_type_hints(Recipe)
+        for setting in settings:
+            name, _, text = (part.strip() for part in setting.partition("="))
+            if name not in types:
+                raise UsageError(f"{setting!r} is no setting: give name=value, the names are {', '.join(types)}")
+            value = text.split(",") if typing.get_origin(types[name]) is tuple else text
+            try:
+                changes[name] = msgspec.convert(value, types[name], strict=False)
+            except msgspec.ValidationError as error:
+                raise UsageError(f"{setting!r}: {error}") from error
+        return self.with_changes(**changes)
+
     def as_text(self) -> dict[str, str]:
         """Every setting as text, for metadata and for comparing a run with the command that goes on with it."""
         return {field.name: _text(getattr(self, field.name)) for field in dataclasses.fields(self)}
@@ -143,29 +173,20 @@ def _named(*recipes: Recipe) -> Mapping[str, Recipe]:
     return MappingProxyType({recipe.name: recipe for recipe in recipes})
 
 
+_FAST = Recipe(  # a large rate that falls to nothing, large batches, few steps
+    "fast",
+    steps=200,
+    batch_size=16,
+    learning_rate=0.02,
+    rate=Rate.COSINE,
+    warmup=5,
+    weight_decay=0.0,
+    betas=(0.9, 0.99),
+)
+
 RECIPES: Mapping[str, Recipe] = _named(
-    # Ours: a large rate that falls to nothing, large batches, few steps, the norm kept.
-    Recipe(
-        "fast",
-        steps=200,
-        batch_size=16,
-        learning_rate=0.02,
-        rate=Rate.COSINE,
-        warmup=5,
-        weight_decay=0.0,
-        betas=(0.9, 0.99),
-    ),
-    Recipe(
-        "style",
-        Subject.STYLE,
-        steps=200,
-        batch_size=16,
-        learning_rate=0.02,
-        rate=Rate.COSINE,
-        warmup=5,
-        weight_decay=0.0,
-        betas=(0.9, 0.99),
-    ),
+    _FAST,
+    dataclasses.replace(_FAST, name="style", subject=Subject.STYLE),
     # The paper's, section 5: one word, and what it is compared with.
     Recipe("one-word"),
     Recipe("two-vectors", vectors=2),
@@ -180,7 +201,7 @@ RECIPES: Mapping[str, Recipe] = _named(
 """The recipes by name.
 
 fast               ours, the default
-style              ours, with the release's style templates
+style              `fast` with the release's style templates
 one-word           the paper's own: 5,000 steps of batch 4 at 0.04
 two-vectors        "extended latent spaces": a word of two vectors
 three-vectors      and of three

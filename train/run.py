@@ -86,6 +86,7 @@ def learn(
     started = time.perf_counter()
     check_tasks(tasks)
     source = model if isinstance(model, Source) else load_source(model)
+    check_tokens(source, tasks)
     size = picture_size(source)
     loaded = time.perf_counter()
     pictures = [read_pictures(task.images, size) for task in tasks]
@@ -161,6 +162,17 @@ def check_tasks(tasks: Sequence[Task]) -> None:
     tokens = [task.token for task in tasks]
     if twice := sorted({token for token in tokens if tokens.count(token) > 1}):
         raise UsageError(f"the word {', '.join(twice)} is to be learned twice: give each folder a token of its own")
+
+
+def check_tokens(source: Source, tasks: Sequence[Task]) -> None:
+    """Raises `UsageError` for a token that the model already knows as a word: it would mean something else."""
+    for task in tasks:
+        for tokenizer in source.tokenizers.values():
+            ids = token_ids(tokenizer, task.token)
+            if len(ids) == 1 and ids[0] != tokenizer.unk_token_id:
+                raise UsageError(
+                    f"the token {task.token!r} is a word of the model's own vocabulary: call the new one <{task.token}>"
+                )
 
 
 def make_word(source: Source, task: Task, pictures: Sequence[Picture], recipe: Recipe, seed: int) -> Word:

@@ -56,6 +56,13 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, file: str, damage: 
     assert found.step == 1
 
 
+def test_a_run_whose_states_are_all_damaged_does_not_silently_begin_anew(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, at(1))
+    (tmp_path / "step-00000001" / "COMPLETE").unlink()
+    with pytest.raises(FileError, match="delete that folder to begin anew"):
+        load_checkpoint(tmp_path, {"seed": "1"})
+
+
 def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, at(1))
     with pytest.raises(UsageError, match="seed was 1 and is 2; give the same command or delete that folder"):

@@ -45,8 +45,8 @@ def test_exif_rotation_is_applied(tmp_path: Path) -> None:
 
 
 def test_a_wide_picture_is_cut_around_its_centre(tmp_path: Path) -> None:
-    pixels = np.zeros((40, 8000, 3), np.uint8)
-    pixels[:, 3980:4020] = [0, 255, 0]
+    pixels = np.zeros((800, 8000, 3), np.uint8)
+    pixels[:, 3500:4500] = [0, 255, 0]
     Image.fromarray(pixels).save(tmp_path / "panorama.png")
 
     picture = read_picture(tmp_path / "panorama.png", 40)
@@ -85,11 +85,24 @@ def test_sixteen_bits_are_scaled_to_eight_not_cut(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_picture(tmp_path / "a.png", 32).pixels, 128)
 
 
-def test_of_an_animation_the_first_frame_is_read(tmp_path: Path) -> None:
-    red, blue = Image.new("RGB", (32, 32), "red"), Image.new("RGB", (32, 32), "blue")
-    red.save(tmp_path / "a.gif", save_all=True, append_images=[blue])
+def test_a_dark_picture_of_sixteen_bits_stays_dark(tmp_path: Path) -> None:
+    Image.fromarray(np.full((32, 32), 200, np.uint16)).save(tmp_path / "a.png")
 
-    np.testing.assert_array_equal(read_picture(tmp_path / "a.gif", 32).pixels[0, 0], [255, 0, 0])
+    np.testing.assert_array_equal(read_picture(tmp_path / "a.png", 32).pixels, 1)
+
+
+def test_numbers_from_zero_to_one_are_scaled(tmp_path: Path) -> None:
+    Image.fromarray(np.full((32, 32), 128 / 255, np.float32)).save(tmp_path / "a.tif")
+
+    np.testing.assert_array_equal(read_picture(tmp_path / "a.tif", 32).pixels, 128)
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.png", "a.webp"])
+def test_of_an_animation_the_first_frame_is_read(tmp_path: Path, name: str) -> None:
+    red, blue = Image.new("RGB", (32, 32), "red"), Image.new("RGB", (32, 32), "blue")
+    red.save(tmp_path / name, save_all=True, append_images=[blue], lossless=True)
+
+    np.testing.assert_array_equal(read_picture(tmp_path / name, 32).pixels[0, 0], [255, 0, 0])
 
 
 def test_what_is_no_usable_picture_is_named_in_one_line(tmp_path: Path) -> None:

@@ -49,6 +49,32 @@ def test_settings_that_make_no_sense_are_refused_by_name(changes: dict[str, obje
         Recipe().with_changes(**changes)
 
 
+def test_any_setting_can_be_given_as_text() -> None:
+    recipe = named_recipe("fast").with_text(
+        ["learning_rate = 0.5", "timesteps=0.2,0.9", "rate=constant", "min_snr=5", "flip=true", "stop_below=null"]
+    )
+
+    assert recipe == named_recipe("fast").with_changes(
+        learning_rate=0.5, timesteps=(0.2, 0.9), rate=Rate.CONSTANT, min_snr=5.0, flip=True, stop_below=None
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("speed=9", "'speed=9' is no setting: give name=value, the names are name, subject"),
+        ("steps=many", "'steps=many': Expected `int`"),
+        ("rate=fast", "'rate=fast': Invalid enum value 'fast'"),
+        ("timesteps=0.5", "'timesteps=0.5': Expected `array` of length 2"),
+        ("timesteps=0.5,0.5", "timesteps is"),
+        ("words_a_call=0", "words_a_call is 0"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_named(text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Recipe().with_text([text])
+
+
 def test_the_rate_warms_up_and_falls_as_half_a_cosine() -> None:
     recipe = Recipe(steps=100, learning_rate=0.4, rate=Rate.COSINE, warmup=3)
 

@@ -1,4 +1,7 @@
+import errno
 import json
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -6,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from oneword.engines.errors import UsageError
 from oneword.export.source import load_source
@@ -75,6 +79,11 @@ def test_a_command_that_cannot_be_done_says_why_in_one_line_before_it_learns(
         (command(folder, tiny_model_dir, tmp_path / "no" / "toy.safetensors"), 2, "make it first"),
         (command(folder, tmp_path / "no-model", tmp_path / "toy.safetensors"), 2, "no-model"),
         ([*good[:4], "../x", *good[5:]], 1, "looks like a path"),
+        ([*good[:4], "star", *good[5:]], 2, "'star' is a word of the model's own vocabulary: call the new one <star>"),
+        ([*good[:6], " ", *good[7:]], 2, "init is empty"),
+        ([*good, "--set", "speed=9"], 2, "'speed=9' is no setting"),
+        ([str(folder), *good, "--token", "<toy>", "--output", str(tmp_path / "b.safetensors")], 2, "learned twice"),
+        ([str(folder), *good, "--token", "<b>", "--output", str(tmp_path / "toy.safetensors")], 2, "is given twice"),
     ]
     for arguments, status, message in cases:
         assert main(arguments) == status, arguments
@@ -83,6 +92,62 @@ def test_a_command_that_cannot_be_done_says_why_in_one_line_before_it_learns(
         assert told.err.count("\n") == 1
         assert told.out == ""
     assert not list(tmp_path.glob("*.safetensors"))
+
+
+def with_nan(model: Path, part: str, copy: Path) -> Path:
+    """The model with the weights of a part gone bad."""
+    shutil.copytree(model, copy)
+    (file,) = (copy / part).glob("*.safetensors")
+    weights = load_file(file)
+    save_file({name: torch.full_like(value, torch.nan) for name, value in weights.items()}, file, {"format": "pt"})
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [("unet", "the loss of '<toy>' is nan at step 1: lower the rate"), ("vae", "0.png: the VAE gives NaN for it")],
+)
+def test_a_model_that_gives_nan_is_one_line_and_writes_nothing(
+    folder: Path, tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], part: str, message: str
+) -> None:
+    model = with_nan(tiny_model_dir, part, tmp_path / "model")
+
+    assert main(command(folder, model, tmp_path / "toy.safetensors")) == 1
+    told = capsys.readouterr()
+    assert message in told.err
+    assert told.err.count("\n") == 1
+    assert not (tmp_path / "toy.safetensors").exists()
+
+
+def test_a_full_disk_at_the_end_loses_nothing(
+    folder: Path,
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    arguments = command(folder, tiny_model_dir, tmp_path / "toy.safetensors")
+
+    def full(source: object, target: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        assert main(arguments) == 1
+    assert "cannot write" in capsys.readouterr().err.splitlines()[-1]
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("toy")] == ["toy.run"]
+
+    assert main(arguments) == 0
+    assert "going on from step 3 of 3" in capsys.readouterr().err
+    assert load_concept(tmp_path / "toy.safetensors").token == "<toy>"
+    assert not (tmp_path / "toy.run").exists()
+
+
+def test_one_picture_of_any_kind_is_enough(tiny_model_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    Image.new("CMYK", (300, 40), (0, 255, 255, 0)).save(tmp_path / "one" / "wide.jpg")
+
+    assert main(command(tmp_path / "one", tiny_model_dir, tmp_path / "toy.safetensors")) == 0
 
 
 def test_a_manifest_learns_several_words_and_its_paths_are_relative_to_it(
