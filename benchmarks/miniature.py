@@ -5,7 +5,8 @@ VAE           picture -> latents -> picture through the exported graphs: the bar
 generated     one picture for each of 200 captions of one object; the judge reads shape, object colour, background and
               medium, and colour and background are read back from the pixels too, with no model (`readback`); the same
               reading of real renders stands beside it, as the most that can be had
-Prints a table and, last, one line of JSON. Captions and seeds are fixed.
+diffusers     the first eight captions made by its StableDiffusionPipeline on the same weights: the bar is 50 dB
+Prints a table and, last, one line of JSON. Captions and seeds are fixed; generated.png in the work folder shows all.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from diffusers import StableDiffusionPipeline
 from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
@@ -34,7 +37,8 @@ from oneword.train.miniature.judge import QUESTIONS
 
 Pictures = NDArray[np.uint8]  # [B, 64, 64, 3]
 BARS = {"shape": 0.85, "colour": 0.90, "background": 0.95, "medium": 0.95}
-JUDGE_BAR, VAE_BAR = 0.97, 30.0
+JUDGE_BAR, VAE_BAR, PARITY_BAR = 0.97, 30.0, 50.0
+STEPS = 20
 
 
 def main() -> None:
@@ -53,7 +57,8 @@ def main() -> None:
     model = Model.open(bundle)
     scenes = one_object_scenes(args.captions)
     real = np.stack([world.render(scene, 5_000 + i)[0] for i, scene in enumerate(scenes)])
-    drawn = draw(model, [world.caption(scene) for scene in scenes], args.guidance)
+    captions = [world.caption(scene) for scene in scenes]
+    drawn = draw(model, captions, args.guidance)
     Image.fromarray(sheet(drawn, 20)).save(args.work / "generated.png")
 
     report: dict[str, dict[str, float]] = {
@@ -65,6 +70,7 @@ def main() -> None:
         report["judge"] = judged_right(judge, drawn, scenes)
         report["judge, real"] = judged_right(judge, real, scenes)
     report["vae"] = {"dB": round_trip(model, real)}
+    report["diffusers"] = {"dB": parity(args.model, captions[:8], drawn, args.guidance)}
     show(report, args)
 
 
@@ -80,8 +86,8 @@ def one_object_scenes(count: int) -> list[world.Scene]:
 
 
 def draw(model: Model, captions: Sequence[str], guidance: float) -> Pictures:
-    """One picture a caption, 20 DDIM steps, seed 100 + its place."""
-    requests = [Request(text, seed=100 + i, steps=20, guidance_scale=guidance) for i, text in enumerate(captions)]
+    """One picture a caption, 20 steps of DDIM, seed 100 + its place."""
+    requests = [Request(text, seed=100 + i, steps=STEPS, guidance_scale=guidance) for i, text in enumerate(captions)]
     pictures: list[Any] = [None] * len(requests)
     for event in generate(model, requests):
         if isinstance(event, Failed):
@@ -125,8 +131,30 @@ def round_trip(model: Model, pictures: Pictures) -> float:
     """Mean PSNR of pictures through the VAE, dB."""
     latents = np.concatenate([model.encode_image(picture)[0] for picture in pictures])
     decoded = np.concatenate([model.decode(latents[i : i + 16])[0] for i in range(0, len(latents), 16)])
-    errors = np.square((decoded.astype(float) - pictures) / 255).mean((1, 2, 3))
-    return float(np.mean(-10 * np.log10(errors)))
+    return float(np.mean(psnr(decoded, pictures)))
+
+
+def parity(name: str, captions: Sequence[str], pictures: Pictures, guidance: float) -> float:
+    """The least PSNR of pictures to those diffusers makes of the same captions and seeds, dB."""
+    pipeline = StableDiffusionPipeline.from_pretrained(find_model(name)[0], torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = [
+        pipeline(
+            caption,
+            num_inference_steps=STEPS,
+            guidance_scale=guidance,
+            generator=torch.Generator().manual_seed(100 + i),
+            output_type="np",
+        ).images[0]
+        for i, caption in enumerate(captions)
+    ]
+    return float(psnr(pictures[: len(theirs)], (np.stack(theirs) * 255).round()).min())
+
+
+def psnr(a: NDArray[Any], b: NDArray[Any]) -> NDArray[np.float64]:
+    """Of each pair of pictures [B, H, W, 3] of 0 to 255, dB; 99 where they are equal."""
+    errors = np.square((a.astype(float) - b) / 255).mean((1, 2, 3))
+    return -10 * np.log10(np.maximum(errors, 10**-9.9))
 
 
 def sheet(pictures: Pictures, columns: int) -> Pictures:
@@ -137,17 +165,18 @@ def sheet(pictures: Pictures, columns: int) -> Pictures:
 
 def show(report: dict[str, dict[str, float]], args: argparse.Namespace) -> None:
     """The table, then the line of JSON."""
-    witnesses = [name for name in report if name != "vae"]
+    witnesses = [name for name in report if "dB" not in report[name]]
     table = Table(
-        "attribute", "bar", *witnesses, title=f"{args.captions} captions, 20 DDIM steps, guidance {args.guidance}"
+        "attribute", "bar", *witnesses, title=f"{args.captions} captions, {STEPS} DDIM steps, guidance {args.guidance}"
     )
     for attribute in QUESTIONS:
         bar = f"{BARS[attribute]:.0%}" if attribute in BARS else ""
         cells = [f"{report[w][attribute]:.1%}" if attribute in report[w] else "" for w in witnesses]
         table.add_row(attribute, bar, *cells)
     Console().print(table)
-    print(f"bars: the judge on real renders {JUDGE_BAR:.0%} each, the VAE {VAE_BAR:.0f} dB")
-    print(f"VAE round trip {report['vae']['dB']:.1f} dB")
+    print(f"bar of the judge on real renders: {JUDGE_BAR:.0%} each")
+    print(f"VAE round trip: {report['vae']['dB']:.1f} dB, bar {VAE_BAR:.0f}")
+    print(f"least PSNR to diffusers' own pictures: {report['diffusers']['dB']:.1f} dB, bar {PARITY_BAR:.0f}")
     print(json.dumps({name: {k: round(v, 3) for k, v in values.items()} for name, values in report.items()}))
 
 

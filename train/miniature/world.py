@@ -530,7 +530,8 @@ def _partial_words(thing: Thing, rng: np.random.Generator) -> str:
         return thing.words
     if rng.random() < 0.7:
         return look.words
-    return look.shape if rng.random() < 0.4 else f"{look.colour} {look.shape}"
+    noun = look.shape if rng.random() < 0.7 else "object"
+    return noun if rng.random() < 0.4 else f"{look.colour} {noun}"
 
 
 def vocabulary() -> tuple[str, ...]:
