@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
-from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -32,10 +31,10 @@ from oneword.runtime.generate import generate
 from oneword.runtime.model import Model
 from oneword.runtime.request import Request
 from oneword.train.evaluate import Judge
-from oneword.train.miniature import readback, world
+from oneword.train.miniature import world
 from oneword.train.miniature.judge import QUESTIONS
+from oneword.train.miniature.scores import Pictures, judged_right, one_object_scenes, pixels_right, psnr
 
-Pictures = NDArray[np.uint8]  # [B, 64, 64, 3]
 BARS = {"shape": 0.85, "colour": 0.90, "background": 0.95, "medium": 0.95}
 JUDGE_BAR, VAE_BAR, PARITY_BAR = 0.97, 30.0, 50.0
 STEPS = 20
@@ -74,17 +73,6 @@ def main() -> None:
     show(report, args)
 
 
-def one_object_scenes(count: int) -> list[world.Scene]:
-    """Captions of the world with one spelled-out object in one of the media; seeds apart from the training set's."""
-    rng = np.random.default_rng(77)
-    scenes: list[world.Scene] = []
-    while len(scenes) < count:
-        scene = world.sample_scene(rng)
-        if len(scene.things) == 1 and scene.medium and not scene.things[0].name:
-            scenes.append(scene)
-    return scenes
-
-
 def draw(model: Model, captions: Sequence[str], guidance: float) -> Pictures:
     """One picture a caption, 20 steps of DDIM, seed 100 + its place."""
     requests = [Request(text, seed=100 + i, steps=STEPS, guidance_scale=guidance) for i, text in enumerate(captions)]
@@ -95,36 +83,6 @@ def draw(model: Model, captions: Sequence[str], guidance: float) -> Pictures:
         if isinstance(event, PictureDone):
             pictures[event.id] = event.image
     return np.stack(pictures)
-
-
-def judged_right(judge: Judge, pictures: Pictures, scenes: Sequence[world.Scene]) -> dict[str, float]:
-    """Share of pictures for which the judge's best caption of each attribute is the scene's."""
-    seen = judge.pictures(list(pictures))
-    right = {}
-    for attribute, questions in QUESTIONS.items():
-        names = list(questions)
-        best = (seen @ judge.texts(list(questions.values())).T).argmax(1)
-        right[attribute] = float(
-            np.mean([names[b] == value_of(attribute, s) for b, s in zip(best, scenes, strict=True)])
-        )
-    return right
-
-
-def pixels_right(pictures: Pictures, scenes: Sequence[world.Scene]) -> dict[str, float]:
-    """Share of pictures whose background, and whose object's first colour on at least 30 % of it, read back right."""
-    background, colour = [], []
-    for picture, scene in zip(pictures, scenes, strict=True):
-        style, look = scene.drawn_as, scene.things[0].look
-        background.append(readback.read_background(picture, style) == scene.background)
-        colour.append(readback.read_colours(picture, scene.background, style)[look.colour] >= 0.3)
-    return {"background": float(np.mean(background)), "colour": float(np.mean(colour))}
-
-
-def value_of(attribute: str, scene: world.Scene) -> str | None:
-    """The scene's value of an attribute of `QUESTIONS`."""
-    if attribute in ("background", "medium"):
-        return str(getattr(scene, attribute))
-    return str(getattr(scene.things[0].look, attribute))
 
 
 def round_trip(model: Model, pictures: Pictures) -> float:
@@ -149,12 +107,6 @@ def parity(name: str, captions: Sequence[str], pictures: Pictures, guidance: flo
         for i, caption in enumerate(captions)
     ]
     return float(psnr(pictures[: len(theirs)], (np.stack(theirs) * 255).round()).min())
-
-
-def psnr(a: NDArray[Any], b: NDArray[Any]) -> NDArray[np.float64]:
-    """Of each pair of pictures [B, H, W, 3] of 0 to 255, dB; 99 where they are equal."""
-    errors = np.square((a.astype(float) - b) / 255).mean((1, 2, 3))
-    return -10 * np.log10(np.maximum(errors, 10**-9.9))
 
 
 def sheet(pictures: Pictures, columns: int) -> Pictures:

@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from benchmarks.miniature import psnr
 from oneword.export.source import find_model
 from oneword.export.write import export_bundle
 from oneword.runtime.concept import load_concept
@@ -28,6 +27,7 @@ from oneword.train import cli
 from oneword.train.evaluate import Judge, likeness, sample
 from oneword.train.miniature import readback, world
 from oneword.train.miniature.judge import QUESTIONS
+from oneword.train.miniature.scores import psnr
 
 SEEN = ("snow", "meadow", "brick", "sunset")  # the backgrounds of the five pictures, the first twice
 STEPS = 20

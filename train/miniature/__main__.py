@@ -11,7 +11,7 @@ from oneword.train.miniature import recipe
 
 
 def main() -> None:
-    """Train every stage for its minutes, then write the diffusers directory."""
+    """Train every stage for its minutes, write the diffusers directory, say what it reached."""
     parser = argparse.ArgumentParser(prog="python -m oneword.train.miniature", description=__doc__)
     parser.add_argument("work", type=Path, help="where the state of the training is kept")
     parser.add_argument("--output", type=Path, help="where the diffusers directory is written")
@@ -35,6 +35,8 @@ def main() -> None:
     recipe.train(settings, lambda line: print(line, flush=True))
     if given.output:
         recipe.export(settings, given.output)
+        print("\n".join(recipe.reached(given.output)))
+        print(f"how well it obeys captions: python -m benchmarks.miniature --model {given.output}")
 
 
 if __name__ == "__main__":

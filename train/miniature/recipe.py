@@ -21,7 +21,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from oneword.train.miniature import judge, world
+from oneword.train.evaluate import Judge
+from oneword.train.miniature import judge, scores, world
 from oneword.train.miniature.words import LENGTH, make_tokenizer
 
 LATENT_CHANNELS = 12
@@ -246,6 +247,22 @@ def export(settings: Settings, folder: Path) -> None:
         "vae": ["diffusers", "AutoencoderKL"],
     }
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def reached(folder: Path) -> list[str]:
+    """What exported weights reach on 200 fresh renders, a line a stage; the UNet is `benchmarks.miniature`'s to judge."""
+    scenes = scores.one_object_scenes(200)
+    images = np.stack([world.render(scene, 9_000 + i)[0] for i, scene in enumerate(scenes)])
+    vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32).eval()
+    with torch.no_grad():
+        x = _to_model(torch.from_numpy(images), "cpu")
+        y = torch.cat([vae.decode(vae.encode(part).latent_dist.mean).sample for part in x.split(50)])
+    decibels = scores.psnr(((y.clamp(-1, 1) + 1) * 127.5).permute(0, 2, 3, 1).round().numpy(), images).mean()
+    lines = [f"VAE: {decibels:.1f} dB round trip"]
+    if (folder / "judge").is_dir():
+        right = scores.judged_right(Judge(folder / "judge"), images, scenes)
+        lines.append("judge: " + ", ".join(f"{name} {share:.1%}" for name, share in right.items()))
+    return lines
 
 
 # ---- how a stage runs ------------------------------------------------------------------------------------------------
