@@ -250,7 +250,7 @@ def export(settings: Settings, folder: Path) -> None:
 
 
 def reached(folder: Path) -> list[str]:
-    """What exported weights reach on 200 fresh renders, a line a stage; the UNet is `benchmarks.miniature`'s to judge."""
+    """What exported weights reach on 200 fresh renders, a line a stage; the UNet is for `benchmarks.miniature`."""
     scenes = scores.one_object_scenes(200)
     images = np.stack([world.render(scene, 9_000 + i)[0] for i, scene in enumerate(scenes)])
     vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32).eval()
