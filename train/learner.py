@@ -51,19 +51,24 @@ class Word:
     optimizer: torch.optim.AdamW = field(init=False)
     generator: torch.Generator = field(default_factory=torch.Generator)
     losses: list[float] = field(default_factory=list)
-    watched: list[float] = field(default_factory=list)  # losses on a fixed batch, for stopping
+    at_start: float = math.nan  # the loss on a fixed batch before the first step
+    watched: list[float] = field(default_factory=list)  # and after every one, where that decides when to stop
     stopped: bool = False
 
 
 @dataclass(frozen=True)
 class Draw:
-    """One word's share of a batch: `latents`, `eps` [B, C, h, w], `timesteps` [B] i64, `prompts` one template a row."""
+    """One word's share of a batch, B rows.
 
-    latents: torch.Tensor
-    eps: torch.Tensor
+    `latents` and `eps` are B times [C, h, w] (pictures of several shapes have several sizes), `timesteps` [B] i64,
+    `masks` B times [1, h, w] or None, `prompts` B templates.
+    """
+
+    latents: Sequence[torch.Tensor]
+    eps: Sequence[torch.Tensor]
     timesteps: torch.Tensor
-    mask: torch.Tensor | None
-    prompts: list[str]
+    masks: Sequence[torch.Tensor] | None
+    prompts: Sequence[str]
 
 
 class Learner:
@@ -83,7 +88,7 @@ class Learner:
         if recipe.gradient_checkpointing:
             source.unet.enable_gradient_checkpointing()
             source.unet.train()  # diffusers checkpoints only then; nothing in these networks drops out
-        self.unet = UNet(source.unet)
+        self.unet: Any = torch.compile(UNet(source.unet)) if recipe.compile else UNet(source.unet)
         family = family_of(source)
         modules = {graph.name: graph.module for graph in family.graphs}
         self.conditioning = family.conditioning
@@ -100,10 +105,9 @@ class Learner:
         for word in words:
             _prepare(word, recipe, seed)
             self._first_row.append(next_row)
-            next_row += recipe.vectors + (len(word.moments.mean) if recipe.per_image else 0)
-        if recipe.stop_below is not None:  # a batch of its own stream, the same whenever the run goes on
-            for index, word in enumerate(words):
-                self._watched[index] = draw(word, recipe, len(self.scheduler), torch.Generator().manual_seed(seed + 1))
+            next_row += recipe.vectors + (word.moments.pictures if recipe.per_image else 0)
+        for index, word in enumerate(words):  # a batch of its own stream, the same whenever the run goes on
+            self._watched[index] = draw(word, recipe, len(self.scheduler), torch.Generator().manual_seed(seed + 1))
 
     def finished(self) -> bool:
         """Whether all steps are done, or every word has stopped."""
@@ -117,26 +121,44 @@ class Learner:
     def step(self) -> list[float]:
         """One optimiser step for every word not stopped; their losses, in the words' order (NaN for stopped words)."""
         active = [index for index, word in enumerate(self.words) if not word.stopped]
+        if self.steps_done == 0:
+            for index in active:
+                self.words[index].at_start = self.watch(index)
         losses = np.zeros(len(self.words))
+        size = self.recipe.words_a_call or len(active)
         for _ in range(self.recipe.accumulation):
-            draws = {index: draw(self.words[index], self.recipe, len(self.scheduler)) for index in active}
-            each = self._losses(draws)
-            torch.autograd.backward(torch.stack(each).sum() / self.recipe.accumulation)
-            losses[active] += [loss.item() / self.recipe.accumulation for loss in each]
+            for together in (active[first : first + size] for first in range(0, len(active), size)):
+                draws = {index: draw(self.words[index], self.recipe, len(self.scheduler)) for index in together}
+                each = self._losses(draws)
+                torch.autograd.backward(torch.stack(each).sum() / self.recipe.accumulation)
+                losses[together] += [loss.item() / self.recipe.accumulation for loss in each]
         for index in active:
             self._update(self.words[index], losses[index])
         self.steps_done += 1
         if self.recipe.stop_below is not None:
             for index in active:
                 word = self.words[index]
-                word.watched.append(self.watch(index, self._watched[index]))
+                word.watched.append(self.watch(index))
                 word.stopped = has_settled(word.watched, self.recipe.stop_below)
         return [float(losses[index]) if index in active else math.nan for index in range(len(self.words))]
 
     @torch.no_grad()
-    def watch(self, index: int, batch: Draw) -> float:
-        """The loss of a word on a given batch, nothing learned: what stopping looks at."""
-        return float(self._losses({index: batch}, regularized=False)[0])
+    def watch(self, index: int, batch: Draw | None = None) -> float:
+        """The loss of a word on a batch, nothing learned; by default on one of its own that is always the same."""
+        return float(self._losses({index: batch or self._watched[index]}, regularized=False)[0])
+
+    @torch.no_grad()
+    def response(self, index: int, templates: Sequence[str], rows: Rows) -> float:
+        """How much the UNet's prediction differs between prompts that differ around the word, were it `rows`.
+
+        The mean squared deviation from the prompts' mean, from the same noise at four fifths of the schedule, where
+        the scene is settled. A word that drowns the rest of its prompt brings it near zero.
+        """
+        shape = self.words[index].moments.mean[0].shape
+        noise = torch.randn((1, *shape), generator=torch.Generator().manual_seed(0)).expand(len(templates), *shape)
+        timesteps = torch.full((len(templates),), int(0.8 * len(self.scheduler)))
+        predicted = self._predict(noise, timesteps, *self._context({index: templates}, {index: rows}))
+        return float((predicted - predicted.mean(0)).square().mean())
 
     def rows_in_use(self) -> int:
         """How many of its vectors a word has by now."""
@@ -157,7 +179,8 @@ class Learner:
             tensors[f"{index}.generator"] = word.generator.get_state()
             for name, value in _tensors_of(word).items():
                 tensors[f"{index}.{name}"] = value.detach().clone()
-        facts = [{"losses": word.losses, "watched": word.watched, "stopped": word.stopped} for word in self.words]
+        names = ("at_start", "losses", "watched", "stopped")
+        facts = [{name: getattr(word, name) for name in names} for word in self.words]
         return tensors, {"steps_done": self.steps_done, "words": facts}
 
     def restore(self, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
@@ -165,39 +188,39 @@ class Learner:
         self.steps_done = facts["steps_done"]
         for index, (word, told) in enumerate(zip(self.words, facts["words"], strict=True)):
             word.generator.set_state(tensors[f"{index}.generator"])
-            word.losses, word.watched, word.stopped = list(told["losses"]), list(told["watched"]), told["stopped"]
+            word.at_start, word.stopped = told["at_start"], told["stopped"]
+            word.losses, word.watched = list(told["losses"]), list(told["watched"])
             for name, value in _tensors_of(word).items():
                 with torch.no_grad():
                     value.copy_(tensors[f"{index}.{name}"])
 
     def _losses(self, draws: Mapping[int, Draw], *, regularized: bool = True) -> list[torch.Tensor]:
-        """The loss of each drawn word, one UNet call for all of them."""
-        latents, eps, timesteps = (
-            torch.cat([getattr(one, name) for one in draws.values()]) for name in ("latents", "eps", "timesteps")
+        """The loss of each drawn word: one UNet call for all of them, or one for each size of picture."""
+        latents, eps, prompts = (
+            [row for one in draws.values() for row in getattr(one, name)] for name in ("latents", "eps", "prompts")
         )
-        noisy = self.scheduler.add_noise(latents, eps, timesteps)
+        masks: list[torch.Tensor | None] = []
+        for one in draws.values():
+            masks += [None] * len(one.latents) if one.masks is None else one.masks
+        timesteps = torch.cat([one.timesteps for one in draws.values()])
         context, pooled = self._context({index: one.prompts for index, one in draws.items()})
-        with attention(self.dtype, latents.shape[-1] * latents.shape[-2]):
-            predicted = self.unet(
-                noisy.to(self.dtype, memory_format=torch.channels_last),
-                timesteps,
-                context.to(self.dtype),
-                None if pooled is None else pooled.to(self.dtype),
-                self._time_ids(latents) if self.conditioning.time_ids else None,
-            ).float()
-        target = prediction_target(self.scheduler, latents, eps, timesteps)
-        error = mse_loss(predicted, target, reduction="none")
-        weights = (
-            None if self.recipe.min_snr is None else min_snr_weights(self.scheduler, timesteps, self.recipe.min_snr)
-        )
-        if weights is not None:
-            error = error * weights[:, None, None, None]
+        errors: list[torch.Tensor] = [torch.empty(0)] * len(prompts)  # summed over a picture's unmasked latents
+        counts: list[torch.Tensor] = [torch.empty(0)] * len(prompts)  # how many those are
+        for rows in of_one_shape(latents):
+            clean, noise, t = (torch.stack([some[row] for row in rows]) for some in (latents, eps, timesteps))
+            noisy = self.scheduler.add_noise(clean, noise, t)
+            predicted = self._predict(noisy, t, context[rows], None if pooled is None else pooled[rows])
+            error = mse_loss(predicted, prediction_target(self.scheduler, clean, noise, t), reduction="none")
+            if self.recipe.min_snr is not None:
+                error = error * min_snr_weights(self.scheduler, t, self.recipe.min_snr)[:, None, None, None]
+            for row, part in zip(rows, error, strict=True):
+                mask = masks[row]
+                errors[row] = part.sum() if mask is None else (part * mask).sum()
+                counts[row] = torch.tensor(float(part.numel())) if mask is None else mask.sum() * len(part)
         sizes = [len(one.latents) for one in draws.values()]
         losses = [
-            part.mean()
-            if one.mask is None
-            else (part * one.mask).sum() / (one.mask.sum() * part.shape[1]).clamp(min=1e-6)
-            for part, one in zip(torch.split(error, sizes), draws.values(), strict=True)
+            error.sum() / count.sum().clamp(min=1e-6)
+            for error, count in zip(torch.stack(errors).split(sizes), torch.stack(counts).split(sizes), strict=True)
         ]
         if regularized and self.recipe.init_weight:
             losses = [
@@ -206,28 +229,51 @@ class Learner:
             ]
         return losses
 
-    def _context(self, prompts: Mapping[int, Sequence[str]]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Encoded prompts [sum of B, T, D] and, where the family pools, [sum of B, P]; each different prompt once."""
+    def _predict(
+        self, noisy: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor, pooled: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The UNet's answer [B, C, h, w] float32, computed in its own type."""
+        with attention(self.dtype, noisy.shape[-1] * noisy.shape[-2]):
+            return self.unet(
+                noisy.to(self.dtype, memory_format=torch.channels_last),
+                timesteps,
+                context.to(self.dtype),
+                None if pooled is None else pooled.to(self.dtype),
+                self._time_ids(noisy) if self.conditioning.time_ids else None,
+            ).float()
+
+    def _context(
+        self, prompts: Mapping[int, Sequence[str]], rows_of: Mapping[int, Rows] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Encoded prompts [sum of B, T, D] and, where the family pools, [sum of B, P]; each different prompt once.
+
+        `rows_of` takes the place of words' own rows.
+        """
         wanted = [(index, prompt) for index, some in prompts.items() for prompt in some]
         unique = list(dict.fromkeys(wanted))
         places = {key: position for position, key in enumerate(unique)}
         rows = [places[key] for key in wanted]
         count = self.rows_in_use()
         texts = [(prompt, self._first_row[index], count, self.recipe.vectors) for index, prompt in unique]
-        encoded = {name: self.encoders[name](texts, self._all_rows(name)) for name in self.conditioning.context}
+        encoded = {
+            name: self.encoders[name](texts, self._all_rows(name, rows_of or {})) for name in self.conditioning.context
+        }
         pooled = encoded[self.conditioning.pooled][1] if self.conditioning.pooled else None
         states = torch.cat([states for states, _ in encoded.values()], -1)
         return states[rows], None if pooled is None else pooled[rows]
 
-    def _all_rows(self, encoder: str) -> torch.Tensor:
+    def _all_rows(self, encoder: str, rows_of: Mapping[int, Rows]) -> torch.Tensor:
         """Every word's rows [R, D], each word's pictures' own after them."""
-        kept = (store.get(encoder) for word in self.words for store in (word.rows, word.picture_rows))
-        return torch.cat(tuple(rows for rows in kept if rows is not None))
+        stores = [
+            store for i, word in enumerate(self.words) for store in (rows_of.get(i, word.rows), word.picture_rows)
+        ]
+        return torch.cat(tuple(store[encoder] for store in stores if encoder in store))
 
     def _time_ids(self, latents: torch.Tensor) -> torch.Tensor:
         """SDXL's sizes [B, 6]: as if each picture had always been as large as it is now, uncropped."""
-        side = float(latents.shape[-1] * 2 ** (len(self.source.vae.config.block_out_channels) - 1))
-        return torch.tensor([side, side, 0.0, 0.0, side, side]).repeat(len(latents), 1)
+        factor = 2 ** (len(self.source.vae.config.block_out_channels) - 1)
+        height, width = (float(side * factor) for side in latents.shape[-2:])
+        return torch.tensor([height, width, 0.0, 0.0, height, width]).repeat(len(latents), 1)
 
     def _update(self, word: Word, loss: float) -> None:
         if not math.isfinite(loss):
@@ -304,31 +350,39 @@ def draw(word: Word, recipe: Recipe, timesteps: int, generator: torch.Generator 
     Pictures come in shuffled rounds, and timesteps one from each of B equal parts (Kingma et al. 2021, arXiv
     2107.00630, appendix I.1): both unbiased, and much less scattered than independent draws.
     """
-    rng, count = generator or word.generator, recipe.batch_size
-    pictures = len(word.moments.mean)
-    rounds = -(-count // pictures)
-    chosen = torch.cat([torch.randperm(pictures, generator=rng) for _ in range(rounds)])[:count]
-    posterior = torch.randn(word.moments.mean[chosen].shape, generator=rng)
-    eps = torch.randn(posterior.shape, generator=rng)
+    rng, count, moments = generator or word.generator, recipe.batch_size, word.moments
+    rounds = -(-count // len(moments.mean))
+    chosen = torch.cat([torch.randperm(len(moments.mean), generator=rng) for _ in range(rounds)])[:count].tolist()
+    posterior, eps = (
+        [torch.randn(moments.mean[index].shape, generator=rng) for index in chosen] for _ in ("posterior", "eps")
+    )
     parts = (torch.randperm(count, generator=rng) + torch.rand(1, generator=rng)) / count
+    low, high = recipe.timesteps
     templates = torch.randint(len(word.prompts), (count,), generator=rng).tolist()
     prompts = [word.prompts[index] for index in templates]
     if word.captions is not None:
-        prompts = [word.captions[index % len(word.captions)] for index in chosen.tolist()]
+        prompts = [word.captions[index % moments.pictures] for index in chosen]
     if recipe.per_image:
         own = (torch.rand(count, generator=rng) < recipe.per_image).tolist()
         prompts = [
-            per_image_template(prompt, index) if mixed else prompt
-            for prompt, index, mixed in zip(prompts, chosen.tolist(), own, strict=True)
+            per_image_template(prompt, index % moments.pictures) if mixed else prompt
+            for prompt, index, mixed in zip(prompts, chosen, own, strict=True)
         ]
-    mask = word.moments.mask
     return Draw(
-        word.moments.mean[chosen] + word.moments.std[chosen] * posterior,
+        [moments.mean[index] + moments.std[index] * noise for index, noise in zip(chosen, posterior, strict=True)],
         eps,
-        (parts * timesteps).long().clamp(max=timesteps - 1),
-        None if mask is None else mask[chosen],
+        ((low + (high - low) * parts) * timesteps).long().clamp(max=timesteps - 1),
+        None if moments.masks is None else [moments.masks[index] for index in chosen],
         prompts,
     )
+
+
+def of_one_shape(tensors: Sequence[torch.Tensor]) -> list[list[int]]:
+    """The places of tensors that can be stacked, shape by shape."""
+    places: dict[torch.Size, list[int]] = {}
+    for place, tensor in enumerate(tensors):
+        places.setdefault(tensor.shape, []).append(place)
+    return list(places.values())
 
 
 def _prepare(word: Word, recipe: Recipe, seed: int) -> None:
@@ -339,7 +393,7 @@ def _prepare(word: Word, recipe: Recipe, seed: int) -> None:
             raise UsageError(f"{word.token!r} starts from {initial.shape[0]} vectors, the recipe has {recipe.vectors}")
         word.rows[name] = torch.nn.Parameter(initial.clone())
         if recipe.per_image:
-            word.picture_rows[name] = torch.nn.Parameter(initial[:1].repeat(len(word.moments.mean), 1))
+            word.picture_rows[name] = torch.nn.Parameter(initial[:1].repeat(word.moments.pictures, 1))
     word.optimizer = torch.optim.AdamW(
         [*word.rows.values(), *word.picture_rows.values()],
         lr=recipe.learning_rate,

@@ -7,6 +7,7 @@ A folder's pictures are its files with a picture's ending, by name; `name.txt` b
 from __future__ import annotations
 
 import hashlib
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image, ImageOps, UnidentifiedImageError
+from torch.nn.functional import interpolate
 
 from oneword.engines.errors import FileError, NotFinite, UsageError
 from oneword.export.modules import VaeEncoder
@@ -28,7 +30,7 @@ MASK_ENDING = ".mask.png"
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture at the model's size: `pixels` [H, W, 3] uint8 and `mask` [H, W] float32, 0 to 1, if any.
+    """One picture at a size of the model's: `pixels` [H, W, 3] uint8 and `mask` [H, W] float32, 0 to 1, if any.
 
     `digest` is the sha256 of the files it was read from; `caption` is the text of `name.txt`, stripped.
     """
@@ -41,19 +43,33 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Moments:
-    """The VAE's posterior of each picture, `mean` and `std` [P, C, h, w] float32, scaled and shifted for the UNet.
+class Crop:
+    """The `share` of both sides that is kept, and where: 0 is left or top, 1 right or bottom."""
 
-    `mask` [P, 1, h, w] float32 weighs the loss; None where all counts.
+    share: float = 1.0
+    right: float = 0.5
+    down: float = 0.5
+
+
+WHOLE = Crop()
+
+
+@dataclass(frozen=True)
+class Moments:
+    """The VAE's posteriors, `mean` and `std` [C, h, w] float32, scaled and shifted for the UNet.
+
+    First those of the `pictures` pictures, then, in the same order each time, of their crops and mirror images.
+    `masks` [1, h, w] float32 weigh the loss; None where all counts.
     """
 
-    mean: torch.Tensor
-    std: torch.Tensor
-    mask: torch.Tensor | None
+    pictures: int
+    mean: Sequence[torch.Tensor]
+    std: Sequence[torch.Tensor]
+    masks: Sequence[torch.Tensor] | None
 
 
-def read_pictures(folder: Path, size: int) -> list[Picture]:
-    """Every picture of `folder`, by name, cut to `size` x `size`.
+def read_pictures(folder: Path, size: int, *, step: int | None = None) -> list[Picture]:
+    """Every picture of `folder`, by name, cut to `size` x `size`; with `step` to the nearest of `shapes(size, step)`.
 
     Raises `UsageError` without a folder or without a picture in it, `FileError` naming a file that cannot be used.
     """
@@ -66,11 +82,11 @@ def read_pictures(folder: Path, size: int) -> list[Picture]:
     ]
     if not paths:
         raise UsageError(f"{folder} holds no picture: put three to five in it ({', '.join(ENDINGS)})")
-    return [read_picture(path, size) for path in paths]
+    return [read_picture(path, size, step=step) for path in paths]
 
 
-def read_picture(path: Path, size: int) -> Picture:
-    """One picture with its caption and mask; errors as `read_pictures`."""
+def read_picture(path: Path, size: int, *, step: int | None = None, crop: Crop = WHOLE) -> Picture:
+    """One picture, or a crop of it, with its caption and mask; errors as `read_pictures`."""
     image = _open(path)
     colours, alpha = _as_rgb(image)
     mask_path = path.with_name(path.stem + MASK_ENDING)
@@ -82,13 +98,43 @@ def read_picture(path: Path, size: int) -> Picture:
         if mask.size != colours.size:
             sizes = f"{mask.width}x{mask.height}, its picture {colours.width}x{colours.height}"
             raise FileError(f"{mask_path} is {sizes}: give the mask its picture's size")
+    shape = nearest_shape(colours.height / colours.width, shapes(size, step)) if step else (size, size)
     return Picture(
         path,
-        np.asarray(_cut(colours, size)),
-        None if mask is None else np.asarray(_cut(mask, size), np.float32) / 255,
+        np.asarray(_cut(colours, shape, crop)),
+        None if mask is None else np.asarray(_cut(mask, shape, crop), np.float32) / 255,
         _read_caption(caption_path) if caption_path in files else None,
         hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest(),
     )
+
+
+def random_crops(
+    pictures: Sequence[Picture], count: int, seed: int, size: int, *, step: int | None = None
+) -> list[Picture]:
+    """`count` times all the pictures, each time cut to a random 80 to 100 % of their sides; read from disk again."""
+    rng = np.random.default_rng(seed)
+    return [
+        read_picture(picture.path, size, step=step, crop=Crop(rng.uniform(0.8, 1), rng.uniform(), rng.uniform()))
+        for _ in range(count)
+        for picture in pictures
+    ]
+
+
+def shapes(size: int, step: int) -> list[tuple[int, int]]:
+    """Heights and widths, multiples of `step` from half to twice `size`, each pair as large as `size`^2 allows.
+
+    The buckets of NovelAI's and kohya's trainers; `step` is what the VAE and the UNet together divide a side by.
+    """
+    sides = range(max(step, -(-size // 2 // step) * step), 2 * size + 1, step)
+    widest = {side: min(size * size // side // step * step, 2 * size) for side in sides}
+    return sorted(
+        {shape for side, other in widest.items() for shape in ((side, other), (other, side)) if other >= step}
+    )
+
+
+def nearest_shape(aspect: float, allowed: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """The height and width whose ratio is nearest to `aspect`, of equally near ones the larger."""
+    return min(allowed, key=lambda shape: (round(abs(math.log(shape[0] / shape[1] / aspect)), 9), -shape[0] * shape[1]))
 
 
 def _open(path: Path) -> Image.Image:
@@ -131,11 +177,15 @@ def _as_rgb(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     return colours, None if alpha.getextrema()[0] == 255 else alpha
 
 
-def _cut(image: Image.Image, size: int) -> Image.Image:
-    """The largest centred square, resized as the paper's code does (bicubic, antialiased)."""
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+def _cut(image: Image.Image, shape: tuple[int, int], crop: Crop) -> Image.Image:
+    """The crop of the largest centred part of that shape, resized as the paper's code does (bicubic, antialiased)."""
+    height, width = shape
+    scale = min(image.height / height, image.width / width)
+    tall, wide = height * scale, width * scale
+    top = (image.height - tall) // 2 + crop.down * tall * (1 - crop.share)
+    left = (image.width - wide) // 2 + crop.right * wide * (1 - crop.share)
+    box = (left, top, left + wide * crop.share, top + tall * crop.share)
+    return image.resize((width, height), Image.Resampling.BICUBIC, box=box)
 
 
 def _read_caption(path: Path) -> str:
@@ -146,32 +196,30 @@ def _read_caption(path: Path) -> str:
 
 
 @torch.no_grad()
-def encode_moments(vae: AutoencoderKL, pictures: Sequence[Picture], *, flip: bool = False) -> Moments:
+def encode_moments(
+    vae: AutoencoderKL, pictures: Sequence[Picture], crops: Sequence[Picture] = (), *, flip: bool = False
+) -> Moments:
     """The pictures' posteriors, once for the whole run; with `flip` the mirrored pictures follow.
 
-    A latent is `mean + std * eps`: the VAE's scaling factor and shift are already in both.
+    A latent is `mean + std * eps`: the VAE's scaling factor and shift are already in both. `pictures` may be followed
+    by `crops` of them, in the same order each time.
     """
-    pixels = np.stack([picture.pixels for picture in pictures])
-    masks = None
-    if any(picture.mask is not None for picture in pictures):
-        masks = np.stack([_opaque(picture) if picture.mask is None else picture.mask for picture in pictures])
+    views = [(view.pixels, view.mask) for view in (*pictures, *crops)]
     if flip:
-        pixels = np.concatenate([pixels, pixels[:, :, ::-1]])
-        masks = None if masks is None else np.concatenate([masks, masks[:, :, ::-1]])
+        views += [(pixels[:, ::-1], None if mask is None else mask[:, ::-1]) for pixels, mask in views]
     encoder = VaeEncoder(vae)
-    encoded = [encoder(torch.from_numpy(image.copy())[None]) for image in pixels]
-    mean, std, finite = (torch.cat(parts) for parts in zip(*encoded, strict=True))
-    if not finite.all():
-        bad = pictures[int(finite.int().argmin()) % len(pictures)].path
-        raise NotFinite(f"{bad}: the VAE gives NaN for it: its weights are damaged or overflow, give another model")
-    mask = None
-    if masks is not None:
-        mask = torch.nn.functional.interpolate(torch.from_numpy(masks)[:, None], mean.shape[-2:], mode="area")
-    return Moments(mean, std, mask)
-
-
-def _opaque(picture: Picture) -> np.ndarray:
-    return np.ones(picture.pixels.shape[:2], np.float32)
+    means, stds, masks = [], [], []
+    for place, (pixels, mask) in enumerate(views):
+        mean, std, finite = encoder(torch.from_numpy(pixels.copy())[None])
+        if not finite.all():
+            bad = pictures[place % len(pictures)].path
+            raise NotFinite(f"{bad}: the VAE gives NaN for it: its weights are damaged or overflow, give another model")
+        whole = np.ones(pixels.shape[:2], np.float32) if mask is None else mask.copy()
+        masks.append(interpolate(torch.from_numpy(whole)[None, None], mean.shape[-2:], mode="area")[0])
+        means.append(mean[0])
+        stds.append(std[0])
+    any_masked = any(mask is not None for _, mask in views)
+    return Moments(len(pictures), means, stds, masks if any_masked else None)
 
 
 def near_duplicates(pictures: Sequence[Picture]) -> list[tuple[Path, Path]]:

@@ -61,6 +61,7 @@ class Recipe:
     min_snr: gamma of min-SNR weighting (Hang et al., arXiv 2303.09556), None for none.
     stop_below: the DVAR ratio that ends learning (arXiv 2302.04841), None to run all steps.
     flip: also learn from mirrored pictures. crops: and from so many random crops of each.
+    buckets: pictures keep about their shape instead of being cut square.
     timesteps: the band of the noise schedule, as shares of it, that steps are drawn from; (0, 1) is all of it.
     words_a_call: words that share one UNet call, None for all; 1 makes each word bitwise what it is alone.
     compile: torch.compile the UNet: minutes before the first step, less for every step after.
@@ -85,6 +86,7 @@ class Recipe:
     stop_below: float | None = None
     flip: bool = False
     crops: int = 0
+    buckets: bool = False
     timesteps: tuple[float, float] = (0.0, 1.0)
     words_a_call: int | None = None
     compute: Compute = Compute.AUTO

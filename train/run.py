@@ -28,7 +28,7 @@ from oneword.export.source import Source, load_source
 from oneword.runtime.concept import Concept, check_token, load_concept
 from oneword.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from oneword.train.learner import Learner, Rows, Word, vocabulary_norm
-from oneword.train.pictures import Picture, encode_moments, near_duplicates, read_pictures
+from oneword.train.pictures import Picture, encode_moments, near_duplicates, random_crops, read_pictures
 from oneword.train.prompts import OBJECT_TEMPLATES, STYLE_TEMPLATES, caption_template
 from oneword.train.recipe import Recipe, Subject
 
@@ -89,7 +89,8 @@ def learn(
     check_tokens(source, tasks)
     size = picture_size(source)
     loaded = time.perf_counter()
-    pictures = [read_pictures(task.images, size) for task in tasks]
+    step = side_step(source) if recipe.buckets else None
+    pictures = [read_pictures(task.images, size, step=step) for task in tasks]
     words = [make_word(source, task, some, recipe, seed) for task, some in zip(tasks, pictures, strict=True)]
     notes = [note for task, some in zip(tasks, pictures, strict=True) for note in warnings_about(source, task, some)]
     encoded = time.perf_counter()
@@ -188,9 +189,11 @@ def make_word(source: Source, task: Task, pictures: Sequence[Picture], recipe: R
             caption_template(picture.caption or "", task.token, str(picture.path.with_suffix(".txt")))
             for picture in pictures
         ]
+    size, step = picture_size(source), side_step(source) if recipe.buckets else None
+    crops = random_crops(pictures, recipe.crops, seed, size, step=step)
     return Word(
         task.token,
-        encode_moments(source.vae, pictures, flip=recipe.flip),
+        encode_moments(source.vae, pictures, crops, flip=recipe.flip),
         initial_rows(source, task.init, recipe.vectors, seed),
         STYLE_TEMPLATES if recipe.subject is Subject.STYLE else OBJECT_TEMPLATES,
         captions,
@@ -278,8 +281,16 @@ def picture_size(source: Source) -> int:
     side = source.unet.config.sample_size
     if not isinstance(side, int):
         raise UsageError(f"the model's UNet has sample_size {side!r}: only square models can be learned with")
-    factor = 2 ** (len(source.vae.config.block_out_channels) - 1)
-    return int(side * factor)
+    return int(side * _vae_factor(source))
+
+
+def side_step(source: Source) -> int:
+    """Pixels by which a picture's sides may differ, so that neither the VAE nor the UNet leaves a rest."""
+    return _vae_factor(source) * 2 ** (len(source.unet.config.block_out_channels) - 1)
+
+
+def _vae_factor(source: Source) -> int:
+    return 2 ** (len(source.vae.config.block_out_channels) - 1)
 
 
 def provenance(source: Source, task: Task, recipe: Recipe, seed: int, steps: int) -> dict[str, str]:

@@ -18,8 +18,8 @@ WIDTH = 32
 
 def some_moments(seed: int = 0, pictures: int = 3) -> Moments:
     rng = torch.Generator().manual_seed(seed)
-    mean = torch.randn(pictures, 4, 4, 4, generator=rng)
-    return Moments(mean, torch.full_like(mean, 0.1), None)
+    mean = list(torch.randn(pictures, 4, 4, 4, generator=rng))
+    return Moments(pictures, mean, [torch.full_like(mean[0], 0.1)] * pictures, None)
 
 
 def some_word(token: str = "<toy>", seed: int = 0, recipe: Recipe = QUICK) -> Word:
@@ -58,12 +58,13 @@ def test_the_gradient_is_that_of_the_text_books_loss_through_the_original_models
     prompts = [prompt.format("<toy>") for prompt in batch.prompts]
     ids = pipe.tokenizer(prompts, padding="max_length", max_length=pipe.tokenizer.model_max_length, return_tensors="pt")
     scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
-    noisy = scheduler.add_noise(batch.latents, batch.eps, batch.timesteps)
+    latents, eps = torch.stack(list(batch.latents)), torch.stack(list(batch.eps))
+    noisy = scheduler.add_noise(latents, eps, batch.timesteps)
     predicted = pipe.unet(noisy, batch.timesteps, pipe.text_encoder(ids.input_ids)[0]).sample
     target = (
-        scheduler.get_velocity(batch.latents, batch.eps, batch.timesteps)
+        scheduler.get_velocity(latents, eps, batch.timesteps)
         if scheduler.config.prediction_type == "v_prediction"
-        else batch.eps
+        else eps
     )
     reference = (predicted - target).square().mean()
     reference.backward()
@@ -106,6 +107,68 @@ def test_words_in_one_batch_do_not_see_one_another(tiny_model_dir: Path) -> None
     for one, other in zip(together, alone, strict=True):
         np.testing.assert_allclose(one, other, atol=2e-4)
     assert np.abs(together[0] - together[1]).max() > 0.01
+
+
+def test_a_word_a_call_has_the_bits_it_has_alone(tiny_model_dir: Path) -> None:
+    recipe = QUICK.with_changes(words_a_call=1)
+    together = learned(tiny_model_dir, [some_word("<a>", 1), some_word("<b>", 2)], recipe)
+    alone = learned(tiny_model_dir, [some_word("<b>", 2)], recipe)
+
+    np.testing.assert_array_equal(together[1], alone[0])
+
+
+def test_nothing_before_the_first_cross_attention_is_differentiated(tiny_model_dir: Path) -> None:
+    source = load_source(tiny_model_dir)
+    word = some_word()
+    learner = Learner(source, [word], QUICK, seed=7)
+    wants_gradient: dict[str, bool] = {}
+    first_block = source.unet.down_blocks[0]
+    for name, module in (("conv_in", source.unet.conv_in), ("resnet", first_block.resnets[0])):
+        module.register_forward_hook(
+            lambda module, inputs, output, name=name: wants_gradient.update({name: output.requires_grad})
+        )
+    first_block.attentions[0].register_forward_hook(
+        lambda module, inputs, output: wants_gradient.update(attention=output[0].requires_grad)
+    )
+
+    learner._losses({0: draw(word, QUICK, 1000)})
+
+    assert wants_gradient == {"conv_in": False, "resnet": False, "attention": True}
+
+
+def test_pictures_of_two_shapes_share_a_step(tiny_model_dir: Path) -> None:
+    """The loss is the mean over all latents: 48 and 64 of each channel, by hand from each shape's own."""
+    word = some_word()
+    learner = Learner(load_source(tiny_model_dir), [word], QUICK, seed=7)
+    rng = torch.Generator().manual_seed(3)
+    latents, eps = ([torch.randn(4, h, w, generator=rng) for h, w in ((8, 6), (8, 8))] for _ in range(2))
+
+    def loss(*rows: int) -> float:
+        timesteps = torch.tensor([100 + 500 * row for row in rows])
+        return learner.watch(
+            0, Draw([latents[r] for r in rows], [eps[r] for r in rows], timesteps, None, ["the {}"] * len(rows))
+        )
+
+    assert loss(0, 1) == pytest.approx((48 * loss(0) + 64 * loss(1)) / 112, rel=1e-5)
+
+
+def test_the_response_to_two_prompts_is_their_predictions_variance(tiny_model_dir: Path) -> None:
+    """Reference: diffusers' and transformers' own modules."""
+    word = some_word()
+    learner = Learner(load_source(tiny_model_dir), [word], QUICK, seed=7)
+    star = StableDiffusionPipeline.from_pretrained(tiny_model_dir, safety_checker=None)
+    row = star.tokenizer("star", add_special_tokens=False).input_ids
+    rows = {"text_encoder": star.text_encoder.get_input_embeddings().weight[row].detach()}
+    noise = torch.randn((1, 4, 4, 4), generator=torch.Generator().manual_seed(0)).repeat(2, 1, 1, 1)
+    ids = star.tokenizer(["a star", "a painting of a star"], padding="max_length", max_length=20, return_tensors="pt")
+    with torch.no_grad():
+        states = star.text_encoder(ids.input_ids)[0]
+        one, other = star.unet(noise, torch.tensor([800, 800]), states).sample
+
+    response = learner.response(0, ["a {}", "a painting of a {}"], rows)
+
+    assert response == pytest.approx(float((one - other).square().mean()) / 4, rel=1e-3)
+    assert learner.response(0, ["a {}", "a {}"], rows) == pytest.approx(0, abs=1e-12)
 
 
 def test_the_same_seed_gives_the_same_bits(tiny_model_dir: Path) -> None:
@@ -165,7 +228,7 @@ def test_a_masked_part_has_no_say(tiny_model_dir: Path) -> None:
     mask[..., :2] = 1
 
     def loss(m: torch.Tensor) -> float:
-        return learner.watch(0, Draw(plain.latents, plain.eps, plain.timesteps, m, plain.prompts))
+        return learner.watch(0, Draw(plain.latents, plain.eps, plain.timesteps, list(m), plain.prompts))
 
     assert loss(torch.ones_like(mask)) == pytest.approx(learner.watch(0, plain), rel=1e-5)
     assert (loss(mask) + loss(1 - mask)) / 2 == pytest.approx(learner.watch(0, plain), rel=1e-5)
@@ -176,6 +239,14 @@ def test_draws_cover_pictures_and_timesteps_evenly() -> None:
     batch = draw(some_word(), recipe, 600)
 
     assert sorted(batch.timesteps.tolist()) == [int(batch.timesteps.min()) + 100 * i for i in range(6)]
+
+
+def test_timesteps_keep_to_their_band() -> None:
+    recipe = QUICK.with_changes(batch_size=5, timesteps=(0.25, 0.75))
+    batch = draw(some_word(), recipe, 1000)
+
+    assert sorted(batch.timesteps.tolist()) == [int(batch.timesteps.min()) + 100 * i for i in range(5)]
+    assert 250 <= batch.timesteps.min() < 350
 
 
 @pytest.mark.parametrize(
@@ -202,7 +273,7 @@ def test_lengths_are_kept_set_or_pulled() -> None:
 
 def test_a_loss_that_is_not_finite_names_the_word(tiny_model_dir: Path) -> None:
     word = some_word()
-    word.moments = Moments(torch.full((3, 4, 4, 4), torch.nan), torch.ones(3, 4, 4, 4), None)
+    word.moments = Moments(3, [torch.full((4, 4, 4), torch.nan)] * 3, [torch.ones(4, 4, 4)] * 3, None)
     learner = Learner(load_source(tiny_model_dir), [word], QUICK, seed=7)
 
     with pytest.raises(EngineError, match="the loss of '<toy>' is nan at step 1"):

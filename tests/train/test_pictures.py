@@ -8,7 +8,15 @@ from PIL import Image
 
 from oneword.engines.errors import FileError, OnewordError, UsageError
 from oneword.train.miniature import world
-from oneword.train.pictures import encode_moments, near_duplicates, read_picture, read_pictures
+from oneword.train.pictures import (
+    encode_moments,
+    near_duplicates,
+    nearest_shape,
+    random_crops,
+    read_picture,
+    read_pictures,
+    shapes,
+)
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -165,11 +173,56 @@ def test_moments_are_the_vaes_own_scaled_and_mirrored(tmp_path: Path, tiny_model
     noise(32, 32).save(tmp_path / "a.png")
     (picture,) = read_pictures(tmp_path, 32)
 
-    moments = encode_moments(vae, [picture], flip=True)
+    (crop,) = random_crops([picture], 1, 0, 32)
 
-    pixels = torch.from_numpy(picture.pixels.copy()).permute(2, 0, 1)[None] / 127.5 - 1
+    moments = encode_moments(vae, [picture], [crop], flip=True)
+
+    views = torch.stack([torch.from_numpy(view.pixels.copy()) for view in (picture, crop)])
+    views = views.permute(0, 3, 1, 2) / 127.5 - 1
     with torch.no_grad():
-        straight, mirrored = vae.encode(pixels).latent_dist, vae.encode(pixels.flip(-1)).latent_dist
+        expected = vae.encode(torch.cat([views, views.flip(-1)])).latent_dist
     scale = vae.config.scaling_factor
-    torch.testing.assert_close(moments.mean, torch.cat([straight.mean, mirrored.mean]) * scale, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(moments.std, torch.cat([straight.std, mirrored.std]) * scale, rtol=1e-4, atol=1e-5)
+    assert moments.pictures == 1
+    torch.testing.assert_close(torch.stack(list(moments.mean)), expected.mean * scale, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.stack(list(moments.std)), expected.std * scale, rtol=1e-4, atol=1e-5)
+
+
+def test_shapes_are_as_large_as_the_square_allows() -> None:
+    """By hand for 64 pixels in steps of 16: 4096 // 48 = 85, so 80; 4096 // 32 = 128, no more than twice 64."""
+    allowed = shapes(64, 16)
+
+    assert {(64, 64), (48, 80), (80, 48), (32, 128), (128, 32)} <= set(allowed)
+    assert all(h * w <= 64 * 64 and h % 16 == w % 16 == 0 and min(h, w) >= 32 for h, w in allowed)
+    assert nearest_shape(1.05, allowed) == (64, 64)
+    assert nearest_shape(0.6, allowed) == (48, 80)
+    assert nearest_shape(0.01, allowed) == (32, 128)
+
+
+def test_with_buckets_a_picture_keeps_its_shape(tmp_path: Path) -> None:
+    halves(500, 300).save(tmp_path / "wide.png")
+    halves(300, 320).save(tmp_path / "square.png")
+    alpha = Image.new("L", (500, 300), 0)
+    alpha.paste(255, (250, 0, 500, 300))
+    alpha.save(tmp_path / "wide.mask.png")
+
+    square, wide = read_pictures(tmp_path, 64, step=16)
+
+    assert (square.pixels.shape, wide.pixels.shape) == ((64, 64, 3), (48, 80, 3))
+    assert wide.mask is not None
+    np.testing.assert_array_equal(wide.pixels[0, [0, 79]], [[255, 0, 0], [0, 0, 255]])
+    np.testing.assert_array_equal(wide.mask[0, [0, 79]], [0, 1])
+
+
+def test_crops_are_parts_of_the_picture_and_the_same_for_the_same_seed(tmp_path: Path) -> None:
+    ramp = np.broadcast_to(np.arange(100, dtype=np.uint8)[None, :, None] * 2, (100, 100, 3))
+    Image.fromarray(np.ascontiguousarray(ramp)).save(tmp_path / "ramp.png")
+    pictures = read_pictures(tmp_path, 50)
+
+    crops = random_crops(pictures, 4, 7, 50)
+
+    assert len(crops) == 4
+    spans = [int(crop.pixels[0, -1, 0]) - int(crop.pixels[0, 0, 0]) for crop in crops]
+    assert all(0.8 * 190 <= span <= 198 for span in spans)  # the ramp is 198 from end to end
+    assert len(set(spans)) > 1
+    for one, other in zip(crops, random_crops(pictures, 4, 7, 50), strict=True):
+        np.testing.assert_array_equal(one.pixels, other.pixels)

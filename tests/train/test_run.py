@@ -199,6 +199,19 @@ def test_captions_take_the_place_of_templates_and_must_hold_the_word(folder: Pat
         next(learn(tiny_model_dir, [Task(folder, "<toy>")], named_recipe("fast")))
 
 
+def test_pictures_of_many_shapes_crops_and_mirror_images_are_learned_from(tiny_model_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "many").mkdir()
+    for i, size in enumerate([(64, 64), (200, 100), (90, 160)]):
+        Image.effect_noise(size, 60).convert("RGB").save(tmp_path / "many" / f"{i}.png")
+    recipe = named_recipe("fast").with_changes(steps=2, batch_size=6, buckets=True, crops=1, flip=True)
+
+    *_, last = learn(tiny_model_dir, [Task(tmp_path / "many", "<toy>", "star")], recipe)
+
+    (concept,) = last.concepts
+    start = initial_rows(load_source(tiny_model_dir), "star", 1, 0)["text_encoder"]
+    assert np.abs(concept.vectors["text_encoder"] - start.numpy()).max() > 1e-4
+
+
 def test_what_the_user_should_know_is_told_at_the_first_step(folder: Path, tiny_model_dir: Path) -> None:
     for name in ("2", "3", "4"):
         (folder / f"{name}.png").unlink()
