@@ -17,6 +17,7 @@ from oneword.engines.errors import OnewordError, UsageError
 from oneword.engines.open import Backend
 from oneword.runtime.batch import Batch, Failed, PictureDone, StepDone
 from oneword.runtime.concept import load_concept
+from oneword.runtime.grid import labelled_grid
 from oneword.runtime.images import parameters_text, read_image, read_mask, save_png
 from oneword.runtime.model import Model
 from oneword.runtime.request import Request
@@ -32,6 +33,7 @@ def size(value: str) -> tuple[int, int]:
 
 
 _PATH = click.Path(path_type=Path)
+_PLACE = "{}"
 
 
 @click.command(name="ti-run", context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
@@ -56,6 +58,10 @@ _PATH = click.Path(path_type=Path)
     "--engine", type=click.Choice([backend.value for backend in Backend]), default="onnxruntime", show_default=True
 )
 @click.option("--max-rows", type=click.IntRange(1), default=16, show_default=True, help="Pictures made at a time.")
+@click.option(
+    "--word", "words", multiple=True, help="What stands for {} in the prompts, in turn; else every --concept."
+)
+@click.option("--grid", type=_PATH, metavar="FILE.png", help="Also all pictures as one: prompts by words and seeds.")
 @click.option("--output", type=_PATH, default=Path("output"), show_default=True, help="Folder for the pictures.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output.")
 def command(
@@ -67,11 +73,13 @@ def command(
     sampler: str | None,
     engine: str,
     max_rows: int,
+    words: Sequence[str],
+    grid: Path | None,
     output: Path,
     as_json: bool,
     **settings: Any,
 ) -> None:
-    """Makes pictures from PROMPT... with the model in BUNDLE."""
+    """Makes pictures from PROMPT... with the model in BUNDLE; {} in a prompt stands for each word in turn."""
     start = time.perf_counter()
     shared = {
         **settings,
@@ -79,18 +87,23 @@ def command(
         "image": None if image is None else read_image(image),
         "mask": None if mask is None else read_mask(mask),
     }
-    requests = [Request(prompt, **shared) for prompt in prompts]
+    loaded = [load_concept(file) for file in _concept_files(concepts)]
+    words = words or [concept.token for concept in loaded]
+    requests = [Request(prompt, **shared) for prompt in _filled(prompts, words, grid)]
     model = Model.open(bundle, Backend(engine))
-    for file in _concept_files(concepts):
-        model.load(load_concept(file))
+    for concept in loaded:
+        model.load(concept)
     batch = Batch(model, max_rows)
     for request in requests:
         batch.add(request)
     opened = time.perf_counter()
     saved = _run(batch, output, model)
     images = [saved[key] for key in sorted(saved)]
+    if grid is not None:
+        _save_grid(grid, prompts, words, images)
     report = {
         "images": images,
+        "grid": None if grid is None else str(grid),
         "words": model.words,
         "engine": model.engine("denoise_step").backend,
         "digests": {name: graph.digest for name, graph in model.manifest.graphs.items()},
@@ -106,6 +119,8 @@ def command(
         return
     for entry in images:
         click.echo(entry["file"])
+    if grid is not None:
+        click.echo(str(grid))
 
 
 def _run(batch: Batch, output: Path, model: Model) -> dict[tuple[int, int], dict[str, Any]]:
@@ -154,7 +169,37 @@ def _save(event: PictureDone, output: Path, model: Model) -> dict[str, Any]:
         "seed": event.seed,
         "width": event.settings.width,
         "height": event.settings.height,
+        "parameters": text,
     }
+
+
+def _filled(prompts: Sequence[str], words: Sequence[str], grid: Path | None) -> list[str]:
+    """The prompts, each with every word in place of its {}. Raises UsageError where words or places for them lack."""
+    places = [prompt for prompt in prompts if _PLACE in prompt]
+    if places and not words:
+        raise UsageError(f"no word is given for the {_PLACE} of {places[0][:80]!r}: give --word or --concept")
+    if grid is not None and grid.suffix.lower() != ".png":
+        raise UsageError(f"--grid {grid}, allowed is a file name that ends in .png")
+    if grid is not None and 0 < len(places) < len(prompts):
+        without = next(prompt for prompt in prompts if _PLACE not in prompt)
+        raise UsageError(
+            f"{without[:80]!r} has no {_PLACE}, others of this grid have: write it where words shall stand"
+        )
+    return [
+        filled
+        for prompt in prompts
+        for filled in ([prompt.replace(_PLACE, word) for word in words] if _PLACE in prompt else [prompt])
+    ]
+
+
+def _save_grid(path: Path, prompts: Sequence[str], words: Sequence[str], entries: Sequence[dict[str, Any]]) -> None:
+    """One picture of all: a row for each prompt, its columns the words, and under each word the seeds."""
+    columns = len(entries) // len(prompts)
+    pictures = [read_image(Path(entry["file"])) for entry in entries]
+    rows = [pictures[i : i + columns] for i in range(0, len(pictures), columns)]
+    headings = [words] if _PLACE in prompts[0] else []
+    seeds = [f"seed {entry['seed']}" for entry in entries[:columns]]
+    save_png(labelled_grid(rows, prompts, [*headings, seeds]), path, entries[0]["parameters"])
 
 
 def _concept_files(paths: Sequence[Path]) -> list[Path]:

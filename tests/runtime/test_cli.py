@@ -53,6 +53,49 @@ def test_json_says_what_was_made_and_with_what(
         assert "Seed: 5, Size: 64x72" in picture.info["parameters"]
 
 
+def test_a_grid_has_prompts_down_and_words_and_seeds_across(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_concept(Concept("<toy>", {"text_encoder": np.full((1, 32), 0.1, np.float32)}), tmp_path / "toy.safetensors")
+    line = [tiny_bundle, "a photo of {}", "a painting of {}", "--concept", tmp_path / "toy.safetensors"]
+    line += ["--word", "a <toy>", "--word", "a cat", "--num-images", 2, "--seed", 3, "--steps", 1]
+
+    status = run(monkeypatch, *line, "--grid", tmp_path / "new" / "grid.png", "--output", tmp_path, "--json")
+
+    assert status == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [(entry["prompt"], entry["seed"]) for entry in report["images"]] == [
+        (f"{medium} of {word}", seed)
+        for medium in ("a photo", "a painting")
+        for word in ("a <toy>", "a cat")
+        for seed in (3, 4)
+    ]
+    assert report["grid"] == str(tmp_path / "new" / "grid.png")
+    with PIL.Image.open(report["grid"]) as picture:
+        grid, text = np.asarray(picture), picture.info["parameters"]
+    assert text == report["images"][0]["parameters"]
+    for i, entry in enumerate(report["images"]):
+        cell = np.asarray(PIL.Image.open(entry["file"])).repeat(2, 0).repeat(2, 1)  # 64 pixels shown as 128
+        left = grid.shape[1] - (4 - i % 4) * (128 + 8)
+        top = grid.shape[0] - (2 - i // 4) * (128 + 8)
+        np.testing.assert_array_equal(grid[top : top + 128, left : left + 128], cell)
+
+
+def test_every_loaded_word_stands_for_the_braces(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "words").mkdir()
+    for name in ("toy", "cat"):
+        vectors = {"text_encoder": np.full((1, 32), 0.1, np.float32)}
+        save_concept(Concept(f"<{name}>", vectors), tmp_path / "words" / f"{name}.safetensors")
+    line = [tiny_bundle, "a {} in {}", "a dog", "--concept", tmp_path / "words", "--steps", 1, "--output", tmp_path]
+
+    assert run(monkeypatch, *line, "--json") == 0
+
+    prompts = [entry["prompt"] for entry in json.loads(capsys.readouterr().out)["images"]]
+    assert prompts == ["a <cat> in <cat>", "a <toy> in <toy>", "a dog"]
+
+
 def test_an_older_picture_is_not_overwritten(
     tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -87,6 +130,9 @@ def test_an_edit_reads_its_picture_and_mask(tiny_bundle: Path, tmp_path: Path, m
         (["a cat", "--concept", "absent.safetensors"], 1, "absent.safetensors"),
         (["a cat", "--image", "absent.png"], 2, "there is no picture absent.png"),
         (["a cat", "--concept", "."], 2, "holds no .safetensors file"),
+        (["a {}"], 2, "no word is given for the {} of 'a {}': give --word or --concept"),
+        (["a cat", "--grid", "grid.jpg"], 2, "--grid grid.jpg, allowed is a file name that ends in .png"),
+        (["a {}", "a cat", "--word", "dog", "--grid", "grid.png"], 2, "'a cat' has no {}, others of this grid have"),
         ([], 2, "PROMPT"),
         (["a cat", "--colour", "red"], 2, "No such option"),
     ],
