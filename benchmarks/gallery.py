@@ -1,0 +1,336 @@
+"""Shows every task on the miniature, as pictures to look at: python -m benchmarks.gallery
+
+Learns three words the miniature was never trained on (two objects and a style, five pictures each), exports the model,
+makes all pictures of the page in one batch, and writes `gallery.md` and `gallery/*.png` into `--output`. Words and
+bundle are kept in `--work` and used again. Nothing is measured here, no picture is chosen: every one is of the first
+seed. Ends in one line of JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image as Pillow
+
+from oneword.engines.open import Backend
+from oneword.export.write import export_bundle
+from oneword.runtime.batch import Failed, PictureDone
+from oneword.runtime.concept import load_concept
+from oneword.runtime.generate import generate
+from oneword.runtime.grid import labelled_grid
+from oneword.runtime.images import save_png
+from oneword.runtime.model import Model
+from oneword.runtime.request import Image, Request
+from oneword.runtime.samplers import Sampler
+from oneword.train import cli
+from oneword.train.miniature.world import HELD_OUT_LOOKS, HELD_OUT_STYLES, NOUNS, STYLES, Look, Scene, Thing, render
+
+LOOKS = {"<toy>": HELD_OUT_LOOKS[0], "<gem>": HELD_OUT_LOOKS[3]}
+STYLE = next(iter(HELD_OUT_STYLES))
+PHOTOGRAPHED = ("studio", "kitchen", "desert", "meadow", "brick")
+PLACES = ("in the snow", "at night", "by the sea", "in the forest", "at sunset")
+STAR = "a photo of a red star in the meadow"
+SEED = 7
+
+
+@dataclass(frozen=True)
+class Section:
+    """One picture of the page: a table whose cells are made, or given as they are."""
+
+    name: str
+    title: str
+    text: str
+    command: str
+    rows: Sequence[tuple[str, Sequence[Request | Image]]]
+    headings: Sequence[Sequence[str]]
+
+
+def main() -> None:
+    """Learn, export, generate, write."""
+    options = _options()
+    start = time.perf_counter()
+    bundle = options.bundle or options.work / "bundle"
+    if not (bundle / "bundle.json").is_file():
+        export_bundle(options.model, bundle)
+    words, learned_from = learn(options.work, options.model, options.learn_steps)
+    model = Model.open(bundle, Backend(options.engine))
+    for word in words:
+        model.load(load_concept(word))
+    learned = time.perf_counter()
+    sections = [*of_the_model(options.steps), *of_words(learned_from, options.steps)]
+    grids = drawn(model, sections)
+    for section, grid in zip(sections, grids, strict=True):
+        save_png(grid, options.output / "gallery" / f"{section.name}.png", section.command)
+    (options.output / "gallery.md").write_text(page(sections), encoding="utf-8")
+    seconds = {"prepare": learned - start, "generate": time.perf_counter() - learned}
+    made = sum(isinstance(cell, Request) for section in sections for _, row in section.rows for cell in row)
+    print(json.dumps({"pictures": made, "sections": len(sections), **{k: round(v, 1) for k, v in seconds.items()}}))
+
+
+def learn(work: Path, model: str, steps: int | None) -> tuple[list[Path], dict[str, list[Image]]]:
+    """The files of three learned words, and the five pictures that each was learned from."""
+    names = [*NOUNS][:5]
+    scenes = {
+        token: [Scene((Thing(look),), background) for background in PHOTOGRAPHED] for token, look in LOOKS.items()
+    }
+    scenes["<style>"] = [
+        Scene((Thing(NOUNS[name], name),), background, None, STYLE)
+        for name, background in zip(names, PHOTOGRAPHED, strict=True)
+    ]
+    pictures: dict[str, list[Image]] = {}
+    outputs = []
+    for token, drawn_scenes in scenes.items():
+        name = token.strip("<>")
+        pictures[token] = [render(scene, 1000 + i)[0] for i, scene in enumerate(drawn_scenes)]
+        folder, output = work / name, work / f"{name}.safetensors"
+        folder.mkdir(parents=True, exist_ok=True)
+        for i, picture in enumerate(pictures[token]):
+            Pillow.fromarray(picture).save(folder / f"{i}.png")
+        outputs.append(output)
+        if output.is_file():
+            continue
+        style = token == "<style>"
+        line = [str(folder), "--model", model, "--token", token, "--output", str(output), "--seed", str(SEED)]
+        line += ["--init", next(iter(STYLES)) if style else "object", "--recipe", "style" if style else "fast"]
+        if status := cli.main([*line, *(["--steps", str(steps)] if steps else [])]):
+            raise SystemExit(status)
+    return outputs, pictures
+
+
+def of_the_model(steps: int) -> list[Section]:
+    """What is done with the words the model has."""
+    things = ("a red star", "a blue heart with white dots", "a green ring", "a purple moon")
+    media = ("a photo", "a drawing", "an icon", "a painting")
+    star = Scene((Thing(Look("star", "red", "white", "plain")),), "meadow")
+    source, _ = render(star, SEED)
+    mask = disc(64, 22)
+    shown_mask = np.repeat(mask[..., None] * np.uint8(255), 3, axis=-1)
+    sizes = ((64, 64), (96, 64), (64, 96), (72, 56), (120, 72))
+    strengths = (0.3, 0.5, 0.7, 0.9)
+    return [
+        Section(
+            "text-to-image",
+            "Text to image",
+            "Prompts down, things across; every picture has the same seed.",
+            'ti-run bundle "a photo of {}" "a drawing of {}" ... --word "a red star" ... --seed 7 --grid grid.png',
+            [
+                (f"{medium} of ... {PLACES[0]}", [ask(f"{medium} of {thing} {PLACES[0]}", steps) for thing in things])
+                for medium in media
+            ],
+            [things],
+        ),
+        Section(
+            "variations",
+            "Variations",
+            "One prompt, six seeds: picture *i* of a request has the seed *s + i*.",
+            'ti-run bundle "a photo of a red star in the meadow" --num-images 6 --seed 7 --grid grid.png',
+            [(STAR, [ask(STAR, steps, seed=SEED + i) for i in range(6)])],
+            [[f"seed {SEED + i}" for i in range(6)]],
+        ),
+        Section(
+            "samplers",
+            "Samplers",
+            "The same prompt and seed through every sampler, all in one batch.",
+            'ti-run bundle "a photo of a red star in the meadow" --sampler euler',
+            [
+                (f"{count} steps", [ask(STAR, count, sampler=sampler) for sampler in Sampler])
+                for count in (max(steps // 3, 1), steps)
+            ],
+            [[sampler.value for sampler in Sampler]],
+        ),
+        Section(
+            "image-to-image",
+            "Image to image",
+            "The first picture is sent part of the way back to noise, and from there to the prompt.",
+            'ti-run bundle "a painting of a blue heart in the meadow" --image star.png --strength 0.7',
+            [
+                (
+                    f"{medium} of a blue heart in the meadow",
+                    [
+                        source,
+                        *(
+                            ask(f"{medium} of a blue heart in the meadow", steps, image=source, strength=strength)
+                            for strength in strengths
+                        ),
+                    ],
+                )
+                for medium in ("a photo", "a painting")
+            ],
+            [["--image", *(f"strength {strength}" for strength in strengths)]],
+        ),
+        Section(
+            "masked-edit",
+            "Masked edit",
+            "Only the white part is made anew (Blended Latent Diffusion); the rest stays, to the VAE's loss.",
+            'ti-run bundle "a photo of a blue heart in the meadow" --image star.png --mask mask.png --strength 1',
+            [
+                (
+                    "a photo of ... in the meadow",
+                    [
+                        source,
+                        shown_mask,
+                        *(
+                            ask(f"a photo of {thing} in the meadow", steps, image=source, mask=mask, strength=1.0)
+                            for thing in things[1:]
+                        ),
+                    ],
+                )
+            ],
+            [["--image", "--mask", *things[1:]]],
+        ),
+        Section(
+            "sizes",
+            "Odd sizes",
+            "Any multiple of 8, from the graphs that were exported once. The model was trained on 64x64 alone.",
+            'ti-run bundle "a photo of a red star in the meadow" --size 120x72',
+            [(STAR, [ask(STAR, steps, size=size) for size in sizes])],
+            [[f"{width}x{height}" for width, height in sizes]],
+        ),
+    ]
+
+
+def of_words(learned_from: dict[str, list[Image]], steps: int) -> list[Section]:
+    """What is done with learned words."""
+    toy, gem = LOOKS.values()
+    style, other_style = [*STYLES][:2]
+    concepts = "--concept toy.safetensors"
+    return [
+        Section(
+            "word",
+            "A learned word",
+            f"`<toy>` ({toy.words}) and `<gem>` ({gem.words}): looks the miniature was never trained on, learned from "
+            "the pictures in the upper row of each, drawn where they were never seen.",
+            f'ti-run bundle "a photo of a <toy> {PLACES[0]}" ... {concepts} --seed 7',
+            [
+                row
+                for token in LOOKS
+                for row in (
+                    (f"{token} was learned from these, in other places", learned_from[token]),
+                    (f"a photo of a {token} ...", [ask(f"a photo of a {token} {place}", steps) for place in PLACES]),
+                )
+            ],
+            [PLACES],
+        ),
+        Section(
+            "style",
+            "A style word",
+            "`<style>` is a way of drawing, learned from five pictures of five things; here it draws others.",
+            f'ti-run bundle "a red star {PLACES[0]} in the style of <style>" --concept style.safetensors',
+            [
+                ("<style> was learned from these, in other places", learned_from["<style>"]),
+                (
+                    "a red star ... in the style of <style>",
+                    [ask(f"a red star {place} in the style of <style>", steps) for place in PLACES],
+                ),
+                (
+                    f"the same in the style of {style}, which the model knows",
+                    [ask(f"a red star {place} in the style of {style}", steps) for place in PLACES],
+                ),
+            ],
+            [PLACES],
+        ),
+        Section(
+            "two-words",
+            "Two words composed",
+            "Both learned words in one prompt, and each with a word of the model's own.",
+            f'ti-run bundle "a photo of a <toy> and a <gem> {PLACES[0]}" {concepts} --concept gem.safetensors',
+            [
+                (
+                    f"a photo of {things} ...",
+                    [ask(f"a photo of {things} {place}", steps) for place in PLACES],
+                )
+                for things in ("a <toy> and a <gem>", "a <toy> and a red star", "a green ring and a <gem>")
+            ],
+            [PLACES],
+        ),
+        Section(
+            "word-and-style",
+            "A word with a style word",
+            "A learned object in a learned style, and in media and styles that the model knows.",
+            f'ti-run bundle "a <toy> {PLACES[0]} in the style of <style>" {concepts} --concept style.safetensors',
+            [
+                (
+                    f"... {PLACES[0]}, {token}",
+                    [
+                        ask(f"a {token} {PLACES[0]} in the style of <style>", steps),
+                        ask(f"a {token} {PLACES[0]} in the style of {other_style}", steps),
+                        ask(f"a drawing of a {token} {PLACES[0]}", steps),
+                        ask(f"an icon of a {token} {PLACES[0]}", steps),
+                        ask(f"a painting of a {token} {PLACES[0]}", steps),
+                    ],
+                )
+                for token in LOOKS
+            ],
+            [["in the style of <style>", f"in the style of {other_style}", "drawing", "icon", "painting"]],
+        ),
+    ]
+
+
+def drawn(model: Model, sections: Sequence[Section]) -> list[Image]:
+    """Each section as one labelled picture; the requests of all go through one batch."""
+    cells = [cell for section in sections for _, row in section.rows for cell in row]
+    requests = [cell for cell in cells if isinstance(cell, Request)]
+    images: dict[int, Image] = {}
+    for event in generate(model, requests):
+        match event:
+            case PictureDone():
+                images[event.id] = event.image
+            case Failed():
+                raise event.error
+    made = (images[number] for number in range(len(requests)))
+    return [
+        labelled_grid(
+            [[next(made) if isinstance(cell, Request) else cell for cell in row] for _, row in section.rows],
+            [label for label, _ in section.rows],
+            section.headings,
+        )
+        for section in sections
+    ]
+
+
+def page(sections: Sequence[Section]) -> str:
+    """The page, in Markdown."""
+    parts = [
+        "# Gallery\n\nEverything that `ti-run` does, on the miniature: a model of a drawn world that travels with the "
+        "package. Made by\n\n    python -m benchmarks.gallery\n\nwhich learns three words, exports the model and makes "
+        "all of these pictures in one batch. Nothing was chosen: every picture is of the first seed. The miniature's "
+        "pictures are of 64x64 pixels, shown enlarged."
+    ]
+    for section in sections:
+        picture = f"![{section.title}](gallery/{section.name}.png)"
+        parts.append(f"## {section.title}\n\n{section.text}\n\n    {section.command}\n\n{picture}")
+    return "\n\n".join(parts) + "\n"
+
+
+def ask(prompt: str, steps: int, **settings: object) -> Request:
+    """A request of the page's seed and guidance."""
+    return Request(prompt, **{"seed": SEED, "steps": steps, "guidance_scale": 5.0, **settings})  # type: ignore[arg-type]
+
+
+def disc(size: int, radius: float) -> np.ndarray:
+    """A mask [size, size], True within the radius of the middle."""
+    y, x = np.mgrid[:size, :size] + 0.5 - size / 2
+    inside: np.ndarray = np.hypot(x, y) <= radius
+    return inside
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="miniature", help="miniature, or a diffusers directory of the same world")
+    parser.add_argument("--bundle", type=Path, help="the model, exported; else it is exported first")
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--learn-steps", type=int, help="of each word; else the recipe's")
+    parser.add_argument("--engine", default="onnxruntime", choices=[backend.value for backend in Backend])
+    parser.add_argument("--work", type=Path, default=Path("build/gallery"), help="where words and bundle are kept")
+    parser.add_argument("--output", type=Path, default=Path("docs"))
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
