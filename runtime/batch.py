@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -207,7 +207,8 @@ class Batch:
         posterior = None
         if request.image is not None:
             posterior = self.model.encode_image(resized(request.image, settings.width, settings.height))
-        mask = None if request.mask is None else _latent_mask(request.mask, settings, vae.factor)
+        white = _mask(request, settings)
+        mask = None if white is None else _latent_mask(white, vae.factor)
         rows = []
         for index in range(request.num_images):
             generator = TorchGenerator(request.seed + index)
@@ -309,6 +310,7 @@ class Batch:
                     continue
                 for row, image, ok in zip(rows, images, finite, strict=True):
                     if ok:
+                        image = _pasted(image, row.request, row.settings)
                         events.append(PictureDone(row.id, row.index, row.seed, image, row.request, row.settings))
                         continue
                     message = f"graph 'vae_decoder' gave NaN or infinity for picture {row.index}: "
@@ -333,13 +335,30 @@ def _schedule(request: Request, settings: Settings, manifest: Manifest) -> Sched
     return schedule
 
 
-def _latent_mask(mask: npt.NDArray[Any], settings: Settings, factor: int) -> Latents:
-    """The mask at the latents' size [1, h, w]: 1 is made anew. A latent's first pixel decides, as in diffusers."""
-    white = mask if mask.dtype == np.bool_ else mask >= 128
+def _mask(request: Request, settings: Settings) -> npt.NDArray[np.bool_] | None:
+    """What is made anew, at the picture's size [H, W]."""
+    if request.mask is None:
+        return None
+    white = request.mask if request.mask.dtype == np.bool_ else request.mask >= 128
     height, width = white.shape
-    rows = np.arange(0, settings.height, factor) * height // settings.height
-    columns = np.arange(0, settings.width, factor) * width // settings.width
-    return white[np.ix_(rows, columns)].astype(np.float32)[None]
+    rows = np.arange(settings.height) * height // settings.height
+    columns = np.arange(settings.width) * width // settings.width
+    return np.asarray(white[np.ix_(rows, columns)])
+
+
+def _latent_mask(mask: npt.NDArray[np.bool_], factor: int) -> Latents:
+    """The mask at the latents' size [1, h, w]: a latent is made anew where any of its pixels is."""
+    height, width = mask.shape
+    cells = mask.reshape(height // factor, factor, width // factor, factor)
+    return np.asarray(cells.any(axis=(1, 3)), np.float32)[None]
+
+
+def _pasted(image: Image, request: Request, settings: Settings) -> Image:
+    """The picture with the given one's own pixels outside the mask: the decoder changes those too, a little."""
+    mask = _mask(request, settings)
+    if mask is None or request.image is None or not request.paste:
+        return image
+    return np.where(mask[..., None], image, resized(request.image, settings.width, settings.height))
 
 
 def _fits(group: Sequence[_Row], row: _Row) -> bool:

@@ -55,6 +55,9 @@ _PLACE = "{}"
 @click.option("--strength", type=float, default=0.8, show_default=True, help="How far from --image, 0 to 1.")
 @click.option("--mask", type=_PATH, help="White where --image shall be made anew.")
 @click.option(
+    "--paste/--no-paste", default=True, show_default=True, help="Keep --image's own pixels where --mask is black."
+)
+@click.option(
     "--engine", type=click.Choice([backend.value for backend in Backend]), default="onnxruntime", show_default=True
 )
 @click.option("--max-rows", type=click.IntRange(1), default=16, show_default=True, help="Pictures made at a time.")

@@ -49,6 +49,8 @@ class Request:
     strength: float = 0.8
     mask: npt.NDArray[Any] | None = None
     """[H, W], bool or uint8, as large as `image`."""
+    paste: bool = True
+    """Outside the mask the pixels are those of `image`; False leaves what the decoder makes of them."""
 
     def __post_init__(self) -> None:
         for name in ("prompt", "negative_prompt"):

@@ -4,6 +4,7 @@ import contextlib
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from oneword.runtime.concept import Concept, save_concept
 from oneword.runtime.generate import generate
 from oneword.runtime.model import Model
 from oneword.runtime.request import Image, Request
-from oneword.runtime.samplers import Sampler
 
 PIPELINES = dict[str, Any]
 
@@ -186,25 +186,10 @@ def test_a_masked_edit_is_that_of_diffusers(model: Model, pipelines: PIPELINES, 
         generator=torch.Generator().manual_seed(5),
         output_type="np",
     )
-    request = Request("a blue star", image=scene(), mask=mask, strength=strength, steps=8, guidance_scale=3.0, seed=5)
+    edit = Request("a blue star", image=scene(), mask=mask, strength=strength, steps=8, guidance_scale=3.0, seed=5)
+    request = replace(edit, paste=False)  # diffusers leaves the whole picture to the decoder
 
     assert psnr(pictures(model, [request])[0], of_diffusers(theirs)) >= 50
-
-
-def test_a_masked_edit_keeps_the_latents_outside_the_mask(model: Model) -> None:
-    mask = np.zeros((64, 64), np.bool_)
-    mask[16:48, 16:48] = True
-    request = Request("a blue star", image=scene(), mask=mask, strength=1.0, steps=5, seed=1)
-    batch = Batch(model)
-    batch.add(request)
-    batch.step()
-    row = batch._rows[0]
-    while batch:
-        batch.step()
-
-    outside = row.mask[0] == 0  # type: ignore[index]
-    np.testing.assert_allclose(row.sample[:, outside], row.known[:, outside], atol=1e-5)  # type: ignore[index]
-    assert np.abs(row.sample - row.known)[:, ~outside].max() > 0.1  # type: ignore[operator]
 
 
 def test_picture_i_has_the_seed_plus_i(model: Model) -> None:
@@ -227,59 +212,6 @@ def test_twelve_words_share_engines_and_batch_and_each_is_as_alone(model: Model,
     assert all(psnr(alone[i], together[i]) >= 45 for i in range(12))
     different = [psnr(alone[0], other) for other in alone[1:]]
     assert max(different) < 45  # the words do something
-
-
-def mixed(words: Sequence[str]) -> list[Request]:
-    """Eight rows that have nothing in common but the size."""
-    samplers = list(Sampler)
-    return [
-        Request(
-            f"a photo of {words[i]}" + " and a red cat" * (3 * (i % 3)),
-            negative_prompt=[None, words[-1], "blue"][i % 3],
-            seed=100 + i,
-            steps=4 + i,
-            sampler=samplers[i],
-            guidance_scale=1.0 + i,
-            eta=0.5 * (i == 0),
-            clip_skip=i % 2,
-            guidance_interval=(0.5, 5.0) if i == 5 else None,
-        )
-        for i in range(8)
-    ]
-
-
-def test_rows_that_differ_in_everything_are_each_as_alone(model: Model, words: list[str]) -> None:
-    requests = mixed(words)
-
-    together = pictures(model, requests)
-
-    for i, request in enumerate(requests):
-        assert psnr(together[i], pictures(model, [request])[0]) >= 45
-
-
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_rows_that_join_late_or_are_cancelled_leave_the_others_as_they_were(model: Model, data: st.DataObject) -> None:
-    prompts = ["a cat", "a red star", "a dog on blue", "a photo of a ring"]
-    requests = [Request(prompt, seed=i, steps=3 + i) for i, prompt in enumerate(prompts)]
-    joins = data.draw(st.lists(st.integers(0, 6), min_size=4, max_size=4))
-    cancelled = data.draw(st.sets(st.integers(0, 3), max_size=3))
-    batch, ids, done = Batch(model, max_rows=data.draw(st.integers(1, 4))), {}, {}
-    for step in range(16):
-        for i, join in enumerate(joins):
-            if join == step:
-                ids[batch.add(requests[i])] = i
-        for id, i in ids.items():
-            if i in cancelled and step == joins[i] + 1:
-                batch.cancel(id)
-        for event in batch.step():
-            if isinstance(event, PictureDone):
-                done[ids[event.id]] = event.image
-
-    assert len(batch) == 0
-    assert done.keys() == set(range(4)) - cancelled
-    for i, image in done.items():
-        assert psnr(image, pictures(model, [requests[i]])[0]) >= 45
 
 
 def test_a_word_that_breaks_the_encoder_fails_alone(model: Model) -> None:
