@@ -10,9 +10,10 @@ from typing import Any
 import click
 from rich.console import Console
 
+from oneword.engines.builder import Flavour, Limits, build_plans, compute_capabilities, installed_version
 from oneword.engines.errors import OnewordError
 from oneword.engines.spec import Precision
-from oneword.engines.tensorrt import Flavour, build_plans, compute_capability, installed_version
+from oneword.runtime.cli import size
 
 
 @click.command()
@@ -32,9 +33,22 @@ from oneword.engines.tensorrt import Flavour, build_plans, compute_capability, i
     show_default=True,
     help="What the bundle is for; the TensorRTs have plans built ahead of time.",
 )
-@click.option("--target", default="sm89", show_default=True, help="GPU that the plans are for (TensorRT only).")
+@click.option(
+    "--target",
+    default="sm89",
+    show_default=True,
+    help="GPU that the plans are for, or several: sm89,sm120 (TensorRT only).",
+)
 @click.option("--max-batch", type=click.IntRange(1), default=4, show_default=True, help="Most pictures a plan takes.")
 @click.option("--max-size", type=click.IntRange(8), help="Longest side a plan takes, in pixels; else the model's own.")
+@click.option(
+    "--static-size",
+    "static_sizes",
+    type=size,
+    multiple=True,
+    metavar="WxH",
+    help="A size that gets plans of its own, faster there; may be repeated (TensorRT only).",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output.")
 def command(
     model: str,
@@ -44,6 +58,7 @@ def command(
     target: str,
     max_batch: int,
     max_size: int | None,
+    static_sizes: tuple[tuple[int, int], ...],
     as_json: bool,
 ) -> None:
     """Compile MODEL, a diffusers directory, a hub id or the word `miniature`, into the folder BUNDLE.
@@ -55,11 +70,12 @@ def command(
     silence_libraries()
     from oneword.export.write import export_bundle  # torch: after --help has been answered
 
-    plans: dict[str, Path] = {}
+    plans: dict[str, list[Path]] = {}
+    limits = Limits(max_batch, max_size, static_sizes)
     flavour = Flavour(engine) if engine.startswith("tensorrt") else None
     if flavour is not None:  # before the long work
         installed_version(flavour)
-        compute_capability(flavour, target)
+        compute_capabilities(flavour, target)
     with console.status(f"exporting {model}") as status:
 
         def report(message: str) -> None:
@@ -67,17 +83,21 @@ def command(
             status.update(message)
             console.print(f"[dim]{elapsed:6.1f} s[/dim]  {message}", highlight=False)
 
-        exported = export_bundle(model, bundle, precision=Precision(precision), report=report)
+        def accept(exportable: Any) -> None:
+            if flavour is not None:
+                limits.check(exportable.vae, exportable.defaults)
+
+        exported = export_bundle(model, bundle, precision=Precision(precision), report=report, accept=accept)
         if flavour is not None:
             report(f"building plans with {flavour} for {target}")
-            plans = build_plans(exported.bundle, flavour, target, max_batch=max_batch, max_size=max_size)
+            plans = build_plans(exported.bundle, flavour, target, limits, report)
     seconds = time.perf_counter() - started
     for difference in exported.differences:
         console.print(f"          {difference}", highlight=False)
     for reason in exported.unchecked:
         console.print(f"          not checked: {reason}", highlight=False)
     if as_json:
-        files = {name: str(path) for name, path in plans.items()}
+        files = {name: [str(path) for path in paths] for name, paths in plans.items()}
         print(json.dumps({**summary(exported, seconds), "engine": engine, "plans": files}, indent=1))
     else:
         console.print(f"wrote {bundle} in {seconds:.1f} s", highlight=False)

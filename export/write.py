@@ -37,11 +37,14 @@ def export_bundle(
     *,
     precision: Precision = Precision.FP32,
     report: Report = lambda message: None,
+    accept: Callable[[Exportable], None] = lambda exportable: None,
 ) -> Exported:
-    """Exports `model` (see load_source) to a bundle at `path`, whole or not at all. `report` hears of every stage."""
+    """Exports `model` (see load_source) to a bundle at `path`, whole or not at all. `report` hears of every stage;
+    `accept` may raise once the model is known and before the long work."""
     report(f"loading {model}")
     source = load_source(model, TORCH_DTYPES[precision])
     exportable = family_of(source)
+    accept(exportable)
     differences: list[Difference] = []
     unchecked: list[str] = []
 

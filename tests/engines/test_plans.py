@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import random
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,6 +46,26 @@ def test_eight_processes_that_race_build_once(tmp_path: Path) -> None:
         process.join()
     assert [process.exitcode for process in processes] == [0] * 8
     assert len(list(tmp_path.glob("built-*"))) == 1
+
+
+def build_forever(folder: Path) -> None:
+    def build() -> bytes:
+        (folder / "started").touch()
+        time.sleep(600)
+        return b"never"
+
+    PlanCache(folder / "plans").load_or_build(KEY, build)
+
+
+def test_a_build_that_is_killed_leaves_nothing_and_no_one_waits_for_it(tmp_path: Path) -> None:
+    process = multiprocessing.get_context("spawn").Process(target=build_forever, args=(tmp_path,))
+    process.start()
+    while not (tmp_path / "started").exists():
+        time.sleep(0.05)
+    process.kill()
+    process.join()
+    assert PlanCache(tmp_path / "plans").load(KEY) is None
+    assert PlanCache(tmp_path / "plans").load_or_build(KEY, lambda: b"plan") == b"plan"
 
 
 def test_a_thousand_flips_and_truncations_are_all_refused(tmp_path: Path) -> None:
