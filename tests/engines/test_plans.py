@@ -60,10 +60,11 @@ def build_forever(folder: Path) -> None:
 def test_a_build_that_is_killed_leaves_nothing_and_no_one_waits_for_it(tmp_path: Path) -> None:
     process = multiprocessing.get_context("spawn").Process(target=build_forever, args=(tmp_path,))
     process.start()
-    while not (tmp_path / "started").exists():
+    while process.is_alive() and not (tmp_path / "started").exists():
         time.sleep(0.05)
     process.kill()
     process.join()
+    assert (tmp_path / "started").exists()
     assert PlanCache(tmp_path / "plans").load(KEY) is None
     assert PlanCache(tmp_path / "plans").load_or_build(KEY, lambda: b"plan") == b"plan"
 

@@ -1,0 +1,157 @@
+"""Plans built ahead of time with TensorRT-RTX, no GPU needed; skipped where the library is not installed."""
+
+import importlib.metadata
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from oneword.engines.builder import (
+    Flavour,
+    Limits,
+    _Network,
+    _Tensor,
+    axis_ranges,
+    build_plans,
+    check_network,
+    compute_capabilities,
+    graph_ranges,
+    installed_version,
+    profile_shapes,
+)
+from oneword.engines.bundle import Bundle, Manifest, graph_digest, write_bundle
+from oneword.engines.errors import EngineError, MissingPackage, UsageError
+
+
+@pytest.mark.parametrize("target", ["sm90", "sm89,sm90", "ampere", "89", ""])
+def test_a_target_that_cannot_be_built_for_is_named_with_those_that_can(target: str) -> None:
+    with pytest.raises(UsageError, match="builds for sm75, sm80, sm86, sm89, sm120, sm121"):
+        compute_capabilities(Flavour.RTX, target)
+
+
+def test_a_target_is_one_compute_capability_or_several() -> None:
+    assert compute_capabilities(Flavour.RTX, "sm89") == [(8, 9)]
+    assert compute_capabilities(Flavour.RTX, "sm89,sm120") == [(8, 9), (12, 0)]
+    assert compute_capabilities(Flavour.TENSORRT, "sm90") == [(9, 0)]
+    with pytest.raises(UsageError, match="builds for the GPU it runs on, for example sm90"):
+        compute_capabilities(Flavour.TENSORRT, "sm89,sm90")
+
+
+def test_an_absent_builder_names_the_line_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", absent)
+    with pytest.raises(MissingPackage, match=r"tensorrt is not installed: pip install 'oneword\[tensorrt\]'"):
+        installed_version(Flavour.TENSORRT)
+
+
+def test_a_network_unlike_the_manifest_is_refused(tiny_bundle: Path) -> None:
+    graph = Bundle.open(tiny_bundle).graph("vae_decoder")
+    network = _Network(
+        [_Tensor("latents", "float32", [-1, 4, 8, 8])],
+        [_Tensor("images", "uint8", [-1, -1, -1, 3]), _Tensor("finite", "bool", [-1])],
+    )
+    with pytest.raises(EngineError, match=r"'latents' as \('float32', \(-1, 4, 8, 8\)\)"):
+        check_network("vae_decoder", graph, network)
+
+
+def test_profiles_follow_the_largest_batch_and_size(tiny_bundle: Path) -> None:
+    manifest = Bundle.open(tiny_bundle).manifest
+    ranges = axis_ranges(manifest, "denoise_step", Limits(max_batch=3, max_size=128))
+    sample = manifest.graphs["denoise_step"].inputs[0]
+    assert profile_shapes(sample, ranges) == ([1, 4, 1, 1], [1, 4, 8, 8], [3, 4, 16, 16])
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        (Limits(max_batch=3, max_size=60), "--max-batch 3 --max-size 60: at least 1, and a multiple of 8 from 64 on"),
+        (Limits(static_sizes=((64, 60),)), "--static-size 64x60: both must be multiples of 8"),
+    ],
+)
+def test_limits_that_the_model_cannot_meet_are_named(tiny_bundle: Path, limits: Limits, message: str) -> None:
+    manifest = Bundle.open(tiny_bundle).manifest
+    with pytest.raises(UsageError, match=message):
+        limits.check(manifest.vae, manifest.defaults)
+
+
+def test_a_static_size_is_one_guided_picture_and_concerns_only_graphs_that_see_pictures(tiny_bundle: Path) -> None:
+    manifest = Bundle.open(tiny_bundle).manifest
+    limits = Limits(static_sizes=((96, 64),))
+    assert len(graph_ranges(manifest, "text_encoder", limits)) == 1
+    _, static = graph_ranges(manifest, "denoise_step", limits)
+    wanted = {"B": 1, "N": 2, "M": 2, "T": 20, "h": 8, "w": 12}
+    assert static == {axis: (size, size, size) for axis, size in wanted.items()}
+    _, pixels = graph_ranges(manifest, "vae_encoder", limits)
+    assert pixels == {"B": (1, 1, 1), "H": (64, 64, 64), "W": (96, 96, 96)}
+
+
+@pytest.fixture
+def rtx() -> None:
+    for module in ("tensorrt_rtx", "polygraphy"):
+        pytest.importorskip(module)
+
+
+@pytest.mark.usefixtures("rtx")
+def test_ti_export_gives_a_bundle_with_plans_ready_to_ship(tiny_model_dir: Path, tmp_path: Path) -> None:
+    options = ["--engine", "tensorrt-rtx", "--target", "sm89,sm120", "--max-batch", "2", "--json"]
+    run = subprocess.run(
+        [sys.executable, "-m", "oneword.export.cli", str(tiny_model_dir), str(tmp_path / "bundle"), *options],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    report = json.loads(run.stdout)
+    bundle = Bundle.open(tmp_path / "bundle")
+    assert report["plans"].keys() == bundle.manifest.graphs.keys() == report["graphs"].keys()
+    for paths in report["plans"].values():
+        assert [Path(path).read_bytes()[:4] for path in paths] == [b"vtrt"]  # how plans of TensorRT begin
+    assert "building plans with tensorrt-rtx for sm89,sm120" in run.stderr
+
+    shipped = shutil.move(bundle.path, tmp_path / "shipped")
+    built = {path: path.stat().st_mtime_ns for path in shipped.rglob("*.plan")}
+    assert len(built) == 4
+    build_plans(Bundle.open(shipped), Flavour.RTX, "sm89,sm120", Limits(max_batch=2))  # finds them all
+    assert {path: path.stat().st_mtime_ns for path in shipped.rglob("*.plan")} == built
+
+
+@pytest.mark.usefixtures("rtx")
+def test_a_graph_that_cannot_be_built_is_one_line_and_the_bundle_stays_whole(tiny_bundle: Path, tmp_path: Path) -> None:
+    bundle = with_another_decoder(Bundle.open(tiny_bundle), tmp_path / "bundle")
+    with pytest.raises(EngineError, match=r"cannot build a plan of graph 'vae_decoder': .*NoSuchOperator") as caught:
+        build_plans(bundle, Flavour.RTX, "sm89")
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).endswith(f"the bundle {bundle.path} is whole and runs without it")
+    assert Bundle.open(bundle.path).manifest == bundle.manifest
+    assert not list(bundle.path.rglob("*.plan"))
+    assert not list(bundle.path.rglob(".*.plan.*"))
+
+
+def with_another_decoder(bundle: Bundle, path: Path) -> Bundle:
+    """The same bundle, but for a decoder that no library knows how to compute; its plan is the first to be built."""
+    specs = bundle.graph("vae_decoder")
+
+    def fill(folder: Path) -> Manifest:
+        ours = shutil.ignore_patterns("bundle.json", ".*", "plans")
+        shutil.copytree(bundle.path, folder, dirs_exist_ok=True, ignore=ours)
+        of = {str(s.name): s for s in (*specs.inputs, *specs.outputs)}
+        types = {"float32": TensorProto.FLOAT, "uint8": TensorProto.UINT8, "bool": TensorProto.BOOL}
+        values = {
+            name: helper.make_tensor_value_info(name, types[spec.dtype], list(spec.axes)) for name, spec in of.items()
+        }
+        node = helper.make_node("NoSuchOperator", ["latents"], ["images", "finite"], domain="nowhere")
+        graph = helper.make_graph([node], "decoder", [values["latents"]], [values["images"], values["finite"]])
+        domains = [helper.make_opsetid("", 20), helper.make_opsetid("nowhere", 1)]
+        onnx.save(helper.make_model(graph, opset_imports=domains, ir_version=10), folder / "vae_decoder.onnx")
+        decoder = msgspec.structs.replace(specs, digest=graph_digest(folder, specs.files))
+        graphs = {"vae_decoder": decoder, **{n: g for n, g in bundle.manifest.graphs.items() if n != "vae_decoder"}}
+        return msgspec.structs.replace(bundle.manifest, graphs=graphs)
+
+    return write_bundle(path, fill)
