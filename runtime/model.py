@@ -131,7 +131,7 @@ class Model:
 
     def unload(self, token: str) -> None:
         """Frees a word's rows once no prompt that uses them waits to be encoded. Raises UsageError if it is unknown."""
-        if token not in self.words:
+        if any(token not in words for words in self._words.values()):
             raise UsageError(f"no word {token!r} is loaded; loaded are {', '.join(self.words) or 'none'}")
         for name, table in self._tables.items():
             table.unload(token)

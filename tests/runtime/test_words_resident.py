@@ -1,0 +1,79 @@
+"""However many words are resident, encoding reads the one table where it lies, in every engine."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from oneword.engines.open import Backend
+from oneword.runtime.concept import Concept
+from oneword.runtime.model import Model
+
+RESIDENT = 5_000
+
+
+@pytest.fixture(params=list(Backend))
+def model(tiny_bundle: Path, request: pytest.FixtureRequest) -> Model:
+    pytest.importorskip(request.param.value)
+    model = Model.open(tiny_bundle, request.param, threads=1, capacity=RESIDENT)
+    for i, vector in enumerate(np.random.default_rng(0).normal(0, 0.5, (RESIDENT, 1, 32)).astype(np.float32)):
+        model.load(Concept(f"<w{i}>", {"text_encoder": vector}))
+    return model
+
+
+class Spy:
+    """Stands before an engine's own object and notes where the table lies that it is given."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner, self.addresses = inner, list[int]()
+
+    def run_with_ort_values(self, outputs: Any, feeds: Any) -> Any:
+        self.addresses.append(feeds["embedding_table"].data_ptr())
+        return self._inner.run_with_ort_values(outputs, feeds)
+
+    def create_infer_request(self) -> Any:
+        request = self._inner.create_infer_request()
+        inner, spy = request, self
+
+        class Request:
+            def infer(self) -> None:
+                spy.addresses.append(inner.get_tensor("embedding_table").data.ctypes.data)
+                inner.infer()
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(inner, name)
+
+        return Request()
+
+
+def test_every_call_is_given_the_table_itself(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = model._tables["text_encoder"].array
+    engine: Any = model.engine("text_encoder")
+    name = "_session" if model.backend is Backend.ONNXRUNTIME else "_compiled"
+    spy = Spy(getattr(engine, name))
+    monkeypatch.setattr(engine, name, spy)
+
+    first, last, both = (
+        model.encode([model.tokenize(prompt)])[0].hidden_states
+        for prompt in ("a <w0>", f"a <w{RESIDENT - 1}>", f"a <w0> and a <w{RESIDENT - 1}>")
+    )
+
+    assert spy.addresses == [table.ctypes.data] * 3
+    assert np.abs(first - last).max() > 0.01
+    assert np.abs(first - both).max() > 0.01
+
+
+def test_a_word_loaded_into_a_table_in_use_is_read_by_the_next_call(model: Model) -> None:
+    array, engine = model._tables["text_encoder"].array, model.engine("text_encoder")
+    tokens = model.tokenize("a <w5>")
+    before = model.encode([tokens])[0].hidden_states
+    model.release(tokens)
+    model.unload("<w5>")
+    model.load(Concept("<w5>", {"text_encoder": np.full((1, 32), -0.4, np.float32)}))
+
+    after = model.encode([model.tokenize("a <w5>")])[0].hidden_states
+
+    assert model._tables["text_encoder"].array is array
+    assert model.engine("text_encoder") is engine
+    assert np.abs(before - after).max() > 0.01
