@@ -55,12 +55,12 @@ class EagerBinding:
     def __init__(self, engine: EagerEngine, inputs: Mapping[str, NumpyArray]) -> None:
         self.engine = engine
         self.inputs: Mapping[str, Array] = {name: HostArray(value) for name, value in inputs.items()}
-        self.outputs: Mapping[str, Array] = {}
+        self.outputs: dict[str, Array] = {}
 
     def run(self, stream: int | None = None) -> None:
         """See Binding.run."""
         values = self.engine.run({name: value.numpy() for name, value in self.inputs.items()})
-        if not self.outputs:
-            self.outputs = {name: HostArray(value) for name, value in values.items()}
+        if not self.outputs:  # filled in place: a caller may have taken the mapping before the first run
+            self.outputs.update({name: HostArray(value) for name, value in values.items()})
         for name, value in values.items():
             self.outputs[name].write(..., value)

@@ -9,19 +9,20 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
 
 from oneword.engines.errors import FileError, OnewordError, UsageError
 from oneword.runtime.concept import save_concept
 from oneword.train.recipe import RECIPES, Compute, Norm, Recipe, named_recipe
+
+if TYPE_CHECKING:
+    from oneword.train.preview import SheetFolders
+    from oneword.train.run import Progress
 
 
 class Interrupted(OnewordError):
@@ -86,6 +87,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--checkpoints", type=Path, help="folder for the run's state (default: beside the output, .run)")
     p.add_argument("--checkpoint-every", type=int, default=25, help="steps between two states (default 25)")
+    p.add_argument("--preview-every", type=int, metavar="K", help="sample sheets every K steps, in OUTPUT.previews/")
+    p.add_argument("--report", type=Path, help="the run as one HTML page, samples included")
+    p.add_argument("--tensorboard", type=Path, metavar="DIR", help="TensorBoard's logs")
     p.add_argument("--json", action="store_true", help="one JSON document on standard output")
     return p
 
@@ -110,18 +114,42 @@ def train(args: argparse.Namespace, console: Console) -> dict[str, Any] | None:
     """Parse, learn, write; what `--json` prints, or None."""
     recipe = recipe_of(args)
     rows = manifest_rows(args)
+    check_report(args.report)
     check_outputs([Path(row["output"]) for row in rows])
+    for option in ("checkpoint_every", "preview_every"):
+        if (given := getattr(args, option)) is not None and given < 1:
+            raise UsageError(f"--{option.replace('_', '-')} is {given}: give a number of steps, at least 1")
     from oneword.train.checkpoint import forget
+    from oneword.train.preview import SheetFolders
+    from oneword.train.progress import log, show
     from oneword.train.run import Task, learn, quiet  # seconds of torch that a wrong option need not wait for
 
     quiet()
     checkpoints = args.checkpoints or Path(rows[0]["output"]).with_suffix(".run")
     tasks = [Task(Path(row["images"]), row["token"], row["init"]) for row in rows]
     started = time.perf_counter()
-    run = learn(args.model, tasks, recipe, args.seed, checkpoints=checkpoints, checkpoint_every=args.checkpoint_every)
-    last = None
+    preview_every = args.preview_every or (recipe.steps if args.report else None)
+    run = learn(
+        args.model,
+        tasks,
+        recipe,
+        args.seed,
+        checkpoints=checkpoints,
+        checkpoint_every=args.checkpoint_every,
+        preview_every=preview_every,
+    )
+    sheets = SheetFolders({row["token"]: Path(row["output"]).with_suffix(".previews") for row in rows})
+    shown = show(run, console)
+    if args.tensorboard:
+        shown = log(shown, args.tensorboard, [task.token for task in tasks])
+    last, notes = None, list[str]()
     with Interruption() as interruption:
-        for last in follow(run, console):
+        for last in shown:
+            notes += last.notes
+            if last.step == 1 and not last.concepts:  # begun anew
+                sheets.forget()
+            for sheet in last.sheets:
+                sheets.keep(sheet)
             if interruption.asked and not last.concepts:
                 run.close()
                 raise Interrupted(f"stopped at step {last.step} of {last.steps}: the same command goes on from there")
@@ -132,6 +160,9 @@ def train(args: argparse.Namespace, console: Console) -> dict[str, Any] | None:
         console.print(
             f"{concept.token} -> {row['output']}, {last.step} steps in {seconds:.0f} s", markup=False, soft_wrap=True
         )
+    if args.report:
+        write_report(args.report, args.model, recipe, rows, last, notes, sheets)
+        console.print(f"report -> {args.report}", markup=False, soft_wrap=True)
     forget(checkpoints)
     if not args.json:
         return None
@@ -150,6 +181,49 @@ def train(args: argparse.Namespace, console: Console) -> dict[str, Any] | None:
         "steps": last.step,
         "seconds": {**{name: round(value, 3) for name, value in last.timings.items()}, "total": round(seconds, 3)},
     }
+
+
+def write_report(
+    path: Path,
+    model: str,
+    recipe: Recipe,
+    rows: Sequence[dict[str, str]],
+    last: Progress,
+    notes: Sequence[str],
+    sheets: SheetFolders,
+) -> None:
+    """The run's page, whole or not at all."""
+    from oneword.runtime.concept import write_whole
+    from oneword.train.learner import learning_rate_at
+    from oneword.train.pictures import read_pictures
+    from oneword.train.prompts import probes
+    from oneword.train.report import LearnedWord, report
+
+    likeness = {sheet.token: sheet.likeness for sheet in last.sheets}
+    words = [
+        LearnedWord(
+            token=concept.token,
+            init=row["init"],
+            output=Path(row["output"]),
+            vectors=len(next(iter(concept.vectors.values()))),
+            pictures=[picture.pixels for picture in read_pictures(Path(row["images"]), 112)],
+            losses=losses,
+            sheets=sheets.kept(concept.token),
+            prompts=probes(recipe.subject),
+            likeness=likeness.get(concept.token),
+            length=length,
+        )
+        for row, concept, losses, length in zip(rows, last.concepts, last.history, last.lengths, strict=True)
+    ]
+    page = report(
+        words,
+        model=model,
+        settings=recipe.as_text(),
+        rates=[learning_rate_at(recipe, step) for step in range(last.step)],
+        notes=notes,
+        seconds=last.timings,
+    )
+    write_whole(path, page.encode())
 
 
 def recipe_of(args: argparse.Namespace) -> Recipe:
@@ -217,6 +291,12 @@ def read_manifest(path: Path) -> list[dict[str, str]]:
     ]
 
 
+def check_report(path: Path | None) -> None:
+    """Raises `UsageError` where the report could not be written."""
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise UsageError(f"--report {path}: give a file, for example run.html, in a folder that is there")
+
+
 def check_outputs(paths: Sequence[Path]) -> None:
     """Now, rather than after the learning: raises `UsageError` where a concept could not be written."""
     for path in paths:
@@ -226,34 +306,6 @@ def check_outputs(paths: Sequence[Path]) -> None:
             raise UsageError(f"--output {path}: there is no folder {path.parent}: make it first")
         if paths.count(path) > 1:
             raise UsageError(f"--output {path} is given twice: give each word a file of its own")
-
-
-def follow(run: Iterable[Any], console: Console) -> Iterable[Any]:
-    """Pass a run's progress on, showing it: a bar on a terminal, a line every tenth of the way elsewhere."""
-    columns = (
-        TextColumn("learning"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}"),
-    )
-    bar = Bar(*columns, console=console, transient=True)
-    smooth = math.nan
-    shown: TaskID | None = None
-    with bar if console.is_terminal else nullcontext():
-        for progress in run:
-            for note in progress.notes:
-                console.print(f"note: {note}", markup=False, soft_wrap=True)
-            now = [loss for loss in progress.losses if math.isfinite(loss)]
-            mean = sum(now) / len(now) if now else smooth
-            smooth = mean if math.isnan(smooth) else 0.9 * smooth + 0.1 * mean
-            state = f"loss {smooth:.4f} rate {progress.learning_rate:.2g}"
-            if console.is_terminal:
-                shown = bar.add_task(state, total=progress.steps) if shown is None else shown
-                bar.update(shown, completed=progress.step, description=state)
-            elif progress.step % max(1, progress.steps // 10) == 0:
-                console.print(f"step {progress.step}/{progress.steps} {state}", markup=False, soft_wrap=True)
-            yield progress
 
 
 def _number(value: float) -> float | None:

@@ -8,7 +8,7 @@ without S*, averaged over prompts. The released scorer averages the samples' cos
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -91,8 +91,8 @@ class Judge:
         self.side: int = self.model.config.vision_config.image_size
 
     @torch.no_grad()
-    def pictures(self, pictures: Pictures) -> Embeddings:
-        """uint8 [N, H, W, 3] -> [N, P]."""
+    def pictures(self, pictures: Iterable[npt.NDArray[np.uint8]]) -> Embeddings:
+        """N pictures, uint8 [H, W, 3] -> [N, P]."""
         sized = np.stack([self._sized(picture) for picture in pictures])
         pixels = (torch.from_numpy(sized).permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
         states = [self.model.vision_model(pixel_values=part).pooler_output for part in pixels.split(64)]

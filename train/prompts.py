@@ -7,6 +7,7 @@ after CLIP's ImageNet prompts), the style templates the 19 of its release; both 
 from __future__ import annotations
 
 from oneword.engines.errors import UsageError
+from oneword.train.recipe import Subject
 
 OBJECT_TEMPLATES = (
     "a photo of a {}",
@@ -61,6 +62,24 @@ STYLE_TEMPLATES = (
 )
 
 PLACE = "{}"
+
+OBJECT_PROBES = ("a photo of a {}", "a painting of a {}", "a photo of a {} in the snow", "a photo of a {} at night")
+STYLE_PROBES = (
+    "a painting in the style of {}",
+    "a red star in the style of {}",
+    "a blue ring in the snow in the style of {}",
+    "a flower at night in the style of {}",
+)
+
+
+def templates(subject: Subject) -> tuple[str, ...]:
+    """What a word of that kind is learned in."""
+    return STYLE_TEMPLATES if subject is Subject.STYLE else OBJECT_TEMPLATES
+
+
+def probes(subject: Subject) -> tuple[str, ...]:
+    """Prompts of our own that differ in what stands around the word: for samples, and to see whether it is heeded."""
+    return STYLE_PROBES if subject is Subject.STYLE else OBJECT_PROBES
 
 
 def per_image_template(template: str, index: int) -> str:

@@ -11,26 +11,27 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import diffusers
-import torch
+import numpy as np
 import transformers
 
 from oneword import __version__
-from oneword.engines.errors import UsageError
+from oneword.engines.errors import OnewordError, UsageError
 from oneword.export.source import Source, load_source
-from oneword.runtime.concept import Concept, check_token, load_concept
+from oneword.runtime.concept import Concept, check_token
+from oneword.train import advice
 from oneword.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from oneword.train.learner import Learner, Rows, Word, vocabulary_norm
-from oneword.train.pictures import Picture, encode_moments, near_duplicates, random_crops, read_pictures
-from oneword.train.prompts import OBJECT_TEMPLATES, STYLE_TEMPLATES, caption_template
-from oneword.train.recipe import Recipe, Subject
+from oneword.train.learner import Learner, Word
+from oneword.train.pictures import Picture, encode_moments, random_crops, read_pictures
+from oneword.train.preview import Previewer, Sheet
+from oneword.train.prompts import caption_template, probes, templates
+from oneword.train.recipe import Recipe
+from oneword.train.starts import initial_rows, token_ids
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ class Task:
 class Progress:
     """Where a run is after `step` of `steps`. `losses` and `stopped` are in the tasks' order.
 
-    `concepts` is empty until the last one. `notes` are warnings not told before, `timings` seconds a stage.
+    `notes` are warnings not told before, `sheets` samples drawn after this step. The last one also has the `concepts`,
+    with the `history` of each word's losses, its `lengths` over the vocabulary's, and `timings`, seconds a stage.
     """
 
     step: int
@@ -62,7 +64,10 @@ class Progress:
     learning_rate: float
     stopped: Sequence[bool]
     notes: Sequence[str] = ()
+    sheets: Sequence[Sheet] = ()
     concepts: Sequence[Concept] = ()
+    history: Sequence[Sequence[float]] = ()
+    lengths: Sequence[float] = ()
     timings: dict[str, float] = field(default_factory=dict)
 
 
@@ -74,11 +79,13 @@ def learn(
     *,
     checkpoints: Path | None = None,
     checkpoint_every: int = 25,
+    preview_every: int | None = None,
 ) -> Generator[Progress]:
     """Learn every task's word in shared batches; yields after each step, the concepts with the last.
 
     With `checkpoints`, a folder, the run's state is kept there every so many steps and when the iterator is closed, and
-    a run found there goes on. A `Source` given as the model is used up: its UNet is cast in place.
+    a run found there goes on. With `preview_every`, every word is sampled so often and at the end. A `Source` given as
+    the model is used up: its UNet is cast in place.
 
     Raises `UsageError` for tasks that cannot be learned, `FileError` for pictures that cannot be read, and what
     `load_source` raises for the model.
@@ -92,16 +99,22 @@ def learn(
     step = side_step(source) if recipe.buckets else None
     pictures = [read_pictures(task.images, size, step=step) for task in tasks]
     words = [make_word(source, task, some, recipe, seed) for task, some in zip(tasks, pictures, strict=True)]
-    notes = [note for task, some in zip(tasks, pictures, strict=True) for note in warnings_about(source, task, some)]
+    notes = [
+        note
+        for task, some in zip(tasks, pictures, strict=True)
+        for note in advice.before(source, task.images, task.init, some)
+    ]
     encoded = time.perf_counter()
 
     learner = Learner(source, words, recipe, seed)
+    previewer = Previewer(source, probes(recipe.subject), seed) if preview_every else None
     settings = settings_of(source, tasks, pictures, recipe, seed) if checkpoints else {}
     if checkpoints and (found := load_checkpoint(checkpoints, settings)):
         learner.restore(found.tensors, found.facts)
         notes.append(f"going on from step {found.step} of {recipe.steps} ({checkpoints})")
     losses = [word.losses[-1] if word.losses else math.nan for word in words]
     rate = learner.learning_rate
+    sheets: list[Sheet] = []
     while not learner.finished():
         rate = learner.learning_rate
         losses = learner.step()
@@ -109,15 +122,20 @@ def learn(
             save_checkpoint(checkpoints, Checkpoint(learner.steps_done, *learner.state(), settings))
         if learner.finished():
             break
+        sheets = []
+        if previewer and preview_every and learner.steps_done % preview_every == 0:
+            sheets = draw_sheets(previewer, learner, pictures, notes)
+        stopped = [word.stopped for word in words]
         try:
-            yield Progress(learner.steps_done, recipe.steps, losses, rate, [word.stopped for word in words], notes)
+            yield Progress(learner.steps_done, recipe.steps, losses, rate, stopped, notes, sheets)
         except GeneratorExit:
             if checkpoints:
                 save_checkpoint(checkpoints, Checkpoint(learner.steps_done, *learner.state(), settings))
             raise
         notes = []
     ended = time.perf_counter()
-    notes += [f"{word.token} is where it started: nothing was learned" for word in words if not has_moved(word)]
+    notes += [note for index in range(len(words)) for note in advice.after(learner, index)]
+    sheets = draw_sheets(previewer, learner, pictures, notes) if previewer else []
     yield Progress(
         learner.steps_done,
         recipe.steps,
@@ -125,11 +143,40 @@ def learn(
         rate,
         [word.stopped for word in words],
         notes,
-        [
+        sheets,
+        concepts=[
             learner.concept(i, provenance(source, task, recipe, seed, learner.steps_done))
             for i, task in enumerate(tasks)
         ],
-        {"load": loaded - started, "pictures": encoded - loaded, "learn": ended - encoded},
+        history=[word.losses for word in words],
+        lengths=[relative_length(learner, index) for index in range(len(words))],
+        timings={
+            "load": loaded - started,
+            "pictures": encoded - loaded,
+            "learn": ended - encoded,
+            "look": time.perf_counter() - ended,
+        },
+    )
+
+
+def draw_sheets(
+    previewer: Previewer, learner: Learner, pictures: Sequence[Sequence[Picture]], notes: list[str]
+) -> list[Sheet]:
+    """A sheet of every word; what cannot be drawn is a note and ends nothing."""
+    sheets = []
+    for index, some in enumerate(pictures):
+        try:
+            sheets.append(previewer.sheet(learner.concept(index, {}), learner.steps_done, some))
+        except OnewordError as error:
+            notes.append(f"no samples of {learner.words[index].token} at step {learner.steps_done}: {error}")
+    return sheets
+
+
+def relative_length(learner: Learner, index: int) -> float:
+    """The mean length of a word's vectors over the median length of the vocabulary's."""
+    vectors = learner.concept(index, {}).vectors
+    return float(
+        np.mean([np.linalg.norm(v, axis=1).mean() / learner.target_norms[name] for name, v in vectors.items()])
     )
 
 
@@ -195,84 +242,8 @@ def make_word(source: Source, task: Task, pictures: Sequence[Picture], recipe: R
         task.token,
         encode_moments(source.vae, pictures, crops, flip=recipe.flip),
         initial_rows(source, task.init, recipe.vectors, seed),
-        STYLE_TEMPLATES if recipe.subject is Subject.STYLE else OBJECT_TEMPLATES,
+        templates(recipe.subject),
         captions,
-    )
-
-
-def initial_rows(source: Source, init: str, vectors: int, seed: int) -> Rows:
-    """Where a word starts, `vectors` rows for each text encoder; see `Task.init`."""
-    if init.endswith(".safetensors"):
-        return _rows_of_concept(load_concept(Path(init)), source, vectors)
-    rows: dict[str, torch.Tensor] = {}
-    for name, model in source.text_encoders.items():
-        table = embedding_table(model)
-        if init == "random":
-            generator = torch.Generator().manual_seed(seed)
-            direction = torch.randn(vectors, table.shape[1], generator=generator)
-            rows[name] = direction / direction.norm(dim=-1, keepdim=True) * vocabulary_norm(table)
-        else:
-            ids = [i for word in split_words(init) for i in token_ids(source.tokenizers[name], word)]
-            rows[name] = table[ids].mean(0, keepdim=True).repeat(vectors, 1)
-    return rows
-
-
-def _rows_of_concept(concept: Concept, source: Source, vectors: int) -> Rows:
-    rows: dict[str, torch.Tensor] = {}
-    for name, model in source.text_encoders.items():
-        width = embedding_table(model).shape[1]
-        if name not in concept.vectors or concept.vectors[name].shape[1] != width:
-            raise UsageError(
-                f"the concept {concept.token!r} has no rows {width} wide for {name}: start from another word"
-            )
-        given = torch.from_numpy(concept.vectors[name].copy())
-        rows[name] = given[torch.arange(vectors).clamp(max=len(given) - 1)]
-    return rows
-
-
-def embedding_table(model: Any) -> torch.Tensor:
-    """A text encoder's vocabulary rows [V, D] float32."""
-    table: torch.Tensor = model.get_input_embeddings().weight
-    return table.detach().float()
-
-
-def split_words(init: str) -> list[str]:
-    """The words of an init, parted by spaces or commas. Raises `UsageError` if there are none."""
-    words = re.split(r"[\s,]+", init.strip())
-    if not words[0]:
-        raise UsageError("init is empty: give a word that says roughly what the pictures show, for example toy")
-    return words
-
-
-def token_ids(tokenizer: Any, word: str) -> list[int]:
-    """The ids of a word, without BOS and EOS."""
-    ids: list[int] = tokenizer(word, add_special_tokens=False).input_ids
-    if not ids:
-        raise UsageError(
-            f"init {word!r} is no token at all for this model: give a word that says what the pictures show"
-        )
-    return ids
-
-
-def warnings_about(source: Source, task: Task, pictures: Sequence[Picture]) -> Iterator[str]:
-    """What the user should know before a minute is spent."""
-    if len(pictures) < 3:
-        yield f"{task.images} holds {len(pictures)} picture{'s'[: len(pictures) - 1]}: three to five are usual"
-    for one, other in near_duplicates(pictures):
-        yield f"{one.name} and {other.name} in {task.images} are nearly the same picture: one of them teaches nothing"
-    if task.init == "random" or task.init.endswith(".safetensors"):
-        return
-    tokenizer = next(iter(source.tokenizers.values()))
-    for word in split_words(task.init):
-        if len(token_ids(tokenizer, word)) > 1:
-            yield f"init {word!r} is several tokens of this model, their mean is used: a common word starts better"
-
-
-def has_moved(word: Word) -> bool:
-    """Whether learning changed the word by more than a hundredth of its length."""
-    return any(
-        float((rows.detach() - word.initial[name]).norm()) > 0.01 * float(word.initial[name].norm())
-        for name, rows in word.rows.items()
     )
 
 

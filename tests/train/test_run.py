@@ -82,6 +82,8 @@ def test_a_command_that_cannot_be_done_says_why_in_one_line_before_it_learns(
         ([*good[:4], "star", *good[5:]], 2, "'star' is a word of the model's own vocabulary: call the new one <star>"),
         ([*good[:6], " ", *good[7:]], 2, "init is empty"),
         ([*good, "--set", "speed=9"], 2, "'speed=9' is no setting"),
+        ([*good, "--preview-every", "0"], 2, "--preview-every is 0"),
+        ([*good, "--report", str(tmp_path / "no" / "run.html")], 2, "in a folder that is there"),
         ([str(folder), *good, "--token", "<toy>", "--output", str(tmp_path / "b.safetensors")], 2, "learned twice"),
         ([str(folder), *good, "--token", "<b>", "--output", str(tmp_path / "toy.safetensors")], 2, "is given twice"),
     ]
@@ -210,6 +212,28 @@ def test_pictures_of_many_shapes_crops_and_mirror_images_are_learned_from(tiny_m
     (concept,) = last.concepts
     start = initial_rows(load_source(tiny_model_dir), "star", 1, 0)["text_encoder"]
     assert np.abs(concept.vectors["text_encoder"] - start.numpy()).max() > 1e-4
+
+
+def test_sheets_and_report_are_written_and_change_no_bit_of_the_word(
+    folder: Path, tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain, seen = tmp_path / "plain.safetensors", tmp_path / "seen.safetensors"
+    (tmp_path / "seen.previews").mkdir()
+    (tmp_path / "seen.previews" / "step-000999.png").write_bytes(b"of an older run")
+    looks = ["--preview-every", "2", "--report", str(tmp_path / "run.html")]
+
+    assert main(command(folder, tiny_model_dir, plain)) == 0
+    assert main(command(folder, tiny_model_dir, seen, *looks)) == 0, capsys.readouterr().err
+
+    np.testing.assert_array_equal(
+        load_concept(plain).vectors["text_encoder"], load_concept(seen).vectors["text_encoder"]
+    )
+    assert sorted(path.name for path in (tmp_path / "seen.previews").iterdir()) == [
+        "step-000002.png",
+        "step-000003.png",
+    ]
+    page = (tmp_path / "run.html").read_text()
+    assert page.count("data:image/png;base64,") == 5 + 2
 
 
 def test_what_the_user_should_know_is_told_at_the_first_step(folder: Path, tiny_model_dir: Path) -> None:

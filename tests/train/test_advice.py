@@ -1,0 +1,58 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from oneword.export.source import load_source
+from oneword.train import advice
+from oneword.train.learner import Learner, Word
+from oneword.train.pictures import Moments
+from oneword.train.prompts import OBJECT_PROBES, OBJECT_TEMPLATES
+from oneword.train.recipe import Compute, Recipe
+
+QUICK = Recipe(steps=2, batch_size=2, learning_rate=0.05, weight_decay=0.0, compute=Compute.FP32)
+
+
+@pytest.fixture
+def learner(tiny_model_dir: Path) -> Learner:
+    rng = torch.Generator().manual_seed(0)
+    mean = list(torch.randn(3, 4, 4, 4, generator=rng))
+    rows = {"text_encoder": torch.randn(1, 32, generator=rng) * 0.1}
+    word = Word("<toy>", Moments(3, mean, [torch.zeros(4, 4, 4)] * 3, None), rows, OBJECT_TEMPLATES)
+    return Learner(load_source(tiny_model_dir), [word], QUICK, seed=7)
+
+
+def test_a_word_that_learns_well_needs_no_advice(learner: Learner) -> None:
+    learner.step()
+    learner.words[0].at_start = 2 * learner.watch(0)
+
+    assert list(advice.after(learner, 0)) == []
+
+
+def test_a_word_where_it_started_is_told_of(learner: Learner) -> None:
+    assert ["<toy> is where it started" in note for note in advice.after(learner, 0)] == [True]
+
+
+def test_a_loss_that_never_moved_is_told_of(learner: Learner) -> None:
+    learner.step()
+    learner.words[0].at_start = learner.watch(0)
+
+    (note,) = advice.after(learner, 0)
+
+    assert "the loss on one and the same batch was" in note
+    assert "it never moved" in note
+
+
+def test_a_word_that_drowns_its_prompt_is_told_of(learner: Learner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A random model heeds everything a little, so the line is drawn just above and just below what it does."""
+    learner.step()
+    word = learner.words[0]
+    word.at_start = 2 * learner.watch(0)
+    share = learner.response(0, OBJECT_PROBES, word.rows) / learner.response(0, OBJECT_PROBES, word.initial)
+
+    monkeypatch.setattr(advice, "DEAF", share * 1.01)
+    (note,) = advice.after(learner, 0)
+    monkeypatch.setattr(advice, "DEAF", share * 0.99)
+
+    assert f"changes pictures {share:.0%} as much as around its init: likely overfit" in note
+    assert list(advice.after(learner, 0)) == []

@@ -1,0 +1,94 @@
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from oneword.train.plots import curves, scatter
+from oneword.train.report import LearnedWord, report
+
+
+class Page(HTMLParser):
+    """Every address the page asks for, and its text."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.addresses: list[str] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "action")]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def a_page() -> str:
+    grey = np.full((8, 8, 3), 128, np.uint8)
+    word = LearnedWord(
+        token="<toy>",
+        init="star & ring",
+        output=Path("my toys/toy.safetensors"),
+        vectors=2,
+        pictures=[grey, grey],
+        losses=[0.3, float("nan"), 0.2],
+        sheets={5: Image.fromarray(grey), 10: Image.fromarray(grey)},
+        prompts=["a photo of a {}"],
+        likeness=0.875,
+        length=3.25,
+    )
+    return report(
+        [word],
+        model="miniature",
+        settings={"steps": "10", "rate": "<cosine>"},
+        rates=[0.1, 0.05, 0.0],
+        notes=["<toy> is where it started"],
+        seconds={"load": 1.0, "learn": 2.0},
+    )
+
+
+def test_the_report_fetches_nothing_and_shows_every_picture() -> None:
+    page = Page(a_page())
+
+    pictures = [address for address in page.addresses if address.startswith("data:image/png;base64,")]
+    assert len(pictures) == 4
+    assert all(address.startswith(("data:", "#")) for address in page.addresses)
+    assert not re.search(r"url\((?!#)", a_page())
+
+
+def test_the_report_says_what_the_word_is_and_how_to_draw_it() -> None:
+    text = Page(a_page()).text
+
+    for part in (
+        "<toy>",  # escaped in the page, so that it is text here
+        "2 vectors, from star & ring,",
+        "3.2 times as long",
+        "likeness 0.875",
+        "ti-run miniature.bundle 'a photo of a <toy>' --concept 'my toys/toy.safetensors'",
+        "<toy> is where it started",
+        "<cosine>",
+        "in 3 s",
+        "step 10",
+    ):
+        assert part in text, part
+
+
+def test_curves_are_drawn_to_scale_and_the_same_each_time() -> None:
+    """A running mean of 2 over 1, 3, 5 is 2, 4: two points, the second higher (smaller y in SVG)."""
+    svg = curves({"loss": [1.0, 3.0, 5.0]}, "loss", smooth=2)
+
+    assert svg == curves({"loss": [1.0, 3.0, 5.0]}, "loss", smooth=2)
+    lines = [re.findall(r"[ML] ([\d.]+) ([\d.]+)", path) for path in re.findall(r'<path d="([^"]+)"[^>]*clip', svg)]
+    two = [[(float(x), float(y)) for x, y in line] for line in lines if len(line) == 2]
+    means = [line for line in two if line[0][0] != line[1][0] and line[0][1] != line[1][1]]
+    assert any(line[1][1] < line[0][1] for line in means)
+    assert ">step<" in svg
+
+
+def test_the_scatter_names_its_dots_and_bounds() -> None:
+    svg = scatter([("one-word", 0.8, 0.3), ("captions", 0.5, 0.2)], {"training pictures": 0.9})
+
+    for text in ("one-word", "captions", "training pictures", "editability", "likeness"):
+        assert f">{text}<" in svg

@@ -1,0 +1,68 @@
+"""Figures as SVG text, by matplotlib: curves over steps, and the scatter of likeness and editability. No files."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+COLOURS = ("#2f6db3", "#c8553d", "#3a8f5c", "#8d5aa8", "#b8860b", "#3aa6a6", "#7a7a7a", "#c2417c")
+
+
+def curves(series: Mapping[str, Sequence[float]], label: str, *, smooth: int = 1) -> str:
+    """One line a name over steps 1, 2, ...; with `smooth`, a running mean of so many steps over the pale raw values."""
+    figure, axes = _empty("step", label)
+    for colour, (name, values) in zip(_cycled(len(series)), series.items(), strict=True):
+        raw = np.asarray(values, float)
+        steps = np.arange(1, len(raw) + 1)
+        window = max(1, min(smooth, len(raw)))
+        mean = np.convolve(raw, np.full(window, 1 / window), "valid")
+        if window > 1:
+            axes.plot(steps, raw, color=colour, alpha=0.25, linewidth=0.8)
+        axes.plot(steps[window - 1 :], mean, color=colour, linewidth=1.6, label=name)
+    if len(series) > 1:
+        axes.legend(frameon=False, fontsize=8)
+    return _svg(figure)
+
+
+def scatter(points: Sequence[tuple[str, float, float]], bounds: Mapping[str, float] | None = None) -> str:
+    """The paper's figure: editability across, likeness up, a dot for each (name, likeness, editability).
+
+    `bounds` are likenesses drawn as dashed lines across. Names that would cover one another are moved apart.
+    """
+    figure, axes = _empty("editability", "likeness")
+    for colour, (name, up, across) in zip(_cycled(len(points)), points, strict=True):
+        axes.scatter([across], [up], color=colour, s=28, zorder=3, label=name)
+    for name, value in (bounds or {}).items():
+        if math.isfinite(value):
+            axes.axhline(value, color="#999999", linewidth=0.8, linestyle="--")
+            axes.annotate(name, (1, value), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7)
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    return _svg(figure)
+
+
+def _empty(across: str, up: str) -> tuple[Figure, matplotlib.axes.Axes]:
+    figure = Figure(figsize=(6.4, 3.2), layout="constrained")
+    axes = figure.subplots()
+    axes.set_xlabel(across)
+    axes.set_ylabel(up)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25, linewidth=0.5)
+    return figure, axes
+
+
+def _cycled(count: int) -> list[str]:
+    return [COLOURS[number % len(COLOURS)] for number in range(count)]
+
+
+def _svg(figure: Figure) -> str:
+    """The figure's SVG element, text as text, the same for the same numbers."""
+    out = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "oneword"}):
+        figure.savefig(out, format="svg", metadata={"Date": None})
+    text = out.getvalue()
+    return text[text.index("<svg") :]

@@ -1,0 +1,126 @@
+"""Sample sheets of words while they are learned: the runtime, over the torch modules that the graphs are exported from.
+
+A sheet shows what the exported bundle would draw with the same seeds, but that the UNet computes in the type that it
+learns in. Sampling draws none of learning's random numbers: a run with sheets has the bits of one without.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+from PIL import Image
+
+from oneword.engines.bundle import Bundle, Graph, Manifest
+from oneword.engines.bundle import Source as Provenance
+from oneword.engines.engine import Engine
+from oneword.engines.errors import FileError
+from oneword.export.eager import EagerEngine
+from oneword.export.families import family_of
+from oneword.export.source import Source
+from oneword.export.write import write_encoders
+from oneword.runtime.concept import Concept, write_whole
+from oneword.runtime.model import Model
+from oneword.train.evaluate import PLACE, Judge, Pictures, likeness, sample
+from oneword.train.pictures import Picture
+
+SAMPLES = 4  # of each prompt
+STEPS = 20
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A word's samples after `step`: `pictures` [N, H, W, 3] of each prompt, by the prompt's text.
+
+    `likeness` is the mean cosine of the first prompt's samples and the training pictures, None without a judge.
+    """
+
+    token: str
+    step: int
+    pictures: Mapping[str, Pictures]
+    likeness: float | None
+
+    def image(self) -> Image.Image:
+        """One picture: a row a prompt."""
+        return Image.fromarray(np.concatenate([np.concatenate(list(row), 1) for row in self.pictures.values()]))
+
+
+class EagerModel(Model):
+    """A runtime model over a source's own torch modules, with nothing exported."""
+
+    def __init__(self, source: Source) -> None:
+        exportable = family_of(source)
+        graphs = {g.name: Graph((), "", g.precision, g.inputs, g.outputs) for g in exportable.graphs}
+        manifest = Manifest(
+            source=Provenance(source.model, ""),
+            graphs=graphs,
+            encoders=exportable.encoders,
+            conditioning=exportable.conditioning,
+            scheduler=dict(source.scheduler_config),
+            vae=exportable.vae,
+            defaults=exportable.defaults,
+        )
+        with TemporaryDirectory() as folder:  # read once, when the model is made
+            write_encoders(source, exportable, Path(folder))
+            super().__init__(Bundle(Path(folder), manifest))
+        self._eager = {graph.name: EagerEngine(graph) for graph in exportable.graphs}
+
+    def engine(self, name: str) -> Engine:
+        """The module behind a graph's name."""
+        return self._eager[name]
+
+
+class Previewer:
+    """Draws sheets with a source's modules as they are; judged if a CLIP model travels with the source."""
+
+    def __init__(self, source: Source, prompts: Sequence[str], seed: int = 0) -> None:
+        self.model = EagerModel(source)
+        self.prompts = prompts
+        self.seed = seed
+        judge = source.path / "judge"
+        self.judge = Judge(judge) if judge.is_dir() else None
+
+    def sheet(self, concept: Concept, step: int, training: Sequence[Picture]) -> Sheet:
+        """What the word draws now. Raises what the runtime raises."""
+        texts = [prompt.replace(PLACE, concept.token) for prompt in self.prompts]
+        self.model.load(concept)
+        try:
+            pictures = dict(zip(texts, sample(self.model, texts, SAMPLES, STEPS, self.seed), strict=True))
+        finally:
+            self.model.unload(concept.token)
+        if self.judge is None:
+            return Sheet(concept.token, step, pictures, None)
+        seen = self.judge.pictures([picture.pixels for picture in training])
+        return Sheet(concept.token, step, pictures, likeness(self.judge.pictures(pictures[texts[0]]), seen))
+
+
+class SheetFolders:
+    """Where sheets are kept while a run goes: a folder for each word (by token), `step-000050.png` in it."""
+
+    def __init__(self, folders: Mapping[str, Path]) -> None:
+        self.folders = folders
+
+    def forget(self) -> None:
+        """Deletes an older run's sheets."""
+        for folder in self.folders.values():
+            for old in folder.glob("step-*.png"):
+                old.unlink()
+
+    def keep(self, sheet: Sheet) -> None:
+        """Writes a sheet, whole or not at all. Raises `FileError`."""
+        folder, out = self.folders[sheet.token], io.BytesIO()
+        sheet.image().save(out, "PNG")
+        try:
+            folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise FileError(f"cannot make {folder}: {error.strerror}") from error
+        write_whole(folder / f"step-{sheet.step:06d}.png", out.getvalue())
+
+    def kept(self, token: str) -> dict[int, Image.Image]:
+        """A word's sheets so far, by step."""
+        paths = sorted(self.folders[token].glob("step-*.png"))
+        return {int(path.stem.removeprefix("step-")): Image.open(io.BytesIO(path.read_bytes())) for path in paths}

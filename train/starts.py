@@ -1,0 +1,68 @@
+"""Where a word starts: rows of the vocabulary, their mean, a random row of their length, or another concept."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from oneword.engines.errors import UsageError
+from oneword.export.source import Source
+from oneword.runtime.concept import Concept, load_concept
+from oneword.train.learner import Rows, vocabulary_norm
+
+
+def initial_rows(source: Source, init: str, vectors: int, seed: int) -> Rows:
+    """Where a word starts, `vectors` rows for each text encoder; see `oneword.train.run.Task`."""
+    if init.endswith(".safetensors"):
+        return _rows_of_concept(load_concept(Path(init)), source, vectors)
+    rows: dict[str, torch.Tensor] = {}
+    for name, model in source.text_encoders.items():
+        table = embedding_table(model)
+        if init == "random":
+            generator = torch.Generator().manual_seed(seed)
+            direction = torch.randn(vectors, table.shape[1], generator=generator)
+            rows[name] = direction / direction.norm(dim=-1, keepdim=True) * vocabulary_norm(table)
+        else:
+            ids = [i for word in split_words(init) for i in token_ids(source.tokenizers[name], word)]
+            rows[name] = table[ids].mean(0, keepdim=True).repeat(vectors, 1)
+    return rows
+
+
+def _rows_of_concept(concept: Concept, source: Source, vectors: int) -> Rows:
+    rows: dict[str, torch.Tensor] = {}
+    for name, model in source.text_encoders.items():
+        width = embedding_table(model).shape[1]
+        if name not in concept.vectors or concept.vectors[name].shape[1] != width:
+            raise UsageError(
+                f"the concept {concept.token!r} has no rows {width} wide for {name}: start from another word"
+            )
+        given = torch.from_numpy(concept.vectors[name].copy())
+        rows[name] = given[torch.arange(vectors).clamp(max=len(given) - 1)]
+    return rows
+
+
+def embedding_table(model: Any) -> torch.Tensor:
+    """A text encoder's vocabulary rows [V, D] float32."""
+    table: torch.Tensor = model.get_input_embeddings().weight
+    return table.detach().float()
+
+
+def split_words(init: str) -> list[str]:
+    """The words of an init, parted by spaces or commas. Raises `UsageError` if there are none."""
+    words = re.split(r"[\s,]+", init.strip())
+    if not words[0]:
+        raise UsageError("init is empty: give a word that says roughly what the pictures show, for example toy")
+    return words
+
+
+def token_ids(tokenizer: Any, word: str) -> list[int]:
+    """The ids of a word, without BOS and EOS."""
+    ids: list[int] = tokenizer(word, add_special_tokens=False).input_ids
+    if not ids:
+        raise UsageError(
+            f"init {word!r} is no token at all for this model: give a word that says what the pictures show"
+        )
+    return ids
