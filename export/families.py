@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKL, VQModel
 from torch import nn
 
 from oneword.engines.bundle import Conditioning, Defaults, Encoder, MissingNegative, TokenizerKind, Vae
@@ -107,9 +108,22 @@ def stable_diffusion_xl(source: Source) -> Exportable:
     return assemble(source, "stable-diffusion-xl", encoders, conditioning, guidance_scale=5.0, skipped_layers=1)
 
 
+def latent_diffusion(source: Source) -> Exportable:
+    """The paper's own model, LDM text to image (arXiv 2112.10752): an LDMBert encoder that reads WordPiece."""
+    encoder = TextEncoder(source.text_encoders["text_encoder"])
+    return assemble(
+        source,
+        "latent-diffusion",
+        {"text_encoder": encoder},
+        Conditioning(context=("text_encoder",)),
+        guidance_scale=6.0,
+    )
+
+
 FAMILIES: dict[Callable[[Source], Exportable], tuple[str, ...]] = {
     stable_diffusion: ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline"),
     stable_diffusion_xl: ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline"),
+    latent_diffusion: ("LDMTextToImagePipeline",),
 }
 
 
@@ -135,7 +149,7 @@ def assemble(
         encoders=tuple(encoder_facts(source, n, e, e.num_layers - skipped_layers) for n, e in encoders.items()),
         tables={name: encoder.table for name, encoder in encoders.items()},
         conditioning=conditioning,
-        vae=Vae(scale=scale, shift=shift, factor=factor, latent_channels=int(source.vae.config.latent_channels)),
+        vae=Vae(scale=scale, shift=shift, factor=factor, latent_channels=latent_channels(source.vae)),
         defaults=Defaults(
             width=size,
             height=size,
@@ -195,8 +209,8 @@ def denoise_graph(source: Source, conditioning: Conditioning, encoders: Mapping[
 
 
 def vae_graphs(source: Source) -> tuple[Traceable, ...]:
-    """Decoder, and encoder where the autoencoder has a posterior."""
-    channels = int(source.vae.config.latent_channels)
+    """Decoder and encoder."""
+    channels = latent_channels(source.vae)
     latents, pixels = ("B", channels, "h", "w"), ("B", "H", "W", 3)
     factor = 2 ** (len(source.vae.config.block_out_channels) - 1)
     decoder = Traceable(
@@ -206,8 +220,6 @@ def vae_graphs(source: Source) -> tuple[Traceable, ...]:
         (TensorSpec("images", DType.UINT8, pixels), FINITE),
         {"factor": factor},
     )
-    if not hasattr(source.vae.config, "scaling_factor") or type(source.vae).__name__ == "VQModel":
-        return (decoder,)
     encoder = Traceable(
         "vae_encoder",
         VaeEncoder(source.vae),
@@ -216,6 +228,11 @@ def vae_graphs(source: Source) -> tuple[Traceable, ...]:
         {"factor": factor},
     )
     return decoder, encoder
+
+
+def latent_channels(vae: AutoencoderKL | VQModel) -> int:
+    """C: channels of the latents that the denoiser sees."""
+    return int(vae.config.get("vq_embed_dim") or vae.config.latent_channels)
 
 
 FINITE = TensorSpec("finite", DType.BOOL, ("B",))
@@ -257,8 +274,16 @@ def encoder_facts(source: Source, name: str, encoder: TextEncoder, default_layer
 def refuse_what_the_runtime_cannot_do(source: Source) -> None:
     """Raises UsageError naming the first setting that no graph or schedule of ours can express."""
     scheduler, unet = source.scheduler_config, source.unet.config
-    channels = source.vae.config.latent_channels
+    channels = latent_channels(source.vae)
     problems: list[tuple[Any, str]] = [
+        (
+            source.model_index.get("requires_aesthetics_score"),
+            "this is SDXL's refiner (requires_aesthetics_score), which finishes another model's pictures",
+        ),
+        (
+            source.pipeline.startswith("StableDiffusionXL") and len(source.text_encoders) != 2,
+            f"it has the encoder {', '.join(source.text_encoders)} alone, and SDXL has two",
+        ),
         (scheduler.get("thresholding"), "the scheduler thresholds (dynamic thresholding looks at every pixel)"),
         (scheduler.get("clip_sample"), "the scheduler clips samples (clip_sample)"),
         (
@@ -278,6 +303,7 @@ def refuse_what_the_runtime_cannot_do(source: Source) -> None:
             unet.get("addition_embed_type") not in ((None, "text_time") if len(source.text_encoders) > 1 else (None,)),
             f"the UNet wants added conditions of type {unet.get('addition_embed_type')}",
         ),
+        (source.vae.config.get("norm_type") == "spatial", "the VAE's decoder also takes the codes (norm_type spatial)"),
         (unet.get("center_input_sample"), "the UNet centres its input (center_input_sample)"),
         (unet.get("attention_type", "default") != "default", f"the UNet's attention is {unet.get('attention_type')}"),
     ]

@@ -5,35 +5,80 @@ h = H / 8. Inputs and outputs are float32 (table: the network's dtype); the netw
 Every module ends with `finite` [B] bool, so that a NaN is noticed without anybody looking at a picture.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL, UNet2DConditionModel, VQModel
+from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertModel
 from torch import Tensor, nn
 
 SCHEDULE_COLUMNS = ("t", "a", "b", "c", "d", "e", "f", "guidance", "rescale", "known_scale", "known_sigma")
 
 
-class TextEncoder(nn.Module):
-    """A CLIP text model whose embedding table is an input.
+class Parts(NamedTuple):
+    """What a text model is made of, whoever wrote it."""
 
-    `model` is a transformers CLIPTextModel or CLIPTextModelWithProjection. `final_norm`: whether hidden states pass the
-    final layer norm (SD 1 and 2) or not (SDXL). `pools`: whether the projected state at `eos_index` is an output.
+    table: Tensor
+    positions: nn.Embedding
+    layers: nn.ModuleList
+    """Each takes the states [B,T,D] and a mask to add to the scores, or None."""
+    norm: nn.LayerNorm
+    projection: nn.Linear | None
+    causal: bool
+
+
+def parts_of(model: Any) -> Parts:
+    """The parts of a transformers CLIPTextModel (WithProjection), or of diffusers' LDMBertModel."""
+    if isinstance(model, LDMBertModel):
+        bert: Any = model.model
+        layers = nn.ModuleList(LdmBertLayer(layer) for layer in bert.layers)
+        return Parts(bert.embed_tokens.weight, bert.embed_positions, layers, bert.layer_norm, None, causal=False)
+    text = getattr(model, "text_model", model)
+    table, positions = text.embeddings.token_embedding.weight, text.embeddings.position_embedding
+    projection = getattr(model, "text_projection", None)
+    return Parts(table, positions, text.encoder.layers, text.final_layer_norm, projection, causal=True)
+
+
+class LdmBertLayer(nn.Module):
+    """One layer of diffusers' LDMBertModel, whose own forward looks at its data where it is float16."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer: Any = layer
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """States [B,T,D] -> [B,T,D]; every token sees every other, padding too, as in the released model."""
+        layer, attention = self.layer, self.layer.self_attn
+        h = layer.self_attn_layer_norm(x)
+        q, k, v = (
+            project(h).unflatten(2, (attention.num_heads, attention.head_dim)).transpose(1, 2)
+            for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        x = x + attention.out_proj(attended.transpose(1, 2).flatten(2))
+        out: Tensor = x + layer.fc2(layer.activation_fn(layer.fc1(layer.final_layer_norm(x))))
+        return out
+
+
+class TextEncoder(nn.Module):
+    """A text model whose embedding table is an input.
+
+    `model` is one that `parts_of` knows. `final_norm`: whether hidden states pass the final layer norm (all but SDXL).
+    `pools`: whether the projected state at `eos_index` is an output.
     """
 
     table: Tensor
 
     def __init__(self, model: nn.Module, *, final_norm: bool = True, pools: bool = False) -> None:
         super().__init__()
-        text: Any = getattr(model, "text_model", model)
-        embeddings: Any = text.embeddings
-        self.layers: nn.ModuleList = text.encoder.layers
-        self.norm: nn.LayerNorm = text.final_layer_norm
+        parts = parts_of(model)
+        self.layers, self.norm, self.positions = parts.layers, parts.norm, parts.positions
+        self.projection = parts.projection
+        self.causal = parts.causal
         self.final_norm = final_norm
-        self.projection: nn.Linear | None = getattr(model, "text_projection", None)
         self.pools = pools
-        self.positions: nn.Embedding = embeddings.position_embedding
-        self.register_buffer("table", embeddings.token_embedding.weight.detach(), persistent=False)
+        self.register_buffer("table", parts.table.detach(), persistent=False)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -78,7 +123,7 @@ class TextEncoder(nn.Module):
         """All of `forward` after the table: inputs_embeds is [B, T, D]."""
         _, t, _ = inputs_embeds.shape
         x = inputs_embeds + self.positions.weight[:t]
-        mask = causal_mask(t, x)
+        mask = causal_mask(t, x) if self.causal else None
         selected = x
         for i, block in enumerate(self.layers, start=1):
             x = block(x, mask)
@@ -187,11 +232,14 @@ class VaeDecoder(nn.Module):
     def __init__(self, vae: AutoencoderKL | VQModel) -> None:
         super().__init__()
         self.post_quant_conv, self.decoder = vae.post_quant_conv, vae.decoder
+        self.codebook: nn.Embedding | None = vae.quantize.embedding if isinstance(vae, VQModel) else None
         self.scale, self.shift = latent_scale_and_shift(vae)
         self.network_dtype = vae.dtype
 
     def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         z = (latents / self.scale + self.shift).to(self.network_dtype)
+        if self.codebook is not None:
+            z = nearest(z, self.codebook.weight)
         if self.post_quant_conv is not None:
             z = self.post_quant_conv(z)
         x = self.decoder(z).float()
@@ -200,11 +248,14 @@ class VaeDecoder(nn.Module):
 
 
 class VaeEncoder(nn.Module):
-    """Images [B,H,W,3] uint8 -> the posterior's mean and std [B,C,h,w] in the sampler's space, finite [B]."""
+    """Images [B,H,W,3] uint8 -> the posterior's mean and std [B,C,h,w] in the sampler's space, finite [B].
 
-    def __init__(self, vae: AutoencoderKL) -> None:
+    A VQModel has no posterior: its std is zero."""
+
+    def __init__(self, vae: AutoencoderKL | VQModel) -> None:
         super().__init__()
         self.encoder, self.quant_conv = vae.encoder, vae.quant_conv
+        self.has_posterior = not isinstance(vae, VQModel)
         self.scale, self.shift = latent_scale_and_shift(vae)
         self.network_dtype = vae.dtype
 
@@ -213,10 +264,19 @@ class VaeEncoder(nn.Module):
         moments = self.encoder(x.to(self.network_dtype))
         if self.quant_conv is not None:
             moments = self.quant_conv(moments)
-        mean, logvar = moments.float().chunk(2, dim=1)
-        std = torch.exp(0.5 * logvar.clamp(-30, 20))
+        mean, std = moments.float(), torch.zeros_like(moments, dtype=torch.float32)
+        if self.has_posterior:
+            mean, logvar = mean.chunk(2, dim=1)
+            std = torch.exp(0.5 * logvar.clamp(-30, 20))
         mean, std = (mean - self.shift) * self.scale, std * self.scale
         return mean, std, finite(mean) & finite(std)
+
+
+def nearest(z: Tensor, codebook: Tensor) -> Tensor:
+    """Every latent of z [B,C,h,w] replaced by the nearest row of the codebook [K,C]; distances in float32."""
+    rows, codes = z.float().permute(0, 2, 3, 1), codebook.float()
+    distances = codes.square().sum(dim=1) - 2 * rows @ codes.T  # |z|^2 is the same for every code
+    return codebook[distances.argmin(dim=-1)].permute(0, 3, 1, 2)
 
 
 def weigh_tokens(states: Tensor, weights: Tensor) -> Tensor:

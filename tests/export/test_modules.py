@@ -11,6 +11,7 @@ from oneword.export.modules import (
     UNet,
     VaeDecoder,
     VaeEncoder,
+    nearest,
     rescale_guidance,
     weigh_tokens,
 )
@@ -184,3 +185,39 @@ def test_the_unet_of_sdxl_takes_pooled_vectors_and_time_ids() -> None:
     added = {"text_embeds": pooled, "time_ids": time_ids}
     expected = unet(sample, t, context, added_cond_kwargs=added).sample
     torch.testing.assert_close(UNet(unet)(sample, t, context, pooled, time_ids), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_the_bert_of_latent_diffusion_is_that_of_diffusers(tiny_ldm_dir: Path, layers: int) -> None:
+    source = load_source(tiny_ldm_dir)
+    bert = source.text_encoders["text_encoder"]
+    encoder = TextEncoder(bert)
+    ids = torch.randint(0, encoder.table.shape[0], (2, 9))
+    states, finite = encoder(ids, encoder.table, torch.ones(2, 9), torch.tensor([2, layers]))
+    torch.testing.assert_close(states[0], bert(ids).last_hidden_state[0], rtol=1e-5, atol=1e-5)
+    between = bert(ids, output_hidden_states=True).hidden_states[layers]  # the last of them is normed already
+    expected = between if layers == 2 else bert.model.layer_norm(between)
+    torch.testing.assert_close(states[1], expected[1], rtol=1e-5, atol=1e-5)
+    assert finite.tolist() == [True, True]
+
+
+def test_the_autoencoder_of_latent_diffusion_is_that_of_diffusers(tiny_ldm_dir: Path) -> None:
+    vae = load_source(tiny_ldm_dir).vae
+    latents = torch.randn(2, 4, 8, 9)
+    images, _ = VaeDecoder(vae)(latents)
+    expected = (vae.decode(latents / vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1) * 255
+    assert (images.permute(0, 3, 1, 2).float() - expected).abs().max() <= 0.501
+    mean, std, _ = VaeEncoder(vae)(images)
+    pixels = images.permute(0, 3, 1, 2).float() / 255 * 2 - 1
+    encoded = vae.encode(pixels)
+    if hasattr(encoded, "latents"):  # a VQModel: no posterior
+        torch.testing.assert_close(mean, encoded.latents * vae.config.scaling_factor, rtol=1e-4, atol=1e-5)
+        assert std.abs().max() == 0
+    else:
+        torch.testing.assert_close(mean, encoded.latent_dist.mean * vae.config.scaling_factor, rtol=1e-4, atol=1e-5)
+
+
+def test_a_latent_becomes_the_nearest_code() -> None:
+    codebook = torch.tensor([[0.0, 0.0], [3.0, 4.0], [-1.0, 2.0]])
+    z = torch.tensor([[0.4, -0.6], [2.0, 2.5], [-1.1, 1.2]]).T.reshape(1, 2, 1, 3)
+    torch.testing.assert_close(nearest(z, codebook), codebook.T.reshape(1, 2, 1, 3))

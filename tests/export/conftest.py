@@ -1,0 +1,186 @@
+"""Tiny random models of the families' real architectures, as diffusers directories."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def clip_tokenizer_dir(tiny_model_dir: Path) -> Path:
+    """The tokenizer of the tiny Stable Diffusion."""
+    return tiny_model_dir / "tokenizer"
+
+
+@pytest.fixture(scope="session")
+def tiny_sd2_dir(tmp_path_factory: pytest.TempPathFactory, clip_tokenizer_dir: Path) -> Path:
+    """Stable Diffusion 2.1: v-prediction, linear projections, attention in float32, padded with "!", and an OpenCLIP
+    encoder whose last layer was left out, so that its penultimate state is the last."""
+    import torch
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+    from transformers import CLIPTextModel
+
+    torch.manual_seed(1)
+    tokenizer = clip_tokenizer(clip_tokenizer_dir, pad_token="!")
+    pipeline = StableDiffusionPipeline(
+        vae=tiny_vae(),
+        text_encoder=with_a_mean(CLIPTextModel(clip_config(tokenizer, width=24, layers=2, hidden_act="gelu"))),
+        tokenizer=tokenizer,
+        unet=tiny_unet(24, attention_head_dim=(2, 4), use_linear_projection=True, upcast_attention=True),
+        scheduler=DDIMScheduler(**BETAS, prediction_type="v_prediction"),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    return saved(pipeline, tmp_path_factory.mktemp("sd2") / "model")
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl_dir(tmp_path_factory: pytest.TempPathFactory, clip_tokenizer_dir: Path) -> Path:
+    """SDXL: a CLIP and an OpenCLIP encoder, pooled vectors and time ids, Euler."""
+    import torch
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    torch.manual_seed(2)
+    first, second = clip_tokenizer(clip_tokenizer_dir), clip_tokenizer(clip_tokenizer_dir, pad_token="!")
+    unet = tiny_unet(
+        16 + 24,
+        attention_head_dim=(2, 4),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 20,
+    )
+    beta = {key: value for key, value in BETAS.items() if key not in ("clip_sample", "set_alpha_to_one")}
+    pipeline = StableDiffusionXLPipeline(
+        vae=tiny_vae(scaling_factor=0.13025, force_upcast=True),
+        text_encoder=with_a_mean(CLIPTextModel(clip_config(first, width=16, layers=3, hidden_act="quick_gelu"))),
+        text_encoder_2=with_a_mean(
+            CLIPTextModelWithProjection(clip_config(second, width=24, layers=3, hidden_act="gelu", projection_dim=20))
+        ),
+        tokenizer=first,
+        tokenizer_2=second,
+        unet=unet,
+        scheduler=EulerDiscreteScheduler(**beta, timestep_spacing="leading"),
+        add_watermarker=False,
+    )
+    return saved(pipeline, tmp_path_factory.mktemp("sdxl") / "model")
+
+
+@pytest.fixture(scope="session", params=["AutoencoderKL", "VQModel"])
+def tiny_ldm_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """LDM text to image: LDMBert over WordPiece, the released model's AutoencoderKL or a VQModel."""
+    return make_tiny_ldm(tmp_path_factory.mktemp("ldm") / "model", request.param)
+
+
+def make_tiny_ldm(path: Path, autoencoder: str) -> Path:
+    import torch
+    from diffusers import DDIMScheduler, LDMTextToImagePipeline, VQModel
+    from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
+    from transformers import BertTokenizer
+
+    torch.manual_seed(3)
+    letters = [chr(code) for code in range(33, 127) if not chr(code).isupper()]
+    words = ["a", "photo", "of", "the", "red", "blue", "cat", "dog", "paint"]
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *words[1:], "##ing", "##s", "##t"]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (path.parent / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
+    (path.parent / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "BertTokenizer", "do_lower_case": True, "model_max_length": 512})
+    )
+    config = LDMBertConfig(
+        vocab_size=len(vocabulary) + 3, d_model=24, encoder_layers=2, encoder_ffn_dim=32,
+        encoder_attention_heads=2, head_dim=8, max_position_embeddings=77,
+    )  # fmt: skip
+    bert = LDMBertModel(config)
+    torch.nn.init.normal_(bert.model.layer_norm.bias, 0.1, 0.1)
+    if autoencoder == "VQModel":
+        vqvae: Any = VQModel(
+            block_out_channels=(8, 8, 16, 16), down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=4, norm_num_groups=4, num_vq_embeddings=64,
+        )  # fmt: skip
+        torch.nn.init.normal_(vqvae.quantize.embedding.weight, 0, 3)  # codes where the latents are
+    else:
+        vqvae = tiny_vae()
+    pipeline = LDMTextToImagePipeline(
+        vqvae=vqvae,
+        bert=bert,
+        tokenizer=BertTokenizer.from_pretrained(path.parent),
+        unet=tiny_unet(24, attention_head_dim=4),
+        scheduler=DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False),
+    )
+    return saved(pipeline, path)
+
+
+BETAS: dict[str, Any] = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
+
+
+def saved(pipeline: Any, path: Path) -> Path:
+    pipeline.save_pretrained(path)
+    return path
+
+
+def clip_tokenizer(folder: Path, **settings: str) -> Any:
+    from transformers import CLIPTokenizer
+
+    return CLIPTokenizer.from_pretrained(folder, **settings)
+
+
+def clip_config(tokenizer: Any, *, width: int, layers: int, **settings: Any) -> Any:
+    from transformers import CLIPTextConfig
+
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        max_position_embeddings=20,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **settings,
+    )
+
+
+def with_a_mean(model: Any) -> Any:
+    """A trained model's states have a mean; a fresh layer norm has none."""
+    import torch
+
+    torch.nn.init.normal_(getattr(model, "text_model", model).final_layer_norm.bias, 0.1, 0.1)
+    return model
+
+
+def tiny_unet(context: int, **settings: Any) -> Any:
+    from diffusers import UNet2DConditionModel
+
+    blocks = {
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    }
+    return UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(16, 32), layers_per_block=1,
+        norm_num_groups=8, cross_attention_dim=context, **{**blocks, **settings},
+    )  # fmt: skip
+
+
+def tiny_vae(**settings: Any) -> Any:
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(8, 8, 16, 16), down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=4, norm_num_groups=4, layers_per_block=1,
+        sample_size=64, **settings,
+    )  # fmt: skip
