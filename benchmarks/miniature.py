@@ -24,8 +24,8 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.exported import exported
 from oneword.export.source import find_model
-from oneword.export.write import export_bundle
 from oneword.runtime.batch import Failed, PictureDone
 from oneword.runtime.generate import generate
 from oneword.runtime.model import Model
@@ -50,10 +50,7 @@ def main() -> None:
     args = p.parse_args()
 
     args.work.mkdir(parents=True, exist_ok=True)
-    bundle = args.work / "bundle"
-    if not (bundle / "bundle.json").is_file():
-        export_bundle(args.model, bundle)
-    model = Model.open(bundle)
+    model = Model.open(exported(args.model, args.work / "bundle"))
     scenes = one_object_scenes(args.captions)
     real = np.stack([world.render(scene, 5_000 + i)[0] for i, scene in enumerate(scenes)])
     captions = [world.caption(scene) for scene in scenes]

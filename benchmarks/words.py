@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from benchmarks.exported import exported
 from oneword.export.source import find_model
-from oneword.export.write import export_bundle
 from oneword.runtime.concept import load_concept
 from oneword.runtime.model import Model
 from oneword.train import cli
@@ -38,17 +38,15 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", default="miniature")
     p.add_argument("--looks", type=int, default=12)
-    p.add_argument("--init", default=" ".join(world.SHAPES))
+    p.add_argument("--init", default="object")
     p.add_argument("--recipe", default="fast")
     p.add_argument("--options", nargs=argparse.REMAINDER, default=[], help="further options for ti-train, last")
     p.add_argument("--work", type=Path, default=Path("build/words"))
     args = p.parse_args()
 
     args.work.mkdir(parents=True, exist_ok=True)
-    bundle = args.work / "bundle"
-    if not (bundle / "bundle.json").is_file():
-        export_bundle(args.model, bundle)
-    model, judge = Model.open(bundle), Judge(find_model(args.model)[0] / "judge")
+    model = Model.open(exported(args.model, args.work / "bundle"))
+    judge = Judge(find_model(args.model)[0] / "judge")
     rows = [measure(args, model, judge, number) for number in range(args.looks)]
     for row in rows:
         print("{look:44} {seconds:4.0f} s  likeness {likeness:.2f}  in place {in_place:.2f}".format_map(row))
@@ -63,7 +61,7 @@ def main() -> None:
 
 
 def measure(args: argparse.Namespace, model: Model, judge: Judge, number: int) -> dict[str, float | str]:
-    """One look: learned from five pictures, then looked for in eleven."""
+    """One look: learned from five pictures, then looked for in ten."""
     look, token = world.HELD_OUT_LOOKS[number], f"<look{number}>"
     folder, output = args.work / f"{number:02d}", args.work / f"{number:02d}.safetensors"
     training = draw(look, (SEEN[0], *SEEN), 1000 * number)

@@ -21,6 +21,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from oneword.engines.errors import UsageError
 from oneword.train.evaluate import Judge
 from oneword.train.miniature import judge, scores, world
 from oneword.train.miniature.words import LENGTH, make_tokenizer
@@ -187,13 +188,13 @@ def train_judge(settings: Settings, say: Callable[[str], None]) -> CLIPModel:
 def train_unet(settings: Settings, say: Callable[[str], None]) -> None:
     """Text encoder and UNet together on v-prediction; one caption in ten is empty, for guidance."""
     vae = new_vae()
-    _load_stage("vae", settings, [vae])
+    vae_step = _load_stage("vae", settings, [vae])
     vae.to(settings.device).eval()
     torch.manual_seed(settings.seed + 1)
     tokens = tokenizer(settings.work)
     text_encoder = new_text_encoder(len(tokens), tokens.eos_token_id, tokens.bos_token_id)
     unet = new_unet()
-    latents, scenes, scale = _latent_pool(vae, settings, say)
+    latents, scenes, scale = _latent_pool(vae, vae_step, settings, say)
     alphas = torch.from_numpy(DDIMScheduler(**SCHEDULER).alphas_cumprod.numpy()).to(settings.device)
     rng = np.random.default_rng(int(time.time()))
 
@@ -213,18 +214,24 @@ def train_unet(settings: Settings, say: Callable[[str], None]) -> None:
         error: Tensor = weight * (guess - v).square()
         return error.mean() / weight.mean()
 
-    _run_stage("unet", settings, settings.unet_minutes, [text_encoder, unet], loss, 1e-3, say, ema=0.9995)
+    _run_stage("unet", settings, settings.unet_minutes, [text_encoder, unet], loss, 1e-3, say, ema=0.998)
 
 
 def export(settings: Settings, folder: Path) -> None:
-    """Write the averaged weights as a diffusers directory in fp16, with the judge beside it once it is trained."""
+    """Write the averaged weights as a diffusers directory in fp16, with the judge beside it once it is trained.
+
+    Raises `UsageError` where the VAE has trained on since the UNet saw its latents.
+    """
     tokens = tokenizer(settings.work)
     ids = (len(tokens), tokens.eos_token_id, tokens.bos_token_id)
     vae, text_encoder, unet = new_vae(), new_text_encoder(*ids), new_unet()
-    _load_stage("vae", settings, [vae])
+    scale = settings.work / f"latents-{_load_stage('vae', settings, [vae])}-scale.pt"
+    if not scale.exists():
+        raise UsageError(
+            f"{scale} is missing: the UNet has not trained on this VAE yet, run it with more --unet-minutes"
+        )
     _load_stage("unet", settings, [text_encoder, unet])
-    pool = torch.load(settings.work / "pool-scale.pt", weights_only=True)
-    vae.register_to_config(scaling_factor=pool["scale"])
+    vae.register_to_config(scaling_factor=torch.load(scale, weights_only=True)["scale"])
     models = {"vae": vae, "text_encoder": text_encoder, "unet": unet}
     if (settings.work / "judge.pt").exists():
         models["judge"] = new_judge(*ids)
@@ -324,8 +331,7 @@ def _run_stage(
         if now - saved_at > 60 or spent >= minutes * 60:
             saved_at = now
             state = {"weights": weights, "average": average, "step": step, "spent": spent}
-            torch.save({**state, "optimisers": [o.state_dict() for o in optimisers]}, path.with_suffix(".part"))
-            os.replace(path.with_suffix(".part"), path)
+            _save({**state, "optimisers": [o.state_dict() for o in optimisers]}, path)
     for p, a in zip(weights, average, strict=True):
         p.data.copy_(a)
 
@@ -353,12 +359,19 @@ def _optimisers(
     return matrices, optimisers
 
 
-def _load_stage(name: str, settings: Settings, models: list[nn.Module]) -> None:
-    """The averaged weights a stage has reached so far."""
+def _save(state: object, path: Path) -> None:
+    """Whole or not at all."""
+    torch.save(state, path.with_suffix(".part"))
+    os.replace(path.with_suffix(".part"), path)
+
+
+def _load_stage(name: str, settings: Settings, models: list[nn.Module]) -> int:
+    """The averaged weights a stage has reached so far, put into `models`; returns its step."""
     state = torch.load(settings.work / f"{name}.pt", map_location="cpu", weights_only=True)
     weights = [p for model in models for p in model.parameters()]
     for p, a in zip(weights, state["average"], strict=True):
         p.data.copy_(a)
+    return int(state["step"])
 
 
 def _draw_many(count: int, seed: int, say: Callable[[str], None]) -> tuple[np.ndarray, list[world.Scene]]:
@@ -374,13 +387,16 @@ def _to_model(images: Tensor, device: str) -> Tensor:
 
 
 def _latent_pool(
-    vae: AutoencoderKL, settings: Settings, say: Callable[[str], None]
+    vae: AutoencoderKL, vae_step: int, settings: Settings, say: Callable[[str], None]
 ) -> tuple[Tensor, list[world.Scene], float]:
-    """The training set as fp16 latents with its scenes; kept in chunks, so a new run draws only what is missing."""
+    """The training set as fp16 latents with its scenes; kept in chunks, so a new run draws only what is missing.
+
+    A VAE that has trained on since has latents of its own: `vae_step` is in the chunks' names.
+    """
     chunk = 5_000
     latents, scenes = [], []
     for part in range(settings.pictures // chunk):
-        path = settings.work / f"pool-{part}.pt"
+        path = settings.work / f"latents-{vae_step}-{part}.pt"
         seed = 1_000 + part
         if path.exists():
             latents.append(torch.load(path, weights_only=True))
@@ -391,10 +407,10 @@ def _latent_pool(
         encoded = list(_encode(vae, images, settings.device))
         latents.append(torch.cat(encoded))
         scenes += drawn
-        torch.save(latents[-1], path)
+        _save(latents[-1], path)
     pool = torch.cat(latents)
     scale = float(1 / pool[:chunk].float().std())
-    torch.save({"scale": scale}, settings.work / "pool-scale.pt")
+    _save({"scale": scale}, settings.work / f"latents-{vae_step}-scale.pt")
     say(f"pool of {len(pool)} latents, scale {scale:.4f}")
     return pool, scenes, scale
 
