@@ -2,8 +2,9 @@
 
 from enum import StrEnum
 
-from oneword.engines.bundle import Bundle
+from oneword.engines.bundle import PLANS, Bundle
 from oneword.engines.engine import Engine
+from oneword.engines.plans import PlanCache
 
 
 class Backend(StrEnum):
@@ -32,4 +33,7 @@ def open_engine(
         case Backend.OPENVINO:
             from oneword.engines.openvino import OpenVinoEngine
 
-            return OpenVinoEngine(graph, path, entry.inputs, entry.outputs, entry.precision, threads)
+            plans = PlanCache(bundle.path / PLANS / "openvino")
+            return OpenVinoEngine(
+                graph, path, entry.inputs, entry.outputs, entry.precision, threads, plans=plans, digest=entry.digest
+            )

@@ -1,9 +1,12 @@
 """OpenVINO: graphs on the CPU, in bfloat16 where the processor has it. The only module that imports `openvino`.
 
 A graph exported in fp32 computes its convolutions and products in bfloat16 then, as `backend` says; what follows the
-last of them, which in `denoise_step` is the sampler's update, stays in float32.
+last of them, which in `denoise_step` is the sampler's update, stays in float32. Compiled graphs are kept as plans,
+which hold the weights again: those of graphs above 512 MiB are not kept.
 """
 
+import contextlib
+import io
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,12 +15,17 @@ from typing import Any
 import numpy as np
 
 from oneword.engines.engine import Array, HostArray, NumpyArray, check_feeds, host_buffers, numpy_dtype
-from oneword.engines.errors import EngineError, MissingPackage
+from oneword.engines.errors import EngineError, FileError, MissingPackage
+from oneword.engines.plans import PlanCache, PlanKey
 from oneword.engines.spec import DType, Precision, TensorSpec
+
+_LARGEST_PLAN = 512 << 20
 
 
 class OpenVinoEngine:
-    """An ONNX graph compiled by OpenVINO for the CPU. `exact` keeps float32 whatever the processor has.
+    """An ONNX graph compiled by OpenVINO for the CPU, or its plan from `plans`, where `digest` is the graph's.
+
+    `exact` keeps float32 whatever the processor has.
 
     Raises:
         MissingPackage: openvino is not installed.
@@ -33,6 +41,8 @@ class OpenVinoEngine:
         precision: Precision,
         threads: int | None = None,
         exact: bool = False,
+        plans: PlanCache | None = None,
+        digest: str = "",
     ) -> None:
         ov = _openvino()
         self.name = name
@@ -41,14 +51,18 @@ class OpenVinoEngine:
         if any(spec.dtype is DType.BFLOAT16 for spec in (*inputs, *outputs)):
             raise EngineError(f"graph {name!r} takes bfloat16 tensors, which openvino cannot share: export it in fp32")
         core = ov.Core()
-        low = not exact and "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        capabilities = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        low = not exact and "BF16" in capabilities
         settings = {"INFERENCE_PRECISION_HINT": "bf16" if low else "f32", "PERFORMANCE_HINT": "LATENCY"}
         count = threads or int(os.environ.get("OMP_NUM_THREADS", "0"))
         if count:
             settings["INFERENCE_NUM_THREADS"] = str(count)
         self.backend = f"openvino {ov.__version__.split('-')[0]} cpu {Precision.BF16 if low else precision}"
+        hint = settings["INFERENCE_PRECISION_HINT"]
+        device = f"{core.get_property('CPU', 'FULL_DEVICE_NAME')} {sorted(capabilities)}"
+        key = PlanKey(digest, "openvino", ov.__version__, device, precision, {}, (hint, "latency"))
         try:
-            self._compiled = core.compile_model(core.read_model(path), "CPU", settings)
+            self._compiled = _compiled(core, path, settings, plans, key)
         except RuntimeError as error:
             raise EngineError(f"cannot open graph {name!r} ({path}): {_line(error)}") from error
         given = {value.any_name for value in self._compiled.inputs}
@@ -93,6 +107,26 @@ class OpenVinoBinding:
     def run(self, stream: int | None = None) -> None:
         """See Binding.run. The CPU has no streams."""
         _infer(self._name, self._request)
+
+
+def _compiled(core: Any, path: Path, settings: Mapping[str, str], plans: PlanCache | None, key: PlanKey) -> Any:
+    """The graph compiled now, or read from the plan of an earlier start; where no plan can be written, compiled."""
+    fresh = None
+
+    def build() -> bytes:
+        nonlocal fresh
+        fresh = core.compile_model(core.read_model(path), "CPU", settings)
+        stream = io.BytesIO()
+        fresh.export_model(stream)
+        return stream.getvalue()
+
+    if plans is not None and path.is_file() and path.stat().st_size <= _LARGEST_PLAN:
+        with contextlib.suppress(FileError):  # a full or read-only disk is no reason not to run
+            plan = plans.load_or_build(key, build)
+            if fresh is None:
+                with contextlib.suppress(RuntimeError):
+                    return core.import_model(io.BytesIO(plan), "CPU", settings)
+    return fresh or core.compile_model(core.read_model(path), "CPU", settings)
 
 
 def _tensor(value: NumpyArray) -> Any:

@@ -1,0 +1,101 @@
+"""OpenVINO compiles a graph once; later starts read the plan."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from oneword.engines.openvino import OpenVinoEngine
+from oneword.engines.plans import PlanCache
+from oneword.engines.spec import DType, Precision, TensorSpec
+
+openvino = pytest.importorskip("openvino")
+
+INPUTS = (TensorSpec("x", DType.FLOAT32, ("B", 4)),)
+OUTPUTS = (TensorSpec("y", DType.FLOAT32, ("B", 4)),)
+X = np.arange(8, dtype=np.float32).reshape(2, 4)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """y = x + 1."""
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["B", 4]) for name in "xy"]
+    one = helper.make_tensor("one", TensorProto.FLOAT, [1], [1.0])
+    graph = helper.make_graph([helper.make_node("Add", ["x", "one"], ["y"])], "add", values[:1], values[1:], [one])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), tmp_path / "a.onnx")
+    return tmp_path / "a.onnx"
+
+
+def engine(path: Path, plans: PlanCache, digest: str = "d", exact: bool = True) -> OpenVinoEngine:
+    return OpenVinoEngine("add", path, INPUTS, OUTPUTS, Precision.FP32, 1, exact, plans, digest)
+
+
+@pytest.fixture
+def compilations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Grows by one for every graph that is compiled."""
+    seen: list[str] = []
+    compile_model = openvino.Core.compile_model
+
+    def noted(self: Any, *args: Any) -> Any:
+        seen.append(args[1])
+        return compile_model(self, *args)
+
+    monkeypatch.setattr(openvino.Core, "compile_model", noted)
+    return seen
+
+
+def test_a_graph_is_compiled_at_the_first_start_only(path: Path, tmp_path: Path, compilations: list[str]) -> None:
+    for _ in range(3):
+        opened = engine(path, PlanCache(tmp_path / "plans"))
+        np.testing.assert_array_equal(opened.run({"x": X})["y"], X + 1)
+        binding = opened.bind({"x": (2, 4)}, {"x": X})
+        binding.run()
+        np.testing.assert_array_equal(binding.outputs["y"].numpy(), X + 1)
+
+    assert len(compilations) == 1
+
+
+def test_another_graph_and_another_precision_are_other_plans(
+    path: Path, tmp_path: Path, compilations: list[str]
+) -> None:
+    plans = PlanCache(tmp_path / "plans")
+    low = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    engine(path, plans)
+    engine(path, plans, digest="e")
+    engine(path, plans, exact=False)
+
+    assert len(compilations) == 2 + low
+    assert len(list((tmp_path / "plans").glob("*.plan"))) == 2 + low
+
+
+def test_a_plan_that_was_changed_is_never_loaded(path: Path, tmp_path: Path, compilations: list[str]) -> None:
+    plans = PlanCache(tmp_path / "plans")
+    engine(path, plans)
+    [plan] = (tmp_path / "plans").glob("*.plan")
+    good = plan.read_bytes()
+    plan.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+
+    np.testing.assert_array_equal(engine(path, plans).run({"x": X})["y"], X + 1)
+
+    assert len(compilations) == 2
+    assert plan.read_bytes() != good[:-1] + bytes([good[-1] ^ 1])
+
+
+def test_bytes_that_openvino_refuses_are_compiled_anew(
+    path: Path, tmp_path: Path, compilations: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans = PlanCache(tmp_path / "plans")
+    monkeypatch.setattr(PlanCache, "load", lambda self, key: b"no plan")
+
+    np.testing.assert_array_equal(engine(path, plans).run({"x": X})["y"], X + 1)
+
+    assert len(compilations) == 1
+
+
+def test_where_no_plan_can_be_written_the_graph_runs_all_the_same(path: Path, tmp_path: Path) -> None:
+    (tmp_path / "plans").write_text("a file where the folder should be")
+
+    np.testing.assert_array_equal(engine(path, PlanCache(tmp_path / "plans")).run({"x": X})["y"], X + 1)
