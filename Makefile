@@ -10,7 +10,7 @@
 # (the address stands on pytorch.org/get-started). The tests of an engine that is not installed are skipped: TEST_EXTRAS says which are.
 
 comma := ,
-PYTHON ?= python3.11
+PYTHON ?= $(firstword $(foreach minor,11 12 13,$(shell command -v python3.$(minor))) python3)
 VENV ?= .venv
 TORCH_INDEX ?=
 EXTRAS ?= cpu,train,dev

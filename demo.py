@@ -24,13 +24,24 @@ from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from rich.table import Table
 
-from oneword.train.miniature.world import BACKGROUNDS, HELD_OUT_LOOKS, NOUNS, STYLES, Look, Scene, Thing, render
+from oneword.train.miniature.world import (
+    BACKGROUNDS,
+    HELD_OUT_LOOKS,
+    NOUNS,
+    STYLES,
+    Look,
+    Scene,
+    Thing,
+    render,
+    with_article,
+)
 
 TOKEN = "<toy>"
 PHOTOGRAPHED = ("studio", "kitchen", "desert", "meadow", "brick")
 ELSEWHERE = ("snow", "night", "sea", "forest", "sunset")
 MEDIA = ("drawing", "icon", "painting")
 SEED = 7
+MADE = ("pictures", "bundle", "generated")  # folders of an earlier demo, made anew
 
 console = Console(stderr=True)
 
@@ -40,12 +51,18 @@ def main() -> int:
     options = _options()
     output: Path = options.output
     look = HELD_OUT_LOOKS[options.look]
-    shutil.rmtree(output, ignore_errors=True)
+    if output.exists() and any(output.iterdir()) and not (output / "pictures").is_dir():
+        raise SystemExit(
+            f"{output} holds files that are not an earlier demo's: give an empty or new folder to --output"
+        )
+    for part in MADE:
+        shutil.rmtree(output / part, ignore_errors=True)
     stages = Stages()
 
-    with stages.timed("draw", f"{len(PHOTOGRAPHED)} pictures of {_a(look.words)}"):
+    with stages.timed("draw", f"{len(PHOTOGRAPHED)} pictures of {with_article(look.words)}"):
         pictures = draw_pictures(look, output / "pictures")
     word, bundle = output / "toy.safetensors", output / "bundle"
+    word.unlink(missing_ok=True)
     learned = stages.command(
         "learn", "ti-train", output / "pictures", "--model", options.model, "--token", TOKEN, "--init", "object",
         "--output", word, "--seed", SEED,
@@ -61,7 +78,10 @@ def main() -> int:
     with stages.timed("sheet", str(sheet)):
         files = iter(Path(image["file"]) for image in generated["images"])
         drawn = [(title, [(next(files), prompt) for prompt in row]) for title, row in rows]
-        learned_from = (f"learned from five pictures of {_a(look.words)}", [(path, path.stem) for path in pictures])
+        learned_from = (
+            f"learned from five pictures of {with_article(look.words)}",
+            [(path, path.stem) for path in pictures],
+        )
         contact_sheet([learned_from, *drawn]).save(sheet)
     console.print(stages.table())
     console.print(f"{TOKEN} after {learned['steps']} steps: {sheet}")
@@ -88,11 +108,11 @@ def scenes() -> list[tuple[str, list[str]]]:
         ("on backgrounds it was never seen on", [f"a photo of a {TOKEN} {BACKGROUNDS[b].phrase}" for b in ELSEWHERE]),
         (
             "in media and styles it was never seen in",
-            [f"{_a(medium)} of a {TOKEN} in the snow" for medium in MEDIA]
+            [f"{with_article(medium)} of a {TOKEN} in the snow" for medium in MEDIA]
             + [f"a {TOKEN} in the meadow in the style of {name}" for name in (style, other_style)],
         ),
         (
-            f"with another word: {noun}, which the miniature knows as {_a(NOUNS[noun].words)}",
+            f"with another word: {noun}, which the miniature knows as {with_article(NOUNS[noun].words)}",
             [f"a photo of a {TOKEN} and a {noun} {place}" for place in places],
         ),
     ]
@@ -171,10 +191,6 @@ def _wrap(text: str, width: int, draw: ImageDraw.ImageDraw, font: Any) -> list[s
     return lines
 
 
-def _a(words: str) -> str:
-    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
-
-
 def _script(name: str) -> Path:
     """The command installed beside the Python that runs this."""
     path = Path(sys.executable).parent / name
@@ -187,7 +203,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--look", type=int, default=0, choices=range(len(HELD_OUT_LOOKS)), help="which held-out look")
     parser.add_argument("--model", default="miniature", help="a diffusers directory trained on the same world")
-    parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder, emptied first")
+    parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for all of it")
     return parser.parse_args()
 
 
