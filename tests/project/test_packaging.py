@@ -61,7 +61,6 @@ def test_default_install_brings_neither_pytorch_nor_an_engine() -> None:
     assert always.isdisjoint({"torch", "diffusers", "transformers", "onnxruntime", "openvino", "tensorrt", "ray"})
 
 
-@pytest.mark.slow
 def test_wheel_holds_every_package_the_miniature_and_nothing_else(tmp_path: Path) -> None:
     copy = tmp_path / "copy"  # setuptools leaves a build folder behind, whose stale files would be packed next time
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "build", "demo-output", "*.egg-info"))
