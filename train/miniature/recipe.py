@@ -38,7 +38,8 @@ SCHEDULER = {
     "steps_offset": 1,
 }
 MUON = 1.5  # Muon's rate over AdamW's, both as a root mean square of the step
-MIN_SNR = 5.0  # Hang et al. 2023; weighs down the steps that only sharpen
+SNR = (0.4, 5.0)  # the loss counts the signal-to-noise ratio within: above, steps only sharpen (Hang et al. 2023);
+# below, the caption alone says what to draw, and is learned there
 
 
 @dataclass(frozen=True)
@@ -210,7 +211,7 @@ def train_unet(settings: Settings, say: Callable[[str], None]) -> None:
         states = text_encoder(ids.to(settings.device))[0]
         guess = unet(noisy, t, states).sample.float()
         snr = a / (1 - a)
-        weight = snr.clamp(max=MIN_SNR) / (snr + 1)
+        weight = snr.clamp(*SNR) / (snr + 1)
         error: Tensor = weight * (guess - v).square()
         return error.mean() / weight.mean()
 
