@@ -101,9 +101,11 @@ def build_plans(
     target: str,
     limits: Limits = DEFAULT_LIMITS,
     report: Report = lambda message: None,
+    only: str | None = None,
 ) -> dict[str, list[Path]]:
-    """Builds (or finds in the cache) the plans of every graph of a bundle for a target such as `sm89` or, one plan for
-    both, `sm89,sm120`; the plans' paths, that of all sizes first. `report` hears how far the builder is.
+    """Builds (or finds in the cache) the plans of every graph of a bundle, or of `only` one, for a target such as
+    `sm89` or, one plan for both, `sm89,sm120`; the plans' paths, that of all sizes first. `report` hears how far the
+    builder is.
 
     What was built stays when a later graph fails, and the bundle is as it was.
 
@@ -113,7 +115,8 @@ def build_plans(
     version, capabilities = installed_version(flavour), compute_capabilities(flavour, target)
     cache = plan_cache(bundle, flavour, version, target)
     paths: dict[str, list[Path]] = {}
-    for name, graph in bundle.manifest.graphs.items():
+    for name in bundle.manifest.graphs if only is None else [only]:
+        graph = bundle.graph(name)
         paths[name] = []
         for ranges in graph_ranges(bundle.manifest, name, limits):
             key = PlanKey(graph.digest, str(flavour), version, target, graph.precision, ranges)
@@ -249,7 +252,8 @@ def _static(manifest: Manifest, dynamic: Ranges, width: int, height: int) -> Ran
     """One guided picture of one size: every axis at its usual size, but for the picture's."""
     factor = manifest.vae.factor
     sides = {"H": height, "W": width, "h": height // factor, "w": width // factor}
-    return {axis: (sides.get(axis, usual),) * 3 for axis, (_, usual, _) in dynamic.items()}
+    sizes = {axis: sides.get(axis, usual) for axis, (_, usual, _) in dynamic.items()}
+    return {axis: (size, size, size) for axis, size in sizes.items()}
 
 
 def profile_shapes(spec: TensorSpec, ranges: Ranges) -> tuple[list[int], list[int], list[int]]:

@@ -1,4 +1,5 @@
-"""ONNX Runtime: graphs on the CPU, their buffers bound once. The only module that imports `onnxruntime`."""
+"""ONNX Runtime: graphs on the CPU, their buffers bound once. The only module that imports `onnxruntime`; its CUDA
+provider, opened through here, is `oneword.engines.onnxruntime_cuda`."""
 
 import importlib.metadata
 import os
@@ -13,7 +14,7 @@ from oneword.engines.errors import EngineError, MissingPackage
 from oneword.engines.spec import DType, Precision, TensorSpec
 
 # Numbers of onnx.TensorProto.DataType: numpy has no name for bfloat16.
-_ELEMENT = {
+ELEMENT = {
     DType.FLOAT32: 1,
     DType.UINT8: 2,
     DType.INT64: 7,
@@ -40,25 +41,13 @@ class OnnxRuntimeEngine:
         precision: Precision,
         threads: int | None = None,
     ) -> None:
-        ort = _onnxruntime()
+        ort = load_onnxruntime()
         self.name = name
         self.inputs = {spec.name: spec for spec in inputs}
         self.outputs = {spec.name: spec for spec in outputs}
         self.backend = f"onnxruntime {ort.__version__} cpu {precision}"
         self._over = ort.OrtValue.ortvalue_from_numpy  # over the array's own memory: nothing is copied
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        options.intra_op_num_threads = threads or int(os.environ.get("OMP_NUM_THREADS", "0"))
-        try:
-            self._session = ort.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # its exceptions have no common base of their own
-            raise EngineError(f"cannot open graph {name!r} ({path}): {_line(error)}") from error
-        given = {value.name for value in self._session.get_inputs()}
-        if given != set(self.inputs):
-            raise EngineError(
-                f"graph {name!r} ({path}) takes {', '.join(sorted(given))}, "
-                f"its manifest says {', '.join(sorted(self.inputs))}: export the model again with ti-export"
-            )
+        self._session = open_session(name, path, self.inputs, ["CPUExecutionProvider"], threads)
 
     def bind(
         self, shapes: Mapping[str, Sequence[int]], arrays: Mapping[str, NumpyArray] | None = None
@@ -76,7 +65,7 @@ class OnnxRuntimeEngine:
             given = {name: self._over(value) for name, value in arrays.items()}
             values = self._session.run_with_ort_values(list(self.outputs), given)
         except Exception as error:  # its exceptions have no common base of their own
-            raise EngineError(f"graph {self.name!r} failed: {_line(error)}") from error
+            raise EngineError(f"graph {self.name!r} failed: {one_line(error)}") from error
         return {name: value.numpy() for name, value in zip(self.outputs, values, strict=True)}
 
 
@@ -97,9 +86,9 @@ class OnnxRuntimeBinding:
         self._buffers = [*inputs.values(), *outputs.values()]  # the addresses below stay alive as long as this
         self._binding = session.io_binding()
         for key, value in inputs.items():
-            self._binding.bind_input(key, "cpu", 0, _ELEMENT[input_specs[key].dtype], value.shape, value.ctypes.data)
+            self._binding.bind_input(key, "cpu", 0, ELEMENT[input_specs[key].dtype], value.shape, value.ctypes.data)
         for key, value in outputs.items():
-            self._binding.bind_output(key, "cpu", 0, _ELEMENT[output_specs[key].dtype], value.shape, value.ctypes.data)
+            self._binding.bind_output(key, "cpu", 0, ELEMENT[output_specs[key].dtype], value.shape, value.ctypes.data)
         self.inputs: Mapping[str, Array] = {key: HostArray(value) for key, value in inputs.items()}
         self.outputs: Mapping[str, Array] = {key: HostArray(value) for key, value in outputs.items()}
 
@@ -108,14 +97,36 @@ class OnnxRuntimeBinding:
         try:
             self._session.run_with_iobinding(self._binding)
         except Exception as error:  # its exceptions have no common base of their own
-            raise EngineError(f"graph {self._name!r} failed: {_line(error)}") from error
+            raise EngineError(f"graph {self._name!r} failed: {one_line(error)}") from error
 
 
-def _onnxruntime() -> Any:
+def open_session(
+    name: str, path: Path, inputs: Mapping[str, TensorSpec], providers: Sequence[Any], threads: int | None = None
+) -> Any:
+    """A session over one graph. Raises EngineError where it cannot be opened, or takes other inputs than these."""
+    ort = load_onnxruntime()
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads or int(os.environ.get("OMP_NUM_THREADS", "0"))
+    try:
+        session = ort.InferenceSession(os.fspath(path), options, providers=providers)
+    except Exception as error:  # its exceptions have no common base of their own
+        raise EngineError(f"cannot open graph {name!r} ({path}): {one_line(error)}") from error
+    given = {value.name for value in session.get_inputs()}
+    if given != set(inputs):
+        raise EngineError(
+            f"graph {name!r} ({path}) takes {', '.join(sorted(given))}, "
+            f"its manifest says {', '.join(sorted(inputs))}: export the model again with ti-export"
+        )
+    return session
+
+
+def load_onnxruntime(extra: str = "cpu") -> Any:
+    """The package. Raises MissingPackage with the line that installs it, EngineError where both builds are there."""
     try:
         import onnxruntime
     except ImportError as error:
-        raise MissingPackage("onnxruntime", "cpu") from error
+        raise MissingPackage("onnxruntime", extra) from error
     if _installed("onnxruntime") and _installed("onnxruntime-gpu"):
         raise EngineError(
             "onnxruntime and onnxruntime-gpu are both installed and overwrite each other: "
@@ -132,5 +143,6 @@ def _installed(distribution: str) -> bool:
     return True
 
 
-def _line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """What an error says, on one line and not for ever."""
     return " ".join(str(error).split())[:300]

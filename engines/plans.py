@@ -77,6 +77,14 @@ class PlanCache:
                 self._store(key, plan)
         return plan
 
+    def recorded(self) -> list[PlanKey]:
+        """Of every plan that the index records; entries that are no key are left out."""
+        found = []
+        for entry in self._index().values():
+            with contextlib.suppress(msgspec.ValidationError):
+                found.append(msgspec.convert(entry.key, PlanKey))
+        return found
+
     def path(self, key: PlanKey) -> Path:
         """Where the plan lies."""
         return self.folder / f"{key.name}.plan"
