@@ -1,25 +1,32 @@
 """OpenVINO: graphs on the CPU, in bfloat16 where the processor has it. The only module that imports `openvino`.
 
 A graph exported in fp32 computes its convolutions and products in bfloat16 then, as `backend` says; what follows the
-last of them, which in `denoise_step` is the sampler's update, stays in float32. Compiled graphs are kept as plans,
-which hold the weights again: those of graphs above 512 MiB are not kept.
+last of them, which in `denoise_step` is the sampler's update, stays in float32.
+
+A graph is compiled once for any shape. What dynamic shapes cost in each run is a third of a small graph's time, so a
+binding of a small graph that has run often is compiled once more, for its own shapes. Both are kept as plans, which
+hold the weights again: those of large graphs are not kept.
 """
 
 import contextlib
 import io
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from oneword.engines.engine import Array, HostArray, NumpyArray, check_feeds, host_buffers, numpy_dtype
+from oneword.engines.engine import Array, HostArray, NumpyArray, Shape, check_feeds, host_buffers, numpy_dtype
 from oneword.engines.errors import EngineError, FileError, MissingPackage
 from oneword.engines.plans import PlanCache, PlanKey
 from oneword.engines.spec import DType, Precision, TensorSpec
 
-_LARGEST_PLAN = 512 << 20
+_LARGEST_PLAN = 512 << 20  # bytes of the graph
+_SMALL = 64 << 20
+_OFTEN = 100  # runs, after which another compilation begins to pay
+_MOST_PLANS = 32
 
 
 class OpenVinoEngine:
@@ -58,11 +65,18 @@ class OpenVinoEngine:
         if count:
             settings["INFERENCE_NUM_THREADS"] = str(count)
         self.backend = f"openvino {ov.__version__.split('-')[0]} cpu {Precision.BF16 if low else precision}"
-        hint = settings["INFERENCE_PRECISION_HINT"]
-        device = f"{core.get_property('CPU', 'FULL_DEVICE_NAME')} {sorted(capabilities)}"
-        key = PlanKey(digest, "openvino", ov.__version__, device, precision, {}, (hint, "latency"))
+        key = PlanKey(
+            graph_digest=digest,
+            backend="openvino",
+            version=ov.__version__,
+            device=f"{core.get_property('CPU', 'FULL_DEVICE_NAME')} {sorted(capabilities)}",
+            precision=precision,
+            ranges={},
+            flags=(settings["INFERENCE_PRECISION_HINT"], settings["PERFORMANCE_HINT"]),
+        )
+        self._compiler = _Compiler(core, path, settings, plans, key)
         try:
-            self._compiled = _compiled(core, path, settings, plans, key)
+            self._compiled = self._compiler.compile()
         except RuntimeError as error:
             raise EngineError(f"cannot open graph {name!r} ({path}): {_line(error)}") from error
         given = {value.any_name for value in self._compiled.inputs}
@@ -77,7 +91,7 @@ class OpenVinoEngine:
     ) -> "OpenVinoBinding":
         """See Engine.bind. Arrays given must be C-contiguous; they are read where they lie at every run."""
         of_inputs, of_outputs = host_buffers(self.name, self.inputs, self.outputs, shapes, arrays)
-        return OpenVinoBinding(self.name, self._compiled.create_infer_request(), of_inputs, of_outputs)
+        return OpenVinoBinding(self.name, self._compiled, self._compiler, of_inputs, of_outputs)
 
     def run(self, feeds: Mapping[str, NumpyArray]) -> dict[str, NumpyArray]:
         """See Engine.run."""
@@ -94,39 +108,88 @@ class OpenVinoBinding:
     """A request whose inputs and outputs are host memory that it shares: a run copies nothing."""
 
     def __init__(
-        self, name: str, request: Any, inputs: Mapping[str, NumpyArray], outputs: Mapping[str, NumpyArray]
+        self,
+        name: str,
+        compiled: Any,
+        compiler: "_Compiler",
+        inputs: Mapping[str, NumpyArray],
+        outputs: Mapping[str, NumpyArray],
     ) -> None:
         self._name = name
-        self._request = request
+        self._compiler = compiler
+        self._shapes = {key: value.shape for key, value in inputs.items()}
         self._tensors = {key: _tensor(value) for key, value in {**inputs, **outputs}.items()}
-        for key, tensor in self._tensors.items():
-            request.set_tensor(key, tensor)
+        self._runs = 0
+        own = compiler.kept(self._shapes)
+        self._own = own is not None
+        self._request = self._bound(own or compiled)
         self.inputs: Mapping[str, Array] = {key: HostArray(value) for key, value in inputs.items()}
         self.outputs: Mapping[str, Array] = {key: HostArray(value) for key, value in outputs.items()}
 
     def run(self, stream: int | None = None) -> None:
         """See Binding.run. The CPU has no streams."""
+        if self._runs == _OFTEN and not self._own and self._compiler.small:
+            with contextlib.suppress(RuntimeError):  # the request that ran so far is as good
+                self._request = self._bound(self._compiler.compile(self._shapes))
+        self._runs += 1
         _infer(self._name, self._request)
 
+    def _bound(self, compiled: Any) -> Any:
+        request = compiled.create_infer_request()
+        for key, tensor in self._tensors.items():
+            request.set_tensor(key, tensor)
+        return request
 
-def _compiled(core: Any, path: Path, settings: Mapping[str, str], plans: PlanCache | None, key: PlanKey) -> Any:
-    """The graph compiled now, or read from the plan of an earlier start; where no plan can be written, compiled."""
-    fresh = None
 
-    def build() -> bytes:
-        nonlocal fresh
-        fresh = core.compile_model(core.read_model(path), "CPU", settings)
-        stream = io.BytesIO()
-        fresh.export_model(stream)
-        return stream.getvalue()
+class _Compiler:
+    """Compiles one graph, for any shape or for given ones, or reads what an earlier start compiled."""
 
-    if plans is not None and path.is_file() and path.stat().st_size <= _LARGEST_PLAN:
-        with contextlib.suppress(FileError):  # a full or read-only disk is no reason not to run
-            plan = plans.load_or_build(key, build)
-            if fresh is None:
-                with contextlib.suppress(RuntimeError):
-                    return core.import_model(io.BytesIO(plan), "CPU", settings)
-    return fresh or core.compile_model(core.read_model(path), "CPU", settings)
+    def __init__(
+        self, core: Any, path: Path, settings: Mapping[str, str], plans: PlanCache | None, key: PlanKey
+    ) -> None:
+        self._core, self._path, self._settings, self._plans, self._key = core, path, settings, plans, key
+        size = sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))  # external data included
+        self.small = size <= _SMALL
+        if size > _LARGEST_PLAN:
+            self._plans = None
+
+    def compile(self, shapes: Mapping[str, Shape] | None = None) -> Any:
+        """Raises RuntimeError, which is OpenVINO's."""
+        fresh = None
+
+        def build() -> bytes:
+            nonlocal fresh
+            fresh = self._compile(shapes)
+            stream = io.BytesIO()
+            fresh.export_model(stream)
+            return stream.getvalue()
+
+        if self._plans is not None and len([*self._plans.folder.glob("*.plan")]) < _MOST_PLANS:
+            with contextlib.suppress(FileError):  # a full or read-only disk is no reason not to run
+                plan = self._plans.load_or_build(self._key_for(shapes), build)
+                return fresh or self._read(plan) or self._compile(shapes)
+        return fresh or self.kept(shapes) or self._compile(shapes)
+
+    def kept(self, shapes: Mapping[str, Shape] | None) -> Any | None:
+        """What an earlier start compiled, if it did."""
+        plan = None if self._plans is None else self._plans.load(self._key_for(shapes))
+        return None if plan is None else self._read(plan)
+
+    def _compile(self, shapes: Mapping[str, Shape] | None) -> Any:
+        model = self._core.read_model(self._path)
+        if shapes is not None:
+            model.reshape({name: list(shape) for name, shape in shapes.items()})
+        return self._core.compile_model(model, "CPU", self._settings)
+
+    def _read(self, plan: bytes) -> Any | None:
+        try:
+            return self._core.import_model(io.BytesIO(plan), "CPU", self._settings)
+        except RuntimeError:
+            return None
+
+    def _key_for(self, shapes: Mapping[str, Shape] | None) -> PlanKey:
+        ranges = {f"{name}.{i}": (n, n, n) for name, shape in (shapes or {}).items() for i, n in enumerate(shape)}
+        return replace(self._key, ranges=ranges)
 
 
 def _tensor(value: NumpyArray) -> Any:

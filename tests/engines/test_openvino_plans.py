@@ -99,3 +99,40 @@ def test_where_no_plan_can_be_written_the_graph_runs_all_the_same(path: Path, tm
     (tmp_path / "plans").write_text("a file where the folder should be")
 
     np.testing.assert_array_equal(engine(path, PlanCache(tmp_path / "plans")).run({"x": X})["y"], X + 1)
+
+
+def test_a_binding_that_runs_often_is_compiled_for_its_shapes_and_goes_on_in_its_buffers(
+    path: Path, tmp_path: Path, compilations: list[str]
+) -> None:
+    opened = engine(path, PlanCache(tmp_path / "plans"))
+    binding = opened.bind({"x": (2, 4)})
+    seldom = opened.bind({"x": (3, 4)})
+    for turn in range(105):
+        binding.inputs["x"].write(..., X + turn)
+        binding.run()
+        np.testing.assert_array_equal(binding.outputs["y"].numpy(), X + turn + 1)
+    seldom.run()
+
+    assert len(compilations) == 2
+    assert len(list((tmp_path / "plans").glob("*.plan"))) == 2
+    again = engine(path, PlanCache(tmp_path / "plans")).bind({"x": (2, 4)}, {"x": X})
+    again.run()
+    np.testing.assert_array_equal(again.outputs["y"].numpy(), X + 1)
+    for _ in range(105):
+        again.run()
+    assert len(compilations) == 2  # the second start compiles nothing
+
+
+def test_the_folder_of_plans_does_not_grow_for_ever(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("oneword.engines.openvino._MOST_PLANS", 3)
+    monkeypatch.setattr("oneword.engines.openvino._OFTEN", 1)
+    opened = engine(path, PlanCache(tmp_path / "plans"))
+    for rows in range(1, 9):
+        binding = opened.bind({"x": (rows, 4)})
+        for _ in range(3):
+            binding.run()
+        np.testing.assert_array_equal(binding.outputs["y"].numpy(), np.ones((rows, 4)))
+
+    assert len(list((tmp_path / "plans").glob("*.plan"))) == 3
