@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from enum import StrEnum
 from pathlib import Path, PurePosixPath
 from typing import Any, Self
@@ -30,6 +30,7 @@ FORMAT_VERSION = 1
 MANIFEST = "bundle.json"
 VERIFIED = ".verified.json"
 PLANS = "plans"
+TOKENIZER = "tokenizer.json"
 _MAX_MANIFEST_BYTES = 8 << 20
 
 
@@ -199,7 +200,8 @@ def write_bundle(path: str | Path, fill: Callable[[Path], Manifest]) -> Bundle:
     """Makes a bundle whole or not at all: `fill(folder)` writes the files into a folder beside `path` and returns the
     manifest (its `files` may be empty); everything is hashed, bundle.json is written last, and the folder renamed.
 
-    An older bundle at `path` is replaced; any other non-empty folder, or a file, is refused.
+    An older bundle at `path` is replaced, but for its plans: those of graphs that stay the same stay good. Any other
+    non-empty folder, a bundle with files of somebody else's in it, or a file, is refused.
     """
     path = Path(path).absolute()
     _refuse_to_overwrite(path)
@@ -212,10 +214,13 @@ def write_bundle(path: str | Path, fill: Callable[[Path], Manifest]) -> Bundle:
         staging.chmod(0o755)
         manifest = fill(staging)
         relative = sorted(p.relative_to(staging).as_posix() for p in staging.rglob("*") if p.is_file())
+        for name in relative:
+            (staging / name).chmod(0o644)  # whoever wrote them: safetensors keeps its files to their owner
+        stats = {name: (staging / name).stat() for name in relative}
         files = {name: file_digest(staging / name) for name in relative}
         manifest = msgspec.structs.replace(manifest, files=files)
         _check_references(staging, manifest)
-        _remember(staging, files)
+        _remember(staging, {name: _stamp(digest, stats[name]) for name, digest in files.items()})
         for name in relative:
             _fsync(staging / name)
         text = json.dumps(msgspec.to_builtins(manifest), indent=1)
@@ -283,7 +288,8 @@ def _check_references(folder: Path, manifest: Manifest) -> None:
         if len(set(graph.files)) != len(graph.files):
             raise BundleError(f"graph {name!r} of the bundle {folder} names a file twice")
     listed = [name for graph in graphs.values() for name in graph.files]
-    for name in [*listed, *(encoder.table for encoder in manifest.encoders)]:
+    tokenizers = (f"{encoder.tokenizer}/{TOKENIZER}" for encoder in manifest.encoders)
+    for name in [*listed, *(encoder.table for encoder in manifest.encoders), *tokenizers]:
         if name not in manifest.files:
             raise BundleError(f"{name} is not among the hashed files of the bundle {folder}")
     for encoder in manifest.encoders:
@@ -297,34 +303,34 @@ def _check_references(folder: Path, manifest: Manifest) -> None:
 
 def _check_files(folder: Path, manifest: Manifest) -> None:
     root = folder.resolve()
+    if stray := next(_strays(folder, manifest.files), None):
+        raise BundleError(f"{folder / stray} is no part of the bundle, and could be taken for one: move it elsewhere")
     in_graphs = {name for graph in manifest.graphs.values() for name in graph.files}
     remembered = _remembered(folder)
-    stale = False
+    stamps = {}
     for name, digest in manifest.files.items():
         path = folder / name
         if not path.resolve().is_relative_to(root):
             raise BundleError(f"{path} is a link that leaves the bundle: copy the file itself")
         try:
             stat = path.stat()
+            stamps[name] = _stamp(digest, stat)  # as it was before it was hashed: a change meanwhile is seen next time
+            if name in in_graphs and stat.st_nlink > 1:
+                raise BundleError(
+                    f"{path} is hardlinked, so that it can change from elsewhere: copy it (cp --no-preserve=links)"
+                )
+            if remembered.get(name) != stamps[name] and file_digest(path) != digest:
+                raise BundleError(f"{path} has changed since it was exported (sha256 differs): copy or export it again")
         except FileNotFoundError:
             raise BundleError(f"{path} is missing: the bundle is incomplete, copy or export it again") from None
         except OSError as error:
             raise FileError(f"cannot read {path}: {error.strerror}") from error
-        if name in in_graphs and stat.st_nlink > 1:
-            raise BundleError(
-                f"{path} is hardlinked, so that it can change from elsewhere: copy it (cp --no-preserve=links)"
-            )
-        if remembered.get(name) == _stamp(digest, stat):
-            continue
-        if file_digest(path) != digest:
-            raise BundleError(f"{path} has changed since it was exported (sha256 differs): copy or export it again")
-        stale = True
     for name, graph in manifest.graphs.items():
         digests = "".join(manifest.files[file] for file in graph.files)
         if hashlib.sha256(digests.encode()).hexdigest() != graph.digest:
             raise BundleError(f"graph {name!r} of the bundle {folder} has not the digest of its files: export it again")
-    if stale:
-        _remember(folder, manifest.files)
+    if stamps != remembered:
+        _remember(folder, stamps)
 
 
 def _stamp(digest: str, stat: os.stat_result) -> list[str | int]:
@@ -338,19 +344,41 @@ def _remembered(folder: Path) -> Mapping[str, list[str | int]]:
         return {}
 
 
-def _remember(folder: Path, files: Mapping[str, str]) -> None:
+def _remember(folder: Path, stamps: Mapping[str, list[str | int]]) -> None:
     """Writes what was hashed; a read-only bundle is hashed again the next time."""
-    stamps = {name: _stamp(digest, (folder / name).stat()) for name, digest in files.items()}
     try:
         with tempfile.NamedTemporaryFile(dir=folder, prefix=VERIFIED, delete=False) as stream:
             stream.write(msgspec.json.encode(stamps))
+        os.chmod(stream.name, 0o644)
         os.replace(stream.name, folder / VERIFIED)
     except OSError:
         return
 
 
+def _strays(folder: Path, files: Iterable[str]) -> Iterator[str]:
+    """Files and links to folders that a bundle of these files does not have; its plans are its own."""
+    known = {*files, MANIFEST}
+    for root, folders, names in os.walk(folder):
+        inside = Path(root).relative_to(folder)
+        links = [name for name in folders if (Path(root) / name).is_symlink()]
+        if root == os.fspath(folder):
+            folders[:] = [name for name in folders if name != PLANS]
+        for name in sorted((*names, *links)):
+            relative = (inside / name).as_posix()
+            if relative not in known and not relative.startswith(VERIFIED):
+                yield relative
+
+
 def _refuse_to_overwrite(path: Path) -> None:
-    if path.is_dir() and ((path / MANIFEST).is_file() or not any(path.iterdir())):
+    if path.is_dir() and not any(path.iterdir()):
+        return
+    if (path / MANIFEST).is_file():
+        try:
+            files = _read_manifest(path).files
+        except BundleError:  # of another version: there is no knowing, and the way out is to export it again
+            return
+        if stray := next(_strays(path, files), None):
+            raise UsageError(f"{path} holds {stray}, which is no part of the bundle: move it, or choose a new folder")
         return
     if path.exists():
         raise UsageError(f"{path} exists and is not a bundle: choose a new folder")
@@ -360,6 +388,8 @@ def _move_into_place(staging: Path, path: Path) -> None:
     old = staging.with_suffix(".old")
     if path.exists():
         os.rename(path, old)
+        if (old / PLANS).is_dir() and not (old / PLANS).is_symlink():
+            os.rename(old / PLANS, staging / PLANS)
     os.rename(staging, path)
     _fsync(path.parent)
     shutil.rmtree(old, ignore_errors=True)

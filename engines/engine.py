@@ -114,6 +114,12 @@ def numpy_dtype(dtype: DType) -> np.dtype[Any]:
     return _NUMPY[dtype]
 
 
+def bfloat16_bits(values: NumpyArray) -> npt.NDArray[np.uint16]:
+    """Numbers as the bits of the nearest bfloat16, ties to even."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    return ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
+
+
 def check_shapes(
     graph: str, specs: Mapping[str, TensorSpec], shapes: Mapping[str, Sequence[int]]
 ) -> tuple[dict[str, int], dict[str, Shape]]:

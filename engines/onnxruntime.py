@@ -12,6 +12,7 @@ import numpy as np
 from oneword.engines.engine import Array, HostArray, NumpyArray, check_feeds, host_buffers, numpy_dtype
 from oneword.engines.errors import EngineError, MissingPackage
 from oneword.engines.spec import DType, Precision, TensorSpec
+from oneword.engines.threads import cpu_threads
 
 # Numbers of onnx.TensorProto.DataType: numpy has no name for bfloat16.
 ELEMENT = {
@@ -42,6 +43,11 @@ class OnnxRuntimeEngine:
         threads: int | None = None,
     ) -> None:
         ort = load_onnxruntime()
+        if precision is Precision.BF16:
+            raise EngineError(
+                f"graph {name!r} computes in bf16, which ONNX Runtime does not on a CPU: "
+                "export it with --precision fp32 or fp16, or run it on a GPU"
+            )
         self.name = name
         self.inputs = {spec.name: spec for spec in inputs}
         self.outputs = {spec.name: spec for spec in outputs}
@@ -107,7 +113,7 @@ def open_session(
     ort = load_onnxruntime()
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    options.intra_op_num_threads = threads or int(os.environ.get("OMP_NUM_THREADS", "0"))
+    options.intra_op_num_threads = cpu_threads(threads)
     try:
         session = ort.InferenceSession(os.fspath(path), options, providers=providers)
     except Exception as error:  # its exceptions have no common base of their own

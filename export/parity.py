@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from oneword.engines.engine import Engine, NumpyArray
-from oneword.engines.errors import EngineError
+from oneword.engines.errors import EngineError, NotFinite
 from oneword.engines.spec import DType, Precision
 from oneword.export.eager import EagerEngine
 from oneword.export.families import Traceable
@@ -50,10 +50,19 @@ class Difference:
 
 
 def references(graph: Traceable, shapes: Sequence[Mapping[str, int]] = SHAPES) -> list[Reference]:
-    """Runs the module at every shape, seeds 1, 2, ...: never what it was traced with."""
+    """Runs the module at every shape, seeds 1, 2, ...: never what it was traced with.
+
+    Raises EngineError where the module itself gives NaN or infinity: there is nothing to compare with then.
+    """
     eager = EagerEngine(graph)
     feeds = [example_feeds(graph, sizes, seed) for seed, sizes in enumerate(shapes, start=1)]
-    return [Reference(f, eager.run(f)) for f in feeds]
+    cases = [Reference(f, eager.run(f)) for f in feeds]
+    if not all(case.outputs["finite"].all() for case in cases):
+        raise NotFinite(
+            f"the model's own {graph.name} gives NaN or infinity in {graph.precision}: "
+            "export it with --precision fp32, or check its weights"
+        )
+    return cases
 
 
 def compare(engine: Engine, cases: Iterable[Reference], precision: Precision) -> list[Difference]:
@@ -78,11 +87,12 @@ def compare(engine: Engine, cases: Iterable[Reference], precision: Precision) ->
 
 
 def difference(engine: Engine, name: str, actual: NumpyArray, expected: NumpyArray) -> float:
-    """The distance of one output, as Difference says; infinite where the shapes differ."""
+    """The distance of one output, as Difference says; infinite where the shapes differ or one has NaN."""
     if actual.shape != expected.shape:
         return float("inf")
     if engine.outputs[name].dtype is DType.UINT8:
         return float(np.abs(actual.astype(np.float32) - expected.astype(np.float32)).mean())
     if actual.dtype == np.bool_:
         return float((actual != expected).any())
-    return float(np.abs(actual - expected).max() / max(float(np.abs(expected).max()), 1e-30))
+    distance = float(np.abs(actual - expected).max() / max(float(np.abs(expected).max()), 1e-30))
+    return float("inf") if np.isnan(distance) else distance

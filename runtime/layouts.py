@@ -51,7 +51,9 @@ XTI_KEYS: Final = (
 )
 
 _MAX_LORA_HEADER: Final = 16 << 20
+_MAX_LORA_WORDS: Final = 8 * MAX_FILE_BYTES
 _MAX_PICTURE_TEXT: Final = 8 << 20
+_MAX_PICKLED: Final = 8 * MAX_FILE_BYTES
 _MAX_ZIP_ENTRIES: Final = 200
 _MAX_OPCODES: Final = 5_000
 _PNG: Final = b"\x89PNG\r\n\x1a\n"
@@ -155,9 +157,13 @@ def _lora(path: Path) -> list[Found]:
             if b"bundle_emb." not in head:
                 return []
             words: dict[str, dict[str, Vectors]] = {}
+            size = 0
             for key, entry in parse_header(head, str(path)).items():
                 if match := _BUNDLED.fullmatch(key):
                     first, last = _offsets(entry, key, str(path))
+                    size += last - first  # entries may point at the same bytes
+                    if size > _MAX_LORA_WORDS:
+                        raise ConceptError(f"{path}: its words have more than {_MAX_LORA_WORDS} bytes (8 MiB) in all")
                     file.seek(8 + length + first)
                     local = entry | {"data_offsets": [0, last - first]}
                     value, _ = parse_tensor(memoryview(file.read(last - first)), key, local, str(path))
@@ -194,7 +200,7 @@ def _picture(path: Path) -> Any:
                     return json.loads(text, object_hook=_torch_tensor)
     except OSError as error:
         raise ConceptError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError, binascii.Error, struct.error):
+    except (ValueError, TypeError, RecursionError, binascii.Error, struct.error):
         raise ConceptError(f"{path} is a damaged picture: its embedding cannot be read") from None
     raise ConceptError(f"{path} holds no embedding: A1111 keeps one in the text chunk sd-ti-embedding")
 
@@ -267,12 +273,14 @@ class _TorchUnpickler(pickle.Unpickler):
         # Made anew for each file: a pickle may set attributes of what it is given.
         self._names: dict[tuple[str, str], Callable[..., Any]] = {
             ("collections", "OrderedDict"): collections.OrderedDict,
-            ("torch._utils", "_rebuild_tensor_v2"): lambda *arguments: _tensor(*arguments),
+            ("torch._utils", "_rebuild_tensor_v2"): lambda *arguments: self._rebuilt(*arguments),
             ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
             ("torch.nn.modules.container", "ParameterDict"): type("ParameterDict", (_ParameterDict,), {}),
             ("builtins", "set"): set,  # ParameterDict's state holds an empty one
             ("__builtin__", "set"): set,
         }
+        self._storages: dict[str, npt.NDArray[Any]] = {}
+        self._rebuilt_bytes = 0
         self.content = _plain(self.load())
 
     def find_class(self, module: str, name: str) -> Any:
@@ -289,12 +297,21 @@ class _TorchUnpickler(pickle.Unpickler):
         """A storage: the numbers of one file of the archive."""
         match pid:
             case ("storage", str(kind), str(key), str(), int()) if kind in _STORAGES and key.isdecimal():
-                numbers: npt.NDArray[Any] = np.frombuffer(
-                    self._archive.read(f"{self._folder}data/{key}"), _STORAGES[kind]
-                )
-                return numbers
+                if key not in self._storages:
+                    data = self._archive.read(f"{self._folder}data/{key}")
+                    self._storages[key] = np.frombuffer(data, _STORAGES[kind])
+                return self._storages[key]
             case _:
                 raise ConceptError(f"{self._name}: {str(pid)[:80]!r} is no storage of torch.save")
+
+
+    def _rebuilt(self, *arguments: Any) -> npt.NDArray[Any]:
+        """A tensor; all of them together are bounded, since they may share their numbers."""
+        value = _tensor(*arguments)
+        self._rebuilt_bytes += value.nbytes
+        if self._rebuilt_bytes > _MAX_PICKLED:
+            raise ConceptError(f"{self._name}: its tensors have more than {_MAX_PICKLED >> 20} MiB in all")
+        return value
 
 
 def _check_opcodes(data: bytes, name: str) -> None:
@@ -313,7 +330,7 @@ def _tensor(storage: Any, offset: int, size: Any, stride: Any, *rest: Any) -> np
     last = int(offset) + sum((n - 1) * step for n, step in zip(sizes, strides, strict=True))
     if values.ndim != 1 or len(sizes) > 2 or min([*sizes, 1]) < 1 or min([*strides, int(offset)]) < 0:
         raise ConceptError(f"a tensor of shape {sizes} is no embedding")
-    if last >= len(values) or max([*sizes, 1]) > MAX_FILE_BYTES or np.prod(sizes, dtype=np.float64) > MAX_FILE_BYTES:
+    if last >= len(values) or np.prod(sizes, dtype=np.float64) > len(values):
         raise ConceptError(f"a tensor of shape {sizes} reads past its {len(values)} numbers")
     view = np.lib.stride_tricks.as_strided(values[int(offset) :], sizes, [s * values.itemsize for s in strides])
     if values.dtype == _BFLOAT16:

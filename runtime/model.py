@@ -14,7 +14,7 @@ from typing import Self
 
 import numpy as np
 import numpy.typing as npt
-import safetensors.numpy
+import safetensors
 
 from oneword.engines.bundle import Bundle, MissingNegative
 from oneword.engines.engine import Binding, Engine, NumpyArray
@@ -125,6 +125,8 @@ class Model:
                     f"{concept.token!r} has vectors {width} wide, {encoder.graph} of this model takes {encoder.width}: "
                     "learn the word for this model"
                 )
+        for name, table in self._tables.items():
+            table.check(concept.token, concept.vectors[name])  # in all, before any is written
         for name, table in self._tables.items():
             self._words[name][concept.token] = tuple(table.load(concept.token, concept.vectors[name]))
         self._contexts.clear()
@@ -245,9 +247,14 @@ class Model:
 
 
 def _base_table(path: Path) -> NumpyArray:
+    """[V, D]; bfloat16 as its bits, as engines take it."""
     try:
-        return safetensors.numpy.load_file(path)["embedding_table"]
-    except (OSError, KeyError, safetensors.SafetensorError) as error:
+        [(name, tensor)] = safetensors.deserialize(path.read_bytes())
+        dtype = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}[tensor["dtype"]]
+        if name != "embedding_table":
+            raise KeyError(name)
+        return np.frombuffer(tensor["data"], dtype).reshape(tensor["shape"])
+    except (OSError, KeyError, ValueError, safetensors.SafetensorError) as error:
         raise BundleError(
             f"{path} holds no embedding_table ({error}): export the model again with ti-export"
         ) from error

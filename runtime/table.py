@@ -10,6 +10,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from oneword.engines.engine import bfloat16_bits
 from oneword.engines.errors import ConceptError, UsageError
 
 DEFAULT_CAPACITY: Final = 1024
@@ -17,7 +18,7 @@ DEFAULT_CAPACITY: Final = 1024
 
 
 class EmbeddingTable:
-    """`base` [V, D] and room for `capacity` learned rows, in the base's dtype."""
+    """`base` [V, D] and room for `capacity` learned rows, in the base's dtype; uint16 are the bits of bfloat16."""
 
     def __init__(self, base: npt.NDArray[Any], capacity: int = DEFAULT_CAPACITY) -> None:
         self.vocab_size, self.width = base.shape
@@ -39,8 +40,8 @@ class EmbeddingTable:
         """How many more vectors can be loaded now."""
         return len(self._free)
 
-    def load(self, token: str, vectors: npt.NDArray[np.floating[Any]]) -> tuple[int, ...]:
-        """Writes a word's vectors [n, D]; returns its n ids, V and above. Raises ConceptError."""
+    def check(self, token: str, vectors: npt.NDArray[np.floating[Any]]) -> None:
+        """Raises ConceptError where `load` would."""
         if token in self._ids:
             raise ConceptError(f"{token!r} is loaded already: unload it first")
         if vectors.ndim != 2 or vectors.shape[1] != self.width:
@@ -53,8 +54,12 @@ class EmbeddingTable:
             raise ConceptError(
                 f"{token!r} needs {len(vectors)} rows, {len(self._free)} of {capacity} are free: unload words first"
             )
+
+    def load(self, token: str, vectors: npt.NDArray[np.floating[Any]]) -> tuple[int, ...]:
+        """Writes a word's vectors [n, D]; returns its n ids, V and above. Raises ConceptError."""
+        self.check(token, vectors)
         ids = tuple(self._free.pop() for _ in range(len(vectors)))
-        self.array[list(ids)] = vectors
+        self.array[list(ids)] = bfloat16_bits(vectors) if self.array.dtype == np.uint16 else vectors
         self._ids[token] = ids
         return ids
 

@@ -37,7 +37,7 @@ def fill(folder: Path) -> Manifest:
         graphs[name] = Graph(files, graph_digest(folder, files), Precision.FP32, (spec,), ())
     (folder / "table.safetensors").write_bytes(b"table")
     (folder / "tokenizer").mkdir()
-    (folder / "tokenizer" / "vocab.json").write_text("{}")
+    (folder / "tokenizer" / "tokenizer.json").write_text("{}")
     encoder = Encoder(
         graph="text_encoder",
         table="table.safetensors",
@@ -81,7 +81,7 @@ def test_what_was_written_is_what_is_opened(bundle: Path) -> None:
     assert set(manifest.files) == {
         *(f"{g}.{s}" for g in ("text_encoder", "denoise_step", "vae_decoder") for s in ("onnx", "data")),
         "table.safetensors",
-        "tokenizer/vocab.json",
+        "tokenizer/tokenizer.json",
     }
     assert manifest.scheduler["_class_name"] == "DDIMScheduler"
     assert manifest.graphs["denoise_step"].inputs == (TensorSpec("x", DType.FLOAT32, ("B", 4)),)
@@ -98,11 +98,95 @@ def test_a_failed_export_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_older_bundle_is_replaced_and_any_other_folder_is_refused(bundle: Path, tmp_path: Path) -> None:
-    (bundle / "stray").write_text("of the older bundle")
-    write_bundle(bundle, fill)
-    assert not (bundle / "stray").exists()
+def test_an_older_bundle_is_replaced_with_its_plans_kept(bundle: Path) -> None:
+    older = json.loads((bundle / "bundle.json").read_text())
+    (bundle / "plans" / "rtx-sm89").mkdir(parents=True)
+    (bundle / "plans" / "rtx-sm89" / "a.plan").write_bytes(b"plan")
 
+    def other(folder: Path) -> Manifest:
+        manifest = fill(folder)
+        (folder / "table.safetensors").write_bytes(b"another table")
+        return manifest
+
+    write_bundle(bundle, other)
+
+    assert json.loads((bundle / "bundle.json").read_text())["files"] != older["files"]
+    assert (bundle / "plans" / "rtx-sm89" / "a.plan").read_bytes() == b"plan"
+    assert [path.name for path in bundle.parent.iterdir()] == ["bundle"]
+
+
+@pytest.mark.parametrize("stray", ["notes.txt", "tokenizer/extra.json", "weights.data"])
+def test_a_file_of_somebody_else_s_is_neither_opened_nor_deleted(bundle: Path, stray: str) -> None:
+    (bundle / stray).write_text("mine")
+
+    with pytest.raises(BundleError, match=f"{stray} is no part of the bundle, and could be taken for one: move it"):
+        Bundle.open(bundle)
+    with pytest.raises(UsageError, match=f"holds {stray}, which is no part of the bundle: move it, or choose"):
+        write_bundle(bundle, fill)
+    assert (bundle / stray).read_text() == "mine"
+
+
+def test_a_tokenizer_that_was_not_hashed_is_refused(bundle: Path) -> None:
+    edit(bundle, lambda m: m["files"].pop("tokenizer/tokenizer.json"))  # type: ignore[attr-defined]
+
+    with pytest.raises(BundleError, match=r"tokenizer/tokenizer.json is not among the hashed files"):
+        Bundle.open(bundle)
+
+
+def test_a_folder_that_is_a_link_is_refused(bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (bundle / "more").symlink_to(tmp_path / "elsewhere")
+
+    with pytest.raises(BundleError, match="more is no part of the bundle"):
+        Bundle.open(bundle)
+
+
+def test_everybody_may_read_a_bundle_whoever_wrote_it_and_how(tmp_path: Path) -> None:
+    def private(folder: Path) -> Manifest:
+        manifest = fill(folder)
+        for path in folder.rglob("*.*"):
+            path.chmod(0o600)
+        return manifest
+
+    bundle = write_bundle(tmp_path / "bundle", private).path
+    os.utime(bundle / "table.safetensors", ns=(1, 1))
+    Bundle.open(bundle)  # hashes again, and remembers
+
+    assert {path.stat().st_mode & 0o777 for path in bundle.rglob("*") if path.is_file()} == {0o644}
+
+
+def test_a_file_that_cannot_be_read_is_one_line(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from oneword.engines import bundle as module
+
+    def refuse(path: Path) -> str:
+        raise PermissionError(13, "Permission denied", path)
+
+    os.utime(bundle / "table.safetensors", ns=(1, 1))
+    monkeypatch.setattr(module, "file_digest", refuse)
+    with pytest.raises(FileError, match=r"cannot read .*table.safetensors: Permission denied"):
+        Bundle.open(bundle)
+
+
+def test_a_file_that_changes_while_it_is_hashed_is_hashed_again(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from oneword.engines import bundle as module
+
+    table, real = bundle / "table.safetensors", module.file_digest
+
+    def changed_meanwhile(path: Path) -> str:
+        digest = real(path)
+        if path.name == table.name:
+            table.write_bytes(b"other")
+        return digest
+
+    os.utime(table, ns=(1, 1))
+    monkeypatch.setattr(module, "file_digest", changed_meanwhile)
+    Bundle.open(bundle)
+    monkeypatch.setattr(module, "file_digest", real)
+    with pytest.raises(BundleError, match=r"table.safetensors has changed"):
+        Bundle.open(bundle)
+
+
+def test_any_other_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.png").write_bytes(b"cat")
     with pytest.raises(UsageError, match="is not a bundle: choose a new folder"):
@@ -111,7 +195,7 @@ def test_an_older_bundle_is_replaced_and_any_other_folder_is_refused(bundle: Pat
 
 
 @pytest.mark.parametrize(
-    "name", ["denoise_step.onnx", "denoise_step.data", "table.safetensors", "tokenizer/vocab.json"]
+    "name", ["denoise_step.onnx", "denoise_step.data", "table.safetensors", "tokenizer/tokenizer.json"]
 )
 def test_a_changed_file_is_named(bundle: Path, name: str) -> None:
     data = (bundle / name).read_bytes()

@@ -134,6 +134,15 @@ def test_words_in_a_lora_are_read_and_its_other_weights_are_not(tmp_path: Path) 
     np.testing.assert_array_equal(found["ring"].vectors["text_encoder_2"], WIDE)
 
 
+def test_words_in_a_lora_that_all_point_at_the_same_bytes_are_refused(tmp_path: Path) -> None:
+    path, size = tmp_path / "lora.safetensors", 1 << 20
+    entry = {"dtype": "F32", "shape": [1, size // 4], "data_offsets": [0, size]}
+    header = json.dumps({f"bundle_emb.toy{i}.clip_l": entry for i in range(9)}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(size))
+    with pytest.raises(ConceptError, match=r"more than 8388608 bytes \(8 MiB\) in all"):
+        read_words(path)
+
+
 def _picture(path: Path, text: str) -> Path:
     info = PngInfo()
     info.add_text("sd-ti-embedding", text)
