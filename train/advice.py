@@ -8,7 +8,7 @@ from typing import Any
 
 from oneword.export.source import Source
 from oneword.train.learner import Learner, Word
-from oneword.train.pictures import Picture, near_duplicates
+from oneword.train.pictures import Picture, near_duplicates, unread_pictures
 from oneword.train.prompts import probes
 from oneword.train.starts import split_words, token_ids
 
@@ -22,6 +22,8 @@ def before(source: Source, images: Path, init: str, pictures: Sequence[Picture])
     """Too few pictures, one of them twice, a start of several tokens."""
     if len(pictures) < FEW_PICTURES:
         yield f"{images} holds {len(pictures)} picture{'s'[: len(pictures) - 1]}: three to five are usual"
+    if passed_over := unread_pictures(images):
+        yield f"{', '.join(passed_over)} in {images} is not read: save it as PNG or JPEG"
     for one, other in near_duplicates(pictures):
         yield f"{one.name} and {other.name} in {images} are nearly the same picture: one of them teaches nothing"
     if init == "random" or init.endswith(".safetensors"):

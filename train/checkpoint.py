@@ -4,16 +4,20 @@
             step-00000150/  ...
 
 A checkpoint is written under another name, synced, marked with the hashes of its files, renamed, and the folder synced;
-then all but the last two are deleted. What is neither marked nor as the mark says is passed over.
+then all but the last two are deleted. What is neither marked nor as the mark says is passed over. Nothing in the folder
+that is not a state is ever touched.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +29,8 @@ from oneword.engines.errors import FileError, UsageError
 
 KEEP = 2
 MARK = "COMPLETE"
+STATE = re.compile(r"step-\d{8}")
+UNFINISHED = re.compile(r"\.step-\d{8}\.\d+")
 FILES = ("state.safetensors", "state.json")
 
 
@@ -49,7 +55,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     )
     try:
         folder.mkdir(exist_ok=True)
-        for rest in folder.glob(".step-*"):  # of a run killed while it wrote
+        for rest in _entries(folder, UNFINISHED):  # of a run killed while it wrote
             shutil.rmtree(rest)
         staging.mkdir()
         for name, content in zip(FILES, contents, strict=True):
@@ -60,7 +66,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
             shutil.rmtree(final)
         staging.rename(final)
         _sync_folder(folder)
-        for old in sorted(folder.glob("step-*"))[:-KEEP]:
+        for old in _entries(folder, STATE)[:-KEEP]:
             shutil.rmtree(old)
     except OSError as error:
         raise FileError(
@@ -73,8 +79,8 @@ def load_checkpoint(folder: Path, settings: Mapping[str, str]) -> Checkpoint | N
 
     Raises `UsageError` naming every setting that is not as it was when the run began, `FileError` where none is whole.
     """
-    paths = sorted(folder.glob("step-*"), reverse=True)
-    for path in paths:
+    paths = _entries(folder, STATE)
+    for path in reversed(paths):
         found = _read(path)
         if found is not None:
             _check_settings(folder, found.settings, settings)
@@ -85,8 +91,40 @@ def load_checkpoint(folder: Path, settings: Mapping[str, str]) -> Checkpoint | N
 
 
 def forget(folder: Path) -> None:
-    """Delete a finished run's state."""
-    shutil.rmtree(folder, ignore_errors=True)
+    """Delete a finished run's states, and the folder if nothing else is in it."""
+    for path in (*_entries(folder, STATE), *_entries(folder, UNFINISHED)):
+        shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep other processes off a run while it goes. Raises `UsageError` if one is at it, `FileError` without a disk."""
+    try:
+        folder.mkdir(exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise FileError(f"{folder}: the run's state cannot be kept there ({error.strerror})") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise UsageError(
+            f"another ti-train is at the run in {folder}: wait for it, or give another --output"
+        ) from error
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # if nothing was kept
+        os.close(descriptor)
+
+
+def _entries(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
+    """The folders of ours in `folder`, by name: the name fits and nothing but our files is inside."""
+    found = [path for path in sorted(folder.glob("*step-*")) if pattern.fullmatch(path.name) and path.is_dir()]
+    return [path for path in found if {inner.name for inner in path.iterdir()} <= {*FILES, MARK}]
 
 
 def _read(path: Path) -> Checkpoint | None:
@@ -110,10 +148,14 @@ def _check_settings(folder: Path, then: Mapping[str, str], now: Mapping[str, str
 
 
 def _write_synced(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    try:
+        rest = memoryview(content)
+        while rest:
+            rest = rest[os.write(descriptor, rest) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -9,14 +9,14 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.console import Console
 
-from oneword.engines.errors import FileError, OnewordError, UsageError
+from oneword.engines.errors import FileError, MissingPackage, OnewordError, UsageError
 from oneword.runtime.concept import save_concept
 from oneword.train.recipe import RECIPES, Compute, Norm, Recipe, named_recipe
 
@@ -119,7 +119,8 @@ def train(args: argparse.Namespace, console: Console) -> dict[str, Any] | None:
     for option in ("checkpoint_every", "preview_every"):
         if (given := getattr(args, option)) is not None and given < 1:
             raise UsageError(f"--{option.replace('_', '-')} is {given}: give a number of steps, at least 1")
-    from oneword.train.checkpoint import forget
+    make_report = import_report() if args.report else None
+    from oneword.train.checkpoint import forget, held
     from oneword.train.preview import SheetFolders
     from oneword.train.progress import log, show
     from oneword.train.run import Task, learn, quiet  # seconds of torch that a wrong option need not wait for
@@ -143,7 +144,7 @@ def train(args: argparse.Namespace, console: Console) -> dict[str, Any] | None:
     if args.tensorboard:
         shown = log(shown, args.tensorboard, [task.token for task in tasks])
     last, notes = None, list[str]()
-    with Interruption() as interruption:
+    with Interruption() as interruption, held(checkpoints):
         for last in shown:
             notes += last.notes
             if last.step == 1 and not last.concepts:  # begun anew
@@ -160,8 +161,8 @@ def train(args: argparse.Namespace, console: Console) -> dict[str, Any] | None:
         console.print(
             f"{concept.token} -> {row['output']}, {last.step} steps in {seconds:.0f} s", markup=False, soft_wrap=True
         )
-    if args.report:
-        write_report(args.report, args.model, recipe, rows, last, notes, sheets)
+    if make_report:
+        write_report(args.report, make_report, args.model, recipe, rows, last, notes, sheets)
         console.print(f"report -> {args.report}", markup=False, soft_wrap=True)
     forget(checkpoints)
     if not args.json:
@@ -171,9 +172,9 @@ def train(args: argparse.Namespace, console: Console) -> dict[str, Any] | None:
             {
                 **row,
                 "vectors": {name: list(rows.shape) for name, rows in concept.vectors.items()},
-                "loss": _number(loss),
+                "loss": _number(losses[-1]),
             }
-            for row, concept, loss in zip(rows, last.concepts, last.losses, strict=True)
+            for row, concept, losses in zip(rows, last.concepts, last.history, strict=True)
         ],
         "model": args.model,
         "recipe": recipe.as_text(),
@@ -183,8 +184,18 @@ def train(args: argparse.Namespace, console: Console) -> dict[str, Any] | None:
     }
 
 
+def import_report() -> Callable[..., str]:
+    """What makes a report, looked for before the learning. Raises `MissingPackage`."""
+    try:
+        from oneword.train.report import report
+    except ImportError as error:
+        raise MissingPackage(str(error.name), "train") from error
+    return report
+
+
 def write_report(
     path: Path,
+    make_report: Callable[..., str],
     model: str,
     recipe: Recipe,
     rows: Sequence[dict[str, str]],
@@ -197,7 +208,7 @@ def write_report(
     from oneword.train.learner import learning_rate_at
     from oneword.train.pictures import read_pictures
     from oneword.train.prompts import probes
-    from oneword.train.report import LearnedWord, report
+    from oneword.train.report import LearnedWord
 
     likeness = {sheet.token: sheet.likeness for sheet in last.sheets}
     words = [
@@ -215,7 +226,7 @@ def write_report(
         )
         for row, concept, losses, length in zip(rows, last.concepts, last.history, last.lengths, strict=True)
     ]
-    page = report(
+    page = make_report(
         words,
         model=model,
         settings=recipe.as_text(),
@@ -271,10 +282,12 @@ def manifest_rows(args: argparse.Namespace) -> list[dict[str, str]]:
 def read_manifest(path: Path) -> list[dict[str, str]]:
     """The rows of a CSV; folders and outputs are relative to it. Raises `UsageError` for columns that are not there."""
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise FileError(f"{path} cannot be read: {error}") from error
+    if not rows:
+        raise UsageError(f"{path} names no word: give a line of images, token, init, output for each")
     for number, row in enumerate(rows, start=2):
         if missing := [name for name in ("images", "token", "output") if not row.get(name)]:
             raise UsageError(
@@ -284,7 +297,7 @@ def read_manifest(path: Path) -> list[dict[str, str]]:
         {
             "images": str(path.parent / row["images"]),
             "token": row["token"],
-            "init": row.get("init") or "object",
+            "init": _from(path, row.get("init") or "object"),
             "output": str(path.parent / row["output"]),
         }
         for row in rows
@@ -306,6 +319,11 @@ def check_outputs(paths: Sequence[Path]) -> None:
             raise UsageError(f"--output {path}: there is no folder {path.parent}: make it first")
         if paths.count(path) > 1:
             raise UsageError(f"--output {path} is given twice: give each word a file of its own")
+
+
+def _from(manifest: Path, init: str) -> str:
+    """An init that is a concept file is relative to the manifest, as the other paths are."""
+    return str(manifest.parent / init) if init.endswith(".safetensors") else init
 
 
 def _number(value: float) -> float | None:

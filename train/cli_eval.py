@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from oneword.engines.errors import FileError, OnewordError, UsageError
-from oneword.runtime.concept import load_concept
+from oneword.runtime.concept import load_concept, write_whole
 from oneword.runtime.model import Model
 from oneword.train.cli import Parser
 from oneword.train.evaluate import (
@@ -28,6 +29,7 @@ from oneword.train.evaluate import (
     sample,
 )
 from oneword.train.pictures import read_pictures
+from oneword.train.plots import scatter
 from oneword.train.run import quiet
 
 
@@ -54,14 +56,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args = parser().parse_args(arguments)
         report = score(args)
         if args.output:
-            (args.output / "scores.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-            (args.output / "figure.svg").write_text(figure(report), encoding="utf-8")
+            write_whole(args.output / "scores.json", (json.dumps(report, indent=2) + "\n").encode())
+            write_whole(args.output / "figure.svg", figure(report).encode())
     except OnewordError as error:
         print(f"ti-eval: {error}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
         print(f"ti-eval: {args.output}: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("ti-eval: interrupted", file=sys.stderr)
+        return 130
     print(json.dumps(report, indent=2) if args.json else table(report))
     return 0
 
@@ -104,8 +109,9 @@ def score(args: argparse.Namespace) -> dict[str, Any]:
             }
         )
         if args.output:
-            sheet = np.concatenate([np.concatenate(list(some[:8]), 1) for some in pictures.values()])
-            Image.fromarray(sheet).save(args.output / f"samples-{number}.png")
+            sheet, out = np.concatenate([np.concatenate(list(some[:8]), 1) for some in pictures.values()]), io.BytesIO()
+            Image.fromarray(sheet).save(out, "PNG")
+            write_whole(args.output / f"samples-{number}.png", out.getvalue())
     settings = {"formula": args.formula, "samples": args.samples, "steps": args.steps, "seed": args.seed}
     return {
         **settings,
@@ -138,30 +144,8 @@ def table(report: Mapping[str, Any]) -> str:
 
 
 def figure(report: Mapping[str, Any]) -> str:
-    """The paper's scatter as SVG: editability across, likeness up, one dot a word."""
-    points = [
-        (word["editability"]["mean"], word["likeness"], word["recipe"] or word["token"]) for word in report["words"]
-    ]
-    low = [min(point[axis] for point in points) - 0.05 for axis in (0, 1)]
-    high = [max(point[axis] for point in points) + 0.05 for axis in (0, 1)]
-
-    def place(point: tuple[float, float, str]) -> tuple[float, float]:
-        x, y = ((point[axis] - low[axis]) / (high[axis] - low[axis]) for axis in (0, 1))
-        return 60 + 500 * x, 380 - 340 * y
-
-    dots = []
-    for point in points:
-        x, y = place(point)
-        name = point[2].replace("&", "&amp;").replace("<", "&lt;")
-        dots.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5"/><text x="{x + 8:.1f}" y="{y + 4:.1f}">{name}</text>')
-    ticks = "".join(
-        f'<text x="{60 + 500 * share:.0f}" y="400">{low[0] + share * (high[0] - low[0]):.2f}</text>'
-        f'<text x="20" y="{380 - 340 * share:.0f}">{low[1] + share * (high[1] - low[1]):.2f}</text>'
-        for share in (0.0, 0.5, 1.0)
-    )
-    return (
-        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 440" font-family="sans-serif" font-size="12">'
-        '<rect width="720" height="440" fill="white"/><path d="M60 40V380H560" fill="none" stroke="black"/>'
-        f'{ticks}<text x="260" y="425">editability</text><text x="20" y="25">likeness</text>'
-        f'<g fill="#2255aa">{"".join(dots)}</g></svg>\n'
-    )
+    """The paper's scatter as SVG: editability across, likeness up, a dot a word."""
+    words = report["words"]
+    points = [(word["recipe"] or word["token"], word["likeness"], word["editability"]["mean"]) for word in words]
+    names = words[0]["bounds"]
+    return scatter(points, {name: float(np.mean([word["bounds"][name] for word in words])) for name in names})

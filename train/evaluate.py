@@ -26,6 +26,7 @@ from oneword.runtime.batch import Failed, PictureDone
 from oneword.runtime.generate import generate
 from oneword.runtime.model import Model
 from oneword.runtime.request import Request
+from oneword.runtime.samplers import Sampler
 
 Pictures = npt.NDArray[np.uint8]  # [N, H, W, 3]
 Embeddings = npt.NDArray[np.float32]  # [N, P], of length 1
@@ -74,7 +75,8 @@ class Scores:
 class Judge:
     """A CLIP model from a directory: pictures and texts to unit vectors of one space.
 
-    Raises `FileError` where the directory holds no CLIP model.
+    Pictures are resized and normalised as its preprocessor says. A judge that travels in a diffusers directory may go
+    without one: it takes pixels from -1 to 1. Raises `FileError` where the directory holds no CLIP model.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -82,12 +84,10 @@ class Judge:
         try:
             self.model: Any = CLIPModel.from_pretrained(folder, local_files_only=True).float().eval()
             self.tokenizer = AutoTokenizer.from_pretrained(tokenizer or folder, local_files_only=True)
-            settings = folder / "preprocessor_config.json"
-            facts = json.loads(settings.read_text()) if settings.is_file() else {}
+            facts = preprocessor(folder)
         except (OSError, ValueError, KeyError) as error:
             raise FileError(f"{folder} is no CLIP model with a tokenizer: {str(error).splitlines()[0]}") from error
-        self.mean = torch.tensor(facts.get("image_mean", [0.5] * 3))[:, None, None]
-        self.std = torch.tensor(facts.get("image_std", [0.5] * 3))[:, None, None]
+        self.mean, self.std = (torch.tensor(facts[name])[:, None, None] for name in ("image_mean", "image_std"))
         self.side: int = self.model.config.vision_config.image_size
 
     @torch.no_grad()
@@ -106,9 +106,27 @@ class Judge:
         return unit(self.model.text_projection(self.model.text_model(input_ids=ids.input_ids).pooler_output).numpy())
 
     def _sized(self, picture: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        if picture.shape[:2] == (self.side, self.side):
+        """CLIP's: the shorter side to size, then the centre."""
+        height, width, _ = picture.shape
+        if (height, width) == (self.side, self.side):
             return picture
-        return np.asarray(Image.fromarray(picture).resize((self.side, self.side), Image.Resampling.BICUBIC))
+        scale = self.side / min(height, width)
+        size = (int(width * scale), int(height * scale))
+        left, top = ((length - self.side) // 2 for length in size)
+        sized = np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC))
+        return sized[top : top + self.side, left : left + self.side]
+
+
+def preprocessor(folder: Path) -> Mapping[str, Any]:
+    """`image_mean` and `image_std` of a CLIP directory, from either of the files that transformers has written."""
+    for name, key in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
+        path = folder / name
+        if path.is_file():
+            facts = json.loads(path.read_text())
+            return facts[key] if key else facts
+    if (folder.parent / "model_index.json").is_file():
+        return {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    raise FileError(f"{folder} has no preprocessor_config.json: without it nobody knows what pixels this model takes")
 
 
 def evaluate(
@@ -122,15 +140,16 @@ def evaluate(
     steps: int = STEPS,
     seed: int = 0,
     formula: Formula = Formula.PAPER,
+    likeness_prompt: str = LIKENESS_PROMPT,
 ) -> tuple[Scores, dict[str, Pictures]]:
     """The scores of a word that `model` has loaded, and every prompt's samples [samples, H, W, 3]."""
-    flat = [LIKENESS_PROMPT, *(prompt for group in prompts.values() for prompt in group)]
+    flat = [likeness_prompt, *(prompt for group in prompts.values() for prompt in group)]
     pictures = dict(
         zip(flat, sample(model, [p.replace(PLACE, token) for p in flat], samples, steps, seed), strict=True)
     )
     embedded = {prompt: judge.pictures(some) for prompt, some in pictures.items()}
     scores = Scores(
-        likeness(embedded[LIKENESS_PROMPT], judge.pictures(training)),
+        likeness(embedded[likeness_prompt], judge.pictures(training)),
         {
             name: float(np.mean([editability(embedded[p], judge.texts([without_word(p)])[0], formula) for p in group]))
             for name, group in prompts.items()
@@ -140,8 +159,8 @@ def evaluate(
 
 
 def sample(model: Model, prompts: Sequence[str], count: int, steps: int, seed: int) -> list[Pictures]:
-    """`count` pictures of each prompt, with the seeds seed, seed + 1, ... Raises what made one of them fail."""
-    requests = [Request(prompt, seed=seed, num_images=count, steps=steps) for prompt in prompts]
+    """`count` pictures of each prompt by DDIM, with the seeds seed, seed + 1, ... Raises what made one of them fail."""
+    requests = [Request(p, seed=seed, num_images=count, steps=steps, sampler=Sampler.DDIM) for p in prompts]
     done: dict[tuple[int, int], npt.NDArray[np.uint8]] = {}
     for event in generate(model, requests):
         if isinstance(event, Failed):
@@ -171,7 +190,7 @@ def editability(samples: Embeddings, text: Embeddings, formula: Formula = Formul
 
 def without_word(prompt: str) -> str:
     """A prompt's text without the word, as in the paper: 'a photo of a {} in the snow' -> 'a photo of in the snow'."""
-    words = prompt.replace(f"a {PLACE}", " ").replace(PLACE, " ").split()
+    words = prompt.replace(f" in the style of {PLACE}", " ").replace(f"a {PLACE}", " ").replace(PLACE, " ").split()
     return " ".join(words)
 
 

@@ -133,7 +133,7 @@ class Learner:
                 torch.autograd.backward(torch.stack(each).sum() / self.recipe.accumulation)
                 losses[together] += [loss.item() / self.recipe.accumulation for loss in each]
         for index in active:
-            self._update(self.words[index], losses[index])
+            self._update(index, losses[index])
         self.steps_done += 1
         if self.recipe.stop_below is not None:
             for index in active:
@@ -160,14 +160,14 @@ class Learner:
         predicted = self._predict(noise, timesteps, *self._context({index: templates}, {index: rows}))
         return float((predicted - predicted.mean(0)).square().mean())
 
-    def rows_in_use(self) -> int:
-        """How many of its vectors a word has by now."""
-        return self.recipe.vectors_at(self.steps_done)
+    def rows_in_use(self, index: int) -> int:
+        """How many of its vectors a word has by now, by the steps it has taken itself: a stopped word gets no more."""
+        return self.recipe.vectors_at(len(self.words[index].losses))
 
     def concept(self, index: int, provenance: Mapping[str, str]) -> Concept:
         """The word as it is now."""
         word = self.words[index]
-        count = self.rows_in_use()
+        count = self.rows_in_use(index)
         return Concept(
             word.token, {name: rows.detach()[:count].numpy().copy() for name, rows in word.rows.items()}, provenance
         )
@@ -253,8 +253,9 @@ class Learner:
         unique = list(dict.fromkeys(wanted))
         places = {key: position for position, key in enumerate(unique)}
         rows = [places[key] for key in wanted]
-        count = self.rows_in_use()
-        texts = [(prompt, self._first_row[index], count, self.recipe.vectors) for index, prompt in unique]
+        texts = [
+            (prompt, self._first_row[index], self.rows_in_use(index), self.recipe.vectors) for index, prompt in unique
+        ]
         encoded = {
             name: self.encoders[name](texts, self._all_rows(name, rows_of or {})) for name in self.conditioning.context
         }
@@ -275,7 +276,8 @@ class Learner:
         height, width = (float(side * factor) for side in latents.shape[-2:])
         return torch.tensor([height, width, 0.0, 0.0, height, width]).repeat(len(latents), 1)
 
-    def _update(self, word: Word, loss: float) -> None:
+    def _update(self, index: int, loss: float) -> None:
+        word = self.words[index]
         if not math.isfinite(loss):
             raise EngineError(
                 f"the loss of {word.token!r} is {loss} at step {self.steps_done + 1}: lower the rate "
@@ -285,8 +287,8 @@ class Learner:
             group["lr"] = self.learning_rate
         word.optimizer.step()
         word.optimizer.zero_grad(set_to_none=True)
+        count = self.rows_in_use(index)
         word.losses.append(loss)
-        count = self.rows_in_use()
         with torch.no_grad():
             for name, rows in word.rows.items():
                 rows[count:] = word.initial[name][count:]  # those that have not joined yet

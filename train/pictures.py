@@ -23,6 +23,8 @@ from oneword.engines.errors import FileError, NotFinite, UsageError
 from oneword.export.modules import VaeEncoder
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # no others, whatever the name: EPS runs programs
+UNREAD = (".heic", ".heif", ".avif", ".jxl", ".dng", ".cr2", ".nef", ".arw", ".psd", ".svg", ".jfif")
 MAX_PIXELS = 120_000_000  # what a picture may claim to hold: 360 MB decoded
 MIN_SIDE = 16
 MASK_ENDING = ".mask.png"
@@ -85,6 +87,11 @@ def read_pictures(folder: Path, size: int, *, step: int | None = None) -> list[P
     return [read_picture(path, size, step=step) for path in paths]
 
 
+def unread_pictures(folder: Path) -> list[str]:
+    """The names of files that hold pictures but of a kind that is not read."""
+    return sorted(path.name for path in folder.iterdir() if path.suffix.lower() in UNREAD)
+
+
 def read_picture(path: Path, size: int, *, step: int | None = None, crop: Crop = WHOLE) -> Picture:
     """One picture, or a crop of it, with its caption and mask; errors as `read_pictures`."""
     image = _open(path)
@@ -142,7 +149,7 @@ def _open(path: Path) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(path) as image:
+            with Image.open(path, formats=FORMATS) as image:
                 size = f"{image.width}x{image.height}"
                 if image.width * image.height > MAX_PIXELS:
                     raise FileError(f"{path} claims {size} pixels, at most {MAX_PIXELS:,} are read: make it smaller")

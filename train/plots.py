@@ -45,14 +45,30 @@ def scatter(points: Sequence[tuple[str, float, float]], bounds: Mapping[str, flo
     return _svg(figure)
 
 
+def trajectories(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], across: str) -> str:
+    """A panel a quantity, in it a line a name through its points (x, y); x is logarithmic."""
+    figure = Figure(figsize=(3.6 * len(panels), 3.2), layout="constrained")
+    for number, (quantity, series) in enumerate(panels.items(), start=1):
+        axes = _dressed(figure.add_subplot(1, len(panels), number), across, quantity)
+        axes.set_xscale("log")
+        for colour, (name, points) in zip(_cycled(len(series)), series.items(), strict=True):
+            axes.plot([x for x, _ in points], [y for _, y in points], "o-", color=colour, markersize=4, label=name)
+        if number == 1:
+            axes.legend(frameon=False, fontsize=8)
+    return _svg(figure)
+
+
 def _empty(across: str, up: str) -> tuple[Figure, matplotlib.axes.Axes]:
     figure = Figure(figsize=(6.4, 3.2), layout="constrained")
-    axes = figure.subplots()
+    return figure, _dressed(figure.subplots(), across, up)
+
+
+def _dressed(axes: matplotlib.axes.Axes, across: str, up: str) -> matplotlib.axes.Axes:
     axes.set_xlabel(across)
     axes.set_ylabel(up)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25, linewidth=0.5)
-    return figure, axes
+    return axes
 
 
 def _cycled(count: int) -> list[str]:

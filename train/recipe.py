@@ -105,6 +105,8 @@ class Recipe:
             _within(field, getattr(self, field), low, high)
         if not 0 < self.learning_rate < 10:
             raise UsageError(f"learning_rate is {self.learning_rate}: give a number above 0 and below 10")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UsageError(f"betas is {self.betas}: give two numbers from 0 to below 1, for example 0.9,0.999")
         if self.weight_decay < 0 or self.init_weight < 0:
             raise UsageError(
                 f"weight_decay {self.weight_decay} and init_weight {self.init_weight} must not be negative"

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import jinja2
 import numpy as np
-from markupsafe import Markup
 from PIL import Image
 
 from oneword.train.plots import curves
@@ -60,8 +59,8 @@ def report(
             settings=settings,
             notes=notes,
             seconds=seconds,
-            loss_curves=Markup(curves(losses, "loss", smooth=SMOOTH)),
-            rate_curve=Markup(curves({"rate": rates}, "rate")),
+            loss_curves=curves(losses, "loss", smooth=SMOOTH),
+            rate_curve=curves({"rate": rates}, "rate"),
             picture=as_data,
             run_line=run_line,
         )
@@ -111,8 +110,8 @@ PAGE = """<!doctype html>
 {% for note in notes %}<p class="note">{{ note }}</p>
 {% endfor %}
 <h2>Curves</h2>
-{{ loss_curves }}
-{{ rate_curve }}
+{{ loss_curves | safe }}
+{{ rate_curve | safe }}
 {% for word in words %}
 <h2>{{ word.token }}</h2>
 <p>{{ word.vectors }} vector{{ "s" if word.vectors > 1 }}, from <code>{{ word.init }}</code>,

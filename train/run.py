@@ -33,6 +33,8 @@ from oneword.train.prompts import caption_template, probes, templates
 from oneword.train.recipe import Recipe
 from oneword.train.starts import initial_rows, token_ids
 
+MAX_SEED = 2**63 - 2  # stopping draws with the next one
+
 
 @dataclass(frozen=True)
 class Task:
@@ -92,6 +94,8 @@ def learn(
     """
     started = time.perf_counter()
     check_tasks(tasks)
+    if not 0 <= seed <= MAX_SEED:
+        raise UsageError(f"the seed is {seed}: give a whole number from 0 to {MAX_SEED}")
     source = model if isinstance(model, Source) else load_source(model)
     check_tokens(source, tasks)
     size = picture_size(source)
@@ -265,12 +269,12 @@ def _vae_factor(source: Source) -> int:
 
 
 def provenance(source: Source, task: Task, recipe: Recipe, seed: int, steps: int) -> dict[str, str]:
-    """What a concept's metadata says of how it came about."""
+    """What a concept's metadata says of how it came about: names, no paths, since the file is for sharing."""
     return {
-        "base_model": str(source.model),
+        "base_model": source.model if source.revision else source.path.name,
         "base_model_digest": source.digest,
         "recipe": recipe.name,
-        "init": task.init,
+        "init": Path(task.init).name if task.init.endswith(".safetensors") else task.init,
         "seed": str(seed),
         "steps": str(steps),
         "version": __version__,

@@ -3,6 +3,7 @@ import multiprocessing
 import os
 import random
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from PIL import Image
 from oneword.engines.errors import FileError, UsageError
 from oneword.runtime.concept import load_concept
 from oneword.train import checkpoint as module
-from oneword.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from oneword.train.checkpoint import Checkpoint, forget, held, load_checkpoint, save_checkpoint
 from oneword.train.cli import main
 
 
@@ -63,6 +64,29 @@ def test_a_run_whose_states_are_all_damaged_does_not_silently_begin_anew(tmp_pat
         load_checkpoint(tmp_path, {"seed": "1"})
 
 
+def test_nothing_but_a_runs_own_states_is_ever_deleted(tmp_path: Path) -> None:
+    """A folder with a user's files, one of them named much like a state, is given for the states."""
+    (tmp_path / "thesis.tex").write_text("years of work")
+    for name in ("step-1000", "step-00000001", ".step-notes"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "photo.png").write_text("irreplaceable")
+    for step in (2, 3, 4, 5):
+        save_checkpoint(tmp_path, at(step))
+
+    forget(tmp_path)
+
+    kept = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
+    assert kept == [".step-notes/photo.png", "step-00000001/photo.png", "step-1000/photo.png", "thesis.tex"]
+
+
+def test_two_processes_do_not_share_a_run(tmp_path: Path) -> None:
+    with held(tmp_path / "run"), pytest.raises(UsageError, match="another ti-train is at the run"):
+        held(tmp_path / "run").__enter__()
+    with held(tmp_path / "run"):
+        pass
+    assert not (tmp_path / "run").exists()
+
+
 def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, at(1))
     with pytest.raises(UsageError, match="seed was 1 and is 2; give the same command or delete that folder"):
@@ -73,7 +97,7 @@ def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
 def test_whatever_write_fails_the_last_good_state_loads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    """Every fsync, mkdir and rename in turn is made to fail, as on a full or broken disk."""
+    """Every call that changes the disk is made to fail in turn, as on a full or broken one."""
     save_checkpoint(tmp_path, at(1))
     calls = {"left": 0}
 
@@ -89,7 +113,8 @@ def test_whatever_write_fails_the_last_good_state_loads(
     failures = 0
     for nth in range(1, 100):
         with monkeypatch.context() as patch:
-            for owner, name in ((os, "fsync"), (Path, "mkdir"), (Path, "rename")):
+            calls_that_write = ((os, "open"), (os, "write"), (os, "fsync"), (shutil, "rmtree"))
+            for owner, name in (*calls_that_write, (Path, "mkdir"), (Path, "rename")):
                 patch.setattr(owner, name, failing(getattr(owner, name)))
             calls["left"] = nth
             try:
@@ -100,7 +125,7 @@ def test_whatever_write_fails_the_last_good_state_loads(
         found = load_checkpoint(tmp_path, {"seed": "1"})
         assert found is not None
         assert found.step in (1, 2)
-    assert failures >= 6
+    assert failures >= 12
     found = load_checkpoint(tmp_path, {"seed": "1"})
     assert found is not None
     assert found.step == 2

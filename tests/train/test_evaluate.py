@@ -1,3 +1,5 @@
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +10,10 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPToken
 
 from oneword.engines.errors import FileError
 from oneword.train.evaluate import Formula, Judge, editability, likeness, likeness_within, unit, without_word
+
+PROCESSOR = CLIPImageProcessorPil(
+    size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, image_mean=[0.4, 0.5, 0.6], image_std=[0.2] * 3
+)
 
 
 @pytest.fixture(scope="module")
@@ -22,15 +28,16 @@ def judge_dir(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) ->
     vision = {**common, "image_size": 32, "patch_size": 8}
     CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    PROCESSOR.save_pretrained(folder)
     return folder
 
 
 def test_the_judges_space_is_that_of_transformers_own_clip(judge_dir: Path) -> None:
     """Reference: CLIPModel's forward on the image processor's pixels."""
-    pictures = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
+    rng = np.random.default_rng(0)
+    pictures = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in ((32, 32), (32, 32), (48, 80))]
     model, tokenizer = CLIPModel.from_pretrained(judge_dir), CLIPTokenizer.from_pretrained(judge_dir)
-    processor = CLIPImageProcessorPil(do_resize=False, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3)
-    pixels = processor([Image.fromarray(p) for p in pictures], return_tensors="pt").pixel_values
+    pixels = PROCESSOR([Image.fromarray(p) for p in pictures], return_tensors="pt").pixel_values
     texts = ["a photo of the red star", "cat"]
     with torch.no_grad():
         expected = model(**tokenizer(texts, padding=True, return_tensors="pt"), pixel_values=pixels)
@@ -39,6 +46,19 @@ def test_the_judges_space_is_that_of_transformers_own_clip(judge_dir: Path) -> N
 
     np.testing.assert_allclose(judge.pictures(pictures), expected.image_embeds.numpy(), atol=1e-5)
     np.testing.assert_allclose(judge.texts(texts), expected.text_embeds.numpy(), atol=1e-5)
+
+
+def test_what_pixels_the_judge_takes_is_read_from_either_file_and_never_guessed(
+    judge_dir: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(judge_dir, tmp_path / "clip")
+    facts = json.loads((tmp_path / "clip" / "preprocessor_config.json").read_text())
+    (tmp_path / "clip" / "preprocessor_config.json").unlink()
+
+    with pytest.raises(FileError, match=r"has no preprocessor_config\.json"):
+        Judge(tmp_path / "clip")
+    (tmp_path / "clip" / "processor_config.json").write_text(json.dumps({"image_processor": facts}))
+    np.testing.assert_allclose(Judge(tmp_path / "clip").mean.flatten(), [0.4, 0.5, 0.6])
 
 
 def test_a_folder_that_is_no_clip_is_named(tmp_path: Path) -> None:
@@ -60,3 +80,4 @@ def test_scores_by_hand() -> None:
 
 def test_a_prompt_without_its_word_reads_as_the_papers() -> None:
     assert without_word("a photo of a {} on the moon") == "a photo of on the moon"
+    assert without_word("a red star in the style of {}") == "a red star"

@@ -208,6 +208,18 @@ def test_a_vector_that_has_not_joined_stays_where_it_started(tiny_model_dir: Pat
     assert not torch.equal(word.rows["text_encoder"][1], start[1])
 
 
+def test_a_word_that_stopped_gets_no_further_vectors(tiny_model_dir: Path) -> None:
+    recipe = QUICK.with_changes(vectors=2, grow_at=(2,))
+    words = [some_word("<a>", 1, recipe), some_word("<b>", 2, recipe)]
+    learner = Learner(load_source(tiny_model_dir), words, recipe, seed=7)
+    learner.step()
+    words[0].stopped = True
+    while not learner.finished():
+        learner.step()
+
+    assert [len(learner.concept(i, {}).vectors["text_encoder"]) for i in range(2)] == [1, 2]
+
+
 def test_words_of_single_pictures_learn_beside_the_shared_one_and_are_left_out(tiny_model_dir: Path) -> None:
     recipe = QUICK.with_changes(per_image=1.0)
     word = some_word(recipe=recipe)

@@ -113,6 +113,15 @@ def test_of_an_animation_the_first_frame_is_read(tmp_path: Path, name: str) -> N
     np.testing.assert_array_equal(read_picture(tmp_path / name, 32).pixels[0, 0], [255, 0, 0])
 
 
+def test_a_program_in_disguise_is_not_run(tmp_path: Path) -> None:
+    """EPS is a program for Ghostscript; Pillow would hand it over whatever the file's name is."""
+    program = "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\n(all your files) run\n%%EOF\n"
+    (tmp_path / "a.png").write_text(program)
+
+    with pytest.raises(FileError, match=r"a\.png is not a picture"):
+        read_picture(tmp_path / "a.png", 64)
+
+
 def test_what_is_no_usable_picture_is_named_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("I am not a picture")
     (tmp_path / "empty.png").write_bytes(b"")

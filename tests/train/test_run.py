@@ -55,6 +55,7 @@ def test_the_command_writes_a_concept_and_says_what_it_did(
     with safe_open(output, "numpy") as file:  # as diffusers reads it
         assert list(file.keys()) == ["<toy>"]
         metadata = file.metadata()
+    assert metadata["base_model"] == tiny_model_dir.name  # the file is for sharing: no paths of this machine
     assert (metadata["recipe"], metadata["seed"], metadata["steps"], metadata["init"]) == ("fast", "5", "3", "star")
 
 
@@ -64,6 +65,7 @@ def test_a_command_that_cannot_be_done_says_why_in_one_line_before_it_learns(
     good = command(folder, tiny_model_dir, tmp_path / "toy.safetensors")
     empty = tmp_path / "empty"
     empty.mkdir()
+    (tmp_path / "none.csv").write_text("images,token,init,output\n")
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "x.png").write_text("text")
     cases = [
@@ -82,6 +84,10 @@ def test_a_command_that_cannot_be_done_says_why_in_one_line_before_it_learns(
         ([*good[:4], "star", *good[5:]], 2, "'star' is a word of the model's own vocabulary: call the new one <star>"),
         ([*good[:6], " ", *good[7:]], 2, "init is empty"),
         ([*good, "--set", "speed=9"], 2, "'speed=9' is no setting"),
+        ([*good, "--seed", "-1"], 2, "the seed is -1: give a whole number from 0"),
+        ([*good, "--seed", str(10**30)], 2, "the seed is 1000"),
+        ([*good, "--set", "betas=0.9,1.5"], 2, "betas is (0.9, 1.5)"),
+        (["--manifest", str(tmp_path / "none.csv"), "--model", str(tiny_model_dir)], 2, "names no word"),
         ([*good, "--preview-every", "0"], 2, "--preview-every is 0"),
         ([*good, "--report", str(tmp_path / "no" / "run.html")], 2, "in a folder that is there"),
         ([str(folder), *good, "--token", "<toy>", "--output", str(tmp_path / "b.safetensors")], 2, "learned twice"),
@@ -156,13 +162,19 @@ def test_a_manifest_learns_several_words_and_its_paths_are_relative_to_it(
     folder: Path, tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     manifest = tmp_path / "words.csv"
-    manifest.write_text("images,token,init,output\npictures,<a>,star,a.safetensors\npictures,<b>,,b.safetensors\n")
+    lines = "images,token,init,output\npictures,<a>,star,a.safetensors\npictures,<b>,,b.safetensors\n"
+    manifest.write_text(lines, encoding="utf-8-sig")  # as Excel saves it
 
     arguments = ["--manifest", str(manifest), "--model", str(tiny_model_dir), "--steps", "2", "--batch-size", "2"]
 
     assert main(arguments) == 0, capsys.readouterr().err
     assert load_concept(tmp_path / "a.safetensors").token == "<a>"
     assert load_concept(tmp_path / "b.safetensors").token == "<b>"
+
+    manifest.write_text("images,token,init,output\npictures,<c>,a.safetensors,c.safetensors\n")
+    assert main(arguments) == 0, capsys.readouterr().err
+    with safe_open(tmp_path / "c.safetensors", "numpy") as file:
+        assert file.metadata()["init"] == "a.safetensors"
 
 
 def test_a_word_learned_twice_is_refused(folder: Path, tiny_model_dir: Path) -> None:
@@ -240,11 +252,14 @@ def test_what_the_user_should_know_is_told_at_the_first_step(folder: Path, tiny_
     for name in ("2", "3", "4"):
         (folder / f"{name}.png").unlink()
     (folder / "1.png").write_bytes((folder / "0.png").read_bytes())
+    (folder / "5.HEIC").write_bytes(b"from a telephone")
 
     first = next(
         learn(tiny_model_dir, [Task(folder, "<toy>", "zebra")], named_recipe("fast").with_changes(batch_size=2))
     )
 
     assert "holds 2 pictures: three to five are usual" in first.notes[0]
-    assert "0.png and 1.png" in first.notes[1]
-    assert "init 'zebra' is several tokens" in first.notes[2]
+    assert "5.HEIC" in first.notes[1]
+    assert "is not read: save it as PNG or JPEG" in first.notes[1]
+    assert "0.png and 1.png" in first.notes[2]
+    assert "init 'zebra' is several tokens" in first.notes[3]
