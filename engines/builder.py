@@ -9,7 +9,6 @@ import contextlib
 import importlib
 import importlib.metadata
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,7 @@ from typing import Any
 import msgspec
 
 from oneword.engines.bundle import PLANS, Bundle, Defaults, Graph, Manifest, Vae
+from oneword.engines.cuda import Device
 from oneword.engines.errors import EngineError, MissingPackage, UsageError
 from oneword.engines.plans import PlanCache, PlanKey, Ranges
 from oneword.engines.spec import TensorSpec
@@ -98,21 +98,22 @@ class _Network(msgspec.Struct, frozen=True, tag="network"):
 def build_plans(
     bundle: Bundle,
     flavour: Flavour,
-    target: str,
+    target: str | None,
     limits: Limits = DEFAULT_LIMITS,
     report: Report = lambda message: None,
     only: str | None = None,
 ) -> dict[str, list[Path]]:
     """Builds (or finds in the cache) the plans of every graph of a bundle, or of `only` one, for a target such as
-    `sm89` or, one plan for both, `sm89,sm120`; the plans' paths, that of all sizes first. `report` hears how far the
-    builder is.
+    `sm89` or, one plan for both, `sm89,sm120` (see target_of); the plans' paths, that of all sizes first. `report`
+    hears how far the builder is.
 
     What was built stays when a later graph fails, and the bundle is as it was.
 
     Raises UsageError (target, sizes), MissingPackage, EngineError (the builder's words), FileError (disk).
     """
     limits.check(bundle.manifest.vae, bundle.manifest.defaults)
-    version, capabilities = installed_version(flavour), compute_capabilities(flavour, target)
+    version, target = installed_version(flavour), target_of(flavour, target)
+    capabilities = compute_capabilities(flavour, target)
     cache = plan_cache(bundle, flavour, version, target)
     paths: dict[str, list[Path]] = {}
     for name in bundle.manifest.graphs if only is None else [only]:
@@ -273,15 +274,27 @@ def installed_version(flavour: Flavour) -> str:
         raise MissingPackage(str(flavour), str(flavour)) from error
 
 
+def target_of(flavour: Flavour, target: str | None) -> str:
+    """What to build for: RTX for any GPU, sm89 unless told; TensorRT for the one that is here.
+
+    Raises UsageError for a target that cannot be, EngineError where TensorRT finds no GPU.
+    """
+    if flavour is Flavour.TENSORRT:
+        own = Device().target
+        if target not in (None, own):
+            raise UsageError(f"--target {target}: {flavour} builds for the GPU it runs on, which is {own}")
+        return own
+    target = target or "sm89"
+    compute_capabilities(flavour, target)
+    return target
+
+
 def compute_capabilities(flavour: Flavour, target: str) -> list[tuple[int, int]]:
     """[(8, 9), (12, 0)] of `sm89,sm120`. Raises UsageError for what cannot be built for."""
     names = target.split(",")
-    matches = [re.fullmatch(r"sm(\d+)(\d)", name) for name in names]
     if flavour is Flavour.RTX and any(name not in RTX_TARGETS for name in names):
         raise UsageError(f"--target {target}: {flavour} builds for {', '.join(RTX_TARGETS)}")
-    if None in matches or (flavour is Flavour.TENSORRT and len(names) > 1):
-        raise UsageError(f"--target {target}: {flavour} builds for the GPU it runs on, for example sm90")
-    return [(int(match[1]), int(match[2])) for match in matches if match]
+    return [(int(name[2:-1]), int(name[-1])) for name in names]
 
 
 def last_words(words: bytes, status: int) -> str:

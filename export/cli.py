@@ -10,7 +10,7 @@ from typing import Any
 import click
 from rich.console import Console
 
-from oneword.engines.builder import Flavour, Limits, build_plans, compute_capabilities, installed_version
+from oneword.engines.builder import Flavour, Limits, build_plans, installed_version, target_of
 from oneword.engines.errors import OnewordError
 from oneword.engines.spec import Precision
 from oneword.runtime.cli import size
@@ -55,7 +55,7 @@ def command(
     bundle: Path,
     precision: str,
     engine: str,
-    target: str,
+    target: str | None,
     max_batch: int,
     max_size: int | None,
     static_sizes: tuple[tuple[int, int], ...],
@@ -75,7 +75,7 @@ def command(
     flavour = Flavour(engine) if engine.startswith("tensorrt") else None
     if flavour is not None:  # before the long work
         installed_version(flavour)
-        compute_capabilities(flavour, target)
+        target = target_of(flavour, target)
     with console.status(f"exporting {model}") as status:
 
         def report(message: str) -> None:

@@ -4,16 +4,16 @@ import hashlib
 import importlib.resources
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel, VQModel
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertModel
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import nn
 from transformers import AutoTokenizer, BertTokenizer, CLIPTextModel, CLIPTextModelWithProjection
@@ -34,7 +34,7 @@ COMPONENTS: Mapping[str, Any] = {
 }
 WANTED = ("unet", "vae", "vqvae", "text_encoder", "text_encoder_2", "bert", "tokenizer", "tokenizer_2")
 WEIGHTS = "*.safetensors"
-HUB_FILES = ["*.json", "*.txt", WEIGHTS]
+TEXTS = ("*.json", "*.txt")
 
 
 @dataclass(frozen=True)
@@ -122,15 +122,41 @@ def find_model(model: str) -> tuple[Path, str]:
 
 
 def download(model: str) -> tuple[Path, str]:
-    """A hub model's configs, vocabularies and safetensors in the hub's cache, at one commit."""
+    """A hub model's configs, vocabularies and safetensors in the hub's cache, at one commit: of the components that are
+    used, one variant of each. Where the hub cannot be reached, what lies in the cache."""
     repo, _, revision = model.partition("@")
     try:
-        path = Path(snapshot_download(repo, revision=revision or None, allow_patterns=HUB_FILES))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as e:
-        raise FileError(
-            f"{model} cannot be had from the hub ({first_line(e)}): give a local diffusers directory"
-        ) from e
+        info = HfApi().model_info(repo, revision=revision or None)
+        wanted = hub_files([each.rfilename for each in info.siblings or []])
+        path = Path(snapshot_download(repo, revision=info.sha, allow_patterns=wanted))
+    except (HfHubHTTPError, HFValidationError) as e:
+        raise not_from_hub(model, e) from e
+    except Exception as unreachable:  # of whichever HTTP library the hub's client uses in this release
+        try:
+            path = Path(snapshot_download(repo, revision=revision or None, local_files_only=True))
+        except (LocalEntryNotFoundError, ValueError):
+            raise not_from_hub(model, unreachable) from unreachable
+    if not (path / "model_index.json").is_file():
+        raise UsageError(f"{model} has no model_index.json: give the hub id of a model in diffusers' format")
     return path, path.name
+
+
+def not_from_hub(model: str, error: Exception) -> FileError:
+    """What to raise where a model cannot be downloaded."""
+    return FileError(f"{model} cannot be had from the hub ({first_line(error)}): give a local diffusers directory")
+
+
+def hub_files(names: Sequence[str]) -> list[str]:
+    """Those of a repository's files that are used: no other folders, no pickles, and full weights where there are any,
+    else those of one variant."""
+    wanted = ["model_index.json"]
+    for folder in (*WANTED, "scheduler"):
+        inside = [name for name in names if PurePosixPath(name).parent == PurePosixPath(folder)]
+        wanted += [name for name in inside if any(PurePosixPath(name).match(pattern) for pattern in TEXTS)]
+        weights = [name for name in inside if name.endswith(".safetensors")]
+        variant = variant_of(PurePosixPath(name).name for name in weights)
+        wanted += [name for name in weights if variant_of([PurePosixPath(name).name]) == variant]
+    return [name for name in wanted if name in names]
 
 
 def load_component(path: Path, name: str, class_name: str, dtype: torch.dtype) -> Any:
@@ -154,12 +180,17 @@ def load_component(path: Path, name: str, class_name: str, dtype: torch.dtype) -
 
 
 def weights_variant(folder: Path) -> str | None:
-    """`fp16` where all files are like model.fp16.safetensors, else None; an error where there is no safetensors."""
+    """See variant_of; an error where there is no safetensors."""
     names = [p.name for p in folder.glob(WEIGHTS)]
     if not names:
         raise OnewordError(f"{folder} has no .safetensors: pickles are not read, convert the weights first")
+    return variant_of(names)
+
+
+def variant_of(names: Iterable[str]) -> str | None:
+    """`fp16` where all weights are like model.fp16.safetensors, None where some are plain or there are none."""
     variants = {m[1] if (m := re.fullmatch(r"[^.]+\.(\w+)(-\d+-of-\d+)?\.safetensors", n)) else None for n in names}
-    return None if None in variants else min(v for v in variants if v)
+    return None if None in variants or not variants else min(v for v in variants if v)
 
 
 def digest_directory(path: Path) -> str:

@@ -24,23 +24,38 @@ from oneword.engines.builder import (
     graph_ranges,
     installed_version,
     profile_shapes,
+    target_of,
 )
 from oneword.engines.bundle import Bundle, Manifest, graph_digest, write_bundle
+from oneword.engines.cuda import Device
 from oneword.engines.errors import EngineError, MissingPackage, UsageError
 
 
-@pytest.mark.parametrize("target", ["sm90", "sm89,sm90", "ampere", "89", ""])
+@pytest.mark.parametrize("target", ["sm90", "sm89,sm90", "ampere", "89", "sm89,"])
 def test_a_target_that_cannot_be_built_for_is_named_with_those_that_can(target: str) -> None:
     with pytest.raises(UsageError, match="builds for sm75, sm80, sm86, sm89, sm120, sm121"):
-        compute_capabilities(Flavour.RTX, target)
+        target_of(Flavour.RTX, target)
 
 
 def test_a_target_is_one_compute_capability_or_several() -> None:
+    assert target_of(Flavour.RTX, None) == "sm89"
     assert compute_capabilities(Flavour.RTX, "sm89") == [(8, 9)]
-    assert compute_capabilities(Flavour.RTX, "sm89,sm120") == [(8, 9), (12, 0)]
-    assert compute_capabilities(Flavour.TENSORRT, "sm90") == [(9, 0)]
-    with pytest.raises(UsageError, match="builds for the GPU it runs on, for example sm90"):
-        compute_capabilities(Flavour.TENSORRT, "sm89,sm90")
+    assert compute_capabilities(Flavour.RTX, target_of(Flavour.RTX, "sm89,sm120")) == [(8, 9), (12, 0)]
+
+
+@pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="there is a GPU")
+def test_tensorrt_builds_for_the_gpu_that_is_here_and_says_that_there_is_none() -> None:
+    pytest.importorskip("cuda.bindings")
+    with pytest.raises(EngineError, match=r"an NVIDIA driver for CUDA .* is needed"):
+        target_of(Flavour.TENSORRT, "sm89")
+
+
+@pytest.mark.gpu
+def test_tensorrt_refuses_to_build_for_another_gpu() -> None:
+    own = Device().target
+    assert target_of(Flavour.TENSORRT, None) == own
+    with pytest.raises(UsageError, match=f"builds for the GPU it runs on, which is {own}"):
+        target_of(Flavour.TENSORRT, "sm75")
 
 
 def test_an_absent_builder_names_the_line_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
