@@ -10,7 +10,6 @@ hold the weights again: those of large graphs are not kept.
 
 import contextlib
 import io
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from oneword.engines.engine import Array, HostArray, NumpyArray, Shape, check_fe
 from oneword.engines.errors import EngineError, FileError, MissingPackage
 from oneword.engines.plans import PlanCache, PlanKey
 from oneword.engines.spec import DType, Precision, TensorSpec
+from oneword.engines.threads import cpu_threads
 
 _LARGEST_PLAN = 512 << 20  # bytes of the graph
 _SMALL = 64 << 20
@@ -61,8 +61,7 @@ class OpenVinoEngine:
         capabilities = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         low = not exact and "BF16" in capabilities
         settings = {"INFERENCE_PRECISION_HINT": "bf16" if low else "f32", "PERFORMANCE_HINT": "LATENCY"}
-        count = threads or int(os.environ.get("OMP_NUM_THREADS", "0"))
-        if count:
+        if count := cpu_threads(threads):
             settings["INFERENCE_NUM_THREADS"] = str(count)
         self.backend = f"openvino {ov.__version__.split('-')[0]} cpu {Precision.BF16 if low else precision}"
         key = PlanKey(
