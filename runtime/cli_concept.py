@@ -29,7 +29,7 @@ def show(files: tuple[Path, ...], as_json: bool) -> None:
     """Print every word of the files: its token, layout, vectors and where it comes from."""
     described = [_described(path, found) for path in files for found in read_words(path)]
     if as_json:
-        click.echo(json.dumps(described, indent=1, ensure_ascii=False))
+        click.echo(json.dumps(described, indent=1))
         return
     for word in described:
         click.echo(f"{word['token']}  ({word['layout']}, {word['file']})")
@@ -37,7 +37,7 @@ def show(files: tuple[Path, ...], as_json: bool) -> None:
             norms = ", ".join(f"{norm:.3g}" for norm in facts["norms"][:8]) + (", ..." if facts["count"] > 8 else "")
             click.echo(f"  {encoder}: {facts['count']} x {facts['width']}, norms {norms}")
         for key, value in word["provenance"].items():
-            click.echo(f"  {key}: {value}")
+            click.echo(_printable(f"  {key}: {value}"))
 
 
 @command.command()
@@ -47,7 +47,7 @@ def check(files: tuple[Path, ...], as_json: bool) -> None:
     """Say for every file whether it is safe to load, or why not. Exits 1 if any is refused."""
     results = [_checked(path) for path in files]
     if as_json:
-        click.echo(json.dumps(results, indent=1, ensure_ascii=False))
+        click.echo(json.dumps(results, indent=1))
     else:
         for result in results:
             click.echo(f"ok       {result['file']}" if result["ok"] else f"refused  {result['reason']}")
@@ -81,6 +81,9 @@ def convert(files: tuple[Path, ...], out: Path, token: str | None, as_json: bool
                 f"{concept.token!r} has a vector for each of 16 layers (XTI), which no other layout holds: "
                 "it can be shown and checked, not converted"
             )
+    for target in targets:
+        if target.exists():
+            raise UsageError(f"{target} exists: the last name is the file to write, choose a new one")
     for concept, target in zip(concepts, targets, strict=True):
         save_concept(concept, target)
     if as_json:
@@ -124,6 +127,11 @@ def _described(path: Path, found: Found) -> dict[str, Any]:
         },
         "provenance": dict(found.concept.provenance),
     }
+
+
+def _printable(text: str) -> str:
+    """Without what a terminal would obey: a file's metadata is a stranger's."""
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
 
 
 def _checked(path: Path) -> dict[str, Any]:

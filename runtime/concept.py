@@ -71,9 +71,9 @@ class Concept:
 
 
 def save_concept(concept: Concept, path: str | os.PathLike[str]) -> None:
-    """Writes the word's file whole or not at all; provenance becomes the file's metadata. Source: DESIGN, Concept."""
-    if len(concept.vectors) == 1:
-        tensors = {concept.token: next(iter(concept.vectors.values()))}
+    """Writes the word's file whole or not at all; provenance becomes the file's metadata. See docs/design.md."""
+    if set(concept.vectors) == {"text_encoder"}:
+        tensors = {concept.token: concept.vectors["text_encoder"]}
     else:
         tensors = {_file_key(encoder): value for encoder, value in concept.vectors.items()}
     metadata = {"format": "pt", **concept.provenance, "token": concept.token}

@@ -304,7 +304,6 @@ class _TorchUnpickler(pickle.Unpickler):
             case _:
                 raise ConceptError(f"{self._name}: {str(pid)[:80]!r} is no storage of torch.save")
 
-
     def _rebuilt(self, *arguments: Any) -> npt.NDArray[Any]:
         """A tensor; all of them together are bounded, since they may share their numbers."""
         value = _tensor(*arguments)

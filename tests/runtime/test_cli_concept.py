@@ -12,7 +12,7 @@ import torch
 from click.testing import CliRunner
 
 from oneword.runtime import cli_concept
-from oneword.runtime.concept import load_concept
+from oneword.runtime.concept import Concept, load_concept, save_concept
 from oneword.runtime.layouts import XTI_KEYS
 
 ROWS = np.random.default_rng(0).normal(0, 0.02, (2, 32)).astype(np.float32)
@@ -103,6 +103,9 @@ def test_wrong_usage_exits_2_and_refused_files_exit_1_with_one_line(
 ) -> None:
     torch.save({"<a>": torch.from_numpy(ROWS), "<b>": torch.from_numpy(ROWS)}, tmp_path / "two.bin")
     safetensors.numpy.save_file(dict.fromkeys(XTI_KEYS, ROWS), tmp_path / "xti.safetensors")
+    safetensors.numpy.save_file({"<a>": ROWS}, tmp_path / "two.safetensors")
+    safetensors.numpy.save_file({"<b>": ROWS}, tmp_path / "other.safetensors")
+    kept = (tmp_path / "two.safetensors").read_bytes()
     out = tmp_path / "out.safetensors"
     for arguments, code, message in [
         (("convert", tmp_path / "two.bin", out), 2, "2 words do not fit the file"),
@@ -110,6 +113,7 @@ def test_wrong_usage_exits_2_and_refused_files_exit_1_with_one_line(
         (("convert", tmp_path / "two.bin", tmp_path / "out", "--token", "<c>"), 2, "--token '<c>' for 2 words"),
         (("convert", tmp_path / "xti.safetensors", out), 1, "a vector for each of 16 layers"),
         (("convert", tmp_path / "absent.pt", out), 1, "No such file"),
+        (("convert", tmp_path / "other.safetensors", tmp_path / "two.safetensors"), 2, "two.safetensors exists: "),
         (("show", tmp_path / "absent.pt"), 1, "No such file"),
         (("show",), 2, "Missing argument"),
         (("sho",), 2, "No such command"),
@@ -118,3 +122,23 @@ def test_wrong_usage_exits_2_and_refused_files_exit_1_with_one_line(
         assert (actual, len(output.strip().splitlines())) == (code, 1), output
         assert message in output
     assert not out.exists()
+    assert (tmp_path / "two.safetensors").read_bytes() == kept
+
+
+def test_what_a_file_says_of_itself_cannot_steer_the_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    metadata = {"author": "\x1b]0;evil\x07 and \x9b31m", "where": "Köln"}
+    safetensors.numpy.save_file({"<a>": ROWS}, tmp_path / "a.safetensors", metadata)
+    for option in ([], ["--json"]):
+        code, output = _main(monkeypatch, capsys, "show", tmp_path / "a.safetensors", *option)
+        assert code == 0
+        assert "evil" in output
+        assert not any(character in output for character in "\x1b\x07\x9b")
+
+
+def test_a_word_for_the_second_encoder_alone_stays_one(tmp_path: Path) -> None:
+    save_concept(Concept("<a>", {"text_encoder_2": ROWS}), tmp_path / "a.safetensors")
+
+    found = load_concept(tmp_path / "a.safetensors")
+    assert (found.token, set(found.vectors)) == ("<a>", {"text_encoder_2"})

@@ -247,6 +247,16 @@ def test_a_tensor_that_reads_past_its_numbers_is_refused(tmp_path: Path) -> None
         read_words(tmp_path / "b.pt")
 
 
+def test_a_pickle_makes_no_more_of_its_bytes_than_is_bounded(tmp_path: Path) -> None:
+    torch.save({"<toy>": torch.ones(1).expand(1000, 1000)}, tmp_path / "expanded.pt")
+    with pytest.raises(ConceptError, match="reads past its 1 numbers"):
+        read_words(tmp_path / "expanded.pt")
+    shared = torch.ones(200_000)
+    torch.save({f"<w{i}>": shared.view(1, -1) for i in range(11)}, tmp_path / "shared.pt")
+    with pytest.raises(ConceptError, match="more than 8 MiB in all"):
+        read_words(tmp_path / "shared.pt")
+
+
 def test_pictures_without_a_word_are_refused_by_name(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
     (tmp_path / "text.png").write_text("hello")
@@ -256,6 +266,7 @@ def test_pictures_without_a_word_are_refused_by_name(tmp_path: Path) -> None:
         (tmp_path / "text.png", "is not a PNG"),
         (tmp_path / "long.png", "text chunk of 2147483648 bytes"),
         (_picture(tmp_path / "damaged.png", "!!!"), "damaged picture"),
+        (_picture(tmp_path / "odd.png", base64.b64encode(b'{"a": {"TORCHTENSOR": {}}}').decode()), "damaged picture"),
         (_picture(tmp_path / "empty.png", base64.b64encode(b"{}").decode()), "of no known layout"),
     ]:
         with pytest.raises(ConceptError, match=message):
