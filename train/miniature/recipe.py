@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from oneword.engines.errors import UsageError
 from oneword.train.evaluate import Judge
@@ -237,6 +237,10 @@ def export(settings: Settings, folder: Path) -> None:
     if (settings.work / "judge.pt").exists():
         models["judge"] = new_judge(*ids)
         _load_stage("judge", settings, [models["judge"]])
+        side, half = {"height": world.SIZE, "width": world.SIZE}, [0.5] * 3
+        CLIPImageProcessorPil(size=side, crop_size=side, image_mean=half, image_std=half).save_pretrained(
+            folder / "judge"
+        )
     for name, model in models.items():
         model.half().save_pretrained(folder / name)
     tokens.save_pretrained(folder / "tokenizer")
