@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, VQModel
+from diffusers import AutoencoderKL, UNet2DConditionModel, VQModel
 from torch import nn
 
 from oneword.engines.bundle import Conditioning, Defaults, Encoder, MissingNegative, TokenizerKind, Vae
@@ -24,16 +24,10 @@ from oneword.export.modules import (
     latent_scale_and_shift,
 )
 from oneword.export.source import Source
+from oneword.runtime.samplers import Sampler, sampler_of
 
 TORCH_DTYPES = {Precision.FP32: torch.float32, Precision.FP16: torch.float16, Precision.BF16: torch.bfloat16}
 TIME_IDS = ("original_height", "original_width", "crop_top", "crop_left", "target_height", "target_width")
-SAMPLERS = {
-    "DDPMScheduler": "ddpm",
-    "EulerDiscreteScheduler": "euler",
-    "EulerAncestralDiscreteScheduler": "euler-a",
-    "DPMSolverMultistepScheduler": "dpmpp-2m",
-    "LCMScheduler": "lcm",
-}
 
 
 @dataclass(frozen=True)
@@ -137,13 +131,15 @@ def assemble(
 ) -> Exportable:
     """What all families share: encoders, denoise step and VAE as graphs, and the facts about them."""
     factor = 2 ** (len(source.vae.config.block_out_channels) - 1)
+    context_width = sum(encoders[name].hidden_width for name in conditioning.context)
+    pooled_width = encoders[conditioning.pooled].pooled_width if conditioning.pooled else None
     scale, shift = latent_scale_and_shift(source.vae)
     size = int(source.unet.config.sample_size) * factor
     return Exportable(
         family=family,
         graphs=(
             *(encoder_graph(name, encoder) for name, encoder in encoders.items()),
-            denoise_graph(source, conditioning, encoders),
+            denoise_graph(source.unet, context_width, pooled_width, len(conditioning.time_ids)),
             *vae_graphs(source),
         ),
         encoders=tuple(encoder_facts(source, n, e, e.num_layers - skipped_layers) for n, e in encoders.items()),
@@ -154,7 +150,7 @@ def assemble(
             width=size,
             height=size,
             guidance_scale=guidance_scale,
-            sampler=SAMPLERS.get(str(source.scheduler_config.get("_class_name")), "ddim"),
+            sampler=(sampler_of(source.scheduler_config) or Sampler.DDIM).value,
         ),
     )
 
@@ -177,11 +173,11 @@ def encoder_graph(name: str, encoder: TextEncoder) -> Traceable:
     return Traceable(name, encoder, tuple(inputs), (*outputs, FINITE), limits)
 
 
-def denoise_graph(source: Source, conditioning: Conditioning, encoders: Mapping[str, TextEncoder]) -> Traceable:
+def denoise_graph(
+    unet: UNet2DConditionModel, context_width: int, pooled_width: int | None = None, time_ids: int = 0
+) -> Traceable:
     """The denoise step, with SDXL's two inputs where the family pools."""
-    channels = int(source.unet.config.in_channels)
-    latents = ("B", channels, "h", "w")
-    width = sum(encoders[name].hidden_width for name in conditioning.context)
+    latents = ("B", int(unet.config.in_channels), "h", "w")
     inputs = [
         TensorSpec("sample", DType.FLOAT32, latents),
         TensorSpec("previous", DType.FLOAT32, latents),
@@ -194,18 +190,17 @@ def denoise_graph(source: Source, conditioning: Conditioning, encoders: Mapping[
         TensorSpec("branch_context", DType.INT64, ("N",), owner=Owner.BRANCH),
         TensorSpec("uncond_branch", DType.INT64, ("B",)),
         TensorSpec("cond_branch", DType.INT64, ("B",)),
-        TensorSpec("context", DType.FLOAT32, ("M", "T", width), owner=Owner.CONTEXT),
+        TensorSpec("context", DType.FLOAT32, ("M", "T", context_width), owner=Owner.CONTEXT),
     ]
-    if conditioning.pooled:
-        pooled_width = encoders[conditioning.pooled].pooled_width
+    if pooled_width is not None:
         inputs.append(TensorSpec("pooled", DType.FLOAT32, ("M", pooled_width), owner=Owner.CONTEXT))
-        inputs.append(TensorSpec("time_ids", DType.FLOAT32, ("M", len(conditioning.time_ids)), owner=Owner.CONTEXT))
+        inputs.append(TensorSpec("time_ids", DType.FLOAT32, ("M", time_ids), owner=Owner.CONTEXT))
     outputs = (
         TensorSpec("next_sample", DType.FLOAT32, latents),
         TensorSpec("denoised", DType.FLOAT32, latents),
         FINITE,
     )
-    return Traceable("denoise_step", DenoiseStep(source.unet), tuple(inputs), outputs, {})
+    return Traceable("denoise_step", DenoiseStep(unet), tuple(inputs), outputs, {})
 
 
 def vae_graphs(source: Source) -> tuple[Traceable, ...]:

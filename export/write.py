@@ -1,7 +1,7 @@
 """A source becomes a bundle on disk: graphs traced and checked one after another, tables and tokenizers beside them."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,9 @@ from oneword.engines.onnxruntime import OnnxRuntimeEngine
 from oneword.engines.spec import Precision
 from oneword.export.families import TORCH_DTYPES, Exportable, Traceable, family_of
 from oneword.export.parity import Difference, compare, references
-from oneword.export.source import Source, load_source
+from oneword.export.source import Lora, Source, load_source
 from oneword.export.trace import trace
+from oneword.runtime.samplers import sampler_of
 
 Report = Callable[[str], None]
 
@@ -36,14 +37,19 @@ def export_bundle(
     path: str | Path,
     *,
     precision: Precision = Precision.FP32,
+    config: Path | None = None,
+    loras: Sequence[Lora] = (),
     report: Report = lambda message: None,
     accept: Callable[[Exportable], None] = lambda exportable: None,
 ) -> Exported:
     """Exports `model` (see load_source) to a bundle at `path`, whole or not at all. `report` hears of every stage;
     `accept` may raise once the model is known and before the long work."""
     report(f"loading {model}")
-    source = load_source(model, TORCH_DTYPES[precision])
+    source = load_source(model, TORCH_DTYPES[precision], config=config, loras=loras)
     exportable = family_of(source)
+    if sampler_of(source.scheduler_config) is None:
+        theirs = source.scheduler_config.get("_class_name")
+        report(f"{theirs} has no counterpart here: {exportable.defaults.sampler} is the bundle's default sampler")
     accept(exportable)
     differences: list[Difference] = []
     unchecked: list[str] = []
@@ -55,6 +61,7 @@ def export_bundle(
             graphs[graph.name] = write_graph(graph, folder)
             report(f"checking {graph.name}")
             if graph.precision is Precision.BF16:
+                references(graph)  # at least the module itself gives numbers
                 unchecked.append(f"{graph.name}: ONNX Runtime does not compute in bf16 on a CPU")
             else:
                 differences.extend(check_graph(graph, folder / graphs[graph.name].files[0]))
@@ -62,7 +69,7 @@ def export_bundle(
         write_encoders(source, exportable, folder)
         return Manifest(
             source=Provenance(
-                id=source.model if source.revision else source.path.name,
+                id=source.name,
                 digest=source.digest,
                 revision=source.revision or None,
             ),

@@ -209,7 +209,7 @@ def dpmpp_2m(noise: NoiseSchedule, levels: Levels, settings: Settings) -> Update
     h = _log_snr_steps(levels)
     gain = -levels.next_alpha * np.expm1(-h)
     c = levels.next_sigma / levels.sigma
-    return _multistep(noise, h, c, gain, np.zeros_like(h), draws=False)
+    return _multistep(noise, settings, h, c, gain, np.zeros_like(h), draws=False)
 
 
 def dpmpp_2m_sde(noise: NoiseSchedule, levels: Levels, settings: Settings) -> Update:
@@ -217,7 +217,7 @@ def dpmpp_2m_sde(noise: NoiseSchedule, levels: Levels, settings: Settings) -> Up
     h = _log_snr_steps(levels)
     gain = -levels.next_alpha * np.expm1(-2 * h)
     c = levels.next_sigma / levels.sigma * np.exp(-h)
-    return _multistep(noise, h, c, gain, levels.next_sigma * np.sqrt(-np.expm1(-2 * h)), draws=True)
+    return _multistep(noise, settings, h, c, gain, levels.next_sigma * np.sqrt(-np.expm1(-2 * h)), draws=True)
 
 
 def lcm(noise: NoiseSchedule, levels: Levels, settings: Settings) -> Update:
@@ -247,11 +247,12 @@ def _log_snr_steps(levels: Levels) -> Array:
         return np.log(levels.next_alpha / levels.next_sigma) - np.log(levels.alpha / levels.sigma)
 
 
-def _multistep(noise: NoiseSchedule, h: Array, c: Array, gain: Array, f: Array, *, draws: bool) -> Update:
+def _multistep(
+    noise: NoiseSchedule, settings: Settings, h: Array, c: Array, gain: Array, f: Array, *, draws: bool
+) -> Update:
     """The second-order correction 0.5 / r (denoised - previous), r = h_previous / h, where the order is two."""
-    last_is_first_order = (
-        noise.euler_at_final or noise.final_sigmas_type == "zero" or (noise.lower_order_final and len(h) < 15)
-    )
+    few = settings.steps < 15  # of the whole run, those that `strength` leaves out included
+    last_is_first_order = noise.euler_at_final or noise.final_sigmas_type == "zero" or (noise.lower_order_final and few)
     second = np.arange(len(h)) > 0
     second[-1] &= not last_is_first_order
     correction = np.zeros_like(h)
@@ -323,6 +324,29 @@ _METHODS: Final = {
 }
 
 
+_DPM: Final = (Sampler.DPMPP_2M, Sampler.DPMPP_2M_KARRAS, Sampler.DPMPP_2M_SDE)
+
+
+def sampler_of(scheduler_config: Mapping[str, Any]) -> Sampler | None:
+    """The sampler that a diffusers scheduler's config means; None where there is none of that class here."""
+    match scheduler_config.get("_class_name"):
+        case "DDIMScheduler":
+            return Sampler.DDIM
+        case "DDPMScheduler":
+            return Sampler.DDPM
+        case "EulerDiscreteScheduler":
+            return Sampler.EULER
+        case "EulerAncestralDiscreteScheduler":
+            return Sampler.EULER_A
+        case "LCMScheduler":
+            return Sampler.LCM
+        case "DPMSolverMultistepScheduler":
+            if scheduler_config.get("algorithm_type", "dpmsolver++") == "sde-dpmsolver++":
+                return Sampler.DPMPP_2M_SDE
+            return Sampler.DPMPP_2M_KARRAS if scheduler_config.get("use_karras_sigmas") else Sampler.DPMPP_2M
+    return None
+
+
 def _start(steps: int, strength: float) -> int:
     if not 0 < strength <= 1:
         raise UsageError(f"strength {strength:g}, allowed are 0 < strength <= 1")
@@ -358,6 +382,11 @@ def _check(
         raise UsageError(f"guidance rescale {guidance_rescale:g}, allowed are 0 to 1")
     if not 0 <= eta <= 1:
         raise UsageError(f"eta {eta:g}, allowed are 0 to 1")
+    if sampler in _DPM and noise.algorithm_type not in ("dpmsolver++", "sde-dpmsolver++"):
+        raise UsageError(
+            f"the scheduler's config says algorithm_type = {noise.algorithm_type!r}, {sampler} follows dpmsolver++ and "
+            "sde-dpmsolver++: take another sampler such as ddim"
+        )
     if eta > 0 and sampler is not Sampler.DDIM:
         raise UsageError(f"eta {eta:g} with {sampler}, only ddim takes one")
     if interval is not None and not 0 <= interval[0] < interval[1]:

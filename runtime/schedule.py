@@ -59,6 +59,7 @@ class NoiseSchedule:
     lower_order_final: bool = True
     euler_at_final: bool = False
     use_karras_sigmas: bool = False
+    algorithm_type: str = "dpmsolver++"
     original_inference_steps: int = 50
     timestep_scaling: float = 10.0
     alphas_cumprod: Array = field(init=False, repr=False, compare=False)

@@ -1,6 +1,7 @@
 """Whole runs of our rows against diffusers' schedulers, with a fixed nonlinear function in the model's place."""
 
 import itertools
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from oneword.engines.errors import UsageError
-from oneword.runtime.samplers import COLUMNS, Sampler, Schedule, make_schedule
+from oneword.runtime.samplers import COLUMNS, Sampler, Schedule, make_schedule, sampler_of
 
 SHAPE = (2, 4, 6, 5)
 BASE = {
@@ -113,6 +114,13 @@ def test_image_to_image_starts_and_ends_where_diffusers_does(sampler: Sampler, s
     config = {**BASE, "prediction_type": "v_prediction", "timestep_spacing": spacing, "steps_offset": 1}
     for strength in (0.3, 0.65, 1.0):
         _assert_equal_runs(sampler, config, 20, strength)
+
+
+@pytest.mark.parametrize("sampler", [Sampler.DPMPP_2M, Sampler.DPMPP_2M_KARRAS, Sampler.DPMPP_2M_SDE])
+@pytest.mark.parametrize("strength", [0.65, 0.8])
+def test_the_order_of_the_last_step_goes_by_the_whole_runs_steps(sampler: Sampler, strength: float) -> None:
+    config = {**BASE, "prediction_type": "epsilon", "timestep_spacing": "linspace", "final_sigmas_type": "sigma_min"}
+    _assert_equal_runs(sampler, config, 20, strength)  # 13 or 16 of 20 steps, and 15 is where the order changes
 
 
 @pytest.mark.parametrize("sampler", Sampler)
@@ -242,3 +250,25 @@ def test_what_cannot_be_done_is_refused_by_name(
 ) -> None:
     with pytest.raises(UsageError, match=message):
         make_schedule({**BASE, **config}, sampler, steps, **{"guidance_scale": 7.5, **options})
+
+
+@pytest.mark.parametrize("sampler", Sampler)
+def test_a_config_of_each_peer_means_its_sampler(sampler: Sampler) -> None:
+    cls, extra = PEERS[sampler]
+
+    config = json.loads(cls.from_config({**BASE, **extra}).to_json_string())  # as diffusers saves it
+
+    assert sampler_of(config) is sampler
+
+
+@pytest.mark.parametrize("name", ["PNDMScheduler", "UniPCMultistepScheduler", "HeunDiscreteScheduler", None])
+def test_a_scheduler_without_a_counterpart_means_none(name: str | None) -> None:
+    assert sampler_of({"_class_name": name}) is None
+
+
+def test_the_first_dpm_solver_is_no_dpm_solver_plus_plus() -> None:
+    config = {**BASE, "prediction_type": "epsilon", "algorithm_type": "dpmsolver"}
+    with pytest.raises(UsageError, match="algorithm_type = 'dpmsolver', dpmpp-2m follows dpmsolver"):
+        make_schedule(config, Sampler.DPMPP_2M, 10, guidance_scale=1.0)
+
+    assert len(make_schedule(config, Sampler.DDIM, 10, guidance_scale=1.0).rows) == 10
