@@ -24,6 +24,8 @@ from oneword.runtime.noise import TorchGenerator
 from oneword.runtime.request import Image, Request, Settings, settle
 from oneword.runtime.samplers import Schedule, make_schedule
 
+_MAX_CHUNKS = 64
+
 Latents: TypeAlias = npt.NDArray[np.float32]
 """[C, h, w]"""
 
@@ -141,6 +143,8 @@ class Batch:
             except OnewordError:
                 self.model.release(tokens)
                 raise
+        if isinstance(negative, Tokens):
+            self._check_lengths(tokens, negative)
         id = next(self._ids)
         self._issued = id + 1
         self._waiting[id] = _Waiting(request, settings, schedule, tokens, negative)
@@ -160,6 +164,18 @@ class Batch:
         for group in self._groups():
             events += self._denoise(group)
         return events + self._finish()
+
+    def _check_lengths(self, tokens: Tokens, negative: Tokens) -> None:
+        """Both are repeated up to a common length: refuses what would not fit into memory. Raises UsageError."""
+        for name, each in tokens.per_encoder.items():
+            chunks = len(each.input_ids), len(negative.per_encoder[name].input_ids)
+            if math.lcm(*chunks) > max(_MAX_CHUNKS, 4 * max(chunks)):
+                self.model.release(tokens)
+                self.model.release(negative)
+                raise UsageError(
+                    f"the prompt has {chunks[0]} chunks and the negative prompt {chunks[1]}, whose least common "
+                    f"multiple is {math.lcm(*chunks)}, allowed is {max(_MAX_CHUNKS, 4 * max(chunks))}: shorten either"
+                )
 
     def _negative(self, request: Request) -> Tokens | Context:
         if request.negative_prompt is None:
@@ -217,6 +233,8 @@ class Batch:
                 mean, std = posterior
                 known = np.asarray(mean + std * generator.randn(shape), np.float32)
             noise = generator.randn(shape)
+            if mask is not None:
+                generator.randn(shape)  # diffusers samples the masked picture's latents here, and uses them elsewhere
             if known is None or (mask is not None and request.strength == 1):
                 sample = np.float32(schedule.init_scale) * noise
             else:

@@ -13,10 +13,12 @@ import PIL.ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from oneword.engines.errors import FileError, UsageError
-from oneword.runtime.request import MAX_PIXELS, Image, Request, Settings
+from oneword.runtime.request import Image, Request, Settings
 from oneword.runtime.samplers import Sampler
 
 _MAX_BYTES = 256 << 20
+_MAX_PIXELS = 120_000_000  # read; what is made of them is at most MAX_PIXELS
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # nothing that runs another program
 _A1111_SAMPLERS = {
     Sampler.DDIM: "DDIM",
     Sampler.DDPM: "DDPM",
@@ -111,14 +113,18 @@ def _opened(path: Path) -> PIL.Image.Image:
             raise FileError(f"{path} has more than {_MAX_BYTES >> 20} MiB: give a smaller picture")
         with path.open("rb") as stream, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the size is checked below, by our own bound
-            picture = PIL.Image.open(stream)
-            if picture.width * picture.height > MAX_PIXELS:
-                raise FileError(f"{path} is {picture.width}x{picture.height}, allowed are {MAX_PIXELS} pixels")
+            picture = PIL.Image.open(stream, formats=_FORMATS)
+            if picture.width * picture.height > _MAX_PIXELS:
+                raise FileError(
+                    f"{path} is {picture.width}x{picture.height}, allowed are {_MAX_PIXELS} pixels: make it smaller"
+                )
             picture.load()
             return PIL.ImageOps.exif_transpose(picture)
     except FileNotFoundError:
         raise UsageError(f"there is no picture {path}") from None
     except IsADirectoryError:
         raise UsageError(f"{path} is a folder: give one picture") from None
-    except (PIL.Image.DecompressionBombError, PIL.UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+    except PIL.UnidentifiedImageError:
+        raise FileError(f"{path} cannot be read as a picture: allowed are {', '.join(_FORMATS)}") from None
+    except (PIL.Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
         raise FileError(f"{path} cannot be read as a picture: {' '.join(str(error).split())[:200]}") from error

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from oneword.engines.bundle import Manifest
-from oneword.engines.errors import UsageError
+from oneword.engines.errors import BundleError, UsageError
 from oneword.runtime.samplers import Sampler
 
 Image: TypeAlias = npt.NDArray[np.uint8]
@@ -106,14 +106,24 @@ def settle(request: Request, manifest: Manifest) -> Settings:
             nearest = max(factor, round(side / factor) * factor)
             raise UsageError(f"size {width}x{height}: {name} must be a multiple of {factor}, for example {nearest}")
     if width * height > MAX_PIXELS:
-        raise UsageError(f"size {width}x{height} has {width * height} pixels, allowed are {MAX_PIXELS}")
+        raise UsageError(
+            f"size {width}x{height} has {width * height} pixels, allowed are {MAX_PIXELS}: give a smaller size"
+        )
     return Settings(
         steps=defaults.steps if request.steps is None else request.steps,
-        sampler=Sampler(defaults.sampler) if request.sampler is None else request.sampler,
+        sampler=_sampler(defaults.sampler) if request.sampler is None else request.sampler,
         guidance_scale=defaults.guidance_scale if request.guidance_scale is None else request.guidance_scale,
         width=width,
         height=height,
     )
+
+
+def _sampler(name: str) -> Sampler:
+    try:
+        return Sampler(name)
+    except ValueError:
+        names = ", ".join(sampler.value for sampler in Sampler)
+        raise BundleError(f"bundle.json names the sampler {name!r} as default, there are {names}") from None
 
 
 def _within(name: str, value: float, low: float, high: float, whole: bool = False) -> None:

@@ -167,8 +167,8 @@ def test_image_to_image_is_that_of_diffusers(model: Model, pipelines: PIPELINES,
     assert psnr(pictures(model, [request])[0], of_diffusers(theirs)) >= 50
 
 
-@pytest.mark.parametrize("strength", [0.75, 1.0])
-def test_a_masked_edit_is_that_of_diffusers(model: Model, pipelines: PIPELINES, strength: float) -> None:
+@pytest.mark.parametrize(("strength", "eta"), [(0.75, 0.0), (1.0, 0.0), (0.75, 0.8)])
+def test_a_masked_edit_is_that_of_diffusers(model: Model, pipelines: PIPELINES, strength: float, eta: float) -> None:
     import PIL.Image
     import torch
 
@@ -181,13 +181,14 @@ def test_a_masked_edit_is_that_of_diffusers(model: Model, pipelines: PIPELINES, 
         strength=strength,
         num_inference_steps=8,
         guidance_scale=3.0,
+        eta=eta,
         width=64,
         height=64,
         generator=torch.Generator().manual_seed(5),
         output_type="np",
     )
     edit = Request("a blue star", image=scene(), mask=mask, strength=strength, steps=8, guidance_scale=3.0, seed=5)
-    request = replace(edit, paste=False)  # diffusers leaves the whole picture to the decoder
+    request = replace(edit, eta=eta, paste=False)  # diffusers leaves the whole picture to the decoder
 
     assert psnr(pictures(model, [request])[0], of_diffusers(theirs)) >= 50
 
@@ -288,6 +289,20 @@ def test_what_this_model_cannot_do_is_said_when_it_is_added(
         batch.add(Request(**{"prompt": "a cat", **changes}))
 
     assert len(batch) == 0
+
+
+def test_prompts_that_would_fill_the_memory_are_refused_and_hold_no_rows(model: Model) -> None:
+    batch = Batch(model)
+    model.load(Concept("<one>", {"text_encoder": np.ones((1, 32), np.float32)}))
+    long, longer = ("BREAK ".join([f"a {word} "] * n) for word, n in (("<one>", 13), ("cat", 11)))
+    with pytest.raises(UsageError, match=r"13 chunks and the negative prompt 11, .* is 143, allowed is 64"):
+        batch.add(Request(long, negative_prompt=longer))
+    model.unload("<one>")
+
+    assert len(batch) == 0
+    assert model._tables["text_encoder"].free_rows == 1024
+    batch.add(Request("BREAK ".join(["a cat "] * 7), negative_prompt="BREAK ".join(["a dog "] * 6), steps=1))
+    assert isinstance(batch.step()[-1], PictureDone)
 
 
 def test_a_word_of_another_width_is_refused(model: Model) -> None:

@@ -100,12 +100,25 @@ def test_a_truncated_picture_and_a_bomb_are_refused(tmp_path: Path) -> None:
         read_image(tmp_path / "half.png")
 
     PIL.Image.new("1", (12_000, 12_000)).save(tmp_path / "bomb.png")
-    with pytest.raises(FileError, match=r"bomb.png is 12000x12000, allowed are 16777216 pixels"):
+    with pytest.raises(FileError, match=r"bomb.png is 12000x12000, allowed are 120000000 pixels: make it smaller"):
         read_image(tmp_path / "bomb.png")
 
     PIL.Image.new("1", (30_000, 30_000)).save(tmp_path / "bigger.png")
     with pytest.raises(FileError, match=r"bigger.png cannot be read as a picture: .*900000000 pixels"):
         read_image(tmp_path / "bigger.png")
+
+
+def test_a_picture_that_would_start_another_program_is_refused(tmp_path: Path) -> None:
+    PIL.Image.new("RGB", (8, 8)).save(tmp_path / "picture.png", format="EPS")  # Pillow hands EPS to Ghostscript
+
+    with pytest.raises(FileError, match=r"picture.png cannot be read as a picture: allowed are PNG, JPEG, WEBP"):
+        read_image(tmp_path / "picture.png")
+
+
+def test_a_cameras_picture_is_read_whole(tmp_path: Path) -> None:
+    PIL.Image.new("L", (6000, 4000)).save(tmp_path / "camera.jpg")
+
+    assert read_image(tmp_path / "camera.jpg").shape == (4000, 6000, 3)
 
 
 def test_resizing_to_its_own_size_is_nothing() -> None:

@@ -1,10 +1,13 @@
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
-from oneword.engines.errors import UsageError
-from oneword.runtime.request import Request
+from oneword.engines.bundle import Bundle
+from oneword.engines.errors import BundleError, UsageError
+from oneword.runtime.request import Request, settle
 
 IMAGE = np.zeros((16, 24, 3), np.uint8)
 
@@ -34,3 +37,11 @@ def test_a_wrong_setting_is_one_line_with_what_is_allowed(settings: dict[str, An
 
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == 2
+
+
+def test_a_default_that_the_manifest_misspells_is_the_bundles_fault(tiny_bundle: Path) -> None:
+    manifest = Bundle.open(tiny_bundle).manifest
+    defaults = msgspec.structs.replace(manifest.defaults, sampler="heun")
+
+    with pytest.raises(BundleError, match="names the sampler 'heun' as default, there are ddim, ddpm, euler"):
+        settle(Request("a cat"), msgspec.structs.replace(manifest, defaults=defaults))

@@ -3,12 +3,15 @@
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
+from oneword.engines.errors import ConceptError
 from oneword.engines.open import Backend
 from oneword.runtime.concept import Concept
 from oneword.runtime.model import Model
+from oneword.runtime.table import EmbeddingTable
 
 RESIDENT = 5_000
 
@@ -77,3 +80,21 @@ def test_a_word_loaded_into_a_table_in_use_is_read_by_the_next_call(model: Model
     assert model._tables["text_encoder"].array is array
     assert model.engine("text_encoder") is engine
     assert np.abs(before - after).max() > 0.01
+
+
+def test_a_word_that_one_encoders_table_has_no_room_for_is_in_none(tiny_bundle: Path) -> None:
+    model = Model.open(tiny_bundle, capacity=2)
+    small = EmbeddingTable(np.zeros((5, 32), np.float32), capacity=1)
+    encoder = msgspec.structs.replace(model.manifest.encoders[0], graph="text_encoder_2")
+    encoders = (*model.manifest.encoders, encoder)
+    model.manifest = msgspec.structs.replace(model.manifest, encoders=encoders)
+    model._tables["text_encoder_2"], model._words["text_encoder_2"] = small, {}
+    rows = np.ones((2, 32), np.float32)
+
+    with pytest.raises(ConceptError, match="needs 2 rows, 1 of 1 are free"):
+        model.load(Concept("<a>", {"text_encoder": rows, "text_encoder_2": rows}))
+
+    assert model.words == ()
+    assert model._tables["text_encoder"].free_rows == 2
+    model.load(Concept("<a>", {"text_encoder": rows, "text_encoder_2": rows[:1]}))
+    assert model.words == ("<a>",)
