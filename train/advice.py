@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from oneword.engines.errors import UsageError
 from oneword.export.source import Source
 from oneword.train.learner import Learner, Word
 from oneword.train.pictures import Picture, near_duplicates, unread_pictures
@@ -47,8 +48,10 @@ def after(learner: Learner, index: int) -> Iterator[str]:
             "it never moved, try another init, another rate or more steps"
         )
     templates = probes(learner.recipe.subject)
-    start = learner.response(index, templates, word.initial)
-    now = learner.response(index, templates, word.rows)
+    try:
+        start, now = (learner.response(index, templates, rows) for rows in (word.initial, word.rows))
+    except UsageError:
+        return  # a word of so many vectors leaves no room for the probes
     if now < DEAF * start:
         yield (
             f"{word.token}: what stands around it in a prompt changes pictures {now / start:.0%} as much as around its "

@@ -15,11 +15,20 @@ QUICK = Recipe(steps=2, batch_size=2, learning_rate=0.05, weight_decay=0.0, comp
 
 @pytest.fixture
 def learner(tiny_model_dir: Path) -> Learner:
+    return a_learner(tiny_model_dir, QUICK)
+
+
+def a_learner(model: Path, recipe: Recipe) -> Learner:
     rng = torch.Generator().manual_seed(0)
     mean = list(torch.randn(3, 4, 4, 4, generator=rng))
-    rows = {"text_encoder": torch.randn(1, 32, generator=rng) * 0.1}
-    word = Word("<toy>", Moments(3, mean, [torch.zeros(4, 4, 4)] * 3, None), rows, OBJECT_TEMPLATES)
-    return Learner(load_source(tiny_model_dir), [word], QUICK, seed=7)
+    rows = {"text_encoder": torch.randn(recipe.vectors, 32, generator=rng) * 0.1}
+    word = Word(
+        "<toy>",
+        Moments(3, mean, [torch.zeros(4, 4, 4)] * 3, None),
+        rows,
+        ["{}"] if recipe.vectors > 1 else OBJECT_TEMPLATES,
+    )
+    return Learner(load_source(model), [word], recipe, seed=7)
 
 
 def test_a_word_that_learns_well_needs_no_advice(learner: Learner) -> None:
@@ -41,6 +50,15 @@ def test_a_loss_that_never_moved_is_told_of(learner: Learner) -> None:
 
     assert "the loss on one and the same batch was" in note
     assert "it never moved" in note
+
+
+def test_a_word_too_long_for_the_probes_ends_nothing(tiny_model_dir: Path) -> None:
+    """18 tokens are there for a prompt: 17 vectors leave room for one word more."""
+    learner = a_learner(tiny_model_dir, QUICK.with_changes(vectors=17))
+    learner.step()
+    learner.words[0].at_start = 2 * learner.watch(0)
+
+    assert list(advice.after(learner, 0)) == []
 
 
 def test_a_word_that_drowns_its_prompt_is_told_of(learner: Learner, monkeypatch: pytest.MonkeyPatch) -> None:
