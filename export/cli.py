@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import sys
 import time
 from pathlib import Path
@@ -16,9 +17,33 @@ from oneword.engines.spec import Precision
 from oneword.runtime.cli import size
 
 
+def lora(value: str) -> tuple[Path, float]:
+    """`style.safetensors:0.8` as a file and a scale; 1 where none is given."""
+    name, colon, scale = value.rpartition(":")
+    try:
+        if colon and not math.isfinite(float(scale)):
+            raise ValueError
+        return (Path(name), float(scale)) if colon else (Path(value), 1.0)
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not FILE or FILE:SCALE, for example style.safetensors:0.8") from None
+
+
 @click.command()
 @click.argument("model")
 @click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    help="For MODEL a single .safetensors file: a diffusers directory of its kind, whose weights are not read.",
+)
+@click.option(
+    "--lora",
+    "loras",
+    type=lora,
+    multiple=True,
+    metavar="FILE[:SCALE]",
+    help="A LoRA to be fused into the model; may be repeated.",
+)
 @click.option(
     "--precision",
     type=click.Choice([p.value for p in Precision]),
@@ -53,6 +78,8 @@ from oneword.runtime.cli import size
 def command(
     model: str,
     bundle: Path,
+    config: Path | None,
+    loras: tuple[tuple[Path, float], ...],
     precision: str,
     engine: str,
     target: str | None,
@@ -61,14 +88,16 @@ def command(
     static_sizes: tuple[tuple[int, int], ...],
     as_json: bool,
 ) -> None:
-    """Compile MODEL, a diffusers directory, a hub id or the word `miniature`, into the folder BUNDLE.
+    """Compile MODEL, a diffusers directory, a hub id, a single .safetensors file or the word `miniature`, into the
+    folder BUNDLE.
 
     Every graph is compared with PyTorch on fresh inputs before the bundle appears.
     """
     started = time.perf_counter()
     console = Console(stderr=True)
     silence_libraries()
-    from oneword.export.write import export_bundle  # torch: after --help has been answered
+    from oneword.export.source import Lora  # torch: after --help has been answered
+    from oneword.export.write import export_bundle
 
     plans: dict[str, list[Path]] = {}
     limits = Limits(max_batch, max_size, static_sizes)
@@ -87,7 +116,15 @@ def command(
             if flavour is not None:
                 limits.check(exportable.vae, exportable.defaults)
 
-        exported = export_bundle(model, bundle, precision=Precision(precision), report=report, accept=accept)
+        exported = export_bundle(
+            model,
+            bundle,
+            precision=Precision(precision),
+            config=config,
+            loras=[Lora(*each) for each in loras],
+            report=report,
+            accept=accept,
+        )
         if flavour is not None:
             report(f"building plans with {flavour} for {target}")
             plans = build_plans(exported.bundle, flavour, target, limits, report)

@@ -1,7 +1,10 @@
-"""Where a model comes from: a diffusers directory, a hub id, or the word `miniature`. Safetensors only, no pickles."""
+"""Where a model comes from: a diffusers directory, a hub id, a single-file checkpoint, or the word `miniature`; and the
+LoRAs fused into it. Safetensors only, no pickles."""
 
 import hashlib
+import importlib.metadata
 import importlib.resources
+import inspect
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,6 +13,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel, VQModel
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertModel
@@ -18,7 +22,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from torch import nn
 from transformers import AutoTokenizer, BertTokenizer, CLIPTextModel, CLIPTextModelWithProjection
 
-from oneword.engines.errors import FileError, OnewordError, UsageError
+from oneword.engines.bundle import file_digest
+from oneword.engines.errors import FileError, MissingPackage, OnewordError, UsageError
 
 COMPONENTS: Mapping[str, Any] = {
     "AutoencoderKL": AutoencoderKL,
@@ -38,6 +43,14 @@ TEXTS = ("*.json", "*.txt")
 
 
 @dataclass(frozen=True)
+class Lora:
+    """A LoRA to be fused at export, and how strongly."""
+
+    file: Path
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
 class Source:
     """A loaded model. Modules are on the CPU, in eval mode, without gradients.
 
@@ -53,25 +66,47 @@ class Source:
     vae: AutoencoderKL | VQModel
     text_encoders: Mapping[str, nn.Module]
     tokenizers: Mapping[str, Any]
-    tokenizer_paths: Mapping[str, Path]
     scheduler_config: Mapping[str, Any]
     model_index: Mapping[str, Any]
+    file: Path | None = None
+    """The single-file checkpoint that the weights are from; `path` holds its configs then."""
+    loras: tuple[Lora, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """What the bundle says it came from: a hub id or a file's name, never a path, and the LoRAs in it."""
+        whole = self.model if self.revision else (self.file or self.path).name
+        return " + ".join([whole, *(f"{lora.file.name} x {lora.scale:g}" for lora in self.loras)])
 
     @cached_property
     def digest(self) -> str:
-        """sha256 over the names and contents of the directory's configs, vocabularies and weights that are used."""
-        return digest_directory(self.path)
+        """sha256 over the names and contents of the directory's configs, vocabularies and weights that are used; of
+        the checkpoint and the LoRAs too, where there are any."""
+        parts = [digest_directory(self.path)]
+        if self.file is not None:
+            parts.append(file_digest(self.file))
+        parts += [f"{file_digest(lora.file)} {lora.scale!r}" for lora in self.loras]
+        return parts[0] if len(parts) == 1 else hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def load_source(model: str | Path, dtype: torch.dtype = torch.float32) -> Source:
-    """The model at a diffusers directory, of a hub id (`owner/name` or `owner/name@revision`), or `miniature`."""
-    path, revision = find_model(str(model))
+def load_source(
+    model: str | Path, dtype: torch.dtype = torch.float32, *, config: Path | None = None, loras: Sequence[Lora] = ()
+) -> Source:
+    """The model at a diffusers directory, of a hub id (`owner/name` or `owner/name@revision`), or `miniature`; or of a
+    single .safetensors file, whose kind the diffusers directory `config` tells (its weights are not read). LoRAs are
+    fused into it, in order."""
+    file = single_file(str(model), config)
+    path, revision = find_model(str(model)) if file is None else find_model(str(config))
     index = read_json(path / "model_index.json")
-    loaded = {
-        name: load_component(path, name, str(index[name][1]), dtype)
-        for name in WANTED
-        if isinstance(index.get(name), list) and index[name][1] is not None
-    }
+    pipeline = str(index.get("_class_name", ""))
+    if file is None:
+        loaded = {
+            name: load_component(path, name, str(index[name][1]), dtype)
+            for name in WANTED
+            if isinstance(index.get(name), list) and index[name][1] is not None
+        }
+    else:
+        loaded = load_single_file(file, path, pipeline, dtype)
     missing = {"unet", "scheduler"} - {*loaded, *(n for n in index if n == "scheduler")}
     vae = loaded.get("vae", loaded.get("vqvae"))
     encoders = {
@@ -87,19 +122,98 @@ def load_source(model: str | Path, dtype: torch.dtype = torch.float32) -> Source
     tokenizer_names = {name: name.replace("text_encoder", "tokenizer") for name in encoders}
     if absent := [t for t in tokenizer_names.values() if t not in loaded]:
         raise UsageError(f"{model}: model_index.json has no {absent[0]}, and its text encoder needs one")
+    if loras:
+        fuse(loras, pipeline, loaded)
     return Source(
         model=str(model),
         path=path,
-        revision=revision,
-        pipeline=str(index.get("_class_name", "")),
+        revision=revision if file is None else "",
+        pipeline=pipeline,
         unet=loaded["unet"],
         vae=vae,
         text_encoders=encoders,
         tokenizers={name: loaded[t] for name, t in tokenizer_names.items()},
-        tokenizer_paths={name: path / t for name, t in tokenizer_names.items()},
         scheduler_config=read_json(path / "scheduler" / "scheduler_config.json"),
         model_index=index,
+        file=file,
+        loras=tuple(loras),
     )
+
+
+def single_file(model: str, config: Path | None) -> Path | None:
+    """The checkpoint that `model` is, None where it is none. Raises UsageError where that and `config` do not agree."""
+    path = Path(model).expanduser()
+    if not path.is_file():
+        if config is not None:
+            raise UsageError(f"--config is for a single .safetensors file, and {model} is none")
+        return None
+    refuse_pickles(path)
+    if config is None:
+        raise UsageError(f"{model} is a single file: give --config, a diffusers directory of a model of its kind")
+    return path
+
+
+def load_single_file(file: Path, config: Path, pipeline: str, dtype: torch.dtype) -> dict[str, Any]:
+    """A checkpoint's components, as diffusers' own loader reads them, offline."""
+    kind = pipeline_class(pipeline)
+    unused = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
+    takes = inspect.signature(kind.__init__).parameters
+    options = {name: value for name, value in unused.items() if name in takes}
+    try:
+        whole = kind.from_single_file(
+            str(file), config=str(config), local_files_only=True, torch_dtype=dtype, **options
+        )
+    except Exception as e:  # of many kinds, whatever in the file is not as the config says
+        raise FileError(f"{file} cannot be loaded as a {pipeline} ({first_line(e)}): give its own --config") from e
+    loaded = {name: part for name, part in whole.components.items() if name in WANTED and part is not None}
+    for part in loaded.values():
+        if isinstance(part, nn.Module):
+            part.to(dtype).eval().requires_grad_(False)
+    return loaded
+
+
+def fuse(loras: Sequence[Lora], pipeline: str, loaded: Mapping[str, Any]) -> None:
+    """Adds LoRAs to the weights of a model's components, in place, by diffusers' own means."""
+    kind = pipeline_class(pipeline)
+    if not hasattr(kind, "fuse_lora"):
+        raise UsageError(f"a LoRA was given, and diffusers fuses none into a {pipeline}")
+    try:
+        importlib.metadata.version("peft")
+    except importlib.metadata.PackageNotFoundError as e:
+        raise MissingPackage("peft", "export") from e
+    takes = inspect.signature(kind.__init__).parameters
+    parts = {name: loaded.get(name) for name in takes if name in WANTED}
+    nothing = {name: None for name in ("safety_checker", "feature_extractor", "image_encoder") if name in takes}
+    whole = kind(**parts, **nothing, scheduler=None, **({"requires_safety_checker": False} if nothing else {}))
+    for lora in loras:
+        refuse_pickles(lora.file)
+        try:
+            whole.load_lora_weights(str(lora.file.parent), weight_name=lora.file.name, local_files_only=True)
+            if not whole.get_active_adapters():
+                raise ValueError("none of its keys is of this model")
+            whole.fuse_lora(lora_scale=lora.scale)
+            whole.unload_lora_weights()
+        except Exception as e:  # of many kinds, whatever in the file does not fit
+            raise FileError(
+                f"{lora.file} cannot be fused into this model ({first_line(e)}): give one made for it"
+            ) from e
+    for part in loaded.values():
+        if isinstance(part, nn.Module):
+            part.eval().requires_grad_(False)
+
+
+def pipeline_class(name: str) -> Any:
+    """diffusers' class of that name."""
+    kind = getattr(diffusers, name, None)
+    if kind is None:
+        raise UsageError(f"diffusers has no {name or 'pipeline'}, which model_index.json names")
+    return kind
+
+
+def refuse_pickles(file: Path) -> None:
+    """Weights are read from safetensors alone."""
+    if file.suffix != ".safetensors" or not file.is_file():
+        raise UsageError(f"{file} is no .safetensors file: pickles are not read, convert the weights first")
 
 
 def find_model(model: str) -> tuple[Path, str]:

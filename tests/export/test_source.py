@@ -1,13 +1,18 @@
-"""Where models come from: hub ids, against a stand-in of the hub's cache as its own client lays it out."""
+"""Where models come from: hub ids, against a stand-in of the hub's cache as its own client lays it out; single files in
+the layout that checkpoints are shared in; LoRAs."""
 
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub.constants
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from oneword.engines.errors import FileError, OnewordError, UsageError
-from oneword.export.source import digest_directory, find_model, hub_files, load_source
+from oneword.export.source import Lora, Source, digest_directory, find_model, hub_files, load_source
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -76,3 +81,160 @@ def test_of_a_repository_only_what_is_used_is_fetched() -> None:
 def test_sharded_weights_of_a_variant_are_fetched_whole() -> None:
     shards = [f"unet/diffusion_pytorch_model.fp16-0000{i}-of-00002.safetensors" for i in (1, 2)]
     assert hub_files([*shards, "unet/diffusion_pytorch_model.safetensors.index.fp16.json"])[1:] == shards
+
+
+@pytest.fixture(scope="module")
+def lora(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA of rank 2 on the UNet's and the text encoder's attention, made by peft and written by diffusers."""
+    from diffusers import StableDiffusionPipeline
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_model_dir, safety_checker=None)
+    torch.manual_seed(0)
+    layers = {}
+    for name, targets in (("unet", ["to_q", "to_v"]), ("text_encoder", ["q_proj", "v_proj"])):
+        module = getattr(pipeline, name)
+        module.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=targets, init_lora_weights="gaussian"))
+        for key, weight in module.named_parameters():
+            if "lora_B" in key:
+                torch.nn.init.normal_(weight, 0, 0.3)
+        layers[f"{name}_lora_layers"] = get_peft_model_state_dict(module)
+    folder = tmp_path_factory.mktemp("lora")
+    pipeline.save_lora_weights(folder, **layers)
+    return (folder / "pytorch_lora_weights.safetensors").rename(folder / "style.safetensors")
+
+
+def outputs(unet: Any, text_encoder: Any) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    sample, context = (torch.randn(shape, generator=generator) for shape in ((1, 4, 8, 8), (1, 7, 32)))
+    with torch.no_grad():
+        states = text_encoder(torch.tensor([[1, 5, 9, 3]])).last_hidden_state
+        return [unet(sample, 500, context).sample, states]
+
+
+def test_a_lora_is_fused_as_strongly_as_asked_for(tiny_model_dir: Path, lora: Path) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    source = load_source(tiny_model_dir, loras=[Lora(lora, 0.5)])
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_model_dir, safety_checker=None)
+    plain = outputs(pipeline.unet, pipeline.text_encoder)
+    pipeline.load_lora_weights(str(lora.parent), weight_name=lora.name, adapter_name="style")
+    pipeline.set_adapters("style", 0.5)
+    expected = outputs(pipeline.unet, pipeline.text_encoder)
+    ours = outputs(source.unet, source.text_encoders["text_encoder"])
+    for fused, adapted, before in zip(ours, expected, plain, strict=True):
+        torch.testing.assert_close(fused, adapted, rtol=1e-4, atol=1e-5)
+        assert (fused - before).abs().max() > 1e-2
+    assert not any("lora" in name for name, _ in source.unet.named_modules())
+
+
+def test_a_lora_changes_what_the_bundle_says_it_came_from(tiny_model_dir: Path, lora: Path) -> None:
+    plain, fused = load_source(tiny_model_dir), load_source(tiny_model_dir, loras=[Lora(lora, 0.5)])
+    assert (plain.name, fused.name) == ("model", "model + style.safetensors x 0.5")
+    assert len({plain.digest, fused.digest, load_source(tiny_model_dir, loras=[Lora(lora)]).digest}) == 3
+
+
+def test_a_lora_that_does_not_fit_or_is_a_pickle_is_refused(
+    tiny_model_dir: Path, tiny_ldm_dir: Path, lora: Path, tmp_path: Path
+) -> None:
+    save_file({"another.model.weight": torch.ones(3)}, tmp_path / "other.safetensors")
+    with pytest.raises(FileError, match=r"other\.safetensors cannot be fused into this model") as caught:
+        load_source(tiny_model_dir, loras=[Lora(tmp_path / "other.safetensors")])
+    assert "\n" not in str(caught.value)
+    shutil.copy(lora, tmp_path / "style.bin")
+    with pytest.raises(UsageError, match=r"style\.bin is no \.safetensors file: pickles are not read"):
+        load_source(tiny_model_dir, loras=[Lora(tmp_path / "style.bin")])
+    with pytest.raises(UsageError, match="diffusers fuses none into a LDMTextToImagePipeline"):
+        load_source(tiny_ldm_dir, loras=[Lora(lora)])
+
+
+def test_a_single_file_is_the_model_it_was_made_from(tiny_model_dir: Path, tmp_path: Path) -> None:
+    directory = load_source(tiny_model_dir)
+    checkpoint = tmp_path / "tiny.safetensors"
+    save_file(original_layout(directory), checkpoint)
+    config = tmp_path / "config"
+    shutil.copytree(tiny_model_dir, config, ignore=shutil.ignore_patterns("*.safetensors"))
+
+    source = load_source(checkpoint, config=config)
+
+    assert (source.name, source.pipeline) == ("tiny.safetensors", "StableDiffusionPipeline")
+    for ours, theirs in (
+        (source.unet, directory.unet),
+        (source.vae, directory.vae),
+        (source.text_encoders["text_encoder"], directory.text_encoders["text_encoder"]),
+    ):
+        expected = dict(theirs.named_parameters())
+        assert dict(ours.named_parameters()).keys() == expected.keys()
+        assert all(torch.equal(value, expected[name]) for name, value in ours.named_parameters())
+    assert source.digest != directory.digest
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "message"),
+    [
+        ("model.ckpt", True, r"model\.ckpt is no \.safetensors file: pickles are not read, convert"),
+        ("model.safetensors", False, r"model\.safetensors is a single file: give --config, a diffusers directory"),
+        ("model.safetensors", True, r"model\.safetensors cannot be loaded as a StableDiffusionPipeline"),
+    ],
+)
+def test_a_single_file_that_cannot_be_used_is_one_line(
+    tiny_model_dir: Path, tmp_path: Path, name: str, config: bool, message: str
+) -> None:
+    save_file({"weight": torch.ones(3)}, tmp_path / name)
+    with pytest.raises(OnewordError, match=message) as caught:
+        load_source(tmp_path / name, config=tiny_model_dir if config else None)
+    assert "\n" not in str(caught.value)
+
+
+def original_layout(source: Source) -> dict[str, torch.Tensor]:
+    """The names that Stable Diffusion's own code gives the weights (CompVis/stable-diffusion), for two UNet levels of
+    one layer and four VAE levels."""
+    unet = [
+        (r"time_embedding\.linear_(\d)", lambda m: f"time_embed.{2 * int(m[1]) - 2}"),
+        (r"conv_in", lambda m: "input_blocks.0.0"),
+        (r"conv_norm_out", lambda m: "out.0"),
+        (r"conv_out", lambda m: "out.2"),
+        (r"down_blocks\.(\d)\.resnets\.0", lambda m: f"input_blocks.{1 + 2 * int(m[1])}.0"),
+        (r"down_blocks\.(\d)\.attentions\.0", lambda m: f"input_blocks.{1 + 2 * int(m[1])}.1"),
+        (r"down_blocks\.0\.downsamplers\.0\.conv", lambda m: "input_blocks.2.0.op"),
+        (r"mid_block\.resnets\.(\d)", lambda m: f"middle_block.{2 * int(m[1])}"),
+        (r"mid_block\.attentions\.0", lambda m: "middle_block.1"),
+        (r"up_blocks\.(\d)\.resnets\.(\d)", lambda m: f"output_blocks.{2 * int(m[1]) + int(m[2])}.0"),
+        (r"up_blocks\.(\d)\.attentions\.(\d)", lambda m: f"output_blocks.{2 * int(m[1]) + int(m[2])}.1"),
+        (r"up_blocks\.0\.upsamplers\.0\.conv", lambda m: "output_blocks.1.1.conv"),
+    ]
+    resnet = {
+        "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
+        "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection",
+    }  # fmt: skip
+    vae = [
+        (r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}"),
+        (r"mid_block\.attentions\.0", lambda m: "mid.attn_1"),
+        (r"down_blocks\.(\d)\.resnets\.(\d)", lambda m: f"down.{m[1]}.block.{m[2]}"),
+        (r"down_blocks\.(\d)\.downsamplers\.0", lambda m: f"down.{m[1]}.downsample"),
+        (r"up_blocks\.(\d)\.resnets\.(\d)", lambda m: f"up.{3 - int(m[1])}.block.{m[2]}"),
+        (r"up_blocks\.(\d)\.upsamplers\.0", lambda m: f"up.{3 - int(m[1])}.upsample"),
+        (r"conv_norm_out", lambda m: "norm_out"),
+        (r"conv_shortcut", lambda m: "nin_shortcut"),
+        (r"group_norm", lambda m: "norm"),
+        (r"to_(q|k|v)", lambda m: m[1]),
+        (r"to_out\.0", lambda m: "proj_out"),
+    ]
+    tensors = {}
+    for name, value in source.unet.state_dict().items():
+        for pattern, new in unet:
+            name = re.sub(rf"^{pattern}(?=\.)", new, name)
+        if match := re.match(r"((?:in|out)put_blocks\.\d+\.0|middle_block\.[02])\.(\w+)\.", name):
+            name = name.replace(match[0], f"{match[1]}.{resnet.get(match[2], match[2])}.")
+        tensors[f"model.diffusion_model.{name}"] = value.contiguous()
+    for name, value in source.vae.state_dict().items():
+        for pattern, new in vae:
+            name = re.sub(pattern, new, name)
+        attention = "attn_1" in name and name.endswith("weight") and ".norm." not in name
+        tensors[f"first_stage_model.{name}"] = (value[:, :, None, None] if attention else value).contiguous()
+    text = source.text_encoders["text_encoder"].state_dict()
+    for name, value in text.items():
+        name = name if name.startswith("text_model.") else f"text_model.{name}"
+        tensors[f"cond_stage_model.transformer.{name}"] = value.contiguous()
+    return tensors
