@@ -17,11 +17,12 @@ from oneword.engines.errors import OnewordError, UsageError
 from oneword.engines.open import Backend
 from oneword.runtime.batch import Batch, Failed, PictureDone, StepDone
 from oneword.runtime.concept import load_concept
-from oneword.runtime.grid import labelled_grid
+from oneword.runtime.grid import Grid
 from oneword.runtime.images import parameters_text, read_image, read_mask, save_png
 from oneword.runtime.model import Model
-from oneword.runtime.request import Request
+from oneword.runtime.request import Request, settle
 from oneword.runtime.samplers import Sampler
+from oneword.runtime.table import DEFAULT_CAPACITY
 
 
 def size(value: str) -> tuple[int, int]:
@@ -93,17 +94,19 @@ def command(
     loaded = [load_concept(file) for file in _concept_files(concepts)]
     words = words or [concept.token for concept in loaded]
     requests = [Request(prompt, **shared) for prompt in _filled(prompts, words, grid)]
-    model = Model.open(bundle, Backend(engine))
+    vectors = sum(max(map(len, concept.vectors.values())) for concept in loaded)
+    model = Model.open(bundle, Backend(engine), capacity=max(DEFAULT_CAPACITY, vectors))
     for concept in loaded:
         model.load(concept)
     batch = Batch(model, max_rows)
     for request in requests:
         batch.add(request)
+    sheet = None if grid is None else _grid(prompts, words, requests, model)
     opened = time.perf_counter()
     saved = _run(batch, output, model)
     images = [saved[key] for key in sorted(saved)]
-    if grid is not None:
-        _save_grid(grid, prompts, words, images)
+    if grid is not None and sheet is not None:
+        _save_grid(grid, sheet, images)
     report = {
         "images": images,
         "grid": None if grid is None else str(grid),
@@ -195,14 +198,20 @@ def _filled(prompts: Sequence[str], words: Sequence[str], grid: Path | None) -> 
     ]
 
 
-def _save_grid(path: Path, prompts: Sequence[str], words: Sequence[str], entries: Sequence[dict[str, Any]]) -> None:
-    """One picture of all: a row for each prompt, its columns the words, and under each word the seeds."""
-    columns = len(entries) // len(prompts)
+def _grid(prompts: Sequence[str], words: Sequence[str], requests: Sequence[Request], model: Model) -> Grid:
+    """A row for each prompt, its columns the words, and under each word the seeds. Raises UsageError if too large."""
+    first, per_prompt = requests[0], len(requests) // len(prompts)
+    settings = settle(first, model.manifest)
+    seeds = [f"seed {first.seed + i}" for i in range(first.num_images)] * per_prompt
+    headings = [words, seeds] if _PLACE in prompts[0] else [seeds]
+    return Grid(prompts, headings, len(seeds), (settings.width, settings.height))
+
+
+def _save_grid(path: Path, grid: Grid, entries: Sequence[dict[str, Any]]) -> None:
+    """One picture of all that were saved."""
     pictures = [read_image(Path(entry["file"])) for entry in entries]
-    rows = [pictures[i : i + columns] for i in range(0, len(pictures), columns)]
-    headings = [words] if _PLACE in prompts[0] else []
-    seeds = [f"seed {entry['seed']}" for entry in entries[:columns]]
-    save_png(labelled_grid(rows, prompts, [*headings, seeds]), path, entries[0]["parameters"])
+    rows = [pictures[i : i + grid.count] for i in range(0, len(pictures), grid.count)]
+    save_png(grid.draw(rows), path, entries[0]["parameters"])
 
 
 def _concept_files(paths: Sequence[Path]) -> list[Path]:

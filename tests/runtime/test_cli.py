@@ -1,6 +1,7 @@
 """`ti-run` as a user runs it: output, files, exit status."""
 
 import json
+import resource
 import sys
 from pathlib import Path
 
@@ -133,6 +134,15 @@ def test_an_edit_reads_its_picture_and_mask(tiny_bundle: Path, tmp_path: Path, m
         (["a {}"], 2, "no word is given for the {} of 'a {}': give --word or --concept"),
         (["a cat", "--grid", "grid.jpg"], 2, "--grid grid.jpg, allowed is a file name that ends in .png"),
         (["a {}", "a cat", "--word", "dog", "--grid", "grid.png"], 2, "'a cat' has no {}, others of this grid have"),
+        (["a cat", "--num-images", "1000", "--size", "512x512", "--grid", "g.png"], 2, "pixels, allowed are 67108864"),
+        (["a cat", "--strength", "2"], 2, "strength is 2.0, allowed is 0 to 1"),
+        (["a cat", "--size", "32768x32768"], 2, "has 1073741824 pixels, allowed are 16777216: give a smaller size"),
+        (["a cat", "--image", "text.png"], 1, "text.png cannot be read as a picture: allowed are PNG, JPEG"),
+        (["a cat", "--image", "half.png"], 1, "half.png cannot be read as a picture"),
+        (["a cat", "--image", "large.png", "--mask", "small.png"], 2, "the mask is 16x16, the image 72x64"),
+        (["a cat", "--mask", "small.png"], 2, "a mask was given without an image"),
+        (["a cat", "--image", "large.png", "--mask", "black.png"], 2, "the mask is all black"),
+        (["a cat", "--engine", "abacus"], 2, "'abacus' is not one of 'onnxruntime', 'openvino'"),
         ([], 2, "PROMPT"),
         (["a cat", "--colour", "red"], 2, "No such option"),
     ],
@@ -147,6 +157,12 @@ def test_a_mistake_is_one_line_and_an_exit_status(
     message: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    Path("text.png").write_text("no picture")
+    save_png(np.full((64, 72, 3), 99, np.uint8), Path("large.png"), "")
+    Path("half.png").write_bytes(Path("large.png").read_bytes()[:60])
+    PIL.Image.new("L", (16, 16), 255).save("small.png")
+    PIL.Image.new("L", (72, 64), 0).save("black.png")
+    before = sorted(tmp_path.iterdir())
 
     assert run(monkeypatch, tiny_bundle, *line, "--output", tmp_path / "out") == status
 
@@ -155,7 +171,37 @@ def test_a_mistake_is_one_line_and_an_exit_status(
     assert captured.err.startswith("ti-run: ")
     assert captured.err.count("\n") == 1
     assert captured.out == ""
-    assert not (tmp_path / "out").exists()
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_half_file(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))  # a file may grow to 500 bytes, a picture is larger
+    try:
+        status = run(monkeypatch, tiny_bundle, "a cat", "--steps", 1, "--output", tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    assert status == 1
+    error = capsys.readouterr().err
+    assert error.startswith("ti-run: cannot write ")
+    assert error.count("\n") == 1
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_more_words_than_usual_are_loaded_all(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for i in range(15):
+        rows = {"text_encoder": np.full((70, 32), 0.01 + i, np.float32)}
+        save_concept(Concept(f"<w{i}>", rows), tmp_path / f"w{i}.safetensors")
+    line = [tiny_bundle, "a cat", "--concept", tmp_path, "--steps", 1, "--output", tmp_path, "--json"]
+
+    assert run(monkeypatch, *line) == 0  # 1,050 vectors
+
+    assert len(json.loads(capsys.readouterr().out)["words"]) == 15
 
 
 def test_a_folder_that_is_no_bundle_is_named(
