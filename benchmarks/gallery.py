@@ -2,8 +2,8 @@
 
 Learns three words the miniature was never trained on (two objects and a style, five pictures each), exports the model,
 makes all pictures of the page in one batch, and writes `gallery.md` and `gallery/*.png` into `--output`. Words and
-bundle are kept in `--work` and used again. Nothing is measured here, no picture is chosen: every one is of the first
-seed. Ends in one line of JSON.
+bundle are kept in `--work` and used again while the model is the same. Nothing is measured here, no picture is chosen:
+every one is of the first seed. Ends in one line of JSON.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image as Pillow
 
+from benchmarks.exported import exported
+from oneword.engines.bundle import Bundle
 from oneword.engines.open import Backend
-from oneword.export.write import export_bundle
 from oneword.runtime.batch import Failed, PictureDone
 from oneword.runtime.concept import load_concept
 from oneword.runtime.generate import generate
@@ -55,10 +56,9 @@ def main() -> None:
     """Learn, export, generate, write."""
     options = _options()
     start = time.perf_counter()
-    bundle = options.bundle or options.work / "bundle"
-    if not (bundle / "bundle.json").is_file():
-        export_bundle(options.model, bundle)
-    words, learned_from = learn(options.work, options.model, options.learn_steps)
+    bundle = options.bundle or exported(options.model, options.work / "bundle")
+    of_model = options.work / Bundle.open(bundle).manifest.source.digest[:12]
+    words, learned_from = learn(of_model, options.model, options.learn_steps)
     model = Model.open(bundle, Backend(options.engine))
     for word in words:
         model.load(load_concept(word))
@@ -167,7 +167,7 @@ def of_the_model(steps: int) -> list[Section]:
         Section(
             "masked-edit",
             "Masked edit",
-            "Only the white part is made anew (Blended Latent Diffusion); the rest stays, to the VAE's loss.",
+            "Only the white part is made anew (Blended Latent Diffusion); the rest keeps its very pixels.",
             'ti-run bundle "a photo of a blue heart in the meadow" --image star.png --mask mask.png --strength 1',
             [
                 (
