@@ -31,7 +31,7 @@ _A1111_SAMPLERS = {
 }
 
 
-def save_png(image: Image, path: Path, parameters: str) -> None:
+def save_png(image: Image, path: str | Path, parameters: str = "") -> None:
     """Writes a PNG with A1111's text chunk `parameters`, whole or not at all. Raises FileError."""
     path = Path(path)
     data = png_bytes(image, parameters)
