@@ -90,6 +90,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--preview-every", type=int, metavar="K", help="sample sheets every K steps, in OUTPUT.previews/")
     p.add_argument("--report", type=Path, help="the run as one HTML page, samples included")
     p.add_argument("--tensorboard", type=Path, metavar="DIR", help="TensorBoard's logs")
+    p.add_argument("--ray", metavar="ADDRESS", help="learn over a Ray cluster: auto, local or host:port")
+    p.add_argument("--group", type=int, default=4, help="words a Ray task (default 4)")
     p.add_argument("--json", action="store_true", help="one JSON document on standard output")
     return p
 
@@ -116,9 +118,11 @@ def train(args: argparse.Namespace, console: Console) -> dict[str, Any] | None:
     rows = manifest_rows(args)
     check_report(args.report)
     check_outputs([Path(row["output"]) for row in rows])
-    for option in ("checkpoint_every", "preview_every"):
+    for option in ("checkpoint_every", "preview_every", "group"):
         if (given := getattr(args, option)) is not None and given < 1:
-            raise UsageError(f"--{option.replace('_', '-')} is {given}: give a number of steps, at least 1")
+            raise UsageError(f"--{option.replace('_', '-')} is {given}: give a number, at least 1")
+    if args.ray:
+        return train_on_ray(args, recipe, rows, console)
     make_report = import_report() if args.report else None
     from oneword.train.checkpoint import forget, held
     from oneword.train.preview import SheetFolders
@@ -181,6 +185,34 @@ def train(args: argparse.Namespace, console: Console) -> dict[str, Any] | None:
         "seed": args.seed,
         "steps": last.step,
         "seconds": {**{name: round(value, 3) for name, value in last.timings.items()}, "total": round(seconds, 3)},
+    }
+
+
+def train_on_ray(
+    args: argparse.Namespace, recipe: Recipe, rows: Sequence[dict[str, str]], console: Console
+) -> dict[str, Any] | None:
+    """Learn over a cluster, write each group's words as they come; what `--json` prints, or None."""
+    if args.preview_every or args.report or args.tensorboard or args.checkpoints:
+        raise UsageError("--ray shows no run: leave out --preview-every, --report, --tensorboard and --checkpoints")
+    from oneword.train.cluster import learn_on_ray
+    from oneword.train.run import Task
+
+    started = time.perf_counter()
+    tasks = [Task(Path(row["images"]).absolute(), row["token"], row["init"]) for row in rows]
+    for concepts in learn_on_ray(args.model, tasks, recipe, args.seed, address=args.ray, group=args.group):
+        for number, concept in concepts.items():
+            save_concept(concept, rows[number]["output"])
+            console.print(f"{concept.token} -> {rows[number]['output']}", markup=False, soft_wrap=True)
+    if not args.json:
+        return None
+    seconds = {"total": round(time.perf_counter() - started, 3)}
+    return {
+        "concepts": list(rows),
+        "model": args.model,
+        "recipe": recipe.as_text(),
+        "seed": args.seed,
+        "steps": recipe.steps,
+        "seconds": seconds,
     }
 
 

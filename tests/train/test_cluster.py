@@ -1,0 +1,108 @@
+"""A real Ray cluster of this machine alone, and a worker that is really killed."""
+
+import gc
+import os
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from oneword.engines.errors import UsageError
+from oneword.runtime.concept import load_concept
+from oneword.train.cli import main
+from oneword.train.recipe import named_recipe
+from oneword.train.run import Task, learn
+
+ray = pytest.importorskip("ray")
+# Ray leaves its daemons to be reaped by themselves.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning", "ignore::RuntimeWarning"
+)
+RECIPE = named_recipe("fast").with_changes(steps=3, batch_size=2)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """Two workers at a time, of one thread each."""
+    torch.set_num_threads(1)
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
+
+
+@pytest.fixture
+def tasks(tmp_path: Path) -> list[Task]:
+    rng = np.random.default_rng(0)
+    for word in range(3):
+        (tmp_path / f"{word}").mkdir()
+        for i in range(3):
+            pixels = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / f"{word}" / f"{i}.png")
+    return [Task(tmp_path / f"{word}", f"<{word}>", "star") for word in range(3)]
+
+
+def workers() -> list[int]:
+    """Processes of this machine that are at one of our tasks."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if entry.read_bytes().startswith(b"ray::learn_group"):
+                found.append(int(entry.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.usefixtures("cluster")
+def test_words_have_the_bits_they_have_here_though_a_worker_is_killed(tiny_model_dir: Path, tasks: list[Task]) -> None:
+    from oneword.train.cluster import learn_on_ray
+
+    killed: list[int] = []
+
+    def kill_one() -> None:
+        for _ in range(3000):
+            if pids := workers():
+                os.kill(pids[0], signal.SIGKILL)
+                killed.append(pids[0])
+                return
+            time.sleep(0.02)
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    there = {n: c for some in learn_on_ray(str(tiny_model_dir), tasks, RECIPE, 7, group=2) for n, c in some.items()}
+    killer.join()
+
+    assert len(killed) == 1
+    *_, last = learn(tiny_model_dir, tasks, RECIPE.with_changes(words_a_call=1), 7)
+    assert sorted(there) == [0, 1, 2]
+    for number, here in enumerate(last.concepts):
+        assert there[number].token == here.token
+        np.testing.assert_array_equal(there[number].vectors["text_encoder"], here.vectors["text_encoder"])
+
+
+@pytest.mark.usefixtures("cluster")
+def test_what_is_wrong_with_a_task_is_told_as_here(
+    tiny_model_dir: Path, tasks: list[Task], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from oneword.train.cluster import learn_on_ray
+
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(UsageError, match="holds no picture"):
+        list(learn_on_ray(str(tiny_model_dir), [Task(empty, "<toy>", "star")], RECIPE))
+    arguments = [str(tasks[0].images), "--model", str(tiny_model_dir), "--token", "<toy>", "--init", "star"]
+    output = tmp_path / "toy.safetensors"
+    assert main([*arguments, "--output", str(output), "--steps", "2", "--batch-size", "2", "--ray", "local"]) == 0
+    assert load_concept(output).token == "<toy>"
+    assert main([*arguments, "--output", str(output), "--ray", "local", "--report", str(tmp_path / "x.html")]) == 2
+    assert "--ray shows no run" in capsys.readouterr().err
