@@ -1,0 +1,182 @@
+"""Denoise steps of full size, random weights: exported, checked against PyTorch, measured.
+
+    python -m benchmarks.full_size [sd15 sd2 sdxl ldm ...] [--precision fp32 fp16] [--write]
+
+Each is made, run once by PyTorch and traced in a process of its own, and opened by ONNX Runtime in another, as a
+machine that holds one copy of the weights must. Columns: parameters, seconds to export, peak memory of export and
+check, size on disk, largest relative difference of the step between PyTorch and ONNX Runtime. `--write` puts the table
+into docs/gpu.md. The last line is JSON. Not here: pictures (random weights make none) and speed.
+
+`tiny` is a model of toy size, to see that this file works.
+"""
+
+import argparse
+import json
+import pickle
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.pages import table, write_section
+
+PAGE = Path(__file__).parent.parent / "docs" / "gpu.md"
+LIMIT_GIB = 20
+LINEAR: dict[str, Any] = {"use_linear_projection": True}
+SD: dict[str, Any] = {"sample_size": 64, "attention_head_dim": 8}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "sd15": {**SD, "cross_attention_dim": 768},
+    "sd2": {**SD, **LINEAR, "sample_size": 96, "cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20)},
+    "sdxl": {
+        **LINEAR,
+        "sample_size": 128,
+        "block_out_channels": (320, 640, 1280),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2, 10),
+        "attention_head_dim": (5, 10, 20),
+        "cross_attention_dim": 2048,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    },
+    "tiny": {
+        **SD,
+        "block_out_channels": (32, 64),
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "layers_per_block": 1,
+        "cross_attention_dim": 32,
+    },
+    "ldm": {**SD, "sample_size": 32, "cross_attention_dim": 1280},
+}
+"""The UNets of SD 1.5, SD 2.1, SDXL 1.0 and ldm-text2im-large-256, but for what is UNet2DConditionModel's default."""
+SHAPE = {"B": 1, "N": 2, "M": 2, "T": 77, "h": 32, "w": 32}
+
+
+def main() -> None:
+    """Measures every model in every precision; a table and one JSON line."""
+    options = _options()
+    if options.stage:
+        print(json.dumps({"export": _export, "check": _check}[options.stage](options)))
+        return
+    results = {}
+    for family in options.families:
+        for precision in options.precision:
+            with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
+                exported = _stage("export", family, precision, folder)
+                results[f"{family} {precision}"] = {**exported, **_stage("check", family, precision, folder)}
+            print(f"{family} {precision}: {results[f'{family} {precision}']}", flush=True)
+    rows = [
+        [
+            name,
+            f"{r['parameters'] / 1e6:.1f} M",
+            f"{r['export_seconds']:.0f} s",
+            f"{r['export_gib']:.1f} GiB",
+            f"{r['check_gib']:.1f} GiB",
+            f"{r['disk_gib']:.1f} GiB",
+            f"{r['difference']:.1e}",
+        ]
+        for name, r in results.items()
+    ]
+    head = ["denoise step", "parameters", "export", "peak, export", "peak, check", "on disk", "relative difference"]
+    print(table(head, rows))
+    if options.write:
+        write_section(PAGE, "full-size", table(head, rows))
+    print(json.dumps(results))
+    if any(max(r["export_gib"], r["check_gib"]) > LIMIT_GIB for r in results.values()):
+        raise SystemExit(f"more than {LIMIT_GIB} GiB were needed")
+
+
+def _export(options: argparse.Namespace) -> dict[str, float]:
+    """In a child: the reference, then the ONNX."""
+    from oneword.export.parity import references
+    from oneword.export.write import write_graph
+
+    start = time.perf_counter()
+    graph = full_size(options.families[0], options.precision[0])
+    folder = Path(options.scratch)
+    cases = references(graph, [SHAPE])
+    written = write_graph(graph, folder)
+    (folder / "case.pickle").write_bytes(pickle.dumps((written, cases)))  # for our own next stage
+    return {
+        "parameters": sum(p.numel() for p in graph.module.parameters()),
+        "export_seconds": time.perf_counter() - start,
+        "export_gib": _peak(),
+        "disk_gib": sum((folder / name).stat().st_size for name in written.files) / 2**30,
+    }
+
+
+def _check(options: argparse.Namespace) -> dict[str, float]:
+    """In another child, where no PyTorch weights are: ONNX Runtime against the reference."""
+    from oneword.engines.onnxruntime import OnnxRuntimeEngine
+    from oneword.export.parity import compare
+
+    folder = Path(options.scratch)
+    graph, cases = pickle.loads((folder / "case.pickle").read_bytes())
+    start = time.perf_counter()
+    engine = OnnxRuntimeEngine("denoise_step", folder / graph.files[0], graph.inputs, graph.outputs, graph.precision)
+    differences = compare(engine, cases, graph.precision)
+    return {
+        "check_seconds": time.perf_counter() - start,
+        "check_gib": _peak(),
+        "difference": max(d.value for d in differences if d.unit == "relative"),
+    }
+
+
+def full_size(family: str, precision: str) -> Any:
+    """A denoise step of full size, every weight random and of the size that keeps activations as they are."""
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    from oneword.engines.spec import Precision
+    from oneword.export.families import TORCH_DTYPES, denoise_graph
+
+    config = CONFIGS[family]
+    with torch.device("meta"):
+        unet = torch.nn.Module.to(UNet2DConditionModel(**config), TORCH_DTYPES[Precision(precision)])
+    unet = unet.to_empty(device="cpu").eval().requires_grad_(False)
+    torch.manual_seed(0)
+    for parameter in unet.parameters():
+        if parameter.ndim == 1:
+            parameter.zero_()
+        else:
+            parameter.normal_(0, float(parameter[0].numel()) ** -0.5)
+    for module in unet.modules():
+        if isinstance(module, (torch.nn.GroupNorm, torch.nn.LayerNorm)):
+            module.weight.fill_(1)
+    if "addition_embed_type" not in config:
+        return denoise_graph(unet, config["cross_attention_dim"])
+    pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+    return denoise_graph(unet, config["cross_attention_dim"], pooled, 6)
+
+
+def _stage(stage: str, family: str, precision: str, folder: str) -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks.full_size", family, "--precision", precision]
+    run = subprocess.run([*command, "--stage", stage, "--scratch", folder], stdout=subprocess.PIPE, check=True)
+    result: dict[str, float] = json.loads(run.stdout.splitlines()[-1])
+    return result
+
+
+def _peak() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("families", nargs="*", default=["sd15", "sd2", "sdxl", "ldm"], metavar="sd15|sd2|sdxl|ldm|tiny")
+    parser.add_argument("--precision", nargs="+", default=["fp16", "fp32"], choices=["fp32", "fp16"])
+    parser.add_argument("--write", action="store_true", help="write the table into docs/gpu.md")
+    parser.add_argument("--scratch", help="where the graphs are written for a while: 12 GB of room")
+    parser.add_argument("--stage", choices=["export", "check"], help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if unknown := [family for family in options.families if family not in CONFIGS]:
+        parser.error(f"{unknown[0]} is none of {', '.join(CONFIGS)}")
+    return options
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,245 @@
+"""A guided denoise step on an NVIDIA GPU: this project's engines beside PyTorch, on one set of weights, in one call.
+
+    python -m benchmarks.gpu [tiny sd15 sdxl ...] [--steps N] [--rounds N] [--write]
+
+    torch              the step's own module, fp16, channels last
+    torch-compile      the same with torch.compile(mode="max-autotune")
+    onnxruntime-cuda, tensorrt, tensorrt-rtx
+                       the exported step, fp16, in the captured loop: one step replayed, and all in one piece
+
+Random weights of full size (benchmarks.full_size), one picture with guidance, at the model's own size. Each contender
+runs in a process of its own, in turn, `--rounds` times; medians. Columns: ms a step (one by one, and the loop in one
+piece), TFLOP/s where the step's arithmetic is known, largest relative difference from `torch` after one step, memory
+taken of the GPU.
+A contender that is not installed or does not run on this GPU is a row that says why. The last line is JSON.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.full_size import CONFIGS, full_size
+from benchmarks.pages import table, write_section
+
+PAGE = Path(__file__).parent.parent / "docs" / "gpu.md"
+CONTENDERS = ("torch", "torch-compile", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx")
+TFLOP = {"sd15": 1.607, "sdxl": 13.5}  # of one guided step at the model's own size, counted over the network
+TOKENS = 77
+
+
+def main() -> None:
+    """Runs every contender on every model; a table for each and one JSON line."""
+    options = _options()
+    if options.contender:
+        print(json.dumps(_measure(options)))
+        return
+    results: dict[str, dict[str, Any]] = {}
+    for model in options.models:
+        with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
+            rounds = [
+                {name: _contend(name, model, folder, options) for name in CONTENDERS} for _ in range(options.rounds)
+            ]
+        results[model] = {name: _median([each[name] for each in rounds]) for name in CONTENDERS}
+        print(_table(model, results[model]), flush=True)
+    if options.write:
+        write_section(PAGE, "latency", "\n\n".join(_table(model, each) for model, each in results.items()))
+    print(json.dumps({"steps": options.steps, "rounds": options.rounds, "results": results}))
+
+
+def _contend(name: str, model: str, folder: str, options: argparse.Namespace) -> dict[str, Any]:
+    """What a contender says of itself, or its last words."""
+    command = [sys.executable, "-m", "benchmarks.gpu", model, "--contender", name, "--scratch", folder]
+    run = subprocess.run([*command, "--steps", str(options.steps)], capture_output=True, text=True)
+    if run.returncode:
+        return {"error": (run.stderr.strip().splitlines() or ["it ended without a word"])[-1][:200]}
+    result: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
+    return result
+
+
+def _measure(options: argparse.Namespace) -> dict[str, Any]:
+    """In a contender's own process. The first is PyTorch, which leaves what the others are compared with."""
+    model, folder = options.models[0], Path(options.scratch)
+    feeds = _feeds(model)
+    contend = _torch if options.contender.startswith("torch") else _ours
+    first_step, loop, piece, device_memory = contend(options.contender, model, folder, feeds, options.steps)
+    result = {"step_ms": 1e3 * _seconds(loop) / options.steps, "gpu_mib": device_memory() / 2**20}
+    if piece is not None:
+        result["loop_ms"] = 1e3 * _seconds(piece) / options.steps
+    reference = folder / "reference.npy"
+    if options.contender == "torch":
+        np.save(reference, first_step)
+    expected = np.load(reference)
+    result["difference"] = float(np.abs(first_step - expected).max() / np.abs(expected).max())
+    return result
+
+
+def _torch(contender: str, model: str, folder: Path, feeds: dict[str, Any], steps: int) -> Any:
+    import torch
+
+    from oneword.export.trace import to_torch
+
+    graph = full_size(model, "fp16")
+    module = graph.module.to("cuda", memory_format=torch.channels_last)
+    if contender == "torch-compile":
+        module = torch.compile(module, mode="max-autotune")
+    tensors = {name: value.cuda() for name, value in to_torch(graph.inputs, feeds).items()}
+
+    def loop(count: int = steps) -> Any:
+        given = dict(tensors)
+        with torch.no_grad():
+            for _ in range(count):
+                given["sample"], given["previous"], _ = module(*given.values())
+        torch.cuda.synchronize()
+        return given["sample"]
+
+    free_and_total = torch.cuda.mem_get_info
+    return loop(1).cpu().numpy(), loop, None, lambda: free_and_total()[1] - free_and_total()[0]
+
+
+def _ours(contender: str, model: str, folder: Path, feeds: dict[str, Any], steps: int) -> Any:
+    from oneword.engines.loop import Loop
+    from oneword.engines.open import Backend, gpu_queue, open_engine
+
+    queue = gpu_queue()  # before the long work: there may be no GPU
+    engine = open_engine(_bundle(model, folder), "denoise_step", Backend(contender))
+    binding = engine.bind({name: value.shape for name, value in feeds.items()})
+    schedule = np.repeat(feeds["schedule"][None], steps, axis=0)
+
+    def start() -> Loop:
+        for name, value in feeds.items():
+            binding.inputs[name].write(..., value)
+        return Loop(binding, queue, schedule)
+
+    def one_by_one() -> None:
+        loop = start()
+        for _ in range(steps):
+            loop.step()
+        queue.wait()
+
+    def in_one_piece() -> None:
+        start().finish()
+        queue.wait()
+
+    first = start()
+    first.step()
+    free, total = queue.device.memory()
+    return first.sample, one_by_one, in_one_piece, lambda: total - free
+
+
+def _bundle(model: str, folder: Path) -> Any:
+    """The exported step as a bundle of one graph, all that an engine looks at; made once for all contenders."""
+    import msgspec
+
+    from oneword.engines.bundle import (
+        Bundle,
+        Conditioning,
+        Defaults,
+        Encoder,
+        Graph,
+        Manifest,
+        Source,
+        TokenizerKind,
+        Vae,
+    )
+    from oneword.export.write import write_graph
+
+    path = folder / "graph.json"
+    if path.is_file():
+        graph = msgspec.json.decode(path.read_bytes(), type=Graph)
+    else:
+        graph = write_graph(full_size(model, "fp16"), folder)
+        path.write_bytes(msgspec.json.encode(graph))
+    encoder = Encoder(
+        graph="text_encoder", table="", tokenizer="", tokenizer_kind=TokenizerKind.CLIP, vocab_size=1, width=1,
+        hidden_width=1, length=TOKENS, bos_id=0, eos_id=0, pad_id=0, layers=(1,), default_layer=1,
+    )  # fmt: skip
+    side = 8 * int(CONFIGS[model]["sample_size"])
+    manifest = Manifest(
+        source=Source(model, ""),
+        graphs={"denoise_step": graph},
+        encoders=(encoder,),
+        conditioning=Conditioning(("text_encoder",)),
+        scheduler={},
+        vae=Vae(scale=1.0, shift=0.0, factor=8, latent_channels=4),
+        defaults=Defaults(width=side, height=side),
+    )
+    return Bundle(folder, manifest)
+
+
+def _feeds(model: str) -> dict[str, Any]:
+    """One guided picture of the model's own size, at a step whose state stays of size one."""
+    config = CONFIGS[model]
+    side, random = int(config["sample_size"]), np.random.default_rng(0)
+    latents = (1, 4, side, side)
+    zeros = {name: np.zeros(latents, np.float32) for name in ("previous", "noise", "known", "known_noise")}
+    schedule = np.zeros((1, 11), np.float32)
+    schedule[0, :8] = (500, 1, -0.1, 0.9, 0.1, 0, 0, 5)  # t, a, b, c, d, e, f, guidance
+    feeds = {
+        "sample": random.standard_normal(latents, np.float32),
+        **zeros,
+        "mask": np.ones((1, 1, side, side), np.float32),
+        "schedule": schedule,
+        "branch_row": np.zeros(2, np.int64),
+        "branch_context": np.arange(2),
+        "uncond_branch": np.zeros(1, np.int64),
+        "cond_branch": np.ones(1, np.int64),
+        "context": random.standard_normal((2, TOKENS, config["cross_attention_dim"]), np.float32),
+    }
+    if "addition_embed_type" in config:
+        pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+        feeds["pooled"] = random.standard_normal((2, pooled), np.float32)
+        feeds["time_ids"] = np.array([[8 * side, 8 * side, 0, 0, 8 * side, 8 * side]] * 2, np.float32)
+    return feeds
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    """The median of five, after two to warm up."""
+    times = []
+    for _ in range(7):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[2:])
+
+
+def _median(results: list[dict[str, Any]]) -> dict[str, Any]:
+    if failed := [each for each in results if "error" in each]:
+        return failed[0]
+    return {key: statistics.median(each[key] for each in results) for key in results[0]}
+
+
+def _table(model: str, results: dict[str, Any]) -> str:
+    rows = []
+    for name, r in results.items():
+        if "error" in r:
+            rows.append([name, r["error"], "", "", "", ""])
+            continue
+        best = min(r["step_ms"], r.get("loop_ms", r["step_ms"]))
+        speed = f"{1e3 * TFLOP[model] / best:.0f}" if model in TFLOP else ""
+        loop = f"{r['loop_ms']:.2f}" if "loop_ms" in r else ""
+        rows.append([name, f"{r['step_ms']:.2f}", loop, speed, f"{r['difference']:.1e}", f"{r['gpu_mib']:.0f}"])
+    return table([model, "ms a step", "in one piece", "TFLOP/s", "difference", "GPU MiB"], rows)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", default=["tiny", "sd15", "sdxl"], metavar="tiny|sd15|sd2|sdxl|ldm")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--write", action="store_true", help="write the tables into docs/gpu.md")
+    parser.add_argument("--scratch", help="where graphs and plans are written for a while: 20 GB of room")
+    parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""What a number format costs in the picture: PSNR against fp32 on the same prompts, words and seeds.
+
+    python -m benchmarks.precision [--model miniature|DIR] [--steps N] [--pictures N] [--write]
+
+    pytorch fp16, bf16       the graphs' own torch modules, weights and arithmetic in that format
+    onnxruntime fp32, fp16   the bundle of that precision, on the CPU
+    openvino                 the fp32 bundle, in bf16 where the processor has it
+
+Against: the torch modules in fp32. One picture that is 10 dB worse than the rest moves a mean little, so the worst is
+shown too. `--write` puts the table into docs/precision.md. Not here: time (on a CPU fp16 is emulated), and any GPU.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.pages import table, write_section
+from oneword.engines.errors import OnewordError
+from oneword.engines.open import Backend
+from oneword.engines.spec import Precision
+from oneword.export.families import TORCH_DTYPES
+from oneword.export.source import load_source
+from oneword.export.write import export_bundle
+from oneword.runtime.batch import Failed, PictureDone
+from oneword.runtime.generate import generate
+from oneword.runtime.model import Model
+from oneword.runtime.request import Image, Request
+from oneword.train.preview import EagerModel
+
+PAGE = Path(__file__).parent.parent / "docs" / "precision.md"
+PROMPTS = (
+    "a photo of a red star",
+    "a painting of a blue ring and a green star",
+    "a drawing of a yellow moon in the snow",
+    "an icon of a purple square at night",
+)
+
+
+def main() -> None:
+    """Prints the table and one JSON line; with --write, puts the table into the page."""
+    options = _options()
+    with tempfile.TemporaryDirectory() as folder:
+        models: dict[str, Callable[[], Model]] = {
+            "pytorch fp32": lambda: _eager(options.model, Precision.FP32),
+            "pytorch fp16": lambda: _eager(options.model, Precision.FP16),
+            "pytorch bf16": lambda: _eager(options.model, Precision.BF16),
+            "onnxruntime fp32": lambda: _bundle(options.model, Path(folder), Precision.FP32),
+            "onnxruntime fp16": lambda: _bundle(options.model, Path(folder), Precision.FP16),
+            "openvino": lambda: Model.open(Path(folder) / "fp32", Backend.OPENVINO),
+        }
+        results = {}
+        expected: Sequence[Image] = ()
+        for name, make in models.items():
+            start = time.perf_counter()
+            try:
+                pictures = _draw(make(), options)
+            except OnewordError as error:  # a format that a library has not is a row too
+                results[name] = {"error": str(error)}
+                continue
+            expected = expected or pictures
+            decibels = [_psnr(a, b) for a, b in zip(pictures, expected, strict=True)]
+            results[name] = {
+                "mean_db": float(np.mean(decibels)),
+                "worst_db": float(min(decibels)),
+                "seconds": time.perf_counter() - start,
+            }
+            print(f"{name:18} {results[name]}", flush=True)
+    rows = [
+        [name, "-", r["error"]] if "error" in r else [name, _shown(r["mean_db"]), _shown(r["worst_db"])]
+        for name, r in results.items()
+    ]
+    text = table(["computed by", "PSNR against fp32, dB", "worst picture, dB"], rows)
+    count = options.pictures * len(PROMPTS)
+    text += f"\n\n{count} pictures of {options.model} with {options.steps} steps, DDIM, guidance 5, the same seeds."
+    print(text)
+    if options.write:
+        write_section(PAGE, "precision", text)
+    print(json.dumps({"model": options.model, "steps": options.steps, "pictures": count, "results": results}))
+
+
+def _eager(model: str, precision: Precision) -> Model:
+    return EagerModel(load_source(model, TORCH_DTYPES[precision]))
+
+
+def _bundle(model: str, folder: Path, precision: Precision) -> Model:
+    path = folder / precision.value
+    export_bundle(model, path, precision=precision)
+    return Model.open(path)
+
+
+def _draw(model: Model, options: argparse.Namespace) -> list[Image]:
+    """All pictures of all prompts, in order. Raises the first failure."""
+    requests = [
+        Request(prompt, seed=100 * i, num_images=options.pictures, steps=options.steps, guidance_scale=5.0)
+        for i, prompt in enumerate(PROMPTS)
+    ]
+    done = {}
+    for event in generate(model, requests):
+        if isinstance(event, Failed):
+            raise event.error
+        if isinstance(event, PictureDone):
+            done[event.id, event.index] = event.image
+    return [done[key] for key in sorted(done)]
+
+
+def _psnr(a: Image, b: Image) -> float:
+    error = float(np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2))
+    return float("inf") if error == 0 else 10 * float(np.log10(255**2 / error))
+
+
+def _shown(decibels: float) -> str:
+    return "the same" if decibels == float("inf") else f"{decibels:.1f}"
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="miniature")
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--pictures", type=int, default=4, help="of each prompt")
+    parser.add_argument("--write", action="store_true", help="write docs/precision.md")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
