@@ -84,7 +84,7 @@ def draw(model: Model, captions: Sequence[str], guidance: float) -> Pictures:
 
 def round_trip(model: Model, pictures: Pictures) -> float:
     """Mean PSNR of pictures through the VAE, dB."""
-    latents = np.concatenate([model.encode_image(picture)[0] for picture in pictures])
+    latents = np.stack([model.encode_image(picture)[0] for picture in pictures])
     decoded = np.concatenate([model.decode(latents[i : i + 16])[0] for i in range(0, len(latents), 16)])
     return float(np.mean(psnr(decoded, pictures)))
 
