@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from enum import StrEnum
 from pathlib import Path, PurePosixPath
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import msgspec
 
@@ -32,6 +32,10 @@ VERIFIED = ".verified.json"
 PLANS = "plans"
 TOKENIZER = "tokenizer.json"
 _MAX_MANIFEST_BYTES = 8 << 20
+
+Count = Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
+"""What a manifest counts: beyond it no model has so many, and memory would run out before a line could be said."""
+TokenId = Annotated[int, msgspec.Meta(ge=0, le=1 << 24)]
 
 
 class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -77,16 +81,16 @@ class Encoder(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tokenizer: str
     """Folder of the tokenizer's files."""
     tokenizer_kind: TokenizerKind
-    vocab_size: int
-    width: int
+    vocab_size: Count
+    width: Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
     """D of the embedding table: the width of a learned vector."""
-    hidden_width: int
+    hidden_width: Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
     """D of `hidden_states`: the columns it fills in the context."""
-    length: int
+    length: Annotated[int, msgspec.Meta(ge=3, le=1 << 16)]
     """Tokens of one chunk, bos and eos included."""
-    bos_id: int | None
-    eos_id: int
-    pad_id: int
+    bos_id: TokenId | None
+    eos_id: TokenId
+    pad_id: TokenId
     layers: tuple[int, ...]
     """The values that the graph's `layer` input may take: how many transformer layers are run."""
     default_layer: int
@@ -119,18 +123,18 @@ class Vae(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     scale: float
     shift: float
-    factor: int
+    factor: Annotated[int, msgspec.Meta(ge=1, le=1 << 10)]
     """Pixels per latent along one side; picture sizes are multiples of it."""
-    latent_channels: int
+    latent_channels: Annotated[int, msgspec.Meta(ge=1, le=1 << 10)]
 
 
 class Defaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a request that does not say otherwise gets."""
 
-    width: int
-    height: int
-    steps: int = 50
-    guidance_scale: float = 7.5
+    width: Count
+    height: Count
+    steps: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 50
+    guidance_scale: Annotated[float, msgspec.Meta(ge=0, le=100)] = 7.5
     sampler: str = "ddim"
 
 

@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import hypothesis.strategies as st
 import pytest
@@ -267,6 +268,28 @@ def test_an_unknown_key_and_another_version_are_refused(bundle: Path) -> None:
 
     edit(bundle, lambda m: m.update(format_version=99))
     with pytest.raises(BundleError, match="format version 99, this oneword reads 1"):
+        Bundle.open(bundle)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("vae", "factor", 0),
+        ("vae", "latent_channels", 2**31),
+        ("defaults", "width", -64),
+        ("defaults", "steps", 0),
+        ("defaults", "guidance_scale", 1e9),
+        ("encoders", "length", 2**31),
+        ("encoders", "eos_id", -1),
+    ],
+)
+def test_numbers_that_no_model_has_are_refused(bundle: Path, section: str, key: str, value: float) -> None:
+    def change(manifest: dict[str, Any]) -> None:
+        part = manifest[section]
+        (part[0] if isinstance(part, list) else part)[key] = value
+
+    edit(bundle, change)
+    with pytest.raises(BundleError, match=rf"is not a valid manifest \(Expected `.*{key}"):
         Bundle.open(bundle)
 
 
