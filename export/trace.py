@@ -1,4 +1,4 @@
-"""A torch module becomes an ONNX file: opset 20, every batch and size axis dynamic and named, then checked."""
+"""A torch module becomes an ONNX file: opset 20 (bf16: 22), batch and size axes dynamic and named, then checked."""
 
 import contextlib
 import io
@@ -14,11 +14,12 @@ import torch
 
 from oneword.engines.engine import NumpyArray, numpy_dtype
 from oneword.engines.errors import OnewordError
-from oneword.engines.spec import DType, TensorSpec
+from oneword.engines.spec import DType, Precision, TensorSpec
 from oneword.export.families import Traceable
 from oneword.export.source import first_line
 
 OPSET = 20
+BF16_OPSET = 22  # the first whose Conv takes bfloat16
 EXAMPLE_SIZES = {"B": 3, "N": 5, "M": 4, "T": 7, "h": 12, "w": 10}  # none 0, 1, or equal to another
 
 
@@ -35,7 +36,7 @@ def trace(graph: Traceable, folder: Path) -> tuple[str, ...]:
             program = torch.onnx.export(
                 captured,
                 dynamo=True,
-                opset_version=OPSET,
+                opset_version=BF16_OPSET if graph.precision is Precision.BF16 else OPSET,
                 input_names=[spec.name for spec in graph.inputs],
                 output_names=[spec.name for spec in graph.outputs],
                 verbose=False,
@@ -43,11 +44,18 @@ def trace(graph: Traceable, folder: Path) -> tuple[str, ...]:
             assert program is not None  # it is, for dynamo=True
             name_axes(program, graph)
             program.save(str(path), external_data=large(graph))
-    except (RuntimeError, ValueError, TypeError, AssertionError) as e:
+        onnx.checker.check_model(str(path), full_check=not large(graph))
+    except (
+        RuntimeError,
+        ValueError,
+        TypeError,
+        AssertionError,
+        onnx.checker.ValidationError,
+        onnx.shape_inference.InferenceError,
+    ) as e:
         raise OnewordError(
             f"{graph.name} cannot be traced to ONNX ({first_line(e)}): this model is not supported"
         ) from e
-    onnx.checker.check_model(str(path), full_check=not large(graph))
     return tuple(p.name for p in (path, path.with_name(path.name + ".data")) if p.exists())
 
 
