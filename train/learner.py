@@ -88,7 +88,7 @@ class Learner:
         if recipe.gradient_checkpointing:
             source.unet.enable_gradient_checkpointing()
             source.unet.train()  # diffusers checkpoints only then; nothing in these networks drops out
-        self.unet: Any = torch.compile(UNet(source.unet)) if recipe.compile else UNet(source.unet)
+        self.unet = UNet(source.unet)
         family = family_of(source)
         modules = {graph.name: graph.module for graph in family.graphs}
         self.conditioning = family.conditioning

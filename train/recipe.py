@@ -64,7 +64,6 @@ class Recipe:
     buckets: pictures keep about their shape instead of being cut square.
     timesteps: the band of the noise schedule, as shares of it, that steps are drawn from; (0, 1) is all of it.
     words_a_call: words that share one UNet call, None for all; 1 makes each word bitwise what it is alone.
-    compile: torch.compile the UNet: minutes before the first step, less for every step after.
     """
 
     name: str = "custom"
@@ -91,7 +90,6 @@ class Recipe:
     words_a_call: int | None = None
     compute: Compute = Compute.AUTO
     gradient_checkpointing: bool = False
-    compile: bool = False
 
     def __post_init__(self) -> None:
         for field, low, high in (
