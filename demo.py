@@ -40,7 +40,7 @@ TOKEN = "<toy>"
 PHOTOGRAPHED = ("studio", "kitchen", "desert", "meadow", "brick")
 ELSEWHERE = ("snow", "night", "sea", "forest", "sunset")
 MEDIA = ("drawing", "icon", "painting")
-SEED = 7
+SEED, GUIDANCE = 7, 4
 MADE = ("pictures", "bundle", "generated")  # folders of an earlier demo, made anew
 
 console = Console(stderr=True)
@@ -71,7 +71,18 @@ def main() -> int:
     rows = scenes()
     prompts = [prompt for _, row in rows for prompt in row]
     generated = stages.command(
-        "generate", "ti-run", bundle, *prompts, "--concept", word, "--seed", SEED, "--output", output / "generated"
+        "generate",
+        "ti-run",
+        bundle,
+        *prompts,
+        "--concept",
+        word,
+        "--seed",
+        SEED,
+        "--guidance-scale",
+        GUIDANCE,
+        "--output",
+        output / "generated",
     )
 
     sheet = output / "contact-sheet.png"

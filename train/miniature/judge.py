@@ -122,11 +122,11 @@ def pixels(images: np.ndarray) -> Tensor:
 
 
 def judge_loss(logits: Tensor, truth: Tensor) -> Tensor:
-    """CLIP's loss over the claims, and each question's cross-entropy over its own captions. [B, B + Q] -> []."""
+    """CLIP's loss over the claims, plus each question's cross-entropy over its own captions. [B, B + Q] -> []."""
     count = len(logits)
     sizes = [count, *(len(asked) for asked in QUESTIONS.values())]
     claims, *questions = zip(logits.split(sizes, 1), truth.split(sizes, 1), strict=True)
-    return contrastive_loss(*claims) + sum(_cross_entropy(*question) for question in questions) / len(questions)
+    return contrastive_loss(*claims) + sum(_cross_entropy(*question) for question in questions)
 
 
 def contrastive_loss(logits: Tensor, truth: Tensor) -> Tensor:

@@ -182,7 +182,7 @@ def train_judge(settings: Settings, say: Callable[[str], None]) -> CLIPModel:
         out = model(input_ids=ids.to(settings.device), pixel_values=pixels.to(settings.device), attention_mask=None)
         return judge.judge_loss(out.logits_per_image.float(), truth.to(settings.device))
 
-    _run_stage("judge", settings, settings.judge_minutes, [model], loss, 1e-3, say, ema=0.998)
+    _run_stage("judge", settings, settings.judge_minutes, [model], loss, 2e-3, say, ema=0.998)
     return model
 
 
