@@ -40,6 +40,7 @@ def main() -> None:
     p.add_argument("--looks", type=int, default=12)
     p.add_argument("--init", default="object")
     p.add_argument("--recipe", default="fast")
+    p.add_argument("--guidance", type=float, default=4.0)
     p.add_argument("--options", nargs=argparse.REMAINDER, default=[], help="further options for ti-train, last")
     p.add_argument("--work", type=Path, default=Path("build/words"))
     args = p.parse_args()
@@ -77,7 +78,7 @@ def measure(args: argparse.Namespace, model: Model, judge: Judge, number: int) -
     model.load(load_concept(output))
     new = [name for name in world.BACKGROUNDS if name not in SEEN]
     prompts = [f"a photo of a {token} {world.BACKGROUNDS[name].phrase}" for name in (*SEEN, *new)]
-    pictures = np.concatenate(sample(model, prompts, 1, STEPS, seed=0))
+    pictures = np.concatenate(sample(model, prompts, 1, STEPS, 0, args.guidance))
     model.unload(token)
     Image.fromarray(np.concatenate([*training, *pictures], 1)).save(args.work / f"{number:02d}.png")
 
@@ -123,8 +124,8 @@ def least_psnr_together(args: argparse.Namespace, model: Model) -> float:
     for number in range(args.looks):
         model.load(load_concept(args.work / f"{number:02d}.safetensors"))
     prompts = [f"a photo of a {token} {world.BACKGROUNDS['forest'].phrase}" for token in tokens]
-    alone = [sample(model, [prompt], 1, STEPS, seed=3)[0] for prompt in prompts]
-    batch = sample(model, prompts, 1, STEPS, seed=3)
+    alone = [sample(model, [prompt], 1, STEPS, 3, args.guidance)[0] for prompt in prompts]
+    batch = sample(model, prompts, 1, STEPS, 3, args.guidance)
     return float(psnr(np.concatenate(batch), np.concatenate(alone)).min())
 
 

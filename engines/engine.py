@@ -1,12 +1,13 @@
 """What an engine is: a compiled graph that is bound to fixed buffers and run. No back end, and nothing of diffusion."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from oneword.engines.errors import FeedError
+from oneword.engines.errors import EngineError, FeedError
 from oneword.engines.spec import DType, TensorSpec
 
 NumpyArray: TypeAlias = npt.NDArray[Any]
@@ -185,6 +186,25 @@ def check_feeds(graph: str, specs: Mapping[str, TensorSpec], feeds: Mapping[str,
     for name, value in feeds.items():
         check_dtype(graph, specs[name], value)
     return check_shapes(graph, specs, {name: value.shape for name, value in feeds.items()})[1]
+
+
+def complete_feeds(
+    graph: str, specs: Mapping[str, TensorSpec], feeds: Mapping[str, NumpyArray]
+) -> dict[str, NumpyArray]:
+    """Every input, C-contiguous, zeros for those left out. Raises as check_feeds does."""
+    shapes = check_feeds(graph, specs, feeds)
+    missing = {name: np.zeros(shapes[name], numpy_dtype(specs[name].dtype)) for name in shapes.keys() - feeds.keys()}
+    return {name: np.ascontiguousarray(value) for name, value in {**feeds, **missing}.items()}
+
+
+def check_opened(graph: str, path: Path, specs: Mapping[str, TensorSpec], opened: Iterable[str]) -> None:
+    """Raises EngineError where an opened graph takes other inputs than its manifest says."""
+    given = set(opened)
+    if given != set(specs):
+        raise EngineError(
+            f"graph {graph!r} ({path}) takes {', '.join(sorted(given))}, "
+            f"its manifest says {', '.join(sorted(specs))}: export the model again with ti-export"
+        )
 
 
 def check_dtype(graph: str, spec: TensorSpec, value: NumpyArray) -> None:

@@ -57,3 +57,8 @@ class EngineError(OnewordError):
 
 class NotFinite(EngineError):
     """A graph produced NaN or infinity; the message names the graph and the rows."""
+
+
+def one_line(error: Exception) -> str:
+    """What another package's error says, on one line and not for ever."""
+    return " ".join(str(error).split())[:300]

@@ -7,10 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from oneword.engines.engine import Array, HostArray, NumpyArray, check_feeds, host_buffers, numpy_dtype
-from oneword.engines.errors import EngineError, MissingPackage
+from oneword.engines.engine import Array, HostArray, NumpyArray, check_opened, complete_feeds, host_buffers
+from oneword.engines.errors import EngineError, MissingPackage, one_line
 from oneword.engines.spec import DType, Precision, TensorSpec
 from oneword.engines.threads import cpu_threads
 
@@ -64,9 +62,7 @@ class OnnxRuntimeEngine:
 
     def run(self, feeds: Mapping[str, NumpyArray]) -> dict[str, NumpyArray]:
         """See Engine.run."""
-        shapes = check_feeds(self.name, self.inputs, feeds)
-        missing = {name: np.zeros(shapes[name], numpy_dtype(self.inputs[name].dtype)) for name in shapes.keys() - feeds}
-        arrays = {name: np.ascontiguousarray(value) for name, value in {**feeds, **missing}.items()}
+        arrays = complete_feeds(self.name, self.inputs, feeds)
         try:
             given = {name: self._over(value) for name, value in arrays.items()}
             values = self._session.run_with_ort_values(list(self.outputs), given)
@@ -118,12 +114,7 @@ def open_session(
         session = ort.InferenceSession(os.fspath(path), options, providers=providers)
     except Exception as error:  # its exceptions have no common base of their own
         raise EngineError(f"cannot open graph {name!r} ({path}): {one_line(error)}") from error
-    given = {value.name for value in session.get_inputs()}
-    if given != set(inputs):
-        raise EngineError(
-            f"graph {name!r} ({path}) takes {', '.join(sorted(given))}, "
-            f"its manifest says {', '.join(sorted(inputs))}: export the model again with ti-export"
-        )
+    check_opened(name, path, inputs, (value.name for value in session.get_inputs()))
     return session
 
 
@@ -147,8 +138,3 @@ def _installed(distribution: str) -> bool:
     except importlib.metadata.PackageNotFoundError:
         return False
     return True
-
-
-def one_line(error: Exception) -> str:
-    """What an error says, on one line and not for ever."""
-    return " ".join(str(error).split())[:300]

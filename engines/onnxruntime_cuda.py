@@ -3,12 +3,10 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from oneword.engines.cuda import DeviceArray, Queue
-from oneword.engines.engine import Array, NumpyArray, check_feeds, host_buffers, numpy_dtype
-from oneword.engines.errors import EngineError
-from oneword.engines.onnxruntime import ELEMENT, load_onnxruntime, one_line, open_session
+from oneword.engines.engine import Array, NumpyArray, complete_feeds, host_buffers
+from oneword.engines.errors import EngineError, one_line
+from oneword.engines.onnxruntime import ELEMENT, load_onnxruntime, open_session
 from oneword.engines.spec import Precision, TensorSpec
 
 PROVIDER = "CUDAExecutionProvider"
@@ -59,13 +57,9 @@ class OnnxRuntimeCudaEngine:
 
     def run(self, feeds: Mapping[str, NumpyArray]) -> dict[str, NumpyArray]:
         """See Engine.run. ONNX Runtime copies in and out."""
-        shapes = check_feeds(self.name, self.inputs, feeds)
-        missing = {name: np.zeros(shapes[name], numpy_dtype(self.inputs[name].dtype)) for name in shapes.keys() - feeds}
+        arrays = complete_feeds(self.name, self.inputs, feeds)
         try:
-            given = {
-                name: self._ortvalue(np.ascontiguousarray(value), ELEMENT[self.inputs[name].dtype])
-                for name, value in {**feeds, **missing}.items()
-            }
+            given = {name: self._ortvalue(value, ELEMENT[self.inputs[name].dtype]) for name, value in arrays.items()}
             values = self.session.run_with_ort_values(list(self.outputs), given)
         except Exception as error:  # its exceptions have no common base of their own
             raise EngineError(f"graph {self.name!r} failed: {one_line(error)}") from error

@@ -15,10 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from oneword.engines.engine import Array, HostArray, NumpyArray, Shape, check_feeds, host_buffers, numpy_dtype
-from oneword.engines.errors import EngineError, FileError, MissingPackage
+from oneword.engines.engine import Array, HostArray, NumpyArray, Shape, check_opened, complete_feeds, host_buffers
+from oneword.engines.errors import EngineError, FileError, MissingPackage, one_line
 from oneword.engines.plans import PlanCache, PlanKey
 from oneword.engines.spec import DType, Precision, TensorSpec
 from oneword.engines.threads import cpu_threads
@@ -77,13 +75,8 @@ class OpenVinoEngine:
         try:
             self._compiled = self._compiler.compile()
         except RuntimeError as error:
-            raise EngineError(f"cannot open graph {name!r} ({path}): {_line(error)}") from error
-        given = {value.any_name for value in self._compiled.inputs}
-        if given != set(self.inputs):
-            raise EngineError(
-                f"graph {name!r} ({path}) takes {', '.join(sorted(given))}, "
-                f"its manifest says {', '.join(sorted(self.inputs))}: export the model again with ti-export"
-            )
+            raise EngineError(f"cannot open graph {name!r} ({path}): {one_line(error)}") from error
+        check_opened(name, path, self.inputs, (value.any_name for value in self._compiled.inputs))
 
     def bind(
         self, shapes: Mapping[str, Sequence[int]], arrays: Mapping[str, NumpyArray] | None = None
@@ -94,11 +87,10 @@ class OpenVinoEngine:
 
     def run(self, feeds: Mapping[str, NumpyArray]) -> dict[str, NumpyArray]:
         """See Engine.run."""
-        shapes = check_feeds(self.name, self.inputs, feeds)
-        missing = {name: np.zeros(shapes[name], numpy_dtype(self.inputs[name].dtype)) for name in shapes.keys() - feeds}
+        arrays = complete_feeds(self.name, self.inputs, feeds)
         request = self._compiled.create_infer_request()
-        for name, value in {**feeds, **missing}.items():
-            request.set_tensor(name, _tensor(np.ascontiguousarray(value)))
+        for name, value in arrays.items():
+            request.set_tensor(name, _tensor(value))
         _infer(self.name, request)
         return {name: request.get_tensor(name).data.copy() for name in self.outputs}
 
@@ -199,7 +191,7 @@ def _infer(name: str, request: Any) -> None:
     try:
         request.infer()
     except RuntimeError as error:
-        raise EngineError(f"graph {name!r} failed: {_line(error)}") from error
+        raise EngineError(f"graph {name!r} failed: {one_line(error)}") from error
 
 
 def _openvino() -> Any:
@@ -208,7 +200,3 @@ def _openvino() -> Any:
     except ImportError as error:
         raise MissingPackage("openvino", "openvino") from error
     return openvino
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

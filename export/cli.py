@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,9 @@ import click
 from rich.console import Console
 
 from oneword.engines.builder import Flavour, Limits, build_plans, installed_version, target_of
-from oneword.engines.errors import OnewordError
 from oneword.engines.spec import Precision
 from oneword.runtime.cli import size
+from oneword.runtime.commands import run_command
 
 
 def lora(value: str) -> tuple[Path, float]:
@@ -167,17 +166,8 @@ def silence_libraries() -> None:
 
 
 def main() -> None:
-    """The console script: 0 done, 2 wrong usage, 1 anything else that can be named."""
-    try:
-        sys.exit(command.main(prog_name="ti-export", standalone_mode=False))
-    except click.ClickException as error:
-        message, code = error.format_message(), error.exit_code
-    except click.Abort:
-        message, code = "stopped", 130
-    except OnewordError as error:
-        message, code = str(error), error.exit_code
-    print(f"ti-export: {message}", file=sys.stderr)
-    sys.exit(code)
+    """The console script."""
+    run_command(command, "ti-export")
 
 
 if __name__ == "__main__":

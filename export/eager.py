@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from oneword.engines.engine import Array, HostArray, NumpyArray, check_feeds, check_shapes, numpy_dtype
+from oneword.engines.engine import Array, HostArray, NumpyArray, check_shapes, complete_feeds, numpy_dtype
 from oneword.engines.errors import EngineError
 from oneword.engines.spec import TensorSpec
 from oneword.export.families import Traceable
@@ -38,9 +38,7 @@ class EagerEngine:
 
     def run(self, feeds: Mapping[str, NumpyArray]) -> dict[str, NumpyArray]:
         """See Engine.run."""
-        shapes = check_feeds(self.name, self.inputs, feeds)
-        missing = {n: np.zeros(shapes[n], numpy_dtype(self.inputs[n].dtype)) for n in shapes.keys() - feeds.keys()}
-        tensors = to_torch(self.graph.inputs, {**feeds, **missing})
+        tensors = to_torch(self.graph.inputs, complete_feeds(self.name, self.inputs, feeds))
         try:
             with torch.no_grad():
                 values = self.graph.module(*tensors.values())

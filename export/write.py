@@ -1,7 +1,7 @@
 """A source becomes a bundle on disk: graphs traced and checked one after another, tables and tokenizers beside them."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,22 +67,24 @@ def export_bundle(
                 differences.extend(check_graph(graph, folder / graphs[graph.name].files[0]))
         report("writing tables and tokenizers")
         write_encoders(source, exportable, folder)
-        return Manifest(
-            source=Provenance(
-                id=source.name,
-                digest=source.digest,
-                revision=source.revision or None,
-            ),
-            graphs=graphs,
-            encoders=exportable.encoders,
-            conditioning=exportable.conditioning,
-            scheduler=dict(source.scheduler_config),
-            vae=exportable.vae,
-            defaults=exportable.defaults,
-        )
+        origin = Provenance(id=source.name, digest=source.digest, revision=source.revision or None)
+        return manifest_of(source, exportable, graphs, origin)
 
     bundle = write_bundle(path, fill)
     return Exported(bundle, exportable.family, tuple(differences), tuple(unchecked))
+
+
+def manifest_of(source: Source, exportable: Exportable, graphs: Mapping[str, Graph], origin: Provenance) -> Manifest:
+    """What the runtime is told of a model with these graphs."""
+    return Manifest(
+        source=origin,
+        graphs=dict(graphs),
+        encoders=exportable.encoders,
+        conditioning=exportable.conditioning,
+        scheduler=dict(source.scheduler_config),
+        vae=exportable.vae,
+        defaults=exportable.defaults,
+    )
 
 
 def write_graph(graph: Traceable, folder: Path) -> Graph:

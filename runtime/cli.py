@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ import oneword
 from oneword.engines.errors import OnewordError, UsageError
 from oneword.engines.open import Backend
 from oneword.runtime.batch import Batch, Failed, PictureDone, StepDone
+from oneword.runtime.commands import run_command
 from oneword.runtime.concept import load_concept
 from oneword.runtime.grid import Grid
 from oneword.runtime.images import parameters_text, read_image, read_mask, save_png
@@ -229,20 +229,8 @@ def _concept_files(paths: Sequence[Path]) -> list[Path]:
 
 
 def main() -> None:
-    """Runs the command. Exits 0 when done, 2 for wrong usage, 1 for anything else that we can name: with one line."""
-    try:
-        command.main(standalone_mode=False)
-    except click.ClickException as error:
-        _exit(error.format_message(), error.exit_code)
-    except OnewordError as error:
-        _exit(str(error), error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        _exit("stopped", 130)
-
-
-def _exit(message: str, code: int) -> None:
-    click.echo(f"ti-run: {' '.join(message.split())}", err=True)
-    sys.exit(code)
+    """The console script."""
+    run_command(command, "ti-run")
 
 
 if __name__ == "__main__":

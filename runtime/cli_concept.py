@@ -1,7 +1,6 @@
 """`ti-concept`: shows, checks and converts embedding files of any tool. A thin skin over `oneword.runtime.layouts`."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,8 @@ import click
 import numpy as np
 
 import oneword
-from oneword.engines.errors import ConceptError, OnewordError, UsageError
+from oneword.engines.errors import ConceptError, UsageError
+from oneword.runtime.commands import run_command
 from oneword.runtime.concept import Concept, save_concept, token_from_stem
 from oneword.runtime.layouts import XTI_KEYS, Found, paired, read_words
 
@@ -143,22 +143,8 @@ def _checked(path: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Runs the command. Exits 0 when done, 2 for wrong usage, 1 for anything else that we can name: with one line."""
-    try:
-        code = command.main(standalone_mode=False)
-    except click.ClickException as error:
-        _exit(error.format_message(), error.exit_code)
-    except OnewordError as error:
-        _exit(str(error), error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        _exit("stopped", 130)
-    else:
-        sys.exit(code if isinstance(code, int) else 0)
-
-
-def _exit(message: str, code: int) -> None:
-    click.echo(f"ti-concept: {' '.join(message.split())}", err=True)
-    sys.exit(code)
+    """The console script."""
+    run_command(command, "ti-concept")
 
 
 if __name__ == "__main__":

@@ -75,8 +75,8 @@ class Scores:
 class Judge:
     """A CLIP model from a directory: pictures and texts to unit vectors of one space.
 
-    Pictures are resized and normalised as its preprocessor says. A judge that travels in a diffusers directory may go
-    without one: it takes pixels from -1 to 1. Raises `FileError` where the directory holds no CLIP model.
+    Pictures are resized and normalised as its preprocessor says; its tokenizer may be that of the diffusers directory
+    it travels in. Raises `FileError` where the directory holds no CLIP model.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -124,8 +124,6 @@ def preprocessor(folder: Path) -> Mapping[str, Any]:
         if path.is_file():
             facts = json.loads(path.read_text())
             return facts[key] if key else facts
-    if (folder.parent / "model_index.json").is_file():
-        return {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     raise FileError(f"{folder} has no preprocessor_config.json: without it nobody knows what pixels this model takes")
 
 
@@ -158,9 +156,12 @@ def evaluate(
     return scores, pictures
 
 
-def sample(model: Model, prompts: Sequence[str], count: int, steps: int, seed: int) -> list[Pictures]:
+def sample(
+    model: Model, prompts: Sequence[str], count: int, steps: int, seed: int, guidance_scale: float | None = None
+) -> list[Pictures]:
     """`count` pictures of each prompt by DDIM, with the seeds seed, seed + 1, ... Raises what made one of them fail."""
-    requests = [Request(p, seed=seed, num_images=count, steps=steps, sampler=Sampler.DDIM) for p in prompts]
+    how: dict[str, Any] = {"num_images": count, "steps": steps, "guidance_scale": guidance_scale}
+    requests = [Request(prompt, seed=seed, sampler=Sampler.DDIM, **how) for prompt in prompts]
     done: dict[tuple[int, int], npt.NDArray[np.uint8]] = {}
     for event in generate(model, requests):
         if isinstance(event, Failed):

@@ -15,14 +15,14 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from PIL import Image
 
-from oneword.engines.bundle import Bundle, Graph, Manifest
+from oneword.engines.bundle import Bundle, Graph
 from oneword.engines.bundle import Source as Provenance
 from oneword.engines.engine import Engine
 from oneword.engines.errors import FileError
 from oneword.export.eager import EagerEngine
 from oneword.export.families import family_of
 from oneword.export.source import Source
-from oneword.export.write import write_encoders
+from oneword.export.write import manifest_of, write_encoders
 from oneword.runtime.concept import Concept, write_whole
 from oneword.runtime.model import Model
 from oneword.train.evaluate import PLACE, Judge, Pictures, likeness, sample
@@ -55,15 +55,7 @@ class EagerModel(Model):
     def __init__(self, source: Source) -> None:
         exportable = family_of(source)
         graphs = {g.name: Graph((), "", g.precision, g.inputs, g.outputs) for g in exportable.graphs}
-        manifest = Manifest(
-            source=Provenance(source.model, ""),
-            graphs=graphs,
-            encoders=exportable.encoders,
-            conditioning=exportable.conditioning,
-            scheduler=dict(source.scheduler_config),
-            vae=exportable.vae,
-            defaults=exportable.defaults,
-        )
+        manifest = manifest_of(source, exportable, graphs, Provenance(source.model, ""))
         with TemporaryDirectory() as folder:  # read once, when the model is made
             write_encoders(source, exportable, Path(folder))
             super().__init__(Bundle(Path(folder), manifest))

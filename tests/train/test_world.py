@@ -177,10 +177,10 @@ def test_a_batch_asks_every_question_and_knows_the_answers() -> None:
 
 
 def test_a_question_nobody_can_answer_costs_nothing() -> None:
-    """By hand: three even logits, one row answered by one of them."""
+    """By hand: even logits, two claims, and one row whose shape is known; shapes count four times."""
     asked = [len(values) for values in judge.QUESTIONS.values()]
     truth = torch.zeros(2, 2 + sum(asked), dtype=torch.bool)
     truth[:, :2] = torch.eye(2, dtype=torch.bool)
     truth[0, 2] = True  # a shape is known of the first picture, nothing else of either
     loss = judge.judge_loss(torch.zeros(2, 2 + sum(asked)), truth)
-    torch.testing.assert_close(loss, torch.tensor(np.log(2) + np.log(asked[0]), dtype=torch.float32))
+    torch.testing.assert_close(loss, torch.tensor(np.log(2) + 4 * np.log(asked[0]), dtype=torch.float32))
