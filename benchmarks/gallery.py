@@ -299,8 +299,8 @@ def page(sections: Sequence[Section]) -> str:
     parts = [
         "# Gallery\n\nEverything that `ti-run` does, on the miniature: a model of a drawn world that travels with the "
         "package. Made by\n\n    python -m benchmarks.gallery\n\nwhich learns three words, exports the model and makes "
-        "all of these pictures in one batch. Nothing was chosen: every picture is of the first seed, at guidance 4. The miniature's "
-        "pictures are of 64x64 pixels, shown enlarged."
+        "all of these pictures in one batch. Nothing was chosen: every picture is of the first seed, at guidance 4. "
+        "The miniature's pictures are of 64x64 pixels, shown enlarged."
     ]
     for section in sections:
         picture = f"![{section.title}](gallery/{section.name}.png)"
