@@ -1,13 +1,28 @@
 """ONNX Runtime: graphs on the CPU, their buffers bound once. The only module that imports `onnxruntime`; its CUDA
-provider, opened through here, is `oneword.engines.onnxruntime_cuda`."""
+provider, opened through here, is `oneword.engines.onnxruntime_cuda`.
 
+A graph is opened once for any shape. A fifth of a small graph's nodes then work out shapes in each run, so a binding
+of a small graph that has run often is opened once more, for its own shapes.
+"""
+
+import contextlib
 import importlib.metadata
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from oneword.engines.engine import Array, HostArray, NumpyArray, check_opened, complete_feeds, host_buffers
+from oneword.engines.engine import (
+    OFTEN,
+    Array,
+    HostArray,
+    NumpyArray,
+    check_opened,
+    complete_feeds,
+    host_buffers,
+    is_small,
+)
 from oneword.engines.errors import EngineError, MissingPackage, one_line
 from oneword.engines.spec import DType, Precision, TensorSpec
 from oneword.engines.threads import cpu_threads
@@ -51,14 +66,23 @@ class OnnxRuntimeEngine:
         self.outputs = {spec.name: spec for spec in outputs}
         self.backend = f"onnxruntime {ort.__version__} cpu {precision}"
         self._over = ort.OrtValue.ortvalue_from_numpy  # over the array's own memory: nothing is copied
-        self._session = open_session(name, path, self.inputs, ["CPUExecutionProvider"], threads)
+        self._open = partial(open_session, name, path, self.inputs, ["CPUExecutionProvider"], threads)
+        self._session = self._open()
+        self._small = is_small(path)
 
     def bind(
         self, shapes: Mapping[str, Sequence[int]], arrays: Mapping[str, NumpyArray] | None = None
     ) -> "OnnxRuntimeBinding":
         """See Engine.bind. Arrays given must be C-contiguous; they are read where they lie at every run."""
         of_inputs, of_outputs = host_buffers(self.name, self.inputs, self.outputs, shapes, arrays)
-        return OnnxRuntimeBinding(self.name, self._session, self.inputs, self.outputs, of_inputs, of_outputs)
+        sizes = {
+            axis: size
+            for name, value in of_inputs.items()
+            for axis, size in zip(self.inputs[name].axes, value.shape, strict=True)
+            if isinstance(axis, str)
+        }
+        open_own = partial(self._open, sizes) if self._small else None
+        return OnnxRuntimeBinding(self.name, self._session, self.inputs, self.outputs, of_inputs, of_outputs, open_own)
 
     def run(self, feeds: Mapping[str, NumpyArray]) -> dict[str, NumpyArray]:
         """See Engine.run."""
@@ -72,7 +96,10 @@ class OnnxRuntimeEngine:
 
 
 class OnnxRuntimeBinding:
-    """A session with its inputs and outputs bound to host memory by address: a run copies nothing."""
+    """A session with its inputs and outputs bound to host memory by address: a run copies nothing.
+
+    `open_own` opens the graph for these shapes alone, where that pays.
+    """
 
     def __init__(
         self,
@@ -82,34 +109,55 @@ class OnnxRuntimeBinding:
         output_specs: Mapping[str, TensorSpec],
         inputs: Mapping[str, NumpyArray],
         outputs: Mapping[str, NumpyArray],
+        open_own: Callable[[], Any] | None,
     ) -> None:
         self._name = name
-        self._session = session
-        self._buffers = [*inputs.values(), *outputs.values()]  # the addresses below stay alive as long as this
-        self._binding = session.io_binding()
-        for key, value in inputs.items():
-            self._binding.bind_input(key, "cpu", 0, ELEMENT[input_specs[key].dtype], value.shape, value.ctypes.data)
-        for key, value in outputs.items():
-            self._binding.bind_output(key, "cpu", 0, ELEMENT[output_specs[key].dtype], value.shape, value.ctypes.data)
+        self._open_own = open_own
+        self._runs = 0
+        self._buffers = inputs, outputs  # what is bound by address stays alive as long as this
+        self._elements = {key: ELEMENT[spec.dtype] for key, spec in (*input_specs.items(), *output_specs.items())}
+        self._bind(session)
         self.inputs: Mapping[str, Array] = {key: HostArray(value) for key, value in inputs.items()}
         self.outputs: Mapping[str, Array] = {key: HostArray(value) for key, value in outputs.items()}
 
     def run(self, stream: int | None = None) -> None:
         """See Binding.run. The CPU has no streams."""
+        if self._runs == OFTEN and self._open_own is not None:
+            with contextlib.suppress(EngineError):  # the session that ran so far is as good
+                self._bind(self._open_own())
+        self._runs += 1
         try:
             self._session.run_with_iobinding(self._binding)
         except Exception as error:  # its exceptions have no common base of their own
             raise EngineError(f"graph {self._name!r} failed: {one_line(error)}") from error
 
+    def _bind(self, session: Any) -> None:
+        inputs, outputs = self._buffers
+        self._session, self._binding = session, session.io_binding()
+        for key, value in inputs.items():
+            self._binding.bind_input(key, "cpu", 0, self._elements[key], value.shape, value.ctypes.data)
+        for key, value in outputs.items():
+            self._binding.bind_output(key, "cpu", 0, self._elements[key], value.shape, value.ctypes.data)
+
 
 def open_session(
-    name: str, path: Path, inputs: Mapping[str, TensorSpec], providers: Sequence[Any], threads: int | None = None
+    name: str,
+    path: Path,
+    inputs: Mapping[str, TensorSpec],
+    providers: Sequence[Any],
+    threads: int | None = None,
+    sizes: Mapping[str, int] | None = None,
 ) -> Any:
-    """A session over one graph. Raises EngineError where it cannot be opened, or takes other inputs than these."""
+    """A session over one graph, for any shape or for the `sizes` of its axes alone.
+
+    Raises EngineError where it cannot be opened, or takes other inputs than these.
+    """
     ort = load_onnxruntime()
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = cpu_threads(threads)
+    for axis, size in (sizes or {}).items():
+        options.add_free_dimension_override_by_name(axis, size)
     try:
         session = ort.InferenceSession(os.fspath(path), options, providers=providers)
     except Exception as error:  # its exceptions have no common base of their own

@@ -15,15 +15,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from oneword.engines.engine import Array, HostArray, NumpyArray, Shape, check_opened, complete_feeds, host_buffers
+from oneword.engines.engine import (
+    OFTEN,
+    Array,
+    HostArray,
+    NumpyArray,
+    Shape,
+    check_opened,
+    complete_feeds,
+    graph_bytes,
+    host_buffers,
+    is_small,
+)
 from oneword.engines.errors import EngineError, FileError, MissingPackage, one_line
 from oneword.engines.plans import PlanCache, PlanKey
 from oneword.engines.spec import DType, Precision, TensorSpec
 from oneword.engines.threads import cpu_threads
 
 _LARGEST_PLAN = 512 << 20  # bytes of the graph
-_SMALL = 64 << 20
-_OFTEN = 100  # runs, after which another compilation begins to pay
 _MOST_PLANS = 32
 
 
@@ -119,7 +128,7 @@ class OpenVinoBinding:
 
     def run(self, stream: int | None = None) -> None:
         """See Binding.run. The CPU has no streams."""
-        if self._runs == _OFTEN and not self._own and self._compiler.small:
+        if self._runs == OFTEN and not self._own and self._compiler.small:
             with contextlib.suppress(RuntimeError):  # the request that ran so far is as good
                 self._request = self._bound(self._compiler.compile(self._shapes))
         self._runs += 1
@@ -139,9 +148,8 @@ class _Compiler:
         self, core: Any, path: Path, settings: Mapping[str, str], plans: PlanCache | None, key: PlanKey
     ) -> None:
         self._core, self._path, self._settings, self._plans, self._key = core, path, settings, plans, key
-        size = sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))  # external data included
-        self.small = size <= _SMALL
-        if size > _LARGEST_PLAN:
+        self.small = is_small(path)
+        if graph_bytes(path) > _LARGEST_PLAN:
             self._plans = None
 
     def compile(self, shapes: Mapping[str, Shape] | None = None) -> Any:

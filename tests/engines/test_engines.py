@@ -142,3 +142,25 @@ def test_an_absent_package_names_the_line_that_installs_it(
 
 def test_what_computes_is_reported(engine: Engine) -> None:
     assert re.fullmatch(r"(onnxruntime [\d.]+ cpu fp32)|(openvino [\d.]+ cpu (fp32|bf16))", engine.backend)
+
+
+@pytest.mark.parametrize("module", ["onnxruntime", "openvino"])
+def test_a_binding_that_runs_often_gets_a_graph_of_its_own_shapes_and_gives_the_same(
+    path: Path, module: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip(module)
+    kind = {"onnxruntime": OnnxRuntimeEngine, "openvino": OpenVinoEngine}[module]
+    engine = kind("lookup", path, INPUTS, OUTPUTS, Precision.FP32, threads=1)
+    monkeypatch.setattr(f"oneword.engines.{module}.OFTEN", 2)
+    given = feeds()
+    binding = engine.bind({}, given)
+    compiled = set()
+    for run in range(5):
+        given["x"][:] = run
+        binding.run()
+        np.testing.assert_array_equal(binding.outputs["y"].numpy(), run + given["table"][given["ids"]])
+        compiled.add(id(binding._session if module == "onnxruntime" else binding._request))
+    assert len(compiled) == 2
+    other = engine.bind({}, feeds(rows=2))  # the engine still takes any shape
+    other.run()
+    assert other.outputs["y"].shape == (2, 4)

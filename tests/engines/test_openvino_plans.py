@@ -127,7 +127,7 @@ def test_the_folder_of_plans_does_not_grow_for_ever(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("oneword.engines.openvino._MOST_PLANS", 3)
-    monkeypatch.setattr("oneword.engines.openvino._OFTEN", 1)
+    monkeypatch.setattr("oneword.engines.openvino.OFTEN", 1)
     opened = engine(path, PlanCache(tmp_path / "plans"))
     for rows in range(1, 9):
         binding = opened.bind({"x": (rows, 4)})

@@ -7,10 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from oneword.engines.builder import Flavour, build_plans
-from oneword.engines.spec import Precision
-from oneword.export.write import export_bundle
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "precision"), [("sd15", "fp16"), ("sd15", "fp32"), ("sdxl", "fp16")])
@@ -23,15 +19,3 @@ def test_a_step_of_full_size_is_exported_within_20_gib_and_is_pytorch_s(
     (result,) = json.loads(run.stdout.splitlines()[-1]).values()
     assert result["parameters"] > 8e8
     assert result["difference"] < (1e-4 if precision == "fp32" else 5e-2)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("precision", [Precision.FP32, Precision.FP16])
-def test_every_graph_of_the_miniature_becomes_a_plan_for_two_gpus(tmp_path: Path, precision: Precision) -> None:
-    for module in ("tensorrt_rtx", "polygraphy"):
-        pytest.importorskip(module)
-    bundle = export_bundle("miniature", tmp_path / "bundle", precision=precision).bundle
-    for target in ("sm89", "sm120"):
-        plans = build_plans(bundle, Flavour.RTX, target)
-        assert plans.keys() == bundle.manifest.graphs.keys()
-        assert all(path.stat().st_size > 1000 for paths in plans.values() for path in paths)

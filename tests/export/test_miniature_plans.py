@@ -1,0 +1,22 @@
+"""TensorRT-RTX plans of the whole miniature, built with no GPU."""
+
+from pathlib import Path
+
+import pytest
+
+from oneword.engines.builder import Flavour, build_plans
+from oneword.engines.spec import Precision
+from oneword.export.write import export_bundle
+
+
+@pytest.mark.parametrize("precision", [Precision.FP32, Precision.FP16])
+def test_every_graph_of_the_miniature_becomes_a_plan_for_two_gpus(tmp_path: Path, precision: Precision) -> None:
+    """The builder compares each parsed network's inputs, outputs, dtypes and axes with the manifest, or refuses."""
+    for module in ("tensorrt_rtx", "polygraphy"):
+        pytest.importorskip(module)
+    bundle = export_bundle("miniature", tmp_path / "bundle", precision=precision, report=lambda _: None).bundle
+
+    plans = build_plans(bundle, Flavour.RTX, "sm89,sm120")
+
+    assert plans.keys() == bundle.manifest.graphs.keys()
+    assert all(path.stat().st_size > 1000 for paths in plans.values() for path in paths)
