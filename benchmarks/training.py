@@ -6,8 +6,8 @@
 
 SCRIPT is the path of diffusers' examples/textual_inversion/textual_inversion.py, which is not part of this project. It
 learns with what its README gives (constant rate 5e-4 times the batch of 4, seed 0, everything else its own default),
-and keeps its word at each quarter of the way. torchvision has no CPU build on the registries we use, and the script
-needs it for one RandomHorizontalFlip: a stand-in of ten lines takes its place.
+from a copy of the model in fp32, and keeps its word at each quarter of the way. torchvision has no CPU build on the
+registries we use, and the script needs it for one RandomHorizontalFlip: a stand-in of ten lines takes its place.
 
 Every contender is a process of its own, in turn; its seconds run from the start of the process to its end, and the same
 two threads are there for all. Likeness and editability are the miniature's judge's, on pictures the runtime draws.
@@ -125,18 +125,30 @@ def ours(args: argparse.Namespace, words: Mapping[str, tuple[Path, Path]], more:
 
 def script(args: argparse.Namespace, folder: Path, output: Path, steps: int, size: int = 0) -> dict[str, Any]:
     """diffusers' script in a process of its own."""
-    from oneword.export.source import find_model
-
     size = size or Image.open(next(folder.glob("*.png"))).width
     batch = BATCH if not args.full_size else 1
     options = {
-        "pretrained_model_name_or_path": find_model(args.model)[0], "train_data_dir": folder, "output_dir": output,
+        "pretrained_model_name_or_path": in_fp32(args), "train_data_dir": folder, "output_dir": output,
         "placeholder_token": "<word>", "initializer_token": args.init, "learnable_property": "object",
         "resolution": size, "train_batch_size": batch, "max_train_steps": steps, "lr_warmup_steps": 0,
         "learning_rate": README_RATE * BATCH, "save_steps": save_every(steps), "checkpointing_steps": 10**9, "seed": 0,
     }  # fmt: skip
     flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
     return timed(args, [str(args.script), *flags, *args.script_options.split()])
+
+
+def in_fp32(args: argparse.Namespace) -> Path:
+    """The model with fp32 weights: the script learns in the type that is stored, and fp16 rows become NaN."""
+    from diffusers import StableDiffusionPipeline
+
+    from oneword.export.source import find_model
+
+    model = find_model(args.model)[0]
+    folder: Path = args.work / f"fp32-{model.name}-{args.digest}"
+    if not (folder / "model_index.json").is_file():
+        pipeline = StableDiffusionPipeline.from_pretrained(model, torch_dtype="float32", safety_checker=None)
+        pipeline.save_pretrained(folder)
+    return folder
 
 
 def save_every(steps: int) -> int:
@@ -390,7 +402,8 @@ def kept(work: Path) -> list[dict[str, Any]]:
 def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The ratios that the bars speak of, of whatever has been measured."""
     summary: dict[str, Any] = {}
-    ratios = [ratio_of(rows, word) for word in sorted({row["word"] for row in rows if "word" in row})]
+    both = {row["word"] for row in rows if row["contender"] == "diffusers" and "word" in row}
+    ratios = [ratio_of(rows, word) for word in sorted(both)]
     if ratios:
         summary["their seconds over ours at their likeness and editability"] = {
             "by word": [round(ratio, 2) for ratio in ratios],
@@ -412,9 +425,7 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def ratio_of(rows: Sequence[Mapping[str, Any]], word: int) -> float:
     """The script's seconds over those of our shortest run that is as like and as editable; 0 where none is."""
     mine = [row for row in rows if row.get("word") == word]
-    theirs = max((row for row in mine if row["contender"] == "diffusers"), key=lambda row: row["steps"], default=None)
-    if theirs is None:
-        return 0.0
+    theirs = max((row for row in mine if row["contender"] == "diffusers"), key=lambda row: row["steps"])
     good = [
         row["seconds"]
         for row in mine
