@@ -57,12 +57,14 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
         folder.mkdir(exist_ok=True)
         for rest in _entries(folder, UNFINISHED):  # of a run killed while it wrote
             shutil.rmtree(rest)
+        if _read(final) is not None:  # of a run killed or stopped right after it wrote: the same bits
+            return
         staging.mkdir()
         for name, content in zip(FILES, contents, strict=True):
             _write_synced(staging / name, content)
         _write_synced(staging / MARK, json.dumps([hashlib.sha256(c).hexdigest() for c in contents]).encode())
         _sync_folder(staging)
-        if final.exists():  # of a run killed after it wrote and before it went on; the same bits, or damaged
+        if final.exists():  # damaged
             shutil.rmtree(final)
         staging.rename(final)
         _sync_folder(folder)
@@ -91,8 +93,14 @@ def load_checkpoint(folder: Path, settings: Mapping[str, str]) -> Checkpoint | N
 
 
 def forget(folder: Path) -> None:
-    """Delete a finished run's states, and the folder if nothing else is in it."""
-    for path in (*_entries(folder, STATE), *_entries(folder, UNFINISHED)):
+    """Delete a finished run's states, and the folder if nothing else is in it.
+
+    Killed midway, it leaves no half state that a later start would stumble over.
+    """
+    for path in _entries(folder, STATE):
+        with contextlib.suppress(OSError):
+            path.rename(folder / f".{path.name}.{os.getpid()}")
+    for path in _entries(folder, UNFINISHED):
         shutil.rmtree(path, ignore_errors=True)
     with contextlib.suppress(OSError):
         folder.rmdir()

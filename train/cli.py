@@ -166,7 +166,7 @@ def train(args: argparse.Namespace, console: Console) -> dict[str, Any] | None:
             f"{concept.token} -> {row['output']}, {last.step} steps in {seconds:.0f} s", markup=False, soft_wrap=True
         )
     if make_report:
-        write_report(args.report, make_report, args.model, recipe, rows, last, notes, sheets)
+        write_report(args.report, make_report, args.model, recipe, args.seed, rows, last, notes, sheets)
         console.print(f"report -> {args.report}", markup=False, soft_wrap=True)
     forget(checkpoints)
     if not args.json:
@@ -230,6 +230,7 @@ def write_report(
     make_report: Callable[..., str],
     model: str,
     recipe: Recipe,
+    seed: int,
     rows: Sequence[dict[str, str]],
     last: Progress,
     notes: Sequence[str],
@@ -261,7 +262,7 @@ def write_report(
     page = make_report(
         words,
         model=model,
-        settings=recipe.as_text(),
+        settings={"seed": str(seed), **recipe.as_text()},
         rates=[learning_rate_at(recipe, step) for step in range(last.step)],
         notes=notes,
         seconds=last.timings,

@@ -103,7 +103,7 @@ def score(args: argparse.Namespace) -> dict[str, Any]:
                 "likeness": scores.likeness,
                 "editability": {**scores.editability, "mean": scores.mean_editability},
                 "bounds": {
-                    "training pictures": likeness_within(embedded),
+                    **({"training pictures": likeness_within(embedded)} if len(embedded) > 1 else {}),
                     "prompt without the word": float((wordless @ embedded.T).mean()),
                 },
             }
@@ -147,5 +147,6 @@ def figure(report: Mapping[str, Any]) -> str:
     """The paper's scatter as SVG: editability across, likeness up, a dot a word."""
     words = report["words"]
     points = [(word["recipe"] or word["token"], word["likeness"], word["editability"]["mean"]) for word in words]
-    names = words[0]["bounds"]
-    return scatter(points, {name: float(np.mean([word["bounds"][name] for word in words])) for name in names})
+    names = dict.fromkeys(name for word in words for name in word["bounds"])
+    bounds = {name: [word["bounds"][name] for word in words if name in word["bounds"]] for name in names}
+    return scatter(points, {name: float(np.mean(values)) for name, values in bounds.items()})

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from oneword.engines.errors import MissingPackage
+from oneword.engines.errors import FileError, MissingPackage
 
 if TYPE_CHECKING:
     from oneword.train.run import Progress
@@ -55,7 +55,13 @@ def log(run: Iterable[Progress], folder: Path, tokens: list[str]) -> Iterator[Pr
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise MissingPackage("tensorboard", "tensorboard") from error
-    with SummaryWriter(str(folder)) as writer:
+    try:
+        opened = SummaryWriter(str(folder))
+    except OSError as error:
+        raise FileError(
+            f"--tensorboard {folder}: {error.strerror or error}: give a folder that can be written"
+        ) from error
+    with opened as writer:
         for progress in run:
             writer.add_scalar("rate", progress.learning_rate, progress.step)
             for token, loss in zip(tokens, progress.losses, strict=True):

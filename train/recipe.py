@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 
 from oneword.engines.errors import UsageError
+from oneword.train.stopping import WINDOW
 
 
 class Subject(Enum):
@@ -115,6 +116,10 @@ class Recipe:
             raise UsageError(f"min_snr is {self.min_snr}: give a number above 0 (5 is usual)")
         if self.stop_below is not None and not 0 < self.stop_below < 1:
             raise UsageError(f"stop_below is {self.stop_below}: give a ratio between 0 and 1 (0.15 is usual)")
+        if self.stop_below is not None and self.steps <= WINDOW:
+            raise UsageError(
+                f"stop_below looks back {WINDOW} steps and steps is {self.steps}: give more, or leave it out"
+            )
         if self.words_a_call is not None:
             _within("words_a_call", self.words_a_call, 1, 4096)
         if not 0 <= self.timesteps[0] < self.timesteps[1] <= 1:

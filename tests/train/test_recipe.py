@@ -39,6 +39,7 @@ def test_every_recipe_is_listed_under_its_own_name() -> None:
         ({"per_image": 2.0}, "per_image is 2.0"),
         ({"min_snr": 0.0}, "min_snr is 0.0"),
         ({"stop_below": 1.5}, "stop_below is 1.5"),
+        ({"stop_below": 0.15, "steps": 310}, "stop_below looks back 310 steps and steps is 310"),
         ({"vectors": 2, "grow_at": (7, 3)}, "grow_at"),
         ({"vectors": 2, "grow_at": (9000,)}, "grow_at"),
         ({"colour": "red"}, "has no colour"),
