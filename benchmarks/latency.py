@@ -431,7 +431,9 @@ def plot(results: Mapping[str, Mapping[str, Result]], path: Path) -> None:
             axes_row, ("picture_ms", "cold_s"), ("a picture, ms", "cold start, s"), strict=True
         ):
             bars_drawn = axes.barh(names, [each[name][key] for name in names], color=colours)
-            axes.bar_label(bars_drawn, fmt="%.3g", padding=3)
+            axes.bar_label(
+                bars_drawn, fmt=lambda value: f"{value:,.0f}" if value >= 1000 else f"{value:.3g}", padding=3
+            )
             axes.set_title(f"{case}: {title}")
             axes.spines[["top", "right"]].set_visible(False)
             axes.margins(x=0.15)
