@@ -4,7 +4,8 @@
     python -m benchmarks.latency --models miniature   one of them, printed only
     python -m benchmarks.latency --quick              a few steps of each contender, to see that all run
 
-Contenders, each in a process of its own, in turn, several times over; medians are reported:
+Contenders, each in a process of its own, in turn; medians are reported, of three rounds for the miniature and of one of
+two pictures for SD 1.5:
 
     ours-onnxruntime    the runtime of this project, ONNX Runtime, fp32
     ours-openvino       the same, OpenVINO, bf16 where the processor has it
@@ -451,7 +452,8 @@ def page(results: Mapping[str, Mapping[str, Result]], options: argparse.Namespac
     parts = [
         "# Latency\n\nWhat a picture takes beside diffusers, torch.compile and OpenVINO. Made by\n\n"
         "    python -m benchmarks.latency\n\nwhose docstring says what is measured and how; every contender runs in a "
-        "process of its own, in turn, with the same warm-up and threads, every picture of another prompt; medians.\n\n"
+        "process of its own, in turn, with the same warm-up and threads, every picture of another prompt; medians, of "
+        "three rounds for the miniature, of one round of two pictures for SD 1.5.\n\n"
         f"Machine: {machine}.\n\n![a picture and a cold start of each contender](latency.png)"
     ]
     for name, each in results.items():

@@ -49,6 +49,12 @@ _PLACE = "{}"
 @click.option("--sampler", type=click.Choice([sampler.value for sampler in Sampler]), help="Else the bundle's default.")
 @click.option("--guidance-scale", type=float, help="How strongly the prompt is obeyed; 1 is no guidance.")
 @click.option("--guidance-rescale", type=float, default=0.0, help="Against washed-out colours, 0 to 1.")
+@click.option(
+    "--guidance-interval",
+    type=(float, float),
+    metavar="LOW HIGH",
+    help="Guide only where low < sigma / alpha <= high; else every step.",
+)
 @click.option("--eta", type=float, default=0.0, help="Noise that DDIM adds in each step, 0 to 1.")
 @click.option("--clip-skip", type=int, default=0, help="Last layers of the text encoder that are not run.")
 @click.option("--size", type=size, metavar="WxH", help="Width and height in pixels.")

@@ -10,9 +10,15 @@ import PIL.Image
 import pytest
 
 from oneword.engines.bundle import Bundle
+from oneword.engines.open import Backend
+from oneword.runtime.batch import PictureDone
 from oneword.runtime.cli import main
 from oneword.runtime.concept import Concept, save_concept
+from oneword.runtime.generate import generate
 from oneword.runtime.images import save_png
+from oneword.runtime.model import Model
+from oneword.runtime.request import Request
+from oneword.runtime.samplers import Sampler
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *line: object) -> int:
@@ -52,6 +58,39 @@ def test_json_says_what_was_made_and_with_what(
         assert picture.size == (64, 72)
         assert picture.info["parameters"].startswith("a <cat> & a <toy>\nSteps: 2, Sampler: DDIM, CFG scale: ")
         assert "Seed: 5, Size: 64x72" in picture.info["parameters"]
+
+
+@pytest.mark.parametrize("backend", [Backend.ONNXRUNTIME, Backend.OPENVINO])
+def test_every_option_is_the_request_s_setting_of_that_name(
+    tiny_bundle: Path,
+    backend: Backend,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip(backend.value)
+    line = ["--negative-prompt", "a dog", "--sampler", "euler-a", "--steps", 4, "--guidance-scale", 3.5, "--seed", 9]
+    line += ["--guidance-rescale", 0.4, "--guidance-interval", 0.2, 9, "--clip-skip", 1, "--engine", backend.value]
+    line += ["--max-rows", 1, "--output", tmp_path, "--json"]
+
+    assert run(monkeypatch, tiny_bundle, "a cat", *line) == 0
+
+    report = json.loads(capsys.readouterr().out)
+    assert report["engine"].startswith(backend.value)
+    request = Request(
+        "a cat",
+        negative_prompt="a dog",
+        sampler=Sampler.EULER_A,
+        steps=4,
+        guidance_scale=3.5,
+        seed=9,
+        guidance_rescale=0.4,
+        guidance_interval=(0.2, 9),
+        clip_skip=1,
+    )
+    [wanted] = [e.image for e in generate(Model.open(tiny_bundle, backend), [request]) if isinstance(e, PictureDone)]
+    with PIL.Image.open(report["images"][0]["file"]) as picture:
+        np.testing.assert_allclose(np.asarray(picture).astype(int), wanted, atol=1)
 
 
 def test_a_grid_has_prompts_down_and_words_and_seeds_across(
