@@ -65,16 +65,16 @@ def main() -> None:
             expected = expected or pictures
             decibels = [_psnr(a, b) for a, b in zip(pictures, expected, strict=True)]
             results[name] = {
-                "mean_db": float(np.mean(decibels)),
+                "median_db": float(np.median(decibels)),
                 "worst_db": float(min(decibels)),
                 "seconds": time.perf_counter() - start,
             }
             print(f"{name:18} {results[name]}", flush=True)
     rows = [
-        [name, "-", r["error"]] if "error" in r else [name, _shown(r["mean_db"]), _shown(r["worst_db"])]
+        [name, "-", r["error"]] if "error" in r else [name, _shown(r["median_db"]), _shown(r["worst_db"])]
         for name, r in results.items()
     ]
-    text = table(["computed by", "PSNR against fp32, dB", "worst picture, dB"], rows)
+    text = table(["computed by", "median PSNR against fp32, dB", "worst picture, dB"], rows)
     count = options.pictures * len(PROMPTS)
     text += f"\n\n{count} pictures of {options.model} with {options.steps} steps, DDIM, guidance 5, the same seeds."
     print(text)
