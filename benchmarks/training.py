@@ -106,7 +106,10 @@ def compare(args: argparse.Namespace) -> None:
         output = args.work / f"{number:02d}-diffusers"
         final = output / "learned_embeds.safetensors"
         done = measured(
-            args, row, partial(script, args, folder, output, args.script_steps), score_of(args, final, folder)
+            args,
+            row,
+            partial(script, args, in_fp32(args), folder, output, args.script_steps),
+            score_of(args, final, folder),
         )
         for step in range(save_every(args.script_steps), args.script_steps, save_every(args.script_steps)):
             saved = output / f"learned_embeds-steps-{step}.safetensors"
@@ -123,12 +126,14 @@ def ours(args: argparse.Namespace, words: Mapping[str, tuple[Path, Path]], more:
     return timed(args, ["ti-train", *folders, "--model", args.model, *each, *more])
 
 
-def script(args: argparse.Namespace, folder: Path, output: Path, steps: int, size: int = 0) -> dict[str, Any]:
+def script(
+    args: argparse.Namespace, model: Path, folder: Path, output: Path, steps: int, size: int = 0
+) -> dict[str, Any]:
     """diffusers' script in a process of its own."""
     size = size or Image.open(next(folder.glob("*.png"))).width
     batch = BATCH if not args.full_size else 1
     options = {
-        "pretrained_model_name_or_path": in_fp32(args), "train_data_dir": folder, "output_dir": output,
+        "pretrained_model_name_or_path": model, "train_data_dir": folder, "output_dir": output,
         "placeholder_token": "<word>", "initializer_token": args.init, "learnable_property": "object",
         "resolution": size, "train_batch_size": batch, "max_train_steps": steps, "lr_warmup_steps": 0,
         "learning_rate": README_RATE * BATCH, "save_steps": save_every(steps), "checkpointing_steps": 10**9, "seed": 0,
@@ -144,7 +149,7 @@ def in_fp32(args: argparse.Namespace) -> Path:
     from oneword.export.source import find_model
 
     model = find_model(args.model)[0]
-    folder: Path = args.work / f"fp32-{model.name}-{args.digest}"
+    folder: Path = args.work / f"fp32-{args.digest}"
     if not (folder / "model_index.json").is_file():
         pipeline = StableDiffusionPipeline.from_pretrained(model, torch_dtype="float32", safety_checker=None)
         pipeline.save_pretrained(folder)
@@ -233,7 +238,7 @@ def full_size(args: argparse.Namespace) -> None:
     output = args.work / "full.safetensors"
     row = {"full": "sd15", "steps": steps}
     measured(args, {**row, "contender": "oneword"}, lambda: ours(args, {"<word>": (folder, output)}, more))
-    peer = partial(script, args, folder, args.work / "full-diffusers", steps, 512)
+    peer = partial(script, args, Path(args.model), folder, args.work / "full-diffusers", steps, 512)
     measured(args, {**row, "contender": "diffusers"}, peer)
 
 

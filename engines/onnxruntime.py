@@ -19,6 +19,7 @@ from oneword.engines.engine import (
     HostArray,
     NumpyArray,
     check_opened,
+    check_shapes,
     complete_feeds,
     host_buffers,
     is_small,
@@ -75,12 +76,7 @@ class OnnxRuntimeEngine:
     ) -> "OnnxRuntimeBinding":
         """See Engine.bind. Arrays given must be C-contiguous; they are read where they lie at every run."""
         of_inputs, of_outputs = host_buffers(self.name, self.inputs, self.outputs, shapes, arrays)
-        sizes = {
-            axis: size
-            for name, value in of_inputs.items()
-            for axis, size in zip(self.inputs[name].axes, value.shape, strict=True)
-            if isinstance(axis, str)
-        }
+        sizes, _ = check_shapes(self.name, self.inputs, {key: value.shape for key, value in of_inputs.items()})
         open_own = partial(self._open, sizes) if self._small else None
         return OnnxRuntimeBinding(self.name, self._session, self.inputs, self.outputs, of_inputs, of_outputs, open_own)
 

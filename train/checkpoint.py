@@ -47,7 +47,7 @@ class Checkpoint:
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     """Write it whole, then forget the older ones. Raises `FileError` if the disk does not take it."""
     final = folder / f"step-{checkpoint.step:08d}"
-    staging = folder / f".{final.name}.{os.getpid()}"
+    staging = _unfinished(final)
     facts = {"step": checkpoint.step, "facts": checkpoint.facts, "settings": checkpoint.settings}
     contents = (
         safetensors.torch.save({name: tensor.contiguous() for name, tensor in checkpoint.tensors.items()}),
@@ -99,7 +99,7 @@ def forget(folder: Path) -> None:
     """
     for path in _entries(folder, STATE):
         with contextlib.suppress(OSError):
-            path.rename(folder / f".{path.name}.{os.getpid()}")
+            path.rename(_unfinished(path))
     for path in _entries(folder, UNFINISHED):
         shutil.rmtree(path, ignore_errors=True)
     with contextlib.suppress(OSError):
@@ -127,6 +127,11 @@ def held(folder: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):
             folder.rmdir()  # if nothing was kept
         os.close(descriptor)
+
+
+def _unfinished(state: Path) -> Path:
+    """Where a state stands while it is written or taken away."""
+    return state.with_name(f".{state.name}.{os.getpid()}")
 
 
 def _entries(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
