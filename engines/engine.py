@@ -197,20 +197,6 @@ def complete_feeds(
     return {name: np.ascontiguousarray(value) for name, value in {**feeds, **missing}.items()}
 
 
-OFTEN = 100
-"""Runs of one binding, after which compiling its graph once more, for these shapes alone, begins to pay."""
-
-
-def graph_bytes(path: Path) -> int:
-    """Size of a graph's files, external data included."""
-    return sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))
-
-
-def is_small(path: Path) -> bool:
-    """Whether a graph is at most 64 MiB, and so cheap to hold once more."""
-    return graph_bytes(path) <= 64 << 20
-
-
 def check_opened(graph: str, path: Path, specs: Mapping[str, TensorSpec], opened: Iterable[str]) -> None:
     """Raises EngineError where an opened graph takes other inputs than its manifest says."""
     given = set(opened)

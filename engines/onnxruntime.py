@@ -1,28 +1,22 @@
 """ONNX Runtime: graphs on the CPU, their buffers bound once. The only module that imports `onnxruntime`; its CUDA
 provider, opened through here, is `oneword.engines.onnxruntime_cuda`.
 
-A graph is opened once for any shape. A fifth of a small graph's nodes then work out shapes in each run, so a binding
-of a small graph that has run often is opened once more, for its own shapes.
+A graph is opened once, for any shape.
 """
 
-import contextlib
 import importlib.metadata
 import os
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from oneword.engines.engine import (
-    OFTEN,
     Array,
     HostArray,
     NumpyArray,
     check_opened,
-    check_shapes,
     complete_feeds,
     host_buffers,
-    is_small,
 )
 from oneword.engines.errors import EngineError, MissingPackage, one_line
 from oneword.engines.spec import DType, Precision, TensorSpec
@@ -67,18 +61,14 @@ class OnnxRuntimeEngine:
         self.outputs = {spec.name: spec for spec in outputs}
         self.backend = f"onnxruntime {ort.__version__} cpu {precision}"
         self._over = ort.OrtValue.ortvalue_from_numpy  # over the array's own memory: nothing is copied
-        self._open = partial(open_session, name, path, self.inputs, ["CPUExecutionProvider"], threads)
-        self._session = self._open()
-        self._small = is_small(path)
+        self._session = open_session(name, path, self.inputs, ["CPUExecutionProvider"], threads)
 
     def bind(
         self, shapes: Mapping[str, Sequence[int]], arrays: Mapping[str, NumpyArray] | None = None
     ) -> "OnnxRuntimeBinding":
         """See Engine.bind. Arrays given must be C-contiguous; they are read where they lie at every run."""
         of_inputs, of_outputs = host_buffers(self.name, self.inputs, self.outputs, shapes, arrays)
-        sizes, _ = check_shapes(self.name, self.inputs, {key: value.shape for key, value in of_inputs.items()})
-        open_own = partial(self._open, sizes) if self._small else None
-        return OnnxRuntimeBinding(self.name, self._session, self.inputs, self.outputs, of_inputs, of_outputs, open_own)
+        return OnnxRuntimeBinding(self.name, self._session, self.inputs, self.outputs, of_inputs, of_outputs)
 
     def run(self, feeds: Mapping[str, NumpyArray]) -> dict[str, NumpyArray]:
         """See Engine.run."""
@@ -92,10 +82,7 @@ class OnnxRuntimeEngine:
 
 
 class OnnxRuntimeBinding:
-    """A session with its inputs and outputs bound to host memory by address: a run copies nothing.
-
-    `open_own` opens the graph for these shapes alone, where that pays.
-    """
+    """A session with its inputs and outputs bound to host memory by address: a run copies nothing."""
 
     def __init__(
         self,
@@ -105,35 +92,24 @@ class OnnxRuntimeBinding:
         output_specs: Mapping[str, TensorSpec],
         inputs: Mapping[str, NumpyArray],
         outputs: Mapping[str, NumpyArray],
-        open_own: Callable[[], Any] | None,
     ) -> None:
         self._name = name
-        self._open_own = open_own
-        self._runs = 0
-        self._buffers = inputs, outputs  # what is bound by address stays alive as long as this
-        self._elements = {key: ELEMENT[spec.dtype] for key, spec in (*input_specs.items(), *output_specs.items())}
-        self._bind(session)
+        self._session, self._binding = session, session.io_binding()
+        for key, value in inputs.items():
+            element = ELEMENT[input_specs[key].dtype]
+            self._binding.bind_input(key, "cpu", 0, element, value.shape, value.ctypes.data)
+        for key, value in outputs.items():
+            element = ELEMENT[output_specs[key].dtype]
+            self._binding.bind_output(key, "cpu", 0, element, value.shape, value.ctypes.data)
         self.inputs: Mapping[str, Array] = {key: HostArray(value) for key, value in inputs.items()}
         self.outputs: Mapping[str, Array] = {key: HostArray(value) for key, value in outputs.items()}
 
     def run(self, stream: int | None = None) -> None:
         """See Binding.run. The CPU has no streams."""
-        if self._runs == OFTEN and self._open_own is not None:
-            with contextlib.suppress(EngineError):  # the session that ran so far is as good
-                self._bind(self._open_own())
-        self._runs += 1
         try:
             self._session.run_with_iobinding(self._binding)
         except Exception as error:  # its exceptions have no common base of their own
             raise EngineError(f"graph {self._name!r} failed: {one_line(error)}") from error
-
-    def _bind(self, session: Any) -> None:
-        inputs, outputs = self._buffers
-        self._session, self._binding = session, session.io_binding()
-        for key, value in inputs.items():
-            self._binding.bind_input(key, "cpu", 0, self._elements[key], value.shape, value.ctypes.data)
-        for key, value in outputs.items():
-            self._binding.bind_output(key, "cpu", 0, self._elements[key], value.shape, value.ctypes.data)
 
 
 def open_session(
@@ -142,9 +118,8 @@ def open_session(
     inputs: Mapping[str, TensorSpec],
     providers: Sequence[Any],
     threads: int | None = None,
-    sizes: Mapping[str, int] | None = None,
 ) -> Any:
-    """A session over one graph, for any shape or for the `sizes` of its axes alone.
+    """A session over one graph, for any shape.
 
     Raises EngineError where it cannot be opened, or takes other inputs than these.
     """
@@ -154,8 +129,6 @@ def open_session(
     options.intra_op_num_threads = cpu_threads(threads)
     # Threads that spin on after a run take the cores from the next graph's: a tenth of the miniature's picture.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    for axis, size in (sizes or {}).items():
-        options.add_free_dimension_override_by_name(axis, size)
     try:
         session = ort.InferenceSession(os.fspath(path), options, providers=providers)
     except Exception as error:  # its exceptions have no common base of their own

@@ -16,23 +16,22 @@ from pathlib import Path
 from typing import Any
 
 from oneword.engines.engine import (
-    OFTEN,
     Array,
     HostArray,
     NumpyArray,
     Shape,
     check_opened,
     complete_feeds,
-    graph_bytes,
     host_buffers,
-    is_small,
 )
 from oneword.engines.errors import EngineError, FileError, MissingPackage, one_line
 from oneword.engines.plans import PlanCache, PlanKey
 from oneword.engines.spec import DType, Precision, TensorSpec
 from oneword.engines.threads import cpu_threads
 
-_LARGEST_PLAN = 512 << 20  # bytes of the graph
+OFTEN = 100  # runs of one binding, after which compiling its graph for its own shapes begins to pay
+_SMALL = 64 << 20  # bytes of a graph that is cheap to hold once more
+_LARGEST_PLAN = 512 << 20  # bytes of a graph
 _MOST_PLANS = 32
 
 
@@ -148,8 +147,9 @@ class _Compiler:
         self, core: Any, path: Path, settings: Mapping[str, str], plans: PlanCache | None, key: PlanKey
     ) -> None:
         self._core, self._path, self._settings, self._plans, self._key = core, path, settings, plans, key
-        self.small = is_small(path)
-        if graph_bytes(path) > _LARGEST_PLAN:
+        size = sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))  # external data included
+        self.small = size <= _SMALL
+        if size > _LARGEST_PLAN:
             self._plans = None
 
     def compile(self, shapes: Mapping[str, Shape] | None = None) -> Any:

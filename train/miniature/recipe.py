@@ -156,7 +156,7 @@ def train_vae(settings: Settings, say: Callable[[str], None]) -> AutoencoderKL:
 
     def loss(step: int) -> Tensor:
         if not images:
-            images.append(torch.from_numpy(_draw_many(24_000, 1 + step, say)[0]))
+            images.append(torch.from_numpy(_draw_many(min(settings.pictures, 24_000), 1 + step, say)[0]))
         rows = torch.randint(len(images[0]), (32,))
         x = _to_model(images[0][rows], settings.device)
         posterior = vae.encode(x).latent_dist
@@ -398,7 +398,7 @@ def _latent_pool(
 
     A VAE that has trained on since has latents of its own: `vae_step` is in the chunks' names.
     """
-    chunk = 5_000
+    chunk = min(settings.pictures, 5_000)
     latents, scenes = [], []
     for part in range(settings.pictures // chunk):
         path = settings.work / f"latents-{vae_step}-{part}.pt"
