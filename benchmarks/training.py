@@ -452,7 +452,11 @@ def write_page(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], ar
     if medians:
         panels = {
             name: {
-                who: sorted((m["seconds"], m[name]) for (w, _), m in medians.items() if w == who)
+                who: [
+                    (m["seconds"], [row[name] for row in words if (row["contender"], row["steps"]) == (who, steps)])
+                    for (w, steps), m in sorted(medians.items())
+                    if w == who
+                ]
                 for who in ("oneword", "diffusers")
             }
             for name in ("likeness", "editability")

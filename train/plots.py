@@ -45,16 +45,30 @@ def scatter(points: Sequence[tuple[str, float, float]], bounds: Mapping[str, flo
     return _svg(figure)
 
 
-def trajectories(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], across: str) -> str:
-    """A panel a quantity, in it a line a name through its points (x, y); x is logarithmic."""
+def trajectories(panels: Mapping[str, Mapping[str, Sequence[tuple[float, Sequence[float]]]]], across: str) -> str:
+    """A panel a quantity, in it a line a name: through the medians of its points (x, ys), with bars between quartiles.
+
+    x is logarithmic.
+    """
     figure = Figure(figsize=(3.6 * len(panels), 3.2), layout="constrained")
     for number, (quantity, series) in enumerate(panels.items(), start=1):
         axes = _dressed(figure.add_subplot(1, len(panels), number), across, quantity)
         axes.set_xscale("log")
         for colour, (name, points) in zip(_cycled(len(series)), series.items(), strict=True):
-            axes.plot([x for x, _ in points], [y for _, y in points], "o-", color=colour, markersize=4, label=name)
-        if number == 1:
-            axes.legend(frameon=False, fontsize=8)
+            low, middle, high = np.array([np.quantile(ys, (0.25, 0.5, 0.75)) for _, ys in points]).T
+            axes.errorbar(
+                [x for x, _ in points],
+                middle,
+                [middle - low, high - middle],
+                fmt="o-",
+                color=colour,
+                markersize=4,
+                linewidth=1.6,
+                elinewidth=0.8,
+                capsize=2,
+                label=name,
+            )
+    figure.legend(*axes.get_legend_handles_labels(), frameon=False, fontsize=8, ncols=4, loc="outside upper center")
     return _svg(figure)
 
 

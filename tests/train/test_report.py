@@ -3,9 +3,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
+import pytest
+from matplotlib.axes import Axes
 from PIL import Image
 
-from oneword.train.plots import curves, scatter
+from oneword.train.plots import curves, scatter, trajectories
 from oneword.train.report import LearnedWord, report
 
 
@@ -92,3 +94,13 @@ def test_the_scatter_names_its_dots_and_bounds() -> None:
 
     for text in ("one-word", "captions", "training pictures", "editability", "likeness"):
         assert f">{text}<" in svg
+
+
+def test_a_trajectory_goes_through_medians_with_bars_between_quartiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    monkeypatch.setattr(Axes, "errorbar", lambda _self, x, y, spread, **_: drawn.append((x, y, spread)))
+
+    trajectories({"likeness": {"oneword": [(10.0, [1.0, 2.0, 3.0, 4.0, 9.0]), (20.0, [5.0])]}}, "seconds")
+
+    [(x, y, (below, above))] = drawn
+    assert (x, y.tolist(), below.tolist(), above.tolist()) == ([10.0, 20.0], [3.0, 5.0], [1.0, 0.0], [1.0, 0.0])
