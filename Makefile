@@ -14,7 +14,7 @@ PYTHON ?= $(firstword $(foreach minor,11 12 13,$(shell command -v python3.$(mino
 VENV ?= .venv
 TORCH_INDEX ?=
 EXTRAS ?= cpu,train,dev
-TEST_EXTRAS ?= openvino$(if $(filter Linux-x86_64,$(shell uname -s -m | tr ' ' -)),$(comma)tensorrt-rtx)
+TEST_EXTRAS ?= openvino$(comma)ray$(comma)tensorboard$(if $(filter Linux-x86_64,$(shell uname -s -m | tr ' ' -)),$(comma)tensorrt-rtx)
 GPU_EXTRAS ?= cuda,train,dev,tensorrt
 PYTEST_ARGS ?=
 

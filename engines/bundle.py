@@ -24,6 +24,7 @@ from typing import Annotated, Any, Self
 import msgspec
 
 from oneword.engines.errors import BundleError, FileError, UsageError
+from oneword.engines.files import sync
 from oneword.engines.spec import Precision, TensorSpec
 
 FORMAT_VERSION = 1
@@ -226,11 +227,11 @@ def write_bundle(path: str | Path, fill: Callable[[Path], Manifest]) -> Bundle:
         _check_references(staging, manifest)
         _remember(staging, {name: _stamp(digest, stats[name]) for name, digest in files.items()})
         for name in relative:
-            _fsync(staging / name)
+            sync(staging / name)
         text = json.dumps(msgspec.to_builtins(manifest), indent=1)
         (staging / MANIFEST).write_text(text + "\n", encoding="utf-8")
-        _fsync(staging / MANIFEST)
-        _fsync(staging)
+        sync(staging / MANIFEST)
+        sync(staging)
         _move_into_place(staging, path)
     except OSError as error:
         raise FileError(f"cannot write the bundle {path}: {error.strerror or error}") from error
@@ -395,13 +396,5 @@ def _move_into_place(staging: Path, path: Path) -> None:
         if (old / PLANS).is_dir() and not (old / PLANS).is_symlink():
             os.rename(old / PLANS, staging / PLANS)
     os.rename(staging, path)
-    _fsync(path.parent)
+    sync(path.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

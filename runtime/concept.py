@@ -25,6 +25,7 @@ import numpy.typing as npt
 import safetensors.numpy
 
 from oneword.engines.errors import ConceptError
+from oneword.engines.files import sync
 
 Vectors: TypeAlias = npt.NDArray[np.float32]
 
@@ -180,6 +181,7 @@ def write_whole(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
+        sync(path.parent)
     except OSError as error:
         Path(temporary).unlink(missing_ok=True)
         raise ConceptError(f"cannot write {path}: {error.strerror}") from error

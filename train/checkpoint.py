@@ -26,6 +26,7 @@ import safetensors.torch
 import torch
 
 from oneword.engines.errors import FileError, UsageError
+from oneword.engines.files import sync
 
 KEEP = 2
 MARK = "COMPLETE"
@@ -63,11 +64,11 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
         for name, content in zip(FILES, contents, strict=True):
             _write_synced(staging / name, content)
         _write_synced(staging / MARK, json.dumps([hashlib.sha256(c).hexdigest() for c in contents]).encode())
-        _sync_folder(staging)
+        sync(staging)
         if final.exists():  # damaged
             shutil.rmtree(final)
         staging.rename(final)
-        _sync_folder(folder)
+        sync(folder)
         for old in _entries(folder, STATE)[:-KEEP]:
             shutil.rmtree(old)
     except OSError as error:
@@ -166,14 +167,6 @@ def _write_synced(path: Path, content: bytes) -> None:
         rest = memoryview(content)
         while rest:
             rest = rest[os.write(descriptor, rest) :]
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)

@@ -1,13 +1,15 @@
 """Many words over a Ray cluster: a task for each group of words, tried again where a worker dies.
 
 Every machine needs this package, and the model and the pictures under the same paths. A word comes out with the bits it
-has when it is learned here: each has its own UNet call and its own random stream, and a task computes with as many
-threads as this process does. Ray is imported when it is asked for (`pip install 'oneword[ray]'`).
+has when it is learned here: each has its own UNet call and its own random stream, and a task computes in the type and
+with as many threads as this process does. Ray is imported when it is asked for (`pip install 'oneword[ray]'`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,8 @@ import torch
 
 from oneword.engines.errors import EngineError, MissingPackage, OnewordError
 from oneword.runtime.concept import Concept
-from oneword.train.recipe import Recipe
+from oneword.train.learner import compute_dtype
+from oneword.train.recipe import Compute, Recipe
 from oneword.train.run import Task, check_tasks, learn, quiet
 
 RETRIES = 3  # of a task whose worker died
@@ -35,7 +38,17 @@ def learn_on_ray(
     except ImportError as error:
         raise MissingPackage("ray", "ray") from error
     check_tasks(tasks)
-    recipe = recipe.with_changes(words_a_call=1)
+    compute = Compute.BF16 if compute_dtype(recipe.compute) is torch.bfloat16 else Compute.FP32
+    recipe = recipe.with_changes(words_a_call=1, compute=compute)  # whatever a worker's own processor has
+    model = str(Path(model).resolve()) if Path(model).is_dir() else model  # a worker stands in a folder of its own
+    tasks = [
+        replace(
+            task,
+            images=task.images.resolve(),
+            init=str(Path(task.init).resolve()) if task.init.endswith(".safetensors") else task.init,
+        )
+        for task in tasks
+    ]
     threads = torch.get_num_threads()
     started = not ray.is_initialized()
     if started:

@@ -193,11 +193,16 @@ def settings_of(
         for number, (task, some) in enumerate(zip(tasks, pictures, strict=True), start=1)
         for name, value in {
             "token": task.token,
-            "init": task.init,
+            "init": task.init + _digest_of(task.init),
             "pictures": hashlib.sha256("".join(picture.digest for picture in some).encode()).hexdigest()[:12],
         }.items()
     }
     return {"model": source.digest[:12], "seed": str(seed), **recipe.as_text(), **words}
+
+
+def _digest_of(init: str) -> str:
+    """What a concept file held when the run began; a word says it all."""
+    return f" {hashlib.sha256(Path(init).read_bytes()).hexdigest()[:12]}" if init.endswith(".safetensors") else ""
 
 
 def quiet() -> None:

@@ -1,3 +1,5 @@
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -299,3 +301,91 @@ def test_a_prompt_too_long_for_the_word_is_refused(tiny_model_dir: Path) -> None
 
     with pytest.raises(UsageError, match="shorten it"):
         learner.step()
+
+
+def test_captions_take_the_place_of_templates_and_go_with_their_own_pictures() -> None:
+    """Moments 3 to 5 are the mirror images of pictures 0 to 2, and latents say which was drawn."""
+    moments = Moments(3, [torch.full((4, 4, 4), float(i)) for i in range(6)], [torch.zeros(4, 4, 4)] * 6, None)
+    word = Word("<toy>", moments, {}, ["a photo of a {}"], ["one {}", "two {}", "three {}"])
+
+    batch = draw(word, QUICK.with_changes(batch_size=12), 1000, torch.Generator().manual_seed(0))
+
+    drawn = [int(latents[0, 0, 0]) for latents in batch.latents]
+    assert sorted(drawn) == sorted([*range(6)] * 2)
+    assert list(batch.prompts) == [["one {}", "two {}", "three {}"][index % 3] for index in drawn]
+
+
+def test_accumulated_gradients_are_the_mean_of_their_draws(tiny_model_dir: Path) -> None:
+    recipe = QUICK.with_changes(accumulation=3, batch_size=2)
+    word, twin = some_word(), some_word()
+    learner, other = (Learner(load_source(tiny_model_dir), [each], recipe, seed=7) for each in (word, twin))
+    gradients = []
+    for _ in range(3):
+        (loss,) = other._losses({0: draw(twin, recipe, 1000)})
+        gradients += torch.autograd.grad(loss, twin.rows["text_encoder"])
+
+    seen: list[torch.Tensor] = []
+    word.rows["text_encoder"].register_post_accumulate_grad_hook(lambda rows: seen.append(rows.grad.clone()))
+    learner.step()
+
+    torch.testing.assert_close(seen[-1], torch.stack(gradients).mean(0), rtol=1e-4, atol=1e-7)
+
+
+def test_gradient_checkpointing_changes_no_word(tiny_model_dir: Path) -> None:
+    kept = learned(tiny_model_dir, [some_word()])[0]
+    made_again = learned(tiny_model_dir, [some_word()], QUICK.with_changes(gradient_checkpointing=True))[0]
+
+    np.testing.assert_allclose(made_again, kept, atol=1e-5)
+
+
+def test_min_snr_weighs_each_picture_by_its_timestep(tiny_model_dir: Path) -> None:
+    """eps-prediction: min(SNR, gamma) / SNR, with SNR = a / (1 - a)."""
+    learner = Learner(load_source(tiny_model_dir), [some_word()], QUICK.with_changes(min_snr=5.0), seed=7)
+    plain = Learner(load_source(tiny_model_dir), [some_word()], QUICK, seed=7)
+    one = draw(some_word(), QUICK.with_changes(batch_size=1), 1000, torch.Generator().manual_seed(0))
+    for t in (0, 100, 999):
+        batch = replace(one, timesteps=torch.tensor([t]))
+        a = float(plain.scheduler.alphas_cumprod[t])
+        weight = min(a / (1 - a), 5.0) / (a / (1 - a))
+        assert learner.watch(0, batch) == pytest.approx(weight * plain.watch(0, batch), rel=1e-4)
+
+
+def test_the_distance_to_the_start_is_added_to_the_loss_but_not_to_what_is_watched(tiny_model_dir: Path) -> None:
+    word = some_word()
+    learner = Learner(load_source(tiny_model_dir), [word], QUICK.with_changes(init_weight=0.5), seed=7)
+    batch = draw(word, QUICK, 1000)
+    with torch.no_grad():
+        word.rows["text_encoder"] += 0.1
+
+    added = learner._losses({0: batch})[0].item() - learner.watch(0, batch)
+
+    assert added == pytest.approx(0.5 * WIDTH * 0.1**2, rel=1e-3)
+
+
+def test_a_fixed_norm_is_kept_by_every_step(tiny_model_dir: Path) -> None:
+    source = load_source(tiny_model_dir)
+    table = source.text_encoders["text_encoder"].get_input_embeddings().weight.detach().numpy()
+    rows = learned(tiny_model_dir, [some_word()], QUICK.with_changes(norm=Norm.FIXED))[0]
+
+    np.testing.assert_allclose(np.linalg.norm(rows), np.median(np.linalg.norm(table, axis=1)), rtol=1e-5)
+
+
+def test_a_settled_word_stops_and_the_other_goes_on(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first word's watched loss stands still from its fifth step on, the second's never does."""
+    recipe = QUICK.with_changes(steps=400, batch_size=1, stop_below=0.1)
+    words = [some_word("<a>", 1), some_word("<b>", 2)]
+    learner = Learner(load_source(tiny_model_dir), words, recipe, seed=7)
+    monkeypatch.setattr(
+        learner, "watch", lambda index: float(index or len(words[0].losses) < 5) * (-1) ** len(words[index].losses)
+    )
+    monkeypatch.setattr(learner, "_losses", lambda draws: [sum(r.sum() for r in words[i].rows.values()) for i in draws])
+
+    losses = [learner.step() for _ in range(320)]
+
+    taken = len(words[0].losses)
+    assert words[0].stopped
+    assert not words[1].stopped
+    assert 310 < taken < 320
+    assert len(words[1].losses) == 320
+    assert math.isnan(losses[-1][0])
+    assert not math.isnan(losses[-1][1])

@@ -16,8 +16,9 @@ from oneword.export.source import load_source
 from oneword.runtime.concept import load_concept
 from oneword.train.cli import main
 from oneword.train.miniature import world
+from oneword.train.pictures import read_pictures
 from oneword.train.recipe import named_recipe
-from oneword.train.run import Task, initial_rows, learn
+from oneword.train.run import Task, initial_rows, learn, make_word, picture_size
 
 
 @pytest.fixture
@@ -201,12 +202,13 @@ def test_a_word_starts_from_a_row_a_mean_of_rows_or_a_random_row(tiny_model_dir:
     np.testing.assert_allclose(np.linalg.norm(random.numpy(), axis=1), median, rtol=0.02)
 
 
-def test_captions_take_the_place_of_templates_and_must_hold_the_word(folder: Path, tiny_model_dir: Path) -> None:
+def test_captions_beside_pictures_are_learned_from_and_must_hold_the_word(folder: Path, tiny_model_dir: Path) -> None:
     for path in folder.glob("*.png"):
-        path.with_suffix(".txt").write_text("the red <toy> in style")
-    assert [
-        p.step for p in learn(tiny_model_dir, [Task(folder, "<toy>")], named_recipe("fast").with_changes(steps=1))
-    ] == [1]
+        path.with_suffix(".txt").write_text(f"the red <toy> number {path.stem}")
+    task = Task(folder, "<toy>")
+    source = load_source(tiny_model_dir)
+    word = make_word(source, task, read_pictures(folder, picture_size(source)), named_recipe("fast"), 0)
+    assert word.captions == [f"the red {{}} number {i}" for i in range(5)]
 
     (folder / "3.txt").write_text("the red star")
     with pytest.raises(UsageError, match=r"3\.txt: the caption 'the red star' does not hold the word '<toy>'"):
@@ -263,3 +265,22 @@ def test_what_the_user_should_know_is_told_at_the_first_step(folder: Path, tiny_
     assert "is not read: save it as PNG or JPEG" in first.notes[1]
     assert "0.png and 1.png" in first.notes[2]
     assert "init 'zebra' is several tokens" in first.notes[3]
+
+
+def test_a_word_starts_from_another_concept_and_a_run_from_what_it_held(
+    folder: Path, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    rows = np.random.default_rng(0).normal(size=(2, 32)).astype(np.float32)
+    start = tmp_path / "start.safetensors"
+    save_file({"<start>": torch.from_numpy(rows)}, start)
+    source = load_source(tiny_model_dir)
+    for vectors, expected in ((1, rows[:1]), (2, rows), (3, rows[[0, 1, 1]])):
+        np.testing.assert_array_equal(initial_rows(source, str(start), vectors, 0)["text_encoder"], expected)
+
+    task, recipe = Task(folder, "<toy>", str(start)), named_recipe("fast").with_changes(steps=3, batch_size=2)
+    run = learn(tiny_model_dir, [task], recipe, checkpoints=tmp_path / "run", checkpoint_every=1)
+    next(run)
+    run.close()
+    save_file({"<start>": torch.from_numpy(rows + 1)}, start)
+    with pytest.raises(UsageError, match="init of word 1"):
+        next(learn(tiny_model_dir, [task], recipe, checkpoints=tmp_path / "run"))
