@@ -38,6 +38,7 @@ PHOTOGRAPHED = ("studio", "kitchen", "desert", "meadow", "brick")
 PLACES = ("in the snow", "at night", "by the sea", "in the forest", "at sunset")
 STAR = "a photo of a red star in the meadow"
 SEED = 7
+GUIDANCE = 4.0
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def main() -> None:
     grids = drawn(model, sections)
     for section, grid in zip(sections, grids, strict=True):
         save_png(grid, options.output / "gallery" / f"{section.name}.png", section.command)
-    (options.output / "gallery.md").write_text(page(sections), encoding="utf-8")
+    (options.output / "gallery.md").write_text(page(sections, options.steps), encoding="utf-8")
     seconds = {"prepare": learned - start, "generate": time.perf_counter() - learned}
     made = sum(isinstance(cell, Request) for section in sections for _, row in section.rows for cell in row)
     print(json.dumps({"pictures": made, "sections": len(sections), **{k: round(v, 1) for k, v in seconds.items()}}))
@@ -294,12 +295,13 @@ def drawn(model: Model, sections: Sequence[Section]) -> list[Image]:
     ]
 
 
-def page(sections: Sequence[Section]) -> str:
+def page(sections: Sequence[Section], steps: int) -> str:
     """The page, in Markdown."""
     parts = [
         "# Gallery\n\nEverything that `ti-run` does, on the miniature: a model of a drawn world that travels with the "
         "package. Made by\n\n    python -m benchmarks.gallery\n\nwhich learns three words, exports the model and makes "
-        "all of these pictures in one batch. Nothing was chosen: every picture is of the first seed, at guidance 4. "
+        "all of these pictures in one batch. Nothing was chosen: every picture is of the first seed. Every line below "
+        f"also has `--guidance-scale {GUIDANCE:g} --steps {steps}` and, where it gives none, `--seed {SEED}`. "
         "The miniature's pictures are of 64x64 pixels, shown enlarged."
     ]
     for section in sections:
@@ -310,7 +312,7 @@ def page(sections: Sequence[Section]) -> str:
 
 def ask(prompt: str, steps: int, **settings: object) -> Request:
     """A request of the page's seed and guidance."""
-    return Request(prompt, **{"seed": SEED, "steps": steps, "guidance_scale": 4.0, **settings})  # type: ignore[arg-type]
+    return Request(prompt, **{"seed": SEED, "steps": steps, "guidance_scale": GUIDANCE, **settings})  # type: ignore[arg-type]
 
 
 def disc(size: int, radius: float) -> np.ndarray:

@@ -127,8 +127,6 @@ def test_the_order_of_the_last_step_goes_by_the_whole_runs_steps(sampler: Sample
 @pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
 def test_zero_terminal_snr_ends_where_diffusers_ends(sampler: Sampler, spacing: str) -> None:
     config = {**BASE, "prediction_type": "v_prediction", "timestep_spacing": spacing, "rescale_betas_zero_snr": True}
-    if sampler is Sampler.LCM:
-        config.pop("rescale_betas_zero_snr")
     _assert_equal_runs(sampler, config, 10)
 
 
