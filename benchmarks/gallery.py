@@ -300,8 +300,9 @@ def page(sections: Sequence[Section], steps: int) -> str:
     parts = [
         "# Gallery\n\nEverything that `ti-run` does, on the miniature: a model of a drawn world that travels with the "
         "package. Made by\n\n    python -m benchmarks.gallery\n\nwhich learns three words, exports the model and makes "
-        "all of these pictures in one batch. Nothing was chosen: every picture is of the first seed. Every line below "
-        f"also has `--guidance-scale {GUIDANCE:g} --steps {steps}` and, where it gives none, `--seed {SEED}`. "
+        "all of these pictures in one batch. Nothing was chosen. Every line below "
+        f"also has `--guidance-scale {GUIDANCE:g}` and, unless it or the picture says other, "
+        f"`--steps {steps} --seed {SEED}`. "
         "The miniature's pictures are of 64x64 pixels, shown enlarged."
     ]
     for section in sections:

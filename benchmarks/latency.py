@@ -51,6 +51,8 @@ PROMPTS = [f"a photo of a {colour} {shape}" for shape in SHAPES for colour in CO
 GUIDANCE = 5.0
 SEED = 7
 
+KEYS = {"picture_ms": "time a picture", "step_ms": "time a step", "cold_s": "cold start", "peak_mib": "peak memory"}
+
 Result = dict[str, float]
 
 
@@ -307,9 +309,8 @@ def _openvino_unet(pipeline: Any, case: Case) -> Callable[..., Any]:
         "encoder_hidden_states": torch.zeros(2, length, unet.config.cross_attention_dim),
     }
     core = openvino.Core()
-    low = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     settings = {
-        "INFERENCE_PRECISION_HINT": "bf16" if low else "f32",
+        "INFERENCE_PRECISION_HINT": "bf16" if _has_bfloat16() else "f32",
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": str(torch.get_num_threads()),
     }
@@ -415,7 +416,7 @@ def bars(case: str, results: Mapping[str, Result]) -> list[str]:
                 f"{name}, a step over the bare UNet's, compiled for one shape", ours["step_ms"] / own, 1.03, least=False
             )
         for peer, each in results.items():
-            for key, what in (("picture_ms", "time a picture"), ("cold_s", "cold start"), ("peak_mib", "peak memory")):
+            for key, what in KEYS.items():
                 if not peer.startswith("ours") and each[key] < ours[key]:
                     lines.append(f"- {peer} needs less {what} than {name}, which takes {ours[key] / each[key]:.2f}x")
     return lines
@@ -452,7 +453,9 @@ def page(results: Mapping[str, Mapping[str, Result]], options: argparse.Namespac
 
     packages = ("torch", "diffusers", "onnxruntime", "openvino")
     versions = ", ".join(f"{name} {version(name)}" for name in packages if importlib.util.find_spec(name))
-    machine = f"{_processor()}, {options.threads} threads, Python {platform.python_version()}, {versions}"
+    openvino = f"OpenVINO computes in {'bfloat16' if _has_bfloat16() else 'float32'}"
+    python = f"Python {platform.python_version()}"
+    machine = f"{_processor()}, on which {openvino}, {options.threads} threads, {python}, {versions}"
     parts = [
         "# Latency\n\nWhat a picture takes beside diffusers, torch.compile and OpenVINO. Made by\n\n"
         "    python -m benchmarks.latency\n\nwhose docstring says what is measured and how; every contender runs in a "
@@ -463,6 +466,15 @@ def page(results: Mapping[str, Mapping[str, Result]], options: argparse.Namespac
     for name, each in results.items():
         parts.append(f"## {CASES[name].title}\n\n{table(each)}\n\n" + "\n".join(bars(name, each)))
     return "\n\n".join(parts) + "\n"
+
+
+def _has_bfloat16() -> bool:
+    """Whether OpenVINO takes bfloat16 here; without OpenVINO it does not matter."""
+    if not importlib.util.find_spec("openvino"):
+        return False
+    import openvino
+
+    return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 def _processor() -> str:

@@ -457,7 +457,7 @@ def write_page(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], ar
                     for (w, steps), m in sorted(medians.items())
                     if w == who
                 ]
-                for who in ("oneword", "diffusers")
+                for who in dict.fromkeys(who for who, _ in medians)
             }
             for name in ("likeness", "editability")
         }

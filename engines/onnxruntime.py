@@ -101,6 +101,7 @@ class OnnxRuntimeBinding:
         for key, value in outputs.items():
             element = ELEMENT[output_specs[key].dtype]
             self._binding.bind_output(key, "cpu", 0, element, value.shape, value.ctypes.data)
+        # What is bound by address stays alive as long as these.
         self.inputs: Mapping[str, Array] = {key: HostArray(value) for key, value in inputs.items()}
         self.outputs: Mapping[str, Array] = {key: HostArray(value) for key, value in outputs.items()}
 

@@ -38,17 +38,7 @@ def learn_on_ray(
     except ImportError as error:
         raise MissingPackage("ray", "ray") from error
     check_tasks(tasks)
-    compute = Compute.BF16 if compute_dtype(recipe.compute) is torch.bfloat16 else Compute.FP32
-    recipe = recipe.with_changes(words_a_call=1, compute=compute)  # whatever a worker's own processor has
-    model = str(Path(model).resolve()) if Path(model).is_dir() else model  # a worker stands in a folder of its own
-    tasks = [
-        replace(
-            task,
-            images=task.images.resolve(),
-            init=str(Path(task.init).resolve()) if task.init.endswith(".safetensors") else task.init,
-        )
-        for task in tasks
-    ]
+    model, tasks, recipe = as_anywhere(model, tasks, recipe)
     threads = torch.get_num_threads()
     started = not ray.is_initialized()
     if started:
@@ -68,6 +58,21 @@ def learn_on_ray(
     finally:
         if started:
             ray.shutdown()
+
+
+def as_anywhere(model: str, tasks: Sequence[Task], recipe: Recipe) -> tuple[str, list[Task], Recipe]:
+    """The same on any machine: absolute paths (a worker has a working folder of its own), this processor's type."""
+    compute = Compute.BF16 if compute_dtype(recipe.compute) is torch.bfloat16 else Compute.FP32
+    moved = [
+        replace(
+            task,
+            images=task.images.absolute(),
+            init=str(Path(task.init).absolute()) if task.init.endswith(".safetensors") else task.init,
+        )
+        for task in tasks
+    ]
+    here = str(Path(model).absolute()) if model != "miniature" and Path(model).exists() else model
+    return here, moved, recipe.with_changes(words_a_call=1, compute=compute)
 
 
 def learn_group(model: str, tasks: Sequence[Task], recipe: Recipe, seed: int, threads: int) -> Learned:

@@ -17,7 +17,7 @@ from PIL import Image
 from oneword.engines.errors import UsageError
 from oneword.runtime.concept import load_concept
 from oneword.train.cli import main
-from oneword.train.recipe import named_recipe
+from oneword.train.recipe import Compute, named_recipe
 from oneword.train.run import Task, learn
 
 ray = pytest.importorskip("ray")
@@ -106,3 +106,22 @@ def test_what_is_wrong_with_a_task_is_told_as_here(
     assert load_concept(output).token == "<toy>"
     assert main([*arguments, "--output", str(output), "--ray", "local", "--report", str(tmp_path / "x.html")]) == 2
     assert "--ray shows no run" in capsys.readouterr().err
+
+
+def test_a_task_is_the_same_on_any_machine(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever folder a worker stands in and whatever its processor multiplies."""
+    from oneword.train.cluster import as_anywhere
+
+    monkeypatch.chdir(tiny_model_dir.parent)
+    tasks = [Task(Path("photos"), "<a>", "start.safetensors"), Task(Path("/photos"), "<b>", "star")]
+    for fast, compute in ((True, Compute.BF16), (False, Compute.FP32)):
+        monkeypatch.setattr("oneword.train.learner.has_fast_bf16", lambda fast=fast: fast)
+        model, moved, recipe = as_anywhere(tiny_model_dir.name, tasks, RECIPE)
+        assert (recipe.words_a_call, recipe.compute) == (1, compute)
+    assert model == str(tiny_model_dir)
+    assert [(task.images, task.init) for task in moved] == [
+        (tiny_model_dir.parent / "photos", str(tiny_model_dir.parent / "start.safetensors")),
+        (Path("/photos"), "star"),
+    ]
+    assert as_anywhere("miniature", tasks, RECIPE)[0] == "miniature"
+    assert as_anywhere("owner/name", tasks, RECIPE)[0] == "owner/name"

@@ -333,6 +333,12 @@ def test_accumulated_gradients_are_the_mean_of_their_draws(tiny_model_dir: Path)
 
 def test_gradient_checkpointing_changes_no_word(tiny_model_dir: Path) -> None:
     kept = learned(tiny_model_dir, [some_word()])[0]
+    learner = Learner(load_source(tiny_model_dir), [some_word()], QUICK.with_changes(gradient_checkpointing=True), 7)
+    forwards: list[object] = []
+    block = learner.source.unet.mid_block.attentions[0].transformer_blocks[0]
+    block.register_forward_pre_hook(lambda *_: forwards.append(None))
+    learner._losses({0: draw(learner.words[0], QUICK, 1000, torch.Generator())})[0].backward()
+    assert len(forwards) == 2  # once for the loss, once more for its gradient
     made_again = learned(tiny_model_dir, [some_word()], QUICK.with_changes(gradient_checkpointing=True))[0]
 
     np.testing.assert_allclose(made_again, kept, atol=1e-5)

@@ -1,6 +1,7 @@
 """The recipe that makes the miniature, every stage of it for a second: its time box, its state, what it writes."""
 
 import re
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -58,9 +59,15 @@ def test_what_is_written_is_a_model_and_says_what_it_reached(settings: recipe.Se
 
 
 def test_a_vae_that_trained_on_has_latents_of_its_own(settings: recipe.Settings, tmp_path: Path) -> None:
+    settings = replace(settings, work=Path(shutil.copytree(settings.work, tmp_path / "work")))
     minutes = state(settings, "vae")["spent"] / 60 + SECOND
     recipe.train_vae(replace(settings, vae_minutes=minutes), lambda _: None)
 
     with pytest.raises(UsageError, match="the UNet has not trained on this VAE yet, run it with more --unet-minutes"):
         recipe.export(settings, tmp_path / "model")
     assert not (tmp_path / "model").exists()
+
+
+def test_no_pictures_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="pictures is 0: give at least 1"):
+        recipe.Settings(tmp_path, pictures=0)

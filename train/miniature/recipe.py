@@ -55,6 +55,10 @@ class Settings:
     batch: int = 64
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if self.pictures < 1:
+            raise UsageError(f"pictures is {self.pictures}: give at least 1, in thousands to learn anything from")
+
 
 def tokenizer(work: Path) -> CLIPTokenizer:
     """The miniature's tokenizer, made on first use."""
@@ -396,12 +400,12 @@ def _latent_pool(
 ) -> tuple[Tensor, list[world.Scene], float]:
     """The training set as fp16 latents with its scenes; kept in chunks, so a new run draws only what is missing.
 
-    A VAE that has trained on since has latents of its own: `vae_step` is in the chunks' names.
+    A VAE that has trained on since has latents of its own: `vae_step` is in the chunks' names, as is their size.
     """
-    chunk = min(settings.pictures, 5_000)
+    chunk = min(settings.pictures, 5_000)  # pictures beyond whole chunks are left out
     latents, scenes = [], []
     for part in range(settings.pictures // chunk):
-        path = settings.work / f"latents-{vae_step}-{part}.pt"
+        path = settings.work / f"latents-{vae_step}-{chunk}-{part}.pt"
         seed = 1_000 + part
         if path.exists():
             latents.append(torch.load(path, weights_only=True))
