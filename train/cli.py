@@ -160,10 +160,10 @@ def train(args: argparse.Namespace, console: Console) -> dict[str, Any] | None:
                 raise Interrupted(f"stopped at step {last.step} of {last.steps}: the same command goes on from there")
     assert last is not None  # a run always yields its concepts
     seconds = time.perf_counter() - started
-    for row, concept in zip(rows, last.concepts, strict=True):
+    for row, concept, losses in zip(rows, last.concepts, last.history, strict=True):
         save_concept(concept, row["output"])
         console.print(
-            f"{concept.token} -> {row['output']}, {last.step} steps in {seconds:.0f} s", markup=False, soft_wrap=True
+            f"{concept.token} -> {row['output']}, {len(losses)} steps in {seconds:.0f} s", markup=False, soft_wrap=True
         )
     if make_report:
         write_report(args.report, make_report, args.model, recipe, args.seed, rows, last, notes, sheets)
@@ -177,6 +177,7 @@ def train(args: argparse.Namespace, console: Console) -> dict[str, Any] | None:
                 **row,
                 "vectors": {name: list(rows.shape) for name, rows in concept.vectors.items()},
                 "loss": _number(losses[-1]),
+                "steps": len(losses),
             }
             for row, concept, losses in zip(rows, last.concepts, last.history, strict=True)
         ],

@@ -121,7 +121,11 @@ def learn(
     sheets: list[Sheet] = []
     while not learner.finished():
         rate = learner.learning_rate
+        going = [word for word in words if not word.stopped]
         losses = learner.step()
+        notes += [
+            f"{word.token} has settled: it stopped at step {learner.steps_done}" for word in going if word.stopped
+        ]
         if checkpoints and (learner.finished() or learner.steps_done % checkpoint_every == 0):
             save_checkpoint(checkpoints, Checkpoint(learner.steps_done, *learner.state(), settings))
         if learner.finished():
@@ -149,7 +153,7 @@ def learn(
         notes,
         sheets,
         concepts=[
-            learner.concept(i, provenance(source, task, recipe, seed, learner.steps_done))
+            learner.concept(i, provenance(source, task, recipe, seed, len(words[i].losses)))
             for i, task in enumerate(tasks)
         ],
         history=[word.losses for word in words],

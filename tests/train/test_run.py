@@ -284,3 +284,23 @@ def test_a_word_starts_from_another_concept_and_a_run_from_what_it_held(
     save_file({"<start>": torch.from_numpy(rows + 1)}, start)
     with pytest.raises(UsageError, match="init of word 1"):
         next(learn(tiny_model_dir, [task], recipe, checkpoints=tmp_path / "run"))
+
+
+def test_a_word_that_settles_is_named_and_has_its_own_steps(
+    folder: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two words whose watched losses are called settled at their third step, and at their fifth."""
+    settled = {3: iter([True, False]), 5: iter([True])}
+    monkeypatch.setattr(
+        "oneword.train.learner.has_settled", lambda losses, _: next(settled.get(len(losses), iter([False])), False)
+    )
+    tasks = [Task(folder, "<a>", "star"), Task(folder, "<b>", "ring")]
+    recipe = named_recipe("fast").with_changes(steps=400, batch_size=1, stop_below=0.5)
+
+    run = list(learn(tiny_model_dir, tasks, recipe))
+
+    assert "<a> has settled: it stopped at step 3" in run[2].notes
+    assert "<b> has settled: it stopped at step 5" in run[-1].notes
+    assert sum("settled" in note for progress in run for note in progress.notes) == 2
+    assert [concept.provenance["steps"] for concept in run[-1].concepts] == ["3", "5"]
+    assert [len(losses) for losses in run[-1].history] == [3, 5]
