@@ -35,6 +35,8 @@ from oneword.runtime.model import Model
 from oneword.train.evaluate import (
     LIKENESS_PROMPT,
     MINIATURE_PROMPTS,
+    MINIATURE_STYLE_PROMPTS,
+    STYLE_LIKENESS_PROMPT,
     Judge,
     evaluate,
     likeness,
@@ -51,11 +53,6 @@ PAGE = Path("docs/paper.md")
 SETUPS = tuple(name for name in RECIPES if name != "style")
 MULTIPLE = ("two-vectors", "three-vectors", "progressive-two", "progressive-three", "per-image")
 CAPTIONS = ("caption, short", "caption, long")
-STYLE_PROMPTS: Mapping[str, tuple[str, ...]] = {
-    "object": ("a red star in the style of {}", "a blue ring in the style of {}", "a green heart in the style of {}"),
-    "background": ("a white moon at night in the style of {}", "a pink arrow in the snow in the style of {}"),
-}
-STYLE_LIKENESS = "a picture in the style of {}"
 
 
 def main() -> None:
@@ -99,8 +96,8 @@ class Thing:
         self.token, self.subject, self.said = token, subject, said
         self.pictures = np.stack([world.render(scene, seed + i)[0] for i, scene in enumerate(scenes)])
         is_style = subject is Subject.STYLE
-        self.prompts = STYLE_PROMPTS if is_style else MINIATURE_PROMPTS
-        self.likeness_prompt = STYLE_LIKENESS if is_style else LIKENESS_PROMPT
+        self.prompts = MINIATURE_STYLE_PROMPTS if is_style else MINIATURE_PROMPTS
+        self.likeness_prompt = STYLE_LIKENESS_PROMPT if is_style else LIKENESS_PROMPT
         self.init = "painting" if is_style else "object"
 
     def write(self, work: Path) -> None:

@@ -18,19 +18,31 @@ from oneword.runtime.concept import load_concept, write_whole
 from oneword.runtime.model import Model
 from oneword.train.cli import Parser
 from oneword.train.evaluate import (
+    LIKENESS_PROMPT,
     MINIATURE_PROMPTS,
+    MINIATURE_STYLE_PROMPTS,
     PAPER_PROMPTS,
+    PAPER_STYLE_PROMPTS,
     SAMPLES,
     STEPS,
+    STYLE_LIKENESS_PROMPT,
     Formula,
     Judge,
+    Scores,
+    bounds,
     evaluate,
-    likeness_within,
-    sample,
 )
 from oneword.train.pictures import read_pictures
 from oneword.train.plots import scatter
+from oneword.train.recipe import Subject
 from oneword.train.run import quiet
+
+PROMPTS = {
+    ("paper", Subject.OBJECT): PAPER_PROMPTS,
+    ("paper", Subject.STYLE): PAPER_STYLE_PROMPTS,
+    ("miniature", Subject.OBJECT): MINIATURE_PROMPTS,
+    ("miniature", Subject.STYLE): MINIATURE_STYLE_PROMPTS,
+}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -41,6 +53,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--images", action="append", required=True, type=Path, help="its training pictures, one for each")
     p.add_argument("--judge", default="miniature", help="a directory with a CLIP model (default: the miniature's)")
     p.add_argument("--prompts", choices=["paper", "miniature"], help="which prompts (default: as the judge)")
+    p.add_argument("--subject", choices=[s.value for s in Subject], default="object", help="what the words name")
     p.add_argument("--formula", choices=[f.value for f in Formula], default="paper", help="of editability")
     p.add_argument("--samples", type=int, default=SAMPLES, help=f"pictures a prompt (default {SAMPLES})")
     p.add_argument("--steps", type=int, default=STEPS, help=f"DDIM steps (default {STEPS})")
@@ -80,45 +93,59 @@ def score(args: argparse.Namespace) -> dict[str, Any]:
     if args.samples < 1:
         raise UsageError(f"--samples is {args.samples}: give at least 1")
     quiet()
-    prompts = MINIATURE_PROMPTS if (args.prompts or args.judge) == "miniature" else PAPER_PROMPTS
+    subject = Subject(args.subject)
+    prompts = PROMPTS[args.prompts or ("miniature" if args.judge == "miniature" else "paper"), subject]
+    options: dict[str, Any] = {
+        "samples": args.samples,
+        "steps": args.steps,
+        "seed": args.seed,
+        "formula": Formula(args.formula),
+        "likeness_prompt": STYLE_LIKENESS_PROMPT if subject is Subject.STYLE else LIKENESS_PROMPT,
+    }
     judge = Judge(judge_folder(args.judge))
     model = Model.open(args.bundle)
     if args.output:
         args.output.mkdir(parents=True, exist_ok=True)
-    wordless = judge.pictures(sample(model, ["a photo"], args.samples, args.steps, args.seed)[0])
+    side = model.manifest.defaults.width
+    concepts = [load_concept(path) for path in args.concept]
+    training = [np.stack([picture.pixels for picture in read_pictures(folder, side)]) for folder in args.images]
+    ends = bounds(model, judge, training, prompts, **options)
     words = []
-    for number, (path, folder) in enumerate(zip(args.concept, args.images, strict=True)):
-        concept = load_concept(path)
-        training = np.stack([picture.pixels for picture in read_pictures(folder, model.manifest.defaults.width)])
+    for number, (path, concept, seen) in enumerate(zip(args.concept, concepts, training, strict=True)):
         model.load(concept)
-        options = {"samples": args.samples, "steps": args.steps, "seed": args.seed, "formula": Formula(args.formula)}
-        scores, pictures = evaluate(model, judge, concept.token, training, prompts, **options)
+        scores, pictures = evaluate(model, judge, concept.token, seen, prompts, **options)
         model.unload(concept.token)
-        embedded = judge.pictures(training)
         words.append(
             {
                 "token": concept.token,
                 "file": str(path),
                 "recipe": concept.provenance.get("recipe", ""),
-                "likeness": scores.likeness,
-                "editability": {**scores.editability, "mean": scores.mean_editability},
-                "bounds": {
-                    **({"training pictures": likeness_within(embedded)} if len(embedded) > 1 else {}),
-                    "prompt without the word": float((wordless @ embedded.T).mean()),
-                },
+                **as_json(scores),
+                "bounds": {name: as_json(bound) for name, bound in ends[number].items()},
             }
         )
         if args.output:
             sheet, out = np.concatenate([np.concatenate(list(some[:8]), 1) for some in pictures.values()]), io.BytesIO()
             Image.fromarray(sheet).save(out, "PNG")
             write_whole(args.output / f"samples-{number}.png", out.getvalue())
-    settings = {"formula": args.formula, "samples": args.samples, "steps": args.steps, "seed": args.seed}
+    settings = {
+        "subject": args.subject,
+        "formula": args.formula,
+        "samples": args.samples,
+        "steps": args.steps,
+        "seed": args.seed,
+    }
     return {
         **settings,
         "judge": args.judge,
         "prompts": {name: list(group) for name, group in prompts.items()},
         "words": words,
     }
+
+
+def as_json(scores: Scores) -> dict[str, Any]:
+    """Likeness, and editability by group and in the mean."""
+    return {"likeness": scores.likeness, "editability": {**scores.editability, "mean": scores.mean_editability}}
 
 
 def judge_folder(judge: str) -> Path:
@@ -132,21 +159,27 @@ def judge_folder(judge: str) -> Path:
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """The scores as text, a word a line."""
+    """The scores as text, a word a line and its bounds below it."""
     groups = [*report["prompts"], "mean"]
-    lines = [f"{'word':24} {'likeness':>9}" + "".join(f"{name:>13}" for name in groups)]
+    lines = [f"{'word':26} {'likeness':>9}" + "".join(f"{name:>13}" for name in groups)]
     for word in report["words"]:
-        cells = "".join(f"{word['editability'][name]:13.3f}" for name in groups)
-        lines.append(f"{word['token']:24} {word['likeness']:9.3f}{cells}")
-        bounds = ", ".join(f"{name} {value:.3f}" for name, value in word["bounds"].items())
-        lines.append(f"{'':24} likeness of {bounds}")
+        for name, scores in {word["token"]: word, **{f"  {name}": end for name, end in word["bounds"].items()}}.items():
+            cells = "".join(f"{scores['editability'][group]:13.3f}" for group in groups)
+            lines.append(f"{name:26} {scores['likeness']:9.3f}{cells}")
+    lines.append(f"editability by the {report['formula']}'s formula")
     return "\n".join(lines)
 
 
 def figure(report: Mapping[str, Any]) -> str:
-    """The paper's scatter as SVG: editability across, likeness up, a dot a word."""
+    """The paper's scatter as SVG: editability across, likeness up, a dot a word and one for the mean of each bound."""
     words = report["words"]
     points = [(word["recipe"] or word["token"], word["likeness"], word["editability"]["mean"]) for word in words]
-    names = dict.fromkeys(name for word in words for name in word["bounds"])
-    bounds = {name: [word["bounds"][name] for word in words if name in word["bounds"]] for name in names}
-    return scatter(points, {name: float(np.mean(values)) for name, values in bounds.items()})
+    for name in dict.fromkeys(name for word in words for name in word["bounds"]):
+        ends = [word["bounds"][name] for word in words if name in word["bounds"]]
+        points.append(
+            (
+                name,
+                *(float(np.mean(v)) for v in ([e["likeness"] for e in ends], [e["editability"]["mean"] for e in ends])),
+            )
+        )
+    return scatter(points, across=f"editability, the {report['formula']}'s formula")

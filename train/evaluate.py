@@ -35,6 +35,8 @@ SAMPLES = 64
 STEPS = 50
 PLACE = "{}"
 LIKENESS_PROMPT = "a photo of a {}"
+STYLE_LIKENESS_PROMPT = "a picture in the style of {}"
+TRAINING, WORDLESS = "training pictures", "prompt without the word"  # the bounds
 
 PAPER_PROMPTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -48,6 +50,22 @@ MINIATURE_PROMPTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "background": ("a photo of a {} in the snow", "a photo of a {} at night", "a photo of a {} in the desert"),
         "style": ("a drawing of a {}", "an icon of a {}", "a painting of a {}"),
         "composition": ("a photo of a {} and a blue ring", "a photo of a red star and a {}"),
+    }
+)
+PAPER_STYLE_PROMPTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "object": ("a cat in the style of {}", "a house in the style of {}", "a sailing boat in the style of {}"),
+        "background": ("the moon in the style of {}", "a beach in the style of {}", "a city in the style of {}"),
+    }
+)
+MINIATURE_STYLE_PROMPTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "object": (
+            "a red star in the style of {}",
+            "a blue ring in the style of {}",
+            "a green heart in the style of {}",
+        ),
+        "background": ("a white moon at night in the style of {}", "a pink arrow in the snow in the style of {}"),
     }
 )
 
@@ -146,14 +164,48 @@ def evaluate(
         zip(flat, sample(model, [p.replace(PLACE, token) for p in flat], samples, steps, seed), strict=True)
     )
     embedded = {prompt: judge.pictures(some) for prompt, some in pictures.items()}
+    texts = {p: judge.texts([without_word(p)])[0] for group in prompts.values() for p in group}
     scores = Scores(
         likeness(embedded[likeness_prompt], judge.pictures(training)),
-        {
-            name: float(np.mean([editability(embedded[p], judge.texts([without_word(p)])[0], formula) for p in group]))
-            for name, group in prompts.items()
-        },
+        {name: _mean_editability(embedded, texts, group, formula) for name, group in prompts.items()},
     )
     return scores, pictures
+
+
+def bounds(
+    model: Model,
+    judge: Judge,
+    training: Sequence[Pictures],
+    prompts: Mapping[str, Sequence[str]],
+    *,
+    samples: int = SAMPLES,
+    steps: int = STEPS,
+    seed: int = 0,
+    formula: Formula = Formula.PAPER,
+    likeness_prompt: str = LIKENESS_PROMPT,
+) -> list[dict[str, Scores]]:
+    """The paper's two ends for each set of training pictures [N, H, W, 3].
+
+    The pictures themselves as if they were every prompt's samples (left out where there is only one), and the prompts
+    without the word.
+    """
+    texts = {prompt: judge.texts([without_word(prompt)])[0] for group in prompts.values() for prompt in group}
+    bare = {prompt: without_word(prompt) for prompt in [likeness_prompt, *texts]}
+    drawn = sample(model, list(bare.values()), samples, steps, seed)
+    wordless = {prompt: judge.pictures(some) for prompt, some in zip(bare, drawn, strict=True)}
+    found = []
+    for pictures in training:
+        seen = judge.pictures(pictures)
+        ends = {WORDLESS: (likeness(wordless[likeness_prompt], seen), wordless)}
+        if len(seen) > 1:
+            ends[TRAINING] = (likeness_within(seen), dict.fromkeys(texts, seen))
+        found.append(
+            {
+                name: Scores(like, {k: _mean_editability(shown, texts, group, formula) for k, group in prompts.items()})
+                for name, (like, shown) in ends.items()
+            }
+        )
+    return found
 
 
 def sample(
@@ -187,6 +239,12 @@ def editability(samples: Embeddings, text: Embeddings, formula: Formula = Formul
     if formula is Formula.RELEASE:
         return float((samples @ text).mean())
     return float(unit(samples.mean(0, keepdims=True))[0] @ text)
+
+
+def _mean_editability(
+    samples: Mapping[str, Embeddings], texts: Mapping[str, Embeddings], prompts: Iterable[str], formula: Formula
+) -> float:
+    return float(np.mean([editability(samples[prompt], texts[prompt], formula) for prompt in prompts]))
 
 
 def without_word(prompt: str) -> str:

@@ -29,14 +29,18 @@ def curves(series: Mapping[str, Sequence[float]], label: str, *, smooth: int = 1
     return _svg(figure)
 
 
-def scatter(points: Sequence[tuple[str, float, float]], bounds: Mapping[str, float] | None = None) -> str:
+def scatter(
+    points: Sequence[tuple[str, float, float]],
+    bounds: Mapping[str, float] | None = None,
+    across: str = "editability",
+) -> str:
     """The paper's figure: editability across, likeness up, a dot for each (name, likeness, editability).
 
     `bounds` are likenesses drawn as dashed lines across. Names that would cover one another are moved apart.
     """
-    figure, axes = _empty("editability", "likeness")
-    for colour, (name, up, across) in zip(_cycled(len(points)), points, strict=True):
-        axes.scatter([across], [up], color=colour, s=28, zorder=3, label=name)
+    figure, axes = _empty(across, "likeness")
+    for colour, (name, up, right) in zip(_cycled(len(points)), points, strict=True):
+        axes.scatter([right], [up], color=colour, s=28, zorder=3, label=name)
     for name, value in (bounds or {}).items():
         if math.isfinite(value):
             axes.axhline(value, color="#999999", linewidth=0.8, linestyle="--")

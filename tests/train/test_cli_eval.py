@@ -46,7 +46,18 @@ def arguments(tmp_path: Path, tiny_bundle: Path, judge_dir: Path) -> list[str]:
     rows = rng.normal(0, 0.1, (1, 32)).astype(np.float32)
     save_concept(Concept("<toy>", {"text_encoder": rows}, {"recipe": "fast"}), tmp_path / "toy.safetensors")
     word = ["--concept", str(tmp_path / "toy.safetensors"), "--images", str(tmp_path / "pictures")]
-    return [str(tiny_bundle), *word, "--judge", str(judge_dir), "--samples", "2", "--steps", "2"]
+    return [
+        str(tiny_bundle),
+        *word,
+        "--judge",
+        str(judge_dir),
+        "--prompts",
+        "miniature",
+        "--samples",
+        "2",
+        "--steps",
+        "2",
+    ]
 
 
 def test_a_word_is_scored_and_the_samples_are_kept(
@@ -67,8 +78,20 @@ def test_a_word_is_scored_and_the_samples_are_kept(
     judge = Judge(judge_dir)
     expected = np.mean([a @ b for a in judge.pictures(first) for b in judge.pictures(training)])
     assert word["likeness"] == pytest.approx(expected, abs=1e-4)
+    seen = judge.pictures(training)
+    (snow, night, desert) = judge.texts(["a photo of in the snow", "a photo of at night", "a photo of in the desert"])
+    middle = seen.mean(0) / np.linalg.norm(seen.mean(0))
+    ends = word["bounds"]
+    assert ends["training pictures"]["editability"]["background"] == pytest.approx(
+        np.mean([middle @ text for text in (snow, night, desert)]), abs=1e-4
+    )
+    pairs = [seen[i] @ seen[j] for i in range(3) for j in range(3) if i != j]
+    assert ends["training pictures"]["likeness"] == pytest.approx(np.mean(pairs), abs=1e-4)
+    assert set(ends["prompt without the word"]["editability"]) == set(word["editability"])
     drawn = ElementTree.fromstring((tmp_path / "out" / "figure.svg").read_text())
-    assert {"fast", "training pictures", "likeness"} <= {text.text for text in drawn.findall(".//{*}text")}
+    assert {"fast", "training pictures", "prompt without the word", "editability, the paper's formula"} <= {
+        text.text for text in drawn.findall(".//{*}text")
+    }
 
 
 def test_a_table_is_printed_where_no_json_is_asked_for(
@@ -78,6 +101,31 @@ def test_a_table_is_printed_where_no_json_is_asked_for(
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["word", "likeness", "background", "style", "composition", "mean"]
     assert lines[1].split()[0] == "<toy>"
+    assert [line[:26].strip() for line in lines[2:4]] == ["prompt without the word", "training pictures"]
+    assert lines[4] == "editability by the paper's formula"
+
+
+@pytest.mark.parametrize("formula", ["paper", "release"])
+def test_editability_of_a_style_by_either_formula(
+    arguments: list[str], judge_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], formula: str
+) -> None:
+    """The paper's: the cosine of the mean embedding; its release's: the mean of the cosines."""
+    how = ["--subject", "style", "--prompts", "miniature", "--formula", formula, "--output", str(tmp_path / "out")]
+    assert main([*arguments, *how, "--json"]) == 0
+
+    (word,) = json.loads(capsys.readouterr().out)["words"]
+    assert set(word["editability"]) == {"object", "background", "mean"}
+    sheet = np.asarray(Image.open(tmp_path / "out" / "samples-0.png"))
+    side = sheet.shape[1] // 2
+    rows = [sheet[top : top + side] for top in range(side, 4 * side, side)]  # the first is the likeness prompt's
+    judge = Judge(judge_dir)
+    expected = []
+    for row, text in zip(rows, judge.texts(["a red star", "a blue ring", "a green heart"]), strict=True):
+        samples = judge.pictures(np.stack([row[:, :side], row[:, side:]]))
+        mean = samples.mean(0)
+        cosines = {"paper": mean @ text / np.linalg.norm(mean), "release": (samples @ text).mean()}
+        expected.append(cosines[formula])
+    assert word["editability"]["object"] == pytest.approx(np.mean(expected), abs=1e-4)
 
 
 def test_wrong_use_is_one_line(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
