@@ -37,10 +37,11 @@ from oneword.train.evaluate import (
     MINIATURE_PROMPTS,
     MINIATURE_STYLE_PROMPTS,
     STYLE_LIKENESS_PROMPT,
+    TRAINING,
+    WORDLESS,
     Judge,
+    bounds,
     evaluate,
-    likeness,
-    likeness_within,
     sample,
 )
 from oneword.train.miniature import readback, world
@@ -166,12 +167,13 @@ class Lab:
             row = {"setup": name, "word": thing.token, **self.how}
             if not self.find(row):
                 self.keep({**row, **self.scores(thing, said)})
-        row = {"bounds": thing.token, **self.how}
-        if not self.find(row):
-            seen = self.judge.pictures(thing.pictures)
-            bare = sample(self.model, ["a photo"], self.args.samples, self.args.sample_steps, 0)[0]
-            without = likeness(self.judge.pictures(bare), seen)
-            self.keep({**row, "training pictures": likeness_within(seen), "prompt without the word": without})
+        rows = {name: {"setup": name, "word": thing.token, **self.how} for name in (TRAINING, WORDLESS)}
+        if all(map(self.find, rows.values())):
+            return
+        prompts = {"likeness_prompt": thing.likeness_prompt, **self.how}
+        [ends] = bounds(self.model, self.judge, [thing.pictures], thing.prompts, **prompts)
+        for name, row in rows.items():
+            self.keep({**row, "likeness": ends[name].likeness, "editability": ends[name].mean_editability})
 
     def scores(self, thing: Thing, token: str) -> dict[str, float]:
         """Likeness and editability of prompts with `token` in the word's place."""
@@ -299,13 +301,8 @@ def write_page(
     """docs/paper.md's tables, docs/paper.svg, docs/paper-bias.png."""
     columns = [f"{kind} {name}" for kind in ("look", "style") for name in ("likeness", "editability")]
     lines = [(name, *(f"{m[c]:.3f}" if c in m else "" for c in columns)) for name, m in means.items()]
-    bounds = [row for row in rows if str(row.get("bounds", "")).startswith("<look")]
-    limits = {
-        name: float(np.mean([row[name] for row in bounds])) for name in ("training pictures", "prompt without the word")
-    }
-    lines += [(name, f"{value:.3f}", "", "", "") for name, value in limits.items()]
     points = [(name, m["look likeness"], m["look editability"]) for name, m in means.items() if "look likeness" in m]
-    PAGE.with_suffix(".svg").write_text(scatter(points, limits))
+    PAGE.with_suffix(".svg").write_text(scatter(points))
     agreed = "\n".join(f"- {'agrees' if holds else '**disagrees**'}: {claim}" for claim, holds in order(means))
     settings = f"{args.looks} looks, {args.styles} styles, {args.steps} steps of batch 4 (fast: its own)"
     settings += f"; {args.samples} samples a prompt, {args.sample_steps} DDIM steps."

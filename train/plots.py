@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Mapping, Sequence
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+MARKERS = ("o", "s", "^", "D")
 COLOURS = ("#2f6db3", "#c8553d", "#3a8f5c", "#8d5aa8", "#b8860b", "#3aa6a6", "#7a7a7a", "#c2417c")
 
 
@@ -29,22 +29,12 @@ def curves(series: Mapping[str, Sequence[float]], label: str, *, smooth: int = 1
     return _svg(figure)
 
 
-def scatter(
-    points: Sequence[tuple[str, float, float]],
-    bounds: Mapping[str, float] | None = None,
-    across: str = "editability",
-) -> str:
-    """The paper's figure: editability across, likeness up, a dot for each (name, likeness, editability).
-
-    `bounds` are likenesses drawn as dashed lines across. Names that would cover one another are moved apart.
-    """
+def scatter(points: Sequence[tuple[str, float, float]], across: str = "editability") -> str:
+    """The paper's figure: editability across, likeness up, a dot for each (name, likeness, editability)."""
     figure, axes = _empty(across, "likeness")
-    for colour, (name, up, right) in zip(_cycled(len(points)), points, strict=True):
-        axes.scatter([right], [up], color=colour, s=28, zorder=3, label=name)
-    for name, value in (bounds or {}).items():
-        if math.isfinite(value):
-            axes.axhline(value, color="#999999", linewidth=0.8, linestyle="--")
-            axes.annotate(name, (1, value), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7)
+    for number, (colour, (name, up, right)) in enumerate(zip(_cycled(len(points)), points, strict=True)):
+        marker = MARKERS[number // len(COLOURS) % len(MARKERS)]  # where colours begin again
+        axes.scatter([right], [up], color=colour, marker=marker, s=28, zorder=3, label=name)
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return _svg(figure)
 

@@ -89,10 +89,10 @@ def test_curves_are_drawn_to_scale_and_the_same_each_time() -> None:
     assert ">step<" in svg
 
 
-def test_the_scatter_names_its_dots_and_bounds() -> None:
-    svg = scatter([("one-word", 0.8, 0.3), ("captions", 0.5, 0.2)], {"training pictures": 0.9})
+def test_the_scatter_names_its_dots_and_axes() -> None:
+    svg = scatter([("one-word", 0.8, 0.3), ("captions", 0.5, 0.2)], "editability, by hand")
 
-    for text in ("one-word", "captions", "training pictures", "editability", "likeness"):
+    for text in ("one-word", "captions", "editability, by hand", "likeness"):
         assert f">{text}<" in svg
 
 
