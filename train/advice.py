@@ -11,7 +11,7 @@ from oneword.export.source import Source
 from oneword.train.learner import Learner, Word
 from oneword.train.pictures import Picture, near_duplicates, unread_pictures
 from oneword.train.prompts import probes
-from oneword.train.starts import split_words, token_ids
+from oneword.train.starts import concept_file, split_words, token_ids
 
 FEW_PICTURES = 3
 UNMOVED = 0.01  # of its length
@@ -27,7 +27,7 @@ def before(source: Source, images: Path, init: str, pictures: Sequence[Picture])
         yield f"{', '.join(passed_over)} in {images} is not read: save it as PNG or JPEG"
     for one, other in near_duplicates(pictures):
         yield f"{one.name} and {other.name} in {images} are nearly the same picture: one of them teaches nothing"
-    if init == "random" or init.endswith(".safetensors"):
+    if init == "random" or concept_file(init):
         return
     tokenizer: Any = next(iter(source.tokenizers.values()))
     for word in split_words(init):

@@ -176,10 +176,6 @@ def figure(report: Mapping[str, Any]) -> str:
     points = [(word["recipe"] or word["token"], word["likeness"], word["editability"]["mean"]) for word in words]
     for name in dict.fromkeys(name for word in words for name in word["bounds"]):
         ends = [word["bounds"][name] for word in words if name in word["bounds"]]
-        points.append(
-            (
-                name,
-                *(float(np.mean(v)) for v in ([e["likeness"] for e in ends], [e["editability"]["mean"] for e in ends])),
-            )
-        )
+        like = float(np.mean([end["likeness"] for end in ends]))
+        points.append((name, like, float(np.mean([end["editability"]["mean"] for end in ends]))))
     return scatter(points, across=f"editability, the {report['formula']}'s formula")

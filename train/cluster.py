@@ -20,6 +20,7 @@ from oneword.runtime.concept import Concept
 from oneword.train.learner import compute_dtype
 from oneword.train.recipe import Compute, Recipe
 from oneword.train.run import Task, check_tasks, learn, quiet
+from oneword.train.starts import concept_file
 
 RETRIES = 3  # of a task whose worker died
 Learned = list[tuple[str, dict[str, np.ndarray], dict[str, str]]]  # what a Concept is made of, as it travels
@@ -67,7 +68,7 @@ def as_anywhere(model: str, tasks: Sequence[Task], recipe: Recipe) -> tuple[str,
         replace(
             task,
             images=task.images.absolute(),
-            init=str(Path(task.init).absolute()) if task.init.endswith(".safetensors") else task.init,
+            init=str(path.absolute()) if (path := concept_file(task.init)) else task.init,
         )
         for task in tasks
     ]

@@ -164,10 +164,9 @@ def evaluate(
         zip(flat, sample(model, [p.replace(PLACE, token) for p in flat], samples, steps, seed), strict=True)
     )
     embedded = {prompt: judge.pictures(some) for prompt, some in pictures.items()}
-    texts = {p: judge.texts([without_word(p)])[0] for group in prompts.values() for p in group}
     scores = Scores(
         likeness(embedded[likeness_prompt], judge.pictures(training)),
-        {name: _mean_editability(embedded, texts, group, formula) for name, group in prompts.items()},
+        _editabilities(embedded, _texts(judge, prompts), prompts, formula),
     )
     return scores, pictures
 
@@ -189,7 +188,7 @@ def bounds(
     The pictures themselves as if they were every prompt's samples (left out where there is only one), and the prompts
     without the word.
     """
-    texts = {prompt: judge.texts([without_word(prompt)])[0] for group in prompts.values() for prompt in group}
+    texts = _texts(judge, prompts)
     bare = {prompt: without_word(prompt) for prompt in [likeness_prompt, *texts]}
     drawn = sample(model, list(bare.values()), samples, steps, seed)
     wordless = {prompt: judge.pictures(some) for prompt, some in zip(bare, drawn, strict=True)}
@@ -200,10 +199,7 @@ def bounds(
         if len(seen) > 1:
             ends[TRAINING] = (likeness_within(seen), dict.fromkeys(texts, seen))
         found.append(
-            {
-                name: Scores(like, {k: _mean_editability(shown, texts, group, formula) for k, group in prompts.items()})
-                for name, (like, shown) in ends.items()
-            }
+            {name: Scores(like, _editabilities(shown, texts, prompts, formula)) for name, (like, shown) in ends.items()}
         )
     return found
 
@@ -241,10 +237,22 @@ def editability(samples: Embeddings, text: Embeddings, formula: Formula = Formul
     return float(unit(samples.mean(0, keepdims=True))[0] @ text)
 
 
-def _mean_editability(
-    samples: Mapping[str, Embeddings], texts: Mapping[str, Embeddings], prompts: Iterable[str], formula: Formula
-) -> float:
-    return float(np.mean([editability(samples[prompt], texts[prompt], formula) for prompt in prompts]))
+def _texts(judge: Judge, prompts: Mapping[str, Sequence[str]]) -> dict[str, Embeddings]:
+    """Every prompt's text without the word, [P]."""
+    return {prompt: judge.texts([without_word(prompt)])[0] for group in prompts.values() for prompt in group}
+
+
+def _editabilities(
+    samples: Mapping[str, Embeddings],
+    texts: Mapping[str, Embeddings],
+    prompts: Mapping[str, Sequence[str]],
+    formula: Formula,
+) -> dict[str, float]:
+    """The mean of each group."""
+    return {
+        name: float(np.mean([editability(samples[prompt], texts[prompt], formula) for prompt in group]))
+        for name, group in prompts.items()
+    }
 
 
 def without_word(prompt: str) -> str:

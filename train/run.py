@@ -31,7 +31,7 @@ from oneword.train.pictures import Picture, encode_moments, random_crops, read_p
 from oneword.train.preview import Previewer, Sheet
 from oneword.train.prompts import caption_template, probes, templates
 from oneword.train.recipe import Recipe
-from oneword.train.starts import initial_rows, token_ids
+from oneword.train.starts import concept_file, initial_rows, token_ids
 
 MAX_SEED = 2**63 - 2  # stopping draws with the next one
 
@@ -206,7 +206,8 @@ def settings_of(
 
 def _digest_of(init: str) -> str:
     """What a concept file held when the run began; a word says it all."""
-    return f" {hashlib.sha256(Path(init).read_bytes()).hexdigest()[:12]}" if init.endswith(".safetensors") else ""
+    path = concept_file(init)
+    return f" {hashlib.sha256(path.read_bytes()).hexdigest()[:12]}" if path else ""
 
 
 def quiet() -> None:
@@ -283,7 +284,7 @@ def provenance(source: Source, task: Task, recipe: Recipe, seed: int, steps: int
         "base_model": source.model if source.revision else source.path.name,
         "base_model_digest": source.digest,
         "recipe": recipe.name,
-        "init": Path(task.init).name if task.init.endswith(".safetensors") else task.init,
+        "init": path.name if (path := concept_file(task.init)) else task.init,
         "seed": str(seed),
         "steps": str(steps),
         "version": __version__,

@@ -16,8 +16,8 @@ from oneword.train.learner import Rows, vocabulary_norm
 
 def initial_rows(source: Source, init: str, vectors: int, seed: int) -> Rows:
     """Where a word starts, `vectors` rows for each text encoder; see `oneword.train.run.Task`."""
-    if init.endswith(".safetensors"):
-        return _rows_of_concept(load_concept(Path(init)), source, vectors)
+    if path := concept_file(init):
+        return _rows_of_concept(load_concept(path), source, vectors)
     rows: dict[str, torch.Tensor] = {}
     for name, model in source.text_encoders.items():
         table = embedding_table(model)
@@ -29,6 +29,11 @@ def initial_rows(source: Source, init: str, vectors: int, seed: int) -> Rows:
             ids = [i for word in split_words(init) for i in token_ids(source.tokenizers[name], word)]
             rows[name] = table[ids].mean(0, keepdim=True).repeat(vectors, 1)
     return rows
+
+
+def concept_file(init: str) -> Path | None:
+    """The file of an init that is another concept; None where it is words."""
+    return Path(init) if init.endswith(".safetensors") else None
 
 
 def _rows_of_concept(concept: Concept, source: Source, vectors: int) -> Rows:
