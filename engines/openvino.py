@@ -3,13 +3,16 @@
 A graph exported in fp32 computes its convolutions and products in bfloat16 then, as `backend` says; what follows the
 last of them, which in `denoise_step` is the sampler's update, stays in float32.
 
-A graph is compiled once for any shape. What dynamic shapes cost in each run is a third of a small graph's time, so a
-binding of a small graph that has run often is compiled once more, for its own shapes. Both are kept as plans, which
-hold the weights again: those of large graphs are not kept.
+A small graph is compiled once for any shape. What dynamic shapes cost in each run is a third of its time, so a binding
+that has run often is compiled once more, for its own shapes. Both are kept as plans.
+
+A large graph is compiled for the shapes it is first used at, which is faster in each run and in the first by seconds,
+and for any shape when others come. Plans hold the weights again and take as long to read: none are kept.
 """
 
 import contextlib
 import io
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +34,6 @@ from oneword.engines.threads import cpu_threads
 
 OFTEN = 100  # runs of one binding, after which compiling its graph for its own shapes begins to pay
 _SMALL = 64 << 20  # bytes of a graph that is cheap to hold once more
-_LARGEST_PLAN = 512 << 20  # bytes of a graph
 _MOST_PLANS = 32
 
 
@@ -79,24 +81,24 @@ class OpenVinoEngine:
             ranges={},
             flags=(settings["INFERENCE_PRECISION_HINT"], settings["PERFORMANCE_HINT"]),
         )
-        self._compiler = _Compiler(core, path, settings, plans, key)
         try:
-            self._compiled = self._compiler.compile()
+            self._compiler = _Compiler(core, path, settings, plans, key)
         except RuntimeError as error:
             raise EngineError(f"cannot open graph {name!r} ({path}): {one_line(error)}") from error
-        check_opened(name, path, self.inputs, (value.any_name for value in self._compiled.inputs))
+        check_opened(name, path, self.inputs, self._compiler.inputs)
 
     def bind(
         self, shapes: Mapping[str, Sequence[int]], arrays: Mapping[str, NumpyArray] | None = None
     ) -> "OpenVinoBinding":
         """See Engine.bind. Arrays given must be C-contiguous; they are read where they lie at every run."""
         of_inputs, of_outputs = host_buffers(self.name, self.inputs, self.outputs, shapes, arrays)
-        return OpenVinoBinding(self.name, self._compiled, self._compiler, of_inputs, of_outputs)
+        return OpenVinoBinding(self.name, self._compiler, of_inputs, of_outputs)
 
     def run(self, feeds: Mapping[str, NumpyArray]) -> dict[str, NumpyArray]:
         """See Engine.run."""
         arrays = complete_feeds(self.name, self.inputs, feeds)
-        request = self._compiled.create_infer_request()
+        compiled, _ = _compiled_for(self.name, self._compiler, {name: value.shape for name, value in arrays.items()})
+        request = compiled.create_infer_request()
         for name, value in arrays.items():
             request.set_tensor(name, _tensor(value))
         _infer(self.name, request)
@@ -109,7 +111,6 @@ class OpenVinoBinding:
     def __init__(
         self,
         name: str,
-        compiled: Any,
         compiler: "_Compiler",
         inputs: Mapping[str, NumpyArray],
         outputs: Mapping[str, NumpyArray],
@@ -119,9 +120,9 @@ class OpenVinoBinding:
         self._shapes = {key: value.shape for key, value in inputs.items()}
         self._tensors = {key: _tensor(value) for key, value in {**inputs, **outputs}.items()}
         self._runs = 0
-        own = compiler.kept(self._shapes)
-        self._own = own is not None
-        self._request = self._bound(own or compiled)
+        kept = compiler.kept(self._shapes)
+        compiled, self._own = _compiled_for(name, compiler, self._shapes) if kept is None else (kept, True)
+        self._request = self._bound(compiled)
         self.inputs: Mapping[str, Array] = {key: HostArray(value) for key, value in inputs.items()}
         self.outputs: Mapping[str, Array] = {key: HostArray(value) for key, value in outputs.items()}
 
@@ -149,8 +150,26 @@ class _Compiler:
         self._core, self._path, self._settings, self._plans, self._key = core, path, settings, plans, key
         size = sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))  # external data included
         self.small = size <= _SMALL
-        if size > _LARGEST_PLAN:
+        self._turn = threading.Lock()
+        self._first: tuple[Mapping[str, Shape], Any] | None = None
+        self._any = None
+        if self.small:
+            self._any = self.compile()
+        else:
             self._plans = None
+        self.inputs = [value.any_name for value in (self._any or core.read_model(path)).inputs]
+
+    def compiled_for(self, shapes: Mapping[str, Shape]) -> tuple[Any, bool]:
+        """What runs these shapes, and whether it does only these. Raises RuntimeError, which is OpenVINO's."""
+        with self._turn:
+            if self._any is not None:
+                return self._any, False
+            if self._first is None:
+                self._first = dict(shapes), self._compile(shapes)
+            if self._first[0] == shapes:
+                return self._first[1], True
+            self._any, self._first = self._compile(None), None  # who runs the first goes on with it
+            return self._any, False
 
     def compile(self, shapes: Mapping[str, Shape] | None = None) -> Any:
         """Raises RuntimeError, which is OpenVINO's."""
@@ -193,6 +212,13 @@ class _Compiler:
 
 def _tensor(value: NumpyArray) -> Any:
     return _openvino().Tensor(value, shared_memory=True)
+
+
+def _compiled_for(name: str, compiler: _Compiler, shapes: Mapping[str, Shape]) -> tuple[Any, bool]:
+    try:
+        return compiler.compiled_for(shapes)
+    except RuntimeError as error:
+        raise EngineError(f"cannot compile graph {name!r} for {dict(shapes)}: {one_line(error)}") from error
 
 
 def _infer(name: str, request: Any) -> None:

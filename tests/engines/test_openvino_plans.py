@@ -8,6 +8,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from oneword.engines.errors import EngineError
 from oneword.engines.openvino import OpenVinoEngine
 from oneword.engines.plans import PlanCache
 from oneword.engines.spec import DType, Precision, TensorSpec
@@ -136,3 +137,48 @@ def test_the_folder_of_plans_does_not_grow_for_ever(
         np.testing.assert_array_equal(binding.outputs["y"].numpy(), np.ones((rows, 4)))
 
     assert len(list((tmp_path / "plans").glob("*.plan"))) == 3
+
+
+def test_a_large_graph_is_compiled_for_its_first_shapes_then_once_for_any_others(
+    path: Path, tmp_path: Path, compilations: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("oneword.engines.openvino._SMALL", 0)
+    opened = engine(path, PlanCache(tmp_path / "plans"))
+    assert len(compilations) == 0
+
+    first = opened.bind({"x": (2, 4)}, {"x": X})
+    for _ in range(2):
+        np.testing.assert_array_equal(opened.run({"x": X})["y"], X + 1)
+    assert len(compilations) == 1
+
+    for rows in (1, 3, 2):
+        binding = opened.bind({"x": (rows, 4)})
+        binding.run()
+        np.testing.assert_array_equal(binding.outputs["y"].numpy(), np.ones((rows, 4)))
+    first.run()
+    np.testing.assert_array_equal(first.outputs["y"].numpy(), X + 1)
+    assert len(compilations) == 2
+    assert not (tmp_path / "plans").exists()
+
+
+def test_a_damaged_large_graph_and_one_with_other_inputs_are_refused_when_they_are_opened(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("oneword.engines.openvino._SMALL", 0)
+    with pytest.raises(EngineError, match="takes x, its manifest says z"):
+        OpenVinoEngine("add", path, (TensorSpec("z", DType.FLOAT32, ("B", 4)),), OUTPUTS, Precision.FP32)
+    path.write_bytes(b"no graph")
+
+    with pytest.raises(EngineError, match="cannot open graph 'add'"):
+        engine(path, PlanCache(tmp_path / "plans"))
+
+
+def test_a_large_graph_that_cannot_be_compiled_is_an_error_that_names_it_and_its_shapes(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("oneword.engines.openvino._SMALL", 0)
+    opened = engine(path, PlanCache(tmp_path / "plans"))
+    path.write_bytes(b"changed since it was opened")
+
+    with pytest.raises(EngineError, match=r"cannot compile graph 'add' for \{'x': \(2, 4\)\}"):
+        opened.bind({"x": (2, 4)})
