@@ -1,4 +1,4 @@
-"""What a file needs to outlive a power cut."""
+"""What a graph's files weigh, and what a file needs to outlive a power cut."""
 
 import os
 from pathlib import Path
@@ -11,3 +11,8 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def size_of(graph: Path) -> int:
+    """Bytes of an .onnx and of the external data beside it. Raises OSError."""
+    return sum(file.stat().st_size for file in graph.parent.glob(f"{graph.name}*"))

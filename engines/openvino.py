@@ -28,6 +28,7 @@ from oneword.engines.engine import (
     host_buffers,
 )
 from oneword.engines.errors import EngineError, FileError, MissingPackage, one_line
+from oneword.engines.files import size_of
 from oneword.engines.plans import PlanCache, PlanKey
 from oneword.engines.spec import DType, Precision, TensorSpec
 from oneword.engines.threads import cpu_threads
@@ -148,8 +149,7 @@ class _Compiler:
         self, core: Any, path: Path, settings: Mapping[str, str], plans: PlanCache | None, key: PlanKey
     ) -> None:
         self._core, self._path, self._settings, self._plans, self._key = core, path, settings, plans, key
-        size = sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))  # external data included
-        self.small = size <= _SMALL
+        self.small = size_of(path) <= _SMALL
         self._turn = threading.Lock()
         self._first: tuple[Mapping[str, Shape], Any] | None = None
         self._any = None

@@ -166,6 +166,29 @@ def test_a_session_is_opened_once_however_often_it_runs(path: Path, monkeypatch:
     assert len(opened) == 1
 
 
+def test_weights_of_a_large_graph_are_not_reordered_and_it_gives_the_same(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ort = pytest.importorskip("onnxruntime")
+    levels = []
+
+    class Noted(ort.InferenceSession):  # type: ignore[misc, name-defined]
+        def __init__(self, file: str, options: Any, **kwargs: Any) -> None:
+            levels.append(options.graph_optimization_level)
+            super().__init__(file, options, **kwargs)
+
+    monkeypatch.setattr(ort, "InferenceSession", Noted)
+    given = feeds()
+    results = []
+    for size, limit in (("small", path.stat().st_size), ("large", path.stat().st_size - 1)):
+        monkeypatch.setattr("oneword.engines.onnxruntime._LARGE", limit)
+        results.append(OnnxRuntimeEngine(size, path, INPUTS, OUTPUTS, Precision.FP32, threads=1).run(given)["y"])
+
+    assert levels == [ort.GraphOptimizationLevel.ORT_ENABLE_ALL, ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED]
+    for result in results:
+        np.testing.assert_array_equal(result, given["x"] + given["table"][given["ids"]])
+
+
 def test_an_openvino_binding_that_runs_often_gets_a_graph_of_its_own_shapes_and_gives_the_same(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
