@@ -278,7 +278,7 @@ def drawn(model: Model, sections: Sequence[Section]) -> list[Image]:
     cells = [cell for section in sections for _, row in section.rows for cell in row]
     requests = [cell for cell in cells if isinstance(cell, Request)]
     images: dict[int, Image] = {}
-    for event in generate(model, requests):
+    for event in generate(model, requests, listen=False):
         match event:
             case PictureDone():
                 images[event.id] = event.image

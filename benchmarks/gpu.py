@@ -112,15 +112,17 @@ def _ours(contender: str, model: str, folder: Path, feeds: dict[str, Any], steps
     queue = gpu_queue()  # before the long work: there may be no GPU
     engine = open_engine(_bundle(model, folder), "denoise_step", Backend(contender))
     binding = engine.bind({name: value.shape for name, value in feeds.items()})
+    loop = Loop(binding, queue)
     schedule = np.repeat(feeds["schedule"][None], steps, axis=0)
 
     def start() -> Loop:
         for name, value in feeds.items():
             binding.inputs[name].write(..., value)
-        return Loop(binding, queue, schedule)
+        loop.begin(schedule)
+        return loop
 
     def one_by_one() -> None:
-        loop = start()
+        start()
         for _ in range(steps):
             loop.step()
         queue.wait()
@@ -131,8 +133,7 @@ def _ours(contender: str, model: str, folder: Path, feeds: dict[str, Any], steps
 
     first = start()
     first.step()
-    free, total = queue.device.memory()
-    return first.sample, one_by_one, in_one_piece, lambda: total - free
+    return first.sample, one_by_one, in_one_piece, queue.memory_in_use
 
 
 def _bundle(model: str, folder: Path) -> Any:

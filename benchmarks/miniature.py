@@ -79,7 +79,7 @@ def draw(model: Model, captions: Sequence[str], guidance: float) -> Pictures:
     """One picture a caption, 20 steps of DDIM, seed 100 + its place."""
     requests = [Request(text, seed=100 + i, steps=STEPS, guidance_scale=guidance) for i, text in enumerate(captions)]
     pictures: list[Any] = [None] * len(requests)
-    for event in generate(model, requests):
+    for event in generate(model, requests, listen=False):
         if isinstance(event, Failed):
             raise event.error
         if isinstance(event, PictureDone):

@@ -100,7 +100,7 @@ def _draw(model: Model, options: argparse.Namespace) -> list[Image]:
         for i, prompt in enumerate(PROMPTS)
     ]
     done = {}
-    for event in generate(model, requests):
+    for event in generate(model, requests, listen=False):
         if isinstance(event, Failed):
             raise event.error
         if isinstance(event, PictureDone):

@@ -6,15 +6,16 @@ No kernels: everything here is memory, order, and replaying what was captured.
 import ctypes
 import math
 import weakref
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from oneword.engines.engine import Array, Binding, NumpyArray, Region, Shape
+from oneword.engines.engine import Array, Binding, Given, NumpyArray, Region, Shape, check_dtype, host_buffers, on_host
 from oneword.engines.errors import EngineError, MissingPackage
 from oneword.engines.loop import Replay
+from oneword.engines.spec import TensorSpec
 
 _NON_BLOCKING = 1  # cudaStreamNonBlocking: no order with the default stream, which others may use
 
@@ -90,15 +91,35 @@ class Queue:
     def put(self, values: NumpyArray) -> "DeviceArray":
         """A copy of an array on the device."""
         array = self.empty(values.shape, values.dtype)
-        array.write(..., values)
+        values = np.ascontiguousarray(values)
+        self.transfer(array.pointer, values.ctypes.data, values.nbytes, "HostToDevice")
         return array
 
-    def like(self, arrays: Mapping[str, NumpyArray], filled: Collection[str]) -> dict[str, "DeviceArray"]:
-        """An array on the device for each on the host: a copy of those in `filled`, zeros for the others."""
-        return {
-            name: self.put(value) if name in filled else self.empty(value.shape, value.dtype)
-            for name, value in arrays.items()
-        }
+    def buffers(
+        self,
+        graph: str,
+        inputs: Mapping[str, TensorSpec],
+        outputs: Mapping[str, TensorSpec],
+        shapes: Mapping[str, Sequence[int]],
+        arrays: Mapping[str, Given],
+    ) -> tuple[dict[str, "DeviceArray"], dict[str, "DeviceArray"]]:
+        """Memory of the device for every input and output: `arrays` that are there as they lie, a copy of those on the
+        host, zeros for the rest. See Engine.bind."""
+        there = {name: array for name, array in arrays.items() if isinstance(array, DeviceArray)}
+        given = {**shapes, **{name: array.shape for name, array in arrays.items()}}
+        hosts = host_buffers(graph, inputs, outputs, given, None)
+        of_inputs, of_outputs = (
+            {name: there[name] if name in there else self.empty(like.shape, like.dtype) for name, like in each.items()}
+            for each in hosts
+        )
+        for name, array in arrays.items():
+            if isinstance(array, DeviceArray):
+                check_dtype(graph, inputs[name], array.dtype)
+            else:
+                values = on_host(array)
+                check_dtype(graph, inputs[name], values.dtype)
+                of_inputs[name].write(..., values)
+        return of_inputs, of_outputs
 
     def copy(self, target: Array, source: Array, row: int | None = None) -> None:
         """See loop.Queue."""
@@ -138,6 +159,11 @@ class Queue:
     def wait(self) -> None:
         """See loop.Queue."""
         self.device.call("cudaStreamSynchronize", self.stream)
+
+    def memory_in_use(self) -> int:
+        """See loop.Queue."""
+        free, total = self.device.memory()
+        return total - free
 
 
 class _Captured:

@@ -34,6 +34,10 @@ class Array(Protocol):
     def __dlpack_device__(self) -> tuple[int, int]: ...
 
 
+Given: TypeAlias = NumpyArray | Array
+"""An input that is not to be copied: memory of the host, or of the device that an engine's queue made."""
+
+
 class Binding(Protocol):
     """A graph at fixed shapes with fixed buffers: write `inputs`, `run()`, read `outputs`, as often as you like."""
 
@@ -65,12 +69,12 @@ class Engine(Protocol):
     @property
     def outputs(self) -> Mapping[str, TensorSpec]: ...
 
-    def bind(self, shapes: Mapping[str, Sequence[int]], arrays: Mapping[str, NumpyArray] | None = None) -> Binding:
+    def bind(self, shapes: Mapping[str, Sequence[int]], arrays: Mapping[str, Given] | None = None) -> Binding:
         """Buffers for every input and output, inputs filled with zeros.
 
         `shapes` gives the shape of every input (an optional one may lack where other inputs fix its axes), and of an
-        output whose axes no input has. An input in `arrays` is read where it lies, without a copy, if the engine runs
-        on the host. Raises FeedError.
+        output whose axes no input has. An input in `arrays` is read where it lies, without a copy, if that is where
+        the engine runs. Raises FeedError.
         """
         ...
 
@@ -104,6 +108,11 @@ class HostArray:
     def __dlpack_device__(self) -> tuple[int, int]:
         kind, index = self._values.__dlpack_device__()
         return int(kind), int(index)
+
+
+def on_host(given: Given) -> NumpyArray:
+    """The values on the host: where they lie, if that is there."""
+    return given if isinstance(given, np.ndarray) else given.numpy()
 
 
 _NUMPY: dict[DType, np.dtype[Any]] = {dtype: np.dtype(dtype.value) for dtype in DType if dtype is not DType.BFLOAT16}
@@ -157,15 +166,15 @@ def host_buffers(
     inputs: Mapping[str, TensorSpec],
     outputs: Mapping[str, TensorSpec],
     shapes: Mapping[str, Sequence[int]],
-    arrays: Mapping[str, NumpyArray] | None,
+    given_arrays: Mapping[str, Given] | None,
 ) -> tuple[dict[str, NumpyArray], dict[str, NumpyArray]]:
-    """Host memory for every input and output: `arrays` as they lie, zeros for the rest. See Engine.bind."""
-    arrays = arrays or {}
+    """Host memory for every input and output: arrays as they lie, zeros for the rest. See Engine.bind."""
+    arrays = {name: on_host(array) for name, array in (given_arrays or {}).items()}
     given = {name: tuple(shape) for name, shape in shapes.items()} | {n: a.shape for n, a in arrays.items()}
     of_outputs = {name: given.pop(name) for name in [*given] if name in outputs}
     sizes, input_shapes = check_shapes(graph, inputs, given)
     for name, value in arrays.items():
-        check_dtype(graph, inputs[name], value)
+        check_dtype(graph, inputs[name], value.dtype)
         if not value.flags.c_contiguous:
             raise FeedError(f"{name!r} of {graph} is not contiguous: pass numpy.ascontiguousarray of it")
     return (
@@ -184,7 +193,7 @@ def check_feeds(graph: str, specs: Mapping[str, TensorSpec], feeds: Mapping[str,
     """The shape of every input, optional ones included; the first wrong name, dtype or shape raises FeedError."""
     _check_names(graph, specs, feeds)
     for name, value in feeds.items():
-        check_dtype(graph, specs[name], value)
+        check_dtype(graph, specs[name], value.dtype)
     return check_shapes(graph, specs, {name: value.shape for name, value in feeds.items()})[1]
 
 
@@ -207,10 +216,10 @@ def check_opened(graph: str, path: Path, specs: Mapping[str, TensorSpec], opened
         )
 
 
-def check_dtype(graph: str, spec: TensorSpec, value: NumpyArray) -> None:
-    """Raises FeedError where the elements are not what the graph takes."""
-    if value.dtype != numpy_dtype(spec.dtype):
-        raise FeedError(f"{spec.name!r} of {graph} is {value.dtype}, the graph takes {spec}: cast it to {spec.dtype}")
+def check_dtype(graph: str, spec: TensorSpec, dtype: np.dtype[Any]) -> None:
+    """Raises FeedError where elements of this dtype are not what the graph takes."""
+    if dtype != numpy_dtype(spec.dtype):
+        raise FeedError(f"{spec.name!r} of {graph} is {dtype}, the graph takes {spec}: cast it to {spec.dtype}")
 
 
 def shape_of(graph: str, spec: TensorSpec, sizes: Mapping[str, int]) -> Shape:

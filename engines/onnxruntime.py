@@ -13,6 +13,7 @@ from typing import Any
 
 from oneword.engines.engine import (
     Array,
+    Given,
     HostArray,
     NumpyArray,
     check_opened,
@@ -69,7 +70,7 @@ class OnnxRuntimeEngine:
         self._session = open_session(name, path, self.inputs, ["CPUExecutionProvider"], threads, reorder)
 
     def bind(
-        self, shapes: Mapping[str, Sequence[int]], arrays: Mapping[str, NumpyArray] | None = None
+        self, shapes: Mapping[str, Sequence[int]], arrays: Mapping[str, Given] | None = None
     ) -> "OnnxRuntimeBinding":
         """See Engine.bind. Arrays given must be C-contiguous; they are read where they lie at every run."""
         of_inputs, of_outputs = host_buffers(self.name, self.inputs, self.outputs, shapes, arrays)

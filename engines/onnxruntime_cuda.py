@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from oneword.engines.cuda import DeviceArray, Queue
-from oneword.engines.engine import Array, NumpyArray, complete_feeds, host_buffers
+from oneword.engines.engine import Array, Given, NumpyArray, complete_feeds
 from oneword.engines.errors import EngineError, one_line
 from oneword.engines.onnxruntime import ELEMENT, load_onnxruntime, open_session
 from oneword.engines.spec import Precision, TensorSpec
@@ -47,12 +47,9 @@ class OnnxRuntimeCudaEngine:
         self.options = ort.RunOptions()
         self.options.add_run_config_entry("disable_synchronize_execution_providers", "1")
 
-    def bind(
-        self, shapes: Mapping[str, Sequence[int]], arrays: Mapping[str, NumpyArray] | None = None
-    ) -> "CudaBinding":
-        """See Engine.bind. Arrays that are given are copied to the device once, here."""
-        buffers = host_buffers(self.name, self.inputs, self.outputs, shapes, arrays)
-        inputs, outputs = (self.queue.like(each, arrays or {}) for each in buffers)
+    def bind(self, shapes: Mapping[str, Sequence[int]], arrays: Mapping[str, Given] | None = None) -> "CudaBinding":
+        """See Engine.bind. Arrays of the host are copied to the device once, here."""
+        inputs, outputs = self.queue.buffers(self.name, self.inputs, self.outputs, shapes, arrays or {})
         return CudaBinding(self, inputs, outputs)
 
     def run(self, feeds: Mapping[str, NumpyArray]) -> dict[str, NumpyArray]:

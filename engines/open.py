@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 
 from oneword.engines.bundle import PLANS, Bundle
 from oneword.engines.engine import Engine
+from oneword.engines.loop import HostQueue, Queue
 from oneword.engines.plans import PlanCache
 
 if TYPE_CHECKING:
-    from oneword.engines.cuda import Queue
+    from oneword.engines import cuda
 
 
 class Backend(StrEnum):
@@ -57,9 +58,14 @@ def open_engine(
             return TensorRtEngine(bundle, graph, Flavour(backend), gpu_queue())
 
 
-@cache
-def gpu_queue() -> "Queue":
-    """The one queue that all engines of this process share, so that what one gives another may read."""
-    from oneword.engines.cuda import Device, Queue
+def queue_of(backend: Backend) -> Queue:
+    """Where the engines of a back end do their work. Raises MissingPackage and EngineError where there is no GPU."""
+    return HostQueue() if backend in (Backend.ONNXRUNTIME, Backend.OPENVINO) else gpu_queue()
 
-    return Queue(Device())
+
+@cache
+def gpu_queue() -> "cuda.Queue":
+    """The one queue that all engines of this process share, so that what one gives another may read."""
+    from oneword.engines import cuda
+
+    return cuda.Queue(cuda.Device())

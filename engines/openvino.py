@@ -20,6 +20,7 @@ from typing import Any
 
 from oneword.engines.engine import (
     Array,
+    Given,
     HostArray,
     NumpyArray,
     Shape,
@@ -88,9 +89,7 @@ class OpenVinoEngine:
             raise EngineError(f"cannot open graph {name!r} ({path}): {one_line(error)}") from error
         check_opened(name, path, self.inputs, self._compiler.inputs)
 
-    def bind(
-        self, shapes: Mapping[str, Sequence[int]], arrays: Mapping[str, NumpyArray] | None = None
-    ) -> "OpenVinoBinding":
+    def bind(self, shapes: Mapping[str, Sequence[int]], arrays: Mapping[str, Given] | None = None) -> "OpenVinoBinding":
         """See Engine.bind. Arrays given must be C-contiguous; they are read where they lie at every run."""
         of_inputs, of_outputs = host_buffers(self.name, self.inputs, self.outputs, shapes, arrays)
         return OpenVinoBinding(self.name, self._compiler, of_inputs, of_outputs)

@@ -14,7 +14,7 @@ import numpy as np
 from oneword.engines.builder import RTX_TARGETS, Flavour, Limits, build_plans, installed_version, plan_cache
 from oneword.engines.bundle import PLANS, Bundle, Graph
 from oneword.engines.cuda import Device, DeviceArray, Queue
-from oneword.engines.engine import Array, NumpyArray, Shape, check_feeds, check_shapes, host_buffers
+from oneword.engines.engine import Array, Given, NumpyArray, Shape, check_feeds, check_shapes
 from oneword.engines.errors import EngineError, FeedError, MissingPackage, UsageError
 from oneword.engines.plans import PlanCache, PlanKey, Ranges
 from oneword.engines.spec import TensorSpec
@@ -45,8 +45,8 @@ class TensorRtEngine:
             self._plans = fitting_plans(bundle, graph, flavour, version, device.target)
         self._opened: dict[str, Any] = {}
 
-    def bind(self, shapes: Mapping[str, Sequence[int]], arrays: Mapping[str, NumpyArray] | None = None) -> "Bound":
-        """See Engine.bind. Arrays that are given are copied to the device once, here."""
+    def bind(self, shapes: Mapping[str, Sequence[int]], arrays: Mapping[str, Given] | None = None) -> "Bound":
+        """See Engine.bind. Arrays of the host are copied to the device once, here."""
         arrays = arrays or {}
         given = {name: tuple(shape) for name, shape in shapes.items()} | {n: a.shape for n, a in arrays.items()}
         sizes, input_shapes = check_shapes(
@@ -54,8 +54,8 @@ class TensorRtEngine:
         )
         context = self._context(narrowest(self.name, self._plans, sizes), input_shapes)
         inferred = {name: shape for name in self.outputs if (shape := known_shape(context, name))}
-        buffers = host_buffers(self.name, self.inputs, self.outputs, {**inferred, **shapes}, arrays)
-        inputs, outputs = (self.queue.like(each, arrays) for each in buffers)
+        shapes = {**inferred, **shapes}
+        inputs, outputs = self.queue.buffers(self.name, self.inputs, self.outputs, shapes, arrays)
         return Bound(self.name, self.queue, context, inputs, outputs)
 
     def run(self, feeds: Mapping[str, NumpyArray]) -> dict[str, NumpyArray]:

@@ -5,7 +5,16 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from oneword.engines.engine import Array, HostArray, NumpyArray, check_shapes, complete_feeds, numpy_dtype
+from oneword.engines.engine import (
+    Array,
+    Given,
+    HostArray,
+    NumpyArray,
+    check_shapes,
+    complete_feeds,
+    numpy_dtype,
+    on_host,
+)
 from oneword.engines.errors import EngineError
 from oneword.engines.spec import TensorSpec
 from oneword.export.families import Traceable
@@ -23,15 +32,13 @@ class EagerEngine:
         self.inputs: Mapping[str, TensorSpec] = {spec.name: spec for spec in graph.inputs}
         self.outputs: Mapping[str, TensorSpec] = {spec.name: spec for spec in graph.outputs}
 
-    def bind(
-        self, shapes: Mapping[str, Sequence[int]], arrays: Mapping[str, NumpyArray] | None = None
-    ) -> "EagerBinding":
+    def bind(self, shapes: Mapping[str, Sequence[int]], arrays: Mapping[str, Given] | None = None) -> "EagerBinding":
         """See Engine.bind; shapes of outputs are not needed here."""
-        arrays = arrays or {}
-        given = {n: tuple(s) for n, s in shapes.items() if n in self.inputs} | {n: a.shape for n, a in arrays.items()}
+        values = {name: on_host(array) for name, array in (arrays or {}).items()}
+        given = {n: tuple(s) for n, s in shapes.items() if n in self.inputs} | {n: a.shape for n, a in values.items()}
         _, all_shapes = check_shapes(self.name, self.inputs, given)
         inputs = {
-            name: arrays[name] if name in arrays else np.zeros(shape, numpy_dtype(self.inputs[name].dtype))
+            name: values[name] if name in values else np.zeros(shape, numpy_dtype(self.inputs[name].dtype))
             for name, shape in all_shapes.items()
         }
         return EagerBinding(self, inputs)

@@ -3,6 +3,8 @@
 A step denoises every row once. Rows of one size share an engine call, whatever their prompts, words, samplers, steps,
 guidance and seeds; what a row gets never depends on who shares the call. Nothing waits for the slowest: a row that is
 done is decoded and leaves, a new one starts at the next step.
+
+As long as the same rows are together their state stays where the engine works; it is read when their company changes.
 """
 
 import itertools
@@ -18,6 +20,7 @@ import numpy.typing as npt
 from oneword.engines.bundle import Manifest
 from oneword.engines.engine import Array
 from oneword.engines.errors import NotFinite, OnewordError, UsageError
+from oneword.engines.loop import Loop
 from oneword.runtime.images import resized
 from oneword.runtime.model import Context, Model, Tokens
 from oneword.runtime.noise import TorchGenerator
@@ -25,6 +28,7 @@ from oneword.runtime.request import Image, Request, Settings, settle
 from oneword.runtime.samplers import Schedule, make_schedule
 
 _MAX_CHUNKS = 64
+_AHEAD = 16  # steps whose noise is drawn, and lies on the device, at once
 
 Latents: TypeAlias = npt.NDArray[np.float32]
 """[C, h, w]"""
@@ -83,6 +87,9 @@ class _Row:
     known_noise: Latents | None = None
     mask: Latents | None = None  # [1, h, w]
     step: int = 0
+    drawn: dict[int, Latents] = field(default_factory=dict)  # noise of steps to come that has been asked for
+    broken_at: int | None = None  # the step that gave NaN or infinity
+    alone: bool = False  # shares no call: one that it shared has failed
 
     @property
     def contexts(self) -> list[Context]:
@@ -94,6 +101,62 @@ class _Row:
     @property
     def seed(self) -> int:
         return self.request.seed + self.index
+
+    @property
+    def steps_alike(self) -> int:
+        """How many of the next steps attend to the same contexts; at most _AHEAD, whose noise is drawn at once."""
+        guided = self.schedule.guided[self.step : self.step + _AHEAD]
+        if self.uncond is None:
+            return len(guided)
+        return next((i for i, each in enumerate(guided) if each != guided[0]), len(guided))
+
+    def noise(self, steps: int) -> list[Latents | None]:
+        """Of the next steps, where they draw: drawn in order, and once, however often a step is asked for."""
+        coming = range(self.step, self.step + steps)
+        for step in coming:
+            if self.schedule.draws[step] and step not in self.drawn:
+                self.drawn[step] = self.generator.randn(self.sample.shape)
+        return [self.drawn.get(step) for step in coming]
+
+
+@dataclass(eq=False)
+class _Run:
+    """Rows that are together for some steps, and the loop that has their state: `settle` gives it back to them."""
+
+    rows: tuple[_Row, ...]
+    loop: Loop
+    settled: bool = False
+
+    def __post_init__(self) -> None:
+        self._began = [row.step for row in self.rows]
+
+    @property
+    def over(self) -> bool:
+        return self.loop.done == self.loop.steps
+
+    def settle(self) -> None:
+        """Gives the loop away, once: the rows are where its last step left them, or where it found them if it fails."""
+        if not self.settled:
+            try:
+                self.read()
+            except OnewordError:
+                self.undo()
+
+    def read(self) -> None:
+        """The state of the last step goes into the rows. Raises EngineError."""
+        sample, previous, finite = self.loop.sample, self.loop.denoised, self.loop.finite
+        for i, row in enumerate(self.rows):
+            row.sample, row.previous = sample[i].copy(), previous[i].copy()
+            row.drawn = {step: noise for step, noise in row.drawn.items() if step >= row.step}
+            if not finite[:, i].all():
+                row.broken_at = self._began[i] + int(finite[:, i].argmin()) + 1
+        self.settled = True
+
+    def undo(self) -> None:
+        """The rows are where they were before."""
+        self.settled = True
+        for row, step in zip(self.rows, self._began, strict=True):
+            row.step = step
 
 
 @dataclass(eq=False)
@@ -109,10 +172,15 @@ class _Waiting:
 
 @dataclass(eq=False)
 class Batch:
-    """Rows on their way through one model. At most `max_rows` share an engine call."""
+    """Rows on their way through one model. At most `max_rows` share an engine call.
+
+    Without `listen` there are no StepDone events, and a step goes on until the next row is done: on a GPU nothing is
+    read in between.
+    """
 
     model: Model
     max_rows: int = 16
+    listen: bool = True
     seconds: dict[str, float] = field(default_factory=lambda: {"encode": 0.0, "denoise": 0.0, "decode": 0.0})
     """Time spent so far, by stage: encode, denoise, decode."""
 
@@ -121,6 +189,7 @@ class Batch:
         self._issued = 0
         self._waiting: dict[int, _Waiting] = {}
         self._rows: list[_Row] = []
+        self._runs: list[_Run] = []
 
     def __len__(self) -> int:
         """Pictures that are still to come."""
@@ -161,7 +230,12 @@ class Batch:
     def step(self) -> list[Event]:
         """Starts what waits, denoises every row once, decodes and takes out the rows that are done."""
         events = self._start()
-        for group in self._groups():
+        groups = [tuple(group) for group in self._groups()]
+        for run in self._runs:
+            if run.rows not in groups:
+                run.settle()
+        self._runs = [run for run in self._runs if not run.settled]
+        for group in groups:
             events += self._denoise(group)
         return events + self._finish()
 
@@ -268,37 +342,62 @@ class Batch:
                 groups.append([row])
         yield from groups
 
-    def _denoise(self, group: Sequence[_Row]) -> list[Event]:
-        """One engine call: the next sample of every row of the group."""
+    def _denoise(self, group: tuple[_Row, ...]) -> list[Event]:
+        """The next step of every row of the group in one engine call, and where nobody listens all until one is done.
+
+        Where the call fails, each row is tried in one of its own, now and from now on.
+        """
         start = time.perf_counter()
+        run = next((run for run in self._runs if run.rows == group and not run.settled), None)
+        denoised: Latents | None = None  # of all rows [B, C, h, w]
+        failure: OnewordError | None = None
         try:
-            next_sample, denoised, finite = self._call(group)
+            run = run or self._begin(group)
+            before = run.loop.done
+            if self.listen:
+                run.loop.step()
+                denoised = run.loop.denoised.copy()
+            else:
+                run.loop.finish()
+            for row in group:
+                row.step += run.loop.done - before
+            if run.over or (self.listen and not run.loop.finite[-1].all()):
+                run.read()
         except OnewordError as error:
-            self._rows = [row for row in self._rows if row not in group]
-            return [Failed(row.id, row.index, error) for row in group]
+            failure = error
+            if run is not None:
+                run.undo()
+        self.seconds["denoise"] += time.perf_counter() - start
+        if failure is not None and len(group) == 1:
+            self._rows.remove(group[0])
+            return [Failed(group[0].id, group[0].index, failure)]
+        if failure is not None:
+            for row in group:
+                row.alone = True
+            return [event for row in group for event in self._denoise((row,))]
         events: list[Event] = []
         for i, row in enumerate(group):
-            row.sample, row.previous = next_sample[i], denoised[i]
-            row.step += 1
-            if finite[i]:
-                events.append(StepDone(row.id, row.index, row.step, len(row.schedule.rows), row.previous))
-                continue
-            self._rows.remove(row)
-            message = f"graph 'denoise_step' gave NaN or infinity at step {row.step} of picture {row.index}: "
-            events.append(Failed(row.id, row.index, NotFinite(message + "export the model with --precision fp32")))
-        self.seconds["denoise"] += time.perf_counter() - start
+            if row.broken_at is not None:
+                self._rows.remove(row)
+                message = f"graph 'denoise_step' gave NaN or infinity at step {row.broken_at} of picture {row.index}: "
+                events.append(Failed(row.id, row.index, NotFinite(message + "export the model with --precision fp32")))
+            elif denoised is not None:
+                events.append(StepDone(row.id, row.index, row.step, len(row.schedule.rows), denoised[i]))
         return events
 
-    def _call(
-        self, group: Sequence[_Row]
-    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
-        """Writes the group into the engine's buffers and runs it. What has not changed since is not written again."""
+    def _begin(self, group: tuple[_Row, ...]) -> _Run:
+        """Writes the group into the engine's buffers: its state, its schedule and noise until its company changes.
+
+        What has not changed since the buffers' last user is not written again.
+        """
         used = _contexts_of(group)
         length = math.lcm(*(len(context.hidden_states) for context in used))
         branches = sum(len(row.contexts) for row in group)
         _, h, w = group[0].sample.shape
         prepared = self.model.bind_step(len(group), branches, len(used), length, h, w)
-        inputs, outputs = prepared.binding.inputs, prepared.binding.outputs
+        if isinstance(prepared.user, _Run):
+            prepared.user.settle()
+        inputs = prepared.loop.binding.inputs
         signature = tuple((row, len(row.contexts)) for row in group)
         if prepared.written != signature:
             prepared.written = None
@@ -307,11 +406,12 @@ class Batch:
         for i, row in enumerate(group):
             inputs["sample"].write(i, row.sample)
             inputs["previous"].write(i, row.previous)
-            inputs["schedule"].write(i, row.schedule.rows[row.step])
-            if row.schedule.draws[row.step]:
-                inputs["noise"].write(i, row.generator.randn(row.sample.shape))
-        prepared.binding.run()
-        return outputs["next_sample"].numpy().copy(), outputs["denoised"].numpy().copy(), outputs["finite"].numpy()
+        steps = min(row.steps_alike for row in group)
+        schedule = np.stack([row.schedule.rows[row.step : row.step + steps] for row in group], axis=1)
+        prepared.loop.begin(np.asarray(schedule, np.float32), _noise_of(group, steps))
+        run = prepared.user = _Run(group, prepared.loop)
+        self._runs.append(run)
+        return run
 
     def _finish(self) -> list[Event]:
         """Decodes the rows that have done their last step, those of one size together, and takes them out."""
@@ -379,7 +479,22 @@ def _pasted(image: Image, request: Request, settings: Settings) -> Image:
     return np.where(mask[..., None], image, resized(request.image, settings.width, settings.height))
 
 
+def _noise_of(group: Sequence[_Row], steps: int) -> npt.NDArray[np.float32] | None:
+    """Of the group's next steps [steps, B, C, h, w], zeros where a row draws none; None where none does."""
+    drawn = [row.noise(steps) for row in group]
+    if all(noise is None for each in drawn for noise in each):
+        return None
+    table = np.zeros((steps, len(group), *group[0].sample.shape), np.float32)
+    for i, each in enumerate(drawn):
+        for step, noise in enumerate(each):
+            if noise is not None:
+                table[step, i] = noise
+    return table
+
+
 def _fits(group: Sequence[_Row], row: _Row) -> bool:
+    if row.alone or group[0].alone:
+        return False
     lengths = [len(context.hidden_states) for each in (*group, row) for context in each.contexts]
     return _size(group[0]) == _size(row) and math.lcm(*lengths) <= 2 * max(lengths)
 

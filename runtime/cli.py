@@ -2,6 +2,7 @@
 
 import json
 import re
+import resource
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -104,12 +105,13 @@ def command(
     model = Model.open(bundle, Backend(engine), capacity=max(DEFAULT_CAPACITY, vectors))
     for concept in loaded:
         model.load(concept)
-    batch = Batch(model, max_rows)
+    console = Console(stderr=True)
+    batch = Batch(model, max_rows, listen=console.is_terminal)
     for request in requests:
         batch.add(request)
     sheet = None if grid is None else _grid(prompts, words, requests, model)
     opened = time.perf_counter()
-    saved = _run(batch, output, model)
+    saved = _run(batch, output, model, console)
     images = [saved[key] for key in sorted(saved)]
     if grid is not None and sheet is not None:
         _save_grid(grid, sheet, images)
@@ -125,6 +127,8 @@ def command(
             **batch.seconds,
             "total": time.perf_counter() - start,
         },
+        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10,
+        "gpu_mib": model.gpu_mib,
     }
     if as_json:
         click.echo(json.dumps(report, indent=1))
@@ -135,11 +139,10 @@ def command(
         click.echo(str(grid))
 
 
-def _run(batch: Batch, output: Path, model: Model) -> dict[tuple[int, int], dict[str, Any]]:
+def _run(batch: Batch, output: Path, model: Model, console: Console) -> dict[tuple[int, int], dict[str, Any]]:
     """Steps the batch to its end; pictures are saved as they come. Raises the first failure, once all else is saved."""
     saved: dict[tuple[int, int], dict[str, Any]] = {}
     failures: list[OnewordError] = []
-    console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         total = len(batch)

@@ -7,19 +7,20 @@ Not here: who is denoised together with whom (`oneword.runtime.batch`).
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import safetensors
 
-from oneword.engines.bundle import Bundle, MissingNegative
-from oneword.engines.engine import Binding, Engine, NumpyArray
+from oneword.engines.bundle import Bundle, Encoder, MissingNegative
+from oneword.engines.engine import Array, Binding, Engine, NumpyArray
 from oneword.engines.errors import BundleError, ConceptError, NotFinite, UsageError
-from oneword.engines.open import Backend, open_engine
+from oneword.engines.loop import Loop
+from oneword.engines.open import Backend, open_engine, queue_of
 from oneword.runtime.concept import Concept
 from oneword.runtime.prompt import PromptTokens, Tokenizer, Vocabulary, encode_ids
 from oneword.runtime.request import Image
@@ -27,6 +28,9 @@ from oneword.runtime.table import DEFAULT_CAPACITY, EmbeddingTable
 
 _BINDINGS = 8
 _CONTEXTS = 256
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,10 +57,11 @@ class Context:
 
 @dataclass(eq=False)
 class StepBinding:
-    """Buffers of `denoise_step`, and a note of its user's on what they hold."""
+    """The loop over `denoise_step` at some sizes, and notes of its users on what its buffers hold."""
 
-    binding: Binding
+    loop: Loop
     written: object = None
+    user: object = None
 
 
 class Model:
@@ -69,7 +74,7 @@ class Model:
         threads: int | None = None,
         capacity: int = DEFAULT_CAPACITY,
     ) -> None:
-        """`capacity` is the number of learned vectors that can be loaded at a time; unused room costs no memory."""
+        """`capacity` is the number of learned vectors that can be loaded at a time; a host pays for what is used."""
         self.bundle = bundle
         self.manifest = bundle.manifest
         self.backend = backend
@@ -77,14 +82,18 @@ class Model:
         """Seconds that opening each engine took, in the order they were opened; an engine is opened once."""
         self._threads = threads
         self._engines: dict[str, Engine] = {}
-        self._bindings: OrderedDict[tuple[int, ...], StepBinding] = OrderedDict()
+        self._queue = queue_of(backend)
+        self._steps: OrderedDict[tuple[int, ...], StepBinding] = OrderedDict()
+        self._encoders: OrderedDict[tuple[str, int], Binding] = OrderedDict()
         self._contexts: OrderedDict[bytes, Context] = OrderedDict()
         self._words: dict[str, dict[str, tuple[int, ...]]] = {encoder.graph: {} for encoder in self.manifest.encoders}
         self._tokenizers: dict[str, Tokenizer] = {}
         self._tables: dict[str, EmbeddingTable] = {}
         for encoder in self.manifest.encoders:
             self._tokenizers[encoder.graph] = Tokenizer(bundle.file(encoder.tokenizer), encoder)
-            self._tables[encoder.graph] = EmbeddingTable(_base_table(bundle.file(encoder.table)), capacity)
+            self._tables[encoder.graph] = EmbeddingTable(
+                _base_table(bundle.file(encoder.table)), capacity, self._queue.put
+            )
 
     @classmethod
     def open(
@@ -101,6 +110,12 @@ class Model:
     def words(self) -> tuple[str, ...]:
         """The learned words that prompts may use now."""
         return tuple(next(iter(self._words.values())))
+
+    @property
+    def gpu_mib(self) -> int | None:
+        """MiB of the GPU's memory in use now, by whomever; None where the back end has no GPU."""
+        used = self._queue.memory_in_use()
+        return None if used is None else used >> 20
 
     def engine(self, name: str) -> Engine:
         """The engine of a graph, opened at the first call."""
@@ -198,19 +213,30 @@ class Model:
     def bind_step(self, rows: int, branches: int, contexts: int, tokens: int, height: int, width: int) -> StepBinding:
         """`denoise_step` at these sizes (B, N, M, T, h, w); the last few are kept, with what was written into them."""
         key = (rows, branches, contexts, tokens, height, width)
-        if key in self._bindings:
-            self._bindings.move_to_end(key)
-            return self._bindings[key]
-        sizes: dict[str, int] = dict(zip(("B", "N", "M", "T", "h", "w"), key, strict=True))
-        engine = self.engine("denoise_step")
+
+        def bind() -> StepBinding:
+            sizes: dict[str, int] = dict(zip(("B", "N", "M", "T", "h", "w"), key, strict=True))
+            return StepBinding(Loop(self._bind("denoise_step", sizes), self._queue))
+
+        return _recent(self._steps, key, bind)
+
+    def _bind(self, graph: str, sizes: Mapping[str, int], **arrays: Array) -> Binding:
+        engine = self.engine(graph)
         shapes = {
             name: [sizes[axis] if isinstance(axis, str) else axis for axis in spec.axes]
             for name, spec in engine.inputs.items()
+            if name not in arrays
         }
-        self._bindings[key] = StepBinding(engine.bind(shapes))
-        while len(self._bindings) > _BINDINGS:
-            self._bindings.popitem(last=False)
-        return self._bindings[key]
+        return engine.bind(shapes, arrays)
+
+    def _bind_encoder(self, encoder: Encoder, rows: int) -> Binding:
+        """A text encoder over its table, which lies where the engine reads it."""
+
+        def bind() -> Binding:
+            sizes = {"B": rows, "T": encoder.length}
+            return self._bind(encoder.graph, sizes, embedding_table=self._tables[encoder.graph].array)
+
+        return _recent(self._encoders, (encoder.graph, rows), bind)
 
     def _encode(self, prompts: Sequence[Tokens]) -> list[Context]:
         """One call per encoder over the chunks of all prompts; then the encoders' columns are put side by side."""
@@ -225,12 +251,14 @@ class Model:
                 "input_ids": np.concatenate([tokens.input_ids for tokens in each]),
                 "token_weights": np.concatenate([tokens.token_weights for tokens in each]),
                 "layer": np.repeat(np.array(layers, np.int64), counts),
-                "embedding_table": self._tables[encoder.graph].array,
             }
-            engine = self.engine(encoder.graph)
-            if "eos_index" in engine.inputs:
+            binding = self._bind_encoder(encoder, sum(counts))
+            if "eos_index" in binding.inputs:
                 feeds["eos_index"] = np.concatenate([tokens.eos_index for tokens in each])
-            out = engine.run(feeds)
+            for name, value in feeds.items():
+                binding.inputs[name].write(..., value)
+            binding.run()
+            out = {name: value.numpy().copy() for name, value in binding.outputs.items()}
             first = np.cumsum([0, *counts[:-1]])
             finite &= np.logical_and.reduceat(out["finite"], first)
             chunks = np.split(out["hidden_states"], first[1:])
@@ -244,6 +272,16 @@ class Model:
             hidden = np.concatenate([np.tile(column, (length // len(column), 1)) for column in columns], axis=1)
             contexts.append(Context(hidden, None if pooled is None else pooled[i], bool(finite[i])))
         return contexts
+
+
+def _recent(kept: OrderedDict[Key, Value], key: Key, make: Callable[[], Value]) -> Value:
+    """What is kept under the key, made where it is not; only the last few asked for are kept."""
+    if key not in kept:
+        kept[key] = make()
+    kept.move_to_end(key)
+    while len(kept) > _BINDINGS:
+        kept.popitem(last=False)
+    return kept[key]
 
 
 def _base_table(path: Path) -> NumpyArray:

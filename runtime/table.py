@@ -5,26 +5,37 @@ prompts that name them wait to be encoded, and are given to other words only aft
 """
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
-from oneword.engines.engine import bfloat16_bits
+from oneword.engines.engine import Array, HostArray, bfloat16_bits
 from oneword.engines.errors import ConceptError, UsageError
 
 DEFAULT_CAPACITY: Final = 1024
-"""Learned rows. Pages that no word has been written to cost no memory."""
+"""Learned rows. On the host, pages that no word has been written to cost no memory."""
 
 
 class EmbeddingTable:
-    """`base` [V, D] and room for `capacity` learned rows, in the base's dtype; uint16 are the bits of bfloat16."""
+    """`base` [V, D] and room for `capacity` learned rows, in the base's dtype; uint16 are the bits of bfloat16.
 
-    def __init__(self, base: npt.NDArray[Any], capacity: int = DEFAULT_CAPACITY) -> None:
+    It lies where `place` puts it: the memory of a GPU, or as it is on the host.
+    """
+
+    def __init__(
+        self,
+        base: npt.NDArray[Any],
+        capacity: int = DEFAULT_CAPACITY,
+        place: Callable[[npt.NDArray[Any]], Array] = HostArray,
+    ) -> None:
         self.vocab_size, self.width = base.shape
-        self.array: npt.NDArray[Any] = np.zeros((self.vocab_size + capacity, self.width), base.dtype)
-        """[V + capacity, D], C-contiguous: what the graph's `embedding_table` is bound to, for good."""
-        self.array[: self.vocab_size] = base
+        self.capacity, self._dtype = capacity, base.dtype
+        values = np.zeros((self.vocab_size + capacity, self.width), base.dtype)
+        values[: self.vocab_size] = base
+        self.array = place(values)
+        """[V + capacity, D]: what the graph's `embedding_table` is bound to, for good."""
         self._ids: dict[str, tuple[int, ...]] = {}
         self._free = list(range(self.vocab_size + capacity - 1, self.vocab_size - 1, -1))
         self._held: Counter[int] = Counter()
@@ -50,16 +61,17 @@ class EmbeddingTable:
                 "the word was learned for another model"
             )
         if len(vectors) > len(self._free):
-            capacity = len(self.array) - self.vocab_size
             raise ConceptError(
-                f"{token!r} needs {len(vectors)} rows, {len(self._free)} of {capacity} are free: unload words first"
+                f"{token!r} needs {len(vectors)} rows, {len(self._free)} of {self.capacity} are free: "
+                "unload words first"
             )
 
     def load(self, token: str, vectors: npt.NDArray[np.floating[Any]]) -> tuple[int, ...]:
         """Writes a word's vectors [n, D]; returns its n ids, V and above. Raises ConceptError."""
         self.check(token, vectors)
         ids = tuple(self._free.pop() for _ in range(len(vectors)))
-        self.array[list(ids)] = bfloat16_bits(vectors) if self.array.dtype == np.uint16 else vectors
+        for row, vector in zip(ids, bfloat16_bits(vectors) if self._dtype == np.uint16 else vectors, strict=True):
+            self.array.write(row, vector)
         self._ids[token] = ids
         return ids
 

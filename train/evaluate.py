@@ -211,7 +211,7 @@ def sample(
     how: dict[str, Any] = {"num_images": count, "steps": steps, "guidance_scale": guidance_scale}
     requests = [Request(prompt, seed=seed, sampler=Sampler.DDIM, **how) for prompt in prompts]
     done: dict[tuple[int, int], npt.NDArray[np.uint8]] = {}
-    for event in generate(model, requests):
+    for event in generate(model, requests, listen=False):
         if isinstance(event, Failed):
             raise event.error
         if isinstance(event, PictureDone):

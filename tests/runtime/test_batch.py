@@ -11,9 +11,12 @@ import numpy.typing as npt
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from oneword.engines.errors import NotFinite
+from oneword.engines.errors import EngineError, NotFinite
+from oneword.engines.loop import Loop
+from oneword.engines.onnxruntime import OnnxRuntimeBinding
 from oneword.runtime.batch import Batch, Failed, PictureDone, StepDone
 from oneword.runtime.concept import Concept
+from oneword.runtime.generate import generate
 from oneword.runtime.model import Model
 from oneword.runtime.request import Image, Request
 from oneword.runtime.samplers import Sampler
@@ -29,7 +32,7 @@ def model(tiny_bundle: Path) -> Model:
     for i, token in enumerate([*WORDS, "<broken>"]):
         model.load(Concept(token, {"text_encoder": random.normal(0, 0.5, (1 + i % 3, 32)).astype(np.float32)}))
     [table] = model._tables.values()
-    table.array[list(table.ids["<broken>"])] = np.nan
+    table.array.write(list(table.ids["<broken>"]), np.nan)
     return model
 
 
@@ -40,15 +43,16 @@ class Recorded(Batch):
         super().__post_init__()
         self.fed: dict[int, list[npt.NDArray[np.float32]]] = defaultdict(list)
 
-    def _call(self, group: Sequence[Any]) -> Any:
-        result = super()._call(group)
-        noise = next(reversed(self.model._bindings.values())).binding.inputs["noise"].numpy()
+    def _denoise(self, group: Any) -> Any:
+        first = [row.sample.copy() for row in group]
+        events = super()._denoise(group)
+        noise = next(reversed(self.model._steps.values())).loop.binding.inputs["noise"].numpy()
         for i, row in enumerate(group):
-            if row.step == 0:
-                self.fed[row.seed].append(row.sample.copy())
-            if row.schedule.draws[row.step]:
+            if row.step == 1:
+                self.fed[row.seed].append(first[i])
+            if row.schedule.draws[row.step - 1]:
                 self.fed[row.seed].append(noise[i].copy())
-        return result
+        return events
 
 
 def run(batch: Batch) -> Iterator[StepDone | PictureDone | Failed]:
@@ -146,6 +150,8 @@ def test_rows_that_join_late_leave_early_or_fail_leave_the_others_as_they_were(
                 batch.cancel(id)
             for row in batch._rows:
                 if row.id == id and end == "NaN" and turn == join + 1:
+                    for steps in batch._runs:
+                        steps.settle()
                     row.sample = np.full_like(row.sample, np.nan)
         for event in batch.step():
             if isinstance(event, PictureDone):
@@ -213,3 +219,64 @@ def _stretched(image: Image) -> Any:
     import PIL.Image
 
     return PIL.Image.fromarray(image).resize((128, 32), PIL.Image.Resampling.LANCZOS)
+
+
+def test_where_nobody_listens_pictures_are_the_same_and_only_they_are_told(model: Model) -> None:
+    requests = [*mixed(), *REQUESTS]
+    batch = Batch(model, listen=False)
+    for request in requests:
+        batch.add(request)
+    events = list(run(batch))
+    expected, _ = made(model, requests)
+
+    assert all(isinstance(event, PictureDone) for event in events)
+    assert {event.seed for event in events} == expected.keys()
+    for event in events:
+        assert isinstance(event, PictureDone)
+        np.testing.assert_array_equal(event.image, expected[event.seed])
+
+
+def test_rows_whose_shared_call_fails_go_on_alone_with_the_noise_they_had(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where memory suffices for one row and not for three."""
+    requests = [Request("a cat", seed=seed, steps=5, sampler=Sampler.EULER_A) for seed in range(3)]
+    alone = {seed: made(model, [request])[0][seed] for seed, request in enumerate(requests)}
+    step, calls = Loop.step, []
+
+    def no_room(loop: Loop) -> None:
+        rows = loop.binding.inputs["sample"].shape[0]
+        calls.append(rows)
+        if rows == 3 and len(calls) > 2:
+            raise EngineError("out of memory")
+        step(loop)
+
+    monkeypatch.setattr(Loop, "step", no_room)
+    together = {event.seed: event.image for event in generate(model, requests) if isinstance(event, PictureDone)}
+
+    assert calls[:3] == [3, 3, 3]
+    assert calls[3:] == [1] * 15
+    for seed, image in alone.items():
+        np.testing.assert_array_equal(together[seed], image)
+
+
+@pytest.mark.parametrize("listen", [True, False])
+def test_a_row_whose_own_call_fails_is_named_and_the_others_come(
+    model: Model, monkeypatch: pytest.MonkeyPatch, listen: bool
+) -> None:
+    run_graph = OnnxRuntimeBinding.run
+
+    def refused(binding: OnnxRuntimeBinding, stream: int | None = None) -> None:
+        if "sample" in binding.inputs and (binding.inputs["sample"].numpy() == np.float32(7)).any():
+            raise EngineError("the engine refuses this row")
+        run_graph(binding, stream)
+
+    monkeypatch.setattr(OnnxRuntimeBinding, "run", refused)
+    batch = Batch(model, listen=listen)
+    first, bad, last = (batch.add(Request("a cat", seed=seed, steps=4)) for seed in (1, 2, 3))
+    events = batch._start()
+    batch._rows[1].sample[0, 0, 0] = 7
+    events += list(run(batch))
+
+    assert [event.id for event in events if isinstance(event, Failed)] == [bad]
+    assert {event.id for event in events if isinstance(event, PictureDone)} == {first, last}

@@ -218,7 +218,7 @@ def test_twelve_words_share_engines_and_batch_and_each_is_as_alone(model: Model,
 def test_a_word_that_breaks_the_encoder_fails_alone(model: Model) -> None:
     model.load(Concept("<huge>", {"text_encoder": np.full((1, 32), 1.0, np.float32)}))
     ids = model._words["text_encoder"]["<huge>"]
-    model._tables["text_encoder"].array[list(ids)] = np.nan
+    model._tables["text_encoder"].array.write(list(ids), np.nan)
     events: list[Event] = list(generate(model, [Request("a <huge>", steps=2), Request("a cat", steps=2)]))
     model.unload("<huge>")
 
@@ -267,7 +267,7 @@ def test_guidance_of_one_costs_one_branch(model: Model) -> None:
     batch.add(Request("a cat", steps=2, guidance_scale=4.0))
     batch.step()
 
-    (rows, branches, contexts, *_) = next(reversed(model._bindings))
+    (rows, branches, contexts, *_) = next(reversed(model._steps))
     assert (rows, branches, contexts) == (2, 3, 2)
 
 

@@ -13,14 +13,14 @@ BASE = np.arange(20, dtype=np.float32).reshape(5, 4)
 
 def test_loading_a_word_writes_its_rows_and_nothing_else() -> None:
     table = EmbeddingTable(BASE, capacity=6)
-    array, before = table.array, table.array.copy()
+    array, before = table.array, table.array.numpy().copy()
     ids = table.load("<toy>", np.full((2, 4), 7, np.float32))
     assert table.array is array
     assert min(ids) >= 5
     expected = before.copy()
     expected[list(ids)] = 7
-    np.testing.assert_array_equal(table.array, expected)
-    assert table.array.flags.c_contiguous
+    np.testing.assert_array_equal(table.array.numpy(), expected)
+    assert table.array.numpy().flags.c_contiguous
     assert table.ids == {"<toy>": ids}
 
 
@@ -31,13 +31,13 @@ def test_rows_of_a_bfloat16_table_are_the_nearest_bfloat16() -> None:
     table = EmbeddingTable(np.zeros((5, 4), np.uint16), capacity=1)
     [row] = table.load("<toy>", values)
     expected = torch.from_numpy(values[0]).to(torch.bfloat16).view(torch.uint16).numpy()
-    np.testing.assert_array_equal(table.array[row], expected)
+    np.testing.assert_array_equal(table.array.numpy()[row], expected)
 
 
 def test_rows_of_an_fp16_table_are_fp16() -> None:
     table = EmbeddingTable(BASE.astype(np.float16), capacity=1)
     [row] = table.load("<toy>", np.full((1, 4), 0.1, np.float32))
-    np.testing.assert_array_equal(table.array[row], np.full(4, 0.1, np.float16))
+    np.testing.assert_array_equal(table.array.numpy()[row], np.full(4, 0.1, np.float16))
 
 
 def test_an_unloaded_words_rows_are_used_again() -> None:
@@ -58,7 +58,7 @@ def test_rows_that_a_prompt_waits_for_are_not_given_away() -> None:
     table.unload("<a>")
     assert table.free_rows == 1
     assert table.load("<b>", np.full((1, 4), 2, np.float32)) != (row,)
-    np.testing.assert_array_equal(table.array[row], np.ones(4))
+    np.testing.assert_array_equal(table.array.numpy()[row], np.ones(4))
     table.release(waiting)
     assert table.free_rows == 0
     table.release(waiting)
@@ -89,12 +89,12 @@ def test_held_rows_keep_their_vectors_whatever_comes_and_goes(steps: list[tuple[
         elif action == "hold" and token in table.ids:
             ids = np.array(table.ids[token])
             table.hold(ids)
-            held.append((ids, table.array[ids].copy()))
+            held.append((ids, table.array.numpy()[ids].copy()))
         elif action == "release" and held:
             table.release(held.pop(word % len(held))[0])
         for ids, rows in held:
-            np.testing.assert_array_equal(table.array[ids], rows)
-        np.testing.assert_array_equal(table.array[:5], BASE)
+            np.testing.assert_array_equal(table.array.numpy()[ids], rows)
+        np.testing.assert_array_equal(table.array.numpy()[:5], BASE)
     for ids, _ in held:
         table.release(ids)
     for token in table.ids:

@@ -85,7 +85,7 @@ def test_hidden_states_and_pooled_are_those_of_a_model_that_knows_the_words(
         tokens_ = encode_ids(prompt, tokenizer, vocabulary)
         states, pooled, finite = TextEncoder(model, pools=True)(
             torch.from_numpy(tokens_.input_ids),
-            torch.from_numpy(table.array),
+            torch.from_numpy(table.array.numpy()),
             torch.from_numpy(tokens_.token_weights),
             torch.tensor([3]),
             torch.from_numpy(tokens_.eos_index),
