@@ -10,14 +10,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
 import torch
 from diffusers import DDPMScheduler
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch.nn.functional import mse_loss
 
 from oneword.engines.bundle import Encoder
@@ -89,6 +88,7 @@ class Learner:
             source.unet.enable_gradient_checkpointing()
             source.unet.train()  # diffusers checkpoints only then; nothing in these networks drops out
         self.unet = UNet(source.unet)
+        self._attention: object = None
         family = family_of(source)
         modules = {graph.name: graph.module for graph in family.graphs}
         self.conditioning = family.conditioning
@@ -233,14 +233,17 @@ class Learner:
         self, noisy: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor, pooled: torch.Tensor | None
     ) -> torch.Tensor:
         """The UNet's answer [B, C, h, w] float32, computed in its own type."""
-        with attention(self.dtype, noisy.shape[-1] * noisy.shape[-2]):
-            return self.unet(
-                noisy.to(self.dtype, memory_format=torch.channels_last),
-                timesteps,
-                context.to(self.dtype),
-                None if pooled is None else pooled.to(self.dtype),
-                self._time_ids(noisy) if self.conditioning.time_ids else None,
-            ).float()
+        processor = attention(self.dtype, noisy.shape[-1] * noisy.shape[-2])
+        if self._attention is not processor:
+            self.source.unet.set_attn_processor(processor())
+            self._attention = processor
+        return self.unet(
+            noisy.to(self.dtype, memory_format=torch.channels_last),
+            timesteps,
+            context.to(self.dtype),
+            None if pooled is None else pooled.to(self.dtype),
+            self._time_ids(noisy) if self.conditioning.time_ids else None,
+        ).float()
 
     def _context(
         self, prompts: Mapping[int, Sequence[str]], rows_of: Mapping[int, Rows] | None = None
@@ -483,9 +486,12 @@ def distance_to_start(word: Word) -> torch.Tensor:
     return torch.stack([(rows - word.initial[name]).square().sum(-1).mean() for name, rows in word.rows.items()]).sum()
 
 
-def attention(dtype: torch.dtype, positions: int) -> AbstractContextManager[None]:
-    """PyTorch's fused attention, but for bf16 over few positions, where its backward is ten times slower than plain."""
-    return sdpa_kernel(SDPBackend.MATH) if dtype is torch.bfloat16 and positions <= 1024 else nullcontext()
+def attention(dtype: torch.dtype, positions: int) -> type[AttnProcessor] | type[AttnProcessor2_0]:
+    """How the UNet attends: PyTorch's fused kernels, but over few positions, where products and a softmax are faster.
+
+    In bf16, whose fused backward is ten times slower on a CPU, a thousand are few.
+    """
+    return AttnProcessor if positions <= (1024 if dtype is torch.bfloat16 else 256) else AttnProcessor2_0
 
 
 def compute_dtype(compute: Compute) -> torch.dtype:

@@ -10,7 +10,10 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+from oneword.engines.builder import Flavour, Limits, build_plans
+from oneword.engines.bundle import Bundle
 from oneword.engines.errors import UsageError
+from oneword.engines.open import Backend
 from oneword.export.families import family_of
 from oneword.export.source import load_source
 from oneword.export.write import export_bundle
@@ -21,23 +24,41 @@ from oneword.runtime.model import Model
 from oneword.runtime.request import Image, Request
 
 
-def test_latent_diffusion_text_to_image_is_that_of_diffusers(tiny_ldm_dir: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def ldm_bundle(tiny_ldm_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return exported(tiny_ldm_dir, "latent-diffusion", tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def sd2_bundle(tiny_sd2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return exported(tiny_sd2_dir, "stable-diffusion", tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def sdxl_bundle(tiny_sdxl_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return exported(tiny_sdxl_dir, "stable-diffusion-xl", tmp_path_factory)
+
+
+def exported(model: Path, family: str, folders: pytest.TempPathFactory) -> Path:
+    bundle = folders.mktemp(family) / "bundle"
+    assert export_bundle(model, bundle).family == family
+    return bundle
+
+
+def test_latent_diffusion_text_to_image_is_that_of_diffusers(tiny_ldm_dir: Path, ldm_bundle: Path) -> None:
     from diffusers import LDMTextToImagePipeline
 
-    exported = export_bundle(tiny_ldm_dir, tmp_path / "bundle")
-    assert exported.family == "latent-diffusion"
-    model = Model.open(tmp_path / "bundle", threads=1)
+    model = Model.open(ldm_bundle, threads=1)
     pipeline = LDMTextToImagePipeline.from_pretrained(tiny_ldm_dir)
     for prompt in ("A photo of the red painting, 7 cats", "dog"):
         ours = picture(model, prompt, guidance_scale=6)
         assert psnr(ours, of_diffusers(pipeline, prompt, guidance_scale=6.0)) >= 50
 
 
-def test_stable_diffusion_2_is_that_of_diffusers(tiny_sd2_dir: Path, tmp_path: Path) -> None:
+def test_stable_diffusion_2_is_that_of_diffusers(tiny_sd2_dir: Path, sd2_bundle: Path) -> None:
     from diffusers import StableDiffusionPipeline
 
-    export_bundle(tiny_sd2_dir, tmp_path / "bundle")
-    model = Model.open(tmp_path / "bundle", threads=1)
+    model = Model.open(sd2_bundle, threads=1)
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd2_dir, safety_checker=None)
     for negative_prompt in (None, "blue dog"):
         settings = {"negative_prompt": negative_prompt, "guidance_scale": 4.0}
@@ -45,11 +66,12 @@ def test_stable_diffusion_2_is_that_of_diffusers(tiny_sd2_dir: Path, tmp_path: P
         assert psnr(ours, of_diffusers(pipeline, "a red star", **settings)) >= 50
 
 
-def test_sdxl_with_a_word_of_two_encoders_is_that_of_diffusers(tiny_sdxl_dir: Path, tmp_path: Path) -> None:
+def test_sdxl_with_a_word_of_two_encoders_is_that_of_diffusers(
+    tiny_sdxl_dir: Path, sdxl_bundle: Path, tmp_path: Path
+) -> None:
     from diffusers import StableDiffusionXLPipeline
 
-    export_bundle(tiny_sdxl_dir, tmp_path / "bundle")
-    model = Model.open(tmp_path / "bundle", threads=1)
+    model = Model.open(sdxl_bundle, threads=1)
     random = np.random.default_rng(0)
     widths = {"text_encoder": 16, "text_encoder_2": 24}
     vectors = {name: random.normal(0, 0.5, (2, width)).astype(np.float32) for name, width in widths.items()}
@@ -68,6 +90,39 @@ def test_sdxl_with_a_word_of_two_encoders_is_that_of_diffusers(tiny_sdxl_dir: Pa
         settings = {"negative_prompt": negative_prompt, "guidance_scale": 5.0}
         ours = picture(model, prompt, **settings)
         assert psnr(ours, of_diffusers(pipeline, prompt, **settings)) >= 50, prompt
+
+
+def test_latent_diffusion_in_openvino_and_as_plans(ldm_bundle: Path) -> None:
+    openvino_draws_the_same(ldm_bundle)
+    every_graph_becomes_a_plan(ldm_bundle)
+
+
+def test_stable_diffusion_2_in_openvino_and_as_plans(sd2_bundle: Path) -> None:
+    openvino_draws_the_same(sd2_bundle)
+    every_graph_becomes_a_plan(sd2_bundle)
+
+
+def test_sdxl_in_openvino_and_as_plans(sdxl_bundle: Path) -> None:
+    openvino_draws_the_same(sdxl_bundle)
+    every_graph_becomes_a_plan(sdxl_bundle)
+
+
+def openvino_draws_the_same(bundle: Path) -> None:
+    """As ONNX Runtime; in bfloat16, where the processor has it."""
+    pytest.importorskip("openvino")
+    backends = (Backend.ONNXRUNTIME, Backend.OPENVINO)
+    models = (Model.open(bundle, backend, threads=1) for backend in backends)
+    assert psnr(*(picture(model, "a red star", guidance_scale=4.0) for model in models)) >= 30
+
+
+def every_graph_becomes_a_plan(path: Path) -> None:
+    """Of TensorRT-RTX, without a GPU; the builder compares the parsed network with the manifest, or refuses."""
+    for module in ("tensorrt_rtx", "polygraphy"):
+        pytest.importorskip(module)
+    bundle = Bundle.open(path)
+    plans = build_plans(bundle, Flavour.RTX, "sm89", Limits(max_batch=1))
+    assert plans.keys() == bundle.manifest.graphs.keys()
+    assert all(plan.stat().st_size > 1000 for each in plans.values() for plan in each)
 
 
 def test_the_refiner_of_sdxl_is_refused_by_name(tiny_sdxl_dir: Path, tmp_path: Path) -> None:

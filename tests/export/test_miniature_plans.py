@@ -9,7 +9,7 @@ from oneword.engines.spec import Precision
 from oneword.export.write import export_bundle
 
 
-@pytest.mark.parametrize("precision", [Precision.FP32, Precision.FP16])
+@pytest.mark.parametrize("precision", list(Precision))
 def test_every_graph_of_the_miniature_becomes_a_plan_for_two_gpus(tmp_path: Path, precision: Precision) -> None:
     """The builder compares each parsed network's inputs, outputs, dtypes and axes with the manifest, or refuses."""
     for module in ("tensorrt_rtx", "polygraphy"):

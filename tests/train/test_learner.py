@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
 from oneword.engines.errors import EngineError, UsageError
 from oneword.export.source import load_source
-from oneword.train.learner import Draw, Learner, Word, draw, min_snr_weights, with_norm
+from oneword.train.learner import Draw, Learner, Word, attention, draw, min_snr_weights, with_norm
 from oneword.train.pictures import Moments
 from oneword.train.recipe import Compute, Norm, Recipe
 
@@ -342,6 +343,20 @@ def test_gradient_checkpointing_changes_no_word(tiny_model_dir: Path) -> None:
     made_again = learned(tiny_model_dir, [some_word()], QUICK.with_changes(gradient_checkpointing=True))[0]
 
     np.testing.assert_allclose(made_again, kept, atol=1e-5)
+
+
+def test_plain_and_fused_attention_predict_the_same_and_few_positions_are_attended_plainly(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner = Learner(load_source(tiny_model_dir), [some_word()], QUICK, 0)
+    plain = learner.watch(0)
+    monkeypatch.setattr("oneword.train.learner.attention", lambda dtype, positions: AttnProcessor2_0)
+    fused = learner.watch(0)
+
+    assert {type(each) for each in learner.source.unet.attn_processors.values()} == {AttnProcessor2_0}
+    assert plain == pytest.approx(fused, rel=1e-5)
+    assert attention(torch.float32, 256) is attention(torch.bfloat16, 1024) is AttnProcessor
+    assert attention(torch.float32, 257) is attention(torch.bfloat16, 1025) is AttnProcessor2_0
 
 
 def test_min_snr_weighs_each_picture_by_its_timestep(tiny_model_dir: Path) -> None:
