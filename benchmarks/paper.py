@@ -302,7 +302,8 @@ def write_page(
     columns = [f"{kind} {name}" for kind in ("look", "style") for name in ("likeness", "editability")]
     lines = [(name, *(f"{m[c]:.3f}" if c in m else "" for c in columns)) for name, m in means.items()]
     points = [(name, m["look likeness"], m["look editability"]) for name, m in means.items() if "look likeness" in m]
-    PAGE.with_suffix(".svg").write_text(scatter(points))
+    near = [name for name, _, _ in points if name not in (TRAINING, WORDLESS)]
+    PAGE.with_suffix(".svg").write_text(scatter(points, near=near))
     agreed = "\n".join(f"- {'agrees' if holds else '**disagrees**'}: {claim}" for claim, holds in order(means))
     settings = f"{args.looks} looks, {args.styles} styles, {args.steps} steps of batch 4 (fast: its own)"
     settings += f"; {args.samples} samples a prompt, {args.sample_steps} DDIM steps."

@@ -4,6 +4,7 @@ No kernels: everything here is memory, order, and replaying what was captured.
 """
 
 import ctypes
+import gc
 import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -145,13 +146,24 @@ class Queue:
         self.device.call("cudaMemcpyAsync", target, source, size, direction, self.stream)
 
     def capture(self, work: Callable[[], None]) -> Replay:
-        """See loop.Queue. The work must have run once before: libraries allocate and tune at their first call."""
-        call, modes = self.device.call, self.device.runtime.cudaStreamCaptureMode
-        call("cudaStreamBeginCapture", self.stream, modes.cudaStreamCaptureModeThreadLocal)
+        """See loop.Queue. The work must have run before: libraries allocate and tune at their first calls."""
+        call, runtime = self.device.call, self.device.runtime
+        collecting = gc.isenabled()
+        gc.collect()
+        gc.disable()  # an array that is collected now would free memory, which breaks the capture
         try:
-            work()
-        finally:  # a stream left capturing would refuse all else
+            call("cudaStreamBeginCapture", self.stream, runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
+            try:
+                work()
+            except BaseException:
+                status, *graphs = runtime.cudaStreamEndCapture(self.stream)  # left capturing it would refuse all else
+                if int(status) == 0:
+                    runtime.cudaGraphDestroy(*graphs)
+                raise
             graph = call("cudaStreamEndCapture", self.stream)
+        finally:
+            if collecting:
+                gc.enable()
         executable = call("cudaGraphInstantiate", graph, 0)
         call("cudaGraphDestroy", graph)
         return _Captured(self, executable)

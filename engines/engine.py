@@ -35,7 +35,7 @@ class Array(Protocol):
 
 
 Given: TypeAlias = NumpyArray | Array
-"""An input that is not to be copied: memory of the host, or of the device that an engine's queue made."""
+"""An input that lies somewhere already: in memory of the host, or of the device, where an engine's queue put it."""
 
 
 class Binding(Protocol):
@@ -46,6 +46,11 @@ class Binding(Protocol):
 
     @property
     def outputs(self) -> Mapping[str, Array]: ...
+
+    @property
+    def capturable(self) -> bool:
+        """Whether runs on a stream may be captured there and replayed."""
+        ...
 
     def run(self, stream: int | None = None) -> None:
         """Computes the outputs. Raises EngineError."""

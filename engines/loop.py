@@ -1,8 +1,8 @@
 """The denoising loop over one binding of `denoise_step`, its state where the engine works. Knows no back end.
 
 Between two steps nothing crosses to the host and nothing waits: the step's row of the schedule (and its noise) is
-copied from a table on the device, the graph runs, its outputs become its inputs. `step` queues one step, captured once
-for a binding and replayed after; `finish` queues all that are left as one captured piece. Reading waits.
+copied from a table on the device, the graph runs, its outputs become its inputs. `step` queues one step and `finish`
+all that are left; either is captured once and replayed after, where the engine's runs can be. Reading waits.
 
 On the host the same code runs step by step. What is encoded, drawn or decoded is not known here.
 """
@@ -14,6 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from oneword.engines.engine import Array, Binding, HostArray, NumpyArray
+from oneword.engines.errors import EngineError
+
+_WARM_UP = 2
 
 Replay: TypeAlias = Callable[[], None]
 """Queues captured work once more."""
@@ -84,43 +87,56 @@ class HostQueue:
 class Loop:
     """Steps of one batch over one binding, begun as often as one likes. The caller has written what stays the same into
     `binding.inputs`: context, branches, mask; and the state, `sample` and `previous`.
+
+    What is captured is replayed as long as the binding lives. What cannot be captured is queued again every time.
     """
 
     def __init__(self, binding: Binding, queue: Queue) -> None:
         self.binding = binding
         self._queue = queue
-        self._warm = False  # libraries allocate and tune at their first call, which therefore is not captured
-        self._replay: Replay | None = None
+        self._warm = 0  # runs so far; libraries allocate and tune in the first two, which therefore are not captured
+        self._captures = binding.capturable
+        self._step: Replay | None = None
+        self._whole: Replay | None = None
+        self._schedule: Array = HostArray(np.empty((0, 0, 0), np.float32))
+        self._noise: Array | None = None
+        self._finite: Array = HostArray(np.empty((0, 0), np.bool_))
         self.steps = self.done = 0
 
     def begin(self, schedule: npt.NDArray[np.float32], noise: npt.NDArray[np.float32] | None = None) -> None:
         """`schedule` [S, B, 11] and, where a sampler draws, `noise` [S, B, C, h, w] go to the device once."""
         self.steps, self.done = len(schedule), 0
+        same = self._schedule.shape == schedule.shape and (self._noise is None) == (noise is None)
+        if self._whole is not None and same:  # it reads the tables where they are
+            self._schedule.write(..., schedule)
+            self._finite.write(..., True)
+            if self._noise is not None and noise is not None:
+                self._noise.write(..., noise)
+            return
+        self._whole = None
         self._schedule = self._queue.put(schedule)
         self._noise = None if noise is None else self._queue.put(noise)
         self._finite = self._queue.put(np.ones(schedule.shape[:2], np.bool_))
 
     def step(self) -> None:
-        """Queues one step and does not wait for it. The first of all is run as it is, the second captured."""
+        """Queues one step and does not wait for it: replayed, where it could be captured."""
         self._feed(self.done)
-        if not self._warm:
-            self._advance()
-            self._warm = True
-        else:
-            if self._replay is None:
-                self._replay = self._queue.capture(self._advance)
-            self._replay()
-        self._queue.keep(self._finite, self.done, self.binding.outputs["finite"])
+        if self._captures and self._step is None and self._warm >= _WARM_UP:
+            self._step = self._captured(self._advance)
+        (self._step or self._advance)()
+        self._keep(self.done)
+        self._warm += 1
         self.done += 1
 
     def finish(self) -> None:
-        """Queues all steps that are left, captured as one piece; the first step of all is run as it is."""
-        if not self._warm and self.done < self.steps:
+        """Queues all steps that are left: replayed as one piece, where that could be captured and they are all."""
+        if self.done == 0 and self._captures and self._warm >= _WARM_UP:
+            self._whole = self._whole or self._captured(self._advance_all)
+            if self._whole is not None:
+                self._whole()
+                self.done = self.steps
+        while self.done < self.steps:
             self.step()
-        left = range(self.done, self.steps)
-        if left:
-            self._queue.capture(lambda: self._whole(left))()
-        self.done = self.steps
 
     @property
     def sample(self) -> NumpyArray:
@@ -137,11 +153,22 @@ class Loop:
         """Of the steps that were queued, whether each row was free of NaN and infinity [done, B]. Waits."""
         return self._finite.numpy()[: self.done]
 
-    def _whole(self, steps: range) -> None:
-        for step in steps:
+    def _captured(self, work: Callable[[], None]) -> Replay | None:
+        """The work to be replayed; None, and no other try, where the engine refuses."""
+        try:
+            return self._queue.capture(work)
+        except EngineError:
+            self._captures = False
+            return None
+
+    def _advance_all(self) -> None:
+        for step in range(self.steps):
             self._feed(step)
             self._advance()
-            self._queue.keep(self._finite, step, self.binding.outputs["finite"])
+            self._keep(step)
+
+    def _keep(self, step: int) -> None:
+        self._queue.keep(self._finite, step, self.binding.outputs["finite"])
 
     def _feed(self, step: int) -> None:
         inputs = self.binding.inputs

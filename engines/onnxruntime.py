@@ -90,6 +90,8 @@ class OnnxRuntimeEngine:
 class OnnxRuntimeBinding:
     """A session with its inputs and outputs bound to host memory by address: a run copies nothing."""
 
+    capturable = False
+
     def __init__(
         self,
         name: str,

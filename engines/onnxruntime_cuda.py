@@ -64,7 +64,13 @@ class OnnxRuntimeCudaEngine:
 
 
 class CudaBinding:
-    """A session with its inputs and outputs bound to memory of the device; a run queues it and waits for nothing."""
+    """A session with its inputs and outputs bound to memory of the device; a run queues it and waits for nothing.
+
+    It is not captured: what ONNX Runtime queues at the end of a run frees memory of the host, and would do so again at
+    every replay (microsoft/onnxruntime 32081, 32121).
+    """
+
+    capturable = False
 
     def __init__(
         self, engine: OnnxRuntimeCudaEngine, inputs: Mapping[str, DeviceArray], outputs: Mapping[str, DeviceArray]

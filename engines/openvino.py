@@ -7,7 +7,8 @@ A small graph is compiled once for any shape. What dynamic shapes cost in each r
 that has run often is compiled once more, for its own shapes. Both are kept as plans.
 
 A large graph is compiled for the shapes it is first used at, which is faster in each run and in the first by seconds,
-and for any shape when others come. Plans hold the weights again and take as long to read: none are kept.
+and for any shape when others come: it has its weights twice then, until the first binding is gone. Of what is not small
+no plan is kept: it would hold the weights again, and take as long to read.
 """
 
 import contextlib
@@ -36,6 +37,7 @@ from oneword.engines.threads import cpu_threads
 
 OFTEN = 100  # runs of one binding, after which compiling its graph for its own shapes begins to pay
 _SMALL = 64 << 20  # bytes of a graph that is cheap to hold once more
+_LARGE = 512 << 20  # bytes of a graph for whose first shapes it pays to wait
 _MOST_PLANS = 32
 
 
@@ -108,6 +110,8 @@ class OpenVinoEngine:
 class OpenVinoBinding:
     """A request whose inputs and outputs are host memory that it shares: a run copies nothing."""
 
+    capturable = False
+
     def __init__(
         self,
         name: str,
@@ -148,14 +152,15 @@ class _Compiler:
         self, core: Any, path: Path, settings: Mapping[str, str], plans: PlanCache | None, key: PlanKey
     ) -> None:
         self._core, self._path, self._settings, self._plans, self._key = core, path, settings, plans, key
-        self.small = size_of(path) <= _SMALL
+        size = size_of(path)
+        self.small = size <= _SMALL
         self._turn = threading.Lock()
         self._first: tuple[Mapping[str, Shape], Any] | None = None
         self._any = None
-        if self.small:
-            self._any = self.compile()
-        else:
+        if not self.small:
             self._plans = None
+        if size <= _LARGE:
+            self._any = self.compile()
         self.inputs = [value.any_name for value in (self._any or core.read_model(path)).inputs]
 
     def compiled_for(self, shapes: Mapping[str, Shape]) -> tuple[Any, bool]:

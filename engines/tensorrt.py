@@ -56,7 +56,7 @@ class TensorRtEngine:
         inferred = {name: shape for name in self.outputs if (shape := known_shape(context, name))}
         shapes = {**inferred, **shapes}
         inputs, outputs = self.queue.buffers(self.name, self.inputs, self.outputs, shapes, arrays)
-        return Bound(self.name, self.queue, context, inputs, outputs)
+        return Bound(self.name, self.queue, context, inputs, outputs, self._flavour is Flavour.TENSORRT)
 
     def run(self, feeds: Mapping[str, NumpyArray]) -> dict[str, NumpyArray]:
         """See Engine.run."""
@@ -98,7 +98,10 @@ class TensorRtEngine:
 
 
 class Bound:
-    """An execution context with its buffers; a run queues it and waits for nothing."""
+    """An execution context with its buffers; a run queues it and waits for nothing.
+
+    TensorRT-RTX is not captured: it swaps better kernels in while it runs, which a capture would never see.
+    """
 
     def __init__(
         self,
@@ -107,8 +110,10 @@ class Bound:
         context: Any,
         inputs: Mapping[str, DeviceArray],
         outputs: Mapping[str, DeviceArray],
+        capturable: bool,
     ) -> None:
         self._name, self._queue, self._context = name, queue, context
+        self.capturable = capturable
         self.inputs: Mapping[str, Array] = inputs
         self.outputs: Mapping[str, Array] = outputs
         for key, array in (*inputs.items(), *outputs.items()):

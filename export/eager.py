@@ -57,6 +57,8 @@ class EagerEngine:
 class EagerBinding:
     """A module with its inputs held; outputs are there after the first run."""
 
+    capturable = False
+
     def __init__(self, engine: EagerEngine, inputs: Mapping[str, NumpyArray]) -> None:
         self.engine = engine
         self.inputs: Mapping[str, Array] = {name: HostArray(value) for name, value in inputs.items()}

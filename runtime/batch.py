@@ -19,16 +19,16 @@ import numpy.typing as npt
 
 from oneword.engines.bundle import Manifest
 from oneword.engines.engine import Array
-from oneword.engines.errors import NotFinite, OnewordError, UsageError
+from oneword.engines.errors import EngineError, NotFinite, OnewordError, UsageError
 from oneword.engines.loop import Loop
 from oneword.runtime.images import resized
-from oneword.runtime.model import Context, Model, Tokens
+from oneword.runtime.model import Context, Model, StepBinding, Tokens
 from oneword.runtime.noise import TorchGenerator
 from oneword.runtime.request import Image, Request, Settings, settle
 from oneword.runtime.samplers import Schedule, make_schedule
 
 _MAX_CHUNKS = 64
-_AHEAD = 16  # steps whose noise is drawn, and lies on the device, at once
+_MOST_NOISE = 16 << 20  # bytes that are drawn, and lie on the device, at once
 
 Latents: TypeAlias = npt.NDArray[np.float32]
 """[C, h, w]"""
@@ -104,13 +104,13 @@ class _Row:
 
     @property
     def steps_alike(self) -> int:
-        """How many of the next steps attend to the same contexts; at most _AHEAD, whose noise is drawn at once."""
-        guided = self.schedule.guided[self.step : self.step + _AHEAD]
+        """How many of the next steps attend to the same contexts."""
+        guided = self.schedule.guided[self.step :]
         if self.uncond is None:
             return len(guided)
         return next((i for i, each in enumerate(guided) if each != guided[0]), len(guided))
 
-    def noise(self, steps: int) -> list[Latents | None]:
+    def draw(self, steps: int) -> list[Latents | None]:
         """Of the next steps, where they draw: drawn in order, and once, however often a step is asked for."""
         coming = range(self.step, self.step + steps)
         for step in coming:
@@ -121,20 +121,25 @@ class _Row:
 
 @dataclass(eq=False)
 class _Run:
-    """Rows that are together for some steps, and the loop that has their state: `settle` gives it back to them."""
+    """Rows that are together for some steps, and the loop that has their state: `give_back` reads it into them."""
 
     rows: tuple[_Row, ...]
-    loop: Loop
+    binding: StepBinding
     settled: bool = False
 
     def __post_init__(self) -> None:
+        self.binding.user = self
         self._began = [row.step for row in self.rows]
+
+    @property
+    def loop(self) -> Loop:
+        return self.binding.loop
 
     @property
     def over(self) -> bool:
         return self.loop.done == self.loop.steps
 
-    def settle(self) -> None:
+    def give_back(self) -> None:
         """Gives the loop away, once: the rows are where its last step left them, or where it found them if it fails."""
         if not self.settled:
             try:
@@ -150,13 +155,16 @@ class _Run:
             row.drawn = {step: noise for step, noise in row.drawn.items() if step >= row.step}
             if not finite[:, i].all():
                 row.broken_at = self._began[i] + int(finite[:, i].argmin()) + 1
-        self.settled = True
+        self._leave()
 
     def undo(self) -> None:
         """The rows are where they were before."""
-        self.settled = True
+        self._leave()
         for row, step in zip(self.rows, self._began, strict=True):
             row.step = step
+
+    def _leave(self) -> None:
+        self.settled, self.binding.user = True, None
 
 
 @dataclass(eq=False)
@@ -174,8 +182,8 @@ class _Waiting:
 class Batch:
     """Rows on their way through one model. At most `max_rows` share an engine call.
 
-    Without `listen` there are no StepDone events, and a step goes on until the next row is done: on a GPU nothing is
-    read in between.
+    Without `listen` there are no StepDone events, and a step goes on until a row is done or its guidance changes: on a
+    GPU nothing is read in between.
     """
 
     model: Model
@@ -233,7 +241,7 @@ class Batch:
         groups = [tuple(group) for group in self._groups()]
         for run in self._runs:
             if run.rows not in groups:
-                run.settle()
+                run.give_back()
         self._runs = [run for run in self._runs if not run.settled]
         for group in groups:
             events += self._denoise(group)
@@ -345,7 +353,7 @@ class Batch:
     def _denoise(self, group: tuple[_Row, ...]) -> list[Event]:
         """The next step of every row of the group in one engine call, and where nobody listens all until one is done.
 
-        Where the call fails, each row is tried in one of its own, now and from now on.
+        Where the engine fails, each row is tried in a call of its own, now and from now on.
         """
         start = time.perf_counter()
         run = next((run for run in self._runs if run.rows == group and not run.settled), None)
@@ -364,17 +372,18 @@ class Batch:
             if run.over or (self.listen and not run.loop.finite[-1].all()):
                 run.read()
         except OnewordError as error:
-            failure = error
+            failure = error.with_traceback(None)  # whose frames would hold what was allocated
             if run is not None:
                 run.undo()
         self.seconds["denoise"] += time.perf_counter() - start
-        if failure is not None and len(group) == 1:
-            self._rows.remove(group[0])
-            return [Failed(group[0].id, group[0].index, failure)]
-        if failure is not None:
+        if isinstance(failure, EngineError) and len(group) > 1:
+            self.model.forget_bindings()
             for row in group:
                 row.alone = True
             return [event for row in group for event in self._denoise((row,))]
+        if failure is not None:
+            self._rows = [row for row in self._rows if row not in group]
+            return [Failed(row.id, row.index, failure) for row in group]
         events: list[Event] = []
         for i, row in enumerate(group):
             if row.broken_at is not None:
@@ -395,8 +404,12 @@ class Batch:
         branches = sum(len(row.contexts) for row in group)
         _, h, w = group[0].sample.shape
         prepared = self.model.bind_step(len(group), branches, len(used), length, h, w)
+        steps = min(row.steps_alike for row in group)
+        if any(row.schedule.draws[row.step :].any() for row in group):
+            steps = max(1, min(steps, _MOST_NOISE // (4 * len(group) * group[0].sample.size)))
         if isinstance(prepared.user, _Run):
-            prepared.user.settle()
+            prepared.user.give_back()
+            steps = 1  # the two are in turn
         inputs = prepared.loop.binding.inputs
         signature = tuple((row, len(row.contexts)) for row in group)
         if prepared.written != signature:
@@ -406,10 +419,9 @@ class Batch:
         for i, row in enumerate(group):
             inputs["sample"].write(i, row.sample)
             inputs["previous"].write(i, row.previous)
-        steps = min(row.steps_alike for row in group)
         schedule = np.stack([row.schedule.rows[row.step : row.step + steps] for row in group], axis=1)
         prepared.loop.begin(np.asarray(schedule, np.float32), _noise_of(group, steps))
-        run = prepared.user = _Run(group, prepared.loop)
+        run = _Run(group, prepared)
         self._runs.append(run)
         return run
 
@@ -421,19 +433,27 @@ class Batch:
         events: list[Event] = []
         for _, same in itertools.groupby(sorted(done, key=_size), key=_size):
             for rows in _chunks(list(same), self.max_rows):
-                try:
-                    images, finite = self.model.decode(np.stack([row.sample for row in rows]))
-                except OnewordError as error:
-                    events += [Failed(row.id, row.index, error) for row in rows]
-                    continue
-                for row, image, ok in zip(rows, images, finite, strict=True):
-                    if ok:
-                        image = _pasted(image, row.request, row.settings)
-                        events.append(PictureDone(row.id, row.index, row.seed, image, row.request, row.settings))
-                        continue
-                    message = f"graph 'vae_decoder' gave NaN or infinity for picture {row.index}: "
-                    events.append(Failed(row.id, row.index, NotFinite(message + "export it with --precision fp32")))
+                events += self._decode(rows)
         self.seconds["decode"] += time.perf_counter() - start
+        return events
+
+    def _decode(self, rows: Sequence[_Row]) -> list[Event]:
+        """Where the call fails, each row is tried in one of its own."""
+        try:
+            images, finite = self.model.decode(np.stack([row.sample for row in rows]))
+        except OnewordError as error:
+            failure = error.with_traceback(None)
+            if isinstance(error, EngineError) and len(rows) > 1:
+                return [event for row in rows for event in self._decode([row])]
+            return [Failed(row.id, row.index, failure) for row in rows]
+        events: list[Event] = []
+        for row, image, ok in zip(rows, images, finite, strict=True):
+            if ok:
+                image = _pasted(image, row.request, row.settings)
+                events.append(PictureDone(row.id, row.index, row.seed, image, row.request, row.settings))
+                continue
+            message = f"graph 'vae_decoder' gave NaN or infinity for picture {row.index}: "
+            events.append(Failed(row.id, row.index, NotFinite(message + "export it with --precision fp32")))
         return events
 
 
@@ -481,7 +501,7 @@ def _pasted(image: Image, request: Request, settings: Settings) -> Image:
 
 def _noise_of(group: Sequence[_Row], steps: int) -> npt.NDArray[np.float32] | None:
     """Of the group's next steps [steps, B, C, h, w], zeros where a row draws none; None where none does."""
-    drawn = [row.noise(steps) for row in group]
+    drawn = [row.draw(steps) for row in group]
     if all(noise is None for each in drawn for noise in each):
         return None
     table = np.zeros((steps, len(group), *group[0].sample.shape), np.float32)

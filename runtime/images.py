@@ -103,6 +103,10 @@ def parameters_text(request: Request, settings: Settings, seed: int, model: str 
         pairs["Clip skip"] = request.clip_skip + 1  # A1111 counts the last layer as 1
     if request.eta:
         pairs["Eta"] = request.eta
+    if request.guidance_rescale:
+        pairs["CFG Rescale"] = request.guidance_rescale
+    if request.guidance_interval is not None:
+        pairs["CFG interval"] = "{:g}-{:g}".format(*request.guidance_interval)
     negative = f"Negative prompt: {request.negative_prompt}\n" if request.negative_prompt else ""
     return f"{request.prompt}\n{negative}" + ", ".join(f"{name}: {value}" for name, value in pairs.items())
 

@@ -220,6 +220,11 @@ class Model:
 
         return _recent(self._steps, key, bind)
 
+    def forget_bindings(self) -> None:
+        """Lets go of all buffers, where memory may have run out; they are made again when they are asked for."""
+        self._steps.clear()
+        self._encoders.clear()
+
     def _bind(self, graph: str, sizes: Mapping[str, int], **arrays: Array) -> Binding:
         engine = self.engine(graph)
         shapes = {

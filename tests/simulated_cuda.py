@@ -2,7 +2,8 @@
 
 As late as CUDA may be: queued work is done when somebody waits and not before, so that a buffer read or reused too
 early is seen. Memory of the host is read when a copy is queued, as CUDA does with pageable memory. While a stream is
-captured work is recorded and not done, and what CUDA then refuses is refused. What is computed is not CUDA's.
+captured work is recorded and not done, and what CUDA then refuses is refused and breaks the capture. What is computed,
+and what libraries allocate at their first calls, is not CUDA's.
 """
 
 import ctypes
@@ -10,7 +11,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-CAPTURE_REFUSES = 900  # cudaErrorStreamCaptureUnsupported
+CAPTURE_REFUSES, CAPTURE_BROKEN = 900, 901  # cudaErrorStreamCaptureUnsupported, cudaErrorStreamCaptureInvalidated
 
 Work = Callable[[], object]
 
@@ -30,15 +31,21 @@ class Runtime:
         self._memory: dict[int, Any] = {}
         self._queued: list[Work] = []
         self._captured: list[Work] | None = None
+        self._broken = False
 
     def queue(self, work: Work) -> tuple[int]:
         """In the order of the one stream there is."""
         (self._queued if self._captured is None else self._captured).append(work)
         return (0,)
 
+    def refused(self) -> bool:
+        """Whether a capture is going on, which is broken by what asks."""
+        self._broken |= self._captured is not None
+        return self._captured is not None
+
     def wait(self) -> int:
         """Does all that was queued; the status."""
-        if self._captured is not None:
+        if self.refused():
             return CAPTURE_REFUSES
         self.waits += 1
         queued, self._queued = self._queued, []
@@ -47,7 +54,7 @@ class Runtime:
         return 0
 
     def cudaMalloc(self, size: int) -> tuple[int, int]:
-        if self._captured is not None:
+        if self.refused():
             return CAPTURE_REFUSES, 0
         buffer = (ctypes.c_uint8 * size)(*([0xCD] * min(size, 64)))  # nobody promised zeros
         self._memory[ctypes.addressof(buffer)] = buffer
@@ -55,13 +62,14 @@ class Runtime:
 
     def cudaFree(self, pointer: int) -> tuple[int]:
         status = self.wait()
-        self._memory.pop(pointer)
+        if status == 0:
+            self._memory.pop(pointer)
         return (status,)
 
     def cudaMemcpyAsync(self, target: int, source: int, size: int, kind: int, stream: int) -> tuple[int]:
         if kind == self.cudaMemcpyKind.cudaMemcpyDeviceToDevice:
             return self.queue(lambda: ctypes.memmove(target, source, size))
-        if self._captured is not None:
+        if self.refused():
             return (CAPTURE_REFUSES,)
         if kind == self.cudaMemcpyKind.cudaMemcpyHostToDevice:
             self.from_host += size
@@ -76,11 +84,13 @@ class Runtime:
         return (self.wait(),)
 
     def cudaStreamBeginCapture(self, stream: int, mode: int) -> tuple[int]:
-        self._captured = []
+        self._captured, self._broken = [], False
         return (0,)
 
     def cudaStreamEndCapture(self, stream: int) -> tuple[int, object]:
         captured, self._captured = self._captured, None
+        if self._broken:
+            return CAPTURE_BROKEN, None
         self.captures += 1
         return 0, captured
 

@@ -200,7 +200,9 @@ def train_on_ray(
 
     started = time.perf_counter()
     tasks = [Task(Path(row["images"]).absolute(), row["token"], row["init"]) for row in rows]
-    for concepts in learn_on_ray(args.model, tasks, recipe, args.seed, address=args.ray, group=args.group):
+    for concepts, notes in learn_on_ray(args.model, tasks, recipe, args.seed, address=args.ray, group=args.group):
+        for note in notes:
+            console.print(f"note: {note}", markup=False, soft_wrap=True)
         for number, concept in concepts.items():
             save_concept(concept, rows[number]["output"])
             console.print(f"{concept.token} -> {rows[number]['output']}", markup=False, soft_wrap=True)

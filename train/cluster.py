@@ -28,8 +28,8 @@ Learned = list[tuple[str, dict[str, np.ndarray], dict[str, str]]]  # what a Conc
 
 def learn_on_ray(
     model: str, tasks: Sequence[Task], recipe: Recipe, seed: int = 0, *, address: str = "local", group: int = 4
-) -> Iterator[Mapping[int, Concept]]:
-    """Yields the concepts of each group as it is done, by the tasks' numbers.
+) -> Iterator[tuple[Mapping[int, Concept], list[str]]]:
+    """Yields the concepts of each group as it is done, by the tasks' numbers, and the notes of its run.
 
     `address` is `local` (a cluster on this machine, for the time being), `auto` (the one this machine belongs to) or
     host:port. Raises what `learn` raises, and `EngineError` where a group's workers died again and again.
@@ -55,7 +55,8 @@ def learn_on_ray(
         while waiting:
             (done,), _ = ray.wait(list(waiting), num_returns=1)
             some = waiting.pop(done)
-            yield dict(zip(some, [Concept(*parts) for parts in _result(ray, done)], strict=True))
+            learned, notes = _result(ray, done)
+            yield dict(zip(some, [Concept(*parts) for parts in learned], strict=True)), notes
     finally:
         if started:
             ray.shutdown()
@@ -76,15 +77,20 @@ def as_anywhere(model: str, tasks: Sequence[Task], recipe: Recipe) -> tuple[str,
     return here, moved, recipe.with_changes(words_a_call=1, compute=compute)
 
 
-def learn_group(model: str, tasks: Sequence[Task], recipe: Recipe, seed: int, threads: int) -> Learned:
-    """One group, on a worker."""
+def learn_group(
+    model: str, tasks: Sequence[Task], recipe: Recipe, seed: int, threads: int
+) -> tuple[Learned, list[str]]:
+    """One group, on a worker: its words, and what there is to say of them."""
     torch.set_num_threads(threads)
     quiet()
-    *_, last = learn(model, tasks, recipe, seed)
-    return [(concept.token, dict(concept.vectors), dict(concept.provenance)) for concept in last.concepts]
+    notes: list[str] = []
+    for progress in learn(model, tasks, recipe, seed):
+        notes += progress.notes
+    concepts = progress.concepts  # a run always ends with them
+    return [(concept.token, dict(concept.vectors), dict(concept.provenance)) for concept in concepts], notes
 
 
-def _result(ray: Any, done: Any) -> Learned:
+def _result(ray: Any, done: Any) -> tuple[Learned, list[str]]:
     try:
         return ray.get(done)
     except ray.exceptions.RayTaskError as error:

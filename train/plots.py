@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import matplotlib
 import numpy as np
@@ -29,13 +29,21 @@ def curves(series: Mapping[str, Sequence[float]], label: str, *, smooth: int = 1
     return _svg(figure)
 
 
-def scatter(points: Sequence[tuple[str, float, float]], across: str = "editability") -> str:
-    """The paper's figure: editability across, likeness up, a dot for each (name, likeness, editability)."""
-    figure, axes = _empty(across, "likeness")
-    for number, (colour, (name, up, right)) in enumerate(zip(_cycled(len(points)), points, strict=True)):
-        marker = MARKERS[number // len(COLOURS) % len(MARKERS)]  # where colours begin again
-        axes.scatter([right], [up], color=colour, marker=marker, s=28, zorder=3, label=name)
-    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+def scatter(points: Sequence[tuple[str, float, float]], across: str = "editability", near: Collection[str] = ()) -> str:
+    """The paper's figure: editability across, likeness up, a dot for each (name, likeness, editability).
+
+    Those named in `near` stand in a second panel too, by themselves.
+    """
+    figure = Figure(figsize=(10, 3.6) if near else (6.4, 3.2), layout="constrained")
+    panels = [[name for name, _, _ in points], *([list(near)] if near else [])]
+    for column, names in enumerate(panels, start=1):
+        axes = _dressed(figure.add_subplot(1, len(panels), column), across, "likeness")
+        for number, (colour, (name, up, right)) in enumerate(zip(_cycled(len(points)), points, strict=True)):
+            marker = MARKERS[number // len(COLOURS) % len(MARKERS)]  # where colours begin again
+            if name in names:
+                axes.scatter([right], [up], color=colour, marker=marker, s=28, zorder=3, label=name)
+        if column == 1:
+            figure.legend(*axes.get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside right center")
     return _svg(figure)
 
 

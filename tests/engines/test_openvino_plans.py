@@ -143,6 +143,7 @@ def test_a_large_graph_is_compiled_for_its_first_shapes_then_once_for_any_others
     path: Path, tmp_path: Path, compilations: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("oneword.engines.openvino._SMALL", 0)
+    monkeypatch.setattr("oneword.engines.openvino._LARGE", 0)
     opened = engine(path, PlanCache(tmp_path / "plans"))
     assert len(compilations) == 0
 
@@ -165,6 +166,7 @@ def test_a_damaged_large_graph_and_one_with_other_inputs_are_refused_when_they_a
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("oneword.engines.openvino._SMALL", 0)
+    monkeypatch.setattr("oneword.engines.openvino._LARGE", 0)
     with pytest.raises(EngineError, match="takes x, its manifest says z"):
         OpenVinoEngine("add", path, (TensorSpec("z", DType.FLOAT32, ("B", 4)),), OUTPUTS, Precision.FP32)
     path.write_bytes(b"no graph")
@@ -177,6 +179,7 @@ def test_a_large_graph_that_cannot_be_compiled_is_an_error_that_names_it_and_its
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("oneword.engines.openvino._SMALL", 0)
+    monkeypatch.setattr("oneword.engines.openvino._LARGE", 0)
     opened = engine(path, PlanCache(tmp_path / "plans"))
     path.write_bytes(b"changed since it was opened")
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from oneword.engines.errors import EngineError, NotFinite
+from oneword.engines.errors import EngineError, FeedError, NotFinite
 from oneword.engines.loop import Loop
 from oneword.engines.onnxruntime import OnnxRuntimeBinding
 from oneword.runtime.batch import Batch, Failed, PictureDone, StepDone
@@ -151,7 +151,7 @@ def test_rows_that_join_late_leave_early_or_fail_leave_the_others_as_they_were(
             for row in batch._rows:
                 if row.id == id and end == "NaN" and turn == join + 1:
                     for steps in batch._runs:
-                        steps.settle()
+                        steps.give_back()
                     row.sample = np.full_like(row.sample, np.nan)
         for event in batch.step():
             if isinstance(event, PictureDone):
@@ -280,3 +280,44 @@ def test_a_row_whose_own_call_fails_is_named_and_the_others_come(
 
     assert [event.id for event in events if isinstance(event, Failed)] == [bad]
     assert {event.id for event in events if isinstance(event, PictureDone)} == {first, last}
+
+
+def test_pictures_whose_shared_decoding_fails_are_decoded_alone(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = [Request("a cat", seed=seed, steps=2) for seed in range(3)]
+    expected, _ = made(model, requests)
+    decode = model.decode
+
+    def no_room(latents: npt.NDArray[np.float32]) -> Any:
+        if len(latents) > 1:
+            raise EngineError("out of memory")
+        return decode(latents)
+
+    monkeypatch.setattr(model, "decode", no_room)
+    got, _ = made(model, requests)
+
+    assert got.keys() == expected.keys()
+    for seed, image in expected.items():
+        assert psnr(got[seed], image) >= 45
+
+
+def test_more_rows_than_the_engine_takes_are_told_so_at_once(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by a plan of --max-batch 4: what mends it is another plan, not another try."""
+
+    def too_many(*_: Any) -> Any:
+        raise FeedError("denoise_step was given B = 3, its plan takes 1 to 2")
+
+    monkeypatch.setattr(model, "bind_step", too_many)
+    batch = Batch(model)
+    batch.add(Request("a cat", num_images=3, steps=4))
+
+    assert [type(event.error) for event in batch.step() if isinstance(event, Failed)] == [FeedError] * 3
+    assert len(batch) == 0
+
+
+def test_rows_of_one_size_in_two_calls_are_as_in_one(model: Model) -> None:
+    """They take turns in one binding's buffers."""
+    requests = [Request("a cat", seed=seed, steps=3 + seed, sampler=Sampler.EULER_A) for seed in range(3)]
+    expected, _ = made(model, requests)
+    for event in generate(model, requests, max_rows=1):
+        if isinstance(event, PictureDone):
+            assert psnr(event.image, expected[event.seed]) >= 45

@@ -29,6 +29,13 @@ def test_the_parameters_are_as_a1111_writes_them(tmp_path: Path) -> None:
         np.testing.assert_array_equal(np.asarray(picture), RED)
 
 
+def test_the_parameters_say_all_that_changes_the_picture() -> None:
+    request = Request("a cat", eta=0.5, guidance_rescale=0.7, guidance_interval=(0.25, 5.0))
+    text = parameters_text(request, SETTINGS, seed=7)
+
+    assert text.endswith("Size: 64x48, Eta: 0.5, CFG Rescale: 0.7, CFG interval: 0.25-5")
+
+
 def test_a_prompt_in_any_script_survives(tmp_path: Path) -> None:
     save_png(RED, tmp_path / "cat.png", "кот, 猫, 🐈")
 

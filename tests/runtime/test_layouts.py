@@ -117,6 +117,40 @@ def test_every_safetensors_layout_is_read(
     assert {encoder: found.concept.vectors[encoder].shape for encoder in shapes} == shapes
 
 
+def test_one_encoder_s_word_of_any_layout_is_written_as_diffusers_reads_it(
+    tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    from diffusers import StableDiffusionPipeline
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    for name, content, *_ in PICKLED:
+        torch.save(content(), tmp_path / name)
+    for name, tensors, *_ in FLAT:
+        safetensors.numpy.save_file(tensors, tmp_path / name)
+    words = [word for name, *_ in (*PICKLED, *FLAT) for word in read_words(tmp_path / name)]
+    single = [word.concept for word in words if set(word.concept.vectors) == {"text_encoder"}]
+    config = CLIPTextConfig(hidden_size=768, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    pipeline = StableDiffusionPipeline(
+        None,
+        CLIPTextModel(config),
+        CLIPTokenizer.from_pretrained(tiny_model_dir / "tokenizer"),
+        None,
+        None,
+        None,
+        None,
+        requires_safety_checker=False,
+    )
+
+    assert len(single) == 12
+    for number, concept in enumerate(single):
+        token, out = f"<{number}>", tmp_path / f"{number}.safetensors"
+        save_concept(concept, out)
+        pipeline.load_textual_inversion(out, token=token)
+        ids = pipeline.tokenizer.convert_tokens_to_ids([token, f"{token}_1"])
+        loaded = pipeline.text_encoder.get_input_embeddings().weight[ids].detach().numpy()
+        np.testing.assert_array_equal(loaded, concept.vectors["text_encoder"])
+
+
 def test_words_in_a_lora_are_read_and_its_other_weights_are_not(tmp_path: Path) -> None:
     path = tmp_path / "lora.safetensors"
     safetensors.numpy.save_file(

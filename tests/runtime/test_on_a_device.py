@@ -49,6 +49,12 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Runtime]:
 
 
 @pytest.fixture
+def captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with TensorRT, whose runs can be captured."""
+    monkeypatch.setattr(onnxruntime_cuda.CudaBinding, "capturable", True)
+
+
+@pytest.fixture
 def model(tiny_bundle: Path, cuda: Runtime) -> Model:
     model = Model.open(tiny_bundle, Backend.CUDA)
     model.load(WORD)
@@ -70,32 +76,75 @@ def made(model: Model, requests: Sequence[Request], listen: bool) -> dict[int, I
 
 
 @pytest.mark.parametrize("listen", [True, False])
-def test_pictures_are_the_host_s_to_the_bit(model: Model, on_host: Model, listen: bool) -> None:
-    there, here = made(model, MIXED, listen), made(on_host, MIXED, listen)
+@pytest.mark.parametrize("capturable", [True, False])
+def test_pictures_are_the_host_s_to_the_bit(
+    model: Model, on_host: Model, cuda: Runtime, monkeypatch: pytest.MonkeyPatch, listen: bool, capturable: bool
+) -> None:
+    monkeypatch.setattr(onnxruntime_cuda.CudaBinding, "capturable", capturable)
+    here = made(on_host, MIXED, listen)
+    for _ in range(2):
+        there = made(model, MIXED, listen)
+        assert len(there) == 6
+        for seed, image in here.items():
+            np.testing.assert_array_equal(there[seed], image)
 
-    assert len(there) == 6
-    for seed, image in here.items():
-        np.testing.assert_array_equal(there[seed], image)
+    assert (cuda.captures > 0) == capturable
 
 
-def test_nothing_waits_between_steps_where_nobody_listens(model: Model, cuda: Runtime) -> None:
-    made(model, [Request("a <w>", steps=3)], listen=False)  # the first call is not captured
+@pytest.mark.usefixtures("captured")
+def test_nothing_waits_between_steps_where_nobody_listens_and_all_are_one_piece(model: Model, cuda: Runtime) -> None:
+    made(model, [Request("a <w>", steps=3)], listen=False)  # the first calls are not captured
     waits = {}
-    for steps in (4, 16):
-        before = cuda.waits, cuda.captures, cuda.launches
+    for steps in (4, 40):
+        before = cuda.captures, cuda.launches
         made(model, [Request("a <w>", steps=steps)], listen=False)
-        waits[steps] = cuda.waits - before[0]
-        assert (cuda.captures - before[1], cuda.launches - before[2]) == (1, 1)
+        assert (cuda.captures - before[0], cuda.launches - before[1]) == (1, 1)
+        before, waits[steps] = (cuda.captures, cuda.launches), cuda.waits
+        made(model, [Request("a <w>", steps=steps, seed=1)], listen=False)
+        assert (cuda.captures - before[0], cuda.launches - before[1]) == (0, 1)
+        waits[steps] = cuda.waits - waits[steps]
 
-    assert waits[4] == waits[16]
+    assert waits[4] == waits[40]
 
 
+def test_nothing_waits_between_steps_that_cannot_be_captured(model: Model, cuda: Runtime) -> None:
+    waits = {}
+    for steps in (4, 40):
+        before = cuda.waits
+        made(model, [Request("a <w>", steps=steps)], listen=False)
+        waits[steps] = cuda.waits - before
+
+    assert cuda.captures == 0
+    assert waits[4] >= waits[40]  # the first encodes the empty prompt too
+
+
+@pytest.mark.usefixtures("captured")
 def test_a_step_is_captured_once_for_all_pictures_of_its_sizes(model: Model, cuda: Runtime) -> None:
     for seed in range(3):
         made(model, [Request("a <w>", steps=5, seed=seed)], listen=True)
 
     assert cuda.captures == 1
-    assert cuda.launches == 3 * 5 - 1
+    assert cuda.launches == 3 * 5 - 2
+
+
+@pytest.mark.usefixtures("captured")
+@pytest.mark.parametrize("listen", [True, False])
+def test_pictures_come_where_the_engine_refuses_to_be_captured(
+    model: Model, on_host: Model, cuda: Runtime, monkeypatch: pytest.MonkeyPatch, listen: bool
+) -> None:
+    run = Session.run_with_iobinding
+
+    def waiting(session: Session, binding: Any, options: Any) -> None:
+        if cuda.wait():
+            raise RuntimeError("a kernel wanted to wait")
+        run(session, binding, options)
+
+    monkeypatch.setattr(Session, "run_with_iobinding", waiting)
+    for _ in range(2):
+        there = made(model, MIXED, listen)
+    for seed, image in made(on_host, MIXED, listen).items():
+        np.testing.assert_array_equal(there[seed], image)
+    assert cuda.captures == 0
 
 
 def test_a_word_is_its_rows_on_the_device_and_a_prompt_does_not_carry_the_table(model: Model, cuda: Runtime) -> None:

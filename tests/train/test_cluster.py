@@ -79,7 +79,8 @@ def test_words_have_the_bits_they_have_here_though_a_worker_is_killed(tiny_model
 
     killer = threading.Thread(target=kill_one)
     killer.start()
-    there = {n: c for some in learn_on_ray(str(tiny_model_dir), tasks, RECIPE, 7, group=2) for n, c in some.items()}
+    groups = learn_on_ray(str(tiny_model_dir), tasks, RECIPE, 7, group=2)
+    there = {number: concept for concepts, _ in groups for number, concept in concepts.items()}
     killer.join()
 
     assert len(killed) == 1
@@ -104,6 +105,7 @@ def test_what_is_wrong_with_a_task_is_told_as_here(
     output = tmp_path / "toy.safetensors"
     assert main([*arguments, "--output", str(output), "--steps", "2", "--batch-size", "2", "--ray", "local"]) == 0
     assert load_concept(output).token == "<toy>"
+    assert "note: " in capsys.readouterr().err  # of the worker: a word of two steps never moved
     assert main([*arguments, "--output", str(output), "--ray", "local", "--report", str(tmp_path / "x.html")]) == 2
     assert "--ray shows no run" in capsys.readouterr().err
 

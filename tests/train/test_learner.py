@@ -350,6 +350,7 @@ def test_plain_and_fused_attention_predict_the_same_and_few_positions_are_attend
 ) -> None:
     learner = Learner(load_source(tiny_model_dir), [some_word()], QUICK, 0)
     plain = learner.watch(0)
+    assert {type(each) for each in learner.source.unet.attn_processors.values()} == {AttnProcessor}
     monkeypatch.setattr("oneword.train.learner.attention", lambda dtype, positions: AttnProcessor2_0)
     fused = learner.watch(0)
 

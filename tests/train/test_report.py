@@ -96,6 +96,15 @@ def test_the_scatter_names_its_dots_and_axes() -> None:
         assert f">{text}<" in svg
 
 
+def test_a_second_panel_of_the_scatter_holds_only_what_is_near(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    monkeypatch.setattr(Axes, "scatter", lambda axes, x, y, **how: drawn.append((id(axes), x, y, how["label"])))
+    scatter([("a", 0.8, 0.3), ("bound", 0.1, 0.0)], near=["a"])
+
+    first, second = dict.fromkeys(axes for axes, *_ in drawn)
+    assert drawn == [(first, [0.3], [0.8], "a"), (first, [0.0], [0.1], "bound"), (second, [0.3], [0.8], "a")]
+
+
 def test_a_trajectory_goes_through_medians_with_bars_between_quartiles(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = []
     monkeypatch.setattr(Axes, "errorbar", lambda _self, x, y, spread, **_: drawn.append((x, y, spread)))
