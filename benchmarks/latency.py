@@ -443,6 +443,7 @@ def plot(results: Mapping[str, Mapping[str, Result]], path: Path) -> None:
             axes.set_title(f"{case}: {title}")
             axes.spines[["top", "right"]].set_visible(False)
             axes.margins(x=0.15)
+            axes.locator_params(axis="x", nbins=5)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 
