@@ -1,6 +1,7 @@
 """Denoise steps of full size, random weights: exported, checked against PyTorch, measured.
 
     python -m benchmarks.full_size [sd15 sd2 sdxl ldm ...] [--precision fp32 fp16] [--write]
+    python -m benchmarks.full_size --plans [...]       TensorRT-RTX's plans of the same, built without a GPU
 
 Each is made, run once by PyTorch and traced in a process of its own, and opened by ONNX Runtime in another, as a
 machine that holds one copy of the weights must. Columns: parameters, seconds to export, peak memory of export and
@@ -25,6 +26,7 @@ from benchmarks.pages import table, write_section
 
 PAGE = Path(__file__).parent.parent / "docs" / "gpu.md"
 LIMIT_GIB = 20
+TARGET = "sm89"
 LINEAR: dict[str, Any] = {"use_linear_projection": True}
 SD: dict[str, Any] = {"sample_size": 64, "attention_head_dim": 8}
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -61,7 +63,10 @@ def main() -> None:
     """Measures every model in every precision; a table and one JSON line."""
     options = _options()
     if options.stage:
-        print(json.dumps({"export": _export, "check": _check}[options.stage](options)))
+        print(json.dumps({"export": _export, "check": _check, "plan": _plan}[options.stage](options)))
+        return
+    if options.plans:
+        _plans(options)
         return
     results = {}
     for family in options.families:
@@ -89,6 +94,25 @@ def main() -> None:
     print(json.dumps(results))
     if any(max(r["export_gib"], r["check_gib"]) > LIMIT_GIB for r in results.values()):
         raise SystemExit(f"more than {LIMIT_GIB} GiB were needed")
+
+
+def _plans(options: argparse.Namespace) -> None:
+    """Measures the plan of every model in every precision; a table and one JSON line."""
+    results = {}
+    for family in options.families:
+        for precision in options.precision:
+            with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
+                results[f"{family} {precision}"] = _stage("plan", family, precision, folder)
+            print(f"{family} {precision}: {results[f'{family} {precision}']}", flush=True)
+    rows = [
+        [name, f"{r['plan_seconds']:.0f} s", f"{r['plan_gib']:.1f} GiB", f"{r['plan_disk_gib']:.1f} GiB"]
+        for name, r in results.items()
+    ]
+    text = table([f"plan for {TARGET}", "built in", "peak of the builder", "on disk"], rows)
+    print(text)
+    if options.write:
+        write_section(PAGE, "full-size-plans", text)
+    print(json.dumps(results))
 
 
 def _export(options: argparse.Namespace) -> dict[str, float]:
@@ -127,6 +151,22 @@ def _check(options: argparse.Namespace) -> dict[str, float]:
     }
 
 
+def _plan(options: argparse.Namespace) -> dict[str, float]:
+    """In a child: the ONNX, whose weights go, then TensorRT-RTX's plan of it, which is built in a child again."""
+    from oneword.engines.builder import Flavour, Limits, build_plans
+
+    folder = Path(options.scratch)
+    bundle = bundle_of_one(options.families[0], options.precision[0], folder)
+    start = time.perf_counter()
+    side = 8 * int(CONFIGS[options.families[0]]["sample_size"])
+    plans = build_plans(bundle, Flavour.RTX, TARGET, Limits(max_batch=1, max_size=side), only="denoise_step")
+    return {
+        "plan_seconds": time.perf_counter() - start,
+        "plan_gib": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20,
+        "plan_disk_gib": sum(plan.stat().st_size for plan in plans["denoise_step"]) / 2**30,
+    }
+
+
 def full_size(family: str, precision: str) -> Any:
     """A denoise step of full size, every weight random and of the size that keeps activations as they are."""
     import torch
@@ -154,6 +194,46 @@ def full_size(family: str, precision: str) -> Any:
     return denoise_graph(unet, config["cross_attention_dim"], pooled, 6)
 
 
+def bundle_of_one(family: str, precision: str, folder: Path) -> Any:
+    """The exported step as a bundle of one graph, all that an engine looks at; exported where it is not there yet."""
+    import msgspec
+
+    from oneword.engines.bundle import (
+        Bundle,
+        Conditioning,
+        Defaults,
+        Encoder,
+        Graph,
+        Manifest,
+        Source,
+        TokenizerKind,
+        Vae,
+    )
+    from oneword.export.write import write_graph
+
+    path = folder / "graph.json"
+    if path.is_file():
+        graph = msgspec.json.decode(path.read_bytes(), type=Graph)
+    else:
+        graph = write_graph(full_size(family, precision), folder)
+        path.write_bytes(msgspec.json.encode(graph))
+    encoder = Encoder(
+        graph="text_encoder", table="", tokenizer="", tokenizer_kind=TokenizerKind.CLIP, vocab_size=1, width=1,
+        hidden_width=1, length=SHAPE["T"], bos_id=0, eos_id=0, pad_id=0, layers=(1,), default_layer=1,
+    )  # fmt: skip
+    side = 8 * int(CONFIGS[family]["sample_size"])
+    manifest = Manifest(
+        source=Source(family, ""),
+        graphs={"denoise_step": graph},
+        encoders=(encoder,),
+        conditioning=Conditioning(("text_encoder",)),
+        scheduler={},
+        vae=Vae(scale=1.0, shift=0.0, factor=8, latent_channels=4),
+        defaults=Defaults(width=side, height=side),
+    )
+    return Bundle(folder, manifest)
+
+
 def _stage(stage: str, family: str, precision: str, folder: str) -> dict[str, float]:
     command = [sys.executable, "-m", "benchmarks.full_size", family, "--precision", precision]
     run = subprocess.run([*command, "--stage", stage, "--scratch", folder], stdout=subprocess.PIPE, check=True)
@@ -169,9 +249,10 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*", default=["sd15", "sd2", "sdxl", "ldm"], metavar="sd15|sd2|sdxl|ldm|tiny")
     parser.add_argument("--precision", nargs="+", default=["fp16", "fp32"], choices=["fp32", "fp16"])
+    parser.add_argument("--plans", action="store_true", help=f"plans of TensorRT-RTX for {TARGET} instead")
     parser.add_argument("--write", action="store_true", help="write the table into docs/gpu.md")
     parser.add_argument("--scratch", help="where the graphs are written for a while: 12 GB of room")
-    parser.add_argument("--stage", choices=["export", "check"], help=argparse.SUPPRESS)
+    parser.add_argument("--stage", choices=["export", "check", "plan"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     if unknown := [family for family in options.families if family not in CONFIGS]:
         parser.error(f"{unknown[0]} is none of {', '.join(CONFIGS)}")

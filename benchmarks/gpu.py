@@ -27,13 +27,13 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.full_size import CONFIGS, full_size
+from benchmarks.full_size import CONFIGS, SHAPE, bundle_of_one, full_size
 from benchmarks.pages import table, write_section
 
 PAGE = Path(__file__).parent.parent / "docs" / "gpu.md"
 CONTENDERS = ("torch", "torch-compile", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx")
 TFLOP = {"sd15": 1.607, "sdxl": 13.5}  # of one guided step at the model's own size, counted over the network
-TOKENS = 77
+TOKENS = SHAPE["T"]
 
 
 def main() -> None:
@@ -110,7 +110,7 @@ def _ours(contender: str, model: str, folder: Path, feeds: dict[str, Any], steps
     from oneword.engines.open import Backend, gpu_queue, open_engine
 
     queue = gpu_queue()  # before the long work: there may be no GPU
-    engine = open_engine(_bundle(model, folder), "denoise_step", Backend(contender))
+    engine = open_engine(bundle_of_one(model, "fp16", folder), "denoise_step", Backend(contender))
     binding = engine.bind({name: value.shape for name, value in feeds.items()})
     loop = Loop(binding, queue)
     schedule = np.repeat(feeds["schedule"][None], steps, axis=0)
@@ -134,46 +134,6 @@ def _ours(contender: str, model: str, folder: Path, feeds: dict[str, Any], steps
     first = start()
     first.step()
     return first.sample, one_by_one, in_one_piece, queue.memory_in_use
-
-
-def _bundle(model: str, folder: Path) -> Any:
-    """The exported step as a bundle of one graph, all that an engine looks at; made once for all contenders."""
-    import msgspec
-
-    from oneword.engines.bundle import (
-        Bundle,
-        Conditioning,
-        Defaults,
-        Encoder,
-        Graph,
-        Manifest,
-        Source,
-        TokenizerKind,
-        Vae,
-    )
-    from oneword.export.write import write_graph
-
-    path = folder / "graph.json"
-    if path.is_file():
-        graph = msgspec.json.decode(path.read_bytes(), type=Graph)
-    else:
-        graph = write_graph(full_size(model, "fp16"), folder)
-        path.write_bytes(msgspec.json.encode(graph))
-    encoder = Encoder(
-        graph="text_encoder", table="", tokenizer="", tokenizer_kind=TokenizerKind.CLIP, vocab_size=1, width=1,
-        hidden_width=1, length=TOKENS, bos_id=0, eos_id=0, pad_id=0, layers=(1,), default_layer=1,
-    )  # fmt: skip
-    side = 8 * int(CONFIGS[model]["sample_size"])
-    manifest = Manifest(
-        source=Source(model, ""),
-        graphs={"denoise_step": graph},
-        encoders=(encoder,),
-        conditioning=Conditioning(("text_encoder",)),
-        scheduler={},
-        vae=Vae(scale=1.0, shift=0.0, factor=8, latent_channels=4),
-        defaults=Defaults(width=side, height=side),
-    )
-    return Bundle(folder, manifest)
 
 
 def _feeds(model: str) -> dict[str, Any]:
