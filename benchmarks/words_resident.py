@@ -4,6 +4,7 @@ encode      a prompt through tokenizer and text encoder, with 1 word resident an
             lower decile of each (others' work on the machine only adds); the bar is 2 % on top
 load        one vector into a table of CLIP's size (49,408 x 768) with room for `--words` more; the bar is 1 ms
 fill        all words, one after another, through the gate that every word passes
+refuse      files that the gate refuses, as large and as tangled as may be; the bar is 50 ms from a path to the error
 
 For each engine of the CPU. The words are random: what they mean costs nothing. Ends in one line of JSON.
 """
@@ -17,10 +18,12 @@ import time
 from pathlib import Path
 
 import numpy as np
+import safetensors.numpy
 
+from oneword.engines.errors import ConceptError
 from oneword.engines.open import Backend
 from oneword.export.write import export_bundle
-from oneword.runtime.concept import Concept
+from oneword.runtime.concept import Concept, load_concept
 from oneword.runtime.model import Model
 from oneword.runtime.table import EmbeddingTable
 
@@ -34,7 +37,10 @@ def main() -> None:
         bundle = options.bundle or export_bundle(options.model, Path(folder) / "bundle").bundle.path
         load_ms = load_one(options.words)
         print(f"load one vector into 49,408 x 768: {load_ms:.4f} ms, bar 1")
-        report: dict[str, object] = {"words": options.words, "load_ms": round(load_ms, 5)}
+        refused = refuse(Path(folder))
+        slowest = max(refused, key=lambda name: refused[name])
+        print(f"refuse {len(refused)} kinds of bad files: at most {refused[slowest]:.1f} ms ({slowest}), bar 50")
+        report: dict[str, object] = {"words": options.words, "load_ms": round(load_ms, 5), "refuse_ms": refused}
         for backend in (Backend.ONNXRUNTIME, Backend.OPENVINO):
             if importlib.util.find_spec(backend.value) is None:
                 continue
@@ -82,6 +88,44 @@ def load_one(words: int) -> float:
         table.load(f"<w{i}>", vector)
         times.append(time.perf_counter() - start)
     return 1e3 * statistics.median(times)
+
+
+def refuse(folder: Path) -> dict[str, float]:
+    """Milliseconds from a path to the error, the median of five, of files as large and as tangled as may be."""
+    rows = np.full((75, 3000), 0.01, np.float32)
+    broken = rows.copy()
+    broken[-1, -1] = np.nan
+    good = safetensors.numpy.save({"<toy>": rows})
+    deep = b'{"a":' * 6000 + b"1" + b"}" * 6000
+    many = json.dumps({f"k{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(1000)}).encode()
+    files = {
+        "NaN": safetensors.numpy.save({"<toy>": broken}),
+        "too long": safetensors.numpy.save({"<toy>": rows * 1e6}),
+        "two words": safetensors.numpy.save({"<a>": rows[:35], "<b>": rows[:35]}),
+        "a key like a path": safetensors.numpy.save({"../toy": rows}),
+        "bytes after the end": good + b"0" * 1000,
+        "cut off": good[:-1000],
+        "a header of 2^63 bytes": b"\xff" * 7 + b"\x7f" + good[8:],
+        "a header 6,000 deep": len(deep).to_bytes(8, "little") + deep,
+        "a header of 1,000 tensors": len(many).to_bytes(8, "little") + many,
+        "100 MB": b"\0" * 100_000_000,
+        "a pickle": b"PK\x03\x04" + b"\0" * 1_000_000,
+    }
+    times = {}
+    for name, data in files.items():
+        path = folder / "refused.safetensors"
+        path.write_bytes(data)
+        each = []
+        for _ in range(5):
+            start = time.perf_counter()
+            try:
+                load_concept(path)
+            except ConceptError:
+                each.append(1e3 * (time.perf_counter() - start))
+        if len(each) < 5:
+            raise SystemExit(f"the gate let a bad file pass: {name}")
+        times[name] = round(statistics.median(each), 3)
+    return times
 
 
 def _timed(model: Model) -> float:
