@@ -228,7 +228,6 @@ def many(args: argparse.Namespace) -> None:
 def full_size(args: argparse.Namespace) -> None:
     """A few steps of batch 1 at 512x512 against SD 1.5's architecture with random weights."""
     args.model = str(random_sd15(args.work / "sd15"))
-    args.init = "toy"
     folder = args.work / "noise"
     folder.mkdir(exist_ok=True)
     for index in range(3):
