@@ -215,7 +215,7 @@ class DenoiseStep(nn.Module):
             sample.index_select(0, branch_row).to(dtype),
             t.flatten().index_select(0, branch_row),
             context.index_select(0, branch_context).to(dtype),
-            None if pooled is None else pooled.index_select(0, branch_context).to(dtype),
+            None if pooled is None else pooled.index_select(0, branch_context),
             None if time_ids is None else time_ids.index_select(0, branch_context),
         ).float()
         m_uncond, m_cond = m.index_select(0, uncond_branch), m.index_select(0, cond_branch)

@@ -14,6 +14,7 @@ from oneword.engines.builder import Flavour, Limits, build_plans
 from oneword.engines.bundle import Bundle
 from oneword.engines.errors import UsageError
 from oneword.engines.open import Backend
+from oneword.engines.spec import Precision
 from oneword.export.families import family_of
 from oneword.export.source import load_source
 from oneword.export.write import export_bundle
@@ -105,6 +106,12 @@ def test_stable_diffusion_2_in_openvino_and_as_plans(sd2_bundle: Path) -> None:
 def test_sdxl_in_openvino_and_as_plans(sdxl_bundle: Path) -> None:
     openvino_draws_the_same(sdxl_bundle)
     every_graph_becomes_a_plan(sdxl_bundle)
+
+
+def test_sdxl_in_fp16_is_opened_and_stays_near_fp32(tiny_sdxl_dir: Path, sdxl_bundle: Path, tmp_path: Path) -> None:
+    export_bundle(tiny_sdxl_dir, tmp_path / "bundle", precision=Precision.FP16)
+    models = (Model.open(path, threads=1) for path in (sdxl_bundle, tmp_path / "bundle"))
+    assert psnr(*(picture(model, "a red star", guidance_scale=4.0) for model in models)) >= 40
 
 
 def openvino_draws_the_same(bundle: Path) -> None:
