@@ -68,13 +68,7 @@ def main() -> None:
     if options.plans:
         _plans(options)
         return
-    results = {}
-    for family in options.families:
-        for precision in options.precision:
-            with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
-                exported = _stage("export", family, precision, folder)
-                results[f"{family} {precision}"] = {**exported, **_stage("check", family, precision, folder)}
-            print(f"{family} {precision}: {results[f'{family} {precision}']}", flush=True)
+    results = _measured(options, "export", "check")
     rows = [
         [
             name,
@@ -96,14 +90,22 @@ def main() -> None:
         raise SystemExit(f"more than {LIMIT_GIB} GiB were needed")
 
 
-def _plans(options: argparse.Namespace) -> None:
-    """Measures the plan of every model in every precision; a table and one JSON line."""
-    results = {}
+def _measured(options: argparse.Namespace, *stages: str) -> dict[str, dict[str, float]]:
+    """What the stages say of every model in every precision, each stage in a process of its own."""
+    results: dict[str, dict[str, float]] = {}
     for family in options.families:
         for precision in options.precision:
+            result = results[f"{family} {precision}"] = {}
             with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
-                results[f"{family} {precision}"] = _stage("plan", family, precision, folder)
-            print(f"{family} {precision}: {results[f'{family} {precision}']}", flush=True)
+                for stage in stages:
+                    result |= _stage(stage, family, precision, folder)
+            print(f"{family} {precision}: {result}", flush=True)
+    return results
+
+
+def _plans(options: argparse.Namespace) -> None:
+    """Measures the plan of every model in every precision; a table and one JSON line."""
+    results = _measured(options, "plan")
     rows = [
         [name, f"{r['plan_seconds']:.0f} s", f"{r['plan_gib']:.1f} GiB", f"{r['plan_disk_gib']:.1f} GiB"]
         for name, r in results.items()

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from oneword.engines.engine import Array, Binding, Given, NumpyArray, Region, Shape, check_dtype, host_buffers, on_host
+from oneword.engines.engine import Array, Binding, Given, NumpyArray, Region, Shape, check_dtype, host_buffers
 from oneword.engines.errors import EngineError, MissingPackage
 from oneword.engines.loop import Replay
 from oneword.engines.spec import TensorSpec
@@ -107,19 +107,18 @@ class Queue:
         """Memory of the device for every input and output: `arrays` that are there as they lie, a copy of those on the
         host, zeros for the rest. See Engine.bind."""
         there = {name: array for name, array in arrays.items() if isinstance(array, DeviceArray)}
-        given = {**shapes, **{name: array.shape for name, array in arrays.items()}}
-        hosts = host_buffers(graph, inputs, outputs, given, None)
-        of_inputs, of_outputs = (
-            {name: there[name] if name in there else self.empty(like.shape, like.dtype) for name, like in each.items()}
-            for each in hosts
-        )
-        for name, array in arrays.items():
-            if isinstance(array, DeviceArray):
-                check_dtype(graph, inputs[name], array.dtype)
-            else:
-                values = on_host(array)
-                check_dtype(graph, inputs[name], values.dtype)
-                of_inputs[name].write(..., values)
+        here = {name: array for name, array in arrays.items() if name not in there}
+        for name, array in there.items():
+            check_dtype(graph, inputs[name], array.dtype)
+        given = {**shapes, **{name: array.shape for name, array in there.items()}}
+        hosts = host_buffers(graph, inputs, outputs, given, here)
+
+        def lies(name: str, like: NumpyArray) -> DeviceArray:
+            if name in there:
+                return there[name]
+            return self.put(like) if name in here else self.empty(like.shape, like.dtype)
+
+        of_inputs, of_outputs = ({name: lies(name, like) for name, like in each.items()} for each in hosts)
         return of_inputs, of_outputs
 
     def copy(self, target: Array, source: Array, row: int | None = None) -> None:

@@ -125,7 +125,6 @@ class _Run:
 
     rows: tuple[_Row, ...]
     binding: StepBinding
-    settled: bool = False
 
     def __post_init__(self) -> None:
         self.binding.user = self
@@ -134,6 +133,10 @@ class _Run:
     @property
     def loop(self) -> Loop:
         return self.binding.loop
+
+    @property
+    def settled(self) -> bool:
+        return self.binding.user is not self
 
     @property
     def over(self) -> bool:
@@ -155,16 +158,13 @@ class _Run:
             row.drawn = {step: noise for step, noise in row.drawn.items() if step >= row.step}
             if not finite[:, i].all():
                 row.broken_at = self._began[i] + int(finite[:, i].argmin()) + 1
-        self._leave()
+        self.binding.user = None
 
     def undo(self) -> None:
         """The rows are where they were before."""
-        self._leave()
+        self.binding.user = None
         for row, step in zip(self.rows, self._began, strict=True):
             row.step = step
-
-    def _leave(self) -> None:
-        self.settled, self.binding.user = True, None
 
 
 @dataclass(eq=False)
@@ -238,7 +238,7 @@ class Batch:
     def step(self) -> list[Event]:
         """Starts what waits, denoises every row once, decodes and takes out the rows that are done."""
         events = self._start()
-        groups = [tuple(group) for group in self._groups()]
+        groups = [*self._groups()]
         for run in self._runs:
             if run.rows not in groups:
                 run.give_back()
@@ -338,7 +338,7 @@ class Batch:
             rows.append(row)
         return rows
 
-    def _groups(self) -> Iterator[list[_Row]]:
+    def _groups(self) -> Iterator[tuple[_Row, ...]]:
         """Rows that share a call: one size, and contexts whose common length is at most twice the longest."""
         groups: list[list[_Row]] = []
         for row in self._rows:
@@ -348,7 +348,7 @@ class Batch:
                     break
             else:
                 groups.append([row])
-        yield from groups
+        yield from map(tuple, groups)
 
     def _denoise(self, group: tuple[_Row, ...]) -> list[Event]:
         """The next step of every row of the group in one engine call, and where nobody listens all until one is done.
