@@ -35,12 +35,12 @@ demo: $(INSTALLED)
 test: $(TEST_INSTALLED)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-check: $(INSTALLED) .typing
+check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	PYTHONPATH=.typing $(BIN)/lint-imports
+	PYTHONPATH=src $(BIN)/lint-imports
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.miniature
@@ -67,14 +67,7 @@ $(TEST_INSTALLED): $(INSTALLED)
 	@touch $@
 endif
 
-# Type checkers do not follow the editable install; a folder of links shows them the packages.
-.typing: src/oneword
-	@mkdir -p .typing/oneword
-	@for part in engines runtime export train; do ln -sfn ../../$$part .typing/oneword/$$part; done
-	@for part in src/oneword/*; do ln -sfn ../../$$part .typing/oneword/$$(basename $$part); done
-	@touch .typing
-
 clean:
-	rm -rf $(VENV) .venv-gpu .typing build dist *.egg-info src/*.egg-info demo-output .coverage \
+	rm -rf $(VENV) .venv-gpu build dist *.egg-info src/*.egg-info demo-output .coverage \
 		.mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -63,7 +63,8 @@ def test_default_install_brings_neither_pytorch_nor_an_engine() -> None:
 
 def test_wheel_holds_every_package_the_miniature_and_nothing_else(tmp_path: Path) -> None:
     copy = tmp_path / "copy"  # setuptools leaves a build folder behind, whose stale files would be packed next time
-    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "build", "demo-output", "*.egg-info"))
+    ignored = shutil.ignore_patterns(".*", "build", "demo-output", "*.egg-info")
+    shutil.copytree(ROOT, copy, symlinks=True, ignore=ignored)
     subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, copy], check=True
     )
