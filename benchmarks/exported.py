@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from oneword.engines.bundle import Bundle
 from oneword.engines.errors import OnewordError
 from oneword.export.source import digest_directory, find_model
 from oneword.export.write import export_bundle
+from oneword.runtime.bundle import Bundle
 
 
 def exported(model: str, bundle: Path) -> Path:

@@ -144,7 +144,7 @@ def _check(options: argparse.Namespace) -> dict[str, float]:
     folder = Path(options.scratch)
     graph, cases = pickle.loads((folder / "case.pickle").read_bytes())
     start = time.perf_counter()
-    engine = OnnxRuntimeEngine("denoise_step", folder / graph.files[0], graph.inputs, graph.outputs, graph.precision)
+    engine = OnnxRuntimeEngine("denoise_step", graph, folder)
     differences = compare(engine, cases, graph.precision)
     return {
         "check_seconds": time.perf_counter() - start,
@@ -155,13 +155,14 @@ def _check(options: argparse.Namespace) -> dict[str, float]:
 
 def _plan(options: argparse.Namespace) -> dict[str, float]:
     """In a child: the ONNX, whose weights go, then TensorRT-RTX's plan of it, which is built in a child again."""
-    from oneword.engines.builder import Flavour, Limits, build_plans
+    from oneword.engines.builder import Flavour
+    from oneword.runtime.profiles import PlanLimits, build_plans
 
     folder = Path(options.scratch)
     bundle = bundle_of_one(options.families[0], options.precision[0], folder)
     start = time.perf_counter()
     side = 8 * int(CONFIGS[options.families[0]]["sample_size"])
-    plans = build_plans(bundle, Flavour.RTX, TARGET, Limits(max_batch=1, max_size=side), only="denoise_step")
+    plans = build_plans(bundle, Flavour.RTX, TARGET, PlanLimits(max_batch=1, max_size=side), only="denoise_step")
     return {
         "plan_seconds": time.perf_counter() - start,
         "plan_gib": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20,
@@ -174,7 +175,7 @@ def full_size(family: str, precision: str) -> Any:
     import torch
     from diffusers import UNet2DConditionModel
 
-    from oneword.engines.spec import Precision
+    from oneword.engines.graph import Precision
     from oneword.export.families import TORCH_DTYPES, denoise_graph
 
     config = CONFIGS[family]
@@ -200,18 +201,10 @@ def bundle_of_one(family: str, precision: str, folder: Path) -> Any:
     """The exported step as a bundle of one graph, all that an engine looks at; exported where it is not there yet."""
     import msgspec
 
-    from oneword.engines.bundle import (
-        Bundle,
-        Conditioning,
-        Defaults,
-        Encoder,
-        Graph,
-        Manifest,
-        Source,
-        TokenizerKind,
-        Vae,
-    )
+    from oneword.engines.graph import Graph
+    from oneword.export.modules import DenoiseStep
     from oneword.export.write import write_graph
+    from oneword.runtime.bundle import Bundle, Conditioning, Defaults, Encoder, Manifest, Provenance, Vae
 
     path = folder / "graph.json"
     if path.is_file():
@@ -220,15 +213,16 @@ def bundle_of_one(family: str, precision: str, folder: Path) -> Any:
         graph = write_graph(full_size(family, precision), folder)
         path.write_bytes(msgspec.json.encode(graph))
     encoder = Encoder(
-        graph="text_encoder", table="", tokenizer="", tokenizer_kind=TokenizerKind.CLIP, vocab_size=1, width=1,
+        graph="text_encoder", table="", tokenizer="", vocab_size=1, width=1,
         hidden_width=1, length=SHAPE["T"], bos_id=0, eos_id=0, pad_id=0, layers=(1,), default_layer=1,
     )  # fmt: skip
     side = 8 * int(CONFIGS[family]["sample_size"])
     manifest = Manifest(
-        source=Source(family, ""),
+        source=Provenance(family, ""),
         graphs={"denoise_step": graph},
         encoders=(encoder,),
-        conditioning=Conditioning(("text_encoder",)),
+        conditioning=Conditioning((("text_encoder",),)),
+        columns=DenoiseStep.COLUMNS,
         scheduler={},
         vae=Vae(scale=1.0, shift=0.0, factor=8, latent_channels=4),
         defaults=Defaults(width=side, height=side),

@@ -19,11 +19,10 @@ import numpy as np
 from PIL import Image as Pillow
 
 from benchmarks.exported import exported
-from oneword.engines.bundle import Bundle
 from oneword.engines.open import Backend
-from oneword.runtime.batch import Failed, PictureDone
+from oneword.runtime.bundle import Bundle
 from oneword.runtime.concept import load_concept
-from oneword.runtime.generate import generate
+from oneword.runtime.generate import draw
 from oneword.runtime.grid import labelled_grid
 from oneword.runtime.images import save_png
 from oneword.runtime.model import Model
@@ -60,7 +59,7 @@ def main() -> None:
     bundle = options.bundle or exported(options.model, options.work / "bundle")
     of_model = options.work / Bundle.open(bundle).manifest.source.digest[:12]
     words, learned_from = learn(of_model, options.model, options.learn_steps)
-    model = Model.open(bundle, Backend(options.engine))
+    model = Model.open(bundle, options.engine)
     for word in words:
         model.load(load_concept(word))
     learned = time.perf_counter()
@@ -277,14 +276,7 @@ def drawn(model: Model, sections: Sequence[Section]) -> list[Image]:
     """Each section as one labelled picture; the requests of all go through one batch."""
     cells = [cell for section in sections for _, row in section.rows for cell in row]
     requests = [cell for cell in cells if isinstance(cell, Request)]
-    images: dict[int, Image] = {}
-    for event in generate(model, requests, listen=False):
-        match event:
-            case PictureDone():
-                images[event.id] = event.image
-            case Failed():
-                raise event.error
-    made = (images[number] for number in range(len(requests)))
+    made = (picture.image for picture in draw(model, *requests))
     return [
         labelled_grid(
             [[next(made) if isinstance(cell, Request) else cell for cell in row] for _, row in section.rows],

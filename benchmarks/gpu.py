@@ -29,6 +29,7 @@ import numpy as np
 
 from benchmarks.full_size import CONFIGS, SHAPE, bundle_of_one, full_size
 from benchmarks.pages import table, write_section
+from oneword.runtime.samplers import COLUMNS
 
 PAGE = Path(__file__).parent.parent / "docs" / "gpu.md"
 CONTENDERS = ("torch", "torch-compile", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx")
@@ -106,34 +107,39 @@ def _torch(contender: str, model: str, folder: Path, feeds: dict[str, Any], step
 
 
 def _ours(contender: str, model: str, folder: Path, feeds: dict[str, Any], steps: int) -> Any:
-    from oneword.engines.loop import Loop
-    from oneword.engines.open import Backend, gpu_queue, open_engine
+    from oneword.engines.open import Backend, EngineOptions, gpu_stream, open_engine
+    from oneword.runtime.profiles import DEFAULT_LIMITS, graph_ranges
 
-    queue = gpu_queue()  # before the long work: there may be no GPU
-    engine = open_engine(bundle_of_one(model, "fp16", folder), "denoise_step", Backend(contender))
+    stream = gpu_stream()  # before the long work: there may be no GPU
+    bundle = bundle_of_one(model, "fp16", folder)
+    options = EngineOptions(ranges=graph_ranges(bundle.manifest, "denoise_step", DEFAULT_LIMITS))
+    engine = open_engine(Backend(contender), "denoise_step", bundle.graph("denoise_step"), folder, options)
     binding = engine.bind({name: value.shape for name, value in feeds.items()})
-    loop = Loop(binding, queue)
-    schedule = np.repeat(feeds["schedule"][None], steps, axis=0)
 
-    def start() -> Loop:
+    def start() -> None:
         for name, value in feeds.items():
             binding.inputs[name].write(..., value)
-        loop.begin(schedule)
-        return loop
 
-    def one_by_one() -> None:
+    def step() -> None:
+        stream.run(binding)
+        stream.copy(binding.inputs["previous2"], binding.inputs["previous"])
+        stream.copy(binding.inputs["previous"], binding.outputs["denoised"])
+        stream.copy(binding.inputs["sample"], binding.outputs["next_sample"])
+
+    def loop(one: Callable[[], None]) -> None:
         start()
         for _ in range(steps):
-            loop.step()
-        queue.wait()
+            one()
+        stream.wait()
 
-    def in_one_piece() -> None:
-        start().finish()
-        queue.wait()
-
-    first = start()
-    first.step()
-    return first.sample, one_by_one, in_one_piece, queue.memory_in_use
+    start()
+    step()
+    first = binding.inputs["sample"].numpy()
+    if not binding.capturable:
+        return first, lambda: loop(step), None, stream.memory_in_use
+    loop(step)
+    replay = stream.capture(step)
+    return first, lambda: loop(step), lambda: loop(replay), stream.memory_in_use
 
 
 def _feeds(model: str) -> dict[str, Any]:
@@ -141,25 +147,41 @@ def _feeds(model: str) -> dict[str, Any]:
     config = CONFIGS[model]
     side, random = int(config["sample_size"]), np.random.default_rng(0)
     latents = (1, 4, side, side)
-    zeros = {name: np.zeros(latents, np.float32) for name in ("previous", "noise", "known", "known_noise")}
-    schedule = np.zeros((1, 11), np.float32)
-    schedule[0, :8] = (500, 1, -0.1, 0.9, 0.1, 0, 0, 5)  # t, a, b, c, d, e, f, guidance
+    zeros = {name: np.zeros(latents, np.float32) for name in ("previous", "previous2", "noise", "known", "known_noise")}
+    values = {
+        "t": 500,
+        "sample_to_denoised": 1,
+        "model_to_denoised": -0.1,
+        "sample": 0.9,
+        "denoised": 0.1,
+        "guidance": 5,
+    }
+    schedule = np.array([[values.get(name, 0) for name in COLUMNS if name != "embedded_guidance"]], np.float32)
     feeds = {
         "sample": random.standard_normal(latents, np.float32),
         **zeros,
         "mask": np.ones((1, 1, side, side), np.float32),
         "schedule": schedule,
         "branch_row": np.zeros(2, np.int64),
-        "branch_context": np.arange(2),
+        "branch_context": np.tile(np.arange(2)[:, None, None], (1, 2, _layers(config))),
         "uncond_branch": np.zeros(1, np.int64),
         "cond_branch": np.ones(1, np.int64),
         "context": random.standard_normal((2, TOKENS, config["cross_attention_dim"]), np.float32),
     }
     if "addition_embed_type" in config:
         pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+        feeds["branch_pooled"] = np.arange(2)
         feeds["pooled"] = random.standard_normal((2, pooled), np.float32)
-        feeds["time_ids"] = np.array([[8 * side, 8 * side, 0, 0, 8 * side, 8 * side]] * 2, np.float32)
+        feeds["time_ids"] = np.array([[8 * side, 8 * side, 0, 0, 8 * side, 8 * side]], np.float32)
     return feeds
+
+
+def _layers(config: dict[str, Any]) -> int:
+    """L: transformers of a UNet; every cross-attention block up has one more than one down, and the middle has one."""
+    down = config.get("down_block_types", ("CrossAttnDownBlock2D",) * 3)
+    up = config.get("up_block_types", ("CrossAttnUpBlock2D",) * 3)
+    count = int(config.get("layers_per_block", 2))
+    return sum(count for name in down if "Cross" in name) + 1 + sum(count + 1 for name in up if "Cross" in name)
 
 
 def _seconds(work: Callable[[], object]) -> float:
@@ -188,7 +210,7 @@ def _table(model: str, results: dict[str, Any]) -> str:
         speed = f"{1e3 * TFLOP[model] / best:.0f}" if model in TFLOP else ""
         loop = f"{r['loop_ms']:.2f}" if "loop_ms" in r else ""
         rows.append([name, f"{r['step_ms']:.2f}", loop, speed, f"{r['difference']:.1e}", f"{r['gpu_mib']:.0f}"])
-    return table([model, "ms a step", "in one piece", "TFLOP/s", "difference", "GPU MiB"], rows)
+    return table([model, "ms a step", "captured", "TFLOP/s", "difference", "GPU MiB"], rows)
 
 
 def _options() -> argparse.Namespace:

@@ -210,12 +210,11 @@ StepSeconds = Callable[[], tuple[float, float]]
 
 def _ours(case: Case, options: argparse.Namespace) -> tuple[Draw, StepSeconds]:
     """The bare engine is timed within the loop: every call of the denoiser's binding."""
-    from oneword.engines.open import Backend
-    from oneword.runtime.batch import Batch
+    from oneword.runtime.generate import scheduler_for
     from oneword.runtime.model import Model
     from oneword.runtime.request import Request
 
-    model = Model.open(options.bundle, Backend(options.contender.removeprefix("ours-")), options.threads)
+    model = Model.open(options.bundle, options.contender.removeprefix("ours-"), threads=options.threads)
     engine: Any = model.engine("denoise_step")
     bind, spent, ends = engine.bind, list[float](), list[float]()
 
@@ -223,9 +222,9 @@ def _ours(case: Case, options: argparse.Namespace) -> tuple[Draw, StepSeconds]:
         binding = bind(*args)
         run = binding.run
 
-        def timed() -> None:
+        def timed(stream: int | None = None) -> None:
             start = time.perf_counter()
-            run()
+            run(stream)
             spent.append(time.perf_counter() - start)
 
         binding.run = timed
@@ -236,11 +235,11 @@ def _ours(case: Case, options: argparse.Namespace) -> tuple[Draw, StepSeconds]:
     def draw(prompt: str) -> None:
         spent.clear()
         ends.clear()
-        batch = Batch(model)
         size = (case.size, case.size)
-        batch.add(Request(prompt, seed=SEED, steps=case.steps, guidance_scale=GUIDANCE, size=size))
-        while batch:
-            batch.step()
+        request = Request(prompt, seed=SEED, steps=case.steps, guidance_scale=GUIDANCE, size=size)
+        scheduler = scheduler_for(model, [request])
+        while scheduler:
+            scheduler.step()
             ends.append(time.perf_counter())
 
     def step_seconds() -> tuple[float, float]:  # the last step also decodes, the first also encodes

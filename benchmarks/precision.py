@@ -21,16 +21,15 @@ import numpy as np
 
 from benchmarks.pages import table, write_section
 from oneword.engines.errors import OnewordError
+from oneword.engines.graph import Precision
 from oneword.engines.open import Backend
-from oneword.engines.spec import Precision
+from oneword.export.eager import eager_model
 from oneword.export.families import TORCH_DTYPES
 from oneword.export.source import load_source
 from oneword.export.write import export_bundle
-from oneword.runtime.batch import Failed, PictureDone
-from oneword.runtime.generate import generate
+from oneword.runtime.generate import draw
 from oneword.runtime.model import Model
 from oneword.runtime.request import Image, Request
-from oneword.train.preview import EagerModel
 
 PAGE = Path(__file__).parent.parent / "docs" / "precision.md"
 PROMPTS = (
@@ -84,13 +83,13 @@ def main() -> None:
 
 
 def _eager(model: str, precision: Precision) -> Model:
-    return EagerModel(load_source(model, TORCH_DTYPES[precision]))
+    return eager_model(load_source(model, TORCH_DTYPES[precision]))
 
 
 def _bundle(model: str, folder: Path, precision: Precision) -> Model:
     path = folder / precision.value
     export_bundle(model, path, precision=precision)
-    return Model.open(path)
+    return Model.open(path, "onnxruntime")
 
 
 def _draw(model: Model, options: argparse.Namespace) -> list[Image]:
@@ -99,13 +98,7 @@ def _draw(model: Model, options: argparse.Namespace) -> list[Image]:
         Request(prompt, seed=100 * i, num_images=options.pictures, steps=options.steps, guidance_scale=5.0)
         for i, prompt in enumerate(PROMPTS)
     ]
-    done = {}
-    for event in generate(model, requests, listen=False):
-        if isinstance(event, Failed):
-            raise event.error
-        if isinstance(event, PictureDone):
-            done[event.id, event.index] = event.image
-    return [done[key] for key in sorted(done)]
+    return [picture.image for picture in draw(model, *requests)]
 
 
 def _psnr(a: Image, b: Image) -> float:

@@ -1,4 +1,4 @@
-"""Plans for TensorRT and TensorRT-RTX, built from a bundle's graphs. One implementation, for the two APIs agree.
+"""Plans for TensorRT and TensorRT-RTX, built from ONNX graphs. One implementation, since the two APIs agree.
 
 Plans are built through Polygraphy in a child process (`python -m oneword.engines.builder`), since Polygraphy takes its
 flavour from the environment when it is first imported, and a crash of the builder must not be ours. TensorRT-RTX builds
@@ -20,13 +20,11 @@ from typing import Any
 
 import msgspec
 
-from oneword.engines.bundle import PLANS, Bundle, Defaults, Graph, Manifest, Vae
 from oneword.engines.cuda import Device
 from oneword.engines.errors import EngineError, MissingPackage, UsageError
+from oneword.engines.graph import Graph, TensorSpec
 from oneword.engines.plans import PlanCache, PlanKey, Ranges
-from oneword.engines.spec import TensorSpec
 
-MAX_VOCABULARY = 200_000
 RTX_TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
 Report = Callable[[str], None]
 
@@ -36,32 +34,6 @@ class Flavour(StrEnum):
 
     TENSORRT = "tensorrt"
     RTX = "tensorrt-rtx"
-
-
-class Limits(msgspec.Struct, frozen=True):
-    """What plans are made for: up to so many pictures, up to such a side in pixels, and these sizes above all."""
-
-    max_batch: int = 4
-    max_size: int | None = None
-    """None: the model's own size."""
-    static_sizes: tuple[tuple[int, int], ...] = ()
-    """(width, height) pairs that get, beside the plan of all sizes, one of their own: one guided picture, nothing
-    dynamic."""
-
-    def check(self, vae: Vae, defaults: Defaults) -> None:
-        """Raises UsageError for what this model cannot be built for."""
-        factor, usual = vae.factor, defaults.width
-        if self.max_batch < 1 or (self.max_size is not None and (self.max_size < usual or self.max_size % factor)):
-            raise UsageError(
-                f"--max-batch {self.max_batch} --max-size {self.max_size or usual}: "
-                f"at least 1, and a multiple of {factor} from {usual} on"
-            )
-        for width, height in self.static_sizes:
-            if min(width, height) < factor or width % factor or height % factor:
-                raise UsageError(f"--static-size {width}x{height}: both must be multiples of {factor}")
-
-
-DEFAULT_LIMITS = Limits()
 
 
 class _Job(msgspec.Struct, frozen=True):
@@ -95,61 +67,49 @@ class _Network(msgspec.Struct, frozen=True, tag="network"):
     outputs: list[_Tensor]
 
 
-def build_plans(
-    bundle: Bundle,
-    flavour: Flavour,
-    target: str | None,
-    limits: Limits = DEFAULT_LIMITS,
-    report: Report = lambda message: None,
-    only: str | None = None,
-) -> dict[str, list[Path]]:
-    """Builds (or finds in the cache) the plans of every graph of a bundle, or of `only` one, for a target such as
-    `sm89` or, one plan for both, `sm89,sm120` (see target_of); the plans' paths, that of all sizes first. `report`
-    hears how far the builder is.
-
-    What was built stays when a later graph fails, and the bundle is as it was.
-
-    Raises UsageError (target, sizes), MissingPackage, EngineError (the builder's words), FileError (disk).
-    """
-    limits.check(bundle.manifest.vae, bundle.manifest.defaults)
-    version, target = installed_version(flavour), target_of(flavour, target)
-    capabilities = compute_capabilities(flavour, target)
-    cache = plan_cache(bundle, flavour, version, target)
-    paths: dict[str, list[Path]] = {}
-    for name in bundle.manifest.graphs if only is None else [only]:
-        graph = bundle.graph(name)
-        paths[name] = []
-        for ranges in graph_ranges(bundle.manifest, name, limits):
-            key = PlanKey(graph.digest, str(flavour), version, target, graph.precision, ranges)
-
-            def build(name: str = name, ranges: Ranges = ranges) -> bytes:
-                return build_plan(bundle, name, flavour, capabilities, ranges, report)
-
-            cache.load_or_build(key, build)
-            paths[name].append(cache.path(key))
-    return paths
-
-
-def plan_cache(bundle: Bundle, flavour: Flavour, version: str, target: str) -> PlanCache:
-    """Where the plans of a bundle for one library and target lie."""
-    return PlanCache(bundle.path / PLANS / f"{flavour}-{version}-{target.replace(',', '+')}")
-
-
 def build_plan(
-    bundle: Bundle,
     name: str,
+    graph: Graph,
+    folder: Path,
+    plans: Path,
+    flavour: Flavour,
+    version: str,
+    target: str,
+    ranges: Ranges,
+    report: Report = lambda message: None,
+) -> Path:
+    """Builds (or finds in the cache under `plans`) the plan of one graph, whose files are in `folder`, for sizes within
+    `ranges` and for a target (see target_of). Returns the plan's path; `report` is called with the builder's progress.
+
+    Raises EngineError (the builder's own message), FileError (disk).
+    """
+    cache = plan_cache(plans, flavour, version, target)
+    key = PlanKey(graph.digest, str(flavour), version, target, graph.precision, ranges)
+    capabilities = compute_capabilities(flavour, target)
+    cache.load_or_build(key, lambda: _plan_bytes(name, graph, folder, flavour, capabilities, ranges, report))
+    return cache.path(key)
+
+
+def plan_cache(plans: Path, flavour: Flavour, version: str, target: str) -> PlanCache:
+    """The cache of the plans for one library version and target."""
+    return PlanCache(plans / f"{flavour}-{version}-{target.replace(',', '+')}")
+
+
+def _plan_bytes(
+    name: str,
+    graph: Graph,
+    folder: Path,
     flavour: Flavour,
     capabilities: Sequence[tuple[int, int]],
     ranges: Ranges,
-    report: Report = lambda message: None,
+    report: Report,
 ) -> bytes:
-    """One graph's plan, built in a child process whose network is compared with the manifest before it is believed."""
-    graph = bundle.graph(name)
-    with tempfile.TemporaryDirectory() as folder:
-        plan, words = Path(folder) / "plan", Path(folder) / "words"
+    """One graph's plan, built in a child process whose network is compared with the graph's specs first."""
+    with tempfile.TemporaryDirectory() as temporary:
+        plan, words = Path(temporary) / "plan", Path(temporary) / "words"
         readable, writable = os.pipe()
         job = _Job(
-            onnx=os.fspath(bundle.file(graph.files[0])),
+            onnx=os.fspath((folder / graph.files[0]).resolve()),
             plan=os.fspath(plan),
             rtx=flavour is Flavour.RTX,
             capabilities=list(capabilities),
@@ -173,7 +133,7 @@ def build_plan(
         if child.returncode != 0 or network is None or not plan.is_file():
             raise EngineError(
                 f"{flavour} cannot build a plan of graph {name!r}: {last_words(words.read_bytes(), child.returncode)}; "
-                f"the bundle {bundle.path} is whole and runs without it"
+                f"the graph in {folder} is intact and runs without it"
             )
         check_network(name, graph, network)
         return plan.read_bytes()
@@ -215,46 +175,6 @@ def check_network(name: str, graph: Graph, network: _Network) -> None:
                     f"its manifest says {wanted.get(tensor)}: "
                     "export the model again with ti-export"
                 )
-
-
-def graph_ranges(manifest: Manifest, graph: str, limits: Limits) -> list[Ranges]:
-    """Smallest, usual and largest size of every named axis a graph has: for all sizes, then for each static one."""
-    axes = {axis for spec in manifest.graphs[graph].inputs for axis in spec.axes if isinstance(axis, str)}
-    ranges = axis_ranges(manifest, graph, limits)
-    dynamic: Ranges = {axis: ranges[axis] for axis in sorted(axes)}
-    if not axes & {"h", "w", "H", "W"}:
-        return [dynamic]
-    return [dynamic, *(_static(manifest, dynamic, width, height) for width, height in limits.static_sizes)]
-
-
-def axis_ranges(manifest: Manifest, graph: str, limits: Limits) -> dict[str, tuple[int, int, int]]:
-    """Smallest, usual and largest size of every axis that graphs may name."""
-    factor, usual = manifest.vae.factor, manifest.defaults.width
-    max_batch, max_size = limits.max_batch, limits.max_size or usual
-    length = max(encoder.length for encoder in manifest.encoders)
-    tokens = (1, length, length) if any(graph == e.graph for e in manifest.encoders) else (1, length, 4 * length)
-    vocabulary = {e.graph: e.vocab_size for e in manifest.encoders}.get(graph, 1)
-    side = (1, usual // factor, max_size // factor)
-    pixels = (factor, usual, max_size)
-    return {
-        "B": (1, 1, max_batch),
-        "N": (1, 2, 2 * max_batch),
-        "M": (1, 2, 2 * max_batch),
-        "T": tokens,
-        "V": (vocabulary, vocabulary, max(MAX_VOCABULARY, vocabulary)),
-        "h": side,
-        "w": side,
-        "H": pixels,
-        "W": pixels,
-    }
-
-
-def _static(manifest: Manifest, dynamic: Ranges, width: int, height: int) -> Ranges:
-    """One guided picture of one size: every axis at its usual size, but for the picture's."""
-    factor = manifest.vae.factor
-    sides = {"H": height, "W": width, "h": height // factor, "w": width // factor}
-    sizes = {axis: sides.get(axis, usual) for axis, (_, usual, _) in dynamic.items()}
-    return {axis: (size, size, size) for axis, size in sizes.items()}
 
 
 def profile_shapes(spec: TensorSpec, ranges: Ranges) -> tuple[list[int], list[int], list[int]]:
@@ -359,7 +279,6 @@ def _monitor(rtx: bool, channel: Any) -> Any:
 _DTYPES = {
     "FLOAT": "float32",
     "HALF": "float16",
-    "BF16": "bfloat16",
     "INT64": "int64",
     "UINT8": "uint8",
     "BOOL": "bool",

@@ -1,6 +1,6 @@
-"""CUDA through cuda-python: a device, its arrays, a queue of work and its capture. The only module to import `cuda`.
+"""CUDA through cuda-python: a device, its arrays, a stream and its captures. The only module that imports `cuda`.
 
-No kernels: everything here is memory, order, and replaying what was captured.
+No kernels: only memory, order, and the replay of captured work.
 """
 
 import ctypes
@@ -8,16 +8,29 @@ import gc
 import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from oneword.engines.engine import Array, Binding, Given, NumpyArray, Region, Shape, check_dtype, host_buffers
+from oneword.engines.engine import (
+    Array,
+    Binding,
+    Event,
+    Given,
+    NumpyArray,
+    Region,
+    Replay,
+    Shape,
+    bound_shapes,
+    check_dtype,
+    numpy_dtype,
+)
 from oneword.engines.errors import EngineError, MissingPackage
-from oneword.engines.loop import Replay
-from oneword.engines.spec import TensorSpec
+from oneword.engines.graph import TensorSpec
 
+_NO_TIMING = 2  # cudaEventDisableTiming
 _NON_BLOCKING = 1  # cudaStreamNonBlocking: no order with the default stream, which others may use
 
 
@@ -74,16 +87,18 @@ class Device:
                 f"an NVIDIA driver for CUDA {_version(needed)} is needed and {has}: install or update the driver"
             )
         if status == self.runtime.cudaError_t.cudaErrorNoDevice:
-            raise EngineError("the NVIDIA driver sees no GPU: plug one in, or look at CUDA_VISIBLE_DEVICES")
+            raise EngineError("the NVIDIA driver finds no GPU: check `nvidia-smi` and CUDA_VISIBLE_DEVICES")
 
 
-class Queue:
-    """Work in order on one stream of a device; nothing waits until somebody reads. See oneword.engines.loop.Queue."""
+class CudaStream:
+    """An in-order stream of a device; nothing waits until values are read. See oneword.engines.engine.Stream."""
+
+    depth = 1
 
     def __init__(self, device: Device) -> None:
         self.device = device
-        self.stream = int(device.call("cudaStreamCreateWithFlags", _NON_BLOCKING))
-        weakref.finalize(self, device.runtime.cudaStreamDestroy, self.stream)
+        self.handle = int(device.call("cudaStreamCreateWithFlags", _NON_BLOCKING))
+        weakref.finalize(self, device.runtime.cudaStreamDestroy, self.handle)
 
     def empty(self, shape: Shape, dtype: npt.DTypeLike) -> "DeviceArray":
         """An array of zeros."""
@@ -96,70 +111,92 @@ class Queue:
         self.transfer(array.pointer, values.ctypes.data, values.nbytes, "HostToDevice")
         return array
 
+    def pinned(self, shape: Shape, dtype: npt.DTypeLike) -> NumpyArray:
+        """See Stream. The memory is freed with the array, once the stream has done all work queued until then."""
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        pointer = int(self.device.call("cudaMallocHost", max(size, 1)))
+        memory = (ctypes.c_uint8 * size).from_address(pointer)
+        ctypes.memset(pointer, 0, size)
+        weakref.finalize(memory, _free_pinned, self.device.runtime, self.handle, pointer)
+        return np.ndarray(shape, dtype, memory)  # type: ignore[arg-type]
+
     def buffers(
         self,
         graph: str,
-        inputs: Mapping[str, TensorSpec],
-        outputs: Mapping[str, TensorSpec],
+        input_specs: Mapping[str, TensorSpec],
+        output_specs: Mapping[str, TensorSpec],
         shapes: Mapping[str, Sequence[int]],
-        arrays: Mapping[str, Given],
+        inputs: Mapping[str, Given] | None,
+        outputs: Mapping[str, Given] | None,
     ) -> tuple[dict[str, "DeviceArray"], dict[str, "DeviceArray"]]:
-        """Memory of the device for every input and output: `arrays` that are there as they lie, a copy of those on the
-        host, zeros for the rest. See Engine.bind."""
-        there = {name: array for name, array in arrays.items() if isinstance(array, DeviceArray)}
-        here = {name: array for name, array in arrays.items() if name not in there}
-        for name, array in there.items():
-            check_dtype(graph, inputs[name], array.dtype)
-        given = {**shapes, **{name: array.shape for name, array in there.items()}}
-        hosts = host_buffers(graph, inputs, outputs, given, here)
+        """Device memory for every input and output: given device arrays in place, copies of given host arrays, zeros
+        for the rest. See Engine.bind."""
+        given = {**(inputs or {}), **(outputs or {})}
+        specs = {**input_specs, **output_specs}
+        _, input_shapes, output_shapes = bound_shapes(
+            graph, input_specs, output_specs, shapes, {name: array.shape for name, array in given.items()}
+        )
 
-        def lies(name: str, like: NumpyArray) -> DeviceArray:
-            if name in there:
-                return there[name]
-            return self.put(like) if name in here else self.empty(like.shape, like.dtype)
+        def buffer(name: str, shape: Shape) -> DeviceArray:
+            array = given.get(name)
+            if array is None:
+                return self.empty(shape, numpy_dtype(specs[name].dtype))
+            if not isinstance(array, DeviceArray):
+                array = self.put(array if isinstance(array, np.ndarray) else array.numpy())
+            check_dtype(graph, specs[name], array.dtype)
+            return array
 
-        of_inputs, of_outputs = ({name: lies(name, like) for name, like in each.items()} for each in hosts)
-        return of_inputs, of_outputs
+        return (
+            {name: buffer(name, shape) for name, shape in input_shapes.items()},
+            {name: buffer(name, shape) for name, shape in output_shapes.items()},
+        )
 
-    def copy(self, target: Array, source: Array, row: int | None = None) -> None:
-        """See loop.Queue."""
+    def upload(self, target: Array, source: NumpyArray) -> None:
+        """See Stream."""
+        assert isinstance(target, DeviceArray)
+        self.transfer(target.pointer, source.ctypes.data, target.nbytes, "HostToDevice")
+
+    def download(self, target: NumpyArray, source: Array) -> None:
+        """See Stream."""
+        assert isinstance(source, DeviceArray)
+        self.transfer(target.ctypes.data, source.pointer, source.nbytes, "DeviceToHost")
+
+    def copy(self, target: Array, source: Array) -> None:
+        """See Stream."""
+        self.load_row(target, source, 0)
+
+    def load_row(self, target: Array, source: Array, row: int) -> None:
+        """See Stream."""
         assert isinstance(target, DeviceArray)
         assert isinstance(source, DeviceArray)
-        offset = 0 if row is None else row * target.nbytes
-        self.transfer(target.pointer, source.pointer + offset, target.nbytes, "DeviceToDevice")
-
-    def keep(self, target: Array, row: int, source: Array) -> None:
-        """See loop.Queue."""
-        assert isinstance(target, DeviceArray)
-        assert isinstance(source, DeviceArray)
-        self.transfer(target.pointer + row * source.nbytes, source.pointer, source.nbytes, "DeviceToDevice")
+        self.transfer(target.pointer, source.pointer + row * target.nbytes, target.nbytes, "DeviceToDevice")
 
     def run(self, binding: Binding) -> None:
-        """See loop.Queue."""
-        binding.run(self.stream)
+        """See Stream."""
+        binding.run(self.handle)
 
     def transfer(self, target: int, source: int, size: int, kind: str) -> None:
-        """Queues a copy of `size` bytes between addresses; memory of the host is read before this returns."""
+        """Queues a copy of `size` bytes between addresses; pageable host memory is read before this returns."""
         kinds = self.device.runtime.cudaMemcpyKind
         direction = getattr(kinds, f"cudaMemcpy{kind}")
-        self.device.call("cudaMemcpyAsync", target, source, size, direction, self.stream)
+        self.device.call("cudaMemcpyAsync", target, source, size, direction, self.handle)
 
     def capture(self, work: Callable[[], None]) -> Replay:
-        """See loop.Queue. The work must have run before: libraries allocate and tune at their first calls."""
+        """See Stream. The work must have run before: libraries allocate and tune at their first calls."""
         call, runtime = self.device.call, self.device.runtime
         collecting = gc.isenabled()
         gc.collect()
         gc.disable()  # an array that is collected now would free memory, which breaks the capture
         try:
-            call("cudaStreamBeginCapture", self.stream, runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
+            call("cudaStreamBeginCapture", self.handle, runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
             try:
                 work()
             except BaseException:
-                status, *graphs = runtime.cudaStreamEndCapture(self.stream)  # left capturing it would refuse all else
+                status, *graphs = runtime.cudaStreamEndCapture(self.handle)  # left capturing it would refuse all else
                 if int(status) == 0:
                     runtime.cudaGraphDestroy(*graphs)
                 raise
-            graph = call("cudaStreamEndCapture", self.stream)
+            graph = call("cudaStreamEndCapture", self.handle)
         finally:
             if collecting:
                 gc.enable()
@@ -167,39 +204,56 @@ class Queue:
         call("cudaGraphDestroy", graph)
         return _Captured(self, executable)
 
+    def record(self) -> Event:
+        """See Stream."""
+        return CudaEvent(self)
+
     def wait(self) -> None:
-        """See loop.Queue."""
-        self.device.call("cudaStreamSynchronize", self.stream)
+        """Until everything that was queued is done."""
+        self.device.call("cudaStreamSynchronize", self.handle)
 
     def memory_in_use(self) -> int:
-        """See loop.Queue."""
+        """See Stream."""
         free, total = self.device.memory()
         return total - free
+
+
+class CudaEvent:
+    """A point in a stream, recorded when it is made."""
+
+    def __init__(self, stream: CudaStream) -> None:
+        self._device = stream.device
+        self._handle = stream.device.call("cudaEventCreateWithFlags", _NO_TIMING)
+        weakref.finalize(self, stream.device.runtime.cudaEventDestroy, self._handle)
+        stream.device.call("cudaEventRecord", self._handle, stream.handle)
+
+    def wait(self) -> None:
+        """See Event."""
+        self._device.call("cudaEventSynchronize", self._handle)
 
 
 class _Captured:
     """A captured graph; calling it queues it once."""
 
-    def __init__(self, queue: Queue, executable: Any) -> None:
-        self._queue, self._executable = queue, executable
-        weakref.finalize(self, queue.device.runtime.cudaGraphExecDestroy, executable)
+    def __init__(self, stream: CudaStream, executable: Any) -> None:
+        self._stream, self._executable = stream, executable
+        weakref.finalize(self, stream.device.runtime.cudaGraphExecDestroy, executable)
 
     def __call__(self) -> None:
-        self._queue.device.call("cudaGraphLaunch", self._executable, self._queue.stream)
+        self._stream.device.call("cudaGraphLaunch", self._executable, self._stream.handle)
 
 
 class DeviceArray:
-    """A tensor on a GPU: zeros at first; C-contiguous. Written and read in the order of its queue."""
+    """A tensor on a GPU: zeros at first; C-contiguous. Written and read in the order of its stream."""
 
-    def __init__(self, queue: Queue, shape: Shape, dtype: np.dtype[Any]) -> None:
-        self.queue, self.dtype = queue, dtype
+    def __init__(self, stream: CudaStream, shape: Shape, dtype: np.dtype[Any]) -> None:
+        self.stream, self.dtype = stream, dtype
         self._shape = tuple(shape)
         self.nbytes = math.prod(self._shape) * dtype.itemsize
-        device = queue.device
+        device = stream.device
         self.pointer = int(device.call("cudaMalloc", max(self.nbytes, 1)))
         weakref.finalize(self, device.runtime.cudaFree, self.pointer)
-        device.call("cudaMemsetAsync", self.pointer, 0, self.nbytes, queue.stream)
-        self._host: NumpyArray | None = None
+        device.call("cudaMemsetAsync", self.pointer, 0, self.nbytes, stream.handle)
 
     @property
     def shape(self) -> Shape:
@@ -209,30 +263,37 @@ class DeviceArray:
     def numpy(self) -> NumpyArray:
         """A copy on the host, once everything queued before is done."""
         values = np.empty(self._shape, self.dtype)
-        self.queue.transfer(values.ctypes.data, self.pointer, self.nbytes, "DeviceToHost")
-        self.queue.wait()
+        self.stream.transfer(values.ctypes.data, self.pointer, self.nbytes, "DeviceToHost")
+        self.stream.wait()
+        return values
+
+    def read(self, region: Region) -> NumpyArray:
+        """A copy of one region; only what is one piece of memory is transferred, anything else is read whole."""
+        part = contiguous_part(self._mirror, region)
+        if part is None:
+            return np.array(self.numpy()[region])
+        values = np.empty(part.shape, self.dtype)
+        offset = part.ctypes.data - self._mirror.ctypes.data
+        self.stream.transfer(values.ctypes.data, self.pointer + offset, part.nbytes, "DeviceToHost")
+        self.stream.wait()
         return values
 
     def write(self, region: Region, values: npt.ArrayLike) -> None:
         """Overwrites one region. One piece of memory is one transfer; anything else is read, changed and written."""
-        if self._host is None:
-            self._host = np.empty(self._shape, self.dtype)  # pages nobody writes cost nothing
-        part = contiguous_part(self._host, region)
+        part = contiguous_part(self._mirror, region)
         if part is None:
-            self._host[...] = self.numpy()
-            self._host[region] = values
-            part = self._host
+            self._mirror[...] = self.numpy()
+            self._mirror[region] = values
+            part = self._mirror
         else:
             part[...] = values
-        offset = part.ctypes.data - self._host.ctypes.data
-        self.queue.transfer(self.pointer + offset, part.ctypes.data, part.nbytes, "HostToDevice")
+        offset = part.ctypes.data - self._mirror.ctypes.data
+        self.stream.transfer(self.pointer + offset, part.ctypes.data, part.nbytes, "HostToDevice")
 
-    def __dlpack__(self, **_: Any) -> Any:
-        self.queue.wait()
-        return dlpack_capsule(self, self.pointer, self._shape, self.dtype, self.__dlpack_device__())
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return 2, self.queue.device.index  # kDLCUDA
+    @cached_property
+    def _mirror(self) -> NumpyArray:
+        """Host memory of the same shape; pages that are never written cost nothing."""
+        return np.empty(self._shape, self.dtype)
 
 
 def contiguous_part(host: NumpyArray, region: Region) -> NumpyArray | None:
@@ -244,50 +305,9 @@ def contiguous_part(host: NumpyArray, region: Region) -> NumpyArray | None:
     return part if part.flags.c_contiguous else None
 
 
-class _DLDataType(ctypes.Structure):
-    _fields_ = (("code", ctypes.c_uint8), ("bits", ctypes.c_uint8), ("lanes", ctypes.c_uint16))
-
-
-class _DLTensor(ctypes.Structure):
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("device_type", ctypes.c_int32),
-        ("device_id", ctypes.c_int32),
-        ("ndim", ctypes.c_int32),
-        ("dtype", _DLDataType),
-        ("shape", ctypes.POINTER(ctypes.c_int64)),
-        ("strides", ctypes.POINTER(ctypes.c_int64)),
-        ("byte_offset", ctypes.c_uint64),
-    )
-
-
-class _DLManagedTensor(ctypes.Structure):
-    pass
-
-
-_Deleter = ctypes.CFUNCTYPE(None, ctypes.POINTER(_DLManagedTensor))
-_DLManagedTensor._fields_ = (("dl_tensor", _DLTensor), ("manager_ctx", ctypes.c_void_p), ("deleter", _Deleter))
-_KINDS = {"i": 0, "u": 1, "f": 2, "b": 6}
-_alive: dict[int, tuple[Any, ...]] = {}
-
-
-def _forget(tensor: Any) -> None:
-    _alive.pop(ctypes.addressof(tensor.contents), None)
-
-
-_forget_callback = _Deleter(_forget)
-
-
-def dlpack_capsule(owner: object, pointer: int, shape: Shape, dtype: np.dtype[Any], device: tuple[int, int]) -> Any:
-    """A DLPack capsule over memory that `owner` keeps alive until the consumer lets go (dmlc.github.io/dlpack)."""
-    sizes = (ctypes.c_int64 * len(shape))(*shape)
-    kind = _DLDataType(_KINDS[dtype.kind], 8 * dtype.itemsize, 1)
-    tensor = _DLTensor(pointer, device[0], device[1], len(shape), kind, sizes, None, 0)
-    managed = _DLManagedTensor(tensor, None, _forget_callback)
-    _alive[ctypes.addressof(managed)] = (owner, sizes, managed)
-    new = ctypes.pythonapi.PyCapsule_New
-    new.restype, new.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
-    return new(ctypes.addressof(managed), b"dltensor", None)
+def _free_pinned(runtime: Any, stream: int, pointer: int) -> None:
+    runtime.cudaStreamSynchronize(stream)
+    runtime.cudaFreeHost(pointer)
 
 
 def _runtime() -> Any:

@@ -1,6 +1,6 @@
-"""What an engine is: a compiled graph that is bound to fixed buffers and run. No back end, and nothing of diffusion."""
+"""What an engine is: a compiled graph that is bound to fixed buffers and run on a stream. No backend, no diffusion."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from oneword.engines.errors import EngineError, FeedError
-from oneword.engines.spec import DType, TensorSpec
+from oneword.engines.graph import DType, TensorSpec
 
 NumpyArray: TypeAlias = npt.NDArray[Any]
 Region: TypeAlias = Any  # what numpy takes between [ ]: an int, a slice, Ellipsis, or a tuple of them
@@ -16,30 +16,30 @@ Shape: TypeAlias = tuple[int, ...]
 
 
 class Array(Protocol):
-    """A tensor that stays on the device where it was made until `numpy()` is asked for."""
+    """A tensor that stays on the device where it was made until its values are read."""
 
     @property
     def shape(self) -> Shape: ...
 
     def numpy(self) -> NumpyArray:
-        """The values on the host; a view where the device is the host."""
+        """All values on the host; a view where the device is the host."""
+        ...
+
+    def read(self, region: Region) -> NumpyArray:
+        """A copy of one region on the host."""
         ...
 
     def write(self, region: Region, values: npt.ArrayLike) -> None:
         """Overwrites one region in place, cast to the array's dtype."""
         ...
 
-    def __dlpack__(self) -> Any: ...
-
-    def __dlpack_device__(self) -> tuple[int, int]: ...
-
 
 Given: TypeAlias = NumpyArray | Array
-"""An input that lies somewhere already: in memory of the host, or of the device, where an engine's queue put it."""
+"""An existing array, on the host or on the device."""
 
 
 class Binding(Protocol):
-    """A graph at fixed shapes with fixed buffers: write `inputs`, `run()`, read `outputs`, as often as you like."""
+    """A graph at fixed shapes with fixed buffers: write `inputs`, `run()`, read `outputs`, any number of times."""
 
     @property
     def inputs(self) -> Mapping[str, Array]: ...
@@ -65,7 +65,7 @@ class Engine(Protocol):
 
     @property
     def backend(self) -> str:
-        """The back end, its version and what it computes in, as it is reported: `onnxruntime 1.32.0 cpu fp32`."""
+        """The backend, its version and the precision it computes in, for reports: `onnxruntime 1.32.0 cpu fp32`."""
         ...
 
     @property
@@ -74,17 +74,88 @@ class Engine(Protocol):
     @property
     def outputs(self) -> Mapping[str, TensorSpec]: ...
 
-    def bind(self, shapes: Mapping[str, Sequence[int]], arrays: Mapping[str, Given] | None = None) -> Binding:
-        """Buffers for every input and output, inputs filled with zeros.
+    @property
+    def limits(self) -> Mapping[str, int]:
+        """The largest size of each named axis that has one. Callers with more split the work into several calls."""
+        ...
 
-        `shapes` gives the shape of every input (an optional one may lack where other inputs fix its axes), and of an
-        output whose axes no input has. An input in `arrays` is read where it lies, without a copy, if that is where
-        the engine runs. Raises FeedError.
+    def bind(
+        self,
+        shapes: Mapping[str, Sequence[int]],
+        inputs: Mapping[str, Given] | None = None,
+        outputs: Mapping[str, Given] | None = None,
+    ) -> Binding:
+        """Buffers for every input and output, filled with zeros, except for those that are given.
+
+        `shapes` gives the shape of every input that is not in `inputs` (an optional one may be missing if other inputs
+        fix its axes), and of an output whose axes no input has. Given arrays are used in place, without a copy, if
+        they are where the engine runs; so several bindings can share buffers. Raises FeedError.
         """
         ...
 
     def run(self, feeds: Mapping[str, NumpyArray]) -> dict[str, NumpyArray]:
         """One call, host to host. Raises FeedError before, EngineError in the engine."""
+        ...
+
+
+Replay: TypeAlias = Callable[[], None]
+"""Queues captured work once more."""
+
+
+class Event(Protocol):
+    """A point in a stream."""
+
+    def wait(self) -> None:
+        """Returns once everything queued before this point is done. Raises EngineError."""
+        ...
+
+
+class Stream(Protocol):
+    """An in-order execution queue: a CUDA stream or the host."""
+
+    @property
+    def depth(self) -> int:
+        """How many steps may be queued ahead of the one that runs: 0 on the host, where nothing is queued."""
+        ...
+
+    def put(self, values: NumpyArray) -> Array:
+        """An array with these values where the stream works. On the host it is the values themselves."""
+        ...
+
+    def pinned(self, shape: Shape, dtype: npt.DTypeLike) -> NumpyArray:
+        """Host memory (zeros) that `upload` and `download` may use while the host goes on."""
+        ...
+
+    def upload(self, target: Array, source: NumpyArray) -> None:
+        """Queues target = source. Pinned memory must stay unchanged until an event after it."""
+        ...
+
+    def download(self, target: NumpyArray, source: Array) -> None:
+        """Queues target = source, to be read after an event after it."""
+        ...
+
+    def copy(self, target: Array, source: Array) -> None:
+        """Queues target = source, both where the stream works."""
+        ...
+
+    def load_row(self, target: Array, source: Array, row: int) -> None:
+        """Queues target = source[row], both where the stream works."""
+        ...
+
+    def run(self, binding: Binding) -> None:
+        """Queues one run of the binding's graph."""
+        ...
+
+    def capture(self, work: Callable[[], None]) -> Replay:
+        """Records what `work` queues, without doing it, to be replayed as one piece. Raises EngineError."""
+        ...
+
+    def record(self) -> Event:
+        """The point after everything queued so far."""
+        ...
+
+    def memory_in_use(self) -> int | None:
+        """Bytes of the device that are in use by anyone; None on the host."""
         ...
 
 
@@ -103,16 +174,61 @@ class HostArray:
         """The buffer itself."""
         return self._values
 
+    def read(self, region: Region) -> NumpyArray:
+        """A copy of one region."""
+        return np.array(self._values[region])
+
     def write(self, region: Region, values: npt.ArrayLike) -> None:
         """Overwrites one region in place."""
         self._values[region] = values
 
-    def __dlpack__(self) -> Any:
-        return self._values.__dlpack__()
 
-    def __dlpack_device__(self) -> tuple[int, int]:
-        kind, index = self._values.__dlpack_device__()
-        return int(kind), int(index)
+class HostStream:
+    """The host as a stream: everything is done at once. Also its own events, which are over when they are recorded."""
+
+    depth = 0
+
+    def put(self, values: NumpyArray) -> Array:
+        """See Stream."""
+        return HostArray(values)
+
+    def pinned(self, shape: Shape, dtype: npt.DTypeLike) -> NumpyArray:
+        """See Stream."""
+        return np.zeros(shape, dtype)
+
+    def upload(self, target: Array, source: NumpyArray) -> None:
+        """See Stream."""
+        target.write(..., source)
+
+    def download(self, target: NumpyArray, source: Array) -> None:
+        """See Stream."""
+        target[...] = source.numpy()
+
+    def copy(self, target: Array, source: Array) -> None:
+        """See Stream."""
+        target.write(..., source.numpy())
+
+    def load_row(self, target: Array, source: Array, row: int) -> None:
+        """See Stream."""
+        target.write(..., source.numpy()[row])
+
+    def run(self, binding: Binding) -> None:
+        """See Stream."""
+        binding.run()
+
+    def capture(self, work: Callable[[], None]) -> Replay:
+        """See Stream. Replaying is doing it again."""
+        return work
+
+    def record(self) -> Event:
+        """See Stream."""
+        return self
+
+    def wait(self) -> None:
+        """See Event."""
+
+    def memory_in_use(self) -> None:
+        """See Stream."""
 
 
 def on_host(given: Given) -> NumpyArray:
@@ -120,19 +236,9 @@ def on_host(given: Given) -> NumpyArray:
     return given if isinstance(given, np.ndarray) else given.numpy()
 
 
-_NUMPY: dict[DType, np.dtype[Any]] = {dtype: np.dtype(dtype.value) for dtype in DType if dtype is not DType.BFLOAT16}
-_NUMPY[DType.BFLOAT16] = np.dtype(np.uint16)  # numpy has none: the bits
-
-
 def numpy_dtype(dtype: DType) -> np.dtype[Any]:
-    """The numpy dtype that holds a tensor's elements; bfloat16 as its bits in uint16."""
-    return _NUMPY[dtype]
-
-
-def bfloat16_bits(values: NumpyArray) -> npt.NDArray[np.uint16]:
-    """Numbers as the bits of the nearest bfloat16, ties to even."""
-    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    return ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
+    """The numpy dtype of a tensor's elements."""
+    return np.dtype(dtype.value)
 
 
 def check_shapes(
@@ -168,30 +274,52 @@ def check_shapes(
 
 def host_buffers(
     graph: str,
-    inputs: Mapping[str, TensorSpec],
-    outputs: Mapping[str, TensorSpec],
+    input_specs: Mapping[str, TensorSpec],
+    output_specs: Mapping[str, TensorSpec],
     shapes: Mapping[str, Sequence[int]],
-    given_arrays: Mapping[str, Given] | None,
+    inputs: Mapping[str, Given] | None,
+    outputs: Mapping[str, Given] | None,
 ) -> tuple[dict[str, NumpyArray], dict[str, NumpyArray]]:
-    """Host memory for every input and output: arrays as they lie, zeros for the rest. See Engine.bind."""
-    arrays = {name: on_host(array) for name, array in (given_arrays or {}).items()}
-    given = {name: tuple(shape) for name, shape in shapes.items()} | {n: a.shape for n, a in arrays.items()}
-    of_outputs = {name: given.pop(name) for name in [*given] if name in outputs}
-    sizes, input_shapes = check_shapes(graph, inputs, given)
-    for name, value in arrays.items():
-        check_dtype(graph, inputs[name], value.dtype)
+    """Host memory for every input and output: given arrays in place, zeros for the rest. See Engine.bind."""
+    given = {name: on_host(array) for name, array in {**(inputs or {}), **(outputs or {})}.items()}
+    specs = {**input_specs, **output_specs}
+    _, input_shapes, output_shapes = bound_shapes(
+        graph, input_specs, output_specs, shapes, {name: array.shape for name, array in given.items()}
+    )
+    for name, value in given.items():
+        check_dtype(graph, specs[name], value.dtype)
         if not value.flags.c_contiguous:
             raise FeedError(f"{name!r} of {graph} is not contiguous: pass numpy.ascontiguousarray of it")
+
+    def buffer(name: str, shape: Shape) -> NumpyArray:
+        return given[name] if name in given else np.zeros(shape, numpy_dtype(specs[name].dtype))
+
     return (
-        {
-            name: arrays[name] if name in arrays else np.zeros(shape, numpy_dtype(inputs[name].dtype))
-            for name, shape in input_shapes.items()
-        },
-        {
-            name: np.zeros(of_outputs.get(name) or shape_of(graph, spec, sizes), numpy_dtype(spec.dtype))
-            for name, spec in outputs.items()
-        },
+        {name: buffer(name, shape) for name, shape in input_shapes.items()},
+        {name: buffer(name, shape) for name, shape in output_shapes.items()},
     )
+
+
+def bound_shapes(
+    graph: str,
+    input_specs: Mapping[str, TensorSpec],
+    output_specs: Mapping[str, TensorSpec],
+    shapes: Mapping[str, Sequence[int]],
+    given: Mapping[str, Shape],
+) -> tuple[dict[str, int], dict[str, Shape], dict[str, Shape]]:
+    """Sizes of the named axes, and the shapes of every input and output of a binding. Raises FeedError.
+
+    `shapes` and `given` hold shapes by name, of inputs and of outputs; see Engine.bind.
+    """
+    known = {name: tuple(shape) for name, shape in {**shapes, **given}.items()}
+    of_outputs = {name: known.pop(name) for name in [*known] if name in output_specs}
+    sizes, input_shapes = check_shapes(graph, input_specs, known)
+    output_shapes = {}
+    for name, spec in output_specs.items():
+        output_shapes[name] = of_outputs.get(name) or shape_of(graph, spec, sizes)
+        if name in given and len(output_shapes[name]) != len(spec.axes):
+            raise FeedError(f"{name!r} of {graph} has shape {_x(output_shapes[name])}, the graph gives {spec}")
+    return sizes, input_shapes, output_shapes
 
 
 def check_feeds(graph: str, specs: Mapping[str, TensorSpec], feeds: Mapping[str, NumpyArray]) -> dict[str, Shape]:

@@ -59,6 +59,15 @@ class NotFinite(EngineError):
     """A graph produced NaN or infinity; the message names the graph and the rows."""
 
 
+def without_frames(error: OnewordError) -> OnewordError:
+    """The error without its tracebacks and its causes': their frames keep alive what the failed call had allocated."""
+    link: BaseException | None = error
+    while link is not None:
+        link.__traceback__ = None
+        link = link.__cause__ or link.__context__
+    return error
+
+
 def one_line(error: Exception) -> str:
     """What another package's error says, on one line and not for ever."""
     return " ".join(str(error).split())[:300]

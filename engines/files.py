@@ -1,5 +1,6 @@
-"""What a graph's files weigh, and what a file needs to outlive a power cut."""
+"""File helpers: fsync, digests, and the size of a graph on disk."""
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -11,6 +12,12 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file's bytes, as hex."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def size_of(graph: Path) -> int:

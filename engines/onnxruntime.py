@@ -22,19 +22,18 @@ from oneword.engines.engine import (
 )
 from oneword.engines.errors import EngineError, MissingPackage, one_line
 from oneword.engines.files import size_of
-from oneword.engines.spec import DType, Precision, TensorSpec
+from oneword.engines.graph import DType, Graph, Precision, TensorSpec
 from oneword.engines.threads import cpu_threads
 
 _LARGE = 512 << 20  # bytes of a graph whose weights are not reordered
 
-# Numbers of onnx.TensorProto.DataType: numpy has no name for bfloat16.
+# Numbers of onnx.TensorProto.DataType.
 ELEMENT = {
     DType.FLOAT32: 1,
     DType.UINT8: 2,
     DType.INT64: 7,
     DType.BOOL: 9,
     DType.FLOAT16: 10,
-    DType.BFLOAT16: 16,
 }
 
 
@@ -46,35 +45,33 @@ class OnnxRuntimeEngine:
         EngineError: both of its builds are installed, or the graph cannot be opened.
     """
 
-    def __init__(
-        self,
-        name: str,
-        path: Path,
-        inputs: Sequence[TensorSpec],
-        outputs: Sequence[TensorSpec],
-        precision: Precision,
-        threads: int | None = None,
-    ) -> None:
+    limits: Mapping[str, int] = {}
+
+    def __init__(self, name: str, graph: Graph, folder: Path, threads: int | None = None) -> None:
         ort = load_onnxruntime()
-        if precision is Precision.BF16:
+        if graph.precision is Precision.BF16:
             raise EngineError(
                 f"graph {name!r} computes in bf16, which ONNX Runtime does not on a CPU: "
                 "export it with --precision fp32 or fp16, or run it on a GPU"
             )
         self.name = name
-        self.inputs = {spec.name: spec for spec in inputs}
-        self.outputs = {spec.name: spec for spec in outputs}
-        self.backend = f"onnxruntime {ort.__version__} cpu {precision}"
+        self.inputs = {spec.name: spec for spec in graph.inputs}
+        self.outputs = {spec.name: spec for spec in graph.outputs}
+        self.backend = f"onnxruntime {ort.__version__} cpu {graph.precision}"
         self._over = ort.OrtValue.ortvalue_from_numpy  # over the array's own memory: nothing is copied
+        path = folder / graph.files[0]
         reorder = size_of(path) <= _LARGE
         self._session = open_session(name, path, self.inputs, ["CPUExecutionProvider"], threads, reorder)
 
     def bind(
-        self, shapes: Mapping[str, Sequence[int]], arrays: Mapping[str, Given] | None = None
+        self,
+        shapes: Mapping[str, Sequence[int]],
+        inputs: Mapping[str, Given] | None = None,
+        outputs: Mapping[str, Given] | None = None,
     ) -> "OnnxRuntimeBinding":
-        """See Engine.bind. Arrays given must be C-contiguous; they are read where they lie at every run."""
-        of_inputs, of_outputs = host_buffers(self.name, self.inputs, self.outputs, shapes, arrays)
-        return OnnxRuntimeBinding(self.name, self._session, self.inputs, self.outputs, of_inputs, of_outputs)
+        """See Engine.bind. Given arrays must be C-contiguous."""
+        buffers = host_buffers(self.name, self.inputs, self.outputs, shapes, inputs, outputs)
+        return OnnxRuntimeBinding(self.name, self._session, self.inputs, self.outputs, *buffers)
 
     def run(self, feeds: Mapping[str, NumpyArray]) -> dict[str, NumpyArray]:
         """See Engine.run."""
@@ -147,6 +144,11 @@ def open_session(
         raise EngineError(f"cannot open graph {name!r} ({path}): {one_line(error)}") from error
     check_opened(name, path, inputs, (value.name for value in session.get_inputs()))
     return session
+
+
+def available_providers() -> list[str]:
+    """The execution providers of the installed build. Raises as load_onnxruntime does."""
+    return list(load_onnxruntime().get_available_providers())
 
 
 def load_onnxruntime(extra: str = "cpu") -> Any:

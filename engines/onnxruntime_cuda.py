@@ -1,13 +1,13 @@
-"""ONNX Runtime's CUDA provider: inputs and outputs bound to memory of the device, on the queue all engines share."""
+"""ONNX Runtime's CUDA provider: inputs and outputs bound to memory of the device, on the stream all engines share."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from oneword.engines.cuda import DeviceArray, Queue
+from oneword.engines.cuda import CudaStream, DeviceArray
 from oneword.engines.engine import Array, Given, NumpyArray, complete_feeds
 from oneword.engines.errors import EngineError, one_line
+from oneword.engines.graph import Graph
 from oneword.engines.onnxruntime import ELEMENT, load_onnxruntime, open_session
-from oneword.engines.spec import Precision, TensorSpec
 
 PROVIDER = "CUDAExecutionProvider"
 
@@ -20,15 +20,9 @@ class OnnxRuntimeCudaEngine:
         EngineError: the build that is installed has no CUDA, or the graph cannot be opened.
     """
 
-    def __init__(
-        self,
-        name: str,
-        path: Path,
-        inputs: Sequence[TensorSpec],
-        outputs: Sequence[TensorSpec],
-        precision: Precision,
-        queue: Queue,
-    ) -> None:
+    limits: Mapping[str, int] = {}
+
+    def __init__(self, name: str, graph: Graph, folder: Path, stream: CudaStream) -> None:
         ort = load_onnxruntime("cuda")
         if PROVIDER not in ort.get_available_providers():
             raise EngineError(
@@ -36,27 +30,31 @@ class OnnxRuntimeCudaEngine:
                 "pip uninstall onnxruntime, then pip install 'oneword[cuda]'"
             )
         self.name = name
-        self.queue = queue
-        self.inputs = {spec.name: spec for spec in inputs}
-        self.outputs = {spec.name: spec for spec in outputs}
-        device = queue.device
-        self.backend = f"onnxruntime {ort.__version__} {device.name} {device.target} {precision}"
-        settings = {"device_id": device.index, "user_compute_stream": str(queue.stream), "use_tf32": "0"}
-        self._ortvalue = ort.OrtValue.ortvalue_from_numpy_with_onnx_type  # bfloat16 comes as its bits
-        self.session = open_session(name, path, self.inputs, [(PROVIDER, settings)])
+        self.stream = stream
+        self.inputs = {spec.name: spec for spec in graph.inputs}
+        self.outputs = {spec.name: spec for spec in graph.outputs}
+        device = stream.device
+        self.backend = f"onnxruntime {ort.__version__} {device.name} {device.target} {graph.precision}"
+        settings = {"device_id": device.index, "user_compute_stream": str(stream.handle), "use_tf32": "0"}
+        self._ortvalue = ort.OrtValue.ortvalue_from_numpy
+        self.session = open_session(name, folder / graph.files[0], self.inputs, [(PROVIDER, settings)])
         self.options = ort.RunOptions()
         self.options.add_run_config_entry("disable_synchronize_execution_providers", "1")
 
-    def bind(self, shapes: Mapping[str, Sequence[int]], arrays: Mapping[str, Given] | None = None) -> "CudaBinding":
+    def bind(
+        self,
+        shapes: Mapping[str, Sequence[int]],
+        inputs: Mapping[str, Given] | None = None,
+        outputs: Mapping[str, Given] | None = None,
+    ) -> "CudaBinding":
         """See Engine.bind. Arrays of the host are copied to the device once, here."""
-        inputs, outputs = self.queue.buffers(self.name, self.inputs, self.outputs, shapes, arrays or {})
-        return CudaBinding(self, inputs, outputs)
+        return CudaBinding(self, *self.stream.buffers(self.name, self.inputs, self.outputs, shapes, inputs, outputs))
 
     def run(self, feeds: Mapping[str, NumpyArray]) -> dict[str, NumpyArray]:
         """See Engine.run. ONNX Runtime copies in and out."""
         arrays = complete_feeds(self.name, self.inputs, feeds)
         try:
-            given = {name: self._ortvalue(value, ELEMENT[self.inputs[name].dtype]) for name, value in arrays.items()}
+            given = {name: self._ortvalue(value) for name, value in arrays.items()}
             values = self.session.run_with_ort_values(list(self.outputs), given)
         except Exception as error:  # its exceptions have no common base of their own
             raise EngineError(f"graph {self.name!r} failed: {one_line(error)}") from error
@@ -64,7 +62,7 @@ class OnnxRuntimeCudaEngine:
 
 
 class CudaBinding:
-    """A session with its inputs and outputs bound to memory of the device; a run queues it and waits for nothing.
+    """A session with its inputs and outputs bound to memory of the device; a run queues it and does not wait.
 
     It is not captured: what ONNX Runtime queues at the end of a run frees memory of the host, and would do so again at
     every replay (microsoft/onnxruntime 32081, 32121).
@@ -79,7 +77,7 @@ class CudaBinding:
         self._io = engine.session.io_binding()
         self.inputs: Mapping[str, Array] = inputs
         self.outputs: Mapping[str, Array] = outputs
-        index = engine.queue.device.index
+        index = engine.stream.device.index
         for specs, arrays, bind in (
             (engine.inputs, inputs, self._io.bind_input),
             (engine.outputs, outputs, self._io.bind_output),
@@ -88,8 +86,8 @@ class CudaBinding:
                 bind(name, "cuda", index, ELEMENT[specs[name].dtype], array.shape, array.pointer)
 
     def run(self, stream: int | None = None) -> None:
-        """See Binding.run. The session's own stream is the queue's; another one is refused."""
-        if stream not in (None, self._engine.queue.stream):
+        """See Binding.run. The session runs on the shared stream; another one is refused."""
+        if stream not in (None, self._engine.stream.handle):
             raise EngineError(f"graph {self._engine.name!r} was opened for another stream: open an engine on that one")
         try:
             self._engine.session.run_with_iobinding(self._io, self._engine.options)

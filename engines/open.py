@@ -1,13 +1,15 @@
-"""A bundle, the name of a graph and a back end become an engine; the back end is imported when asked for."""
+"""Opens a graph with a backend, which is imported when it is first used. `auto` is not resolved here."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from oneword.engines.bundle import PLANS, Bundle
-from oneword.engines.engine import Engine
-from oneword.engines.loop import HostQueue, Queue
-from oneword.engines.plans import PlanCache
+from oneword.engines.engine import Engine, HostStream, Stream
+from oneword.engines.graph import Graph
+from oneword.engines.plans import PlanCache, Ranges
 
 if TYPE_CHECKING:
     from oneword.engines import cuda
@@ -22,50 +24,60 @@ class Backend(StrEnum):
     TENSORRT = "tensorrt"
     TENSORRT_RTX = "tensorrt-rtx"
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether it needs an NVIDIA GPU."""
+        return self not in (Backend.ONNXRUNTIME, Backend.OPENVINO)
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What an engine may be told besides its graph."""
+
+    threads: int | None = None
+    """CPU threads; None leaves it to OMP_NUM_THREADS, else to the backend."""
+    plans: Path | None = None
+    """Folder of the caches of compiled plans; None keeps none."""
+    ranges: Sequence[Ranges] = ()
+    """TensorRT: the sizes to build plans for if the folder has none for this GPU."""
+
 
 def open_engine(
-    bundle: Bundle, graph: str, backend: Backend = Backend.ONNXRUNTIME, threads: int | None = None
+    backend: Backend, name: str, graph: Graph, folder: Path, options: EngineOptions = EngineOptions()
 ) -> Engine:
-    """Opens one graph of a bundle.
+    """Opens the graph called `name`, whose files are in `folder`.
 
-    `threads` is the number of CPU threads; None leaves it to OMP_NUM_THREADS, else to the back end.
-
-    Raises UsageError for a graph that the bundle has not, MissingPackage, EngineError: also where there is no GPU for
-    a back end that needs one.
+    Raises MissingPackage; EngineError, also if the backend needs a GPU and there is none.
     """
-    entry = bundle.graph(graph)
-    path = bundle.file(entry.files[0])
     match backend:
         case Backend.ONNXRUNTIME:
             from oneword.engines.onnxruntime import OnnxRuntimeEngine
 
-            return OnnxRuntimeEngine(graph, path, entry.inputs, entry.outputs, entry.precision, threads)
+            return OnnxRuntimeEngine(name, graph, folder, options.threads)
         case Backend.OPENVINO:
             from oneword.engines.openvino import OpenVinoEngine
 
-            plans = PlanCache(bundle.path / PLANS / "openvino")
-            return OpenVinoEngine(
-                graph, path, entry.inputs, entry.outputs, entry.precision, threads, plans=plans, digest=entry.digest
-            )
+            plans = None if options.plans is None else PlanCache(options.plans / "openvino")
+            return OpenVinoEngine(name, graph, folder, options.threads, plans=plans)
         case Backend.CUDA:
             from oneword.engines.onnxruntime_cuda import OnnxRuntimeCudaEngine
 
-            return OnnxRuntimeCudaEngine(graph, path, entry.inputs, entry.outputs, entry.precision, gpu_queue())
+            return OnnxRuntimeCudaEngine(name, graph, folder, gpu_stream())
         case Backend.TENSORRT | Backend.TENSORRT_RTX:
             from oneword.engines.builder import Flavour
             from oneword.engines.tensorrt import TensorRtEngine
 
-            return TensorRtEngine(bundle, graph, Flavour(backend), gpu_queue())
+            return TensorRtEngine(name, graph, folder, Flavour(backend), gpu_stream(), options.plans, options.ranges)
 
 
-def queue_of(backend: Backend) -> Queue:
-    """Where the engines of a back end do their work. Raises MissingPackage and EngineError where there is no GPU."""
-    return HostQueue() if backend in (Backend.ONNXRUNTIME, Backend.OPENVINO) else gpu_queue()
+def stream_of(backend: Backend) -> Stream:
+    """Where the engines of a backend work. Raises MissingPackage, and EngineError if there is no GPU."""
+    return gpu_stream() if backend.on_gpu else HostStream()
 
 
 @cache
-def gpu_queue() -> "cuda.Queue":
-    """The one queue that all engines of this process share, so that what one gives another may read."""
+def gpu_stream() -> "cuda.CudaStream":
+    """The one stream that all engines of this process share, so that one may read what another wrote."""
     from oneword.engines import cuda
 
-    return cuda.Queue(cuda.Device())
+    return cuda.CudaStream(cuda.Device())

@@ -19,7 +19,7 @@ from pathlib import Path
 import msgspec
 
 from oneword.engines.errors import FileError
-from oneword.engines.spec import Precision
+from oneword.engines.graph import Precision
 
 Ranges = Mapping[str, tuple[int, int, int]]
 """Smallest, usual and largest size of each named axis."""

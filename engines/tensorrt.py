@@ -1,27 +1,28 @@
-"""TensorRT and TensorRT-RTX on a GPU: plans of a bundle's graphs, run on buffers of the device. Plans are built in
-`oneword.engines.builder`; the only module that imports `tensorrt` and `tensorrt_rtx` into our own process.
+"""TensorRT and TensorRT-RTX on a GPU: a graph's plans, run on buffers of the device. Plans are built in
+`oneword.engines.builder`; this is the only module that imports `tensorrt` and `tensorrt_rtx` into our own process.
 
-Every input and output is a plain buffer, bound once; a run is one `execute_async_v3` on the engine's queue.
+Every input and output is a plain buffer, bound once; a run is one `execute_async_v3` on the shared stream.
 """
 
 import importlib
 from collections.abc import Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from oneword.engines.builder import RTX_TARGETS, Flavour, Limits, build_plans, installed_version, plan_cache
-from oneword.engines.bundle import PLANS, Bundle, Graph
-from oneword.engines.cuda import Device, DeviceArray, Queue
+from oneword.engines.builder import RTX_TARGETS, Flavour, build_plan, installed_version, plan_cache, target_of
+from oneword.engines.cuda import CudaStream, Device, DeviceArray
 from oneword.engines.engine import Array, Given, NumpyArray, Shape, check_feeds, check_shapes
 from oneword.engines.errors import EngineError, FeedError, MissingPackage, UsageError
+from oneword.engines.graph import Graph, TensorSpec
 from oneword.engines.plans import PlanCache, PlanKey, Ranges
-from oneword.engines.spec import TensorSpec
 
 
 class TensorRtEngine:
-    """The plans of one graph on this machine's GPU; where the bundle has none that fit it, one is built.
+    """The plans of one graph on this machine's GPU, from the caches under `plans`; if there is none for it, plans for
+    `ranges` are built first.
 
     Raises:
         MissingPackage: the flavour or cuda-python is not installed.
@@ -29,34 +30,55 @@ class TensorRtEngine:
         UsageError: the flavour does not build for this GPU.
     """
 
-    def __init__(self, bundle: Bundle, name: str, flavour: Flavour, queue: Queue) -> None:
+    def __init__(
+        self,
+        name: str,
+        graph: Graph,
+        folder: Path,
+        flavour: Flavour,
+        stream: CudaStream,
+        plans: Path | None,
+        ranges: Sequence[Ranges],
+    ) -> None:
         self.name = name
-        graph = bundle.graph(name)
         self.inputs: Mapping[str, TensorSpec] = {spec.name: spec for spec in graph.inputs}
         self.outputs: Mapping[str, TensorSpec] = {spec.name: spec for spec in graph.outputs}
         version = installed_version(flavour)
-        self.queue = queue
-        device = queue.device
+        self.stream = stream
+        device = stream.device
         self.backend = f"{flavour} {version} {device.name} {device.target} {graph.precision}"
         self._flavour = flavour
-        self._plans = fitting_plans(bundle, graph, flavour, version, device.target)
+        plans = folder / "plans" if plans is None else plans
+        self._plans = fitting_plans(plans, graph, flavour, version, device.target)
         if not self._plans:
-            build_plans(bundle, flavour, device.target, Limits(), only=name)
-            self._plans = fitting_plans(bundle, graph, flavour, version, device.target)
+            target = target_of(flavour, device.target)
+            for each in ranges:
+                build_plan(name, graph, folder, plans, flavour, version, target, each)
+            self._plans = fitting_plans(plans, graph, flavour, version, device.target)
+        if not self._plans:
+            raise EngineError(
+                f"{plans} has no plan of graph {name!r} for {device.target}: build one with ti-export --plans"
+            )
+        self.limits = widest([key.ranges for _, key in self._plans])
         self._opened: dict[str, Any] = {}
 
-    def bind(self, shapes: Mapping[str, Sequence[int]], arrays: Mapping[str, Given] | None = None) -> "Bound":
+    def bind(
+        self,
+        shapes: Mapping[str, Sequence[int]],
+        inputs: Mapping[str, Given] | None = None,
+        outputs: Mapping[str, Given] | None = None,
+    ) -> "TensorRtBinding":
         """See Engine.bind. Arrays of the host are copied to the device once, here."""
-        arrays = arrays or {}
-        given = {name: tuple(shape) for name, shape in shapes.items()} | {n: a.shape for n, a in arrays.items()}
+        given = {name: array.shape for name, array in {**(inputs or {}), **(outputs or {})}.items()}
+        known = {name: shape for name, shape in shapes.items() if name in self.inputs}
         sizes, input_shapes = check_shapes(
-            self.name, self.inputs, {name: shape for name, shape in given.items() if name not in self.outputs}
+            self.name, self.inputs, {**known, **{name: shape for name, shape in given.items() if name in self.inputs}}
         )
         context = self._context(narrowest(self.name, self._plans, sizes), input_shapes)
         inferred = {name: shape for name in self.outputs if (shape := known_shape(context, name))}
         shapes = {**inferred, **shapes}
-        inputs, outputs = self.queue.buffers(self.name, self.inputs, self.outputs, shapes, arrays)
-        return Bound(self.name, self.queue, context, inputs, outputs, self._flavour is Flavour.TENSORRT)
+        buffers = self.stream.buffers(self.name, self.inputs, self.outputs, shapes, inputs, outputs)
+        return TensorRtBinding(self.name, self.stream, context, *buffers, self._flavour is Flavour.TENSORRT)
 
     def run(self, feeds: Mapping[str, NumpyArray]) -> dict[str, NumpyArray]:
         """See Engine.run."""
@@ -70,7 +92,7 @@ class TensorRtEngine:
         engine = self._engine(*plan)
         context = engine.create_execution_context()
         if context is None:
-            raise EngineError(f"{self._flavour} has no room for graph {self.name!r}: {_memory(self.queue.device)}")
+            raise EngineError(f"{self._flavour} has no room for graph {self.name!r}: {_memory(self.stream.device)}")
         for name, shape in shapes.items():
             if not context.set_input_shape(name, shape):
                 raise EngineError(f"the plan of graph {self.name!r} does not take {name!r} as {list(shape)}")
@@ -87,7 +109,7 @@ class TensorRtEngine:
             engine = _runtime(self._flavour).deserialize_cuda_engine(data)
             if engine is None:
                 raise EngineError(
-                    f"{self._flavour} refuses the plan {cache.path(key)} on {self.queue.device.name}: "
+                    f"{self._flavour} refuses the plan {cache.path(key)} on {self.stream.device.name}: "
                     f"delete {cache.folder}, it is built again"
                 )
             names = {engine.get_tensor_name(i) for i in range(engine.num_io_tensors)}
@@ -97,8 +119,8 @@ class TensorRtEngine:
         return self._opened[key.name]
 
 
-class Bound:
-    """An execution context with its buffers; a run queues it and waits for nothing.
+class TensorRtBinding:
+    """An execution context with its buffers; a run queues it and does not wait.
 
     TensorRT-RTX is not captured: it swaps better kernels in while it runs, which a capture would never see.
     """
@@ -106,13 +128,13 @@ class Bound:
     def __init__(
         self,
         name: str,
-        queue: Queue,
+        stream: CudaStream,
         context: Any,
         inputs: Mapping[str, DeviceArray],
         outputs: Mapping[str, DeviceArray],
         capturable: bool,
     ) -> None:
-        self._name, self._queue, self._context = name, queue, context
+        self._name, self._stream, self._context = name, stream, context
         self.capturable = capturable
         self.inputs: Mapping[str, Array] = inputs
         self.outputs: Mapping[str, Array] = outputs
@@ -120,34 +142,40 @@ class Bound:
             context.set_tensor_address(key, array.pointer)
 
     def run(self, stream: int | None = None) -> None:
-        """See Binding.run; on the engine's own queue where no stream is given."""
-        if not self._context.execute_async_v3(self._queue.stream if stream is None else stream):
-            raise EngineError(f"graph {self._name!r} failed on {self._queue.device.name}")
+        """See Binding.run; on the shared stream if none is given."""
+        if not self._context.execute_async_v3(self._stream.handle if stream is None else stream):
+            raise EngineError(f"graph {self._name!r} failed on {self._stream.device.name}")
 
 
 def fitting_plans(
-    bundle: Bundle, graph: Graph, flavour: Flavour, version: str, target: str
+    plans: Path, graph: Graph, flavour: Flavour, version: str, target: str
 ) -> list[tuple[PlanCache, PlanKey]]:
     """The plans of a graph that this library made for this GPU.
 
-    Raises UsageError where there is none and none can be made here.
+    Raises UsageError if there is none and none can be made here.
     """
-    folders = (bundle.path / PLANS).glob(f"{flavour}-{version}-*")
+    folders = plans.glob(f"{flavour}-{version}-*")
     targets = [folder.name.removeprefix(f"{flavour}-{version}-").replace("+", ",") for folder in sorted(folders)]
-    caches = [plan_cache(bundle, flavour, version, each) for each in targets if target in each.split(",")]
-    plans = [
+    caches = [plan_cache(plans, flavour, version, each) for each in targets if target in each.split(",")]
+    fitting = [
         (cache, key)
         for cache in caches
         for key in cache.recorded()
         if (key.graph_digest, key.precision) == (graph.digest, graph.precision)
     ]
-    if not plans and flavour is Flavour.RTX and target not in RTX_TARGETS:
+    if not fitting and flavour is Flavour.RTX and target not in RTX_TARGETS:
         raise UsageError(
             f"this GPU is {target}, {flavour} builds for {', '.join(RTX_TARGETS)}"
-            + (f" (the bundle has plans for {', '.join(targets)})" if targets else "")
+            + (f" (there are plans for {', '.join(targets)})" if targets else "")
             + ": use --engine tensorrt"
         )
-    return plans
+    return fitting
+
+
+def widest(ranges: Sequence[Ranges]) -> dict[str, int]:
+    """The largest size of each axis that any of these plans takes."""
+    axes = {axis for each in ranges for axis in each}
+    return {axis: max(each[axis][2] for each in ranges if axis in each) for axis in axes}
 
 
 def narrowest(

@@ -10,10 +10,11 @@ from typing import Any
 import click
 from rich.console import Console
 
-from oneword.engines.builder import Flavour, Limits, build_plans, installed_version, target_of
-from oneword.engines.spec import Precision
+from oneword.engines.builder import Flavour, installed_version, target_of
+from oneword.engines.graph import Precision
 from oneword.runtime.cli import size
 from oneword.runtime.commands import run_command
+from oneword.runtime.profiles import PlanLimits, build_plans
 
 
 def lora(value: str) -> tuple[Path, float]:
@@ -99,7 +100,7 @@ def command(
     from oneword.export.write import export_bundle
 
     plans: dict[str, list[Path]] = {}
-    limits = Limits(max_batch, max_size, static_sizes)
+    limits = PlanLimits(max_batch, max_size, static_sizes)
     flavour = Flavour(engine) if engine.startswith("tensorrt") else None
     if flavour is not None:  # before the long work
         installed_version(flavour)

@@ -1,29 +1,26 @@
-"""The torch modules behind the Engine protocol: what compiled graphs are compared with, and previews while training."""
+"""The torch modules behind the Engine protocol: the reference for compiled graphs, and previews during training."""
 
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import tokenizers
 import torch
 
-from oneword.engines.engine import (
-    Array,
-    Given,
-    HostArray,
-    NumpyArray,
-    check_shapes,
-    complete_feeds,
-    numpy_dtype,
-    on_host,
-)
+from oneword.engines.engine import Array, Given, HostArray, NumpyArray, complete_feeds, host_buffers
 from oneword.engines.errors import EngineError
-from oneword.engines.spec import TensorSpec
-from oneword.export.families import Traceable
-from oneword.export.source import first_line
+from oneword.engines.graph import Graph, TensorSpec
+from oneword.export.families import Traceable, family_of
+from oneword.export.source import Source, first_line
 from oneword.export.trace import to_torch
+from oneword.runtime.bundle import Provenance
+from oneword.runtime.model import Model
+from oneword.runtime.prompt import Tokenizer
 
 
 class EagerEngine:
     """One graph's torch module, run as it is."""
+
+    limits: Mapping[str, int] = {}
 
     def __init__(self, graph: Traceable) -> None:
         self.graph = graph
@@ -32,16 +29,14 @@ class EagerEngine:
         self.inputs: Mapping[str, TensorSpec] = {spec.name: spec for spec in graph.inputs}
         self.outputs: Mapping[str, TensorSpec] = {spec.name: spec for spec in graph.outputs}
 
-    def bind(self, shapes: Mapping[str, Sequence[int]], arrays: Mapping[str, Given] | None = None) -> "EagerBinding":
-        """See Engine.bind; shapes of outputs are not needed here."""
-        values = {name: on_host(array) for name, array in (arrays or {}).items()}
-        given = {n: tuple(s) for n, s in shapes.items() if n in self.inputs} | {n: a.shape for n, a in values.items()}
-        _, all_shapes = check_shapes(self.name, self.inputs, given)
-        inputs = {
-            name: values[name] if name in values else np.zeros(shape, numpy_dtype(self.inputs[name].dtype))
-            for name, shape in all_shapes.items()
-        }
-        return EagerBinding(self, inputs)
+    def bind(
+        self,
+        shapes: Mapping[str, Sequence[int]],
+        inputs: Mapping[str, Given] | None = None,
+        outputs: Mapping[str, Given] | None = None,
+    ) -> "EagerBinding":
+        """See Engine.bind."""
+        return EagerBinding(self, *host_buffers(self.name, self.inputs, self.outputs, shapes, inputs, outputs))
 
     def run(self, feeds: Mapping[str, NumpyArray]) -> dict[str, NumpyArray]:
         """See Engine.run."""
@@ -55,19 +50,37 @@ class EagerEngine:
 
 
 class EagerBinding:
-    """A module with its inputs held; outputs are there after the first run."""
+    """A module with its inputs and outputs in host memory."""
 
     capturable = False
 
-    def __init__(self, engine: EagerEngine, inputs: Mapping[str, NumpyArray]) -> None:
+    def __init__(
+        self, engine: EagerEngine, inputs: Mapping[str, NumpyArray], outputs: Mapping[str, NumpyArray]
+    ) -> None:
         self.engine = engine
         self.inputs: Mapping[str, Array] = {name: HostArray(value) for name, value in inputs.items()}
-        self.outputs: dict[str, Array] = {}
+        self.outputs: Mapping[str, Array] = {name: HostArray(value) for name, value in outputs.items()}
 
     def run(self, stream: int | None = None) -> None:
         """See Binding.run."""
         values = self.engine.run({name: value.numpy() for name, value in self.inputs.items()})
-        if not self.outputs:  # filled in place: a caller may have taken the mapping before the first run
-            self.outputs.update({name: HostArray(value) for name, value in values.items()})
         for name, value in values.items():
             self.outputs[name].write(..., value)
+
+
+def eager_model(source: Source) -> Model:
+    """A runtime model over a source's own torch modules, with nothing exported."""
+    exportable = family_of(source)
+    engines = {graph.name: EagerEngine(graph) for graph in exportable.graphs}
+    graphs = {g.name: Graph((), "", g.precision, g.inputs, g.outputs) for g in exportable.graphs}
+    return Model(
+        exportable.manifest(graphs, Provenance(source.name, "")),
+        {
+            encoder.graph: Tokenizer(
+                tokenizers.Tokenizer.from_str(source.tokenizers[encoder.graph].backend_tokenizer.to_str()), encoder
+            )
+            for encoder in exportable.encoders
+        },
+        {name: table.cpu().numpy() for name, table in exportable.tables.items()},
+        lambda name: engines[name],
+    )

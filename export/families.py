@@ -12,11 +12,9 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel, VQModel
 from torch import nn
 
-from oneword.engines.bundle import Conditioning, Defaults, Encoder, MissingNegative, TokenizerKind, Vae
 from oneword.engines.errors import UsageError
-from oneword.engines.spec import DType, Owner, Precision, TensorSpec
+from oneword.engines.graph import DType, Graph, Precision, TensorSpec
 from oneword.export.modules import (
-    SCHEDULE_COLUMNS,
     DenoiseStep,
     TextEncoder,
     VaeDecoder,
@@ -24,10 +22,21 @@ from oneword.export.modules import (
     latent_scale_and_shift,
 )
 from oneword.export.source import Source
+from oneword.runtime.bundle import (
+    TIME_IDS,
+    Conditioning,
+    Defaults,
+    Encoder,
+    Manifest,
+    MissingNegative,
+    Preview,
+    Provenance,
+    Vae,
+)
 from oneword.runtime.samplers import Sampler, sampler_of
 
+TABLE_DTYPES = {torch.float32: torch.float32, torch.float16: torch.float16, torch.bfloat16: torch.float32}
 TORCH_DTYPES = {Precision.FP32: torch.float32, Precision.FP16: torch.float16, Precision.BF16: torch.bfloat16}
-TIME_IDS = ("original_height", "original_width", "crop_top", "crop_left", "target_height", "target_width")
 
 
 @dataclass(frozen=True)
@@ -57,8 +66,25 @@ class Exportable:
     encoders: tuple[Encoder, ...]
     tables: Mapping[str, torch.Tensor]
     conditioning: Conditioning
+    columns: tuple[str, ...]
+    scheduler: Mapping[str, Any]
     vae: Vae
     defaults: Defaults
+
+    def manifest(self, graphs: Mapping[str, Graph], origin: Provenance, preview: Preview | None = None) -> Manifest:
+        """All that the runtime knows about this model, with these graphs."""
+        return Manifest(
+            source=origin,
+            graphs=dict(graphs),
+            encoders=self.encoders,
+            conditioning=self.conditioning,
+            columns=self.columns,
+            scheduler=dict(self.scheduler),
+            vae=self.vae,
+            defaults=self.defaults,
+            size_multiple=self.vae.factor,
+            preview=preview,
+        )
 
 
 def family_of(source: Source) -> Exportable:
@@ -79,7 +105,7 @@ def stable_diffusion(source: Source) -> Exportable:
         source,
         "stable-diffusion",
         {"text_encoder": encoder},
-        Conditioning(context=("text_encoder",)),
+        Conditioning(context=(("text_encoder",),)),
         guidance_scale=7.5,
     )
 
@@ -94,9 +120,9 @@ def stable_diffusion_xl(source: Source) -> Exportable:
     }
     zeros = bool(source.model_index.get("force_zeros_for_empty_prompt", True))
     conditioning = Conditioning(
-        context=("text_encoder", "text_encoder_2"),
+        context=(("text_encoder", "text_encoder_2"),),
         missing_negative=MissingNegative.ZEROS if zeros else MissingNegative.EMPTY,
-        pooled="text_encoder_2",
+        pooled=("text_encoder_2",),
         time_ids=TIME_IDS,
     )
     return assemble(source, "stable-diffusion-xl", encoders, conditioning, guidance_scale=5.0, skipped_layers=1)
@@ -109,7 +135,7 @@ def latent_diffusion(source: Source) -> Exportable:
         source,
         "latent-diffusion",
         {"text_encoder": encoder},
-        Conditioning(context=("text_encoder",)),
+        Conditioning(context=(("text_encoder",),)),
         guidance_scale=6.0,
     )
 
@@ -131,8 +157,8 @@ def assemble(
 ) -> Exportable:
     """What all families share: encoders, denoise step and VAE as graphs, and the facts about them."""
     factor = 2 ** (len(source.vae.config.block_out_channels) - 1)
-    context_width = sum(encoders[name].hidden_width for name in conditioning.context)
-    pooled_width = encoders[conditioning.pooled].pooled_width if conditioning.pooled else None
+    context_width = max(sum(encoders[name].hidden_width for name in block) for block in conditioning.context)
+    pooled_width = sum(encoders[name].pooled_width for name in conditioning.pooled)
     scale, shift = latent_scale_and_shift(source.vae)
     size = int(source.unet.config.sample_size) * factor
     return Exportable(
@@ -143,8 +169,10 @@ def assemble(
             *vae_graphs(source),
         ),
         encoders=tuple(encoder_facts(source, n, e, e.num_layers - skipped_layers) for n, e in encoders.items()),
-        tables={name: encoder.table for name, encoder in encoders.items()},
+        tables={name: encoder.table.to(TABLE_DTYPES[encoder.dtype]) for name, encoder in encoders.items()},
         conditioning=conditioning,
+        columns=DenoiseStep.COLUMNS,
+        scheduler=source.scheduler_config,
         vae=Vae(scale=scale, shift=shift, factor=factor, latent_channels=latent_channels(source.vae)),
         defaults=Defaults(
             width=size,
@@ -158,14 +186,17 @@ def assemble(
 def encoder_graph(name: str, encoder: TextEncoder) -> Traceable:
     """A text encoder with its embedding table as an input."""
     vocab_size, width = encoder.table.shape
-    table = {torch.float32: DType.FLOAT32, torch.float16: DType.FLOAT16, torch.bfloat16: DType.BFLOAT16}[encoder.dtype]
+    table = DType.FLOAT16 if TABLE_DTYPES[encoder.dtype] is torch.float16 else DType.FLOAT32
     inputs = [
         TensorSpec("input_ids", DType.INT64, ("B", "T")),
-        TensorSpec("embedding_table", table, ("V", width), owner=Owner.MODEL),
+        TensorSpec("embedding_table", table, ("V", width)),
         TensorSpec("token_weights", DType.FLOAT32, ("B", "T")),
         TensorSpec("layer", DType.INT64, ("B",)),
     ]
-    outputs = [TensorSpec("hidden_states", DType.FLOAT32, ("B", "T", encoder.hidden_width))]
+    outputs = [
+        TensorSpec("hidden_states", DType.FLOAT32, ("B", "T", encoder.hidden_width)),
+        TensorSpec("weight_scale", DType.FLOAT32, ("B",)),
+    ]
     if encoder.pools:
         inputs.append(TensorSpec("eos_index", DType.INT64, ("B",)))
         outputs.append(TensorSpec("pooled", DType.FLOAT32, ("B", encoder.pooled_width)))
@@ -174,33 +205,35 @@ def encoder_graph(name: str, encoder: TextEncoder) -> Traceable:
 
 
 def denoise_graph(
-    unet: UNet2DConditionModel, context_width: int, pooled_width: int | None = None, time_ids: int = 0
+    unet: UNet2DConditionModel, context_width: int, pooled_width: int = 0, time_ids: int = 0
 ) -> Traceable:
     """The denoise step, with SDXL's two inputs where the family pools."""
-    latents = ("B", int(unet.config.in_channels), "h", "w")
+    step, latents = DenoiseStep(unet), ("B", int(unet.config.in_channels), "h", "w")
     inputs = [
         TensorSpec("sample", DType.FLOAT32, latents),
         TensorSpec("previous", DType.FLOAT32, latents),
+        TensorSpec("previous2", DType.FLOAT32, latents),
         TensorSpec("noise", DType.FLOAT32, latents),
         TensorSpec("known", DType.FLOAT32, latents),
         TensorSpec("known_noise", DType.FLOAT32, latents),
         TensorSpec("mask", DType.FLOAT32, ("B", 1, "h", "w")),
-        TensorSpec("schedule", DType.FLOAT32, ("B", len(SCHEDULE_COLUMNS))),
-        TensorSpec("branch_row", DType.INT64, ("N",), owner=Owner.BRANCH),
-        TensorSpec("branch_context", DType.INT64, ("N",), owner=Owner.BRANCH),
+        TensorSpec("schedule", DType.FLOAT32, ("B", len(step.COLUMNS))),
+        TensorSpec("branch_row", DType.INT64, ("N",)),
+        TensorSpec("branch_context", DType.INT64, ("N", 2, step.unet.num_layers)),
         TensorSpec("uncond_branch", DType.INT64, ("B",)),
         TensorSpec("cond_branch", DType.INT64, ("B",)),
-        TensorSpec("context", DType.FLOAT32, ("M", "T", context_width), owner=Owner.CONTEXT),
+        TensorSpec("context", DType.FLOAT32, ("M", "T", context_width)),
     ]
-    if pooled_width is not None:
-        inputs.append(TensorSpec("pooled", DType.FLOAT32, ("M", pooled_width), owner=Owner.CONTEXT))
-        inputs.append(TensorSpec("time_ids", DType.FLOAT32, ("M", time_ids), owner=Owner.CONTEXT))
+    if pooled_width:
+        inputs.append(TensorSpec("branch_pooled", DType.INT64, ("N",)))
+        inputs.append(TensorSpec("pooled", DType.FLOAT32, ("M", pooled_width)))
+        inputs.append(TensorSpec("time_ids", DType.FLOAT32, ("B", time_ids)))
     outputs = (
         TensorSpec("next_sample", DType.FLOAT32, latents),
         TensorSpec("denoised", DType.FLOAT32, latents),
         FINITE,
     )
-    return Traceable("denoise_step", DenoiseStep(unet), tuple(inputs), outputs, {})
+    return Traceable("denoise_step", step, tuple(inputs), outputs, {})
 
 
 def vae_graphs(source: Source) -> tuple[Traceable, ...]:
@@ -237,8 +270,7 @@ def encoder_facts(source: Source, name: str, encoder: TextEncoder, default_layer
     """What the manifest says of one encoder."""
     tokenizer = source.tokenizers[name]
     vocab_size, width = encoder.table.shape
-    kind = TokenizerKind.WORDPIECE if "Bert" in type(tokenizer).__name__ else TokenizerKind.CLIP
-    wordpiece = kind is TokenizerKind.WORDPIECE
+    wordpiece = "Bert" in type(tokenizer).__name__
     bos, eos = (
         (tokenizer.cls_token_id, tokenizer.sep_token_id)
         if wordpiece
@@ -252,7 +284,6 @@ def encoder_facts(source: Source, name: str, encoder: TextEncoder, default_layer
         graph=name,
         table=f"{name.replace('text_encoder', 'embedding_table')}.safetensors",
         tokenizer=name.replace("text_encoder", "tokenizer"),
-        tokenizer_kind=kind,
         vocab_size=vocab_size,
         width=width,
         hidden_width=encoder.hidden_width,

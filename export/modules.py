@@ -1,7 +1,7 @@
 """The graphs as torch modules: tensors in, tensors out, batch-first, no control flow that depends on data.
 
 B rows (pictures), N branches (UNet evaluations), M contexts (encoded prompts), T tokens, D width, C latent channels,
-h = H / 8. Inputs and outputs are float32 (table: the network's dtype); the network computes in its own dtype inside.
+h = H / 8. Inputs and outputs are float32 (an fp16 network's table: fp16); the network computes in its own dtype inside.
 Every module ends with `finite` [B] bool, so that a NaN is noticed without anybody looking at a picture.
 """
 
@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel, VQModel
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertModel
 from torch import Tensor, nn
 
-SCHEDULE_COLUMNS = ("t", "a", "b", "c", "d", "e", "f", "guidance", "rescale", "known_scale", "known_sigma")
+from oneword.engines.errors import UsageError
 
 
 class Parts(NamedTuple):
@@ -82,7 +82,7 @@ class TextEncoder(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the table and the network's arithmetic are in."""
+        """What the network computes in."""
         return self.table.dtype
 
     @property
@@ -114,8 +114,8 @@ class TextEncoder(nn.Module):
         eos_index: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """input_ids [B,T], table [V,D], token_weights [B,T], layer [B], eos_index [B] ->
-        hidden_states [B,T,D], pooled [B,P] where it pools, finite [B]."""
-        return self.embeddings_to_states(embedding_table[input_ids], token_weights, layer, eos_index)
+        hidden_states [B,T,D], weight_scale [B], pooled [B,P] if it pools, finite [B]."""
+        return self.embeddings_to_states(embedding_table[input_ids].to(self.dtype), token_weights, layer, eos_index)
 
     def embeddings_to_states(
         self, inputs_embeds: Tensor, token_weights: Tensor, layer: Tensor, eos_index: Tensor | None = None
@@ -129,31 +129,91 @@ class TextEncoder(nn.Module):
             x = block(x, mask)
             selected = torch.where((layer == i)[:, None, None], x, selected)
         states = (self.norm(selected) if self.final_norm else selected).float()
-        states = weigh_tokens(states, token_weights)
+        states, weight_scale = weigh_tokens(states, token_weights)
         if not self.pools:
-            return states, finite(states)
+            return states, weight_scale, finite(states)
         assert eos_index is not None  # the graph of a pooling encoder always has it
         rows = torch.arange(x.shape[0], device=x.device)
         pooled = self.norm(x)[rows, eos_index]
         pooled = (pooled if self.projection is None else self.projection(pooled)).float()
-        return states, pooled, finite(states) & finite(pooled)
+        return states, weight_scale, pooled, finite(states) & finite(pooled)
+
+
+class Attend:
+    """Attention of a transformer block, as a diffusers processor; keys and values may come from different contexts.
+
+    With `branch_context` [N,2,L], `encoder_hidden_states` is a pool of contexts [M,T,D]: this layer's keys come from
+    `branch_context[:, 0, layer]`, its values from `branch_context[:, 1, layer]`. Without: [N,T,D].
+    `plain` multiplies and normalises in steps, which is faster than the fused kernel over few positions on a CPU.
+    """
+
+    def __init__(self, layer: int) -> None:
+        self.layer = layer
+        self.plain = False
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        branch_context: Tensor | None = None,
+    ) -> Tensor:
+        """States [N,hw,D] -> [N,hw,D]."""
+        keys = values = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        if encoder_hidden_states is not None and branch_context is not None:
+            keys, values = (encoder_hidden_states.index_select(0, branch_context[:, i, self.layer]) for i in (0, 1))
+        q, k, v = (
+            project(x).unflatten(2, (attn.heads, -1)).transpose(1, 2)
+            for project, x in ((attn.to_q, hidden_states), (attn.to_k, keys), (attn.to_v, values))
+        )
+        if self.plain:
+            scores = (q * attn.scale) @ k.transpose(2, 3)
+            attended = (scores if attention_mask is None else scores + attention_mask).softmax(dim=-1) @ v
+        else:
+            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask, scale=attn.scale)
+        out: Tensor = attn.to_out[0](attended.transpose(1, 2).flatten(2))
+        return out
 
 
 class UNet(nn.Module):
-    """UNet2DConditionModel's own forward, with `forward_upsample_size` always on.
+    """UNet2DConditionModel's own forward, with `forward_upsample_size` always on, and a context for each layer.
 
     The model decides from the sample's shape whether to hand sizes to its upsamplers, and a traced graph would freeze
-    that choice; handed always, the result is the same and odd sizes work.
+    that choice; always on, the result is the same and odd sizes work. Its attention processors become Attend.
     """
 
     def __init__(self, unet: UNet2DConditionModel) -> None:
         super().__init__()
         self.unet = unet
+        self.attention = attention_of(unet)
+        for layer, block in enumerate(self.attention):
+            for attention in block:
+                if not isinstance(attention.processor, Attend):
+                    attention.set_processor(Attend(layer))
+
+    @property
+    def num_layers(self) -> int:
+        """L: cross-attention layers that may have contexts of their own, in the order they run."""
+        return len(self.attention)
+
+    def attend_plainly(self, plain: bool) -> None:
+        """Sets Attend.plain everywhere."""
+        for block in self.attention:
+            for attention in block:
+                attention.processor.plain = plain
 
     def forward(
-        self, sample: Tensor, t: Tensor, context: Tensor, pooled: Tensor | None = None, time_ids: Tensor | None = None
+        self,
+        sample: Tensor,
+        t: Tensor,
+        context: Tensor,
+        pooled: Tensor | None = None,
+        time_ids: Tensor | None = None,
+        branch_context: Tensor | None = None,
     ) -> Tensor:
-        """Latents [N,C,h,w], timesteps [N], contexts [N,T,D], SDXL's [N,P] and [N,6] -> [N,C,h,w]."""
+        """Latents [N,C,h,w], timesteps [N], contexts [N,T,D] (or [M,T,D] with branch_context [N,2,L]), SDXL's [N,P] and
+        [N,6] -> [N,C,h,w]."""
         unet = self.unet
         emb = unet.time_embedding(unet.get_time_embed(sample=sample, timestep=t))
         added = {"text_embeds": pooled, "time_ids": time_ids}
@@ -162,15 +222,15 @@ class UNet(nn.Module):
         x = unet.conv_in(sample)
         skips = (x,)
         for block in unet.down_blocks:
-            x, states = block(x, emb, **attends(block, context))
+            x, states = block(x, emb, **attends(block, context, branch_context))
             skips += states
         if unet.mid_block is not None:
-            x = unet.mid_block(x, emb, **attends(unet.mid_block, context))
+            x = unet.mid_block(x, emb, **attends(unet.mid_block, context, branch_context))
         for block in unet.up_blocks:
             count = len(block.resnets)
             states, skips = skips[-count:], skips[:-count]
             size = skips[-1].shape[2:] if skips else None
-            x = block(x, states, temb=emb, upsample_size=size, **attends(block, context))
+            x = block(x, states, temb=emb, upsample_size=size, **attends(block, context, branch_context))
         if unet.conv_norm_out is not None:
             x = unet.conv_act(unet.conv_norm_out(x))
         prediction: Tensor = unet.conv_out(x)
@@ -180,8 +240,25 @@ class UNet(nn.Module):
 class DenoiseStep(nn.Module):
     """One step of any sampler: UNet branches, guidance, the sampler's update and the masked blend.
 
-    `schedule` holds one row of SCHEDULE_COLUMNS per picture. The sampler's state is variance-preserving and float32.
+    `schedule` holds a line of COLUMNS per picture. The sampler's state is variance-preserving and float32.
     """
+
+    COLUMNS = (
+        "t",
+        "sample_to_denoised",
+        "model_to_denoised",
+        "sample",
+        "denoised",
+        "previous",
+        "previous2",
+        "uncond",
+        "noise",
+        "guidance",
+        "rescale",
+        "zero_star",
+        "known_scale",
+        "known_sigma",
+    )
 
     def __init__(self, unet: UNet2DConditionModel) -> None:
         super().__init__()
@@ -192,6 +269,7 @@ class DenoiseStep(nn.Module):
         self,
         sample: Tensor,
         previous: Tensor,
+        previous2: Tensor,
         noise: Tensor,
         known: Tensor,
         known_noise: Tensor,
@@ -202,27 +280,37 @@ class DenoiseStep(nn.Module):
         uncond_branch: Tensor,
         cond_branch: Tensor,
         context: Tensor,
+        branch_pooled: Tensor | None = None,
         pooled: Tensor | None = None,
         time_ids: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Latents [B,C,h,w], mask [B,1,h,w], schedule [B,11], branch_* [N], *_branch [B], context [M,T,D],
-        pooled [M,P], time_ids [M,6] -> next_sample, denoised [B,C,h,w], finite [B]."""
+        """Latents [B,C,h,w], mask [B,1,h,w], schedule [B,K], branch_row and branch_pooled [N], branch_context [N,2,L],
+        *_branch [B], context [M,T,D], pooled [M,P], time_ids [B,6] -> next_sample, denoised [B,C,h,w], finite [B]."""
         dtype = self.network_dtype
-        t, a, b, c, d, e, f, guidance, rescale, known_scale, known_sigma = (
-            column[:, None, None, None] for column in schedule.unbind(dim=1)
-        )
+        column = dict(zip(self.COLUMNS, (c[:, None, None, None] for c in schedule.unbind(dim=1)), strict=True))
         m = self.unet(
             sample.index_select(0, branch_row).to(dtype),
-            t.flatten().index_select(0, branch_row),
-            context.index_select(0, branch_context).to(dtype),
-            None if pooled is None else pooled.index_select(0, branch_context),
-            None if time_ids is None else time_ids.index_select(0, branch_context),
+            column["t"].flatten().index_select(0, branch_row),
+            context.to(dtype),
+            None if pooled is None or branch_pooled is None else pooled.index_select(0, branch_pooled),
+            None if time_ids is None else time_ids.index_select(0, branch_row),
+            branch_context,
         ).float()
         m_uncond, m_cond = m.index_select(0, uncond_branch), m.index_select(0, cond_branch)
-        m = rescale_guidance(m_uncond + guidance * (m_cond - m_uncond), m_cond, rescale)
-        denoised = a * sample + b * m
-        next_sample = c * sample + d * denoised + e * previous + f * noise
-        next_sample = mask * next_sample + (1 - mask) * (known_scale * known + known_sigma * known_noise)
+        m_uncond = m_uncond * zero_star_scale(m_uncond, m_cond, column["zero_star"])
+        m = rescale_guidance(m_uncond + column["guidance"] * (m_cond - m_uncond), m_cond, column["rescale"])
+        from_sample = column["sample_to_denoised"] * sample
+        denoised = from_sample + column["model_to_denoised"] * m
+        next_sample = (
+            column["sample"] * sample
+            + column["denoised"] * denoised
+            + column["previous"] * previous
+            + column["previous2"] * previous2
+            + column["uncond"] * (from_sample + column["model_to_denoised"] * m_uncond)
+            + column["noise"] * noise
+        )
+        original = column["known_scale"] * known + column["known_sigma"] * known_noise
+        next_sample = mask * next_sample + (1 - mask) * original
         return next_sample, denoised, finite(next_sample) & finite(denoised)
 
 
@@ -279,11 +367,12 @@ def nearest(z: Tensor, codebook: Tensor) -> Tensor:
     return codebook[distances.argmin(dim=-1)].permute(0, 3, 1, 2)
 
 
-def weigh_tokens(states: Tensor, weights: Tensor) -> Tensor:
+def weigh_tokens(states: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """A1111's emphasis: each token's state times its weight, then the row's mean restored; exactly nothing for ones.
 
-    A1111 divides by a mean that may be near zero. Here the factor stays within what the weights themselves allow
-    (1/max .. 1/min, and at most 10), and is 1 for rows whose mean is only what rounding left.
+    Returns the states [B,T,D] and the factor [B] that restored the mean. A1111 divides by a mean that may be near zero.
+    Here the factor stays within what the weights themselves allow (1/max .. 1/min, and at most 10), and is 1 for rows
+    whose mean is only rounding error.
     """
     weighted = states * weights[:, :, None]
     before, after = (x.detach().mean(dim=(1, 2)) for x in (states, weighted))  # learning: no gradient of 0 / 0
@@ -292,7 +381,15 @@ def weigh_tokens(states: Tensor, weights: Tensor) -> Tensor:
     factor = torch.minimum(torch.maximum(before / after, smallest), largest)
     rounding = 1e-3 * states.abs().mean(dim=(1, 2))
     has_mean = torch.minimum(before.abs(), after.abs()) > rounding
-    return weighted * torch.where(has_mean, factor, 1.0)[:, None, None]
+    factor = torch.where(has_mean, factor, 1.0)
+    return weighted * factor[:, None, None], factor
+
+
+def zero_star_scale(m_uncond: Tensor, m_cond: Tensor, zero_star: Tensor) -> Tensor:
+    """CFG-Zero* (arXiv 2503.18886): s* = <m_c, m_u> / |m_u|^2 [B,1,1,1] where zero_star is 1, else exactly 1."""
+    dot, square = ((m_uncond * x).sum(dim=(1, 2, 3), keepdim=True) for x in (m_cond, m_uncond))
+    scale = dot / square.clamp(min=1e-12)
+    return torch.where(zero_star > 0, 1 + zero_star * (scale - 1), 1.0)
 
 
 def rescale_guidance(m: Tensor, m_cond: Tensor, rescale: Tensor) -> Tensor:
@@ -307,9 +404,31 @@ def causal_mask(t: int, like: Tensor) -> Tensor:
     return torch.full((t, t), lowest, dtype=like.dtype, device=like.device).triu(1)[None, None]
 
 
-def attends(block: nn.Module, context: Tensor) -> dict[str, Tensor]:
+def attends(block: nn.Module, context: Tensor, branch_context: Tensor | None) -> dict[str, Any]:
     """The context, for blocks that take one."""
-    return {"encoder_hidden_states": context} if getattr(block, "has_cross_attention", False) else {}
+    if not getattr(block, "has_cross_attention", False):
+        return {}
+    contexts = {} if branch_context is None else {"branch_context": branch_context}
+    return {"encoder_hidden_states": context, "cross_attention_kwargs": contexts}
+
+
+def attention_of(unet: UNet2DConditionModel) -> list[list[Any]]:
+    """The attention modules of every transformer of a UNet, in the order they run: one list per transformer.
+
+    Raises UsageError for attention that Attend does not compute.
+    """
+    blocks = [*unet.down_blocks, *([] if unet.mid_block is None else [unet.mid_block]), *unet.up_blocks]
+    transformers = [t for block in blocks for t in (getattr(block, "attentions", None) or ())]
+    layers = [
+        [attention for b in t.transformer_blocks for attention in (b.attn1, b.attn2) if attention is not None]
+        for t in transformers
+        if hasattr(t, "transformer_blocks")
+    ]
+    for attention in (attention for layer in layers for attention in layer):
+        for name in ("group_norm", "norm_cross", "norm_q", "norm_k", "spatial_norm", "added_kv_proj_dim"):
+            if getattr(attention, name, None) is not None:
+                raise UsageError(f"the UNet's attention has {name}, which no graph here computes")
+    return layers
 
 
 def finite(x: Tensor) -> Tensor:

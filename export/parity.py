@@ -8,7 +8,7 @@ import numpy as np
 
 from oneword.engines.engine import Engine, NumpyArray
 from oneword.engines.errors import EngineError, NotFinite
-from oneword.engines.spec import DType, Precision
+from oneword.engines.graph import DType, Precision
 from oneword.export.eager import EagerEngine
 from oneword.export.families import Traceable
 from oneword.export.trace import example_feeds

@@ -22,8 +22,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from torch import nn
 from transformers import AutoTokenizer, BertTokenizer, CLIPTextModel, CLIPTextModelWithProjection
 
-from oneword.engines.bundle import file_digest
 from oneword.engines.errors import FileError, MissingPackage, OnewordError, UsageError
+from oneword.engines.files import file_digest
 
 COMPONENTS: Mapping[str, Any] = {
     "AutoencoderKL": AutoencoderKL,

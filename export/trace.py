@@ -14,7 +14,7 @@ import torch
 
 from oneword.engines.engine import NumpyArray, numpy_dtype
 from oneword.engines.errors import OnewordError
-from oneword.engines.spec import DType, Precision, TensorSpec
+from oneword.engines.graph import DType, Precision, TensorSpec
 from oneword.export.families import Traceable
 from oneword.export.source import first_line
 
@@ -98,6 +98,7 @@ INDEXED_AXIS = {
     "eos_index": "T",
     "branch_row": "B",
     "branch_context": "M",
+    "branch_pooled": "M",
     "uncond_branch": "N",
     "cond_branch": "N",
 }
@@ -126,17 +127,12 @@ def example(
             values = generator.choice(np.array([0, 512, 1024], np.float32), shape)
         case "embedding_table":
             values *= np.float32(0.02)
-    if spec.dtype is DType.BFLOAT16:
-        return torch.from_numpy(values).to(torch.bfloat16).view(torch.uint16).numpy()
     return values.astype(numpy_dtype(spec.dtype))
 
 
 def to_torch(specs: tuple[TensorSpec, ...], feeds: Mapping[str, NumpyArray]) -> dict[str, torch.Tensor]:
-    """Feeds as tensors, in the order of the specs; bfloat16 comes as its bits in uint16."""
-    tensors = {spec.name: torch.from_numpy(np.ascontiguousarray(feeds[spec.name])) for spec in specs}
-    return {
-        s.name: tensors[s.name].view(torch.bfloat16) if s.dtype is DType.BFLOAT16 else tensors[s.name] for s in specs
-    }
+    """Feeds as tensors, in the order of the specs."""
+    return {spec.name: torch.from_numpy(np.ascontiguousarray(feeds[spec.name])) for spec in specs}
 
 
 @contextlib.contextmanager

@@ -1,21 +1,20 @@
 """A source becomes a bundle on disk: graphs traced and checked one after another, tables and tokenizers beside them."""
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
 
-from oneword.engines.bundle import Bundle, Graph, Manifest, TokenizerKind, graph_digest, write_bundle
-from oneword.engines.bundle import Source as Provenance
+from oneword.engines.graph import Graph, Precision, graph_digest
 from oneword.engines.onnxruntime import OnnxRuntimeEngine
-from oneword.engines.spec import Precision
 from oneword.export.families import TORCH_DTYPES, Exportable, Traceable, family_of
 from oneword.export.parity import Difference, compare, references
+from oneword.export.preview import preview_of
 from oneword.export.source import Lora, Source, load_source
 from oneword.export.trace import trace
+from oneword.runtime.bundle import TOKENIZER, Bundle, Manifest, Provenance, write_bundle
 from oneword.runtime.samplers import sampler_of
 
 Report = Callable[[str], None]
@@ -64,27 +63,14 @@ def export_bundle(
                 references(graph)  # at least the module itself gives numbers
                 unchecked.append(f"{graph.name}: ONNX Runtime does not compute in bf16 on a CPU")
             else:
-                differences.extend(check_graph(graph, folder / graphs[graph.name].files[0]))
+                differences.extend(check_graph(graph, graphs[graph.name], folder))
         report("writing tables and tokenizers")
         write_encoders(source, exportable, folder)
         origin = Provenance(id=source.name, digest=source.digest, revision=source.revision or None)
-        return manifest_of(source, exportable, graphs, origin)
+        return exportable.manifest(graphs, origin, preview_of(source))
 
     bundle = write_bundle(path, fill)
     return Exported(bundle, exportable.family, tuple(differences), tuple(unchecked))
-
-
-def manifest_of(source: Source, exportable: Exportable, graphs: Mapping[str, Graph], origin: Provenance) -> Manifest:
-    """What the runtime is told of a model with these graphs."""
-    return Manifest(
-        source=origin,
-        graphs=dict(graphs),
-        encoders=exportable.encoders,
-        conditioning=exportable.conditioning,
-        scheduler=dict(source.scheduler_config),
-        vae=exportable.vae,
-        defaults=exportable.defaults,
-    )
 
 
 def write_graph(graph: Traceable, folder: Path) -> Graph:
@@ -99,10 +85,10 @@ def write_graph(graph: Traceable, folder: Path) -> Graph:
     )
 
 
-def check_graph(graph: Traceable, onnx_path: Path) -> list[Difference]:
-    """The graph in ONNX Runtime against its module. Raises EngineError where it is not the same."""
+def check_graph(graph: Traceable, written: Graph, folder: Path) -> list[Difference]:
+    """The graph that was written into `folder`, in ONNX Runtime, against its module. Raises EngineError."""
     cases = references(graph)
-    engine = OnnxRuntimeEngine(graph.name, onnx_path, graph.inputs, graph.outputs, graph.precision)
+    engine = OnnxRuntimeEngine(graph.name, written, folder)
     return compare(engine, cases, graph.precision)
 
 
@@ -111,19 +97,10 @@ def write_encoders(source: Source, exportable: Exportable, folder: Path) -> None
     for encoder in exportable.encoders:
         table = exportable.tables[encoder.graph].contiguous().clone()
         save_file({"embedding_table": table}, folder / encoder.table)
-        write_tokenizer(source.tokenizers[encoder.graph], encoder.tokenizer_kind, folder / encoder.tokenizer)
+        write_tokenizer(source.tokenizers[encoder.graph], folder / encoder.tokenizer)
 
 
-def write_tokenizer(tokenizer: Any, kind: TokenizerKind, folder: Path) -> None:
-    """tokenizer.json, and vocab.json with merges.txt (CLIP) or vocab.txt (WordPiece), as the tokenizer has them."""
-    backend = tokenizer.backend_tokenizer
-    model = json.loads(backend.to_str())["model"]
-    words = sorted(model["vocab"], key=model["vocab"].__getitem__)
+def write_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """tokenizer.json, which the `tokenizers` library reads."""
     folder.mkdir()
-    backend.save(str(folder / "tokenizer.json"))
-    if kind is TokenizerKind.WORDPIECE:
-        (folder / "vocab.txt").write_text("".join(f"{word}\n" for word in words), encoding="utf-8")
-        return
-    merges = (merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"])
-    (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{m}\n" for m in merges), encoding="utf-8")
+    tokenizer.backend_tokenizer.save(str(folder / TOKENIZER))

@@ -15,15 +15,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import oneword
 from oneword.engines.errors import OnewordError, UsageError
 from oneword.engines.open import Backend
-from oneword.runtime.batch import Batch, Failed, PictureDone, StepDone
+from oneword.runtime.backends import AUTO
 from oneword.runtime.commands import run_command
 from oneword.runtime.concept import load_concept
+from oneword.runtime.events import Failed, PictureDone, StepDone
+from oneword.runtime.generate import scheduler_for
 from oneword.runtime.grid import Grid
-from oneword.runtime.images import parameters_text, read_image, read_mask, save_png
+from oneword.runtime.images import read_image, read_mask, save_png
 from oneword.runtime.model import Model
 from oneword.runtime.request import Request, settle
 from oneword.runtime.samplers import Sampler
-from oneword.runtime.table import DEFAULT_CAPACITY
+from oneword.runtime.scheduler import Scheduler
 
 
 def size(value: str) -> tuple[int, int]:
@@ -66,7 +68,11 @@ _PLACE = "{}"
     "--paste/--no-paste", default=True, show_default=True, help="Keep --image's own pixels where --mask is black."
 )
 @click.option(
-    "--engine", type=click.Choice([backend.value for backend in Backend]), default="onnxruntime", show_default=True
+    "--engine",
+    type=click.Choice([AUTO, *(backend.value for backend in Backend)]),
+    default=AUTO,
+    show_default=True,
+    help="What runs the graphs; auto takes the fastest that is installed.",
 )
 @click.option("--max-rows", type=click.IntRange(1), default=16, show_default=True, help="Pictures made at a time.")
 @click.option(
@@ -101,17 +107,12 @@ def command(
     loaded = [load_concept(file) for file in _concept_files(concepts)]
     words = words or [concept.token for concept in loaded]
     requests = [Request(prompt, **shared) for prompt in _filled(prompts, words, grid)]
-    vectors = sum(max(map(len, concept.vectors.values())) for concept in loaded)
-    model = Model.open(bundle, Backend(engine), capacity=max(DEFAULT_CAPACITY, vectors))
-    for concept in loaded:
-        model.load(concept)
+    model = Model.open(bundle, engine, concepts=loaded)
     console = Console(stderr=True)
-    batch = Batch(model, max_rows, listen=console.is_terminal)
-    for request in requests:
-        batch.add(request)
+    scheduler = scheduler_for(model, requests, max_rows)
     sheet = None if grid is None else _grid(prompts, words, requests, model)
     opened = time.perf_counter()
-    saved = _run(batch, output, model, console)
+    saved = _run(scheduler, output, console)
     images = [saved[key] for key in sorted(saved)]
     if grid is not None and sheet is not None:
         _save_grid(grid, sheet, images)
@@ -124,7 +125,7 @@ def command(
         "seconds": {
             "open": opened - start,
             "engines": model.opened,
-            **batch.seconds,
+            **scheduler.seconds,
             "total": time.perf_counter() - start,
         },
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10,
@@ -139,22 +140,22 @@ def command(
         click.echo(str(grid))
 
 
-def _run(batch: Batch, output: Path, model: Model, console: Console) -> dict[tuple[int, int], dict[str, Any]]:
-    """Steps the batch to its end; pictures are saved as they come. Raises the first failure, once all else is saved."""
+def _run(scheduler: Scheduler, output: Path, console: Console) -> dict[tuple[int, int], dict[str, Any]]:
+    """Saves pictures as they come. Raises the first failure, once all others are saved."""
     saved: dict[tuple[int, int], dict[str, Any]] = {}
     failures: list[OnewordError] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        total = len(batch)
+        total = len(scheduler)
         task = progress.add_task(f"{total} picture{'s' * (total > 1)}", total=None)
         steps: dict[tuple[int, int], tuple[int, int]] = {}
-        while batch:
-            for event in batch.step():
+        while scheduler:
+            for event in scheduler.step(1 if console.is_terminal else None):
                 match event:
                     case StepDone():
                         steps[event.id, event.index] = event.step, event.steps
                     case PictureDone():
-                        entry = _save(event, output, model)
+                        entry = _save(event, output)
                         saved[event.id, event.index] = entry
                         if not console.is_terminal:
                             console.print(f"{len(saved)}/{total} {entry['file']}", markup=False, soft_wrap=True)
@@ -168,23 +169,22 @@ def _run(batch: Batch, output: Path, model: Model, console: Console) -> dict[tup
     return saved
 
 
-def _save(event: PictureDone, output: Path, model: Model) -> dict[str, Any]:
+def _save(event: PictureDone, output: Path) -> dict[str, Any]:
     """Writes one picture under a name that is free, and says what it is."""
-    text = parameters_text(event.request, event.settings, event.seed, Path(model.manifest.source.id).name)
     slug = re.sub(r"[\W_]+", "-", event.request.prompt).strip("-").lower()[:60] or "picture"
     path = output / f"{slug}-{event.seed}.png"
     for number in range(2, 100_000):
         if not path.exists():
             break
         path = output / f"{slug}-{event.seed}-{number}.png"
-    save_png(event.image, path, text)
+    event.save(path)
     return {
         "file": str(path),
         "prompt": event.request.prompt,
         "seed": event.seed,
         "width": event.settings.width,
         "height": event.settings.height,
-        "parameters": text,
+        "parameters": event.parameters,
     }
 
 

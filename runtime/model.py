@@ -1,110 +1,139 @@
-"""A bundle made ready: tokenizers, embedding tables and engines behind `tokenize`, `encode`, `decode`.
+"""A model made ready: tokenizers, embedding tables and engines behind `tokenize`, `encode` and `decode`.
 
 An engine is opened when it is first needed, and once. Loading a concept writes rows of a table; no engine notices.
-Not here: who is denoised together with whom (`oneword.runtime.batch`).
+Not here: who is denoised together with whom (`oneword.runtime.scheduler`).
 """
 
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import Final, Self
 
 import numpy as np
 import numpy.typing as npt
 import safetensors
 
-from oneword.engines.bundle import Bundle, Encoder, MissingNegative
-from oneword.engines.engine import Array, Binding, Engine, NumpyArray
+from oneword.engines.engine import Engine, HostStream, NumpyArray, Stream
 from oneword.engines.errors import BundleError, ConceptError, NotFinite, UsageError
-from oneword.engines.loop import Loop
-from oneword.engines.open import Backend, open_engine, queue_of
-from oneword.runtime.concept import Concept
-from oneword.runtime.prompt import PromptTokens, Tokenizer, Vocabulary, encode_ids
+from oneword.engines.open import Backend, EngineOptions, open_engine, stream_of
+from oneword.runtime.backends import AUTO, choose_backend
+from oneword.runtime.batched import BatchedGraph
+from oneword.runtime.bundle import PLANS, Bundle, Encoder, Manifest, MissingNegative
+from oneword.runtime.concept import Concept, load_concept
+from oneword.runtime.profiles import DEFAULT_LIMITS, graph_ranges
+from oneword.runtime.prompt import Chunks, Tokenizer, Vocabulary, encode_ids
 from oneword.runtime.request import Image
 from oneword.runtime.table import DEFAULT_CAPACITY, EmbeddingTable
 
-_BINDINGS = 8
-_CONTEXTS = 256
-
-Key = TypeVar("Key")
-Value = TypeVar("Value")
+_CACHED_PROMPTS: Final = 256
 
 
 @dataclass(frozen=True, eq=False)
-class Tokens:
-    """A tokenized prompt: ids and weights for every encoder, and how many of the encoders' last layers are skipped.
+class TokenizedPrompt:
+    """A prompt as ids and weights for every encoder. The rows of its learned words are held until `release`, or until
+    the prompt is garbage."""
 
-    The ids of learned words are held in the tables until `Model.release` is called.
-    """
-
-    per_encoder: Mapping[str, PromptTokens]
+    per_encoder: Mapping[str, Chunks]
     clip_skip: int
     key: bytes
-    """Equal keys are equal contexts, as long as no word is unloaded."""
+    """Equal keys are equal contexts: words are in it by their vectors, not by their rows."""
+    hold: "_Hold"
+
+    def release(self) -> None:
+        """Lets go of the rows."""
+        self.hold.release()
 
 
 @dataclass(frozen=True, eq=False)
-class Context:
-    """An encoded prompt: what the denoiser attends to."""
+class EncodedPrompt:
+    """What the denoiser attends to."""
 
-    hidden_states: npt.NDArray[np.float32]  # [chunks * T, D]
-    pooled: npt.NDArray[np.float32] | None  # [P]
+    hidden_states: npt.NDArray[np.float32]
+    """[chunks * T, D]"""
+    pooled: npt.NDArray[np.float32] | None
+    """[P]"""
     finite: bool
-
-
-@dataclass(eq=False)
-class StepBinding:
-    """The loop over `denoise_step` at some sizes, and notes of its users on what its buffers hold."""
-
-    loop: Loop
-    written: object = None
-    user: object = None
+    weight_scale: Mapping[str, npt.NDArray[np.float32]]
+    """By encoder, [chunks]: the factor that restored each chunk's mean after A1111's weights."""
 
 
 class Model:
-    """One bundle, ready to encode prompts, denoise and decode. Not to be called from two threads at once."""
+    """One model, ready to encode prompts, denoise and decode. Not to be called from two threads at once."""
 
     def __init__(
         self,
-        bundle: Bundle,
-        backend: Backend = Backend.ONNXRUNTIME,
-        threads: int | None = None,
+        manifest: Manifest,
+        tokenizers: Mapping[str, Tokenizer],
+        tables: Mapping[str, NumpyArray],
+        open_graph: Callable[[str], Engine],
+        stream: Stream | None = None,
         capacity: int = DEFAULT_CAPACITY,
     ) -> None:
-        """`capacity` is the number of learned vectors that can be loaded at a time; a host pays for what is used."""
-        self.bundle = bundle
-        self.manifest = bundle.manifest
-        self.backend = backend
+        """`tables` are the encoders' base tables [V, D]; `capacity` is the number of learned vectors that can be loaded
+        at a time. Most callers want `Model.open`."""
+        self.manifest = manifest
+        self.stream = HostStream() if stream is None else stream
         self.opened: dict[str, float] = {}
         """Seconds that opening each engine took, in the order they were opened; an engine is opened once."""
-        self._threads = threads
+        self.why: str = ""
+        """Why this backend was chosen, if it was not named."""
+        self._open_graph = open_graph
         self._engines: dict[str, Engine] = {}
-        self._queue = queue_of(backend)
-        self._steps: OrderedDict[tuple[int, ...], StepBinding] = OrderedDict()
-        self._encoders: OrderedDict[tuple[str, int], Binding] = OrderedDict()
-        self._contexts: OrderedDict[bytes, Context] = OrderedDict()
-        self._words: dict[str, dict[str, tuple[int, ...]]] = {encoder.graph: {} for encoder in self.manifest.encoders}
-        self._tokenizers: dict[str, Tokenizer] = {}
-        self._tables: dict[str, EmbeddingTable] = {}
-        for encoder in self.manifest.encoders:
-            self._tokenizers[encoder.graph] = Tokenizer(bundle.file(encoder.tokenizer), encoder)
-            self._tables[encoder.graph] = EmbeddingTable(
-                _base_table(bundle.file(encoder.table)), capacity, self._queue.put
-            )
+        self._batched: dict[str, BatchedGraph] = {}
+        self._contexts: OrderedDict[bytes, EncodedPrompt] = OrderedDict()
+        self._zeros: EncodedPrompt | None = None
+        self._words: dict[str, dict[str, tuple[int, ...]]] = {encoder.graph: {} for encoder in manifest.encoders}
+        self._tokenizers = dict(tokenizers)
+        self._tables = {name: EmbeddingTable(table, capacity, self.stream.put) for name, table in tables.items()}
 
     @classmethod
     def open(
         cls,
         path: str | Path,
-        backend: Backend = Backend.ONNXRUNTIME,
+        backend: Backend | str = AUTO,
+        *,
+        concepts: Iterable[str | Path | Concept] = (),
         threads: int | None = None,
-        capacity: int = DEFAULT_CAPACITY,
+        capacity: int | None = None,
     ) -> Self:
-        """Opens the bundle at `path`. Raises UsageError where there is none, BundleError where it is broken."""
-        return cls(Bundle.open(path), backend, threads, capacity)
+        """Opens the bundle at `path`, and loads `concepts`.
+
+        `backend` is one of Backend, or "auto" for the fastest that is installed and has what it needs. `threads` is the
+        number of CPU threads. `capacity` is the number of learned vectors that can be loaded at a time.
+
+        Raises UsageError if there is no bundle or no such backend, BundleError if it is broken, ConceptError.
+        """
+        bundle = Bundle.open(path)
+        chosen, why = choose_backend(bundle, backend)
+        words = [each if isinstance(each, Concept) else load_concept(Path(each)) for each in concepts]
+        rows = sum(max(map(len, word.vectors.values())) for word in words)
+
+        def open_graph(name: str) -> Engine:
+            ranges = graph_ranges(bundle.manifest, name, DEFAULT_LIMITS)
+            options = EngineOptions(threads, bundle.path / PLANS, ranges)
+            return open_engine(chosen, name, bundle.graph(name), bundle.path, options)
+
+        encoders = bundle.manifest.encoders
+        model = cls(
+            bundle.manifest,
+            {encoder.graph: Tokenizer.read(bundle.file(encoder.tokenizer), encoder) for encoder in encoders},
+            {encoder.graph: _base_table(bundle.file(encoder.table)) for encoder in encoders},
+            open_graph,
+            stream_of(chosen),
+            max(DEFAULT_CAPACITY, rows) if capacity is None else capacity,
+        )
+        model.why = why
+        for word in words:
+            model.load(word)
+        return model
+
+    @property
+    def name(self) -> str:
+        """The model's name: the last part of where its weights came from."""
+        return Path(self.manifest.source.id).name
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -113,20 +142,20 @@ class Model:
 
     @property
     def gpu_mib(self) -> int | None:
-        """MiB of the GPU's memory in use now, by whomever; None where the back end has no GPU."""
-        used = self._queue.memory_in_use()
+        """MiB of the GPU's memory in use now, by anyone; None without a GPU."""
+        used = self.stream.memory_in_use()
         return None if used is None else used >> 20
 
     def engine(self, name: str) -> Engine:
         """The engine of a graph, opened at the first call."""
         if name not in self._engines:
             start = time.perf_counter()
-            self._engines[name] = open_engine(self.bundle, name, self.backend, self._threads)
+            self._engines[name] = self._open_graph(name)
             self.opened[name] = time.perf_counter() - start
         return self._engines[name]
 
     def load(self, concept: Concept) -> None:
-        """Makes a word usable in prompts from now on. Raises ConceptError where it was made for another model."""
+        """Makes a word usable in prompts from now on. Raises ConceptError if it was made for another model."""
         missing = self._tables.keys() - concept.vectors.keys()
         if missing or concept.vectors.keys() - self._tables.keys():
             raise ConceptError(
@@ -143,40 +172,44 @@ class Model:
         for name, table in self._tables.items():
             table.check(concept.token, concept.vectors[name])  # in all, before any is written
         for name, table in self._tables.items():
-            self._words[name][concept.token] = tuple(table.load(concept.token, concept.vectors[name]))
-        self._contexts.clear()
+            self._words[name][concept.token] = table.load(concept.token, concept.vectors[name])
 
     def unload(self, token: str) -> None:
         """Frees a word's rows once no prompt that uses them waits to be encoded. Raises UsageError if it is unknown."""
         if any(token not in words for words in self._words.values()):
-            raise UsageError(f"no word {token!r} is loaded; loaded are {', '.join(self.words) or 'none'}")
+            raise UsageError(
+                f"no word {token!r} is loaded; near it are "
+                f"{', '.join(Vocabulary(next(iter(self._words.values()))).near(token)) or 'none'}"
+            )
         for name, table in self._tables.items():
             table.unload(token)
             del self._words[name][token]
-        self._contexts.clear()
 
-    def tokenize(self, prompt: str, clip_skip: int = 0) -> Tokens:
+    def tokenize(self, prompt: str, clip_skip: int = 0) -> TokenizedPrompt:
         """Splits a prompt at the known words and holds their rows. Raises UsageError for a word that is not loaded."""
         for encoder in self.manifest.encoders:
-            if encoder.default_layer - clip_skip not in encoder.layers:
+            if encoder.default_layer is not None and encoder.default_layer - clip_skip not in encoder.layers:
                 most = encoder.default_layer - min(encoder.layers)
                 raise UsageError(f"clip_skip is {clip_skip}, this model allows 0 to {most}")
-        per_encoder = {
+        chunks = {
             name: encode_ids(prompt, tokenizer, Vocabulary(self._words[name]))
             for name, tokenizer in self._tokenizers.items()
         }
-        for name, tokens in per_encoder.items():
-            self._tables[name].hold(tokens.input_ids)
-        parts = [t.input_ids.tobytes() + t.token_weights.tobytes() for t in per_encoder.values()]
-        return Tokens(per_encoder, clip_skip, b"%d:" % clip_skip + b"|".join(parts))
+        parts = [
+            self._tables[name].identify(each.input_ids) + each.token_weights.tobytes() for name, each in chunks.items()
+        ]
+        hold = _Hold((self._tables[name], each.input_ids) for name, each in chunks.items())
+        return TokenizedPrompt(chunks, clip_skip, b"%d:" % clip_skip + b"|".join(parts), hold)
 
-    def release(self, tokens: Tokens) -> None:
-        """Lets go of the rows that `tokenize` held."""
-        for name, each in tokens.per_encoder.items():
-            self._tables[name].release(each.input_ids)
+    def encoded(self, tokens: TokenizedPrompt) -> EncodedPrompt | None:
+        """The prompt's context, if it is cached."""
+        context = self._contexts.get(tokens.key)
+        if context is not None:
+            self._contexts.move_to_end(tokens.key)
+        return context
 
-    def encode(self, prompts: Sequence[Tokens]) -> list[Context]:
-        """Encodes prompts of any lengths in one call per encoder; equal prompts are one Context, now and later."""
+    def encode(self, prompts: Sequence[TokenizedPrompt]) -> list[EncodedPrompt]:
+        """Encodes prompts of any lengths; equal prompts are one EncodedPrompt, now and later."""
         new = list({tokens.key: tokens for tokens in prompts if tokens.key not in self._contexts}.values())
         if new:
             for tokens, context in zip(new, self._encode(new), strict=True):
@@ -184,116 +217,127 @@ class Model:
         contexts = [self._contexts[tokens.key] for tokens in prompts]
         for tokens in prompts:
             self._contexts.move_to_end(tokens.key)
-        while len(self._contexts) > _CONTEXTS:
+        while len(self._contexts) > _CACHED_PROMPTS:
             self._contexts.popitem(last=False)
         return contexts
 
-    def missing_negative(self, clip_skip: int = 0) -> Tokens | Context:
-        """What stands for a negative prompt that was not given."""
+    def missing_negative(self, clip_skip: int = 0) -> TokenizedPrompt | EncodedPrompt:
+        """What is used for a negative prompt that was not given: the empty prompt, or zeros."""
         if self.manifest.conditioning.missing_negative is MissingNegative.EMPTY:
             return self.tokenize("", clip_skip)
-        encoders = [self.bundle.encoder(name) for name in self.manifest.conditioning.context]
-        hidden = np.zeros((encoders[0].length, sum(encoder.hidden_width for encoder in encoders)), np.float32)
-        pooled = self.manifest.conditioning.pooled
-        width = self.bundle.encoder(pooled).pooled_width if pooled else None
-        return Context(hidden, None if width is None else np.zeros(width, np.float32), finite=True)
+        if self._zeros is None:
+            length = sum(
+                max(self.manifest.encoder(name).length for name in block)
+                for block in self.manifest.conditioning.context
+            )
+            hidden = np.zeros((length, self.manifest.context_width), np.float32)
+            pooled = np.zeros(self.manifest.pooled_width, np.float32) if self.manifest.conditioning.pooled else None
+            self._zeros = EncodedPrompt(hidden, pooled, finite=True, weight_scale={})
+        return self._zeros
 
     def encode_image(self, image: Image) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        """The VAE posterior of a picture [H, W, 3]: mean and std, both [C, h, w], as the sampler knows latents."""
-        out = self.engine("vae_encoder").run({"images": np.ascontiguousarray(image)[None]})
+        """The VAE posterior of a picture [H, W, 3]: mean and std, both [C, h, w], in the sampler's space."""
+        height, width, _ = image.shape
+        factor = self.manifest.vae.factor
+        out = self._graph("vae_encoder")({"images": image[None]}, {"h": height // factor, "w": width // factor})
         if not out["finite"].all():
             raise NotFinite("graph 'vae_encoder' gave NaN or infinity for the picture: export it with --precision fp32")
         return out["mean"][0], out["std"][0]
 
     def decode(self, latents: npt.NDArray[np.float32]) -> tuple[Image, npt.NDArray[np.bool_]]:
         """Latents [B, C, h, w] become pictures uint8 [B, H, W, 3], and whether each is finite [B]."""
-        out = self.engine("vae_decoder").run({"latents": latents})
+        _, _, h, w = latents.shape
+        factor = self.manifest.vae.factor
+        out = self._graph("vae_decoder")({"latents": latents}, {"H": h * factor, "W": w * factor})
         return out["images"], out["finite"]
 
-    def bind_step(self, rows: int, branches: int, contexts: int, tokens: int, height: int, width: int) -> StepBinding:
-        """`denoise_step` at these sizes (B, N, M, T, h, w); the last few are kept, with what was written into them."""
-        key = (rows, branches, contexts, tokens, height, width)
-
-        def bind() -> StepBinding:
-            sizes: dict[str, int] = dict(zip(("B", "N", "M", "T", "h", "w"), key, strict=True))
-            return StepBinding(Loop(self._bind("denoise_step", sizes), self._queue))
-
-        return _recent(self._steps, key, bind)
+    def preview(self, denoised: npt.NDArray[np.float32]) -> Image | None:
+        """A small picture [h, w, 3] of latents [C, h, w] by the bundle's linear map, without the decoder."""
+        preview = self.manifest.preview
+        if preview is None:
+            return None
+        rgb = np.moveaxis(denoised, 0, -1) @ np.array(preview.weights, np.float32) + np.array(preview.bias, np.float32)
+        return (rgb.clip(0, 1) * 255).round().astype(np.uint8)
 
     def forget_bindings(self) -> None:
-        """Lets go of all buffers, where memory may have run out; they are made again when they are asked for."""
-        self._steps.clear()
-        self._encoders.clear()
+        """Lets go of the buffers of encoders and decoders after memory ran out; they are made again when needed."""
+        self._batched.clear()
 
-    def _bind(self, graph: str, sizes: Mapping[str, int], **arrays: Array) -> Binding:
-        engine = self.engine(graph)
-        shapes = {
-            name: [sizes[axis] if isinstance(axis, str) else axis for axis in spec.axes]
-            for name, spec in engine.inputs.items()
-            if name not in arrays
+    def _graph(self, name: str) -> BatchedGraph:
+        if name not in self._batched:
+            fixed = {"embedding_table": self._tables[name].array} if name in self._tables else {}
+            self._batched[name] = BatchedGraph(self.engine(name), fixed)
+        return self._batched[name]
+
+    def _encode(self, prompts: Sequence[TokenizedPrompt]) -> list[EncodedPrompt]:
+        """The chunks of all prompts, encoder by encoder; then the outputs are put together prompt by prompt."""
+        encoded = [
+            self._encode_with(encoder, [prompt.per_encoder[encoder.graph] for prompt in prompts], prompts)
+            for encoder in self.manifest.encoders
+        ]
+        return [
+            self._joined({e.graph: out[i] for e, out in zip(self.manifest.encoders, encoded, strict=True)})
+            for i in range(len(prompts))
+        ]
+
+    def _encode_with(
+        self, encoder: Encoder, chunks: Sequence[Chunks], prompts: Sequence[TokenizedPrompt]
+    ) -> list[dict[str, NumpyArray]]:
+        """The graph's outputs for each prompt, [chunks, ...]."""
+        counts = [len(each.input_ids) for each in chunks]
+        feeds: dict[str, NumpyArray] = {
+            "input_ids": np.concatenate([each.input_ids for each in chunks]),
+            "token_weights": np.concatenate([each.token_weights for each in chunks]),
         }
-        return engine.bind(shapes, arrays)
-
-    def _bind_encoder(self, encoder: Encoder, rows: int) -> Binding:
-        """A text encoder over its table, which lies where the engine reads it."""
-
-        def bind() -> Binding:
-            sizes = {"B": rows, "T": encoder.length}
-            return self._bind(encoder.graph, sizes, embedding_table=self._tables[encoder.graph].array)
-
-        return _recent(self._encoders, (encoder.graph, rows), bind)
-
-    def _encode(self, prompts: Sequence[Tokens]) -> list[Context]:
-        """One call per encoder over the chunks of all prompts; then the encoders' columns are put side by side."""
-        states: dict[str, list[npt.NDArray[np.float32]]] = {}
-        pooled: list[npt.NDArray[np.float32]] | None = None
-        finite = np.ones(len(prompts), np.bool_)
-        for encoder in self.manifest.encoders:
-            each = [tokens.per_encoder[encoder.graph] for tokens in prompts]
-            counts = [len(tokens.input_ids) for tokens in each]
+        if encoder.default_layer is not None:
             layers = [encoder.default_layer - tokens.clip_skip for tokens in prompts]
-            feeds: dict[str, NumpyArray] = {
-                "input_ids": np.concatenate([tokens.input_ids for tokens in each]),
-                "token_weights": np.concatenate([tokens.token_weights for tokens in each]),
-                "layer": np.repeat(np.array(layers, np.int64), counts),
-            }
-            binding = self._bind_encoder(encoder, sum(counts))
-            if "eos_index" in binding.inputs:
-                feeds["eos_index"] = np.concatenate([tokens.eos_index for tokens in each])
-            for name, value in feeds.items():
-                binding.inputs[name].write(..., value)
-            binding.run()
-            out = {name: value.numpy().copy() for name, value in binding.outputs.items()}
-            first = np.cumsum([0, *counts[:-1]])
-            finite &= np.logical_and.reduceat(out["finite"], first)
-            chunks = np.split(out["hidden_states"], first[1:])
-            states[encoder.graph] = [chunk.reshape(-1, chunk.shape[-1]) for chunk in chunks]
-            if encoder.graph == self.manifest.conditioning.pooled:
-                pooled = list(out["pooled"][first])  # of the first chunk, as A1111 does
-        contexts = []
-        for i in range(len(prompts)):
-            columns = [states[name][i] for name in self.manifest.conditioning.context]
+            feeds["layer"] = np.repeat(np.array(layers, np.int64), counts)
+        if encoder.pooled_width is not None:
+            feeds["eos_index"] = np.concatenate([each.eos_index for each in chunks])
+        out = self._graph(encoder.graph)(feeds)
+        ends = np.cumsum(counts)
+        parts = [slice(end - count, end) for count, end in zip(counts, ends, strict=True)]
+        return [{name: values[part] for name, values in out.items()} for part in parts]
+
+    def _joined(self, encoded: Mapping[str, Mapping[str, NumpyArray]]) -> EncodedPrompt:
+        """One prompt's context: encoders side by side within a block, blocks along the tokens, zeros up to D."""
+        conditioning = self.manifest.conditioning
+        blocks = []
+        for block in conditioning.context:
+            columns = [np.concatenate([*encoded[name]["hidden_states"]]) for name in block]
             length = math.lcm(*(len(column) for column in columns))
             hidden = np.concatenate([np.tile(column, (length // len(column), 1)) for column in columns], axis=1)
-            contexts.append(Context(hidden, None if pooled is None else pooled[i], bool(finite[i])))
-        return contexts
+            blocks.append(np.pad(hidden, ((0, 0), (0, self.manifest.context_width - hidden.shape[1]))))
+        pooled = [encoded[name]["pooled"][0] for name in conditioning.pooled]  # of the first chunk, as A1111 does
+        return EncodedPrompt(
+            hidden_states=np.concatenate(blocks),
+            pooled=np.concatenate(pooled) if pooled else None,
+            finite=all(bool(out["finite"].all()) for out in encoded.values()),
+            weight_scale={name: np.array(out["weight_scale"]) for name, out in encoded.items()},
+        )
 
 
-def _recent(kept: OrderedDict[Key, Value], key: Key, make: Callable[[], Value]) -> Value:
-    """What is kept under the key, made where it is not; only the last few asked for are kept."""
-    if key not in kept:
-        kept[key] = make()
-    kept.move_to_end(key)
-    while len(kept) > _BINDINGS:
-        kept.popitem(last=False)
-    return kept[key]
+class _Hold:
+    """Rows of tables that are held until `release`, or until this is garbage."""
+
+    def __init__(self, rows: Iterable[tuple[EmbeddingTable, npt.NDArray[np.int64]]]) -> None:
+        self._rows = [*rows]
+        for table, ids in self._rows:
+            table.hold(ids)
+
+    def release(self) -> None:
+        rows, self._rows = self._rows, []
+        for table, ids in rows:
+            table.release(ids)
+
+    __del__ = release
 
 
 def _base_table(path: Path) -> NumpyArray:
-    """[V, D]; bfloat16 as its bits, as engines take it."""
+    """[V, D]"""
     try:
         [(name, tensor)] = safetensors.deserialize(path.read_bytes())
-        dtype = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}[tensor["dtype"]]
+        dtype = {"F32": np.float32, "F16": np.float16}[tensor["dtype"]]
         if name != "embedding_table":
             raise KeyError(name)
         return np.frombuffer(tensor["data"], dtype).reshape(tensor["shape"])

@@ -17,14 +17,14 @@ import unicodedata
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
 import tokenizers
 
-from oneword.engines.bundle import Encoder
-from oneword.engines.errors import BundleError, UsageError
+from oneword.engines.errors import BundleError, UsageError, one_line
+from oneword.runtime.bundle import TOKENIZER, Encoder
 
 MAX_CHARACTERS: Final = 50_000
 MAX_WEIGHT: Final = 100.0
@@ -38,23 +38,27 @@ _RUN: Final = re.compile(r"[\w.+*@#!~&$%^=-]{1,64}")
 class Tokenizer:
     """One encoder's own vocabulary and the shape of its chunks."""
 
-    def __init__(self, folder: Path, encoder: Encoder) -> None:
-        """Reads the folder's tokenizer.json. Raises BundleError where it is absent or broken."""
+    def __init__(self, tokenizer: tokenizers.Tokenizer, encoder: Encoder) -> None:
+        """Truncation and padding of `tokenizer` are switched off: chunks are made here."""
         self.length, self.bos_id, self.eos_id, self.pad_id = (
             encoder.length,
             encoder.bos_id,
             encoder.eos_id,
             encoder.pad_id,
         )
-        file = folder / "tokenizer.json"
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises plain Exception for absent and broken files alike
-            raise BundleError(
-                f"{file} cannot be read ({' '.join(str(error).split())}): export the bundle again"
-            ) from None
+        self._tokenizer = tokenizer
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+
+    @classmethod
+    def read(cls, folder: Path, encoder: Encoder) -> Self:
+        """Reads the folder's tokenizer.json. Raises BundleError if it is missing or broken."""
+        file = folder / TOKENIZER
+        try:
+            tokenizer = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises plain Exception for missing and broken files alike
+            raise BundleError(f"{file} cannot be read ({one_line(error)}): export the bundle again") from None
+        return cls(tokenizer, encoder)
 
     @property
     def room(self) -> int:
@@ -96,7 +100,7 @@ class Vocabulary:
 
 
 @dataclass(frozen=True)
-class PromptTokens:
+class Chunks:
     """One prompt for one encoder, in chunks."""
 
     input_ids: npt.NDArray[np.int64]
@@ -107,7 +111,7 @@ class PromptTokens:
     """[chunks]: where the first eos stands, which is where CLIP pools."""
 
 
-def encode_ids(prompt: str, tokenizer: Tokenizer, vocabulary: Vocabulary) -> PromptTokens:
+def encode_ids(prompt: str, tokenizer: Tokenizer, vocabulary: Vocabulary) -> Chunks:
     """A prompt as chunks of ids and weights. Raises UsageError for unknown learned words and impossible weights."""
     chunks: list[list[tuple[int, float]]] = [[]]
     for part in weighted_parts(prompt):
@@ -241,7 +245,7 @@ def _number(text: str) -> float:
         raise UsageError(f"weight {text[:40]!r} is not a number: write (word:1.2), or \\( for the character") from None
 
 
-def _padded(chunks: list[list[tuple[int, float]]], tokenizer: Tokenizer) -> PromptTokens:
+def _padded(chunks: list[list[tuple[int, float]]], tokenizer: Tokenizer) -> Chunks:
     shape = (len(chunks), tokenizer.length)
     input_ids, token_weights = np.full(shape, tokenizer.pad_id, np.int64), np.ones(shape, np.float32)
     first = tokenizer.length - 1 - tokenizer.room
@@ -252,4 +256,4 @@ def _padded(chunks: list[list[tuple[int, float]]], tokenizer: Tokenizer) -> Prom
         input_ids[row, first:end] = [id_ for id_, _ in chunk]
         token_weights[row, first:end] = [weight for _, weight in chunk]
         input_ids[row, end] = tokenizer.eos_id
-    return PromptTokens(input_ids, token_weights, (input_ids == tokenizer.eos_id).argmax(1))
+    return Chunks(input_ids, token_weights, (input_ids == tokenizer.eos_id).argmax(1))

@@ -7,8 +7,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from oneword.engines.bundle import Manifest
 from oneword.engines.errors import BundleError, UsageError
+from oneword.runtime.bundle import Manifest
 from oneword.runtime.samplers import Sampler
 
 Image: TypeAlias = npt.NDArray[np.uint8]
@@ -49,6 +49,8 @@ class Request:
     strength: float = 0.8
     mask: npt.NDArray[Any] | None = None
     """[H, W], bool or uint8, as large as `image`."""
+    previews: int = 0
+    """A preview after every so many steps; 0: none."""
     paste: bool = True
     """Outside the mask the pixels are those of `image`; False leaves what the decoder makes of them."""
 
@@ -69,6 +71,7 @@ class Request:
         _within("eta", self.eta, 0, 1)
         _within("clip_skip", self.clip_skip, 0, 100, whole=True)
         _within("strength", self.strength, 0, 1)
+        _within("previews", self.previews, 0, MAX_STEPS, whole=True)
         if self.guidance_interval is not None:
             low, high = self.guidance_interval
             _within("guidance_interval", low, 0, 1e9)

@@ -1,18 +1,19 @@
-"""Samplers as tables: `make_schedule` turns a sampler, a scheduler's config and a number of steps into rows of numbers.
+"""Samplers as tables: `make_schedule` turns a sampler, a scheduler's config and a number of steps into numbers.
 
 The state is variance-preserving, x = alpha x0 + sigma eps with alpha^2 + sigma^2 = 1, for every sampler; Euler's own
-state is that divided by alpha, which is folded into the rows. A step then is, with m the model's guided answer,
+state is that divided by alpha, which is folded into the columns. With m the model's guided answer, a step is
 
-    denoised = a * sample + b * m
-    next     = c * sample + d * denoised + e * previous + f * noise
+    denoised = c.sample_to_denoised * sample + c.model_to_denoised * m
+    next     = c.sample * sample + c.denoised * denoised + c.previous * previous + c.noise * noise
 
-`previous` being the last step's `denoised`. Each sampler is a pure function from the levels it visits to c, d, e, f.
+where `previous` is the last step's `denoised`, and the columns `c` are named after what they multiply. Each sampler is
+a pure function from the levels it visits to the columns of the second line.
 All of them equal diffusers' scheduler of that name: timesteps, order of draws, first and last step. Not covered: what
 `oneword.runtime.schedule` refuses, Euler's churn, and higher orders.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final, NamedTuple
@@ -23,8 +24,24 @@ import numpy.typing as npt
 from oneword.engines.errors import UsageError
 from oneword.runtime.schedule import Array, NoiseSchedule, karras_sigmas
 
-COLUMNS: Final = ("t", "a", "b", "c", "d", "e", "f", "guidance", "rescale", "known_scale", "known_sigma")
-"""The columns of `Schedule.rows`."""
+COLUMNS: Final[Mapping[str, float]] = {
+    "t": 0.0,
+    "sample_to_denoised": 0.0,
+    "model_to_denoised": 0.0,
+    "sample": 1.0,
+    "denoised": 0.0,
+    "previous": 0.0,
+    "previous2": 0.0,
+    "uncond": 0.0,
+    "noise": 0.0,
+    "guidance": 0.0,
+    "rescale": 0.0,
+    "zero_star": 0.0,
+    "embedded_guidance": 0.0,
+    "known_scale": 0.0,
+    "known_sigma": 0.0,
+}
+"""Every column that a graph's `schedule` may have, and its value in a line that leaves the sample as it is."""
 
 
 class Sampler(StrEnum):
@@ -42,10 +59,10 @@ class Sampler(StrEnum):
 
 @dataclass(frozen=True)
 class Schedule:
-    """All that a request's steps need: one row of `COLUMNS` a step, and where the first sample comes from."""
+    """The steps of one request: a column of numbers for each term of a step, and where the first sample comes from."""
 
-    rows: npt.NDArray[np.float32]
-    """[S, 11]"""
+    columns: Mapping[str, npt.NDArray[np.float32]]
+    """[S] by the names of COLUMNS; a missing one is COLUMNS' own value at every step."""
     draws: npt.NDArray[np.bool_]
     """[S]: the steps that draw noise, after the first sample's, in this order."""
     guided: npt.NDArray[np.bool_]
@@ -56,10 +73,22 @@ class Schedule:
     """Image to image: sample = start_scale * latents + start_sigma * noise."""
     start_sigma: float
 
+    def __len__(self) -> int:
+        """S."""
+        return len(self.draws)
+
     @property
     def timesteps(self) -> npt.NDArray[np.float32]:
         """[S], falling."""
-        return self.rows[:, 0]
+        return self.columns["t"]
+
+    def table(self, names: Sequence[str]) -> npt.NDArray[np.float32]:
+        """[S, K]: the columns that a graph has, in its order. Raises UsageError if a step needs one that it lacks."""
+        for name in self.columns.keys() - set(names):
+            if (self.columns[name] != COLUMNS[name]).any():
+                raise UsageError(f"this sampler needs the column {name!r}, this bundle has {', '.join(names)}")
+        columns = (self.columns.get(name, np.full(len(self), COLUMNS[name], np.float32)) for name in names)
+        return np.stack([*columns], axis=1)
 
 
 def make_schedule(
@@ -73,7 +102,7 @@ def make_schedule(
     guidance_interval: tuple[float, float] | None = None,
     strength: float = 1.0,
 ) -> Schedule:
-    """The rows of a whole run.
+    """The steps of a whole run.
 
     `guidance_rescale` is phi of arXiv 2305.08891. `guidance_interval` (low, high] bounds sigma / alpha of the guided
     steps (arXiv 2404.07724). `strength` in (0, 1] leaves out the first steps, as image to image does; `eta` is DDIM's.
@@ -85,18 +114,30 @@ def make_schedule(
     levels = method.levels(noise, steps)
     start = _start(len(levels.t), strength)
     levels = Levels(levels.t[start:], levels.alpha[start:], levels.sigma[start:], levels.last_alpha, levels.last_sigma)
-    update = method.update(noise, levels, Settings(steps, eta))
+    update = method.update(noise, levels, SamplerSettings(steps, eta))
     a, b = prediction(noise.prediction_type, levels)
     guided = _guided(levels, guidance_scale, guidance_interval)
     guidance, rescale = np.where(guided, guidance_scale, 1.0), np.where(guided, guidance_rescale, 0.0)
     known_scale, known_sigma = np.append(levels.alpha[1:], 1.0), np.append(levels.sigma[1:], 0.0)
-    columns = (levels.t, a, b, update.c, update.d, update.e, update.f, guidance, rescale, known_scale, known_sigma)
-    rows = np.stack(np.broadcast_arrays(*columns), 1).astype(np.float32)
-    if not np.isfinite(rows).all():
+    columns = {
+        "t": levels.t,
+        "sample_to_denoised": a,
+        "model_to_denoised": b,
+        "sample": update.sample,
+        "denoised": update.denoised,
+        "previous": update.previous,
+        "noise": update.noise,
+        "guidance": guidance,
+        "rescale": rescale,
+        "known_scale": known_scale,
+        "known_sigma": known_sigma,
+    }
+    columns = {name: np.asarray(column, np.float32) for name, column in columns.items()}
+    if not all(np.isfinite(column).all() for column in columns.values()):
         raise UsageError(f"{sampler} in {steps} steps has no finite schedule with this model: take other steps")
     euler_start = method.divided and noise.timestep_spacing != "leading"
     return Schedule(
-        rows=rows,
+        columns=columns,
         draws=update.draws,
         guided=guided,
         init_scale=float(levels.sigma[0]) if euler_start else 1.0,
@@ -125,25 +166,25 @@ class Levels(NamedTuple):
         return np.append(self.sigma[1:], self.last_sigma)
 
 
-class Settings(NamedTuple):
-    """What a sampler is told beside the levels: steps asked for (before `strength`), eta."""
+class SamplerSettings(NamedTuple):
+    """What a sampler needs besides the levels: steps asked for (before `strength`), eta."""
 
     steps: int
     eta: float
 
 
 class Update(NamedTuple):
-    """next = c * sample + d * denoised + e * previous + f * noise, each [S], and which steps draw the noise."""
+    """The columns of a step, each [S], named after what it multiplies, and which steps draw the noise."""
 
-    c: Array
-    d: Array
-    e: Array
-    f: Array
+    sample: Array
+    denoised: Array
+    previous: Array
+    noise: Array
     draws: npt.NDArray[np.bool_]
 
 
 def prediction(prediction_type: str, levels: Levels) -> tuple[Array, Array]:
-    """a, b [S] of denoised = a * sample + b * m. Raises UsageError for eps at zero signal, where x0 is undefined."""
+    """sample_to_denoised, model_to_denoised [S]. Raises UsageError for eps at zero signal, where x0 is undefined."""
     match prediction_type:
         case "v_prediction":
             return levels.alpha, -levels.sigma
@@ -158,7 +199,7 @@ def prediction(prediction_type: str, levels: Levels) -> tuple[Array, Array]:
             return 1 / levels.alpha, -levels.sigma / levels.alpha
 
 
-def ddim(noise: NoiseSchedule, levels: Levels, settings: Settings) -> Update:
+def ddim(noise: NoiseSchedule, levels: Levels, settings: SamplerSettings) -> Update:
     """DDIM update, eq. 12 of Song et al. (2021), any eta; the step below is t - train // steps, as in diffusers."""
     below = levels.t - noise.num_train_timesteps // settings.steps
     abar, abar_next = (
@@ -168,59 +209,59 @@ def ddim(noise: NoiseSchedule, levels: Levels, settings: Settings) -> Update:
     variance = (1 - abar_next) / (1 - abar) * (1 - abar / abar_next)
     direction = np.sqrt(np.maximum(1 - abar_next - settings.eta**2 * variance, 0)) / levels.sigma
     return Update(
-        c=direction,
-        d=np.sqrt(abar_next) - direction * levels.alpha,
-        e=np.zeros_like(abar),
-        f=settings.eta * np.sqrt(variance),
+        sample=direction,
+        denoised=np.sqrt(abar_next) - direction * levels.alpha,
+        previous=np.zeros_like(abar),
+        noise=settings.eta * np.sqrt(variance),
         draws=np.full(len(abar), settings.eta > 0),
     )
 
 
-def ddpm(noise: NoiseSchedule, levels: Levels, settings: Settings) -> Update:
+def ddpm(noise: NoiseSchedule, levels: Levels, settings: SamplerSettings) -> Update:
     """DDPM update, eq. 7 of Ho et al. (2020); the variance is clamped to 1e-20 as in diffusers."""
     abar, abar_next = levels.alpha**2, levels.next_alpha**2
     alpha = abar / abar_next
     variance = np.maximum((1 - abar_next) / (1 - abar) * (1 - alpha), 1e-20)
     draws = levels.t > 0
     return Update(
-        c=np.sqrt(alpha) * (1 - abar_next) / (1 - abar),
-        d=np.sqrt(abar_next) * (1 - alpha) / (1 - abar),
-        e=np.zeros_like(abar),
-        f=np.where(draws, np.sqrt(variance if noise.variance_type == "fixed_small" else 1 - alpha), 0),
+        sample=np.sqrt(alpha) * (1 - abar_next) / (1 - abar),
+        denoised=np.sqrt(abar_next) * (1 - alpha) / (1 - abar),
+        previous=np.zeros_like(abar),
+        noise=np.where(draws, np.sqrt(variance if noise.variance_type == "fixed_small" else 1 - alpha), 0),
         draws=draws,
     )
 
 
-def euler(noise: NoiseSchedule, levels: Levels, settings: Settings) -> Update:
+def euler(noise: NoiseSchedule, levels: Levels, settings: SamplerSettings) -> Update:
     """Euler's step of algorithm 2 of Karras et al. (2022), without churn."""
     ve, ve_next = levels.sigma / levels.alpha, levels.next_sigma / levels.next_alpha
     return _divided(levels, ve_next / ve, np.zeros_like(ve), draws=False)
 
 
-def euler_ancestral(noise: NoiseSchedule, levels: Levels, settings: Settings) -> Update:
+def euler_ancestral(noise: NoiseSchedule, levels: Levels, settings: SamplerSettings) -> Update:
     """Euler to sigma_down = sigma_next^2 / sigma, then noise of sigma_up, as k-diffusion's `sample_euler_ancestral`."""
     ve, ve_next = levels.sigma / levels.alpha, levels.next_sigma / levels.next_alpha
     up = np.sqrt(ve_next**2 * (ve**2 - ve_next**2) / ve**2)
     return _divided(levels, (ve_next / ve) ** 2, up, draws=True)
 
 
-def dpmpp_2m(noise: NoiseSchedule, levels: Levels, settings: Settings) -> Update:
+def dpmpp_2m(noise: NoiseSchedule, levels: Levels, settings: SamplerSettings) -> Update:
     """DPM-Solver++(2M), midpoint, algorithm 2 of Lu et al. (2022); first order in the first and last steps."""
     h = _log_snr_steps(levels)
     gain = -levels.next_alpha * np.expm1(-h)
-    c = levels.next_sigma / levels.sigma
-    return _multistep(noise, settings, h, c, gain, np.zeros_like(h), draws=False)
+    keep = levels.next_sigma / levels.sigma
+    return _multistep(noise, settings, h, keep, gain, np.zeros_like(h), draws=False)
 
 
-def dpmpp_2m_sde(noise: NoiseSchedule, levels: Levels, settings: Settings) -> Update:
+def dpmpp_2m_sde(noise: NoiseSchedule, levels: Levels, settings: SamplerSettings) -> Update:
     """SDE-DPM-Solver++(2M), midpoint, of Lu et al. (2022); draws at every step, the last one included."""
     h = _log_snr_steps(levels)
     gain = -levels.next_alpha * np.expm1(-2 * h)
-    c = levels.next_sigma / levels.sigma * np.exp(-h)
-    return _multistep(noise, settings, h, c, gain, levels.next_sigma * np.sqrt(-np.expm1(-2 * h)), draws=True)
+    keep = levels.next_sigma / levels.sigma * np.exp(-h)
+    return _multistep(noise, settings, h, keep, gain, levels.next_sigma * np.sqrt(-np.expm1(-2 * h)), draws=True)
 
 
-def lcm(noise: NoiseSchedule, levels: Levels, settings: Settings) -> Update:
+def lcm(noise: NoiseSchedule, levels: Levels, settings: SamplerSettings) -> Update:
     """Multistep consistency sampling, algorithm 3 of Luo et al. (2023): no noise after the last step."""
     time = levels.t * noise.timestep_scaling
     c_skip, c_out = 0.25 / (time**2 + 0.25), time / np.sqrt(time**2 + 0.25)
@@ -233,10 +274,10 @@ def _divided(levels: Levels, ratio: Array, up: Array, *, draws: bool) -> Update:
     """Euler's state is ours divided by alpha; it leaves the last one undivided."""
     scale = np.append(levels.alpha[1:], 1.0)
     return Update(
-        c=scale / levels.alpha * ratio,
-        d=scale * (1 - ratio),
-        e=np.zeros_like(ratio),
-        f=scale * up,
+        sample=scale / levels.alpha * ratio,
+        denoised=scale * (1 - ratio),
+        previous=np.zeros_like(ratio),
+        noise=scale * up,
         draws=np.full(len(ratio), draws),
     )
 
@@ -248,7 +289,7 @@ def _log_snr_steps(levels: Levels) -> Array:
 
 
 def _multistep(
-    noise: NoiseSchedule, settings: Settings, h: Array, c: Array, gain: Array, f: Array, *, draws: bool
+    noise: NoiseSchedule, settings: SamplerSettings, h: Array, keep: Array, gain: Array, up: Array, *, draws: bool
 ) -> Update:
     """The second-order correction 0.5 / r (denoised - previous), r = h_previous / h, where the order is two."""
     few = settings.steps < 15  # of the whole run, those that `strength` leaves out included
@@ -257,7 +298,7 @@ def _multistep(
     second[-1] &= not last_is_first_order
     correction = np.zeros_like(h)
     correction[second] = gain[second] * 0.5 * h[second] / np.append(1.0, h[:-1])[second]
-    return Update(c, gain + correction, -correction, f, np.full(len(h), draws))
+    return Update(keep, gain + correction, -correction, up, np.full(len(h), draws))
 
 
 def _whole_levels(noise: NoiseSchedule, t: Array) -> Levels:
@@ -307,7 +348,7 @@ def _dpm_karras_levels(noise: NoiseSchedule, steps: int) -> Levels:
 
 class _Method(NamedTuple):
     levels: Callable[[NoiseSchedule, int], Levels]
-    update: Callable[[NoiseSchedule, Levels, Settings], Update]
+    update: Callable[[NoiseSchedule, Levels, SamplerSettings], Update]
     default_spacing: str  # of the diffusers class, for a config that names none
     divided: bool = False  # Euler's own state, ours divided by alpha, starts at sigma * noise
 

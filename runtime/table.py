@@ -4,6 +4,7 @@ Loading a word writes its rows and nothing else; no engine is touched, no vocabu
 prompts that name them wait to be encoded, and are given to other words only after that. Not safe across threads.
 """
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, Final
@@ -11,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from oneword.engines.engine import Array, HostArray, bfloat16_bits
+from oneword.engines.engine import Array, HostArray
 from oneword.engines.errors import ConceptError, UsageError
 
 DEFAULT_CAPACITY: Final = 1024
@@ -19,7 +20,7 @@ DEFAULT_CAPACITY: Final = 1024
 
 
 class EmbeddingTable:
-    """`base` [V, D] and room for `capacity` learned rows, in the base's dtype; uint16 are the bits of bfloat16.
+    """`base` [V, D] and room for `capacity` learned rows, in the base's dtype.
 
     It lies where `place` puts it: the memory of a GPU, or as it is on the host.
     """
@@ -37,6 +38,7 @@ class EmbeddingTable:
         self.array = place(values)
         """[V + capacity, D]: what the graph's `embedding_table` is bound to, for good."""
         self._ids: dict[str, tuple[int, ...]] = {}
+        self._identities: dict[int, bytes] = {}
         self._free = list(range(self.vocab_size + capacity - 1, self.vocab_size - 1, -1))
         self._held: Counter[int] = Counter()
         self._leaving: set[int] = set()
@@ -70,8 +72,9 @@ class EmbeddingTable:
         """Writes a word's vectors [n, D]; returns its n ids, V and above. Raises ConceptError."""
         self.check(token, vectors)
         ids = tuple(self._free.pop() for _ in range(len(vectors)))
-        for row, vector in zip(ids, bfloat16_bits(vectors) if self._dtype == np.uint16 else vectors, strict=True):
+        for row, vector in zip(ids, vectors, strict=True):
             self.array.write(row, vector)
+            self._identities[row] = hashlib.sha256(np.ascontiguousarray(vector, self._dtype).tobytes()).digest()[:16]
         self._ids[token] = ids
         return ids
 
@@ -98,6 +101,14 @@ class EmbeddingTable:
                 if row in self._leaving:
                     self._leaving.discard(row)
                     self._free.append(row)
+
+    def identify(self, ids: npt.NDArray[np.integer[Any]]) -> bytes:
+        """The ids [n, T] with learned rows replaced by digests of their vectors: equal bytes are equal embeddings."""
+        learned = ids >= self.vocab_size
+        if not learned.any():
+            return ids.tobytes()
+        plain = np.where(learned, -1, ids).tobytes()
+        return plain + b"".join(self._identities[row] for row in self._learned(ids))
 
     def _learned(self, ids: npt.NDArray[np.integer[Any]]) -> list[int]:
         return [int(row) for row in ids[ids >= self.vocab_size]]

@@ -22,10 +22,8 @@ from PIL import Image
 from transformers import AutoTokenizer, CLIPModel
 
 from oneword.engines.errors import FileError
-from oneword.runtime.batch import Failed, PictureDone
-from oneword.runtime.generate import generate
+from oneword.runtime.generate import draw
 from oneword.runtime.model import Model
-from oneword.runtime.request import Request
 from oneword.runtime.samplers import Sampler
 
 Pictures = npt.NDArray[np.uint8]  # [N, H, W, 3]
@@ -209,14 +207,8 @@ def sample(
 ) -> list[Pictures]:
     """`count` pictures of each prompt by DDIM, with the seeds seed, seed + 1, ... Raises what made one of them fail."""
     how: dict[str, Any] = {"num_images": count, "steps": steps, "guidance_scale": guidance_scale}
-    requests = [Request(prompt, seed=seed, sampler=Sampler.DDIM, **how) for prompt in prompts]
-    done: dict[tuple[int, int], npt.NDArray[np.uint8]] = {}
-    for event in generate(model, requests, listen=False):
-        if isinstance(event, Failed):
-            raise event.error
-        if isinstance(event, PictureDone):
-            done[event.id, event.index] = event.image
-    return [np.stack([done[number, index] for index in range(count)]) for number in range(len(prompts))]
+    pictures = draw(model, *prompts, seed=seed, sampler=Sampler.DDIM, **how)
+    return [np.stack([picture.image for picture in pictures if picture.id == number]) for number in range(len(prompts))]
 
 
 def likeness(samples: Embeddings, training: Embeddings) -> float:

@@ -16,14 +16,13 @@ from typing import Any, cast
 import numpy as np
 import torch
 from diffusers import DDPMScheduler
-from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch.nn.functional import mse_loss
 
-from oneword.engines.bundle import Encoder
 from oneword.engines.errors import EngineError, UsageError
 from oneword.export.families import family_of
 from oneword.export.modules import TextEncoder, UNet
 from oneword.export.source import Source
+from oneword.runtime.bundle import Encoder
 from oneword.runtime.concept import Concept
 from oneword.train.pictures import Moments
 from oneword.train.prompts import per_image_template
@@ -88,7 +87,6 @@ class Learner:
             source.unet.enable_gradient_checkpointing()
             source.unet.train()  # diffusers checkpoints only then; nothing in these networks drops out
         self.unet = UNet(source.unet)
-        self._attention: object = None
         family = family_of(source)
         modules = {graph.name: graph.module for graph in family.graphs}
         self.conditioning = family.conditioning
@@ -233,10 +231,7 @@ class Learner:
         self, noisy: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor, pooled: torch.Tensor | None
     ) -> torch.Tensor:
         """The UNet's answer [B, C, h, w] float32, computed in its own type."""
-        processor = attention(self.dtype, noisy.shape[-1] * noisy.shape[-2])
-        if self._attention is not processor:
-            self.source.unet.set_attn_processor(processor())
-            self._attention = processor
+        self.unet.attend_plainly(few_positions(self.dtype, noisy.shape[-1] * noisy.shape[-2]))
         return self.unet(
             noisy.to(self.dtype, memory_format=torch.channels_last),
             timesteps,
@@ -260,9 +255,11 @@ class Learner:
             (prompt, self._first_row[index], self.rows_in_use(index), self.recipe.vectors) for index, prompt in unique
         ]
         encoded = {
-            name: self.encoders[name](texts, self._all_rows(name, rows_of or {})) for name in self.conditioning.context
+            name: self.encoders[name](texts, self._all_rows(name, rows_of or {}))
+            for block in self.conditioning.context
+            for name in block
         }
-        pooled = encoded[self.conditioning.pooled][1] if self.conditioning.pooled else None
+        pooled = encoded[self.conditioning.pooled[0]][1] if self.conditioning.pooled else None
         states = torch.cat([states for states, _ in encoded.values()], -1)
         return states[rows], None if pooled is None else pooled[rows]
 
@@ -318,8 +315,8 @@ class PromptEncoder:
         input_ids = torch.tensor(sequences)
         eos = (input_ids == self._row(self.facts.eos_id)).int().argmax(-1) if self.encoder.pools else None
         input_ids = torch.where(input_ids < 0, len(frozen) - 1 - input_ids, input_ids)
-        layers = torch.full((len(texts),), self.facts.default_layer)
-        states, *pooled, _ = self.encoder(
+        layers = torch.full((len(texts),), self.facts.default_layer or 0)
+        states, _, *pooled, _ = self.encoder(
             input_ids, torch.cat([frozen, learned]).to(self.encoder.dtype), torch.ones(input_ids.shape), layers, eos
         )
         return states, pooled[0] if pooled else None
@@ -486,12 +483,12 @@ def distance_to_start(word: Word) -> torch.Tensor:
     return torch.stack([(rows - word.initial[name]).square().sum(-1).mean() for name, rows in word.rows.items()]).sum()
 
 
-def attention(dtype: torch.dtype, positions: int) -> type[AttnProcessor] | type[AttnProcessor2_0]:
-    """How the UNet attends: PyTorch's fused kernels, but over few positions, where products and a softmax are faster.
+def few_positions(dtype: torch.dtype, positions: int) -> bool:
+    """Whether products and a softmax attend faster than PyTorch's fused kernels.
 
     In bf16, whose fused backward is ten times slower on a CPU, a thousand are few.
     """
-    return AttnProcessor if positions <= (1024 if dtype is torch.bfloat16 else 256) else AttnProcessor2_0
+    return positions <= (1024 if dtype is torch.bfloat16 else 256)
 
 
 def compute_dtype(compute: Compute) -> torch.dtype:

@@ -10,21 +10,14 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 from PIL import Image
 
-from oneword.engines.bundle import Bundle, Graph
-from oneword.engines.bundle import Source as Provenance
-from oneword.engines.engine import Engine
 from oneword.engines.errors import FileError
-from oneword.export.eager import EagerEngine
-from oneword.export.families import family_of
+from oneword.export.eager import eager_model
 from oneword.export.source import Source
-from oneword.export.write import manifest_of, write_encoders
 from oneword.runtime.concept import Concept, write_whole
-from oneword.runtime.model import Model
 from oneword.train.evaluate import PLACE, Judge, Pictures, likeness, sample
 from oneword.train.pictures import Picture
 
@@ -49,28 +42,11 @@ class Sheet:
         return Image.fromarray(np.concatenate([np.concatenate(list(row), 1) for row in self.pictures.values()]))
 
 
-class EagerModel(Model):
-    """A runtime model over a source's own torch modules, with nothing exported."""
-
-    def __init__(self, source: Source) -> None:
-        exportable = family_of(source)
-        graphs = {g.name: Graph((), "", g.precision, g.inputs, g.outputs) for g in exportable.graphs}
-        manifest = manifest_of(source, exportable, graphs, Provenance(source.model, ""))
-        with TemporaryDirectory() as folder:  # read once, when the model is made
-            write_encoders(source, exportable, Path(folder))
-            super().__init__(Bundle(Path(folder), manifest))
-        self._eager = {graph.name: EagerEngine(graph) for graph in exportable.graphs}
-
-    def engine(self, name: str) -> Engine:
-        """The module behind a graph's name."""
-        return self._eager[name]
-
-
 class Previewer:
     """Draws sheets with a source's modules as they are; judged if a CLIP model travels with the source."""
 
     def __init__(self, source: Source, prompts: Sequence[str], seed: int = 0) -> None:
-        self.model = EagerModel(source)
+        self.model = eager_model(source)
         self.prompts = prompts
         self.seed = seed
         judge = source.path / "judge"

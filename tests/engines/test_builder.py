@@ -14,21 +14,19 @@ from onnx import TensorProto, helper
 
 from oneword.engines.builder import (
     Flavour,
-    Limits,
     _Network,
     _Tensor,
-    axis_ranges,
-    build_plans,
     check_network,
     compute_capabilities,
-    graph_ranges,
     installed_version,
     profile_shapes,
     target_of,
 )
-from oneword.engines.bundle import Bundle, Manifest, graph_digest, write_bundle
 from oneword.engines.cuda import Device
 from oneword.engines.errors import EngineError, MissingPackage, UsageError
+from oneword.engines.graph import graph_digest
+from oneword.runtime.bundle import Bundle, Manifest, write_bundle
+from oneword.runtime.profiles import PlanLimits, axis_ranges, build_plans, graph_ranges
 
 
 @pytest.mark.parametrize("target", ["sm90", "sm89,sm90", "ampere", "89", "sm89,"])
@@ -79,7 +77,7 @@ def test_a_network_unlike_the_manifest_is_refused(tiny_bundle: Path) -> None:
 
 def test_profiles_follow_the_largest_batch_and_size(tiny_bundle: Path) -> None:
     manifest = Bundle.open(tiny_bundle).manifest
-    ranges = axis_ranges(manifest, "denoise_step", Limits(max_batch=3, max_size=128))
+    ranges = axis_ranges(manifest, "denoise_step", PlanLimits(max_batch=3, max_size=128))
     sample = manifest.graphs["denoise_step"].inputs[0]
     assert profile_shapes(sample, ranges) == ([1, 4, 1, 1], [1, 4, 8, 8], [3, 4, 16, 16])
 
@@ -87,11 +85,14 @@ def test_profiles_follow_the_largest_batch_and_size(tiny_bundle: Path) -> None:
 @pytest.mark.parametrize(
     ("limits", "message"),
     [
-        (Limits(max_batch=3, max_size=60), "--max-batch 3 --max-size 60: at least 1, and a multiple of 8 from 64 on"),
-        (Limits(static_sizes=((64, 60),)), "--static-size 64x60: both must be multiples of 8"),
+        (
+            PlanLimits(max_batch=3, max_size=60),
+            "--max-batch 3 --max-size 60: at least 1, and a multiple of 8 from 64 on",
+        ),
+        (PlanLimits(static_sizes=((64, 60),)), "--static-size 64x60: both must be multiples of 8"),
     ],
 )
-def test_limits_that_the_model_cannot_meet_are_named(tiny_bundle: Path, limits: Limits, message: str) -> None:
+def test_limits_that_the_model_cannot_meet_are_named(tiny_bundle: Path, limits: PlanLimits, message: str) -> None:
     manifest = Bundle.open(tiny_bundle).manifest
     with pytest.raises(UsageError, match=message):
         limits.check(manifest.vae, manifest.defaults)
@@ -99,7 +100,7 @@ def test_limits_that_the_model_cannot_meet_are_named(tiny_bundle: Path, limits: 
 
 def test_a_static_size_is_one_guided_picture_and_concerns_only_graphs_that_see_pictures(tiny_bundle: Path) -> None:
     manifest = Bundle.open(tiny_bundle).manifest
-    limits = Limits(static_sizes=((96, 64),))
+    limits = PlanLimits(static_sizes=((96, 64),))
     assert len(graph_ranges(manifest, "text_encoder", limits)) == 1
     _, static = graph_ranges(manifest, "denoise_step", limits)
     wanted = {"B": 1, "N": 2, "M": 2, "T": 20, "h": 8, "w": 12}
@@ -133,7 +134,7 @@ def test_ti_export_gives_a_bundle_with_plans_ready_to_ship(tiny_model_dir: Path,
     shipped = shutil.move(bundle.path, tmp_path / "shipped")
     built = {path: path.stat().st_mtime_ns for path in shipped.rglob("*.plan")}
     assert len(built) == 4
-    build_plans(Bundle.open(shipped), Flavour.RTX, "sm89,sm120", Limits(max_batch=2))  # finds them all
+    build_plans(Bundle.open(shipped), Flavour.RTX, "sm89,sm120", PlanLimits(max_batch=2))  # finds them all
     assert {path: path.stat().st_mtime_ns for path in shipped.rglob("*.plan")} == built
 
 

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from oneword.engines.builder import Flavour
-from oneword.engines.bundle import PLANS, Bundle
 from oneword.engines.cuda import _alive, contiguous_part, dlpack_capsule
 from oneword.engines.engine import NumpyArray
 from oneword.engines.errors import EngineError, FeedError, MissingPackage, OnewordError, UsageError
 from oneword.engines.open import Backend, gpu_queue, open_engine
 from oneword.engines.plans import PlanCache, PlanKey
 from oneword.engines.tensorrt import fitting_plans, narrowest
+from oneword.runtime.bundle import PLANS, Bundle
 
 GPU_BACKENDS = (Backend.CUDA, Backend.TENSORRT, Backend.TENSORRT_RTX)
 

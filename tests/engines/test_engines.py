@@ -12,9 +12,9 @@ from onnx import TensorProto, helper
 
 from oneword.engines.engine import Engine
 from oneword.engines.errors import EngineError, FeedError, MissingPackage
+from oneword.engines.graph import DType, Precision, TensorSpec
 from oneword.engines.onnxruntime import OnnxRuntimeEngine
 from oneword.engines.openvino import OpenVinoEngine
-from oneword.engines.spec import DType, Precision, TensorSpec
 
 INPUTS = (
     TensorSpec("x", DType.FLOAT32, ("B", 4)),

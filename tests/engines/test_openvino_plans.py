@@ -9,9 +9,9 @@ import pytest
 from onnx import TensorProto, helper
 
 from oneword.engines.errors import EngineError
+from oneword.engines.graph import DType, Precision, TensorSpec
 from oneword.engines.openvino import OpenVinoEngine
 from oneword.engines.plans import PlanCache
-from oneword.engines.spec import DType, Precision, TensorSpec
 
 openvino = pytest.importorskip("openvino")
 

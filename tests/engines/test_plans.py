@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from oneword.engines.errors import FileError
+from oneword.engines.graph import Precision
 from oneword.engines.plans import PlanCache, PlanKey
-from oneword.engines.spec import Precision
 
 KEY = PlanKey("digest", "tensorrt-rtx", "1.7", "sm89", Precision.FP32, {"B": (1, 1, 4)}, ("flag",))
 

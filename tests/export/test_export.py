@@ -11,13 +11,13 @@ import onnx
 import pytest
 from safetensors.numpy import load_file
 
-from oneword.engines.bundle import Bundle
 from oneword.engines.errors import FileError, OnewordError, UsageError
 from oneword.engines.open import open_engine
 from oneword.export.families import family_of
 from oneword.export.parity import compare, references
 from oneword.export.source import load_source
 from oneword.export.write import export_bundle
+from oneword.runtime.bundle import Bundle
 
 OTHER_SHAPES = (
     {"B": 1, "N": 1, "M": 1, "T": 20, "h": 8, "w": 8},

@@ -10,18 +10,19 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from oneword.engines.builder import Flavour, Limits, build_plans
-from oneword.engines.bundle import Bundle
+from oneword.engines.builder import Flavour
 from oneword.engines.errors import UsageError
+from oneword.engines.graph import Precision
 from oneword.engines.open import Backend
-from oneword.engines.spec import Precision
 from oneword.export.families import family_of
 from oneword.export.source import load_source
 from oneword.export.write import export_bundle
 from oneword.runtime.batch import PictureDone
+from oneword.runtime.bundle import Bundle
 from oneword.runtime.concept import Concept, load_concept, save_concept
 from oneword.runtime.generate import generate
 from oneword.runtime.model import Model
+from oneword.runtime.profiles import PlanLimits, build_plans
 from oneword.runtime.request import Image, Request
 
 
@@ -129,7 +130,7 @@ def planned(bundle: Path) -> dict[str, bool]:
     """
     for module in ("tensorrt_rtx", "polygraphy"):
         pytest.importorskip(module)
-    plans = build_plans(Bundle.open(bundle), Flavour.RTX, "sm89", Limits(max_batch=1))
+    plans = build_plans(Bundle.open(bundle), Flavour.RTX, "sm89", PlanLimits(max_batch=1))
     return {name: all(plan.stat().st_size > 1000 for plan in each) for name, each in plans.items()}
 
 

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from oneword.engines.builder import Flavour, build_plans
-from oneword.engines.spec import Precision
+from oneword.engines.builder import Flavour
+from oneword.engines.graph import Precision
 from oneword.export.write import export_bundle
+from oneword.runtime.profiles import build_plans
 
 
 @pytest.mark.parametrize("precision", list(Precision))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from oneword.engines.errors import EngineError, NotFinite
-from oneword.engines.spec import DType, Precision, TensorSpec
+from oneword.engines.graph import DType, Precision, TensorSpec
 from oneword.export.eager import EagerEngine
 from oneword.export.families import FINITE, Traceable, family_of
 from oneword.export.parity import Reference, compare, references

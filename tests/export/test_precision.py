@@ -8,20 +8,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from oneword.engines.builder import Flavour, build_plans
-from oneword.engines.bundle import Bundle
+from oneword.engines.builder import Flavour
 from oneword.engines.errors import EngineError, NotFinite
+from oneword.engines.graph import Precision
 from oneword.engines.onnxruntime import OnnxRuntimeEngine
-from oneword.engines.spec import Precision
 from oneword.export.families import Traceable, family_of
 from oneword.export.parity import references
 from oneword.export.source import load_source
 from oneword.export.trace import trace
 from oneword.export.write import export_bundle
 from oneword.runtime.batch import Failed, PictureDone
+from oneword.runtime.bundle import Bundle
 from oneword.runtime.concept import Concept
 from oneword.runtime.generate import generate
 from oneword.runtime.model import Model
+from oneword.runtime.profiles import build_plans
 from oneword.runtime.request import Image, Request
 
 WORD = np.random.default_rng(0).normal(0, 0.5, (2, 32)).astype(np.float32)

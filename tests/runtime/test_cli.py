@@ -9,11 +9,11 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from oneword.engines.bundle import Bundle
 from oneword.engines.open import Backend
-from oneword.runtime.batch import PictureDone
+from oneword.runtime.bundle import Bundle
 from oneword.runtime.cli import main
 from oneword.runtime.concept import Concept, save_concept
+from oneword.runtime.events import PictureDone
 from oneword.runtime.generate import generate
 from oneword.runtime.images import save_png
 from oneword.runtime.model import Model

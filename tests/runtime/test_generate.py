@@ -16,18 +16,19 @@ from hypothesis import HealthCheck, given, settings
 
 from oneword.engines.errors import ConceptError, OnewordError, UsageError
 from oneword.engines.open import Backend
-from oneword.runtime.batch import Batch, Event, Failed, PictureDone, StepDone
 from oneword.runtime.concept import Concept, save_concept
+from oneword.runtime.events import Event, Failed, PictureDone, StepDone
 from oneword.runtime.generate import generate
 from oneword.runtime.model import Model
 from oneword.runtime.request import Image, Request
+from oneword.runtime.scheduler import Scheduler
 
 PIPELINES = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
 def model(tiny_bundle: Path) -> Model:
-    return Model.open(tiny_bundle, threads=1)
+    return Model.open(tiny_bundle, "onnxruntime", threads=1)
 
 
 @pytest.fixture(scope="module")
@@ -234,13 +235,13 @@ def test_unloading_a_word_waits_for_its_prompts(model: Model) -> None:
     model.load(Concept("<one>", {"text_encoder": one}))
     request = Request("a <one>", steps=3)
     expected = pictures(model, [request])[0]
-    batch = Batch(model)
-    batch.add(request)
+    scheduler = Scheduler(model)
+    scheduler.add(request)
     model.unload("<one>")
     model.load(Concept("<two>", {"text_encoder": two}))
     image = None
-    while batch:
-        for event in batch.step():
+    while scheduler:
+        for event in scheduler.step():
             if isinstance(event, PictureDone):
                 image = event.image
     model.unload("<two>")
@@ -248,27 +249,41 @@ def test_unloading_a_word_waits_for_its_prompts(model: Model) -> None:
     assert image is not None
     np.testing.assert_array_equal(image, expected)
     with pytest.raises(UsageError, match="<one>"):
-        batch.add(request)
+        scheduler.add(request)
 
 
 def test_events_tell_every_step_and_carry_a_preview(model: Model) -> None:
-    events = list(generate(model, [Request("a cat", steps=4)]))
+    events = list(generate(model, [Request("a cat", steps=4, previews=2)]))
 
     steps = [event for event in events if isinstance(event, StepDone)]
     assert [(event.step, event.steps) for event in steps] == [(1, 4), (2, 4), (3, 4), (4, 4)]
-    assert steps[0].denoised.shape == (4, 8, 8)
-    images, _ = model.decode(steps[-1].denoised[None])
-    assert psnr(images[0], events[-1].image) >= 45  # type: ignore[union-attr]
+    assert [event.denoised is None for event in steps] == [True, False, True, True]
+    assert steps[1].denoised is not None
+    assert steps[1].denoised.shape == (4, 8, 8)
+    assert model.preview(steps[1].denoised).shape == (8, 8, 3)  # type: ignore[union-attr]
+
+
+def test_the_preview_of_the_last_step_is_the_picture_without_the_last_noise(model: Model) -> None:
+    """DDIM's last step ends at x0 as the model sees it."""
+    scheduler = Scheduler(model)
+    scheduler.add(Request("a cat", steps=4, previews=1))
+    events = [event for _ in range(3) for event in scheduler.step()]
+    [preview] = [event.denoised for event in events if isinstance(event, StepDone) and event.step == 3]
+    *_, done = [event for event in scheduler.step() if isinstance(event, PictureDone)]
+
+    assert preview is not None
+    images, _ = model.decode(preview[None])
+    assert psnr(images[0], done.image) >= 25
 
 
 def test_guidance_of_one_costs_one_branch(model: Model) -> None:
-    batch = Batch(model)
-    batch.add(Request("a cat", steps=2, guidance_scale=1.0))
-    batch.add(Request("a cat", steps=2, guidance_scale=4.0))
-    batch.step()
+    scheduler = Scheduler(model)
+    scheduler.add(Request("a cat", steps=2, guidance_scale=1.0))
+    scheduler.add(Request("a cat", steps=2, guidance_scale=4.0))
+    scheduler.step()
 
-    (rows, branches, contexts, *_) = next(reversed(model._steps))
-    assert (rows, branches, contexts) == (2, 3, 2)
+    assert scheduler.denoiser.stats.branches == 3
+    assert scheduler.denoiser.stats.padding == 0
 
 
 @pytest.mark.parametrize(
@@ -284,25 +299,25 @@ def test_guidance_of_one_costs_one_branch(model: Model) -> None:
 def test_what_this_model_cannot_do_is_said_when_it_is_added(
     model: Model, changes: dict[str, Any], message: str
 ) -> None:
-    batch = Batch(model)
+    scheduler = Scheduler(model)
     with pytest.raises(UsageError, match=message):
-        batch.add(Request(**{"prompt": "a cat", **changes}))
+        scheduler.add(Request(**{"prompt": "a cat", **changes}))
 
-    assert len(batch) == 0
+    assert len(scheduler) == 0
 
 
 def test_prompts_that_would_fill_the_memory_are_refused_and_hold_no_rows(model: Model) -> None:
-    batch = Batch(model)
+    scheduler = Scheduler(model)
     model.load(Concept("<one>", {"text_encoder": np.ones((1, 32), np.float32)}))
     long, longer = ("BREAK ".join([f"a {word} "] * n) for word, n in (("<one>", 13), ("cat", 11)))
     with pytest.raises(UsageError, match=r"13 chunks and the negative prompt 11, .* is 143, allowed is 64"):
-        batch.add(Request(long, negative_prompt=longer))
+        scheduler.add(Request(long, negative_prompt=longer))
     model.unload("<one>")
 
-    assert len(batch) == 0
+    assert len(scheduler) == 0
     assert model._tables["text_encoder"].free_rows == 1024
-    batch.add(Request("BREAK ".join(["a cat "] * 7), negative_prompt="BREAK ".join(["a dog "] * 6), steps=1))
-    assert isinstance(batch.step()[-1], PictureDone)
+    scheduler.add(Request("BREAK ".join(["a cat "] * 7), negative_prompt="BREAK ".join(["a dog "] * 6), steps=1))
+    assert isinstance(scheduler.step()[-1], PictureDone)
 
 
 def test_a_word_of_another_width_is_refused(model: Model) -> None:

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from transformers import BertTokenizer, CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from oneword.engines.bundle import Encoder, TokenizerKind
 from oneword.engines.errors import BundleError, OnewordError, UsageError
-from oneword.runtime.prompt import Part, PromptTokens, Tokenizer, Vocabulary, encode_ids, weighted_parts
+from oneword.runtime.bundle import Encoder
+from oneword.runtime.prompt import Chunks, Part, Tokenizer, Vocabulary, encode_ids, weighted_parts
 
 CORPUS = (
     "a photo of the small red and blue striped toy on a wooden table in the style of an old painting party artist "
@@ -74,13 +74,12 @@ def ours(theirs: CLIPTokenizer) -> Tokenizer:
 
 
 def _ours(theirs: CLIPTokenizer) -> Tokenizer:
-    return Tokenizer(
+    return Tokenizer.read(
         Path(theirs.name_or_path),
         Encoder(
             graph="text_encoder",
             table="t",
             tokenizer="t",
-            tokenizer_kind=TokenizerKind.CLIP,
             vocab_size=len(theirs),
             width=8,
             hidden_width=8,
@@ -276,7 +275,6 @@ def test_berts_wordpiece_is_read_as_transformers_reads_it(tmp_path: Path) -> Non
         graph="text_encoder",
         table="t",
         tokenizer="t",
-        tokenizer_kind=TokenizerKind.WORDPIECE,
         vocab_size=len(pieces),
         width=8,
         hidden_width=8,
@@ -287,7 +285,7 @@ def test_berts_wordpiece_is_read_as_transformers_reads_it(tmp_path: Path) -> Non
         layers=(1,),
         default_layer=1,
     )
-    ours = Tokenizer(tmp_path, encoder)
+    ours = Tokenizer.read(tmp_path, encoder)
     for prompt in ("A photo, of cats", "Été cat", "unknown", ""):
         expected = theirs(prompt, padding="max_length").input_ids
         assert encode_ids(prompt, ours, NOTHING).input_ids.tolist() == [expected]
@@ -339,7 +337,7 @@ def test_any_text_is_ids_or_a_one_line_error(ours: Tokenizer, text: str) -> None
         assert tokens.input_ids.max() < 907
 
 
-def _ids_or_message(prompt: str, tokenizer: Tokenizer) -> PromptTokens | str:
+def _ids_or_message(prompt: str, tokenizer: Tokenizer) -> Chunks | str:
     try:
         return encode_ids(prompt, tokenizer, Vocabulary(TOY))
     except OnewordError as error:

@@ -5,8 +5,8 @@ import msgspec
 import numpy as np
 import pytest
 
-from oneword.engines.bundle import Bundle
 from oneword.engines.errors import BundleError, UsageError
+from oneword.runtime.bundle import Bundle
 from oneword.runtime.request import Request, settle
 
 IMAGE = np.zeros((16, 24, 3), np.uint8)

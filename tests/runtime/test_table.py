@@ -24,16 +24,6 @@ def test_loading_a_word_writes_its_rows_and_nothing_else() -> None:
     assert table.ids == {"<toy>": ids}
 
 
-def test_rows_of_a_bfloat16_table_are_the_nearest_bfloat16() -> None:
-    import torch
-
-    values = np.array([[0.1, -3.14159, 1.00390625, 65504.0]], np.float32)  # the third lies between two, ties to even
-    table = EmbeddingTable(np.zeros((5, 4), np.uint16), capacity=1)
-    [row] = table.load("<toy>", values)
-    expected = torch.from_numpy(values[0]).to(torch.bfloat16).view(torch.uint16).numpy()
-    np.testing.assert_array_equal(table.array.numpy()[row], expected)
-
-
 def test_rows_of_an_fp16_table_are_fp16() -> None:
     table = EmbeddingTable(BASE.astype(np.float16), capacity=1)
     [row] = table.load("<toy>", np.full((1, 4), 0.1, np.float32))

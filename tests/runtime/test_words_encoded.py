@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
-from oneword.engines.bundle import Encoder, TokenizerKind
 from oneword.export.modules import TextEncoder
+from oneword.runtime.bundle import Encoder
 from oneword.runtime.prompt import Tokenizer, Vocabulary, encode_ids
 from oneword.runtime.table import EmbeddingTable
 
@@ -50,7 +50,6 @@ def test_hidden_states_and_pooled_are_those_of_a_model_that_knows_the_words(
         graph="text_encoder",
         table="t",
         tokenizer="t",
-        tokenizer_kind=TokenizerKind.CLIP,
         vocab_size=len(base),
         width=32,
         hidden_width=32,
@@ -61,7 +60,7 @@ def test_hidden_states_and_pooled_are_those_of_a_model_that_knows_the_words(
         layers=(1, 2, 3),
         default_layer=3,
     )
-    tokenizer, table = Tokenizer(tmp_path, encoder), EmbeddingTable(base, capacity=50)
+    tokenizer, table = Tokenizer.read(tmp_path, encoder), EmbeddingTable(base, capacity=50)
     rows = {
         word: np.random.default_rng(count).normal(0, 0.4, (count, 32)).astype(np.float32)
         for word, count in WORDS.items()
@@ -83,7 +82,7 @@ def test_hidden_states_and_pooled_are_those_of_a_model_that_knows_the_words(
             spelled = spelled.replace(word, " ".join(tokens))
         expected = knowing(torch.tensor([grown(spelled, padding="max_length").input_ids]))
         tokens_ = encode_ids(prompt, tokenizer, vocabulary)
-        states, pooled, finite = TextEncoder(model, pools=True)(
+        states, _, pooled, finite = TextEncoder(model, pools=True)(
             torch.from_numpy(tokens_.input_ids),
             torch.from_numpy(table.array.numpy()),
             torch.from_numpy(tokens_.token_weights),
@@ -112,7 +111,7 @@ def test_where_legacy_clip_pools_a_learned_id_moves_and_our_eos_index_does_not(
     moved = legacy(torch.from_numpy(ids)).text_embeds
     expected = right(torch.from_numpy(ids)).text_embeds
     assert (moved - expected).abs().max() > 1e-3
-    _, pooled, _ = TextEncoder(model, pools=True)(
+    _, _, pooled, _ = TextEncoder(model, pools=True)(
         torch.from_numpy(ids),
         right.get_input_embeddings().weight,
         torch.ones(1, 20),

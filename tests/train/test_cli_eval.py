@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-from oneword.engines.bundle import Bundle
+from oneword.runtime.bundle import Bundle
 from oneword.runtime.concept import Concept, save_concept
 from oneword.train.cli_eval import main
 from oneword.train.evaluate import Judge

@@ -7,7 +7,8 @@ from oneword.export.source import load_source
 from oneword.runtime.concept import Concept
 from oneword.runtime.model import Model
 from oneword.train.evaluate import sample
-from oneword.train.preview import EagerModel, Previewer, SheetFolders
+from oneword.export.eager import eager_model
+from oneword.train.preview import Previewer, SheetFolders
 
 
 @pytest.fixture
@@ -20,7 +21,7 @@ def test_the_modules_draw_what_the_exported_graphs_draw(
 ) -> None:
     """Reference: ONNX Runtime on the exported bundle; a value between two grey levels may be rounded to either."""
     drawn = []
-    for model in (EagerModel(load_source(tiny_model_dir)), Model.open(tiny_bundle)):
+    for model in (eager_model(load_source(tiny_model_dir)), Model.open(tiny_bundle, "onnxruntime")):
         model.load(concept)
         drawn.append(sample(model, ["a photo of a <toy>"], 2, 3, seed=5)[0].astype(int))
 

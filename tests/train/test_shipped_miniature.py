@@ -27,7 +27,7 @@ def folder() -> Path:
 def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     bundle = tmp_path_factory.mktemp("shipped") / "bundle"
     export_bundle("miniature", bundle, report=lambda _: None)
-    return Model.open(bundle, threads=2)
+    return Model.open(bundle, "onnxruntime", threads=2)
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,10 @@
       .verified.json     which files were hashed, and their size, mtime and inode then; may be deleted
       plans/             a cache of compiled plans; may be deleted
 
-This file knows nothing of what the graphs compute and opens none of them.
+Nothing here opens a graph.
 """
 
-import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -24,10 +24,10 @@ from typing import Annotated, Any, Self
 import msgspec
 
 from oneword.engines.errors import BundleError, FileError, UsageError
-from oneword.engines.files import sync
-from oneword.engines.spec import Precision, TensorSpec
+from oneword.engines.files import file_digest, sync
+from oneword.engines.graph import Graph, digest_of
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "bundle.json"
 VERIFIED = ".verified.json"
 PLANS = "plans"
@@ -39,37 +39,16 @@ Count = Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
 TokenId = Annotated[int, msgspec.Meta(ge=0, le=1 << 24)]
 
 
-class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Where the weights came from: a directory's name or a hub id, its revision, and a digest of its weights."""
+class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where the weights came from."""
 
     id: str
+    """A directory's name or a hub id."""
     digest: str
+    """sha256 of the weights."""
     revision: str | None = None
-
-
-class Graph(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One compiled graph. `files[0]` is the .onnx, the others its external data; `digest` covers them all."""
-
-    files: tuple[str, ...]
-    digest: str
-    precision: Precision
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-
-    def input(self, name: str) -> TensorSpec | None:
-        """The spec of the input called `name`, or None."""
-        return next((spec for spec in self.inputs if spec.name == name), None)
-
-    def output(self, name: str) -> TensorSpec | None:
-        """The spec of the output called `name`, or None."""
-        return next((spec for spec in self.outputs if spec.name == name), None)
-
-
-class TokenizerKind(StrEnum):
-    """How text becomes ids."""
-
-    CLIP = "clip"  # byte-level BPE, vocab.json + merges.txt
-    WORDPIECE = "wordpiece"  # BERT's, vocab.txt
+    license: str | None = None
+    """As the model card names it."""
 
 
 class Encoder(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -78,25 +57,26 @@ class Encoder(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     graph: str
     """Name of its graph, and of the encoder in concept files: `text_encoder`, `text_encoder_2`."""
     table: str
-    """Safetensors file with one tensor, `embedding_table` [vocab_size, width], in the graph's precision."""
+    """Safetensors file with one tensor, `embedding_table` [vocab_size, width], in the dtype of the graph's input."""
     tokenizer: str
-    """Folder of the tokenizer's files."""
-    tokenizer_kind: TokenizerKind
+    """Folder with the tokenizer's `tokenizer.json`."""
     vocab_size: Count
     width: Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
     """D of the embedding table: the width of a learned vector."""
-    hidden_width: Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
-    """D of `hidden_states`: the columns it fills in the context."""
+    hidden_width: Annotated[int, msgspec.Meta(ge=1, le=1 << 16)] | None
+    """D of `hidden_states`; None for an encoder that only pools."""
     length: Annotated[int, msgspec.Meta(ge=3, le=1 << 16)]
     """Tokens of one chunk, bos and eos included."""
     bos_id: TokenId | None
     eos_id: TokenId
     pad_id: TokenId
     layers: tuple[int, ...]
-    """The values that the graph's `layer` input may take: how many transformer layers are run."""
-    default_layer: int
+    """The allowed values of the graph's `layer` input: how many transformer layers are run. Empty if it has none."""
+    default_layer: int | None
     pooled_width: int | None = None
-    """P where the encoder pools (its graph then takes `eos_index` and gives `pooled`), else None."""
+    """P if the encoder pools (its graph then takes `eos_index` and gives `pooled`), else None."""
+    word_optional: bool = False
+    """Whether a concept may lack vectors for this encoder; its prompt then reads the concept's text."""
 
 
 class MissingNegative(StrEnum):
@@ -107,26 +87,46 @@ class MissingNegative(StrEnum):
 
 
 class Conditioning(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How what the encoders give is put together for the denoiser."""
+    """How the encoders' outputs become the denoiser's context."""
 
-    context: tuple[str, ...]
-    """Encoders whose hidden states stand side by side along the context's columns, in this order."""
+    context: tuple[tuple[str, ...], ...]
+    """Blocks of encoders. Within a block, hidden states are side by side along the columns and zero-padded to the
+    context's width; blocks follow one another along the tokens."""
+    pooled: tuple[str, ...] = ()
+    """Encoders whose `pooled` vectors, side by side, are the denoiser's `pooled` input."""
     missing_negative: MissingNegative = MissingNegative.EMPTY
-    pooled: str | None = None
-    """The encoder whose `pooled` is fed to the denoiser, if any."""
+    repeatable: bool = True
+    """Whether a context may be repeated whole to fill T: exact in cross-attention, wrong in joint attention."""
     time_ids: tuple[str, ...] = ()
-    """Meaning of the columns of `time_ids`: original_height, original_width, crop_top, crop_left, target_height,
-    target_width."""
+    """The columns of `time_ids`, from TIME_IDS."""
+
+
+TIME_IDS = ("original_height", "original_width", "crop_top", "crop_left", "target_height", "target_width")
 
 
 class Vae(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Facts of the autoencoder. Scale and shift are inside the graphs; they stand here as a record."""
+    """Facts about the autoencoder. Scale and shift are inside the graphs; they are recorded here for information."""
 
     scale: float
     shift: float
     factor: Annotated[int, msgspec.Meta(ge=1, le=1 << 10)]
-    """Pixels per latent along one side; picture sizes are multiples of it."""
+    """Pixels per latent along one side."""
     latent_channels: Annotated[int, msgspec.Meta(ge=1, le=1 << 10)]
+
+
+class Preview(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A linear map from a latent [C] to RGB in 0..1: latent @ weights + bias. Fitted to decodes at export."""
+
+    weights: tuple[tuple[float, float, float], ...]
+    """[C, 3]"""
+    bias: tuple[float, float, float]
+
+
+class ScheduleKind(StrEnum):
+    """What kind of noise schedule the scheduler's config describes."""
+
+    BETAS = "betas"  # alpha^2 + sigma^2 = 1, from betas
+    FLOW = "flow"  # alpha = 1 - sigma
 
 
 class Defaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -140,20 +140,42 @@ class Defaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`bundle.json`. Graphs that runtime knows: one per encoder, denoise_step, vae_decoder, vae_encoder (may lack)."""
+    """`bundle.json`. Graphs: one per encoder, denoise_step, vae_decoder and, optionally, vae_encoder."""
 
-    source: Source
+    source: Provenance
     graphs: dict[str, Graph]
     encoders: tuple[Encoder, ...]
     conditioning: Conditioning
+    columns: tuple[str, ...]
+    """The columns of denoise_step's `schedule`, in order; see `oneword.runtime.samplers.COLUMNS`."""
     scheduler: dict[str, Any]
     """The scheduler's config, verbatim, `_class_name` included."""
     vae: Vae
     defaults: Defaults
+    schedule: ScheduleKind = ScheduleKind.BETAS
+    size_multiple: Annotated[int, msgspec.Meta(ge=1, le=1 << 10)] = 8
+    """Width and height of a picture are multiples of it."""
+    max_side: Count | None = None
+    """The longest side of a picture in pixels, if the model has one."""
+    preview: Preview | None = None
     files: dict[str, str] = {}
     """Relative path -> sha256 of every file of the bundle. Filled in by `write_bundle`."""
     created_by: str = "oneword"
     format_version: int = FORMAT_VERSION
+
+    def encoder(self, name: str) -> Encoder:
+        """The encoder whose graph has this name. Raises KeyError."""
+        return next(encoder for encoder in self.encoders if encoder.graph == name)
+
+    @property
+    def context_width(self) -> int:
+        """D of the denoiser's context: the widest block."""
+        return max(sum(self.encoder(name).hidden_width or 0 for name in block) for block in self.conditioning.context)
+
+    @property
+    def pooled_width(self) -> int:
+        """P of the denoiser's pooled input; 0 if it has none."""
+        return sum(self.encoder(name).pooled_width or 0 for name in self.conditioning.pooled)
 
 
 class Bundle(msgspec.Struct, frozen=True):
@@ -191,14 +213,6 @@ class Bundle(msgspec.Struct, frozen=True):
                 f"the bundle {self.path} has no graph {name!r}, it has {', '.join(sorted(self.manifest.graphs))}: "
                 "export the model again with ti-export"
             ) from None
-
-    def encoder(self, name: str) -> Encoder:
-        """The encoder whose graph is called `name`. Raises UsageError where the bundle has none."""
-        for encoder in self.manifest.encoders:
-            if encoder.graph == name:
-                return encoder
-        names = ", ".join(encoder.graph for encoder in self.manifest.encoders)
-        raise UsageError(f"the bundle {self.path} has no encoder {name!r}, it has {names}")
 
 
 def write_bundle(path: str | Path, fill: Callable[[Path], Manifest]) -> Bundle:
@@ -240,18 +254,6 @@ def write_bundle(path: str | Path, fill: Callable[[Path], Manifest]) -> Bundle:
     return Bundle.open(path)
 
 
-def graph_digest(folder: Path, files: Iterable[str]) -> str:
-    """sha256 over the sha256 of each file, in order: the .onnx and its external data."""
-    digests = "".join(file_digest(folder / name) for name in files)
-    return hashlib.sha256(digests.encode()).hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    """sha256 of a file's bytes, as hex."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def _read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     try:
@@ -284,9 +286,16 @@ def _check_references(folder: Path, manifest: Manifest) -> None:
     for needed in ("denoise_step", "vae_decoder", *encoders):
         if needed not in graphs:
             raise BundleError(f"the bundle {folder} has no graph {needed!r}: export the model again with ti-export")
-    for name in (*manifest.conditioning.context, *filter(None, [manifest.conditioning.pooled])):
+    conditioning = manifest.conditioning
+    for name in (*itertools.chain.from_iterable(conditioning.context), *conditioning.pooled):
         if name not in encoders:
             raise BundleError(f"the bundle {folder} conditions on {name!r}, which is none of its encoders")
+    if any(encoders[name].hidden_width is None for block in conditioning.context for name in block):
+        raise BundleError(f"the bundle {folder} has an encoder without hidden states in its context")
+    if any(encoders[name].pooled_width is None for name in conditioning.pooled) or not conditioning.context:
+        raise BundleError(f"the bundle {folder} pools an encoder that does not pool, or has no context")
+    if unknown := set(conditioning.time_ids) - set(TIME_IDS):
+        raise BundleError(f"the bundle {folder} has the time id {min(unknown)!r}, known are {', '.join(TIME_IDS)}")
     for name, graph in graphs.items():
         if not graph.files:
             raise BundleError(f"graph {name!r} of the bundle {folder} has no file")
@@ -298,7 +307,7 @@ def _check_references(folder: Path, manifest: Manifest) -> None:
         if name not in manifest.files:
             raise BundleError(f"{name} is not among the hashed files of the bundle {folder}")
     for encoder in manifest.encoders:
-        if encoder.default_layer not in encoder.layers:
+        if encoder.layers and encoder.default_layer not in encoder.layers:
             raise BundleError(f"encoder {encoder.graph!r} of the bundle {folder} has no layer {encoder.default_layer}")
     for name in (*manifest.files, *(encoder.tokenizer for encoder in manifest.encoders)):
         pure = PurePosixPath(name)
@@ -331,8 +340,7 @@ def _check_files(folder: Path, manifest: Manifest) -> None:
         except OSError as error:
             raise FileError(f"cannot read {path}: {error.strerror}") from error
     for name, graph in manifest.graphs.items():
-        digests = "".join(manifest.files[file] for file in graph.files)
-        if hashlib.sha256(digests.encode()).hexdigest() != graph.digest:
+        if digest_of(manifest.files[file] for file in graph.files) != graph.digest:
             raise BundleError(f"graph {name!r} of the bundle {folder} has not the digest of its files: export it again")
     if stamps != remembered:
         _remember(folder, stamps)

@@ -10,21 +10,19 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
-from oneword.engines.bundle import (
+from oneword.engines.errors import BundleError, FileError, OnewordError, UsageError
+from oneword.engines.graph import DType, Graph, Precision, TensorSpec, graph_digest
+from oneword.runtime.bundle import (
     Bundle,
     Conditioning,
     Defaults,
     Encoder,
-    Graph,
     Manifest,
     Source,
     TokenizerKind,
     Vae,
-    graph_digest,
     write_bundle,
 )
-from oneword.engines.errors import BundleError, FileError, OnewordError, UsageError
-from oneword.engines.spec import DType, Precision, TensorSpec
 
 
 def fill(folder: Path) -> Manifest:

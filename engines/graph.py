@@ -1,0 +1,64 @@
+"""The description of a graph: files, precision, and the name, dtype and axes of every input and output. No data."""
+
+import hashlib
+from collections.abc import Iterable
+from enum import StrEnum
+from pathlib import Path
+
+import msgspec
+
+from oneword.engines.files import file_digest
+
+
+class Precision(StrEnum):
+    """The number format a graph computes in; its inputs and outputs are float32 unless its specs say otherwise."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+    BF16 = "bf16"
+
+
+class DType(StrEnum):
+    """Element type of a graph's input or output, by numpy's name."""
+
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    INT64 = "int64"
+    UINT8 = "uint8"
+    BOOL = "bool"
+
+
+class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One input or output of a graph.
+
+    `axes` holds a name for every dynamic axis and a number for every fixed one: `("B", 8, "h", "w")`. Equal names
+    are equal sizes throughout the graph. An `optional` input may be left out; zeros are then fed.
+    """
+
+    name: str
+    dtype: DType
+    axes: tuple[str | int, ...]
+    optional: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.dtype}[{', '.join(str(axis) for axis in self.axes)}]"
+
+
+class Graph(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One graph on disk. `files[0]` is the .onnx, the others its external data; `digest` covers them all."""
+
+    files: tuple[str, ...]
+    digest: str
+    precision: Precision
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+def graph_digest(folder: Path, files: Iterable[str]) -> str:
+    """sha256 over the sha256 of each file, in order: the .onnx and its external data."""
+    return digest_of(file_digest(folder / name) for name in files)
+
+
+def digest_of(file_digests: Iterable[str]) -> str:
+    """A graph's digest, from those of its files in order."""
+    return hashlib.sha256("".join(file_digests).encode()).hexdigest()

@@ -1,0 +1,73 @@
+"""Which backend runs a bundle on this machine, and why not the others. Imports none of them."""
+
+import importlib.util
+from collections.abc import Iterator
+from typing import Final
+
+from oneword.engines.errors import EngineError, MissingPackage, OnewordError, UsageError
+from oneword.engines.graph import Precision
+from oneword.engines.open import Backend, gpu_stream
+from oneword.runtime.bundle import PLANS, Bundle
+
+AUTO: Final = "auto"
+_FASTEST_FIRST: Final = (
+    Backend.TENSORRT,
+    Backend.TENSORRT_RTX,
+    Backend.CUDA,
+    Backend.OPENVINO,
+    Backend.ONNXRUNTIME,
+)
+
+
+def choose_backend(bundle: Bundle, name: Backend | str = AUTO) -> tuple[Backend, str]:
+    """The backend called `name`, or for "auto" the fastest that is installed and can open the bundle; and one line that
+    says why not the faster ones (empty if a name was given).
+
+    Raises UsageError for an unknown name; if "auto" finds none, MissingPackage or EngineError.
+    """
+    if name != AUTO:
+        try:
+            return Backend(name), ""
+        except ValueError:
+            known = ", ".join([AUTO, *(backend.value for backend in Backend)])
+            raise UsageError(f"no backend is called {name!r}, allowed are {known}") from None
+    reasons: list[str] = []
+    for backend in _FASTEST_FIRST:
+        if (reason := next(_obstacles(bundle, backend), None)) is None:
+            return backend, "; ".join([f"{backend} is used", *reasons])
+        reasons.append(f"not {backend}: {reason}")
+    if reasons[-1].endswith("not installed"):
+        raise MissingPackage("onnxruntime", "cpu")
+    raise EngineError(f"no backend can run this bundle here: {'; '.join(reasons)}")
+
+
+def _obstacles(bundle: Bundle, backend: Backend) -> Iterator[str]:
+    """Why this backend cannot run the bundle here; the first reason is the one to report."""
+    module = {Backend.CUDA: "onnxruntime", Backend.TENSORRT_RTX: "tensorrt_rtx"}.get(backend, backend.value)
+    if importlib.util.find_spec(module) is None:
+        yield "not installed"
+        return
+    if backend is Backend.CUDA and not _has_cuda_provider():
+        yield "the installed onnxruntime has no CUDA"
+        return
+    if backend.on_gpu:
+        try:
+            target = gpu_stream().device.target
+        except OnewordError as error:
+            yield str(error)
+            return
+        if backend is not Backend.CUDA and not _has_plan(bundle, backend, target):
+            yield f"the bundle has no plan for {target}"
+    elif any(graph.precision is Precision.BF16 for graph in bundle.manifest.graphs.values()):
+        yield "the bundle computes in bf16, which it does not run on a CPU"
+
+
+def _has_cuda_provider() -> bool:
+    from oneword.engines.onnxruntime import available_providers
+
+    return "CUDAExecutionProvider" in available_providers()
+
+
+def _has_plan(bundle: Bundle, backend: Backend, target: str) -> bool:
+    folders = (bundle.path / PLANS).glob(f"{backend}-*")
+    return any(target in folder.name.rsplit("-", 1)[-1].split("+") for folder in folders)

@@ -1,0 +1,63 @@
+"""A graph run over any number of items: in calls of 8, 4, 2 and 1, each size bound once. No denoising."""
+
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from typing import Final
+
+import numpy as np
+
+from oneword.engines.engine import Binding, Engine, Given, NumpyArray
+
+CALLS: Final = (8, 4, 2, 1)
+_MAX_BINDINGS: Final = 16
+
+
+class BatchedGraph:
+    """One engine, and its bindings by the size of the call and of the items.
+
+    `fixed` inputs belong to all items, such as the embedding table. No call is larger than the engine's limit.
+    """
+
+    def __init__(self, engine: Engine, fixed: Mapping[str, Given]) -> None:
+        self._engine, self._fixed = engine, fixed
+        self._largest = engine.limits.get("B", CALLS[0])
+        self._bindings: OrderedDict[tuple[object, ...], Binding] = OrderedDict()
+
+    def __call__(
+        self, feeds: Mapping[str, NumpyArray], sizes: Mapping[str, int] | None = None
+    ) -> dict[str, NumpyArray]:
+        """Every output [n, ...] for inputs [n, ...]. `sizes` are those of axes that only outputs have.
+
+        Raises FeedError before, EngineError in the engine.
+        """
+        count = len(next(iter(feeds.values())))
+        parts = [
+            self._call({name: values[part] for name, values in feeds.items()}, sizes) for part in self._parts(count)
+        ]
+        return {name: np.concatenate([part[name] for part in parts]) for name in self._engine.outputs}
+
+    def _parts(self, count: int) -> Iterator[slice]:
+        start = 0
+        while start < count:
+            size = next(size for size in CALLS if size <= min(count - start, max(1, self._largest)))
+            yield slice(start, start + size)
+            start += size
+
+    def _call(self, feeds: Mapping[str, NumpyArray], sizes: Mapping[str, int] | None) -> dict[str, NumpyArray]:
+        count = len(next(iter(feeds.values())))
+        key = (*((name, values.shape) for name, values in feeds.items()), *sorted((sizes or {}).items()))
+        if key not in self._bindings:
+            shapes = {name: values.shape for name, values in feeds.items()}
+            for name, spec in self._engine.outputs.items():
+                known = {"B": count, **(sizes or {})}
+                if all(isinstance(axis, int) or axis in known for axis in spec.axes):
+                    shapes[name] = tuple(axis if isinstance(axis, int) else known[axis] for axis in spec.axes)
+            self._bindings[key] = self._engine.bind(shapes, self._fixed)
+        self._bindings.move_to_end(key)
+        while len(self._bindings) > _MAX_BINDINGS:
+            self._bindings.popitem(last=False)
+        binding = self._bindings[key]
+        for name, values in feeds.items():
+            binding.inputs[name].write(..., values)
+        binding.run()
+        return {name: array.read(...) for name, array in binding.outputs.items()}

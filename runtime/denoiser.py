@@ -1,0 +1,449 @@
+"""Slots for rows in an engine's buffers. Owns every binding of `denoise_step` and all state that is on the device.
+
+Rows of one size share an Arena. Its row arrays are bound at full capacity, so a row keeps its slot until it leaves, and
+no other row's state or context moves when one joins or leaves; free slots are inert. Only the number of branches N
+varies, so a binding is keyed by N. State is read only when a row is done, fails or wants a preview.
+
+    place(row) -> step() ... step() -> take(row)
+
+On a device one step is queued ahead of the one that runs, and a binding's step is captured and replayed if the engine
+allows it. Not here: who is admitted, when a row is done, and what becomes of its latents (`oneword.runtime.scheduler`).
+"""
+
+from collections import Counter, OrderedDict, deque
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from oneword.engines.engine import Binding, Engine, Event, Replay, Stream
+from oneword.engines.errors import EngineError, OnewordError, without_frames
+from oneword.runtime.bundle import Manifest
+from oneword.runtime.events import Latents
+from oneword.runtime.model import EncodedPrompt, Model
+from oneword.runtime.row import Row
+from oneword.runtime.samplers import COLUMNS
+
+BUCKETS: Final = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+"""Branch counts that are captured; others are filled up to the next one."""
+CONTEXTS_PER_ROW: Final = 2
+_WARM_UP: Final = 2  # runs that are not captured: libraries allocate and tune in them
+_MAX_ARENAS: Final = 4
+_MAX_POOL_BYTES: Final = 256 << 20  # of the contexts of one arena
+
+Size = tuple[int, int, int]
+"""h, w and T."""
+
+
+@dataclass
+class Stats:
+    """What was run so far."""
+
+    steps: int = 0
+    replayed: int = 0
+    branches: int = 0
+    padding: int = 0
+    """Branches nobody reads, which fill a call up to a captured size; counted in `branches` too."""
+    bindings: int = 0
+
+
+@dataclass(eq=False)
+class _Bound:
+    """A binding at one N, and what its index arrays hold."""
+
+    binding: Binding
+    layout: object = None
+    runs: int = 0
+    replay: Replay | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class _Flight:
+    """A queued step: `finite` [B] may be read after `event`."""
+
+    event: Event
+    finite: npt.NDArray[np.bool_]
+    rows: tuple[tuple[int, Row, int], ...]
+    """(slot, row, number of the step)"""
+
+
+class Arena:
+    """The slots of one size, and every binding over them."""
+
+    def __init__(
+        self, engine: Engine, stream: Stream, manifest: Manifest, size: Size, capacity: int, stats: Stats
+    ) -> None:
+        self.capacity, self.size = capacity, size
+        self._engine, self._stream, self._manifest, self._stats = engine, stream, manifest, stats
+        self._rows: list[Row | None] = [None] * capacity
+        self._pool = _ContextPool(CONTEXTS_PER_ROW * capacity)
+        self._bound: dict[int, _Bound] = {}
+        self._captures = True
+        self._layout: object = None
+        self._flights: deque[_Flight] = deque()
+        self._turn = 0
+        first = self._bind(1)
+        self._inputs, self._outputs = first.binding.inputs, first.binding.outputs
+        self._captures = first.binding.capturable
+        shape = self._inputs["sample"].shape
+        inert = np.array([COLUMNS[name] for name in manifest.columns], np.float32)
+        ring = range(stream.depth + 2)
+        self._inert = np.broadcast_to(inert, (capacity, len(inert)))
+        self._schedule = [stream.pinned((capacity, len(inert)), np.float32) for _ in ring]
+        self._noise = [stream.pinned(shape, np.float32) for _ in ring]
+        self._finite = [stream.pinned((capacity,), np.bool_) for _ in ring]
+
+    @property
+    def rows(self) -> list[Row]:
+        """The rows that have a slot."""
+        return [row for row in self._rows if row is not None]
+
+    def place(self, row: Row) -> bool:
+        """Gives a row a free slot and writes its state; False if there is none."""
+        if None not in self._rows or not self._pool.fits(row.all_contexts):
+            return False
+        slot = self._rows.index(None)
+        self._write_contexts(row)
+        values: Mapping[str, npt.ArrayLike] = {
+            "sample": row.sample,
+            "previous": row.previous,
+            "previous2": row.previous2,
+            "mask": 1.0 if row.mask is None else row.mask,
+            "known": 0.0 if row.known is None else row.known,
+            "known_noise": 0.0 if row.known_noise is None else row.known_noise,
+            "time_ids": row.time_ids,
+        }
+        for name, value in values.items():
+            if name in self._inputs:
+                self._inputs[name].write(slot, value)
+        self._rows[slot] = row
+        return True
+
+    def remove(self, row: Row) -> None:
+        """Frees a row's slot, which becomes inert."""
+        slot = self._rows.index(row)
+        if row.broken_at is not None:  # inert slots hold finite numbers
+            for name in ("sample", "previous", "previous2"):
+                self._inputs[name].write(slot, 0.0)
+        self._rows[slot] = None
+        self._pool.release(row.all_contexts)
+
+    def step(self) -> None:
+        """Queues one step of every row, and waits for the step before the one that runs. Raises EngineError."""
+        live = [(slot, row) for slot, row in enumerate(self._rows) if row is not None]
+        turn = self._turn = (self._turn + 1) % len(self._schedule)
+        bound = self._lay_out(live)
+        schedule, noise, finite = self._schedule[turn], self._noise[turn], self._finite[turn]
+        schedule[...] = self._inert
+        drawn = False
+        for slot, row in live:
+            schedule[slot] = row.lines[row.step]
+            if (values := row.draw()) is not None:
+                noise[slot], drawn = values, True
+        self._stream.upload(self._inputs["schedule"], schedule)
+        if drawn:
+            self._stream.upload(self._inputs["noise"], noise)
+        self._run(bound)
+        self._stream.download(finite, self._outputs["finite"])
+        rows = tuple((slot, row, row.step + 1) for slot, row in live)
+        self._flights.append(_Flight(self._stream.record(), finite, rows))
+        for _, row in live:
+            row.began()
+            row.noise.prefetch()
+        while len(self._flights) > self._stream.depth:
+            self._land()
+
+    def settle(self) -> None:
+        """Waits for every queued step, and notes the rows that gave NaN. Raises EngineError."""
+        while self._flights:
+            self._land()
+
+    def sample(self, row: Row) -> Latents:
+        """A row's state after its last step [C, h, w]. Waits."""
+        return self._inputs["sample"].read(self._rows.index(row))
+
+    def denoised(self, row: Row) -> Latents:
+        """The picture of a row as the model sees it after its last step [C, h, w]. Waits."""
+        return self._inputs["previous"].read(self._rows.index(row))
+
+    def clear(self) -> list[Row]:
+        """Takes every row out, with its state. Raises EngineError if that cannot be read."""
+        self.settle()
+        rows = self.rows
+        for row in rows:
+            slot = self._rows.index(row)
+            row.sample, row.previous, row.previous2 = (
+                self._inputs[name].read(slot) for name in ("sample", "previous", "previous2")
+            )
+        self._rows = [None] * self.capacity
+        return rows
+
+    def warm(self) -> None:
+        """Runs a step of inert rows at every number of branches, and captures those that can be."""
+        schedule = self._schedule[0]
+        schedule[...] = self._inert
+        self._stream.upload(self._inputs["schedule"], schedule)
+        for n in range(1, 2 * self.capacity + 1):
+            if n == self._padded(n):
+                bound = self._bound.get(n) or self._bind(n)
+                for _ in range(_WARM_UP + 1 if self._captures else 1):
+                    self._run(bound, count=False)
+        self._stream.record().wait()
+
+    def _land(self) -> None:
+        flight = self._flights.popleft()
+        flight.event.wait()
+        for slot, row, step in flight.rows:
+            if row.broken_at is None and not flight.finite[slot]:
+                row.broken_at = step
+
+    def _lay_out(self, live: list[tuple[int, Row]]) -> _Bound:
+        """The binding for the branches of these rows, its index arrays written if they differ from what they hold."""
+        branches = [(slot, self._pool.slots[prompt]) for slot, row in live for prompt in row.contexts]
+        n = self._padded(len(branches))
+        self._stats.branches, self._stats.padding = self._stats.branches + n, self._stats.padding + n - len(branches)
+        layout = tuple(branches)
+        bound = self._bound.get(n) or self._bind(n)
+        if bound.layout != layout:
+            bound.layout = None
+            rows, contexts = np.array(branches + branches[:1] * (n - len(branches)), np.int64).T
+            inputs = bound.binding.inputs
+            inputs["branch_row"].write(..., rows)
+            inputs["branch_context"].write(..., contexts[:, None, None])
+            if "branch_pooled" in inputs:
+                inputs["branch_pooled"].write(..., contexts)
+            bound.layout = layout
+        if self._layout != layout:
+            self._layout = None
+            first, last = np.zeros(self.capacity, np.int64), np.zeros(self.capacity, np.int64)
+            for i, (slot, _) in enumerate(branches):
+                last[slot] = i
+                if i == 0 or branches[i - 1][0] != slot:
+                    first[slot] = i
+            self._inputs["uncond_branch"].write(..., first)
+            self._inputs["cond_branch"].write(..., last)
+            self._layout = layout
+        return bound
+
+    def _padded(self, branches: int) -> int:
+        if not self._captures:
+            return branches
+        limit = 2 * self.capacity
+        return next((n for n in BUCKETS if branches <= n <= limit), branches)
+
+    def _bind(self, n: int) -> _Bound:
+        h, w, t = self.size
+        sizes = {"B": self.capacity, "N": n, "M": self._pool.capacity, "T": t, "h": h, "w": w}
+        specs = self._engine.inputs
+        own = {name for name, spec in specs.items() if "N" in spec.axes}
+        shared = {name: array for name, array in self._inputs.items() if name not in own} if self._bound else {}
+        shapes = {
+            name: [sizes[axis] if isinstance(axis, str) else axis for axis in spec.axes]
+            for name, spec in specs.items()
+            if name not in shared
+        }
+        bound = _Bound(self._engine.bind(shapes, shared, self._outputs if self._bound else {}))
+        self._bound[n] = bound
+        self._stats.bindings += 1
+        return bound
+
+    def _run(self, bound: _Bound, count: bool = True) -> None:
+        if self._captures and bound.replay is None and bound.runs >= _WARM_UP:
+            try:
+                bound.replay = self._stream.capture(lambda: self._advance(bound.binding))
+            except EngineError:
+                self._captures = False  # and no other try
+        if bound.replay is not None:
+            bound.replay()
+        else:
+            self._advance(bound.binding)
+        bound.runs += 1
+        if count:
+            self._stats.steps += 1
+            self._stats.replayed += bound.replay is not None
+
+    def _advance(self, binding: Binding) -> None:
+        """One run of the graph; its outputs become its inputs."""
+        self._stream.run(binding)
+        self._stream.copy(self._inputs["previous2"], self._inputs["previous"])
+        self._stream.copy(self._inputs["previous"], self._outputs["denoised"])
+        self._stream.copy(self._inputs["sample"], self._outputs["next_sample"])
+
+    def _write_contexts(self, row: Row) -> None:
+        """Those of a row that are not in the pool. One shorter than T is repeated: exact in cross-attention."""
+        for prompt in row.all_contexts:
+            if (place := self._pool.hold(prompt)) is not None:
+                times = self.size[2] // len(prompt.hidden_states)
+                self._inputs["context"].write(place, np.tile(prompt.hidden_states, (times, 1)))
+                if "pooled" in self._inputs and prompt.pooled is not None:
+                    self._inputs["pooled"].write(place, prompt.pooled)
+
+
+class _ContextPool:
+    """Which encoded prompt is in which place of `context`. One that no row uses stays until its place is needed."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.slots: OrderedDict[EncodedPrompt, int] = OrderedDict()
+        self._rows: Counter[EncodedPrompt] = Counter()
+
+    def fits(self, prompts: Iterable[EncodedPrompt]) -> bool:
+        """Whether there is a place for all of these."""
+        return len({*self._rows, *prompts}) <= self.capacity
+
+    def hold(self, prompt: EncodedPrompt) -> int | None:
+        """Counts a row that uses a prompt; the place that it must be written to, or None if it is there."""
+        self._rows[prompt] += 1
+        if prompt in self.slots:
+            self.slots.move_to_end(prompt)
+            return None
+        if len(self.slots) < self.capacity:
+            place = len(self.slots)
+        else:
+            unused = next(other for other in self.slots if other not in self._rows)
+            place = self.slots.pop(unused)
+        self.slots[prompt] = place
+        return place
+
+    def release(self, prompts: Iterable[EncodedPrompt]) -> None:
+        """Counts out a row that used these."""
+        for prompt in prompts:
+            self._rows[prompt] -= 1
+            if not self._rows[prompt]:
+                del self._rows[prompt]
+
+
+@dataclass(eq=False)
+class Denoiser:
+    """Every arena of a model: at most `max_rows` rows of a size share an engine call.
+
+    If a step fails, the rows of its arena go on in one of half the capacity, and those that find no room there wait in
+    `displaced` with the state they had; a row that fails alone is reported.
+    """
+
+    model: Model
+    max_rows: int
+    stats: Stats = field(default_factory=Stats)
+
+    def __post_init__(self) -> None:
+        self._arenas: OrderedDict[Size, Arena] = OrderedDict()
+        self._reduced: dict[Size, int] = {}
+        self.displaced: deque[Row] = deque()
+
+    @property
+    def rows(self) -> list[Row]:
+        """The rows that have a slot."""
+        return [row for arena in self._arenas.values() for row in arena.rows]
+
+    def capacity(self, size: Size) -> int:
+        """How many rows of a size can share an engine call. Raises as opening the engine does."""
+        limits = self.model.engine("denoise_step").limits
+        most = min(self.max_rows, limits.get("B", self.max_rows), limits.get("N", 2 * self.max_rows) // 2)
+        most = min(most, limits.get("M", CONTEXTS_PER_ROW * most) // CONTEXTS_PER_ROW)
+        context_bytes = 4 * size[2] * self.model.manifest.context_width
+        most = min(most, _MAX_POOL_BYTES // (CONTEXTS_PER_ROW * context_bytes))
+        return max(1, min(most, self._reduced.get(size, most)))
+
+    def warm(self, size: Size) -> None:
+        """Makes an arena and runs every number of branches once, so that no later step binds or captures."""
+        self._arena(size).warm()
+
+    def place(self, row: Row) -> bool:
+        """Gives a row a slot; False if none is free. Raises EngineError, FeedError."""
+        return self._arena(row.size).place(row)
+
+    def remove(self, row: Row) -> None:
+        """Takes a row out, wherever it is. A row that is not here is left alone."""
+        if row in self.displaced:
+            self.displaced.remove(row)
+        for arena in self._holding(row):
+            arena.remove(row)
+            empty = not arena.rows and not any(other.size == arena.size for other in self.displaced)
+            if empty and self._reduced.pop(arena.size, None) is not None:
+                del self._arenas[arena.size]  # the next one has full capacity again
+
+    def take(self, row: Row) -> Latents:
+        """Takes a finished row out and returns its latents [C, h, w]. Waits. Raises EngineError."""
+        [arena] = self._holding(row)
+        arena.settle()
+        sample = arena.sample(row)
+        self.remove(row)
+        return sample
+
+    def denoised(self, row: Row) -> Latents:
+        """The picture of a row as the model sees it now [C, h, w], for a preview. Waits. Raises EngineError."""
+        [arena] = self._holding(row)
+        return arena.denoised(row)
+
+    def step(self) -> list[tuple[Row, OnewordError]]:
+        """One step of every row that has a slot. Returns the rows that cannot go on, each with the reason."""
+        failures: list[tuple[Row, OnewordError]] = []
+        for _ in range(len(self.displaced)):
+            row = self.displaced.popleft()
+            if not self._arena(row.size).place(row):
+                self.displaced.append(row)
+        for size in [size for size, arena in self._arenas.items() if arena.rows]:
+            failures += self._step(size)
+        return failures
+
+    def _step(self, size: Size) -> Iterator[tuple[Row, OnewordError]]:
+        try:
+            self._arenas[size].step()
+            return
+        except OnewordError as error:
+            failure = without_frames(error)  # which hold the buffers
+        rows, capacity = self._arenas[size].rows, self._arenas[size].capacity
+        retry = isinstance(failure, EngineError) and len(rows) > 1
+        if retry:
+            try:
+                self._arenas[size].clear()
+            except EngineError:
+                retry = False
+        del self._arenas[size]  # and its buffers, before others are made
+        if not retry:
+            self._reduced.pop(size, None)
+            yield from ((row, failure) for row in rows)
+            return
+        self._forget_idle(len(self._arenas))
+        self._reduced[size] = max(1, min(capacity, len(rows)) // 2)
+        self.displaced.extendleft(reversed(rows))
+        yield from self._resume(size)
+
+    def _resume(self, size: Size) -> Iterator[tuple[Row, OnewordError]]:
+        """Places the displaced rows of a size that fit, and makes the step that failed."""
+        try:
+            while (row := next((r for r in self.displaced if r.size == size), None)) and self._arena(size).place(row):
+                self.displaced.remove(row)
+        except OnewordError as error:
+            failure = without_frames(error)
+            lost = [row for row in self.displaced if row.size == size]
+            for row in lost:
+                self.displaced.remove(row)
+            yield from ((row, failure) for row in lost)
+            return
+        yield from self._step(size)
+
+    def _forget_idle(self, count: int) -> None:
+        """Lets go of up to `count` arenas without rows, least recently used first."""
+        for size in [size for size, arena in self._arenas.items() if not arena.rows][:count]:
+            del self._arenas[size]
+
+    def _arena(self, size: Size) -> Arena:
+        if size not in self._arenas:
+            self._forget_idle(len(self._arenas) + 1 - _MAX_ARENAS)
+            try:
+                self._arenas[size] = self._new_arena(size)
+            except EngineError:
+                self._forget_idle(len(self._arenas))
+                self._arenas[size] = self._new_arena(size)
+        self._arenas.move_to_end(size)
+        return self._arenas[size]
+
+    def _new_arena(self, size: Size) -> Arena:
+        engine, manifest = self.model.engine("denoise_step"), self.model.manifest
+        return Arena(engine, self.model.stream, manifest, size, self.capacity(size), self.stats)
+
+    def _holding(self, row: Row) -> list[Arena]:
+        return [arena for arena in self._arenas.values() if row in arena.rows]

@@ -1,0 +1,62 @@
+"""What happens to the pictures of a request: events, in the order they happen. Data only."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from oneword.engines.errors import OnewordError
+from oneword.runtime.images import parameters_text, save_png
+from oneword.runtime.request import Image, Request, Settings
+
+Latents: TypeAlias = npt.NDArray[np.float32]
+"""[C, h, w]"""
+
+
+@dataclass(frozen=True, eq=False)
+class StepDone:
+    """Picture `index` of request `id` has done `step` of its `steps`."""
+
+    id: int
+    index: int
+    step: int
+    steps: int
+    denoised: Latents | None = None
+    """The picture as the model sees it now, if the request asks for a preview at this step."""
+
+
+@dataclass(frozen=True, eq=False)
+class PictureDone:
+    """Picture `index` of request `id` is ready: uint8 [H, W, 3]."""
+
+    id: int
+    index: int
+    seed: int
+    image: Image
+    request: Request
+    settings: Settings
+    model: str
+    """Name of the model, for the picture's metadata."""
+
+    @property
+    def parameters(self) -> str:
+        """The text that A1111 writes into its pictures."""
+        return parameters_text(self.request, self.settings, self.seed, self.model)
+
+    def save(self, path: str | Path) -> None:
+        """Writes a PNG with `parameters` in it, whole or not at all. Raises FileError."""
+        save_png(self.image, Path(path), self.parameters)
+
+
+@dataclass(frozen=True, eq=False)
+class Failed:
+    """This picture failed; the others are unaffected."""
+
+    id: int
+    index: int
+    error: OnewordError
+
+
+Event: TypeAlias = StepDone | PictureDone | Failed

@@ -1,0 +1,109 @@
+"""TensorRT's optimization profiles: the smallest, usual and largest size of every axis that a bundle's plans take.
+
+Built here with `oneword.engines.builder`, which knows no bundle.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from oneword.engines.builder import Flavour, build_plan, installed_version, target_of
+from oneword.engines.errors import UsageError
+from oneword.engines.plans import Ranges
+from oneword.runtime.bundle import PLANS, Bundle, Defaults, Manifest, Vae
+
+MAX_VOCABULARY = 200_000
+
+
+class PlanLimits(msgspec.Struct, frozen=True):
+    """The sizes that plans are built for."""
+
+    max_batch: int = 4
+    """Pictures in one call."""
+    max_size: int | None = None
+    """Longest side in pixels; None: the model's own size."""
+    static_sizes: tuple[tuple[int, int], ...] = ()
+    """(width, height) pairs that get a plan of their own for one guided picture, beside the plan of all sizes."""
+
+    def check(self, vae: Vae, defaults: Defaults) -> None:
+        """Raises UsageError for what this model cannot be built for."""
+        factor, usual = vae.factor, defaults.width
+        if self.max_batch < 1 or (self.max_size is not None and (self.max_size < usual or self.max_size % factor)):
+            raise UsageError(
+                f"--max-batch {self.max_batch} --max-size {self.max_size or usual}: "
+                f"at least 1, and a multiple of {factor} from {usual} on"
+            )
+        for width, height in self.static_sizes:
+            if min(width, height) < factor or width % factor or height % factor:
+                raise UsageError(f"--static-size {width}x{height}: both must be multiples of {factor}")
+
+
+DEFAULT_LIMITS = PlanLimits()
+
+
+def build_plans(
+    bundle: Bundle,
+    flavour: Flavour,
+    target: str | None,
+    limits: PlanLimits = DEFAULT_LIMITS,
+    report: Callable[[str], None] = lambda message: None,
+    only: str | None = None,
+) -> dict[str, list[Path]]:
+    """Builds (or finds in the cache) the plans of every graph of a bundle, or of `only` one, for a target such as
+    `sm89` or, one plan for both, `sm89,sm120` (see target_of). Returns the plans' paths, that of all sizes first.
+
+    Plans that were built stay when a later graph fails, and the bundle is unchanged.
+
+    Raises UsageError (target, sizes), MissingPackage, EngineError (the builder's message), FileError (disk).
+    """
+    limits.check(bundle.manifest.vae, bundle.manifest.defaults)
+    version, target = installed_version(flavour), target_of(flavour, target)
+    folder = bundle.path
+    return {
+        name: [
+            build_plan(name, bundle.graph(name), folder, folder / PLANS, flavour, version, target, ranges, report)
+            for ranges in graph_ranges(bundle.manifest, name, limits)
+        ]
+        for name in (bundle.manifest.graphs if only is None else [only])
+    }
+
+
+def graph_ranges(manifest: Manifest, graph: str, limits: PlanLimits) -> list[Ranges]:
+    """Smallest, usual and largest size of every named axis a graph has: for all sizes, then for each static one."""
+    axes = {axis for spec in manifest.graphs[graph].inputs for axis in spec.axes if isinstance(axis, str)}
+    ranges = axis_ranges(manifest, graph, limits)
+    dynamic: Ranges = {axis: ranges[axis] for axis in sorted(axes)}
+    if not axes & {"h", "w", "H", "W"}:
+        return [dynamic]
+    return [dynamic, *(_static(manifest, dynamic, width, height) for width, height in limits.static_sizes)]
+
+
+def axis_ranges(manifest: Manifest, graph: str, limits: PlanLimits) -> dict[str, tuple[int, int, int]]:
+    """Smallest, usual and largest size of every axis that graphs may name."""
+    factor, usual = manifest.vae.factor, manifest.defaults.width
+    max_batch, max_size = limits.max_batch, limits.max_size or usual
+    length = max(encoder.length for encoder in manifest.encoders)
+    tokens = (1, length, length) if any(graph == e.graph for e in manifest.encoders) else (1, length, 4 * length)
+    vocabulary = {e.graph: e.vocab_size for e in manifest.encoders}.get(graph, 1)
+    side = (1, usual // factor, max_size // factor)
+    pixels = (factor, usual, max_size)
+    return {
+        "B": (1, 1, max_batch),
+        "N": (1, 2, 2 * max_batch),
+        "M": (1, 2, 2 * max_batch),
+        "T": tokens,
+        "V": (vocabulary, vocabulary, max(MAX_VOCABULARY, vocabulary)),
+        "h": side,
+        "w": side,
+        "H": pixels,
+        "W": pixels,
+    }
+
+
+def _static(manifest: Manifest, dynamic: Ranges, width: int, height: int) -> Ranges:
+    """One guided picture of one size: every axis at its usual size, but for the picture's."""
+    factor = manifest.vae.factor
+    sides = {"H": height, "W": width, "h": height // factor, "w": width // factor}
+    sizes = {axis: sides.get(axis, usual) for axis, (_, usual, _) in dynamic.items()}
+    return {axis: (size, size, size) for axis, size in sizes.items()}

@@ -1,0 +1,128 @@
+"""One picture on its way: its schedule, its noise, the contexts it attends to, and its state while it has no slot."""
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import numpy.typing as npt
+
+from oneword.runtime.events import Latents
+from oneword.runtime.model import EncodedPrompt
+from oneword.runtime.noise import TorchGenerator
+from oneword.runtime.request import Request, Settings
+from oneword.runtime.samplers import Schedule
+
+
+class NoiseStream:
+    """The noise of the steps that draw, in their order; each is drawn once, one step ahead in a helper thread."""
+
+    def __init__(self, generator: TorchGenerator, shape: Sequence[int], draws: npt.NDArray[np.bool_]) -> None:
+        self._generator, self._shape = generator, tuple(shape)
+        self._left = int(draws.sum())
+        self._drawn: Future[Latents] | None = None
+
+    def prefetch(self) -> None:
+        """Starts to draw the next noise, if there is more to come."""
+        if self._drawn is None and self._left:
+            self._left -= 1
+            self._drawn = _helper().submit(self._generator.randn, self._shape)
+
+    def take(self) -> Latents:
+        """The next noise [C, h, w]."""
+        if self._drawn is None:
+            self._left -= 1
+            return self._generator.randn(self._shape)
+        noise, self._drawn = self._drawn.result(), None
+        return noise
+
+
+@dataclass(eq=False)
+class Row:
+    """One picture. While it has a slot of the Denoiser, `sample`, `previous` and `previous2` are those it came with."""
+
+    id: int
+    index: int
+    request: Request
+    settings: Settings
+    schedule: Schedule
+    lines: npt.NDArray[np.float32]
+    """[S, K]: the schedule in the graph's columns."""
+    noise: NoiseStream
+    cond: EncodedPrompt
+    uncond: EncodedPrompt | None
+    tokens: int
+    """T: the least common multiple of its contexts' lengths."""
+    time_ids: Sequence[float]
+    sample: Latents
+    previous: Latents
+    previous2: Latents
+    known: Latents | None = None
+    known_noise: Latents | None = None
+    mask: Latents | None = None
+    """[1, h, w]"""
+    step: int = 0
+    """Steps begun so far."""
+    broken_at: int | None = None
+    """The step that gave NaN or infinity."""
+    pending_noise: Latents | None = None
+    """Noise that was taken for a step that then failed."""
+
+    @property
+    def seed(self) -> int:
+        """The seed of this picture."""
+        return self.request.seed + self.index
+
+    @property
+    def steps(self) -> int:
+        """S."""
+        return len(self.schedule)
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """h, w and T: rows of equal sizes share engine calls."""
+        return (*self.sample.shape[1:], self.tokens)
+
+    @property
+    def contexts(self) -> tuple[EncodedPrompt, ...]:
+        """The prompts that the next step attends to: the unconditional one first, if the step is guided."""
+        if self.uncond is not None and self.schedule.guided[self.step]:
+            return self.uncond, self.cond
+        return (self.cond,)
+
+    @property
+    def all_contexts(self) -> tuple[EncodedPrompt, ...]:
+        """The prompts that any step attends to."""
+        return (self.cond,) if self.uncond is None else (self.uncond, self.cond)
+
+    def draw(self) -> Latents | None:
+        """The noise of the next step, if it draws. The same until `began` is called."""
+        if not self.schedule.draws[self.step]:
+            return None
+        if self.pending_noise is None:
+            self.pending_noise = self.noise.take()
+        return self.pending_noise
+
+    def began(self) -> None:
+        """Counts a step that was begun."""
+        self.step, self.pending_noise = self.step + 1, None
+
+
+def time_ids(columns: Sequence[str], settings: Settings) -> list[float]:
+    """SDXL's sizes for a picture that was always as large as it is, uncropped; see TIME_IDS."""
+    height, width = float(settings.height), float(settings.width)
+    values: Mapping[str, float] = {
+        "original_height": height,
+        "original_width": width,
+        "crop_top": 0.0,
+        "crop_left": 0.0,
+        "target_height": height,
+        "target_width": width,
+    }
+    return [values[name] for name in columns]
+
+
+@cache
+def _helper() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, "oneword-noise")

@@ -1,0 +1,392 @@
+"""Who runs next: requests come in with `add`, and every `step` gives back what happened. Owns no buffers.
+
+    scheduler = Scheduler(model)
+    id = scheduler.add(request)
+    while scheduler:
+        for event in scheduler.step():
+            ...
+
+A step is one turn: pictures that wait are prepared and get slots, every row is denoised once, finished rows are
+decoded. Preparing and decoding are bounded in each turn, so that a newcomer's first step is not far away whatever else
+arrives. What a row gets never depends on who shares its engine calls. Not here: slots and engine calls
+(`oneword.runtime.denoiser`), fairness between users, and limits on what may wait.
+"""
+
+import contextlib
+import itertools
+import math
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+
+from oneword.engines.errors import EngineError, NotFinite, OnewordError, UsageError, without_frames
+from oneword.runtime.denoiser import Denoiser, Size
+from oneword.runtime.edit import edit_mask, latent_mask, paste
+from oneword.runtime.events import Event, Failed, Latents, PictureDone, StepDone
+from oneword.runtime.images import resized
+from oneword.runtime.model import EncodedPrompt, Model, TokenizedPrompt
+from oneword.runtime.noise import TorchGenerator
+from oneword.runtime.request import Request, Settings, settle
+from oneword.runtime.row import NoiseStream, Row, time_ids
+from oneword.runtime.samplers import Schedule, make_schedule
+
+MAX_CHUNKS: Final = 64
+_SHARE: Final = 0.25  # of a denoising turn that preparing may take, and decoding too
+_AHEAD: Final = 32  # pictures at the head of the queue that are looked at for a free slot
+
+
+@dataclass(eq=False)
+class _Pending:
+    """A request with pictures that have no slot yet."""
+
+    id: int
+    request: Request
+    settings: Settings
+    schedule: Schedule
+    tokens: TokenizedPrompt | None = None
+    negative: TokenizedPrompt | EncodedPrompt | None = None
+    next_index: int = 0
+    cond: EncodedPrompt | None = None
+    uncond: EncodedPrompt | None = None
+    posterior: tuple[Latents, Latents] | None = None
+    row: Row | None = None
+    """The next picture, ready for a slot."""
+
+    @property
+    def left(self) -> int:
+        """Pictures without a slot."""
+        return self.request.num_images - self.next_index
+
+    def tokenize(self, model: Model) -> None:
+        """Splits the prompts, and holds the rows of their words until `release`. Raises UsageError."""
+        request = self.request
+        self.tokens = model.tokenize(request.prompt, request.clip_skip)
+        if not self.schedule.guided.any():
+            return
+        if request.negative_prompt is None:
+            self.negative = model.missing_negative(request.clip_skip)
+        else:
+            self.negative = model.tokenize(request.negative_prompt, request.clip_skip)
+        if isinstance(self.negative, TokenizedPrompt):
+            _check_lengths(self.tokens, self.negative)
+
+    def release(self) -> None:
+        """Lets go of the words' rows."""
+        for prompt in (self.tokens, self.negative):
+            if isinstance(prompt, TokenizedPrompt):
+                prompt.release()
+
+
+@dataclass(eq=False)
+class _Finished:
+    """A row that is to be decoded."""
+
+    row: Row
+    latents: Latents
+
+
+@dataclass(eq=False)
+class Scheduler:
+    """The pictures on their way through one model. At most `max_rows` of a size share an engine call."""
+
+    model: Model
+    max_rows: int = 16
+    seconds: dict[str, float] = field(default_factory=lambda: {"encode": 0.0, "denoise": 0.0, "decode": 0.0})
+    """Time spent so far, by stage."""
+
+    def __post_init__(self) -> None:
+        self.denoiser = Denoiser(self.model, self.max_rows)
+        self._issued = 0
+        self._pending: deque[_Pending] = deque()
+        self._rows: list[Row] = []
+        self._finished: deque[_Finished] = deque()
+        self._turn_seconds = 0.0  # of the last turn's denoising
+        self._decode_seconds = 0.0  # of one picture, the last time
+
+    def __len__(self) -> int:
+        """Pictures that are still to come."""
+        return len(self._rows) + len(self._finished) + sum(pending.left for pending in self._pending)
+
+    def warm(self, *sizes: tuple[int, int]) -> None:
+        """Opens the engines, and runs every call that pictures of these sizes (width, height) and prompts of one chunk
+        can need: no later step compiles or binds anything. Defaults to the bundle's size. Raises EngineError."""
+        manifest = self.model.manifest
+        factor = manifest.vae.factor
+        [prompt] = self.model.encode([self.model.tokenize("")])
+        for width, height in sizes or [(manifest.defaults.width, manifest.defaults.height)]:
+            h, w = height // factor, width // factor
+            self.denoiser.warm((h, w, len(prompt.hidden_states)))
+            self.model.decode(np.zeros((1, manifest.vae.latent_channels, h, w), np.float32))
+            if "vae_encoder" in manifest.graphs:
+                self.model.encode_image(np.zeros((height, width, 3), np.uint8))
+
+    def add(self, request: Request) -> int:
+        """Takes a request in; its pictures start at the next steps. Returns its id.
+
+        Raises UsageError for everything that can be known before it runs.
+        """
+        settings = settle(request, self.model.manifest)
+        schedule = schedule_of(request, settings, self.model)
+        pending = _Pending(self._issued, request, settings, schedule)
+        try:
+            pending.tokenize(self.model)
+        except OnewordError:
+            pending.release()
+            raise
+        self._issued += 1
+        self._pending.append(pending)
+        return pending.id
+
+    def cancel(self, id: int) -> None:
+        """Takes a request's pictures out; one that is done is left alone. Raises UsageError for an unknown id."""
+        if not 0 <= id < self._issued:
+            raise UsageError(f"no request has the id {id}, the last one is {self._issued - 1}")
+        for pending in [pending for pending in self._pending if pending.id == id]:
+            pending.release()
+            self._pending.remove(pending)
+        for row in [row for row in self._rows if row.id == id]:
+            self._remove(row)
+        self._finished = deque(done for done in self._finished if done.row.id != id)
+
+    def cancel_all(self) -> None:
+        """Takes every picture out."""
+        for id in range(self._issued):
+            self.cancel(id)
+
+    def step(self, max_steps: int | None = 1) -> list[Event]:
+        """One turn, or up to `max_steps` of them as long as nothing but StepDone happens; None is no limit."""
+        events: list[Event] = []
+        for _ in itertools.count() if max_steps is None else range(max_steps):
+            turn = [*self._admit(), *self._denoise(), *self._decode()]
+            events += turn
+            if not self or any(not isinstance(event, StepDone) or event.denoised is not None for event in turn):
+                break
+        return events
+
+    def _admit(self) -> Iterator[Event]:
+        """Prepares pictures that wait and gives them slots, for a share of the turn; at least one is tried."""
+        start, busy = time.perf_counter(), len(self._rows) > 0
+        blocked: set[Size] = set()
+        waiting = [*itertools.islice(self._pending, _AHEAD)]
+        if not busy:
+            with contextlib.suppress(OnewordError):  # each is tried again on its own
+                self._encode(waiting[: self.max_rows])
+        for pending in waiting:
+            while pending.left:
+                try:
+                    if pending.row is None:
+                        pending.row = self._prepare(pending)
+                    if pending.row.size in blocked:
+                        break
+                    if not self.denoiser.place(pending.row):
+                        blocked.add(pending.row.size)
+                        break
+                except OnewordError as error:
+                    yield from self._drop(pending, without_frames(error))
+                    break
+                self._rows.append(pending.row)
+                pending.next_index, pending.row = pending.next_index + 1, None
+                if busy and self._spent(start):
+                    break
+            if not pending.left:
+                self._pending.remove(pending)
+            if busy and self._spent(start):
+                break
+        self.seconds["encode"] += time.perf_counter() - start
+
+    def _spent(self, start: float) -> bool:
+        """Whether a stage that began at `start` has had its share of the turn."""
+        return time.perf_counter() - start > _SHARE * self._turn_seconds
+
+    def _drop(self, pending: _Pending, error: OnewordError) -> Iterator[Event]:
+        """Reports the pictures of a request that cannot be made."""
+        pending.release()
+        for index in range(pending.next_index, pending.request.num_images):
+            yield Failed(pending.id, index, error)
+        pending.next_index = pending.request.num_images
+
+    def _prepare(self, pending: _Pending) -> Row:
+        """The request's next picture; its draws in diffusers' order: the VAE's posterior first, then the noise."""
+        request, settings, schedule = pending.request, pending.settings, pending.schedule
+        manifest = self.model.manifest
+        if pending.cond is None:
+            self._encode([pending])
+        assert pending.cond is not None  # encoded above
+        if not (pending.cond.finite and (pending.uncond is None or pending.uncond.finite)):
+            raise NotFinite("a text encoder gave NaN or infinity for this prompt: check the word's vectors")
+        if request.image is not None and pending.posterior is None:
+            pending.posterior = self.model.encode_image(resized(request.image, settings.width, settings.height))
+        factor = manifest.vae.factor
+        shape = (manifest.vae.latent_channels, settings.height // factor, settings.width // factor)
+        white = edit_mask(request, settings)
+        generator = TorchGenerator(request.seed + pending.next_index)
+        known: Latents | None = None
+        if pending.posterior is not None:
+            mean, std = pending.posterior
+            known = np.asarray(mean + std * generator.randn(shape), np.float32)
+        noise = generator.randn(shape)
+        if white is not None:
+            generator.randn(shape)  # diffusers samples the masked picture's latents here, and uses them elsewhere
+        if known is None or (white is not None and request.strength == 1):
+            sample = np.float32(schedule.init_scale) * noise
+        else:
+            sample = np.float32(schedule.start_scale) * known + np.float32(schedule.start_sigma) * noise
+        contexts = [prompt for prompt in (pending.cond, pending.uncond) if prompt is not None]
+        row = Row(
+            id=pending.id,
+            index=pending.next_index,
+            request=request,
+            settings=settings,
+            schedule=schedule,
+            lines=schedule.table(manifest.columns),
+            noise=NoiseStream(generator, shape, schedule.draws),
+            cond=pending.cond,
+            uncond=pending.uncond,
+            tokens=math.lcm(*(len(prompt.hidden_states) for prompt in contexts)),
+            time_ids=time_ids(manifest.conditioning.time_ids, settings),
+            sample=sample,
+            previous=np.zeros(shape, np.float32),
+            previous2=np.zeros(shape, np.float32),
+        )
+        if white is not None:
+            row.known, row.known_noise, row.mask = known, noise, latent_mask(white, factor)
+        return row
+
+    def _encode(self, requests: Sequence[_Pending]) -> None:
+        """Encodes the prompts of these requests and lets go of their words' rows. Raises EngineError."""
+        new = [pending for pending in requests if pending.cond is None]
+        prompts = [
+            prompt
+            for pending in new
+            for prompt in (pending.tokens, pending.negative)
+            if isinstance(prompt, TokenizedPrompt)
+        ]
+        encoded = dict(zip(prompts, self.model.encode(prompts), strict=True))
+        for pending in new:
+            pending.release()
+            assert pending.tokens is not None  # since it was added
+            pending.cond = encoded[pending.tokens]
+            negative = pending.negative
+            pending.uncond = encoded[negative] if isinstance(negative, TokenizedPrompt) else negative
+
+    def _denoise(self) -> Iterator[Event]:
+        """One step of every row; those that are done leave their slots."""
+        start = time.perf_counter()
+        before = {row: row.step for row in self._rows}
+        failures = self.denoiser.step() if self._rows else []
+        for row, error in failures:
+            self._remove(row)
+            yield Failed(row.id, row.index, error)
+        for row in [*self._rows]:
+            yield from self._progress(row, row.step > before[row])
+        self._turn_seconds = time.perf_counter() - start
+        self.seconds["denoise"] += self._turn_seconds
+
+    def _progress(self, row: Row, stepped: bool) -> Iterator[Event]:
+        """What became of one row in this turn."""
+        preview, latents = None, None
+        try:
+            if stepped and row.step == row.steps:
+                latents = self.denoiser.take(row)
+            elif stepped and row.request.previews and row.step % row.request.previews == 0:
+                preview = self.denoiser.denoised(row)
+        except OnewordError as error:
+            self._remove(row)
+            yield Failed(row.id, row.index, without_frames(error))
+            return
+        if row.broken_at is not None:
+            self._remove(row)
+            message = f"graph 'denoise_step' gave NaN or infinity at step {row.broken_at} of picture {row.index}: "
+            yield Failed(row.id, row.index, NotFinite(message + "export the model with --precision fp32"))
+            return
+        if stepped:
+            yield StepDone(row.id, row.index, row.step, row.steps, preview)
+        if latents is not None:
+            self._rows.remove(row)
+            self._finished.append(_Finished(row, latents))
+
+    def _remove(self, row: Row) -> None:
+        self.denoiser.remove(row)
+        self._rows.remove(row)
+
+    def _decode(self) -> Iterator[Event]:
+        """Decodes finished rows, for a share of the turn; at least one."""
+        start = time.perf_counter()
+        while self._finished:
+            most = self.max_rows
+            if self._rows and self._decode_seconds:
+                left = _SHARE * self._turn_seconds - (time.perf_counter() - start)
+                most = max(1, min(most, int(left / self._decode_seconds)))
+            yield from self._decode_together(self._next_finished(most))
+            if self._rows and self._spent(start):
+                break
+        self.seconds["decode"] += time.perf_counter() - start
+
+    def _next_finished(self, most: int) -> list[_Finished]:
+        """Up to `most` of the oldest finished rows, all of the size of the first."""
+        shape = self._finished[0].latents.shape
+        chosen = [done for done in self._finished if done.latents.shape == shape][:most]
+        for done in chosen:
+            self._finished.remove(done)
+        return chosen
+
+    def _decode_together(self, finished: list[_Finished]) -> Iterator[Event]:
+        """If the call fails, each row is tried in one of its own."""
+        start = time.perf_counter()
+        try:
+            images, finite = self.model.decode(np.stack([done.latents for done in finished]))
+        except OnewordError as error:
+            failure = without_frames(error)
+            if isinstance(failure, EngineError) and len(finished) > 1:
+                self.model.forget_bindings()
+                for done in finished:
+                    yield from self._decode_together([done])
+                return
+            for done in finished:
+                yield Failed(done.row.id, done.row.index, failure)
+            return
+        self._decode_seconds = (time.perf_counter() - start) / len(finished)
+        for done, image, ok in zip(finished, images, finite, strict=True):
+            row = done.row
+            if not ok:
+                message = f"graph 'vae_decoder' gave NaN or infinity for picture {row.index}: "
+                yield Failed(row.id, row.index, NotFinite(message + "export it with --precision fp32"))
+                continue
+            image = paste(image, row.request, row.settings)
+            yield PictureDone(row.id, row.index, row.seed, image, row.request, row.settings, self.model.name)
+
+
+def schedule_of(request: Request, settings: Settings, model: Model) -> Schedule:
+    """The schedule of a request. Raises UsageError for what the model or its bundle cannot do."""
+    manifest = model.manifest
+    if request.image is not None and "vae_encoder" not in manifest.graphs:
+        raise UsageError("this bundle has no vae_encoder, so it cannot edit pictures: export it again with ti-export")
+    schedule = make_schedule(
+        manifest.scheduler,
+        settings.sampler,
+        settings.steps,
+        guidance_scale=settings.guidance_scale,
+        guidance_rescale=request.guidance_rescale,
+        eta=request.eta,
+        guidance_interval=request.guidance_interval,
+        strength=1.0 if request.image is None else request.strength,
+    )
+    if len(schedule) == 0:
+        raise UsageError(f"strength {request.strength} of {settings.steps} steps leaves no step: give more of either")
+    schedule.table(manifest.columns)
+    return schedule
+
+
+def _check_lengths(tokens: TokenizedPrompt, negative: TokenizedPrompt) -> None:
+    """Both are repeated up to a common length: refuses what would not fit into memory. Raises UsageError."""
+    for name, each in tokens.per_encoder.items():
+        chunks = len(each.input_ids), len(negative.per_encoder[name].input_ids)
+        if math.lcm(*chunks) > max(MAX_CHUNKS, 4 * max(chunks)):
+            raise UsageError(
+                f"the prompt has {chunks[0]} chunks and the negative prompt {chunks[1]}, whose least common "
+                f"multiple is {math.lcm(*chunks)}, allowed is {max(MAX_CHUNKS, 4 * max(chunks))}: shorten either"
+            )

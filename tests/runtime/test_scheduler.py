@@ -1,0 +1,512 @@
+"""Rows that join late, leave early, are cancelled or fail, beside others that must not notice."""
+
+import weakref
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import hypothesis.strategies as st
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import HealthCheck, given, settings
+
+from oneword.engines.errors import EngineError, FeedError, NotFinite, UsageError
+from oneword.engines.onnxruntime import OnnxRuntimeBinding
+from oneword.runtime.concept import Concept
+from oneword.runtime.denoiser import Arena
+from oneword.runtime.events import Event, Failed, PictureDone, StepDone
+from oneword.runtime.generate import draw, generate
+from oneword.runtime.model import Model
+from oneword.runtime.request import Image, Request
+from oneword.runtime.row import Row
+from oneword.runtime.samplers import Sampler
+from oneword.runtime.scheduler import Scheduler
+
+WORDS = [f"<w{i}>" for i in range(8)]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_bundle: Path) -> Model:
+    """Eight words of one to three vectors are loaded, and one that the text encoder answers with NaN."""
+    model = Model.open(tiny_bundle, "onnxruntime", threads=1)
+    random = np.random.default_rng(0)
+    for i, token in enumerate([*WORDS, "<broken>"]):
+        model.load(Concept(token, {"text_encoder": random.normal(0, 0.5, (1 + i % 3, 32)).astype(np.float32)}))
+    [table] = model._tables.values()
+    table.array.write(list(table.ids["<broken>"]), np.nan)
+    return model
+
+
+@pytest.fixture
+def fed(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[npt.NDArray[np.float32]]]:
+    """By seed: a row's first sample, and the noise that the engine was fed at each step that draws."""
+    fed: dict[int, list[npt.NDArray[np.float32]]] = defaultdict(list)
+    place, step = Arena.place, Arena.step
+
+    def recorded_place(arena: Arena, row: Row) -> bool:
+        placed = place(arena, row)
+        if placed and row.step == 0:
+            fed[row.seed].append(arena.sample(row))
+        return placed
+
+    def recorded_step(arena: Arena) -> None:
+        drawing = [(slot, row) for slot, row in enumerate(arena._rows) if row and row.schedule.draws[row.step]]
+        step(arena)
+        for slot, row in drawing:
+            fed[row.seed].append(arena._inputs["noise"].read(slot))
+
+    monkeypatch.setattr(Arena, "place", recorded_place)
+    monkeypatch.setattr(Arena, "step", recorded_step)
+    return fed
+
+
+def run(scheduler: Scheduler) -> Iterator[Event]:
+    while scheduler:
+        yield from scheduler.step()
+
+
+def psnr(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> float:
+    error = float(np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2))
+    return 10 * np.log10(255**2 / max(error, 1e-9))
+
+
+def made(model: Model, requests: Sequence[Request], max_rows: int = 16) -> dict[int, Image]:
+    """Pictures by seed."""
+    return {picture.seed: picture.image for picture in draw(model, *requests, max_rows=max_rows)}
+
+
+def mixed() -> list[Request]:
+    """Eight rows that have nothing in common but the size: one of each sampler."""
+    return [
+        Request(
+            f"a photo of {WORDS[i]}" + " and a red cat" * (3 * (i % 3)),
+            negative_prompt=[None, WORDS[-1], "blue"][i % 3],
+            seed=100 + i,
+            steps=4 + i,
+            sampler=sampler,
+            guidance_scale=1.0 + i,
+            guidance_rescale=0.5 * (i == 6),
+            eta=0.5 * (i == 0),
+            clip_skip=i % 2,
+            guidance_interval=(0.5, 5.0) if i == 5 else None,
+        )
+        for i, sampler in enumerate(Sampler)
+    ]
+
+
+def test_rows_that_differ_in_everything_are_each_as_alone_their_noise_bitwise(
+    model: Model, fed: dict[int, list[npt.NDArray[np.float32]]]
+) -> None:
+    together = made(model, mixed())
+    shared = dict(fed)
+    fed.clear()
+
+    assert len(together) == 8
+    for request in mixed():
+        alone = made(model, [request])
+        assert near(together[request.seed], alone[request.seed])
+        assert len(shared[request.seed]) >= 1
+        np.testing.assert_array_equal(shared[request.seed], fed[request.seed])
+
+
+def near(image: Image, other: Image) -> bool:
+    """No pixel is off by more than 1: what sums in another order leave in fp32."""
+    return bool(np.abs(image.astype(int) - other).max() <= 1)
+
+
+def scene(size: int = 64) -> Image:
+    y, x = np.mgrid[:size, :size] / size
+    return (np.stack([x, y, (x - 0.5) ** 2 + (y - 0.5) ** 2], axis=-1) * 255).astype(np.uint8)
+
+
+def left_half() -> npt.NDArray[np.bool_]:
+    mask = np.zeros((64, 64), np.bool_)
+    mask[:, :32] = True
+    return mask
+
+
+REQUESTS = [
+    Request("a cat", seed=10, steps=3, sampler=Sampler.EULER_A),
+    Request(f"a {WORDS[0]} and a {WORDS[1]}", seed=20, steps=5, sampler=Sampler.DPMPP_2M),
+    Request(f"a ring, {WORDS[2]}", seed=30, steps=4, guidance_scale=1.0, num_images=2),
+    Request("a blue star", seed=40, steps=4, image=scene(), strength=0.75),
+    Request("a blue star", seed=50, steps=4, image=scene(), mask=left_half(), strength=1.0),
+]
+"""Their pictures' seeds are 10, 20, 30, 31, 40 and 50."""
+
+
+@pytest.fixture(scope="module")
+def alone(model: Model) -> dict[int, Image]:
+    """Every picture of REQUESTS, each request made alone."""
+    return {seed: image for request in REQUESTS for seed, image in made(model, [request]).items()}
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_rows_that_join_late_leave_early_or_fail_leave_the_others_as_they_were(
+    model: Model, alone: dict[int, Image], data: st.DataObject
+) -> None:
+    ends = st.sampled_from(["done", "done", "cancelled", "NaN"])
+    plans = [(request, data.draw(st.integers(0, 5)), data.draw(ends)) for request in REQUESTS]
+    plans += [(Request("a <broken>", seed=90, steps=2), data.draw(st.integers(0, 5)), "NaN")]
+    scheduler, fates = Scheduler(model, max_rows=data.draw(st.integers(1, 6))), {}
+    done: dict[int, Image] = {}
+    failed: dict[int, Failed] = {}
+    broken: set[Row] = set()
+    turn = 0
+    while turn < 6 or scheduler:
+        for request, join, end in plans:
+            if join == turn:
+                fates[scheduler.add(request)] = request, join, end
+        for id, (_, join, end) in fates.items():
+            if end == "cancelled" and turn == join + 1:
+                scheduler.cancel(id)
+        for row in scheduler.denoiser.rows:
+            if fates[row.id][2] == "NaN" and row not in broken:
+                [arena] = scheduler.denoiser._holding(row)
+                arena._inputs["sample"].write(arena._rows.index(row), np.nan)
+                broken.add(row)
+        for event in scheduler.step():
+            if isinstance(event, PictureDone):
+                done[event.seed] = event.image
+            if isinstance(event, Failed):
+                failed[fates[event.id][0].seed + event.index] = event
+        turn += 1
+
+    assert len(scheduler) == 0
+    assert scheduler.denoiser.rows == []
+    seeds = {"done": set[int](), "cancelled": set[int](), "NaN": set[int]()}
+    for request, _, end in fates.values():
+        seeds[end] |= {request.seed + i for i in range(request.num_images)}
+    assert seeds["done"] <= done.keys() <= seeds["done"] | seeds["cancelled"]
+    assert failed.keys() == seeds["NaN"]
+    assert all(isinstance(event.error, NotFinite) for event in failed.values())
+    for seed, image in done.items():
+        assert near(image, alone[seed])
+
+
+def test_rows_of_a_batch_end_within_rounding_of_the_latents_they_reach_alone(model: Model) -> None:
+    """Final latents within 1e-4 of their largest value, in fp32."""
+    together, single = (final_latents(model, requests) for requests in (mixed(), None))
+
+    for seed, latents in single.items():
+        assert np.abs(together[seed] - latents).max() <= 1e-4 * np.abs(latents).max()
+
+
+def final_latents(model: Model, requests: Sequence[Request] | None) -> dict[int, npt.NDArray[np.float32]]:
+    """Of these requests together; None: of `mixed`, one by one."""
+    latents: dict[int, npt.NDArray[np.float32]] = {}
+    for group in [requests] if requests is not None else [[request] for request in mixed()]:
+        scheduler = Scheduler(model)
+        for request in group:
+            scheduler.add(request)
+        take = scheduler.denoiser.take
+
+        def taken(row: Row, take: Any = take) -> npt.NDArray[np.float32]:
+            latents[row.seed] = take(row)
+            return latents[row.seed]
+
+        scheduler.denoiser.take = taken  # type: ignore[method-assign]
+        for _ in run(scheduler):
+            pass
+    return latents
+
+
+def test_an_edit_keeps_every_pixel_outside_the_mask_and_makes_the_rest_anew(model: Model) -> None:
+    mask = np.zeros((64, 64), np.bool_)
+    mask[13:47, 21:50] = True  # no multiples of 8
+    image = made(model, [Request("a blue star", image=scene(), mask=mask, strength=1.0, steps=4)])[0]
+
+    np.testing.assert_array_equal(image[~mask], scene()[~mask])
+    assert psnr(image[mask], scene()[mask]) < 25
+
+
+def test_an_edit_without_pasting_stays_as_near_as_the_decoder_lets_it(model: Model) -> None:
+    """The latents outside the mask end as they were; what is left is the decoder's, whose field of view is wide."""
+    scheduler = Scheduler(model)
+    scheduler.add(Request("a blue star", image=scene(), mask=left_half(), strength=1.0, steps=5, paste=False))
+    scheduler.step()
+    [row] = scheduler.denoiser.rows
+    take, final = scheduler.denoiser.take, []
+    scheduler.denoiser.take = lambda row: final.append(take(row)) or final[0]  # type: ignore[method-assign, func-returns-value]
+    *_, event = run(scheduler)
+
+    assert row.known is not None
+    np.testing.assert_allclose(final[0][:, :, 4:], row.known[:, :, 4:], atol=1e-5)
+    assert np.abs(final[0] - row.known)[:, :, :4].max() > 0.1
+    decoded, _ = model.decode(final[0][None])
+    assert isinstance(event, PictureDone)
+    np.testing.assert_array_equal(event.image, decoded[0])
+
+
+def test_one_white_pixel_is_enough_for_an_edit(model: Model) -> None:
+    mask = np.zeros((64, 64), np.bool_)
+    mask[30, 30] = True  # not the first pixel of its latent
+    image = made(model, [Request("a blue star", image=scene(), mask=mask, strength=1.0, steps=4)])[0]
+
+    changed = (image != scene()).any(-1)
+    assert changed[30, 30]
+    assert changed.sum() == 1
+
+
+def test_a_mask_is_stretched_with_its_picture(model: Model) -> None:
+    image = made(model, [Request("a star", image=scene(), mask=left_half(), strength=1.0, steps=2, size=(128, 32))])[0]
+
+    changed = (image != np.asarray(_stretched(scene()))).any(-1)
+    assert image.shape == (32, 128, 3)
+    assert changed[:, :64].mean() > 0.9
+    assert not changed[:, 64:].any()
+
+
+def _stretched(image: Image) -> Any:
+    import PIL.Image
+
+    return PIL.Image.fromarray(image).resize((128, 32), PIL.Image.Resampling.LANCZOS)
+
+
+def test_any_number_of_steps_may_pass_between_pictures_and_they_are_the_same(model: Model) -> None:
+    requests = [*mixed(), *REQUESTS]
+    expected = {e.seed: e.image for e in generate(model, requests) if isinstance(e, PictureDone)}
+    scheduler = Scheduler(model)
+    for request in requests:
+        scheduler.add(request)
+    turns = 0
+    events = []
+    while scheduler:
+        events += scheduler.step(max_steps=None)
+        turns += 1
+    pictures = [event for event in events if isinstance(event, PictureDone)]
+
+    assert turns <= len(pictures)
+    assert {event.seed for event in pictures} == expected.keys()
+    for event in pictures:
+        assert near(event.image, expected[event.seed])
+
+
+def test_a_preview_ends_a_turn_of_many_steps(model: Model) -> None:
+    scheduler = Scheduler(model)
+    scheduler.add(Request("a cat", steps=10, previews=4))
+    seen = [[e.step for e in scheduler.step(None) if isinstance(e, StepDone)] for _ in range(3)]
+
+    assert seen == [[1, 2, 3, 4], [5, 6, 7, 8], [9, 10]]
+
+
+def test_a_row_keeps_its_slot_and_its_context_while_others_come_and_go(model: Model) -> None:
+    scheduler = Scheduler(model, max_rows=4)
+    ids = [scheduler.add(Request(f"a {WORDS[i]}", seed=i, steps=6 + i)) for i in range(3)]
+    scheduler.step()
+    [arena] = scheduler.denoiser._arenas.values()
+    slots = [row and row.id for row in arena._rows]
+    writes: list[object] = []
+    context = arena._inputs["context"]
+    write = context.write
+    context.write = lambda region, values: (writes.append(region), write(region, values))  # type: ignore[method-assign]
+    scheduler.cancel(ids[1])
+    scheduler.add(Request("a red cat", seed=9, steps=3))
+    scheduler.step()
+
+    assert slots == [ids[0], ids[1], ids[2], None]
+    assert [row and row.id for row in arena._rows] == [ids[0], 3, ids[2], None]
+    assert len(writes) == 1  # the newcomer's prompt; everybody's empty prompt is there
+
+
+def test_nothing_is_bound_after_the_warm_up(model: Model) -> None:
+    scheduler = Scheduler(model, max_rows=4)
+    scheduler.warm()
+    bindings = scheduler.denoiser.stats.bindings
+    for request in [*mixed()[:2], *REQUESTS]:
+        scheduler.add(request)
+    for _ in run(scheduler):
+        pass
+    one_chunk = [arena for size, arena in scheduler.denoiser._arenas.items() if size == (8, 8, 20)]
+
+    assert len(one_chunk) == 1
+    assert bindings == 8
+    assert len(one_chunk[0]._bound) == 8
+
+
+def test_two_sizes_have_two_arenas_and_neither_is_bound_again(model: Model) -> None:
+    scheduler = Scheduler(model, max_rows=2)
+    for turn in range(6):
+        scheduler.add(Request("a cat", seed=turn, steps=3, size=[(64, 64), (32, 64)][turn % 2]))
+        scheduler.step()
+    for _ in run(scheduler):
+        pass
+
+    assert len(scheduler.denoiser._arenas) == 2
+    assert scheduler.denoiser.stats.bindings == sum(len(a._bound) for a in scheduler.denoiser._arenas.values()) <= 8
+
+
+def test_an_empty_negative_prompt_is_one_context_for_everybody(model: Model) -> None:
+    scheduler = Scheduler(model)
+    for seed in range(5):
+        scheduler.add(Request(f"a {WORDS[seed]}", seed=seed, steps=2))
+    scheduler.step()
+    [arena] = scheduler.denoiser._arenas.values()
+
+    assert len(arena._pool.slots) == 6
+
+
+def test_pictures_that_find_no_slot_wait_and_come(model: Model) -> None:
+    requests = [Request("a cat", seed=10 * i, num_images=3, steps=3 + i) for i in range(3)]
+    expected = made(model, requests)
+    few = made(model, requests, max_rows=2)
+
+    assert few.keys() == expected.keys()
+    assert all(near(few[seed], image) for seed, image in expected.items())
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, refuses: Any) -> list[int]:
+    """Makes `denoise_step` fail for some feeds; returns the live rows of every call, which grows."""
+    run_graph, calls = OnnxRuntimeBinding.run, list[int]()
+
+    def maybe(binding: OnnxRuntimeBinding, stream: int | None = None) -> None:
+        if "sample" in binding.inputs:
+            inputs = {name: array.numpy() for name, array in binding.inputs.items()}
+            calls.append(len(set(inputs["branch_row"].tolist())))
+            if refuses(inputs):
+                raise EngineError("out of memory")
+        run_graph(binding, stream)
+
+    monkeypatch.setattr(OnnxRuntimeBinding, "run", maybe)
+    return calls
+
+
+@pytest.mark.parametrize("most", [1, 2])
+def test_where_memory_suffices_for_fewer_rows_they_go_on_in_turn_with_the_noise_they_had(
+    model: Model, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    requests = [Request("a cat", seed=seed, steps=5, sampler=Sampler.EULER_A) for seed in range(5)]
+    alone = {seed: made(model, [request])[seed] for seed, request in enumerate(requests)}
+    steps: list[None] = []
+
+    def no_room(inputs: dict[str, Any]) -> bool:
+        steps.append(None)
+        return len(steps) > 2 and len(inputs["sample"]) > most
+
+    calls = failing(monkeypatch, no_room)
+    together = made(model, requests)
+
+    assert calls[:3] == [5, 5, 5]
+    assert max(calls[5:]) <= most
+    for seed, image in alone.items():
+        assert near(together[seed], image)
+
+
+def test_a_row_whose_own_call_fails_is_named_and_the_others_come_at_full_capacity(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing(monkeypatch, lambda inputs: (inputs["sample"][inputs["branch_row"]] == np.float32(7)).any())
+    scheduler = Scheduler(model, max_rows=4)
+    first, bad, last = (scheduler.add(Request("a cat", seed=seed, steps=9)) for seed in (1, 2, 3))
+    scheduler.step()
+    [arena] = scheduler.denoiser._arenas.values()
+    [row] = [row for row in arena.rows if row.id == bad]
+    arena._inputs["sample"].write((arena._rows.index(row), 0, 0), 7.0)
+    events = list(run(scheduler))
+
+    assert [event.id for event in events if isinstance(event, Failed)] == [bad]
+    assert {event.id for event in events if isinstance(event, PictureDone)} == {first, last}
+    assert scheduler.denoiser.capacity(row.size) == 4
+
+
+def test_a_failed_call_lets_go_of_its_buffers_before_others_are_made(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: list[bool] = []
+    failed: list[weakref.ref[Any]] = []
+    bind = Arena._bind
+
+    def watched(arena: Arena, n: int) -> Any:
+        alive.extend(ref() is not None for ref in failed)
+        return bind(arena, n)
+
+    def refuse(inputs: dict[str, Any]) -> bool:
+        if len(inputs["sample"]) > 1:
+            failed.append(weakref.ref(inputs["sample"]))
+            return True
+        return False
+
+    monkeypatch.setattr(Arena, "_bind", watched)
+    failing(monkeypatch, refuse)
+    pictures = made(model, [Request("a cat", seed=seed, steps=2) for seed in range(4)])
+
+    assert len(pictures) == 4
+    assert len(failed) == 2  # four rows, then two
+    assert alive
+    assert not any(alive)
+
+
+def test_pictures_whose_shared_decoding_fails_are_decoded_alone(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = [Request("a cat", seed=seed, steps=2) for seed in range(3)]
+    expected = made(model, requests)
+    decode = model.decode
+
+    def no_room(latents: npt.NDArray[np.float32]) -> Any:
+        if len(latents) > 1:
+            raise EngineError("out of memory")
+        return decode(latents)
+
+    monkeypatch.setattr(model, "decode", no_room)
+    got = made(model, requests)
+
+    assert got.keys() == expected.keys()
+    assert all(near(got[seed], image) for seed, image in expected.items())
+
+
+def test_what_the_engine_cannot_accept_fails_at_once(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_many(*_: Any) -> Any:
+        raise FeedError("denoise_step was given T = 300, its plan takes 1 to 77")
+
+    monkeypatch.setattr(Arena, "_bind", too_many)
+    scheduler = Scheduler(model)
+    scheduler.add(Request("a cat", num_images=3, steps=4))
+
+    assert [type(event.error) for event in scheduler.step() if isinstance(event, Failed)] == [FeedError] * 3
+    assert len(scheduler) == 0
+
+
+def test_a_refused_request_leaves_no_row_of_a_word_held(model: Model) -> None:
+    table = model._tables["text_encoder"]
+    free = table.free_rows
+    model.load(Concept("<once>", {"text_encoder": np.ones((1, 32), np.float32)}))
+    with pytest.raises(UsageError, match="<nobody>"):
+        draw(model, Request("a <once>"), Request("a <nobody>"))
+    scheduler = Scheduler(model)
+    scheduler.add(Request("a <once>"))
+    del scheduler
+    model.unload("<once>")
+
+    assert table.free_rows == free
+
+
+def test_loading_a_word_forgets_no_other_prompt(model: Model) -> None:
+    """And a word that was replaced is not taken for what it was."""
+    one, two = ({"text_encoder": np.random.default_rng(i).normal(0, 0.5, (1, 32)).astype("f4")} for i in (5, 6))
+    model.load(Concept("<swap>", one))
+    cat, swap = (model.encode([model.tokenize(text)])[0] for text in ("a cat", "a <swap>"))
+    model.unload("<swap>")
+    model.load(Concept("<swap>", two))
+    other = model.encode([model.tokenize("a <swap>")])[0]
+    model.unload("<swap>")
+    model.load(Concept("<swap>", one))
+
+    assert model.encode([model.tokenize("a cat")])[0] is cat
+    assert other is not swap
+    assert np.abs(other.hidden_states - swap.hidden_states).max() > 0.01
+    assert model.encode([model.tokenize("a <swap>")])[0] is swap
+    model.unload("<swap>")
+
+
+def test_a_newcomer_steps_within_two_turns_whatever_else_arrives(model: Model) -> None:
+    scheduler = Scheduler(model, max_rows=16)
+    for seed in range(3):
+        scheduler.add(Request("a cat", seed=seed, steps=12))
+    scheduler.step()
+    for seed in range(6):
+        scheduler.add(Request(f"a {WORDS[seed]}", seed=seed, steps=4, image=scene(), mask=left_half()))
+    first = [e.id for _ in range(2) for e in scheduler.step() if isinstance(e, StepDone) and e.step == 1]
+
+    assert 3 in first
