@@ -11,6 +11,7 @@
 This file knows nothing of what the graphs compute and opens none of them.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -24,7 +25,7 @@ from typing import Annotated, Any, Self
 import msgspec
 
 from oneword.engines.errors import BundleError, FileError, UsageError
-from oneword.engines.files import sync
+from oneword.engines.files import sync, write_whole
 from oneword.engines.spec import Precision, TensorSpec
 
 FORMAT_VERSION = 1
@@ -351,13 +352,8 @@ def _remembered(folder: Path) -> Mapping[str, list[str | int]]:
 
 def _remember(folder: Path, stamps: Mapping[str, list[str | int]]) -> None:
     """Writes what was hashed; a read-only bundle is hashed again the next time."""
-    try:
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=VERIFIED, delete=False) as stream:
-            stream.write(msgspec.json.encode(stamps))
-        os.chmod(stream.name, 0o644)
-        os.replace(stream.name, folder / VERIFIED)
-    except OSError:
-        return
+    with contextlib.suppress(FileError):
+        write_whole(folder / VERIFIED, msgspec.json.encode(stamps), sync=False)
 
 
 def _strays(folder: Path, files: Iterable[str]) -> Iterator[str]:

@@ -1,8 +1,6 @@
 """Pictures in and out: PNGs with A1111's `parameters` text, saved whole or not at all; input pictures read safely."""
 
 import io
-import os
-import tempfile
 import warnings
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import PIL.ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from oneword.engines.errors import FileError, UsageError
+from oneword.engines.files import write_whole
 from oneword.runtime.request import Image, Request, Settings
 from oneword.runtime.samplers import Sampler
 
@@ -34,19 +33,11 @@ _A1111_SAMPLERS = {
 def save_png(image: Image, path: str | Path, parameters: str = "") -> None:
     """Writes a PNG with A1111's text chunk `parameters`, whole or not at all. Raises FileError."""
     path = Path(path)
-    data = png_bytes(image, parameters)
-    temporary: str | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.stem[:100]}.", delete=False) as stream:
-            temporary = stream.name
-            stream.write(data)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
     except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-        raise FileError(f"cannot write {path}: {error.strerror}") from error
+        raise FileError(f"cannot make the folder {path.parent}: {error.strerror}") from error
+    write_whole(path, png_bytes(image, parameters), sync=False)
 
 
 def png_bytes(image: Image, parameters: str) -> bytes:

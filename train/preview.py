@@ -19,11 +19,12 @@ from oneword.engines.bundle import Bundle, Graph
 from oneword.engines.bundle import Source as Provenance
 from oneword.engines.engine import Engine
 from oneword.engines.errors import FileError
+from oneword.engines.files import write_whole
 from oneword.export.eager import EagerEngine
 from oneword.export.families import family_of
 from oneword.export.source import Source
 from oneword.export.write import manifest_of, write_encoders
-from oneword.runtime.concept import Concept, write_whole
+from oneword.runtime.concept import Concept
 from oneword.runtime.model import Model
 from oneword.train.evaluate import PLACE, Judge, Pictures, likeness, sample
 from oneword.train.pictures import Picture
