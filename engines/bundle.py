@@ -24,7 +24,7 @@ from typing import Annotated, Any, Self
 
 import msgspec
 
-from oneword.engines.errors import BundleError, FileError, UsageError
+from oneword.engines.errors import BundleError, FileError, UsageError, one_line
 from oneword.engines.files import sync, write_whole
 from oneword.engines.spec import Precision, TensorSpec
 
@@ -272,7 +272,9 @@ def _read_manifest(folder: Path) -> Manifest:
             )
         return msgspec.json.decode(data, type=Manifest)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
-        raise BundleError(f"{path} is not a valid manifest ({error}): export the model again with ti-export") from error
+        raise BundleError(
+            f"{path} is not a valid manifest ({one_line(error)}): export the model again with ti-export"
+        ) from error
 
 
 class _Version(msgspec.Struct):

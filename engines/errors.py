@@ -59,6 +59,6 @@ class NotFinite(EngineError):
     """A graph produced NaN or infinity; the message names the graph and the rows."""
 
 
-def one_line(error: Exception) -> str:
-    """What another package's error says, on one line and not for ever."""
-    return " ".join(str(error).split())[:300]
+def one_line(error: BaseException, limit: int | None = 300) -> str:
+    """An error's message on one line, by default truncated to 300 characters; its type's name if it has no message."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__

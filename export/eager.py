@@ -15,10 +15,9 @@ from oneword.engines.engine import (
     numpy_dtype,
     on_host,
 )
-from oneword.engines.errors import EngineError
+from oneword.engines.errors import EngineError, one_line
 from oneword.engines.spec import TensorSpec
 from oneword.export.families import Traceable
-from oneword.export.source import first_line
 from oneword.export.trace import to_torch
 
 
@@ -50,7 +49,7 @@ class EagerEngine:
             with torch.no_grad():
                 values = self.graph.module(*tensors.values())
         except RuntimeError as error:
-            raise EngineError(f"graph {self.name!r} failed: {first_line(error)}") from error
+            raise EngineError(f"graph {self.name!r} failed: {one_line(error)}") from error
         return {name: np.ascontiguousarray(value.numpy()) for name, value in zip(self.outputs, values, strict=True)}
 
 

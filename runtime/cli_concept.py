@@ -8,7 +8,7 @@ import click
 import numpy as np
 
 import oneword
-from oneword.engines.errors import ConceptError, UsageError
+from oneword.engines.errors import ConceptError, UsageError, one_line
 from oneword.runtime.commands import run_command
 from oneword.runtime.concept import Concept, save_concept, token_from_stem
 from oneword.runtime.layouts import XTI_KEYS, Found, paired, read_words
@@ -138,7 +138,7 @@ def _checked(path: Path) -> dict[str, Any]:
     try:
         words = read_words(path)
     except ConceptError as error:
-        return {"file": str(path), "ok": False, "reason": " ".join(str(error).split())}
+        return {"file": str(path), "ok": False, "reason": one_line(error, limit=None)}
     return {"file": str(path), "ok": True, "tokens": [found.concept.token for found in words]}
 
 

@@ -24,7 +24,7 @@ import numpy.typing as npt
 import tokenizers
 
 from oneword.engines.bundle import Encoder
-from oneword.engines.errors import BundleError, UsageError
+from oneword.engines.errors import BundleError, UsageError, one_line
 
 MAX_CHARACTERS: Final = 50_000
 MAX_WEIGHT: Final = 100.0
@@ -50,9 +50,7 @@ class Tokenizer:
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises plain Exception for absent and broken files alike
-            raise BundleError(
-                f"{file} cannot be read ({' '.join(str(error).split())}): export the bundle again"
-            ) from None
+            raise BundleError(f"{file} cannot be read ({one_line(error)}): export the bundle again") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
 
