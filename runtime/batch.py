@@ -24,7 +24,7 @@ from oneword.engines.loop import Loop
 from oneword.runtime.images import resized
 from oneword.runtime.model import Context, Model, StepBinding, Tokens
 from oneword.runtime.noise import TorchGenerator
-from oneword.runtime.request import Image, Request, Settings, settle
+from oneword.runtime.request import Image, Request, ResolvedSettings, resolve
 from oneword.runtime.samplers import Schedule, make_schedule
 
 _MAX_CHUNKS = 64
@@ -54,7 +54,7 @@ class PictureDone:
     seed: int
     image: Image
     request: Request
-    settings: Settings
+    settings: ResolvedSettings
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +76,7 @@ class _Row:
     id: int
     index: int
     request: Request
-    settings: Settings
+    settings: ResolvedSettings
     schedule: Schedule
     generator: TorchGenerator
     sample: Latents
@@ -172,7 +172,7 @@ class _Waiting:
     """A request that was added and not begun."""
 
     request: Request
-    settings: Settings
+    settings: ResolvedSettings
     schedule: Schedule
     tokens: Tokens
     negative: Tokens | Context | None
@@ -206,7 +206,7 @@ class Batch:
     def add(self, request: Request) -> int:
         """Takes a request in; its rows start at the next `step`. Raises UsageError for what can be known now."""
         manifest = self.model.manifest
-        settings = settle(request, manifest)
+        settings = resolve(request, manifest)
         schedule = _schedule(request, settings, manifest)
         if request.image is not None and "vae_encoder" not in manifest.graphs:
             raise UsageError(
@@ -457,7 +457,7 @@ class Batch:
         return events
 
 
-def _schedule(request: Request, settings: Settings, manifest: Manifest) -> Schedule:
+def _schedule(request: Request, settings: ResolvedSettings, manifest: Manifest) -> Schedule:
     schedule = make_schedule(
         manifest.scheduler,
         settings.sampler,
@@ -473,7 +473,7 @@ def _schedule(request: Request, settings: Settings, manifest: Manifest) -> Sched
     return schedule
 
 
-def _mask(request: Request, settings: Settings) -> npt.NDArray[np.bool_] | None:
+def _mask(request: Request, settings: ResolvedSettings) -> npt.NDArray[np.bool_] | None:
     """What is made anew, at the picture's size [H, W]."""
     if request.mask is None:
         return None
@@ -491,7 +491,7 @@ def _latent_mask(mask: npt.NDArray[np.bool_], factor: int) -> Latents:
     return np.asarray(cells.any(axis=(1, 3)), np.float32)[None]
 
 
-def _pasted(image: Image, request: Request, settings: Settings) -> Image:
+def _pasted(image: Image, request: Request, settings: ResolvedSettings) -> Image:
     """The picture with the given one's own pixels outside the mask: the decoder changes those too, a little."""
     mask = _mask(request, settings)
     if mask is None or request.image is None or not request.paste:

@@ -21,7 +21,7 @@ from oneword.runtime.concept import load_concept
 from oneword.runtime.grid import Grid
 from oneword.runtime.images import parameters_text, read_image, read_mask, save_png
 from oneword.runtime.model import Model
-from oneword.runtime.request import Request, settle
+from oneword.runtime.request import Request, resolve
 from oneword.runtime.samplers import Sampler
 from oneword.runtime.table import DEFAULT_CAPACITY
 
@@ -210,7 +210,7 @@ def _filled(prompts: Sequence[str], words: Sequence[str], grid: Path | None) -> 
 def _grid(prompts: Sequence[str], words: Sequence[str], requests: Sequence[Request], model: Model) -> Grid:
     """A row for each prompt, its columns the words, and under each word the seeds. Raises UsageError if too large."""
     first, per_prompt = requests[0], len(requests) // len(prompts)
-    settings = settle(first, model.manifest)
+    settings = resolve(first, model.manifest)
     seeds = [f"seed {first.seed + i}" for i in range(first.num_images)] * per_prompt
     headings = [words, seeds] if _PLACE in prompts[0] else [seeds]
     return Grid(prompts, headings, len(seeds), (settings.width, settings.height))

@@ -12,7 +12,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from oneword.engines.errors import FileError, OnewordError, UsageError, one_line
 from oneword.engines.files import write_whole
-from oneword.runtime.request import Image, Request, Settings
+from oneword.runtime.request import Image, Request, ResolvedSettings
 from oneword.runtime.samplers import Sampler
 
 _MAX_BYTES = 256 << 20
@@ -107,7 +107,7 @@ def resized(image: Image, width: int, height: int) -> Image:
     return np.asarray(PIL.Image.fromarray(image).resize((width, height), PIL.Image.Resampling.LANCZOS))
 
 
-def parameters_text(request: Request, settings: Settings, seed: int, model: str = "") -> str:
+def parameters_text(request: Request, settings: ResolvedSettings, seed: int, model: str = "") -> str:
     """The text that A1111 writes into its pictures: prompt, negative prompt, then `Name: value` pairs."""
     pairs: dict[str, object] = {
         "Steps": settings.steps,
