@@ -11,7 +11,7 @@ import oneword
 from oneword.engines.errors import ConceptError, UsageError, one_line
 from oneword.runtime.commands import run_command
 from oneword.runtime.concept import Concept, save_concept, token_from_stem
-from oneword.runtime.layouts import XTI_KEYS, Found, paired, read_words
+from oneword.runtime.layouts import XTI_KEYS, FoundConcept, paired, read_concepts
 
 _PATH = click.Path(path_type=Path)
 
@@ -27,7 +27,7 @@ def command() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output.")
 def show(files: tuple[Path, ...], as_json: bool) -> None:
     """Print every word of the files: its token, layout, vectors and where it comes from."""
-    described = [_described(path, found) for path in files for found in read_words(path)]
+    described = [_described(path, found) for path in files for found in read_concepts(path)]
     if as_json:
         click.echo(json.dumps(described, indent=1))
         return
@@ -68,7 +68,7 @@ def convert(files: tuple[Path, ...], out: Path, token: str | None, as_json: bool
     """
     if len(files) > 2:
         raise UsageError(f"{len(files)} files to convert, allowed are one, or two that are a pair for SDXL")
-    words = [found for path in files for found in read_words(path)]
+    words = [found for path in files for found in read_concepts(path)]
     concepts = [paired(words)] if len(files) == 2 else [found.concept for found in words]
     if token is not None:
         if len(concepts) > 1:
@@ -112,7 +112,7 @@ def _targets(concepts: list[Concept], out: Path) -> list[Path]:
     return [out / f"{name}.safetensors" for name in names]
 
 
-def _described(path: Path, found: Found) -> dict[str, Any]:
+def _described(path: Path, found: FoundConcept) -> dict[str, Any]:
     return {
         "file": str(path),
         "layout": found.layout,
@@ -136,7 +136,7 @@ def _printable(text: str) -> str:
 
 def _checked(path: Path) -> dict[str, Any]:
     try:
-        words = read_words(path)
+        words = read_concepts(path)
     except ConceptError as error:
         return {"file": str(path), "ok": False, "reason": one_line(error, limit=None)}
     return {"file": str(path), "ok": True, "tokens": [found.concept.token for found in words]}
