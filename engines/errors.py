@@ -1,6 +1,6 @@
-"""Everything that goes wrong and that we can name.
+"""The exception hierarchy.
 
-A message is one line: what was given, what is allowed, what mends it.
+A message is one line: what was given, what is allowed, how to fix it.
 
 OnewordError            exit status 1
 ├── UsageError          exit status 2: the command or the call asked for something that does not exist

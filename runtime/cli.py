@@ -1,22 +1,18 @@
-"""`ti-run`: prompts become pictures. A thin skin over `generate`; with --json one document on standard output."""
+"""`ti-run`: pictures from prompts. A thin skin over `Batch`."""
 
-import json
 import re
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-import oneword
-from oneword.engines.errors import OnewordError, UsageError
+from oneword.engines.errors import OnewordError, UsageError, one_line
 from oneword.engines.open import Backend
 from oneword.runtime.batch import Batch, Failed, PictureDone, StepDone
-from oneword.runtime.commands import run_command
+from oneword.runtime.commands import HELP, PATH, ProgressBar, json_option, print_json, run_command, size, version_option
 from oneword.runtime.concept import load_concept
 from oneword.runtime.grid import Grid
 from oneword.runtime.images import parameters_text, read_image, read_mask, save_png
@@ -25,63 +21,68 @@ from oneword.runtime.request import Request, resolve
 from oneword.runtime.samplers import Sampler
 from oneword.runtime.table import DEFAULT_CAPACITY
 
-
-def size(value: str) -> tuple[int, int]:
-    """`512x768` as (width, height)."""
-    match = re.fullmatch(r"(\d{1,6})x(\d{1,6})", value)
-    if match is None:
-        raise click.BadParameter(f"{value!r} is not WIDTHxHEIGHT, for example 512x512")
-    return int(match[1]), int(match[2])
-
-
-_PATH = click.Path(path_type=Path)
 _PLACE = "{}"
+_BUNDLES = "the bundle's"
 
 
-@click.command(name="ti-run", context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
-@click.version_option(oneword.__version__, prog_name="oneword")
-@click.argument("bundle", type=_PATH)
+@click.command(name="ti-run", context_settings=HELP)
+@version_option
+@click.argument("bundle", type=PATH)
 @click.argument("prompts", metavar="PROMPT...", nargs=-1, required=True)
-@click.option("--concept", "concepts", type=_PATH, multiple=True, help="A learned word's file, or a folder of them.")
-@click.option("--negative-prompt", help="What the pictures shall not be.")
+@click.option("--concept", "concepts", type=PATH, multiple=True, help="A learned word's file, or a folder of them.")
+@click.option("--negative-prompt", help="What to avoid.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the first picture; picture i has seed + i.")
-@click.option("--num-images", type=int, default=1, show_default=True, help="Pictures of each prompt.")
-@click.option("--steps", type=int, help="Denoising steps; else the bundle's default.")
-@click.option("--sampler", type=click.Choice([sampler.value for sampler in Sampler]), help="Else the bundle's default.")
-@click.option("--guidance-scale", type=float, help="How strongly the prompt is obeyed; 1 is no guidance.")
-@click.option("--guidance-rescale", type=float, default=0.0, help="Against washed-out colours, 0 to 1.")
+@click.option("--num-images", type=int, default=1, show_default=True, help="Pictures per prompt.")
+@click.option("--steps", type=int, show_default=_BUNDLES, help="Denoising steps.")
+@click.option("--sampler", type=click.Choice([sampler.value for sampler in Sampler]), show_default=_BUNDLES)
+@click.option("--guidance-scale", type=float, show_default=_BUNDLES, help="Weight of the prompt; 1 is no guidance.")
+@click.option(
+    "--guidance-rescale", type=float, default=0.0, show_default=True, help="Against washed-out colours, 0 to 1."
+)
 @click.option(
     "--guidance-interval",
     type=(float, float),
     metavar="LOW HIGH",
-    help="Guide only where low < sigma / alpha <= high; else every step.",
+    show_default="all steps",
+    help="Guide only steps with LOW < sigma / alpha <= HIGH.",
 )
-@click.option("--eta", type=float, default=0.0, help="Noise that DDIM adds in each step, 0 to 1.")
-@click.option("--clip-skip", type=int, default=0, help="Last layers of the text encoder that are not run.")
-@click.option("--size", type=size, metavar="WxH", help="Width and height in pixels.")
-@click.option("--image", type=_PATH, help="A picture to start from.")
+@click.option("--eta", type=float, default=0.0, show_default=True, help="Noise added in each step, 0 to 1; DDIM only.")
+@click.option(
+    "--clip-skip", type=int, default=0, show_default=True, help="Number of the text encoder's last layers to skip."
+)
+@click.option("--size", type=size, metavar="WxH", show_default="--image's, else the bundle's", help="In pixels.")
+@click.option("--image", type=PATH, help="A picture to start from.")
 @click.option("--strength", type=float, default=0.8, show_default=True, help="How far from --image, 0 to 1.")
-@click.option("--mask", type=_PATH, help="White where --image shall be made anew.")
+@click.option("--mask", type=PATH, help="A picture of --image's size: white marks the area to regenerate.")
 @click.option(
     "--paste/--no-paste", default=True, show_default=True, help="Keep --image's own pixels where --mask is black."
 )
 @click.option(
-    "--engine", type=click.Choice([backend.value for backend in Backend]), default="onnxruntime", show_default=True
+    "--engine",
+    type=click.Choice([backend.value for backend in Backend]),
+    default=Backend.ONNXRUNTIME.value,
+    show_default=True,
+    help="The backend that runs the model.",
 )
-@click.option("--max-rows", type=click.IntRange(1), default=16, show_default=True, help="Pictures made at a time.")
+@click.option("--max-rows", type=click.IntRange(1), default=16, show_default=True, help="Most pictures made at a time.")
 @click.option(
-    "--word", "words", multiple=True, help="What stands for {} in the prompts, in turn; else every --concept."
+    "--word",
+    "words",
+    multiple=True,
+    show_default="the words of every --concept",
+    help="Replaces {} in the prompts; may be repeated, one picture per word.",
 )
-@click.option("--grid", type=_PATH, metavar="FILE.png", help="Also all pictures as one: prompts by words and seeds.")
-@click.option("--output", type=_PATH, default=Path("output"), show_default=True, help="Folder for the pictures.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output.")
+@click.option(
+    "--grid", type=PATH, metavar="FILE.png", help="Also save all pictures as one: prompts by words and seeds."
+)
+@click.option("--output", type=PATH, default=Path("output"), show_default=True, help="Folder for the pictures.")
+@json_option
 def command(
     bundle: Path,
     prompts: Sequence[str],
     concepts: Sequence[Path],
     image: Path | None,
     mask: Path | None,
-    sampler: str | None,
     engine: str,
     max_rows: int,
     words: Sequence[str],
@@ -90,11 +91,10 @@ def command(
     as_json: bool,
     **settings: Any,
 ) -> None:
-    """Makes pictures from PROMPT... with the model in BUNDLE; {} in a prompt stands for each word in turn."""
+    """Generate pictures from PROMPT... with the model in BUNDLE. {} in a prompt stands for each word in turn."""
     start = time.perf_counter()
     shared = {
         **settings,
-        "sampler": None if sampler is None else Sampler(sampler),
         "image": None if image is None else read_image(image),
         "mask": None if mask is None else read_mask(mask),
     }
@@ -105,21 +105,25 @@ def command(
     model = Model.open(bundle, Backend(engine), capacity=max(DEFAULT_CAPACITY, vectors))
     for concept in loaded:
         model.load(concept)
-    console = Console(stderr=True)
-    batch = Batch(model, max_rows, listen=console.is_terminal)
-    for request in requests:
-        batch.add(request)
     sheet = None if grid is None else _grid(prompts, words, requests, model)
     opened = time.perf_counter()
-    saved = _run(batch, output, model, console)
-    images = [saved[key] for key in sorted(saved)]
-    if grid is not None and sheet is not None:
+    count = sum(request.num_images for request in requests)
+    with ProgressBar(f"{count} picture{'s' * (count > 1)}") as progress:
+        batch = Batch(model, max_rows, listen=progress.on_terminal)
+        added = {batch.add(request): request for request in requests}
+        pictures = _Pictures(added, output, Path(model.manifest.source.id).name)
+        pictures.run(batch, progress)
+    images = [pictures.saved[key] for key in sorted(pictures.saved)]
+    failed = [pictures.failed[key] for key in sorted(pictures.failed)]
+    if grid is not None and sheet is not None and not failed:
         _save_grid(grid, sheet, images)
+    files = [*(entry["file"] for entry in images), *([] if grid is None or failed else [str(grid)])]
     report = {
         "images": images,
-        "grid": None if grid is None else str(grid),
+        "failed": failed,
+        "grid": None if grid is None or failed else str(grid),
         "words": model.words,
-        "engine": model.engine("denoise_step").backend,
+        "engine": model.engine("denoise_step").backend if "denoise_step" in model.opened else None,
         "digests": {name: graph.digest for name, graph in model.manifest.graphs.items()},
         "seconds": {
             "open": opened - start,
@@ -131,46 +135,61 @@ def command(
         "gpu_mib": model.gpu_mib,
     }
     if as_json:
-        click.echo(json.dumps(report, indent=1))
-        return
-    for entry in images:
-        click.echo(entry["file"])
-    if grid is not None:
-        click.echo(str(grid))
+        print_json(report)
+    else:
+        for file in files:
+            click.echo(file)
+    if failed:
+        others = f" (and {len(failed) - 1} more of {count} pictures failed)" if len(failed) > 1 else ""
+        raise OnewordError(f"{failed[0]['error']}{others}")
 
 
-def _run(batch: Batch, output: Path, model: Model, console: Console) -> dict[tuple[int, int], dict[str, Any]]:
-    """Steps the batch to its end; pictures are saved as they come. Raises the first failure, once all else is saved."""
-    saved: dict[tuple[int, int], dict[str, Any]] = {}
-    failures: list[OnewordError] = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+class _Pictures:
+    """The report's entries by (request, picture): pictures are saved as they come, failures are collected."""
+
+    def __init__(self, requests: Mapping[int, Request], output: Path, model: str) -> None:
+        self.saved: dict[tuple[int, int], dict[str, Any]] = {}
+        self.failed: dict[tuple[int, int], dict[str, Any]] = {}
+        self._requests, self._output, self._model = requests, output, model
+
+    def run(self, batch: Batch, progress: ProgressBar) -> None:
+        """Steps the batch to its end."""
         total = len(batch)
-        task = progress.add_task(f"{total} picture{'s' * (total > 1)}", total=None)
         steps: dict[tuple[int, int], tuple[int, int]] = {}
         while batch:
             for event in batch.step():
+                key = event.id, event.index
                 match event:
                     case StepDone():
-                        steps[event.id, event.index] = event.step, event.steps
+                        steps[key] = event.step, event.steps
                     case PictureDone():
-                        entry = _save(event, output, model)
-                        saved[event.id, event.index] = entry
-                        if not console.is_terminal:
-                            console.print(f"{len(saved)}/{total} {entry['file']}", markup=False, soft_wrap=True)
+                        self._save(event)
                     case Failed():
-                        failures.append(event.error)
+                        self._fail(key, event.error)
+                if key in self.saved:
+                    progress.line(f"{len(self.saved)}/{total} {self.saved[key]['file']}")
             progress.update(
-                task, completed=sum(done for done, _ in steps.values()), total=sum(all for _, all in steps.values())
+                completed=sum(done for done, _ in steps.values()), total=sum(all for _, all in steps.values())
             )
-    if failures:
-        raise failures[0]
-    return saved
+
+    def _save(self, event: PictureDone) -> None:
+        try:
+            self.saved[event.id, event.index] = _save(event, self._output, self._model)
+        except OnewordError as error:
+            self._fail((event.id, event.index), error)
+
+    def _fail(self, key: tuple[int, int], error: OnewordError) -> None:
+        request, index = self._requests[key[0]], key[1]
+        self.failed[key] = {
+            "prompt": request.prompt,
+            "seed": request.seed + index,
+            "error": one_line(error, limit=None),
+        }
 
 
-def _save(event: PictureDone, output: Path, model: Model) -> dict[str, Any]:
-    """Writes one picture under a name that is free, and says what it is."""
-    text = parameters_text(event.request, event.settings, event.seed, Path(model.manifest.source.id).name)
+def _save(event: PictureDone, output: Path, model: str) -> dict[str, Any]:
+    """Writes one picture under a free name; its entry in the report. Raises FileError."""
+    text = parameters_text(event.request, event.settings, event.seed, model)
     slug = re.sub(r"[\W_]+", "-", event.request.prompt).strip("-").lower()[:60] or "picture"
     path = output / f"{slug}-{event.seed}.png"
     for number in range(2, 100_000):
@@ -189,7 +208,7 @@ def _save(event: PictureDone, output: Path, model: Model) -> dict[str, Any]:
 
 
 def _filled(prompts: Sequence[str], words: Sequence[str], grid: Path | None) -> list[str]:
-    """The prompts, each with every word in place of its {}. Raises UsageError where words or places for them lack."""
+    """The prompts, each with every word in place of its {}. Raises UsageError if either is missing."""
     places = [prompt for prompt in prompts if _PLACE in prompt]
     if places and not words:
         raise UsageError(f"no word is given for the {_PLACE} of {places[0][:80]!r}: give --word or --concept")
@@ -198,7 +217,7 @@ def _filled(prompts: Sequence[str], words: Sequence[str], grid: Path | None) -> 
     if grid is not None and 0 < len(places) < len(prompts):
         without = next(prompt for prompt in prompts if _PLACE not in prompt)
         raise UsageError(
-            f"{without[:80]!r} has no {_PLACE}, others of this grid have: write it where words shall stand"
+            f"{without[:80]!r} has no {_PLACE}, other prompts of this grid have: write it where the words should be"
         )
     return [
         filled
