@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from oneword.engines.errors import OnewordError, UsageError, one_line
+from oneword.engines.errors import FileError, OnewordError, UsageError, one_line
 from oneword.engines.open import Backend
 from oneword.runtime.batch import Batch, Failed, PictureDone, StepDone
 from oneword.runtime.commands import HELP, PATH, ProgressBar, json_option, print_json, run_command, size, version_option
@@ -110,14 +110,12 @@ def command(
     count = sum(request.num_images for request in requests)
     with ProgressBar(f"{count} picture{'s' * (count > 1)}") as progress:
         batch = Batch(model, max_rows, listen=progress.on_terminal)
-        added = {batch.add(request): request for request in requests}
-        pictures = _Pictures(added, output, Path(model.manifest.source.id).name)
-        pictures.run(batch, progress)
-    images = [pictures.saved[key] for key in sorted(pictures.saved)]
-    failed = [pictures.failed[key] for key in sorted(pictures.failed)]
+        by_id = {batch.add(request): request for request in requests}
+        images, failed = _generate(batch, by_id, output, Path(model.manifest.source.id).name, progress)
+    files = [entry["file"] for entry in images]
     if grid is not None and sheet is not None and not failed:
         _save_grid(grid, sheet, images)
-    files = [*(entry["file"] for entry in images), *([] if grid is None or failed else [str(grid)])]
+        files.append(str(grid))
     report = {
         "images": images,
         "failed": failed,
@@ -144,47 +142,42 @@ def command(
         raise OnewordError(f"{failed[0]['error']}{others}")
 
 
-class _Pictures:
-    """The report's entries by (request, picture): pictures are saved as they come, failures are collected."""
+def _generate(
+    batch: Batch, requests: Mapping[int, Request], output: Path, model: str, progress: ProgressBar
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Steps the batch to its end; the report's entries of saved and of failed pictures, in the order of the requests.
 
-    def __init__(self, requests: Mapping[int, Request], output: Path, model: str) -> None:
-        self.saved: dict[tuple[int, int], dict[str, Any]] = {}
-        self.failed: dict[tuple[int, int], dict[str, Any]] = {}
-        self._requests, self._output, self._model = requests, output, model
-
-    def run(self, batch: Batch, progress: ProgressBar) -> None:
-        """Steps the batch to its end."""
-        total = len(batch)
-        steps: dict[tuple[int, int], tuple[int, int]] = {}
-        while batch:
-            for event in batch.step():
-                key = event.id, event.index
-                match event:
-                    case StepDone():
-                        steps[key] = event.step, event.steps
-                    case PictureDone():
-                        self._save(event)
-                    case Failed():
-                        self._fail(key, event.error)
-                if key in self.saved:
-                    progress.line(f"{len(self.saved)}/{total} {self.saved[key]['file']}")
-            progress.update(
-                completed=sum(done for done, _ in steps.values()), total=sum(all for _, all in steps.values())
-            )
-
-    def _save(self, event: PictureDone) -> None:
-        try:
-            self.saved[event.id, event.index] = _save(event, self._output, self._model)
-        except OnewordError as error:
-            self._fail((event.id, event.index), error)
-
-    def _fail(self, key: tuple[int, int], error: OnewordError) -> None:
-        request, index = self._requests[key[0]], key[1]
-        self.failed[key] = {
-            "prompt": request.prompt,
-            "seed": request.seed + index,
-            "error": one_line(error, limit=None),
-        }
+    Pictures are saved as they come. When one cannot be saved, the rest is not made.
+    """
+    keys = [(id, index) for id, request in requests.items() for index in range(request.num_images)]
+    saved: dict[tuple[int, int], dict[str, Any]] = {}
+    errors: dict[tuple[int, int], OnewordError] = {}
+    steps: dict[tuple[int, int], tuple[int, int]] = {}
+    while batch:
+        for event in batch.step():
+            key = event.id, event.index
+            match event:
+                case StepDone():
+                    steps[key] = event.step, event.steps
+                case Failed():
+                    errors[key] = event.error
+                case PictureDone():
+                    try:
+                        saved[key] = _save(event, output, model)
+                        progress.line(f"{len(saved)}/{len(keys)} {saved[key]['file']}")
+                    except FileError as error:
+                        errors = dict.fromkeys(keys, error) | errors
+                        for id in requests:
+                            batch.cancel(id)
+        progress.update(
+            completed=sum(step for step, _ in steps.values()), total=sum(count for _, count in steps.values())
+        )
+    failed = [
+        {"prompt": requests[id].prompt, "seed": requests[id].seed + index, "error": one_line(errors[id, index], None)}
+        for id, index in keys
+        if (id, index) not in saved
+    ]
+    return [saved[key] for key in keys if key in saved], failed
 
 
 def _save(event: PictureDone, output: Path, model: str) -> dict[str, Any]:

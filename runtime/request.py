@@ -28,8 +28,8 @@ MAX_PIXELS = 1 << 24  # 4096 x 4096
 class Request:
     """One or more pictures from one prompt. None stands for the bundle's default; picture i has the seed `seed + i`.
 
-    With `image` that picture is edited: `strength` is how much of it is replaced by noise first. With `mask` (255 or
-    True: regenerate, 0: keep) only that area is, as in Blended Latent Diffusion (arXiv 2206.02779).
+    With `image` that picture is edited: `strength` is how much of it is replaced by noise first. With `mask` only the
+    area where it is True, or 128 and more, is regenerated, as in Blended Latent Diffusion (arXiv 2206.02779).
 
     Raises UsageError with one line that says what was given and what is allowed.
     """
@@ -59,9 +59,9 @@ class Request:
     """Copy the pixels of `image` back outside the mask; False keeps them as the decoder returns them."""
 
     def __post_init__(self) -> None:
-        for name in ("prompt", "negative_prompt"):
-            if (text := getattr(self, name)) is not None:
-                check_prompt(text, name)
+        check_prompt(self.prompt)
+        if self.negative_prompt is not None:
+            check_prompt(self.negative_prompt, "negative prompt")
         if self.sampler is not None:
             object.__setattr__(self, "sampler", _known_sampler(self.sampler))
         _within("seed", self.seed, 0, 2**63 - 1, whole=True)
@@ -192,5 +192,5 @@ def _check_mask(mask: npt.NDArray[Any], image: Image | None) -> None:
     if mask.shape != image.shape[:2]:
         (height, width), (h, w) = image.shape[:2], mask.shape
         raise UsageError(f"the mask is {w}x{h}, the image {width}x{height}: they must be of one size")
-    if not mask.any():
+    if not (mask if mask.dtype == np.bool_ else mask >= 128).any():
         raise UsageError("the mask is all black, so nothing would change: paint the area to regenerate white")

@@ -11,8 +11,9 @@ import PIL.Image
 import pytest
 
 from oneword.engines.bundle import Bundle
-from oneword.engines.errors import EngineError
+from oneword.engines.errors import EngineError, FileError
 from oneword.engines.open import Backend
+from oneword.runtime import cli
 from oneword.runtime.batch import PictureDone
 from oneword.runtime.cli import main
 from oneword.runtime.concept import Concept, save_concept
@@ -266,6 +267,26 @@ def test_when_a_picture_fails_the_others_are_saved_and_reported(
     assert report["grid"] is None
     assert not (tmp_path / "grid.png").exists()
     assert sorted(str(path) for path in (tmp_path / "out").iterdir()) == [entry["file"] for entry in report["images"]]
+
+
+def test_when_a_picture_cannot_be_saved_those_before_it_are_reported(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(image: Image, path: Path, text: str) -> None:
+        if path.name != "a-cat-0.png":
+            raise FileError(f"cannot write {path}: No space left on device")
+        save_png(image, path, text)
+
+    monkeypatch.setattr(cli, "save_png", full)
+    line = [tiny_bundle, "a cat", "--num-images", 3, "--steps", 1, "--output", tmp_path, "--json"]
+
+    assert run(monkeypatch, *line) == 1
+
+    captured = capsys.readouterr()
+    report = json.loads(captured.out)
+    assert [entry["file"] for entry in report["images"]] == [str(tmp_path / "a-cat-0.png")]
+    assert [entry["seed"] for entry in report["failed"]] == [1, 2]
+    assert captured.err.endswith("No space left on device (and 1 more of 3 pictures failed)\n")
 
 
 def test_without_json_the_files_that_were_saved_are_printed(

@@ -37,13 +37,15 @@ IMAGE = np.zeros((16, 24, 3), np.uint8)
         ({"size": (64, 64.0)}, r"size is 64\.0, allowed is a whole number"),
         ({"sampler": "nonsense"}, "sampler is 'nonsense', allowed are ddim, ddpm, euler, euler-a, dpmpp-2m, "),
         ({"sampler": 5}, "sampler is 5, allowed are ddim, "),
-        ({"prompt": 5}, "the prompt is 5, allowed is text"),
+        ({"prompt": None}, "the prompt is None, allowed is text"),
+        ({"negative_prompt": 5}, "the negative prompt is 5, allowed is text"),
         ({"prompt": "a" * 20_001}, "the prompt has 20001 characters, allowed are 20000"),
         ({"prompt": "\ud800"}, "the prompt is not valid Unicode"),
         ({"image": IMAGE.astype(np.float32)}, r"image is float32 \[16, 24, 3\], allowed is uint8 \[H, W, 3\]"),
         ({"mask": np.ones((16, 24), np.bool_)}, "a mask was given without an image"),
         ({"image": IMAGE, "mask": np.ones((24, 16), np.bool_)}, "the mask is 16x24, the image 24x16"),
         ({"image": IMAGE, "mask": np.zeros((16, 24), np.bool_)}, "the mask is all black"),
+        ({"image": IMAGE, "mask": np.full((16, 24), 127, np.uint8)}, "the mask is all black"),
     ],
 )
 def test_a_wrong_setting_is_one_line_with_what_is_allowed(settings: dict[str, Any], message: str) -> None:
