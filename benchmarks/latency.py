@@ -38,6 +38,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from oneword.engines.files import write_whole
+
 CONTENDERS = {  # and the packages that each needs
     "ours-onnxruntime": ("onnxruntime",),
     "ours-openvino": ("openvino",),
@@ -123,8 +125,7 @@ def run(case: Case, contenders: Sequence[str], options: argparse.Namespace) -> l
                 shared += ["--model", model, "--bundle", bundle, *(["--quick"] if options.quick else [])]
                 kept[key] = json.loads(_python("-m", "benchmarks.latency", *shared, threads=options.threads))
                 kept[key]["cold_s"] = _cold(name, case, model, bundle, folder, shared, options.threads)
-                file.with_suffix(".part").write_text(json.dumps(kept, indent=1))
-                file.with_suffix(".part").replace(file)
+                write_whole(file, json.dumps(kept, indent=1).encode(), sync=False)
                 print(f"{case.name}, {name}: {kept[key]['picture_ms']:.0f} ms a picture", file=sys.stderr)
         rounds.append({n: kept[f"{number} {n} {case.steps} steps {options.threads} threads"] for n in contenders})
     return rounds

@@ -1,6 +1,6 @@
-"""Everything that goes wrong and that we can name.
+"""The exception hierarchy.
 
-A message is one line: what was given, what is allowed, what mends it.
+A message is one line: what was given, what is allowed, how to fix it.
 
 OnewordError            exit status 1
 ├── UsageError          exit status 2: the command or the call asked for something that does not exist
@@ -68,6 +68,6 @@ def without_frames(error: OnewordError) -> OnewordError:
     return error
 
 
-def one_line(error: Exception) -> str:
-    """What another package's error says, on one line and not for ever."""
-    return " ".join(str(error).split())[:300]
+def one_line(error: BaseException, limit: int | None = 300) -> str:
+    """An error's message on one line, by default truncated to 300 characters; its type's name if it has no message."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__

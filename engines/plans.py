@@ -11,7 +11,6 @@ import fcntl
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from pathlib import Path
 import msgspec
 
 from oneword.engines.errors import FileError
+from oneword.engines.files import write_whole
 from oneword.engines.graph import Precision
 
 Ranges = Mapping[str, tuple[int, int, int]]
@@ -92,31 +92,16 @@ class PlanCache:
     def _store(self, key: PlanKey, plan: bytes) -> None:
         """The plan first, then the index that vouches for it: killed in between, the plan is never loaded."""
         entry = _Entry(hashlib.sha256(plan).hexdigest(), len(plan), asdict(key))
-        self._write(self.path(key), plan)
+        write_whole(self.path(key), plan)
         with self._lock("index.lock"):
             index = {**self._index(), key.name: entry}
-            self._write(self.folder / "index.json", msgspec.json.encode(index, order="sorted"))
+            write_whole(self.folder / "index.json", msgspec.json.encode(index, order="sorted"))
 
     def _index(self) -> dict[str, _Entry]:
         try:
             return msgspec.json.decode((self.folder / "index.json").read_bytes(), type=dict[str, _Entry])
         except (OSError, msgspec.DecodeError, UnicodeDecodeError):
             return {}
-
-    def _write(self, path: Path, data: bytes) -> None:
-        """Whole or not at all."""
-        temporary = ""
-        try:
-            with tempfile.NamedTemporaryFile(dir=self.folder, prefix=f".{path.name}.", delete=False) as stream:
-                temporary = stream.name
-                stream.write(data)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(temporary, path)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise FileError(f"cannot write the plan {path} ({len(data) >> 20} MiB): {error.strerror}") from error
 
     @contextlib.contextmanager
     def _lock(self, name: str) -> Iterator[None]:

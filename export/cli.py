@@ -1,6 +1,5 @@
-"""`ti-export MODEL BUNDLE`: a thin skin over export_bundle."""
+"""`ti-export`: a bundle from a model. A thin skin over `export_bundle` and `build_plans`."""
 
-import json
 import logging
 import math
 import time
@@ -8,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
+from click.core import ParameterSource
 
 from oneword.engines.builder import Flavour, installed_version, target_of
+from oneword.engines.errors import UsageError
 from oneword.engines.graph import Precision
-from oneword.runtime.cli import size
-from oneword.runtime.commands import run_command
+from oneword.runtime.commands import HELP, PATH, ProgressBar, json_option, print_json, run_command, size, version_option
 from oneword.runtime.profiles import PlanLimits, build_plans
 
 
@@ -28,13 +27,14 @@ def lora(value: str) -> tuple[Path, float]:
         raise click.BadParameter(f"{value!r} is not FILE or FILE:SCALE, for example style.safetensors:0.8") from None
 
 
-@click.command()
+@click.command(name="ti-export", context_settings=HELP)
+@version_option
 @click.argument("model")
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=PATH)
 @click.option(
     "--config",
-    type=click.Path(path_type=Path),
-    help="For MODEL a single .safetensors file: a diffusers directory of its kind, whose weights are not read.",
+    type=PATH,
+    help="If MODEL is a single .safetensors file: a diffusers directory of the same kind; its weights are not read.",
 )
 @click.option(
     "--lora",
@@ -42,7 +42,7 @@ def lora(value: str) -> tuple[Path, float]:
     type=lora,
     multiple=True,
     metavar="FILE[:SCALE]",
-    help="A LoRA to be fused into the model; may be repeated.",
+    help="A LoRA to fuse into the model; may be repeated.",
 )
 @click.option(
     "--precision",
@@ -52,68 +52,72 @@ def lora(value: str) -> tuple[Path, float]:
     help="What the networks compute in; the sampler's state stays float32.",
 )
 @click.option(
-    "--engine",
-    type=click.Choice(["onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"]),
-    default="onnxruntime",
-    show_default=True,
-    help="What the bundle is for; the TensorRTs have plans built ahead of time.",
+    "--plans",
+    "flavour",
+    type=click.Choice([flavour.value for flavour in Flavour]),
+    help="Also build plans for this backend, ahead of time.",
 )
 @click.option(
     "--target",
-    default="sm89",
-    show_default=True,
-    help="GPU that the plans are for, or several: sm89,sm120 (TensorRT only).",
+    metavar="SM",
+    show_default="tensorrt: the GPU of this machine; tensorrt-rtx: sm89",
+    help="GPU to build plans for; with tensorrt-rtx also several: sm89,sm120.",
 )
-@click.option("--max-batch", type=click.IntRange(1), default=4, show_default=True, help="Most pictures a plan takes.")
-@click.option("--max-size", type=click.IntRange(8), help="Longest side a plan takes, in pixels; else the model's own.")
+@click.option(
+    "--max-batch", type=click.IntRange(1), default=4, show_default=True, help="Most pictures that a plan takes."
+)
+@click.option(
+    "--max-size", type=click.IntRange(8), show_default="the model's own", help="Longest side a plan takes, in pixels."
+)
 @click.option(
     "--static-size",
     "static_sizes",
     type=size,
     multiple=True,
     metavar="WxH",
-    help="A size that gets plans of its own, faster there; may be repeated (TensorRT only).",
+    help="A size that gets plans of its own, which are faster; may be repeated.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output.")
+@json_option
+@click.pass_context
 def command(
+    context: click.Context,
     model: str,
     bundle: Path,
     config: Path | None,
     loras: tuple[tuple[Path, float], ...],
     precision: str,
-    engine: str,
+    flavour: str | None,
     target: str | None,
     max_batch: int,
     max_size: int | None,
     static_sizes: tuple[tuple[int, int], ...],
     as_json: bool,
 ) -> None:
-    """Compile MODEL, a diffusers directory, a hub id, a single .safetensors file or the word `miniature`, into the
-    folder BUNDLE.
+    """Compile MODEL into the folder BUNDLE.
 
-    Every graph is compared with PyTorch on fresh inputs before the bundle appears.
+    MODEL is a diffusers directory, a hub id, a single .safetensors file or the word `miniature`. Every graph is
+    compared with PyTorch on fresh inputs before the bundle appears.
     """
     started = time.perf_counter()
-    console = Console(stderr=True)
+    plans = None if flavour is None else Flavour(flavour)
+    if plans is None:
+        _refuse_options_of_plans(context)
+    else:  # before the long work
+        installed_version(plans)
+        target = target_of(plans, target)
+    limits = PlanLimits(max_batch, max_size, static_sizes)
     silence_libraries()
     from oneword.export.source import Lora  # torch: after --help has been answered
     from oneword.export.write import export_bundle
 
-    plans: dict[str, list[Path]] = {}
-    limits = PlanLimits(max_batch, max_size, static_sizes)
-    flavour = Flavour(engine) if engine.startswith("tensorrt") else None
-    if flavour is not None:  # before the long work
-        installed_version(flavour)
-        target = target_of(flavour, target)
-    with console.status(f"exporting {model}") as status:
+    with ProgressBar(f"exporting {model}") as progress:
 
         def report(message: str) -> None:
-            elapsed = time.perf_counter() - started
-            status.update(message)
-            console.print(f"[dim]{elapsed:6.1f} s[/dim]  {message}", highlight=False)
+            progress.update(description=message)
+            progress.line(f"{time.perf_counter() - started:6.1f} s  {message}")
 
         def accept(exportable: Any) -> None:
-            if flavour is not None:
+            if plans is not None:
                 limits.check(exportable.vae, exportable.defaults)
 
         exported = export_bundle(
@@ -121,23 +125,32 @@ def command(
             bundle,
             precision=Precision(precision),
             config=config,
-            loras=[Lora(*each) for each in loras],
+            loras=[Lora(file, scale) for file, scale in loras],
             report=report,
             accept=accept,
         )
-        if flavour is not None:
-            report(f"building plans with {flavour} for {target}")
-            plans = build_plans(exported.bundle, flavour, target, limits, report)
-    seconds = time.perf_counter() - started
-    for difference in exported.differences:
-        console.print(f"          {difference}", highlight=False)
-    for reason in exported.unchecked:
-        console.print(f"          not checked: {reason}", highlight=False)
+        paths: dict[str, list[Path]] = {}
+        if plans is not None:
+            report(f"building plans with {plans} for {target}")
+            paths = build_plans(exported.bundle, plans, target, limits, report)
+        seconds = time.perf_counter() - started
+        for difference in exported.differences:
+            progress.note(f"          {difference}")
+        for reason in exported.unchecked:
+            progress.note(f"          not checked: {reason}")
+        if not as_json:
+            progress.note(f"wrote {bundle} in {seconds:.1f} s")
     if as_json:
-        files = {name: [str(path) for path in paths] for name, paths in plans.items()}
-        print(json.dumps({**summary(exported, seconds), "engine": engine, "plans": files}, indent=1))
-    else:
-        console.print(f"wrote {bundle} in {seconds:.1f} s", highlight=False)
+        files = {name: [str(path) for path in built] for name, built in paths.items()}
+        print_json({**summary(exported, seconds), "target": target, "plans": files})
+
+
+def _refuse_options_of_plans(context: click.Context) -> None:
+    """Raises UsageError for an option that changes nothing without --plans."""
+    for name in ("target", "max_batch", "max_size", "static_sizes"):
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            [option] = [parameter.opts[0] for parameter in context.command.params if parameter.name == name]
+            raise UsageError(f"{option} has no effect without plans: add --plans tensorrt or --plans tensorrt-rtx")
 
 
 def summary(exported: Any, seconds: float) -> dict[str, object]:
@@ -161,7 +174,7 @@ def summary(exported: Any, seconds: float) -> dict[str, object]:
 
 
 def silence_libraries() -> None:
-    """What the libraries say about themselves is no news to the user; their errors are raised."""
+    """Silences the libraries' log messages; their errors are still raised."""
     for name in ("transformers", "diffusers", "huggingface_hub", "torch.utils._sympy"):
         logging.getLogger(name).setLevel(logging.ERROR)
 

@@ -7,10 +7,10 @@ import tokenizers
 import torch
 
 from oneword.engines.engine import Array, Given, HostArray, NumpyArray, complete_feeds, host_buffers
-from oneword.engines.errors import EngineError
+from oneword.engines.errors import EngineError, one_line
 from oneword.engines.graph import Graph, TensorSpec
 from oneword.export.families import Traceable, family_of
-from oneword.export.source import Source, first_line
+from oneword.export.source import Source
 from oneword.export.trace import to_torch
 from oneword.runtime.bundle import Provenance
 from oneword.runtime.model import Model
@@ -45,7 +45,7 @@ class EagerEngine:
             with torch.no_grad():
                 values = self.graph.module(*tensors.values())
         except RuntimeError as error:
-            raise EngineError(f"graph {self.name!r} failed: {first_line(error)}") from error
+            raise EngineError(f"graph {self.name!r} failed: {one_line(error)}") from error
         return {name: np.ascontiguousarray(value.numpy()) for name, value in zip(self.outputs, values, strict=True)}
 
 

@@ -22,7 +22,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from torch import nn
 from transformers import AutoTokenizer, BertTokenizer, CLIPTextModel, CLIPTextModelWithProjection
 
-from oneword.engines.errors import FileError, MissingPackage, OnewordError, UsageError
+from oneword.engines.errors import FileError, MissingPackage, OnewordError, UsageError, one_line
 from oneword.engines.files import file_digest
 
 COMPONENTS: Mapping[str, Any] = {
@@ -164,7 +164,7 @@ def load_single_file(file: Path, config: Path, pipeline: str, dtype: torch.dtype
             str(file), config=str(config), local_files_only=True, torch_dtype=dtype, **options
         )
     except Exception as e:  # of many kinds, whatever in the file is not as the config says
-        raise FileError(f"{file} cannot be loaded as a {pipeline} ({first_line(e)}): give its own --config") from e
+        raise FileError(f"{file} cannot be loaded as a {pipeline} ({one_line(e)}): give its own --config") from e
     loaded = {name: part for name, part in whole.components.items() if name in WANTED and part is not None}
     for part in loaded.values():
         if isinstance(part, nn.Module):
@@ -194,9 +194,7 @@ def fuse(loras: Sequence[Lora], pipeline: str, loaded: Mapping[str, Any]) -> Non
             whole.fuse_lora(lora_scale=lora.scale)
             whole.unload_lora_weights()
         except Exception as e:  # of many kinds, whatever in the file does not fit
-            raise FileError(
-                f"{lora.file} cannot be fused into this model ({first_line(e)}): give one made for it"
-            ) from e
+            raise FileError(f"{lora.file} cannot be fused into this model ({one_line(e)}): give one made for it") from e
     for part in loaded.values():
         if isinstance(part, nn.Module):
             part.eval().requires_grad_(False)
@@ -257,7 +255,7 @@ def download(model: str) -> tuple[Path, str]:
 
 def not_from_hub(model: str, error: Exception) -> FileError:
     """What to raise where a model cannot be downloaded."""
-    return FileError(f"{model} cannot be had from the hub ({first_line(error)}): give a local diffusers directory")
+    return FileError(f"{model} cannot be had from the hub ({one_line(error)}): give a local diffusers directory")
 
 
 def hub_files(names: Sequence[str]) -> list[str]:
@@ -289,7 +287,7 @@ def load_component(path: Path, name: str, class_name: str, dtype: torch.dtype) -
             options["variant"] = variant
         module: nn.Module = loader.from_pretrained(folder, **options)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as e:
-        raise FileError(f"{folder} cannot be loaded as {class_name} ({first_line(e)}): fetch the model again") from e
+        raise FileError(f"{folder} cannot be loaded as {class_name} ({one_line(e)}): fetch the model again") from e
     return module.eval().requires_grad_(False)
 
 
@@ -324,12 +322,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
-        raise FileError(f"{path} cannot be read ({first_line(e)})") from e
+        raise FileError(f"{path} cannot be read ({one_line(e)})") from e
     if not isinstance(value, dict):
         raise FileError(f"{path} does not hold a JSON object")
     return value
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, on one line."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

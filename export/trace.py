@@ -13,10 +13,9 @@ import onnx_ir
 import torch
 
 from oneword.engines.engine import NumpyArray, numpy_dtype
-from oneword.engines.errors import OnewordError
+from oneword.engines.errors import OnewordError, one_line
 from oneword.engines.graph import DType, Precision, TensorSpec
 from oneword.export.families import Traceable
-from oneword.export.source import first_line
 
 OPSET = 20
 BF16_OPSET = 22  # the first whose Conv takes bfloat16
@@ -53,9 +52,7 @@ def trace(graph: Traceable, folder: Path) -> tuple[str, ...]:
         onnx.checker.ValidationError,
         onnx.shape_inference.InferenceError,
     ) as e:
-        raise OnewordError(
-            f"{graph.name} cannot be traced to ONNX ({first_line(e)}): this model is not supported"
-        ) from e
+        raise OnewordError(f"{graph.name} cannot be traced to ONNX ({one_line(e)}): this model is not supported") from e
     return tuple(p.name for p in (path, path.with_name(path.name + ".data")) if p.exists())
 
 

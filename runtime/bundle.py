@@ -11,6 +11,7 @@
 Nothing here opens a graph.
 """
 
+import contextlib
 import itertools
 import json
 import os
@@ -23,8 +24,8 @@ from typing import Annotated, Any, Self
 
 import msgspec
 
-from oneword.engines.errors import BundleError, FileError, UsageError
-from oneword.engines.files import file_digest, sync
+from oneword.engines.errors import BundleError, FileError, UsageError, one_line
+from oneword.engines.files import file_digest, sync, write_whole
 from oneword.engines.graph import Graph, digest_of
 
 FORMAT_VERSION = 2
@@ -273,7 +274,9 @@ def _read_manifest(folder: Path) -> Manifest:
             )
         return msgspec.json.decode(data, type=Manifest)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
-        raise BundleError(f"{path} is not a valid manifest ({error}): export the model again with ti-export") from error
+        raise BundleError(
+            f"{path} is not a valid manifest ({one_line(error)}): export the model again with ti-export"
+        ) from error
 
 
 class _Version(msgspec.Struct):
@@ -359,13 +362,8 @@ def _remembered(folder: Path) -> Mapping[str, list[str | int]]:
 
 def _remember(folder: Path, stamps: Mapping[str, list[str | int]]) -> None:
     """Writes what was hashed; a read-only bundle is hashed again the next time."""
-    try:
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=VERIFIED, delete=False) as stream:
-            stream.write(msgspec.json.encode(stamps))
-        os.chmod(stream.name, 0o644)
-        os.replace(stream.name, folder / VERIFIED)
-    except OSError:
-        return
+    with contextlib.suppress(FileError):
+        write_whole(folder / VERIFIED, msgspec.json.encode(stamps), sync=False)
 
 
 def _strays(folder: Path, files: Iterable[str]) -> Iterator[str]:

@@ -1,69 +1,62 @@
-"""`ti-run`: prompts become pictures. A thin skin over `generate`; with --json one document on standard output."""
+"""`ti-run`: pictures from prompts. A thin skin over `Scheduler`."""
 
-import json
 import re
 import resource
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-import oneword
-from oneword.engines.errors import OnewordError, UsageError
+from oneword.engines.errors import FileError, OnewordError, UsageError, one_line
 from oneword.engines.open import Backend
 from oneword.runtime.backends import AUTO
-from oneword.runtime.commands import run_command
+from oneword.runtime.commands import HELP, PATH, ProgressBar, json_option, print_json, run_command, size, version_option
 from oneword.runtime.concept import load_concept
 from oneword.runtime.events import Failed, PictureDone, StepDone
 from oneword.runtime.generate import scheduler_for
 from oneword.runtime.grid import Grid
 from oneword.runtime.images import read_image, read_mask, save_png
 from oneword.runtime.model import Model
-from oneword.runtime.request import Request, settle
+from oneword.runtime.request import Request, resolve
 from oneword.runtime.samplers import Sampler
 from oneword.runtime.scheduler import Scheduler
 
-
-def size(value: str) -> tuple[int, int]:
-    """`512x768` as (width, height)."""
-    match = re.fullmatch(r"(\d{1,6})x(\d{1,6})", value)
-    if match is None:
-        raise click.BadParameter(f"{value!r} is not WIDTHxHEIGHT, for example 512x512")
-    return int(match[1]), int(match[2])
-
-
-_PATH = click.Path(path_type=Path)
 _PLACE = "{}"
+_BUNDLES = "the bundle's"
 
 
-@click.command(name="ti-run", context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
-@click.version_option(oneword.__version__, prog_name="oneword")
-@click.argument("bundle", type=_PATH)
+@click.command(name="ti-run", context_settings=HELP)
+@version_option
+@click.argument("bundle", type=PATH)
 @click.argument("prompts", metavar="PROMPT...", nargs=-1, required=True)
-@click.option("--concept", "concepts", type=_PATH, multiple=True, help="A learned word's file, or a folder of them.")
-@click.option("--negative-prompt", help="What the pictures shall not be.")
+@click.option("--concept", "concepts", type=PATH, multiple=True, help="A learned word's file, or a folder of them.")
+@click.option("--negative-prompt", help="What to avoid.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the first picture; picture i has seed + i.")
-@click.option("--num-images", type=int, default=1, show_default=True, help="Pictures of each prompt.")
-@click.option("--steps", type=int, help="Denoising steps; else the bundle's default.")
-@click.option("--sampler", type=click.Choice([sampler.value for sampler in Sampler]), help="Else the bundle's default.")
-@click.option("--guidance-scale", type=float, help="How strongly the prompt is obeyed; 1 is no guidance.")
-@click.option("--guidance-rescale", type=float, default=0.0, help="Against washed-out colours, 0 to 1.")
+@click.option("--num-images", type=int, default=1, show_default=True, help="Pictures per prompt.")
+@click.option("--steps", type=int, show_default=_BUNDLES, help="Denoising steps.")
+@click.option("--sampler", type=click.Choice([sampler.value for sampler in Sampler]), show_default=_BUNDLES)
+@click.option("--guidance-scale", type=float, show_default=_BUNDLES, help="Weight of the prompt; 1 is no guidance.")
+@click.option(
+    "--guidance-rescale", type=float, default=0.0, show_default=True, help="Against washed-out colours, 0 to 1."
+)
 @click.option(
     "--guidance-interval",
     type=(float, float),
     metavar="LOW HIGH",
-    help="Guide only where low < sigma / alpha <= high; else every step.",
+    show_default="all steps",
+    help="Guide only steps with LOW < sigma / alpha <= HIGH.",
 )
-@click.option("--eta", type=float, default=0.0, help="Noise that DDIM adds in each step, 0 to 1.")
-@click.option("--clip-skip", type=int, default=0, help="Last layers of the text encoder that are not run.")
-@click.option("--size", type=size, metavar="WxH", help="Width and height in pixels.")
-@click.option("--image", type=_PATH, help="A picture to start from.")
+@click.option("--eta", type=float, default=0.0, show_default=True, help="Noise added in each step, 0 to 1; DDIM only.")
+@click.option(
+    "--clip-skip", type=int, default=0, show_default=True, help="Number of the text encoder's last layers to skip."
+)
+@click.option("--size", type=size, metavar="WxH", show_default="--image's, else the bundle's", help="In pixels.")
+@click.option("--image", type=PATH, help="A picture to start from.")
 @click.option("--strength", type=float, default=0.8, show_default=True, help="How far from --image, 0 to 1.")
-@click.option("--mask", type=_PATH, help="White where --image shall be made anew.")
+@click.option("--mask", type=PATH, help="A picture of --image's size: white marks the area to regenerate.")
 @click.option(
     "--paste/--no-paste", default=True, show_default=True, help="Keep --image's own pixels where --mask is black."
 )
@@ -74,20 +67,25 @@ _PLACE = "{}"
     show_default=True,
     help="What runs the graphs; auto takes the fastest that is installed.",
 )
-@click.option("--max-rows", type=click.IntRange(1), default=16, show_default=True, help="Pictures made at a time.")
+@click.option("--max-rows", type=click.IntRange(1), default=16, show_default=True, help="Most pictures made at a time.")
 @click.option(
-    "--word", "words", multiple=True, help="What stands for {} in the prompts, in turn; else every --concept."
+    "--word",
+    "words",
+    multiple=True,
+    show_default="the words of every --concept",
+    help="Replaces {} in the prompts; may be repeated, one picture per word.",
 )
-@click.option("--grid", type=_PATH, metavar="FILE.png", help="Also all pictures as one: prompts by words and seeds.")
-@click.option("--output", type=_PATH, default=Path("output"), show_default=True, help="Folder for the pictures.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output.")
+@click.option(
+    "--grid", type=PATH, metavar="FILE.png", help="Also save all pictures as one: prompts by words and seeds."
+)
+@click.option("--output", type=PATH, default=Path("output"), show_default=True, help="Folder for the pictures.")
+@json_option
 def command(
     bundle: Path,
     prompts: Sequence[str],
     concepts: Sequence[Path],
     image: Path | None,
     mask: Path | None,
-    sampler: str | None,
     engine: str,
     max_rows: int,
     words: Sequence[str],
@@ -96,11 +94,10 @@ def command(
     as_json: bool,
     **settings: Any,
 ) -> None:
-    """Makes pictures from PROMPT... with the model in BUNDLE; {} in a prompt stands for each word in turn."""
+    """Generate pictures from PROMPT... with the model in BUNDLE. {} in a prompt stands for each word in turn."""
     start = time.perf_counter()
     shared = {
         **settings,
-        "sampler": None if sampler is None else Sampler(sampler),
         "image": None if image is None else read_image(image),
         "mask": None if mask is None else read_mask(mask),
     }
@@ -108,19 +105,25 @@ def command(
     words = words or [concept.token for concept in loaded]
     requests = [Request(prompt, **shared) for prompt in _filled(prompts, words, grid)]
     model = Model.open(bundle, engine, concepts=loaded)
-    console = Console(stderr=True)
-    scheduler = scheduler_for(model, requests, max_rows)
     sheet = None if grid is None else _grid(prompts, words, requests, model)
     opened = time.perf_counter()
-    saved = _run(scheduler, output, console)
-    images = [saved[key] for key in sorted(saved)]
-    if grid is not None and sheet is not None:
+    scheduler = scheduler_for(model, requests, max_rows)
+    count = len(scheduler)
+    with ProgressBar(f"{count} picture{'s' * (count > 1)}") as progress:
+        if model.why:
+            progress.note(model.why)
+        images, failed = _generate(scheduler, requests, output, progress)
+    files = [entry["file"] for entry in images]
+    if grid is not None and sheet is not None and not failed:
         _save_grid(grid, sheet, images)
+        files.append(str(grid))
     report = {
         "images": images,
-        "grid": None if grid is None else str(grid),
+        "failed": failed,
+        "grid": None if grid is None or failed else str(grid),
         "words": model.words,
-        "engine": model.engine("denoise_step").backend,
+        "engine": model.engine("denoise_step").backend if "denoise_step" in model.opened else None,
+        "engine_choice": model.why or None,
         "digests": {name: graph.digest for name, graph in model.manifest.graphs.items()},
         "seconds": {
             "open": opened - start,
@@ -128,49 +131,58 @@ def command(
             **scheduler.seconds,
             "total": time.perf_counter() - start,
         },
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10,
+        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10),
         "gpu_mib": model.gpu_mib,
     }
     if as_json:
-        click.echo(json.dumps(report, indent=1))
-        return
-    for entry in images:
-        click.echo(entry["file"])
-    if grid is not None:
-        click.echo(str(grid))
+        print_json(report)
+    else:
+        for file in files:
+            click.echo(file)
+    if failed:
+        others = f" (and {len(failed) - 1} more of {count} pictures failed)" if len(failed) > 1 else ""
+        raise OnewordError(f"{failed[0]['error']}{others}")
 
 
-def _run(scheduler: Scheduler, output: Path, console: Console) -> dict[tuple[int, int], dict[str, Any]]:
-    """Saves pictures as they come. Raises the first failure, once all others are saved."""
+def _generate(
+    scheduler: Scheduler, requests: Sequence[Request], output: Path, progress: ProgressBar
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Steps the scheduler to its end; the report's entries of saved and of failed pictures, in the order of requests.
+
+    Pictures are saved as they come. If one cannot be saved, the rest is not made.
+    """
+    keys = [(id, index) for id, request in enumerate(requests) for index in range(request.num_images)]
     saved: dict[tuple[int, int], dict[str, Any]] = {}
-    failures: list[OnewordError] = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        total = len(scheduler)
-        task = progress.add_task(f"{total} picture{'s' * (total > 1)}", total=None)
-        steps: dict[tuple[int, int], tuple[int, int]] = {}
-        while scheduler:
-            for event in scheduler.step(1 if console.is_terminal else None):
-                match event:
-                    case StepDone():
-                        steps[event.id, event.index] = event.step, event.steps
-                    case PictureDone():
-                        entry = _save(event, output)
-                        saved[event.id, event.index] = entry
-                        if not console.is_terminal:
-                            console.print(f"{len(saved)}/{total} {entry['file']}", markup=False, soft_wrap=True)
-                    case Failed():
-                        failures.append(event.error)
-            progress.update(
-                task, completed=sum(done for done, _ in steps.values()), total=sum(all for _, all in steps.values())
-            )
-    if failures:
-        raise failures[0]
-    return saved
+    errors: dict[tuple[int, int], OnewordError] = {}
+    steps: dict[tuple[int, int], tuple[int, int]] = {}
+    while scheduler:
+        for event in scheduler.step(1 if progress.on_terminal else None):
+            key = event.id, event.index
+            match event:
+                case StepDone():
+                    steps[key] = event.step, event.steps
+                case Failed():
+                    errors[key] = event.error
+                case PictureDone():
+                    try:
+                        saved[key] = _save(event, output)
+                        progress.line(f"{len(saved)}/{len(keys)} {saved[key]['file']}")
+                    except FileError as error:
+                        errors = dict.fromkeys(keys, error) | errors
+                        scheduler.cancel_all()
+        progress.update(
+            completed=sum(step for step, _ in steps.values()), total=sum(count for _, count in steps.values())
+        )
+    failed = [
+        {"prompt": requests[id].prompt, "seed": requests[id].seed + index, "error": one_line(errors[id, index], None)}
+        for id, index in keys
+        if (id, index) not in saved
+    ]
+    return [saved[key] for key in keys if key in saved], failed
 
 
 def _save(event: PictureDone, output: Path) -> dict[str, Any]:
-    """Writes one picture under a name that is free, and says what it is."""
+    """Writes one picture under a free name; its entry in the report. Raises FileError."""
     slug = re.sub(r"[\W_]+", "-", event.request.prompt).strip("-").lower()[:60] or "picture"
     path = output / f"{slug}-{event.seed}.png"
     for number in range(2, 100_000):
@@ -189,7 +201,7 @@ def _save(event: PictureDone, output: Path) -> dict[str, Any]:
 
 
 def _filled(prompts: Sequence[str], words: Sequence[str], grid: Path | None) -> list[str]:
-    """The prompts, each with every word in place of its {}. Raises UsageError where words or places for them lack."""
+    """The prompts, each with every word in place of its {}. Raises UsageError if either is missing."""
     places = [prompt for prompt in prompts if _PLACE in prompt]
     if places and not words:
         raise UsageError(f"no word is given for the {_PLACE} of {places[0][:80]!r}: give --word or --concept")
@@ -198,7 +210,7 @@ def _filled(prompts: Sequence[str], words: Sequence[str], grid: Path | None) -> 
     if grid is not None and 0 < len(places) < len(prompts):
         without = next(prompt for prompt in prompts if _PLACE not in prompt)
         raise UsageError(
-            f"{without[:80]!r} has no {_PLACE}, others of this grid have: write it where words shall stand"
+            f"{without[:80]!r} has no {_PLACE}, other prompts of this grid have: write it where the words should be"
         )
     return [
         filled
@@ -210,7 +222,7 @@ def _filled(prompts: Sequence[str], words: Sequence[str], grid: Path | None) -> 
 def _grid(prompts: Sequence[str], words: Sequence[str], requests: Sequence[Request], model: Model) -> Grid:
     """A row for each prompt, its columns the words, and under each word the seeds. Raises UsageError if too large."""
     first, per_prompt = requests[0], len(requests) // len(prompts)
-    settings = settle(first, model.manifest)
+    settings = resolve(first, model.manifest)
     seeds = [f"seed {first.seed + i}" for i in range(first.num_images)] * per_prompt
     headings = [words, seeds] if _PLACE in prompts[0] else [seeds]
     return Grid(prompts, headings, len(seeds), (settings.width, settings.height))

@@ -1,35 +1,31 @@
-"""`ti-concept`: shows, checks and converts embedding files of any tool. A thin skin over `oneword.runtime.layouts`."""
+"""`ti-concept`: shows, checks and converts embedding files. A thin skin over `oneword.runtime.layouts`."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
 
-import oneword
-from oneword.engines.errors import ConceptError, UsageError
-from oneword.runtime.commands import run_command
+from oneword.engines.errors import ConceptError, FileError, UsageError, one_line
+from oneword.runtime.commands import HELP, PATH, json_option, print_json, run_command, version_option
 from oneword.runtime.concept import Concept, save_concept, token_from_stem
-from oneword.runtime.layouts import XTI_KEYS, Found, paired, read_words
-
-_PATH = click.Path(path_type=Path)
+from oneword.runtime.layouts import XTI_KEYS, FoundConcept, paired, read_concepts
 
 
-@click.group(name="ti-concept", context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
-@click.version_option(oneword.__version__, prog_name="oneword")
+@click.group(name="ti-concept", no_args_is_help=False, context_settings=HELP)
+@version_option
 def command() -> None:
     """Show, check and convert embedding files: .safetensors, .pt, .bin, A1111's pictures, folders, LoRAs."""
 
 
 @command.command()
-@click.argument("files", metavar="FILE...", type=_PATH, nargs=-1, required=True)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output.")
+@click.argument("files", metavar="FILE...", type=PATH, nargs=-1, required=True)
+@json_option
 def show(files: tuple[Path, ...], as_json: bool) -> None:
     """Print every word of the files: its token, layout, vectors and where it comes from."""
-    described = [_described(path, found) for path in files for found in read_words(path)]
+    described = [_described(path, found) for path in files for found in read_concepts(path)]
     if as_json:
-        click.echo(json.dumps(described, indent=1))
+        print_json(described)
         return
     for word in described:
         click.echo(f"{word['token']}  ({word['layout']}, {word['file']})")
@@ -41,13 +37,13 @@ def show(files: tuple[Path, ...], as_json: bool) -> None:
 
 
 @command.command()
-@click.argument("files", metavar="FILE...", type=_PATH, nargs=-1, required=True)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output.")
+@click.argument("files", metavar="FILE...", type=PATH, nargs=-1, required=True)
+@json_option
 def check(files: tuple[Path, ...], as_json: bool) -> None:
     """Say for every file whether it is safe to load, or why not. Exits 1 if any is refused."""
     results = [_checked(path) for path in files]
     if as_json:
-        click.echo(json.dumps(results, indent=1))
+        print_json(results)
     else:
         for result in results:
             click.echo(f"ok       {result['file']}" if result["ok"] else f"refused  {result['reason']}")
@@ -56,10 +52,10 @@ def check(files: tuple[Path, ...], as_json: bool) -> None:
 
 
 @command.command()
-@click.argument("files", metavar="FILE", type=_PATH, nargs=-1, required=True)
-@click.argument("out", type=_PATH)
+@click.argument("files", metavar="FILE", type=PATH, nargs=-1, required=True)
+@click.argument("out", type=PATH)
 @click.option("--token", help="Call the word this instead.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output.")
+@json_option
 def convert(files: tuple[Path, ...], out: Path, token: str | None, as_json: bool) -> None:
     """Write FILE's word as safetensors that diffusers, A1111, ComfyUI and ti-run read.
 
@@ -68,7 +64,7 @@ def convert(files: tuple[Path, ...], out: Path, token: str | None, as_json: bool
     """
     if len(files) > 2:
         raise UsageError(f"{len(files)} files to convert, allowed are one, or two that are a pair for SDXL")
-    words = [found for path in files for found in read_words(path)]
+    words = [found for path in files for found in read_concepts(path)]
     concepts = [paired(words)] if len(files) == 2 else [found.concept for found in words]
     if token is not None:
         if len(concepts) > 1:
@@ -87,9 +83,7 @@ def convert(files: tuple[Path, ...], out: Path, token: str | None, as_json: bool
     for concept, target in zip(concepts, targets, strict=True):
         save_concept(concept, target)
     if as_json:
-        click.echo(
-            json.dumps([{"token": c.token, "file": str(t)} for c, t in zip(concepts, targets, strict=True)], indent=1)
-        )
+        print_json([{"token": c.token, "file": str(t)} for c, t in zip(concepts, targets, strict=True)])
     else:
         for concept, target in zip(concepts, targets, strict=True):
             click.echo(f"{concept.token} -> {target}")
@@ -105,14 +99,14 @@ def _targets(concepts: list[Concept], out: Path) -> list[Path]:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConceptError(f"cannot make the folder {out}: {error.strerror}") from error
+        raise FileError(f"cannot make the folder {out}: {error.strerror}") from error
     names = [token_from_stem(concept.token.strip("<>") + ".x") for concept in concepts]
     if len(set(names)) != len(names):
         raise UsageError(f"words {', '.join(c.token for c in concepts)} would share a file: convert them one by one")
     return [out / f"{name}.safetensors" for name in names]
 
 
-def _described(path: Path, found: Found) -> dict[str, Any]:
+def _described(path: Path, found: FoundConcept) -> dict[str, Any]:
     return {
         "file": str(path),
         "layout": found.layout,
@@ -136,9 +130,9 @@ def _printable(text: str) -> str:
 
 def _checked(path: Path) -> dict[str, Any]:
     try:
-        words = read_words(path)
+        words = read_concepts(path)
     except ConceptError as error:
-        return {"file": str(path), "ok": False, "reason": " ".join(str(error).split())}
+        return {"file": str(path), "ok": False, "reason": one_line(error, limit=None)}
     return {"file": str(path), "ok": True, "tokens": [found.concept.token for found in words]}
 
 

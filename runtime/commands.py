@@ -1,22 +1,113 @@
-"""How a console script ends: its exit status, and one line on standard error when it could not be done."""
+"""What all commands share: common options, progress on standard error, and how a command ends. No command itself."""
 
+import json
+import re
 import sys
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, NoReturn, Self
 
 import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+import oneword
 from oneword.engines.errors import OnewordError
 
+HELP: Final = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
+"""Context settings of every command."""
+PATH: Final = click.Path(path_type=Path)
+"""An option or argument that is a path."""
 
-def run_command(command: click.Command, name: str) -> None:
-    """Runs a command and exits: 0 done, 2 wrong usage, 130 stopped, 1 anything else that can be named."""
+version_option = click.version_option(oneword.__version__, prog_name="oneword")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output.")
+
+
+def size(value: str) -> tuple[int, int]:
+    """The type of an option such as `512x768`: (width, height)."""
+    match = re.fullmatch(r"(\d{1,6})x(\d{1,6})", value, re.ASCII)
+    if match is None:
+        raise click.BadParameter(f"{value!r} is not WIDTHxHEIGHT, for example 512x512")
+    return int(match[1]), int(match[2])
+
+
+def print_json(document: object) -> None:
+    """The one document that `--json` prints on standard output."""
+    click.echo(json.dumps(document, indent=1))
+
+
+class ProgressBar:
+    """A bar on a terminal, plain lines elsewhere; both on standard error.
+
+    with ProgressBar("2 pictures") as progress:
+        progress.update(completed=7, total=40)      the bar, if there is one
+        progress.line("1/2 output/a-cat-0.png")     a line, if there is no bar
+        progress.note("the pictures repeat")        a line in any case
+    """
+
+    def __init__(self, description: str, console: Console | None = None) -> None:
+        self.console = Console(stderr=True) if console is None else console
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            TextColumn("{task.fields[count]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        self._bar = Progress(*columns, console=self.console, disable=not self.on_terminal, transient=True)
+        self._task = self._bar.add_task(description, total=None, count="")
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    @property
+    def on_terminal(self) -> bool:
+        """Whether there is a bar."""
+        return self.console.is_terminal
+
+    def update(
+        self, *, completed: float | None = None, total: float | None = None, description: str | None = None
+    ) -> None:
+        """Moves the bar; None leaves a value as it was."""
+        fields: dict[str, Any] = {} if completed is None or total is None else {"count": f"{completed:g}/{total:g}"}
+        self._bar.update(self._task, total=total, completed=completed, description=description, **fields)
+
+    def line(self, message: str) -> None:
+        """Prints a line if there is no bar."""
+        if not self.on_terminal:
+            self.note(message)
+
+    def note(self, message: str) -> None:
+        """Prints a line, above the bar if there is one."""
+        self.console.print(message, markup=False, highlight=False, soft_wrap=True)
+
+
+def run_command(command: click.Command, name: str) -> NoReturn:
+    """Runs a command and exits: 0 done, 2 wrong usage, 130 interrupted, 1 anything else that can be named.
+
+    What went wrong is one line on standard error, never a traceback.
+    """
     try:
         status = command.main(prog_name=name, standalone_mode=False)
+    except click.UsageError as error:
+        program = name if error.ctx is None else error.ctx.command_path
+        message, code = f"{error.format_message()} ({program} --help)", error.exit_code
     except click.ClickException as error:
         message, code = error.format_message(), error.exit_code
     except OnewordError as error:
         message, code = str(error), error.exit_code
     except (KeyboardInterrupt, click.Abort):
-        message, code = "stopped", 130
+        message, code = "interrupted", 130
+    except MemoryError as error:
+        message, code = f"out of memory ({error or 'the system has no more'}): ask for less at a time", 1
+    except OSError as error:
+        message, code = str(error), 1
     else:
         sys.exit(status if isinstance(status, int) else 0)
     click.echo(f"{name}: {' '.join(message.split())}", err=True)

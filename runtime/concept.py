@@ -12,7 +12,6 @@ import json
 import math
 import os
 import re
-import tempfile
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +24,7 @@ import numpy.typing as npt
 import safetensors.numpy
 
 from oneword.engines.errors import ConceptError
-from oneword.engines.files import sync
+from oneword.engines.files import write_whole
 
 Vectors: TypeAlias = npt.NDArray[np.float32]
 
@@ -72,7 +71,10 @@ class Concept:
 
 
 def save_concept(concept: Concept, path: str | os.PathLike[str]) -> None:
-    """Writes the word's file whole or not at all; provenance becomes the file's metadata. See docs/design.md."""
+    """Writes the word's file whole or not at all; provenance becomes the file's metadata. See docs/design.md.
+
+    Raises ConceptError for a word that `load_concept` would refuse, FileError where the disk does not take it.
+    """
     if set(concept.vectors) == {"text_encoder"}:
         tensors = {concept.token: concept.vectors["text_encoder"]}
     else:
@@ -166,28 +168,6 @@ def read_safetensors(data: bytes, name: str) -> tuple[dict[str, Vectors], dict[s
     if end != len(data) - start:
         raise ConceptError(f"{name}: {len(data) - start - end} bytes after the last tensor")
     return tensors, metadata
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Writes a file that appears whole or not at all, and survives a power cut. Raises ConceptError."""
-    try:
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}.")
-    except OSError as error:
-        raise ConceptError(f"cannot write {path}: {error.strerror}") from error
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-        sync(path.parent)
-    except OSError as error:
-        Path(temporary).unlink(missing_ok=True)
-        raise ConceptError(f"cannot write {path}: {error.strerror}") from error
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _header(data: bytes, name: str) -> tuple[dict[str, Any], int]:

@@ -4,13 +4,13 @@ import numpy as np
 import numpy.typing as npt
 
 from oneword.runtime.images import resized
-from oneword.runtime.request import Image, Request, Settings
+from oneword.runtime.request import Image, Request, ResolvedSettings
 
 Mask = npt.NDArray[np.bool_]
 """[H, W]: True marks the area to regenerate."""
 
 
-def edit_mask(request: Request, settings: Settings) -> Mask | None:
+def edit_mask(request: Request, settings: ResolvedSettings) -> Mask | None:
     """The request's mask at the size of the picture, by nearest neighbour; None if it has none."""
     if request.mask is None:
         return None
@@ -28,7 +28,7 @@ def latent_mask(mask: Mask, factor: int) -> npt.NDArray[np.float32]:
     return np.asarray(squares.any(axis=(1, 3)), np.float32)[None]
 
 
-def paste(image: Image, request: Request, settings: Settings) -> Image:
+def paste(image: Image, request: Request, settings: ResolvedSettings) -> Image:
     """The picture with the original's pixels outside the mask: the decoder changes those too, a little."""
     mask = edit_mask(request, settings)
     if mask is None or request.image is None or not request.paste:

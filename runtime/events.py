@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from oneword.engines.errors import OnewordError
 from oneword.runtime.images import parameters_text, save_png
-from oneword.runtime.request import Image, Request, Settings
+from oneword.runtime.request import Image, Request, ResolvedSettings
 
 Latents: TypeAlias = npt.NDArray[np.float32]
 """[C, h, w]"""
@@ -36,7 +36,7 @@ class PictureDone:
     seed: int
     image: Image
     request: Request
-    settings: Settings
+    settings: ResolvedSettings
     model: str
     """Name of the model, for the picture's metadata."""
 

@@ -1,8 +1,6 @@
 """Pictures in and out: PNGs with A1111's `parameters` text, saved whole or not at all; input pictures read safely."""
 
 import io
-import os
-import tempfile
 import warnings
 from pathlib import Path
 
@@ -12,13 +10,15 @@ import PIL.Image
 import PIL.ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from oneword.engines.errors import FileError, UsageError
-from oneword.runtime.request import Image, Request, Settings
+from oneword.engines.errors import FileError, OnewordError, UsageError, one_line
+from oneword.engines.files import write_whole
+from oneword.runtime.request import Image, Request, ResolvedSettings
 from oneword.runtime.samplers import Sampler
 
 _MAX_BYTES = 256 << 20
 _MAX_PIXELS = 120_000_000  # read; what is made of them is at most MAX_PIXELS
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # nothing that runs another program
+_TOPS = {"I": (255, 65535), "F": (1, 255, 65535)}  # what white may be in modes that do not say
 _A1111_SAMPLERS = {
     Sampler.DDIM: "DDIM",
     Sampler.DDPM: "DDPM",
@@ -34,19 +34,11 @@ _A1111_SAMPLERS = {
 def save_png(image: Image, path: str | Path, parameters: str = "") -> None:
     """Writes a PNG with A1111's text chunk `parameters`, whole or not at all. Raises FileError."""
     path = Path(path)
-    data = png_bytes(image, parameters)
-    temporary: str | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.stem[:100]}.", delete=False) as stream:
-            temporary = stream.name
-            stream.write(data)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
     except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-        raise FileError(f"cannot write {path}: {error.strerror}") from error
+        raise FileError(f"cannot make the folder {path.parent}: {error.strerror}") from error
+    write_whole(path, png_bytes(image, parameters), sync=False)
 
 
 def png_bytes(image: Image, parameters: str) -> bytes:
@@ -58,25 +50,54 @@ def png_bytes(image: Image, parameters: str) -> bytes:
     return stream.getvalue()
 
 
-def read_image(path: Path) -> Image:
-    """Reads a picture as uint8 [H, W, 3]: EXIF rotation applied, transparency on white.
+def open_picture(path: Path) -> PIL.Image.Image:
+    """Reads a picture safely, whoever made it: decoded, upright as its EXIF says, 8 bits a channel, in its own mode.
+
+    Of an animation it is the first frame. Numbers of 16 bits are scaled to 8; floats and 32-bit integers, which do not
+    state their range, by the smallest of 1 (floats alone), 255 and 65535 that holds them all.
 
     Raises UsageError where there is no such file, FileError where it is not a picture or has too many pixels.
     """
-    picture = _opened(path)
-    if picture.mode.startswith("I;16") or picture.mode in ("I", "F"):
-        values = np.asarray(picture, np.float64)
-        top = 65535.0 if values.max() > 255 else 255.0
-        picture = PIL.Image.fromarray((values.clip(0, top) / top * 255).round().astype(np.uint8))
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise FileError(f"{path} has more than {_MAX_BYTES >> 20} MiB: give a smaller picture")
+        with path.open("rb") as stream, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the size is checked below, by our own bound
+            picture = PIL.Image.open(stream, formats=_FORMATS)
+            if picture.width * picture.height > _MAX_PIXELS:
+                raise FileError(
+                    f"{path} is {picture.width}x{picture.height}, allowed are {_MAX_PIXELS} pixels: make it smaller"
+                )
+            picture.load()
+            return _eight_bits(PIL.ImageOps.exif_transpose(picture))
+    except FileNotFoundError:
+        raise UsageError(f"there is no picture {path}") from None
+    except IsADirectoryError:
+        raise UsageError(f"{path} is a folder: give one picture") from None
+    except PIL.UnidentifiedImageError:
+        raise FileError(f"{path} cannot be read as a picture: allowed are {', '.join(_FORMATS)}") from None
+    except OnewordError:
+        raise
+    except Exception as error:  # a damaged file makes Pillow's decoders raise almost anything
+        raise FileError(f"{path} cannot be read as a picture: {one_line(error)}") from error
+
+
+def on_white(picture: PIL.Image.Image) -> PIL.Image.Image:
+    """The picture as RGB, what is transparent over white."""
     if picture.has_transparency_data:
         rgba = picture.convert("RGBA")
         picture = PIL.Image.alpha_composite(PIL.Image.new("RGBA", rgba.size, "white"), rgba)
-    return np.asarray(picture.convert("RGB"))
+    return picture.convert("RGB")
+
+
+def read_image(path: Path) -> Image:
+    """Reads a picture as uint8 [H, W, 3], transparency on white. Errors as `open_picture`."""
+    return np.asarray(on_white(open_picture(path)))
 
 
 def read_mask(path: Path) -> npt.NDArray[np.bool_]:
-    """Reads a mask as bool [H, W]: True where it is more white than black."""
-    return np.asarray(_opened(path).convert("L")) >= 128
+    """Reads a mask as bool [H, W]: True where it is more white than black. Errors as `open_picture`."""
+    return np.asarray(open_picture(path).convert("L")) >= 128
 
 
 def resized(image: Image, width: int, height: int) -> Image:
@@ -86,7 +107,7 @@ def resized(image: Image, width: int, height: int) -> Image:
     return np.asarray(PIL.Image.fromarray(image).resize((width, height), PIL.Image.Resampling.LANCZOS))
 
 
-def parameters_text(request: Request, settings: Settings, seed: int, model: str = "") -> str:
+def parameters_text(request: Request, settings: ResolvedSettings, seed: int, model: str = "") -> str:
     """The text that A1111 writes into its pictures: prompt, negative prompt, then `Name: value` pairs."""
     pairs: dict[str, object] = {
         "Steps": settings.steps,
@@ -111,24 +132,13 @@ def parameters_text(request: Request, settings: Settings, seed: int, model: str 
     return f"{request.prompt}\n{negative}" + ", ".join(f"{name}: {value}" for name, value in pairs.items())
 
 
-def _opened(path: Path) -> PIL.Image.Image:
-    try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise FileError(f"{path} has more than {_MAX_BYTES >> 20} MiB: give a smaller picture")
-        with path.open("rb") as stream, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the size is checked below, by our own bound
-            picture = PIL.Image.open(stream, formats=_FORMATS)
-            if picture.width * picture.height > _MAX_PIXELS:
-                raise FileError(
-                    f"{path} is {picture.width}x{picture.height}, allowed are {_MAX_PIXELS} pixels: make it smaller"
-                )
-            picture.load()
-            return PIL.ImageOps.exif_transpose(picture)
-    except FileNotFoundError:
-        raise UsageError(f"there is no picture {path}") from None
-    except IsADirectoryError:
-        raise UsageError(f"{path} is a folder: give one picture") from None
-    except PIL.UnidentifiedImageError:
-        raise FileError(f"{path} cannot be read as a picture: allowed are {', '.join(_FORMATS)}") from None
-    except (PIL.Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
-        raise FileError(f"{path} cannot be read as a picture: {' '.join(str(error).split())[:200]}") from error
+def _eight_bits(picture: PIL.Image.Image) -> PIL.Image.Image:
+    """A grey picture of 16 or 32 bits as one of 8; any other as it is."""
+    if picture.mode not in _TOPS and not picture.mode.startswith("I;16"):
+        return picture
+    values = np.asarray(picture).astype(np.float32)
+    finite = np.isfinite(values)
+    largest = float(values.max(where=finite, initial=0))
+    top = next((top for top in _TOPS.get(picture.mode, (65535,)) if largest <= top), largest)
+    values = np.where(finite | (values > 0), values, 0).clip(0, top)  # NaN is black, infinity white
+    return PIL.Image.fromarray((values / top * 255 + 0.5).astype(np.uint8))

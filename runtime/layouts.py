@@ -62,14 +62,14 @@ _PICKLES: Final = (".pt", ".bin", ".pth", ".ckpt")
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundConcept:
     """A word, and the layout of the file in which it was found."""
 
     layout: str
     concept: Concept
 
 
-def read_words(path: Path) -> list[Found]:
+def read_concepts(path: Path) -> list[FoundConcept]:
     """All words of a file of any tool, or of a folder of sd-concepts-library. Raises ConceptError."""
     name = str(path)
     if path.is_dir():
@@ -85,7 +85,7 @@ def read_words(path: Path) -> list[Found]:
     return _from_tensors("safetensors", *read_safetensors(read_limited(path), name), name)
 
 
-def paired(words: Sequence[Found]) -> Concept:
+def paired(words: Sequence[FoundConcept]) -> Concept:
     """One word for two encoders from diffusers' two SDXL files, narrower first. Raises ConceptError."""
     concepts = [found.concept for found in words]
     vectors = [value for concept in concepts for value in concept.vectors.values()]
@@ -98,14 +98,17 @@ def paired(words: Sequence[Found]) -> Concept:
     return Concept(concepts[0].token, {"text_encoder": first, "text_encoder_2": second}, concepts[0].provenance)
 
 
-def _library_folder(path: Path) -> list[Found]:
+def _library_folder(path: Path) -> list[FoundConcept]:
     for name in ("learned_embeds.safetensors", "learned_embeds.bin"):
         if (path / name).is_file():
-            return [Found(f"sd-concepts-library, {found.layout}", found.concept) for found in read_words(path / name)]
+            return [
+                FoundConcept(f"sd-concepts-library, {found.layout}", found.concept)
+                for found in read_concepts(path / name)
+            ]
     raise ConceptError(f"{path} holds neither learned_embeds.safetensors nor learned_embeds.bin: name the file itself")
 
 
-def _from_dict(container: str, content: Any, name: str) -> list[Found]:
+def _from_dict(container: str, content: Any, name: str) -> list[FoundConcept]:
     """The words of a pickled or JSON dictionary."""
     if not isinstance(content, Mapping):
         raise ConceptError(f"{name} holds a {type(content).__name__}, an embedding file holds a dictionary")
@@ -122,31 +125,32 @@ def _from_dict(container: str, content: Any, name: str) -> list[Found]:
     }
     if "name" not in content:
         return [
-            Found("Gal et al.", Concept(str(key), {"text_encoder": _array(value, name)}, facts))
+            FoundConcept("Gal et al.", Concept(str(key), {"text_encoder": _array(value, name)}, facts))
             for key, value in parameters.items()
         ]
     picture = container == "A1111 picture"
     token = token_from_stem(f"{content['name']}.x") if picture else token_from_stem(name)
     vectors = _array(next(iter(parameters.values())), name)
-    return [Found(container if picture else "A1111", Concept(token, {"text_encoder": vectors}, facts))]
+    return [FoundConcept(container if picture else "A1111", Concept(token, {"text_encoder": vectors}, facts))]
 
 
 def _from_tensors(
     container: str, tensors: Mapping[str, Vectors], metadata: Mapping[str, str], name: str
-) -> list[Found]:
+) -> list[FoundConcept]:
     """The words of a flat file of tensors."""
     if set(tensors) == set(XTI_KEYS):
-        return [Found("kohya XTI", Concept(token_from_stem(name), dict(tensors), metadata))]
+        return [FoundConcept("kohya XTI", Concept(token_from_stem(name), dict(tensors), metadata))]
     if any(key in ("emb_params", "emp_params") for key in tensors):
-        return [Found("kohya or OneTrainer", concept_of(tensors, metadata, name))]
+        return [FoundConcept("kohya or OneTrainer", concept_of(tensors, metadata, name))]
     if any(key in ENCODER_KEYS.values() or key.startswith("text_encoders_") for key in tensors):
-        return [Found("a key for each encoder", concept_of(tensors, metadata, name))]
+        return [FoundConcept("a key for each encoder", concept_of(tensors, metadata, name))]
     return [
-        Found(f"diffusers, {container}", concept_of({key: value}, metadata, name)) for key, value in tensors.items()
+        FoundConcept(f"diffusers, {container}", concept_of({key: value}, metadata, name))
+        for key, value in tensors.items()
     ]
 
 
-def _lora(path: Path) -> list[Found]:
+def _lora(path: Path) -> list[FoundConcept]:
     """The words bundled in a LoRA; of the file, only its header and their bytes are read."""
     try:
         with path.open("rb") as file:
@@ -171,7 +175,7 @@ def _lora(path: Path) -> list[Found]:
     except OSError as error:
         raise ConceptError(f"cannot read {path}: {error.strerror}") from error
     return [
-        Found("LoRA bundle", found.concept)
+        FoundConcept("LoRA bundle", found.concept)
         for word, tensors in words.items()
         for found in _from_tensors("LoRA bundle", _renamed(word, tensors), {}, f"{word}.safetensors")
     ]

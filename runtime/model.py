@@ -187,10 +187,6 @@ class Model:
 
     def tokenize(self, prompt: str, clip_skip: int = 0) -> TokenizedPrompt:
         """Splits a prompt at the known words and holds their rows. Raises UsageError for a word that is not loaded."""
-        for encoder in self.manifest.encoders:
-            if encoder.default_layer is not None and encoder.default_layer - clip_skip not in encoder.layers:
-                most = encoder.default_layer - min(encoder.layers)
-                raise UsageError(f"clip_skip is {clip_skip}, this model allows 0 to {most}")
         chunks = {
             name: encode_ids(prompt, tokenizer, Vocabulary(self._words[name]))
             for name, tokenizer in self._tokenizers.items()

@@ -26,7 +26,7 @@ import tokenizers
 from oneword.engines.errors import BundleError, UsageError, one_line
 from oneword.runtime.bundle import TOKENIZER, Encoder
 
-MAX_CHARACTERS: Final = 50_000
+MAX_CHARACTERS: Final = 20_000
 MAX_WEIGHT: Final = 100.0
 
 _ATTENTION: Final = re.compile(r"\\[()\[\]\\]|\\|\(|\[|:\s*([+-]?[.\d]+)\s*\)|\)|]|[^\\()\[\]:]+|:")
@@ -142,14 +142,23 @@ class Part(NamedTuple):
     weight: float
 
 
+def check_prompt(prompt: object, name: str = "prompt") -> None:
+    """Raises UsageError for a prompt that is too long, not valid Unicode, or no text at all."""
+    if not isinstance(prompt, str):
+        raise UsageError(f"the {name} is {prompt!r}, allowed is text")
+    if len(prompt) > MAX_CHARACTERS:
+        raise UsageError(f"the {name} has {len(prompt)} characters, allowed are {MAX_CHARACTERS}")
+    if any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise UsageError(f"the {name} is not valid Unicode: it contains half of a surrogate pair")
+
+
 def weighted_parts(prompt: str) -> list[Part | None]:
     """A prompt's pieces in A1111's syntax, None for BREAK. Neighbours of equal weight are one piece.
 
     Source: AUTOMATIC1111/stable-diffusion-webui, modules/prompt_parser.py, parse_prompt_attention.
-    Raises UsageError for a prompt too long, and for weights that are no number or beyond +-100.
+    Raises UsageError as `check_prompt`, and for weights that are no number or beyond +-100.
     """
-    if len(prompt) > MAX_CHARACTERS:
-        raise UsageError(f"the prompt has {len(prompt)} characters, allowed are {MAX_CHARACTERS}")
+    check_prompt(prompt)
     parts: list[tuple[str | None, float]] = []
     opened: dict[str, list[int]] = {"(": [], "[": []}
 

@@ -1,4 +1,8 @@
-"""What one picture, or a few of one prompt, shall be: `Request`. Settings only; nothing is loaded or computed here."""
+"""What to generate: `Request`, and `resolve`, which fills in a bundle's defaults.
+
+All checks of a request are here, but for the words and the length in tokens of its prompts, which need the tokenizers,
+and for what a scheduler's config rules out, which `make_schedule` checks. Nothing is loaded or computed here.
+"""
 
 import math
 from dataclasses import dataclass
@@ -9,7 +13,8 @@ import numpy.typing as npt
 
 from oneword.engines.errors import BundleError, UsageError
 from oneword.runtime.bundle import Manifest
-from oneword.runtime.samplers import Sampler
+from oneword.runtime.prompt import check_prompt
+from oneword.runtime.samplers import Sampler, Schedule, make_schedule
 
 Image: TypeAlias = npt.NDArray[np.uint8]
 """[H, W, 3]"""
@@ -17,15 +22,14 @@ Image: TypeAlias = npt.NDArray[np.uint8]
 MAX_IMAGES = 1024
 MAX_STEPS = 1000
 MAX_PIXELS = 1 << 24  # 4096 x 4096
-MAX_PROMPT = 20_000
 
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """One prompt's pictures. What is None is the bundle's default; picture i has the seed `seed + i`.
+    """One or more pictures from one prompt. None stands for the bundle's default; picture i has the seed `seed + i`.
 
-    With `image` the picture is edited: `strength` says how much of the way to noise it is sent back. With `mask`
-    (255 or True: make anew, 0: keep) only that part is, as Blended Latent Diffusion does (arXiv 2206.02779).
+    With `image` that picture is edited: `strength` is how much of it is replaced by noise first. With `mask` only the
+    area where it is True, or 128 and more, is regenerated, as in Blended Latent Diffusion (arXiv 2206.02779).
 
     Raises UsageError with one line that says what was given and what is allowed.
     """
@@ -35,32 +39,33 @@ class Request:
     seed: int = 0
     num_images: int = 1
     steps: int | None = None
-    sampler: Sampler | None = None
+    sampler: Sampler | str | None = None
+    """A `Sampler` or its name."""
     guidance_scale: float | None = None
     guidance_rescale: float = 0.0
     guidance_interval: tuple[float, float] | None = None
-    """Steps are guided where low < sigma / alpha <= high (arXiv 2404.07724); None guides all."""
+    """Only steps with low < sigma / alpha <= high are guided (arXiv 2404.07724); None guides all."""
     eta: float = 0.0
+    """Noise that DDIM adds in each step, 0 to 1; other samplers take none."""
     clip_skip: int = 0
-    """Last layers of the text encoder that are not run, as in diffusers; A1111 counts one more."""
+    """Last layers of the text encoder to skip, as in diffusers; A1111 counts one more."""
     size: tuple[int, int] | None = None
     """Width and height in pixels; None: those of `image`, else the bundle's."""
     image: Image | None = None
     strength: float = 0.8
     mask: npt.NDArray[Any] | None = None
-    """[H, W], bool or uint8, as large as `image`."""
+    """[H, W], bool or uint8, of the size of `image`."""
     previews: int = 0
     """A preview after every so many steps; 0: none."""
     paste: bool = True
-    """Outside the mask the pixels are those of `image`; False leaves what the decoder makes of them."""
+    """Copy the pixels of `image` back outside the mask; False keeps them as the decoder returns them."""
 
     def __post_init__(self) -> None:
-        for name in ("prompt", "negative_prompt"):
-            text = getattr(self, name)
-            if text is not None and len(text) > MAX_PROMPT:
-                raise UsageError(f"the {name} has {len(text)} characters, allowed are {MAX_PROMPT}")
-            if text is not None and any("\ud800" <= c <= "\udfff" for c in text):
-                raise UsageError(f"the {name} is not valid Unicode: it holds half of a surrogate pair")
+        check_prompt(self.prompt)
+        if self.negative_prompt is not None:
+            check_prompt(self.negative_prompt, "negative prompt")
+        if self.sampler is not None:
+            object.__setattr__(self, "sampler", _known_sampler(self.sampler))
         _within("seed", self.seed, 0, 2**63 - 1, whole=True)
         _within("num_images", self.num_images, 1, MAX_IMAGES, whole=True)
         if self.steps is not None:
@@ -73,9 +78,12 @@ class Request:
         _within("strength", self.strength, 0, 1)
         _within("previews", self.previews, 0, MAX_STEPS, whole=True)
         if self.guidance_interval is not None:
+            _check_pair("guidance_interval", self.guidance_interval)
             low, high = self.guidance_interval
-            _within("guidance_interval", low, 0, 1e9)
-            _within("guidance_interval", high, low, 1e9)
+            if not 0 <= low < high < math.inf:
+                raise UsageError(f"guidance_interval is {low:g} to {high:g}, allowed is 0 <= low < high")
+        if self.size is not None:
+            _check_pair("size", self.size, whole=True)
         if self.image is not None:
             _check_image(self.image)
             if self.strength == 0:
@@ -85,19 +93,52 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Settings:
-    """A request's numbers once the bundle's defaults stand where it said nothing."""
+class ResolvedSettings:
+    """A request's numbers with the bundle's defaults filled in, and its schedule."""
 
     steps: int
     sampler: Sampler
     guidance_scale: float
     width: int
     height: int
+    schedule: Schedule
 
 
-def settle(request: Request, manifest: Manifest) -> Settings:
-    """Fills in the bundle's defaults. Raises UsageError for a size that this model cannot make."""
-    defaults, factor = manifest.defaults, manifest.vae.factor
+def resolve(request: Request, manifest: Manifest) -> ResolvedSettings:
+    """Fills in the bundle's defaults; needs its manifest alone.
+
+    Raises UsageError for what this model cannot do, BundleError for a default sampler that does not exist.
+    """
+    defaults = manifest.defaults
+    width, height = _size(request, manifest)
+    sampler = _default_sampler(defaults.sampler) if request.sampler is None else Sampler(request.sampler)
+    if request.eta > 0 and sampler is not Sampler.DDIM:
+        raise UsageError(f"eta is {request.eta:g} with the sampler {sampler}, allowed is 0: only ddim takes more")
+    for encoder in manifest.encoders:
+        if encoder.default_layer is not None and encoder.default_layer - request.clip_skip not in encoder.layers:
+            most = encoder.default_layer - min(encoder.layers)
+            raise UsageError(f"clip_skip is {request.clip_skip}, this model allows 0 to {most}")
+    if request.image is not None and "vae_encoder" not in manifest.graphs:
+        raise UsageError("this bundle has no vae_encoder, so it cannot edit pictures: export it again with ti-export")
+    steps = defaults.steps if request.steps is None else request.steps
+    guidance_scale = defaults.guidance_scale if request.guidance_scale is None else request.guidance_scale
+    schedule = make_schedule(
+        manifest.scheduler,
+        sampler,
+        steps,
+        guidance_scale=guidance_scale,
+        guidance_rescale=request.guidance_rescale,
+        eta=request.eta,
+        guidance_interval=request.guidance_interval,
+        strength=1.0 if request.image is None else request.strength,
+    )
+    schedule.table(manifest.columns)  # refuses a column that the graph lacks
+    return ResolvedSettings(steps, sampler, guidance_scale, width, height, schedule)
+
+
+def _size(request: Request, manifest: Manifest) -> tuple[int, int]:
+    """Width and height: those asked for, else those of the image rounded down, else the bundle's."""
+    defaults, factor = manifest.defaults, manifest.size_multiple
     if request.size is not None:
         width, height = request.size
     elif request.image is not None:
@@ -108,30 +149,45 @@ def settle(request: Request, manifest: Manifest) -> Settings:
         if side < factor or side % factor:
             nearest = max(factor, round(side / factor) * factor)
             raise UsageError(f"size {width}x{height}: {name} must be a multiple of {factor}, for example {nearest}")
+    if manifest.max_side is not None and max(width, height) > manifest.max_side:
+        raise UsageError(f"size {width}x{height}: this model allows up to {manifest.max_side} pixels a side")
     if width * height > MAX_PIXELS:
         raise UsageError(
             f"size {width}x{height} has {width * height} pixels, allowed are {MAX_PIXELS}: give a smaller size"
         )
-    return Settings(
-        steps=defaults.steps if request.steps is None else request.steps,
-        sampler=_sampler(defaults.sampler) if request.sampler is None else request.sampler,
-        guidance_scale=defaults.guidance_scale if request.guidance_scale is None else request.guidance_scale,
-        width=width,
-        height=height,
-    )
+    return width, height
 
 
-def _sampler(name: str) -> Sampler:
+def _known_sampler(name: str) -> Sampler:
     try:
         return Sampler(name)
     except ValueError:
-        names = ", ".join(sampler.value for sampler in Sampler)
-        raise BundleError(f"bundle.json names the sampler {name!r} as default, there are {names}") from None
+        raise UsageError(f"sampler is {name!r}, allowed are {', '.join(Sampler)}") from None
+
+
+def _default_sampler(name: str) -> Sampler:
+    try:
+        return Sampler(name)
+    except ValueError:
+        raise BundleError(
+            f"bundle.json names {name!r} as the default sampler, allowed are {', '.join(Sampler)}"
+        ) from None
+
+
+def _check_pair(name: str, pair: Any, whole: bool = False) -> None:
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        raise UsageError(f"{name} is {pair!r}, allowed are two {'whole ' if whole else ''}numbers")
+    for value in pair:
+        _check_number(name, value, whole)
+
+
+def _check_number(name: str, value: Any, whole: bool) -> None:
+    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+        raise UsageError(f"{name} is {value!r}, allowed is a {'whole ' if whole else ''}number")
 
 
 def _within(name: str, value: float, low: float, high: float, whole: bool = False) -> None:
-    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
-        raise UsageError(f"{name} is {value!r}, allowed is a {'whole ' if whole else ''}number")
+    _check_number(name, value, whole)
     if not (math.isfinite(value) and low <= value <= high):
         raise UsageError(f"{name} is {value}, allowed is {low} to {high}")
 
@@ -149,5 +205,5 @@ def _check_mask(mask: npt.NDArray[Any], image: Image | None) -> None:
     if mask.shape != image.shape[:2]:
         (height, width), (h, w) = image.shape[:2], mask.shape
         raise UsageError(f"the mask is {w}x{h}, the image {width}x{height}: they must be of one size")
-    if not mask.any():
-        raise UsageError("the mask is all black, so nothing would change: paint white what shall be made anew")
+    if not (mask if mask.dtype == np.bool_ else mask >= 128).any():
+        raise UsageError("the mask is all black, so nothing would change: paint the area to regenerate white")

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from oneword.runtime.events import Latents
 from oneword.runtime.model import EncodedPrompt
 from oneword.runtime.noise import TorchGenerator
-from oneword.runtime.request import Request, Settings
+from oneword.runtime.request import Request, ResolvedSettings
 from oneword.runtime.samplers import Schedule
 
 
@@ -45,8 +45,7 @@ class Row:
     id: int
     index: int
     request: Request
-    settings: Settings
-    schedule: Schedule
+    settings: ResolvedSettings
     lines: npt.NDArray[np.float32]
     """[S, K]: the schedule in the graph's columns."""
     noise: NoiseStream
@@ -68,6 +67,11 @@ class Row:
     """The step that gave NaN or infinity."""
     pending_noise: Latents | None = None
     """Noise that was taken for a step that then failed."""
+
+    @property
+    def schedule(self) -> Schedule:
+        """The schedule of its request."""
+        return self.settings.schedule
 
     @property
     def seed(self) -> int:
@@ -109,7 +113,7 @@ class Row:
         self.step, self.pending_noise = self.step + 1, None
 
 
-def time_ids(columns: Sequence[str], settings: Settings) -> list[float]:
+def time_ids(columns: Sequence[str], settings: ResolvedSettings) -> list[float]:
     """SDXL's sizes for a picture that was always as large as it is, uncropped; see TIME_IDS."""
     height, width = float(settings.height), float(settings.width)
     values: Mapping[str, float] = {

@@ -110,7 +110,7 @@ def make_schedule(
     """
     method = _METHODS[sampler]
     noise = NoiseSchedule.read(scheduler_config, method.default_spacing)
-    _check(noise, sampler, steps, guidance_scale, guidance_rescale, eta, guidance_interval)
+    _check(noise, sampler, steps)
     levels = method.levels(noise, steps)
     start = _start(len(levels.t), strength)
     levels = Levels(levels.t[start:], levels.alpha[start:], levels.sigma[start:], levels.last_alpha, levels.last_sigma)
@@ -406,29 +406,12 @@ def _guided(levels: Levels, guidance_scale: float, interval: tuple[float, float]
     return guided & (interval[0] < sigma) & (sigma <= interval[1])
 
 
-def _check(
-    noise: NoiseSchedule,
-    sampler: Sampler,
-    steps: int,
-    guidance_scale: float,
-    guidance_rescale: float,
-    eta: float,
-    interval: tuple[float, float] | None,
-) -> None:
+def _check(noise: NoiseSchedule, sampler: Sampler, steps: int) -> None:
+    """Refuses what the scheduler's config rules out; the ranges of a request's numbers are `Request`'s to check."""
     if not 1 <= steps <= noise.num_train_timesteps:
         raise UsageError(f"{steps} steps, allowed are 1 to {noise.num_train_timesteps}")
-    if not 0 <= guidance_scale < math.inf:
-        raise UsageError(f"guidance scale {guidance_scale:g}, allowed are 0 and more (1 is none)")
-    if not 0 <= guidance_rescale <= 1:
-        raise UsageError(f"guidance rescale {guidance_rescale:g}, allowed are 0 to 1")
-    if not 0 <= eta <= 1:
-        raise UsageError(f"eta {eta:g}, allowed are 0 to 1")
     if sampler in _DPM and noise.algorithm_type not in ("dpmsolver++", "sde-dpmsolver++"):
         raise UsageError(
             f"the scheduler's config says algorithm_type = {noise.algorithm_type!r}, {sampler} follows dpmsolver++ and "
             "sde-dpmsolver++: take another sampler such as ddim"
         )
-    if eta > 0 and sampler is not Sampler.DDIM:
-        raise UsageError(f"eta {eta:g} with {sampler}, only ddim takes one")
-    if interval is not None and not 0 <= interval[0] < interval[1]:
-        raise UsageError(f"guidance interval {interval[0]:g} to {interval[1]:g}, allowed are 0 <= low < high")

@@ -30,9 +30,8 @@ from oneword.runtime.events import Event, Failed, Latents, PictureDone, StepDone
 from oneword.runtime.images import resized
 from oneword.runtime.model import EncodedPrompt, Model, TokenizedPrompt
 from oneword.runtime.noise import TorchGenerator
-from oneword.runtime.request import Request, Settings, settle
+from oneword.runtime.request import Request, ResolvedSettings, resolve
 from oneword.runtime.row import NoiseStream, Row, time_ids
-from oneword.runtime.samplers import Schedule, make_schedule
 
 MAX_CHUNKS: Final = 64
 _SHARE: Final = 0.25  # of a denoising turn that preparing may take, and decoding too
@@ -45,8 +44,7 @@ class _Pending:
 
     id: int
     request: Request
-    settings: Settings
-    schedule: Schedule
+    settings: ResolvedSettings
     tokens: TokenizedPrompt | None = None
     negative: TokenizedPrompt | EncodedPrompt | None = None
     next_index: int = 0
@@ -65,7 +63,7 @@ class _Pending:
         """Splits the prompts, and holds the rows of their words until `release`. Raises UsageError."""
         request = self.request
         self.tokens = model.tokenize(request.prompt, request.clip_skip)
-        if not self.schedule.guided.any():
+        if not self.settings.schedule.guided.any():
             return
         if request.negative_prompt is None:
             self.negative = model.missing_negative(request.clip_skip)
@@ -129,9 +127,8 @@ class Scheduler:
 
         Raises UsageError for everything that can be known before it runs.
         """
-        settings = settle(request, self.model.manifest)
-        schedule = schedule_of(request, settings, self.model)
-        pending = _Pending(self._issued, request, settings, schedule)
+        settings = resolve(request, self.model.manifest)
+        pending = _Pending(self._issued, request, settings)
         try:
             pending.tokenize(self.model)
         except OnewordError:
@@ -211,7 +208,8 @@ class Scheduler:
 
     def _prepare(self, pending: _Pending) -> Row:
         """The request's next picture; its draws in diffusers' order: the VAE's posterior first, then the noise."""
-        request, settings, schedule = pending.request, pending.settings, pending.schedule
+        request, settings = pending.request, pending.settings
+        schedule = settings.schedule
         manifest = self.model.manifest
         if pending.cond is None:
             self._encode([pending])
@@ -241,7 +239,6 @@ class Scheduler:
             index=pending.next_index,
             request=request,
             settings=settings,
-            schedule=schedule,
             lines=schedule.table(manifest.columns),
             noise=NoiseStream(generator, shape, schedule.draws),
             cond=pending.cond,
@@ -358,27 +355,6 @@ class Scheduler:
                 continue
             image = paste(image, row.request, row.settings)
             yield PictureDone(row.id, row.index, row.seed, image, row.request, row.settings, self.model.name)
-
-
-def schedule_of(request: Request, settings: Settings, model: Model) -> Schedule:
-    """The schedule of a request. Raises UsageError for what the model or its bundle cannot do."""
-    manifest = model.manifest
-    if request.image is not None and "vae_encoder" not in manifest.graphs:
-        raise UsageError("this bundle has no vae_encoder, so it cannot edit pictures: export it again with ti-export")
-    schedule = make_schedule(
-        manifest.scheduler,
-        settings.sampler,
-        settings.steps,
-        guidance_scale=settings.guidance_scale,
-        guidance_rescale=request.guidance_rescale,
-        eta=request.eta,
-        guidance_interval=request.guidance_interval,
-        strength=1.0 if request.image is None else request.strength,
-    )
-    if len(schedule) == 0:
-        raise UsageError(f"strength {request.strength} of {settings.steps} steps leaves no step: give more of either")
-    schedule.table(manifest.columns)
-    return schedule
 
 
 def _check_lengths(tokens: TokenizedPrompt, negative: TokenizedPrompt) -> None:

@@ -240,7 +240,7 @@ def write_report(
     sheets: SheetFolders,
 ) -> None:
     """The run's page, whole or not at all."""
-    from oneword.runtime.concept import write_whole
+    from oneword.engines.files import write_whole
     from oneword.train.learner import learning_rate_at
     from oneword.train.pictures import read_pictures
     from oneword.train.prompts import probes

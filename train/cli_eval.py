@@ -14,7 +14,8 @@ import numpy as np
 from PIL import Image
 
 from oneword.engines.errors import FileError, OnewordError, UsageError
-from oneword.runtime.concept import load_concept, write_whole
+from oneword.engines.files import write_whole
+from oneword.runtime.concept import load_concept
 from oneword.runtime.model import Model
 from oneword.train.cli import Parser
 from oneword.train.evaluate import (

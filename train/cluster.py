@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from oneword.engines.errors import EngineError, MissingPackage, OnewordError
+from oneword.engines.errors import EngineError, MissingPackage, OnewordError, one_line
 from oneword.runtime.concept import Concept
 from oneword.train.learner import compute_dtype
 from oneword.train.recipe import Compute, Recipe
@@ -47,7 +47,7 @@ def learn_on_ray(
         try:
             ray.init(**here if address == "local" else {"address": address}, log_to_driver=False, logging_level="ERROR")
         except Exception as error:  # a node that does not come up raises just that
-            raise EngineError(f"no Ray cluster at {address!r} ({str(error).splitlines()[0]}): ray start it") from error
+            raise EngineError(f"no Ray cluster at {address!r} ({one_line(error)}): ray start it") from error
     try:
         remote = ray.remote(num_cpus=threads, max_retries=RETRIES)(learn_group)
         numbers = [range(first, min(first + group, len(tasks))) for first in range(0, len(tasks), group)]

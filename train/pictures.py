@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,16 +15,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch.nn.functional import interpolate
 
 from oneword.engines.errors import FileError, NotFinite, UsageError
 from oneword.export.modules import VaeEncoder
+from oneword.runtime.images import on_white, open_picture
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # no others, whatever the name: EPS runs programs
 UNREAD = (".heic", ".heif", ".avif", ".jxl", ".dng", ".cr2", ".nef", ".arw", ".psd", ".svg", ".jfif")
-MAX_PIXELS = 120_000_000  # what a picture may claim to hold: 360 MB decoded
 MIN_SIDE = 16
 MASK_ENDING = ".mask.png"
 
@@ -145,43 +143,20 @@ def nearest_shape(aspect: float, allowed: Sequence[tuple[int, int]]) -> tuple[in
 
 
 def _open(path: Path) -> Image.Image:
-    """Decoded (an animation's first frame) and upright, or a one-line error that names the file."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(path, formats=FORMATS) as image:
-                size = f"{image.width}x{image.height}"
-                if image.width * image.height > MAX_PIXELS:
-                    raise FileError(f"{path} claims {size} pixels, at most {MAX_PIXELS:,} are read: make it smaller")
-                if min(image.size) < MIN_SIDE:
-                    raise FileError(
-                        f"{path} is {size}: too small to learn from, give at least {MIN_SIDE} pixels a side"
-                    )
-                image.load()
-                return ImageOps.exif_transpose(image)
-    except Image.DecompressionBombError as error:
-        raise FileError(f"{path} claims more pixels than are read (at most {MAX_PIXELS:,}): make it smaller") from error
-    except UnidentifiedImageError as error:
-        raise FileError(f"{path} is not a picture, whatever its name says: take it out of the folder") from error
-    except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow's decoders raise on damaged files
-        raise FileError(f"{path} cannot be read as a picture ({error}): save it anew or take it out") from error
+    """As `open_picture`; FileError for a picture that is too small as well."""
+    image = open_picture(path)
+    if min(image.size) < MIN_SIDE:
+        size = f"{image.width}x{image.height}"
+        raise FileError(f"{path} is {size}: too small to learn from, give at least {MIN_SIDE} pixels a side")
+    return image
 
 
 def _as_rgb(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     """RGB over white, and the alpha where any of it is not opaque."""
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        values = np.nan_to_num(np.asarray(image).astype(np.float32))
-        most = float(values.max())
-        tops = {"I": (255, 65535), "F": (1, 255, 65535)}.get(image.mode, (65535,))  # bare I and F do not say theirs
-        top = next((top for top in tops if most <= top), most)
-        return Image.fromarray(np.clip(values * (255 / top) + 0.5, 0, 255).astype(np.uint8)).convert("RGB"), None
     if not image.has_transparency_data:
-        return image.convert("RGB"), None
-    layered = image.convert("RGBA")
-    alpha = layered.getchannel("A")
-    white = Image.new("RGBA", layered.size, "white")
-    colours = Image.alpha_composite(white, layered).convert("RGB")
-    return colours, None if alpha.getextrema()[0] == 255 else alpha
+        return on_white(image), None
+    alpha = image.convert("RGBA").getchannel("A")
+    return on_white(image), None if alpha.getextrema()[0] == 255 else alpha
 
 
 def _cut(image: Image.Image, shape: tuple[int, int], crop: Crop) -> Image.Image:

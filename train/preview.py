@@ -15,9 +15,10 @@ import numpy as np
 from PIL import Image
 
 from oneword.engines.errors import FileError
+from oneword.engines.files import write_whole
 from oneword.export.eager import eager_model
 from oneword.export.source import Source
-from oneword.runtime.concept import Concept, write_whole
+from oneword.runtime.concept import Concept
 from oneword.train.evaluate import PLACE, Judge, Pictures, likeness, sample
 from oneword.train.pictures import Picture
 

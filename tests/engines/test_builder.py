@@ -12,6 +12,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from oneword.engines import builder
 from oneword.engines.builder import (
     Flavour,
     _Network,
@@ -39,6 +40,20 @@ def test_a_target_is_one_compute_capability_or_several() -> None:
     assert target_of(Flavour.RTX, None) == "sm89"
     assert compute_capabilities(Flavour.RTX, "sm89") == [(8, 9)]
     assert compute_capabilities(Flavour.RTX, target_of(Flavour.RTX, "sm89,sm120")) == [(8, 9), (12, 0)]
+
+
+class Hopper:
+    """Stands in for `Device` on a machine with an H100."""
+
+    target = "sm90"
+
+
+def test_without_a_target_tensorrt_builds_for_the_gpu_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(builder, "Device", Hopper)
+
+    assert target_of(Flavour.TENSORRT, None) == target_of(Flavour.TENSORRT, "sm90") == "sm90"
+    with pytest.raises(UsageError, match="--target sm89: tensorrt builds for the GPU it runs on, which is sm90"):
+        target_of(Flavour.TENSORRT, "sm89")
 
 
 @pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="there is a GPU")
@@ -117,7 +132,7 @@ def rtx() -> None:
 
 @pytest.mark.usefixtures("rtx")
 def test_ti_export_gives_a_bundle_with_plans_ready_to_ship(tiny_model_dir: Path, tmp_path: Path) -> None:
-    options = ["--engine", "tensorrt-rtx", "--target", "sm89,sm120", "--max-batch", "2", "--json"]
+    options = ["--plans", "tensorrt-rtx", "--target", "sm89,sm120", "--max-batch", "2", "--json"]
     run = subprocess.run(
         [sys.executable, "-m", "oneword.export.cli", str(tiny_model_dir), str(tmp_path / "bundle"), *options],
         capture_output=True,

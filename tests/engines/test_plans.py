@@ -126,7 +126,17 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", no_space)
-    with pytest.raises(FileError, match=r"cannot write the plan .* No space left on device"):
+    with pytest.raises(FileError, match=r"cannot write .*\.plan: No space left on device"):
         PlanCache(tmp_path).load_or_build(KEY, lambda: b"plan")
     assert not list(tmp_path.glob("*.plan"))
     assert not list(tmp_path.glob(".*.plan.*"))
+
+
+def test_ctrl_c_while_a_plan_is_written_leaves_no_file_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        PlanCache(tmp_path).load_or_build(KEY, lambda: b"plan")
+    assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]

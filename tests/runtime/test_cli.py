@@ -6,10 +6,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import PIL.Image
 import pytest
 
+from oneword.engines.errors import EngineError, FileError
 from oneword.engines.open import Backend
+from oneword.runtime import cli
 from oneword.runtime.bundle import Bundle
 from oneword.runtime.cli import main
 from oneword.runtime.concept import Concept, save_concept
@@ -17,7 +20,7 @@ from oneword.runtime.events import PictureDone
 from oneword.runtime.generate import generate
 from oneword.runtime.images import save_png
 from oneword.runtime.model import Model
-from oneword.runtime.request import Request
+from oneword.runtime.request import Image, Request
 from oneword.runtime.samplers import Sampler
 
 
@@ -172,9 +175,15 @@ def test_an_edit_reads_its_picture_and_mask(tiny_bundle: Path, tmp_path: Path, m
         (["a cat", "--concept", "."], 2, "holds no .safetensors file"),
         (["a {}"], 2, "no word is given for the {} of 'a {}': give --word or --concept"),
         (["a cat", "--grid", "grid.jpg"], 2, "--grid grid.jpg, allowed is a file name that ends in .png"),
-        (["a {}", "a cat", "--word", "dog", "--grid", "grid.png"], 2, "'a cat' has no {}, others of this grid have"),
+        (
+            ["a {}", "a cat", "--word", "dog", "--grid", "grid.png"],
+            2,
+            "'a cat' has no {}, other prompts of this grid have",
+        ),
         (["a cat", "--num-images", "1000", "--size", "512x512", "--grid", "g.png"], 2, "pixels, allowed are 67108864"),
         (["a cat", "--strength", "2"], 2, "strength is 2.0, allowed is 0 to 1"),
+        (["a cat", "--guidance-interval", "1", "1"], 2, "guidance_interval is 1 to 1, allowed is 0 <= low < high"),
+        (["a cat", "--eta", "0.5", "--sampler", "euler"], 2, "eta is 0.5 with the sampler euler, allowed is 0"),
         (["a cat", "--size", "32768x32768"], 2, "has 1073741824 pixels, allowed are 16777216: give a smaller size"),
         (["a cat", "--image", "text.png"], 1, "text.png cannot be read as a picture: allowed are PNG, JPEG"),
         (["a cat", "--image", "half.png"], 1, "half.png cannot be read as a picture"),
@@ -228,6 +237,85 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_file(
     assert error.startswith("ti-run: cannot write ")
     assert error.count("\n") == 1
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def second_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The decoder gives NaN for the second picture."""
+    decode = Model.decode
+
+    def broken(model: Model, latents: npt.NDArray[np.float32]) -> tuple[Image, npt.NDArray[np.bool_]]:
+        images, finite = decode(model, latents)
+        return images, finite & (np.arange(len(finite)) != 1)
+
+    monkeypatch.setattr(Model, "decode", broken)
+
+
+def test_when_a_picture_fails_the_others_are_saved_and_reported(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    second_fails(monkeypatch)
+    line = [tiny_bundle, "a cat", "--num-images", 3, "--seed", 4, "--steps", 1, "--output", tmp_path / "out"]
+
+    assert run(monkeypatch, *line, "--grid", tmp_path / "grid.png", "--json") == 1
+
+    captured = capsys.readouterr()
+    report = json.loads(captured.out)
+    assert [entry["seed"] for entry in report["images"]] == [4, 6]
+    assert [(entry["prompt"], entry["seed"]) for entry in report["failed"]] == [("a cat", 5)]
+    assert report["failed"][0]["error"].startswith("graph 'vae_decoder' gave NaN or infinity for picture 1")
+    assert captured.err.splitlines()[-1] == f"ti-run: {report['failed'][0]['error']}"
+    assert report["grid"] is None
+    assert not (tmp_path / "grid.png").exists()
+    assert sorted(str(path) for path in (tmp_path / "out").iterdir()) == [entry["file"] for entry in report["images"]]
+
+
+def test_when_a_picture_cannot_be_saved_those_before_it_are_reported(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(image: Image, path: Path, text: str) -> None:
+        if path.name != "a-cat-0.png":
+            raise FileError(f"cannot write {path}: No space left on device")
+        save_png(image, path, text)
+
+    monkeypatch.setattr(cli, "save_png", full)
+    line = [tiny_bundle, "a cat", "--num-images", 3, "--steps", 1, "--output", tmp_path, "--json"]
+
+    assert run(monkeypatch, *line) == 1
+
+    captured = capsys.readouterr()
+    report = json.loads(captured.out)
+    assert [entry["file"] for entry in report["images"]] == [str(tmp_path / "a-cat-0.png")]
+    assert [entry["seed"] for entry in report["failed"]] == [1, 2]
+    assert captured.err.endswith("No space left on device (and 1 more of 3 pictures failed)\n")
+
+
+def test_without_json_the_files_that_were_saved_are_printed(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    second_fails(monkeypatch)
+
+    line = [tiny_bundle, "a cat", "--num-images", 2, "--steps", 1, "--output", tmp_path]
+    assert run(monkeypatch, *line) == 1
+
+    assert capsys.readouterr().out == f"{tmp_path / 'a-cat-0.png'}\n"
+
+
+def test_if_no_picture_is_made_each_is_reported_and_the_first_error_ends_the_command(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(model: Model, name: str) -> None:
+        raise EngineError(f"cannot open graph {name!r}")
+
+    monkeypatch.setattr(Model, "engine", broken)
+    line = [tiny_bundle, "a cat", "a dog", "--steps", 1, "--output", tmp_path / "out", "--json"]
+
+    assert run(monkeypatch, *line) == 1
+
+    captured = capsys.readouterr()
+    report = json.loads(captured.out)
+    assert (report["images"], report["engine"]) == ([], None)
+    assert [entry["prompt"] for entry in report["failed"]] == ["a cat", "a dog"]
+    assert captured.err == "ti-run: cannot open graph 'text_encoder' (and 1 more of 2 pictures failed)\n"
 
 
 def test_more_words_than_usual_are_loaded_all(

@@ -10,7 +10,7 @@ import safetensors.numpy
 import torch
 from safetensors.torch import load_file, save_file
 
-from oneword.engines.errors import ConceptError
+from oneword.engines.errors import ConceptError, FileError
 from oneword.runtime.concept import Concept, load_concept, save_concept
 
 ROWS = np.linspace(-0.3, 0.3, 2 * 16, dtype=np.float32).reshape(2, 16)
@@ -163,7 +163,7 @@ def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(ConceptError, match="No space left on device"):
+    with pytest.raises(FileError, match="No space left on device"):
         save_concept(Concept("<toy>", {"text_encoder": ROWS * 2}), path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]

@@ -1,20 +1,23 @@
 """Pictures that come from anywhere, and pictures that go out."""
 
+import contextlib
 import errno
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import PIL.Image
 import pytest
 
 from oneword.engines.errors import FileError, UsageError
 from oneword.runtime.images import parameters_text, read_image, read_mask, resized, save_png
-from oneword.runtime.request import Request, Settings
+from oneword.runtime.request import Request, ResolvedSettings
 from oneword.runtime.samplers import Sampler
 
 RED = np.full((8, 12, 3), (255, 0, 0), np.uint8)
-SETTINGS = Settings(steps=20, sampler=Sampler.DPMPP_2M_KARRAS, guidance_scale=7.5, width=64, height=48)
+SETTINGS = ResolvedSettings(steps=20, sampler=Sampler.DPMPP_2M_KARRAS, guidance_scale=7.5, width=64, height=48)
 
 
 def test_the_parameters_are_as_a1111_writes_them(tmp_path: Path) -> None:
@@ -54,6 +57,17 @@ def test_a_full_disk_leaves_no_half_file(tmp_path: Path, monkeypatch: pytest.Mon
     assert list(tmp_path.iterdir()) == []
 
 
+def test_ctrl_c_while_a_picture_is_saved_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        save_png(RED, tmp_path / "cat.png")
+
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_rotated_photograph_is_turned_upright(tmp_path: Path) -> None:
     exif = PIL.Image.Exif()
     exif[0x0112] = 6  # the camera was turned by 90 degrees
@@ -79,6 +93,30 @@ def test_every_mode_becomes_rgb(tmp_path: Path, picture: PIL.Image.Image, expect
 
     assert image.dtype == np.uint8
     np.testing.assert_array_equal(image, np.broadcast_to(expected, (4, 4, 3)))
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "expected"),
+    [
+        ("dark16.png", np.array([[0, 200, 65535]], np.uint16), [0, 1, 255]),
+        ("darkest16.png", np.array([[0, 100, 200]], np.uint16), [0, 0, 1]),  # 200 * 255 / 65535 = 0.78
+        ("grey16.tif", np.array([[0, 32896, 65535]], np.uint16), [0, 128, 255]),  # 32896 * 255 / 65535 = 128
+        ("unit.tif", np.array([[0, 0.5, 1]], np.float32), [0, 128, 255]),
+        ("bytes.tif", np.array([[0, 128, 255]], np.float32), [0, 128, 255]),
+        ("words.tif", np.array([[0, 32896, 65535]], np.float32), [0, 128, 255]),
+        ("larger.tif", np.array([[0, 1e6, 2e6]], np.float32), [0, 128, 255]),
+        ("broken.tif", np.array([[-1, np.nan, 0.5, np.inf]], np.float32), [0, 0, 128, 255]),
+        ("integers.tif", np.array([[0, 128, 255]], np.int32), [0, 128, 255]),
+        ("integers16.tif", np.array([[0, 32896, 65535]], np.int32), [0, 128, 255]),
+    ],
+)
+def test_sixteen_bits_and_floats_are_scaled_to_eight_bits(
+    tmp_path: Path, name: str, values: npt.NDArray[Any], expected: list[int]
+) -> None:
+    PIL.Image.fromarray(values).save(tmp_path / name)
+
+    np.testing.assert_array_equal(read_image(tmp_path / name), np.array(expected)[None, :, None].repeat(3, 2))
+    np.testing.assert_array_equal(read_mask(tmp_path / name), np.array(expected)[None] >= 128)
 
 
 def test_a_mask_is_white_where_it_is_more_white_than_black(tmp_path: Path) -> None:
@@ -113,6 +151,21 @@ def test_a_truncated_picture_and_a_bomb_are_refused(tmp_path: Path) -> None:
     PIL.Image.new("1", (30_000, 30_000)).save(tmp_path / "bigger.png")
     with pytest.raises(FileError, match=r"bigger.png cannot be read as a picture: .*900000000 pixels"):
         read_image(tmp_path / "bigger.png")
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF"])
+def test_a_damaged_file_is_a_picture_or_a_file_error(tmp_path: Path, format: str) -> None:
+    rng = np.random.default_rng(0)
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    PIL.Image.fromarray(rng.integers(0, 256, (20, 20, 3), np.uint8)).save(tmp_path / "whole", format, exif=exif)
+    whole = np.frombuffer((tmp_path / "whole").read_bytes(), np.uint8)
+    for _ in range(100):
+        damaged = whole.copy()
+        damaged[rng.integers(0, min(len(whole), 300), 4)] = rng.integers(0, 256, 4)
+        (tmp_path / "damaged").write_bytes(damaged.tobytes())
+        with contextlib.suppress(FileError):
+            assert read_image(tmp_path / "damaged").shape[2] == 3
 
 
 def test_a_picture_that_would_start_another_program_is_refused(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from oneword.engines.errors import ConceptError, OnewordError
 from oneword.runtime.concept import Concept, load_concept, save_concept
-from oneword.runtime.layouts import XTI_KEYS, read_words
+from oneword.runtime.layouts import XTI_KEYS, read_concepts
 
 ROWS = np.random.default_rng(0).normal(0, 0.02, (2, 768)).astype(np.float32)
 WIDE = np.random.default_rng(1).normal(0, 0.02, (2, 1280)).astype(np.float32)
@@ -72,7 +72,7 @@ def test_what_torch_saves_is_read_without_torch(
     tmp_path: Path, name: str, content: Callable[[], Any], layout: str, tokens: list[str]
 ) -> None:
     torch.save(content(), tmp_path / name)
-    found = read_words(tmp_path / name)
+    found = read_concepts(tmp_path / name)
     assert [word.layout for word in found] == [layout] * len(tokens)
     assert [word.concept.token for word in found] == tokens
     expected = TENSOR.half().float().numpy() if name == "half.bin" else ROWS
@@ -112,7 +112,7 @@ def test_every_safetensors_layout_is_read(
     tmp_path: Path, name: str, tensors: dict[str, np.ndarray], layout: str, shapes: dict[str, tuple[int, ...]]
 ) -> None:
     safetensors.numpy.save_file(tensors, tmp_path / name)
-    [found] = read_words(tmp_path / name)
+    [found] = read_concepts(tmp_path / name)
     assert found.layout == layout
     assert {encoder: found.concept.vectors[encoder].shape for encoder in shapes} == shapes
 
@@ -127,7 +127,7 @@ def test_one_encoder_s_word_of_any_layout_is_written_as_diffusers_reads_it(
         torch.save(content(), tmp_path / name)
     for name, tensors, *_ in FLAT:
         safetensors.numpy.save_file(tensors, tmp_path / name)
-    words = [word for name, *_ in (*PICKLED, *FLAT) for word in read_words(tmp_path / name)]
+    words = [word for name, *_ in (*PICKLED, *FLAT) for word in read_concepts(tmp_path / name)]
     single = [word.concept for word in words if set(word.concept.vectors) == {"text_encoder"}]
     config = CLIPTextConfig(hidden_size=768, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
     pipeline = StableDiffusionPipeline(
@@ -162,7 +162,7 @@ def test_words_in_a_lora_are_read_and_its_other_weights_are_not(tmp_path: Path) 
         },
         path,
     )
-    found = {word.concept.token: word.concept for word in read_words(path)}
+    found = {word.concept.token: word.concept for word in read_concepts(path)}
     assert set(found) == {"toy", "ring"}
     np.testing.assert_array_equal(found["toy"].vectors["text_encoder"], ROWS)
     np.testing.assert_array_equal(found["ring"].vectors["text_encoder_2"], WIDE)
@@ -174,7 +174,7 @@ def test_words_in_a_lora_that_all_point_at_the_same_bytes_are_refused(tmp_path: 
     header = json.dumps({f"bundle_emb.toy{i}.clip_l": entry for i in range(9)}).encode()
     path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(size))
     with pytest.raises(ConceptError, match=r"more than 8388608 bytes \(8 MiB\) in all"):
-        read_words(path)
+        read_concepts(path)
 
 
 def _picture(path: Path, text: str) -> Path:
@@ -187,7 +187,7 @@ def _picture(path: Path, text: str) -> Path:
 def test_an_a1111_picture_is_the_word_whose_name_it_stores(tmp_path: Path) -> None:
     content = _a1111(string_to_param={"*": {"TORCHTENSOR": ROWS.tolist()}})
     text = base64.b64encode(json.dumps(content).encode()).decode()
-    [found] = read_words(_picture(tmp_path / "picture.png", text))
+    [found] = read_concepts(_picture(tmp_path / "picture.png", text))
     assert (found.layout, found.concept.token) == ("A1111 picture", "stored_name")
     np.testing.assert_array_equal(found.concept.vectors["text_encoder"], ROWS)
     assert found.concept.provenance["sd_checkpoint_name"] == "SD1.5"
@@ -196,7 +196,7 @@ def test_an_a1111_picture_is_the_word_whose_name_it_stores(tmp_path: Path) -> No
 def test_a_folder_of_the_concepts_library_is_its_word(tmp_path: Path) -> None:
     torch.save({"<toy>": TENSOR}, tmp_path / "learned_embeds.bin")
     (tmp_path / "token_identifier.txt").write_text("<toy>")
-    [found] = read_words(tmp_path)
+    [found] = read_concepts(tmp_path)
     assert (found.layout, found.concept.token) == ("sd-concepts-library, diffusers, pickle", "<toy>")
 
 
@@ -227,7 +227,7 @@ def test_a_pickle_that_would_run_code_is_refused_and_nothing_runs(tmp_path: Path
     ]:
         torch.save({"<toy>": _Evil(function, *arguments)}, tmp_path / "evil.pt")
         with pytest.raises(ConceptError, match=r"asks for .* which is not data: it is refused"):
-            read_words(tmp_path / "evil.pt")
+            read_concepts(tmp_path / "evil.pt")
     assert not marker.exists()
 
 
@@ -247,21 +247,21 @@ def test_a_pickle_that_would_run_code_is_refused_and_nothing_runs(tmp_path: Path
 )
 def test_a_pickle_that_torch_never_writes_is_refused_by_name(tmp_path: Path, data: bytes, message: str) -> None:
     with pytest.raises(ConceptError, match=message):
-        read_words(_archive(tmp_path / "a.pt", data))
+        read_concepts(_archive(tmp_path / "a.pt", data))
 
 
 def test_archives_that_are_bombs_or_none_are_refused_by_name(tmp_path: Path) -> None:
     bomb = _archive(tmp_path / "bomb.pt", bytes(100_000_000), zipfile.ZIP_DEFLATED)
     with pytest.raises(ConceptError, match="refused as a bomb"):
-        read_words(bomb)
+        read_concepts(bomb)
     torch.save({"<toy>": TENSOR}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     with pytest.raises(ConceptError, match="before 2020"):
-        read_words(tmp_path / "old.pt")
+        read_concepts(tmp_path / "old.pt")
     with zipfile.ZipFile(tmp_path / "many.pt", "w") as archive:
         for i in range(201):
             archive.writestr(f"a/data/{i}", b"")
     with pytest.raises(ConceptError, match="archive of 201 files, allowed are 200"):
-        read_words(tmp_path / "many.pt")
+        read_concepts(tmp_path / "many.pt")
 
 
 def test_a_tensor_that_reads_past_its_numbers_is_refused(tmp_path: Path) -> None:
@@ -278,17 +278,17 @@ def test_a_tensor_that_reads_past_its_numbers_is_refused(tmp_path: Path) -> None
         archive.writestr("a/data.pkl", broken)
         archive.writestr("a/data/0", tensor.numpy().tobytes())
     with pytest.raises(ConceptError, match="reads past its 4 numbers"):
-        read_words(tmp_path / "b.pt")
+        read_concepts(tmp_path / "b.pt")
 
 
 def test_a_pickle_makes_no_more_of_its_bytes_than_is_bounded(tmp_path: Path) -> None:
     torch.save({"<toy>": torch.ones(1).expand(1000, 1000)}, tmp_path / "expanded.pt")
     with pytest.raises(ConceptError, match="reads past its 1 numbers"):
-        read_words(tmp_path / "expanded.pt")
+        read_concepts(tmp_path / "expanded.pt")
     shared = torch.ones(200_000)
     torch.save({f"<w{i}>": shared.view(1, -1) for i in range(11)}, tmp_path / "shared.pt")
     with pytest.raises(ConceptError, match="more than 8 MiB in all"):
-        read_words(tmp_path / "shared.pt")
+        read_concepts(tmp_path / "shared.pt")
 
 
 def test_pictures_without_a_word_are_refused_by_name(tmp_path: Path) -> None:
@@ -304,16 +304,16 @@ def test_pictures_without_a_word_are_refused_by_name(tmp_path: Path) -> None:
         (_picture(tmp_path / "empty.png", base64.b64encode(b"{}").decode()), "of no known layout"),
     ]:
         with pytest.raises(ConceptError, match=message):
-            read_words(path)
+            read_concepts(path)
 
 
 def test_other_files_and_empty_folders_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ConceptError, match="holds neither learned_embeds"):
-        read_words(tmp_path)
+        read_concepts(tmp_path)
     with pytest.raises(ConceptError, match=r"allowed are \.safetensors, \.pt, \.bin, \.png and folders"):
-        read_words(tmp_path / "a.txt")
+        read_concepts(tmp_path / "a.txt")
     with pytest.raises(ConceptError, match="No such file"):
-        read_words(tmp_path / "a.pt")
+        read_concepts(tmp_path / "a.pt")
 
 
 @settings(deadline=None, max_examples=300)
@@ -337,7 +337,7 @@ def test_damaged_files_of_every_layout_are_words_or_one_line_errors(
     broken.write_bytes(content[: data.draw(st.integers(0, len(content)))] if data.draw(st.booleans()) else content)
     message = ""
     try:
-        words = read_words(broken)
+        words = read_concepts(broken)
     except OnewordError as error:
         message = str(error)
     else:
@@ -363,7 +363,7 @@ def test_the_layouts_are_read_where_torch_cannot_be_imported(tmp_path: Path) -> 
         "import sys\n"
         "for name in ('torch', 'diffusers', 'transformers'): sys.modules[name] = None\n"
         "from pathlib import Path\n"
-        "from oneword.runtime.layouts import read_words\n"
-        f"print(read_words(Path({str(tmp_path / 'toy.pt')!r}))[0].concept.token)\n"
+        "from oneword.runtime.layouts import read_concepts\n"
+        f"print(read_concepts(Path({str(tmp_path / 'toy.pt')!r}))[0].concept.token)\n"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "toy\n"

@@ -7,7 +7,8 @@ import pytest
 
 from oneword.engines.errors import BundleError, UsageError
 from oneword.runtime.bundle import Bundle
-from oneword.runtime.request import Request, settle
+from oneword.runtime.request import Request, resolve
+from oneword.runtime.samplers import Sampler
 
 IMAGE = np.zeros((16, 24, 3), np.uint8)
 
@@ -22,13 +23,29 @@ IMAGE = np.zeros((16, 24, 3), np.uint8)
         ({"num_images": 0}, "num_images is 0, allowed is 1 to 1024"),
         ({"seed": -1}, "seed is -1, allowed is 0 to"),
         ({"guidance_scale": float("nan")}, "guidance_scale is nan, allowed is 0 to 100"),
-        ({"guidance_interval": (0.8, 0.2)}, r"guidance_interval is 0\.2, allowed is 0\.8 to"),
+        ({"guidance_scale": 100.5}, r"guidance_scale is 100\.5, allowed is 0 to 100"),
+        ({"guidance_rescale": 2}, "guidance_rescale is 2, allowed is 0 to 1"),
+        ({"eta": 1.5}, r"eta is 1\.5, allowed is 0 to 1"),
+        ({"guidance_interval": (0.8, 0.2)}, r"guidance_interval is 0\.8 to 0\.2, allowed is 0 <= low < high"),
+        ({"guidance_interval": (1, 1)}, "guidance_interval is 1 to 1, allowed is 0 <= low < high"),
+        ({"guidance_interval": (-1, 1)}, "guidance_interval is -1 to 1, allowed is 0 <= low < high"),
+        ({"guidance_interval": (0, float("inf"))}, "guidance_interval is 0 to inf, allowed is 0 <= low < high"),
+        ({"guidance_interval": (float("nan"), 1)}, "guidance_interval is nan to 1, allowed is 0 <= low < high"),
+        ({"guidance_interval": 0.5}, r"guidance_interval is 0\.5, allowed are two numbers"),
+        ({"guidance_interval": ("0", 1)}, "guidance_interval is '0', allowed is a number"),
+        ({"size": (64,)}, r"size is \(64,\), allowed are two whole numbers"),
+        ({"size": (64, 64.0)}, r"size is 64\.0, allowed is a whole number"),
+        ({"sampler": "nonsense"}, "sampler is 'nonsense', allowed are ddim, ddpm, euler, euler-a, dpmpp-2m, "),
+        ({"sampler": 5}, "sampler is 5, allowed are ddim, "),
+        ({"prompt": None}, "the prompt is None, allowed is text"),
+        ({"negative_prompt": 5}, "the negative prompt is 5, allowed is text"),
         ({"prompt": "a" * 20_001}, "the prompt has 20001 characters, allowed are 20000"),
         ({"prompt": "\ud800"}, "the prompt is not valid Unicode"),
         ({"image": IMAGE.astype(np.float32)}, r"image is float32 \[16, 24, 3\], allowed is uint8 \[H, W, 3\]"),
         ({"mask": np.ones((16, 24), np.bool_)}, "a mask was given without an image"),
         ({"image": IMAGE, "mask": np.ones((24, 16), np.bool_)}, "the mask is 16x24, the image 24x16"),
         ({"image": IMAGE, "mask": np.zeros((16, 24), np.bool_)}, "the mask is all black"),
+        ({"image": IMAGE, "mask": np.full((16, 24), 127, np.uint8)}, "the mask is all black"),
     ],
 )
 def test_a_wrong_setting_is_one_line_with_what_is_allowed(settings: dict[str, Any], message: str) -> None:
@@ -43,5 +60,53 @@ def test_a_default_that_the_manifest_misspells_is_the_bundles_fault(tiny_bundle:
     manifest = Bundle.open(tiny_bundle).manifest
     defaults = msgspec.structs.replace(manifest.defaults, sampler="heun")
 
-    with pytest.raises(BundleError, match="names the sampler 'heun' as default, there are ddim, ddpm, euler"):
-        settle(Request("a cat"), msgspec.structs.replace(manifest, defaults=defaults))
+    with pytest.raises(BundleError, match="names 'heun' as the default sampler, allowed are ddim, ddpm, euler"):
+        resolve(Request("a cat"), msgspec.structs.replace(manifest, defaults=defaults))
+
+
+@pytest.mark.parametrize("sampler", Sampler)
+def test_a_sampler_may_be_given_by_its_name(tiny_bundle: Path, sampler: Sampler) -> None:
+    request = Request("a cat", sampler=sampler.value)
+
+    assert request.sampler is sampler
+    assert resolve(request, Bundle.open(tiny_bundle).manifest).sampler is sampler
+
+
+@pytest.mark.parametrize("sampler", ["ddim", Sampler.DDIM, None])
+def test_eta_is_taken_with_ddim_however_it_is_given(tiny_bundle: Path, sampler: Sampler | str | None) -> None:
+    manifest = Bundle.open(tiny_bundle).manifest  # whose default is ddim
+
+    assert resolve(Request("a cat", sampler=sampler, eta=0.5), manifest).sampler is Sampler.DDIM
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sampler": "euler", "eta": 0.5}, r"eta is 0\.5 with the sampler euler, allowed is 0: only ddim takes more"),
+        ({"clip_skip": 3}, "clip_skip is 3, this model allows 0 to 2"),
+        ({"size": (60, 64)}, "size 60x64: width must be a multiple of 8, for example 64"),
+        ({"size": (0, 64)}, "size 0x64: width must be a multiple of 8, for example 8"),
+        ({"size": (32768, 32768)}, "size 32768x32768 has 1073741824 pixels, allowed are 16777216"),
+        ({"image": IMAGE}, "this bundle has no vae_encoder, so it cannot edit pictures: export it again"),
+    ],
+)
+def test_what_this_model_cannot_do_is_refused_by_its_manifest_alone(
+    tiny_bundle: Path, settings: dict[str, Any], message: str
+) -> None:
+    manifest = Bundle.open(tiny_bundle).manifest
+    graphs = {name: graph for name, graph in manifest.graphs.items() if name != "vae_encoder"}
+
+    with pytest.raises(UsageError, match=message):
+        resolve(Request("a cat", **settings), msgspec.structs.replace(manifest, graphs=graphs))
+
+
+def test_what_is_not_given_is_the_bundles_default_and_an_images_size_is_rounded_down(tiny_bundle: Path) -> None:
+    manifest = Bundle.open(tiny_bundle).manifest
+    defaults = manifest.defaults
+
+    settings = resolve(Request("a cat"), manifest)
+    edit = resolve(Request("a cat", image=np.zeros((70, 87, 3), np.uint8), steps=3), manifest)
+
+    assert (settings.steps, settings.guidance_scale) == (defaults.steps, defaults.guidance_scale)
+    assert (settings.width, settings.height) == (defaults.width, defaults.height)
+    assert (edit.width, edit.height, edit.steps) == (80, 64, 3)

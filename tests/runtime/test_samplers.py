@@ -236,11 +236,6 @@ def test_no_guidance_needs_no_negative_prompt() -> None:
         ({}, Sampler.LCM, 51, {}, "lcm allows at most 50"),
         ({}, Sampler.DDIM, 5, {"strength": 2.0}, "strength 2, allowed"),
         ({}, Sampler.DDIM, 5, {"strength": 0.1}, "leaves none: take 10"),
-        ({}, Sampler.EULER, 5, {"eta": 0.5}, "only ddim takes one"),
-        ({}, Sampler.DDIM, 5, {"eta": 1.5}, "eta 1.5, allowed"),
-        ({}, Sampler.DDIM, 5, {"guidance_scale": float("nan")}, "guidance scale nan"),
-        ({}, Sampler.DDIM, 5, {"guidance_rescale": 2.0}, "guidance rescale 2"),
-        ({}, Sampler.DDIM, 5, {"guidance_interval": (3.0, 1.0)}, "guidance interval 3 to 1"),
     ],
 )
 def test_what_cannot_be_done_is_refused_by_name(

@@ -3,11 +3,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from oneword.export.eager import eager_model
 from oneword.export.source import load_source
 from oneword.runtime.concept import Concept
 from oneword.runtime.model import Model
 from oneword.train.evaluate import sample
-from oneword.export.eager import eager_model
 from oneword.train.preview import Previewer, SheetFolders
 
 

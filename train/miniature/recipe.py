@@ -7,9 +7,9 @@ Not here: the bars the weights are held to (`benchmarks/miniature.py`).
 
 from __future__ import annotations
 
+import io
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from oneword.engines.errors import UsageError
+from oneword.engines.files import write_whole
 from oneword.train.evaluate import Judge
 from oneword.train.miniature import judge, scores, world
 from oneword.train.miniature.words import LENGTH, make_tokenizer
@@ -370,8 +371,9 @@ def _optimisers(
 
 def _save(state: object, path: Path) -> None:
     """Whole or not at all."""
-    torch.save(state, path.with_suffix(".part"))
-    os.replace(path.with_suffix(".part"), path)
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_whole(path, buffer.getvalue(), sync=False)
 
 
 def _load_stage(name: str, settings: Settings, models: list[nn.Module]) -> int:

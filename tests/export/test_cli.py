@@ -1,0 +1,103 @@
+"""`ti-export`'s options: what is asked for is what is built."""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from oneword.engines import builder
+from oneword.engines.builder import Flavour, Limits
+from oneword.export import cli, write
+
+
+class Hopper:
+    """Stands in for `Device` on a machine with an H100."""
+
+    target = "sm90"
+
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """What plans were built of, in place of an export and a build; an sm90 is in the machine."""
+    calls: list[tuple[Any, ...]] = []
+    exported = SimpleNamespace(bundle="bundle", differences=(), unchecked=())
+
+    def build(*arguments: Any) -> dict[str, list[Path]]:
+        calls.append(arguments[1:4])
+        return {"denoise_step": [Path("a.plan")]}
+
+    monkeypatch.setattr(builder, "Device", Hopper)
+    monkeypatch.setattr(cli, "installed_version", lambda flavour: "1.0")
+    monkeypatch.setattr(cli, "build_plans", build)
+    monkeypatch.setattr(cli, "summary", lambda exported, seconds: {})
+    monkeypatch.setattr(write, "export_bundle", lambda *_, **__: exported)
+    return calls
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *line: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["ti-export", "model", "bundle", *line])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    return int(caught.value.code or 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "flavour", "target"),
+    [
+        (["--plans", "tensorrt"], Flavour.TENSORRT, "sm90"),
+        (["--plans", "tensorrt", "--target", "sm90"], Flavour.TENSORRT, "sm90"),
+        (["--plans", "tensorrt-rtx"], Flavour.RTX, "sm89"),
+        (["--plans", "tensorrt-rtx", "--target", "sm89,sm120"], Flavour.RTX, "sm89,sm120"),
+    ],
+)
+def test_plans_are_built_for_the_gpu_that_is_there_or_asked_for(
+    options: list[str],
+    flavour: Flavour,
+    target: str,
+    built: list[tuple[Any, ...]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run(monkeypatch, *options, "--static-size", "96x64", "--json") == 0
+
+    assert built == [(flavour, target, Limits(static_sizes=((96, 64),)))]
+    assert json.loads(capsys.readouterr().out) == {"target": target, "plans": {"denoise_step": ["a.plan"]}}
+
+
+def test_without_plans_none_are_built(
+    built: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "--json") == 0
+
+    assert built == []
+    assert json.loads(capsys.readouterr().out) == {"target": None, "plans": {}}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--plans", "tensorrt", "--target", "sm89"], "builds for the GPU it runs on, which is sm90"),
+        (["--plans", "tensorrt-rtx", "--target", "sm90"], "builds for sm75, sm80, sm86, sm89, sm120, sm121"),
+        (["--plans", "openvino"], "'openvino' is not one of 'tensorrt', 'tensorrt-rtx'"),
+        (["--engine", "openvino"], "No such option"),
+        (["--target", "sm89"], "--target has no effect without plans: add --plans tensorrt or --plans tensorrt-rtx"),
+        (["--max-batch", "4"], "--max-batch has no effect without plans"),
+        (["--static-size", "64x64"], "--static-size has no effect without plans"),
+    ],
+)
+def test_options_that_cannot_be_followed_are_wrong_usage(
+    options: list[str],
+    message: str,
+    built: list[tuple[Any, ...]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run(monkeypatch, *options) == 2
+
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert built == []
