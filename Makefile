@@ -1,5 +1,6 @@
 # make demo    learn a word from five pictures, export the miniature, draw the word everywhere, one contact sheet
 # make test    the tests
+# make test-plans  the tests that build TensorRT-RTX plans, which are kept in .cache/plans
 # make check   lint, format, types, layers
 # make bench   the miniature and learned words, against their bars (the other benchmarks are python -m benchmarks.NAME)
 # make bench-gpu   what needs an NVIDIA GPU, in an environment of its own; GPU_EXTRAS=cuda,train,dev,tensorrt-rtx for the other flavour
@@ -23,7 +24,7 @@ INSTALLED := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 TEST_INSTALLED := $(INSTALLED)$(if $(TEST_EXTRAS),-$(subst $(comma),-,$(TEST_EXTRAS)))
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
-.PHONY: help demo test check bench bench-gpu measure-gpu clean
+.PHONY: help demo test test-plans check bench bench-gpu measure-gpu clean
 .DEFAULT_GOAL := help
 
 help:
@@ -34,6 +35,9 @@ demo: $(INSTALLED)
 
 test: $(TEST_INSTALLED)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-plans: $(TEST_INSTALLED)
+	$(BIN)/python -m pytest -m plans $(PYTEST_ARGS)
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -68,6 +72,6 @@ $(TEST_INSTALLED): $(INSTALLED)
 endif
 
 clean:
-	rm -rf $(VENV) .venv-gpu build dist *.egg-info src/*.egg-info demo-output .coverage \
+	rm -rf $(VENV) .venv-gpu .cache build dist *.egg-info src/*.egg-info demo-output .coverage \
 		.mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
