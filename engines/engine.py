@@ -317,8 +317,7 @@ def bound_shapes(
     output_shapes = {}
     for name, spec in output_specs.items():
         output_shapes[name] = of_outputs.get(name) or shape_of(graph, spec, sizes)
-        if name in given and len(output_shapes[name]) != len(spec.axes):
-            raise FeedError(f"{name!r} of {graph} has shape {_x(output_shapes[name])}, the graph gives {spec}")
+        _check_output(graph, spec, output_shapes[name], sizes)
     return sizes, input_shapes, output_shapes
 
 
@@ -361,6 +360,16 @@ def shape_of(graph: str, spec: TensorSpec, sizes: Mapping[str, int]) -> Shape:
         if isinstance(axis, str) and axis not in sizes:
             raise FeedError(f"no shape was given that fixes axis {axis} of {spec} of {graph}: give the shape of it")
     return tuple(sizes[axis] if isinstance(axis, str) else axis for axis in spec.axes)
+
+
+def _check_output(graph: str, spec: TensorSpec, shape: Shape, sizes: Mapping[str, int]) -> None:
+    """Raises FeedError where the graph would write past the end of an output of this shape, or leave some of it."""
+    wanted = [sizes.get(axis) if isinstance(axis, str) else axis for axis in spec.axes]
+    if len(shape) != len(wanted) or any(size not in (None, has) for size, has in zip(wanted, shape, strict=True)):
+        fixed = ", ".join(f"{axis} = {sizes[axis]}" for axis in spec.axes if isinstance(axis, str) and axis in sizes)
+        raise FeedError(
+            f"{spec.name!r} of {graph} has shape {_x(shape)}, the graph gives {spec}" + (f" with {fixed}" if fixed else "")
+        )
 
 
 def _check_names(graph: str, specs: Mapping[str, TensorSpec], given: Mapping[str, object]) -> None:
