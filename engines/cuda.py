@@ -117,7 +117,8 @@ class CudaStream:
         pointer = int(self.device.call("cudaMallocHost", max(size, 1)))
         memory = (ctypes.c_uint8 * size).from_address(pointer)
         ctypes.memset(pointer, 0, size)
-        weakref.finalize(memory, _free_pinned, self.device.runtime, self.handle, pointer)
+        runtime = self.device.runtime
+        weakref.finalize(memory, _free, runtime, self.handle, runtime.cudaFreeHost, pointer)
         return np.ndarray(shape, dtype, memory)  # type: ignore[arg-type]
 
     def buffers(
@@ -252,7 +253,7 @@ class DeviceArray:
         self.nbytes = math.prod(self._shape) * dtype.itemsize
         device = stream.device
         self.pointer = int(device.call("cudaMalloc", max(self.nbytes, 1)))
-        weakref.finalize(self, device.runtime.cudaFree, self.pointer)
+        weakref.finalize(self, _free, device.runtime, stream.handle, device.runtime.cudaFree, self.pointer)
         device.call("cudaMemsetAsync", self.pointer, 0, self.nbytes, stream.handle)
 
     @property
@@ -305,9 +306,10 @@ def contiguous_part(host: NumpyArray, region: Region) -> NumpyArray | None:
     return part if part.flags.c_contiguous else None
 
 
-def _free_pinned(runtime: Any, stream: int, pointer: int) -> None:
+def _free(runtime: Any, stream: int, free: Callable[[int], object], pointer: int) -> None:
+    """Frees memory once no queued work can use it."""
     runtime.cudaStreamSynchronize(stream)
-    runtime.cudaFreeHost(pointer)
+    free(pointer)
 
 
 def _runtime() -> Any:

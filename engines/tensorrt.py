@@ -57,7 +57,7 @@ class TensorRtEngine:
             self._plans = fitting_plans(plans, graph, flavour, version, device.target)
         if not self._plans:
             raise EngineError(
-                f"{plans} has no plan of graph {name!r} for {device.target}: build one with ti-export --plans"
+                f"{plans} has no plan of graph {name!r} for {device.target}: build one with ti-export --engine {flavour}"
             )
         self.limits = widest([key.ranges for _, key in self._plans])
         self._opened: dict[str, Any] = {}
@@ -184,14 +184,19 @@ def narrowest(
     """The plan with the least room that still takes these sizes. Raises FeedError where none does."""
     fitting = [(cache, key) for cache, key in plans if not outside(key.ranges, sizes)]
     if not fitting:
-        ranges = plans[0][1].ranges
+        ranges = min((key.ranges for _, key in plans), key=lambda each: (len(outside(each, sizes)), -room(each)))
         axis, size = next(iter(outside(ranges, sizes).items()))
         smallest, _, largest = ranges[axis]
         raise FeedError(
             f"{graph} was given {axis} = {size}, its plan takes {smallest} to {largest}: "
             "build it with ti-export --max-batch, --max-size or --static-size"
         )
-    return min(fitting, key=lambda plan: sum(largest - least for least, _, largest in plan[1].ranges.values()))
+    return min(fitting, key=lambda plan: room(plan[1].ranges))
+
+
+def room(ranges: Ranges) -> int:
+    """How far apart a plan's smallest and largest sizes are, over all axes."""
+    return sum(largest - smallest for smallest, _, largest in ranges.values())
 
 
 def outside(ranges: Ranges, sizes: Mapping[str, int]) -> dict[str, int]:
