@@ -1,19 +1,36 @@
 """The calls of CUDA's runtime that oneword makes, on the host's memory, to hold without a GPU what a GPU asks for.
 
-As late as CUDA may be: queued work is done when somebody waits and not before, so that a buffer read or reused too
-early is seen. Memory of the host is read when a copy is queued, as CUDA does with pageable memory. While a stream is
-captured work is recorded and not done, and what CUDA then refuses is refused and breaks the capture. What is computed,
-and what libraries allocate at their first calls, is not CUDA's.
+As late as CUDA may be: queued work is done when somebody waits for it and not before, so that a buffer read or reused
+too early is seen. Pageable memory of the host is read when a copy is queued, as CUDA does; pinned memory is read and
+written when the copy is done. An event that is waited for does what was queued before it was recorded, and no more.
+While a stream is captured work is recorded and not done, and what CUDA then refuses is refused and breaks the capture.
+
+Stricter than CUDA: memory that is freed while queued work uses it, or used after it was freed, is noted in
+`violations`, which a test must find empty. What is computed, and what libraries allocate at their first calls, is not
+CUDA's.
 """
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 CAPTURE_REFUSES, CAPTURE_BROKEN = 900, 901  # cudaErrorStreamCaptureUnsupported, cudaErrorStreamCaptureInvalidated
+GARBAGE = 0xCD  # in memory that nobody has written
 
-Work = Callable[[], object]
+Span = tuple[int, int]
+"""Address and bytes."""
+
+
+@dataclass(eq=False)
+class Work:
+    """Something that is queued, and the memory it uses."""
+
+    do: Callable[[], object]
+    uses: tuple[Span, ...] = ()
+    is_run: bool = False
+    """Whether it is a run of a graph, a step for one."""
 
 
 class Runtime:
@@ -27,15 +44,25 @@ class Runtime:
     cudaError_t = SimpleNamespace(cudaErrorInsufficientDriver=35, cudaErrorNoDevice=100)
 
     def __init__(self) -> None:
-        self.waits = self.captures = self.launches = self.from_host = 0
-        self._memory: dict[int, Any] = {}
+        self.waits = 0
+        """Times that the host waited for all that was queued."""
+        self.event_waits = 0
+        """Times that the host waited for an event."""
+        self.captures = self.launches = self.from_host = 0
+        self.most_runs_queued = 0
+        """Runs of graphs that were queued and not done, at most; on a GPU the first of them may be running."""
+        self.violations: list[str] = []
+        self._device: dict[int, Any] = {}
+        self._pinned: dict[int, Any] = {}
+        self._freed: list[Any] = []  # so that what is used after it was freed is noted, and is not a crash
         self._queued: list[Work] = []
         self._captured: list[Work] | None = None
         self._broken = False
+        self._events: dict[int, Work | None] = {}
 
-    def queue(self, work: Work) -> tuple[int]:
+    def queue(self, do: Callable[[], object], *uses: Span, is_run: bool = False) -> tuple[int]:
         """In the order of the one stream there is."""
-        (self._queued if self._captured is None else self._captured).append(work)
+        self._put(Work(do, uses, is_run))
         return (0,)
 
     def refused(self) -> bool:
@@ -48,40 +75,108 @@ class Runtime:
         if self.refused():
             return CAPTURE_REFUSES
         self.waits += 1
-        queued, self._queued = self._queued, []
-        for work in queued:
-            work()
+        self._do(len(self._queued))
         return 0
 
-    def cudaMalloc(self, size: int) -> tuple[int, int]:
+    def _put(self, work: Work) -> None:
+        (self._queued if self._captured is None else self._captured).append(work)
+        self.most_runs_queued = max(self.most_runs_queued, sum(work.is_run for work in self._queued))
+
+    def _do(self, count: int) -> None:
+        done, self._queued = self._queued[:count], self._queued[count:]
+        for work in done:
+            for address, size in work.uses:
+                if not any(_within(memory, address, size) for memory in self._allocations()):
+                    self.violations.append(f"queued work used {size} bytes that were freed or never allocated")
+                    break
+            else:
+                work.do()
+
+    def _allocations(self) -> Iterable[Any]:
+        return (*self._device.values(), *self._pinned.values())
+
+    def _is_pinned(self, address: int, size: int) -> bool:
+        return any(_within(memory, address, size) for memory in self._pinned.values())
+
+    def _allocate(self, memories: dict[int, Any], size: int) -> tuple[int, int]:
         if self.refused():
             return CAPTURE_REFUSES, 0
-        buffer = (ctypes.c_uint8 * size)(*([0xCD] * min(size, 64)))  # nobody promised zeros
-        self._memory[ctypes.addressof(buffer)] = buffer
+        buffer = (ctypes.c_uint8 * size)()
+        ctypes.memset(buffer, GARBAGE, size)  # nobody promised zeros
+        memories[ctypes.addressof(buffer)] = buffer
         return 0, ctypes.addressof(buffer)
 
-    def cudaFree(self, pointer: int) -> tuple[int]:
-        status = self.wait()
-        if status == 0:
-            self._memory.pop(pointer)
-        return (status,)
-
-    def cudaMemcpyAsync(self, target: int, source: int, size: int, kind: int, stream: int) -> tuple[int]:
-        if kind == self.cudaMemcpyKind.cudaMemcpyDeviceToDevice:
-            return self.queue(lambda: ctypes.memmove(target, source, size))
+    def _free(self, memories: dict[int, Any], pointer: int) -> tuple[int]:
         if self.refused():
             return (CAPTURE_REFUSES,)
-        if kind == self.cudaMemcpyKind.cudaMemcpyHostToDevice:
+        memory = memories.pop(pointer)
+        if any(_within(memory, address, size) for work in self._queued for address, size in work.uses):
+            self.violations.append(f"{len(memory)} bytes were freed while queued work uses them")
+        ctypes.memset(memory, GARBAGE, len(memory))
+        self._freed.append(memory)
+        return (0,)
+
+    def cudaMalloc(self, size: int) -> tuple[int, int]:
+        return self._allocate(self._device, size)
+
+    def cudaFree(self, pointer: int) -> tuple[int]:
+        return self._free(self._device, pointer)
+
+    def cudaMallocHost(self, size: int) -> tuple[int, int]:
+        return self._allocate(self._pinned, size)
+
+    def cudaFreeHost(self, pointer: int) -> tuple[int]:
+        return self._free(self._pinned, pointer)
+
+    def cudaMemcpyAsync(self, target: int, source: int, size: int, kind: int, stream: int) -> tuple[int]:
+        kinds = self.cudaMemcpyKind
+        spans = {
+            kinds.cudaMemcpyDeviceToDevice: ((target, size), (source, size)),
+            kinds.cudaMemcpyHostToDevice: ((target, size),),
+            kinds.cudaMemcpyDeviceToHost: ((source, size),),
+        }[kind]
+        if kind == kinds.cudaMemcpyHostToDevice:
             self.from_host += size
-            values = ctypes.string_at(source, size)
-            return self.queue(lambda: ctypes.memmove(target, values, size))
-        return self.queue(lambda: ctypes.memmove(target, source, size))
+        if kind != kinds.cudaMemcpyDeviceToDevice:
+            host = source if kind == kinds.cudaMemcpyHostToDevice else target
+            if self._is_pinned(host, size):
+                spans = ((target, size), (source, size))
+            elif self.refused():
+                return (CAPTURE_REFUSES,)
+            elif kind == kinds.cudaMemcpyHostToDevice:
+                values = ctypes.string_at(source, size)
+                return self.queue(lambda: ctypes.memmove(target, values, size), *spans)
+        return self.queue(lambda: ctypes.memmove(target, source, size), *spans)
 
     def cudaMemsetAsync(self, pointer: int, value: int, size: int, stream: int) -> tuple[int]:
-        return self.queue(lambda: ctypes.memset(pointer, value, size))
+        return self.queue(lambda: ctypes.memset(pointer, value, size), (pointer, size))
 
     def cudaStreamSynchronize(self, stream: int) -> tuple[int]:
         return (self.wait(),)
+
+    def cudaEventCreateWithFlags(self, flags: int) -> tuple[int, int]:
+        handle = len(self._events) + 1
+        self._events[handle] = None
+        return 0, handle
+
+    def cudaEventRecord(self, event: int, stream: int) -> tuple[int]:
+        mark = Work(lambda: None)
+        self._events[event] = mark
+        self._put(mark)
+        return (0,)
+
+    def cudaEventSynchronize(self, event: int) -> tuple[int]:
+        if self.refused():
+            return (CAPTURE_REFUSES,)
+        self.event_waits += 1
+        mark = self._events[event]
+        if mark in self._queued:
+            self._do(self._queued.index(mark) + 1)
+        return (0,)
+
+    def cudaEventDestroy(self, event: int) -> tuple[int]:
+        self._events[event] = None
+        return (0,)
 
     def cudaStreamBeginCapture(self, stream: int, mode: int) -> tuple[int]:
         self._captured, self._broken = [], False
@@ -100,7 +195,7 @@ class Runtime:
     def cudaGraphLaunch(self, executable: Any, stream: int) -> tuple[int]:
         self.launches += 1
         for work in executable:
-            self.queue(work)
+            self._put(work)
         return (0,)
 
     def cudaGraphDestroy(self, graph: Any) -> tuple[int]:
@@ -147,16 +242,28 @@ class Session:
         self._inner, self._runtime = inner, runtime
 
     def io_binding(self) -> Any:
-        inner = self._inner.io_binding()
+        inner, pointers = self._inner.io_binding(), []
 
         def bind(kind: Callable[..., None]) -> Callable[..., None]:
-            return lambda name, device, index, *rest: kind(name, "cpu", index, *rest)
+            def bound(name: str, device: str, index: int, element: int, shape: Any, pointer: int) -> None:
+                pointers.append((pointer, 1))
+                kind(name, "cpu", index, element, shape, pointer)
 
-        return SimpleNamespace(inner=inner, bind_input=bind(inner.bind_input), bind_output=bind(inner.bind_output))
+            return bound
+
+        return SimpleNamespace(
+            inner=inner, pointers=pointers, bind_input=bind(inner.bind_input), bind_output=bind(inner.bind_output)
+        )
 
     def run_with_iobinding(self, binding: Any, options: Any) -> None:
-        self._runtime.queue(lambda: self._inner.run_with_iobinding(binding.inner))
+        self._runtime.queue(lambda: self._inner.run_with_iobinding(binding.inner), *binding.pointers, is_run=True)
 
     def run_with_ort_values(self, names: Any, feeds: Any) -> Any:
         self._runtime.wait()
         return self._inner.run_with_ort_values(names, feeds)
+
+
+def _within(memory: Any, address: int, size: int) -> bool:
+    """Whether a span is part of an allocation."""
+    start = ctypes.addressof(memory)
+    return start <= address and address + size <= start + len(memory)

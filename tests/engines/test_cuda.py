@@ -1,28 +1,39 @@
 """What of CUDA and TensorRT can be held without a GPU; what needs one is marked."""
 
-import gc
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from oneword.engines.builder import Flavour
-from oneword.engines.cuda import _alive, contiguous_part, dlpack_capsule
-from oneword.engines.engine import NumpyArray
+from oneword.engines.cuda import CudaStream, Device, contiguous_part
+from oneword.engines.engine import Engine
 from oneword.engines.errors import EngineError, FeedError, MissingPackage, OnewordError, UsageError
-from oneword.engines.open import Backend, gpu_queue, open_engine
+from oneword.engines.graph import Graph
+from oneword.engines.open import Backend, EngineOptions, gpu_stream, open_engine
 from oneword.engines.plans import PlanCache, PlanKey
-from oneword.engines.tensorrt import fitting_plans, narrowest
+from oneword.engines.tensorrt import TensorRtEngine, fitting_plans, narrowest, widest
 from oneword.runtime.bundle import PLANS, Bundle
+from oneword.runtime.profiles import DEFAULT_LIMITS, graph_ranges
+from tests.simulated_cuda import Runtime
 
 GPU_BACKENDS = (Backend.CUDA, Backend.TENSORRT, Backend.TENSORRT_RTX)
 
 
+def opened(path: Path, name: str, backend: Backend) -> Engine:
+    bundle = Bundle.open(path)
+    ranges = graph_ranges(bundle.manifest, name, DEFAULT_LIMITS)
+    return open_engine(backend, name, bundle.graph(name), path, EngineOptions(plans=path / PLANS, ranges=ranges))
+
+
 def gpu_is_here() -> bool:
     try:
-        gpu_queue()
+        gpu_stream()
     except OnewordError:
         return False
     return True
@@ -33,7 +44,7 @@ def gpu_is_here() -> bool:
 def test_without_a_driver_the_error_says_what_to_install(tiny_bundle: Path, backend: Backend) -> None:
     pytest.importorskip("cuda.bindings")
     with pytest.raises(EngineError, match=r"an NVIDIA driver for CUDA [\d.]+ is needed and there is none") as caught:
-        open_engine(Bundle.open(tiny_bundle), "denoise_step", backend)
+        opened(tiny_bundle, "denoise_step", backend)
     assert "\n" not in str(caught.value)
 
 
@@ -43,9 +54,9 @@ def test_without_cuda_python_the_error_is_the_line_that_installs_it(
 ) -> None:
     for name in ("cuda", "cuda.bindings", "cuda.bindings.runtime"):
         monkeypatch.setitem(sys.modules, name, None)
-    gpu_queue.cache_clear()
+    gpu_stream.cache_clear()
     with pytest.raises(MissingPackage, match=r"cuda-python is not installed: pip install 'oneword\[cuda\]'"):
-        open_engine(Bundle.open(tiny_bundle), "denoise_step", backend)
+        opened(tiny_bundle, "denoise_step", backend)
 
 
 @pytest.mark.skipif(gpu_is_here(), reason="there is a GPU")
@@ -90,86 +101,150 @@ def test_a_single_number_of_a_vector_is_a_region_too() -> None:
     assert host.tolist() == [0, 7, 2]
 
 
-class OnTheHost:
-    """What a device array does, with the host's memory."""
-
-    def __init__(self, values: NumpyArray) -> None:
-        self.values = values
-
-    def __dlpack__(self, **_: object) -> object:
-        return dlpack_capsule(self, self.values.ctypes.data, self.values.shape, self.values.dtype, (1, 0))
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return 1, 0
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float16", "int64", "uint8", "bool"])
-def test_a_dlpack_capsule_is_the_same_memory_and_keeps_it_alive_until_its_reader_lets_go(dtype: str) -> None:
-    values = np.arange(6).reshape(2, 3).astype(dtype)
-    before = len(_alive)
-    seen = np.from_dlpack(OnTheHost(values))  # type: ignore[arg-type]
-    np.testing.assert_array_equal(seen, values)
-    assert seen.dtype == values.dtype
-    assert np.shares_memory(seen, values)
-    assert len(_alive) == before + 1
-    del seen
-    gc.collect()
-    assert len(_alive) == before
-
-
-def planned(bundle: Bundle, target: str, **ranges: tuple[int, int, int]) -> PlanKey:
-    """A plan of the denoiser in the bundle's cache: its bytes are never opened here."""
-    graph = bundle.graph("denoise_step")
+def planned(
+    bundle: Bundle, target: str, name: str = "denoise_step", **ranges: tuple[int, int, int]
+) -> PlanKey:
+    """A plan of a graph in the bundle's cache: its bytes are never opened here."""
+    graph = bundle.graph(name)
     key = PlanKey(graph.digest, "tensorrt-rtx", "1.7", target, graph.precision, ranges)
     PlanCache(bundle.path / PLANS / f"tensorrt-rtx-1.7-{target.replace(',', '+')}").load_or_build(key, lambda: b"plan")
     return key
 
 
 def test_plans_are_found_by_graph_version_and_gpu(own_bundle: Bundle) -> None:
-    both = planned(own_bundle, "sm89,sm120", B=(1, 1, 4))
+    plans, both = own_bundle.path / PLANS, planned(own_bundle, "sm89,sm120", B=(1, 1, 4))
     graph = own_bundle.graph("denoise_step")
     for target in ("sm89", "sm120"):
-        assert [key for _, key in fitting_plans(own_bundle, graph, Flavour.RTX, "1.7", target)] == [both]
-    assert fitting_plans(own_bundle, graph, Flavour.RTX, "1.7", "sm86") == []  # it can be built
-    assert fitting_plans(own_bundle, graph, Flavour.RTX, "1.8", "sm89") == []  # of another version
-    assert fitting_plans(own_bundle, own_bundle.graph("vae_decoder"), Flavour.RTX, "1.7", "sm89") == []
+        assert [key for _, key in fitting_plans(plans, graph, Flavour.RTX, "1.7", target)] == [both]
+    assert fitting_plans(plans, graph, Flavour.RTX, "1.7", "sm86") == []  # it can be built
+    assert fitting_plans(plans, graph, Flavour.RTX, "1.8", "sm89") == []  # of another version
+    assert fitting_plans(plans, own_bundle.graph("vae_decoder"), Flavour.RTX, "1.7", "sm89") == []
 
 
 def test_a_gpu_that_no_plan_fits_and_none_can_be_made_for_is_named(own_bundle: Bundle) -> None:
     planned(own_bundle, "sm89", B=(1, 1, 4))
     with pytest.raises(
-        UsageError, match=r"this GPU is sm90, tensorrt-rtx builds for sm75.*the bundle has plans for sm89\).*tensorrt$"
+        UsageError, match=r"this GPU is sm90, tensorrt-rtx builds for sm75.*there are plans for sm89\).*tensorrt$"
     ):
-        fitting_plans(own_bundle, own_bundle.graph("denoise_step"), Flavour.RTX, "1.7", "sm90")
+        fitting_plans(own_bundle.path / PLANS, own_bundle.graph("denoise_step"), Flavour.RTX, "1.7", "sm90")
 
 
 def test_the_narrowest_plan_that_fits_is_taken(own_bundle: Bundle) -> None:
     wide = planned(own_bundle, "sm89", B=(1, 1, 4), h=(1, 8, 16))
     static = planned(own_bundle, "sm89", B=(1, 1, 1), h=(8, 8, 8))
-    plans = fitting_plans(own_bundle, own_bundle.graph("denoise_step"), Flavour.RTX, "1.7", "sm89")
+    graph = own_bundle.graph("denoise_step")
+    plans = fitting_plans(own_bundle.path / PLANS, graph, Flavour.RTX, "1.7", "sm89")
     assert narrowest("denoise_step", plans, {"B": 1, "h": 8})[1] == static
     assert narrowest("denoise_step", plans, {"B": 2, "h": 8})[1] == wide
     with pytest.raises(FeedError, match=r"given h = 17, its plan takes .*ti-export --max-batch, --max-size"):
         narrowest("denoise_step", plans, {"B": 1, "h": 17})
 
 
+def test_the_widest_sizes_are_those_of_any_plan() -> None:
+    wide, static = {"B": (1, 1, 4), "h": (1, 8, 16)}, {"B": (1, 1, 1), "h": (32, 32, 32), "T": (77, 77, 77)}
+    assert widest([wide, static]) == {"B": 4, "h": 32, "T": 77}
+    assert widest([]) == {}
+
+
+class Plan:
+    """A deserialized plan and its execution context: notes what it is told, infers shapes it is given."""
+
+    def __init__(self, graph: Graph, shapes: dict[str, tuple[int, ...]]) -> None:
+        self.names = [spec.name for spec in (*graph.inputs, *graph.outputs)]
+        self.num_io_tensors, self.shapes = len(self.names), shapes
+        self.addresses: dict[str, int] = {}
+        self.streams: list[int] = []
+
+    def get_tensor_name(self, index: int) -> str:
+        return self.names[index]
+
+    def create_execution_context(self) -> "Plan":
+        return self
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        self.shapes[name] = tuple(shape)
+        return True
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return self.shapes.get(name, (-1,))
+
+    def set_tensor_address(self, name: str, address: int) -> None:
+        self.addresses[name] = address
+
+    def execute_async_v3(self, stream: int) -> bool:
+        self.streams.append(stream)
+        return True
+
+
+@pytest.fixture
+def simulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[CudaStream]:
+    runtime = Runtime()
+    monkeypatch.setattr("oneword.engines.cuda._runtime", lambda: runtime)
+    yield CudaStream(Device())
+    assert runtime.violations == []
+
+
+@pytest.fixture
+def decoder(own_bundle: Bundle, simulated: CudaStream, monkeypatch: pytest.MonkeyPatch) -> TensorRtEngine:
+    """The decoder, with a plan for up to four pictures of up to 16 latents each way and a static one of 4 x 4."""
+    planned(own_bundle, "sm89", "vae_decoder", B=(1, 1, 4), h=(1, 8, 16), w=(1, 8, 16))
+    planned(own_bundle, "sm89", "vae_decoder", B=(1, 1, 1), h=(4, 4, 4), w=(4, 4, 4))
+    monkeypatch.setattr("oneword.engines.tensorrt.installed_version", lambda flavour: "1.7")
+    graph, folder = own_bundle.graph("vae_decoder"), own_bundle.path
+    return TensorRtEngine("vae_decoder", graph, folder, Flavour.RTX, simulated, folder / PLANS, ())
+
+
+def test_the_limits_of_tensorrt_are_those_of_its_plans(decoder: TensorRtEngine) -> None:
+    assert decoder.limits == {"B": 4, "h": 16, "w": 16}
+    with pytest.raises(FeedError, match=r"vae_decoder was given B = 5, its plan takes 1 to 4: build it with ti-export"):
+        decoder.bind({"latents": (5, 4, 8, 8), "images": (5, 64, 64, 3)})
+
+
+def test_tensorrt_binds_given_arrays_of_the_device_in_place(
+    decoder: TensorRtEngine, simulated: CudaStream, monkeypatch: pytest.MonkeyPatch, own_bundle: Bundle
+) -> None:
+    plan = Plan(own_bundle.graph("vae_decoder"), {"images": (2, 64, 64, 3), "finite": (2,)})
+    library = SimpleNamespace(deserialize_cuda_engine=lambda data: plan)
+    monkeypatch.setattr("oneword.engines.tensorrt._runtime", lambda flavour: library)
+    latents, images = simulated.put(np.zeros((2, 4, 8, 8), np.float32)), simulated.empty((2, 64, 64, 3), np.uint8)
+    binding = decoder.bind({}, {"latents": latents}, {"images": images})
+
+    assert plan.addresses["latents"] == latents.pointer
+    assert plan.addresses["images"] == images.pointer
+    assert binding.outputs["finite"].shape == (2,)  # inferred by the plan
+    binding.run()
+    binding.run(7)
+    assert plan.streams == [simulated.handle, 7]
+    assert not binding.capturable  # TensorRT-RTX; TensorRT's runs are captured
+    with pytest.raises(FeedError, match="'images' of vae_decoder has shape 1x64x64x3"):
+        decoder.bind({}, {"latents": latents}, {"images": simulated.empty((1, 64, 64, 3), np.uint8)})
+
+
+def test_without_a_plan_and_sizes_to_build_one_for_the_error_says_how(
+    own_bundle: Bundle, simulated: CudaStream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("oneword.engines.tensorrt.installed_version", lambda flavour: "1.7")
+    graph, plans = own_bundle.graph("vae_decoder"), own_bundle.path / PLANS
+    message = r"no plan of graph 'vae_decoder' for sm89: build one with ti-export --engine tensorrt-rtx"
+    with pytest.raises(EngineError, match=message):
+        TensorRtEngine("vae_decoder", graph, own_bundle.path, Flavour.RTX, simulated, plans, ())
+
+
 @pytest.fixture
 def own_bundle(tiny_bundle: Path, tmp_path: Path) -> Bundle:
-    import shutil
-
     shutil.copytree(tiny_bundle, tmp_path / "bundle", ignore=shutil.ignore_patterns("plans"))
     return Bundle.open(tmp_path / "bundle")
 
 
 @pytest.mark.gpu
 def test_arrays_on_the_gpu_are_written_and_read_by_region() -> None:
-    queue = gpu_queue()
-    array, host = queue.empty((3, 4, 2), "f4"), np.zeros((3, 4, 2), np.float32)
+    stream = gpu_stream()
+    array, host = stream.empty((3, 4, 2), "f4"), np.zeros((3, 4, 2), np.float32)
     for region, values in ((..., 1.5), (1, np.arange(8).reshape(4, 2)), ((slice(None), 2), 7.0), ([0, 2], 3.0)):
         array.write(region, values)
         host[region] = values
         np.testing.assert_array_equal(array.numpy(), host)
-    assert queue.device.memory()[0] > 0
+    assert stream.device.memory()[0] > 0
 
 
 @pytest.mark.gpu
@@ -183,7 +258,7 @@ def test_every_graph_on_the_gpu_is_that_of_pytorch(
     from oneword.export.source import load_source
 
     pytest.importorskip({"onnxruntime-cuda": "onnxruntime"}.get(backend, backend.replace("-", "_")))
-    engine = open_engine(Bundle.open(tiny_bundle), graph, backend)
+    engine = opened(tiny_bundle, graph, backend)
     (traceable,) = [each for each in family_of(load_source(tiny_model_dir)).graphs if each.name == graph]
     for case in references(traceable, [{"B": 1, "N": 2, "M": 2, "T": 20, "h": 8, "w": 8}]):
         for name, value in engine.run(case.feeds).items():
