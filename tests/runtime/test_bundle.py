@@ -18,8 +18,9 @@ from oneword.runtime.bundle import (
     Defaults,
     Encoder,
     Manifest,
-    Source,
-    TokenizerKind,
+    MissingNegative,
+    Preview,
+    Provenance,
     Vae,
     write_bundle,
 )
@@ -40,7 +41,6 @@ def fill(folder: Path) -> Manifest:
         graph="text_encoder",
         table="table.safetensors",
         tokenizer="tokenizer",
-        tokenizer_kind=TokenizerKind.CLIP,
         vocab_size=10,
         width=4,
         hidden_width=4,
@@ -52,10 +52,11 @@ def fill(folder: Path) -> Manifest:
         default_layer=2,
     )
     return Manifest(
-        source=Source("somewhere", "0" * 64),
+        source=Provenance("somewhere", "0" * 64),
         graphs=graphs,
         encoders=(encoder,),
-        conditioning=Conditioning(("text_encoder",)),
+        conditioning=Conditioning((("text_encoder",),)),
+        columns=DenoiseStep_COLUMNS,
         scheduler={"_class_name": "DDIMScheduler", "beta_start": 0.1},
         vae=Vae(scale=1.0, shift=0.0, factor=8, latent_channels=4),
         defaults=Defaults(width=64, height=64),
@@ -154,7 +155,7 @@ def test_everybody_may_read_a_bundle_whoever_wrote_it_and_how(tmp_path: Path) ->
 
 
 def test_a_file_that_cannot_be_read_is_one_line(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from oneword.engines import bundle as module
+    from oneword.runtime import bundle as module
 
     def refuse(path: Path) -> str:
         raise PermissionError(13, "Permission denied", path)
@@ -166,7 +167,7 @@ def test_a_file_that_cannot_be_read_is_one_line(bundle: Path, monkeypatch: pytes
 
 
 def test_a_file_that_changes_while_it_is_hashed_is_hashed_again(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from oneword.engines import bundle as module
+    from oneword.runtime import bundle as module
 
     table, real = bundle / "table.safetensors", module.file_digest
 
@@ -240,7 +241,7 @@ def test_a_file_is_hashed_once_and_again_when_it_changes(bundle: Path, monkeypat
         hashed.append(path.name)
         return real(path)
 
-    from oneword.engines import bundle as module
+    from oneword.runtime import bundle as module
 
     real = module.file_digest
     monkeypatch.setattr(module, "file_digest", recorded)
