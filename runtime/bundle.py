@@ -270,7 +270,7 @@ def _read_manifest(folder: Path) -> Manifest:
         if version != FORMAT_VERSION:
             raise BundleError(
                 f"{path} has format version {version}, this oneword reads {FORMAT_VERSION}: "
-                "export the model again with ti-export"
+                f"export the model again with ti-export MODEL {folder}"
             )
         return msgspec.json.decode(data, type=Manifest)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
