@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import hypothesis.strategies as st
+import msgspec
 import pytest
 from hypothesis import given, settings
 
@@ -56,7 +57,7 @@ def fill(folder: Path) -> Manifest:
         graphs=graphs,
         encoders=(encoder,),
         conditioning=Conditioning((("text_encoder",),)),
-        columns=DenoiseStep_COLUMNS,
+        columns=("t", "sample", "denoised"),
         scheduler={"_class_name": "DDIMScheduler", "beta_start": 0.1},
         vae=Vae(scale=1.0, shift=0.0, factor=8, latent_channels=4),
         defaults=Defaults(width=64, height=64),
@@ -265,8 +266,25 @@ def test_an_unknown_key_and_another_version_are_refused(bundle: Path) -> None:
         Bundle.open(bundle)
 
     edit(bundle, lambda m: m.update(format_version=99))
-    with pytest.raises(BundleError, match="format version 99, this oneword reads 1"):
+    with pytest.raises(BundleError, match="format version 99, this oneword reads 2"):
         Bundle.open(bundle)
+
+
+def test_a_bundle_of_format_1_is_refused_with_the_command_that_makes_it_again(bundle: Path) -> None:
+    def as_it_was(manifest: dict[str, Any]) -> None:
+        manifest["format_version"] = 1
+        manifest["encoders"][0]["tokenizer_kind"] = "clip"
+        manifest["conditioning"]["context"] = ["text_encoder"]
+        del manifest["columns"]
+
+    edit(bundle, as_it_was)
+    with pytest.raises(BundleError) as caught:
+        Bundle.open(bundle)
+    assert str(caught.value) == (
+        f"{bundle / 'bundle.json'} has format version 1, this oneword reads 2: "
+        f"export the model again with ti-export MODEL {bundle}"
+    )
+    assert write_bundle(bundle, fill).manifest.format_version == 2  # and that command may replace it
 
 
 @pytest.mark.parametrize(
@@ -300,6 +318,48 @@ def test_swapped_graphs_are_noticed(bundle: Path) -> None:
     edit(bundle, swap)
     with pytest.raises(BundleError, match=r"graph 'vae_decoder' .* has not the digest of its files"):
         Bundle.open(bundle)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"context": [["text_encoder"], ["text_encoder_3"]]}, "conditions on 'text_encoder_3', which is none of its"),
+        ({"context": []}, "pools an encoder that does not pool, or has no context"),
+        ({"pooled": ["text_encoder"]}, "pools an encoder that does not pool, or has no context"),
+        ({"time_ids": ["crop_top", "aesthetics"]}, "has the time id 'aesthetics', known are original_height, "),
+        ({"missing_negative": "nothing"}, "is not a valid manifest"),
+    ],
+)
+def test_a_conditioning_that_the_bundle_cannot_give_is_refused(
+    bundle: Path, change: dict[str, Any], message: str
+) -> None:
+    edit(bundle, lambda m: m["conditioning"].update(change))  # type: ignore[attr-defined]
+    with pytest.raises(BundleError, match=message):
+        Bundle.open(bundle)
+
+
+def test_blocks_of_encoders_widths_and_a_preview_survive_the_disk(tmp_path: Path) -> None:
+    def two(folder: Path) -> Manifest:
+        manifest = fill(folder)
+        [first] = manifest.encoders
+        second = msgspec.structs.replace(first, graph="vae_decoder", hidden_width=6, pooled_width=3)  # any graph does
+        conditioning = Conditioning(
+            context=(("text_encoder", "vae_decoder"), ("vae_decoder",)),
+            pooled=("vae_decoder",),
+            missing_negative=MissingNegative.ZEROS,
+            repeatable=False,
+        )
+        preview = Preview(((0.1, 0.2, 0.3),) * 4, (0.5, 0.5, 0.5))
+        return msgspec.structs.replace(
+            manifest, encoders=(first, second), conditioning=conditioning, preview=preview, size_multiple=16, max_side=96
+        )
+
+    written = write_bundle(tmp_path / "two", two).manifest
+    opened = Bundle.open(tmp_path / "two").manifest
+    assert opened == written
+    assert (opened.context_width, opened.pooled_width) == (4 + 6, 3)
+    assert opened.preview == Preview(((0.1, 0.2, 0.3),) * 4, (0.5, 0.5, 0.5))
+    assert (opened.size_multiple, opened.max_side, opened.conditioning.repeatable) == (16, 96, False)
 
 
 @settings(max_examples=200, deadline=None)
