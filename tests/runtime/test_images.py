@@ -14,10 +14,11 @@ import pytest
 from oneword.engines.errors import FileError, UsageError
 from oneword.runtime.images import parameters_text, read_image, read_mask, resized, save_png
 from oneword.runtime.request import Request, ResolvedSettings
-from oneword.runtime.samplers import Sampler
+from oneword.runtime.samplers import Sampler, make_schedule
 
 RED = np.full((8, 12, 3), (255, 0, 0), np.uint8)
-SETTINGS = ResolvedSettings(steps=20, sampler=Sampler.DPMPP_2M_KARRAS, guidance_scale=7.5, width=64, height=48)
+SCHEDULE = make_schedule({}, Sampler.DPMPP_2M_KARRAS, 20, guidance_scale=7.5)
+SETTINGS = ResolvedSettings(20, Sampler.DPMPP_2M_KARRAS, 7.5, width=64, height=48, schedule=SCHEDULE)
 
 
 def test_the_parameters_are_as_a1111_writes_them(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Pictures made with everything in a device's memory, on a simulated CUDA: one step is queued ahead, and nothing is other
+"""Pictures made with everything in a device's memory, on a simulated CUDA: one step is queued ahead, nothing is other
 than on the host. What runs on a real GPU is marked `gpu`, in tests/engines.
 """
 

@@ -1,4 +1,4 @@
-"""Whole runs of our rows against diffusers' schedulers, with a fixed nonlinear function in the model's place."""
+"""Whole runs of our tables against diffusers' schedulers, with a fixed nonlinear function in the model's place."""
 
 import itertools
 import json
@@ -7,11 +7,12 @@ from typing import Any
 
 import diffusers
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 
 from oneword.engines.errors import UsageError
-from oneword.runtime.samplers import COLUMNS, Sampler, Schedule, make_schedule, sampler_of
+from oneword.runtime.samplers import Sampler, Schedule, make_schedule, sampler_of
 
 SHAPE = (2, 4, 6, 5)
 BASE = {
@@ -65,6 +66,14 @@ def _image() -> torch.Tensor:
     return torch.linspace(-1.5, 1.5, int(np.prod(SHAPE))).reshape(SHAPE)
 
 
+STEP = ("t", "sample_to_denoised", "model_to_denoised", "sample", "denoised", "previous", "noise")
+
+
+def _table(schedule: Schedule) -> npt.NDArray[np.float32]:
+    """The columns of STEP [S, 7]."""
+    return np.stack([schedule.columns[name] for name in STEP], 1)
+
+
 def _ours(schedule: Schedule, seed: int, strength: float | None) -> torch.Tensor:
     """The contract's four lines, in float32."""
     generator = torch.Generator().manual_seed(seed)
@@ -73,8 +82,8 @@ def _ours(schedule: Schedule, seed: int, strength: float | None) -> torch.Tensor
     if strength is not None:
         x = schedule.start_scale * _image() + schedule.start_sigma * noise
     previous = torch.zeros(SHAPE)
-    for row, draws in zip(schedule.rows, schedule.draws, strict=True):
-        t, a, b, c, d, e, f = (float(value) for value in row[:7])
+    for line, draws in zip(_table(schedule), schedule.draws, strict=True):
+        t, a, b, c, d, e, f = (float(value) for value in line)
         denoised = a * x + b * _model(x, t)
         drawn = torch.randn(SHAPE, generator=generator) if draws else torch.zeros(SHAPE)
         x, previous = c * x + d * denoised + e * previous + f * drawn, denoised
@@ -187,9 +196,9 @@ def test_known_pixels_stand_at_the_next_steps_noise_as_add_noise_puts_them() -> 
     scheduler = diffusers.DDIMScheduler.from_config(config)
     scheduler.set_timesteps(10)
     image, noise = _image(), torch.randn(SHAPE, generator=torch.Generator().manual_seed(2))
-    rows = make_schedule(config, Sampler.DDIM, 10, guidance_scale=7.5).rows
-    for i, row in enumerate(rows):
-        known_scale, known_sigma = float(row[9]), float(row[10])
+    columns = make_schedule(config, Sampler.DDIM, 10, guidance_scale=7.5).columns
+    for i in range(10):
+        known_scale, known_sigma = (float(columns[name][i]) for name in ("known_scale", "known_sigma"))
         expected = image if i == 9 else scheduler.add_noise(image, noise, scheduler.timesteps[i + 1 : i + 2])
         torch.testing.assert_close(known_scale * image + known_sigma * noise, expected, rtol=0, atol=2e-6)
 
@@ -204,10 +213,9 @@ def test_guidance_holds_only_inside_its_interval() -> None:
     sigmas = scheduler.sigmas[:-1].numpy()
     assert full.guided.all()
     np.testing.assert_array_equal(part.guided, (sigmas > 0.28) & (sigmas <= 5.42))
-    guidance, rescale = COLUMNS.index("guidance"), COLUMNS.index("rescale")
-    np.testing.assert_allclose(part.rows[:, guidance], np.where(part.guided, 7.5, 1.0))
-    np.testing.assert_allclose(part.rows[:, rescale], np.where(part.guided, np.float32(0.7), 0.0))
-    np.testing.assert_array_equal(part.rows[:, :7], full.rows[:, :7])
+    np.testing.assert_allclose(part.columns["guidance"], np.where(part.guided, 7.5, 1.0))
+    np.testing.assert_allclose(part.columns["rescale"], np.where(part.guided, np.float32(0.7), 0.0))
+    np.testing.assert_array_equal(_table(part), _table(full))
 
 
 def test_no_guidance_needs_no_negative_prompt() -> None:
@@ -264,4 +272,17 @@ def test_the_first_dpm_solver_is_no_dpm_solver_plus_plus() -> None:
     with pytest.raises(UsageError, match="algorithm_type = 'dpmsolver', dpmpp-2m follows dpmsolver"):
         make_schedule(config, Sampler.DPMPP_2M, 10, guidance_scale=1.0)
 
-    assert len(make_schedule(config, Sampler.DDIM, 10, guidance_scale=1.0).rows) == 10
+    assert len(make_schedule(config, Sampler.DDIM, 10, guidance_scale=1.0)) == 10
+
+
+def test_a_column_that_a_graph_lacks_is_refused_by_name_if_a_step_needs_it() -> None:
+    names = [name for name in STEP if name != "noise"]
+    plain, noisy = (
+        make_schedule(BASE, sampler, 4, guidance_scale=1.0) for sampler in (Sampler.EULER, Sampler.EULER_A)
+    )
+    names += ["guidance", "rescale", "known_scale", "known_sigma"]
+
+    assert plain.table(names).shape == (4, 10)
+    with pytest.raises(UsageError, match="this sampler needs the column 'noise'"):
+        noisy.table(names)
+    np.testing.assert_array_equal(plain.table([*names, "previous2"])[:, -1], 0)
