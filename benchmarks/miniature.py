@@ -34,7 +34,7 @@ from oneword.runtime.model import Model
 from oneword.runtime.request import Request
 from oneword.train.evaluate import Judge
 from oneword.train.miniature import world
-from oneword.train.miniature.judge import QUESTIONS
+from oneword.train.miniature.claims import QUESTIONS
 from oneword.train.miniature.scores import Pictures, judged_right, one_object_scenes, pixels_right, psnr
 
 BARS = {"shape": 0.85, "colour": 0.90, "background": 0.95, "medium": 0.95}

@@ -45,7 +45,7 @@ from oneword.train.evaluate import (
     sample,
 )
 from oneword.train.miniature import readback, world
-from oneword.train.miniature.judge import QUESTIONS
+from oneword.train.miniature.claims import QUESTIONS
 from oneword.train.plots import scatter
 from oneword.train.recipe import RECIPES, Subject
 from oneword.train.run import Task, learn, quiet

@@ -26,7 +26,7 @@ from oneword.runtime.model import Model
 from oneword.train import cli
 from oneword.train.evaluate import Judge, likeness, sample
 from oneword.train.miniature import readback, world
-from oneword.train.miniature.judge import QUESTIONS
+from oneword.train.miniature.claims import QUESTIONS
 from oneword.train.miniature.scores import psnr
 
 SEEN = ("snow", "meadow", "brick", "sunset")  # the backgrounds of the five pictures, the first twice

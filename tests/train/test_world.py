@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from oneword.engines.errors import UsageError
-from oneword.train.miniature import judge, readback, world
-from oneword.train.miniature.words import LENGTH, make_tokenizer
+from oneword.train.miniature import claims, readback, world
+from oneword.train.miniature.tokenizer import LENGTH, make_tokenizer
 from oneword.train.miniature.world import Look, Scene, Thing
 
 RED_CIRCLE = Look("circle", "red", "white", "plain")
@@ -121,14 +121,14 @@ def test_every_caption_fits_the_text_encoder() -> None:
 def test_a_claim_is_true_of_the_scene_it_was_taken_from_and_false_where_a_value_differs() -> None:
     rng = np.random.default_rng(2)
     for scene in _scenes(500):
-        assert judge.sample_claim(scene, rng).holds(scene)
+        assert claims.sample_claim(scene, rng).holds(scene)
     red = Scene((Thing(RED_CIRCLE),), "snow")
     blue = Scene((Thing(Look("circle", "blue", "white", "plain")),), "snow")
-    claim = judge.Claim((None, "red", None, None), None, None, "snow", None)
+    claim = claims.Claim((None, "red", None, None), None, None, "snow", None)
     assert claim.words == "a red object in the snow"
     assert claim.holds(red)
     assert not claim.holds(blue)
-    assert not judge.Claim((None, None, None, None), None, "icon", None, None).holds(red)
+    assert not claims.Claim((None, None, None, None), None, "icon", None, None).holds(red)
 
 
 def test_the_contrastive_loss_is_clips_where_each_picture_has_one_true_caption() -> None:
@@ -139,7 +139,7 @@ def test_the_contrastive_loss_is_clips_where_each_picture_has_one_true_caption()
         torch.nn.functional.cross_entropy(logits, torch.arange(2))
         + torch.nn.functional.cross_entropy(logits.T, torch.arange(2))
     ) / 2
-    torch.testing.assert_close(judge.contrastive_loss(logits, torch.eye(2, dtype=torch.bool)), expected)
+    torch.testing.assert_close(claims.contrastive_loss(logits, torch.eye(2, dtype=torch.bool)), expected)
 
 
 def test_background_and_colour_read_back_from_real_renders() -> None:
@@ -158,29 +158,29 @@ def test_background_and_colour_read_back_from_real_renders() -> None:
 
 
 def test_the_questions_are_said_as_the_world_says_them() -> None:
-    assert judge.QUESTIONS["shape"]["arrow"] == "an arrow"
-    assert judge.QUESTIONS["colour"]["red"] == "a red object"
-    assert judge.QUESTIONS["background"]["snow"] == "an object in the snow"
-    assert judge.QUESTIONS["medium"]["icon"] == "an icon of an object"
-    assert judge.QUESTIONS["pattern"]["base"] == "an object with a base"
-    assert judge.QUESTIONS["pattern"]["plain"] == "a plain object"
+    assert claims.QUESTIONS["shape"]["arrow"] == "an arrow"
+    assert claims.QUESTIONS["colour"]["red"] == "a red object"
+    assert claims.QUESTIONS["background"]["snow"] == "an object in the snow"
+    assert claims.QUESTIONS["medium"]["icon"] == "an icon of an object"
+    assert claims.QUESTIONS["pattern"]["base"] == "an object with a base"
+    assert claims.QUESTIONS["pattern"]["plain"] == "a plain object"
 
 
 def test_a_batch_asks_every_question_and_knows_the_answers() -> None:
-    _, ids, truth = judge.sample_batch(np.random.default_rng(3), 6, make_tokenizer())
-    asked = sum(len(values) for values in judge.QUESTIONS.values())
+    _, ids, truth = claims.sample_batch(np.random.default_rng(3), 6, make_tokenizer())
+    asked = sum(len(values) for values in claims.QUESTIONS.values())
     assert ids.shape == (6 + asked, 32)
     assert truth.shape == (6, 6 + asked)
     assert truth[:, :6].diagonal().all()  # each picture's own claim
-    backgrounds = truth[:, 6:].split([len(values) for values in judge.QUESTIONS.values()], 1)[2]
+    backgrounds = truth[:, 6:].split([len(values) for values in claims.QUESTIONS.values()], 1)[2]
     assert (backgrounds.sum(1) == 1).all()  # one place a scene
 
 
 def test_a_question_nobody_can_answer_costs_nothing() -> None:
     """By hand: even logits, two claims, and one row whose shape is known; shapes count four times."""
-    asked = [len(values) for values in judge.QUESTIONS.values()]
+    asked = [len(values) for values in claims.QUESTIONS.values()]
     truth = torch.zeros(2, 2 + sum(asked), dtype=torch.bool)
     truth[:, :2] = torch.eye(2, dtype=torch.bool)
     truth[0, 2] = True  # a shape is known of the first picture, nothing else of either
-    loss = judge.judge_loss(torch.zeros(2, 2 + sum(asked)), truth)
+    loss = claims.judge_loss(torch.zeros(2, 2 + sum(asked)), truth)
     torch.testing.assert_close(loss, torch.tensor(np.log(2) + 4 * np.log(asked[0]), dtype=torch.float32))

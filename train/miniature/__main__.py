@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from oneword.train.miniature import recipe
+from oneword.train.miniature import training
 
 
 def main() -> None:
@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
-    settings = recipe.Settings(
+    stages = training.Stages(
         given.work,
         given.device,
         given.vae_minutes,
@@ -32,10 +32,10 @@ def main() -> None:
         given.pictures,
         given.batch,
     )
-    recipe.train(settings, lambda line: print(line, flush=True))
+    training.train(stages, lambda line: print(line, flush=True))
     if given.output:
-        recipe.export(settings, given.output)
-        print("\n".join(recipe.reached(given.output)))
+        training.export(stages, given.output)
+        print("\n".join(training.reached(given.output)))
         print(f"how well it obeys captions: python -m benchmarks.miniature --model {given.output}")
 
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from oneword.train.evaluate import Judge
 from oneword.train.miniature import readback, world
-from oneword.train.miniature.judge import QUESTIONS
+from oneword.train.miniature.claims import QUESTIONS
 
 Pictures = NDArray[np.uint8]  # [B, 64, 64, 3]
 

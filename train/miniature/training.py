@@ -24,8 +24,8 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextC
 from oneword.engines.errors import UsageError
 from oneword.engines.files import write_whole
 from oneword.train.evaluate import Judge
-from oneword.train.miniature import judge, scores, world
-from oneword.train.miniature.words import LENGTH, make_tokenizer
+from oneword.train.miniature import claims, scores, world
+from oneword.train.miniature.tokenizer import LENGTH, make_tokenizer
 
 LATENT_CHANNELS = 12
 SCHEDULER = {
@@ -44,7 +44,7 @@ SNR = (0.4, 5.0)  # the loss counts the signal-to-noise ratio within: above, ste
 
 
 @dataclass(frozen=True)
-class Settings:
+class Stages:
     """How long each stage runs, on which device, and with how many pictures. Minutes are of wall clock."""
 
     work: Path
@@ -143,27 +143,27 @@ def new_judge(vocabulary: int, eos: int, bos: int) -> CLIPModel:
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=96))
 
 
-def train(settings: Settings, say: Callable[[str], None] = print) -> None:
+def train(stages: Stages, say: Callable[[str], None] = print) -> None:
     """All stages in turn, each from where it stopped."""
-    train_vae(settings, say)
-    train_judge(settings, say)
-    train_unet(settings, say)
+    train_vae(stages, say)
+    train_judge(stages, say)
+    train_unet(stages, say)
 
 
 # ---- stages ----------------------------------------------------------------------------------------------------------
 
 
-def train_vae(settings: Settings, say: Callable[[str], None]) -> AutoencoderKL:
+def train_vae(stages: Stages, say: Callable[[str], None]) -> AutoencoderKL:
     """Picture -> latents -> picture: L1 + L2 + gradient L1 + a little KL."""
-    torch.manual_seed(settings.seed)
+    torch.manual_seed(stages.seed)
     vae = new_vae()
     images: list[Tensor] = []
 
     def loss(step: int) -> Tensor:
         if not images:
-            images.append(torch.from_numpy(_draw_many(min(settings.pictures, 24_000), 1 + step, say)[0]))
+            images.append(torch.from_numpy(_draw_many(min(stages.pictures, 24_000), 1 + step, say)[0]))
         rows = torch.randint(len(images[0]), (32,))
-        x = _to_model(images[0][rows], settings.device)
+        x = _to_model(images[0][rows], stages.device)
         posterior = vae.encode(x).latent_dist
         y = vae.decode(posterior.sample()).sample.float()
         error = y - x
@@ -171,77 +171,77 @@ def train_vae(settings: Settings, say: Callable[[str], None]) -> AutoencoderKL:
         total: Tensor = error.abs().mean() + 2 * error.square().mean() + 0.5 * edges + 1e-6 * posterior.kl().mean()
         return total
 
-    _run_stage("vae", settings, settings.vae_minutes, [vae], loss, 2e-3, say, ema=0.998)
+    _run_stage("vae", stages, stages.vae_minutes, [vae], loss, 2e-3, say, ema=0.998)
     return vae
 
 
-def train_judge(settings: Settings, say: Callable[[str], None]) -> CLIPModel:
+def train_judge(stages: Stages, say: Callable[[str], None]) -> CLIPModel:
     """CLIP's loss, with every caption that is true of a picture (Khosla et al. 2020), and the world's questions."""
-    torch.manual_seed(settings.seed)
-    tokens = tokenizer(settings.work)
+    torch.manual_seed(stages.seed)
+    tokens = tokenizer(stages.work)
     model = new_judge(len(tokens), tokens.eos_token_id, tokens.bos_token_id)
-    rng = np.random.default_rng(settings.seed + 17)
+    rng = np.random.default_rng(stages.seed + 17)
 
     def loss(step: int) -> Tensor:
-        pixels, ids, truth = judge.sample_batch(rng, 128, tokens)
-        out = model(input_ids=ids.to(settings.device), pixel_values=pixels.to(settings.device), attention_mask=None)
-        return judge.judge_loss(out.logits_per_image.float(), truth.to(settings.device))
+        pixels, ids, truth = claims.sample_batch(rng, 128, tokens)
+        out = model(input_ids=ids.to(stages.device), pixel_values=pixels.to(stages.device), attention_mask=None)
+        return claims.judge_loss(out.logits_per_image.float(), truth.to(stages.device))
 
-    _run_stage("judge", settings, settings.judge_minutes, [model], loss, 2e-3, say, ema=0.998)
+    _run_stage("judge", stages, stages.judge_minutes, [model], loss, 2e-3, say, ema=0.998)
     return model
 
 
-def train_unet(settings: Settings, say: Callable[[str], None]) -> None:
+def train_unet(stages: Stages, say: Callable[[str], None]) -> None:
     """Text encoder and UNet together on v-prediction; one caption in ten is empty, for guidance."""
     vae = new_vae()
-    vae_step = _load_stage("vae", settings, [vae])
-    vae.to(settings.device).eval()
-    torch.manual_seed(settings.seed + 1)
-    tokens = tokenizer(settings.work)
+    vae_step = _load_stage("vae", stages, [vae])
+    vae.to(stages.device).eval()
+    torch.manual_seed(stages.seed + 1)
+    tokens = tokenizer(stages.work)
     text_encoder = new_text_encoder(len(tokens), tokens.eos_token_id, tokens.bos_token_id)
     unet = new_unet()
-    latents, scenes, scale = _latent_pool(vae, vae_step, settings, say)
-    alphas = torch.from_numpy(DDIMScheduler(**SCHEDULER).alphas_cumprod.numpy()).to(settings.device)
+    latents, scenes, scale = _latent_pool(vae, vae_step, stages, say)
+    alphas = torch.from_numpy(DDIMScheduler(**SCHEDULER).alphas_cumprod.numpy()).to(stages.device)
     rng = np.random.default_rng(int(time.time()))
 
     def loss(step: int) -> Tensor:
-        rows = rng.integers(len(scenes), size=settings.batch)
+        rows = rng.integers(len(scenes), size=stages.batch)
         captions = ["" if rng.random() < 0.1 else world.paraphrase(scenes[row], rng) for row in rows]
         ids = tokens(captions, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt").input_ids
-        x = (latents[rows].float() * scale).to(settings.device)
-        t = torch.randint(1000, (len(rows),), device=settings.device)
+        x = (latents[rows].float() * scale).to(stages.device)
+        t = torch.randint(1000, (len(rows),), device=stages.device)
         a = alphas[t].view(-1, 1, 1, 1)
         eps = torch.randn_like(x)
         noisy, v = a.sqrt() * x + (1 - a).sqrt() * eps, a.sqrt() * eps - (1 - a).sqrt() * x
-        states = text_encoder(ids.to(settings.device))[0]
+        states = text_encoder(ids.to(stages.device))[0]
         guess = unet(noisy, t, states).sample.float()
         snr = a / (1 - a)
         weight = snr.clamp(*SNR) / (snr + 1)
         error: Tensor = weight * (guess - v).square()
         return error.mean() / weight.mean()
 
-    _run_stage("unet", settings, settings.unet_minutes, [text_encoder, unet], loss, 1e-3, say, ema=0.998)
+    _run_stage("unet", stages, stages.unet_minutes, [text_encoder, unet], loss, 1e-3, say, ema=0.998)
 
 
-def export(settings: Settings, folder: Path) -> None:
+def export(stages: Stages, folder: Path) -> None:
     """Write the averaged weights as a diffusers directory in fp16, with the judge beside it once it is trained.
 
     Raises `UsageError` where the VAE has trained on since the UNet saw its latents.
     """
-    tokens = tokenizer(settings.work)
+    tokens = tokenizer(stages.work)
     ids = (len(tokens), tokens.eos_token_id, tokens.bos_token_id)
     vae, text_encoder, unet = new_vae(), new_text_encoder(*ids), new_unet()
-    scale = settings.work / f"latents-{_load_stage('vae', settings, [vae])}-scale.pt"
+    scale = stages.work / f"latents-{_load_stage('vae', stages, [vae])}-scale.pt"
     if not scale.exists():
         raise UsageError(
             f"{scale} is missing: the UNet has not trained on this VAE yet, run it with more --unet-minutes"
         )
-    _load_stage("unet", settings, [text_encoder, unet])
+    _load_stage("unet", stages, [text_encoder, unet])
     vae.register_to_config(scaling_factor=torch.load(scale, weights_only=True)["scale"])
     models = {"vae": vae, "text_encoder": text_encoder, "unet": unet}
-    if (settings.work / "judge.pt").exists():
+    if (stages.work / "judge.pt").exists():
         models["judge"] = new_judge(*ids)
-        _load_stage("judge", settings, [models["judge"]])
+        _load_stage("judge", stages, [models["judge"]])
         side, half = {"height": world.SIZE, "width": world.SIZE}, [0.5] * 3
         CLIPImageProcessorPil(size=side, crop_size=side, image_mean=half, image_std=half).save_pretrained(
             folder / "judge"
@@ -287,7 +287,7 @@ def reached(folder: Path) -> list[str]:
 
 def _run_stage(
     name: str,
-    settings: Settings,
+    stages: Stages,
     minutes: float,
     models: list[nn.Module],
     loss: Callable[[int], Tensor],
@@ -300,14 +300,14 @@ def _run_stage(
     The rate warms up over 200 steps and falls to nothing with the share of the minutes that has passed, as a cosine.
     """
     for model in models:
-        model.to(settings.device).train()
+        model.to(stages.device).train()
     weights = [p for model in models for p in model.parameters()]
     matrices, optimisers = _optimisers(models, rate)
     average = [p.detach().clone() for p in weights]
     step, spent = 0, 0.0
-    path = settings.work / f"{name}.pt"
+    path = stages.work / f"{name}.pt"
     if path.exists():
-        state = torch.load(path, map_location=settings.device, weights_only=True)
+        state = torch.load(path, map_location=stages.device, weights_only=True)
         for p, a, saved, saved_average in zip(weights, average, state["weights"], state["average"], strict=True):
             p.data.copy_(saved)
             a.copy_(saved_average)
@@ -321,7 +321,7 @@ def _run_stage(
         for optimiser in optimisers:
             for group in optimiser.param_groups:
                 group["lr"] = pace * group["initial_lr"]
-        with torch.autocast(torch.device(settings.device).type, torch.bfloat16):
+        with torch.autocast(torch.device(stages.device).type, torch.bfloat16):
             value = loss(step)
         value.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0, foreach=True)
@@ -376,9 +376,9 @@ def _save(state: object, path: Path) -> None:
     write_whole(path, buffer.getvalue(), sync=False)
 
 
-def _load_stage(name: str, settings: Settings, models: list[nn.Module]) -> int:
+def _load_stage(name: str, stages: Stages, models: list[nn.Module]) -> int:
     """The averaged weights a stage has reached so far, put into `models`; returns its step."""
-    state = torch.load(settings.work / f"{name}.pt", map_location="cpu", weights_only=True)
+    state = torch.load(stages.work / f"{name}.pt", map_location="cpu", weights_only=True)
     weights = [p for model in models for p in model.parameters()]
     for p, a in zip(weights, state["average"], strict=True):
         p.data.copy_(a)
@@ -398,16 +398,16 @@ def _to_model(images: Tensor, device: str) -> Tensor:
 
 
 def _latent_pool(
-    vae: AutoencoderKL, vae_step: int, settings: Settings, say: Callable[[str], None]
+    vae: AutoencoderKL, vae_step: int, stages: Stages, say: Callable[[str], None]
 ) -> tuple[Tensor, list[world.Scene], float]:
     """The training set as fp16 latents with its scenes; kept in chunks, so a new run draws only what is missing.
 
     A VAE that has trained on since has latents of its own: `vae_step` is in the chunks' names, as is their size.
     """
-    chunk = min(settings.pictures, 5_000)  # pictures beyond whole chunks are left out
+    chunk = min(stages.pictures, 5_000)  # pictures beyond whole chunks are left out
     latents, scenes = [], []
-    for part in range(settings.pictures // chunk):
-        path = settings.work / f"latents-{vae_step}-{chunk}-{part}.pt"
+    for part in range(stages.pictures // chunk):
+        path = stages.work / f"latents-{vae_step}-{chunk}-{part}.pt"
         seed = 1_000 + part
         if path.exists():
             latents.append(torch.load(path, weights_only=True))
@@ -415,13 +415,13 @@ def _latent_pool(
             scenes += [world.sample_scene(rng) for _ in range(chunk)]
             continue
         images, drawn = _draw_many(chunk, seed, say)
-        encoded = list(_encode(vae, images, settings.device))
+        encoded = list(_encode(vae, images, stages.device))
         latents.append(torch.cat(encoded))
         scenes += drawn
         _save(latents[-1], path)
     pool = torch.cat(latents)
     scale = float(1 / pool[:chunk].float().std())
-    _save({"scale": scale}, settings.work / f"latents-{vae_step}-scale.pt")
+    _save({"scale": scale}, stages.work / f"latents-{vae_step}-scale.pt")
     say(f"pool of {len(pool)} latents, scale {scale:.4f}")
     return pool, scenes, scale
 

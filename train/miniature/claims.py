@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 from oneword.train.miniature import world
-from oneword.train.miniature.words import LENGTH
+from oneword.train.miniature.tokenizer import LENGTH
 
 _PARTS = ("shape", "colour", "second_colour", "pattern")
 _WEIGHTS = {"shape": 4.0}  # of a question's loss; 1 for the others, which are learned in a tenth of the steps
