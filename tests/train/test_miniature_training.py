@@ -1,4 +1,4 @@
-"""The recipe that makes the miniature, every stage of it for a second: its time box, its state, what it writes."""
+"""The training of the miniature, every stage of it for a second: its time box, its state, what it writes."""
 
 import re
 import shutil
@@ -9,9 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import CLIPTextModel
 
 from oneword.engines.errors import UsageError
-from oneword.export.source import load_source
+from oneword.export.source import find_model, load_source
 from oneword.train.miniature import training, world
 
 SECOND = 1 / 60
@@ -20,10 +24,12 @@ SECOND = 1 / 60
 @pytest.fixture(scope="module")
 def stages(tmp_path_factory: pytest.TempPathFactory) -> training.Stages:
     """A work folder in which every stage has run for its second."""
-    work = tmp_path_factory.mktemp("recipe")
-    some = training.Stages(work, vae_minutes=SECOND, judge_minutes=SECOND, unet_minutes=SECOND, pictures=150, batch=8)
-    training.train(some, lambda _: None)
-    return some
+    work = tmp_path_factory.mktemp("training")
+    stages = training.Stages(
+        work, vae_minutes=SECOND, judge_minutes=SECOND, unet_minutes=SECOND, pictures=150, batch=8, part=4
+    )
+    training.train(stages, lambda _: None)
+    return stages
 
 
 def state(stages: training.Stages, stage: str) -> Any:
@@ -52,7 +58,7 @@ def test_what_is_written_is_a_model_and_says_what_it_reached(stages: training.St
     vae, judge = training.reached(tmp_path / "model")
 
     assert source.unet.config.sample_size == world.SIZE // 8
-    saved = torch.load(stages.work / f"latents-{state(stages, 'vae')['step']}-scale.pt", weights_only=True)
+    saved = torch.load(next(stages.work.glob("latents-*-scale.pt")), weights_only=True)
     assert source.vae.config.scaling_factor == pytest.approx(saved["scale"])
     assert re.fullmatch(r"VAE: [\d.]+ dB round trip", vae)
     assert re.match(r"judge: .*shape [\d.]+%", judge)
@@ -71,3 +77,110 @@ def test_a_vae_that_trained_on_has_latents_of_its_own(stages: training.Stages, t
 def test_no_pictures_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="pictures is 0: give at least 1"):
         training.Stages(tmp_path, pictures=0)
+
+
+def warm(work: Path, **minutes: float) -> training.Stages:
+    """Stages that start from the weights that ship; no minutes of a stage unless given."""
+    none = {"vae_minutes": 0.0, "judge_minutes": 0.0, "unet_minutes": 0.0}
+    return training.Stages(
+        work, **{**none, **minutes}, pictures=20, batch=8, part=4, start_from=find_model("miniature")[0]
+    )
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a diffusers directory by its model and name."""
+    return {f"{path.parent.name}.{k}": v for path in folder.rglob("*.safetensors") for k, v in load_file(path).items()}
+
+
+def test_shipped_weights_that_are_not_trained_on_are_written_as_they_were(tmp_path: Path) -> None:
+    stages = warm(tmp_path / "work")
+    stages.work.mkdir()
+    training.train(stages, lambda _: None)
+    training.export(stages, tmp_path / "model")
+
+    shipped = find_model("miniature")[0]
+    before, after = weights(shipped), weights(tmp_path / "model")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    scales = [AutoencoderKL.load_config(folder / "vae")["scaling_factor"] for folder in (shipped, tmp_path / "model")]
+    assert scales[0] == scales[1] != 1
+
+
+def test_training_on_from_shipped_weights_begins_at_them_and_leaves_the_encoder(tmp_path: Path) -> None:
+    stages = warm(tmp_path / "work", vae_minutes=SECOND, unet_minutes=SECOND)
+    stages.work.mkdir()
+    training.train(stages, lambda _: None)
+    training.export(stages, tmp_path / "model")
+
+    before, after = weights(find_model("miniature")[0]), weights(tmp_path / "model")
+    moved = {name: (after[name].float() - before[name].float()).norm() / before[name].float().norm() for name in before}
+    of = {
+        part: [d for name, d in moved.items() if name.startswith(part)]
+        for part in ("vae.encoder", "vae.decoder", "unet")
+    }
+    assert max(of["vae.encoder"]) == 0
+    assert 0 < max(of["vae.decoder"]) < 0.2  # random weights would be about 1.4 away
+    assert 0 < max(of["unet"]) < 0.2
+
+
+def test_a_model_of_another_architecture_is_no_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "new_vae", lambda: AutoencoderKL(block_out_channels=(32,)))
+    with pytest.raises(UsageError, match=r"vae has another architecture than training\.py"):
+        training.train_vae(warm(tmp_path, vae_minutes=SECOND), lambda _: None)
+
+
+def test_a_stage_without_weights_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"has no vae\.pt: train that stage first, or give --start-from MODEL"):
+        training.train_unet(training.Stages(tmp_path), lambda _: None)
+
+
+def test_plain_attention_predicts_what_the_fused_kernels_predict() -> None:
+    """To float32's rounding."""
+    folder = find_model("miniature")[0]
+    text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", torch_dtype=torch.float32)
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32)
+    torch.manual_seed(0)
+    ids, latents, t = torch.randint(500, (4, 32)), torch.randn(4, 12, 8, 8), torch.tensor([10, 400, 700, 990])
+    with torch.no_grad():
+        fused = unet(latents, t, text_encoder(ids)[0]).sample
+        training.attend_plainly(text_encoder, unet)
+        plain = unet(latents, t, text_encoder(ids)[0]).sample
+    assert fused.std() > 0.3
+    torch.testing.assert_close(plain, fused, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_workers_together_take_the_steps_of_one_model(threads: int, tmp_path: Path) -> None:
+    """Five steps against Muon and AdamW stepped here, on the mean over all pictures; Muon rounds to bfloat16."""
+    torch.manual_seed(0)
+    x, y = torch.randn(12, 6), torch.randn(12, 5)
+    ours, theirs = (nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5)) for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    start = [p.detach().clone() for p in theirs.parameters()]
+
+    def loss(models: Any, count: int) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return 50 * (models[0](x[:count]) - y[:count]).square().mean()  # a gradient that has to be clipped
+
+    matrices, optimisers = training.new_optimisers([ours], 1e-2)
+    stages = training.Stages(tmp_path, threads=threads)
+    with training.Workers([ours], loss, (2, 4, 6), matrices, optimisers, stages) as workers:
+        values = [workers.step(0.5) for _ in range(5)]
+
+    expected = []
+    muon = torch.optim.Muon(
+        [p for p in theirs.parameters() if p.ndim == 2], 0.5 * 1.5e-2, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
+    )
+    adamw = torch.optim.AdamW([p for p in theirs.parameters() if p.ndim == 1], 0.5 * 1e-2, weight_decay=0.01)
+    for _ in range(5):
+        total = sum(loss([theirs], count) * count / 12 for count in (2, 4, 6))
+        theirs.zero_grad()
+        total.backward()
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        muon.step()
+        adamw.step()
+        expected.append(total.item())
+    assert values == pytest.approx(expected, rel=1e-3)
+    for p, reference, first in zip(ours.parameters(), theirs.parameters(), start, strict=True):
+        assert (reference - first).abs().max() > 0.01
+        torch.testing.assert_close(p.detach(), reference.detach(), atol=1e-3, rtol=0)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from oneword.export.source import find_model
 from oneword.train.miniature import training
 
 
@@ -15,28 +16,38 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m oneword.train.miniature", description=__doc__)
     parser.add_argument("work", type=Path, help="where the state of the training is kept")
     parser.add_argument("--output", type=Path, help="where the diffusers directory is written")
+    parser.add_argument(
+        "--start-from",
+        metavar="MODEL",
+        help="diffusers directory whose weights a stage without a state starts from; 'miniature' is the one that ships",
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--vae-minutes", type=float, default=30)
-    parser.add_argument("--judge-minutes", type=float, default=15)
-    parser.add_argument("--unet-minutes", type=float, default=240)
-    parser.add_argument("--pictures", type=int, default=200_000)
-    parser.add_argument("--batch", type=int, default=64)
-    given = parser.parse_args()
-    given.work.mkdir(parents=True, exist_ok=True)
+    parser.add_argument("--vae-minutes", type=float, default=30, help="of all runs together, as below [default: 30]")
+    parser.add_argument("--judge-minutes", type=float, default=15, help="[default: 15]")
+    parser.add_argument("--unet-minutes", type=float, default=240, help="[default: 240]")
+    parser.add_argument("--pictures", type=int, default=200_000, help="in the UNet's training set [default: 200000]")
+    parser.add_argument("--batch", type=int, default=128, help="pictures a step of the UNet [default: 128]")
+    parser.add_argument(
+        "--threads", type=int, default=2, help="processes that compute a step's parts, one thread each [default: 2]"
+    )
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
     stages = training.Stages(
-        given.work,
-        given.device,
-        given.vae_minutes,
-        given.judge_minutes,
-        given.unet_minutes,
-        given.pictures,
-        given.batch,
+        args.work,
+        args.device,
+        args.vae_minutes,
+        args.judge_minutes,
+        args.unet_minutes,
+        args.pictures,
+        args.batch,
+        threads=args.threads,
+        start_from=find_model(args.start_from)[0] if args.start_from else None,
     )
     training.train(stages, lambda line: print(line, flush=True))
-    if given.output:
-        training.export(stages, given.output)
-        print("\n".join(training.reached(given.output)))
-        print(f"how well it obeys captions: python -m benchmarks.miniature --model {given.output}")
+    if args.output:
+        training.export(stages, args.output)
+        print("\n".join(training.reached(args.output)))
+        print(f"how well it obeys captions: python -m benchmarks.miniature --model {args.output}")
 
 
 if __name__ == "__main__":

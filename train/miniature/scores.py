@@ -59,4 +59,5 @@ def value_of(attribute: str, scene: world.Scene) -> str | None:
 def psnr(a: NDArray[Any], b: NDArray[Any]) -> NDArray[np.float64]:
     """Of each pair of pictures [B, H, W, 3] of 0 to 255, dB; 99 where they are equal."""
     errors = np.square((a.astype(float) - b) / 255).mean((1, 2, 3))
-    return -10 * np.log10(np.maximum(errors, 10**-9.9))
+    decibels: NDArray[np.float64] = -10 * np.log10(np.maximum(errors, 10**-9.9))
+    return decibels

@@ -1,27 +1,39 @@
-"""The recipe that makes the miniature: tokenizer, VAE, text encoder with UNet, and the judge, from `world` alone.
+"""Trains the miniature: tokenizer, VAE, text encoder with UNet, and the judge, from `world` alone.
 
-Each stage runs for its minutes, keeps its state in the work folder, and goes on from it when run again with more
-minutes. Stages train in bfloat16 where the processor has it; what is written is fp16 safetensors in diffusers' layout.
+Each stage runs for its minutes of wall clock, over which its rate falls to nothing as a cosine, and keeps its state in
+the work folder: run again with more minutes, it resumes. A stage without a state starts from the weights of
+`Stages.start_from`, a diffusers directory such as the one that ships, so that training continues on a machine that has
+only the repository; the decoder then trains alone, because the UNet was trained on that encoder's latents.
+
+Models compute in bfloat16 under autocast; weights, their averages and the optimisers' state are float32. A step's
+pictures are split into parts, which processes of one thread each compute: a busy neighbour delays a part, not every
+operation (docs/miniature.md has the times). What is written is fp16 safetensors in diffusers' layout.
 Not here: the bars the weights are held to (`benchmarks/miniature.py`).
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import math
+import multiprocessing
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from oneword.engines.errors import UsageError
+from oneword.engines.errors import UsageError, one_line
 from oneword.engines.files import write_whole
 from oneword.train.evaluate import Judge
 from oneword.train.miniature import claims, scores, world
@@ -38,6 +50,7 @@ SCHEDULER = {
     "timestep_spacing": "trailing",
     "steps_offset": 1,
 }
+EMA = 0.998  # of the weights that are written
 MUON = 1.5  # Muon's rate over AdamW's, both as a root mean square of the step
 SNR = (0.4, 5.0)  # the loss counts the signal-to-noise ratio within: above, steps only sharpen (Hang et al. 2023);
 # below, the caption alone says what to draw, and is learned there
@@ -45,7 +58,11 @@ SNR = (0.4, 5.0)  # the loss counts the signal-to-noise ratio within: above, ste
 
 @dataclass(frozen=True)
 class Stages:
-    """How long each stage runs, on which device, and with how many pictures. Minutes are of wall clock."""
+    """How long each stage runs, on which device, with how many pictures. Minutes are of wall clock.
+
+    A UNet's step is over `batch` pictures, in parts of `part`. `start_from` is the diffusers directory whose weights a
+    stage without a state starts from; None starts from random weights. Raises `UsageError` for counts it cannot use.
+    """
 
     work: Path
     device: str = "cpu"
@@ -53,12 +70,19 @@ class Stages:
     judge_minutes: float = 15
     unet_minutes: float = 240
     pictures: int = 200_000
-    batch: int = 64
+    batch: int = 128
+    part: int = 32
+    threads: int = 2
+    start_from: Path | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.pictures < 1:
             raise UsageError(f"pictures is {self.pictures}: give at least 1, in thousands to learn anything from")
+        if self.batch < 1 or self.part < 1 or self.batch % self.part:
+            raise UsageError(f"a batch of {self.batch} in parts of {self.part}: give a multiple of the part")
+        if self.threads < 1:
+            raise UsageError(f"threads is {self.threads}: give at least 1")
 
 
 def tokenizer(work: Path) -> CLIPTokenizer:
@@ -154,15 +178,16 @@ def train(stages: Stages, say: Callable[[str], None] = print) -> None:
 
 
 def train_vae(stages: Stages, say: Callable[[str], None]) -> AutoencoderKL:
-    """Picture -> latents -> picture: L1 + L2 + gradient L1 + a little KL."""
+    """Picture -> latents -> picture: L1 + L2 + gradient L1 + a little KL. Started from weights: the decoder alone."""
     torch.manual_seed(stages.seed)
     vae = new_vae()
+    if stages.start_from:
+        vae.encoder.requires_grad_(False)
     images: list[Tensor] = []
 
-    def loss(step: int) -> Tensor:
-        if not images:
-            images.append(torch.from_numpy(_draw_many(min(stages.pictures, 24_000), 1 + step, say)[0]))
-        rows = torch.randint(len(images[0]), (32,))
+    def loss(models: Sequence[nn.Module], count: int) -> Tensor:
+        vae: Any = models[0]
+        rows = torch.randint(len(images[0]), (count,))
         x = _to_model(images[0][rows], stages.device)
         posterior = vae.encode(x).latent_dist
         y = vae.decode(posterior.sample()).sample.float()
@@ -171,7 +196,10 @@ def train_vae(stages: Stages, say: Callable[[str], None]) -> AutoencoderKL:
         total: Tensor = error.abs().mean() + 2 * error.square().mean() + 0.5 * edges + 1e-6 * posterior.kl().mean()
         return total
 
-    _run_stage("vae", stages, stages.vae_minutes, [vae], loss, 2e-3, say, ema=0.998)
+    def draw(step: int) -> None:
+        images.append(torch.from_numpy(_draw_many(min(stages.pictures, 24_000), 1 + step, say)[0]))
+
+    run_stage("vae", stages, stages.vae_minutes, [vae], loss, (16, 16), 2e-3, say, begin=draw)
     return vae
 
 
@@ -180,36 +208,38 @@ def train_judge(stages: Stages, say: Callable[[str], None]) -> CLIPModel:
     torch.manual_seed(stages.seed)
     tokens = tokenizer(stages.work)
     model = new_judge(len(tokens), tokens.eos_token_id, tokens.bos_token_id)
-    rng = np.random.default_rng(stages.seed + 17)
 
-    def loss(step: int) -> Tensor:
-        pixels, ids, truth = claims.sample_batch(rng, 128, tokens)
+    def loss(models: Sequence[nn.Module], count: int) -> Tensor:
+        (model,) = models
+        pixels, ids, truth = claims.sample_batch(_generator(), count, tokens)
         out = model(input_ids=ids.to(stages.device), pixel_values=pixels.to(stages.device), attention_mask=None)
         return claims.judge_loss(out.logits_per_image.float(), truth.to(stages.device))
 
-    _run_stage("judge", stages, stages.judge_minutes, [model], loss, 2e-3, say, ema=0.998)
+    run_stage("judge", stages, stages.judge_minutes, [model], loss, (128,), 2e-3, say)  # one part: it is contrastive
     return model
 
 
 def train_unet(stages: Stages, say: Callable[[str], None]) -> None:
     """Text encoder and UNet together on v-prediction; one caption in ten is empty, for guidance."""
     vae = new_vae()
-    vae_step = _load_stage("vae", stages, [vae])
+    _load_stage("vae", stages, [vae])
     vae.to(stages.device).eval()
     torch.manual_seed(stages.seed + 1)
     tokens = tokenizer(stages.work)
     text_encoder = new_text_encoder(len(tokens), tokens.eos_token_id, tokens.bos_token_id)
     unet = new_unet()
-    latents, scenes, scale = _latent_pool(vae, vae_step, stages, say)
+    attend_plainly(text_encoder, unet)
+    latents, scenes, scale = _latent_pool(vae, stages, say)
     alphas = torch.from_numpy(DDIMScheduler(**SCHEDULER).alphas_cumprod.numpy()).to(stages.device)
-    rng = np.random.default_rng(int(time.time()))
 
-    def loss(step: int) -> Tensor:
-        rows = rng.integers(len(scenes), size=stages.batch)
+    def loss(models: Sequence[nn.Module], count: int) -> Tensor:
+        text_encoder, unet = models
+        rng = _generator()
+        rows = rng.integers(len(scenes), size=count)
         captions = ["" if rng.random() < 0.1 else world.paraphrase(scenes[row], rng) for row in rows]
         ids = tokens(captions, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt").input_ids
         x = (latents[rows].float() * scale).to(stages.device)
-        t = torch.randint(1000, (len(rows),), device=stages.device)
+        t = torch.randint(1000, (count,), device=stages.device)
         a = alphas[t].view(-1, 1, 1, 1)
         eps = torch.randn_like(x)
         noisy, v = a.sqrt() * x + (1 - a).sqrt() * eps, a.sqrt() * eps - (1 - a).sqrt() * x
@@ -220,7 +250,14 @@ def train_unet(stages: Stages, say: Callable[[str], None]) -> None:
         error: Tensor = weight * (guess - v).square()
         return error.mean() / weight.mean()
 
-    _run_stage("unet", stages, stages.unet_minutes, [text_encoder, unet], loss, 1e-3, say, ema=0.998)
+    parts = (stages.part,) * (stages.batch // stages.part)
+    run_stage("unet", stages, stages.unet_minutes, [text_encoder, unet], loss, parts, 1e-3, say)
+
+
+def attend_plainly(text_encoder: CLIPTextModel, unet: UNet2DConditionModel) -> None:
+    """Products and a softmax in place of the fused kernels, whose backward is slow on a CPU over so few positions."""
+    text_encoder.set_attn_implementation("eager")
+    unet.set_attn_processor(AttnProcessor())
 
 
 def export(stages: Stages, folder: Path) -> None:
@@ -231,7 +268,8 @@ def export(stages: Stages, folder: Path) -> None:
     tokens = tokenizer(stages.work)
     ids = (len(tokens), tokens.eos_token_id, tokens.bos_token_id)
     vae, text_encoder, unet = new_vae(), new_text_encoder(*ids), new_unet()
-    scale = stages.work / f"latents-{_load_stage('vae', stages, [vae])}-scale.pt"
+    _load_stage("vae", stages, [vae])
+    scale = _scale_path(vae, stages)
     if not scale.exists():
         raise UsageError(
             f"{scale} is missing: the UNet has not trained on this VAE yet, run it with more --unet-minutes"
@@ -239,7 +277,7 @@ def export(stages: Stages, folder: Path) -> None:
     _load_stage("unet", stages, [text_encoder, unet])
     vae.register_to_config(scaling_factor=torch.load(scale, weights_only=True)["scale"])
     models = {"vae": vae, "text_encoder": text_encoder, "unet": unet}
-    if (stages.work / "judge.pt").exists():
+    if _has_weights("judge", stages):
         models["judge"] = new_judge(*ids)
         _load_stage("judge", stages, [models["judge"]])
         side, half = {"height": world.SIZE, "width": world.SIZE}, [0.5] * 3
@@ -285,84 +323,213 @@ def reached(folder: Path) -> list[str]:
 # ---- how a stage runs ------------------------------------------------------------------------------------------------
 
 
-def _run_stage(
+def run_stage(
     name: str,
     stages: Stages,
     minutes: float,
     models: list[nn.Module],
-    loss: Callable[[int], Tensor],
+    loss: Callable[[Sequence[nn.Module], int], Tensor],
+    parts: Sequence[int],
     rate: float,
     say: Callable[[str], None],
-    ema: float,
+    begin: Callable[[int], None] = lambda step: None,
 ) -> None:
     """Train for what is left of `minutes`, saving once a minute; leaves the averaged weights in `models`.
 
-    The rate warms up over 200 steps and falls to nothing with the share of the minutes that has passed, as a cosine.
+    A step is over sum(parts) pictures. `begin` is called with the step that training starts at, if any minutes are
+    left. The rate warms up over 200 steps and falls to nothing with the share of the minutes that has passed, as a
+    cosine.
     """
+    path = stages.work / f"{name}.pt"
+    state = torch.load(path, map_location=stages.device, weights_only=True) if path.exists() else None
+    if state is None and stages.start_from:
+        _load_stage(name, stages, models)
     for model in models:
         model.to(stages.device).train()
     weights = [p for model in models for p in model.parameters()]
-    matrices, optimisers = _optimisers(models, rate)
+    matrices, optimisers = new_optimisers(models, rate)
     average = [p.detach().clone() for p in weights]
     step, spent = 0, 0.0
-    path = stages.work / f"{name}.pt"
-    if path.exists():
-        state = torch.load(path, map_location=stages.device, weights_only=True)
+    if state is not None:
         for p, a, saved, saved_average in zip(weights, average, state["weights"], state["average"], strict=True):
             p.data.copy_(saved)
             a.copy_(saved_average)
         for optimiser, saved in zip(optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(saved)
         step, spent = state["step"], state["spent"]
-    recent, since, saved_at = [], time.monotonic(), time.monotonic()
-    while spent < minutes * 60:
-        share = spent / (minutes * 60)
-        pace = min(1, (step + 1) / 200) * max(0.02, 0.5 + 0.5 * math.cos(math.pi * share))
-        for optimiser in optimisers:
-            for group in optimiser.param_groups:
-                group["lr"] = pace * group["initial_lr"]
-        with torch.autocast(torch.device(stages.device).type, torch.bfloat16):
-            value = loss(step)
-        value.backward()
-        torch.nn.utils.clip_grad_norm_(weights, 1.0, foreach=True)
+    if spent >= minutes * 60:
+        _copy(average, weights)
+        return
+    begin(step)
+    torch.manual_seed(stages.seed + step)  # every run and every worker draws other pictures
+    recent, logged, since, saved_at = [], spent, time.monotonic(), time.monotonic()
+    with Workers(models, loss, parts, matrices, optimisers, stages) as workers:
+        while spent < minutes * 60:
+            pace = min(1, (step + 1) / 200) * max(0.02, 0.5 + 0.5 * math.cos(math.pi * spent / (minutes * 60)))
+            recent.append(workers.step(pace))
+            step += 1
+            torch._foreach_lerp_(average, [p.detach() for p in weights], 1 - min(EMA, step / (step + 10)))
+            now = time.monotonic()
+            spent, since = spent + now - since, now
+            if step % 100 == 0:
+                per_picture, logged = 10 * (spent - logged) / sum(parts), spent  # ms, over a hundred steps
+                say(
+                    f"{name} step {step} loss {np.mean(recent[-100:]):.4f} {per_picture:.1f} ms a picture, "
+                    f"{spent / 60:.1f} of {minutes:.1f} min"
+                )
+            if now - saved_at > 60 or spent >= minutes * 60:
+                saved_at = now
+                state = {"weights": weights, "average": average, "step": step, "spent": spent}
+                _save({**state, "optimisers": [o.state_dict() for o in optimisers]}, path)
+    _copy(average, weights)
+
+
+def _copy(source: Sequence[Tensor], target: Sequence[Tensor]) -> None:
+    for s, t in zip(source, target, strict=True):
+        t.data.copy_(s)
+
+
+class Workers:
+    """Processes of one thread each that share the weights, and compute a step's parts as each gets to them.
+
+    PyTorch's threads wait for each other in every operation, and beside a busy process that costs most of the time;
+    these meet twice a step: for the gradients' sum, and for the update, of which each has some optimisers. The first
+    worker is this process; it is the only one on another device than the CPU.
+    """
+
+    def __init__(
+        self,
+        models: list[nn.Module],
+        loss: Callable[[Sequence[nn.Module], int], Tensor],
+        parts: Sequence[int],
+        matrices: list[tuple[nn.Parameter, Tensor]],
+        optimisers: list[torch.optim.Optimizer],
+        stages: Stages,
+    ) -> None:
+        self.models, self.loss, self.parts, self.optimisers = models, loss, parts, optimisers
+        self.device = torch.device(stages.device).type
+        self.weights = _trained(models)
+        count = min(stages.threads, len(parts)) if self.device == "cpu" else 1
+        total = sum(p.numel() for p in self.weights)
+        self.gradients = torch.zeros(count, total, device=stages.device)  # of each worker; their sum in the first row
+        self._use_row(0)
         for weight, matrix in matrices:
             matrix.grad = None if weight.grad is None else weight.grad.flatten(1)
-        for optimiser in optimisers:
+        for muon in optimisers[:-1]:  # AdamW is stepped by this process
+            for matrix in muon.param_groups[0]["params"]:
+                muon.state[matrix].setdefault("momentum_buffer", torch.zeros_like(matrix))
+        if count > 1:
+            momenta = [state["momentum_buffer"] for muon in optimisers[:-1] for state in muon.state.values()]
+            for tensor in [self.gradients, *momenta, *(p.data for p in self.weights)]:
+                tensor.share_memory_()
+        self.threads_before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        fork = multiprocessing.get_context("fork")
+        self.taken = fork.Value("i", 0)
+        self.pipes: list[Connection] = []
+        self.processes = []
+        for row in range(1, count):
+            ours, theirs = fork.Pipe()
+            self.pipes.append(ours)
+            self.processes.append(fork.Process(target=self._serve, args=(row, count, theirs), daemon=True))
+            self.processes[-1].start()
+            theirs.close()
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pipe in self.pipes:
+            pipe.close()
+        for process in self.processes:
+            process.join()
+        torch.set_num_threads(self.threads_before)
+
+    def step(self, pace: float) -> float:
+        """Update the weights at `pace` times the optimisers' rates; returns the mean loss over all parts."""
+        self.taken.value = 0
+        self._send(None)
+        value = self._accumulate(0) + sum(self._receive())
+        for row in self.gradients[1:]:
+            self.gradients[0].add_(row)
+        self.gradients[0].mul_((1 / (self.gradients[0].norm() + 1e-6)).clamp(max=1))  # to a norm of 1 at most
+        self._send(pace)
+        self._update(0, len(self.gradients), pace)
+        self._receive()
+        return value
+
+    def _send(self, message: float | None) -> None:
+        for pipe in self.pipes:
+            pipe.send(message)
+
+    def _receive(self) -> list[float]:
+        return [pipe.recv() for pipe in self.pipes]
+
+    def _serve(self, row: int, count: int, pipe: Connection) -> None:
+        """What another worker runs: a message of None asks for gradients, a pace for an update."""
+        for ours in self.pipes:
+            ours.close()
+        torch.manual_seed(torch.initial_seed() + 2**32 * row)
+        self._use_row(row)
+        with suppress(EOFError, BrokenPipeError):
+            while True:
+                pace = pipe.recv()
+                pipe.send(self._accumulate(row) if pace is None else self._update(row, count, pace))
+
+    def _use_row(self, row: int) -> None:
+        parts = self.gradients[row].split([p.numel() for p in self.weights])
+        for weight, part in zip(self.weights, parts, strict=True):
+            weight.grad = part.view_as(weight)
+
+    def _accumulate(self, row: int) -> float:
+        """Into this worker's row, the gradient of the parts that no worker has taken yet; returns their loss."""
+        self.gradients[row].zero_()
+        value = 0.0
+        while (count := self._take()) is not None:
+            with torch.autocast(self.device, torch.bfloat16):
+                part = self.loss(self.models, count) * (count / sum(self.parts))
+            part.backward()
+            value += part.item()
+        return value
+
+    def _take(self) -> int | None:
+        with self.taken.get_lock():
+            index = self.taken.value
+            self.taken.value += 1
+        return self.parts[index] if index < len(self.parts) else None
+
+    def _update(self, row: int, count: int, pace: float) -> float:
+        for optimiser in [*self.optimisers[row:-1:count], *(self.optimisers[-1:] if row == 0 else [])]:
+            for group in optimiser.param_groups:
+                group["lr"] = pace * group["initial_lr"]
             optimiser.step()
-        for weight in weights:
-            weight.grad = None
-        step += 1
-        torch._foreach_lerp_(average, [p.detach() for p in weights], 1 - min(ema, step / (step + 10)))
-        recent.append(value.item())
-        now = time.monotonic()
-        spent, since = spent + now - since, now
-        if step % 100 == 0:
-            say(f"{name} step {step} loss {np.mean(recent[-100:]):.4f} {spent / 60:.1f} of {minutes:.1f} min")
-        if now - saved_at > 60 or spent >= minutes * 60:
-            saved_at = now
-            state = {"weights": weights, "average": average, "step": step, "spent": spent}
-            _save({**state, "optimisers": [o.state_dict() for o in optimisers]}, path)
-    for p, a in zip(weights, average, strict=True):
-        p.data.copy_(a)
+        return pace
 
 
-def _optimisers(
+def _trained(models: Sequence[nn.Module]) -> list[nn.Parameter]:
+    return [p for model in models for p in model.parameters() if p.requires_grad]
+
+
+def new_optimisers(
     models: list[nn.Module], rate: float
 ) -> tuple[list[tuple[nn.Parameter, Tensor]], list[torch.optim.Optimizer]]:
     """Muon (Jordan et al. 2024) for the weights that mix features, AdamW for embeddings, biases and norms.
 
     Muon takes matrices only, so a kernel [out, in, h, w] is stepped through its view [out, in * h * w]: returned are
-    the pairs (weight, view), whose gradients the caller hands over before each step.
+    the pairs (weight, view), whose gradients the caller hands over before each step. Two Muons have half of the
+    matrices each, so that two threads can step them.
     """
     tables = {id(m.weight) for model in models for m in model.modules() if isinstance(m, nn.Embedding)}
-    weights = [p for model in models for p in model.parameters()]
+    weights = _trained(models)
     mixing = [p for p in weights if p.ndim >= 2 and id(p) not in tables]
     rest = [p for p in weights if p.ndim < 2 or id(p) in tables]
     matrices = [(p, p.detach().flatten(1)) for p in mixing]
+    views = sorted((m for _, m in matrices), key=lambda m: min(m.shape) * m.numel())  # the work of orthogonalising
     optimisers: list[torch.optim.Optimizer] = [
-        torch.optim.Muon([m for _, m in matrices], MUON * rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(rest, rate, weight_decay=0.01, fused=True),
+        torch.optim.Muon(half, MUON * rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+        for half in (views[0::2], views[1::2])
     ]
+    optimisers.append(torch.optim.AdamW(rest, rate, weight_decay=0.01, fused=True))
     for optimiser in optimisers:
         for group in optimiser.param_groups:
             group["initial_lr"] = group["lr"]
@@ -376,13 +543,46 @@ def _save(state: object, path: Path) -> None:
     write_whole(path, buffer.getvalue(), sync=False)
 
 
-def _load_stage(name: str, stages: Stages, models: list[nn.Module]) -> int:
-    """The averaged weights a stage has reached so far, put into `models`; returns its step."""
-    state = torch.load(stages.work / f"{name}.pt", map_location="cpu", weights_only=True)
-    weights = [p for model in models for p in model.parameters()]
-    for p, a in zip(weights, state["average"], strict=True):
-        p.data.copy_(a)
-    return int(state["step"])
+#: Where a diffusers directory has the models of a stage, in the stage's order.
+_FOLDERS: dict[str, dict[str, Any]] = {
+    "vae": {"vae": AutoencoderKL},
+    "judge": {"judge": CLIPModel},
+    "unet": {"text_encoder": CLIPTextModel, "unet": UNet2DConditionModel},
+}
+
+
+def _has_weights(name: str, stages: Stages) -> bool:
+    folders = [stages.start_from / folder for folder in _FOLDERS[name]] if stages.start_from else []
+    return (stages.work / f"{name}.pt").exists() or bool(folders and all(folder.is_dir() for folder in folders))
+
+
+def _load_stage(name: str, stages: Stages, models: list[nn.Module]) -> None:
+    """The averaged weights a stage has reached so far, else those of `start_from`, put into `models`.
+
+    Raises `UsageError` if there are none, or if those of `start_from` are of another architecture.
+    """
+    if not _has_weights(name, stages):
+        raise UsageError(f"{stages.work} has no {name}.pt: train that stage first, or give --start-from MODEL_DIR")
+    if stages.start_from:
+        for model, (folder, kind) in zip(models, _FOLDERS[name].items(), strict=True):
+            saved = kind.from_pretrained(stages.start_from / folder, torch_dtype=torch.float32)
+            try:
+                model.load_state_dict(saved.state_dict())
+            except RuntimeError as error:
+                raise UsageError(
+                    f"{stages.start_from / folder} has another architecture than training.py: {one_line(error)}"
+                ) from error
+    path = stages.work / f"{name}.pt"
+    if path.exists():
+        weights = [p for model in models for p in model.parameters()]
+        average = torch.load(path, map_location="cpu", weights_only=True)["average"]
+        for p, a in zip(weights, average, strict=True):
+            p.data.copy_(a)
+
+
+def _generator() -> np.random.Generator:
+    """Seeded by PyTorch's, which differs in each worker."""
+    return np.random.default_rng(int(torch.randint(2**62, ())))
 
 
 def _draw_many(count: int, seed: int, say: Callable[[str], None]) -> tuple[np.ndarray, list[world.Scene]]:
@@ -398,16 +598,16 @@ def _to_model(images: Tensor, device: str) -> Tensor:
 
 
 def _latent_pool(
-    vae: AutoencoderKL, vae_step: int, stages: Stages, say: Callable[[str], None]
+    vae: AutoencoderKL, stages: Stages, say: Callable[[str], None]
 ) -> tuple[Tensor, list[world.Scene], float]:
     """The training set as fp16 latents with its scenes; kept in chunks, so a new run draws only what is missing.
 
-    A VAE that has trained on since has latents of its own: `vae_step` is in the chunks' names, as is their size.
+    An encoder that has trained on has latents of its own: its hash is in the chunks' names, as is their size.
     """
     chunk = min(stages.pictures, 5_000)  # pictures beyond whole chunks are left out
     latents, scenes = [], []
     for part in range(stages.pictures // chunk):
-        path = stages.work / f"latents-{vae_step}-{chunk}-{part}.pt"
+        path = stages.work / f"latents-{_encoder_hash(vae)}-{chunk}-{part}.pt"
         seed = 1_000 + part
         if path.exists():
             latents.append(torch.load(path, weights_only=True))
@@ -420,10 +620,31 @@ def _latent_pool(
         scenes += drawn
         _save(latents[-1], path)
     pool = torch.cat(latents)
-    scale = float(1 / pool[:chunk].float().std())
-    _save({"scale": scale}, stages.work / f"latents-{vae_step}-scale.pt")
+    scale = _scale(vae, pool[:chunk], stages)
     say(f"pool of {len(pool)} latents, scale {scale:.4f}")
     return pool, scenes, scale
+
+
+def _scale(vae: AutoencoderKL, latents: Tensor, stages: Stages) -> float:
+    """What the UNet's latents are multiplied by: `start_from`'s for its own encoder, else 1 over their deviation."""
+    path = _scale_path(vae, stages)
+    if not path.exists():
+        scale = 1 / latents.float().std().item()
+        if stages.start_from:
+            given = AutoencoderKL.from_pretrained(stages.start_from / "vae", torch_dtype=torch.float32)
+            if _encoder_hash(given) == _encoder_hash(vae):
+                scale = given.config.scaling_factor
+        _save({"scale": scale}, path)
+    return float(torch.load(path, weights_only=True)["scale"])
+
+
+def _scale_path(vae: AutoencoderKL, stages: Stages) -> Path:
+    return stages.work / f"latents-{_encoder_hash(vae)}-scale.pt"
+
+
+def _encoder_hash(vae: AutoencoderKL) -> str:
+    weights = (p.detach().cpu().numpy().tobytes() for p in vae.encoder.parameters())
+    return hashlib.sha256(b"".join(weights)).hexdigest()[:8]
 
 
 def _encode(vae: AutoencoderKL, images: np.ndarray, device: str) -> Iterator[Tensor]:
