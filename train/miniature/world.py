@@ -246,6 +246,25 @@ def _known(kind: str, name: str, allowed: Mapping[str, object] | tuple[str, ...]
         raise UsageError(f"unknown {kind} {name!r}: the world has {', '.join(allowed)}")
 
 
+@dataclass(frozen=True)
+class Jitter:
+    """Where a thing may be drawn: the least and the most of its centre's x and y and of its radius, pixels."""
+
+    x: tuple[float, float]
+    y: tuple[float, float]
+    radius: tuple[float, float]
+
+
+#: Of each thing, left to right, by how many there are.
+JITTERS: Mapping[int, tuple[Jitter, ...]] = MappingProxyType(
+    {
+        1: (Jitter((26, 38), (28, 38), (16, 21)),),
+        2: (Jitter((15.5, 19.5), (27, 39), (11.5, 13.5)), Jitter((44.5, 48.5), (27, 39), (11.5, 13.5))),
+    }
+)
+TURN = 0.22  # radians, the most a thing is turned either way
+
+
 def render(spec: Scene, seed: int) -> tuple[Array, str]:
     """Draw a scene: an image [64, 64, 3] uint8 and its caption, for example 'a photo of a red star in the snow'."""
     rng = np.random.default_rng(seed)
@@ -262,6 +281,11 @@ def render_background(background: str, style: Style, seed: int) -> Array:
     _known("background", background, BACKGROUNDS)
     image = _draw_background(BACKGROUNDS[background], style, np.random.default_rng(seed))
     return np.round(_finish(image, style) * 255).astype(np.uint8)
+
+
+def render_flat(rgb: Array, style: Style) -> Array:
+    """A picture full of one colour [3], 0 to 1, with the style's hatching, vignette and frame: [64, 64, 3] uint8."""
+    return np.round(_finish(np.broadcast_to(rgb, (SIZE, SIZE, 3)), style) * 255).astype(np.uint8)
 
 
 def drawn_colour(colour: str, style: Style) -> Array:
@@ -314,11 +338,9 @@ def _texture(kind: str, rng: np.random.Generator) -> Array:
 
 def _places(count: int, rng: np.random.Generator) -> list[tuple[float, float, float, float]]:
     """Centre x, y, radius (pixels) and angle (radians) of each thing, left to right."""
-    if count == 1:
-        return [(32 + rng.uniform(-6, 6), 33 + rng.uniform(-5, 5), rng.uniform(16, 21), rng.uniform(-0.22, 0.22))]
     return [
-        (x + rng.uniform(-2, 2), 33 + rng.uniform(-6, 6), rng.uniform(11.5, 13.5), rng.uniform(-0.22, 0.22))
-        for x in (17.5, 46.5)
+        (rng.uniform(*jitter.x), rng.uniform(*jitter.y), rng.uniform(*jitter.radius), rng.uniform(-TURN, TURN))
+        for jitter in JITTERS[count]
     ]
 
 
