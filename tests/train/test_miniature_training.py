@@ -74,6 +74,21 @@ def test_a_vae_that_trained_on_has_latents_of_its_own(stages: training.Stages, t
     assert not (tmp_path / "model").exists()
 
 
+def test_a_stage_resumes_with_the_rate_it_is_given(stages: training.Stages, tmp_path: Path) -> None:
+    stages = replace(stages, work=Path(shutil.copytree(stages.work, tmp_path / "work")), unet_rate=4e-4)
+    minutes = state(stages, "unet")["spent"] / 60 + SECOND
+    training.train_unet(replace(stages, unet_minutes=minutes), lambda _: None)
+    rates = [saved["param_groups"][0]["initial_lr"] for saved in state(stages, "unet")["optimisers"]]
+    assert rates == pytest.approx([6e-4, 6e-4, 4e-4])  # two Muons, at 1.5 times AdamW's
+
+
+def test_parts_that_do_not_fill_a_batch_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="a batch of 10 in parts of 4: give a multiple of the part"):
+        training.Stages(tmp_path, batch=10, part=4)
+    with pytest.raises(UsageError, match="threads is 0"):
+        training.Stages(tmp_path, threads=0)
+
+
 def test_no_pictures_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="pictures is 0: give at least 1"):
         training.Stages(tmp_path, pictures=0)

@@ -25,6 +25,9 @@ def main() -> None:
     parser.add_argument("--vae-minutes", type=float, default=30, help="of all runs together, as below [default: 30]")
     parser.add_argument("--judge-minutes", type=float, default=15, help="[default: 15]")
     parser.add_argument("--unet-minutes", type=float, default=240, help="[default: 240]")
+    parser.add_argument(
+        "--unet-rate", type=float, default=1e-3, help="the UNet's highest learning rate [default: 1e-3]"
+    )
     parser.add_argument("--pictures", type=int, default=200_000, help="in the UNet's training set [default: 200000]")
     parser.add_argument("--batch", type=int, default=128, help="pictures a step of the UNet [default: 128]")
     parser.add_argument(
@@ -41,6 +44,7 @@ def main() -> None:
         args.pictures,
         args.batch,
         threads=args.threads,
+        unet_rate=args.unet_rate,
         start_from=find_model(args.start_from)[0] if args.start_from else None,
     )
     training.train(stages, lambda line: print(line, flush=True))

@@ -1,4 +1,7 @@
-"""How well pictures show what their scenes say, by two witnesses: the judge, and the pixels themselves (`readback`)."""
+"""How well pictures show what their scenes say, by two witnesses: the judge, and the pixels themselves.
+
+The pixels are read by `readback` (background, colours) and `silhouette` (shapes), which use no model.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +12,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oneword.train.evaluate import Judge
-from oneword.train.miniature import readback, world
-from oneword.train.miniature.claims import QUESTIONS
+from oneword.train.miniature import readback, silhouette, world
+from oneword.train.miniature.claims import QUESTIONS, Claim
 
 Pictures = NDArray[np.uint8]  # [B, 64, 64, 3]
 
 
 def one_object_scenes(count: int) -> list[world.Scene]:
     """Captions of the world with one spelled-out object in one of the media; seeds apart from the training set's."""
-    rng = np.random.default_rng(77)
+    return _spelled_out_scenes(count, 1, 77)
+
+
+def two_object_scenes(count: int) -> list[world.Scene]:
+    """The same with two objects."""
+    return _spelled_out_scenes(count, 2, 78)
+
+
+def _spelled_out_scenes(count: int, things: int, seed: int) -> list[world.Scene]:
+    rng = np.random.default_rng(seed)
     scenes: list[world.Scene] = []
     while len(scenes) < count:
         scene = world.sample_scene(rng)
-        if len(scene.things) == 1 and scene.medium and not scene.things[0].name:
+        if len(scene.things) == things and scene.medium and not any(thing.name for thing in scene.things):
             scenes.append(scene)
     return scenes
 
@@ -39,14 +51,54 @@ def judged_right(judge: Judge, pictures: Pictures, scenes: Sequence[world.Scene]
     return right
 
 
+def judged_second_colour(judge: Judge, pictures: Pictures, scenes: Sequence[world.Scene]) -> float:
+    """Share of the patterned objects whose second colour the judge tells from the ten others, all else given."""
+    seen = judge.pictures(pictures)
+    right = []
+    for picture, scene in zip(seen, scenes, strict=True):
+        look = scene.things[0].look
+        if look.pattern == "plain":
+            continue
+        names = [name for name in world.COLOURS if name != look.colour]
+        texts = [Claim((look.shape, look.colour, name, look.pattern), None, None, None, None).words for name in names]
+        right.append(names[int((judge.texts(texts) @ picture).argmax())] == look.second_colour)
+    return float(np.mean(right))
+
+
 def pixels_right(pictures: Pictures, scenes: Sequence[world.Scene]) -> dict[str, float]:
-    """Share of pictures whose background, and whose object's first colour on at least 30 % of it, read back right."""
-    background, colour = [], []
+    """Share of pictures of which the pixels say what the scene says.
+
+    background: read back right; colour: the object's first, on at least 30 % of it; second_colour: of the patterned
+    objects, the colour that most of the object has after the first.
+    """
+    background, colour, second = [], [], []
     for picture, scene in zip(pictures, scenes, strict=True):
         style, look = scene.drawn_as, scene.things[0].look
         background.append(readback.read_background(picture, style) == scene.background)
-        colour.append(readback.read_colours(picture, scene.background, style)[look.colour] >= 0.3)
-    return {"background": float(np.mean(background)), "colour": float(np.mean(colour))}
+        shares = readback.read_colours(picture, scene.background, style)
+        colour.append(shares.pop(look.colour) >= 0.3)
+        if look.pattern != "plain":
+            second.append(max(shares, key=lambda name: shares[name]) == look.second_colour)
+    right = {"background": background, "colour": colour, "second_colour": second}
+    return {attribute: float(np.mean(answers)) for attribute, answers in right.items()}
+
+
+def both_right(pictures: Pictures, scenes: Sequence[world.Scene]) -> float:
+    """Share of pictures of two objects in which both are right, in shape and first colour, by their silhouettes."""
+    return float(
+        np.mean(
+            [
+                all(silhouette.object_right(picture, scene, index) for index in (0, 1))
+                for picture, scene in zip(pictures, scenes, strict=True)
+            ]
+        )
+    )
+
+
+def mean_iou(pictures: Pictures, scenes: Sequence[world.Scene]) -> float:
+    """Mean score of the silhouettes of pictures of one object."""
+    scores = [silhouette.silhouette_iou(picture, scene) for picture, scene in zip(pictures, scenes, strict=True)]
+    return float(np.mean(scores))
 
 
 def value_of(attribute: str, scene: world.Scene) -> str | None:

@@ -60,8 +60,9 @@ SNR = (0.4, 5.0)  # the loss counts the signal-to-noise ratio within: above, ste
 class Stages:
     """How long each stage runs, on which device, with how many pictures. Minutes are of wall clock.
 
-    A UNet's step is over `batch` pictures, in parts of `part`. `start_from` is the diffusers directory whose weights a
-    stage without a state starts from; None starts from random weights. Raises `UsageError` for counts it cannot use.
+    A UNet's step is over `batch` pictures, in parts of `part`, and its highest rate is `unet_rate`. `start_from` is the
+    diffusers directory whose weights a stage without a state starts from; None starts from random weights. Raises
+    `UsageError` for counts it cannot use.
     """
 
     work: Path
@@ -74,6 +75,7 @@ class Stages:
     part: int = 32
     threads: int = 2
     start_from: Path | None = None
+    unet_rate: float = 1e-3
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -251,7 +253,7 @@ def train_unet(stages: Stages, say: Callable[[str], None]) -> None:
         return error.mean() / weight.mean()
 
     parts = (stages.part,) * (stages.batch // stages.part)
-    run_stage("unet", stages, stages.unet_minutes, [text_encoder, unet], loss, parts, 1e-3, say)
+    run_stage("unet", stages, stages.unet_minutes, [text_encoder, unet], loss, parts, stages.unet_rate, say)
 
 
 def attend_plainly(text_encoder: CLIPTextModel, unet: UNet2DConditionModel) -> None:
@@ -356,6 +358,8 @@ def run_stage(
             a.copy_(saved_average)
         for optimiser, saved in zip(optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(saved)
+            for group in optimiser.param_groups:
+                group["initial_lr"] = rate * (MUON if isinstance(optimiser, torch.optim.Muon) else 1)
         step, spent = state["step"], state["spent"]
     if spent >= minutes * 60:
         _copy(average, weights)
