@@ -165,7 +165,7 @@ def show(report: dict[str, dict[str, float]], args: argparse.Namespace) -> None:
             (report[name][attribute], report[f"{name}, real"][attribute]) if attribute in report[name] else None
             for name in witnesses
         ]
-        shares = [f"{pair[0] / pair[1]:.1%}" if pair else "" for pair in read]
+        shares = [f"{pair[0] / pair[1]:.2%}" if pair else "" for pair in read]
         table.add_row(
             attribute, f"{bar:.0%}", *shares, *(f"{pair[0]:.1%}, {pair[1]:.1%}" if pair else "" for pair in read)
         )
