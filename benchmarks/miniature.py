@@ -20,7 +20,6 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -31,8 +30,7 @@ from rich.table import Table
 
 from benchmarks.exported import exported
 from oneword.export.source import find_model
-from oneword.runtime.batch import Failed, PictureDone
-from oneword.runtime.generate import generate
+from oneword.runtime.generate import draw
 from oneword.runtime.model import Model
 from oneword.runtime.request import Request
 from oneword.train.evaluate import Judge
@@ -73,7 +71,7 @@ def main() -> None:
     args = p.parse_args()
 
     args.work.mkdir(parents=True, exist_ok=True)
-    model = Model.open(exported(args.model, args.work / "bundle"))
+    model = Model.open(exported(args.model, args.work / "bundle"), "onnxruntime")
     scenes, pairs = one_object_scenes(args.captions), two_object_scenes(args.captions // 2)
     start = time.perf_counter()
     real = np.stack([world.render(scene, 5_000 + i)[0] for i, scene in enumerate(scenes)])
@@ -81,8 +79,8 @@ def main() -> None:
     real_pairs = np.stack([world.render(scene, 6_000 + i)[0] for i, scene in enumerate(pairs)])
     through = through_vae(model, real)
     captions = [world.caption(scene) for scene in scenes]
-    drawn = draw(model, captions, args.guidance)
-    drawn_pairs = draw(model, [world.caption(scene) for scene in pairs], args.guidance)
+    drawn = drawn_from(model, captions, args.guidance)
+    drawn_pairs = drawn_from(model, [world.caption(scene) for scene in pairs], args.guidance)
     Image.fromarray(sheet(drawn, 20)).save(args.work / "generated.png")
     Image.fromarray(sheet(drawn_pairs, 20)).save(args.work / "pairs.png")
 
@@ -109,16 +107,10 @@ def main() -> None:
     show(report, args)
 
 
-def draw(model: Model, captions: Sequence[str], guidance: float) -> Pictures:
+def drawn_from(model: Model, captions: Sequence[str], guidance: float) -> Pictures:
     """One picture a caption, 20 steps of DDIM, seed 100 + its place."""
     requests = [Request(text, seed=100 + i, steps=STEPS, guidance_scale=guidance) for i, text in enumerate(captions)]
-    pictures: list[Any] = [None] * len(requests)
-    for event in generate(model, requests, listen=False):
-        if isinstance(event, Failed):
-            raise event.error
-        if isinstance(event, PictureDone):
-            pictures[event.id] = event.image
-    return np.stack(pictures)
+    return np.stack([picture.image for picture in draw(model, *requests)])
 
 
 def through_vae(model: Model, pictures: Pictures) -> Pictures:

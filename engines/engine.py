@@ -368,7 +368,8 @@ def _check_output(graph: str, spec: TensorSpec, shape: Shape, sizes: Mapping[str
     if len(shape) != len(wanted) or any(size not in (None, has) for size, has in zip(wanted, shape, strict=True)):
         fixed = ", ".join(f"{axis} = {sizes[axis]}" for axis in spec.axes if isinstance(axis, str) and axis in sizes)
         raise FeedError(
-            f"{spec.name!r} of {graph} has shape {_x(shape)}, the graph gives {spec}" + (f" with {fixed}" if fixed else "")
+            f"{spec.name!r} of {graph} has shape {_x(shape)}, the graph gives {spec}"
+            + (f" with {fixed}" if fixed else "")
         )
 
 

@@ -57,7 +57,7 @@ class TensorRtEngine:
             self._plans = fitting_plans(plans, graph, flavour, version, device.target)
         if not self._plans:
             raise EngineError(
-                f"{plans} has no plan of graph {name!r} for {device.target}: build one with ti-export --engine {flavour}"
+                f"{plans} has no plan of graph {name!r} for {device.target}: build it with ti-export --plans"
             )
         self.limits = widest([key.ranges for _, key in self._plans])
         self._opened: dict[str, Any] = {}

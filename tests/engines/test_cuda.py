@@ -101,9 +101,7 @@ def test_a_single_number_of_a_vector_is_a_region_too() -> None:
     assert host.tolist() == [0, 7, 2]
 
 
-def planned(
-    bundle: Bundle, target: str, name: str = "denoise_step", **ranges: tuple[int, int, int]
-) -> PlanKey:
+def planned(bundle: Bundle, target: str, name: str = "denoise_step", **ranges: tuple[int, int, int]) -> PlanKey:
     """A plan of a graph in the bundle's cache: its bytes are never opened here."""
     graph = bundle.graph(name)
     key = PlanKey(graph.digest, "tensorrt-rtx", "1.7", target, graph.precision, ranges)

@@ -351,7 +351,12 @@ def test_blocks_of_encoders_widths_and_a_preview_survive_the_disk(tmp_path: Path
         )
         preview = Preview(((0.1, 0.2, 0.3),) * 4, (0.5, 0.5, 0.5))
         return msgspec.structs.replace(
-            manifest, encoders=(first, second), conditioning=conditioning, preview=preview, size_multiple=16, max_side=96
+            manifest,
+            encoders=(first, second),
+            conditioning=conditioning,
+            preview=preview,
+            size_multiple=16,
+            max_side=96,
         )
 
     written = write_bundle(tmp_path / "two", two).manifest

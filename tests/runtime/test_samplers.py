@@ -277,9 +277,7 @@ def test_the_first_dpm_solver_is_no_dpm_solver_plus_plus() -> None:
 
 def test_a_column_that_a_graph_lacks_is_refused_by_name_if_a_step_needs_it() -> None:
     names = [name for name in STEP if name != "noise"]
-    plain, noisy = (
-        make_schedule(BASE, sampler, 4, guidance_scale=1.0) for sampler in (Sampler.EULER, Sampler.EULER_A)
-    )
+    plain, noisy = (make_schedule(BASE, sampler, 4, guidance_scale=1.0) for sampler in (Sampler.EULER, Sampler.EULER_A))
     names += ["guidance", "rescale", "known_scale", "known_sigma"]
 
     assert plain.table(names).shape == (4, 10)
