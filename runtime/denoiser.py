@@ -350,9 +350,14 @@ class Denoiser:
         """Makes an arena and runs every number of branches once, so that no later step binds or captures."""
         self._arena(size).warm()
 
+    def has_room(self, size: Size) -> bool:
+        """Whether a row of this size would get a slot now; displaced rows come first."""
+        arena = self._arenas.get(size)
+        return not self._displaced(size) and (arena is None or len(arena.rows) < arena.capacity)
+
     def place(self, row: Row) -> bool:
-        """Gives a row a slot; False if none is free. Raises EngineError, FeedError."""
-        return self._arena(row.size).place(row)
+        """Gives a row a slot; False if there is no room. Raises EngineError, FeedError."""
+        return not self._displaced(row.size) and self._arena(row.size).place(row)
 
     def remove(self, row: Row) -> None:
         """Takes a row out, wherever it is. A row that is not here is left alone."""
@@ -360,7 +365,7 @@ class Denoiser:
             self.displaced.remove(row)
         for arena in self._holding(row):
             arena.remove(row)
-            empty = not arena.rows and not any(other.size == arena.size for other in self.displaced)
+            empty = not arena.rows and not self._displaced(arena.size)
             if empty and self._reduced.pop(arena.size, None) is not None:
                 del self._arenas[arena.size]  # the next one has full capacity again
 
@@ -414,11 +419,13 @@ class Denoiser:
     def _resume(self, size: Size) -> Iterator[tuple[Row, OnewordError]]:
         """Places the displaced rows of a size that fit, and makes the step that failed."""
         try:
-            while (row := next((r for r in self.displaced if r.size == size), None)) and self._arena(size).place(row):
+            for row in self._displaced(size):
+                if not self._arena(size).place(row):
+                    break
                 self.displaced.remove(row)
         except OnewordError as error:
             failure = without_frames(error)
-            lost = [row for row in self.displaced if row.size == size]
+            lost = self._displaced(size)
             for row in lost:
                 self.displaced.remove(row)
             yield from ((row, failure) for row in lost)
@@ -444,6 +451,9 @@ class Denoiser:
     def _new_arena(self, size: Size) -> Arena:
         engine, manifest = self.model.engine("denoise_step"), self.model.manifest
         return Arena(engine, self.model.stream, manifest, size, self.capacity(size), self.stats)
+
+    def _displaced(self, size: Size) -> list[Row]:
+        return [row for row in self.displaced if row.size == size]
 
     def _holding(self, row: Row) -> list[Arena]:
         return [arena for arena in self._arenas.values() if row in arena.rows]

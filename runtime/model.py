@@ -29,6 +29,7 @@ from oneword.runtime.request import Image
 from oneword.runtime.table import DEFAULT_CAPACITY, EmbeddingTable
 
 _CACHED_PROMPTS: Final = 256
+_CACHED_BYTES: Final = 256 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,12 +198,12 @@ class Model:
         hold = _Hold((self._tables[name], each.input_ids) for name, each in chunks.items())
         return TokenizedPrompt(chunks, clip_skip, b"%d:" % clip_skip + b"|".join(parts), hold)
 
-    def encoded(self, tokens: TokenizedPrompt) -> EncodedPrompt | None:
-        """The prompt's context, if it is cached."""
-        context = self._contexts.get(tokens.key)
-        if context is not None:
-            self._contexts.move_to_end(tokens.key)
-        return context
+    def context_length(self, tokens: TokenizedPrompt) -> int:
+        """T of the prompt's context."""
+        return sum(
+            math.lcm(*(tokens.per_encoder[name].input_ids.size for name in block))
+            for block in self.manifest.conditioning.context
+        )
 
     def encode(self, prompts: Sequence[TokenizedPrompt]) -> list[EncodedPrompt]:
         """Encodes prompts of any lengths; equal prompts are one EncodedPrompt, now and later."""
@@ -213,8 +214,10 @@ class Model:
         contexts = [self._contexts[tokens.key] for tokens in prompts]
         for tokens in prompts:
             self._contexts.move_to_end(tokens.key)
-        while len(self._contexts) > _CACHED_PROMPTS:
-            self._contexts.popitem(last=False)
+        size = sum(context.hidden_states.nbytes for context in self._contexts.values())
+        while len(self._contexts) > _CACHED_PROMPTS or (size > _CACHED_BYTES and len(self._contexts) > 1):
+            _, forgotten = self._contexts.popitem(last=False)
+            size -= forgotten.hidden_states.nbytes
         return contexts
 
     def missing_negative(self, clip_skip: int = 0) -> TokenizedPrompt | EncodedPrompt:

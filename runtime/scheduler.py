@@ -51,8 +51,8 @@ class _Pending:
     cond: EncodedPrompt | None = None
     uncond: EncodedPrompt | None = None
     posterior: tuple[Latents, Latents] | None = None
-    row: Row | None = None
-    """The next picture, ready for a slot."""
+    size: Size = (0, 0, 0)
+    """h, w and T of its rows."""
 
     @property
     def left(self) -> int:
@@ -63,14 +63,19 @@ class _Pending:
         """Splits the prompts, and holds the rows of their words until `release`. Raises UsageError."""
         request = self.request
         self.tokens = model.tokenize(request.prompt, request.clip_skip)
-        if not self.settings.schedule.guided.any():
-            return
-        if request.negative_prompt is None:
-            self.negative = model.missing_negative(request.clip_skip)
-        else:
-            self.negative = model.tokenize(request.negative_prompt, request.clip_skip)
+        if self.settings.schedule.guided.any():
+            if request.negative_prompt is None:
+                self.negative = model.missing_negative(request.clip_skip)
+            else:
+                self.negative = model.tokenize(request.negative_prompt, request.clip_skip)
+        lengths = [model.context_length(self.tokens)]
         if isinstance(self.negative, TokenizedPrompt):
             _check_lengths(self.tokens, self.negative)
+            lengths.append(model.context_length(self.negative))
+        elif self.negative is not None:
+            lengths.append(len(self.negative.hidden_states))
+        factor = model.manifest.vae.factor
+        self.size = self.settings.height // factor, self.settings.width // factor, math.lcm(*lengths)
 
     def release(self) -> None:
         """Lets go of the words' rows."""
@@ -167,32 +172,25 @@ class Scheduler:
     def _admit(self) -> Iterator[Event]:
         """Prepares pictures that wait and gives them slots, for a share of the turn; at least one is tried."""
         start, busy = time.perf_counter(), len(self._rows) > 0
-        blocked: set[Size] = set()
         waiting = [*itertools.islice(self._pending, _AHEAD)]
         if not busy:
             with contextlib.suppress(OnewordError):  # each is tried again on its own
                 self._encode(waiting[: self.max_rows])
+        tried = False
         for pending in waiting:
-            while pending.left:
+            while pending.left and self.denoiser.has_room(pending.size) and not (tried and busy and self._spent(start)):
+                tried = True
                 try:
-                    if pending.row is None:
-                        pending.row = self._prepare(pending)
-                    if pending.row.size in blocked:
-                        break
-                    if not self.denoiser.place(pending.row):
-                        blocked.add(pending.row.size)
-                        break
+                    row = self._prepare(pending)
+                    placed = self.denoiser.place(row)
                 except OnewordError as error:
                     yield from self._drop(pending, without_frames(error))
                     break
-                self._rows.append(pending.row)
-                pending.next_index, pending.row = pending.next_index + 1, None
-                if busy and self._spent(start):
-                    break
+                assert placed  # there was room
+                self._rows.append(row)
+                pending.next_index += 1
             if not pending.left:
                 self._pending.remove(pending)
-            if busy and self._spent(start):
-                break
         self.seconds["encode"] += time.perf_counter() - start
 
     def _spent(self, start: float) -> bool:
@@ -218,8 +216,7 @@ class Scheduler:
             raise NotFinite("a text encoder gave NaN or infinity for this prompt: check the word's vectors")
         if request.image is not None and pending.posterior is None:
             pending.posterior = self.model.encode_image(resized(request.image, settings.width, settings.height))
-        factor = manifest.vae.factor
-        shape = (manifest.vae.latent_channels, settings.height // factor, settings.width // factor)
+        shape = (manifest.vae.latent_channels, *pending.size[:2])
         white = edit_mask(request, settings)
         generator = TorchGenerator(request.seed + pending.next_index)
         known: Latents | None = None
@@ -233,7 +230,6 @@ class Scheduler:
             sample = np.float32(schedule.init_scale) * noise
         else:
             sample = np.float32(schedule.start_scale) * known + np.float32(schedule.start_sigma) * noise
-        contexts = [prompt for prompt in (pending.cond, pending.uncond) if prompt is not None]
         row = Row(
             id=pending.id,
             index=pending.next_index,
@@ -243,14 +239,14 @@ class Scheduler:
             noise=NoiseStream(generator, shape, schedule.draws),
             cond=pending.cond,
             uncond=pending.uncond,
-            tokens=math.lcm(*(len(prompt.hidden_states) for prompt in contexts)),
+            tokens=pending.size[2],
             time_ids=time_ids(manifest.conditioning.time_ids, settings),
             sample=sample,
             previous=np.zeros(shape, np.float32),
             previous2=np.zeros(shape, np.float32),
         )
         if white is not None:
-            row.known, row.known_noise, row.mask = known, noise, latent_mask(white, factor)
+            row.known, row.known_noise, row.mask = known, noise, latent_mask(white, manifest.vae.factor)
         return row
 
     def _encode(self, requests: Sequence[_Pending]) -> None:
