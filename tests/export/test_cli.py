@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from oneword.engines import builder
-from oneword.engines.builder import Flavour, Limits
+from oneword.engines.builder import Flavour
 from oneword.export import cli, write
+from oneword.runtime.profiles import PlanLimits
 
 
 class Hopper:
@@ -63,7 +64,7 @@ def test_plans_are_built_for_the_gpu_that_is_there_or_asked_for(
 ) -> None:
     assert run(monkeypatch, *options, "--static-size", "96x64", "--json") == 0
 
-    assert built == [(flavour, target, Limits(static_sizes=((96, 64),)))]
+    assert built == [(flavour, target, PlanLimits(static_sizes=((96, 64),)))]
     assert json.loads(capsys.readouterr().out) == {"target": target, "plans": {"denoise_step": ["a.plan"]}}
 
 

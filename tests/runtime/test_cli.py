@@ -12,7 +12,7 @@ import pytest
 
 from oneword.engines.errors import EngineError, FileError
 from oneword.engines.open import Backend
-from oneword.runtime import cli
+from oneword.runtime import events
 from oneword.runtime.bundle import Bundle
 from oneword.runtime.cli import main
 from oneword.runtime.concept import Concept, save_concept
@@ -41,6 +41,7 @@ def test_json_says_what_was_made_and_with_what(
         vectors = {"text_encoder": np.full((1, 32), 0.1, np.float32)}
         save_concept(Concept(f"<{name}>", vectors), tmp_path / "words" / f"{name}.safetensors")
     line = [tiny_bundle, "a <toy>", "a <cat> & a <toy>", "--concept", tmp_path / "words", "--output", tmp_path / "out"]
+    line += ["--engine", "onnxruntime"]
 
     status = run(monkeypatch, *line, "--steps", 2, "--seed", 4, "--num-images", 2, "--size", "64x72", "--json")
 
@@ -190,7 +191,7 @@ def test_an_edit_reads_its_picture_and_mask(tiny_bundle: Path, tmp_path: Path, m
         (["a cat", "--image", "large.png", "--mask", "small.png"], 2, "the mask is 16x16, the image 72x64"),
         (["a cat", "--mask", "small.png"], 2, "a mask was given without an image"),
         (["a cat", "--image", "large.png", "--mask", "black.png"], 2, "the mask is all black"),
-        (["a cat", "--engine", "abacus"], 2, "'abacus' is not one of 'onnxruntime', 'openvino'"),
+        (["a cat", "--engine", "abacus"], 2, "'abacus' is not one of 'auto', 'onnxruntime'"),
         ([], 2, "PROMPT"),
         (["a cat", "--colour", "red"], 2, "No such option"),
     ],
@@ -277,7 +278,7 @@ def test_when_a_picture_cannot_be_saved_those_before_it_are_reported(
             raise FileError(f"cannot write {path}: No space left on device")
         save_png(image, path, text)
 
-    monkeypatch.setattr(cli, "save_png", full)
+    monkeypatch.setattr(events, "save_png", full)
     line = [tiny_bundle, "a cat", "--num-images", 3, "--steps", 1, "--output", tmp_path, "--json"]
 
     assert run(monkeypatch, *line) == 1
