@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,13 +10,21 @@ import onnx
 import pytest
 from safetensors.numpy import load_file
 
+from oneword.engines.engine import Engine
 from oneword.engines.errors import FileError, OnewordError, UsageError
-from oneword.engines.open import open_engine
+from oneword.engines.open import Backend, open_engine
+from oneword.export.cli import main
 from oneword.export.families import family_of
+from oneword.export.modules import DenoiseStep
 from oneword.export.parity import compare, references
 from oneword.export.source import load_source
 from oneword.export.write import export_bundle
 from oneword.runtime.bundle import Bundle
+from oneword.runtime.samplers import COLUMNS
+
+def opened(bundle: Bundle, name: str) -> Engine:
+    return open_engine(Backend.ONNXRUNTIME, name, bundle.graph(name), bundle.path)
+
 
 OTHER_SHAPES = (
     {"B": 1, "N": 1, "M": 1, "T": 20, "h": 8, "w": 8},
@@ -29,7 +36,7 @@ OTHER_SHAPES = (
 def test_every_graph_is_its_torch_module_at_shapes_never_seen(tiny_model_dir: Path, tiny_bundle: Path) -> None:
     bundle = Bundle.open(tiny_bundle)
     for graph in family_of(load_source(tiny_model_dir)).graphs:
-        engine = open_engine(bundle, graph.name)
+        engine = opened(bundle, graph.name)
         for difference in compare(engine, references(graph, OTHER_SHAPES), graph.precision):
             assert difference.value <= (1e-2 if difference.unit == "levels" else 2e-5), str(difference)
 
@@ -46,7 +53,7 @@ def test_every_axis_of_the_onnx_is_named_as_in_the_manifest(tiny_bundle: Path) -
 
 def test_the_table_is_an_input_and_nowhere_in_the_graph(tiny_bundle: Path) -> None:
     bundle = Bundle.open(tiny_bundle)
-    encoder = bundle.encoder("text_encoder")
+    encoder = bundle.manifest.encoder("text_encoder")
     table = load_file(bundle.file(encoder.table))["embedding_table"]
     assert table.shape == (encoder.vocab_size, encoder.width)
     model = onnx.load(bundle.file(bundle.graph("text_encoder").files[0]))
@@ -55,8 +62,8 @@ def test_the_table_is_an_input_and_nowhere_in_the_graph(tiny_bundle: Path) -> No
 
 def test_a_longer_table_gives_the_new_word_its_row(tiny_bundle: Path) -> None:
     bundle = Bundle.open(tiny_bundle)
-    engine = open_engine(bundle, "text_encoder")
-    table = load_file(bundle.file(bundle.encoder("text_encoder").table))["embedding_table"]
+    engine = opened(bundle, "text_encoder")
+    table = load_file(bundle.file(bundle.manifest.encoder("text_encoder").table))["embedding_table"]
     longer = np.concatenate([table, table[7:8]])
     feeds = {"token_weights": np.ones((1, 4), np.float32), "layer": np.array([3])}
     known = engine.run({"input_ids": np.array([[1, 7, 2, 3]]), "embedding_table": table, **feeds})
@@ -71,8 +78,11 @@ def test_the_manifest_says_what_the_model_says(tiny_model_dir: Path, tiny_bundle
     assert (encoder.length, encoder.width, encoder.layers, encoder.default_layer) == (20, 32, (1, 2, 3), 3)
     assert (manifest.vae.factor, manifest.vae.latent_channels) == (8, 4)
     assert (manifest.defaults.width, manifest.defaults.height) == (64, 64)
-    names = {"vocab.json", "merges.txt", "tokenizer.json"}
-    assert {path.name for path in (tiny_bundle / encoder.tokenizer).iterdir()} == names
+    assert [path.name for path in (tiny_bundle / encoder.tokenizer).iterdir()] == ["tokenizer.json"]
+    assert manifest.columns == DenoiseStep.COLUMNS
+    assert set(manifest.columns) <= set(COLUMNS)  # of the runtime
+    assert manifest.conditioning.context == (("text_encoder",),)
+    assert manifest.preview is not None
 
 
 @pytest.mark.parametrize(
@@ -151,13 +161,14 @@ def test_the_digest_follows_the_weights_and_not_the_folder(tiny_model_dir: Path,
 
 
 @pytest.mark.parametrize("model", ["no-such-thing", "/tmp", "a/b/c"])
-def test_a_model_that_is_nowhere_is_wrong_usage_on_one_line(model: str, tmp_path: Path) -> None:
-    run = subprocess.run(
-        [sys.executable, "-m", "oneword.export.cli", model, str(tmp_path / "bundle")], capture_output=True, text=True
-    )
-    assert run.returncode == 2
-    assert run.stderr.strip().splitlines()[-1].startswith("ti-export: ")
-    assert "Traceback" not in run.stderr
+def test_a_model_that_is_nowhere_is_wrong_usage_on_one_line(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["ti-export", model, str(tmp_path / "bundle")])
+    with pytest.raises(SystemExit) as exit:
+        main()
+    assert exit.value.code == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("ti-export: ")
     assert not any(tmp_path.iterdir())
 
 

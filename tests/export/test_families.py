@@ -10,20 +10,19 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from oneword.engines.builder import Flavour
 from oneword.engines.errors import UsageError
 from oneword.engines.graph import Precision
 from oneword.engines.open import Backend
 from oneword.export.families import family_of
 from oneword.export.source import load_source
 from oneword.export.write import export_bundle
-from oneword.runtime.batch import PictureDone
 from oneword.runtime.bundle import Bundle
 from oneword.runtime.concept import Concept, load_concept, save_concept
-from oneword.runtime.generate import generate
+from oneword.runtime.generate import draw
 from oneword.runtime.model import Model
-from oneword.runtime.profiles import PlanLimits, build_plans
-from oneword.runtime.request import Image, Request
+from oneword.runtime.profiles import PlanLimits
+from oneword.runtime.request import Image
+from tests.plans import rtx_plans
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +49,7 @@ def exported(model: Path, family: str, folders: pytest.TempPathFactory) -> Path:
 def test_latent_diffusion_text_to_image_is_that_of_diffusers(tiny_ldm_dir: Path, ldm_bundle: Path) -> None:
     from diffusers import LDMTextToImagePipeline
 
-    model = Model.open(ldm_bundle, threads=1)
+    model = Model.open(ldm_bundle, Backend.ONNXRUNTIME, threads=1)
     pipeline = LDMTextToImagePipeline.from_pretrained(tiny_ldm_dir)
     for prompt in ("A photo of the red painting, 7 cats", "dog"):
         ours = picture(model, prompt, guidance_scale=6)
@@ -60,7 +59,7 @@ def test_latent_diffusion_text_to_image_is_that_of_diffusers(tiny_ldm_dir: Path,
 def test_stable_diffusion_2_is_that_of_diffusers(tiny_sd2_dir: Path, sd2_bundle: Path) -> None:
     from diffusers import StableDiffusionPipeline
 
-    model = Model.open(sd2_bundle, threads=1)
+    model = Model.open(sd2_bundle, Backend.ONNXRUNTIME, threads=1)
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd2_dir, safety_checker=None)
     for negative_prompt in (None, "blue dog"):
         settings = {"negative_prompt": negative_prompt, "guidance_scale": 4.0}
@@ -73,7 +72,7 @@ def test_sdxl_with_a_word_of_two_encoders_is_that_of_diffusers(
 ) -> None:
     from diffusers import StableDiffusionXLPipeline
 
-    model = Model.open(sdxl_bundle, threads=1)
+    model = Model.open(sdxl_bundle, Backend.ONNXRUNTIME, threads=1)
     random = np.random.default_rng(0)
     widths = {"text_encoder": 16, "text_encoder_2": 24}
     vectors = {name: random.normal(0, 0.5, (2, width)).astype(np.float32) for name, width in widths.items()}
@@ -94,44 +93,30 @@ def test_sdxl_with_a_word_of_two_encoders_is_that_of_diffusers(
         assert psnr(ours, of_diffusers(pipeline, prompt, **settings)) >= 50, prompt
 
 
-def test_latent_diffusion_in_openvino_and_as_plans(ldm_bundle: Path) -> None:
-    assert decibels_of_openvino(ldm_bundle) >= 30
-    assert planned(ldm_bundle) == dict.fromkeys(Bundle.open(ldm_bundle).manifest.graphs, True)
+@pytest.mark.parametrize("family", ["ldm", "sd2", "sdxl"])
+def test_openvino_s_picture_is_near_that_of_onnxruntime(request: pytest.FixtureRequest, family: str) -> None:
+    """It computes in bfloat16, where the processor has it."""
+    pytest.importorskip("openvino")
+    bundle = request.getfixturevalue(f"{family}_bundle")
+    models = (Model.open(bundle, backend, threads=1) for backend in (Backend.ONNXRUNTIME, Backend.OPENVINO))
+    assert psnr(*(picture(model, "a red star", guidance_scale=4.0) for model in models)) >= 30
 
 
-def test_stable_diffusion_2_in_openvino_and_as_plans(sd2_bundle: Path) -> None:
-    assert decibels_of_openvino(sd2_bundle) >= 30
-    assert planned(sd2_bundle) == dict.fromkeys(Bundle.open(sd2_bundle).manifest.graphs, True)
-
-
-def test_sdxl_in_openvino_and_as_plans(sdxl_bundle: Path) -> None:
-    assert decibels_of_openvino(sdxl_bundle) >= 30
-    assert planned(sdxl_bundle) == dict.fromkeys(Bundle.open(sdxl_bundle).manifest.graphs, True)
+@pytest.mark.plans
+@pytest.mark.parametrize("family", ["ldm", "sd2", "sdxl"])
+def test_every_graph_becomes_a_plan_without_a_gpu(request: pytest.FixtureRequest, family: str) -> None:
+    """The builder compares the parsed network with the manifest, or refuses."""
+    pytest.importorskip("tensorrt_rtx")  # before the export
+    bundle = Bundle.open(request.getfixturevalue(f"{family}_bundle"))
+    plans = rtx_plans(bundle, "sm89", PlanLimits(max_batch=1))
+    assert plans.keys() == bundle.manifest.graphs.keys()
+    assert all(plan.stat().st_size > 1000 for each in plans.values() for plan in each)
 
 
 def test_sdxl_in_fp16_is_opened_and_stays_near_fp32(tiny_sdxl_dir: Path, sdxl_bundle: Path, tmp_path: Path) -> None:
     export_bundle(tiny_sdxl_dir, tmp_path / "bundle", precision=Precision.FP16)
-    models = (Model.open(path, threads=1) for path in (sdxl_bundle, tmp_path / "bundle"))
+    models = (Model.open(path, Backend.ONNXRUNTIME, threads=1) for path in (sdxl_bundle, tmp_path / "bundle"))
     assert psnr(*(picture(model, "a red star", guidance_scale=4.0) for model in models)) >= 40
-
-
-def decibels_of_openvino(bundle: Path) -> float:
-    """Of its picture against ONNX Runtime's; it computes in bfloat16, where the processor has it."""
-    pytest.importorskip("openvino")
-    backends = (Backend.ONNXRUNTIME, Backend.OPENVINO)
-    models = (Model.open(bundle, backend, threads=1) for backend in backends)
-    return psnr(*(picture(model, "a red star", guidance_scale=4.0) for model in models))
-
-
-def planned(bundle: Path) -> dict[str, bool]:
-    """The graphs TensorRT-RTX makes plans of, without a GPU, and whether there is something in all of each one's plans.
-
-    The builder compares the parsed network with the manifest, or refuses.
-    """
-    for module in ("tensorrt_rtx", "polygraphy"):
-        pytest.importorskip(module)
-    plans = build_plans(Bundle.open(bundle), Flavour.RTX, "sm89", PlanLimits(max_batch=1))
-    return {name: all(plan.stat().st_size > 1000 for plan in each) for name, each in plans.items()}
 
 
 def test_the_refiner_of_sdxl_is_refused_by_name(tiny_sdxl_dir: Path, tmp_path: Path) -> None:
@@ -149,8 +134,7 @@ def test_the_refiner_of_sdxl_is_refused_by_name(tiny_sdxl_dir: Path, tmp_path: P
 
 
 def picture(model: Model, prompt: str, **settings: Any) -> Image:
-    request = Request(prompt, seed=4, steps=6, size=(72, 64), **settings)
-    (done,) = [event for event in generate(model, [request]) if isinstance(event, PictureDone)]
+    [done] = draw(model, prompt, seed=4, steps=6, size=(72, 64), **settings)
     assert done.image.std() > 1  # there is something to compare
     return done.image
 

@@ -3,40 +3,36 @@
 import shutil
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from oneword.engines.builder import Flavour
 from oneword.engines.errors import EngineError, NotFinite
-from oneword.engines.graph import Precision
+from oneword.engines.graph import Graph, Precision
 from oneword.engines.onnxruntime import OnnxRuntimeEngine
-from oneword.export.families import Traceable, family_of
+from oneword.export.families import TORCH_DTYPES, Traceable, family_of
 from oneword.export.parity import references
 from oneword.export.source import load_source
 from oneword.export.trace import trace
 from oneword.export.write import export_bundle
-from oneword.runtime.batch import Failed, PictureDone
+from oneword.runtime.backends import choose_backend
 from oneword.runtime.bundle import Bundle
 from oneword.runtime.concept import Concept
-from oneword.runtime.generate import generate
+from oneword.runtime.generate import draw
 from oneword.runtime.model import Model
-from oneword.runtime.profiles import build_plans
-from oneword.runtime.request import Image, Request
+from oneword.runtime.request import Image
+from tests.plans import rtx_plans
 
 WORD = np.random.default_rng(0).normal(0, 0.5, (2, 32)).astype(np.float32)
 
 
-def draw(bundle: Path) -> Image:
-    model = Model.open(bundle, threads=1)
+def picture(bundle: Path) -> Image:
+    model = Model.open(bundle, "onnxruntime", threads=1)
     model.load(Concept("<toy>", {"text_encoder": WORD}))
-    for event in generate(model, [Request("a photo of <toy>", seed=3, steps=8, guidance_scale=5.0)]):
-        if isinstance(event, Failed):
-            raise event.error
-        if isinstance(event, PictureDone):
-            return event.image
-    raise AssertionError("no picture came")
+    [done] = draw(model, "a photo of <toy>", seed=3, steps=8, guidance_scale=5.0)
+    return done.image
 
 
 @pytest.fixture(scope="module")
@@ -47,25 +43,41 @@ def half(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Bund
 
 def test_a_half_precision_bundle_draws_the_same_picture(half: Bundle, tiny_bundle: Path) -> None:
     assert {graph.precision for graph in half.manifest.graphs.values()} == {Precision.FP16}
-    table = load_file(half.file(half.encoder("text_encoder").table))["embedding_table"]
+    table = load_file(half.file(half.manifest.encoder("text_encoder").table))["embedding_table"]
     assert table.dtype == torch.float16
-    error = float(np.mean((draw(half.path).astype(np.float64) - draw(tiny_bundle).astype(np.float64)) ** 2))
+    error = float(np.mean((picture(half.path).astype(np.float64) - picture(tiny_bundle).astype(np.float64)) ** 2))
     assert 10 * np.log10(255**2 / max(error, 1e-9)) >= 40  # 8 steps of rounding at 1e-3
 
 
+@pytest.mark.plans
 def test_every_graph_of_a_half_precision_bundle_becomes_a_plan(half: Bundle) -> None:
-    for module in ("tensorrt_rtx", "polygraphy"):
-        pytest.importorskip(module)
-    assert build_plans(half, Flavour.RTX, "sm89").keys() == half.manifest.graphs.keys()
+    assert rtx_plans(half, "sm89").keys() == half.manifest.graphs.keys()
 
 
 def test_a_bfloat16_graph_is_written_and_refused_by_the_cpu_in_one_line(tiny_model_dir: Path, tmp_path: Path) -> None:
     (decoder,) = decoders(tiny_model_dir, torch.bfloat16)
     assert decoder.precision is Precision.BF16
-    (file,) = trace(decoder, tmp_path)  # checked by onnx itself
+    files = trace(decoder, tmp_path)  # checked by onnx itself
+    graph = Graph(files, "", decoder.precision, decoder.inputs, decoder.outputs)
     with pytest.raises(EngineError, match="computes in bf16, which ONNX Runtime does not on a CPU") as caught:
-        OnnxRuntimeEngine("vae_decoder", tmp_path / file, decoder.inputs, decoder.outputs, decoder.precision)
+        OnnxRuntimeEngine("vae_decoder", graph, tmp_path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("precision", "table"), [("fp32", "float32"), ("fp16", "float16"), ("bf16", "float32")])
+def test_a_table_is_float32_or_float16_whatever_the_network_computes_in(
+    tiny_model_dir: Path, precision: str, table: str
+) -> None:
+    exportable = family_of(load_source(tiny_model_dir, TORCH_DTYPES[Precision(precision)]))
+    [graph] = [graph for graph in exportable.graphs if graph.name == "text_encoder"]
+    assert graph.precision == precision
+    dtypes = {spec.name: str(spec.dtype) for spec in (*graph.inputs, *graph.outputs)}
+    assert dtypes.pop("embedding_table") == table
+    assert set(dtypes.values()) == {"float32", "int64", "bool"}
+    assert str(exportable.tables["text_encoder"].dtype) == f"torch.{table}"
+    if precision == "bf16":  # a learned row is finer than the network, and is cast inside of it
+        [case] = references(graph, [{"B": 1, "N": 1, "M": 1, "T": 5, "h": 4, "w": 4}])
+        assert case.outputs["hidden_states"].dtype == np.float32
 
 
 def test_the_vae_of_sdxl_stays_in_fp32_where_half_is_asked_for(tiny_sdxl_dir: Path) -> None:
@@ -77,6 +89,14 @@ def test_the_vae_of_sdxl_stays_in_fp32_where_half_is_asked_for(tiny_sdxl_dir: Pa
         "vae_decoder": Precision.FP32,
         "vae_encoder": Precision.FP32,
     }
+
+
+def test_a_bundle_in_bfloat16_is_left_to_the_gpu(tiny_bundle: Path) -> None:
+    manifest = Bundle.open(tiny_bundle).manifest
+    graphs = {name: msgspec.structs.replace(graph, precision=Precision.BF16) for name, graph in manifest.graphs.items()}
+    bundle = Bundle(tiny_bundle, msgspec.structs.replace(manifest, graphs=graphs))
+    with pytest.raises(EngineError, match="no backend can run this bundle here: .*computes in bf16, which it does not"):
+        choose_backend(bundle)
 
 
 def test_what_overflows_in_half_precision_is_named_with_its_graph(tiny_model_dir: Path, tmp_path: Path) -> None:
