@@ -22,6 +22,7 @@ from oneword.export.write import export_bundle
 from oneword.runtime.bundle import Bundle
 from oneword.runtime.samplers import COLUMNS
 
+
 def opened(bundle: Bundle, name: str) -> Engine:
     return open_engine(Backend.ONNXRUNTIME, name, bundle.graph(name), bundle.path)
 

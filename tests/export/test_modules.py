@@ -140,7 +140,9 @@ def test_the_unet_is_that_of_diffusers_at_even_and_odd_sizes(
 ) -> None:
     sample, context, t = torch.randn(2, 4, *size), torch.randn(2, 7, 32), torch.tensor([3.0, 501.5])
     expected = of_diffusers(sample, t, context).sample
-    assert type(of_diffusers.mid_block.attentions[0].transformer_blocks[0].attn2.processor).__name__ == "AttnProcessor2_0"
+    assert (
+        type(of_diffusers.mid_block.attentions[0].transformer_blocks[0].attn2.processor).__name__ == "AttnProcessor2_0"
+    )
     unet = UNet(source.unet)
     for plain in (True, False):  # scores in steps, or the fused kernel
         unet.attend_plainly(plain)
@@ -148,7 +150,9 @@ def test_the_unet_is_that_of_diffusers_at_even_and_odd_sizes(
 
 
 @pytest.mark.parametrize("size", [(8, 8), (9, 15)])
-def test_a_plain_prompt_s_step_is_the_unet_of_diffusers(source: Source, of_diffusers: Any, size: tuple[int, int]) -> None:
+def test_a_plain_prompt_s_step_is_the_unet_of_diffusers(
+    source: Source, of_diffusers: Any, size: tuple[int, int]
+) -> None:
     """One index for the keys and values of every layer; branches share rows, and contexts of the pool."""
     sample, pool = torch.randn(2, 4, *size), torch.randn(5, 7, 32)
     branch_row, branch_context = torch.tensor([0, 0, 1]), torch.tensor([4, 1, 3])
@@ -346,7 +350,9 @@ def test_the_second_encoder_of_sdxl_gives_its_last_state_but_one_and_its_project
     encoder = TextEncoder(model, final_norm=False, pools=True)
     ids = torch.tensor([[48, 3, 4, 49, 0, 0], [48, 5, 49, 0, 0, 0]])
     expected = model(ids, output_hidden_states=True)
-    states, _, pooled, finite = encoder(ids, encoder.table, torch.ones(2, 6), torch.tensor([2, 2]), torch.tensor([3, 2]))
+    states, _, pooled, finite = encoder(
+        ids, encoder.table, torch.ones(2, 6), torch.tensor([2, 2]), torch.tensor([3, 2])
+    )
     torch.testing.assert_close(states, expected.hidden_states[-2], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(pooled, expected.text_embeds, rtol=1e-5, atol=1e-5)
     assert finite.tolist() == [True, True]
