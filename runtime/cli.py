@@ -110,8 +110,6 @@ def command(
     scheduler = scheduler_for(model, requests, max_rows)
     count = len(scheduler)
     with ProgressBar(f"{count} picture{'s' * (count > 1)}") as progress:
-        if model.why:
-            progress.note(model.why)
         images, failed = _generate(scheduler, requests, output, progress)
     files = [entry["file"] for entry in images]
     if grid is not None and sheet is not None and not failed:
