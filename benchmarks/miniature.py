@@ -32,7 +32,7 @@ from oneword.runtime.batch import Failed, PictureDone
 from oneword.runtime.generate import generate
 from oneword.runtime.model import Model
 from oneword.runtime.request import Request
-from oneword.train.evaluate import Judge
+from oneword.train.evaluation.judge import Judge
 from oneword.train.miniature import world
 from oneword.train.miniature.judge import QUESTIONS
 from oneword.train.miniature.scores import Pictures, judged_right, one_object_scenes, pixels_right, psnr

@@ -25,7 +25,10 @@ from oneword.export.source import Source
 from oneword.export.write import manifest_of, write_encoders
 from oneword.runtime.concept import Concept, write_whole
 from oneword.runtime.model import Model
-from oneword.train.evaluate import PLACE, Judge, Pictures, likeness, sample
+from oneword.train.evaluation.evaluate import Pictures, sample
+from oneword.train.evaluation.judge import Judge
+from oneword.train.evaluation.prompts import PLACE
+from oneword.train.evaluation.scores import likeness
 from oneword.train.pictures import Picture
 
 SAMPLES = 4  # of each prompt

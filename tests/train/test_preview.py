@@ -6,7 +6,7 @@ import pytest
 from oneword.export.source import load_source
 from oneword.runtime.concept import Concept
 from oneword.runtime.model import Model
-from oneword.train.evaluate import sample
+from oneword.train.evaluation.evaluate import sample
 from oneword.train.preview import EagerModel, Previewer, SheetFolders
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from oneword.engines.errors import UsageError
-from oneword.train.evaluate import Judge
+from oneword.train.evaluation.judge import Judge
 from oneword.train.miniature import judge, scores, world
 from oneword.train.miniature.words import LENGTH, make_tokenizer
 

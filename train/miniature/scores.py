@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from oneword.train.evaluate import Judge
+from oneword.train.evaluation.judge import Judge
 from oneword.train.miniature import readback, world
 from oneword.train.miniature.judge import QUESTIONS
 

@@ -1,0 +1,230 @@
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import oneword
+from oneword.export.source import load_source
+from oneword.runtime.concept import load_concept
+from oneword.train.cli import main
+from tests.original_layout import original_layout
+
+
+def command(folder: Path, model: Path, output: Path, *more: str) -> list[str]:
+    learn_it = [str(folder), "--model", str(model), "--token", "<toy>", "--init", "star", "--output", str(output)]
+    return [*learn_it, "--steps", "3", "--batch-size", "2", *more]
+
+
+def test_the_command_writes_a_concept_and_says_what_it_did(
+    folder: Path, tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "toy.safetensors"
+
+    status = main(command(folder, tiny_model_dir, output, "--json", "--seed", "5"))
+
+    told = capsys.readouterr()
+    assert status == 0, told.err
+    report = json.loads(told.out)
+    assert report["steps"] == 3
+    assert report["concepts"][0]["output"] == str(output)
+    assert "step 3/3 loss" in told.err
+    concept = load_concept(output)
+    assert concept.token == "<toy>"
+    assert concept.vectors["text_encoder"].shape == (1, 32)
+    with safe_open(output, "numpy") as file:  # as diffusers reads it
+        assert list(file.keys()) == ["<toy>"]
+        metadata = file.metadata()
+    assert metadata["base_model"] == tiny_model_dir.name  # the file is for sharing: no paths of this machine
+    assert (metadata["recipe"], metadata["seed"], metadata["steps"], metadata["init"]) == ("fast", "5", "3", "star")
+
+
+def test_a_command_that_cannot_be_done_says_why_in_one_line_before_it_learns(
+    folder: Path, tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = command(folder, tiny_model_dir, tmp_path / "toy.safetensors")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (tmp_path / "none.csv").write_text("images,token,init,output\n")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "x.png").write_text("text")
+    cases = [
+        (["--model", str(tiny_model_dir)], 2, "no folder of pictures"),
+        ([str(empty), *good[1:]], 2, "holds no picture"),
+        ([str(tmp_path / "bad"), *good[1:]], 1, "x.png is not a picture"),
+        ([*good, "--recipe", "nothing"], 2, "unknown recipe 'nothing'"),
+        ([*good, "--learning-rate", "0"], 2, "learning_rate is 0.0"),
+        ([*good, "--token", "<again>"], 2, "1 folders and 2 times --token"),
+        ([str(folder), *good], 2, "2 folders and 1 times --token"),
+        ([*good[:-1], "x"], 2, "Invalid value for '--batch-size': 'x' is not a valid integer"),
+        (good[:1], 2, "Missing option '--model'"),
+        ([*good, "--config", str(tiny_model_dir)], 2, "--config is for a single .safetensors file"),
+        (command(folder, tiny_model_dir, tmp_path / "toy.bin"), 2, "written as .safetensors"),
+        (command(folder, tiny_model_dir, tmp_path / "no" / "toy.safetensors"), 2, "make it first"),
+        (command(folder, tmp_path / "no-model", tmp_path / "toy.safetensors"), 2, "no-model"),
+        ([*good[:4], "../x", *good[5:]], 1, "looks like a path"),
+        ([*good[:4], "star", *good[5:]], 2, "'star' is a word of the model's own vocabulary: call the new one <star>"),
+        ([*good[:6], " ", *good[7:]], 2, "init is empty"),
+        ([*good, "--set", "speed=9"], 2, "'speed=9' is no setting"),
+        ([*good, "--seed", "-1"], 2, "the seed is -1: give a whole number from 0"),
+        ([*good, "--seed", str(10**30)], 2, "the seed is 1000"),
+        ([*good, "--set", "betas=0.9,1.5"], 2, "betas is (0.9, 1.5)"),
+        (["--manifest", str(tmp_path / "none.csv"), "--model", str(tiny_model_dir)], 2, "names no word"),
+        ([*good, "--preview-every", "0"], 2, "--preview-every is 0"),
+        ([*good, "--report", str(tmp_path / "no" / "run.html")], 2, "in a folder that is there"),
+        ([str(folder), *good, "--token", "<toy>", "--output", str(tmp_path / "b.safetensors")], 2, "learned twice"),
+        ([str(folder), *good, "--token", "<b>", "--output", str(tmp_path / "toy.safetensors")], 2, "is given twice"),
+    ]
+    for arguments, status, message in cases:
+        assert main(arguments) == status, arguments
+        told = capsys.readouterr()
+        assert message in told.err
+        assert told.err.count("\n") == 1
+        assert told.out == ""
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def with_nan(model: Path, part: str, copy: Path) -> Path:
+    """The model with the weights of a part gone bad."""
+    shutil.copytree(model, copy)
+    (file,) = (copy / part).glob("*.safetensors")
+    weights = load_file(file)
+    save_file({name: torch.full_like(value, torch.nan) for name, value in weights.items()}, file, {"format": "pt"})
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [("unet", "the loss of '<toy>' is nan at step 1: lower the rate"), ("vae", "0.png: the VAE gives NaN for it")],
+)
+def test_a_model_that_gives_nan_is_one_line_and_writes_nothing(
+    folder: Path, tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], part: str, message: str
+) -> None:
+    model = with_nan(tiny_model_dir, part, tmp_path / "model")
+
+    assert main(command(folder, model, tmp_path / "toy.safetensors")) == 1
+    told = capsys.readouterr()
+    assert message in told.err
+    assert told.err.count("\n") == 1
+    assert not (tmp_path / "toy.safetensors").exists()
+
+
+def test_a_full_disk_at_the_end_loses_nothing(
+    folder: Path,
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    arguments = command(folder, tiny_model_dir, tmp_path / "toy.safetensors")
+
+    def full(source: object, target: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        assert main(arguments) == 1
+    assert "cannot write" in capsys.readouterr().err.splitlines()[-1]
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("toy")] == ["toy.run"]
+
+    assert main(arguments) == 0
+    assert "going on from step 3 of 3" in capsys.readouterr().err
+    assert load_concept(tmp_path / "toy.safetensors").token == "<toy>"
+    assert not (tmp_path / "toy.run").exists()
+
+
+def test_one_picture_of_any_kind_is_enough(tiny_model_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    Image.new("CMYK", (300, 40), (0, 255, 255, 0)).save(tmp_path / "one" / "wide.jpg")
+
+    assert main(command(tmp_path / "one", tiny_model_dir, tmp_path / "toy.safetensors")) == 0
+
+
+def test_a_manifest_learns_several_words_and_its_paths_are_relative_to_it(
+    folder: Path, tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = tmp_path / "words.csv"
+    lines = "images,token,init,output\npictures,<a>,star,a.safetensors\npictures,<b>,,b.safetensors\n"
+    manifest.write_text(lines, encoding="utf-8-sig")  # as Excel saves it
+
+    arguments = ["--manifest", str(manifest), "--model", str(tiny_model_dir), "--steps", "2", "--batch-size", "2"]
+
+    assert main(arguments) == 0, capsys.readouterr().err
+    assert load_concept(tmp_path / "a.safetensors").token == "<a>"
+    assert load_concept(tmp_path / "b.safetensors").token == "<b>"
+
+    manifest.write_text("images,token,init,output\npictures,<c>,a.safetensors,c.safetensors\n")
+    assert main(arguments) == 0, capsys.readouterr().err
+    with safe_open(tmp_path / "c.safetensors", "numpy") as file:
+        assert file.metadata()["init"] == "a.safetensors"
+
+
+def test_sheets_and_report_are_written_and_change_no_bit_of_the_word(
+    folder: Path, tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain, seen = tmp_path / "plain.safetensors", tmp_path / "seen.safetensors"
+    (tmp_path / "seen.previews").mkdir()
+    (tmp_path / "seen.previews" / "step-000999.png").write_bytes(b"of an older run")
+    looks = ["--preview-every", "2", "--report", str(tmp_path / "run.html")]
+
+    assert main(command(folder, tiny_model_dir, plain)) == 0
+    assert main(command(folder, tiny_model_dir, seen, *looks)) == 0, capsys.readouterr().err
+
+    np.testing.assert_array_equal(
+        load_concept(plain).vectors["text_encoder"], load_concept(seen).vectors["text_encoder"]
+    )
+    assert sorted(path.name for path in (tmp_path / "seen.previews").iterdir()) == [
+        "step-000002.png",
+        "step-000003.png",
+    ]
+    page = (tmp_path / "run.html").read_text()
+    assert page.count("data:image/png;base64,") == 5 + 2
+
+
+def test_a_single_file_checkpoint_is_learned_on_as_the_directory_it_was_made_from(
+    folder: Path, tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With sheets, a report and a config directory without weights. The same weights make the same word."""
+    checkpoint, config = tmp_path / "tiny.safetensors", tmp_path / "config"
+    save_file(original_layout(load_source(tiny_model_dir)), checkpoint)
+    shutil.copytree(tiny_model_dir, config, ignore=shutil.ignore_patterns("*.safetensors"))
+    page = tmp_path / "run.html"
+    single = command(
+        folder, checkpoint, tmp_path / "single.safetensors", "--config", str(config), "--report", str(page)
+    )
+
+    assert main(single) == 0, capsys.readouterr().err
+    assert main(command(folder, tiny_model_dir, tmp_path / "whole.safetensors")) == 0
+
+    concept, expected = (load_concept(tmp_path / f"{name}.safetensors") for name in ("single", "whole"))
+    np.testing.assert_array_equal(concept.vectors["text_encoder"], expected.vectors["text_encoder"])
+    assert concept.provenance["base_model"] == "tiny.safetensors"
+    assert concept.provenance["base_model_digest"] != expected.provenance["base_model_digest"]
+    assert f"ti-export {checkpoint} tiny.bundle --config {config}" in page.read_text()
+    assert main(command(folder, checkpoint, tmp_path / "none.safetensors")) == 2
+    assert "give --config" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", ["oneword.train.cli", "oneword.train.evaluation.cli"])
+def test_help_and_version_are_answered_without_importing_torch(module: str) -> None:
+    script = f"""
+import sys
+from {module} import main
+assert main(["--help"]) == main(["-h"]) == main(["--version"]) == 0
+assert "torch" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Usage: ti-") == 2
+    assert "--json" in done.stdout
+    assert f"version {oneword.__version__}" in done.stdout
