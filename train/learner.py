@@ -223,7 +223,9 @@ class Learner:
         error = mse_loss(predicted, prediction_target(self.scheduler, x_0, eps, t), reduction="none")
         if self.recipe.min_snr is not None:
             error = error * min_snr_weights(self.scheduler, t, self.recipe.min_snr)[:, None, None, None]
-        return (error * torch.stack([batch.masks[picture] for picture in pictures])).sum((1, 2, 3))
+        if batch.masks is not None:
+            error = error * torch.stack([batch.masks[picture] for picture in pictures])
+        return error.sum((1, 2, 3))
 
     def _set_attention(self, latents: torch.Tensor) -> None:
         """Makes the UNet attend as is fastest for latents [C, h, w]."""

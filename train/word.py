@@ -58,20 +58,27 @@ class Draw:
     masks: Sequence[torch.Tensor] | None
     prompts: Sequence[str]
 
+    def count(self) -> float:
+        """How many unmasked latents it has."""
+        if self.masks is None:
+            return float(sum(latents.numel() for latents in self.latents))
+        return sum(float(mask.sum()) * len(latents) for mask, latents in zip(self.masks, self.latents, strict=True))
+
 
 @dataclass(frozen=True)
 class Batch:
     """The draws of several words, B pictures in all.
 
-    `words` are B indices, `latents`, `eps` and `masks` as in `Draw` (all ones without a mask). `counts` [B] is how many
-    unmasked latents a picture's word has in the batch, `sizes` how many pictures each word has.
+    `words` are B indices, `latents`, `eps` and `masks` as in `Draw` (None if no word has masks, else all ones without a
+    mask). `counts` [B] is how many unmasked latents a picture's word has in the batch, `sizes` how many pictures each
+    word has.
     """
 
     words: Sequence[int]
     latents: Sequence[torch.Tensor]
     eps: Sequence[torch.Tensor]
     timesteps: torch.Tensor
-    masks: Sequence[torch.Tensor]
+    masks: Sequence[torch.Tensor] | None
     prompts: Sequence[str]
     counts: torch.Tensor
     sizes: Sequence[int]
@@ -79,21 +86,21 @@ class Batch:
     @classmethod
     def of(cls, draws: Mapping[int, Draw]) -> Batch:
         """The draws, one after another."""
-        masks = [
-            [torch.ones_like(latents[:1]) for latents in part.latents] if part.masks is None else part.masks
-            for part in draws.values()
-        ]
+        masks = None
+        if any(part.masks is not None for part in draws.values()):
+            masks = [
+                mask
+                for part in draws.values()
+                for mask in part.masks or [torch.ones_like(latents[:1]) for latents in part.latents]
+            ]
         sizes = [len(part.latents) for part in draws.values()]
-        counts = [
-            sum(float(mask.sum()) * len(latents) for mask, latents in zip(of_word, part.latents, strict=True))
-            for of_word, part in zip(masks, draws.values(), strict=True)
-        ]
+        counts = [part.count() for part in draws.values()]
         return cls(
             [index for index, part in draws.items() for _ in part.latents],
             [latents for part in draws.values() for latents in part.latents],
             [eps for part in draws.values() for eps in part.eps],
             torch.cat([part.timesteps for part in draws.values()]),
-            [mask for of_word in masks for mask in of_word],
+            masks,
             [prompt for part in draws.values() for prompt in part.prompts],
             torch.tensor(counts).clamp(min=1e-6).repeat_interleave(torch.tensor(sizes)),
             sizes,
