@@ -33,7 +33,7 @@ from oneword.export.source import find_model
 from oneword.runtime.generate import draw
 from oneword.runtime.model import Model
 from oneword.runtime.request import Request
-from oneword.train.evaluate import Judge
+from oneword.train.evaluation.judge import Judge
 from oneword.train.miniature import world
 from oneword.train.miniature.scores import (
     Pictures,

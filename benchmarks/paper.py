@@ -32,23 +32,20 @@ from benchmarks.pages import table, write_section
 from oneword.export.source import digest_directory, find_model
 from oneword.runtime.concept import load_concept, save_concept
 from oneword.runtime.model import Model
-from oneword.train.evaluate import (
+from oneword.train.evaluation.evaluate import TRAINING, WORDLESS, bounds, evaluate, sample
+from oneword.train.evaluation.judge import Judge
+from oneword.train.evaluation.prompts import (
     LIKENESS_PROMPT,
     MINIATURE_PROMPTS,
     MINIATURE_STYLE_PROMPTS,
     STYLE_LIKENESS_PROMPT,
-    TRAINING,
-    WORDLESS,
-    Judge,
-    bounds,
-    evaluate,
-    sample,
 )
+from oneword.train.learn import learn, quiet
 from oneword.train.miniature import readback, world
 from oneword.train.miniature.claims import QUESTIONS
 from oneword.train.plots import scatter
 from oneword.train.recipe import RECIPES, Subject
-from oneword.train.run import Task, learn, quiet
+from oneword.train.tasks import Task
 
 PAGE = Path("docs/paper.md")
 SETUPS = tuple(name for name in RECIPES if name != "style")

@@ -25,6 +25,7 @@ import resource
 import runpy
 import statistics
 import sys
+import threading
 import time
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -166,7 +167,8 @@ def score_of(args: argparse.Namespace, output: Path, folder: Path) -> Callable[[
 
     def score() -> dict[str, float]:
         from oneword.runtime.concept import Concept, load_concept
-        from oneword.train.evaluate import MINIATURE_PROMPTS, evaluate
+        from oneword.train.evaluation.evaluate import evaluate
+        from oneword.train.evaluation.prompts import MINIATURE_PROMPTS
         from oneword.train.pictures import read_pictures
 
         model, judge = judged(args)
@@ -186,7 +188,7 @@ def judged(args: argparse.Namespace) -> tuple[Any, Any]:
     from benchmarks.exported import exported
     from oneword.export.source import find_model
     from oneword.runtime.model import Model
-    from oneword.train.evaluate import Judge
+    from oneword.train.evaluation.judge import Judge
 
     return Model.open(exported(args.model, args.work / "bundle")), Judge(find_model(args.model)[0] / "judge")
 
@@ -308,9 +310,12 @@ def child(told: Path, command: Sequence[str]) -> None:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel
 
-    from oneword.export.modules import TextEncoder, UNet, VaeEncoder
+    from oneword.export.modules import TextEncoder, VaeEncoder
+    from oneword.train.parallel import Recorded
 
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    threads = int(os.environ["OMP_NUM_THREADS"])
+    torch.set_num_threads(threads)
+    lock = threading.Lock()
     parts = dict.fromkeys(PARTS, 0.0)
     ends: list[float] = []
 
@@ -324,7 +329,9 @@ def child(told: Path, command: Sequence[str]) -> None:
             try:
                 return real(*args, **kwargs)
             finally:
-                parts[part] += time.perf_counter() - before
+                share = torch.get_num_threads() / threads  # parts of a batch run at the same time
+                with lock:
+                    parts[part] += (time.perf_counter() - before) * share
                 if part == "optimiser":
                     ends.append(time.perf_counter())
 
@@ -333,7 +340,8 @@ def child(told: Path, command: Sequence[str]) -> None:
     if command[0] == "ti-train":
         watch(VaeEncoder, "forward", "VAE")
         watch(TextEncoder, "forward", "text encoder")
-        watch(UNet, "forward", "UNet")
+        watch(Recorded, "__call__", "UNet")
+        watch(torch.autograd, "grad", "backward")
     else:
         watch(AutoencoderKL, "encode", "VAE")
         watch(CLIPTextModel, "forward", "text encoder")

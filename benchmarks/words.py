@@ -24,7 +24,9 @@ from oneword.export.source import find_model
 from oneword.runtime.concept import load_concept
 from oneword.runtime.model import Model
 from oneword.train import cli
-from oneword.train.evaluate import Judge, likeness, sample
+from oneword.train.evaluation.evaluate import sample
+from oneword.train.evaluation.judge import Judge
+from oneword.train.evaluation.scores import likeness
 from oneword.train.miniature import readback, world
 from oneword.train.miniature.claims import QUESTIONS
 from oneword.train.miniature.scores import psnr

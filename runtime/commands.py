@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, NoReturn, Self
@@ -89,12 +90,17 @@ class ProgressBar:
 
 
 def run_command(command: click.Command, name: str) -> NoReturn:
-    """Runs a command and exits: 0 done, 2 wrong usage, 130 interrupted, 1 anything else that can be named.
+    """Runs a command and exits with its `exit_status`."""
+    sys.exit(exit_status(command, name))
+
+
+def exit_status(command: click.Command, name: str, arguments: Sequence[str] | None = None) -> int:
+    """Runs a command: 0 done, 2 wrong usage, 130 interrupted, 1 anything else that can be named.
 
     What went wrong is one line on standard error, never a traceback.
     """
     try:
-        status = command.main(prog_name=name, standalone_mode=False)
+        status = command.main(None if arguments is None else list(arguments), prog_name=name, standalone_mode=False)
     except click.UsageError as error:
         program = name if error.ctx is None else error.ctx.command_path
         message, code = f"{error.format_message()} ({program} --help)", error.exit_code
@@ -109,6 +115,6 @@ def run_command(command: click.Command, name: str) -> NoReturn:
     except OSError as error:
         message, code = str(error), 1
     else:
-        sys.exit(status if isinstance(status, int) else 0)
+        return status if isinstance(status, int) else 0
     click.echo(f"{name}: {' '.join(message.split())}", err=True)
-    sys.exit(code)
+    return code

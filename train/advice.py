@@ -1,4 +1,4 @@
-"""What a user should be told about a word: before a minute is spent on it, and when it has been learned. Only text."""
+"""Warnings about a word: before learning, from its pictures and init, and after it, from its losses. Only text."""
 
 from __future__ import annotations
 
@@ -8,23 +8,24 @@ from typing import Any
 
 from oneword.engines.errors import UsageError
 from oneword.export.source import Source
-from oneword.train.learner import Learner, Word
+from oneword.train.initial import concept_file, split_words, token_ids
+from oneword.train.learner import Learner
 from oneword.train.pictures import Picture, near_duplicates, unread_pictures
 from oneword.train.prompts import probes
-from oneword.train.starts import concept_file, split_words, token_ids
+from oneword.train.word import Word
 
 FEW_PICTURES = 3
 UNMOVED = 0.01  # of its length
 UNIMPROVED = 0.999  # of the loss at the start
-DEAF = 0.3  # of the response to the rest of a prompt at the start
+DEAF = 0.3  # of the initial response to the rest of a prompt
 
 
 def before(source: Source, images: Path, init: str, pictures: Sequence[Picture]) -> Iterator[str]:
-    """Too few pictures, one of them twice, a start of several tokens."""
+    """Too few pictures, unread or repeated ones, an init of several tokens."""
     if len(pictures) < FEW_PICTURES:
         yield f"{images} holds {len(pictures)} picture{'s'[: len(pictures) - 1]}: three to five are usual"
-    if passed_over := unread_pictures(images):
-        yield f"{', '.join(passed_over)} in {images} is not read: save it as PNG or JPEG"
+    if unread := unread_pictures(images):
+        yield f"{', '.join(unread)} in {images} is not read: save it as PNG or JPEG"
     for one, other in near_duplicates(pictures):
         yield f"{one.name} and {other.name} in {images} are nearly the same picture: one of them teaches nothing"
     if init == "random" or concept_file(init):
@@ -36,15 +37,15 @@ def before(source: Source, images: Path, init: str, pictures: Sequence[Picture])
 
 
 def after(learner: Learner, index: int) -> Iterator[str]:
-    """A word that is where it started, a loss that never moved, a word that drowns the rest of its prompt."""
+    """A word that did not move, a loss that did not fall, a word that drowns the rest of its prompt."""
     word = learner.words[index]
     if not has_moved(word):
         yield f"{word.token} is where it started: nothing was learned, raise the rate or the steps"
         return
-    loss = learner.watch(index)
-    if loss > UNIMPROVED * word.at_start:
+    loss = learner.probe_loss(index)
+    if loss > UNIMPROVED * word.start_loss:
         yield (
-            f"{word.token}: the loss on one and the same batch was {word.at_start:.4f} and is {loss:.4f}: "
+            f"{word.token}: the loss on one and the same batch was {word.start_loss:.4f} and is {loss:.4f}: "
             "it never moved, try another init, another rate or more steps"
         )
     templates = probes(learner.recipe.subject)

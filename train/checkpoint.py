@@ -1,11 +1,11 @@
-"""A run's state on disk, whole or not there: kill the run at any instant and the same command goes on, bit by bit.
+"""A run's state on disk, whole or absent: a run killed at any instant is resumed by the same command, bit for bit.
 
     toy.run/step-00000125/  state.safetensors  state.json  COMPLETE
             step-00000150/  ...
 
 A checkpoint is written under another name, synced, marked with the hashes of its files, renamed, and the folder synced;
-then all but the last two are deleted. What is neither marked nor as the mark says is passed over. Nothing in the folder
-that is not a state is ever touched.
+then all but the last two are deleted. A checkpoint whose mark is missing or wrong is skipped. Nothing else in the
+folder is ever touched.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ FILES = ("state.safetensors", "state.json")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where a run is: `tensors` by name, `facts` that JSON can hold, `settings` that must stay as they are."""
+    """The state of a run: `tensors` by name, `facts` as JSON values, `settings` that a resumed run must share."""
 
     step: int
     tensors: Mapping[str, torch.Tensor]
@@ -46,7 +46,7 @@ class Checkpoint:
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write it whole, then forget the older ones. Raises `FileError` if the disk does not take it."""
+    """Write it whole, then delete all but the last two. Raises `FileError` if it cannot be written."""
     final = folder / f"step-{checkpoint.step:08d}"
     staging = _unfinished(final)
     facts = {"step": checkpoint.step, "facts": checkpoint.facts, "settings": checkpoint.settings}
@@ -56,8 +56,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     )
     try:
         folder.mkdir(exist_ok=True)
-        for rest in _entries(folder, UNFINISHED):  # of a run killed while it wrote
-            shutil.rmtree(rest)
+        for unfinished in _entries(folder, UNFINISHED):  # of a run killed while it wrote
+            shutil.rmtree(unfinished)
         if _read(final) is not None:  # of a run killed or stopped right after it wrote: the same bits
             return
         staging.mkdir()
@@ -78,16 +78,16 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def load_checkpoint(folder: Path, settings: Mapping[str, str]) -> Checkpoint | None:
-    """The newest whole checkpoint, None where no run has begun.
+    """The newest whole checkpoint, None if no run has begun.
 
-    Raises `UsageError` naming every setting that is not as it was when the run began, `FileError` where none is whole.
+    Raises `UsageError` naming every setting that differs from the run's, `FileError` if no checkpoint is whole.
     """
     paths = _entries(folder, STATE)
     for path in reversed(paths):
-        found = _read(path)
-        if found is not None:
-            _check_settings(folder, found.settings, settings)
-            return found
+        checkpoint = _read(path)
+        if checkpoint is not None:
+            _check_settings(folder, checkpoint.settings, settings)
+            return checkpoint
     if paths:
         raise FileError(f"{folder}: no state of the run in it can be read: delete that folder to begin anew")
     return None
@@ -96,7 +96,7 @@ def load_checkpoint(folder: Path, settings: Mapping[str, str]) -> Checkpoint | N
 def forget(folder: Path) -> None:
     """Delete a finished run's states, and the folder if nothing else is in it.
 
-    Killed midway, it leaves no half state that a later start would stumble over.
+    If killed midway, it leaves no partial state that a later run would refuse.
     """
     for path in _entries(folder, STATE):
         with contextlib.suppress(OSError):
@@ -109,7 +109,7 @@ def forget(folder: Path) -> None:
 
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Keep other processes off a run while it goes. Raises `UsageError` if one is at it, `FileError` without a disk."""
+    """Lock the run's folder. Raises `UsageError` if another process holds it, `FileError` if it cannot be created."""
     try:
         folder.mkdir(exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY)
@@ -131,14 +131,14 @@ def held(folder: Path) -> Iterator[None]:
 
 
 def _unfinished(state: Path) -> Path:
-    """Where a state stands while it is written or taken away."""
+    """The name of a state while it is written or deleted."""
     return state.with_name(f".{state.name}.{os.getpid()}")
 
 
 def _entries(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
-    """The folders of ours in `folder`, by name: the name fits and nothing but our files is inside."""
-    found = [path for path in sorted(folder.glob("*step-*")) if pattern.fullmatch(path.name) and path.is_dir()]
-    return [path for path in found if {inner.name for inner in path.iterdir()} <= {*FILES, MARK}]
+    """The states in `folder`, by name: folders whose name matches and that contain only a state's files."""
+    states = [path for path in sorted(folder.glob("*step-*")) if pattern.fullmatch(path.name) and path.is_dir()]
+    return [path for path in states if {inner.name for inner in path.iterdir()} <= {*FILES, MARK}]
 
 
 def _read(path: Path) -> Checkpoint | None:
@@ -164,9 +164,9 @@ def _check_settings(folder: Path, then: Mapping[str, str], now: Mapping[str, str
 def _write_synced(path: Path, content: bytes) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     try:
-        rest = memoryview(content)
-        while rest:
-            rest = rest[os.write(descriptor, rest) :]
+        unwritten = memoryview(content)
+        while unwritten:
+            unwritten = unwritten[os.write(descriptor, unwritten) :]
         os.fsync(descriptor)
     finally:
         os.close(descriptor)

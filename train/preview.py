@@ -19,7 +19,10 @@ from oneword.engines.files import write_whole
 from oneword.export.eager import eager_model
 from oneword.export.source import Source
 from oneword.runtime.concept import Concept
-from oneword.train.evaluate import PLACE, Judge, Pictures, likeness, sample
+from oneword.train.evaluation.evaluate import Pictures, sample
+from oneword.train.evaluation.judge import Judge
+from oneword.train.evaluation.prompts import PLACE
+from oneword.train.evaluation.scores import likeness
 from oneword.train.pictures import Picture
 
 SAMPLES = 4  # of each prompt

@@ -1,6 +1,6 @@
-"""A run shown while it goes: a bar on a terminal, plain lines elsewhere, TensorBoard's logs for who wants them.
+"""The progress of a run: a bar on a terminal, plain lines elsewhere, and, optionally, TensorBoard logs.
 
-Both functions pass a run's progress on as it comes, so that they can stand around one another.
+Both functions yield a run's progress unchanged, so they can be nested.
 """
 
 from __future__ import annotations
@@ -19,49 +19,49 @@ from rich.progress import Progress as Bar
 from oneword.engines.errors import FileError, MissingPackage
 
 if TYPE_CHECKING:
-    from oneword.train.run import Progress
+    from oneword.train.learn import Progress
 
 
 def show(run: Iterable[Progress], console: Console) -> Iterator[Progress]:
-    """A bar with loss, rate, likeness and the words that have stopped; a line every tenth of the way elsewhere."""
+    """A bar with loss, rate, likeness and the number of stopped words; elsewhere, a line per tenth of the steps."""
     columns = (TextColumn("learning"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     bar = Bar(*columns, TextColumn("{task.description}"), console=console, transient=True)
-    smooth, seen = math.nan, math.nan
-    shown: TaskID | None = None
+    smooth, likeness = math.nan, math.nan
+    task: TaskID | None = None
     with bar if console.is_terminal else nullcontext():
         for progress in run:
             for note in progress.notes:
                 console.print(f"note: {note}", markup=False, soft_wrap=True)
-            now = [loss for loss in progress.losses if math.isfinite(loss)]
-            mean = sum(now) / len(now) if now else smooth
+            losses = [loss for loss in progress.losses if math.isfinite(loss)]
+            mean = sum(losses) / len(losses) if losses else smooth
             smooth = mean if math.isnan(smooth) else 0.9 * smooth + 0.1 * mean
-            judged = [sheet.likeness for sheet in progress.sheets if sheet.likeness is not None]
-            seen = float(np.mean(judged)) if judged else seen
+            likenesses = [sheet.likeness for sheet in progress.sheets if sheet.likeness is not None]
+            likeness = float(np.mean(likenesses)) if likenesses else likeness
             state = f"loss {smooth:.4f} rate {progress.learning_rate:.2g}"
-            state += "" if math.isnan(seen) else f" likeness {seen:.3f}"
+            state += "" if math.isnan(likeness) else f" likeness {likeness:.3f}"
             if len(progress.stopped) > 1 and any(progress.stopped):
                 state += f" stopped {sum(progress.stopped)} of {len(progress.stopped)}"
             if console.is_terminal:
-                shown = bar.add_task(state, total=progress.steps) if shown is None else shown
-                bar.update(shown, completed=progress.step, description=state)
+                task = bar.add_task(state, total=progress.steps) if task is None else task
+                bar.update(task, completed=progress.step, description=state)
             elif progress.step % max(1, progress.steps // 10) == 0:
                 console.print(f"step {progress.step}/{progress.steps} {state}", markup=False, soft_wrap=True)
             yield progress
 
 
 def log(run: Iterable[Progress], folder: Path, tokens: list[str]) -> Iterator[Progress]:
-    """TensorBoard's logs in `folder`: loss, likeness and sheets of every word, and the rate."""
+    """TensorBoard logs in `folder`: loss, likeness and sheets of every word, and the rate."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise MissingPackage("tensorboard", "tensorboard") from error
     try:
-        opened = SummaryWriter(str(folder))
+        writer = SummaryWriter(str(folder))
     except OSError as error:
         raise FileError(
             f"--tensorboard {folder}: {error.strerror or error}: give a folder that can be written"
         ) from error
-    with opened as writer:
+    with writer:
         for progress in run:
             writer.add_scalar("rate", progress.learning_rate, progress.step)
             for token, loss in zip(tokens, progress.losses, strict=True):

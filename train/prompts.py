@@ -1,4 +1,4 @@
-"""The neutral prompts a word is learned in. Pure text: no tokenizer, no randomness.
+"""Prompts with a place for the word: the neutral templates it is learned in, and their encoder. No randomness.
 
 A *template* has `{}` where the word goes. The object templates are the 27 of the paper's appendix (Gal et al. 2022,
 after CLIP's ImageNet prompts), the style templates the 19 of its release; both as in diffusers' script.
@@ -6,7 +6,15 @@ after CLIP's ImageNet prompts), the style templates the 19 of its release; both 
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
 from oneword.engines.errors import UsageError
+from oneword.export.modules import TextEncoder
+from oneword.runtime.bundle import Encoder
 from oneword.train.recipe import Subject
 
 OBJECT_TEMPLATES = (
@@ -73,12 +81,12 @@ STYLE_PROBES = (
 
 
 def templates(subject: Subject) -> tuple[str, ...]:
-    """What a word of that kind is learned in."""
+    """The templates that a word of that kind is learned in."""
     return STYLE_TEMPLATES if subject is Subject.STYLE else OBJECT_TEMPLATES
 
 
 def probes(subject: Subject) -> tuple[str, ...]:
-    """Prompts of our own that differ in what stands around the word: for samples, and to see whether it is heeded."""
+    """Prompts that differ in the text around the word: for samples, and to measure how much that text still matters."""
     return STYLE_PROBES if subject is Subject.STYLE else OBJECT_PROBES
 
 
@@ -100,3 +108,67 @@ def caption_template(caption: str, token: str, source: str) -> str:
             f"{source}: the caption {caption!r} does not hold the word {token!r}: write it where it belongs"
         )
     return caption.replace("{", "(").replace("}", ")").replace(token, PLACE).strip()
+
+
+class Text(NamedTuple):
+    """A template to encode: where its word's rows begin among all learned rows, how many are in use, and in all."""
+
+    template: str
+    first: int
+    used: int
+    total: int
+
+
+class PromptEncoder:
+    """Templates to hidden states, by the exported text encoder and a table of only the rows in use."""
+
+    def __init__(self, encoder: TextEncoder, tokenizer: Any, facts: Encoder) -> None:
+        self.encoder, self.tokenizer, self.facts = encoder, tokenizer, facts
+        self._rows: dict[int, int] = {}  # vocabulary id -> row of the small table
+        self._sequences: dict[Text, list[int]] = {}
+
+    def __call__(self, texts: Sequence[Text], learned: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Encode B texts; `learned` [R, D] holds all words' rows.
+
+        Returns hidden states [B, T, D] and, if the encoder pools, [B, P]. Threads may encode texts at the same time if
+        `ids` was called with each of them before.
+        """
+        sequences = [self.ids(text) for text in texts]
+        frozen = self.encoder.table[list(self._rows)].to(learned.dtype)
+        input_ids = torch.tensor(sequences)
+        eos = (input_ids == self._row(self.facts.eos_id)).int().argmax(-1) if self.encoder.pools else None
+        input_ids = torch.where(input_ids < 0, len(frozen) - 1 - input_ids, input_ids)
+        layers = torch.full((len(texts),), self.facts.default_layer or 0)
+        states, _, *pooled, _ = self.encoder(
+            input_ids, torch.cat([frozen, learned]).to(self.encoder.dtype), torch.ones(input_ids.shape), layers, eos
+        )
+        return states, pooled[0] if pooled else None
+
+    def ids(self, text: Text) -> list[int]:
+        """A text as rows of the small table, BOS, EOS and padding included; -1 - r for learned row r."""
+        if text not in self._sequences:
+            self._sequences[text] = self._encode(*text)
+        return self._sequences[text]
+
+    def _encode(self, template: str, first: int, count: int, total: int) -> list[int]:
+        bos = [] if self.facts.bos_id is None else [self.facts.bos_id]
+        room = self.facts.length - len(bos) - 1
+        pieces = re.split(r"\{(\d*)\}", template)
+        inner: list[int] = []
+        for position, piece in enumerate(pieces):
+            if position % 2 == 0:
+                inner += [self._row(i) for i in self.tokenizer(piece, add_special_tokens=False).input_ids]
+            elif piece:  # the word of one picture
+                inner.append(-1 - (first + total + int(piece) - 1))
+            else:
+                inner += [-1 - (first + row) for row in range(count)]
+        if any(row < 0 for row in inner[room:]):
+            raise UsageError(
+                f"the prompt {template!r} is {len(inner)} tokens, {self.facts.graph} reads {room}: "
+                "shorten it until the word fits"
+            )
+        ids = [*map(self._row, bos), *inner[:room], self._row(self.facts.eos_id)]
+        return ids + [self._row(self.facts.pad_id)] * (self.facts.length - len(ids))
+
+    def _row(self, token_id: int) -> int:
+        return self._rows.setdefault(token_id, len(self._rows))

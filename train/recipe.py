@@ -1,12 +1,13 @@
 """How a word is learned: frozen settings, checked, some of them by name. No models, no files.
 
-The paper's set-ups (Gal et al. 2022, arXiv 2208.01618, section 5) stand here with its batch, steps and rate: 5,000
+The paper's set-ups (Gal et al. 2022, arXiv 2208.01618, section 5) have its batch, steps and rate: 5,000
 steps of batch 4 at a base rate of 0.005, times 2 GPUs, times the batch. `fast`, the default, is our own.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -28,14 +29,14 @@ class Subject(Enum):
 
 
 class Rate(Enum):
-    """How the learning rate goes over the steps."""
+    """Learning-rate schedule."""
 
     CONSTANT = "constant"
     COSINE = "cosine"
 
 
 class Norm(Enum):
-    """What becomes of a row's length after each step: left free, set to the vocabulary's median, or pulled there."""
+    """What each step does to a vector's length: leave it free, set it to the vocabulary's median, or pull it there."""
 
     FREE = "free"
     FIXED = "fixed"
@@ -43,7 +44,7 @@ class Norm(Enum):
 
 
 class Compute(Enum):
-    """The type the frozen UNet computes in; `AUTO` is bf16 where the processor multiplies it natively, else fp32."""
+    """The type the frozen UNet computes in; `AUTO` is bf16 if the processor multiplies it natively, else fp32."""
 
     AUTO = "auto"
     FP32 = "fp32"
@@ -55,16 +56,16 @@ class Recipe:
     """One way to learn a word. Raises `UsageError` for values that make no sense.
 
     vectors: rows the word has at the end. grow_at: optimiser steps after which one more of them joins (progressive).
-    steps: optimiser steps. batch_size: pictures a step. accumulation: backward passes a step, each of `batch_size`.
-    learning_rate: of AdamW, as it is (nothing scales it). warmup: steps of linear warm-up.
+    steps: optimiser steps. batch_size: pictures per step and word. accumulation: backward passes per step, each of
+    `batch_size` pictures. learning_rate: AdamW's, never scaled. warmup: steps of linear warm-up.
     init_weight: weight of the squared distance to the initial rows in the loss (regularised).
     per_image: the share of prompts that also hold a word of their own picture.
     min_snr: gamma of min-SNR weighting (Hang et al., arXiv 2303.09556), None for none.
     stop_below: the DVAR ratio that ends learning (arXiv 2302.04841), None to run all steps.
-    flip: also learn from mirrored pictures. crops: and from so many random crops of each.
-    buckets: pictures keep about their shape instead of being cut square.
-    timesteps: the band of the noise schedule, as shares of it, that steps are drawn from; (0, 1) is all of it.
-    words_a_call: words that share one UNet call, None for all; 1 makes each word bitwise what it is alone.
+    flip: also learn from mirrored pictures. crops: also learn from this many random crops of each picture.
+    buckets: pictures keep roughly their aspect ratio instead of being cut square.
+    timesteps: the part of the noise schedule that timesteps are drawn from, as fractions; (0, 1) is all of it.
+    words_per_call: words that share one UNet call, None for all; 1 makes each word bitwise what it is alone.
     """
 
     name: str = "custom"
@@ -88,7 +89,7 @@ class Recipe:
     crops: int = 0
     buckets: bool = False
     timesteps: tuple[float, float] = (0.0, 1.0)
-    words_a_call: int | None = None
+    words_per_call: int | None = None
     compute: Compute = Compute.AUTO
     gradient_checkpointing: bool = False
 
@@ -120,8 +121,8 @@ class Recipe:
             raise UsageError(
                 f"stop_below looks back {WINDOW} steps and steps is {self.steps}: give more, or leave it out"
             )
-        if self.words_a_call is not None:
-            _within("words_a_call", self.words_a_call, 1, 4096)
+        if self.words_per_call is not None:
+            _within("words_per_call", self.words_per_call, 1, 4096)
         if not 0 <= self.timesteps[0] < self.timesteps[1] <= 1:
             raise UsageError(f"timesteps is {self.timesteps}: give two rising shares from 0 to 1, for example 0.2,1")
         if len(self.grow_at) >= self.vectors or list(self.grow_at) != sorted(set(self.grow_at)):
@@ -135,8 +136,15 @@ class Recipe:
         """How many rows are in use after `step` optimiser steps."""
         return self.vectors - len(self.grow_at) + sum(step >= joins for joins in self.grow_at)
 
+    def learning_rate_at(self, step: int) -> float:
+        """The rate of optimiser step `step` (the first is 0): linear warm-up, then constant or half a cosine to 0."""
+        rate = self.learning_rate * min(1.0, (step + 1) / (self.warmup + 1))
+        if self.rate is Rate.CONSTANT:
+            return rate
+        return rate * 0.5 * (1 + math.cos(math.pi * step / self.steps))
+
     def with_changes(self, **changes: Any) -> Recipe:
-        """This recipe with some settings changed; where only `steps` is, vectors join at the same share of the way."""
+        """This recipe with some settings changed; `steps` also scales `grow_at`, unless that is given too."""
         known = {field.name for field in dataclasses.fields(self)}
         if unknown := sorted(set(changes) - known):
             raise UsageError(f"a recipe has no {', '.join(unknown)}: it has {', '.join(sorted(known))}")
@@ -163,7 +171,7 @@ class Recipe:
         return self.with_changes(**changes)
 
     def as_text(self) -> dict[str, str]:
-        """Every setting as text, for metadata and for comparing a run with the command that goes on with it."""
+        """Every setting as text, for metadata and for comparing a run with the command that resumes it."""
         return {field.name: _text(getattr(self, field.name)) for field in dataclasses.fields(self)}
 
 

@@ -1,4 +1,4 @@
-"""The report of a run: one HTML file that holds everything, opens anywhere, and fetches nothing."""
+"""The report of a run: one self-contained HTML file that loads nothing else."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SMOOTH = 20  # steps of the loss's running mean
 
 @dataclass(frozen=True)
 class LearnedWord:
-    """One word of a run: what it was learned from, how its loss went, its sheets by step, and what was noted.
+    """One word of a run: its init, pictures, losses, and sheets by step.
 
     `pictures` are uint8 [H, W, 3]; `sheets` maps steps to pictures of all samples; `length` is the mean length of its
     vectors over the median length of the vocabulary's.
@@ -47,8 +47,9 @@ def report(
     rates: Sequence[float],
     notes: Sequence[str],
     seconds: Mapping[str, float],
+    config: str | None = None,
 ) -> str:
-    """The page. `rates` and the words' losses are by step, `seconds` by stage."""
+    """The page. `rates` and the words' losses are by step, `seconds` by stage; `config` is a single file's."""
     losses = {word.token: [loss for loss in word.losses if math.isfinite(loss)] for word in words}
     return (
         jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
@@ -56,6 +57,7 @@ def report(
         .render(
             words=words,
             model=model,
+            config=config,
             settings=settings,
             notes=notes,
             seconds=seconds,
@@ -67,10 +69,10 @@ def report(
     )
 
 
-def run_line(word: LearnedWord, model: str) -> str:
+def run_line(word: LearnedWord, model: str, config: str | None = None) -> str:
     """The commands that draw with the word."""
-    bundle = f"{Path(model).name or model}.bundle"
-    export = shlex.join(["ti-export", model, bundle])
+    bundle = f"{(Path(model).name or model).removesuffix('.safetensors')}.bundle"
+    export = shlex.join(["ti-export", model, bundle, *(["--config", config] if config else [])])
     draw = shlex.join(["ti-run", bundle, f"a photo of a {word.token}", "--concept", str(word.output)])
     return f"{export}   # once for all words\n{draw}"
 
@@ -118,12 +120,12 @@ PAGE = """<!doctype html>
 {{ "%.1f" | format(word.length) }} times as long as the vocabulary's
 {%- if word.likeness is not none %}; likeness {{ "%.3f" | format(word.likeness) }}{% endif %}.
 In <code>{{ word.output }}</code>.</p>
-<pre>{{ run_line(word, model) }}</pre>
+<pre>{{ run_line(word, model, config) }}</pre>
 <h3>Learned from</h3>
 {% for image in word.pictures %}<img class="picture" alt="picture {{ loop.index }}" src="{{ picture(image) }}">
 {% endfor %}
 {% if word.sheets %}<h3>What it draws</h3>
-<p>A row a prompt: {{ word.prompts | join(" · ") }}</p>
+<p>One row per prompt: {{ word.prompts | join(" · ") }}</p>
 {% for step, sheet in word.sheets.items() %}<figure><img class="sheet" alt="samples after step {{ step }}"
 src="{{ picture(sheet) }}"><figcaption>step {{ step }}</figcaption></figure>
 {% endfor %}{% endif %}

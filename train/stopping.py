@@ -1,7 +1,7 @@
 """When a word has been learned: DVAR, the one rule here. Pure arithmetic on losses.
 
 DVAR (Voronov et al. 2023, "Is This Loss Informative?", arXiv 2302.04841) watches the loss on one batch, drawn once with
-its noise and timesteps: while the word still changes that loss wanders, when the word has settled it hardly does.
+its noise and timesteps: while the word still changes, that loss varies; once the word has settled, it hardly does.
 """
 
 from __future__ import annotations

@@ -95,7 +95,9 @@ def test_a_bundle_in_bfloat16_is_left_to_the_gpu(tiny_bundle: Path) -> None:
     manifest = Bundle.open(tiny_bundle).manifest
     graphs = {name: msgspec.structs.replace(graph, precision=Precision.BF16) for name, graph in manifest.graphs.items()}
     bundle = Bundle(tiny_bundle, msgspec.structs.replace(manifest, graphs=graphs))
-    with pytest.raises(EngineError, match="no backend can run this bundle here: .*computes in bf16, which it does not"):
+    with pytest.raises(
+        EngineError, match=r"no backend can run this bundle here: .*computes in bf16, which it does not"
+    ):
         choose_backend(bundle)
 
 

@@ -5,10 +5,11 @@ import torch
 
 from oneword.export.source import load_source
 from oneword.train import advice
-from oneword.train.learner import Learner, Word
+from oneword.train.learner import Learner
 from oneword.train.pictures import Moments
 from oneword.train.prompts import OBJECT_PROBES, OBJECT_TEMPLATES
 from oneword.train.recipe import Compute, Recipe
+from oneword.train.word import Word
 
 QUICK = Recipe(steps=2, batch_size=2, learning_rate=0.05, weight_decay=0.0, compute=Compute.FP32)
 
@@ -33,7 +34,7 @@ def a_learner(model: Path, recipe: Recipe) -> Learner:
 
 def test_a_word_that_learns_well_needs_no_advice(learner: Learner) -> None:
     learner.step()
-    learner.words[0].at_start = 2 * learner.watch(0)
+    learner.words[0].start_loss = 2 * learner.probe_loss(0)
 
     assert list(advice.after(learner, 0)) == []
 
@@ -44,7 +45,7 @@ def test_a_word_where_it_started_is_told_of(learner: Learner) -> None:
 
 def test_a_loss_that_never_moved_is_told_of(learner: Learner) -> None:
     learner.step()
-    learner.words[0].at_start = learner.watch(0)
+    learner.words[0].start_loss = learner.probe_loss(0)
 
     (note,) = advice.after(learner, 0)
 
@@ -56,7 +57,7 @@ def test_a_word_too_long_for_the_probes_ends_nothing(tiny_model_dir: Path) -> No
     """18 tokens are there for a prompt: 17 vectors leave room for one word more."""
     learner = a_learner(tiny_model_dir, QUICK.with_changes(vectors=17))
     learner.step()
-    learner.words[0].at_start = 2 * learner.watch(0)
+    learner.words[0].start_loss = 2 * learner.probe_loss(0)
 
     assert list(advice.after(learner, 0)) == []
 
@@ -65,7 +66,7 @@ def test_a_word_that_drowns_its_prompt_is_told_of(learner: Learner, monkeypatch:
     """A random model heeds everything a little, so the line is drawn just above and just below what it does."""
     learner.step()
     word = learner.words[0]
-    word.at_start = 2 * learner.watch(0)
+    word.start_loss = 2 * learner.probe_loss(0)
     share = learner.response(0, OBJECT_PROBES, word.rows) / learner.response(0, OBJECT_PROBES, word.initial)
 
     monkeypatch.setattr(advice, "DEAF", share * 1.01)

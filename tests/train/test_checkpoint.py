@@ -182,7 +182,7 @@ sys.exit(main(ARGUMENTS))
 def a_process(arguments: list[str], output: Path) -> Any:
     """`ti-train` in a process of its own, forked from a server that has torch imported."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["oneword.train.run", "oneword.train.cli"])
+    context.set_forkserver_preload(["oneword.train.learn", "oneword.train.cli"])
     script = output.parent / "run_once.py"
     script.write_text(RUN_ONCE)
     told = {"ARGUMENTS": [*arguments, "--output", str(output)]}

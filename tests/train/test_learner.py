@@ -1,4 +1,6 @@
 import math
+import threading
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline
-from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
 from oneword.engines.errors import EngineError, UsageError
 from oneword.export.source import load_source
-from oneword.train.learner import Draw, Learner, Word, attention, draw, min_snr_weights, with_norm
+from oneword.train.learner import Learner
 from oneword.train.pictures import Moments
 from oneword.train.recipe import Compute, Norm, Recipe
+from oneword.train.word import Batch, Draw, Word, draw
 
 QUICK = Recipe(steps=4, batch_size=4, learning_rate=0.01, weight_decay=0.0, compute=Compute.FP32)
 WIDTH = 32
@@ -113,7 +115,7 @@ def test_words_in_one_batch_do_not_see_one_another(tiny_model_dir: Path) -> None
 
 
 def test_a_word_a_call_has_the_bits_it_has_alone(tiny_model_dir: Path) -> None:
-    recipe = QUICK.with_changes(words_a_call=1)
+    recipe = QUICK.with_changes(words_per_call=1)
     together = learned(tiny_model_dir, [some_word("<a>", 1), some_word("<b>", 2)], recipe)
     alone = learned(tiny_model_dir, [some_word("<b>", 2)], recipe)
 
@@ -148,7 +150,7 @@ def test_pictures_of_two_shapes_share_a_step(tiny_model_dir: Path) -> None:
 
     def loss(*rows: int) -> float:
         timesteps = torch.tensor([100 + 500 * row for row in rows])
-        return learner.watch(
+        return learner.probe_loss(
             0, Draw([latents[r] for r in rows], [eps[r] for r in rows], timesteps, None, ["the {}"] * len(rows))
         )
 
@@ -183,12 +185,12 @@ def test_learning_lowers_the_loss_on_a_fixed_batch(tiny_model_dir: Path) -> None
     word = some_word(recipe=recipe)
     learner = Learner(load_source(tiny_model_dir), [word], recipe, seed=7)
     batch = draw(some_word_drawn_elsewhere(), recipe, 1000)
-    before = learner.watch(0, batch)
+    before = learner.probe_loss(0, batch)
 
     while not learner.finished():
         learner.step()
 
-    assert learner.watch(0, batch) < before
+    assert learner.probe_loss(0, batch) < before
 
 
 def some_word_drawn_elsewhere() -> Word:
@@ -234,6 +236,58 @@ def test_words_of_single_pictures_learn_beside_the_shared_one_and_are_left_out(t
     assert learner.concept(0, {}).vectors["text_encoder"].shape == (1, WIDTH)
 
 
+def test_parts_on_threads_add_up_to_the_gradient_of_the_whole_batch(tiny_model_dir: Path) -> None:
+    """Two words of 8 pictures, the first's halves masked differently: two parts, equal up to the order of sums."""
+    recipe = QUICK.with_changes(batch_size=8, init_weight=0.1)
+    words = [some_word("<a>", 1, recipe), some_word("<b>", 2, recipe)]
+    learner = Learner(load_source(tiny_model_dir), words, recipe, seed=7)
+    draws = {index: draw(word, recipe, 1000) for index, word in enumerate(words)}
+    masks = [torch.full((1, 4, 4), float(i % 2)) for i in range(8)]
+    draws[0] = replace(draws[0], masks=masks)
+    rows = [word.rows["text_encoder"] for word in words]
+    whole = [loss + learner._penalty(index) for index, loss in enumerate(learner._losses(draws))]
+    expected = torch.autograd.grad(torch.stack(whole).sum(), rows)
+    before = torch.get_num_threads()
+
+    torch.set_num_threads(2)
+    try:
+        losses = learner._accumulate(draws)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+    assert list(map(callable, learner.unet._recordings.values())) == [True]
+    assert losses == pytest.approx([loss.item() for loss in whole], rel=1e-5)
+    for row, grad in zip(rows, expected, strict=True):
+        torch.testing.assert_close(row.grad, grad, rtol=1e-3, atol=1e-6)
+
+
+def test_each_part_of_a_step_is_on_its_own_thread_and_uses_no_other(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With two threads and 16 pictures, so that nothing waits for a thread that a busy process keeps from running."""
+    recipe = QUICK.with_changes(batch_size=16)
+    learner = Learner(load_source(tiny_model_dir), [some_word(recipe=recipe)], recipe, seed=7)
+    parts: list[tuple[int, int, int]] = []
+    errors = learner._errors
+
+    def noted(batch: Batch, part: Sequence[int]) -> torch.Tensor:
+        parts.append((threading.get_ident(), torch.get_num_threads(), len(part)))
+        return errors(batch, part)
+
+    monkeypatch.setattr(learner, "_errors", noted)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        learner.step()
+    finally:
+        torch.set_num_threads(before)
+
+    step = parts[1:]  # the first is the probe
+    assert [(threads, size) for _, threads, size in step] == [(1, 8), (1, 8)]
+    assert len({thread for thread, _, _ in step}) == 2
+
+
 def test_a_masked_part_has_no_say(tiny_model_dir: Path) -> None:
     """The loss is the mean over what is unmasked: those of two halves average to the whole's."""
     word = some_word()
@@ -243,47 +297,10 @@ def test_a_masked_part_has_no_say(tiny_model_dir: Path) -> None:
     mask[..., :2] = 1
 
     def loss(m: torch.Tensor) -> float:
-        return learner.watch(0, Draw(plain.latents, plain.eps, plain.timesteps, list(m), plain.prompts))
+        return learner.probe_loss(0, Draw(plain.latents, plain.eps, plain.timesteps, list(m), plain.prompts))
 
-    assert loss(torch.ones_like(mask)) == pytest.approx(learner.watch(0, plain), rel=1e-5)
-    assert (loss(mask) + loss(1 - mask)) / 2 == pytest.approx(learner.watch(0, plain), rel=1e-5)
-
-
-def test_draws_cover_pictures_and_timesteps_evenly() -> None:
-    recipe = QUICK.with_changes(batch_size=6)
-    batch = draw(some_word(), recipe, 600)
-
-    assert sorted(batch.timesteps.tolist()) == [int(batch.timesteps.min()) + 100 * i for i in range(6)]
-
-
-def test_timesteps_keep_to_their_band() -> None:
-    recipe = QUICK.with_changes(batch_size=5, timesteps=(0.25, 0.75))
-    batch = draw(some_word(), recipe, 1000)
-
-    assert sorted(batch.timesteps.tolist()) == [int(batch.timesteps.min()) + 100 * i for i in range(5)]
-    assert 250 <= batch.timesteps.min() < 350
-
-
-@pytest.mark.parametrize(
-    ("kind", "expected"),  # SNR 3 and 1/3 with gamma 1, by hand
-    [("epsilon", [1 / 3, 1.0]), ("v_prediction", [1 / 4, 1 / 4]), ("sample", [1.0, 1 / 3])],
-)
-def test_min_snr_weights_by_hand(kind: str, expected: list[float]) -> None:
-    scheduler = DDPMScheduler(prediction_type=kind)
-    scheduler.alphas_cumprod = torch.tensor([0.75, 0.25])
-
-    weights = min_snr_weights(scheduler, torch.tensor([0, 1]), 1.0)
-
-    torch.testing.assert_close(weights, torch.tensor(expected))
-
-
-def test_lengths_are_kept_set_or_pulled() -> None:
-    rows = torch.tensor([[3.0, 4.0]])
-
-    assert with_norm(rows, Norm.FREE, 1.0, 0.001) is rows
-    torch.testing.assert_close(with_norm(rows, Norm.FIXED, 1.0, 0.001), torch.tensor([[0.6, 0.8]]))
-    # length 5 pulled towards 1 by 100 * 0.001 = a tenth of the way: 4.6
-    torch.testing.assert_close(with_norm(rows, Norm.DECAYED, 1.0, 0.001), torch.tensor([[0.6, 0.8]]) * 4.6)
+    assert loss(torch.ones_like(mask)) == pytest.approx(learner.probe_loss(0, plain), rel=1e-5)
+    assert (loss(mask) + loss(1 - mask)) / 2 == pytest.approx(learner.probe_loss(0, plain), rel=1e-5)
 
 
 def test_a_loss_that_is_not_finite_names_the_word(tiny_model_dir: Path) -> None:
@@ -302,18 +319,6 @@ def test_a_prompt_too_long_for_the_word_is_refused(tiny_model_dir: Path) -> None
 
     with pytest.raises(UsageError, match="shorten it"):
         learner.step()
-
-
-def test_captions_take_the_place_of_templates_and_go_with_their_own_pictures() -> None:
-    """Moments 3 to 5 are the mirror images of pictures 0 to 2, and latents say which was drawn."""
-    moments = Moments(3, [torch.full((4, 4, 4), float(i)) for i in range(6)], [torch.zeros(4, 4, 4)] * 6, None)
-    word = Word("<toy>", moments, {}, ["a photo of a {}"], ["one {}", "two {}", "three {}"])
-
-    batch = draw(word, QUICK.with_changes(batch_size=12), 1000, torch.Generator().manual_seed(0))
-
-    drawn = [int(latents[0, 0, 0]) for latents in batch.latents]
-    assert sorted(drawn) == sorted([*range(6)] * 2)
-    assert list(batch.prompts) == [["one {}", "two {}", "three {}"][index % 3] for index in drawn]
 
 
 def test_accumulated_gradients_are_the_mean_of_their_draws(tiny_model_dir: Path) -> None:
@@ -345,19 +350,16 @@ def test_gradient_checkpointing_changes_no_word(tiny_model_dir: Path) -> None:
     np.testing.assert_allclose(made_again, kept, atol=1e-5)
 
 
-def test_plain_and_fused_attention_predict_the_same_and_few_positions_are_attended_plainly(
-    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_plain_and_fused_attention_predict_the_same(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     learner = Learner(load_source(tiny_model_dir), [some_word()], QUICK, 0)
-    plain = learner.watch(0)
-    assert {type(each) for each in learner.source.unet.attn_processors.values()} == {AttnProcessor}
-    monkeypatch.setattr("oneword.train.learner.attention", lambda dtype, positions: AttnProcessor2_0)
-    fused = learner.watch(0)
+    plain = learner.probe_loss(0)
+    processors = learner.source.unet.attn_processors.values()
+    assert all(processor.plain for processor in processors)
+    monkeypatch.setattr("oneword.train.learner.few_positions", lambda dtype, positions: False)
+    fused = learner.probe_loss(0)
 
-    assert {type(each) for each in learner.source.unet.attn_processors.values()} == {AttnProcessor2_0}
+    assert not any(processor.plain for processor in processors)
     assert plain == pytest.approx(fused, rel=1e-5)
-    assert attention(torch.float32, 256) is attention(torch.bfloat16, 1024) is AttnProcessor
-    assert attention(torch.float32, 257) is attention(torch.bfloat16, 1025) is AttnProcessor2_0
 
 
 def test_min_snr_weighs_each_picture_by_its_timestep(tiny_model_dir: Path) -> None:
@@ -369,17 +371,17 @@ def test_min_snr_weighs_each_picture_by_its_timestep(tiny_model_dir: Path) -> No
         batch = replace(one, timesteps=torch.tensor([t]))
         a = float(plain.scheduler.alphas_cumprod[t])
         weight = min(a / (1 - a), 5.0) / (a / (1 - a))
-        assert learner.watch(0, batch) == pytest.approx(weight * plain.watch(0, batch), rel=1e-4)
+        assert learner.probe_loss(0, batch) == pytest.approx(weight * plain.probe_loss(0, batch), rel=1e-4)
 
 
-def test_the_distance_to_the_start_is_added_to_the_loss_but_not_to_what_is_watched(tiny_model_dir: Path) -> None:
+def test_the_distance_to_the_start_is_added_to_the_loss_but_not_to_the_probe(tiny_model_dir: Path) -> None:
     word = some_word()
     learner = Learner(load_source(tiny_model_dir), [word], QUICK.with_changes(init_weight=0.5), seed=7)
     batch = draw(word, QUICK, 1000)
     with torch.no_grad():
         word.rows["text_encoder"] += 0.1
 
-    added = learner._losses({0: batch})[0].item() - learner.watch(0, batch)
+    added = learner._accumulate({0: batch})[0] - learner.probe_loss(0, batch)
 
     assert added == pytest.approx(0.5 * WIDTH * 0.1**2, rel=1e-3)
 
@@ -393,14 +395,18 @@ def test_a_fixed_norm_is_kept_by_every_step(tiny_model_dir: Path) -> None:
 
 
 def test_a_settled_word_stops_and_the_other_goes_on(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first word's watched loss stands still from its fifth step on, the second's never does."""
+    """The first word's probe loss is constant from its fifth step on, the second's never is."""
     recipe = QUICK.with_changes(steps=400, batch_size=1, stop_below=0.1)
     words = [some_word("<a>", 1), some_word("<b>", 2)]
     learner = Learner(load_source(tiny_model_dir), words, recipe, seed=7)
     monkeypatch.setattr(
-        learner, "watch", lambda index: float(index or len(words[0].losses) < 5) * (-1) ** len(words[index].losses)
+        learner, "probe_loss", lambda index: float(index or len(words[0].losses) < 5) * (-1) ** len(words[index].losses)
     )
-    monkeypatch.setattr(learner, "_losses", lambda draws: [sum(r.sum() for r in words[i].rows.values()) for i in draws])
+    monkeypatch.setattr(
+        learner,
+        "_errors",
+        lambda batch, part: torch.stack([words[batch.words[i]].rows["text_encoder"].sum() for i in part]),
+    )
 
     losses = [learner.step() for _ in range(320)]
 

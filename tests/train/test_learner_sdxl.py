@@ -19,9 +19,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from oneword.export.source import load_source
 from oneword.runtime.concept import load_concept
 from oneword.train.cli import main
-from oneword.train.learner import Learner, Word, draw
+from oneword.train.learner import Learner
 from oneword.train.pictures import Moments
 from oneword.train.recipe import Compute, Recipe
+from oneword.train.word import Word, draw
 
 QUICK = Recipe(steps=4, batch_size=4, learning_rate=0.01, weight_decay=0.0, compute=Compute.FP32)
 WIDTHS = {"text_encoder": 32, "text_encoder_2": 48}
@@ -121,3 +122,23 @@ def test_the_command_writes_a_word_for_both_encoders(tiny_sdxl_dir: Path, tmp_pa
     concept = load_concept(output)
     assert {name: rows.shape for name, rows in concept.vectors.items()} == {n: (2, w) for n, w in WIDTHS.items()}
     assert all(np.isfinite(rows).all() for rows in concept.vectors.values())
+
+
+def test_parts_on_threads_add_up_to_the_gradients_of_the_whole_batch_in_both_encoders(tiny_sdxl_dir: Path) -> None:
+    """Their UNet is recorded with pooled vectors and time ids."""
+    recipe = QUICK.with_changes(batch_size=16)
+    word = some_word()
+    learner = Learner(load_source(tiny_sdxl_dir), [word], recipe, seed=7)
+    draws = {0: draw(word, recipe, 1000)}
+    expected = torch.autograd.grad(learner._losses(draws)[0], list(word.rows.values()))
+    before = torch.get_num_threads()
+
+    torch.set_num_threads(2)
+    try:
+        learner._accumulate(draws)
+    finally:
+        torch.set_num_threads(before)
+
+    assert list(map(callable, learner.unet._recordings.values())) == [True]
+    for rows, gradient in zip(word.rows.values(), expected, strict=True):
+        torch.testing.assert_close(rows.grad, gradient, rtol=1e-3, atol=1e-6 * float(gradient.abs().max()) + 1e-9)

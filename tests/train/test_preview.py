@@ -7,7 +7,7 @@ from oneword.export.eager import eager_model
 from oneword.export.source import load_source
 from oneword.runtime.concept import Concept
 from oneword.runtime.model import Model
-from oneword.train.evaluate import sample
+from oneword.train.evaluation.evaluate import sample
 from oneword.train.preview import Previewer, SheetFolders
 
 

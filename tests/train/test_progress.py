@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from oneword.train.learn import Progress
 from oneword.train.preview import Sheet
 from oneword.train.progress import log, show
-from oneword.train.run import Progress
 
 SHEET = Sheet("<a>", 2, {"a photo of a <a>": np.full((2, 8, 8, 3), 128, np.uint8)}, 0.75)
 RUN = [

@@ -3,7 +3,6 @@ import math
 import pytest
 
 from oneword.engines.errors import UsageError
-from oneword.train.learner import learning_rate_at
 from oneword.train.recipe import RECIPES, Rate, Recipe, named_recipe
 
 
@@ -68,7 +67,7 @@ def test_any_setting_can_be_given_as_text() -> None:
         ("rate=fast", "'rate=fast': Invalid enum value 'fast'"),
         ("timesteps=0.5", "'timesteps=0.5': Expected `array` of length 2"),
         ("timesteps=0.5,0.5", "timesteps is"),
-        ("words_a_call=0", "words_a_call is 0"),
+        ("words_per_call=0", "words_per_call is 0"),
     ],
 )
 def test_a_setting_that_cannot_be_is_named(text: str, message: str) -> None:
@@ -79,6 +78,6 @@ def test_a_setting_that_cannot_be_is_named(text: str, message: str) -> None:
 def test_the_rate_warms_up_and_falls_as_half_a_cosine() -> None:
     recipe = Recipe(steps=100, learning_rate=0.4, rate=Rate.COSINE, warmup=3)
 
-    assert learning_rate_at(recipe, 0) == pytest.approx(0.1)
-    assert learning_rate_at(recipe, 50) == pytest.approx(0.2)
-    assert learning_rate_at(recipe, 99) == pytest.approx(0.2 * (1 + math.cos(0.99 * math.pi)))
+    assert recipe.learning_rate_at(0) == pytest.approx(0.1)
+    assert recipe.learning_rate_at(50) == pytest.approx(0.2)
+    assert recipe.learning_rate_at(99) == pytest.approx(0.2 * (1 + math.cos(0.99 * math.pi)))

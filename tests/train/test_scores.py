@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from oneword.export.source import find_model
-from oneword.train.evaluate import Judge
+from oneword.train.evaluation.judge import Judge
 from oneword.train.miniature import scores, world
 
 COUNT = 40

@@ -11,7 +11,8 @@ from oneword.export.source import find_model
 from oneword.export.write import export_bundle
 from oneword.runtime.concept import Concept
 from oneword.runtime.model import Model
-from oneword.train.evaluate import Judge, sample
+from oneword.train.evaluation.evaluate import sample
+from oneword.train.evaluation.judge import Judge
 from oneword.train.miniature import world
 from oneword.train.miniature.scores import judged_right, one_object_scenes, pixels_right, psnr
 

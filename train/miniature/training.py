@@ -35,7 +35,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextC
 
 from oneword.engines.errors import UsageError, one_line
 from oneword.engines.files import write_whole
-from oneword.train.evaluate import Judge
+from oneword.train.evaluation.judge import Judge
 from oneword.train.miniature import claims, scores, world
 from oneword.train.miniature.tokenizer import LENGTH, make_tokenizer
 

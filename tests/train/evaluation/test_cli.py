@@ -9,8 +9,8 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPToken
 
 from oneword.runtime.bundle import Bundle
 from oneword.runtime.concept import Concept, save_concept
-from oneword.train.cli_eval import main
-from oneword.train.evaluate import Judge
+from oneword.train.evaluation.cli import main
+from oneword.train.evaluation.judge import Judge
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from oneword.engines.errors import FileError
-from oneword.train.evaluate import Formula, Judge, editability, likeness, likeness_within, unit, without_word
+from oneword.train.evaluation.judge import Judge
 
 PROCESSOR = CLIPImageProcessorPil(
     size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, image_mean=[0.4, 0.5, 0.6], image_std=[0.2] * 3
@@ -64,20 +64,3 @@ def test_what_pixels_the_judge_takes_is_read_from_either_file_and_never_guessed(
 def test_a_folder_that_is_no_clip_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileError, match="is no CLIP model"):
         Judge(tmp_path)
-
-
-def test_scores_by_hand() -> None:
-    x, y, diagonal = [1.0, 0.0], [0.0, 1.0], [0.5**0.5, 0.5**0.5]
-    samples = np.array([x, y], np.float32)
-
-    assert likeness(samples, np.array([x], np.float32)) == pytest.approx(0.5)
-    assert likeness_within(np.array([x, y, x], np.float32)) == pytest.approx(1 / 3)
-    # the mean of x and y points along the diagonal: cosine 1 with it; each alone has cosine 0.7071
-    assert editability(samples, np.array(diagonal, np.float32)) == pytest.approx(1.0)
-    assert editability(samples, np.array(diagonal, np.float32), Formula.RELEASE) == pytest.approx(0.5**0.5)
-    np.testing.assert_allclose(unit(np.array([[3.0, 4.0]], np.float32)), [[0.6, 0.8]], rtol=1e-6)
-
-
-def test_a_prompt_without_its_word_reads_as_the_papers() -> None:
-    assert without_word("a photo of a {} on the moon") == "a photo of on the moon"
-    assert without_word("a red star in the style of {}") == "a red star"

@@ -17,8 +17,9 @@ from PIL import Image
 from oneword.engines.errors import UsageError
 from oneword.runtime.concept import load_concept
 from oneword.train.cli import main
+from oneword.train.learn import learn
 from oneword.train.recipe import Compute, named_recipe
-from oneword.train.run import Task, learn
+from oneword.train.tasks import Task
 
 ray = pytest.importorskip("ray")
 # Ray leaves its daemons to be reaped by themselves.
@@ -65,7 +66,7 @@ def workers() -> list[int]:
 
 @pytest.mark.usefixtures("cluster")
 def test_words_have_the_bits_they_have_here_though_a_worker_is_killed(tiny_model_dir: Path, tasks: list[Task]) -> None:
-    from oneword.train.cluster import learn_on_ray
+    from oneword.train.ray import learn_on_ray
 
     killed: list[int] = []
 
@@ -84,7 +85,7 @@ def test_words_have_the_bits_they_have_here_though_a_worker_is_killed(tiny_model
     killer.join()
 
     assert len(killed) == 1
-    *_, last = learn(tiny_model_dir, tasks, RECIPE.with_changes(words_a_call=1), 7)
+    *_, last = learn(tiny_model_dir, tasks, RECIPE.with_changes(words_per_call=1), 7)
     assert sorted(there) == [0, 1, 2]
     for number, here in enumerate(last.concepts):
         assert there[number].token == here.token
@@ -95,7 +96,7 @@ def test_words_have_the_bits_they_have_here_though_a_worker_is_killed(tiny_model
 def test_what_is_wrong_with_a_task_is_told_as_here(
     tiny_model_dir: Path, tasks: list[Task], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from oneword.train.cluster import learn_on_ray
+    from oneword.train.ray import learn_on_ray
 
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -112,18 +113,18 @@ def test_what_is_wrong_with_a_task_is_told_as_here(
 
 def test_a_task_is_the_same_on_any_machine(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever folder a worker stands in and whatever its processor multiplies."""
-    from oneword.train.cluster import as_anywhere
+    from oneword.train.ray import as_anywhere
 
     monkeypatch.chdir(tiny_model_dir.parent)
     tasks = [Task(Path("photos"), "<a>", "start.safetensors"), Task(Path("/photos"), "<b>", "star")]
     for fast, compute in ((True, Compute.BF16), (False, Compute.FP32)):
-        monkeypatch.setattr("oneword.train.learner.has_fast_bf16", lambda fast=fast: fast)
-        model, moved, recipe = as_anywhere(tiny_model_dir.name, tasks, RECIPE)
-        assert (recipe.words_a_call, recipe.compute) == (1, compute)
-    assert model == str(tiny_model_dir)
+        monkeypatch.setattr("oneword.train.compute.has_fast_bf16", lambda fast=fast: fast)
+        model, config, moved, recipe = as_anywhere(tiny_model_dir.name, Path(tiny_model_dir.name), tasks, RECIPE)
+        assert (recipe.words_per_call, recipe.compute) == (1, compute)
+    assert (model, config) == (str(tiny_model_dir), tiny_model_dir)
     assert [(task.images, task.init) for task in moved] == [
         (tiny_model_dir.parent / "photos", str(tiny_model_dir.parent / "start.safetensors")),
         (Path("/photos"), "star"),
     ]
-    assert as_anywhere("miniature", tasks, RECIPE)[0] == "miniature"
-    assert as_anywhere("owner/name", tasks, RECIPE)[0] == "owner/name"
+    assert as_anywhere("miniature", None, tasks, RECIPE)[0] == "miniature"
+    assert as_anywhere("owner/name", None, tasks, RECIPE)[0] == "owner/name"

@@ -2,6 +2,8 @@ import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,25 +13,11 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from oneword.engines.errors import UsageError
+import oneword
 from oneword.export.source import load_source
 from oneword.runtime.concept import load_concept
 from oneword.train.cli import main
-from oneword.train.miniature import world
-from oneword.train.pictures import read_pictures
-from oneword.train.recipe import named_recipe
-from oneword.train.run import Task, initial_rows, learn, make_word, picture_size
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Five pictures of a look, as PNG."""
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    for i, background in enumerate(list(world.BACKGROUNDS)[:5]):
-        pixels, _ = world.render(world.Scene((world.Thing(world.HELD_OUT_LOOKS[0]),), background), i)
-        Image.fromarray(pixels).save(folder / f"{i}.png")
-    return folder
+from tests.original_layout import original_layout
 
 
 def command(folder: Path, model: Path, output: Path, *more: str) -> list[str]:
@@ -77,7 +65,9 @@ def test_a_command_that_cannot_be_done_says_why_in_one_line_before_it_learns(
         ([*good, "--learning-rate", "0"], 2, "learning_rate is 0.0"),
         ([*good, "--token", "<again>"], 2, "1 folders and 2 times --token"),
         ([str(folder), *good], 2, "2 folders and 1 times --token"),
-        ([*good[:-1], "x", "--steps", "many"], 2, "argument --batch-size"),
+        ([*good[:-1], "x"], 2, "Invalid value for '--batch-size': 'x' is not a valid integer"),
+        (good[:1], 2, "Missing option '--model'"),
+        ([*good, "--config", str(tiny_model_dir)], 2, "--config is for a single .safetensors file"),
         (command(folder, tiny_model_dir, tmp_path / "toy.bin"), 2, "written as .safetensors"),
         (command(folder, tiny_model_dir, tmp_path / "no" / "toy.safetensors"), 2, "make it first"),
         (command(folder, tmp_path / "no-model", tmp_path / "toy.safetensors"), 2, "no-model"),
@@ -178,56 +168,6 @@ def test_a_manifest_learns_several_words_and_its_paths_are_relative_to_it(
         assert file.metadata()["init"] == "a.safetensors"
 
 
-def test_a_word_learned_twice_is_refused(folder: Path, tiny_model_dir: Path) -> None:
-    tasks = [Task(folder, "<a>"), Task(folder, "<a>")]
-    with pytest.raises(UsageError, match="<a> is to be learned twice"):
-        next(learn(tiny_model_dir, tasks, named_recipe("fast")))
-
-
-def test_a_word_starts_from_a_row_a_mean_of_rows_or_a_random_row(tiny_model_dir: Path) -> None:
-    source = load_source(tiny_model_dir)
-    table = source.text_encoders["text_encoder"].get_input_embeddings().weight  # type: ignore[operator]
-    star, ring = (
-        source.tokenizers["text_encoder"](word, add_special_tokens=False).input_ids for word in ("star", "ring")
-    )
-    assert len(star) == len(ring) == 1
-
-    one = initial_rows(source, "star", 2, 0)["text_encoder"]
-    mean = initial_rows(source, "star, ring", 1, 0)["text_encoder"]
-    random = initial_rows(source, "random", 3, 0)["text_encoder"]
-
-    torch.testing.assert_close(one, table[star].repeat(2, 1))
-    torch.testing.assert_close(mean, (table[star] + table[ring]) / 2)
-    median = np.median(np.linalg.norm(table.numpy(), axis=1))
-    np.testing.assert_allclose(np.linalg.norm(random.numpy(), axis=1), median, rtol=0.02)
-
-
-def test_captions_beside_pictures_are_learned_from_and_must_hold_the_word(folder: Path, tiny_model_dir: Path) -> None:
-    for path in folder.glob("*.png"):
-        path.with_suffix(".txt").write_text(f"the red <toy> number {path.stem}")
-    task = Task(folder, "<toy>")
-    source = load_source(tiny_model_dir)
-    word = make_word(source, task, read_pictures(folder, picture_size(source)), named_recipe("fast"), 0)
-    assert word.captions == [f"the red {{}} number {i}" for i in range(5)]
-
-    (folder / "3.txt").write_text("the red star")
-    with pytest.raises(UsageError, match=r"3\.txt: the caption 'the red star' does not hold the word '<toy>'"):
-        next(learn(tiny_model_dir, [Task(folder, "<toy>")], named_recipe("fast")))
-
-
-def test_pictures_of_many_shapes_crops_and_mirror_images_are_learned_from(tiny_model_dir: Path, tmp_path: Path) -> None:
-    (tmp_path / "many").mkdir()
-    for i, size in enumerate([(64, 64), (200, 100), (90, 160)]):
-        Image.effect_noise(size, 60).convert("RGB").save(tmp_path / "many" / f"{i}.png")
-    recipe = named_recipe("fast").with_changes(steps=2, batch_size=6, buckets=True, crops=1, flip=True)
-
-    *_, last = learn(tiny_model_dir, [Task(tmp_path / "many", "<toy>", "star")], recipe)
-
-    (concept,) = last.concepts
-    start = initial_rows(load_source(tiny_model_dir), "star", 1, 0)["text_encoder"]
-    assert np.abs(concept.vectors["text_encoder"] - start.numpy()).max() > 1e-4
-
-
 def test_sheets_and_report_are_written_and_change_no_bit_of_the_word(
     folder: Path, tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -250,57 +190,41 @@ def test_sheets_and_report_are_written_and_change_no_bit_of_the_word(
     assert page.count("data:image/png;base64,") == 5 + 2
 
 
-def test_what_the_user_should_know_is_told_at_the_first_step(folder: Path, tiny_model_dir: Path) -> None:
-    for name in ("2", "3", "4"):
-        (folder / f"{name}.png").unlink()
-    (folder / "1.png").write_bytes((folder / "0.png").read_bytes())
-    (folder / "5.HEIC").write_bytes(b"from a telephone")
-
-    first = next(
-        learn(tiny_model_dir, [Task(folder, "<toy>", "zebra")], named_recipe("fast").with_changes(batch_size=2))
+def test_a_single_file_checkpoint_is_learned_on_as_the_directory_it_was_made_from(
+    folder: Path, tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With sheets, a report and a config directory without weights. The same weights make the same word."""
+    checkpoint, config = tmp_path / "tiny.safetensors", tmp_path / "config"
+    save_file(original_layout(load_source(tiny_model_dir)), checkpoint)
+    shutil.copytree(tiny_model_dir, config, ignore=shutil.ignore_patterns("*.safetensors"))
+    page = tmp_path / "run.html"
+    single = command(
+        folder, checkpoint, tmp_path / "single.safetensors", "--config", str(config), "--report", str(page)
     )
 
-    assert "holds 2 pictures: three to five are usual" in first.notes[0]
-    assert "5.HEIC" in first.notes[1]
-    assert "is not read: save it as PNG or JPEG" in first.notes[1]
-    assert "0.png and 1.png" in first.notes[2]
-    assert "init 'zebra' is several tokens" in first.notes[3]
+    assert main(single) == 0, capsys.readouterr().err
+    assert main(command(folder, tiny_model_dir, tmp_path / "whole.safetensors")) == 0
+
+    concept, expected = (load_concept(tmp_path / f"{name}.safetensors") for name in ("single", "whole"))
+    np.testing.assert_array_equal(concept.vectors["text_encoder"], expected.vectors["text_encoder"])
+    assert concept.provenance["base_model"] == "tiny.safetensors"
+    assert concept.provenance["base_model_digest"] != expected.provenance["base_model_digest"]
+    assert f"ti-export {checkpoint} tiny.bundle --config {config}" in page.read_text()
+    assert main(command(folder, checkpoint, tmp_path / "none.safetensors")) == 2
+    assert "give --config" in capsys.readouterr().err
 
 
-def test_a_word_starts_from_another_concept_and_a_run_from_what_it_held(
-    folder: Path, tiny_model_dir: Path, tmp_path: Path
-) -> None:
-    rows = np.random.default_rng(0).normal(size=(2, 32)).astype(np.float32)
-    start = tmp_path / "start.safetensors"
-    save_file({"<start>": torch.from_numpy(rows)}, start)
-    source = load_source(tiny_model_dir)
-    for vectors, expected in ((1, rows[:1]), (2, rows), (3, rows[[0, 1, 1]])):
-        np.testing.assert_array_equal(initial_rows(source, str(start), vectors, 0)["text_encoder"], expected)
+@pytest.mark.parametrize("module", ["oneword.train.cli", "oneword.train.evaluation.cli"])
+def test_help_and_version_are_answered_without_importing_torch(module: str) -> None:
+    script = f"""
+import sys
+from {module} import main
+assert main(["--help"]) == main(["-h"]) == main(["--version"]) == 0
+assert "torch" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
 
-    task, recipe = Task(folder, "<toy>", str(start)), named_recipe("fast").with_changes(steps=3, batch_size=2)
-    run = learn(tiny_model_dir, [task], recipe, checkpoints=tmp_path / "run", checkpoint_every=1)
-    next(run)
-    run.close()
-    save_file({"<start>": torch.from_numpy(rows + 1)}, start)
-    with pytest.raises(UsageError, match="init of word 1"):
-        next(learn(tiny_model_dir, [task], recipe, checkpoints=tmp_path / "run"))
-
-
-def test_a_word_that_settles_is_named_and_has_its_own_steps(
-    folder: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Two words whose watched losses are called settled at their third step, and at their fifth."""
-    settled = {3: iter([True, False]), 5: iter([True])}
-    monkeypatch.setattr(
-        "oneword.train.learner.has_settled", lambda losses, _: next(settled.get(len(losses), iter([False])), False)
-    )
-    tasks = [Task(folder, "<a>", "star"), Task(folder, "<b>", "ring")]
-    recipe = named_recipe("fast").with_changes(steps=400, batch_size=1, stop_below=0.5)
-
-    run = list(learn(tiny_model_dir, tasks, recipe))
-
-    assert "<a> has settled: it stopped at step 3" in run[2].notes
-    assert "<b> has settled: it stopped at step 5" in run[-1].notes
-    assert sum("settled" in note for progress in run for note in progress.notes) == 2
-    assert [concept.provenance["steps"] for concept in run[-1].concepts] == ["3", "5"]
-    assert [len(losses) for losses in run[-1].history] == [3, 5]
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Usage: ti-") == 2
+    assert "--json" in done.stdout
+    assert f"version {oneword.__version__}" in done.stdout

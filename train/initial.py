@@ -1,4 +1,4 @@
-"""Where a word starts: rows of the vocabulary, their mean, a random row of their length, or another concept."""
+"""A word's initial rows: rows of the vocabulary, their mean, a random row of their length, or another concept."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import torch
 from oneword.engines.errors import UsageError
 from oneword.export.source import Source
 from oneword.runtime.concept import Concept, load_concept
-from oneword.train.learner import Rows, vocabulary_norm
+from oneword.train.norms import vocabulary_norm
+from oneword.train.word import Rows
 
 
 def initial_rows(source: Source, init: str, vectors: int, seed: int) -> Rows:
-    """Where a word starts, `vectors` rows for each text encoder; see `oneword.train.run.Task`."""
+    """A word's initial rows, `vectors` for each text encoder; see `oneword.train.tasks.Task` for `init`."""
     if path := concept_file(init):
         return _rows_of_concept(load_concept(path), source, vectors)
     rows: dict[str, torch.Tensor] = {}
@@ -32,7 +33,7 @@ def initial_rows(source: Source, init: str, vectors: int, seed: int) -> Rows:
 
 
 def concept_file(init: str) -> Path | None:
-    """The file of an init that is another concept; None where it is words."""
+    """The file of an init that is another concept; None if it is words."""
     return Path(init) if init.endswith(".safetensors") else None
 
 
@@ -44,8 +45,8 @@ def _rows_of_concept(concept: Concept, source: Source, vectors: int) -> Rows:
             raise UsageError(
                 f"the concept {concept.token!r} has no rows {width} wide for {name}: start from another word"
             )
-        given = torch.from_numpy(concept.vectors[name].copy())
-        rows[name] = given[torch.arange(vectors).clamp(max=len(given) - 1)]
+        vectors_of_concept = torch.from_numpy(concept.vectors[name].copy())
+        rows[name] = vectors_of_concept[torch.arange(vectors).clamp(max=len(vectors_of_concept) - 1)]
     return rows
 
 
@@ -56,7 +57,7 @@ def embedding_table(model: Any) -> torch.Tensor:
 
 
 def split_words(init: str) -> list[str]:
-    """The words of an init, parted by spaces or commas. Raises `UsageError` if there are none."""
+    """The words of an init, separated by spaces or commas. Raises `UsageError` if there are none."""
     words = re.split(r"[\s,]+", init.strip())
     if not words[0]:
         raise UsageError("init is empty: give a word that says roughly what the pictures show, for example toy")

@@ -1,0 +1,160 @@
+"""Learning beside busy processes: python -m benchmarks.threads [--rounds 9] [--steps 10] [--busy 1] [--page]
+
+A step of learning a word (the recipe `fast`, the miniature), alone and beside processes that do nothing but compute:
+
+in parts      as it ships: a batch's parts on threads of their own (`oneword.train.parallel`)
+whole         every operation on all of PyTorch's threads, which spin while they wait for each other
+whole, passive   the same with OMP_WAIT_POLICY=PASSIVE
+one thread    OMP_NUM_THREADS=1
+
+The settings take turns, a few steps each, so that other load on the machine affects all of them; medians are compared.
+The bars: in parts, a step beside one busy process takes at most 2.2 times as long as alone, and alone no longer than
+whole. Linux only. What is not measured: other models, and more processors than this machine has. Ends in one line of
+JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+
+from PIL import Image
+
+from benchmarks.pages import table, write_section
+from oneword.train.miniature import world
+
+PAGE = Path("docs/training.md")
+BAR = 2.2
+SETTINGS = {
+    "in parts": {},
+    "whole": {"WHOLE": "1"},
+    "whole, passive": {"WHOLE": "1", "OMP_WAIT_POLICY": "PASSIVE"},
+    "one thread": {"OMP_NUM_THREADS": "1"},
+}
+
+
+def main() -> None:
+    """Measure in turn, print, and with --page write the table."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--rounds", type=int, default=9)
+    p.add_argument("--steps", type=int, default=10, help="optimiser steps per turn")
+    p.add_argument("--busy", type=int, default=1, help="processes beside it")
+    p.add_argument("--page", action="store_true", help="write the table into docs/training.md")
+    p.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
+    args = p.parse_args()
+    if args.serve:
+        serve(args.serve, args.steps)
+        return
+    with TemporaryDirectory() as folder:
+        write_pictures(Path(folder))
+        alone, beside = measure(Path(folder), args.rounds, args.steps, args.busy)
+    rows = [
+        [name, f"{alone[name]:.0f}", f"{beside[name]:.0f}", f"{beside[name] / alone[name]:.2f}"] for name in SETTINGS
+    ]
+    text = table(["", "alone, ms a step", f"beside {args.busy} busy", "ratio"], rows)
+    print(text)
+    if args.page:
+        write_section(PAGE, "threads", text)
+    ratio, slowdown = beside["in parts"] / alone["in parts"], alone["in parts"] / alone["whole"]
+    print(
+        json.dumps({"alone_ms": alone, "beside_ms": beside, "ratio": ratio, "bar": BAR, "alone_over_whole": slowdown})
+    )
+
+
+def measure(folder: Path, rounds: int, steps: int, busy: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Median milliseconds per step of every setting, alone and beside `busy` processes."""
+    alone: dict[str, list[float]] = {name: [] for name in SETTINGS}
+    beside: dict[str, list[float]] = {name: [] for name in SETTINGS}
+    with ExitStack() as stack:
+        learners = {name: stack.enter_context(learner(folder, name, steps)) for name in SETTINGS}
+        for number in range(rounds):
+            for name, process in learners.items():
+                alone[name].append(turn(process, steps))
+                with busy_processes(busy):
+                    beside[name].append(turn(process, steps))
+            load = Path("/proc/loadavg").read_text().split()[0]
+            last = ", ".join(f"{name} {alone[name][-1]:.0f} / {beside[name][-1]:.0f}" for name in SETTINGS)
+            print(f"round {number + 1} of {rounds}: {last} ms (load {load})", file=sys.stderr)
+    return {name: median(ms) for name, ms in alone.items()}, {name: median(ms) for name, ms in beside.items()}
+
+
+def turn(process: subprocess.Popen[str], steps: int) -> float:
+    """Lets a learner take its steps; milliseconds per step."""
+    assert process.stdin
+    assert process.stdout
+    process.stdin.write("go\n")
+    process.stdin.flush()
+    return float(process.stdout.readline()) * 1000 / steps
+
+
+@contextmanager
+def learner(folder: Path, name: str, steps: int) -> Iterator[subprocess.Popen[str]]:
+    """A process that learns when told to."""
+    command = [sys.executable, "-m", "benchmarks.threads", "--serve", str(folder), "--steps", str(steps)]
+    environment = {**os.environ, **SETTINGS[name]}
+    with subprocess.Popen(
+        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
+        try:
+            assert process.stdout
+            process.stdout.readline()  # ready
+            yield process
+        finally:
+            process.kill()
+
+
+def serve(folder: Path, steps: int) -> None:
+    """Takes `steps` steps for every line on standard input and prints their seconds."""
+    from oneword.train import parallel
+    from oneword.train.learn import learn, quiet
+    from oneword.train.recipe import named_recipe
+    from oneword.train.tasks import Task
+
+    quiet()
+    if os.environ.get("WHOLE"):
+        parallel.PARTS = 1
+    run = learn("miniature", [Task(folder, "<toy>", "star")], named_recipe("fast").with_changes(steps=1_000_000))
+    for _ in range(3):
+        next(run)
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        started = time.perf_counter()
+        for _ in range(steps):
+            next(run)
+        print(time.perf_counter() - started, flush=True)
+
+
+@contextmanager
+def busy_processes(count: int) -> Iterator[None]:
+    """So many processes that compute all the time."""
+    processes: Sequence[subprocess.Popen[bytes]] = [
+        subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)
+    ]
+    time.sleep(0.2)
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def write_pictures(folder: Path) -> None:
+    """Five pictures of a held-out look."""
+    thing = world.Thing(world.HELD_OUT_LOOKS[0])
+    for number, background in enumerate(list(world.BACKGROUNDS)[:5]):
+        pixels, _ = world.render(world.Scene((thing,), background), number)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,17 @@
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from oneword.train.miniature import world
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Five pictures of a look, as PNG."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i, background in enumerate(list(world.BACKGROUNDS)[:5]):
+        pixels, _ = world.render(world.Scene((world.Thing(world.HELD_OUT_LOOKS[0]),), background), i)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    return folder

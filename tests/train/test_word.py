@@ -1,0 +1,39 @@
+import torch
+
+from oneword.train.pictures import Moments
+from oneword.train.recipe import Recipe
+from oneword.train.word import Word, draw
+
+RECIPE = Recipe(steps=4, batch_size=4)
+
+
+def a_word() -> Word:
+    mean = list(torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(0)))
+    return Word("<toy>", Moments(3, mean, [torch.full_like(mean[0], 0.1)] * 3, None), {}, ["a photo of a {}", "the {}"])
+
+
+def test_draws_cover_pictures_and_timesteps_evenly() -> None:
+    recipe = RECIPE.with_changes(batch_size=6)
+    batch = draw(a_word(), recipe, 600)
+
+    assert sorted(batch.timesteps.tolist()) == [int(batch.timesteps.min()) + 100 * i for i in range(6)]
+
+
+def test_timesteps_keep_to_their_band() -> None:
+    recipe = RECIPE.with_changes(batch_size=5, timesteps=(0.25, 0.75))
+    batch = draw(a_word(), recipe, 1000)
+
+    assert sorted(batch.timesteps.tolist()) == [int(batch.timesteps.min()) + 100 * i for i in range(5)]
+    assert 250 <= batch.timesteps.min() < 350
+
+
+def test_captions_take_the_place_of_templates_and_go_with_their_own_pictures() -> None:
+    """Moments 3 to 5 are the mirror images of pictures 0 to 2, and latents say which was drawn."""
+    moments = Moments(3, [torch.full((4, 4, 4), float(i)) for i in range(6)], [torch.zeros(4, 4, 4)] * 6, None)
+    word = Word("<toy>", moments, {}, ["a photo of a {}"], ["one {}", "two {}", "three {}"])
+
+    batch = draw(word, RECIPE.with_changes(batch_size=12), 1000, torch.Generator().manual_seed(0))
+
+    drawn = [int(latents[0, 0, 0]) for latents in batch.latents]
+    assert sorted(drawn) == sorted([*range(6)] * 2)
+    assert list(batch.prompts) == [["one {}", "two {}", "three {}"][index % 3] for index in drawn]

@@ -1,0 +1,266 @@
+"""Learning from folders: `learn` turns a model, folders of pictures and a recipe into concepts, step by step.
+
+    for progress in learn("miniature", [Task(Path("photos"), "<toy>", "toy")], named_recipe("fast")):
+        print(progress.step, progress.losses)
+    (concept,) = progress.concepts
+
+A run reads pictures, chooses the words' initial rows, learns, and keeps its state; it prints nothing and writes no
+concept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import transformers
+
+from oneword import __version__
+from oneword.engines.errors import OnewordError, UsageError
+from oneword.export.source import Source, load_source
+from oneword.runtime.concept import Concept
+from oneword.train import advice
+from oneword.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from oneword.train.initial import concept_file
+from oneword.train.learner import Learner
+from oneword.train.pictures import Picture, read_pictures
+from oneword.train.preview import Previewer, Sheet
+from oneword.train.prompts import probes
+from oneword.train.recipe import Recipe
+from oneword.train.tasks import Task, check_tasks, check_tokens, make_word, picture_size, side_step
+
+MAX_SEED = 2**63 - 2  # the fixed batch of each word uses the next one
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run is after `step` of `steps`. `losses` and `stopped` are in the tasks' order.
+
+    `notes` are new warnings, `sheets` samples drawn after this step. The last one also has the `concepts`, with the
+    `history` of each word's losses, its `lengths` over the vocabulary's, and `timings`, seconds per stage.
+    """
+
+    step: int
+    steps: int
+    losses: Sequence[float]
+    learning_rate: float
+    stopped: Sequence[bool]
+    notes: Sequence[str] = ()
+    sheets: Sequence[Sheet] = ()
+    concepts: Sequence[Concept] = ()
+    history: Sequence[Sequence[float]] = ()
+    lengths: Sequence[float] = ()
+    timings: dict[str, float] = field(default_factory=dict)
+
+
+def learn(
+    model: str | Path | Source,
+    tasks: Sequence[Task],
+    recipe: Recipe,
+    seed: int = 0,
+    *,
+    config: Path | None = None,
+    checkpoints: Path | None = None,
+    checkpoint_every: int = 25,
+    preview_every: int | None = None,
+) -> Generator[Progress]:
+    """Learn every task's word in shared batches; yields after each step, the concepts with the last.
+
+    `model` and `config` are as in `load_source`. A `Source` given as the model is used up: its UNet is cast in place.
+    With `checkpoints`, a folder, the run's state is saved there every `checkpoint_every` steps and when the iterator
+    is closed, and a run found there is resumed. With `preview_every`, every word is sampled so often and at the end.
+
+    Raises `UsageError` for tasks that cannot be learned, `FileError` for pictures that cannot be read, and what
+    `load_source` raises for the model.
+    """
+    clock = Clock()
+    check_tasks(tasks)
+    if not 0 <= seed <= MAX_SEED:
+        raise UsageError(f"the seed is {seed}: give a whole number from 0 to {MAX_SEED}")
+    source = model if isinstance(model, Source) else load_source(model, config=config)
+    check_tokens(source, tasks)
+    clock.lap("load")
+    yield from Run(source, tasks, recipe, seed, clock, checkpoints, checkpoint_every, preview_every)
+
+
+class Run:
+    """Words, their learner, previews and checkpoints. Iterating learns: a `Progress` per step, the concepts last."""
+
+    def __init__(
+        self,
+        source: Source,
+        tasks: Sequence[Task],
+        recipe: Recipe,
+        seed: int,
+        clock: Clock,
+        checkpoints: Path | None,
+        checkpoint_every: int,
+        preview_every: int | None,
+    ) -> None:
+        self.source, self.tasks, self.recipe, self.seed, self.clock = source, tasks, recipe, seed, clock
+        self.checkpoints, self.checkpoint_every, self.preview_every = checkpoints, checkpoint_every, preview_every
+        size, step = picture_size(source), side_step(source) if recipe.buckets else None
+        self.pictures = [read_pictures(task.images, size, step=step) for task in tasks]
+        words = [
+            make_word(source, task, pictures, recipe, seed) for task, pictures in zip(tasks, self.pictures, strict=True)
+        ]
+        self.notes = [
+            note
+            for task, pictures in zip(tasks, self.pictures, strict=True)
+            for note in advice.before(source, task.images, task.init, pictures)
+        ]
+        clock.lap("pictures")
+        self.learner = Learner(source, words, recipe, seed)
+        self.previewer = Previewer(source, probes(recipe.subject), seed) if preview_every else None
+        self.settings = settings_of(source, tasks, self.pictures, recipe, seed) if checkpoints else {}
+
+    def __iter__(self) -> Generator[Progress]:
+        self.resume()
+        try:
+            while not self.learner.finished():
+                self.step()
+                if not self.learner.finished():
+                    yield self.progress()
+        except GeneratorExit:
+            self.save()
+            raise
+        yield self.result()
+
+    def resume(self) -> None:
+        """Restores the newest checkpoint, if there is one."""
+        if self.checkpoints and (checkpoint := load_checkpoint(self.checkpoints, self.settings)):
+            self.learner.restore(checkpoint.tensors, checkpoint.facts)
+            self.notes.append(f"going on from step {checkpoint.step} of {self.recipe.steps} ({self.checkpoints})")
+        self.losses = [word.losses[-1] if word.losses else math.nan for word in self.learner.words]
+        self.rate = self.learner.learning_rate
+
+    def step(self) -> None:
+        """One optimiser step, saved if it is its turn or the last."""
+        self.rate = self.learner.learning_rate
+        active = [word for word in self.learner.words if not word.stopped]
+        self.losses = self.learner.step()
+        step = self.learner.steps_done
+        self.notes += [f"{word.token} has settled: it stopped at step {step}" for word in active if word.stopped]
+        if self.learner.finished() or step % self.checkpoint_every == 0:
+            self.save()
+
+    def save(self) -> None:
+        """Writes a checkpoint, if the run has a folder for them."""
+        if self.checkpoints:
+            save_checkpoint(self.checkpoints, Checkpoint(self.learner.steps_done, *self.learner.state(), self.settings))
+
+    def progress(self) -> Progress:
+        """The step just taken, with the notes not yet reported."""
+        due = self.preview_every and self.learner.steps_done % self.preview_every == 0
+        sheets = self.sheets() if due else []
+        notes, self.notes = self.notes, []
+        stopped = [word.stopped for word in self.learner.words]
+        return Progress(self.learner.steps_done, self.recipe.steps, self.losses, self.rate, stopped, notes, sheets)
+
+    def result(self) -> Progress:
+        """The last step, with the concepts."""
+        self.clock.lap("learn")
+        learner, words = self.learner, self.learner.words
+        self.notes += [note for index in range(len(words)) for note in advice.after(learner, index)]
+        sheets = self.sheets()
+        concepts = [
+            learner.concept(index, provenance(self.source, task, self.recipe, self.seed, len(words[index].losses)))
+            for index, task in enumerate(self.tasks)
+        ]
+        lengths = [relative_length(learner, index) for index in range(len(words))]
+        self.clock.lap("look")
+        return Progress(
+            learner.steps_done,
+            self.recipe.steps,
+            self.losses,
+            self.rate,
+            [word.stopped for word in words],
+            self.notes,
+            sheets,
+            concepts,
+            history=[word.losses for word in words],
+            lengths=lengths,
+            timings=self.clock.seconds,
+        )
+
+    def sheets(self) -> list[Sheet]:
+        """A sheet of every word; one that cannot be drawn becomes a note."""
+        sheets: list[Sheet] = []
+        if self.previewer is None:
+            return sheets
+        step = self.learner.steps_done
+        for index, pictures in enumerate(self.pictures):
+            try:
+                sheets.append(self.previewer.sheet(self.learner.concept(index, {}), step, pictures))
+            except OnewordError as error:
+                self.notes.append(f"no samples of {self.learner.words[index].token} at step {step}: {error}")
+        return sheets
+
+
+class Clock:
+    """Seconds per stage of a run."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        """Ends `stage`."""
+        now = time.perf_counter()
+        self.seconds[stage], self._last = now - self._last, now
+
+
+def relative_length(learner: Learner, index: int) -> float:
+    """The mean length of a word's vectors over the median length of the vocabulary's."""
+    vectors = learner.concept(index, {}).vectors
+    return float(
+        np.mean([np.linalg.norm(v, axis=1).mean() / learner.target_norms[name] for name, v in vectors.items()])
+    )
+
+
+def settings_of(
+    source: Source, tasks: Sequence[Task], pictures: Sequence[Sequence[Picture]], recipe: Recipe, seed: int
+) -> dict[str, str]:
+    """What must not change between a run's start and its resumption, as text by name."""
+    words = {
+        f"{name} of word {number}": value
+        for number, (task, of_task) in enumerate(zip(tasks, pictures, strict=True), start=1)
+        for name, value in {
+            "token": task.token,
+            "init": task.init + _digest_of(task.init),
+            "pictures": hashlib.sha256("".join(picture.digest for picture in of_task).encode()).hexdigest()[:12],
+        }.items()
+    }
+    return {"model": source.digest[:12], "seed": str(seed), **recipe.as_text(), **words}
+
+
+def _digest_of(init: str) -> str:
+    """The digest of an init that is a concept file, empty for words."""
+    path = concept_file(init)
+    return f" {hashlib.sha256(path.read_bytes()).hexdigest()[:12]}" if path else ""
+
+
+def provenance(source: Source, task: Task, recipe: Recipe, seed: int, steps: int) -> dict[str, str]:
+    """The metadata of a concept: how it was learned, by names and without paths, since the file is for sharing."""
+    return {
+        "base_model": source.name,
+        "base_model_digest": source.digest,
+        "recipe": recipe.name,
+        "init": path.name if (path := concept_file(task.init)) else task.init,
+        "seed": str(seed),
+        "steps": str(steps),
+        "version": __version__,
+    }
+
+
+def quiet() -> None:
+    """Turns off diffusers' and transformers' own progress bars and warnings, for commands."""
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()

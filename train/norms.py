@@ -1,0 +1,24 @@
+"""Lengths of embedding vectors: the vocabulary's, and what a recipe does to a word's. Pure tensors."""
+
+from __future__ import annotations
+
+import torch
+
+from oneword.train.recipe import Norm
+
+
+def vocabulary_norm(table: torch.Tensor) -> float:
+    """The median length of the vocabulary's rows [V, D]."""
+    return float(torch.linalg.vector_norm(table.float(), dim=-1).median())
+
+
+def with_norm(rows: torch.Tensor, norm: Norm, target: float, rate: float) -> torch.Tensor:
+    """`rows` [n, D] with their lengths left free, set to `target`, or pulled towards it by min(1, 100 x rate).
+
+    The pull is cloneofsimo's (lora, `ti_train`), the target the vocabulary's median (OneTrainer).
+    """
+    if norm is Norm.FREE:
+        return rows
+    length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp(min=1e-8)
+    pull = 1.0 if norm is Norm.FIXED else min(1.0, 100 * rate)
+    return rows / length * (length + pull * (target - length))

@@ -1,0 +1,126 @@
+"""Many words over a Ray cluster: a task for each group of words, retried if its worker dies.
+
+Every machine needs this package, and the model and the pictures under the same paths. A word has the same bits as when
+it is learned here: each has its own UNet call and its own random stream, and a task computes in the same type and with
+as many threads as this process. Ray is imported on use (`pip install 'oneword[ray]'`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from oneword.engines.errors import EngineError, MissingPackage, OnewordError
+from oneword.runtime.concept import Concept
+from oneword.train.compute import compute_dtype
+from oneword.train.initial import concept_file
+from oneword.train.learn import learn, quiet
+from oneword.train.recipe import Compute, Recipe
+from oneword.train.tasks import Task, check_tasks
+
+RETRIES = 3  # of a task whose worker died
+Parts = tuple[str, dict[str, np.ndarray], dict[str, str]]  # of a Concept, as they are pickled
+
+
+def learn_on_ray(
+    model: str,
+    tasks: Sequence[Task],
+    recipe: Recipe,
+    seed: int = 0,
+    *,
+    config: Path | None = None,
+    address: str = "local",
+    group: int = 4,
+) -> Iterator[tuple[Mapping[int, Concept], list[str]]]:
+    """Yields the concepts of each group as it is done, by the tasks' numbers, and the notes of its run.
+
+    `address` is `local` (a cluster on this machine, for this call), `auto` (the one this machine belongs to) or
+    host:port. Raises what `learn` raises, and `EngineError` if a group's workers died again and again.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise MissingPackage("ray", "ray") from error
+    check_tasks(tasks)
+    model, config, tasks, recipe = as_anywhere(model, config, tasks, recipe)
+    threads = torch.get_num_threads()
+    started = not ray.is_initialized()
+    if started:
+        local = {"num_cpus": max(threads, torch.multiprocessing.cpu_count()), "include_dashboard": False}
+        options = local if address == "local" else {"address": address}
+        try:
+            ray.init(**options, log_to_driver=False, logging_level="ERROR")
+        except Exception as error:  # a node that does not come up raises just that
+            raise EngineError(f"no Ray cluster at {address!r} ({str(error).splitlines()[0]}): ray start it") from error
+    try:
+        remote = ray.remote(num_cpus=threads, max_retries=RETRIES)(learn_group)
+        groups = [range(first, min(first + group, len(tasks))) for first in range(0, len(tasks), group)]
+        pending = {
+            remote.remote(model, config, [tasks[number] for number in numbers], recipe, seed, threads): numbers
+            for numbers in groups
+        }
+        while pending:
+            (done,), _ = ray.wait(list(pending), num_returns=1)
+            numbers = pending.pop(done)
+            parts, notes = _result(ray, done)
+            yield dict(zip(numbers, [Concept(*each) for each in parts], strict=True)), notes
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def as_anywhere(
+    model: str, config: Path | None, tasks: Sequence[Task], recipe: Recipe
+) -> tuple[str, Path | None, list[Task], Recipe]:
+    """The same on any machine: absolute paths (a worker has its own working folder), this processor's number type."""
+    compute = Compute.BF16 if compute_dtype(recipe.compute) is torch.bfloat16 else Compute.FP32
+    moved = [
+        replace(
+            task,
+            images=task.images.absolute(),
+            init=str(path.absolute()) if (path := concept_file(task.init)) else task.init,
+        )
+        for task in tasks
+    ]
+    return (
+        _absolute(model),
+        None if config is None else Path(_absolute(str(config))),
+        moved,
+        recipe.with_changes(words_per_call=1, compute=compute),
+    )
+
+
+def _absolute(model: str) -> str:
+    """A model's absolute path; `miniature` and hub ids stay as they are."""
+    return str(Path(model).absolute()) if model != "miniature" and Path(model).exists() else model
+
+
+def learn_group(
+    model: str, config: Path | None, tasks: Sequence[Task], recipe: Recipe, seed: int, threads: int
+) -> tuple[list[Parts], list[str]]:
+    """One group, on a worker: its concepts' parts, and the notes of its run."""
+    torch.set_num_threads(threads)
+    quiet()
+    notes: list[str] = []
+    for progress in learn(model, tasks, recipe, seed, config=config):
+        notes += progress.notes
+    concepts = progress.concepts  # a run always ends with them
+    return [(concept.token, dict(concept.vectors), dict(concept.provenance)) for concept in concepts], notes
+
+
+def _result(ray: Any, done: Any) -> tuple[list[Parts], list[str]]:
+    try:
+        return ray.get(done)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, OnewordError):
+            raise error.cause from error
+        raise
+    except ray.exceptions.WorkerCrashedError as error:
+        raise EngineError(
+            f"a group's worker died {RETRIES + 1} times: see its machine's memory and Ray's logs"
+        ) from error

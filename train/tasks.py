@@ -1,0 +1,93 @@
+"""One word to learn: its pictures, token and start, checked against the model and turned into a `Word`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from oneword.engines.errors import UsageError
+from oneword.export.source import Source
+from oneword.runtime.concept import check_token
+from oneword.train.initial import initial_rows, token_ids
+from oneword.train.pictures import Picture, encode_moments, random_crops
+from oneword.train.prompts import caption_template, templates
+from oneword.train.recipe import Recipe
+from oneword.train.word import Word
+
+
+@dataclass(frozen=True)
+class Task:
+    """One word to learn: its folder of pictures, its token, and the word or words it starts from.
+
+    `init` is a word of the model's vocabulary, several words (their rows are averaged), `random` (a random row of the
+    vocabulary's median length), or a concept file. Raises `ConceptError` for a token that the runtime would refuse.
+    """
+
+    images: Path
+    token: str
+    init: str = "object"
+
+    def __post_init__(self) -> None:
+        check_token(self.token)
+
+
+def check_tasks(tasks: Sequence[Task]) -> None:
+    """Raises `UsageError` if there is no task, or if two have the same token."""
+    if not tasks:
+        raise UsageError("nothing to learn: give a folder of pictures")
+    tokens = [task.token for task in tasks]
+    if repeated := sorted({token for token in tokens if tokens.count(token) > 1}):
+        raise UsageError(f"the word {', '.join(repeated)} is to be learned twice: give each folder a token of its own")
+
+
+def check_tokens(source: Source, tasks: Sequence[Task]) -> None:
+    """Raises `UsageError` for a token that is already a word of the model's vocabulary."""
+    for task in tasks:
+        for tokenizer in source.tokenizers.values():
+            ids = token_ids(tokenizer, task.token)
+            if len(ids) == 1 and ids[0] != tokenizer.unk_token_id:
+                raise UsageError(
+                    f"the token {task.token!r} is a word of the model's own vocabulary: call the new one <{task.token}>"
+                )
+
+
+def make_word(source: Source, task: Task, pictures: Sequence[Picture], recipe: Recipe, seed: int) -> Word:
+    """The task's word, ready for the learner: pictures encoded, prompts chosen, initial rows computed."""
+    captions = None
+    if any(picture.caption for picture in pictures):
+        missing = [picture.path.name for picture in pictures if not picture.caption]
+        if missing:
+            raise UsageError(
+                f"{task.images}: {', '.join(missing)} has no caption beside it, the others have: write all or none"
+            )
+        captions = [
+            caption_template(picture.caption or "", task.token, str(picture.path.with_suffix(".txt")))
+            for picture in pictures
+        ]
+    size, step = picture_size(source), side_step(source) if recipe.buckets else None
+    crops = random_crops(pictures, recipe.crops, seed, size, step=step)
+    return Word(
+        task.token,
+        encode_moments(source.vae, pictures, crops, flip=recipe.flip),
+        initial_rows(source, task.init, recipe.vectors, seed),
+        templates(recipe.subject),
+        captions,
+    )
+
+
+def picture_size(source: Source) -> int:
+    """The side in pixels the model was trained at: the UNet's sample size times the VAE's factor."""
+    side = source.unet.config.sample_size
+    if not isinstance(side, int):
+        raise UsageError(f"the model's UNet has sample_size {side!r}: only square models can be learned with")
+    return int(side * _vae_factor(source))
+
+
+def side_step(source: Source) -> int:
+    """What a picture's sides must be multiples of, in pixels, for the VAE and the UNet."""
+    return _vae_factor(source) * 2 ** (len(source.unet.config.block_out_channels) - 1)
+
+
+def _vae_factor(source: Source) -> int:
+    return 2 ** (len(source.vae.config.block_out_channels) - 1)

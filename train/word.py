@@ -1,0 +1,186 @@
+"""A word while it is learned: what it learns from, what changes, and its random batches. No models, no files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from oneword.engines.errors import UsageError
+from oneword.train.pictures import Moments
+from oneword.train.prompts import per_image_template
+from oneword.train.recipe import Recipe
+
+Rows = Mapping[str, torch.Tensor]  # of each text encoder, [n, D] float32
+
+
+@dataclass
+class Word:
+    """A word while it is learned: what it is learned from, and everything that changes.
+
+    `prompts` are templates; `captions`, if there are any, hold one template per picture and replace them. `start_loss`
+    is the loss on a fixed batch before the first step, `probe_losses` the same after every step if they decide when to
+    stop.
+    """
+
+    token: str
+    moments: Moments
+    initial: Rows
+    prompts: Sequence[str]
+    captions: Sequence[str] | None = None
+    rows: dict[str, torch.nn.Parameter] = field(default_factory=dict)
+    picture_rows: dict[str, torch.nn.Parameter] = field(default_factory=dict)
+    optimizer: torch.optim.AdamW = field(init=False)
+    generator: torch.Generator = field(default_factory=torch.Generator)
+    losses: list[float] = field(default_factory=list)
+    start_loss: float = math.nan
+    probe_losses: list[float] = field(default_factory=list)
+    stopped: bool = False
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """All that is learned: its rows, and those of its single pictures."""
+        return [*self.rows.values(), *self.picture_rows.values()]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One word's share of a batch, B pictures.
+
+    `latents` and `eps` are B times [C, h, w] (pictures of several shapes have several sizes), `timesteps` [B] i64,
+    `masks` B times [1, h, w] or None, `prompts` B templates.
+    """
+
+    latents: Sequence[torch.Tensor]
+    eps: Sequence[torch.Tensor]
+    timesteps: torch.Tensor
+    masks: Sequence[torch.Tensor] | None
+    prompts: Sequence[str]
+
+    def count(self) -> float:
+        """How many unmasked latents it has."""
+        if self.masks is None:
+            return float(sum(latents.numel() for latents in self.latents))
+        return sum(float(mask.sum()) * len(latents) for mask, latents in zip(self.masks, self.latents, strict=True))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The draws of several words, B pictures in all.
+
+    `words` are B indices, `latents`, `eps` and `masks` as in `Draw` (None if no word has masks, else all ones without a
+    mask). `counts` [B] is how many unmasked latents a picture's word has in the batch, `sizes` how many pictures each
+    word has.
+    """
+
+    words: Sequence[int]
+    latents: Sequence[torch.Tensor]
+    eps: Sequence[torch.Tensor]
+    timesteps: torch.Tensor
+    masks: Sequence[torch.Tensor] | None
+    prompts: Sequence[str]
+    counts: torch.Tensor
+    sizes: Sequence[int]
+
+    @classmethod
+    def of(cls, draws: Mapping[int, Draw]) -> Batch:
+        """The draws, one after another."""
+        masks = None
+        if any(part.masks is not None for part in draws.values()):
+            masks = [
+                mask
+                for part in draws.values()
+                for mask in part.masks or [torch.ones_like(latents[:1]) for latents in part.latents]
+            ]
+        sizes = [len(part.latents) for part in draws.values()]
+        counts = [part.count() for part in draws.values()]
+        return cls(
+            [index for index, part in draws.items() for _ in part.latents],
+            [latents for part in draws.values() for latents in part.latents],
+            [eps for part in draws.values() for eps in part.eps],
+            torch.cat([part.timesteps for part in draws.values()]),
+            masks,
+            [prompt for part in draws.values() for prompt in part.prompts],
+            torch.tensor(counts).clamp(min=1e-6).repeat_interleave(torch.tensor(sizes)),
+            sizes,
+        )
+
+    def losses(self, errors: torch.Tensor) -> list[torch.Tensor]:
+        """Each word's mean over its unmasked latents, from the summed errors of its pictures [B]."""
+        return [part.sum() for part in (errors / self.counts).split(self.sizes)]
+
+
+def draw(word: Word, recipe: Recipe, timesteps: int, generator: torch.Generator | None = None) -> Draw:
+    """A word's next batch, from its own random stream unless `generator` is given.
+
+    Pictures come in shuffled rounds, and timesteps one from each of B equal parts (Kingma et al. 2021, arXiv
+    2107.00630, appendix I.1): both unbiased, and much less scattered than independent draws.
+    """
+    rng, count, moments = generator or word.generator, recipe.batch_size, word.moments
+    rounds = -(-count // len(moments.mean))
+    chosen = torch.cat([torch.randperm(len(moments.mean), generator=rng) for _ in range(rounds)])[:count].tolist()
+    posterior, eps = (
+        [torch.randn(moments.mean[index].shape, generator=rng) for index in chosen] for _ in ("posterior", "eps")
+    )
+    parts = (torch.randperm(count, generator=rng) + torch.rand(1, generator=rng)) / count
+    low, high = recipe.timesteps
+    templates = torch.randint(len(word.prompts), (count,), generator=rng).tolist()
+    prompts = [word.prompts[index] for index in templates]
+    if word.captions is not None:
+        prompts = [word.captions[index % moments.pictures] for index in chosen]
+    if recipe.per_image:
+        with_own_word = (torch.rand(count, generator=rng) < recipe.per_image).tolist()
+        prompts = [
+            per_image_template(prompt, index % moments.pictures) if own else prompt
+            for prompt, index, own in zip(prompts, chosen, with_own_word, strict=True)
+        ]
+    return Draw(
+        [moments.mean[index] + moments.std[index] * noise for index, noise in zip(chosen, posterior, strict=True)],
+        eps,
+        ((low + (high - low) * parts) * timesteps).long().clamp(max=timesteps - 1),
+        None if moments.masks is None else [moments.masks[index] for index in chosen],
+        prompts,
+    )
+
+
+def of_one_shape(tensors: Sequence[torch.Tensor]) -> list[list[int]]:
+    """The indices of tensors that can be stacked, by shape."""
+    places: dict[torch.Size, list[int]] = {}
+    for place, tensor in enumerate(tensors):
+        places.setdefault(tensor.shape, []).append(place)
+    return list(places.values())
+
+
+def prepare(word: Word, recipe: Recipe, seed: int) -> None:
+    """Sets a word's rows, random stream and optimiser to their start."""
+    word.generator.manual_seed(seed)
+    for name, initial in word.initial.items():
+        if initial.shape[0] != recipe.vectors:
+            raise UsageError(f"{word.token!r} starts from {initial.shape[0]} vectors, the recipe has {recipe.vectors}")
+        word.rows[name] = torch.nn.Parameter(initial.clone())
+        if recipe.per_image:
+            word.picture_rows[name] = torch.nn.Parameter(initial[:1].repeat(word.moments.pictures, 1))
+    word.optimizer = torch.optim.AdamW(
+        word.parameters(),
+        lr=recipe.learning_rate,
+        betas=recipe.betas,
+        weight_decay=recipe.weight_decay,
+        foreach=False,
+    )
+
+
+def tensors_of(word: Word) -> dict[str, torch.Tensor]:
+    """The word's rows and its optimiser's moments, by name; made if no step has been taken yet."""
+    parameters = {f"rows.{name}": rows for name, rows in word.rows.items()}
+    parameters |= {f"picture_rows.{name}": rows for name, rows in word.picture_rows.items()}
+    tensors: dict[str, torch.Tensor] = {}
+    for name, parameter in parameters.items():
+        moments = word.optimizer.state[parameter]
+        if not moments:  # as AdamW makes them at its first step
+            moments.update(
+                step=torch.tensor(0.0), exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter)
+            )
+        tensors[name] = parameter
+        tensors |= {f"{name}.{moment}": value for moment, value in moments.items()}
+    return tensors
