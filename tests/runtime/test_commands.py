@@ -17,7 +17,7 @@ import oneword
 from oneword.engines.errors import EngineError, MissingPackage, UsageError
 from oneword.runtime.commands import HELP, ProgressBar, json_option, print_json, run_command, size, version_option
 
-COMMANDS = ("ti-run", "ti-export", "ti-concept")
+COMMANDS = ("ti-run", "ti-export", "ti-concept", "ti-train", "ti-eval")
 
 
 def script(name: str) -> Callable[[], None]:
