@@ -1,0 +1,199 @@
+"""What `benchmarks.traffic` drives: the scheduler of this project, on the host or on a simulated CUDA, and the batch
+that came before it. Each is imported only when it is made: their packages have the same name.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Protocol
+
+import numpy as np
+
+from benchmarks.arrivals import WORDS, Order, Size, word
+
+DENOISE = "denoise_step"
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One call of an engine. Only for `denoise_step` are there sizes, and `again`, which does no harm to anyone."""
+
+    graph: str
+    seconds: float
+    size: tuple[int, ...] = ()
+    """h and w of the latents."""
+    branches: int = 0
+    again: Callable[[], None] | None = None
+
+
+@dataclass(eq=False)
+class Meter:
+    """Times every run of every binding of the engines that it watches."""
+
+    runs: list[Run] = field(default_factory=list)
+    """Since they were last cleared."""
+    bindings: int = 0
+    """Of `denoise_step`, made so far."""
+
+    def watch(self, engine: Any) -> None:
+        """From now on; an engine must have no bindings yet."""
+        bind, run, name = engine.bind, engine.run, engine.name
+
+        def timed_bind(*args: Any) -> Any:
+            binding = bind(*args)
+            size, branches, again = (), 0, None
+            if name == DENOISE:
+                self.bindings += 1
+                size, again = binding.inputs["sample"].shape[2:], binding.run
+                branches = binding.inputs["branch_row"].shape[0]
+            binding.run = self._timed(binding.run, name, size, branches, again)
+            return binding
+
+        engine.bind, engine.run = timed_bind, self._timed(run, name)
+
+    def _timed(self, call: Callable[..., Any], *what: Any) -> Callable[..., Any]:
+        name, *sizes = what
+
+        def timed(*args: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return call(*args)
+            finally:
+                self.runs.append(Run(name, time.perf_counter() - start, *sizes))
+
+        return timed
+
+
+class Contender(Protocol):
+    """Pictures on their way."""
+
+    max_rows: int
+    meter: Meter
+    backend: str
+    """The engine of `denoise_step`, its version and precision."""
+
+    def __len__(self) -> int:
+        """Pictures that are still to come."""
+        ...
+
+    def add(self, order: Order) -> int:
+        """Takes a request in and returns its id."""
+        ...
+
+    def step(self) -> Sequence[Any]:
+        """One turn, and its events."""
+        ...
+
+    def cancel(self, id: int) -> None:
+        """Takes a request out."""
+        ...
+
+
+class New:
+    """`oneword.runtime.Scheduler`, warmed up."""
+
+    def __init__(self, bundle: Path, engine: str, threads: int, max_rows: int, sizes: Iterable[Size]) -> None:
+        from oneword.runtime.model import Model
+        from oneword.runtime.scheduler import Scheduler
+
+        self.max_rows, self.meter = max_rows, Meter()
+        model = Model.open(bundle, engine, threads=threads)
+        _prepare(model, self.meter)
+        self.backend = model.engine(DENOISE).backend
+        self.scheduler = Scheduler(model, max_rows)
+        self.scheduler.warm(*sizes)
+
+    def __len__(self) -> int:
+        return len(self.scheduler)
+
+    def add(self, order: Order) -> int:
+        """See Contender."""
+        return self.scheduler.add(_request(order))
+
+    def step(self) -> Sequence[Any]:
+        """See Contender."""
+        return self.scheduler.step()
+
+    def cancel(self, id: int) -> None:
+        """See Contender."""
+        self.scheduler.cancel(id)
+
+
+class Old:
+    """`oneword.runtime.batch.Batch`, which makes its bindings as they are needed."""
+
+    def __init__(self, bundle: Path, engine: str, threads: int, max_rows: int, sizes: Iterable[Size]) -> None:
+        from oneword.engines.open import Backend
+        from oneword.runtime.batch import Batch  # type: ignore[import-not-found]
+        from oneword.runtime.model import Model
+
+        self.max_rows, self.meter = max_rows, Meter()
+        open_model: Any = Model.open
+        model = open_model(bundle, Backend(engine), threads)
+        _prepare(model, self.meter)
+        self.backend = model.engine(DENOISE).backend
+        self.batch = Batch(model, max_rows, listen=True)
+
+    def __len__(self) -> int:
+        return len(self.batch)
+
+    def add(self, order: Order) -> int:
+        """See Contender."""
+        return int(self.batch.add(_request(order)))
+
+    def step(self) -> Sequence[Any]:
+        """See Contender."""
+        return list(self.batch.step())
+
+    def cancel(self, id: int) -> None:
+        """See Contender."""
+        self.batch.cancel(id)
+
+
+def on_simulated_cuda(bundle: Path, max_rows: int, sizes: Iterable[Size]) -> New:
+    """The scheduler with all memory on the tests' simulated CUDA, whose runs are captured as TensorRT's are. Changes
+    this process for good."""
+    import onnxruntime
+
+    import oneword.engines.cuda
+    from oneword.engines import onnxruntime_cuda
+    from oneword.engines.onnxruntime import open_session
+    from tests.simulated_cuda import Runtime, Session
+
+    runtime = Runtime()
+
+    def on_the_cpu(name: str, path: Path, inputs: Any, providers: Any) -> Any:
+        return Session(open_session(name, path, inputs, ["CPUExecutionProvider"], threads=1), runtime)
+
+    modules: Any = SimpleNamespace(cuda=oneword.engines.cuda, provider=onnxruntime_cuda, onnxruntime=onnxruntime)
+    modules.cuda._runtime = lambda: runtime
+    modules.provider.open_session = on_the_cpu
+    modules.provider.CudaBinding.capturable = True
+    modules.onnxruntime.get_available_providers = lambda: [onnxruntime_cuda.PROVIDER]
+    return New(bundle, "onnxruntime-cuda", 1, max_rows, sizes)
+
+
+def _prepare(model: Any, meter: Meter) -> None:
+    """Opens every engine and loads the learned words, of 1 to 3 vectors, each the mean of four of the table's rows."""
+    from oneword.runtime.concept import Concept
+
+    for name in model.manifest.graphs:
+        meter.watch(model.engine(name))
+    rng = np.random.default_rng(0)
+    tables = {name: table.array.numpy() for name, table in model._tables.items()}
+    for number in range(WORDS):
+        count = 1 + number % 3
+        vectors = {
+            name: table[rng.integers(0, 2000, (count, 4))].mean(axis=1, dtype=np.float32)
+            for name, table in tables.items()
+        }
+        model.load(Concept(word(number), vectors))
+
+
+def _request(order: Order) -> Any:
+    from oneword.runtime.request import Request
+    from oneword.runtime.samplers import Sampler
+
+    return Request(**{**order.settings, "sampler": Sampler(order.settings["sampler"])})
