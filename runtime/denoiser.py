@@ -26,7 +26,7 @@ from oneword.runtime.model import EncodedPrompt, Model
 from oneword.runtime.row import Row
 from oneword.runtime.samplers import COLUMNS
 
-BUCKETS: Final = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+BUCKETS: Final = (1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 28, 32)
 """Branch counts that are captured; others are filled up to the next one."""
 CONTEXTS_PER_ROW: Final = 2
 _WARM_UP: Final = 2  # runs that are not captured: libraries allocate and tune in them
