@@ -15,6 +15,7 @@ arrives. What a row gets never depends on who shares its engine calls. Not here:
 import contextlib
 import itertools
 import math
+import statistics
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -34,7 +35,8 @@ from oneword.runtime.request import Request, ResolvedSettings, resolve
 from oneword.runtime.row import NoiseStream, Row, time_ids
 
 MAX_CHUNKS: Final = 64
-_SHARE: Final = 0.25  # of a denoising turn that preparing may take, and decoding too
+_SHARE: Final = 0.4  # of a usual turn's denoising that preparing and decoding may take together
+_RECENT: Final = 65  # turns, whose median is the usual one
 _AHEAD: Final = 32  # pictures at the head of the queue that are looked at for a free slot
 
 
@@ -107,8 +109,10 @@ class Scheduler:
         self._pending: deque[_Pending] = deque()
         self._rows: list[Row] = []
         self._finished: deque[_Finished] = deque()
-        self._turn_seconds = 0.0  # of the last turn's denoising
+        self._turn_seconds: deque[float] = deque([0.0], maxlen=_RECENT)  # of denoising
         self._decode_seconds = 0.0  # of one picture, the last time
+        self._left = 0.0  # seconds that this turn has for preparing and decoding
+        self._postponed = False  # whether the last turn had none left to decode in
 
     def __len__(self) -> int:
         """Pictures that are still to come."""
@@ -163,6 +167,7 @@ class Scheduler:
         """One turn, or up to `max_steps` of them as long as nothing but StepDone happens; None is no limit."""
         events: list[Event] = []
         for _ in itertools.count() if max_steps is None else range(max_steps):
+            self._left = _SHARE * statistics.median(self._turn_seconds)
             turn = [*self._admit(), *self._denoise(), *self._decode()]
             events += turn
             if not self or any(not isinstance(event, StepDone) or event.denoised is not None for event in turn):
@@ -170,7 +175,7 @@ class Scheduler:
         return events
 
     def _admit(self) -> Iterator[Event]:
-        """Prepares pictures that wait and gives them slots, for a share of the turn; at least one is tried."""
+        """Prepares requests that wait and gives their pictures slots while the turn has time for it; at least one."""
         start, busy = time.perf_counter(), len(self._rows) > 0
         waiting = [*itertools.islice(self._pending, _AHEAD)]
         if not busy:
@@ -178,7 +183,9 @@ class Scheduler:
                 self._encode(waiting[: self.max_rows])
         tried = False
         for pending in waiting:
-            while pending.left and self.denoiser.has_room(pending.size) and not (tried and busy and self._spent(start)):
+            if tried and busy and time.perf_counter() - start > self._left:
+                break
+            while pending.left and self.denoiser.has_room(pending.size):
                 tried = True
                 try:
                     row = self._prepare(pending)
@@ -191,11 +198,9 @@ class Scheduler:
                 pending.next_index += 1
             if not pending.left:
                 self._pending.remove(pending)
-        self.seconds["encode"] += time.perf_counter() - start
-
-    def _spent(self, start: float) -> bool:
-        """Whether a stage that began at `start` has had its share of the turn."""
-        return time.perf_counter() - start > _SHARE * self._turn_seconds
+        seconds = time.perf_counter() - start
+        self._left -= seconds
+        self.seconds["encode"] += seconds
 
     def _drop(self, pending: _Pending, error: OnewordError) -> Iterator[Event]:
         """Reports the pictures of a request that cannot be made."""
@@ -276,8 +281,9 @@ class Scheduler:
             yield Failed(row.id, row.index, error)
         for row in [*self._rows]:
             yield from self._progress(row, row.step > before[row])
-        self._turn_seconds = time.perf_counter() - start
-        self.seconds["denoise"] += self._turn_seconds
+        seconds = time.perf_counter() - start
+        self._turn_seconds += [seconds] if before else []
+        self.seconds["denoise"] += seconds
 
     def _progress(self, row: Row, stepped: bool) -> Iterator[Event]:
         """What became of one row in this turn."""
@@ -307,16 +313,16 @@ class Scheduler:
         self._rows.remove(row)
 
     def _decode(self) -> Iterator[Event]:
-        """Decodes finished rows, for a share of the turn; at least one."""
+        """Decodes finished rows while the turn has time for it; at least one in two turns."""
         start = time.perf_counter()
-        while self._finished:
-            most = self.max_rows
-            if self._rows and self._decode_seconds:
-                left = _SHARE * self._turn_seconds - (time.perf_counter() - start)
-                most = max(1, min(most, int(left / self._decode_seconds)))
-            yield from self._decode_together(self._next_finished(most))
-            if self._rows and self._spent(start):
-                break
+        most = len(self._finished)
+        if self._rows and self._decode_seconds:
+            most = min(most, max(int(self._left / self._decode_seconds), int(self._postponed)))
+        self._postponed = most < 1 and len(self._finished) > 0
+        while most > 0:
+            chosen = self._next_finished(min(most, self.max_rows))
+            most -= len(chosen)
+            yield from self._decode_together(chosen)
         self.seconds["decode"] += time.perf_counter() - start
 
     def _next_finished(self, most: int) -> list[_Finished]:
