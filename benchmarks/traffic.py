@@ -35,8 +35,8 @@ Terms:
 
 p99 is the smallest value that 99 in 100 do not exceed. On the simulated CUDA of the tests, whose runs are captured as
 TensorRT's are, the steps that were replayed and the padding are counted; its times mean nothing, and its load is over
-the closed loop's own rate. A busy machine makes every time here worse than it is: run it on a quiet one. Not here: prompts of
-several chunks, limited guidance intervals, HTTP, GPUs.
+the closed loop's own rate. A busy machine makes every time here worse than it is: run it on a quiet one. Not here:
+prompts of several chunks, limited guidance intervals, HTTP, GPUs.
 """
 
 import argparse

@@ -17,6 +17,7 @@ One infer request serves all bindings of a compiled graph: a binding sets its te
 import contextlib
 import io
 import threading
+import weakref
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -128,7 +129,8 @@ class OpenVinoBinding:
         self._name = name
         self._compiler = compiler
         self._shapes = {key: value.shape for key, value in inputs.items()}
-        self._tensors = {key: _tensor(value) for key, value in {**inputs, **outputs}.items()}
+        self.tensors = {key: _tensor(value) for key, value in {**inputs, **outputs}.items()}
+        """OpenVINO's views of all inputs and outputs, by name."""
         self._runs = 0
         self._compiled = compiler.kept(self._shapes) or _compiled_for(name, compiler, self._shapes)
         self._own: Future[_Compiled] | None = None
@@ -144,21 +146,29 @@ class OpenVinoBinding:
             if self._own.exception() is None:  # else the model that ran so far does as well
                 self._compiled = self._own.result()
             self._own = None
-        compiled = self._compiled
-        if compiled.bound is not self:
-            for key, tensor in self._tensors.items():
-                compiled.request.set_tensor(key, tensor)
-            compiled.bound = self
-        _infer(self._name, compiled.request)
+        _infer(self._name, self._compiled.request_of(self))
 
 
 class _Compiled:
-    """A compiled graph and its infer request, with the binding whose tensors the request has."""
+    """A compiled graph and the one infer request that its bindings share."""
 
     def __init__(self, model: Any, static: bool) -> None:
         self.model, self.static = model, static
-        self.request = model.create_infer_request()
-        self.bound: OpenVinoBinding | None = None
+        self._request: Any = None
+        self._bound: weakref.ref[OpenVinoBinding] | None = None
+
+    def request_of(self, binding: OpenVinoBinding) -> Any:
+        """The request with the binding's tensors. It lets go of them when the binding is gone."""
+        if self._request is None or self._bound is None or self._bound() is not binding:
+            self._request = self._request or self.model.create_infer_request()
+            for key, tensor in binding.tensors.items():
+                self._request.set_tensor(key, tensor)
+            self._bound = weakref.ref(binding, self._forget)
+        return self._request
+
+    def _forget(self, bound: "weakref.ref[OpenVinoBinding]") -> None:
+        if bound is self._bound:
+            self._request = None
 
 
 class _Compiler:

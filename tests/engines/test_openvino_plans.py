@@ -1,6 +1,8 @@
 """OpenVINO compiles a graph once; later starts read the plan."""
 
+import gc
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -199,3 +201,17 @@ def test_a_large_graph_that_cannot_be_compiled_is_an_error_that_names_it_and_its
 
     with pytest.raises(EngineError, match=r"cannot compile graph 'add' for \{'x': \(2, 4\)\}"):
         opened.bind({"x": (2, 4)})
+
+
+def test_the_buffers_of_a_binding_that_is_gone_are_released(path: Path) -> None:
+    add, buffer = engine(path, None), np.ones((3, 4), np.float32)
+    binding = add.bind({}, {"x": buffer})
+    binding.run()
+    alive = weakref.ref(buffer)
+    del binding, buffer
+    gc.collect()
+
+    assert alive() is None
+    other = add.bind({}, {"x": X})
+    other.run()
+    np.testing.assert_array_equal(other.outputs["y"].numpy(), X + 1)
