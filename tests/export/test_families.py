@@ -21,7 +21,8 @@ from oneword.runtime.concept import Concept, load_concept, save_concept
 from oneword.runtime.generate import draw
 from oneword.runtime.model import Model
 from oneword.runtime.profiles import PlanLimits
-from oneword.runtime.request import Image
+from oneword.runtime.request import Image, Request
+from oneword.runtime.scheduler import Scheduler
 from tests.plans import rtx_plans
 
 
@@ -91,6 +92,18 @@ def test_sdxl_with_a_word_of_two_encoders_is_that_of_diffusers(
         settings = {"negative_prompt": negative_prompt, "guidance_scale": 5.0}
         ours = picture(model, prompt, **settings)
         assert psnr(ours, of_diffusers(pipeline, prompt, **settings)) >= 50, prompt
+
+
+def test_sdxl_s_zeros_for_a_missing_negative_prompt_are_one_context_for_everybody(sdxl_bundle: Path) -> None:
+    model = Model.open(sdxl_bundle, Backend.ONNXRUNTIME, threads=1)
+    scheduler = Scheduler(model)
+    for seed in range(5):
+        scheduler.add(Request(f"a red {'star ' * seed}", seed=seed, steps=2, guidance_scale=4.0))
+    scheduler.step()
+    [arena] = scheduler.denoiser._arenas.values()
+
+    assert len(arena.rows) == 5
+    assert len(arena._pool.slots) == 6
 
 
 def test_latent_diffusion_in_openvino_is_near_onnxruntime(ldm_bundle: Path) -> None:
