@@ -56,6 +56,10 @@ class Binding(Protocol):
         """Computes the outputs. Raises EngineError."""
         ...
 
+    def specialize(self) -> None:
+        """Compiles the graph for these shapes alone, which takes seconds, if that makes runs faster."""
+        ...
+
 
 class Engine(Protocol):
     """One compiled graph."""
@@ -77,6 +81,11 @@ class Engine(Protocol):
     @property
     def limits(self) -> Mapping[str, int]:
         """The largest size of each named axis that has one. Callers with more split the work into several calls."""
+        ...
+
+    @property
+    def few_shapes(self) -> bool:
+        """Whether bindings are faster once specialized, so that few different shapes are better than exact ones."""
         ...
 
     def bind(

@@ -46,6 +46,7 @@ class OnnxRuntimeEngine:
     """
 
     limits: Mapping[str, int] = {}
+    few_shapes = False
 
     def __init__(self, name: str, graph: Graph, folder: Path, threads: int | None = None) -> None:
         ort = load_onnxruntime()
@@ -116,6 +117,9 @@ class OnnxRuntimeBinding:
             self._session.run_with_iobinding(self._binding)
         except Exception as error:  # its exceptions have no common base of their own
             raise EngineError(f"graph {self._name!r} failed: {one_line(error)}") from error
+
+    def specialize(self) -> None:
+        """See Binding. Any shape is as fast."""
 
 
 def open_session(

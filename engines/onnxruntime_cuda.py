@@ -21,6 +21,7 @@ class OnnxRuntimeCudaEngine:
     """
 
     limits: Mapping[str, int] = {}
+    few_shapes = False
 
     def __init__(self, name: str, graph: Graph, folder: Path, stream: CudaStream) -> None:
         ort = load_onnxruntime("cuda")
@@ -93,3 +94,6 @@ class CudaBinding:
             self._engine.session.run_with_iobinding(self._io, self._engine.options)
         except Exception as error:  # its exceptions have no common base of their own
             raise EngineError(f"graph {self._engine.name!r} failed: {one_line(error)}") from error
+
+    def specialize(self) -> None:
+        """See Binding. Any shape is as fast."""

@@ -92,6 +92,7 @@ class OpenVinoEngine:
         except RuntimeError as error:
             raise EngineError(f"cannot open graph {name!r} ({path}): {one_line(error)}") from error
         check_opened(name, path, self.inputs, self._compiler.inputs)
+        self.few_shapes = self._compiler.small
 
     def bind(
         self,
@@ -147,6 +148,14 @@ class OpenVinoBinding:
                 self._compiled = self._own.result()
             self._own = None
         _infer(self._name, self._compiled.request_of(self))
+
+    def specialize(self) -> None:
+        """See Binding. A large graph is not compiled again."""
+        if self._compiler.small and not self._compiled.static:
+            try:
+                self._compiled = self._compiler.compile(self._shapes)
+            except RuntimeError as error:
+                raise EngineError(f"cannot compile graph {self._name!r} for its shapes: {one_line(error)}") from error
 
 
 class _Compiled:

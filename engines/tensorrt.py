@@ -30,6 +30,8 @@ class TensorRtEngine:
         UsageError: the flavour does not build for this GPU.
     """
 
+    few_shapes = False
+
     def __init__(
         self,
         name: str,
@@ -145,6 +147,9 @@ class TensorRtBinding:
         """See Binding.run; on the shared stream if none is given."""
         if not self._context.execute_async_v3(self._stream.handle if stream is None else stream):
             raise EngineError(f"graph {self._name!r} failed on {self._stream.device.name}")
+
+    def specialize(self) -> None:
+        """See Binding. Any shape is as fast."""
 
 
 def fitting_plans(

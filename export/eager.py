@@ -21,6 +21,7 @@ class EagerEngine:
     """One graph's torch module, run as it is."""
 
     limits: Mapping[str, int] = {}
+    few_shapes = False
 
     def __init__(self, graph: Traceable) -> None:
         self.graph = graph
@@ -66,6 +67,9 @@ class EagerBinding:
         values = self.engine.run({name: value.numpy() for name, value in self.inputs.items()})
         for name, value in values.items():
             self.outputs[name].write(..., value)
+
+    def specialize(self) -> None:
+        """See Binding. Any shape is as fast."""
 
 
 def eager_model(source: Source) -> Model:

@@ -27,7 +27,7 @@ from oneword.runtime.row import Row
 from oneword.runtime.samplers import COLUMNS
 
 BUCKETS: Final = (1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 28, 32)
-"""Branch counts that are captured; others are filled up to the next one."""
+"""Branch counts that are captured, or compiled for by `warm`; others are filled up to the next one."""
 CONTEXTS_PER_ROW: Final = 2
 _WARM_UP: Final = 2  # runs that are not captured: libraries allocate and tune in them
 _MAX_ARENAS: Final = 4
@@ -81,6 +81,7 @@ class Arena:
         self._pool = _ContextPool(CONTEXTS_PER_ROW * capacity)
         self._bound: dict[int, _Bound] = {}
         self._captures = True
+        self._specialized = False
         self._layout: object = None
         self._flights: deque[_Flight] = deque()
         self._turn = 0
@@ -181,13 +182,15 @@ class Arena:
         return rows
 
     def warm(self) -> None:
-        """Runs a step of inert rows at every number of branches, and captures those that can be."""
+        """Runs a step of inert rows at every number of branches; compiles or captures those for which it pays."""
+        self._specialized = self._engine.few_shapes
         schedule = self._schedule[0]
         schedule[...] = self._inert
         self._stream.upload(self._inputs["schedule"], schedule)
         for n in range(1, 2 * self.capacity + 1):
             if n == self._padded(n):
                 bound = self._bound.get(n) or self._bind(n)
+                bound.binding.specialize()
                 for _ in range(_WARM_UP + 1 if self._captures else 1):
                     self._run(bound, count=False)
         self._stream.record().wait()
@@ -228,7 +231,7 @@ class Arena:
         return bound
 
     def _padded(self, branches: int) -> int:
-        if not self._captures:
+        if not (self._captures or self._specialized):
             return branches
         limit = 2 * self.capacity
         return next((n for n in BUCKETS if branches <= n <= limit), branches)

@@ -20,7 +20,7 @@ from oneword.engines.engine import Engine, HostStream, NumpyArray, Stream
 from oneword.engines.errors import BundleError, ConceptError, NotFinite, UsageError
 from oneword.engines.open import Backend, EngineOptions, open_engine, stream_of
 from oneword.runtime.backends import AUTO, choose_backend
-from oneword.runtime.batched import BatchedGraph
+from oneword.runtime.batched import CALLS, BatchedGraph
 from oneword.runtime.bundle import PLANS, Bundle, Encoder, Manifest, MissingNegative
 from oneword.runtime.concept import Concept, load_concept
 from oneword.runtime.profiles import DEFAULT_LIMITS, graph_ranges
@@ -257,6 +257,15 @@ class Model:
             return None
         rgb = np.moveaxis(denoised, 0, -1) @ np.array(preview.weights, np.float32) + np.array(preview.bias, np.float32)
         return (rgb.clip(0, 1) * 255).round().astype(np.uint8)
+
+    def warm(self, width: int, height: int) -> None:
+        """Runs the encoders and the decoder at every size of a call, for pictures of this size. Raises EngineError."""
+        channels, factor = self.manifest.vae.latent_channels, self.manifest.vae.factor
+        for count in CALLS:
+            self._encode([self.tokenize("")] * count)
+            self.decode(np.zeros((count, channels, height // factor, width // factor), np.float32))
+        if "vae_encoder" in self.manifest.graphs:
+            self.encode_image(np.zeros((height, width, 3), np.uint8))
 
     def forget_bindings(self) -> None:
         """Lets go of the buffers of encoders and decoders after memory ran out; they are made again when needed."""

@@ -122,14 +122,10 @@ class Scheduler:
         """Opens the engines, and runs every call that pictures of these sizes (width, height) and prompts of one chunk
         can need: no later step compiles or binds anything. Defaults to the bundle's size. Raises EngineError."""
         manifest = self.model.manifest
-        factor = manifest.vae.factor
-        [prompt] = self.model.encode([self.model.tokenize("")])
+        tokens = self.model.context_length(self.model.tokenize(""))
         for width, height in sizes or [(manifest.defaults.width, manifest.defaults.height)]:
-            h, w = height // factor, width // factor
-            self.denoiser.warm((h, w, len(prompt.hidden_states)))
-            self.model.decode(np.zeros((1, manifest.vae.latent_channels, h, w), np.float32))
-            if "vae_encoder" in manifest.graphs:
-                self.model.encode_image(np.zeros((height, width, 3), np.uint8))
+            self.model.warm(width, height)
+            self.denoiser.warm((height // manifest.vae.factor, width // manifest.vae.factor, tokens))
 
     def add(self, request: Request) -> int:
         """Takes a request in; its pictures start at the next steps. Returns its id.

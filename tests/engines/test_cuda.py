@@ -223,7 +223,7 @@ def test_without_a_plan_and_sizes_to_build_one_for_the_error_says_how(
 ) -> None:
     monkeypatch.setattr("oneword.engines.tensorrt.installed_version", lambda flavour: "1.7")
     graph, plans = own_bundle.graph("vae_decoder"), own_bundle.path / PLANS
-    message = r"no plan of graph 'vae_decoder' for sm89: build one with ti-export --engine tensorrt-rtx"
+    message = r"no plan of graph 'vae_decoder' for sm89: build it with ti-export --plans"
     with pytest.raises(EngineError, match=message):
         TensorRtEngine("vae_decoder", graph, own_bundle.path, Flavour.RTX, simulated, plans, ())
 

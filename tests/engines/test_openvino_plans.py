@@ -215,3 +215,18 @@ def test_the_buffers_of_a_binding_that_is_gone_are_released(path: Path) -> None:
     other = add.bind({}, {"x": X})
     other.run()
     np.testing.assert_array_equal(other.outputs["y"].numpy(), X + 1)
+
+
+def test_a_specialized_binding_has_a_graph_of_its_own_shapes_which_the_next_start_reads(
+    path: Path, tmp_path: Path, compilations: list[str]
+) -> None:
+    for _ in range(2):
+        add = engine(path, PlanCache(tmp_path / "plans"))
+        binding = add.bind({}, {"x": X})
+        binding.specialize()
+        binding.run()
+
+        assert add.few_shapes
+        assert binding._compiled.static
+        np.testing.assert_array_equal(binding.outputs["y"].numpy(), X + 1)
+    assert len(compilations) == 2  # any shape, and these

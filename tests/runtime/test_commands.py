@@ -21,9 +21,9 @@ COMMANDS = ("ti-run", "ti-export", "ti-concept", "ti-train", "ti-eval")
 
 
 def script(name: str) -> Callable[[], None]:
+    """What the console script does."""
     (entry,) = entry_points(group="console_scripts", name=name)
-    main: Callable[[], None] = entry.load()
-    return main
+    return lambda: sys.exit(entry.load()())
 
 
 def ending(monkeypatch: pytest.MonkeyPatch, outcome: Callable[[], Any], *line: str) -> int:

@@ -527,3 +527,18 @@ def test_in_openvino_each_picture_is_nearest_to_what_it_is_alone(tiny_bundle: Pa
     for seed, image in together.items():
         np.testing.assert_array_equal(again[seed], alone[seed])
         assert max(alone, key=lambda other: psnr(image, alone[other])) == seed
+
+
+def test_after_the_warm_up_an_engine_that_likes_few_shapes_gets_no_others(tiny_bundle: Path) -> None:
+    pytest.importorskip("openvino")
+    model = Model.open(tiny_bundle, "openvino", threads=1)
+    scheduler = Scheduler(model, max_rows=4)
+    scheduler.warm()
+    [arena] = scheduler.denoiser._arenas.values()
+    for seed in range(3):
+        scheduler.add(Request("a cat", seed=seed, steps=2, guidance_scale=3.0 if seed else 1.0))
+    scheduler.step()
+
+    assert sorted(arena._bound) == [1, 2, 3, 4, 6, 8]
+    assert all(bound.binding._compiled.static for bound in arena._bound.values())  # type: ignore[attr-defined]
+    assert (scheduler.denoiser.stats.branches, scheduler.denoiser.stats.padding) == (6, 1)

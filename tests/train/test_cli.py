@@ -60,7 +60,7 @@ def test_a_command_that_cannot_be_done_says_why_in_one_line_before_it_learns(
     cases = [
         (["--model", str(tiny_model_dir)], 2, "no folder of pictures"),
         ([str(empty), *good[1:]], 2, "holds no picture"),
-        ([str(tmp_path / "bad"), *good[1:]], 1, "x.png is not a picture"),
+        ([str(tmp_path / "bad"), *good[1:]], 1, "x.png cannot be read as a picture"),
         ([*good, "--recipe", "nothing"], 2, "unknown recipe 'nothing'"),
         ([*good, "--learning-rate", "0"], 2, "learning_rate is 0.0"),
         ([*good, "--token", "<again>"], 2, "1 folders and 2 times --token"),

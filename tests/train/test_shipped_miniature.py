@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.miniature import draw, parity, through_vae
+from benchmarks.miniature import drawn_from, parity, through_vae
 from oneword.export.source import find_model
 from oneword.export.write import export_bundle
 from oneword.runtime.concept import Concept
@@ -38,7 +38,7 @@ def scenes() -> list[world.Scene]:
 
 @pytest.fixture(scope="module")
 def drawn(model: Model, scenes: list[world.Scene]) -> Any:
-    return draw(model, [world.caption(scene) for scene in scenes], GUIDANCE)
+    return drawn_from(model, [world.caption(scene) for scene in scenes], GUIDANCE)
 
 
 def test_the_weights_are_forty_megabytes_at_most_with_the_judge(folder: Path) -> None:
