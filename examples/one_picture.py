@@ -2,7 +2,8 @@
 
     python examples/one_picture.py bundle "a photo of a red star" star.png
 
-What `oneword.runtime.draw` does for many pictures at once, for one. Not here: learned words, weights in prompts, edits.
+What `oneword.runtime.draw` does for many pictures at once, for one. Not here: SDXL (pooled vectors and sizes), prompts
+of several chunks, edits.
 """
 
 import sys

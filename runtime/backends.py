@@ -1,4 +1,4 @@
-"""Which backend runs a bundle on this machine, and why not the others. Imports none of them."""
+"""Which backend runs a bundle on this machine, and why not the others."""
 
 import importlib.util
 from collections.abc import Iterator
@@ -47,17 +47,16 @@ def _obstacles(bundle: Bundle, backend: Backend) -> Iterator[str]:
     if importlib.util.find_spec(module) is None:
         yield "not installed"
         return
-    if backend is Backend.CUDA and not _has_cuda_provider():
-        yield "the installed onnxruntime has no CUDA"
-        return
     if backend.on_gpu:
         try:
+            if backend is Backend.CUDA and not _has_cuda_provider():
+                yield "the installed onnxruntime has no CUDA"
+                return
             target = gpu_stream().device.target
+            if backend is not Backend.CUDA and not _has_plans(bundle, backend, target):
+                yield f"the bundle has no plans for {target}"
         except OnewordError as error:
             yield str(error)
-            return
-        if backend is not Backend.CUDA and not _has_plan(bundle, backend, target):
-            yield f"the bundle has no plan for {target}"
     elif any(graph.precision is Precision.BF16 for graph in bundle.manifest.graphs.values()):
         yield "the bundle computes in bf16, which it does not run on a CPU"
 
@@ -68,6 +67,12 @@ def _has_cuda_provider() -> bool:
     return "CUDAExecutionProvider" in available_providers()
 
 
-def _has_plan(bundle: Bundle, backend: Backend, target: str) -> bool:
-    folders = (bundle.path / PLANS).glob(f"{backend}-*")
-    return any(target in folder.name.rsplit("-", 1)[-1].split("+") for folder in folders)
+def _has_plans(bundle: Bundle, backend: Backend, target: str) -> bool:
+    """Whether every graph has a plan of the installed version for this GPU."""
+    from oneword.engines.builder import Flavour, installed_version
+    from oneword.engines.tensorrt import fitting_plans
+
+    flavour = Flavour(backend)
+    version = installed_version(flavour)
+    graphs = bundle.manifest.graphs.values()
+    return all(fitting_plans(bundle.path / PLANS, graph, flavour, version, target) for graph in graphs)

@@ -309,7 +309,18 @@ def _check_references(folder: Path, manifest: Manifest) -> None:
     for name in [*listed, *(encoder.table for encoder in manifest.encoders), *tokenizers]:
         if name not in manifest.files:
             raise BundleError(f"{name} is not among the hashed files of the bundle {folder}")
+    steps = [spec for spec in graphs["denoise_step"].inputs if spec.name == "schedule"]
+    if steps and steps[0].axes[-1] != len(manifest.columns):
+        raise BundleError(f"the bundle {folder} names {len(manifest.columns)} columns, its schedule is {steps[0]}")
+    if manifest.preview is not None and len(manifest.preview.weights) != manifest.vae.latent_channels:
+        raise BundleError(f"the bundle {folder} has a preview of other channels than its latents")
+    if manifest.size_multiple % manifest.vae.factor:
+        raise BundleError(f"the bundle {folder} has sizes in multiples of {manifest.size_multiple} pixels, not latents")
     for encoder in manifest.encoders:
+        if (encoder.default_layer is None) != (not encoder.layers):
+            raise BundleError(
+                f"encoder {encoder.graph!r} of the bundle {folder} has layers and no default, or no layers"
+            )
         if encoder.layers and encoder.default_layer not in encoder.layers:
             raise BundleError(f"encoder {encoder.graph!r} of the bundle {folder} has no layer {encoder.default_layer}")
     for name in (*manifest.files, *(encoder.tokenizer for encoder in manifest.encoders)):

@@ -121,7 +121,7 @@ def command(
         "grid": None if grid is None or failed else str(grid),
         "words": model.words,
         "engine": model.engine("denoise_step").backend if "denoise_step" in model.opened else None,
-        "engine_choice": model.why or None,
+        "engine_choice": model.backend_reason or None,
         "digests": {name: graph.digest for name, graph in model.manifest.graphs.items()},
         "seconds": {
             "open": opened - start,

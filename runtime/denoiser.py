@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from oneword.engines.engine import Binding, Engine, Event, Replay, Stream
-from oneword.engines.errors import EngineError, OnewordError, without_frames
+from oneword.engines.errors import EngineError, FeedError, OnewordError, UsageError, without_frames
 from oneword.runtime.bundle import Manifest
 from oneword.runtime.events import Latents
 from oneword.runtime.model import EncodedPrompt, Model
@@ -31,7 +31,8 @@ BUCKETS: Final = (1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 28, 32)
 CONTEXTS_PER_ROW: Final = 2
 _WARM_UP: Final = 2  # runs that are not captured: libraries allocate and tune in them
 _MAX_ARENAS: Final = 4
-_MAX_POOL_BYTES: Final = 256 << 20  # of the contexts of one arena
+_MAX_BYTES: Final = 256 << 20  # of the contexts of one arena, and of its rows' state
+_STATE_ARRAYS: Final = 10  # of latents, for each row: inputs, outputs and mask
 
 Size = tuple[int, int, int]
 """h, w and T."""
@@ -73,8 +74,16 @@ class Arena:
     """The slots of one size, and every binding over them."""
 
     def __init__(
-        self, engine: Engine, stream: Stream, manifest: Manifest, size: Size, capacity: int, stats: Stats
+        self,
+        engine: Engine,
+        stream: Stream,
+        manifest: Manifest,
+        size: Size,
+        capacity: int,
+        stats: Stats,
+        branches: int = 1,
     ) -> None:
+        """`branches` is the N that is bound first; large graphs may be compiled for the first shapes they get."""
         self.capacity, self.size = capacity, size
         self._engine, self._stream, self._manifest, self._stats = engine, stream, manifest, stats
         self._rows: list[Row | None] = [None] * capacity
@@ -85,7 +94,7 @@ class Arena:
         self._layout: object = None
         self._flights: deque[_Flight] = deque()
         self._turn = 0
-        first = self._bind(1)
+        first = self._bind(branches)
         self._inputs, self._outputs = first.binding.inputs, first.binding.outputs
         self._captures = first.binding.capturable
         shape = self._inputs["sample"].shape
@@ -106,6 +115,16 @@ class Arena:
         if None not in self._rows or not self._pool.fits(row.all_contexts):
             return False
         slot = self._rows.index(None)
+        try:
+            self._write(row, slot)
+        except BaseException:
+            self._pool.forget(row.all_contexts)
+            raise
+        self._rows[slot] = row
+        return True
+
+    def _write(self, row: Row, slot: int) -> None:
+        """A row's contexts and state."""
         self._write_contexts(row)
         values: Mapping[str, npt.ArrayLike] = {
             "sample": row.sample,
@@ -119,8 +138,6 @@ class Arena:
         for name, value in values.items():
             if name in self._inputs:
                 self._inputs[name].write(slot, value)
-        self._rows[slot] = row
-        return True
 
     def remove(self, row: Row) -> None:
         """Frees a row's slot, which becomes inert."""
@@ -183,6 +200,9 @@ class Arena:
 
     def warm(self) -> None:
         """Runs a step of inert rows at every number of branches; compiles or captures those for which it pays."""
+        if self.rows:
+            raise UsageError("the warm-up would overwrite pictures on their way: warm up before requests are added")
+        self.settle()
         self._specialized = self._engine.few_shapes
         schedule = self._schedule[0]
         schedule[...] = self._inert
@@ -234,7 +254,7 @@ class Arena:
         if not (self._captures or self._specialized):
             return branches
         limit = 2 * self.capacity
-        return next((n for n in BUCKETS if branches <= n <= limit), branches)
+        return next((n for n in BUCKETS if branches <= n <= limit), min(-(-branches // 8) * 8, limit))
 
     def _bind(self, n: int) -> _Bound:
         h, w, t = self.size
@@ -291,6 +311,7 @@ class _ContextPool:
         self.capacity = capacity
         self.slots: OrderedDict[EncodedPrompt, int] = OrderedDict()
         self._rows: Counter[EncodedPrompt] = Counter()
+        self._free = list(reversed(range(capacity)))
 
     def fits(self, prompts: Iterable[EncodedPrompt]) -> bool:
         """Whether there is a place for all of these."""
@@ -302,13 +323,22 @@ class _ContextPool:
         if prompt in self.slots:
             self.slots.move_to_end(prompt)
             return None
-        if len(self.slots) < self.capacity:
-            place = len(self.slots)
+        if self._free:
+            place = self._free.pop()
         else:
             unused = next(other for other in self.slots if other not in self._rows)
             place = self.slots.pop(unused)
         self.slots[prompt] = place
         return place
+
+    def forget(self, prompts: Iterable[EncodedPrompt]) -> None:
+        """Undoes `hold` for a row that could not be written: what was to be written may not be there."""
+        for prompt in prompts:
+            if self._rows[prompt] > 1:
+                self._rows[prompt] -= 1
+            elif prompt in self._rows:
+                del self._rows[prompt]
+                self._free += [self.slots.pop(prompt)] if prompt in self.slots else []
 
     def release(self, prompts: Iterable[EncodedPrompt]) -> None:
         """Counts out a row that used these."""
@@ -345,8 +375,10 @@ class Denoiser:
         limits = self.model.engine("denoise_step").limits
         most = min(self.max_rows, limits.get("B", self.max_rows), limits.get("N", 2 * self.max_rows) // 2)
         most = min(most, limits.get("M", CONTEXTS_PER_ROW * most) // CONTEXTS_PER_ROW)
-        context_bytes = 4 * size[2] * self.model.manifest.context_width
-        most = min(most, _MAX_POOL_BYTES // (CONTEXTS_PER_ROW * context_bytes))
+        h, w, tokens = size
+        context_bytes = 4 * tokens * self.model.manifest.context_width
+        state_bytes = 4 * h * w * _STATE_ARRAYS * self.model.manifest.vae.latent_channels
+        most = min(most, _MAX_BYTES // (CONTEXTS_PER_ROW * context_bytes), _MAX_BYTES // state_bytes)
         return max(1, min(most, self._reduced.get(size, most)))
 
     def warm(self, size: Size) -> None:
@@ -356,11 +388,17 @@ class Denoiser:
     def has_room(self, size: Size) -> bool:
         """Whether a row of this size would get a slot now; displaced rows come first."""
         arena = self._arenas.get(size)
-        return not self._displaced(size) and (arena is None or len(arena.rows) < arena.capacity)
+        if arena is None:
+            return not self._displaced(size) and sum(bool(a.rows) for a in self._arenas.values()) < _MAX_ARENAS
+        return not self._displaced(size) and len(arena.rows) < arena.capacity
+
+    def crowded_out(self, size: Size) -> bool:
+        """Whether this size has no arena and can have none, since all are in use."""
+        return size not in self._arenas and not self.has_room(size)
 
     def place(self, row: Row) -> bool:
         """Gives a row a slot; False if there is no room. Raises EngineError, FeedError."""
-        return not self._displaced(row.size) and self._arena(row.size).place(row)
+        return not self._displaced(row.size) and self._arena_for(row).place(row)
 
     def remove(self, row: Row) -> None:
         """Takes a row out, wherever it is. A row that is not here is left alone."""
@@ -383,6 +421,7 @@ class Denoiser:
     def denoised(self, row: Row) -> Latents:
         """The picture of a row as the model sees it now [C, h, w], for a preview. Waits. Raises EngineError."""
         [arena] = self._holding(row)
+        arena.settle()
         return arena.denoised(row)
 
     def step(self) -> list[tuple[Row, OnewordError]]:
@@ -390,20 +429,27 @@ class Denoiser:
         failures: list[tuple[Row, OnewordError]] = []
         for _ in range(len(self.displaced)):
             row = self.displaced.popleft()
-            if not self._arena(row.size).place(row):
+            try:
+                placed = self._arena_for(row).place(row)
+            except OnewordError as error:
+                failures.append((row, without_frames(error)))
+                continue
+            if not placed:
                 self.displaced.append(row)
         for size in [size for size, arena in self._arenas.items() if arena.rows]:
             failures += self._step(size)
         return failures
 
     def _step(self, size: Size) -> Iterator[tuple[Row, OnewordError]]:
+        before = [row.step for row in self._arenas[size].rows]
         try:
             self._arenas[size].step()
             return
         except OnewordError as error:
             failure = without_frames(error)  # which hold the buffers
         rows, capacity = self._arenas[size].rows, self._arenas[size].capacity
-        retry = isinstance(failure, EngineError) and len(rows) > 1
+        idle = any(not arena.rows for arena in self._arenas.values())
+        retry = isinstance(failure, EngineError) and (len(rows) > 1 or idle) and before == [row.step for row in rows]
         if retry:
             try:
                 self._arenas[size].clear()
@@ -423,7 +469,7 @@ class Denoiser:
         """Places the displaced rows of a size that fit, and makes the step that failed."""
         try:
             for row in self._displaced(size):
-                if not self._arena(size).place(row):
+                if not self._arena_for(row).place(row):
                     break
                 self.displaced.remove(row)
         except OnewordError as error:
@@ -437,23 +483,38 @@ class Denoiser:
 
     def _forget_idle(self, count: int) -> None:
         """Lets go of up to `count` arenas without rows, least recently used first."""
-        for size in [size for size, arena in self._arenas.items() if not arena.rows][:count]:
+        for size in [size for size, arena in self._arenas.items() if not arena.rows][: max(0, count)]:
             del self._arenas[size]
 
-    def _arena(self, size: Size) -> Arena:
-        if size not in self._arenas:
+    def _arena_for(self, row: Row) -> Arena:
+        return self._arena(row.size, len(row.contexts))
+
+    def _arena(self, size: Size, branches_per_row: int = 0) -> Arena:
+        """The arena of a size. A new one is first bound for rows of so many branches; 0: for a single branch.
+
+        If memory is short, arenas without rows are released; if the engine has no plan for full capacity, it is halved.
+        """
+        while size not in self._arenas:
             self._forget_idle(len(self._arenas) + 1 - _MAX_ARENAS)
+            capacity, retry = self.capacity(size), False
             try:
-                self._arenas[size] = self._new_arena(size)
+                self._arenas[size] = self._new_arena(size, capacity, max(1, capacity * branches_per_row))
+            except FeedError:
+                if capacity == 1:
+                    raise
+                self._reduced[size] = capacity // 2
             except EngineError:
+                if not self._arenas or all(arena.rows for arena in self._arenas.values()):
+                    raise
+                retry = True
+            if retry:  # outside the handler, whose traceback holds what was allocated
                 self._forget_idle(len(self._arenas))
-                self._arenas[size] = self._new_arena(size)
         self._arenas.move_to_end(size)
         return self._arenas[size]
 
-    def _new_arena(self, size: Size) -> Arena:
+    def _new_arena(self, size: Size, capacity: int, branches: int) -> Arena:
         engine, manifest = self.model.engine("denoise_step"), self.model.manifest
-        return Arena(engine, self.model.stream, manifest, size, self.capacity(size), self.stats)
+        return Arena(engine, self.model.stream, manifest, size, capacity, self.stats, branches)
 
     def _displaced(self, size: Size) -> list[Row]:
         return [row for row in self.displaced if row.size == size]

@@ -17,7 +17,7 @@ Latents: TypeAlias = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, eq=False)
 class StepDone:
-    """Picture `index` of request `id` has done `step` of its `steps`."""
+    """Step `step` of `steps` of picture `index` of request `id` was run; on a device it may still be queued."""
 
     id: int
     index: int

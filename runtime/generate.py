@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from oneword.engines.errors import OnewordError
+from oneword.engines.errors import OnewordError, UsageError
 from oneword.runtime.events import Event, Failed, PictureDone
 from oneword.runtime.model import Model
 from oneword.runtime.request import Request
@@ -18,6 +18,8 @@ def draw(model: Model, *requests: Request | str, max_rows: int = MAX_ROWS, **set
     Raises UsageError before anything is computed for a request that cannot be made, and the error of the first picture
     that fails.
     """
+    if settings and any(isinstance(request, Request) for request in requests):
+        raise UsageError(f"settings ({', '.join(settings)}) go with prompts: give a Request its own")
     made = [request if isinstance(request, Request) else Request(request, **settings) for request in requests]
     pictures: dict[tuple[int, int], PictureDone] = {}
     for event in generate(model, made, max_rows, max_steps=None):

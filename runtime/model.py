@@ -21,11 +21,12 @@ from oneword.engines.errors import BundleError, ConceptError, NotFinite, UsageEr
 from oneword.engines.open import Backend, EngineOptions, open_engine, stream_of
 from oneword.runtime.backends import AUTO, choose_backend
 from oneword.runtime.batched import CALLS, BatchedGraph
-from oneword.runtime.bundle import PLANS, Bundle, Encoder, Manifest, MissingNegative
+from oneword.runtime.bundle import PLANS, Bundle, Encoder, Manifest, MissingNegative, ScheduleKind
 from oneword.runtime.concept import Concept, load_concept
 from oneword.runtime.profiles import DEFAULT_LIMITS, graph_ranges
 from oneword.runtime.prompt import Chunks, Tokenizer, Vocabulary, encode_ids
 from oneword.runtime.request import Image
+from oneword.runtime.samplers import COLUMNS
 from oneword.runtime.table import DEFAULT_CAPACITY, EmbeddingTable
 
 _CACHED_PROMPTS: Final = 256
@@ -75,11 +76,12 @@ class Model:
     ) -> None:
         """`tables` are the encoders' base tables [V, D]; `capacity` is the number of learned vectors that can be loaded
         at a time. Most callers want `Model.open`."""
+        refuse_unsupported(manifest)
         self.manifest = manifest
         self.stream = HostStream() if stream is None else stream
         self.opened: dict[str, float] = {}
         """Seconds that opening each engine took, in the order they were opened; an engine is opened once."""
-        self.why: str = ""
+        self.backend_reason: str = ""
         """Why this backend was chosen, if it was not named."""
         self._open_graph = open_graph
         self._engines: dict[str, Engine] = {}
@@ -108,7 +110,7 @@ class Model:
         Raises UsageError if there is no bundle or no such backend, BundleError if it is broken, ConceptError.
         """
         bundle = Bundle.open(path)
-        chosen, why = choose_backend(bundle, backend)
+        chosen, reason = choose_backend(bundle, backend)
         words = [each if isinstance(each, Concept) else load_concept(Path(each)) for each in concepts]
         rows = sum(max(map(len, word.vectors.values())) for word in words)
 
@@ -126,7 +128,7 @@ class Model:
             stream_of(chosen),
             max(DEFAULT_CAPACITY, rows) if capacity is None else capacity,
         )
-        model.why = why
+        model.backend_reason = reason
         for word in words:
             model.load(word)
         return model
@@ -323,6 +325,19 @@ class Model:
             finite=all(bool(out["finite"].all()) for out in encoded.values()),
             weight_scale={name: np.array(out["weight_scale"]) for name, out in encoded.items()},
         )
+
+
+def refuse_unsupported(manifest: Manifest) -> None:
+    """Raises BundleError for what format 2 can express and this version cannot run."""
+    problems = [
+        (manifest.schedule is not ScheduleKind.BETAS, f"a schedule of kind {manifest.schedule}"),
+        (not manifest.conditioning.repeatable, "contexts that may not be repeated"),
+        (any(encoder.word_optional for encoder in manifest.encoders), "encoders that a word may lack"),
+        (bool(set(manifest.columns) - set(COLUMNS)), f"the columns {', '.join(manifest.columns)}"),
+    ]
+    for unsupported, what in problems:
+        if unsupported:
+            raise BundleError(f"the bundle has {what}, which this oneword cannot run: install a newer one")
 
 
 class _Hold:

@@ -25,6 +25,7 @@ from typing import Final
 import numpy as np
 
 from oneword.engines.errors import EngineError, NotFinite, OnewordError, UsageError, without_frames
+from oneword.runtime.batched import CALLS
 from oneword.runtime.denoiser import Denoiser, Size
 from oneword.runtime.edit import edit_mask, latent_mask, paste
 from oneword.runtime.events import Event, Failed, Latents, PictureDone, StepDone
@@ -37,6 +38,7 @@ from oneword.runtime.row import NoiseStream, Row, time_ids
 MAX_CHUNKS: Final = 64
 _SHARE: Final = 0.4  # of a usual turn's denoising that preparing and decoding may take together
 _RECENT: Final = 65  # turns, whose median is the usual one
+_MORE_PRECISION: Final = "run it with --engine onnxruntime, or export the model with --precision fp32"
 _AHEAD: Final = 32  # pictures at the head of the queue that are looked at for a free slot
 
 
@@ -104,6 +106,8 @@ class Scheduler:
     """Time spent so far, by stage."""
 
     def __post_init__(self) -> None:
+        if self.max_rows < 1:
+            raise UsageError(f"max_rows is {self.max_rows}, allowed is 1 or more")
         self.denoiser = Denoiser(self.model, self.max_rows)
         self._issued = 0
         self._pending: deque[_Pending] = deque()
@@ -146,7 +150,7 @@ class Scheduler:
     def cancel(self, id: int) -> None:
         """Takes a request's pictures out; one that is done is left alone. Raises UsageError for an unknown id."""
         if not 0 <= id < self._issued:
-            raise UsageError(f"no request has the id {id}, the last one is {self._issued - 1}")
+            raise UsageError(f"no request has the id {id}, {self._issued} have been added")
         for pending in [pending for pending in self._pending if pending.id == id]:
             pending.release()
             self._pending.remove(pending)
@@ -156,11 +160,14 @@ class Scheduler:
 
     def cancel_all(self) -> None:
         """Takes every picture out."""
-        for id in range(self._issued):
+        rows = [*self._rows, *(done.row for done in self._finished)]
+        for id in {*(pending.id for pending in self._pending), *(row.id for row in rows)}:
             self.cancel(id)
 
     def step(self, max_steps: int | None = 1) -> list[Event]:
         """One turn, or up to `max_steps` of them as long as nothing but StepDone happens; None is no limit."""
+        if max_steps is not None and max_steps < 1:
+            raise UsageError(f"max_steps is {max_steps}, allowed is 1 or more, or None")
         events: list[Event] = []
         for _ in itertools.count() if max_steps is None else range(max_steps):
             self._left = _SHARE * statistics.median(self._turn_seconds)
@@ -181,7 +188,11 @@ class Scheduler:
         for pending in waiting:
             if tried and busy and time.perf_counter() - start > self._left:
                 break
+            if pending is waiting[0] and self.denoiser.crowded_out(pending.size):
+                break  # nobody else comes first
             while pending.left and self.denoiser.has_room(pending.size):
+                if tried and busy and time.perf_counter() - start > self._left:
+                    break
                 tried = True
                 try:
                     row = self._prepare(pending)
@@ -296,7 +307,7 @@ class Scheduler:
         if row.broken_at is not None:
             self._remove(row)
             message = f"graph 'denoise_step' gave NaN or infinity at step {row.broken_at} of picture {row.index}: "
-            yield Failed(row.id, row.index, NotFinite(message + "export the model with --precision fp32"))
+            yield Failed(row.id, row.index, NotFinite(message + _MORE_PRECISION))
             return
         if stepped:
             yield StepDone(row.id, row.index, row.step, row.steps, preview)
@@ -311,7 +322,7 @@ class Scheduler:
     def _decode(self) -> Iterator[Event]:
         """Decodes finished rows while the turn has time for it; at least one in two turns."""
         start = time.perf_counter()
-        most = len(self._finished)
+        most = min(len(self._finished), CALLS[0])
         if self._rows and self._decode_seconds:
             most = min(most, max(int(self._left / self._decode_seconds), int(self._postponed)))
         self._postponed = most < 1 and len(self._finished) > 0

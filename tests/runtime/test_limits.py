@@ -21,6 +21,8 @@ from oneword.runtime.scheduler import Scheduler
 class Limited:
     """A real engine that refuses what is larger than its limits, as TensorRT's plans do."""
 
+    few_shapes = False
+
     def __init__(self, engine: Engine, limits: Mapping[str, int]) -> None:
         self._engine = engine
         self.name, self.backend, self.inputs, self.outputs = engine.name, engine.backend, engine.inputs, engine.outputs

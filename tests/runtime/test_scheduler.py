@@ -542,3 +542,130 @@ def test_after_the_warm_up_an_engine_that_likes_few_shapes_gets_no_others(tiny_b
     assert sorted(arena._bound) == [1, 2, 3, 4, 6, 8]
     assert all(bound.binding._compiled.static for bound in arena._bound.values())  # type: ignore[attr-defined]
     assert (scheduler.denoiser.stats.branches, scheduler.denoiser.stats.padding) == (6, 1)
+
+
+def test_one_guided_picture_binds_the_step_once(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large graph may be compiled for the first shapes it gets."""
+    bound: list[int] = []
+    bind = Arena._bind
+    monkeypatch.setattr(Arena, "_bind", lambda arena, n: bound.append(n) or bind(arena, n))  # type: ignore[func-returns-value]
+    made(model, [Request("a cat", steps=2)])
+    made(model, [Request("a cat", steps=2, guidance_scale=1.0, num_images=3)])
+
+    assert bound == [2, 3]
+
+
+def test_a_context_that_could_not_be_written_is_written_for_the_next_row(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = Request(f"a {WORDS[3]}", seed=4, steps=3)
+    expected = made(model, [request])[4]
+    write, failed = Arena._write_contexts, list[None]()
+
+    def fail_once(arena: Arena, row: Row) -> None:
+        write(arena, row)
+        if not failed:
+            failed.append(None)
+            for place in arena._pool.slots.values():
+                arena._inputs["context"].write(place, 0.0)  # as if the write had not happened
+            raise EngineError("the device was lost")
+
+    monkeypatch.setattr(Arena, "_write_contexts", fail_once)
+    scheduler = Scheduler(model)
+    scheduler.add(request)
+    scheduler.add(request)
+    events = list(run(scheduler))
+
+    assert [event.id for event in events if isinstance(event, Failed)] == [0]
+    [image] = [event.image for event in events if isinstance(event, PictureDone)]
+    assert near(image, expected)
+
+
+def test_a_displaced_row_that_cannot_be_placed_again_is_reported(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    failing(monkeypatch, lambda inputs: len(inputs["sample"]) > 1)
+    scheduler = Scheduler(model, max_rows=4)
+    for seed in range(4):
+        scheduler.add(Request("a cat", seed=seed, steps=3))
+    events = scheduler.step()
+    place = Arena.place
+
+    def lost(arena: Arena, row: Row) -> bool:
+        if row.seed == 3:
+            raise EngineError("the device was lost")
+        return place(arena, row)
+
+    monkeypatch.setattr(Arena, "place", lost)
+    events += list(run(scheduler))
+
+    assert len(scheduler) == 0
+    assert [event.index for event in events if isinstance(event, Failed)] == [0]
+    assert {event.seed for event in events if isinstance(event, PictureDone)} == {0, 1, 2}
+
+
+def test_a_lone_row_gets_the_memory_of_sizes_that_nobody_uses(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = Scheduler(model)
+    scheduler.add(Request("a cat", steps=1, size=(32, 32)))
+    for _ in run(scheduler):
+        pass
+    failing(monkeypatch, lambda inputs: len(scheduler.denoiser._arenas) > 1)
+    scheduler.add(Request("a cat", steps=2, seed=5))
+
+    assert [event.seed for event in run(scheduler) if isinstance(event, PictureDone)] == [5]
+
+
+def test_pictures_that_end_together_are_decoded_a_call_a_turn(model: Model) -> None:
+    scheduler = Scheduler(model)
+    scheduler.add(Request("a cat", num_images=12, steps=1))
+    counts = [sum(isinstance(event, PictureDone) for event in scheduler.step()) for _ in range(2)]
+
+    assert counts == [8, 4]
+
+
+def test_a_fifth_size_waits_until_one_of_four_is_done(model: Model) -> None:
+    scheduler = Scheduler(model)
+    for i, side in enumerate((32, 40, 48, 56, 64)):
+        scheduler.add(Request("a cat", seed=i, steps=3 + i, size=(side, side)))
+    scheduler.step()
+    waiting = len(scheduler.denoiser.rows)
+    done = [event.seed for event in run(scheduler) if isinstance(event, PictureDone)]
+
+    assert waiting == 4
+    assert sorted(done) == [0, 1, 2, 3, 4]
+    assert len(scheduler.denoiser._arenas) <= 4
+
+
+def test_a_warm_up_among_pictures_on_their_way_is_refused(model: Model) -> None:
+    scheduler = Scheduler(model, max_rows=2)
+    scheduler.add(Request("a cat", steps=2))
+    scheduler.step()
+
+    with pytest.raises(UsageError, match="warm up before requests are added"):
+        scheduler.warm()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model: Scheduler(model, max_rows=0),
+        lambda model: Scheduler(model).step(max_steps=0),
+        lambda model: draw(model, Request("a cat"), steps=5),
+        lambda model: Scheduler(model).cancel(0),
+    ],
+)
+def test_what_makes_no_sense_is_refused(model: Model, call: Any) -> None:
+    with pytest.raises(UsageError, match=r"allowed is 1 or more|give a Request its own|0 have been added"):
+        call(model)
+
+
+def test_a_plan_of_fewer_rows_at_this_size_is_filled_with_fewer(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with a plan of many small pictures and one of a large one: the limits are the widest of both."""
+    bind = Arena._bind
+
+    def narrow(arena: Arena, n: int) -> Any:
+        if arena.capacity > 2:
+            raise FeedError("denoise_step was given B = 4, its plan takes 1 to 2")
+        return bind(arena, n)
+
+    monkeypatch.setattr(Arena, "_bind", narrow)
+
+    assert len(made(model, [Request("a cat", num_images=5, steps=2)])) == 5

@@ -1,0 +1,64 @@
+"""Which backend `auto` takes."""
+
+from pathlib import Path
+
+import pytest
+
+from oneword.engines.errors import EngineError, UsageError
+from oneword.engines.graph import Precision
+from oneword.engines.open import Backend
+from oneword.engines.plans import PlanCache, PlanKey
+from oneword.runtime import backends
+from oneword.runtime.backends import _has_plans, choose_backend
+from oneword.runtime.bundle import Bundle
+
+
+@pytest.fixture
+def bundle(tiny_bundle: Path, tmp_path: Path) -> Bundle:
+    """With a plans folder of its own."""
+    opened = Bundle.open(tiny_bundle)
+    return Bundle(tmp_path, opened.manifest)
+
+
+def test_a_backend_that_is_named_is_taken_and_an_unknown_one_refused(bundle: Bundle) -> None:
+    assert choose_backend(bundle, "onnxruntime") == (Backend.ONNXRUNTIME, "")
+    with pytest.raises(UsageError, match="no backend is called 'abacus', allowed are auto, onnxruntime"):
+        choose_backend(bundle, "abacus")
+
+
+def test_the_fastest_without_an_obstacle_is_taken_and_the_others_are_explained(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    obstacles = {Backend.TENSORRT: "not installed", Backend.TENSORRT_RTX: "no GPU", Backend.CUDA: "no GPU"}
+    monkeypatch.setattr(backends, "_obstacles", lambda bundle, backend: iter(filter(None, [obstacles.get(backend)])))
+    backend, reason = choose_backend(bundle)
+
+    assert backend is Backend.OPENVINO
+    assert reason.startswith("openvino is used; not tensorrt: not installed; not tensorrt-rtx: no GPU")
+
+    obstacles |= {Backend.OPENVINO: "not installed", Backend.ONNXRUNTIME: "broken"}
+    with pytest.raises(EngineError, match="no backend can run this bundle here: not tensorrt: not installed"):
+        choose_backend(bundle)
+
+
+def test_plans_count_only_of_this_library_version_gpu_and_graph(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from oneword.engines import builder
+
+    monkeypatch.setattr(builder, "installed_version", lambda flavour: "11.4")
+
+    def keep(folder: str, digests: dict[str, str], flavour: str = "tensorrt") -> None:
+        for name, digest in digests.items():
+            key = PlanKey(digest, flavour, "11.4", "sm89", Precision.FP32, {"B": (1, 1, 4)}, (name,))
+            PlanCache(bundle.path / "plans" / folder).load_or_build(key, lambda: b"plan")
+
+    digests = {name: graph.digest for name, graph in bundle.manifest.graphs.items()}
+    keep("tensorrt-rtx-11.4-sm89", digests, "tensorrt-rtx")
+    keep("tensorrt-10.3-sm89", digests)
+    keep("tensorrt-11.4-sm120", digests)
+    keep("tensorrt-11.4-sm89", dict.fromkeys(digests, "of other weights"))
+    assert not _has_plans(bundle, Backend.TENSORRT, "sm89")
+
+    keep("tensorrt-11.4-sm89", digests)
+    assert _has_plans(bundle, Backend.TENSORRT, "sm89")
