@@ -37,6 +37,7 @@ from oneword.runtime.row import NoiseStream, Row, time_ids
 
 MAX_CHUNKS: Final = 64
 _SHARE: Final = 0.4  # of a usual turn's denoising that preparing and decoding may take together
+_PATIENCE: Final = 4  # turns in a row that decoding may be put off for newcomers
 _RECENT: Final = 65  # turns, whose median is the usual one
 _MORE_PRECISION: Final = "run it with --engine onnxruntime, or export the model with --precision fp32"
 _AHEAD: Final = 32  # pictures at the head of the queue that are looked at for a free slot
@@ -115,8 +116,9 @@ class Scheduler:
         self._finished: deque[_Finished] = deque()
         self._turn_seconds: deque[float] = deque([0.0], maxlen=_RECENT)  # of denoising
         self._decode_seconds = 0.0  # of one picture, the last time
+        self._admitted = False  # whether this turn prepared a picture
         self._left = 0.0  # seconds that this turn has for preparing and decoding
-        self._postponed = False  # whether the last turn had none left to decode in
+        self._postponed = 0  # turns in a row that had none left to decode in
 
     def __len__(self) -> int:
         """Pictures that are still to come."""
@@ -186,12 +188,12 @@ class Scheduler:
                 self._encode(waiting[: self.max_rows])
         tried = False
         for pending in waiting:
-            if tried and busy and time.perf_counter() - start > self._left:
+            if tried and busy and time.perf_counter() - start > self._left / 2:
                 break
             if pending is waiting[0] and self.denoiser.crowded_out(pending.size):
                 break  # nobody else comes first
             while pending.left and self.denoiser.has_room(pending.size):
-                if tried and busy and time.perf_counter() - start > self._left:
+                if tried and busy and time.perf_counter() - start > self._left / 2:
                     break
                 tried = True
                 try:
@@ -205,6 +207,7 @@ class Scheduler:
                 pending.next_index += 1
             if not pending.left:
                 self._pending.remove(pending)
+        self._admitted = tried
         seconds = time.perf_counter() - start
         self._left -= seconds
         self.seconds["encode"] += seconds
@@ -320,12 +323,13 @@ class Scheduler:
         self._rows.remove(row)
 
     def _decode(self) -> Iterator[Event]:
-        """Decodes finished rows while the turn has time for it; at least one in two turns."""
+        """Decodes finished rows while the turn has time for it; at least one, unless newcomers were prepared."""
         start = time.perf_counter()
         most = min(len(self._finished), CALLS[0])
         if self._rows and self._decode_seconds:
-            most = min(most, max(int(self._left / self._decode_seconds), int(self._postponed)))
-        self._postponed = most < 1 and len(self._finished) > 0
+            due = not self._admitted or self._postponed >= _PATIENCE
+            most = min(most, max(int(self._left / self._decode_seconds), int(due)))
+        self._postponed = self._postponed + 1 if self._finished and most < 1 else 0
         while most > 0:
             chosen = self._next_finished(min(most, self.max_rows))
             most -= len(chosen)
