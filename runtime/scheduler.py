@@ -188,12 +188,12 @@ class Scheduler:
                 self._encode(waiting[: self.max_rows])
         tried = False
         for pending in waiting:
-            if tried and busy and time.perf_counter() - start > self._left / 2:
+            if tried and busy and time.perf_counter() - start > self._left:
                 break
             if pending is waiting[0] and self.denoiser.crowded_out(pending.size):
                 break  # nobody else comes first
             while pending.left and self.denoiser.has_room(pending.size):
-                if tried and busy and time.perf_counter() - start > self._left / 2:
+                if tried and busy and time.perf_counter() - start > self._left:
                     break
                 tried = True
                 try:
