@@ -18,7 +18,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from oneword.engines.engine import Binding, Engine, Event, Replay, Stream
+from oneword.engines.engine import Binding, Engine, Event, Replay, Stream, shape_of
 from oneword.engines.errors import EngineError, FeedError, OnewordError, UsageError, without_frames
 from oneword.runtime.bundle import Manifest
 from oneword.runtime.events import Latents
@@ -85,7 +85,7 @@ class Arena:
     ) -> None:
         """`branches` is the N that is bound first; large graphs may be compiled for the first shapes they get."""
         self.capacity, self.size = capacity, size
-        self._engine, self._stream, self._manifest, self._stats = engine, stream, manifest, stats
+        self._engine, self._stream, self._stats = engine, stream, stats
         self._rows: list[Row | None] = [None] * capacity
         self._pool = _ContextPool(CONTEXTS_PER_ROW * capacity)
         self._bound: dict[int, _Bound] = {}
@@ -262,11 +262,7 @@ class Arena:
         specs = self._engine.inputs
         own = {name for name, spec in specs.items() if "N" in spec.axes}
         shared = {name: array for name, array in self._inputs.items() if name not in own} if self._bound else {}
-        shapes = {
-            name: [sizes[axis] if isinstance(axis, str) else axis for axis in spec.axes]
-            for name, spec in specs.items()
-            if name not in shared
-        }
+        shapes = {name: shape_of(self._engine.name, spec, sizes) for name, spec in specs.items() if name not in shared}
         bound = _Bound(self._engine.bind(shapes, shared, self._outputs if self._bound else {}))
         self._bound[n] = bound
         self._stats.bindings += 1
@@ -296,8 +292,9 @@ class Arena:
 
     def _write_contexts(self, row: Row) -> None:
         """Those of a row that are not in the pool. One shorter than T is repeated: exact in cross-attention."""
-        for prompt in row.all_contexts:
-            if (place := self._pool.hold(prompt)) is not None:
+        places = [(prompt, self._pool.hold(prompt)) for prompt in row.all_contexts]  # all, before any write can fail
+        for prompt, place in places:
+            if place is not None:
                 times = self.size[2] // len(prompt.hidden_states)
                 self._inputs["context"].write(place, np.tile(prompt.hidden_states, (times, 1)))
                 if "pooled" in self._inputs and prompt.pooled is not None:

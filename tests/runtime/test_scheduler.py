@@ -669,3 +669,25 @@ def test_a_plan_of_fewer_rows_at_this_size_is_filled_with_fewer(model: Model, mo
     monkeypatch.setattr(Arena, "_bind", narrow)
 
     assert len(made(model, [Request("a cat", num_images=5, steps=2)])) == 5
+
+
+def test_a_row_that_cannot_be_written_takes_no_context_from_another(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The newcomer shares its prompt with a row on its way, and fails at its own negative prompt."""
+    scheduler = Scheduler(model)
+    scheduler.add(Request("a cat", negative_prompt="red", seed=1, steps=4))
+    scheduler.step()
+    [arena] = scheduler.denoiser._arenas.values()
+    held = dict(arena._pool._rows)
+    context: Any = arena._inputs["context"]
+
+    def lost(region: Any, values: Any) -> None:
+        raise EngineError("the device was lost")
+
+    monkeypatch.setattr(context, "write", lost)
+    scheduler.add(Request("a cat", negative_prompt="blue", seed=2, steps=4))
+    events = scheduler.step()
+
+    assert [event.id for event in events if isinstance(event, Failed)] == [1]
+    assert dict(arena._pool._rows) == held
