@@ -6,7 +6,7 @@ from typing import Final
 
 import numpy as np
 
-from oneword.engines.engine import Binding, Engine, Given, NumpyArray
+from oneword.engines.engine import Binding, Engine, Given, NumpyArray, shape_of
 
 CALLS: Final = (8, 4, 2, 1)
 _MAX_BINDINGS: Final = 16
@@ -51,7 +51,7 @@ class BatchedGraph:
             for name, spec in self._engine.outputs.items():
                 known = {"B": count, **(sizes or {})}
                 if all(isinstance(axis, int) or axis in known for axis in spec.axes):
-                    shapes[name] = tuple(axis if isinstance(axis, int) else known[axis] for axis in spec.axes)
+                    shapes[name] = shape_of(self._engine.name, spec, known)
             self._bindings[key] = self._engine.bind(shapes, self._fixed)
         self._bindings.move_to_end(key)
         while len(self._bindings) > _MAX_BINDINGS:

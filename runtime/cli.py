@@ -22,7 +22,7 @@ from oneword.runtime.images import read_image, read_mask, save_png
 from oneword.runtime.model import Model
 from oneword.runtime.request import Request, resolve
 from oneword.runtime.samplers import Sampler
-from oneword.runtime.scheduler import Scheduler
+from oneword.runtime.scheduler import MAX_ROWS, Scheduler
 
 _PLACE = "{}"
 _BUNDLES = "the bundle's"
@@ -67,7 +67,9 @@ _BUNDLES = "the bundle's"
     show_default=True,
     help="What runs the graphs; auto takes the fastest that is installed.",
 )
-@click.option("--max-rows", type=click.IntRange(1), default=16, show_default=True, help="Most pictures made at a time.")
+@click.option(
+    "--max-rows", type=click.IntRange(1), default=MAX_ROWS, show_default=True, help="Most pictures made at a time."
+)
 @click.option(
     "--word",
     "words",

@@ -7,9 +7,7 @@ from oneword.engines.errors import OnewordError, UsageError
 from oneword.runtime.events import Event, Failed, PictureDone
 from oneword.runtime.model import Model
 from oneword.runtime.request import Request
-from oneword.runtime.scheduler import Scheduler
-
-MAX_ROWS = 16
+from oneword.runtime.scheduler import MAX_ROWS, Scheduler
 
 
 def draw(model: Model, *requests: Request | str, max_rows: int = MAX_ROWS, **settings: Any) -> list[PictureDone]:

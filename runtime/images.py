@@ -51,7 +51,7 @@ def png_bytes(image: Image, parameters: str) -> bytes:
 
 
 def open_picture(path: Path) -> PIL.Image.Image:
-    """Reads a picture safely, whoever made it: decoded, upright as its EXIF says, 8 bits a channel, in its own mode.
+    """Reads a picture from an untrusted file: decoded, upright as its EXIF says, 8 bits a channel, in its own mode.
 
     Of an animation it is the first frame. Numbers of 16 bits are scaled to 8; floats and 32-bit integers, which do not
     state their range, by the smallest of 1 (floats alone), 255 and 65535 that holds them all.

@@ -36,6 +36,8 @@ from oneword.runtime.request import Request, ResolvedSettings, resolve
 from oneword.runtime.row import NoiseStream, Row, time_ids
 
 MAX_CHUNKS: Final = 64
+MAX_ROWS: Final = 16
+"""Slots of a size, unless a caller says otherwise."""
 _SHARE: Final = 0.4  # of a usual turn's denoising that preparing and decoding may take together
 _PATIENCE: Final = 4  # turns in a row that decoding may be put off for newcomers
 _RECENT: Final = 65  # turns, whose median is the usual one
@@ -102,7 +104,7 @@ class Scheduler:
     """The pictures on their way through one model. At most `max_rows` of a size share an engine call."""
 
     model: Model
-    max_rows: int = 16
+    max_rows: int = MAX_ROWS
     seconds: dict[str, float] = field(default_factory=lambda: {"encode": 0.0, "denoise": 0.0, "decode": 0.0})
     """Time spent so far, by stage."""
 
@@ -188,8 +190,6 @@ class Scheduler:
                 self._encode(waiting[: self.max_rows])
         tried = False
         for pending in waiting:
-            if tried and busy and time.perf_counter() - start > self._left:
-                break
             if pending is waiting[0] and self.denoiser.crowded_out(pending.size):
                 break  # nobody else comes first
             while pending.left and self.denoiser.has_room(pending.size):

@@ -78,7 +78,7 @@ class Refusing(Doubled):
 
     def forward(self, x: torch.Tensor, absent: torch.Tensor | None, y: torch.Tensor | None) -> torch.Tensor:
         if torch.jit.is_tracing():
-            raise NotImplementedError
+            raise NotImplementedError("recording it fails, as of a module with an operation that cannot be traced")
         return super().forward(x, absent, y)
 
 
