@@ -22,9 +22,11 @@ Terms:
                   takes is in both. Pairs that differ by more than a factor of two are left out.
     engine-busy   Time inside a binding's run of `denoise_step`.
     full batches  Of the same mix of N: the branches of all calls over the time that these calls take alone, which is
-                  busy time times the ratio of alone to busy in the pairs. In the closed loop this is the capacity.
-    load          Rate of arrival times mean branch evaluations of a request, over the capacity that the new code has in
-                  the closed loop with the same sizes. The number of arrivals is chosen so that it is met.
+                  busy time times the ratio of alone to busy in the pairs.
+    load          Rate of arrival times mean branch evaluations of a request, over the branch evaluations per second of
+                  the new code in the closed loop with the same sizes. The number of arrivals is chosen so that it is
+                  met. A quarter of a phase passes before it is measured.
+    other work    Encoding and decoding, whose time in the engines is added to that of the full batches.
     useful        Branch evaluations that a step of a picture needed, counted from its events: 2 with guidance, else 1.
     wait          From a picture's arrival to the end of the turn that made its first step; in turns, those that ended
                   after the arrival, the first step's included: 2 is the turn it arrived in and the next. "Slot free":
@@ -52,7 +54,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +105,7 @@ SIMULATED_BARS = (
 PLAIN = (  # numbers without an aim
     ("closed", "pictures_per_second", "closed loop: pictures a second"),
     ("closed", "branches_per_second", "closed loop: branches a second"),
+    ("closed", "rate_with_other", "closed loop: branches a second, over full batches and the other work"),
     ("closed", "engine_share", "closed loop: share of time in `denoise_step`"),
     ("closed", "other_share", "closed loop: share of time in text encoder and VAE"),
     ("0.6", "turn_ms", "load 0.6: median turn, ms"),
@@ -174,6 +177,12 @@ class Log:
     slots: int
     turns: list[Turn] = field(default_factory=list)
     pictures: dict[tuple[int, int], Picture] = field(default_factory=dict)
+    start: float = 0.0
+    """Turns that began and pictures that arrived before it are not measured."""
+
+    def after(self, start: float) -> "Log":
+        """The same phase, measured from `start` on."""
+        return replace(self, start=start)
 
 
 Feed = Callable[[float, int], list[tuple[float, Order]]]
@@ -217,7 +226,7 @@ def contend(options: argparse.Namespace) -> dict[str, Any]:
     else:
         make = New if options.contender == "new" else Old
         contender = make(options.bundle, options.engine, options.threads, options.max_rows, every)
-    given = json.loads(options.capacity)
+    given = json.loads(options.rates)
     results: dict[str, Result] = {}
     for number, (name, each) in enumerate(sizes.items()):
         backlog = 2 * options.max_rows * len(each)
@@ -227,11 +236,12 @@ def contend(options: argparse.Namespace) -> dict[str, Any]:
         phases: Result = {}
         log = drive(contender, closed(orders(10 + number, each), backlog), options.seconds / 2, Clock())
         phases["closed"] = summary(log)
-        capacity = given.get(name, phases["closed"]["capacity"])
+        rate = given.get(name, phases["closed"]["branches_per_second"])
+        lead, seconds = options.seconds / 4, options.seconds * 5 / 4
         for load in LOADS:
             source = orders(20 + number, each)
-            arrivals = open_loop(source, load * capacity * options.seconds, options.seconds, 30 + number)
-            phases[f"{load:g}"] = summary(drive(contender, scripted(arrivals), options.seconds, Clock()))
+            arrivals = open_loop(source, load * rate * seconds, seconds, 30 + number)
+            phases[f"{load:g}"] = summary(drive(contender, scripted(arrivals), seconds, Clock()).after(lead))
         phases["all"] = {"bindings": contender.meter.bindings - bindings, **_shares(before, _counts(contender))}
         results[name] = phases
     return {"backend": contender.backend, "sizes": results}
@@ -300,7 +310,7 @@ def drive(contender: Contender, feed: Feed, seconds: float, clock: Any) -> Log:
 
 def summary(log: Log) -> dict[str, float]:
     """The numbers of a phase; see the module for their terms."""
-    turns = [turn for turn in log.turns if turn.end <= log.seconds] or log.turns[:1]
+    turns = [turn for turn in log.turns if log.start <= turn.start and turn.end <= log.seconds] or log.turns[:1]
     ends = [turn.end for turn in log.turns]
     pairs = [pair for turn in turns for pair in zip(turn.steps, turn.alone, strict=False)]
     pairs = [(run, alone) for run, alone in pairs if 0.5 <= alone / run.seconds <= 2]
@@ -308,25 +318,27 @@ def summary(log: Log) -> dict[str, float]:
     useful, ran = sum(turn.useful for turn in turns), sum(run.branches for turn in turns for run in turn.steps)
     busy = sum(run.seconds for turn in turns for run in turn.steps)
     other = sum(run.seconds for turn in turns for run in turn.runs) - busy
-    wall = turns[-1].end
+    wall = turns[-1].end - log.start
     full = ran / (busy * ratio) if pairs else useful / wall
     own = own_times(pairs)
     median = statistics.median(turn.end - turn.start for turn in turns)
     overheads = [turn.end - turn.start - sum(own(run) for run in turn.steps) for turn in turns]
     hosts = [turn.end - turn.start - sum(run.seconds for run in turn.runs) for turn in turns]
     waits, free = [], []
-    for picture in log.pictures.values():
+    for picture in (picture for picture in log.pictures.values() if picture.arrived >= log.start):
         first = min(picture.first, ends[-1])
         wait = first - picture.arrived, bisect.bisect_left(ends, first) - bisect.bisect_right(ends, picture.arrived) + 1
         waits.append(wait)
         if found_slot(log, picture):
             free.append(wait)
     return {
-        "capacity": full,
+        "full_rate": full,
         "branches_per_second": useful / wall,
-        "pictures_per_second": sum(picture.last <= wall for picture in log.pictures.values()) / wall,
+        "pictures_per_second": sum(log.start < picture.last <= turns[-1].end for picture in log.pictures.values())
+        / wall,
         "busy_rate": useful / busy / full if busy else math.nan,
         "rate": useful / wall / full,
+        "rate_with_other": (useful / full + other) / wall,
         "engine_share": busy / wall,
         "other_share": other / wall,
         "turns": len(turns),
@@ -461,10 +473,10 @@ def _bundle(name: str, options: argparse.Namespace) -> Path:
 def _child(
     name: str, engine: str, bundle: Path, options: argparse.Namespace, new: Mapping[str, Result] | None = None
 ) -> dict[str, Any]:
-    capacity = {sizes: phases["closed"]["capacity"] for sizes, phases in (new or {}).items()}
+    rates = {sizes: phases["closed"]["branches_per_second"] for sizes, phases in (new or {}).items()}
     line = ["-m", "benchmarks.traffic", "--contender", name, "--engine", engine, "--bundle", str(bundle)]
     line += ["--threads", str(options.threads), "--max-rows", str(options.max_rows), "--seconds", str(options.seconds)]
-    line += ["--sizes", *options.sizes, "--capacity", json.dumps(capacity)]
+    line += ["--sizes", *options.sizes, "--rates", json.dumps(rates)]
     print(f"{engine}, {name} ...", file=sys.stderr)
     result: dict[str, Any] = json.loads(_python(line, name, options))
     return result
@@ -502,7 +514,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path("build/traffic"), help="where bundles are kept")
     for name in ("--contender", "--engine", "--bundle"):
         parser.add_argument(name, help=argparse.SUPPRESS)
-    parser.add_argument("--capacity", default="{}", help=argparse.SUPPRESS)
+    parser.add_argument("--rates", default="{}", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.quick and not options.contender:
         options.seconds, options.max_rows, options.sizes = 2.0, 4, ["two sizes"]

@@ -87,6 +87,7 @@ class Model:
         self._engines: dict[str, Engine] = {}
         self._batched: dict[str, BatchedGraph] = {}
         self._contexts: OrderedDict[bytes, EncodedPrompt] = OrderedDict()
+        self._context_bytes = 0
         self._zeros: EncodedPrompt | None = None
         self._words: dict[str, dict[str, tuple[int, ...]]] = {encoder.graph: {} for encoder in manifest.encoders}
         self._tokenizers = dict(tokenizers)
@@ -213,13 +214,13 @@ class Model:
         if new:
             for tokens, context in zip(new, self._encode(new), strict=True):
                 self._contexts[tokens.key] = context
+                self._context_bytes += context.hidden_states.nbytes
         contexts = [self._contexts[tokens.key] for tokens in prompts]
         for tokens in prompts:
             self._contexts.move_to_end(tokens.key)
-        size = sum(context.hidden_states.nbytes for context in self._contexts.values())
-        while len(self._contexts) > _CACHED_PROMPTS or (size > _CACHED_BYTES and len(self._contexts) > 1):
+        while len(self._contexts) > (1 if self._context_bytes > _CACHED_BYTES else _CACHED_PROMPTS):
             _, forgotten = self._contexts.popitem(last=False)
-            size -= forgotten.hidden_states.nbytes
+            self._context_bytes -= forgotten.hidden_states.nbytes
         return contexts
 
     def missing_negative(self, clip_skip: int = 0) -> TokenizedPrompt | EncodedPrompt:

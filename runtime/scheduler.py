@@ -15,7 +15,6 @@ arrives. What a row gets never depends on who shares its engine calls. Not here:
 import contextlib
 import itertools
 import math
-import statistics
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -38,9 +37,10 @@ from oneword.runtime.row import NoiseStream, Row, time_ids
 MAX_CHUNKS: Final = 64
 MAX_ROWS: Final = 16
 """Slots of a size, unless a caller says otherwise."""
-_SHARE: Final = 0.4  # of a usual turn's denoising that preparing and decoding may take together
+_NEWCOMERS: Final = 4  # requests that a turn prepares while others run
+_SHARE: Final = 0.4  # of a usual turn's denoising that preparing and decoding should take together
 _PATIENCE: Final = 4  # turns in a row that decoding may be put off for newcomers
-_RECENT: Final = 65  # turns, whose median is the usual one
+_RECENT: Final = 257  # turns, whose median is the usual one
 _MORE_PRECISION: Final = "run it with --engine onnxruntime, or export the model with --precision fp32"
 _AHEAD: Final = 32  # pictures at the head of the queue that are looked at for a free slot
 
@@ -174,7 +174,7 @@ class Scheduler:
             raise UsageError(f"max_steps is {max_steps}, allowed is 1 or more, or None")
         events: list[Event] = []
         for _ in itertools.count() if max_steps is None else range(max_steps):
-            self._left = _SHARE * statistics.median(self._turn_seconds)
+            self._left = _SHARE * float(np.median(self._turn_seconds))
             turn = [*self._admit(), *self._denoise(), *self._decode()]
             events += turn
             if not self or any(not isinstance(event, StepDone) or event.denoised is not None for event in turn):
@@ -182,20 +182,17 @@ class Scheduler:
         return events
 
     def _admit(self) -> Iterator[Event]:
-        """Prepares requests that wait and gives their pictures slots while the turn has time for it; at least one."""
-        start, busy = time.perf_counter(), len(self._rows) > 0
+        """Prepares requests that wait and gives their pictures slots: a few per turn, all of them if nothing runs."""
+        start = time.perf_counter()
+        most = _NEWCOMERS if self._rows else self.max_rows
         waiting = [*itertools.islice(self._pending, _AHEAD)]
-        if not busy:
-            with contextlib.suppress(OnewordError):  # each is tried again on its own
-                self._encode(waiting[: self.max_rows])
-        tried = False
-        for pending in waiting:
-            if pending is waiting[0] and self.denoiser.crowded_out(pending.size):
-                break  # nobody else comes first
+        if waiting and self.denoiser.crowded_out(waiting[0].size):
+            waiting = []  # nobody else comes first
+        newcomers = [pending for pending in waiting if self.denoiser.has_room(pending.size)][:most]
+        with contextlib.suppress(OnewordError):  # each is tried again on its own
+            self._encode(newcomers)
+        for pending in newcomers:
             while pending.left and self.denoiser.has_room(pending.size):
-                if tried and busy and time.perf_counter() - start > self._left:
-                    break
-                tried = True
                 try:
                     row = self._prepare(pending)
                     placed = self.denoiser.place(row)
@@ -207,7 +204,7 @@ class Scheduler:
                 pending.next_index += 1
             if not pending.left:
                 self._pending.remove(pending)
-        self._admitted = tried
+        self._admitted = bool(newcomers)
         seconds = time.perf_counter() - start
         self._left -= seconds
         self.seconds["encode"] += seconds

@@ -152,11 +152,26 @@ def test_rates_are_over_the_same_calls_alone() -> None:
 
     result = summary(log)
 
-    assert result["capacity"] == pytest.approx(4 / 0.9)
+    assert result["full_rate"] == pytest.approx(4 / 0.9)
     assert result["busy_rate"] == pytest.approx(3 / (4 / 0.9))
     assert result["rate"] == pytest.approx(6 / 4 / (4 / 0.9))
     assert result["overhead"] == pytest.approx((2 - 0.9) / 2)
     assert result["host"] == pytest.approx(0.5)
+
+
+def test_what_happens_before_the_start_is_not_measured() -> None:
+    # given a slow first turn with one picture, then a fast one with another
+    run = Run(DENOISE, 1.0, (8, 8), 2)
+    log = Log(10.0, 2, [Turn(0, 6, 2, [run], [1.0]), Turn(6, 8, 2, [run], [1.0])])
+    log.pictures[0, 0] = Picture(0.0, order(1, 1, 2), first=6.0, last=6.0)
+    log.pictures[1, 0] = Picture(6.5, order(1, 1, 2), first=8.0, last=8.0)
+
+    result = summary(log.after(6.0))
+
+    assert (result["turns"], result["pictures"], result["turn_ms"]) == (1, 1, 2000)
+    assert result["wait_ms"] == 1500
+    assert result["branches_per_second"] == 2 / 2
+    assert result["pictures_per_second"] == 1 / 2
 
 
 def test_times_alone_are_interpolated_between_numbers_of_branches() -> None:
