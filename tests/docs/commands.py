@@ -1,0 +1,53 @@
+"""Writes docs/guide/commands.md from the commands' own `--help`.
+
+    python tests/docs/commands.py
+
+A test fails if the page is not what this writes.
+"""
+
+import importlib
+import importlib.metadata
+from pathlib import Path
+
+import click
+
+from oneword.engines.files import write_whole
+
+PAGE = Path(__file__).parents[2] / "docs" / "guide" / "commands.md"
+WIDTH = 100
+HEAD = """# Commands
+
+<!-- Written by `python tests/docs/commands.py` from the commands' --help: edit the help texts. -->
+
+Every command has `-h`, `--version` and `--json`, which prints one JSON document on standard output; progress goes to
+standard error. Errors are one line that says how to fix them. The exit status is 0 for success, 2 for wrong usage, 1
+for any other error and 130 after Ctrl-C. Output files appear whole or not at all.
+
+For completion in bash: `eval "$(_TI_RUN_COMPLETE=bash_source ti-run)"`; in zsh and fish, `zsh_source` and
+`fish_source`; the same for the other commands.
+"""
+
+
+def main() -> None:
+    """Writes the page."""
+    write_whole(PAGE, page().encode())
+
+
+def page() -> str:
+    """The page's text."""
+    scripts = importlib.metadata.distribution("oneword").entry_points.select(group="console_scripts")
+    commands = {script.name: importlib.import_module(script.module).command for script in scripts}
+    names = ["ti-train", "ti-export", "ti-run", "ti-concept", "ti-eval"]
+    sections = [_section(name, commands[name]) for name in [*names, *sorted(commands.keys() - {*names})]]
+    return "\n".join([HEAD, *sections])
+
+
+def _section(name: str, command: click.Command, level: int = 2) -> str:
+    context = click.Context(command, info_name=name, max_content_width=WIDTH, terminal_width=WIDTH)
+    text = f"{'#' * level} {name}\n\n```text\n{command.get_help(context)}\n```\n"
+    subcommands = command.commands.items() if isinstance(command, click.Group) else ()
+    return "\n".join([text, *(_section(f"{name} {sub}", each, level + 1) for sub, each in sorted(subcommands))])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""Every code block of the README and the guide runs as it is written, in the order of its page.
+
+A block that is not run has `<!-- not run: REASON -->` above it. Each page gets a folder with what it starts from.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from oneword.runtime import Concept, save_concept
+from oneword.train.miniature.world import HELD_OUT_LOOKS, Scene, Thing, render
+
+ROOT = Path(__file__).parents[2]
+BLOCK = re.compile(r"(?:<!-- not run: (.+?) -->\n\n)?^```(\w*)\n(.*?)^```$", re.M | re.S)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "guide").glob("*.md"))]
+FROM_PICTURES = ("README.md", "quickstart.md")
+"""Pages that learn their word and export their model themselves."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of a page."""
+
+    language: str
+    code: str
+    reason: str
+    """Why it is not run, if it is not."""
+
+
+def runnable(page: Path) -> list[Block]:
+    """The blocks of a page that are code and are run; a block of `text` is no code."""
+    blocks = [Block(language, code, reason) for reason, language, code in BLOCK.findall(page.read_text("utf-8"))]
+    return [block for block in blocks if block.language != "text" and not block.reason]
+
+
+@pytest.fixture(scope="session")
+def miniature_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    bundle = tmp_path_factory.mktemp("guide") / "bundle"
+    run(["ti-export", "miniature", str(bundle)], bundle.parent)
+    return bundle
+
+
+@pytest.mark.parametrize("page", [pytest.param(page, id=page.name) for page in PAGES if runnable(page)])
+def test_every_code_block_of_a_page_runs(page: Path, miniature_bundle: Path, tmp_path: Path) -> None:
+    pictures = tmp_path / ("demo-output/pictures" if page.name in FROM_PICTURES else "photos")
+    draw_photographs(pictures)
+    if page.name not in FROM_PICTURES:
+        shutil.copytree(miniature_bundle, tmp_path / "bundle")
+        save_concept(
+            Concept("<toy>", {"text_encoder": np.full((1, 128), 0.03, np.float32)}), tmp_path / "toy.safetensors"
+        )
+
+    for block in runnable(page):
+        if block.language == "sh":
+            run(["bash", "-euo", "pipefail", "-c", block.code], tmp_path)
+        else:
+            assert block.language == "python", f"{page.name} has a block of {block.language!r}: mark why it is not run"
+            run([sys.executable, "-c", block.code], tmp_path)
+
+    code = "".join(block.code for block in runnable(page))
+    saved = re.findall(r"--output (\S+\.safetensors)|picture\.save\(f?\"(\S+)\"\)", code)
+    for word, picture in saved:
+        pattern = word or re.sub(r"\{.*?\}", "*", picture)
+        assert list(tmp_path.glob(pattern)), f"{page.name} should have written {pattern}"
+
+
+def draw_photographs(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    for i, background in enumerate(("studio", "kitchen", "desert", "meadow", "brick")):
+        image, _ = render(Scene((Thing(HELD_OUT_LOOKS[0]),), background), seed=1000 + i)
+        Image.fromarray(image).save(folder / f"{background}.png")
+
+
+def run(command: list[str], folder: Path) -> None:
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    done = subprocess.run(command, cwd=folder, env={**os.environ, "PATH": path}, capture_output=True, text=True)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
