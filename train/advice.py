@@ -1,4 +1,4 @@
-"""Warnings about a word: before learning, from its pictures and init, and after it, from its losses. Only text."""
+"""Warnings about a word: before learning, from its pictures and init; afterwards, from its losses. Text only."""
 
 from __future__ import annotations
 
@@ -15,48 +15,48 @@ from oneword.train.prompts import probes
 from oneword.train.word import Word
 
 FEW_PICTURES = 3
-UNMOVED = 0.01  # of its length
-UNIMPROVED = 0.999  # of the loss at the start
+UNMOVED = 0.01  # of the word's length
+UNIMPROVED = 0.999  # of the initial loss
 DEAF = 0.3  # of the initial response to the rest of a prompt
 
 
 def before(source: Source, images: Path, init: str, pictures: Sequence[Picture]) -> Iterator[str]:
-    """Too few pictures, unread or repeated ones, an init of several tokens."""
+    """Warns of too few pictures, skipped or duplicate pictures, and an init of several tokens."""
     if len(pictures) < FEW_PICTURES:
-        yield f"{images} holds {len(pictures)} picture{'s'[: len(pictures) - 1]}: three to five are usual"
+        yield f"{images} has {len(pictures)} picture{'s'[: len(pictures) - 1]}: three to five are usual"
     if unread := unread_pictures(images):
-        yield f"{', '.join(unread)} in {images} is not read: save it as PNG or JPEG"
-    for one, other in near_duplicates(pictures):
-        yield f"{one.name} and {other.name} in {images} are nearly the same picture: one of them teaches nothing"
+        yield f"skipped {', '.join(unread)} in {images}: convert to PNG or JPEG"
+    for first, second in near_duplicates(pictures):
+        yield f"{first.name} and {second.name} in {images} are nearly identical: replace one of them"
     if init == "random" or concept_file(init):
         return
     tokenizer: Any = next(iter(source.tokenizers.values()))
     for word in split_words(init):
         if len(token_ids(tokenizer, word)) > 1:
-            yield f"init {word!r} is several tokens of this model, their mean is used: a common word starts better"
+            yield f"init {word!r} is several tokens in this model, so their mean is used: a common word works better"
 
 
 def after(learner: Learner, index: int) -> Iterator[str]:
-    """A word that did not move, a loss that did not fall, a word that drowns the rest of its prompt."""
+    """Warns of a word that did not move, a loss that did not fall, and a word that drowns out the rest of a prompt."""
     word = learner.words[index]
     if not has_moved(word):
-        yield f"{word.token} is where it started: nothing was learned, raise the rate or the steps"
+        yield f"{word.token} is where it started: nothing was learned, raise the learning rate or the number of steps"
         return
     loss = learner.probe_loss(index)
     if loss > UNIMPROVED * word.start_loss:
         yield (
-            f"{word.token}: the loss on one and the same batch was {word.start_loss:.4f} and is {loss:.4f}: "
-            "it never moved, try another init, another rate or more steps"
+            f"{word.token}: the loss on a fixed batch was {word.start_loss:.4f} and is now {loss:.4f}: "
+            "it did not fall, try another init, another learning rate or more steps"
         )
     templates = probes(learner.recipe.subject)
     try:
-        start, now = (learner.response(index, templates, rows) for rows in (word.initial, word.rows))
+        initial, current = (learner.response(index, templates, rows) for rows in (word.initial, word.rows))
     except UsageError:
-        return  # a word of so many vectors leaves no room for the probes
-    if now < DEAF * start:
+        return  # the word has too many vectors: the probes do not fit
+    if current < DEAF * initial:
         yield (
-            f"{word.token}: what stands around it in a prompt changes pictures {now / start:.0%} as much as around its "
-            "init: likely overfit, try fewer steps, a lower rate or --norm fixed"
+            f"{word.token}: the rest of a prompt changes pictures {current / initial:.0%} as much as with its init: "
+            "likely overfit, try fewer steps, a lower learning rate or --norm fixed"
         )
 
 

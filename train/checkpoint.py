@@ -1,11 +1,11 @@
-"""A run's state on disk, whole or absent: a run killed at any instant is resumed by the same command, bit for bit.
+"""Checkpoints of a run, complete or absent. A run killed at any instant resumes with the same command, bit for bit.
 
     toy.run/step-00000125/  state.safetensors  state.json  COMPLETE
             step-00000150/  ...
 
-A checkpoint is written under another name, synced, marked with the hashes of its files, renamed, and the folder synced;
-then all but the last two are deleted. A checkpoint whose mark is missing or wrong is skipped. Nothing else in the
-folder is ever touched.
+A checkpoint is written under a temporary name, synced, marked with the hashes of its files and renamed, and the folder
+is synced; then all but the last two are deleted. A checkpoint whose mark is missing or wrong is skipped. Nothing else
+in the folder is ever touched.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ FILES = ("state.safetensors", "state.json")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The state of a run: `tensors` by name, `facts` as JSON values, `settings` that a resumed run must share."""
+    """The state of a run: `tensors` by name, `facts` as JSON values, and the `settings` a resumed run must share."""
 
     step: int
     tensors: Mapping[str, torch.Tensor]
@@ -46,7 +46,7 @@ class Checkpoint:
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write it whole, then delete all but the last two. Raises `FileError` if it cannot be written."""
+    """Writes a checkpoint atomically, then deletes all but the last two. Raises `FileError` if it cannot be written."""
     final = folder / f"step-{checkpoint.step:08d}"
     staging = _unfinished(final)
     facts = {"step": checkpoint.step, "facts": checkpoint.facts, "settings": checkpoint.settings}
@@ -56,9 +56,9 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     )
     try:
         folder.mkdir(exist_ok=True)
-        for unfinished in _entries(folder, UNFINISHED):  # of a run killed while it wrote
+        for unfinished in _entries(folder, UNFINISHED):  # left by a run killed while writing
             shutil.rmtree(unfinished)
-        if _read(final) is not None:  # of a run killed or stopped right after it wrote: the same bits
+        if _read(final) is not None:  # left by a run that ended right after writing: the same bits
             return
         staging.mkdir()
         for name, content in zip(FILES, contents, strict=True):
@@ -73,14 +73,14 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
             shutil.rmtree(old)
     except OSError as error:
         raise FileError(
-            f"{folder}: the run's state cannot be written ({error}): the last one written is kept"
+            f"{folder}: cannot write a checkpoint ({error}): the last one is intact, resume with the same command"
         ) from error
 
 
 def load_checkpoint(folder: Path, settings: Mapping[str, str]) -> Checkpoint | None:
-    """The newest whole checkpoint, None if no run has begun.
+    """Returns the newest intact checkpoint, or None if no run has started.
 
-    Raises `UsageError` naming every setting that differs from the run's, `FileError` if no checkpoint is whole.
+    Raises `UsageError` naming every setting that differs from the run's, `FileError` if no checkpoint is intact.
     """
     paths = _entries(folder, STATE)
     for path in reversed(paths):
@@ -89,14 +89,14 @@ def load_checkpoint(folder: Path, settings: Mapping[str, str]) -> Checkpoint | N
             _check_settings(folder, checkpoint.settings, settings)
             return checkpoint
     if paths:
-        raise FileError(f"{folder}: no state of the run in it can be read: delete that folder to begin anew")
+        raise FileError(f"{folder}: none of its checkpoints can be read: delete that folder to start over")
     return None
 
 
 def forget(folder: Path) -> None:
-    """Delete a finished run's states, and the folder if nothing else is in it.
+    """Deletes a finished run's checkpoints, and the folder if nothing else is in it.
 
-    If killed midway, it leaves no partial state that a later run would refuse.
+    If killed midway, it leaves nothing that a later run would refuse.
     """
     for path in _entries(folder, STATE):
         with contextlib.suppress(OSError):
@@ -109,34 +109,36 @@ def forget(folder: Path) -> None:
 
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Lock the run's folder. Raises `UsageError` if another process holds it, `FileError` if it cannot be created."""
+    """Locks the run's folder. Raises `UsageError` if another process holds it, `FileError` if it cannot be created."""
     try:
         folder.mkdir(exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError as error:
-        raise FileError(f"{folder}: the run's state cannot be kept there ({error.strerror})") from error
+        raise FileError(
+            f"{folder}: cannot be used for checkpoints ({error.strerror}): choose a folder with --checkpoints"
+        ) from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         os.close(descriptor)
         raise UsageError(
-            f"another ti-train is at the run in {folder}: wait for it, or give another --output"
+            f"another ti-train is using {folder}: wait for it to finish, or give another --output"
         ) from error
     try:
         yield
     finally:
         with contextlib.suppress(OSError):
-            folder.rmdir()  # if nothing was kept
+            folder.rmdir()  # if it is empty
         os.close(descriptor)
 
 
 def _unfinished(state: Path) -> Path:
-    """The name of a state while it is written or deleted."""
+    """The temporary name of a checkpoint while it is written or deleted."""
     return state.with_name(f".{state.name}.{os.getpid()}")
 
 
 def _entries(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
-    """The states in `folder`, by name: folders whose name matches and that contain only a state's files."""
+    """The checkpoints in `folder`, by name: folders whose name matches and that contain only a checkpoint's files."""
     states = [path for path in sorted(folder.glob("*step-*")) if pattern.fullmatch(path.name) and path.is_dir()]
     return [path for path in states if {inner.name for inner in path.iterdir()} <= {*FILES, MARK}]
 
@@ -152,12 +154,12 @@ def _read(path: Path) -> Checkpoint | None:
     return Checkpoint(state["step"], safetensors.torch.load(contents[0]), state["facts"], state["settings"])
 
 
-def _check_settings(folder: Path, then: Mapping[str, str], now: Mapping[str, str]) -> None:
-    names = [name for name in dict.fromkeys([*then, *now]) if then.get(name) != now.get(name)]
+def _check_settings(folder: Path, saved: Mapping[str, str], requested: Mapping[str, str]) -> None:
+    names = [name for name in dict.fromkeys([*saved, *requested]) if saved.get(name) != requested.get(name)]
     if names:
-        changes = ", ".join(f"{name} was {then.get(name)} and is {now.get(name)}" for name in names)
+        changes = ", ".join(f"{name} was {saved.get(name)} and is {requested.get(name)}" for name in names)
         raise UsageError(
-            f"{folder} holds a run begun otherwise: {changes}; give the same command or delete that folder"
+            f"{folder} holds a run with other settings: {changes}; give the same command or delete that folder"
         )
 
 
