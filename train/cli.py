@@ -1,4 +1,4 @@
-"""`ti-train`: folders of pictures in, concept files out. A thin skin over `oneword.train.learn`."""
+"""`ti-train`: folders of pictures in, concept files out. A thin wrapper around `oneword.train.learn`."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ COLUMNS = ("images", "token", "init", "output")
 
 @dataclass(frozen=True)
 class Job:
-    """What one call of `ti-train` learns: a row of COLUMNS per word, against which model, how, and where its state is.
+    """What one call of `ti-train` learns: a row of COLUMNS per word, the model, the recipe, and what to save where.
 
-    Raises `UsageError` for outputs that could not be written, now rather than after the learning.
+    Raises `UsageError` for outputs that could not be written, before learning rather than after it.
     """
 
     model: str
@@ -53,7 +53,7 @@ class Job:
     def __post_init__(self) -> None:
         check_outputs([Path(row["output"]) for row in self.rows])
         if self.report and (self.report.is_dir() or not self.report.absolute().parent.is_dir()):
-            raise UsageError(f"--report {self.report}: give a file, for example run.html, in a folder that is there")
+            raise UsageError(f"--report {self.report}: give a file in an existing folder, for example run.html")
 
     def tasks(self) -> list[Task]:
         """The words to learn."""
@@ -69,51 +69,51 @@ class Interrupted(OnewordError):
 
 
 class Interruption:
-    """While entered, the first Ctrl-C only sets `requested`, so that the current step ends; the second interrupts."""
+    """A context in which the first Ctrl-C only sets `requested`, so that the step finishes; the second interrupts."""
 
     requested = False
 
     def __enter__(self) -> Interruption:
-        self._before = signal.signal(signal.SIGINT, self._note)
+        self._previous = signal.signal(signal.SIGINT, self._note)
         return self
 
     def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGINT, self._before)
+        signal.signal(signal.SIGINT, self._previous)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
-        signal.signal(signal.SIGINT, self._before)
+        signal.signal(signal.SIGINT, self._previous)
 
 
 @click.command(name="ti-train", context_settings=HELP)
 @version_option
 @click.argument("images", metavar="[IMAGES_DIR]...", nargs=-1, type=PATH)
 @click.option("--model", required=True, help="A diffusers directory, a hub id, a .safetensors file, or miniature.")
-@click.option("--config", type=PATH, help="For a .safetensors file: a diffusers directory of a model of its kind.")
-@click.option("--token", "tokens", multiple=True, help='What the word is called, for example "<toy>".')
-@click.option("--init", "inits", multiple=True, help="A word or words to start from, random, or a concept file.")
+@click.option("--config", type=PATH, help="For a .safetensors file: a diffusers directory of the same kind.")
+@click.option("--token", "tokens", multiple=True, help='The new word, for example "<toy>".')
+@click.option("--init", "inits", multiple=True, help="What to start from: words, random, or a concept file.")
 @click.option("--output", "outputs", multiple=True, type=PATH, help="The concept file to write (.safetensors).")
-@click.option("--manifest", type=PATH, help="A CSV with the columns images, token, init, output, instead of those.")
+@click.option("--manifest", type=PATH, help="A CSV of words instead, with columns images, token, init, output.")
 @click.option("--recipe", default="fast", show_default=True, help=f"One of {', '.join(RECIPES)}.")
 @click.option("--steps", type=int, help="Optimiser steps.")
 @click.option("--vectors", type=int, help="Vectors per word.")
 @click.option("--learning-rate", type=float, help="AdamW's learning rate.")
 @click.option("--batch-size", type=int, help="Pictures per step and word.")
 @click.option("--accumulation", type=int, help="Backward passes per step.")
-@click.option("--norm", type=click.Choice([norm.value for norm in Norm]), help="What happens to a vector's length.")
+@click.option("--norm", type=click.Choice([norm.value for norm in Norm]), help="What a step does to a vector's length.")
 @click.option("--min-snr", type=float, help="Gamma of min-SNR weighting.")
 @click.option("--stop-below", type=float, help="Stop a word early at this DVAR ratio (0.15 is usual).")
 @click.option("--flip", is_flag=True, default=None, help="Also learn from mirrored pictures.")
-@click.option("--compute", type=click.Choice([c.value for c in Compute]), help="The type the UNet computes in.")
-@click.option("--gradient-checkpointing", is_flag=True, default=None, help="Less memory, more time.")
+@click.option("--compute", type=click.Choice([c.value for c in Compute]), help="Number type of the UNet.")
+@click.option("--gradient-checkpointing", is_flag=True, default=None, help="Save memory, take more time.")
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Any other setting of the recipe.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the words' random batches.")
-@click.option("--checkpoints", type=PATH, help="Folder for the run's state.  [default: beside the output, .run]")
-@click.option("--checkpoint-every", type=int, default=25, show_default=True, help="Steps between two saved states.")
-@click.option("--preview-every", type=int, metavar="K", help="Sample sheets every K steps, in OUTPUT.previews/.")
-@click.option("--report", type=PATH, help="The run as one HTML page, samples included.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the words' random batches.")
+@click.option("--checkpoints", type=PATH, help="Folder for checkpoints.  [default: beside the output, .run]")
+@click.option("--checkpoint-every", type=int, default=25, show_default=True, help="Steps between checkpoints.")
+@click.option("--preview-every", type=int, metavar="K", help="Save samples every K steps to OUTPUT.previews/.")
+@click.option("--report", type=PATH, help="Write an HTML report with samples.")
 @click.option("--tensorboard", type=PATH, metavar="DIR", help="Write TensorBoard logs.")
-@click.option("--ray", metavar="ADDRESS", help="Learn over a Ray cluster: auto, local or host:port.")
+@click.option("--ray", metavar="ADDRESS", help="Learn on a Ray cluster: auto, local or host:port.")
 @click.option("--group", type=int, default=4, show_default=True, help="Words per Ray task.")
 @json_option
 def command(
@@ -148,7 +148,7 @@ def command(
         ("group", group),
     ):
         if number is not None and number < 1:
-            raise UsageError(f"--{option} is {number}: give a number, at least 1")
+            raise UsageError(f"--{option} is {number}: give a whole number, at least 1")
     job = Job(
         model,
         config,
@@ -162,15 +162,15 @@ def command(
         tensorboard,
     )
     console = Console(stderr=True, highlight=False)
-    document = learn_on_ray(job, ray, group, console) if ray else learn_here(job, console)
+    document = learn_on_ray(job, ray, group, console) if ray else learn_locally(job, console)
     if as_json:
         click.echo(json.dumps(document, indent=2))
 
 
-def learn_here(job: Job, console: Console) -> dict[str, Any]:
-    """Learn in this process and write the concepts; what `--json` prints."""
+def learn_locally(job: Job, console: Console) -> dict[str, Any]:
+    """Learns in this process and writes the concepts. Returns what `--json` prints."""
     make_report = import_report() if job.report else None
-    from oneword.train.checkpoint import forget, held  # torch: after --help and wrong options have been answered
+    from oneword.train.checkpoint import forget, held  # imports torch, so only once the options are valid
     from oneword.train.learn import learn, quiet
     from oneword.train.preview import SheetFolders
     from oneword.train.progress import log, show
@@ -190,20 +190,20 @@ def learn_here(job: Job, console: Console) -> dict[str, Any]:
         preview_every=job.preview_every or (job.recipe.steps if job.report else None),
     )
     sheets = SheetFolders({row["token"]: Path(row["output"]).with_suffix(".previews") for row in job.rows})
-    shown = show(run, console)
+    updates = show(run, console)
     if job.tensorboard:
-        shown = log(shown, job.tensorboard, [task.token for task in tasks])
+        updates = log(updates, job.tensorboard, [task.token for task in tasks])
     last, notes = None, list[str]()
     with Interruption() as interruption, held(checkpoints), closing(run):
-        for last in shown:
+        for last in updates:
             notes += last.notes
             if last.step == 1 and not last.concepts:  # a new run
                 sheets.forget()
             for sheet in last.sheets:
                 sheets.keep(sheet)
             if interruption.requested and not last.concepts:
-                raise Interrupted(f"stopped at step {last.step} of {last.steps}: the same command goes on from there")
-    assert last is not None  # a run always yields its concepts
+                raise Interrupted(f"stopped at step {last.step} of {last.steps}: run the same command to resume")
+    assert last is not None  # a run always yields its concepts last
     seconds = time.perf_counter() - started
     for row, concept, losses in zip(job.rows, last.concepts, last.history, strict=True):
         save_concept(concept, row["output"])
@@ -226,9 +226,9 @@ def learn_here(job: Job, console: Console) -> dict[str, Any]:
 
 
 def learn_on_ray(job: Job, address: str, group: int, console: Console) -> dict[str, Any]:
-    """Learn over a cluster and write each group's concepts as they come; what `--json` prints."""
+    """Learns on a cluster and writes each group's concepts as it finishes. Returns what `--json` prints."""
     if job.preview_every or job.report or job.tensorboard or job.checkpoints:
-        raise UsageError("--ray shows no run: leave out --preview-every, --report, --tensorboard and --checkpoints")
+        raise UsageError("--ray does not support --preview-every, --report, --tensorboard or --checkpoints: drop them")
     from oneword.train import ray
 
     started = time.perf_counter()
@@ -247,7 +247,7 @@ def learn_on_ray(job: Job, address: str, group: int, console: Console) -> dict[s
 def document_of(
     job: Job, concepts: Sequence[Mapping[str, Any]], steps: int, seconds: Mapping[str, float]
 ) -> dict[str, Any]:
-    """What `--json` prints."""
+    """Returns what `--json` prints."""
     return {
         "concepts": list(concepts),
         "model": job.model,
@@ -259,7 +259,7 @@ def document_of(
 
 
 def import_report() -> Callable[..., str]:
-    """The function that makes a report, imported before the learning. Raises `MissingPackage`."""
+    """Imports the function that makes a report, before the learning. Raises `MissingPackage`."""
     try:
         from oneword.train.report import report
     except ImportError as error:
@@ -270,7 +270,7 @@ def import_report() -> Callable[..., str]:
 def report_of(
     job: Job, make_report: Callable[..., str], last: Progress, notes: Sequence[str], sheets: SheetFolders
 ) -> str:
-    """The run's page."""
+    """Returns the run's report as HTML."""
     from oneword.train.pictures import read_pictures
     from oneword.train.prompts import probes
     from oneword.train.report import LearnedWord
@@ -284,7 +284,7 @@ def report_of(
             vectors=len(next(iter(concept.vectors.values()))),
             pictures=[picture.pixels for picture in read_pictures(Path(row["images"]), 112)],
             losses=losses,
-            sheets=sheets.kept(concept.token),
+            sheets=sheets.images(concept.token),
             prompts=probes(job.recipe.subject),
             likeness=likeness.get(concept.token),
             length=length,
@@ -309,16 +309,14 @@ def rows_of(
     outputs: Sequence[Path],
     manifest: Path | None,
 ) -> list[dict[str, str]]:
-    """COLUMNS of every word, from the options or the CSV."""
+    """Returns COLUMNS for every word, from the options or the CSV."""
     if manifest:
         if images or tokens or inits or outputs:
-            raise UsageError(
-                "--manifest takes the place of IMAGES_DIR, --token, --init and --output: give one or the other"
-            )
+            raise UsageError("--manifest replaces IMAGES_DIR, --token, --init and --output: give one or the other")
         return read_manifest(manifest)
     count = len(images)
     if not count:
-        raise UsageError(f"no folder of pictures: {EXAMPLE}")
+        raise UsageError(f"no folder of pictures given: {EXAMPLE}")
     inits = inits or ["object"]
     inits = list(inits) * count if len(inits) == 1 else inits
     for option, values in (("--token", tokens), ("--init", inits), ("--output", outputs)):
@@ -329,14 +327,14 @@ def rows_of(
 
 
 def read_manifest(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV; folders and outputs are relative to it. Raises `UsageError` for missing columns."""
+    """Returns the rows of a CSV; folders and outputs are relative to it. Raises `UsageError` for missing columns."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise FileError(f"{path} cannot be read: {error}") from error
     if not rows:
-        raise UsageError(f"{path} names no word: give a line of {', '.join(COLUMNS)} for each")
+        raise UsageError(f"{path} lists no words: add a line with {', '.join(COLUMNS)} for each")
     for number, row in enumerate(rows, start=2):
         if missing := [name for name in COLUMNS if not row.get(name) and name != "init"]:
             raise UsageError(f"{path} line {number} has no {', '.join(missing)}: the columns are {', '.join(COLUMNS)}")
@@ -355,20 +353,20 @@ def check_outputs(paths: Sequence[Path]) -> None:
     """Raises `UsageError` if a concept could not be written."""
     for path in paths:
         if path.suffix != ".safetensors":
-            raise UsageError(f"--output {path}: a concept is written as .safetensors")
+            raise UsageError(f"--output {path}: concepts are written as .safetensors files")
         if not path.absolute().parent.is_dir():
-            raise UsageError(f"--output {path}: there is no folder {path.parent}: make it first")
+            raise UsageError(f"--output {path}: the folder {path.parent} does not exist: create it first")
         if paths.count(path) > 1:
-            raise UsageError(f"--output {path} is given twice: give each word a file of its own")
+            raise UsageError(f"--output {path} is given twice: give each word its own file")
 
 
 def _relative_init(manifest: Path, init: str) -> str:
-    """An init that is a concept file is relative to the manifest, like the other paths."""
+    """Makes an init that is a concept file relative to the manifest, like the other paths."""
     return str(manifest.parent / init) if init.endswith(".safetensors") else init
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The console script: the exit status."""
+    """The console script. Returns the exit status."""
     return exit_status(command, "ti-train", arguments)
 
 

@@ -1,4 +1,4 @@
-"""A word's initial rows: rows of the vocabulary, their mean, a random row of their length, or another concept."""
+"""A word's initial rows: a row of the vocabulary, a mean of several, a random row of median length, or a concept's."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from oneword.train.word import Rows
 
 
 def initial_rows(source: Source, init: str, vectors: int, seed: int) -> Rows:
-    """A word's initial rows, `vectors` for each text encoder; see `oneword.train.tasks.Task` for `init`."""
+    """Returns a word's initial rows, `vectors` per text encoder; see `oneword.train.tasks.Task` for `init`."""
     if path := concept_file(init):
         return _rows_of_concept(load_concept(path), source, vectors)
     rows: dict[str, torch.Tensor] = {}
@@ -33,7 +33,7 @@ def initial_rows(source: Source, init: str, vectors: int, seed: int) -> Rows:
 
 
 def concept_file(init: str) -> Path | None:
-    """The file of an init that is another concept; None if it is words."""
+    """The file of an init that is a concept; None if the init is words."""
     return Path(init) if init.endswith(".safetensors") else None
 
 
@@ -43,7 +43,7 @@ def _rows_of_concept(concept: Concept, source: Source, vectors: int) -> Rows:
         width = embedding_table(model).shape[1]
         if name not in concept.vectors or concept.vectors[name].shape[1] != width:
             raise UsageError(
-                f"the concept {concept.token!r} has no rows {width} wide for {name}: start from another word"
+                f"the concept {concept.token!r} has no vectors of width {width} for {name}: give another init"
             )
         vectors_of_concept = torch.from_numpy(concept.vectors[name].copy())
         rows[name] = vectors_of_concept[torch.arange(vectors).clamp(max=len(vectors_of_concept) - 1)]
@@ -60,15 +60,13 @@ def split_words(init: str) -> list[str]:
     """The words of an init, separated by spaces or commas. Raises `UsageError` if there are none."""
     words = re.split(r"[\s,]+", init.strip())
     if not words[0]:
-        raise UsageError("init is empty: give a word that says roughly what the pictures show, for example toy")
+        raise UsageError("init is empty: give a word that roughly describes the pictures, for example toy")
     return words
 
 
 def token_ids(tokenizer: Any, word: str) -> list[int]:
-    """The ids of a word, without BOS and EOS."""
+    """The token ids of a word, without BOS and EOS."""
     ids: list[int] = tokenizer(word, add_special_tokens=False).input_ids
     if not ids:
-        raise UsageError(
-            f"init {word!r} is no token at all for this model: give a word that says what the pictures show"
-        )
+        raise UsageError(f"init {word!r} has no token in this model: give a word that describes the pictures")
     return ids

@@ -4,8 +4,8 @@
         print(progress.step, progress.losses)
     (concept,) = progress.concepts
 
-A run reads pictures, chooses the words' initial rows, learns, and keeps its state; it prints nothing and writes no
-concept.
+A run reads pictures, chooses the words' initial rows, learns, and saves checkpoints. It prints nothing and writes no
+concept files.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ MAX_SEED = 2**63 - 2  # the fixed batch of each word uses the next one
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run is after `step` of `steps`. `losses` and `stopped` are in the tasks' order.
+    """A run's progress after `step` of `steps`. `losses` and `stopped` are in the tasks' order.
 
-    `notes` are new warnings, `sheets` samples drawn after this step. The last one also has the `concepts`, with the
-    `history` of each word's losses, its `lengths` over the vocabulary's, and `timings`, seconds per stage.
+    `notes` are new warnings, `sheets` are samples drawn after this step. The last progress also has the `concepts`, the
+    `history` of each word's losses, `lengths` (each word's over the vocabulary's) and `timings` (seconds per stage).
     """
 
     step: int
@@ -70,14 +70,15 @@ def learn(
     checkpoint_every: int = 25,
     preview_every: int | None = None,
 ) -> Generator[Progress]:
-    """Learn every task's word in shared batches; yields after each step, the concepts with the last.
+    """Learns every task's word in shared batches. Yields after each step; the last progress has the concepts.
 
-    `model` and `config` are as in `load_source`. A `Source` given as the model is used up: its UNet is cast in place.
+    `model` and `config` are as in `load_source`. A `Source` passed as the model is modified: its UNet is cast in place.
     With `checkpoints`, a folder, the run's state is saved there every `checkpoint_every` steps and when the iterator
-    is closed, and a run found there is resumed. With `preview_every`, every word is sampled so often and at the end.
+    is closed, and a run found there is resumed. With `preview_every`, each word is sampled at that interval and at the
+    end.
 
-    Raises `UsageError` for tasks that cannot be learned, `FileError` for pictures that cannot be read, and what
-    `load_source` raises for the model.
+    Raises `UsageError` for tasks that cannot be learned, `FileError` for pictures that cannot be read, and whatever
+    `load_source` raises.
     """
     clock = Clock()
     check_tasks(tasks)
@@ -90,7 +91,7 @@ def learn(
 
 
 class Run:
-    """Words, their learner, previews and checkpoints. Iterating learns: a `Progress` per step, the concepts last."""
+    """Words, their learner, previews and checkpoints. Iterating learns and yields a `Progress` per step."""
 
     def __init__(
         self,
@@ -136,12 +137,12 @@ class Run:
         """Restores the newest checkpoint, if there is one."""
         if self.checkpoints and (checkpoint := load_checkpoint(self.checkpoints, self.settings)):
             self.learner.restore(checkpoint.tensors, checkpoint.facts)
-            self.notes.append(f"going on from step {checkpoint.step} of {self.recipe.steps} ({self.checkpoints})")
+            self.notes.append(f"resuming from step {checkpoint.step} of {self.recipe.steps} ({self.checkpoints})")
         self.losses = [word.losses[-1] if word.losses else math.nan for word in self.learner.words]
         self.rate = self.learner.learning_rate
 
     def step(self) -> None:
-        """One optimiser step, saved if it is its turn or the last."""
+        """Takes one optimiser step; saves a checkpoint if it is due or the run has finished."""
         self.rate = self.learner.learning_rate
         active = [word for word in self.learner.words if not word.stopped]
         self.losses = self.learner.step()
@@ -151,12 +152,12 @@ class Run:
             self.save()
 
     def save(self) -> None:
-        """Writes a checkpoint, if the run has a folder for them."""
+        """Writes a checkpoint, if the run has a checkpoint folder."""
         if self.checkpoints:
             save_checkpoint(self.checkpoints, Checkpoint(self.learner.steps_done, *self.learner.state(), self.settings))
 
     def progress(self) -> Progress:
-        """The step just taken, with the notes not yet reported."""
+        """The progress after the latest step, with the notes not reported so far."""
         due = self.preview_every and self.learner.steps_done % self.preview_every == 0
         sheets = self.sheets() if due else []
         notes, self.notes = self.notes, []
@@ -164,7 +165,7 @@ class Run:
         return Progress(self.learner.steps_done, self.recipe.steps, self.losses, self.rate, stopped, notes, sheets)
 
     def result(self) -> Progress:
-        """The last step, with the concepts."""
+        """The last progress, with the concepts."""
         self.clock.lap("learn")
         learner, words = self.learner, self.learner.words
         self.notes += [note for index in range(len(words)) for note in advice.after(learner, index)]
@@ -190,7 +191,7 @@ class Run:
         )
 
     def sheets(self) -> list[Sheet]:
-        """A sheet of every word; one that cannot be drawn becomes a note."""
+        """Draws a sheet for every word; a failure becomes a note."""
         sheets: list[Sheet] = []
         if self.previewer is None:
             return sheets
@@ -211,7 +212,7 @@ class Clock:
         self._last = time.perf_counter()
 
     def lap(self, stage: str) -> None:
-        """Ends `stage`."""
+        """Ends `stage` and starts the next one."""
         now = time.perf_counter()
         self.seconds[stage], self._last = now - self._last, now
 
@@ -227,27 +228,27 @@ def relative_length(learner: Learner, index: int) -> float:
 def settings_of(
     source: Source, tasks: Sequence[Task], pictures: Sequence[Sequence[Picture]], recipe: Recipe, seed: int
 ) -> dict[str, str]:
-    """What must not change between a run's start and its resumption, as text by name."""
+    """What must not change before a run is resumed, as text by name."""
     words = {
         f"{name} of word {number}": value
-        for number, (task, of_task) in enumerate(zip(tasks, pictures, strict=True), start=1)
+        for number, (task, task_pictures) in enumerate(zip(tasks, pictures, strict=True), start=1)
         for name, value in {
             "token": task.token,
             "init": task.init + _digest_of(task.init),
-            "pictures": hashlib.sha256("".join(picture.digest for picture in of_task).encode()).hexdigest()[:12],
+            "pictures": hashlib.sha256("".join(picture.digest for picture in task_pictures).encode()).hexdigest()[:12],
         }.items()
     }
     return {"model": source.digest[:12], "seed": str(seed), **recipe.as_text(), **words}
 
 
 def _digest_of(init: str) -> str:
-    """The digest of an init that is a concept file, empty for words."""
+    """The digest of an init that is a concept file; empty for words."""
     path = concept_file(init)
     return f" {hashlib.sha256(path.read_bytes()).hexdigest()[:12]}" if path else ""
 
 
 def provenance(source: Source, task: Task, recipe: Recipe, seed: int, steps: int) -> dict[str, str]:
-    """The metadata of a concept: how it was learned, by names and without paths, since the file is for sharing."""
+    """The metadata of a concept: how it was learned. Names only, no paths, because the file may be shared."""
     return {
         "base_model": source.name,
         "base_model_digest": source.digest,
@@ -260,7 +261,7 @@ def provenance(source: Source, task: Task, recipe: Recipe, seed: int, steps: int
 
 
 def quiet() -> None:
-    """Turns off diffusers' and transformers' own progress bars and warnings, for commands."""
+    """Turns off the progress bars and warnings of diffusers and transformers, for commands."""
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()

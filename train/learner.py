@@ -1,8 +1,8 @@
-"""Learning words: one optimiser step over a batch that many words share. No files, no progress bars.
+"""Learning words: optimiser steps over batches that many words share. No files, no progress bars.
 
-Of all the numbers in play only the words' rows [n, D] are parameters. The text encoder is the module that is exported,
-fed with a small table: the few vocabulary rows the prompts use, then the words' rows. Each word has its own rows, loss,
-optimiser, random stream and end; words in one batch do not affect one another.
+Only the words' rows [n, D] are trained. The text encoder is the module that is exported, given a small embedding table:
+the vocabulary rows that the prompts use, followed by the words' rows. Each word has its own rows, loss, optimiser,
+random stream and stopping step; words in a batch do not affect each other.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from oneword.train.parallel import Recorded, in_threads, parts_of
 from oneword.train.prompts import PromptEncoder, Text
 from oneword.train.recipe import Recipe
 from oneword.train.stopping import has_settled
-from oneword.train.word import Batch, Draw, Rows, Word, draw, of_one_shape, prepare, tensors_of
+from oneword.train.word import Batch, Draw, Rows, Word, draw, group_by_shape, prepare, tensors_of
 
 
 class Learner:
-    """Learns words against a frozen model.
+    """Learns words with a frozen model.
 
-    Raises `UsageError` for a model or a prompt that cannot be learned with, `EngineError` if a loss is not finite.
+    Raises `UsageError` for a model or prompt that cannot be used, `EngineError` if a loss is not finite.
     """
 
     def __init__(self, source: Source, words: Sequence[Word], recipe: Recipe, seed: int) -> None:
@@ -46,7 +46,7 @@ class Learner:
         source.unet.to(self.dtype, memory_format=torch.channels_last)
         if recipe.gradient_checkpointing:
             source.unet.enable_gradient_checkpointing()
-            source.unet.train()  # diffusers checkpoints only then; nothing in these networks drops out
+            source.unet.train()  # diffusers checkpoints only in training mode; these networks have no dropout
         self.unet = Recorded(UNet(source.unet))
         family = family_of(source)
         modules = {graph.name: graph.module for graph in family.graphs}
@@ -64,7 +64,7 @@ class Learner:
             prepare(word, recipe, seed)
             self._first_row.append(next_row)
             next_row += recipe.vectors + (word.moments.pictures if recipe.per_image else 0)
-        # Each word's fixed batch, from a stream of its own: the same whenever the run is resumed.
+        # Each word's fixed batch, from a separate random stream, so that a resumed run has the same one.
         self._probes = [
             draw(word, recipe, len(self.scheduler), torch.Generator().manual_seed(seed + 1)) for word in words
         ]
@@ -79,7 +79,7 @@ class Learner:
         return self.recipe.learning_rate_at(self.steps_done)
 
     def step(self) -> list[float]:
-        """One optimiser step for every word not stopped; their losses, in the words' order (NaN for stopped words)."""
+        """Takes one optimiser step for each word not stopped. Returns the words' losses, NaN for stopped words."""
         active = [index for index, word in enumerate(self.words) if not word.stopped]
         if self.steps_done == 0:
             for index in active:
@@ -102,15 +102,15 @@ class Learner:
 
     @torch.no_grad()
     def probe_loss(self, index: int, batch: Draw | None = None) -> float:
-        """A word's loss on a batch without learning from it; by default on the word's own fixed batch."""
+        """A word's loss on a batch, without learning from it; by default on the word's fixed batch."""
         return float(self._losses({index: batch or self._probes[index]})[0])
 
     @torch.no_grad()
     def response(self, index: int, templates: Sequence[str], rows: Rows) -> float:
-        """How much the UNet's prediction differs between prompts that differ around the word, with `rows` as its rows.
+        """How much the UNet's prediction depends on the text around the word, with `rows` as the word's rows.
 
-        The mean squared deviation from the prompts' mean, from the same noise at four fifths of the schedule, where
-        the scene is decided. It is near zero for a word that drowns the rest of its prompt.
+        This is the mean squared deviation from the mean over `templates`, for the same noise at four fifths of the
+        schedule, where the scene is decided. It is near zero for a word that drowns out the rest of its prompt.
         """
         shape = self.words[index].moments.mean[0].shape
         noise = torch.randn((1, *shape), generator=torch.Generator().manual_seed(0)).expand(len(templates), *shape)
@@ -121,7 +121,7 @@ class Learner:
         return float((predicted - predicted.mean(0)).square().mean())
 
     def rows_in_use(self, index: int) -> int:
-        """How many of its vectors a word has so far, by the steps it has taken itself: a stopped word gets no more."""
+        """How many vectors a word has so far, by the steps it has taken: a stopped word gets no more vectors."""
         return self.recipe.vectors_at(len(self.words[index].losses))
 
     def concept(self, index: int, provenance: Mapping[str, str]) -> Concept:
@@ -133,7 +133,7 @@ class Learner:
         )
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """Everything that changes while it learns: tensors, and what JSON can hold."""
+        """Everything that changes during learning: tensors, and facts as JSON values."""
         tensors: dict[str, torch.Tensor] = {}
         for index, word in enumerate(self.words):
             tensors[f"{index}.generator"] = word.generator.get_state()
@@ -144,7 +144,7 @@ class Learner:
         return tensors, {"steps_done": self.steps_done, "words": facts}
 
     def restore(self, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
-        """Continue from what `state` returned, bit for bit."""
+        """Continues from what `state` returned, bit for bit."""
         self.steps_done = facts["steps_done"]
         for index, (word, saved) in enumerate(zip(self.words, facts["words"], strict=True)):
             word.generator.set_state(tensors[f"{index}.generator"])
@@ -155,10 +155,10 @@ class Learner:
                     value.copy_(tensors[f"{index}.{name}"])
 
     def _accumulate(self, draws: Mapping[int, Draw]) -> list[float]:
-        """Adds the gradients of the drawn words' losses to their rows; returns the losses.
+        """Adds the gradients of the drawn words' losses to their rows. Returns the losses.
 
-        The pictures of one shape are computed in parts, each on a thread of its own. Parts meet once per step, not in
-        every operation, so that another busy process slows learning by no more than its share of the processor.
+        Pictures of the same shape are computed in parts, each on its own thread. Parts synchronise once per step, not
+        in every operation, so another busy process slows learning by no more than its share of the processor.
         """
         batch = Batch.of(draws)
         parameters = [parameter for index in draws for parameter in self.words[index].parameters()]
@@ -171,14 +171,14 @@ class Learner:
             return torch.autograd.grad(loss, parameters, allow_unused=True)
 
         self._tokenize(batch)
-        for alike in of_one_shape(batch.latents):
-            self._set_attention(batch.latents[alike[0]])
-            parts = parts_of(alike, torch.get_num_threads())
+        for group in group_by_shape(batch.latents):
+            self._set_attention(batch.latents[group[0]])
+            parts = parts_of(group, torch.get_num_threads())
             if len(parts) > 1 and not self.recipe.gradient_checkpointing:
                 self._record(batch, parts)
             for part_gradients in in_threads(gradients, parts):
                 for rows, gradient in zip(parameters, part_gradients, strict=True):
-                    if gradient is not None:  # the part has pictures of this word
+                    if gradient is not None:  # None if the part has no pictures of this word
                         rows.backward(gradient)
         losses = batch.losses(errors)
         if self.recipe.init_weight:
@@ -189,29 +189,29 @@ class Learner:
 
     @torch.no_grad()
     def _record(self, batch: Batch, parts: Sequence[Sequence[int]]) -> None:
-        """Records the UNet for parts of these sizes, once."""
+        """Records the UNet for parts of these sizes, unless it has been recorded."""
         for part in {len(part): part for part in parts}.values():
             noisy = torch.stack([batch.latents[picture] for picture in part])
             context, pooled = self._context([(batch.words[picture], batch.prompts[picture]) for picture in part])
             self.unet.record(*self._unet_inputs(noisy, batch.timesteps[part], context, pooled))
 
     def _penalty(self, index: int) -> torch.Tensor:
-        """The weighted distance of a word to its start, which the regularised recipe adds to its loss."""
+        """The weighted distance of a word to its initial rows, which the regularised recipe adds to its loss."""
         word = self.words[index]
         return self.recipe.init_weight * distance_to_start(word.rows, word.initial)
 
     def _losses(self, draws: Mapping[int, Draw]) -> list[torch.Tensor]:
-        """The loss of each drawn word, without the penalty: one UNet call for each size of picture."""
+        """The loss of each drawn word, without the penalty: one UNet call per picture size."""
         batch = Batch.of(draws)
         errors: list[torch.Tensor] = [torch.empty(0)] * len(batch.prompts)
-        for alike in of_one_shape(batch.latents):
-            self._set_attention(batch.latents[alike[0]])
-            for picture, error in zip(alike, self._errors(batch, alike), strict=True):
+        for group in group_by_shape(batch.latents):
+            self._set_attention(batch.latents[group[0]])
+            for picture, error in zip(group, self._errors(batch, group), strict=True):
                 errors[picture] = error
         return batch.losses(torch.stack(errors))
 
     def _errors(self, batch: Batch, pictures: Sequence[int]) -> torch.Tensor:
-        """The squared error of pictures of one shape, weighted and summed over each picture's unmasked latents [B]."""
+        """The squared errors of pictures of one shape, weighted and summed over each picture's unmasked latents [B]."""
         x_0, eps, t = (
             torch.stack([values[picture] for picture in pictures])
             for values in (batch.latents, batch.eps, batch.timesteps)
@@ -227,7 +227,7 @@ class Learner:
         return error.sum((1, 2, 3))
 
     def _set_attention(self, latents: torch.Tensor) -> None:
-        """Makes the UNet attend as is fastest for latents [C, h, w]."""
+        """Gives the UNet the attention that is fastest for latents [C, h, w]."""
         plain = few_positions(self.dtype, latents.shape[-1] * latents.shape[-2])
         if self.unet.variant is not plain:
             self.unet.module.attend_plainly(plain)
@@ -236,7 +236,7 @@ class Learner:
     def _predict(
         self, noisy: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor, pooled: torch.Tensor | None
     ) -> torch.Tensor:
-        """The UNet's prediction [B, C, h, w] float32, computed in its own type."""
+        """The UNet's prediction [B, C, h, w] as float32, computed in the UNet's type."""
         return self.unet(*self._unet_inputs(noisy, timesteps, context, pooled)).float()
 
     def _unet_inputs(
@@ -251,7 +251,7 @@ class Learner:
         )
 
     def _tokenize(self, batch: Batch) -> None:
-        """Tokenizes the batch's prompts, which only one thread may do; encoding them then finds the ids."""
+        """Tokenizes the batch's prompts, which only one thread may do; encoding them later reuses the ids."""
         for index, prompt in dict.fromkeys(zip(batch.words, batch.prompts, strict=True)):
             for encoder in self.encoders.values():
                 encoder.ids(self._text(index, prompt))
@@ -262,9 +262,9 @@ class Learner:
     def _context(
         self, prompts: Sequence[tuple[int, str]], rows_of: Mapping[int, Rows] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Words' prompts, encoded: [B, T, D] and, if the family pools, [B, P]; each different prompt once.
+        """Encodes words' prompts to [B, T, D] and, if the family pools, [B, P]; each distinct prompt once.
 
-        `rows_of` replaces words' own rows.
+        `rows_of` overrides the rows of words by index.
         """
         unique = list(dict.fromkeys(prompts))
         places = {pair: place for place, pair in enumerate(unique)}
@@ -280,14 +280,14 @@ class Learner:
         return states[rows], None if pooled is None else pooled[rows]
 
     def _all_rows(self, encoder: str, rows_of: Mapping[int, Rows]) -> torch.Tensor:
-        """Every word's rows [R, D], each word's followed by those of its single pictures."""
+        """Every word's rows [R, D], each word's followed by its per-picture rows."""
         stores = [
             store for i, word in enumerate(self.words) for store in (rows_of.get(i, word.rows), word.picture_rows)
         ]
         return torch.cat(tuple(store[encoder] for store in stores if encoder in store))
 
     def _time_ids(self, latents: torch.Tensor) -> torch.Tensor:
-        """SDXL's sizes [B, 6]: the original size is the picture's own, uncropped."""
+        """SDXL's size conditioning [B, 6]: the original size is the picture's, uncropped."""
         factor = 2 ** (len(self.source.vae.config.block_out_channels) - 1)
         height, width = (float(side * factor) for side in latents.shape[-2:])
         return torch.tensor([height, width, 0.0, 0.0, height, width]).repeat(len(latents), 1)
@@ -296,7 +296,7 @@ class Learner:
         word = self.words[index]
         if not math.isfinite(loss):
             raise EngineError(
-                f"the loss of {word.token!r} is {loss} at step {self.steps_done + 1}: lower the rate "
+                f"the loss of {word.token!r} is {loss} at step {self.steps_done + 1}: lower the learning rate "
                 f"(it is {self.learning_rate:g}) or compute in fp32"
             )
         for group in word.optimizer.param_groups:
@@ -307,5 +307,5 @@ class Learner:
         word.losses.append(loss)
         with torch.no_grad():
             for name, rows in word.rows.items():
-                rows[count:] = word.initial[name][count:]  # not in use yet
+                rows[count:] = word.initial[name][count:]  # not in use so far
                 rows[:count] = with_norm(rows[:count], self.recipe.norm, self.target_norms[name], self.learning_rate)

@@ -1,4 +1,4 @@
-"""The losses of textual inversion: noise schedule, target, weights, penalty. Pure tensors: no models, no files."""
+"""The loss of textual inversion: noise schedule, target, weights, penalty. Pure tensors: no models, no files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from oneword.train.word import Rows
 
 
 def noise_scheduler(config: Mapping[str, Any]) -> DDPMScheduler:
-    """The model's own noise schedule, whatever sampler its config was written for."""
+    """The model's noise schedule, whichever sampler its config was written for."""
     keys = (
         "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type",
         "rescale_betas_zero_snr",
@@ -32,7 +32,7 @@ def prediction_target(
         return cast(torch.Tensor, scheduler.get_velocity(latents, eps, timesteps))
     if kind == "sample":
         return latents
-    raise UsageError(f"the model predicts {kind!r}: epsilon, v_prediction and sample can be learned with")
+    raise UsageError(f"the model predicts {kind!r}: use a model that predicts epsilon, v_prediction or sample")
 
 
 def min_snr_weights(scheduler: DDPMScheduler, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
@@ -45,5 +45,5 @@ def min_snr_weights(scheduler: DDPMScheduler, timesteps: torch.Tensor, gamma: fl
 
 
 def distance_to_start(rows: Rows, initial: Rows) -> torch.Tensor:
-    """Mean squared distance of a word's rows to their initial ones, summed over its encoders."""
+    """The mean squared distance of a word's rows to its initial rows, summed over text encoders."""
     return torch.stack([(rows[name] - initial[name]).square().sum(-1).mean() for name in rows]).sum()

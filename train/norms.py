@@ -1,4 +1,4 @@
-"""Lengths of embedding vectors: the vocabulary's, and what a recipe does to a word's. Pure tensors."""
+"""Lengths of embedding vectors: the vocabulary's median, and how a recipe changes a word's. Pure tensors."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ def vocabulary_norm(table: torch.Tensor) -> float:
 
 
 def with_norm(rows: torch.Tensor, norm: Norm, target: float, rate: float) -> torch.Tensor:
-    """`rows` [n, D] with their lengths left free, set to `target`, or pulled towards it by min(1, 100 x rate).
+    """Returns `rows` [n, D] with lengths left free, set to `target`, or pulled towards it by min(1, 100 x rate).
 
-    The pull is cloneofsimo's (lora, `ti_train`), the target the vocabulary's median (OneTrainer).
+    The pull is from cloneofsimo's lora (`ti_train`); the target, the vocabulary's median, is from OneTrainer.
     """
     if norm is Norm.FREE:
         return rows

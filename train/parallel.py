@@ -1,11 +1,11 @@
-"""Parts of a batch on threads of their own, each with its share of PyTorch's threads.
+"""Runs parts of a batch on separate threads, each with its share of PyTorch's threads.
 
-PyTorch's own threads meet after every operation, and spin while they wait: beside a busy process they spend most of
-their time waiting for each other. Parts of a batch meet once. How a batch is divided depends on its size and on
-`torch.get_num_threads()`, never on the load, so that the same run gives the same bits.
+PyTorch's own threads synchronise after every operation and spin while they wait: beside a busy process, they spend most
+of their time waiting for each other. Parts of a batch synchronise once. How a batch is divided depends on its size and
+on `torch.get_num_threads()`, never on the load, so the same run gives the same bits.
 
-Threads that run Python share its one interpreter lock. `Recorded` runs a module without Python, operation by operation,
-with the same bits; nothing is fused or reordered.
+Threads that run Python share one interpreter lock. `Recorded` runs a module without Python, operation by operation and
+with the same bits: nothing is fused or reordered.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ M = TypeVar("M", bound=torch.nn.Module)
 T = TypeVar("T")
 R = TypeVar("R")
 
-SIZE = 8  # pictures of a part, at least: with fewer, Python takes longer than the division saves
-PARTS = 4  # at most, since all of them share Python's one interpreter lock
+SIZE = 8  # the fewest pictures in a part: with fewer, Python takes longer than the division saves
+PARTS = 4  # the most parts, since all of them share Python's interpreter lock
 
 
 def parts_of(items: Sequence[int], threads: int) -> list[list[int]]:
-    """`items` in order, in equal parts of at least SIZE items, at most PARTS and one per thread."""
+    """Divides `items` in order into equal parts of at least SIZE items: at most PARTS, and at most one per thread."""
     count = max(1, min(threads, PARTS, len(items) // SIZE))
     bounds = [len(items) * number // count for number in range(count + 1)]
     return [list(items[start:end]) for start, end in pairwise(bounds)]
 
 
 def in_threads(function: Callable[[T], R], parts: Sequence[T]) -> list[R]:
-    """`function` of every part, at the same time, in order. A single part is computed here, with all threads."""
+    """Calls `function` on all parts at once. Results are in order. A single part is computed here, with all threads."""
     if len(parts) == 1:
         return [function(parts[0])]
     threads = torch.get_num_threads()
@@ -52,9 +52,9 @@ def in_threads(function: Callable[[T], R], parts: Sequence[T]) -> list[R]:
 
 
 class Recorded(Generic[M]):
-    """A module whose operations are recorded for inputs of given shapes, and replayed for others of the same shapes.
+    """A module whose operations are recorded for given input shapes, and replayed for inputs of these shapes.
 
-    For all other shapes it is the module itself. `variant` distinguishes recordings of a module that has been changed.
+    For other shapes it runs the module itself. `variant` distinguishes recordings of a module that has been changed.
     """
 
     def __init__(self, module: M) -> None:
@@ -63,25 +63,25 @@ class Recorded(Generic[M]):
         self._recordings: dict[Hashable, Callable[..., torch.Tensor] | None] = {}
 
     def __call__(self, *inputs: torch.Tensor | None) -> torch.Tensor:
-        """The module's output. Threads may call it at the same time."""
+        """Returns the module's output. Several threads may call it at once."""
         recording = self._recordings.get(self._key(inputs))
         if recording is None:
             return self.module(*inputs)
-        with optimized_execution(False):  # the operations as they were recorded
+        with optimized_execution(False):  # exactly the recorded operations
             return recording(*(tensor for tensor in inputs if tensor is not None))
 
     def record(self, *inputs: torch.Tensor | None) -> None:
-        """Records the module for inputs of these shapes, unless it has been."""
+        """Records the module for inputs of these shapes, unless it has been recorded."""
         key = self._key(inputs)
         if key in self._recordings:
             return
         present = [place for place, tensor in enumerate(inputs) if tensor is not None]
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of other shapes, for which this recording is not used, and of deprecation
+            warnings.simplefilter("ignore")  # about other shapes, which never use this recording, and deprecation
             filled = _Filled(self.module, present, len(inputs))
             try:
                 recording = torch.jit.trace(filled, tuple(inputs[place] for place in present), check_trace=False)
-            except Exception:  # of many kinds, whatever in a module cannot be recorded: it is run as it is, only slower
+            except Exception:  # of many kinds: a module that cannot be recorded is run as it is, only slower
                 recording = None
             self._recordings[key] = recording
 

@@ -1,7 +1,8 @@
-"""The pictures a word is learned from: read, turned upright, cut to the model's size, and encoded once.
+"""The pictures a word is learned from: read, turned upright, cropped to the model's size, and encoded once.
 
-A folder's pictures are its files with a picture's ending, by name; `name.txt` beside `name.png` is its caption and
-`name.mask.png` (or alpha) says which part of it counts. Other files are left alone. Nothing here learns or draws noise.
+A folder's pictures are its files with an image suffix, sorted by name. `name.txt` beside `name.png` is its caption, and
+`name.mask.png` (or the alpha channel) marks the part that counts. Other files are ignored. Not covered: learning and
+noise.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ MASK_ENDING = ".mask.png"
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture at a size of the model's: `pixels` [H, W, 3] uint8 and `mask` [H, W] float32, 0 to 1, if any.
+    """One picture at a size that the model accepts: `pixels` [H, W, 3] uint8 and `mask` [H, W] float32, 0 to 1, if any.
 
     `digest` is the sha256 of the files it was read from; `caption` is the text of `name.txt`, stripped.
     """
@@ -44,7 +45,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Crop:
-    """The `share` of both sides that is kept, and where: 0 is left or top, 1 right or bottom."""
+    """The `share` of both sides that is kept, and its position: 0 is left or top, 1 is right or bottom."""
 
     share: float = 1.0
     right: float = 0.5
@@ -58,8 +59,8 @@ WHOLE = Crop()
 class Moments:
     """The VAE's posteriors, `mean` and `std` [C, h, w] float32, scaled and shifted for the UNet.
 
-    First those of the `pictures` pictures, then, in the same order each time, of their crops and mirror images.
-    `masks` [1, h, w] float32 weigh the loss; None where all counts.
+    Those of the `pictures` pictures come first, followed by those of their crops and mirror images in the same order.
+    `masks` [1, h, w] float32 weight the loss; None if everything counts.
     """
 
     pictures: int
@@ -69,29 +70,29 @@ class Moments:
 
 
 def read_pictures(folder: Path, size: int, *, step: int | None = None) -> list[Picture]:
-    """Every picture of `folder`, by name, cut to `size` x `size`; with `step` to the nearest of `shapes(size, step)`.
+    """Reads every picture in `folder`, by name, cropped to `size` x `size`, or with `step` to one of `shapes`.
 
-    Raises `UsageError` without a folder or without a picture in it, `FileError` naming a file that cannot be used.
+    Raises `UsageError` if there is no folder or no picture in it, `FileError` naming a file that cannot be used.
     """
     if not folder.is_dir():
-        raise UsageError(f"{folder} is not a folder: give one that holds the word's pictures (three to five are usual)")
+        raise UsageError(f"{folder} is not a folder: give a folder of pictures of the word (three to five are usual)")
     paths = [
         path
         for path in sorted(folder.iterdir())
         if path.suffix.lower() in ENDINGS and not path.name.startswith(".") and not path.name.endswith(MASK_ENDING)
     ]
     if not paths:
-        raise UsageError(f"{folder} holds no picture: put three to five in it ({', '.join(ENDINGS)})")
+        raise UsageError(f"{folder} has no pictures: put three to five in it ({', '.join(ENDINGS)})")
     return [read_picture(path, size, step=step) for path in paths]
 
 
 def unread_pictures(folder: Path) -> list[str]:
-    """The names of files that hold pictures but of a kind that is not read."""
+    """The names of picture files in formats that are not supported."""
     return sorted(path.name for path in folder.iterdir() if path.suffix.lower() in UNREAD)
 
 
 def read_picture(path: Path, size: int, *, step: int | None = None, crop: Crop = WHOLE) -> Picture:
-    """One picture, or a crop of it, with its caption and mask; errors as `read_pictures`."""
+    """Reads one picture, or a crop of it, with its caption and mask. Raises as `read_pictures` does."""
     image = _open(path)
     colours, alpha = _as_rgb(image)
     mask_path = path.with_name(path.stem + MASK_ENDING)
@@ -102,7 +103,7 @@ def read_picture(path: Path, size: int, *, step: int | None = None, crop: Crop =
         mask = _open(mask_path).convert("L")
         if mask.size != colours.size:
             sizes = f"{mask.width}x{mask.height}, its picture {colours.width}x{colours.height}"
-            raise FileError(f"{mask_path} is {sizes}: give the mask its picture's size")
+            raise FileError(f"{mask_path} is {sizes}: give a mask of the picture's size")
     shape = nearest_shape(colours.height / colours.width, shapes(size, step)) if step else (size, size)
     return Picture(
         path,
@@ -116,7 +117,7 @@ def read_picture(path: Path, size: int, *, step: int | None = None, crop: Crop =
 def random_crops(
     pictures: Sequence[Picture], count: int, seed: int, size: int, *, step: int | None = None
 ) -> list[Picture]:
-    """`count` times all the pictures, each time cut to a random 80 to 100 % of their sides; read from disk again."""
+    """Reads all pictures `count` more times, each time cropped to a random 80 to 100 % of their sides."""
     rng = np.random.default_rng(seed)
     return [
         read_picture(picture.path, size, step=step, crop=Crop(rng.uniform(0.8, 1), rng.uniform(), rng.uniform()))
@@ -126,33 +127,34 @@ def random_crops(
 
 
 def shapes(size: int, step: int) -> list[tuple[int, int]]:
-    """Heights and widths, multiples of `step` from half to twice `size`, each pair as large as `size`^2 allows.
+    """Heights and widths: multiples of `step` from half to twice `size`, each pair as large as `size`^2 allows.
 
-    The buckets of NovelAI's and kohya's trainers; `step` is what the VAE and the UNet together divide a side by.
+    These are the buckets of NovelAI's and kohya's trainers. `step` is the factor by which the VAE and the UNet together
+    reduce a side.
     """
     sides = range(max(step, -(-size // 2 // step) * step), 2 * size + 1, step)
     widest = {side: min(size * size // side // step * step, 2 * size) for side in sides}
     return sorted(
-        {shape for side, other in widest.items() for shape in ((side, other), (other, side)) if other >= step}
+        {shape for height, width in widest.items() for shape in ((height, width), (width, height)) if width >= step}
     )
 
 
 def nearest_shape(aspect: float, allowed: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """The height and width whose ratio is nearest to `aspect`, of equally near ones the larger."""
+    """The height and width whose ratio is nearest to `aspect`; the larger shape in a tie."""
     return min(allowed, key=lambda shape: (round(abs(math.log(shape[0] / shape[1] / aspect)), 9), -shape[0] * shape[1]))
 
 
 def _open(path: Path) -> Image.Image:
-    """As `open_picture`; FileError for a picture that is too small as well."""
+    """Opens a picture as `open_picture` does. Raises FileError also if it is too small."""
     image = open_picture(path)
     if min(image.size) < MIN_SIDE:
         size = f"{image.width}x{image.height}"
-        raise FileError(f"{path} is {size}: too small to learn from, give at least {MIN_SIDE} pixels a side")
+        raise FileError(f"{path} is {size}: too small to learn from, give at least {MIN_SIDE} pixels per side")
     return image
 
 
 def _as_rgb(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """RGB over white, and the alpha where any of it is not opaque."""
+    """RGB over white, and the alpha channel if any of it is not opaque."""
     if not image.has_transparency_data:
         return on_white(image), None
     alpha = image.convert("RGBA").getchannel("A")
@@ -160,7 +162,7 @@ def _as_rgb(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
 
 
 def _cut(image: Image.Image, shape: tuple[int, int], crop: Crop) -> Image.Image:
-    """The crop of the largest centred part of that shape, resized as the paper's code does (bicubic, antialiased)."""
+    """A crop of the largest centred part of the given shape, resized as in the paper's code (bicubic, antialiased)."""
     height, width = shape
     scale = min(image.height / height, image.width / width)
     tall, wide = height * scale, width * scale
@@ -174,17 +176,17 @@ def _read_caption(path: Path) -> str:
     try:
         return " ".join(path.read_text(encoding="utf-8").split())
     except UnicodeDecodeError as error:
-        raise FileError(f"{path} is not UTF-8 text: save it as such") from error
+        raise FileError(f"{path} is not UTF-8 text: save it as UTF-8") from error
 
 
 @torch.no_grad()
 def encode_moments(
     vae: AutoencoderKL, pictures: Sequence[Picture], crops: Sequence[Picture] = (), *, flip: bool = False
 ) -> Moments:
-    """The pictures' posteriors, once for the whole run; with `flip` the mirrored pictures follow.
+    """Encodes the pictures once for the whole run; with `flip`, the mirrored pictures follow.
 
-    A latent is `mean + std * eps`: the VAE's scaling factor and shift are already in both. `pictures` may be followed
-    by `crops` of them, in the same order each time.
+    A latent is `mean + std * eps`; both include the VAE's scaling factor and shift. `crops` are crops of `pictures` in
+    the same order, once or several times.
     """
     views = [(view.pixels, view.mask) for view in (*pictures, *crops)]
     if flip:
@@ -195,7 +197,7 @@ def encode_moments(
         mean, std, finite = encoder(torch.from_numpy(pixels.copy())[None])
         if not finite.all():
             bad = pictures[place % len(pictures)].path
-            raise NotFinite(f"{bad}: the VAE gives NaN for it: its weights are damaged or overflow, give another model")
+            raise NotFinite(f"{bad}: the VAE gives NaN for it: its weights are damaged or overflow, use another model")
         whole = np.ones(pixels.shape[:2], np.float32) if mask is None else mask.copy()
         masks.append(interpolate(torch.from_numpy(whole)[None, None], mean.shape[-2:], mode="area")[0])
         means.append(mean[0])
@@ -205,7 +207,7 @@ def encode_moments(
 
 
 def near_duplicates(pictures: Sequence[Picture]) -> list[tuple[Path, Path]]:
-    """Pairs that differ, shrunk to 16x16, by less than two grey levels: one picture twice teaches nothing new."""
+    """Pairs of pictures that differ by less than two grey levels when shrunk to 16x16: duplicates add nothing."""
     small = [
         np.asarray(Image.fromarray(picture.pixels).resize((16, 16), Image.Resampling.BOX), np.float32)
         for picture in pictures

@@ -1,4 +1,4 @@
-"""Figures as SVG text, by matplotlib: curves over steps, and the scatter of likeness and editability. No files."""
+"""Figures as SVG text, by matplotlib: curves over steps, scatter plots of likeness and editability. No files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ COLOURS = ("#2f6db3", "#c8553d", "#3a8f5c", "#8d5aa8", "#b8860b", "#3aa6a6", "#7
 
 
 def curves(series: Mapping[str, Sequence[float]], label: str, *, smooth: int = 1) -> str:
-    """One line a name over steps 1, 2, ...; with `smooth`, a running mean of so many steps over the pale raw values."""
+    """One line per name over steps 1, 2, ...; with `smooth`, a running mean of that many steps over pale raw values."""
     figure, axes = _empty("step", label)
     for colour, (name, values) in zip(_cycled(len(series)), series.items(), strict=True):
         raw = np.asarray(values, float)
@@ -30,16 +30,16 @@ def curves(series: Mapping[str, Sequence[float]], label: str, *, smooth: int = 1
 
 
 def scatter(points: Sequence[tuple[str, float, float]], across: str = "editability", near: Collection[str] = ()) -> str:
-    """The paper's figure: editability across, likeness up, a dot for each (name, likeness, editability).
+    """The paper's figure: editability across, likeness up, one dot per (name, likeness, editability).
 
-    Those named in `near` stand in a second panel too, by themselves.
+    A second panel shows only the names in `near`.
     """
     figure = Figure(figsize=(10, 3.6) if near else (6.4, 3.2), layout="constrained")
     panels = [[name for name, _, _ in points], *([list(near)] if near else [])]
     for column, names in enumerate(panels, start=1):
         axes = _dressed(figure.add_subplot(1, len(panels), column), across, "likeness")
         for number, (colour, (name, up, right)) in enumerate(zip(_cycled(len(points)), points, strict=True)):
-            marker = MARKERS[number // len(COLOURS) % len(MARKERS)]  # where colours begin again
+            marker = MARKERS[number // len(COLOURS) % len(MARKERS)]  # another marker when colours repeat
             if name in names:
                 axes.scatter([right], [up], color=colour, marker=marker, s=28, zorder=3, label=name)
         if column == 1:
@@ -48,9 +48,9 @@ def scatter(points: Sequence[tuple[str, float, float]], across: str = "editabili
 
 
 def trajectories(panels: Mapping[str, Mapping[str, Sequence[tuple[float, Sequence[float]]]]], across: str) -> str:
-    """A panel a quantity, in it a line a name: through the medians of its points (x, ys), with bars between quartiles.
+    """One panel per quantity, one line per name: through the medians of points (x, ys), with bars between quartiles.
 
-    x is logarithmic.
+    The x axis is logarithmic.
     """
     figure = Figure(figsize=(3.6 * len(panels), 3.2), layout="constrained")
     for number, (quantity, series) in enumerate(panels.items(), start=1):
@@ -92,7 +92,7 @@ def _cycled(count: int) -> list[str]:
 
 
 def _svg(figure: Figure) -> str:
-    """The figure's SVG element, text as text, the same for the same numbers."""
+    """The figure's SVG element, with text as text; the same for the same numbers."""
     out = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "oneword"}):
         figure.savefig(out, format="svg", metadata={"Date": None})

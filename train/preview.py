@@ -1,7 +1,7 @@
-"""Sample sheets of words while they are learned: the runtime, over the torch modules that the graphs are exported from.
+"""Sample sheets of words during learning, drawn by the runtime over the torch modules that are exported as graphs.
 
-A sheet shows what the exported bundle would draw with the same seeds, but that the UNet computes in the type that it
-learns in. Sampling draws none of learning's random numbers: a run with sheets has the bits of one without.
+A sheet shows what the exported bundle would draw with the same seeds, except that the UNet uses the number type it
+learns with. Sampling does not touch learning's random numbers, so a run with sheets has the bits of one without.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from oneword.train.evaluation.prompts import PLACE
 from oneword.train.evaluation.scores import likeness
 from oneword.train.pictures import Picture
 
-SAMPLES = 4  # of each prompt
+SAMPLES = 4  # per prompt
 STEPS = 20
 
 
 @dataclass(frozen=True)
 class Sheet:
-    """A word's samples after `step`: `pictures` [N, H, W, 3] of each prompt, by the prompt's text.
+    """A word's samples after `step`: `pictures` [N, H, W, 3] by prompt.
 
-    `likeness` is the mean cosine of the first prompt's samples and the training pictures, None without a judge.
+    `likeness` is the mean cosine between the first prompt's samples and the training pictures; None without a judge.
     """
 
     token: str
@@ -42,12 +42,12 @@ class Sheet:
     likeness: float | None
 
     def image(self) -> Image.Image:
-        """One picture: a row a prompt."""
+        """The samples as one picture, one row per prompt."""
         return Image.fromarray(np.concatenate([np.concatenate(list(row), 1) for row in self.pictures.values()]))
 
 
 class Previewer:
-    """Draws sheets with a source's modules as they are; judged if a CLIP model travels with the source."""
+    """Draws sheets with a source's current modules, and judges them if the source comes with a CLIP model."""
 
     def __init__(self, source: Source, prompts: Sequence[str], seed: int = 0) -> None:
         self.model = eager_model(source)
@@ -57,7 +57,7 @@ class Previewer:
         self.judge = Judge(judge) if judge.is_dir() else None
 
     def sheet(self, concept: Concept, step: int, training: Sequence[Picture]) -> Sheet:
-        """What the word draws now. Raises what the runtime raises."""
+        """Draws the word as it is now. Raises what the runtime raises."""
         texts = [prompt.replace(PLACE, concept.token) for prompt in self.prompts]
         self.model.load(concept)
         try:
@@ -66,33 +66,33 @@ class Previewer:
             self.model.unload(concept.token)
         if self.judge is None:
             return Sheet(concept.token, step, pictures, None)
-        seen = self.judge.pictures([picture.pixels for picture in training])
-        return Sheet(concept.token, step, pictures, likeness(self.judge.pictures(pictures[texts[0]]), seen))
+        embedded = self.judge.pictures([picture.pixels for picture in training])
+        return Sheet(concept.token, step, pictures, likeness(self.judge.pictures(pictures[texts[0]]), embedded))
 
 
 class SheetFolders:
-    """Where sheets are kept while a run goes: a folder for each word (by token), `step-000050.png` in it."""
+    """Where a run's sheets are saved: `step-000050.png` and so on in one folder per word, by token."""
 
     def __init__(self, folders: Mapping[str, Path]) -> None:
         self.folders = folders
 
     def forget(self) -> None:
-        """Deletes an older run's sheets."""
+        """Deletes the sheets of an earlier run."""
         for folder in self.folders.values():
             for old in folder.glob("step-*.png"):
                 old.unlink()
 
     def keep(self, sheet: Sheet) -> None:
-        """Writes a sheet, whole or not at all. Raises `FileError`."""
+        """Writes a sheet atomically. Raises `FileError`."""
         folder, out = self.folders[sheet.token], io.BytesIO()
         sheet.image().save(out, "PNG")
         try:
             folder.mkdir(exist_ok=True)
         except OSError as error:
-            raise FileError(f"cannot make {folder}: {error.strerror}") from error
+            raise FileError(f"cannot create the folder {folder}: {error.strerror}") from error
         write_whole(folder / f"step-{sheet.step:06d}.png", out.getvalue())
 
-    def kept(self, token: str) -> dict[int, Image.Image]:
-        """A word's sheets so far, by step."""
+    def images(self, token: str) -> dict[int, Image.Image]:
+        """A word's saved sheets, by step."""
         paths = sorted(self.folders[token].glob("step-*.png"))
         return {int(path.stem.removeprefix("step-")): Image.open(io.BytesIO(path.read_bytes())) for path in paths}

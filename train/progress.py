@@ -1,4 +1,4 @@
-"""The progress of a run: a bar on a terminal, plain lines elsewhere, and, optionally, TensorBoard logs.
+"""The progress of a run: a bar on a terminal, plain lines elsewhere and, optionally, TensorBoard logs.
 
 Both functions yield a run's progress unchanged, so they can be nested.
 """
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def show(run: Iterable[Progress], console: Console) -> Iterator[Progress]:
-    """A bar with loss, rate, likeness and the number of stopped words; elsewhere, a line per tenth of the steps."""
+    """Shows a bar with loss, rate, likeness and the number of stopped words, or a line per tenth of the steps."""
     columns = (TextColumn("learning"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     bar = Bar(*columns, TextColumn("{task.description}"), console=console, transient=True)
     smooth, likeness = math.nan, math.nan
@@ -50,7 +50,7 @@ def show(run: Iterable[Progress], console: Console) -> Iterator[Progress]:
 
 
 def log(run: Iterable[Progress], folder: Path, tokens: list[str]) -> Iterator[Progress]:
-    """TensorBoard logs in `folder`: loss, likeness and sheets of every word, and the rate."""
+    """Writes TensorBoard logs to `folder`: loss, likeness and sheets of every word, and the rate."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
@@ -58,9 +58,7 @@ def log(run: Iterable[Progress], folder: Path, tokens: list[str]) -> Iterator[Pr
     try:
         writer = SummaryWriter(str(folder))
     except OSError as error:
-        raise FileError(
-            f"--tensorboard {folder}: {error.strerror or error}: give a folder that can be written"
-        ) from error
+        raise FileError(f"--tensorboard {folder}: {error.strerror or error}: give a writable folder") from error
     with writer:
         for progress in run:
             writer.add_scalar("rate", progress.learning_rate, progress.step)

@@ -1,7 +1,7 @@
-"""Prompts with a place for the word: the neutral templates it is learned in, and their encoder. No randomness.
+"""Prompt templates: the neutral prompts a word is learned with, and their encoder. No randomness.
 
-A *template* has `{}` where the word goes. The object templates are the 27 of the paper's appendix (Gal et al. 2022,
-after CLIP's ImageNet prompts), the style templates the 19 of its release; both as in diffusers' script.
+A *template* has `{}` where the word goes. The object templates are the 27 in the paper's appendix (Gal et al. 2022,
+after CLIP's ImageNet prompts), the style templates the 19 in its released code; both are as in diffusers' script.
 """
 
 from __future__ import annotations
@@ -81,17 +81,17 @@ STYLE_PROBES = (
 
 
 def templates(subject: Subject) -> tuple[str, ...]:
-    """The templates that a word of that kind is learned in."""
+    """The templates that a word of this kind is learned with."""
     return STYLE_TEMPLATES if subject is Subject.STYLE else OBJECT_TEMPLATES
 
 
 def probes(subject: Subject) -> tuple[str, ...]:
-    """Prompts that differ in the text around the word: for samples, and to measure how much that text still matters."""
+    """Prompts that differ in the text around the word, for samples and to measure how much that text still matters."""
     return STYLE_PROBES if subject is Subject.STYLE else OBJECT_PROBES
 
 
 def per_image_template(template: str, index: int) -> str:
-    """`template` with the word of picture `index` after the shared one: 'a photo of a {} with {1}' (Gal et al., 5).
+    """`template` with the word of picture `index` after the shared word: 'a photo of a {} with {1}' (Gal et al., 5).
 
     `{}` is the shared word, `{1}`, `{2}`, ... the words of the first, second, ... picture.
     """
@@ -99,19 +99,19 @@ def per_image_template(template: str, index: int) -> str:
 
 
 def caption_template(caption: str, token: str, source: str) -> str:
-    """A user's caption as a template: `token` becomes the place of the word.
+    """Turns a user's caption into a template: `token` becomes `{}`.
 
-    Raises `UsageError`, naming `source`, if the caption does not hold the token.
+    Raises `UsageError`, naming `source`, if the caption does not contain the token.
     """
     if token not in caption:
         raise UsageError(
-            f"{source}: the caption {caption!r} does not hold the word {token!r}: write it where it belongs"
+            f"{source}: the caption {caption!r} does not contain {token!r}: write it where the word belongs"
         )
     return caption.replace("{", "(").replace("}", ")").replace(token, PLACE).strip()
 
 
 class Text(NamedTuple):
-    """A template to encode: where its word's rows begin among all learned rows, how many are in use, and in all."""
+    """A template to encode, with its word's `first` row among all learned rows, and its rows in use and in total."""
 
     template: str
     first: int
@@ -120,7 +120,7 @@ class Text(NamedTuple):
 
 
 class PromptEncoder:
-    """Templates to hidden states, by the exported text encoder and a table of only the rows in use."""
+    """Encodes templates with the exported text encoder and a table of only the rows in use."""
 
     def __init__(self, encoder: TextEncoder, tokenizer: Any, facts: Encoder) -> None:
         self.encoder, self.tokenizer, self.facts = encoder, tokenizer, facts
@@ -128,10 +128,10 @@ class PromptEncoder:
         self._sequences: dict[Text, list[int]] = {}
 
     def __call__(self, texts: Sequence[Text], learned: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Encode B texts; `learned` [R, D] holds all words' rows.
+        """Encodes B texts; `learned` [R, D] has all words' rows.
 
-        Returns hidden states [B, T, D] and, if the encoder pools, [B, P]. Threads may encode texts at the same time if
-        `ids` was called with each of them before.
+        Returns hidden states [B, T, D] and, if the encoder pools, [B, P]. Several threads may encode texts at once if
+        `ids` has been called with each of these texts.
         """
         sequences = [self.ids(text) for text in texts]
         frozen = self.encoder.table[list(self._rows)].to(learned.dtype)
@@ -145,7 +145,7 @@ class PromptEncoder:
         return states, pooled[0] if pooled else None
 
     def ids(self, text: Text) -> list[int]:
-        """A text as rows of the small table, BOS, EOS and padding included; -1 - r for learned row r."""
+        """A text as row numbers of the small table, including BOS, EOS and padding; learned row r is -1 - r."""
         if text not in self._sequences:
             self._sequences[text] = self._encode(*text)
         return self._sequences[text]
@@ -164,7 +164,7 @@ class PromptEncoder:
                 inner += [-1 - (first + row) for row in range(count)]
         if any(row < 0 for row in inner[room:]):
             raise UsageError(
-                f"the prompt {template!r} is {len(inner)} tokens, {self.facts.graph} reads {room}: "
+                f"the prompt {template!r} is {len(inner)} tokens, {self.facts.graph} takes {room}: "
                 "shorten it until the word fits"
             )
         ids = [*map(self._row, bos), *inner[:room], self._row(self.facts.eos_id)]

@@ -1,8 +1,8 @@
-"""Many words over a Ray cluster: a task for each group of words, retried if its worker dies.
+"""Learns many words on a Ray cluster: one task per group of words, retried if its worker dies.
 
-Every machine needs this package, and the model and the pictures under the same paths. A word has the same bits as when
-it is learned here: each has its own UNet call and its own random stream, and a task computes in the same type and with
-as many threads as this process. Ray is imported on use (`pip install 'oneword[ray]'`).
+Every machine needs this package, and the model and the pictures under the same paths. A word has the same bits as one
+learned in this process: each word has its own UNet call and random stream, and a task uses the same number type and as
+many threads as this process. Ray is imported on use (`pip install 'oneword[ray]'`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from oneword.train.recipe import Compute, Recipe
 from oneword.train.tasks import Task, check_tasks
 
 RETRIES = 3  # of a task whose worker died
-Parts = tuple[str, dict[str, np.ndarray], dict[str, str]]  # of a Concept, as they are pickled
+Parts = tuple[str, dict[str, np.ndarray], dict[str, str]]  # the fields of a Concept, which can be pickled
 
 
 def learn_on_ray(
@@ -37,17 +37,17 @@ def learn_on_ray(
     address: str = "local",
     group: int = 4,
 ) -> Iterator[tuple[Mapping[int, Concept], list[str]]]:
-    """Yields the concepts of each group as it is done, by the tasks' numbers, and the notes of its run.
+    """Yields each group's concepts, by task number, and the notes of its run as soon as the group is done.
 
-    `address` is `local` (a cluster on this machine, for this call), `auto` (the one this machine belongs to) or
-    host:port. Raises what `learn` raises, and `EngineError` if a group's workers died again and again.
+    `address` is `local` (a cluster on this machine, for this call), `auto` (the cluster this machine belongs to) or
+    host:port. Raises what `learn` raises, and `EngineError` if a group's workers keep dying.
     """
     try:
         import ray
     except ImportError as error:
         raise MissingPackage("ray", "ray") from error
     check_tasks(tasks)
-    model, config, tasks, recipe = as_anywhere(model, config, tasks, recipe)
+    model, config, tasks, recipe = portable(model, config, tasks, recipe)
     threads = torch.get_num_threads()
     started = not ray.is_initialized()
     if started:
@@ -55,8 +55,10 @@ def learn_on_ray(
         options = local if address == "local" else {"address": address}
         try:
             ray.init(**options, log_to_driver=False, logging_level="ERROR")
-        except Exception as error:  # a node that does not come up raises just that
-            raise EngineError(f"no Ray cluster at {address!r} ({str(error).splitlines()[0]}): ray start it") from error
+        except Exception as error:  # Ray raises a plain Exception if a node does not start
+            raise EngineError(
+                f"no Ray cluster at {address!r} ({str(error).splitlines()[0]}): start one with `ray start`"
+            ) from error
     try:
         remote = ray.remote(num_cpus=threads, max_retries=RETRIES)(learn_group)
         groups = [range(first, min(first + group, len(tasks))) for first in range(0, len(tasks), group)]
@@ -65,21 +67,21 @@ def learn_on_ray(
             for numbers in groups
         }
         while pending:
-            (done,), _ = ray.wait(list(pending), num_returns=1)
-            numbers = pending.pop(done)
-            parts, notes = _result(ray, done)
-            yield dict(zip(numbers, [Concept(*each) for each in parts], strict=True)), notes
+            (finished,), _ = ray.wait(list(pending), num_returns=1)
+            numbers = pending.pop(finished)
+            parts, notes = _result(ray, finished)
+            yield dict(zip(numbers, [Concept(*fields) for fields in parts], strict=True)), notes
     finally:
         if started:
             ray.shutdown()
 
 
-def as_anywhere(
+def portable(
     model: str, config: Path | None, tasks: Sequence[Task], recipe: Recipe
 ) -> tuple[str, Path | None, list[Task], Recipe]:
-    """The same on any machine: absolute paths (a worker has its own working folder), this processor's number type."""
+    """Makes the arguments independent of the machine: absolute paths, and this processor's number type."""
     compute = Compute.BF16 if compute_dtype(recipe.compute) is torch.bfloat16 else Compute.FP32
-    moved = [
+    portable_tasks = [
         replace(
             task,
             images=task.images.absolute(),
@@ -90,37 +92,37 @@ def as_anywhere(
     return (
         _absolute(model),
         None if config is None else Path(_absolute(str(config))),
-        moved,
+        portable_tasks,
         recipe.with_changes(words_per_call=1, compute=compute),
     )
 
 
 def _absolute(model: str) -> str:
-    """A model's absolute path; `miniature` and hub ids stay as they are."""
+    """A model's absolute path; `miniature` and hub ids are unchanged."""
     return str(Path(model).absolute()) if model != "miniature" and Path(model).exists() else model
 
 
 def learn_group(
     model: str, config: Path | None, tasks: Sequence[Task], recipe: Recipe, seed: int, threads: int
 ) -> tuple[list[Parts], list[str]]:
-    """One group, on a worker: its concepts' parts, and the notes of its run."""
+    """Learns one group, on a worker. Returns the fields of its concepts and the notes of its run."""
     torch.set_num_threads(threads)
     quiet()
     notes: list[str] = []
     for progress in learn(model, tasks, recipe, seed, config=config):
         notes += progress.notes
-    concepts = progress.concepts  # a run always ends with them
+    concepts = progress.concepts  # the last progress always has them
     return [(concept.token, dict(concept.vectors), dict(concept.provenance)) for concept in concepts], notes
 
 
-def _result(ray: Any, done: Any) -> tuple[list[Parts], list[str]]:
+def _result(ray: Any, finished: Any) -> tuple[list[Parts], list[str]]:
     try:
-        return ray.get(done)
+        return ray.get(finished)
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, OnewordError):
             raise error.cause from error
         raise
     except ray.exceptions.WorkerCrashedError as error:
         raise EngineError(
-            f"a group's worker died {RETRIES + 1} times: see its machine's memory and Ray's logs"
+            f"a group's worker died {RETRIES + 1} times: check its machine's memory and Ray's logs"
         ) from error

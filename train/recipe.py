@@ -1,7 +1,7 @@
-"""How a word is learned: frozen settings, checked, some of them by name. No models, no files.
+"""How a word is learned: frozen settings that are checked, and named recipes. No models, no files.
 
-The paper's set-ups (Gal et al. 2022, arXiv 2208.01618, section 5) have its batch, steps and rate: 5,000
-steps of batch 4 at a base rate of 0.005, times 2 GPUs, times the batch. `fast`, the default, is our own.
+The paper's recipes (Gal et al. 2022, arXiv 2208.01618, section 5) use its batch size, steps and rate: 5,000 steps of
+batch 4 at a base rate of 0.005, times 2 GPUs, times the batch size. `fast`, the default, is our own.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from oneword.train.stopping import WINDOW
 
 
 class Subject(Enum):
-    """What the pictures have in common, hence which templates are used."""
+    """What the pictures have in common, which decides the templates."""
 
     OBJECT = "object"
     STYLE = "style"
@@ -36,7 +36,7 @@ class Rate(Enum):
 
 
 class Norm(Enum):
-    """What each step does to a vector's length: leave it free, set it to the vocabulary's median, or pull it there."""
+    """What a step does to a vector's length: leave it, set it to the vocabulary's median, or pull it towards that."""
 
     FREE = "free"
     FIXED = "fixed"
@@ -55,17 +55,17 @@ class Compute(Enum):
 class Recipe:
     """One way to learn a word. Raises `UsageError` for values that make no sense.
 
-    vectors: rows the word has at the end. grow_at: optimiser steps after which one more of them joins (progressive).
+    vectors: rows the word has at the end. grow_at: optimiser steps after which another row joins (progressive).
     steps: optimiser steps. batch_size: pictures per step and word. accumulation: backward passes per step, each of
     `batch_size` pictures. learning_rate: AdamW's, never scaled. warmup: steps of linear warm-up.
     init_weight: weight of the squared distance to the initial rows in the loss (regularised).
-    per_image: the share of prompts that also hold a word of their own picture.
-    min_snr: gamma of min-SNR weighting (Hang et al., arXiv 2303.09556), None for none.
+    per_image: the share of prompts that also contain a word for their picture.
+    min_snr: gamma of min-SNR weighting (Hang et al., arXiv 2303.09556), None for no weighting.
     stop_below: the DVAR ratio that ends learning (arXiv 2302.04841), None to run all steps.
     flip: also learn from mirrored pictures. crops: also learn from this many random crops of each picture.
     buckets: pictures keep roughly their aspect ratio instead of being cut square.
     timesteps: the part of the noise schedule that timesteps are drawn from, as fractions; (0, 1) is all of it.
-    words_per_call: words that share one UNet call, None for all; 1 makes each word bitwise what it is alone.
+    words_per_call: words that share one UNet call, None for all; with 1, each word has the bits it has when alone.
     """
 
     name: str = "custom"
@@ -109,45 +109,45 @@ class Recipe:
             raise UsageError(f"betas is {self.betas}: give two numbers from 0 to below 1, for example 0.9,0.999")
         if self.weight_decay < 0 or self.init_weight < 0:
             raise UsageError(
-                f"weight_decay {self.weight_decay} and init_weight {self.init_weight} must not be negative"
+                f"weight_decay is {self.weight_decay} and init_weight is {self.init_weight}: give numbers from 0 up"
             )
         if not 0 <= self.per_image <= 1:
-            raise UsageError(f"per_image is {self.per_image}: it is a share, from 0 to 1")
+            raise UsageError(f"per_image is {self.per_image}: give a share from 0 to 1")
         if self.min_snr is not None and not self.min_snr > 0:
             raise UsageError(f"min_snr is {self.min_snr}: give a number above 0 (5 is usual)")
         if self.stop_below is not None and not 0 < self.stop_below < 1:
             raise UsageError(f"stop_below is {self.stop_below}: give a ratio between 0 and 1 (0.15 is usual)")
         if self.stop_below is not None and self.steps <= WINDOW:
             raise UsageError(
-                f"stop_below looks back {WINDOW} steps and steps is {self.steps}: give more, or leave it out"
+                f"stop_below looks back {WINDOW} steps and steps is {self.steps}: raise steps or leave stop_below out"
             )
         if self.words_per_call is not None:
             _within("words_per_call", self.words_per_call, 1, 4096)
         if not 0 <= self.timesteps[0] < self.timesteps[1] <= 1:
-            raise UsageError(f"timesteps is {self.timesteps}: give two rising shares from 0 to 1, for example 0.2,1")
+            raise UsageError(f"timesteps is {self.timesteps}: give two rising numbers from 0 to 1, for example 0.2,1")
         if len(self.grow_at) >= self.vectors or list(self.grow_at) != sorted(set(self.grow_at)):
             raise UsageError(
-                f"grow_at {self.grow_at} with {self.vectors} vectors: give rising steps, fewer of them than vectors"
+                f"grow_at is {self.grow_at} with {self.vectors} vectors: give rising steps, fewer than vectors"
             )
         if self.grow_at and not 0 < self.grow_at[0] <= self.grow_at[-1] < self.steps:
-            raise UsageError(f"grow_at {self.grow_at}: vectors join between step 1 and step {self.steps - 1}")
+            raise UsageError(f"grow_at is {self.grow_at}: give steps from 1 to {self.steps - 1}")
 
     def vectors_at(self, step: int) -> int:
         """How many rows are in use after `step` optimiser steps."""
         return self.vectors - len(self.grow_at) + sum(step >= joins for joins in self.grow_at)
 
     def learning_rate_at(self, step: int) -> float:
-        """The rate of optimiser step `step` (the first is 0): linear warm-up, then constant or half a cosine to 0."""
+        """The rate of optimiser step `step`, from 0: linear warm-up, then constant or half a cosine to 0."""
         rate = self.learning_rate * min(1.0, (step + 1) / (self.warmup + 1))
         if self.rate is Rate.CONSTANT:
             return rate
         return rate * 0.5 * (1 + math.cos(math.pi * step / self.steps))
 
     def with_changes(self, **changes: Any) -> Recipe:
-        """This recipe with some settings changed; `steps` also scales `grow_at`, unless that is given too."""
+        """Returns this recipe with settings changed; `steps` also scales `grow_at`, unless that is given too."""
         known = {field.name for field in dataclasses.fields(self)}
         if unknown := sorted(set(changes) - known):
-            raise UsageError(f"a recipe has no {', '.join(unknown)}: it has {', '.join(sorted(known))}")
+            raise UsageError(f"a recipe has no {', '.join(unknown)}: its settings are {', '.join(sorted(known))}")
         if "steps" in changes and "grow_at" not in changes and self.grow_at:
             scale = changes["steps"] / self.steps
             changes["grow_at"] = tuple(max(1, round(joins * scale)) for joins in self.grow_at)
@@ -156,13 +156,13 @@ class Recipe:
         return dataclasses.replace(self, **changes)
 
     def with_text(self, settings: Iterable[str]) -> Recipe:
-        """This recipe with settings given as `name=value`; tuples are written with commas, None as `null`."""
+        """Returns this recipe with settings given as `name=value`; tuples are written with commas, None as `null`."""
         changes: dict[str, Any] = {}
         types = typing.get_type_hints(Recipe)
         for setting in settings:
             name, _, text = (part.strip() for part in setting.partition("="))
             if name not in types:
-                raise UsageError(f"{setting!r} is no setting: give name=value, the names are {', '.join(types)}")
+                raise UsageError(f"{setting!r} is not a setting: give name=value, the names are {', '.join(types)}")
             value = text.split(",") if typing.get_origin(types[name]) is tuple else text
             try:
                 changes[name] = msgspec.convert(value, types[name], strict=False)
@@ -171,7 +171,7 @@ class Recipe:
         return self.with_changes(**changes)
 
     def as_text(self) -> dict[str, str]:
-        """Every setting as text, for metadata and for comparing a run with the command that resumes it."""
+        """Every setting as text, for metadata and to compare a run with the command that resumes it."""
         return {field.name: _text(getattr(self, field.name)) for field in dataclasses.fields(self)}
 
 
@@ -188,7 +188,7 @@ def _named(*recipes: Recipe) -> Mapping[str, Recipe]:
     return MappingProxyType({recipe.name: recipe for recipe in recipes})
 
 
-_FAST = Recipe(  # a large rate that falls to nothing, large batches, few steps
+_FAST = Recipe(  # a high rate that falls to zero, large batches, few steps
     "fast",
     steps=200,
     batch_size=16,
@@ -202,7 +202,7 @@ _FAST = Recipe(  # a large rate that falls to nothing, large batches, few steps
 RECIPES: Mapping[str, Recipe] = _named(
     _FAST,
     dataclasses.replace(_FAST, name="style", subject=Subject.STYLE),
-    # The paper's, section 5: one word, and what it is compared with.
+    # From section 5 of the paper: one word, and the variants it is compared with.
     Recipe("one-word"),
     Recipe("two-vectors", vectors=2),
     Recipe("three-vectors", vectors=3),
@@ -215,22 +215,22 @@ RECIPES: Mapping[str, Recipe] = _named(
 )
 """The recipes by name.
 
-fast               ours, the default
-style              `fast` with the release's style templates
-one-word           the paper's own: 5,000 steps of batch 4 at 0.04
+fast               our own, the default
+style              `fast` with the style templates of the paper's released code
+one-word           the paper's method: 5,000 steps of batch 4 at 0.04
 two-vectors        "extended latent spaces": a word of two vectors
-three-vectors      and of three
-progressive-two    a second vector joins after 2,000 optimiser steps (the release counts forward calls by mistake)
-progressive-three  and a third after 4,000
-regularized        squared distance to the initial word's row; the paper prints no weight, 0.1 is ours
-per-image          "a photo of S* with S_i" in a quarter of the prompts, as in the release; S_i is thrown away
-high-rate          base rate 2e-2 in place of 5e-3, scaled alike
-low-rate           base rate 1e-4, scaled alike
+three-vectors      a word of three vectors
+progressive-two    a second vector joins after 2,000 optimiser steps (the released code counts forward calls by mistake)
+progressive-three  also a third vector after 4,000 steps
+regularized        adds the squared distance to the initial row; the paper gives no weight, 0.1 is ours
+per-image          "a photo of S* with S_i" in a quarter of the prompts, as in the released code; S_i is discarded
+high-rate          base rate 2e-2 instead of 5e-3, scaled in the same way
+low-rate           base rate 1e-4, scaled in the same way
 """
 
 
 def named_recipe(name: str) -> Recipe:
-    """The recipe of that name. Raises `UsageError` that lists them."""
+    """Returns the recipe of that name. Raises `UsageError`, listing the recipes, if there is none."""
     if name not in RECIPES:
-        raise UsageError(f"unknown recipe {name!r}: there are {', '.join(RECIPES)}")
+        raise UsageError(f"unknown recipe {name!r}: choose from {', '.join(RECIPES)}")
     return RECIPES[name]

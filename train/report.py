@@ -21,10 +21,10 @@ SMOOTH = 20  # steps of the loss's running mean
 
 @dataclass(frozen=True)
 class LearnedWord:
-    """One word of a run: its init, pictures, losses, and sheets by step.
+    """One word of a run: its init, pictures, losses and sheets.
 
-    `pictures` are uint8 [H, W, 3]; `sheets` maps steps to pictures of all samples; `length` is the mean length of its
-    vectors over the median length of the vocabulary's.
+    `pictures` are uint8 [H, W, 3]; `sheets` maps steps to sample sheets; `length` is the mean length of its vectors
+    over the median length of the vocabulary's.
     """
 
     token: str
@@ -49,7 +49,7 @@ def report(
     seconds: Mapping[str, float],
     config: str | None = None,
 ) -> str:
-    """The page. `rates` and the words' losses are by step, `seconds` by stage; `config` is a single file's."""
+    """Returns the page. `rates` and the words' losses are by step, `seconds` by stage; `config` is as in `learn`."""
     losses = {word.token: [loss for loss in word.losses if math.isfinite(loss)] for word in words}
     return (
         jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
@@ -70,7 +70,7 @@ def report(
 
 
 def run_line(word: LearnedWord, model: str, config: str | None = None) -> str:
-    """The commands that draw with the word."""
+    """The commands that draw pictures with the word."""
     bundle = f"{(Path(model).name or model).removesuffix('.safetensors')}.bundle"
     export = shlex.join(["ti-export", model, bundle, *(["--config", config] if config else [])])
     draw = shlex.join(["ti-run", bundle, f"a photo of a {word.token}", "--concept", str(word.output)])

@@ -1,4 +1,4 @@
-"""One word to learn: its pictures, token and start, checked against the model and turned into a `Word`."""
+"""One word to learn: its pictures, token and init, checked against the model and turned into a `Word`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from oneword.train.word import Word
 
 @dataclass(frozen=True)
 class Task:
-    """One word to learn: its folder of pictures, its token, and the word or words it starts from.
+    """One word to learn: its folder of pictures, its token, and what it starts from.
 
     `init` is a word of the model's vocabulary, several words (their rows are averaged), `random` (a random row of the
     vocabulary's median length), or a concept file. Raises `ConceptError` for a token that the runtime would refuse.
@@ -33,12 +33,12 @@ class Task:
 
 
 def check_tasks(tasks: Sequence[Task]) -> None:
-    """Raises `UsageError` if there is no task, or if two have the same token."""
+    """Raises `UsageError` if there is no task, or if two tasks have the same token."""
     if not tasks:
         raise UsageError("nothing to learn: give a folder of pictures")
     tokens = [task.token for task in tasks]
     if repeated := sorted({token for token in tokens if tokens.count(token) > 1}):
-        raise UsageError(f"the word {', '.join(repeated)} is to be learned twice: give each folder a token of its own")
+        raise UsageError(f"{', '.join(repeated)} would be learned twice: give each folder its own token")
 
 
 def check_tokens(source: Source, tasks: Sequence[Task]) -> None:
@@ -48,18 +48,18 @@ def check_tokens(source: Source, tasks: Sequence[Task]) -> None:
             ids = token_ids(tokenizer, task.token)
             if len(ids) == 1 and ids[0] != tokenizer.unk_token_id:
                 raise UsageError(
-                    f"the token {task.token!r} is a word of the model's own vocabulary: call the new one <{task.token}>"
+                    f"the token {task.token!r} is already in the model's vocabulary: use <{task.token}> instead"
                 )
 
 
 def make_word(source: Source, task: Task, pictures: Sequence[Picture], recipe: Recipe, seed: int) -> Word:
-    """The task's word, ready for the learner: pictures encoded, prompts chosen, initial rows computed."""
+    """Returns the task's word, ready for the learner: pictures encoded, prompts chosen, initial rows computed."""
     captions = None
     if any(picture.caption for picture in pictures):
         missing = [picture.path.name for picture in pictures if not picture.caption]
         if missing:
             raise UsageError(
-                f"{task.images}: {', '.join(missing)} has no caption beside it, the others have: write all or none"
+                f"{task.images}: no caption for {', '.join(missing)}: give every picture a caption, or none"
             )
         captions = [
             caption_template(picture.caption or "", task.token, str(picture.path.with_suffix(".txt")))
@@ -77,15 +77,15 @@ def make_word(source: Source, task: Task, pictures: Sequence[Picture], recipe: R
 
 
 def picture_size(source: Source) -> int:
-    """The side in pixels the model was trained at: the UNet's sample size times the VAE's factor."""
+    """The side, in pixels, that the model was trained at: the UNet's sample size times the VAE's factor."""
     side = source.unet.config.sample_size
     if not isinstance(side, int):
-        raise UsageError(f"the model's UNet has sample_size {side!r}: only square models can be learned with")
+        raise UsageError(f"the model's UNet has sample_size {side!r}: use a model of square pictures")
     return int(side * _vae_factor(source))
 
 
 def side_step(source: Source) -> int:
-    """What a picture's sides must be multiples of, in pixels, for the VAE and the UNet."""
+    """The number of pixels that a picture's sides must be multiples of, for the VAE and the UNet."""
     return _vae_factor(source) * 2 ** (len(source.unet.config.block_out_channels) - 1)
 
 

@@ -1,4 +1,4 @@
-"""A word while it is learned: what it learns from, what changes, and its random batches. No models, no files."""
+"""A word during learning: what it is learned from, what changes, and its random batches. No models, no files."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from oneword.train.pictures import Moments
 from oneword.train.prompts import per_image_template
 from oneword.train.recipe import Recipe
 
-Rows = Mapping[str, torch.Tensor]  # of each text encoder, [n, D] float32
+Rows = Mapping[str, torch.Tensor]  # by text encoder, [n, D] float32
 
 
 @dataclass
 class Word:
-    """A word while it is learned: what it is learned from, and everything that changes.
+    """A word during learning: what it is learned from, and everything that changes.
 
-    `prompts` are templates; `captions`, if there are any, hold one template per picture and replace them. `start_loss`
-    is the loss on a fixed batch before the first step, `probe_losses` the same after every step if they decide when to
-    stop.
+    `prompts` are templates; `captions`, if given, are one template per picture and replace them. `start_loss` is the
+    loss on a fixed batch before the first step; `probe_losses` are the losses on that batch after each step, if early
+    stopping needs them.
     """
 
     token: str
@@ -40,7 +40,7 @@ class Word:
     stopped: bool = False
 
     def parameters(self) -> list[torch.nn.Parameter]:
-        """All that is learned: its rows, and those of its single pictures."""
+        """Everything that is learned: the word's rows and its per-picture rows."""
         return [*self.rows.values(), *self.picture_rows.values()]
 
 
@@ -48,8 +48,8 @@ class Word:
 class Draw:
     """One word's share of a batch, B pictures.
 
-    `latents` and `eps` are B times [C, h, w] (pictures of several shapes have several sizes), `timesteps` [B] i64,
-    `masks` B times [1, h, w] or None, `prompts` B templates.
+    `latents` and `eps` are B tensors [C, h, w], whose sizes may differ; `timesteps` is [B] i64; `masks` is B tensors
+    [1, h, w] or None; `prompts` is B templates.
     """
 
     latents: Sequence[torch.Tensor]
@@ -59,7 +59,7 @@ class Draw:
     prompts: Sequence[str]
 
     def count(self) -> float:
-        """How many unmasked latents it has."""
+        """The number of unmasked latents."""
         if self.masks is None:
             return float(sum(latents.numel() for latents in self.latents))
         return sum(float(mask.sum()) * len(latents) for mask, latents in zip(self.masks, self.latents, strict=True))
@@ -69,9 +69,9 @@ class Draw:
 class Batch:
     """The draws of several words, B pictures in all.
 
-    `words` are B indices, `latents`, `eps` and `masks` as in `Draw` (None if no word has masks, else all ones without a
-    mask). `counts` [B] is how many unmasked latents a picture's word has in the batch, `sizes` how many pictures each
-    word has.
+    `words` are B indices. `latents`, `eps` and `masks` are as in `Draw`; `masks` is None if no word has masks, and all
+    ones for words without them otherwise. `counts` [B] is the number of unmasked latents that a picture's word has in
+    the batch, `sizes` the number of pictures of each word.
     """
 
     words: Sequence[int]
@@ -85,7 +85,7 @@ class Batch:
 
     @classmethod
     def of(cls, draws: Mapping[int, Draw]) -> Batch:
-        """The draws, one after another."""
+        """The draws, concatenated."""
         masks = None
         if any(part.masks is not None for part in draws.values()):
             masks = [
@@ -112,10 +112,10 @@ class Batch:
 
 
 def draw(word: Word, recipe: Recipe, timesteps: int, generator: torch.Generator | None = None) -> Draw:
-    """A word's next batch, from its own random stream unless `generator` is given.
+    """Draws a word's next batch, from the word's random stream unless `generator` is given.
 
-    Pictures come in shuffled rounds, and timesteps one from each of B equal parts (Kingma et al. 2021, arXiv
-    2107.00630, appendix I.1): both unbiased, and much less scattered than independent draws.
+    Pictures are drawn in shuffled rounds, and one timestep from each of B equal parts of the schedule (Kingma et al.
+    2021, arXiv 2107.00630, appendix I.1). Both are unbiased and have much less variance than independent draws.
     """
     rng, count, moments = generator or word.generator, recipe.batch_size, word.moments
     rounds = -(-count // len(moments.mean))
@@ -130,10 +130,10 @@ def draw(word: Word, recipe: Recipe, timesteps: int, generator: torch.Generator 
     if word.captions is not None:
         prompts = [word.captions[index % moments.pictures] for index in chosen]
     if recipe.per_image:
-        with_own_word = (torch.rand(count, generator=rng) < recipe.per_image).tolist()
+        with_picture_word = (torch.rand(count, generator=rng) < recipe.per_image).tolist()
         prompts = [
-            per_image_template(prompt, index % moments.pictures) if own else prompt
-            for prompt, index, own in zip(prompts, chosen, with_own_word, strict=True)
+            per_image_template(prompt, index % moments.pictures) if has_word else prompt
+            for prompt, index, has_word in zip(prompts, chosen, with_picture_word, strict=True)
         ]
     return Draw(
         [moments.mean[index] + moments.std[index] * noise for index, noise in zip(chosen, posterior, strict=True)],
@@ -144,20 +144,23 @@ def draw(word: Word, recipe: Recipe, timesteps: int, generator: torch.Generator 
     )
 
 
-def of_one_shape(tensors: Sequence[torch.Tensor]) -> list[list[int]]:
-    """The indices of tensors that can be stacked, by shape."""
-    places: dict[torch.Size, list[int]] = {}
-    for place, tensor in enumerate(tensors):
-        places.setdefault(tensor.shape, []).append(place)
-    return list(places.values())
+def group_by_shape(tensors: Sequence[torch.Tensor]) -> list[list[int]]:
+    """The indices of tensors that can be stacked, grouped by shape."""
+    groups: dict[torch.Size, list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        groups.setdefault(tensor.shape, []).append(index)
+    return list(groups.values())
 
 
 def prepare(word: Word, recipe: Recipe, seed: int) -> None:
-    """Sets a word's rows, random stream and optimiser to their start."""
+    """Sets a word's rows, random stream and optimiser to their initial state."""
     word.generator.manual_seed(seed)
     for name, initial in word.initial.items():
         if initial.shape[0] != recipe.vectors:
-            raise UsageError(f"{word.token!r} starts from {initial.shape[0]} vectors, the recipe has {recipe.vectors}")
+            raise UsageError(
+                f"{word.token!r} starts from {initial.shape[0]} vectors and the recipe has {recipe.vectors}: "
+                "give as many initial rows as the recipe has vectors"
+            )
         word.rows[name] = torch.nn.Parameter(initial.clone())
         if recipe.per_image:
             word.picture_rows[name] = torch.nn.Parameter(initial[:1].repeat(word.moments.pictures, 1))
@@ -171,13 +174,13 @@ def prepare(word: Word, recipe: Recipe, seed: int) -> None:
 
 
 def tensors_of(word: Word) -> dict[str, torch.Tensor]:
-    """The word's rows and its optimiser's moments, by name; made if no step has been taken yet."""
+    """The word's rows and its optimiser's moments, by name; creates the moments if no step has been taken so far."""
     parameters = {f"rows.{name}": rows for name, rows in word.rows.items()}
     parameters |= {f"picture_rows.{name}": rows for name, rows in word.picture_rows.items()}
     tensors: dict[str, torch.Tensor] = {}
     for name, parameter in parameters.items():
         moments = word.optimizer.state[parameter]
-        if not moments:  # as AdamW makes them at its first step
+        if not moments:  # as AdamW does at its first step
             moments.update(
                 step=torch.tensor(0.0), exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter)
             )

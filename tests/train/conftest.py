@@ -8,7 +8,7 @@ from oneword.train.miniature import world
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Five pictures of a look, as PNG."""
+    """Five pictures of one look, as PNG files."""
     folder = tmp_path / "pictures"
     folder.mkdir()
     for i, background in enumerate(list(world.BACKGROUNDS)[:5]):

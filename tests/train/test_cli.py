@@ -21,8 +21,8 @@ from tests.original_layout import original_layout
 
 
 def command(folder: Path, model: Path, output: Path, *more: str) -> list[str]:
-    learn_it = [str(folder), "--model", str(model), "--token", "<toy>", "--init", "star", "--output", str(output)]
-    return [*learn_it, "--steps", "3", "--batch-size", "2", *more]
+    options = [str(folder), "--model", str(model), "--token", "<toy>", "--init", "star", "--output", str(output)]
+    return [*options, "--steps", "3", "--batch-size", "2", *more]
 
 
 def test_the_command_writes_a_concept_and_says_what_it_did(
@@ -32,23 +32,23 @@ def test_the_command_writes_a_concept_and_says_what_it_did(
 
     status = main(command(folder, tiny_model_dir, output, "--json", "--seed", "5"))
 
-    told = capsys.readouterr()
-    assert status == 0, told.err
-    report = json.loads(told.out)
+    captured = capsys.readouterr()
+    assert status == 0, captured.err
+    report = json.loads(captured.out)
     assert report["steps"] == 3
     assert report["concepts"][0]["output"] == str(output)
-    assert "step 3/3 loss" in told.err
+    assert "step 3/3 loss" in captured.err
     concept = load_concept(output)
     assert concept.token == "<toy>"
     assert concept.vectors["text_encoder"].shape == (1, 32)
     with safe_open(output, "numpy") as file:  # as diffusers reads it
         assert list(file.keys()) == ["<toy>"]
         metadata = file.metadata()
-    assert metadata["base_model"] == tiny_model_dir.name  # the file is for sharing: no paths of this machine
+    assert metadata["base_model"] == tiny_model_dir.name  # the file may be shared: no paths
     assert (metadata["recipe"], metadata["seed"], metadata["steps"], metadata["init"]) == ("fast", "5", "3", "star")
 
 
-def test_a_command_that_cannot_be_done_says_why_in_one_line_before_it_learns(
+def test_a_command_that_cannot_succeed_fails_with_one_line_before_learning(
     folder: Path, tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     good = command(folder, tiny_model_dir, tmp_path / "toy.safetensors")
@@ -59,7 +59,7 @@ def test_a_command_that_cannot_be_done_says_why_in_one_line_before_it_learns(
     (tmp_path / "bad" / "x.png").write_text("text")
     cases = [
         (["--model", str(tiny_model_dir)], 2, "no folder of pictures"),
-        ([str(empty), *good[1:]], 2, "holds no picture"),
+        ([str(empty), *good[1:]], 2, "has no pictures"),
         ([str(tmp_path / "bad"), *good[1:]], 1, "x.png cannot be read as a picture"),
         ([*good, "--recipe", "nothing"], 2, "unknown recipe 'nothing'"),
         ([*good, "--learning-rate", "0"], 2, "learning_rate is 0.0"),
@@ -69,32 +69,32 @@ def test_a_command_that_cannot_be_done_says_why_in_one_line_before_it_learns(
         (good[:1], 2, "Missing option '--model'"),
         ([*good, "--config", str(tiny_model_dir)], 2, "--config is for a single .safetensors file"),
         (command(folder, tiny_model_dir, tmp_path / "toy.bin"), 2, "written as .safetensors"),
-        (command(folder, tiny_model_dir, tmp_path / "no" / "toy.safetensors"), 2, "make it first"),
+        (command(folder, tiny_model_dir, tmp_path / "no" / "toy.safetensors"), 2, "create it first"),
         (command(folder, tmp_path / "no-model", tmp_path / "toy.safetensors"), 2, "no-model"),
         ([*good[:4], "../x", *good[5:]], 1, "looks like a path"),
-        ([*good[:4], "star", *good[5:]], 2, "'star' is a word of the model's own vocabulary: call the new one <star>"),
+        ([*good[:4], "star", *good[5:]], 2, "'star' is already in the model's vocabulary: use <star> instead"),
         ([*good[:6], " ", *good[7:]], 2, "init is empty"),
-        ([*good, "--set", "speed=9"], 2, "'speed=9' is no setting"),
+        ([*good, "--set", "speed=9"], 2, "'speed=9' is not a setting"),
         ([*good, "--seed", "-1"], 2, "the seed is -1: give a whole number from 0"),
         ([*good, "--seed", str(10**30)], 2, "the seed is 1000"),
         ([*good, "--set", "betas=0.9,1.5"], 2, "betas is (0.9, 1.5)"),
-        (["--manifest", str(tmp_path / "none.csv"), "--model", str(tiny_model_dir)], 2, "names no word"),
+        (["--manifest", str(tmp_path / "none.csv"), "--model", str(tiny_model_dir)], 2, "lists no words"),
         ([*good, "--preview-every", "0"], 2, "--preview-every is 0"),
-        ([*good, "--report", str(tmp_path / "no" / "run.html")], 2, "in a folder that is there"),
+        ([*good, "--report", str(tmp_path / "no" / "run.html")], 2, "in an existing folder"),
         ([str(folder), *good, "--token", "<toy>", "--output", str(tmp_path / "b.safetensors")], 2, "learned twice"),
         ([str(folder), *good, "--token", "<b>", "--output", str(tmp_path / "toy.safetensors")], 2, "is given twice"),
     ]
     for arguments, status, message in cases:
         assert main(arguments) == status, arguments
-        told = capsys.readouterr()
-        assert message in told.err
-        assert told.err.count("\n") == 1
-        assert told.out == ""
+        captured = capsys.readouterr()
+        assert message in captured.err
+        assert captured.err.count("\n") == 1
+        assert captured.out == ""
     assert not list(tmp_path.glob("*.safetensors"))
 
 
 def with_nan(model: Path, part: str, copy: Path) -> Path:
-    """The model with the weights of a part gone bad."""
+    """A copy of the model in which the weights of one part are NaN."""
     shutil.copytree(model, copy)
     (file,) = (copy / part).glob("*.safetensors")
     weights = load_file(file)
@@ -104,17 +104,20 @@ def with_nan(model: Path, part: str, copy: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("part", "message"),
-    [("unet", "the loss of '<toy>' is nan at step 1: lower the rate"), ("vae", "0.png: the VAE gives NaN for it")],
+    [
+        ("unet", "the loss of '<toy>' is nan at step 1: lower the learning rate"),
+        ("vae", "0.png: the VAE gives NaN for it"),
+    ],
 )
-def test_a_model_that_gives_nan_is_one_line_and_writes_nothing(
+def test_a_model_that_gives_nan_fails_with_one_line_and_writes_nothing(
     folder: Path, tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], part: str, message: str
 ) -> None:
     model = with_nan(tiny_model_dir, part, tmp_path / "model")
 
     assert main(command(folder, model, tmp_path / "toy.safetensors")) == 1
-    told = capsys.readouterr()
-    assert message in told.err
-    assert told.err.count("\n") == 1
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
     assert not (tmp_path / "toy.safetensors").exists()
 
 
@@ -137,19 +140,19 @@ def test_a_full_disk_at_the_end_loses_nothing(
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("toy")] == ["toy.run"]
 
     assert main(arguments) == 0
-    assert "going on from step 3 of 3" in capsys.readouterr().err
+    assert "resuming from step 3 of 3" in capsys.readouterr().err
     assert load_concept(tmp_path / "toy.safetensors").token == "<toy>"
     assert not (tmp_path / "toy.run").exists()
 
 
-def test_one_picture_of_any_kind_is_enough(tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_a_single_picture_of_any_kind_is_enough(tiny_model_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "one").mkdir()
     Image.new("CMYK", (300, 40), (0, 255, 255, 0)).save(tmp_path / "one" / "wide.jpg")
 
     assert main(command(tmp_path / "one", tiny_model_dir, tmp_path / "toy.safetensors")) == 0
 
 
-def test_a_manifest_learns_several_words_and_its_paths_are_relative_to_it(
+def test_a_manifest_lists_several_words_with_paths_relative_to_itself(
     folder: Path, tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     manifest = tmp_path / "words.csv"
@@ -168,21 +171,21 @@ def test_a_manifest_learns_several_words_and_its_paths_are_relative_to_it(
         assert file.metadata()["init"] == "a.safetensors"
 
 
-def test_sheets_and_report_are_written_and_change_no_bit_of_the_word(
+def test_sheets_and_a_report_are_written_without_changing_a_bit_of_the_word(
     folder: Path, tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plain, seen = tmp_path / "plain.safetensors", tmp_path / "seen.safetensors"
-    (tmp_path / "seen.previews").mkdir()
-    (tmp_path / "seen.previews" / "step-000999.png").write_bytes(b"of an older run")
-    looks = ["--preview-every", "2", "--report", str(tmp_path / "run.html")]
+    plain, previewed = tmp_path / "plain.safetensors", tmp_path / "previewed.safetensors"
+    (tmp_path / "previewed.previews").mkdir()
+    (tmp_path / "previewed.previews" / "step-000999.png").write_bytes(b"of an older run")
+    options = ["--preview-every", "2", "--report", str(tmp_path / "run.html")]
 
     assert main(command(folder, tiny_model_dir, plain)) == 0
-    assert main(command(folder, tiny_model_dir, seen, *looks)) == 0, capsys.readouterr().err
+    assert main(command(folder, tiny_model_dir, previewed, *options)) == 0, capsys.readouterr().err
 
     np.testing.assert_array_equal(
-        load_concept(plain).vectors["text_encoder"], load_concept(seen).vectors["text_encoder"]
+        load_concept(plain).vectors["text_encoder"], load_concept(previewed).vectors["text_encoder"]
     )
-    assert sorted(path.name for path in (tmp_path / "seen.previews").iterdir()) == [
+    assert sorted(path.name for path in (tmp_path / "previewed.previews").iterdir()) == [
         "step-000002.png",
         "step-000003.png",
     ]
@@ -190,10 +193,10 @@ def test_sheets_and_report_are_written_and_change_no_bit_of_the_word(
     assert page.count("data:image/png;base64,") == 5 + 2
 
 
-def test_a_single_file_checkpoint_is_learned_on_as_the_directory_it_was_made_from(
+def test_a_single_file_model_gives_the_same_word_as_its_directory(
     folder: Path, tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With sheets, a report and a config directory without weights. The same weights make the same word."""
+    """With samples, a report, and a config directory without weights. The same weights give the same word."""
     checkpoint, config = tmp_path / "tiny.safetensors", tmp_path / "config"
     save_file(original_layout(load_source(tiny_model_dir)), checkpoint)
     shutil.copytree(tiny_model_dir, config, ignore=shutil.ignore_patterns("*.safetensors"))
@@ -215,16 +218,16 @@ def test_a_single_file_checkpoint_is_learned_on_as_the_directory_it_was_made_fro
 
 
 @pytest.mark.parametrize("module", ["oneword.train.cli", "oneword.train.evaluation.cli"])
-def test_help_and_version_are_answered_without_importing_torch(module: str) -> None:
+def test_help_and_version_do_not_import_torch(module: str) -> None:
     script = f"""
 import sys
 from {module} import main
 assert main(["--help"]) == main(["-h"]) == main(["--version"]) == 0
 assert "torch" not in sys.modules
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
 
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Usage: ti-") == 2
-    assert "--json" in done.stdout
-    assert f"version {oneword.__version__}" in done.stdout
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("Usage: ti-") == 2
+    assert "--json" in result.stdout
+    assert f"version {oneword.__version__}" in result.stdout

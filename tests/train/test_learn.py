@@ -14,7 +14,7 @@ from oneword.train.recipe import named_recipe
 from oneword.train.tasks import Task
 
 
-def test_pictures_of_many_shapes_crops_and_mirror_images_are_learned_from(tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_learning_uses_pictures_of_many_shapes_crops_and_mirror_images(tiny_model_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "many").mkdir()
     for i, size in enumerate([(64, 64), (200, 100), (90, 160)]):
         Image.effect_noise(size, 60).convert("RGB").save(tmp_path / "many" / f"{i}.png")
@@ -27,24 +27,24 @@ def test_pictures_of_many_shapes_crops_and_mirror_images_are_learned_from(tiny_m
     assert np.abs(concept.vectors["text_encoder"] - start.numpy()).max() > 1e-4
 
 
-def test_what_the_user_should_know_is_told_at_the_first_step(folder: Path, tiny_model_dir: Path) -> None:
+def test_warnings_are_reported_at_the_first_step(folder: Path, tiny_model_dir: Path) -> None:
     for name in ("2", "3", "4"):
         (folder / f"{name}.png").unlink()
     (folder / "1.png").write_bytes((folder / "0.png").read_bytes())
-    (folder / "5.HEIC").write_bytes(b"from a telephone")
+    (folder / "5.HEIC").write_bytes(b"from a phone")
 
     first = next(
         learn(tiny_model_dir, [Task(folder, "<toy>", "zebra")], named_recipe("fast").with_changes(batch_size=2))
     )
 
-    assert "holds 2 pictures: three to five are usual" in first.notes[0]
-    assert "5.HEIC" in first.notes[1]
-    assert "is not read: save it as PNG or JPEG" in first.notes[1]
+    assert "has 2 pictures: three to five are usual" in first.notes[0]
+    assert "skipped 5.HEIC" in first.notes[1]
+    assert "convert to PNG or JPEG" in first.notes[1]
     assert "0.png and 1.png" in first.notes[2]
     assert "init 'zebra' is several tokens" in first.notes[3]
 
 
-def test_a_word_starts_from_another_concept_and_a_run_from_what_it_held(
+def test_a_word_starts_from_a_concept_and_a_run_whose_concept_changed_is_refused(
     folder: Path, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     rows = np.random.default_rng(0).normal(size=(2, 32)).astype(np.float32)
@@ -66,7 +66,7 @@ def test_a_word_starts_from_another_concept_and_a_run_from_what_it_held(
 def test_a_word_that_settles_is_named_and_has_its_own_steps(
     folder: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two words whose watched losses are called settled at their third step, and at their fifth."""
+    """Two words whose probe losses count as settled at their third and at their fifth step."""
     settled = {3: iter([True, False]), 5: iter([True])}
     monkeypatch.setattr(
         "oneword.train.learner.has_settled", lambda losses, _: next(settled.get(len(losses), iter([False])), False)

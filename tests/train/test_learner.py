@@ -21,15 +21,15 @@ QUICK = Recipe(steps=4, batch_size=4, learning_rate=0.01, weight_decay=0.0, comp
 WIDTH = 32
 
 
-def some_moments(seed: int = 0, pictures: int = 3) -> Moments:
+def random_moments(seed: int = 0, pictures: int = 3) -> Moments:
     rng = torch.Generator().manual_seed(seed)
     mean = list(torch.randn(pictures, 4, 4, 4, generator=rng))
     return Moments(pictures, mean, [torch.full_like(mean[0], 0.1)] * pictures, None)
 
 
-def some_word(token: str = "<toy>", seed: int = 0, recipe: Recipe = QUICK) -> Word:
+def a_word(token: str = "<toy>", seed: int = 0, recipe: Recipe = QUICK) -> Word:
     rows = torch.randn(recipe.vectors, WIDTH, generator=torch.Generator().manual_seed(seed)) * 0.1
-    return Word(token, some_moments(seed), {"text_encoder": rows}, ["a photo of a {}", "the {}"])
+    return Word(token, random_moments(seed), {"text_encoder": rows}, ["a photo of a {}", "the {}"])
 
 
 def learned(model: Path, words: list[Word], recipe: Recipe = QUICK) -> list[np.ndarray]:
@@ -40,12 +40,12 @@ def learned(model: Path, words: list[Word], recipe: Recipe = QUICK) -> list[np.n
 
 
 @pytest.mark.parametrize("fixture", ["tiny_model_dir", "tiny_v_model_dir"])
-def test_the_gradient_is_that_of_the_text_books_loss_through_the_original_models(
+def test_the_gradient_is_that_of_the_textbook_loss_through_the_original_models(
     fixture: str, request: pytest.FixtureRequest
 ) -> None:
-    """Reference: diffusers' and transformers' own modules with the row put into their embedding matrix."""
+    """Reference: the modules of diffusers and transformers, with the row in their embedding matrix."""
     model: Path = request.getfixturevalue(fixture)
-    word = some_word()
+    word = a_word()
     learner = Learner(load_source(model), [word], QUICK, seed=7)
     state = word.generator.get_state()
     batch = draw(word, QUICK, 1000)
@@ -82,10 +82,10 @@ def test_the_gradient_is_that_of_the_text_books_loss_through_the_original_models
     )
 
 
-def test_nothing_but_the_rows_is_learned_or_kept_by_the_optimiser(tiny_model_dir: Path) -> None:
+def test_only_the_rows_are_learned_and_in_the_optimiser(tiny_model_dir: Path) -> None:
     source = load_source(tiny_model_dir)
     frozen = {f"{part}.{name}": value.clone() for part, name, value in weights_of(source)}
-    word = some_word()
+    word = a_word()
     learner = Learner(source, [word], QUICK, seed=7)
 
     learner.step()
@@ -104,27 +104,27 @@ def weights_of(source: Any) -> list[tuple[str, str, torch.Tensor]]:
     return [(part, name, value) for part, module in parts.items() for name, value in module.named_parameters()]
 
 
-def test_words_in_one_batch_do_not_see_one_another(tiny_model_dir: Path) -> None:
-    """Equal up to the order in which products are summed in batches of another size."""
-    together = learned(tiny_model_dir, [some_word("<a>", 1), some_word("<b>", 2)])
-    alone = [learned(tiny_model_dir, [some_word("<a>", 1)])[0], learned(tiny_model_dir, [some_word("<b>", 2)])[0]]
+def test_words_in_one_batch_do_not_affect_each_other(tiny_model_dir: Path) -> None:
+    """Equal up to the order of summation, which depends on the batch size."""
+    together = learned(tiny_model_dir, [a_word("<a>", 1), a_word("<b>", 2)])
+    alone = [learned(tiny_model_dir, [a_word("<a>", 1)])[0], learned(tiny_model_dir, [a_word("<b>", 2)])[0]]
 
-    for one, other in zip(together, alone, strict=True):
-        np.testing.assert_allclose(one, other, atol=2e-4)
+    for rows, expected in zip(together, alone, strict=True):
+        np.testing.assert_allclose(rows, expected, atol=2e-4)
     assert np.abs(together[0] - together[1]).max() > 0.01
 
 
-def test_a_word_a_call_has_the_bits_it_has_alone(tiny_model_dir: Path) -> None:
+def test_with_one_word_per_call_a_word_has_the_bits_it_has_alone(tiny_model_dir: Path) -> None:
     recipe = QUICK.with_changes(words_per_call=1)
-    together = learned(tiny_model_dir, [some_word("<a>", 1), some_word("<b>", 2)], recipe)
-    alone = learned(tiny_model_dir, [some_word("<b>", 2)], recipe)
+    together = learned(tiny_model_dir, [a_word("<a>", 1), a_word("<b>", 2)], recipe)
+    alone = learned(tiny_model_dir, [a_word("<b>", 2)], recipe)
 
     np.testing.assert_array_equal(together[1], alone[0])
 
 
 def test_nothing_before_the_first_cross_attention_is_differentiated(tiny_model_dir: Path) -> None:
     source = load_source(tiny_model_dir)
-    word = some_word()
+    word = a_word()
     learner = Learner(source, [word], QUICK, seed=7)
     wants_gradient: dict[str, bool] = {}
     first_block = source.unet.down_blocks[0]
@@ -142,8 +142,8 @@ def test_nothing_before_the_first_cross_attention_is_differentiated(tiny_model_d
 
 
 def test_pictures_of_two_shapes_share_a_step(tiny_model_dir: Path) -> None:
-    """The loss is the mean over all latents: 48 and 64 of each channel, by hand from each shape's own."""
-    word = some_word()
+    """The loss is the mean over all latents: 48 and 64 per channel, weighted by hand from each shape's loss."""
+    word = a_word()
     learner = Learner(load_source(tiny_model_dir), [word], QUICK, seed=7)
     rng = torch.Generator().manual_seed(3)
     latents, eps = ([torch.randn(4, h, w, generator=rng) for h, w in ((8, 6), (8, 8))] for _ in range(2))
@@ -158,8 +158,8 @@ def test_pictures_of_two_shapes_share_a_step(tiny_model_dir: Path) -> None:
 
 
 def test_the_response_to_two_prompts_is_their_predictions_variance(tiny_model_dir: Path) -> None:
-    """Reference: diffusers' and transformers' own modules."""
-    word = some_word()
+    """Reference: the modules of diffusers and transformers."""
+    word = a_word()
     learner = Learner(load_source(tiny_model_dir), [word], QUICK, seed=7)
     star = StableDiffusionPipeline.from_pretrained(tiny_model_dir, safety_checker=None)
     row = star.tokenizer("star", add_special_tokens=False).input_ids
@@ -168,23 +168,23 @@ def test_the_response_to_two_prompts_is_their_predictions_variance(tiny_model_di
     ids = star.tokenizer(["a star", "a painting of a star"], padding="max_length", max_length=20, return_tensors="pt")
     with torch.no_grad():
         states = star.text_encoder(ids.input_ids)[0]
-        one, other = star.unet(noise, torch.tensor([800, 800]), states).sample
+        first, second = star.unet(noise, torch.tensor([800, 800]), states).sample
 
     response = learner.response(0, ["a {}", "a painting of a {}"], rows)
 
-    assert response == pytest.approx(float((one - other).square().mean()) / 4, rel=1e-3)
+    assert response == pytest.approx(float((first - second).square().mean()) / 4, rel=1e-3)
     assert learner.response(0, ["a {}", "a {}"], rows) == pytest.approx(0, abs=1e-12)
 
 
 def test_the_same_seed_gives_the_same_bits(tiny_model_dir: Path) -> None:
-    np.testing.assert_array_equal(learned(tiny_model_dir, [some_word()])[0], learned(tiny_model_dir, [some_word()])[0])
+    np.testing.assert_array_equal(learned(tiny_model_dir, [a_word()])[0], learned(tiny_model_dir, [a_word()])[0])
 
 
 def test_learning_lowers_the_loss_on_a_fixed_batch(tiny_model_dir: Path) -> None:
     recipe = QUICK.with_changes(steps=60, learning_rate=0.05)
-    word = some_word(recipe=recipe)
+    word = a_word(recipe=recipe)
     learner = Learner(load_source(tiny_model_dir), [word], recipe, seed=7)
-    batch = draw(some_word_drawn_elsewhere(), recipe, 1000)
+    batch = draw(a_word_with_another_stream(), recipe, 1000)
     before = learner.probe_loss(0, batch)
 
     while not learner.finished():
@@ -193,15 +193,15 @@ def test_learning_lowers_the_loss_on_a_fixed_batch(tiny_model_dir: Path) -> None
     assert learner.probe_loss(0, batch) < before
 
 
-def some_word_drawn_elsewhere() -> Word:
-    word = some_word()
+def a_word_with_another_stream() -> Word:
+    word = a_word()
     word.generator.manual_seed(99)
     return word
 
 
-def test_a_vector_that_has_not_joined_stays_where_it_started(tiny_model_dir: Path) -> None:
+def test_a_vector_that_has_not_joined_keeps_its_initial_value(tiny_model_dir: Path) -> None:
     recipe = QUICK.with_changes(vectors=2, grow_at=(2,), weight_decay=0.1)
-    word = some_word(recipe=recipe)
+    word = a_word(recipe=recipe)
     learner = Learner(load_source(tiny_model_dir), [word], recipe, seed=7)
 
     learner.step()
@@ -215,7 +215,7 @@ def test_a_vector_that_has_not_joined_stays_where_it_started(tiny_model_dir: Pat
 
 def test_a_word_that_stopped_gets_no_further_vectors(tiny_model_dir: Path) -> None:
     recipe = QUICK.with_changes(vectors=2, grow_at=(2,))
-    words = [some_word("<a>", 1, recipe), some_word("<b>", 2, recipe)]
+    words = [a_word("<a>", 1, recipe), a_word("<b>", 2, recipe)]
     learner = Learner(load_source(tiny_model_dir), words, recipe, seed=7)
     learner.step()
     words[0].stopped = True
@@ -225,9 +225,9 @@ def test_a_word_that_stopped_gets_no_further_vectors(tiny_model_dir: Path) -> No
     assert [len(learner.concept(i, {}).vectors["text_encoder"]) for i in range(2)] == [1, 2]
 
 
-def test_words_of_single_pictures_learn_beside_the_shared_one_and_are_left_out(tiny_model_dir: Path) -> None:
+def test_per_picture_words_learn_beside_the_shared_word_and_are_left_out_of_the_concept(tiny_model_dir: Path) -> None:
     recipe = QUICK.with_changes(per_image=1.0)
-    word = some_word(recipe=recipe)
+    word = a_word(recipe=recipe)
     learner = Learner(load_source(tiny_model_dir), [word], recipe, seed=7)
     learner.step()
 
@@ -237,9 +237,9 @@ def test_words_of_single_pictures_learn_beside_the_shared_one_and_are_left_out(t
 
 
 def test_parts_on_threads_add_up_to_the_gradient_of_the_whole_batch(tiny_model_dir: Path) -> None:
-    """Two words of 8 pictures, the first's halves masked differently: two parts, equal up to the order of sums."""
+    """Two words of 8 pictures, the first with half of them masked: two parts, equal up to the order of sums."""
     recipe = QUICK.with_changes(batch_size=8, init_weight=0.1)
-    words = [some_word("<a>", 1, recipe), some_word("<b>", 2, recipe)]
+    words = [a_word("<a>", 1, recipe), a_word("<b>", 2, recipe)]
     learner = Learner(load_source(tiny_model_dir), words, recipe, seed=7)
     draws = {index: draw(word, recipe, 1000) for index, word in enumerate(words)}
     masks = [torch.full((1, 4, 4), float(i % 2)) for i in range(8)]
@@ -262,20 +262,20 @@ def test_parts_on_threads_add_up_to_the_gradient_of_the_whole_batch(tiny_model_d
         torch.testing.assert_close(row.grad, grad, rtol=1e-3, atol=1e-6)
 
 
-def test_each_part_of_a_step_is_on_its_own_thread_and_uses_no_other(
+def test_each_part_of_a_step_runs_on_its_own_single_thread(
     tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With two threads and 16 pictures, so that nothing waits for a thread that a busy process keeps from running."""
+    """With two threads and 16 pictures, so that nothing waits for a thread that a busy process delays."""
     recipe = QUICK.with_changes(batch_size=16)
-    learner = Learner(load_source(tiny_model_dir), [some_word(recipe=recipe)], recipe, seed=7)
+    learner = Learner(load_source(tiny_model_dir), [a_word(recipe=recipe)], recipe, seed=7)
     parts: list[tuple[int, int, int]] = []
     errors = learner._errors
 
-    def noted(batch: Batch, part: Sequence[int]) -> torch.Tensor:
+    def recording_errors(batch: Batch, part: Sequence[int]) -> torch.Tensor:
         parts.append((threading.get_ident(), torch.get_num_threads(), len(part)))
         return errors(batch, part)
 
-    monkeypatch.setattr(learner, "_errors", noted)
+    monkeypatch.setattr(learner, "_errors", recording_errors)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -288,9 +288,9 @@ def test_each_part_of_a_step_is_on_its_own_thread_and_uses_no_other(
     assert len({thread for thread, _, _ in step}) == 2
 
 
-def test_a_masked_part_has_no_say(tiny_model_dir: Path) -> None:
-    """The loss is the mean over what is unmasked: those of two halves average to the whole's."""
-    word = some_word()
+def test_masked_latents_do_not_count(tiny_model_dir: Path) -> None:
+    """The loss is the mean over unmasked latents: the losses of two halves average to the loss of the whole."""
+    word = a_word()
     learner = Learner(load_source(tiny_model_dir), [word], QUICK, seed=7)
     plain = draw(word, QUICK, 1000)
     mask = torch.zeros(4, 1, 4, 4)
@@ -304,7 +304,7 @@ def test_a_masked_part_has_no_say(tiny_model_dir: Path) -> None:
 
 
 def test_a_loss_that_is_not_finite_names_the_word(tiny_model_dir: Path) -> None:
-    word = some_word()
+    word = a_word()
     word.moments = Moments(3, [torch.full((4, 4, 4), torch.nan)] * 3, [torch.ones(4, 4, 4)] * 3, None)
     learner = Learner(load_source(tiny_model_dir), [word], QUICK, seed=7)
 
@@ -313,7 +313,7 @@ def test_a_loss_that_is_not_finite_names_the_word(tiny_model_dir: Path) -> None:
 
 
 def test_a_prompt_too_long_for_the_word_is_refused(tiny_model_dir: Path) -> None:
-    word = some_word()
+    word = a_word()
     word.prompts = ["a photo of a red blue green star ring cat dog in style and on with painting red red {}"]
     learner = Learner(load_source(tiny_model_dir), [word], QUICK, seed=7)
 
@@ -323,35 +323,35 @@ def test_a_prompt_too_long_for_the_word_is_refused(tiny_model_dir: Path) -> None
 
 def test_accumulated_gradients_are_the_mean_of_their_draws(tiny_model_dir: Path) -> None:
     recipe = QUICK.with_changes(accumulation=3, batch_size=2)
-    word, twin = some_word(), some_word()
-    learner, other = (Learner(load_source(tiny_model_dir), [each], recipe, seed=7) for each in (word, twin))
+    word, twin = a_word(), a_word()
+    learner, reference = (Learner(load_source(tiny_model_dir), [item], recipe, seed=7) for item in (word, twin))
     gradients = []
     for _ in range(3):
-        (loss,) = other._losses({0: draw(twin, recipe, 1000)})
+        (loss,) = reference._losses({0: draw(twin, recipe, 1000)})
         gradients += torch.autograd.grad(loss, twin.rows["text_encoder"])
 
-    seen: list[torch.Tensor] = []
-    word.rows["text_encoder"].register_post_accumulate_grad_hook(lambda rows: seen.append(rows.grad.clone()))
+    accumulated: list[torch.Tensor] = []
+    word.rows["text_encoder"].register_post_accumulate_grad_hook(lambda rows: accumulated.append(rows.grad.clone()))
     learner.step()
 
-    torch.testing.assert_close(seen[-1], torch.stack(gradients).mean(0), rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(accumulated[-1], torch.stack(gradients).mean(0), rtol=1e-4, atol=1e-7)
 
 
 def test_gradient_checkpointing_changes_no_word(tiny_model_dir: Path) -> None:
-    kept = learned(tiny_model_dir, [some_word()])[0]
-    learner = Learner(load_source(tiny_model_dir), [some_word()], QUICK.with_changes(gradient_checkpointing=True), 7)
+    expected = learned(tiny_model_dir, [a_word()])[0]
+    learner = Learner(load_source(tiny_model_dir), [a_word()], QUICK.with_changes(gradient_checkpointing=True), 7)
     forwards: list[object] = []
     block = learner.source.unet.mid_block.attentions[0].transformer_blocks[0]
     block.register_forward_pre_hook(lambda *_: forwards.append(None))
     learner._losses({0: draw(learner.words[0], QUICK, 1000, torch.Generator())})[0].backward()
     assert len(forwards) == 2  # once for the loss, once more for its gradient
-    made_again = learned(tiny_model_dir, [some_word()], QUICK.with_changes(gradient_checkpointing=True))[0]
+    recomputed = learned(tiny_model_dir, [a_word()], QUICK.with_changes(gradient_checkpointing=True))[0]
 
-    np.testing.assert_allclose(made_again, kept, atol=1e-5)
+    np.testing.assert_allclose(recomputed, expected, atol=1e-5)
 
 
 def test_plain_and_fused_attention_predict_the_same(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    learner = Learner(load_source(tiny_model_dir), [some_word()], QUICK, 0)
+    learner = Learner(load_source(tiny_model_dir), [a_word()], QUICK, 0)
     plain = learner.probe_loss(0)
     processors = learner.source.unet.attn_processors.values()
     assert all(processor.plain for processor in processors)
@@ -364,18 +364,18 @@ def test_plain_and_fused_attention_predict_the_same(tiny_model_dir: Path, monkey
 
 def test_min_snr_weighs_each_picture_by_its_timestep(tiny_model_dir: Path) -> None:
     """eps-prediction: min(SNR, gamma) / SNR, with SNR = a / (1 - a)."""
-    learner = Learner(load_source(tiny_model_dir), [some_word()], QUICK.with_changes(min_snr=5.0), seed=7)
-    plain = Learner(load_source(tiny_model_dir), [some_word()], QUICK, seed=7)
-    one = draw(some_word(), QUICK.with_changes(batch_size=1), 1000, torch.Generator().manual_seed(0))
+    learner = Learner(load_source(tiny_model_dir), [a_word()], QUICK.with_changes(min_snr=5.0), seed=7)
+    plain = Learner(load_source(tiny_model_dir), [a_word()], QUICK, seed=7)
+    single = draw(a_word(), QUICK.with_changes(batch_size=1), 1000, torch.Generator().manual_seed(0))
     for t in (0, 100, 999):
-        batch = replace(one, timesteps=torch.tensor([t]))
+        batch = replace(single, timesteps=torch.tensor([t]))
         a = float(plain.scheduler.alphas_cumprod[t])
         weight = min(a / (1 - a), 5.0) / (a / (1 - a))
         assert learner.probe_loss(0, batch) == pytest.approx(weight * plain.probe_loss(0, batch), rel=1e-4)
 
 
-def test_the_distance_to_the_start_is_added_to_the_loss_but_not_to_the_probe(tiny_model_dir: Path) -> None:
-    word = some_word()
+def test_the_distance_to_the_initial_rows_is_added_to_the_loss_but_not_to_the_probe_loss(tiny_model_dir: Path) -> None:
+    word = a_word()
     learner = Learner(load_source(tiny_model_dir), [word], QUICK.with_changes(init_weight=0.5), seed=7)
     batch = draw(word, QUICK, 1000)
     with torch.no_grad():
@@ -386,18 +386,18 @@ def test_the_distance_to_the_start_is_added_to_the_loss_but_not_to_the_probe(tin
     assert added == pytest.approx(0.5 * WIDTH * 0.1**2, rel=1e-3)
 
 
-def test_a_fixed_norm_is_kept_by_every_step(tiny_model_dir: Path) -> None:
+def test_a_fixed_norm_holds_after_every_step(tiny_model_dir: Path) -> None:
     source = load_source(tiny_model_dir)
     table = source.text_encoders["text_encoder"].get_input_embeddings().weight.detach().numpy()
-    rows = learned(tiny_model_dir, [some_word()], QUICK.with_changes(norm=Norm.FIXED))[0]
+    rows = learned(tiny_model_dir, [a_word()], QUICK.with_changes(norm=Norm.FIXED))[0]
 
     np.testing.assert_allclose(np.linalg.norm(rows), np.median(np.linalg.norm(table, axis=1)), rtol=1e-5)
 
 
-def test_a_settled_word_stops_and_the_other_goes_on(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first word's probe loss is constant from its fifth step on, the second's never is."""
+def test_a_settled_word_stops_and_the_other_continues(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first word's probe loss is constant from its fifth step on; the second's never is."""
     recipe = QUICK.with_changes(steps=400, batch_size=1, stop_below=0.1)
-    words = [some_word("<a>", 1), some_word("<b>", 2)]
+    words = [a_word("<a>", 1), a_word("<b>", 2)]
     learner = Learner(load_source(tiny_model_dir), words, recipe, seed=7)
     monkeypatch.setattr(
         learner, "probe_loss", lambda index: float(index or len(words[0].losses) < 5) * (-1) ** len(words[index].losses)
@@ -410,10 +410,10 @@ def test_a_settled_word_stops_and_the_other_goes_on(tiny_model_dir: Path, monkey
 
     losses = [learner.step() for _ in range(320)]
 
-    taken = len(words[0].losses)
+    steps_taken = len(words[0].losses)
     assert words[0].stopped
     assert not words[1].stopped
-    assert 310 < taken < 320
+    assert 310 < steps_taken < 320
     assert len(words[1].losses) == 320
     assert math.isnan(losses[-1][0])
     assert not math.isnan(losses[-1][1])

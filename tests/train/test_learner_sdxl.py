@@ -1,4 +1,4 @@
-"""SDXL: a word has a vector for each of the two text encoders. Everything real but the weights, which are random."""
+"""SDXL: a word has vectors for both text encoders. Everything is real except the weights, which are random."""
 
 from pathlib import Path
 
@@ -65,7 +65,7 @@ def tiny_sdxl_dir(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path
     return folder
 
 
-def some_word() -> Word:
+def a_word() -> Word:
     rng = torch.Generator().manual_seed(1)
     mean = list(torch.randn(3, 4, 8, 8, generator=rng))
     rows = {name: torch.randn(1, width, generator=rng) * 0.1 for name, width in WIDTHS.items()}
@@ -73,8 +73,8 @@ def some_word() -> Word:
 
 
 def test_the_gradient_in_both_encoders_is_that_of_the_original_models(tiny_sdxl_dir: Path) -> None:
-    """Reference: diffusers' pipeline encodes the prompt, its UNet predicts, autograd reaches both embedding tables."""
-    word = some_word()
+    """Reference: diffusers' pipeline and UNet, with autograd through both embedding tables."""
+    word = a_word()
     learner = Learner(load_source(tiny_sdxl_dir), [word], QUICK, seed=7)
     batch = draw(word, QUICK, 1000, torch.Generator().manual_seed(2))
     loss = learner._losses({0: batch})[0]
@@ -113,9 +113,9 @@ def test_the_command_writes_a_word_for_both_encoders(tiny_sdxl_dir: Path, tmp_pa
     for i in range(3):
         Image.effect_noise((64, 64), 60).convert("RGB").save(tmp_path / "pictures" / f"{i}.png")
     output = tmp_path / "toy.safetensors"
-    learn_it = [str(tmp_path / "pictures"), "--model", str(tiny_sdxl_dir), "--token", "<toy>", "--init", "star"]
+    options = [str(tmp_path / "pictures"), "--model", str(tiny_sdxl_dir), "--token", "<toy>", "--init", "star"]
 
-    assert main([*learn_it, "--output", str(output), "--steps", "2", "--batch-size", "2", "--vectors", "2"]) == 0
+    assert main([*options, "--output", str(output), "--steps", "2", "--batch-size", "2", "--vectors", "2"]) == 0
 
     with safe_open(output, "numpy") as file:
         assert sorted(file.keys()) == ["clip_g", "clip_l"]
@@ -125,9 +125,9 @@ def test_the_command_writes_a_word_for_both_encoders(tiny_sdxl_dir: Path, tmp_pa
 
 
 def test_parts_on_threads_add_up_to_the_gradients_of_the_whole_batch_in_both_encoders(tiny_sdxl_dir: Path) -> None:
-    """Their UNet is recorded with pooled vectors and time ids."""
+    """The UNet is recorded with pooled vectors and time ids."""
     recipe = QUICK.with_changes(batch_size=16)
-    word = some_word()
+    word = a_word()
     learner = Learner(load_source(tiny_sdxl_dir), [word], recipe, seed=7)
     draws = {0: draw(word, recipe, 1000)}
     expected = torch.autograd.grad(learner._losses(draws)[0], list(word.rows.values()))

@@ -18,8 +18,8 @@ def test_min_snr_weights_by_hand(kind: str, expected: list[float]) -> None:
     torch.testing.assert_close(weights, torch.tensor(expected))
 
 
-def test_the_distance_to_the_start_by_hand() -> None:
-    """Two rows moved by (3, 4) and not at all: (25 + 0) / 2; the other encoder's row by 1 in one of its numbers."""
+def test_the_distance_to_the_initial_rows_by_hand() -> None:
+    """Two rows that moved by (3, 4) and 0: (25 + 0) / 2; the other encoder's row moved by 1 in one dimension."""
     rows = {"one": torch.tensor([[3.0, 4.0], [0.0, 0.0]]), "two": torch.tensor([[1.0, 1.0, 2.0]])}
     initial = {"one": torch.zeros(2, 2), "two": torch.ones(1, 3)}
 

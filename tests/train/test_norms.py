@@ -4,7 +4,7 @@ from oneword.train.norms import with_norm
 from oneword.train.recipe import Norm
 
 
-def test_lengths_are_kept_set_or_pulled() -> None:
+def test_lengths_are_left_set_or_pulled() -> None:
     rows = torch.tensor([[3.0, 4.0]])
 
     assert with_norm(rows, Norm.FREE, 1.0, 0.001) is rows

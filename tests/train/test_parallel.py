@@ -8,20 +8,20 @@ from benchmarks.threads import BAR, measure, write_pictures
 from oneword.train.parallel import Recorded, in_threads, parts_of
 
 
-def test_a_batch_is_divided_by_its_size_and_the_threads_alone() -> None:
+def test_only_a_batchs_size_and_the_threads_decide_how_it_is_divided() -> None:
     assert parts_of(range(16), 2) == [list(range(8)), list(range(8, 16))]
     assert parts_of(range(16), 64) == parts_of(range(16), 2)
-    assert parts_of(range(15), 2) == [list(range(15))]  # of 7 and 8 pictures, too few for two parts
+    assert parts_of(range(15), 2) == [list(range(15))]  # parts of 7 and 8 would be too small
     assert [len(part) for part in parts_of(range(100), 3)] == [33, 33, 34]
     assert len(parts_of(range(1000), 64)) == 4
     assert parts_of(range(16), 1) == [list(range(16))]
 
 
-def test_parts_run_at_the_same_time_with_their_share_of_the_threads_and_come_back_in_order() -> None:
-    before, both = torch.get_num_threads(), threading.Barrier(2, timeout=60)
+def test_parts_run_at_once_with_their_share_of_the_threads_and_results_are_in_order() -> None:
+    before, barrier = torch.get_num_threads(), threading.Barrier(2, timeout=60)
 
     def compute(part: str) -> tuple[str, int]:
-        both.wait()
+        barrier.wait()
         return part, torch.get_num_threads()
 
     torch.set_num_threads(4)
@@ -78,11 +78,11 @@ class Refusing(Doubled):
 
     def forward(self, x: torch.Tensor, absent: torch.Tensor | None, y: torch.Tensor | None) -> torch.Tensor:
         if torch.jit.is_tracing():
-            raise NotImplementedError("recording it fails, as of a module with an operation that cannot be traced")
+            raise NotImplementedError("recording fails, as with an operation that cannot be traced")
         return super().forward(x, absent, y)
 
 
-def test_a_module_that_cannot_be_recorded_is_run_as_it_is() -> None:
+def test_a_module_that_cannot_be_recorded_still_runs() -> None:
     recorded = Recorded(Refusing())
     recorded.record(torch.zeros(3), None, None)
 
@@ -90,8 +90,8 @@ def test_a_module_that_cannot_be_recorded_is_run_as_it_is() -> None:
 
 
 @pytest.mark.slow
-def test_learning_beside_a_busy_process_takes_at_most_twice_its_time_and_a_little(tmp_path: Path) -> None:
-    """Medians of five turns of ten steps; needs a machine that does nothing else."""
+def test_learning_beside_a_busy_process_takes_little_more_than_twice_as_long(tmp_path: Path) -> None:
+    """Medians of five rounds of ten steps; needs an otherwise idle machine."""
     write_pictures(tmp_path)
 
     alone, beside = measure(tmp_path, rounds=5, steps=10, busy=1)

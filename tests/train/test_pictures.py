@@ -24,13 +24,13 @@ def noise(width: int, height: int, seed: int = 0) -> Image.Image:
 
 
 def halves(width: int, height: int) -> Image.Image:
-    """Red on the left, blue on the right."""
+    """A picture that is red on the left and blue on the right."""
     pixels = np.zeros((height, width, 3), np.uint8)
     pixels[:, : width // 2, 0] = pixels[:, width // 2 :, 2] = 255
     return Image.fromarray(pixels)
 
 
-def test_a_picture_of_the_models_size_is_read_as_it_is(tmp_path: Path) -> None:
+def test_a_picture_of_the_models_size_is_read_unchanged(tmp_path: Path) -> None:
     image = noise(64, 64)
     image.save(tmp_path / "a.png")
 
@@ -43,7 +43,7 @@ def test_a_picture_of_the_models_size_is_read_as_it_is(tmp_path: Path) -> None:
 
 def test_exif_rotation_is_applied(tmp_path: Path) -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees clockwise to see it upright: the left half becomes the upper
+    exif[0x0112] = 6  # upright after a turn by 90 degrees clockwise: the left half becomes the upper half
     halves(64, 64).save(tmp_path / "a.png", exif=exif)
 
     pixels = read_picture(tmp_path / "a.png", 64).pixels
@@ -52,7 +52,7 @@ def test_exif_rotation_is_applied(tmp_path: Path) -> None:
     np.testing.assert_array_equal(pixels[54, 32], [0, 0, 255])
 
 
-def test_a_wide_picture_is_cut_around_its_centre(tmp_path: Path) -> None:
+def test_a_wide_picture_is_cropped_around_its_centre(tmp_path: Path) -> None:
     pixels = np.zeros((800, 8000, 3), np.uint8)
     pixels[:, 3500:4500] = [0, 255, 0]
     Image.fromarray(pixels).save(tmp_path / "panorama.png")
@@ -62,7 +62,7 @@ def test_a_wide_picture_is_cut_around_its_centre(tmp_path: Path) -> None:
     np.testing.assert_array_equal(picture.pixels, np.broadcast_to([0, 255, 0], (40, 40, 3)))
 
 
-def test_alpha_is_laid_over_white_and_becomes_the_mask(tmp_path: Path) -> None:
+def test_transparent_pictures_are_put_on_white_and_alpha_becomes_the_mask(tmp_path: Path) -> None:
     pixels = np.zeros((32, 32, 4), np.uint8)
     pixels[:16] = [255, 0, 0, 255]
     Image.fromarray(pixels, "RGBA").save(tmp_path / "a.png")
@@ -86,7 +86,7 @@ def test_every_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
     assert pixels.min() >= 254
 
 
-def test_sixteen_bits_are_scaled_to_eight_not_cut(tmp_path: Path) -> None:
+def test_sixteen_bits_are_scaled_to_eight_not_clipped(tmp_path: Path) -> None:
     grey = np.full((32, 32), 32896, np.uint16)  # 128 / 255 of 65535
     Image.fromarray(grey).save(tmp_path / "a.png")
 
@@ -99,22 +99,22 @@ def test_a_dark_picture_of_sixteen_bits_stays_dark(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_picture(tmp_path / "a.png", 32).pixels, 1)
 
 
-def test_numbers_from_zero_to_one_are_scaled(tmp_path: Path) -> None:
+def test_floats_from_zero_to_one_are_scaled(tmp_path: Path) -> None:
     Image.fromarray(np.full((32, 32), 128 / 255, np.float32)).save(tmp_path / "a.tif")
 
     np.testing.assert_array_equal(read_picture(tmp_path / "a.tif", 32).pixels, 128)
 
 
 @pytest.mark.parametrize("name", ["a.gif", "a.png", "a.webp"])
-def test_of_an_animation_the_first_frame_is_read(tmp_path: Path, name: str) -> None:
+def test_the_first_frame_of_an_animation_is_read(tmp_path: Path, name: str) -> None:
     red, blue = Image.new("RGB", (32, 32), "red"), Image.new("RGB", (32, 32), "blue")
     red.save(tmp_path / name, save_all=True, append_images=[blue], lossless=True)
 
     np.testing.assert_array_equal(read_picture(tmp_path / name, 32).pixels[0, 0], [255, 0, 0])
 
 
-def test_a_program_in_disguise_is_not_run(tmp_path: Path) -> None:
-    """EPS is a program for Ghostscript; Pillow would hand it over whatever the file's name is."""
+def test_a_program_disguised_as_a_picture_is_not_run(tmp_path: Path) -> None:
+    """EPS is a program for Ghostscript, and Pillow would run it whatever the file's name is."""
     program = "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\n(all your files) run\n%%EOF\n"
     (tmp_path / "a.png").write_text(program)
 
@@ -122,7 +122,7 @@ def test_a_program_in_disguise_is_not_run(tmp_path: Path) -> None:
         read_picture(tmp_path / "a.png", 64)
 
 
-def test_what_is_no_usable_picture_is_named_in_one_line(tmp_path: Path) -> None:
+def test_an_unusable_picture_is_named_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("I am not a picture")
     (tmp_path / "empty.png").write_bytes(b"")
     noise(64, 64).save(tmp_path / "whole.jpg")
@@ -136,15 +136,15 @@ def test_what_is_no_usable_picture_is_named_in_one_line(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
-def test_a_folder_without_pictures_or_no_folder_says_what_to_give(tmp_path: Path) -> None:
+def test_a_missing_or_empty_folder_says_what_to_give(tmp_path: Path) -> None:
     (tmp_path / "notes.md").write_text("none here")
-    with pytest.raises(UsageError, match="holds no picture"):
+    with pytest.raises(UsageError, match="has no pictures"):
         read_pictures(tmp_path, 64)
     with pytest.raises(UsageError, match="is not a folder"):
         read_pictures(tmp_path / "nowhere", 64)
 
 
-def test_a_folder_is_read_in_the_order_of_names_with_captions_and_masks(tmp_path: Path) -> None:
+def test_a_folder_is_read_in_name_order_with_captions_and_masks(tmp_path: Path) -> None:
     noise(32, 32, 1).save(tmp_path / "b.png")
     noise(32, 32, 2).save(tmp_path / "a.JPG")
     (tmp_path / "b.txt").write_text("a photo  of <toy>\n")
@@ -166,7 +166,7 @@ def test_a_mask_of_another_size_is_refused(tmp_path: Path) -> None:
         read_picture(tmp_path / "a.png", 32)
 
 
-def test_the_same_picture_twice_is_noticed(tmp_path: Path) -> None:
+def test_near_duplicates_are_found(tmp_path: Path) -> None:
     photograph, _ = world.render(world.Scene((world.Thing(world.HELD_OUT_LOOKS[0]),), "snow"), 1)
     Image.fromarray(photograph).save(tmp_path / "a.png")
     Image.fromarray(photograph).save(tmp_path / "b.jpg", quality=80)
@@ -174,10 +174,10 @@ def test_the_same_picture_twice_is_noticed(tmp_path: Path) -> None:
 
     pairs = near_duplicates(read_pictures(tmp_path, 64))
 
-    assert [(one.name, other.name) for one, other in pairs] == [("a.png", "b.jpg")]
+    assert [(first.name, second.name) for first, second in pairs] == [("a.png", "b.jpg")]
 
 
-def test_moments_are_the_vaes_own_scaled_and_mirrored(tmp_path: Path, tiny_model_dir: Path) -> None:
+def test_moments_are_the_vaes_scaled_and_mirrored(tmp_path: Path, tiny_model_dir: Path) -> None:
     vae = AutoencoderKL.from_pretrained(tiny_model_dir / "vae")
     noise(32, 32).save(tmp_path / "a.png")
     (picture,) = read_pictures(tmp_path, 32)
@@ -197,7 +197,7 @@ def test_moments_are_the_vaes_own_scaled_and_mirrored(tmp_path: Path, tiny_model
 
 
 def test_shapes_are_as_large_as_the_square_allows() -> None:
-    """By hand for 64 pixels in steps of 16: 4096 // 48 = 85, so 80; 4096 // 32 = 128, no more than twice 64."""
+    """By hand for 64 pixels in steps of 16: 4096 // 48 = 85, so 80; 4096 // 32 = 128, which is twice 64."""
     allowed = shapes(64, 16)
 
     assert {(64, 64), (48, 80), (80, 48), (32, 128), (128, 32)} <= set(allowed)
@@ -207,7 +207,7 @@ def test_shapes_are_as_large_as_the_square_allows() -> None:
     assert nearest_shape(0.01, allowed) == (32, 128)
 
 
-def test_with_buckets_a_picture_keeps_its_shape(tmp_path: Path) -> None:
+def test_with_buckets_a_picture_keeps_its_aspect_ratio(tmp_path: Path) -> None:
     halves(500, 300).save(tmp_path / "wide.png")
     halves(300, 320).save(tmp_path / "square.png")
     alpha = Image.new("L", (500, 300), 0)
@@ -222,7 +222,7 @@ def test_with_buckets_a_picture_keeps_its_shape(tmp_path: Path) -> None:
     np.testing.assert_array_equal(wide.mask[0, [0, 79]], [0, 1])
 
 
-def test_crops_are_parts_of_the_picture_and_the_same_for_the_same_seed(tmp_path: Path) -> None:
+def test_crops_are_parts_of_the_picture_and_reproducible(tmp_path: Path) -> None:
     ramp = np.broadcast_to(np.arange(100, dtype=np.uint8)[None, :, None] * 2, (100, 100, 3))
     Image.fromarray(np.ascontiguousarray(ramp)).save(tmp_path / "ramp.png")
     pictures = read_pictures(tmp_path, 50)
@@ -231,7 +231,7 @@ def test_crops_are_parts_of_the_picture_and_the_same_for_the_same_seed(tmp_path:
 
     assert len(crops) == 4
     spans = [int(crop.pixels[0, -1, 0]) - int(crop.pixels[0, 0, 0]) for crop in crops]
-    assert all(0.8 * 190 <= span <= 198 for span in spans)  # the ramp is 198 from end to end
+    assert all(0.8 * 190 <= span <= 198 for span in spans)  # the ramp spans 198
     assert len(set(spans)) > 1
-    for one, other in zip(crops, random_crops(pictures, 4, 7, 50), strict=True):
-        np.testing.assert_array_equal(one.pixels, other.pixels)
+    for crop, repeated in zip(crops, random_crops(pictures, 4, 7, 50), strict=True):
+        np.testing.assert_array_equal(crop.pixels, repeated.pixels)

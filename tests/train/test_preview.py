@@ -19,7 +19,7 @@ def concept() -> Concept:
 def test_the_modules_draw_what_the_exported_graphs_draw(
     tiny_model_dir: Path, tiny_bundle: Path, concept: Concept
 ) -> None:
-    """Reference: ONNX Runtime on the exported bundle; a value between two grey levels may be rounded to either."""
+    """Reference: ONNX Runtime on the exported bundle. A value between two grey levels may round either way."""
     drawn = []
     for model in (eager_model(load_source(tiny_model_dir)), Model.open(tiny_bundle, "onnxruntime")):
         model.load(concept)
@@ -30,7 +30,9 @@ def test_the_modules_draw_what_the_exported_graphs_draw(
     assert drawn[0].std() > 1
 
 
-def test_a_sheet_has_a_row_a_prompt_and_is_kept_by_step(tiny_model_dir: Path, concept: Concept, tmp_path: Path) -> None:
+def test_a_sheet_has_one_row_per_prompt_and_is_saved_by_step(
+    tiny_model_dir: Path, concept: Concept, tmp_path: Path
+) -> None:
     previewer = Previewer(load_source(tiny_model_dir), ["a photo of a {}", "the {}"])
     folders = SheetFolders({"<toy>": tmp_path / "toy.previews"})
 
@@ -38,11 +40,11 @@ def test_a_sheet_has_a_row_a_prompt_and_is_kept_by_step(tiny_model_dir: Path, co
     folders.keep(sheet)
 
     assert list(sheet.pictures) == ["a photo of a <toy>", "the <toy>"]
-    assert sheet.likeness is None  # no judge travels with this model
-    (step,) = folders.kept("<toy>")
-    kept = np.asarray(folders.kept("<toy>")[step])
+    assert sheet.likeness is None  # this model comes without a judge
+    (step,) = folders.images("<toy>")
+    image = np.asarray(folders.images("<toy>")[step])
     assert step == 7
-    np.testing.assert_array_equal(kept[64:, 64:128], sheet.pictures["the <toy>"][1])
+    np.testing.assert_array_equal(image[64:, 64:128], sheet.pictures["the <toy>"][1])
     folders.forget()
-    assert folders.kept("<toy>") == {}
+    assert folders.images("<toy>") == {}
     assert previewer.model.words == ()

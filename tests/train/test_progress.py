@@ -17,26 +17,26 @@ RUN = [
 ]
 
 
-def shown(*, terminal: bool) -> str:
+def printed(*, terminal: bool) -> str:
     out = io.StringIO()
     assert list(show(RUN, Console(file=out, force_terminal=terminal, width=200))) == RUN
     return out.getvalue()
 
 
-def test_elsewhere_than_on_a_terminal_there_are_plain_lines() -> None:
-    """The loss is the words' mean, then nine tenths of it and a tenth of the next: 0.375, 0.3775."""
-    assert shown(terminal=False).splitlines() == [
+def test_without_a_terminal_there_are_plain_lines() -> None:
+    """The loss is the words' mean, smoothed with nine tenths of the previous value: 0.375, 0.3775."""
+    assert printed(terminal=False).splitlines() == [
         "note: a note",
         "step 1/2 loss 0.3750 rate 0.1",
         "step 2/2 loss 0.3775 rate 0.05 likeness 0.750 stopped 1 of 2",
     ]
 
 
-def test_on_a_terminal_the_bar_says_loss_likeness_and_who_has_stopped() -> None:
-    assert "loss 0.3775 rate 0.05 likeness 0.750 stopped 1 of 2" in shown(terminal=True)
+def test_on_a_terminal_the_bar_shows_loss_likeness_and_stopped_words() -> None:
+    assert "loss 0.3775 rate 0.05 likeness 0.750 stopped 1 of 2" in printed(terminal=True)
 
 
-def test_tensorboard_gets_every_words_numbers_and_sheets(tmp_path: Path) -> None:
+def test_tensorboard_logs_have_every_words_numbers_and_sheets(tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
 
     assert list(log(RUN, tmp_path, ["<a>", "<b>"])) == RUN

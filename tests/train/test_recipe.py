@@ -6,7 +6,7 @@ from oneword.engines.errors import UsageError
 from oneword.train.recipe import RECIPES, Rate, Recipe, named_recipe
 
 
-def test_the_papers_one_word_is_as_the_paper_says() -> None:
+def test_the_one_word_recipe_has_the_papers_settings() -> None:
     recipe = named_recipe("one-word")
 
     assert (recipe.steps, recipe.batch_size, recipe.vectors) == (5000, 4, 1)
@@ -19,13 +19,13 @@ def test_progressive_vectors_join_after_2000_and_4000_optimiser_steps() -> None:
     assert [recipe.vectors_at(step) for step in (0, 1999, 2000, 3999, 4000, 4999)] == [1, 1, 2, 2, 3, 3]
 
 
-def test_a_shorter_progressive_run_lets_vectors_join_at_the_same_share() -> None:
+def test_a_shorter_progressive_run_adds_vectors_at_the_same_fractions() -> None:
     assert named_recipe("progressive-three").with_changes(steps=100).grow_at == (40, 80)
 
 
 def test_every_recipe_is_listed_under_its_own_name() -> None:
     assert all(name == recipe.name for name, recipe in RECIPES.items())
-    with pytest.raises(UsageError, match="unknown recipe 'slow': there are fast"):
+    with pytest.raises(UsageError, match="unknown recipe 'slow': choose from fast"):
         named_recipe("slow")
 
 
@@ -44,7 +44,7 @@ def test_every_recipe_is_listed_under_its_own_name() -> None:
         ({"colour": "red"}, "has no colour"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused_by_name(changes: dict[str, object], message: str) -> None:
+def test_invalid_settings_are_refused_by_name(changes: dict[str, object], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         Recipe().with_changes(**changes)
 
@@ -62,7 +62,7 @@ def test_any_setting_can_be_given_as_text() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("speed=9", "'speed=9' is no setting: give name=value, the names are name, subject"),
+        ("speed=9", "'speed=9' is not a setting: give name=value, the names are name, subject"),
         ("steps=many", "'steps=many': Expected `int`"),
         ("rate=fast", "'rate=fast': Invalid enum value 'fast'"),
         ("timesteps=0.5", "'timesteps=0.5': Expected `array` of length 2"),
@@ -70,12 +70,12 @@ def test_any_setting_can_be_given_as_text() -> None:
         ("words_per_call=0", "words_per_call is 0"),
     ],
 )
-def test_a_setting_that_cannot_be_is_named(text: str, message: str) -> None:
+def test_an_invalid_setting_is_named(text: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         Recipe().with_text([text])
 
 
-def test_the_rate_warms_up_and_falls_as_half_a_cosine() -> None:
+def test_the_rate_warms_up_and_then_falls_as_half_a_cosine() -> None:
     recipe = Recipe(steps=100, learning_rate=0.4, rate=Rate.COSINE, warmup=3)
 
     assert recipe.learning_rate_at(0) == pytest.approx(0.1)

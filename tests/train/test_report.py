@@ -12,7 +12,7 @@ from oneword.train.report import LearnedWord, report
 
 
 class Page(HTMLParser):
-    """Every address the page asks for, and its text."""
+    """A page's text and every address it refers to."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ def a_page() -> str:
     )
 
 
-def test_the_report_fetches_nothing_and_shows_every_picture() -> None:
+def test_the_report_loads_nothing_and_shows_every_picture() -> None:
     page = Page(a_page())
 
     pictures = [address for address in page.addresses if address.startswith("data:image/png;base64,")]
@@ -60,11 +60,11 @@ def test_the_report_fetches_nothing_and_shows_every_picture() -> None:
     assert not re.search(r"url\((?!#)", a_page())
 
 
-def test_the_report_says_what_the_word_is_and_how_to_draw_it() -> None:
+def test_the_report_describes_the_word_and_says_how_to_draw_it() -> None:
     text = Page(a_page()).text
 
     for part in (
-        "<toy>",  # escaped in the page, so that it is text here
+        "<toy>",  # escaped in the page, so it is text
         "2 vectors, from star & ring,",
         "3.2 times as long",
         "likeness 0.875",
@@ -77,14 +77,14 @@ def test_the_report_says_what_the_word_is_and_how_to_draw_it() -> None:
         assert part in text, part
 
 
-def test_curves_are_drawn_to_scale_and_the_same_each_time() -> None:
+def test_curves_are_drawn_to_scale_and_reproducible() -> None:
     """A running mean of 2 over 1, 3, 5 is 2, 4: two points, the second higher (smaller y in SVG)."""
     svg = curves({"loss": [1.0, 3.0, 5.0]}, "loss", smooth=2)
 
     assert svg == curves({"loss": [1.0, 3.0, 5.0]}, "loss", smooth=2)
     lines = [re.findall(r"[ML] ([\d.]+) ([\d.]+)", path) for path in re.findall(r'<path d="([^"]+)"[^>]*clip', svg)]
-    two = [[(float(x), float(y)) for x, y in line] for line in lines if len(line) == 2]
-    means = [line for line in two if line[0][0] != line[1][0] and line[0][1] != line[1][1]]
+    segments = [[(float(x), float(y)) for x, y in line] for line in lines if len(line) == 2]
+    means = [line for line in segments if line[0][0] != line[1][0] and line[0][1] != line[1][1]]
     assert any(line[1][1] < line[0][1] for line in means)
     assert ">step<" in svg
 
@@ -96,9 +96,9 @@ def test_the_scatter_names_its_dots_and_axes() -> None:
         assert f">{text}<" in svg
 
 
-def test_a_second_panel_of_the_scatter_holds_only_what_is_near(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_panel_of_the_scatter_has_only_the_near_points(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = []
-    monkeypatch.setattr(Axes, "scatter", lambda axes, x, y, **how: drawn.append((id(axes), x, y, how["label"])))
+    monkeypatch.setattr(Axes, "scatter", lambda axes, x, y, **options: drawn.append((id(axes), x, y, options["label"])))
     scatter([("a", 0.8, 0.3), ("bound", 0.1, 0.0)], near=["a"])
 
     first, second = dict.fromkeys(axes for axes, *_ in drawn)

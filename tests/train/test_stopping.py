@@ -3,8 +3,8 @@ import pytest
 from oneword.train.stopping import dvar, has_settled
 
 
-def test_the_ratio_is_by_hand() -> None:
-    # all: 0, 4, 1, 1 has mean 1.5 and variance (2.25 + 6.25 + 0.25 + 0.25) / 4 = 2.25; the last two do not vary
+def test_the_ratio_by_hand() -> None:
+    # 0, 4, 1, 3 has mean 2 and variance (4 + 4 + 1 + 1) / 4 = 2.5, its last two 1; 0, 4, 1, 1 ends without variance
     assert dvar([0.0, 4.0, 1.0, 3.0], window=2) == pytest.approx(1.0 / 2.5)
     assert dvar([0.0, 4.0, 1.0, 1.0], window=2) == 0.0
 

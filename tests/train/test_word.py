@@ -19,7 +19,7 @@ def test_draws_cover_pictures_and_timesteps_evenly() -> None:
     assert sorted(batch.timesteps.tolist()) == [int(batch.timesteps.min()) + 100 * i for i in range(6)]
 
 
-def test_timesteps_keep_to_their_band() -> None:
+def test_timesteps_stay_in_their_range() -> None:
     recipe = RECIPE.with_changes(batch_size=5, timesteps=(0.25, 0.75))
     batch = draw(a_word(), recipe, 1000)
 
@@ -27,8 +27,8 @@ def test_timesteps_keep_to_their_band() -> None:
     assert 250 <= batch.timesteps.min() < 350
 
 
-def test_captions_take_the_place_of_templates_and_go_with_their_own_pictures() -> None:
-    """Moments 3 to 5 are the mirror images of pictures 0 to 2, and latents say which was drawn."""
+def test_captions_replace_templates_and_match_their_pictures() -> None:
+    """Moments 3 to 5 are the mirror images of pictures 0 to 2; a latent's value says which one was drawn."""
     moments = Moments(3, [torch.full((4, 4, 4), float(i)) for i in range(6)], [torch.zeros(4, 4, 4)] * 6, None)
     word = Word("<toy>", moments, {}, ["a photo of a {}"], ["one {}", "two {}", "three {}"])
 
