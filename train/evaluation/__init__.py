@@ -1,1 +1,1 @@
-"""How good a learned word is, as Gal et al. 2022 score it: likeness and editability, judged by a CLIP model."""
+"""Scores for learned words, as in Gal et al. 2022: likeness and editability, judged by a CLIP model."""

@@ -1,4 +1,4 @@
-"""`ti-eval`: scores learned words as the paper does, and draws its figure. A thin skin over `evaluation.evaluate`."""
+"""`ti-eval`: scores learned words as the paper does, and draws its figure. A wrapper around `evaluation.evaluate`."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ from oneword.train.recipe import Subject
 @version_option
 @click.argument("bundle", type=PATH)
 @click.option("--concept", "concepts", multiple=True, required=True, type=PATH, help="A learned word; may be repeated.")
-@click.option("--images", "folders", multiple=True, required=True, type=PATH, help="Its training pictures, per word.")
-@click.option("--judge", default="miniature", show_default=True, help="A directory with a CLIP model.")
-@click.option("--prompts", type=click.Choice(list(PROMPTS)), help="Which prompts.  [default: the judge's]")
+@click.option("--images", "folders", multiple=True, required=True, type=PATH, help="Training pictures, once per word.")
+@click.option("--judge", default="miniature", show_default=True, help="Directory of a CLIP model.")
+@click.option("--prompts", type=click.Choice(list(PROMPTS)), help="Set of prompts.  [default: the judge's]")
 @click.option(
     "--subject",
     type=click.Choice([subject.value for subject in Subject]),
     default=Subject.OBJECT.value,
     show_default=True,
-    help="What the words name.",
+    help="What the words stand for.",
 )
 @click.option(
     "--formula",
     type=click.Choice([formula.value for formula in Formula]),
     default=Formula.PAPER.value,
     show_default=True,
-    help="Of editability.",
+    help="Formula for editability.",
 )
 @click.option("--samples", type=int, default=SAMPLES, show_default=True, help="Pictures per prompt.")
 @click.option("--steps", type=int, default=STEPS, show_default=True, help="DDIM steps.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the first sample of each prompt.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of each prompt's first sample.")
 @click.option("--output", type=PATH, help="Folder for samples-N.png, scores.json and figure.svg.")
 @json_option
 def command(
@@ -85,10 +85,10 @@ def score(
     settings: dict[str, Any],
     output: Path | None,
 ) -> dict[str, Any]:
-    """Every word's scores and the paper's two bounds, as JSON values; sheets of samples go to `output`."""
+    """Returns every word's scores and the paper's two bounds as JSON values; writes sample sheets to `output`."""
     import numpy as np
 
-    from oneword.train.evaluation.evaluate import bounds, evaluate  # torch: after --help has been answered
+    from oneword.train.evaluation.evaluate import bounds, evaluate  # imports torch, so not for --help
     from oneword.train.evaluation.judge import Judge
     from oneword.train.evaluation.report import as_json, sheet
     from oneword.train.learn import quiet
@@ -139,25 +139,25 @@ def score(
 
 
 def judge_folder(judge: str) -> Path:
-    """A CLIP directory, or the miniature's judge. Raises `FileError` if it does not exist."""
+    """The CLIP directory, or the miniature's judge. Raises `FileError` if it does not exist."""
     from oneword.export.source import find_model
 
     folder = find_model(judge)[0] / "judge" if judge == "miniature" else Path(judge)
     if not folder.is_dir():
-        raise FileError(f"--judge {judge}: there is no folder {folder}: give a directory with a CLIP model")
+        raise FileError(f"--judge {judge}: the folder {folder} does not exist: give the directory of a CLIP model")
     return folder
 
 
 def make_folder(output: Path) -> None:
-    """Raises `FileError` if `output` cannot be a folder."""
+    """Creates `output`. Raises `FileError` if it cannot be created."""
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise FileError(f"--output {output}: {error.strerror}: give a folder that can be written") from error
+        raise FileError(f"--output {output}: {error.strerror}: give a writable folder") from error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The console script: the exit status."""
+    """The console script. Returns the exit status."""
     return exit_status(command, "ti-eval", arguments)
 
 

@@ -1,4 +1,4 @@
-"""Scoring words: pictures drawn by the runtime, embedded by the judge, scored by the paper's formulas."""
+"""Scoring words: the runtime draws pictures, the judge embeds them, and the paper's formulas score them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def evaluate(
     formula: Formula = Formula.PAPER,
     likeness_prompt: str = LIKENESS_PROMPT,
 ) -> tuple[Scores, dict[str, Pictures]]:
-    """The scores of a word loaded into `model`, and every prompt's samples [samples, H, W, 3]."""
+    """Returns the scores of a word loaded into `model`, and every prompt's samples [samples, H, W, 3]."""
     flat = [likeness_prompt, *(prompt for group in prompts.values() for prompt in group)]
     pictures = dict(
         zip(flat, sample(model, [p.replace(PLACE, token) for p in flat], samples, steps, seed), strict=True)
@@ -66,10 +66,10 @@ def bounds(
     formula: Formula = Formula.PAPER,
     likeness_prompt: str = LIKENESS_PROMPT,
 ) -> list[dict[str, Scores]]:
-    """The paper's two bounds for each set of training pictures [N, H, W, 3].
+    """Returns the paper's two bounds for each set of training pictures [N, H, W, 3].
 
-    The pictures themselves as if they were every prompt's samples (left out if there is only one), and the samples of
-    the prompts without the word.
+    One scores the training pictures themselves as every prompt's samples (left out for a single picture), the other
+    the samples of the prompts without the word.
     """
     texts = _texts(judge, prompts)
     bare = {prompt: without_word(prompt) for prompt in [likeness_prompt, *texts]}
@@ -93,7 +93,7 @@ def bounds(
 def sample(
     model: Model, prompts: Sequence[str], count: int, steps: int, seed: int, guidance_scale: float | None = None
 ) -> list[Pictures]:
-    """`count` pictures of each prompt by DDIM, with the seeds seed, seed + 1, ... Raises the first failure."""
+    """Draws `count` pictures per prompt with DDIM and the seeds seed, seed + 1, ... Raises the first failure."""
     pictures = draw(
         model,
         *prompts,
@@ -107,7 +107,7 @@ def sample(
 
 
 def _texts(judge: Judge, prompts: Mapping[str, Sequence[str]]) -> dict[str, Embeddings]:
-    """Every prompt's text without the word, [P]."""
+    """The embedding [P] of every prompt's text without the word."""
     return {prompt: judge.texts([without_word(prompt)])[0] for group in prompts.values() for prompt in group}
 
 

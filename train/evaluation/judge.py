@@ -1,4 +1,4 @@
-"""The judge: a CLIP model that embeds pictures and texts in one space. Scores nothing itself."""
+"""The judge: a CLIP model that embeds pictures and texts in one space. It computes no scores."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from oneword.train.evaluation.scores import Embeddings, unit
 
 
 class Judge:
-    """A CLIP model from a directory: pictures and texts to unit vectors of one space.
+    """A CLIP model from a directory: maps pictures and texts to unit vectors in one space.
 
-    Pictures are resized and normalised as its preprocessor config says; its tokenizer may be that of the diffusers
-    directory it is in. Raises `FileError` if the directory holds no CLIP model.
+    Pictures are resized as for CLIP and normalised as the preprocessor config says. The tokenizer may be that of the
+    diffusers directory that contains the judge. Raises `FileError` if the directory has no CLIP model.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -31,13 +31,13 @@ class Judge:
             self.tokenizer = AutoTokenizer.from_pretrained(tokenizer or folder, local_files_only=True)
             facts = preprocessor(folder)
         except (OSError, ValueError, KeyError) as error:
-            raise FileError(f"{folder} is no CLIP model with a tokenizer: {str(error).splitlines()[0]}") from error
+            raise FileError(f"{folder} has no CLIP model with a tokenizer: {str(error).splitlines()[0]}") from error
         self.mean, self.std = (torch.tensor(facts[name])[:, None, None] for name in ("image_mean", "image_std"))
         self.side: int = self.model.config.vision_config.image_size
 
     @torch.no_grad()
     def pictures(self, pictures: Iterable[npt.NDArray[np.uint8]]) -> Embeddings:
-        """N pictures, uint8 [H, W, 3] -> [N, P]."""
+        """Embeds N pictures, uint8 [H, W, 3] -> [N, P]."""
         resized = np.stack([self._sized(picture) for picture in pictures])
         pixels = (torch.from_numpy(resized).permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
         states = [self.model.vision_model(pixel_values=part).pooler_output for part in pixels.split(64)]
@@ -45,13 +45,13 @@ class Judge:
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> Embeddings:
-        """N texts -> [N, P]."""
+        """Embeds N texts -> [N, P]."""
         length = self.model.config.text_config.max_position_embeddings
         ids = self.tokenizer(list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         return unit(self.model.text_projection(self.model.text_model(input_ids=ids.input_ids).pooler_output).numpy())
 
     def _sized(self, picture: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        """Resized and cropped as CLIP does: the shorter side to `side`, then the centre."""
+        """Resizes and crops as CLIP does: the shorter side to `side`, then the centre."""
         height, width, _ = picture.shape
         if (height, width) == (self.side, self.side):
             return picture
@@ -63,10 +63,10 @@ class Judge:
 
 
 def preprocessor(folder: Path) -> Mapping[str, Any]:
-    """`image_mean` and `image_std` of a CLIP directory, from either of the files that transformers has written."""
+    """`image_mean` and `image_std` of a CLIP directory, from either of the files that transformers writes."""
     for name, key in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
         path = folder / name
         if path.is_file():
             facts = json.loads(path.read_text())
             return facts[key] if key else facts
-    raise FileError(f"{folder} has no preprocessor_config.json: it says how this model's pixels are normalised")
+    raise FileError(f"{folder} has no preprocessor_config.json: add it, it says how to normalise pixels")

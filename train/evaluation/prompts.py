@@ -1,4 +1,4 @@
-"""The prompts that words are scored with. Pure text."""
+"""The prompts used to score words. Pure text."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ PROMPTS: Mapping[str, Mapping[Subject, Mapping[str, tuple[str, ...]]]] = Mapping
         "miniature": {Subject.OBJECT: MINIATURE_PROMPTS, Subject.STYLE: MINIATURE_STYLE_PROMPTS},
     }
 )
-"""Prompts in groups: the paper's, and those of the miniature's world."""
+"""Prompts by set, subject and group: the paper's, and the miniature's."""
 
 
 def without_word(prompt: str) -> str:
-    """A prompt's text without the word, as in the paper: 'a photo of a {} in the snow' -> 'a photo of in the snow'."""
+    """Removes the word from a prompt, as the paper does: 'a photo of a {} in the snow' -> 'a photo of in the snow'."""
     words = prompt.replace(f" in the style of {PLACE}", " ").replace(f"a {PLACE}", " ").replace(PLACE, " ").split()
     return " ".join(words)

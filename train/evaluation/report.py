@@ -1,4 +1,4 @@
-"""The report of `ti-eval`: every word's scores and bounds, as JSON values, as a table, as the paper's figure."""
+"""The report of `ti-eval`: every word's scores and bounds as JSON values, as a table and as the paper's figure."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from oneword.train.plots import scatter
 
 
 def as_json(scores: Scores) -> dict[str, Any]:
-    """Likeness, and editability by group and in the mean."""
+    """Likeness, and editability by group and on average."""
     return {"likeness": scores.likeness, "editability": {**scores.editability, "mean": scores.mean_editability}}
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """The scores as text: one line per word, its bounds below it."""
+    """The scores as text: one line per word, followed by its bounds."""
     groups = [*report["prompts"], "mean"]
     lines = [f"{'word':26} {'likeness':>9}" + "".join(f"{name:>13}" for name in groups)]
     for word in report["words"]:
@@ -31,7 +31,7 @@ def table(report: Mapping[str, Any]) -> str:
 
 
 def figure(report: Mapping[str, Any]) -> str:
-    """The paper's scatter as SVG: editability across, likeness up; a dot per word, one for each bound's mean."""
+    """The paper's scatter plot as SVG: editability across, likeness up, one dot per word and one per bound's mean."""
     words = report["words"]
     points = [(word["recipe"] or word["token"], word["likeness"], word["editability"]["mean"]) for word in words]
     for name in dict.fromkeys(name for word in words for name in word["bounds"]):

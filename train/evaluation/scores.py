@@ -14,14 +14,14 @@ from enum import Enum
 import numpy as np
 import numpy.typing as npt
 
-Embeddings = npt.NDArray[np.float32]  # [N, P], of length 1
+Embeddings = npt.NDArray[np.float32]  # [N, P], unit vectors
 
-SAMPLES = 64  # of each prompt, in the paper
-STEPS = 50  # of DDIM
+SAMPLES = 64  # per prompt, as in the paper
+STEPS = 50  # DDIM steps
 
 
 class Formula(Enum):
-    """Editability of a prompt: cosine of its samples' mean embedding (paper), or mean of their cosines (its code)."""
+    """Editability of a prompt: cosine of the mean embedding (paper), or mean of the cosines (its released code)."""
 
     PAPER = "paper"
     RELEASE = "release"
@@ -29,7 +29,7 @@ class Formula(Enum):
 
 @dataclass(frozen=True)
 class Scores:
-    """One word's scores; `editability` by prompt group. All are cosines."""
+    """One word's scores, with `editability` by prompt group. All are cosines."""
 
     likeness: float
     editability: Mapping[str, float]
@@ -41,23 +41,23 @@ class Scores:
 
 
 def likeness(samples: Embeddings, training: Embeddings) -> float:
-    """Mean pairwise cosine of samples [S, P] with training pictures [N, P]."""
+    """The mean pairwise cosine of samples [S, P] with training pictures [N, P]."""
     return float((samples @ training.T).mean())
 
 
 def likeness_within(training: Embeddings) -> float:
-    """The upper bound: the mean cosine of different training pictures [N, P]. NaN for one picture."""
+    """The upper bound: the mean cosine between different training pictures [N, P]. NaN for a single picture."""
     cosines = training @ training.T
     return float(cosines[~np.eye(len(training), dtype=bool)].mean()) if len(training) > 1 else float("nan")
 
 
 def editability(samples: Embeddings, text: Embeddings, formula: Formula = Formula.PAPER) -> float:
-    """How well a prompt's samples [S, P] match its text [P] without the word."""
+    """How well a prompt's samples [S, P] match the prompt's text [P] without the word."""
     if formula is Formula.RELEASE:
         return float((samples @ text).mean())
     return float(unit(samples.mean(0, keepdims=True))[0] @ text)
 
 
 def unit(vectors: npt.NDArray[np.float32]) -> Embeddings:
-    """Rows of length 1."""
+    """The rows, scaled to length 1."""
     return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)

@@ -15,7 +15,7 @@ from oneword.train.evaluation.judge import Judge
 
 @pytest.fixture
 def judge_dir(tmp_path: Path, tiny_model_dir: Path) -> Path:
-    """A CLIP of random weights that speaks the tiny model's words."""
+    """A CLIP model with random weights and the tiny model's vocabulary."""
     tokenizer = CLIPTokenizer.from_pretrained(tiny_model_dir / "tokenizer")
     small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     eos = tokenizer.eos_token_id
@@ -60,14 +60,14 @@ def arguments(tmp_path: Path, tiny_bundle: Path, judge_dir: Path) -> list[str]:
     ]
 
 
-def test_a_word_is_scored_and_the_samples_are_kept(
+def test_a_word_is_scored_and_its_samples_are_saved(
     arguments: list[str], judge_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     status = main([*arguments, "--output", str(tmp_path / "out"), "--json"])
 
-    told = capsys.readouterr()
-    assert status == 0, told.err
-    report = json.loads(told.out)
+    captured = capsys.readouterr()
+    assert status == 0, captured.err
+    report = json.loads(captured.out)
     assert json.loads((tmp_path / "out" / "scores.json").read_text()) == report
     (word,) = report["words"]
     assert set(word["editability"]) == {"background", "style", "composition", "mean"}
@@ -78,14 +78,14 @@ def test_a_word_is_scored_and_the_samples_are_kept(
     judge = Judge(judge_dir)
     expected = np.mean([a @ b for a in judge.pictures(first) for b in judge.pictures(training)])
     assert word["likeness"] == pytest.approx(expected, abs=1e-4)
-    seen = judge.pictures(training)
+    embedded = judge.pictures(training)
     (snow, night, desert) = judge.texts(["a photo of in the snow", "a photo of at night", "a photo of in the desert"])
-    middle = seen.mean(0) / np.linalg.norm(seen.mean(0))
+    middle = embedded.mean(0) / np.linalg.norm(embedded.mean(0))
     ends = word["bounds"]
     assert ends["training pictures"]["editability"]["background"] == pytest.approx(
         np.mean([middle @ text for text in (snow, night, desert)]), abs=1e-4
     )
-    pairs = [seen[i] @ seen[j] for i in range(3) for j in range(3) if i != j]
+    pairs = [embedded[i] @ embedded[j] for i in range(3) for j in range(3) if i != j]
     assert ends["training pictures"]["likeness"] == pytest.approx(np.mean(pairs), abs=1e-4)
     assert set(ends["prompt without the word"]["editability"]) == set(word["editability"])
     drawn = ElementTree.fromstring((tmp_path / "out" / "figure.svg").read_text())
@@ -94,9 +94,7 @@ def test_a_word_is_scored_and_the_samples_are_kept(
     }
 
 
-def test_a_table_is_printed_where_no_json_is_asked_for(
-    arguments: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_table_is_printed_without_json(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["word", "likeness", "background", "style", "composition", "mean"]
@@ -109,15 +107,15 @@ def test_a_table_is_printed_where_no_json_is_asked_for(
 def test_editability_of_a_style_by_either_formula(
     arguments: list[str], judge_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], formula: str
 ) -> None:
-    """The paper's: the cosine of the mean embedding; its release's: the mean of the cosines."""
-    how = ["--subject", "style", "--prompts", "miniature", "--formula", formula, "--output", str(tmp_path / "out")]
-    assert main([*arguments, *how, "--json"]) == 0
+    """The paper uses the cosine of the mean embedding, its released code the mean of the cosines."""
+    options = ["--subject", "style", "--prompts", "miniature", "--formula", formula, "--output", str(tmp_path / "out")]
+    assert main([*arguments, *options, "--json"]) == 0
 
     (word,) = json.loads(capsys.readouterr().out)["words"]
     assert set(word["editability"]) == {"object", "background", "mean"}
     sheet = np.asarray(Image.open(tmp_path / "out" / "samples-0.png"))
     side = sheet.shape[1] // 2
-    rows = [sheet[top : top + side] for top in range(side, 4 * side, side)]  # the first is the likeness prompt's
+    rows = [sheet[top : top + side] for top in range(side, 4 * side, side)]  # the first row is the likeness prompt's
     judge = Judge(judge_dir)
     expected = []
     for row, text in zip(rows, judge.texts(["a red star", "a blue ring", "a green heart"]), strict=True):
@@ -128,15 +126,15 @@ def test_editability_of_a_style_by_either_formula(
     assert word["editability"]["object"] == pytest.approx(np.mean(expected), abs=1e-4)
 
 
-def test_wrong_use_is_one_line(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_usage_is_one_line(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cases = [
         ([*arguments, "--images", "x"], 2, "1 concepts and 2 folders"),
         ([*arguments, "--samples", "0"], 2, "--samples is 0"),
-        ([*arguments, "--judge", str(tmp_path / "nobody")], 1, "there is no folder"),
-        ([*arguments, "--judge", str(tmp_path / "pictures")], 1, "is no CLIP model"),
+        ([*arguments, "--judge", str(tmp_path / "nobody")], 1, "does not exist"),
+        ([*arguments, "--judge", str(tmp_path / "pictures")], 1, "has no CLIP model"),
     ]
     for command, status, message in cases:
         assert main(command) == status
-        told = capsys.readouterr().err
-        assert message in told
-        assert told.count("\n") == 1
+        stderr = capsys.readouterr().err
+        assert message in stderr
+        assert stderr.count("\n") == 1

@@ -18,7 +18,7 @@ PROCESSOR = CLIPImageProcessorPil(
 
 @pytest.fixture(scope="module")
 def judge_dir(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Path:
-    """A CLIP of random weights with a tokenizer."""
+    """A CLIP model with random weights and a tokenizer."""
     folder = tmp_path_factory.mktemp("judge")
     tokenizer = CLIPTokenizer.from_pretrained(tiny_model_dir / "tokenizer")
     common = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -32,7 +32,7 @@ def judge_dir(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) ->
     return folder
 
 
-def test_the_judges_space_is_that_of_transformers_own_clip(judge_dir: Path) -> None:
+def test_the_judge_embeds_as_transformers_clip_does(judge_dir: Path) -> None:
     """Reference: CLIPModel's forward on the image processor's pixels."""
     rng = np.random.default_rng(0)
     pictures = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in ((32, 32), (32, 32), (48, 80))]
@@ -48,9 +48,7 @@ def test_the_judges_space_is_that_of_transformers_own_clip(judge_dir: Path) -> N
     np.testing.assert_allclose(judge.texts(texts), expected.text_embeds.numpy(), atol=1e-5)
 
 
-def test_what_pixels_the_judge_takes_is_read_from_either_file_and_never_guessed(
-    judge_dir: Path, tmp_path: Path
-) -> None:
+def test_the_judges_normalisation_is_read_from_either_file_and_never_guessed(judge_dir: Path, tmp_path: Path) -> None:
     shutil.copytree(judge_dir, tmp_path / "clip")
     facts = json.loads((tmp_path / "clip" / "preprocessor_config.json").read_text())
     (tmp_path / "clip" / "preprocessor_config.json").unlink()
@@ -61,6 +59,6 @@ def test_what_pixels_the_judge_takes_is_read_from_either_file_and_never_guessed(
     np.testing.assert_allclose(Judge(tmp_path / "clip").mean.flatten(), [0.4, 0.5, 0.6])
 
 
-def test_a_folder_that_is_no_clip_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileError, match="is no CLIP model"):
+def test_a_folder_without_a_clip_model_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileError, match="has no CLIP model"):
         Judge(tmp_path)

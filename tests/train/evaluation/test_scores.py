@@ -10,7 +10,7 @@ def test_scores_by_hand() -> None:
 
     assert likeness(samples, np.array([x], np.float32)) == pytest.approx(0.5)
     assert likeness_within(np.array([x, y, x], np.float32)) == pytest.approx(1 / 3)
-    # the mean of x and y points along the diagonal: cosine 1 with it; each alone has cosine 0.7071
+    # the mean of x and y is along the diagonal, at cosine 1; each alone is at cosine 0.7071
     assert editability(samples, np.array(diagonal, np.float32)) == pytest.approx(1.0)
     assert editability(samples, np.array(diagonal, np.float32), Formula.RELEASE) == pytest.approx(0.5**0.5)
     np.testing.assert_allclose(unit(np.array([[3.0, 4.0]], np.float32)), [[0.6, 0.8]], rtol=1e-6)
