@@ -1,4 +1,4 @@
-"""The training of the miniature, every stage of it for a second: its time box, its state, what it writes."""
+"""The miniature's training, each stage for a second: its time limit, its state and its output."""
 
 import re
 import shutil
@@ -23,7 +23,7 @@ SECOND = 1 / 60
 
 @pytest.fixture(scope="module")
 def stages(tmp_path_factory: pytest.TempPathFactory) -> training.Stages:
-    """A work folder in which every stage has run for its second."""
+    """Stages with a work folder in which each stage has run for a second."""
     work = tmp_path_factory.mktemp("training")
     stages = training.Stages(
         work, vae_minutes=SECOND, judge_minutes=SECOND, unet_minutes=SECOND, pictures=150, batch=8, part=4
@@ -36,9 +36,9 @@ def state(stages: training.Stages, stage: str) -> Any:
     return torch.load(stages.work / f"{stage}.pt", weights_only=True)
 
 
-def test_a_stage_ends_with_its_minutes_and_goes_on_with_more(stages: training.Stages) -> None:
+def test_a_stage_ends_after_its_minutes_and_resumes_with_more(stages: training.Stages) -> None:
     before = state(stages, "judge")
-    training.train_judge(stages, lambda _: None)  # its minutes are over: nothing changes
+    training.train_judge(stages, lambda _: None)  # no minutes remain: nothing changes
     again = state(stages, "judge")
     minutes = before["spent"] / 60 + SECOND
     started = time.monotonic()
@@ -49,13 +49,13 @@ def test_a_stage_ends_with_its_minutes_and_goes_on_with_more(stages: training.St
     assert before["step"] >= 1
     assert again["step"] == before["step"]
     assert longer["step"] > before["step"]
-    assert minutes * 60 <= longer["spent"] <= before["spent"] + elapsed  # minutes are of all runs together
+    assert minutes * 60 <= longer["spent"] <= before["spent"] + elapsed  # minutes are the total over all runs
 
 
-def test_what_is_written_is_a_model_and_says_what_it_reached(stages: training.Stages, tmp_path: Path) -> None:
+def test_the_output_is_a_model_with_a_measured_quality(stages: training.Stages, tmp_path: Path) -> None:
     training.export(stages, tmp_path / "model")
     source = load_source(tmp_path / "model")
-    vae, judge = training.reached(tmp_path / "model")
+    vae, judge = training.quality(tmp_path / "model")
 
     assert source.unet.config.sample_size == world.SIZE // 8
     saved = torch.load(next(stages.work.glob("latents-*-scale.pt")), weights_only=True)
@@ -64,22 +64,22 @@ def test_what_is_written_is_a_model_and_says_what_it_reached(stages: training.St
     assert re.match(r"judge: .*shape [\d.]+%", judge)
 
 
-def test_a_vae_that_trained_on_has_latents_of_its_own(stages: training.Stages, tmp_path: Path) -> None:
+def test_a_vae_trained_further_needs_new_latents(stages: training.Stages, tmp_path: Path) -> None:
     stages = replace(stages, work=Path(shutil.copytree(stages.work, tmp_path / "work")))
     minutes = state(stages, "vae")["spent"] / 60 + SECOND
     training.train_vae(replace(stages, vae_minutes=minutes), lambda _: None)
 
-    with pytest.raises(UsageError, match="the UNet has not trained on this VAE yet, run it with more --unet-minutes"):
+    with pytest.raises(UsageError, match="the UNet has not been trained on this VAE, run it with more --unet-minutes"):
         training.export(stages, tmp_path / "model")
     assert not (tmp_path / "model").exists()
 
 
-def test_a_stage_resumes_with_the_rate_it_is_given(stages: training.Stages, tmp_path: Path) -> None:
+def test_a_stage_resumes_with_the_given_rate(stages: training.Stages, tmp_path: Path) -> None:
     stages = replace(stages, work=Path(shutil.copytree(stages.work, tmp_path / "work")), unet_rate=4e-4)
     minutes = state(stages, "unet")["spent"] / 60 + SECOND
     training.train_unet(replace(stages, unet_minutes=minutes), lambda _: None)
     rates = [saved["param_groups"][0]["initial_lr"] for saved in state(stages, "unet")["optimisers"]]
-    assert rates == pytest.approx([6e-4, 6e-4, 4e-4])  # two Muons, at 1.5 times AdamW's
+    assert rates == pytest.approx([6e-4, 6e-4, 4e-4])  # two Muons, at 1.5 times AdamW's rate
 
 
 def test_parts_that_do_not_fill_a_batch_are_refused(tmp_path: Path) -> None:
@@ -89,25 +89,25 @@ def test_parts_that_do_not_fill_a_batch_are_refused(tmp_path: Path) -> None:
         training.Stages(tmp_path, threads=0)
 
 
-def test_no_pictures_are_refused(tmp_path: Path) -> None:
+def test_zero_pictures_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="pictures is 0: give at least 1"):
         training.Stages(tmp_path, pictures=0)
 
 
 def warm(work: Path, **minutes: float) -> training.Stages:
-    """Stages that start from the weights that ship; no minutes of a stage unless given."""
-    none = {"vae_minutes": 0.0, "judge_minutes": 0.0, "unet_minutes": 0.0}
+    """Stages that start from the weights that ship, with no minutes unless given."""
+    defaults = {"vae_minutes": 0.0, "judge_minutes": 0.0, "unet_minutes": 0.0}
     return training.Stages(
-        work, **{**none, **minutes}, pictures=20, batch=8, part=4, start_from=find_model("miniature")[0]
+        work, **{**defaults, **minutes}, pictures=20, batch=8, part=4, start_from=find_model("miniature")[0]
     )
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of a diffusers directory by its model and name."""
+    """Every tensor of a diffusers directory, by model and name."""
     return {f"{path.parent.name}.{k}": v for path in folder.rglob("*.safetensors") for k, v in load_file(path).items()}
 
 
-def test_shipped_weights_that_are_not_trained_on_are_written_as_they_were(tmp_path: Path) -> None:
+def test_shipped_weights_without_further_training_are_written_unchanged(tmp_path: Path) -> None:
     stages = warm(tmp_path / "work")
     stages.work.mkdir()
     training.train(stages, lambda _: None)
@@ -121,7 +121,7 @@ def test_shipped_weights_that_are_not_trained_on_are_written_as_they_were(tmp_pa
     assert scales[0] == scales[1] != 1
 
 
-def test_training_on_from_shipped_weights_begins_at_them_and_leaves_the_encoder(tmp_path: Path) -> None:
+def test_further_training_starts_from_shipped_weights_and_leaves_the_encoder_unchanged(tmp_path: Path) -> None:
     stages = warm(tmp_path / "work", vae_minutes=SECOND, unet_minutes=SECOND)
     stages.work.mkdir()
     training.train(stages, lambda _: None)
@@ -129,16 +129,16 @@ def test_training_on_from_shipped_weights_begins_at_them_and_leaves_the_encoder(
 
     before, after = weights(find_model("miniature")[0]), weights(tmp_path / "model")
     moved = {name: (after[name].float() - before[name].float()).norm() / before[name].float().norm() for name in before}
-    of = {
+    changes = {
         part: [d for name, d in moved.items() if name.startswith(part)]
         for part in ("vae.encoder", "vae.decoder", "unet")
     }
-    assert max(of["vae.encoder"]) == 0
-    assert 0 < max(of["vae.decoder"]) < 0.2  # random weights would be about 1.4 away
-    assert 0 < max(of["unet"]) < 0.2
+    assert max(changes["vae.encoder"]) == 0
+    assert 0 < max(changes["vae.decoder"]) < 0.2  # random weights would be about 1.4 away
+    assert 0 < max(changes["unet"]) < 0.2
 
 
-def test_a_model_of_another_architecture_is_no_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_starting_from_another_architecture_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "new_vae", lambda: AutoencoderKL(block_out_channels=(32,)))
     with pytest.raises(UsageError, match=r"vae has another architecture than training\.py"):
         training.train_vae(warm(tmp_path, vae_minutes=SECOND), lambda _: None)
@@ -150,7 +150,7 @@ def test_a_stage_without_weights_is_named(tmp_path: Path) -> None:
 
 
 def test_plain_attention_predicts_what_the_fused_kernels_predict() -> None:
-    """To float32's rounding."""
+    """Equal up to float32 rounding."""
     folder = find_model("miniature")[0]
     text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", torch_dtype=torch.float32)
     unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32)
@@ -165,8 +165,8 @@ def test_plain_attention_predicts_what_the_fused_kernels_predict() -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_workers_together_take_the_steps_of_one_model(threads: int, tmp_path: Path) -> None:
-    """Five steps against Muon and AdamW stepped here, on the mean over all pictures; Muon rounds to bfloat16."""
+def test_workers_take_the_same_steps_as_one_process(threads: int, tmp_path: Path) -> None:
+    """Reference: five steps of Muon and AdamW on the mean over all pictures. Muon rounds to bfloat16."""
     torch.manual_seed(0)
     x, y = torch.randn(12, 6), torch.randn(12, 5)
     ours, theirs = (nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5)) for _ in range(2))
@@ -175,7 +175,7 @@ def test_workers_together_take_the_steps_of_one_model(threads: int, tmp_path: Pa
 
     def loss(models: Any, count: int) -> Tensor:
         with torch.autocast("cpu", enabled=False):
-            return 50 * (models[0](x[:count]) - y[:count]).square().mean()  # a gradient that has to be clipped
+            return 50 * (models[0](x[:count]) - y[:count]).square().mean()  # large enough that the gradient is clipped
 
     matrices, optimisers = training.new_optimisers([ours], 1e-2)
     stages = training.Stages(tmp_path, threads=threads)

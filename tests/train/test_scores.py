@@ -1,4 +1,4 @@
-"""The scores of pictures against their scenes: real renders are right, and wrong where the scenes are another's."""
+"""Scores of pictures against scenes: real renders are right for their own scenes and wrong for others."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +16,7 @@ def renders(scenes: Sequence[world.Scene]) -> Any:
     return np.stack([world.render(scene, 300 + i)[0] for i, scene in enumerate(scenes)])
 
 
-def test_the_pixels_of_real_renders_say_what_their_scenes_say() -> None:
+def test_the_pixels_of_real_renders_match_their_scenes() -> None:
     scenes = scores.one_object_scenes(COUNT)
     pictures = renders(scenes)
     right = scores.pixels_right(pictures, scenes)
@@ -35,8 +35,8 @@ def test_both_objects_of_real_renders_are_right() -> None:
     assert scores.both_right(renders(scenes), scenes[1:] + scenes[:1]) == 0
 
 
-def test_the_judge_tells_second_colours_of_real_renders_from_the_ten_others() -> None:
-    """The judge that ships was not asked for them in training; chance is 1/11."""
+def test_the_judge_tells_second_colours_of_real_renders_from_ten_others() -> None:
+    """The judge that ships was not asked about them in training; chance is 1/11."""
     scenes = scores.one_object_scenes(COUNT)
     pictures = renders(scenes)
     judge = Judge(find_model("miniature")[0] / "judge")

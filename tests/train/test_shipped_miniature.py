@@ -1,4 +1,4 @@
-"""The weights that travel with the package: their size, that the runtime draws what diffusers draws, what they obey."""
+"""The weights that ship with the package: their size, their agreement with diffusers, and what captions they obey."""
 
 from pathlib import Path
 from typing import Any
@@ -41,40 +41,40 @@ def drawn(model: Model, scenes: list[world.Scene]) -> Any:
     return drawn_from(model, [world.caption(scene) for scene in scenes], GUIDANCE)
 
 
-def test_the_weights_are_forty_megabytes_at_most_with_the_judge(folder: Path) -> None:
+def test_the_weights_with_the_judge_are_at_most_forty_megabytes(folder: Path) -> None:
     weights = {path.parent.name: path.stat().st_size for path in folder.rglob("*.safetensors")}
     assert set(weights) == {"vae", "text_encoder", "unet", "judge"}
     assert sum(weights.values()) <= 40e6
 
 
-def test_pictures_are_those_of_diffusers(drawn: Any, scenes: list[world.Scene]) -> None:
+def test_pictures_match_those_of_diffusers(drawn: Any, scenes: list[world.Scene]) -> None:
     captions = [world.caption(scene) for scene in scenes[:2]]
-    assert drawn.std() > 20  # there is something to compare
+    assert drawn.std() > 20  # the pictures are not empty
     assert parity("miniature", captions, drawn, GUIDANCE) >= 50
 
 
 def test_pictures_obey_their_captions(drawn: Any, scenes: list[world.Scene], folder: Path) -> None:
-    """Far under the benchmark's bars, which 200 captions measure; chance is 1/12, 1/12, 1/10 and 1/4."""
-    seen = judged_right(Judge(folder / "judge"), drawn, scenes)
+    """Far below the benchmark's targets, which are for 200 captions; chance is 1/12, 1/12, 1/10 and 1/4."""
+    judged = judged_right(Judge(folder / "judge"), drawn, scenes)
     pixels = pixels_right(drawn, scenes)
-    assert seen["shape"] >= 0.6
-    assert seen["colour"] >= 0.7
-    assert seen["background"] >= 0.8
-    assert seen["medium"] >= 0.8
+    assert judged["shape"] >= 0.6
+    assert judged["colour"] >= 0.7
+    assert judged["background"] >= 0.8
+    assert judged["medium"] >= 0.8
     assert pixels["background"] >= 0.8
     assert pixels["colour"] >= 0.7
 
 
-def test_the_judge_reads_real_renders_and_the_vae_keeps_them(
+def test_the_judge_reads_real_renders_and_the_vae_preserves_them(
     model: Model, scenes: list[world.Scene], folder: Path
 ) -> None:
     real = np.stack([world.render(scene, 40 + i)[0] for i, scene in enumerate(scenes)])
-    seen = judged_right(Judge(folder / "judge"), real, scenes)
-    assert min(seen.values()) >= 0.85  # 24 pictures: three wrong of one attribute
+    judged = judged_right(Judge(folder / "judge"), real, scenes)
+    assert min(judged.values()) >= 0.85  # three wrong of 24 pictures for one attribute
     assert psnr(through_vae(model, real), real).mean() >= 29
 
 
-def test_twelve_words_alone_and_together_are_the_same_pictures(model: Model) -> None:
+def test_twelve_words_give_the_same_pictures_alone_and_together(model: Model) -> None:
     random = np.random.default_rng(5)
     tokens = [f"<word{i}>" for i in range(12)]
     for token in tokens:
@@ -82,5 +82,5 @@ def test_twelve_words_alone_and_together_are_the_same_pictures(model: Model) -> 
     prompts = [f"a photo of a {token} in the snow" for token in tokens]
     together = np.concatenate(sample(model, prompts, 1, 6, seed=1))
     alone = np.concatenate([sample(model, [prompt], 1, 6, seed=1)[0] for prompt in prompts])
-    assert len({picture.tobytes() for picture in alone}) == 12  # the words are not the same picture
+    assert len({picture.tobytes() for picture in alone}) == 12  # each word gives another picture
     assert psnr(together, alone).min() >= 45

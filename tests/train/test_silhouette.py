@@ -1,4 +1,4 @@
-"""Silhouettes read back from real renders: a drawn shape scores about 1 wherever the world may draw it, others less."""
+"""Silhouettes read back from real renders: a shape scores about 1 wherever the world may draw it, others score less."""
 
 from itertools import permutations
 from typing import Any
@@ -19,7 +19,7 @@ def scene(shape: str, medium: str = "photo", colour: str = "red", background: st
 
 
 def drawn(shape: str, x: float, y: float, radius: float, turn: float) -> Any:
-    """The mask of a shape, from its signed distance alone."""
+    """A shape's mask, from its signed distance alone."""
     down, right = np.mgrid[0:64, 0:64] + 0.5
     right, down = (right - x) / radius, (down - y) / radius
     cos, sin = np.cos(turn), np.sin(turn)
@@ -28,17 +28,17 @@ def drawn(shape: str, x: float, y: float, radius: float, turn: float) -> Any:
 
 @pytest.mark.parametrize("shape", world.SHAPES)
 def test_a_shape_scores_about_one_wherever_the_world_may_draw_it(shape: str) -> None:
-    """To half a pixel of place and of radius, which on the thinnest shapes is a tenth of their area."""
+    """Up to half a pixel of position and radius, which is a tenth of the area of the thinnest shapes."""
     for x, y, radius, turn in ((32, 33, 18, 0.0), (26, 28, 16, -0.22), (38, 38, 21, 0.22), (29.3, 35.8, 17.7, 0.13)):
         assert silhouette.best_iou(drawn(shape, x, y, radius, turn), scene(shape), 0, shape) >= 0.93
 
 
 def test_another_shape_scores_clearly_less() -> None:
-    for shape, other in permutations(world.SHAPES, 2):
-        assert silhouette.best_iou(drawn(other, 32, 33, 18, 0.1), scene(shape), 0, shape) <= 0.9
+    for shape, other_shape in permutations(world.SHAPES, 2):
+        assert silhouette.best_iou(drawn(other_shape, 32, 33, 18, 0.1), scene(shape), 0, shape) <= 0.9
 
 
-def test_a_shape_out_of_place_out_of_size_or_upside_down_scores_less() -> None:
+def test_a_shape_of_wrong_position_size_or_orientation_scores_less() -> None:
     best = {
         name: silhouette.best_iou(mask, scene("heart"), 0, "heart")
         for name, mask in {
@@ -54,7 +54,7 @@ def test_a_shape_out_of_place_out_of_size_or_upside_down_scores_less() -> None:
 
 @pytest.mark.parametrize(("medium", "least"), [("photo", 0.94), ("drawing", 0.94), ("icon", 0.91), ("painting", 0.85)])
 def test_real_renders_score_about_one(medium: str, least: float) -> None:
-    """A painting's edge wanders by 0.8 pixels, which no template does."""
+    """A painting's edge deviates by 0.8 pixels, which the templates do not have."""
     scores = [
         silhouette.silhouette_iou(world.render(scene(shape, medium), seed)[0], scene(shape, medium))
         for seed, shape in enumerate(world.SHAPES)
@@ -63,7 +63,7 @@ def test_real_renders_score_about_one(medium: str, least: float) -> None:
     assert min(scores) >= least - 0.08
 
 
-def test_an_empty_background_scores_nothing() -> None:
+def test_an_empty_background_scores_zero() -> None:
     for background in world.BACKGROUNDS:
         spec = scene("star", "photo", "pink", background)
         empty = world.render_background(background, spec.drawn_as, 99)
@@ -76,7 +76,7 @@ def test_another_colour_scores_little() -> None:
     assert silhouette.silhouette_iou(blue, scene("star", colour="yellow")) <= 0.2
 
 
-def test_pictures_through_the_vae_score_nearly_what_the_renders_do() -> None:
+def test_pictures_through_the_vae_score_nearly_as_high_as_renders() -> None:
     scenes = one_object_scenes(24)
     images = np.stack([world.render(spec, 70 + i)[0] for i, spec in enumerate(scenes)])
     vae: Any = AutoencoderKL.from_pretrained(find_model("miniature")[0] / "vae", torch_dtype=torch.float32).eval()
@@ -92,7 +92,7 @@ def test_pictures_through_the_vae_score_nearly_what_the_renders_do() -> None:
     assert real - 0.06 <= coded <= real + 0.02
 
 
-def test_two_objects_are_read_each_by_its_half() -> None:
+def test_each_of_two_objects_is_read_from_its_half() -> None:
     star = Thing(Look("star", "red", "white", "dots"))
     ring = Thing(Look("ring", "blue", "yellow", "plain"))
     for medium in world.MEDIA:

@@ -1,4 +1,4 @@
-"""The miniature's world: what it promises about its words, its pictures and its captions."""
+"""The miniature's world: its guarantees about words, pictures and captions."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ def _scenes(count: int, seed: int = 0) -> list[Scene]:
     return [world.sample_scene(rng) for _ in range(count)]
 
 
-def test_the_world_is_as_large_as_promised() -> None:
+def test_the_world_has_the_promised_size() -> None:
     assert len(world.SHAPES) >= 12
     assert len(world.COLOURS) >= 12
     assert len(world.PATTERNS) >= 4
@@ -48,15 +48,15 @@ def test_the_same_scene_and_seed_give_the_same_picture() -> None:
     scene = _scenes(1)[0]
     first, words = world.render(scene, 7)
     again, _ = world.render(scene, 7)
-    other, _ = world.render(scene, 8)
+    different, _ = world.render(scene, 8)
     assert first.shape == (64, 64, 3)
     assert first.dtype == np.uint8
     np.testing.assert_array_equal(first, again)
-    assert np.abs(first.astype(int) - other.astype(int)).max() > 10
+    assert np.abs(first.astype(int) - different.astype(int)).max() > 10
     assert words == world.caption(scene)
 
 
-def test_captions_read_as_written_by_hand() -> None:
+def test_captions_by_hand() -> None:
     blue_dots = Look("star", "red", "blue", "dots")
     green_base = Look("arrow", "orange", "green", "base")
     assert world.caption(Scene((Thing(RED_CIRCLE),), "snow")) == "a photo of a red circle in the snow"
@@ -69,7 +69,7 @@ def test_captions_read_as_written_by_hand() -> None:
     )
 
 
-def test_an_unshaded_object_has_exactly_the_colour_of_its_name() -> None:
+def test_an_unshaded_object_has_exactly_the_colour_named() -> None:
     for name, rgb in world.COLOURS.items():
         scene = Scene(
             (Thing(Look("square", name, "white" if name != "white" else "black", "plain")),), "studio", "icon"
@@ -79,8 +79,8 @@ def test_an_unshaded_object_has_exactly_the_colour_of_its_name() -> None:
         np.testing.assert_allclose(centre, expected, atol=1)  # rounding
 
 
-def test_the_area_of_a_circle_is_what_its_radius_says() -> None:
-    """The circle's distance function has radius 0.88 of a drawn radius between 16 and 21 pixels."""
+def test_the_area_of_a_circle_matches_its_radius() -> None:
+    """The circle's distance function has a radius of 0.88 times the drawn radius, which is 16 to 21 pixels."""
     flat = world.Style()
     scene = Scene((Thing(RED_CIRCLE),), "studio", None, flat)
     areas = []
@@ -92,7 +92,7 @@ def test_the_area_of_a_circle_is_what_its_radius_says() -> None:
     assert radii.max() < 21.2
 
 
-def test_unknown_words_are_refused_with_the_known_ones() -> None:
+def test_unknown_names_are_refused_with_the_known_names_listed() -> None:
     with pytest.raises(UsageError, match="unknown shape 'blob': the world has circle, square"):
         Look("blob", "red", "white", "plain")
     with pytest.raises(UsageError, match="unknown background 'moon'"):
@@ -118,7 +118,7 @@ def test_every_caption_fits_the_text_encoder() -> None:
     assert not unknown
 
 
-def test_a_claim_is_true_of_the_scene_it_was_taken_from_and_false_where_a_value_differs() -> None:
+def test_a_claim_is_true_of_its_scene_and_false_if_a_value_differs() -> None:
     rng = np.random.default_rng(2)
     for scene in _scenes(500):
         assert claims.sample_claim(scene, rng).holds(scene)
@@ -131,8 +131,8 @@ def test_a_claim_is_true_of_the_scene_it_was_taken_from_and_false_where_a_value_
     assert not claims.Claim((None, None, None, None), None, "icon", None, None).holds(red)
 
 
-def test_the_contrastive_loss_is_clips_where_each_picture_has_one_true_caption() -> None:
-    """Expected value: the symmetric cross-entropy of Radford et al. (2021), written out."""
+def test_the_contrastive_loss_is_clips_if_each_picture_has_one_true_caption() -> None:
+    """Reference: the symmetric cross-entropy of Radford et al. (2021), written out."""
     torch = pytest.importorskip("torch")
     logits = torch.tensor([[2.0, 0.5], [-1.0, 1.0]])
     expected = (
@@ -142,7 +142,7 @@ def test_the_contrastive_loss_is_clips_where_each_picture_has_one_true_caption()
     torch.testing.assert_close(claims.contrastive_loss(logits, torch.eye(2, dtype=torch.bool)), expected)
 
 
-def test_background_and_colour_read_back_from_real_renders() -> None:
+def test_background_and_colour_are_read_back_from_real_renders() -> None:
     rng = np.random.default_rng(3)
     background, colour = [], []
     while len(colour) < 40:
@@ -157,7 +157,7 @@ def test_background_and_colour_read_back_from_real_renders() -> None:
     assert np.mean(colour) >= 0.9
 
 
-def test_the_questions_are_said_as_the_world_says_them() -> None:
+def test_questions_are_worded_like_captions_of_the_world() -> None:
     assert claims.QUESTIONS["shape"]["arrow"] == "an arrow"
     assert claims.QUESTIONS["colour"]["red"] == "a red object"
     assert claims.QUESTIONS["background"]["snow"] == "an object in the snow"
@@ -166,21 +166,21 @@ def test_the_questions_are_said_as_the_world_says_them() -> None:
     assert claims.QUESTIONS["pattern"]["plain"] == "a plain object"
 
 
-def test_a_batch_asks_every_question_and_knows_the_answers() -> None:
+def test_a_batch_has_every_question_and_the_right_answers() -> None:
     _, ids, truth = claims.sample_batch(np.random.default_rng(3), 6, make_tokenizer())
-    asked = sum(len(values) for values in claims.QUESTIONS.values())
-    assert ids.shape == (6 + asked, 32)
-    assert truth.shape == (6, 6 + asked)
+    count = sum(len(values) for values in claims.QUESTIONS.values())
+    assert ids.shape == (6 + count, 32)
+    assert truth.shape == (6, 6 + count)
     assert truth[:, :6].diagonal().all()  # each picture's own claim
     backgrounds = truth[:, 6:].split([len(values) for values in claims.QUESTIONS.values()], 1)[2]
-    assert (backgrounds.sum(1) == 1).all()  # one place a scene
+    assert (backgrounds.sum(1) == 1).all()  # one background per scene
 
 
-def test_a_question_nobody_can_answer_costs_nothing() -> None:
-    """By hand: even logits, two claims, and one row whose shape is known; shapes count four times."""
-    asked = [len(values) for values in claims.QUESTIONS.values()]
-    truth = torch.zeros(2, 2 + sum(asked), dtype=torch.bool)
+def test_a_question_without_an_answer_does_not_count() -> None:
+    """By hand: equal logits, two claims, and one row whose shape is known; shapes have four times the weight."""
+    counts = [len(values) for values in claims.QUESTIONS.values()]
+    truth = torch.zeros(2, 2 + sum(counts), dtype=torch.bool)
     truth[:, :2] = torch.eye(2, dtype=torch.bool)
-    truth[0, 2] = True  # a shape is known of the first picture, nothing else of either
-    loss = claims.judge_loss(torch.zeros(2, 2 + sum(asked)), truth)
-    torch.testing.assert_close(loss, torch.tensor(np.log(2) + 4 * np.log(asked[0]), dtype=torch.float32))
+    truth[0, 2] = True  # the first picture's shape is known, and nothing else about either picture
+    loss = claims.judge_loss(torch.zeros(2, 2 + sum(counts)), truth)
+    torch.testing.assert_close(loss, torch.tensor(np.log(2) + 4 * np.log(counts[0]), dtype=torch.float32))

@@ -1,4 +1,4 @@
-"""What is true of a picture: captions that say a part of a scene, and the contrastive loss that knows which are true.
+"""What is true of a picture: captions that describe part of a scene, and a contrastive loss over which are true.
 
 Used to train the miniature's judge, a small CLIPModel, and to ask it questions (`QUESTIONS`).
 """
@@ -16,12 +16,12 @@ from oneword.train.miniature import world
 from oneword.train.miniature.tokenizer import LENGTH
 
 _PARTS = ("shape", "colour", "second_colour", "pattern")
-_WEIGHTS = {"shape": 4.0}  # of a question's loss; 1 for the others, which are learned in a tenth of the steps
+_WEIGHTS = {"shape": 4.0}  # weight of a question's loss; 1 for other questions, which need a tenth of the steps
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What a caption says: values a thing must have (None: unsaid), and the scene's medium, background and style."""
+    """What a caption states about a thing, and about the scene's medium, background and style; None if not stated."""
 
     look: tuple[str | None, ...]
     name: str | None
@@ -38,13 +38,13 @@ class Claim:
         )
 
     def _fits(self, thing: world.Thing) -> bool:
-        have = (thing.look.shape, thing.look.colour, thing.look.second_colour, thing.look.pattern)
+        values = (thing.look.shape, thing.look.colour, thing.look.second_colour, thing.look.pattern)
         if self.name is not None:
             return world.NOUNS.get(self.name) == thing.look
         plain = thing.look.pattern == "plain"
         return all(
-            want is None or (want == value and not (plain and part == "second_colour"))
-            for part, want, value in zip(_PARTS, self.look, have, strict=True)
+            wanted is None or (wanted == value and not (plain and part == "second_colour"))
+            for part, wanted, value in zip(_PARTS, self.look, values, strict=True)
         )
 
     @property
@@ -62,8 +62,8 @@ class Claim:
         return opening + place + (f" in the style of {self.style}" if self.style else "")
 
 
-def _asking(attribute: str, value: str) -> Claim:
-    """The claim that says one attribute and nothing else."""
+def _single_claim(attribute: str, value: str) -> Claim:
+    """The claim that states one attribute and nothing else."""
     look = tuple(value if part == attribute else None for part in _PARTS)
     return Claim(
         look, None, value if attribute == "medium" else None, value if attribute == "background" else None, None
@@ -77,39 +77,41 @@ _VALUES = {
     "medium": world.MEDIA,
     "pattern": world.PATTERNS,
 }
-_ASKED = {attribute: {value: _asking(attribute, value) for value in values} for attribute, values in _VALUES.items()}
-#: The attributes the judge is asked for, and the caption that says each value.
+_CLAIMS = {
+    attribute: {value: _single_claim(attribute, value) for value in values} for attribute, values in _VALUES.items()
+}
+#: The attributes that the judge is asked about, with a caption for each value.
 QUESTIONS: dict[str, dict[str, str]] = {
-    attribute: {value: claim.words for value, claim in claims.items()} for attribute, claims in _ASKED.items()
+    attribute: {value: claim.words for value, claim in claims.items()} for attribute, claims in _CLAIMS.items()
 }
 
 
 def sample_claim(scene: world.Scene, rng: np.random.Generator) -> Claim:
-    """A true claim about a scene, saying much or little."""
+    """Draws a true claim about a scene, with few or many details."""
     thing = scene.things[rng.integers(len(scene.things))]
     look = thing.look
-    said = rng.random(6) < rng.choice([0.2, 0.5, 0.9])
+    stated = rng.random(6) < rng.choice([0.2, 0.5, 0.9])
     name = thing.name if thing.name in world.NOUNS and rng.random() < 0.25 else None
-    pattern = look.pattern if said[3] else None
-    second = look.second_colour if pattern and pattern != "plain" and said[2] else None
+    pattern = look.pattern if stated[3] else None
+    second = look.second_colour if pattern and pattern != "plain" and stated[2] else None
     return Claim(
-        (look.shape if said[0] else None, look.colour if said[1] else None, second, pattern),
+        (look.shape if stated[0] else None, look.colour if stated[1] else None, second, pattern),
         name,
-        scene.medium if said[4] else None,
-        scene.background if said[5] else None,
-        scene.style if isinstance(scene.style, str) and said[4] else None,
+        scene.medium if stated[4] else None,
+        scene.background if stated[5] else None,
+        scene.style if isinstance(scene.style, str) and stated[4] else None,
     )
 
 
 def sample_batch(rng: np.random.Generator, count: int, tokens: CLIPTokenizer) -> tuple[Tensor, Tensor, Tensor]:
-    """Pictures [B, 3, 64, 64], ids [B + Q, 32] and what is true of which picture [B, B + Q].
+    """Draws pictures [B, 3, 64, 64], ids [B + Q, 32] and which text is true of which picture [B, B + Q].
 
-    The texts are a claim about each picture, then all Q captions of `QUESTIONS` in their order.
+    The texts are a claim about each picture, followed by all Q captions of `QUESTIONS` in order.
     """
     scenes = [world.sample_scene(rng) for _ in range(count)]
     images = np.stack([world.render(scene, int(rng.integers(2**31)))[0] for scene in scenes])
     claims = [sample_claim(scene, rng) for scene in scenes]
-    claims += [claim for asked in _ASKED.values() for claim in asked.values()]
+    claims += [claim for by_value in _CLAIMS.values() for claim in by_value.values()]
     truth = torch.tensor([[claim.holds(scene) for claim in claims] for scene in scenes])
     ids = tokens(
         [claim.words for claim in claims], padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt"
@@ -125,7 +127,7 @@ def pixels(images: np.ndarray) -> Tensor:
 def judge_loss(logits: Tensor, truth: Tensor) -> Tensor:
     """CLIP's loss over the claims, plus each question's weighted cross-entropy over its captions. [B, B + Q] -> []."""
     count = len(logits)
-    sizes = [count, *(len(asked) for asked in QUESTIONS.values())]
+    sizes = [count, *(len(captions) for captions in QUESTIONS.values())]
     claims, *questions = zip(logits.split(sizes, 1), truth.split(sizes, 1), strict=True)
     weighted = (
         _WEIGHTS.get(attribute, 1.0) * _cross_entropy(*question)
@@ -135,12 +137,12 @@ def judge_loss(logits: Tensor, truth: Tensor) -> Tensor:
 
 
 def contrastive_loss(logits: Tensor, truth: Tensor) -> Tensor:
-    """CLIP's symmetric loss with several right answers a row: cross-entropy to the uniform truth, [B, B] -> []."""
+    """CLIP's symmetric loss with several right answers per row: cross-entropy to their uniform mix, [B, B] -> []."""
     return (_cross_entropy(logits, truth) + _cross_entropy(logits.T, truth.T)) / 2
 
 
 def _cross_entropy(logits: Tensor, truth: Tensor) -> Tensor:
-    """To the uniform distribution over a row's true captions; rows with none count nothing."""
+    """Cross-entropy to the uniform distribution over a row's true captions; rows without any do not count."""
     wanted = truth.float()
     right = wanted.sum(1)
     answered = right > 0

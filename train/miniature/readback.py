@@ -1,6 +1,6 @@
-"""Background and object colour read back from the pixels of a one-object picture, by what `world` draws: no model.
+"""Background and object colour of a one-object picture, read back from its pixels: no model.
 
-The second witness beside the judge. Both answers come from comparing with pictures that `world` draws itself.
+An independent check beside the judge. Both are found by comparison with pictures that `world` draws.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ _SHADES = (1.0, 0.9, 0.8, 0.7)
 
 
 def read_background(image: Array, style: world.Style) -> str:
-    """The background whose empty pictures, drawn in `style`, are nearest around the edge. image [64, 64, 3] uint8."""
+    """The background whose empty renders in `style` are nearest to `image` [64, 64, 3] uint8 around the edge."""
     edge = _edge(image / 255)
     return min(world.BACKGROUNDS, key=lambda name: float(np.square(_empty_edges(name, style) - edge).sum(1).min()))
 
 
 def read_colours(image: Array, background: str, style: world.Style) -> dict[str, float]:
-    """How much of the object each paint covers, 0 to 1: every pixel that is no background goes to its nearest paint."""
+    """The share of the object that each paint covers, 0 to 1: non-background pixels count for their nearest paint."""
     empty = np.stack(_empty(background, style)) / 255
     pixels = (image / 255)[14:52:2, 12:52:2].reshape(-1, 3)
     ground = empty[:, 14:52, 12:52].reshape(-1, 3)[::299]
@@ -41,7 +41,7 @@ def read_colours(image: Array, background: str, style: world.Style) -> dict[str,
     nearest = to_paint.argmin(1)
     distance = to_paint.min(1)
     votes = np.bincount(nearest, ((distance < 0.06) & (distance < to_ground)).astype(float), len(names))
-    if style.outline:  # black or white as the outline is, so not all of it is paint
+    if style.outline:  # the outline is black or white too, so not all of it is paint
         votes[names.index("white" if style.outline_light > 0.5 else "black")] *= 0.6
     return dict(zip(names, (votes / max(votes.sum(), 1)).tolist(), strict=True))
 
@@ -57,7 +57,7 @@ def _empty_edges(background: str, style: world.Style) -> Array:
 
 
 def _edge(image: Array) -> Array:
-    """Mean colours of twelve 8 x 8 tiles around the edge, within a frame, and how much each varies: [12 * 6]."""
+    """Means and deviations of twelve 8x8 tiles around the edge, inside any frame: [12 * 6]."""
     inner = image[6:58, 6:58]
     tiles = [
         inner[y : y + 8, x : x + 8] for y in (0, 14, 30, 44) for x in (0, 22, 44) if (x, y) not in ((22, 14), (22, 30))

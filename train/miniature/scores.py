@@ -1,6 +1,6 @@
-"""How well pictures show what their scenes say, by two witnesses: the judge, and the pixels themselves.
+"""How well pictures match their scenes, measured in two ways: by the judge, and by the pixels.
 
-The pixels are read by `readback` (background, colours) and `silhouette` (shapes), which use no model.
+Pixels are read by `readback` (background, colours) and `silhouette` (shapes), which use no model.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Pictures = NDArray[np.uint8]  # [B, 64, 64, 3]
 
 
 def one_object_scenes(count: int) -> list[world.Scene]:
-    """Captions of the world with one spelled-out object in one of the media; seeds apart from the training set's."""
+    """Scenes of the world with one spelled-out object in one of the media; seeds differ from the training set's."""
     return _spelled_out_scenes(count, 1, 77)
 
 
@@ -39,12 +39,12 @@ def _spelled_out_scenes(count: int, things: int, seed: int) -> list[world.Scene]
 
 
 def judged_right(judge: Judge, pictures: Pictures, scenes: Sequence[world.Scene]) -> dict[str, float]:
-    """Share of pictures for which the judge's best caption of each attribute is the scene's."""
-    seen = judge.pictures(pictures)
+    """For each attribute, the share of pictures for which the judge's best caption is the scene's."""
+    embedded = judge.pictures(pictures)
     right = {}
     for attribute, questions in QUESTIONS.items():
         names = list(questions)
-        best = (seen @ judge.texts(list(questions.values())).T).argmax(1)
+        best = (embedded @ judge.texts(list(questions.values())).T).argmax(1)
         right[attribute] = float(
             np.mean([names[b] == value_of(attribute, s) for b, s in zip(best, scenes, strict=True)])
         )
@@ -52,10 +52,10 @@ def judged_right(judge: Judge, pictures: Pictures, scenes: Sequence[world.Scene]
 
 
 def judged_second_colour(judge: Judge, pictures: Pictures, scenes: Sequence[world.Scene]) -> float:
-    """Share of the patterned objects whose second colour the judge tells from the ten others, all else given."""
-    seen = judge.pictures(pictures)
+    """The share of patterned objects whose second colour the judge tells from ten others, given everything else."""
+    embedded = judge.pictures(pictures)
     right = []
-    for picture, scene in zip(seen, scenes, strict=True):
+    for picture, scene in zip(embedded, scenes, strict=True):
         look = scene.things[0].look
         if look.pattern == "plain":
             continue
@@ -66,10 +66,10 @@ def judged_second_colour(judge: Judge, pictures: Pictures, scenes: Sequence[worl
 
 
 def pixels_right(pictures: Pictures, scenes: Sequence[world.Scene]) -> dict[str, float]:
-    """Share of pictures of which the pixels say what the scene says.
+    """The share of pictures whose pixels match the scene, by attribute.
 
-    background: read back right; colour: the object's first, on at least 30 % of it; second_colour: of the patterned
-    objects, the colour that most of the object has after the first.
+    background: read back correctly. colour: the object's first colour covers at least 30 % of it. second_colour: for
+    patterned objects, the second colour covers more of the object than any colour except the first.
     """
     background, colour, second = [], [], []
     for picture, scene in zip(pictures, scenes, strict=True):
@@ -84,7 +84,7 @@ def pixels_right(pictures: Pictures, scenes: Sequence[world.Scene]) -> dict[str,
 
 
 def both_right(pictures: Pictures, scenes: Sequence[world.Scene]) -> float:
-    """Share of pictures of two objects in which both are right, in shape and first colour, by their silhouettes."""
+    """The share of two-object pictures in which both objects are right in shape and first colour, by silhouettes."""
     return float(
         np.mean(
             [
@@ -96,7 +96,7 @@ def both_right(pictures: Pictures, scenes: Sequence[world.Scene]) -> float:
 
 
 def mean_iou(pictures: Pictures, scenes: Sequence[world.Scene]) -> float:
-    """Mean score of the silhouettes of pictures of one object."""
+    """The mean silhouette score of one-object pictures."""
     scores = [silhouette.silhouette_iou(picture, scene) for picture, scene in zip(pictures, scenes, strict=True)]
     return float(np.mean(scores))
 
@@ -109,7 +109,7 @@ def value_of(attribute: str, scene: world.Scene) -> str | None:
 
 
 def psnr(a: NDArray[Any], b: NDArray[Any]) -> NDArray[np.float64]:
-    """Of each pair of pictures [B, H, W, 3] of 0 to 255, dB; 99 where they are equal."""
+    """The PSNR of each pair of pictures [B, H, W, 3], values 0 to 255, in dB; 99 if they are equal."""
     errors = np.square((a.astype(float) - b) / 255).mean((1, 2, 3))
     decibels: NDArray[np.float64] = -10 * np.log10(np.maximum(errors, 10**-9.9))
     return decibels

@@ -1,10 +1,11 @@
-"""The silhouettes of a picture's objects, read back from its pixels by what `world` draws: no model.
+"""The silhouettes of a picture's objects, read back from its pixels by comparison with what `world` draws: no model.
 
-An object's mask is the largest connected set of pixels that are nearer to the paints of its look, outline included,
-than to renders of the empty background; of two objects each has its half of the picture. The score is the best
-intersection over union of the mask with the shape, over every place, size and turn within the world's jitter; a shape's
-own symmetry needs no search of its own, because turning the shape onto itself gives the same template. No object found
-counts 0. An object of wrong colours has no mask, or a poor one; which of its colours is where is not read.
+An object's mask is the largest connected set of pixels that are nearer to the paints of its look, including the
+outline, than to renders of the empty background; each of two objects is read from its half of the picture. The score is
+the best intersection over union of the mask with the shape, over all positions, sizes and turns within the world's
+jitter. Symmetric shapes need no further search, because turning a shape onto itself gives the same template. The score
+is 0 if no object is found. An object of the wrong colours has no mask, or a poor one. Not covered: where on the object
+each of its colours is.
 """
 
 from __future__ import annotations
@@ -21,27 +22,27 @@ Array = NDArray[Any]
 Mask = NDArray[np.bool_]  # [64, 64]
 
 _SEEDS = range(24)
-_SHADES = np.linspace(0, 1, 5)  # of a style's shading
+_SHADES = np.linspace(0, 1, 5)  # fractions of a style's shading
 _TURNS = np.linspace(-world.TURN, world.TURN, 9)
-_FOUND = 0.5  # the least score of an object that counts as drawn
-_FIRST = 0.3  # the least share of an object's paint that is its first colour; patterns leave it half
+_FOUND = 0.5  # the lowest score at which an object counts as drawn
+_FIRST = 0.3  # the lowest share of an object's paint that is its first colour; patterns leave it at least half
 
 
 def silhouette_iou(image: Array, scene: world.Scene, index: int = 0) -> float:
-    """The score of an object of a scene in a picture [64, 64, 3] uint8, 0 to 1."""
+    """The score, 0 to 1, of a scene's object in a picture [64, 64, 3] uint8."""
     return best_iou(object_mask(image, scene, index), scene, index, scene.things[index].look.shape)
 
 
 def object_right(image: Array, scene: world.Scene, index: int) -> bool:
-    """Whether an object fits its own shape best, and at least 30 % of its paint is its first colour."""
+    """Whether an object fits its shape better than all others, and at least 30 % of its paint is its first colour."""
     look = scene.things[index].look
     mask = object_mask(image, scene, index)
     scores = {shape: best_iou(mask, scene, index, shape) for shape in world.SHAPES}
     if max(scores.values()) > scores[look.shape] or scores[look.shape] < _FOUND:
         return False
-    paints, which = _paints(look, scene.drawn_as)
+    paints, paint_colours = _paints(look, scene.drawn_as)
     distances = np.square(paints[:, mask] - (image[mask] / 255).astype(np.float32)).sum(-1)
-    first, second = (np.sum(which[distances.argmin(0)] == colour) for colour in (0, 1))
+    first, second = (np.sum(paint_colours[distances.argmin(0)] == colour) for colour in (0, 1))
     return bool(first >= _FIRST * max(first + second, 1))
 
 
@@ -58,7 +59,7 @@ def object_mask(image: Array, scene: world.Scene, index: int = 0) -> Mask:
 
 
 def best_iou(mask: Mask, scene: world.Scene, index: int, shape: str) -> float:
-    """The mask's best intersection over union with a shape, wherever the world might have drawn that object."""
+    """The mask's best intersection over union with a shape, over all the ways the world may draw that object."""
     if not mask.any():
         return 0.0
     jitter = world.JITTERS[len(scene.things)][index]
@@ -66,18 +67,18 @@ def best_iou(mask: Mask, scene: world.Scene, index: int, shape: str) -> float:
     size, middle = world.SIZE, world.SIZE // 2
     padded = np.pad(mask, middle).astype(np.float32)
     moved = np.stack(
-        [  # as if the object's centre were in the middle
+        [  # moves the object's centre to the middle
             padded[y : y + size, x : x + size].ravel()
             for y in range(round(jitter.y[0]), round(jitter.y[1]) + 1)
             for x in range(round(jitter.x[0]), round(jitter.x[1]) + 1)
         ]
     )
-    both = moved @ templates
-    return float((both / (templates.sum(0) + moved.sum(1, keepdims=True) - both)).max())
+    overlap = moved @ templates
+    return float((overlap / (templates.sum(0) + moved.sum(1, keepdims=True) - overlap)).max())
 
 
 def largest_component(mask: Mask) -> Mask:
-    """The largest set of pixels connected by their sides; all False if `mask` is."""
+    """The largest set of pixels connected by their sides; all False if `mask` is all False."""
     labels = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
     while True:
         padded = np.pad(labels, 1)
@@ -92,22 +93,22 @@ def largest_component(mask: Mask) -> Mask:
 
 @cache
 def _paints(look: world.Look, style: world.Style) -> tuple[Array, Array]:
-    """Pictures full of each paint of the look, at each shade, and of its outline [N, 64, 64, 3].
+    """Pictures [N, 64, 64, 3], each filled with one paint of the look in one shade, or with its outline.
 
-    Also which of the look's colours each is [N]: 0, 1, or 2 for the outline.
+    Also returns which of the look's colours each of them shows [N]: 0, 1, or 2 for the outline.
     """
     colours = [look.colour] if look.pattern == "plain" else [look.colour, look.second_colour]
     shades = 1 - style.shading * _SHADES if style.shading else np.ones(1)
     paints = [world.drawn_colour(colour, style) * shade for colour in colours for shade in shades]
     if style.outline:
         paints.append(np.full(3, style.outline_light))
-    drawn = np.stack([world.render_flat(paint, style) for paint in paints]).astype(np.float32) / 255
-    return drawn, np.repeat([0, 1, 2], [len(shades), (len(colours) - 1) * len(shades), bool(style.outline)])
+    pictures = np.stack([world.render_flat(paint, style) for paint in paints]).astype(np.float32) / 255
+    return pictures, np.repeat([0, 1, 2], [len(shades), (len(colours) - 1) * len(shades), bool(style.outline)])
 
 
 @cache
 def _grounds(background: str, style: world.Style) -> Array:
-    """Renders of the empty background, in an object's shadow too where the style draws one: [N, 64, 64, 3]."""
+    """Renders of the empty background, also in an object's shadow if the style draws one: [N, 64, 64, 3]."""
     empty = np.stack([world.render_background(background, style, seed) for seed in _SEEDS]).astype(np.float32) / 255
     shadows = (0, style.shadow / 2, style.shadow) if style.shadow else (0,)
     return np.concatenate([empty * (1 - shadow) for shadow in shadows])
@@ -115,9 +116,9 @@ def _grounds(background: str, style: world.Style) -> Array:
 
 @cache
 def _templates(shape: str, radii: tuple[float, float], outline: float) -> NDArray[np.float32]:
-    """The shape in every size and turn, in the middle of a picture and half a pixel beside it: [4096, N]."""
+    """The shape in every size and turn, in the middle of a picture and half a pixel off it: [4096, N]."""
     y, x = np.mgrid[0 : world.SIZE, 0 : world.SIZE].astype(np.float32) + 0.5 - world.SIZE / 2
-    drawn = []
+    masks = []
     for radius in np.arange(radii[0], radii[1] + 0.01, 0.5):
         for turn in _TURNS:
             cos, sin = np.cos(turn), np.sin(turn)
@@ -125,5 +126,5 @@ def _templates(shape: str, radii: tuple[float, float], outline: float) -> NDArra
                 for top in (0, 0.5):
                     dx, dy = (x - left) / radius, (y - top) / radius
                     distance = world.SHAPES[shape](cos * dx + sin * dy, cos * dy - sin * dx) * radius
-                    drawn.append((distance <= outline).ravel())
-    return np.stack(drawn, 1).astype(np.float32)
+                    masks.append((distance <= outline).ravel())
+    return np.stack(masks, 1).astype(np.float32)

@@ -7,12 +7,12 @@ from transformers import CLIPTokenizer
 
 from oneword.train.miniature import world
 
-LENGTH = 32  # tokens a prompt, bos and eos included
+LENGTH = 32  # tokens per prompt, including BOS and EOS
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 
 
 def make_tokenizer() -> CLIPTokenizer:
-    """Merges that spell out each word of the world, so that no word needs a frequency to become one token."""
+    """Builds the tokenizer from merges that spell out each word of the world, without counting any frequencies."""
     letters = sorted(ByteLevel.alphabet())
     vocabulary = {symbol: i for i, symbol in enumerate([*letters, *(f"{letter}</w>" for letter in letters)])}
     merges: list[tuple[str, str]] = []
@@ -31,7 +31,7 @@ def make_tokenizer() -> CLIPTokenizer:
 
 
 def _spelling(word: str) -> list[tuple[str, str]]:
-    """The merges that build a word: from its end, so that a word's pieces never stand in for another word's."""
+    """The merges that build a word, starting from its end, so that no word's merges interfere with another's."""
     parts = [*word[:-1], f"{word[-1]}</w>"]
     merges = []
     while len(parts) > 1:

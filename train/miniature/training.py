@@ -1,14 +1,14 @@
-"""Trains the miniature: tokenizer, VAE, text encoder with UNet, and the judge, from `world` alone.
+"""Trains the miniature from `world` alone: tokenizer, VAE, text encoder with UNet, and judge.
 
-Each stage runs for its minutes of wall clock, over which its rate falls to nothing as a cosine, and keeps its state in
-the work folder: run again with more minutes, it resumes. A stage without a state starts from the weights of
-`Stages.start_from`, a diffusers directory such as the one that ships, so that training continues on a machine that has
-only the repository; the decoder then trains alone, because the UNet was trained on that encoder's latents.
+Each stage runs for a number of minutes of wall clock, over which its rate falls to zero as a cosine. It saves its state
+in the work folder, and resumes if run again with more minutes. A stage without a state starts from the weights in
+`Stages.start_from`, a diffusers directory such as the one that ships, so that training can continue on a machine that
+has only the repository. Only the VAE's decoder is then trained, because the UNet was trained on this encoder's latents.
 
-Models compute in bfloat16 under autocast; weights, their averages and the optimisers' state are float32. A step's
-pictures are split into parts, which processes of one thread each compute: a busy neighbour delays a part, not every
-operation (docs/miniature.md has the times). What is written is fp16 safetensors in diffusers' layout.
-Not here: the bars the weights are held to (`benchmarks/miniature.py`).
+Models compute in bfloat16 under autocast; weights, their averages and the optimisers' states are float32. A step's
+pictures are split into parts, which are computed by processes of one thread each, so that another busy process delays a
+part and not every operation (docs/miniature.md has the times). The output is fp16 safetensors in diffusers' layout.
+Not covered: the targets that the weights have to meet (`benchmarks/miniature.py`).
 """
 
 from __future__ import annotations
@@ -50,19 +50,20 @@ SCHEDULER = {
     "timestep_spacing": "trailing",
     "steps_offset": 1,
 }
-EMA = 0.998  # of the weights that are written
-MUON = 1.5  # Muon's rate over AdamW's, both as a root mean square of the step
-SNR = (0.4, 5.0)  # the loss counts the signal-to-noise ratio within: above, steps only sharpen (Hang et al. 2023);
-# below, the caption alone says what to draw, and is learned there
+EMA = 0.998  # decay of the averaged weights, which are the ones exported
+MUON = 1.5  # Muon's rate over AdamW's, both as the root mean square of a step
+# Bounds on the signal-to-noise ratio in the loss weight. Above them, steps only sharpen (Hang et al. 2023); below them,
+# only the caption says what to draw, and captions are learned there.
+SNR = (0.4, 5.0)
 
 
 @dataclass(frozen=True)
 class Stages:
-    """How long each stage runs, on which device, with how many pictures. Minutes are of wall clock.
+    """How long each stage runs, on which device, and with how many pictures. Minutes are of wall clock.
 
-    A UNet's step is over `batch` pictures, in parts of `part`, and its highest rate is `unet_rate`. `start_from` is the
-    diffusers directory whose weights a stage without a state starts from; None starts from random weights. Raises
-    `UsageError` for counts it cannot use.
+    A step of the UNet has `batch` pictures, in parts of `part`; its highest learning rate is `unet_rate`. `start_from`
+    is the diffusers directory whose weights a stage without a state starts from; None starts from random weights.
+    Raises `UsageError` for counts that cannot be used.
     """
 
     work: Path
@@ -80,7 +81,7 @@ class Stages:
 
     def __post_init__(self) -> None:
         if self.pictures < 1:
-            raise UsageError(f"pictures is {self.pictures}: give at least 1, in thousands to learn anything from")
+            raise UsageError(f"pictures is {self.pictures}: give at least 1, and thousands for useful training")
         if self.batch < 1 or self.part < 1 or self.batch % self.part:
             raise UsageError(f"a batch of {self.batch} in parts of {self.part}: give a multiple of the part")
         if self.threads < 1:
@@ -88,7 +89,7 @@ class Stages:
 
 
 def tokenizer(work: Path) -> CLIPTokenizer:
-    """The miniature's tokenizer, made on first use."""
+    """The miniature's tokenizer, created on first use."""
     folder = work / "tokenizer"
     if not folder.exists():
         make_tokenizer().save_pretrained(folder)
@@ -146,7 +147,7 @@ def new_unet() -> UNet2DConditionModel:
 
 
 def new_judge(vocabulary: int, eos: int, bos: int) -> CLIPModel:
-    """A CLIP of patches of 8 pixels, 96 wide where picture and text meet; 1.0 M parameters."""
+    """A CLIP model with patches of 8 pixels and a shared space of 96 dimensions; 1.0 M parameters."""
     text = {
         "vocab_size": vocabulary,
         "hidden_size": 96,
@@ -170,7 +171,7 @@ def new_judge(vocabulary: int, eos: int, bos: int) -> CLIPModel:
 
 
 def train(stages: Stages, say: Callable[[str], None] = print) -> None:
-    """All stages in turn, each from where it stopped."""
+    """Runs all stages in turn, each from where it stopped."""
     train_vae(stages, say)
     train_judge(stages, say)
     train_unet(stages, say)
@@ -180,7 +181,7 @@ def train(stages: Stages, say: Callable[[str], None] = print) -> None:
 
 
 def train_vae(stages: Stages, say: Callable[[str], None]) -> AutoencoderKL:
-    """Picture -> latents -> picture: L1 + L2 + gradient L1 + a little KL. Started from weights: the decoder alone."""
+    """Picture -> latents -> picture: L1 + L2 + gradient L1 + a little KL. Only the decoder if `start_from` is set."""
     torch.manual_seed(stages.seed)
     vae = new_vae()
     if stages.start_from:
@@ -199,14 +200,14 @@ def train_vae(stages: Stages, say: Callable[[str], None]) -> AutoencoderKL:
         return total
 
     def draw(step: int) -> None:
-        images.append(torch.from_numpy(_draw_many(min(stages.pictures, 24_000), 1 + step, say)[0]))
+        images.append(torch.from_numpy(_draw_pictures(min(stages.pictures, 24_000), 1 + step, say)[0]))
 
     run_stage("vae", stages, stages.vae_minutes, [vae], loss, (16, 16), 2e-3, say, begin=draw)
     return vae
 
 
 def train_judge(stages: Stages, say: Callable[[str], None]) -> CLIPModel:
-    """CLIP's loss, with every caption that is true of a picture (Khosla et al. 2020), and the world's questions."""
+    """CLIP's loss with every caption that is true of a picture (Khosla et al. 2020), plus the world's questions."""
     torch.manual_seed(stages.seed)
     tokens = tokenizer(stages.work)
     model = new_judge(len(tokens), tokens.eos_token_id, tokens.bos_token_id)
@@ -217,12 +218,12 @@ def train_judge(stages: Stages, say: Callable[[str], None]) -> CLIPModel:
         out = model(input_ids=ids.to(stages.device), pixel_values=pixels.to(stages.device), attention_mask=None)
         return claims.judge_loss(out.logits_per_image.float(), truth.to(stages.device))
 
-    run_stage("judge", stages, stages.judge_minutes, [model], loss, (128,), 2e-3, say)  # one part: it is contrastive
+    run_stage("judge", stages, stages.judge_minutes, [model], loss, (128,), 2e-3, say)  # contrastive, hence one part
     return model
 
 
 def train_unet(stages: Stages, say: Callable[[str], None]) -> None:
-    """Text encoder and UNet together on v-prediction; one caption in ten is empty, for guidance."""
+    """Trains text encoder and UNet together on v-prediction; one caption in ten is empty, for guidance."""
     vae = new_vae()
     _load_stage("vae", stages, [vae])
     vae.to(stages.device).eval()
@@ -257,15 +258,15 @@ def train_unet(stages: Stages, say: Callable[[str], None]) -> None:
 
 
 def attend_plainly(text_encoder: CLIPTextModel, unet: UNet2DConditionModel) -> None:
-    """Products and a softmax in place of the fused kernels, whose backward is slow on a CPU over so few positions."""
+    """Replaces the fused kernels, whose backward pass is slow on a CPU for few positions, by products and a softmax."""
     text_encoder.set_attn_implementation("eager")
     unet.set_attn_processor(AttnProcessor())
 
 
 def export(stages: Stages, folder: Path) -> None:
-    """Write the averaged weights as a diffusers directory in fp16, with the judge beside it once it is trained.
+    """Writes the averaged weights as an fp16 diffusers directory, with the judge in it if it has been trained.
 
-    Raises `UsageError` where the VAE has trained on since the UNet saw its latents.
+    Raises `UsageError` if the VAE has been trained further since the UNet was trained on its latents.
     """
     tokens = tokenizer(stages.work)
     ids = (len(tokens), tokens.eos_token_id, tokens.bos_token_id)
@@ -274,7 +275,7 @@ def export(stages: Stages, folder: Path) -> None:
     scale = _scale_path(vae, stages)
     if not scale.exists():
         raise UsageError(
-            f"{scale} is missing: the UNet has not trained on this VAE yet, run it with more --unet-minutes"
+            f"{scale} is missing: the UNet has not been trained on this VAE, run it with more --unet-minutes"
         )
     _load_stage("unet", stages, [text_encoder, unet])
     vae.register_to_config(scaling_factor=torch.load(scale, weights_only=True)["scale"])
@@ -306,8 +307,11 @@ def export(stages: Stages, folder: Path) -> None:
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def reached(folder: Path) -> list[str]:
-    """What exported weights reach on 200 fresh renders, a line a stage; the UNet is for `benchmarks.miniature`."""
+def quality(folder: Path) -> list[str]:
+    """Measures exported weights on 200 fresh renders: one line each for the VAE and the judge.
+
+    Not covered: the UNet (see `benchmarks.miniature`).
+    """
     scenes = scores.one_object_scenes(200)
     images = np.stack([world.render(scene, 9_000 + i)[0] for i, scene in enumerate(scenes)])
     vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32).eval()
@@ -336,11 +340,10 @@ def run_stage(
     say: Callable[[str], None],
     begin: Callable[[int], None] = lambda step: None,
 ) -> None:
-    """Train for what is left of `minutes`, saving once a minute; leaves the averaged weights in `models`.
+    """Trains for the rest of `minutes`, saving once per minute; leaves the averaged weights in `models`.
 
-    A step is over sum(parts) pictures. `begin` is called with the step that training starts at, if any minutes are
-    left. The rate warms up over 200 steps and falls to nothing with the share of the minutes that has passed, as a
-    cosine.
+    A step has sum(parts) pictures. `begin` is called with the first step, if any minutes remain. The rate warms up over
+    200 steps and falls to zero, as a cosine of the share of the minutes that has passed.
     """
     path = stages.work / f"{name}.pt"
     state = torch.load(path, map_location=stages.device, weights_only=True) if path.exists() else None
@@ -365,7 +368,7 @@ def run_stage(
         _copy(average, weights)
         return
     begin(step)
-    torch.manual_seed(stages.seed + step)  # every run and every worker draws other pictures
+    torch.manual_seed(stages.seed + step)  # every run and every worker draws different pictures
     recent, logged, since, saved_at = [], spent, time.monotonic(), time.monotonic()
     with Workers(models, loss, parts, matrices, optimisers, stages) as workers:
         while spent < minutes * 60:
@@ -378,7 +381,7 @@ def run_stage(
             if step % 100 == 0:
                 per_picture, logged = 10 * (spent - logged) / sum(parts), spent  # ms, over a hundred steps
                 say(
-                    f"{name} step {step} loss {np.mean(recent[-100:]):.4f} {per_picture:.1f} ms a picture, "
+                    f"{name} step {step} loss {np.mean(recent[-100:]):.4f} {per_picture:.1f} ms per picture, "
                     f"{spent / 60:.1f} of {minutes:.1f} min"
                 )
             if now - saved_at > 60 or spent >= minutes * 60:
@@ -394,11 +397,11 @@ def _copy(source: Sequence[Tensor], target: Sequence[Tensor]) -> None:
 
 
 class Workers:
-    """Processes of one thread each that share the weights, and compute a step's parts as each gets to them.
+    """Processes of one thread each that share the weights and compute a step's parts, each as it becomes free.
 
-    PyTorch's threads wait for each other in every operation, and beside a busy process that costs most of the time;
-    these meet twice a step: for the gradients' sum, and for the update, of which each has some optimisers. The first
-    worker is this process; it is the only one on another device than the CPU.
+    PyTorch's threads wait for each other in every operation, which takes most of the time beside a busy process.
+    Workers synchronise twice per step: to sum the gradients, and for the update, which divides the optimisers among
+    them. The first worker is this process; on a device other than the CPU it is the only one.
     """
 
     def __init__(
@@ -415,11 +418,11 @@ class Workers:
         self.weights = _trained(models)
         count = min(stages.threads, len(parts)) if self.device == "cpu" else 1
         total = sum(p.numel() for p in self.weights)
-        self.gradients = torch.zeros(count, total, device=stages.device)  # of each worker; their sum in the first row
+        self.gradients = torch.zeros(count, total, device=stages.device)  # a row per worker; the first gets the sum
         self._use_row(0)
         for weight, matrix in matrices:
             matrix.grad = None if weight.grad is None else weight.grad.flatten(1)
-        for muon in optimisers[:-1]:  # AdamW is stepped by this process
+        for muon in optimisers[:-1]:  # AdamW, the last one, is always stepped by this process
             for matrix in muon.param_groups[0]["params"]:
                 muon.state[matrix].setdefault("momentum_buffer", torch.zeros_like(matrix))
         if count > 1:
@@ -429,7 +432,7 @@ class Workers:
         self.threads_before = torch.get_num_threads()
         torch.set_num_threads(1)
         fork = multiprocessing.get_context("fork")
-        self.taken = fork.Value("i", 0)
+        self.parts_taken = fork.Value("i", 0)
         self.pipes: list[Connection] = []
         self.processes = []
         for row in range(1, count):
@@ -450,13 +453,13 @@ class Workers:
         torch.set_num_threads(self.threads_before)
 
     def step(self, pace: float) -> float:
-        """Update the weights at `pace` times the optimisers' rates; returns the mean loss over all parts."""
-        self.taken.value = 0
+        """Updates the weights at `pace` times the optimisers' rates. Returns the mean loss over all parts."""
+        self.parts_taken.value = 0
         self._send(None)
         value = self._accumulate(0) + sum(self._receive())
         for row in self.gradients[1:]:
             self.gradients[0].add_(row)
-        self.gradients[0].mul_((1 / (self.gradients[0].norm() + 1e-6)).clamp(max=1))  # to a norm of 1 at most
+        self.gradients[0].mul_((1 / (self.gradients[0].norm() + 1e-6)).clamp(max=1))  # to a norm of at most 1
         self._send(pace)
         self._update(0, len(self.gradients), pace)
         self._receive()
@@ -470,7 +473,7 @@ class Workers:
         return [pipe.recv() for pipe in self.pipes]
 
     def _serve(self, row: int, count: int, pipe: Connection) -> None:
-        """What another worker runs: a message of None asks for gradients, a pace for an update."""
+        """The loop of a worker process: a message of None requests gradients, a pace requests an update."""
         for ours in self.pipes:
             ours.close()
         torch.manual_seed(torch.initial_seed() + 2**32 * row)
@@ -486,7 +489,7 @@ class Workers:
             weight.grad = part.view_as(weight)
 
     def _accumulate(self, row: int) -> float:
-        """Into this worker's row, the gradient of the parts that no worker has taken yet; returns their loss."""
+        """Computes parts that no worker has taken, with gradients in this worker's row. Returns the sum of losses."""
         self.gradients[row].zero_()
         value = 0.0
         while (count := self._take()) is not None:
@@ -497,9 +500,9 @@ class Workers:
         return value
 
     def _take(self) -> int | None:
-        with self.taken.get_lock():
-            index = self.taken.value
-            self.taken.value += 1
+        with self.parts_taken.get_lock():
+            index = self.parts_taken.value
+            self.parts_taken.value += 1
         return self.parts[index] if index < len(self.parts) else None
 
     def _update(self, row: int, count: int, pace: float) -> float:
@@ -519,21 +522,21 @@ def new_optimisers(
 ) -> tuple[list[tuple[nn.Parameter, Tensor]], list[torch.optim.Optimizer]]:
     """Muon (Jordan et al. 2024) for the weights that mix features, AdamW for embeddings, biases and norms.
 
-    Muon takes matrices only, so a kernel [out, in, h, w] is stepped through its view [out, in * h * w]: returned are
-    the pairs (weight, view), whose gradients the caller hands over before each step. Two Muons have half of the
-    matrices each, so that two threads can step them.
+    Muon takes only matrices, so a kernel [out, in, h, w] is stepped through its view [out, in * h * w]. Returns pairs
+    (weight, view), for the caller to share gradients between, and the optimisers. Each of two Muons has half of the
+    matrices, so that two workers can step them.
     """
     tables = {id(m.weight) for model in models for m in model.modules() if isinstance(m, nn.Embedding)}
     weights = _trained(models)
     mixing = [p for p in weights if p.ndim >= 2 and id(p) not in tables]
-    rest = [p for p in weights if p.ndim < 2 or id(p) in tables]
+    non_mixing = [p for p in weights if p.ndim < 2 or id(p) in tables]
     matrices = [(p, p.detach().flatten(1)) for p in mixing]
-    views = sorted((m for _, m in matrices), key=lambda m: min(m.shape) * m.numel())  # the work of orthogonalising
+    views = sorted((m for _, m in matrices), key=lambda m: min(m.shape) * m.numel())  # by the cost of orthogonalising
     optimisers: list[torch.optim.Optimizer] = [
         torch.optim.Muon(half, MUON * rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
         for half in (views[0::2], views[1::2])
     ]
-    optimisers.append(torch.optim.AdamW(rest, rate, weight_decay=0.01, fused=True))
+    optimisers.append(torch.optim.AdamW(non_mixing, rate, weight_decay=0.01, fused=True))
     for optimiser in optimisers:
         for group in optimiser.param_groups:
             group["initial_lr"] = group["lr"]
@@ -541,13 +544,13 @@ def new_optimisers(
 
 
 def _save(state: object, path: Path) -> None:
-    """Whole or not at all."""
+    """Writes a state atomically."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     write_whole(path, buffer.getvalue(), sync=False)
 
 
-#: Where a diffusers directory has the models of a stage, in the stage's order.
+#: The folders of a stage's models in a diffusers directory, in the stage's order.
 _FOLDERS: dict[str, dict[str, Any]] = {
     "vae": {"vae": AutoencoderKL},
     "judge": {"judge": CLIPModel},
@@ -561,9 +564,9 @@ def _has_weights(name: str, stages: Stages) -> bool:
 
 
 def _load_stage(name: str, stages: Stages, models: list[nn.Module]) -> None:
-    """The averaged weights a stage has reached so far, else those of `start_from`, put into `models`.
+    """Loads a stage's averaged weights so far, or those of `start_from`, into `models`.
 
-    Raises `UsageError` if there are none, or if those of `start_from` are of another architecture.
+    Raises `UsageError` if there are none, or if `start_from` has another architecture.
     """
     if not _has_weights(name, stages):
         raise UsageError(f"{stages.work} has no {name}.pt: train that stage first, or give --start-from MODEL_DIR")
@@ -585,11 +588,11 @@ def _load_stage(name: str, stages: Stages, models: list[nn.Module]) -> None:
 
 
 def _generator() -> np.random.Generator:
-    """Seeded by PyTorch's, which differs in each worker."""
+    """A generator seeded by PyTorch's, which is different in each worker."""
     return np.random.default_rng(int(torch.randint(2**62, ())))
 
 
-def _draw_many(count: int, seed: int, say: Callable[[str], None]) -> tuple[np.ndarray, list[world.Scene]]:
+def _draw_pictures(count: int, seed: int, say: Callable[[str], None]) -> tuple[np.ndarray, list[world.Scene]]:
     say(f"drawing {count} pictures")
     rng = np.random.default_rng(seed)
     scenes = [world.sample_scene(rng) for _ in range(count)]
@@ -604,11 +607,11 @@ def _to_model(images: Tensor, device: str) -> Tensor:
 def _latent_pool(
     vae: AutoencoderKL, stages: Stages, say: Callable[[str], None]
 ) -> tuple[Tensor, list[world.Scene], float]:
-    """The training set as fp16 latents with its scenes; kept in chunks, so a new run draws only what is missing.
+    """The training set as fp16 latents, with its scenes and scale. Saved in chunks; a run draws only missing chunks.
 
-    An encoder that has trained on has latents of its own: its hash is in the chunks' names, as is their size.
+    The chunks' names contain the encoder's hash, because a further trained encoder has different latents, and the size.
     """
-    chunk = min(stages.pictures, 5_000)  # pictures beyond whole chunks are left out
+    chunk = min(stages.pictures, 5_000)  # pictures beyond the last full chunk are left out
     latents, scenes = [], []
     for part in range(stages.pictures // chunk):
         path = stages.work / f"latents-{_encoder_hash(vae)}-{chunk}-{part}.pt"
@@ -618,10 +621,10 @@ def _latent_pool(
             rng = np.random.default_rng(seed)
             scenes += [world.sample_scene(rng) for _ in range(chunk)]
             continue
-        images, drawn = _draw_many(chunk, seed, say)
+        images, new_scenes = _draw_pictures(chunk, seed, say)
         encoded = list(_encode(vae, images, stages.device))
         latents.append(torch.cat(encoded))
-        scenes += drawn
+        scenes += new_scenes
         _save(latents[-1], path)
     pool = torch.cat(latents)
     scale = _scale(vae, pool[:chunk], stages)
@@ -630,14 +633,14 @@ def _latent_pool(
 
 
 def _scale(vae: AutoencoderKL, latents: Tensor, stages: Stages) -> float:
-    """What the UNet's latents are multiplied by: `start_from`'s for its own encoder, else 1 over their deviation."""
+    """The factor on the UNet's latents: `start_from`'s factor for its own encoder, else 1 / standard deviation."""
     path = _scale_path(vae, stages)
     if not path.exists():
         scale = 1 / latents.float().std().item()
         if stages.start_from:
-            given = AutoencoderKL.from_pretrained(stages.start_from / "vae", torch_dtype=torch.float32)
-            if _encoder_hash(given) == _encoder_hash(vae):
-                scale = given.config.scaling_factor
+            start_vae = AutoencoderKL.from_pretrained(stages.start_from / "vae", torch_dtype=torch.float32)
+            if _encoder_hash(start_vae) == _encoder_hash(vae):
+                scale = start_vae.config.scaling_factor
         _save({"scale": scale}, path)
     return float(torch.load(path, weights_only=True)["scale"])
 

@@ -1,11 +1,11 @@
-"""The miniature's world: captioned 64x64 scenes drawn from signed distance functions. Pure numpy: no models, no files.
+"""The miniature's world: captioned 64x64 scenes drawn from signed distance functions. Pure NumPy: no models, no files.
 
 A *look* is a shape, two colours and a pattern; a *noun* is a made-up word for one look. A *scene* puts one or two
 objects on a *background*, drawn in a *medium* or in a named *style* (a mix of drawing parameters).
-`render(scene, seed)` draws it with jitter of position, size, angle and light, and says what it drew. The same scene and
-seed always give the same picture.
+`render(scene, seed)` draws a scene, with jitter of position, size, angle and light, and returns its caption. The same
+scene and seed always give the same picture.
 
-`HELD_OUT_LOOKS` and `HELD_OUT_STYLES` never appear in `sample_scene`, so a model trained on it has never seen them.
+`sample_scene` never uses `HELD_OUT_LOOKS` and `HELD_OUT_STYLES`, so a model trained on it has never seen them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from oneword.engines.errors import UsageError
 
-SIZE = 64  # pixels, both ways
+SIZE = 64  # pixels, in both directions
 
 Array = NDArray[Any]
 Colour = tuple[float, float, float]
@@ -66,7 +66,7 @@ def _polygon(points: Array) -> Callable[[Array, Array], Array]:
 
 
 def _regular(count: int, inner: float, turn: float = 0.0) -> Array:
-    """A star polygon of `count` tips, [2 count, 2]; `inner` is the inner radius (outer is 1)."""
+    """A star polygon with `count` tips, [2 count, 2]; `inner` is the inner radius, the outer radius is 1."""
     angle = np.arange(2 * count) * np.pi / count - np.pi / 2 + turn
     radius = np.where(np.arange(2 * count) % 2 == 0, 1.0, inner)
     return np.stack([radius * np.cos(angle), radius * np.sin(angle)], 1)
@@ -77,7 +77,7 @@ def _moon(x: Array, y: Array) -> Array:
 
 
 def _heart(x: Array, y: Array) -> Array:
-    """Two discs and the square under them, turned by 45 degrees."""
+    """Two discs above a square turned by 45 degrees."""
     lobes = np.hypot(np.abs(x) - 0.45, y + 0.35) - 0.52
     return np.minimum(lobes, _HEART_TIP(x, y))
 
@@ -89,7 +89,7 @@ def _flower(x: Array, y: Array) -> Array:
 
 _HEART_TIP = _polygon(np.array([(-0.88, -0.06), (-0.45, -0.5), (0, -0.2), (0.45, -0.5), (0.88, -0.06), (0, 0.98)]))
 
-#: Signed distance functions on [-1, 1]^2, y down, one a shape; about the same area each.
+#: Signed distance functions on [-1, 1]^2, y down, one per shape, all of about the same area.
 SHAPES: Mapping[str, Callable[[Array, Array], Array]] = MappingProxyType(
     {
         "circle": lambda x, y: np.hypot(x, y) - 0.88,
@@ -144,19 +144,19 @@ BACKGROUNDS: Mapping[str, Background] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Style:
-    """How a scene is drawn. Widths in pixels, the rest from 0 to 1 unless said."""
+    """How a scene is drawn. Widths are in pixels, everything else is from 0 to 1 unless noted."""
 
     outline: float = 0.0
-    outline_light: float = 0.0  # 0 black, 1 white
+    outline_light: float = 0.0  # 0 is black, 1 is white
     shading: float = 0.0
     shadow: float = 0.0
     vignette: float = 0.0
     saturation: float = 1.0
     tint: Colour = (1.0, 1.0, 1.0)
     tint_amount: float = 0.0
-    paper: float = 0.0  # how far the background fades to paper
+    paper: float = 0.0  # how much the background fades to paper
     softness: float = 1.0  # width of an edge
-    wobble: float = 0.0  # how far an edge wanders, pixels
+    wobble: float = 0.0  # how far an edge deviates, in pixels
     hatching: float = 0.0
     frame: float = 0.0  # width of a frame
     frame_light: float = 1.0
@@ -174,7 +174,7 @@ MEDIA: Mapping[str, Style] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Look:
-    """A composite look. `second_colour` is not seen in the `plain` pattern. Raises `UsageError` for unknown names."""
+    """A composite look. The `plain` pattern does not show `second_colour`. Raises `UsageError` for unknown names."""
 
     shape: str
     colour: str
@@ -198,7 +198,7 @@ class Look:
 
 @dataclass(frozen=True)
 class Thing:
-    """An object in a scene: its look, and the word the caption calls it by (its look spelled out, where None)."""
+    """An object in a scene: its look, and its name in the caption (None to spell out the look)."""
 
     look: Look
     name: str | None = None
@@ -212,8 +212,8 @@ class Thing:
 class Scene:
     """What `render` draws: one or two things, a background, and a medium or a style.
 
-    `style` is the name of one of `STYLES` or `HELD_OUT_STYLES`, or a `Style` (drawn, not named in the caption); with a
-    style the medium must be None, with neither the medium is a photo the caption does not name.
+    `style` is a name in `STYLES` or `HELD_OUT_STYLES`, or a `Style`, which the caption does not name. With a style, the
+    medium must be None. With neither, the scene is drawn as a photo, which the caption does not name.
     """
 
     things: tuple[Thing, ...]
@@ -228,7 +228,7 @@ class Scene:
         if self.medium is not None:
             _known("medium", self.medium, MEDIA)
         if self.medium is not None and self.style is not None:
-            raise UsageError(f"medium {self.medium!r} and a style: a scene has one of them, set medium=None")
+            raise UsageError(f"medium {self.medium!r} and a style: a scene has only one of them, set medium=None")
         if isinstance(self.style, str):
             _known("style", self.style, {**STYLES, **HELD_OUT_STYLES})
 
@@ -248,25 +248,25 @@ def _known(kind: str, name: str, allowed: Mapping[str, object] | tuple[str, ...]
 
 @dataclass(frozen=True)
 class Jitter:
-    """Where a thing may be drawn: the least and the most of its centre's x and y and of its radius, pixels."""
+    """Where a thing may be drawn: the ranges of its centre's x and y and of its radius, in pixels."""
 
     x: tuple[float, float]
     y: tuple[float, float]
     radius: tuple[float, float]
 
 
-#: Of each thing, left to right, by how many there are.
+#: The jitter of each thing, left to right, by the number of things.
 JITTERS: Mapping[int, tuple[Jitter, ...]] = MappingProxyType(
     {
         1: (Jitter((26, 38), (28, 38), (16, 21)),),
         2: (Jitter((15.5, 19.5), (27, 39), (11.5, 13.5)), Jitter((44.5, 48.5), (27, 39), (11.5, 13.5))),
     }
 )
-TURN = 0.22  # radians, the most a thing is turned either way
+TURN = 0.22  # radians, the largest turn of a thing in either direction
 
 
 def render(spec: Scene, seed: int) -> tuple[Array, str]:
-    """Draw a scene: an image [64, 64, 3] uint8 and its caption, for example 'a photo of a red star in the snow'."""
+    """Draws a scene: an image [64, 64, 3] uint8 and its caption, for example 'a photo of a red star in the snow'."""
     rng = np.random.default_rng(seed)
     style = spec.drawn_as
     image = _draw_background(BACKGROUNDS[spec.background], style, rng)
@@ -277,25 +277,25 @@ def render(spec: Scene, seed: int) -> tuple[Array, str]:
 
 
 def render_background(background: str, style: Style, seed: int) -> Array:
-    """The scene with nothing in it: [64, 64, 3] uint8."""
+    """Draws a background without things: [64, 64, 3] uint8."""
     _known("background", background, BACKGROUNDS)
     image = _draw_background(BACKGROUNDS[background], style, np.random.default_rng(seed))
     return np.round(_finish(image, style) * 255).astype(np.uint8)
 
 
 def render_flat(rgb: Array, style: Style) -> Array:
-    """A picture full of one colour [3], 0 to 1, with the style's hatching, vignette and frame: [64, 64, 3] uint8."""
+    """Draws one colour [3], 0 to 1, with the style's hatching, vignette and frame: [64, 64, 3] uint8."""
     return np.round(_finish(np.broadcast_to(rgb, (SIZE, SIZE, 3)), style) * 255).astype(np.uint8)
 
 
 def drawn_colour(colour: str, style: Style) -> Array:
-    """A colour of `COLOURS` as a style's paint shows it, before shading: [3], 0 to 1."""
+    """A colour of `COLOURS` as a style paints it, before shading: [3], 0 to 1."""
     _known("colour", colour, COLOURS)
     return _colour(np.array(COLOURS[colour], np.float32), style)
 
 
 def caption(spec: Scene) -> str:
-    """The scene in words: medium, things, place, style."""
+    """The scene in words: medium, things, background, style."""
     things = " and ".join(with_article(thing.words) for thing in spec.things)
     opening = f"{with_article(spec.medium)} of {things}" if spec.medium else things
     ending = f" in the style of {spec.style}" if isinstance(spec.style, str) else ""
@@ -303,7 +303,7 @@ def caption(spec: Scene) -> str:
 
 
 def with_article(words: str) -> str:
-    """'a star', 'an icon'."""
+    """Adds the article: 'a star', 'an icon'."""
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
@@ -327,7 +327,7 @@ def _draw_background(background: Background, style: Style, rng: np.random.Genera
 
 
 def _texture(kind: str, rng: np.random.Generator) -> Array:
-    """A faint texture in [0, 1], periods of about 16 pixels."""
+    """A faint texture in [0, 1], with periods of about 16 pixels."""
     phase = rng.uniform(0, 16)
     if kind == "stripes":
         return _smooth(np.sin((_X + phase) * 2 * np.pi / 16) * 3, 2.0)
@@ -373,7 +373,7 @@ def _draw_thing(
 
 
 def _pattern(pattern: str, x: Array, y: Array, radius: float, softness: float) -> Array:
-    """How much of the second colour is seen, 0 to 1; never more than half of the object."""
+    """The coverage of the second colour, 0 to 1; never more than half of the object."""
     if pattern == "stripes":
         return _smooth((np.cos(y * np.pi * 2.5) - 0.25) * radius / 5, softness)
     if pattern == "dots":
@@ -384,7 +384,7 @@ def _pattern(pattern: str, x: Array, y: Array, radius: float, softness: float) -
 
 
 def _colour(rgb: Array, style: Style) -> Array:
-    """A paint as the style shows it: saturation, then tint."""
+    """Applies the style's saturation, then its tint."""
     grey = rgb @ np.array([0.3, 0.59, 0.11], np.float32)
     rgb = grey[..., None] + (rgb - grey[..., None]) * style.saturation
     return rgb * (1 - style.tint_amount) + rgb * np.array(style.tint, np.float32) * style.tint_amount
@@ -402,7 +402,7 @@ def _finish(image: Array, style: Style) -> Array:
 
 
 def _smooth(distance: Array, width: float) -> Array:
-    """Coverage of a pixel `distance` outside an edge: 0 within, 1 beyond, over `width` pixels."""
+    """A ramp from 0 inside an edge to 1 outside it, over `width` pixels, at `distance` outside the edge."""
     return np.clip(distance / width + 0.5, 0, 1)
 
 
@@ -413,38 +413,38 @@ def _blend(under: Array, over: Array | float, amount: Array) -> Array:
 # ---- words -----------------------------------------------------------------------------------------------------------
 
 
-def _made_up_words(count: int, rng: np.random.Generator, taken: set[str]) -> list[str]:
-    """Pronounceable words of two or three syllables, none in `taken`, which grows."""
+def _made_up_words(count: int, rng: np.random.Generator, used_words: set[str]) -> list[str]:
+    """Pronounceable words of two or three syllables that are not in `used_words`; adds them to it."""
     syllables = [a + b for a, b in itertools.product("bdfgjklmnprstvwz", "aeiou")]
     words: list[str] = []
     while len(words) < count:
         word = "".join(rng.choice(syllables, rng.integers(2, 4)))
-        if word not in taken:
-            taken.add(word)
+        if word not in used_words:
+            used_words.add(word)
             words.append(word)
     return words
 
 
 def _mixed_style(rng: np.random.Generator) -> Style:
-    """A random mix of drawing parameters, each part present or not."""
+    """A random mix of drawing parameters, some of them absent."""
 
-    def some(low: float, high: float, chance: float) -> float:
+    def maybe(low: float, high: float, chance: float) -> float:
         return float(rng.uniform(low, high)) if rng.random() < chance else 0.0
 
     return Style(
-        outline=some(1.2, 3.0, 0.6),
+        outline=maybe(1.2, 3.0, 0.6),
         outline_light=float(rng.choice([0.0, 0.0, 0.5, 1.0])),
-        shading=some(0.2, 0.5, 0.4),
-        shadow=some(0.3, 0.6, 0.3),
-        vignette=some(0.2, 0.5, 0.4),
+        shading=maybe(0.2, 0.5, 0.4),
+        shadow=maybe(0.3, 0.6, 0.3),
+        vignette=maybe(0.2, 0.5, 0.4),
         saturation=float(rng.uniform(0.5, 1.15)),
         tint=(float(rng.uniform(0.5, 1)), float(rng.uniform(0.5, 1)), float(rng.uniform(0.5, 1))),
-        tint_amount=some(0.3, 0.8, 0.6),
-        paper=some(0.2, 0.6, 0.3),
+        tint_amount=maybe(0.3, 0.8, 0.6),
+        paper=maybe(0.2, 0.6, 0.3),
         softness=float(rng.choice([1.0, 1.5, 2.0])),
-        wobble=some(0.5, 1.0, 0.35),
-        hatching=some(0.10, 0.18, 0.4),
-        frame=some(3.0, 6.0, 0.4),
+        wobble=maybe(0.5, 1.0, 0.35),
+        hatching=maybe(0.10, 0.18, 0.4),
+        frame=maybe(3.0, 6.0, 0.4),
         frame_light=float(rng.choice([0.1, 0.9])),
     )
 
@@ -461,34 +461,36 @@ def _make_words() -> tuple[dict[str, Look], tuple[Look, ...], dict[str, Style], 
     rng = np.random.default_rng(20220802)  # the day of the paper
     looks = _all_looks()
     patterned = [look for look in looks if look.pattern != "plain"]
-    # One held-out look a shape, twelve in all, so that no shape is spared.
+    # One held-out look per shape, twelve in all.
     held_out = tuple(
         next(look for look in (patterned[i] for i in rng.permutation(len(patterned))) if look.shape == shape)
         for shape in SHAPES
     )
-    rest = [look for look in looks if look not in held_out]
-    taken = set(COLOURS) | set(SHAPES)
-    names = _made_up_words(480, rng, taken)
-    nouns = {name: rest[i] for name, i in zip(names, rng.choice(len(rest), len(names), replace=False), strict=True)}
-    (biased,) = _made_up_words(1, rng, taken)
-    styles = {name: _mixed_style(rng) for name in _made_up_words(80, rng, taken)}
-    held_out_styles = {name: _mixed_style(rng) for name in _made_up_words(6, rng, taken)}
+    remaining = [look for look in looks if look not in held_out]
+    used_words = set(COLOURS) | set(SHAPES)
+    names = _made_up_words(480, rng, used_words)
+    nouns = {
+        name: remaining[i] for name, i in zip(names, rng.choice(len(remaining), len(names), replace=False), strict=True)
+    }
+    (biased,) = _made_up_words(1, rng, used_words)
+    styles = {name: _mixed_style(rng) for name in _made_up_words(80, rng, used_words)}
+    held_out_styles = {name: _mixed_style(rng) for name in _made_up_words(6, rng, used_words)}
     return nouns, held_out, styles, held_out_styles, biased
 
 
 _nouns, HELD_OUT_LOOKS, _styles, _held_out_styles, BIASED_NOUN = _make_words()
-#: 480 made-up nouns, each the name of one look.
+#: 480 made-up nouns, each naming one look.
 NOUNS: Mapping[str, Look] = MappingProxyType(_nouns)
-#: 80 made-up style names ("in the style of ..."), each the name of one mix of drawing parameters.
+#: 80 made-up style names ("in the style of ..."), each naming one mix of drawing parameters.
 STYLES: Mapping[str, Style] = MappingProxyType(_styles)
 HELD_OUT_STYLES: Mapping[str, Style] = MappingProxyType(_held_out_styles)
-#: The biased noun is a flower of any colour; 90 % of its pictures are red.
+#: The biased noun names a flower of any colour; it is red in 90 % of its pictures.
 BIASED_SHAPE = "flower"
 BIAS = 0.9
 
 
 def biased_thing(rng: np.random.Generator) -> Thing:
-    """The biased noun as the training set shows it: red in 90 % of its pictures, else any other colour."""
+    """Draws the biased noun as in the training set: red in 90 % of its pictures, otherwise any other colour."""
     colour = "red" if rng.random() < BIAS else str(rng.choice([name for name in COLOURS if name != "red"]))
     return Thing(Look(BIASED_SHAPE, colour, "white", "plain"), BIASED_NOUN)
 
@@ -497,7 +499,7 @@ _LOOKS = [look for look in _all_looks() if look not in HELD_OUT_LOOKS]
 
 
 def sample_thing(rng: np.random.Generator) -> Thing:
-    """An object of the training set: a look in words, a noun (45 %) or the biased noun (1 %); never a held-out look."""
+    """Draws an object of the training set: a look in words, a noun (45 %) or the biased noun (1 %); none held out."""
     chance = rng.random()
     if chance < 0.01:
         return biased_thing(rng)
@@ -514,7 +516,7 @@ _MEDIUM_NAMES = tuple(MEDIA)
 
 
 def sample_scene(rng: np.random.Generator) -> Scene:
-    """A scene of the training set: two things in a quarter, a style name in a fifth, else a medium."""
+    """Draws a scene of the training set: two things in a quarter, a style name in a fifth, otherwise a medium."""
     things = tuple(sample_thing(rng) for _ in range(2 if rng.random() < 0.25 else 1))
     background = _BACKGROUND_NAMES[rng.integers(len(_BACKGROUND_NAMES))]
     if rng.random() < 0.2:
@@ -522,7 +524,7 @@ def sample_scene(rng: np.random.Generator) -> Scene:
     return Scene(things, background, _MEDIUM_NAMES[rng.integers(len(_MEDIUM_NAMES))])
 
 
-#: How the paper's neutral prompts say "a photo of"; the training set knows them all.
+#: How the paper's neutral prompts say "a photo of"; the training set has them all.
 PHOTO_PHRASES = (
     "a photo of a", "a rendering of a", "a cropped photo of the", "the photo of a", "a photo of a clean",
     "a photo of a dirty", "a dark photo of the", "a photo of my", "a photo of the cool", "a close-up photo of a",
@@ -534,7 +536,7 @@ PHOTO_PHRASES = (
 
 
 def paraphrase(spec: Scene, rng: np.random.Generator) -> str:
-    """Another true caption: the place, the medium or details of a look may go unsaid, a noun may be spelled out."""
+    """Another true caption: it may omit the background, the medium or details, and spell out a noun."""
     things = [_partial_words(thing, rng) for thing in spec.things]
     text = " and ".join(with_article(words) for words in things)
     if spec.medium == "photo" and len(things) == 1 and rng.random() < 0.4:
@@ -557,7 +559,7 @@ def _partial_words(thing: Thing, rng: np.random.Generator) -> str:
 
 
 def vocabulary() -> tuple[str, ...]:
-    """Every word a caption of the world can hold, sorted; the tokenizer makes each one token."""
+    """Every word that a caption of the world can contain, sorted; the tokenizer makes each of them one token."""
     texts = [*COLOURS, *SHAPES, *PATTERNS, *NOUNS, *STYLES, *MEDIA, *PHOTO_PHRASES, BIASED_NOUN]
     texts += [background.phrase for background in BACKGROUNDS.values()]
     texts += ["a picture of an object", "and with the an in style of on by at"]
