@@ -1,8 +1,9 @@
-"""Plans for TensorRT and TensorRT-RTX, built from ONNX graphs. One implementation, since the two APIs agree.
+"""Plans for TensorRT and TensorRT-RTX, built from ONNX graphs. One implementation serves both: their APIs agree.
 
-Plans are built through Polygraphy in a child process (`python -m oneword.engines.builder`), since Polygraphy takes its
-flavour from the environment when it is first imported, and a crash of the builder must not be ours. TensorRT-RTX builds
-for GPUs that are not there; TensorRT builds on the GPU it will run on. Plans are run in `oneword.engines.tensorrt`.
+Plans are built through Polygraphy in a child process (`python -m oneword.engines.builder`): Polygraphy reads its
+flavour from the environment when it is first imported, and a crash of the builder must not take this process down.
+TensorRT-RTX builds for GPUs that are not installed; TensorRT builds on the GPU it will run on. Not covered: running
+plans, which is in `oneword.engines.tensorrt`.
 """
 
 import contextlib
@@ -30,14 +31,14 @@ Report = Callable[[str], None]
 
 
 class Flavour(StrEnum):
-    """Which of the two libraries; the name is also that of its extra."""
+    """Which of the two libraries; its name is also the name of its pip extra."""
 
     TENSORRT = "tensorrt"
     RTX = "tensorrt-rtx"
 
 
 class _Job(msgspec.Struct, frozen=True):
-    """What the child is asked to build."""
+    """What the child should build."""
 
     onnx: str
     plan: str
@@ -45,7 +46,7 @@ class _Job(msgspec.Struct, frozen=True):
     capabilities: list[tuple[int, int]]
     shapes: dict[str, tuple[list[int], list[int], list[int]]]
     channel: int
-    """File descriptor for what the child has to say: one JSON document a line."""
+    """File descriptor for the child's messages: one JSON document per line."""
 
 
 class _Progress(msgspec.Struct, frozen=True, tag="progress"):
@@ -61,7 +62,7 @@ class _Tensor(msgspec.Struct, frozen=True):
 
 
 class _Network(msgspec.Struct, frozen=True, tag="network"):
-    """What the parsed network takes and gives, -1 for a dynamic axis."""
+    """Inputs and outputs of the parsed network, -1 for a dynamic axis."""
 
     inputs: list[_Tensor]
     outputs: list[_Tensor]
@@ -78,8 +79,9 @@ def build_plan(
     ranges: Ranges,
     report: Report = lambda message: None,
 ) -> Path:
-    """Builds (or finds in the cache under `plans`) the plan of one graph, whose files are in `folder`, for sizes within
-    `ranges` and for a target (see target_of). Returns the plan's path; `report` is called with the builder's progress.
+    """Builds the plan of one graph, whose files are in `folder`, for sizes within `ranges` and for a target (see
+    target_of), unless it is already in the cache under `plans`. Returns the plan's path; `report` is called with the
+    builder's progress.
 
     Raises EngineError (the builder's own message), FileError (disk).
     """
@@ -104,9 +106,9 @@ def _plan_bytes(
     ranges: Ranges,
     report: Report,
 ) -> bytes:
-    """One graph's plan, built in a child process whose network is compared with the graph's specs first."""
+    """One graph's plan, built in a child process; the parsed network is first compared with the graph's specs."""
     with tempfile.TemporaryDirectory() as temporary:
-        plan, words = Path(temporary) / "plan", Path(temporary) / "words"
+        plan, log = Path(temporary) / "plan", Path(temporary) / "log"
         readable, writable = os.pipe()
         job = _Job(
             onnx=os.fspath((folder / graph.files[0]).resolve()),
@@ -117,7 +119,7 @@ def _plan_bytes(
             channel=writable,
         )
         network = None
-        with os.fdopen(readable, "rb") as messages, words.open("wb") as output:
+        with os.fdopen(readable, "rb") as messages, log.open("wb") as output:
             child = _start(job, output)
             try:
                 for line in messages:
@@ -132,7 +134,7 @@ def _plan_bytes(
                 child.wait()
         if child.returncode != 0 or network is None or not plan.is_file():
             raise EngineError(
-                f"{flavour} cannot build a plan of graph {name!r}: {last_words(words.read_bytes(), child.returncode)}; "
+                f"{flavour} cannot build a plan of graph {name!r}: {last_words(log.read_bytes(), child.returncode)}; "
                 f"the graph in {folder} is intact and runs without it"
             )
         check_network(name, graph, network)
@@ -140,7 +142,7 @@ def _plan_bytes(
 
 
 def _start(job: _Job, output: Any) -> "subprocess.Popen[bytes]":
-    """Starts the child and hands it the job; our end of the channel is closed, so that it ends with the child."""
+    """Starts the child and sends it the job; closes this end of the channel, so that it ends with the child."""
     environment = {
         **os.environ,
         "POLYGRAPHY_USE_TENSORRT_RTX": "1" if job.rtx else "0",
@@ -158,31 +160,31 @@ def _start(job: _Job, output: Any) -> "subprocess.Popen[bytes]":
     finally:
         os.close(job.channel)
     assert child.stdin is not None  # it is a pipe
-    with contextlib.suppress(BrokenPipeError), child.stdin as stream:  # it died early; its last words say why
+    with contextlib.suppress(BrokenPipeError), child.stdin as stream:  # it died early; its output says why
         stream.write(msgspec.json.encode(job))
     return child
 
 
 def check_network(name: str, graph: Graph, network: _Network) -> None:
-    """Raises EngineError where the network that was built does not take and give what the manifest says."""
+    """Raises EngineError if the inputs and outputs of the parsed network are not those of the manifest."""
     for specs, tensors in ((graph.inputs, network.inputs), (graph.outputs, network.outputs)):
-        found = {tensor.name: (tensor.dtype, tuple(tensor.shape)) for tensor in tensors}
-        wanted = {s.name: (str(s.dtype), tuple(a if isinstance(a, int) else -1 for a in s.axes)) for s in specs}
-        for tensor in wanted.keys() | found.keys():
-            if wanted.get(tensor) != found.get(tensor):
+        built = {tensor.name: (tensor.dtype, tuple(tensor.shape)) for tensor in tensors}
+        expected = {s.name: (str(s.dtype), tuple(a if isinstance(a, int) else -1 for a in s.axes)) for s in specs}
+        for tensor in expected.keys() | built.keys():
+            if expected.get(tensor) != built.get(tensor):
                 raise EngineError(
-                    f"the plan of {name} has {tensor!r} as {found.get(tensor)}, "
-                    f"its manifest says {wanted.get(tensor)}: "
+                    f"the plan of {name} has {tensor!r} as {built.get(tensor)}, "
+                    f"its manifest says {expected.get(tensor)}: "
                     "export the model again with ti-export"
                 )
 
 
 def profile_shapes(spec: TensorSpec, ranges: Ranges) -> tuple[list[int], list[int], list[int]]:
-    """Smallest, usual and largest shape of an input."""
-    smallest, usual, largest = (
-        [axis if isinstance(axis, int) else ranges[axis][which] for axis in spec.axes] for which in range(3)
+    """Smallest, typical and largest shape of an input."""
+    smallest, typical, largest = (
+        [axis if isinstance(axis, int) else ranges[axis][bound] for axis in spec.axes] for bound in range(3)
     )
-    return smallest, usual, largest
+    return smallest, typical, largest
 
 
 def installed_version(flavour: Flavour) -> str:
@@ -195,44 +197,44 @@ def installed_version(flavour: Flavour) -> str:
 
 
 def target_of(flavour: Flavour, target: str | None) -> str:
-    """What to build for: RTX for any GPU, sm89 unless told; TensorRT for the one that is here.
+    """What to build for: TensorRT-RTX for any GPU, by default sm89; TensorRT for the installed GPU.
 
-    Raises UsageError for a target that cannot be, EngineError where TensorRT finds no GPU.
+    Raises UsageError for a target that cannot be built for, EngineError if TensorRT finds no GPU.
     """
     if flavour is Flavour.TENSORRT:
-        own = Device().target
-        if target not in (None, own):
-            raise UsageError(f"--target {target}: {flavour} builds for the GPU it runs on, which is {own}")
-        return own
+        installed = Device().target
+        if target not in (None, installed):
+            raise UsageError(f"--target {target}: {flavour} builds for the GPU it runs on, which is {installed}")
+        return installed
     target = target or "sm89"
     compute_capabilities(flavour, target)
     return target
 
 
 def compute_capabilities(flavour: Flavour, target: str) -> list[tuple[int, int]]:
-    """[(8, 9), (12, 0)] of `sm89,sm120`. Raises UsageError for what cannot be built for."""
+    """[(8, 9), (12, 0)] for `sm89,sm120`. Raises UsageError for a target that cannot be built for."""
     names = target.split(",")
     if flavour is Flavour.RTX and any(name not in RTX_TARGETS for name in names):
         raise UsageError(f"--target {target}: {flavour} builds for {', '.join(RTX_TARGETS)}")
     return [(int(name[2:-1]), int(name[-1])) for name in names]
 
 
-def last_words(words: bytes, status: int) -> str:
-    """What the builder said last, on one line."""
-    lines = [line.strip() for line in words.decode(errors="replace").splitlines() if line.strip()]
+def last_words(output: bytes, status: int) -> str:
+    """The builder's last error, else its last line of output."""
+    lines = [line.strip() for line in output.decode(errors="replace").splitlines() if line.strip()]
     if not lines:
-        return f"it ended without a word, status {status}"
+        return f"it ended without output, status {status}"
     errors = [line for line in lines if "[E]" in line or "Error" in line]
     return (errors or lines)[-1][:400]
 
 
 def _build(job: _Job) -> None:
-    """In the child: parses, tells what the network takes and gives, builds, writes the plan."""
+    """In the child: parses the graph, reports the network's inputs and outputs, builds and writes the plan."""
     from polygraphy.backend.trt import CreateConfig, Profile, engine_bytes_from_network, network_from_onnx_path  # pyright: ignore[reportAttributeAccessIssue]
 
     profile = Profile()
-    for name, (smallest, usual, largest) in job.shapes.items():
-        profile.add(name, tuple(smallest), tuple(usual), tuple(largest))
+    for name, (smallest, typical, largest) in job.shapes.items():
+        profile.add(name, tuple(smallest), tuple(typical), tuple(largest))
     with os.fdopen(job.channel, "wb", buffering=0) as channel:
         settings = {"profiles": [profile], "progress_monitor": _monitor(job.rtx, channel)}
         if job.rtx:
@@ -251,22 +253,22 @@ def _build(job: _Job) -> None:
 
 
 def _monitor(rtx: bool, channel: Any) -> Any:
-    """Tells the parent of the builder's outermost phases, at most once a second."""
+    """Reports the builder's outermost phases to the parent, at most once per second."""
     trt = importlib.import_module("tensorrt_rtx" if rtx else "tensorrt")
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
             super().__init__()
             self.steps: dict[str, int] = {}
-            self.told = 0.0
+            self.last_report = 0.0
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
             if parent_phase is None:
                 self.steps[phase_name] = num_steps
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            if phase_name in self.steps and time.monotonic() - self.told > 1:
-                self.told = time.monotonic()
+            if phase_name in self.steps and time.monotonic() - self.last_report > 1:
+                self.last_report = time.monotonic()
                 channel.write(msgspec.json.encode(_Progress(phase_name, step, self.steps[phase_name])) + b"\n")
             return True
 

@@ -1,6 +1,6 @@
 """CUDA through cuda-python: a device, its arrays, a stream and its captures. The only module that imports `cuda`.
 
-No kernels: only memory, order, and the replay of captured work.
+Memory, execution order and the replay of captured work. Not covered: kernels.
 """
 
 import ctypes
@@ -15,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from oneword.engines.engine import (
+    AnyArray,
     Array,
     Binding,
     Event,
-    Given,
     NumpyArray,
     Region,
     Replay,
@@ -31,7 +31,7 @@ from oneword.engines.errors import EngineError, MissingPackage
 from oneword.engines.graph import TensorSpec
 
 _NO_TIMING = 2  # cudaEventDisableTiming
-_NON_BLOCKING = 1  # cudaStreamNonBlocking: no order with the default stream, which others may use
+_NON_BLOCKING = 1  # cudaStreamNonBlocking: no order with the default stream, which other libraries may use
 
 
 class Device:
@@ -39,7 +39,7 @@ class Device:
 
     Raises:
         MissingPackage: cuda-python is not installed.
-        EngineError: there is no GPU, or its driver is absent or too old.
+        EngineError: there is no GPU, or its driver is missing or too old.
     """
 
     def __init__(self, index: int = 0) -> None:
@@ -63,28 +63,28 @@ class Device:
         return "sm{}{}".format(*self.capability)
 
     def call(self, function: str, *arguments: Any) -> Any:
-        """What a function of the runtime gives. Raises EngineError with the runtime's own words."""
+        """Calls a CUDA runtime function and returns its result. Raises EngineError with the runtime's message."""
         status, *values = getattr(self.runtime, function)(*arguments)
         if int(status) != 0:
-            words = self.runtime.cudaGetErrorString(status)[1].decode()
-            raise EngineError(f"{function} failed on GPU {self.index}: {words}")
+            message = self.runtime.cudaGetErrorString(status)[1].decode()
+            raise EngineError(f"{function} failed on GPU {self.index}: {message}")
         return values[0] if values else None
 
     def memory(self) -> tuple[int, int]:
-        """Bytes free and bytes in all."""
+        """Free and total memory in bytes."""
         status, free, total = self.runtime.cudaMemGetInfo()
         if int(status) != 0:
             raise EngineError(f"cudaMemGetInfo failed on GPU {self.index}")
         return int(free), int(total)
 
     def _refuse_old_drivers(self) -> None:
-        """Before anything else fails with less to say."""
-        needed, found = (getattr(self.runtime, f"cuda{which}GetVersion")()[1] for which in ("Runtime", "Driver"))
+        """Raises EngineError for a missing or old driver, before another call fails with a less helpful message."""
+        required, installed = (getattr(self.runtime, f"cuda{part}GetVersion")()[1] for part in ("Runtime", "Driver"))
         status = self.runtime.cudaGetDeviceCount()[0]
-        if found == 0 or status == self.runtime.cudaError_t.cudaErrorInsufficientDriver:
-            has = "there is none" if found == 0 else f"this one reaches CUDA {_version(found)}"
+        if installed == 0 or status == self.runtime.cudaError_t.cudaErrorInsufficientDriver:
+            has = "there is none" if installed == 0 else f"this one supports CUDA {_version(installed)}"
             raise EngineError(
-                f"an NVIDIA driver for CUDA {_version(needed)} is needed and {has}: install or update the driver"
+                f"an NVIDIA driver for CUDA {_version(required)} is needed and {has}: install or update the driver"
             )
         if status == self.runtime.cudaError_t.cudaErrorNoDevice:
             raise EngineError("the NVIDIA driver finds no GPU: check `nvidia-smi` and CUDA_VISIBLE_DEVICES")
@@ -105,14 +105,14 @@ class CudaStream:
         return DeviceArray(self, shape, np.dtype(dtype))
 
     def put(self, values: NumpyArray) -> "DeviceArray":
-        """A copy of an array on the device."""
+        """Copies a host array to the device."""
         array = self.empty(values.shape, values.dtype)
         values = np.ascontiguousarray(values)
         self.transfer(array.pointer, values.ctypes.data, values.nbytes, "HostToDevice")
         return array
 
     def pinned(self, shape: Shape, dtype: npt.DTypeLike) -> NumpyArray:
-        """See Stream. The memory is freed with the array, once the stream has done all work queued until then."""
+        """See Stream. The memory is freed with the array, once the stream has finished all work queued so far."""
         size = math.prod(shape) * np.dtype(dtype).itemsize
         pointer = int(self.device.call("cudaMallocHost", max(size, 1)))
         memory = (ctypes.c_uint8 * size).from_address(pointer)
@@ -127,19 +127,19 @@ class CudaStream:
         input_specs: Mapping[str, TensorSpec],
         output_specs: Mapping[str, TensorSpec],
         shapes: Mapping[str, Sequence[int]],
-        inputs: Mapping[str, Given] | None,
-        outputs: Mapping[str, Given] | None,
+        inputs: Mapping[str, AnyArray] | None,
+        outputs: Mapping[str, AnyArray] | None,
     ) -> tuple[dict[str, "DeviceArray"], dict[str, "DeviceArray"]]:
         """Device memory for every input and output: given device arrays in place, copies of given host arrays, zeros
         for the rest. See Engine.bind."""
-        given = {**(inputs or {}), **(outputs or {})}
+        arrays = {**(inputs or {}), **(outputs or {})}
         specs = {**input_specs, **output_specs}
         _, input_shapes, output_shapes = bound_shapes(
-            graph, input_specs, output_specs, shapes, {name: array.shape for name, array in given.items()}
+            graph, input_specs, output_specs, shapes, {name: array.shape for name, array in arrays.items()}
         )
 
         def buffer(name: str, shape: Shape) -> DeviceArray:
-            array = given.get(name)
+            array = arrays.get(name)
             if array is None:
                 return self.empty(shape, numpy_dtype(specs[name].dtype))
             if not isinstance(array, DeviceArray):
@@ -183,17 +183,17 @@ class CudaStream:
         self.device.call("cudaMemcpyAsync", target, source, size, direction, self.handle)
 
     def capture(self, work: Callable[[], None]) -> Replay:
-        """See Stream. The work must have run before: libraries allocate and tune at their first calls."""
+        """See Stream. `work` must have run before: libraries allocate and tune in their first calls."""
         call, runtime = self.device.call, self.device.runtime
         collecting = gc.isenabled()
         gc.collect()
-        gc.disable()  # an array that is collected now would free memory, which breaks the capture
+        gc.disable()  # an array that is collected during the capture would free memory, which breaks it
         try:
             call("cudaStreamBeginCapture", self.handle, runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
             try:
                 work()
             except BaseException:
-                status, *graphs = runtime.cudaStreamEndCapture(self.handle)  # left capturing it would refuse all else
+                status, *graphs = runtime.cudaStreamEndCapture(self.handle)  # a stream that captures refuses other work
                 if int(status) == 0:
                     runtime.cudaGraphDestroy(*graphs)
                 raise
@@ -210,7 +210,7 @@ class CudaStream:
         return CudaEvent(self)
 
     def wait(self) -> None:
-        """Until everything that was queued is done."""
+        """Waits until everything queued so far is done."""
         self.device.call("cudaStreamSynchronize", self.handle)
 
     def memory_in_use(self) -> int:
@@ -220,7 +220,7 @@ class CudaStream:
 
 
 class CudaEvent:
-    """A point in a stream, recorded when it is made."""
+    """A point in a stream, recorded at construction."""
 
     def __init__(self, stream: CudaStream) -> None:
         self._device = stream.device
@@ -234,7 +234,7 @@ class CudaEvent:
 
 
 class _Captured:
-    """A captured graph; calling it queues it once."""
+    """A captured graph; a call queues it once."""
 
     def __init__(self, stream: CudaStream, executable: Any) -> None:
         self._stream, self._executable = stream, executable
@@ -245,7 +245,7 @@ class _Captured:
 
 
 class DeviceArray:
-    """A tensor on a GPU: zeros at first; C-contiguous. Written and read in the order of its stream."""
+    """A C-contiguous tensor on a GPU, initially zeros. Reads and writes are in the order of its stream."""
 
     def __init__(self, stream: CudaStream, shape: Shape, dtype: np.dtype[Any]) -> None:
         self.stream, self.dtype = stream, dtype
@@ -262,14 +262,14 @@ class DeviceArray:
         return self._shape
 
     def numpy(self) -> NumpyArray:
-        """A copy on the host, once everything queued before is done."""
+        """A copy on the host, made once everything queued so far is done."""
         values = np.empty(self._shape, self.dtype)
         self.stream.transfer(values.ctypes.data, self.pointer, self.nbytes, "DeviceToHost")
         self.stream.wait()
         return values
 
     def read(self, region: Region) -> NumpyArray:
-        """A copy of one region; only what is one piece of memory is transferred, anything else is read whole."""
+        """A copy of one region. Only the region is transferred if it is contiguous, otherwise the whole array is."""
         part = contiguous_part(self._mirror, region)
         if part is None:
             return np.array(self.numpy()[region])
@@ -280,7 +280,7 @@ class DeviceArray:
         return values
 
     def write(self, region: Region, values: npt.ArrayLike) -> None:
-        """Overwrites one region. One piece of memory is one transfer; anything else is read, changed and written."""
+        """Overwrites one region: one transfer if it is contiguous, otherwise the array is read, changed and written."""
         part = contiguous_part(self._mirror, region)
         if part is None:
             self._mirror[...] = self.numpy()
@@ -293,21 +293,21 @@ class DeviceArray:
 
     @cached_property
     def _mirror(self) -> NumpyArray:
-        """Host memory of the same shape; pages that are never written cost nothing."""
+        """Host memory of the same shape; pages that are never written take no memory."""
         return np.empty(self._shape, self.dtype)
 
 
 def contiguous_part(host: NumpyArray, region: Region) -> NumpyArray | None:
-    """The view of `host` that `region` selects, or None where it is none or not contiguous."""
+    """The view of `host` that `region` selects, or None if that is a copy or not contiguous."""
     key = region if isinstance(region, tuple) else (region,)
     if not all(isinstance(k, (int, np.integer, slice)) or k is Ellipsis for k in key):
         return None
-    part = host[(*key, ...)] if Ellipsis not in key else host[key]  # with an ellipsis numpy gives views, never scalars
+    part = host[(*key, ...)] if Ellipsis not in key else host[key]  # with ..., numpy returns views, never scalars
     return part if part.flags.c_contiguous else None
 
 
 def _free(runtime: Any, stream: int, free: Callable[[int], object], pointer: int) -> None:
-    """Frees memory once no queued work can use it."""
+    """Frees memory once no queued work can use it any more."""
     runtime.cudaStreamSynchronize(stream)
     free(pointer)
 

@@ -1,4 +1,4 @@
-"""What an engine is: a compiled graph that is bound to fixed buffers and run on a stream. No backend, no diffusion."""
+"""The engine protocol: a compiled graph, bound to fixed buffers and run on a stream. No backend, no diffusion."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +11,7 @@ from oneword.engines.errors import EngineError, FeedError
 from oneword.engines.graph import DType, TensorSpec
 
 NumpyArray: TypeAlias = npt.NDArray[Any]
-Region: TypeAlias = Any  # what numpy takes between [ ]: an int, a slice, Ellipsis, or a tuple of them
+Region: TypeAlias = Any  # what numpy accepts between [ ]: an int, a slice, Ellipsis, or a tuple of them
 Shape: TypeAlias = tuple[int, ...]
 
 
@@ -22,7 +22,7 @@ class Array(Protocol):
     def shape(self) -> Shape: ...
 
     def numpy(self) -> NumpyArray:
-        """All values on the host; a view where the device is the host."""
+        """All values on the host; a view if the device is the host."""
         ...
 
     def read(self, region: Region) -> NumpyArray:
@@ -34,7 +34,7 @@ class Array(Protocol):
         ...
 
 
-Given: TypeAlias = NumpyArray | Array
+AnyArray: TypeAlias = NumpyArray | Array
 """An existing array, on the host or on the device."""
 
 
@@ -57,7 +57,7 @@ class Binding(Protocol):
         ...
 
     def specialize(self) -> None:
-        """Compiles the graph for these shapes alone, which takes seconds, if that makes runs faster."""
+        """Compiles the graph for these shapes only, if that makes runs faster; takes seconds."""
         ...
 
 
@@ -80,35 +80,35 @@ class Engine(Protocol):
 
     @property
     def limits(self) -> Mapping[str, int]:
-        """The largest size of each named axis that has one. Callers with more split the work into several calls."""
+        """The largest size of each named axis that has a limit. Callers split larger work into several calls."""
         ...
 
     @property
     def few_shapes(self) -> bool:
-        """Whether bindings are faster once specialized, so that few different shapes are better than exact ones."""
+        """Whether bindings are faster once specialized, so that a few padded shapes are better than exact ones."""
         ...
 
     def bind(
         self,
         shapes: Mapping[str, Sequence[int]],
-        inputs: Mapping[str, Given] | None = None,
-        outputs: Mapping[str, Given] | None = None,
+        inputs: Mapping[str, AnyArray] | None = None,
+        outputs: Mapping[str, AnyArray] | None = None,
     ) -> Binding:
-        """Buffers for every input and output, filled with zeros, except for those that are given.
+        """Returns a binding with a buffer for every input and output: the given array if there is one, else zeros.
 
         `shapes` gives the shape of every input that is not in `inputs` (an optional one may be missing if other inputs
-        fix its axes), and of an output whose axes no input has. Given arrays are used in place, without a copy, if
-        they are where the engine runs; so several bindings can share buffers. Raises FeedError.
+        fix its axes), and of an output with an axis that no input has. Given arrays on the engine's device are used in
+        place, without a copy, so several bindings can share buffers. Raises FeedError.
         """
         ...
 
     def run(self, feeds: Mapping[str, NumpyArray]) -> dict[str, NumpyArray]:
-        """One call, host to host. Raises FeedError before, EngineError in the engine."""
+        """One call, host to host. Raises FeedError before the engine is called, EngineError if it fails."""
         ...
 
 
 Replay: TypeAlias = Callable[[], None]
-"""Queues captured work once more."""
+"""Queues the captured work again."""
 
 
 class Event(Protocol):
@@ -124,31 +124,31 @@ class Stream(Protocol):
 
     @property
     def depth(self) -> int:
-        """How many steps may be queued ahead of the one that runs: 0 on the host, where nothing is queued."""
+        """How many steps may be queued ahead of the running one: 0 on the host, where nothing is queued."""
         ...
 
     def put(self, values: NumpyArray) -> Array:
-        """An array with these values where the stream works. On the host it is the values themselves."""
+        """An array with these values on the stream's device. On the host it is the values themselves."""
         ...
 
     def pinned(self, shape: Shape, dtype: npt.DTypeLike) -> NumpyArray:
-        """Host memory (zeros) that `upload` and `download` may use while the host goes on."""
+        """Host memory (zeros) that `upload` and `download` may use while the host continues."""
         ...
 
     def upload(self, target: Array, source: NumpyArray) -> None:
-        """Queues target = source. Pinned memory must stay unchanged until an event after it."""
+        """Queues target = source. Pinned memory must stay unchanged until an event recorded later is done."""
         ...
 
     def download(self, target: NumpyArray, source: Array) -> None:
-        """Queues target = source, to be read after an event after it."""
+        """Queues target = source. Read `target` once an event recorded later is done."""
         ...
 
     def copy(self, target: Array, source: Array) -> None:
-        """Queues target = source, both where the stream works."""
+        """Queues target = source, both on the stream's device."""
         ...
 
     def load_row(self, target: Array, source: Array, row: int) -> None:
-        """Queues target = source[row], both where the stream works."""
+        """Queues target = source[row], both on the stream's device."""
         ...
 
     def run(self, binding: Binding) -> None:
@@ -156,7 +156,7 @@ class Stream(Protocol):
         ...
 
     def capture(self, work: Callable[[], None]) -> Replay:
-        """Records what `work` queues, without doing it, to be replayed as one piece. Raises EngineError."""
+        """Records what `work` queues, without executing it, for replay as one unit. Raises EngineError."""
         ...
 
     def record(self) -> Event:
@@ -164,7 +164,7 @@ class Stream(Protocol):
         ...
 
     def memory_in_use(self) -> int | None:
-        """Bytes of the device that are in use by anyone; None on the host."""
+        """Bytes of device memory in use by all processes; None on the host."""
         ...
 
 
@@ -193,7 +193,7 @@ class HostArray:
 
 
 class HostStream:
-    """The host as a stream: everything is done at once. Also its own events, which are over when they are recorded."""
+    """The host as a stream: everything runs immediately. It is also its own event, which is done when recorded."""
 
     depth = 0
 
@@ -226,7 +226,7 @@ class HostStream:
         binding.run()
 
     def capture(self, work: Callable[[], None]) -> Replay:
-        """See Stream. Replaying is doing it again."""
+        """See Stream. A replay calls `work` again."""
         return work
 
     def record(self) -> Event:
@@ -240,9 +240,9 @@ class HostStream:
         """See Stream."""
 
 
-def on_host(given: Given) -> NumpyArray:
-    """The values on the host: where they lie, if that is there."""
-    return given if isinstance(given, np.ndarray) else given.numpy()
+def on_host(array: AnyArray) -> NumpyArray:
+    """The values on the host, without a copy if they are already there."""
+    return array if isinstance(array, np.ndarray) else array.numpy()
 
 
 def numpy_dtype(dtype: DType) -> np.dtype[Any]:
@@ -253,7 +253,7 @@ def numpy_dtype(dtype: DType) -> np.dtype[Any]:
 def check_shapes(
     graph: str, specs: Mapping[str, TensorSpec], shapes: Mapping[str, Sequence[int]]
 ) -> tuple[dict[str, int], dict[str, Shape]]:
-    """Sizes of the named axes, and the shape of every input; the first thing wrong raises FeedError."""
+    """Sizes of the named axes, and the shape of every input. Raises FeedError at the first mismatch."""
     _check_names(graph, specs, shapes)
     sizes: dict[str, int] = {}
     first: dict[str, str] = {}
@@ -277,7 +277,7 @@ def check_shapes(
             if isinstance(axis, str):
                 first.setdefault(axis, name)
             if size < 1:
-                raise FeedError(f"{name!r} of {graph} is {_x(shape)}: every axis of {spec} is at least 1")
+                raise FeedError(f"{name!r} of {graph} is {_x(shape)}: every axis of {spec} must be at least 1")
     return sizes, {name: shape_of(graph, spec, sizes) for name, spec in specs.items()}
 
 
@@ -286,22 +286,22 @@ def host_buffers(
     input_specs: Mapping[str, TensorSpec],
     output_specs: Mapping[str, TensorSpec],
     shapes: Mapping[str, Sequence[int]],
-    inputs: Mapping[str, Given] | None,
-    outputs: Mapping[str, Given] | None,
+    inputs: Mapping[str, AnyArray] | None,
+    outputs: Mapping[str, AnyArray] | None,
 ) -> tuple[dict[str, NumpyArray], dict[str, NumpyArray]]:
     """Host memory for every input and output: given arrays in place, zeros for the rest. See Engine.bind."""
-    given = {name: on_host(array) for name, array in {**(inputs or {}), **(outputs or {})}.items()}
+    arrays = {name: on_host(array) for name, array in {**(inputs or {}), **(outputs or {})}.items()}
     specs = {**input_specs, **output_specs}
     _, input_shapes, output_shapes = bound_shapes(
-        graph, input_specs, output_specs, shapes, {name: array.shape for name, array in given.items()}
+        graph, input_specs, output_specs, shapes, {name: array.shape for name, array in arrays.items()}
     )
-    for name, value in given.items():
+    for name, value in arrays.items():
         check_dtype(graph, specs[name], value.dtype)
         if not value.flags.c_contiguous:
             raise FeedError(f"{name!r} of {graph} is not contiguous: pass numpy.ascontiguousarray of it")
 
     def buffer(name: str, shape: Shape) -> NumpyArray:
-        return given[name] if name in given else np.zeros(shape, numpy_dtype(specs[name].dtype))
+        return arrays[name] if name in arrays else np.zeros(shape, numpy_dtype(specs[name].dtype))
 
     return (
         {name: buffer(name, shape) for name, shape in input_shapes.items()},
@@ -314,24 +314,25 @@ def bound_shapes(
     input_specs: Mapping[str, TensorSpec],
     output_specs: Mapping[str, TensorSpec],
     shapes: Mapping[str, Sequence[int]],
-    given: Mapping[str, Shape],
+    array_shapes: Mapping[str, Shape],
 ) -> tuple[dict[str, int], dict[str, Shape], dict[str, Shape]]:
     """Sizes of the named axes, and the shapes of every input and output of a binding. Raises FeedError.
 
-    `shapes` and `given` hold shapes by name, of inputs and of outputs; see Engine.bind.
+    `shapes` and `array_shapes` are by name, for inputs and outputs alike: what `bind` was passed as shapes, and the
+    shapes of the arrays it was passed; see Engine.bind.
     """
-    known = {name: tuple(shape) for name, shape in {**shapes, **given}.items()}
-    of_outputs = {name: known.pop(name) for name in [*known] if name in output_specs}
-    sizes, input_shapes = check_shapes(graph, input_specs, known)
+    all_shapes = {name: tuple(shape) for name, shape in {**shapes, **array_shapes}.items()}
+    fixed_outputs = {name: all_shapes.pop(name) for name in [*all_shapes] if name in output_specs}
+    sizes, input_shapes = check_shapes(graph, input_specs, all_shapes)
     output_shapes = {}
     for name, spec in output_specs.items():
-        output_shapes[name] = of_outputs.get(name) or shape_of(graph, spec, sizes)
+        output_shapes[name] = fixed_outputs.get(name) or shape_of(graph, spec, sizes)
         _check_output(graph, spec, output_shapes[name], sizes)
     return sizes, input_shapes, output_shapes
 
 
 def check_feeds(graph: str, specs: Mapping[str, TensorSpec], feeds: Mapping[str, NumpyArray]) -> dict[str, Shape]:
-    """The shape of every input, optional ones included; the first wrong name, dtype or shape raises FeedError."""
+    """The shape of every input, optional ones included. Raises FeedError at the first wrong name, dtype or shape."""
     _check_names(graph, specs, feeds)
     for name, value in feeds.items():
         check_dtype(graph, specs[name], value.dtype)
@@ -341,52 +342,52 @@ def check_feeds(graph: str, specs: Mapping[str, TensorSpec], feeds: Mapping[str,
 def complete_feeds(
     graph: str, specs: Mapping[str, TensorSpec], feeds: Mapping[str, NumpyArray]
 ) -> dict[str, NumpyArray]:
-    """Every input, C-contiguous, zeros for those left out. Raises as check_feeds does."""
+    """Every input, C-contiguous, zeros for omitted ones. Raises as check_feeds does."""
     shapes = check_feeds(graph, specs, feeds)
     missing = {name: np.zeros(shapes[name], numpy_dtype(specs[name].dtype)) for name in shapes.keys() - feeds.keys()}
     return {name: np.ascontiguousarray(value) for name, value in {**feeds, **missing}.items()}
 
 
 def check_opened(graph: str, path: Path, specs: Mapping[str, TensorSpec], opened: Iterable[str]) -> None:
-    """Raises EngineError where an opened graph takes other inputs than its manifest says."""
-    given = set(opened)
-    if given != set(specs):
+    """Raises EngineError if the inputs of an opened graph are not those of its manifest."""
+    names = set(opened)
+    if names != set(specs):
         raise EngineError(
-            f"graph {graph!r} ({path}) takes {', '.join(sorted(given))}, "
+            f"graph {graph!r} ({path}) takes {', '.join(sorted(names))}, "
             f"its manifest says {', '.join(sorted(specs))}: export the model again with ti-export"
         )
 
 
 def check_dtype(graph: str, spec: TensorSpec, dtype: np.dtype[Any]) -> None:
-    """Raises FeedError where elements of this dtype are not what the graph takes."""
+    """Raises FeedError if this is not the dtype that the graph takes."""
     if dtype != numpy_dtype(spec.dtype):
         raise FeedError(f"{spec.name!r} of {graph} is {dtype}, the graph takes {spec}: cast it to {spec.dtype}")
 
 
 def shape_of(graph: str, spec: TensorSpec, sizes: Mapping[str, int]) -> Shape:
-    """The shape of a tensor where its named axes have these sizes. Raises FeedError naming the axis that lacks."""
+    """The shape of a tensor whose named axes have these sizes. Raises FeedError that names an axis without a size."""
     for axis in spec.axes:
         if isinstance(axis, str) and axis not in sizes:
-            raise FeedError(f"no shape was given that fixes axis {axis} of {spec} of {graph}: give the shape of it")
+            raise FeedError(f"no given shape fixes axis {axis} of {spec} of {graph}: pass the shape of {spec.name!r}")
     return tuple(sizes[axis] if isinstance(axis, str) else axis for axis in spec.axes)
 
 
 def _check_output(graph: str, spec: TensorSpec, shape: Shape, sizes: Mapping[str, int]) -> None:
-    """Raises FeedError where the graph would write past the end of an output of this shape, or leave some of it."""
-    wanted = [sizes.get(axis) if isinstance(axis, str) else axis for axis in spec.axes]
-    if len(shape) != len(wanted) or any(size not in (None, has) for size, has in zip(wanted, shape, strict=True)):
+    """Raises FeedError if the graph would write past the end of an output of this shape, or not fill it."""
+    expected = [sizes.get(axis) if isinstance(axis, str) else axis for axis in spec.axes]
+    if len(shape) != len(expected) or any(size not in (None, has) for size, has in zip(expected, shape, strict=True)):
         fixed = ", ".join(f"{axis} = {sizes[axis]}" for axis in spec.axes if isinstance(axis, str) and axis in sizes)
         raise FeedError(
-            f"{spec.name!r} of {graph} has shape {_x(shape)}, the graph gives {spec}"
+            f"{spec.name!r} of {graph} has shape {_x(shape)}, the graph returns {spec}"
             + (f" with {fixed}" if fixed else "")
         )
 
 
-def _check_names(graph: str, specs: Mapping[str, TensorSpec], given: Mapping[str, object]) -> None:
-    for name in given:
+def _check_names(graph: str, specs: Mapping[str, TensorSpec], feeds: Mapping[str, object]) -> None:
+    for name in feeds:
         if name not in specs:
             raise FeedError(f"{graph} has no input {name!r}, it takes {', '.join(specs)}")
-    missing = [name for name, spec in specs.items() if name not in given and not spec.optional]
+    missing = [name for name, spec in specs.items() if name not in feeds and not spec.optional]
     if missing:
         raise FeedError(f"{graph} was not given {', '.join(missing)}; it takes {', '.join(specs)}")
 

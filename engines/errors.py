@@ -3,8 +3,8 @@
 A message is one line: what was given, what is allowed, how to fix it.
 
 OnewordError            exit status 1
-├── UsageError          exit status 2: the command or the call asked for something that does not exist
-│   └── FeedError       an engine was given a wrong name, dtype or shape
+├── UsageError          exit status 2: the command or call requests something that does not exist
+│   └── FeedError       an array passed to an engine has a wrong name, dtype or shape
 ├── FileError           a file cannot be read or written, or is not what it should be
 │   ├── BundleError     a bundle is broken, incomplete, changed, or of another version
 │   └── ConceptError    an embedding file is refused
@@ -21,17 +21,17 @@ class OnewordError(Exception):
 
 
 class UsageError(OnewordError):
-    """The request itself is wrong, whatever the files and the machine are."""
+    """The request itself is wrong, regardless of the files and the machine."""
 
     exit_code = 2
 
 
 class FeedError(UsageError):
-    """A tensor given to an engine has a wrong name, dtype or shape."""
+    """An array passed to an engine has a wrong name, dtype or shape."""
 
 
 class FileError(OnewordError):
-    """A file cannot be read or written, or does not hold what its name promises."""
+    """A file cannot be read or written, or is not what it should be."""
 
 
 class BundleError(FileError):
@@ -60,7 +60,7 @@ class NotFinite(EngineError):
 
 
 def without_frames(error: OnewordError) -> OnewordError:
-    """The error without its tracebacks and its causes': their frames keep alive what the failed call had allocated."""
+    """Strips the tracebacks of an error and its causes: their frames keep alive what the failed call allocated."""
     link: BaseException | None = error
     while link is not None:
         link.__traceback__ = None

@@ -9,9 +9,9 @@ from oneword.engines.errors import FileError
 
 
 def write_whole(path: Path, data: bytes, *, sync: bool = True) -> None:
-    """Writes a file that appears whole or not at all, whatever interrupts it; an older one is replaced.
+    """Writes a file atomically: it appears whole or not at all, and replaces an older one.
 
-    With `sync` it survives a power cut once this returns. The folder must exist. Raises FileError.
+    With `sync` the file survives a power cut once this returns. The folder must exist. Raises FileError.
     """
     try:
         _write_and_rename(path, data, durable=sync)
@@ -20,7 +20,7 @@ def write_whole(path: Path, data: bytes, *, sync: bool = True) -> None:
 
 
 def sync(path: Path) -> None:
-    """Returns once a file's content, or a folder's list of names, is on the disk. Raises OSError."""
+    """Flushes a file's content, or a folder's list of names, to disk. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -35,7 +35,7 @@ def file_digest(path: Path) -> str:
 
 
 def size_of(graph: Path) -> int:
-    """Bytes of an .onnx and of the external data beside it. Raises OSError."""
+    """Bytes of an .onnx file and its external data. Raises OSError."""
     return sum(file.stat().st_size for file in graph.parent.glob(f"{graph.name}*"))
 
 

@@ -32,7 +32,7 @@ class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One input or output of a graph.
 
     `axes` holds a name for every dynamic axis and a number for every fixed one: `("B", 8, "h", "w")`. Equal names
-    are equal sizes throughout the graph. An `optional` input may be left out; zeros are then fed.
+    mean equal sizes throughout the graph. An `optional` input may be omitted; zeros are fed instead.
     """
 
     name: str
@@ -45,7 +45,7 @@ class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Graph(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One graph on disk. `files[0]` is the .onnx, the others its external data; `digest` covers them all."""
+    """One graph on disk. `files[0]` is the .onnx, the rest its external data; `digest` covers them all."""
 
     files: tuple[str, ...]
     digest: str

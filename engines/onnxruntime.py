@@ -1,8 +1,8 @@
 """ONNX Runtime: graphs on the CPU, their buffers bound once. The only module that imports `onnxruntime`; its CUDA
-provider, opened through here, is `oneword.engines.onnxruntime_cuda`.
+provider, opened through this module, is in `oneword.engines.onnxruntime_cuda`.
 
-A graph is opened once, for any shape. The weights of a large one stay in the order they are stored in: to reorder SD
-1.5's takes eight seconds at every start, and then saves one to three parts in a hundred of a step.
+A graph is opened once, for any shape. The weights of a large graph are not reordered: for SD 1.5 reordering takes eight
+seconds at every start and saves one to three percent of a step.
 """
 
 import importlib.metadata
@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from oneword.engines.engine import (
+    AnyArray,
     Array,
-    Given,
     HostArray,
     NumpyArray,
     check_opened,
@@ -25,7 +25,7 @@ from oneword.engines.files import size_of
 from oneword.engines.graph import DType, Graph, Precision, TensorSpec
 from oneword.engines.threads import cpu_threads
 
-_LARGE = 512 << 20  # bytes of a graph whose weights are not reordered
+_LARGE = 512 << 20  # bytes; the weights of a larger graph are not reordered
 
 # Numbers of onnx.TensorProto.DataType.
 ELEMENT = {
@@ -52,14 +52,14 @@ class OnnxRuntimeEngine:
         ort = load_onnxruntime()
         if graph.precision is Precision.BF16:
             raise EngineError(
-                f"graph {name!r} computes in bf16, which ONNX Runtime does not on a CPU: "
+                f"graph {name!r} computes in bf16, which ONNX Runtime does not support on a CPU: "
                 "export it with --precision fp32 or fp16, or run it on a GPU"
             )
         self.name = name
         self.inputs = {spec.name: spec for spec in graph.inputs}
         self.outputs = {spec.name: spec for spec in graph.outputs}
         self.backend = f"onnxruntime {ort.__version__} cpu {graph.precision}"
-        self._over = ort.OrtValue.ortvalue_from_numpy  # over the array's own memory: nothing is copied
+        self._ortvalue = ort.OrtValue.ortvalue_from_numpy  # shares the array's memory: nothing is copied
         path = folder / graph.files[0]
         reorder = size_of(path) <= _LARGE
         self._session = open_session(name, path, self.inputs, ["CPUExecutionProvider"], threads, reorder)
@@ -67,8 +67,8 @@ class OnnxRuntimeEngine:
     def bind(
         self,
         shapes: Mapping[str, Sequence[int]],
-        inputs: Mapping[str, Given] | None = None,
-        outputs: Mapping[str, Given] | None = None,
+        inputs: Mapping[str, AnyArray] | None = None,
+        outputs: Mapping[str, AnyArray] | None = None,
     ) -> "OnnxRuntimeBinding":
         """See Engine.bind. Given arrays must be C-contiguous."""
         buffers = host_buffers(self.name, self.inputs, self.outputs, shapes, inputs, outputs)
@@ -78,9 +78,9 @@ class OnnxRuntimeEngine:
         """See Engine.run."""
         arrays = complete_feeds(self.name, self.inputs, feeds)
         try:
-            given = {name: self._over(value) for name, value in arrays.items()}
-            values = self._session.run_with_ort_values(list(self.outputs), given)
-        except Exception as error:  # its exceptions have no common base of their own
+            ort_values = {name: self._ortvalue(value) for name, value in arrays.items()}
+            values = self._session.run_with_ort_values(list(self.outputs), ort_values)
+        except Exception as error:  # ONNX Runtime's exceptions have no common base class
             raise EngineError(f"graph {self.name!r} failed: {one_line(error)}") from error
         return {name: value.numpy() for name, value in zip(self.outputs, values, strict=True)}
 
@@ -107,7 +107,7 @@ class OnnxRuntimeBinding:
         for key, value in outputs.items():
             element = ELEMENT[output_specs[key].dtype]
             self._binding.bind_output(key, "cpu", 0, element, value.shape, value.ctypes.data)
-        # What is bound by address stays alive as long as these.
+        # These keep alive the memory that is bound by address.
         self.inputs: Mapping[str, Array] = {key: HostArray(value) for key, value in inputs.items()}
         self.outputs: Mapping[str, Array] = {key: HostArray(value) for key, value in outputs.items()}
 
@@ -115,11 +115,11 @@ class OnnxRuntimeBinding:
         """See Binding.run. The CPU has no streams."""
         try:
             self._session.run_with_iobinding(self._binding)
-        except Exception as error:  # its exceptions have no common base of their own
+        except Exception as error:  # ONNX Runtime's exceptions have no common base class
             raise EngineError(f"graph {self._name!r} failed: {one_line(error)}") from error
 
     def specialize(self) -> None:
-        """See Binding. Any shape is as fast."""
+        """See Binding. Does nothing: every shape is equally fast."""
 
 
 def open_session(
@@ -130,9 +130,9 @@ def open_session(
     threads: int | None = None,
     reorder: bool = True,
 ) -> Any:
-    """A session over one graph, for any shape; `reorder` lays out weights as the processor likes them.
+    """A session over one graph, for any shape; `reorder` lays out the weights for the processor.
 
-    Raises EngineError where it cannot be opened, or takes other inputs than these.
+    Raises EngineError if it cannot be opened or its inputs differ from these.
     """
     ort = load_onnxruntime()
     options = ort.SessionOptions()
@@ -140,11 +140,11 @@ def open_session(
     options.intra_op_num_threads = cpu_threads(threads)
     if not reorder:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-    # Threads that spin on after a run take the cores from the next graph's: a tenth of the miniature's picture.
+    # Threads that spin after a run slow down the next graph's: by a tenth of a picture's time in the miniature.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
         session = ort.InferenceSession(os.fspath(path), options, providers=providers)
-    except Exception as error:  # its exceptions have no common base of their own
+    except Exception as error:  # ONNX Runtime's exceptions have no common base class
         raise EngineError(f"cannot open graph {name!r} ({path}): {one_line(error)}") from error
     check_opened(name, path, inputs, (value.name for value in session.get_inputs()))
     return session
@@ -156,7 +156,7 @@ def available_providers() -> list[str]:
 
 
 def load_onnxruntime(extra: str = "cpu") -> Any:
-    """The package. Raises MissingPackage with the line that installs it, EngineError where both builds are there."""
+    """The package. Raises MissingPackage with the line that installs it, EngineError if both builds are installed."""
     try:
         import onnxruntime
     except ImportError as error:

@@ -1,10 +1,10 @@
-"""ONNX Runtime's CUDA provider: inputs and outputs bound to memory of the device, on the stream all engines share."""
+"""ONNX Runtime's CUDA provider: inputs and outputs bound to device memory, on the stream that all engines share."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from oneword.engines.cuda import CudaStream, DeviceArray
-from oneword.engines.engine import Array, Given, NumpyArray, complete_feeds
+from oneword.engines.engine import AnyArray, Array, NumpyArray, complete_feeds
 from oneword.engines.errors import EngineError, one_line
 from oneword.engines.graph import Graph
 from oneword.engines.onnxruntime import ELEMENT, load_onnxruntime, open_session
@@ -17,7 +17,7 @@ class OnnxRuntimeCudaEngine:
 
     Raises:
         MissingPackage: onnxruntime-gpu is not installed.
-        EngineError: the build that is installed has no CUDA, or the graph cannot be opened.
+        EngineError: the installed build has no CUDA, or the graph cannot be opened.
     """
 
     limits: Mapping[str, int] = {}
@@ -45,27 +45,27 @@ class OnnxRuntimeCudaEngine:
     def bind(
         self,
         shapes: Mapping[str, Sequence[int]],
-        inputs: Mapping[str, Given] | None = None,
-        outputs: Mapping[str, Given] | None = None,
+        inputs: Mapping[str, AnyArray] | None = None,
+        outputs: Mapping[str, AnyArray] | None = None,
     ) -> "CudaBinding":
-        """See Engine.bind. Arrays of the host are copied to the device once, here."""
+        """See Engine.bind. Host arrays are copied to the device once, when they are bound."""
         return CudaBinding(self, *self.stream.buffers(self.name, self.inputs, self.outputs, shapes, inputs, outputs))
 
     def run(self, feeds: Mapping[str, NumpyArray]) -> dict[str, NumpyArray]:
         """See Engine.run. ONNX Runtime copies in and out."""
         arrays = complete_feeds(self.name, self.inputs, feeds)
         try:
-            given = {name: self._ortvalue(value) for name, value in arrays.items()}
-            values = self.session.run_with_ort_values(list(self.outputs), given)
-        except Exception as error:  # its exceptions have no common base of their own
+            ort_values = {name: self._ortvalue(value) for name, value in arrays.items()}
+            values = self.session.run_with_ort_values(list(self.outputs), ort_values)
+        except Exception as error:  # ONNX Runtime's exceptions have no common base class
             raise EngineError(f"graph {self.name!r} failed: {one_line(error)}") from error
         return {name: value.numpy() for name, value in zip(self.outputs, values, strict=True)}
 
 
 class CudaBinding:
-    """A session with its inputs and outputs bound to memory of the device; a run queues it and does not wait.
+    """A session with its inputs and outputs bound to device memory; a run is queued and not waited for.
 
-    It is not captured: what ONNX Runtime queues at the end of a run frees memory of the host, and would do so again at
+    It cannot be captured: what ONNX Runtime queues at the end of a run frees host memory, and would do so again in
     every replay (microsoft/onnxruntime 32081, 32121).
     """
 
@@ -87,13 +87,13 @@ class CudaBinding:
                 bind(name, "cuda", index, ELEMENT[specs[name].dtype], array.shape, array.pointer)
 
     def run(self, stream: int | None = None) -> None:
-        """See Binding.run. The session runs on the shared stream; another one is refused."""
+        """See Binding.run. The session runs on the shared stream; any other is refused."""
         if stream not in (None, self._engine.stream.handle):
             raise EngineError(f"graph {self._engine.name!r} was opened for another stream: open an engine on that one")
         try:
             self._engine.session.run_with_iobinding(self._io, self._engine.options)
-        except Exception as error:  # its exceptions have no common base of their own
+        except Exception as error:  # ONNX Runtime's exceptions have no common base class
             raise EngineError(f"graph {self._engine.name!r} failed: {one_line(error)}") from error
 
     def specialize(self) -> None:
-        """See Binding. Any shape is as fast."""
+        """See Binding. Does nothing: every shape is equally fast."""

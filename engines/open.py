@@ -1,4 +1,4 @@
-"""Opens a graph with a backend, which is imported when it is first used. `auto` is not resolved here."""
+"""Opens a graph with a backend, which is imported at its first use. Not covered: resolving `auto`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Backend(StrEnum):
-    """What runs the graphs."""
+    """The library that runs the graphs, and its device."""
 
     ONNXRUNTIME = "onnxruntime"
     OPENVINO = "openvino"
@@ -32,12 +32,12 @@ class Backend(StrEnum):
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """What an engine may be told besides its graph."""
+    """Settings of an engine besides its graph."""
 
     threads: int | None = None
-    """CPU threads; None leaves it to OMP_NUM_THREADS, else to the backend."""
+    """CPU threads; None uses OMP_NUM_THREADS if set, else the backend's default."""
     plans: Path | None = None
-    """Folder of the caches of compiled plans; None keeps none."""
+    """Folder of the caches of compiled plans; None disables them."""
     ranges: Sequence[Ranges] = ()
     """TensorRT: the sizes to build plans for if the folder has none for this GPU."""
 
@@ -71,13 +71,13 @@ def open_engine(
 
 
 def stream_of(backend: Backend) -> Stream:
-    """Where the engines of a backend work. Raises MissingPackage, and EngineError if there is no GPU."""
+    """The stream that a backend's engines run on. Raises MissingPackage, and EngineError if there is no GPU."""
     return gpu_stream() if backend.on_gpu else HostStream()
 
 
 @cache
 def gpu_stream() -> "cuda.CudaStream":
-    """The one stream that all engines of this process share, so that one may read what another wrote."""
+    """The stream that all engines of this process share, so that one can read what another wrote."""
     from oneword.engines import cuda
 
     return cuda.CudaStream(cuda.Device())

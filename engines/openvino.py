@@ -1,15 +1,15 @@
-"""OpenVINO: graphs on the CPU, in bfloat16 where the processor has it. The only module that imports `openvino`.
+"""OpenVINO: graphs on the CPU, in bfloat16 if the processor supports it. The only module that imports `openvino`.
 
-A graph exported in fp32 computes its convolutions and products in bfloat16 then, as `backend` says; what follows the
-last of them, which in `denoise_step` is the sampler's update, stays in float32.
+A graph exported in fp32 then computes its convolutions and products in bfloat16, and `backend` reports it; whatever
+follows the last of them, such as the sampler's update in `denoise_step`, stays in float32.
 
 A small graph is compiled once for any shape. Dynamic shapes cost a third of its time in each run, so a binding that has
-run often is compiled again for its own shapes, in the background. Both are kept as plans.
+run often is compiled again for its own shapes, in the background. Both are cached as plans.
 
-A large graph is first compiled for the shapes in use, which is faster in each run and saves seconds in the first; the
+A large graph is first compiled for the shapes in use, which makes each run faster and saves seconds in the first. The
 any-shape version is compiled only when other shapes arrive, and both copies of the weights are then in memory until the
-first binding is gone. Plans are kept of small graphs only: a large plan would hold the weights again and take as long
-to read.
+first binding is gone. Only small graphs are cached as plans: the plan of a large one would hold the weights again and
+take as long to read.
 
 One infer request serves all bindings of a compiled graph: a binding sets its tensors before it runs.
 """
@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from oneword.engines.engine import (
+    AnyArray,
     Array,
-    Given,
     HostArray,
     NumpyArray,
     Shape,
@@ -41,14 +41,14 @@ from oneword.engines.plans import PlanCache, PlanKey
 from oneword.engines.threads import cpu_threads
 
 OFTEN = 100  # runs of one binding, after which compiling its graph for its own shapes begins to pay
-_SMALL = 64 << 20  # bytes of a graph that is cheap to hold once more
-_LARGE = 512 << 20  # bytes of a graph for whose first shapes it pays to wait
+_SMALL = 64 << 20  # bytes; a smaller graph is cheap to hold twice
+_LARGE = 512 << 20  # bytes; a larger graph is compiled only when its first shapes are known
 _MOST_PLANS = 32
-_MOST_OWN = 8  # shapes that one graph is compiled for on its own
+_MOST_STATIC = 8  # how many shapes one graph is compiled for in the background
 
 
 class OpenVinoEngine:
-    """An ONNX graph compiled by OpenVINO for the CPU, or its plan from `plans`. `exact` keeps float32 on any processor.
+    """An ONNX graph compiled by OpenVINO for the CPU, or read from `plans`. `exact` keeps float32 on any processor.
 
     Raises:
         MissingPackage: openvino is not installed.
@@ -97,8 +97,8 @@ class OpenVinoEngine:
     def bind(
         self,
         shapes: Mapping[str, Sequence[int]],
-        inputs: Mapping[str, Given] | None = None,
-        outputs: Mapping[str, Given] | None = None,
+        inputs: Mapping[str, AnyArray] | None = None,
+        outputs: Mapping[str, AnyArray] | None = None,
     ) -> "OpenVinoBinding":
         """See Engine.bind. Given arrays must be C-contiguous."""
         buffers = host_buffers(self.name, self.inputs, self.outputs, shapes, inputs, outputs)
@@ -133,8 +133,8 @@ class OpenVinoBinding:
         self.tensors = {key: _tensor(value) for key, value in {**inputs, **outputs}.items()}
         """OpenVINO's views of all inputs and outputs, by name."""
         self._runs = 0
-        self._compiled = compiler.kept(self._shapes) or _compiled_for(name, compiler, self._shapes)
-        self._own: Future[_Compiled] | None = None
+        self._compiled = compiler.cached(self._shapes) or _compiled_for(name, compiler, self._shapes)
+        self._pending: Future[_Compiled] | None = None
         self.inputs: Mapping[str, Array] = {key: HostArray(value) for key, value in inputs.items()}
         self.outputs: Mapping[str, Array] = {key: HostArray(value) for key, value in outputs.items()}
 
@@ -142,11 +142,11 @@ class OpenVinoBinding:
         """See Binding.run. The CPU has no streams."""
         self._runs += 1
         if self._runs == OFTEN and not self._compiled.static:
-            self._own = self._compiler.compile_later(self._shapes)
-        if self._own is not None and self._own.done():
-            if self._own.exception() is None:  # else the model that ran so far does as well
-                self._compiled = self._own.result()
-            self._own = None
+            self._pending = self._compiler.compile_later(self._shapes)
+        if self._pending is not None and self._pending.done():
+            if self._pending.exception() is None:  # else it keeps the model it has
+                self._compiled = self._pending.result()
+            self._pending = None
         _infer(self._name, self._compiled.request_of(self))
 
     def specialize(self) -> None:
@@ -167,7 +167,7 @@ class _Compiled:
         self._bound: weakref.ref[OpenVinoBinding] | None = None
 
     def request_of(self, binding: OpenVinoBinding) -> Any:
-        """The request with the binding's tensors. It lets go of them when the binding is gone."""
+        """The request with the binding's tensors, which it releases when the binding is gone."""
         if self._request is None or self._bound is None or self._bound() is not binding:
             self._request = self._request or self.model.create_infer_request()
             for key, tensor in binding.tensors.items():
@@ -181,7 +181,7 @@ class _Compiled:
 
 
 class _Compiler:
-    """Compiles one graph, for any shape or for given ones, or reads what an earlier start compiled."""
+    """Compiles one graph, for any shape or for fixed ones, or reads what an earlier start compiled."""
 
     def __init__(
         self, core: Any, path: Path, settings: Mapping[str, str], plans: PlanCache | None, key: PlanKey
@@ -189,39 +189,40 @@ class _Compiler:
         self._core, self._path, self._settings, self._plans, self._key = core, path, settings, plans, key
         size = size_of(path)
         self.small = size <= _SMALL
-        self._turn = threading.Lock()
+        self._lock = threading.Lock()
         self._first: tuple[Mapping[str, Shape], _Compiled] | None = None
-        self._any: _Compiled | None = None
+        self._dynamic: _Compiled | None = None
         self._background: ThreadPoolExecutor | None = None
-        self._own = 0
+        self._static_count = 0
         if not self.small:
             self._plans = None
         if size <= _LARGE:
-            self._any = self.compile()
-        self.inputs = [value.any_name for value in (self._any.model if self._any else core.read_model(path)).inputs]
+            self._dynamic = self.compile()
+        model = self._dynamic.model if self._dynamic else core.read_model(path)
+        self.inputs = [value.any_name for value in model.inputs]
 
     def compiled_for(self, shapes: Mapping[str, Shape]) -> _Compiled:
-        """What runs these shapes. Raises RuntimeError, which is OpenVINO's."""
-        with self._turn:
-            if self._any is not None:
-                return self._any
+        """The compiled graph for these shapes. Raises RuntimeError, which is OpenVINO's."""
+        with self._lock:
+            if self._dynamic is not None:
+                return self._dynamic
             if self._first is None:
                 self._first = dict(shapes), self._compile(shapes)
             if self._first[0] == shapes:
                 return self._first[1]
-            self._any, self._first = self._compile(None), None  # the first binding keeps its own
-            return self._any
+            self._dynamic, self._first = self._compile(None), None  # the first binding keeps its static graph
+            return self._dynamic
 
     def compile_later(self, shapes: Mapping[str, Shape]) -> "Future[_Compiled] | None":
-        """Starts to compile a small graph for these shapes in the background; None if it has enough of them."""
-        if not self.small or self._own >= _MOST_OWN:
+        """Starts to compile a small graph for these shapes in the background; None if it was done often enough."""
+        if not self.small or self._static_count >= _MOST_STATIC:
             return None
-        self._own += 1
+        self._static_count += 1
         self._background = self._background or ThreadPoolExecutor(1, "openvino-compile")
         return self._background.submit(self.compile, dict(shapes))
 
     def compile(self, shapes: Mapping[str, Shape] | None = None) -> _Compiled:
-        """Raises RuntimeError, which is OpenVINO's."""
+        """Compiles for these shapes, or reads the plan. Raises RuntimeError, which is OpenVINO's."""
         fresh: _Compiled | None = None
 
         def build() -> bytes:
@@ -232,13 +233,13 @@ class _Compiler:
             return stream.getvalue()
 
         if self._plans is not None and len([*self._plans.folder.glob("*.plan")]) < _MOST_PLANS:
-            with contextlib.suppress(FileError):  # a full or read-only disk is no reason not to run
+            with contextlib.suppress(FileError):  # a full or read-only disk should not keep it from running
                 plan = self._plans.load_or_build(self._key_for(shapes), build)
                 return fresh or self._read(plan, shapes) or self._compile(shapes)
-        return fresh or self.kept(shapes) or self._compile(shapes)
+        return fresh or self.cached(shapes) or self._compile(shapes)
 
-    def kept(self, shapes: Mapping[str, Shape] | None) -> _Compiled | None:
-        """What an earlier start compiled, if it did."""
+    def cached(self, shapes: Mapping[str, Shape] | None) -> _Compiled | None:
+        """The plan for these shapes from an earlier start, or None."""
         plan = None if self._plans is None else self._plans.load(self._key_for(shapes))
         return None if plan is None else self._read(plan, shapes)
 

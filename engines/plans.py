@@ -1,7 +1,7 @@
-"""Compiled plans on disk: a cache that several processes may share. A plan is native code, so only bytes whose hash the
-index records are ever handed out. What a plan computes is not known here.
+"""Compiled plans on disk: a cache that several processes can share. A plan is native code, so only bytes whose hash is
+in the index are ever returned. Not covered: what a plan computes.
 
-    <folder>/index.json      key -> size, sha256 and what the key was made of
+    <folder>/index.json      key -> size, sha256 and the fields of the key
     <folder>/<key>.plan
     <folder>/<key>.lock      held by the process that builds this plan
 """
@@ -22,12 +22,12 @@ from oneword.engines.files import write_whole
 from oneword.engines.graph import Precision
 
 Ranges = Mapping[str, tuple[int, int, int]]
-"""Smallest, usual and largest size of each named axis."""
+"""Smallest, typical and largest size of each named axis."""
 
 
 @dataclass(frozen=True)
 class PlanKey:
-    """Everything that a plan depends on; plans of different keys never meet."""
+    """Everything that a plan depends on; different keys are different files."""
 
     graph_digest: str
     backend: str
@@ -51,13 +51,13 @@ class _Entry(msgspec.Struct, frozen=True):
 
 
 class PlanCache:
-    """Plans in one folder. Safe against races, kills at any instant, and damaged or foreign files."""
+    """Plans in one folder. Safe against races, kills at any point, and damaged or foreign files."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def load(self, key: PlanKey) -> bytes | None:
-        """The plan, or None where there is none or its bytes are not those that were built."""
+        """The plan, or None if it does not exist or its bytes have changed since it was built."""
         entry = self._index().get(key.name)
         if entry is None:
             return None
@@ -68,7 +68,10 @@ class PlanCache:
         return plan if (len(plan), hashlib.sha256(plan).hexdigest()) == (entry.size, entry.sha256) else None
 
     def load_or_build(self, key: PlanKey, build: Callable[[], bytes]) -> bytes:
-        """The plan, built once however many processes ask at a time. Raises FileError (disk), and as `build` does."""
+        """The plan, built once even if several processes request it at the same time.
+
+        Raises FileError (disk), and whatever `build` raises.
+        """
         if (plan := self.load(key)) is not None:
             return plan
         with self._lock(f"{key.name}.lock"):
@@ -78,19 +81,19 @@ class PlanCache:
         return plan
 
     def recorded(self) -> list[PlanKey]:
-        """Of every plan that the index records; entries that are no key are left out."""
-        found = []
+        """The keys of all plans in the index; entries that are not valid keys are skipped."""
+        keys = []
         for entry in self._index().values():
             with contextlib.suppress(msgspec.ValidationError):
-                found.append(msgspec.convert(entry.key, PlanKey))
-        return found
+                keys.append(msgspec.convert(entry.key, PlanKey))
+        return keys
 
     def path(self, key: PlanKey) -> Path:
-        """Where the plan lies."""
+        """The plan's file."""
         return self.folder / f"{key.name}.plan"
 
     def _store(self, key: PlanKey, plan: bytes) -> None:
-        """The plan first, then the index that vouches for it: killed in between, the plan is never loaded."""
+        """Writes the plan, then the index entry that vouches for it: after a kill in between it is never loaded."""
         entry = _Entry(hashlib.sha256(plan).hexdigest(), len(plan), asdict(key))
         write_whole(self.path(key), plan)
         with self._lock("index.lock"):
@@ -105,7 +108,7 @@ class PlanCache:
 
     @contextlib.contextmanager
     def _lock(self, name: str) -> Iterator[None]:
-        """Holds a lock file; the kernel lets go of it when the process ends, however it ends."""
+        """Holds a lock file; the kernel releases it when the process ends, however it ends."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self.folder / name, os.O_RDWR | os.O_CREAT, 0o644)

@@ -1,5 +1,5 @@
-"""TensorRT and TensorRT-RTX on a GPU: a graph's plans, run on buffers of the device. Plans are built in
-`oneword.engines.builder`; this is the only module that imports `tensorrt` and `tensorrt_rtx` into our own process.
+"""TensorRT and TensorRT-RTX on a GPU: a graph's plans, run on device buffers. The only module that imports `tensorrt`
+and `tensorrt_rtx` into this process. Not covered: building plans, which is in `oneword.engines.builder`.
 
 Every input and output is a plain buffer, bound once; a run is one `execute_async_v3` on the shared stream.
 """
@@ -14,15 +14,15 @@ import numpy as np
 
 from oneword.engines.builder import RTX_TARGETS, Flavour, build_plan, installed_version, plan_cache, target_of
 from oneword.engines.cuda import CudaStream, Device, DeviceArray
-from oneword.engines.engine import Array, Given, NumpyArray, Shape, check_feeds, check_shapes
+from oneword.engines.engine import AnyArray, Array, NumpyArray, Shape, check_feeds, check_shapes
 from oneword.engines.errors import EngineError, FeedError, MissingPackage, UsageError
 from oneword.engines.graph import Graph, TensorSpec
 from oneword.engines.plans import PlanCache, PlanKey, Ranges
 
 
 class TensorRtEngine:
-    """The plans of one graph on this machine's GPU, from the caches under `plans`; if there is none for it, plans for
-    `ranges` are built first.
+    """The plans of one graph on this machine's GPU, from the caches under `plans`; if no plan fits, plans for `ranges`
+    are built first.
 
     Raises:
         MissingPackage: the flavour or cuda-python is not installed.
@@ -54,8 +54,8 @@ class TensorRtEngine:
         self._plans = fitting_plans(plans, graph, flavour, version, device.target)
         if not self._plans:
             target = target_of(flavour, device.target)
-            for each in ranges:
-                build_plan(name, graph, folder, plans, flavour, version, target, each)
+            for plan_ranges in ranges:
+                build_plan(name, graph, folder, plans, flavour, version, target, plan_ranges)
             self._plans = fitting_plans(plans, graph, flavour, version, device.target)
         if not self._plans:
             raise EngineError(
@@ -67,14 +67,14 @@ class TensorRtEngine:
     def bind(
         self,
         shapes: Mapping[str, Sequence[int]],
-        inputs: Mapping[str, Given] | None = None,
-        outputs: Mapping[str, Given] | None = None,
+        inputs: Mapping[str, AnyArray] | None = None,
+        outputs: Mapping[str, AnyArray] | None = None,
     ) -> "TensorRtBinding":
-        """See Engine.bind. Arrays of the host are copied to the device once, here."""
-        given = {name: array.shape for name, array in {**(inputs or {}), **(outputs or {})}.items()}
-        known = {name: shape for name, shape in shapes.items() if name in self.inputs}
+        """See Engine.bind. Host arrays are copied to the device once, when they are bound."""
+        arrays = {name: array.shape for name, array in {**(inputs or {}), **(outputs or {})}.items()}
+        fixed = {name: shape for name, shape in shapes.items() if name in self.inputs}
         sizes, input_shapes = check_shapes(
-            self.name, self.inputs, {**known, **{name: shape for name, shape in given.items() if name in self.inputs}}
+            self.name, self.inputs, {**fixed, **{name: shape for name, shape in arrays.items() if name in self.inputs}}
         )
         context = self._context(narrowest(self.name, self._plans, sizes), input_shapes)
         inferred = {name: shape for name in self.outputs if (shape := known_shape(context, name))}
@@ -97,22 +97,22 @@ class TensorRtEngine:
             raise EngineError(f"{self._flavour} has no room for graph {self.name!r}: {_memory(self.stream.device)}")
         for name, shape in shapes.items():
             if not context.set_input_shape(name, shape):
-                raise EngineError(f"the plan of graph {self.name!r} does not take {name!r} as {list(shape)}")
+                raise EngineError(f"the plan of graph {self.name!r} does not accept {name!r} as {list(shape)}")
         return context
 
     def _engine(self, cache: PlanCache, key: PlanKey) -> Any:
-        """The plan, deserialized at its first use; its bytes are hashed before that."""
+        """The plan, deserialized at its first use, after its hash is checked."""
         if key.name not in self._opened:
             data = cache.load(key)
             if data is None:
                 raise EngineError(
-                    f"{cache.path(key)} has changed since it was built: delete {cache.folder}, it is built again"
+                    f"{cache.path(key)} has changed since it was built: delete {cache.folder} to rebuild it"
                 )
             engine = _runtime(self._flavour).deserialize_cuda_engine(data)
             if engine is None:
                 raise EngineError(
                     f"{self._flavour} refuses the plan {cache.path(key)} on {self.stream.device.name}: "
-                    f"delete {cache.folder}, it is built again"
+                    f"delete {cache.folder} to rebuild it"
                 )
             names = {engine.get_tensor_name(i) for i in range(engine.num_io_tensors)}
             if names != {*self.inputs, *self.outputs}:
@@ -122,9 +122,9 @@ class TensorRtEngine:
 
 
 class TensorRtBinding:
-    """An execution context with its buffers; a run queues it and does not wait.
+    """An execution context with its buffers; a run is queued and not waited for.
 
-    TensorRT-RTX is not captured: it swaps better kernels in while it runs, which a capture would never see.
+    TensorRT-RTX cannot be captured: it swaps in better kernels while it runs, which a capture would never use.
     """
 
     def __init__(
@@ -149,19 +149,19 @@ class TensorRtBinding:
             raise EngineError(f"graph {self._name!r} failed on {self._stream.device.name}")
 
     def specialize(self) -> None:
-        """See Binding. Any shape is as fast."""
+        """See Binding. Does nothing: every shape is equally fast."""
 
 
 def fitting_plans(
     plans: Path, graph: Graph, flavour: Flavour, version: str, target: str
 ) -> list[tuple[PlanCache, PlanKey]]:
-    """The plans of a graph that this library made for this GPU.
+    """The plans of a graph that this library version built for this GPU.
 
-    Raises UsageError if there is none and none can be made here.
+    Raises UsageError if there is none and none can be built.
     """
     folders = plans.glob(f"{flavour}-{version}-*")
     targets = [folder.name.removeprefix(f"{flavour}-{version}-").replace("+", ",") for folder in sorted(folders)]
-    caches = [plan_cache(plans, flavour, version, each) for each in targets if target in each.split(",")]
+    caches = [plan_cache(plans, flavour, version, gpus) for gpus in targets if target in gpus.split(",")]
     fitting = [
         (cache, key)
         for cache in caches
@@ -178,18 +178,18 @@ def fitting_plans(
 
 
 def widest(ranges: Sequence[Ranges]) -> dict[str, int]:
-    """The largest size of each axis that any of these plans takes."""
-    axes = {axis for each in ranges for axis in each}
-    return {axis: max(each[axis][2] for each in ranges if axis in each) for axis in axes}
+    """The largest size of each axis that any of these plans accepts."""
+    axes = {axis for sizes in ranges for axis in sizes}
+    return {axis: max(sizes[axis][2] for sizes in ranges if axis in sizes) for axis in axes}
 
 
 def narrowest(
     graph: str, plans: Sequence[tuple[PlanCache, PlanKey]], sizes: Mapping[str, int]
 ) -> tuple[PlanCache, PlanKey]:
-    """The plan with the least room that still takes these sizes. Raises FeedError where none does."""
+    """The plan with the least room that accepts these sizes. Raises FeedError if none does."""
     fitting = [(cache, key) for cache, key in plans if not outside(key.ranges, sizes)]
     if not fitting:
-        ranges = min((key.ranges for _, key in plans), key=lambda each: (len(outside(each, sizes)), -room(each)))
+        ranges = min((key.ranges for _, key in plans), key=lambda plan: (len(outside(plan, sizes)), -room(plan)))
         axis, size = next(iter(outside(ranges, sizes).items()))
         smallest, _, largest = ranges[axis]
         raise FeedError(
@@ -205,12 +205,12 @@ def room(ranges: Ranges) -> int:
 
 
 def outside(ranges: Ranges, sizes: Mapping[str, int]) -> dict[str, int]:
-    """The sizes that a plan of these ranges does not take."""
+    """The sizes that a plan of these ranges does not accept."""
     return {axis: size for axis, size in sizes.items() if not ranges[axis][0] <= size <= ranges[axis][2]}
 
 
 def known_shape(context: Any, name: str) -> Shape | None:
-    """The shape that a plan infers for an output, where it can tell before it runs."""
+    """The shape of an output, if the plan can infer it before it runs."""
     shape = tuple(int(size) for size in context.get_tensor_shape(name))
     return None if any(size < 0 for size in shape) else shape
 
@@ -227,5 +227,6 @@ def _runtime(flavour: Flavour) -> Any:
 def _memory(device: Device) -> str:
     free, total = device.memory()
     return (
-        f"{free >> 20} of {total >> 20} MiB of {device.name} are free; make it with a smaller --max-batch or --max-size"
+        f"{free >> 20} of {total >> 20} MiB of {device.name} are free; "
+        "build the plan with a smaller --max-batch or --max-size"
     )

@@ -6,7 +6,7 @@ import numpy as np
 import tokenizers
 import torch
 
-from oneword.engines.engine import Array, Given, HostArray, NumpyArray, complete_feeds, host_buffers
+from oneword.engines.engine import AnyArray, Array, HostArray, NumpyArray, complete_feeds, host_buffers
 from oneword.engines.errors import EngineError, one_line
 from oneword.engines.graph import Graph, TensorSpec
 from oneword.export.families import Traceable, family_of
@@ -33,8 +33,8 @@ class EagerEngine:
     def bind(
         self,
         shapes: Mapping[str, Sequence[int]],
-        inputs: Mapping[str, Given] | None = None,
-        outputs: Mapping[str, Given] | None = None,
+        inputs: Mapping[str, AnyArray] | None = None,
+        outputs: Mapping[str, AnyArray] | None = None,
     ) -> "EagerBinding":
         """See Engine.bind."""
         return EagerBinding(self, *host_buffers(self.name, self.inputs, self.outputs, shapes, inputs, outputs))

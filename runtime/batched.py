@@ -6,7 +6,7 @@ from typing import Final
 
 import numpy as np
 
-from oneword.engines.engine import Binding, Engine, Given, NumpyArray, shape_of
+from oneword.engines.engine import AnyArray, Binding, Engine, NumpyArray, shape_of
 
 CALLS: Final = (8, 4, 2, 1)
 _MAX_BINDINGS: Final = 16
@@ -18,7 +18,7 @@ class BatchedGraph:
     `fixed` inputs belong to all items, such as the embedding table. No call is larger than the engine's limit.
     """
 
-    def __init__(self, engine: Engine, fixed: Mapping[str, Given]) -> None:
+    def __init__(self, engine: Engine, fixed: Mapping[str, AnyArray]) -> None:
         self._engine, self._fixed = engine, fixed
         self._largest = engine.limits.get("B", CALLS[0])
         self._bindings: OrderedDict[tuple[object, ...], Binding] = OrderedDict()

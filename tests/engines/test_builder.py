@@ -1,4 +1,4 @@
-"""Plans built ahead of time with TensorRT-RTX, no GPU needed; skipped where the library is not installed."""
+"""Plans built ahead of time with TensorRT-RTX, which needs no GPU; skipped if the library is not installed."""
 
 import importlib.metadata
 import json
@@ -31,12 +31,12 @@ from oneword.runtime.profiles import PlanLimits, axis_ranges, build_plans, graph
 
 
 @pytest.mark.parametrize("target", ["sm90", "sm89,sm90", "ampere", "89", "sm89,"])
-def test_a_target_that_cannot_be_built_for_is_named_with_those_that_can(target: str) -> None:
+def test_an_unsupported_target_is_an_error_that_lists_the_supported_ones(target: str) -> None:
     with pytest.raises(UsageError, match="builds for sm75, sm80, sm86, sm89, sm120, sm121"):
         target_of(Flavour.RTX, target)
 
 
-def test_a_target_is_one_compute_capability_or_several() -> None:
+def test_a_target_is_one_or_more_compute_capabilities() -> None:
     assert target_of(Flavour.RTX, None) == "sm89"
     assert compute_capabilities(Flavour.RTX, "sm89") == [(8, 9)]
     assert compute_capabilities(Flavour.RTX, target_of(Flavour.RTX, "sm89,sm120")) == [(8, 9), (12, 0)]
@@ -57,7 +57,7 @@ def test_without_a_target_tensorrt_builds_for_the_gpu_of_this_machine(monkeypatc
 
 
 @pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="there is a GPU")
-def test_tensorrt_builds_for_the_gpu_that_is_here_and_says_that_there_is_none() -> None:
+def test_tensorrt_without_a_gpu_reports_that_a_driver_is_needed() -> None:
     pytest.importorskip("cuda.bindings")
     with pytest.raises(EngineError, match=r"an NVIDIA driver for CUDA .* is needed"):
         target_of(Flavour.TENSORRT, "sm89")
@@ -65,13 +65,13 @@ def test_tensorrt_builds_for_the_gpu_that_is_here_and_says_that_there_is_none() 
 
 @pytest.mark.gpu
 def test_tensorrt_refuses_to_build_for_another_gpu() -> None:
-    own = Device().target
-    assert target_of(Flavour.TENSORRT, None) == own
-    with pytest.raises(UsageError, match=f"builds for the GPU it runs on, which is {own}"):
+    installed = Device().target
+    assert target_of(Flavour.TENSORRT, None) == installed
+    with pytest.raises(UsageError, match=f"builds for the GPU it runs on, which is {installed}"):
         target_of(Flavour.TENSORRT, "sm75")
 
 
-def test_an_absent_builder_names_the_line_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_a_missing_builder_gives_the_pip_command(monkeypatch: pytest.MonkeyPatch) -> None:
     def absent(name: str) -> str:
         raise importlib.metadata.PackageNotFoundError(name)
 
@@ -80,7 +80,7 @@ def test_an_absent_builder_names_the_line_that_installs_it(monkeypatch: pytest.M
         installed_version(Flavour.TENSORRT)
 
 
-def test_a_network_unlike_the_manifest_is_refused(tiny_bundle: Path) -> None:
+def test_a_network_that_differs_from_the_manifest_is_refused(tiny_bundle: Path) -> None:
     graph = Bundle.open(tiny_bundle).graph("vae_decoder")
     network = _Network(
         [_Tensor("latents", "float32", [-1, 4, 8, 8])],
@@ -107,19 +107,19 @@ def test_profiles_follow_the_largest_batch_and_size(tiny_bundle: Path) -> None:
         (PlanLimits(static_sizes=((64, 60),)), "--static-size 64x60: both must be multiples of 8"),
     ],
 )
-def test_limits_that_the_model_cannot_meet_are_named(tiny_bundle: Path, limits: PlanLimits, message: str) -> None:
+def test_limits_that_the_model_cannot_meet_are_refused(tiny_bundle: Path, limits: PlanLimits, message: str) -> None:
     manifest = Bundle.open(tiny_bundle).manifest
     with pytest.raises(UsageError, match=message):
         limits.check(manifest.vae, manifest.defaults)
 
 
-def test_a_static_size_is_one_guided_picture_and_concerns_only_graphs_that_see_pictures(tiny_bundle: Path) -> None:
+def test_a_static_size_is_one_guided_picture_and_affects_only_graphs_that_see_pictures(tiny_bundle: Path) -> None:
     manifest = Bundle.open(tiny_bundle).manifest
     limits = PlanLimits(static_sizes=((96, 64),))
     assert len(graph_ranges(manifest, "text_encoder", limits)) == 1
     _, static = graph_ranges(manifest, "denoise_step", limits)
-    wanted = {"B": 1, "N": 2, "M": 2, "T": 20, "h": 8, "w": 12}
-    assert static == {axis: (size, size, size) for axis, size in wanted.items()}
+    sizes = {"B": 1, "N": 2, "M": 2, "T": 20, "h": 8, "w": 12}
+    assert static == {axis: (size, size, size) for axis, size in sizes.items()}
     _, pixels = graph_ranges(manifest, "vae_encoder", limits)
     assert pixels == {"B": (1, 1, 1), "H": (64, 64, 64), "W": (96, 96, 96)}
 
@@ -132,7 +132,7 @@ def rtx() -> None:
 
 @pytest.mark.plans
 @pytest.mark.usefixtures("rtx")
-def test_ti_export_gives_a_bundle_with_plans_ready_to_ship(tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_ti_export_writes_a_bundle_whose_plans_are_ready_to_ship(tiny_model_dir: Path, tmp_path: Path) -> None:
     options = ["--plans", "tensorrt-rtx", "--target", "sm89,sm120", "--max-batch", "2", "--json"]
     run = subprocess.run(
         [sys.executable, "-m", "oneword.export.cli", str(tiny_model_dir), str(tmp_path / "bundle"), *options],
@@ -144,7 +144,7 @@ def test_ti_export_gives_a_bundle_with_plans_ready_to_ship(tiny_model_dir: Path,
     bundle = Bundle.open(tmp_path / "bundle")
     assert report["plans"].keys() == bundle.manifest.graphs.keys() == report["graphs"].keys()
     for paths in report["plans"].values():
-        assert [Path(path).read_bytes()[:4] for path in paths] == [b"vtrt"]  # how plans of TensorRT begin
+        assert [Path(path).read_bytes()[:4] for path in paths] == [b"vtrt"]  # the magic number of a TensorRT plan
     assert "building plans with tensorrt-rtx for sm89,sm120" in run.stderr
 
     shipped = shutil.move(bundle.path, tmp_path / "shipped")
@@ -156,7 +156,9 @@ def test_ti_export_gives_a_bundle_with_plans_ready_to_ship(tiny_model_dir: Path,
 
 @pytest.mark.plans
 @pytest.mark.usefixtures("rtx")
-def test_a_graph_that_cannot_be_built_is_one_line_and_the_bundle_stays_whole(tiny_bundle: Path, tmp_path: Path) -> None:
+def test_a_graph_that_cannot_be_built_fails_in_one_line_and_leaves_the_bundle_intact(
+    tiny_bundle: Path, tmp_path: Path
+) -> None:
     bundle = with_another_decoder(Bundle.open(tiny_bundle), tmp_path / "bundle")
     with pytest.raises(EngineError, match=r"cannot build a plan of graph 'vae_decoder': .*NoSuchOperator") as caught:
         build_plans(bundle, Flavour.RTX, "sm89")
@@ -168,16 +170,17 @@ def test_a_graph_that_cannot_be_built_is_one_line_and_the_bundle_stays_whole(tin
 
 
 def with_another_decoder(bundle: Bundle, path: Path) -> Bundle:
-    """The same bundle, but for a decoder that no library knows how to compute; its plan is the first to be built."""
+    """The same bundle, but with a decoder that no library can compute; its plan is the first to be built."""
     specs = bundle.graph("vae_decoder")
 
     def fill(folder: Path) -> Manifest:
         ours = shutil.ignore_patterns("bundle.json", ".*", "plans")
         shutil.copytree(bundle.path, folder, dirs_exist_ok=True, ignore=ours)
-        of = {str(s.name): s for s in (*specs.inputs, *specs.outputs)}
+        spec_of = {str(s.name): s for s in (*specs.inputs, *specs.outputs)}
         types = {"float32": TensorProto.FLOAT, "uint8": TensorProto.UINT8, "bool": TensorProto.BOOL}
         values = {
-            name: helper.make_tensor_value_info(name, types[spec.dtype], list(spec.axes)) for name, spec in of.items()
+            name: helper.make_tensor_value_info(name, types[spec.dtype], list(spec.axes))
+            for name, spec in spec_of.items()
         }
         node = helper.make_node("NoSuchOperator", ["latents"], ["images", "finite"], domain="nowhere")
         graph = helper.make_graph([node], "decoder", [values["latents"]], [values["images"], values["finite"]])

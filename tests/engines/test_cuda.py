@@ -1,4 +1,4 @@
-"""What of CUDA and TensorRT can be held without a GPU; what needs one is marked."""
+"""CUDA and TensorRT, as far as they can be tested without a GPU; tests that need a GPU are marked."""
 
 import shutil
 import subprocess
@@ -31,7 +31,7 @@ def opened(path: Path, name: str, backend: Backend) -> Engine:
     return open_engine(backend, name, bundle.graph(name), path, EngineOptions(plans=path / PLANS, ranges=ranges))
 
 
-def gpu_is_here() -> bool:
+def has_gpu() -> bool:
     try:
         gpu_stream()
     except OnewordError:
@@ -39,7 +39,7 @@ def gpu_is_here() -> bool:
     return True
 
 
-@pytest.mark.skipif(gpu_is_here(), reason="there is a GPU")
+@pytest.mark.skipif(has_gpu(), reason="there is a GPU")
 @pytest.mark.parametrize("backend", GPU_BACKENDS)
 def test_without_a_driver_the_error_says_what_to_install(tiny_bundle: Path, backend: Backend) -> None:
     pytest.importorskip("cuda.bindings")
@@ -49,7 +49,7 @@ def test_without_a_driver_the_error_says_what_to_install(tiny_bundle: Path, back
 
 
 @pytest.mark.parametrize("backend", GPU_BACKENDS)
-def test_without_cuda_python_the_error_is_the_line_that_installs_it(
+def test_without_cuda_python_the_error_gives_the_pip_command(
     tiny_bundle: Path, backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("cuda", "cuda.bindings", "cuda.bindings.runtime"):
@@ -59,8 +59,8 @@ def test_without_cuda_python_the_error_is_the_line_that_installs_it(
         opened(tiny_bundle, "denoise_step", backend)
 
 
-@pytest.mark.skipif(gpu_is_here(), reason="there is a GPU")
-def test_ti_run_without_a_gpu_is_one_line(tiny_bundle: Path, tmp_path: Path) -> None:
+@pytest.mark.skipif(has_gpu(), reason="there is a GPU")
+def test_ti_run_without_a_gpu_fails_with_one_line(tiny_bundle: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "oneword.runtime.cli", tiny_bundle, "a cat", "--engine", "tensorrt-rtx"]
     run = subprocess.run([*command, "--output", tmp_path / "out"], capture_output=True, text=True)
     assert run.returncode == 1
@@ -84,7 +84,7 @@ def test_ti_run_without_a_gpu_is_one_line(tiny_bundle: Path, tmp_path: Path) -> 
         (np.array([True, False, True]), False),
     ],
 )
-def test_a_region_is_one_transfer_where_its_memory_is_one_piece(region: object, contiguous: bool) -> None:
+def test_a_region_is_one_transfer_if_its_memory_is_contiguous(region: object, contiguous: bool) -> None:
     host = np.arange(24.0).reshape(3, 4, 2)
     part = contiguous_part(host, region)
     assert (part is not None) == contiguous
@@ -102,7 +102,7 @@ def test_a_single_number_of_a_vector_is_a_region_too() -> None:
 
 
 def planned(bundle: Bundle, target: str, name: str = "denoise_step", **ranges: tuple[int, int, int]) -> PlanKey:
-    """A plan of a graph in the bundle's cache: its bytes are never opened here."""
+    """Stores a plan of a graph in the bundle's cache; these tests never open its bytes."""
     graph = bundle.graph(name)
     key = PlanKey(graph.digest, "tensorrt-rtx", "1.7", target, graph.precision, ranges)
     PlanCache(bundle.path / PLANS / f"tensorrt-rtx-1.7-{target.replace(',', '+')}").load_or_build(key, lambda: b"plan")
@@ -110,16 +110,16 @@ def planned(bundle: Bundle, target: str, name: str = "denoise_step", **ranges: t
 
 
 def test_plans_are_found_by_graph_version_and_gpu(own_bundle: Bundle) -> None:
-    plans, both = own_bundle.path / PLANS, planned(own_bundle, "sm89,sm120", B=(1, 1, 4))
+    plans, plan_key = own_bundle.path / PLANS, planned(own_bundle, "sm89,sm120", B=(1, 1, 4))
     graph = own_bundle.graph("denoise_step")
     for target in ("sm89", "sm120"):
-        assert [key for _, key in fitting_plans(plans, graph, Flavour.RTX, "1.7", target)] == [both]
-    assert fitting_plans(plans, graph, Flavour.RTX, "1.7", "sm86") == []  # it can be built
+        assert [key for _, key in fitting_plans(plans, graph, Flavour.RTX, "1.7", target)] == [plan_key]
+    assert fitting_plans(plans, graph, Flavour.RTX, "1.7", "sm86") == []  # a plan can be built
     assert fitting_plans(plans, graph, Flavour.RTX, "1.8", "sm89") == []  # of another version
     assert fitting_plans(plans, own_bundle.graph("vae_decoder"), Flavour.RTX, "1.7", "sm89") == []
 
 
-def test_a_gpu_that_no_plan_fits_and_none_can_be_made_for_is_named(own_bundle: Bundle) -> None:
+def test_a_gpu_without_a_plan_for_which_none_can_be_built_is_named_in_the_error(own_bundle: Bundle) -> None:
     planned(own_bundle, "sm89", B=(1, 1, 4))
     with pytest.raises(
         UsageError, match=r"this GPU is sm90, tensorrt-rtx builds for sm75.*there are plans for sm89\).*tensorrt$"
@@ -127,7 +127,7 @@ def test_a_gpu_that_no_plan_fits_and_none_can_be_made_for_is_named(own_bundle: B
         fitting_plans(own_bundle.path / PLANS, own_bundle.graph("denoise_step"), Flavour.RTX, "1.7", "sm90")
 
 
-def test_the_narrowest_plan_that_fits_is_taken(own_bundle: Bundle) -> None:
+def test_the_narrowest_plan_that_fits_is_chosen(own_bundle: Bundle) -> None:
     wide = planned(own_bundle, "sm89", B=(1, 1, 4), h=(1, 8, 16))
     static = planned(own_bundle, "sm89", B=(1, 1, 1), h=(8, 8, 8))
     graph = own_bundle.graph("denoise_step")
@@ -138,14 +138,14 @@ def test_the_narrowest_plan_that_fits_is_taken(own_bundle: Bundle) -> None:
         narrowest("denoise_step", plans, {"B": 1, "h": 17})
 
 
-def test_the_widest_sizes_are_those_of_any_plan() -> None:
+def test_the_widest_sizes_are_the_largest_of_all_plans() -> None:
     wide, static = {"B": (1, 1, 4), "h": (1, 8, 16)}, {"B": (1, 1, 1), "h": (32, 32, 32), "T": (77, 77, 77)}
     assert widest([wide, static]) == {"B": 4, "h": 32, "T": 77}
     assert widest([]) == {}
 
 
 class Plan:
-    """A deserialized plan and its execution context: notes what it is told, infers shapes it is given."""
+    """A deserialized plan and its execution context: records its calls and infers the shapes passed to it."""
 
     def __init__(self, graph: Graph, shapes: dict[str, tuple[int, ...]]) -> None:
         self.names = [spec.name for spec in (*graph.inputs, *graph.outputs)]
@@ -184,7 +184,7 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[CudaStream]:
 
 @pytest.fixture
 def decoder(own_bundle: Bundle, simulated: CudaStream, monkeypatch: pytest.MonkeyPatch) -> TensorRtEngine:
-    """The decoder, with a plan for up to four pictures of up to 16 latents each way and a static one of 4 x 4."""
+    """The decoder, with a plan for up to four pictures of up to 16 x 16 latents and a static one of 4 x 4."""
     planned(own_bundle, "sm89", "vae_decoder", B=(1, 1, 4), h=(1, 8, 16), w=(1, 8, 16))
     planned(own_bundle, "sm89", "vae_decoder", B=(1, 1, 1), h=(4, 4, 4), w=(4, 4, 4))
     monkeypatch.setattr("oneword.engines.tensorrt.installed_version", lambda flavour: "1.7")
@@ -198,7 +198,7 @@ def test_the_limits_of_tensorrt_are_those_of_its_plans(decoder: TensorRtEngine) 
         decoder.bind({"latents": (5, 4, 8, 8), "images": (5, 64, 64, 3)})
 
 
-def test_tensorrt_binds_given_arrays_of_the_device_in_place(
+def test_tensorrt_binds_given_device_arrays_in_place(
     decoder: TensorRtEngine, simulated: CudaStream, monkeypatch: pytest.MonkeyPatch, own_bundle: Bundle
 ) -> None:
     plan = Plan(own_bundle.graph("vae_decoder"), {"images": (2, 64, 64, 3), "finite": (2,)})
@@ -218,7 +218,7 @@ def test_tensorrt_binds_given_arrays_of_the_device_in_place(
         decoder.bind({}, {"latents": latents}, {"images": simulated.empty((1, 64, 64, 3), np.uint8)})
 
 
-def test_without_a_plan_and_sizes_to_build_one_for_the_error_says_how(
+def test_without_a_plan_or_sizes_to_build_one_the_error_says_how_to_build_it(
     own_bundle: Bundle, simulated: CudaStream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("oneword.engines.tensorrt.installed_version", lambda flavour: "1.7")
@@ -248,7 +248,7 @@ def test_arrays_on_the_gpu_are_written_and_read_by_region() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", GPU_BACKENDS)
 @pytest.mark.parametrize("graph", ["text_encoder", "vae_encoder", "vae_decoder", "denoise_step"])
-def test_every_graph_on_the_gpu_is_that_of_pytorch(
+def test_every_graph_on_the_gpu_matches_pytorch(
     tiny_model_dir: Path, tiny_bundle: Path, backend: Backend, graph: str
 ) -> None:
     from oneword.export.families import family_of
@@ -257,7 +257,7 @@ def test_every_graph_on_the_gpu_is_that_of_pytorch(
 
     pytest.importorskip({"onnxruntime-cuda": "onnxruntime"}.get(backend, backend.replace("-", "_")))
     engine = opened(tiny_bundle, graph, backend)
-    (traceable,) = [each for each in family_of(load_source(tiny_model_dir)).graphs if each.name == graph]
+    (traceable,) = [item for item in family_of(load_source(tiny_model_dir)).graphs if item.name == graph]
     for case in references(traceable, [{"B": 1, "N": 2, "M": 2, "T": 20, "h": 8, "w": 8}]):
         for name, value in engine.run(case.feeds).items():
             np.testing.assert_allclose(value, case.outputs[name], rtol=0, atol=2e-3 if value.dtype == "f4" else 1)

@@ -1,4 +1,4 @@
-"""A small graph, y = x + table[ids] + bias, through every backend of the CPU, the torch modules included."""
+"""A small graph, y = x + table[ids] + bias, through every CPU backend, including the torch modules."""
 
 import re
 import sys
@@ -39,7 +39,7 @@ def opened(kind: Any, path: Path, name: str = "lookup") -> Any:
 
 
 class Lookup(torch.nn.Module):
-    """The same graph in torch. The weight only says what it computes in."""
+    """The same graph in torch. The weight only sets the dtype it computes in."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ def engine(path: Path, request: pytest.FixtureRequest) -> Engine:
 
 @pytest.fixture(params=["onnxruntime", "openvino"])
 def kind(request: pytest.FixtureRequest) -> Any:
-    """The engines that open a file."""
+    """The engine classes that open a file."""
     pytest.importorskip(request.param)
     return KINDS[request.param]
 
@@ -95,15 +95,14 @@ def feeds(rows: int = 3) -> dict[str, np.ndarray]:
     }
 
 
-def test_an_optional_input_may_be_left_out(engine: Engine) -> None:
+def test_an_optional_input_may_be_omitted(engine: Engine) -> None:
     y = engine.run(feeds())["y"]
 
     np.testing.assert_array_equal(y, np.arange(20, 32, dtype=np.float32).reshape(3, 4) + 1)
 
 
-def test_a_bound_table_is_read_where_it_lies(engine: Engine) -> None:
-    given = feeds()
-    table = given["table"]
+def test_a_bound_table_is_read_in_place(engine: Engine) -> None:
+    table = feeds()["table"]
     binding = engine.bind({"x": (3, 4), "ids": (3,)}, {"table": table})
     binding.inputs["ids"].write(..., [0, 1, 9])
 
@@ -124,36 +123,36 @@ def test_a_bound_table_is_read_where_it_lies(engine: Engine) -> None:
         ({"x": np.ones((3, 5), np.float32)}, r"'x' of lookup is 3x5, the graph takes x float32\[B, 4\]"),
         ({"x": np.ones(4, np.float32)}, r"'x' of lookup has 1 axes 4, the graph takes x float32\[B, 4\]"),
         ({"ids": np.ones(2, np.int64)}, r"'ids' of lookup is 2, so B = 2, but 'x' has B = 3: both must agree"),
-        ({"x": np.ones((0, 4), np.float32)}, r"'x' of lookup is 0x4: every axis of .* is at least 1"),
+        ({"x": np.ones((0, 4), np.float32)}, r"'x' of lookup is 0x4: every axis of .* must be at least 1"),
     ],
 )
-def test_a_wrong_feed_is_named_before_the_engine_sees_it(
+def test_a_wrong_feed_is_reported_before_the_engine_sees_it(
     engine: Engine, change: dict[str, np.ndarray], message: str
 ) -> None:
     with pytest.raises(FeedError, match=message):
         engine.run({**feeds(), **change})
 
 
-def test_a_missing_feed_is_named(engine: Engine) -> None:
+def test_a_missing_feed_is_named_in_the_error(engine: Engine) -> None:
     with pytest.raises(FeedError, match="lookup was not given table, ids; it takes x, table, ids, bias"):
         engine.run({"x": np.ones((3, 4), np.float32)})
 
 
-def test_what_fails_inside_the_graph_is_an_engine_error_of_one_line(path: Path) -> None:
-    given = feeds()
-    given["ids"][0] = 10
+def test_a_failure_inside_the_graph_is_an_engine_error_of_one_line(path: Path) -> None:
+    arrays = feeds()
+    arrays["ids"][0] = 10
 
     with pytest.raises(EngineError, match=r"graph 'lookup' failed: .*out of data bounds") as caught:
-        opened(OnnxRuntimeEngine, path).run(given)
+        opened(OnnxRuntimeEngine, path).run(arrays)
     assert "\n" not in str(caught.value)
 
 
-def test_a_graph_that_is_not_what_its_manifest_says_is_refused(kind: Any, path: Path) -> None:
+def test_a_graph_that_differs_from_its_manifest_is_refused(kind: Any, path: Path) -> None:
     with pytest.raises(EngineError, match=r"takes bias, ids, table, x, its manifest says x:"):
         kind("lookup", graph(path, INPUTS[:1]), path.parent)
 
 
-def test_a_broken_graph_is_named(kind: Any, tmp_path: Path) -> None:
+def test_a_broken_graph_is_named_in_the_error(kind: Any, tmp_path: Path) -> None:
     (tmp_path / "broken.onnx").write_bytes(b"no graph")
 
     with pytest.raises(EngineError, match=r"cannot open graph 'lookup' .*broken.onnx") as caught:
@@ -162,7 +161,7 @@ def test_a_broken_graph_is_named(kind: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("package", KINDS)
-def test_an_absent_package_names_the_line_that_installs_it(
+def test_the_error_for_a_missing_package_gives_the_pip_command(
     path: Path, monkeypatch: pytest.MonkeyPatch, package: str
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
@@ -172,7 +171,7 @@ def test_an_absent_package_names_the_line_that_installs_it(
         opened(KINDS[package], path)
 
 
-def test_what_computes_is_reported(engine: Engine) -> None:
+def test_the_backend_is_reported_with_version_device_and_precision(engine: Engine) -> None:
     kinds = r"(onnxruntime [\d.]+ cpu fp32)|(openvino [\d.]+ cpu (fp32|bf16))|(eager [\d.]+(\+cpu)? cpu fp32)"
     assert re.fullmatch(kinds, engine.backend)
 
@@ -189,16 +188,16 @@ def test_a_session_is_opened_once_however_often_it_runs(path: Path, monkeypatch:
     monkeypatch.setattr(ort, "InferenceSession", Counted)
     engine = opened(OnnxRuntimeEngine, path)
     for rows in (2, 3):
-        given = feeds(rows=rows)
-        binding = engine.bind({}, given)
+        arrays = feeds(rows=rows)
+        binding = engine.bind({}, arrays)
         for run in range(150):
-            given["x"][:] = run
+            arrays["x"][:] = run
             binding.run()
-            np.testing.assert_array_equal(binding.outputs["y"].numpy(), run + given["table"][given["ids"]])
+            np.testing.assert_array_equal(binding.outputs["y"].numpy(), run + arrays["table"][arrays["ids"]])
     assert len(sessions) == 1
 
 
-def test_weights_of_a_large_graph_are_not_reordered_and_it_gives_the_same(
+def test_weights_of_a_large_graph_are_not_reordered_and_its_output_is_the_same(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ort = pytest.importorskip("onnxruntime")
@@ -210,30 +209,30 @@ def test_weights_of_a_large_graph_are_not_reordered_and_it_gives_the_same(
             super().__init__(file, options, **kwargs)
 
     monkeypatch.setattr(ort, "InferenceSession", Noted)
-    given = feeds()
+    arrays = feeds()
     results = []
     for size, limit in (("small", path.stat().st_size), ("large", path.stat().st_size - 1)):
         monkeypatch.setattr("oneword.engines.onnxruntime._LARGE", limit)
-        results.append(opened(OnnxRuntimeEngine, path, size).run(given)["y"])
+        results.append(opened(OnnxRuntimeEngine, path, size).run(arrays)["y"])
 
     assert levels == [ort.GraphOptimizationLevel.ORT_ENABLE_ALL, ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED]
     for result in results:
-        np.testing.assert_array_equal(result, given["x"] + given["table"][given["ids"]])
+        np.testing.assert_array_equal(result, arrays["x"] + arrays["table"][arrays["ids"]])
 
 
 def test_given_outputs_are_used_in_place(engine: Engine) -> None:
-    given, y = feeds(), np.full((3, 4), np.nan, np.float32)
-    binding = engine.bind({}, given, {"y": y})
+    arrays, y = feeds(), np.full((3, 4), np.nan, np.float32)
+    binding = engine.bind({}, arrays, {"y": y})
     binding.run()
 
-    np.testing.assert_array_equal(y, given["x"] + given["table"][given["ids"]])
+    np.testing.assert_array_equal(y, arrays["x"] + arrays["table"][arrays["ids"]])
     assert np.shares_memory(binding.outputs["y"].numpy(), y)
-    for name, value in given.items():
+    for name, value in arrays.items():
         assert np.shares_memory(binding.inputs[name].numpy(), value)
 
 
 def test_bindings_share_the_buffers_they_are_given(engine: Engine) -> None:
-    """As the denoiser's do: one binding's buffers are another's, of the same sizes or of other ones where they can."""
+    """As in the denoiser: one binding's buffers are another's, whether or not their sizes are the same."""
     first = engine.bind({"x": (3, 4), "table": (10, 4), "ids": (3,)})
     other_ids = np.array([9, 8, 7])
     shared = {name: first.inputs[name] for name in ("x", "table", "bias")}
@@ -251,13 +250,13 @@ def test_bindings_share_the_buffers_they_are_given(engine: Engine) -> None:
 
 
 def test_an_output_of_one_binding_is_an_input_of_another(engine: Engine) -> None:
-    given = feeds()
-    first = engine.bind({}, given)
-    second = engine.bind({}, {**given, "x": first.outputs["y"]})
+    arrays = feeds()
+    first = engine.bind({}, arrays)
+    second = engine.bind({}, {**arrays, "x": first.outputs["y"]})
     first.run()
     second.run()
 
-    np.testing.assert_array_equal(second.outputs["y"].numpy(), given["x"] + 2 * given["table"][given["ids"]])
+    np.testing.assert_array_equal(second.outputs["y"].numpy(), arrays["x"] + 2 * arrays["table"][arrays["ids"]])
 
 
 @pytest.mark.parametrize(
@@ -265,13 +264,13 @@ def test_an_output_of_one_binding_is_an_input_of_another(engine: Engine) -> None
     [
         ({"z": np.zeros((3, 4), np.float32)}, r"lookup has no input 'z', it takes x, table, ids, bias"),
         ({"y": np.zeros((3, 4))}, r"'y' of lookup is float64, the graph takes y float32\[B, 4\]: cast it to float32"),
-        ({"y": np.zeros((3, 4, 1), np.float32)}, r"'y' of lookup has shape 3x4x1, the graph gives y float32\[B, 4\]"),
+        ({"y": np.zeros((3, 4, 1), np.float32)}, r"'y' of lookup has shape 3x4x1, the graph returns y float32\[B, 4\]"),
         ({"y": np.zeros((4, 3), np.float32).T}, r"'y' of lookup is not contiguous"),
-        ({"y": np.zeros((2, 4), np.float32)}, r"'y' of lookup has shape 2x4, the graph gives .* with B = 3$"),
-        ({"y": np.zeros((3, 5), np.float32)}, r"'y' of lookup has shape 3x5, the graph gives y float32\[B, 4\]"),
+        ({"y": np.zeros((2, 4), np.float32)}, r"'y' of lookup has shape 2x4, the graph returns .* with B = 3$"),
+        ({"y": np.zeros((3, 5), np.float32)}, r"'y' of lookup has shape 3x5, the graph returns y float32\[B, 4\]"),
     ],
 )
-def test_a_wrong_output_is_named_before_the_engine_sees_it(
+def test_a_wrong_output_is_reported_before_the_engine_sees_it(
     engine: Engine, outputs: dict[str, np.ndarray], message: str
 ) -> None:
     with pytest.raises(FeedError, match=message):
@@ -289,7 +288,7 @@ def test_a_region_is_read_as_a_copy(engine: Engine) -> None:
     assert binding.outputs["y"].read((slice(None), 2)).shape == (3,)
 
 
-def test_an_engine_of_the_cpu_has_no_limits_and_is_not_captured(engine: Engine) -> None:
+def test_a_cpu_engine_has_no_limits_and_is_not_captured(engine: Engine) -> None:
     assert dict(engine.limits) == {}
     assert not engine.bind({}, feeds()).capturable
 
@@ -297,44 +296,44 @@ def test_an_engine_of_the_cpu_has_no_limits_and_is_not_captured(engine: Engine) 
 def test_openvino_bindings_of_one_graph_take_turns_on_its_infer_request(path: Path) -> None:
     pytest.importorskip("openvino")
     engine = opened(OpenVinoEngine, path)
-    given = [feeds(rows=2), feeds(rows=2), feeds(rows=3)]
-    bindings = [engine.bind({}, each) for each in given]
+    batches = [feeds(rows=2), feeds(rows=2), feeds(rows=3)]
+    bindings = [engine.bind({}, batch) for batch in batches]
     assert len({id(binding._compiled) for binding in bindings}) == 1
 
     for turn, index in enumerate([0, 1, 2, 2, 1, 0, 0, 2, 1, 0, 1]):
-        given[index]["x"][:] = turn
+        batches[index]["x"][:] = turn
         before = [binding.outputs["y"].numpy().copy() for binding in bindings]
         bindings[index].run()
         for i, binding in enumerate(bindings):
-            expected = before[i] if i != index else turn + given[i]["table"][given[i]["ids"]]
+            expected = before[i] if i != index else turn + batches[i]["table"][batches[i]["ids"]]
             np.testing.assert_array_equal(binding.outputs["y"].numpy(), expected)
 
 
-def test_an_openvino_binding_that_runs_often_gets_a_graph_of_its_own_shapes_and_gives_the_same(
+def test_an_openvino_binding_that_runs_often_gets_a_graph_for_its_shapes_with_the_same_output(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("openvino")
     engine = opened(OpenVinoEngine, path)
     monkeypatch.setattr("oneword.engines.openvino.OFTEN", 2)
-    given = feeds()
-    binding = engine.bind({}, given)
-    seen = set()
+    arrays = feeds()
+    binding = engine.bind({}, arrays)
+    compiled = set()
     deadline = time.monotonic() + 60
     run = 0
-    while run < 5 or len(seen) < 2:  # it is compiled in the background, and taken up by a later run
+    while run < 5 or len(compiled) < 2:  # it is compiled in the background, and used by a later run
         assert time.monotonic() < deadline
         run += 1
-        given["x"][:] = run
+        arrays["x"][:] = run
         binding.run()
-        np.testing.assert_array_equal(binding.outputs["y"].numpy(), run + given["table"][given["ids"]])
-        seen.add(id(binding._compiled))
+        np.testing.assert_array_equal(binding.outputs["y"].numpy(), run + arrays["table"][arrays["ids"]])
+        compiled.add(id(binding._compiled))
     assert binding._compiled.static
-    other = engine.bind({}, feeds(rows=2))  # the engine still takes any shape
-    other.run()
-    np.testing.assert_array_equal(other.outputs["y"].numpy(), feeds(2)["x"] + feeds(2)["table"][feeds(2)["ids"]])
+    smaller = engine.bind({}, feeds(rows=2))  # the engine still accepts any shape
+    smaller.run()
+    np.testing.assert_array_equal(smaller.outputs["y"].numpy(), feeds(2)["x"] + feeds(2)["table"][feeds(2)["ids"]])
 
 
-def test_an_openvino_graph_whose_own_shapes_cannot_be_compiled_runs_on(
+def test_an_openvino_binding_keeps_running_if_its_shapes_cannot_be_compiled(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("openvino")

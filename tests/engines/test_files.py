@@ -16,14 +16,14 @@ def failing(error: BaseException) -> Any:
     return fail
 
 
-def test_a_file_is_replaced_whole_and_nothing_else_stays_in_its_folder(tmp_path: Path) -> None:
+def test_a_file_is_replaced_whole_and_nothing_else_remains_in_its_folder(tmp_path: Path) -> None:
     for data in (b"first" * 1000, b"second"):
         write_whole(tmp_path / "word.safetensors", data)
 
         assert [path.read_bytes() for path in tmp_path.iterdir()] == [data]
 
 
-def test_content_and_folder_reach_the_disk_in_that_order_and_only_if_asked(
+def test_content_then_folder_are_flushed_to_disk_unless_sync_is_off(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     synced: list[bool] = []
@@ -43,7 +43,7 @@ def test_content_and_folder_reach_the_disk_in_that_order_and_only_if_asked(
         (OSError(errno.ENOSPC, "No space left on device"), FileError, r"cannot write .*file: No space left on device"),
     ],
 )
-def test_what_stops_a_write_leaves_the_older_file_and_no_other(
+def test_an_interrupted_write_leaves_the_older_file_and_no_other(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     function: str,
@@ -68,7 +68,7 @@ def test_a_folder_that_does_not_exist_is_a_file_error(tmp_path: Path, name: str)
         write_whole(tmp_path / name, b"data")
 
 
-def test_a_name_as_long_as_a_disk_takes_is_written(tmp_path: Path) -> None:
+def test_a_file_with_the_longest_allowed_name_is_written(tmp_path: Path) -> None:
     write_whole(tmp_path / ("語" * 85), b"data")  # 255 bytes
 
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"data"]

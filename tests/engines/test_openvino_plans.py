@@ -27,8 +27,8 @@ X = np.arange(8, dtype=np.float32).reshape(2, 4)
 def path(tmp_path: Path) -> Path:
     """y = x + 1."""
     values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["B", 4]) for name in "xy"]
-    one = helper.make_tensor("one", TensorProto.FLOAT, [1], [1.0])
-    graph = helper.make_graph([helper.make_node("Add", ["x", "one"], ["y"])], "add", values[:1], values[1:], [one])
+    unit = helper.make_tensor("unit", TensorProto.FLOAT, [1], [1.0])
+    graph = helper.make_graph([helper.make_node("Add", ["x", "unit"], ["y"])], "add", values[:1], values[1:], [unit])
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), tmp_path / "a.onnx")
     return tmp_path / "a.onnx"
 
@@ -45,7 +45,7 @@ def engine(
 
 
 def run_until_compiled(binding: OpenVinoBinding, turns: int) -> None:
-    """Runs at least so often, and on until what is compiled in the background is taken up."""
+    """Runs at least `turns` times, and until the graph compiled in the background is in use."""
     deadline = time.monotonic() + 60
     turn = 0
     while turn < turns or not binding._compiled.static:
@@ -59,15 +59,15 @@ def run_until_compiled(binding: OpenVinoBinding, turns: int) -> None:
 @pytest.fixture
 def compilations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Grows by one for every graph that is compiled."""
-    seen: list[str] = []
+    devices: list[str] = []
     compile_model = openvino.Core.compile_model
 
     def noted(self: Any, *args: Any) -> Any:
-        seen.append(args[1])
+        devices.append(args[1])
         return compile_model(self, *args)
 
     monkeypatch.setattr(openvino.Core, "compile_model", noted)
-    return seen
+    return devices
 
 
 def test_a_graph_is_compiled_at_the_first_start_only(path: Path, tmp_path: Path, compilations: list[str]) -> None:
@@ -81,7 +81,7 @@ def test_a_graph_is_compiled_at_the_first_start_only(path: Path, tmp_path: Path,
     assert len(compilations) == 1
 
 
-def test_another_graph_and_another_precision_are_other_plans(
+def test_another_graph_or_precision_has_another_plan(
     path: Path, tmp_path: Path, compilations: list[str]
 ) -> None:
     plans = PlanCache(tmp_path / "plans")
@@ -94,7 +94,7 @@ def test_another_graph_and_another_precision_are_other_plans(
     assert len(list((tmp_path / "plans").glob("*.plan"))) == 2 + low
 
 
-def test_a_plan_that_was_changed_is_never_loaded(path: Path, tmp_path: Path, compilations: list[str]) -> None:
+def test_a_plan_that_has_changed_is_never_loaded(path: Path, tmp_path: Path, compilations: list[str]) -> None:
     plans = PlanCache(tmp_path / "plans")
     engine(path, plans)
     [plan] = (tmp_path / "plans").glob("*.plan")
@@ -107,7 +107,7 @@ def test_a_plan_that_was_changed_is_never_loaded(path: Path, tmp_path: Path, com
     assert plan.read_bytes() != good[:-1] + bytes([good[-1] ^ 1])
 
 
-def test_bytes_that_openvino_refuses_are_compiled_again(
+def test_a_graph_whose_plan_openvino_refuses_is_compiled_again(
     path: Path, tmp_path: Path, compilations: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plans = PlanCache(tmp_path / "plans")
@@ -118,13 +118,13 @@ def test_bytes_that_openvino_refuses_are_compiled_again(
     assert len(compilations) == 1
 
 
-def test_where_no_plan_can_be_written_the_graph_runs_all_the_same(path: Path, tmp_path: Path) -> None:
+def test_the_graph_runs_even_if_no_plan_can_be_written(path: Path, tmp_path: Path) -> None:
     (tmp_path / "plans").write_text("a file where the folder should be")
 
     np.testing.assert_array_equal(engine(path, PlanCache(tmp_path / "plans")).run({"x": X})["y"], X + 1)
 
 
-def test_a_binding_that_runs_often_is_compiled_for_its_shapes_and_goes_on_in_its_buffers(
+def test_a_binding_that_runs_often_is_compiled_for_its_shapes_and_keeps_its_buffers(
     path: Path, tmp_path: Path, compilations: list[str]
 ) -> None:
     opened = engine(path, PlanCache(tmp_path / "plans"))
@@ -143,7 +143,7 @@ def test_a_binding_that_runs_often_is_compiled_for_its_shapes_and_goes_on_in_its
     assert len(compilations) == 2  # the second start compiles nothing
 
 
-def test_the_folder_of_plans_does_not_grow_for_ever(
+def test_the_folder_of_plans_does_not_grow_without_limit(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("oneword.engines.openvino._MOST_PLANS", 3)
@@ -178,7 +178,7 @@ def test_a_large_graph_is_compiled_for_its_first_shapes_then_once_for_any_others
     assert not (tmp_path / "plans").exists()
 
 
-def test_a_damaged_large_graph_and_one_with_other_inputs_are_refused_when_they_are_opened(
+def test_a_large_graph_that_is_damaged_or_has_other_inputs_is_refused_when_opened(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("oneword.engines.openvino._SMALL", 0)
@@ -191,7 +191,7 @@ def test_a_damaged_large_graph_and_one_with_other_inputs_are_refused_when_they_a
         engine(path, PlanCache(tmp_path / "plans"))
 
 
-def test_a_large_graph_that_cannot_be_compiled_is_an_error_that_names_it_and_its_shapes(
+def test_the_error_for_a_large_graph_that_cannot_be_compiled_names_it_and_its_shapes(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("oneword.engines.openvino._SMALL", 0)
@@ -212,12 +212,12 @@ def test_the_buffers_of_a_binding_that_is_gone_are_released(path: Path) -> None:
     gc.collect()
 
     assert alive() is None
-    other = add.bind({}, {"x": X})
-    other.run()
-    np.testing.assert_array_equal(other.outputs["y"].numpy(), X + 1)
+    second = add.bind({}, {"x": X})
+    second.run()
+    np.testing.assert_array_equal(second.outputs["y"].numpy(), X + 1)
 
 
-def test_a_specialized_binding_has_a_graph_of_its_own_shapes_which_the_next_start_reads(
+def test_a_specialized_binding_has_a_graph_for_its_shapes_which_the_next_start_reads(
     path: Path, tmp_path: Path, compilations: list[str]
 ) -> None:
     for _ in range(2):
@@ -229,4 +229,4 @@ def test_a_specialized_binding_has_a_graph_of_its_own_shapes_which_the_next_star
         assert add.few_shapes
         assert binding._compiled.static
         np.testing.assert_array_equal(binding.outputs["y"].numpy(), X + 1)
-    assert len(compilations) == 2  # any shape, and these
+    assert len(compilations) == 2  # for any shape, and for these

@@ -1,4 +1,4 @@
-"""The plan cache: nothing is loaded that the index does not vouch for, and nothing is built twice."""
+"""The plan cache loads nothing that the index does not vouch for, and builds nothing twice."""
 
 import multiprocessing
 import os
@@ -28,7 +28,7 @@ def race(folder: Path, barrier: object) -> None:
 
 
 def refuse() -> bytes:
-    raise AssertionError("built although it is there")
+    raise AssertionError("built although it is cached")
 
 
 def test_a_plan_is_built_once_and_found_by_another_process(tmp_path: Path) -> None:
@@ -57,7 +57,7 @@ def build_forever(folder: Path) -> None:
     PlanCache(folder / "plans").load_or_build(KEY, build)
 
 
-def test_a_build_that_is_killed_leaves_nothing_and_no_one_waits_for_it(tmp_path: Path) -> None:
+def test_a_killed_build_leaves_nothing_and_blocks_no_one(tmp_path: Path) -> None:
     process = multiprocessing.get_context("spawn").Process(target=build_forever, args=(tmp_path,))
     process.start()
     while process.is_alive() and not (tmp_path / "started").exists():
@@ -69,7 +69,7 @@ def test_a_build_that_is_killed_leaves_nothing_and_no_one_waits_for_it(tmp_path:
     assert PlanCache(tmp_path / "plans").load_or_build(KEY, lambda: b"plan") == b"plan"
 
 
-def test_a_thousand_flips_and_truncations_are_all_refused(tmp_path: Path) -> None:
+def test_a_thousand_bit_flips_and_truncations_are_all_refused(tmp_path: Path) -> None:
     cache, generator = PlanCache(tmp_path), random.Random(0)
     plan = generator.randbytes(4096)
     cache.load_or_build(KEY, lambda: plan)
@@ -95,14 +95,14 @@ def test_a_thousand_flips_and_truncations_are_all_refused(tmp_path: Path) -> Non
         {"flags": ()},
     ],
 )
-def test_whatever_a_plan_depends_on_separates_plans(tmp_path: Path, change: dict[str, object]) -> None:
+def test_a_change_in_any_field_of_the_key_is_another_plan(tmp_path: Path, change: dict[str, object]) -> None:
     cache = PlanCache(tmp_path)
     cache.load_or_build(KEY, lambda: b"one")
     assert cache.load_or_build(replace(KEY, **change), lambda: b"two") == b"two"  # type: ignore[arg-type]
     assert cache.load(KEY) == b"one"
 
 
-def test_a_plan_that_no_index_records_is_never_loaded(tmp_path: Path) -> None:
+def test_a_plan_that_is_not_in_the_index_is_never_loaded(tmp_path: Path) -> None:
     cache = PlanCache(tmp_path)
     cache.path(KEY).write_bytes(b"somebody else's native code")
     assert cache.load(KEY) is None
@@ -121,7 +121,7 @@ def test_a_build_that_fails_leaves_nothing_to_load(tmp_path: Path) -> None:
     assert cache.load_or_build(KEY, lambda: b"plan") == b"plan"
 
 
-def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_one_line_of_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_space(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 

@@ -59,7 +59,7 @@ def test_a_bfloat16_graph_is_written_and_refused_by_the_cpu_in_one_line(tiny_mod
     assert decoder.precision is Precision.BF16
     files = trace(decoder, tmp_path)  # checked by onnx itself
     graph = Graph(files, "", decoder.precision, decoder.inputs, decoder.outputs)
-    with pytest.raises(EngineError, match="computes in bf16, which ONNX Runtime does not on a CPU") as caught:
+    with pytest.raises(EngineError, match="computes in bf16, which ONNX Runtime does not support on a CPU") as caught:
         OnnxRuntimeEngine("vae_decoder", graph, tmp_path)
     assert "\n" not in str(caught.value)
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from oneword.engines.engine import Binding, Engine, Given, NumpyArray, bound_shapes
+from oneword.engines.engine import AnyArray, Binding, Engine, NumpyArray, bound_shapes
 from oneword.engines.errors import FeedError
 from oneword.engines.open import open_engine
 from oneword.runtime import model as module
@@ -33,8 +33,8 @@ class Limited:
     def bind(
         self,
         shapes: Mapping[str, Sequence[int]],
-        inputs: Mapping[str, Given] | None = None,
-        outputs: Mapping[str, Given] | None = None,
+        inputs: Mapping[str, AnyArray] | None = None,
+        outputs: Mapping[str, AnyArray] | None = None,
     ) -> Binding:
         given = {name: array.shape for name, array in {**(inputs or {}), **(outputs or {})}.items()}
         sizes, _, _ = bound_shapes(self.name, self.inputs, self.outputs, shapes, given)
