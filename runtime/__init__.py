@@ -1,4 +1,4 @@
-"""A bundle, concepts and requests become pictures here. No torch. The names below are the API; docs/api.md shows it."""
+"""Generates pictures from a bundle, concepts and requests. No torch. The names below are the API, see docs/api.md."""
 
 from oneword.engines.open import Backend
 from oneword.runtime.concept import Concept, load_concept, save_concept

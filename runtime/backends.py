@@ -1,4 +1,4 @@
-"""Which backend runs a bundle on this machine, and why not the others."""
+"""Chooses the backend that runs a bundle on this machine, and explains why faster ones are not used."""
 
 import importlib.util
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ _FASTEST_FIRST: Final = (
 
 def choose_backend(bundle: Bundle, name: Backend | str = AUTO) -> tuple[Backend, str]:
     """The backend called `name`, or for "auto" the fastest that is installed and can open the bundle; and one line that
-    says why not the faster ones (empty if a name was given).
+    says why faster ones are not used (empty if `name` is not "auto").
 
     Raises UsageError for an unknown name; if "auto" finds none, MissingPackage or EngineError.
     """
@@ -29,8 +29,8 @@ def choose_backend(bundle: Bundle, name: Backend | str = AUTO) -> tuple[Backend,
         try:
             return Backend(name), ""
         except ValueError:
-            known = ", ".join([AUTO, *(backend.value for backend in Backend)])
-            raise UsageError(f"no backend is called {name!r}, allowed are {known}") from None
+            allowed = ", ".join([AUTO, *(backend.value for backend in Backend)])
+            raise UsageError(f"no backend is called {name!r}, allowed are {allowed}") from None
     reasons: list[str] = []
     for backend in _FASTEST_FIRST:
         if (reason := next(_obstacles(bundle, backend), None)) is None:
@@ -42,7 +42,7 @@ def choose_backend(bundle: Bundle, name: Backend | str = AUTO) -> tuple[Backend,
 
 
 def _obstacles(bundle: Bundle, backend: Backend) -> Iterator[str]:
-    """Why this backend cannot run the bundle here; the first reason is the one to report."""
+    """Reasons why this backend cannot run the bundle on this machine; only the first is reported."""
     module = {Backend.CUDA: "onnxruntime", Backend.TENSORRT_RTX: "tensorrt_rtx"}.get(backend, backend.value)
     if importlib.util.find_spec(module) is None:
         yield "not installed"

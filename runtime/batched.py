@@ -1,4 +1,4 @@
-"""A graph run over any number of items: in calls of 8, 4, 2 and 1, each size bound once. No denoising."""
+"""Runs a graph over any number of items, in calls of 8, 4, 2 and 1; each size is bound once. No denoising."""
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -15,7 +15,7 @@ _MAX_BINDINGS: Final = 16
 class BatchedGraph:
     """One engine, and its bindings by the size of the call and of the items.
 
-    `fixed` inputs belong to all items, such as the embedding table. No call is larger than the engine's limit.
+    `fixed` inputs, such as the embedding table, are shared by all items. No call exceeds the engine's limit.
     """
 
     def __init__(self, engine: Engine, fixed: Mapping[str, AnyArray]) -> None:
@@ -26,9 +26,9 @@ class BatchedGraph:
     def __call__(
         self, feeds: Mapping[str, NumpyArray], sizes: Mapping[str, int] | None = None
     ) -> dict[str, NumpyArray]:
-        """Every output [n, ...] for inputs [n, ...]. `sizes` are those of axes that only outputs have.
+        """Every output [n, ...] for inputs [n, ...]. `sizes` gives the sizes of axes that only outputs have.
 
-        Raises FeedError before, EngineError in the engine.
+        Raises FeedError before the engine is called, EngineError if it fails.
         """
         count = len(next(iter(feeds.values())))
         parts = [
@@ -49,9 +49,9 @@ class BatchedGraph:
         if key not in self._bindings:
             shapes = {name: values.shape for name, values in feeds.items()}
             for name, spec in self._engine.outputs.items():
-                known = {"B": count, **(sizes or {})}
-                if all(isinstance(axis, int) or axis in known for axis in spec.axes):
-                    shapes[name] = shape_of(self._engine.name, spec, known)
+                axis_sizes = {"B": count, **(sizes or {})}
+                if all(isinstance(axis, int) or axis in axis_sizes for axis in spec.axes):
+                    shapes[name] = shape_of(self._engine.name, spec, axis_sizes)
             self._bindings[key] = self._engine.bind(shapes, self._fixed)
         self._bindings.move_to_end(key)
         while len(self._bindings) > _MAX_BINDINGS:

@@ -1,14 +1,14 @@
-"""The bundle: a folder that holds one compiled model, and `bundle.json`, which is all that runtime knows of it.
+"""The bundle: a folder with one compiled model, described to the runtime by `bundle.json` alone.
 
     bundle/
-      bundle.json        written last; a folder without it is no bundle
+      bundle.json        written last; a folder without it is not a bundle
       tokenizer*/ ...    files of the encoders' tokenizers
       *.onnx (+ data)    the graphs
       *.safetensors      the encoders' base embedding tables
-      .verified.json     which files were hashed, and their size, mtime and inode then; may be deleted
+      .verified.json     the hashed files, with their size, mtime and inode at that time; may be deleted
       plans/             a cache of compiled plans; may be deleted
 
-Nothing here opens a graph.
+Not covered: opening the graphs.
 """
 
 import contextlib
@@ -36,20 +36,20 @@ TOKENIZER = "tokenizer.json"
 _MAX_MANIFEST_BYTES = 8 << 20
 
 Count = Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
-"""What a manifest counts: beyond it no model has so many, and memory would run out before a line could be said."""
+"""A count in a manifest. The limit is beyond any model, and keeps a bad manifest from exhausting memory."""
 TokenId = Annotated[int, msgspec.Meta(ge=0, le=1 << 24)]
 
 
 class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Where the weights came from."""
+    """The origin of the weights."""
 
     id: str
-    """A directory's name or a hub id."""
+    """A directory's name or a Hub id."""
     digest: str
     """sha256 of the weights."""
     revision: str | None = None
     license: str | None = None
-    """As the model card names it."""
+    """As named in the model card."""
 
 
 class Encoder(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -72,16 +72,16 @@ class Encoder(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     eos_id: TokenId
     pad_id: TokenId
     layers: tuple[int, ...]
-    """The allowed values of the graph's `layer` input: how many transformer layers are run. Empty if it has none."""
+    """Allowed values of the graph's `layer` input, the number of transformer layers to run. Empty if it has none."""
     default_layer: int | None
     pooled_width: int | None = None
-    """P if the encoder pools (its graph then takes `eos_index` and gives `pooled`), else None."""
+    """P if the encoder pools (its graph then takes `eos_index` and returns `pooled`), else None."""
     word_optional: bool = False
-    """Whether a concept may lack vectors for this encoder; its prompt then reads the concept's text."""
+    """Whether a concept may lack vectors for this encoder, whose prompt then contains the concept's text instead."""
 
 
 class MissingNegative(StrEnum):
-    """What stands for a negative prompt that was not given."""
+    """What replaces a missing negative prompt."""
 
     EMPTY = "empty"  # the empty prompt, encoded
     ZEROS = "zeros"  # a context (and pooled vector) of zeros
@@ -91,10 +91,10 @@ class Conditioning(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How the encoders' outputs become the denoiser's context."""
 
     context: tuple[tuple[str, ...], ...]
-    """Blocks of encoders. Within a block, hidden states are side by side along the columns and zero-padded to the
-    context's width; blocks follow one another along the tokens."""
+    """Blocks of encoders. Within a block, hidden states are concatenated along the columns and zero-padded to the
+    context's width; blocks are concatenated along the tokens."""
     pooled: tuple[str, ...] = ()
-    """Encoders whose `pooled` vectors, side by side, are the denoiser's `pooled` input."""
+    """Encoders whose concatenated `pooled` vectors are the denoiser's `pooled` input."""
     missing_negative: MissingNegative = MissingNegative.EMPTY
     repeatable: bool = True
     """Whether a context may be repeated whole to fill T: exact in cross-attention, wrong in joint attention."""
@@ -106,7 +106,7 @@ TIME_IDS = ("original_height", "original_width", "crop_top", "crop_left", "targe
 
 
 class Vae(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Facts about the autoencoder. Scale and shift are inside the graphs; they are recorded here for information."""
+    """Facts about the autoencoder. Scale and shift are inside the graphs, and recorded here for information only."""
 
     scale: float
     shift: float
@@ -124,14 +124,14 @@ class Preview(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ScheduleKind(StrEnum):
-    """What kind of noise schedule the scheduler's config describes."""
+    """The kind of noise schedule that the scheduler's config describes."""
 
     BETAS = "betas"  # alpha^2 + sigma^2 = 1, from betas
     FLOW = "flow"  # alpha = 1 - sigma
 
 
 class Defaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a request that does not say otherwise gets."""
+    """Settings of requests that do not set them."""
 
     width: Count
     height: Count
@@ -155,9 +155,9 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     defaults: Defaults
     schedule: ScheduleKind = ScheduleKind.BETAS
     size_multiple: Annotated[int, msgspec.Meta(ge=1, le=1 << 10)] = 8
-    """Width and height of a picture are multiples of it."""
+    """Width and height of a picture must be multiples of it."""
     max_side: Count | None = None
-    """The longest side of a picture in pixels, if the model has one."""
+    """The longest allowed side of a picture in pixels, if the model has such a limit."""
     preview: Preview | None = None
     files: dict[str, str] = {}
     """Relative path -> sha256 of every file of the bundle. Filled in by `write_bundle`."""
@@ -180,7 +180,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Bundle(msgspec.Struct, frozen=True):
-    """A bundle on disk, whole and as it was written."""
+    """A bundle on disk, complete and unchanged since it was written."""
 
     path: Path
     manifest: Manifest
@@ -189,7 +189,7 @@ class Bundle(msgspec.Struct, frozen=True):
     def open(cls, path: str | Path) -> Self:
         """Reads the manifest and checks every file against it.
 
-        A file is hashed once; later it is enough that its size, mtime and inode are those it had then.
+        A file is hashed once; after that its size, mtime and inode must be unchanged, or it is hashed again.
 
         Raises:
             UsageError: there is no bundle at `path`.
@@ -206,7 +206,7 @@ class Bundle(msgspec.Struct, frozen=True):
         return (self.path / relative).resolve()
 
     def graph(self, name: str) -> Graph:
-        """The graph called `name`. Raises UsageError where the bundle has none."""
+        """The graph called `name`. Raises UsageError if the bundle does not have it."""
         try:
             return self.manifest.graphs[name]
         except KeyError:
@@ -217,11 +217,11 @@ class Bundle(msgspec.Struct, frozen=True):
 
 
 def write_bundle(path: str | Path, fill: Callable[[Path], Manifest]) -> Bundle:
-    """Makes a bundle whole or not at all: `fill(folder)` writes the files into a folder beside `path` and returns the
-    manifest (its `files` may be empty); everything is hashed, bundle.json is written last, and the folder renamed.
+    """Writes a bundle, whole or not at all: `fill(folder)` writes the files into a folder beside `path` and returns the
+    manifest (its `files` may be empty); everything is hashed, bundle.json is written last, and the folder is renamed.
 
-    An older bundle at `path` is replaced, but for its plans: those of graphs that stay the same stay good. Any other
-    non-empty folder, a bundle with files of somebody else's in it, or a file, is refused.
+    An older bundle at `path` is replaced, except for its plans: those of unchanged graphs stay valid. Any other
+    non-empty folder, a bundle with foreign files in it, and a file are refused.
     """
     path = Path(path).absolute()
     _refuse_to_overwrite(path)
@@ -235,7 +235,7 @@ def write_bundle(path: str | Path, fill: Callable[[Path], Manifest]) -> Bundle:
         manifest = fill(staging)
         relative = sorted(p.relative_to(staging).as_posix() for p in staging.rglob("*") if p.is_file())
         for name in relative:
-            (staging / name).chmod(0o644)  # whoever wrote them: safetensors keeps its files to their owner
+            (staging / name).chmod(0o644)  # safetensors makes its files readable by their owner only
         stats = {name: (staging / name).stat() for name in relative}
         files = {name: file_digest(staging / name) for name in relative}
         manifest = msgspec.structs.replace(manifest, files=files)
@@ -259,7 +259,7 @@ def _read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     try:
         if path.stat().st_size > _MAX_MANIFEST_BYTES:
-            raise BundleError(f"{path} is larger than {_MAX_MANIFEST_BYTES >> 20} MiB: this is no manifest")
+            raise BundleError(f"{path} is larger than {_MAX_MANIFEST_BYTES >> 20} MiB: it is not a manifest")
         data = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise UsageError(f"{folder} is not a bundle (no {MANIFEST}): make one with ti-export MODEL {folder}") from None
@@ -284,21 +284,21 @@ class _Version(msgspec.Struct):
 
 
 def _check_references(folder: Path, manifest: Manifest) -> None:
-    """Whatever the manifest names is there: files in `files`, graphs of encoders, encoders of the conditioning."""
+    """Raises BundleError if the manifest refers to a file, graph or encoder that it does not have."""
     graphs, encoders = manifest.graphs, {encoder.graph: encoder for encoder in manifest.encoders}
-    for needed in ("denoise_step", "vae_decoder", *encoders):
-        if needed not in graphs:
-            raise BundleError(f"the bundle {folder} has no graph {needed!r}: export the model again with ti-export")
+    for required in ("denoise_step", "vae_decoder", *encoders):
+        if required not in graphs:
+            raise BundleError(f"the bundle {folder} has no graph {required!r}: export the model again with ti-export")
     conditioning = manifest.conditioning
     for name in (*itertools.chain.from_iterable(conditioning.context), *conditioning.pooled):
         if name not in encoders:
-            raise BundleError(f"the bundle {folder} conditions on {name!r}, which is none of its encoders")
+            raise BundleError(f"the bundle {folder} conditions on {name!r}, which is not one of its encoders")
     if any(encoders[name].hidden_width is None for block in conditioning.context for name in block):
         raise BundleError(f"the bundle {folder} has an encoder without hidden states in its context")
     if any(encoders[name].pooled_width is None for name in conditioning.pooled) or not conditioning.context:
         raise BundleError(f"the bundle {folder} pools an encoder that does not pool, or has no context")
     if unknown := set(conditioning.time_ids) - set(TIME_IDS):
-        raise BundleError(f"the bundle {folder} has the time id {min(unknown)!r}, known are {', '.join(TIME_IDS)}")
+        raise BundleError(f"the bundle {folder} has the time id {min(unknown)!r}, allowed are {', '.join(TIME_IDS)}")
     for name, graph in graphs.items():
         if not graph.files:
             raise BundleError(f"graph {name!r} of the bundle {folder} has no file")
@@ -313,26 +313,26 @@ def _check_references(folder: Path, manifest: Manifest) -> None:
     if steps and steps[0].axes[-1] != len(manifest.columns):
         raise BundleError(f"the bundle {folder} names {len(manifest.columns)} columns, its schedule is {steps[0]}")
     if manifest.preview is not None and len(manifest.preview.weights) != manifest.vae.latent_channels:
-        raise BundleError(f"the bundle {folder} has a preview of other channels than its latents")
+        raise BundleError(f"the bundle {folder} has a preview whose channels differ from its latents'")
     if manifest.size_multiple % manifest.vae.factor:
         raise BundleError(f"the bundle {folder} has sizes in multiples of {manifest.size_multiple} pixels, not latents")
     for encoder in manifest.encoders:
         if (encoder.default_layer is None) != (not encoder.layers):
             raise BundleError(
-                f"encoder {encoder.graph!r} of the bundle {folder} has layers and no default, or no layers"
+                f"encoder {encoder.graph!r} of the bundle {folder} has layers without a default, or the reverse"
             )
         if encoder.layers and encoder.default_layer not in encoder.layers:
             raise BundleError(f"encoder {encoder.graph!r} of the bundle {folder} has no layer {encoder.default_layer}")
     for name in (*manifest.files, *(encoder.tokenizer for encoder in manifest.encoders)):
         pure = PurePosixPath(name)
         if not name or pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name or ":" in name:
-            raise BundleError(f"the bundle {folder} names {name!r}, which is outside of it")
+            raise BundleError(f"the bundle {folder} names {name!r}, which is outside it")
 
 
 def _check_files(folder: Path, manifest: Manifest) -> None:
     root = folder.resolve()
     if stray := next(_strays(folder, manifest.files), None):
-        raise BundleError(f"{folder / stray} is no part of the bundle, and could be taken for one: move it elsewhere")
+        raise BundleError(f"{folder / stray} is not part of the bundle but could pass for it: move it elsewhere")
     in_graphs = {name for graph in manifest.graphs.values() for name in graph.files}
     remembered = _remembered(folder)
     stamps = {}
@@ -342,10 +342,10 @@ def _check_files(folder: Path, manifest: Manifest) -> None:
             raise BundleError(f"{path} is a link that leaves the bundle: copy the file itself")
         try:
             stat = path.stat()
-            stamps[name] = _stamp(digest, stat)  # as it was before it was hashed: a change meanwhile is seen next time
+            stamps[name] = _stamp(digest, stat)  # taken before the hash: a change during it is noticed next time
             if name in in_graphs and stat.st_nlink > 1:
                 raise BundleError(
-                    f"{path} is hardlinked, so that it can change from elsewhere: copy it (cp --no-preserve=links)"
+                    f"{path} is hard-linked, so it can change through another path: copy it (cp --no-preserve=links)"
                 )
             if remembered.get(name) != stamps[name] and file_digest(path) != digest:
                 raise BundleError(f"{path} has changed since it was exported (sha256 differs): copy or export it again")
@@ -355,7 +355,7 @@ def _check_files(folder: Path, manifest: Manifest) -> None:
             raise FileError(f"cannot read {path}: {error.strerror}") from error
     for name, graph in manifest.graphs.items():
         if digest_of(manifest.files[file] for file in graph.files) != graph.digest:
-            raise BundleError(f"graph {name!r} of the bundle {folder} has not the digest of its files: export it again")
+            raise BundleError(f"graph {name!r} of the bundle {folder} does not match its digest: export it again")
     if stamps != remembered:
         _remember(folder, stamps)
 
@@ -372,14 +372,14 @@ def _remembered(folder: Path) -> Mapping[str, list[str | int]]:
 
 
 def _remember(folder: Path, stamps: Mapping[str, list[str | int]]) -> None:
-    """Writes what was hashed; a read-only bundle is hashed again the next time."""
+    """Records the hashed files; a read-only bundle is hashed again the next time."""
     with contextlib.suppress(FileError):
         write_whole(folder / VERIFIED, msgspec.json.encode(stamps), sync=False)
 
 
 def _strays(folder: Path, files: Iterable[str]) -> Iterator[str]:
-    """Files and links to folders that a bundle of these files does not have; its plans are its own."""
-    known = {*files, MANIFEST}
+    """Files and links to folders that are not part of a bundle with these files; its plans are ignored."""
+    expected = {*files, MANIFEST}
     for root, folders, names in os.walk(folder):
         inside = Path(root).relative_to(folder)
         links = [name for name in folders if (Path(root) / name).is_symlink()]
@@ -387,7 +387,7 @@ def _strays(folder: Path, files: Iterable[str]) -> Iterator[str]:
             folders[:] = [name for name in folders if name != PLANS]
         for name in sorted((*names, *links)):
             relative = (inside / name).as_posix()
-            if relative not in known and not relative.startswith(VERIFIED):
+            if relative not in expected and not relative.startswith(VERIFIED):
                 yield relative
 
 
@@ -397,10 +397,10 @@ def _refuse_to_overwrite(path: Path) -> None:
     if (path / MANIFEST).is_file():
         try:
             files = _read_manifest(path).files
-        except BundleError:  # of another version: there is no knowing, and the way out is to export it again
+        except BundleError:  # of another version: its files are unknown, and exporting again is the fix
             return
         if stray := next(_strays(path, files), None):
-            raise UsageError(f"{path} holds {stray}, which is no part of the bundle: move it, or choose a new folder")
+            raise UsageError(f"{path} holds {stray}, which is not part of the bundle: move it, or choose a new folder")
         return
     if path.exists():
         raise UsageError(f"{path} exists and is not a bundle: choose a new folder")

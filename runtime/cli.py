@@ -32,15 +32,15 @@ _BUNDLES = "the bundle's"
 @version_option
 @click.argument("bundle", type=PATH)
 @click.argument("prompts", metavar="PROMPT...", nargs=-1, required=True)
-@click.option("--concept", "concepts", type=PATH, multiple=True, help="A learned word's file, or a folder of them.")
+@click.option("--concept", "concepts", type=PATH, multiple=True, help="File of a learned word, or a folder of them.")
 @click.option("--negative-prompt", help="What to avoid.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the first picture; picture i has seed + i.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the first picture; picture i uses seed + i.")
 @click.option("--num-images", type=int, default=1, show_default=True, help="Pictures per prompt.")
 @click.option("--steps", type=int, show_default=_BUNDLES, help="Denoising steps.")
 @click.option("--sampler", type=click.Choice([sampler.value for sampler in Sampler]), show_default=_BUNDLES)
-@click.option("--guidance-scale", type=float, show_default=_BUNDLES, help="Weight of the prompt; 1 is no guidance.")
+@click.option("--guidance-scale", type=float, show_default=_BUNDLES, help="Weight of the prompt; 1 means no guidance.")
 @click.option(
-    "--guidance-rescale", type=float, default=0.0, show_default=True, help="Against washed-out colours, 0 to 1."
+    "--guidance-rescale", type=float, default=0.0, show_default=True, help="Reduces overexposure, 0 to 1."
 )
 @click.option(
     "--guidance-interval",
@@ -53,22 +53,22 @@ _BUNDLES = "the bundle's"
 @click.option(
     "--clip-skip", type=int, default=0, show_default=True, help="Number of the text encoder's last layers to skip."
 )
-@click.option("--size", type=size, metavar="WxH", show_default="--image's, else the bundle's", help="In pixels.")
+@click.option("--size", type=size, metavar="WxH", show_default="--image's, else the bundle's", help="Size in pixels.")
 @click.option("--image", type=PATH, help="A picture to start from.")
-@click.option("--strength", type=float, default=0.8, show_default=True, help="How far from --image, 0 to 1.")
+@click.option("--strength", type=float, default=0.8, show_default=True, help="How much to change --image, 0 to 1.")
 @click.option("--mask", type=PATH, help="A picture of --image's size: white marks the area to regenerate.")
 @click.option(
-    "--paste/--no-paste", default=True, show_default=True, help="Keep --image's own pixels where --mask is black."
+    "--paste/--no-paste", default=True, show_default=True, help="Keep --image's pixels where --mask is black."
 )
 @click.option(
     "--engine",
     type=click.Choice([AUTO, *(backend.value for backend in Backend)]),
     default=AUTO,
     show_default=True,
-    help="What runs the graphs; auto takes the fastest that is installed.",
+    help="Backend that runs the graphs; auto picks the fastest one installed.",
 )
 @click.option(
-    "--max-rows", type=click.IntRange(1), default=MAX_ROWS, show_default=True, help="Most pictures made at a time."
+    "--max-rows", type=click.IntRange(1), default=MAX_ROWS, show_default=True, help="Maximum pictures per batch."
 )
 @click.option(
     "--word",
@@ -78,7 +78,7 @@ _BUNDLES = "the bundle's"
     help="Replaces {} in the prompts; may be repeated, one picture per word.",
 )
 @click.option(
-    "--grid", type=PATH, metavar="FILE.png", help="Also save all pictures as one: prompts by words and seeds."
+    "--grid", type=PATH, metavar="FILE.png", help="Also save all pictures in one grid: prompts by words and seeds."
 )
 @click.option("--output", type=PATH, default=Path("output"), show_default=True, help="Folder for the pictures.")
 @json_option
@@ -140,16 +140,16 @@ def command(
         for file in files:
             click.echo(file)
     if failed:
-        others = f" (and {len(failed) - 1} more of {count} pictures failed)" if len(failed) > 1 else ""
-        raise OnewordError(f"{failed[0]['error']}{others}")
+        suffix = f" (and {len(failed) - 1} more of {count} pictures failed)" if len(failed) > 1 else ""
+        raise OnewordError(f"{failed[0]['error']}{suffix}")
 
 
 def _generate(
     scheduler: Scheduler, requests: Sequence[Request], output: Path, progress: ProgressBar
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Steps the scheduler to its end; the report's entries of saved and of failed pictures, in the order of requests.
+    """Runs the scheduler to its end. Returns the report's entries of saved and failed pictures, in request order.
 
-    Pictures are saved as they come. If one cannot be saved, the rest is not made.
+    Each picture is saved when it is done. If one cannot be saved, the remaining ones are cancelled.
     """
     keys = [(id, index) for id, request in enumerate(requests) for index in range(request.num_images)]
     saved: dict[tuple[int, int], dict[str, Any]] = {}
@@ -182,7 +182,7 @@ def _generate(
 
 
 def _save(event: PictureDone, output: Path) -> dict[str, Any]:
-    """Writes one picture under a free name; its entry in the report. Raises FileError."""
+    """Writes one picture under an unused name and returns its entry in the report. Raises FileError."""
     slug = re.sub(r"[\W_]+", "-", event.request.prompt).strip("-").lower()[:60] or "picture"
     path = output / f"{slug}-{event.seed}.png"
     for number in range(2, 100_000):
@@ -201,16 +201,16 @@ def _save(event: PictureDone, output: Path) -> dict[str, Any]:
 
 
 def _filled(prompts: Sequence[str], words: Sequence[str], grid: Path | None) -> list[str]:
-    """The prompts, each with every word in place of its {}. Raises UsageError if either is missing."""
-    places = [prompt for prompt in prompts if _PLACE in prompt]
-    if places and not words:
-        raise UsageError(f"no word is given for the {_PLACE} of {places[0][:80]!r}: give --word or --concept")
+    """The prompts, each with every word in place of its {}. Raises UsageError if {} or the words are missing."""
+    templates = [prompt for prompt in prompts if _PLACE in prompt]
+    if templates and not words:
+        raise UsageError(f"no word is given for the {_PLACE} of {templates[0][:80]!r}: add --word or --concept")
     if grid is not None and grid.suffix.lower() != ".png":
         raise UsageError(f"--grid {grid}, allowed is a file name that ends in .png")
-    if grid is not None and 0 < len(places) < len(prompts):
-        without = next(prompt for prompt in prompts if _PLACE not in prompt)
+    if grid is not None and 0 < len(templates) < len(prompts):
+        plain = next(prompt for prompt in prompts if _PLACE not in prompt)
         raise UsageError(
-            f"{without[:80]!r} has no {_PLACE}, other prompts of this grid have: write it where the words should be"
+            f"{plain[:80]!r} has no {_PLACE}, other prompts of this grid do: write {_PLACE} where the words should be"
         )
     return [
         filled
@@ -220,7 +220,7 @@ def _filled(prompts: Sequence[str], words: Sequence[str], grid: Path | None) -> 
 
 
 def _grid(prompts: Sequence[str], words: Sequence[str], requests: Sequence[Request], model: Model) -> Grid:
-    """A row for each prompt, its columns the words, and under each word the seeds. Raises UsageError if too large."""
+    """A grid with a row per prompt and a column per word and seed. Raises UsageError if it is too large."""
     first, per_prompt = requests[0], len(requests) // len(prompts)
     settings = resolve(first, model.manifest)
     seeds = [f"seed {first.seed + i}" for i in range(first.num_images)] * per_prompt
@@ -229,23 +229,23 @@ def _grid(prompts: Sequence[str], words: Sequence[str], requests: Sequence[Reque
 
 
 def _save_grid(path: Path, grid: Grid, entries: Sequence[dict[str, Any]]) -> None:
-    """One picture of all that were saved."""
+    """Saves all pictures as one."""
     pictures = [read_image(Path(entry["file"])) for entry in entries]
     rows = [pictures[i : i + grid.count] for i in range(0, len(pictures), grid.count)]
     save_png(grid.draw(rows), path, entries[0]["parameters"])
 
 
 def _concept_files(paths: Sequence[Path]) -> list[Path]:
-    """The files themselves, and those in folders, in the order of their names."""
+    """The given files, and the files in given folders, sorted by name."""
     files: list[Path] = []
     for path in paths:
         if not path.is_dir():
             files.append(path)
             continue
-        found = sorted(path.glob("*.safetensors"))
-        if not found:
-            raise UsageError(f"the folder {path} holds no .safetensors file: give a learned word's file")
-        files += found
+        in_folder = sorted(path.glob("*.safetensors"))
+        if not in_folder:
+            raise UsageError(f"the folder {path} holds no .safetensors file: pass the file of a learned word")
+        files += in_folder
     return files
 
 

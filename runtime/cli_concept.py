@@ -22,8 +22,8 @@ def command() -> None:
 @click.argument("files", metavar="FILE...", type=PATH, nargs=-1, required=True)
 @json_option
 def show(files: tuple[Path, ...], as_json: bool) -> None:
-    """Print every word of the files: its token, layout, vectors and where it comes from."""
-    described = [_described(path, found) for path in files for found in read_concepts(path)]
+    """Print every word in the files: its token, layout, vectors and provenance."""
+    described = [_described(path, concept) for path in files for concept in read_concepts(path)]
     if as_json:
         print_json(described)
         return
@@ -40,7 +40,7 @@ def show(files: tuple[Path, ...], as_json: bool) -> None:
 @click.argument("files", metavar="FILE...", type=PATH, nargs=-1, required=True)
 @json_option
 def check(files: tuple[Path, ...], as_json: bool) -> None:
-    """Say for every file whether it is safe to load, or why not. Exits 1 if any is refused."""
+    """Report for every file whether it is safe to load, or why not. Exits 1 if any is refused."""
     results = [_checked(path) for path in files]
     if as_json:
         print_json(results)
@@ -54,18 +54,18 @@ def check(files: tuple[Path, ...], as_json: bool) -> None:
 @command.command()
 @click.argument("files", metavar="FILE", type=PATH, nargs=-1, required=True)
 @click.argument("out", type=PATH)
-@click.option("--token", help="Call the word this instead.")
+@click.option("--token", help="New name of the word.")
 @json_option
 def convert(files: tuple[Path, ...], out: Path, token: str | None, as_json: bool) -> None:
     """Write FILE's word as safetensors that diffusers, A1111, ComfyUI and ti-run read.
 
-    OUT is a .safetensors file, or a folder where FILE holds several words. Two FILEs of one word, as diffusers writes
-    them for SDXL, become one.
+    OUT is a .safetensors file, or a folder if FILE holds several words. Two FILEs of one word, as diffusers writes
+    them for SDXL, are merged into one.
     """
     if len(files) > 2:
         raise UsageError(f"{len(files)} files to convert, allowed are one, or two that are a pair for SDXL")
-    words = [found for path in files for found in read_concepts(path)]
-    concepts = [paired(words)] if len(files) == 2 else [found.concept for found in words]
+    words = [word for path in files for word in read_concepts(path)]
+    concepts = [paired(words)] if len(files) == 2 else [word.concept for word in words]
     if token is not None:
         if len(concepts) > 1:
             raise UsageError(f"--token {token!r} for {len(concepts)} words: convert them without it")
@@ -74,12 +74,12 @@ def convert(files: tuple[Path, ...], out: Path, token: str | None, as_json: bool
     for concept in concepts:
         if set(concept.vectors) == set(XTI_KEYS):
             raise ConceptError(
-                f"{concept.token!r} has a vector for each of 16 layers (XTI), which no other layout holds: "
+                f"{concept.token!r} has a vector for each of 16 layers (XTI), which no other layout supports: "
                 "it can be shown and checked, not converted"
             )
     for target in targets:
         if target.exists():
-            raise UsageError(f"{target} exists: the last name is the file to write, choose a new one")
+            raise UsageError(f"{target} exists: the last argument is the file to write, choose a new name")
     for concept, target in zip(concepts, targets, strict=True):
         save_concept(concept, target)
     if as_json:
@@ -92,39 +92,39 @@ def convert(files: tuple[Path, ...], out: Path, token: str | None, as_json: bool
 def _targets(concepts: list[Concept], out: Path) -> list[Path]:
     if out.suffix.lower() == ".safetensors":
         if len(concepts) != 1:
-            raise UsageError(f"{len(concepts)} words do not fit the file {out}: give a folder")
+            raise UsageError(f"{len(concepts)} words do not fit into the file {out}: pass a folder")
         return [out]
     if out.suffix:
-        raise UsageError(f"{out} is not a .safetensors file, the only layout that is written, nor a folder")
+        raise UsageError(f"{out} is neither a .safetensors file, the only layout that is written, nor a folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise FileError(f"cannot make the folder {out}: {error.strerror}") from error
+        raise FileError(f"cannot create the folder {out}: {error.strerror}") from error
     names = [token_from_stem(concept.token.strip("<>") + ".x") for concept in concepts]
     if len(set(names)) != len(names):
         raise UsageError(f"words {', '.join(c.token for c in concepts)} would share a file: convert them one by one")
     return [out / f"{name}.safetensors" for name in names]
 
 
-def _described(path: Path, found: FoundConcept) -> dict[str, Any]:
+def _described(path: Path, word: FoundConcept) -> dict[str, Any]:
     return {
         "file": str(path),
-        "layout": found.layout,
-        "token": found.concept.token,
+        "layout": word.layout,
+        "token": word.concept.token,
         "vectors": {
             encoder: {
                 "count": len(rows),
                 "width": rows.shape[1],
                 "norms": [round(float(norm), 6) for norm in np.linalg.norm(rows, axis=1)],
             }
-            for encoder, rows in found.concept.vectors.items()
+            for encoder, rows in word.concept.vectors.items()
         },
-        "provenance": dict(found.concept.provenance),
+        "provenance": dict(word.concept.provenance),
     }
 
 
 def _printable(text: str) -> str:
-    """Without what a terminal would obey: a file's metadata is a stranger's."""
+    """Replaces control characters that a terminal would obey: a file's metadata is untrusted."""
     return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
 
 
@@ -133,7 +133,7 @@ def _checked(path: Path) -> dict[str, Any]:
         words = read_concepts(path)
     except ConceptError as error:
         return {"file": str(path), "ok": False, "reason": one_line(error, limit=None)}
-    return {"file": str(path), "ok": True, "tokens": [found.concept.token for found in words]}
+    return {"file": str(path), "ok": True, "tokens": [word.concept.token for word in words]}
 
 
 def main() -> None:

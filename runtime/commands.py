@@ -1,4 +1,4 @@
-"""What all commands share: common options, progress on standard error, and how a command ends. No command itself."""
+"""Shared by all commands: common options, progress on standard error, exit status. Not covered: the commands."""
 
 import json
 import re
@@ -25,7 +25,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 
 
 def size(value: str) -> tuple[int, int]:
-    """The type of an option such as `512x768`: (width, height)."""
+    """Parses an option such as `512x768` to (width, height)."""
     match = re.fullmatch(r"(\d{1,6})x(\d{1,6})", value, re.ASCII)
     if match is None:
         raise click.BadParameter(f"{value!r} is not WIDTHxHEIGHT, for example 512x512")
@@ -33,7 +33,7 @@ def size(value: str) -> tuple[int, int]:
 
 
 def print_json(document: object) -> None:
-    """The one document that `--json` prints on standard output."""
+    """Prints the document of `--json` on standard output."""
     click.echo(json.dumps(document, indent=1))
 
 
@@ -43,7 +43,7 @@ class ProgressBar:
     with ProgressBar("2 pictures") as progress:
         progress.update(completed=7, total=40)      the bar, if there is one
         progress.line("1/2 output/a-cat-0.png")     a line, if there is no bar
-        progress.note("the pictures repeat")        a line in any case
+        progress.note("the pictures repeat")        a line, always
     """
 
     def __init__(self, description: str, console: Console | None = None) -> None:
@@ -75,7 +75,7 @@ class ProgressBar:
     def update(
         self, *, completed: float | None = None, total: float | None = None, description: str | None = None
     ) -> None:
-        """Moves the bar; None leaves a value as it was."""
+        """Updates the bar; None leaves a value unchanged."""
         fields: dict[str, Any] = {} if completed is None or total is None else {"count": f"{completed:g}/{total:g}"}
         self._bar.update(self._task, total=total, completed=completed, description=description, **fields)
 
@@ -95,9 +95,9 @@ def run_command(command: click.Command, name: str) -> NoReturn:
 
 
 def exit_status(command: click.Command, name: str, arguments: Sequence[str] | None = None) -> int:
-    """Runs a command: 0 done, 2 wrong usage, 130 interrupted, 1 anything else that can be named.
+    """Runs a command and returns its exit status: 0 success, 2 wrong usage, 130 interrupted, 1 any other known error.
 
-    What went wrong is one line on standard error, never a traceback.
+    An error is one line on standard error, never a traceback.
     """
     try:
         status = command.main(None if arguments is None else list(arguments), prog_name=name, standalone_mode=False)
@@ -111,7 +111,7 @@ def exit_status(command: click.Command, name: str, arguments: Sequence[str] | No
     except (KeyboardInterrupt, click.Abort):
         message, code = "interrupted", 130
     except MemoryError as error:
-        message, code = f"out of memory ({error or 'the system has no more'}): ask for less at a time", 1
+        message, code = f"out of memory ({error or 'the system has no more'}): process less at a time", 1
     except OSError as error:
         message, code = str(error), 1
     else:

@@ -1,4 +1,4 @@
-"""Masks of a masked edit: at the picture's size, at the latents' size, and for pasting the original back."""
+"""The mask of a masked edit: at the picture's size, at the latents' size, and to paste the original back."""
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +29,7 @@ def latent_mask(mask: Mask, factor: int) -> npt.NDArray[np.float32]:
 
 
 def paste(image: Image, request: Request, settings: ResolvedSettings) -> Image:
-    """The picture with the original's pixels outside the mask: the decoder changes those too, a little."""
+    """The picture with the original's pixels outside the mask, which the decoder would slightly change."""
     mask = edit_mask(request, settings)
     if mask is None or request.image is None or not request.paste:
         return image

@@ -1,4 +1,4 @@
-"""What happens to the pictures of a request: events, in the order they happen. Data only."""
+"""The events of a request's pictures, in the order in which they happen. Data only."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +17,14 @@ Latents: TypeAlias = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, eq=False)
 class StepDone:
-    """Step `step` of `steps` of picture `index` of request `id` was run; on a device it may still be queued."""
+    """Step `step` of `steps` of picture `index` of request `id` has run; on a device it may still be queued."""
 
     id: int
     index: int
     step: int
     steps: int
     denoised: Latents | None = None
-    """The picture as the model sees it now, if the request asks for a preview at this step."""
+    """The model's current estimate of the picture, if the request has a preview at this step."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,11 +42,11 @@ class PictureDone:
 
     @property
     def parameters(self) -> str:
-        """The text that A1111 writes into its pictures."""
+        """The generation parameters, in the format that A1111 writes into its pictures."""
         return parameters_text(self.request, self.settings, self.seed, self.model)
 
     def save(self, path: str | Path) -> None:
-        """Writes a PNG with `parameters` in it, whole or not at all. Raises FileError."""
+        """Writes a PNG that contains `parameters`, whole or not at all. Raises FileError."""
         save_png(self.image, Path(path), self.parameters)
 
 

@@ -1,4 +1,4 @@
-"""Requests in, pictures out: the loops over a Scheduler. `draw` gives pictures, `generate` everything that happens."""
+"""Requests in, pictures out: loops over a Scheduler. `draw` returns the pictures, `generate` yields every event."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -11,16 +11,16 @@ from oneword.runtime.scheduler import MAX_ROWS, Scheduler
 
 
 def draw(model: Model, *requests: Request | str, max_rows: int = MAX_ROWS, **settings: Any) -> list[PictureDone]:
-    """Every picture of the requests, in order. A prompt may stand for a request; `settings` are then Request's.
+    """Every picture of the requests, in order. A request may be a plain prompt; `settings` are then Request's.
 
-    Raises UsageError before anything is computed for a request that cannot be made, and the error of the first picture
-    that fails.
+    Raises UsageError for an invalid request, before anything is computed, and the error of the first picture that
+    fails.
     """
     if settings and any(isinstance(request, Request) for request in requests):
-        raise UsageError(f"settings ({', '.join(settings)}) go with prompts: give a Request its own")
-    made = [request if isinstance(request, Request) else Request(request, **settings) for request in requests]
+        raise UsageError(f"settings ({', '.join(settings)}) apply to prompts only: set them in each Request")
+    complete = [request if isinstance(request, Request) else Request(request, **settings) for request in requests]
     pictures: dict[tuple[int, int], PictureDone] = {}
-    for event in generate(model, made, max_rows, max_steps=None):
+    for event in generate(model, complete, max_rows, max_steps=None):
         if isinstance(event, Failed):
             raise event.error
         if isinstance(event, PictureDone):
@@ -31,10 +31,10 @@ def draw(model: Model, *requests: Request | str, max_rows: int = MAX_ROWS, **set
 def generate(
     model: Model, requests: Sequence[Request], max_rows: int = MAX_ROWS, max_steps: int | None = 1
 ) -> Iterator[Event]:
-    """Yields what happens while all requests are made together; see Scheduler. The n-th request has the id n.
+    """Yields the events of all requests, generated together; see Scheduler. The n-th request has the id n.
 
-    `max_steps` is how many steps may pass between two events that are not StepDone. Raises UsageError, before anything
-    is computed, for a request that cannot be made.
+    `max_steps` is how many steps may pass between two events that are not StepDone. Raises UsageError for an invalid
+    request, before anything is computed.
     """
     scheduler = scheduler_for(model, requests, max_rows)
     while scheduler:
@@ -42,7 +42,7 @@ def generate(
 
 
 def scheduler_for(model: Model, requests: Sequence[Request], max_rows: int = MAX_ROWS) -> Scheduler:
-    """A scheduler with these requests and no more slots than they can fill. Raises UsageError; then none is added."""
+    """A scheduler with these requests and no more slots than they can fill. Raises UsageError for an invalid one."""
     scheduler = Scheduler(model, max(1, min(max_rows, sum(request.num_images for request in requests))))
     try:
         for request in requests:

@@ -1,11 +1,11 @@
-"""Noise that equals PyTorch's on the CPU, in numpy. Seeds and normals only: no devices, no schedules.
+"""PyTorch's CPU noise, in numpy. Seeds and normals only: no devices, no schedules.
 
 `torch.randn(shape, generator=torch.Generator().manual_seed(seed))` draws 32-bit words from an MT19937 seeded with the
 lower 32 bits of the seed. From 16 values on, words become 24-bit uniforms, and blocks of 16 uniforms become 16 normals
-by Box-Muller (eight radii, eight angles); a last, partial block is made by drawing the last 16 values anew. Below 16
-values, normals come two at a time from 53-bit doubles, and the second one waits in the generator for the next call.
+by Box-Muller (eight radii, eight angles); if the last block is partial, the last 16 values are drawn again. Below 16
+values, normals come in pairs from 53-bit doubles, and the generator keeps the second of a pair for the next call.
 
-Equal bit for bit but for the last bits of log, sin and cos: at most 5e-7 apart.
+Equal bit for bit, except for the last bits of log, sin and cos: at most 5e-7 apart.
 Source: pytorch/aten/src/ATen/native/cpu/DistributionTemplates.h (`normal_fill`) and ATen/core/DistributionsHelper.h.
 """
 
@@ -24,16 +24,16 @@ _DOUBLE_BITS: Final = 53
 
 
 class TorchGenerator:
-    """The stream of one `torch.Generator` on the CPU; each call goes on where the last one stopped."""
+    """The stream of one `torch.Generator` on the CPU; each call continues where the last one stopped."""
 
     def __init__(self, seed: int) -> None:
-        """Takes any seed that `manual_seed` takes, -2^63 to 2^64 - 1; only the lower 32 bits count, as in PyTorch."""
+        """Accepts the seeds of `manual_seed`, -2^63 to 2^64 - 1; only the lower 32 bits count, as in PyTorch."""
         if not -(2**63) <= seed < 2**64:
             raise UsageError(f"seed {seed} is outside -2^63 to 2^64 - 1")
-        unseeded: Any = _Unseeded()  # numpy's stubs allow no ISeedSequence here, numpy does
+        unseeded: Any = _Unseeded()  # numpy accepts an ISeedSequence here, its stubs do not
         self._words = np.random.MT19937(unseeded)
         np.random.RandomState(self._words).seed(seed & 0xFFFFFFFF)
-        self._waiting: float | None = None
+        self._second: float | None = None
 
     def randn(self, shape: Sequence[int]) -> npt.NDArray[np.float32]:
         """Standard normals of this shape, float32, as `torch.randn(shape, generator=...)` draws them."""
@@ -43,21 +43,21 @@ class TorchGenerator:
 
     def _in_blocks(self, size: int) -> npt.NDArray[np.float32]:
         values = self._uniforms(size)
-        whole = size - size % _BLOCK
-        values[:whole] = _box_muller(values[:whole])
-        if whole < size:
+        complete = size - size % _BLOCK
+        values[:complete] = _box_muller(values[:complete])
+        if complete < size:
             values[-_BLOCK:] = _box_muller(self._uniforms(_BLOCK))
         return values
 
     def _one_by_one(self, size: int) -> npt.NDArray[np.float32]:
         values = np.empty(size, np.float32)
         for i in range(size):
-            if self._waiting is not None:
-                values[i], self._waiting = self._waiting, None
+            if self._second is not None:
+                values[i], self._second = self._second, None
                 continue
             u, v = self._doubles(2)
             radius, angle = np.sqrt(-2.0 * np.log1p(-v)), 2.0 * np.pi * u
-            values[i], self._waiting = radius * np.cos(angle), float(radius * np.sin(angle))
+            values[i], self._second = radius * np.cos(angle), float(radius * np.sin(angle))
         return values
 
     def _uniforms(self, size: int) -> npt.NDArray[np.float32]:
@@ -70,7 +70,7 @@ class TorchGenerator:
 
 
 class _Unseeded(ISeedSequence):
-    """Spares a generator that is seeded at once what numpy would seed it with: five times the work."""
+    """Skips numpy's own seeding of a generator that is seeded right afterwards: it takes five times as long."""
 
     def generate_state(self, n_words: int, dtype: npt.DTypeLike = np.uint32) -> npt.NDArray[Any]:
         """Zeros."""

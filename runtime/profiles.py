@@ -1,6 +1,6 @@
-"""TensorRT's optimization profiles: the smallest, usual and largest size of every axis that a bundle's plans take.
+"""TensorRT's optimization profiles: the smallest, typical and largest size of every axis of a bundle's plans.
 
-Built here with `oneword.engines.builder`, which knows no bundle.
+Plans are built with `oneword.engines.builder`, which knows nothing of bundles.
 """
 
 from collections.abc import Callable
@@ -20,19 +20,19 @@ class PlanLimits(msgspec.Struct, frozen=True):
     """The sizes that plans are built for."""
 
     max_batch: int = 4
-    """Pictures in one call."""
+    """Pictures per call."""
     max_size: int | None = None
-    """Longest side in pixels; None: the model's own size."""
+    """Longest side in pixels; None means the model's default size."""
     static_sizes: tuple[tuple[int, int], ...] = ()
-    """(width, height) pairs that get a plan of their own for one guided picture, beside the plan of all sizes."""
+    """(width, height) pairs that get a separate plan for one guided picture, besides the plan for all sizes."""
 
     def check(self, vae: Vae, defaults: Defaults) -> None:
-        """Raises UsageError for what this model cannot be built for."""
-        factor, usual = vae.factor, defaults.width
-        if self.max_batch < 1 or (self.max_size is not None and (self.max_size < usual or self.max_size % factor)):
+        """Raises UsageError for limits that this model cannot be built for."""
+        factor, typical = vae.factor, defaults.width
+        if self.max_batch < 1 or (self.max_size is not None and (self.max_size < typical or self.max_size % factor)):
             raise UsageError(
-                f"--max-batch {self.max_batch} --max-size {self.max_size or usual}: "
-                f"at least 1, and a multiple of {factor} from {usual} on"
+                f"--max-batch {self.max_batch} --max-size {self.max_size or typical}: "
+                f"allowed are a batch of at least 1 and a size from {typical} that is a multiple of {factor}"
             )
         for width, height in self.static_sizes:
             if min(width, height) < factor or width % factor or height % factor:
@@ -50,10 +50,11 @@ def build_plans(
     report: Callable[[str], None] = lambda message: None,
     only: str | None = None,
 ) -> dict[str, list[Path]]:
-    """Builds (or finds in the cache) the plans of every graph of a bundle, or of `only` one, for a target such as
-    `sm89` or, one plan for both, `sm89,sm120` (see target_of). Returns the plans' paths, that of all sizes first.
+    """Builds the plans of every graph of a bundle, or of graph `only`, unless they are cached, for a target such as
+    `sm89` or `sm89,sm120`, which is one plan for both (see target_of). Returns the plans' paths, the one for all sizes
+    first.
 
-    Plans that were built stay when a later graph fails, and the bundle is unchanged.
+    If a graph fails, the plans built so far are kept and the bundle is unchanged.
 
     Raises UsageError (target, sizes), MissingPackage, EngineError (the builder's message), FileError (disk).
     """
@@ -70,7 +71,7 @@ def build_plans(
 
 
 def graph_ranges(manifest: Manifest, graph: str, limits: PlanLimits) -> list[Ranges]:
-    """Smallest, usual and largest size of every named axis a graph has: for all sizes, then for each static one."""
+    """Smallest, typical and largest size of every named axis of a graph: for all sizes, then for each static one."""
     axes = {axis for spec in manifest.graphs[graph].inputs for axis in spec.axes if isinstance(axis, str)}
     ranges = axis_ranges(manifest, graph, limits)
     dynamic: Ranges = {axis: ranges[axis] for axis in sorted(axes)}
@@ -80,14 +81,14 @@ def graph_ranges(manifest: Manifest, graph: str, limits: PlanLimits) -> list[Ran
 
 
 def axis_ranges(manifest: Manifest, graph: str, limits: PlanLimits) -> dict[str, tuple[int, int, int]]:
-    """Smallest, usual and largest size of every axis that graphs may name."""
-    factor, usual = manifest.vae.factor, manifest.defaults.width
-    max_batch, max_size = limits.max_batch, limits.max_size or usual
+    """Smallest, typical and largest size of every axis that graphs may name."""
+    factor, typical = manifest.vae.factor, manifest.defaults.width
+    max_batch, max_size = limits.max_batch, limits.max_size or typical
     length = max(encoder.length for encoder in manifest.encoders)
     tokens = (1, length, length) if any(graph == e.graph for e in manifest.encoders) else (1, length, 4 * length)
     vocabulary = {e.graph: e.vocab_size for e in manifest.encoders}.get(graph, 1)
-    side = (1, usual // factor, max_size // factor)
-    pixels = (factor, usual, max_size)
+    side = (1, typical // factor, max_size // factor)
+    pixels = (factor, typical, max_size)
     return {
         "B": (1, 1, max_batch),
         "N": (1, 2, 2 * max_batch),
@@ -102,8 +103,8 @@ def axis_ranges(manifest: Manifest, graph: str, limits: PlanLimits) -> dict[str,
 
 
 def _static(manifest: Manifest, dynamic: Ranges, width: int, height: int) -> Ranges:
-    """One guided picture of one size: every axis at its usual size, but for the picture's."""
+    """One guided picture of one size: every axis has its typical size, except the picture's."""
     factor = manifest.vae.factor
     sides = {"H": height, "W": width, "h": height // factor, "w": width // factor}
-    sizes = {axis: sides.get(axis, usual) for axis, (_, usual, _) in dynamic.items()}
+    sizes = {axis: sides.get(axis, typical) for axis, (_, typical, _) in dynamic.items()}
     return {axis: (size, size, size) for axis, size in sizes.items()}

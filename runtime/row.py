@@ -1,4 +1,4 @@
-"""One picture on its way: its schedule, its noise, the contexts it attends to, and its state while it has no slot."""
+"""One picture in progress: its schedule, its noise, the contexts it attends to, and its state while it has no slot."""
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,23 +16,23 @@ from oneword.runtime.samplers import Schedule
 
 
 class NoiseStream:
-    """The noise of the steps that draw, in their order; each is drawn once, one step ahead in a helper thread."""
+    """The noise of the steps that draw any, in order. Each is drawn once, one step ahead, in a helper thread."""
 
     def __init__(self, generator: TorchGenerator, shape: Sequence[int], draws: npt.NDArray[np.bool_]) -> None:
         self._generator, self._shape = generator, tuple(shape)
-        self._left = int(draws.sum())
+        self._remaining = int(draws.sum())
         self._drawn: Future[Latents] | None = None
 
     def prefetch(self) -> None:
-        """Starts to draw the next noise, if there is more to come."""
-        if self._drawn is None and self._left:
-            self._left -= 1
+        """Starts to draw the next noise, if any step still needs it."""
+        if self._drawn is None and self._remaining:
+            self._remaining -= 1
             self._drawn = _helper().submit(self._generator.randn, self._shape)
 
     def take(self) -> Latents:
         """The next noise [C, h, w]."""
         if self._drawn is None:
-            self._left -= 1
+            self._remaining -= 1
             return self._generator.randn(self._shape)
         noise, self._drawn = self._drawn.result(), None
         return noise
@@ -40,7 +40,7 @@ class NoiseStream:
 
 @dataclass(eq=False)
 class Row:
-    """One picture. While it has a slot of the Denoiser, `sample`, `previous` and `previous2` are those it came with."""
+    """One picture. While it has a slot of the Denoiser, `sample`, `previous` and `previous2` are outdated."""
 
     id: int
     index: int
@@ -64,9 +64,9 @@ class Row:
     step: int = 0
     """Steps begun so far."""
     broken_at: int | None = None
-    """The step that gave NaN or infinity."""
+    """The step that produced NaN or infinity."""
     pending_noise: Latents | None = None
-    """Noise that was taken for a step that then failed."""
+    """Noise that was taken for the next step, kept in case that step fails."""
 
     @property
     def schedule(self) -> Schedule:
@@ -85,7 +85,7 @@ class Row:
 
     @property
     def size(self) -> tuple[int, int, int]:
-        """h, w and T: rows of equal sizes share engine calls."""
+        """h, w and T: rows of equal size share engine calls."""
         return (*self.sample.shape[1:], self.tokens)
 
     @property
@@ -101,7 +101,7 @@ class Row:
         return (self.cond,) if self.uncond is None else (self.uncond, self.cond)
 
     def draw(self) -> Latents | None:
-        """The noise of the next step, if it draws. The same until `began` is called."""
+        """The noise of the next step, if it draws any. The same until `began` is called."""
         if not self.schedule.draws[self.step]:
             return None
         if self.pending_noise is None:
@@ -109,12 +109,12 @@ class Row:
         return self.pending_noise
 
     def began(self) -> None:
-        """Counts a step that was begun."""
+        """Counts a step that has begun."""
         self.step, self.pending_noise = self.step + 1, None
 
 
 def time_ids(columns: Sequence[str], settings: ResolvedSettings) -> list[float]:
-    """SDXL's sizes for a picture that was always as large as it is, uncropped; see TIME_IDS."""
+    """SDXL's size conditioning for an uncropped picture in its original size; see TIME_IDS."""
     height, width = float(settings.height), float(settings.width)
     values: Mapping[str, float] = {
         "original_height": height,

@@ -1,7 +1,7 @@
-"""The embedding table that a compiled text encoder is fed: the model's rows, then learned rows, in one array.
+"""The embedding table that is fed to a compiled text encoder: the model's rows, then learned rows, in one array.
 
-Loading a word writes its rows and nothing else; no engine is touched, no vocabulary grows. Rows are counted while
-prompts that name them wait to be encoded, and are given to other words only after that. Not safe across threads.
+Loading a word only writes its rows; no engine is touched, no vocabulary grows. A row is reference-counted while prompts
+that use it wait to be encoded, and is not reused for another word before that. Not thread-safe.
 """
 
 import hashlib
@@ -16,13 +16,13 @@ from oneword.engines.engine import Array, HostArray
 from oneword.engines.errors import ConceptError, UsageError
 
 DEFAULT_CAPACITY: Final = 1024
-"""Learned rows. On the host, pages that no word has been written to cost no memory."""
+"""Learned rows. On the host, pages to which no word was written take no memory."""
 
 
 class EmbeddingTable:
     """`base` [V, D] and room for `capacity` learned rows, in the base's dtype.
 
-    It lies where `place` puts it: the memory of a GPU, or as it is on the host.
+    `place` puts the array into its memory, such as a GPU's; by default it stays on the host.
     """
 
     def __init__(
@@ -36,12 +36,12 @@ class EmbeddingTable:
         values = np.zeros((self.vocab_size + capacity, self.width), base.dtype)
         values[: self.vocab_size] = base
         self.array = place(values)
-        """[V + capacity, D]: what the graph's `embedding_table` is bound to, for good."""
+        """[V + capacity, D]: permanently bound to the graph's input `embedding_table`."""
         self._ids: dict[str, tuple[int, ...]] = {}
         self._identities: dict[int, bytes] = {}
         self._free = list(range(self.vocab_size + capacity - 1, self.vocab_size - 1, -1))
-        self._held: Counter[int] = Counter()
-        self._leaving: set[int] = set()
+        self._holds: Counter[int] = Counter()
+        self._free_on_release: set[int] = set()
 
     @property
     def ids(self) -> dict[str, tuple[int, ...]]:
@@ -54,9 +54,9 @@ class EmbeddingTable:
         return len(self._free)
 
     def check(self, token: str, vectors: npt.NDArray[np.floating[Any]]) -> None:
-        """Raises ConceptError where `load` would."""
+        """Raises ConceptError if `load` would."""
         if token in self._ids:
-            raise ConceptError(f"{token!r} is loaded already: unload it first")
+            raise ConceptError(f"{token!r} is already loaded: unload it first")
         if vectors.ndim != 2 or vectors.shape[1] != self.width:
             raise ConceptError(
                 f"{token!r} has vectors of shape {list(vectors.shape)}, this encoder takes [n, {self.width}]: "
@@ -79,31 +79,31 @@ class EmbeddingTable:
         return ids
 
     def unload(self, token: str) -> None:
-        """Frees a word's rows: those held for waiting prompts as soon as they are released. Raises UsageError."""
+        """Frees a word's rows; those held for waiting prompts are freed when released. Raises UsageError."""
         if token not in self._ids:
-            raise UsageError(f"no word {token!r} is loaded, so none can be unloaded")
+            raise UsageError(f"no word {token!r} is loaded: there is nothing to unload")
         for row in reversed(self._ids.pop(token)):
-            if self._held[row]:
-                self._leaving.add(row)
+            if self._holds[row]:
+                self._free_on_release.add(row)
             else:
                 self._free.append(row)
 
     def hold(self, ids: npt.NDArray[np.integer[Any]]) -> None:
-        """Keeps the learned rows among these ids, of any shape, from being given away until they are released."""
-        self._held.update(self._learned(ids))
+        """Keeps the learned rows among these ids, of any shape, from being reused until they are released."""
+        self._holds.update(self._learned(ids))
 
     def release(self, ids: npt.NDArray[np.integer[Any]]) -> None:
-        """Undoes one `hold` of the same ids."""
+        """Reverses one `hold` of the same ids."""
         for row, times in Counter(self._learned(ids)).items():
-            self._held[row] -= times
-            if self._held[row] <= 0:
-                del self._held[row]
-                if row in self._leaving:
-                    self._leaving.discard(row)
+            self._holds[row] -= times
+            if self._holds[row] <= 0:
+                del self._holds[row]
+                if row in self._free_on_release:
+                    self._free_on_release.discard(row)
                     self._free.append(row)
 
     def identify(self, ids: npt.NDArray[np.integer[Any]]) -> bytes:
-        """The ids [n, T] with learned rows replaced by digests of their vectors: equal bytes are equal embeddings."""
+        """The ids [n, T] with learned rows replaced by digests of their vectors: equal bytes mean equal embeddings."""
         learned = ids >= self.vocab_size
         if not learned.any():
             return ids.tobytes()

@@ -1,4 +1,4 @@
-"""Which backend `auto` takes."""
+"""The backend that `auto` chooses."""
 
 from pathlib import Path
 
@@ -15,18 +15,18 @@ from oneword.runtime.bundle import Bundle
 
 @pytest.fixture
 def bundle(tiny_bundle: Path, tmp_path: Path) -> Bundle:
-    """With a plans folder of its own."""
+    """A bundle with an empty plans folder."""
     opened = Bundle.open(tiny_bundle)
     return Bundle(tmp_path, opened.manifest)
 
 
-def test_a_backend_that_is_named_is_taken_and_an_unknown_one_refused(bundle: Bundle) -> None:
+def test_a_named_backend_is_used_and_an_unknown_one_is_refused(bundle: Bundle) -> None:
     assert choose_backend(bundle, "onnxruntime") == (Backend.ONNXRUNTIME, "")
     with pytest.raises(UsageError, match="no backend is called 'abacus', allowed are auto, onnxruntime"):
         choose_backend(bundle, "abacus")
 
 
-def test_the_fastest_without_an_obstacle_is_taken_and_the_others_are_explained(
+def test_the_fastest_backend_without_an_obstacle_is_chosen_and_the_obstacles_are_reported(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     obstacles = {Backend.TENSORRT: "not installed", Backend.TENSORRT_RTX: "no GPU", Backend.CUDA: "no GPU"}
@@ -41,24 +41,24 @@ def test_the_fastest_without_an_obstacle_is_taken_and_the_others_are_explained(
         choose_backend(bundle)
 
 
-def test_plans_count_only_of_this_library_version_gpu_and_graph(
+def test_only_plans_of_this_library_version_gpu_and_graph_count(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from oneword.engines import builder
 
     monkeypatch.setattr(builder, "installed_version", lambda flavour: "11.4")
 
-    def keep(folder: str, digests: dict[str, str], flavour: str = "tensorrt") -> None:
+    def store(folder: str, digests: dict[str, str], flavour: str = "tensorrt") -> None:
         for name, digest in digests.items():
             key = PlanKey(digest, flavour, "11.4", "sm89", Precision.FP32, {"B": (1, 1, 4)}, (name,))
             PlanCache(bundle.path / "plans" / folder).load_or_build(key, lambda: b"plan")
 
     digests = {name: graph.digest for name, graph in bundle.manifest.graphs.items()}
-    keep("tensorrt-rtx-11.4-sm89", digests, "tensorrt-rtx")
-    keep("tensorrt-10.3-sm89", digests)
-    keep("tensorrt-11.4-sm120", digests)
-    keep("tensorrt-11.4-sm89", dict.fromkeys(digests, "of other weights"))
+    store("tensorrt-rtx-11.4-sm89", digests, "tensorrt-rtx")
+    store("tensorrt-10.3-sm89", digests)
+    store("tensorrt-11.4-sm120", digests)
+    store("tensorrt-11.4-sm89", dict.fromkeys(digests, "of other weights"))
     assert not _has_plans(bundle, Backend.TENSORRT, "sm89")
 
-    keep("tensorrt-11.4-sm89", digests)
+    store("tensorrt-11.4-sm89", digests)
     assert _has_plans(bundle, Backend.TENSORRT, "sm89")

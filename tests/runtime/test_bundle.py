@@ -1,4 +1,4 @@
-"""A bundle is opened whole or not at all."""
+"""A bundle is opened only if it is complete and unchanged."""
 
 import json
 import os
@@ -75,7 +75,7 @@ def edit(bundle: Path, change: Callable[[dict[str, object]], object]) -> None:
     (bundle / "bundle.json").write_text(json.dumps(manifest))
 
 
-def test_what_was_written_is_what_is_opened(bundle: Path) -> None:
+def test_an_opened_bundle_has_the_manifest_that_was_written(bundle: Path) -> None:
     manifest = Bundle.open(bundle).manifest
 
     assert set(manifest.files) == {
@@ -98,17 +98,17 @@ def test_a_failed_export_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_older_bundle_is_replaced_with_its_plans_kept(bundle: Path) -> None:
+def test_an_older_bundle_is_replaced_and_its_plans_are_kept(bundle: Path) -> None:
     older = json.loads((bundle / "bundle.json").read_text())
     (bundle / "plans" / "rtx-sm89").mkdir(parents=True)
     (bundle / "plans" / "rtx-sm89" / "a.plan").write_bytes(b"plan")
 
-    def other(folder: Path) -> Manifest:
+    def fill_with_another_table(folder: Path) -> Manifest:
         manifest = fill(folder)
         (folder / "table.safetensors").write_bytes(b"another table")
         return manifest
 
-    write_bundle(bundle, other)
+    write_bundle(bundle, fill_with_another_table)
 
     assert json.loads((bundle / "bundle.json").read_text())["files"] != older["files"]
     assert (bundle / "plans" / "rtx-sm89" / "a.plan").read_bytes() == b"plan"
@@ -116,12 +116,12 @@ def test_an_older_bundle_is_replaced_with_its_plans_kept(bundle: Path) -> None:
 
 
 @pytest.mark.parametrize("stray", ["notes.txt", "tokenizer/extra.json", "weights.data"])
-def test_a_file_of_somebody_else_s_is_neither_opened_nor_deleted(bundle: Path, stray: str) -> None:
+def test_a_bundle_with_a_foreign_file_is_neither_opened_nor_replaced(bundle: Path, stray: str) -> None:
     (bundle / stray).write_text("mine")
 
-    with pytest.raises(BundleError, match=f"{stray} is no part of the bundle, and could be taken for one: move it"):
+    with pytest.raises(BundleError, match=f"{stray} is not part of the bundle but could pass for it: move it"):
         Bundle.open(bundle)
-    with pytest.raises(UsageError, match=f"holds {stray}, which is no part of the bundle: move it, or choose"):
+    with pytest.raises(UsageError, match=f"holds {stray}, which is not part of the bundle: move it, or choose"):
         write_bundle(bundle, fill)
     assert (bundle / stray).read_text() == "mine"
 
@@ -137,11 +137,11 @@ def test_a_folder_that_is_a_link_is_refused(bundle: Path, tmp_path: Path) -> Non
     (tmp_path / "elsewhere").mkdir()
     (bundle / "more").symlink_to(tmp_path / "elsewhere")
 
-    with pytest.raises(BundleError, match="more is no part of the bundle"):
+    with pytest.raises(BundleError, match="more is not part of the bundle"):
         Bundle.open(bundle)
 
 
-def test_everybody_may_read_a_bundle_whoever_wrote_it_and_how(tmp_path: Path) -> None:
+def test_every_user_may_read_a_bundle_even_if_its_files_were_written_as_private(tmp_path: Path) -> None:
     def private(folder: Path) -> Manifest:
         manifest = fill(folder)
         for path in folder.rglob("*.*"):
@@ -155,7 +155,7 @@ def test_everybody_may_read_a_bundle_whoever_wrote_it_and_how(tmp_path: Path) ->
     assert {path.stat().st_mode & 0o777 for path in bundle.rglob("*") if path.is_file()} == {0o644}
 
 
-def test_a_file_that_cannot_be_read_is_one_line(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_cannot_be_read_is_one_line_of_error(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from oneword.runtime import bundle as module
 
     def refuse(path: Path) -> str:
@@ -186,7 +186,7 @@ def test_a_file_that_changes_while_it_is_hashed_is_hashed_again(bundle: Path, mo
         Bundle.open(bundle)
 
 
-def test_any_other_folder_is_refused(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_bundle_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.png").write_bytes(b"cat")
     with pytest.raises(UsageError, match="is not a bundle: choose a new folder"):
@@ -197,7 +197,7 @@ def test_any_other_folder_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["denoise_step.onnx", "denoise_step.data", "table.safetensors", "tokenizer/tokenizer.json"]
 )
-def test_a_changed_file_is_named(bundle: Path, name: str) -> None:
+def test_a_changed_file_is_named_in_the_error(bundle: Path, name: str) -> None:
     data = (bundle / name).read_bytes()
     (bundle / name).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
 
@@ -205,17 +205,17 @@ def test_a_changed_file_is_named(bundle: Path, name: str) -> None:
         Bundle.open(bundle)
 
 
-def test_a_missing_file_is_named(bundle: Path) -> None:
+def test_a_missing_file_is_named_in_the_error(bundle: Path) -> None:
     (bundle / "denoise_step.data").unlink()
 
     with pytest.raises(BundleError, match=r"denoise_step.data is missing: the bundle is incomplete"):
         Bundle.open(bundle)
 
 
-def test_hardlinked_weights_are_refused(bundle: Path, tmp_path: Path) -> None:
+def test_hard_linked_weights_are_refused(bundle: Path, tmp_path: Path) -> None:
     os.link(bundle / "denoise_step.data", tmp_path / "elsewhere")
 
-    with pytest.raises(BundleError, match=r"denoise_step.data is hardlinked"):
+    with pytest.raises(BundleError, match=r"denoise_step.data is hard-linked"):
         Bundle.open(bundle)
 
 
@@ -231,11 +231,11 @@ def test_a_link_that_leaves_the_bundle_is_refused(bundle: Path, tmp_path: Path) 
 def test_a_path_that_leaves_the_bundle_is_refused(bundle: Path, name: str) -> None:
     edit(bundle, lambda m: m["files"].update({name: "0" * 64}))  # type: ignore[attr-defined]
 
-    with pytest.raises(BundleError, match="which is outside of it"):
+    with pytest.raises(BundleError, match="which is outside it"):
         Bundle.open(bundle)
 
 
-def test_a_file_is_hashed_once_and_again_when_it_changes(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_hashed_once_and_again_only_if_it_changes(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hashed: list[str] = []
 
     def recorded(path: Path) -> str:
@@ -255,12 +255,12 @@ def test_a_file_is_hashed_once_and_again_when_it_changes(bundle: Path, monkeypat
     assert hashed == ["table.safetensors"]
 
 
-def test_a_folder_that_is_no_bundle_says_how_to_make_one(tmp_path: Path) -> None:
+def test_the_error_for_a_folder_that_is_not_a_bundle_says_how_to_make_one(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"is not a bundle \(no bundle.json\): make one with ti-export"):
         Bundle.open(tmp_path)
 
 
-def test_an_unknown_key_and_another_version_are_refused(bundle: Path) -> None:
+def test_an_unknown_key_or_another_version_is_refused(bundle: Path) -> None:
     edit(bundle, lambda m: m.update(colour="red"))
     with pytest.raises(BundleError, match="unknown field `colour`"):
         Bundle.open(bundle)
@@ -270,21 +270,21 @@ def test_an_unknown_key_and_another_version_are_refused(bundle: Path) -> None:
         Bundle.open(bundle)
 
 
-def test_a_bundle_of_format_1_is_refused_with_the_command_that_makes_it_again(bundle: Path) -> None:
-    def as_it_was(manifest: dict[str, Any]) -> None:
+def test_a_bundle_of_format_1_is_refused_with_the_command_that_exports_it_again(bundle: Path) -> None:
+    def to_format_1(manifest: dict[str, Any]) -> None:
         manifest["format_version"] = 1
         manifest["encoders"][0]["tokenizer_kind"] = "clip"
         manifest["conditioning"]["context"] = ["text_encoder"]
         del manifest["columns"]
 
-    edit(bundle, as_it_was)
+    edit(bundle, to_format_1)
     with pytest.raises(BundleError) as caught:
         Bundle.open(bundle)
     assert str(caught.value) == (
         f"{bundle / 'bundle.json'} has format version 1, this oneword reads 2: "
         f"export the model again with ti-export MODEL {bundle}"
     )
-    assert write_bundle(bundle, fill).manifest.format_version == 2  # and that command may replace it
+    assert write_bundle(bundle, fill).manifest.format_version == 2  # and that command can replace it
 
 
 @pytest.mark.parametrize(
@@ -309,28 +309,28 @@ def test_numbers_that_no_model_has_are_refused(bundle: Path, section: str, key: 
         Bundle.open(bundle)
 
 
-def test_swapped_graphs_are_noticed(bundle: Path) -> None:
+def test_swapped_graphs_are_detected(bundle: Path) -> None:
     def swap(manifest: dict[str, object]) -> None:
         graphs = manifest["graphs"]
         assert isinstance(graphs, dict)
         graphs["vae_decoder"]["files"] = graphs["denoise_step"]["files"]
 
     edit(bundle, swap)
-    with pytest.raises(BundleError, match=r"graph 'vae_decoder' .* has not the digest of its files"):
+    with pytest.raises(BundleError, match=r"graph 'vae_decoder' .* does not match its digest"):
         Bundle.open(bundle)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"context": [["text_encoder"], ["text_encoder_3"]]}, "conditions on 'text_encoder_3', which is none of its"),
+        ({"context": [["text_encoder"], ["text_encoder_3"]]}, "conditions on 'text_encoder_3', which is not one of"),
         ({"context": []}, "pools an encoder that does not pool, or has no context"),
         ({"pooled": ["text_encoder"]}, "pools an encoder that does not pool, or has no context"),
-        ({"time_ids": ["crop_top", "aesthetics"]}, "has the time id 'aesthetics', known are original_height, "),
+        ({"time_ids": ["crop_top", "aesthetics"]}, "has the time id 'aesthetics', allowed are original_height, "),
         ({"missing_negative": "nothing"}, "is not a valid manifest"),
     ],
 )
-def test_a_conditioning_that_the_bundle_cannot_give_is_refused(
+def test_a_conditioning_that_the_bundle_cannot_provide_is_refused(
     bundle: Path, change: dict[str, Any], message: str
 ) -> None:
     edit(bundle, lambda m: m["conditioning"].update(change))  # type: ignore[attr-defined]
@@ -342,7 +342,7 @@ def test_blocks_of_encoders_widths_and_a_preview_survive_the_disk(tmp_path: Path
     def two(folder: Path) -> Manifest:
         manifest = fill(folder)
         [first] = manifest.encoders
-        second = msgspec.structs.replace(first, graph="vae_decoder", hidden_width=6, pooled_width=3)  # any graph does
+        second = msgspec.structs.replace(first, graph="vae_decoder", hidden_width=6, pooled_width=3)  # any graph
         conditioning = Conditioning(
             context=(("text_encoder", "vae_decoder"), ("vae_decoder",)),
             pooled=("vae_decoder",),
@@ -369,24 +369,24 @@ def test_blocks_of_encoders_widths_and_a_preview_survive_the_disk(tmp_path: Path
 
 @settings(max_examples=200, deadline=None)
 @given(st.data())
-def test_a_damaged_manifest_opens_or_is_named_but_never_crashes(
+def test_a_damaged_manifest_opens_or_is_named_in_an_error_but_never_crashes(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
     folder, original = (tmp_path_factory.getbasetemp() / name for name in ("fuzzed", "original.json"))
     if not folder.exists():
         write_bundle(folder, fill)
-        (folder / "bundle.json").rename(original)  # outside: a bundle with a file of no one's is refused unread
+        (folder / "bundle.json").rename(original)  # outside: a bundle with a foreign file is refused unread
     text = original.read_bytes()
     start = data.draw(st.integers(0, len(text)))
     stop = data.draw(st.integers(start, min(len(text), start + 40)))
     (folder / "bundle.json").write_bytes(text[:start] + data.draw(st.binary(max_size=8)) + text[stop:])
 
-    opened, said = None, ""
+    opened, message = None, ""
     try:
         opened = Bundle.open(folder)
     except OnewordError as error:
-        said = str(error)
+        message = str(error)
     if opened is None:
-        assert str(folder) in said
+        assert str(folder) in message
     else:
         assert set(opened.manifest.graphs) <= {path.stem for path in folder.glob("*.onnx")}

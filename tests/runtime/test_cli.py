@@ -1,4 +1,4 @@
-"""`ti-run` as a user runs it: output, files, exit status."""
+"""`ti-run` from the command line: output, files, exit status."""
 
 import json
 import resource
@@ -33,7 +33,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *line: object) -> int:
     return 0
 
 
-def test_json_says_what_was_made_and_with_what(
+def test_json_reports_the_pictures_and_what_generated_them(
     tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "words").mkdir()
@@ -65,7 +65,7 @@ def test_json_says_what_was_made_and_with_what(
 
 
 @pytest.mark.parametrize("backend", [Backend.ONNXRUNTIME, Backend.OPENVINO])
-def test_every_option_is_the_request_s_setting_of_that_name(
+def test_every_option_sets_the_request_setting_of_that_name(
     tiny_bundle: Path,
     backend: Backend,
     tmp_path: Path,
@@ -92,12 +92,12 @@ def test_every_option_is_the_request_s_setting_of_that_name(
         guidance_interval=(0.2, 9),
         clip_skip=1,
     )
-    [wanted] = [e.image for e in generate(Model.open(tiny_bundle, backend), [request]) if isinstance(e, PictureDone)]
+    [expected] = [e.image for e in generate(Model.open(tiny_bundle, backend), [request]) if isinstance(e, PictureDone)]
     with PIL.Image.open(report["images"][0]["file"]) as picture:
-        np.testing.assert_allclose(np.asarray(picture).astype(int), wanted, atol=1)
+        np.testing.assert_allclose(np.asarray(picture).astype(int), expected, atol=1)
 
 
-def test_a_grid_has_prompts_down_and_words_and_seeds_across(
+def test_a_grid_has_a_row_per_prompt_and_a_column_per_word_and_seed(
     tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save_concept(Concept("<toy>", {"text_encoder": np.full((1, 32), 0.1, np.float32)}), tmp_path / "toy.safetensors")
@@ -125,7 +125,7 @@ def test_a_grid_has_prompts_down_and_words_and_seeds_across(
         np.testing.assert_array_equal(grid[top : top + 128, left : left + 128], cell)
 
 
-def test_every_loaded_word_stands_for_the_braces(
+def test_the_braces_are_replaced_by_every_loaded_word(
     tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "words").mkdir()
@@ -174,12 +174,12 @@ def test_an_edit_reads_its_picture_and_mask(tiny_bundle: Path, tmp_path: Path, m
         (["a cat", "--concept", "absent.safetensors"], 1, "absent.safetensors"),
         (["a cat", "--image", "absent.png"], 2, "there is no picture absent.png"),
         (["a cat", "--concept", "."], 2, "holds no .safetensors file"),
-        (["a {}"], 2, "no word is given for the {} of 'a {}': give --word or --concept"),
+        (["a {}"], 2, "no word is given for the {} of 'a {}': add --word or --concept"),
         (["a cat", "--grid", "grid.jpg"], 2, "--grid grid.jpg, allowed is a file name that ends in .png"),
         (
             ["a {}", "a cat", "--word", "dog", "--grid", "grid.png"],
             2,
-            "'a cat' has no {}, other prompts of this grid have",
+            "'a cat' has no {}, other prompts of this grid do",
         ),
         (["a cat", "--num-images", "1000", "--size", "512x512", "--grid", "g.png"], 2, "pixels, allowed are 67108864"),
         (["a cat", "--strength", "2"], 2, "strength is 2.0, allowed is 0 to 1"),
@@ -196,7 +196,7 @@ def test_an_edit_reads_its_picture_and_mask(tiny_bundle: Path, tmp_path: Path, m
         (["a cat", "--colour", "red"], 2, "No such option"),
     ],
 )
-def test_a_mistake_is_one_line_and_an_exit_status(
+def test_a_mistake_is_one_line_of_error_and_an_exit_status(
     tiny_bundle: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -223,7 +223,7 @@ def test_a_mistake_is_one_line_and_an_exit_status(
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_a_full_disk_is_one_line_and_leaves_no_half_file(
+def test_a_full_disk_is_one_line_of_error_and_leaves_no_partial_file(
     tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -241,7 +241,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_file(
 
 
 def second_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The decoder gives NaN for the second picture."""
+    """Makes the decoder report NaN for the second picture."""
     decode = Model.decode
 
     def broken(model: Model, latents: npt.NDArray[np.float32]) -> tuple[Image, npt.NDArray[np.bool_]]:
@@ -301,7 +301,7 @@ def test_without_json_the_files_that_were_saved_are_printed(
     assert capsys.readouterr().out == f"{tmp_path / 'a-cat-0.png'}\n"
 
 
-def test_if_no_picture_is_made_each_is_reported_and_the_first_error_ends_the_command(
+def test_if_all_pictures_fail_each_is_reported_and_the_first_error_ends_the_command(
     tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def broken(model: Model, name: str) -> None:
@@ -319,7 +319,7 @@ def test_if_no_picture_is_made_each_is_reported_and_the_first_error_ends_the_com
     assert captured.err == "ti-run: cannot open graph 'text_encoder' (and 1 more of 2 pictures failed)\n"
 
 
-def test_more_words_than_usual_are_loaded_all(
+def test_more_vectors_than_the_default_capacity_are_loaded(
     tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for i in range(15):
@@ -332,7 +332,7 @@ def test_more_words_than_usual_are_loaded_all(
     assert len(json.loads(capsys.readouterr().out)["words"]) == 15
 
 
-def test_a_folder_that_is_no_bundle_is_named(
+def test_a_folder_that_is_not_a_bundle_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(monkeypatch, tmp_path, "a cat") == 2

@@ -1,4 +1,4 @@
-"""`ti-concept` as a user runs it, and its files in diffusers."""
+"""`ti-concept` from the command line, and its files in diffusers."""
 
 import json
 import subprocess
@@ -105,10 +105,10 @@ def test_wrong_usage_exits_2_and_refused_files_exit_1_with_one_line(
     safetensors.numpy.save_file(dict.fromkeys(XTI_KEYS, ROWS), tmp_path / "xti.safetensors")
     safetensors.numpy.save_file({"<a>": ROWS}, tmp_path / "two.safetensors")
     safetensors.numpy.save_file({"<b>": ROWS}, tmp_path / "other.safetensors")
-    kept = (tmp_path / "two.safetensors").read_bytes()
+    before = (tmp_path / "two.safetensors").read_bytes()
     out = tmp_path / "out.safetensors"
     for arguments, code, message in [
-        (("convert", tmp_path / "two.bin", out), 2, "2 words do not fit the file"),
+        (("convert", tmp_path / "two.bin", out), 2, "2 words do not fit into the file"),
         (("convert", tmp_path / "two.bin", tmp_path / "out.pt"), 2, "not a .safetensors file"),
         (("convert", tmp_path / "two.bin", tmp_path / "out", "--token", "<c>"), 2, "--token '<c>' for 2 words"),
         (("convert", tmp_path / "xti.safetensors", out), 1, "a vector for each of 16 layers"),
@@ -122,10 +122,10 @@ def test_wrong_usage_exits_2_and_refused_files_exit_1_with_one_line(
         assert (actual, len(output.strip().splitlines())) == (code, 1), output
         assert message in output
     assert not out.exists()
-    assert (tmp_path / "two.safetensors").read_bytes() == kept
+    assert (tmp_path / "two.safetensors").read_bytes() == before
 
 
-def test_what_a_file_says_of_itself_cannot_steer_the_terminal(
+def test_the_metadata_of_a_file_cannot_control_the_terminal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     metadata = {"author": "\x1b]0;evil\x07 and \x9b31m", "where": "Köln"}
@@ -137,8 +137,8 @@ def test_what_a_file_says_of_itself_cannot_steer_the_terminal(
         assert not any(character in output for character in "\x1b\x07\x9b")
 
 
-def test_a_word_for_the_second_encoder_alone_stays_one(tmp_path: Path) -> None:
+def test_a_word_for_only_the_second_encoder_is_saved_and_loaded_unchanged(tmp_path: Path) -> None:
     save_concept(Concept("<a>", {"text_encoder_2": ROWS}), tmp_path / "a.safetensors")
 
-    found = load_concept(tmp_path / "a.safetensors")
-    assert (found.token, set(found.vectors)) == ("<a>", {"text_encoder_2"})
+    concept = load_concept(tmp_path / "a.safetensors")
+    assert (concept.token, set(concept.vectors)) == ("<a>", {"text_encoder_2"})

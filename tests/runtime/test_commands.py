@@ -1,4 +1,4 @@
-"""What the commands share: options, progress, and how they end."""
+"""Shared by all commands: options, progress, exit status."""
 
 import io
 import json
@@ -21,13 +21,13 @@ COMMANDS = ("ti-run", "ti-export", "ti-concept", "ti-train", "ti-eval")
 
 
 def script(name: str) -> Callable[[], None]:
-    """What the console script does."""
+    """A function that runs the console script."""
     (entry,) = entry_points(group="console_scripts", name=name)
     return lambda: sys.exit(entry.load()())
 
 
 def ending(monkeypatch: pytest.MonkeyPatch, outcome: Callable[[], Any], *line: str) -> int:
-    """The exit status of a command that does what `outcome` does."""
+    """The exit status of a command that calls `outcome`."""
 
     @click.command(name="ti-do", context_settings=HELP)
     @version_option
@@ -53,11 +53,11 @@ def failing(error: BaseException) -> Callable[[], None]:
 
 @pytest.mark.parametrize("name", COMMANDS)
 @pytest.mark.parametrize(
-    ("option", "wanted"),
+    ("option", "expected"),
     [("-h", "Usage: {name} [OPTIONS]"), ("--help", "Usage: {name} [OPTIONS]"), ("--version", "oneword, version ")],
 )
 def test_every_command_has_help_and_a_version(
-    name: str, option: str, wanted: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str, option: str, expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", [name, option])
 
@@ -65,13 +65,13 @@ def test_every_command_has_help_and_a_version(
         script(name)()
 
     assert not caught.value.code
-    assert capsys.readouterr().out.startswith(wanted.format(name=name))
+    assert capsys.readouterr().out.startswith(expected.format(name=name))
 
 
 @pytest.mark.parametrize(
     "line", [["ti-run"], ["ti-export"], *(["ti-concept", c] for c in ("show", "check", "convert"))]
 )
-def test_every_command_prints_json_if_asked(
+def test_every_command_has_a_json_option(
     line: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", [*line, "-h"])
@@ -91,7 +91,7 @@ def test_every_command_prints_json_if_asked(
         ("ti-concept", "ti-concept con", ["plain,convert"]),
     ],
 )
-def test_a_shell_completes_commands(name: str, words: str, completions: list[str]) -> None:
+def test_a_shell_completes_options_and_commands(name: str, words: str, completions: list[str]) -> None:
     def run(**variables: str) -> str:
         module = {"ti-run": "runtime.cli", "ti-export": "export.cli", "ti-concept": "runtime.cli_concept"}[name]
         line = [sys.executable, "-m", f"oneword.{module}"]
@@ -115,7 +115,7 @@ def test_a_shell_completes_commands(name: str, words: str, completions: list[str
             "ti-do: openvino is not installed: pip install 'oneword[openvino]'",
         ),
         (PermissionError(13, "Permission denied", "secret"), 1, "ti-do: [Errno 13] Permission denied: 'secret'"),
-        (MemoryError("Unable to allocate 9 TiB"), 1, "ti-do: out of memory (Unable to allocate 9 TiB): ask for less"),
+        (MemoryError("Unable to allocate 9 TiB"), 1, "ti-do: out of memory (Unable to allocate 9 TiB): process less"),
         (KeyboardInterrupt(), 130, "ti-do: interrupted"),
     ],
 )
@@ -146,7 +146,7 @@ def test_a_command_that_fails_ends_with_one_line(
         (["more"], "Got unexpected extra argument (more) (ti-do --help)"),
     ],
 )
-def test_wrong_usage_names_the_help(
+def test_wrong_usage_points_to_the_help(
     line: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert ending(monkeypatch, lambda: None, *line) == 2
@@ -156,7 +156,7 @@ def test_wrong_usage_names_the_help(
     assert error.count("\n") == 1
 
 
-def test_a_command_that_succeeds_ends_with_its_document(
+def test_a_command_that_succeeds_prints_its_document(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert ending(monkeypatch, lambda: None, "--size", "640x480", "--json") == 0
@@ -166,7 +166,7 @@ def test_a_command_that_succeeds_ends_with_its_document(
     assert captured.err == ""
 
 
-def test_a_version_is_the_packages(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_commands_version_is_the_packages(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert ending(monkeypatch, lambda: None, "--version") == 0
 
     assert capsys.readouterr().out == f"oneword, version {oneword.__version__}\n"
@@ -181,7 +181,7 @@ def shown(terminal: bool) -> str:
     return out.getvalue()
 
 
-def test_progress_is_plain_lines_where_there_is_no_terminal() -> None:
+def test_progress_is_plain_lines_without_a_terminal() -> None:
     assert shown(terminal=False) == "1/2 [a].png\nnote: [b]\n"
 
 

@@ -1,4 +1,4 @@
-"""The Python of examples/, run as it is; that of the guide is run by tests/docs."""
+"""Runs the Python code in examples/ unchanged. Not covered: the code in the guide, which tests/docs runs."""
 
 import runpy
 import sys
@@ -12,7 +12,7 @@ from oneword.runtime import Model, draw, read_image
 ROOT = Path(__file__).parents[2]
 
 
-def test_one_picture_on_one_page_is_the_picture_that_draw_makes(
+def test_the_one_page_example_generates_the_same_picture_as_draw(
     tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "star.png"

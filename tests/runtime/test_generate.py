@@ -1,4 +1,4 @@
-"""Pictures against diffusers' own pipelines on the same weights, and against themselves made alone."""
+"""Pictures compared with diffusers' pipelines on the same weights, and with the same pictures generated alone."""
 
 import contextlib
 import subprocess
@@ -33,7 +33,7 @@ def model(tiny_bundle: Path) -> Model:
 
 @pytest.fixture(scope="module")
 def pipelines(tiny_model_dir: Path) -> PIPELINES:
-    """diffusers' pipelines over one set of weights."""
+    """diffusers' pipelines on one set of weights."""
     from diffusers import (
         StableDiffusionImg2ImgPipeline,
         StableDiffusionInpaintPipeline,
@@ -85,12 +85,12 @@ def scene(size: int = 64) -> Image:
 
 @pytest.mark.parametrize("negative_prompt", [None, "blue dog"])
 @pytest.mark.parametrize(("width", "height"), [(64, 64), (72, 120)])
-def test_text_to_image_is_that_of_diffusers(
+def test_text_to_image_matches_diffusers(
     model: Model, pipelines: PIPELINES, negative_prompt: str | None, width: int, height: int
 ) -> None:
     import torch
 
-    theirs = pipelines["text"](
+    reference = pipelines["text"](
         "a photo of a red cat",
         negative_prompt=negative_prompt,
         num_inference_steps=12,
@@ -112,30 +112,30 @@ def test_text_to_image_is_that_of_diffusers(
 
     assert ours.shape == (height, width, 3)
     assert ours.std() > 1  # there is something to compare
-    assert psnr(ours, of_diffusers(theirs)) >= 50
+    assert psnr(ours, of_diffusers(reference)) >= 50
 
 
-def test_openvino_makes_the_same_picture(model: Model, tiny_bundle: Path) -> None:
+def test_openvino_generates_the_same_picture(model: Model, tiny_bundle: Path) -> None:
     pytest.importorskip("openvino")
     request = Request("a photo of a red cat", seed=3, steps=10, guidance_scale=5.0)
     openvino = Model.open(tiny_bundle, Backend.OPENVINO, threads=1)
 
-    # 35 dB where it computes in bfloat16: eight bits of mantissa, kept out of the sampler's state
+    # 35 dB if it computes in bfloat16: eight bits of mantissa, but not in the sampler's state
     assert psnr(pictures(openvino, [request])[0], pictures(model, [request])[0]) >= 35
 
 
 @pytest.mark.parametrize("clip_skip", [0, 1, 2])
-def test_clip_skip_is_an_earlier_layer_of_transformers_encoder(
+def test_clip_skip_matches_an_earlier_layer_of_transformers_encoder(
     model: Model, pipelines: PIPELINES, clip_skip: int
 ) -> None:
     import torch
 
-    pipeline = pipelines["text"]  # whose own clip_skip does not know this release of transformers
+    pipeline = pipelines["text"]  # its clip_skip does not support this release of transformers
     ids = pipeline.tokenizer("a dog", padding="max_length", max_length=20, return_tensors="pt").input_ids
     with torch.no_grad():
         states = pipeline.text_encoder(ids, output_hidden_states=True).hidden_states[-(clip_skip + 1)]
         embeds = pipeline.text_encoder.final_layer_norm(states)
-    theirs = pipeline(
+    reference = pipeline(
         prompt_embeds=embeds,
         num_inference_steps=4,
         guidance_scale=1.0,
@@ -146,15 +146,15 @@ def test_clip_skip_is_an_earlier_layer_of_transformers_encoder(
     )
     ours = pictures(model, [Request("a dog", steps=4, guidance_scale=1.0, clip_skip=clip_skip)])[0]
 
-    assert psnr(ours, of_diffusers(theirs)) >= 50
+    assert psnr(ours, of_diffusers(reference)) >= 50
 
 
 @pytest.mark.parametrize("strength", [0.5, 0.75, 1.0])
-def test_image_to_image_is_that_of_diffusers(model: Model, pipelines: PIPELINES, strength: float) -> None:
+def test_image_to_image_matches_diffusers(model: Model, pipelines: PIPELINES, strength: float) -> None:
     import PIL.Image
     import torch
 
-    theirs = pipelines["image"](
+    reference = pipelines["image"](
         "a green ring",
         image=PIL.Image.fromarray(scene()),
         strength=strength,
@@ -165,17 +165,17 @@ def test_image_to_image_is_that_of_diffusers(model: Model, pipelines: PIPELINES,
     )
     request = Request("a green ring", image=scene(), strength=strength, steps=8, guidance_scale=3.0, seed=5)
 
-    assert psnr(pictures(model, [request])[0], of_diffusers(theirs)) >= 50
+    assert psnr(pictures(model, [request])[0], of_diffusers(reference)) >= 50
 
 
 @pytest.mark.parametrize(("strength", "eta"), [(0.75, 0.0), (1.0, 0.0), (0.75, 0.8)])
-def test_a_masked_edit_is_that_of_diffusers(model: Model, pipelines: PIPELINES, strength: float, eta: float) -> None:
+def test_a_masked_edit_matches_diffusers(model: Model, pipelines: PIPELINES, strength: float, eta: float) -> None:
     import PIL.Image
     import torch
 
     mask = np.zeros((64, 64), np.uint8)
     mask[16:40, 8:48] = 255
-    theirs = pipelines["mask"](
+    reference = pipelines["mask"](
         "a blue star",
         image=PIL.Image.fromarray(scene()),
         mask_image=PIL.Image.fromarray(mask),
@@ -191,7 +191,7 @@ def test_a_masked_edit_is_that_of_diffusers(model: Model, pipelines: PIPELINES, 
     edit = Request("a blue star", image=scene(), mask=mask, strength=strength, steps=8, guidance_scale=3.0, seed=5)
     request = replace(edit, eta=eta, paste=False)  # diffusers leaves the whole picture to the decoder
 
-    assert psnr(pictures(model, [request])[0], of_diffusers(theirs)) >= 50
+    assert psnr(pictures(model, [request])[0], of_diffusers(reference)) >= 50
 
 
 def test_picture_i_has_the_seed_plus_i(model: Model) -> None:
@@ -204,7 +204,7 @@ def test_picture_i_has_the_seed_plus_i(model: Model) -> None:
     assert psnr(three[7], alone) < 40
 
 
-def test_twelve_words_share_engines_and_batch_and_each_is_as_alone(model: Model, words: list[str]) -> None:
+def test_twelve_words_share_engines_and_a_batch_and_change_no_picture(model: Model, words: list[str]) -> None:
     requests = [Request(f"a photo of a {word}", seed=3, steps=6) for word in words]
     alone = [pictures(model, [request])[0] for request in requests]
     opened = dict(model.opened)
@@ -212,8 +212,8 @@ def test_twelve_words_share_engines_and_batch_and_each_is_as_alone(model: Model,
 
     assert model.opened == opened
     assert all(psnr(alone[i], together[i]) >= 45 for i in range(12))
-    different = [psnr(alone[0], other) for other in alone[1:]]
-    assert max(different) < 45  # the words do something
+    similarities = [psnr(alone[0], image) for image in alone[1:]]
+    assert max(similarities) < 45  # the words have an effect
 
 
 def test_a_word_that_breaks_the_encoder_fails_alone(model: Model) -> None:
@@ -231,14 +231,14 @@ def test_a_word_that_breaks_the_encoder_fails_alone(model: Model) -> None:
 
 def test_unloading_a_word_waits_for_its_prompts(model: Model) -> None:
     random = np.random.default_rng(1)
-    one, two = (random.normal(0, 0.5, (1, 32)).astype(np.float32) for _ in range(2))
-    model.load(Concept("<one>", {"text_encoder": one}))
+    first, second = (random.normal(0, 0.5, (1, 32)).astype(np.float32) for _ in range(2))
+    model.load(Concept("<one>", {"text_encoder": first}))
     request = Request("a <one>", steps=3)
     expected = pictures(model, [request])[0]
     scheduler = Scheduler(model)
     scheduler.add(request)
     model.unload("<one>")
-    model.load(Concept("<two>", {"text_encoder": two}))
+    model.load(Concept("<two>", {"text_encoder": second}))
     image = None
     while scheduler:
         for event in scheduler.step():
@@ -252,7 +252,7 @@ def test_unloading_a_word_waits_for_its_prompts(model: Model) -> None:
         scheduler.add(request)
 
 
-def test_events_tell_every_step_and_carry_a_preview(model: Model) -> None:
+def test_every_step_is_an_event_and_some_have_a_preview(model: Model) -> None:
     events = list(generate(model, [Request("a cat", steps=4, previews=2)]))
 
     steps = [event for event in events if isinstance(event, StepDone)]
@@ -264,7 +264,7 @@ def test_events_tell_every_step_and_carry_a_preview(model: Model) -> None:
 
 
 def test_the_preview_of_the_last_step_is_the_picture_without_the_last_noise(model: Model) -> None:
-    """DDIM's last step ends at x0 as the model sees it."""
+    """DDIM's last step ends at the model's estimate of x0."""
     scheduler = Scheduler(model)
     scheduler.add(Request("a cat", steps=4, previews=1))
     events = [event for _ in range(3) for event in scheduler.step()]
@@ -296,7 +296,7 @@ def test_guidance_of_one_costs_one_branch(model: Model) -> None:
         ({"image": scene(), "strength": 0.01, "steps": 3}, "strength 0.01"),
     ],
 )
-def test_what_this_model_cannot_do_is_said_when_it_is_added(
+def test_a_request_that_the_model_does_not_support_is_refused_when_added(
     model: Model, changes: dict[str, Any], message: str
 ) -> None:
     scheduler = Scheduler(model)
@@ -306,7 +306,7 @@ def test_what_this_model_cannot_do_is_said_when_it_is_added(
     assert len(scheduler) == 0
 
 
-def test_prompts_that_would_fill_the_memory_are_refused_and_hold_no_rows(model: Model) -> None:
+def test_prompts_that_would_exhaust_memory_are_refused_and_hold_no_rows(model: Model) -> None:
     scheduler = Scheduler(model)
     model.load(Concept("<one>", {"text_encoder": np.ones((1, 32), np.float32)}))
     long, longer = ("BREAK ".join([f"a {word} "] * n) for word, n in (("<one>", 13), ("cat", 11)))
@@ -330,7 +330,7 @@ def test_a_word_of_another_width_is_refused(model: Model) -> None:
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(prompt=st.text(alphabet=st.one_of(st.sampled_from("()[]\\:<>1.2 aBREAK_"), st.characters()), max_size=80))
-def test_any_prompt_is_made_or_refused_with_one_line(model: Model, prompt: str) -> None:
+def test_any_prompt_is_generated_or_refused_with_one_line_of_error(model: Model, prompt: str) -> None:
     with contextlib.suppress(OnewordError):
         events = list(generate(model, [Request(prompt, steps=1, guidance_scale=1.0)]))
         assert isinstance(events[-1], PictureDone)

@@ -1,4 +1,4 @@
-"""An engine takes so much in one call and no more: what is more goes in several calls, and nobody sees a difference."""
+"""Engines with a limit per call: larger work is split into several calls, with the same result."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +19,7 @@ from oneword.runtime.scheduler import Scheduler
 
 
 class Limited:
-    """A real engine that refuses what is larger than its limits, as TensorRT's plans do."""
+    """A real engine that refuses sizes beyond its limits, as TensorRT's plans do."""
 
     few_shapes = False
 
@@ -36,8 +36,8 @@ class Limited:
         inputs: Mapping[str, AnyArray] | None = None,
         outputs: Mapping[str, AnyArray] | None = None,
     ) -> Binding:
-        given = {name: array.shape for name, array in {**(inputs or {}), **(outputs or {})}.items()}
-        sizes, _, _ = bound_shapes(self.name, self.inputs, self.outputs, shapes, given)
+        array_shapes = {name: array.shape for name, array in {**(inputs or {}), **(outputs or {})}.items()}
+        sizes, _, _ = bound_shapes(self.name, self.inputs, self.outputs, shapes, array_shapes)
         for axis, size in sizes.items():
             if size > self.limits.get(axis, size):
                 raise FeedError(f"{self.name} was given {axis} = {size}, its plan takes 1 to {self.limits[axis]}")
@@ -81,20 +81,20 @@ def test_five_prompts_and_the_empty_negative_are_encoded_in_several_calls(
     def encoded(model: Model) -> list[Any]:
         return model.encode([model.tokenize(prompt) for prompt in prompts])
 
-    for ours, theirs in zip(encoded(model), encoded(free), strict=True):
-        np.testing.assert_array_equal(ours.hidden_states, theirs.hidden_states)
+    for ours, expected in zip(encoded(model), encoded(free), strict=True):
+        np.testing.assert_array_equal(ours.hidden_states, expected.hidden_states)
     assert largest(model, "text_encoder", "B") == 4
 
 
-def test_five_pictures_of_a_prompt_are_drawn_with_no_word_of_the_limits(
+def test_five_pictures_of_a_prompt_are_drawn_without_an_error_about_limits(
     tiny_bundle: Path, free: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = limited(tiny_bundle, monkeypatch)
     settings = {"num_images": 5, "steps": 4, "seed": 3}
-    ours, theirs = draw(model, "a cat", **settings), draw(free, "a cat", **settings)
+    ours, expected = draw(model, "a cat", **settings), draw(free, "a cat", **settings)
 
     assert [picture.seed for picture in ours] == [3, 4, 5, 6, 7]
-    for a, b in zip(ours, theirs, strict=True):
+    for a, b in zip(ours, expected, strict=True):
         np.testing.assert_array_equal(a.image, b.image)
     assert largest(model, "denoise_step", "B") == 4
     assert 2 <= largest(model, "denoise_step", "N") <= 8
@@ -127,7 +127,7 @@ def test_requests_of_five_prompts_are_drawn_together(
         ({}, 16),
     ],
 )
-def test_as_many_rows_share_a_call_as_the_engine_takes(
+def test_as_many_rows_share_a_call_as_the_engine_allows(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, limits: dict[str, int], capacity: int
 ) -> None:
     model = limited(tiny_bundle, monkeypatch, limits)
@@ -138,7 +138,7 @@ def test_as_many_rows_share_a_call_as_the_engine_takes(
 def test_any_number_of_pictures_is_decoded(
     tiny_bundle: Path, free: Model, monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:
-    model = limited(tiny_bundle, monkeypatch, {"B": 3})  # which is none of the usual sizes of a call
+    model = limited(tiny_bundle, monkeypatch, {"B": 3})  # not a power of two
     latents = np.random.default_rng(0).standard_normal((count, 4, 8, 9)).astype(np.float32)
     images, finite = model.decode(latents)
     np.testing.assert_array_equal(images, free.decode(latents)[0])
@@ -152,7 +152,7 @@ def test_a_warm_up_stays_within_the_limits(tiny_bundle: Path, monkeypatch: pytes
     assert largest(model, "denoise_step", "N") == 8
 
 
-def test_what_no_call_takes_is_the_picture_s_failure_and_the_others_are_drawn(
+def test_a_picture_that_exceeds_the_limits_fails_and_the_others_are_drawn(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = limited(tiny_bundle, monkeypatch, {**LIMITS, "h": 8, "w": 8})
@@ -167,7 +167,7 @@ def test_what_no_call_takes_is_the_picture_s_failure_and_the_others_are_drawn(
         assert "denoise_step was given h = 16, its plan takes 1 to 8" in str(failure.error)
 
 
-def test_a_guided_picture_needs_two_branches_and_one_without_guidance_one(
+def test_a_guided_picture_needs_two_branches_and_an_unguided_one_needs_one(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = limited(tiny_bundle, monkeypatch, {"N": 1})

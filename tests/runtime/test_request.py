@@ -48,7 +48,7 @@ IMAGE = np.zeros((16, 24, 3), np.uint8)
         ({"image": IMAGE, "mask": np.full((16, 24), 127, np.uint8)}, "the mask is all black"),
     ],
 )
-def test_a_wrong_setting_is_one_line_with_what_is_allowed(settings: dict[str, Any], message: str) -> None:
+def test_a_wrong_setting_is_one_line_of_error_with_the_allowed_values(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message) as caught:
         Request(**{"prompt": "a cat", **settings})
 
@@ -56,7 +56,7 @@ def test_a_wrong_setting_is_one_line_with_what_is_allowed(settings: dict[str, An
     assert caught.value.exit_code == 2
 
 
-def test_a_default_that_the_manifest_misspells_is_the_bundles_fault(tiny_bundle: Path) -> None:
+def test_an_unknown_default_sampler_in_the_manifest_is_a_bundle_error(tiny_bundle: Path) -> None:
     manifest = Bundle.open(tiny_bundle).manifest
     defaults = msgspec.structs.replace(manifest.defaults, sampler="heun")
 
@@ -65,7 +65,7 @@ def test_a_default_that_the_manifest_misspells_is_the_bundles_fault(tiny_bundle:
 
 
 @pytest.mark.parametrize("sampler", Sampler)
-def test_a_sampler_may_be_given_by_its_name(tiny_bundle: Path, sampler: Sampler) -> None:
+def test_a_sampler_may_be_given_by_name(tiny_bundle: Path, sampler: Sampler) -> None:
     request = Request("a cat", sampler=sampler.value)
 
     assert request.sampler is sampler
@@ -73,7 +73,9 @@ def test_a_sampler_may_be_given_by_its_name(tiny_bundle: Path, sampler: Sampler)
 
 
 @pytest.mark.parametrize("sampler", ["ddim", Sampler.DDIM, None])
-def test_eta_is_taken_with_ddim_however_it_is_given(tiny_bundle: Path, sampler: Sampler | str | None) -> None:
+def test_eta_is_accepted_with_ddim_by_name_by_member_and_by_default(
+    tiny_bundle: Path, sampler: Sampler | str | None
+) -> None:
     manifest = Bundle.open(tiny_bundle).manifest  # whose default is ddim
 
     assert resolve(Request("a cat", sampler=sampler, eta=0.5), manifest).sampler is Sampler.DDIM
@@ -90,7 +92,7 @@ def test_eta_is_taken_with_ddim_however_it_is_given(tiny_bundle: Path, sampler: 
         ({"image": IMAGE}, "this bundle has no vae_encoder, so it cannot edit pictures: export it again"),
     ],
 )
-def test_what_this_model_cannot_do_is_refused_by_its_manifest_alone(
+def test_a_setting_that_the_model_does_not_support_is_refused_from_the_manifest_alone(
     tiny_bundle: Path, settings: dict[str, Any], message: str
 ) -> None:
     manifest = Bundle.open(tiny_bundle).manifest
@@ -100,7 +102,7 @@ def test_what_this_model_cannot_do_is_refused_by_its_manifest_alone(
         resolve(Request("a cat", **settings), msgspec.structs.replace(manifest, graphs=graphs))
 
 
-def test_what_is_not_given_is_the_bundles_default_and_an_images_size_is_rounded_down(tiny_bundle: Path) -> None:
+def test_missing_settings_are_the_bundles_defaults_and_an_images_size_is_rounded_down(tiny_bundle: Path) -> None:
     manifest = Bundle.open(tiny_bundle).manifest
     defaults = manifest.defaults
 

@@ -1,4 +1,4 @@
-"""Rows that come and go beside the model's own."""
+"""Learned rows are loaded and unloaded beside the model's own."""
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ def test_rows_of_an_fp16_table_are_fp16() -> None:
     np.testing.assert_array_equal(table.array.numpy()[row], np.full(4, 0.1, np.float16))
 
 
-def test_an_unloaded_words_rows_are_used_again() -> None:
+def test_the_rows_of_an_unloaded_word_are_reused() -> None:
     table = EmbeddingTable(BASE, capacity=2)
     ids = table.load("<a>", np.ones((2, 4), np.float32))
     with pytest.raises(ConceptError, match="needs 1 rows, 0 of 2 are free: unload words first"):
@@ -39,7 +39,7 @@ def test_an_unloaded_words_rows_are_used_again() -> None:
     assert set(table.load("<b>", np.ones((2, 4), np.float32))) == set(ids)
 
 
-def test_rows_that_a_prompt_waits_for_are_not_given_away() -> None:
+def test_rows_that_a_waiting_prompt_uses_are_not_reused() -> None:
     table = EmbeddingTable(BASE, capacity=2)
     [row] = table.load("<a>", np.ones((1, 4), np.float32))
     waiting = np.array([[0, row, row, 4]])
@@ -55,12 +55,12 @@ def test_rows_that_a_prompt_waits_for_are_not_given_away() -> None:
     assert table.load("<c>", np.ones((1, 4), np.float32)) == (row,)
 
 
-def test_wrong_words_are_refused_by_name() -> None:
+def test_an_unsuitable_word_is_refused_with_the_reason() -> None:
     table = EmbeddingTable(BASE, capacity=4)
     with pytest.raises(ConceptError, match=r"shape \[1, 768\], this encoder takes \[n, 4\]"):
         table.load("<a>", np.ones((1, 768), np.float32))
     table.load("<a>", np.ones((1, 4), np.float32))
-    with pytest.raises(ConceptError, match="loaded already"):
+    with pytest.raises(ConceptError, match="already loaded"):
         table.load("<a>", np.ones((1, 4), np.float32))
     with pytest.raises(UsageError, match="no word '<b>' is loaded"):
         table.unload("<b>")
@@ -68,8 +68,8 @@ def test_wrong_words_are_refused_by_name() -> None:
 
 @settings(deadline=None, max_examples=100)
 @given(st.lists(st.tuples(st.sampled_from(["load", "unload", "hold", "release"]), st.integers(0, 3)), max_size=40))
-def test_held_rows_keep_their_vectors_whatever_comes_and_goes(steps: list[tuple[str, int]]) -> None:
-    table, held = EmbeddingTable(BASE, capacity=6), []
+def test_held_rows_keep_their_vectors_whatever_is_loaded_or_unloaded(steps: list[tuple[str, int]]) -> None:
+    table, holds = EmbeddingTable(BASE, capacity=6), []
     for turn, (action, word) in enumerate(steps):
         token = f"<{word}>"
         if action == "load" and token not in table.ids and table.free_rows >= word % 2 + 1:
@@ -79,13 +79,13 @@ def test_held_rows_keep_their_vectors_whatever_comes_and_goes(steps: list[tuple[
         elif action == "hold" and token in table.ids:
             ids = np.array(table.ids[token])
             table.hold(ids)
-            held.append((ids, table.array.numpy()[ids].copy()))
-        elif action == "release" and held:
-            table.release(held.pop(word % len(held))[0])
-        for ids, rows in held:
+            holds.append((ids, table.array.numpy()[ids].copy()))
+        elif action == "release" and holds:
+            table.release(holds.pop(word % len(holds))[0])
+        for ids, rows in holds:
             np.testing.assert_array_equal(table.array.numpy()[ids], rows)
         np.testing.assert_array_equal(table.array.numpy()[:5], BASE)
-    for ids, _ in held:
+    for ids, _ in holds:
         table.release(ids)
     for token in table.ids:
         table.unload(token)
