@@ -1,11 +1,11 @@
 """Learned words and their files: `Concept`, `save_concept`, `load_concept`.
 
-A file is safetensors, at most 1 MiB, and is read here byte by byte: the header's length is checked before the header is
-parsed, the header before a number is touched, and nothing is ever unpickled. Pickled files (`.pt`, `.bin`), A1111
-pictures and LoRA bundles are not read here but by `oneword.runtime.layouts`, behind `ti-concept`.
+A file is safetensors, at most 1 MiB, and is parsed by this module itself: the header's length is checked before the
+header is parsed, and the header before any tensor is read; nothing is ever unpickled. Not covered: pickled files
+(`.pt`, `.bin`), A1111 pictures and LoRA bundles, which `ti-concept` reads with `oneword.runtime.layouts`.
 
-    one encoder     {token: [n, D]}                       as diffusers, A1111 and ComfyUI read it
-    two encoders    {"clip_l": [n, 768], "clip_g": [n, 1280]}   as they all read SDXL words
+    one encoder     {token: [n, D]}                             read by diffusers, A1111 and ComfyUI
+    two encoders    {"clip_l": [n, 768], "clip_g": [n, 1280]}   read by all three for SDXL
 """
 
 import json
@@ -30,9 +30,9 @@ Vectors: TypeAlias = npt.NDArray[np.float32]
 
 MAX_FILE_BYTES: Final = 1 << 20
 MAX_HEADER_BYTES: Final = 64 << 10
-MAX_VECTORS: Final = 75  # what CLIP's 77 positions leave between BOS and EOS
+MAX_VECTORS: Final = 75  # CLIP's 77 positions without BOS and EOS
 MAX_TOKEN_LENGTH: Final = 64
-MAX_NORM: Final = 300.0  # a vocabulary row is about 0.4 long; learned ones drift past 20, never near this
+MAX_NORM: Final = 300.0  # norms are about 0.4 in a vocabulary and can exceed 20 when learned, never this
 ENCODER_KEYS: Final = {"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5"}
 """The name of each encoder's vectors in a file for several encoders."""
 
@@ -40,7 +40,7 @@ _KEY_ENCODERS: Final = {key: encoder for encoder, key in ENCODER_KEYS.items()} |
     "text_encoders_0": "text_encoder",
     "text_encoders_1": "text_encoder_2",
 }
-_FILE_NAME_KEYS: Final = ("emb_params", "emp_params")  # kohya, OneTrainer: the file's name is the word
+_FILE_NAME_KEYS: Final = ("emb_params", "emp_params")  # kohya, OneTrainer: the file's name is the token
 _DTYPES: Final[dict[str, np.dtype[Any]]] = {
     "F16": np.dtype("<f2"),
     "F32": np.dtype("<f4"),
@@ -52,9 +52,9 @@ _TOKEN: Final = re.compile(r"<[\w.+*@#!~&$%^=-]+>|[\w.+*@#!~&$%^=-]+")
 
 @dataclass(frozen=True)
 class Concept:
-    """A learned word: `vectors[encoder]` is float32 [n, D], one row per token id that the word becomes.
+    """A learned word: `vectors[encoder]` is float32 [n, D], one row per token id of the word.
 
-    Raises ConceptError where a word is not safe to serve: token, shape, count, finiteness, norm.
+    Raises ConceptError if the word is not safe to serve: token, shape, count, finiteness, norm.
     """
 
     token: str
@@ -71,9 +71,9 @@ class Concept:
 
 
 def save_concept(concept: Concept, path: str | os.PathLike[str]) -> None:
-    """Writes the word's file whole or not at all; provenance becomes the file's metadata. See docs/design.md.
+    """Writes the word's file, whole or not at all; provenance becomes the file's metadata. See docs/design.md.
 
-    Raises ConceptError for a word that `load_concept` would refuse, FileError where the disk does not take it.
+    Raises ConceptError for a word that `load_concept` would refuse, FileError if it cannot be written.
     """
     if set(concept.vectors) == {"text_encoder"}:
         tensors = {concept.token: concept.vectors["text_encoder"]}
@@ -81,29 +81,29 @@ def save_concept(concept: Concept, path: str | os.PathLike[str]) -> None:
         tensors = {_file_key(encoder): value for encoder, value in concept.vectors.items()}
     metadata = {"format": "pt", **concept.provenance, "token": concept.token}
     data = safetensors.numpy.save({key: np.ascontiguousarray(value) for key, value in tensors.items()}, metadata)
-    concept_of(*read_safetensors(data, str(path)), str(path))  # what the gate would refuse is not written
+    concept_of(*read_safetensors(data, str(path)), str(path))  # never write what load_concept would refuse
     write_whole(Path(path), data)
 
 
 def load_concept(path: str | os.PathLike[str]) -> Concept:
-    """Reads one word from a safetensors file of any tool, through the gate. Raises ConceptError."""
+    """Reads one word from any tool's safetensors file, with all checks. Raises ConceptError."""
     name = str(path)
     return concept_of(*read_safetensors(read_limited(Path(path)), name), name)
 
 
 def concept_of(tensors: Mapping[str, Vectors], metadata: Mapping[str, str], name: str) -> Concept:
-    """The one word that a file's tensors spell; `name` is the file's, and is the word where the file has no other."""
+    """The word in a file's tensors. `name` is the file's name, and names the word if the file does not."""
     provenance = {key: value for key, value in metadata.items() if key not in ("format", "token")}
     stem = token_from_stem(name)
     if any(key in _KEY_ENCODERS for key in tensors):
         vectors = {_KEY_ENCODERS[key]: value for key, value in tensors.items() if key in _KEY_ENCODERS}
         if any(key not in _KEY_ENCODERS and key.removesuffix("_out") not in _KEY_ENCODERS for key in tensors):
-            raise ConceptError(f"{name} mixes {_listed(tensors)}: allowed beside clip_l and clip_g are their _out rows")
+            raise ConceptError(f"{name} mixes {_listed(tensors)}: allowed with clip_l and clip_g are their _out rows")
         return Concept(metadata.get("token", stem), vectors, provenance)
     words = {key: value for key, value in tensors.items() if key not in ("emb_params_out", "emp_params_out")}
     if len(words) != 1:
         raise ConceptError(
-            f"{name} holds {len(words)} tensors ({_listed(words)}), a word's file holds one: ti-concept convert it"
+            f"{name} holds {len(words)} tensors ({_listed(words)}), a word's file holds one: run ti-concept convert"
         )
     [(key, value)] = words.items()
     token = metadata.get("token", stem) if key in _FILE_NAME_KEYS else key
@@ -111,27 +111,27 @@ def concept_of(tensors: Mapping[str, Vectors], metadata: Mapping[str, str], name
 
 
 def check_token(token: str) -> None:
-    """Raises ConceptError for a token that could leave a folder, break a prompt or deceive a reader."""
+    """Raises ConceptError for a token that could escape a folder, break a prompt or mislead a reader."""
     if "/" in token or "\\" in token or ".." in token:
         raise ConceptError(f"token {token[:80]!r} looks like a path: rename the word, for example <toy>")
     if len(token) > MAX_TOKEN_LENGTH:
         raise ConceptError(f"token {token[:20]!r}... has {len(token)} characters, allowed are {MAX_TOKEN_LENGTH}")
     if not _TOKEN.fullmatch(token) or unicodedata.normalize("NFC", token) != token:
         raise ConceptError(
-            f"token {token!r} is not safe in a prompt: letters, digits and . + * @ # ! ~ & $ % ^ = - _ , "
-            "bare or inside <>, for example <toy>"
+            f"token {token!r} is not safe in a prompt: allowed are letters, digits and . + * @ # ! ~ & $ % ^ = - _ , "
+            "bare or in <>, for example <toy>"
         )
 
 
 def token_from_stem(name: str) -> str:
-    """A file's name without folder and suffix as a token; what a token cannot hold becomes _."""
+    """A token from a file's name, without folder and suffix; characters that a token may not have become _."""
     stem = unicodedata.normalize("NFC", Path(name).stem)
     bare = re.sub(r"[^\w.+*@#!~&$%^=-]+|\.{2,}", "_", stem).strip("_")[: MAX_TOKEN_LENGTH - 2]
     return f"<{bare}>" if stem.startswith("<") and stem.endswith(">") else bare or "word"
 
 
 def read_limited(path: Path) -> bytes:
-    """The file's bytes, never more than the gate lets in. Raises ConceptError when absent, unreadable or too large."""
+    """The file's bytes, at most MAX_FILE_BYTES. Raises ConceptError if it is missing, unreadable or too large."""
     try:
         with path.open("rb") as file:
             data = file.read(MAX_FILE_BYTES + 1)
@@ -139,15 +139,15 @@ def read_limited(path: Path) -> bytes:
     except OSError as error:
         raise ConceptError(f"cannot read {path}: {error.strerror}") from error
     if len(data) > MAX_FILE_BYTES:
-        raise ConceptError(f"{path} has {max(size, len(data))} bytes, an embedding at most {MAX_FILE_BYTES} (1 MiB)")
+        raise ConceptError(f"{path} has {max(size, len(data))} bytes, allowed are {MAX_FILE_BYTES} (1 MiB)")
     return data
 
 
 def read_safetensors(data: bytes, name: str) -> tuple[dict[str, Vectors], dict[str, str]]:
     """Tensors (as float32) and metadata of a safetensors file, read strictly. Raises ConceptError.
 
-    Source: the format as huggingface/safetensors documents it. Stricter than that library: floats only, at most 2-D,
-    no duplicate keys, no gaps, no empty tensors, keys that are not paths.
+    Source: the format documented in huggingface/safetensors. Stricter than that library: floats only, at most 2-D, no
+    duplicate keys, no gaps, no empty tensors, no keys that look like paths.
     """
     header, start = _header(data, name)
     metadata = header.pop("__metadata__", {})
@@ -157,7 +157,7 @@ def read_safetensors(data: bytes, name: str) -> tuple[dict[str, Vectors], dict[s
     regions: list[tuple[int, int]] = []
     for key, entry in header.items():
         if "/" in key or "\\" in key or ".." in key:
-            raise ConceptError(f"{name}: key {key[:80]!r} looks like a path, a key is a word such as <toy>")
+            raise ConceptError(f"{name}: key {key[:80]!r} looks like a path, allowed is a word such as <toy>")
         tensors[key], region = parse_tensor(memoryview(data)[start:], key, entry, name)
         regions.append(region)
     end = 0
@@ -172,23 +172,23 @@ def read_safetensors(data: bytes, name: str) -> tuple[dict[str, Vectors], dict[s
 
 def _header(data: bytes, name: str) -> tuple[dict[str, Any], int]:
     if len(data) < 8:
-        raise ConceptError(f"{name} has {len(data)} bytes, not a safetensors file: for .pt and .bin ti-concept convert")
+        raise ConceptError(f"{name} has {len(data)} bytes, so it is no safetensors file: convert it with ti-concept")
     length = int.from_bytes(data[:8], "little")
     if data[8:9] != b"{" and (data[:4] == b"PK\x03\x04" or data[:1] == b"\x80"):
-        raise ConceptError(f"{name} is a pickle (.pt, .bin), served are safetensors only: ti-concept convert it first")
+        raise ConceptError(f"{name} is a pickle (.pt, .bin), allowed is safetensors: run ti-concept convert first")
     if length > MAX_HEADER_BYTES:
-        raise ConceptError(f"{name}: header of {length} bytes, allowed are {MAX_HEADER_BYTES} (64 KiB)")
+        raise ConceptError(f"{name} has a header of {length} bytes, allowed are {MAX_HEADER_BYTES} (64 KiB)")
     if 8 + length > len(data):
-        raise ConceptError(f"{name} is cut off: its header of {length} bytes does not fit {len(data)} bytes")
+        raise ConceptError(f"{name} is truncated: its header of {length} bytes does not fit into {len(data)} bytes")
     return parse_header(data[8 : 8 + length], name), 8 + length
 
 
 def parse_header(text: bytes, name: str) -> dict[str, Any]:
-    """A safetensors header, a JSON object whose keys are there once. Raises ConceptError."""
+    """A safetensors header: a JSON object with unique keys. Raises ConceptError."""
     try:
         header = json.loads(text.decode(), object_pairs_hook=_unique_pairs)
     except _DuplicateKeyError as error:
-        raise ConceptError(f"{name}: key {str(error)[:80]!r} stands twice in the header") from None
+        raise ConceptError(f"{name}: key {str(error)[:80]!r} appears twice in the header") from None
     except (ValueError, RecursionError):
         raise ConceptError(f"{name}: the header is not JSON, so this is not a safetensors file") from None
     if not isinstance(header, dict):
@@ -210,7 +210,7 @@ def _unique_pairs(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def parse_tensor(data: memoryview, key: str, entry: Any, name: str) -> tuple[Vectors, tuple[int, int]]:
-    """The tensor that a header's entry describes, as float32, and the bytes it fills. Raises ConceptError."""
+    """The tensor that a header's entry describes, as float32, and its range of bytes. Raises ConceptError."""
     match entry:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(first), int(last)]} if len(entry) == 3:
             pass
@@ -229,30 +229,30 @@ def parse_tensor(data: memoryview, key: str, entry: Any, name: str) -> tuple[Vec
 
 
 def _narrowed(value: npt.NDArray[Any]) -> Vectors:
-    with np.errstate(over="ignore"):  # a float64 beyond float32 becomes inf, which the gate names
+    with np.errstate(over="ignore"):  # a float64 beyond float32 becomes inf, which _checked reports
         return value.astype(np.float32)
 
 
-def _checked(what: str, value: npt.ArrayLike) -> Vectors:
+def _checked(name: str, value: npt.ArrayLike) -> Vectors:
     vectors = _narrowed(np.asarray(value))
     if vectors.ndim == 1:  # diffusers once wrote one vector as [D]
         vectors = vectors[None]
     if vectors.ndim != 2 or vectors.shape[1] == 0:
-        raise ConceptError(f"{what} has shape {list(vectors.shape)}, a word is [n, D]")
+        raise ConceptError(f"{name} has shape {list(vectors.shape)}, a word is [n, D]")
     if not 1 <= len(vectors) <= MAX_VECTORS:
-        raise ConceptError(f"{what} has {len(vectors)} vectors, allowed are 1 to {MAX_VECTORS}")
+        raise ConceptError(f"{name} has {len(vectors)} vectors, allowed are 1 to {MAX_VECTORS}")
     if not np.isfinite(vectors).all():
-        raise ConceptError(f"{what} holds NaN or infinity: the training that made it failed")
+        raise ConceptError(f"{name} holds NaN or infinity: its training failed, train it again")
     norm = float(np.linalg.norm(vectors.astype(np.float64), axis=1).max())
     if not 0 < norm <= MAX_NORM:
-        raise ConceptError(f"{what} is {norm:.3g} long, a plausible vector is longer than 0 and at most {MAX_NORM:g}")
+        raise ConceptError(f"{name} has norm {norm:.3g}, a plausible vector has one above 0 and at most {MAX_NORM:g}")
     vectors.flags.writeable = False
     return vectors
 
 
 def _file_key(encoder: str) -> str:
     if encoder not in ENCODER_KEYS:
-        raise ConceptError(f"encoder {encoder!r} has no name in a file, allowed are {', '.join(ENCODER_KEYS)}")
+        raise ConceptError(f"encoder {encoder!r} has no key in a file, allowed are {', '.join(ENCODER_KEYS)}")
     return ENCODER_KEYS[encoder]
 
 

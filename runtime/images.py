@@ -1,4 +1,4 @@
-"""Pictures in and out: PNGs with A1111's `parameters` text, saved whole or not at all; input pictures read safely."""
+"""Reads untrusted pictures safely, and writes PNGs with A1111's `parameters` text, whole or not at all."""
 
 import io
 import warnings
@@ -16,9 +16,9 @@ from oneword.runtime.request import Image, Request, ResolvedSettings
 from oneword.runtime.samplers import Sampler
 
 _MAX_BYTES = 256 << 20
-_MAX_PIXELS = 120_000_000  # read; what is made of them is at most MAX_PIXELS
-_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # nothing that runs another program
-_TOPS = {"I": (255, 65535), "F": (1, 255, 65535)}  # what white may be in modes that do not say
+_MAX_PIXELS = 120_000_000  # of a file; generated pictures are limited by request.MAX_PIXELS
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # none that runs another program
+_TOPS = {"I": (255, 65535), "F": (1, 255, 65535)}  # possible values of white in modes without a fixed range
 _A1111_SAMPLERS = {
     Sampler.DDIM: "DDIM",
     Sampler.DDPM: "DDPM",
@@ -37,7 +37,7 @@ def save_png(image: Image, path: str | Path, parameters: str = "") -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise FileError(f"cannot make the folder {path.parent}: {error.strerror}") from error
+        raise FileError(f"cannot create the folder {path.parent}: {error.strerror}") from error
     write_whole(path, png_bytes(image, parameters), sync=False)
 
 
@@ -51,18 +51,18 @@ def png_bytes(image: Image, parameters: str) -> bytes:
 
 
 def open_picture(path: Path) -> PIL.Image.Image:
-    """Reads a picture from an untrusted file: decoded, upright as its EXIF says, 8 bits a channel, in its own mode.
+    """Reads a picture from an untrusted file: decoded, rotated as its EXIF says, 8 bits per channel, in its own mode.
 
-    Of an animation it is the first frame. Numbers of 16 bits are scaled to 8; floats and 32-bit integers, which do not
-    state their range, by the smallest of 1 (floats alone), 255 and 65535 that holds them all.
+    An animation is read as its first frame. 16-bit values are scaled to 8 bits; floats and 32-bit integers, which have
+    no fixed range, are scaled by the smallest of 1 (floats only), 255 and 65535 that covers them all.
 
-    Raises UsageError where there is no such file, FileError where it is not a picture or has too many pixels.
+    Raises UsageError if there is no such file, FileError if it is not a picture or has too many pixels.
     """
     try:
         if path.stat().st_size > _MAX_BYTES:
-            raise FileError(f"{path} has more than {_MAX_BYTES >> 20} MiB: give a smaller picture")
+            raise FileError(f"{path} has more than {_MAX_BYTES >> 20} MiB: pass a smaller picture")
         with path.open("rb") as stream, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the size is checked below, by our own bound
+            warnings.simplefilter("ignore")  # the size is checked below
             picture = PIL.Image.open(stream, formats=_FORMATS)
             if picture.width * picture.height > _MAX_PIXELS:
                 raise FileError(
@@ -73,17 +73,17 @@ def open_picture(path: Path) -> PIL.Image.Image:
     except FileNotFoundError:
         raise UsageError(f"there is no picture {path}") from None
     except IsADirectoryError:
-        raise UsageError(f"{path} is a folder: give one picture") from None
+        raise UsageError(f"{path} is a folder: pass one picture") from None
     except PIL.UnidentifiedImageError:
         raise FileError(f"{path} cannot be read as a picture: allowed are {', '.join(_FORMATS)}") from None
     except OnewordError:
         raise
-    except Exception as error:  # a damaged file makes Pillow's decoders raise almost anything
+    except Exception as error:  # Pillow's decoders can raise almost anything for a damaged file
         raise FileError(f"{path} cannot be read as a picture: {one_line(error)}") from error
 
 
 def on_white(picture: PIL.Image.Image) -> PIL.Image.Image:
-    """The picture as RGB, what is transparent over white."""
+    """The picture as RGB, with transparency on white."""
     if picture.has_transparency_data:
         rgba = picture.convert("RGBA")
         picture = PIL.Image.alpha_composite(PIL.Image.new("RGBA", rgba.size, "white"), rgba)
@@ -101,14 +101,14 @@ def read_mask(path: Path) -> npt.NDArray[np.bool_]:
 
 
 def resized(image: Image, width: int, height: int) -> Image:
-    """The picture stretched to a size (Lanczos, as diffusers does); itself where it has that size."""
+    """The picture stretched to a size (Lanczos, as in diffusers), or the same array if it has that size."""
     if image.shape[:2] == (height, width):
         return image
     return np.asarray(PIL.Image.fromarray(image).resize((width, height), PIL.Image.Resampling.LANCZOS))
 
 
 def parameters_text(request: Request, settings: ResolvedSettings, seed: int, model: str = "") -> str:
-    """The text that A1111 writes into its pictures: prompt, negative prompt, then `Name: value` pairs."""
+    """A1111's generation parameters: prompt, negative prompt, then `Name: value` pairs."""
     pairs: dict[str, object] = {
         "Steps": settings.steps,
         "Sampler": _A1111_SAMPLERS[settings.sampler],
@@ -133,7 +133,7 @@ def parameters_text(request: Request, settings: ResolvedSettings, seed: int, mod
 
 
 def _eight_bits(picture: PIL.Image.Image) -> PIL.Image.Image:
-    """A grey picture of 16 or 32 bits as one of 8; any other as it is."""
+    """Converts a grey picture of 16 or 32 bits to 8 bits; returns any other unchanged."""
     if picture.mode not in _TOPS and not picture.mode.startswith("I;16"):
         return picture
     values = np.asarray(picture).astype(np.float32)

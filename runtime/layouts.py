@@ -1,15 +1,16 @@
-"""Everyone's embedding files as learned words. For `ti-concept` alone: what serves pictures reads safetensors only.
+"""Reads learned words from the embedding files of all tools. Only for `ti-concept`: serving reads safetensors only.
 
     diffusers            {token: [n, D]}, .safetensors or .bin; a folder of sd-concepts-library
-    SDXL, SD3, Flux      clip_l, clip_g, t5, or text_encoders_0 and _1; two files of diffusers, one for each encoder
-    A1111                .pt: string_to_param with `name`, the file's name is the word; pictures: `sd-ti-embedding`
-    Gal et al.           .pt: string_to_param in a ParameterDict, one word for each placeholder
+    SDXL, SD3, Flux      clip_l, clip_g, t5, or text_encoders_0 and _1; two files of diffusers, one per encoder
+    A1111                .pt: string_to_param with `name`, the file's name is the token; pictures: `sd-ti-embedding`
+    Gal et al.           .pt: string_to_param in a ParameterDict, one word per placeholder
     kohya, OneTrainer    emb_params, emp_params, and `bundle_emb.<name>.<key>` inside a LoRA
     kohya XTI            IN01 ... OUT11: a vector for each of 16 layers; shown and checked, not converted
 
-`.pt` and `.bin` are read without PyTorch and stricter than its `weights_only`: before anything is unpickled each opcode
-is looked at, and a few names exist, which build tensors and plain containers; there is no way from them to other code.
-Not read: PyTorch's files of before 2020, vectors hidden in the pixels of A1111's old pictures, output rows (_out).
+`.pt` and `.bin` are read without PyTorch, and more strictly than with its `weights_only`: every opcode is checked
+before anything is unpickled, and only a few names are allowed, which build tensors and plain containers and cannot
+reach other code. Not covered: PyTorch's files from before 2020, vectors hidden in the pixels of A1111's old pictures,
+output rows (_out).
 """
 
 import base64
@@ -63,14 +64,14 @@ _PICKLES: Final = (".pt", ".bin", ".pth", ".ckpt")
 
 @dataclass(frozen=True)
 class FoundConcept:
-    """A word, and the layout of the file in which it was found."""
+    """A word, and the layout of the file that holds it."""
 
     layout: str
     concept: Concept
 
 
 def read_concepts(path: Path) -> list[FoundConcept]:
-    """All words of a file of any tool, or of a folder of sd-concepts-library. Raises ConceptError."""
+    """All words in a file of any tool, or in a folder of sd-concepts-library. Raises ConceptError."""
     name = str(path)
     if path.is_dir():
         return _library_folder(path)
@@ -79,7 +80,7 @@ def read_concepts(path: Path) -> list[FoundConcept]:
     if path.suffix.lower() in _PICKLES:
         return _from_dict("pickle", _pickled(read_limited(path), name), name)
     if path.suffix.lower() != ".safetensors":
-        raise ConceptError(f"{name} is no embedding file: allowed are .safetensors, .pt, .bin, .png and folders")
+        raise ConceptError(f"{name} is not an embedding file: allowed are .safetensors, .pt, .bin, .png and folders")
     if bundled := _lora(path):
         return bundled
     return _from_tensors("safetensors", *read_safetensors(read_limited(path), name), name)
@@ -87,14 +88,14 @@ def read_concepts(path: Path) -> list[FoundConcept]:
 
 def paired(words: Sequence[FoundConcept]) -> Concept:
     """One word for two encoders from diffusers' two SDXL files, narrower first. Raises ConceptError."""
-    concepts = [found.concept for found in words]
+    concepts = [word.concept for word in words]
     vectors = [value for concept in concepts for value in concept.vectors.values()]
     if len(concepts) != 2 or len(vectors) != 2 or len({concept.token for concept in concepts}) != 1:
         listed = ", ".join(repr(concept.token) for concept in concepts)
-        raise ConceptError(f"words {listed} are no pair: give two files that name one word, one for each encoder")
+        raise ConceptError(f"words {listed} are not a pair: pass two files of the same word, one per encoder")
     first, second = sorted(vectors, key=lambda value: value.shape[1])
     if len(first) != len(second) or first.shape[1] == second.shape[1]:
-        raise ConceptError(f"vectors {list(first.shape)} and {list(second.shape)} are no pair of two encoders")
+        raise ConceptError(f"vectors {list(first.shape)} and {list(second.shape)} are not a pair for two encoders")
     return Concept(concepts[0].token, {"text_encoder": first, "text_encoder_2": second}, concepts[0].provenance)
 
 
@@ -102,10 +103,10 @@ def _library_folder(path: Path) -> list[FoundConcept]:
     for name in ("learned_embeds.safetensors", "learned_embeds.bin"):
         if (path / name).is_file():
             return [
-                FoundConcept(f"sd-concepts-library, {found.layout}", found.concept)
-                for found in read_concepts(path / name)
+                FoundConcept(f"sd-concepts-library, {word.layout}", word.concept)
+                for word in read_concepts(path / name)
             ]
-    raise ConceptError(f"{path} holds neither learned_embeds.safetensors nor learned_embeds.bin: name the file itself")
+    raise ConceptError(f"{path} holds neither learned_embeds.safetensors nor learned_embeds.bin: pass the file itself")
 
 
 def _from_dict(container: str, content: Any, name: str) -> list[FoundConcept]:
@@ -116,7 +117,7 @@ def _from_dict(container: str, content: Any, name: str) -> list[FoundConcept]:
     if parameters is None:
         tensors = {key: value for key, value in content.items() if isinstance(value, np.ndarray)}
         if not tensors or len(tensors) != len(content) or not all(isinstance(key, str) for key in content):
-            raise ConceptError(f"{name} is of no known layout: its keys are {', '.join(map(repr, content))}"[:300])
+            raise ConceptError(f"{name} has no known layout: its keys are {', '.join(map(repr, content))}"[:300])
         return _from_tensors(container, tensors, {}, name)
     if not isinstance(parameters, Mapping) or not parameters:
         raise ConceptError(f"{name}: string_to_param is {type(parameters).__name__}, not a dictionary of vectors")
@@ -137,7 +138,7 @@ def _from_dict(container: str, content: Any, name: str) -> list[FoundConcept]:
 def _from_tensors(
     container: str, tensors: Mapping[str, Vectors], metadata: Mapping[str, str], name: str
 ) -> list[FoundConcept]:
-    """The words of a flat file of tensors."""
+    """The words in a flat mapping of tensors."""
     if set(tensors) == set(XTI_KEYS):
         return [FoundConcept("kohya XTI", Concept(token_from_stem(name), dict(tensors), metadata))]
     if any(key in ("emb_params", "emp_params") for key in tensors):
@@ -151,7 +152,7 @@ def _from_tensors(
 
 
 def _lora(path: Path) -> list[FoundConcept]:
-    """The words bundled in a LoRA; of the file, only its header and their bytes are read."""
+    """The words bundled in a LoRA; only the header and their bytes are read from the file."""
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -165,7 +166,7 @@ def _lora(path: Path) -> list[FoundConcept]:
             for key, entry in parse_header(head, str(path)).items():
                 if match := _BUNDLED.fullmatch(key):
                     first, last = _offsets(entry, key, str(path))
-                    size += last - first  # entries may point at the same bytes
+                    size += last - first  # entries may share bytes
                     if size > _MAX_LORA_WORDS:
                         raise ConceptError(f"{path}: its words have more than {_MAX_LORA_WORDS} bytes (8 MiB) in all")
                     file.seek(8 + length + first)
@@ -175,15 +176,15 @@ def _lora(path: Path) -> list[FoundConcept]:
     except OSError as error:
         raise ConceptError(f"cannot read {path}: {error.strerror}") from error
     return [
-        FoundConcept("LoRA bundle", found.concept)
-        for word, tensors in words.items()
-        for found in _from_tensors("LoRA bundle", _renamed(word, tensors), {}, f"{word}.safetensors")
+        FoundConcept("LoRA bundle", word.concept)
+        for stem, tensors in words.items()
+        for word in _from_tensors("LoRA bundle", _renamed(stem, tensors), {}, f"{stem}.safetensors")
     ]
 
 
-def _renamed(word: str, tensors: Mapping[str, Vectors]) -> Mapping[str, Vectors]:
-    """OneTrainer writes string_to_param.* inside a bundle, which is the word itself."""
-    return {token_from_stem(word + ".x") if key in ("*", "string_to_param") else key: v for key, v in tensors.items()}
+def _renamed(stem: str, tensors: Mapping[str, Vectors]) -> Mapping[str, Vectors]:
+    """The tensors with OneTrainer's key string_to_param, or *, replaced by the word."""
+    return {token_from_stem(stem + ".x") if key in ("*", "string_to_param") else key: v for key, v in tensors.items()}
 
 
 def _offsets(entry: Any, key: str, name: str) -> tuple[int, int]:
@@ -206,11 +207,11 @@ def _picture(path: Path) -> Any:
         raise ConceptError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, TypeError, RecursionError, binascii.Error, struct.error):
         raise ConceptError(f"{path} is a damaged picture: its embedding cannot be read") from None
-    raise ConceptError(f"{path} holds no embedding: A1111 keeps one in the text chunk sd-ti-embedding")
+    raise ConceptError(f"{path} holds no embedding: A1111 stores it in the text chunk sd-ti-embedding")
 
 
 def _chunks(file: io.BufferedReader, name: str) -> Iterator[tuple[bytes, bytes]]:
-    """The text chunks of a PNG; what is not text is passed over unread."""
+    """The text chunks of a PNG; other chunks are skipped unread."""
     if file.read(8) != _PNG:
         raise ConceptError(f"{name} is not a PNG")
     while len(head := file.read(8)) == 8:
@@ -219,7 +220,7 @@ def _chunks(file: io.BufferedReader, name: str) -> Iterator[tuple[bytes, bytes]]
             file.seek(length + 4, io.SEEK_CUR)
             continue
         if length > _MAX_PICTURE_TEXT:
-            raise ConceptError(f"{name}: a text chunk of {length} bytes, allowed are {_MAX_PICTURE_TEXT}")
+            raise ConceptError(f"{name} has a text chunk of {length} bytes, allowed are {_MAX_PICTURE_TEXT}")
         data = file.read(length)
         if zlib.crc32(kind + data).to_bytes(4, "big") != file.read(4):
             raise ConceptError(f"{name} is a damaged picture: a text chunk's checksum is wrong")
@@ -231,17 +232,17 @@ def _torch_tensor(entry: dict[str, Any]) -> Any:
 
 
 def _pickled(data: bytes, name: str) -> Any:
-    """What torch.save wrote, with tensors as arrays. Raises ConceptError for all that is not plain data."""
+    """The content of a file of torch.save, with tensors as arrays. Raises ConceptError for all but plain data."""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             return _TorchUnpickler(archive, name).content
     except zipfile.BadZipFile:
         raise ConceptError(
-            f"{name} is not a file of torch.save (or of one before 2020: load and save it with today's PyTorch)"
+            f"{name} is not a file of torch.save, or from before 2020: then load and save it with a newer PyTorch"
         ) from None
     except ConceptError:
         raise
-    except Exception as error:  # a damaged pickle can fail in any way, though it cannot do anything
+    except Exception as error:  # a damaged pickle can raise anything, but it cannot run code
         raise ConceptError(f"{name} is damaged ({type(error).__name__}): it cannot be read") from None
 
 
@@ -257,7 +258,7 @@ class _ParameterDict:
 
 
 class _TorchUnpickler(pickle.Unpickler):
-    """A pickle with a few names, over the storages of its own archive."""
+    """Unpickles an archive of torch.save with a few allowed names, over the archive's own storages."""
 
     def __init__(self, archive: zipfile.ZipFile, name: str) -> None:
         self._archive, self._name = archive, name
@@ -274,7 +275,7 @@ class _TorchUnpickler(pickle.Unpickler):
         data = archive.read(pickles[0])
         _check_opcodes(data, name)
         super().__init__(io.BytesIO(data))
-        # Made anew for each file: a pickle may set attributes of what it is given.
+        # Created again for each file: a pickle can set attributes on these objects.
         self._names: dict[tuple[str, str], Callable[..., Any]] = {
             ("collections", "OrderedDict"): collections.OrderedDict,
             ("torch._utils", "_rebuild_tensor_v2"): lambda *arguments: self._rebuilt(*arguments),
@@ -288,17 +289,17 @@ class _TorchUnpickler(pickle.Unpickler):
         self.content = _plain(self.load())
 
     def find_class(self, module: str, name: str) -> Any:
-        """One of the few names, or ConceptError."""
+        """The object for an allowed name. Raises ConceptError for any other."""
         if module == "torch" and name in _STORAGES:
             return name
         if (module, name) not in self._names:
             raise ConceptError(
-                f"{self._name} asks for {module}.{name}, which is not data: it is refused, unpickling it could run code"
+                f"{self._name} refers to {module}.{name}, which is not data: refused, since unpickling could run code"
             )
         return self._names[module, name]
 
     def persistent_load(self, pid: Any) -> npt.NDArray[Any]:
-        """A storage: the numbers of one file of the archive."""
+        """A storage: the numbers in one file of the archive."""
         match pid:
             case ("storage", str(kind), str(key), str(), int()) if kind in _STORAGES and key.isdecimal():
                 if key not in self._storages:
@@ -306,10 +307,10 @@ class _TorchUnpickler(pickle.Unpickler):
                     self._storages[key] = np.frombuffer(data, _STORAGES[kind])
                 return self._storages[key]
             case _:
-                raise ConceptError(f"{self._name}: {str(pid)[:80]!r} is no storage of torch.save")
+                raise ConceptError(f"{self._name}: {str(pid)[:80]!r} is not a storage of torch.save")
 
     def _rebuilt(self, *arguments: Any) -> npt.NDArray[Any]:
-        """A tensor; all of them together are bounded, since they may share their numbers."""
+        """A tensor. Their total size is limited, since tensors may share a storage."""
         value = _tensor(*arguments)
         self._rebuilt_bytes += value.nbytes
         if self._rebuilt_bytes > _MAX_PICKLED:
@@ -318,7 +319,7 @@ class _TorchUnpickler(pickle.Unpickler):
 
 
 def _check_opcodes(data: bytes, name: str) -> None:
-    """Raises ConceptError for opcodes torch.save does not write, among them all that make room before they read."""
+    """Raises ConceptError for opcodes torch.save does not write, such as all that allocate memory before they read."""
     for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
         if opcode.name not in _OPCODES or count > _MAX_OPCODES:
             raise ConceptError(f"{name}: opcode {opcode.name} (number {count}) is not what torch.save writes")
@@ -326,13 +327,13 @@ def _check_opcodes(data: bytes, name: str) -> None:
             raise ConceptError(f"{name}: memo entry {argument} is not what torch.save writes")
 
 
-def _tensor(storage: Any, offset: int, size: Any, stride: Any, *rest: Any) -> npt.NDArray[Any]:
-    """torch._utils._rebuild_tensor_v2 over an array, every index checked."""
+def _tensor(storage: Any, offset: int, size: Any, stride: Any, *_: Any) -> npt.NDArray[Any]:
+    """torch._utils._rebuild_tensor_v2 on an array, with every index checked."""
     values = np.asarray(storage)
     sizes, strides = [int(x) for x in size], [int(x) for x in stride]
     last = int(offset) + sum((n - 1) * step for n, step in zip(sizes, strides, strict=True))
     if values.ndim != 1 or len(sizes) > 2 or min([*sizes, 1]) < 1 or min([*strides, int(offset)]) < 0:
-        raise ConceptError(f"a tensor of shape {sizes} is no embedding")
+        raise ConceptError(f"a tensor of shape {sizes} is not an embedding")
     if last >= len(values) or np.prod(sizes, dtype=np.float64) > len(values):
         raise ConceptError(f"a tensor of shape {sizes} reads past its {len(values)} numbers")
     view = np.lib.stride_tricks.as_strided(values[int(offset) :], sizes, [s * values.itemsize for s in strides])

@@ -1,7 +1,7 @@
 """What to generate: `Request`, and `resolve`, which fills in a bundle's defaults.
 
-All checks of a request are here, but for the words and the length in tokens of its prompts, which need the tokenizers,
-and for what a scheduler's config rules out, which `make_schedule` checks. Nothing is loaded or computed here.
+Checks everything in a request except the words and token counts of its prompts, which need the tokenizers, and what a
+scheduler's config rules out, which `make_schedule` checks. Nothing is loaded or computed.
 """
 
 import math
@@ -26,12 +26,12 @@ MAX_PIXELS = 1 << 24  # 4096 x 4096
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """One or more pictures from one prompt. None stands for the bundle's default; picture i has the seed `seed + i`.
+    """One or more pictures from one prompt. None means the bundle's default; picture i has the seed `seed + i`.
 
-    With `image` that picture is edited: `strength` is how much of it is replaced by noise first. With `mask` only the
-    area where it is True, or 128 and more, is regenerated, as in Blended Latent Diffusion (arXiv 2206.02779).
+    With `image` that picture is edited: `strength` is how much of it is first replaced by noise. With `mask` only the
+    area where it is True, or at least 128, is regenerated, as in Blended Latent Diffusion (arXiv 2206.02779).
 
-    Raises UsageError with one line that says what was given and what is allowed.
+    Raises UsageError, one line that says what was given and what is allowed.
     """
 
     prompt: str
@@ -46,19 +46,19 @@ class Request:
     guidance_interval: tuple[float, float] | None = None
     """Only steps with low < sigma / alpha <= high are guided (arXiv 2404.07724); None guides all."""
     eta: float = 0.0
-    """Noise that DDIM adds in each step, 0 to 1; other samplers take none."""
+    """Noise that DDIM adds in each step, 0 to 1; must be 0 for other samplers."""
     clip_skip: int = 0
     """Last layers of the text encoder to skip, as in diffusers; A1111 counts one more."""
     size: tuple[int, int] | None = None
-    """Width and height in pixels; None: those of `image`, else the bundle's."""
+    """Width and height in pixels; None means those of `image`, else the bundle's."""
     image: Image | None = None
     strength: float = 0.8
     mask: npt.NDArray[Any] | None = None
     """[H, W], bool or uint8, of the size of `image`."""
     previews: int = 0
-    """A preview after every so many steps; 0: none."""
+    """Number of steps between previews; 0 means none."""
     paste: bool = True
-    """Copy the pixels of `image` back outside the mask; False keeps them as the decoder returns them."""
+    """Whether to copy the pixels of `image` back outside the mask; False keeps the decoder's output there."""
 
     def __post_init__(self) -> None:
         check_prompt(self.prompt)
@@ -66,24 +66,24 @@ class Request:
             check_prompt(self.negative_prompt, "negative prompt")
         if self.sampler is not None:
             object.__setattr__(self, "sampler", _known_sampler(self.sampler))
-        _within("seed", self.seed, 0, 2**63 - 1, whole=True)
-        _within("num_images", self.num_images, 1, MAX_IMAGES, whole=True)
+        _within("seed", self.seed, 0, 2**63 - 1, integer=True)
+        _within("num_images", self.num_images, 1, MAX_IMAGES, integer=True)
         if self.steps is not None:
-            _within("steps", self.steps, 1, MAX_STEPS, whole=True)
+            _within("steps", self.steps, 1, MAX_STEPS, integer=True)
         if self.guidance_scale is not None:
             _within("guidance_scale", self.guidance_scale, 0, 100)
         _within("guidance_rescale", self.guidance_rescale, 0, 1)
         _within("eta", self.eta, 0, 1)
-        _within("clip_skip", self.clip_skip, 0, 100, whole=True)
+        _within("clip_skip", self.clip_skip, 0, 100, integer=True)
         _within("strength", self.strength, 0, 1)
-        _within("previews", self.previews, 0, MAX_STEPS, whole=True)
+        _within("previews", self.previews, 0, MAX_STEPS, integer=True)
         if self.guidance_interval is not None:
             _check_pair("guidance_interval", self.guidance_interval)
             low, high = self.guidance_interval
             if not 0 <= low < high < math.inf:
                 raise UsageError(f"guidance_interval is {low:g} to {high:g}, allowed is 0 <= low < high")
         if self.size is not None:
-            _check_pair("size", self.size, whole=True)
+            _check_pair("size", self.size, integer=True)
         if self.image is not None:
             _check_image(self.image)
             if self.strength == 0:
@@ -105,19 +105,19 @@ class ResolvedSettings:
 
 
 def resolve(request: Request, manifest: Manifest) -> ResolvedSettings:
-    """Fills in the bundle's defaults; needs its manifest alone.
+    """Fills in the bundle's defaults; needs only its manifest.
 
-    Raises UsageError for what this model cannot do, BundleError for a default sampler that does not exist.
+    Raises UsageError for settings that the model does not support, BundleError for an unknown default sampler.
     """
     defaults = manifest.defaults
     width, height = _size(request, manifest)
     sampler = _default_sampler(defaults.sampler) if request.sampler is None else Sampler(request.sampler)
     if request.eta > 0 and sampler is not Sampler.DDIM:
-        raise UsageError(f"eta is {request.eta:g} with the sampler {sampler}, allowed is 0: only ddim takes more")
+        raise UsageError(f"eta is {request.eta:g} with the sampler {sampler}, allowed is 0: only ddim allows more")
     for encoder in manifest.encoders:
         if encoder.default_layer is not None and encoder.default_layer - request.clip_skip not in encoder.layers:
-            most = encoder.default_layer - min(encoder.layers)
-            raise UsageError(f"clip_skip is {request.clip_skip}, this model allows 0 to {most}")
+            limit = encoder.default_layer - min(encoder.layers)
+            raise UsageError(f"clip_skip is {request.clip_skip}, this model allows 0 to {limit}")
     if request.image is not None and "vae_encoder" not in manifest.graphs:
         raise UsageError("this bundle has no vae_encoder, so it cannot edit pictures: export it again with ti-export")
     steps = defaults.steps if request.steps is None else request.steps
@@ -132,12 +132,12 @@ def resolve(request: Request, manifest: Manifest) -> ResolvedSettings:
         guidance_interval=request.guidance_interval,
         strength=1.0 if request.image is None else request.strength,
     )
-    schedule.table(manifest.columns)  # refuses a column that the graph lacks
+    schedule.table(manifest.columns)  # raises if the graph lacks a column
     return ResolvedSettings(steps, sampler, guidance_scale, width, height, schedule)
 
 
 def _size(request: Request, manifest: Manifest) -> tuple[int, int]:
-    """Width and height: those asked for, else those of the image rounded down, else the bundle's."""
+    """Width and height: the request's, else those of its image rounded down, else the bundle's."""
     defaults, factor = manifest.defaults, manifest.size_multiple
     if request.size is not None:
         width, height = request.size
@@ -150,10 +150,10 @@ def _size(request: Request, manifest: Manifest) -> tuple[int, int]:
             nearest = max(factor, round(side / factor) * factor)
             raise UsageError(f"size {width}x{height}: {name} must be a multiple of {factor}, for example {nearest}")
     if manifest.max_side is not None and max(width, height) > manifest.max_side:
-        raise UsageError(f"size {width}x{height}: this model allows up to {manifest.max_side} pixels a side")
+        raise UsageError(f"size {width}x{height}: this model allows up to {manifest.max_side} pixels per side")
     if width * height > MAX_PIXELS:
         raise UsageError(
-            f"size {width}x{height} has {width * height} pixels, allowed are {MAX_PIXELS}: give a smaller size"
+            f"size {width}x{height} has {width * height} pixels, allowed are {MAX_PIXELS}: choose a smaller size"
         )
     return width, height
 
@@ -174,20 +174,20 @@ def _default_sampler(name: str) -> Sampler:
         ) from None
 
 
-def _check_pair(name: str, pair: Any, whole: bool = False) -> None:
+def _check_pair(name: str, pair: Any, integer: bool = False) -> None:
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-        raise UsageError(f"{name} is {pair!r}, allowed are two {'whole ' if whole else ''}numbers")
+        raise UsageError(f"{name} is {pair!r}, allowed are two {'whole ' if integer else ''}numbers")
     for value in pair:
-        _check_number(name, value, whole)
+        _check_number(name, value, integer)
 
 
-def _check_number(name: str, value: Any, whole: bool) -> None:
-    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
-        raise UsageError(f"{name} is {value!r}, allowed is a {'whole ' if whole else ''}number")
+def _check_number(name: str, value: Any, integer: bool) -> None:
+    if isinstance(value, bool) or not isinstance(value, int if integer else (int, float)):
+        raise UsageError(f"{name} is {value!r}, allowed is a {'whole ' if integer else ''}number")
 
 
-def _within(name: str, value: float, low: float, high: float, whole: bool = False) -> None:
-    _check_number(name, value, whole)
+def _within(name: str, value: float, low: float, high: float, integer: bool = False) -> None:
+    _check_number(name, value, integer)
     if not (math.isfinite(value) and low <= value <= high):
         raise UsageError(f"{name} is {value}, allowed is {low} to {high}")
 
@@ -199,11 +199,11 @@ def _check_image(image: Image) -> None:
 
 def _check_mask(mask: npt.NDArray[Any], image: Image | None) -> None:
     if image is None:
-        raise UsageError("a mask was given without an image: give the image it belongs to")
+        raise UsageError("a mask was given without an image: add the image it belongs to")
     if mask.dtype not in (np.uint8, np.bool_) or mask.ndim != 2:
         raise UsageError(f"mask is {mask.dtype} {list(mask.shape)}, allowed is uint8 or bool [H, W]")
     if mask.shape != image.shape[:2]:
         (height, width), (h, w) = image.shape[:2], mask.shape
-        raise UsageError(f"the mask is {w}x{h}, the image {width}x{height}: they must be of one size")
+        raise UsageError(f"the mask is {w}x{h}, the image {width}x{height}: they must have the same size")
     if not (mask if mask.dtype == np.bool_ else mask >= 128).any():
-        raise UsageError("the mask is all black, so nothing would change: paint the area to regenerate white")
+        raise UsageError("the mask is all black, so it would change nothing: paint the area to regenerate white")

@@ -185,7 +185,7 @@ def test_an_edit_reads_its_picture_and_mask(tiny_bundle: Path, tmp_path: Path, m
         (["a cat", "--strength", "2"], 2, "strength is 2.0, allowed is 0 to 1"),
         (["a cat", "--guidance-interval", "1", "1"], 2, "guidance_interval is 1 to 1, allowed is 0 <= low < high"),
         (["a cat", "--eta", "0.5", "--sampler", "euler"], 2, "eta is 0.5 with the sampler euler, allowed is 0"),
-        (["a cat", "--size", "32768x32768"], 2, "has 1073741824 pixels, allowed are 16777216: give a smaller size"),
+        (["a cat", "--size", "32768x32768"], 2, "has 1073741824 pixels, allowed are 16777216: choose a smaller size"),
         (["a cat", "--image", "text.png"], 1, "text.png cannot be read as a picture: allowed are PNG, JPEG"),
         (["a cat", "--image", "half.png"], 1, "half.png cannot be read as a picture"),
         (["a cat", "--image", "large.png", "--mask", "small.png"], 2, "the mask is 16x16, the image 72x64"),

@@ -1,4 +1,4 @@
-"""Pictures that come from anywhere, and pictures that go out."""
+"""Pictures from any source are read, and generated pictures are saved."""
 
 import contextlib
 import errno
@@ -21,7 +21,7 @@ SCHEDULE = make_schedule({}, Sampler.DPMPP_2M_KARRAS, 20, guidance_scale=7.5)
 SETTINGS = ResolvedSettings(20, Sampler.DPMPP_2M_KARRAS, 7.5, width=64, height=48, schedule=SCHEDULE)
 
 
-def test_the_parameters_are_as_a1111_writes_them(tmp_path: Path) -> None:
+def test_the_parameters_are_in_the_format_of_a1111(tmp_path: Path) -> None:
     text = parameters_text(Request("a cat", negative_prompt="blurry", clip_skip=1), SETTINGS, seed=7, model="tiny")
     save_png(RED, tmp_path / "deep" / "cat.png", text)
 
@@ -33,7 +33,7 @@ def test_the_parameters_are_as_a1111_writes_them(tmp_path: Path) -> None:
         np.testing.assert_array_equal(np.asarray(picture), RED)
 
 
-def test_the_parameters_say_all_that_changes_the_picture() -> None:
+def test_the_parameters_include_every_setting_that_changes_the_picture() -> None:
     request = Request("a cat", eta=0.5, guidance_rescale=0.7, guidance_interval=(0.25, 5.0))
     text = parameters_text(request, SETTINGS, seed=7)
 
@@ -47,7 +47,7 @@ def test_a_prompt_in_any_script_survives(tmp_path: Path) -> None:
         assert picture.info["parameters"] == "кот, 猫, 🐈"
 
 
-def test_a_full_disk_leaves_no_half_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_no_partial_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -120,13 +120,13 @@ def test_sixteen_bits_and_floats_are_scaled_to_eight_bits(
     np.testing.assert_array_equal(read_mask(tmp_path / name), np.array(expected)[None] >= 128)
 
 
-def test_a_mask_is_white_where_it_is_more_white_than_black(tmp_path: Path) -> None:
+def test_a_mask_is_true_where_it_is_closer_to_white_than_to_black(tmp_path: Path) -> None:
     PIL.Image.fromarray(np.array([[0, 127, 128, 255]], np.uint8)).save(tmp_path / "mask.png")
 
     np.testing.assert_array_equal(read_mask(tmp_path / "mask.png"), [[False, False, True, True]])
 
 
-def test_what_is_no_picture_is_named(tmp_path: Path) -> None:
+def test_a_path_that_is_not_a_picture_is_named_in_the_error(tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("no picture")
     with pytest.raises(FileError, match=r"text.png cannot be read as a picture"):
         read_image(tmp_path / "text.png")
@@ -138,7 +138,7 @@ def test_what_is_no_picture_is_named(tmp_path: Path) -> None:
         read_image(tmp_path)
 
 
-def test_a_truncated_picture_and_a_bomb_are_refused(tmp_path: Path) -> None:
+def test_a_truncated_picture_and_a_decompression_bomb_are_refused(tmp_path: Path) -> None:
     save_png(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8), tmp_path / "whole.png", "")
     data = (tmp_path / "whole.png").read_bytes()
     (tmp_path / "half.png").write_bytes(data[: len(data) // 2])
@@ -160,28 +160,28 @@ def test_a_damaged_file_is_a_picture_or_a_file_error(tmp_path: Path, format: str
     exif = PIL.Image.Exif()
     exif[0x0112] = 6
     PIL.Image.fromarray(rng.integers(0, 256, (20, 20, 3), np.uint8)).save(tmp_path / "whole", format, exif=exif)
-    whole = np.frombuffer((tmp_path / "whole").read_bytes(), np.uint8)
+    intact = np.frombuffer((tmp_path / "whole").read_bytes(), np.uint8)
     for _ in range(100):
-        damaged = whole.copy()
-        damaged[rng.integers(0, min(len(whole), 300), 4)] = rng.integers(0, 256, 4)
+        damaged = intact.copy()
+        damaged[rng.integers(0, min(len(intact), 300), 4)] = rng.integers(0, 256, 4)
         (tmp_path / "damaged").write_bytes(damaged.tobytes())
         with contextlib.suppress(FileError):
             assert read_image(tmp_path / "damaged").shape[2] == 3
 
 
-def test_a_picture_that_would_start_another_program_is_refused(tmp_path: Path) -> None:
+def test_a_picture_that_would_run_another_program_is_refused(tmp_path: Path) -> None:
     PIL.Image.new("RGB", (8, 8)).save(tmp_path / "picture.png", format="EPS")  # Pillow hands EPS to Ghostscript
 
     with pytest.raises(FileError, match=r"picture.png cannot be read as a picture: allowed are PNG, JPEG, WEBP"):
         read_image(tmp_path / "picture.png")
 
 
-def test_a_cameras_picture_is_read_whole(tmp_path: Path) -> None:
+def test_a_picture_of_a_cameras_size_is_read(tmp_path: Path) -> None:
     PIL.Image.new("L", (6000, 4000)).save(tmp_path / "camera.jpg")
 
     assert read_image(tmp_path / "camera.jpg").shape == (4000, 6000, 3)
 
 
-def test_resizing_to_its_own_size_is_nothing() -> None:
+def test_resizing_to_the_same_size_returns_the_same_array() -> None:
     assert resized(RED, 12, 8) is RED
     assert resized(RED, 24, 16).shape == (16, 24, 3)

@@ -1,4 +1,4 @@
-"""Everyone's embedding files, written as their tools write them, and read without PyTorch."""
+"""Embedding files of all tools, written in their layouts and read without PyTorch."""
 
 import base64
 import json
@@ -34,7 +34,7 @@ def _parameters(**rows: torch.Tensor) -> torch.nn.ParameterDict:
     return torch.nn.ParameterDict({key: torch.nn.Parameter(value) for key, value in rows.items()})
 
 
-def _a1111(**more: Any) -> dict[str, Any]:
+def _a1111(**fields: Any) -> dict[str, Any]:
     return {
         "string_to_token": {"*": 265},
         "string_to_param": {"*": TENSOR},
@@ -42,7 +42,7 @@ def _a1111(**more: Any) -> dict[str, Any]:
         "step": 4999,
         "sd_checkpoint": "4bdfc29c",
         "sd_checkpoint_name": "SD1.5",
-        **more,
+        **fields,
     }
 
 
@@ -68,15 +68,15 @@ PICKLED: list[tuple[str, Callable[[], Any], str, list[str]]] = [
 
 
 @pytest.mark.parametrize(("name", "content", "layout", "tokens"), PICKLED, ids=[case[0] for case in PICKLED])
-def test_what_torch_saves_is_read_without_torch(
+def test_files_of_torch_save_are_read_without_torch(
     tmp_path: Path, name: str, content: Callable[[], Any], layout: str, tokens: list[str]
 ) -> None:
     torch.save(content(), tmp_path / name)
-    found = read_concepts(tmp_path / name)
-    assert [word.layout for word in found] == [layout] * len(tokens)
-    assert [word.concept.token for word in found] == tokens
+    words = read_concepts(tmp_path / name)
+    assert [word.layout for word in words] == [layout] * len(tokens)
+    assert [word.concept.token for word in words] == tokens
     expected = TENSOR.half().float().numpy() if name == "half.bin" else ROWS
-    for word in found:
+    for word in words:
         np.testing.assert_array_equal(word.concept.vectors["text_encoder"], expected)
 
 
@@ -112,12 +112,12 @@ def test_every_safetensors_layout_is_read(
     tmp_path: Path, name: str, tensors: dict[str, np.ndarray], layout: str, shapes: dict[str, tuple[int, ...]]
 ) -> None:
     safetensors.numpy.save_file(tensors, tmp_path / name)
-    [found] = read_concepts(tmp_path / name)
-    assert found.layout == layout
-    assert {encoder: found.concept.vectors[encoder].shape for encoder in shapes} == shapes
+    [word] = read_concepts(tmp_path / name)
+    assert word.layout == layout
+    assert {encoder: word.concept.vectors[encoder].shape for encoder in shapes} == shapes
 
 
-def test_one_encoder_s_word_of_any_layout_is_written_as_diffusers_reads_it(
+def test_a_word_for_one_encoder_is_converted_from_any_layout_to_that_of_diffusers(
     tmp_path: Path, tiny_model_dir: Path
 ) -> None:
     from diffusers import StableDiffusionPipeline
@@ -162,13 +162,13 @@ def test_words_in_a_lora_are_read_and_its_other_weights_are_not(tmp_path: Path) 
         },
         path,
     )
-    found = {word.concept.token: word.concept for word in read_concepts(path)}
-    assert set(found) == {"toy", "ring"}
-    np.testing.assert_array_equal(found["toy"].vectors["text_encoder"], ROWS)
-    np.testing.assert_array_equal(found["ring"].vectors["text_encoder_2"], WIDE)
+    concepts = {word.concept.token: word.concept for word in read_concepts(path)}
+    assert set(concepts) == {"toy", "ring"}
+    np.testing.assert_array_equal(concepts["toy"].vectors["text_encoder"], ROWS)
+    np.testing.assert_array_equal(concepts["ring"].vectors["text_encoder_2"], WIDE)
 
 
-def test_words_in_a_lora_that_all_point_at_the_same_bytes_are_refused(tmp_path: Path) -> None:
+def test_words_in_a_lora_that_share_the_same_bytes_beyond_the_limit_are_refused(tmp_path: Path) -> None:
     path, size = tmp_path / "lora.safetensors", 1 << 20
     entry = {"dtype": "F32", "shape": [1, size // 4], "data_offsets": [0, size]}
     header = json.dumps({f"bundle_emb.toy{i}.clip_l": entry for i in range(9)}).encode()
@@ -184,20 +184,20 @@ def _picture(path: Path, text: str) -> Path:
     return path
 
 
-def test_an_a1111_picture_is_the_word_whose_name_it_stores(tmp_path: Path) -> None:
+def test_an_a1111_picture_holds_a_word_with_its_name(tmp_path: Path) -> None:
     content = _a1111(string_to_param={"*": {"TORCHTENSOR": ROWS.tolist()}})
     text = base64.b64encode(json.dumps(content).encode()).decode()
-    [found] = read_concepts(_picture(tmp_path / "picture.png", text))
-    assert (found.layout, found.concept.token) == ("A1111 picture", "stored_name")
-    np.testing.assert_array_equal(found.concept.vectors["text_encoder"], ROWS)
-    assert found.concept.provenance["sd_checkpoint_name"] == "SD1.5"
+    [word] = read_concepts(_picture(tmp_path / "picture.png", text))
+    assert (word.layout, word.concept.token) == ("A1111 picture", "stored_name")
+    np.testing.assert_array_equal(word.concept.vectors["text_encoder"], ROWS)
+    assert word.concept.provenance["sd_checkpoint_name"] == "SD1.5"
 
 
-def test_a_folder_of_the_concepts_library_is_its_word(tmp_path: Path) -> None:
+def test_a_folder_of_the_concepts_library_holds_one_word(tmp_path: Path) -> None:
     torch.save({"<toy>": TENSOR}, tmp_path / "learned_embeds.bin")
     (tmp_path / "token_identifier.txt").write_text("<toy>")
-    [found] = read_concepts(tmp_path)
-    assert (found.layout, found.concept.token) == ("sd-concepts-library, diffusers, pickle", "<toy>")
+    [word] = read_concepts(tmp_path)
+    assert (word.layout, word.concept.token) == ("sd-concepts-library, diffusers, pickle", "<toy>")
 
 
 class _Evil:
@@ -226,7 +226,7 @@ def test_a_pickle_that_would_run_code_is_refused_and_nothing_runs(tmp_path: Path
         (getattr, ("x", "upper")),
     ]:
         torch.save({"<toy>": _Evil(function, *arguments)}, tmp_path / "evil.pt")
-        with pytest.raises(ConceptError, match=r"asks for .* which is not data: it is refused"):
+        with pytest.raises(ConceptError, match=r"refers to .* which is not data: refused"):
             read_concepts(tmp_path / "evil.pt")
     assert not marker.exists()
 
@@ -241,16 +241,16 @@ def test_a_pickle_that_would_run_code_is_refused_and_nothing_runs(tmp_path: Path
         (b"\x80\x02" + b"N0" * 3_000 + b"N.", "opcode POP"),
         (b"\x80\x02" + b")\x85" * 9_000 + b".", r"opcode .* \(number 5001\)"),
         (pickle.dumps([1, 2], 2), "holds a list, an embedding file holds a dictionary"),
-        (pickle.dumps({"a": 1}, 2), "is of no known layout: its keys are 'a'"),
+        (pickle.dumps({"a": 1}, 2), "has no known layout: its keys are 'a'"),
         (pickle.dumps({"string_to_param": {"*": 1}, "name": "a"}, 2), "holds a int, not vectors"),
     ],
 )
-def test_a_pickle_that_torch_never_writes_is_refused_by_name(tmp_path: Path, data: bytes, message: str) -> None:
+def test_a_pickle_that_torch_never_writes_is_refused_with_the_reason(tmp_path: Path, data: bytes, message: str) -> None:
     with pytest.raises(ConceptError, match=message):
         read_concepts(_archive(tmp_path / "a.pt", data))
 
 
-def test_archives_that_are_bombs_or_none_are_refused_by_name(tmp_path: Path) -> None:
+def test_archives_that_are_bombs_or_invalid_are_refused_with_the_reason(tmp_path: Path) -> None:
     bomb = _archive(tmp_path / "bomb.pt", bytes(100_000_000), zipfile.ZIP_DEFLATED)
     with pytest.raises(ConceptError, match="refused as a bomb"):
         read_concepts(bomb)
@@ -281,7 +281,7 @@ def test_a_tensor_that_reads_past_its_numbers_is_refused(tmp_path: Path) -> None
         read_concepts(tmp_path / "b.pt")
 
 
-def test_a_pickle_makes_no_more_of_its_bytes_than_is_bounded(tmp_path: Path) -> None:
+def test_tensors_of_a_pickle_cannot_exceed_a_limit_by_sharing_bytes(tmp_path: Path) -> None:
     torch.save({"<toy>": torch.ones(1).expand(1000, 1000)}, tmp_path / "expanded.pt")
     with pytest.raises(ConceptError, match="reads past its 1 numbers"):
         read_concepts(tmp_path / "expanded.pt")
@@ -291,7 +291,7 @@ def test_a_pickle_makes_no_more_of_its_bytes_than_is_bounded(tmp_path: Path) -> 
         read_concepts(tmp_path / "shared.pt")
 
 
-def test_pictures_without_a_word_are_refused_by_name(tmp_path: Path) -> None:
+def test_pictures_without_a_word_are_refused_with_the_reason(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
     (tmp_path / "text.png").write_text("hello")
     (tmp_path / "long.png").write_bytes(b"\x89PNG\r\n\x1a\n" + struct.pack(">I4s", 2**31, b"tEXt"))
@@ -301,13 +301,13 @@ def test_pictures_without_a_word_are_refused_by_name(tmp_path: Path) -> None:
         (tmp_path / "long.png", "text chunk of 2147483648 bytes"),
         (_picture(tmp_path / "damaged.png", "!!!"), "damaged picture"),
         (_picture(tmp_path / "odd.png", base64.b64encode(b'{"a": {"TORCHTENSOR": {}}}').decode()), "damaged picture"),
-        (_picture(tmp_path / "empty.png", base64.b64encode(b"{}").decode()), "of no known layout"),
+        (_picture(tmp_path / "empty.png", base64.b64encode(b"{}").decode()), "has no known layout"),
     ]:
         with pytest.raises(ConceptError, match=message):
             read_concepts(path)
 
 
-def test_other_files_and_empty_folders_are_refused_by_name(tmp_path: Path) -> None:
+def test_other_files_and_empty_folders_are_refused_with_the_reason(tmp_path: Path) -> None:
     with pytest.raises(ConceptError, match="holds neither learned_embeds"):
         read_concepts(tmp_path)
     with pytest.raises(ConceptError, match=r"allowed are \.safetensors, \.pt, \.bin, \.png and folders"):
@@ -318,7 +318,7 @@ def test_other_files_and_empty_folders_are_refused_by_name(tmp_path: Path) -> No
 
 @settings(deadline=None, max_examples=300)
 @given(st.data())
-def test_damaged_files_of_every_layout_are_words_or_one_line_errors(
+def test_a_damaged_file_of_any_layout_is_a_word_or_a_one_line_error(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
     folder = tmp_path_factory.getbasetemp() / "damaged"
@@ -329,11 +329,11 @@ def test_damaged_files_of_every_layout_are_words_or_one_line_errors(
         torch.save({"string_to_param": _parameters(a=TENSOR[:, :6].clone())}, folder / "whole.pt")
         text = base64.b64encode(json.dumps(_a1111(string_to_param={"*": {"TORCHTENSOR": [[1.0]]}})).encode())
         _picture(folder / "whole.png", text.decode())
-    whole = folder / data.draw(st.sampled_from(["whole.safetensors", "whole.bin", "whole.pt", "whole.png"]))
-    content = bytearray(whole.read_bytes())
+    intact = folder / data.draw(st.sampled_from(["whole.safetensors", "whole.bin", "whole.pt", "whole.png"]))
+    content = bytearray(intact.read_bytes())
     for _ in range(data.draw(st.integers(1, 4))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
-    broken = folder / f"broken{whole.suffix}"
+    broken = folder / f"broken{intact.suffix}"
     broken.write_bytes(content[: data.draw(st.integers(0, len(content)))] if data.draw(st.booleans()) else content)
     message = ""
     try:
@@ -357,7 +357,7 @@ def test_any_bytes_as_a_header_are_a_one_line_error(
     assert "\n" not in str(caught.value)
 
 
-def test_the_layouts_are_read_where_torch_cannot_be_imported(tmp_path: Path) -> None:
+def test_the_layouts_are_read_if_torch_cannot_be_imported(tmp_path: Path) -> None:
     torch.save(_a1111(), tmp_path / "toy.pt")
     code = (
         "import sys\n"

@@ -84,7 +84,7 @@ def test_eta_is_accepted_with_ddim_by_name_by_member_and_by_default(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"sampler": "euler", "eta": 0.5}, r"eta is 0\.5 with the sampler euler, allowed is 0: only ddim takes more"),
+        ({"sampler": "euler", "eta": 0.5}, r"eta is 0\.5 with the sampler euler, allowed is 0: only ddim allows more"),
         ({"clip_skip": 3}, "clip_skip is 3, this model allows 0 to 2"),
         ({"size": (60, 64)}, "size 60x64: width must be a multiple of 8, for example 64"),
         ({"size": (0, 64)}, "size 0x64: width must be a multiple of 8, for example 8"),
