@@ -1,13 +1,14 @@
-"""Slots for rows in an engine's buffers. Owns every binding of `denoise_step` and all state that is on the device.
+"""Slots for rows in an engine's buffers. Owns every binding of `denoise_step` and all state on the device.
 
 Rows of one size share an Arena. Its row arrays are bound at full capacity, so a row keeps its slot until it leaves, and
 no other row's state or context moves when one joins or leaves; free slots are inert. Only the number of branches N
-varies, so a binding is keyed by N. State is read only when a row is done, fails or wants a preview.
+varies, so a binding is keyed by N. State is read only when a row is done, fails or needs a preview.
 
     place(row) -> step() ... step() -> take(row)
 
-On a device one step is queued ahead of the one that runs, and a binding's step is captured and replayed if the engine
-allows it. Not here: who is admitted, when a row is done, and what becomes of its latents (`oneword.runtime.scheduler`).
+On a device one step is queued ahead of the running one, and a binding's step is captured and replayed if the engine
+allows it. Not covered: which rows are admitted, when a row is done, and what happens to its latents
+(`oneword.runtime.scheduler`).
 """
 
 from collections import Counter, OrderedDict, deque
@@ -27,12 +28,12 @@ from oneword.runtime.row import Row
 from oneword.runtime.samplers import COLUMNS
 
 BUCKETS: Final = (1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 28, 32)
-"""Branch counts that are captured, or compiled for by `warm`; others are filled up to the next one."""
+"""Branch counts that are captured, or compiled by `warm`; other counts are padded to the next one."""
 CONTEXTS_PER_ROW: Final = 2
-_WARM_UP: Final = 2  # runs that are not captured: libraries allocate and tune in them
+_WARM_UP: Final = 2  # runs before a capture: libraries allocate and tune in them
 _MAX_ARENAS: Final = 4
-_MAX_BYTES: Final = 256 << 20  # of the contexts of one arena, and of its rows' state
-_STATE_ARRAYS: Final = 10  # of latents, for each row: inputs, outputs and mask
+_MAX_BYTES: Final = 256 << 20  # of one arena's contexts, and of its rows' state
+_STATE_ARRAYS: Final = 10  # arrays of latents per row: inputs, outputs and mask
 
 Size = tuple[int, int, int]
 """h, w and T."""
@@ -40,19 +41,19 @@ Size = tuple[int, int, int]
 
 @dataclass
 class Stats:
-    """What was run so far."""
+    """Counts of all runs so far."""
 
     steps: int = 0
     replayed: int = 0
     branches: int = 0
     padding: int = 0
-    """Branches nobody reads, which fill a call up to a captured size; counted in `branches` too."""
+    """Unused branches that pad a call to a captured size; also counted in `branches`."""
     bindings: int = 0
 
 
 @dataclass(eq=False)
 class _Bound:
-    """A binding at one N, and what its index arrays hold."""
+    """A binding at one N, and the layout in its index arrays."""
 
     binding: Binding
     layout: object = None
@@ -67,11 +68,11 @@ class _Flight:
     event: Event
     finite: npt.NDArray[np.bool_]
     rows: tuple[tuple[int, Row, int], ...]
-    """(slot, row, number of the step)"""
+    """(slot, row, step number)"""
 
 
 class Arena:
-    """The slots of one size, and every binding over them."""
+    """The slots of one size, and every binding of them."""
 
     def __init__(
         self,
@@ -83,7 +84,7 @@ class Arena:
         stats: Stats,
         branches: int = 1,
     ) -> None:
-        """`branches` is the N that is bound first; large graphs may be compiled for the first shapes they get."""
+        """`branches` is the N of the first binding; a large graph may be compiled for its first shapes."""
         self.capacity, self.size = capacity, size
         self._engine, self._stream, self._stats = engine, stream, stats
         self._rows: list[Row | None] = [None] * capacity
@@ -124,7 +125,7 @@ class Arena:
         return True
 
     def _write(self, row: Row, slot: int) -> None:
-        """A row's contexts and state."""
+        """Writes a row's contexts and state."""
         self._write_contexts(row)
         values: Mapping[str, npt.ArrayLike] = {
             "sample": row.sample,
@@ -142,14 +143,14 @@ class Arena:
     def remove(self, row: Row) -> None:
         """Frees a row's slot, which becomes inert."""
         slot = self._rows.index(row)
-        if row.broken_at is not None:  # inert slots hold finite numbers
+        if row.broken_at is not None:  # inert slots must hold finite numbers
             for name in ("sample", "previous", "previous2"):
                 self._inputs[name].write(slot, 0.0)
         self._rows[slot] = None
         self._pool.release(row.all_contexts)
 
     def step(self) -> None:
-        """Queues one step of every row, and waits for the step before the one that runs. Raises EngineError."""
+        """Queues one step of every row, and waits for the step before the running one. Raises EngineError."""
         live = [(slot, row) for slot, row in enumerate(self._rows) if row is not None]
         turn = self._turn = (self._turn + 1) % len(self._schedule)
         bound = self._lay_out(live)
@@ -174,7 +175,7 @@ class Arena:
             self._land()
 
     def settle(self) -> None:
-        """Waits for every queued step, and notes the rows that gave NaN. Raises EngineError."""
+        """Waits for every queued step, and marks the rows that produced NaN. Raises EngineError."""
         while self._flights:
             self._land()
 
@@ -183,11 +184,11 @@ class Arena:
         return self._inputs["sample"].read(self._rows.index(row))
 
     def denoised(self, row: Row) -> Latents:
-        """The picture of a row as the model sees it after its last step [C, h, w]. Waits."""
+        """The model's estimate of a row's picture after its last step [C, h, w]. Waits."""
         return self._inputs["previous"].read(self._rows.index(row))
 
     def clear(self) -> list[Row]:
-        """Takes every row out, with its state. Raises EngineError if that cannot be read."""
+        """Removes and returns every row, with its state. Raises EngineError if the state cannot be read."""
         self.settle()
         rows = self.rows
         for row in rows:
@@ -199,9 +200,9 @@ class Arena:
         return rows
 
     def warm(self) -> None:
-        """Runs a step of inert rows at every number of branches; compiles or captures those for which it pays."""
+        """Runs a step of inert rows at every number of branches; compiles or captures it if the engine benefits."""
         if self.rows:
-            raise UsageError("the warm-up would overwrite pictures on their way: warm up before requests are added")
+            raise UsageError("the warm-up would overwrite pictures in progress: warm up before requests are added")
         self.settle()
         self._specialized = self._engine.few_shapes
         schedule = self._schedule[0]
@@ -223,7 +224,7 @@ class Arena:
                 row.broken_at = step
 
     def _lay_out(self, live: list[tuple[int, Row]]) -> _Bound:
-        """The binding for the branches of these rows, its index arrays written if they differ from what they hold."""
+        """The binding for the branches of these rows; its index arrays are written if the layout has changed."""
         branches = [(slot, self._pool.slots[prompt]) for slot, row in live for prompt in row.contexts]
         n = self._padded(len(branches))
         self._stats.branches, self._stats.padding = self._stats.branches + n, self._stats.padding + n - len(branches)
@@ -260,8 +261,8 @@ class Arena:
         h, w, t = self.size
         sizes = {"B": self.capacity, "N": n, "M": self._pool.capacity, "T": t, "h": h, "w": w}
         specs = self._engine.inputs
-        own = {name for name, spec in specs.items() if "N" in spec.axes}
-        shared = {name: array for name, array in self._inputs.items() if name not in own} if self._bound else {}
+        unshared = {name for name, spec in specs.items() if "N" in spec.axes}
+        shared = {name: array for name, array in self._inputs.items() if name not in unshared} if self._bound else {}
         shapes = {name: shape_of(self._engine.name, spec, sizes) for name, spec in specs.items() if name not in shared}
         bound = _Bound(self._engine.bind(shapes, shared, self._outputs if self._bound else {}))
         self._bound[n] = bound
@@ -273,7 +274,7 @@ class Arena:
             try:
                 bound.replay = self._stream.capture(lambda: self._advance(bound.binding))
             except EngineError:
-                self._captures = False  # and no other try
+                self._captures = False  # do not try again
         if bound.replay is not None:
             bound.replay()
         else:
@@ -284,14 +285,14 @@ class Arena:
             self._stats.replayed += bound.replay is not None
 
     def _advance(self, binding: Binding) -> None:
-        """One run of the graph; its outputs become its inputs."""
+        """Queues one run of the graph, then copies its outputs to its inputs."""
         self._stream.run(binding)
         self._stream.copy(self._inputs["previous2"], self._inputs["previous"])
         self._stream.copy(self._inputs["previous"], self._outputs["denoised"])
         self._stream.copy(self._inputs["sample"], self._outputs["next_sample"])
 
     def _write_contexts(self, row: Row) -> None:
-        """Those of a row that are not in the pool. One shorter than T is repeated: exact in cross-attention."""
+        """Writes a row's contexts that are not in the pool. One shorter than T is repeated, which is exact."""
         places = [(prompt, self._pool.hold(prompt)) for prompt in row.all_contexts]  # all, before any write can fail
         for prompt, place in places:
             if place is not None:
@@ -302,7 +303,7 @@ class Arena:
 
 
 class _ContextPool:
-    """Which encoded prompt is in which place of `context`. One that no row uses stays until its place is needed."""
+    """Assigns encoded prompts to places in `context`. One that no row uses stays until its place is needed."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
@@ -311,11 +312,11 @@ class _ContextPool:
         self._free = list(reversed(range(capacity)))
 
     def fits(self, prompts: Iterable[EncodedPrompt]) -> bool:
-        """Whether there is a place for all of these."""
+        """Whether there is a place for all of these prompts."""
         return len({*self._rows, *prompts}) <= self.capacity
 
     def hold(self, prompt: EncodedPrompt) -> int | None:
-        """Counts a row that uses a prompt; the place that it must be written to, or None if it is there."""
+        """Counts a row that uses a prompt. Returns the place to write it to, or None if it is already written."""
         self._rows[prompt] += 1
         if prompt in self.slots:
             self.slots.move_to_end(prompt)
@@ -323,13 +324,13 @@ class _ContextPool:
         if self._free:
             place = self._free.pop()
         else:
-            unused = next(other for other in self.slots if other not in self._rows)
+            unused = next(candidate for candidate in self.slots if candidate not in self._rows)
             place = self.slots.pop(unused)
         self.slots[prompt] = place
         return place
 
     def forget(self, prompts: Iterable[EncodedPrompt]) -> None:
-        """Undoes `hold` for a row that could not be written: what was to be written may not be there."""
+        """Reverses `hold` for a row that could not be written, and drops contexts that may not have been written."""
         for prompt in prompts:
             if self._rows[prompt] > 1:
                 self._rows[prompt] -= 1
@@ -338,7 +339,7 @@ class _ContextPool:
                 self._free += [self.slots.pop(prompt)] if prompt in self.slots else []
 
     def release(self, prompts: Iterable[EncodedPrompt]) -> None:
-        """Counts out a row that used these."""
+        """Reverses `hold` for a row that leaves."""
         for prompt in prompts:
             self._rows[prompt] -= 1
             if not self._rows[prompt]:
@@ -349,8 +350,8 @@ class _ContextPool:
 class Denoiser:
     """Every arena of a model: at most `max_rows` rows of a size share an engine call.
 
-    If a step fails, the rows of its arena go on in one of half the capacity, and those that find no room there wait in
-    `displaced` with the state they had; a row that fails alone is reported.
+    If a step fails, the rows of its arena continue in one of half the capacity, and those without a slot there wait in
+    `displaced` with their last state. Only a row that fails alone is reported.
     """
 
     model: Model
@@ -368,29 +369,29 @@ class Denoiser:
         return [row for arena in self._arenas.values() for row in arena.rows]
 
     def capacity(self, size: Size) -> int:
-        """How many rows of a size can share an engine call. Raises as opening the engine does."""
+        """How many rows of a size can share an engine call. Opens the engine, and raises as that does."""
         limits = self.model.engine("denoise_step").limits
-        most = min(self.max_rows, limits.get("B", self.max_rows), limits.get("N", 2 * self.max_rows) // 2)
-        most = min(most, limits.get("M", CONTEXTS_PER_ROW * most) // CONTEXTS_PER_ROW)
+        count = min(self.max_rows, limits.get("B", self.max_rows), limits.get("N", 2 * self.max_rows) // 2)
+        count = min(count, limits.get("M", CONTEXTS_PER_ROW * count) // CONTEXTS_PER_ROW)
         h, w, tokens = size
         context_bytes = 4 * tokens * self.model.manifest.context_width
         state_bytes = 4 * h * w * _STATE_ARRAYS * self.model.manifest.vae.latent_channels
-        most = min(most, _MAX_BYTES // (CONTEXTS_PER_ROW * context_bytes), _MAX_BYTES // state_bytes)
-        return max(1, min(most, self._reduced.get(size, most)))
+        count = min(count, _MAX_BYTES // (CONTEXTS_PER_ROW * context_bytes), _MAX_BYTES // state_bytes)
+        return max(1, min(count, self._reduced.get(size, count)))
 
     def warm(self, size: Size) -> None:
-        """Makes an arena and runs every number of branches once, so that no later step binds or captures."""
+        """Creates an arena and runs every number of branches, so that no later step binds or captures."""
         self._arena(size).warm()
 
     def has_room(self, size: Size) -> bool:
-        """Whether a row of this size would get a slot now; displaced rows come first."""
+        """Whether a new row of this size would get a slot now; displaced rows come first."""
         arena = self._arenas.get(size)
         if arena is None:
             return not self._displaced(size) and sum(bool(a.rows) for a in self._arenas.values()) < _MAX_ARENAS
         return not self._displaced(size) and len(arena.rows) < arena.capacity
 
     def crowded_out(self, size: Size) -> bool:
-        """Whether this size has no arena and can have none, since all are in use."""
+        """Whether this size has no arena and cannot get one, because all are in use."""
         return size not in self._arenas and not self.has_room(size)
 
     def place(self, row: Row) -> bool:
@@ -398,17 +399,17 @@ class Denoiser:
         return not self._displaced(row.size) and self._arena_for(row).place(row)
 
     def remove(self, row: Row) -> None:
-        """Takes a row out, wherever it is. A row that is not here is left alone."""
+        """Removes a row, placed or displaced; does nothing for any other row."""
         if row in self.displaced:
             self.displaced.remove(row)
         for arena in self._holding(row):
             arena.remove(row)
             empty = not arena.rows and not self._displaced(arena.size)
             if empty and self._reduced.pop(arena.size, None) is not None:
-                del self._arenas[arena.size]  # the next one has full capacity again
+                del self._arenas[arena.size]  # the next arena has full capacity again
 
     def take(self, row: Row) -> Latents:
-        """Takes a finished row out and returns its latents [C, h, w]. Waits. Raises EngineError."""
+        """Removes a finished row and returns its latents [C, h, w]. Waits. Raises EngineError."""
         [arena] = self._holding(row)
         arena.settle()
         sample = arena.sample(row)
@@ -416,13 +417,13 @@ class Denoiser:
         return sample
 
     def denoised(self, row: Row) -> Latents:
-        """The picture of a row as the model sees it now [C, h, w], for a preview. Waits. Raises EngineError."""
+        """The model's current estimate of a row's picture [C, h, w], for a preview. Waits. Raises EngineError."""
         [arena] = self._holding(row)
         arena.settle()
         return arena.denoised(row)
 
     def step(self) -> list[tuple[Row, OnewordError]]:
-        """One step of every row that has a slot. Returns the rows that cannot go on, each with the reason."""
+        """Runs one step of every row that has a slot. Returns the rows that cannot continue, each with its error."""
         failures: list[tuple[Row, OnewordError]] = []
         for _ in range(len(self.displaced)):
             row = self.displaced.popleft()
@@ -443,7 +444,7 @@ class Denoiser:
             self._arenas[size].step()
             return
         except OnewordError as error:
-            failure = without_frames(error)  # which hold the buffers
+            failure = without_frames(error)  # frames would keep the buffers alive
         rows, capacity = self._arenas[size].rows, self._arenas[size].capacity
         idle = any(not arena.rows for arena in self._arenas.values())
         retry = isinstance(failure, EngineError) and (len(rows) > 1 or idle) and before == [row.step for row in rows]
@@ -452,7 +453,7 @@ class Denoiser:
                 self._arenas[size].clear()
             except EngineError:
                 retry = False
-        del self._arenas[size]  # and its buffers, before others are made
+        del self._arenas[size]  # and its buffers, before new ones are allocated
         if not retry:
             self._reduced.pop(size, None)
             yield from ((row, failure) for row in rows)
@@ -463,7 +464,7 @@ class Denoiser:
         yield from self._resume(size)
 
     def _resume(self, size: Size) -> Iterator[tuple[Row, OnewordError]]:
-        """Places the displaced rows of a size that fit, and makes the step that failed."""
+        """Places the displaced rows of a size as far as they fit, and repeats the step that failed."""
         try:
             for row in self._displaced(size):
                 if not self._arena_for(row).place(row):
@@ -471,15 +472,15 @@ class Denoiser:
                 self.displaced.remove(row)
         except OnewordError as error:
             failure = without_frames(error)
-            lost = self._displaced(size)
-            for row in lost:
+            failed = self._displaced(size)
+            for row in failed:
                 self.displaced.remove(row)
-            yield from ((row, failure) for row in lost)
+            yield from ((row, failure) for row in failed)
             return
         yield from self._step(size)
 
     def _forget_idle(self, count: int) -> None:
-        """Lets go of up to `count` arenas without rows, least recently used first."""
+        """Releases up to `count` arenas without rows, least recently used first."""
         for size in [size for size, arena in self._arenas.items() if not arena.rows][: max(0, count)]:
             del self._arenas[size]
 
@@ -487,7 +488,7 @@ class Denoiser:
         return self._arena(row.size, len(row.contexts))
 
     def _arena(self, size: Size, branches_per_row: int = 0) -> Arena:
-        """The arena of a size. A new one is first bound for rows of so many branches; 0: for a single branch.
+        """The arena of a size. A new one is first bound for rows of so many branches; 0 means a single branch.
 
         If memory is short, arenas without rows are released; if the engine has no plan for full capacity, it is halved.
         """
@@ -504,7 +505,7 @@ class Denoiser:
                 if not self._arenas or all(arena.rows for arena in self._arenas.values()):
                     raise
                 retry = True
-            if retry:  # outside the handler, whose traceback holds what was allocated
+            if retry:  # outside the handler, whose traceback keeps the allocated memory alive
                 self._forget_idle(len(self._arenas))
         self._arenas.move_to_end(size)
         return self._arenas[size]

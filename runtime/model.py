@@ -1,7 +1,7 @@
-"""A model made ready: tokenizers, embedding tables and engines behind `tokenize`, `encode` and `decode`.
+"""A model that is ready to run: tokenizers, embedding tables and engines behind `tokenize`, `encode` and `decode`.
 
-An engine is opened when it is first needed, and once. Loading a concept writes rows of a table; no engine notices.
-Not here: who is denoised together with whom (`oneword.runtime.scheduler`).
+Each engine is opened once, when it is first needed. Loading a concept only writes rows of a table.
+Not covered: which pictures are denoised together (`oneword.runtime.scheduler`).
 """
 
 import math
@@ -36,22 +36,22 @@ _CACHED_BYTES: Final = 256 << 20
 @dataclass(frozen=True, eq=False)
 class TokenizedPrompt:
     """A prompt as ids and weights for every encoder. The rows of its learned words are held until `release`, or until
-    the prompt is garbage."""
+    the prompt is garbage-collected."""
 
     per_encoder: Mapping[str, Chunks]
     clip_skip: int
     key: bytes
-    """Equal keys are equal contexts: words are in it by their vectors, not by their rows."""
+    """Equal keys mean equal contexts: a word enters the key by its vectors, not by its rows."""
     hold: "_Hold"
 
     def release(self) -> None:
-        """Lets go of the rows."""
+        """Releases the rows."""
         self.hold.release()
 
 
 @dataclass(frozen=True, eq=False)
 class EncodedPrompt:
-    """What the denoiser attends to."""
+    """A prompt's context: what the denoiser attends to."""
 
     hidden_states: npt.NDArray[np.float32]
     """[chunks * T, D]"""
@@ -63,7 +63,7 @@ class EncodedPrompt:
 
 
 class Model:
-    """One model, ready to encode prompts, denoise and decode. Not to be called from two threads at once."""
+    """One model, ready to encode prompts, denoise and decode. Not thread-safe."""
 
     def __init__(
         self,
@@ -75,14 +75,14 @@ class Model:
         capacity: int = DEFAULT_CAPACITY,
     ) -> None:
         """`tables` are the encoders' base tables [V, D]; `capacity` is the number of learned vectors that can be loaded
-        at a time. Most callers want `Model.open`."""
+        at the same time. Most callers should use `Model.open`."""
         refuse_unsupported(manifest)
         self.manifest = manifest
         self.stream = HostStream() if stream is None else stream
         self.opened: dict[str, float] = {}
-        """Seconds that opening each engine took, in the order they were opened; an engine is opened once."""
+        """Seconds it took to open each engine, in the order of opening."""
         self.backend_reason: str = ""
-        """Why this backend was chosen, if it was not named."""
+        """Why `auto` chose this backend; empty if it was named."""
         self._open_graph = open_graph
         self._engines: dict[str, Engine] = {}
         self._batched: dict[str, BatchedGraph] = {}
@@ -106,13 +106,13 @@ class Model:
         """Opens the bundle at `path`, and loads `concepts`.
 
         `backend` is one of Backend, or "auto" for the fastest that is installed and has what it needs. `threads` is the
-        number of CPU threads. `capacity` is the number of learned vectors that can be loaded at a time.
+        number of CPU threads. `capacity` is the number of learned vectors that can be loaded at the same time.
 
-        Raises UsageError if there is no bundle or no such backend, BundleError if it is broken, ConceptError.
+        Raises UsageError if there is no bundle or no such backend, BundleError if the bundle is broken, ConceptError.
         """
         bundle = Bundle.open(path)
         chosen, reason = choose_backend(bundle, backend)
-        words = [each if isinstance(each, Concept) else load_concept(Path(each)) for each in concepts]
+        words = [concept if isinstance(concept, Concept) else load_concept(Path(concept)) for concept in concepts]
         rows = sum(max(map(len, word.vectors.values())) for word in words)
 
         def open_graph(name: str) -> Engine:
@@ -136,17 +136,17 @@ class Model:
 
     @property
     def name(self) -> str:
-        """The model's name: the last part of where its weights came from."""
+        """The model's name: the last part of its weights' id."""
         return Path(self.manifest.source.id).name
 
     @property
     def words(self) -> tuple[str, ...]:
-        """The learned words that prompts may use now."""
+        """The learned words that are loaded."""
         return tuple(next(iter(self._words.values())))
 
     @property
     def gpu_mib(self) -> int | None:
-        """MiB of the GPU's memory in use now, by anyone; None without a GPU."""
+        """MiB of GPU memory in use by all processes; None without a GPU."""
         used = self.stream.memory_in_use()
         return None if used is None else used >> 20
 
@@ -159,7 +159,7 @@ class Model:
         return self._engines[name]
 
     def load(self, concept: Concept) -> None:
-        """Makes a word usable in prompts from now on. Raises ConceptError if it was made for another model."""
+        """Loads a word, which prompts can then use. Raises ConceptError if it was learned for another model."""
         missing = self._tables.keys() - concept.vectors.keys()
         if missing or concept.vectors.keys() - self._tables.keys():
             raise ConceptError(
@@ -170,19 +170,19 @@ class Model:
             width = concept.vectors[encoder.graph].shape[1]
             if width != encoder.width:
                 raise ConceptError(
-                    f"{concept.token!r} has vectors {width} wide, {encoder.graph} of this model takes {encoder.width}: "
+                    f"{concept.token!r} has vectors of width {width}, {encoder.graph} takes width {encoder.width}: "
                     "learn the word for this model"
                 )
         for name, table in self._tables.items():
-            table.check(concept.token, concept.vectors[name])  # in all, before any is written
+            table.check(concept.token, concept.vectors[name])  # all tables, before any is written
         for name, table in self._tables.items():
             self._words[name][concept.token] = table.load(concept.token, concept.vectors[name])
 
     def unload(self, token: str) -> None:
-        """Frees a word's rows once no prompt that uses them waits to be encoded. Raises UsageError if it is unknown."""
+        """Unloads a word; its rows are freed once no prompt that uses them waits to be encoded. Raises UsageError."""
         if any(token not in words for words in self._words.values()):
             raise UsageError(
-                f"no word {token!r} is loaded; near it are "
+                f"no word {token!r} is loaded, similar are "
                 f"{', '.join(Vocabulary(next(iter(self._words.values()))).near(token)) or 'none'}"
             )
         for name, table in self._tables.items():
@@ -196,9 +196,9 @@ class Model:
             for name, tokenizer in self._tokenizers.items()
         }
         parts = [
-            self._tables[name].identify(each.input_ids) + each.token_weights.tobytes() for name, each in chunks.items()
+            self._tables[name].identify(part.input_ids) + part.token_weights.tobytes() for name, part in chunks.items()
         ]
-        hold = _Hold((self._tables[name], each.input_ids) for name, each in chunks.items())
+        hold = _Hold((self._tables[name], part.input_ids) for name, part in chunks.items())
         return TokenizedPrompt(chunks, clip_skip, b"%d:" % clip_skip + b"|".join(parts), hold)
 
     def context_length(self, tokens: TokenizedPrompt) -> int:
@@ -209,7 +209,7 @@ class Model:
         )
 
     def encode(self, prompts: Sequence[TokenizedPrompt]) -> list[EncodedPrompt]:
-        """Encodes prompts of any lengths; equal prompts are one EncodedPrompt, now and later."""
+        """Encodes prompts of any lengths. Equal prompts share one EncodedPrompt, also across calls (cached)."""
         new = list({tokens.key: tokens for tokens in prompts if tokens.key not in self._contexts}.values())
         if new:
             for tokens, context in zip(new, self._encode(new), strict=True):
@@ -224,7 +224,7 @@ class Model:
         return contexts
 
     def missing_negative(self, clip_skip: int = 0) -> TokenizedPrompt | EncodedPrompt:
-        """What is used for a negative prompt that was not given: the empty prompt, or zeros."""
+        """The replacement of a missing negative prompt: the empty prompt, or zeros."""
         if self.manifest.conditioning.missing_negative is MissingNegative.EMPTY:
             return self.tokenize("", clip_skip)
         if self._zeros is None:
@@ -243,18 +243,18 @@ class Model:
         factor = self.manifest.vae.factor
         out = self._graph("vae_encoder")({"images": image[None]}, {"h": height // factor, "w": width // factor})
         if not out["finite"].all():
-            raise NotFinite("graph 'vae_encoder' gave NaN or infinity for the picture: export it with --precision fp32")
+            raise NotFinite("graph 'vae_encoder' produced NaN or infinity: export the model with --precision fp32")
         return out["mean"][0], out["std"][0]
 
     def decode(self, latents: npt.NDArray[np.float32]) -> tuple[Image, npt.NDArray[np.bool_]]:
-        """Latents [B, C, h, w] become pictures uint8 [B, H, W, 3], and whether each is finite [B]."""
+        """Decodes latents [B, C, h, w] to pictures uint8 [B, H, W, 3]; also returns whether each is finite [B]."""
         _, _, h, w = latents.shape
         factor = self.manifest.vae.factor
         out = self._graph("vae_decoder")({"latents": latents}, {"H": h * factor, "W": w * factor})
         return out["images"], out["finite"]
 
     def preview(self, denoised: npt.NDArray[np.float32]) -> Image | None:
-        """A small picture [h, w, 3] of latents [C, h, w] by the bundle's linear map, without the decoder."""
+        """A small picture [h, w, 3] of latents [C, h, w] from the bundle's linear map; None if it has none."""
         preview = self.manifest.preview
         if preview is None:
             return None
@@ -262,7 +262,7 @@ class Model:
         return (rgb.clip(0, 1) * 255).round().astype(np.uint8)
 
     def warm(self, width: int, height: int) -> None:
-        """Runs the encoders and the decoder at every size of a call, for pictures of this size. Raises EngineError."""
+        """Runs the encoders and the decoder at every call size, for pictures of this size. Raises EngineError."""
         channels, factor = self.manifest.vae.latent_channels, self.manifest.vae.factor
         for count in CALLS:
             self._encode([self.tokenize("")] * count)
@@ -271,7 +271,7 @@ class Model:
             self.encode_image(np.zeros((height, width, 3), np.uint8))
 
     def forget_bindings(self) -> None:
-        """Lets go of the buffers of encoders and decoders after memory ran out; they are made again when needed."""
+        """Releases the buffers of encoders and decoders after memory ran out; they are rebuilt when needed."""
         self._batched.clear()
 
     def _graph(self, name: str) -> BatchedGraph:
@@ -281,7 +281,7 @@ class Model:
         return self._batched[name]
 
     def _encode(self, prompts: Sequence[TokenizedPrompt]) -> list[EncodedPrompt]:
-        """The chunks of all prompts, encoder by encoder; then the outputs are put together prompt by prompt."""
+        """Runs each encoder on the chunks of all prompts, then joins the outputs prompt by prompt."""
         encoded = [
             self._encode_with(encoder, [prompt.per_encoder[encoder.graph] for prompt in prompts], prompts)
             for encoder in self.manifest.encoders
@@ -295,23 +295,23 @@ class Model:
         self, encoder: Encoder, chunks: Sequence[Chunks], prompts: Sequence[TokenizedPrompt]
     ) -> list[dict[str, NumpyArray]]:
         """The graph's outputs for each prompt, [chunks, ...]."""
-        counts = [len(each.input_ids) for each in chunks]
+        counts = [len(part.input_ids) for part in chunks]
         feeds: dict[str, NumpyArray] = {
-            "input_ids": np.concatenate([each.input_ids for each in chunks]),
-            "token_weights": np.concatenate([each.token_weights for each in chunks]),
+            "input_ids": np.concatenate([part.input_ids for part in chunks]),
+            "token_weights": np.concatenate([part.token_weights for part in chunks]),
         }
         if encoder.default_layer is not None:
             layers = [encoder.default_layer - tokens.clip_skip for tokens in prompts]
             feeds["layer"] = np.repeat(np.array(layers, np.int64), counts)
         if encoder.pooled_width is not None:
-            feeds["eos_index"] = np.concatenate([each.eos_index for each in chunks])
+            feeds["eos_index"] = np.concatenate([part.eos_index for part in chunks])
         out = self._graph(encoder.graph)(feeds)
         ends = np.cumsum(counts)
         parts = [slice(end - count, end) for count, end in zip(counts, ends, strict=True)]
         return [{name: values[part] for name, values in out.items()} for part in parts]
 
     def _joined(self, encoded: Mapping[str, Mapping[str, NumpyArray]]) -> EncodedPrompt:
-        """One prompt's context: encoders side by side within a block, blocks along the tokens, zeros up to D."""
+        """One prompt's context, as `Conditioning.context` describes it, padded with zeros to D."""
         conditioning = self.manifest.conditioning
         blocks = []
         for block in conditioning.context:
@@ -319,7 +319,7 @@ class Model:
             length = math.lcm(*(len(column) for column in columns))
             hidden = np.concatenate([np.tile(column, (length // len(column), 1)) for column in columns], axis=1)
             blocks.append(np.pad(hidden, ((0, 0), (0, self.manifest.context_width - hidden.shape[1]))))
-        pooled = [encoded[name]["pooled"][0] for name in conditioning.pooled]  # of the first chunk, as A1111 does
+        pooled = [encoded[name]["pooled"][0] for name in conditioning.pooled]  # of the first chunk, as in A1111
         return EncodedPrompt(
             hidden_states=np.concatenate(blocks),
             pooled=np.concatenate(pooled) if pooled else None,
@@ -329,20 +329,20 @@ class Model:
 
 
 def refuse_unsupported(manifest: Manifest) -> None:
-    """Raises BundleError for what format 2 can express and this version cannot run."""
+    """Raises BundleError for features that format 2 can express but this version cannot run."""
     problems = [
         (manifest.schedule is not ScheduleKind.BETAS, f"a schedule of kind {manifest.schedule}"),
         (not manifest.conditioning.repeatable, "contexts that may not be repeated"),
         (any(encoder.word_optional for encoder in manifest.encoders), "encoders that a word may lack"),
         (bool(set(manifest.columns) - set(COLUMNS)), f"the columns {', '.join(manifest.columns)}"),
     ]
-    for unsupported, what in problems:
+    for unsupported, feature in problems:
         if unsupported:
-            raise BundleError(f"the bundle has {what}, which this oneword cannot run: install a newer one")
+            raise BundleError(f"the bundle has {feature}, which this oneword cannot run: install a newer version")
 
 
 class _Hold:
-    """Rows of tables that are held until `release`, or until this is garbage."""
+    """Rows of tables, held until `release` or until this object is garbage-collected."""
 
     def __init__(self, rows: Iterable[tuple[EmbeddingTable, npt.NDArray[np.int64]]]) -> None:
         self._rows = [*rows]

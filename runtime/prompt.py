@@ -1,13 +1,14 @@
-"""Prompts as token ids: A1111's weights, BREAK, chunks, and learned words. Reads text, knows no model's name.
+"""Converts prompts to token ids: A1111's weights, BREAK, chunks, and learned words. Independent of the model.
 
     (red) [red]       weight 1.1, 1 / 1.1; they nest        (red:1.3)     weight 1.3
-    \\( \\) \\[ \\] \\\\    the characters themselves            BREAK         the rest goes to a new chunk
+    \\( \\) \\[ \\] \\\\    the characters themselves            BREAK         starts a new chunk
     <word>  embedding:word     a learned word, anywhere       word          a learned word with a bare name, whole only
 
-The tokenizer's vocabulary is never touched: a prompt is split at known words, longest first, the rest goes to the
-tokenizer, and a word of n vectors becomes n ids. A prompt longer than the encoder's length becomes several chunks, each
-with its own bos and eos; a word's ids stay in one chunk. Unlike A1111, the mean that weights shift is restored chunk by
-chunk (inside the text encoder's graph), so that rows stay independent, and commas do not move a chunk's end.
+The tokenizer's vocabulary is never changed: a prompt is split at known words, longest first, the text in between goes
+to the tokenizer, and a word of n vectors becomes n ids. A prompt longer than the encoder's length becomes several
+chunks, each with its own bos and eos; a word's ids stay in one chunk. Unlike in A1111, the mean that weights shift is
+restored chunk by chunk (inside the text encoder's graph), so that rows stay independent, and commas do not move a
+chunk's end.
 """
 
 import difflib
@@ -36,10 +37,10 @@ _RUN: Final = re.compile(r"[\w.+*@#!~&$%^=-]{1,64}")
 
 
 class Tokenizer:
-    """One encoder's own vocabulary and the shape of its chunks."""
+    """One encoder's vocabulary and the shape of its chunks."""
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, encoder: Encoder) -> None:
-        """Truncation and padding of `tokenizer` are switched off: chunks are made here."""
+        """Turns off the truncation and padding of `tokenizer`: chunks are made by `encode_ids`."""
         self.length, self.bos_id, self.eos_id, self.pad_id = (
             encoder.length,
             encoder.bos_id,
@@ -62,27 +63,27 @@ class Tokenizer:
 
     @property
     def room(self) -> int:
-        """Ids of a chunk beside its bos and eos."""
+        """Ids per chunk, besides bos and eos."""
         return self.length - 1 - (self.bos_id is not None)
 
     def ids(self, text: str) -> list[int]:
-        """The ids of a text without bos and eos, uncut."""
+        """The ids of a text, without bos and eos, not truncated."""
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
     def knows(self, piece: str) -> bool:
-        """Whether a text such as <|endoftext|> is a token of the model itself."""
+        """Whether a text such as <|endoftext|> is a token of the model."""
         return self._tokenizer.token_to_id(piece) is not None
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The learned words that prompts may use: token -> its ids. Keeps the mapping it is given, copies nothing."""
+    """The learned words that prompts may use: token -> its ids. Refers to the given mapping, without a copy."""
 
     words: Mapping[str, tuple[int, ...]]
 
     def named(self, name: str) -> tuple[int, ...] | None:
-        """The ids of what stands in <name> or after embedding:, however the token itself is written."""
+        """The ids for <name> or embedding:name, whether or not the token has <> itself."""
         bare = name.removeprefix("<").removesuffix(">")
         return self._get(f"<{bare}>") or self._get(bare)
 
@@ -91,7 +92,7 @@ class Vocabulary:
         return self._get(name)
 
     def near(self, name: str) -> list[str]:
-        """Up to three tokens that look like this name."""
+        """Up to three tokens with a similar name."""
         bare = {token.strip("<>").lower(): token for token in self.words}
         return [bare[match] for match in difflib.get_close_matches(name.strip("<>").lower(), bare, 3, 0.5)]
 
@@ -108,24 +109,24 @@ class Chunks:
     token_weights: npt.NDArray[np.float32]
     """[chunks, T]; 1 for bos, eos and padding"""
     eos_index: npt.NDArray[np.int64]
-    """[chunks]: where the first eos stands, which is where CLIP pools."""
+    """[chunks]: position of the first eos, where CLIP pools."""
 
 
 def encode_ids(prompt: str, tokenizer: Tokenizer, vocabulary: Vocabulary) -> Chunks:
-    """A prompt as chunks of ids and weights. Raises UsageError for unknown learned words and impossible weights."""
+    """A prompt as chunks of ids and weights. Raises UsageError for unknown learned words and invalid weights."""
     chunks: list[list[tuple[int, float]]] = [[]]
     for part in weighted_parts(prompt):
         if part is None:
             chunks.append([])
             continue
         for piece in split_at_words(part.text, vocabulary, tokenizer):
-            whole = isinstance(piece, tuple)
+            is_word = isinstance(piece, tuple)
             ids = list(piece) if isinstance(piece, tuple) else tokenizer.ids(piece)
-            if whole and len(ids) > tokenizer.room:
+            if is_word and len(ids) > tokenizer.room:
                 raise UsageError(f"a word of {len(ids)} vectors does not fit this encoder's {tokenizer.room} tokens")
             while ids:
                 room = tokenizer.room - len(chunks[-1])
-                if room == 0 or (whole and room < len(ids)):
+                if room == 0 or (is_word and room < len(ids)):
                     chunks.append([])
                     continue
                 chunks[-1] += [(id_, part.weight) for id_ in ids[:room]]
@@ -143,7 +144,7 @@ class Part(NamedTuple):
 
 
 def check_prompt(prompt: object, name: str = "prompt") -> None:
-    """Raises UsageError for a prompt that is too long, not valid Unicode, or no text at all."""
+    """Raises UsageError for a prompt that is too long, not valid Unicode, or not text."""
     if not isinstance(prompt, str):
         raise UsageError(f"the {name} is {prompt!r}, allowed is text")
     if len(prompt) > MAX_CHARACTERS:
@@ -153,10 +154,10 @@ def check_prompt(prompt: object, name: str = "prompt") -> None:
 
 
 def weighted_parts(prompt: str) -> list[Part | None]:
-    """A prompt's pieces in A1111's syntax, None for BREAK. Neighbours of equal weight are one piece.
+    """A prompt's pieces in A1111's syntax, None for BREAK. Adjacent pieces of equal weight are merged.
 
     Source: AUTOMATIC1111/stable-diffusion-webui, modules/prompt_parser.py, parse_prompt_attention.
-    Raises UsageError as `check_prompt`, and for weights that are no number or beyond +-100.
+    Raises UsageError as `check_prompt`, and for weights that are not a number or beyond +-100.
     """
     check_prompt(prompt)
     parts: list[tuple[str | None, float]] = []
@@ -187,7 +188,7 @@ def weighted_parts(prompt: str) -> list[Part | None]:
 
 
 def split_at_words(text: str, vocabulary: Vocabulary, tokenizer: Tokenizer) -> Iterator[str | tuple[int, ...]]:
-    """The text between learned words as it is, and the ids of each learned word. Raises UsageError for unknown ones."""
+    """Yields the text between learned words, and the ids of each learned word. Raises UsageError for unknown words."""
     start = position = 0
     while position < len(text):
         end, ids = _word_at(text, position, vocabulary, tokenizer)
@@ -204,7 +205,7 @@ def split_at_words(text: str, vocabulary: Vocabulary, tokenizer: Tokenizer) -> I
 def _word_at(
     text: str, position: int, vocabulary: Vocabulary, tokenizer: Tokenizer
 ) -> tuple[int, tuple[int, ...] | None]:
-    """The learned word that begins here and its end, or the next place where one may begin and None."""
+    """The end and the ids of the learned word at a position; if there is none, the next position to try, and None."""
     if named := _NAMED.match(text, position):
         end, name = named.end(), named.group(1) or named.group(2)
         while name and named.group(2) and name[0] != "<":  # embedding:toys is toy, then s: the longest known name
@@ -218,7 +219,7 @@ def _word_at(
             near = vocabulary.near(name) or list(vocabulary.words)[:3]
             raise UsageError(
                 f"no word {named.group()[:80]!r} is loaded, "
-                + (f"near it are {', '.join(near)}" if near else "none is: give its file with --concept")
+                + (f"similar are {', '.join(near)}" if near else "and no other: add its file with --concept")
             )
         return named.end(), None
     if vocabulary.words and not _word_character(text, position - 1) and (run := _RUN.match(text, position)):

@@ -1,14 +1,14 @@
 """Samplers as tables: `make_schedule` turns a sampler, a scheduler's config and a number of steps into numbers.
 
-The state is variance-preserving, x = alpha x0 + sigma eps with alpha^2 + sigma^2 = 1, for every sampler; Euler's own
-state is that divided by alpha, which is folded into the columns. With m the model's guided answer, a step is
+The state is variance-preserving, x = alpha x0 + sigma eps with alpha^2 + sigma^2 = 1, for every sampler; Euler's state
+is that divided by alpha, which is folded into the columns. With m the model's guided prediction, a step is
 
     denoised = c.sample_to_denoised * sample + c.model_to_denoised * m
     next     = c.sample * sample + c.denoised * denoised + c.previous * previous + c.noise * noise
 
 where `previous` is the last step's `denoised`, and the columns `c` are named after what they multiply. Each sampler is
 a pure function from the levels it visits to the columns of the second line.
-All of them equal diffusers' scheduler of that name: timesteps, order of draws, first and last step. Not covered: what
+All of them match diffusers' scheduler of that name: timesteps, order of draws, first and last step. Not covered: what
 `oneword.runtime.schedule` refuses, Euler's churn, and higher orders.
 """
 
@@ -41,11 +41,11 @@ COLUMNS: Final[Mapping[str, float]] = {
     "known_scale": 0.0,
     "known_sigma": 0.0,
 }
-"""Every column that a graph's `schedule` may have, and its value in a line that leaves the sample as it is."""
+"""Every column that a graph's `schedule` may have, and its value in a line that leaves the sample unchanged."""
 
 
 class Sampler(StrEnum):
-    """The samplers by the names that commands take."""
+    """The samplers, by the names that commands accept."""
 
     DDIM = "ddim"
     DDPM = "ddpm"
@@ -59,14 +59,14 @@ class Sampler(StrEnum):
 
 @dataclass(frozen=True)
 class Schedule:
-    """The steps of one request: a column of numbers for each term of a step, and where the first sample comes from."""
+    """The steps of one request: a column of numbers for each term of a step, and the scales of the first sample."""
 
     columns: Mapping[str, npt.NDArray[np.float32]]
-    """[S] by the names of COLUMNS; a missing one is COLUMNS' own value at every step."""
+    """[S] by the names of COLUMNS; a missing one has the value of COLUMNS at every step."""
     draws: npt.NDArray[np.bool_]
-    """[S]: the steps that draw noise, after the first sample's, in this order."""
+    """[S]: the steps that draw noise, in this order, after the noise of the first sample."""
     guided: npt.NDArray[np.bool_]
-    """[S]: the steps that evaluate the negative prompt as well."""
+    """[S]: the steps that also evaluate the negative prompt."""
     init_scale: float
     """Text to image: sample = init_scale * noise."""
     start_scale: float
@@ -83,7 +83,7 @@ class Schedule:
         return self.columns["t"]
 
     def table(self, names: Sequence[str]) -> npt.NDArray[np.float32]:
-        """[S, K]: the columns that a graph has, in its order. Raises UsageError if a step needs one that it lacks."""
+        """[S, K]: the columns of a graph, in its order. Raises UsageError if a step needs a column that it lacks."""
         for name in self.columns.keys() - set(names):
             if (self.columns[name] != COLUMNS[name]).any():
                 raise UsageError(f"this sampler needs the column {name!r}, this bundle has {', '.join(names)}")
@@ -105,8 +105,8 @@ def make_schedule(
     """The steps of a whole run.
 
     `guidance_rescale` is phi of arXiv 2305.08891. `guidance_interval` (low, high] bounds sigma / alpha of the guided
-    steps (arXiv 2404.07724). `strength` in (0, 1] leaves out the first steps, as image to image does; `eta` is DDIM's.
-    Raises UsageError for what is out of range or what the scheduler's config asks and this runtime cannot follow.
+    steps (arXiv 2404.07724). `strength` in (0, 1] skips the first steps, for image to image; `eta` is DDIM's.
+    Raises UsageError for numbers out of range and for a scheduler's config that this runtime does not support.
     """
     method = _METHODS[sampler]
     noise = NoiseSchedule.read(scheduler_config, method.default_spacing)
@@ -134,7 +134,7 @@ def make_schedule(
     }
     columns = {name: np.asarray(column, np.float32) for name, column in columns.items()}
     if not all(np.isfinite(column).all() for column in columns.values()):
-        raise UsageError(f"{sampler} in {steps} steps has no finite schedule with this model: take other steps")
+        raise UsageError(f"{sampler} in {steps} steps has no finite schedule with this model: change the steps")
     euler_start = method.divided and noise.timestep_spacing != "leading"
     return Schedule(
         columns=columns,
@@ -147,7 +147,7 @@ def make_schedule(
 
 
 class Levels(NamedTuple):
-    """The noise levels that a run visits: t, alpha, sigma [S], and the level it ends at."""
+    """The noise levels of a run: t, alpha, sigma [S], and the level at its end."""
 
     t: Array
     alpha: Array
@@ -167,7 +167,7 @@ class Levels(NamedTuple):
 
 
 class SamplerSettings(NamedTuple):
-    """What a sampler needs besides the levels: steps asked for (before `strength`), eta."""
+    """What a sampler needs besides the levels: the request's steps (before `strength`) and eta."""
 
     steps: int
     eta: float
@@ -184,7 +184,7 @@ class Update(NamedTuple):
 
 
 def prediction(prediction_type: str, levels: Levels) -> tuple[Array, Array]:
-    """sample_to_denoised, model_to_denoised [S]. Raises UsageError for eps at zero signal, where x0 is undefined."""
+    """sample_to_denoised, model_to_denoised [S]. Raises UsageError for eps at zero signal, as x0 is undefined there."""
     match prediction_type:
         case "v_prediction":
             return levels.alpha, -levels.sigma
@@ -194,7 +194,7 @@ def prediction(prediction_type: str, levels: Levels) -> tuple[Array, Array]:
             if not levels.alpha.all():
                 raise UsageError(
                     "zero terminal SNR (rescale_betas_zero_snr) leaves nothing for epsilon prediction to divide by: "
-                    "take spacing leading, or another sampler such as euler"
+                    "use spacing leading, or another sampler such as euler"
                 )
             return 1 / levels.alpha, -levels.sigma / levels.alpha
 
@@ -271,7 +271,7 @@ def lcm(noise: NoiseSchedule, levels: Levels, settings: SamplerSettings) -> Upda
 
 
 def _divided(levels: Levels, ratio: Array, up: Array, *, draws: bool) -> Update:
-    """Euler's state is ours divided by alpha; it leaves the last one undivided."""
+    """A step in Euler's state, which is ours divided by alpha, except for the last one, which is not divided."""
     scale = np.append(levels.alpha[1:], 1.0)
     return Update(
         sample=scale / levels.alpha * ratio,
@@ -283,7 +283,7 @@ def _divided(levels: Levels, ratio: Array, up: Array, *, draws: bool) -> Update:
 
 
 def _log_snr_steps(levels: Levels) -> Array:
-    """h [S]: the steps in log(alpha / sigma), the last one infinite where a run ends without noise."""
+    """h [S]: the steps in log(alpha / sigma); the last one is infinite if a run ends without noise."""
     with np.errstate(divide="ignore"):
         return np.log(levels.next_alpha / levels.next_sigma) - np.log(levels.alpha / levels.sigma)
 
@@ -291,9 +291,11 @@ def _log_snr_steps(levels: Levels) -> Array:
 def _multistep(
     noise: NoiseSchedule, settings: SamplerSettings, h: Array, keep: Array, gain: Array, up: Array, *, draws: bool
 ) -> Update:
-    """The second-order correction 0.5 / r (denoised - previous), r = h_previous / h, where the order is two."""
-    few = settings.steps < 15  # of the whole run, those that `strength` leaves out included
-    last_is_first_order = noise.euler_at_final or noise.final_sigmas_type == "zero" or (noise.lower_order_final and few)
+    """The second-order correction 0.5 / r (denoised - previous), r = h_previous / h, in the steps of order two."""
+    short = settings.steps < 15  # of the whole run, including those that `strength` skips
+    last_is_first_order = (
+        noise.euler_at_final or noise.final_sigmas_type == "zero" or (noise.lower_order_final and short)
+    )
     second = np.arange(len(h)) > 0
     second[-1] &= not last_is_first_order
     correction = np.zeros_like(h)
@@ -301,7 +303,7 @@ def _multistep(
     return Update(keep, gain + correction, -correction, up, np.full(len(h), draws))
 
 
-def _whole_levels(noise: NoiseSchedule, t: Array) -> Levels:
+def _integer_levels(noise: NoiseSchedule, t: Array) -> Levels:
     abar = noise.abar_at(t)
     return Levels(t, np.sqrt(abar), np.sqrt(1 - abar), 1.0, 0.0)
 
@@ -314,11 +316,11 @@ def _sigma_levels(noise: NoiseSchedule, t: Array, sigmas: Array) -> Levels:
 
 
 def _ddim_levels(noise: NoiseSchedule, steps: int) -> Levels:
-    return _whole_levels(noise, noise.timesteps(steps, rounded=True))
+    return _integer_levels(noise, noise.timesteps(steps, rounded=True))
 
 
 def _lcm_levels(noise: NoiseSchedule, steps: int) -> Levels:
-    return _whole_levels(noise, noise.timesteps_lcm(steps))
+    return _integer_levels(noise, noise.timesteps_lcm(steps))
 
 
 def _euler_levels(noise: NoiseSchedule, steps: int) -> Levels:
@@ -349,8 +351,8 @@ def _dpm_karras_levels(noise: NoiseSchedule, steps: int) -> Levels:
 class _Method(NamedTuple):
     levels: Callable[[NoiseSchedule, int], Levels]
     update: Callable[[NoiseSchedule, Levels, SamplerSettings], Update]
-    default_spacing: str  # of the diffusers class, for a config that names none
-    divided: bool = False  # Euler's own state, ours divided by alpha, starts at sigma * noise
+    default_spacing: str  # of the diffusers class, for a config without one
+    divided: bool = False  # Euler's state, ours divided by alpha, starts at sigma * noise
 
 
 _METHODS: Final = {
@@ -369,7 +371,7 @@ _DPM: Final = (Sampler.DPMPP_2M, Sampler.DPMPP_2M_KARRAS, Sampler.DPMPP_2M_SDE)
 
 
 def sampler_of(scheduler_config: Mapping[str, Any]) -> Sampler | None:
-    """The sampler that a diffusers scheduler's config means; None where there is none of that class here."""
+    """The sampler for a diffusers scheduler's config; None if its class has no counterpart."""
     match scheduler_config.get("_class_name"):
         case "DDIMScheduler":
             return Sampler.DDIM
@@ -391,10 +393,10 @@ def sampler_of(scheduler_config: Mapping[str, Any]) -> Sampler | None:
 def _start(steps: int, strength: float) -> int:
     if not 0 < strength <= 1:
         raise UsageError(f"strength {strength:g}, allowed are 0 < strength <= 1")
-    kept = min(int(steps * strength), steps)
-    if kept == 0:
-        raise UsageError(f"strength {strength:g} of {steps} steps leaves none: take {math.ceil(1 / strength)} or more")
-    return steps - kept
+    count = min(int(steps * strength), steps)
+    if count == 0:
+        raise UsageError(f"strength {strength:g} of {steps} steps leaves none: use {math.ceil(1 / strength)} or more")
+    return steps - count
 
 
 def _guided(levels: Levels, guidance_scale: float, interval: tuple[float, float] | None) -> npt.NDArray[np.bool_]:
@@ -407,11 +409,11 @@ def _guided(levels: Levels, guidance_scale: float, interval: tuple[float, float]
 
 
 def _check(noise: NoiseSchedule, sampler: Sampler, steps: int) -> None:
-    """Refuses what the scheduler's config rules out; the ranges of a request's numbers are `Request`'s to check."""
+    """Refuses what the scheduler's config rules out; `Request` checks the ranges of its numbers."""
     if not 1 <= steps <= noise.num_train_timesteps:
         raise UsageError(f"{steps} steps, allowed are 1 to {noise.num_train_timesteps}")
     if sampler in _DPM and noise.algorithm_type not in ("dpmsolver++", "sde-dpmsolver++"):
         raise UsageError(
-            f"the scheduler's config says algorithm_type = {noise.algorithm_type!r}, {sampler} follows dpmsolver++ and "
-            "sde-dpmsolver++: take another sampler such as ddim"
+            f"the scheduler's config says algorithm_type = {noise.algorithm_type!r}, {sampler} supports dpmsolver++ "
+            "and sde-dpmsolver++: use another sampler such as ddim"
         )

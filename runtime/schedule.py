@@ -1,4 +1,4 @@
-"""Noise schedules: what a diffusers scheduler's config says of noise and time. Pure arrays: no models, no randomness.
+"""Noise schedules from a diffusers scheduler's config. Pure arrays: no models, no randomness.
 
 Not covered, and refused by name: `thresholding`, `clip_sample` (neither suits latents), exponential, beta, Lu and flow
 sigmas, continuous timesteps, log-linear interpolation, learned variances, solver orders other than 2.
@@ -41,8 +41,8 @@ _MUST_BE: Final[dict[str, tuple[Any, ...]]] = {
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """The facts of a scheduler's config that samplers need; a missing key is what the diffusers class of that sampler
-    takes for it (their only difference is `timestep_spacing`), except that latents are never clipped."""
+    """The part of a scheduler's config that samplers need. A missing key has the default of the sampler's diffusers
+    class (they differ only in `timestep_spacing`), except that latents are never clipped."""
 
     num_train_timesteps: int = 1000
     beta_start: float = 0.0001
@@ -69,37 +69,37 @@ class NoiseSchedule:
 
     @classmethod
     def read(cls, config: Mapping[str, Any], default_spacing: str) -> "NoiseSchedule":
-        """Reads a scheduler's config, verbatim. Raises UsageError naming the key that this runtime cannot follow."""
-        defaults = set(config.get("_use_default_values", ()))  # diffusers notes here what its file did not say
-        said = {key: value for key, value in config.items() if key not in defaults}
+        """Reads a scheduler's config, verbatim. Raises UsageError that names a key whose value is not supported."""
+        defaults = set(config.get("_use_default_values", ()))  # the keys that diffusers did not find in its file
+        explicit = {key: value for key, value in config.items() if key not in defaults}
         for key, allowed in _MUST_BE.items():
-            if key in said and said[key] not in allowed:
+            if key in explicit and explicit[key] not in allowed:
                 choices = ", ".join(map(repr, allowed))
-                raise UsageError(f"the scheduler's config says {key} = {said[key]!r}, this runtime follows: {choices}")
-        known: dict[str, Any] = {"timestep_spacing": default_spacing}
-        known |= {key: said[key] for key in cls.__dataclass_fields__ if said.get(key) is not None}
-        if "trained_betas" in known:
-            known["trained_betas"] = tuple(known["trained_betas"])
-            known["num_train_timesteps"] = len(known["trained_betas"])
-        return cls(**known)
+                raise UsageError(f"the scheduler's config says {key} = {explicit[key]!r}, supported are: {choices}")
+        fields: dict[str, Any] = {"timestep_spacing": default_spacing}
+        fields |= {key: explicit[key] for key in cls.__dataclass_fields__ if explicit.get(key) is not None}
+        if "trained_betas" in fields:
+            fields["trained_betas"] = tuple(fields["trained_betas"])
+            fields["num_train_timesteps"] = len(fields["trained_betas"])
+        return cls(**fields)
 
     @property
     def final_alpha_cumprod(self) -> float:
-        """What DDIM takes for the level below timestep 0."""
+        """abar below timestep 0, for DDIM."""
         return 1.0 if self.set_alpha_to_one else float(self.alphas_cumprod[0])
 
     @property
     def sigmas(self) -> Array:
-        """sqrt((1 - abar) / abar) [num_train_timesteps], the last one finite, as for diffusers' Euler and DPM."""
+        """sqrt((1 - abar) / abar) [num_train_timesteps], with a finite last one, as in diffusers' Euler and DPM."""
         abar = self.alphas_cumprod.copy()
         if self.rescale_betas_zero_snr:
             abar[-1] = 2.0**-24
         return np.asarray(np.sqrt((1 - abar) / abar).astype(np.float32), np.float64)
 
     def timesteps(self, steps: int, *, rounded: bool) -> Array:
-        """The timesteps [S] visited in `steps` steps, falling. Source: table 2 of arXiv 2305.08891, as diffusers does.
+        """The timesteps [S] of a run of `steps` steps, falling. Source: table 2 of arXiv 2305.08891, as in diffusers.
 
-        `rounded` rounds linspace's timesteps to whole ones (DDIM, DDPM); Euler keeps the fractions.
+        `rounded` rounds linspace's timesteps to integers (DDIM, DDPM); Euler keeps the fractions.
         """
         train = self.num_train_timesteps
         match self.timestep_spacing:
@@ -112,7 +112,7 @@ class NoiseSchedule:
                 return np.round(np.arange(train, 0, -train / steps)) - 1
 
     def timesteps_dpm(self, steps: int) -> Array:
-        """As `timesteps`, but leading and linspace leave out the last of steps + 1, as diffusers' DPM solver does."""
+        """As `timesteps`, but leading and linspace drop the last of steps + 1, as in diffusers' DPM solver."""
         train = self.num_train_timesteps
         match self.timestep_spacing:
             case "linspace":
@@ -124,10 +124,10 @@ class NoiseSchedule:
                 return np.round(np.arange(train, 0, -train / steps)) - 1
 
     def timesteps_lcm(self, steps: int) -> Array:
-        """Timesteps of latent consistency models, evenly from those the distillation used (arXiv 2310.04378)."""
+        """Timesteps of latent consistency models, evenly spaced over those of the distillation (arXiv 2310.04378)."""
         stride = self.num_train_timesteps // self.original_inference_steps
         if steps > self.original_inference_steps:
-            raise UsageError(f"{steps} steps, lcm allows at most {self.original_inference_steps} here: lower the steps")
+            raise UsageError(f"{steps} steps, lcm allows at most {self.original_inference_steps}: use fewer steps")
         original = np.arange(1, self.original_inference_steps + 1, dtype=np.float64)[::-1] * stride - 1
         return original[np.floor(np.linspace(0, len(original), steps, endpoint=False)).astype(np.int64)]
 
@@ -136,15 +136,15 @@ class NoiseSchedule:
         return np.interp(timesteps, np.arange(self.num_train_timesteps), self.sigmas)
 
     def timestep_of(self, sigmas: Array) -> Array:
-        """The fractional timesteps [S] at which these sigmas stand, linear in log sigma."""
+        """The fractional timesteps [S] of these sigmas, linear in log sigma."""
         return np.interp(np.log(np.maximum(sigmas, 1e-10)), np.log(self.sigmas), np.arange(self.num_train_timesteps))
 
     def abar_at(self, timesteps: Array) -> Array:
-        """abar [S] at whole timesteps. Raises UsageError where `steps_offset` leads past the last one."""
+        """abar [S] at integer timesteps. Raises UsageError if `steps_offset` leads past the last one."""
         if timesteps.max() >= self.num_train_timesteps:
             raise UsageError(
                 f"timestep {timesteps.max():g} (steps_offset {self.steps_offset}) is past the last one, "
-                f"{self.num_train_timesteps - 1}: take fewer steps"
+                f"{self.num_train_timesteps - 1}: use fewer steps"
             )
         return self.alphas_cumprod[timesteps.astype(np.int64)]
 
@@ -179,14 +179,14 @@ def _betas(noise: NoiseSchedule) -> npt.NDArray[Any]:
 
 
 def _linspace(start: float, end: float, steps: int) -> npt.NDArray[np.float32]:
-    """torch.linspace in float32, which counts from both ends; numpy's is one bit off in places."""
+    """torch.linspace in float32, which counts from both ends; numpy's sometimes differs by one bit."""
     first, last, i = np.float32(start), np.float32(end), np.arange(steps, dtype=np.float32)
     step = (last - first) / np.float32(max(steps - 1, 1))
     return np.where(i < steps // 2, first + step * i, last - step * (np.float32(steps - 1) - i)).astype(np.float32)
 
 
 def _zero_terminal_snr(betas: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Algorithm 1 of arXiv 2305.08891: shift and scale sqrt(abar) so that the last one is 0 and the first stays."""
+    """Algorithm 1 of arXiv 2305.08891: shifts and scales sqrt(abar) so that the last one is 0 and the first is kept."""
     root = np.sqrt(np.cumprod((np.float32(1) - betas).astype(np.float64)).astype(np.float32))
     first, last = root[0], root[-1]
     bar = ((root - last) * (first / (first - last))) ** 2

@@ -1,4 +1,4 @@
-"""Who runs next: requests come in with `add`, and every `step` gives back what happened. Owns no buffers.
+"""Decides what runs next: `add` accepts requests, and every `step` returns events. Owns no buffers.
 
     scheduler = Scheduler(model)
     id = scheduler.add(request)
@@ -6,10 +6,10 @@
         for event in scheduler.step():
             ...
 
-A step is one turn: pictures that wait are prepared and get slots, every row is denoised once, finished rows are
-decoded. Preparing and decoding are bounded in each turn, so that a newcomer's first step is not far away whatever else
-arrives. What a row gets never depends on who shares its engine calls. Not here: slots and engine calls
-(`oneword.runtime.denoiser`), fairness between users, and limits on what may wait.
+A step is one turn: waiting pictures are prepared and get slots, every row is denoised once, finished rows are decoded.
+Preparing and decoding are bounded in each turn, so that a newcomer's first step comes soon whatever else arrives. A
+row's result never depends on the rows that share its engine calls. Not covered: slots and engine calls
+(`oneword.runtime.denoiser`), fairness between users, and limits on the queue.
 """
 
 import contextlib
@@ -36,13 +36,13 @@ from oneword.runtime.row import NoiseStream, Row, time_ids
 
 MAX_CHUNKS: Final = 64
 MAX_ROWS: Final = 16
-"""Slots of a size, unless a caller says otherwise."""
+"""Slots per size by default."""
 _NEWCOMERS: Final = 4  # requests that a turn prepares while others run
-_SHARE: Final = 0.4  # of a usual turn's denoising that preparing and decoding should take together
-_PATIENCE: Final = 4  # turns in a row that decoding may be put off for newcomers
-_RECENT: Final = 257  # turns, whose median is the usual one
+_SHARE: Final = 0.4  # of a typical turn's denoising time, for preparing and decoding together
+_PATIENCE: Final = 4  # turns in a row that decoding may be deferred for newcomers
+_RECENT: Final = 257  # turns, whose median is the typical one
 _MORE_PRECISION: Final = "run it with --engine onnxruntime, or export the model with --precision fp32"
-_AHEAD: Final = 32  # pictures at the head of the queue that are looked at for a free slot
+_AHEAD: Final = 32  # requests at the head of the queue that are considered for a free slot
 
 
 @dataclass(eq=False)
@@ -85,7 +85,7 @@ class _Pending:
         self.size = self.settings.height // factor, self.settings.width // factor, math.lcm(*lengths)
 
     def release(self) -> None:
-        """Lets go of the words' rows."""
+        """Releases the words' rows."""
         for prompt in (self.tokens, self.negative):
             if isinstance(prompt, TokenizedPrompt):
                 prompt.release()
@@ -93,7 +93,7 @@ class _Pending:
 
 @dataclass(eq=False)
 class _Finished:
-    """A row that is to be decoded."""
+    """A row to decode."""
 
     row: Row
     latents: Latents
@@ -101,7 +101,7 @@ class _Finished:
 
 @dataclass(eq=False)
 class Scheduler:
-    """The pictures on their way through one model. At most `max_rows` of a size share an engine call."""
+    """The pictures in progress on one model. At most `max_rows` of a size share an engine call."""
 
     model: Model
     max_rows: int = MAX_ROWS
@@ -117,18 +117,18 @@ class Scheduler:
         self._rows: list[Row] = []
         self._finished: deque[_Finished] = deque()
         self._turn_seconds: deque[float] = deque([0.0], maxlen=_RECENT)  # of denoising
-        self._decode_seconds = 0.0  # of one picture, the last time
+        self._decode_seconds = 0.0  # of one picture, most recently
         self._admitted = False  # whether this turn prepared a picture
         self._left = 0.0  # seconds that this turn has for preparing and decoding
-        self._postponed = 0  # turns in a row that had none left to decode in
+        self._postponed = 0  # turns in a row that had no time left for decoding
 
     def __len__(self) -> int:
-        """Pictures that are still to come."""
+        """Number of pictures that are not done."""
         return len(self._rows) + len(self._finished) + sum(pending.left for pending in self._pending)
 
     def warm(self, *sizes: tuple[int, int]) -> None:
         """Opens the engines, and runs every call that pictures of these sizes (width, height) and prompts of one chunk
-        can need: no later step compiles or binds anything. Defaults to the bundle's size. Raises EngineError."""
+        can need, so that no later step compiles or binds. Defaults to the bundle's size. Raises EngineError."""
         manifest = self.model.manifest
         tokens = self.model.context_length(self.model.tokenize(""))
         for width, height in sizes or [(manifest.defaults.width, manifest.defaults.height)]:
@@ -136,9 +136,9 @@ class Scheduler:
             self.denoiser.warm((height // manifest.vae.factor, width // manifest.vae.factor, tokens))
 
     def add(self, request: Request) -> int:
-        """Takes a request in; its pictures start at the next steps. Returns its id.
+        """Queues a request; its pictures start in the next steps. Returns its id.
 
-        Raises UsageError for everything that can be known before it runs.
+        Raises UsageError for everything that can be checked before it runs.
         """
         settings = resolve(request, self.model.manifest)
         pending = _Pending(self._issued, request, settings)
@@ -152,9 +152,9 @@ class Scheduler:
         return pending.id
 
     def cancel(self, id: int) -> None:
-        """Takes a request's pictures out; one that is done is left alone. Raises UsageError for an unknown id."""
+        """Cancels the unfinished pictures of a request. Raises UsageError for an unknown id."""
         if not 0 <= id < self._issued:
-            raise UsageError(f"no request has the id {id}, {self._issued} have been added")
+            raise UsageError(f"no request has the id {id}, {self._issued} have been added so far")
         for pending in [pending for pending in self._pending if pending.id == id]:
             pending.release()
             self._pending.remove(pending)
@@ -163,13 +163,13 @@ class Scheduler:
         self._finished = deque(done for done in self._finished if done.row.id != id)
 
     def cancel_all(self) -> None:
-        """Takes every picture out."""
+        """Cancels every picture."""
         rows = [*self._rows, *(done.row for done in self._finished)]
         for id in {*(pending.id for pending in self._pending), *(row.id for row in rows)}:
             self.cancel(id)
 
     def step(self, max_steps: int | None = 1) -> list[Event]:
-        """One turn, or up to `max_steps` of them as long as nothing but StepDone happens; None is no limit."""
+        """Runs one turn, or up to `max_steps` while nothing but StepDone happens; None means no limit."""
         if max_steps is not None and max_steps < 1:
             raise UsageError(f"max_steps is {max_steps}, allowed is 1 or more, or None")
         events: list[Event] = []
@@ -182,14 +182,14 @@ class Scheduler:
         return events
 
     def _admit(self) -> Iterator[Event]:
-        """Prepares requests that wait and gives their pictures slots: a few per turn, all of them if nothing runs."""
+        """Prepares waiting requests and gives their pictures slots: a few per turn, all of them if nothing runs."""
         start = time.perf_counter()
-        most = _NEWCOMERS if self._rows else self.max_rows
+        count = _NEWCOMERS if self._rows else self.max_rows
         waiting = [*itertools.islice(self._pending, _AHEAD)]
         if waiting and self.denoiser.crowded_out(waiting[0].size):
-            waiting = []  # nobody else comes first
-        newcomers = [pending for pending in waiting if self.denoiser.has_room(pending.size)][:most]
-        with contextlib.suppress(OnewordError):  # each is tried again on its own
+            waiting = []  # no other request overtakes it
+        newcomers = [pending for pending in waiting if self.denoiser.has_room(pending.size)][:count]
+        with contextlib.suppress(OnewordError):  # each request is tried again alone
             self._encode(newcomers)
         for pending in newcomers:
             while pending.left and self.denoiser.has_room(pending.size):
@@ -210,14 +210,14 @@ class Scheduler:
         self.seconds["encode"] += seconds
 
     def _drop(self, pending: _Pending, error: OnewordError) -> Iterator[Event]:
-        """Reports the pictures of a request that cannot be made."""
+        """Reports the pictures of a request that failed."""
         pending.release()
         for index in range(pending.next_index, pending.request.num_images):
             yield Failed(pending.id, index, error)
         pending.next_index = pending.request.num_images
 
     def _prepare(self, pending: _Pending) -> Row:
-        """The request's next picture; its draws in diffusers' order: the VAE's posterior first, then the noise."""
+        """The request's next picture. It draws in diffusers' order: the VAE's posterior first, then the noise."""
         request, settings = pending.request, pending.settings
         schedule = settings.schedule
         manifest = self.model.manifest
@@ -225,7 +225,7 @@ class Scheduler:
             self._encode([pending])
         assert pending.cond is not None  # encoded above
         if not (pending.cond.finite and (pending.uncond is None or pending.uncond.finite)):
-            raise NotFinite("a text encoder gave NaN or infinity for this prompt: check the word's vectors")
+            raise NotFinite("a text encoder produced NaN or infinity for this prompt: check the word's vectors")
         if request.image is not None and pending.posterior is None:
             pending.posterior = self.model.encode_image(resized(request.image, settings.width, settings.height))
         shape = (manifest.vae.latent_channels, *pending.size[:2])
@@ -237,7 +237,7 @@ class Scheduler:
             known = np.asarray(mean + std * generator.randn(shape), np.float32)
         noise = generator.randn(shape)
         if white is not None:
-            generator.randn(shape)  # diffusers samples the masked picture's latents here, and uses them elsewhere
+            generator.randn(shape)  # diffusers also samples the masked picture's latents at this point
         if known is None or (white is not None and request.strength == 1):
             sample = np.float32(schedule.init_scale) * noise
         else:
@@ -262,7 +262,7 @@ class Scheduler:
         return row
 
     def _encode(self, requests: Sequence[_Pending]) -> None:
-        """Encodes the prompts of these requests and lets go of their words' rows. Raises EngineError."""
+        """Encodes the prompts of these requests and releases their words' rows. Raises EngineError."""
         new = [pending for pending in requests if pending.cond is None]
         prompts = [
             prompt
@@ -279,7 +279,7 @@ class Scheduler:
             pending.uncond = encoded[negative] if isinstance(negative, TokenizedPrompt) else negative
 
     def _denoise(self) -> Iterator[Event]:
-        """One step of every row; those that are done leave their slots."""
+        """Runs one step of every row; rows that are done leave their slots."""
         start = time.perf_counter()
         before = {row: row.step for row in self._rows}
         failures = self.denoiser.step() if self._rows else []
@@ -293,7 +293,7 @@ class Scheduler:
         self.seconds["denoise"] += seconds
 
     def _progress(self, row: Row, stepped: bool) -> Iterator[Event]:
-        """What became of one row in this turn."""
+        """The events of one row in this turn."""
         preview, latents = None, None
         try:
             if stepped and row.step == row.steps:
@@ -306,7 +306,7 @@ class Scheduler:
             return
         if row.broken_at is not None:
             self._remove(row)
-            message = f"graph 'denoise_step' gave NaN or infinity at step {row.broken_at} of picture {row.index}: "
+            message = f"graph 'denoise_step' produced NaN or infinity at step {row.broken_at} of picture {row.index}: "
             yield Failed(row.id, row.index, NotFinite(message + _MORE_PRECISION))
             return
         if stepped:
@@ -320,29 +320,29 @@ class Scheduler:
         self._rows.remove(row)
 
     def _decode(self) -> Iterator[Event]:
-        """Decodes finished rows while the turn has time for it; at least one, unless newcomers were prepared."""
+        """Decodes finished rows while the turn has time for it, at least one unless newcomers were prepared."""
         start = time.perf_counter()
-        most = min(len(self._finished), CALLS[0])
+        count = min(len(self._finished), CALLS[0])
         if self._rows and self._decode_seconds:
             due = not self._admitted or self._postponed >= _PATIENCE
-            most = min(most, max(int(self._left / self._decode_seconds), int(due)))
-        self._postponed = self._postponed + 1 if self._finished and most < 1 else 0
-        while most > 0:
-            chosen = self._next_finished(min(most, self.max_rows))
-            most -= len(chosen)
+            count = min(count, max(int(self._left / self._decode_seconds), int(due)))
+        self._postponed = self._postponed + 1 if self._finished and count < 1 else 0
+        while count > 0:
+            chosen = self._next_finished(min(count, self.max_rows))
+            count -= len(chosen)
             yield from self._decode_together(chosen)
         self.seconds["decode"] += time.perf_counter() - start
 
-    def _next_finished(self, most: int) -> list[_Finished]:
-        """Up to `most` of the oldest finished rows, all of the size of the first."""
+    def _next_finished(self, limit: int) -> list[_Finished]:
+        """Up to `limit` of the oldest finished rows, all of the size of the first."""
         shape = self._finished[0].latents.shape
-        chosen = [done for done in self._finished if done.latents.shape == shape][:most]
+        chosen = [done for done in self._finished if done.latents.shape == shape][:limit]
         for done in chosen:
             self._finished.remove(done)
         return chosen
 
     def _decode_together(self, finished: list[_Finished]) -> Iterator[Event]:
-        """If the call fails, each row is tried in one of its own."""
+        """Decodes rows in one call; if it fails, each row is decoded alone."""
         start = time.perf_counter()
         try:
             images, finite = self.model.decode(np.stack([done.latents for done in finished]))
@@ -360,7 +360,7 @@ class Scheduler:
         for done, image, ok in zip(finished, images, finite, strict=True):
             row = done.row
             if not ok:
-                message = f"graph 'vae_decoder' gave NaN or infinity for picture {row.index}: "
+                message = f"graph 'vae_decoder' produced NaN or infinity for picture {row.index}: "
                 yield Failed(row.id, row.index, NotFinite(message + "export it with --precision fp32"))
                 continue
             image = paste(image, row.request, row.settings)
@@ -368,9 +368,9 @@ class Scheduler:
 
 
 def _check_lengths(tokens: TokenizedPrompt, negative: TokenizedPrompt) -> None:
-    """Both are repeated up to a common length: refuses what would not fit into memory. Raises UsageError."""
-    for name, each in tokens.per_encoder.items():
-        chunks = len(each.input_ids), len(negative.per_encoder[name].input_ids)
+    """Raises UsageError if the common length, to which both prompts are repeated, would not fit into memory."""
+    for name, prompt in tokens.per_encoder.items():
+        chunks = len(prompt.input_ids), len(negative.per_encoder[name].input_ids)
         if math.lcm(*chunks) > max(MAX_CHUNKS, 4 * max(chunks)):
             raise UsageError(
                 f"the prompt has {chunks[0]} chunks and the negative prompt {chunks[1]}, whose least common "

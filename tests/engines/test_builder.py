@@ -174,8 +174,8 @@ def with_another_decoder(bundle: Bundle, path: Path) -> Bundle:
     specs = bundle.graph("vae_decoder")
 
     def fill(folder: Path) -> Manifest:
-        ours = shutil.ignore_patterns("bundle.json", ".*", "plans")
-        shutil.copytree(bundle.path, folder, dirs_exist_ok=True, ignore=ours)
+        ignored = shutil.ignore_patterns("bundle.json", ".*", "plans")
+        shutil.copytree(bundle.path, folder, dirs_exist_ok=True, ignore=ignored)
         spec_of = {str(s.name): s for s in (*specs.inputs, *specs.outputs)}
         types = {"float32": TensorProto.FLOAT, "uint8": TensorProto.UINT8, "bool": TensorProto.BOOL}
         values = {

@@ -263,7 +263,7 @@ def test_when_a_picture_fails_the_others_are_saved_and_reported(
     report = json.loads(captured.out)
     assert [entry["seed"] for entry in report["images"]] == [4, 6]
     assert [(entry["prompt"], entry["seed"]) for entry in report["failed"]] == [("a cat", 5)]
-    assert report["failed"][0]["error"].startswith("graph 'vae_decoder' gave NaN or infinity for picture 1")
+    assert report["failed"][0]["error"].startswith("graph 'vae_decoder' produced NaN or infinity for picture 1")
     assert captured.err.splitlines()[-1] == f"ti-run: {report['failed'][0]['error']}"
     assert report["grid"] is None
     assert not (tmp_path / "grid.png").exists()

@@ -108,11 +108,11 @@ def test_text_to_image_matches_diffusers(
         size=(width, height),
         seed=11,
     )
-    ours = pictures(model, [request])[0]
+    image = pictures(model, [request])[0]
 
-    assert ours.shape == (height, width, 3)
-    assert ours.std() > 1  # there is something to compare
-    assert psnr(ours, of_diffusers(reference)) >= 50
+    assert image.shape == (height, width, 3)
+    assert image.std() > 1  # there is something to compare
+    assert psnr(image, of_diffusers(reference)) >= 50
 
 
 def test_openvino_generates_the_same_picture(model: Model, tiny_bundle: Path) -> None:
@@ -144,9 +144,9 @@ def test_clip_skip_matches_an_earlier_layer_of_transformers_encoder(
         generator=torch.Generator().manual_seed(0),
         output_type="np",
     )
-    ours = pictures(model, [Request("a dog", steps=4, guidance_scale=1.0, clip_skip=clip_skip)])[0]
+    image = pictures(model, [Request("a dog", steps=4, guidance_scale=1.0, clip_skip=clip_skip)])[0]
 
-    assert psnr(ours, of_diffusers(reference)) >= 50
+    assert psnr(image, of_diffusers(reference)) >= 50
 
 
 @pytest.mark.parametrize("strength", [0.5, 0.75, 1.0])
@@ -225,7 +225,7 @@ def test_a_word_that_breaks_the_encoder_fails_alone(model: Model) -> None:
 
     failed = [event for event in events if isinstance(event, Failed)]
     assert [event.id for event in failed] == [0]
-    assert "gave NaN or infinity for this prompt" in str(failed[0].error)
+    assert "produced NaN or infinity for this prompt" in str(failed[0].error)
     assert [event.id for event in events if isinstance(event, PictureDone)] == [1]
 
 
@@ -323,7 +323,7 @@ def test_prompts_that_would_exhaust_memory_are_refused_and_hold_no_rows(model: M
 def test_a_word_of_another_width_is_refused(model: Model) -> None:
     concept = Concept("<wide>", {"text_encoder": np.ones((1, 768), np.float32)})
 
-    with pytest.raises(ConceptError, match="vectors 768 wide, text_encoder of this model takes 32"):
+    with pytest.raises(ConceptError, match="vectors of width 768, text_encoder takes width 32"):
         model.load(concept)
     assert "<wide>" not in model.words
 

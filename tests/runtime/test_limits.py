@@ -81,8 +81,8 @@ def test_five_prompts_and_the_empty_negative_are_encoded_in_several_calls(
     def encoded(model: Model) -> list[Any]:
         return model.encode([model.tokenize(prompt) for prompt in prompts])
 
-    for ours, expected in zip(encoded(model), encoded(free), strict=True):
-        np.testing.assert_array_equal(ours.hidden_states, expected.hidden_states)
+    for actual, expected in zip(encoded(model), encoded(free), strict=True):
+        np.testing.assert_array_equal(actual.hidden_states, expected.hidden_states)
     assert largest(model, "text_encoder", "B") == 4
 
 
@@ -91,10 +91,10 @@ def test_five_pictures_of_a_prompt_are_drawn_without_an_error_about_limits(
 ) -> None:
     model = limited(tiny_bundle, monkeypatch)
     settings = {"num_images": 5, "steps": 4, "seed": 3}
-    ours, expected = draw(model, "a cat", **settings), draw(free, "a cat", **settings)
+    actual, expected = draw(model, "a cat", **settings), draw(free, "a cat", **settings)
 
-    assert [picture.seed for picture in ours] == [3, 4, 5, 6, 7]
-    for a, b in zip(ours, expected, strict=True):
+    assert [picture.seed for picture in actual] == [3, 4, 5, 6, 7]
+    for a, b in zip(actual, expected, strict=True):
         np.testing.assert_array_equal(a.image, b.image)
     assert largest(model, "denoise_step", "B") == 4
     assert 2 <= largest(model, "denoise_step", "N") <= 8

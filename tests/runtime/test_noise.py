@@ -22,11 +22,11 @@ def test_the_first_draw_equals_torchs(seed: int, shape: tuple[int, ...]) -> None
 
 def test_two_hundred_draws_of_mixed_shapes_equal_torchs() -> None:
     choice = np.random.default_rng(3)
-    generator, ours = torch.Generator().manual_seed(7), TorchGenerator(7)
+    generator, stream = torch.Generator().manual_seed(7), TorchGenerator(7)
     for _ in range(200):
         shape = SHAPES[choice.integers(len(SHAPES))]
         expected = torch.randn(shape, generator=generator).numpy()
-        np.testing.assert_allclose(ours.randn(shape), expected, rtol=0, atol=5e-7)
+        np.testing.assert_allclose(stream.randn(shape), expected, rtol=0, atol=5e-7)
 
 
 def test_a_million_values_are_within_the_stated_bound_and_most_are_equal_bit_for_bit() -> None:

@@ -1,5 +1,5 @@
-"""Pictures made with everything in a device's memory, on a simulated CUDA: one step is queued ahead, nothing is other
-than on the host. What runs on a real GPU is marked `gpu`, in tests/engines.
+"""Pictures generated in a device's memory, on a simulated CUDA: one step is queued ahead, and all results equal the
+host's. Tests that run on a real GPU are marked `gpu`, in tests/engines.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -65,7 +65,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Runtime]:
 
 @pytest.fixture
 def captured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As with TensorRT, whose runs can be captured."""
+    """Makes runs capturable, as with TensorRT."""
     monkeypatch.setattr(onnxruntime_cuda.CudaBinding, "capturable", True)
 
 
@@ -85,15 +85,15 @@ def on_host(tiny_bundle: Path) -> Model:
 
 @pytest.fixture(scope="module")
 def alone(on_host: Model) -> Callable[[Request], dict[int, Image]]:
-    """The pictures of a request that is alone on the host, by their seeds."""
-    known: dict[Request, dict[int, Image]] = {}
+    """The pictures of a request that is alone on the host, by seed."""
+    cache: dict[Request, dict[int, Image]] = {}
 
-    def of(request: Request) -> dict[int, Image]:
-        if request not in known:
-            known[request] = pictures(run(scheduler_for(on_host, [request], 1)))
-        return known[request]
+    def pictures_alone(request: Request) -> dict[int, Image]:
+        if request not in cache:
+            cache[request] = pictures(run(scheduler_for(on_host, [request], 1)))
+        return cache[request]
 
-    return of
+    return pictures_alone
 
 
 def run(scheduler: Scheduler, max_steps: int | None = 1) -> list[Event]:
@@ -108,28 +108,28 @@ def pictures(events: Sequence[Event]) -> dict[int, Image]:
     return {event.seed: event.image for event in events if isinstance(event, PictureDone)}
 
 
-def made(model: Model, *requests: Request, max_steps: int | None = 1) -> tuple[dict[int, Image], Stats]:
+def generated(model: Model, *requests: Request, max_steps: int | None = 1) -> tuple[dict[int, Image], Stats]:
     scheduler = scheduler_for(model, requests)
     return pictures(run(scheduler, max_steps)), scheduler.denoiser.stats
 
 
-def assert_same(there: dict[int, Image], here: dict[int, Image]) -> None:
-    assert there.keys() == here.keys()
-    for seed, image in here.items():
-        np.testing.assert_array_equal(there[seed], image)
+def assert_same(actual: dict[int, Image], expected: dict[int, Image]) -> None:
+    assert actual.keys() == expected.keys()
+    for seed, image in expected.items():
+        np.testing.assert_array_equal(actual[seed], image)
 
 
 @pytest.mark.parametrize("max_steps", [1, None])
 @pytest.mark.parametrize("capturable", [True, False])
-def test_pictures_are_the_host_s_to_the_bit(
+def test_pictures_match_the_host_bit_for_bit(
     model: Model, on_host: Model, cuda: Runtime, monkeypatch: pytest.MonkeyPatch, max_steps: int, capturable: bool
 ) -> None:
     monkeypatch.setattr(onnxruntime_cuda.CudaBinding, "capturable", capturable)
-    here, _ = made(on_host, *MIXED)
-    assert len(here) == 6
+    expected, _ = generated(on_host, *MIXED)
+    assert len(expected) == 6
     for _ in range(2):
-        there, stats = made(model, *MIXED, max_steps=max_steps)
-        assert_same(there, here)
+        actual, stats = generated(model, *MIXED, max_steps=max_steps)
+        assert_same(actual, expected)
         assert (stats.replayed > 0) == capturable
 
     assert (cuda.captures > 0) == capturable
@@ -137,8 +137,8 @@ def test_pictures_are_the_host_s_to_the_bit(
 
 @pytest.mark.parametrize("request_", POOL, ids=lambda request: f"seed {request.seed}")
 @pytest.mark.usefixtures("captured")
-def test_a_picture_alone_is_the_host_s(model: Model, alone: Any, request_: Request) -> None:
-    assert_same(made(model, request_)[0], alone(request_))
+def test_a_picture_generated_alone_matches_the_host(model: Model, alone: Any, request_: Request) -> None:
+    assert_same(generated(model, request_)[0], alone(request_))
 
 
 @pytest.mark.usefixtures("captured")
@@ -162,12 +162,12 @@ def test_every_step_after_a_warm_up_is_a_replay_and_binds_nothing(model: Model, 
     requests = [POOL[5], POOL[6], Request("a cat", seed=2, steps=12, guidance_scale=1.0)]
     for request in requests:
         scheduler.add(request)
-    assert_same(pictures(run(scheduler)), {k: v for each in requests for k, v in alone(each).items()})
+    assert_same(pictures(run(scheduler)), {k: v for request in requests for k, v in alone(request).items()})
 
     stats = scheduler.denoiser.stats
     assert stats.steps == stats.replayed > 0
     assert (cuda.captures, stats.bindings) == (captures, bindings)
-    assert 0 < stats.padding < stats.branches  # all three make five branches, which run as six
+    assert 0 < stats.padding < stats.branches  # all three have five branches, which run as six
 
 
 @pytest.mark.parametrize("capturable", [True, False])
@@ -184,29 +184,29 @@ def test_at_most_one_step_is_queued_ahead_and_the_host_waits_for_nothing_else(
         scheduler.add(Request("a <w>", steps=steps, sampler=Sampler.EULER_A))
         assert len(pictures(run(scheduler))) == 1
         waits[steps], events[steps] = cuda.waits - before[0], cuda.event_waits - before[1]
-        assert cuda.most_runs_queued == 2  # the one that runs, and one
+        assert cuda.most_runs_queued == 2  # the running one, and one ahead
 
-    assert waits[4] >= waits[40]  # the first encodes the prompts too
+    assert waits[4] >= waits[40]  # the first also encodes the prompts
     assert events == {4: 4, 40: 40}
 
 
-def test_of_the_first_steps_none_is_waited_for(model: Model, cuda: Runtime) -> None:
+def test_the_host_never_waits_for_the_step_it_just_queued(model: Model, cuda: Runtime) -> None:
     scheduler = Scheduler(model, 1)
     scheduler.warm()
     scheduler.add(Request("a <w>", steps=6))
-    seen = []
+    waits = []
     for _ in range(5):
         before = cuda.event_waits
         scheduler.step()
-        seen.append(cuda.event_waits - before)
+        waits.append(cuda.event_waits - before)
 
-    assert seen == [0, 1, 1, 1, 1]  # for the step before the one that was just queued
+    assert waits == [0, 1, 1, 1, 1]  # for the step before the one that was just queued
     pictures(run(scheduler))
 
 
 @pytest.mark.usefixtures("captured")
 @pytest.mark.parametrize("max_steps", [1, None])
-def test_pictures_come_where_the_engine_refuses_to_be_captured(
+def test_pictures_are_the_same_if_the_engine_cannot_be_captured(
     model: Model, on_host: Model, cuda: Runtime, monkeypatch: pytest.MonkeyPatch, max_steps: int | None
 ) -> None:
     enqueue = Session.run_with_iobinding
@@ -217,16 +217,16 @@ def test_pictures_come_where_the_engine_refuses_to_be_captured(
         enqueue(session, binding, options)
 
     monkeypatch.setattr(Session, "run_with_iobinding", waiting)
-    here, _ = made(on_host, *MIXED)
+    expected, _ = generated(on_host, *MIXED)
     for _ in range(2):
-        there, stats = made(model, *MIXED, max_steps=max_steps)
-        assert_same(there, here)
+        actual, stats = generated(model, *MIXED, max_steps=max_steps)
+        assert_same(actual, expected)
         assert stats.replayed == 0
     assert cuda.captures == 0
 
 
 @pytest.mark.parametrize("capturable", [True, False])
-def test_rows_that_join_leave_and_are_cancelled_change_nobody_else_s_picture(
+def test_rows_that_join_leave_or_are_cancelled_do_not_change_other_pictures(
     model: Model, monkeypatch: pytest.MonkeyPatch, alone: Any, capturable: bool
 ) -> None:
     monkeypatch.setattr(onnxruntime_cuda.CudaBinding, "capturable", capturable)
@@ -265,7 +265,7 @@ def test_rows_that_join_leave_and_are_cancelled_change_nobody_else_s_picture(
     capturable=st.booleans(),
     warm=st.booleans(),
 )
-def test_whoever_shares_the_device_a_picture_is_that_of_the_host_alone(
+def test_a_picture_matches_the_host_whatever_else_shares_the_device(
     model: Model, alone: Any, plan: list[tuple[Request, int, int | None]], max_rows: int, capturable: bool, warm: bool
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
@@ -297,29 +297,29 @@ def test_whoever_shares_the_device_a_picture_is_that_of_the_host_alone(
 
 
 @pytest.mark.parametrize("capturable", [True, False])
-def test_previews_are_the_host_s(
+def test_previews_match_the_host(
     model: Model, on_host: Model, monkeypatch: pytest.MonkeyPatch, capturable: bool
 ) -> None:
     monkeypatch.setattr(onnxruntime_cuda.CudaBinding, "capturable", capturable)
     requests = [Request("a <w>", seed=1, steps=7, previews=2), Request("a cat", seed=2, steps=5)]
 
-    def seen(model: Model) -> dict[tuple[int, int], Any]:
+    def previews(model: Model) -> dict[tuple[int, int], Any]:
         events = run(scheduler_for(model, requests))
         assert len(pictures(events)) == 2
         steps = [event for event in events if isinstance(event, StepDone)]
         return {(event.id, event.step): event.denoised for event in steps}
 
-    here, there = seen(on_host), seen(model)
-    assert there.keys() == here.keys()
-    assert [key for key, denoised in there.items() if denoised is not None] == [(0, 2), (0, 4), (0, 6)]
-    for key, denoised in here.items():
+    expected, actual = previews(on_host), previews(model)
+    assert actual.keys() == expected.keys()
+    assert [key for key, denoised in actual.items() if denoised is not None] == [(0, 2), (0, 4), (0, 6)]
+    for key, denoised in expected.items():
         if denoised is not None:
-            np.testing.assert_array_equal(there[key], denoised)
+            np.testing.assert_array_equal(actual[key], denoised)
 
 
 @pytest.mark.parametrize("capturable", [True, False])
 @pytest.mark.parametrize("step", [1, 3, 5])
-def test_nan_is_found_named_by_its_step_and_stays_in_its_row(
+def test_nan_is_reported_with_its_step_and_stays_in_its_row(
     model: Model, monkeypatch: pytest.MonkeyPatch, alone: Any, capturable: bool, step: int
 ) -> None:
     monkeypatch.setattr(onnxruntime_cuda.CudaBinding, "capturable", capturable)
@@ -327,13 +327,13 @@ def test_nan_is_found_named_by_its_step_and_stays_in_its_row(
     poison(monkeypatch, seed=77, step=step)
     scheduler = Scheduler(model, 2)
     bad, good = scheduler.add(broken), scheduler.add(POOL[5])
-    later = scheduler.add(POOL[0])  # gets the slot of the broken one
+    later = scheduler.add(POOL[0])  # gets the slot of the broken row
     events = run(scheduler)
 
     [failure] = [event for event in events if isinstance(event, Failed)]
     assert failure.id == bad
     assert isinstance(failure.error, NotFinite)
-    assert f"graph 'denoise_step' gave NaN or infinity at step {step} of picture 0" in str(failure.error)
+    assert f"graph 'denoise_step' produced NaN or infinity at step {step} of picture 0" in str(failure.error)
     done = {event.id: event.image for event in events if isinstance(event, PictureDone)}
     assert done.keys() == {good, later}
     np.testing.assert_array_equal(done[good], alone(POOL[5])[7])
@@ -341,16 +341,16 @@ def test_nan_is_found_named_by_its_step_and_stays_in_its_row(
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, seed: int, step: int) -> None:
-    """Lets the noise of one picture be NaN at one of its steps."""
+    """Makes the noise of one picture NaN at one of its steps."""
     from oneword.runtime import scheduler as module
 
     class Poisoned(NoiseStream):
-        taken = 0
+        draws = 0
 
         def take(self) -> Any:
-            self.taken += 1
+            self.draws += 1
             noise = super().take()
-            return np.full_like(noise, np.nan) if self.taken == step else noise
+            return np.full_like(noise, np.nan) if self.draws == step else noise
 
     class Generator(module.TorchGenerator):
         def __init__(self, number: int) -> None:
@@ -364,8 +364,8 @@ def poison(monkeypatch: pytest.MonkeyPatch, seed: int, step: int) -> None:
     monkeypatch.setattr(module, "NoiseStream", stream)
 
 
-@pytest.mark.parametrize(("capturable", "at"), [(True, 1), (True, 2), (False, 1), (False, 5)])  # from 3 on: replayed
-def test_after_a_step_that_fails_the_rows_go_on_with_the_state_they_had(
+@pytest.mark.parametrize(("capturable", "at"), [(True, 1), (True, 2), (False, 1), (False, 5)])  # replayed from 3 on
+def test_after_a_failed_step_the_rows_continue_with_their_state(
     model: Model, monkeypatch: pytest.MonkeyPatch, alone: Any, capturable: bool, at: int
 ) -> None:
     monkeypatch.setattr(onnxruntime_cuda.CudaBinding, "capturable", capturable)
@@ -384,14 +384,14 @@ def test_after_a_step_that_fails_the_rows_go_on_with_the_state_they_had(
         enqueue(binding, stream)
 
     monkeypatch.setattr(onnxruntime_cuda.CudaBinding, "run", failing)
-    assert_same(pictures(run(scheduler)), {k: v for each in requests for k, v in alone(each).items()})
+    assert_same(pictures(run(scheduler)), {k: v for request in requests for k, v in alone(request).items()})
     assert failed
 
 
-def test_a_ring_of_buffers_that_is_too_short_would_be_seen(
+def test_a_ring_of_buffers_that_is_too_short_would_be_detected(
     model: Model, monkeypatch: pytest.MonkeyPatch, alone: Any
 ) -> None:
-    """The simulation reads pinned memory late enough: with one buffer for two queued steps pictures are others."""
+    """The simulation reads pinned memory late enough: one buffer for two queued steps changes the pictures."""
     start = Arena.__init__
 
     def short(arena: Arena, *args: Any) -> None:
@@ -400,24 +400,24 @@ def test_a_ring_of_buffers_that_is_too_short_would_be_seen(
             del ring[1:]
 
     monkeypatch.setattr(Arena, "__init__", short)
-    there, _ = made(model, MIXED[0])
+    actual, _ = generated(model, MIXED[0])
 
-    assert (there[1] != alone(MIXED[0])[1]).any()
+    assert (actual[1] != alone(MIXED[0])[1]).any()
 
 
-def test_a_word_is_its_rows_on_the_device_and_a_prompt_does_not_carry_the_table(model: Model, cuda: Runtime) -> None:
-    made(model, Request("a cat", steps=1))
+def test_loading_a_word_transfers_only_its_rows_and_encoding_does_not_transfer_the_table(model: Model, cuda: Runtime) -> None:
+    generated(model, Request("a cat", steps=1))
     before = cuda.from_host
     model.load(Concept("<x>", {"text_encoder": np.full((3, 32), 0.3, np.float32)}))
     assert cuda.from_host - before == 3 * 32 * 4
 
     before = cuda.from_host
-    known = model.encode([model.tokenize("a cat"), model.tokenize("a <x>")])
+    contexts = model.encode([model.tokenize("a cat"), model.tokenize("a <x>")])
     assert cuda.from_host - before < model._tables["text_encoder"].array.numpy().nbytes
-    assert np.abs(known[0].hidden_states - known[1].hidden_states).max() > 0.01
+    assert np.abs(contexts[0].hidden_states - contexts[1].hidden_states).max() > 0.01
 
 
-def test_an_array_of_the_device_is_bound_as_it_lies_and_checked(model: Model, cuda: Runtime) -> None:
+def test_a_device_array_is_bound_in_place_and_checked(model: Model, cuda: Runtime) -> None:
     engine: Any = model.engine("vae_decoder")
     latents, images = gpu_stream().put(np.ones((1, 4, 8, 8), np.float32)), gpu_stream().empty((1, 64, 64, 3), "u1")
     binding = engine.bind({}, {"latents": latents}, {"images": images})
@@ -440,7 +440,7 @@ def test_regions_of_an_array_are_written_and_read(cuda: Runtime) -> None:
         np.testing.assert_array_equal(array.read(region), host[region])
 
 
-def test_waiting_in_a_capture_is_an_error_and_the_stream_goes_on(cuda: Runtime) -> None:
+def test_waiting_in_a_capture_is_an_error_and_the_stream_stays_usable(cuda: Runtime) -> None:
     stream = gpu_stream()
     with pytest.raises(EngineError, match="cudaStreamSynchronize failed on GPU 0: operation not permitted"):
         stream.capture(stream.wait)
@@ -455,7 +455,7 @@ def test_pinned_memory_is_read_and_written_when_the_copy_is_done(cuda: Runtime) 
     array = stream.empty((3,), np.float32)
     source[:] = 1
     stream.upload(array, source)
-    source[:] = 2  # too early: what is queued has not read it
+    source[:] = 2  # too early: the queued copy has not read it yet
     stream.download(target, array)
     event = stream.record()
     assert target.tolist() == [0, 0, 0]
@@ -464,20 +464,20 @@ def test_pinned_memory_is_read_and_written_when_the_copy_is_done(cuda: Runtime) 
     assert target.tolist() == [2, 2, 2]
 
 
-def test_an_event_is_over_when_what_was_queued_before_it_is_done_and_no_more(cuda: Runtime) -> None:
+def test_an_event_waits_for_the_work_queued_before_it_and_no_more(cuda: Runtime) -> None:
     stream = gpu_stream()
     first, second = stream.pinned((1,), np.int64), stream.pinned((1,), np.int64)
     stream.download(first, stream.put(np.array([3])))
     event = stream.record()
-    kept = stream.put(np.array([4]))
-    stream.download(second, kept)
+    source = stream.put(np.array([4]))
+    stream.download(second, source)
     event.wait()
     assert (first.tolist(), second.tolist()) == ([3], [0])
     stream.record().wait()
     assert second.tolist() == [4]
 
 
-def test_a_capture_is_done_when_it_is_replayed_with_what_pinned_memory_holds_then(cuda: Runtime) -> None:
+def test_a_replayed_capture_reads_the_current_content_of_pinned_memory(cuda: Runtime) -> None:
     stream = gpu_stream()
     source, array = stream.pinned((2,), np.float32), stream.empty((2,), np.float32)
     replay = stream.capture(lambda: stream.upload(array, source))
@@ -487,7 +487,7 @@ def test_a_capture_is_done_when_it_is_replayed_with_what_pinned_memory_holds_the
         np.testing.assert_array_equal(array.numpy(), [value, value])
 
 
-def test_memory_freed_under_queued_work_is_noted(cuda: Runtime) -> None:
+def test_memory_freed_under_queued_work_is_detected(cuda: Runtime) -> None:
     _, pointer = cuda.cudaMalloc(8)
     cuda.cudaMemsetAsync(pointer, 0, 8, 1)
     cuda.cudaFree(pointer)
@@ -502,14 +502,14 @@ def test_memory_freed_under_queued_work_is_noted(cuda: Runtime) -> None:
 @pytest.mark.parametrize("kind", ["empty", "pinned"])
 def test_arrays_are_freed_after_the_work_that_uses_them(cuda: Runtime, kind: str) -> None:
     stream = gpu_stream()
-    kept = stream.empty((4,), np.float32)
-    lost: Any = getattr(stream, kind)((4,), np.float32)
+    target = stream.empty((4,), np.float32)
+    source: Any = getattr(stream, kind)((4,), np.float32)
     if kind == "empty":
-        stream.copy(kept, lost)
+        stream.copy(target, source)
     else:
-        lost[:] = 3
-        stream.upload(kept, lost)
-    del lost
+        source[:] = 3
+        stream.upload(target, source)
+    del source
 
-    np.testing.assert_array_equal(kept.numpy(), [0 if kind == "empty" else 3] * 4)
+    np.testing.assert_array_equal(target.numpy(), [0 if kind == "empty" else 3] * 4)
     assert cuda.violations == []

@@ -1,4 +1,4 @@
-"""Prompts against transformers' CLIPTokenizer, OpenAI's slow BPE, A1111's own examples and diffusers' loader."""
+"""Prompts against transformers' CLIPTokenizer, OpenAI's slow BPE, A1111's examples and diffusers' loader."""
 
 import itertools
 import json
@@ -28,7 +28,7 @@ BYTES = bytes_to_unicode()
 
 
 def _bpe_files(folder: Path) -> Path:
-    """A byte-level BPE whose merges are counted on a few sentences."""
+    """Writes a byte-level BPE whose merges come from a few sentences."""
     words = Counter("".join(BYTES[b] for b in word.encode()) for word in CORPUS.split())
     pieces = {word: [*word[:-1], word[-1] + "</w>"] for word in words}
     merges: list[tuple[str, str]] = []
@@ -61,7 +61,7 @@ def _merged(parts: list[str], pair: tuple[str, str]) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def theirs(tmp_path_factory: pytest.TempPathFactory) -> CLIPTokenizer:
+def clip_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> CLIPTokenizer:
     folder = _bpe_files(tmp_path_factory.mktemp("bpe"))
     tokenizer = CLIPTokenizer.from_pretrained(folder, model_max_length=LENGTH)
     tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
@@ -69,24 +69,24 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> CLIPTokenizer:
 
 
 @pytest.fixture(scope="module")
-def ours(theirs: CLIPTokenizer) -> Tokenizer:
-    return _ours(theirs)
+def tokenizer(clip_tokenizer: CLIPTokenizer) -> Tokenizer:
+    return _tokenizer(clip_tokenizer)
 
 
-def _ours(theirs: CLIPTokenizer) -> Tokenizer:
+def _tokenizer(clip_tokenizer: CLIPTokenizer) -> Tokenizer:
     return Tokenizer.read(
-        Path(theirs.name_or_path),
+        Path(clip_tokenizer.name_or_path),
         Encoder(
             graph="text_encoder",
             table="t",
             tokenizer="t",
-            vocab_size=len(theirs),
+            vocab_size=len(clip_tokenizer),
             width=8,
             hidden_width=8,
             length=LENGTH,
-            bos_id=theirs.bos_token_id,
-            eos_id=theirs.eos_token_id,
-            pad_id=theirs.pad_token_id,
+            bos_id=clip_tokenizer.bos_token_id,
+            eos_id=clip_tokenizer.eos_token_id,
+            pad_id=clip_tokenizer.pad_token_id,
             layers=(1,),
             default_layer=1,
         ),
@@ -108,26 +108,26 @@ def _prompts(count: int) -> Iterator[str]:
         yield "".join(word + choice.choice(["", " ", " ", ", "]) for word in words)
 
 
-def test_two_thousand_prompts_have_the_ids_of_transformers(ours: Tokenizer, theirs: CLIPTokenizer) -> None:
+def test_two_thousand_prompts_have_the_ids_of_transformers(tokenizer: Tokenizer, clip_tokenizer: CLIPTokenizer) -> None:
     for prompt in _prompts(2_000):
-        expected = theirs(prompt, padding="max_length", truncation=True).input_ids
-        tokens = encode_ids(prompt, ours, NOTHING)
-        whole = theirs(prompt, add_special_tokens=False).input_ids
-        assert len(tokens.input_ids) == max(1, -(-len(whole) // (LENGTH - 2)))
+        expected = clip_tokenizer(prompt, padding="max_length", truncation=True).input_ids
+        tokens = encode_ids(prompt, tokenizer, NOTHING)
+        untruncated = clip_tokenizer(prompt, add_special_tokens=False).input_ids
+        assert len(tokens.input_ids) == max(1, -(-len(untruncated) // (LENGTH - 2)))
         assert tokens.input_ids[0].tolist() == expected, prompt
-        assert tokens.input_ids[:, 1:-1].ravel()[: len(whole)].tolist() == whole
+        assert tokens.input_ids[:, 1:-1].ravel()[: len(untruncated)].tolist() == untruncated
 
 
-def test_ids_are_those_that_the_slow_bpe_of_clips_release_gave(tmp_path: Path) -> None:
+def test_ids_match_those_of_the_slow_bpe_of_clips_release(tmp_path: Path) -> None:
     stored = json.loads((Path(__file__).parent / "clip_bpe.json").read_text())
     (tmp_path / "vocab.json").write_text(json.dumps(stored["vocab"]))
     (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(stored["merges"]) + "\n")
-    theirs = CLIPTokenizer.from_pretrained(tmp_path, model_max_length=77)
-    theirs.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
-    ours = _ours(theirs)
+    clip_tokenizer = CLIPTokenizer.from_pretrained(tmp_path, model_max_length=77)
+    clip_tokenizer.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = _tokenizer(clip_tokenizer)
     assert len(stored["prompts"]) > 300
     for prompt, ids in stored["prompts"]:
-        assert ours.ids(prompt) == ids, prompt
+        assert tokenizer.ids(prompt) == ids, prompt
 
 
 @pytest.mark.parametrize(
@@ -157,29 +157,29 @@ def test_ids_are_those_that_the_slow_bpe_of_clips_release_gave(tmp_path: Path) -
         ("", []),
     ],
 )
-def test_weights_are_read_as_in_a1111s_own_examples(prompt: str, parts: list[tuple[str, float]]) -> None:
+def test_weights_are_parsed_as_in_a1111s_examples(prompt: str, parts: list[tuple[str, float]]) -> None:
     result = [part for part in weighted_parts(prompt) if part is not None]
     assert [part.text for part in result] == [text for text, _ in parts]
     assert [part.weight for part in result] == pytest.approx([weight for _, weight in parts])
 
 
-def test_break_begins_a_new_chunk_and_is_no_word_in_breakfast(ours: Tokenizer) -> None:
+def test_break_starts_a_new_chunk_but_not_in_breakfast(tokenizer: Tokenizer) -> None:
     assert weighted_parts("a BREAK b") == [Part("a", 1.0), None, Part("b", 1.0)]
     assert weighted_parts("BREAKFAST a") == [Part("BREAKFAST a", 1.0)]
-    tokens = encode_ids("red BREAK (blue:1.5)", ours, NOTHING)
-    alone = [encode_ids("red", ours, NOTHING), encode_ids("(blue:1.5)", ours, NOTHING)]
-    np.testing.assert_array_equal(tokens.input_ids, np.concatenate([one.input_ids for one in alone]))
-    np.testing.assert_array_equal(tokens.token_weights, np.concatenate([one.token_weights for one in alone]))
-    assert len(encode_ids("red BREAK", ours, NOTHING).input_ids) == 1
+    tokens = encode_ids("red BREAK (blue:1.5)", tokenizer, NOTHING)
+    alone = [encode_ids("red", tokenizer, NOTHING), encode_ids("(blue:1.5)", tokenizer, NOTHING)]
+    np.testing.assert_array_equal(tokens.input_ids, np.concatenate([part.input_ids for part in alone]))
+    np.testing.assert_array_equal(tokens.token_weights, np.concatenate([part.token_weights for part in alone]))
+    assert len(encode_ids("red BREAK", tokenizer, NOTHING).input_ids) == 1
 
 
-def test_weights_stand_on_the_words_and_nowhere_else(ours: Tokenizer) -> None:
-    tokens = encode_ids("a (red toy:1.5) on", ours, NOTHING)
-    ids = [ours.ids(text) for text in ("a", "red toy", "on")]
+def test_only_the_tokens_of_weighted_words_have_a_weight(tokenizer: Tokenizer) -> None:
+    tokens = encode_ids("a (red toy:1.5) on", tokenizer, NOTHING)
+    ids = [tokenizer.ids(text) for text in ("a", "red toy", "on")]
     content = [1.0] * len(ids[0]) + [1.5] * len(ids[1]) + [1.0] * len(ids[2])
     expected = [1.0, *content, *[1.0] * (LENGTH - 1 - len(content))]
     np.testing.assert_array_equal(tokens.token_weights, [np.float32(expected)])
-    assert (encode_ids("a red toy", ours, NOTHING).token_weights == 1).all()
+    assert (encode_ids("a red toy", tokenizer, NOTHING).token_weights == 1).all()
 
 
 TOY = {"<toy>": (900, 901), "<toy-2>": (902,), "art": (903,), "*": (904,), "S*": (905,), "старый": (906,)}
@@ -206,39 +206,39 @@ TOY = {"<toy>": (900, 901), "<toy-2>": (902,), "art": (903,), "*": (904,), "S*":
         ("<|endoftext|>", ["<|endoftext|>"]),
     ],
 )
-def test_learned_words_stand_where_the_prompt_names_them(ours: Tokenizer, prompt: str, pieces: list[str | int]) -> None:
-    expected = [id_ for piece in pieces for id_ in ([piece] if isinstance(piece, int) else ours.ids(piece))]
-    tokens = encode_ids(prompt, ours, Vocabulary(TOY))
+def test_learned_words_are_inserted_where_the_prompt_names_them(tokenizer: Tokenizer, prompt: str, pieces: list[str | int]) -> None:
+    expected = [id_ for piece in pieces for id_ in ([piece] if isinstance(piece, int) else tokenizer.ids(piece))]
+    tokens = encode_ids(prompt, tokenizer, Vocabulary(TOY))
     row = tokens.input_ids[0].tolist()
     assert row[1 : 1 + len(expected)] == expected
-    assert row[1 + len(expected)] == ours.eos_id
+    assert row[1 + len(expected)] == tokenizer.eos_id
 
 
 @pytest.mark.parametrize("prompt", ["<toyy>", "embedding:nothing", "a <lora:x:0.8>", "(<toy-3>:1.2)"])
-def test_an_unknown_word_is_an_error_that_lists_the_near_ones(ours: Tokenizer, prompt: str) -> None:
-    with pytest.raises(UsageError, match=r"no word .* is loaded, near it are .*(<toy>|art)"):
-        encode_ids(prompt, ours, Vocabulary(TOY))
-    with pytest.raises(UsageError, match="give its file with --concept"):
-        encode_ids(prompt, ours, NOTHING)
+def test_an_unknown_word_is_an_error_that_lists_similar_ones(tokenizer: Tokenizer, prompt: str) -> None:
+    with pytest.raises(UsageError, match=r"no word .* is loaded, similar are .*(<toy>|art)"):
+        encode_ids(prompt, tokenizer, Vocabulary(TOY))
+    with pytest.raises(UsageError, match="add its file with --concept"):
+        encode_ids(prompt, tokenizer, NOTHING)
 
 
-def test_a_word_of_many_vectors_is_never_cut(ours: Tokenizer) -> None:
+def test_a_word_of_many_vectors_is_never_split(tokenizer: Tokenizer) -> None:
     words = Vocabulary({"<long>": tuple(range(900, 910)), "<huge>": tuple(range(900, 919))})
-    tokens = encode_ids("<long> <long>", ours, words)
+    tokens = encode_ids("<long> <long>", tokenizer, words)
     assert tokens.input_ids.shape == (2, LENGTH)
     assert tokens.input_ids[:, 1:11].tolist() == [list(range(900, 910))] * 2
     with pytest.raises(UsageError, match="19 vectors does not fit this encoder's 18 tokens"):
-        encode_ids("<huge>", ours, words)
+        encode_ids("<huge>", tokenizer, words)
 
 
-def test_the_eos_index_is_a_position_that_learned_ids_cannot_move(ours: Tokenizer) -> None:
-    tokens = encode_ids("red <toy> blue", ours, Vocabulary({"<toy>": (ours.eos_id + 1, ours.eos_id + 2)}))
-    expected = 1 + len(ours.ids("red")) + 2 + len(ours.ids("blue"))
+def test_learned_ids_do_not_move_the_eos_index(tokenizer: Tokenizer) -> None:
+    tokens = encode_ids("red <toy> blue", tokenizer, Vocabulary({"<toy>": (tokenizer.eos_id + 1, tokenizer.eos_id + 2)}))
+    expected = 1 + len(tokenizer.ids("red")) + 2 + len(tokenizer.ids("blue"))
     assert tokens.eos_index.tolist() == [expected]
     assert tokens.input_ids[0].argmax() != expected  # where legacy CLIP would pool
 
 
-def test_ids_are_those_of_diffusers_after_load_textual_inversion(tiny_model: Path, tmp_path: Path) -> None:
+def test_ids_match_those_of_diffusers_after_load_textual_inversion(tiny_model: Path, tmp_path: Path) -> None:
     from diffusers import StableDiffusionPipeline
 
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_model)
@@ -252,25 +252,25 @@ def test_ids_are_those_of_diffusers_after_load_textual_inversion(tiny_model: Pat
         pipeline.load_textual_inversion(tmp_path / f"{count}.safetensors")
         words[token] = tuple(range(vocab, vocab + count))
         vocab += count
-    theirs = pipeline.tokenizer
-    theirs.name_or_path = str(tmp_path)
-    ours = _ours(theirs)
+    clip_tokenizer = pipeline.tokenizer
+    clip_tokenizer.name_or_path = str(tmp_path)
+    tokenizer = _tokenizer(clip_tokenizer)
     choice = random.Random(8)
     for _ in range(300):
         parts = choice.choices([*words, "red", "photo of a", ",", "star!", "Blue cat's"], k=choice.randint(1, 7))
         prompt = " ".join(parts)
-        converted = pipeline.maybe_convert_prompt(prompt, theirs)
-        expected = theirs(converted, add_special_tokens=False).input_ids
-        tokens = encode_ids(prompt, ours, Vocabulary(words))
+        converted = pipeline.maybe_convert_prompt(prompt, clip_tokenizer)
+        expected = clip_tokenizer(converted, add_special_tokens=False).input_ids
+        tokens = encode_ids(prompt, tokenizer, Vocabulary(words))
         rows = [row[1:end] for row, end in zip(tokens.input_ids.tolist(), tokens.eos_index.tolist(), strict=True)]
         assert list(itertools.chain(*rows)) == expected, prompt
 
 
-def test_berts_wordpiece_is_read_as_transformers_reads_it(tmp_path: Path) -> None:
+def test_berts_wordpiece_ids_match_those_of_transformers(tmp_path: Path) -> None:
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "photo", "of", "ca", "##t", "##s", ",", "ete"]
     (tmp_path / "vocab.txt").write_text("\n".join(pieces) + "\n")
-    theirs = BertTokenizer.from_pretrained(tmp_path, model_max_length=LENGTH)
-    theirs.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    clip_tokenizer = BertTokenizer.from_pretrained(tmp_path, model_max_length=LENGTH)
+    clip_tokenizer.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
     encoder = Encoder(
         graph="text_encoder",
         table="t",
@@ -279,19 +279,19 @@ def test_berts_wordpiece_is_read_as_transformers_reads_it(tmp_path: Path) -> Non
         width=8,
         hidden_width=8,
         length=LENGTH,
-        bos_id=theirs.cls_token_id,
-        eos_id=theirs.sep_token_id,
-        pad_id=theirs.pad_token_id,
+        bos_id=clip_tokenizer.cls_token_id,
+        eos_id=clip_tokenizer.sep_token_id,
+        pad_id=clip_tokenizer.pad_token_id,
         layers=(1,),
         default_layer=1,
     )
-    ours = Tokenizer.read(tmp_path, encoder)
+    tokenizer = Tokenizer.read(tmp_path, encoder)
     for prompt in ("A photo, of cats", "Été cat", "unknown", ""):
-        expected = theirs(prompt, padding="max_length").input_ids
-        assert encode_ids(prompt, ours, NOTHING).input_ids.tolist() == [expected]
+        expected = clip_tokenizer(prompt, padding="max_length").input_ids
+        assert encode_ids(prompt, tokenizer, NOTHING).input_ids.tolist() == [expected]
 
 
-def test_impossible_prompts_are_refused_by_name(ours: Tokenizer) -> None:
+def test_invalid_prompts_are_refused_with_the_reason(tokenizer: Tokenizer) -> None:
     for prompt, message in [
         ("(a:1.2.3)", "weight '1.2.3' is not a number"),
         ("(a:1e)" + "(" * 60 + "b", "weight .* allowed are -100 to 100"),
@@ -299,22 +299,22 @@ def test_impossible_prompts_are_refused_by_name(ours: Tokenizer) -> None:
         ("a" * 20_001, "20001 characters, allowed are 20000"),
     ]:
         with pytest.raises(UsageError, match=message):
-            encode_ids(prompt, ours, NOTHING)
+            encode_ids(prompt, tokenizer, NOTHING)
 
 
-def test_a_tokenizer_that_is_absent_or_broken_is_named(ours: Tokenizer, tmp_path: Path, theirs: CLIPTokenizer) -> None:
+def test_a_missing_or_broken_tokenizer_is_reported(tokenizer: Tokenizer, tmp_path: Path, clip_tokenizer: CLIPTokenizer) -> None:
     (tmp_path / "tokenizer.json").write_text("{")
-    broken = CLIPTokenizer.from_pretrained(theirs.name_or_path, model_max_length=LENGTH)
+    broken = CLIPTokenizer.from_pretrained(clip_tokenizer.name_or_path, model_max_length=LENGTH)
     for folder in (tmp_path, tmp_path / "absent"):
         broken.name_or_path = str(folder)
         with pytest.raises(BundleError, match=r"tokenizer.json cannot be read .* export the bundle again"):
-            _ours(broken)
+            _tokenizer(broken)
 
 
 @settings(deadline=None, max_examples=300)
 @given(st.lists(st.sampled_from([*TOY, *"()[]\\:<>,. ", "BREAK", "1.2", "embedding:", "red", "é", "\u0301"])))
-def test_any_prompt_is_ids_in_range_or_a_one_line_error(ours: Tokenizer, pieces: list[str]) -> None:
-    tokens = _ids_or_message("".join(pieces), ours)
+def test_any_prompt_becomes_valid_ids_or_a_one_line_error(tokenizer: Tokenizer, pieces: list[str]) -> None:
+    tokens = _ids_or_message("".join(pieces), tokenizer)
     if isinstance(tokens, str):
         assert "\n" not in tokens
         return
@@ -323,14 +323,14 @@ def test_any_prompt_is_ids_in_range_or_a_one_line_error(ours: Tokenizer, pieces:
     assert tokens.token_weights.shape == (chunks, LENGTH)
     assert np.isfinite(tokens.token_weights).all()
     assert (tokens.input_ids >= 0).all()
-    assert (tokens.input_ids[:, 0] == ours.bos_id).all()
-    assert (tokens.input_ids[np.arange(chunks), tokens.eos_index] == ours.eos_id).all()
+    assert (tokens.input_ids[:, 0] == tokenizer.bos_id).all()
+    assert (tokens.input_ids[np.arange(chunks), tokens.eos_index] == tokenizer.eos_id).all()
 
 
 @settings(deadline=None, max_examples=200)
 @given(st.text(max_size=60))
-def test_any_text_is_ids_or_a_one_line_error(ours: Tokenizer, text: str) -> None:
-    tokens = _ids_or_message(text, ours)
+def test_any_text_becomes_ids_or_a_one_line_error(tokenizer: Tokenizer, text: str) -> None:
+    tokens = _ids_or_message(text, tokenizer)
     if isinstance(tokens, str):
         assert "\n" not in tokens
     else:

@@ -1,4 +1,4 @@
-"""Whole runs of our tables against diffusers' schedulers, with a fixed nonlinear function in the model's place."""
+"""Whole runs of our tables against diffusers' schedulers, with a fixed nonlinear function in place of the model."""
 
 import itertools
 import json
@@ -38,10 +38,10 @@ def _model(x: torch.Tensor, t: float) -> torch.Tensor:
     return torch.tanh(0.7 * x + float(np.sin(t / 150))) - 0.2 * torch.cos(3 * x) + 0.3 * x.mean()
 
 
-def _theirs(
+def _run_diffusers(
     sampler: Sampler, config: dict[str, Any], steps: int, seed: int, strength: float | None, **step: Any
 ) -> tuple[torch.Tensor, list[float]]:
-    """The latents as diffusers' pipelines make them, text to image or image to image, and the timesteps."""
+    """The latents of diffusers' scheduler, text to image or image to image, and its timesteps."""
     cls, extra = PEERS[sampler]
     scheduler = cls.from_config({**config, **extra})
     generator = torch.Generator().manual_seed(seed)
@@ -74,8 +74,8 @@ def _table(schedule: Schedule) -> npt.NDArray[np.float32]:
     return np.stack([schedule.columns[name] for name in STEP], 1)
 
 
-def _ours(schedule: Schedule, seed: int, strength: float | None) -> torch.Tensor:
-    """The contract's four lines, in float32."""
+def _run_table(schedule: Schedule, seed: int, strength: float | None) -> torch.Tensor:
+    """The latents of our table, in float32."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(SHAPE, generator=generator)
     x = schedule.init_scale * noise
@@ -94,11 +94,11 @@ def _assert_equal_runs(
     sampler: Sampler, config: dict[str, Any], steps: int, strength: float | None = None, eta: float = 0.0
 ) -> None:
     step = {"eta": eta} if eta else {}
-    expected, timesteps = _theirs(sampler, config, steps, 11, strength, **step)
+    expected, timesteps = _run_diffusers(sampler, config, steps, 11, strength, **step)
     schedule = make_schedule(config, sampler, steps, guidance_scale=1.0, eta=eta, strength=strength or 1.0)
     assert torch.isfinite(expected).all()
     np.testing.assert_allclose(schedule.timesteps, timesteps, rtol=0, atol=1e-3)
-    difference = (_ours(schedule, 11, strength) - expected).abs().max() / expected.abs().max()
+    difference = (_run_table(schedule, 11, strength) - expected).abs().max() / expected.abs().max()
     assert difference <= 1e-4
 
 
@@ -112,14 +112,14 @@ CASES = [
 
 
 @pytest.mark.parametrize(("sampler", "prediction", "spacing", "steps"), CASES)
-def test_a_run_ends_where_diffusers_ends(sampler: Sampler, prediction: str, spacing: str, steps: int) -> None:
+def test_a_run_ends_with_the_latents_of_diffusers(sampler: Sampler, prediction: str, spacing: str, steps: int) -> None:
     config = {**BASE, "prediction_type": prediction, "timestep_spacing": spacing, "steps_offset": 1}
     _assert_equal_runs(sampler, config, steps)
 
 
 @pytest.mark.parametrize("sampler", Sampler)
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])
-def test_image_to_image_starts_and_ends_where_diffusers_does(sampler: Sampler, spacing: str) -> None:
+def test_image_to_image_starts_and_ends_as_in_diffusers(sampler: Sampler, spacing: str) -> None:
     config = {**BASE, "prediction_type": "v_prediction", "timestep_spacing": spacing, "steps_offset": 1}
     for strength in (0.3, 0.65, 1.0):
         _assert_equal_runs(sampler, config, 20, strength)
@@ -127,14 +127,14 @@ def test_image_to_image_starts_and_ends_where_diffusers_does(sampler: Sampler, s
 
 @pytest.mark.parametrize("sampler", [Sampler.DPMPP_2M, Sampler.DPMPP_2M_KARRAS, Sampler.DPMPP_2M_SDE])
 @pytest.mark.parametrize("strength", [0.65, 0.8])
-def test_the_order_of_the_last_step_goes_by_the_whole_runs_steps(sampler: Sampler, strength: float) -> None:
+def test_the_order_of_the_last_step_depends_on_the_steps_of_the_whole_run(sampler: Sampler, strength: float) -> None:
     config = {**BASE, "prediction_type": "epsilon", "timestep_spacing": "linspace", "final_sigmas_type": "sigma_min"}
     _assert_equal_runs(sampler, config, 20, strength)  # 13 or 16 of 20 steps, and 15 is where the order changes
 
 
 @pytest.mark.parametrize("sampler", Sampler)
 @pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
-def test_zero_terminal_snr_ends_where_diffusers_ends(sampler: Sampler, spacing: str) -> None:
+def test_zero_terminal_snr_matches_diffusers(sampler: Sampler, spacing: str) -> None:
     config = {**BASE, "prediction_type": "v_prediction", "timestep_spacing": spacing, "rescale_betas_zero_snr": True}
     _assert_equal_runs(sampler, config, 10)
 
@@ -142,7 +142,7 @@ def test_zero_terminal_snr_ends_where_diffusers_ends(sampler: Sampler, spacing: 
 @pytest.mark.parametrize("eta", [0.3, 1.0])
 @pytest.mark.parametrize("set_alpha_to_one", [True, False])
 @pytest.mark.parametrize("steps", [1, 2, 7, 50])
-def test_ddim_with_any_eta_and_either_end_is_diffusers(eta: float, set_alpha_to_one: bool, steps: int) -> None:
+def test_ddim_with_any_eta_and_final_alpha_matches_diffusers(eta: float, set_alpha_to_one: bool, steps: int) -> None:
     config = {**BASE, "prediction_type": "epsilon", "set_alpha_to_one": set_alpha_to_one, "steps_offset": 1}
     _assert_equal_runs(Sampler.DDIM, config, steps, eta=eta)
     _assert_equal_runs(Sampler.DDIM, config, steps, eta=0.0)
@@ -150,7 +150,7 @@ def test_ddim_with_any_eta_and_either_end_is_diffusers(eta: float, set_alpha_to_
 
 @pytest.mark.parametrize("sampler", Sampler)
 @pytest.mark.parametrize("steps", [1, 2, 3, 14, 15, 50])
-def test_short_and_long_runs_are_diffusers(sampler: Sampler, steps: int) -> None:
+def test_short_and_long_runs_match_diffusers(sampler: Sampler, steps: int) -> None:
     _assert_equal_runs(sampler, {**BASE, "prediction_type": "epsilon"}, steps)
 
 
@@ -169,7 +169,7 @@ def test_short_and_long_runs_are_diffusers(sampler: Sampler, steps: int) -> None
         (Sampler.LCM, {"original_inference_steps": 40}),
     ],
 )
-def test_what_else_a_config_says_is_followed(sampler: Sampler, extra: dict[str, Any]) -> None:
+def test_other_settings_of_a_config_are_followed(sampler: Sampler, extra: dict[str, Any]) -> None:
     _assert_equal_runs(sampler, {**BASE, "prediction_type": "v_prediction", **extra}, 12)
 
 
@@ -191,7 +191,7 @@ def test_eight_steps_draw_as_often_as_in_diffusers(sampler: Sampler, spacing: st
     assert schedule.draws.sum() == draws
 
 
-def test_known_pixels_stand_at_the_next_steps_noise_as_add_noise_puts_them() -> None:
+def test_known_pixels_have_the_noise_of_the_next_step_as_in_add_noise() -> None:
     config = {**BASE, "timestep_spacing": "leading", "steps_offset": 1}
     scheduler = diffusers.DDIMScheduler.from_config(config)
     scheduler.set_timesteps(10)
@@ -203,7 +203,7 @@ def test_known_pixels_stand_at_the_next_steps_noise_as_add_noise_puts_them() -> 
         torch.testing.assert_close(known_scale * image + known_sigma * noise, expected, rtol=0, atol=2e-6)
 
 
-def test_guidance_holds_only_inside_its_interval() -> None:
+def test_guidance_applies_only_inside_its_interval() -> None:
     full = make_schedule(BASE, Sampler.EULER, 12, guidance_scale=7.5, guidance_rescale=0.7)
     part = make_schedule(
         BASE, Sampler.EULER, 12, guidance_scale=7.5, guidance_rescale=0.7, guidance_interval=(0.28, 5.42)
@@ -218,7 +218,7 @@ def test_guidance_holds_only_inside_its_interval() -> None:
     np.testing.assert_array_equal(_table(part), _table(full))
 
 
-def test_no_guidance_needs_no_negative_prompt() -> None:
+def test_a_run_without_guidance_needs_no_negative_prompt() -> None:
     assert not make_schedule(BASE, Sampler.DDIM, 5, guidance_scale=1.0).guided.any()
 
 
@@ -243,10 +243,10 @@ def test_no_guidance_needs_no_negative_prompt() -> None:
         ({"steps_offset": 1, "timestep_spacing": "leading"}, Sampler.DDIM, 1000, {}, "past the last one, 999"),
         ({}, Sampler.LCM, 51, {}, "lcm allows at most 50"),
         ({}, Sampler.DDIM, 5, {"strength": 2.0}, "strength 2, allowed"),
-        ({}, Sampler.DDIM, 5, {"strength": 0.1}, "leaves none: take 10"),
+        ({}, Sampler.DDIM, 5, {"strength": 0.1}, "leaves none: use 10"),
     ],
 )
-def test_what_cannot_be_done_is_refused_by_name(
+def test_unsupported_settings_are_refused_by_name(
     config: dict[str, Any], sampler: Sampler, steps: int, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UsageError, match=message):
@@ -254,7 +254,7 @@ def test_what_cannot_be_done_is_refused_by_name(
 
 
 @pytest.mark.parametrize("sampler", Sampler)
-def test_a_config_of_each_peer_means_its_sampler(sampler: Sampler) -> None:
+def test_the_config_of_each_diffusers_scheduler_maps_to_its_sampler(sampler: Sampler) -> None:
     cls, extra = PEERS[sampler]
 
     config = json.loads(cls.from_config({**BASE, **extra}).to_json_string())  # as diffusers saves it
@@ -263,13 +263,13 @@ def test_a_config_of_each_peer_means_its_sampler(sampler: Sampler) -> None:
 
 
 @pytest.mark.parametrize("name", ["PNDMScheduler", "UniPCMultistepScheduler", "HeunDiscreteScheduler", None])
-def test_a_scheduler_without_a_counterpart_means_none(name: str | None) -> None:
+def test_a_scheduler_without_a_counterpart_maps_to_none(name: str | None) -> None:
     assert sampler_of({"_class_name": name}) is None
 
 
-def test_the_first_dpm_solver_is_no_dpm_solver_plus_plus() -> None:
+def test_dpmsolver_is_not_taken_for_dpmsolver_plus_plus() -> None:
     config = {**BASE, "prediction_type": "epsilon", "algorithm_type": "dpmsolver"}
-    with pytest.raises(UsageError, match="algorithm_type = 'dpmsolver', dpmpp-2m follows dpmsolver"):
+    with pytest.raises(UsageError, match="algorithm_type = 'dpmsolver', dpmpp-2m supports dpmsolver"):
         make_schedule(config, Sampler.DPMPP_2M, 10, guidance_scale=1.0)
 
     assert len(make_schedule(config, Sampler.DDIM, 10, guidance_scale=1.0)) == 10

@@ -1,4 +1,4 @@
-"""Rows that join late, leave early, are cancelled or fail, beside others that must not notice."""
+"""Rows that join late, leave early, are cancelled or fail, without an effect on other rows."""
 
 import weakref
 from collections import defaultdict
@@ -29,7 +29,7 @@ WORDS = [f"<w{i}>" for i in range(8)]
 
 @pytest.fixture(scope="module")
 def model(tiny_bundle: Path) -> Model:
-    """Eight words of one to three vectors are loaded, and one that the text encoder answers with NaN."""
+    """With eight words of one to three vectors, and one for which the text encoder returns NaN."""
     model = Model.open(tiny_bundle, "onnxruntime", threads=1)
     random = np.random.default_rng(0)
     for i, token in enumerate([*WORDS, "<broken>"]):
@@ -41,7 +41,7 @@ def model(tiny_bundle: Path) -> Model:
 
 @pytest.fixture
 def fed(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[npt.NDArray[np.float32]]]:
-    """By seed: a row's first sample, and the noise that the engine was fed at each step that draws."""
+    """By seed: a row's first sample, and the noise fed to the engine at each step that draws."""
     fed: dict[int, list[npt.NDArray[np.float32]]] = defaultdict(list)
     place, step = Arena.place, Arena.step
 
@@ -72,13 +72,13 @@ def psnr(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> float:
     return 10 * np.log10(255**2 / max(error, 1e-9))
 
 
-def made(model: Model, requests: Sequence[Request], max_rows: int = 16) -> dict[int, Image]:
+def pictures_of(model: Model, requests: Sequence[Request], max_rows: int = 16) -> dict[int, Image]:
     """Pictures by seed."""
     return {picture.seed: picture.image for picture in draw(model, *requests, max_rows=max_rows)}
 
 
 def mixed() -> list[Request]:
-    """Eight rows that have nothing in common but the size: one of each sampler."""
+    """Eight rows that share only their size, one per sampler."""
     return [
         Request(
             f"a photo of {WORDS[i]}" + " and a red cat" * (3 * (i % 3)),
@@ -96,24 +96,24 @@ def mixed() -> list[Request]:
     ]
 
 
-def test_rows_that_differ_in_everything_are_each_as_alone_their_noise_bitwise(
+def test_rows_that_differ_in_everything_match_their_pictures_alone_and_their_noise_bit_for_bit(
     model: Model, fed: dict[int, list[npt.NDArray[np.float32]]]
 ) -> None:
-    together = made(model, mixed())
+    together = pictures_of(model, mixed())
     shared = dict(fed)
     fed.clear()
 
     assert len(together) == 8
     for request in mixed():
-        alone = made(model, [request])
+        alone = pictures_of(model, [request])
         assert near(together[request.seed], alone[request.seed])
         assert len(shared[request.seed]) >= 1
         np.testing.assert_array_equal(shared[request.seed], fed[request.seed])
 
 
-def near(image: Image, other: Image) -> bool:
-    """No pixel is off by more than 1: what sums in another order leave in fp32."""
-    return bool(np.abs(image.astype(int) - other).max() <= 1)
+def near(image: Image, reference: Image) -> bool:
+    """Whether no pixel differs by more than 1, the effect of summing in another order in fp32."""
+    return bool(np.abs(image.astype(int) - reference).max() <= 1)
 
 
 def scene(size: int = 64) -> Image:
@@ -134,18 +134,18 @@ REQUESTS = [
     Request("a blue star", seed=40, steps=4, image=scene(), strength=0.75),
     Request("a blue star", seed=50, steps=4, image=scene(), mask=left_half(), strength=1.0),
 ]
-"""Their pictures' seeds are 10, 20, 30, 31, 40 and 50."""
+"""The seeds of their pictures are 10, 20, 30, 31, 40 and 50."""
 
 
 @pytest.fixture(scope="module")
 def alone(model: Model) -> dict[int, Image]:
-    """Every picture of REQUESTS, each request made alone."""
-    return {seed: image for request in REQUESTS for seed, image in made(model, [request]).items()}
+    """Every picture of REQUESTS, each request generated alone."""
+    return {seed: image for request in REQUESTS for seed, image in pictures_of(model, [request]).items()}
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_rows_that_join_late_leave_early_or_fail_leave_the_others_as_they_were(
+def test_rows_that_join_late_leave_early_or_fail_do_not_affect_other_rows(
     model: Model, alone: dict[int, Image], data: st.DataObject
 ) -> None:
     ends = st.sampled_from(["done", "done", "cancelled", "NaN"])
@@ -187,8 +187,8 @@ def test_rows_that_join_late_leave_early_or_fail_leave_the_others_as_they_were(
         assert near(image, alone[seed])
 
 
-def test_rows_of_a_batch_end_within_rounding_of_the_latents_they_reach_alone(model: Model) -> None:
-    """Final latents within 1e-4 of their largest value, in fp32."""
+def test_final_latents_in_a_batch_are_within_rounding_of_those_alone(model: Model) -> None:
+    """In fp32, within 1e-4 of their largest value."""
     together, single = (final_latents(model, requests) for requests in (mixed(), None))
 
     for seed, latents in single.items():
@@ -196,7 +196,7 @@ def test_rows_of_a_batch_end_within_rounding_of_the_latents_they_reach_alone(mod
 
 
 def final_latents(model: Model, requests: Sequence[Request] | None) -> dict[int, npt.NDArray[np.float32]]:
-    """Of these requests together; None: of `mixed`, one by one."""
+    """The final latents of these requests together; if None, of `mixed` one by one."""
     latents: dict[int, npt.NDArray[np.float32]] = {}
     for group in [requests] if requests is not None else [[request] for request in mixed()]:
         scheduler = Scheduler(model)
@@ -204,27 +204,27 @@ def final_latents(model: Model, requests: Sequence[Request] | None) -> dict[int,
             scheduler.add(request)
         take = scheduler.denoiser.take
 
-        def taken(row: Row, take: Any = take) -> npt.NDArray[np.float32]:
+        def record(row: Row, take: Any = take) -> npt.NDArray[np.float32]:
             latents[row.seed] = take(row)
             return latents[row.seed]
 
-        scheduler.denoiser.take = taken  # type: ignore[method-assign]
+        scheduler.denoiser.take = record  # type: ignore[method-assign]
         for _ in run(scheduler):
             pass
     return latents
 
 
-def test_an_edit_keeps_every_pixel_outside_the_mask_and_makes_the_rest_anew(model: Model) -> None:
+def test_an_edit_keeps_every_pixel_outside_the_mask_and_regenerates_the_rest(model: Model) -> None:
     mask = np.zeros((64, 64), np.bool_)
-    mask[13:47, 21:50] = True  # no multiples of 8
-    image = made(model, [Request("a blue star", image=scene(), mask=mask, strength=1.0, steps=4)])[0]
+    mask[13:47, 21:50] = True  # not multiples of 8
+    image = pictures_of(model, [Request("a blue star", image=scene(), mask=mask, strength=1.0, steps=4)])[0]
 
     np.testing.assert_array_equal(image[~mask], scene()[~mask])
     assert psnr(image[mask], scene()[mask]) < 25
 
 
-def test_an_edit_without_pasting_stays_as_near_as_the_decoder_lets_it(model: Model) -> None:
-    """The latents outside the mask end as they were; what is left is the decoder's, whose field of view is wide."""
+def test_an_edit_without_pasting_keeps_the_latents_outside_the_mask(model: Model) -> None:
+    """The pixels there still change: the decoder has a wide field of view."""
     scheduler = Scheduler(model)
     scheduler.add(Request("a blue star", image=scene(), mask=left_half(), strength=1.0, steps=5, paste=False))
     scheduler.step()
@@ -244,7 +244,7 @@ def test_an_edit_without_pasting_stays_as_near_as_the_decoder_lets_it(model: Mod
 def test_one_white_pixel_is_enough_for_an_edit(model: Model) -> None:
     mask = np.zeros((64, 64), np.bool_)
     mask[30, 30] = True  # not the first pixel of its latent
-    image = made(model, [Request("a blue star", image=scene(), mask=mask, strength=1.0, steps=4)])[0]
+    image = pictures_of(model, [Request("a blue star", image=scene(), mask=mask, strength=1.0, steps=4)])[0]
 
     changed = (image != scene()).any(-1)
     assert changed[30, 30]
@@ -252,7 +252,7 @@ def test_one_white_pixel_is_enough_for_an_edit(model: Model) -> None:
 
 
 def test_a_mask_is_stretched_with_its_picture(model: Model) -> None:
-    image = made(model, [Request("a star", image=scene(), mask=left_half(), strength=1.0, steps=2, size=(128, 32))])[0]
+    image = pictures_of(model, [Request("a star", image=scene(), mask=left_half(), strength=1.0, steps=2, size=(128, 32))])[0]
 
     changed = (image != np.asarray(_stretched(scene()))).any(-1)
     assert image.shape == (32, 128, 3)
@@ -266,7 +266,7 @@ def _stretched(image: Image) -> Any:
     return PIL.Image.fromarray(image).resize((128, 32), PIL.Image.Resampling.LANCZOS)
 
 
-def test_any_number_of_steps_may_pass_between_pictures_and_they_are_the_same(model: Model) -> None:
+def test_pictures_are_the_same_with_any_number_of_steps_per_turn(model: Model) -> None:
     requests = [*mixed(), *REQUESTS]
     expected = {e.seed: e.image for e in generate(model, requests) if isinstance(e, PictureDone)}
     scheduler = Scheduler(model)
@@ -288,12 +288,12 @@ def test_any_number_of_steps_may_pass_between_pictures_and_they_are_the_same(mod
 def test_a_preview_ends_a_turn_of_many_steps(model: Model) -> None:
     scheduler = Scheduler(model)
     scheduler.add(Request("a cat", steps=10, previews=4))
-    seen = [[e.step for e in scheduler.step(None) if isinstance(e, StepDone)] for _ in range(3)]
+    steps = [[e.step for e in scheduler.step(None) if isinstance(e, StepDone)] for _ in range(3)]
 
-    assert seen == [[1, 2, 3, 4], [5, 6, 7, 8], [9, 10]]
+    assert steps == [[1, 2, 3, 4], [5, 6, 7, 8], [9, 10]]
 
 
-def test_a_row_keeps_its_slot_and_its_context_while_others_come_and_go(model: Model) -> None:
+def test_a_row_keeps_its_slot_and_its_context_while_other_rows_join_and_leave(model: Model) -> None:
     scheduler = Scheduler(model, max_rows=4)
     ids = [scheduler.add(Request(f"a {WORDS[i]}", seed=i, steps=6 + i)) for i in range(3)]
     scheduler.step()
@@ -309,7 +309,7 @@ def test_a_row_keeps_its_slot_and_its_context_while_others_come_and_go(model: Mo
 
     assert slots == [ids[0], ids[1], ids[2], None]
     assert [row and row.id for row in arena._rows] == [ids[0], 3, ids[2], None]
-    assert len(writes) == 1  # the newcomer's prompt; everybody's empty prompt is there
+    assert len(writes) == 1  # the newcomer's prompt; the shared empty prompt is already there
 
 
 def test_nothing_is_bound_after_the_warm_up(model: Model) -> None:
@@ -339,7 +339,7 @@ def test_two_sizes_have_two_arenas_and_neither_is_bound_again(model: Model) -> N
     assert scheduler.denoiser.stats.bindings == sum(len(a._bound) for a in scheduler.denoiser._arenas.values()) <= 8
 
 
-def test_an_empty_negative_prompt_is_one_context_for_everybody(model: Model) -> None:
+def test_an_empty_negative_prompt_is_one_context_for_all_rows(model: Model) -> None:
     scheduler = Scheduler(model)
     for seed in range(5):
         scheduler.add(Request(f"a {WORDS[seed]}", seed=seed, steps=2))
@@ -349,17 +349,17 @@ def test_an_empty_negative_prompt_is_one_context_for_everybody(model: Model) -> 
     assert len(arena._pool.slots) == 6
 
 
-def test_pictures_that_find_no_slot_wait_and_come(model: Model) -> None:
+def test_pictures_without_a_slot_wait_and_are_generated_later(model: Model) -> None:
     requests = [Request("a cat", seed=10 * i, num_images=3, steps=3 + i) for i in range(3)]
-    expected = made(model, requests)
-    few = made(model, requests, max_rows=2)
+    expected = pictures_of(model, requests)
+    queued = pictures_of(model, requests, max_rows=2)
 
-    assert few.keys() == expected.keys()
-    assert all(near(few[seed], image) for seed, image in expected.items())
+    assert queued.keys() == expected.keys()
+    assert all(near(queued[seed], image) for seed, image in expected.items())
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, refuses: Any) -> list[int]:
-    """Makes `denoise_step` fail for some feeds; returns the live rows of every call, which grows."""
+    """Makes `denoise_step` fail if `refuses(inputs)`. Returns a growing list with the live rows of every call."""
     run_graph, calls = OnnxRuntimeBinding.run, list[int]()
 
     def maybe(binding: OnnxRuntimeBinding, stream: int | None = None) -> None:
@@ -374,28 +374,28 @@ def failing(monkeypatch: pytest.MonkeyPatch, refuses: Any) -> list[int]:
     return calls
 
 
-@pytest.mark.parametrize("most", [1, 2])
-def test_where_memory_suffices_for_fewer_rows_they_go_on_in_turn_with_the_noise_they_had(
-    model: Model, monkeypatch: pytest.MonkeyPatch, most: int
+@pytest.mark.parametrize("limit", [1, 2])
+def test_rows_that_do_not_fit_into_memory_together_take_turns_and_keep_their_noise(
+    model: Model, monkeypatch: pytest.MonkeyPatch, limit: int
 ) -> None:
     requests = [Request("a cat", seed=seed, steps=5, sampler=Sampler.EULER_A) for seed in range(5)]
-    alone = {seed: made(model, [request])[seed] for seed, request in enumerate(requests)}
+    alone = {seed: pictures_of(model, [request])[seed] for seed, request in enumerate(requests)}
     steps: list[None] = []
 
     def no_room(inputs: dict[str, Any]) -> bool:
         steps.append(None)
-        return len(steps) > 2 and len(inputs["sample"]) > most
+        return len(steps) > 2 and len(inputs["sample"]) > limit
 
     calls = failing(monkeypatch, no_room)
-    together = made(model, requests)
+    together = pictures_of(model, requests)
 
     assert calls[:3] == [5, 5, 5]
-    assert max(calls[5:]) <= most
+    assert max(calls[5:]) <= limit
     for seed, image in alone.items():
         assert near(together[seed], image)
 
 
-def test_a_row_whose_own_call_fails_is_named_and_the_others_come_at_full_capacity(
+def test_a_row_that_fails_alone_is_reported_and_the_others_return_to_full_capacity(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failing(monkeypatch, lambda inputs: (inputs["sample"][inputs["branch_row"]] == np.float32(7)).any())
@@ -412,7 +412,7 @@ def test_a_row_whose_own_call_fails_is_named_and_the_others_come_at_full_capacit
     assert scheduler.denoiser.capacity(row.size) == 4
 
 
-def test_a_failed_call_lets_go_of_its_buffers_before_others_are_made(
+def test_a_failed_call_releases_its_buffers_before_new_ones_are_allocated(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alive: list[bool] = []
@@ -431,7 +431,7 @@ def test_a_failed_call_lets_go_of_its_buffers_before_others_are_made(
 
     monkeypatch.setattr(Arena, "_bind", watched)
     failing(monkeypatch, refuse)
-    pictures = made(model, [Request("a cat", seed=seed, steps=2) for seed in range(4)])
+    pictures = pictures_of(model, [Request("a cat", seed=seed, steps=2) for seed in range(4)])
 
     assert len(pictures) == 4
     assert len(failed) == 2  # four rows, then two
@@ -439,9 +439,9 @@ def test_a_failed_call_lets_go_of_its_buffers_before_others_are_made(
     assert not any(alive)
 
 
-def test_pictures_whose_shared_decoding_fails_are_decoded_alone(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pictures_that_fail_to_decode_together_are_decoded_alone(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     requests = [Request("a cat", seed=seed, steps=2) for seed in range(3)]
-    expected = made(model, requests)
+    expected = pictures_of(model, requests)
     decode = model.decode
 
     def no_room(latents: npt.NDArray[np.float32]) -> Any:
@@ -450,13 +450,13 @@ def test_pictures_whose_shared_decoding_fails_are_decoded_alone(model: Model, mo
         return decode(latents)
 
     monkeypatch.setattr(model, "decode", no_room)
-    got = made(model, requests)
+    decoded = pictures_of(model, requests)
 
-    assert got.keys() == expected.keys()
-    assert all(near(got[seed], image) for seed, image in expected.items())
+    assert decoded.keys() == expected.keys()
+    assert all(near(decoded[seed], image) for seed, image in expected.items())
 
 
-def test_what_the_engine_cannot_accept_fails_at_once(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_that_the_engine_cannot_accept_fails_immediately(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     def too_many(*_: Any) -> Any:
         raise FeedError("denoise_step was given T = 300, its plan takes 1 to 77")
 
@@ -468,7 +468,7 @@ def test_what_the_engine_cannot_accept_fails_at_once(model: Model, monkeypatch: 
     assert len(scheduler) == 0
 
 
-def test_a_refused_request_leaves_no_row_of_a_word_held(model: Model) -> None:
+def test_a_refused_request_holds_no_rows_of_a_word(model: Model) -> None:
     table = model._tables["text_encoder"]
     free = table.free_rows
     model.load(Concept("<once>", {"text_encoder": np.ones((1, 32), np.float32)}))
@@ -482,20 +482,20 @@ def test_a_refused_request_leaves_no_row_of_a_word_held(model: Model) -> None:
     assert table.free_rows == free
 
 
-def test_loading_a_word_forgets_no_other_prompt(model: Model) -> None:
-    """And a word that was replaced is not taken for what it was."""
-    one, two = ({"text_encoder": np.random.default_rng(i).normal(0, 0.5, (1, 32)).astype("f4")} for i in (5, 6))
-    model.load(Concept("<swap>", one))
+def test_loading_a_word_keeps_other_prompts_cached(model: Model) -> None:
+    """And a replaced word is not served from the cache."""
+    first, second = ({"text_encoder": np.random.default_rng(i).normal(0, 0.5, (1, 32)).astype("f4")} for i in (5, 6))
+    model.load(Concept("<swap>", first))
     cat, swap = (model.encode([model.tokenize(text)])[0] for text in ("a cat", "a <swap>"))
     model.unload("<swap>")
-    model.load(Concept("<swap>", two))
-    other = model.encode([model.tokenize("a <swap>")])[0]
+    model.load(Concept("<swap>", second))
+    replaced = model.encode([model.tokenize("a <swap>")])[0]
     model.unload("<swap>")
-    model.load(Concept("<swap>", one))
+    model.load(Concept("<swap>", first))
 
     assert model.encode([model.tokenize("a cat")])[0] is cat
-    assert other is not swap
-    assert np.abs(other.hidden_states - swap.hidden_states).max() > 0.01
+    assert replaced is not swap
+    assert np.abs(replaced.hidden_states - swap.hidden_states).max() > 0.01
     assert model.encode([model.tokenize("a <swap>")])[0] is swap
     model.unload("<swap>")
 
@@ -512,24 +512,24 @@ def test_a_newcomer_steps_within_two_turns_whatever_else_arrives(model: Model) -
     assert 3 in first
 
 
-def test_in_openvino_each_picture_is_nearest_to_what_it_is_alone(tiny_bundle: Path) -> None:
-    """In bf16 sums depend on the size of a call: identical at equal N, else a median of 45 dB."""
+def test_in_openvino_each_picture_is_closest_to_the_same_picture_generated_alone(tiny_bundle: Path) -> None:
+    """In bf16, sums depend on the size of a call: identical for equal N, otherwise a median of 45 dB."""
     pytest.importorskip("openvino")
     model = Model.open(tiny_bundle, "openvino", threads=1)
     for i, token in enumerate(WORDS):
         vectors = np.random.default_rng(i).normal(0, 0.5, (1 + i % 3, 32)).astype(np.float32)
         model.load(Concept(token, {"text_encoder": vectors}))
-    together = made(model, mixed())
-    alone = {request.seed: made(model, [request])[request.seed] for request in mixed()}
-    again = {request.seed: made(model, [request])[request.seed] for request in mixed()}
+    together = pictures_of(model, mixed())
+    alone = {request.seed: pictures_of(model, [request])[request.seed] for request in mixed()}
+    again = {request.seed: pictures_of(model, [request])[request.seed] for request in mixed()}
 
     assert np.median([psnr(together[seed], image) for seed, image in alone.items()]) >= 45
     for seed, image in together.items():
         np.testing.assert_array_equal(again[seed], alone[seed])
-        assert max(alone, key=lambda other: psnr(image, alone[other])) == seed
+        assert max(alone, key=lambda candidate: psnr(image, alone[candidate])) == seed
 
 
-def test_after_the_warm_up_an_engine_that_likes_few_shapes_gets_no_others(tiny_bundle: Path) -> None:
+def test_an_engine_that_prefers_few_shapes_gets_no_new_ones_after_the_warm_up(tiny_bundle: Path) -> None:
     pytest.importorskip("openvino")
     model = Model.open(tiny_bundle, "openvino", threads=1)
     scheduler = Scheduler(model, max_rows=4)
@@ -545,12 +545,12 @@ def test_after_the_warm_up_an_engine_that_likes_few_shapes_gets_no_others(tiny_b
 
 
 def test_one_guided_picture_binds_the_step_once(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A large graph may be compiled for the first shapes it gets."""
+    """A large graph may be compiled for its first shapes."""
     bound: list[int] = []
     bind = Arena._bind
     monkeypatch.setattr(Arena, "_bind", lambda arena, n: bound.append(n) or bind(arena, n))  # type: ignore[func-returns-value]
-    made(model, [Request("a cat", steps=2)])
-    made(model, [Request("a cat", steps=2, guidance_scale=1.0, num_images=3)])
+    pictures_of(model, [Request("a cat", steps=2)])
+    pictures_of(model, [Request("a cat", steps=2, guidance_scale=1.0, num_images=3)])
 
     assert bound == [2, 3]
 
@@ -559,7 +559,7 @@ def test_a_context_that_could_not_be_written_is_written_for_the_next_row(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     request = Request(f"a {WORDS[3]}", seed=4, steps=3)
-    expected = made(model, [request])[4]
+    expected = pictures_of(model, [request])[4]
     write, failed = Arena._write_contexts, list[None]()
 
     def fail_once(arena: Arena, row: Row) -> None:
@@ -602,7 +602,7 @@ def test_a_displaced_row_that_cannot_be_placed_again_is_reported(model: Model, m
     assert {event.seed for event in events if isinstance(event, PictureDone)} == {0, 1, 2}
 
 
-def test_a_lone_row_gets_the_memory_of_sizes_that_nobody_uses(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lone_row_gets_the_memory_of_unused_sizes(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     scheduler = Scheduler(model)
     scheduler.add(Request("a cat", steps=1, size=(32, 32)))
     for _ in run(scheduler):
@@ -613,7 +613,7 @@ def test_a_lone_row_gets_the_memory_of_sizes_that_nobody_uses(model: Model, monk
     assert [event.seed for event in run(scheduler) if isinstance(event, PictureDone)] == [5]
 
 
-def test_pictures_that_end_together_are_decoded_a_call_a_turn(model: Model) -> None:
+def test_pictures_that_finish_together_are_decoded_in_one_call_per_turn(model: Model) -> None:
     scheduler = Scheduler(model)
     scheduler.add(Request("a cat", num_images=12, steps=1))
     counts = [sum(isinstance(event, PictureDone) for event in scheduler.step()) for _ in range(2)]
@@ -634,7 +634,7 @@ def test_a_fifth_size_waits_until_one_of_four_is_done(model: Model) -> None:
     assert len(scheduler.denoiser._arenas) <= 4
 
 
-def test_a_warm_up_among_pictures_on_their_way_is_refused(model: Model) -> None:
+def test_a_warm_up_while_pictures_are_in_progress_is_refused(model: Model) -> None:
     scheduler = Scheduler(model, max_rows=2)
     scheduler.add(Request("a cat", steps=2))
     scheduler.step()
@@ -652,13 +652,13 @@ def test_a_warm_up_among_pictures_on_their_way_is_refused(model: Model) -> None:
         lambda model: Scheduler(model).cancel(0),
     ],
 )
-def test_what_makes_no_sense_is_refused(model: Model, call: Any) -> None:
-    with pytest.raises(UsageError, match=r"allowed is 1 or more|give a Request its own|0 have been added"):
+def test_invalid_calls_are_refused(model: Model, call: Any) -> None:
+    with pytest.raises(UsageError, match=r"allowed is 1 or more|set them in each Request|0 have been added"):
         call(model)
 
 
-def test_a_plan_of_fewer_rows_at_this_size_is_filled_with_fewer(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As with a plan of many small pictures and one of a large one: the limits are the widest of both."""
+def test_a_plan_that_allows_fewer_rows_at_a_size_gets_fewer(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one plan for many small pictures and one for a single large one, the limits are the widest of both."""
     bind = Arena._bind
 
     def narrow(arena: Arena, n: int) -> Any:
@@ -668,18 +668,18 @@ def test_a_plan_of_fewer_rows_at_this_size_is_filled_with_fewer(model: Model, mo
 
     monkeypatch.setattr(Arena, "_bind", narrow)
 
-    assert len(made(model, [Request("a cat", num_images=5, steps=2)])) == 5
+    assert len(pictures_of(model, [Request("a cat", num_images=5, steps=2)])) == 5
 
 
 def test_a_row_that_cannot_be_written_takes_no_context_from_another(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The newcomer shares its prompt with a row on its way, and fails at its own negative prompt."""
+    """The newcomer shares its prompt with a row in progress, and fails at its own negative prompt."""
     scheduler = Scheduler(model)
     scheduler.add(Request("a cat", negative_prompt="red", seed=1, steps=4))
     scheduler.step()
     [arena] = scheduler.denoiser._arenas.values()
-    held = dict(arena._pool._rows)
+    before = dict(arena._pool._rows)
     context: Any = arena._inputs["context"]
 
     def lost(region: Any, values: Any) -> None:
@@ -690,4 +690,4 @@ def test_a_row_that_cannot_be_written_takes_no_context_from_another(
     events = scheduler.step()
 
     assert [event.id for event in events if isinstance(event, Failed)] == [1]
-    assert dict(arena._pool._rows) == held
+    assert dict(arena._pool._rows) == before

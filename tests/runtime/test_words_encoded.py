@@ -1,4 +1,4 @@
-"""Learned words through the text encoder, against a transformers model whose own vocabulary holds them."""
+"""Learned words through the text encoder, against a transformers model with the words in its vocabulary."""
 
 import copy
 from pathlib import Path
@@ -18,33 +18,33 @@ WORDS = {"<toy>": 3, "<zuma>": 1}
 
 
 @pytest.fixture(scope="module")
-def theirs(tiny_model: Path) -> CLIPTokenizer:
+def clip_tokenizer(tiny_model: Path) -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(tiny_model, subfolder="tokenizer", model_max_length=20)
 
 
 @pytest.fixture(scope="module")
-def model(theirs: CLIPTokenizer) -> CLIPTextModelWithProjection:
+def model(clip_tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
     torch.manual_seed(3)
     config = CLIPTextConfig(
-        vocab_size=len(theirs),
+        vocab_size=len(clip_tokenizer),
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=3,
         num_attention_heads=4,
         max_position_embeddings=20,
         projection_dim=24,
-        bos_token_id=theirs.bos_token_id,
-        eos_token_id=theirs.eos_token_id,
-        pad_token_id=theirs.pad_token_id,
+        bos_token_id=clip_tokenizer.bos_token_id,
+        eos_token_id=clip_tokenizer.eos_token_id,
+        pad_token_id=clip_tokenizer.pad_token_id,
     )
     return CLIPTextModelWithProjection(config).eval()
 
 
 @torch.no_grad()
-def test_hidden_states_and_pooled_are_those_of_a_model_that_knows_the_words(
-    theirs: CLIPTokenizer, model: CLIPTextModelWithProjection, tmp_path: Path
+def test_hidden_states_and_pooled_match_a_model_with_the_words_in_its_vocabulary(
+    clip_tokenizer: CLIPTokenizer, model: CLIPTextModelWithProjection, tmp_path: Path
 ) -> None:
-    theirs.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    clip_tokenizer.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
     base = model.get_input_embeddings().weight.numpy()
     encoder = Encoder(
         graph="text_encoder",
@@ -54,9 +54,9 @@ def test_hidden_states_and_pooled_are_those_of_a_model_that_knows_the_words(
         width=32,
         hidden_width=32,
         length=20,
-        bos_id=theirs.bos_token_id,
-        eos_id=theirs.eos_token_id,
-        pad_id=theirs.pad_token_id,
+        bos_id=clip_tokenizer.bos_token_id,
+        eos_id=clip_tokenizer.eos_token_id,
+        pad_id=clip_tokenizer.pad_token_id,
         layers=(1, 2, 3),
         default_layer=3,
     )
@@ -68,19 +68,19 @@ def test_hidden_states_and_pooled_are_those_of_a_model_that_knows_the_words(
     table.load("<other>", np.ones((2, 32), np.float32))
     vocabulary = Vocabulary({word: table.load(word, vectors) for word, vectors in rows.items()})
 
-    knowing, grown = copy.deepcopy(model), copy.deepcopy(theirs)
+    extended, extended_tokenizer = copy.deepcopy(model), copy.deepcopy(clip_tokenizer)
     names = {word: [word, *(f"{word}_{i}" for i in range(1, count))] for word, count in WORDS.items()}
     for word, tokens in names.items():
-        grown.add_tokens(tokens)
-        knowing.resize_token_embeddings(len(grown), mean_resizing=False)
-        ids = grown.convert_tokens_to_ids(tokens)
-        knowing.get_input_embeddings().weight[ids] = torch.from_numpy(rows[word])
+        extended_tokenizer.add_tokens(tokens)
+        extended.resize_token_embeddings(len(extended_tokenizer), mean_resizing=False)
+        ids = extended_tokenizer.convert_tokens_to_ids(tokens)
+        extended.get_input_embeddings().weight[ids] = torch.from_numpy(rows[word])
 
     for prompt in PROMPTS:
         spelled = prompt
         for word, tokens in names.items():
             spelled = spelled.replace(word, " ".join(tokens))
-        expected = knowing(torch.tensor([grown(spelled, padding="max_length").input_ids]))
+        expected = extended(torch.tensor([extended_tokenizer(spelled, padding="max_length").input_ids]))
         tokens_ = encode_ids(prompt, tokenizer, vocabulary)
         states, _, pooled, finite = TextEncoder(model, pools=True)(
             torch.from_numpy(tokens_.input_ids),
@@ -95,19 +95,19 @@ def test_hidden_states_and_pooled_are_those_of_a_model_that_knows_the_words(
 
 
 @torch.no_grad()
-def test_where_legacy_clip_pools_a_learned_id_moves_and_our_eos_index_does_not(
-    theirs: CLIPTokenizer, model: CLIPTextModelWithProjection
+def test_a_learned_id_moves_the_pooling_of_legacy_clip_but_not_our_eos_index(
+    clip_tokenizer: CLIPTokenizer, model: CLIPTextModelWithProjection
 ) -> None:
-    learned = len(theirs) + 7
-    ids = np.full((1, 20), theirs.eos_token_id)
-    ids[0, :4] = theirs.bos_token_id, 5, learned, 6
+    learned = len(clip_tokenizer) + 7
+    ids = np.full((1, 20), clip_tokenizer.eos_token_id)
+    ids[0, :4] = clip_tokenizer.bos_token_id, 5, learned, 6
     assert ids.argmax() == 2
-    assert (ids == theirs.eos_token_id).argmax() == 4
+    assert (ids == clip_tokenizer.eos_token_id).argmax() == 4
     legacy = copy.deepcopy(model)
     legacy.resize_token_embeddings(learned + 1, mean_resizing=False)
-    legacy.text_model.eos_token_id = 2  # as the configs of SD 1 and 2 say
+    legacy.text_model.eos_token_id = 2  # as in the configs of SD 1 and 2
     right = copy.deepcopy(legacy)
-    right.text_model.eos_token_id = theirs.eos_token_id
+    right.text_model.eos_token_id = clip_tokenizer.eos_token_id
     moved = legacy(torch.from_numpy(ids)).text_embeds
     expected = right(torch.from_numpy(ids)).text_embeds
     assert (moved - expected).abs().max() > 1e-3

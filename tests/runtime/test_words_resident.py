@@ -1,4 +1,4 @@
-"""However many words are resident, encoding reads the one table where it lies, in every engine."""
+"""With any number of loaded words, encoding reads the one table in place, in every engine."""
 
 from pathlib import Path
 
@@ -24,9 +24,9 @@ def model(tiny_bundle: Path, request: pytest.FixtureRequest) -> Model:
     return model
 
 
-def test_every_call_reads_the_table_where_it_is(model: Model) -> None:
+def test_every_call_reads_the_table_in_place(model: Model) -> None:
     table = model._tables["text_encoder"].array.numpy()
-    first, last, both = (
+    first, last, combined = (
         model.encode([model.tokenize(prompt)])[0].hidden_states
         for prompt in ("a <w0>", f"a <w{RESIDENT - 1}>", f"a <w0> and a <w{RESIDENT - 1}>")
     )
@@ -34,7 +34,7 @@ def test_every_call_reads_the_table_where_it_is(model: Model) -> None:
 
     assert all(np.shares_memory(binding.inputs["embedding_table"].numpy(), table) for binding in bindings)
     assert np.abs(first - last).max() > 0.01
-    assert np.abs(first - both).max() > 0.01
+    assert np.abs(first - combined).max() > 0.01
 
 
 def test_a_word_loaded_into_a_table_in_use_is_read_by_the_next_call(model: Model) -> None:
@@ -52,7 +52,7 @@ def test_a_word_loaded_into_a_table_in_use_is_read_by_the_next_call(model: Model
     assert np.abs(before - after).max() > 0.01
 
 
-def test_a_word_that_one_encoders_table_has_no_room_for_is_in_none(tiny_bundle: Path) -> None:
+def test_a_word_that_does_not_fit_into_one_encoders_table_is_loaded_into_none(tiny_bundle: Path) -> None:
     model = Model.open(tiny_bundle, "onnxruntime", capacity=2)
     small = EmbeddingTable(np.zeros((5, 32), np.float32), capacity=1)
     encoder = msgspec.structs.replace(model.manifest.encoders[0], graph="text_encoder_2")
