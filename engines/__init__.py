@@ -1,1 +1,1 @@
-"""Compiled graphs: what a bundle holds, how a graph is opened, bound and run. No torch, no knowledge of diffusion."""
+"""Compiled graphs: how they are described, opened, bound and run. No torch, no knowledge of diffusion."""

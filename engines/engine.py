@@ -16,7 +16,7 @@ Shape: TypeAlias = tuple[int, ...]
 
 
 class Array(Protocol):
-    """A tensor that stays on the device where it was made until its values are read."""
+    """A tensor that stays on the device where it was created until its values are read."""
 
     @property
     def shape(self) -> Shape: ...

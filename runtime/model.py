@@ -182,7 +182,7 @@ class Model:
         """Unloads a word; its rows are freed once no prompt that uses them waits to be encoded. Raises UsageError."""
         if any(token not in words for words in self._words.values()):
             raise UsageError(
-                f"no word {token!r} is loaded, similar are "
+                f"no word {token!r} is loaded, similar words: "
                 f"{', '.join(Vocabulary(next(iter(self._words.values()))).near(token)) or 'none'}"
             )
         for name, table in self._tables.items():

@@ -219,7 +219,7 @@ def _word_at(
             near = vocabulary.near(name) or list(vocabulary.words)[:3]
             raise UsageError(
                 f"no word {named.group()[:80]!r} is loaded, "
-                + (f"similar are {', '.join(near)}" if near else "and no other: add its file with --concept")
+                + (f"similar words: {', '.join(near)}" if near else "and no other: add its file with --concept")
             )
         return named.end(), None
     if vocabulary.words and not _word_character(text, position - 1) and (run := _RUN.match(text, position)):

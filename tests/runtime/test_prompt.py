@@ -216,7 +216,7 @@ def test_learned_words_are_inserted_where_the_prompt_names_them(tokenizer: Token
 
 @pytest.mark.parametrize("prompt", ["<toyy>", "embedding:nothing", "a <lora:x:0.8>", "(<toy-3>:1.2)"])
 def test_an_unknown_word_is_an_error_that_lists_similar_ones(tokenizer: Tokenizer, prompt: str) -> None:
-    with pytest.raises(UsageError, match=r"no word .* is loaded, similar are .*(<toy>|art)"):
+    with pytest.raises(UsageError, match=r"no word .* is loaded, similar words: .*(<toy>|art)"):
         encode_ids(prompt, tokenizer, Vocabulary(TOY))
     with pytest.raises(UsageError, match="add its file with --concept"):
         encode_ids(prompt, tokenizer, NOTHING)
@@ -269,8 +269,8 @@ def test_ids_match_those_of_diffusers_after_load_textual_inversion(tiny_model: P
 def test_berts_wordpiece_ids_match_those_of_transformers(tmp_path: Path) -> None:
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "photo", "of", "ca", "##t", "##s", ",", "ete"]
     (tmp_path / "vocab.txt").write_text("\n".join(pieces) + "\n")
-    clip_tokenizer = BertTokenizer.from_pretrained(tmp_path, model_max_length=LENGTH)
-    clip_tokenizer.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    bert_tokenizer = BertTokenizer.from_pretrained(tmp_path, model_max_length=LENGTH)
+    bert_tokenizer.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
     encoder = Encoder(
         graph="text_encoder",
         table="t",
@@ -279,15 +279,15 @@ def test_berts_wordpiece_ids_match_those_of_transformers(tmp_path: Path) -> None
         width=8,
         hidden_width=8,
         length=LENGTH,
-        bos_id=clip_tokenizer.cls_token_id,
-        eos_id=clip_tokenizer.sep_token_id,
-        pad_id=clip_tokenizer.pad_token_id,
+        bos_id=bert_tokenizer.cls_token_id,
+        eos_id=bert_tokenizer.sep_token_id,
+        pad_id=bert_tokenizer.pad_token_id,
         layers=(1,),
         default_layer=1,
     )
     tokenizer = Tokenizer.read(tmp_path, encoder)
     for prompt in ("A photo, of cats", "Été cat", "unknown", ""):
-        expected = clip_tokenizer(prompt, padding="max_length").input_ids
+        expected = bert_tokenizer(prompt, padding="max_length").input_ids
         assert encode_ids(prompt, tokenizer, NOTHING).input_ids.tolist() == [expected]
 
 
