@@ -39,9 +39,7 @@ _BUNDLES = "the bundle's"
 @click.option("--steps", type=int, show_default=_BUNDLES, help="Denoising steps.")
 @click.option("--sampler", type=click.Choice([sampler.value for sampler in Sampler]), show_default=_BUNDLES)
 @click.option("--guidance-scale", type=float, show_default=_BUNDLES, help="Weight of the prompt; 1 means no guidance.")
-@click.option(
-    "--guidance-rescale", type=float, default=0.0, show_default=True, help="Reduces overexposure, 0 to 1."
-)
+@click.option("--guidance-rescale", type=float, default=0.0, show_default=True, help="Reduces overexposure, 0 to 1.")
 @click.option(
     "--guidance-interval",
     type=(float, float),

@@ -172,7 +172,7 @@ def read_safetensors(data: bytes, name: str) -> tuple[dict[str, Vectors], dict[s
 
 def _header(data: bytes, name: str) -> tuple[dict[str, Any], int]:
     if len(data) < 8:
-        raise ConceptError(f"{name} has {len(data)} bytes, too few for safetensors: convert .pt and .bin with ti-concept")
+        raise ConceptError(f"{name} has {len(data)} bytes, no safetensors file: convert .pt and .bin with ti-concept")
     length = int.from_bytes(data[:8], "little")
     if data[8:9] != b"{" and (data[:4] == b"PK\x03\x04" or data[:1] == b"\x80"):
         raise ConceptError(f"{name} is a pickle (.pt, .bin), allowed is safetensors: run ti-concept convert first")

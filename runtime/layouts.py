@@ -103,8 +103,7 @@ def _library_folder(path: Path) -> list[FoundConcept]:
     for name in ("learned_embeds.safetensors", "learned_embeds.bin"):
         if (path / name).is_file():
             return [
-                FoundConcept(f"sd-concepts-library, {word.layout}", word.concept)
-                for word in read_concepts(path / name)
+                FoundConcept(f"sd-concepts-library, {word.layout}", word.concept) for word in read_concepts(path / name)
             ]
     raise ConceptError(f"{path} holds neither learned_embeds.safetensors nor learned_embeds.bin: pass the file itself")
 

@@ -81,9 +81,7 @@ def test_a_graph_is_compiled_at_the_first_start_only(path: Path, tmp_path: Path,
     assert len(compilations) == 1
 
 
-def test_another_graph_or_precision_has_another_plan(
-    path: Path, tmp_path: Path, compilations: list[str]
-) -> None:
+def test_another_graph_or_precision_has_another_plan(path: Path, tmp_path: Path, compilations: list[str]) -> None:
     plans = PlanCache(tmp_path / "plans")
     low = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     engine(path, plans)

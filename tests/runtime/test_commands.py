@@ -166,7 +166,9 @@ def test_a_command_that_succeeds_prints_its_document(
     assert captured.err == ""
 
 
-def test_the_version_is_that_of_the_package(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_version_is_that_of_the_package(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert ending(monkeypatch, lambda: None, "--version") == 0
 
     assert capsys.readouterr().out == f"oneword, version {oneword.__version__}\n"

@@ -405,7 +405,9 @@ def test_a_ring_of_buffers_that_is_too_short_would_be_detected(
     assert (actual[1] != alone(MIXED[0])[1]).any()
 
 
-def test_loading_a_word_transfers_only_its_rows_and_encoding_does_not_transfer_the_table(model: Model, cuda: Runtime) -> None:
+def test_loading_a_word_transfers_only_its_rows_and_encoding_does_not_transfer_the_table(
+    model: Model, cuda: Runtime
+) -> None:
     generated(model, Request("a cat", steps=1))
     before = cuda.from_host
     model.load(Concept("<x>", {"text_encoder": np.full((3, 32), 0.3, np.float32)}))

@@ -206,7 +206,9 @@ TOY = {"<toy>": (900, 901), "<toy-2>": (902,), "art": (903,), "*": (904,), "S*":
         ("<|endoftext|>", ["<|endoftext|>"]),
     ],
 )
-def test_learned_words_are_inserted_where_the_prompt_names_them(tokenizer: Tokenizer, prompt: str, pieces: list[str | int]) -> None:
+def test_learned_words_are_inserted_where_the_prompt_names_them(
+    tokenizer: Tokenizer, prompt: str, pieces: list[str | int]
+) -> None:
     expected = [id_ for piece in pieces for id_ in ([piece] if isinstance(piece, int) else tokenizer.ids(piece))]
     tokens = encode_ids(prompt, tokenizer, Vocabulary(TOY))
     row = tokens.input_ids[0].tolist()
@@ -232,7 +234,9 @@ def test_a_word_of_many_vectors_is_never_split(tokenizer: Tokenizer) -> None:
 
 
 def test_learned_ids_do_not_move_the_eos_index(tokenizer: Tokenizer) -> None:
-    tokens = encode_ids("red <toy> blue", tokenizer, Vocabulary({"<toy>": (tokenizer.eos_id + 1, tokenizer.eos_id + 2)}))
+    tokens = encode_ids(
+        "red <toy> blue", tokenizer, Vocabulary({"<toy>": (tokenizer.eos_id + 1, tokenizer.eos_id + 2)})
+    )
     expected = 1 + len(tokenizer.ids("red")) + 2 + len(tokenizer.ids("blue"))
     assert tokens.eos_index.tolist() == [expected]
     assert tokens.input_ids[0].argmax() != expected  # where legacy CLIP would pool
@@ -302,7 +306,9 @@ def test_invalid_prompts_are_refused_with_the_reason(tokenizer: Tokenizer) -> No
             encode_ids(prompt, tokenizer, NOTHING)
 
 
-def test_a_missing_or_broken_tokenizer_is_reported(tokenizer: Tokenizer, tmp_path: Path, clip_tokenizer: CLIPTokenizer) -> None:
+def test_a_missing_or_broken_tokenizer_is_reported(
+    tokenizer: Tokenizer, tmp_path: Path, clip_tokenizer: CLIPTokenizer
+) -> None:
     (tmp_path / "tokenizer.json").write_text("{")
     broken = CLIPTokenizer.from_pretrained(clip_tokenizer.name_or_path, model_max_length=LENGTH)
     for folder in (tmp_path, tmp_path / "absent"):

@@ -252,7 +252,9 @@ def test_one_white_pixel_is_enough_for_an_edit(model: Model) -> None:
 
 
 def test_a_mask_is_stretched_with_its_picture(model: Model) -> None:
-    image = pictures_of(model, [Request("a star", image=scene(), mask=left_half(), strength=1.0, steps=2, size=(128, 32))])[0]
+    image = pictures_of(
+        model, [Request("a star", image=scene(), mask=left_half(), strength=1.0, steps=2, size=(128, 32))]
+    )[0]
 
     changed = (image != np.asarray(_stretched(scene()))).any(-1)
     assert image.shape == (32, 128, 3)
@@ -456,7 +458,9 @@ def test_pictures_that_fail_to_decode_together_are_decoded_alone(model: Model, m
     assert all(near(decoded[seed], image) for seed, image in expected.items())
 
 
-def test_a_request_that_the_engine_cannot_accept_fails_immediately(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_that_the_engine_cannot_accept_fails_immediately(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def too_many(*_: Any) -> Any:
         raise FeedError("denoise_step was given T = 300, its plan takes 1 to 77")
 
