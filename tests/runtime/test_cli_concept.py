@@ -109,7 +109,7 @@ def test_wrong_usage_exits_2_and_refused_files_exit_1_with_one_line(
     out = tmp_path / "out.safetensors"
     for arguments, code, message in [
         (("convert", tmp_path / "two.bin", out), 2, "2 words do not fit into the file"),
-        (("convert", tmp_path / "two.bin", tmp_path / "out.pt"), 2, "not a .safetensors file"),
+        (("convert", tmp_path / "two.bin", tmp_path / "out.pt"), 2, "is neither a .safetensors file"),
         (("convert", tmp_path / "two.bin", tmp_path / "out", "--token", "<c>"), 2, "--token '<c>' for 2 words"),
         (("convert", tmp_path / "xti.safetensors", out), 1, "a vector for each of 16 layers"),
         (("convert", tmp_path / "absent.pt", out), 1, "No such file"),
