@@ -8,6 +8,7 @@ header is parsed, and the header before any tensor is read; nothing is ever unpi
     two encoders    {"clip_l": [n, 768], "clip_g": [n, 1280]}   read by all three for SDXL
 """
 
+import hashlib
 import json
 import math
 import os
@@ -15,6 +16,7 @@ import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, TypeAlias
@@ -69,9 +71,18 @@ class Concept:
         object.__setattr__(self, "vectors", MappingProxyType(checked))
         object.__setattr__(self, "provenance", MappingProxyType(dict(self.provenance)))
 
+    @cached_property
+    def identity(self) -> str:
+        """Hex sha256 of all that a prompt depends on: the encoders, sorted, each with its shape and float32 rows."""
+        digest = hashlib.sha256()
+        for encoder, vectors in sorted(self.vectors.items()):
+            digest.update(f"{encoder} {list(vectors.shape)}\n".encode())
+            digest.update(np.ascontiguousarray(vectors, "<f4").tobytes())
+        return digest.hexdigest()
+
 
 def save_concept(concept: Concept, path: str | os.PathLike[str]) -> None:
-    """Writes the word's file, whole or not at all; provenance becomes the file's metadata. See docs/design.md.
+    """Writes the word's file, whole or not at all; provenance becomes the file's metadata.
 
     Raises ConceptError for a word that `load_concept` would refuse, FileError if it cannot be written.
     """

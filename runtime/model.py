@@ -7,8 +7,8 @@ Not covered: which pictures are denoised together (`oneword.runtime.scheduler`).
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Self
 
@@ -22,7 +22,7 @@ from oneword.engines.open import Backend, EngineOptions, open_engine, stream_of
 from oneword.runtime.backends import AUTO, choose_backend
 from oneword.runtime.batched import CALLS, BatchedGraph
 from oneword.runtime.bundle import PLANS, Bundle, Encoder, Manifest, MissingNegative, ScheduleKind
-from oneword.runtime.concept import Concept, load_concept
+from oneword.runtime.concept import Concept, Vectors, load_concept
 from oneword.runtime.profiles import DEFAULT_LIMITS, graph_ranges
 from oneword.runtime.prompt import Chunks, Tokenizer, Vocabulary, encode_ids
 from oneword.runtime.request import Image
@@ -35,18 +35,17 @@ _CACHED_BYTES: Final = 256 << 20
 
 @dataclass(frozen=True, eq=False)
 class TokenizedPrompt:
-    """A prompt as ids and weights for every encoder. The rows of its learned words are held until `release`, or until
-    the prompt is garbage-collected."""
+    """A prompt as ids and weights for every encoder, with the learned words that it uses."""
 
     per_encoder: Mapping[str, Chunks]
     clip_skip: int
     key: bytes
-    """Equal keys mean equal contexts: a word enters the key by its vectors, not by its rows."""
-    hold: "_Hold"
+    """Equal keys mean equal contexts: a word enters the key by its vectors, not by its name."""
 
-    def release(self) -> None:
-        """Releases the rows."""
-        self.hold.release()
+    @property
+    def concepts(self) -> tuple[Concept, ...]:
+        """The learned words in the prompt."""
+        return next(iter(self.per_encoder.values())).concepts
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +88,7 @@ class Model:
         self._contexts: OrderedDict[bytes, EncodedPrompt] = OrderedDict()
         self._context_bytes = 0
         self._zeros: EncodedPrompt | None = None
-        self._words: dict[str, dict[str, tuple[int, ...]]] = {encoder.graph: {} for encoder in manifest.encoders}
+        self._words: dict[str, Concept] = {}
         self._tokenizers = dict(tokenizers)
         self._tables = {name: EmbeddingTable(table, capacity, self.stream.put) for name, table in tables.items()}
 
@@ -142,7 +141,7 @@ class Model:
     @property
     def words(self) -> tuple[str, ...]:
         """The learned words that are loaded."""
-        return tuple(next(iter(self._words.values())))
+        return tuple(self._words)
 
     @property
     def gpu_mib(self) -> int | None:
@@ -159,47 +158,57 @@ class Model:
         return self._engines[name]
 
     def load(self, concept: Concept) -> None:
-        """Loads a word, which prompts can then use. Raises ConceptError if it was learned for another model."""
-        missing = self._tables.keys() - concept.vectors.keys()
-        if missing or concept.vectors.keys() - self._tables.keys():
+        """Loads a word: from now on prompts can use it. Its rows are written when a prompt first does.
+
+        Raises ConceptError if the word was learned for another model, or if a word with its name is loaded.
+        """
+        if concept.token in self._words:
+            raise ConceptError(f"{concept.token!r} is already loaded: unload it first")
+        self._check(concept)
+        self._words[concept.token] = concept
+
+    def unload(self, token: str) -> None:
+        """Unloads a word; prompts that wait to be encoded keep it. Raises UsageError if it is not loaded."""
+        if token not in self._words:
+            similar = ", ".join(Vocabulary(self._words).near(token)) or "none"
+            raise UsageError(f"no word {token!r} is loaded, similar words: {similar}")
+        del self._words[token]
+
+    def _check(self, concept: Concept) -> None:
+        """Raises ConceptError for a word that this model cannot use."""
+        if concept.vectors.keys() != self._tables.keys():
             raise ConceptError(
                 f"{concept.token!r} has vectors for {', '.join(sorted(concept.vectors))}, "
                 f"this model's encoders are {', '.join(sorted(self._tables))}: learn the word for this model"
             )
-        for encoder in self.manifest.encoders:
-            width = concept.vectors[encoder.graph].shape[1]
-            if width != encoder.width:
+        for name, table in self._tables.items():
+            count, width = concept.vectors[name].shape
+            if width != table.width:
                 raise ConceptError(
-                    f"{concept.token!r} has vectors of width {width}, {encoder.graph} takes width {encoder.width}: "
+                    f"{concept.token!r} has vectors of width {width}, {name} takes width {table.width}: "
                     "learn the word for this model"
                 )
-        for name, table in self._tables.items():
-            table.check(concept.token, concept.vectors[name])  # all tables, before any is written
-        for name, table in self._tables.items():
-            self._words[name][concept.token] = table.load(concept.token, concept.vectors[name])
+            if count > table.capacity:
+                raise ConceptError(
+                    f"{concept.token!r} has {count} vectors, the embedding table has room for {table.capacity}: "
+                    f"open the model with capacity={count}"
+                )
 
-    def unload(self, token: str) -> None:
-        """Unloads a word; its rows are freed once no prompt that uses them waits to be encoded. Raises UsageError."""
-        if any(token not in words for words in self._words.values()):
-            raise UsageError(
-                f"no word {token!r} is loaded, similar words: "
-                f"{', '.join(Vocabulary(next(iter(self._words.values()))).near(token)) or 'none'}"
-            )
-        for name, table in self._tables.items():
-            table.unload(token)
-            del self._words[name][token]
+    def tokenize(self, prompt: str, clip_skip: int = 0, words: Mapping[str, Concept] | None = None) -> TokenizedPrompt:
+        """Splits a prompt at learned words: those in `words`, by token, or by default those that are loaded.
 
-    def tokenize(self, prompt: str, clip_skip: int = 0) -> TokenizedPrompt:
-        """Splits a prompt at the known words and holds their rows. Raises UsageError for a word that is not loaded."""
-        chunks = {
-            name: encode_ids(prompt, tokenizer, Vocabulary(self._words[name]))
-            for name, tokenizer in self._tokenizers.items()
-        }
-        parts = [
-            self._tables[name].identify(part.input_ids) + part.token_weights.tobytes() for name, part in chunks.items()
-        ]
-        hold = _Hold((self._tables[name], part.input_ids) for name, part in chunks.items())
-        return TokenizedPrompt(chunks, clip_skip, b"%d:" % clip_skip + b"|".join(parts), hold)
+        Raises UsageError for an unknown word, ConceptError for one of `words` that was learned for another model.
+        """
+        for concept in () if words is None else words.values():
+            self._check(concept)
+        vocabulary = Vocabulary(self._words if words is None else words)
+        chunks = {name: encode_ids(prompt, tokenizer, vocabulary, name) for name, tokenizer in self._tokenizers.items()}
+        parts = [part.input_ids.tobytes() + part.token_weights.tobytes() for part in chunks.values()]
+        tokens = TokenizedPrompt(chunks, clip_skip, b"")
+        for name, table in self._tables.items():
+            table.check(_vectors([tokens], name))
+        identities = ",".join(concept.identity for concept in tokens.concepts)
+        return replace(tokens, key=f"{clip_skip}:{identities}:".encode() + b"|".join(parts))
 
     def context_length(self, tokens: TokenizedPrompt) -> int:
         """T of the prompt's context."""
@@ -210,9 +219,9 @@ class Model:
 
     def encode(self, prompts: Sequence[TokenizedPrompt]) -> list[EncodedPrompt]:
         """Encodes prompts of any lengths. Equal prompts share one EncodedPrompt, also across calls (cached)."""
-        new = list({tokens.key: tokens for tokens in prompts if tokens.key not in self._contexts}.values())
-        if new:
-            for tokens, context in zip(new, self._encode(new), strict=True):
+        new = {tokens.key: tokens for tokens in prompts if tokens.key not in self._contexts}
+        for together in self._groups(new.values()):
+            for tokens, context in zip(together, self._encode(together), strict=True):
                 self._contexts[tokens.key] = context
                 self._context_bytes += context.hidden_states.nbytes
         contexts = [self._contexts[tokens.key] for tokens in prompts]
@@ -280,6 +289,17 @@ class Model:
             self._batched[name] = BatchedGraph(self.engine(name), fixed)
         return self._batched[name]
 
+    def _groups(self, prompts: Iterable[TokenizedPrompt]) -> Iterator[list[TokenizedPrompt]]:
+        """The prompts in groups whose words fit into the embedding tables together."""
+        group: list[TokenizedPrompt] = []
+        for prompt in prompts:
+            if group and not all(table.fits(_vectors([*group, prompt], name)) for name, table in self._tables.items()):
+                yield group
+                group = []
+            group.append(prompt)
+        if group:
+            yield group
+
     def _encode(self, prompts: Sequence[TokenizedPrompt]) -> list[EncodedPrompt]:
         """Runs each encoder on the chunks of all prompts, then joins the outputs prompt by prompt."""
         encoded = [
@@ -296,8 +316,11 @@ class Model:
     ) -> list[dict[str, NumpyArray]]:
         """The graph's outputs for each prompt, [chunks, ...]."""
         counts = [len(part.input_ids) for part in chunks]
+        rows = self._tables[encoder.graph].place(_vectors(prompts, encoder.graph))
         feeds: dict[str, NumpyArray] = {
-            "input_ids": np.concatenate([part.input_ids for part in chunks]),
+            "input_ids": np.concatenate(
+                [part.placed(rows[concept.identity] for concept in part.concepts) for part in chunks]
+            ),
             "token_weights": np.concatenate([part.token_weights for part in chunks]),
         }
         if encoder.default_layer is not None:
@@ -341,20 +364,9 @@ def refuse_unsupported(manifest: Manifest) -> None:
             raise BundleError(f"the bundle has {feature}, which this oneword cannot run: install a newer version")
 
 
-class _Hold:
-    """Rows of tables, held until `release` or until this object is garbage-collected."""
-
-    def __init__(self, rows: Iterable[tuple[EmbeddingTable, npt.NDArray[np.int64]]]) -> None:
-        self._rows = [*rows]
-        for table, ids in self._rows:
-            table.hold(ids)
-
-    def release(self) -> None:
-        rows, self._rows = self._rows, []
-        for table, ids in rows:
-            table.release(ids)
-
-    __del__ = release
+def _vectors(prompts: Iterable[TokenizedPrompt], encoder: str) -> dict[str, Vectors]:
+    """The vectors [n, D] of every word in the prompts, by the word's identity."""
+    return {concept.identity: concept.vectors[encoder] for prompt in prompts for concept in prompt.concepts}
 
 
 def _base_table(path: Path) -> NumpyArray:

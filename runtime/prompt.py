@@ -15,7 +15,7 @@ import difflib
 import math
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple, Self
@@ -26,6 +26,7 @@ import tokenizers
 
 from oneword.engines.errors import BundleError, UsageError, one_line
 from oneword.runtime.bundle import TOKENIZER, Encoder
+from oneword.runtime.concept import Concept
 
 MAX_CHARACTERS: Final = 20_000
 MAX_WEIGHT: Final = 100.0
@@ -78,17 +79,17 @@ class Tokenizer:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The learned words that prompts may use: token -> its ids. Refers to the given mapping, without a copy."""
+    """The learned words that prompts may use, by token. Refers to the given mapping, without a copy."""
 
-    words: Mapping[str, tuple[int, ...]]
+    words: Mapping[str, Concept]
 
-    def named(self, name: str) -> tuple[int, ...] | None:
-        """The ids for <name> or embedding:name, whether or not the token has <> itself."""
+    def named(self, name: str) -> Concept | None:
+        """The word for <name> or embedding:name, whether or not its token has <> itself."""
         bare = name.removeprefix("<").removesuffix(">")
         return self._get(f"<{bare}>") or self._get(bare)
 
-    def bare(self, name: str) -> tuple[int, ...] | None:
-        """The ids of a token without <>."""
+    def bare(self, name: str) -> Concept | None:
+        """The word whose token has no <>."""
         return self._get(name)
 
     def near(self, name: str) -> list[str]:
@@ -96,7 +97,7 @@ class Vocabulary:
         bare = {token.strip("<>").lower(): token for token in self.words}
         return [bare[match] for match in difflib.get_close_matches(name.strip("<>").lower(), bare, 3, 0.5)]
 
-    def _get(self, token: str) -> tuple[int, ...] | None:
+    def _get(self, token: str) -> Concept | None:
         return self.words.get(token) or self.words.get(token.lower())
 
 
@@ -105,23 +106,38 @@ class Chunks:
     """One prompt for one encoder, in chunks."""
 
     input_ids: npt.NDArray[np.int64]
-    """[chunks, T]"""
+    """[chunks, T]; -1, -2, ... are the vectors of `concepts`, one after another"""
     token_weights: npt.NDArray[np.float32]
     """[chunks, T]; 1 for bos, eos and padding"""
     eos_index: npt.NDArray[np.int64]
     """[chunks]: position of the first eos, where CLIP pools."""
+    concepts: tuple[Concept, ...] = ()
+    """The learned words in the prompt, each once, in the order of their first use."""
+
+    def placed(self, rows: Iterable[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
+        """`input_ids` [chunks, T] with the words' vectors replaced by rows of a table, given for each concept."""
+        ids, learned = self.input_ids.copy(), self.input_ids < 0
+        if learned.any():
+            ids[learned] = np.concatenate([*rows])[-1 - ids[learned]]
+        return ids
 
 
-def encode_ids(prompt: str, tokenizer: Tokenizer, vocabulary: Vocabulary) -> Chunks:
+def encode_ids(prompt: str, tokenizer: Tokenizer, vocabulary: Vocabulary, encoder: str = "text_encoder") -> Chunks:
     """A prompt as chunks of ids and weights. Raises UsageError for unknown learned words and invalid weights."""
     chunks: list[list[tuple[int, float]]] = [[]]
+    words: dict[str, tuple[Concept, range]] = {}
     for part in weighted_parts(prompt):
         if part is None:
             chunks.append([])
             continue
         for piece in split_at_words(part.text, vocabulary, tokenizer):
-            is_word = isinstance(piece, tuple)
-            ids = list(piece) if isinstance(piece, tuple) else tokenizer.ids(piece)
+            is_word = not isinstance(piece, str)
+            if isinstance(piece, str):
+                ids = tokenizer.ids(piece)
+            else:
+                start = -1 - sum(len(numbers) for _, numbers in words.values())
+                numbers = range(start, start - len(piece.vectors[encoder]), -1)
+                ids = list(words.setdefault(piece.identity, (piece, numbers))[1])
             if is_word and len(ids) > tokenizer.room:
                 raise UsageError(f"a word of {len(ids)} vectors does not fit this encoder's {tokenizer.room} tokens")
             while ids:
@@ -133,7 +149,7 @@ def encode_ids(prompt: str, tokenizer: Tokenizer, vocabulary: Vocabulary) -> Chu
                 ids = ids[room:]
     if not chunks[-1] and len(chunks) > 1:
         chunks.pop()  # BREAK at the very end
-    return _padded(chunks, tokenizer)
+    return _padded(chunks, tokenizer, tuple(concept for concept, _ in words.values()))
 
 
 class Part(NamedTuple):
@@ -187,34 +203,32 @@ def weighted_parts(prompt: str) -> list[Part | None]:
     return list(_joined(parts))
 
 
-def split_at_words(text: str, vocabulary: Vocabulary, tokenizer: Tokenizer) -> Iterator[str | tuple[int, ...]]:
-    """Yields the text between learned words, and the ids of each learned word. Raises UsageError for unknown words."""
+def split_at_words(text: str, vocabulary: Vocabulary, tokenizer: Tokenizer) -> Iterator[str | Concept]:
+    """Yields the text between learned words, and each learned word. Raises UsageError for unknown words."""
     start = position = 0
     while position < len(text):
-        end, ids = _word_at(text, position, vocabulary, tokenizer)
-        if ids is not None:
+        end, concept = _word_at(text, position, vocabulary, tokenizer)
+        if concept is not None:
             if text[start:position].strip():
                 yield text[start:position]
-            yield ids
+            yield concept
             start = end
         position = end
     if text[start:].strip():
         yield text[start:]
 
 
-def _word_at(
-    text: str, position: int, vocabulary: Vocabulary, tokenizer: Tokenizer
-) -> tuple[int, tuple[int, ...] | None]:
-    """The end and the ids of the learned word at a position; if there is none, the next position to try, and None."""
+def _word_at(text: str, position: int, vocabulary: Vocabulary, tokenizer: Tokenizer) -> tuple[int, Concept | None]:
+    """The learned word at a position, after its end; if there is none, the next position to try, and None."""
     if named := _NAMED.match(text, position):
         end, name = named.end(), named.group(1) or named.group(2)
         while name and named.group(2) and name[0] != "<":  # embedding:toys is toy, then s: the longest known name
-            if ids := vocabulary.named(name):
-                return end, ids
+            if concept := vocabulary.named(name):
+                return end, concept
             name, end = name[:-1], end - 1
         name = named.group(1) or named.group(2)
-        if ids := vocabulary.named(name):
-            return named.end(), ids
+        if concept := vocabulary.named(name):
+            return named.end(), concept
         if not tokenizer.knows(named.group()):
             near = vocabulary.near(name) or list(vocabulary.words)[:3]
             raise UsageError(
@@ -224,8 +238,8 @@ def _word_at(
         return named.end(), None
     if vocabulary.words and not _word_character(text, position - 1) and (run := _RUN.match(text, position)):
         for end in range(run.end(), position, -1):
-            if not _word_character(text, end) and (ids := vocabulary.bare(text[position:end])):
-                return end, ids
+            if not _word_character(text, end) and (concept := vocabulary.bare(text[position:end])):
+                return end, concept
     return position + 1, None
 
 
@@ -255,7 +269,7 @@ def _number(text: str) -> float:
         raise UsageError(f"weight {text[:40]!r} is not a number: write (word:1.2), or \\( for the character") from None
 
 
-def _padded(chunks: list[list[tuple[int, float]]], tokenizer: Tokenizer) -> Chunks:
+def _padded(chunks: list[list[tuple[int, float]]], tokenizer: Tokenizer, concepts: tuple[Concept, ...]) -> Chunks:
     shape = (len(chunks), tokenizer.length)
     input_ids, token_weights = np.full(shape, tokenizer.pad_id, np.int64), np.ones(shape, np.float32)
     first = tokenizer.length - 1 - tokenizer.room
@@ -266,4 +280,4 @@ def _padded(chunks: list[list[tuple[int, float]]], tokenizer: Tokenizer) -> Chun
         input_ids[row, first:end] = [id_ for id_, _ in chunk]
         token_weights[row, first:end] = [weight for _, weight in chunk]
         input_ids[row, end] = tokenizer.eos_id
-    return Chunks(input_ids, token_weights, (input_ids == tokenizer.eos_id).argmax(1))
+    return Chunks(input_ids, token_weights, (input_ids == tokenizer.eos_id).argmax(1), concepts)

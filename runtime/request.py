@@ -5,6 +5,7 @@ scheduler's config rules out, which `make_schedule` checks. Nothing is loaded or
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -13,6 +14,7 @@ import numpy.typing as npt
 
 from oneword.engines.errors import BundleError, UsageError
 from oneword.runtime.bundle import Manifest
+from oneword.runtime.concept import Concept
 from oneword.runtime.prompt import check_prompt
 from oneword.runtime.samplers import Sampler, Schedule, make_schedule
 
@@ -59,6 +61,8 @@ class Request:
     """Number of steps between previews; 0 means none."""
     paste: bool = True
     """Whether to copy the pixels of `image` back outside the mask; False keeps the decoder's output there."""
+    words: Mapping[str, Concept] | None = None
+    """The learned words that the prompts may use, by token; None: those that are loaded in the model."""
 
     def __post_init__(self) -> None:
         check_prompt(self.prompt)

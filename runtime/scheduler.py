@@ -67,14 +67,14 @@ class _Pending:
         return self.request.num_images - self.next_index
 
     def tokenize(self, model: Model) -> None:
-        """Splits the prompts, and holds the rows of their words until `release`. Raises UsageError."""
+        """Splits the prompts at learned words. Raises UsageError, ConceptError."""
         request = self.request
-        self.tokens = model.tokenize(request.prompt, request.clip_skip)
+        self.tokens = model.tokenize(request.prompt, request.clip_skip, request.words)
         if self.settings.schedule.guided.any():
             if request.negative_prompt is None:
                 self.negative = model.missing_negative(request.clip_skip)
             else:
-                self.negative = model.tokenize(request.negative_prompt, request.clip_skip)
+                self.negative = model.tokenize(request.negative_prompt, request.clip_skip, request.words)
         lengths = [model.context_length(self.tokens)]
         if isinstance(self.negative, TokenizedPrompt):
             _check_lengths(self.tokens, self.negative)
@@ -83,12 +83,6 @@ class _Pending:
             lengths.append(len(self.negative.hidden_states))
         factor = model.manifest.vae.factor
         self.size = self.settings.height // factor, self.settings.width // factor, math.lcm(*lengths)
-
-    def release(self) -> None:
-        """Releases the words' rows."""
-        for prompt in (self.tokens, self.negative):
-            if isinstance(prompt, TokenizedPrompt):
-                prompt.release()
 
 
 @dataclass(eq=False)
@@ -142,11 +136,7 @@ class Scheduler:
         """
         settings = resolve(request, self.model.manifest)
         pending = _Pending(self._issued, request, settings)
-        try:
-            pending.tokenize(self.model)
-        except OnewordError:
-            pending.release()
-            raise
+        pending.tokenize(self.model)
         self._issued += 1
         self._pending.append(pending)
         return pending.id
@@ -155,9 +145,7 @@ class Scheduler:
         """Cancels the unfinished pictures of a request. Raises UsageError for an unknown id."""
         if not 0 <= id < self._issued:
             raise UsageError(f"no request has the id {id}, {self._issued} have been added so far")
-        for pending in [pending for pending in self._pending if pending.id == id]:
-            pending.release()
-            self._pending.remove(pending)
+        self._pending = deque(pending for pending in self._pending if pending.id != id)
         for row in [row for row in self._rows if row.id == id]:
             self._remove(row)
         self._finished = deque(done for done in self._finished if done.row.id != id)
@@ -211,7 +199,6 @@ class Scheduler:
 
     def _drop(self, pending: _Pending, error: OnewordError) -> Iterator[Event]:
         """Reports the pictures of a request that failed."""
-        pending.release()
         for index in range(pending.next_index, pending.request.num_images):
             yield Failed(pending.id, index, error)
         pending.next_index = pending.request.num_images
@@ -262,7 +249,7 @@ class Scheduler:
         return row
 
     def _encode(self, requests: Sequence[_Pending]) -> None:
-        """Encodes the prompts of these requests and releases their words' rows. Raises EngineError."""
+        """Encodes the prompts of these requests. Raises EngineError."""
         new = [pending for pending in requests if pending.cond is None]
         prompts = [
             prompt
@@ -272,7 +259,6 @@ class Scheduler:
         ]
         encoded = dict(zip(prompts, self.model.encode(prompts), strict=True))
         for pending in new:
-            pending.release()
             assert pending.tokens is not None  # since it was added
             pending.cond = encoded[pending.tokens]
             negative = pending.negative

@@ -411,11 +411,13 @@ def test_loading_a_word_transfers_only_its_rows_and_encoding_does_not_transfer_t
     generated(model, Request("a cat", steps=1))
     before = cuda.from_host
     model.load(Concept("<x>", {"text_encoder": np.full((3, 32), 0.3, np.float32)}))
-    assert cuda.from_host - before == 3 * 32 * 4
-
-    before = cuda.from_host
     contexts = model.encode([model.tokenize("a cat"), model.tokenize("a <x>")])
     assert cuda.from_host - before < model._tables["text_encoder"].array.numpy().nbytes
+
+    [table], concept = model._tables.values(), Concept("<y>", {"text_encoder": np.full((3, 32), 0.2, np.float32)})
+    before = cuda.from_host
+    table.place({concept.identity: concept.vectors["text_encoder"]})
+    assert cuda.from_host - before == 3 * 32 * 4
     assert np.abs(contexts[0].hidden_states - contexts[1].hidden_states).max() > 0.01
 
 

@@ -4,10 +4,11 @@ import itertools
 import json
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import safetensors.numpy
 from hypothesis import given, settings
@@ -17,6 +18,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from oneword.engines.errors import BundleError, OnewordError, UsageError
 from oneword.runtime.bundle import Encoder
+from oneword.runtime.concept import Concept
 from oneword.runtime.prompt import Chunks, Part, Tokenizer, Vocabulary, encode_ids, weighted_parts
 
 CORPUS = (
@@ -185,6 +187,17 @@ def test_only_the_tokens_of_weighted_words_have_a_weight(tokenizer: Tokenizer) -
 TOY = {"<toy>": (900, 901), "<toy-2>": (902,), "art": (903,), "*": (904,), "S*": (905,), "старый": (906,)}
 
 
+def vocabulary(ids: Mapping[str, Sequence[int]]) -> Vocabulary:
+    """Words of as many vectors as they have ids."""
+    rows = {token: np.random.default_rng(sum(row)).normal(size=(len(row), 4)) for token, row in ids.items()}
+    return Vocabulary({token: Concept(token, {"text_encoder": rows[token].astype(np.float32)}) for token in ids})
+
+
+def placed(tokens: Chunks, ids: Mapping[str, Sequence[int]]) -> npt.NDArray[np.int64]:
+    """The prompt's ids [chunks, T], with these of each word."""
+    return tokens.placed(np.array(ids[concept.token]) for concept in tokens.concepts)
+
+
 @pytest.mark.parametrize(
     ("prompt", "pieces"),
     [
@@ -210,8 +223,8 @@ def test_learned_words_are_inserted_where_the_prompt_names_them(
     tokenizer: Tokenizer, prompt: str, pieces: list[str | int]
 ) -> None:
     expected = [id_ for piece in pieces for id_ in ([piece] if isinstance(piece, int) else tokenizer.ids(piece))]
-    tokens = encode_ids(prompt, tokenizer, Vocabulary(TOY))
-    row = tokens.input_ids[0].tolist()
+    tokens = placed(encode_ids(prompt, tokenizer, vocabulary(TOY)), TOY)
+    row = tokens[0].tolist()
     assert row[1 : 1 + len(expected)] == expected
     assert row[1 + len(expected)] == tokenizer.eos_id
 
@@ -219,27 +232,27 @@ def test_learned_words_are_inserted_where_the_prompt_names_them(
 @pytest.mark.parametrize("prompt", ["<toyy>", "embedding:nothing", "a <lora:x:0.8>", "(<toy-3>:1.2)"])
 def test_an_unknown_word_is_an_error_that_lists_similar_ones(tokenizer: Tokenizer, prompt: str) -> None:
     with pytest.raises(UsageError, match=r"no word .* is loaded, similar words: .*(<toy>|art)"):
-        encode_ids(prompt, tokenizer, Vocabulary(TOY))
+        encode_ids(prompt, tokenizer, vocabulary(TOY))
     with pytest.raises(UsageError, match="add its file with --concept"):
         encode_ids(prompt, tokenizer, NOTHING)
 
 
 def test_a_word_of_many_vectors_is_never_split(tokenizer: Tokenizer) -> None:
-    words = Vocabulary({"<long>": tuple(range(900, 910)), "<huge>": tuple(range(900, 919))})
-    tokens = encode_ids("<long> <long>", tokenizer, words)
-    assert tokens.input_ids.shape == (2, LENGTH)
-    assert tokens.input_ids[:, 1:11].tolist() == [list(range(900, 910))] * 2
+    ids = {"<long>": range(900, 910), "<huge>": range(900, 919)}
+    words = vocabulary(ids)
+    tokens = placed(encode_ids("<long> <long>", tokenizer, words), ids)
+    assert tokens.shape == (2, LENGTH)
+    assert tokens[:, 1:11].tolist() == [list(range(900, 910))] * 2
     with pytest.raises(UsageError, match="19 vectors does not fit this encoder's 18 tokens"):
         encode_ids("<huge>", tokenizer, words)
 
 
 def test_learned_ids_do_not_move_the_eos_index(tokenizer: Tokenizer) -> None:
-    tokens = encode_ids(
-        "red <toy> blue", tokenizer, Vocabulary({"<toy>": (tokenizer.eos_id + 1, tokenizer.eos_id + 2)})
-    )
+    ids = {"<toy>": (tokenizer.eos_id + 1, tokenizer.eos_id + 2)}
+    tokens = encode_ids("red <toy> blue", tokenizer, vocabulary(ids))
     expected = 1 + len(tokenizer.ids("red")) + 2 + len(tokenizer.ids("blue"))
     assert tokens.eos_index.tolist() == [expected]
-    assert tokens.input_ids[0].argmax() != expected  # where legacy CLIP would pool
+    assert placed(tokens, ids)[0].argmax() != expected  # where legacy CLIP would pool
 
 
 def test_ids_match_those_of_diffusers_after_load_textual_inversion(tiny_model: Path, tmp_path: Path) -> None:
@@ -265,8 +278,9 @@ def test_ids_match_those_of_diffusers_after_load_textual_inversion(tiny_model: P
         prompt = " ".join(parts)
         converted = pipeline.maybe_convert_prompt(prompt, clip_tokenizer)
         expected = clip_tokenizer(converted, add_special_tokens=False).input_ids
-        tokens = encode_ids(prompt, tokenizer, Vocabulary(words))
-        rows = [row[1:end] for row, end in zip(tokens.input_ids.tolist(), tokens.eos_index.tolist(), strict=True)]
+        tokens = encode_ids(prompt, tokenizer, vocabulary(words))
+        ids = placed(tokens, words).tolist()
+        rows = [row[1:end] for row, end in zip(ids, tokens.eos_index.tolist(), strict=True)]
         assert list(itertools.chain(*rows)) == expected, prompt
 
 
@@ -328,7 +342,7 @@ def test_any_prompt_becomes_valid_ids_or_a_one_line_error(tokenizer: Tokenizer, 
     assert length == LENGTH
     assert tokens.token_weights.shape == (chunks, LENGTH)
     assert np.isfinite(tokens.token_weights).all()
-    assert (tokens.input_ids >= 0).all()
+    assert (placed(tokens, TOY) >= 0).all()
     assert (tokens.input_ids[:, 0] == tokenizer.bos_id).all()
     assert (tokens.input_ids[np.arange(chunks), tokens.eos_index] == tokenizer.eos_id).all()
 
@@ -345,6 +359,6 @@ def test_any_text_becomes_ids_or_a_one_line_error(tokenizer: Tokenizer, text: st
 
 def _ids_or_message(prompt: str, tokenizer: Tokenizer) -> Chunks | str:
     try:
-        return encode_ids(prompt, tokenizer, Vocabulary(TOY))
+        return encode_ids(prompt, tokenizer, vocabulary(TOY))
     except OnewordError as error:
         return str(error)

@@ -34,8 +34,9 @@ def model(tiny_bundle: Path) -> Model:
     random = np.random.default_rng(0)
     for i, token in enumerate([*WORDS, "<broken>"]):
         model.load(Concept(token, {"text_encoder": random.normal(0, 0.5, (1 + i % 3, 32)).astype(np.float32)}))
-    [table] = model._tables.values()
-    table.array.write(list(table.ids["<broken>"]), np.nan)
+    [table], broken = model._tables.values(), model._words["<broken>"]
+    [ids] = table.place({broken.identity: broken.vectors["text_encoder"]}).values()
+    table.array.write(list(ids), np.nan)
     return model
 
 
@@ -472,18 +473,23 @@ def test_a_request_that_the_engine_cannot_accept_fails_immediately(
     assert len(scheduler) == 0
 
 
-def test_a_refused_request_holds_no_rows_of_a_word(model: Model) -> None:
-    table = model._tables["text_encoder"]
-    free = table.free_rows
-    model.load(Concept("<once>", {"text_encoder": np.ones((1, 32), np.float32)}))
-    with pytest.raises(UsageError, match="<nobody>"):
-        draw(model, Request("a <once>"), Request("a <nobody>"))
+def test_a_waiting_request_keeps_a_word_that_is_unloaded_or_replaced(model: Model) -> None:
+    once, other = (
+        Concept("<once>", {"text_encoder": np.random.default_rng(i).normal(0, 0.5, (1, 32)).astype(np.float32)})
+        for i in (7, 8)
+    )
+    model.load(once)
+    [expected] = draw(model, "a <once>", steps=2)
+    model._contexts.clear()
     scheduler = Scheduler(model)
-    scheduler.add(Request("a <once>"))
-    del scheduler
+    scheduler.add(Request("a <once>", steps=2))
+    model.unload("<once>")
+    model.load(other)
+    [*_, event] = scheduler.step(max_steps=None)
     model.unload("<once>")
 
-    assert table.free_rows == free
+    assert isinstance(event, PictureDone)
+    np.testing.assert_array_equal(event.image, expected.image)
 
 
 def test_loading_a_word_keeps_other_prompts_cached(model: Model) -> None:

@@ -1,92 +1,88 @@
-"""Learned rows are loaded and unloaded beside the model's own."""
+"""Words are placed in the rows behind the model's own, and give them up in the order of their last use."""
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oneword.engines.errors import ConceptError, UsageError
+from oneword.engines.errors import UsageError
 from oneword.runtime.table import EmbeddingTable
 
 BASE = np.arange(20, dtype=np.float32).reshape(5, 4)
 
 
-def test_loading_a_word_writes_its_rows_and_nothing_else() -> None:
+def rows(value: float, count: int = 1) -> np.ndarray:
+    return np.full((count, 4), value, np.float32)
+
+
+def test_placing_a_word_writes_its_rows_and_nothing_else() -> None:
     table = EmbeddingTable(BASE, capacity=6)
     array, before = table.array, table.array.numpy().copy()
-    ids = table.load("<toy>", np.full((2, 4), 7, np.float32))
+    [ids] = table.place({"toy": rows(7, 2)}).values()
     assert table.array is array
     assert min(ids) >= 5
     expected = before.copy()
-    expected[list(ids)] = 7
+    expected[ids] = 7
     np.testing.assert_array_equal(table.array.numpy(), expected)
     assert table.array.numpy().flags.c_contiguous
-    assert table.ids == {"<toy>": ids}
 
 
 def test_rows_of_an_fp16_table_are_fp16() -> None:
     table = EmbeddingTable(BASE.astype(np.float16), capacity=1)
-    [row] = table.load("<toy>", np.full((1, 4), 0.1, np.float32))
+    [[row]] = table.place({"toy": rows(0.1)}).values()
     np.testing.assert_array_equal(table.array.numpy()[row], np.full(4, 0.1, np.float16))
 
 
-def test_the_rows_of_an_unloaded_word_are_reused() -> None:
+def test_a_word_that_is_in_the_table_is_not_written_again(monkeypatch: pytest.MonkeyPatch) -> None:
     table = EmbeddingTable(BASE, capacity=2)
-    ids = table.load("<a>", np.ones((2, 4), np.float32))
-    with pytest.raises(ConceptError, match="needs 1 rows, 0 of 2 are free: unload words first"):
-        table.load("<b>", np.ones((1, 4), np.float32))
-    table.unload("<a>")
-    assert set(table.load("<b>", np.ones((2, 4), np.float32))) == set(ids)
+    [first] = table.place({"toy": rows(7)}).values()
+    monkeypatch.setattr(table.array, "write", None)
+    [second] = table.place({"toy": rows(7)}).values()
+    np.testing.assert_array_equal(first, second)
 
 
-def test_rows_that_a_waiting_prompt_uses_are_not_reused() -> None:
+def test_the_word_used_longest_ago_gives_up_its_rows() -> None:
+    table = EmbeddingTable(BASE, capacity=3)
+    a = table.place({"a": rows(1)})["a"]
+    table.place({"b": rows(2)})
+    b = table.place({"c": rows(3), "b": rows(2)})["b"]
+    table.place({"a": rows(1)})
+    d = table.place({"d": rows(4), "b": rows(2)})  # c is the oldest that is not needed
+    assert table.resident == 3
+    np.testing.assert_array_equal(d["b"], b)
+    np.testing.assert_array_equal(table.place({"a": rows(1)})["a"], a)
+    np.testing.assert_array_equal(table.array.numpy()[d["d"]], rows(4))
+
+
+def test_words_that_do_not_fit_together_are_refused_and_change_nothing() -> None:
     table = EmbeddingTable(BASE, capacity=2)
-    [row] = table.load("<a>", np.ones((1, 4), np.float32))
-    waiting = np.array([[0, row, row, 4]])
-    table.hold(waiting)
-    table.hold(waiting)
-    table.unload("<a>")
-    assert table.free_rows == 1
-    assert table.load("<b>", np.full((1, 4), 2, np.float32)) != (row,)
-    np.testing.assert_array_equal(table.array.numpy()[row], np.ones(4))
-    table.release(waiting)
-    assert table.free_rows == 0
-    table.release(waiting)
-    assert table.load("<c>", np.ones((1, 4), np.float32)) == (row,)
+    table.place({"a": rows(1)})
+    before = table.array.numpy().copy()
+    with pytest.raises(UsageError, match=r"words have 3 vectors, .* has room for 2: open the model with capacity=3"):
+        table.place({"b": rows(2, 2), "c": rows(3)})
+    np.testing.assert_array_equal(table.array.numpy(), before)
+    assert table.fits({"b": rows(2, 2)})
 
 
-def test_an_unsuitable_word_is_refused_with_the_reason() -> None:
-    table = EmbeddingTable(BASE, capacity=4)
-    with pytest.raises(ConceptError, match=r"shape \[1, 768\], this encoder takes \[n, 4\]"):
-        table.load("<a>", np.ones((1, 768), np.float32))
-    table.load("<a>", np.ones((1, 4), np.float32))
-    with pytest.raises(ConceptError, match="already loaded"):
-        table.load("<a>", np.ones((1, 4), np.float32))
-    with pytest.raises(UsageError, match="no word '<b>' is loaded"):
-        table.unload("<b>")
+def test_a_word_whose_rows_could_not_be_written_is_not_in_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = EmbeddingTable(BASE, capacity=2)
+    with monkeypatch.context() as broken:
+        broken.setattr(table.array, "write", None)
+        with pytest.raises(TypeError):
+            table.place({"a": rows(1, 2)})
+    assert table.resident == 0
+    ids = table.place({"b": rows(2, 2)})["b"]
+    np.testing.assert_array_equal(table.array.numpy()[ids], rows(2, 2))
 
 
 @settings(deadline=None, max_examples=100)
-@given(st.lists(st.tuples(st.sampled_from(["load", "unload", "hold", "release"]), st.integers(0, 3)), max_size=40))
-def test_held_rows_keep_their_vectors_whatever_is_loaded_or_unloaded(steps: list[tuple[str, int]]) -> None:
-    table, holds = EmbeddingTable(BASE, capacity=6), []
-    for turn, (action, word) in enumerate(steps):
-        token = f"<{word}>"
-        if action == "load" and token not in table.ids and table.free_rows >= word % 2 + 1:
-            table.load(token, np.full((word % 2 + 1, 4), 100 + turn, np.float32))
-        elif action == "unload" and token in table.ids:
-            table.unload(token)
-        elif action == "hold" and token in table.ids:
-            ids = np.array(table.ids[token])
-            table.hold(ids)
-            holds.append((ids, table.array.numpy()[ids].copy()))
-        elif action == "release" and holds:
-            table.release(holds.pop(word % len(holds))[0])
-        for ids, rows in holds:
-            np.testing.assert_array_equal(table.array.numpy()[ids], rows)
+@given(st.lists(st.sets(st.integers(0, 7), max_size=4), max_size=30))
+def test_every_word_of_a_call_has_rows_with_its_vectors(calls: list[set[int]]) -> None:
+    table = EmbeddingTable(BASE, capacity=8)
+    for call in calls:
+        words = {str(word): rows(100 + word, word % 2 + 1) for word in call}
+        ids = table.place(words)
+        assert len({*np.concatenate([*ids.values(), np.zeros(0, int)]).tolist()}) == sum(map(len, words.values()))
+        for word, vectors in words.items():
+            np.testing.assert_array_equal(table.array.numpy()[ids[word]], vectors)
         np.testing.assert_array_equal(table.array.numpy()[:5], BASE)
-    for ids, _ in holds:
-        table.release(ids)
-    for token in table.ids:
-        table.unload(token)
-    assert table.free_rows == 6

@@ -10,6 +10,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokeni
 
 from oneword.export.modules import TextEncoder
 from oneword.runtime.bundle import Encoder
+from oneword.runtime.concept import Concept
 from oneword.runtime.prompt import Tokenizer, Vocabulary, encode_ids
 from oneword.runtime.table import EmbeddingTable
 
@@ -65,8 +66,8 @@ def test_hidden_states_and_pooled_match_a_model_with_the_words_in_its_vocabulary
         word: np.random.default_rng(count).normal(0, 0.4, (count, 32)).astype(np.float32)
         for word, count in WORDS.items()
     }
-    table.load("<other>", np.ones((2, 32), np.float32))
-    vocabulary = Vocabulary({word: table.load(word, vectors) for word, vectors in rows.items()})
+    table.place({"other": np.ones((2, 32), np.float32)})
+    vocabulary = Vocabulary({word: Concept(word, {"text_encoder": vectors}) for word, vectors in rows.items()})
 
     extended, extended_tokenizer = copy.deepcopy(model), copy.deepcopy(clip_tokenizer)
     names = {word: [word, *(f"{word}_{i}" for i in range(1, count))] for word, count in WORDS.items()}
@@ -82,8 +83,10 @@ def test_hidden_states_and_pooled_match_a_model_with_the_words_in_its_vocabulary
             spelled = spelled.replace(word, " ".join(tokens))
         expected = extended(torch.tensor([extended_tokenizer(spelled, padding="max_length").input_ids]))
         tokens_ = encode_ids(prompt, tokenizer, vocabulary)
+        places = table.place({concept.identity: concept.vectors["text_encoder"] for concept in tokens_.concepts})
+        input_ids = tokens_.placed(places[concept.identity] for concept in tokens_.concepts)
         states, _, pooled, finite = TextEncoder(model, pools=True)(
-            torch.from_numpy(tokens_.input_ids),
+            torch.from_numpy(input_ids),
             torch.from_numpy(table.array.numpy()),
             torch.from_numpy(tokens_.token_weights),
             torch.tensor([3]),

@@ -2,15 +2,14 @@
 
 from pathlib import Path
 
-import msgspec
 import numpy as np
 import pytest
 
-from oneword.engines.errors import ConceptError
+from oneword.engines.errors import ConceptError, UsageError
 from oneword.engines.open import Backend
+from oneword.runtime import Request, draw
 from oneword.runtime.concept import Concept
 from oneword.runtime.model import Model
-from oneword.runtime.table import EmbeddingTable
 
 RESIDENT = 5_000
 
@@ -41,7 +40,6 @@ def test_a_word_loaded_into_a_table_in_use_is_read_by_the_next_call(model: Model
     array, engine = model._tables["text_encoder"].array, model.engine("text_encoder")
     tokens = model.tokenize("a <w5>")
     before = model.encode([tokens])[0].hidden_states
-    tokens.release()
     model.unload("<w5>")
     model.load(Concept("<w5>", {"text_encoder": np.full((1, 32), -0.4, np.float32)}))
 
@@ -52,19 +50,44 @@ def test_a_word_loaded_into_a_table_in_use_is_read_by_the_next_call(model: Model
     assert np.abs(before - after).max() > 0.01
 
 
-def test_a_word_that_does_not_fit_into_one_encoders_table_is_loaded_into_none(tiny_bundle: Path) -> None:
-    model = Model.open(tiny_bundle, "onnxruntime", capacity=2)
-    small = EmbeddingTable(np.zeros((5, 32), np.float32), capacity=1)
-    encoder = msgspec.structs.replace(model.manifest.encoders[0], graph="text_encoder_2")
-    encoders = (*model.manifest.encoders, encoder)
-    model.manifest = msgspec.structs.replace(model.manifest, encoders=encoders)
-    model._tables["text_encoder_2"], model._words["text_encoder_2"] = small, {}
-    rows = np.ones((2, 32), np.float32)
+def test_more_words_can_be_loaded_than_fit_into_the_table(tiny_bundle: Path) -> None:
+    model = Model.open(tiny_bundle, "onnxruntime", threads=1, capacity=2)
+    roomy = Model.open(tiny_bundle, "onnxruntime", threads=1)
+    rng = np.random.default_rng(0)
+    for i in range(4):
+        concept = Concept(f"<w{i}>", {"text_encoder": rng.normal(0, 0.5, (1, 32)).astype(np.float32)})
+        model.load(concept)
+        roomy.load(concept)
+    prompts = [f"a <w{i}> and a <w{(i + 1) % 4}>" for i in range(4)]
 
-    with pytest.raises(ConceptError, match="needs 2 rows, 1 of 1 are free"):
-        model.load(Concept("<a>", {"text_encoder": rows, "text_encoder_2": rows}))
+    encoded, expected = (m.encode([m.tokenize(prompt) for prompt in prompts]) for m in (model, roomy))
 
-    assert model.words == ()
-    assert model._tables["text_encoder"].free_rows == 2
-    model.load(Concept("<a>", {"text_encoder": rows, "text_encoder_2": rows[:1]}))
-    assert model.words == ("<a>",)
+    for actual, wanted in zip(encoded, expected, strict=True):
+        np.testing.assert_allclose(actual.hidden_states, wanted.hidden_states, atol=2e-6)
+    with pytest.raises(UsageError, match="words have 3 vectors, the embedding table has room for 2"):
+        model.tokenize("<w0> <w1> <w2>")
+    with pytest.raises(ConceptError, match="has 3 vectors, the embedding table has room for 2"):
+        model.load(Concept("<long>", {"text_encoder": np.ones((3, 32), np.float32)}))
+
+
+def test_a_requests_own_words_replace_those_that_are_loaded(tiny_bundle: Path) -> None:
+    model = Model.open(tiny_bundle, "onnxruntime", threads=1)
+    loaded, own = (np.random.default_rng(i).normal(0, 0.5, (1, 32)).astype(np.float32) for i in range(2))
+    model.load(Concept("<toy>", {"text_encoder": loaded}))
+    model.load(Concept("<same>", {"text_encoder": own}))
+    words = {"<toy>": Concept("<toy>", {"text_encoder": own})}
+    settings = {"steps": 2, "seed": 3}
+
+    with_own, same, with_loaded = draw(
+        model,
+        Request("a <toy>", words=words, **settings),
+        Request("a <same>", **settings),
+        Request("a <toy>", **settings),
+    )
+
+    np.testing.assert_array_equal(with_own.image, same.image)
+    assert (with_own.image != with_loaded.image).any()
+    with pytest.raises(UsageError, match="no word '<same>' is loaded"):
+        draw(model, Request("a <same>", words=words))
+    with pytest.raises(ConceptError, match="width 8, text_encoder takes width 32"):
+        draw(model, Request("a <toy>", words={"<toy>": Concept("<toy>", {"text_encoder": own[:, :8]})}))
