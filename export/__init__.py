@@ -1,1 +1,1 @@
-"""A diffusers model becomes a bundle: graphs traced, checked against PyTorch, and written with their manifest."""
+"""Exports a diffusers model to a bundle: traces its graphs, checks them against PyTorch, adds a manifest."""

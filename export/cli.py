@@ -1,4 +1,4 @@
-"""`ti-export`: a bundle from a model. A thin skin over `export_bundle` and `build_plans`."""
+"""`ti-export`: exports a model to a bundle. A thin layer over `export_bundle` and `build_plans`."""
 
 import logging
 import math
@@ -17,7 +17,7 @@ from oneword.runtime.profiles import PlanLimits, build_plans
 
 
 def lora(value: str) -> tuple[Path, float]:
-    """`style.safetensors:0.8` as a file and a scale; 1 where none is given."""
+    """Parses `style.safetensors:0.8` into a file and a scale, 1 by default."""
     name, colon, scale = value.rpartition(":")
     try:
         if colon and not math.isfinite(float(scale)):
@@ -34,7 +34,7 @@ def lora(value: str) -> tuple[Path, float]:
 @click.option(
     "--config",
     type=PATH,
-    help="If MODEL is a single .safetensors file: a diffusers directory of the same kind; its weights are not read.",
+    help="Diffusers directory of the same kind of model, if MODEL is a single file; its weights are not read.",
 )
 @click.option(
     "--lora",
@@ -42,32 +42,30 @@ def lora(value: str) -> tuple[Path, float]:
     type=lora,
     multiple=True,
     metavar="FILE[:SCALE]",
-    help="A LoRA to fuse into the model; may be repeated.",
+    help="LoRA to fuse into the model; may be repeated.",
 )
 @click.option(
     "--precision",
     type=click.Choice([p.value for p in Precision]),
     default=Precision.FP32.value,
     show_default=True,
-    help="What the networks compute in; the sampler's state stays float32.",
+    help="Number type the networks compute in; the sampler's state stays float32.",
 )
 @click.option(
     "--plans",
     "flavour",
     type=click.Choice([flavour.value for flavour in Flavour]),
-    help="Also build plans for this backend, ahead of time.",
+    help="Also build plans for this backend ahead of time.",
 )
 @click.option(
     "--target",
     metavar="SM",
     show_default="tensorrt: the GPU of this machine; tensorrt-rtx: sm89",
-    help="GPU to build plans for; with tensorrt-rtx also several: sm89,sm120.",
+    help="GPU to build plans for; tensorrt-rtx accepts several: sm89,sm120.",
 )
+@click.option("--max-batch", type=click.IntRange(1), default=4, show_default=True, help="Largest batch a plan accepts.")
 @click.option(
-    "--max-batch", type=click.IntRange(1), default=4, show_default=True, help="Most pictures that a plan takes."
-)
-@click.option(
-    "--max-size", type=click.IntRange(8), show_default="the model's own", help="Longest side a plan takes, in pixels."
+    "--max-size", type=click.IntRange(8), show_default="the model's own", help="Longest side a plan accepts, in pixels."
 )
 @click.option(
     "--static-size",
@@ -75,7 +73,7 @@ def lora(value: str) -> tuple[Path, float]:
     type=size,
     multiple=True,
     metavar="WxH",
-    help="A size that gets plans of its own, which are faster; may be repeated.",
+    help="Size to build dedicated, faster plans for; may be repeated.",
 )
 @json_option
 @click.pass_context
@@ -95,19 +93,19 @@ def command(
 ) -> None:
     """Compile MODEL into the folder BUNDLE.
 
-    MODEL is a diffusers directory, a hub id, a single .safetensors file or the word `miniature`. Every graph is
-    compared with PyTorch on fresh inputs before the bundle appears.
+    MODEL is a diffusers directory, a hub id, a single .safetensors file or `miniature`. Every graph is compared with
+    PyTorch on fresh inputs before the bundle appears.
     """
     started = time.perf_counter()
     plans = None if flavour is None else Flavour(flavour)
     if plans is None:
-        _refuse_options_of_plans(context)
-    else:  # before the long work
+        _refuse_plan_options(context)
+    else:  # fail before the long work
         installed_version(plans)
         target = target_of(plans, target)
     limits = PlanLimits(max_batch, max_size, static_sizes)
     silence_libraries()
-    from oneword.export.source import Lora  # torch: after --help has been answered
+    from oneword.export.source import Lora  # imports torch, which --help does not need
     from oneword.export.write import export_bundle
 
     with ProgressBar(f"exporting {model}") as progress:
@@ -145,8 +143,8 @@ def command(
         print_json({**summary(exported, seconds), "target": target, "plans": files})
 
 
-def _refuse_options_of_plans(context: click.Context) -> None:
-    """Raises UsageError for an option that changes nothing without --plans."""
+def _refuse_plan_options(context: click.Context) -> None:
+    """Raises UsageError for an option that has no effect without --plans."""
     for name in ("target", "max_batch", "max_size", "static_sizes"):
         if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
             [option] = [parameter.opts[0] for parameter in context.command.params if parameter.name == name]
@@ -154,7 +152,7 @@ def _refuse_options_of_plans(context: click.Context) -> None:
 
 
 def summary(exported: Any, seconds: float) -> dict[str, object]:
-    """What `--json` prints."""
+    """The document that `--json` prints."""
     manifest = exported.bundle.manifest
     return {
         "bundle": str(exported.bundle.path),

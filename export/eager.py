@@ -1,4 +1,4 @@
-"""The torch modules behind the Engine protocol: the reference for compiled graphs, and previews during training."""
+"""Torch modules as engines: the reference for compiled graphs, and the backend of previews during training."""
 
 from collections.abc import Mapping, Sequence
 
@@ -18,7 +18,7 @@ from oneword.runtime.prompt import Tokenizer
 
 
 class EagerEngine:
-    """One graph's torch module, run as it is."""
+    """An Engine that runs a graph's torch module as it is."""
 
     limits: Mapping[str, int] = {}
     few_shapes = False
@@ -51,7 +51,7 @@ class EagerEngine:
 
 
 class EagerBinding:
-    """A module with its inputs and outputs in host memory."""
+    """A Binding of a module's inputs and outputs in host memory."""
 
     capturable = False
 
@@ -69,11 +69,11 @@ class EagerBinding:
             self.outputs[name].write(..., value)
 
     def specialize(self) -> None:
-        """See Binding. Any shape is as fast."""
+        """See Binding. Does nothing: every shape is equally fast."""
 
 
 def eager_model(source: Source) -> Model:
-    """A runtime model over a source's own torch modules, with nothing exported."""
+    """A runtime model that runs a source's own torch modules; nothing is exported."""
     exportable = family_of(source)
     engines = {graph.name: EagerEngine(graph) for graph in exportable.graphs}
     graphs = {g.name: Graph((), "", g.precision, g.inputs, g.outputs) for g in exportable.graphs}

@@ -1,7 +1,7 @@
-"""Families of models: which components become which graphs, and what the manifest says of them.
+"""Model families: which components become which graphs, and what the manifest records about them.
 
-A family is one function from a loaded Source to an Exportable, listed in FAMILIES under the pipelines that are of it.
-Nothing below this floor knows a family's name.
+A family is one function from a loaded Source to an Exportable, listed in FAMILIES with its diffusers pipelines.
+No family is named in the runtime or the engines.
 """
 
 from collections.abc import Callable, Mapping
@@ -41,18 +41,18 @@ TORCH_DTYPES = {Precision.FP32: torch.float32, Precision.FP16: torch.float16, Pr
 
 @dataclass(frozen=True)
 class Traceable:
-    """One graph before it is traced: a module, and what goes in and out of it, in order."""
+    """A graph to be traced: a module with its inputs and outputs, in order."""
 
     name: str
     module: nn.Module
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     limits: Mapping[str, int]
-    """Bounds that the weights set: `V` rows, `T` tokens at most, `layer` below, VAE `factor`."""
+    """Bounds set by the weights: `V` table rows, at most `T` tokens, `layer` below this, the VAE's `factor`."""
 
     @property
     def precision(self) -> Precision:
-        """What the network computes in: the dtype of its weights."""
+        """The number type the network computes in: that of its weights."""
         dtype = next(p.dtype for p in self.module.parameters())
         return next(precision for precision, d in TORCH_DTYPES.items() if d == dtype)
 
@@ -72,7 +72,7 @@ class Exportable:
     defaults: Defaults
 
     def manifest(self, graphs: Mapping[str, Graph], origin: Provenance, preview: Preview | None = None) -> Manifest:
-        """All that the runtime knows about this model, with these graphs."""
+        """Everything the runtime knows about this model, with these graphs."""
         return Manifest(
             source=origin,
             graphs=dict(graphs),
@@ -88,18 +88,18 @@ class Exportable:
 
 
 def family_of(source: Source) -> Exportable:
-    """The source as its family sees it. Raises UsageError naming what the runtime cannot do."""
+    """The Exportable of a source's family. Raises UsageError that names what is not supported."""
     families = {pipeline: family for family in FAMILIES for pipeline in FAMILIES[family]}
     if source.pipeline not in families:
         raise UsageError(
-            f"{source.model} is a {source.pipeline or 'model of no pipeline'}; known are {', '.join(families)}"
+            f"{source.model} is a {source.pipeline or 'model without pipeline'}: give a model of {', '.join(families)}"
         )
-    refuse_what_the_runtime_cannot_do(source)
+    refuse_unsupported(source)
     return families[source.pipeline](source)
 
 
 def stable_diffusion(source: Source) -> Exportable:
-    """Stable Diffusion 1.x and 2.x (arXiv 2112.10752): one CLIP text encoder, its last state normed."""
+    """Stable Diffusion 1.x and 2.x (arXiv 2112.10752): one CLIP text encoder, its last state after the norm."""
     encoder = TextEncoder(source.text_encoders["text_encoder"])
     return assemble(
         source,
@@ -111,9 +111,9 @@ def stable_diffusion(source: Source) -> Exportable:
 
 
 def stable_diffusion_xl(source: Source) -> Exportable:
-    """SDXL (arXiv 2307.01952): two CLIP encoders side by side, last state but one, no norm; the second also pools."""
+    """SDXL (arXiv 2307.01952): two CLIP encoders, penultimate states without norm, concatenated; the second pools."""
     if source.vae.dtype == torch.float16:
-        source.vae.float()  # this VAE overflows in fp16: black pictures
+        source.vae.float()  # this VAE overflows in fp16, which gives black pictures
     encoders = {
         "text_encoder": TextEncoder(source.text_encoders["text_encoder"], final_norm=False),
         "text_encoder_2": TextEncoder(source.text_encoders["text_encoder_2"], final_norm=False, pools=True),
@@ -129,7 +129,7 @@ def stable_diffusion_xl(source: Source) -> Exportable:
 
 
 def latent_diffusion(source: Source) -> Exportable:
-    """The paper's own model, LDM text to image (arXiv 2112.10752): an LDMBert encoder that reads WordPiece."""
+    """The paper's own model, LDM text-to-image (arXiv 2112.10752): an LDMBert encoder over WordPiece tokens."""
     encoder = TextEncoder(source.text_encoders["text_encoder"])
     return assemble(
         source,
@@ -155,7 +155,7 @@ def assemble(
     guidance_scale: float,
     skipped_layers: int = 0,
 ) -> Exportable:
-    """What all families share: encoders, denoise step and VAE as graphs, and the facts about them."""
+    """Builds what all families share: encoders, denoise step and VAE as graphs, and the facts about them."""
     factor = 2 ** (len(source.vae.config.block_out_channels) - 1)
     context_width = max(sum(encoders[name].hidden_width for name in block) for block in conditioning.context)
     pooled_width = sum(encoders[name].pooled_width for name in conditioning.pooled)
@@ -184,7 +184,7 @@ def assemble(
 
 
 def encoder_graph(name: str, encoder: TextEncoder) -> Traceable:
-    """A text encoder with its embedding table as an input."""
+    """The graph of a text encoder whose embedding table is an input."""
     vocab_size, width = encoder.table.shape
     table = DType.FLOAT16 if TABLE_DTYPES[encoder.dtype] is torch.float16 else DType.FLOAT32
     inputs = [
@@ -207,7 +207,7 @@ def encoder_graph(name: str, encoder: TextEncoder) -> Traceable:
 def denoise_graph(
     unet: UNet2DConditionModel, context_width: int, pooled_width: int = 0, time_ids: int = 0
 ) -> Traceable:
-    """The denoise step, with SDXL's two inputs where the family pools."""
+    """The graph of the denoise step, with SDXL's three additional inputs if the family pools."""
     step, latents = DenoiseStep(unet), ("B", int(unet.config.in_channels), "h", "w")
     inputs = [
         TensorSpec("sample", DType.FLOAT32, latents),
@@ -237,7 +237,7 @@ def denoise_graph(
 
 
 def vae_graphs(source: Source) -> tuple[Traceable, ...]:
-    """Decoder and encoder."""
+    """The graphs of the VAE's decoder and encoder."""
     channels = latent_channels(source.vae)
     latents, pixels = ("B", channels, "h", "w"), ("B", "H", "W", 3)
     factor = 2 ** (len(source.vae.config.block_out_channels) - 1)
@@ -259,7 +259,7 @@ def vae_graphs(source: Source) -> tuple[Traceable, ...]:
 
 
 def latent_channels(vae: AutoencoderKL | VQModel) -> int:
-    """C: channels of the latents that the denoiser sees."""
+    """C: channels of the denoiser's latents."""
     return int(vae.config.get("vq_embed_dim") or vae.config.latent_channels)
 
 
@@ -267,7 +267,7 @@ FINITE = TensorSpec("finite", DType.BOOL, ("B",))
 
 
 def encoder_facts(source: Source, name: str, encoder: TextEncoder, default_layer: int) -> Encoder:
-    """What the manifest says of one encoder."""
+    """The manifest's entry for one encoder."""
     tokenizer = source.tokenizers[name]
     vocab_size, width = encoder.table.shape
     wordpiece = "Bert" in type(tokenizer).__name__
@@ -278,7 +278,7 @@ def encoder_facts(source: Source, name: str, encoder: TextEncoder, default_layer
     )
     if len(tokenizer) > vocab_size:
         raise UsageError(
-            f"{name} has {vocab_size} rows and its tokenizer {len(tokenizer)} words: give a model whose files fit"
+            f"{name} has {vocab_size} rows but its tokenizer {len(tokenizer)} tokens: give a model whose files match"
         )
     return Encoder(
         graph=name,
@@ -297,8 +297,8 @@ def encoder_facts(source: Source, name: str, encoder: TextEncoder, default_layer
     )
 
 
-def refuse_what_the_runtime_cannot_do(source: Source) -> None:
-    """Raises UsageError naming the first setting that no graph or schedule of ours can express."""
+def refuse_unsupported(source: Source) -> None:
+    """Raises UsageError that names the first setting that no graph or schedule here can express."""
     scheduler, unet = source.scheduler_config, source.unet.config
     channels = latent_channels(source.vae)
     problems: list[tuple[Any, str]] = [
@@ -308,9 +308,9 @@ def refuse_what_the_runtime_cannot_do(source: Source) -> None:
         ),
         (
             source.pipeline.startswith("StableDiffusionXL") and len(source.text_encoders) != 2,
-            f"it has the encoder {', '.join(source.text_encoders)} alone, and SDXL has two",
+            f"it has only the encoder {', '.join(source.text_encoders)}, but SDXL needs two",
         ),
-        (scheduler.get("thresholding"), "the scheduler thresholds (dynamic thresholding looks at every pixel)"),
+        (scheduler.get("thresholding"), "the scheduler uses dynamic thresholding, which depends on every pixel"),
         (scheduler.get("clip_sample"), "the scheduler clips samples (clip_sample)"),
         (
             "beta_schedule" not in scheduler,
@@ -320,19 +320,19 @@ def refuse_what_the_runtime_cannot_do(source: Source) -> None:
             scheduler.get("prediction_type", "epsilon") not in ("epsilon", "v_prediction", "sample"),
             f"the scheduler predicts {scheduler.get('prediction_type')}",
         ),
-        (unet.in_channels != channels, f"the UNet takes {unet.in_channels} channels and the VAE gives {channels}"),
-        (unet.out_channels != channels, f"the UNet gives {unet.out_channels} channels and the VAE takes {channels}"),
-        (unet.get("time_cond_proj_dim"), "the UNet wants timestep_cond (distilled guidance)"),
-        (unet.get("class_embed_type") or unet.get("num_class_embeds"), "the UNet wants class labels"),
-        (unet.get("encoder_hid_dim_type"), f"the UNet wants {unet.get('encoder_hid_dim_type')} for its context"),
+        (unet.in_channels != channels, f"the UNet takes {unet.in_channels} channels but the VAE has {channels}"),
+        (unet.out_channels != channels, f"the UNet returns {unet.out_channels} channels but the VAE has {channels}"),
+        (unet.get("time_cond_proj_dim"), "the UNet needs timestep_cond (distilled guidance)"),
+        (unet.get("class_embed_type") or unet.get("num_class_embeds"), "the UNet needs class labels"),
+        (unet.get("encoder_hid_dim_type"), f"the UNet needs {unet.get('encoder_hid_dim_type')} for its context"),
         (
             unet.get("addition_embed_type") not in ((None, "text_time") if len(source.text_encoders) > 1 else (None,)),
-            f"the UNet wants added conditions of type {unet.get('addition_embed_type')}",
+            f"the UNet needs added conditions of type {unet.get('addition_embed_type')}",
         ),
         (source.vae.config.get("norm_type") == "spatial", "the VAE's decoder also takes the codes (norm_type spatial)"),
         (unet.get("center_input_sample"), "the UNet centres its input (center_input_sample)"),
         (unet.get("attention_type", "default") != "default", f"the UNet's attention is {unet.get('attention_type')}"),
     ]
-    for bad, what in problems:
-        if bad:
-            raise UsageError(f"{source.model}: {what}, which the runtime cannot do; give a plain text-to-image model")
+    for applies, problem in problems:
+        if applies:
+            raise UsageError(f"{source.model} is not supported: {problem}; give a plain text-to-image model")

@@ -2,7 +2,7 @@
 
 B rows (pictures), N branches (UNet evaluations), M contexts (encoded prompts), T tokens, D width, C latent channels,
 h = H / 8. Inputs and outputs are float32 (an fp16 network's table: fp16); the network computes in its own dtype inside.
-Every module ends with `finite` [B] bool, so that a NaN is noticed without anybody looking at a picture.
+The last output of every module is `finite` [B] bool, so that a NaN is detected without looking at a picture.
 """
 
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from oneword.engines.errors import UsageError
 
 
 class Parts(NamedTuple):
-    """What a text model is made of, whoever wrote it."""
+    """The parts of a text model, whichever library it comes from."""
 
     table: Tensor
     positions: nn.Embedding
@@ -41,14 +41,14 @@ def parts_of(model: Any) -> Parts:
 
 
 class LdmBertLayer(nn.Module):
-    """One layer of diffusers' LDMBertModel, whose own forward looks at its data where it is float16."""
+    """One layer of diffusers' LDMBertModel, whose own forward has data-dependent control flow in float16."""
 
     def __init__(self, layer: Any) -> None:
         super().__init__()
         self.layer: Any = layer
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """States [B,T,D] -> [B,T,D]; every token sees every other, padding too, as in the released model."""
+        """States [B,T,D] -> [B,T,D]; every token attends to every other and to padding, as in the released model."""
         layer, attention = self.layer, self.layer.self_attn
         h = layer.self_attn_layer_norm(x)
         q, k, v = (
@@ -64,7 +64,7 @@ class LdmBertLayer(nn.Module):
 class TextEncoder(nn.Module):
     """A text model whose embedding table is an input.
 
-    `model` is one that `parts_of` knows. `final_norm`: whether hidden states pass the final layer norm (all but SDXL).
+    `model` is one that `parts_of` accepts. `final_norm`: whether to apply the final layer norm (all but SDXL).
     `pools`: whether the projected state at `eos_index` is an output.
     """
 
@@ -82,7 +82,7 @@ class TextEncoder(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the network computes in."""
+        """The number type the network computes in."""
         return self.table.dtype
 
     @property
@@ -92,7 +92,7 @@ class TextEncoder(nn.Module):
 
     @property
     def max_length(self) -> int:
-        """The most tokens a row may have."""
+        """The maximum number of tokens in a row."""
         return int(self.positions.weight.shape[0])
 
     @property
@@ -102,7 +102,7 @@ class TextEncoder(nn.Module):
 
     @property
     def pooled_width(self) -> int:
-        """P: the width of what pooling gives."""
+        """P: the width of the pooled vector."""
         return self.hidden_width if self.projection is None else int(self.projection.weight.shape[0])
 
     def forward(
@@ -120,7 +120,7 @@ class TextEncoder(nn.Module):
     def embeddings_to_states(
         self, inputs_embeds: Tensor, token_weights: Tensor, layer: Tensor, eos_index: Tensor | None = None
     ) -> tuple[Tensor, ...]:
-        """All of `forward` after the table: inputs_embeds is [B, T, D]."""
+        """`forward` after the table lookup: inputs_embeds is [B,T,D]."""
         _, t, _ = inputs_embeds.shape
         x = inputs_embeds + self.positions.weight[:t]
         mask = causal_mask(t, x) if self.causal else None
@@ -142,9 +142,9 @@ class TextEncoder(nn.Module):
 class Attend:
     """Attention of a transformer block, as a diffusers processor; keys and values may come from different contexts.
 
-    With `branch_context` [N,2,L], `encoder_hidden_states` is a pool of contexts [M,T,D]: this layer's keys come from
-    `branch_context[:, 0, layer]`, its values from `branch_context[:, 1, layer]`. Without: [N,T,D].
-    `plain` multiplies and normalises in steps, which is faster than the fused kernel over few positions on a CPU.
+    Without `branch_context`, `encoder_hidden_states` is [N,T,D]. With `branch_context` [N,2,L] it is a pool of contexts
+    [M,T,D]: this layer's keys come from `branch_context[:, 0, layer]`, its values from `branch_context[:, 1, layer]`.
+    `plain` uses separate products and a softmax, which is faster than the fused kernel for few positions on a CPU.
     """
 
     def __init__(self, layer: int) -> None:
@@ -177,10 +177,10 @@ class Attend:
 
 
 class UNet(nn.Module):
-    """UNet2DConditionModel's own forward, with `forward_upsample_size` always on, and a context for each layer.
+    """UNet2DConditionModel's own forward, with `forward_upsample_size` always on and a context per layer.
 
-    The model decides from the sample's shape whether to hand sizes to its upsamplers, and a traced graph would freeze
-    that choice; always on, the result is the same and odd sizes work. Its attention processors become Attend.
+    The model decides from the sample's shape whether to pass sizes to its upsamplers, and a traced graph would freeze
+    that decision. Always passing them is equivalent and supports odd sizes. Its attention processors become Attend.
     """
 
     def __init__(self, unet: UNet2DConditionModel) -> None:
@@ -194,11 +194,11 @@ class UNet(nn.Module):
 
     @property
     def num_layers(self) -> int:
-        """L: cross-attention layers that may have contexts of their own, in the order they run."""
+        """L: the number of cross-attention layers, each of which may have its own context."""
         return len(self.attention)
 
     def attend_plainly(self, plain: bool) -> None:
-        """Sets Attend.plain everywhere."""
+        """Sets Attend.plain in every layer."""
         for block in self.attention:
             for attention in block:
                 attention.processor.plain = plain
@@ -222,15 +222,15 @@ class UNet(nn.Module):
         x = unet.conv_in(sample)
         skips = (x,)
         for block in unet.down_blocks:
-            x, states = block(x, emb, **attends(block, context, branch_context))
+            x, states = block(x, emb, **context_arguments(block, context, branch_context))
             skips += states
         if unet.mid_block is not None:
-            x = unet.mid_block(x, emb, **attends(unet.mid_block, context, branch_context))
+            x = unet.mid_block(x, emb, **context_arguments(unet.mid_block, context, branch_context))
         for block in unet.up_blocks:
             count = len(block.resnets)
             states, skips = skips[-count:], skips[:-count]
             size = skips[-1].shape[2:] if skips else None
-            x = block(x, states, temb=emb, upsample_size=size, **attends(block, context, branch_context))
+            x = block(x, states, temb=emb, upsample_size=size, **context_arguments(block, context, branch_context))
         if unet.conv_norm_out is not None:
             x = unet.conv_act(unet.conv_norm_out(x))
         prediction: Tensor = unet.conv_out(x)
@@ -332,13 +332,14 @@ class VaeDecoder(nn.Module):
             z = self.post_quant_conv(z)
         x = self.decoder(z).float()
         images = ((x / 2 + 0.5).clamp(0, 1) * 255).round().permute(0, 2, 3, 1)
-        return images.to(torch.uint8), finite(x)  # the cast comes last: TensorRT has uint8 at a graph's border only
+        return images.to(torch.uint8), finite(x)  # the cast is last: TensorRT has uint8 only as graph input or output
 
 
 class VaeEncoder(nn.Module):
     """Images [B,H,W,3] uint8 -> the posterior's mean and std [B,C,h,w] in the sampler's space, finite [B].
 
-    A VQModel has no posterior: its std is zero."""
+    A VQModel has no posterior: its std is zero.
+    """
 
     def __init__(self, vae: AutoencoderKL | VQModel) -> None:
         super().__init__()
@@ -361,21 +362,21 @@ class VaeEncoder(nn.Module):
 
 
 def nearest(z: Tensor, codebook: Tensor) -> Tensor:
-    """Every latent of z [B,C,h,w] replaced by the nearest row of the codebook [K,C]; distances in float32."""
+    """Replaces every latent of z [B,C,h,w] by the nearest row of the codebook [K,C]; distances in float32."""
     rows, codes = z.float().permute(0, 2, 3, 1), codebook.float()
     distances = codes.square().sum(dim=1) - 2 * rows @ codes.T  # |z|^2 is the same for every code
     return codebook[distances.argmin(dim=-1)].permute(0, 3, 1, 2)
 
 
 def weigh_tokens(states: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """A1111's emphasis: each token's state times its weight, then the row's mean restored; exactly nothing for ones.
+    """A1111's emphasis: each token's state times its weight, then the row's mean restored; weights of 1 change nothing.
 
     Returns the states [B,T,D] and the factor [B] that restored the mean. A1111 divides by a mean that may be near zero.
-    Here the factor stays within what the weights themselves allow (1/max .. 1/min, and at most 10), and is 1 for rows
-    whose mean is only rounding error.
+    Here the factor is limited to the range the weights allow (1/max .. 1/min, and at most 10), and is 1 for rows whose
+    mean is only rounding error.
     """
     weighted = states * weights[:, :, None]
-    before, after = (x.detach().mean(dim=(1, 2)) for x in (states, weighted))  # learning: no gradient of 0 / 0
+    before, after = (x.detach().mean(dim=(1, 2)) for x in (states, weighted))  # training: no gradient of 0 / 0
     smallest = 1 / weights.amax(dim=1).clamp(min=1)
     largest = 1 / weights.amin(dim=1).clamp(min=0.1).clamp(max=1)
     factor = torch.minimum(torch.maximum(before / after, smallest), largest)
@@ -386,26 +387,26 @@ def weigh_tokens(states: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def zero_star_scale(m_uncond: Tensor, m_cond: Tensor, zero_star: Tensor) -> Tensor:
-    """CFG-Zero* (arXiv 2503.18886): s* = <m_c, m_u> / |m_u|^2 [B,1,1,1] where zero_star is 1, else exactly 1."""
+    """CFG-Zero* (arXiv 2503.18886): s* = <m_c, m_u> / |m_u|^2 [B,1,1,1] if zero_star is 1, else exactly 1."""
     dot, square = ((m_uncond * x).sum(dim=(1, 2, 3), keepdim=True) for x in (m_cond, m_uncond))
     scale = dot / square.clamp(min=1e-12)
     return torch.where(zero_star > 0, 1 + zero_star * (scale - 1), 1.0)
 
 
 def rescale_guidance(m: Tensor, m_cond: Tensor, rescale: Tensor) -> Tensor:
-    """Guidance rescale, section 3.4 of arXiv 2305.08891: the guided deviation is pulled to the conditional's."""
+    """Guidance rescale, section 3.4 of arXiv 2305.08891: pulls the guided standard deviation to the conditional one."""
     std_cond, std = (x.std(dim=(1, 2, 3), keepdim=True) for x in (m_cond, m))
     return m * (1 - rescale + rescale * std_cond / std.clamp(min=1e-12))
 
 
 def causal_mask(t: int, like: Tensor) -> Tensor:
-    """[1, 1, T, T]: 0 where a token may look, the dtype's lowest number where it may not."""
+    """[1, 1, T, T]: 0 where a token may attend, the dtype's lowest number elsewhere."""
     lowest = torch.finfo(like.dtype).min
     return torch.full((t, t), lowest, dtype=like.dtype, device=like.device).triu(1)[None, None]
 
 
-def attends(block: nn.Module, context: Tensor, branch_context: Tensor | None) -> dict[str, Any]:
-    """The context, for blocks that take one."""
+def context_arguments(block: nn.Module, context: Tensor, branch_context: Tensor | None) -> dict[str, Any]:
+    """Arguments that pass the context to a block, empty for a block without cross-attention."""
     if not getattr(block, "has_cross_attention", False):
         return {}
     contexts = {} if branch_context is None else {"branch_context": branch_context}
@@ -413,9 +414,9 @@ def attends(block: nn.Module, context: Tensor, branch_context: Tensor | None) ->
 
 
 def attention_of(unet: UNet2DConditionModel) -> list[list[Any]]:
-    """The attention modules of every transformer of a UNet, in the order they run: one list per transformer.
+    """The attention modules of every transformer of a UNet, in execution order: one list per transformer.
 
-    Raises UsageError for attention that Attend does not compute.
+    Raises UsageError for attention that Attend does not support.
     """
     blocks = [*unet.down_blocks, *([] if unet.mid_block is None else [unet.mid_block]), *unet.up_blocks]
     transformers = [t for block in blocks for t in (getattr(block, "attentions", None) or ())]
@@ -427,15 +428,15 @@ def attention_of(unet: UNet2DConditionModel) -> list[list[Any]]:
     for attention in (attention for layer in layers for attention in layer):
         for name in ("group_norm", "norm_cross", "norm_q", "norm_k", "spatial_norm", "added_kv_proj_dim"):
             if getattr(attention, name, None) is not None:
-                raise UsageError(f"the UNet's attention has {name}, which no graph here computes")
+                raise UsageError(f"the UNet's attention has {name}: not supported, give a plain text-to-image model")
     return layers
 
 
 def finite(x: Tensor) -> Tensor:
-    """[B] bool: whether everything in each row of x [B, ...] is finite."""
+    """[B] bool: whether all values in each row of x [B, ...] are finite."""
     return torch.isfinite(x).flatten(1).all(dim=1)
 
 
 def latent_scale_and_shift(vae: AutoencoderKL | VQModel) -> tuple[float, float]:
-    """What turns the VAE's latents into the sampler's: (z - shift) * scale."""
+    """Scale and shift from the VAE's latents to the sampler's: (z - shift) * scale."""
     return float(vae.config.scaling_factor), float(vae.config.get("shift_factor", None) or 0.0)

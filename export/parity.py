@@ -1,5 +1,7 @@
-"""A compiled graph against its torch module, on fresh inputs of several shapes. References are made first, so that the
-module can be freed before the compiled graph is opened."""
+"""Compares a compiled graph with its torch module on fresh inputs of several shapes.
+
+The references are computed first, so that the module can be freed before the compiled graph is opened.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,20 +15,20 @@ from oneword.export.eager import EagerEngine
 from oneword.export.families import Traceable
 from oneword.export.trace import example_feeds
 
-# None is what was traced; odd sizes, one row and ragged branches are among them.
+# None equals the traced sizes; odd sizes, a single row and ragged branches are included.
 SHAPES: tuple[Mapping[str, int], ...] = (
     {"B": 1, "N": 2, "M": 2, "T": 77, "h": 8, "w": 8},
     {"B": 2, "N": 4, "M": 3, "T": 16, "h": 9, "w": 15},
     {"B": 4, "N": 5, "M": 2, "T": 5, "h": 17, "w": 16},
 )
-# Largest |difference| / largest |reference| of float outputs; of pictures the mean difference in levels.
+# Float outputs: largest |difference| / largest |reference|. Pictures: mean |difference| in levels of 255.
 TOLERANCE = {Precision.FP32: 1e-3, Precision.FP16: 5e-2, Precision.BF16: 2e-1}
 PICTURE_TOLERANCE = {Precision.FP32: 0.05, Precision.FP16: 2.0, Precision.BF16: 8.0}
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What the torch module gives for some inputs."""
+    """Inputs, and the torch module's outputs for them."""
 
     feeds: Mapping[str, NumpyArray]
     outputs: Mapping[str, NumpyArray]
@@ -34,7 +36,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class Difference:
-    """How far one output of a compiled graph is from the module's, at the worst of the shapes.
+    """The largest difference of one output between a compiled graph and its module, over all shapes.
 
     Float outputs: largest |difference| / largest |reference|. Pictures: mean |difference| in levels of 255.
     """
@@ -50,9 +52,9 @@ class Difference:
 
 
 def references(graph: Traceable, shapes: Sequence[Mapping[str, int]] = SHAPES) -> list[Reference]:
-    """Runs the module at every shape, seeds 1, 2, ...: never what it was traced with.
+    """Runs the module at every shape with seeds 1, 2, ...: never with the inputs it was traced with.
 
-    Raises EngineError where the module itself gives NaN or infinity: there is nothing to compare with then.
+    Raises NotFinite if the module itself gives NaN or infinity, since there is then nothing to compare with.
     """
     eager = EagerEngine(graph)
     feeds = [example_feeds(graph, sizes, seed) for seed, sizes in enumerate(shapes, start=1)]
@@ -66,7 +68,7 @@ def references(graph: Traceable, shapes: Sequence[Mapping[str, int]] = SHAPES) -
 
 
 def compare(engine: Engine, cases: Iterable[Reference], precision: Precision) -> list[Difference]:
-    """The worst difference of each output over all cases. Raises EngineError where it is more than allowed."""
+    """The largest difference of each output over all cases. Raises EngineError if one is larger than allowed."""
     worst: dict[str, float] = {}
     for case in cases:
         outputs = engine.run(case.feeds)
@@ -77,17 +79,17 @@ def compare(engine: Engine, cases: Iterable[Reference], precision: Precision) ->
     for name, value in worst.items():
         picture = engine.outputs[name].dtype is DType.UINT8
         allowed = 0.0 if name == "finite" else (PICTURE_TOLERANCE if picture else TOLERANCE)[precision]
-        found = Difference(engine.name, name, value, "levels" if picture else "relative", allowed)
+        result = Difference(engine.name, name, value, "levels" if picture else "relative", allowed)
         if not value <= allowed:
             raise EngineError(
-                f"{found}: the compiled graph is not the model (on {engine.backend}); try another precision"
+                f"{result}: the compiled graph differs from the model (on {engine.backend}); try another precision"
             )
-        differences.append(found)
+        differences.append(result)
     return differences
 
 
 def difference(engine: Engine, name: str, actual: NumpyArray, expected: NumpyArray) -> float:
-    """The distance of one output, as Difference says; infinite where the shapes differ or one has NaN."""
+    """The distance of one output, as in Difference; infinite if the shapes differ or either has NaN."""
     if actual.shape != expected.shape:
         return float("inf")
     if engine.outputs[name].dtype is DType.UINT8:

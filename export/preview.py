@@ -9,12 +9,12 @@ from oneword.export.modules import VaeDecoder
 from oneword.export.source import Source
 from oneword.runtime.bundle import Preview
 
-LATENTS, SIDE = 16, 16  # random latents to decode, and their height and width
-COARSE = (1, 2, 4, 8)  # sides of the noise that is enlarged: real latents vary slowly from place to place
+LATENTS, SIDE = 16, 16  # the number of random latents to decode, and their height and width
+COARSE = (1, 2, 4, 8)  # sides of the noise before it is enlarged: real latents vary slowly across a picture
 
 
 def preview_of(source: Source) -> Preview:
-    """Least squares of the decoder's pixels, averaged over each latent's square, on smooth random latents."""
+    """Fits the decoder's pixels, averaged over each latent's square, by least squares on smooth random latents."""
     generator = torch.Generator().manual_seed(0)
     channels, decoder = latent_channels(source.vae), VaeDecoder(source.vae)
     latents = torch.cat(
@@ -27,9 +27,9 @@ def preview_of(source: Source) -> Preview:
         images = torch.cat([decoder(latent[None])[0] for latent in latents])
     factor = images.shape[1] // SIDE
     pixels = F.avg_pool2d(images.permute(0, 3, 1, 2).float() / 255, factor)
-    ones = torch.ones(LATENTS, 1, SIDE, SIDE)
-    known = torch.cat([latents, ones], dim=1).permute(0, 2, 3, 1).reshape(-1, channels + 1).double().numpy()
-    wanted = pixels.permute(0, 2, 3, 1).reshape(-1, 3).double().numpy()
-    solution = np.linalg.lstsq(known, wanted, rcond=None)[0].round(6).tolist()
+    constant = torch.ones(LATENTS, 1, SIDE, SIDE)
+    features = torch.cat([latents, constant], dim=1).permute(0, 2, 3, 1).reshape(-1, channels + 1).double().numpy()
+    targets = pixels.permute(0, 2, 3, 1).reshape(-1, 3).double().numpy()
+    solution = np.linalg.lstsq(features, targets, rcond=None)[0].round(6).tolist()
     *weights, bias = (tuple(line) for line in solution)
     return Preview(tuple(weights), bias)

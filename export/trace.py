@@ -1,4 +1,4 @@
-"""A torch module becomes an ONNX file: opset 20 (bf16: 22), batch and size axes dynamic and named, then checked."""
+"""Traces a torch module to a checked ONNX file: opset 20 (bf16: 22), batch and size axes dynamic and named."""
 
 import contextlib
 import io
@@ -19,16 +19,16 @@ from oneword.export.families import Traceable
 
 OPSET = 20
 BF16_OPSET = 22  # the first whose Conv takes bfloat16
-EXAMPLE_SIZES = {"B": 3, "N": 5, "M": 4, "T": 7, "h": 12, "w": 10}  # none 0, 1, or equal to another
+EXAMPLE_SIZES = {"B": 3, "N": 5, "M": 4, "T": 7, "h": 12, "w": 10}  # none is 0 or 1, and all differ
 
 
 def trace(graph: Traceable, folder: Path) -> tuple[str, ...]:
-    """Writes `<name>.onnx` (and its data file, if it is large) into `folder`; the files' names, the .onnx first."""
+    """Writes `<name>.onnx` (and its data file, if it is large) into `folder`. Returns their names, the .onnx first."""
     path = folder / f"{graph.name}.onnx"
     examples = tuple(to_torch(graph.inputs, example_feeds(graph, EXAMPLE_SIZES, seed=0)).values())
     try:
         with quiet(), torch.no_grad():
-            # Captured here, for torch.onnx would fall back to a capture that takes five times as long.
+            # Captured here, because torch.onnx would fall back to a capture that takes five times as long.
             captured = torch.export.export(
                 graph.module, examples, dynamic_shapes=tuple(map(dynamic_axes, graph.inputs)), strict=False
             )
@@ -40,7 +40,7 @@ def trace(graph: Traceable, folder: Path) -> tuple[str, ...]:
                 output_names=[spec.name for spec in graph.outputs],
                 verbose=False,
             )
-            assert program is not None  # it is, for dynamo=True
+            assert program is not None  # always set with dynamo=True
             name_axes(program, graph)
             program.save(str(path), external_data=large(graph))
         onnx.checker.check_model(str(path), full_check=not large(graph))
@@ -57,12 +57,12 @@ def trace(graph: Traceable, folder: Path) -> tuple[str, ...]:
 
 
 def large(graph: Traceable) -> bool:
-    """Whether the weights go to a data file, as they must above protobuf's 2 GB."""
+    """Whether the weights go to a data file, which protobuf requires above 2 GB."""
     return sum(p.numel() * p.element_size() for p in graph.module.parameters()) > 1 << 30
 
 
 def dynamic_axes(spec: TensorSpec) -> dict[int, object]:
-    """What torch.export is told of one input: its named axes are dynamic."""
+    """The axes of one input for torch.export: named axes are dynamic."""
     return {
         i: torch.export.Dim.DYNAMIC if isinstance(axis, str) else torch.export.Dim.STATIC
         for i, axis in enumerate(spec.axes)
@@ -70,7 +70,7 @@ def dynamic_axes(spec: TensorSpec) -> dict[int, object]:
 
 
 def name_axes(program: torch.onnx.ONNXProgram, graph: Traceable) -> None:
-    """Gives the axes of inputs and outputs the manifest's names, for torch.export invents its own."""
+    """Gives the axes of inputs and outputs the manifest's names in place of those torch.export invents."""
     model = program.model.graph
     for values, specs in ((model.inputs, graph.inputs), (model.outputs, graph.outputs)):
         for value, spec in zip(values, specs, strict=True):
@@ -78,7 +78,7 @@ def name_axes(program: torch.onnx.ONNXProgram, graph: Traceable) -> None:
     for node in model:
         for value in node.outputs:
             if not value.is_graph_output():
-                value.shape = None  # in the invented names; every reader infers them anew
+                value.shape = None  # uses the invented names; every reader infers shapes again
 
 
 def example_feeds(graph: Traceable, sizes: Mapping[str, int], seed: int) -> dict[str, NumpyArray]:
@@ -104,7 +104,7 @@ INDEXED_AXIS = {
 def example(
     spec: TensorSpec, axes: Mapping[str, int], limits: Mapping[str, int], generator: np.random.Generator
 ) -> NumpyArray:
-    """A random array for one input: indices within what they index, timesteps 0..999, everything else around 1."""
+    """A random array for one input: valid indices, timesteps 0..999, everything else of order 1."""
     shape = tuple(axes[axis] if isinstance(axis, str) else axis for axis in spec.axes)
     if spec.name == "layer":
         return generator.integers(1, limits["layer"], shape)
@@ -134,7 +134,7 @@ def to_torch(specs: tuple[TensorSpec, ...], feeds: Mapping[str, NumpyArray]) -> 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps what torch.onnx says to itself while it works; its errors still come as exceptions."""
+    """Silences torch.onnx's output; exceptions still propagate."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     try:

@@ -1,4 +1,4 @@
-"""A source becomes a bundle on disk: graphs traced and checked one after another, tables and tokenizers beside them."""
+"""Writes a source as a bundle: graphs, traced and checked one after another, with tables and tokenizers."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Exported:
-    """A bundle and how far its graphs are from the torch modules."""
+    """A bundle, and how far its graphs differ from the torch modules."""
 
     bundle: Bundle
     family: str
@@ -41,14 +41,14 @@ def export_bundle(
     report: Report = lambda message: None,
     accept: Callable[[Exportable], None] = lambda exportable: None,
 ) -> Exported:
-    """Exports `model` (see load_source) to a bundle at `path`, whole or not at all. `report` hears of every stage;
-    `accept` may raise once the model is known and before the long work."""
+    """Exports `model` (see load_source) to a bundle at `path`, which appears only when complete. `report` is called at
+    every stage; `accept` may raise, after the model is loaded and before the long work."""
     report(f"loading {model}")
     source = load_source(model, TORCH_DTYPES[precision], config=config, loras=loras)
     exportable = family_of(source)
     if sampler_of(source.scheduler_config) is None:
-        theirs = source.scheduler_config.get("_class_name")
-        report(f"{theirs} has no counterpart here: {exportable.defaults.sampler} is the bundle's default sampler")
+        scheduler = source.scheduler_config.get("_class_name")
+        report(f"{scheduler} has no counterpart here: {exportable.defaults.sampler} is the bundle's default sampler")
     accept(exportable)
     differences: list[Difference] = []
     unchecked: list[str] = []
@@ -60,7 +60,7 @@ def export_bundle(
             graphs[graph.name] = write_graph(graph, folder)
             report(f"checking {graph.name}")
             if graph.precision is Precision.BF16:
-                references(graph)  # at least the module itself gives numbers
+                references(graph)  # at least the module's own outputs must be finite
                 unchecked.append(f"{graph.name}: ONNX Runtime does not compute in bf16 on a CPU")
             else:
                 differences.extend(check_graph(graph, graphs[graph.name], folder))
@@ -86,14 +86,14 @@ def write_graph(graph: Traceable, folder: Path) -> Graph:
 
 
 def check_graph(graph: Traceable, written: Graph, folder: Path) -> list[Difference]:
-    """The graph that was written into `folder`, in ONNX Runtime, against its module. Raises EngineError."""
+    """Compares a graph written into `folder`, run in ONNX Runtime, with its module. Raises EngineError."""
     cases = references(graph)
     engine = OnnxRuntimeEngine(graph.name, written, folder)
     return compare(engine, cases, graph.precision)
 
 
 def write_encoders(source: Source, exportable: Exportable, folder: Path) -> None:
-    """Every encoder's base table and its tokenizer's vocabulary."""
+    """Writes every encoder's base table and its tokenizer."""
     for encoder in exportable.encoders:
         table = exportable.tables[encoder.graph].contiguous().clone()
         save_file({"embedding_table": table}, folder / encoder.table)
@@ -101,6 +101,6 @@ def write_encoders(source: Source, exportable: Exportable, folder: Path) -> None
 
 
 def write_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """tokenizer.json, which the `tokenizers` library reads."""
+    """Writes tokenizer.json, which the `tokenizers` library reads."""
     folder.mkdir()
     tokenizer.backend_tokenizer.save(str(folder / TOKENIZER))

@@ -15,8 +15,8 @@ def clip_tokenizer_dir(tiny_model_dir: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_sd2_dir(tmp_path_factory: pytest.TempPathFactory, clip_tokenizer_dir: Path) -> Path:
-    """Stable Diffusion 2.1: v-prediction, linear projections, attention in float32, padded with "!", and an OpenCLIP
-    encoder whose last layer was left out, so that its penultimate state is the last."""
+    """Stable Diffusion 2.1: v-prediction, linear projections, attention in float32, padding with "!", and an OpenCLIP
+    encoder without its last layer, so that its penultimate state is the last."""
     import torch
     from diffusers import DDIMScheduler, StableDiffusionPipeline
     from transformers import CLIPTextModel
@@ -74,7 +74,7 @@ def tiny_sdxl_dir(tmp_path_factory: pytest.TempPathFactory, clip_tokenizer_dir: 
 
 @pytest.fixture(scope="session", params=["AutoencoderKL", "VQModel"])
 def tiny_ldm_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """LDM text to image: LDMBert over WordPiece, the released model's AutoencoderKL or a VQModel."""
+    """LDM text-to-image: LDMBert over WordPiece, with the released model's AutoencoderKL or a VQModel."""
     return make_tiny_ldm(tmp_path_factory.mktemp("ldm") / "model", request.param)
 
 
@@ -104,7 +104,7 @@ def make_tiny_ldm(path: Path, autoencoder: str) -> Path:
             block_out_channels=(8, 8, 16, 16), down_block_types=("DownEncoderBlock2D",) * 4,
             up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=4, norm_num_groups=4, num_vq_embeddings=64,
         )  # fmt: skip
-        torch.nn.init.normal_(vqvae.quantize.embedding.weight, 0, 3)  # codes where the latents are
+        torch.nn.init.normal_(vqvae.quantize.embedding.weight, 0, 3)  # codes in the range of the latents
     else:
         vqvae = tiny_vae()
     pipeline = LDMTextToImagePipeline(

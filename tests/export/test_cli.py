@@ -1,4 +1,4 @@
-"""`ti-export`'s options: what is asked for is what is built."""
+"""`ti-export`'s options: the plans that are built match them."""
 
 import json
 import sys
@@ -22,7 +22,7 @@ class Hopper:
 
 @pytest.fixture
 def built(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """What plans were built of, in place of an export and a build; an sm90 is in the machine."""
+    """The arguments plans were built with; replaces the export and the build, on a machine with an sm90."""
     calls: list[tuple[Any, ...]] = []
     exported = SimpleNamespace(bundle="bundle", differences=(), unchecked=())
 
@@ -54,7 +54,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *line: str) -> int:
         (["--plans", "tensorrt-rtx", "--target", "sm89,sm120"], Flavour.RTX, "sm89,sm120"),
     ],
 )
-def test_plans_are_built_for_the_gpu_that_is_there_or_asked_for(
+def test_plans_are_built_for_the_installed_or_the_requested_gpu(
     options: list[str],
     flavour: Flavour,
     target: str,
@@ -89,7 +89,7 @@ def test_without_plans_none_are_built(
         (["--static-size", "64x64"], "--static-size has no effect without plans"),
     ],
 )
-def test_options_that_cannot_be_followed_are_wrong_usage(
+def test_options_that_cannot_be_satisfied_are_wrong_usage(
     options: list[str],
     message: str,
     built: list[tuple[Any, ...]],

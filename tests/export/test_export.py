@@ -1,4 +1,4 @@
-"""Bundles: what is in them, and that their graphs are the model's."""
+"""Bundles: their contents, and that their graphs match the model."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ OTHER_SHAPES = (
 )
 
 
-def test_every_graph_is_its_torch_module_at_shapes_never_seen(tiny_model_dir: Path, tiny_bundle: Path) -> None:
+def test_every_graph_matches_its_torch_module_at_new_shapes(tiny_model_dir: Path, tiny_bundle: Path) -> None:
     bundle = Bundle.open(tiny_bundle)
     for graph in family_of(load_source(tiny_model_dir)).graphs:
         engine = opened(bundle, graph.name)
@@ -52,7 +52,7 @@ def test_every_axis_of_the_onnx_is_named_as_in_the_manifest(tiny_bundle: Path) -
                 assert (value.name, axes) == (spec.name, spec.axes)
 
 
-def test_the_table_is_an_input_and_nowhere_in_the_graph(tiny_bundle: Path) -> None:
+def test_the_table_is_an_input_and_is_not_in_the_graph(tiny_bundle: Path) -> None:
     bundle = Bundle.open(tiny_bundle)
     encoder = bundle.manifest.encoder("text_encoder")
     table = load_file(bundle.file(encoder.table))["embedding_table"]
@@ -61,18 +61,18 @@ def test_the_table_is_an_input_and_nowhere_in_the_graph(tiny_bundle: Path) -> No
     assert all(list(weight.dims) != list(table.shape) for weight in model.graph.initializer)
 
 
-def test_a_longer_table_gives_the_new_word_its_row(tiny_bundle: Path) -> None:
+def test_a_longer_table_gives_a_new_word_its_row(tiny_bundle: Path) -> None:
     bundle = Bundle.open(tiny_bundle)
     engine = opened(bundle, "text_encoder")
     table = load_file(bundle.file(bundle.manifest.encoder("text_encoder").table))["embedding_table"]
     longer = np.concatenate([table, table[7:8]])
     feeds = {"token_weights": np.ones((1, 4), np.float32), "layer": np.array([3])}
-    known = engine.run({"input_ids": np.array([[1, 7, 2, 3]]), "embedding_table": table, **feeds})
+    vocabulary = engine.run({"input_ids": np.array([[1, 7, 2, 3]]), "embedding_table": table, **feeds})
     new = engine.run({"input_ids": np.array([[1, len(table), 2, 3]]), "embedding_table": longer, **feeds})
-    np.testing.assert_array_equal(new["hidden_states"], known["hidden_states"])
+    np.testing.assert_array_equal(new["hidden_states"], vocabulary["hidden_states"])
 
 
-def test_the_manifest_says_what_the_model_says(tiny_model_dir: Path, tiny_bundle: Path) -> None:
+def test_the_manifest_agrees_with_the_model(tiny_model_dir: Path, tiny_bundle: Path) -> None:
     manifest = Bundle.open(tiny_bundle).manifest
     assert manifest.scheduler == json.loads((tiny_model_dir / "scheduler/scheduler_config.json").read_text())
     (encoder,) = manifest.encoders
@@ -81,7 +81,7 @@ def test_the_manifest_says_what_the_model_says(tiny_model_dir: Path, tiny_bundle
     assert (manifest.defaults.width, manifest.defaults.height) == (64, 64)
     assert [path.name for path in (tiny_bundle / encoder.tokenizer).iterdir()] == ["tokenizer.json"]
     assert manifest.columns == DenoiseStep.COLUMNS
-    assert set(manifest.columns) <= set(COLUMNS)  # of the runtime
+    assert set(manifest.columns) <= set(COLUMNS)  # those the runtime knows
     assert manifest.conditioning.context == (("text_encoder",),)
     assert manifest.preview is not None
 
@@ -89,15 +89,23 @@ def test_the_manifest_says_what_the_model_says(tiny_model_dir: Path, tiny_bundle
 @pytest.mark.parametrize(
     ("file", "change", "message"),
     [
-        ("scheduler/scheduler_config.json", {"thresholding": True}, "thresholds"),
+        ("scheduler/scheduler_config.json", {"thresholding": True}, "dynamic thresholding"),
         ("scheduler/scheduler_config.json", {"clip_sample": True}, "clip_sample"),
         ("scheduler/scheduler_config.json", {"prediction_type": "flow"}, "predicts flow"),
-        ("model_index.json", {"_class_name": "FluxPipeline"}, "is a FluxPipeline; known are StableDiffusionPipeline"),
+        (
+            "model_index.json",
+            {"_class_name": "FluxPipeline"},
+            "is a FluxPipeline: give a model of StableDiffusionPipeline",
+        ),
         ("model_index.json", {"tokenizer": [None, None]}, "no tokenizer"),
-        ("model_index.json", {"unet": ["diffusers", "UNet3DConditionModel"]}, "UNet3DConditionModel; known are"),
+        (
+            "model_index.json",
+            {"unet": ["diffusers", "UNet3DConditionModel"]},
+            "UNet3DConditionModel: give a model with one of",
+        ),
     ],
 )
-def test_what_the_runtime_cannot_do_is_refused_by_name(
+def test_an_unsupported_setting_is_refused_by_name(
     tiny_model_dir: Path, tmp_path: Path, file: str, change: dict[str, object], message: str
 ) -> None:
     model = changed_copy(tiny_model_dir, tmp_path, file, change)
@@ -134,7 +142,7 @@ def test_pickled_weights_are_not_read(tiny_model_dir: Path, tmp_path: Path) -> N
         load_source(model)
 
 
-def test_broken_weights_are_one_line(tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_broken_weights_are_reported_on_one_line(tiny_model_dir: Path, tmp_path: Path) -> None:
     model = changed_copy(tiny_model_dir, tmp_path, "model_index.json", {})
     (model / "unet/diffusion_pytorch_model.safetensors").write_bytes(b"nonsense")
     with pytest.raises(FileError, match="cannot be loaded as UNet2DConditionModel") as caught:
@@ -149,7 +157,7 @@ def test_half_precision_files_with_a_variant_name_are_found(tiny_model_dir: Path
     assert load_source(model).unet.config.in_channels == 4
 
 
-def test_the_digest_follows_the_weights_and_not_the_folder(tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_the_digest_depends_on_the_weights_and_not_on_the_folder(tiny_model_dir: Path, tmp_path: Path) -> None:
     model = changed_copy(tiny_model_dir, tmp_path, "model_index.json", {})
     shutil.copy(tiny_model_dir / "model_index.json", model / "model_index.json")
     digest = load_source(model).digest
@@ -162,7 +170,7 @@ def test_the_digest_follows_the_weights_and_not_the_folder(tiny_model_dir: Path,
 
 
 @pytest.mark.parametrize("model", ["no-such-thing", "/tmp", "a/b/c"])
-def test_a_model_that_is_nowhere_is_wrong_usage_on_one_line(
+def test_a_model_that_does_not_exist_is_wrong_usage_on_one_line(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["ti-export", model, str(tmp_path / "bundle")])

@@ -1,4 +1,4 @@
-"""Every family end to end: exported, run without torch, and the picture compared with diffusers' own pipeline's."""
+"""Every family end to end: exported, run without torch, and compared with the picture of diffusers' own pipeline."""
 
 import json
 import shutil
@@ -47,17 +47,17 @@ def exported(model: Path, family: str, folders: pytest.TempPathFactory) -> Path:
     return bundle
 
 
-def test_latent_diffusion_text_to_image_is_that_of_diffusers(tiny_ldm_dir: Path, ldm_bundle: Path) -> None:
+def test_latent_diffusion_text_to_image_matches_diffusers(tiny_ldm_dir: Path, ldm_bundle: Path) -> None:
     from diffusers import LDMTextToImagePipeline
 
     model = Model.open(ldm_bundle, Backend.ONNXRUNTIME, threads=1)
     pipeline = LDMTextToImagePipeline.from_pretrained(tiny_ldm_dir)
     for prompt in ("A photo of the red painting, 7 cats", "dog"):
         ours = picture(model, prompt, guidance_scale=6)
-        assert psnr(ours, of_diffusers(pipeline, prompt, guidance_scale=6.0)) >= 50
+        assert psnr(ours, diffusers_picture(pipeline, prompt, guidance_scale=6.0)) >= 50
 
 
-def test_stable_diffusion_2_is_that_of_diffusers(tiny_sd2_dir: Path, sd2_bundle: Path) -> None:
+def test_stable_diffusion_2_matches_diffusers(tiny_sd2_dir: Path, sd2_bundle: Path) -> None:
     from diffusers import StableDiffusionPipeline
 
     model = Model.open(sd2_bundle, Backend.ONNXRUNTIME, threads=1)
@@ -65,10 +65,10 @@ def test_stable_diffusion_2_is_that_of_diffusers(tiny_sd2_dir: Path, sd2_bundle:
     for negative_prompt in (None, "blue dog"):
         settings = {"negative_prompt": negative_prompt, "guidance_scale": 4.0}
         ours = picture(model, "a red star", **settings)
-        assert psnr(ours, of_diffusers(pipeline, "a red star", **settings)) >= 50
+        assert psnr(ours, diffusers_picture(pipeline, "a red star", **settings)) >= 50
 
 
-def test_sdxl_with_a_word_of_two_encoders_is_that_of_diffusers(
+def test_sdxl_with_a_word_of_two_encoders_matches_diffusers(
     tiny_sdxl_dir: Path, sdxl_bundle: Path, tmp_path: Path
 ) -> None:
     from diffusers import StableDiffusionXLPipeline
@@ -91,10 +91,10 @@ def test_sdxl_with_a_word_of_two_encoders_is_that_of_diffusers(
     for prompt, negative_prompt in prompts.items():
         settings = {"negative_prompt": negative_prompt, "guidance_scale": 5.0}
         ours = picture(model, prompt, **settings)
-        assert psnr(ours, of_diffusers(pipeline, prompt, **settings)) >= 50, prompt
+        assert psnr(ours, diffusers_picture(pipeline, prompt, **settings)) >= 50, prompt
 
 
-def test_sdxl_s_zeros_for_a_missing_negative_prompt_are_one_context_for_everybody(sdxl_bundle: Path) -> None:
+def test_the_zeros_of_sdxl_for_a_missing_negative_prompt_are_one_shared_context(sdxl_bundle: Path) -> None:
     model = Model.open(sdxl_bundle, Backend.ONNXRUNTIME, threads=1)
     scheduler = Scheduler(model)
     for seed in range(5):
@@ -140,41 +140,41 @@ def test_sdxl_in_fp16_is_opened_and_stays_near_fp32(tiny_sdxl_dir: Path, sdxl_bu
 
 
 def decibels_of_openvino(bundle: Path) -> float:
-    """Of its picture against ONNX Runtime's; it computes in bfloat16, where the processor has it."""
+    """PSNR of OpenVINO's picture against ONNX Runtime's; OpenVINO computes in bfloat16 if the processor has it."""
     pytest.importorskip("openvino")
     models = (Model.open(bundle, backend, threads=1) for backend in (Backend.ONNXRUNTIME, Backend.OPENVINO))
     return psnr(*(picture(model, "a red star", guidance_scale=4.0) for model in models))
 
 
 def assert_planned(path: Path) -> None:
-    """With no GPU; the builder compares the parsed network with the manifest, or refuses."""
+    """Builds plans without a GPU; the builder fails if the parsed network differs from the manifest."""
     bundle = Bundle.open(path)
     plans = rtx_plans(bundle, "sm89", PlanLimits(max_batch=1))
     assert plans.keys() == bundle.manifest.graphs.keys()
-    assert all(plan.stat().st_size > 1000 for each in plans.values() for plan in each)
+    assert all(path.stat().st_size > 1000 for paths in plans.values() for path in paths)
 
 
 def test_the_refiner_of_sdxl_is_refused_by_name(tiny_sdxl_dir: Path, tmp_path: Path) -> None:
     model = tmp_path / "refiner"
     shutil.copytree(tiny_sdxl_dir, model)
     index = json.loads((model / "model_index.json").read_text())
-    nothing = {"text_encoder": [None, None], "tokenizer": [None, None]}
+    no_first_encoder = {"text_encoder": [None, None], "tokenizer": [None, None]}
     refiner = {"_class_name": "StableDiffusionXLImg2ImgPipeline", "requires_aesthetics_score": True}
-    (model / "model_index.json").write_text(json.dumps({**index, **nothing, **refiner}))
+    (model / "model_index.json").write_text(json.dumps({**index, **no_first_encoder, **refiner}))
     with pytest.raises(UsageError, match="this is SDXL's refiner"):
         family_of(load_source(model))
-    (model / "model_index.json").write_text(json.dumps({**index, **nothing}))
-    with pytest.raises(UsageError, match="it has the encoder text_encoder_2 alone, and SDXL has two"):
+    (model / "model_index.json").write_text(json.dumps({**index, **no_first_encoder}))
+    with pytest.raises(UsageError, match="it has only the encoder text_encoder_2, but SDXL needs two"):
         family_of(load_source(model))
 
 
 def picture(model: Model, prompt: str, **settings: Any) -> Image:
-    [done] = draw(model, prompt, seed=4, steps=6, size=(72, 64), **settings)
-    assert done.image.std() > 1  # there is something to compare
-    return done.image
+    [result] = draw(model, prompt, seed=4, steps=6, size=(72, 64), **settings)
+    assert result.image.std() > 1  # not a blank picture
+    return result.image
 
 
-def of_diffusers(pipeline: Any, prompt: str, **settings: Any) -> Image:
+def diffusers_picture(pipeline: Any, prompt: str, **settings: Any) -> Image:
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(4)
     size = {"num_inference_steps": 6, "width": 72, "height": 64, "output_type": "np"}

@@ -1,4 +1,4 @@
-"""The graphs in torch, against transformers' and diffusers' own forwards."""
+"""The graphs' torch modules against the forward passes of transformers and diffusers."""
 
 from pathlib import Path
 from typing import Any
@@ -32,21 +32,20 @@ def source(tiny_model_dir: Path) -> Source:
     return load_source(tiny_model_dir)
 
 
-def row(**columns: float) -> torch.Tensor:
-    """A line of the schedule; columns that are not named are 0."""
+def schedule_line(**columns: float) -> torch.Tensor:
+    """One line of the schedule; unnamed columns are 0."""
     assert columns.keys() <= set(DenoiseStep.COLUMNS)
     return torch.tensor([[columns.get(name, 0.0) for name in DenoiseStep.COLUMNS]])
 
 
-def step(unet: Any, schedule: torch.Tensor, **given: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """A step of DenoiseStep with zeros for the latents that are not given, a mask of ones, and one branch for each
-    row, in contexts of its own."""
+def step(unet: Any, schedule: torch.Tensor, **tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Runs DenoiseStep. Latents default to zeros, the mask to ones, and each row to one branch with its own context."""
     module = DenoiseStep(unet)
-    sample = given["sample"]
+    sample = tensors["sample"]
     rows = torch.arange(len(sample))
     inputs = dict.fromkeys(("previous", "previous2", "noise", "known", "known_noise"), torch.zeros_like(sample))
     inputs |= {"mask": torch.ones(len(sample), 1, *sample.shape[2:]), "schedule": schedule}
-    inputs |= {"branch_row": rows, "uncond_branch": rows, "cond_branch": rows, **given}
+    inputs |= {"branch_row": rows, "uncond_branch": rows, "cond_branch": rows, **tensors}
     if inputs.setdefault("branch_context", rows).ndim == 1:
         inputs["branch_context"] = inputs["branch_context"][:, None, None].expand(-1, 2, module.unet.num_layers)
     with torch.no_grad():
@@ -54,14 +53,14 @@ def step(unet: Any, schedule: torch.Tensor, **given: torch.Tensor) -> tuple[torc
 
 
 @pytest.fixture
-def of_diffusers(tiny_model_dir: Path) -> Any:
-    """A UNet of its own, with diffusers' attention processors."""
+def diffusers_unet(tiny_model_dir: Path) -> Any:
+    """A separate UNet, with diffusers' attention processors."""
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel.from_pretrained(tiny_model_dir, subfolder="unet").eval()
 
 
-def test_hidden_states_are_those_of_transformers_at_every_layer(source: Source) -> None:
+def test_hidden_states_match_transformers_at_every_layer(source: Source) -> None:
     model = source.text_encoders["text_encoder"]
     encoder = TextEncoder(model)
     ids = torch.randint(0, encoder.table.shape[0], (2, 11))
@@ -74,7 +73,7 @@ def test_hidden_states_are_those_of_transformers_at_every_layer(source: Source) 
         assert weight_scale.tolist() == [1, 1]
 
 
-def test_a_learned_row_gets_the_gradient_and_no_other_row_that_is_not_used(source: Source) -> None:
+def test_a_learned_row_gets_the_gradient(source: Source) -> None:
     encoder = TextEncoder(source.text_encoders["text_encoder"])
     v = encoder.table.shape[0]
     learned = torch.randn(1, encoder.table.shape[1], requires_grad=True)
@@ -86,7 +85,7 @@ def test_a_learned_row_gets_the_gradient_and_no_other_row_that_is_not_used(sourc
     assert learned.grad.abs().max() > 0
 
 
-def test_token_weights_of_one_change_nothing_at_all() -> None:
+def test_token_weights_of_one_change_nothing() -> None:
     states = torch.randn(2, 5, 8)
     weighted, factor = weigh_tokens(states, torch.ones(2, 5))
     assert torch.equal(weighted, states)
@@ -106,33 +105,34 @@ def test_token_weights_restore_the_mean_of_each_row() -> None:
 
 
 @pytest.mark.parametrize(
-    ("weights", "least", "most"), [((1, 1.5, 1, 1), 1 / 1.5, 1), ((1, 0.5, 1, 1), 1, 2), ((2, 0.01, 1, 1), 0.5, 10)]
+    ("weights", "smallest", "largest"),
+    [((1, 1.5, 1, 1), 1 / 1.5, 1), ((1, 0.5, 1, 1), 1, 2), ((2, 0.01, 1, 1), 0.5, 10)],
 )
-def test_the_factor_that_restores_the_mean_stays_within_what_the_weights_allow(
-    weights: tuple[float, ...], least: float, most: float
+def test_the_factor_that_restores_the_mean_stays_within_the_range_of_the_weights(
+    weights: tuple[float, ...], smallest: float, largest: float
 ) -> None:
     states = torch.randn(200, 4, 8, generator=torch.Generator().manual_seed(0)) + 0.05
     _, factor = weigh_tokens(states, torch.tensor([weights]).expand(200, 4))
-    assert factor.min() >= least - 1e-6
-    assert factor.max() <= most + 1e-6
-    assert len(factor.unique()) > 10  # it is not just the bounds
+    assert factor.min() >= smallest - 1e-6
+    assert factor.max() <= largest + 1e-6
+    assert len(factor.unique()) > 10  # not only the bounds
 
 
-def test_the_graph_gives_the_factor_that_a_written_vector_is_to_be_scaled_by(source: Source) -> None:
+def test_the_graph_returns_the_factor_that_scales_each_weighted_state(source: Source) -> None:
     """states(weights) = states(ones) * weight * weight_scale, token by token."""
     encoder = TextEncoder(source.text_encoders["text_encoder"])
     ids, layer = torch.randint(0, encoder.table.shape[0], (3, 9)), torch.tensor([3, 2, 1])
     weights = torch.ones(3, 9)
     weights[0, 2:4], weights[1, 5] = 1.3, 0.4
-    plain, ones, _ = encoder(ids, encoder.table, torch.ones(3, 9), layer)
+    plain, plain_scale, _ = encoder(ids, encoder.table, torch.ones(3, 9), layer)
     states, scale, _ = encoder(ids, encoder.table, weights, layer)
-    assert ones.tolist() == [1, 1, 1]
+    assert plain_scale.tolist() == [1, 1, 1]
     assert scale[2] == 1
     assert (scale[:2] != 1).all()
     torch.testing.assert_close(states, plain * weights[:, :, None] * scale[:, None, None], rtol=1e-6, atol=1e-6)
 
 
-def test_a_row_without_a_mean_is_weighed_and_not_blown_up() -> None:
+def test_a_row_without_a_mean_is_weighted_and_not_amplified() -> None:
     states = torch.randn(1, 4, 8)
     states -= states.mean()
     weighted, factor = weigh_tokens(states, torch.tensor([[1, 1.4, 1, 0.6]]))
@@ -141,111 +141,110 @@ def test_a_row_without_a_mean_is_weighed_and_not_blown_up() -> None:
 
 
 @pytest.mark.parametrize("size", [(8, 8), (9, 15), (17, 16)])
-def test_the_unet_is_that_of_diffusers_at_even_and_odd_sizes(
-    source: Source, of_diffusers: Any, size: tuple[int, int]
+def test_the_unet_matches_diffusers_at_even_and_odd_sizes(
+    source: Source, diffusers_unet: Any, size: tuple[int, int]
 ) -> None:
     sample, context, t = torch.randn(2, 4, *size), torch.randn(2, 7, 32), torch.tensor([3.0, 501.5])
-    expected = of_diffusers(sample, t, context).sample
-    assert (
-        type(of_diffusers.mid_block.attentions[0].transformer_blocks[0].attn2.processor).__name__ == "AttnProcessor2_0"
-    )
+    expected = diffusers_unet(sample, t, context).sample
+    attention = diffusers_unet.mid_block.attentions[0].transformer_blocks[0].attn2
+    assert type(attention.processor).__name__ == "AttnProcessor2_0"
     unet = UNet(source.unet)
-    for plain in (True, False):  # scores in steps, or the fused kernel
+    for plain in (True, False):  # separate products, or the fused kernel
         unet.attend_plainly(plain)
         torch.testing.assert_close(unet(sample, t, context), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [(8, 8), (9, 15)])
-def test_a_plain_prompt_s_step_is_the_unet_of_diffusers(
-    source: Source, of_diffusers: Any, size: tuple[int, int]
+def test_a_step_of_a_plain_prompt_matches_the_unet_of_diffusers(
+    source: Source, diffusers_unet: Any, size: tuple[int, int]
 ) -> None:
-    """One index for the keys and values of every layer; branches share rows, and contexts of the pool."""
+    """One index for the keys and values of every layer; branches share rows and the contexts of the pool."""
     sample, pool = torch.randn(2, 4, *size), torch.randn(5, 7, 32)
     branch_row, branch_context = torch.tensor([0, 0, 1]), torch.tensor([4, 1, 3])
     t = torch.tensor([700.0, 20.5])
-    schedule = torch.cat([row(t=float(each), model_to_denoised=1, denoised=1, guidance=3) for each in t])
+    schedule = torch.cat([schedule_line(t=float(value), model_to_denoised=1, denoised=1, guidance=3) for value in t])
     next_sample, denoised, finite = step(
         source.unet, schedule, sample=sample, context=pool, branch_row=branch_row, branch_context=branch_context,
         uncond_branch=torch.tensor([0, 2]), cond_branch=torch.tensor([1, 2]),
     )  # fmt: skip
     with torch.no_grad():
-        m = of_diffusers(sample[branch_row], t[branch_row], pool[branch_context]).sample
+        m = diffusers_unet(sample[branch_row], t[branch_row], pool[branch_context]).sample
     expected = torch.stack([m[0] + 3 * (m[1] - m[0]), m[2]])
     torch.testing.assert_close(denoised, expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(next_sample, expected, rtol=0, atol=1e-5)
     assert finite.tolist() == [True, True]
 
 
-def test_keys_and_values_of_every_layer_come_from_the_contexts_they_are_told(source: Source, of_diffusers: Any) -> None:
-    """Against diffusers' own attention with hooks that swap what its projections to keys and values read."""
+def test_keys_and_values_of_every_layer_come_from_their_own_contexts(source: Source, diffusers_unet: Any) -> None:
+    """Against diffusers' own attention with hooks that swap the inputs of its key and value projections."""
     sample, pool, t = torch.randn(2, 4, 9, 8), torch.randn(6, 7, 32), torch.tensor([700.0, 20.0])
-    layers = attention_of(of_diffusers)
+    layers = attention_of(diffusers_unet)
     generator = torch.Generator().manual_seed(0)
     branch_context = torch.randint(0, 6, (2, 2, len(layers)), generator=generator)
     assert len(layers) == DenoiseStep(source.unet).unet.num_layers == 4  # down, mid, two up
     assert (branch_context[:, 0] != branch_context[:, 1]).any()
-    schedule = torch.cat([row(t=float(each), model_to_denoised=1, denoised=1, guidance=1) for each in t])
+    schedule = torch.cat([schedule_line(t=float(value), model_to_denoised=1, denoised=1, guidance=1) for value in t])
     next_sample, _, _ = step(source.unet, schedule, sample=sample, context=pool, branch_context=branch_context)
 
-    def reads(which: int, layer: int) -> Any:
-        return lambda module, args: (pool[branch_context[:, which, layer]],)
+    def replace_input(projection: int, layer: int) -> Any:
+        return lambda module, args: (pool[branch_context[:, projection, layer]],)
 
     for layer, block in enumerate(layers):
         for attention in block:
             if attention.is_cross_attention:
-                attention.to_k.register_forward_pre_hook(reads(0, layer))
-                attention.to_v.register_forward_pre_hook(reads(1, layer))
+                attention.to_k.register_forward_pre_hook(replace_input(0, layer))
+                attention.to_v.register_forward_pre_hook(replace_input(1, layer))
     with torch.no_grad():
-        expected = of_diffusers(sample, t, torch.full((2, 7, 32), torch.nan)).sample  # nobody reads it
+        expected = diffusers_unet(sample, t, torch.full((2, 7, 32), torch.nan)).sample  # never read
     torch.testing.assert_close(next_sample, expected, rtol=0, atol=1e-5)
 
 
-def test_only_the_values_of_one_layer_may_come_from_another_context(source: Source) -> None:
+def test_keys_or_values_of_a_single_layer_can_come_from_another_context(source: Source) -> None:
     sample, pool = torch.randn(1, 4, 8, 8), torch.randn(2, 7, 32)
-    schedule = row(t=300, model_to_denoised=1, denoised=1, guidance=1)
+    schedule = schedule_line(t=300, model_to_denoised=1, denoised=1, guidance=1)
 
-    def of(branch_context: torch.Tensor) -> torch.Tensor:
+    def sample_after(branch_context: torch.Tensor) -> torch.Tensor:
         return step(source.unet, schedule, sample=sample, context=pool, branch_context=branch_context)[0]
 
     plain = torch.zeros(1, 2, 4, dtype=torch.int64)
-    seen = [of(plain)]
-    for which in (0, 1):
+    samples = [sample_after(plain)]
+    for projection in (0, 1):
         for layer in range(4):
             changed = plain.clone()
-            changed[0, which, layer] = 1
-            seen.append(of(changed))
-    assert all((a - b).abs().max() > 1e-5 for i, a in enumerate(seen) for b in seen[:i])  # each does something else
+            changed[0, projection, layer] = 1
+            samples.append(sample_after(changed))
+    assert all((a - b).abs().max() > 1e-5 for i, a in enumerate(samples) for b in samples[:i])  # all differ
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
-def test_zero_star_scales_the_unconditional_prediction(source: Source, of_diffusers: Any, guidance: float) -> None:
-    """CFG-Zero*: m = s m_u + w (m_c - s m_u), s = <m_c, m_u> / |m_u|^2, for the rows that ask for it."""
+def test_zero_star_scales_the_unconditional_prediction(source: Source, diffusers_unet: Any, guidance: float) -> None:
+    """CFG-Zero*: m = s m_u + w (m_c - s m_u), s = <m_c, m_u> / |m_u|^2, for the rows that request it."""
     sample, pool, t = torch.randn(2, 4, 8, 8), 10 * torch.randn(2, 7, 32), 420.0
-    lines = [row(t=t, model_to_denoised=1, denoised=1, guidance=guidance, zero_star=z) for z in (1, 0)]
+    lines = [schedule_line(t=t, model_to_denoised=1, denoised=1, guidance=guidance, zero_star=z) for z in (1, 0)]
     _, denoised, _ = step(
         source.unet, torch.cat(lines), sample=sample, context=pool,
         branch_row=torch.tensor([0, 0, 1, 1]), branch_context=torch.tensor([0, 1, 0, 1]),
         uncond_branch=torch.tensor([0, 2]), cond_branch=torch.tensor([1, 3]),
     )  # fmt: skip
     with torch.no_grad():
-        m_u, m_c = (of_diffusers(sample, t, context.expand(2, 7, 32)).sample.double() for context in pool)
+        m_u, m_c = (diffusers_unet(sample, t, context.expand(2, 7, 32)).sample.double() for context in pool)
     s = float((m_c[0] * m_u[0]).sum() / (m_u[0] ** 2).sum())
     assert abs(s - 1) > 1e-3
     expected = torch.stack([s * m_u[0] + guidance * (m_c[0] - s * m_u[0]), m_u[1] + guidance * (m_c[1] - m_u[1])])
     torch.testing.assert_close(denoised, expected.float(), rtol=1e-4, atol=1e-5)
 
 
-def test_zero_star_of_nothing_is_nothing() -> None:
-    zeros, some = torch.zeros(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
-    ask = torch.tensor([1.0, 0.0])[:, None, None, None]
-    assert zero_star_scale(zeros, some, ask).flatten().tolist() == [0, 1]  # no division by zero
-    nan = zero_star_scale(torch.full_like(some, torch.nan), some, ask).flatten()
-    assert nan.isnan().tolist() == [True, False]  # a row that does not ask is not touched
-    half = zero_star_scale(some, 3 * some, torch.full((2, 1, 1, 1), 0.5)).flatten()
-    torch.testing.assert_close(half, torch.full((2,), 2.0))  # half of the way from 1 to 3
+def test_zero_star_handles_zero_and_nan_predictions() -> None:
+    zeros, prediction = torch.zeros(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
+    first_only = torch.tensor([1.0, 0.0])[:, None, None, None]
+    assert zero_star_scale(zeros, prediction, first_only).flatten().tolist() == [0, 1]  # no division by zero
+    nan = zero_star_scale(torch.full_like(prediction, torch.nan), prediction, first_only).flatten()
+    assert nan.isnan().tolist() == [True, False]  # a row that does not request it is not changed
+    half = zero_star_scale(prediction, 3 * prediction, torch.full((2, 1, 1, 1), 0.5)).flatten()
+    torch.testing.assert_close(half, torch.full((2,), 2.0))  # halfway between 1 and 3
 
 
-def test_the_next_sample_is_the_sum_of_all_columns(source: Source, of_diffusers: Any) -> None:
+def test_the_next_sample_is_the_sum_of_all_columns(source: Source, diffusers_unet: Any) -> None:
     sample, previous, previous2, noise = torch.randn(4, 1, 4, 8, 8)
     pool, t, guidance = torch.randn(2, 7, 32), 333.0, 2.5
     columns = {
@@ -253,12 +252,13 @@ def test_the_next_sample_is_the_sum_of_all_columns(source: Source, of_diffusers:
         "previous2": 0.25, "uncond": 0.6, "noise": 0.15,
     }  # fmt: skip
     next_sample, denoised, _ = step(
-        source.unet, row(t=t, guidance=guidance, **columns), sample=sample, previous=previous, previous2=previous2,
-        noise=noise, context=pool, branch_row=torch.tensor([0, 0]), branch_context=torch.tensor([0, 1]),
+        source.unet, schedule_line(t=t, guidance=guidance, **columns), sample=sample,
+        previous=previous, previous2=previous2, noise=noise, context=pool,
+        branch_row=torch.tensor([0, 0]), branch_context=torch.tensor([0, 1]),
         uncond_branch=torch.tensor([0]), cond_branch=torch.tensor([1]),
     )  # fmt: skip
     with torch.no_grad():
-        m_u, m_c = (of_diffusers(sample, t, context[None]).sample for context in pool)
+        m_u, m_c = (diffusers_unet(sample, t, context[None]).sample for context in pool)
     x0 = 1.1 * sample - 0.7 * (m_u + guidance * (m_c - m_u))
     x0_uncond = 1.1 * sample - 0.7 * m_u
     expected = 0.3 * sample + 0.5 * x0 - 0.4 * previous + 0.25 * previous2 + 0.6 * x0_uncond + 0.15 * noise
@@ -266,7 +266,7 @@ def test_the_next_sample_is_the_sum_of_all_columns(source: Source, of_diffusers:
     torch.testing.assert_close(next_sample, expected, rtol=0, atol=1e-5)
 
 
-def test_an_inert_line_leaves_the_sample_to_the_bit(source: Source) -> None:
+def test_an_inert_line_leaves_the_sample_bitwise_unchanged(source: Source) -> None:
     from oneword.runtime.samplers import COLUMNS
 
     sample = torch.randn(1, 4, 8, 8)
@@ -280,19 +280,19 @@ def test_an_inert_line_leaves_the_sample_to_the_bit(source: Source) -> None:
     assert finite.tolist() == [True]
 
 
-def test_a_ddim_row_is_the_step_of_diffusers_with_guidance(source: Source, of_diffusers: Any) -> None:
+def test_a_ddim_row_with_guidance_matches_the_step_of_diffusers(source: Source, diffusers_unet: Any) -> None:
     from diffusers import DDIMScheduler
 
     scheduler = DDIMScheduler.from_config(dict(source.scheduler_config))
     scheduler.set_timesteps(10)
     t = int(scheduler.timesteps[3])
     sample, context = torch.randn(1, 4, 8, 8), torch.randn(2, 7, 32)
-    eps = of_diffusers(sample.repeat(2, 1, 1, 1), t, context).sample
+    eps = diffusers_unet(sample.repeat(2, 1, 1, 1), t, context).sample
     guided = eps[:1] + 7.5 * (eps[1:] - eps[:1])
     expected = scheduler.step(guided, t, sample)
     alpha, alpha_next = (scheduler.alphas_cumprod[i] for i in (t, int(scheduler.timesteps[4])))
     s, s_next = (1 - alpha).sqrt(), (1 - alpha_next).sqrt()
-    schedule = row(
+    schedule = schedule_line(
         t=t, sample_to_denoised=alpha**-0.5, model_to_denoised=-s / alpha.sqrt(), sample=s_next / s,
         denoised=alpha_next.sqrt() - s_next * alpha.sqrt() / s, guidance=7.5,
     )  # fmt: skip
@@ -305,13 +305,13 @@ def test_a_ddim_row_is_the_step_of_diffusers_with_guidance(source: Source, of_di
     assert finite.tolist() == [True]
 
 
-def test_what_the_mask_keeps_is_the_known_picture_at_its_noise_level(source: Source) -> None:
+def test_the_area_outside_the_mask_is_the_known_picture_at_its_noise_level(source: Source) -> None:
     sample, known, known_noise = torch.randn(3, 1, 4, 8, 8)
     mask = torch.zeros(1, 1, 8, 8)
     mask[..., 4:] = 1
-    schedule = row(t=9, sample=1, known_scale=0.8, known_sigma=0.6)
-    given = {"sample": sample, "known": known, "known_noise": known_noise, "mask": mask}
-    next_sample, _, _ = step(source.unet, schedule, context=torch.randn(1, 7, 32), **given)
+    schedule = schedule_line(t=9, sample=1, known_scale=0.8, known_sigma=0.6)
+    inputs = {"sample": sample, "known": known, "known_noise": known_noise, "mask": mask}
+    next_sample, _, _ = step(source.unet, schedule, context=torch.randn(1, 7, 32), **inputs)
     torch.testing.assert_close(next_sample[..., :4], (0.8 * known + 0.6 * known_noise)[..., :4])
     torch.testing.assert_close(next_sample[..., 4:], sample[..., 4:])
 
@@ -319,12 +319,12 @@ def test_what_the_mask_keeps_is_the_known_picture_at_its_noise_level(source: Sou
 def test_a_nan_in_one_row_is_reported_for_that_row_alone(source: Source) -> None:
     sample = torch.randn(2, 4, 8, 8)
     sample[1, 0, 0, 0] = torch.nan
-    schedule = row(t=9, sample_to_denoised=1, model_to_denoised=1, denoised=1).repeat(2, 1)
+    schedule = schedule_line(t=9, sample_to_denoised=1, model_to_denoised=1, denoised=1).repeat(2, 1)
     *_, finite = step(source.unet, schedule, sample=sample, context=torch.randn(2, 7, 32))
     assert finite.tolist() == [True, False]
 
 
-def test_guidance_rescale_is_that_of_diffusers() -> None:
+def test_guidance_rescale_matches_diffusers() -> None:
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
     m, m_cond = torch.randn(2, 2, 4, 8, 8)
@@ -332,7 +332,7 @@ def test_guidance_rescale_is_that_of_diffusers() -> None:
     torch.testing.assert_close(ours, rescale_noise_cfg(m, m_cond, 0.7))
 
 
-def test_the_vae_graphs_are_those_of_diffusers(source: Source) -> None:
+def test_the_vae_graphs_match_diffusers(source: Source) -> None:
     vae = source.vae
     latents = torch.randn(2, 4, 8, 9)
     images, _ = VaeDecoder(vae)(latents)
@@ -345,7 +345,7 @@ def test_the_vae_graphs_are_those_of_diffusers(source: Source) -> None:
     torch.testing.assert_close(std, posterior.std * vae.config.scaling_factor, rtol=1e-4, atol=1e-5)
 
 
-def test_the_second_encoder_of_sdxl_gives_its_last_state_but_one_and_its_projected_pool() -> None:
+def test_the_second_encoder_of_sdxl_returns_its_penultimate_state_and_its_projected_pool() -> None:
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
     config = CLIPTextConfig(
@@ -382,20 +382,20 @@ def test_the_unet_of_sdxl_takes_pooled_vectors_and_time_ids() -> None:
 
 
 @pytest.mark.parametrize("layers", [1, 2])
-def test_the_bert_of_latent_diffusion_is_that_of_diffusers(tiny_ldm_dir: Path, layers: int) -> None:
+def test_the_bert_of_latent_diffusion_matches_diffusers(tiny_ldm_dir: Path, layers: int) -> None:
     source = load_source(tiny_ldm_dir)
     bert = source.text_encoders["text_encoder"]
     encoder = TextEncoder(bert)
     ids = torch.randint(0, encoder.table.shape[0], (2, 9))
     states, _, finite = encoder(ids, encoder.table, torch.ones(2, 9), torch.tensor([2, layers]))
     torch.testing.assert_close(states[0], bert(ids).last_hidden_state[0], rtol=1e-5, atol=1e-5)
-    between = bert(ids, output_hidden_states=True).hidden_states[layers]  # the last of them is normed already
+    between = bert(ids, output_hidden_states=True).hidden_states[layers]  # the last one is already normed
     expected = between if layers == 2 else bert.model.layer_norm(between)
     torch.testing.assert_close(states[1], expected[1], rtol=1e-5, atol=1e-5)
     assert finite.tolist() == [True, True]
 
 
-def test_the_autoencoder_of_latent_diffusion_is_that_of_diffusers(tiny_ldm_dir: Path) -> None:
+def test_the_autoencoder_of_latent_diffusion_matches_diffusers(tiny_ldm_dir: Path) -> None:
     vae = load_source(tiny_ldm_dir).vae
     latents = torch.randn(2, 4, 8, 9)
     images, _ = VaeDecoder(vae)(latents)

@@ -1,4 +1,4 @@
-"""What passes for the same graph, and what must not."""
+"""Which graphs count as equal, and which must not."""
 
 from pathlib import Path
 
@@ -22,14 +22,14 @@ def decoder(tiny_model_dir: Path) -> Traceable:
     return graph
 
 
-def test_a_model_that_gives_nan_itself_is_named_and_not_compared(decoder: Traceable) -> None:
+def test_a_model_that_gives_nan_is_named_and_not_compared(decoder: Traceable) -> None:
     with torch.no_grad():
         decoder.module.decoder.conv_out.bias[0] = torch.nan  # type: ignore[union-attr, index]
     with pytest.raises(NotFinite, match="the model's own vae_decoder gives NaN or infinity in fp32"):
         references(decoder, SHAPES)
 
 
-def test_nan_is_no_small_difference() -> None:
+def test_nan_is_not_a_small_difference() -> None:
     class Half(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()

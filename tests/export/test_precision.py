@@ -1,4 +1,4 @@
-"""Bundles of half precision, end to end."""
+"""Half-precision bundles, end to end."""
 
 import shutil
 from pathlib import Path
@@ -31,8 +31,8 @@ WORD = np.random.default_rng(0).normal(0, 0.5, (2, 32)).astype(np.float32)
 def picture(bundle: Path) -> Image:
     model = Model.open(bundle, "onnxruntime", threads=1)
     model.load(Concept("<toy>", {"text_encoder": WORD}))
-    [done] = draw(model, "a photo of <toy>", seed=3, steps=8, guidance_scale=5.0)
-    return done.image
+    [result] = draw(model, "a photo of <toy>", seed=3, steps=8, guidance_scale=5.0)
+    return result.image
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_a_bfloat16_graph_is_written_and_refused_by_the_cpu_in_one_line(tiny_mod
 
 
 @pytest.mark.parametrize(("precision", "table"), [("fp32", "float32"), ("fp16", "float16"), ("bf16", "float32")])
-def test_a_table_is_float32_or_float16_whatever_the_network_computes_in(
+def test_a_table_is_float32_or_float16_for_every_precision_of_the_network(
     tiny_model_dir: Path, precision: str, table: str
 ) -> None:
     exportable = family_of(load_source(tiny_model_dir, TORCH_DTYPES[Precision(precision)]))
@@ -75,12 +75,12 @@ def test_a_table_is_float32_or_float16_whatever_the_network_computes_in(
     assert dtypes.pop("embedding_table") == table
     assert set(dtypes.values()) == {"float32", "int64", "bool"}
     assert str(exportable.tables["text_encoder"].dtype) == f"torch.{table}"
-    if precision == "bf16":  # a learned row is finer than the network, and is cast inside of it
+    if precision == "bf16":  # a learned row is more precise than the network, which casts it
         [case] = references(graph, [{"B": 1, "N": 1, "M": 1, "T": 5, "h": 4, "w": 4}])
         assert case.outputs["hidden_states"].dtype == np.float32
 
 
-def test_the_vae_of_sdxl_stays_in_fp32_where_half_is_asked_for(tiny_sdxl_dir: Path) -> None:
+def test_the_vae_of_sdxl_stays_in_fp32_in_a_half_precision_export(tiny_sdxl_dir: Path) -> None:
     graphs = {g.name: g.precision for g in family_of(load_source(tiny_sdxl_dir, torch.float16)).graphs}
     assert graphs == {
         "text_encoder": Precision.FP16,
@@ -101,11 +101,11 @@ def test_a_bundle_in_bfloat16_is_left_to_the_gpu(tiny_bundle: Path) -> None:
         choose_backend(bundle)
 
 
-def test_what_overflows_in_half_precision_is_named_with_its_graph(tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_an_overflow_in_half_precision_is_reported_with_its_graph(tiny_model_dir: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_model_dir, tmp_path / "model")
     weights = tmp_path / "model" / "vae" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(weights)
-    tensors["decoder.conv_norm_out.bias"] += 60_000  # more than fp16 holds once it is convolved, nothing in fp32
+    tensors["decoder.conv_norm_out.bias"] += 60_000  # after the convolution too large for fp16, harmless in fp32
     tensors["decoder.conv_out.weight"] = tensors["decoder.conv_out.weight"].abs()
     save_file(tensors, weights)
     shapes = [{"B": 1, "N": 1, "M": 1, "T": 1, "h": 4, "w": 4}]

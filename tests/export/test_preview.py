@@ -15,9 +15,9 @@ from oneword.runtime.model import Model
 from oneword.train.miniature import world
 
 
-def test_on_the_miniature_s_scenes_a_preview_is_nearer_than_the_mean_colour() -> None:
-    """Of what decoded pictures vary around their mean colour, averaged over each latent's square, at most 30 % is
-    left (measured: 24 %)."""
+def test_on_scenes_of_the_miniature_a_preview_is_closer_than_the_mean_colour() -> None:
+    """The error is at most 30 % of the variance of decoded pictures around their mean colour, both averaged over each
+    latent's square (measured: 24 %)."""
     source = load_source("miniature")
     random = np.random.default_rng(0)
     scenes = np.stack([world.render(world.sample_scene(random), seed)[0] for seed in range(24)])
@@ -27,15 +27,13 @@ def test_on_the_miniature_s_scenes_a_preview_is_nearer_than_the_mean_colour() ->
     pixels = F.avg_pool2d(decoded, decoded.shape[-1] // latents.shape[-1]).permute(0, 2, 3, 1).numpy()
     preview = preview_of(source)
     mapped = latents.permute(0, 2, 3, 1).numpy() @ np.array(preview.weights) + np.array(preview.bias)
-    mean = pixels.mean(axis=(1, 2), keepdims=True)  # of each picture: a better guess than that of all
+    mean = pixels.mean(axis=(1, 2), keepdims=True)  # per picture, a better guess than the mean of all pictures
     ratio = ((mapped.clip(0, 1) - pixels) ** 2).mean() / ((mean - pixels) ** 2).mean()
 
     assert ratio <= 0.3
 
 
-def test_the_preview_of_a_decoder_that_is_linear_is_that_decoder(
-    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_preview_of_a_linear_decoder_is_that_decoder(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = torch.tensor([[0.05, -0.02, 0.01], [0.0, 0.03, 0.02], [-0.04, 0.01, 0.0], [0.02, 0.02, -0.03]])
 
     class Linear(torch.nn.Module):
@@ -53,7 +51,7 @@ def test_the_preview_of_a_decoder_that_is_linear_is_that_decoder(
     np.testing.assert_allclose(preview.bias, [0.5] * 3, atol=2e-6)
 
 
-def test_a_bundle_s_model_previews_by_its_map(tiny_bundle: Path) -> None:
+def test_the_model_of_a_bundle_previews_with_its_map(tiny_bundle: Path) -> None:
     model = Model.open(tiny_bundle, "onnxruntime", threads=1)
     preview = Bundle.open(tiny_bundle).manifest.preview
     assert preview is not None

@@ -1,5 +1,5 @@
-"""Where models come from: hub ids, against a stand-in of the hub's cache as its own client lays it out; single files in
-the layout that checkpoints are shared in; LoRAs."""
+"""Sources of models: hub ids, against a stand-in for the hub's cache in its client's layout; single files in the layout
+of published checkpoints; LoRAs."""
 
 import shutil
 from pathlib import Path
@@ -19,7 +19,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @pytest.fixture
 def cache(tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache that holds owner/tiny at one commit, its branch main, and no way to the hub."""
+    """A cache that holds owner/tiny at one commit, its branch main; the hub is unreachable."""
     repository = tmp_path / "hub" / "models--owner--tiny"
     snapshot = repository / "snapshots" / COMMIT
     for number, file in enumerate(path for path in tiny_model_dir.rglob("*") if path.is_file()):
@@ -43,26 +43,27 @@ def test_a_hub_id_is_the_model_in_the_cache_at_one_commit(cache: Path, tiny_mode
 
 
 @pytest.mark.parametrize("model", ["owner/other", "owner/tiny@v2"])
-def test_what_neither_hub_nor_cache_has_is_one_line(cache: Path, model: str) -> None:
-    with pytest.raises(FileError, match=f"{model} cannot be had from the hub .*: give a local diffusers") as caught:
+def test_a_model_in_neither_hub_nor_cache_is_reported_on_one_line(cache: Path, model: str) -> None:
+    message = f"{model} could not be downloaded from the Hub .*: give a local diffusers"
+    with pytest.raises(FileError, match=message) as caught:
         find_model(model)
     assert "\n" not in str(caught.value)
 
 
-def test_a_hub_model_of_pickles_alone_is_refused(cache: Path) -> None:
+def test_a_hub_model_with_only_pickles_is_refused(cache: Path) -> None:
     weights = cache / "unet" / "diffusion_pytorch_model.safetensors"
     weights.rename(weights.with_suffix(".bin"))
     with pytest.raises(OnewordError, match="pickles are not read"):
         load_source("owner/tiny")
 
 
-def test_a_hub_model_in_no_diffusers_format_is_named(cache: Path) -> None:
+def test_a_hub_model_that_is_not_in_diffusers_format_is_named(cache: Path) -> None:
     (cache / "model_index.json").unlink()
     with pytest.raises(UsageError, match=r"owner/tiny has no model_index\.json: give the hub id of a model"):
         find_model("owner/tiny")
 
 
-def test_of_a_repository_only_what_is_used_is_fetched() -> None:
+def test_only_the_files_in_use_are_downloaded_from_a_repository() -> None:
     stable_diffusion = [
         "README.md", "model_index.json", "v1-5-pruned.safetensors", "v1-5-pruned.ckpt",
         "scheduler/scheduler_config.json", "tokenizer/vocab.json", "tokenizer/merges.txt",
@@ -78,7 +79,7 @@ def test_of_a_repository_only_what_is_used_is_fetched() -> None:
     ]  # fmt: skip
 
 
-def test_sharded_weights_of_a_variant_are_fetched_whole() -> None:
+def test_sharded_weights_of_a_variant_are_downloaded_completely() -> None:
     shards = [f"unet/diffusion_pytorch_model.fp16-0000{i}-of-00002.safetensors" for i in (1, 2)]
     assert hub_files([*shards, "unet/diffusion_pytorch_model.safetensors.index.fp16.json"])[1:] == shards
 
@@ -113,7 +114,7 @@ def outputs(unet: Any, text_encoder: Any) -> list[torch.Tensor]:
         return [unet(sample, 500, context).sample, states]
 
 
-def test_a_lora_is_fused_as_strongly_as_asked_for(tiny_model_dir: Path, lora: Path) -> None:
+def test_a_lora_is_fused_at_the_requested_scale(tiny_model_dir: Path, lora: Path) -> None:
     from diffusers import StableDiffusionPipeline
 
     source = load_source(tiny_model_dir, loras=[Lora(lora, 0.5)])
@@ -129,7 +130,7 @@ def test_a_lora_is_fused_as_strongly_as_asked_for(tiny_model_dir: Path, lora: Pa
     assert not any("lora" in name for name, _ in source.unet.named_modules())
 
 
-def test_a_lora_changes_what_the_bundle_says_it_came_from(tiny_model_dir: Path, lora: Path) -> None:
+def test_a_lora_changes_the_origin_in_the_bundle(tiny_model_dir: Path, lora: Path) -> None:
     plain, fused = load_source(tiny_model_dir), load_source(tiny_model_dir, loras=[Lora(lora, 0.5)])
     assert (plain.name, fused.name) == ("model", "model + style.safetensors x 0.5")
     assert len({plain.digest, fused.digest, load_source(tiny_model_dir, loras=[Lora(lora)]).digest}) == 3
@@ -143,13 +144,13 @@ def test_a_lora_that_does_not_fit_or_is_a_pickle_is_refused(
         load_source(tiny_model_dir, loras=[Lora(tmp_path / "other.safetensors")])
     assert "\n" not in str(caught.value)
     shutil.copy(lora, tmp_path / "style.bin")
-    with pytest.raises(UsageError, match=r"style\.bin is no \.safetensors file: pickles are not read"):
+    with pytest.raises(UsageError, match=r"style\.bin is not a \.safetensors file: pickles are not read"):
         load_source(tiny_model_dir, loras=[Lora(tmp_path / "style.bin")])
-    with pytest.raises(UsageError, match="diffusers fuses none into a LDMTextToImagePipeline"):
+    with pytest.raises(UsageError, match="diffusers cannot fuse a LoRA into a LDMTextToImagePipeline"):
         load_source(tiny_ldm_dir, loras=[Lora(lora)])
 
 
-def test_a_single_file_is_the_model_it_was_made_from(tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_a_single_file_matches_the_model_it_was_made_from(tiny_model_dir: Path, tmp_path: Path) -> None:
     directory = load_source(tiny_model_dir)
     checkpoint = tmp_path / "tiny.safetensors"
     save_file(original_layout(directory), checkpoint)
@@ -173,12 +174,12 @@ def test_a_single_file_is_the_model_it_was_made_from(tiny_model_dir: Path, tmp_p
 @pytest.mark.parametrize(
     ("name", "config", "message"),
     [
-        ("model.ckpt", True, r"model\.ckpt is no \.safetensors file: pickles are not read, convert"),
+        ("model.ckpt", True, r"model\.ckpt is not a \.safetensors file: pickles are not read, convert"),
         ("model.safetensors", False, r"model\.safetensors is a single file: give --config, a diffusers directory"),
         ("model.safetensors", True, r"model\.safetensors cannot be loaded as a StableDiffusionPipeline"),
     ],
 )
-def test_a_single_file_that_cannot_be_used_is_one_line(
+def test_a_single_file_that_cannot_be_used_is_reported_on_one_line(
     tiny_model_dir: Path, tmp_path: Path, name: str, config: bool, message: str
 ) -> None:
     save_file({"weight": torch.ones(3)}, tmp_path / name)
