@@ -1,4 +1,4 @@
-"""Tiny models, real but for their random weights: diffusers directories with a BPE tokenizer of their own."""
+"""Tiny models of real architecture with random weights: diffusers directories with their own BPE tokenizer."""
 
 import json
 from pathlib import Path
@@ -34,7 +34,7 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_v_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same as tiny_model_dir, but v-prediction."""
+    """Like tiny_model_dir, but v-prediction."""
     return make_tiny_model(tmp_path_factory.mktemp("tiny-v") / "model", prediction_type="v_prediction")
 
 
@@ -83,7 +83,7 @@ def make_tiny_model(path: Path, *, prediction_type: str) -> Path:
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-    torch.nn.init.normal_(text_encoder.final_layer_norm.bias, 0.1, 0.1)  # a trained model's mean is not zero
+    torch.nn.init.normal_(text_encoder.final_layer_norm.bias, 0.1, 0.1)  # in a trained model the mean is not zero
     unet = UNet2DConditionModel(
         sample_size=8,
         in_channels=4,
@@ -129,7 +129,7 @@ def make_tiny_model(path: Path, *, prediction_type: str) -> Path:
 
 
 def write_tiny_tokenizer(folder: Path) -> Path:
-    """A byte-level BPE in CLIP's layout: all bytes, all bytes at a word's end, whole words by merges."""
+    """Writes a byte-level BPE in CLIP's layout: all bytes, all bytes at the end of a word, whole words by merges."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     letters = list(bytes_to_unicode().values())

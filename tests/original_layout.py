@@ -1,4 +1,4 @@
-"""A tiny Stable Diffusion's weights under the names that single-file checkpoints are shared with."""
+"""The weights of a tiny Stable Diffusion under the names used in single-file checkpoints."""
 
 import re
 
@@ -8,7 +8,7 @@ from oneword.export.source import Source
 
 
 def original_layout(source: Source) -> dict[str, torch.Tensor]:
-    """The names that Stable Diffusion's own code gives the weights (CompVis/stable-diffusion), for two UNet levels of
+    """The weights under the names of Stable Diffusion's own code (CompVis/stable-diffusion), for two UNet levels of
     one layer and four VAE levels."""
     unet = [
         (r"time_embedding\.linear_(\d)", lambda m: f"time_embed.{2 * int(m[1]) - 2}"),

@@ -1,4 +1,4 @@
-"""TensorRT-RTX plans for tests: built once, then kept in `.cache/plans` by everything they depend on."""
+"""TensorRT-RTX plans for tests: built once, then cached in `.cache/plans`, keyed by everything they depend on."""
 
 import hashlib
 from pathlib import Path
@@ -15,27 +15,27 @@ CACHE = Path(__file__).parents[1] / ".cache" / "plans"
 
 
 def rtx_plans(bundle: Bundle, target: str, limits: PlanLimits = DEFAULT_LIMITS) -> dict[str, list[Path]]:
-    """The plans of every graph of a bundle, as `build_plans` gives them; skips where the library is not installed.
+    """The plans of every graph of a bundle, as `build_plans` returns them; skips if the library is not installed.
 
-    Plans that this builder made of the same graphs before are put into the bundle's own cache first.
+    Plans that this builder already made of the same graphs are first copied into the bundle's own cache.
     """
     for module in ("tensorrt_rtx", "polygraphy"):
         pytest.importorskip(module)
     version, target = installed_version(Flavour.RTX), target_of(Flavour.RTX, target)
     source = hashlib.sha256(Path(builder.__file__).read_bytes()).hexdigest()[:16]
-    kept = plan_cache(CACHE / source, Flavour.RTX, version, target)
-    own = plan_cache(bundle.path / PLANS, Flavour.RTX, version, target)
+    shared_cache = plan_cache(CACHE / source, Flavour.RTX, version, target)
+    bundle_cache = plan_cache(bundle.path / PLANS, Flavour.RTX, version, target)
     keys = [
         PlanKey(graph.digest, str(Flavour.RTX), version, target, graph.precision, ranges)
         for name, graph in bundle.manifest.graphs.items()
         for ranges in graph_ranges(bundle.manifest, name, limits)
     ]
     for key in keys:
-        if (plan := kept.load(key)) is not None:
-            own.load_or_build(key, lambda plan=plan: plan)  # type: ignore[misc]
+        if (plan := shared_cache.load(key)) is not None:
+            bundle_cache.load_or_build(key, lambda plan=plan: plan)  # type: ignore[misc]
     plans = build_plans(bundle, Flavour.RTX, target, limits)
     for key in keys:
-        built = own.load(key)
+        built = bundle_cache.load(key)
         assert built is not None
-        kept.load_or_build(key, lambda built=built: built)  # type: ignore[misc]
+        shared_cache.load_or_build(key, lambda built=built: built)  # type: ignore[misc]
     return plans

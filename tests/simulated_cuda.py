@@ -1,13 +1,13 @@
-"""The calls of CUDA's runtime that oneword makes, on the host's memory, to hold without a GPU what a GPU asks for.
+"""A simulated CUDA runtime in host memory: the calls that oneword makes, to test a GPU's requirements without a GPU.
 
-As late as CUDA may be: queued work is done when somebody waits for it and not before, so that a buffer read or reused
-too early is seen. Pageable memory of the host is read when a copy is queued, as CUDA does; pinned memory is read and
-written when the copy is done. An event that is waited for does what was queued before it was recorded, and no more.
-While a stream is captured work is recorded and not done, and what CUDA then refuses is refused and breaks the capture.
+Queued work runs as late as CUDA allows: only when something waits for it, so that a buffer read or reused too early is
+detected. Pageable host memory is read when a copy is queued, as in CUDA; pinned memory is read and written when the
+copy runs. Waiting for an event runs the work queued before it was recorded, and no more. While a stream is captured,
+work is recorded but does not run, and calls that CUDA forbids during a capture fail and break it.
 
-Stricter than CUDA: memory that is freed while queued work uses it, or used after it was freed, is noted in
-`violations`, which a test must find empty. What is computed, and what libraries allocate at their first calls, is not
-CUDA's.
+Stricter than CUDA: memory that is freed while queued work uses it, or used after it was freed, is recorded in
+`violations`, which every test must find empty. Not covered: CUDA's own arithmetic, and what libraries allocate at their
+first calls.
 """
 
 import ctypes
@@ -17,7 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 CAPTURE_REFUSES, CAPTURE_BROKEN = 900, 901  # cudaErrorStreamCaptureUnsupported, cudaErrorStreamCaptureInvalidated
-GARBAGE = 0xCD  # in memory that nobody has written
+GARBAGE = 0xCD  # fills memory that has not been written
 
 Span = tuple[int, int]
 """Address and bytes."""
@@ -25,16 +25,16 @@ Span = tuple[int, int]
 
 @dataclass(eq=False)
 class Work:
-    """Something that is queued, and the memory it uses."""
+    """A queued operation, and the memory it uses."""
 
     do: Callable[[], object]
     uses: tuple[Span, ...] = ()
     is_run: bool = False
-    """Whether it is a run of a graph, a step for one."""
+    """Whether it runs a graph, such as a step."""
 
 
 class Runtime:
-    """Stands for `cuda.bindings.runtime`: every call gives a status, then what it gives."""
+    """Stands in for `cuda.bindings.runtime`: every call returns a status, then its results."""
 
     cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2, cudaMemcpyDeviceToDevice=3)
     cudaDeviceAttr = SimpleNamespace(
@@ -45,33 +45,33 @@ class Runtime:
 
     def __init__(self) -> None:
         self.waits = 0
-        """Times that the host waited for all that was queued."""
+        """How often the host waited for all queued work."""
         self.event_waits = 0
-        """Times that the host waited for an event."""
+        """How often the host waited for an event."""
         self.captures = self.launches = self.from_host = 0
         self.most_runs_queued = 0
-        """Runs of graphs that were queued and not done, at most; on a GPU the first of them may be running."""
+        """The most graph runs ever queued at once; on a GPU the first of them may be running."""
         self.violations: list[str] = []
         self._device: dict[int, Any] = {}
         self._pinned: dict[int, Any] = {}
-        self._freed: list[Any] = []  # so that what is used after it was freed is noted, and is not a crash
+        self._freed: list[Any] = []  # kept, so that use after free is recorded and does not crash
         self._queued: list[Work] = []
         self._captured: list[Work] | None = None
         self._broken = False
         self._events: dict[int, Work | None] = {}
 
     def queue(self, do: Callable[[], object], *uses: Span, is_run: bool = False) -> tuple[int]:
-        """In the order of the one stream there is."""
+        """Queues work on the only stream."""
         self._put(Work(do, uses, is_run))
         return (0,)
 
     def refused(self) -> bool:
-        """Whether a capture is going on, which is broken by what asks."""
+        """Whether a stream is being captured; if so, the call that asks breaks the capture."""
         self._broken |= self._captured is not None
         return self._captured is not None
 
     def wait(self) -> int:
-        """Does all that was queued; the status."""
+        """Runs all queued work and returns the status."""
         if self.refused():
             return CAPTURE_REFUSES
         self.waits += 1
@@ -83,8 +83,8 @@ class Runtime:
         self.most_runs_queued = max(self.most_runs_queued, sum(work.is_run for work in self._queued))
 
     def _do(self, count: int) -> None:
-        done, self._queued = self._queued[:count], self._queued[count:]
-        for work in done:
+        due, self._queued = self._queued[:count], self._queued[count:]
+        for work in due:
             for address, size in work.uses:
                 if not any(_within(memory, address, size) for memory in self._allocations()):
                     self.violations.append(f"queued work used {size} bytes that were freed or never allocated")
@@ -102,7 +102,7 @@ class Runtime:
         if self.refused():
             return CAPTURE_REFUSES, 0
         buffer = (ctypes.c_uint8 * size)()
-        ctypes.memset(buffer, GARBAGE, size)  # nobody promised zeros
+        ctypes.memset(buffer, GARBAGE, size)  # CUDA does not promise zeros
         memories[ctypes.addressof(buffer)] = buffer
         return 0, ctypes.addressof(buffer)
 
@@ -236,7 +236,7 @@ class Runtime:
 
 
 class Session:
-    """An ONNX Runtime session of the CPU that is bound and queued like one of the CUDA provider."""
+    """An ONNX Runtime session on the CPU that is bound and queued like one of the CUDA provider."""
 
     def __init__(self, inner: Any, runtime: Runtime) -> None:
         self._inner, self._runtime = inner, runtime

@@ -1,4 +1,4 @@
-"""What each floor may import, checked by running it."""
+"""What each layer may import, checked by importing it."""
 
 import ast
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FLOORS = ("engines", "runtime", "export", "train")
+LAYERS = ("engines", "runtime", "export", "train")
 
 BLOCKED = ("torch", "diffusers", "transformers", "accelerate")
 IMPORT_ALL = f"""
@@ -28,21 +28,21 @@ assert not set({BLOCKED}) & set(sys.modules)
 """
 
 
-def test_runtime_and_engines_import_whole_with_pytorch_blocked() -> None:
-    done = subprocess.run([sys.executable, "-c", IMPORT_ALL], capture_output=True, text=True, check=False)
+def test_runtime_and_engines_import_completely_with_pytorch_blocked() -> None:
+    process = subprocess.run([sys.executable, "-c", IMPORT_ALL], capture_output=True, text=True, check=False)
 
-    assert done.returncode == 0, done.stderr
+    assert process.returncode == 0, process.stderr
     modules = {
-        f"oneword.{path.parent.name}.{path.stem}" for floor in FLOORS[:2] for path in (ROOT / floor).glob("*.py")
+        f"oneword.{path.parent.name}.{path.stem}" for layer in LAYERS[:2] for path in (ROOT / layer).glob("*.py")
     }
-    assert set(done.stdout.split()) == {name for name in modules if not name.endswith(".__init__")}
+    assert set(process.stdout.split()) == {name for name in modules if not name.endswith(".__init__")}
 
 
 @pytest.mark.parametrize("package", ["onnxruntime", "openvino", "cuda", "polygraphy"])
 def test_an_optional_package_is_imported_in_one_module_and_not_at_import_time(package: str) -> None:
     importers: list[str] = []
-    for floor in FLOORS[:2]:
-        for path in (ROOT / floor).rglob("*.py"):
+    for layer in LAYERS[:2]:
+        for path in (ROOT / layer).rglob("*.py"):
             tree = ast.parse(path.read_text())
             at_top = {id(node) for node in tree.body}
             for node in ast.walk(tree):

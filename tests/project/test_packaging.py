@@ -1,4 +1,4 @@
-"""The package as others get it: version, commands, wheel, and a README that names what exists."""
+"""The package as users install it: version, commands, wheel, and a README that only names what exists."""
 
 import re
 import shutil
@@ -26,14 +26,14 @@ def test_version_is_the_same_in_package_metadata_and_changelog() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(PYPROJECT["project"]["scripts"]))
-def test_each_command_loads_and_stands_in_the_readme(name: str) -> None:
+def test_each_command_loads_and_is_in_the_readme(name: str) -> None:
     (script,) = entry_points(group="console_scripts", name=name)
 
     assert callable(script.load())
     assert name in README
 
 
-def test_readme_names_no_command_or_target_that_is_not_there() -> None:
+def test_readme_names_no_command_or_target_that_does_not_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
     shown = "\n".join(re.findall(r"^```(?:sh|console|bash)?\n(.*?)^```", README, re.M | re.S))
     files = {f"{name.replace('.', '/')}.py" for name in re.findall(r"python -m (benchmarks\.\w+)", README)}
@@ -48,7 +48,7 @@ def test_every_pinned_version_is_within_its_range_in_pyproject() -> None:
     pins = dict(re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M))
     pins = {_plain(name): tuple(map(int, pin.split("."))) for name, pin in pins.items()}
     ranges = [re.match(r"([\w-]+)(?:\[\w+\])?>=([\d.]+)", line) for line in requires("oneword") or []]
-    floors = {_plain(found[1]): tuple(map(int, found[2].split("."))) for found in ranges if found}
+    floors = {_plain(match[1]): tuple(map(int, match[2].split("."))) for match in ranges if match}
 
     assert "torch" in pins
     assert {name for name, floor in floors.items() if pins.get(name, floor) < floor} == set()
@@ -56,13 +56,13 @@ def test_every_pinned_version_is_within_its_range_in_pyproject() -> None:
 
 
 def test_default_install_brings_neither_pytorch_nor_an_engine() -> None:
-    always = {re.match(r"[\w-]+", line)[0] for line in requires("oneword") or [] if "extra ==" not in line}  # type: ignore[index]
+    required = {re.match(r"[\w-]+", line)[0] for line in requires("oneword") or [] if "extra ==" not in line}  # type: ignore[index]
 
-    assert always.isdisjoint({"torch", "diffusers", "transformers", "onnxruntime", "openvino", "tensorrt", "ray"})
+    assert required.isdisjoint({"torch", "diffusers", "transformers", "onnxruntime", "openvino", "tensorrt", "ray"})
 
 
-def test_wheel_holds_every_package_the_miniature_and_nothing_else(tmp_path: Path) -> None:
-    copy = tmp_path / "copy"  # setuptools leaves a build folder behind, whose stale files would be packed next time
+def test_wheel_contains_every_package_and_the_miniature_and_nothing_else(tmp_path: Path) -> None:
+    copy = tmp_path / "copy"  # setuptools leaves a build folder, whose files the next wheel would contain
     ignored = shutil.ignore_patterns(".*", "build", "demo-output", "*.egg-info")
     shutil.copytree(ROOT, copy, symlinks=True, ignore=ignored)
     subprocess.run(
