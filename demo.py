@@ -1,9 +1,9 @@
-"""The whole road on the miniature: five pictures -> ti-train -> ti-export -> ti-run -> one contact sheet.
+"""The whole pipeline on the miniature: five pictures -> ti-train -> ti-export -> ti-run -> one contact sheet.
 
-    make demo        or, where it is installed:   python demo.py [--look 0..11] [--model MODEL] [--output DIR]
+    make demo        or, if it is installed:   python demo.py [--look 0..11] [--model MODEL] [--output DIR]
 
-The look it learns is one the miniature was never trained on, and the scenes it is then drawn in were never
-photographed. Only the contact sheet is put together here; the work is done by the commands a user would type.
+It learns a look the miniature was never trained on and draws it in scenes that were never photographed. Only the
+contact sheet is assembled here; the commands a user would type do the work.
 """
 
 from __future__ import annotations
@@ -41,21 +41,19 @@ PHOTOGRAPHED = ("studio", "kitchen", "desert", "meadow", "brick")
 ELSEWHERE = ("snow", "night", "sea", "forest", "sunset")
 MEDIA = ("drawing", "icon", "painting")
 SEED, GUIDANCE = 7, 4
-MADE = ("pictures", "bundle", "generated")  # folders of an earlier demo, made anew
+OUTPUTS = ("pictures", "bundle", "generated")  # folders of an earlier demo, which are replaced
 
 console = Console(stderr=True)
 
 
 def main() -> int:
-    """Learn, export, run, draw the sheet, say what each took."""
+    """Learns, exports, generates, draws the sheet and reports the time per stage."""
     options = _options()
     output: Path = options.output
     look = HELD_OUT_LOOKS[options.look]
     if output.exists() and any(output.iterdir()) and not (output / "pictures").is_dir():
-        raise SystemExit(
-            f"{output} holds files that are not an earlier demo's: give an empty or new folder to --output"
-        )
-    for part in MADE:
+        raise SystemExit(f"{output} has files that are not from an earlier demo: give --output an empty or new folder")
+    for part in OUTPUTS:
         shutil.rmtree(output / part, ignore_errors=True)
     stages = Stages()
 
@@ -100,7 +98,7 @@ def main() -> int:
 
 
 def draw_pictures(look: Look, folder: Path) -> list[Path]:
-    """Five photographs of the look, each on a background of its own."""
+    """Draws five photographs of the look, each on a different background."""
     folder.mkdir(parents=True)
     paths = []
     for i, background in enumerate(PHOTOGRAPHED):
@@ -131,47 +129,47 @@ def scenes() -> list[tuple[str, list[str]]]:
 
 @dataclass
 class Stages:
-    """Runs the stages, shows their command lines and remembers what each took."""
+    """Runs the stages, shows their command lines and records their times."""
 
     rows: list[tuple[str, float, str]] = field(default_factory=list)
 
-    def timed(self, name: str, what: str) -> _Timer:
-        """A context that adds a row when it is left."""
-        return _Timer(self, name, what)
+    def timed(self, name: str, detail: str) -> _Timer:
+        """A context manager that adds a row on exit."""
+        return _Timer(self, name, detail)
 
     def command(self, name: str, *words: object) -> Any:
-        """Run one of the commands with --json; its progress goes to standard error. Exits when it fails."""
+        """Runs a command with --json, its progress on standard error. Exits if it fails."""
         line = [str(word) for word in words]
         console.print(f"[bold]$ {shlex.join(line)}", soft_wrap=True, highlight=False)
         with self.timed(name, line[0]):
-            done = subprocess.run([_script(line[0]), *line[1:], "--json"], stdout=subprocess.PIPE, check=False)
-        if done.returncode:
-            raise SystemExit(done.returncode)
-        return json.loads(done.stdout)
+            process = subprocess.run([_script(line[0]), *line[1:], "--json"], stdout=subprocess.PIPE, check=False)
+        if process.returncode:
+            raise SystemExit(process.returncode)
+        return json.loads(process.stdout)
 
     def table(self) -> Table:
-        """Stage, what, seconds."""
-        table = Table("stage", "what", "seconds", title="what each stage took, starting each command included")
-        for name, seconds, what in self.rows:
-            table.add_row(name, what, f"{seconds:.1f}")
+        """The time of each stage."""
+        table = Table("stage", "detail", "seconds", title="time per stage, starting each command included")
+        for name, seconds, detail in self.rows:
+            table.add_row(name, detail, f"{seconds:.1f}")
         table.add_section()
-        table.add_row("all", "", f"{sum(seconds for _, seconds, _ in self.rows):.1f}")
+        table.add_row("total", "", f"{sum(seconds for _, seconds, _ in self.rows):.1f}")
         return table
 
 
 class _Timer:
-    def __init__(self, stages: Stages, name: str, what: str) -> None:
-        self._stages, self._name, self._what = stages, name, what
+    def __init__(self, stages: Stages, name: str, detail: str) -> None:
+        self._stages, self._name, self._detail = stages, name, detail
 
     def __enter__(self) -> None:
         self._start = time.perf_counter()
 
     def __exit__(self, *_: object) -> None:
-        self._stages.rows.append((self._name, time.perf_counter() - self._start, self._what))
+        self._stages.rows.append((self._name, time.perf_counter() - self._start, self._detail))
 
 
 def contact_sheet(rows: Sequence[tuple[str, Sequence[tuple[Path, str]]]], zoom: int = 3) -> Image.Image:
-    """Titled rows of captioned pictures, one picture in all."""
+    """Titled rows of captioned pictures as one picture."""
     cell, gap, line = 64 * zoom, 14, 16
     title_font, font = ImageFont.load_default(18), ImageFont.load_default(13)
     columns = max(len(row) for _, row in rows)
@@ -191,7 +189,7 @@ def contact_sheet(rows: Sequence[tuple[str, Sequence[tuple[Path, str]]]], zoom: 
 
 
 def _wrap(text: str, width: int, draw: ImageDraw.ImageDraw, font: Any) -> list[str]:
-    """Words in as few lines of at most `width` pixels as it takes."""
+    """Wraps text into as few lines of at most `width` pixels as possible."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
@@ -203,10 +201,10 @@ def _wrap(text: str, width: int, draw: ImageDraw.ImageDraw, font: Any) -> list[s
 
 
 def _script(name: str) -> Path:
-    """The command installed beside the Python that runs this."""
+    """The path of a command, installed beside the running Python."""
     path = Path(sys.executable).parent / name
     if not path.exists():
-        raise SystemExit(f"{name} is not installed in {sys.prefix}: make demo, or pip install -e '.[cpu,train]'")
+        raise SystemExit(f"{name} is not installed in {sys.prefix}: run make demo, or pip install -e '.[cpu,train]'")
     return path
 
 
@@ -214,7 +212,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--look", type=int, default=0, choices=range(len(HELD_OUT_LOOKS)), help="which held-out look")
     parser.add_argument("--model", default="miniature", help="a diffusers directory trained on the same world")
-    parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for all of it")
+    parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for all output")
     return parser.parse_args()
 
 
