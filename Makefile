@@ -1,14 +1,14 @@
-# make demo    learn a word from five pictures, export the miniature, draw the word everywhere, one contact sheet
-# make test    the tests
-# make test-plans  the tests that build TensorRT-RTX plans, which are kept in .cache/plans
+# make demo    learn a word from five pictures, export the miniature, draw the word in new scenes: one contact sheet
+# make test    run the tests
+# make test-plans  run the tests that build TensorRT-RTX plans, which are cached in .cache/plans
 # make check   lint, format, types, layers
-# make bench   the miniature and learned words, against their bars (the other benchmarks are python -m benchmarks.NAME)
-# make bench-gpu   what needs an NVIDIA GPU, in an environment of its own; GPU_EXTRAS=cuda,train,dev,tensorrt-rtx for the other flavour
-# make clean   take away what the above made, the environment included
+# make bench   measure the miniature and learned words against their bars (other benchmarks: python -m benchmarks.NAME)
+# make bench-gpu   run what needs an NVIDIA GPU, in a separate environment; for TensorRT-RTX: GPU_EXTRAS=cuda,train,dev,tensorrt-rtx
+# make clean   delete everything the targets above made, including the environments
 #
-# Everything runs in .venv, made on first use; nothing but Python 3.11 or newer has to be there.
-# Where a plain `pip install torch` means CUDA, TORCH_INDEX=<address of PyTorch's CPU wheel index> gets the CPU build
-# (the address stands on pytorch.org/get-started). The tests of an engine that is not installed are skipped: TEST_EXTRAS says which are.
+# Everything runs in .venv, created on first use; only Python 3.11 or newer is required.
+# To avoid the CUDA build of PyTorch, pass its CPU wheel index: TORCH_INDEX=<address> (see pytorch.org/get-started).
+# Tests of a backend that is not installed are skipped; TEST_EXTRAS lists the extras to install for them.
 
 comma := ,
 PYTHON ?= $(firstword $(foreach minor,11 12 13,$(shell command -v python3.$(minor))) python3)
@@ -50,14 +50,14 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.miniature
 	$(BIN)/python -m benchmarks.words
 
-# Only one of ONNX Runtime's builds can be installed, so not in the environment of the rest.
+# Only one build of ONNX Runtime can be installed in an environment, so this uses a separate one.
 bench-gpu:
 	$(MAKE) test measure-gpu VENV=.venv-gpu EXTRAS=$(GPU_EXTRAS) TEST_EXTRAS= PYTEST_ARGS="-m gpu"
 
 measure-gpu: $(INSTALLED)
 	$(BIN)/python -m benchmarks.gpu
 
-# Redone only when the requirements or the extras change.
+# Runs again only if the requirements or the extras change.
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV), once; this takes a few minutes"
