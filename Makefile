@@ -1,7 +1,7 @@
 # make demo    learn a word from five pictures, export the miniature, draw the word in new scenes: one contact sheet
 # make test    run the tests
 # make test-plans  run the tests that build TensorRT-RTX plans, which are cached in .cache/plans
-# make check   lint, format, types, layers
+# make check   lint, format, types, layers, spelling
 # make bench   measure the miniature and learned words against their bars (other benchmarks: python -m benchmarks.NAME)
 # make bench-gpu   run what needs an NVIDIA GPU, in a separate environment; for TensorRT-RTX: GPU_EXTRAS=cuda,train,dev,tensorrt-rtx
 # make clean   delete everything the targets above made, including the environments
@@ -45,6 +45,7 @@ check: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	PYTHONPATH=src $(BIN)/lint-imports
+	git ls-files -z | xargs -0 $(BIN)/codespell
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.miniature
