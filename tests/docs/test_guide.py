@@ -1,6 +1,6 @@
 """Every code block of the README and the guide runs as it is written, in the order of its page.
 
-A block that is not run has `<!-- not run: REASON -->` above it. Each page gets a folder with what it starts from.
+A block that is not run has `<!-- not run: REASON -->` above it. Each page gets a folder with the files it starts from.
 """
 
 import os
@@ -36,7 +36,7 @@ class Block:
 
 
 def runnable(page: Path) -> list[Block]:
-    """The blocks of a page that are code and are run; a block of `text` is no code."""
+    """The blocks of a page that are code and are run; a block of `text` is not code."""
     blocks = [Block(language, code, reason) for reason, language, code in BLOCK.findall(page.read_text("utf-8"))]
     return [block for block in blocks if block.language != "text" and not block.reason]
 
@@ -81,5 +81,5 @@ def draw_photographs(folder: Path) -> None:
 
 def run(command: list[str], folder: Path) -> None:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    done = subprocess.run(command, cwd=folder, env={**os.environ, "PATH": path}, capture_output=True, text=True)
-    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+    process = subprocess.run(command, cwd=folder, env={**os.environ, "PATH": path}, capture_output=True, text=True)
+    assert process.returncode == 0, f"{' '.join(command)}\n{process.stdout[-2000:]}{process.stderr[-2000:]}"

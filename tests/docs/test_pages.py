@@ -10,7 +10,7 @@ from oneword.runtime.samplers import COLUMNS, Sampler
 DOCS = Path(__file__).parents[2] / "docs"
 
 
-def test_the_commands_page_is_what_help_prints() -> None:
+def test_the_commands_page_matches_help() -> None:
     expected = runpy.run_path(str(Path(__file__).with_name("commands.py")))["page"]()
 
     assert (DOCS / "guide" / "commands.md").read_text("utf-8") == expected, "run python tests/docs/commands.py"
