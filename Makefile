@@ -1,7 +1,8 @@
 # make demo    learn a word from five pictures, export the miniature, draw the word in new scenes: one contact sheet
 # make test    run the tests
 # make test-plans  run the tests that build TensorRT-RTX plans, which are cached in .cache/plans
-# make check   lint, format, types, layers, spelling
+# make check   lint, format, types, layers, spelling, and the documentation as `make docs` builds it
+# make docs    build the documentation as a site, in site/; every broken link is an error
 # make bench   measure the miniature and learned words against their bars (other benchmarks: python -m benchmarks.NAME)
 # make bench-gpu   run what needs an NVIDIA GPU, in a separate environment; for TensorRT-RTX: GPU_EXTRAS=cuda,train,dev,tensorrt-rtx
 # make clean   delete everything the targets above made, including the environments
@@ -24,7 +25,7 @@ INSTALLED := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 TEST_INSTALLED := $(INSTALLED)$(if $(TEST_EXTRAS),-$(subst $(comma),-,$(TEST_EXTRAS)))
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
-.PHONY: help demo test test-plans check bench bench-gpu measure-gpu clean
+.PHONY: help demo test test-plans check docs bench bench-gpu measure-gpu clean
 .DEFAULT_GOAL := help
 
 help:
@@ -39,13 +40,16 @@ test: $(TEST_INSTALLED)
 test-plans: $(TEST_INSTALLED)
 	$(BIN)/python -m pytest -m plans $(PYTEST_ARGS)
 
-check: $(INSTALLED)
+check: docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	PYTHONPATH=src $(BIN)/lint-imports
 	git ls-files -z | xargs -0 $(BIN)/codespell
+
+docs: $(INSTALLED)
+	$(BIN)/zensical build --strict --clean
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.miniature
