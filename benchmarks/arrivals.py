@@ -1,8 +1,8 @@
-"""Mixed requests and the times they arrive at. Deterministic from a seed; nothing of a model, an engine or a clock.
+"""Mixed requests and their arrival times, deterministic per seed. No models, engines or clocks.
 
-No two requests are alike: prompt, learned words, negative prompt, guidance, sampler, steps (4 to 50, every octave as
-likely as the next), number of pictures (1, 2 or 4) and seed differ, and a quarter of them are masked edits. Prompts are
-short enough for one chunk. Guidance is on for all steps of a request or for none, so that its work is known beforehand.
+No two requests are alike. They differ in prompt, learned word, negative prompt, guidance, sampler, steps (4 to 50,
+log-uniform), number of pictures (1, 2 or 4) and seed; a quarter of them are masked edits. Every prompt fits into one
+chunk. A request has guidance on all of its steps or on none, so that its work is known in advance.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,15 +24,15 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True, eq=False)
 class Order:
-    """One request as the keyword arguments of `Request` (the sampler by its name), and the work it is."""
+    """The keyword arguments of a `Request` (the sampler by name), and how much work it is."""
 
     settings: Mapping[str, Any]
     size: Size
     pictures: int
     steps: int
-    """Steps of each picture that are run: an edit leaves out the first ones."""
+    """Steps that run for each picture: an edit skips the first ones."""
     branches: int
-    """Branch evaluations of each step: 2 with guidance, else 1."""
+    """Branch evaluations per step: 2 with guidance, 1 without."""
 
     @property
     def work(self) -> int:
@@ -46,7 +46,7 @@ def word(number: int) -> str:
 
 
 def orders(seed: int, sizes: Sequence[Size]) -> Iterator[Order]:
-    """Requests without end, of these sizes in turn."""
+    """Endless requests, cycling through the sizes."""
     rng = np.random.default_rng(seed)
     number = 0
     while True:
@@ -60,7 +60,7 @@ def _order(rng: np.random.Generator, number: int, size: Size) -> Order:
     guided = rng.random() < 0.7
     pictures = int(rng.choice([1, 2, 4], p=[0.7, 0.2, 0.1]))
     token = word(int(rng.integers(WORDS)))
-    weight = 1 + (number % 1000) / 2000  # makes every prompt a new one
+    weight = 1 + (number % 1000) / 2000  # makes every prompt unique
     settings: dict[str, Any] = {
         "prompt": f"a photo of a ({rng.choice(COLOURS)}:{weight:.4f}) {token} {rng.choice(PLACES)}",
         "negative_prompt": str(rng.choice(NEGATIVES)) if guided and rng.random() < 0.5 else None,
@@ -83,8 +83,8 @@ def _order(rng: np.random.Generator, number: int, size: Size) -> Order:
 
 
 def open_loop(source: Iterator[Order], work: float, seconds: float, seed: int) -> list[tuple[float, Order]]:
-    """Requests of at least this work in all, each with its time of arrival within `seconds`: a Poisson process, given
-    the number of its arrivals."""
+    """Requests that add up to at least `work`, each with its arrival time within `seconds`: a Poisson process
+    conditioned on the number of its arrivals."""
     chosen: list[Order] = []
     while sum(order.work for order in chosen) < work:
         chosen.append(next(source))

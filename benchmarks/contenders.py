@@ -1,5 +1,5 @@
-"""What `benchmarks.traffic` drives: the scheduler of this project, on the host or on a simulated CUDA, and the batch
-that came before it. Each is imported only when it is made: their packages have the same name.
+"""The contenders of `benchmarks.traffic`: this project's scheduler, on the host or on simulated CUDA, and the batch it
+replaced. Each is imported when it is created, because both packages have the same name.
 """
 
 import time
@@ -18,56 +18,55 @@ DENOISE = "denoise_step"
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One call of an engine. Only for `denoise_step` are there sizes, and `again`, which does no harm to anyone."""
+    """One call of an engine. `size`, `branches` and `rerun` are set for `denoise_step` only."""
 
     graph: str
     seconds: float
     size: tuple[int, ...] = ()
     """h and w of the latents."""
     branches: int = 0
-    again: Callable[[], None] | None = None
+    rerun: Callable[[], None] | None = None
+    """Repeats the call; it changes no row's state."""
 
 
 @dataclass(eq=False)
 class Meter:
-    """Times every run of every binding of the engines that it watches."""
+    """Times every run of every binding of the engines it watches."""
 
     runs: list[Run] = field(default_factory=list)
-    """Since they were last cleared."""
+    """All runs since the list was last cleared."""
     bindings: int = 0
-    """Of `denoise_step`, made so far."""
+    """Bindings of `denoise_step` created so far."""
 
     def watch(self, engine: Any) -> None:
-        """From now on; an engine must have no bindings yet."""
+        """Starts timing an engine, which must not have bindings yet."""
         bind, run, name = engine.bind, engine.run, engine.name
 
         def timed_bind(*args: Any) -> Any:
             binding = bind(*args)
-            size, branches, again = (), 0, None
+            size, branches, rerun = (), 0, None
             if name == DENOISE:
                 self.bindings += 1
-                size, again = binding.inputs["sample"].shape[2:], binding.run
+                size, rerun = binding.inputs["sample"].shape[2:], binding.run
                 branches = binding.inputs["branch_row"].shape[0]
-            binding.run = self._timed(binding.run, name, size, branches, again)
+            binding.run = self._timed(binding.run, name, size, branches, rerun)
             return binding
 
         engine.bind, engine.run = timed_bind, self._timed(run, name)
 
-    def _timed(self, call: Callable[..., Any], *what: Any) -> Callable[..., Any]:
-        name, *sizes = what
-
+    def _timed(self, call: Callable[..., Any], name: str, *facts: Any) -> Callable[..., Any]:
         def timed(*args: Any) -> Any:
             start = time.perf_counter()
             try:
                 return call(*args)
             finally:
-                self.runs.append(Run(name, time.perf_counter() - start, *sizes))
+                self.runs.append(Run(name, time.perf_counter() - start, *facts))
 
         return timed
 
 
 class Contender(Protocol):
-    """Pictures on their way."""
+    """A queue of requests that is advanced turn by turn."""
 
     max_rows: int
     meter: Meter
@@ -75,19 +74,19 @@ class Contender(Protocol):
     """The engine of `denoise_step`, its version and precision."""
 
     def __len__(self) -> int:
-        """Pictures that are still to come."""
+        """Unfinished pictures."""
         ...
 
     def add(self, order: Order) -> int:
-        """Takes a request in and returns its id."""
+        """Adds a request and returns its id."""
         ...
 
     def step(self) -> Sequence[Any]:
-        """One turn, and its events."""
+        """Runs one turn and returns its events."""
         ...
 
     def cancel(self, id: int) -> None:
-        """Takes a request out."""
+        """Cancels a request."""
         ...
 
 
@@ -122,7 +121,7 @@ class New:
 
 
 class Old:
-    """`oneword.runtime.batch.Batch`, which makes its bindings as they are needed."""
+    """`oneword.runtime.batch.Batch`, which creates its bindings on demand."""
 
     def __init__(self, bundle: Path, engine: str, threads: int, max_rows: int, sizes: Iterable[Size]) -> None:
         from oneword.engines.open import Backend
@@ -153,8 +152,10 @@ class Old:
 
 
 def on_simulated_cuda(bundle: Path, max_rows: int, sizes: Iterable[Size]) -> New:
-    """The scheduler with all memory on the tests' simulated CUDA, whose runs are captured as TensorRT's are. Changes
-    this process for good."""
+    """The scheduler on the tests' simulated CUDA, which captures runs as TensorRT does.
+
+    Patches modules of this process permanently.
+    """
     import onnxruntime
 
     import oneword.engines.cuda
@@ -176,7 +177,7 @@ def on_simulated_cuda(bundle: Path, max_rows: int, sizes: Iterable[Size]) -> New
 
 
 def _prepare(model: Any, meter: Meter) -> None:
-    """Opens every engine and loads the learned words, of 1 to 3 vectors, each the mean of four of the table's rows."""
+    """Opens every engine and loads learned words of 1 to 3 vectors, each vector the mean of four rows of the table."""
     from oneword.runtime.concept import Concept
 
     for name in model.manifest.graphs:

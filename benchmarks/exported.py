@@ -1,4 +1,4 @@
-"""A model's bundle for a benchmark: exported once, and again when the model's files have changed."""
+"""A model's bundle for a benchmark: exported once, and again if the model's files have changed."""
 
 from pathlib import Path
 
@@ -9,11 +9,11 @@ from oneword.runtime.bundle import Bundle
 
 
 def exported(model: str, bundle: Path) -> Path:
-    """`bundle`, made from `model` as it is now."""
+    """Returns `bundle`, up to date with `model`."""
     try:
         if Bundle.open(bundle).manifest.source.digest == digest_directory(find_model(model)[0]):
             return bundle
     except OnewordError:
-        pass  # none there yet, or not whole
+        pass  # it does not exist, or is incomplete
     export_bundle(model, bundle)
     return bundle

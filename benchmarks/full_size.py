@@ -1,14 +1,14 @@
-"""Denoise steps of full size, random weights: exported, checked against PyTorch, measured.
+"""Denoise steps of full size with random weights: exported, checked against PyTorch, measured.
 
     python -m benchmarks.full_size [sd15 sd2 sdxl ldm ...] [--precision fp32 fp16] [--write]
-    python -m benchmarks.full_size --plans [...]       TensorRT-RTX's plans of the same, built without a GPU
+    python -m benchmarks.full_size --plans [...]       TensorRT-RTX plans of the same, built without a GPU
 
-Each is made, run once by PyTorch and traced in a process of its own, and opened by ONNX Runtime in another, as a
-machine that holds one copy of the weights must. Columns: parameters, seconds to export, peak memory of export and
-check, size on disk, largest relative difference of the step between PyTorch and ONNX Runtime. `--write` puts the table
-into docs/gpu.md. The last line is JSON. Not here: pictures (random weights make none) and speed.
+One process creates a step, runs it once in PyTorch and traces it; another opens it in ONNX Runtime, as a machine with
+memory for one copy of the weights must. Columns: parameters, seconds to export, peak memory of export and check, size
+on disk, and the largest relative difference of the step between PyTorch and ONNX Runtime. `--write` puts the table into
+docs/results/gpu.md. Ends in one line of JSON. Not covered: pictures (random weights draw none) and speed.
 
-`tiny` is a model of toy size, to see that this file works.
+`tiny` is a model of toy size, to check that this benchmark runs.
 """
 
 import argparse
@@ -22,9 +22,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.pages import table, write_section
+from benchmarks.pages import RESULTS, empty_page, marked, provenance, table, write_section
 
-PAGE = Path(__file__).parent.parent / "docs" / "gpu.md"
+PAGE = RESULTS / "gpu.md"
+NEW_PAGE = empty_page(
+    "Full size and GPUs",
+    "Denoise steps of full size with random weights: exports, plans, and latency on a GPU.",
+    "full-size",
+    "full-size-plans",
+    "gpu-latency",
+)
 LIMIT_GIB = 20
 TARGET = "sm89"
 LINEAR: dict[str, Any] = {"use_linear_projection": True}
@@ -55,12 +62,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "ldm": {**SD, "sample_size": 32, "cross_attention_dim": 1280},
 }
-"""The UNets of SD 1.5, SD 2.1, SDXL 1.0 and ldm-text2im-large-256, but for what is UNet2DConditionModel's default."""
+"""The UNets of SD 1.5, SD 2.1, SDXL 1.0 and ldm-text2im-large-256, without UNet2DConditionModel's defaults."""
 SHAPE = {"B": 1, "N": 2, "M": 2, "T": 77, "h": 32, "w": 32}
 
 
 def main() -> None:
-    """Measures every model in every precision; a table and one JSON line."""
+    """Measures every model in every precision; prints a table and one line of JSON."""
     options = _options()
     if options.stage:
         print(json.dumps({"export": _export, "check": _check, "plan": _plan}[options.stage](options)))
@@ -74,8 +81,8 @@ def main() -> None:
             name,
             f"{r['parameters'] / 1e6:.1f} M",
             f"{r['export_seconds']:.0f} s",
-            f"{r['export_gib']:.1f} GiB",
-            f"{r['check_gib']:.1f} GiB",
+            marked(f"{r['export_gib']:.1f} GiB", r["export_gib"] <= LIMIT_GIB),
+            marked(f"{r['check_gib']:.1f} GiB", r["check_gib"] <= LIMIT_GIB),
             f"{r['disk_gib']:.1f} GiB",
             f"{r['difference']:.1e}",
         ]
@@ -84,14 +91,15 @@ def main() -> None:
     head = ["denoise step", "parameters", "export", "peak, export", "peak, check", "on disk", "relative difference"]
     print(table(head, rows))
     if options.write:
-        write_section(PAGE, "full-size", table(head, rows))
+        text = f"{provenance('full_size')}\n\nTarget: at most {LIMIT_GIB} GiB.\n\n{table(head, rows)}"
+        write_section(PAGE, "full-size", text, NEW_PAGE)
     print(json.dumps(results))
     if any(max(r["export_gib"], r["check_gib"]) > LIMIT_GIB for r in results.values()):
-        raise SystemExit(f"more than {LIMIT_GIB} GiB were needed")
+        raise SystemExit(f"peak memory was above {LIMIT_GIB} GiB")
 
 
 def _measured(options: argparse.Namespace, *stages: str) -> dict[str, dict[str, float]]:
-    """What the stages say of every model in every precision, each stage in a process of its own."""
+    """The stages' measurements of every model in every precision; every stage has its own process."""
     results: dict[str, dict[str, float]] = {}
     for family in options.families:
         for precision in options.precision:
@@ -104,7 +112,7 @@ def _measured(options: argparse.Namespace, *stages: str) -> dict[str, dict[str, 
 
 
 def _plans(options: argparse.Namespace) -> None:
-    """Measures the plan of every model in every precision; a table and one JSON line."""
+    """Measures the plan of every model in every precision; prints a table and one line of JSON."""
     results = _measured(options, "plan")
     rows = [
         [name, f"{r['plan_seconds']:.0f} s", f"{r['plan_gib']:.1f} GiB", f"{r['plan_disk_gib']:.1f} GiB"]
@@ -113,12 +121,12 @@ def _plans(options: argparse.Namespace) -> None:
     text = table([f"plan for {TARGET}", "built in", "peak of the builder", "on disk"], rows)
     print(text)
     if options.write:
-        write_section(PAGE, "full-size-plans", text)
+        write_section(PAGE, "full-size-plans", f"{provenance('full_size')}\n\n{text}", NEW_PAGE)
     print(json.dumps(results))
 
 
 def _export(options: argparse.Namespace) -> dict[str, float]:
-    """In a child: the reference, then the ONNX."""
+    """Runs in a child process: computes the reference, then writes the ONNX graph."""
     from oneword.export.parity import references
     from oneword.export.write import write_graph
 
@@ -127,7 +135,7 @@ def _export(options: argparse.Namespace) -> dict[str, float]:
     folder = Path(options.scratch)
     cases = references(graph, [SHAPE])
     written = write_graph(graph, folder)
-    (folder / "case.pickle").write_bytes(pickle.dumps((written, cases)))  # for our own next stage
+    (folder / "case.pickle").write_bytes(pickle.dumps((written, cases)))  # for the next stage
     return {
         "parameters": sum(p.numel() for p in graph.module.parameters()),
         "export_seconds": time.perf_counter() - start,
@@ -137,7 +145,7 @@ def _export(options: argparse.Namespace) -> dict[str, float]:
 
 
 def _check(options: argparse.Namespace) -> dict[str, float]:
-    """In another child, where no PyTorch weights are: ONNX Runtime against the reference."""
+    """Runs in a child process without PyTorch weights: compares ONNX Runtime with the reference."""
     from oneword.engines.onnxruntime import OnnxRuntimeEngine
     from oneword.export.parity import compare
 
@@ -154,7 +162,7 @@ def _check(options: argparse.Namespace) -> dict[str, float]:
 
 
 def _plan(options: argparse.Namespace) -> dict[str, float]:
-    """In a child: the ONNX, whose weights go, then TensorRT-RTX's plan of it, which is built in a child again."""
+    """Runs in a child process: writes the ONNX graph, frees the weights and builds the plan in another child."""
     from oneword.engines.builder import Flavour
     from oneword.runtime.profiles import PlanLimits, build_plans
 
@@ -171,7 +179,7 @@ def _plan(options: argparse.Namespace) -> dict[str, float]:
 
 
 def full_size(family: str, precision: str) -> Any:
-    """A denoise step of full size, every weight random and of the size that keeps activations as they are."""
+    """A denoise step of full size with random weights, scaled to preserve the size of activations."""
     import torch
     from diffusers import UNet2DConditionModel
 
@@ -198,7 +206,7 @@ def full_size(family: str, precision: str) -> Any:
 
 
 def bundle_of_one(family: str, precision: str, folder: Path) -> Any:
-    """The exported step as a bundle of one graph, all that an engine looks at; exported where it is not there yet."""
+    """The exported step as a bundle of one graph, which is all an engine reads; exported if it does not exist yet."""
     import msgspec
 
     from oneword.engines.graph import Graph
@@ -245,13 +253,13 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*", default=["sd15", "sd2", "sdxl", "ldm"], metavar="sd15|sd2|sdxl|ldm|tiny")
     parser.add_argument("--precision", nargs="+", default=["fp16", "fp32"], choices=["fp32", "fp16"])
-    parser.add_argument("--plans", action="store_true", help=f"plans of TensorRT-RTX for {TARGET} instead")
-    parser.add_argument("--write", action="store_true", help="write the table into docs/gpu.md")
-    parser.add_argument("--scratch", help="where the graphs are written for a while: 12 GB of room")
+    parser.add_argument("--plans", action="store_true", help=f"build TensorRT-RTX plans for {TARGET} instead")
+    parser.add_argument("--write", action="store_true", help="write the table into docs/results/gpu.md")
+    parser.add_argument("--scratch", help="folder for temporary graphs: 12 GB of free space")
     parser.add_argument("--stage", choices=["export", "check", "plan"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     if unknown := [family for family in options.families if family not in CONFIGS]:
-        parser.error(f"{unknown[0]} is none of {', '.join(CONFIGS)}")
+        parser.error(f"unknown model {unknown[0]!r}: choose from {', '.join(CONFIGS)}")
     return options
 
 

@@ -1,9 +1,9 @@
-"""Shows every task on the miniature, as pictures to look at: python -m benchmarks.gallery
+"""Draws every task on the miniature, as pictures to look at: python -m benchmarks.gallery [--write]
 
-Learns three words the miniature was never trained on (two objects and a style, five pictures each), exports the model,
-makes all pictures of the page in one batch, and writes `gallery.md` and `gallery/*.png` into `--output`. Words and
-bundle are kept in `--work` and used again while the model is the same. Nothing is measured here, no picture is chosen:
-every one is of the first seed. Ends in one line of JSON.
+Learns three words that the miniature was not trained on (two objects and a style, five pictures each), exports the
+model and draws all pictures in one batch. Words and bundle are stored in `--work` and reused as long as the model is
+the same; the pictures are written there, or with `--write` into docs/gallery/ and docs/gallery.md. Nothing is measured
+and nothing is selected: every picture uses the first seed. Ends in one line of JSON.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image as Pillow
 
 from benchmarks.exported import exported
+from benchmarks.pages import RESULTS, empty_page, provenance, write_section
 from oneword.engines.open import Backend
 from oneword.runtime.bundle import Bundle
 from oneword.runtime.concept import load_concept
@@ -31,6 +32,8 @@ from oneword.runtime.samplers import Sampler
 from oneword.train import cli
 from oneword.train.miniature.world import HELD_OUT_LOOKS, HELD_OUT_STYLES, NOUNS, STYLES, Look, Scene, Thing, render
 
+PAGE = RESULTS.parent / "gallery.md"
+NEW_PAGE = empty_page("Gallery", "Everything that `ti-run` does, on the miniature.", "gallery")
 LOOKS = {"<toy>": HELD_OUT_LOOKS[0], "<gem>": HELD_OUT_LOOKS[3]}
 STYLE = next(iter(HELD_OUT_STYLES))
 PHOTOGRAPHED = ("studio", "kitchen", "desert", "meadow", "brick")
@@ -42,7 +45,7 @@ GUIDANCE = 4.0
 
 @dataclass(frozen=True)
 class Section:
-    """One picture of the page: a table whose cells are made, or given as they are."""
+    """One picture of the page: a table of cells, each a request to draw or a finished image."""
 
     name: str
     title: str
@@ -53,7 +56,7 @@ class Section:
 
 
 def main() -> None:
-    """Learn, export, generate, write."""
+    """Learns, exports and draws; prints one line of JSON."""
     options = _options()
     start = time.perf_counter()
     bundle = options.bundle or exported(options.model, options.work / "bundle")
@@ -65,16 +68,18 @@ def main() -> None:
     learned = time.perf_counter()
     sections = [*of_the_model(options.steps), *of_words(learned_from, options.steps)]
     grids = drawn(model, sections)
+    folder = PAGE.with_suffix("") if options.write else options.work / "pictures"
     for section, grid in zip(sections, grids, strict=True):
-        save_png(grid, options.output / "gallery" / f"{section.name}.png", section.command)
-    (options.output / "gallery.md").write_text(page(sections, options.steps), encoding="utf-8")
+        save_png(grid, folder / f"{section.name}.png", section.command)
+    if options.write:
+        write_section(PAGE, "gallery", markdown(sections, options.steps), NEW_PAGE)
     seconds = {"prepare": learned - start, "generate": time.perf_counter() - learned}
-    made = sum(isinstance(cell, Request) for section in sections for _, row in section.rows for cell in row)
-    print(json.dumps({"pictures": made, "sections": len(sections), **{k: round(v, 1) for k, v in seconds.items()}}))
+    pictures = sum(isinstance(cell, Request) for section in sections for _, row in section.rows for cell in row)
+    print(json.dumps({"pictures": pictures, "sections": len(sections), **{k: round(v, 1) for k, v in seconds.items()}}))
 
 
 def learn(work: Path, model: str, steps: int | None) -> tuple[list[Path], dict[str, list[Image]]]:
-    """The files of three learned words, and the five pictures that each was learned from."""
+    """Learns three words; returns their files, and the five training pictures per token."""
     names = [*NOUNS][:5]
     scenes = {
         token: [Scene((Thing(look),), background) for background in PHOTOGRAPHED] for token, look in LOOKS.items()
@@ -104,7 +109,7 @@ def learn(work: Path, model: str, steps: int | None) -> tuple[list[Path], dict[s
 
 
 def of_the_model(steps: int) -> list[Section]:
-    """What is done with the words the model has."""
+    """The sections that need no learned word."""
     things = ("a red star", "a blue heart with white dots", "a green ring", "a purple moon")
     media = ("a photo", "a drawing", "an icon", "a painting")
     star = Scene((Thing(Look("star", "red", "white", "plain")),), "meadow")
@@ -117,7 +122,7 @@ def of_the_model(steps: int) -> list[Section]:
         Section(
             "text-to-image",
             "Text to image",
-            "Prompts down, things across; every picture has the same seed.",
+            "One prompt per row, one object per column; every picture has the same seed.",
             'ti-run bundle "a photo of {}" "a drawing of {}" ... --word "a red star" ... --seed 7 --grid grid.png',
             [
                 (f"{medium} of ... {PLACES[0]}", [ask(f"{medium} of {thing} {PLACES[0]}", steps) for thing in things])
@@ -128,7 +133,7 @@ def of_the_model(steps: int) -> list[Section]:
         Section(
             "variations",
             "Variations",
-            "One prompt, six seeds: picture *i* of a request has the seed *s + i*.",
+            "One prompt, six seeds: picture *i* of a request has seed *s + i*.",
             'ti-run bundle "a photo of a red star in the meadow" --num-images 6 --seed 7 --grid grid.png',
             [(STAR, [ask(STAR, steps, seed=SEED + i) for i in range(6)])],
             [[f"seed {SEED + i}" for i in range(6)]],
@@ -136,7 +141,7 @@ def of_the_model(steps: int) -> list[Section]:
         Section(
             "samplers",
             "Samplers",
-            "The same prompt and seed through every sampler, all in one batch.",
+            "The same prompt and seed with every sampler, all in one batch.",
             'ti-run bundle "a photo of a red star in the meadow" --sampler euler',
             [
                 (f"{count} steps", [ask(STAR, count, sampler=sampler) for sampler in Sampler])
@@ -147,7 +152,7 @@ def of_the_model(steps: int) -> list[Section]:
         Section(
             "image-to-image",
             "Image to image",
-            "The first picture is sent part of the way back to noise, and from there to the prompt.",
+            "Noise is added to the first picture up to `--strength`, then it is denoised to the prompt.",
             'ti-run bundle "a painting of a blue heart in the meadow" --image star.png --strength 0.7',
             [
                 (
@@ -167,7 +172,7 @@ def of_the_model(steps: int) -> list[Section]:
         Section(
             "masked-edit",
             "Masked edit",
-            "Only the white part is made anew (Blended Latent Diffusion); the rest keeps its very pixels.",
+            "Only the white area is regenerated (Blended Latent Diffusion); all other pixels stay unchanged.",
             'ti-run bundle "a photo of a blue heart in the meadow" --image star.png --mask mask.png --strength 1',
             [
                 (
@@ -187,7 +192,7 @@ def of_the_model(steps: int) -> list[Section]:
         Section(
             "sizes",
             "Odd sizes",
-            "Any multiple of 8, from the graphs that were exported once. The model was trained on 64x64 alone.",
+            "Any multiple of 8, with the same exported graphs. The model was trained at 64x64 only.",
             'ti-run bundle "a photo of a red star in the meadow" --size 120x72',
             [(STAR, [ask(STAR, steps, size=size) for size in sizes])],
             [[f"{width}x{height}" for width, height in sizes]],
@@ -196,7 +201,7 @@ def of_the_model(steps: int) -> list[Section]:
 
 
 def of_words(learned_from: dict[str, list[Image]], steps: int) -> list[Section]:
-    """What is done with learned words."""
+    """The sections with learned words."""
     toy, gem = LOOKS.values()
     style, other_style = [*STYLES][:2]
     concepts = "--concept toy.safetensors"
@@ -204,8 +209,8 @@ def of_words(learned_from: dict[str, list[Image]], steps: int) -> list[Section]:
         Section(
             "word",
             "A learned word",
-            f"`<toy>` ({toy.words}) and `<gem>` ({gem.words}): looks the miniature was never trained on, learned from "
-            "the pictures in the upper row of each, drawn where they were never seen.",
+            f"`<toy>` ({toy.words}) and `<gem>` ({gem.words}) are looks that the miniature was not trained on. Upper "
+            "rows: the pictures they were learned from. Lower rows: the words in new places.",
             f'ti-run bundle "a photo of a <toy> {PLACES[0]}" ... {concepts} --seed 7',
             [
                 row
@@ -220,7 +225,7 @@ def of_words(learned_from: dict[str, list[Image]], steps: int) -> list[Section]:
         Section(
             "style",
             "A style word",
-            "`<style>` is a way of drawing, learned from five pictures of five things; here it draws others.",
+            "`<style>` is a drawing style, learned from five pictures of five objects. Here it draws another object.",
             f'ti-run bundle "a red star {PLACES[0]} in the style of <style>" --concept style.safetensors',
             [
                 ("<style> was learned from these, in other places", learned_from["<style>"]),
@@ -238,7 +243,7 @@ def of_words(learned_from: dict[str, list[Image]], steps: int) -> list[Section]:
         Section(
             "two-words",
             "Two words composed",
-            "Both learned words in one prompt, and each with a word of the model's own.",
+            "Both learned words in one prompt, and each with an object that the model knows.",
             f'ti-run bundle "a photo of a <toy> and a <gem> {PLACES[0]}" {concepts} --concept gem.safetensors',
             [
                 (
@@ -252,7 +257,7 @@ def of_words(learned_from: dict[str, list[Image]], steps: int) -> list[Section]:
         Section(
             "word-and-style",
             "A word with a style word",
-            "A learned object in a learned style, and in media and styles that the model knows.",
+            "A learned object in a learned style, and in a style and media that the model knows.",
             f'ti-run bundle "a <toy> {PLACES[0]} in the style of <style>" {concepts} --concept style.safetensors',
             [
                 (
@@ -273,13 +278,13 @@ def of_words(learned_from: dict[str, list[Image]], steps: int) -> list[Section]:
 
 
 def drawn(model: Model, sections: Sequence[Section]) -> list[Image]:
-    """Each section as one labelled picture; the requests of all go through one batch."""
+    """Each section as one labelled picture; all requests share one batch."""
     cells = [cell for section in sections for _, row in section.rows for cell in row]
     requests = [cell for cell in cells if isinstance(cell, Request)]
-    made = (picture.image for picture in draw(model, *requests))
+    images = (picture.image for picture in draw(model, *requests))
     return [
         labelled_grid(
-            [[next(made) if isinstance(cell, Request) else cell for cell in row] for _, row in section.rows],
+            [[next(images) if isinstance(cell, Request) else cell for cell in row] for _, row in section.rows],
             [label for label, _ in section.rows],
             section.headings,
         )
@@ -287,29 +292,27 @@ def drawn(model: Model, sections: Sequence[Section]) -> list[Image]:
     ]
 
 
-def page(sections: Sequence[Section], steps: int) -> str:
-    """The page, in Markdown."""
+def markdown(sections: Sequence[Section], steps: int) -> str:
+    """The generated part of docs/gallery.md."""
     parts = [
-        "# Gallery\n\nEverything that `ti-run` does, on the miniature: a model of a drawn world that travels with the "
-        "package. Made by\n\n    python -m benchmarks.gallery\n\nwhich learns three words, exports the model and makes "
-        "all of these pictures in one batch. Nothing was chosen. Every line below "
-        f"also has `--guidance-scale {GUIDANCE:g}` and, unless it or the picture says other, "
-        f"`--steps {steps} --seed {SEED}`. "
-        "The miniature's pictures are of 64x64 pixels, shown enlarged."
+        provenance("gallery"),
+        "This learns three words, exports the model and draws all pictures in one batch. Nothing was selected. Every "
+        f"command below also has `--guidance-scale {GUIDANCE:g}` and, unless stated otherwise, `--steps {steps} --seed "
+        f"{SEED}`. The miniature's pictures have 64x64 pixels and are shown enlarged.",
     ]
     for section in sections:
         picture = f"![{section.title}](gallery/{section.name}.png)"
         parts.append(f"## {section.title}\n\n{section.text}\n\n    {section.command}\n\n{picture}")
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(parts)
 
 
 def ask(prompt: str, steps: int, **settings: object) -> Request:
-    """A request of the page's seed and guidance."""
+    """A request with the page's seed and guidance."""
     return Request(prompt, **{"seed": SEED, "steps": steps, "guidance_scale": GUIDANCE, **settings})  # type: ignore[arg-type]
 
 
 def disc(size: int, radius: float) -> np.ndarray:
-    """A mask [size, size], True within the radius of the middle."""
+    """A mask [size, size] that is True within `radius` of the centre."""
     y, x = np.mgrid[:size, :size] + 0.5 - size / 2
     inside: np.ndarray = np.hypot(x, y) <= radius
     return inside
@@ -318,12 +321,14 @@ def disc(size: int, radius: float) -> np.ndarray:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="miniature", help="miniature, or a diffusers directory of the same world")
-    parser.add_argument("--bundle", type=Path, help="the model, exported; else it is exported first")
+    parser.add_argument("--bundle", type=Path, help="the exported model [default: exported first]")
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--learn-steps", type=int, help="of each word; else the recipe's")
+    parser.add_argument("--learn-steps", type=int, help="steps per word [default: the recipe's]")
     parser.add_argument("--engine", default="onnxruntime", choices=[backend.value for backend in Backend])
-    parser.add_argument("--work", type=Path, default=Path("build/gallery"), help="where words and bundle are kept")
-    parser.add_argument("--output", type=Path, default=Path("docs"))
+    parser.add_argument(
+        "--work", type=Path, default=Path("build/gallery"), help="folder for words, bundle and pictures"
+    )
+    parser.add_argument("--write", action="store_true", help="write docs/gallery.md and its pictures")
     return parser.parse_args()
 
 

@@ -1,17 +1,17 @@
-"""A guided denoise step on an NVIDIA GPU: this project's engines beside PyTorch, on one set of weights, in one call.
+"""A guided denoise step on an NVIDIA GPU: this project's engines beside PyTorch, with the same weights.
 
     python -m benchmarks.gpu [tiny sd15 sdxl ...] [--steps N] [--rounds N] [--write]
 
     torch              the step's own module, fp16, channels last
     torch-compile      the same with torch.compile(mode="max-autotune")
     onnxruntime-cuda, tensorrt, tensorrt-rtx
-                       the exported step, fp16, in the captured loop: one step replayed, and all in one piece
+                       the exported step, fp16; where the engine allows it, also captured as a CUDA graph and replayed
 
-Random weights of full size (benchmarks.full_size), one picture with guidance, at the model's own size. Each contender
-runs in a process of its own, in turn, `--rounds` times; medians. Columns: ms a step (one by one, and the loop in one
-piece), TFLOP/s where the step's arithmetic is known, largest relative difference from `torch` after one step, memory
-taken of the GPU.
-A contender that is not installed or does not run on this GPU is a row that says why. The last line is JSON.
+Random weights of full size (benchmarks.full_size), one picture with guidance, at the model's own size. Contenders run
+one after another, each in its own process, `--rounds` times; medians are reported. Columns: ms per step (queued one by
+one, and captured), TFLOP/s if the step's arithmetic is known, the largest relative difference from `torch` after one
+step, and memory in use on the GPU. A contender that is not installed or does not run on this GPU gets a row with the
+reason. `--write` puts the tables into docs/results/gpu.md. Ends in one line of JSON.
 """
 
 import argparse
@@ -27,18 +27,17 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.full_size import CONFIGS, SHAPE, bundle_of_one, full_size
-from benchmarks.pages import table, write_section
+from benchmarks.full_size import CONFIGS, NEW_PAGE, PAGE, SHAPE, bundle_of_one, full_size
+from benchmarks.pages import provenance, table, write_section
 from oneword.runtime.samplers import COLUMNS
 
-PAGE = Path(__file__).parent.parent / "docs" / "gpu.md"
 CONTENDERS = ("torch", "torch-compile", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx")
-TFLOP = {"sd15": 1.607, "sdxl": 13.5}  # of one guided step at the model's own size, counted over the network
+TFLOP = {"sd15": 1.607, "sdxl": 13.5}  # per guided step at the model's own size, counted over the network
 TOKENS = SHAPE["T"]
 
 
 def main() -> None:
-    """Runs every contender on every model; a table for each and one JSON line."""
+    """Runs every contender on every model; prints a table per model and one line of JSON."""
     options = _options()
     if options.contender:
         print(json.dumps(_measure(options)))
@@ -49,32 +48,34 @@ def main() -> None:
             rounds = [
                 {name: _contend(name, model, folder, options) for name in CONTENDERS} for _ in range(options.rounds)
             ]
-        results[model] = {name: _median([each[name] for each in rounds]) for name in CONTENDERS}
+        results[model] = {name: _median([results_of_round[name] for results_of_round in rounds]) for name in CONTENDERS}
         print(_table(model, results[model]), flush=True)
     if options.write:
-        write_section(PAGE, "latency", "\n\n".join(_table(model, each) for model, each in results.items()))
+        tables = [_table(model, by_contender) for model, by_contender in results.items()]
+        text = "\n\n".join([provenance("gpu", device=_gpu()), *tables])
+        write_section(PAGE, "gpu-latency", text, NEW_PAGE)
     print(json.dumps({"steps": options.steps, "rounds": options.rounds, "results": results}))
 
 
 def _contend(name: str, model: str, folder: str, options: argparse.Namespace) -> dict[str, Any]:
-    """What a contender says of itself, or its last words."""
+    """A contender's measurements, or its last line of output if it failed."""
     command = [sys.executable, "-m", "benchmarks.gpu", model, "--contender", name, "--scratch", folder]
     run = subprocess.run([*command, "--steps", str(options.steps)], capture_output=True, text=True)
     if run.returncode:
-        return {"error": (run.stderr.strip().splitlines() or ["it ended without a word"])[-1][:200]}
+        return {"error": (run.stderr.strip().splitlines() or ["it ended without a message"])[-1][:200]}
     result: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
     return result
 
 
 def _measure(options: argparse.Namespace) -> dict[str, Any]:
-    """In a contender's own process. The first is PyTorch, which leaves what the others are compared with."""
+    """Runs in a contender's own process. PyTorch runs first and saves the reference for the others."""
     model, folder = options.models[0], Path(options.scratch)
     feeds = _feeds(model)
     contend = _torch if options.contender.startswith("torch") else _ours
-    first_step, loop, piece, device_memory = contend(options.contender, model, folder, feeds, options.steps)
+    first_step, loop, captured, device_memory = contend(options.contender, model, folder, feeds, options.steps)
     result = {"step_ms": 1e3 * _seconds(loop) / options.steps, "gpu_mib": device_memory() / 2**20}
-    if piece is not None:
-        result["loop_ms"] = 1e3 * _seconds(piece) / options.steps
+    if captured is not None:
+        result["loop_ms"] = 1e3 * _seconds(captured) / options.steps
     reference = folder / "reference.npy"
     if options.contender == "torch":
         np.save(reference, first_step)
@@ -95,12 +96,12 @@ def _torch(contender: str, model: str, folder: Path, feeds: dict[str, Any], step
     tensors = {name: value.cuda() for name, value in to_torch(graph.inputs, feeds).items()}
 
     def loop(count: int = steps) -> Any:
-        given = dict(tensors)
+        inputs = dict(tensors)
         with torch.no_grad():
             for _ in range(count):
-                given["sample"], given["previous"], _ = module(*given.values())
+                inputs["sample"], inputs["previous"], _ = module(*inputs.values())
         torch.cuda.synchronize()
-        return given["sample"]
+        return inputs["sample"]
 
     free_and_total = torch.cuda.mem_get_info
     return loop(1).cpu().numpy(), loop, None, lambda: free_and_total()[1] - free_and_total()[0]
@@ -110,7 +111,7 @@ def _ours(contender: str, model: str, folder: Path, feeds: dict[str, Any], steps
     from oneword.engines.open import Backend, EngineOptions, gpu_stream, open_engine
     from oneword.runtime.profiles import DEFAULT_LIMITS, graph_ranges
 
-    stream = gpu_stream()  # before the long work: there may be no GPU
+    stream = gpu_stream()  # before the long work, since there may be no GPU
     bundle = bundle_of_one(model, "fp16", folder)
     options = EngineOptions(ranges=graph_ranges(bundle.manifest, "denoise_step", DEFAULT_LIMITS))
     engine = open_engine(Backend(contender), "denoise_step", bundle.graph("denoise_step"), folder, options)
@@ -126,10 +127,10 @@ def _ours(contender: str, model: str, folder: Path, feeds: dict[str, Any], steps
         stream.copy(binding.inputs["previous"], binding.outputs["denoised"])
         stream.copy(binding.inputs["sample"], binding.outputs["next_sample"])
 
-    def loop(one: Callable[[], None]) -> None:
+    def loop(queue_step: Callable[[], None]) -> None:
         start()
         for _ in range(steps):
-            one()
+            queue_step()
         stream.wait()
 
     start()
@@ -143,7 +144,7 @@ def _ours(contender: str, model: str, folder: Path, feeds: dict[str, Any], steps
 
 
 def _feeds(model: str) -> dict[str, Any]:
-    """One guided picture of the model's own size, at a step whose state stays of size one."""
+    """One guided picture of the model's own size, at a step that keeps the state near unit variance."""
     config = CONFIGS[model]
     side, random = int(config["sample_size"]), np.random.default_rng(0)
     latents = (1, 4, side, side)
@@ -177,7 +178,7 @@ def _feeds(model: str) -> dict[str, Any]:
 
 
 def _layers(config: dict[str, Any]) -> int:
-    """L: transformers of a UNet; every cross-attention block up has one more than one down, and the middle has one."""
+    """L, the transformers of a UNet: `count` per down block, one more per up block, and one in the middle."""
     down = config.get("down_block_types", ("CrossAttnDownBlock2D",) * 3)
     up = config.get("up_block_types", ("CrossAttnUpBlock2D",) * 3)
     count = int(config.get("layers_per_block", 2))
@@ -185,7 +186,7 @@ def _layers(config: dict[str, Any]) -> int:
 
 
 def _seconds(work: Callable[[], object]) -> float:
-    """The median of five, after two to warm up."""
+    """The median of five runs, after two to warm up."""
     times = []
     for _ in range(7):
         start = time.perf_counter()
@@ -195,9 +196,18 @@ def _seconds(work: Callable[[], object]) -> float:
 
 
 def _median(results: list[dict[str, Any]]) -> dict[str, Any]:
-    if failed := [each for each in results if "error" in each]:
+    if failed := [result for result in results if "error" in result]:
         return failed[0]
-    return {key: statistics.median(each[key] for each in results) for key in results[0]}
+    return {key: statistics.median(result[key] for result in results) for key in results[0]}
+
+
+def _gpu() -> str:
+    """The GPU's name, by nvidia-smi."""
+    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return "no GPU"
 
 
 def _table(model: str, results: dict[str, Any]) -> str:
@@ -210,7 +220,7 @@ def _table(model: str, results: dict[str, Any]) -> str:
         speed = f"{1e3 * TFLOP[model] / best:.0f}" if model in TFLOP else ""
         loop = f"{r['loop_ms']:.2f}" if "loop_ms" in r else ""
         rows.append([name, f"{r['step_ms']:.2f}", loop, speed, f"{r['difference']:.1e}", f"{r['gpu_mib']:.0f}"])
-    return table([model, "ms a step", "captured", "TFLOP/s", "difference", "GPU MiB"], rows)
+    return table([model, "ms per step", "captured", "TFLOP/s", "difference", "GPU MiB"], rows)
 
 
 def _options() -> argparse.Namespace:
@@ -218,8 +228,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("models", nargs="*", default=["tiny", "sd15", "sdxl"], metavar="tiny|sd15|sd2|sdxl|ldm")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--write", action="store_true", help="write the tables into docs/gpu.md")
-    parser.add_argument("--scratch", help="where graphs and plans are written for a while: 20 GB of room")
+    parser.add_argument("--write", action="store_true", help="write the tables into docs/results/gpu.md")
+    parser.add_argument("--scratch", help="folder for temporary graphs and plans: 20 GB of free space")
     parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
     return parser.parse_args()
 

@@ -1,24 +1,28 @@
-"""How long a picture takes: ours beside what people use, on the same models, in one call.
+"""Time per picture: ours beside diffusers, torch.compile and OpenVINO, on the same models.
 
-    python -m benchmarks.latency                      both models; writes docs/latency.md and docs/latency.png
-    python -m benchmarks.latency --models miniature   one of them, printed only
-    python -m benchmarks.latency --quick              a few steps of each contender, to see that all run
+    python -m benchmarks.latency                      both models
+    python -m benchmarks.latency --write              also writes the page and its plot in docs/results/
+    python -m benchmarks.latency --models miniature   one of them
+    python -m benchmarks.latency --quick              a few steps per contender, to check that all run
 
-Contenders, each in a process of its own, in turn; medians are reported, of three rounds for the miniature and of one of
-two pictures for SD 1.5:
+Contenders run one after another, each in its own process. Medians are reported: of three rounds for the miniature, of
+one round of two pictures for SD 1.5.
 
-    ours-onnxruntime    the runtime of this project, ONNX Runtime, fp32
-    ours-openvino       the same, OpenVINO, bf16 where the processor has it
+    ours-onnxruntime    this project's runtime, ONNX Runtime, fp32
+    ours-openvino       the same, OpenVINO, bf16 if the processor has it
     diffusers           StableDiffusionPipeline, eager, fp32
     diffusers-compile   the same with torch.compile on its UNet
-    diffusers-openvino  the same with its UNet in OpenVINO, compiled for the one shape, bf16 where the processor has it
+    diffusers-openvino  the same with its UNet in OpenVINO, compiled for one shape, bf16 if the processor has it
 
 Models: the miniature at 64x64, 20 steps; and SD 1.5's architecture with random weights at 256x256, 4 steps. A picture
-is text to pixels in memory, every one of another prompt. A step is timed in the loop, and the bare engine within it:
-the rest is the host's. Cold is from process start to a PNG on disk, with the files in the system's cache and what each
-contender keeps on disk (OpenVINO's plans, Inductor's kernels) made before. All get the same warm-up and threads.
+is timed from prompt to pixels in memory, each with a different prompt. A step is timed in the loop, the bare engine
+within it; the difference is the host's share. A cold start is timed from process start to a PNG on disk, with the files
+in the system's cache, and with whatever a contender caches on disk (OpenVINO's plans, Inductor's kernels) already
+there. All contenders get the same warm-up and threads.
 
-What is done is kept in `--work` and not done again: stop it, and run the same line to go on. Not here: quality, GPUs.
+Results are stored in `--work` and not repeated: an interrupted run resumes with the same command. `--write` writes
+docs/results/latency.md, or latency-float32.md on a processor without bfloat16. Not covered: quality, GPUs. Ends in one
+line of JSON.
 """
 
 import argparse
@@ -38,9 +42,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.pages import RESULTS, empty_page, marked, provenance, write_section
+from benchmarks.pages import table as markdown_table
 from oneword.engines.files import write_whole
 
-CONTENDERS = {  # and the packages that each needs
+CONTENDERS = {  # and the packages they need
     "ours-onnxruntime": ("onnxruntime",),
     "ours-openvino": ("openvino",),
     "diffusers": ("torch", "diffusers"),
@@ -53,14 +59,19 @@ PROMPTS = [f"a photo of a {colour} {shape}" for shape in SHAPES for colour in CO
 GUIDANCE = 5.0
 SEED = 7
 
-KEYS = {"picture_ms": "time a picture", "step_ms": "time a step", "cold_s": "cold start", "peak_mib": "peak memory"}
+MEASURES = {
+    "picture_ms": "time per picture",
+    "step_ms": "time per step",
+    "cold_s": "time for a cold start",
+    "peak_mib": "peak memory",
+}
 
 Result = dict[str, float]
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model and how it is timed."""
+    """A model and its timing settings."""
 
     name: str
     title: str
@@ -78,7 +89,7 @@ CASES = {
 
 
 def main() -> None:
-    """Runs what has not been run, prints tables and one JSON line; with both models writes the page."""
+    """Runs what is not stored yet; prints tables and one line of JSON."""
     options = _options()
     cases = {name: CASES[name] for name in options.models}
     if options.quick:
@@ -86,49 +97,55 @@ def main() -> None:
         if not options.contender:
             shutil.rmtree(options.work, ignore_errors=True)
         cases = {
-            name: replace(case, steps=2, warm_up=1, pictures=1, rounds=1, title=f"{case.title}: quick, no measurement")
+            name: replace(
+                case, steps=2, warm_up=1, pictures=1, rounds=1, title=f"{case.title} (quick, not a measurement)"
+            )
             for name, case in cases.items()
         }
     if options.contender:
         [case] = cases.values()
         contend(case, options)
         return
-    absent = {name: [p for p in needs if not importlib.util.find_spec(p)] for name, needs in CONTENDERS.items()}
-    for name, packages in absent.items():
+    missing = {name: [p for p in needs if not importlib.util.find_spec(p)] for name, needs in CONTENDERS.items()}
+    for name, packages in missing.items():
         if packages:
-            print(f"{name} is left out: {', '.join(packages)} not installed", file=sys.stderr)
-    contenders = [name for name, packages in absent.items() if not packages]
+            print(f"{name} is skipped: {', '.join(packages)} not installed", file=sys.stderr)
+    contenders = [name for name, packages in missing.items() if not packages]
     results = {name: _medians(run(case, contenders, options)) for name, case in cases.items()}
     for name, case in cases.items():
         print(f"\n{case.title}\n{table(results[name])}\n")
         print("\n".join(bars(name, results[name])))
-    if list(cases) == list(CASES) and not options.quick:
-        plot(results, options.output / "latency.png")
-        (options.output / "latency.md").write_text(page(results, options), encoding="utf-8")
+    if options.write:
+        write(results, options)
     print(json.dumps({"threads": options.threads, "results": results}))
 
 
 def run(case: Case, contenders: Sequence[str], options: argparse.Namespace) -> list[dict[str, Result]]:
-    """Every contender in turn, as often as the case says; what the file of results holds is not run again."""
+    """Runs every contender in turn, `case.rounds` times; stored results are not repeated."""
     folder = options.work / case.name
     folder.mkdir(parents=True, exist_ok=True)
     model, bundle = prepare(case, folder)
-    file = folder / "results.json"
-    kept: dict[str, Result] = json.loads(file.read_text()) if file.exists() else {}
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder.resolve() / "inductor")  # nobody else's, and empty at first
+    file = stored(options.work, case.name)
+    results: dict[str, Result] = json.loads(file.read_text()) if file.exists() else {}
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder.resolve() / "inductor")  # a private cache, empty at first
     rounds = []
     for number in range(case.rounds):
         for name in contenders:
             key = f"{number} {name} {case.steps} steps {options.threads} threads"
-            if key not in kept:
+            if key not in results:
                 shared = ["--contender", name, "--models", case.name, "--threads", options.threads]
                 shared += ["--model", model, "--bundle", bundle, *(["--quick"] if options.quick else [])]
-                kept[key] = json.loads(_python("-m", "benchmarks.latency", *shared, threads=options.threads))
-                kept[key]["cold_s"] = _cold(name, case, model, bundle, folder, shared, options.threads)
-                write_whole(file, json.dumps(kept, indent=1).encode(), sync=False)
-                print(f"{case.name}, {name}: {kept[key]['picture_ms']:.0f} ms a picture", file=sys.stderr)
-        rounds.append({n: kept[f"{number} {n} {case.steps} steps {options.threads} threads"] for n in contenders})
+                results[key] = json.loads(_python("-m", "benchmarks.latency", *shared, threads=options.threads))
+                results[key]["cold_s"] = _cold(name, case, model, bundle, folder, shared, options.threads)
+                write_whole(file, json.dumps(results, indent=1).encode(), sync=False)
+                print(f"{case.name}, {name}: {results[key]['picture_ms']:.0f} ms per picture", file=sys.stderr)
+        rounds.append({n: results[f"{number} {n} {case.steps} steps {options.threads} threads"] for n in contenders})
     return rounds
+
+
+def stored(work: Path, case: str) -> Path:
+    """The file of a model's results."""
+    return work / case / "results.json"
 
 
 def prepare(case: Case, folder: Path) -> tuple[Path, Path]:
@@ -140,7 +157,7 @@ def prepare(case: Case, folder: Path) -> tuple[Path, Path]:
         if not (model / "model_index.json").is_file():
             _python("-c", f"from benchmarks.latency import random_sd15; random_sd15({str(model)!r})", threads=0)
     bundle = folder / "bundle"
-    # In a process of its own: it needs much memory.
+    # In its own process, because it needs much memory.
     script = f"from pathlib import Path; from benchmarks.exported import exported; exported({str(model)!r}, Path("
     _python("-c", f"{script}{str(bundle)!r}))", threads=0)
     return model, bundle
@@ -180,7 +197,7 @@ def random_sd15(path: str) -> None:
 
 
 def contend(case: Case, options: argparse.Namespace) -> None:
-    """In a contender's own process: one picture to a file, or the measurements as JSON."""
+    """Runs in a contender's own process: writes one picture, or prints the measurements as JSON."""
     if options.cold:
         pipeline = _pipeline(options.model, options.contender, case)
         _draw(pipeline, case, PROMPTS[0]).save(options.cold)
@@ -195,7 +212,7 @@ def contend(case: Case, options: argparse.Namespace) -> None:
         draw(prompt)
         pictures.append(time.perf_counter() - start)
         steps.append(step_seconds())
-    step, bare = (statistics.median(each) for each in zip(*steps, strict=True))
+    step, bare = (statistics.median(seconds) for seconds in zip(*steps, strict=True))
     result = {
         "picture_ms": 1e3 * statistics.median(pictures),
         "step_ms": 1e3 * step,
@@ -210,7 +227,7 @@ StepSeconds = Callable[[], tuple[float, float]]
 
 
 def _ours(case: Case, options: argparse.Namespace) -> tuple[Draw, StepSeconds]:
-    """The bare engine is timed within the loop: every call of the denoiser's binding."""
+    """The bare engine is timed within the loop, in every call of the denoiser's binding."""
     from oneword.runtime.generate import scheduler_for
     from oneword.runtime.model import Model
     from oneword.runtime.request import Request
@@ -243,7 +260,7 @@ def _ours(case: Case, options: argparse.Namespace) -> tuple[Draw, StepSeconds]:
             scheduler.step()
             ends.append(time.perf_counter())
 
-    def step_seconds() -> tuple[float, float]:  # the last step also decodes, the first also encodes
+    def step_seconds() -> tuple[float, float]:  # the first step includes encoding, the last one decoding
         if case.steps < 3:
             return statistics.mean(spent), statistics.mean(spent)
         return (ends[-2] - ends[0]) / (len(ends) - 2), statistics.mean(spent[1:-1])
@@ -252,7 +269,7 @@ def _ours(case: Case, options: argparse.Namespace) -> tuple[Draw, StepSeconds]:
 
 
 def _diffusers(case: Case, options: argparse.Namespace) -> tuple[Draw, StepSeconds]:
-    """Steps are timed from callback to callback; the bare engine is the UNet's own time within them."""
+    """A step is timed between two callbacks; the bare engine is the UNet's time within it."""
     import torch
 
     torch.set_num_threads(options.threads)
@@ -342,7 +359,7 @@ def _draw(pipeline: Any, case: Case, prompt: str, **settings: Any) -> Any:
 def _cold(
     name: str, case: Case, model: Path, bundle: Path, folder: Path, shared: Sequence[object], threads: int
 ) -> float:
-    """Seconds from process start to a PNG: `ti-run`, or a diffusers script."""
+    """Seconds from process start to a PNG, by `ti-run` or a diffusers script."""
     start = time.perf_counter()
     if name.startswith("ours"):
         line: list[object] = ["--steps", case.steps, "--seed", SEED, "--guidance-scale", GUIDANCE]
@@ -354,51 +371,49 @@ def _cold(
 
 
 def _python(*line: object, threads: int) -> str:
-    """The last line of what a Python process prints; 0 threads leaves their number to it."""
-    done = subprocess.run(
+    """The last line that a Python process prints; 0 threads means its own default."""
+    process = subprocess.run(
         [sys.executable, "-W", "ignore", *map(str, line)],
         env={**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})},
         stdout=subprocess.PIPE,
         text=True,
         check=False,
     )
-    if done.returncode:
-        raise SystemExit(f"{' '.join(map(str, line))[:300]} failed with {done.returncode}; what is done is kept")
-    return done.stdout.strip().rpartition("\n")[2]
+    if process.returncode:
+        failed = f"{' '.join(map(str, line))[:300]} failed with {process.returncode}"
+        raise SystemExit(f"{failed}; finished measurements are stored: the same command resumes")
+    return process.stdout.strip().rpartition("\n")[2]
 
 
 def _medians(rounds: Sequence[dict[str, Result]]) -> dict[str, Result]:
     return {
-        name: {key: round(statistics.median(each[name][key] for each in rounds), 3) for key in rounds[0][name]}
+        name: {key: round(statistics.median(measured[name][key] for measured in rounds), 3) for key in rounds[0][name]}
         for name in rounds[0]
     }
 
 
 def table(results: Mapping[str, Result]) -> str:
-    """One model's results in Markdown; `faster` is beside diffusers, eager."""
-    lines = [
-        "| | ms a picture | faster | ms a step | of it the host's | cold start, s | faster | peak MiB |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
-    ]
+    """One model's results in Markdown; `faster` is relative to diffusers, eager."""
     base = results.get("diffusers")
-    for name, each in results.items():
-        faster = f"{base['picture_ms'] / each['picture_ms']:.2f}x" if base else ""
-        colder = f"{base['cold_s'] / each['cold_s']:.2f}x" if base else ""
-        host = f"{each['overhead_ms']:.2f} ({each['overhead_ms'] / each['step_ms']:.1%})"
-        lines.append(
-            f"| {name} | {each['picture_ms']:.1f} | {faster} | {each['step_ms']:.2f} | {host} | "
-            f"{each['cold_s']:.2f} | {colder} | {each['peak_mib']:.0f} |"
-        )
-    return "\n".join(lines)
+    rows = []
+    for name, result in results.items():
+        faster = f"{base['picture_ms'] / result['picture_ms']:.2f}x" if base else ""
+        colder = f"{base['cold_s'] / result['cold_s']:.2f}x" if base else ""
+        host = f"{result['overhead_ms']:.2f} ({result['overhead_ms'] / result['step_ms']:.1%})"
+        picture, step = f"{result['picture_ms']:.1f}", f"{result['step_ms']:.2f}"
+        rows.append([name, picture, faster, step, host, f"{result['cold_s']:.2f}", colder, f"{result['peak_mib']:.0f}"])
+    head = ["ms per picture", "faster", "ms per step", "of which the host", "cold start, s", "faster", "peak MiB"]
+    return markdown_table(["", *head], rows)
 
 
 def bars(case: str, results: Mapping[str, Result]) -> list[str]:
-    """What was aimed at, and what came of it; a peer that is better than ours in anything is named."""
+    """The targets and whether each is met, and every measure in which another contender is better than ours."""
     lines = []
 
-    def bar(what: str, value: float, limit: float, *, least: bool) -> None:
+    def bar(name: str, value: float, limit: float, *, least: bool) -> None:
         met = value >= limit if least else value <= limit
-        lines.append(f"- {'met' if met else '**missed**'}: {what}: {value:.3g}, bar {limit:g}")
+        measured = marked(digits(value, limit), met)
+        lines.append(f"- {name}: {measured} ({'at least' if least else 'at most'} {limit:g})")
 
     base = results.get("diffusers")
     for name, times in (("ours-onnxruntime", 1.8), ("ours-openvino", 2.5)):
@@ -406,37 +421,44 @@ def bars(case: str, results: Mapping[str, Result]) -> list[str]:
             continue
         if base and case == "miniature":
             quotient = base["picture_ms"] / ours["picture_ms"]
-            bar(f"{name}, times faster than diffusers, a picture", quotient, times, least=True)
+            bar(f"{name}, times faster than diffusers per picture", quotient, times, least=True)
         if base:
-            bar(f"{name}, cold start over diffusers'", ours["cold_s"] / base["cold_s"], 0.25, least=False)
+            bar(f"{name}, cold start relative to diffusers", ours["cold_s"] / base["cold_s"], 0.25, least=False)
         bar(f"{name}, the host's share of a step", ours["overhead_ms"] / ours["step_ms"], 0.03, least=False)
         if name == "ours-openvino" and (bare := results.get("diffusers-openvino")):
-            own = bare["step_ms"] - bare["overhead_ms"]
-            bar(
-                f"{name}, a step over the bare UNet's, compiled for one shape", ours["step_ms"] / own, 1.03, least=False
-            )
-        for peer, each in results.items():
-            for key, what in KEYS.items():
-                if not peer.startswith("ours") and each[key] < ours[key]:
-                    lines.append(f"- {peer} needs less {what} than {name}, which takes {ours[key] / each[key]:.2f}x")
+            quotient = ours["step_ms"] / (bare["step_ms"] - bare["overhead_ms"])
+            bar(f"{name}, a step relative to the bare UNet compiled for one shape", quotient, 1.03, least=False)
+        for peer, result in results.items():
+            for key, measure in MEASURES.items():
+                if not peer.startswith("ours") and result[key] < ours[key]:
+                    lines.append(f"- {name}: {digits(ours[key] / result[key], 1)} times the {measure} of {peer}")
     return lines
 
 
+def digits(value: float, limit: float) -> str:
+    """A value with three digits, or as many more as it takes to differ from a limit that it does not equal."""
+    for count in range(3, 10):
+        text = f"{value:.{count}g}"
+        if value == limit or float(text) != limit:
+            break
+    return text
+
+
 def plot(results: Mapping[str, Mapping[str, Result]], path: Path) -> None:
-    """A picture and a cold start of each contender, a row of panels for each model."""
+    """Plots the time of a picture and of a cold start per contender, one row of panels per model."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, rows = pyplot.subplots(len(results), 2, figsize=(10, 3 * len(results)), layout="constrained", squeeze=False)
-    for axes_row, (case, each) in zip(rows, results.items(), strict=True):
-        names = list(each)[::-1]
+    for axes_row, (case, by_contender) in zip(rows, results.items(), strict=True):
+        names = list(by_contender)[::-1]
         colours = ["#c0392b" if name.startswith("ours") else "#7f8c8d" for name in names]
         for axes, key, title in zip(
             axes_row, ("picture_ms", "cold_s"), ("a picture, ms", "cold start, s"), strict=True
         ):
-            bars_drawn = axes.barh(names, [each[name][key] for name in names], color=colours)
+            bars_drawn = axes.barh(names, [by_contender[name][key] for name in names], color=colours)
             axes.bar_label(
                 bars_drawn, fmt=lambda value: f"{value:,.0f}" if value >= 1000 else f"{value:.3g}", padding=3
             )
@@ -448,29 +470,34 @@ def plot(results: Mapping[str, Mapping[str, Result]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def page(results: Mapping[str, Mapping[str, Result]], options: argparse.Namespace) -> str:
-    """docs/latency.md."""
+def write(results: Mapping[str, Mapping[str, Result]], options: argparse.Namespace) -> None:
+    """Writes docs/results/latency.md, or latency-float32.md on a processor without bfloat16, and its plot."""
+    page = RESULTS / ("latency.md" if _has_bfloat16() else "latency-float32.md")
+    plot(results, page.with_suffix(".png"))
+    new_page = empty_page("Latency", "Time per picture beside diffusers, torch.compile and OpenVINO.", "latency")
+    write_section(page, "latency", section(results, options, page.with_suffix(".png").name), new_page)
+
+
+def section(results: Mapping[str, Mapping[str, Result]], options: argparse.Namespace, plot_name: str) -> str:
+    """The generated part of the page."""
     from importlib.metadata import version
 
     packages = ("torch", "diffusers", "onnxruntime", "openvino")
-    versions = ", ".join(f"{name} {version(name)}" for name in packages if importlib.util.find_spec(name))
-    openvino = f"OpenVINO computes in {'bfloat16' if _has_bfloat16() else 'float32'}"
-    python = f"Python {platform.python_version()}"
-    machine = f"{_processor()}, on which {openvino}, {options.threads} threads, {python}, {versions}"
+    installed = [f"{name} {version(name)}" for name in packages if importlib.util.find_spec(name)]
+    versions = ", ".join([f"Python {platform.python_version()}", *installed])
     parts = [
-        "# Latency\n\nWhat a picture takes beside diffusers, torch.compile and OpenVINO. Made by\n\n"
-        "    python -m benchmarks.latency\n\nwhose docstring says what is measured and how; every contender runs in a "
-        "process of its own, in turn, with the same warm-up and threads, every picture of another prompt; medians, of "
-        "three rounds for the miniature, of one round of two pictures for SD 1.5.\n\n"
-        f"Machine: {machine}.\n\n![a picture and a cold start of each contender](latency.png)"
+        provenance("latency", stored=stored(options.work, next(iter(results)))),
+        f"OpenVINO computes in {'bfloat16' if _has_bfloat16() else 'float32'}; {options.threads} threads, {versions}. "
+        "Bold: misses its target.",
+        f"![time of a picture and of a cold start for each contender]({plot_name})",
     ]
-    for name, each in results.items():
-        parts.append(f"## {CASES[name].title}\n\n{table(each)}\n\n" + "\n".join(bars(name, each)))
-    return "\n\n".join(parts) + "\n"
+    for name, by_contender in results.items():
+        parts.append(f"## {CASES[name].title}\n\n{table(by_contender)}\n\n" + "\n".join(bars(name, by_contender)))
+    return "\n\n".join(parts)
 
 
 def _has_bfloat16() -> bool:
-    """Whether OpenVINO takes bfloat16 here; without OpenVINO it does not matter."""
+    """Whether OpenVINO computes in bfloat16 here; False if it is not installed."""
     if not importlib.util.find_spec("openvino"):
         return False
     import openvino
@@ -478,24 +505,21 @@ def _has_bfloat16() -> bool:
     return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--quick", action="store_true", help="two steps of each: does everything run?")
+    parser.add_argument("--quick", action="store_true", help="two steps per contender, to check that all run")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--work", type=Path, default=Path("build/latency"), help="models, bundles and results")
-    parser.add_argument("--output", type=Path, default=Path("docs"), help="where the page and its plot are written")
+    parser.add_argument(
+        "--work", type=Path, default=Path("build/latency"), help="folder for models, bundles and results"
+    )
+    parser.add_argument("--write", action="store_true", help="write the page and its plot in docs/results/")
     for name in ("--contender", "--model", "--bundle", "--cold"):
         parser.add_argument(name, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.write and (options.quick or set(options.models) != set(CASES)):
+        parser.error("--write needs a full run of both models: leave out --quick and --models")
+    return options
 
 
 if __name__ == "__main__":

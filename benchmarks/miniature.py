@@ -1,16 +1,18 @@
-"""How well the miniature obeys its captions, through the exported bundle: python -m benchmarks.miniature
+"""How well the miniature obeys its captions, through the exported bundle: python -m benchmarks.miniature [--write]
 
-world         renders a second, one process: the bar is 1,000
-judge         a CLIPModel reads real renders, zero-shot over the world's own words: the bar is 97 % for each attribute
-VAE           picture -> latents -> picture through the exported graphs: the bar is 34 dB
-one object    a picture for each of 200 captions. The judge reads shape, colours, pattern, background and medium;
-              background and colours are read back from the pixels too, with no model (`readback`), and the silhouette's
-              intersection over union with its shape (`silhouette`)
-two objects   a picture for each of 100 captions: the share in which the silhouettes and colours of both are right
-diffusers     the first eight captions made by its StableDiffusionPipeline on the same weights: the bar is 50 dB
-The bars of pictures are shares of what the same witness reads on real renders of the same scenes; of the IoU, on real
-renders after the VAE's round trip. Prints a table and, last, one line of JSON. Captions and seeds are fixed;
-generated.png in the work folder shows all pictures of one object, pairs.png those of two.
+world         renders per second in one process; the target is 1,000
+judge         a CLIPModel reads real renders, zero-shot with the world's own words; the target is 97 % per attribute
+VAE           picture -> latents -> picture through the exported graphs; the target is 34 dB
+one object    one picture for each of 200 captions. The judge reads shape, colours, pattern, background and medium;
+              background and colours are also read from the pixels, without a model (`readback`), and the silhouette is
+              compared with its shape by intersection over union (`silhouette`)
+two objects   one picture for each of 100 captions: the share in which silhouette and colour of both are right
+diffusers     StableDiffusionPipeline draws the first eight captions with the same weights; the target is 50 dB
+
+Targets for pictures are relative to what the same reader, the judge or the pixels, finds on real renders of the same
+scenes; for the silhouette, on real renders after the VAE's round trip. Captions and seeds are fixed. In `--work`,
+generated.png shows the pictures of one object and pairs.png those of two. Prints a table and ends in one line of JSON;
+`--write` puts the table into docs/results/miniature.md.
 """
 
 from __future__ import annotations
@@ -25,10 +27,9 @@ import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks.exported import exported
+from benchmarks.pages import RESULTS, empty_page, marked, provenance, table, write_section
 from oneword.export.source import find_model
 from oneword.runtime.generate import draw
 from oneword.runtime.model import Model
@@ -47,6 +48,8 @@ from oneword.train.miniature.scores import (
     two_object_scenes,
 )
 
+PAGE = RESULTS / "miniature.md"
+NEW_PAGE = empty_page("The miniature", "How well the miniature obeys its captions.", "miniature")
 BARS = {
     "shape": 0.97,
     "colour": 0.98,
@@ -56,18 +59,32 @@ BARS = {
     "medium": 0.99,
     "silhouette": 0.95,
     "two_objects": 0.85,
-}  # shares of what real renders reach
+}  # relative to real renders
 RENDERS_BAR, JUDGE_BAR, VAE_BAR, PARITY_BAR = 1000, 0.97, 34.0, 50.0
 STEPS = 20
+TITLES = {
+    "shape": "shape",
+    "colour": "first colour",
+    "second_colour": "second colour",
+    "pattern": "pattern",
+    "background": "background",
+    "medium": "medium",
+    "silhouette": "silhouette, intersection over union (real renders after the VAE)",
+    "two_objects": "both objects of two, shape and first colour",
+}
+
+Report = dict[str, dict[str, float]]
+"""Values by reader and attribute."""
 
 
 def main() -> None:
-    """Draw, generate, read, print."""
+    """Renders, generates, reads, and prints a table and one line of JSON."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", default="miniature")
     p.add_argument("--captions", type=int, default=200)
     p.add_argument("--guidance", type=float, default=4.0)
     p.add_argument("--work", type=Path, default=Path("build/miniature"))
+    p.add_argument("--write", action="store_true", help="write the table into docs/results/miniature.md")
     args = p.parse_args()
 
     args.work.mkdir(parents=True, exist_ok=True)
@@ -84,7 +101,7 @@ def main() -> None:
     Image.fromarray(sheet(drawn, 20)).save(args.work / "generated.png")
     Image.fromarray(sheet(drawn_pairs, 20)).save(args.work / "pairs.png")
 
-    report: dict[str, dict[str, float]] = {
+    report: Report = {
         "pixels": {
             **pixels_right(drawn, scenes),
             "silhouette": mean_iou(drawn, scenes),
@@ -104,11 +121,15 @@ def main() -> None:
     report["world"] = {"renders a second": renders}
     report["vae"] = {"dB": float(np.mean(psnr(through, real)))}
     report["diffusers"] = {"dB": parity(args.model, captions[:8], drawn, args.guidance)}
-    show(report, args)
+    text = summary(report, args)
+    print(text)
+    if args.write:
+        write_section(PAGE, "miniature", f"{provenance('miniature')}\n\n{text}", NEW_PAGE)
+    print(json.dumps({name: {k: round(v, 3) for k, v in values.items()} for name, values in report.items()}))
 
 
 def drawn_from(model: Model, captions: Sequence[str], guidance: float) -> Pictures:
-    """One picture a caption, 20 steps of DDIM, seed 100 + its place."""
+    """One picture per caption: 20 DDIM steps, seed 100 + the caption's index."""
     requests = [Request(text, seed=100 + i, steps=STEPS, guidance_scale=guidance) for i, text in enumerate(captions)]
     return np.stack([picture.image for picture in draw(model, *requests)])
 
@@ -120,7 +141,7 @@ def through_vae(model: Model, pictures: Pictures) -> Pictures:
 
 
 def parity(name: str, captions: Sequence[str], pictures: Pictures, guidance: float) -> float:
-    """The least PSNR of pictures to those diffusers makes of the same captions and seeds, dB."""
+    """The lowest PSNR between pictures and diffusers' own from the same captions and seeds, in dB."""
     pipeline = StableDiffusionPipeline.from_pretrained(find_model(name)[0], torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     theirs = [
@@ -142,31 +163,35 @@ def sheet(pictures: Pictures, columns: int) -> Pictures:
     return np.concatenate([np.concatenate(list(whole[i : i + columns]), 1) for i in range(0, len(whole), columns)])
 
 
-def show(report: dict[str, dict[str, float]], args: argparse.Namespace) -> None:
-    """The table, then the line of JSON."""
-    witnesses = [name for name in ("judge", "pixels") if name in report]
-    table = Table(
-        "of what real renders reach",
-        "bar",
-        *witnesses,
-        *(f"{name}: drawn, real" for name in witnesses),
-        title=f"{args.captions} captions, {STEPS} DDIM steps, guidance {args.guidance}",
+def summary(report: Report, args: argparse.Namespace) -> str:
+    """The measurements beside their targets, in Markdown."""
+    readers = [name for name in ("judge", "pixels") if name in report]
+    rows = []
+    for attribute, title in TITLES.items():
+        cells = []
+        for reader in readers:
+            if attribute not in report[reader]:
+                cells.append("")
+                continue
+            drawn, real = report[reader][attribute], report[f"{reader}, real"][attribute]
+            cells.append(f"{marked(f'{drawn / real:.1%}', drawn / real >= BARS[attribute])} ({drawn:.1%}, {real:.1%})")
+        rows.append([title, f"{BARS[attribute]:.0%}", *cells])
+    attributes = table(
+        ["relative to real renders (generated, real)", "at least", *readers],
+        rows,
     )
-    for attribute, bar in BARS.items():
-        read = [
-            (report[name][attribute], report[f"{name}, real"][attribute]) if attribute in report[name] else None
-            for name in witnesses
-        ]
-        shares = [f"{pair[0] / pair[1]:.2%}" if pair else "" for pair in read]
-        table.add_row(
-            attribute, f"{bar:.0%}", *shares, *(f"{pair[0]:.1%}, {pair[1]:.1%}" if pair else "" for pair in read)
-        )
-    Console().print(table)
-    print(f"renders a second: {report['world']['renders a second']:,.0f}, bar {RENDERS_BAR:,}")
-    print(f"bar of the judge on real renders: {JUDGE_BAR:.0%} each")
-    print(f"VAE round trip: {report['vae']['dB']:.1f} dB, bar {VAE_BAR:.0f}")
-    print(f"least PSNR to diffusers' own pictures: {report['diffusers']['dB']:.1f} dB, bar {PARITY_BAR:.0f}")
-    print(json.dumps({name: {k: round(v, 3) for k, v in values.items()} for name, values in report.items()}))
+    vae, parity_db = report["vae"]["dB"], report["diffusers"]["dB"]
+    renders = report["world"]["renders a second"]
+    model_rows = [
+        ["VAE round trip, dB", VAE_BAR, marked(f"{vae:.1f}", vae >= VAE_BAR)],
+        ["least PSNR to diffusers' pictures, dB", PARITY_BAR, marked(f"{parity_db:.1f}", parity_db >= PARITY_BAR)],
+        ["renders per second", f"{RENDERS_BAR:,}", marked(f"{renders:,.0f}", renders >= RENDERS_BAR)],
+    ]
+    settings = f"{args.captions} captions of one object, {args.captions // 2} of two; {STEPS} DDIM steps, guidance "
+    settings += f"{args.guidance:g}. Bold: misses its target."
+    if "judge" in report:
+        settings += f" The judge's own target on real renders is {JUDGE_BAR:.0%} per attribute."
+    return "\n\n".join([settings, attributes, table(["", "at least", "measured"], model_rows)])
 
 
 if __name__ == "__main__":

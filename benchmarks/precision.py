@@ -1,13 +1,14 @@
-"""What a number format costs in the picture: PSNR against fp32 on the same prompts, words and seeds.
+"""The cost of a number format in pictures: PSNR against fp32 for the same prompts and seeds.
 
     python -m benchmarks.precision [--model miniature|DIR] [--steps N] [--pictures N] [--write]
 
     pytorch fp16, bf16       the graphs' own torch modules, weights and arithmetic in that format
-    onnxruntime fp32, fp16   the bundle of that precision, on the CPU
-    openvino                 the fp32 bundle, in bf16 where the processor has it
+    onnxruntime fp32, fp16   the bundle in that precision, on the CPU
+    openvino                 the fp32 bundle, computed in bf16 if the processor has it
 
-Against: the torch modules in fp32. One picture that is 10 dB worse than the rest moves a mean little, so the worst is
-shown too. `--write` puts the table into docs/precision.md. Not here: time (on a CPU fp16 is emulated), and any GPU.
+The reference is the torch modules in fp32. One bad picture barely changes the median, so the worst is listed too.
+`--write` puts the table into docs/results/precision.md. Not covered: time (on a CPU fp16 is emulated), and GPUs. Ends
+in one line of JSON.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.pages import table, write_section
+from benchmarks.pages import RESULTS, empty_page, provenance, table, write_section
 from oneword.engines.errors import OnewordError
 from oneword.engines.graph import Precision
 from oneword.engines.open import Backend
@@ -31,7 +32,8 @@ from oneword.runtime.generate import draw
 from oneword.runtime.model import Model
 from oneword.runtime.request import Image, Request
 
-PAGE = Path(__file__).parent.parent / "docs" / "precision.md"
+PAGE = RESULTS / "precision.md"
+NEW_PAGE = empty_page("Precision", "The cost of fp16 and bf16 in the miniature's pictures.", "precision")
 PROMPTS = (
     "a photo of a red star",
     "a painting of a blue ring and a green star",
@@ -41,7 +43,7 @@ PROMPTS = (
 
 
 def main() -> None:
-    """Prints the table and one JSON line; with --write, puts the table into the page."""
+    """Draws the pictures in every format; prints a table and one line of JSON."""
     options = _options()
     with tempfile.TemporaryDirectory() as folder:
         models: dict[str, Callable[[], Model]] = {
@@ -58,7 +60,7 @@ def main() -> None:
             start = time.perf_counter()
             try:
                 pictures = _draw(make(), options)
-            except OnewordError as error:  # a format that a library has not is a row too
+            except OnewordError as error:  # an unsupported format is listed with its error
                 results[name] = {"error": str(error)}
                 continue
             expected = expected or pictures
@@ -75,10 +77,10 @@ def main() -> None:
     ]
     text = table(["computed by", "median PSNR against fp32, dB", "worst picture, dB"], rows)
     count = options.pictures * len(PROMPTS)
-    text += f"\n\n{count} pictures of {options.model} with {options.steps} steps, DDIM, guidance 5, the same seeds."
+    text += f"\n\n{count} pictures of {options.model}, {options.steps} DDIM steps, guidance 5, the same seeds."
     print(text)
     if options.write:
-        write_section(PAGE, "precision", text)
+        write_section(PAGE, "precision", f"{provenance('precision')}\n\n{text}", NEW_PAGE)
     print(json.dumps({"model": options.model, "steps": options.steps, "pictures": count, "results": results}))
 
 
@@ -107,15 +109,15 @@ def _psnr(a: Image, b: Image) -> float:
 
 
 def _shown(decibels: float) -> str:
-    return "the same" if decibels == float("inf") else f"{decibels:.1f}"
+    return "identical" if decibels == float("inf") else f"{decibels:.1f}"
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="miniature")
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--pictures", type=int, default=4, help="of each prompt")
-    parser.add_argument("--write", action="store_true", help="write docs/precision.md")
+    parser.add_argument("--pictures", type=int, default=4, help="pictures per prompt")
+    parser.add_argument("--write", action="store_true", help="write docs/results/precision.md")
     return parser.parse_args()
 
 

@@ -1,16 +1,16 @@
-"""Learning beside busy processes: python -m benchmarks.threads [--rounds 9] [--steps 10] [--busy 1] [--page]
+"""Learning beside busy processes: python -m benchmarks.threads [--rounds 9] [--steps 10] [--busy 1] [--write]
 
-A step of learning a word (the recipe `fast`, the miniature), alone and beside processes that do nothing but compute:
+One optimiser step of learning a word (recipe `fast`, the miniature), alone and beside processes that only compute:
 
-in parts      as it ships: a batch's parts on threads of their own (`oneword.train.parallel`)
-whole         every operation on all of PyTorch's threads, which spin while they wait for each other
+in parts         as shipped: the parts of a batch run on threads of their own (`oneword.train.parallel`)
+whole            every operation uses all of PyTorch's threads, which spin while they wait for each other
 whole, passive   the same with OMP_WAIT_POLICY=PASSIVE
-one thread    OMP_NUM_THREADS=1
+one thread       OMP_NUM_THREADS=1
 
-The settings take turns, a few steps each, so that other load on the machine affects all of them; medians are compared.
-The bars: in parts, a step beside one busy process takes at most 2.2 times as long as alone, and alone no longer than
-whole. Linux only. What is not measured: other models, and more processors than this machine has. Ends in one line of
-JSON.
+The settings alternate every few steps, so that other load on the machine affects all of them; medians are compared.
+Targets: in parts, a step beside one busy process takes at most 2.2 times as long as alone, and alone no longer than
+whole. Linux only. `--write` puts the table into docs/results/training.md. Not covered: other models, and more
+processors than this machine has. Ends in one line of JSON.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from tempfile import TemporaryDirectory
 
 from PIL import Image
 
-from benchmarks.pages import table, write_section
+from benchmarks.pages import marked, provenance, table, write_section
+from benchmarks.training import NEW_PAGE, PAGE
 from oneword.train.miniature import world
 
-PAGE = Path("docs/training.md")
 BAR = 2.2
 SETTINGS = {
     "in parts": {},
@@ -43,12 +43,12 @@ SETTINGS = {
 
 
 def main() -> None:
-    """Measure in turn, print, and with --page write the table."""
+    """Measures the settings in turn, prints the table and one line of JSON."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--rounds", type=int, default=9)
     p.add_argument("--steps", type=int, default=10, help="optimiser steps per turn")
-    p.add_argument("--busy", type=int, default=1, help="processes beside it")
-    p.add_argument("--page", action="store_true", help="write the table into docs/training.md")
+    p.add_argument("--busy", type=int, default=1, help="number of busy processes")
+    p.add_argument("--write", action="store_true", help="write the table into docs/results/training.md")
     p.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
     args = p.parse_args()
     if args.serve:
@@ -57,17 +57,15 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         write_pictures(Path(folder))
         alone, beside = measure(Path(folder), args.rounds, args.steps, args.busy)
-    rows = [
-        [name, f"{alone[name]:.0f}", f"{beside[name]:.0f}", f"{beside[name] / alone[name]:.2f}"] for name in SETTINGS
-    ]
-    text = table(["", "alone, ms a step", f"beside {args.busy} busy", "ratio"], rows)
+    ratios = {name: beside[name] / alone[name] for name in SETTINGS}
+    ratios_marked = {name: marked(f"{ratio:.2f}", name != "in parts" or ratio <= BAR) for name, ratio in ratios.items()}
+    rows = [[name, f"{alone[name]:.0f}", f"{beside[name]:.0f}", ratios_marked[name]] for name in SETTINGS]
+    text = table(["ms per step", "alone", f"beside {args.busy} busy", "ratio"], rows)
     print(text)
-    if args.page:
-        write_section(PAGE, "threads", text)
-    ratio, slowdown = beside["in parts"] / alone["in parts"], alone["in parts"] / alone["whole"]
-    print(
-        json.dumps({"alone_ms": alone, "beside_ms": beside, "ratio": ratio, "bar": BAR, "alone_over_whole": slowdown})
-    )
+    if args.write:
+        write_section(PAGE, "threads", f"{provenance('threads')}\n\n{text}", NEW_PAGE)
+    report = {"alone_ms": alone, "beside_ms": beside, "ratio": ratios["in parts"], "bar": BAR}
+    print(json.dumps({**report, "alone_over_whole": alone["in parts"] / alone["whole"]}))
 
 
 def measure(folder: Path, rounds: int, steps: int, busy: int) -> tuple[dict[str, float], dict[str, float]]:
@@ -88,7 +86,7 @@ def measure(folder: Path, rounds: int, steps: int, busy: int) -> tuple[dict[str,
 
 
 def turn(process: subprocess.Popen[str], steps: int) -> float:
-    """Lets a learner take its steps; milliseconds per step."""
+    """Runs a learner's steps and returns milliseconds per step."""
     assert process.stdin
     assert process.stdout
     process.stdin.write("go\n")
@@ -98,7 +96,7 @@ def turn(process: subprocess.Popen[str], steps: int) -> float:
 
 @contextmanager
 def learner(folder: Path, name: str, steps: int) -> Iterator[subprocess.Popen[str]]:
-    """A process that learns when told to."""
+    """A process that runs its steps on request (`turn`)."""
     command = [sys.executable, "-m", "benchmarks.threads", "--serve", str(folder), "--steps", str(steps)]
     environment = {**os.environ, **SETTINGS[name]}
     with subprocess.Popen(
@@ -113,7 +111,7 @@ def learner(folder: Path, name: str, steps: int) -> Iterator[subprocess.Popen[st
 
 
 def serve(folder: Path, steps: int) -> None:
-    """Takes `steps` steps for every line on standard input and prints their seconds."""
+    """Runs `steps` optimiser steps per line on standard input and prints the seconds they took."""
     from oneword.train import parallel
     from oneword.train.learn import learn, quiet
     from oneword.train.recipe import named_recipe
@@ -135,7 +133,7 @@ def serve(folder: Path, steps: int) -> None:
 
 @contextmanager
 def busy_processes(count: int) -> Iterator[None]:
-    """So many processes that compute all the time."""
+    """Runs `count` processes that compute without pause."""
     processes: Sequence[subprocess.Popen[bytes]] = [
         subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)
     ]

@@ -1,50 +1,51 @@
-"""Many users at once: mixed requests arrive while others are on their way.
+"""Many users at once: mixed requests arrive while earlier ones are still running.
 
-    python -m benchmarks.traffic                       both engines; prints tables, ends in one line of JSON
-    python -m benchmarks.traffic --old PATH            beside the code before slots, a checkout at PATH
-    python -m benchmarks.traffic --old PATH --write    and writes docs/results/traffic.md
-    python -m benchmarks.traffic --quick               seconds instead of minutes: does everything run?
+    python -m benchmarks.traffic                       both engines
+    python -m benchmarks.traffic --old PATH            compared with the code before slots, a checkout at PATH
+    python -m benchmarks.traffic --old PATH --write    also writes docs/results/traffic.md
+    python -m benchmarks.traffic --quick               seconds instead of minutes: checks that everything runs
 
-The miniature, on each CPU engine; every contender in a process of its own, driven directly, without a server. Requests
-are those of `benchmarks.arrivals`: of one size (64x64), then of two sizes in turn. Time is real. A request that arrives
-during a turn is added when the turn ends, and a turn begins with adding: tokenizing is part of it. Old and new get the
-same requests at the same times.
+Runs the miniature on each CPU engine, without a server; every contender has its own process. Requests come from
+`benchmarks.arrivals`: first of one size (64x64), then alternating between two sizes. Time is real. A request that
+arrives during a turn is added when the turn ends. Adding, which includes tokenizing, is part of the next turn. Old and
+new code get the same requests at the same times. Prints tables and ends in one line of JSON.
 
-Phases, of each set of sizes:
+Phases, per set of sizes:
 
-    closed    whenever fewer than twice as many pictures as slots of each size are on their way, requests are added
+    closed    requests are added as long as fewer pictures are unfinished than twice the slots of all sizes
     0.6, 0.8  a Poisson process of this load
 
 Terms:
 
-    alone         The engine's own time at N branches: right after every third turn the clock is stopped and the turn's
-                  calls of `denoise_step` are run again, with nothing in between. What a neighbour on the machine
-                  takes is in both. Pairs that differ by more than a factor of two are left out.
+    alone         The engine's own time at N branches. After every third turn the clock is stopped and the turn's calls
+                  of `denoise_step` are repeated back to back. Other load on the machine affects both. Pairs that
+                  differ by more than a factor of two are dropped.
     engine-busy   Time inside a binding's run of `denoise_step`.
-    full batches  Of the same mix of N: the branches of all calls over the time that these calls take alone, which is
-                  busy time times the ratio of alone to busy in the pairs.
-    load          Rate of arrival times mean branch evaluations of a request, over the branch evaluations per second of
-                  the new code in the closed loop with the same sizes. The number of arrivals is chosen so that it is
-                  met. A quarter of a phase passes before it is measured.
-    other work    Encoding and decoding, whose time in the engines is added to that of the full batches.
+    full batches  For the same mix of N: the branches of all calls, divided by the time these calls take alone, which is
+                  the busy time multiplied by the ratio of alone to busy in the pairs.
+    load          Arrival rate multiplied by the mean branch evaluations per request, divided by the branch evaluations
+                  per second of the new code in the closed loop with the same sizes. The number of arrivals is chosen to
+                  meet it. Measurement starts after a quarter of a phase.
+    other work    Encoding and decoding; their time in the engines is added to that of the full batches.
     useful        Branch evaluations that a step of a picture needed, counted from its events: 2 with guidance, else 1.
-    wait          From a picture's arrival to the end of the turn that made its first step; in turns, those that ended
-                  after the arrival, the first step's included: 2 is the turn it arrived in and the next. "Slot free":
-                  when it arrived, fewer pictures of its size than slots were on their way, or before it in its request.
-    overhead      A turn's time less the engine's own time at the N of its calls (alone, the median; between measured N
-                  interpolated): encoding, decoding and the host together.
-    bindings      Made of `denoise_step` in all phases. The new code is warmed up first, the old one cannot be.
+    wait          From a picture's arrival to the end of the turn that ran its first step. In turns: those that ended
+                  after the arrival, up to and including that of the first step; 2 is the turn it arrived in and the
+                  next. "Slot free": on arrival, fewer pictures of its size were unfinished, or ahead of it in its own
+                  request, than there are slots.
+    overhead      A turn's time minus the engine's own time at the N of its calls (the median alone, interpolated
+                  between measured N): encoding, decoding and the host together.
+    bindings      Bindings of `denoise_step` created in all phases. The new code is warmed up first; the old code cannot
+                  be.
 
-p99 is the smallest value that 99 in 100 do not exceed. On the simulated CUDA of the tests, whose runs are captured as
-TensorRT's are, the steps that were replayed and the padding are counted; its times mean nothing, and its load is over
-the closed loop's own rate. A busy machine makes every time here worse than it is: run it on a quiet one. Not here:
-prompts of several chunks, limited guidance intervals, HTTP, GPUs.
+p99 is the smallest value that 99 of 100 do not exceed. On the tests' simulated CUDA, which captures runs as TensorRT
+does, replayed steps and padding are counted; its times mean nothing, and its load is relative to its own closed loop.
+A busy machine makes every time worse: run this on an idle one. Not covered: prompts of several chunks, limited guidance
+intervals, HTTP, GPUs.
 """
 
 import argparse
 import bisect
 import contextlib
-import datetime
 import importlib.util
 import json
 import math
@@ -60,19 +61,21 @@ from typing import Any
 
 from benchmarks.arrivals import Order, Size, open_loop, orders
 from benchmarks.contenders import DENOISE, Contender, New, Old, Run, on_simulated_cuda
+from benchmarks.pages import RESULTS, empty_page, provenance, write_section
+from benchmarks.pages import table as markdown_table
 
 ENGINES = ("onnxruntime", "openvino")
 SIZES: dict[str, tuple[Size, ...]] = {"one size": ((64, 64),), "two sizes": ((64, 64), (96, 64))}
 LOADS = (0.6, 0.8)
 SIMULATED = "simulated CUDA"
-PAGE = Path("docs/results/traffic.md")
-BEGIN, END = "<!-- generated: traffic -->", "<!-- end -->"
-EVERY = 3  # turns, of which one is measured alone
+PAGE = RESULTS / "traffic.md"
+NEW_PAGE = empty_page("Traffic", "Mixed requests that arrive at random, on the miniature.", "traffic")
+EVERY = 3  # one turn in so many is measured alone
 
 
 @dataclass(frozen=True)
 class Bar:
-    """One number of a phase that has an aim."""
+    """A number of a phase that has a target."""
 
     phase: str
     key: str
@@ -81,48 +84,54 @@ class Bar:
     least: bool = False
 
     def met(self, value: float) -> bool:
-        """Whether a value reaches the aim."""
+        """Whether a value reaches the target."""
         return value >= self.limit if self.least else value <= self.limit
 
 
 BARS = (
-    Bar("closed", "busy_rate", "closed loop: branches a second of engine time, over full batches", 0.95, least=True),
-    Bar("closed", "rate", "closed loop: branches a second, over full batches", 0.95, least=True),
-    Bar("0.6", "busy_rate", "load 0.6: branches a second of engine time, over full batches", 0.95, least=True),
-    Bar("0.8", "busy_rate", "load 0.8: branches a second of engine time, over full batches", 0.95, least=True),
+    Bar(
+        "closed",
+        "busy_rate",
+        "closed loop: branches per second of engine time, relative to full batches",
+        0.95,
+        least=True,
+    ),
+    Bar("closed", "rate", "closed loop: branches per second, relative to full batches", 0.95, least=True),
+    Bar("0.6", "busy_rate", "load 0.6: branches per second of engine time, relative to full batches", 0.95, least=True),
+    Bar("0.8", "busy_rate", "load 0.8: branches per second of engine time, relative to full batches", 0.95, least=True),
     Bar("0.6", "wait_turns", "load 0.6: wait for the first step, turns, p99", 2),
-    Bar("0.6", "wait_median_turns", "load 0.6: the same, ms over the median turn", 2),
+    Bar("0.6", "wait_median_turns", "load 0.6: the same, in median turns", 2),
     Bar("0.8", "free_turns", "load 0.8, slot free: wait for the first step, turns, p99", 2),
-    Bar("0.8", "free_median_turns", "load 0.8, slot free: the same, ms over the median turn", 2),
-    Bar("0.6", "overhead", "load 0.6: overhead of a turn over the median turn, p99", 0.5),
-    Bar("0.8", "overhead", "load 0.8: overhead of a turn over the median turn, p99", 0.5),
-    Bar("all", "bindings", "bindings made after warm-up", 0),
+    Bar("0.8", "free_median_turns", "load 0.8, slot free: the same, in median turns", 2),
+    Bar("0.6", "overhead", "load 0.6: overhead of a turn, in median turns, p99", 0.5),
+    Bar("0.8", "overhead", "load 0.8: overhead of a turn, in median turns, p99", 0.5),
+    Bar("all", "bindings", "bindings created after warm-up", 0),
 )
 SIMULATED_BARS = (
-    Bar("all", "replayed", "steps replayed, of all", 0.95, least=True),
-    Bar("all", "useful", "useful branches, of those run", 0.9, least=True),
+    Bar("all", "replayed", "share of steps that were replayed", 0.95, least=True),
+    Bar("all", "useful", "share of branches that were useful", 0.9, least=True),
 )
-PLAIN = (  # numbers without an aim
-    ("closed", "pictures_per_second", "closed loop: pictures a second"),
-    ("closed", "branches_per_second", "closed loop: branches a second"),
-    ("closed", "rate_with_other", "closed loop: branches a second, over full batches and the other work"),
+PLAIN = (  # numbers without a target
+    ("closed", "pictures_per_second", "closed loop: pictures per second"),
+    ("closed", "branches_per_second", "closed loop: branches per second"),
+    ("closed", "rate_with_other", "closed loop: branches per second, relative to full batches and the other work"),
     ("closed", "engine_share", "closed loop: share of time in `denoise_step`"),
     ("closed", "other_share", "closed loop: share of time in text encoder and VAE"),
     ("0.6", "turn_ms", "load 0.6: median turn, ms"),
     ("0.6", "wait_ms", "load 0.6: wait for the first step, ms, p99"),
     ("0.6", "free_turns", "load 0.6, slot free: wait for the first step, turns, p99"),
-    ("0.6", "host", "load 0.6: time outside all engines over the median turn, p99"),
+    ("0.6", "host", "load 0.6: time outside all engines, in median turns, p99"),
     ("0.8", "turn_ms", "load 0.8: median turn, ms"),
     ("0.8", "wait_ms", "load 0.8: wait for the first step, ms, p99"),
-    ("0.8", "host", "load 0.8: time outside all engines over the median turn, p99"),
+    ("0.8", "host", "load 0.8: time outside all engines, in median turns, p99"),
 )
 
 Result = dict[str, dict[str, float]]
-"""Numbers by phase."""
+"""Numbers per phase."""
 
 
 class Clock:
-    """Real seconds since it was made, less those while it was stopped."""
+    """Real seconds since its creation, without those while it was stopped."""
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
@@ -132,12 +141,12 @@ class Clock:
         return time.perf_counter() - self._start
 
     def sleep(self, seconds: float) -> None:
-        """Lets time pass."""
+        """Waits."""
         time.sleep(seconds)
 
     @contextlib.contextmanager
     def stopped(self) -> Iterator[None]:
-        """What is done within takes no time."""
+        """Stops the clock for the duration of the block."""
         began = time.perf_counter()
         yield
         self._start += time.perf_counter() - began
@@ -145,7 +154,7 @@ class Clock:
 
 @dataclass(frozen=True, eq=False)
 class Turn:
-    """One turn: what was run, and for every run of `denoise_step` its time alone, if it was measured."""
+    """One turn: its runs and, if measured, the time alone of each run of `denoise_step`."""
 
     start: float
     end: float
@@ -161,7 +170,7 @@ class Turn:
 
 @dataclass(eq=False)
 class Picture:
-    """A picture's times: arrival, the end of its first step's turn, the end of its last step's."""
+    """A picture's arrival, and the ends of the turns that ran its first and its last step."""
 
     arrived: float
     order: Order
@@ -171,26 +180,26 @@ class Picture:
 
 @dataclass(eq=False)
 class Log:
-    """What happened in a phase of so many seconds. Pictures are in the order of their arrival."""
+    """The events of a phase of `seconds`. Pictures are in order of arrival."""
 
     seconds: float
     slots: int
     turns: list[Turn] = field(default_factory=list)
     pictures: dict[tuple[int, int], Picture] = field(default_factory=dict)
     start: float = 0.0
-    """Turns that began and pictures that arrived before it are not measured."""
+    """Earlier turns and arrivals are not measured."""
 
     def after(self, start: float) -> "Log":
-        """The same phase, measured from `start` on."""
+        """The same phase, measured from `start`."""
         return replace(self, start=start)
 
 
 Feed = Callable[[float, int], list[tuple[float, Order]]]
-"""The requests to add now, each with its time of arrival, given the time and the pictures that are on their way."""
+"""(time, number of unfinished pictures) -> the requests to add now, with their arrival times."""
 
 
 def main() -> None:
-    """Runs every contender in turn, prints a table for each engine, ends in one line of JSON."""
+    """Runs every contender in turn, prints a table per engine and ends in one line of JSON."""
     options = _options()
     if options.contender:
         print(json.dumps(contend(options)))
@@ -203,43 +212,43 @@ def main() -> None:
     results: dict[str, dict[str, dict[str, Result]]] = {}
     for engine in engines:
         new = _child("new", engine, bundles["new"], options)
-        each = {"new": new["sizes"]}
+        measured = {"new": new["sizes"]}
         if options.old:
-            each["old"] = _child("old", engine, bundles["old"], options, new["sizes"])["sizes"]
-        results[new["backend"]] = each
-        print(f"\n{new['backend']}\n\n{table(each)}\n")
+            measured["old"] = _child("old", engine, bundles["old"], options, new["sizes"])["sizes"]
+        results[new["backend"]] = measured
+        print(f"\n{new['backend']}\n\n{table(measured)}\n")
     if not options.no_simulation:
         results[SIMULATED] = {"new": _child("simulated", SIMULATED, bundles["new"], options)["sizes"]}
         print(f"\n{SIMULATED}\n\n{table(results[SIMULATED], SIMULATED_BARS, ())}\n")
-    if options.write and not options.quick:
-        write(results, options, load)
+    if options.write:
+        write_section(PAGE, "traffic", section(results, options, load), NEW_PAGE)
     print(json.dumps({"threads": options.threads, "load_average": load, "results": results}))
 
 
 def contend(options: argparse.Namespace) -> dict[str, Any]:
-    """In a contender's own process: every set of sizes, every phase."""
+    """Runs in a contender's own process: every phase of every set of sizes."""
     sizes = {name: SIZES[name] for name in options.sizes}
-    every = [*dict.fromkeys(size for each in sizes.values() for size in each)]
+    distinct = [*dict.fromkeys(size for mix in sizes.values() for size in mix)]
     contender: Contender
     if options.contender == "simulated":
-        contender = on_simulated_cuda(options.bundle, options.max_rows, every)
+        contender = on_simulated_cuda(options.bundle, options.max_rows, distinct)
     else:
         make = New if options.contender == "new" else Old
-        contender = make(options.bundle, options.engine, options.threads, options.max_rows, every)
-    given = json.loads(options.rates)
+        contender = make(options.bundle, options.engine, options.threads, options.max_rows, distinct)
+    rates = json.loads(options.rates)
     results: dict[str, Result] = {}
-    for number, (name, each) in enumerate(sizes.items()):
-        backlog = 2 * options.max_rows * len(each)
-        drive(contender, closed(orders(100 + number, each), backlog), options.seconds / 4, Clock())  # warm-up
+    for number, (name, mix) in enumerate(sizes.items()):
+        backlog = 2 * options.max_rows * len(mix)
+        drive(contender, closed(orders(100 + number, mix), backlog), options.seconds / 4, Clock())  # warm-up
         bindings = contender.meter.bindings
         before = _counts(contender)
         phases: Result = {}
-        log = drive(contender, closed(orders(10 + number, each), backlog), options.seconds / 2, Clock())
+        log = drive(contender, closed(orders(10 + number, mix), backlog), options.seconds / 2, Clock())
         phases["closed"] = summary(log)
-        rate = given.get(name, phases["closed"]["branches_per_second"])
+        rate = rates.get(name, phases["closed"]["branches_per_second"])
         lead, seconds = options.seconds / 4, options.seconds * 5 / 4
         for load in LOADS:
-            source = orders(20 + number, each)
+            source = orders(20 + number, mix)
             arrivals = open_loop(source, load * rate * seconds, seconds, 30 + number)
             phases[f"{load:g}"] = summary(drive(contender, scripted(arrivals), seconds, Clock()).after(lead))
         phases["all"] = {"bindings": contender.meter.bindings - bindings, **_shares(before, _counts(contender))}
@@ -248,7 +257,7 @@ def contend(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def closed(source: Iterator[Order], backlog: int) -> Feed:
-    """As many requests as keep this many pictures on their way."""
+    """Feeds as many requests as keep `backlog` pictures unfinished."""
 
     def feed(now: float, pictures: int) -> list[tuple[float, Order]]:
         due = []
@@ -261,21 +270,23 @@ def closed(source: Iterator[Order], backlog: int) -> Feed:
 
 
 def scripted(arrivals: Sequence[tuple[float, Order]]) -> Feed:
-    """Those whose time has come."""
-    left = list(arrivals)[::-1]
+    """Feeds each request at its arrival time."""
+    pending = list(arrivals)[::-1]
 
     def feed(now: float, _pictures: int) -> list[tuple[float, Order]]:
         due = []
-        while left and left[-1][0] <= now:
-            due.append(left.pop())
+        while pending and pending[-1][0] <= now:
+            due.append(pending.pop())
         return due
 
     return feed
 
 
 def drive(contender: Contender, feed: Feed, seconds: float, clock: Any) -> Log:
-    """Feeds a contender for so long, then waits at most as long for the first steps that are missing; what is left is
-    cancelled."""
+    """Feeds a contender for `seconds`, then waits at most as long for pictures that have not started.
+
+    Unfinished requests are cancelled.
+    """
     log, ids = Log(seconds, contender.max_rows), list[int]()
     while (start := clock.now()) < seconds or (
         start < 2 * seconds and any(picture.first == math.inf for picture in log.pictures.values())
@@ -299,7 +310,7 @@ def drive(contender: Contender, feed: Feed, seconds: float, clock: Any) -> Log:
             if event.step == event.steps:
                 picture.last = end
         with clock.stopped():
-            alone = [_seconds(run.again) for run in runs if run.again] if len(log.turns) % EVERY == 0 else []
+            alone = [_seconds(run.rerun) for run in runs if run.rerun] if len(log.turns) % EVERY == 0 else []
         log.turns.append(Turn(start, end, useful, runs, alone))
     for id in ids:
         contender.cancel(id)
@@ -309,7 +320,7 @@ def drive(contender: Contender, feed: Feed, seconds: float, clock: Any) -> Log:
 
 
 def summary(log: Log) -> dict[str, float]:
-    """The numbers of a phase; see the module for their terms."""
+    """The numbers of a phase; the module's docstring defines them."""
     turns = [turn for turn in log.turns if log.start <= turn.start and turn.end <= log.seconds] or log.turns[:1]
     ends = [turn.end for turn in log.turns]
     pairs = [pair for turn in turns for pair in zip(turn.steps, turn.alone, strict=False)]
@@ -358,12 +369,13 @@ def summary(log: Log) -> dict[str, float]:
 
 
 def own_times(pairs: Sequence[tuple[Run, float]]) -> Callable[[Run], float]:
-    """The engine's own seconds at a run's size and N: the median alone, between measured N interpolated."""
+    """The engine's own seconds at a run's size and N: the median alone, interpolated between measured N."""
     measured: dict[tuple[int, ...], dict[int, list[float]]] = {}
     for run, alone in pairs:
         measured.setdefault(run.size, {}).setdefault(run.branches, []).append(alone)
     points = {
-        size: sorted((n, statistics.median(times)) for n, times in each.items()) for size, each in measured.items()
+        size: sorted((n, statistics.median(times)) for n, times in by_branches.items())
+        for size, by_branches in measured.items()
     }
 
     def own(run: Run) -> float:
@@ -385,7 +397,7 @@ def own_times(pairs: Sequence[tuple[Run, float]]) -> Callable[[Run], float]:
 
 
 def found_slot(log: Log, picture: Picture) -> bool:
-    """Whether a slot of its size was free for a picture when it arrived."""
+    """Whether a slot of the picture's size was free when it arrived."""
     ahead = 0
     for other in log.pictures.values():
         if other is picture:
@@ -395,46 +407,37 @@ def found_slot(log: Log, picture: Picture) -> bool:
 
 
 def p99(values: Sequence[float]) -> float:
-    """The smallest of the values that 99 in 100 do not exceed; NaN of none."""
+    """The smallest value that 99 of 100 do not exceed; NaN if there are none."""
     return sorted(values)[math.ceil(0.99 * len(values)) - 1] if values else math.nan
 
 
 def table(results: Mapping[str, Mapping[str, Result]], bars: Sequence[Bar] = BARS, plain: Any = PLAIN) -> str:
-    """One engine's results in Markdown; what misses its bar is bold."""
+    """One engine's results in Markdown; values that miss their target are bold."""
     sizes = list(results["new"])
     columns = [(size, name) for size in sizes for name in results]
-    lines = ["| | bar | " + " | ".join(f"{size}, {name}" for size, name in columns) + " |"]
-    lines.append("|---|---:|" + "---:|" * len(columns))
+    rows = []
     for bar in bars:
-        cells = []
-        for size, name in columns:
-            value = results[name][size][bar.phase][bar.key]
-            cells.append(_number(value) if bar.met(value) else f"**{_number(value)}**")
         limit = f"{'at least' if bar.least else 'at most'} {bar.limit:g}" if bar.limit else "0"
-        lines.append(f"| {bar.title} | {limit} | {' | '.join(cells)} |")
+        values = [results[name][size][bar.phase][bar.key] for size, name in columns]
+        cells = [_number(value) if bar.met(value) else f"**{_number(value)}**" for value in values]
+        rows.append([bar.title, limit, *cells])
     for phase, key, title in plain:
-        cells = [_number(results[name][size][phase][key]) for size, name in columns]
-        lines.append(f"| {title} | | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append([title, "", *(_number(results[name][size][phase][key]) for size, name in columns)])
+    return markdown_table(["", "target", *(f"{size}, {name}" for size, name in columns)], rows)
 
 
-def write(results: Mapping[str, Any], options: argparse.Namespace, load: Sequence[float]) -> None:
-    """docs/results/traffic.md, or what stands between its markers."""
+def section(results: Mapping[str, Any], options: argparse.Namespace, load: Sequence[float]) -> str:
+    """The generated part of docs/results/traffic.md."""
     parts = [
-        f"{datetime.date.today()}, {os.cpu_count()} CPU cores, {options.threads} threads for each engine, load average "
-        f"{load[0]:g} before the run; {options.max_rows} slots of each size, {options.seconds:g} s of each load. Made "
-        "by\n\n"
-        f"    python -m benchmarks.traffic{' --old PATH' if options.old else ''} --write\n\n"
-        "whose docstring defines every term. Bold: misses its bar."
+        provenance("traffic"),
+        f"{options.threads} threads per engine, load average {load[0]:g} before the run, {options.max_rows} slots per "
+        f"size, {options.seconds:g} s per load. The docstring of the benchmark defines every term. Bold: misses its "
+        "target.",
     ]
-    for engine, each in results.items():
+    for engine, measured in results.items():
         bars = (SIMULATED_BARS, ()) if engine == SIMULATED else (BARS, PLAIN)
-        parts.append(f"## {engine}\n\n{table(each, *bars)}")
-    text = f"{BEGIN}\n\n" + "\n\n".join(parts) + f"\n\n{END}"
-    page = PAGE.read_text(encoding="utf-8") if PAGE.exists() else f"# Traffic\n\n{BEGIN}\n{END}\n"
-    head, _, rest = page.partition(BEGIN)
-    PAGE.parent.mkdir(parents=True, exist_ok=True)
-    PAGE.write_text(head + text + rest.partition(END)[2], encoding="utf-8")
+        parts.append(f"## {engine}\n\n{table(measured, *bars)}")
+    return "\n\n".join(parts)
 
 
 def _seconds(run: Callable[[], None]) -> float:
@@ -449,7 +452,7 @@ def _counts(contender: Contender) -> dict[str, int]:
 
 
 def _shares(before: Mapping[str, int], after: Mapping[str, int]) -> dict[str, float]:
-    """Of the steps and branches in between: replayed, and useful."""
+    """The shares of steps that were replayed and of branches that were useful, between two counts."""
     done = {name: after[name] - before[name] for name in after}
     if not done.get("steps"):
         return {}
@@ -483,7 +486,7 @@ def _child(
 
 
 def _python(line: Sequence[str], name: str, options: argparse.Namespace, cwd: Path | None = None) -> str:
-    """The last line of what a Python process prints, with the contender's code."""
+    """The last line that a Python process with the contender's code prints."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
     if name == "old":
         environment["PYTHONPATH"] = str(options.old.resolve() / "src")
@@ -505,17 +508,21 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--old", type=Path, help="a checkout of the code before slots (commit b533d72)")
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
-    parser.add_argument("--threads", type=int, default=2, help="of each engine")
-    parser.add_argument("--max-rows", type=int, default=16, help="slots of each size")
-    parser.add_argument("--seconds", type=float, default=16, help="of each load; the closed loop takes half of it")
-    parser.add_argument("--no-simulation", action="store_true", help="leave out the simulated CUDA")
-    parser.add_argument("--quick", action="store_true", help="no measurement: does everything run?")
-    parser.add_argument("--write", action="store_true", help=f"write {PAGE}")
-    parser.add_argument("--work", type=Path, default=Path("build/traffic"), help="where bundles are kept")
+    parser.add_argument("--threads", type=int, default=2, help="threads per engine")
+    parser.add_argument("--max-rows", type=int, default=16, help="slots per size")
+    parser.add_argument(
+        "--seconds", type=float, default=16, help="duration of each load; the closed loop takes half of it"
+    )
+    parser.add_argument("--no-simulation", action="store_true", help="skip the simulated CUDA")
+    parser.add_argument("--quick", action="store_true", help="checks that everything runs; measures nothing")
+    parser.add_argument("--write", action="store_true", help="write docs/results/traffic.md")
+    parser.add_argument("--work", type=Path, default=Path("build/traffic"), help="folder for bundles")
     for name in ("--contender", "--engine", "--bundle"):
         parser.add_argument(name, help=argparse.SUPPRESS)
     parser.add_argument("--rates", default="{}", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.quick and options.write:
+        parser.error("--quick measures nothing to write: leave out --quick or --write")
     if options.quick and not options.contender:
         options.seconds, options.max_rows, options.sizes = 2.0, 4, ["two sizes"]
     return options

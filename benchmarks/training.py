@@ -1,18 +1,18 @@
-"""Learning a word: ti-train beside diffusers' textual_inversion.py, on one model, in one call.
+"""Learning a word: ti-train beside diffusers' textual_inversion.py, on the same model.
 
     python -m benchmarks.training SCRIPT [--words 6] [--script-steps 3000] [--budgets 50,100,200]   both, for each word
-    python -m benchmarks.training SCRIPT --full-size           seconds a step and peak memory, SD 1.5's architecture
+    python -m benchmarks.training SCRIPT --full-size           seconds per step and peak memory, SD 1.5's architecture
     python -m benchmarks.training --many 16                    16 words in one run, and 16 runs of one word
 
 SCRIPT is the path of diffusers' examples/textual_inversion/textual_inversion.py, which is not part of this project. It
-learns with what its README gives (constant rate 5e-4 times the batch of 4, seed 0, everything else its own default),
-from a copy of the model in fp32, and keeps its word at each quarter of the way. torchvision has no CPU build on the
-registries we use, and the script needs it for one RandomHorizontalFlip: a stand-in of ten lines takes its place.
+learns with the settings of its README (constant rate 5e-4 times the batch of 4, seed 0, its own defaults otherwise),
+from a copy of the model in fp32, and saves its word at each quarter of the run. It needs torchvision only for
+RandomHorizontalFlip; a stand-in of ten lines replaces it, so that torchvision need not be installed.
 
-Every contender is a process of its own, in turn; its seconds run from the start of the process to its end, and the same
-two threads are there for all. Likeness and editability are the miniature's judge's, on pictures the runtime draws.
-Everything measured is kept in `--work`, one JSON line each, and not measured again. `--page` writes docs/training.md.
-Not here: GPUs, and words of several vectors.
+Contenders run one after another, each in its own process with the same number of threads; seconds run from the start of
+a process to its end. The miniature's judge scores likeness and editability on pictures that the runtime draws.
+Measurements are stored in `--work`, one line of JSON each, and are not repeated. `--write` puts the section of this
+call into docs/results/training.md. Not covered: GPUs, and words of several vectors. Ends in one line of JSON.
 """
 
 from __future__ import annotations
@@ -36,33 +36,44 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from benchmarks.pages import table, write_section
+from benchmarks.pages import RESULTS, empty_page, marked, provenance, table, write_section
 
-PAGE = Path("docs/training.md")
+PAGE = RESULTS / "training.md"
+NEW_PAGE = empty_page(
+    "Learning a word",
+    "Time, quality and memory of `ti-train`, on the miniature and on SD 1.5's architecture.",
+    "compared",
+    "many",
+    "full-size",
+    "threads",
+)
+SPEEDUP_BAR, MANY_BAR = 5, 0.5
 PARTS = ("start", "VAE", "text encoder", "UNet", "backward", "optimiser", "rest")
-README_RATE = 5e-4  # of the script, times its batch (--scale_lr)
+README_RATE = 5e-4  # the script multiplies it by its batch (--scale_lr)
 BATCH = 4
 
 
 def main() -> None:
-    """Measure what is asked for, print it, keep it."""
+    """Runs the requested measurements, stores them and prints a summary."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("script", type=Path, nargs="?")
     p.add_argument("--model", default="miniature")
-    p.add_argument("--init", default="object", help="one word, as the script wants it")
+    p.add_argument("--init", default="object", help="one word of the vocabulary, as the script requires")
     p.add_argument("--words", type=int, default=6)
     p.add_argument("--script-steps", type=int, default=3000)
-    p.add_argument("--script-options", default="", help='more options for the script, "--mixed_precision bf16"')
-    p.add_argument("--budgets", default="50,100,200", help="steps of ours, a run of its own each")
+    p.add_argument(
+        "--script-options", default="", help='further options for the script, such as "--mixed_precision bf16"'
+    )
+    p.add_argument("--budgets", default="50,100,200", help="numbers of steps for ti-train, one run each")
     p.add_argument("--recipe", default="fast")
-    p.add_argument("--samples", type=int, default=16, help="pictures a prompt")
+    p.add_argument("--samples", type=int, default=16, help="pictures per prompt")
     p.add_argument("--sample-steps", type=int, default=20)
-    p.add_argument("--full-size", action="store_true")
+    p.add_argument("--full-size", action="store_true", help="SD 1.5's architecture at 512x512, batch 1")
     p.add_argument("--full-steps", type=int, default=3)
-    p.add_argument("--many", type=int, metavar="N")
+    p.add_argument("--many", type=int, metavar="N", help="N words in one run, and N runs of one word")
     p.add_argument("--threads", type=int, default=2)
     p.add_argument("--work", type=Path, default=Path("build/training"))
-    p.add_argument("--page", action="store_true", help=f"write {PAGE} and its figure from what is in --work")
+    p.add_argument("--write", action="store_true", help="write docs/results/training.md and its figure")
     if sys.argv[1:2] == ["--child"]:
         return child(Path(sys.argv[2]), sys.argv[3:])
     args = p.parse_args()
@@ -75,25 +86,25 @@ def main() -> None:
         full_size(args)
     elif args.script:
         compare(args)
-    rows = [row for row in kept(args.work) if row["model"] == args.digest or "full" in row]
+    rows = [row for row in stored_rows(args.work) if row["model"] == args.digest or "full" in row]
     summary = summarise(rows)
-    if args.page:
+    if args.write:
         write_page(rows, summary, args)
     print(json.dumps(summary))
 
 
 def digest_of(args: argparse.Namespace) -> str:
-    """Which weights are measured: the start of the model's digest."""
+    """The start of the model's digest, which identifies its weights."""
     from oneword.export.source import digest_directory, find_model
 
     return digest_directory(find_model(args.model)[0])[:12]
 
 
-# ---- the two, word by word -------------------------------------------------------------------------------------------
+# ---- ti-train and the script, word by word ---------------------------------------------------------------------------
 
 
 def compare(args: argparse.Namespace) -> None:
-    """Both learn every held-out look; every word either keeps is scored."""
+    """Both contenders learn every held-out look; every word they save is scored."""
     from oneword.train.miniature import world
 
     for number in range(args.words):
@@ -106,7 +117,7 @@ def compare(args: argparse.Namespace) -> None:
         row = {"contender": "diffusers", "word": number, "steps": args.script_steps}
         output = args.work / f"{number:02d}-diffusers"
         final = output / "learned_embeds.safetensors"
-        done = measured(
+        finished = measured(
             args,
             row,
             partial(script, args, in_fp32(args), folder, output, args.script_steps),
@@ -114,23 +125,23 @@ def compare(args: argparse.Namespace) -> None:
         )
         for step in range(save_every(args.script_steps), args.script_steps, save_every(args.script_steps)):
             saved = output / f"learned_embeds-steps-{step}.safetensors"
-            seconds = {"seconds": saved.stat().st_mtime - done["began"]} if saved.is_file() else {}
+            seconds = {"seconds": saved.stat().st_mtime - finished["began"]} if saved.is_file() else {}
             measured(args, {**row, "steps": step}, lambda seconds=seconds: seconds, score_of(args, saved, folder))
 
 
 def ours(args: argparse.Namespace, words: Mapping[str, tuple[Path, Path]], more: Sequence[str]) -> dict[str, Any]:
-    """`ti-train` in a process of its own; `words` are token -> (pictures, output)."""
+    """Runs `ti-train` in its own process; `words` maps a token to (pictures, output)."""
     folders = [str(folder) for folder, _ in words.values()]
-    each = [text for token, (_, output) in words.items() for text in ("--token", token, "--output", str(output))]
+    options = [text for token, (_, output) in words.items() for text in ("--token", token, "--output", str(output))]
     for _, output in words.values():
         output.unlink(missing_ok=True)
-    return timed(args, ["ti-train", *folders, "--model", args.model, *each, *more])
+    return timed(args, ["ti-train", *folders, "--model", args.model, *options, *more])
 
 
 def script(
     args: argparse.Namespace, model: Path, folder: Path, output: Path, steps: int, size: int = 0
 ) -> dict[str, Any]:
-    """diffusers' script in a process of its own."""
+    """Runs diffusers' script in its own process."""
     size = size or Image.open(next(folder.glob("*.png"))).width
     batch = BATCH if not args.full_size else 1
     options = {
@@ -144,7 +155,7 @@ def script(
 
 
 def in_fp32(args: argparse.Namespace) -> Path:
-    """The model with fp32 weights: the script learns in the type that is stored, and fp16 rows become NaN."""
+    """The model with fp32 weights: the script learns in the stored type, and in fp16 its rows become NaN."""
     from diffusers import StableDiffusionPipeline
 
     from oneword.export.source import find_model
@@ -158,12 +169,12 @@ def in_fp32(args: argparse.Namespace) -> Path:
 
 
 def save_every(steps: int) -> int:
-    """How often the script keeps its word: at each quarter."""
+    """The steps between two of the script's saves: a quarter of the run."""
     return max(1, steps // 4)
 
 
 def score_of(args: argparse.Namespace, output: Path, folder: Path) -> Callable[[], dict[str, float]]:
-    """What scores the word in `output`, when it is there: likeness and mean editability."""
+    """A function that scores the word in `output` once it exists: likeness and mean editability."""
 
     def score() -> dict[str, float]:
         from oneword.runtime.concept import Concept, load_concept
@@ -176,15 +187,15 @@ def score_of(args: argparse.Namespace, output: Path, folder: Path) -> Callable[[
         training = np.stack([picture.pixels for picture in read_pictures(folder, model.manifest.defaults.width)])
         model.load(concept)
         options = {"samples": args.samples, "steps": args.sample_steps}
-        found, _ = evaluate(model, judge, concept.token, training, MINIATURE_PROMPTS, **options)
+        scores, _ = evaluate(model, judge, concept.token, training, MINIATURE_PROMPTS, **options)
         model.unload(concept.token)
-        return {"likeness": round(found.likeness, 4), "editability": round(found.mean_editability, 4)}
+        return {"likeness": round(scores.likeness, 4), "editability": round(scores.mean_editability, 4)}
 
     return score
 
 
 def judged(args: argparse.Namespace) -> tuple[Any, Any]:
-    """The model's bundle, exported once, and its judge."""
+    """The model, opened from a bundle that is exported once, and its judge."""
     from benchmarks.exported import exported
     from oneword.export.source import find_model
     from oneword.runtime.model import Model
@@ -204,11 +215,11 @@ def pictures_of(look: Any, folder: Path, seed: int) -> Path:
     return folder
 
 
-# ---- many at once, full size -----------------------------------------------------------------------------------------
+# ---- many words in one run, full size --------------------------------------------------------------------------------
 
 
 def many(args: argparse.Namespace) -> None:
-    """N words in one run, and each in a run of its own."""
+    """Learns N words in one run, then each of them in its own run."""
     from oneword.train.miniature import world
 
     looks = [*world.HELD_OUT_LOOKS, *world.NOUNS.values()][: args.many]
@@ -228,7 +239,7 @@ def many(args: argparse.Namespace) -> None:
 
 
 def full_size(args: argparse.Namespace) -> None:
-    """A few steps of batch 1 at 512x512 against SD 1.5's architecture with random weights."""
+    """A few steps of batch 1 at 512x512, on SD 1.5's architecture with random weights."""
     args.model = str(random_sd15(args.work / "sd15"))
     folder = args.work / "noise"
     folder.mkdir(exist_ok=True)
@@ -244,7 +255,7 @@ def full_size(args: argparse.Namespace) -> None:
 
 
 def random_sd15(folder: Path) -> Path:
-    """SD 1.5's architecture, random weights (4.3 GB), and the miniature's tokenizer."""
+    """SD 1.5's architecture with random weights (4.3 GB) and the miniature's tokenizer."""
     import torch
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -276,16 +287,19 @@ def random_sd15(folder: Path) -> Path:
     return folder
 
 
-# ---- a process of its own, watched -----------------------------------------------------------------------------------
+# ---- one contender in its own process, timed -------------------------------------------------------------------------
 
 
 def timed(args: argparse.Namespace, command: Sequence[str]) -> dict[str, Any]:
-    """Runs a command under `child`: seconds, seconds of each part, of a step, and peak MiB. Shows what fails."""
-    told = args.work / "child.json"
-    told.unlink(missing_ok=True)
+    """Runs a command under `child`: seconds in total, per part and per step, and peak MiB.
+
+    Raises SystemExit with the end of the log if it fails.
+    """
+    report = args.work / "child.json"
+    report.unlink(missing_ok=True)
     log = (args.work / "child.log").open("w+")
     began, start = time.time(), time.perf_counter()
-    arguments = [sys.executable, "-m", "benchmarks.training", "--child", str(told), *command]
+    arguments = [sys.executable, "-m", "benchmarks.training", "--child", str(report), *command]
     pid = os.posix_spawn(
         sys.executable,
         arguments,
@@ -297,15 +311,15 @@ def timed(args: argparse.Namespace, command: Sequence[str]) -> dict[str, Any]:
     if status:
         log.seek(0)
         raise SystemExit(f"{' '.join(command)}\n{log.read()[-4000:]}")
-    parts = json.loads(told.read_text())
+    parts = json.loads(report.read_text())
     step = parts.pop("step")
     parts["rest"] = max(0.0, seconds - sum(parts.values()))
     return {"seconds": seconds, "began": began, "step": step, "peak_mib": used.ru_maxrss // 1024, "parts": parts}
 
 
-def child(told: Path, command: Sequence[str]) -> None:
-    """Runs ti-train or a script in this process, timing the parts of its steps."""
-    start = time.perf_counter() - time.process_time()  # about when the process began
+def child(report: Path, command: Sequence[str]) -> None:
+    """Runs ti-train or a script in this process, times the parts of its steps and writes them to `report`."""
+    start = time.perf_counter() - time.process_time()  # roughly the start of the process
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel
@@ -329,7 +343,7 @@ def child(told: Path, command: Sequence[str]) -> None:
             try:
                 return real(*args, **kwargs)
             finally:
-                share = torch.get_num_threads() / threads  # parts of a batch run at the same time
+                share = torch.get_num_threads() / threads  # parts of a batch run in parallel
                 with lock:
                     parts[part] += (time.perf_counter() - before) * share
                 if part == "optimiser":
@@ -359,13 +373,13 @@ def child(told: Path, command: Sequence[str]) -> None:
         sys.argv = list(command)
         runpy.run_path(command[0], run_name="__main__")
     step = (ends[-1] - ends[0]) / (len(ends) - 1) if len(ends) > 1 else math.nan
-    told.write_text(json.dumps({**parts, "step": step}))
+    report.write_text(json.dumps({**parts, "step": step}))
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     sys.exit(status)
 
 
 def stand_in() -> types.ModuleType:
-    """A torchvision of one transform: RandomHorizontalFlip."""
+    """A torchvision with one transform: RandomHorizontalFlip."""
     import random
 
     from PIL import ImageOps
@@ -383,7 +397,7 @@ def stand_in() -> types.ModuleType:
     return torchvision
 
 
-# ---- what is kept, and what it says ----------------------------------------------------------------------------------
+# ---- stored measurements and the page --------------------------------------------------------------------------------
 
 
 def measured(
@@ -392,41 +406,47 @@ def measured(
     run: Callable[[], dict[str, Any]],
     score: Callable[[], dict[str, float]] = dict,
 ) -> dict[str, Any]:
-    """The row as it is kept, or measured now and kept; what was measured against other weights does not count."""
+    """The stored row, if these weights were measured before; else measures and stores it."""
     row = {**row, "model": args.digest}
-    for old in kept(args.work):
+    for old in stored_rows(args.work):
         if row.items() <= old.items():
             return old
     new = {**row, **run()}
     new |= score()
-    with (args.work / "results.jsonl").open("a") as file:
+    with stored(args.work).open("a") as file:
         file.write(json.dumps(new) + "\n")
     print(json.dumps({name: value for name, value in new.items() if name not in ("parts", "began")}), flush=True)
     return new
 
 
-def kept(work: Path) -> list[dict[str, Any]]:
-    """Everything measured so far."""
-    path = work / "results.jsonl"
+def stored(work: Path) -> Path:
+    """The file of measurements."""
+    return work / "results.jsonl"
+
+
+def stored_rows(work: Path) -> list[dict[str, Any]]:
+    """All measurements so far."""
+    path = stored(work)
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The ratios that the bars speak of, of whatever has been measured."""
+    """The ratios that have targets, from what has been measured so far."""
     summary: dict[str, Any] = {}
-    both = {row["word"] for row in rows if row["contender"] == "diffusers" and "word" in row}
-    ratios = [ratio_of(rows, word) for word in sorted(both)]
+    words = {row["word"] for row in rows if row["contender"] == "diffusers" and "word" in row}
+    ratios = [ratio_of(rows, word) for word in sorted(words)]
     if ratios:
         summary["their seconds over ours at their likeness and editability"] = {
             "by word": [round(ratio, 2) for ratio in ratios],
             "median": round(statistics.median(ratios), 2),
-            "bar": 5,
+            "bar": SPEEDUP_BAR,
         }
     together = {row["many"]: row["seconds"] for row in rows if row.get("run") == "together"}
     for count, seconds in together.items():
         alone = [row["seconds"] for row in rows if row.get("many") == count and row["run"] != "together"]
         if len(alone) == count:
-            summary[f"{count} words together over {count} runs"] = {"ratio": round(seconds / sum(alone), 3), "bar": 0.5}
+            ratio = round(seconds / sum(alone), 3)
+            summary[f"{count} words together over {count} runs"] = {"ratio": ratio, "bar": MANY_BAR}
     for row in rows:
         if "full" in row:
             facts = {"seconds a step": round(row["step"], 2), "peak MiB": row["peak_mib"]}
@@ -435,65 +455,112 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def ratio_of(rows: Sequence[Mapping[str, Any]], word: int) -> float:
-    """The script's seconds over those of our shortest run that is as like and as editable; 0 where none is."""
-    mine = [row for row in rows if row.get("word") == word]
-    theirs = max((row for row in mine if row["contender"] == "diffusers"), key=lambda row: row["steps"])
+    """The script's seconds over those of our shortest run with its likeness and editability; 0 if no run has both."""
+    runs = [row for row in rows if row.get("word") == word]
+    script_run = max((row for row in runs if row["contender"] == "diffusers"), key=lambda row: row["steps"])
     good = [
         row["seconds"]
-        for row in mine
-        if row["contender"] == "oneword" and all(row[name] >= theirs[name] for name in ("likeness", "editability"))
+        for row in runs
+        if row["contender"] == "oneword" and all(row[name] >= script_run[name] for name in ("likeness", "editability"))
     ]
-    return float(theirs["seconds"] / min(good)) if good else 0.0
+    return float(script_run["seconds"] / min(good)) if good else 0.0
 
 
 def write_page(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], args: argparse.Namespace) -> None:
-    """The tables and the figure of docs/training.md."""
+    """Writes the section of this call into docs/results/training.md."""
+    if args.many:
+        name, text = "many", many_table(rows, args.many)
+    elif args.full_size:
+        name, text = "full-size", full_size_table(rows)
+    else:
+        name, text = "compared", compared(rows, summary)
+    origin = provenance("training", stored=stored(args.work))
+    write_section(PAGE, name, f"{origin}\n\n{text}", NEW_PAGE)
+
+
+def compared(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> str:
+    """Likeness and editability against seconds, and where the seconds go; writes the figure."""
     from oneword.train.plots import trajectories
 
     words = [row for row in rows if "word" in row]
-    medians: dict[tuple[str, int], dict[str, float]] = {}
-    for who, steps in dict.fromkeys((row["contender"], row["steps"]) for row in words):
-        some = [row for row in words if (row["contender"], row["steps"]) == (who, steps)]
-        names = ("seconds", "likeness", "editability")
-        medians[who, steps] = {name: statistics.median(row[name] for row in some) for name in names}
-    if medians:
-        panels = {
-            name: {
-                who: [
-                    (m["seconds"], [row[name] for row in words if (row["contender"], row["steps"]) == (who, steps)])
-                    for (w, steps), m in sorted(medians.items())
-                    if w == who
-                ]
-                for who in dict.fromkeys(who for who, _ in medians)
-            }
-            for name in ("likeness", "editability")
+    if not words:
+        raise SystemExit("no word has been measured in --work: give the path of diffusers' script")
+    runs = sorted({(row["contender"], row["steps"]) for row in words})
+    names = ("seconds", "likeness", "editability")
+    values = {
+        run: {name: [row[name] for row in words if (row["contender"], row["steps"]) == run] for name in names}
+        for run in runs
+    }
+    panels = {
+        name: {
+            contender: [
+                (statistics.median(values[run]["seconds"]), values[run][name]) for run in runs if run[0] == contender
+            ]
+            for contender in dict.fromkeys(row["contender"] for row in words)
         }
-        PAGE.with_suffix(".svg").write_text(trajectories(panels, "seconds, from the start of the process"))
+        for name in ("likeness", "editability")
+    }
+    PAGE.parent.mkdir(parents=True, exist_ok=True)
+    PAGE.with_suffix(".svg").write_text(trajectories(panels, "seconds, from the start of the process"))
+    lines = [
+        (
+            f"{run[0]}, {run[1]} steps",
+            *(f"{statistics.median(values[run][name]):.{1 if name == 'seconds' else 3}f}" for name in names),
+        )
+        for run in runs
+    ]
+    parts = [table(("median of words", *names), lines), "![likeness and editability against seconds](training.svg)"]
+    if speedup := summary.get("their seconds over ours at their likeness and editability"):
+        by_word = ", ".join(f"{ratio:g}" for ratio in speedup["by word"])
         lines = [
-            (
-                f"{who}, {steps} steps",
-                *(f"{m[n]:.{d}f}" for n, d in (("seconds", 1), ("likeness", 3), ("editability", 3))),
-            )
-            for (who, steps), m in sorted(medians.items())
+            ("median of words", f"at least {SPEEDUP_BAR}", marked(speedup["median"], speedup["median"] >= SPEEDUP_BAR)),
+            ("by word (0: none of our runs reached both)", "", by_word),
         ]
-        text = table(("median of words", "seconds", "likeness", "editability"), lines)
-        text += "\n\n![likeness and editability against seconds](training.svg)\n\n" + parts_table(words)
-        write_section(PAGE, "compared", text)
-    write_section(PAGE, "summary", "```json\n" + json.dumps(summary, indent=2) + "\n```")
+        parts.append(
+            table(("the script's seconds over ours, at its likeness and editability", "target", "measured"), lines)
+        )
+    return "\n\n".join([*parts, parts_table(words)])
+
+
+def many_table(rows: Sequence[Mapping[str, Any]], count: int) -> str:
+    """N words in one run beside N runs."""
+    runs = {row["run"]: row["seconds"] for row in rows if row.get("many") == count}
+    together = runs.pop("together")
+    ratio = together / sum(runs.values())
+    lines = [
+        (
+            f"{count} words in one run over {count} runs",
+            f"at most {MANY_BAR}",
+            marked(f"{ratio:.2f}", ratio <= MANY_BAR),
+        ),
+        (f"{count} words in one run, s", "", f"{together:.0f}"),
+        ("one word in its own run, s, median", "", f"{statistics.median(runs.values()):.0f}"),
+    ]
+    return table(("", "target", "measured"), lines)
+
+
+def full_size_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Seconds per step and peak memory on SD 1.5's architecture."""
+    lines = [
+        (row["contender"], f"{row['step']:.1f}", f"{row['peak_mib'] * 2**20 / 1e9:.1f}")
+        for row in rows
+        if "full" in row
+    ]
+    return table(("SD 1.5's architecture, 512x512, batch 1", "s per step", "peak GB"), lines)
 
 
 def parts_table(words: Sequence[Mapping[str, Any]]) -> str:
-    """Where the seconds go: the longest runs of either, medians over words."""
+    """Seconds per part in the longest runs of each contender, medians over words."""
     lines = []
-    for who in ("oneword", "diffusers"):
-        mine = [row for row in words if row["contender"] == who and "parts" in row]
-        most = max((row["steps"] for row in mine), default=0)
-        mine = [row for row in mine if row["steps"] == most]
-        if mine:
-            shares = [statistics.median(row["parts"][part] for row in mine) for part in PARTS]
-            step = statistics.median(row["step"] for row in mine)
-            lines.append((f"{who}, {most} steps", *(f"{share:.1f}" for share in shares), f"{1000 * step:.0f}"))
-    return table(("seconds of", *PARTS, "ms a step"), lines)
+    for contender in ("oneword", "diffusers"):
+        runs = [row for row in words if row["contender"] == contender and "parts" in row]
+        steps = max((row["steps"] for row in runs), default=0)
+        runs = [row for row in runs if row["steps"] == steps]
+        if runs:
+            seconds = [statistics.median(row["parts"][part] for row in runs) for part in PARTS]
+            step = statistics.median(row["step"] for row in runs)
+            lines.append((f"{contender}, {steps} steps", *(f"{part:.1f}" for part in seconds), f"{1000 * step:.0f}"))
+    return table(("seconds", *PARTS, "ms per step"), lines)
 
 
 if __name__ == "__main__":

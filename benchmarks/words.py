@@ -1,12 +1,13 @@
-"""Learns the 12 held-out looks, five pictures each, and measures the words: python -m benchmarks.words
+"""Learns the 12 held-out looks, five pictures each, and measures the words: python -m benchmarks.words [--write]
 
-likeness    mean cosine (the judge's) of generated pictures to the five, over that of other renders of the same look
-            against the same prompts' backgrounds; the bar is 0.9
-in place    on six new backgrounds: the judge finds the look's shape and colour and the background; the bar is 85 %;
-            the background also by closed form, read back from the pixels (`readback`)
-together    all words in one batch, each picture against the one it is alone: the bar is 45 dB
-Words are learned by `ti-train` as it ships, and pictures made by the runtime from an exported bundle. What is not
-measured: styles, and words of several vectors. Ends in one line of JSON.
+likeness    mean cosine (by the judge) of generated pictures to the five, relative to that of other renders of the same
+            look on the same backgrounds; the target is 0.9
+in place    on six new backgrounds: the judge finds the look's shape and colour and the background; the target is 85 %.
+            The background is also read from the pixels in closed form (`readback`)
+together    all words in one batch, each picture compared with the one drawn alone; the target is 45 dB
+
+`ti-train` learns the words with its defaults; the runtime draws the pictures from an exported bundle. `--write` puts
+the table into docs/results/words.md. Not covered: styles, and words of several vectors. Ends in one line of JSON.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.exported import exported
+from benchmarks.pages import RESULTS, empty_page, marked, provenance, table, write_section
 from oneword.export.source import find_model
 from oneword.runtime.concept import load_concept
 from oneword.runtime.model import Model
@@ -31,20 +33,26 @@ from oneword.train.miniature import readback, world
 from oneword.train.miniature.claims import QUESTIONS
 from oneword.train.miniature.scores import psnr
 
-SEEN = ("snow", "meadow", "brick", "sunset")  # the backgrounds of the five pictures, the first twice
+PAGE = RESULTS / "words.md"
+NEW_PAGE = empty_page("Words", "Twelve held-out looks, learned from five pictures each.", "words")
+SEEN = ("snow", "meadow", "brick", "sunset")  # the backgrounds of the five pictures, the first one twice
 STEPS = 20
+LIKENESS_BAR, IN_PLACE_BAR, SECONDS_BAR, TOGETHER_BAR = 0.9, 0.85, 300, 45
 
 
 def main() -> None:
-    """Learn, generate, measure, print."""
+    """Learns, generates and measures; prints a table and one line of JSON."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", default="miniature")
     p.add_argument("--looks", type=int, default=12)
     p.add_argument("--init", default="object")
     p.add_argument("--recipe", default="fast")
     p.add_argument("--guidance", type=float, default=4.0)
-    p.add_argument("--options", nargs=argparse.REMAINDER, default=[], help="further options for ti-train, last")
+    p.add_argument(
+        "--options", nargs=argparse.REMAINDER, default=[], help="further options for ti-train; must come last"
+    )
     p.add_argument("--work", type=Path, default=Path("build/words"))
+    p.add_argument("--write", action="store_true", help="write the table into docs/results/words.md")
     args = p.parse_args()
 
     args.work.mkdir(parents=True, exist_ok=True)
@@ -57,14 +65,46 @@ def main() -> None:
     names = ("seconds", "likeness", "in_place", "shape", "colour", "background", "background_by_pixels")
     means = {name: float(np.mean([row[name] for row in rows])) for name in names}
     slowest = max(float(row["seconds"]) for row in rows)
-    print("means: " + ", ".join(f"{name} {value:.2f}" for name, value in means.items()) + f"; slowest {slowest:.0f} s")
-    print(f"all words in one batch, each against itself alone: {together:.1f} dB at least, bar 45")
     report = {**means, "slowest": slowest, "together_dB": together}
+    text = summary(report, args)
+    print(text)
+    if args.write:
+        write_section(PAGE, "words", f"{provenance('words')}\n\n{text}", NEW_PAGE)
     print(json.dumps({name: round(value, 3) for name, value in report.items()}))
 
 
+def summary(report: dict[str, float], args: argparse.Namespace) -> str:
+    """The means over words beside their targets, in Markdown."""
+    like, in_place = report["likeness"], report["in_place"]
+    slowest, together = report["slowest"], report["together_dB"]
+    parts = ", ".join(f"{report[name]:.1%}" for name in ("shape", "colour", "background"))
+    seconds = f"{report['seconds']:.0f}, {slowest:.0f}"
+    rows = [
+        [
+            "likeness to the five pictures, relative to other renders of the look",
+            f"at least {LIKENESS_BAR}",
+            marked(f"{like:.2f}", like >= LIKENESS_BAR),
+        ],
+        [
+            "shape, colour and background all right, on six new backgrounds",
+            f"at least {IN_PLACE_BAR:.0%}",
+            marked(f"{in_place:.1%}", in_place >= IN_PLACE_BAR),
+        ],
+        ["of these: shape, colour, background", "", parts],
+        ["background, by the pixels", "", f"{report['background_by_pixels']:.1%}"],
+        ["seconds per word, mean and slowest", f"at most {SECONDS_BAR}", marked(seconds, slowest <= SECONDS_BAR)],
+        [
+            "all words in one batch, each relative to itself alone, worst, dB",
+            f"at least {TOGETHER_BAR}",
+            marked(f"{together:.0f}", together >= TOGETHER_BAR),
+        ],
+    ]
+    settings = f"Recipe `{args.recipe}`, {STEPS} DDIM steps, guidance {args.guidance:g}. Bold: misses its target."
+    return f"{settings}\n\n{table([f'mean of {args.looks} words', 'target', 'measured'], rows)}"
+
+
 def measure(args: argparse.Namespace, model: Model, judge: Judge, number: int) -> dict[str, float | str]:
-    """One look: learned from five pictures, then looked for in ten."""
+    """Learns one look from five pictures, then scores it in ten."""
     look, token = world.HELD_OUT_LOOKS[number], f"<look{number}>"
     folder, output = args.work / f"{number:02d}", args.work / f"{number:02d}.safetensors"
     training = draw(look, (SEEN[0], *SEEN), 1000 * number)
@@ -84,7 +124,7 @@ def measure(args: argparse.Namespace, model: Model, judge: Judge, number: int) -
     model.unload(token)
     Image.fromarray(np.concatenate([*training, *pictures], 1)).save(args.work / f"{number:02d}.png")
 
-    others = draw(look, (*SEEN, *new), 1000 * number + 500)
+    renders = draw(look, (*SEEN, *new), 1000 * number + 500)
     reference = judge.pictures(training)
     embedded = judge.pictures(pictures)
     in_new = embedded[len(SEEN) :]
@@ -101,15 +141,15 @@ def measure(args: argparse.Namespace, model: Model, judge: Judge, number: int) -
     return {
         "look": look.words,
         "seconds": seconds,
-        "likeness": likeness(embedded, reference) / likeness(judge.pictures(others), reference),
+        "likeness": likeness(embedded, reference) / likeness(judge.pictures(renders), reference),
         "in_place": float(np.mean(np.logical_and.reduce(list(right.values())))),
-        **{name: float(np.mean(found)) for name, found in right.items()},
+        **{name: float(np.mean(hits)) for name, hits in right.items()},
         "background_by_pixels": float(np.mean(by_pixels)),
     }
 
 
 def draw(look: world.Look, backgrounds: tuple[str, ...], seed: int) -> np.ndarray:
-    """Photos of a look [N, 64, 64, 3], one a background."""
+    """Photos of a look [N, 64, 64, 3], one per background."""
     scenes = [world.Scene((world.Thing(look),), background) for background in backgrounds]
     return np.stack([world.render(scene, seed + index)[0] for index, scene in enumerate(scenes)])
 
@@ -121,7 +161,7 @@ def answers(judge: Judge, embedded: np.ndarray, question: str) -> np.ndarray:
 
 
 def least_psnr_together(args: argparse.Namespace, model: Model) -> float:
-    """Every word drawn alone, one after another, and all in one batch of an engine that stays open: the least PSNR."""
+    """The lowest PSNR between each word drawn alone and all words drawn in one batch of the same open engine."""
     tokens = [f"<look{number}>" for number in range(args.looks)]
     for number in range(args.looks):
         model.load(load_concept(args.work / f"{number:02d}.safetensors"))

@@ -1,4 +1,4 @@
-"""The requests of `benchmarks.traffic` and its accounting, against what was counted by hand."""
+"""The requests and the accounting of `benchmarks.traffic`, compared with counts made by hand."""
 
 import itertools
 import math
@@ -16,7 +16,7 @@ from benchmarks.traffic import Clock, Log, Picture, Turn, drive, found_slot, own
 SIZES = ((64, 64), (96, 64))
 
 
-def test_requests_are_the_same_for_a_seed_and_differ_from_each_other() -> None:
+def test_a_seed_always_gives_the_same_requests_and_they_differ_from_each_other() -> None:
     first, again, other = (list(itertools.islice(orders(seed, SIZES), 300)) for seed in (1, 1, 2))
 
     np.testing.assert_equal([order.settings for order in first], [order.settings for order in again])
@@ -25,23 +25,23 @@ def test_requests_are_the_same_for_a_seed_and_differ_from_each_other() -> None:
     assert [order.size for order in first[:4]] == [*SIZES, *SIZES]
 
 
-def test_requests_are_of_every_kind_and_count_their_work() -> None:
-    many = list(itertools.islice(orders(0, SIZES), 300))
+def test_requests_cover_every_kind_and_count_their_work() -> None:
+    requests = list(itertools.islice(orders(0, SIZES), 300))
 
-    assert {order.pictures for order in many} == {1, 2, 4}
-    assert {order.branches for order in many} == {1, 2}
-    assert len({order.settings["sampler"] for order in many}) == 8
-    assert 50 <= sum("mask" in order.settings for order in many) <= 100
-    assert min(order.settings["steps"] for order in many) < 6
-    assert max(order.settings["steps"] for order in many) > 45
-    for order in many:
+    assert {order.pictures for order in requests} == {1, 2, 4}
+    assert {order.branches for order in requests} == {1, 2}
+    assert len({order.settings["sampler"] for order in requests}) == 8
+    assert 50 <= sum("mask" in order.settings for order in requests) <= 100
+    assert min(order.settings["steps"] for order in requests) < 6
+    assert max(order.settings["steps"] for order in requests) > 45
+    for order in requests:
         settings = order.settings
         assert order.steps == int(settings["steps"] * settings.get("strength", 1)) >= 1
         assert order.branches == (2 if settings["guidance_scale"] > 1 else 1)
         assert order.work == settings["num_images"] * order.steps * order.branches
 
 
-def test_arrivals_are_in_order_and_of_the_work_that_was_asked_for() -> None:
+def test_arrivals_are_in_order_and_add_up_to_the_requested_work() -> None:
     arrivals = open_loop(orders(3, SIZES), 1000, 10.0, seed=4)
 
     times = [when for when, _ in arrivals]
@@ -53,7 +53,7 @@ def test_arrivals_are_in_order_and_of_the_work_that_was_asked_for() -> None:
 
 @dataclass
 class Ticks:
-    """A clock that goes on only by `sleep` and the stub's turns."""
+    """A clock that only `sleep` and the stub's turns advance."""
 
     time: float = 0.0
 
@@ -69,7 +69,7 @@ class Ticks:
 
 @dataclass
 class Stub:
-    """A turn takes one second, half of it the engine's, and denoises the first `max_rows` pictures."""
+    """A turn takes one second, half of it in the engine, and denoises the first `max_rows` pictures."""
 
     clock: Ticks
     max_rows: int = 2
@@ -110,8 +110,8 @@ def order(pictures: int, steps: int, branches: int, size: tuple[int, int] = (64,
 
 
 def test_useful_branches_and_waits_are_those_counted_by_hand() -> None:
-    # given two slots, turns of a second, and, one after another: a guided picture of two steps (turns 0-1, 1-2), two
-    # unguided ones of one step (the first in turn 1-2, the second, which has no slot before, in 2-3), one while idle
+    # given two slots, turns of one second, and in order of arrival: a guided picture of two steps (turns 0-1 and 1-2),
+    # two unguided ones of one step (the first in turn 1-2, the second waits for a slot until 2-3), and one while idle
     clock = Ticks()
     script = [(0.0, order(1, 2, 2)), (0.5, order(2, 1, 1)), (4.125, order(1, 1, 1))]
 
@@ -126,7 +126,7 @@ def test_useful_branches_and_waits_are_those_counted_by_hand() -> None:
     assert [picture.last for picture in pictures] == [2, 2, 3, 5.25]
     assert [found_slot(log, picture) for picture in pictures] == [True, True, False, True]
     result = summary(log)
-    assert result["wait_turns"] == 3  # the turn it arrived in, the one without a slot, its own
+    assert result["wait_turns"] == 3  # the turn it arrived in, the one without a slot, and its own
     assert result["free_turns"] == 2
     assert result["wait_ms"] == 2500
     assert result["free_median_turns"] == 1.5
@@ -140,12 +140,12 @@ def test_pictures_that_never_start_count_as_waiting_until_the_end() -> None:
     clock = Ticks()
     log = drive(Stub(clock), scripted([(0.0, order(2, 100, 1)), (0.5, order(1, 1, 1))]), 3.0, clock)
 
-    assert clock.now() == 6  # as long again as the phase
+    assert clock.now() == 6  # waits for as long as the phase took
     assert summary(log)["wait_ms"] == 5500
 
 
-def test_rates_are_over_the_same_calls_alone() -> None:
-    # given two turns of one call each, N = 4 of which 3 are useful; alone a call takes 0.9 of its time in the turn
+def test_rates_are_relative_to_the_same_calls_alone() -> None:
+    # given two turns with one call each, N = 4 of which 3 are useful; alone, a call takes 0.9 of its time in the turn
     run = Run(DENOISE, 1.0, (8, 8), 4)
     log = Log(10.0, 2, [Turn(0, 2, 3, [run], [0.9]), Turn(2, 4, 3, [run])])
     log.pictures[0, 0] = Picture(0.0, order(1, 2, 1), first=2.0, last=4.0)
@@ -159,7 +159,7 @@ def test_rates_are_over_the_same_calls_alone() -> None:
     assert result["host"] == pytest.approx(0.5)
 
 
-def test_what_happens_before_the_start_is_not_measured() -> None:
+def test_turns_and_arrivals_before_the_start_are_not_measured() -> None:
     # given a slow first turn with one picture, then a fast one with another
     run = Run(DENOISE, 1.0, (8, 8), 2)
     log = Log(10.0, 2, [Turn(0, 6, 2, [run], [1.0]), Turn(6, 8, 2, [run], [1.0])])
@@ -174,12 +174,12 @@ def test_what_happens_before_the_start_is_not_measured() -> None:
     assert result["pictures_per_second"] == 1 / 2
 
 
-def test_times_alone_are_interpolated_between_numbers_of_branches() -> None:
+def test_times_alone_are_interpolated_between_measured_numbers_of_branches() -> None:
     pairs = [(Run(DENOISE, 1.0, (8, 8), n), seconds) for n, seconds in ((2, 2.0), (4, 4.0), (4, 6.0), (4, 5.0))]
     own = own_times(pairs)
 
     assert [own(Run(DENOISE, 9.0, (8, 8), n)) for n in (1, 2, 3, 4, 5)] == [2, 2, 3.5, 5, 5]
-    assert own(Run(DENOISE, 9.0, (8, 12), 2)) == 9  # never measured
+    assert own(Run(DENOISE, 9.0, (8, 12), 2)) == 9  # this size was never measured
 
 
 def test_p99_is_a_value_that_occurred() -> None:
