@@ -2,7 +2,7 @@
 
 Learns three words that the miniature was not trained on (two objects and a style, five pictures each), exports the
 model and draws all pictures in one batch. Words and bundle are stored in `--work` and reused as long as the model is
-the same; the pictures are written there, or with `--write` into docs/gallery/ and docs/gallery.md. Nothing is measured
+the same; the pictures are written there, or with `--write` into docs/gallery/, shown by docs/guide/gallery.md. Nothing is measured
 and nothing is selected: every picture uses the first seed. Ends in one line of JSON.
 """
 
@@ -32,7 +32,8 @@ from oneword.runtime.samplers import Sampler
 from oneword.train import cli
 from oneword.train.miniature.world import HELD_OUT_LOOKS, HELD_OUT_STYLES, NOUNS, STYLES, Look, Scene, Thing, render
 
-PAGE = RESULTS.parent / "gallery.md"
+DOCS = RESULTS.parent
+PAGE = DOCS / "guide" / "gallery.md"
 NEW_PAGE = empty_page("Gallery", "Everything that `ti-run` does, on the miniature.", "gallery")
 LOOKS = {"<toy>": HELD_OUT_LOOKS[0], "<gem>": HELD_OUT_LOOKS[3]}
 STYLE = next(iter(HELD_OUT_STYLES))
@@ -68,7 +69,7 @@ def main() -> None:
     learned = time.perf_counter()
     sections = [*of_the_model(options.steps), *of_words(learned_from, options.steps)]
     grids = drawn(model, sections)
-    folder = PAGE.with_suffix("") if options.write else options.work / "pictures"
+    folder = DOCS / "gallery" if options.write else options.work / "pictures"
     for section, grid in zip(sections, grids, strict=True):
         save_png(grid, folder / f"{section.name}.png", section.command)
     if options.write:
@@ -293,7 +294,7 @@ def drawn(model: Model, sections: Sequence[Section]) -> list[Image]:
 
 
 def markdown(sections: Sequence[Section], steps: int) -> str:
-    """The generated part of docs/gallery.md."""
+    """The generated part of docs/guide/gallery.md."""
     parts = [
         provenance("gallery"),
         "This learns three words, exports the model and draws all pictures in one batch. Nothing was selected. Every "
@@ -301,7 +302,7 @@ def markdown(sections: Sequence[Section], steps: int) -> str:
         f"{SEED}`. The miniature's pictures have 64x64 pixels and are shown enlarged.",
     ]
     for section in sections:
-        picture = f"![{section.title}](gallery/{section.name}.png)"
+        picture = f"![{section.title}](../gallery/{section.name}.png)"
         parts.append(f"## {section.title}\n\n{section.text}\n\n    {section.command}\n\n{picture}")
     return "\n\n".join(parts)
 
@@ -328,7 +329,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--work", type=Path, default=Path("build/gallery"), help="folder for words, bundle and pictures"
     )
-    parser.add_argument("--write", action="store_true", help="write docs/gallery.md and its pictures")
+    parser.add_argument("--write", action="store_true", help="write docs/guide/gallery.md and its pictures")
     return parser.parse_args()
 
 
