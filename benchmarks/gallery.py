@@ -2,8 +2,8 @@
 
 Learns three words that the miniature was not trained on (two objects and a style, five pictures each), exports the
 model and draws all pictures in one batch. Words and bundle are stored in `--work` and reused as long as the model is
-the same; the pictures are written there, or with `--write` into docs/gallery/, shown by docs/guide/gallery.md. Nothing is measured
-and nothing is selected: every picture uses the first seed. Ends in one line of JSON.
+the same. The pictures are written there, or with `--write` into docs/gallery/, which docs/guide/gallery.md shows.
+Nothing is measured and nothing is selected: every picture uses the first seed. Ends in one line of JSON.
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@ has only the repository. Only the VAE's decoder is then trained, because the UNe
 
 Models compute in bfloat16 under autocast; weights, their averages and the optimisers' states are float32. A step's
 pictures are split into parts, which are computed by processes of one thread each, so that another busy process delays a
-part and not every operation (docs/miniature.md has the times). The output is fp16 safetensors in diffusers' layout.
+part and not every operation (docs/results/miniature.md has the times). The output is fp16 safetensors in diffusers'
+layout.
 Not covered: the targets that the weights have to meet (`benchmarks/miniature.py`).
 """
 
