@@ -160,7 +160,7 @@ def _timed(model: Model) -> float:
     start = time.perf_counter()
     tokens = model.tokenize(PROMPT)
     model.encode([tokens])
-    model.release(tokens)
+    tokens.release()
     return time.perf_counter() - start
 
 
