@@ -1,0 +1,87 @@
+"""What benchmarks write into their pages, from measurements made up here."""
+
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import latency, training
+
+
+@pytest.fixture
+def words() -> list[dict[str, Any]]:
+    """Two words: ours reaches the script's scores in a tenth of its time for one and never for the other."""
+    parts = dict.fromkeys(training.PARTS, 1.0)
+    facts = {"parts": parts, "step": 0.05, "likeness": 0.7, "editability": 0.2}
+    return [
+        {**facts, "contender": "oneword", "word": 0, "steps": 50, "seconds": 10.0},
+        {**facts, "contender": "oneword", "word": 1, "steps": 50, "seconds": 20.0, "likeness": 0.6},
+        {**facts, "contender": "diffusers", "word": 0, "steps": 100, "seconds": 100.0},
+        {**facts, "contender": "diffusers", "word": 1, "steps": 100, "seconds": 200.0},
+    ]
+
+
+def test_learning_is_compared_by_medians_and_by_the_time_to_equal_scores(
+    words: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "PAGE", tmp_path / "training.md")
+
+    text = training.compared(words, training.summarise(words))
+
+    assert "| oneword, 50 steps | 15.0 | 0.650 | 0.200 |" in text
+    assert "| diffusers, 100 steps | 150.0 | 0.700 | 0.200 |" in text
+    assert "| median of words | at least 5 | 5.0 |" in text
+    assert "| by word (0: none of our runs reached both) |  | 10, 0 |" in text
+    assert (tmp_path / "training.svg").read_text().startswith("<svg")
+
+
+def test_many_words_in_one_run_are_bold_above_half_the_time_of_single_runs() -> None:
+    runs = {"together": 60.0, "<word0>": 40.0, "<word1>": 60.0}
+    rows = [{"contender": "oneword", "many": 2, "run": name, "seconds": seconds} for name, seconds in runs.items()]
+
+    text = training.many_table(rows, 2)
+
+    assert "| 2 words in one run over 2 runs | at most 0.5 | **0.60** |" in text
+    assert "| one word in its own run, s, median |  | 50 |" in text
+
+
+def test_full_size_is_listed_in_seconds_per_step_and_gigabytes() -> None:
+    row = {"full": "sd15", "contender": "oneword", "step": 6.84, "peak_mib": 5245}
+
+    assert training.full_size_table([row]).endswith("| oneword | 6.8 | 5.5 |")
+
+
+def test_latency_lists_targets_and_every_measure_in_which_another_contender_is_better(tmp_path: Path) -> None:
+    ours = {"picture_ms": 100.0, "step_ms": 5.0, "overhead_ms": 0.1, "cold_s": 1.0, "peak_mib": 200.0}
+    results = {
+        "ours-openvino": ours,
+        "diffusers": {**ours, "picture_ms": 240.0, "cold_s": 5.0, "peak_mib": 400.0},
+        "diffusers-openvino": {**ours, "picture_ms": 120.0, "step_ms": 4.99, "cold_s": 9.0},
+    }
+
+    lines = latency.bars("miniature", results)
+
+    assert lines == [
+        "- ours-openvino, times faster than diffusers per picture: **2.4** (at least 2.5)",
+        "- ours-openvino, cold start relative to diffusers: 0.2 (at most 0.25)",
+        "- ours-openvino, the host's share of a step: 0.02 (at most 0.03)",
+        "- ours-openvino, a step relative to the bare UNet compiled for one shape: 1.02 (at most 1.03)",
+        "- ours-openvino: 1.002 times the time per step of diffusers-openvino",
+    ]
+    assert "| ours-openvino | 100.0 | 2.40x | 5.00 | 0.10 (2.0%) | 1.00 | 5.00x | 200 |" in latency.table(results)
+
+
+def test_the_latency_page_has_a_section_for_each_model(tmp_path: Path) -> None:
+    stored = latency.stored(tmp_path, "miniature")
+    stored.parent.mkdir(parents=True)
+    stored.write_text("{}")
+    ours = {"picture_ms": 100.0, "step_ms": 5.0, "overhead_ms": 0.1, "cold_s": 1.0, "peak_mib": 200.0}
+    results = {name: {"ours-onnxruntime": ours} for name in latency.CASES}
+
+    text = latency.section(results, Namespace(work=tmp_path, threads=2), "latency.png")
+
+    assert [line for line in text.splitlines() if line.startswith("## ")] == [
+        f"## {case.title}" for case in latency.CASES.values()
+    ]
+    assert "](latency.png)" in text
