@@ -23,7 +23,7 @@ from benchmarks.pages import RESULTS, empty_page, provenance, write_section
 from oneword.engines.open import Backend
 from oneword.runtime.bundle import Bundle
 from oneword.runtime.concept import load_concept
-from oneword.runtime.generate import draw
+from oneword.runtime.drawing import draw
 from oneword.runtime.grid import labelled_grid
 from oneword.runtime.images import save_png
 from oneword.runtime.model import Model

@@ -228,7 +228,7 @@ StepSeconds = Callable[[], tuple[float, float]]
 
 def _ours(case: Case, options: argparse.Namespace) -> tuple[Draw, StepSeconds]:
     """The bare engine is timed within the loop, in every call of the denoiser's binding."""
-    from oneword.runtime.generate import scheduler_for
+    from oneword.runtime.drawing import scheduler_for
     from oneword.runtime.model import Model
     from oneword.runtime.request import Request
 

@@ -31,7 +31,7 @@ from PIL import Image
 from benchmarks.exported import exported
 from benchmarks.pages import RESULTS, empty_page, marked, provenance, table, write_section
 from oneword.export.source import find_model
-from oneword.runtime.generate import draw
+from oneword.runtime.drawing import draw
 from oneword.runtime.model import Model
 from oneword.runtime.request import Request
 from oneword.train.evaluation.judge import Judge

@@ -277,13 +277,13 @@ def order(means: Mapping[str, Mapping[str, float]]) -> list[tuple[str, bool]]:
     claims: list[tuple[str, bool]] = []
     if "one-word" in like:
         several = [name for name in MULTIPLE if name in like]
-        one = "one-word"
+        word = "one-word"
         claims += [
-            (f"one word matches {name} in likeness (within 0.02)", like[one] >= like[name] - 0.02) for name in several
+            (f"one word matches {name} in likeness (within 0.02)", like[word] >= like[name] - 0.02) for name in several
         ]
-        claims += [(f"one word is more editable than {name}", edit[one] > edit[name]) for name in several]
+        claims += [(f"one word is more editable than {name}", edit[word] > edit[name]) for name in several]
         claims += [
-            (f"one word has a higher likeness than the {name}", like[one] > like[name])
+            (f"one word has a higher likeness than the {name}", like[word] > like[name])
             for name in CAPTIONS
             if name in like
         ]
@@ -291,13 +291,13 @@ def order(means: Mapping[str, Mapping[str, float]]) -> list[tuple[str, bool]]:
             claims.append(
                 (
                     "a low rate has a lower likeness and a higher editability",
-                    like["low-rate"] < like[one] and edit["low-rate"] > edit[one],
+                    like["low-rate"] < like[word] and edit["low-rate"] > edit[word],
                 )
             )
             claims.append(
                 (
                     "a high rate has a higher likeness and a lower editability",
-                    like["high-rate"] > like[one] and edit["high-rate"] < edit[one],
+                    like["high-rate"] > like[word] and edit["high-rate"] < edit[word],
                 )
             )
     return claims

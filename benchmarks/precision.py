@@ -28,7 +28,7 @@ from oneword.export.eager import eager_model
 from oneword.export.families import TORCH_DTYPES
 from oneword.export.source import load_source
 from oneword.export.write import export_bundle
-from oneword.runtime.generate import draw
+from oneword.runtime.drawing import draw
 from oneword.runtime.model import Model
 from oneword.runtime.request import Image, Request
 

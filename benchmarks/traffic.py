@@ -70,7 +70,7 @@ LOADS = (0.6, 0.8)
 SIMULATED = "simulated CUDA"
 PAGE = RESULTS / "traffic.md"
 NEW_PAGE = empty_page("Traffic", "Mixed requests that arrive at random, on the miniature.", "traffic")
-EVERY = 3  # one turn in so many is measured alone
+TURNS_PER_RERUN = 3  # one turn in so many is measured alone
 
 
 @dataclass(frozen=True)
@@ -310,7 +310,7 @@ def drive(contender: Contender, feed: Feed, seconds: float, clock: Any) -> Log:
             if event.step == event.steps:
                 picture.last = end
         with clock.stopped():
-            alone = [_seconds(run.rerun) for run in runs if run.rerun] if len(log.turns) % EVERY == 0 else []
+            alone = [_seconds(run.rerun) for run in runs if run.rerun] if len(log.turns) % TURNS_PER_RERUN == 0 else []
         log.turns.append(Turn(start, end, useful, runs, alone))
     for id in ids:
         contender.cancel(id)
@@ -331,9 +331,9 @@ def summary(log: Log) -> dict[str, float]:
     other = sum(run.seconds for turn in turns for run in turn.runs) - busy
     wall = turns[-1].end - log.start
     full = ran / (busy * ratio) if pairs else useful / wall
-    own = own_times(pairs)
+    own_time = own_times(pairs)
     median = statistics.median(turn.end - turn.start for turn in turns)
-    overheads = [turn.end - turn.start - sum(own(run) for run in turn.steps) for turn in turns]
+    overheads = [turn.end - turn.start - sum(own_time(run) for run in turn.steps) for turn in turns]
     hosts = [turn.end - turn.start - sum(run.seconds for run in turn.runs) for turn in turns]
     waits, free = [], []
     for picture in (picture for picture in log.pictures.values() if picture.arrived >= log.start):
@@ -378,7 +378,7 @@ def own_times(pairs: Sequence[tuple[Run, float]]) -> Callable[[Run], float]:
         for size, by_branches in measured.items()
     }
 
-    def own(run: Run) -> float:
+    def own_time(run: Run) -> float:
         known = points.get(run.size)
         if not known:
             return run.seconds
@@ -393,7 +393,7 @@ def own_times(pairs: Sequence[tuple[Run, float]]) -> Callable[[Run], float]:
             return t0 if n0 >= run.branches else t1
         return t0 + (t1 - t0) * (run.branches - n0) / (n1 - n0)
 
-    return own
+    return own_time
 
 
 def found_slot(log: Log, picture: Picture) -> bool:

@@ -81,7 +81,7 @@ def main() -> None:
     args.digest = digest_of(args)
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     if args.many:
-        many(args)
+        learn_together(args)
     elif args.full_size:
         full_size(args)
     elif args.script:
@@ -218,7 +218,7 @@ def pictures_of(look: Any, folder: Path, seed: int) -> Path:
 # ---- many words in one run, full size --------------------------------------------------------------------------------
 
 
-def many(args: argparse.Namespace) -> None:
+def learn_together(args: argparse.Namespace) -> None:
     """Learns N words in one run, then each of them in its own run."""
     from oneword.train.miniature import world
 

@@ -2,8 +2,8 @@
 
 from oneword.engines.open import Backend
 from oneword.runtime.concept import Concept, load_concept, save_concept
+from oneword.runtime.drawing import draw, generate
 from oneword.runtime.events import Event, Failed, PictureDone, StepDone
-from oneword.runtime.generate import draw, generate
 from oneword.runtime.images import read_image, read_mask, save_png
 from oneword.runtime.model import Model
 from oneword.runtime.request import Request

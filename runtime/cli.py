@@ -15,8 +15,8 @@ from oneword.engines.open import Backend
 from oneword.runtime.backends import AUTO
 from oneword.runtime.commands import HELP, PATH, ProgressBar, json_option, print_json, run_command, size, version_option
 from oneword.runtime.concept import load_concept
+from oneword.runtime.drawing import scheduler_for
 from oneword.runtime.events import Failed, PictureDone, StepDone
-from oneword.runtime.generate import scheduler_for
 from oneword.runtime.grid import Grid
 from oneword.runtime.images import read_image, read_mask, save_png
 from oneword.runtime.model import Model

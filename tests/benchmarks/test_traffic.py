@@ -176,10 +176,10 @@ def test_turns_and_arrivals_before_the_start_are_not_measured() -> None:
 
 def test_times_alone_are_interpolated_between_measured_numbers_of_branches() -> None:
     pairs = [(Run(DENOISE, 1.0, (8, 8), n), seconds) for n, seconds in ((2, 2.0), (4, 4.0), (4, 6.0), (4, 5.0))]
-    own = own_times(pairs)
+    own_time = own_times(pairs)
 
-    assert [own(Run(DENOISE, 9.0, (8, 8), n)) for n in (1, 2, 3, 4, 5)] == [2, 2, 3.5, 5, 5]
-    assert own(Run(DENOISE, 9.0, (8, 12), 2)) == 9  # this size was never measured
+    assert [own_time(Run(DENOISE, 9.0, (8, 8), n)) for n in (1, 2, 3, 4, 5)] == [2, 2, 3.5, 5, 5]
+    assert own_time(Run(DENOISE, 9.0, (8, 12), 2)) == 9  # this size was never measured
 
 
 def test_p99_is_a_value_that_occurred() -> None:

@@ -18,7 +18,7 @@ from oneword.export.source import load_source
 from oneword.export.write import export_bundle
 from oneword.runtime.bundle import Bundle
 from oneword.runtime.concept import Concept, load_concept, save_concept
-from oneword.runtime.generate import draw
+from oneword.runtime.drawing import draw
 from oneword.runtime.model import Model
 from oneword.runtime.profiles import PlanLimits
 from oneword.runtime.request import Image, Request

@@ -20,7 +20,7 @@ from oneword.export.write import export_bundle
 from oneword.runtime.backends import choose_backend
 from oneword.runtime.bundle import Bundle
 from oneword.runtime.concept import Concept
-from oneword.runtime.generate import draw
+from oneword.runtime.drawing import draw
 from oneword.runtime.model import Model
 from oneword.runtime.request import Image
 from tests.plans import rtx_plans

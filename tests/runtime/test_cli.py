@@ -16,8 +16,8 @@ from oneword.runtime import events
 from oneword.runtime.bundle import Bundle
 from oneword.runtime.cli import main
 from oneword.runtime.concept import Concept, save_concept
+from oneword.runtime.drawing import generate
 from oneword.runtime.events import PictureDone
-from oneword.runtime.generate import generate
 from oneword.runtime.images import save_png
 from oneword.runtime.model import Model
 from oneword.runtime.request import Image, Request

@@ -11,8 +11,8 @@ from oneword.engines.engine import AnyArray, Binding, Engine, NumpyArray, bound_
 from oneword.engines.errors import FeedError
 from oneword.engines.open import open_engine
 from oneword.runtime import model as module
+from oneword.runtime.drawing import draw, generate
 from oneword.runtime.events import Failed, PictureDone
-from oneword.runtime.generate import draw, generate
 from oneword.runtime.model import Model
 from oneword.runtime.request import Request
 from oneword.runtime.scheduler import Scheduler

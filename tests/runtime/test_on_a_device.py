@@ -17,8 +17,8 @@ from oneword.engines.onnxruntime import open_session
 from oneword.engines.open import Backend, gpu_stream
 from oneword.runtime.concept import Concept
 from oneword.runtime.denoiser import Arena, Stats
+from oneword.runtime.drawing import scheduler_for
 from oneword.runtime.events import Event, Failed, PictureDone, StepDone
-from oneword.runtime.generate import scheduler_for
 from oneword.runtime.model import Model
 from oneword.runtime.request import Image, Request
 from oneword.runtime.row import NoiseStream

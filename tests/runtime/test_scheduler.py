@@ -16,8 +16,8 @@ from oneword.engines.errors import EngineError, FeedError, NotFinite, UsageError
 from oneword.engines.onnxruntime import OnnxRuntimeBinding
 from oneword.runtime.concept import Concept
 from oneword.runtime.denoiser import Arena
+from oneword.runtime.drawing import draw, generate
 from oneword.runtime.events import Event, Failed, PictureDone, StepDone
-from oneword.runtime.generate import draw, generate
 from oneword.runtime.model import Model
 from oneword.runtime.request import Image, Request
 from oneword.runtime.row import Row

@@ -72,10 +72,10 @@ def test_more_words_can_be_loaded_than_fit_into_the_table(tiny_bundle: Path) -> 
 
 def test_a_requests_own_words_replace_those_that_are_loaded(tiny_bundle: Path) -> None:
     model = Model.open(tiny_bundle, "onnxruntime", threads=1)
-    loaded, own = (np.random.default_rng(i).normal(0, 0.5, (1, 32)).astype(np.float32) for i in range(2))
+    loaded, brought = (np.random.default_rng(i).normal(0, 0.5, (1, 32)).astype(np.float32) for i in range(2))
     model.load(Concept("<toy>", {"text_encoder": loaded}))
-    model.load(Concept("<same>", {"text_encoder": own}))
-    words = {"<toy>": Concept("<toy>", {"text_encoder": own})}
+    model.load(Concept("<same>", {"text_encoder": brought}))
+    words = {"<toy>": Concept("<toy>", {"text_encoder": brought})}
     settings = {"steps": 2, "seed": 3}
 
     with_own, same, with_loaded = draw(
@@ -90,4 +90,4 @@ def test_a_requests_own_words_replace_those_that_are_loaded(tiny_bundle: Path) -
     with pytest.raises(UsageError, match="no word '<same>' is loaded"):
         draw(model, Request("a <same>", words=words))
     with pytest.raises(ConceptError, match="width 8, text_encoder takes width 32"):
-        draw(model, Request("a <toy>", words={"<toy>": Concept("<toy>", {"text_encoder": own[:, :8]})}))
+        draw(model, Request("a <toy>", words={"<toy>": Concept("<toy>", {"text_encoder": brought[:, :8]})}))

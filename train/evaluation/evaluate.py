@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from oneword.runtime.generate import draw
+from oneword.runtime.drawing import draw
 from oneword.runtime.model import Model
 from oneword.runtime.samplers import Sampler
 from oneword.train.evaluation.judge import Judge

@@ -52,7 +52,7 @@ def judged_right(judge: Judge, pictures: Pictures, scenes: Sequence[world.Scene]
 
 
 def judged_second_colour(judge: Judge, pictures: Pictures, scenes: Sequence[world.Scene]) -> float:
-    """The share of patterned objects whose second colour the judge tells from ten others, given everything else."""
+    """The share of patterned objects whose second colour the judge picks out of eleven, given everything else."""
     embedded = judge.pictures(pictures)
     right = []
     for picture, scene in zip(embedded, scenes, strict=True):

@@ -219,7 +219,7 @@ def train_judge(stages: Stages, say: Callable[[str], None]) -> CLIPModel:
         out = model(input_ids=ids.to(stages.device), pixel_values=pixels.to(stages.device), attention_mask=None)
         return claims.judge_loss(out.logits_per_image.float(), truth.to(stages.device))
 
-    run_stage("judge", stages, stages.judge_minutes, [model], loss, (128,), 2e-3, say)  # contrastive, hence one part
+    run_stage("judge", stages, stages.judge_minutes, [model], loss, (128,), 2e-3, say)  # contrastive, so in one part
     return model
 
 

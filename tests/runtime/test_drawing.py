@@ -17,8 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from oneword.engines.errors import ConceptError, OnewordError, UsageError
 from oneword.engines.open import Backend
 from oneword.runtime.concept import Concept, save_concept
+from oneword.runtime.drawing import generate
 from oneword.runtime.events import Event, Failed, PictureDone, StepDone
-from oneword.runtime.generate import generate
 from oneword.runtime.model import Model
 from oneword.runtime.request import Image, Request
 from oneword.runtime.scheduler import Scheduler
