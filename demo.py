@@ -61,7 +61,7 @@ def main() -> int:
         pictures = draw_pictures(look, output / "pictures")
     word, bundle = output / "toy.safetensors", output / "bundle"
     word.unlink(missing_ok=True)
-    learned = stages.command(
+    stages.command(
         "learn", "ti-train", output / "pictures", "--model", options.model, "--token", TOKEN, "--init", "object",
         "--output", word, "--seed", SEED,
     )  # fmt: skip
@@ -93,7 +93,7 @@ def main() -> int:
         )
         contact_sheet([learned_from, *drawn]).save(sheet)
     console.print(stages.table())
-    console.print(f"{TOKEN} after {learned['steps']} steps: {sheet}")
+    console.print(f"Contact sheet: {sheet}", highlight=False)
     return 0
 
 

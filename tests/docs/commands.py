@@ -43,7 +43,8 @@ def page() -> str:
 
 
 def _section(name: str, command: click.Command, level: int = 2) -> str:
-    context = click.Context(command, info_name=name, max_content_width=WIDTH, terminal_width=WIDTH)
+    settings = {**command.context_settings, "max_content_width": WIDTH, "terminal_width": WIDTH}
+    context = click.Context(command, info_name=name, **settings)
     text = f"{'#' * level} {name}\n\n```text\n{command.get_help(context)}\n```\n"
     subcommands = command.commands.items() if isinstance(command, click.Group) else ()
     return "\n".join([text, *(_section(f"{name} {word}", command, level + 1) for word, command in sorted(subcommands))])
