@@ -42,12 +42,13 @@ def page() -> str:
     return "\n".join([HEAD, *sections])
 
 
-def _section(name: str, command: click.Command, level: int = 2) -> str:
+def _section(name: str, command: click.Command, parent: click.Context | None = None) -> str:
     settings = {**command.context_settings, "max_content_width": WIDTH, "terminal_width": WIDTH}
-    context = click.Context(command, info_name=name, **settings)
-    text = f"{'#' * level} {name}\n\n```text\n{command.get_help(context)}\n```\n"
+    context = click.Context(command, parent, info_name=name, **settings)
+    heading = f"{'##' if parent is None else '###'} {context.command_path}"
+    text = f"{heading}\n\n```text\n{command.get_help(context)}\n```\n"
     subcommands = command.commands.items() if isinstance(command, click.Group) else ()
-    return "\n".join([text, *(_section(f"{name} {word}", command, level + 1) for word, command in sorted(subcommands))])
+    return "\n".join([text, *(_section(sub, part, context) for sub, part in sorted(subcommands))])
 
 
 if __name__ == "__main__":
