@@ -24,6 +24,7 @@ Image: TypeAlias = npt.NDArray[np.uint8]
 MAX_IMAGES = 1024
 MAX_STEPS = 1000
 MAX_PIXELS = 1 << 24  # 4096 x 4096
+MAX_MASK_BLUR = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +62,9 @@ class Request:
     """Number of steps between previews; 0 means none."""
     paste: bool = True
     """Whether to copy the pixels of `image` back outside the mask; False keeps the decoder's output there."""
+    mask_blur: float = 0.0
+    """Softens the mask's edge where the picture is pasted into `image`: a Gaussian's standard deviation in pixels of
+    the picture, up to 64, as in A1111. What the model regenerates stays the mask itself."""
     words: Mapping[str, Concept] | None = None
     """The learned words that the prompts may use, by token; None: those that are loaded in the model."""
 
@@ -81,6 +85,7 @@ class Request:
         _within("clip_skip", self.clip_skip, 0, 100, integer=True)
         _within("strength", self.strength, 0, 1)
         _within("previews", self.previews, 0, MAX_STEPS, integer=True)
+        _within("mask_blur", self.mask_blur, 0, MAX_MASK_BLUR)
         if self.guidance_interval is not None:
             _check_pair("guidance_interval", self.guidance_interval)
             low, high = self.guidance_interval
