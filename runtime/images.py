@@ -14,6 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from oneword.engines.errors import FileError, OnewordError, UsageError, one_line
 from oneword.engines.files import write_whole
+from oneword.runtime.bundle import Preview
 from oneword.runtime.request import Image, Request, ResolvedSettings
 from oneword.runtime.samplers import Sampler
 
@@ -120,6 +121,12 @@ def resized(image: Image, width: int, height: int) -> Image:
     if image.shape[:2] == (height, width):
         return image
     return np.asarray(PIL.Image.fromarray(image).resize((width, height), PIL.Image.Resampling.LANCZOS))
+
+
+def preview_image(preview: Preview, latents: npt.NDArray[np.float32]) -> Image:
+    """A small picture [h, w, 3] of latents [C, h, w] by a bundle's linear map, without the decoder."""
+    rgb = np.moveaxis(latents, 0, -1) @ np.array(preview.weights, np.float32) + np.array(preview.bias, np.float32)
+    return (rgb.clip(0, 1) * 255).round().astype(np.uint8)
 
 
 def parameters_text(request: Request, settings: ResolvedSettings, seed: int, model: str = "") -> str:
