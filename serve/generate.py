@@ -12,11 +12,11 @@ import starlette.requests
 
 from oneword.runtime.events import PictureDone
 from oneword.runtime.request import Request
-from oneword.serve.errors import ApiError, Invalid, Unavailable, from_oneword
+from oneword.serve.errors import ApiError, Invalid, from_oneword
 from oneword.serve.keys import Tenant
-from oneword.serve.pool import Generation, PictureEvent
+from oneword.serve.pool import Dropped, Generation, PictureEvent
 from oneword.serve.state import State
-from oneword.serve.worker import Done, Failed, Lost
+from oneword.serve.worker import Done, Failed
 
 
 class Disconnected(ApiError):
@@ -34,14 +34,13 @@ async def start(
     bare_names: bool = False,
     partials: int = 0,
     label: str = "",
-    task_id: str = "",
 ) -> Generation:
     """Resolves the request's words among the tenant's and queues its pictures. Raises ApiError."""
     _check_size(state, request)
     prompts = [request.prompt] if request.negative_prompt is None else [request.prompt, request.negative_prompt]
     words = await state.words.resolve(tenant, prompts, bare_names)
     request = replace(request, words=words)
-    return state.pool.submit(tenant, request, partials=partials, label=label, task_id=task_id)
+    return state.pool.submit(tenant, request, partials=partials, label=label)
 
 
 async def finish(http: starlette.requests.Request, *generations: Generation) -> list[PictureDone]:
@@ -87,10 +86,10 @@ async def events(generations: Sequence[Generation]) -> AsyncIterator[tuple[int, 
                 left -= 1
                 continue
             match item[1].event:
-                case Failed(error):
+                case Failed(error=error):
                     raise from_oneword(error)
-                case Lost():
-                    raise Unavailable("the engine stopped while it worked on this picture: send the request again")
+                case Dropped(error=refusal):
+                    raise refusal
                 case _:
                     yield item
     finally:
