@@ -271,7 +271,7 @@ def test_what_this_server_does_not_do_is_refused_by_name(
     ],
 )
 def test_keys_that_ask_for_nothing_are_taken(manifest: Manifest, fields: dict[str, Any]) -> None:
-    assert txt2img(manifest, **fields).settings == txt2img(manifest).settings
+    assert done(txt2img(manifest, **fields)).parameters == done(txt2img(manifest)).parameters
 
 
 def test_the_model_is_named_by_its_title_name_or_hash_and_no_other_exists(manifest: Manifest) -> None:
