@@ -22,7 +22,7 @@ _MAX_BYTES = 256 << 20
 _MAX_PIXELS = 120_000_000  # of a file; generated pictures are limited by request.MAX_PIXELS
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # none that runs another program
 _TOPS = {"I": (255, 65535), "F": (1, 255, 65535)}  # possible values of white in modes without a fixed range
-_A1111_SAMPLERS = {
+A1111_SAMPLERS = {
     Sampler.DDIM: "DDIM",
     Sampler.DDPM: "DDPM",
     Sampler.EULER: "Euler",
@@ -133,7 +133,7 @@ def parameters_text(request: Request, settings: ResolvedSettings, seed: int, mod
     """A1111's generation parameters: prompt, negative prompt, then `Name: value` pairs."""
     pairs: dict[str, object] = {
         "Steps": settings.steps,
-        "Sampler": _A1111_SAMPLERS[settings.sampler],
+        "Sampler": A1111_SAMPLERS[settings.sampler],
         "CFG scale": settings.guidance_scale,
         "Seed": seed,
         "Size": f"{settings.width}x{settings.height}",
@@ -142,6 +142,8 @@ def parameters_text(request: Request, settings: ResolvedSettings, seed: int, mod
         pairs["Model"] = model
     if request.image is not None:
         pairs["Denoising strength"] = request.strength
+    if request.mask is not None and request.mask_blur:
+        pairs["Mask blur"] = f"{request.mask_blur:g}"
     if request.clip_skip:
         pairs["Clip skip"] = request.clip_skip + 1  # A1111 counts the last layer as 1
     if request.eta:

@@ -38,8 +38,8 @@ _log = logging.getLogger("oneword.serve")
 class Files(Protocol):
     """A folder or a bucket. Every method may be called from any thread and raises Unavailable if it fails."""
 
-    def read(self, path: str) -> bytes | None:
-        """The file's content, at most MAX_BYTES + 1 of it; None if there is no such file."""
+    def read(self, path: str, limit: int = MAX_BYTES) -> bytes | None:
+        """The file's content, at most `limit` + 1 bytes of it; None if there is no such file."""
         ...
 
     def write(self, path: str, data: bytes) -> None:
@@ -129,11 +129,11 @@ class FolderFiles:
             raise UsageError(f"--words {root} cannot be created as a folder: {error.strerror}") from None
 
     @_guarded
-    def read(self, path: str) -> bytes | None:
+    def read(self, path: str, limit: int = MAX_BYTES) -> bytes | None:
         """See Files."""
         try:
             with (self.root / path).open("rb", buffering=0) as file:
-                return file.read(MAX_BYTES + 1)
+                return file.read(limit + 1)
         except FileNotFoundError:
             return None
 
@@ -238,7 +238,7 @@ class UrlFiles:
         self._root = root
 
     @_guarded
-    def read(self, path: str) -> bytes | None:
+    def read(self, path: str, limit: int = MAX_BYTES) -> bytes | None:
         """See Files."""
         try:
             data: bytes = self._system.cat_file(self._path(path))
