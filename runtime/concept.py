@@ -89,8 +89,11 @@ def save_concept(concept: Concept, path: str | os.PathLike[str]) -> None:
     write_whole(Path(path), concept_bytes(concept, str(path)))
 
 
-def concept_bytes(concept: Concept, name: str = "the word's file") -> bytes:
-    """The word's file. Raises ConceptError for a word that `load_concept` would refuse."""
+def concept_bytes(concept: Concept, name: str = "the file") -> bytes:
+    """The content of the word's file. `name` is the file's, for errors.
+
+    Raises ConceptError for a word that `load_concept` would refuse.
+    """
     if set(concept.vectors) == {"text_encoder"}:
         tensors = {concept.token: concept.vectors["text_encoder"]}
     else:

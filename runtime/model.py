@@ -145,6 +145,11 @@ class Model:
         return tuple(self._words)
 
     @property
+    def resident(self) -> int:
+        """Learned words whose rows are in the embedding tables now."""
+        return max(table.resident for table in self._tables.values())
+
+    @property
     def gpu_mib(self) -> int | None:
         """MiB of GPU memory in use by all processes; None without a GPU."""
         used = self.stream.memory_in_use()

@@ -47,10 +47,14 @@ def build_state(settings: Settings) -> State:
         return Model.open(settings.bundle, settings.engine, threads=settings.threads)
 
     worker = Worker(open_model, max_rows=settings.max_rows, sizes=[size])
-    words = Words(WordStore(settings.words))
+    tokenizers = {e.graph: Tokenizer.read(bundle.file(e.tokenizer), e) for e in manifest.encoders}
+
+    def knows(piece: str) -> bool:
+        return any(tokenizer.knows(piece) for tokenizer in tokenizers.values())
+
+    words = Words(WordStore(settings.words), knows=knows)
     pool = Pool(worker, manifest, max_wait=settings.max_wait)
     metrics = Metrics()
-    tokenizers = {e.graph: Tokenizer.read(bundle.file(e.tokenizer), e) for e in manifest.encoders}
     return State(
         settings=settings,
         manifest=manifest,

@@ -261,7 +261,7 @@ def _comment_text(comment: bytes) -> str:
     """The text of a UserComment, whose first 8 bytes name its encoding."""
     kind, text = comment[:8], comment[8:]
     if kind == b"UNICODE\0":
-        # A1111 writes big-endian whatever the file's order is, others the file's: text is mostly ASCII, so see its zeros
+        # A1111 writes big-endian whatever the file's order is; in other files the zeros of ASCII show the order
         little = text[1::2].count(0) > text[::2].count(0)
         return text.decode("utf-16-le" if little else "utf-16-be", "replace").rstrip("\0")
     return text.decode("utf-8", "replace").rstrip("\0")

@@ -5,6 +5,8 @@ from prometheus_client.exposition import choose_encoder
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from oneword.serve.worker import State as WorkerState
+
 router = APIRouter(tags=["health"])
 
 
@@ -12,7 +14,7 @@ router = APIRouter(tags=["health"])
 async def live(http: Request) -> Response:
     """200 while the engine works; 500 after it failed or stopped."""
     worker = http.app.state.oneword.worker
-    alive = worker.state in ("starting", "ready")
+    alive = worker.state in (WorkerState.STARTING, WorkerState.READY)
     return JSONResponse({"status": worker.state}, 200 if alive else 500)
 
 
@@ -22,7 +24,7 @@ async def ready(http: Request) -> Response:
     state = http.app.state.oneword
     if state.pool.draining:
         return JSONResponse({"status": "stopping"}, 503)
-    return JSONResponse({"status": state.worker.state}, 200 if state.worker.state == "ready" else 503)
+    return JSONResponse({"status": state.worker.state}, 200 if state.worker.state is WorkerState.READY else 503)
 
 
 @router.get("/metrics", response_class=Response)

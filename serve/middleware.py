@@ -1,8 +1,8 @@
 """What every request passes before a route sees it: ASGI middleware that acts before the body is read.
 
-From the outside in: `AccessLog`, `SecurityHeaders`, `WriteTimeout`, `errors.CatchErrors`, `TrustedProxy`, `CheckOrigin`,
-`Authenticate`, `LimitBody`. Each raises `ApiError`, and `CatchErrors` answers. Not covered: limits of a connection
-itself, such as how long its headers may take (`serve.connection`), and quotas (`serve.pool`, `serve.words`).
+From the outside in: `AccessLog`, `SecurityHeaders`, `WriteTimeout`, `errors.CatchErrors`, `TrustedProxy`,
+`CheckOrigin`, `Authenticate`, `LimitBody`. They raise `ApiError`, and `CatchErrors` answers. Not covered: limits of a
+connection itself, such as how long its headers may take (`serve.connection`), and quotas (`serve.pool`, `serve.words`).
 """
 
 import asyncio
@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from oneword.serve.errors import ApiError, CatchErrors, Forbidden, TooLarge, Unauthorized
+from oneword.serve.errors import ApiError, CatchErrors, ClientStalled, Forbidden, TooLarge, Unauthorized
 from oneword.serve.keys import LOCAL, Keys, Tenant
 from oneword.serve.settings import Settings
 
@@ -140,10 +140,6 @@ class SecurityHeaders:
         await self.app(scope, receive, with_headers if scope["type"] == "http" else send)
 
 
-class ClientStalled(ConnectionError):
-    """The client has read nothing for too long."""
-
-
 class WriteTimeout:
     """Ends a request whose client does not read its answer: `send` raises ClientStalled, a ConnectionError.
 
@@ -240,21 +236,18 @@ class CheckOrigin:
         name = _host_name(host)
         digits = name is not None and "*" in self._hosts and _address(name.strip("[]")) is not None
         if name is None or not (name in self._hosts or digits):
-            raise _closing(
-                Forbidden(
-                    "this server does not answer to the name in the Host header: start it with --public-url, "
-                    "or use the address it is bound to",
-                    code="host_not_allowed",
-                )
+            raise _refused(
+                "this server does not answer to the name in the Host header: use the address it is bound to, "
+                "or start it with --public-url",
+                "host_not_allowed",
             )
         for origin in origins:
             scheme, _, site = origin.lower().partition("://")
             if scheme not in ("http", "https") or site not in (host, self._public):
-                raise _closing(
-                    Forbidden(
-                        "requests from pages of other sites are not allowed: use this server's own page, or --public-url",
-                        code="origin_not_allowed",
-                    )
+                raise _refused(
+                    "requests from pages of other sites are not allowed: use this server's own page, "
+                    "or start it with --public-url",
+                    "origin_not_allowed",
                 )
 
 
@@ -370,9 +363,10 @@ class _Body:
         await self._send(message)
 
 
-def _closing(error: ApiError) -> ApiError:
-    """The error with a header that ends the connection: the body is not read."""
-    error.headers = {**error.headers, "Connection": "close"}
+def _refused(message: str, code: str) -> Forbidden:
+    """403, and the end of the connection: the body is not read."""
+    error = Forbidden(message, code=code)
+    error.headers = {"Connection": "close"}
     return error
 
 

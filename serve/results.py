@@ -10,14 +10,16 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-import fsspec
 from fastapi import APIRouter
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
 from oneword.serve.errors import NotFound
+from oneword.serve.files import open_files
 
 SECONDS: Final = 3600
+_FOLDER: Final = "results"
+_MAX_BYTES: Final = 256 << 20
 _SUFFIXES: Final = {"image/png": "png", "image/jpeg": "jpg", "image/webp": "webp"}
 _NAME: Final = re.compile(r"(\d{1,12})-[0-9a-f]{64}\.(png|jpg|webp)")
 
@@ -26,15 +28,13 @@ class Results:
     """Files `results/<expiry>-<random>.<suffix>` of a store. Synchronous; call it in a thread."""
 
     def __init__(self, url: str, clock: Callable[[], float] = time.time) -> None:
-        self._files, root = fsspec.core.url_to_fs(url)
-        self._folder = f"{root}/results"
+        self._files = open_files(url)
         self._clock = clock
 
     def put(self, data: bytes, media_type: str) -> str:
         """Keeps a picture for an hour and returns its name."""
         name = f"{int(self._clock()) + SECONDS}-{secrets.token_hex(32)}.{_SUFFIXES[media_type]}"
-        self._files.makedirs(self._folder, exist_ok=True)
-        self._files.pipe_file(f"{self._folder}/{name}", data)
+        self._files.write(f"{_FOLDER}/{name}", data)
         return name
 
     def get(self, name: str) -> tuple[bytes, str] | None:
@@ -42,21 +42,16 @@ class Results:
         match = _NAME.fullmatch(name)
         if match is None or int(match[1]) < self._clock():
             return None
-        try:
-            data: bytes = self._files.cat_file(f"{self._folder}/{name}")
-        except FileNotFoundError:
-            return None
-        return data, next(media for media, suffix in _SUFFIXES.items() if suffix == match[2])
+        data = self._files.read(f"{_FOLDER}/{name}", _MAX_BYTES)
+        media_type = next(media for media, suffix in _SUFFIXES.items() if suffix == match[2])
+        return None if data is None else (data, media_type)
 
     def collect(self) -> int:
         """Deletes the pictures that have expired, and returns their number."""
-        try:
-            names = [path.rsplit("/", 1)[-1] for path in self._files.ls(self._folder, detail=False)]
-        except FileNotFoundError:
-            return 0
-        expired = [name for name in names if (m := _NAME.fullmatch(name)) and int(m[1]) < self._clock()]
+        names = self._files.names(_FOLDER)
+        expired = [name for name in names if (match := _NAME.fullmatch(name)) and int(match[1]) < self._clock()]
         for name in expired:
-            self._files.rm_file(f"{self._folder}/{name}")
+            self._files.delete(f"{_FOLDER}/{name}")
         return len(expired)
 
 

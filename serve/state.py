@@ -16,7 +16,6 @@ from anyio import CapacityLimiter
 from oneword.runtime.bundle import Manifest
 from oneword.runtime.images import preview_image
 from oneword.runtime.prompt import Tokenizer
-from oneword.serve.jobs import Jobs
 from oneword.serve.keys import Keys
 from oneword.serve.metrics import Metrics
 from oneword.serve.pool import Pool
@@ -47,7 +46,7 @@ class State:
     pool: Pool
     results: Results
     metrics: Metrics
-    jobs: Jobs | None
+    jobs: None
     """None if learning is not installed or no model was given."""
     created: int = field(default_factory=lambda: int(time.time()))
     _limiter: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(_THREADS))

@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 from oneword.engines.errors import OnewordError
 from oneword.runtime.concept import Concept, check_token, concept_bytes, concept_of, read_safetensors, token_from_stem
 from oneword.runtime.model import check_fits
-from oneword.serve.errors import Invalid, NotFound, Unprocessable, from_oneword
+from oneword.serve.errors import Invalid, Unprocessable, from_oneword
 from oneword.serve.fields import Fields
 from oneword.serve.keys import Tenant
 from oneword.serve.state import State
@@ -73,14 +73,14 @@ async def put(http: Request, name: str) -> Response:
 async def word(http: Request, name: str) -> dict[str, object]:
     """One word."""
     state, tenant = _context(http)
-    return word_body(await _record(state, tenant, name))
+    return word_body(await state.words.get(tenant, name))
 
 
 @router.get("/v1/words/{name}/file", response_class=Response)
 async def word_file(http: Request, name: str) -> Response:
     """The word's safetensors file, which diffusers, A1111 and ComfyUI read."""
     state, tenant = _context(http)
-    record = await _record(state, tenant, name)
+    record = await state.words.get(tenant, name)
     concept = await state.words.concept(record)
     stem = token_from_stem(record.token).strip("<>")
     name = stem if stem.isascii() else "word"
@@ -93,16 +93,14 @@ async def rename(http: Request, name: str, body: Rename) -> dict[str, object]:
     """Renames a word. 409 if the new name is taken."""
     state, tenant = _context(http)
     _check_name(body.name)
-    record = await _record(state, tenant, name)
-    return word_body(await state.words.rename(tenant, record.token, body.name))
+    return word_body(await state.words.rename(tenant, name, body.name))
 
 
 @router.delete("/v1/words/{name}", status_code=204)
 async def delete(http: Request, name: str) -> Response:
     """Deletes a word. Pictures that already use it are finished with it."""
     state, tenant = _context(http)
-    record = await _record(state, tenant, name)
-    await state.words.delete(tenant, record.token)
+    await state.words.delete(tenant, name)
     return Response(status_code=204)
 
 
@@ -133,9 +131,8 @@ async def _put(http: Request, data: bytes, stem: str, name: str | None, *, if_ab
         check_fits(concept, state.manifest)
     except OnewordError as error:
         raise from_oneword(error) from None
-    before = await state.words.get(tenant, concept.token)
     record = await state.words.put(tenant, concept, if_absent=if_absent)
-    return JSONResponse(word_body(record), 201 if before is None else 200)
+    return JSONResponse(word_body(record), 201 if record.generation == 1 else 200)
 
 
 def _parsed(data: bytes, stem: str, name: str | None) -> Concept:
@@ -149,10 +146,3 @@ def _check_name(name: str) -> None:
         check_token(name)
     except OnewordError:
         raise Invalid(f"name is {name[:80]!r}, allowed are {_NAMES}", param="name") from None
-
-
-async def _record(state: State, tenant: Tenant, name: str) -> WordRecord:
-    record = await state.words.get(tenant, name)
-    if record is None:
-        raise NotFound(f"there is no word {name[:80]!r}: GET /v1/words lists yours", param="name")
-    return record
