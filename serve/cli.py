@@ -4,20 +4,16 @@ Not covered: what the server answers (`oneword.serve.app`).
 """
 
 import asyncio
-import json
 import logging
 import os
-import signal
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any, Final
 
 import click
 
-from oneword.engines.errors import MissingPackage, OnewordError, UsageError
+from oneword.engines.errors import MissingPackage, UsageError
 from oneword.engines.open import Backend
 from oneword.runtime.backends import AUTO
 from oneword.runtime.commands import HELP, PATH, json_option, print_json, run_command, version_option
@@ -73,13 +69,15 @@ def command(
 ) -> int | None:
     """Serve the model in BUNDLE over HTTP: OpenAI's images API, A1111's API, learned words, and a page."""
     if new_key is not None:
-        return _print_key(new_key, as_json)
+        _print_key(new_key, as_json)
+        return None
     if bundle is None:
         raise UsageError("no bundle was given: ti-serve BUNDLE, which ti-export writes")
-    settings = Settings(bundle, **({} if words is None else {"words": words}), **options)
+    settings = Settings(bundle, **options) if words is None else Settings(bundle, words, **options)
     _check_installed()
     if collect:
-        return _collect(settings, as_json)
+        _collect(settings, as_json)
+        return None
     if check:
         print_json(asyncio.run(_check(settings))) if as_json else _print_check(asyncio.run(_check(settings)))
         return None
@@ -123,12 +121,11 @@ async def _check(settings: Settings) -> dict[str, object]:
     await asyncio.to_thread(state.worker.wait_ready)
     ready = time.perf_counter() - start
     (picture,) = await state.pool.submit(LOCAL, Request("", seed=0)).wait()
-    figures = state.worker.figures
     state.worker.stop()
     height, width, _ = picture.image.shape
     return {
         "model": state.name,
-        "backend": figures.backend,
+        "backend": state.worker.backend,
         "ready_seconds": round(ready, 3),
         "picture_seconds": round(time.perf_counter() - start - ready, 3),
         "size": f"{width}x{height}",

@@ -4,12 +4,14 @@ Not covered: A1111's bodies, whose clients always send many fields that are irre
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from oneword.serve.errors import from_validation, unknown_field
+
+Body = TypeVar("Body", bound="Fields")
 
 
 class Fields(BaseModel):
@@ -29,7 +31,7 @@ class Fields(BaseModel):
         return data
 
 
-def validated[Body: Fields](model: type[Body], data: object) -> Body:
+def validated(model: type[Body], data: object) -> Body:
     """`data` as a body. Raises Invalid, one line that names the field, what was given and what is allowed."""
     try:
         return model.model_validate(data)

@@ -5,7 +5,7 @@ Both dialects and the page's routes stand on these two. Not covered: admission (
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
 
 import starlette.requests
@@ -16,7 +16,7 @@ from oneword.serve.errors import ApiError, Invalid, from_oneword
 from oneword.serve.keys import Tenant
 from oneword.serve.pool import Dropped, Generation, PictureEvent
 from oneword.serve.state import State
-from oneword.serve.worker import Done, Failed
+from oneword.serve.worker import Failed
 
 
 class Disconnected(ApiError):
@@ -34,13 +34,14 @@ async def start(
     bare_names: bool = False,
     partials: int = 0,
     label: str = "",
+    task_id: str = "",
 ) -> Generation:
     """Resolves the request's words among the tenant's and queues its pictures. Raises ApiError."""
     _check_size(state, request)
     prompts = [request.prompt] if request.negative_prompt is None else [request.prompt, request.negative_prompt]
     words = await state.words.resolve(tenant, prompts, bare_names)
     request = replace(request, words=words)
-    return state.pool.submit(tenant, request, partials=partials, label=label)
+    return state.pool.submit(tenant, request, partials=partials, label=label, task_id=task_id)
 
 
 async def finish(http: starlette.requests.Request, *generations: Generation) -> list[PictureDone]:
@@ -63,7 +64,7 @@ async def finish(http: starlette.requests.Request, *generations: Generation) -> 
                 await task
 
 
-async def events(generations: Sequence[Generation]) -> AsyncIterator[tuple[int, PictureEvent]]:
+async def events(generations: Sequence[Generation]) -> AsyncGenerator[tuple[int, PictureEvent]]:
     """The events of several generations as they happen, with the index of their generation.
 
     Cancels what is left when the iterator is closed. Raises ApiError for the first picture that fails.
@@ -112,12 +113,11 @@ async def disconnect(http: starlette.requests.Request) -> None:
 
 
 async def _pictures(generations: Sequence[Generation]) -> list[PictureDone]:
-    pictures: dict[tuple[int, int], PictureDone] = {}
+    """All pictures; of a generation that was cancelled by somebody else, those that were ready."""
     async with contextlib.aclosing(events(generations)) as stream:
-        async for number, event in stream:
-            if isinstance(event.event, Done):
-                pictures[number, event.index] = event.event.picture
-    return [pictures[key] for key in sorted(pictures)]
+        async for _ in stream:
+            pass
+    return [picture for generation in generations for picture in generation.pictures if picture is not None]
 
 
 def _check_size(state: State, request: Request) -> None:

@@ -45,7 +45,7 @@ class Replica:
     def __init__(self, settings: Settings) -> None:
         self.state = build_state(settings)
 
-    def __serve_build_asgi_app__(self) -> ASGIApp:  # noqa: PLW3201: Ray's name
+    def __serve_build_asgi_app__(self) -> ASGIApp:
         return create_app(self.state)
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
@@ -79,7 +79,7 @@ def app(arguments: Mapping[str, Any]) -> serve.Application:
         allowed = ", ".join(sorted(_names(Settings) | _names(Scaling)))
         raise UsageError(f"there is no argument {min(unknown)!r}, allowed are {allowed}")
     deployment = serve.deployment(
-        serve.ingress()(Replica),  # type: ignore[call-overload]
+        serve.ingress()(Replica),
         name="oneword",
         max_ongoing_requests=ONGOING,
         graceful_shutdown_wait_loop_s=1,

@@ -61,7 +61,7 @@ class Server(uvicorn.Server):
         if self._stopping is None:
             self._stopping = asyncio.ensure_future(self._drain(self.state_of_app.settings.drain_seconds))
         else:
-            asyncio.ensure_future(self.state_of_app.pool.drain(0))  # noqa: RUF006: it ends before this process does
+            asyncio.ensure_future(self.state_of_app.pool.drain(0))  # noqa: RUF006 - it ends before this process does
 
     def reload(self) -> None:
         """Reads the key file again; a broken one changes nothing."""

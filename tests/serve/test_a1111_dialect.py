@@ -15,6 +15,7 @@ import pytest
 from oneword.engines.errors import UsageError
 from oneword.runtime.bundle import Bundle, Manifest
 from oneword.runtime.events import PictureDone
+from oneword.runtime.samplers import Sampler
 from oneword.serve.a1111_answers import info, parsed_parameters, pictures_answer, progress_of
 from oneword.serve.a1111_dialect import (
     ModelNames,
@@ -27,7 +28,6 @@ from oneword.serve.a1111_dialect import (
 )
 from oneword.serve.a1111_schemas import ImageToImage, TextToImage
 from oneword.serve.errors import ApiError, NotFound, Unprocessable
-from oneword.runtime.samplers import Sampler
 
 WEBUIAPI = {
     "enable_hr": False,
@@ -177,9 +177,7 @@ def test_sampler_name_goes_before_sampler_index(manifest: Manifest) -> None:
 
 
 def test_a_karras_schedule_needs_no_name_where_the_model_has_that_sampler(manifest: Manifest) -> None:
-    dpmpp = msgspec.structs.replace(
-        manifest, defaults=msgspec.structs.replace(manifest.defaults, sampler="dpmpp-2m")
-    )
+    dpmpp = msgspec.structs.replace(manifest, defaults=msgspec.structs.replace(manifest.defaults, sampler="dpmpp-2m"))
 
     assert sampler_of(None, "karras", dpmpp) is Sampler.DPMPP_2M_KARRAS
 
@@ -404,11 +402,27 @@ def test_the_answer_has_the_pictures_and_info_as_a_json_string(manifest: Manifes
     assert "unknown" not in answer["parameters"]
     details = json.loads(answer["info"])
     assert set(details) == {
-        *("prompt all_prompts negative_prompt all_negative_prompts seed all_seeds subseed all_subseeds").split(),
-        *("subseed_strength width height sampler_name cfg_scale steps batch_size restore_faces").split(),
-        *("face_restoration_model sd_model_name sd_model_hash sd_vae_name sd_vae_hash seed_resize_from_w").split(),
-        *("seed_resize_from_h denoising_strength extra_generation_params index_of_first_image infotexts").split(),
-        *("styles job_timestamp clip_skip is_using_inpainting_conditioning version").split(),
+        *[
+            "prompt",
+            "all_prompts",
+            "negative_prompt",
+            "all_negative_prompts",
+            "seed",
+            "all_seeds",
+            "subseed",
+            "all_subseeds",
+        ],
+        *["subseed_strength", "width", "height", "sampler_name", "cfg_scale", "steps", "batch_size", "restore_faces"],
+        *[
+            "face_restoration_model",
+            "sd_model_name",
+            "sd_model_hash",
+            "sd_vae_name",
+            "sd_vae_hash",
+            "seed_resize_from_w",
+        ],
+        *["seed_resize_from_h", "denoising_strength", "extra_generation_params", "index_of_first_image", "infotexts"],
+        *["styles", "job_timestamp", "clip_skip", "is_using_inpainting_conditioning", "version"],
     }
     assert details["infotexts"] == [done(plan).parameters]
     assert details["infotexts"][0].startswith(
