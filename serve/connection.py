@@ -39,7 +39,7 @@ class Connection(H11Protocol):
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         if self.conn.their_state is not h11.IDLE:
-            self._head_timer = _cancelled(self._head_timer)
+            self._stop_head_timer()
         elif self._head_timer is None:
             self._await_head()
 
@@ -50,16 +50,16 @@ class Connection(H11Protocol):
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._write_timer = _cancelled(self._write_timer)
+        self._stop_write_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._head_timer = _cancelled(self._head_timer)
-        self._write_timer = _cancelled(self._write_timer)
+        self._stop_head_timer()
+        self._stop_write_timer()
         super().connection_lost(exc)
 
     def send_400_response(self, msg: str) -> None:
         """The answer to something that is not HTTP, with the headers and the form of all others."""
-        self._head_timer = _cancelled(self._head_timer)
+        self._stop_head_timer()
         body = json.dumps(openai_body(Invalid("this is not a valid HTTP/1.1 request: check the client"))).encode()
         headers = [("Content-Type", "application/json"), ("Connection", "close"), ("Content-Length", str(len(body)))]
         for event in (
@@ -69,6 +69,16 @@ class Connection(H11Protocol):
         ):
             self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
+
+    def _stop_head_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _stop_write_timer(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
 
     def _await_head(self) -> None:
         self._head_timer = self.loop.call_later(self.head_seconds, self.transport.abort)
@@ -89,8 +99,3 @@ def limited_connection(settings: Settings) -> type[Connection]:
     """The class of connections with the limits of `settings`."""
     limits = {"head_seconds": settings.body_seconds, "write_seconds": settings.write_seconds}
     return type("Connection", (Connection,), limits)
-
-
-def _cancelled(timer: asyncio.TimerHandle | None) -> None:
-    if timer is not None:
-        timer.cancel()

@@ -66,7 +66,7 @@ def test_a_reload_replaces_all_keys_or_none(tmp_path: Path) -> None:
     file.write_text(entry("alice", "old"))
     keys = Keys.read(file)
 
-    file.write_text(entry("alice", "new") + "[broken")
+    file.write_text(entry("alice", "new") + "max_words = ?")
     with pytest.raises(FileError, match=r"keys.toml is not valid TOML: .*line 4"):
         keys.reload()
     assert (keys.tenant("old"), keys.tenant("new")) == (Tenant("alice"), None)

@@ -337,7 +337,7 @@ def test_a_client_that_trickles_its_body_is_refused_as_well() -> None:
 
 
 def test_a_request_head_that_does_not_arrive_in_time_ends_the_connection() -> None:
-    with serving(make_app(body_seconds=0.2)) as server:
+    with serving(make_app(), body_seconds=0.2) as server:
         for data in (b"", b"GET / HT", head("GET", "/")[:-2]):
             server.closed.clear()
             with server.connect() as connection:
@@ -348,55 +348,78 @@ def test_a_request_head_that_does_not_arrive_in_time_ends_the_connection() -> No
             assert read_all(connection).count(b"HTTP/1.1") == 1
 
 
-def stalling_app(finished: threading.Event) -> FastAPI:
+class Watched(StreamingResponse):
+    """Sets an event when it is over, however it ends."""
+
+    def __init__(self, pieces: AsyncIterator[bytes], over: threading.Event) -> None:
+        super().__init__(pieces)
+        self._over = over
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._over.set()
+
+
+def streaming_app(over: threading.Event, write_seconds: float) -> FastAPI:
     app = FastAPI()
 
     @app.get("/v1/endless")
-    async def endless() -> StreamingResponse:
+    async def endless() -> Watched:
         async def pieces() -> AsyncIterator[bytes]:
-            try:
-                while True:
-                    yield bytes(1 << 16)
-            finally:
-                finished.set()
+            while True:
+                yield bytes(1 << 16)
+                await asyncio.sleep(0)
 
-        return StreamingResponse(pieces())
+        return Watched(pieces(), over)
 
     @app.get("/v1/large")
-    async def large() -> StreamingResponse:
+    async def large() -> Watched:
         async def pieces() -> AsyncIterator[bytes]:
-            yield bytes(64 << 20)
+            yield bytes(24 << 20)
 
-        return StreamingResponse(pieces())
+        return Watched(pieces(), over)
 
     errors.install(app)
-    middleware.install(app, Settings(Path("bundle"), write_seconds=0.3))
+    middleware.install(app, Settings(Path("bundle"), write_seconds=write_seconds))
     return app
 
 
-@pytest.mark.parametrize("path", ["/v1/endless", "/v1/large"])
-def test_a_client_that_does_not_read_is_cut_off(path: str, caplog: pytest.LogCaptureFixture) -> None:
-    finished = threading.Event()
-    with serving(stalling_app(finished), write_seconds=0.3) as server, server.connect() as connection:
+@pytest.mark.parametrize(
+    ("path", "app_seconds", "connection_seconds"),
+    [
+        ("/v1/endless", 0.2, 60.0),
+        ("/v1/endless", 60.0, 0.2),
+        ("/v1/endless", 0.2, 0.2),
+        ("/v1/large", 60.0, 0.2),  # the app is done with it: only the connection sees that the client does not read
+    ],
+)
+def test_a_client_that_does_not_read_is_cut_off(
+    path: str, app_seconds: float, connection_seconds: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    over = threading.Event()
+    app = streaming_app(over, app_seconds)
+    with serving(app, write_seconds=connection_seconds) as server, server.connect() as connection:
         connection.sendall(head("GET", path))
 
-        assert server.closed.wait(20)
-        if path == "/v1/endless":
-            assert finished.wait(20)  # the route has been ended too
-        assert len(read_all(connection)) < 64 << 20
+        assert over.wait(20)
+        if connection_seconds < 1:
+            assert server.closed.wait(20)
+            assert len(read_all(connection)) < 24 << 20
     assert "Traceback" not in caplog.text
 
 
 def test_a_client_that_reads_slowly_is_not_cut_off() -> None:
-    with serving(stalling_app(threading.Event()), write_seconds=0.3) as server, server.connect() as connection:
+    with serving(streaming_app(threading.Event(), 60.0), write_seconds=1.0) as server, server.connect() as connection:
         connection.sendall(head("GET", "/v1/large", "Connection: close"))
-        data = b""
+        size = 0
         pause = threading.Event()
-        while piece := connection.recv(4 << 20):
-            data += piece
+        while piece := connection.recv(1 << 19):
+            size += len(piece)
             pause.wait(0.02)
 
-    assert len(data) > 64 << 20
+    assert size > 24 << 20
 
 
 def test_what_is_not_http_is_answered_with_the_headers_of_all_answers() -> None:
