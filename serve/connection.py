@@ -1,13 +1,14 @@
 """uvicorn's HTTP connection, with limits on clients that send or read too slowly, or nothing at all.
 
-`uvicorn.Config(app, http=limited_connection(settings), ...)`. Not covered: the time that a body may take, and who may
-send it (`serve.middleware`).
+Not covered: the time that a body may take, and who may send it (`serve.middleware`); signals (`serve.cli`).
 """
 
 import asyncio
 import json
 
 import h11
+import uvicorn
+from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from oneword.serve.errors import Invalid, openai_body
@@ -33,7 +34,7 @@ class Connection(H11Protocol):
         super().connection_made(transport)
         transport.set_write_buffer_limits(high=0)  # any unsent byte counts as a pause
         if hasattr(transport, "max_size"):  # of asyncio's own transports; 256 KiB by default
-            transport.max_size = _READ_BYTES
+            transport.max_size = _READ_BYTES  # pyright: ignore[reportAttributeAccessIssue]
         self._await_head()
 
     def data_received(self, data: bytes) -> None:
@@ -99,3 +100,19 @@ def limited_connection(settings: Settings) -> type[Connection]:
     """The class of connections with the limits of `settings`."""
     limits = {"head_seconds": settings.body_seconds, "write_seconds": settings.write_seconds}
     return type("Connection", (Connection,), limits)
+
+
+def server_config(app: ASGIApp, settings: Settings) -> uvicorn.Config:
+    """uvicorn's configuration. What it logs, and believes of proxies, is off: `serve.middleware` does both."""
+    return uvicorn.Config(
+        app,
+        host=settings.host.strip("[]"),
+        port=settings.port,
+        http=limited_connection(settings),
+        ws="none",
+        access_log=False,
+        log_config=None,
+        proxy_headers=False,  # by default, any local process is believed
+        server_header=False,
+        root_path=settings.root_path,
+    )

@@ -20,7 +20,7 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 
 from oneword.serve import errors, middleware
-from oneword.serve.connection import Connection, limited_connection
+from oneword.serve.connection import Connection, limited_connection, server_config
 from oneword.serve.keys import Keys
 from oneword.serve.middleware import AccessLog, LimitBody, TrustedProxy, WriteTimeout, allowed_hosts
 from oneword.serve.settings import Settings
@@ -43,7 +43,7 @@ def make_app(keys: Keys | None = None, **settings: Any) -> FastAPI:
         return "page"
 
     @app.get("/v1/who")
-    async def who(request: Request) -> dict[str, Any]:
+    async def caller(request: Request) -> dict[str, Any]:
         assert request.client is not None
         return {
             "tenant": request.state.tenant.name,
@@ -160,8 +160,12 @@ class Server(uvicorn.Server):
         self.bytes_read = 0
         self.ready = threading.Event()
         self.closed = threading.Event()
+        config = server_config(app, Settings(Path("bundle"), port=0, **settings))
+        limited = config.http
+        assert isinstance(limited, type)
+        assert issubclass(limited, Connection)
 
-        class Counting(limited_connection(Settings(Path("bundle"), **settings))):  # type: ignore[misc]
+        class Counting(limited):  # type: ignore[valid-type, misc]
             def data_received(self, data: bytes) -> None:
                 server.bytes_read += len(data)
                 super().data_received(data)
@@ -170,20 +174,9 @@ class Server(uvicorn.Server):
                 super().connection_lost(exc)
                 server.closed.set()
 
-        super().__init__(
-            uvicorn.Config(
-                app,
-                port=0,
-                http=Counting,
-                ws="none",
-                lifespan="off",
-                log_config=None,
-                access_log=False,
-                proxy_headers=False,
-                server_header=False,
-                timeout_graceful_shutdown=1,
-            )
-        )
+        config.http = Counting
+        config.timeout_graceful_shutdown = 1
+        super().__init__(config)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -748,6 +741,13 @@ def test_a_send_that_does_not_end_raises_a_connection_error() -> None:
 
     with pytest.raises(errors.ClientStalled):
         asyncio.run(WriteTimeout(app, 0.01)({"type": "http"}, stuck, stuck))  # type: ignore[arg-type]
+
+
+def test_uvicorn_itself_believes_no_proxy_and_logs_no_request() -> None:
+    config = server_config(make_app(), Settings(Path("b"), host="[::1]", port=81, root_path="/x"))
+
+    assert (config.host, config.port, config.root_path) == ("::1", 81, "/x")
+    assert (config.proxy_headers, config.access_log, config.server_header) == (False, False, False)
 
 
 def test_the_connection_has_the_limits_of_the_settings() -> None:

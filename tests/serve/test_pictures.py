@@ -104,7 +104,8 @@ def test_every_format_and_mode_becomes_rgb(format: str, mode: str) -> None:
 
     image = decode(data, "image")
 
-    assert (image.dtype, image.shape) == (np.uint8, (8, 12, 3))
+    assert image.dtype == np.uint8
+    assert image.shape == (8, 12, 3)
     np.testing.assert_allclose(image.astype(int), 255, atol=3)
 
 
