@@ -250,7 +250,11 @@ class Words:
     async def _names(self, prompts: Sequence[str]) -> NamedWords:
         """The names in all prompts together."""
         found = await self._scan(prompts, named_words)
-        return NamedWords(*(frozenset[str]().union(*sets) for sets in zip(*found, strict=True)))
+        return NamedWords(
+            frozenset[str]().union(*(names.bracketed for names in found)),
+            frozenset[str]().union(*(names.embeddings for names in found)),
+            frozenset[str]().union(*(names.bare for names in found)),
+        )
 
     async def _scan(self, prompts: Sequence[str], function: Callable[[str], T]) -> Sequence[T]:
         """A function of each prompt; in a thread if they are long."""
