@@ -319,8 +319,8 @@ def blob_of(concept: Concept) -> bytes:
 def quoted(text: str) -> str:
     """A name for a file: lower-case ASCII letters, digits, _ - = ~, at most 250 of them; each text has another.
 
-    Other characters are =xx for each byte of UTF-8, and no text is a lone =. If that is too long: ~ and 18 bits for each
-    character in base 32, or ~~ and the text's sha256 for what no token is.
+    Other characters are =xx for each byte of UTF-8, and the empty text is =. If that is too long: ~ and 18 bits for
+    each character in base 32, or ~~ and the text's sha256 for what no token is.
     """
     encoded = text.encode("utf-8", "surrogatepass")
     name = "".join(chr(byte) if chr(byte) in _PLAIN else f"={byte:02x}" for byte in encoded)
