@@ -291,7 +291,7 @@ class TestAnyStore:
             with pytest.raises(ApiError, match=r"^the stored word '<toy>' is damaged: upload it again, or delete it$"):
                 store.concept(record)
         store.put("alice", word())
-        assert store.concept(record).identity == record.identity, "putting it again mends it"
+        assert store.concept(record).identity == record.identity, "putting it again repairs it"
         system, root = fsspec.core.url_to_fs(url)
         system.rm_file(f"{root}/{path}")
         with pytest.raises(ApiError, match="is damaged"):
