@@ -21,7 +21,7 @@ from oneword.runtime.request import Image, Request
 from oneword.runtime.scheduler import Scheduler
 from oneword.serve.errors import ApiError, Busy, Invalid, Unavailable
 from oneword.serve.keys import Tenant
-from oneword.serve.pool import Dropped, Generation, PictureEvent, Pool, spread
+from oneword.serve.pool import Dropped, Generation, GenerationEvent, PictureEvent, Pool, spread
 from oneword.serve.worker import Done, Failed, Partial, Started, Step, Worker
 
 SECONDS = 60.0
@@ -76,6 +76,11 @@ def near(image: Image, reference: Image) -> bool:
     return bool(np.abs(image.astype(int) - reference).max() <= 1)
 
 
+async def events_of(generation: Generation) -> list[tuple[int, GenerationEvent]]:
+    """The index and event of all events that are left."""
+    return [(event.index, event.event) async for event in generation]
+
+
 async def until(generation: Generation, *kinds: type) -> PictureEvent:
     async for event in generation:
         if isinstance(event.event, kinds):
@@ -89,7 +94,7 @@ def test_pictures_of_a_request_have_consecutive_seeds_and_match_those_drawn_alon
 
     async def scenario() -> None:
         generation = pool.submit(ALICE, request)
-        events = [event async for event in generation]
+        events = await events_of(generation)
         assert generation.done
         assert [picture and picture.seed for picture in generation.pictures] == [5, 6, 7, 8, 9]
         for picture, reference in zip(generation.pictures, expected, strict=True):
@@ -105,7 +110,7 @@ def test_pictures_of_a_request_have_consecutive_seeds_and_match_those_drawn_alon
 def test_partial_pictures_are_evenly_spread_and_come_before_the_picture(pool: Pool) -> None:
     async def scenario() -> None:
         generation = pool.submit(ALICE, Request("a cat", steps=8), partials=3)
-        kinds = [(type(event), event.step) for _, event in [e async for e in generation] if isinstance(event, Partial)]
+        kinds = [(type(event), event.step) for _, event in await events_of(generation) if isinstance(event, Partial)]
         assert kinds == [(Partial, 2), (Partial, 4), (Partial, 6)]
 
     run(scenario)
@@ -236,7 +241,7 @@ def test_a_picture_that_fails_leaves_the_other_pictures_of_its_request_alone(poo
         with pytest.raises(ApiError, match="<nothing>"):
             await pool.submit(ALICE, Request("a <nothing>", steps=2)).wait()
         generation = pool.submit(ALICE, Request("a <nothing>", num_images=2, steps=2))
-        events = [event async for event in generation]
+        events = await events_of(generation)
         assert [(index, type(event)) for index, event in events] == [(0, Failed), (1, Failed)]
 
     run(scenario)
@@ -278,13 +283,13 @@ def test_pictures_that_wait_beyond_their_deadline_are_dropped_and_those_that_run
 
     async def scenario() -> None:
         generation = pool.submit(ALICE, Request("a cat", num_images=8, steps=2), deadline=0.01)
-        _, event = await until(generation, Dropped)
+        event = (await until(generation, Dropped)).event
         assert isinstance(event, Dropped)
         assert isinstance(event.error, Unavailable)
         assert event.error.code == "deadline_exceeded"
         gate.open.set()
         dropped, done = 1, 0
-        async for _, event in generation:
+        for _, event in await events_of(generation):
             dropped, done = dropped + isinstance(event, Dropped), done + isinstance(event, Done)
         assert (dropped, done) == (2, 6)
         in_time = pool.submit(ALICE, Request("a cat", steps=2), deadline=SECONDS)
@@ -317,7 +322,7 @@ def test_drain_drops_what_is_left_in_the_end_or_at_a_second_call(pool: Pool, sec
         if second_call:
             await pool.drain(SECONDS)
         await draining
-        events = [event async for _, event in generation if isinstance(event, Dropped | Done)]
+        events = [event for _, event in await events_of(generation) if isinstance(event, Dropped | Done)]
         assert len(events) == 8
         assert all(isinstance(event, Dropped) and isinstance(event.error, Unavailable) for event in events)
         assert pool.running == 0
@@ -384,7 +389,7 @@ def test_a_consumer_that_does_not_read_costs_the_engine_nothing_and_later_gets_t
         lazy = pool.submit(ALICE, Request("a cat", num_images=2, steps=200, previews=1), partials=2)
         while not lazy.done:
             await pool.submit(BOB, Request("a dog", steps=20)).wait()
-        events = [event async for event in lazy]
+        events = await events_of(lazy)
         for i in range(2):
             kinds = [type(event) for index, event in events if index == i]
             assert kinds == [Started, Partial, Partial, Step, Step, Done]
