@@ -24,6 +24,7 @@ Image: TypeAlias = npt.NDArray[np.uint8]
 MAX_IMAGES = 1024
 MAX_STEPS = 1000
 MAX_PIXELS = 1 << 24  # 4096 x 4096
+MAX_MASK_BLUR = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +62,9 @@ class Request:
     """Number of steps between previews, or the steps that have one; 0 means none. The last step never has one."""
     paste: bool = True
     """Whether to copy the pixels of `image` back outside the mask; False keeps the decoder's output there."""
+    mask_blur: float = 0.0
+    """Softens the mask's edge where the picture is pasted into `image`: a Gaussian's standard deviation in pixels of
+    the picture, up to 64, as in A1111. What the model regenerates stays the mask itself."""
     words: Mapping[str, Concept] | None = None
     """The learned words that the prompts may use, by token; None: those that are loaded in the model."""
 
@@ -82,6 +86,7 @@ class Request:
         _within("strength", self.strength, 0, 1)
         for step in self.previews if isinstance(self.previews, frozenset) else (self.previews,):
             _within("previews", step, 0, MAX_STEPS, integer=True)
+        _within("mask_blur", self.mask_blur, 0, MAX_MASK_BLUR)
         if self.guidance_interval is not None:
             _check_pair("guidance_interval", self.guidance_interval)
             low, high = self.guidance_interval

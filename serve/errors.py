@@ -115,7 +115,7 @@ class NotFound(ApiError):
 
 
 class Conflict(ApiError):
-    """409: the name is taken, or has changed in the meantime. Asks openai's client not to retry, which it otherwise does."""
+    """409: the name is taken, or has changed in the meantime. Without the header, openai's client would retry."""
 
     def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
         super().__init__(409, message, code, param, {"x-should-retry": "false"})
@@ -245,6 +245,10 @@ def log_failure(error: BaseException) -> None:
     _log.error("request failed: %s", ", caused by ".join(names))
 
 
+class ClientStalled(ConnectionError):
+    """The client has read nothing of its answer for too long; there is nobody left to be answered."""
+
+
 class CatchErrors:
     """ASGI middleware: any exception becomes an answer; once an answer has begun, the connection is cut off instead."""
 
@@ -264,13 +268,13 @@ class CatchErrors:
 
         try:
             await self.app(scope, receive, noted)
-        except (ClientDisconnect, ConnectionError):
+        except (ClientDisconnect, ClientStalled):
             return  # nobody is left to be answered
         except Exception as error:
             answer = as_api_error(error, scope["path"])
             if not started:
                 await error_response(scope["path"], answer)(scope, receive, send)
-            elif isinstance(error, ApiError | OnewordError) and answer.status < 500:
+            elif isinstance(error, ApiError):  # the others are logged already
                 log_failure(error)
 
 

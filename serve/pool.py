@@ -1,7 +1,7 @@
 """Which picture is next, and how much work is accepted: the queue in front of one engine thread.
 
     generation = pool.submit(tenant, request, partials=2)        raises ApiError, at no cost to the engine
-    async for index, event in generation:
+    async for picture_event in generation:
         ...
 
 A request enters picture by picture: picture i is a request of its own with the seed `seed + i`. Tenants take turns,
@@ -22,13 +22,13 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import TracebackType
-from typing import Final, NamedTuple, Self, TypeAlias
+from typing import Final, Self, TypeAlias
 
 import numpy as np
 
 from oneword.engines.errors import OnewordError
 from oneword.runtime.bundle import Manifest
-from oneword.runtime.events import PictureDone
+from oneword.runtime.events import Latents, PictureDone
 from oneword.runtime.request import Request, ResolvedSettings, resolve
 from oneword.serve.errors import ApiError, Busy, Invalid, Unavailable, from_oneword
 from oneword.serve.keys import Tenant
@@ -61,7 +61,8 @@ class Dropped:
 GenerationEvent: TypeAlias = Started | Step | Partial | Done | Failed | Dropped
 
 
-class PictureEvent(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class PictureEvent:
     """An event of picture `index` of a generation."""
 
     index: int
@@ -104,7 +105,14 @@ class Generation:
     """
 
     def __init__(
-        self, pool: "Pool", tenant: Tenant, request: Request, settings: ResolvedSettings, partials: int, label: str
+        self,
+        pool: "Pool",
+        tenant: Tenant,
+        request: Request,
+        settings: ResolvedSettings,
+        partials: int,
+        label: str,
+        task_id: str,
     ) -> None:
         self.id = uuid.uuid4().hex
         self.tenant = tenant
@@ -112,6 +120,10 @@ class Generation:
         self.settings = settings
         self.label = label
         """Whatever the caller wants to find it by."""
+        self.task_id = task_id
+        """The client's own name for it, if it gave one."""
+        self.denoised: Latents | None = None
+        """The newest preview."""
         self.created = pool.clock()
         self.pictures: list[PictureDone | None] = [None] * request.num_images
         """The pictures that are ready, by index."""
@@ -185,8 +197,8 @@ class Generation:
     async def wait(self) -> list[PictureDone]:
         """All pictures, by index. Raises the ApiError of the first one that fails, and cancels the others."""
         with self:
-            async for _, event in self:
-                match event:
+            async for picture_event in self:
+                match picture_event.event:
                     case Failed(error=error):
                         raise from_oneword(error)
                     case Dropped(error=refusal):
@@ -201,6 +213,7 @@ class Generation:
         kind = type(event).__name__
         if isinstance(event, Step):
             kind = "preview" if event.denoised is not None else "step"
+            self.denoised = self.denoised if event.denoised is None else event.denoised
         elif isinstance(event, Partial):
             kind = f"partial {event.step}"
         self._unread.pop((index, kind), None)
@@ -248,7 +261,14 @@ class Pool:
         self._hurry = asyncio.Event()
 
     def submit(
-        self, tenant: Tenant, request: Request, *, partials: int = 0, deadline: float | None = None, label: str = ""
+        self,
+        tenant: Tenant,
+        request: Request,
+        *,
+        partials: int = 0,
+        deadline: float | None = None,
+        label: str = "",
+        task_id: str = "",
     ) -> Generation:
         """Queues a request, at once. Pictures that the engine does not have `deadline` seconds from now are dropped.
 
@@ -265,7 +285,7 @@ class Pool:
             settings = resolve(request, self.manifest)
         except OnewordError as error:
             raise from_oneword(error) from None
-        generation = Generation(self, tenant, request, settings, partials, label)
+        generation = Generation(self, tenant, request, settings, partials, label, task_id)
         self._check_room(generation)
         self._spend(generation)
         self._enter(generation, deadline)
@@ -503,8 +523,9 @@ class Pool:
         generation._next_index = generation.request.num_images
         self._count(generation, -generation._branch_pixels * count, -generation._pixels * count)
         self._leave(generation, count)
-        for index in range(first, first + count) if error is not None else ():
-            generation._push(index, Dropped(error))
+        if error is not None:
+            for index in range(first, first + count):
+                generation._push(index, Dropped(error))
 
     def _leave(self, generation: Generation, pictures: int) -> None:
         """Counts pictures of a generation as over, and forgets it after the last one."""

@@ -193,6 +193,8 @@ class Worker:
         self.slots = max_rows
         """Pictures of the bundle's size that can share a step; fewer than `max_rows` if the engine has a limit."""
         self.state = State.STARTING
+        self.backend = ""
+        """What runs the graphs, with its version and precision, once it is open."""
         self.failure = ""
         """Why the thread failed: one line, which may hold paths."""
         self.ready = threading.Event()
@@ -333,6 +335,7 @@ class Worker:
             spent = sum(scheduler.seconds[stage] - before[stage] for stage in ("encode", "decode"))
             self._decoding.add(settings.width * settings.height, spent)
         self.slots = scheduler.denoiser.capacity(_default_size(model))
+        self.backend = model.engine("denoise_step").backend
         self._publish(scheduler)
         return scheduler
 
