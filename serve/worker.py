@@ -212,7 +212,7 @@ class Worker:
         self._messages: queue.SimpleQueue[_Message] = queue.SimpleQueue()
         self._tickets: dict[int, Ticket] = {}
         self._denoising, self._decoding = _Speed(), _Speed()
-        self._seconds = dict.fromkeys(("encode", "denoise", "decode", "partial"), 0.0)
+        self._seconds: dict[str, float] = {"encode": 0.0, "denoise": 0.0, "decode": 0.0, "partial": 0.0}
         self._turns = 0
         self._expected_seconds = 0.0
 
