@@ -421,7 +421,7 @@ class Worker:
         return seconds
 
     def _pass_on(self, event: Event) -> None:
-        """Tells the listener of an event's picture; forgets the picture if this was the last event."""
+        """Passes an event on to its listener; forgets the picture if this was the last event."""
         ticket = self._tickets[event.id]
         match event:
             case StepDone(step=step, steps=steps, denoised=denoised):
