@@ -17,7 +17,6 @@ from oneword.runtime.request import Request
 from oneword.serve.a1111_dialect import ALIASES, SCHEDULERS, ModelNames, Plan
 from oneword.serve.a1111_schemas import (
     ModelItem,
-    Pictures,
     Progress,
     ProgressState,
     SamplerItem,
@@ -61,12 +60,8 @@ def pictures_answer(
         ).decode()
         for done in (pictures if body.send_images is not False else ())
     ]
-    answer = Pictures(
-        images=images,
-        parameters=echo(body),
-        info=json.dumps(info(body, plan, pictures, manifest, version)),
-    )
-    return answer.model_dump_json().encode()
+    details = json.dumps(info(body, plan, pictures, manifest, version))
+    return json.dumps({"images": images, "parameters": echo(body), "info": details}).encode()
 
 
 def info(
