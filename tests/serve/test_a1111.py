@@ -96,6 +96,7 @@ def test_webuiapi_generates_edits_inpaints_and_interrupts(tenants: tuple[Running
     assert stopped["answer"] == {}
     assert stopped["pictures"] < 8
     assert stopped["seed"] == 3
+    assert found["skip"] == {}
     assert found["errors"]["sampler"][0] == 404
     assert found["errors"]["hr"][0] == 422
     assert "enable_hr" in found["errors"]["hr"][1]
@@ -225,6 +226,28 @@ def test_progress_and_interrupt_are_the_callers_own(tenants: tuple[Running, Runn
             assert progress(other)["state"]["job_count"] == 0
 
         assert answer.result().status_code == 200
+        assert len(answer.result().json()["images"]) < 8
+
+
+def test_without_keys_the_caller_is_an_address(server: Running, http: httpx.Client) -> None:
+    ended = threading.Event()
+    elsewhere = httpx.HTTPTransport(local_address="127.0.0.2")
+    with server.client(transport=elsewhere) as other, server.client() as mine, ThreadPoolExecutor(1) as pool:
+
+        def drawn() -> httpx.Response:
+            try:
+                return mine.post("/sdapi/v1/txt2img", json=LONG)
+            finally:
+                ended.set()
+
+        answer = pool.submit(drawn)
+        wait_for_step(http, 1, ended)
+        assert progress(other)["state"]["job_count"] == 0
+        other.post("/sdapi/v1/skip")
+        assert progress(http)["state"]["job_count"] == 8
+        assert http.post("/sdapi/v1/skip").json() == {}
+        assert progress(http)["state"]["job_count"] == 0
+
         assert len(answer.result().json()["images"]) < 8
 
 

@@ -448,10 +448,10 @@ def test_pictures_are_sent_in_the_format_that_was_asked_for_or_not_at_all(manife
 def test_an_interrupted_request_answers_the_pictures_that_were_ready(manifest: Manifest) -> None:
     plan = txt2img(manifest, seed=5, n_iter=3)
 
-    some = info(TextToImage(), plan, [done(plan, 0)], manifest, "v")
+    first = info(TextToImage(), plan, [done(plan, 0)], manifest, "v")
     none = info(TextToImage(), plan, [], manifest, "v")
 
-    assert (some["all_seeds"], len(some["infotexts"])) == ([5], 1)
+    assert (first["all_seeds"], len(first["infotexts"])) == ([5], 1)
     assert (none["seed"], none["all_seeds"], none["infotexts"]) == (5, [5, 6, 7], [])
 
 
