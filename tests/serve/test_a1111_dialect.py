@@ -494,9 +494,9 @@ def test_progress_adds_up_a_callers_requests(manifest: Manifest) -> None:
 
 def test_progress_is_zero_at_rest_and_only_then(manifest: Manifest) -> None:
     begun = progress_of([Job(img2img(manifest), 0, (0, 20), 0.0, 9.0)])
-    rest = progress_of([])
+    idle = progress_of([])
 
-    assert (rest.progress, rest.eta_relative, rest.state.job_count) == (0, 0, 0)
+    assert (idle.progress, idle.eta_relative, idle.state.job_count) == (0, 0, 0)
     assert 0 < begun.progress < 0.1
     assert (begun.state.job, begun.state.job_count) == ("img2img", 1)
 
