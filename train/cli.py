@@ -170,12 +170,13 @@ def command(
 def learn_locally(job: Job, console: Console) -> dict[str, Any]:
     """Learns in this process and writes the concepts. Returns what `--json` prints."""
     make_report = import_report() if job.report else None
-    from oneword.train.checkpoint import forget, held  # imports torch, so only once the options are valid
-    from oneword.train.learn import learn, quiet
+    from oneword.export.source import silence_libraries  # imports torch, so only once the options are valid
+    from oneword.train.checkpoint import forget, held
+    from oneword.train.learn import learn
     from oneword.train.preview import SheetFolders
     from oneword.train.progress import log, show
 
-    quiet()
+    silence_libraries()
     started = time.perf_counter()
     checkpoints = job.checkpoints or Path(job.rows[0]["output"]).with_suffix(".run")
     tasks = job.tasks()

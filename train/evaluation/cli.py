@@ -88,13 +88,13 @@ def score(
     """Returns every word's scores and the paper's two bounds as JSON values; writes sample sheets to `output`."""
     import numpy as np
 
-    from oneword.train.evaluation.evaluate import bounds, evaluate  # imports torch, so not for --help
+    from oneword.export.source import silence_libraries  # imports torch, so not for --help
+    from oneword.train.evaluation.evaluate import bounds, evaluate
     from oneword.train.evaluation.judge import Judge
     from oneword.train.evaluation.report import as_json, sheet
-    from oneword.train.learn import quiet
     from oneword.train.pictures import read_pictures
 
-    quiet()
+    silence_libraries()
     subject = Subject(settings["subject"])
     groups = PROMPTS[prompts][subject]
     options: dict[str, Any] = {
