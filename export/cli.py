@@ -90,10 +90,11 @@ def command(
     static_sizes: tuple[tuple[int, int], ...],
     as_json: bool,
 ) -> None:
-    """Compile MODEL into the folder BUNDLE.
+    """Compile MODEL into the folder BUNDLE, in place of an older bundle.
 
-    MODEL is a diffusers directory, a hub id, a single .safetensors file or `miniature`. Every graph is compared with
-    PyTorch on fresh inputs before the bundle appears.
+    MODEL is a diffusers directory, a hub id, a single .safetensors file or `miniature`. It becomes ONNX graphs, which
+    ONNX Runtime and OpenVINO compile when they open them. Every graph is compared with PyTorch on fresh inputs before
+    the bundle appears.
     """
     started = time.perf_counter()
     plans = None if flavour is None else Flavour(flavour)

@@ -24,7 +24,14 @@ from oneword.train.recipe import Subject
 @version_option
 @click.argument("bundle", type=PATH)
 @click.option("--concept", "concepts", multiple=True, required=True, type=PATH, help="A learned word; may be repeated.")
-@click.option("--images", "folders", multiple=True, required=True, type=PATH, help="Training pictures, once per word.")
+@click.option(
+    "--images",
+    "folders",
+    multiple=True,
+    required=True,
+    type=PATH,
+    help="Folder of the training pictures, once for each --concept.",
+)
 @click.option("--judge", default="miniature", show_default=True, help="Directory of a CLIP model.")
 @click.option("--prompts", type=click.Choice(list(PROMPTS)), help="Set of prompts.  [default: the judge's]")
 @click.option(
