@@ -115,7 +115,7 @@ class NotFound(ApiError):
 
 
 class Conflict(ApiError):
-    """409: the name is taken, or has changed in the meantime. Asks openai's client not to retry, which it otherwise does."""
+    """409: the name is taken, or has changed in the meantime. openai's client retries unless asked not to."""
 
     def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
         super().__init__(409, message, code, param, {"x-should-retry": "false"})
