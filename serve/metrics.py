@@ -19,7 +19,9 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry(auto_describe=True)
         self.requests = self._counter("requests", "Answers, by route and status.", "route", "status")
-        self.pictures = self._counter("pictures", "Pictures that ended, by outcome: done, failed, cancelled.", "outcome")
+        self.pictures = self._counter(
+            "pictures", "Pictures that ended, by outcome: done, failed, cancelled.", "outcome"
+        )
         self.rejected = self._counter("rejected", "Requests that were refused, by reason.", "reason")
         self.cancelled = self._counter("cancelled", "Pictures that were cancelled, by phase.", "phase")
         self.queue_seconds = self._histogram("queue_seconds", "Wait from arrival until a picture has a slot.", _WAITS)

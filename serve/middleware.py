@@ -71,7 +71,9 @@ def install(
 
 def is_public(path: str) -> bool:
     """Whether a path needs no key: the page, its static files, health checks, and pictures, whose names are secret."""
-    return path in ("/", "/favicon.ico", "/health/live", "/health/ready") or path.startswith(("/static/", "/v1/pictures/"))
+    return path in ("/", "/favicon.ico", "/health/live", "/health/ready") or path.startswith(
+        ("/static/", "/v1/pictures/")
+    )
 
 
 def route_path(scope: Scope) -> str:

@@ -349,4 +349,3 @@ async def _form(
     if len(given_masks) > 1:
         raise Invalid(f"{len(given_masks)} masks were uploaded, allowed is one", param="mask")
     return text, [data for name in images for data in files.get(name, [])], given_masks
-

@@ -32,9 +32,7 @@ class Rename(Fields):
 
 
 @router.get("/v1/words")
-async def words(
-    http: Request, after: str = "", limit: Annotated[int, Query(ge=1, le=1000)] = 100
-) -> dict[str, object]:
+async def words(http: Request, after: str = "", limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> dict[str, object]:
     """The caller's words by name, from the one behind `after`."""
     state, tenant = _context(http)
     records = await state.words.list(tenant, after, limit + 1)

@@ -142,7 +142,9 @@ def test_a_wrong_field_is_one_line_that_names_it(
 
 def test_a_file_in_an_unknown_field_and_a_text_instead_of_a_file_are_refused(http: httpx.Client) -> None:
     unknown = http.post("/v1/images/edits", data={"prompt": "a cat"}, files={"picture": png()})
-    text = http.post("/v1/images/edits", data={"prompt": "a cat", "image": "http://127.0.0.1/x.png"}, files={"mask": png()})
+    text = http.post(
+        "/v1/images/edits", data={"prompt": "a cat", "image": "http://127.0.0.1/x.png"}, files={"mask": png()}
+    )
     none = http.post("/v1/images/edits", data={"prompt": "a cat"}, files={"mask": png()})
 
     assert [response.status_code for response in (unknown, text, none)] == [400, 400, 400]
