@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from benchmarks import latency, training
+from benchmarks.miniature import percent
 
 
 @pytest.fixture
@@ -85,3 +86,8 @@ def test_the_latency_page_has_a_section_for_each_model(tmp_path: Path) -> None:
         f"## {case.title}" for case in latency.CASES.values()
     ]
     assert "](latency.png)" in text
+
+
+@pytest.mark.parametrize(("share", "text"), [(0.9798, "97.98%"), (0.975, "97.5%"), (0.98, "98.0%"), (1.0, "100.0%")])
+def test_a_share_that_misses_its_target_has_enough_digits_to_show_it(share: float, text: str) -> None:
+    assert percent(share, 0.98) == text
