@@ -33,7 +33,7 @@ def test_learning_is_compared_by_medians_and_by_the_time_to_equal_scores(
     assert "| oneword, 50 steps | 15.0 | 0.650 | 0.200 |" in text
     assert "| diffusers, 100 steps | 150.0 | 0.700 | 0.200 |" in text
     assert "| median of words | at least 5 | 5.0 |" in text
-    assert "| by word (0: none of our runs reached both) |  | 10, 0 |" in text
+    assert "| by word (0: no run of oneword reached both) |  | 10, 0 |" in text
     assert (tmp_path / "training.svg").read_text().startswith("<svg")
 
 
