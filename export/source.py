@@ -8,6 +8,7 @@ import importlib.metadata
 import importlib.resources
 import inspect
 import json
+import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any
 
 import diffusers
 import torch
+import transformers
 from diffusers import AutoencoderKL, UNet2DConditionModel, VQModel
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertModel
 from huggingface_hub import HfApi, snapshot_download
@@ -89,6 +91,16 @@ class Source:
             parts.append(file_digest(self.file))
         parts += [f"{file_digest(lora.file)} {lora.scale!r}" for lora in self.loras]
         return parts[0] if len(parts) == 1 else hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def silence_libraries() -> None:
+    """Turns off the progress bars and warnings of diffusers and transformers, and the messages of the libraries that
+    they use, for commands. Errors are still raised, and a download still shows its progress."""
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+    for name in ("huggingface_hub", "torch.utils._sympy"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def load_source(

@@ -17,9 +17,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import diffusers
 import numpy as np
-import transformers
 
 from oneword import __version__
 from oneword.engines.errors import OnewordError, UsageError
@@ -258,10 +256,3 @@ def provenance(source: Source, task: Task, recipe: Recipe, seed: int, steps: int
         "steps": str(steps),
         "version": __version__,
     }
-
-
-def quiet() -> None:
-    """Turns off the progress bars and warnings of diffusers and transformers, for commands."""
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
