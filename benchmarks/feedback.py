@@ -1,8 +1,8 @@
 """Refines words by the likes of a simulated user: python -m benchmarks.feedback [--write]
 
-A user has one of the twelve held-out looks in mind, as five pictures. In each round it sees six pictures of "a photo of
-a <word>", ten steps each, and ranks them by the judge's cosine to the five, plus noise (N(0, 0.05)). Eight rounds are 48
-pictures. Every method starts from `object` and is given the same user.
+A user has one of the twelve held-out looks in mind, as five pictures. In each round it sees six pictures of "a photo
+of a <word>", ten steps each, and ranks them by the judge's cosine to the five, plus noise (N(0, 0.05)). Eight rounds
+are 48 pictures. Every method starts from `object` and has the same user.
 
 likeness    mean cosine (by the judge) of six fresh pictures of the word to the five; after 3 rounds the target is 0.5,
             after 8 it is 0.8 of the ceiling

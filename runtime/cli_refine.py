@@ -93,23 +93,25 @@ def command(
     """
     if "{}" not in prompt:
         raise UsageError(f"--prompt is {prompt[:80]!r}, it needs a {{}} where the word should be")
-    lexicon = Lexicon.read(Bundle.open(bundle), [load_concept(path) for path in concepts])
+    learned = [load_concept(path) for path in concepts]
+    lexicon = Lexicon.read(Bundle.open(bundle), learned)
     fresh = {"token": token, "aspects": aspects, "candidates": candidates, "seed": seed}
-    state, continued = _state(start, lexicon, fresh)
-    output = output or (Path(start) if continued else Path(f"{token_from_stem(state.token.strip('<>'))}-refined"))
-    output = output.with_name(output.name + ".safetensors") if output.suffix != ".safetensors" else output
+    state, continued = _state(start, lexicon, learned, fresh)
+    if output is None:
+        output = Path(start if continued else f"{state.token.strip('<>')}-refined.safetensors")
+    if output.suffix != ".safetensors":
+        raise UsageError(f"--output {output}, allowed is a file name that ends in .safetensors")
     if output.exists() and not (continued and output.samefile(start)):
         raise UsageError(f"{output} exists: continue it with --start {output}, or choose another --output")
     for _ in range(undone):
         state = undo(state)
     for answer in answers:
         state = judged(state, answer)
-    save_concept(finish(state, lexicon), output)
-
     session = _Session(Model.open(bundle, engine), lexicon, prompt, output, settings)
+    save_concept(finish(state, lexicon), output)
     while len(state.rounds) < rounds and state.room:
         session.show(state)
-        if not sys.stdin.isatty():
+        if not on_terminal():
             break
         after = _asked(state)
         if after is None:
@@ -131,6 +133,7 @@ class _Session:
     """Draws the rounds, each on a sheet."""
 
     def __init__(self, model: Model, lexicon: Lexicon, prompt: str, output: Path, settings: dict[str, Any]) -> None:
+        Request(prompt, **settings)  # raises if a setting is wrong
         self.model, self.lexicon, self.prompt, self.settings = model, lexicon, prompt, settings
         self.folder = output.with_suffix(".rounds")
         self.sheet: Path | None = None
@@ -158,6 +161,11 @@ class _Session:
             save_png(labelled_grid([images], [""], [headings]), self.sheet, pictures[0].parameters)
             self.seconds.append(time.perf_counter() - start)
             progress.note(f"round {number}: {self.sheet}")
+
+
+def on_terminal() -> bool:
+    """Whether there is somebody to ask."""
+    return sys.stdin.isatty() and sys.stderr.isatty()
 
 
 def judged(state: Refinement, answer: str) -> Refinement:
@@ -197,23 +205,30 @@ def _asked(state: Refinement) -> Refinement | None:
             click.echo(str(error), err=True)
 
 
-def _state(start: str, lexicon: Lexicon, fresh: dict[str, Any]) -> tuple[Refinement, bool]:
+def _state(start: str, lexicon: Lexicon, learned: Sequence[Concept], fresh: dict[str, Any]) -> tuple[Refinement, bool]:
     """The state to begin with, and whether it continues the rounds of a file."""
-    if not start.endswith(".safetensors"):
-        name = fresh["token"] or f"<{token_from_stem(start)}>"
-        settings = {key: fresh[key] for key in ("candidates", "seed") if fresh[key] is not None}
-        lexicon.direction(start)  # raises if the model does not have the word
-        return Refinement(name, start, _aspects(fresh["aspects"], lexicon), lexicon.digest, **settings), False
-    concept = load_concept(start)
-    state = Refinement.of(concept)
-    if state is None:
-        settings = {key: fresh[key] for key in ("candidates", "seed") if fresh[key] is not None}
-        state = refine_concept(concept, lexicon, _aspects(fresh["aspects"], lexicon), **settings)
+    concept = next((word for word in learned if word.token == start), None)
+    if start.endswith(".safetensors"):
+        concept = load_concept(start)
+        if state := Refinement.of(concept):
+            _refuse(fresh)
+            propose(state, lexicon)  # raises if its words or its model are others
+            return state, True
+    settings = {name: fresh[name] for name in ("candidates", "seed") if fresh[name] is not None}
+    aspects = _aspects(fresh["aspects"], lexicon)
+    if concept is not None:
+        state = refine_concept(concept, lexicon, aspects, **settings)
         return (state if fresh["token"] is None else replace(state, token=fresh["token"])), False
+    lexicon.direction(start)  # raises if the model does not have the word
+    token = fresh["token"] or f"<{token_from_stem(start).strip('<>')}>"
+    return Refinement(token, start, aspects, lexicon.digest, **settings), False
+
+
+def _refuse(fresh: dict[str, Any]) -> None:
+    """Raises UsageError for settings that only a new refinement has."""
     for name, value in fresh.items():
         if value is not None:
             raise UsageError(f"--{name} cannot change in a refinement that has begun: leave it out, or start again")
-    return state, True
 
 
 def _aspects(path: Path | None, lexicon: Lexicon) -> tuple[Aspect, ...]:
