@@ -14,7 +14,6 @@ from oneword.engines.errors import UsageError
 from oneword.engines.open import Backend
 from oneword.runtime.aspects import DEFAULT_ASPECTS, Aspect, read_aspects
 from oneword.runtime.backends import AUTO
-from oneword.runtime.bundle import Bundle
 from oneword.runtime.commands import HELP, PATH, ProgressBar, json_option, print_json, run_command, version_option
 from oneword.runtime.concept import Concept, load_concept, save_concept, token_from_stem
 from oneword.runtime.drawing import draw
@@ -94,7 +93,7 @@ def command(
     if "{}" not in prompt:
         raise UsageError(f"--prompt is {prompt[:80]!r}, it needs a {{}} where the word should be")
     learned = [load_concept(path) for path in concepts]
-    lexicon = Lexicon.read(Bundle.open(bundle), learned)
+    lexicon = Lexicon.read(bundle, learned)
     fresh = {"token": token, "aspects": aspects, "candidates": candidates, "seed": seed}
     state, continued = _state(start, lexicon, learned, fresh)
     if output is None:

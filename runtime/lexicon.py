@@ -5,6 +5,7 @@ the vocabulary: the mean length of an encoder's rows that are not zero.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -49,8 +50,9 @@ class Lexicon:
         """The mean of the vocabulary's directions [D]; not a unit vector."""
 
     @classmethod
-    def read(cls, bundle: Bundle, learned: Iterable[Concept] = ()) -> Self:
-        """The lexicon of a bundle's model, and of learned words for it. Raises BundleError."""
+    def read(cls, bundle: Bundle | str | Path, learned: Iterable[Concept] = ()) -> Self:
+        """The lexicon of a bundle's model, and of learned words for it. Raises UsageError, BundleError."""
+        bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         encoders = bundle.manifest.encoders
         tokenizers = {encoder.graph: Tokenizer.read(bundle.file(encoder.tokenizer), encoder) for encoder in encoders}
         tables = {encoder.graph: base_table(bundle.file(encoder.table)) for encoder in encoders}
