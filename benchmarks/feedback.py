@@ -15,7 +15,8 @@ The methods: `aspects` is `ti-refine`; `a third removed` is the same without a r
 `cma-es` search among eight principal components of the vocabulary; `random` mixes words at random and keeps the best.
 `--development` uses other looks, one per shape, on which settings may be tuned; it cannot be written.
 
-`--write` puts the table into docs/results/feedback.md. Ends in one line of JSON. Not covered: people.
+Every run is kept in `--work` and not repeated; delete that folder to measure again. `--write` puts the table into
+docs/results/feedback.md. Ends in one line of JSON. Not covered: people.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -35,6 +36,7 @@ from PIL import Image
 from benchmarks import words
 from benchmarks.exported import exported
 from benchmarks.pages import RESULTS, empty_page, marked, provenance, table, write_section
+from oneword.engines.files import write_whole
 from oneword.export.source import find_model
 from oneword.runtime.aspects import Aspect
 from oneword.runtime.bundle import Bundle
@@ -261,19 +263,36 @@ def main() -> None:
 
     args.work.mkdir(parents=True, exist_ok=True)
     lab = opened(args.work)
+    kind = "development" if args.development else "held-out"
     looks = (development_looks() if args.development else world.HELD_OUT_LOOKS)[: args.looks]
-    ceilings = [] if args.development else [ceiling(lab, look, args.work, i) for i, look in enumerate(looks)]
     results: dict[str, list[dict[str, Any]]] = {}
     for name in args.methods:
         results[name] = [
-            run(lab, name, look, 100 * number + seed) for number, look in enumerate(looks) for seed in range(args.seeds)
+            stored(
+                args.work / f"{kind}-{name.replace(' ', '-')}-{number}-{seed}.json", run, lab, name, look, number, seed
+            )
+            for number, look in enumerate(looks)
+            for seed in range(args.seeds)
         ]
         print(f"{name:16}", "  ".join(f"{n}: {mean(results[name], n):.2f}" for n in SCORED), flush=True)
+    ceilings = [
+        stored(args.work / f"{kind}-ceiling-{number}.json", ceiling, lab, look, number, args.work)
+        for number, look in enumerate(looks)
+    ]
     text = summary(results, ceilings, args)
     print(text)
     if args.write:
-        write_section(PAGE, "feedback", f"{provenance('feedback')}\n\n{text}", NEW_PAGE)
+        newest = max(args.work.glob("held-out-*.json"), key=lambda file: file.stat().st_mtime)
+        write_section(PAGE, "feedback", f"{provenance('feedback', stored=newest)}\n\n{text}", NEW_PAGE)
     print(json.dumps(report(results, ceilings)))
+
+
+def stored(file: Path, measure: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    """What `measure(*arguments)` returned when it was first called; the file keeps it."""
+    if not file.exists():
+        write_whole(file, json.dumps(measure(*arguments)).encode(), sync=False)
+    measured: dict[str, Any] = json.loads(file.read_text())
+    return measured
 
 
 def opened(work: Path) -> Lab:
@@ -311,20 +330,21 @@ def without_a_third(aspects: Sequence[Aspect], seed: int) -> tuple[Aspect, ...]:
     )
 
 
-def run(lab: Lab, name: str, look: world.Look, seed: int) -> dict[str, Any]:
+def run(lab: Lab, name: str, look: world.Look, number: int, seed: int) -> dict[str, Any]:
     """One user refines one word: likeness by round, the answers, and the seconds of a round."""
-    hidden = lab.judge.pictures(words.draw(look, (words.SEEN[0], *words.SEEN), 1000 + seed))
+    hidden = lab.judge.pictures(five(look, number))
+    seed += 100 * number
     method, rng = lab.method(name, seed), np.random.default_rng([seed, 7])
-    scores, seconds = {0: score(lab, method.word(), hidden)}, []
-    for number in range(1, ROUNDS + 1):
+    scores, seconds = {"0": score(lab, method.word(), hidden)}, []
+    for turn in range(1, ROUNDS + 1):
         start = time.perf_counter()
-        pictures = pictures_of(lab, method.propose(), [PROMPT], 5000 + 10 * seed + number)
+        pictures = pictures_of(lab, method.propose(), [PROMPT], 5000 + 10 * seed + turn)
         labelled_grid([pictures], [""], [[str(i) for i in range(1, CANDIDATES + 1)]])
         seconds.append(time.perf_counter() - start)
         noisy = (lab.judge.pictures(pictures) @ hidden.T).mean(1) + rng.normal(0, NOISE, CANDIDATES)
         method.judge(np.argsort(-noisy).tolist())
-        if number in SCORED:
-            scores[number] = score(lab, method.word(), hidden)
+        if turn in SCORED:
+            scores[str(turn)] = score(lab, method.word(), hidden)
     wanted = {"shape": look.shape, "colour": look.colour, "pattern": look.pattern}
     found = method.answers()
     return {
@@ -374,9 +394,14 @@ def by_pixels(lab: Lab, concept: Concept, look: world.Look) -> float:
     return float(np.mean([object_right(image, scene, 0) for image, scene in zip(pictures, scenes, strict=True)]))
 
 
-def ceiling(lab: Lab, look: world.Look, work: Path, number: int) -> dict[str, float]:
-    """The likeness of the word that `ti-train` learns from the five pictures. It is learned once."""
-    training = words.draw(look, (words.SEEN[0], *words.SEEN), 1000 + 100 * number)
+def five(look: world.Look, number: int) -> npt.NDArray[np.uint8]:
+    """The five pictures that a user has in mind, which are those of `benchmarks.words`."""
+    return words.draw(look, (words.SEEN[0], *words.SEEN), 1000 * number)
+
+
+def ceiling(lab: Lab, look: world.Look, number: int, work: Path) -> dict[str, float]:
+    """The scores of the word that `ti-train` learns from the five pictures."""
+    training = five(look, number)
     output, folder = work / f"{number:02d}.safetensors", work / f"{number:02d}"
     if not output.exists():
         folder.mkdir(exist_ok=True)
@@ -391,7 +416,7 @@ def ceiling(lab: Lab, look: world.Look, work: Path, number: int) -> dict[str, fl
 
 def mean(runs: Sequence[Mapping[str, Any]], number: int) -> float:
     """The mean likeness after a round."""
-    return float(np.mean([entry["scores"][number] for entry in runs]))
+    return float(np.mean([entry["scores"][str(number)] for entry in runs]))
 
 
 def report(

@@ -183,8 +183,8 @@ def judged(state: Refinement, answer: str) -> Refinement:
         return judge(state, ranking=[value - 1 for value in values])
     if 0 in values and len(values) > 1:
         raise UsageError(f"the answer {answer[:60]!r} has 0 beside other numbers: {_ANSWER}")
-    if both := {value for value in values if value and -value in values}:
-        raise UsageError(f"the answer {answer[:60]!r} both likes and dislikes picture {max(both)}: {_ANSWER}")
+    if overlap := {value for value in values if value and -value in values}:
+        raise UsageError(f"the answer {answer[:60]!r} both likes and dislikes picture {max(overlap)}: {_ANSWER}")
     return judge(state, likes=[v - 1 for v in values if v > 0], dislikes=[-v - 1 for v in values if v < 0])
 
 

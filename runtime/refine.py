@@ -330,8 +330,8 @@ def _described(state: Refinement, choice: Choice) -> str:
 def _levels_of_likes(likes: Sequence[int], dislikes: Sequence[int], count: int) -> tuple[int, ...]:
     for index in (*likes, *dislikes):
         _within("candidate", index, 0, count - 1)
-    if both := set(likes) & set(dislikes):
-        raise UsageError(f"candidate {min(both)} is both liked and disliked: give each once")
+    if overlap := set(likes) & set(dislikes):
+        raise UsageError(f"candidate {min(overlap)} is both liked and disliked: give each once")
     return tuple((index in likes) - (index in dislikes) for index in range(count))
 
 

@@ -189,12 +189,12 @@ def test_liked_words_come_more_often() -> None:
 
 def test_local_candidates_are_in_pairs_on_opposite_sides_of_the_centre() -> None:
     lex, state = lexicon(), played(4, candidates=6)
-    centre, *others = rows(propose(state, lex)).astype(np.float64)
+    centre, *pairs = rows(propose(state, lex)).astype(np.float64)
     unit = centre / np.linalg.norm(centre)
 
     # unit(z + d) and unit(z - d), stretched so that their parts along z are 1, add up to 2 z where d is orthogonal to
     # z, and lie in one plane with it in any case.
-    for plus, minus in ((others[0], others[1]), (others[2], others[3])):
+    for plus, minus in ((pairs[0], pairs[1]), (pairs[2], pairs[3])):
         assert np.linalg.matrix_rank(np.stack([unit, plus, minus]), tol=1e-5) == 2
 
 
