@@ -41,7 +41,13 @@ _ANSWER = "allowed are numbers such as 2 5 -3, 0 for none, or all of them from b
 )
 @click.option("--token", help="Name of the refined word.", show_default="<WORD>, or the FILE's")
 @click.option("--aspects", type=PATH, help="File of aspects, one a line: NAME: WORD, WORD.", show_default="built in")
-@click.option("--concept", "concepts", type=PATH, multiple=True, help="File of a learned word that --aspects or --start names; may be repeated.")
+@click.option(
+    "--concept",
+    "concepts",
+    type=PATH,
+    multiple=True,
+    help="File of a learned word that --aspects or --start names; may be repeated.",
+)
 @click.option("--rounds", type=click.IntRange(0), default=ROUNDS, show_default=True, help="Rounds in all.")
 @click.option("--candidates", type=int, show_default=str(CANDIDATES), help="Pictures per round.")
 @click.option("--seed", type=int, show_default="0", help="Of the candidates and, counted up by round, of the pictures.")

@@ -6,9 +6,10 @@
         state = judge(state, likes=[1, 4], dislikes=[2])
     word = finish(state, lexicon)                     its provenance holds the state: Refinement.of(word)
 
-The first rounds search over words (Thompson sampling, Thompson 1933): each aspect is a bandit whose arms are its
-words, and a candidate adds one word of each aspect to the start. Later rounds search near the best one (Rocchio 1971).
-All randomness comes from the seed and the number of the round, so a state is the record of its judgements, no more.
+The first rounds search over words: a candidate adds one word of each aspect to the start, the words' effects have a
+Gaussian posterior, and candidates are drawn from it (Thompson sampling; Thompson 1933). Later rounds search near the
+best word (Rocchio 1971). All randomness comes from the seed and the number of the round, so a state is the record of
+its judgements, no more.
 
 Not covered: drawing, who judges, and learning from pictures (`oneword.train`).
 """
@@ -31,13 +32,13 @@ from oneword.runtime.lexicon import Direction, Lexicon
 
 CANDIDATES: Final = 6
 MIN_CANDIDATES, MAX_CANDIDATES = 3, 16
-ASPECT_ROUNDS: Final = 4
+ASPECT_ROUNDS: Final = 8
 MAX_ROUNDS: Final = 40
 MAX_JSON: Final = 40 << 10  # of the 64 KiB that a concept file's header may have
 PROVENANCE_KEY: Final = "refinement"
 
 CENTRE: Final = 0.3  # weight of the start in a candidate
-SPREAD: Final = 0.7  # standard deviation of one reward
+PRIOR, NOISE = 0.5, 0.7  # standard deviations of a word's effect and of a candidate's score
 LIKED, DISLIKED = 1.0, 0.25  # Rocchio's weights
 COMPONENTS: Final = 8  # of the words tried, for the local search
 SIGMA, DECAY = 0.15, 0.93  # size of the local search's steps
@@ -212,36 +213,51 @@ def normal_scores(levels: Sequence[int]) -> npt.NDArray[np.float64]:
     return scores
 
 
-def posterior(state: Refinement) -> list[tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]]:
-    """Mean and standard deviation of each word's reward, [words] for each aspect.
+def posterior(state: Refinement) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Mean [W] and covariance [W, W] of the effects of all aspects' words, one aspect after another.
 
-    A reward is a normal score minus that of the best word so far, which puts all rounds on one scale.
+    A candidate's normal score is the sum of its words' effects, an unknown offset of the round, and noise. The best
+    word so far is a candidate of every round, which puts all rounds on one scale.
     """
-    sums = [np.zeros(len(aspect.words)) for aspect in state.aspects]
-    trials = [np.zeros(len(aspect.words)) for aspect in state.aspects]
-    for judged in state.rounds:
-        for choice, reward in zip(judged.choices, judged.scores - judged.scores[0], strict=False):
-            for number, index in enumerate(choice):
-                if index != NONE:
-                    sums[number][index] += reward
-                    trials[number][index] += 1
-    return [(s / (n + 1), SPREAD / np.sqrt(n + 1)) for s, n in zip(sums, trials, strict=True)]
+    rounds = [judged for judged in state.rounds if judged.choices]
+    design = [_indicators(state, judged.choices) for judged in rounds]
+    x = np.concatenate([np.zeros((0, _word_count(state))), *(rows - rows.mean(0) for rows in design)])
+    y = np.concatenate([np.zeros(0), *(judged.scores for judged in rounds)])
+    covariance = np.linalg.inv(np.eye(x.shape[1]) / PRIOR**2 + x.T @ x / NOISE**2)
+    return covariance @ (x.T @ y) / NOISE**2, covariance
 
 
 def best_choice(state: Refinement) -> Choice:
-    """The word with the highest mean reward of each aspect; NONE where no mean is above 0."""
-    return tuple(int(mean.argmax()) if mean.max() > 0 else NONE for mean, _ in posterior(state))
+    """The word with the highest mean effect of each aspect; NONE where no mean is above 0."""
+    mean, _ = posterior(state)
+    return tuple(int(part.argmax()) if part.max() > 1e-9 else NONE for part in _by_aspect(state, mean))
 
 
 def _choices(state: Refinement) -> tuple[Choice, ...]:
     """The choices of the next round's candidates: the best so far, then K - 1 draws from the posterior."""
     rng = np.random.default_rng([state.seed, len(state.rounds)])
-    count = state.candidates - 1
-    drawn = [
-        (mean + deviation * rng.standard_normal((count, len(mean)))).argmax(1).tolist()
-        for mean, deviation in posterior(state)
+    mean, covariance = posterior(state)
+    noise = rng.standard_normal((state.candidates - 1, len(mean)))
+    drawn = _by_aspect(state, mean + noise @ np.linalg.cholesky(covariance).T)
+    return (best_choice(state), *zip(*(part.argmax(1).tolist() for part in drawn), strict=True))
+
+
+def _indicators(state: Refinement, choices: Sequence[Choice]) -> npt.NDArray[np.float64]:
+    """Which words the candidates have, as 0 and 1: [K, W]."""
+    columns = [
+        np.array([choice[number] for choice in choices])[:, None] == np.arange(len(aspect.words))
+        for number, aspect in enumerate(state.aspects)
     ]
-    return (best_choice(state), *zip(*drawn, strict=True))
+    return np.concatenate(columns, axis=1).astype(np.float64)
+
+
+def _by_aspect(state: Refinement, values: npt.NDArray[np.float64]) -> list[npt.NDArray[np.float64]]:
+    """Values [..., W], split by aspect."""
+    return np.split(values, np.cumsum([len(aspect.words) for aspect in state.aspects])[:-1], axis=-1)
+
+
+def _word_count(state: Refinement) -> int:
+    return sum(len(aspect.words) for aspect in state.aspects)
 
 
 def _directions(state: Refinement, lexicon: Lexicon) -> list[Direction]:

@@ -48,6 +48,7 @@ def lexicon(encoders: tuple[tuple[str, int], ...] = (("text_encoder", 12),), dig
 
 def refinement(**changes: Any) -> Refinement:
     settings: dict[str, Any] = {"token": "<toy>", "start": "toy", "aspects": ASPECTS, "model": "model", "seed": 5}
+    settings["aspect_rounds"] = 4
     return Refinement(**{**settings, **changes})
 
 
@@ -83,28 +84,49 @@ def test_equal_levels_share_the_mean_of_their_scores() -> None:
     assert normal_scores([0, 0, 0, 0]) == pytest.approx([0, 0, 0, 0], abs=1e-12)
 
 
-def test_the_posterior_mean_is_the_sum_of_rewards_over_trials_plus_one() -> None:
-    # Of three candidates, scores are -+0.86942: the normal quantile of 0.625 / 3.25.
-    first = Round((0, 2, -2), ((NONE, NONE), (0, 1), (0, 0)))  # rewards 0.86942, -0.86942
-    second = Round((-2, 0, 2), ((NONE, 1), (1, 1), (2, 0)))  # rewards 0, 0.86942, 1.73885
-    state = refinement(candidates=3, rounds=(first, second))
+def test_the_posterior_of_one_round_is_the_closed_form() -> None:
+    # Scores 0, a, -a for none, star, ring, where a is the normal quantile of 2.625 / 3.25. Centred, the design has the
+    # eigenvalue 1 along (1, -1) and 1/3 along (1, 1); a ridge of (noise / prior)^2 = 1.96 is added to both.
+    a, noise = 0.86942, 0.7
+    state = refinement(
+        candidates=3,
+        aspects=(ASPECTS[1],),
+        rounds=(Round((0, 2, -2), ((NONE,), (0,), (1,))),),
+    )
 
-    (colour, colour_spread), (shape, shape_spread) = posterior(state)
+    mean, covariance = posterior(state)
 
-    assert colour == pytest.approx([0, 0.86942 / 2, 1.73885 / 2], abs=1e-5)
-    assert shape == pytest.approx([(-0.86942 + 1.73885) / 3, (0.86942 + 0 + 0.86942) / 4], abs=1e-5)
-    assert colour_spread == pytest.approx(0.7 / np.sqrt([3, 2, 2]))
-    assert shape_spread == pytest.approx(0.7 / np.sqrt([3, 4]))
-    assert best_choice(state) == (2, 1)
-    assert state.words == {"colour": "green", "shape": "ring"}
+    assert mean == pytest.approx([a / 2.96, -a / 2.96], abs=1e-5)
+    difference, total = noise**2 / (1 + 1.96), noise**2 / (1 / 3 + 1.96)
+    assert covariance == pytest.approx(
+        np.array([[total + difference, total - difference], [total - difference, total + difference]]) / 2
+    )
 
 
-def test_a_word_that_is_no_better_than_none_is_not_chosen() -> None:
-    state = refinement(candidates=3, rounds=(Round((2, 0, -2), ((NONE, NONE), (0, 1), (1, 0))),))
+def test_before_the_first_round_every_word_has_the_prior() -> None:
+    mean, covariance = posterior(refinement())
 
-    assert best_choice(state) == (NONE, 1) or best_choice(state) == (NONE, NONE)
-    assert max(posterior(state)[0][0]) == 0  # green was not tried
-    assert best_choice(state)[0] == NONE
+    assert not mean.any()
+    np.testing.assert_allclose(covariance, 0.25 * np.eye(5))
+    assert best_choice(refinement()) == (NONE, NONE)
+
+
+def test_a_word_is_not_blamed_for_the_words_beside_it() -> None:
+    # red star wins, red ring and blue ring lose equally: it is the star, not red, that was liked.
+    state = refinement(candidates=3, rounds=(Round((2, -1, -1), ((0, 0), (0, 1), (1, 1))),))
+
+    mean, _ = posterior(state)
+
+    assert mean[3] > mean[0] > 0 > mean[1] > mean[4]
+    assert mean[2] == 0  # green was not tried
+    assert state.words == {"colour": "red", "shape": "star"}
+
+
+def test_an_aspect_whose_words_are_no_better_than_none_is_left_alone() -> None:
+    state = refinement(candidates=3, rounds=(Round((2, -1, -1), ((NONE, NONE), (0, 1), (1, 0))),))
+
+    assert best_choice(state) == (NONE, NONE)
+    assert state.words == {}
 
 
 @pytest.mark.parametrize("ranking", [[0, 1, 2, 3, 4, 5], [3, 5, 1, 0, 2, 4]])
@@ -130,7 +152,7 @@ def test_the_first_candidate_of_the_first_round_is_the_start_with_the_vocabulary
 def test_a_candidate_is_0_3_of_the_start_and_a_word_of_each_aspect_without_the_vocabulary_s_mean() -> None:
     table = np.random.default_rng(0).normal(0, 0.1, (len(NAMES), 12))
     unit = table / np.linalg.norm(table, axis=1, keepdims=True)
-    state = refinement(candidates=3, rounds=(Round((0, 2, -2), ((NONE, NONE), (2, 0), (0, 1))),))
+    state = refinement(candidates=3, rounds=(Round((0, 2, -2), ((NONE, NONE), (2, 0), (0, 1))),))  # likes green star
     toy, green, star = (unit[NAMES.index(name)] for name in ("toy", "green", "star"))
     expected = 0.3 * toy + (green - unit.mean(0)) + (star - unit.mean(0))
 
