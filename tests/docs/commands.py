@@ -39,7 +39,7 @@ def page() -> str:
     """The page's text."""
     scripts = importlib.metadata.distribution("oneword").entry_points.select(group="console_scripts")
     commands = {script.name: importlib.import_module(script.module).command for script in scripts}
-    names = ["ti-train", "ti-export", "ti-run", "ti-concept", "ti-eval"]
+    names = ["ti-train", "ti-export", "ti-run", "ti-concept", "ti-refine", "ti-eval"]
     sections = [_section(name, commands[name]) for name in [*names, *sorted(commands.keys() - {*names})]]
     return "\n".join([HEAD, *sections])
 
