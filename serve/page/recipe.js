@@ -1,0 +1,63 @@
+/**
+ * A recipe: all that makes a grid of pictures. Pure.
+ *
+ *   {prompt, negative, seed, count, steps, sampler, guidance, width, height, clipSkip, eta, rescale, interval,
+ *    image, mask, strength}
+ *
+ * Undefined means the server's default. `image` and `mask` are Blobs; transparent pixels of a mask are repainted.
+ * Picture i of a recipe has the seed `seed + i`.
+ */
+
+export const MAX_COUNT = 10;
+const MAX_SEED = 2 ** 31;
+
+export const randomSeed = () => Math.floor(Math.random() * MAX_SEED);
+
+/** The recipe of picture `index` alone. */
+export const single = (recipe, index) => ({ ...recipe, seed: recipe.seed + index, count: 1 });
+
+/** The fields of a request for the server's images API, by name. */
+export function requestFields(recipe) {
+  const { width, height, interval } = recipe;
+  const fields = {
+    prompt: recipe.prompt,
+    n: recipe.count,
+    seed: recipe.seed,
+    size: width && height ? `${width}x${height}` : undefined,
+    negative_prompt: recipe.negative || undefined,
+    num_inference_steps: recipe.steps,
+    sampler: recipe.sampler || undefined,
+    guidance_scale: recipe.guidance,
+    guidance_rescale: recipe.rescale || undefined,
+    guidance_interval: interval,
+    clip_skip: recipe.clipSkip || undefined,
+    eta: recipe.eta || undefined,
+    strength: recipe.image ? recipe.strength : undefined,
+  };
+  return Object.fromEntries(Object.entries(fields).filter(([, value]) => value !== undefined));
+}
+
+/** A multipart form of fields; a list becomes one entry a value, `name[]`. */
+export function formOf(fields, files = {}) {
+  const form = new FormData();
+  for (const [name, value] of Object.entries(fields)) {
+    if (Array.isArray(value)) for (const item of value) form.append(`${name}[]`, String(item));
+    else form.append(name, String(value));
+  }
+  for (const [name, value] of Object.entries(files)) {
+    if (Array.isArray(value)) for (const item of value) form.append(`${name}[]`, item);
+    else if (value) form.append(name, value, `${name}.png`);
+  }
+  return form;
+}
+
+/** Neighbouring indexes grouped into runs `{first, count}`: what is left to ask for after a connection was lost. */
+export function missingRuns(indexes) {
+  const runs = [];
+  for (const index of [...indexes].sort((a, b) => a - b)) {
+    const last = runs.at(-1);
+    if (last && last.first + last.count === index) last.count += 1;
+    else runs.push({ first: index, count: 1 });
+  }
+  return runs;
+}
