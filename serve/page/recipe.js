@@ -9,12 +9,12 @@
  */
 
 export const MAX_COUNT = 10;
-const MAX_SEED = 2 ** 31;
+const SEEDS = 1_000_000; // short enough to read out
 
-export const randomSeed = () => Math.floor(Math.random() * MAX_SEED);
+export const randomSeed = () => Math.floor(Math.random() * SEEDS);
 
-/** The recipe of picture `index` alone. */
-export const single = (recipe, index) => ({ ...recipe, seed: recipe.seed + index, count: 1 });
+/** The recipe of picture `index` alone, without what is left to the server. */
+export const single = (recipe, index) => defined({ ...recipe, seed: recipe.seed + index, count: 1 });
 
 /** The fields of a request for the server's images API, by name. */
 export function requestFields(recipe) {
@@ -34,8 +34,10 @@ export function requestFields(recipe) {
     eta: recipe.eta || undefined,
     strength: recipe.image ? recipe.strength : undefined,
   };
-  return Object.fromEntries(Object.entries(fields).filter(([, value]) => value !== undefined));
+  return defined(fields);
 }
+
+const defined = (fields) => Object.fromEntries(Object.entries(fields).filter(([, value]) => value !== undefined));
 
 /** A multipart form of fields; a list becomes one entry a value, `name[]`. */
 export function formOf(fields, files = {}) {

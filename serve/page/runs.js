@@ -5,6 +5,7 @@ import { pause, whenReady } from "./connection.js";
 import { ApiError, Unreachable, isCancel } from "./errors.js";
 import * as gallery from "./gallery.js";
 import { missingRuns, single } from "./recipe.js";
+import { recipeIn } from "./restore.js";
 import { afterEvent, closed, isActive, newRun, openIndexes, restarted } from "./run.js";
 import { makeStore } from "./store.js";
 
@@ -85,7 +86,7 @@ async function followPart(id, first, count, signal) {
     const done = event.type.endsWith(".completed");
     const blob = done ? await blobOf(event.data) : null;
     const index = done ? indexOf(id, first, event.data) : 0;
-    const picture = done ? await gallery.keep(blob, single(recipe, index)) : null;
+    const picture = done ? await gallery.keep(blob, { ...(await recipeIn(blob)), ...single(recipe, index) }) : null;
     change(id, (run) => afterEvent(run, first, event, picture));
     if (done && (left -= 1) === 0) return;
   }

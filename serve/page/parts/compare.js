@@ -48,7 +48,7 @@ export function Compare() {
 
   return html`
     <h1 tabindex="-1" class="title">Compare words</h1>
-    <form class="panel composer" onSubmit=${(event) => (event.preventDefault(), submit())}>
+    <form class="panel composer wide" onSubmit=${(event) => (event.preventDefault(), submit())}>
       <${PromptBox} id="compare-prompt" label="One sentence, with {} where each word goes" placeholder="a photo of a {} in the snow"
         value=${state.prompt} tokens=${[]} hole onInput=${(prompt) => change({ prompt })} onSubmit=${submit} describedBy="compare-help" />
       <p id="compare-help" class=${hasHole ? "hidden" : "note"}>${hasHole ? "The seeds are the same for each word." : "Write {} where each word goes."}</p>

@@ -38,7 +38,7 @@ export function Gallery() {
     </section>`}
     ${all?.length > 0 && found.length === 0 && html`<p class="quiet empty-line">No prompt contains “${search}”.</p>`}
     <div class="tiles small">
-      ${found.slice(0, limit).map((picture) => html`<${DoneTile} key=${picture.id} picture=${picture} siblings=${found} name=${`${picture.recipe.prompt}, seed ${picture.recipe.seed}`}
+      ${found.slice(0, limit).map((picture) => html`<${DoneTile} key=${picture.id} picture=${picture} siblings=${found} lazy name=${`${picture.recipe.prompt}, seed ${picture.recipe.seed}`}
         ratio=${{ aspectRatio: `${picture.recipe.width ?? 1} / ${picture.recipe.height ?? 1}` }} />`)}
     </div>
     ${found.length > limit && html`<p class="center"><button class="button" onClick=${() => setLimit(limit + PAGE)}>Show more</button></p>`}

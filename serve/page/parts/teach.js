@@ -61,12 +61,8 @@ export function Teach() {
       <div class="teach-fields">
         <div class="field">
           <label for="name">Name it</label>
-          <div class="bracketed">
-            <span aria-hidden="true">‹</span>
-            <input id="name" type="text" value=${name} placeholder="toy" autocomplete="off" autocapitalize="none" spellcheck="false" maxlength="64"
-              aria-describedby="todo" onInput=${(event) => setName(event.target.value.replace(/[\s<>]+/g, "-"))} />
-            <span aria-hidden="true">›</span>
-          </div>
+          <input id="name" class="name" type="text" value=${name} placeholder="for example, toy" autocomplete="off" autocapitalize="none"
+            spellcheck="false" maxlength="64" aria-describedby="todo" onInput=${(event) => setName(event.target.value.replace(/[\s<>]+/g, "-"))} />
         </div>
         <div class="field">
           <label for="init">What is it, in one plain word?</label>
@@ -74,7 +70,7 @@ export function Teach() {
           <p id="init-help" class="quiet">Learning starts from this word.</p>
         </div>
         <button class="button primary large" type="submit" aria-disabled=${todo || busy ? "true" : "false"}>${busy ? "Sending the pictures…" : "Learn it"}</button>
-        <p id="todo" class="quiet" role="status">${busy ? "" : todo || "Ready. It takes about a minute."}</p>
+        <p id="todo" class="quiet" role="status">${busy ? "" : todo || "Ready"}</p>
         ${failure && html`<p class="note bad" role="alert">${failure}</p>`}
       </div>
     </form>

@@ -16,12 +16,12 @@ export function Tile({ tile, recipe, siblings, label = "" }) {
   `;
 }
 
-export function DoneTile({ picture, name, siblings, ratio }) {
+export function DoneTile({ picture, name, siblings, ratio, lazy = false }) {
   const open = () => viewed.set({ picture, siblings: siblings ?? [picture] });
   return html`
     <figure class="tile done" style=${ratio}>
       <button class="tile-open" aria-label=${`Open the picture with ${name}`} onClick=${open}>
-        <img src=${picture.url} alt=${picture.recipe.prompt} loading="lazy" decoding="async" />
+        <img src=${picture.url} alt=${picture.recipe.prompt} loading=${lazy ? "lazy" : undefined} />
       </button>
     </figure>
   `;

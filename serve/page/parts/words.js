@@ -12,7 +12,8 @@ export function Words() {
   const job = useStore(learning.current);
   const info = useStore(model);
   return html`
-    <h1 tabindex="-1" class="title">${job ? "Words" : "Teach a word"}</h1>
+    <h1 tabindex="-1" class="title">${job ? "Words" : "Teach it a word"}</h1>
+    ${!job && html`<p class="lede">A few pictures and a name. Then use the word in any sentence.</p>`}
     ${job ? html`<${Learning} job=${job} />` : info?.learning === false ? html`<${NoLearning} />` : html`<${Teach} />`}
     <${WordList} />
   `;
