@@ -1,6 +1,9 @@
 # make demo    learn a word from five pictures, export the miniature, draw the word in new scenes: one contact sheet
 # make test    run the tests
 # make test-plans  run the tests that build TensorRT-RTX plans, which are cached in .cache/plans
+# make test-server   run the tests of the server, with OpenAI's and A1111's clients in an environment of their own
+# make test-browser  run the tests of the server's page in Chromium (Debian's: apt-get install chromium)
+# make test-ray      run the tests of the server on Ray Serve
 # make check   lint, format, types, layers, spelling, and the documentation as `make docs` builds it
 # make docs    build the documentation as a site, in site/; every broken link is an error
 # make bench   measure the miniature and learned words against their bars (other benchmarks: python -m benchmarks.NAME)
@@ -14,6 +17,7 @@
 comma := ,
 PYTHON ?= $(firstword $(foreach minor,11 12 13,$(shell command -v python3.$(minor))) python3)
 VENV ?= .venv
+CLIENTS ?= $(CURDIR)/.venv-clients
 TORCH_INDEX ?=
 EXTRAS ?= cpu,train,dev
 TEST_EXTRAS ?= openvino$(comma)ray$(comma)tensorboard$(if $(filter Linux-x86_64,$(shell uname -s -m | tr ' ' -)),$(comma)tensorrt-rtx)
@@ -25,7 +29,7 @@ INSTALLED := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 TEST_INSTALLED := $(INSTALLED)$(if $(TEST_EXTRAS),-$(subst $(comma),-,$(TEST_EXTRAS)))
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
-.PHONY: help demo test test-plans check docs bench bench-gpu measure-gpu clean
+.PHONY: help demo test test-plans test-server test-browser test-ray check docs bench bench-gpu measure-gpu clean
 .DEFAULT_GOAL := help
 
 help:
@@ -39,6 +43,23 @@ test: $(TEST_INSTALLED)
 
 test-plans: $(TEST_INSTALLED)
 	$(BIN)/python -m pytest -m plans $(PYTEST_ARGS)
+
+test-server: $(TEST_INSTALLED) $(CLIENTS)/.installed
+	ONEWORD_CLIENTS=$(CLIENTS) $(BIN)/python -m pytest -m server $(PYTEST_ARGS)
+
+test-browser: $(TEST_INSTALLED) $(CLIENTS)/.installed
+	ONEWORD_CLIENTS=$(CLIENTS) $(BIN)/python -m pytest -m browser $(PYTEST_ARGS)
+
+test-ray: $(TEST_INSTALLED)
+	$(BIN)/python -m pytest -m ray $(PYTEST_ARGS)
+
+# The clients that judge the server, unmodified, at pinned versions.
+$(CLIENTS)/.installed: tests/serve/clients/requirements.txt tests/serve/clients/package.json
+	test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --disable-pip-version-check --quiet --requirement $<
+	cp tests/serve/clients/package.json $(CLIENTS)
+	if command -v npm >/dev/null; then cd $(CLIENTS) && npm install --silent --no-audit --no-fund; fi
+	@touch $@
 
 check: docs
 	$(BIN)/ruff check .
@@ -77,6 +98,6 @@ $(TEST_INSTALLED): $(INSTALLED)
 endif
 
 clean:
-	rm -rf $(VENV) .venv-gpu .cache build dist *.egg-info src/*.egg-info demo-output .coverage \
+	rm -rf $(VENV) .venv-gpu .venv-clients .cache build dist *.egg-info src/*.egg-info demo-output .coverage \
 		.mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -86,14 +86,22 @@ def save_concept(concept: Concept, path: str | os.PathLike[str]) -> None:
 
     Raises ConceptError for a word that `load_concept` would refuse, FileError if it cannot be written.
     """
+    write_whole(Path(path), concept_bytes(concept, str(path)))
+
+
+def concept_bytes(concept: Concept, name: str = "the file") -> bytes:
+    """The content of the word's file. `name` is the file's, for errors.
+
+    Raises ConceptError for a word that `load_concept` would refuse.
+    """
     if set(concept.vectors) == {"text_encoder"}:
         tensors = {concept.token: concept.vectors["text_encoder"]}
     else:
         tensors = {_file_key(encoder): value for encoder, value in concept.vectors.items()}
     metadata = {"format": "pt", **concept.provenance, "token": concept.token}
     data = safetensors.numpy.save({key: np.ascontiguousarray(value) for key, value in tensors.items()}, metadata)
-    concept_of(*read_safetensors(data, str(path)), str(path))  # never write what load_concept would refuse
-    write_whole(Path(path), data)
+    concept_of(*read_safetensors(data, name), name)  # never write what load_concept would refuse
+    return data
 
 
 def load_concept(path: str | os.PathLike[str]) -> Concept:

@@ -1,4 +1,4 @@
-"""The mask of a masked edit: at the picture's size, at the latents' size, and to paste the original back."""
+"""The mask of a masked edit: at the picture's size, at the latents' size, and softened to paste the original back."""
 
 import numpy as np
 import numpy.typing as npt
@@ -33,4 +33,35 @@ def paste(image: Image, request: Request, settings: ResolvedSettings) -> Image:
     mask = edit_mask(request, settings)
     if mask is None or request.image is None or not request.paste:
         return image
-    return np.where(mask[..., None], image, resized(request.image, settings.width, settings.height))
+    original = resized(request.image, settings.width, settings.height)
+    if not request.mask_blur:
+        return np.where(mask[..., None], image, original)
+    return blended(image, original, paste_weights(mask, request.mask_blur))
+
+
+def paste_weights(mask: Mask, blur: float) -> npt.NDArray[np.float32]:
+    """How much of the new picture is pasted at each pixel, 0 to 1: the mask, blurred.
+
+    The blur is A1111's: a Gaussian of standard deviation `blur`, cut off at 2.5 deviations, with the mask mirrored at
+    its border. Source: AUTOMATIC1111/stable-diffusion-webui, modules/processing.py, and OpenCV's GaussianBlur.
+    """
+    radius = int(2.5 * blur + 0.5)
+    weights = mask.astype(np.float32)
+    if radius == 0:
+        return weights
+    kernel = np.exp(-0.5 * (np.arange(-radius, radius + 1) / blur) ** 2)
+    kernel = (kernel / kernel.sum()).astype(np.float32)
+    for axis in (0, 1):
+        lines = np.moveaxis(weights, axis, 0)
+        padded = np.pad(lines, ((radius, radius), (0, 0)), "reflect")
+        lines = np.zeros_like(lines)
+        for shift, factor in enumerate(kernel):
+            lines += factor * padded[shift : shift + len(lines)]
+        weights = np.moveaxis(lines, 0, axis)
+    return weights.clip(0, 1)
+
+
+def blended(image: Image, original: Image, weights: npt.NDArray[np.float32]) -> Image:
+    """`image` where a weight is 1, `original` where it is 0, a mixture in between."""
+    mixture = original + weights[..., None] * (image.astype(np.float32) - original)
+    return np.rint(mixture).astype(np.uint8)

@@ -2,7 +2,9 @@
 
 import io
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from oneword.engines.errors import FileError, OnewordError, UsageError, one_line
 from oneword.engines.files import write_whole
+from oneword.runtime.bundle import Preview
 from oneword.runtime.request import Image, Request, ResolvedSettings
 from oneword.runtime.samplers import Sampler
 
@@ -19,7 +22,7 @@ _MAX_BYTES = 256 << 20
 _MAX_PIXELS = 120_000_000  # of a file; generated pictures are limited by request.MAX_PIXELS
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # none that runs another program
 _TOPS = {"I": (255, 65535), "F": (1, 255, 65535)}  # possible values of white in modes without a fixed range
-_A1111_SAMPLERS = {
+A1111_SAMPLERS = {
     Sampler.DDIM: "DDIM",
     Sampler.DDPM: "DDPM",
     Sampler.EULER: "Euler",
@@ -51,10 +54,7 @@ def png_bytes(image: Image, parameters: str) -> bytes:
 
 
 def open_picture(path: Path) -> PIL.Image.Image:
-    """Reads a picture from an untrusted file: decoded, rotated as its EXIF says, 8 bits per channel, in its own mode.
-
-    An animation is read as its first frame. 16-bit values are scaled to 8 bits; floats and 32-bit integers, which have
-    no fixed range, are scaled by the smallest of 1 (floats only), 255 and 65535 that covers them all.
+    """Reads a picture from an untrusted file, as `decode_picture`.
 
     Raises UsageError if there is no such file, FileError if it is not a picture or has too many pixels.
     """
@@ -62,24 +62,40 @@ def open_picture(path: Path) -> PIL.Image.Image:
         if path.stat().st_size > _MAX_BYTES:
             raise FileError(f"{path} has more than {_MAX_BYTES >> 20} MiB: pass a smaller picture")
         with path.open("rb") as stream, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the size is checked below
-            picture = PIL.Image.open(stream, formats=_FORMATS)
-            if picture.width * picture.height > _MAX_PIXELS:
-                raise FileError(
-                    f"{path} is {picture.width}x{picture.height}, allowed are {_MAX_PIXELS} pixels: make it smaller"
-                )
-            picture.load()
-            return _eight_bits(PIL.ImageOps.exif_transpose(picture))
+            warnings.simplefilter("ignore")  # the size is checked in any case
+            return decode_picture(stream, str(path))
     except FileNotFoundError:
         raise UsageError(f"there is no picture {path}") from None
     except IsADirectoryError:
         raise UsageError(f"{path} is a folder: pass one picture") from None
+    except OSError as error:
+        raise FileError(f"{path} cannot be read as a picture: {error.strerror or one_line(error)}") from error
+
+
+def decode_picture(
+    stream: BinaryIO, name: str, max_pixels: int = _MAX_PIXELS, formats: Sequence[str] = _FORMATS
+) -> PIL.Image.Image:
+    """Decodes an untrusted picture: rotated as its EXIF says, 8 bits per channel, in its own mode.
+
+    An animation is read as its first frame. 16-bit values are scaled to 8 bits; floats and 32-bit integers, which have
+    no fixed range, are scaled by the smallest of 1 (floats only), 255 and 65535 that covers them all.
+
+    Raises FileError, with `name` and, for a damaged picture, Pillow's text, which can hold memory addresses.
+    """
+    try:
+        picture = PIL.Image.open(stream, formats=formats)
+        if picture.width * picture.height > max_pixels:
+            raise FileError(
+                f"{name} is {picture.width}x{picture.height}, allowed are {max_pixels} pixels: make it smaller"
+            )
+        picture.load()
+        return _eight_bits(PIL.ImageOps.exif_transpose(picture))
     except PIL.UnidentifiedImageError:
-        raise FileError(f"{path} cannot be read as a picture: allowed are {', '.join(_FORMATS)}") from None
+        raise FileError(f"{name} cannot be read as a picture: allowed are {', '.join(formats)}") from None
     except OnewordError:
         raise
     except Exception as error:  # Pillow's decoders can raise almost anything for a damaged file
-        raise FileError(f"{path} cannot be read as a picture: {one_line(error)}") from error
+        raise FileError(f"{name} cannot be read as a picture: {one_line(error)}") from error
 
 
 def on_white(picture: PIL.Image.Image) -> PIL.Image.Image:
@@ -107,11 +123,17 @@ def resized(image: Image, width: int, height: int) -> Image:
     return np.asarray(PIL.Image.fromarray(image).resize((width, height), PIL.Image.Resampling.LANCZOS))
 
 
+def preview_image(preview: Preview, latents: npt.NDArray[np.float32]) -> Image:
+    """A small picture [h, w, 3] of latents [C, h, w] by a bundle's linear map, without the decoder."""
+    rgb = np.moveaxis(latents, 0, -1) @ np.array(preview.weights, np.float32) + np.array(preview.bias, np.float32)
+    return (rgb.clip(0, 1) * 255).round().astype(np.uint8)
+
+
 def parameters_text(request: Request, settings: ResolvedSettings, seed: int, model: str = "") -> str:
     """A1111's generation parameters: prompt, negative prompt, then `Name: value` pairs."""
     pairs: dict[str, object] = {
         "Steps": settings.steps,
-        "Sampler": _A1111_SAMPLERS[settings.sampler],
+        "Sampler": A1111_SAMPLERS[settings.sampler],
         "CFG scale": settings.guidance_scale,
         "Seed": seed,
         "Size": f"{settings.width}x{settings.height}",
@@ -120,6 +142,8 @@ def parameters_text(request: Request, settings: ResolvedSettings, seed: int, mod
         pairs["Model"] = model
     if request.image is not None:
         pairs["Denoising strength"] = request.strength
+    if request.mask is not None and request.mask_blur:
+        pairs["Mask blur"] = f"{request.mask_blur:g}"
     if request.clip_skip:
         pairs["Clip skip"] = request.clip_skip + 1  # A1111 counts the last layer as 1
     if request.eta:

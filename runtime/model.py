@@ -23,6 +23,7 @@ from oneword.runtime.backends import AUTO, choose_backend
 from oneword.runtime.batched import CALLS, BatchedGraph
 from oneword.runtime.bundle import PLANS, Bundle, Encoder, Manifest, MissingNegative, ScheduleKind
 from oneword.runtime.concept import Concept, Vectors, load_concept
+from oneword.runtime.images import preview_image
 from oneword.runtime.profiles import DEFAULT_LIMITS, graph_ranges
 from oneword.runtime.prompt import Chunks, Tokenizer, Vocabulary, encode_ids
 from oneword.runtime.request import Image
@@ -144,6 +145,11 @@ class Model:
         return tuple(self._words)
 
     @property
+    def resident(self) -> int:
+        """Learned words whose rows are in the embedding tables now."""
+        return max(table.resident for table in self._tables.values())
+
+    @property
     def gpu_mib(self) -> int | None:
         """MiB of GPU memory in use by all processes; None without a GPU."""
         used = self.stream.memory_in_use()
@@ -176,19 +182,9 @@ class Model:
 
     def _check(self, concept: Concept) -> None:
         """Raises ConceptError for a word that this model cannot use."""
-        if concept.vectors.keys() != self._tables.keys():
-            raise ConceptError(
-                f"{concept.token!r} has vectors for {', '.join(sorted(concept.vectors))}, "
-                f"this model's encoders are {', '.join(sorted(self._tables))}: learn the word for this model"
-            )
+        check_fits(concept, self.manifest)
         for name, table in self._tables.items():
-            count, width = concept.vectors[name].shape
-            if width != table.width:
-                raise ConceptError(
-                    f"{concept.token!r} has vectors of width {width}, {name} takes width {table.width}: "
-                    "learn the word for this model"
-                )
-            if count > table.capacity:
+            if (count := len(concept.vectors[name])) > table.capacity:
                 raise ConceptError(
                     f"{concept.token!r} has {count} vectors, the embedding table has room for {table.capacity}: "
                     f"open the model with capacity={count}"
@@ -264,11 +260,7 @@ class Model:
 
     def preview(self, denoised: npt.NDArray[np.float32]) -> Image | None:
         """A small picture [h, w, 3] of latents [C, h, w] from the bundle's linear map; None if it has none."""
-        preview = self.manifest.preview
-        if preview is None:
-            return None
-        rgb = np.moveaxis(denoised, 0, -1) @ np.array(preview.weights, np.float32) + np.array(preview.bias, np.float32)
-        return (rgb.clip(0, 1) * 255).round().astype(np.uint8)
+        return None if self.manifest.preview is None else preview_image(self.manifest.preview, denoised)
 
     def warm(self, width: int, height: int) -> None:
         """Runs the encoders and the decoder at every call size, for pictures of this size. Raises EngineError."""
@@ -349,6 +341,22 @@ class Model:
             finite=all(bool(out["finite"].all()) for out in encoded.values()),
             weight_scale={name: np.array(out["weight_scale"]) for name, out in encoded.items()},
         )
+
+
+def check_fits(concept: Concept, manifest: Manifest) -> None:
+    """Raises ConceptError for a word that was learned for another model."""
+    widths = {encoder.graph: encoder.width for encoder in manifest.encoders}
+    if concept.vectors.keys() != widths.keys():
+        raise ConceptError(
+            f"{concept.token!r} has vectors for {', '.join(sorted(concept.vectors))}, "
+            f"this model's encoders are {', '.join(sorted(widths))}: learn the word for this model"
+        )
+    for name, vectors in concept.vectors.items():
+        if vectors.shape[1] != widths[name]:
+            raise ConceptError(
+                f"{concept.token!r} has vectors of width {vectors.shape[1]}, {name} takes width {widths[name]}: "
+                "learn the word for this model"
+            )
 
 
 def refuse_unsupported(manifest: Manifest) -> None:

@@ -15,7 +15,7 @@ import difflib
 import math
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple, Self
@@ -26,7 +26,7 @@ import tokenizers
 
 from oneword.engines.errors import BundleError, UsageError, one_line
 from oneword.runtime.bundle import TOKENIZER, Encoder
-from oneword.runtime.concept import Concept
+from oneword.runtime.concept import MAX_TOKEN_LENGTH, Concept
 
 MAX_CHARACTERS: Final = 20_000
 MAX_WEIGHT: Final = 100.0
@@ -35,6 +35,7 @@ _ATTENTION: Final = re.compile(r"\\[()\[\]\\]|\\|\(|\[|:\s*([+-]?[.\d]+)\s*\)|\)
 _BREAK: Final = re.compile(r"\s*\bBREAK\b\s*")
 _NAMED: Final = re.compile(r"<([^\s<>]+)>|\bembedding:(<[^\s<>]+>|[\w.+*@#!~&$%^=-]+)", re.IGNORECASE)
 _RUN: Final = re.compile(r"[\w.+*@#!~&$%^=-]{1,64}")
+_RUNS: Final = re.compile(r"[\w.+*@#!~&$%^=-]+")
 
 
 class Tokenizer:
@@ -77,20 +78,30 @@ class Tokenizer:
         return self._tokenizer.token_to_id(piece) is not None
 
 
+class UnknownWord(UsageError):
+    """A prompt names a word, as <word> or embedding:word, that the vocabulary does not contain."""
+
+    def __init__(self, message: str, name: str) -> None:
+        super().__init__(message)
+        self.name = name
+        """As the prompt has it, <> and embedding: included."""
+
+
 @dataclass(frozen=True)
 class Vocabulary:
     """The learned words that prompts may use, by token. Refers to the given mapping, without a copy."""
 
     words: Mapping[str, Concept]
+    bare_names: bool = True
+    """Whether a word whose token has no <> is also found by its bare name."""
 
     def named(self, name: str) -> Concept | None:
         """The word for <name> or embedding:name, whether or not its token has <> itself."""
-        bare = name.removeprefix("<").removesuffix(">")
-        return self._get(f"<{bare}>") or self._get(bare)
+        return next((self.words[token] for token in tokens_for(name) if token in self.words), None)
 
     def bare(self, name: str) -> Concept | None:
         """The word whose token has no <>."""
-        return self._get(name)
+        return self._get(name) if self.bare_names else None
 
     def near(self, name: str) -> list[str]:
         """Up to three tokens with a similar name."""
@@ -130,7 +141,7 @@ def encode_ids(prompt: str, tokenizer: Tokenizer, vocabulary: Vocabulary, encode
         if part is None:
             chunks.append([])
             continue
-        for piece in split_at_words(part.text, vocabulary, tokenizer):
+        for piece in split_at_words(part.text, vocabulary, tokenizer.knows):
             is_word = not isinstance(piece, str)
             if isinstance(piece, str):
                 ids = tokenizer.ids(piece)
@@ -203,11 +214,63 @@ def weighted_parts(prompt: str) -> list[Part | None]:
     return list(_joined(parts))
 
 
-def split_at_words(text: str, vocabulary: Vocabulary, tokenizer: Tokenizer) -> Iterator[str | Concept]:
-    """Yields the text between learned words, and each learned word. Raises UsageError for unknown words."""
+class NamedWords(NamedTuple):
+    """The names in a prompt that may be those of learned words, whether or not such words exist."""
+
+    bracketed: frozenset[str]
+    """x for each <x> and embedding:<x>."""
+    embeddings: frozenset[str]
+    """What follows each embedding: without <>. The word is the longest prefix that is one."""
+    bare: frozenset[str]
+    """What may start with a bare name. The word is the longest prefix that is one and does not end within a word."""
+
+
+def named_words(prompt: str) -> NamedWords:
+    """The names for which `encode_ids` would search the vocabulary, for those who fetch the words first.
+
+    It may contain more than the prompt uses: `used_words` decides. Raises UsageError for a malformed prompt.
+    """
+    bracketed, embeddings, bare = set[str](), set[str](), set[str]()
+    for part in filter(None, weighted_parts(prompt)):
+        position = 0
+        while named := _NAMED.search(part.text, position):
+            if _has_brackets(named):
+                bracketed.add((named.group(1) or named.group(2)).removeprefix("<").removesuffix(">"))
+                position = named.end()
+            else:
+                embeddings.add(named.group(2)[:MAX_TOKEN_LENGTH])
+                position = named.start(2)  # the name may end anywhere, and another begin there
+        unnamed = _NAMED.sub(lambda named: " " if _has_brackets(named) else named.group(), part.text)
+        for run in _RUNS.findall(unnamed):
+            starts = (i for i in range(len(run)) if not _word_character(run, i - 1))
+            bare.update(run[start : start + MAX_TOKEN_LENGTH] for start in starts)
+    return NamedWords(frozenset(bracketed), frozenset(embeddings), frozenset(bare))
+
+
+def used_words(prompt: str, vocabulary: Vocabulary, knows: Callable[[str], bool]) -> list[Concept]:
+    """The learned words in a prompt, in order. `knows` is Tokenizer.knows, or the same for several tokenizers.
+
+    Raises UsageError for a malformed prompt, UnknownWord.
+    """
+    parts = filter(None, weighted_parts(prompt))
+    pieces = (piece for part in parts for piece in split_at_words(part.text, vocabulary, knows))
+    return [piece for piece in pieces if not isinstance(piece, str)]
+
+
+def tokens_for(name: str) -> tuple[str, ...]:
+    """The tokens that <name> and embedding:name may mean, the first that exists wins."""
+    bare = name.removeprefix("<").removesuffix(">")
+    return tuple(dict.fromkeys((f"<{bare}>", f"<{bare.lower()}>", bare, bare.lower())))
+
+
+def split_at_words(text: str, vocabulary: Vocabulary, knows: Callable[[str], bool]) -> Iterator[str | Concept]:
+    """Yields the text between learned words, and each learned word. Raises UnknownWord.
+
+    `knows` says whether a text such as <|endoftext|> is a token of the model, and therefore no learned word.
+    """
     start = position = 0
     while position < len(text):
-        end, concept = _word_at(text, position, vocabulary, tokenizer)
+        end, concept = _word_at(text, position, vocabulary, knows)
         if concept is not None:
             if text[start:position].strip():
                 yield text[start:position]
@@ -218,22 +281,24 @@ def split_at_words(text: str, vocabulary: Vocabulary, tokenizer: Tokenizer) -> I
         yield text[start:]
 
 
-def _word_at(text: str, position: int, vocabulary: Vocabulary, tokenizer: Tokenizer) -> tuple[int, Concept | None]:
+def _word_at(
+    text: str, position: int, vocabulary: Vocabulary, knows: Callable[[str], bool]
+) -> tuple[int, Concept | None]:
     """The learned word at a position, after its end; if there is none, the next position to try, and None."""
     if named := _NAMED.match(text, position):
-        end, name = named.end(), named.group(1) or named.group(2)
-        while name and named.group(2) and name[0] != "<":  # embedding:toys is toy, then s: the longest known name
-            if concept := vocabulary.named(name):
-                return end, concept
-            name, end = name[:-1], end - 1
         name = named.group(1) or named.group(2)
+        if not _has_brackets(named):  # embedding:toys is toy, then s: the longest known name
+            for length in range(min(len(name), MAX_TOKEN_LENGTH), 0, -1):
+                if concept := vocabulary.named(name[:length]):
+                    return named.start(2) + length, concept
         if concept := vocabulary.named(name):
             return named.end(), concept
-        if not tokenizer.knows(named.group()):
+        if not knows(named.group()):
             near = vocabulary.near(name) or list(vocabulary.words)[:3]
-            raise UsageError(
+            raise UnknownWord(
                 f"no word {named.group()[:80]!r} is loaded, "
-                + (f"similar words: {', '.join(near)}" if near else "and no other: add its file with --concept")
+                + (f"similar words: {', '.join(near)}" if near else "and no other: add its file with --concept"),
+                named.group(),
             )
         return named.end(), None
     if vocabulary.words and not _word_character(text, position - 1) and (run := _RUN.match(text, position)):
@@ -241,6 +306,11 @@ def _word_at(text: str, position: int, vocabulary: Vocabulary, tokenizer: Tokeni
             if not _word_character(text, end) and (concept := vocabulary.bare(text[position:end])):
                 return end, concept
     return position + 1, None
+
+
+def _has_brackets(named: re.Match[str]) -> bool:
+    """Whether a match of _NAMED is <x> or embedding:<x>, so that its end is certain."""
+    return named.group().endswith(">")
 
 
 def _word_character(text: str, position: int) -> bool:

@@ -24,6 +24,7 @@ Image: TypeAlias = npt.NDArray[np.uint8]
 MAX_IMAGES = 1024
 MAX_STEPS = 1000
 MAX_PIXELS = 1 << 24  # 4096 x 4096
+MAX_MASK_BLUR = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,10 +58,13 @@ class Request:
     strength: float = 0.8
     mask: npt.NDArray[Any] | None = None
     """[H, W], bool or uint8, of the size of `image`."""
-    previews: int = 0
-    """Number of steps between previews; 0 means none."""
+    previews: int | frozenset[int] = 0
+    """Number of steps between previews, or the steps that have one; 0 means none. The last step never has one."""
     paste: bool = True
     """Whether to copy the pixels of `image` back outside the mask; False keeps the decoder's output there."""
+    mask_blur: float = 0.0
+    """Softens the mask's edge where the picture is pasted into `image`: a Gaussian's standard deviation in pixels of
+    the picture, up to 64, as in A1111. What the model regenerates stays the mask itself."""
     words: Mapping[str, Concept] | None = None
     """The learned words that the prompts may use, by token; None: those that are loaded in the model."""
 
@@ -80,7 +84,9 @@ class Request:
         _within("eta", self.eta, 0, 1)
         _within("clip_skip", self.clip_skip, 0, 100, integer=True)
         _within("strength", self.strength, 0, 1)
-        _within("previews", self.previews, 0, MAX_STEPS, integer=True)
+        for step in self.previews if isinstance(self.previews, frozenset) else (self.previews,):
+            _within("previews", step, 0, MAX_STEPS, integer=True)
+        _within("mask_blur", self.mask_blur, 0, MAX_MASK_BLUR)
         if self.guidance_interval is not None:
             _check_pair("guidance_interval", self.guidance_interval)
             low, high = self.guidance_interval
@@ -94,6 +100,12 @@ class Request:
                 raise UsageError("strength is 0, which changes nothing: allowed is more than 0, up to 1")
         if self.mask is not None:
             _check_mask(self.mask, self.image)
+
+    def has_preview(self, step: int) -> bool:
+        """Whether to show the picture after this step, the first being 1."""
+        if isinstance(self.previews, frozenset):
+            return step in self.previews
+        return self.previews > 0 and step % self.previews == 0
 
 
 @dataclass(frozen=True)

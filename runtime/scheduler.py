@@ -120,6 +120,11 @@ class Scheduler:
         """Number of pictures that are not done."""
         return len(self._rows) + len(self._finished) + sum(pending.left for pending in self._pending)
 
+    @property
+    def rows(self) -> int:
+        """Number of pictures that have a slot."""
+        return len(self._rows)
+
     def warm(self, *sizes: tuple[int, int]) -> None:
         """Opens the engines, and runs every call that pictures of these sizes (width, height) and prompts of one chunk
         can need, so that no later step compiles or binds. Defaults to the bundle's size. Raises EngineError."""
@@ -129,12 +134,13 @@ class Scheduler:
             self.model.warm(width, height)
             self.denoiser.warm((height // manifest.vae.factor, width // manifest.vae.factor, tokens))
 
-    def add(self, request: Request) -> int:
+    def add(self, request: Request, settings: ResolvedSettings | None = None) -> int:
         """Queues a request; its pictures start in the next steps. Returns its id.
 
-        Raises UsageError for everything that can be checked before it runs.
+        `settings` are those of `resolve`, if they are known. Raises UsageError for everything that can be checked
+        before it runs.
         """
-        settings = resolve(request, self.model.manifest)
+        settings = resolve(request, self.model.manifest) if settings is None else settings
         pending = _Pending(self._issued, request, settings)
         pending.tokenize(self.model)
         self._issued += 1
@@ -284,7 +290,7 @@ class Scheduler:
         try:
             if stepped and row.step == row.steps:
                 latents = self.denoiser.take(row)
-            elif stepped and row.request.previews and row.step % row.request.previews == 0:
+            elif stepped and row.request.has_preview(row.step):
                 preview = self.denoiser.denoised(row)
         except OnewordError as error:
             self._remove(row)

@@ -19,7 +19,17 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from oneword.engines.errors import BundleError, OnewordError, UsageError
 from oneword.runtime.bundle import Encoder
 from oneword.runtime.concept import Concept
-from oneword.runtime.prompt import Chunks, Part, Tokenizer, Vocabulary, encode_ids, weighted_parts
+from oneword.runtime.prompt import (
+    Chunks,
+    Part,
+    Tokenizer,
+    UnknownWord,
+    Vocabulary,
+    encode_ids,
+    named_words,
+    used_words,
+    weighted_parts,
+)
 
 CORPUS = (
     "a photo of the small red and blue striped toy on a wooden table in the style of an old painting party artist "
@@ -362,3 +372,94 @@ def _ids_or_message(prompt: str, tokenizer: Tokenizer) -> Chunks | str:
         return encode_ids(prompt, tokenizer, vocabulary(TOY))
     except OnewordError as error:
         return str(error)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "bracketed", "embeddings", "bare"),
+    [
+        ("a photo", set(), set(), {"a", "photo"}),
+        ("(<Toy>:1.2) BREAK [<gem>]", {"Toy", "gem"}, set(), set()),
+        ("embedding:<toy>, EMBEDDING:gem.", {"toy"}, {"gem."}, {"gem.", "EMBEDDING"}),
+        ("embedding:a-embedding:b", set(), {"a-embedding", "b"}, {"embedding", "a-embedding", "b"}),
+        ("<toy>gem x-y", {"toy"}, set(), {"gem", "x-y", "y"}),
+        ("\\(toy\\)", set(), set(), {"toy"}),
+        ("<a b> <> < c>", set(), set(), {"a", "b", "c"}),
+    ],
+)
+def test_the_names_in_a_prompt_are_found(
+    prompt: str, bracketed: set[str], embeddings: set[str], bare: set[str]
+) -> None:
+    assert named_words(prompt) == (bracketed, embeddings, bare)
+
+
+@pytest.mark.parametrize("prompt", ["(a:9999)", "(a:1.2.3)", "\ud800", "a" * 20_001])
+def test_the_names_of_a_malformed_prompt_are_a_usage_error(prompt: str) -> None:
+    with pytest.raises(UsageError):
+        named_words(prompt)
+
+
+TOKENS = ["<a>", "<A>", "a", "A", "<b>", "a-embedding", "ab", "a.b", "b.", "-b", "embedding", "É", "<é>"]
+PIECES = [
+    "<",
+    ">",
+    "a",
+    "A",
+    "b",
+    "embedding:",
+    "Embedding:",
+    "-",
+    ".",
+    " ",
+    "(",
+    ")",
+    ":1.1)",
+    "é",
+    "É",
+    "BREAK",
+    "\\",
+]
+
+
+@settings(max_examples=2_000, deadline=None)
+@given(st.lists(st.sampled_from(PIECES), max_size=12).map("".join), st.sets(st.sampled_from(TOKENS)))
+def test_no_word_is_used_whose_name_was_not_found(prompt: str, tokens: set[str]) -> None:
+    words = {token: Concept(token, {"text_encoder": np.ones((1, 4), np.float32)}) for token in tokens}
+    used = used_words(prompt, Vocabulary(words), lambda piece: True)
+
+    names = named_words(prompt)
+    for concept in used:
+        bare = concept.token.strip("<>")
+        exact = names.bracketed | {name.lower() for name in names.bracketed}
+        prefixes = [
+            name for name in names.embeddings | names.bare if name.startswith(bare) or name.lower().startswith(bare)
+        ]
+        assert bare in exact or prefixes, (prompt, concept.token)
+
+
+def test_used_words_are_those_that_the_tokenizer_is_given(tokenizer: Tokenizer) -> None:
+    tokens = ["<toy>", "gem", "<small>", "red-hat"]
+    words = {token: Concept(token, {"text_encoder": np.full((1, 4), i + 1.0)}) for i, token in enumerate(tokens)}
+    prompt = "a <toy> and (embedding:gems:1.2), red-hat <|endoftext|> <toy>"
+
+    used = used_words(prompt, Vocabulary(words), tokenizer.knows)
+
+    assert [concept.token for concept in used] == ["<toy>", "gem", "red-hat", "<toy>"]
+    assert [*encode_ids(prompt, tokenizer, Vocabulary(words)).concepts] == [
+        words[t] for t in ("<toy>", "gem", "red-hat")
+    ]
+
+
+def test_without_bare_names_a_word_needs_brackets_or_embedding(tokenizer: Tokenizer) -> None:
+    vocabulary = Vocabulary({"cat": Concept("cat", {"text_encoder": np.ones((1, 4))})}, bare_names=False)
+
+    assert used_words("a cat", vocabulary, tokenizer.knows) == []
+    assert len(used_words("a cat, <cat>, embedding:cat", vocabulary, tokenizer.knows)) == 2
+
+
+def test_an_unknown_word_is_named(tokenizer: Tokenizer) -> None:
+    with pytest.raises(UnknownWord, match="no word '<Gem>' is loaded") as info:
+        used_words("a <Gem>", NOTHING, tokenizer.knows)
+    assert info.value.name == "<Gem>"
+    with pytest.raises(UnknownWord) as info:
+        used_words("embedding:Gem!", NOTHING, tokenizer.knows)
+    assert info.value.name == "embedding:Gem!"

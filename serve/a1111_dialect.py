@@ -1,0 +1,305 @@
+"""A1111's way to ask for pictures: what a body of txt2img or img2img means as a `Request` of the runtime.
+
+Pure translation: no HTTP, no files, no sampling. Some meanings differ from the runtime's own: `clip_skip` counts from
+1; `eta` is 1 for ancestral samplers, and passed on to DDIM only, whose default is 0; a karras schedule is part of the
+sampler; picture i has the seed `seed + i`, over all `n_iter` x `batch_size` pictures. Left out, steps, size, guidance
+and sampler are the model's defaults, not A1111's.
+
+A key that asks for something this server does not do is refused by name; one that asks for nothing is taken. Unknown
+keys are ignored, as A1111 ignores them, unless they look like a misspelled one.
+"""
+
+import difflib
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import PurePath
+from typing import Any, Final
+
+from oneword.runtime.bundle import Manifest, Provenance
+from oneword.runtime.edit import Mask
+from oneword.runtime.images import A1111_SAMPLERS
+from oneword.runtime.request import MAX_IMAGES, Image, Request, ResolvedSettings, resolve
+from oneword.runtime.samplers import Sampler
+from oneword.serve.a1111_pictures import Crop, covering, filling
+from oneword.serve.a1111_schemas import ImageToImage, TextToImage
+from oneword.serve.errors import NotFound, Unprocessable
+
+RANDOM_SEEDS: Final = 2**32 - 1
+"""Seeds that are drawn at random are smaller, as in A1111."""
+PREVIEW_STEPS: Final = 10  # between two previews, A1111's default
+FORMATS: Final[Mapping[str, str]] = {"png": "png", "jpg": "jpeg", "jpeg": "jpeg", "webp": "webp"}
+ALIASES: Final[Mapping[Sampler, tuple[str, ...]]] = {
+    Sampler.DDIM: ("ddim", "k_ddim"),
+    Sampler.DDPM: ("ddpm", "k_ddpm"),
+    Sampler.EULER: ("euler", "k_euler"),
+    Sampler.EULER_A: ("euler-a", "k_euler_a", "k_euler_ancestral", "euler_ancestral"),
+    Sampler.DPMPP_2M: ("dpmpp-2m", "k_dpmpp_2m", "dpmpp_2m"),
+    Sampler.DPMPP_2M_KARRAS: ("dpmpp-2m-karras", "k_dpmpp_2m_ka", "dpmpp_2m_karras"),
+    Sampler.DPMPP_2M_SDE: ("dpmpp-2m-sde", "k_dpmpp_2m_sde", "dpmpp_2m_sde"),
+    Sampler.LCM: ("lcm", "k_lcm"),
+}
+"""Other names of the samplers: our own, k-diffusion's and ComfyUI's."""
+SCHEDULERS: Final[Mapping[str, str]] = {
+    "automatic": "Automatic",
+    "uniform": "Uniform",
+    "normal": "Normal",
+    "karras": "Karras",
+}
+"""Names and labels; all but karras are the model's own schedule."""
+
+_SAMPLERS: Final = {
+    name.lower(): sampler
+    for sampler, a1111_name in A1111_SAMPLERS.items()
+    for name in (a1111_name, sampler.value, *ALIASES[sampler])
+}
+_ANCESTRAL: Final = (Sampler.EULER_A, Sampler.DPMPP_2M_SDE)
+_NOT_DONE: Final[Mapping[str, str]] = {
+    "enable_hr": "the high-resolution fix",
+    "styles": "prompt styles",
+    "subseed_strength": "variation seeds",
+    "restore_faces": "face restoration",
+    "tiling": "tiling",
+    "s_churn": "churn",
+    "s_min_uncond": "steps without a negative prompt",
+    "refiner_checkpoint": "a refiner",
+    "firstpass_image": "the high-resolution fix",
+    "script_name": "scripts",
+    "alwayson_scripts": "scripts and extensions",
+    "infotext": "settings from a parameters text",
+    "latent_mask": "masks of latents",
+}
+_NEUTRAL: Final[Mapping[str, float]] = {"s_noise": 1.0, "initial_noise_multiplier": 1.0}
+_MAX_UNKNOWN: Final = 100  # keys that are compared with the known ones
+
+
+@dataclass(frozen=True)
+class ModelNames:
+    """The names under which a client knows this server's model."""
+
+    title: str
+    name: str
+    hash: str
+    sha256: str
+
+    @classmethod
+    def of(cls, source: Provenance) -> "ModelNames":
+        """Those of a bundle's weights, as A1111 would list a checkpoint."""
+        name, short = PurePath(source.id).name, source.digest[:10]
+        return cls(f"{name} [{short}]" if short else name, name, short, source.digest)
+
+    def include(self, name: object) -> bool:
+        """Whether a name means this model; so does none."""
+        return not name or str(name) in (self.title, self.name, self.hash, self.sha256)
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What a body asks for."""
+
+    request: Request
+    settings: ResolvedSettings
+    crop: Crop | None = None
+    """The part of the original picture that the request regenerates; None: the picture is the answer."""
+    format: str = "png"
+
+    def finished(self, image: Image) -> Image:
+        """A picture of the request as the client gets it."""
+        return image if self.crop is None else self.crop.pasted(image)
+
+
+def text_to_image(body: TextToImage, manifest: Manifest, random_seed: int) -> Plan:
+    """The plan of a txt2img. `random_seed` replaces a seed of -1. Raises NotFound, Unprocessable and UsageError."""
+    check(body)
+    overrides = checked_options(body.override_settings or {}, options(manifest), ModelNames.of(manifest.source))
+    sampler = sampler_of(body.sampler_name or body.sampler_index, body.scheduler, manifest)
+    count = (body.n_iter or 1) * (body.batch_size or 1)
+    if count > MAX_IMAGES:
+        raise Unprocessable(f"n_iter x batch_size is {count}, allowed are up to {MAX_IMAGES} pictures", "n_iter")
+    seed = -1 if body.seed is None else body.seed
+    if seed < -1:
+        raise Unprocessable(f"seed is {seed}, allowed are -1 (at random) and 0 to {2**63 - 1}", "seed")
+    clip_skip = overrides.get("CLIP_stop_at_last_layers") or body.clip_skip or 1
+    request = Request(
+        body.prompt or "",
+        body.negative_prompt or None,
+        seed=random_seed if seed == -1 else seed,
+        num_images=count,
+        steps=body.steps,
+        sampler=sampler,
+        guidance_scale=body.cfg_scale,
+        eta=_eta(sampler or Sampler(manifest.defaults.sampler), body.eta),
+        clip_skip=clip_skip - 1,
+        size=_size(body, manifest),
+        previews=PREVIEW_STEPS,
+    )
+    return Plan(request, resolve(request, manifest), format=FORMATS[overrides.get("samples_format") or "png"])
+
+
+def image_to_image(
+    body: ImageToImage, manifest: Manifest, random_seed: int, image: Image, mask: Mask | None = None
+) -> Plan:
+    """The plan of an img2img: `image` is the decoded first of its `init_images`, `mask` its mask as it was sent.
+
+    Raises as `text_to_image`.
+    """
+    plan = text_to_image(body, manifest, random_seed)
+    mode = body.resize_mode or 0
+    if mode not in (0, 1, 2):
+        raise Unprocessable(f"resize_mode is {mode}, allowed are 0 (stretch), 1 (crop) and 2 (fill)", "resize_mode")
+    blur = 0.0
+    if mask is not None:
+        _check_inpainting(body)
+        blur = _mask_blur(body)
+        mask = ~mask if body.inpainting_mask_invert else mask
+    strength = 0.75 if body.denoising_strength is None else body.denoising_strength
+    request = replace(plan.request, image=image, mask=mask, mask_blur=blur, strength=strength)
+    if request.size is None:  # the picture's
+        settings = resolve(request, manifest)
+        request = replace(request, size=(settings.width, settings.height))
+    assert request.size is not None
+    crop = None
+    if mask is not None and body.inpaint_full_res is not False:
+        padding = body.inpaint_full_res_padding or 0
+        crop = Crop.around(mask, image, blur=blur, padding=padding, size=request.size)
+        image, mask, mode = crop.cut(image), crop.cut(mask), 2
+    if mode:
+        resize = covering if mode == 1 else filling
+        image, mask = resize(image, *request.size), None if mask is None else resize(mask, *request.size)
+    request = replace(request, image=image, mask=mask, paste=crop is None)
+    return replace(plan, request=request, settings=resolve(request, manifest), crop=crop)
+
+
+def sampler_of(name: str | None, scheduler: str | None, manifest: Manifest) -> Sampler | None:
+    """The sampler of a name and a scheduler; None is the model's default. Raises NotFound and Unprocessable."""
+    if name and name.strip().lower() not in _SAMPLERS:
+        allowed = ", ".join(A1111_SAMPLERS.values())
+        raise NotFound(f"Sampler not found: {name[:60]!r}, allowed are {allowed}", "sampler_name")
+    sampler = _SAMPLERS[name.strip().lower()] if name else None
+    schedule = (scheduler or "automatic").strip().lower()
+    if schedule not in SCHEDULERS:
+        raise Unprocessable(f"scheduler is {schedule[:60]!r}, allowed are {', '.join(SCHEDULERS)}", "scheduler")
+    if schedule != "karras":
+        return sampler
+    if (sampler or manifest.defaults.sampler) in (Sampler.DPMPP_2M, Sampler.DPMPP_2M_KARRAS):
+        return Sampler.DPMPP_2M_KARRAS
+    raise Unprocessable("scheduler is 'karras', which goes with the sampler DPM++ 2M: use 'automatic'", "scheduler")
+
+
+def options(manifest: Manifest) -> dict[str, Any]:
+    """The server's settings, as A1111 names them."""
+    model = ModelNames.of(manifest.source)
+    return {
+        "sd_model_checkpoint": model.title,
+        "sd_checkpoint_hash": model.sha256,
+        "sd_vae": "Automatic",
+        "CLIP_stop_at_last_layers": 1,
+        "samples_format": "png",
+        "show_progress_every_n_steps": PREVIEW_STEPS,
+        "live_previews_enable": True,
+    }
+
+
+def checked_options(overrides: Mapping[str, Any], current: Mapping[str, Any], model: ModelNames) -> dict[str, Any]:
+    """The settings that a request changes for itself.
+
+    Raises NotFound for another model, Unprocessable for a setting that cannot be changed.
+    """
+    changed: dict[str, Any] = {}
+    for name, value in overrides.items():
+        if name == "sd_model_checkpoint":
+            if not model.include(value):
+                raise NotFound(f"this server has no model {str(value)[:80]!r}, only {model.title!r}", name)
+        elif value is None or value == current.get(name):
+            continue
+        elif name == "CLIP_stop_at_last_layers":
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 100:
+                raise Unprocessable(f"{name} is {str(value)[:60]!r}, allowed is a whole number from 1", name)
+            changed[name] = value
+        elif name == "samples_format":
+            if str(value).lower() not in FORMATS:
+                raise Unprocessable(f"{name} is {str(value)[:60]!r}, allowed are {', '.join(FORMATS)}", name)
+            changed[name] = str(value).lower()
+        elif _asks(value) and not (name == "sd_vae" and value == "Automatic"):
+            raise Unprocessable(
+                f"the setting {name[:60]!r} cannot be changed on this server: leave it out of override_settings",
+                "override_settings",
+            )
+    return changed
+
+
+def check(body: TextToImage) -> None:
+    """Raises Unprocessable for a key that asks for something this server does not do, or is misspelled."""
+    for name, feature in _NOT_DONE.items():
+        value = getattr(body, name, None)
+        if _asks(value):
+            shown = str(value).lower() if isinstance(value, bool) else "set" if not _is_number(value) else value
+            raise Unprocessable(f"{name} is {shown}, but this server does not do {feature}: leave it out", name)
+    for name, neutral in _NEUTRAL.items():
+        value = getattr(body, name, None)
+        if value not in (None, neutral):
+            raise Unprocessable(f"{name} is {value:g}, this server allows {neutral:g} only: leave it out", name)
+    if (body.seed_resize_from_w or 0) > 0 and (body.seed_resize_from_h or 0) > 0:
+        raise Unprocessable("seed_resize_from_w and _h are not supported: set both to 0", "seed_resize_from_w")
+    known = type(body).model_fields
+    for name, value in itertools.islice((body.model_extra or {}).items(), _MAX_UNKNOWN):
+        near = difflib.get_close_matches(name[:60], known, 1, 0.85)
+        if near and _asks(value):
+            raise Unprocessable(f"{name[:60]!r} is not a field of this request: did you mean {near[0]!r}?", name[:60])
+
+
+def _check_inpainting(body: ImageToImage) -> None:
+    """Raises Unprocessable for what is not done with a mask."""
+    if body.inpainting_fill not in (None, 1):
+        raise Unprocessable(
+            f"inpainting_fill is {body.inpainting_fill}, this server allows 1 only: it starts from the original "
+            "picture; denoising_strength 1 replaces it altogether",
+            "inpainting_fill",
+        )
+    if body.mask_round is False:
+        raise Unprocessable("mask_round is false, but this server's masks are black and white: leave it out")
+
+
+def _mask_blur(body: ImageToImage) -> float:
+    """In pixels; A1111's default is 4."""
+    if body.mask_blur is not None:
+        return body.mask_blur
+    x, y = (4.0 if blur is None else blur for blur in (body.mask_blur_x, body.mask_blur_y))
+    if x != y:
+        raise Unprocessable(f"mask_blur_x is {x:g} and mask_blur_y {y:g}, they must be equal: use mask_blur")
+    return x
+
+
+def _size(body: TextToImage, manifest: Manifest) -> tuple[int, int] | None:
+    """Width and height; None if both are left out."""
+    if body.width is None and body.height is None:
+        return None
+    defaults = manifest.defaults
+    return (
+        defaults.width if body.width is None else body.width,
+        defaults.height if body.height is None else body.height,
+    )
+
+
+def _eta(sampler: Sampler, eta: float | None) -> float:
+    """The runtime's eta. Ancestral samplers have 1 built in; the others ignore it, as in A1111."""
+    if sampler in _ANCESTRAL and eta not in (None, 1):
+        name = A1111_SAMPLERS[sampler]
+        raise Unprocessable(f"eta is {eta:g} with the sampler {name}, allowed is 1: leave it out", "eta")
+    return (eta or 0.0) if sampler is Sampler.DDIM else 0.0
+
+
+def _asks(value: Any, depth: int = 8) -> bool:
+    """Whether a value asks for something: false, 0, null, "None" and what is empty or made of these do not."""
+    match value:
+        case str():
+            return value.strip().lower() not in ("", "none")
+        case Mapping() | list():
+            items = value.values() if isinstance(value, Mapping) else value
+            return depth == 0 or any(_asks(item, depth - 1) for item in items)
+        case _:
+            return bool(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

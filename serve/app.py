@@ -1,0 +1,116 @@
+"""The server as an ASGI app: `build_state` makes its parts, `create_app` puts the routes and the middleware on them.
+
+Not covered: sockets, signals and the watchdog (`oneword.serve.cli`).
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Final
+
+from fastapi import FastAPI
+from starlette.requests import Request
+from starlette.responses import FileResponse, Response
+from starlette.staticfiles import StaticFiles
+
+import oneword
+from oneword.engines.errors import OnewordError
+from oneword.runtime.bundle import Bundle
+from oneword.runtime.model import Model
+from oneword.runtime.prompt import Tokenizer
+from oneword.serve import a1111, errors, health, info, middleware, openai, results, words_api
+from oneword.serve.keys import Keys
+from oneword.serve.metrics import Metrics
+from oneword.serve.pool import Pool
+from oneword.serve.results import Results
+from oneword.serve.settings import Settings
+from oneword.serve.state import State
+from oneword.serve.store import WordStore
+from oneword.serve.words import Words
+from oneword.serve.worker import Worker
+
+PAGE: Final = Path(__file__).parent / "page"
+_COLLECT_SECONDS: Final = 300.0
+_log = logging.getLogger("oneword.serve")
+
+
+def build_state(settings: Settings) -> State:
+    """The parts of a server; the engine's thread is not started yet. Raises UsageError, FileError."""
+    bundle = Bundle.open(settings.bundle)
+    manifest = bundle.manifest
+    keys = None if settings.keys is None else Keys.read(settings.keys)
+    size = manifest.defaults.width, manifest.defaults.height
+
+    def open_model() -> Model:
+        return Model.open(settings.bundle, settings.engine, threads=settings.threads)
+
+    worker = Worker(open_model, max_rows=settings.max_rows, sizes=[size])
+    tokenizers = {e.graph: Tokenizer.read(bundle.file(e.tokenizer), e) for e in manifest.encoders}
+
+    def knows(piece: str) -> bool:
+        return any(tokenizer.knows(piece) for tokenizer in tokenizers.values())
+
+    words = Words(WordStore(settings.words), knows=knows)
+    pool = Pool(worker, manifest, max_wait=settings.max_wait)
+    metrics = Metrics()
+    return State(
+        settings=settings,
+        manifest=manifest,
+        tokenizers=tokenizers,
+        keys=keys,
+        words=words,
+        worker=worker,
+        pool=pool,
+        results=Results(settings.words),
+        metrics=metrics,
+        jobs=None,
+    )
+
+
+def create_app(state: State) -> FastAPI:
+    """The app around these parts. Its lifespan starts and stops the engine's thread."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        state.worker.start()
+        collecting = asyncio.create_task(_collect(state))
+        try:
+            yield
+        finally:
+            collecting.cancel()
+            await state.pool.drain(0)
+            state.worker.stop(cancel=True)
+
+    app = FastAPI(
+        title="oneword",
+        version=oneword.__version__,
+        summary="Text-to-image with learned words: OpenAI's images API, A1111's API, and words that change while it runs.",
+        docs_url=None,
+        redoc_url=None,
+        lifespan=lifespan,
+        root_path=state.settings.root_path,
+    )
+    app.state.oneword = state
+    for router in (openai.router, words_api.router, results.router, info.router, health.router, a1111.router):
+        app.include_router(router)
+    app.add_api_route("/", _page, include_in_schema=False)
+    app.mount("/static", StaticFiles(directory=PAGE), name="static")
+    errors.install(app)
+    middleware.install(app, state.settings, state.keys)
+    return app
+
+
+async def _page(http: Request) -> Response:
+    return FileResponse(PAGE / "index.html", headers={"Cache-Control": "no-cache"})
+
+
+async def _collect(state: State) -> None:
+    """Deletes expired pictures, now and then."""
+    while True:
+        try:
+            await state.in_thread(state.results.collect)
+        except (OSError, OnewordError):
+            _log.warning("expired pictures could not be deleted from the store")
+        await asyncio.sleep(_COLLECT_SECONDS)

@@ -1,0 +1,96 @@
+"""uvicorn's HTTP connection, with limits on clients that send or read too slowly, or nothing at all.
+
+`uvicorn.Config(app, http=limited_connection(settings), ...)`. Not covered: the time that a body may take, and who may
+send it (`serve.middleware`).
+"""
+
+import asyncio
+import json
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from oneword.serve.errors import Invalid, openai_body
+from oneword.serve.middleware import SECURITY_HEADERS
+from oneword.serve.settings import Settings
+
+_READ_BYTES = 16 << 10
+
+
+class Connection(H11Protocol):
+    """Closes a connection whose request head takes too long; cuts one off whose client stopped reading.
+
+    Reads in small pieces: a request is refused after its head has arrived, before much of its body has.
+    """
+
+    head_seconds = 60.0
+    write_seconds = 30.0
+
+    _head_timer: asyncio.TimerHandle | None = None
+    _write_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        transport.set_write_buffer_limits(high=0)  # any unsent byte counts as a pause
+        if hasattr(transport, "max_size"):  # of asyncio's own transports; 256 KiB by default
+            transport.max_size = _READ_BYTES
+        self._await_head()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.conn.their_state is not h11.IDLE:
+            self._head_timer = _cancelled(self._head_timer)
+        elif self._head_timer is None:
+            self._await_head()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self._write_timer is None:
+            self._await_progress()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._write_timer = _cancelled(self._write_timer)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._head_timer = _cancelled(self._head_timer)
+        self._write_timer = _cancelled(self._write_timer)
+        super().connection_lost(exc)
+
+    def send_400_response(self, msg: str) -> None:
+        """The answer to something that is not HTTP, with the headers and the form of all others."""
+        self._head_timer = _cancelled(self._head_timer)
+        body = json.dumps(openai_body(Invalid("this is not a valid HTTP/1.1 request: check the client"))).encode()
+        headers = [("Content-Type", "application/json"), ("Connection", "close"), ("Content-Length", str(len(body)))]
+        for event in (
+            h11.Response(status_code=400, headers=[*headers, *SECURITY_HEADERS.items()], reason=b"Bad Request"),
+            h11.Data(data=body),
+            h11.EndOfMessage(),
+        ):
+            self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
+
+    def _await_head(self) -> None:
+        self._head_timer = self.loop.call_later(self.head_seconds, self.transport.abort)
+
+    def _await_progress(self) -> None:
+        unsent = self.transport.get_write_buffer_size()
+        self._write_timer = self.loop.call_later(self.write_seconds, self._check_progress, unsent)
+
+    def _check_progress(self, before: int) -> None:
+        """A slow client is waited for as long as it reads something in each period."""
+        if self.transport.get_write_buffer_size() < before:
+            self._await_progress()
+        else:
+            self.transport.abort()
+
+
+def limited_connection(settings: Settings) -> type[Connection]:
+    """The class of connections with the limits of `settings`."""
+    limits = {"head_seconds": settings.body_seconds, "write_seconds": settings.write_seconds}
+    return type("Connection", (Connection,), limits)
+
+
+def _cancelled(timer: asyncio.TimerHandle | None) -> None:
+    if timer is not None:
+        timer.cancel()

@@ -1,0 +1,304 @@
+"""Where a word store keeps its bytes: a folder, or whatever fsspec opens by URL. Small files, read and written whole.
+
+A path is relative, with / between its parts, and made by the caller of names that are safe in any file system. Names
+that start with a dot are never listed. Not covered: what the files mean (`oneword.serve.store`).
+"""
+
+import contextlib
+import errno
+import fcntl
+import functools
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Final, ParamSpec, Protocol, TypeVar
+
+import fsspec
+
+from oneword.engines.errors import FileError, UsageError, one_line
+from oneword.engines.files import sync, write_whole
+from oneword.serve.errors import Unavailable
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+MAX_BYTES: Final = 2 << 20  # a word's file has at most 1 MiB; the rest is room for its record
+_LOCKS: Final = tuple(threading.Lock() for _ in range(64))
+_OPTIONS: Final[dict[str, dict[str, Any]]] = {
+    "s3": {"max_concurrency": 1},  # one request for a small file, without asking for its size first
+    "s3a": {"max_concurrency": 1},
+}
+_LOCK: Final = ".lock"
+_log = logging.getLogger("oneword.serve")
+
+
+class Files(Protocol):
+    """A folder or a bucket. Every method may be called from any thread and raises Unavailable if it fails."""
+
+    def read(self, path: str, limit: int = MAX_BYTES) -> bytes | None:
+        """The file's content, at most `limit` + 1 bytes of it; None if there is no such file."""
+        ...
+
+    def write(self, path: str, data: bytes) -> None:
+        """Creates or replaces a file: it is there whole and durable, or not at all."""
+        ...
+
+    def create(self, path: str, data: bytes) -> bool:
+        """As `write`, unless there is such a file already: then False. Call it within `locked`."""
+        ...
+
+    def delete(self, path: str) -> None:
+        """Deletes a file, which need not exist."""
+        ...
+
+    def touch(self, path: str) -> None:
+        """Makes a file, which need not exist, as young as a new one."""
+        ...
+
+    def modified(self, path: str) -> float | None:
+        """When the file was written, in seconds since 1970; None if there is no such file."""
+        ...
+
+    def names(self, folder: str) -> Sequence[str]:
+        """The names of the files and folders in a folder, which need not exist, in any order."""
+        ...
+
+    def sweep(self, before: float) -> None:
+        """Deletes what interrupted writes left behind before a time."""
+        ...
+
+    def locked(self, folder: str) -> AbstractContextManager[None]:
+        """Keeps others off a folder: all processes if it is a local folder, else the threads of this one."""
+        ...
+
+
+def open_files(location: str) -> Files:
+    """The files at a folder or URL, created if there is none.
+
+    Raises UsageError if that is not possible; it names the package that is missing.
+    """
+    protocol, separator, path = location.partition("://")
+    if not separator:
+        return FolderFiles(Path(location).expanduser())
+    if protocol in ("file", "local"):
+        return FolderFiles(Path(path))
+    try:
+        options = {"use_listings_cache": False, **_OPTIONS.get(protocol, {})}
+        system, root = fsspec.core.url_to_fs(location, **options)
+    except ImportError:
+        known = fsspec.registry.known_implementations.get(protocol, {})
+        hint = one_line(Exception(known.get("err", f"install fsspec's package for {protocol}://")))
+        raise UsageError(f"--words {protocol}://... needs a package that is not installed: {hint}") from None
+    except Exception as error:  # any library behind any protocol
+        raise UsageError(
+            f"--words {protocol}://... cannot be opened ({one_line(error)}): "
+            "allowed is a folder, or a URL that fsspec opens, such as s3://bucket/words"
+        ) from None
+    return UrlFiles(system, root.rstrip("/"))
+
+
+def _guarded(method: Callable[P, T]) -> Callable[P, T]:
+    """Turns every exception into Unavailable, and logs its type: the text holds paths."""
+
+    @functools.wraps(method)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return method(*args, **kwargs)
+        except Unavailable:
+            raise
+        except Exception as error:  # OSError, FileError, or anything of a library behind fsspec
+            cause = error.__cause__ or error
+            _log.error("word store: %s failed: %s", method.__name__, type(cause).__name__)
+            raise Unavailable("the word store cannot be read or written at the moment: try again later") from error
+
+    return call
+
+
+class FolderFiles:
+    """A folder. Several processes, also on several machines, may share it if its file system has flock."""
+
+    def __init__(self, root: Path) -> None:
+        """Raises UsageError if the folder cannot be created."""
+        self.root = root.absolute()
+        try:
+            self._make(self.root)
+        except OSError as error:
+            raise UsageError(f"--words {root} cannot be created as a folder: {error.strerror}") from None
+
+    @_guarded
+    def read(self, path: str, limit: int = MAX_BYTES) -> bytes | None:
+        """See Files."""
+        try:
+            with (self.root / path).open("rb", buffering=0) as file:
+                return file.read(limit + 1)
+        except FileNotFoundError:
+            return None
+
+    @_guarded
+    def write(self, path: str, data: bytes) -> None:
+        """See Files."""
+        file = self.root / path
+        try:
+            write_whole(file, data)
+        except FileError:
+            if file.parent.is_dir():
+                raise
+            self._make(file.parent)
+            write_whole(file, data)
+
+    @_guarded
+    def create(self, path: str, data: bytes) -> bool:
+        """See Files."""
+        if (self.root / path).exists():
+            return False
+        self.write(path, data)
+        return True
+
+    @_guarded
+    def delete(self, path: str) -> None:
+        """See Files."""
+        with contextlib.suppress(FileNotFoundError):
+            (self.root / path).unlink()
+            sync((self.root / path).parent)
+
+    @_guarded
+    def touch(self, path: str) -> None:
+        """See Files."""
+        with contextlib.suppress(FileNotFoundError):
+            os.utime(self.root / path)
+
+    @_guarded
+    def modified(self, path: str) -> float | None:
+        """See Files."""
+        try:
+            return (self.root / path).stat().st_mtime
+        except FileNotFoundError:
+            return None
+
+    @_guarded
+    def names(self, folder: str) -> Sequence[str]:
+        """See Files."""
+        try:
+            return [name for name in os.listdir(self.root / folder) if name[0] != "."]
+        except FileNotFoundError:
+            return []
+
+    @_guarded
+    def sweep(self, before: float) -> None:
+        """See Files."""
+        for folder, _, names in os.walk(self.root):
+            for name in names:
+                file = Path(folder, name)
+                with contextlib.suppress(FileNotFoundError):
+                    if name[0] == "." and name != _LOCK and file.stat().st_mtime <= before:
+                        file.unlink()
+
+    @contextlib.contextmanager
+    def locked(self, folder: str) -> Iterator[None]:
+        """See Files. The lock is a file in the folder; it is released when its process ends, however that ends."""
+        descriptor = self._lock(folder)
+        try:
+            yield
+        finally:
+            os.close(descriptor)
+
+    @_guarded
+    def _lock(self, folder: str) -> int:
+        file = self.root / folder / _LOCK
+        self._make(file.parent)
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return descriptor
+
+    def _make(self, folder: Path) -> None:
+        """Creates a folder that survives a power cut."""
+        if folder.is_dir():
+            return
+        self._make(folder.parent)
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+        if not folder.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "there is a file of that name")
+        sync(folder.parent)
+
+
+class UrlFiles:
+    """A file system of fsspec. Whether a write is whole and durable is the promise of what is behind it, as S3's is."""
+
+    def __init__(self, system: Any, root: str) -> None:
+        """`system` is an fsspec.AbstractFileSystem, `root` a path in it."""
+        self._system = system
+        self._root = root
+
+    @_guarded
+    def read(self, path: str, limit: int = MAX_BYTES) -> bytes | None:
+        """See Files."""
+        try:
+            data: bytes = self._system.cat_file(self._path(path))
+        except FileNotFoundError:
+            return None
+        return data
+
+    @_guarded
+    def write(self, path: str, data: bytes) -> None:
+        """See Files."""
+        self._system.pipe_file(self._path(path), data)
+
+    @_guarded
+    def create(self, path: str, data: bytes) -> bool:
+        """See Files. S3 refuses the second of two machines that create a file at the same moment."""
+        try:
+            self._system.pipe_file(self._path(path), data, mode="create")
+        except FileExistsError:
+            return False
+        return True
+
+    @_guarded
+    def delete(self, path: str) -> None:
+        """See Files."""
+        with contextlib.suppress(FileNotFoundError):
+            self._system.rm_file(self._path(path))
+
+    @_guarded
+    def touch(self, path: str) -> None:
+        """See Files."""
+        data = self.read(path)
+        if data is not None:
+            self.write(path, data)
+
+    @_guarded
+    def modified(self, path: str) -> float | None:
+        """See Files."""
+        try:
+            return float(self._system.modified(self._path(path)).timestamp())
+        except FileNotFoundError:
+            return None
+
+    @_guarded
+    def names(self, folder: str) -> Sequence[str]:
+        """See Files."""
+        try:
+            paths = self._system.ls(self._path(folder), detail=False)
+        except FileNotFoundError:
+            return []
+        names = (path.rstrip("/").rpartition("/")[2] for path in paths)
+        return [name for name in names if name and name[0] != "."]
+
+    def sweep(self, before: float) -> None:
+        """See Files. Nothing to do: an interrupted upload leaves no file."""
+
+    @contextlib.contextmanager
+    def locked(self, folder: str) -> Iterator[None]:
+        """See Files."""
+        with _LOCKS[hash((self._root, folder)) % len(_LOCKS)]:
+            yield
+
+    def _path(self, path: str) -> str:
+        return f"{self._root}/{path}"

@@ -1,0 +1,132 @@
+"""From a Request to pictures: `start` resolves its words and queues it, `finish` waits and cancels on a disconnect.
+
+Both dialects and the page's routes stand on these two. Not covered: admission (`oneword.serve.pool`).
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import replace
+
+import starlette.requests
+
+from oneword.runtime.events import PictureDone
+from oneword.runtime.request import Request
+from oneword.serve.errors import ApiError, Invalid, from_oneword
+from oneword.serve.keys import Tenant
+from oneword.serve.pool import Dropped, Generation, PictureEvent
+from oneword.serve.state import State
+from oneword.serve.worker import Failed
+
+
+class Disconnected(ApiError):
+    """The client has closed its connection, so nobody reads this answer."""
+
+    def __init__(self) -> None:
+        super().__init__(499, "the client closed the connection", "client_disconnected")
+
+
+async def start(
+    state: State,
+    tenant: Tenant,
+    request: Request,
+    *,
+    bare_names: bool = False,
+    partials: int = 0,
+    label: str = "",
+    task_id: str = "",
+) -> Generation:
+    """Resolves the request's words among the tenant's and queues its pictures. Raises ApiError."""
+    _check_size(state, request)
+    prompts = [request.prompt] if request.negative_prompt is None else [request.prompt, request.negative_prompt]
+    words = await state.words.resolve(tenant, prompts, bare_names)
+    request = replace(request, words=words)
+    return state.pool.submit(tenant, request, partials=partials, label=label, task_id=task_id)
+
+
+async def finish(http: starlette.requests.Request, *generations: Generation) -> list[PictureDone]:
+    """The pictures of the generations, in order; all of them are cancelled if the client disconnects or one fails.
+
+    Raises ApiError: the first picture's that failed, or Disconnected.
+    """
+    done = asyncio.ensure_future(_pictures(generations))
+    gone = asyncio.ensure_future(disconnect(http))
+    try:
+        await asyncio.wait((done, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not done.done():
+            raise Disconnected
+        return done.result()
+    finally:
+        cancel(generations)
+        for task in (done, gone):
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError, ApiError):
+                await task
+
+
+async def events(generations: Sequence[Generation]) -> AsyncGenerator[tuple[int, PictureEvent]]:
+    """The events of several generations as they happen, with the index of their generation.
+
+    Cancels what is left when the iterator is closed. Raises ApiError for the first picture that fails.
+    """
+    queue: asyncio.Queue[tuple[int, PictureEvent] | None] = asyncio.Queue()
+
+    async def forward(number: int, generation: Generation) -> None:
+        try:
+            async for event in generation:
+                queue.put_nowait((number, event))
+        finally:
+            queue.put_nowait(None)
+
+    tasks = [asyncio.ensure_future(forward(*pair)) for pair in enumerate(generations)]
+    left = len(tasks)
+    try:
+        while left:
+            item = await queue.get()
+            if item is None:
+                left -= 1
+                continue
+            match item[1].event:
+                case Failed(error=error):
+                    raise from_oneword(error)
+                case Dropped(error=refusal):
+                    raise refusal
+                case _:
+                    yield item
+    finally:
+        cancel(generations)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def cancel(generations: Sequence[Generation]) -> None:
+    """Cancels what is not done; the engine is free of it at the end of its current call."""
+    for generation in generations:
+        generation.cancel()
+
+
+async def disconnect(http: starlette.requests.Request) -> None:
+    """Returns when the client has disconnected. The body must have been read."""
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _pictures(generations: Sequence[Generation]) -> list[PictureDone]:
+    """All pictures; of a generation that was cancelled by somebody else, those that were ready."""
+    async with contextlib.aclosing(events(generations)) as stream:
+        async for _ in stream:
+            pass
+    return [picture for generation in generations for picture in generation.pictures if picture is not None]
+
+
+def _check_size(state: State, request: Request) -> None:
+    """Raises Invalid for more pixels than this server makes."""
+    width, height = request.size or (request.image.shape[1::-1] if request.image is not None else (0, 0))
+    if width * height > state.max_pixels:
+        side = int(state.max_pixels**0.5)
+        raise Invalid(
+            f"size {width}x{height} has {width * height} pixels, this server allows {state.max_pixels}, "
+            f"for example {side}x{side}",
+            param="size",
+        )

@@ -1,0 +1,351 @@
+"""OpenAI's images API: /v1/images/{generations,edits,variations} and /v1/models, as its own clients call them.
+
+Bodies and answers follow OpenAI's API reference of November 2026; `Settings` lists the fields that are ours.
+Not covered: OpenAI's transparent backgrounds, and pictures as references for a new one: each picture is edited by itself.
+"""
+
+import base64
+import secrets
+import time
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Final, Literal
+
+from fastapi import APIRouter
+from pydantic import Field
+from starlette.datastructures import UploadFile
+from starlette.requests import Request as HTTPRequest
+from starlette.responses import JSONResponse, Response
+
+from oneword.engines.errors import OnewordError
+from oneword.runtime.events import PictureDone
+from oneword.runtime.request import MAX_STEPS, Request
+from oneword.runtime.samplers import Sampler
+from oneword.serve.errors import ApiError, Invalid, NotFound, Unprocessable, from_oneword, openai_body
+from oneword.serve.fields import Fields, validated
+from oneword.serve.generate import cancel, events, finish, start
+from oneword.serve.keys import Tenant
+from oneword.serve.pictures import decode, decode_mask, encode
+from oneword.serve.pool import Generation
+from oneword.serve.results import address
+from oneword.serve.state import State
+from oneword.serve.streams import EventStream, sse
+from oneword.serve.worker import Done, Partial, Step
+
+MAX_IMAGES: Final = 10
+"""Pictures per prompt, as in OpenAI's API."""
+MAX_UPLOADS: Final = 16
+_OPENAI_MODELS: Final = ("dall-e", "gpt-image", "chatgpt-image")
+_MEDIA: Final = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
+
+Format = Literal["png", "jpeg", "webp"]
+
+
+class Settings(Fields):
+    """The fields that all three routes share. Those below `user` are extensions of ours."""
+
+    model: str | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_IMAGES)] | None = None
+    size: Annotated[str, Field(pattern=r"^(auto|[1-9]\d{0,4}x[1-9]\d{0,4})$")] | None = None
+    response_format: Literal["b64_json", "url"] | None = None
+    output_format: Format | None = None
+    output_compression: Annotated[int, Field(ge=0, le=100)] | None = None
+    stream: bool | None = None
+    partial_images: Annotated[int, Field(ge=0, le=3)] | None = None
+    background: Literal["auto", "opaque"] | None = None
+    quality: str | None = None
+    moderation: str | None = None
+    style: str | None = None
+    input_fidelity: str | None = None
+    safety_identifier: str | None = None
+    user: str | None = None
+
+    negative_prompt: str | None = None
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] | None = None
+    num_inference_steps: Annotated[int, Field(ge=1, le=MAX_STEPS)] | None = None
+    steps: Annotated[int, Field(ge=1, le=MAX_STEPS)] | None = None
+    sampler: Sampler | None = None
+    guidance_scale: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
+    guidance_rescale: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.0
+    guidance_interval: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
+    eta: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.0
+    clip_skip: Annotated[int, Field(ge=0, le=100)] = 0
+    previews: Annotated[int, Field(ge=0, le=MAX_STEPS)] = 0
+    """Steps between small previews in a stream; 0 means none."""
+
+
+class GenerationBody(Settings):
+    """POST /v1/images/generations."""
+
+    prompt: str
+
+
+class EditFields(Settings):
+    """The text fields of POST /v1/images/edits."""
+
+    prompt: str
+    strength: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
+    """How much of the picture is replaced: 1 with a mask and 0.8 without, by default."""
+
+
+class VariationFields(Settings):
+    """The text fields of POST /v1/images/variations."""
+
+    prompt: str = ""
+    strength: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """How the pictures go back: the settings of the response, and OpenAI's prefix of its stream's events."""
+
+    http: HTTPRequest
+    state: State
+    tenant: Tenant
+    settings: Settings
+    prefix: str
+    format: Format
+    text_tokens: int
+    image_tokens: int
+
+    async def send(self, generations: Sequence[Generation]) -> Response:
+        """The whole answer as JSON, or as a stream of events."""
+        if self.settings.stream:
+            return EventStream(self._events(generations), close=lambda: cancel(generations))
+        pictures = await finish(self.http, *generations)
+        data = [await self._entry(picture) for picture in pictures]
+        first = pictures[0].settings
+        return JSONResponse(
+            {
+                "created": int(time.time()),
+                "data": data,
+                "background": "opaque",
+                "output_format": self.format,
+                "quality": "auto",
+                "size": f"{first.width}x{first.height}",
+                "usage": self._usage(pictures),
+            }
+        )
+
+    async def _entry(self, picture: PictureDone) -> dict[str, object]:
+        data = await self._encoded(picture)
+        if self.settings.response_format == "url":
+            name = await self.state.in_thread(self.state.results.put, data, _MEDIA[self.format])
+            return {"url": address(self.http, name), "seed": picture.seed}
+        return {"b64_json": base64.b64encode(data).decode(), "seed": picture.seed}
+
+    async def _encoded(self, picture: PictureDone) -> bytes:
+        return await self.state.in_thread(
+            encode, picture.image, self.format, self.settings.output_compression, picture.parameters
+        )
+
+    async def _events(self, generations: Sequence[Generation]) -> AsyncGenerator[bytes]:
+        """Server-sent events: partial pictures, our previews, one `completed` per picture, or an error."""
+        partials: dict[tuple[int, int], int] = {}
+        try:
+            async for number, event in events(generations):
+                key = number, event.index
+                match event.event:
+                    case Partial(image=image):
+                        data = await self.state.in_thread(encode, image, self.format, None, "")
+                        index = partials.get(key, 0)
+                        partials[key] = index + 1
+                        yield self._event("partial_image", data, image.shape, partial_image_index=index)
+                    case Step(step=step, steps=steps, denoised=denoised) if denoised is not None:
+                        preview = await self.state.in_thread(self.state.preview, denoised)
+                        yield self._event("preview", preview, None, index=event.index, step=step, steps=steps)
+                    case Done(picture=picture):
+                        data = await self._encoded(picture)
+                        fields = {"usage": self._usage([picture]), "index": event.index, "seed": picture.seed}
+                        yield self._event("completed", data, picture.image.shape, **fields)
+                    case _:
+                        pass
+        except (ApiError, OnewordError) as error:
+            known = error if isinstance(error, ApiError) else from_oneword(error)
+            yield sse("error", openai_body(known))
+
+    def _event(self, name: str, data: bytes, shape: Sequence[int] | None, **fields: object) -> bytes:
+        body: dict[str, object] = {"type": f"{self.prefix}.{name}", "b64_json": base64.b64encode(data).decode()}
+        if shape is not None:
+            body |= {
+                "created_at": int(time.time()),
+                "size": f"{shape[1]}x{shape[0]}",
+                "quality": "auto",
+                "background": "opaque",
+                "output_format": self.format,
+            }
+        return sse(f"{self.prefix}.{name}", body | fields)
+
+    def _usage(self, pictures: Sequence[PictureDone]) -> dict[str, object]:
+        """Text tokens are the prompt's ids; image tokens are latent positions."""
+        factor = self.state.manifest.vae.factor
+        output = sum(p.settings.width * p.settings.height // factor**2 for p in pictures)
+        read = self.text_tokens + self.image_tokens
+        return {
+            "input_tokens": read,
+            "output_tokens": output,
+            "total_tokens": read + output,
+            "input_tokens_details": {"image_tokens": self.image_tokens, "text_tokens": self.text_tokens},
+        }
+
+
+router = APIRouter(tags=["OpenAI images"])
+
+
+@router.get("/v1/models")
+async def models(http: HTTPRequest) -> dict[str, object]:
+    """The models that this server has: one."""
+    return {"object": "list", "data": [_model(_state(http))]}
+
+
+@router.get("/v1/models/{model:path}")
+async def model(http: HTTPRequest, model: str) -> dict[str, object]:
+    """One model. 404 if this server does not have it."""
+    _check_model(_state(http), model)
+    return _model(_state(http))
+
+
+@router.post("/v1/images/generations")
+async def generations(http: HTTPRequest, body: GenerationBody) -> Response:
+    """Pictures from a prompt. With `stream`, server-sent events: partial pictures, then the pictures."""
+    request = _request(body, body.prompt)
+    return await _answer(http, body, [request], "image_generation")
+
+
+@router.post("/v1/images/edits")
+async def edits(http: HTTPRequest) -> Response:
+    """Edits of uploaded pictures, each by itself. The mask's transparent pixels are repainted in the first picture."""
+    text, pictures, mask = await _form(http, ("image", "image[]"), ("mask",))
+    body = validated(EditFields, text)
+    if not pictures:
+        raise Invalid("image is missing: upload a PNG, JPEG or WebP as `image`, or several as `image[]`", param="image")
+    state = _state(http)
+    requests = []
+    for number, picture in enumerate(pictures):
+        image = await state.in_thread(decode, picture, "image")
+        area = None
+        if mask and number == 0:
+            area = await state.in_thread(decode_mask, mask[0], True)
+        strength = body.strength or (1.0 if area is not None else 0.8)
+        requests.append(_request(body, body.prompt, image=image, mask=area, strength=strength))
+    return await _answer(http, body, requests, "image_edit")
+
+
+@router.post("/v1/images/variations")
+async def variations(http: HTTPRequest) -> Response:
+    """Variations of one uploaded picture."""
+    text, pictures, _ = await _form(http, ("image",), ())
+    body = validated(VariationFields, text)
+    if len(pictures) != 1:
+        raise Invalid(f"{len(pictures)} pictures were uploaded, allowed is one, as `image`", param="image")
+    image = await _state(http).in_thread(decode, pictures[0], "image")
+    request = _request(body, body.prompt, image=image, strength=body.strength or 0.8)
+    return await _answer(http, body, [request], "image_generation")
+
+
+def _state(http: HTTPRequest) -> State:
+    state: State = http.app.state.oneword
+    return state
+
+
+def _model(state: State) -> dict[str, object]:
+    return {"id": state.name, "object": "model", "created": state.created, "owned_by": "oneword"}
+
+
+def _check_model(state: State, model: str) -> None:
+    """Accepts this server's model and OpenAI's, which many clients always send. Raises NotFound."""
+    if model != state.name and not model.startswith(_OPENAI_MODELS):
+        raise NotFound(f"there is no model {model[:80]!r}, this server has {state.name!r}", param="model")
+
+
+def _request(body: Settings, prompt: str, **edit: Any) -> Request:
+    """The body as a runtime Request. Raises ApiError."""
+    steps = body.steps if body.num_inference_steps is None else body.num_inference_steps
+    if body.steps is not None and steps != body.steps:
+        raise Invalid(f"steps is {body.steps} and num_inference_steps {steps}: give one of the two", param="steps")
+    size = None if body.size in (None, "auto") else body.size.split("x")
+    interval = body.guidance_interval
+    try:
+        return Request(
+            prompt,
+            body.negative_prompt,
+            seed=secrets.randbelow(1 << 32) if body.seed is None else body.seed,
+            num_images=body.n or 1,
+            steps=steps,
+            sampler=body.sampler,
+            guidance_scale=body.guidance_scale,
+            guidance_rescale=body.guidance_rescale,
+            guidance_interval=None if interval is None else (interval[0], interval[1]),
+            eta=body.eta,
+            clip_skip=body.clip_skip,
+            size=None if size is None else (int(size[0]), int(size[1])),
+            previews=body.previews if body.stream else 0,
+            **edit,
+        )
+    except OnewordError as error:
+        raise from_oneword(error) from None
+
+
+async def _answer(http: HTTPRequest, body: Settings, requests: Sequence[Request], prefix: str) -> Response:
+    """Queues the requests, all or none, and answers with their pictures."""
+    state, tenant = _state(http), http.state.tenant
+    if body.model is not None:
+        _check_model(state, body.model)
+    if len(requests) * (body.n or 1) > MAX_IMAGES:
+        raise Invalid(f"{len(requests)} pictures with n={body.n}, allowed are {MAX_IMAGES} results", param="n")
+    if body.stream and body.response_format == "url":
+        raise Invalid("response_format is 'url' with stream, allowed is b64_json", param="response_format")
+    if body.partial_images and not body.stream:
+        raise Invalid(f"partial_images is {body.partial_images} without stream: set stream to true", "partial_images")
+    partials = body.partial_images or 0
+    started: list[Generation] = []
+    try:
+        for request in requests:
+            started.append(await start(state, tenant, request, partials=partials, label=request.prompt))
+    except BaseException:
+        cancel(started)
+        raise
+    factor = state.manifest.vae.factor
+    sources = [request.image.shape for request in requests if request.image is not None]
+    answer = Answer(
+        http=http,
+        state=state,
+        tenant=tenant,
+        settings=body,
+        prefix=prefix,
+        format=body.output_format or "png",
+        text_tokens=state.count_tokens(requests[0].prompt),
+        image_tokens=sum((height // factor) * (width // factor) for height, width, _ in sources),
+    )
+    return await answer.send(started)
+
+
+async def _form(
+    http: HTTPRequest, images: Sequence[str], masks: Sequence[str]
+) -> tuple[dict[str, object], list[bytes], list[bytes]]:
+    """A multipart body: text fields, pictures and masks. Raises Invalid for files in other fields, Unprocessable."""
+    if not http.headers.get("content-type", "").startswith("multipart/form-data"):
+        raise Unprocessable("the body must be multipart/form-data, with the picture as the file `image`")
+    text: dict[str, object] = {}
+    files: dict[str, list[bytes]] = {}
+    async with http.form(max_files=MAX_UPLOADS + 1, max_fields=64, max_part_size=1 << 20) as form:
+        for name, value in form.multi_items():
+            if not isinstance(value, UploadFile):
+                if name in text:
+                    raise Invalid(f"the field {name[:40]!r} was sent twice, allowed is once", param=name)
+                text[name] = value
+            elif name in (*images, *masks):
+                files.setdefault(name, []).append(await value.read())
+            else:
+                raise Invalid(
+                    f"the file field {name[:40]!r} is unknown, allowed are {', '.join((*images, *masks))}", param=name
+                )
+    for name in (*images, *masks):
+        if name in text:
+            raise Invalid(f"{name} is text, allowed is an uploaded file", param=name)
+    if "guidance_interval" in text:
+        text["guidance_interval"] = str(text["guidance_interval"]).strip("[] ").split(",")
+    given_masks = [data for name in masks for data in files.get(name, [])]
+    if len(given_masks) > 1:
+        raise Invalid(f"{len(given_masks)} masks were uploaded, allowed is one", param="mask")
+    return text, [data for name in images for data in files.get(name, [])], given_masks

@@ -1,0 +1,592 @@
+"""Which picture is next, and how much work is accepted: the queue in front of one engine thread.
+
+    generation = pool.submit(tenant, request, partials=2)        raises ApiError, at no cost to the engine
+    async for picture_event in generation:
+        ...
+
+A request enters picture by picture: picture i is a request of its own with the seed `seed + i`. Tenants take turns,
+picture by picture; within a tenant it is first come, first served. Only as many pictures as the engine has slots, and a
+few more, are handed to it, so that fairness and cancelling act early. Work is measured in seconds of the engine,
+estimated from its own recent speed.
+
+Everything here runs on the event loop; each event costs constant time, whatever waits. Not covered: words, which the
+request brings along, and pictures as files.
+"""
+
+import asyncio
+import contextlib
+import time
+import uuid
+from collections import OrderedDict, deque
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from types import TracebackType
+from typing import Final, Self, TypeAlias
+
+import numpy as np
+
+from oneword.engines.errors import OnewordError
+from oneword.runtime.bundle import Manifest
+from oneword.runtime.events import Latents, PictureDone
+from oneword.runtime.request import Request, ResolvedSettings, resolve
+from oneword.serve.errors import ApiError, Busy, Invalid, Unavailable, from_oneword
+from oneword.serve.keys import Tenant
+from oneword.serve.worker import (
+    Done,
+    Failed,
+    Lost,
+    Partial,
+    Started,
+    State,
+    Step,
+    Ticket,
+    Worker,
+    WorkerEvent,
+    branch_pixels,
+)
+
+MAX_PARTIALS: Final = 3
+_AHEAD: Final = 4  # pictures that the engine has beside those in slots: they are prepared while others run
+_MAX_SEED: Final = 2**63 - 1
+
+
+@dataclass(frozen=True, eq=False)
+class Dropped:
+    """The picture will not come: its deadline has passed, the server stops, or the engine thread has ended."""
+
+    error: ApiError
+
+
+GenerationEvent: TypeAlias = Started | Step | Partial | Done | Failed | Dropped
+
+
+@dataclass(frozen=True, eq=False)
+class PictureEvent:
+    """An event of picture `index` of a generation."""
+
+    index: int
+    event: GenerationEvent
+
+
+@dataclass
+class _Work:
+    """An amount of work: branch pixels to denoise, pixels to encode prompts for and to decode."""
+
+    branch_pixels: int = 0
+    pixels: int = 0
+
+    def add(self, branch_pixels: int, pixels: int) -> None:
+        self.branch_pixels += branch_pixels
+        self.pixels += pixels
+
+
+@dataclass(eq=False)
+class _Picture:
+    """A picture that the engine has."""
+
+    generation: "Generation"
+    index: int
+    ticket: Ticket | None = None
+    step: int = 0
+    steps: int = 0
+
+    @property
+    def denoising(self) -> bool:
+        """Whether it has a slot or waits for one."""
+        return self.step == 0 or self.step < self.steps
+
+
+class Generation:
+    """One request in the pool: an asynchronous iterator over the events of its pictures.
+
+    Iterate it once; it ends after the last event of every picture, or when it is cancelled. A consumer that falls
+    behind gets only the newest Step of each picture. As a context manager it is cancelled on exit, if it still runs.
+    """
+
+    def __init__(
+        self,
+        pool: "Pool",
+        tenant: Tenant,
+        request: Request,
+        settings: ResolvedSettings,
+        partials: int,
+        label: str,
+        task_id: str,
+    ) -> None:
+        self.id = uuid.uuid4().hex
+        self.tenant = tenant
+        self.request = request
+        self.settings = settings
+        self.label = label
+        """Whatever the caller wants to find it by."""
+        self.task_id = task_id
+        """The client's own name for it, if it gave one."""
+        self.denoised: Latents | None = None
+        """The newest preview."""
+        self.created = pool.clock()
+        self.pictures: list[PictureDone | None] = [None] * request.num_images
+        """The pictures that are ready, by index."""
+        self.cancelled = False
+        self.partial_steps = spread(partials, len(settings.schedule))
+        self._pool = pool
+        # By picture: branch pixels that are done after step i, all of them, and pixels to decode and encode.
+        self._done_work = np.concatenate([[0], np.cumsum(branch_pixels(settings))])
+        self._branch_pixels = int(self._done_work[-1])
+        self._pixels = settings.width * settings.height * (1 + len(self.partial_steps) + (request.image is not None))
+        self._next_index = 0
+        self._running: dict[int, _Picture] = {}
+        self._left = request.num_images
+        self._work_done = 0
+        self._unread: OrderedDict[tuple[int, str], PictureEvent] = OrderedDict()
+        self._news = asyncio.Event()
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def __aiter__(self) -> AsyncIterator[PictureEvent]:
+        while True:
+            while self._unread:
+                yield self._unread.popitem(last=False)[1]
+            if self.done:
+                return
+            self._news.clear()
+            await self._news.wait()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.cancel()
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing more will happen."""
+        return self._left == 0
+
+    @property
+    def waiting(self) -> int:
+        """Pictures that the engine does not have yet."""
+        return 0 if self.done else self.request.num_images - self._next_index
+
+    @property
+    def steps(self) -> tuple[int, int]:
+        """The steps of the oldest picture in progress that are done, and all of its steps."""
+        return next((picture.step for picture in self._running.values()), 0), len(self.settings.schedule)
+
+    @property
+    def _pixel_steps(self) -> int:
+        """Of one picture."""
+        return len(self.settings.schedule) * self.settings.width * self.settings.height
+
+    @property
+    def progress(self) -> float:
+        """The part of its denoising that is done, 0 to 1."""
+        return self._work_done / (self._branch_pixels * self.request.num_images)
+
+    @property
+    def position(self) -> int:
+        """How many waiting pictures are handed to the engine before its next one; 0 if none of its pictures waits."""
+        return self._pool.position(self)
+
+    @property
+    def seconds_left(self) -> float:
+        """Estimated seconds until its last picture is ready."""
+        return self._pool.seconds_left(self)
+
+    async def wait(self) -> list[PictureDone]:
+        """All pictures, by index. Raises the ApiError of the first one that fails, and cancels the others."""
+        with self:
+            async for picture_event in self:
+                match picture_event.event:
+                    case Failed(error=error):
+                        raise from_oneword(error)
+                    case Dropped(error=refusal):
+                        raise refusal
+        return [picture for picture in self.pictures if picture is not None]
+
+    def cancel(self) -> None:
+        """Drops what waits, and frees the engine of what runs at the end of its running call. Idempotent."""
+        self._pool.cancel(self)
+
+    def _push(self, index: int, event: GenerationEvent) -> None:
+        kind = type(event).__name__
+        if isinstance(event, Step):
+            kind = "preview" if event.denoised is not None else "step"
+            self.denoised = self.denoised if event.denoised is None else event.denoised
+        elif isinstance(event, Partial):
+            kind = f"partial {event.step}"
+        self._unread.pop((index, kind), None)
+        self._unread[index, kind] = PictureEvent(index, event)
+        self._news.set()
+
+
+@dataclass(eq=False)
+class _Account:
+    """A tenant's generations and its share of the work."""
+
+    generations: OrderedDict[str, Generation] = field(default_factory=OrderedDict)
+    """All that are not done, by id."""
+    waiting: OrderedDict[str, Generation] = field(default_factory=OrderedDict)
+    """Those with pictures that the engine does not have yet."""
+    work: _Work = field(default_factory=_Work)
+
+
+class Pool:
+    """The queue in front of one worker."""
+
+    def __init__(
+        self,
+        worker: Worker,
+        manifest: Manifest,
+        *,
+        max_wait: float = 60.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`max_wait` is how many seconds of work may be queued."""
+        self.worker, self.manifest, self.max_wait, self.clock = worker, manifest, max_wait, clock
+        self.draining = False
+        self._work = _Work()
+        self._accounts: dict[str, _Account] = {}
+        self._turns: OrderedDict[str, None] = OrderedDict()
+        """Tenants with waiting pictures, the next one first."""
+        self._handed = 0  # pictures that the engine has
+        self._denoising = 0  # those of them that are not fully denoised
+        self._budgets: dict[str, _Budget] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._inbox: deque[tuple[_Picture, WorkerEvent]] = deque()
+        self._woken = False
+        self._empty = asyncio.Event()
+        self._empty.set()
+        self._hurry = asyncio.Event()
+
+    def submit(
+        self,
+        tenant: Tenant,
+        request: Request,
+        *,
+        partials: int = 0,
+        deadline: float | None = None,
+        label: str = "",
+        task_id: str = "",
+    ) -> Generation:
+        """Queues a request, at once. Pictures that the engine does not have `deadline` seconds from now are dropped.
+
+        Raises Unavailable if the server starts or stops, Invalid for a request that this model cannot fulfil, Busy if
+        the tenant has used up its quota, or if the work would take more than `max_wait` seconds, in its turn. A server
+        without work takes any request.
+        """
+        self._check_ready()
+        if not 0 <= partials <= MAX_PARTIALS:
+            raise Invalid(f"partials is {partials}, allowed is 0 to {MAX_PARTIALS}")
+        if request.seed + request.num_images - 1 > _MAX_SEED:
+            raise Invalid(f"seed is {request.seed}, allowed for {request.num_images} pictures is less")
+        try:
+            settings = resolve(request, self.manifest)
+        except OnewordError as error:
+            raise from_oneword(error) from None
+        generation = Generation(self, tenant, request, settings, partials, label, task_id)
+        self._check_room(generation)
+        self._spend(generation)
+        self._enter(generation, deadline)
+        self._hand_over()
+        return generation
+
+    @property
+    def queued_seconds(self) -> float:
+        """Estimated seconds of work that were accepted and are not done."""
+        return self._seconds(self._work)
+
+    @property
+    def running(self) -> int:
+        """Pictures that the engine has."""
+        return self._handed
+
+    @property
+    def waiting(self) -> int:
+        """Pictures that the engine does not have yet."""
+        return sum(generation.waiting for account in self._accounts.values() for generation in account.waiting.values())
+
+    def generations(self, tenant: Tenant) -> list[Generation]:
+        """A tenant's generations that are not done, oldest first."""
+        account = self._accounts.get(tenant.name)
+        return [] if account is None else [*account.generations.values()]
+
+    async def drain(self, seconds: float) -> None:
+        """Takes no more requests, and returns when nothing runs. What is not ready after `seconds` is dropped, with an
+        Unavailable event; a second call drops it at once."""
+        if self.draining:
+            self._hurry.set()
+        self.draining = True
+        waits = [asyncio.ensure_future(event.wait()) for event in (self._empty, self._hurry)]
+        await asyncio.wait(waits, timeout=max(0.0, seconds), return_when=asyncio.FIRST_COMPLETED)
+        for wait in waits:
+            wait.cancel()
+        self._drop_all(Unavailable("the server stops, and the picture was not ready in time: send the request again"))
+
+    def cancel(self, generation: Generation) -> None:
+        """See Generation.cancel."""
+        if generation.done:
+            return
+        generation.cancelled = True
+        self._refund(generation)
+        self._drop_waiting(generation)
+        for picture in [*generation._running.values()]:
+            if picture.ticket is not None:
+                self.worker.cancel(picture.ticket)
+            self._finish(picture)
+        generation._unread.clear()
+        generation._news.set()
+        self._hand_over()
+
+    def position(self, generation: Generation) -> int:
+        """See Generation.position."""
+        if not generation.waiting:
+            return 0
+        line = self._accounts[generation.tenant.name].waiting.values()
+        ahead = 0
+        for earlier in line:
+            if earlier is generation:
+                break
+            ahead += earlier.waiting
+        total, passed = ahead, False
+        for name in self._turns:  # a tenant that is earlier in the round gets one more turn
+            if name == generation.tenant.name:
+                passed = True
+            else:
+                pictures = sum(other.waiting for other in self._accounts[name].waiting.values())
+                total += min(pictures, ahead + (not passed))
+        return total
+
+    def seconds_left(self, generation: Generation) -> float:
+        """See Generation.seconds_left."""
+        if generation.done:
+            return 0.0
+        account = self._accounts[generation.tenant.name]
+        work = _Work()
+        for earlier in account.generations.values():
+            work.add(
+                earlier._branch_pixels * earlier.request.num_images - earlier._work_done,
+                earlier._pixels * earlier._left,
+            )
+            if earlier is generation:
+                break
+        return min(self.queued_seconds, self._seconds(work) * len(self._accounts))
+
+    def _seconds(self, work: _Work) -> float:
+        return self.worker.figures.seconds_for(work.branch_pixels, work.pixels)
+
+    def _check_ready(self) -> None:
+        if self.draining:
+            raise Unavailable("the server stops and takes no more requests: send it again in a few seconds", 5)
+        if self.worker.state is State.STARTING:
+            raise Unavailable("the server is not ready: it opens the model", 5)
+        if self.worker.state is not State.READY:
+            raise Unavailable("the engine has stopped: the server starts again if it is supervised", 5)
+
+    def _check_room(self, generation: Generation) -> None:
+        """Raises Busy if the request, in its turn among the tenants, would be done later than allowed."""
+        if not self._accounts:
+            return
+        count = generation.request.num_images
+        seconds = self._seconds(_Work(generation._branch_pixels * count, generation._pixels * count))
+        account = self._accounts.get(generation.tenant.name)
+        before = 0.0 if account is None else self._seconds(account.work)
+        tenants = len(self._accounts) + (account is None)
+        wait = min(self.queued_seconds + seconds, (before + seconds) * tenants)
+        if wait > self.max_wait:
+            raise Busy(
+                f"this request would be ready in {wait:.0f} seconds, allowed are {self.max_wait:g}: try again later",
+                min(wait - self.max_wait, self.queued_seconds),
+            )
+
+    def _spend(self, generation: Generation) -> None:
+        """Takes the request's pixel-steps from its tenant's budget. Raises Busy if there are not enough."""
+        limit = generation.tenant.pixel_steps_per_minute
+        if limit is None:
+            return
+        budget = self._budgets.setdefault(generation.tenant.name, _Budget(limit, self.clock()))
+        budget.refill(limit, self.clock())
+        cost = generation._pixel_steps * generation.request.num_images
+        missing = min(cost, limit) - budget.left
+        if missing > 0:
+            raise Busy(
+                f"this request has {cost} pixel-steps and {budget.left:.0f} of {limit} per minute are left: "
+                "send it again later, or ask for fewer steps, pixels or pictures",
+                60 * missing / limit,
+                code="quota_exceeded",
+            )
+        budget.left -= cost
+
+    def _enter(self, generation: Generation, deadline: float | None) -> None:
+        account = self._accounts.setdefault(generation.tenant.name, _Account())
+        account.generations[generation.id] = account.waiting[generation.id] = generation
+        self._turns.setdefault(generation.tenant.name)
+        count = generation.request.num_images
+        self._count(generation, generation._branch_pixels * count, generation._pixels * count)
+        self._empty.clear()
+        self._loop = asyncio.get_running_loop()
+        if deadline is not None:
+            generation._timer = self._loop.call_later(deadline, self._expire, generation)
+
+    def _hand_over(self) -> None:
+        """Hands pictures to the engine, the tenants in turn, while it has room."""
+        limit = self.worker.slots + _AHEAD
+        while self._turns and self._denoising < limit and self._handed < 2 * limit:
+            name, _ = self._turns.popitem(last=False)
+            account = self._accounts[name]
+            generation = next(iter(account.waiting.values()))
+            index = generation._next_index
+            generation._next_index += 1
+            if not generation.waiting:
+                del account.waiting[generation.id]
+                self._stop_timer(generation)
+            if account.waiting:
+                self._turns[name] = None
+            picture = _Picture(generation, index, steps=len(generation.settings.schedule))
+            generation._running[index] = picture
+            self._handed, self._denoising = self._handed + 1, self._denoising + 1
+            picture.ticket = self.worker.submit(
+                _single(generation.request, index),
+                generation.partial_steps,
+                partial(self._hear, picture),
+                generation.settings,
+            )
+
+    def _hear(self, picture: _Picture, event: WorkerEvent) -> None:
+        """On the engine thread: puts an event into the inbox, and wakes the loop up if it is not awake."""
+        self._inbox.append((picture, event))
+        if not self._woken and self._loop is not None:
+            self._woken = True
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                self._loop.call_soon_threadsafe(self._read_inbox)
+
+    def _read_inbox(self) -> None:
+        self._woken = False  # before the inbox is read: an event that comes after this wakes the loop up again
+        while self._inbox:
+            self._receive(*self._inbox.popleft())
+        self._hand_over()
+
+    def _receive(self, picture: _Picture, event: WorkerEvent) -> None:
+        generation = picture.generation
+        if generation._running.get(picture.index) is not picture:
+            return  # it was cancelled
+        match event:
+            case Started() | Partial():
+                generation._push(picture.index, event)
+            case Step(step=step):
+                self._advance(picture, step)
+                generation._push(picture.index, event)
+            case Done(picture=result):
+                generation.pictures[picture.index] = result
+                self._finish(picture)
+                generation._push(picture.index, event)
+            case Failed():
+                self._finish(picture)
+                generation._push(picture.index, event)
+            case Lost():
+                self._drop_all(
+                    Unavailable("the engine stopped before the picture was ready: send the request again", 5)
+                )
+
+    def _advance(self, picture: _Picture, step: int) -> None:
+        """Counts the steps of a picture up to `step` as done."""
+        generation, denoising = picture.generation, picture.denoising
+        done = int(generation._done_work[step] - generation._done_work[picture.step])
+        picture.step = step
+        self._denoising -= denoising and not picture.denoising
+        generation._work_done += done
+        self._count(generation, -done, 0)
+
+    def _finish(self, picture: _Picture) -> None:
+        """Forgets a picture that the engine has."""
+        generation = picture.generation
+        del generation._running[picture.index]
+        self._handed -= 1
+        self._denoising -= picture.denoising
+        picture.ticket = None  # which refers to the picture
+        left = generation._branch_pixels - int(generation._done_work[picture.step])
+        self._count(generation, -left, -generation._pixels)
+        self._leave(generation, 1)
+
+    def _drop_waiting(self, generation: Generation, error: ApiError | None = None) -> None:
+        """Removes a generation's waiting pictures, with an event for each if there is an error."""
+        count = generation.waiting
+        if not count:
+            return
+        account = self._accounts[generation.tenant.name]
+        del account.waiting[generation.id]
+        if not account.waiting:
+            del self._turns[generation.tenant.name]
+        self._stop_timer(generation)
+        first = generation._next_index
+        generation._next_index = generation.request.num_images
+        self._count(generation, -generation._branch_pixels * count, -generation._pixels * count)
+        self._leave(generation, count)
+        if error is not None:
+            for index in range(first, first + count):
+                generation._push(index, Dropped(error))
+
+    def _leave(self, generation: Generation, pictures: int) -> None:
+        """Counts pictures of a generation as over, and forgets it after the last one."""
+        generation._left -= pictures
+        if generation._left:
+            return
+        account = self._accounts[generation.tenant.name]
+        del account.generations[generation.id]
+        if not account.generations:
+            del self._accounts[generation.tenant.name]
+        if not self._accounts:
+            self._empty.set()
+
+    def _expire(self, generation: Generation) -> None:
+        seconds = self.clock() - generation.created
+        message = f"the picture had to wait for more than {seconds:.0f} seconds: send the request again"
+        self._drop_waiting(generation, Unavailable(message, self.queued_seconds, code="deadline_exceeded"))
+
+    def _drop_all(self, error: ApiError) -> None:
+        for account in [*self._accounts.values()]:
+            for generation in [*account.generations.values()]:
+                self._drop_waiting(generation, error)
+                for index, picture in [*generation._running.items()]:
+                    if picture.ticket is not None:
+                        self.worker.cancel(picture.ticket)
+                    self._finish(picture)
+                    generation._push(index, Dropped(error))
+
+    def _refund(self, generation: Generation) -> None:
+        """Gives the pixel-steps of waiting pictures back to their tenant."""
+        budget = self._budgets.get(generation.tenant.name)
+        if budget is not None:
+            budget.left += generation._pixel_steps * generation.waiting
+
+    def _count(self, generation: Generation, branch_pixels: int, pixels: int) -> None:
+        self._work.add(branch_pixels, pixels)
+        self._accounts[generation.tenant.name].work.add(branch_pixels, pixels)
+
+    def _stop_timer(self, generation: Generation) -> None:
+        if generation._timer is not None:
+            generation._timer.cancel()
+            generation._timer = None
+
+
+@dataclass
+class _Budget:
+    """Pixel-steps that a tenant may still use, refilled evenly to a minute's worth; negative after a large request."""
+
+    left: float
+    time: float
+
+    def refill(self, limit: int, now: float) -> None:
+        self.left = min(limit, self.left + (now - self.time) * limit / 60)
+        self.time = now
+
+
+def spread(partials: int, steps: int) -> frozenset[int]:
+    """The steps after which to show so many partial pictures: evenly spread, before the last one, all different."""
+    return frozenset(round(steps * i / (partials + 1)) for i in range(1, partials + 1)) & frozenset(range(1, steps))
+
+
+def _single(request: Request, index: int) -> Request:
+    """Picture `index` of a request as a request of its own."""
+    return request if request.num_images == 1 else replace(request, num_images=1, seed=request.seed + index)

@@ -1,0 +1,75 @@
+"""Pictures that clients fetch by address instead of in the answer, kept in the store for an hour.
+
+An address holds a random name, so whoever has it may read the picture, and the hour after which it is gone. The
+files are in the store, so any server that shares it can answer. Not covered: pictures inside JSON.
+"""
+
+import re
+import secrets
+import time
+from collections.abc import Callable
+from typing import Final
+
+from fastapi import APIRouter
+from starlette.requests import Request as HTTPRequest
+from starlette.responses import Response
+
+from oneword.serve.errors import NotFound
+from oneword.serve.files import open_files
+
+SECONDS: Final = 3600
+_FOLDER: Final = "results"
+_MAX_BYTES: Final = 256 << 20
+_SUFFIXES: Final = {"image/png": "png", "image/jpeg": "jpg", "image/webp": "webp"}
+_NAME: Final = re.compile(r"(\d{1,12})-[0-9a-f]{64}\.(png|jpg|webp)")
+
+
+class Results:
+    """Files `results/<expiry>-<random>.<suffix>` of a store. Synchronous; call it in a thread."""
+
+    def __init__(self, url: str, clock: Callable[[], float] = time.time) -> None:
+        self._files = open_files(url)
+        self._clock = clock
+
+    def put(self, data: bytes, media_type: str) -> str:
+        """Keeps a picture for an hour and returns its name."""
+        name = f"{int(self._clock()) + SECONDS}-{secrets.token_hex(32)}.{_SUFFIXES[media_type]}"
+        self._files.write(f"{_FOLDER}/{name}", data)
+        return name
+
+    def get(self, name: str) -> tuple[bytes, str] | None:
+        """The picture and its media type; None if there is none or it has expired."""
+        match = _NAME.fullmatch(name)
+        if match is None or int(match[1]) < self._clock():
+            return None
+        data = self._files.read(f"{_FOLDER}/{name}", _MAX_BYTES)
+        media_type = next(media for media, suffix in _SUFFIXES.items() if suffix == match[2])
+        return None if data is None else (data, media_type)
+
+    def collect(self) -> int:
+        """Deletes the pictures that have expired, and returns their number."""
+        names = self._files.names(_FOLDER)
+        expired = [name for name in names if (match := _NAME.fullmatch(name)) and int(match[1]) < self._clock()]
+        for name in expired:
+            self._files.delete(f"{_FOLDER}/{name}")
+        return len(expired)
+
+
+def address(http: HTTPRequest, name: str) -> str:
+    """The absolute address of a picture, as this client reaches the server."""
+    base = http.app.state.oneword.settings.public_url or str(http.base_url)
+    return f"{base.rstrip('/')}/v1/pictures/{name}"
+
+
+router = APIRouter(tags=["pictures"])
+
+
+@router.get("/v1/pictures/{name}", response_class=Response)
+async def picture(http: HTTPRequest, name: str) -> Response:
+    """A picture that was asked for with response_format "url". 404 after an hour."""
+    state = http.app.state.oneword
+    found = await state.in_thread(state.results.get, name)
+    if found is None:
+        raise NotFound("there is no such picture: its address is valid for an hour")
+    data, media_type = found
+    return Response(data, media_type=media_type, headers={"Cache-Control": "private, max-age=3600, immutable"})

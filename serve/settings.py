@@ -1,0 +1,112 @@
+"""The server's settings: a frozen dataclass, checked when it is made. Reads no file and opens nothing."""
+
+import ipaddress
+import math
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from oneword.engines.errors import UsageError
+from oneword.engines.open import Backend
+from oneword.runtime.backends import AUTO
+
+
+def data_folder() -> Path:
+    """The folder for a user's data on this platform, which need not exist."""
+    match sys.platform:
+        case "darwin":
+            return Path.home() / "Library" / "Application Support" / "oneword"
+        case "win32":
+            return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "oneword"
+        case _:
+            return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "oneword"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is reachable from this machine only."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `ti-serve` was asked for. Raises UsageError, one line that says what was given and what is allowed."""
+
+    bundle: Path
+    words: str = field(default_factory=lambda: str(data_folder() / "words"))
+    """A folder or an fsspec URL."""
+    host: str = "127.0.0.1"
+    port: int = 8000
+    """0 means any free one."""
+    keys: Path | None = None
+    """The file of keys; None means that everybody who reaches the server may use it."""
+    max_rows: int = 16
+    engine: str = AUTO
+    threads: int | None = None
+    max_wait: float = 60.0
+    """Seconds of work that may be queued; more is refused."""
+    model: str | None = None
+    """The checkpoint that words are learned with."""
+    trusted_proxies: tuple[str, ...] = ()
+    """Addresses or networks whose X-Forwarded-* headers are believed."""
+    public_url: str | None = None
+    root_path: str = ""
+    body_seconds: float = 60.0
+    """A request must have arrived in this time."""
+    write_seconds: float = 30.0
+    """A client that reads nothing for this long is cut off."""
+    drain_seconds: float = 20.0
+    hang_seconds: float = 30.0
+
+    def __post_init__(self) -> None:
+        if self.keys is None and not is_loopback(self.host):
+            raise UsageError(
+                f"--host {self.host} can be reached from other machines: protect it with --keys FILE, "
+                "or use --host 127.0.0.1"
+            )
+        if not 0 <= self.port <= 65535:
+            raise UsageError(f"--port is {self.port}, allowed is 0 to 65535")
+        if not self.words:
+            raise UsageError("--words is empty: pass a folder or a URL")
+        if self.engine not in (choices := (AUTO, *(backend.value for backend in Backend))):
+            raise UsageError(f"--engine is {self.engine!r}, allowed are {', '.join(choices)}")
+        if self.max_rows < 1:
+            raise UsageError(f"--max-rows is {self.max_rows}, allowed is at least 1")
+        if self.threads is not None and self.threads < 1:
+            raise UsageError(f"--threads is {self.threads}, allowed is at least 1")
+        for name in ("max_wait", "body_seconds", "write_seconds", "drain_seconds", "hang_seconds"):
+            seconds = getattr(self, name)
+            if not 0 < seconds < math.inf:
+                raise UsageError(f"--{name.replace('_', '-')} is {seconds:g} s, allowed is more than 0")
+        for proxy in self.trusted_proxies:
+            _check_network(proxy)
+        if self.public_url is not None:
+            _check_url(self.public_url)
+        if self.root_path and (not self.root_path.startswith("/") or self.root_path.endswith("/")):
+            raise UsageError(f"--root-path is {self.root_path!r}, allowed is a path such as /oneword")
+
+
+def _check_network(proxy: str) -> None:
+    try:
+        ipaddress.ip_network(proxy)
+    except ValueError:
+        raise UsageError(
+            f"--trusted-proxy is {proxy!r}, allowed is an address such as 10.0.0.5, or a network such as 10.0.0.0/8"
+        ) from None
+
+
+def _check_url(url: str) -> None:
+    try:
+        parts = urlsplit(url)
+        valid = parts.scheme in ("http", "https") and parts.hostname is not None and parts.port != 0
+        plain = not (parts.query or parts.fragment or parts.username or parts.password)
+    except ValueError:  # a port that is no number, a broken IPv6 address
+        valid = plain = False
+    if not (valid and plain):
+        raise UsageError(f"--public-url is {url!r}, allowed is an address such as https://pictures.example.com")

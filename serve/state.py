@@ -1,0 +1,81 @@
+"""What the routes of one server share. Built once by `oneword.serve.app`; holds no logic of its own."""
+
+import io
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+import anyio.to_thread
+import numpy as np
+import numpy.typing as npt
+import PIL.Image
+from anyio import CapacityLimiter
+
+from oneword.runtime.bundle import Manifest
+from oneword.runtime.images import preview_image
+from oneword.runtime.prompt import Tokenizer
+from oneword.serve.keys import Keys
+from oneword.serve.metrics import Metrics
+from oneword.serve.pool import Pool
+from oneword.serve.results import Results
+from oneword.serve.settings import Settings
+from oneword.serve.words import Words
+from oneword.serve.worker import Worker
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+PREVIEW_SIDE = 256
+"""Pixels of the longer side of a preview."""
+_LARGER = 4  # times the area of the bundle's default size
+_THREADS = 2  # for pictures that are read and written
+
+
+@dataclass(eq=False)
+class State:
+    """Everything that a route needs, as `request.app.state.oneword`."""
+
+    settings: Settings
+    manifest: Manifest
+    tokenizers: Mapping[str, Tokenizer]
+    keys: Keys | None
+    words: Words
+    worker: Worker
+    pool: Pool
+    results: Results
+    metrics: Metrics
+    jobs: None
+    """None if learning is not installed or no model was given."""
+    created: int = field(default_factory=lambda: int(time.time()))
+    _limiter: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(_THREADS))
+
+    @property
+    def name(self) -> str:
+        """The model's name: the last part of its weights' id."""
+        return Path(self.manifest.source.id).name
+
+    @property
+    def max_pixels(self) -> int:
+        """Pixels that one picture may have on this server."""
+        defaults = self.manifest.defaults
+        return _LARGER * defaults.width * defaults.height
+
+    def count_tokens(self, prompt: str) -> int:
+        """The number of ids of a prompt in the first encoder, learned words as plain text."""
+        return len(next(iter(self.tokenizers.values())).ids(prompt))
+
+    def preview(self, denoised: npt.NDArray[np.float32]) -> bytes:
+        """A small JPEG of latents [C, h, w] by the bundle's linear map; grey if it has none."""
+        preview, (_, height, width) = self.manifest.preview, denoised.shape
+        pixels = np.full((height, width, 3), 128, np.uint8) if preview is None else preview_image(preview, denoised)
+        scale = min(self.manifest.vae.factor, PREVIEW_SIDE / max(width, height))
+        size = max(1, round(width * scale)), max(1, round(height * scale))
+        stream = io.BytesIO()
+        PIL.Image.fromarray(pixels).resize(size, PIL.Image.Resampling.BICUBIC).save(stream, "JPEG", quality=85)
+        return stream.getvalue()
+
+    async def in_thread(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Runs work on pictures off the event loop, on a few threads, so that the engine keeps its cores."""
+        return await anyio.to_thread.run_sync(lambda: function(*args, **kwargs), limiter=self._limiter)

@@ -1,0 +1,515 @@
+"""The engine thread, the only one that touches Model and Scheduler.
+
+    worker = Worker(lambda: Model.open(bundle))
+    worker.start()
+    ticket = worker.submit(request, partial_steps, listener)
+    worker.cancel(ticket)
+
+Between two turns of the scheduler it takes all messages; without pictures in progress it waits for one. Events are
+passed to a ticket's listener on the engine thread, so listeners must be quick and must not raise.
+
+An unexpected exception ends the thread: the state is then `failed` and every listener hears `Lost`. The process should
+end too, as nobody knows what such an exception leaves behind (`oneword.serve.watchdog`). Not covered: how much work is
+accepted, and whose is next (`oneword.serve.pool`).
+"""
+
+import math
+import queue
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import Final, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from oneword.engines.errors import EngineError, OnewordError, UsageError, one_line, without_frames
+from oneword.runtime.batched import CALLS
+from oneword.runtime.edit import paste
+from oneword.runtime.events import Event, Latents, PictureDone, StepDone
+from oneword.runtime.events import Failed as PictureFailed
+from oneword.runtime.model import Model
+from oneword.runtime.request import Image, Request, ResolvedSettings, resolve
+from oneword.runtime.scheduler import MAX_ROWS, Scheduler
+from oneword.serve.errors import log_failure
+from oneword.serve.watchdog import Pulse
+
+_MEMORY_SECONDS: Final = 10.0  # of busy time, after which a measurement weighs 1/e
+_PATIENCE: Final = 10.0  # times the expected seconds of a turn, before it counts as a hang
+_WARM_UP_STEPS: Final = 3
+
+
+class State(StrEnum):
+    """What the engine thread is doing."""
+
+    STARTING = "starting"
+    READY = "ready"
+    FAILED = "failed"
+    STOPPED = "stopped"
+
+
+@dataclass(frozen=True)
+class Started:
+    """The scheduler has the picture: its prompts are encoded next, or it waits for a slot."""
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """Step `step` of `steps` is done."""
+
+    step: int
+    steps: int
+    denoised: Latents | None = None
+    """The model's current estimate [C, h, w], at the steps where the request has a preview."""
+
+
+@dataclass(frozen=True, eq=False)
+class Partial:
+    """The estimate after this step, decoded."""
+
+    step: int
+    image: Image
+
+
+@dataclass(frozen=True, eq=False)
+class Done:
+    """The picture is ready."""
+
+    picture: PictureDone
+
+
+@dataclass(frozen=True, eq=False)
+class Failed:
+    """The picture cannot be made."""
+
+    error: OnewordError
+
+
+@dataclass(frozen=True)
+class Lost:
+    """The engine thread ended before the picture was ready."""
+
+
+WorkerEvent: TypeAlias = Started | Step | Partial | Done | Failed | Lost
+Listener: TypeAlias = Callable[[WorkerEvent], None]
+
+
+@dataclass(eq=False)
+class Ticket:
+    """One picture that was submitted."""
+
+    request: Request
+    partial_steps: frozenset[int]
+    listener: Listener
+    settings: ResolvedSettings | None = None
+    cancelled: bool = False
+    id: int | None = None
+    """The scheduler's."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Measurements of one turn."""
+
+    rows: int
+    """Pictures that were denoised."""
+    seconds: Mapping[str, float]
+    """By stage: encode, denoise, decode, partial."""
+
+
+@dataclass(frozen=True)
+class WorkerFigures:
+    """What the engine thread measured, as of its last turn."""
+
+    rows: int = 0
+    """Pictures with a slot."""
+    waiting: int = 0
+    """Pictures that the scheduler has and that have no slot: they wait for one, or to be decoded."""
+    turns: int = 0
+    seconds_per_branch_pixel: float = 0.0
+    """To denoise, recently. A guided step has 2 x width x height branch pixels, an unguided one half of that."""
+    seconds_per_pixel: float = 0.0
+    """To encode the prompts of a picture and to decode it, recently."""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """So far, by stage: encode, denoise, decode, partial."""
+    words: int = 0
+    """Learned words whose rows are in the embedding tables."""
+
+    def seconds_for(self, branch_pixels: int, pixels: int) -> float:
+        """How long so much denoising, and encoding and decoding of so many pixels, should take."""
+        return branch_pixels * self.seconds_per_branch_pixel + pixels * self.seconds_per_pixel
+
+
+@dataclass
+class _Speed:
+    """Seconds per unit of work, weighted towards recent seconds."""
+
+    amount: float = 0.0
+    seconds: float = 0.0
+
+    def add(self, amount: float, seconds: float) -> None:
+        weight = math.exp(-seconds / _MEMORY_SECONDS)
+        self.amount = weight * self.amount + amount
+        self.seconds = weight * self.seconds + seconds
+
+    @property
+    def seconds_per_unit(self) -> float:
+        """0 before the first measurement."""
+        return self.seconds / self.amount if self.amount else 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class _Cancel:
+    ticket: Ticket
+
+
+@dataclass(frozen=True)
+class _Stop:
+    cancel: bool
+
+
+_Message: TypeAlias = Ticket | _Cancel | _Stop
+
+
+class Worker:
+    """The engine thread: opens the model, then generates what is submitted until `stop`."""
+
+    def __init__(
+        self,
+        open_model: Callable[[], Model],
+        *,
+        max_rows: int = MAX_ROWS,
+        sizes: Sequence[tuple[int, int]] = (),
+        observer: Callable[[Turn], None] | None = None,
+    ) -> None:
+        """`open_model` runs on the engine thread. It is warmed up for pictures of these `sizes` (width, height), by
+        default the bundle's. `observer` gets every turn's measurements, on the engine thread. Raises UsageError."""
+        if max_rows < 1:
+            raise UsageError(f"max_rows is {max_rows}, allowed is 1 or more")
+        self.max_rows = max_rows
+        self.slots = max_rows
+        """Pictures of the bundle's size that can share a step; fewer than `max_rows` if the engine has a limit."""
+        self.state = State.STARTING
+        self.backend = ""
+        """What runs the graphs, with its version and precision, once it is open."""
+        self.failure = ""
+        """Why the thread failed: one line, which may hold paths."""
+        self.ready = threading.Event()
+        self.figures = WorkerFigures()
+        self.observer = observer
+        self.last_turn = time.monotonic()
+        """When the last turn ended, or when work arrived after an idle time."""
+        self._open_model, self._sizes = open_model, tuple(sizes)
+        self._thread = threading.Thread(target=self._run, name="oneword-engine", daemon=True)
+        self._opened = threading.Event()
+        self._lock = threading.Lock()
+        self._stopping = False  # nothing more is taken
+        self._leaving = False  # the thread ends when nothing is in progress
+        self._open: set[Ticket] = set()
+        self._messages: queue.SimpleQueue[_Message] = queue.SimpleQueue()
+        self._tickets: dict[int, Ticket] = {}
+        self._denoising, self._decoding = _Speed(), _Speed()
+        self._seconds = dict.fromkeys(("encode", "denoise", "decode", "partial"), 0.0)
+        self._turns = 0
+        self._expected_seconds = 0.0
+
+    def start(self) -> None:
+        """Starts the thread and returns at once."""
+        self._thread.start()
+
+    def wait_ready(self, timeout: float | None = None) -> None:
+        """Waits until the model is open and warm. Raises EngineError if it cannot be opened, or not in that time."""
+        if not self._opened.wait(timeout):
+            raise EngineError(f"the engine was not ready after {timeout:g} seconds")
+        if self.state is not State.READY:
+            raise EngineError(self.failure or "the engine was stopped")
+
+    def submit(
+        self,
+        request: Request,
+        partial_steps: frozenset[int],
+        listener: Listener,
+        settings: ResolvedSettings | None = None,
+    ) -> Ticket:
+        """Queues one picture; never blocks. Its estimate is decoded after each of `partial_steps`.
+
+        `settings` are those of `resolve`, if they are known. Raises UsageError for more than one picture.
+        """
+        if request.num_images != 1:
+            raise UsageError(f"num_images is {request.num_images}, the worker takes single pictures")
+        ticket = Ticket(request, partial_steps, listener, settings)
+        with self._lock:
+            alive = not self._stopping and self.state in (State.STARTING, State.READY)
+            if alive:
+                if not self._open:
+                    self.last_turn = time.monotonic()
+                self._open.add(ticket)
+                self._messages.put(ticket)
+        if not alive:
+            listener(Lost())
+        return ticket
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Cancels a picture at the end of the running turn; its listener hears nothing more. Idempotent."""
+        with self._lock:
+            if ticket.cancelled or ticket not in self._open:
+                return
+            ticket.cancelled = True
+            self._messages.put(_Cancel(ticket))
+
+    def stop(self, cancel: bool = False) -> None:
+        """Ends the thread once all pictures are ready, or with `cancel` at the end of the running turn."""
+        with self._lock:
+            self._stopping = True
+            self._messages.put(_Stop(cancel))
+
+    def join(self, timeout: float | None = None) -> bool:
+        """Waits for the end of the thread; False if it still runs."""
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def stalled(self, seconds: float) -> bool:
+        """Whether pictures wait and no turn has ended for so long, and for ten times what this turn should take."""
+        limit = max(seconds, _PATIENCE * self._expected_seconds)
+        return self.state is State.READY and bool(self._open) and time.monotonic() - self.last_turn > limit
+
+    def pulse(self, hang_seconds: float) -> Pulse:
+        """What the watchdog should know."""
+        if self.state is State.STARTING:
+            return Pulse.STARTING
+        if self.state is State.FAILED:
+            return Pulse.FAILED
+        return Pulse.HANGING if self.stalled(hang_seconds) else Pulse.WORKING
+
+    def _run(self) -> None:
+        try:
+            scheduler = self._opened_scheduler()
+            with self._lock:
+                self.state = State.READY
+                self.last_turn = time.monotonic()
+            self.ready.set()
+            self._opened.set()
+            while self._take_messages(scheduler):
+                self._turn(scheduler)
+        except BaseException as error:
+            log_failure(error)
+            self._end(State.FAILED, one_line(error))
+        else:
+            self._end(State.STOPPED, "")
+
+    def _end(self, state: State, failure: str) -> None:
+        with self._lock:
+            self.state, self.failure = state, failure
+            tickets = [ticket for ticket in self._open if not ticket.cancelled]
+            self._open.clear()
+        self._tickets.clear()
+        self.ready.clear()
+        self._opened.set()
+        for ticket in tickets:
+            ticket.listener(Lost())
+
+    def _opened_scheduler(self) -> Scheduler:
+        """Opens the model, and draws a picture of each size to open the engines and to measure how fast they are."""
+        model = self._open_model()
+        scheduler = Scheduler(model, self.max_rows)
+        defaults = model.manifest.defaults
+        if model.stream.depth or model.engine("denoise_step").few_shapes:
+            scheduler.warm(*self._sizes)
+        for size in self._sizes or [(defaults.width, defaults.height)]:
+            request = Request("", size=size, steps=min(_WARM_UP_STEPS, defaults.steps))
+            settings = resolve(request, model.manifest)
+            scheduler.add(request, settings)
+            seconds = []
+            before = dict(scheduler.seconds)
+            while scheduler:
+                start = scheduler.seconds["denoise"]
+                for event in scheduler.step():
+                    if isinstance(event, PictureFailed):
+                        raise event.error
+                seconds.append(scheduler.seconds["denoise"] - start)
+            step = min(second for second in seconds if second)
+            self._denoising.add(_branch_pixels(settings, 1), step)
+            spent = sum(scheduler.seconds[stage] - before[stage] for stage in ("encode", "decode"))
+            self._decoding.add(settings.width * settings.height, spent)
+        self.slots = scheduler.denoiser.capacity(_default_size(model))
+        self.backend = model.engine("denoise_step").backend
+        self._publish(scheduler)
+        return scheduler
+
+    def _take_messages(self, scheduler: Scheduler) -> bool:
+        """Takes all messages, waiting for one if nothing is in progress. False once the thread should end."""
+        while scheduler or not self._leaving:
+            try:
+                self._take(scheduler, self._messages.get(block=not scheduler))
+            except queue.Empty:
+                return True
+        return False
+
+    def _take(self, scheduler: Scheduler, message: _Message) -> None:
+        match message:
+            case Ticket():
+                self._add(scheduler, message)
+            case _Cancel(ticket=ticket):
+                if ticket.id in self._tickets:
+                    scheduler.cancel(ticket.id)
+                    self._close(ticket)
+            case _Stop(cancel=cancel):
+                self._leaving = True
+                if cancel:
+                    scheduler.cancel_all()
+
+    def _add(self, scheduler: Scheduler, ticket: Ticket) -> None:
+        """Hands a picture to the scheduler. A request that it cannot take fails alone."""
+        if ticket.cancelled:
+            self._close(ticket)
+            return
+        request = ticket.request
+        try:
+            if ticket.settings is None:
+                ticket.settings = resolve(request, scheduler.model.manifest)
+            if ticket.partial_steps:
+                request = replace(request, previews=_preview_steps(request, ticket))
+            ticket.id = scheduler.add(request, ticket.settings)
+        except Exception as error:
+            if not isinstance(error, OnewordError):
+                log_failure(error)
+                error = EngineError("the prompt could not be tokenized")
+            self._tell(ticket, Failed(without_frames(error)))
+            self._close(ticket)
+            return
+        self._tickets[ticket.id] = ticket
+        self._tell(ticket, Started())
+
+    def _turn(self, scheduler: Scheduler) -> None:
+        """Runs one turn and passes on its events."""
+        self._expected_seconds = self._turn_seconds()
+        before = dict(scheduler.seconds)
+        events = scheduler.step()
+        self.last_turn = time.monotonic()
+        seconds = {stage: total - before[stage] for stage, total in scheduler.seconds.items()}
+        steps = [(self._tickets[event.id], event) for event in events if isinstance(event, StepDone)]
+        branch_pixels = sum(_branch_pixels(_settings(ticket), event.step) for ticket, event in steps)
+        if branch_pixels:
+            self._denoising.add(branch_pixels, seconds["denoise"])
+        pixels = sum(event.image.shape[0] * event.image.shape[1] for event in events if isinstance(event, PictureDone))
+        self._measure(pixels, seconds)
+        self._turns += 1
+        self._publish(scheduler)  # before anybody hears of the turn
+        for event in events:
+            self._pass_on(event)
+        partials = [(ticket, event) for ticket, event in steps if event.step in ticket.partial_steps]
+        seconds["partial"] = self._show(scheduler.model, partials) if partials else 0.0
+        self.last_turn = time.monotonic()
+        if self.observer is not None:
+            self.observer(Turn(len(steps), seconds))
+
+    def _measure(self, pixels: int, seconds: Mapping[str, float]) -> None:
+        """Counts the time of stages, and the pixels that were decoded in it."""
+        for stage, spent in seconds.items():
+            self._seconds[stage] += spent
+        self._decoding.add(pixels, sum(spent for stage, spent in seconds.items() if stage != "denoise"))
+
+    def _show(self, model: Model, partials: Iterable[tuple[Ticket, StepDone]]) -> float:
+        """Decodes estimates and passes them on. Returns how many seconds it took."""
+        start = time.perf_counter()
+        pixels = sum(self._decode_partials(model, together) for together in _grouped(partials))
+        seconds = time.perf_counter() - start
+        self._measure(pixels, {"partial": seconds})
+        return seconds
+
+    def _pass_on(self, event: Event) -> None:
+        """Tells the listener of an event's picture; forgets the picture if this was the last event."""
+        ticket = self._tickets[event.id]
+        match event:
+            case StepDone(step=step, steps=steps, denoised=denoised):
+                self._tell(ticket, Step(step, steps, denoised if ticket.request.has_preview(step) else None))
+            case PictureDone():
+                self._tell(ticket, Done(event))
+                self._close(ticket)
+            case PictureFailed(error=error):
+                self._tell(ticket, Failed(error))
+                self._close(ticket)
+
+    def _decode_partials(self, model: Model, partials: Sequence[tuple[Ticket, StepDone]]) -> int:
+        """Decodes the estimates of pictures of one size, and returns their pixels; if that fails, there are none."""
+        partials = [(ticket, event) for ticket, event in partials if not ticket.cancelled and event.id in self._tickets]
+        latents = [event.denoised for _, event in partials if event.denoised is not None]
+        if not latents:
+            return 0
+        try:
+            images, finite = model.decode(np.stack(latents))
+        except OnewordError as error:
+            log_failure(error)
+            model.forget_bindings()
+            return 0
+        for (ticket, event), image, ok in zip(partials, images, finite, strict=True):
+            if ok:
+                self._tell(ticket, Partial(event.step, paste(image, ticket.request, _settings(ticket))))
+        return sum(image.shape[0] * image.shape[1] for image in images)
+
+    def _tell(self, ticket: Ticket, event: WorkerEvent) -> None:
+        if not ticket.cancelled:
+            ticket.listener(event)
+
+    def _close(self, ticket: Ticket) -> None:
+        if ticket.id is not None:
+            self._tickets.pop(ticket.id, None)
+        with self._lock:
+            self._open.discard(ticket)
+
+    def _turn_seconds(self) -> float:
+        """How long the next turn takes if every picture is denoised, and decoded."""
+        settings = [_settings(ticket) for ticket in self._tickets.values()]
+        pixels = sum(setting.width * setting.height for setting in settings)
+        return 2 * pixels * self._denoising.seconds_per_unit + pixels * self._decoding.seconds_per_unit
+
+    def _publish(self, scheduler: Scheduler) -> None:
+        self.figures = WorkerFigures(
+            rows=scheduler.rows,
+            waiting=len(scheduler) - scheduler.rows,
+            turns=self._turns,
+            seconds_per_branch_pixel=self._denoising.seconds_per_unit,
+            seconds_per_pixel=self._decoding.seconds_per_unit,
+            seconds=dict(self._seconds),
+            words=scheduler.model.resident,
+        )
+
+
+def _default_size(model: Model) -> tuple[int, int, int]:
+    """h, w and T of pictures of the bundle's size with short prompts."""
+    defaults, factor = model.manifest.defaults, model.manifest.vae.factor
+    return defaults.height // factor, defaults.width // factor, model.context_length(model.tokenize(""))
+
+
+def branch_pixels(settings: ResolvedSettings) -> npt.NDArray[np.int64]:
+    """[S]: what each step of a picture costs, twice as much if it is guided."""
+    return (1 + settings.schedule.guided.astype(np.int64)) * settings.width * settings.height
+
+
+def _branch_pixels(settings: ResolvedSettings, step: int) -> int:
+    return int(1 + settings.schedule.guided[step - 1]) * settings.width * settings.height
+
+
+def _settings(ticket: Ticket) -> ResolvedSettings:
+    assert ticket.settings is not None  # since it was added
+    return ticket.settings
+
+
+def _preview_steps(request: Request, ticket: Ticket) -> frozenset[int]:
+    """The steps where the request has a preview, and those whose estimate is decoded."""
+    steps = range(1, len(_settings(ticket).schedule) + 1)
+    return ticket.partial_steps | {step for step in steps if request.has_preview(step)}
+
+
+def _grouped(partials: Iterable[tuple[Ticket, StepDone]]) -> Iterator[list[tuple[Ticket, StepDone]]]:
+    """The partials by size, in groups that a call of the decoder takes."""
+    by_size: dict[tuple[int, ...], list[tuple[Ticket, StepDone]]] = defaultdict(list)
+    for ticket, event in partials:
+        if event.denoised is not None:
+            by_size[event.denoised.shape].append((ticket, event))
+    for together in by_size.values():
+        for start in range(0, len(together), CALLS[0]):
+            yield together[start : start + CALLS[0]]

@@ -1,0 +1,734 @@
+"""Every request is checked before its body is read: on a real server and real sockets where those matter."""
+
+import asyncio
+import base64
+import contextlib
+import hashlib
+import json
+import logging
+import socket
+import threading
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import pytest
+import uvicorn
+from fastapi import FastAPI, File, Request, UploadFile
+from fastapi.responses import StreamingResponse
+from pydantic import BaseModel
+
+from oneword.serve import errors, middleware
+from oneword.serve.connection import Connection, limited_connection
+from oneword.serve.keys import Keys
+from oneword.serve.middleware import AccessLog, LimitBody, TrustedProxy, WriteTimeout, allowed_hosts
+from oneword.serve.settings import Settings
+
+KEY = "ow_the-key-of-alice"
+LIMIT = 100_000
+
+
+class Prompt(BaseModel):
+    prompt: str
+
+
+def make_app(keys: Keys | None = None, **settings: Any) -> FastAPI:
+    app = FastAPI()
+
+    @app.get("/")
+    @app.get("/static/page.js")
+    @app.get("/health/live")
+    async def page() -> str:
+        return "page"
+
+    @app.get("/v1/who")
+    async def who(request: Request) -> dict[str, Any]:
+        assert request.client is not None
+        return {
+            "tenant": request.state.tenant.name,
+            "client": request.client.host,
+            "scheme": request.url.scheme,
+            "host": request.headers["host"],
+        }
+
+    @app.post("/v1/prompt")
+    async def prompt(prompt: Prompt) -> int:
+        return len(prompt.prompt)
+
+    @app.post("/v1/file")
+    async def file(image: Annotated[UploadFile, File()]) -> int:
+        return image.size or 0
+
+    @app.post("/v1/unread")
+    async def unread() -> str:
+        return "unread"
+
+    @app.post("/v1/swallows")
+    async def swallows(request: Request) -> str:
+        with contextlib.suppress(Exception):
+            await request.body()
+        return "swallowed"
+
+    @app.get("/v1/words/{name}")
+    async def raises(name: str) -> None:
+        raise RuntimeError(f"{name} /secret/path")
+
+    errors.install(app)
+    chosen = Settings(Path("bundle"), **settings)
+    middleware.install(app, chosen, keys, limits=[("/v1/", LIMIT), ("", 1000)])
+    return app
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> Keys:
+    digest = hashlib.sha256(KEY.encode()).hexdigest()
+    (tmp_path / "keys.toml").write_text(f'[alice]\nsha256 = "{digest}"\n')
+    return Keys.read(tmp_path / "keys.toml")
+
+
+@dataclass
+class Answer:
+    status: int = 0
+    headers: dict[str, str] = field(default_factory=dict)
+    body: bytes = b""
+    received: int = 0
+    """Number of messages that were read."""
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+def ask(
+    app: Any,
+    method: str = "GET",
+    path: str = "/v1/who",
+    headers: Mapping[str, str] | Sequence[tuple[str, str]] = (),
+    chunks: Sequence[bytes] = (b"",),
+    client: str = "127.0.0.1",
+    root_path: str = "",
+) -> Answer:
+    """One request, straight into the app."""
+    pairs = list(headers.items() if isinstance(headers, Mapping) else headers)
+    if not any(name == "Host" for name, _ in pairs):
+        pairs.append(("Host", "localhost:8000"))
+    answer = Answer()
+
+    async def receive() -> Any:
+        if answer.received == len(chunks):
+            return {"type": "http.disconnect"}
+        answer.received += 1
+        return {
+            "type": "http.request",
+            "body": chunks[answer.received - 1],
+            "more_body": answer.received < len(chunks),
+        }
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.start":
+            answer.status = message["status"]
+            answer.headers = {name.decode().lower(): value.decode() for name, value in message["headers"]}
+        else:
+            answer.body += message.get("body", b"")
+
+    path, _, query = path.partition("?")
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.3"},
+        "http_version": "1.1",
+        "method": method,
+        "scheme": "http",
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": query.encode(),
+        "root_path": root_path,
+        "headers": [(name.lower().encode(), value.encode("utf-8")) for name, value in pairs],
+        "client": (client, 1234),
+        "server": ("127.0.0.1", 8000),
+        "state": {},
+    }
+    asyncio.run(app(scope, receive, send))
+    return answer
+
+
+class Server(uvicorn.Server):
+    """A real server on a free port, in a thread; counts the bytes it has read."""
+
+    def __init__(self, app: Any, **settings: Any) -> None:
+        server = self
+        self.bytes_read = 0
+        self.ready = threading.Event()
+        self.closed = threading.Event()
+
+        class Counting(limited_connection(Settings(Path("bundle"), **settings))):  # type: ignore[misc]
+            def data_received(self, data: bytes) -> None:
+                server.bytes_read += len(data)
+                super().data_received(data)
+
+            def connection_lost(self, exc: Exception | None) -> None:
+                super().connection_lost(exc)
+                server.closed.set()
+
+        super().__init__(
+            uvicorn.Config(
+                app,
+                port=0,
+                http=Counting,
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                proxy_headers=False,
+                server_header=False,
+                timeout_graceful_shutdown=1,
+            )
+        )
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.ready.set()
+
+    @property
+    def address(self) -> tuple[str, int]:
+        host, port = self.servers[0].sockets[0].getsockname()[:2]
+        return host, port
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(self.address, timeout=20)
+
+
+@contextlib.contextmanager
+def serving(app: Any, **settings: Any) -> Iterator[Server]:
+    server = Server(app, **settings)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        assert server.ready.wait(20)
+        yield server
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+def head(method: str, path: str, *lines: str) -> bytes:
+    return "\r\n".join([f"{method} {path} HTTP/1.1", "Host: localhost", *lines, "", ""]).encode()
+
+
+def read_all(connection: socket.socket) -> bytes:
+    """Everything up to the end of the connection, however it ends."""
+    data = b""
+    with contextlib.suppress(ConnectionError):
+        while piece := connection.recv(65536):
+            data += piece
+    return data
+
+
+def send_all(connection: socket.socket, piece: bytes, times: int) -> int:
+    """Sends a piece again and again until the server has had enough. Returns the bytes that were sent."""
+    sent = 0
+    with contextlib.suppress(ConnectionError):
+        for _ in range(times):
+            connection.sendall(piece)
+            sent += len(piece)
+    return sent
+
+
+@pytest.mark.parametrize("framing", ["Content-Length: 1073741824", "Transfer-Encoding: chunked"])
+def test_a_wrong_key_is_refused_after_64_kib_of_a_body_of_1_gib(keys: Keys, framing: str) -> None:
+    piece = bytes(1 << 20) if "Length" in framing else b"100000\r\n" + bytes(1 << 20) + b"\r\n"
+    with serving(make_app(keys)) as server, server.connect() as connection:
+        connection.sendall(head("POST", "/v1/prompt", framing, "Authorization: Bearer wrong") + piece[:200_000])
+        sent = send_all(connection, piece, 1024)
+        answer = read_all(connection)
+
+        assert answer.startswith(b"HTTP/1.1 401 ")
+        assert b"connection: close" in answer.lower()
+        assert sent < 1 << 30
+        assert server.bytes_read <= 64 << 10
+
+
+def test_a_body_that_is_too_large_is_refused_before_any_of_it_is_read() -> None:
+    for path, limit in (("/v1/prompt", LIMIT), ("/other", 1000)):
+        answer = ask(make_app(), "POST", path, {"Content-Length": str(limit + 1)}, [b"x"] * 10)
+        assert (answer.status, answer.received) == (413, 0)
+        assert answer.headers["connection"] == "close"
+        assert answer.json["error"]["message"] == (
+            f"the body is too large, allowed are {limit} bytes: send less, or smaller pictures"
+        )
+
+
+@pytest.mark.parametrize("path", ["/v1/prompt", "/v1/file", "/v1/swallows"])
+def test_a_chunked_body_is_cut_off_at_the_limit_whatever_the_route_makes_of_it(path: str) -> None:
+    boundary = (
+        b'--x\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n' if path == "/v1/file" else b""
+    )
+    piece = b"1000\r\n" + bytes(4096) + b"\r\n"
+    with serving(make_app()) as server, server.connect() as connection:
+        kind = "Content-Type: multipart/form-data; boundary=x" if boundary else "Content-Type: application/json"
+        connection.sendall(head("POST", path, "Transfer-Encoding: chunked", kind))
+        if boundary:
+            connection.sendall(f"{len(boundary):x}\r\n".encode() + boundary + b"\r\n")
+        send_all(connection, piece, 100_000)
+        answer = read_all(connection)
+
+        assert answer.startswith(b"HTTP/1.1 413 ")
+        assert b"allowed are 100000 bytes" in answer
+        assert server.bytes_read <= LIMIT + (256 << 10)
+
+
+def test_a_chunked_body_within_the_limit_is_accepted() -> None:
+    with serving(make_app()) as server, server.connect() as connection:
+        body = json.dumps({"prompt": "x" * 90_000}).encode()
+        connection.sendall(
+            head(
+                "POST",
+                "/v1/prompt",
+                "Transfer-Encoding: chunked",
+                "Content-Type: application/json",
+                "Connection: close",
+            )
+        )
+        for i in range(0, len(body), 1000):
+            piece = body[i : i + 1000]
+            connection.sendall(f"{len(piece):x}\r\n".encode() + piece + b"\r\n")
+        connection.sendall(b"0\r\n\r\n")
+        answer = read_all(connection)
+
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    assert answer.endswith(b"90000")
+
+
+@pytest.mark.parametrize("path", ["/v1/prompt", "/v1/swallows"])
+@pytest.mark.parametrize("framing", ["Content-Length: 1000", "Transfer-Encoding: chunked"])
+def test_a_body_that_does_not_arrive_in_time_is_a_408(path: str, framing: str) -> None:
+    with serving(make_app(body_seconds=0.2)) as server, server.connect() as connection:
+        connection.sendall(head("POST", path, framing, "Content-Type: application/json") + b"1\r\n{\r\n")
+        answer = read_all(connection)
+
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert b"the body did not arrive within 0.2 seconds: send less, or over a faster connection" in answer
+
+
+def test_a_client_that_trickles_its_body_is_refused_as_well() -> None:
+    async def trickle() -> int:
+        status = 0
+
+        async def receive() -> Any:
+            await asyncio.sleep(0.02)
+            return {"type": "http.request", "body": b"x", "more_body": True}
+
+        async def send(message: Any) -> None:
+            nonlocal status
+            status = message.get("status", status)
+
+        scope = {"type": "http", "method": "POST", "path": "/", "headers": [], "query_string": b""}
+        app = FastAPI()
+
+        @app.post("/")
+        async def body(request: Request) -> int:
+            return len(await request.body())
+
+        await errors.CatchErrors(LimitBody(app, seconds=0.2))(scope, receive, send)
+        return status
+
+    assert asyncio.run(trickle()) == 408
+
+
+def test_a_request_head_that_does_not_arrive_in_time_ends_the_connection() -> None:
+    with serving(make_app(body_seconds=0.2)) as server:
+        for data in (b"", b"GET / HT", head("GET", "/")[:-2]):
+            server.closed.clear()
+            with server.connect() as connection:
+                connection.sendall(data)
+                assert read_all(connection) == b""
+        with server.connect() as connection:  # a second request on the same connection
+            connection.sendall(head("GET", "/") + b"GET / HT")
+            assert read_all(connection).count(b"HTTP/1.1") == 1
+
+
+def stalling_app(finished: threading.Event) -> FastAPI:
+    app = FastAPI()
+
+    @app.get("/v1/endless")
+    async def endless() -> StreamingResponse:
+        async def pieces() -> AsyncIterator[bytes]:
+            try:
+                while True:
+                    yield bytes(1 << 16)
+            finally:
+                finished.set()
+
+        return StreamingResponse(pieces())
+
+    @app.get("/v1/large")
+    async def large() -> StreamingResponse:
+        async def pieces() -> AsyncIterator[bytes]:
+            yield bytes(64 << 20)
+
+        return StreamingResponse(pieces())
+
+    errors.install(app)
+    middleware.install(app, Settings(Path("bundle"), write_seconds=0.3))
+    return app
+
+
+@pytest.mark.parametrize("path", ["/v1/endless", "/v1/large"])
+def test_a_client_that_does_not_read_is_cut_off(path: str, caplog: pytest.LogCaptureFixture) -> None:
+    finished = threading.Event()
+    with serving(stalling_app(finished), write_seconds=0.3) as server, server.connect() as connection:
+        connection.sendall(head("GET", path))
+
+        assert server.closed.wait(20)
+        if path == "/v1/endless":
+            assert finished.wait(20)  # the route has been ended too
+        assert len(read_all(connection)) < 64 << 20
+    assert "Traceback" not in caplog.text
+
+
+def test_a_client_that_reads_slowly_is_not_cut_off() -> None:
+    with serving(stalling_app(threading.Event()), write_seconds=0.3) as server, server.connect() as connection:
+        connection.sendall(head("GET", "/v1/large", "Connection: close"))
+        data = b""
+        pause = threading.Event()
+        while piece := connection.recv(4 << 20):
+            data += piece
+            pause.wait(0.02)
+
+    assert len(data) > 64 << 20
+
+
+def test_what_is_not_http_is_answered_with_the_headers_of_all_answers() -> None:
+    with serving(make_app()) as server:
+        for data in (b"\x16\x03\x01 TLS\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n", head("GET", "/", "X: " + "x" * 100_000)):
+            with server.connect() as connection:
+                connection.sendall(data)
+                answer = read_all(connection)
+            assert answer.startswith(b"HTTP/1.1 400 ")
+            assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["type"] == "invalid_request_error"
+            assert b"content-security-policy: default-src 'none'" in answer.lower()
+
+
+@pytest.mark.parametrize(
+    ("host", "origin"),
+    [
+        ("localhost:8000", None),
+        ("localhost", None),
+        ("127.0.0.1:8000", None),
+        ("127.0.0.1:9000", None),  # a forwarded port
+        ("[::1]:8000", None),
+        ("LOCALHOST:8000", "http://localhost:8000"),
+        ("localhost:8000", "http://localhost:8000"),
+        ("[::1]:8000", "http://[::1]:8000"),
+        ("pictures.example.com", "https://pictures.example.com"),
+        ("127.0.0.1:8000", "https://pictures.example.com"),  # a proxy that does not pass the Host
+    ],
+)
+def test_this_servers_own_page_and_clients_without_an_origin_pass(host: str, origin: str | None) -> None:
+    app = make_app(public_url="https://pictures.example.com/oneword")
+    headers = {"Host": host} if origin is None else {"Host": host, "Origin": origin}
+
+    assert ask(app, headers=headers).status == 200
+    assert ask(app, "POST", "/v1/unread", headers=headers).status == 200
+
+
+@pytest.mark.parametrize(
+    ("host", "origin"),
+    [
+        ("evil.example", None),  # DNS that points at this machine
+        ("evil.example:8000", "http://evil.example:8000"),
+        ("localhost.evil.example", None),
+        ("localhost:8000@evil.example", None),
+        ("127.0.0.1.evil.example", None),
+        ("192.168.1.5:8000", None),
+        ("", None),
+        ("localhost:8000, evil.example", None),
+        ("localhost:8000/evil", None),
+        ("löcalhost", None),
+        ("[::1", None),
+        ("localhost:8000", "null"),
+        ("localhost:8000", "https://evil.example"),
+        ("localhost:8000", "http://localhost:3000"),  # another server on this machine
+        ("localhost:8000", "http://127.0.0.1:8000"),
+        ("localhost:8000", "http://localhost:8000.evil.example"),
+        ("localhost:8000", "localhost:8000"),
+        ("localhost:8000", "file://localhost:8000"),
+        ("localhost:8000", "chrome-extension://localhost:8000"),
+        ("localhost:8000", ""),
+    ],
+)
+def test_attacked_browsers_are_refused(host: str, origin: str | None) -> None:
+    headers = {"Host": host} if origin is None else {"Host": host, "Origin": origin}
+    for method, path in (("GET", "/"), ("POST", "/v1/unread"), ("OPTIONS", "/v1/unread")):
+        answer = ask(make_app(), method, path, headers, [b"x"])
+
+        assert (answer.status, answer.received) == (403, 0)
+        assert answer.json["error"]["code"] in ("host_not_allowed", "origin_not_allowed")
+        assert "evil" not in answer.body.decode()
+        assert "access-control-allow-origin" not in answer.headers
+
+
+def test_two_hosts_or_a_second_origin_do_not_get_past_the_check() -> None:
+    assert ask(make_app(), headers=[("Host", "localhost"), ("Host", "evil.example")]).status == 403
+    origins = [("Host", "localhost"), ("Origin", "http://localhost"), ("Origin", "http://evil.example")]
+    assert ask(make_app(), headers=origins).status == 403
+
+
+def test_a_server_on_all_addresses_answers_to_digits_and_to_its_public_name_only() -> None:
+    settings = Settings(Path("b"), host="0.0.0.0", keys=Path("k"), public_url="https://Pictures.example.com:8443")
+    app = middleware.CheckOrigin(make_app(), allowed_hosts(settings), settings.public_url)
+    hosts = allowed_hosts(settings)
+
+    assert hosts == {"localhost", "127.0.0.1", "[::1]", "0.0.0.0", "*", "pictures.example.com"}
+    app._check(["192.168.1.5:8000"], [])
+    app._check(["[fe80::1]:8000"], ["http://[fe80::1]:8000"])
+    app._check(["pictures.example.com:8443"], ["https://pictures.example.com:8443"])
+    for host in ("evil.example", "*", "1.2.3.4.evil.example"):
+        with pytest.raises(errors.Forbidden):
+            app._check([host], [])
+    assert "[fe80::1]" in allowed_hosts(Settings(Path("b"), host="fe80::1", keys=Path("k")))
+
+
+def basic(user: str, password: str) -> str:
+    return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
+
+
+@pytest.mark.parametrize(
+    "header", [f"Bearer {KEY}", f"bearer {KEY}", f"  Bearer   {KEY}  ", basic("", KEY), basic("alice", KEY)]
+)
+def test_a_key_is_accepted_as_bearer_and_as_basic(keys: Keys, header: str) -> None:
+    assert ask(make_app(keys), headers={"Authorization": header}).json["tenant"] == "alice"
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "",
+        "   ",
+        "Bearer",
+        "Bearer ",
+        KEY,
+        f"Bearer {KEY[:-1]}",
+        f"Bearer {KEY}x",
+        f"Token {KEY}",
+        "Bearer schlüssel",
+        "Bearer " + "x" * 50_000,
+        basic("bob", KEY),
+        basic("alice", ""),
+        basic(KEY, ""),
+        "Basic",
+        "Basic %%%",
+        "Basic /w==",
+        "Basic " + base64.b64encode(KEY.encode()).decode(),
+    ],
+)
+def test_anything_else_is_a_401_that_does_not_repeat_it(keys: Keys, header: str) -> None:
+    answer = ask(make_app(keys), "POST", "/v1/unread", {"Authorization": header}, [b"x"])
+
+    assert (answer.status, answer.received) == (401, 0)
+    assert answer.headers["www-authenticate"] == 'Bearer realm="oneword"'
+    error = answer.json["error"]
+    assert (error["type"], error["code"]) == ("authentication_error", "invalid_api_key")
+    sent = "the key is unknown" if header.strip() else "a key is needed: send it as 'Authorization: Bearer KEY'"
+    assert error["message"].startswith(sent)
+    assert KEY[:-1] not in answer.body.decode()
+
+
+def test_a_missing_header_and_two_headers_are_a_401(keys: Keys) -> None:
+    assert ask(make_app(keys)).status == 401
+    twice = [("Authorization", f"Bearer {KEY}"), ("Authorization", "Bearer other")]
+    assert ask(make_app(keys), headers=twice).status == 401
+    assert ask(make_app(keys), headers=[("Authorization", f"Bearer {KEY}"), ("Authorization", "")]).status == 200
+
+
+@pytest.mark.parametrize("header", [None, "", "Bearer", "Bearer x", "Basic %%%", "Basic eDp5", "nonsense"])
+def test_without_keys_no_header_is_ever_a_401(header: str | None) -> None:
+    answer = ask(make_app(), headers={} if header is None else {"Authorization": header})
+
+    assert answer.status == 200
+    assert answer.json["tenant"] == "local"
+
+
+def test_the_page_and_health_checks_need_no_key_and_everything_else_does(keys: Keys) -> None:
+    app = make_app(keys)
+    for path in ("/", "/static/page.js", "/health/live"):
+        assert ask(app, path=path).status == 200
+        assert ask(app, path=path, headers={"Authorization": "Bearer wrong"}).status == 200
+    for path in (
+        "/v1/who",
+        "/absent",
+        "/static",
+        "//",
+        "/openapi.json",
+        "/metrics",
+        "/health/livex",
+        "/STATIC/page.js",
+    ):
+        assert ask(app, path=path).status == 401
+    assert ask(app, path="/pictures/static/page.js", root_path="/pictures").status == 200
+    assert ask(app, path="/pictures/v1/who", root_path="/pictures").status == 401
+    assert ask(app, path="/static/page.js/../../v1/who").status in (401, 404)
+
+
+def test_keys_that_are_reloaded_count_from_the_next_request_on(keys: Keys) -> None:
+    app = make_app(keys)
+    keys.path.write_text(f'[bob]\nsha256 = "{hashlib.sha256(b"new").hexdigest()}"\n')
+    keys.reload()
+
+    assert ask(app, headers={"Authorization": f"Bearer {KEY}"}).status == 401
+    assert ask(app, headers={"Authorization": "Bearer new"}).json["tenant"] == "bob"
+
+
+def test_every_answer_has_the_security_headers_and_an_identity(keys: Keys) -> None:
+    app = make_app(keys)
+    key = {"Authorization": f"Bearer {KEY}"}
+    answers = [
+        ask(app, path="/"),
+        ask(app),
+        ask(app, headers={"Host": "evil.example"}),
+        ask(app, path="/absent", headers=key),
+        ask(app, "DELETE", headers=key),
+        ask(app, "POST", "/v1/prompt", {**key, "Content-Length": "1000000"}),
+        ask(app, "POST", "/v1/prompt", {**key, "Content-Type": "application/json"}, [b"{}"]),
+        ask(app, path="/v1/words/toy", headers=key),
+    ]
+
+    assert [answer.status for answer in answers] == [200, 401, 403, 404, 405, 413, 400, 500]
+    for answer in answers:
+        assert answer.headers["content-security-policy"] == (
+            "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
+            "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        )
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        assert answer.headers["referrer-policy"] == "no-referrer"
+        assert answer.headers["cross-origin-opener-policy"] == "same-origin"
+        assert answer.headers["cross-origin-resource-policy"] == "same-origin"
+        assert answer.headers["cache-control"] == "no-store"
+        assert "server" not in answer.headers
+    assert len({answer.headers["x-request-id"] for answer in answers}) == len(answers)
+
+
+def test_the_access_log_is_one_line_per_request_and_holds_nothing_secret(
+    keys: Keys, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = make_app(keys)
+    key = {"Authorization": f"Bearer {KEY}"}
+    with caplog.at_level(logging.DEBUG):
+        ask(app, path="/v1/words/secret-word?token=secret-query", headers=key, client="203.0.113.7")
+        body = json.dumps({"prompt": "secret-prompt"}).encode()
+        ask(app, "POST", "/v1/prompt", {**key, "Content-Type": "application/json"}, [body])
+        ask(app, "SECRET", "/secret-path", {"Authorization": "Bearer secret-key"})
+    lines = [json.loads(record.message) for record in caplog.records if record.name == "oneword.access"]
+
+    assert [(line["method"], line["route"], line["status"], line["tenant"]) for line in lines] == [
+        ("GET", "/v1/words/{name}", 500, "alice"),
+        ("POST", "/v1/prompt", 200, "alice"),
+        ("other", None, 401, None),
+    ]
+    assert all(line["seconds"] >= 0 and len(line["id"]) == 32 for line in lines)
+    assert lines[1]["bytes"] == len(b"13")
+    for secret in ("secret", "SECRET", KEY, "203.0.113.7", "Traceback", str(Path(__file__).parent)):
+        assert secret not in caplog.text
+
+
+def test_forwarded_headers_are_believed_from_trusted_proxies_only() -> None:
+    app = make_app(trusted_proxies=("10.0.0.0/8",), public_url="https://pictures.example.com")
+    headers = {
+        "Host": "127.0.0.1:8000",
+        "X-Forwarded-For": "6.6.6.6, 203.0.113.7, 10.0.0.9",
+        "X-Forwarded-Proto": "https",
+        "X-Forwarded-Host": "pictures.example.com",
+        "Origin": "https://pictures.example.com",
+    }
+
+    answer = ask(app, headers=headers, client="10.0.0.5")
+    assert answer.json == {
+        "tenant": "local",
+        "client": "203.0.113.7",
+        "scheme": "https",
+        "host": "pictures.example.com",
+    }
+    answer = ask(app, headers=headers, client="203.0.113.99")
+    assert answer.json == {"tenant": "local", "client": "203.0.113.99", "scheme": "http", "host": "127.0.0.1:8000"}
+
+
+def test_a_forwarded_host_must_be_allowed_too_and_never_comes_from_a_stranger() -> None:
+    app = make_app(trusted_proxies=("10.0.0.5",))
+    headers = {"Host": "localhost", "X-Forwarded-Host": "evil.example"}
+
+    assert ask(app, headers=headers, client="10.0.0.5").status == 403
+    assert ask(app, headers=headers, client="10.0.0.6").json["host"] == "localhost"
+    assert ask(app, headers={"Host": "evil.example", "X-Forwarded-Host": "localhost"}, client="10.0.0.6").status == 403
+
+
+@pytest.mark.parametrize("addresses", ["", "nonsense", "6.6.6.6, <script>", ",,,", "10.0.0.5"])
+def test_a_broken_forwarded_address_leaves_the_proxys(addresses: str) -> None:
+    app = make_app(trusted_proxies=("10.0.0.5",))
+
+    assert ask(app, headers={"X-Forwarded-For": addresses}, client="10.0.0.5").json["client"] == "10.0.0.5"
+
+
+def test_nothing_behind_the_check_sees_a_strangers_forwarded_headers() -> None:
+    seen: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        seen.extend(scope["headers"])
+
+    ask(TrustedProxy(app, ["10.0.0.5"]), headers={"X-Forwarded-Prefix": "/x", "X-Forwarded-For": "1.2.3.4"})
+
+    assert [name for name, _ in seen] == [b"host"]
+
+
+def test_an_answer_to_a_body_that_was_not_read_ends_the_connection() -> None:
+    for headers, expected in (
+        ({"Transfer-Encoding": "chunked"}, "close"),
+        ({"Content-Length": "90000"}, "close"),
+        ({"Content-Length": "100"}, None),
+    ):
+        answer = ask(make_app(), "POST", "/v1/unread", headers, [b"x", b"y"])
+        assert answer.status == 200
+        assert answer.headers.get("connection") == expected
+
+
+def test_a_websocket_is_refused() -> None:
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def receive() -> Any:
+        return {"type": "websocket.connect"}
+
+    scope = {"type": "websocket", "path": "/v1/who", "headers": [(b"host", b"localhost")], "client": None}
+    asyncio.run(make_app()(scope, receive, send))
+
+    assert sent == [{"type": "websocket.close", "code": 1008}]
+
+
+def test_a_client_that_leaves_early_is_logged_as_such(caplog: pytest.LogCaptureFixture) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        raise asyncio.CancelledError
+
+    with caplog.at_level(logging.INFO), pytest.raises(asyncio.CancelledError):
+        ask(AccessLog(app))
+
+    assert json.loads(caplog.records[-1].message)["status"] == 499
+
+
+def test_a_send_that_does_not_end_raises_a_connection_error() -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start"})
+
+    async def stuck(message: Any) -> None:
+        await asyncio.Event().wait()
+
+    with pytest.raises(errors.ClientStalled):
+        asyncio.run(WriteTimeout(app, 0.01)({"type": "http"}, stuck, stuck))  # type: ignore[arg-type]
+
+
+def test_the_connection_has_the_limits_of_the_settings() -> None:
+    kind = limited_connection(Settings(Path("b"), body_seconds=5, write_seconds=7))
+
+    assert (kind.head_seconds, kind.write_seconds) == (5, 7)
+    assert (Connection.head_seconds, Connection.write_seconds) == (60, 30)

@@ -1,0 +1,164 @@
+"""OpenAI's images API, as its own clients use it and as the wire has it."""
+
+import base64
+import io
+import json
+from typing import Any
+
+import httpx
+import numpy as np
+import PIL.Image
+import pytest
+from conftest import Running, Start, run_client, word_bytes
+
+from oneword.runtime import Model, draw
+
+
+def picture_of(item: dict[str, Any]) -> np.ndarray[Any, Any]:
+    return np.asarray(PIL.Image.open(io.BytesIO(base64.b64decode(item["b64_json"]))))
+
+
+def png(side: int = 64, colour: str = "red") -> bytes:
+    stream = io.BytesIO()
+    PIL.Image.new("RGB", (side, side), colour).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def events_of(response: httpx.Response) -> list[tuple[str, dict[str, Any]]]:
+    found = []
+    for block in response.text.split("\n\n"):
+        lines = dict(line.split(": ", 1) for line in block.splitlines() if not line.startswith(":"))
+        if lines:
+            found.append((lines["event"], json.loads(lines["data"])))
+    return found
+
+
+def test_the_python_client_generates_streams_edits_and_varies(tenants: tuple[Running, Running]) -> None:
+    found = run_client("openai_client.py", tenants[0].url, tenants[0].key)
+
+    assert found["models"] == [tenants[0].state.name]
+    assert found["generate"] == [[64, 64]] * 2
+    assert found["usage"]["total_tokens"] == found["usage"]["input_tokens"] + found["usage"]["output_tokens"]
+    assert httpx.get(found["url"]).headers["content-type"] == "image/png"
+    assert [kind for kind, _ in found["stream"]] == [
+        *["image_generation.partial_image"] * 2,
+        "image_generation.completed",
+    ]
+    assert all(size == [64, 64] for _, size in found["stream"])
+    assert found["edit with mask"] == [[64, 64]]
+    assert found["edit of two"] == [[64, 64]] * 2
+    assert found["edit stream"] == ["image_edit.partial_image", "image_edit.completed"]
+    assert found["variations"] == [[64, 64]] * 2
+    assert found["async"] == [[64, 64]] * 3
+    errors = found["errors"]
+    assert errors["word"][:2] == ["BadRequestError", 400]
+    assert "<nobody>" in errors["word"][2]
+    assert errors["field"][:2] == ["BadRequestError", 400]
+    assert "guidance_scale" in errors["field"][2]
+    assert errors["size"][:2] == ["BadRequestError", 400]
+    assert errors["model"][:2] == ["NotFoundError", 404]
+    assert errors["key"][:2] == ["AuthenticationError", 401]
+
+
+def test_the_node_client_generates_streams_and_edits(tenants: tuple[Running, Running]) -> None:
+    found = run_client("openai_client.mjs", tenants[0].url, tenants[0].key)
+
+    assert found["generate"] == [[64, 64]] * 2
+    assert found["stream"] == ["image_generation.partial_image", "image_generation.completed"]
+    assert found["edit"] == [[64, 64]]
+    assert found["editOfTwo"] == [[64, 64]] * 2
+    assert found["error"][:2] == ["BadRequestError", 400]
+
+
+def test_a_served_picture_is_the_one_that_draw_makes(server: Running, http: httpx.Client) -> None:
+    settings = {"seed": 7, "steps": 5, "sampler": "euler-a", "guidance_scale": 3.0}
+
+    answer = http.post("/v1/images/generations", json={"prompt": "a red ring", "n": 2, **settings}).json()
+
+    model = Model.open(server.state.settings.bundle, "onnxruntime", threads=1)
+    alone = draw(model, "a red ring", num_images=2, **settings)
+    assert [item["seed"] for item in answer["data"]] == [7, 8]
+    for item, expected in zip(answer["data"], alone, strict=True):
+        difference = picture_of(item).astype(int) - expected.image
+        assert np.abs(difference).max() <= 1
+
+
+def test_a_word_is_used_in_the_request_after_it_was_put(http: httpx.Client) -> None:
+    body = {"prompt": "a photo of a <fresh>", "seed": 1, "steps": 3}
+    refused = http.post("/v1/images/generations", json=body)
+    first = http.put("/v1/words/%3Cfresh%3E", content=word_bytes("<other>", 1))
+    one = http.post("/v1/images/generations", json=body).json()
+    second = http.put("/v1/words/%3Cfresh%3E", content=word_bytes("<other>", 2))
+    two = http.post("/v1/images/generations", json=body).json()
+
+    assert refused.status_code == 400
+    assert [first.status_code, second.status_code] == [201, 200]
+    assert not np.array_equal(picture_of(one["data"][0]), picture_of(two["data"][0]))
+
+
+def test_the_stream_of_two_pictures_has_a_completed_event_for_each(http: httpx.Client) -> None:
+    body = {"prompt": "a cat", "n": 2, "stream": True, "steps": 4, "previews": 2, "seed": 5}
+    events = events_of(http.post("/v1/images/generations", json=body))
+
+    completed = [data for name, data in events if name == "image_generation.completed"]
+    previews = [data for name, data in events if name == "image_generation.preview"]
+    assert sorted(data["seed"] for data in completed) == [5, 6]
+    assert sorted((data["index"], data["step"]) for data in previews) == [(0, 2), (0, 4), (1, 2), (1, 4)]
+    assert all(base64.b64decode(data["b64_json"])[:3] == b"\xff\xd8\xff" for data in previews)
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "param"),
+    [
+        ({}, 400, "prompt"),
+        ({"prompt": 3}, 400, "prompt"),
+        ({"prompt": "a cat", "n": 0}, 400, "n"),
+        ({"prompt": "a cat", "n": 11}, 400, "n"),
+        ({"prompt": "a cat", "size": "big"}, 400, "size"),
+        ({"prompt": "a cat", "size": "4096x4096"}, 400, "size"),
+        ({"prompt": "a cat", "steps": 1001}, 400, "steps"),
+        ({"prompt": "a cat", "steps": 3, "num_inference_steps": 4}, 400, "steps"),
+        ({"prompt": "a cat", "sampler": "plms"}, 400, "sampler"),
+        ({"prompt": "a cat", "stepz": 4}, 400, "stepz"),
+        ({"prompt": "a cat", "background": "transparent"}, 400, "background"),
+        ({"prompt": "a cat", "partial_images": 2}, 400, "partial_images"),
+        ({"prompt": "a cat", "stream": True, "response_format": "url"}, 400, "response_format"),
+        ({"prompt": "a cat", "model": "sdxl"}, 404, "model"),
+        ({"prompt": "(a cat:1e9)"}, 400, None),
+        ({"prompt": "a cat", "eta": 0.5, "sampler": "euler"}, 400, None),
+        ({"prompt": "a cat", "guidance_interval": [3, 1]}, 400, None),
+    ],
+)
+def test_a_wrong_field_is_one_line_that_names_it(
+    http: httpx.Client, body: dict[str, Any], status: int, param: str | None
+) -> None:
+    response = http.post("/v1/images/generations", json=body)
+    error = response.json()["error"]
+
+    assert response.status_code == status
+    assert error["param"] == param or param is None
+    assert len(error["message"].splitlines()) == 1
+
+
+def test_a_file_in_an_unknown_field_and_a_text_instead_of_a_file_are_refused(http: httpx.Client) -> None:
+    unknown = http.post("/v1/images/edits", data={"prompt": "a cat"}, files={"picture": png()})
+    text = http.post(
+        "/v1/images/edits", data={"prompt": "a cat", "image": "http://127.0.0.1/x.png"}, files={"mask": png()}
+    )
+    none = http.post("/v1/images/edits", data={"prompt": "a cat"}, files={"mask": png()})
+
+    assert [response.status_code for response in (unknown, text, none)] == [400, 400, 400]
+    assert [response.json()["error"]["param"] for response in (unknown, text, none)] == ["picture", "image", "image"]
+
+
+def test_a_picture_asked_for_by_address_is_gone_after_an_hour(start_server: Start) -> None:
+    running = start_server()
+    clock = [1000.0]
+    running.state.results._clock = lambda: clock[0]
+    with running.client() as client:
+        body = {"prompt": "a cat", "steps": 2, "response_format": "url", "output_format": "webp"}
+        url = client.post("/v1/images/generations", json=body).json()["data"][0]["url"]
+        assert client.get(url).headers["content-type"] == "image/webp"
+        clock[0] += 3601
+        assert client.get(url).status_code == 404
+        assert running.state.results.collect() == 1

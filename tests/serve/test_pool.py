@@ -1,0 +1,457 @@
+"""The queue in front of the engine: fair, bounded in seconds of work, and free of whatever has left it."""
+
+import asyncio
+import gc
+import sys
+import threading
+import weakref
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from oneword.runtime.drawing import draw
+from oneword.runtime.model import Model
+from oneword.runtime.request import Image, Request
+from oneword.runtime.scheduler import Scheduler
+from oneword.serve.errors import ApiError, Busy, Invalid, Unavailable
+from oneword.serve.keys import Tenant
+from oneword.serve.pool import Dropped, Generation, PictureEvent, Pool, spread
+from oneword.serve.worker import Done, Failed, Partial, Started, Step, Worker
+
+SECONDS = 60.0
+"""More than anything here takes: a test that waits for so long fails."""
+ALICE, BOB, CAROL = Tenant("alice"), Tenant("bob"), Tenant("carol")
+
+
+@pytest.fixture(scope="module")
+def model(tiny_bundle: Path) -> Model:
+    return Model.open(tiny_bundle, "onnxruntime", threads=1)
+
+
+@pytest.fixture
+def worker(tiny_bundle: Path) -> Iterator[Worker]:
+    worker = Worker(lambda: Model.open(tiny_bundle, "onnxruntime", threads=1), max_rows=2)
+    worker.start()
+    worker.wait_ready(SECONDS)
+    yield worker
+    worker.stop(cancel=True)
+    assert worker.join(SECONDS)
+
+
+@pytest.fixture
+def pool(worker: Worker, model: Model) -> Pool:
+    return Pool(worker, model.manifest, max_wait=1e6)
+
+
+class Gate:
+    """Holds the engine thread before its next turn."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.open, self.entered = threading.Event(), threading.Event()
+        step = Scheduler.step
+
+        def gated(scheduler: Scheduler, *arguments: Any) -> Any:
+            self.entered.set()
+            assert self.open.wait(SECONDS)
+            return step(scheduler, *arguments)
+
+        monkeypatch.setattr(Scheduler, "step", gated)
+
+
+def run(scenario: Callable[[], Awaitable[None]]) -> None:
+    async def limited() -> None:
+        await asyncio.wait_for(scenario(), SECONDS)
+
+    asyncio.run(limited())
+
+
+def near(image: Image, reference: Image) -> bool:
+    """Whether no pixel differs by more than 1, the effect of summing in another order in fp32."""
+    return bool(np.abs(image.astype(int) - reference).max() <= 1)
+
+
+async def until(generation: Generation, *kinds: type) -> PictureEvent:
+    async for event in generation:
+        if isinstance(event.event, kinds):
+            return event
+    raise AssertionError(f"the generation ended without any of {kinds}")
+
+
+def test_pictures_of_a_request_have_consecutive_seeds_and_match_those_drawn_alone(pool: Pool, model: Model) -> None:
+    request = Request("a cat", seed=5, num_images=5, steps=4)
+    expected = draw(model, request)
+
+    async def scenario() -> None:
+        generation = pool.submit(ALICE, request)
+        events = [event async for event in generation]
+        assert generation.done
+        assert [picture and picture.seed for picture in generation.pictures] == [5, 6, 7, 8, 9]
+        for picture, reference in zip(generation.pictures, expected, strict=True):
+            assert picture is not None
+            assert near(picture.image, reference.image)
+        assert [type(event) for index, event in events if index == 3] == [Started, Step, Step, Step, Step, Done]
+
+    run(scenario)
+    assert pool.queued_seconds == 0
+    assert pool.running == pool.waiting == 0
+
+
+def test_partial_pictures_are_evenly_spread_and_come_before_the_picture(pool: Pool) -> None:
+    async def scenario() -> None:
+        generation = pool.submit(ALICE, Request("a cat", steps=8), partials=3)
+        kinds = [(type(event), event.step) for _, event in [e async for e in generation] if isinstance(event, Partial)]
+        assert kinds == [(Partial, 2), (Partial, 4), (Partial, 6)]
+
+    run(scenario)
+
+
+@pytest.mark.parametrize(
+    ("partials", "steps", "expected"),
+    [
+        (0, 20, set()),
+        (1, 20, {10}),
+        (2, 30, {10, 20}),
+        (3, 20, {5, 10, 15}),
+        (3, 4, {1, 2, 3}),
+        (3, 2, {1}),
+        (3, 1, set()),
+    ],
+)
+def test_partial_steps_are_spread_over_the_steps_before_the_last(partials: int, steps: int, expected: set[int]) -> None:
+    assert spread(partials, steps) == expected
+
+
+def test_tenants_take_turns_picture_by_picture(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    gate = Gate(monkeypatch)
+    submit = pool.worker.submit
+
+    def recorded(request: Request, *arguments: Any) -> Any:
+        order.append(request.prompt)
+        return submit(request, *arguments)
+
+    monkeypatch.setattr(pool.worker, "submit", recorded)
+
+    async def scenario() -> None:
+        greedy = [pool.submit(ALICE, Request("a cat", seed=i, num_images=4, steps=2)) for i in range(3)]
+        modest = pool.submit(BOB, Request("a dog", num_images=2, steps=2))
+        late = pool.submit(CAROL, Request("a star", num_images=2, steps=2))
+        assert order == ["a cat"] * 6  # two slots and four ahead
+        assert [greedy[0].position, greedy[1].position, greedy[2].position] == [0, 0, 6]
+        assert (modest.position, late.position) == (1, 2)
+        gate.open.set()
+        for generation in (*greedy, modest, late):
+            await generation.wait()
+
+    run(scenario)
+    assert order[6:] == ["a cat", "a dog", "a star", "a cat", "a dog", "a star", *["a cat"] * 4]
+
+
+def test_work_beyond_the_limit_is_refused_at_once_and_without_the_engine(
+    worker: Worker, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(monkeypatch)
+
+    async def scenario() -> None:
+        pool = Pool(worker, model.manifest, max_wait=1e6)
+        request = Request("a cat", num_images=4, steps=50)
+        first = pool.submit(ALICE, request)
+        pool.max_wait = 2.5 * pool.queued_seconds
+        second = pool.submit(ALICE, request)
+        assert gate.entered.wait(SECONDS)
+        turns = worker.figures.turns
+
+        with pytest.raises(Busy) as refusal:
+            pool.submit(ALICE, request)
+
+        assert int(refusal.value.headers["Retry-After"]) >= 1
+        assert worker.figures.turns == turns
+        assert pool.generations(ALICE) == [first, second]
+        modest = pool.submit(BOB, request)  # its turn comes earlier
+        for generation in (first, second, modest):
+            generation.cancel()
+        gate.open.set()
+        assert pool.queued_seconds == 0
+
+    run(scenario)
+
+
+def test_an_idle_server_takes_a_request_of_any_size(worker: Worker, model: Model) -> None:
+    async def scenario() -> None:
+        pool = Pool(worker, model.manifest, max_wait=1e-6)
+        generation = pool.submit(ALICE, Request("a cat", steps=20))
+        with pytest.raises(Busy):
+            pool.submit(BOB, Request("a cat", steps=20))
+        await generation.wait()
+        await pool.submit(BOB, Request("a cat", steps=1)).wait()
+
+    run(scenario)
+
+
+def test_retry_after_is_how_long_until_there_is_room(
+    worker: Worker, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(monkeypatch)
+    figures = replace(worker.figures, seconds_per_branch_pixel=1.0 / (2 * 64 * 64), seconds_per_pixel=0.0)
+    monkeypatch.setattr(worker, "figures", figures)  # a guided step takes a second
+
+    async def scenario() -> None:
+        pool = Pool(worker, model.manifest, max_wait=100)
+        first = pool.submit(ALICE, Request("a cat", steps=80))
+        with pytest.raises(Busy) as refusal:
+            pool.submit(ALICE, Request("a cat", steps=50))
+        assert refusal.value.headers["Retry-After"] == "30"
+        with pytest.raises(Busy) as refusal:
+            pool.submit(ALICE, Request("a cat", steps=500))
+        assert refusal.value.headers["Retry-After"] == "80"  # then the server is idle
+        assert first.seconds_left == pytest.approx(80)
+        first.cancel()
+        gate.open.set()
+
+    run(scenario)
+
+
+def test_invalid_requests_are_refused_before_anything_is_queued(pool: Pool) -> None:
+    async def scenario() -> None:
+        with pytest.raises(Invalid, match="multiple of 8"):
+            pool.submit(ALICE, Request("a cat", size=(63, 64)))
+        with pytest.raises(Invalid, match="seed"):
+            pool.submit(ALICE, Request("a cat", seed=2**63 - 1, num_images=2))
+        with pytest.raises(Invalid, match="partials is 4"):
+            pool.submit(ALICE, Request("a cat"), partials=4)
+        assert pool.queued_seconds == 0
+        assert pool.generations(ALICE) == []
+
+    run(scenario)
+
+
+def test_a_picture_that_fails_leaves_the_other_pictures_of_its_request_alone(pool: Pool) -> None:
+    async def scenario() -> None:
+        with pytest.raises(ApiError, match="<nothing>"):
+            await pool.submit(ALICE, Request("a <nothing>", steps=2)).wait()
+        generation = pool.submit(ALICE, Request("a <nothing>", num_images=2, steps=2))
+        events = [event async for event in generation]
+        assert [(index, type(event)) for index, event in events] == [(0, Failed), (1, Failed)]
+
+    run(scenario)
+    assert pool.queued_seconds == 0
+
+
+@pytest.mark.parametrize("kind", [None, Started, Step, Partial, Done])
+def test_a_generation_can_be_cancelled_in_any_phase(pool: Pool, kind: type | None) -> None:
+    async def scenario() -> None:
+        generation = pool.submit(ALICE, Request("a cat", num_images=20, steps=100), partials=1)
+        if kind is not None:
+            await until(generation, kind)
+        generation.cancel()
+        generation.cancel()
+
+        assert [event async for event in generation] == []
+        assert generation.done
+        assert pool.queued_seconds == 0
+        assert pool.running == pool.waiting == 0
+        await pool.submit(BOB, Request("a dog", steps=2)).wait()
+        assert pool.worker.figures.rows == 0
+
+    run(scenario)
+
+
+def test_leaving_its_context_cancels_a_generation(pool: Pool) -> None:
+    async def scenario() -> None:
+        with pytest.raises(ZeroDivisionError), pool.submit(ALICE, Request("a cat", steps=900)) as generation:
+            raise ZeroDivisionError
+        assert generation.cancelled
+
+    run(scenario)
+
+
+def test_pictures_that_wait_beyond_their_deadline_are_dropped_and_those_that_run_are_finished(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(monkeypatch)
+
+    async def scenario() -> None:
+        generation = pool.submit(ALICE, Request("a cat", num_images=8, steps=2), deadline=0.01)
+        _, event = await until(generation, Dropped)
+        assert isinstance(event, Dropped)
+        assert isinstance(event.error, Unavailable)
+        assert event.error.code == "deadline_exceeded"
+        gate.open.set()
+        dropped, done = 1, 0
+        async for _, event in generation:
+            dropped, done = dropped + isinstance(event, Dropped), done + isinstance(event, Done)
+        assert (dropped, done) == (2, 6)
+        in_time = pool.submit(ALICE, Request("a cat", steps=2), deadline=SECONDS)
+        assert len(await in_time.wait()) == 1
+
+    run(scenario)
+    assert pool.queued_seconds == 0
+
+
+def test_drain_finishes_what_was_accepted_and_refuses_what_comes_later(pool: Pool) -> None:
+    async def scenario() -> None:
+        generations = [pool.submit(ALICE, Request("a cat", seed=i, num_images=3, steps=5)) for i in range(4)]
+        draining = asyncio.create_task(pool.drain(SECONDS))
+        await asyncio.sleep(0)
+        with pytest.raises(Unavailable, match="stops"):
+            pool.submit(BOB, Request("a dog"))
+        for generation in generations:
+            assert len(await generation.wait()) == 3
+        await draining
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("second_call", [False, True])
+def test_drain_drops_what_is_left_in_the_end_or_at_a_second_call(pool: Pool, second_call: bool) -> None:
+    async def scenario() -> None:
+        generation = pool.submit(ALICE, Request("a cat", num_images=8, steps=900))
+        draining = asyncio.create_task(pool.drain(SECONDS if second_call else 0.01))
+        await until(generation, Step)
+        if second_call:
+            await pool.drain(SECONDS)
+        await draining
+        events = [event async for _, event in generation if isinstance(event, Dropped | Done)]
+        assert len(events) == 8
+        assert all(isinstance(event, Dropped) and isinstance(event.error, Unavailable) for event in events)
+        assert pool.running == 0
+
+    run(scenario)
+
+
+def test_when_the_engine_ends_everybody_is_told_and_nothing_more_is_taken(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        generations = [pool.submit(ALICE, Request("a cat", num_images=8, steps=900)) for _ in range(2)]
+        await until(generations[0], Step)
+
+        def broken(scheduler: Scheduler) -> None:
+            raise ZeroDivisionError("an accident")
+
+        monkeypatch.setattr(Scheduler, "step", broken)
+        for generation in generations:
+            with pytest.raises(Unavailable, match="engine stopped"):
+                await generation.wait()
+        with pytest.raises(Unavailable):
+            pool.submit(BOB, Request("a dog"))
+
+    run(scenario)
+    assert pool.queued_seconds == 0
+
+
+def test_a_server_that_still_opens_its_model_takes_nothing(model: Model) -> None:
+    async def scenario() -> None:
+        pool = Pool(Worker(lambda: model), model.manifest)
+        with pytest.raises(Unavailable, match="not ready"):
+            pool.submit(ALICE, Request("a cat"))
+
+    run(scenario)
+
+
+def test_a_tenant_has_a_budget_of_pixel_steps_that_refills(worker: Worker, model: Model) -> None:
+    now = 100.0
+    pool = Pool(worker, model.manifest, max_wait=1e6, clock=lambda: now)
+    limited = Tenant("limited", pixel_steps_per_minute=10 * 64 * 64)
+
+    async def scenario() -> None:
+        nonlocal now
+        await pool.submit(limited, Request("a cat", steps=8)).wait()
+        with pytest.raises(Busy) as refusal:
+            pool.submit(limited, Request("a cat", steps=8))
+        assert refusal.value.code == "quota_exceeded"
+        assert refusal.value.headers["Retry-After"] == "36"  # 6 of 10 steps a minute are missing
+        await pool.submit(BOB, Request("a cat", steps=8)).wait()
+        now += 36
+        await pool.submit(limited, Request("a cat", steps=8)).wait()
+        now += 60
+        large = pool.submit(limited, Request("a cat", num_images=20, steps=8))  # more than a minute's: on credit
+        large.cancel()  # the pictures that waited are not charged: 6 of 20 had been handed over
+        now += 60 * 4.81
+        assert len(await pool.submit(limited, Request("a cat", steps=10)).wait()) == 1
+
+    run(scenario)
+
+
+def test_a_consumer_that_does_not_read_costs_the_engine_nothing_and_later_gets_the_newest_state(pool: Pool) -> None:
+    async def scenario() -> None:
+        lazy = pool.submit(ALICE, Request("a cat", num_images=2, steps=200, previews=1), partials=2)
+        while not lazy.done:
+            await pool.submit(BOB, Request("a dog", steps=20)).wait()
+        events = [event async for event in lazy]
+        for i in range(2):
+            kinds = [type(event) for index, event in events if index == i]
+            assert kinds == [Started, Partial, Partial, Step, Step, Done]
+        assert {event.step for _, event in events if isinstance(event, Step)} == {199, 200}
+
+    run(scenario)
+
+
+def test_a_generation_leaves_nothing_behind(pool: Pool) -> None:
+    async def scenario() -> None:
+        image = np.zeros((64, 64, 3), np.uint8)
+        finished = pool.submit(ALICE, Request("a cat", num_images=2, steps=3, image=image, previews=1), partials=1)
+        cancelled = pool.submit(BOB, Request("a dog", num_images=9, steps=300, image=image), deadline=SECONDS)
+        await finished.wait()
+        cancelled.cancel()
+        await pool.submit(CAROL, Request("a", steps=1)).wait()
+        things = [finished, cancelled, finished.request, cancelled.request, image, *finished.pictures]
+        alive = [weakref.ref(thing) for thing in things if thing is not None]
+        del finished, cancelled, image, things
+        gc.collect()
+        assert [ref() for ref in alive] == [None] * len(alive)
+
+    run(scenario)
+    assert not pool._accounts
+    assert not pool._turns
+
+
+def test_the_cost_of_an_event_does_not_depend_on_how_many_requests_wait(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(monkeypatch)
+
+    async def scenario() -> None:
+        generations: list[Generation] = []
+        lines: list[int] = []
+        for count in (20, 2000):
+            while len(generations) < count:
+                tenant = Tenant(f"tenant {len(generations) % 50}")
+                generations.append(pool.submit(tenant, Request("a cat", steps=1)))
+            with counted_lines() as counter:
+                pool.submit(ALICE, Request("a cat", steps=1)).cancel()
+            lines.append(counter[0])
+        assert lines[0] == lines[1]
+        for generation in generations[::2]:
+            generation.cancel()
+        gate.open.set()
+        for generation in generations[1::2]:
+            assert len(await generation.wait()) == 1
+
+    run(scenario)
+    assert pool.queued_seconds == 0
+
+
+@contextmanager
+def counted_lines() -> Iterator[list[int]]:
+    """Counts the lines of the pool's code that run."""
+    counter = [0]
+
+    def trace(frame: FrameType, event: str, argument: object) -> Any:
+        if frame.f_globals["__name__"] != "oneword.serve.pool":
+            return None
+        counter[0] += event == "line"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield counter
+    finally:
+        sys.settrace(before)

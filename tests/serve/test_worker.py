@@ -1,0 +1,336 @@
+"""The engine thread: its pictures match those drawn alone, and it can be cancelled, stopped and broken at any time."""
+
+import gc
+import queue
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from oneword.engines.errors import EngineError, UsageError
+from oneword.runtime.concept import Concept
+from oneword.runtime.drawing import draw
+from oneword.runtime.model import Model
+from oneword.runtime.request import Image, Request
+from oneword.runtime.samplers import Sampler
+from oneword.runtime.scheduler import Scheduler
+from oneword.serve.worker import (
+    Done,
+    Failed,
+    Lost,
+    Partial,
+    Started,
+    State,
+    Step,
+    Turn,
+    Worker,
+    WorkerEvent,
+)
+
+SECONDS = 60.0
+"""More than anything here takes: a test that waits for so long fails."""
+
+
+@pytest.fixture(scope="module")
+def model(tiny_bundle: Path) -> Model:
+    return Model.open(tiny_bundle, "onnxruntime", threads=1)
+
+
+@pytest.fixture
+def worker(tiny_bundle: Path) -> Iterator[Worker]:
+    worker = Worker(lambda: Model.open(tiny_bundle, "onnxruntime", threads=1), max_rows=4)
+    worker.start()
+    worker.wait_ready(SECONDS)
+    yield worker
+    worker.stop(cancel=True)
+    assert worker.join(SECONDS)
+
+
+class Events:
+    """A listener that collects events, and lets a test wait for one."""
+
+    def __init__(self, hook: Callable[[WorkerEvent], None] = lambda event: None) -> None:
+        self.all: list[WorkerEvent] = []
+        self._hook = hook
+        self._arrived: queue.SimpleQueue[WorkerEvent] = queue.SimpleQueue()
+
+    def __call__(self, event: WorkerEvent) -> None:
+        self.all.append(event)
+        self._arrived.put(event)
+        self._hook(event)
+
+    def until(self, *kinds: type) -> Any:
+        """The next event of one of these kinds."""
+        while not isinstance(event := self._arrived.get(timeout=SECONDS), kinds):
+            pass
+        return event
+
+
+def near(image: Image, reference: Image) -> bool:
+    """Whether no pixel differs by more than 1, the effect of summing in another order in fp32."""
+    return bool(np.abs(image.astype(int) - reference).max() <= 1)
+
+
+def scene() -> Image:
+    return np.random.default_rng(1).integers(0, 256, (64, 64, 3), np.uint8)
+
+
+def word(seed: int = 0) -> Concept:
+    vectors = np.random.default_rng(seed).normal(0, 0.5, (2, 32)).astype(np.float32)
+    return Concept("<w>", {"text_encoder": vectors})
+
+
+def mixed() -> list[Request]:
+    mask = np.zeros((64, 64), bool)
+    mask[16:48, 16:48] = True
+    return [
+        *(Request("a red cat", seed=i, steps=3 + i, sampler=sampler) for i, sampler in enumerate(Sampler)),
+        Request("a photo of <w>", seed=20, steps=4, words={"<w>": word()}),
+        Request("a photo of <w>", seed=20, steps=4, words={"<w>": word(1)}),
+        Request("a dog", seed=21, steps=4, image=scene(), strength=0.7),
+        Request("a dog", seed=22, steps=4, image=scene(), mask=mask),
+        Request("a wide dog", seed=23, steps=4, size=(128, 64)),
+    ]
+
+
+def test_served_pictures_match_their_pictures_alone(worker: Worker, model: Model) -> None:
+    expected = [draw(model, request)[0] for request in mixed()]
+
+    listeners = [Events() for _ in expected]
+    for request, events in zip(mixed(), listeners, strict=True):
+        worker.submit(request, frozenset(), events)
+
+    for picture, events in zip(expected, listeners, strict=True):
+        served = events.until(Done, Failed).picture
+        assert near(served.image, picture.image)
+        assert served.parameters == picture.parameters
+
+
+def test_events_come_in_order_and_partial_pictures_are_decoded_estimates(worker: Worker, model: Model) -> None:
+    events = Events()
+    worker.submit(Request("a cat", seed=1, steps=6, previews=3), frozenset({2, 3}), events)
+    done = events.until(Done)
+
+    assert [type(event) for event in events.all] == [
+        Started, Step, Step, Partial, Step, Partial, Step, Step, Step, Done,
+    ]  # fmt: skip
+    steps = [event for event in events.all if isinstance(event, Step)]
+    assert [(event.step, event.steps) for event in steps] == [(i, 6) for i in range(1, 7)]
+    assert [event.step for event in steps if event.denoised is not None] == [3]
+    partials = {event.step: event.image for event in events.all if isinstance(event, Partial)}
+    estimate = steps[2].denoised
+    assert estimate is not None
+    assert near(partials[3], model.decode(estimate[None])[0][0])
+    assert near(done.picture.image, draw(model, Request("a cat", seed=1, steps=6))[0].image)
+
+
+def test_a_partial_picture_of_a_masked_edit_keeps_the_original_outside_the_mask(worker: Worker) -> None:
+    mask = np.zeros((64, 64), bool)
+    mask[:32] = True
+    events = Events()
+    worker.submit(Request("a dog", steps=4, image=scene(), mask=mask), frozenset({1}), events)
+
+    np.testing.assert_array_equal(events.until(Partial).image[32:], scene()[32:])
+
+
+def test_requests_that_cannot_run_fail_alone(worker: Worker) -> None:
+    good, unknown, large = Events(), Events(), Events()
+    worker.submit(Request("a cat", steps=4), frozenset(), good)
+    worker.submit(Request("a <nothing>", steps=4), frozenset(), unknown)
+    worker.submit(Request("a cat", size=(63, 64)), frozenset(), large)
+
+    assert "<nothing>" in str(unknown.until(Failed).error)
+    assert "63" in str(large.until(Failed).error)
+    assert good.until(Done)
+
+
+def test_several_pictures_at_once_are_refused(worker: Worker) -> None:
+    with pytest.raises(UsageError, match="num_images is 2"):
+        worker.submit(Request("a cat", num_images=2), frozenset(), Events())
+
+
+@pytest.mark.parametrize("kind", [Started, Step, Partial])
+def test_a_cancelled_picture_is_never_heard_of_again_and_its_slot_is_free(worker: Worker, kind: type) -> None:
+    tickets: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def cancel(event: WorkerEvent) -> None:  # on the engine thread, at a known moment
+        if isinstance(event, kind):
+            worker.cancel(tickets.get(timeout=SECONDS))
+
+    cancelled, other = Events(cancel), Events()
+    tickets.put(worker.submit(Request("a cat", steps=900), frozenset({1, 2}), cancelled))
+    worker.submit(Request("a dog", seed=1, steps=4), frozenset(), other)
+    other.until(Done)
+
+    assert isinstance(cancelled.all[-1], kind)
+    assert sum(isinstance(event, kind) for event in cancelled.all) == 1
+    idle(worker)
+    assert worker.figures.rows == worker.figures.waiting == 0
+
+
+def test_a_picture_that_waits_for_a_slot_can_be_cancelled(worker: Worker) -> None:
+    running = [Events() for _ in range(4)]
+    tickets = [
+        worker.submit(Request("a cat", seed=i, steps=900), frozenset(), events) for i, events in enumerate(running)
+    ]
+    for events in running:
+        events.until(Step)
+    waiting = Events()
+    ticket = worker.submit(Request("a dog", steps=4), frozenset(), waiting)
+    waiting.until(Started)
+    for _ in range(3):
+        worker.cancel(ticket)
+    for running_ticket in tickets:
+        worker.cancel(running_ticket)
+
+    idle(worker)
+    assert [type(event) for event in waiting.all] == [Started]
+    assert worker.figures.rows == 0
+
+
+def idle(worker: Worker) -> None:
+    """Waits until nothing is in progress: a picture that comes after a cancellation sees its effect."""
+    events = Events()
+    worker.submit(Request("a", steps=1), frozenset(), events)
+    events.until(Done)
+
+
+def test_a_finished_and_a_cancelled_picture_leave_nothing_behind(worker: Worker) -> None:
+    finished, cancelled = Events(), Events()
+    requests = [Request("a <w>", steps=3, image=scene(), words={"<w>": word(i)}, previews=1) for i in range(2)]
+    tickets = [
+        worker.submit(request, frozenset({1}), events)
+        for request, events in zip(requests, (finished, cancelled), strict=True)
+    ]
+    picture = finished.until(Done).picture
+    worker.cancel(tickets[1])
+    idle(worker)
+    assert requests[0].image is not None
+    alive = [weakref.ref(thing) for thing in (*requests, *tickets, finished, cancelled, picture, picture.image)]
+    words = [weakref.ref(word) for request in requests for word in (request.words or {}).values()]
+
+    del requests, tickets, finished, cancelled, picture
+    gc.collect()
+
+    assert [ref() for ref in (*alive, *words)] == [None] * (len(alive) + len(words))
+
+
+def test_stop_finishes_what_was_accepted_and_takes_no_more(tiny_bundle: Path) -> None:
+    worker = started(tiny_bundle)
+    events, late = Events(), Events()
+    worker.submit(Request("a cat", steps=8), frozenset(), events)
+    worker.stop()
+    worker.submit(Request("a cat"), frozenset(), late)
+
+    assert isinstance(late.until(object), Lost)
+    assert events.until(Done, Lost).picture is not None
+    assert worker.join(SECONDS)
+    assert worker.state is State.STOPPED
+
+
+def test_stop_with_cancel_tells_every_listener_that_the_engine_is_gone(tiny_bundle: Path) -> None:
+    worker = started(tiny_bundle)
+    events = Events()
+    worker.submit(Request("a cat", steps=900), frozenset(), events)
+    events.until(Step)
+    worker.stop(cancel=True)
+
+    assert isinstance(events.until(Done, Lost), Lost)
+    assert worker.join(SECONDS)
+
+
+def started(bundle: Path) -> Worker:
+    worker = Worker(lambda: Model.open(bundle, "onnxruntime", threads=1))
+    worker.start()
+    worker.wait_ready(SECONDS)
+    return worker
+
+
+def test_a_model_that_cannot_be_opened_is_a_failure_with_its_reason(tmp_path: Path) -> None:
+    worker = Worker(lambda: Model.open(tmp_path / "nothing"))
+    events = Events()
+    worker.submit(Request("a cat"), frozenset(), events)
+    worker.start()
+
+    with pytest.raises(EngineError, match="nothing"):
+        worker.wait_ready(SECONDS)
+    assert worker.state is State.FAILED
+    assert isinstance(events.until(Lost), Lost)
+
+
+def test_an_exception_on_the_engine_thread_is_a_failure_and_everybody_hears_of_it(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = started(tiny_bundle)
+    first, second = Events(), Events()
+    worker.submit(Request("a cat", steps=900), frozenset(), first)
+    first.until(Step)
+    worker.submit(Request("a cat", steps=900), frozenset(), second)
+
+    def broken(scheduler: Scheduler) -> None:
+        raise ZeroDivisionError("an accident")
+
+    monkeypatch.setattr(Scheduler, "step", broken)
+
+    assert isinstance(first.until(Lost), Lost)
+    assert isinstance(second.until(Lost), Lost)
+    assert worker.join(SECONDS)
+    assert (worker.state, worker.failure) == (State.FAILED, "an accident")
+    assert not worker.ready.is_set()
+
+
+def test_an_engine_that_hangs_is_noticed_and_an_idle_one_is_not(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not worker.stalled(0)
+
+    entered, released = threading.Event(), threading.Event()
+    step = Scheduler.step
+
+    def hanging(scheduler: Scheduler) -> Any:
+        entered.set()
+        assert released.wait(SECONDS)
+        return step(scheduler)
+
+    monkeypatch.setattr(Scheduler, "step", hanging)
+    events = Events()
+    worker.submit(Request("a cat", steps=2), frozenset(), events)
+    assert entered.wait(SECONDS)
+    end = time.monotonic() + SECONDS
+    while not (stalled := worker.stalled(0.01)) and time.monotonic() < end:
+        time.sleep(0.01)
+    assert stalled
+    assert not worker.stalled(2 * SECONDS)
+
+    released.set()
+    events.until(Done)
+    idle(worker)
+    assert not worker.stalled(2 * SECONDS)
+
+
+def test_the_figures_measure_speed_and_stages(tiny_bundle: Path) -> None:
+    turns: list[Turn] = []
+    worker = Worker(lambda: Model.open(tiny_bundle, "onnxruntime", threads=1), observer=turns.append)
+    worker.start()
+    worker.wait_ready(SECONDS)
+    before = worker.figures
+    assert before.seconds_for(64 * 64, 0) > 0
+    assert before.seconds_for(0, 64 * 64) > 0
+
+    events = Events()
+    worker.submit(Request("a <w>", steps=5, words={"<w>": word()}), frozenset({2}), events)
+    events.until(Done)
+    worker.stop()
+    assert worker.join(SECONDS)
+
+    assert [turn.rows for turn in turns] == [1] * 5
+    assert worker.figures.turns == 5
+    assert worker.figures.words == 1
+    assert set(worker.figures.seconds) == {"encode", "denoise", "decode", "partial"}
+    assert sum(turn.seconds["partial"] > 0 for turn in turns) == 1
+    assert worker.figures.seconds["denoise"] == pytest.approx(sum(turn.seconds["denoise"] for turn in turns))
