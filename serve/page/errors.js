@@ -17,6 +17,11 @@ export class Unreachable extends Error {}
 /** Whether an error only says that somebody pressed cancel. */
 export const isCancel = (error) => error?.name === "AbortError";
 
+/** The error that an event inside a stream tells of. */
+export function streamError({ error = {} }) {
+  return error.code === "unavailable" ? new Unreachable(error.message) : new ApiError(500, error);
+}
+
 /** The error of a response that is not ok; reads its body. */
 export async function errorOf(response) {
   let body = {};

@@ -27,6 +27,8 @@ export function afterEvent(job, { type, data }) {
       return withPictures(job, data);
     case "done":
       return { ...job, status: "succeeded", step: job.steps, word: data.word };
+    case "cancelled":
+      return { ...job, status: "cancelled" };
     case "error":
       return { ...job, status: data.error?.code === "cancelled" ? "cancelled" : "failed", error: data.error };
     default:

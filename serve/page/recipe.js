@@ -39,12 +39,11 @@ export function requestFields(recipe) {
 
 const defined = (fields) => Object.fromEntries(Object.entries(fields).filter(([, value]) => value !== undefined));
 
-/** A multipart form of fields; a list becomes one entry a value, `name[]`. */
+/** A multipart form: numbers in a list are joined by commas, and several files of one name are sent as `name[]`. */
 export function formOf(fields, files = {}) {
   const form = new FormData();
   for (const [name, value] of Object.entries(fields)) {
-    if (Array.isArray(value)) for (const item of value) form.append(`${name}[]`, String(item));
-    else form.append(name, String(value));
+    form.append(name, String(value));
   }
   for (const [name, value] of Object.entries(files)) {
     if (Array.isArray(value)) for (const item of value) form.append(`${name}[]`, item);

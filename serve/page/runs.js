@@ -2,7 +2,7 @@
 
 import * as api from "./api.js";
 import { pause, whenReady } from "./connection.js";
-import { ApiError, Unreachable, isCancel } from "./errors.js";
+import { ApiError, Unreachable, isCancel, streamError } from "./errors.js";
 import * as gallery from "./gallery.js";
 import { missingRuns, single } from "./recipe.js";
 import { recipeIn } from "./restore.js";
@@ -82,7 +82,7 @@ async function followPart(id, first, count, signal) {
   const part = { ...recipe, seed: recipe.seed + first, count };
   let left = count;
   for await (const event of api.generate(part, PREVIEWS, signal)) {
-    if (event.type === "error") throw new ApiError(500, event.data.error);
+    if (event.type === "error") throw streamError(event.data);
     const done = event.type.endsWith(".completed");
     const blob = done ? await blobOf(event.data) : null;
     const index = done ? indexOf(id, first, event.data) : 0;

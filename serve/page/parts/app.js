@@ -86,7 +86,7 @@ async function load(signal) {
     persistently(async () => {
       await readModel(signal);
       await words.refresh(signal);
-      if (model.get().learning !== false) await learning.resume(signal);
+      if (model.get().learn !== false) await learning.resume(signal);
     }, signal),
   ]);
   if (!location.hash && (learning.current.get() || words.words.get().length === 0)) go("words");

@@ -31,6 +31,7 @@ export function Create() {
     const { locked, ...made } = recipe;
     start({ ...made, prompt });
     if (!locked) change({ seed: randomSeed() });
+    setTimeout(() => document.querySelector(".run")?.scrollIntoView({ block: "nearest", behavior: "smooth" }));
   };
 
   return html`

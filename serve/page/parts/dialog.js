@@ -21,10 +21,10 @@ export function Dialog({ title, onClose, className = "", onKeyDown, children }) 
       onCancel=${(event) => (event.preventDefault(), onClose())}
     >
       <div class="dialog-inside">
-        <header class="dialog-head">
+        <div class="dialog-head">
           <h2>${title}</h2>
           <button class="icon-button" aria-label="Close" onClick=${onClose}><${Icon} name="close" /></button>
-        </header>
+        </div>
         ${children}
       </div>
     </dialog>

@@ -12,7 +12,7 @@ export function KeyDialog({ refused, onKey }) {
         <p class="quiet">It is kept until you close this tab, and goes nowhere else.</p>
         <div class="field">
           <label for="key">Key</label>
-          <input id="key" type="password" autocomplete="off" value=${value} aria-invalid=${refused ? "true" : "false"}
+          <input id="key" type="password" autocomplete="off" autofocus value=${value} aria-invalid=${refused ? "true" : "false"}
             aria-describedby="key-note" onInput=${(event) => setValue(event.target.value)} />
         </div>
         <p id="key-note" class=${refused ? "note bad" : "hidden"} role=${refused ? "alert" : undefined}>${refused ? "The server does not know this key." : ""}</p>

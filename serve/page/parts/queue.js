@@ -51,7 +51,7 @@ export function Queue() {
       ${open &&
       html`<section id="queue" class="queue-list" aria-label="Queue">
         ${count === 0 && html`<p class="quiet">Nothing is waiting.</p>`}
-        ${place > 0 && html`<p class="quiet">${place === 1 ? "You are next" : `Place ${place} in the queue`}${seconds ? `, about ${duration(seconds)}` : ""}.</p>`}
+        ${place > 0 && html`<p class="quiet">${place} picture${place > 1 ? "s are" : " is"} ahead of yours${seconds ? `, about ${duration(seconds)} left` : ""}.</p>`}
         ${teaching &&
         html`<div class="queue-entry">
           <span>Learning <${Word} name=${teaching.name ?? ""} /></span>

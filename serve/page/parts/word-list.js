@@ -38,7 +38,7 @@ export function WordList() {
         <label class="button small file-button"><${Icon} name="upload" /> Add a file<input class="hidden" type="file" accept=".safetensors" onChange=${add} /></label>
       </header>
       ${known === null && html`<ul class="cards" aria-busy="true">${[0, 1, 2].map((i) => html`<li key=${i} class="card skeleton"></li>`)}</ul>`}
-      ${known?.length === 0 && html`<p class="quiet empty-line">No words yet. The first one takes three pictures and a minute.</p>`}
+      ${known?.length === 0 && html`<p class="quiet empty-line">No words yet. Three pictures are enough for the first one.</p>`}
       <ul class="cards">
         ${known?.map((word) => html`<${Card} key=${word.name} word=${word} canRefine=${Boolean(info?.refine)} onAsk=${setAsked} />`)}
       </ul>
@@ -110,7 +110,7 @@ function Question({ asked, onClose }) {
         ${kind === "rename" &&
         html`<div class="field">
           <label for="new-name">New name</label>
-          <input id="new-name" type="text" value=${name} autocomplete="off" maxlength="64" onInput=${(event) => setName(event.target.value.replace(/[\s<>]+/g, "-"))} />
+          <input id="new-name" type="text" value=${name} autocomplete="off" autofocus maxlength="64" onInput=${(event) => setName(event.target.value.replace(/[\s<>]+/g, "-"))} />
         </div>`}
         ${failure && html`<p class="note bad" role="alert">${failure}</p>`}
         <div class="row end">

@@ -14,7 +14,7 @@ export function Words() {
   return html`
     <h1 tabindex="-1" class="title">${job ? "Words" : "Teach it a word"}</h1>
     ${!job && html`<p class="lede">A few pictures and a name. Then use the word in any sentence.</p>`}
-    ${job ? html`<${Learning} job=${job} />` : info?.learning === false ? html`<${NoLearning} />` : html`<${Teach} />`}
+    ${job ? html`<${Learning} job=${job} />` : info?.learn === false ? html`<${NoLearning} />` : html`<${Teach} />`}
     <${WordList} />
   `;
 }
