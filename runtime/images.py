@@ -2,7 +2,6 @@
 
 import io
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -73,7 +72,7 @@ def open_picture(path: Path) -> PIL.Image.Image:
 
 
 def decode_picture(
-    stream: BinaryIO, name: str, max_pixels: int = _MAX_PIXELS, formats: Sequence[str] = _FORMATS
+    stream: BinaryIO, name: str, max_pixels: int = _MAX_PIXELS, formats: tuple[str, ...] = _FORMATS
 ) -> PIL.Image.Image:
     """Decodes an untrusted picture: rotated as its EXIF says, 8 bits per channel, in its own mode.
 

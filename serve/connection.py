@@ -1,13 +1,14 @@
 """uvicorn's HTTP connection, with limits on clients that send or read too slowly, or nothing at all.
 
-`uvicorn.Config(app, http=limited_connection(settings), ...)`. Not covered: the time that a body may take, and who may
-send it (`serve.middleware`).
+Not covered: the time that a body may take, and who may send it (`serve.middleware`); signals (`serve.cli`).
 """
 
 import asyncio
 import json
 
 import h11
+import uvicorn
+from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from oneword.serve.errors import Invalid, openai_body
@@ -33,13 +34,13 @@ class Connection(H11Protocol):
         super().connection_made(transport)
         transport.set_write_buffer_limits(high=0)  # any unsent byte counts as a pause
         if hasattr(transport, "max_size"):  # of asyncio's own transports; 256 KiB by default
-            transport.max_size = _READ_BYTES
+            transport.max_size = _READ_BYTES  # pyright: ignore[reportAttributeAccessIssue]
         self._await_head()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         if self.conn.their_state is not h11.IDLE:
-            self._head_timer = _cancelled(self._head_timer)
+            self._stop_head_timer()
         elif self._head_timer is None:
             self._await_head()
 
@@ -50,16 +51,16 @@ class Connection(H11Protocol):
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._write_timer = _cancelled(self._write_timer)
+        self._stop_write_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._head_timer = _cancelled(self._head_timer)
-        self._write_timer = _cancelled(self._write_timer)
+        self._stop_head_timer()
+        self._stop_write_timer()
         super().connection_lost(exc)
 
     def send_400_response(self, msg: str) -> None:
         """The answer to something that is not HTTP, with the headers and the form of all others."""
-        self._head_timer = _cancelled(self._head_timer)
+        self._stop_head_timer()
         body = json.dumps(openai_body(Invalid("this is not a valid HTTP/1.1 request: check the client"))).encode()
         headers = [("Content-Type", "application/json"), ("Connection", "close"), ("Content-Length", str(len(body)))]
         for event in (
@@ -69,6 +70,16 @@ class Connection(H11Protocol):
         ):
             self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
+
+    def _stop_head_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _stop_write_timer(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
 
     def _await_head(self) -> None:
         self._head_timer = self.loop.call_later(self.head_seconds, self.transport.abort)
@@ -91,6 +102,17 @@ def limited_connection(settings: Settings) -> type[Connection]:
     return type("Connection", (Connection,), limits)
 
 
-def _cancelled(timer: asyncio.TimerHandle | None) -> None:
-    if timer is not None:
-        timer.cancel()
+def server_config(app: ASGIApp, settings: Settings) -> uvicorn.Config:
+    """uvicorn's configuration. What it logs, and believes of proxies, is off: `serve.middleware` does both."""
+    return uvicorn.Config(
+        app,
+        host=settings.host.strip("[]"),
+        port=settings.port,
+        http=limited_connection(settings),
+        ws="none",
+        access_log=False,
+        log_config=None,
+        proxy_headers=False,  # by default, any local process is believed
+        server_header=False,
+        root_path=settings.root_path,
+    )

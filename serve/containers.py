@@ -189,7 +189,7 @@ def _webp(data: bytes) -> Container:
         if len(canvas) != 10 or [int.from_bytes(canvas[i : i + 3], "little") + 1 for i in (4, 7)] != [width, height]:
             raise Refused("is damaged")
         file += _riff_chunk(b"VP8X", bytes((canvas[0] & 0x10,)) + canvas[1:])  # of the flags, only that of alpha
-    for kind in (b"ALPH", b"VP8 ", b"VP8L"):
+    for kind in (b"ALPH", b"VP8 ", b"VP8L"):  # codespell:ignore alph
         if kind in chunks:
             file += _riff_chunk(kind, chunks[kind])
     exif = chunks.get(b"EXIF", b"").removeprefix(b"Exif\0\0")

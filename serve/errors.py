@@ -20,7 +20,7 @@ import difflib
 import logging
 import math
 import reprlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from types import MappingProxyType
 from typing import Any
 
@@ -173,7 +173,7 @@ def from_oneword(error: OnewordError) -> ApiError:
 
 def unknown_field(name: str, known: Iterable[str]) -> Invalid:
     """400 for a field that does not exist; it names similar ones."""
-    near = difflib.get_close_matches(name, list(known), 3)
+    near = difflib.get_close_matches(name[:100], list(known), 3)
     fix = f"did you mean {' or '.join(repr(known_name) for known_name in near)}?" if near else "remove it"
     return Invalid(f"{_shown(name)} is not a field of this request: {fix}", param=name[:100], code="unknown_parameter")
 
@@ -376,15 +376,13 @@ def _explained(error: Mapping[str, Any], param: str | None) -> str:
             return f"{shown}, allowed is {limits.get('expected', 'another value')}"
         case "greater_than" | "greater_than_equal" | "less_than" | "less_than_equal" | "multiple_of":
             word, key = _RANGES[kind]
-            return f"{shown}, allowed is {word} {limits.get(key)}"
+            return f"{shown}, allowed is {word} {_number(limits.get(key))}"
         case "string_too_long" | "too_long" | "bytes_too_long":
             unit = "items" if kind == "too_long" else "characters"
-            size = f"{name} has {len(value)} {unit}" if hasattr(value, "__len__") else f"{name} is too long"
-            return f"{size}, allowed are at most {limits.get('max_length')}: shorten it"
+            return f"{_sized(name, value, unit)}, allowed are at most {limits.get('max_length')}: shorten it"
         case "string_too_short" | "too_short" | "bytes_too_short":
             unit = "items" if kind == "too_short" else "characters"
-            size = f"{name} has {len(value)} {unit}" if hasattr(value, "__len__") else f"{name} is too short"
-            return f"{size}, allowed are at least {limits.get('min_length')}: add to it"
+            return f"{_sized(name, value, unit)}, allowed are at least {limits.get('min_length')}: add to it"
         case "string_pattern_mismatch":
             return f"{shown}, allowed is what matches {limits.get('pattern')}"
         case "value_error" | "assertion_error":
@@ -402,6 +400,14 @@ _RANGES = {
     "less_than_equal": ("at most", "le"),
     "multiple_of": ("a multiple of", "multiple_of"),
 }
+
+
+def _sized(name: str, value: object, unit: str) -> str:
+    return f"{name} has {len(value)} {unit}" if isinstance(value, Sized) else f"{name} has another length"
+
+
+def _number(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _from_validator(error: object, name: str, shown: str) -> str:

@@ -66,6 +66,7 @@ class Fields(BaseModel):
     sides: list[int] = Field(default_factory=list, max_length=2)
     picture: str | list[str] | None = None
     even: int = Field(2, multiple_of=2)
+    seed: int = Field(0, le=2**63 - 1)
     sampler: str = "euler"
     name: str = Field("a", pattern="^[a-z]+$")
 
@@ -222,6 +223,7 @@ def test_an_unforeseen_exception_is_a_500_without_detail_and_its_log_names_the_p
         ({"sides": [1, "a"]}, "sides[1]", "'sides[1]' is 'a', allowed is a whole number"),
         ({"sides": [1, 2, 3]}, "sides", "'sides' has 3 items, allowed are at most 2: shorten it"),
         ({"picture": 5}, "picture", "'picture' is 5, allowed is text"),
+        ({"seed": 2**63}, "seed", f"'seed' is {2**63}, allowed is at most {2**63 - 1}"),
         ({"even": 3}, "even", "'even' is 3, allowed is a multiple of 2"),
         ({"sampler": "magic"}, "sampler", "the sampler is 'magic', allowed is euler"),
         ({"name": "A"}, "name", "'name' is 'A', allowed is what matches ^[a-z]+$"),
@@ -258,6 +260,9 @@ def test_a_wrong_field_is_one_line_that_says_what_was_given_and_what_is_allowed(
         (b'"text"', "the body is 'text', allowed is an object"),
         (b'{"prompt": "a", "scale": NaN}', "'scale' is nan, allowed is a finite number"),
         (b'{"prompt": "\\ud800"}', "'prompt' is "),
+        (b'{"prompt": "a", "n": ' + b"9" * 10_000 + b"}", "the body cannot be read"),
+        (b'{"prompt": "a", "n": ' + b"9" * 3_000 + b"}", "'n' is 999"),
+        (b"[" * 100_000, "the body cannot be read"),
     ],
 )
 def test_a_body_that_is_no_object_is_described(content: bytes, message: str) -> None:

@@ -20,7 +20,7 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 
 from oneword.serve import errors, middleware
-from oneword.serve.connection import Connection, limited_connection
+from oneword.serve.connection import Connection, limited_connection, server_config
 from oneword.serve.keys import Keys
 from oneword.serve.middleware import AccessLog, LimitBody, TrustedProxy, WriteTimeout, allowed_hosts
 from oneword.serve.settings import Settings
@@ -43,7 +43,7 @@ def make_app(keys: Keys | None = None, **settings: Any) -> FastAPI:
         return "page"
 
     @app.get("/v1/who")
-    async def who(request: Request) -> dict[str, Any]:
+    async def caller(request: Request) -> dict[str, Any]:
         assert request.client is not None
         return {
             "tenant": request.state.tenant.name,
@@ -160,8 +160,12 @@ class Server(uvicorn.Server):
         self.bytes_read = 0
         self.ready = threading.Event()
         self.closed = threading.Event()
+        config = server_config(app, Settings(Path("bundle"), port=0, **settings))
+        limited = config.http
+        assert isinstance(limited, type)
+        assert issubclass(limited, Connection)
 
-        class Counting(limited_connection(Settings(Path("bundle"), **settings))):  # type: ignore[misc]
+        class Counting(limited):  # type: ignore[valid-type, misc]
             def data_received(self, data: bytes) -> None:
                 server.bytes_read += len(data)
                 super().data_received(data)
@@ -170,20 +174,9 @@ class Server(uvicorn.Server):
                 super().connection_lost(exc)
                 server.closed.set()
 
-        super().__init__(
-            uvicorn.Config(
-                app,
-                port=0,
-                http=Counting,
-                ws="none",
-                lifespan="off",
-                log_config=None,
-                access_log=False,
-                proxy_headers=False,
-                server_header=False,
-                timeout_graceful_shutdown=1,
-            )
-        )
+        config.http = Counting
+        config.timeout_graceful_shutdown = 1
+        super().__init__(config)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -337,7 +330,7 @@ def test_a_client_that_trickles_its_body_is_refused_as_well() -> None:
 
 
 def test_a_request_head_that_does_not_arrive_in_time_ends_the_connection() -> None:
-    with serving(make_app(body_seconds=0.2)) as server:
+    with serving(make_app(), body_seconds=0.2) as server:
         for data in (b"", b"GET / HT", head("GET", "/")[:-2]):
             server.closed.clear()
             with server.connect() as connection:
@@ -348,55 +341,78 @@ def test_a_request_head_that_does_not_arrive_in_time_ends_the_connection() -> No
             assert read_all(connection).count(b"HTTP/1.1") == 1
 
 
-def stalling_app(finished: threading.Event) -> FastAPI:
+class Watched(StreamingResponse):
+    """Sets an event when it is over, however it ends."""
+
+    def __init__(self, pieces: AsyncIterator[bytes], over: threading.Event) -> None:
+        super().__init__(pieces)
+        self._over = over
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._over.set()
+
+
+def streaming_app(over: threading.Event, write_seconds: float) -> FastAPI:
     app = FastAPI()
 
     @app.get("/v1/endless")
-    async def endless() -> StreamingResponse:
+    async def endless() -> Watched:
         async def pieces() -> AsyncIterator[bytes]:
-            try:
-                while True:
-                    yield bytes(1 << 16)
-            finally:
-                finished.set()
+            while True:
+                yield bytes(1 << 16)
+                await asyncio.sleep(0)
 
-        return StreamingResponse(pieces())
+        return Watched(pieces(), over)
 
     @app.get("/v1/large")
-    async def large() -> StreamingResponse:
+    async def large() -> Watched:
         async def pieces() -> AsyncIterator[bytes]:
-            yield bytes(64 << 20)
+            yield bytes(24 << 20)
 
-        return StreamingResponse(pieces())
+        return Watched(pieces(), over)
 
     errors.install(app)
-    middleware.install(app, Settings(Path("bundle"), write_seconds=0.3))
+    middleware.install(app, Settings(Path("bundle"), write_seconds=write_seconds))
     return app
 
 
-@pytest.mark.parametrize("path", ["/v1/endless", "/v1/large"])
-def test_a_client_that_does_not_read_is_cut_off(path: str, caplog: pytest.LogCaptureFixture) -> None:
-    finished = threading.Event()
-    with serving(stalling_app(finished), write_seconds=0.3) as server, server.connect() as connection:
+@pytest.mark.parametrize(
+    ("path", "app_seconds", "connection_seconds"),
+    [
+        ("/v1/endless", 0.2, 60.0),
+        ("/v1/endless", 60.0, 0.2),
+        ("/v1/endless", 0.2, 0.2),
+        ("/v1/large", 60.0, 0.2),  # the app is done with it: only the connection sees that the client does not read
+    ],
+)
+def test_a_client_that_does_not_read_is_cut_off(
+    path: str, app_seconds: float, connection_seconds: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    over = threading.Event()
+    app = streaming_app(over, app_seconds)
+    with serving(app, write_seconds=connection_seconds) as server, server.connect() as connection:
         connection.sendall(head("GET", path))
 
-        assert server.closed.wait(20)
-        if path == "/v1/endless":
-            assert finished.wait(20)  # the route has been ended too
-        assert len(read_all(connection)) < 64 << 20
+        assert over.wait(20)
+        if connection_seconds < 1:
+            assert server.closed.wait(20)
+            assert len(read_all(connection)) < 24 << 20
     assert "Traceback" not in caplog.text
 
 
 def test_a_client_that_reads_slowly_is_not_cut_off() -> None:
-    with serving(stalling_app(threading.Event()), write_seconds=0.3) as server, server.connect() as connection:
+    with serving(streaming_app(threading.Event(), 60.0), write_seconds=1.0) as server, server.connect() as connection:
         connection.sendall(head("GET", "/v1/large", "Connection: close"))
-        data = b""
+        size = 0
         pause = threading.Event()
-        while piece := connection.recv(4 << 20):
-            data += piece
+        while piece := connection.recv(1 << 19):
+            size += len(piece)
             pause.wait(0.02)
 
-    assert len(data) > 64 << 20
+    assert size > 24 << 20
 
 
 def test_what_is_not_http_is_answered_with_the_headers_of_all_answers() -> None:
@@ -725,6 +741,13 @@ def test_a_send_that_does_not_end_raises_a_connection_error() -> None:
 
     with pytest.raises(errors.ClientStalled):
         asyncio.run(WriteTimeout(app, 0.01)({"type": "http"}, stuck, stuck))  # type: ignore[arg-type]
+
+
+def test_uvicorn_itself_believes_no_proxy_and_logs_no_request() -> None:
+    config = server_config(make_app(), Settings(Path("b"), host="[::1]", port=81, root_path="/x"))
+
+    assert (config.host, config.port, config.root_path) == ("::1", 81, "/x")
+    assert (config.proxy_headers, config.access_log, config.server_header) == (False, False, False)
 
 
 def test_the_connection_has_the_limits_of_the_settings() -> None:

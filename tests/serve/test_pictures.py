@@ -89,20 +89,23 @@ WHOLE_PNG = file(PIL.Image.fromarray(NOISE))
 WHOLE_WEBP = file(PIL.Image.fromarray(NOISE), "WEBP")
 
 
-@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
-@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "LA", "P", "1", "CMYK", "I;16"])
+@pytest.mark.parametrize(
+    ("format", "mode"),
+    [("PNG", mode) for mode in ("RGB", "L", "RGBA", "LA", "P", "1", "I;16")]
+    + [("JPEG", mode) for mode in ("RGB", "L", "1", "CMYK")]
+    + [("WEBP", mode) for mode in ("RGB", "RGBA")],
+)
 def test_every_format_and_mode_becomes_rgb(format: str, mode: str) -> None:
-    picture = PIL.Image.new("RGB", (12, 8), "white").convert("L" if mode == "I;16" else mode)
     if mode == "I;16":
         picture = PIL.Image.fromarray(np.full((8, 12), 65535, np.uint16))
-    try:
-        data = file(picture, format, **({"quality": 100} if format != "PNG" else {}))
-    except (OSError, ValueError, SystemError):
-        pytest.skip(f"{format} has no {mode}")
+    else:
+        picture = PIL.Image.new("RGB", (12, 8), "white").convert(mode)
+    data = file(picture, format, **({"quality": 100} if format != "PNG" else {}))
 
     image = decode(data, "image")
 
-    assert (image.dtype, image.shape) == (np.uint8, (8, 12, 3))
+    assert image.dtype == np.uint8
+    assert image.shape == (8, 12, 3)
     np.testing.assert_allclose(image.astype(int), 255, atol=3)
 
 
@@ -197,7 +200,6 @@ REFUSED = {
     "the first bytes of a PNG": (WHOLE_PNG[:20], "is cut off"),
     "the first bytes of a JPEG": (WHOLE_JPEG[:4], "is cut off"),
     "the first bytes of a WebP": (WHOLE_WEBP[:14], "is cut off"),
-    "a PNG with too few pixels": (png(2000, 2000), "is damaged"),
     "a PNG without pixels": (b"\x89PNG\r\n\x1a\n" + WHOLE_PNG[8:33] + chunk(b"IEND", b""), "has no pixels"),
     "a PNG of garbage": (png(64, 64, pixels=b"garbage" * 10), "is damaged"),
     "a PNG of a million parts": (png(8, 8, chunk(b"IDAT", b"") * 1_000_000), "has too many parts"),
