@@ -38,7 +38,7 @@ export function afterEvent(run, first, { type, data }, picture = null) {
   }
   if (kind === "completed") {
     const index = data.index === undefined ? openIndexes(run)[0] : first + data.index;
-    return withTile(run, index, { status: "done", picture });
+    return withTile(run, index, { status: "done", picture, preview: null });
   }
   return run;
 }

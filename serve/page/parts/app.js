@@ -10,6 +10,7 @@ import { isPicture, isWord, recipeIn } from "../restore.js";
 import { announcement, draft, edit, go, masked, model, notify, readModel, refined, route, viewed } from "../state.js";
 import { cut } from "../upload.js";
 import { html, useEffect, useRef, useState } from "../vendor/htm-preact.js";
+import * as teaching from "../teaching.js";
 import * as words from "../words.js";
 import { Compare } from "./compare.js";
 import { Create } from "./create.js";
@@ -92,9 +93,15 @@ async function load(signal) {
   if (!location.hash && (learning.current.get() || words.words.get().length === 0)) go("words");
 }
 
-/** A file dropped anywhere: a picture with a recipe restores it, another one is a start, a word's file is added. */
-async function take([file]) {
+/** The longer side of a picture to start from: what the model draws by default. */
+const startSide = ({ defaults }) => Math.max(defaults.width, defaults.height);
+
+/** Files dropped anywhere. Pictures are for teaching on the words page; elsewhere one with a recipe restores it, and
+ * another one is a start. A word's file is added. */
+async function take(files) {
+  const [file] = files;
   if (!file) return;
+  if (route.get() === "words" && [...files].every(isPicture) && !learning.current.get()) return teaching.add([...files]);
   try {
     if (isWord(file)) {
       const word = await words.upload(file);
@@ -107,7 +114,7 @@ async function take([file]) {
       edit({ ...recipe, count: 1 });
       return notify("Restored all settings of this picture.");
     }
-    const { blob, width, height } = await cut(file, model.get()?.size_multiple ?? 8, model.get()?.max_side ?? 1024);
+    const { blob, width, height } = await cut(file, model.get().size_multiple, startSide(model.get()));
     draft.set((now) => ({ ...now, image: blob, mask: undefined, strength: 0.6, width, height }));
     go("create");
     notify("This picture is now the start of your next one.");

@@ -73,7 +73,7 @@ function Table({ shown }) {
   return html`
     ${notes.map((note) => html`<p key=${note} class="note" role="status">${note}</p>`)}
     <div class="compare-scroll" role="region" tabindex="0" aria-label="Words side by side">
-      <table class="compare">
+      <table class="compare" style=${{ "--columns": shown.length }}>
         <thead><tr><th scope="col"><span class="hidden">Seed</span></th>${shown.map(({ token }) => html`<th key=${token} scope="col"><${Word} name=${bareName(token)} /></th>`)}</tr></thead>
         <tbody>
           ${seeds.map(
