@@ -7,9 +7,12 @@ export const MAX_PICTURES = 5;
 const ENDED = ["succeeded", "failed", "cancelled"];
 
 /** A job as the server describes it, with what the page follows beside it: previews by step, losses by step. */
-export const newJob = (data) => ({ losses: [], ...data, pictures: [] });
+export const newJob = (data) => ({ losses: [], notes: [], ...data, pictures: [] });
 
 export const isEnded = (job) => ENDED.includes(job.status);
+
+/** The name of the word, as it was given. */
+export const nameOf = (job) => job.word?.name ?? job.name ?? job.token ?? "";
 
 /** Between 0 and 1. */
 export const progress = (job) => (job.status === "succeeded" ? 1 : job.steps ? (job.step ?? 0) / job.steps : 0);
@@ -27,6 +30,8 @@ export function afterEvent(job, { type, data }) {
       return withPictures(job, data);
     case "done":
       return { ...job, status: "succeeded", step: job.steps, word: data.word };
+    case "note":
+      return job.notes.includes(data.text) ? job : { ...job, notes: [...job.notes, data.text] };
     case "cancelled":
       return { ...job, status: "cancelled" };
     case "error":

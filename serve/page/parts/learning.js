@@ -1,6 +1,6 @@
 /** A word being learned: the same prompts again and again, from its first step to its last. */
 
-import { isEnded, progress, sheet } from "../job.js";
+import { isEnded, nameOf, progress, sheet } from "../job.js";
 import * as learning from "../learning.js";
 import { bareName } from "../prompt.js";
 import { draft, go, notify } from "../state.js";
@@ -11,7 +11,7 @@ import { Icon } from "./icons.js";
 import { Marked, Word } from "./marked.js";
 
 export function Learning({ job }) {
-  const name = bareName(job.word?.name ?? job.name ?? "");
+  const name = bareName(nameOf(job));
   return html`
     <section class="panel learning" aria-label=${`Learning ${name}`}>
       <header class="learning-head">
@@ -27,6 +27,7 @@ export function Learning({ job }) {
       </div>`}
       ${job.status === "failed" && html`<p class="note bad" role="alert">${job.error?.message ?? "It could not be learned."}</p>`}
       ${job.status === "succeeded" && html`<${Ready} name=${name} />`}
+      ${job.notes.map((text) => html`<p key=${text} class="note">${text}</p>`)}
       <${Sheet} job=${job} />
       <${Losses} losses=${job.losses} />
     </section>

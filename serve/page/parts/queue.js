@@ -3,8 +3,9 @@
 import * as api from "../api.js";
 import { connection, pause } from "../connection.js";
 import { useStore } from "../hooks.js";
-import { progress as learned, isEnded } from "../job.js";
+import { isEnded, nameOf, progress as learned } from "../job.js";
 import * as learning from "../learning.js";
+import { bareName } from "../prompt.js";
 import { isActive, progress } from "../run.js";
 import { cancel, cancelAll, runs } from "../runs.js";
 import { duration } from "../time.js";
@@ -54,7 +55,7 @@ export function Queue() {
         ${place > 0 && html`<p class="quiet">${place} picture${place > 1 ? "s are" : " is"} ahead of yours${seconds ? `, about ${duration(seconds)} left` : ""}.</p>`}
         ${teaching &&
         html`<div class="queue-entry">
-          <span>Learning <${Word} name=${teaching.name ?? ""} /></span>
+          <span>Learning <${Word} name=${bareName(nameOf(teaching))} /></span>
           <progress max="1" value=${learned(teaching)} aria-label="Learned"></progress>
           <button class="icon-button" aria-label="Cancel learning" onClick=${learning.cancel}><${Icon} name="stop" /></button>
         </div>`}

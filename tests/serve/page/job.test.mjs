@@ -55,3 +55,9 @@ test("the form says what is missing, in order", () => {
   assert.match(missing({ images: 3, name: "toy", taken: true }), /already/);
   assert.equal(missing({ images: 5, name: "toy" }), "");
 });
+
+test("a warning is kept once", () => {
+  let job = newJob(JOB);
+  for (let i = 0; i < 2; i += 1) job = afterEvent(job, { type: "note", data: { text: "replace one of them" } });
+  assert.deepEqual(job.notes, ["replace one of them"]);
+});
