@@ -88,7 +88,7 @@ def create_app(state: State) -> FastAPI:
     app = FastAPI(
         title="oneword",
         version=oneword.__version__,
-        summary="Text-to-image with learned words: OpenAI's images API, A1111's API, and words that change while it runs.",
+        summary="Pictures with learned words: OpenAI's images API, A1111's API, and words that change while it runs.",
         docs_url=None,
         redoc_url=None,
         lifespan=lifespan,

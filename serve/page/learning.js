@@ -1,0 +1,77 @@
+/** The learning jobs of this person: starts them, follows them, finds them again after a reload or a restart. */
+
+import * as api from "./api.js";
+import { persistently } from "./connection.js";
+import { Unreachable, isCancel } from "./errors.js";
+import { afterEvent, isEnded, newJob, withPictures } from "./job.js";
+import { makeStore } from "./store.js";
+import * as words from "./words.js";
+
+/** The job that the page shows, or null. */
+export const current = makeStore(null);
+
+let follower = null;
+
+/** Starts learning. Raises ApiError. */
+export async function start(images, fields) {
+  show(await api.learn(images, fields));
+}
+
+/** Finds a job that is still running, or null. */
+export async function resume(signal) {
+  const { data } = await api.jobs(signal);
+  const running = data.find((job) => job.kind === "learn" && !isEnded(job));
+  if (running) show(running);
+}
+
+export async function cancel() {
+  await persistently(() => api.cancelJob(current.get().id));
+  follower?.abort();
+  current.set((job) => job && { ...job, status: "cancelled" });
+}
+
+export function dismiss() {
+  follower?.abort();
+  current.set(null);
+}
+
+function show(data) {
+  follower?.abort();
+  follower = new AbortController();
+  current.set(newJob(data));
+  follow(data.id, follower.signal).catch((error) => {
+    if (!isCancel(error)) update(data.id, (job) => ({ ...job, status: "failed", error: { message: error.message } }));
+  });
+}
+
+/** Reads a job's events until it ends, over as many connections as it takes. */
+async function follow(id, signal) {
+  await persistently(async () => {
+    const known = await api.job(id, signal);
+    update(id, (job) => (known.previews ?? []).reduce(withPictures, { ...job, ...known, pictures: job.pictures }));
+    if (!isEnded(known)) for await (const event of api.jobEvents(id, signal)) update(id, (job) => afterEvent(job, event));
+    if (current.get()?.id === id && !isEnded(current.get())) throw new Unreachable("The connection was lost.");
+  }, signal);
+  if (current.get()?.status === "succeeded") await persistently(() => words.refresh(signal), signal);
+}
+
+function update(id, next) {
+  current.set((job) => (job?.id === id ? next(job) : job));
+  loadPictures(id);
+}
+
+const loading = new Set();
+
+/** Loads pictures that were only named: an <img> could not send the key. */
+function loadPictures(id) {
+  for (const { src, url, step, index } of current.get()?.pictures ?? []) {
+    if (src || !url || loading.has(url)) continue;
+    loading.add(url);
+    api.jobPicture(url).then(
+      (blob) => update(id, (job) => withPictures(job, { ...named(job, step, index), src: URL.createObjectURL(blob) })),
+      () => loading.delete(url),
+    );
+  }
+}
+
+const named = (job, step, index) => job.pictures.find((picture) => picture.step === step && picture.index === index);

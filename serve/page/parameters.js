@@ -1,0 +1,76 @@
+/** Reads A1111's generation parameters, which every picture carries as text, into a recipe. */
+
+const SAMPLERS = {
+  DDIM: "ddim",
+  DDPM: "ddpm",
+  Euler: "euler",
+  "Euler a": "euler-a",
+  "DPM++ 2M": "dpmpp-2m",
+  "DPM++ 2M Karras": "dpmpp-2m-karras",
+  "DPM++ 2M SDE": "dpmpp-2m-sde",
+  LCM: "lcm",
+};
+
+/** The recipe of a parameters text, or null if the text is none. Values that make no sense are left out. */
+export function parseParameters(text) {
+  const lines = text.trim().split(/\r?\n/);
+  const last = lines.at(-1);
+  if (!/^Steps: \d+/.test(last)) return null;
+  const body = lines.slice(0, -1).join("\n");
+  const split = body.search(/(^|\n)Negative prompt: /);
+  const pairs = readPairs(last);
+  const [width, height] = (pairs.get("Size") ?? "").split("x").map((side) => whole(side));
+  const recipe = {
+    prompt: (split < 0 ? body : body.slice(0, split)).trim(),
+    negative: split < 0 ? "" : body.slice(split).trim().replace(/^Negative prompt: /, ""),
+    steps: whole(pairs.get("Steps")),
+    sampler: samplerOf(pairs.get("Sampler"), pairs.get("Schedule type")),
+    guidance: number(pairs.get("CFG scale")),
+    seed: whole(pairs.get("Seed")),
+    width,
+    height,
+    strength: number(pairs.get("Denoising strength")),
+    clipSkip: pairs.has("Clip skip") ? Math.max(0, whole(pairs.get("Clip skip")) - 1) : undefined,
+    eta: number(pairs.get("Eta")),
+    rescale: number(pairs.get("CFG Rescale")),
+    interval: intervalOf(pairs.get("CFG interval")),
+  };
+  return Object.fromEntries(Object.entries(recipe).filter(([, value]) => value !== undefined));
+}
+
+/** `Name: value` pairs; a value in quotes may contain commas. */
+function readPairs(line) {
+  const pairs = new Map();
+  for (const [, name, value] of line.matchAll(/\s*([^:,]+):\s*("(?:\\.|[^"\\])*"|[^,]*)(?:,|$)/g)) {
+    pairs.set(name.trim(), value.startsWith('"') ? unquoted(value) : value.trim());
+  }
+  return pairs;
+}
+
+function unquoted(value) {
+  try {
+    return JSON.parse(value);
+  } catch {
+    return value.slice(1, -1);
+  }
+}
+
+function samplerOf(name, schedule) {
+  if (name === undefined) return undefined;
+  return SAMPLERS[schedule === "Karras" ? `${name} Karras` : name] ?? SAMPLERS[name];
+}
+
+function intervalOf(text) {
+  const match = /^([\d.e+]+)-([\d.e+]+)$/.exec(text ?? "");
+  return match ? [Number(match[1]), Number(match[2])] : undefined;
+}
+
+function number(text) {
+  const value = text === undefined || text === "" ? NaN : Number(text);
+  return Number.isFinite(value) ? value : undefined;
+}
+
+function whole(text) {
+  const value = number(text);
+  return Number.isSafeInteger(value) && value >= 0 ? value : undefined;
+}

@@ -1,0 +1,84 @@
+/** The settings of a recipe beside its prompt. Empty fields mean the model's defaults. */
+
+import { MAX_COUNT, randomSeed } from "../recipe.js";
+import { html } from "../vendor/htm-preact.js";
+import { Icon } from "./icons.js";
+
+export function Settings({ recipe, onChange, model }) {
+  const defaults = model?.defaults ?? {};
+  const multiple = model?.size_multiple ?? 8;
+  const set = (name) => (value) => onChange({ [name]: value });
+  return html`
+    <div class="settings">
+      <div class="field wide">
+        <label for="negative">Leave out</label>
+        <input
+          id="negative"
+          type="text"
+          value=${recipe.negative}
+          placeholder="What the pictures should not show"
+          onInput=${(event) => onChange({ negative: event.target.value })}
+        />
+      </div>
+      <${NumberField} id="steps" label="Steps" value=${recipe.steps} fallback=${defaults.steps} min="1" max="1000" onChange=${set("steps")} />
+      <${NumberField} id="guidance" label="Guidance" value=${recipe.guidance} fallback=${defaults.guidance_scale} min="0" max="100" step="0.5" onChange=${set("guidance")} />
+      <div class="field">
+        <label for="sampler">Sampler</label>
+        <select id="sampler" value=${recipe.sampler ?? ""} onChange=${(event) => onChange({ sampler: event.target.value || undefined })}>
+          <option value="">${defaults.sampler ? `${defaults.sampler} (default)` : "Default"}</option>
+          ${(model?.samplers ?? []).map((name) => html`<option key=${name} value=${name}>${name}</option>`)}
+        </select>
+      </div>
+      <${NumberField} id="width" label="Width" value=${recipe.width} fallback=${defaults.width} min=${multiple} max=${model?.max_side} step=${multiple}
+        onChange=${(width) => onChange({ width, height: recipe.height ?? (width && defaults.height) })} />
+      <${NumberField} id="height" label="Height" value=${recipe.height} fallback=${defaults.height} min=${multiple} max=${model?.max_side} step=${multiple}
+        onChange=${(height) => onChange({ height, width: recipe.width ?? (height && defaults.width) })} />
+      <div class="field">
+        <label for="seed">Seed</label>
+        <div class="joined">
+          <input
+            id="seed"
+            type="number"
+            inputmode="numeric"
+            min="0"
+            value=${recipe.seed}
+            onInput=${(event) => event.target.value !== "" && onChange({ seed: Math.max(0, Math.floor(Number(event.target.value))), locked: true })}
+          />
+          <button
+            type="button"
+            class="icon-button"
+            aria-pressed=${recipe.locked ? "true" : "false"}
+            aria-label="Keep this seed"
+            title=${recipe.locked ? "The seed is kept" : "A new seed for each run"}
+            onClick=${() => onChange(recipe.locked ? { locked: false, seed: randomSeed() } : { locked: true })}
+          >
+            <${Icon} name=${recipe.locked ? "lock" : "unlock"} />
+          </button>
+        </div>
+      </div>
+    </div>
+  `;
+}
+
+/** An optional number: empty is undefined. */
+function NumberField({ id, label, value, fallback, onChange, ...limits }) {
+  const read = (event) => onChange(event.target.value === "" ? undefined : Number(event.target.value));
+  return html`
+    <div class="field">
+      <label for=${id}>${label}</label>
+      <input id=${id} type="number" inputmode="decimal" value=${value ?? ""} placeholder=${fallback ?? ""} onInput=${read} ...${limits} />
+    </div>
+  `;
+}
+
+/** How many pictures: minus, number, plus. */
+export function Count({ value, onChange, max = MAX_COUNT }) {
+  const say = `${value} picture${value > 1 ? "s" : ""}`;
+  return html`
+    <div class="stepper" role="group" aria-label="Number of pictures">
+      <button type="button" aria-label="Fewer pictures" disabled=${value <= 1} onClick=${() => onChange(value - 1)}>−</button>
+      <output aria-live="polite">${say}</output>
+      <button type="button" aria-label="More pictures" disabled=${value >= max} onClick=${() => onChange(value + 1)}>+</button>
+    </div>
+  `;
+}

@@ -1,0 +1,52 @@
+import assert from "node:assert/strict";
+import { test } from "node:test";
+
+import { parseParameters } from "../../../serve/page/parameters.js";
+
+test("what this project writes is read back", () => {
+  const text =
+    "a photo of a <toy>\nin the snow\nNegative prompt: blurry, dark\nSteps: 20, Sampler: DPM++ 2M Karras, CFG scale: 7.5, " +
+    "Seed: 42, Size: 96x64, Model: miniature, Denoising strength: 0.6, Clip skip: 2, Eta: 0.5, CFG Rescale: 0.7, CFG interval: 0.28-5.42";
+  assert.deepEqual(parseParameters(text), {
+    prompt: "a photo of a <toy>\nin the snow",
+    negative: "blurry, dark",
+    steps: 20,
+    sampler: "dpmpp-2m-karras",
+    guidance: 7.5,
+    seed: 42,
+    width: 96,
+    height: 64,
+    strength: 0.6,
+    clipSkip: 1,
+    eta: 0.5,
+    rescale: 0.7,
+    interval: [0.28, 5.42],
+  });
+});
+
+test("without a negative prompt it is empty", () => {
+  assert.deepEqual(parseParameters("red\nSteps: 1, Seed: 0"), { prompt: "red", negative: "", steps: 1, seed: 0 });
+});
+
+test("a later A1111 names the schedule on its own", () => {
+  assert.equal(parseParameters("x\nSteps: 9, Sampler: DPM++ 2M, Schedule type: Karras").sampler, "dpmpp-2m-karras");
+});
+
+test("a quoted value may hold commas and colons", () => {
+  const text = 'x\nSteps: 9, Note: "a, Seed: 1, b", Seed: 7';
+  assert.equal(parseParameters(text).seed, 7);
+});
+
+test("values that make no sense are left out", () => {
+  assert.deepEqual(parseParameters("x\nSteps: 9, Seed: -1, Size: 1, CFG scale: high, Sampler: Magic"), {
+    prompt: "x",
+    negative: "",
+    steps: 9,
+    width: 1,
+  });
+});
+
+test("any other text is no recipe", () => {
+  assert.equal(parseParameters("just a comment"), null);
+  assert.equal(parseParameters(""), null);
+});
