@@ -30,7 +30,7 @@ from typing import ParamSpec, TypeAlias, TypeVar
 
 import msgspec
 
-from oneword.engines.errors import ConceptError, FileError, one_line
+from oneword.engines.errors import ConceptError, OnewordError, one_line
 from oneword.engines.files import write_whole
 from oneword.runtime.concept import Concept, check_token, concept_of, read_safetensors
 from oneword.runtime.images import png_bytes
@@ -361,6 +361,9 @@ class Jobs:
             except _TakenOver:
                 owned.taken_over = True
                 await self._disown(owned)
+            except Exception as error:  # so that the other jobs go on
+                _log.error("job %s is tried again: %s", owned.id, type(error).__name__)
+                await asyncio.sleep(self._retry_seconds)
             finally:
                 owned.running = False
 
@@ -380,7 +383,7 @@ class Jobs:
                     text = f"the learning process ended {lost} times without progress: the server may lack memory"
                     await self._end_surely(owned, owned.state.failed(text))
                     return
-            except (ApiError, FileError, OSError) as error:  # the store, or the local disk
+            except (ApiError, OnewordError, OSError) as error:  # the store, or the local disk
                 _log.warning("job %s waits: %s", owned.id, type(error).__name__)
                 wait = min(30.0, 2 * wait)
             with suppress(TimeoutError):
@@ -586,8 +589,8 @@ class Jobs:
                 if time.monotonic() - swept > 3600:
                     await self.delete_old()
                     swept = time.monotonic()
-            except ApiError as error:
-                _log.warning("the jobs' store cannot be reached: %s", error.code)
+            except Exception as error:  # so that the lease is kept
+                _log.warning("the jobs' store cannot be used: %s", type(error).__name__)
 
     async def _beat(self) -> None:
         await self._stored(self._files.write_beat, self._queue.server, secrets.token_hex(8))

@@ -9,7 +9,8 @@ from oneword.serve.jobs import Jobs
 
 async def main() -> None:
     store, folder, model, digest = sys.argv[1:]
-    jobs = Jobs(store, Path(folder), model, digest, max_lost=1000, retry_seconds=0.05, checkpoint_every=1)
+    options = {"max_lost": 1000, "retry_seconds": 0.05, "progress_seconds": 0.0, "checkpoint_every": 1}
+    jobs = Jobs(store, Path(folder), model, digest, **options)
     await jobs.start()
     print("ready", flush=True)
     await asyncio.Event().wait()

@@ -358,7 +358,7 @@ def test_seconds_left_follow_from_the_steps_after_the_first() -> None:
 
 # ---- learning --------------------------------------------------------------------------------------------------------
 
-STEPS = 6
+STEPS = 40
 
 
 def test_a_job_is_learned_and_every_server_shows_the_same_events(
@@ -381,7 +381,7 @@ def test_a_job_is_learned_and_every_server_shows_the_same_events(
             assert bits(done.concept) == reference
             assert [(tenant, bits(concept)) for tenant, concept in words] == [("alice", reference)]
             steps = [event.step for event in here if isinstance(event, Snapshot)]
-            assert steps == [0, 5, STEPS]
+            assert steps == [0, 5, 10, 20, 35, STEPS]
             assert numbers(here) == sorted(set(numbers(here)))
             kept = [event.number for event in here if not isinstance(event, Progress)]
             assert [number for number in numbers(there) if number in kept] == kept
@@ -391,7 +391,7 @@ def test_a_job_is_learned_and_every_server_shows_the_same_events(
             assert (ended.status, ended.step, ended.word) == (Status.SUCCEEDED, STEPS, done.concept.identity)
             assert bits(await other.word("alice", job.id)) == reference
             assert bits(await other.snapshot("alice", job.id, STEPS)) == reference
-            assert (jobs.running, jobs.waiting) == (0, 0)
+            await until(lambda: jobs.running == 0)
             assert list((tmp_path / "here" / "runs").iterdir()) == []
 
             failing = await jobs.add("alice", photos(), "star", "ring", steps=STEPS)
@@ -434,9 +434,13 @@ def test_servers_and_processes_killed_at_random_instants_end_with_the_bits_of_an
     process: subprocess.Popen[str] | None = None
     held: list[int] = []
 
-    def ended() -> bool:
+    def reached(step: int) -> bool:
+        """Whether the job has ended or is after `step`."""
         newest = files.newest("alice", job.id)
-        return newest is not None and newest[1].status.ended
+        return newest is not None and (newest[1].status.ended or newest[1].step >= step)
+
+    def ended() -> bool:
+        return reached(STEPS + 1)
 
     try:
         for _ in range(kills):
@@ -445,7 +449,9 @@ def test_servers_and_processes_killed_at_random_instants_end_with_the_bits_of_an
                 assert process.stdout is not None
                 assert process.stdout.readline() == "ready\n"
             wait_until(lambda: learners() or ended(), time.monotonic() + 60)
-            time.sleep(rng.uniform(0, 12))
+            target = rng.randrange(-STEPS, STEPS)  # below 0: while the process starts
+            wait_until(lambda target=target: reached(target), time.monotonic() + 120)
+            time.sleep(rng.uniform(0, 0.2 if target >= 0 else 8))
             if ended():
                 break
             kind, victims = rng.choice(["learner", "server", "both", "held"]), learners()

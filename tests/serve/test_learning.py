@@ -9,11 +9,16 @@ import msgspec
 import numpy as np
 import pytest
 
+from oneword.engines.errors import UsageError
 from oneword.export.source import load_source
+from oneword.runtime.bundle import Bundle
 from oneword.runtime.concept import load_concept
-from oneword.serve.learning import LearningProcess
-from oneword.serve.messages import Done, Failed, Order, Report, Snapshot, Started, Step
+from oneword.serve import learning
+from oneword.serve.errors import Invalid
+from oneword.serve.learning import LearningProcess, check_model, model_digest, public_text, recipe_of
+from oneword.serve.messages import Done, Failed, Order, Report, Snapshot, Started, Step, snapshot_steps
 from oneword.train.checkpoint import held
+from oneword.train.recipe import RECIPES
 
 
 def test_a_words_vectors_are_reported_while_it_is_learned(order: Order) -> None:
@@ -38,7 +43,7 @@ def test_an_order_for_other_weights_fails_with_one_line_without_a_path(order: Or
 
 
 def test_a_model_that_does_not_exist_is_named_when_the_server_starts(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--model: nowhere has no model_index.json: give a diffusers directory"):
+    with pytest.raises(UsageError, match=r"--model: nowhere has no model_index.json: give a diffusers directory"):
         asyncio.run(model_digest(str(make_folder(tmp_path / "nowhere"))))
 
 
@@ -131,7 +136,9 @@ SERVER = """
 import asyncio, sys
 from pathlib import Path
 import msgspec
-from oneword.serve.learning import LearningProcess
+from oneword.serve import learning
+from oneword.serve.errors import Invalid
+from oneword.serve.learning import LearningProcess, check_model, model_digest, public_text, recipe_of
 from oneword.serve.messages import Order, Snapshot
 
 async def main():

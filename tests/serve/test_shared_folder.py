@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from oneword.engines.errors import UsageError
 from oneword.serve.errors import Unavailable
+from oneword.serve.job_files import JobFiles, JobRequest, State
 from oneword.serve.shared_folder import SharedFolder, quoted
 
 
@@ -60,6 +61,24 @@ def test_files_are_written_read_listed_and_deleted_in_every_kind_of_store(url: s
     folder.delete("a")
     folder.delete("a")
     assert reader.read("a/c/d") is None
+
+
+def test_jobs_can_be_kept_in_every_kind_of_store(url: str) -> None:
+    files, other = JobFiles(SharedFolder(url)), JobFiles(SharedFolder(url))
+    request = JobRequest("alice", "<toy>", "toy", "quick", 50, 0, ("picture-1.png",), "digest", 1.5)
+    files.create("1", request, [b"png"], State("one", 50))
+    files.write_beat("one", "tick")
+
+    assert other.take("alice", "1", 2, State("two", 50))
+    files.write("alice", "1", 1, State("one", 50, step=3))
+    assert not files.take("alice", "1", 2, State("one", 50))
+    assert files.newest("alice", "1") == (2, State("two", 50))
+    assert other.beats() == {"one": "tick"}
+    assert other.request("alice", "1") == request
+    assert (other.open_identifiers(), other.identifiers("alice")) == (["1"], ["1"])
+    files.close("1")
+    assert other.delete_ended("2") == 1
+    assert other.request("alice", "1") is None
 
 
 def test_of_many_writers_exactly_one_creates_a_file(url: str) -> None:
