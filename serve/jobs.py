@@ -182,6 +182,7 @@ class Jobs:
         self._queue_thread = ThreadPoolExecutor(1, "jobs-queue")
         self._store_threads = ThreadPoolExecutor(8, "jobs-store")
         self._owned: dict[str, _Owned] = {}  # in the queue's order
+        self._arriving: list[str] = []  # tenants of jobs that are being accepted
         self._added = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._sightings: dict[str, tuple[str | None, float]] = {}
@@ -246,23 +247,27 @@ class Jobs:
         if not 0 <= seed <= MAX_SEED:
             raise Invalid(f"seed is {seed}: give a whole number from 0 to {MAX_SEED}", "seed")
         self._check_room(tenant)
-        pictures = await self._stored(learnable_pictures, images)
-        self._check_room(tenant)
-        identifier = new_identifier(time.time())
-        request = JobRequest(tenant, token, init, recipe, steps, seed, tuple(pictures), self._digest, time.time())
-        state = State(self._queue.server, steps)
-        owned = _Owned(identifier, 1, request, state)
-        self._owned[identifier] = owned
-        owned.running = True  # not yet to be carried out
+        self._arriving.append(tenant)
         try:
-            await self._stored(self._files.create, identifier, request, list(pictures.values()), state)
-            await self._queued(self._queue.add, Entry(identifier, tenant, 1))
+            pictures = await self._stored(learnable_pictures, images)
+            created = time.time()
+            identifier, names = new_identifier(created), tuple(pictures)
+            request = JobRequest(tenant, token, init, recipe, steps, seed, names, self._digest, created)
+            return await self._accept(identifier, request, list(pictures.values()))
+        finally:
+            self._arriving.remove(tenant)
+
+    async def _accept(self, identifier: str, request: JobRequest, pictures: Sequence[bytes]) -> Job:
+        """Writes a new job to the store and to the queue, or leaves nothing of it."""
+        state = State(self._queue.server, request.steps)
+        try:
+            await self._stored(self._files.create, identifier, request, pictures, state)
+            await self._queued(self._queue.add, Entry(identifier, request.tenant, 1))
         except BaseException:
-            del self._owned[identifier]
             with suppress(ApiError):
-                await self._stored(self._files.delete, tenant, identifier)
+                await self._stored(self._files.delete, request.tenant, identifier)
             raise
-        owned.running = False
+        self._owned[identifier] = _Owned(identifier, 1, request, state)
         self._added.set()
         return self._job(identifier, request, state)
 
@@ -699,7 +704,7 @@ class Jobs:
         )
 
     def _check_room(self, tenant: str) -> None:
-        waiting = sum(owned.tenant == tenant for owned in self._owned.values())
+        waiting = sum(owned.tenant == tenant for owned in self._owned.values()) + self._arriving.count(tenant)
         if waiting >= MAX_WAITING:
             raise Busy(f"{waiting} of your words are waiting to be learned: try again when one is done", 30)
 

@@ -5,6 +5,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -433,6 +434,7 @@ def test_servers_and_processes_killed_at_random_instants_end_with_the_bits_of_an
     command = [sys.executable, Path(__file__).parent / "learning_server.py", tmp_path / "store", tmp_path / "here"]
     process: subprocess.Popen[str] | None = None
     held: list[int] = []
+    timers: list[threading.Timer] = []
 
     def reached(step: int) -> bool:
         """Whether the job has ended or is after `step`."""
@@ -465,11 +467,14 @@ def test_servers_and_processes_killed_at_random_instants_end_with_the_bits_of_an
                 process.stdout.close()
                 process = None
             for victim in held:
-                subprocess.Popen(["sh", "-c", f"sleep 2; kill -CONT {victim}"])
+                timers.append(threading.Timer(2, os.kill, (victim, signal.SIGCONT)))
+                timers[-1].start()
         if process is None:
             process = subprocess.Popen([*command, tiny_model_dir, digest], stdout=subprocess.PIPE, text=True)
         wait_until(ended, time.monotonic() + 300)
     finally:
+        for timer in timers:
+            timer.join()
         if process is not None and process.stdout is not None:
             process.kill()
             process.wait()
