@@ -550,7 +550,7 @@ class Jobs:
             if newest is None or newest[0] != entry.term:
                 await self._queued(self._queue.remove, entry.id)
             else:
-                await self._own(entry.tenant, entry.id, *newest)
+                await self._adopt(entry.tenant, entry.id, *newest)
         for identifier in await self._stored(self._files.open_identifiers):
             mark = None if identifier in seen else await self._stored(self._files.open_job, identifier)
             if mark is None:
@@ -559,14 +559,14 @@ class Jobs:
             if newest is None and mark.server == server:  # never accepted: its client got no answer
                 await self._stored(self._files.delete, mark.tenant, identifier)
             elif newest is not None and newest[1].owner == server:
-                await self._own(mark.tenant, identifier, *newest)
+                await self._adopt(mark.tenant, identifier, *newest)
         wanted = {owned.id for owned in self._owned.values()}
         runs = self._folder / "runs"
         for path in list(runs.iterdir()) if runs.is_dir() else []:
             if path.name not in wanted:
                 await self._stored(shutil.rmtree, path, True)
 
-    async def _own(self, tenant: str, identifier: str, term: int, state: State) -> None:
+    async def _adopt(self, tenant: str, identifier: str, term: int, state: State) -> None:
         """Puts a job of which this server owns the newest term into its queue."""
         request = await self._stored(self._files.request, tenant, identifier)
         if request is None:
@@ -622,11 +622,11 @@ class Jobs:
             request = await self._stored(self._files.request, mark.tenant, identifier)
             if request is None or request.digest != self._digest:
                 continue
-            own = msgspec.structs.replace(state, owner=self._queue.server)
-            if await self._stored(self._files.take, mark.tenant, identifier, term + 1, own):
+            taken = msgspec.structs.replace(state, owner=self._queue.server)
+            if await self._stored(self._files.take, mark.tenant, identifier, term + 1, taken):
                 _log.info("job %s: taken over", identifier)
                 self._owners.pop(identifier)
-                await self._own(mark.tenant, identifier, term + 1, own)
+                await self._adopt(mark.tenant, identifier, term + 1, taken)
         for server in set(beats) - {self._queue.server, *self._owners.values()}:
             if not self._is_alive(server, beats, now):
                 await self._stored(self._files.forget_server, server)

@@ -72,15 +72,15 @@ def test_events_are_numbered_and_only_the_last_progress_is_kept() -> None:
 
 
 def test_a_checkpoint_in_the_store_resumes_a_run_elsewhere(files: JobFiles, tmp_path: Path) -> None:
-    here, there = tmp_path / "here", tmp_path / "there"
-    assert files.save_checkpoint("alice", JOB, here) is None
+    run, copy = tmp_path / "run", tmp_path / "copy"
+    assert files.save_checkpoint("alice", JOB, run) is None
     for step in (1, 2, 3):
-        save_checkpoint(here, Checkpoint(step, {"x": torch.full((3,), float(step))}, {"losses": [0.1]}, {"seed": "1"}))
-        assert files.save_checkpoint("alice", JOB, here) == f"step-{step:08d}"
+        save_checkpoint(run, Checkpoint(step, {"x": torch.full((3,), float(step))}, {"losses": [0.1]}, {"seed": "1"}))
+        assert files.save_checkpoint("alice", JOB, run) == f"step-{step:08d}"
 
-    assert files.load_checkpoint("alice", JOB, there) == "step-00000003"
+    assert files.load_checkpoint("alice", JOB, copy) == "step-00000003"
 
-    loaded = load_checkpoint(there, {"seed": "1"})
+    loaded = load_checkpoint(copy, {"seed": "1"})
     assert loaded is not None
     assert loaded.step == 3
     assert torch.equal(loaded.tensors["x"], torch.full((3,), 3.0))

@@ -60,9 +60,9 @@ def test_jobs_are_listed_from_the_newest_in_pages(tmp_path: Path) -> None:
             added = [(await jobs.add("alice", photos(), f"<toy{number}>")).id for number in range(3)]
 
             page = await jobs.list("alice", limit=2)
-            rest = await jobs.list("alice", limit=2, before=page[-1].id)
+            older = await jobs.list("alice", limit=2, before=page[-1].id)
 
-            assert [job.id for job in (*page, *rest)] == added[::-1]
+            assert [job.id for job in (*page, *older)] == added[::-1]
 
     asyncio.run(run())
 
@@ -375,19 +375,19 @@ def test_a_job_is_learned_and_every_server_shows_the_same_events(
         async with server(tmp_path, "here", **options) as jobs, idle(tmp_path, "there", lease_seconds=1000) as other:
             job = await jobs.add("alice", photos(), "<toy>", "star", steps=STEPS, seed=3)
             watching = [collected(replica.events("alice", job.id)) for replica in (jobs, other)]
-            here, there = await asyncio.gather(*watching)
+            local, remote = await asyncio.gather(*watching)
 
-            *_, done = here
+            *_, done = local
             assert isinstance(done, Done)
             assert bits(done.concept) == reference
             assert [(tenant, bits(concept)) for tenant, concept in words] == [("alice", reference)]
-            steps = [event.step for event in here if isinstance(event, Snapshot)]
+            steps = [event.step for event in local if isinstance(event, Snapshot)]
             assert steps == [0, 5, 10, 20, 35, STEPS]
-            assert numbers(here) == sorted(set(numbers(here)))
-            kept = [event.number for event in here if not isinstance(event, Progress)]
-            assert [number for number in numbers(there) if number in kept] == kept
-            replayed = await collected(other.events("alice", job.id, after=kept[0]))
-            assert [event.number for event in replayed if not isinstance(event, Progress)] == kept[1:]
+            assert numbers(local) == sorted(set(numbers(local)))
+            lasting = [event.number for event in local if not isinstance(event, Progress)]
+            assert [number for number in numbers(remote) if number in lasting] == lasting
+            replayed = await collected(other.events("alice", job.id, after=lasting[0]))
+            assert [event.number for event in replayed if not isinstance(event, Progress)] == lasting[1:]
             ended = await other.get("alice", job.id)
             assert (ended.status, ended.step, ended.word) == (Status.SUCCEEDED, STEPS, done.concept.identity)
             assert bits(await other.word("alice", job.id)) == reference
