@@ -21,7 +21,7 @@ from oneword.runtime.edit import Mask
 from oneword.runtime.images import A1111_SAMPLERS
 from oneword.runtime.request import MAX_IMAGES, Image, Request, ResolvedSettings, resolve
 from oneword.runtime.samplers import Sampler
-from oneword.serve.a1111_pictures import Crop, covering, filling
+from oneword.serve.a1111_pictures import Crop, covering, filled, filling
 from oneword.serve.a1111_schemas import ImageToImage, TextToImage
 from oneword.serve.errors import NotFound, Unprocessable
 
@@ -166,6 +166,8 @@ def image_to_image(
     if mode:
         resize = covering if mode == 1 else filling
         image, mask = resize(image, *request.size), None if mask is None else resize(mask, *request.size)
+    if mask is not None and body.inpainting_fill == 0:
+        image = filled(image, mask)
     request = replace(request, image=image, mask=mask, paste=crop is None)
     return replace(plan, request=request, settings=resolve(request, manifest), crop=crop)
 
@@ -250,10 +252,10 @@ def check(body: TextToImage) -> None:
 
 def _check_inpainting(body: ImageToImage) -> None:
     """Raises Unprocessable for what is not done with a mask."""
-    if body.inpainting_fill not in (None, 1):
+    if body.inpainting_fill not in (None, 0, 1):
         raise Unprocessable(
-            f"inpainting_fill is {body.inpainting_fill}, this server allows 1 only: it starts from the original "
-            "picture; denoising_strength 1 replaces it altogether",
+            f"inpainting_fill is {body.inpainting_fill}, allowed are 0 (the colours around the mask) and 1 (the "
+            "original picture)",
             "inpainting_fill",
         )
     if body.mask_round is False:

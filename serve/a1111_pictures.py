@@ -10,6 +10,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+import PIL.Image
+import PIL.ImageFilter
 
 from oneword.runtime.edit import Mask, blended, paste_weights
 from oneword.runtime.images import resized
@@ -17,6 +19,8 @@ from oneword.runtime.request import Image
 
 Pixels: TypeAlias = npt.NDArray[Any]
 """A picture [H, W, 3] or a mask [H, W]"""
+
+_FILL_RADII = (256, 64, 16, 4, 2)  # pixels
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +82,21 @@ def filling(pixels: Pixels, width: int, height: int) -> Pixels:
     missing = height - scaled.shape[0], width - scaled.shape[1]
     margins = [(side // 2, side - side // 2) for side in missing] + [(0, 0)] * (pixels.ndim - 2)
     return np.pad(scaled, margins, "edge")
+
+
+def filled(image: Image, mask: Mask) -> Image:
+    """Inpainting fill 0: the mask's area in the colours around it, which fade into each other the deeper it is.
+
+    Each blur of what is outside the mask covers the coarser ones as far as it reaches into the area.
+    """
+    outside = ~mask[..., None]
+    area: npt.NDArray[Any] = np.zeros(image.shape, np.float32)
+    area += image[~mask].mean(0) if outside.any() else 128
+    premultiplied = PIL.Image.fromarray(np.concatenate([image * outside, 255 * outside.astype(np.uint8)], 2))
+    for radius in _FILL_RADII:
+        blurred = np.asarray(premultiplied.filter(PIL.ImageFilter.GaussianBlur(radius)), np.float32)
+        area = blurred[..., :3] + area * (1 - blurred[..., 3:] / 255)
+    return np.where(outside, image, np.rint(area).clip(0, 255).astype(np.uint8))
 
 
 def _scaled(pixels: Pixels, width: int, height: int) -> Pixels:

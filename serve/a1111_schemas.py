@@ -90,7 +90,9 @@ class ImageToImage(TextToImage):
     mask_blur_x: float | None = Field(None, ge=0, le=64)
     mask_blur_y: float | None = Field(None, ge=0, le=64)
     mask_round: bool | None = None
-    inpainting_fill: int | None = Field(None, description="1: starts from the original picture")
+    inpainting_fill: int | None = Field(
+        None, description="0: starts from the colours around the mask; 1: from the picture"
+    )
     inpainting_mask_invert: int | None = Field(None, ge=0, le=1, description="1: black is regenerated")
     inpaint_full_res: bool | None = Field(None, description="[default: true] regenerates a crop around the mask")
     inpaint_full_res_padding: int | None = Field(None, ge=0, le=4096)

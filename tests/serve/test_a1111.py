@@ -80,7 +80,7 @@ def test_webuiapi_generates_edits_inpaints_and_interrupts(tenants: tuple[Running
     assert "Clip skip: 2" in found["karras"][0]
     assert found["img2img"] == [[64, 64], 0.5, None]
     navy = [0, 0, 128]
-    for name in ("full", "whole"):
+    for name in ("full", "whole", "default"):
         size, outside, inside = found["inpaint"][name]
         assert size == [96, 64]
         assert outside == navy

@@ -325,6 +325,17 @@ def test_inpainting_the_whole_picture_softens_the_paste_mask_only(manifest: Mani
     assert (request.mask_blur, request.paste, plan.crop) == (4, True, None)
 
 
+def test_inpainting_starts_from_the_colours_around_the_mask_where_that_is_asked_for(manifest: Manifest) -> None:
+    original, filled = (
+        img2img(manifest, MASK, inpaint_full_res=False, inpainting_fill=fill).request.image for fill in (1, 0)
+    )
+
+    assert original is PAINTED
+    assert filled is not None
+    np.testing.assert_array_equal(filled[~MASK], PAINTED[~MASK])
+    assert (filled[MASK] != PAINTED[MASK]).any()
+
+
 def test_an_inverted_mask_regenerates_the_rest(manifest: Manifest) -> None:
     request = img2img(manifest, MASK, inpaint_full_res=False, inpainting_mask_invert=1).request
 
@@ -362,8 +373,7 @@ def test_full_resolution_is_the_default_and_needs_a_mask(manifest: Manifest) -> 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"inpainting_fill": 0}, "inpainting_fill is 0, this server allows 1 only"),
-        ({"inpainting_fill": 2}, "inpainting_fill is 2, this server allows 1 only"),
+        ({"inpainting_fill": 2}, "inpainting_fill is 2, allowed are 0 (the colours around the mask) and 1"),
         ({"mask_round": False}, "mask_round is false"),
         ({"mask_blur_x": 2}, "mask_blur_x is 2 and mask_blur_y 4, they must be equal"),
         ({"initial_noise_multiplier": 1.2}, "initial_noise_multiplier is 1.2, this server allows 1 only"),

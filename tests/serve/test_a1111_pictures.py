@@ -2,7 +2,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from oneword.serve.a1111_pictures import Crop, covering, filling
+from oneword.serve.a1111_pictures import Crop, covering, filled, filling
 
 Mask = npt.NDArray[np.bool_]
 
@@ -86,6 +86,28 @@ def test_cropping_keeps_the_middle_and_filling_repeats_the_border() -> None:
     np.testing.assert_array_equal(filled[10:30], wide)
     assert (filled[:10] == wide[0]).all()
     assert (filled[30:] == wide[-1]).all()
+
+
+def test_filling_a_mask_takes_the_colours_around_it() -> None:
+    picture = np.zeros((64, 64, 3), np.uint8)
+    picture[:, :32], picture[:, 32:] = (200, 0, 0), (0, 0, 100)
+    mask = mask_of(64, 64, 16, 16, 48, 48)
+    picture[mask] = (0, 255, 0)
+
+    image = filled(picture, mask)
+
+    np.testing.assert_array_equal(image[~mask], picture[~mask])
+    assert (image[mask][:, 1] <= 1).all()  # nothing of what was inside, up to rounding
+    red, blue = image[32, 17], image[32, 46]
+    assert red[0] > 150 > 50 > red[2]
+    assert blue[2] > 75 > 50 > blue[0]
+    assert abs(int(image[32, 31, 0]) - 100) < 25  # the middle is a mixture
+
+
+def test_filling_a_mask_without_surroundings_is_grey() -> None:
+    image = filled(np.zeros((8, 8, 3), np.uint8), np.ones((8, 8), np.bool_))
+
+    assert (image == 128).all()
 
 
 @pytest.mark.parametrize("size", [(7, 7), (64, 8), (8, 64), (200, 16), (1, 1)])

@@ -77,10 +77,12 @@ found["img2img"] = [list(edited.image.size), edited.info["denoising_strength"], 
 inpainting: dict[str, Any] = {"images": [picture], "mask_image": mask, "inpainting_fill": 1, "prompt": "a red ring"}
 full = api.img2img(**inpainting, inpaint_full_res_padding=8, seed=7, **small).image
 whole = api.img2img(**inpainting, inpaint_full_res=False, seed=7, width=96, height=64, denoising_strength=1).image
+default = api.img2img(images=[picture], mask_image=mask, prompt="a red ring", seed=7, **small).image
 inverted = api.img2img(**inpainting, inpaint_full_res=False, inpainting_mask_invert=1, mask_blur=0, width=96, height=64)
 found["inpaint"] = {
     "full": [list(full.size), pixel(full, 5, 5), pixel(full, 47, 31)],
     "whole": [list(whole.size), pixel(whole, 5, 5), pixel(whole, 47, 31)],
+    "default": [list(default.size), pixel(default, 5, 5), pixel(default, 47, 31)],
     "inverted": [pixel(inverted.image, 47, 31), pixel(inverted.image, 5, 5)],
 }
 
