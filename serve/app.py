@@ -18,10 +18,13 @@ from starlette.staticfiles import StaticFiles
 import oneword
 from oneword.engines.errors import OnewordError
 from oneword.runtime.bundle import Bundle
+from oneword.runtime.concept import Concept
 from oneword.runtime.model import Model
 from oneword.runtime.prompt import Tokenizer
-from oneword.serve import a1111, errors, health, info, middleware, openai, results, words_api
-from oneword.serve.keys import Keys
+from oneword.serve import a1111, errors, health, info, jobs_api, middleware, openai, results, words_api
+from oneword.serve.jobs import Jobs
+from oneword.serve.keys import Keys, Tenant
+from oneword.serve.learning import check_model
 from oneword.serve.metrics import Metrics, PoolMetrics
 from oneword.serve.pool import Pool
 from oneword.serve.results import Results
@@ -57,6 +60,14 @@ def build_state(settings: Settings) -> State:
     pool = Pool(worker, manifest, max_wait=settings.max_wait, observer=PoolMetrics(metrics))
     metrics.gauge("queued_seconds", "Estimated seconds of accepted work.", lambda: pool.queued_seconds)
     metrics.gauge("words_resident", "Learned words in the embedding tables.", lambda: worker.figures.words)
+
+    async def keep(name: str, concept: Concept) -> None:
+        await words.put(Tenant(name) if keys is None else keys.named(name), concept)
+
+    jobs = None
+    if settings.model is not None:
+        digest = manifest.source.digest
+        jobs = Jobs(settings.words, settings.jobs_folder, settings.model, digest, keep=keep)
     return State(
         settings=settings,
         manifest=manifest,
@@ -67,7 +78,7 @@ def build_state(settings: Settings) -> State:
         pool=pool,
         results=Results(settings.words),
         metrics=metrics,
-        jobs=None,
+        jobs=jobs,
     )
 
 
@@ -77,13 +88,19 @@ def create_app(state: State) -> FastAPI:
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         state.worker.start()
+        if state.jobs is not None and state.settings.model is not None:
+            await check_model(state.settings.model, state.manifest)
+            await state.jobs.start()
         collecting = asyncio.create_task(_collect(state))
         try:
             yield
         finally:
             collecting.cancel()
+            if state.jobs is not None:
+                await state.jobs.stop()
             await state.pool.drain(0)
             state.worker.stop(cancel=True)
+            state.words.close()
 
     app = FastAPI(
         title="oneword",
@@ -95,7 +112,15 @@ def create_app(state: State) -> FastAPI:
         root_path=state.settings.root_path,
     )
     app.state.oneword = state
-    for router in (openai.router, words_api.router, results.router, info.router, health.router, a1111.router):
+    for router in (
+        openai.router,
+        jobs_api.router,
+        words_api.router,
+        results.router,
+        info.router,
+        health.router,
+        a1111.router,
+    ):
         app.include_router(router)
     app.add_api_route("/", _page, include_in_schema=False)
     app.mount("/static", StaticFiles(directory=PAGE), name="static")
@@ -113,6 +138,8 @@ async def _collect(state: State) -> None:
     while True:
         try:
             await state.in_thread(state.results.collect)
+            if state.jobs is not None:
+                await state.jobs.delete_old()
         except (OSError, OnewordError):
             _log.warning("expired pictures could not be deleted from the store")
         await asyncio.sleep(_COLLECT_SECONDS)

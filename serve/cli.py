@@ -30,6 +30,7 @@ SWITCH_SECONDS: Final = 0.0005
 @click.argument("bundle", type=PATH, required=False)
 @click.option("--words", metavar="FOLDER|URL", show_default="a folder of yours", help="Where learned words are kept.")
 @click.option("--model", metavar="MODEL", help="The model of the bundle, to learn words with.")
+@click.option("--jobs", type=PATH, metavar="FOLDER", show_default="a folder of yours", help="Where it learns words.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at; others need --keys.")
 @click.option("--port", type=int, default=8000, show_default=True, help="0 means any free port.")
 @click.option("--keys", type=PATH, help="File with the users' keys; everything but the page then needs one.")

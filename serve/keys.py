@@ -66,6 +66,10 @@ class Keys:
         """Reads the file again. Raises as `read`, and then keeps the keys that it has."""
         self._tenants = _read_tenants(self.path)
 
+    def named(self, name: str) -> Tenant:
+        """The tenant of this name; one whose key is gone has the usual quotas."""
+        return next((tenant for tenant in self._tenants.values() if tenant.name == name), Tenant(name))
+
     def tenant(self, key: str) -> Tenant | None:
         """The tenant of a key. The time it takes does not depend on which entry matches, or on how much of it does."""
         digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()

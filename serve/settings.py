@@ -53,6 +53,8 @@ class Settings:
     """Seconds of work that may be queued; more is refused."""
     model: str | None = None
     """The checkpoint that words are learned with."""
+    jobs: Path | None = None
+    """This server's folder for the jobs that it learns; None means a folder of the user's, by port."""
     trusted_proxies: tuple[str, ...] = ()
     """Addresses or networks whose X-Forwarded-* headers are believed."""
     public_url: str | None = None
@@ -63,6 +65,11 @@ class Settings:
     """A client that reads nothing for this long is cut off."""
     drain_seconds: float = 20.0
     hang_seconds: float = 30.0
+
+    @property
+    def jobs_folder(self) -> Path:
+        """The folder of this server's own learning jobs, on local disk."""
+        return self.jobs or data_folder() / "jobs" / str(self.port)
 
     def __post_init__(self) -> None:
         if self.keys is None and not is_loopback(self.host):

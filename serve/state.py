@@ -16,6 +16,7 @@ from anyio import CapacityLimiter
 from oneword.runtime.bundle import Manifest
 from oneword.runtime.images import preview_image
 from oneword.runtime.prompt import Tokenizer
+from oneword.serve.jobs import Jobs
 from oneword.serve.keys import Keys
 from oneword.serve.metrics import Metrics
 from oneword.serve.pool import Pool
@@ -30,6 +31,7 @@ T = TypeVar("T")
 PREVIEW_SIDE = 256
 """Pixels of the longer side of a preview."""
 _LARGER = 4  # times the area of the bundle's default size
+_ALWAYS = 1024 * 1024  # pixels that every server makes, however small its model
 _THREADS = 2  # for pictures that are read and written
 
 
@@ -46,8 +48,8 @@ class State:
     pool: Pool
     results: Results
     metrics: Metrics
-    jobs: None
-    """None if learning is not installed or no model was given."""
+    jobs: Jobs | None
+    """None without a model: then nothing can be learned."""
     created: int = field(default_factory=lambda: int(time.time()))
     _limiter: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(_THREADS))
 
@@ -60,7 +62,7 @@ class State:
     def max_pixels(self) -> int:
         """Pixels that one picture may have on this server."""
         defaults = self.manifest.defaults
-        return _LARGER * defaults.width * defaults.height
+        return max(_LARGER * defaults.width * defaults.height, _ALWAYS)
 
     def count_tokens(self, prompt: str) -> int:
         """The number of ids of a prompt in the first encoder, learned words as plain text."""

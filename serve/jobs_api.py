@@ -1,0 +1,249 @@
+"""Learning jobs over HTTP: start one from pictures, follow it live, look at its pictures, cancel it.
+
+While somebody watches, the word as it is after steps 0, 5, 10, 20, 35 and 50 draws the same prompts from the same seeds,
+with this server's own engine. These pictures are made when they are first asked for, and kept with the job.
+"""
+
+import asyncio
+import base64
+import contextlib
+from collections.abc import AsyncGenerator
+from typing import Annotated, Final
+
+from fastapi import APIRouter, Query
+from pydantic import Field
+from starlette.datastructures import UploadFile
+from starlette.requests import Request as HTTPRequest
+from starlette.responses import JSONResponse, Response
+
+from oneword.runtime.concept import Concept
+from oneword.runtime.request import Request
+from oneword.serve.errors import ApiError, Invalid, NotFound, NotInstalled, Unprocessable, openai_body
+from oneword.serve.fields import Fields, validated
+from oneword.serve.job_files import Cancelled, Failed, Note, Progress
+from oneword.serve.jobs import Done, Job, Jobs, Snapshot
+from oneword.serve.keys import Tenant
+from oneword.serve.pictures import encode
+from oneword.serve.state import State
+from oneword.serve.streams import EventStream, sse
+
+PROMPTS: Final = ("a photo of a {}", "a photo of a {} in the snow", "a drawing of a {}")
+"""What every snapshot of a word draws."""
+PREVIEW_STEPS: Final = 20  # denoising steps
+PREVIEW_SEED: Final = 0
+_BUSY_SECONDS: Final = 30.0  # the longest wait for an engine that is busy
+_MEDIA: Final = {"png": "image/png", "jpg": "image/jpeg", "webp": "image/webp"}
+
+
+class LearnFields(Fields):
+    """The text fields of POST /v1/words/learn."""
+
+    name: str
+    """The word, such as <toy>."""
+    init: str = "object"
+    """Plain words that the vector starts from."""
+    recipe: str | None = None
+    steps: Annotated[int, Field(ge=1)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=(1 << 63) - 1)] = 0
+
+
+router = APIRouter(tags=["learning"])
+
+
+@router.post("/v1/words/learn", status_code=202)
+async def learn(http: HTTPRequest) -> Response:
+    """Starts learning a word from 3 to 5 pictures, `image[]` in a multipart body; answers with the job."""
+    state, tenant = _context(http)
+    jobs = _jobs(state)
+    if not http.headers.get("content-type", "").startswith("multipart/form-data"):
+        raise Unprocessable("the body must be multipart/form-data, with three to five pictures as `image[]`")
+    text: dict[str, object] = {}
+    images: list[bytes] = []
+    async with http.form(max_files=8, max_fields=16) as form:
+        for name, value in form.multi_items():
+            if not isinstance(value, UploadFile):
+                text[name] = value
+            elif name in ("image", "image[]", "images", "images[]"):
+                images.append(await value.read())
+            else:
+                raise Invalid(f"the file field {name[:40]!r} is unknown, allowed is image[]", param=name)
+    body = validated(LearnFields, text)
+    job = await jobs.add(tenant.name, images, body.name, body.init, body.recipe, body.steps, body.seed)
+    return JSONResponse(job_body(job), 202)
+
+
+@router.get("/v1/jobs")
+async def jobs(
+    http: HTTPRequest, before: str = "", limit: Annotated[int, Query(ge=1, le=100)] = 20
+) -> dict[str, object]:
+    """The caller's jobs, the newest first."""
+    state, tenant = _context(http)
+    found = await _jobs(state).list(tenant.name, limit + 1, before)
+    data = [job_body(job) for job in found[:limit]]
+    return {"object": "list", "data": data, "has_more": len(found) > limit}
+
+
+@router.get("/v1/jobs/{id}")
+async def job(http: HTTPRequest, id: str) -> dict[str, object]:
+    """One job."""
+    state, tenant = _context(http)
+    return job_body(await _jobs(state).get(tenant.name, id))
+
+
+@router.delete("/v1/jobs/{id}")
+async def cancel(http: HTTPRequest, id: str) -> dict[str, object]:
+    """Cancels a job; one that has ended stays as it is."""
+    state, tenant = _context(http)
+    return job_body(await _jobs(state).cancel(tenant.name, id))
+
+
+@router.get("/v1/jobs/{id}/events")
+async def job_events(http: HTTPRequest, id: str, after: Annotated[int, Query(ge=0)] = 0) -> Response:
+    """Server-sent events: progress, note, preview (a picture), then done, error or cancelled."""
+    state, tenant = _context(http)
+    found = await _jobs(state).get(tenant.name, id)
+    return EventStream(_events(state, tenant, found, after))
+
+
+@router.get("/v1/jobs/{id}/pictures/{name}", response_class=Response)
+async def job_picture(http: HTTPRequest, id: str, name: str) -> Response:
+    """A picture that the job learns from, or preview-STEP-INDEX.jpg, which is drawn when it is first asked for."""
+    state, tenant = _context(http)
+    found = await _jobs(state).get(tenant.name, id)
+    data = await _picture(state, tenant, found, name)
+    headers = {"Cache-Control": "private, max-age=86400, immutable"}
+    return Response(data, media_type=_MEDIA.get(name.rpartition(".")[2], "image/jpeg"), headers=headers)
+
+
+def job_body(job: Job) -> dict[str, object]:
+    """A job as JSON."""
+    return {
+        "object": "job",
+        "id": job.id,
+        "kind": job.kind,
+        "status": job.status.value,
+        "created": int(job.created),
+        "name": job.token,
+        "init": job.init,
+        "recipe": job.recipe,
+        "step": job.step,
+        "steps": job.steps,
+        "loss": job.loss,
+        "seconds_left": job.seconds_left,
+        "position": job.position,
+        "word": None if job.word is None else {"name": job.token, "identity": job.word},
+        "error": None if job.error is None else {"message": job.error, "code": "learning_failed"},
+        "pictures": [f"/v1/jobs/{job.id}/pictures/{name}" for name in job.pictures],
+        "prompts": [prompt.format(job.token) for prompt in PROMPTS],
+        "previews": [
+            {"step": step, "index": index, "url": f"/v1/jobs/{job.id}/pictures/{_preview_name(step, index)}"}
+            for step in job.snapshots
+            for index in range(len(PROMPTS))
+        ],
+    }
+
+
+async def _events(state: State, tenant: Tenant, job: Job, after: int) -> AsyncGenerator[bytes]:
+    """A job's events as they happen; previews follow as soon as the engine has drawn them."""
+    queue: asyncio.Queue[bytes | None] = asyncio.Queue()
+    steps: asyncio.Queue[int | None] = asyncio.Queue()
+
+    async def read() -> None:
+        last: bytes | None = None
+        try:
+            async for event in _jobs(state).events(tenant.name, job.id, after):
+                if isinstance(event, Snapshot):
+                    steps.put_nowait(event.step)
+                elif isinstance(event, Done | Failed | Cancelled):
+                    last = _event(job, event)
+                else:
+                    queue.put_nowait(_event(job, event))
+        except ApiError as error:
+            last = sse("error", openai_body(error))
+        finally:
+            steps.put_nowait(None)
+            await drawing
+            if last is not None:
+                queue.put_nowait(last)
+            queue.put_nowait(None)
+
+    async def draw() -> None:
+        while (step := await steps.get()) is not None:
+            for index, prompt in enumerate(PROMPTS):
+                with contextlib.suppress(ApiError):  # a preview that cannot be drawn now is drawn when it is looked at
+                    data = await _picture(state, tenant, job, _preview_name(step, index))
+                    body = {"step": step, "index": index, "prompt": prompt.format(job.token), "output_format": "jpeg"}
+                    queue.put_nowait(sse("preview", {**body, "b64_json": base64.b64encode(data).decode()}))
+
+    drawing = asyncio.create_task(draw())
+    reading = asyncio.create_task(read())
+    try:
+        while (chunk := await queue.get()) is not None:
+            yield chunk
+    finally:
+        for task in (reading, drawing):
+            task.cancel()
+        await asyncio.gather(reading, drawing, return_exceptions=True)
+
+
+def _event(job: Job, event: Progress | Note | Done | Failed | Cancelled) -> bytes:
+    match event:
+        case Progress(number=number, step=step, steps=steps, loss=loss, seconds_left=left):
+            return sse("progress", {"number": number, "step": step, "steps": steps, "loss": loss, "seconds_left": left})
+        case Note(number=number, text=text):
+            return sse("note", {"number": number, "text": text})
+        case Done(number=number, concept=concept):
+            word = {"name": job.token, "identity": concept.identity}
+            return sse("done", {"number": number, "word": word})
+        case Failed(number=number, error=text):
+            return sse("error", {"number": number, **openai_body(ApiError(500, text, "learning_failed"))})
+        case Cancelled(number=number):
+            return sse("cancelled", {"number": number})
+
+
+async def _picture(state: State, tenant: Tenant, job: Job, name: str) -> bytes:
+    """A job's picture; a preview is drawn unless it has been. Raises ApiError."""
+    jobs = _jobs(state)
+    with contextlib.suppress(NotFound):
+        return await jobs.picture(tenant.name, job.id, name)
+    step, index = _preview_of(name)
+    concept = await jobs.snapshot(tenant.name, job.id, step)
+    data = await _drawn(state, tenant, concept, index)
+    await jobs.write_picture(tenant.name, job.id, name, data)
+    return data
+
+
+async def _drawn(state: State, tenant: Tenant, concept: Concept, index: int) -> bytes:
+    """The picture of prompt `index` as a JPEG."""
+    defaults = state.manifest.defaults
+    request = Request(
+        PROMPTS[index].format(concept.token),
+        seed=PREVIEW_SEED,
+        steps=min(PREVIEW_STEPS, defaults.steps),
+        words={concept.token: concept},
+    )
+    (picture,) = await state.pool.submit(tenant, request, deadline=_BUSY_SECONDS, label="preview").wait()
+    return await state.in_thread(encode, picture.image, "jpeg", 90, "")
+
+
+def _preview_name(step: int, index: int) -> str:
+    return f"preview-{step}-{index}.jpg"
+
+
+def _preview_of(name: str) -> tuple[int, int]:
+    """Step and index of a preview's name. Raises NotFound."""
+    match name.removesuffix(".jpg").split("-"):
+        case ["preview", step, index] if name.endswith(".jpg") and step.isdecimal() and index.isdecimal():
+            if len(step) <= 6 and int(index) < len(PROMPTS):
+                return int(step), int(index)
+    raise NotFound("the job has no such picture")
+
+
+def _context(http: HTTPRequest) -> tuple[State, Tenant]:
+    return http.app.state.oneword, http.state.tenant
+
+
+def _jobs(state: State) -> Jobs:
+    if state.jobs is None:
+        raise NotInstalled("this server cannot learn: start it with --model, the model its bundle was exported from")
+    return state.jobs
