@@ -112,16 +112,8 @@ def create_app(state: State) -> FastAPI:
         root_path=state.settings.root_path,
     )
     app.state.oneword = state
-    for router in (
-        openai.router,
-        jobs_api.router,
-        words_api.router,
-        results.router,
-        info.router,
-        health.router,
-        a1111.router,
-    ):
-        app.include_router(router)
+    for part in (openai, jobs_api, words_api, results, info, health, a1111):
+        app.include_router(part.router)
     app.add_api_route("/", _page, include_in_schema=False)
     app.mount("/static", StaticFiles(directory=PAGE), name="static")
     errors.install(app)

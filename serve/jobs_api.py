@@ -1,6 +1,6 @@
 """Learning jobs over HTTP: start one from pictures, follow it live, look at its pictures, cancel it.
 
-While somebody watches, the word as it is after steps 0, 5, 10, 20, 35 and 50 draws the same prompts from the same seeds,
+While somebody watches, the word as it is after steps 0, 5, 10, 20, 35 and 50 draws the same prompts from one seed,
 with this server's own engine. These pictures are made when they are first asked for, and kept with the job.
 """
 
