@@ -13,7 +13,7 @@ import PIL.Image
 import pytest
 
 from oneword.runtime import Model, draw
-from tests.serve.conftest import Running, run_client, word_bytes
+from tests.serve.running import Running, run_client, word_bytes
 
 SMALL = {"width": 64, "height": 64, "steps": 4, "prompt": "a red ring"}
 LONG = {**SMALL, "steps": 1000, "n_iter": 8, "sampler_name": "Euler a"}
