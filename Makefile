@@ -85,15 +85,16 @@ measure-gpu: $(INSTALLED)
 
 # Runs again only if the requirements or the extras change.
 $(INSTALLED): pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV), once; this takes a few minutes"
-	$(if $(TORCH_INDEX),$(PIP) --index-url $(TORCH_INDEX) torch)
-	$(PIP) --editable '.[$(EXTRAS)]'
+	@$(if $(TORCH_INDEX),$(PIP) --index-url $(TORCH_INDEX) torch)
+	@$(PIP) --editable '.[$(EXTRAS)]'
 	@touch $@
 
 ifneq ($(TEST_EXTRAS),)
 $(TEST_INSTALLED): $(INSTALLED)
-	$(PIP) --editable '.[$(TEST_EXTRAS)]'
+	@echo "installing what the tests need"
+	@$(PIP) --editable '.[$(TEST_EXTRAS)]'
 	@touch $@
 endif
 

@@ -69,19 +69,9 @@ def main() -> int:
     rows = scenes()
     prompts = [prompt for _, row in rows for prompt in row]
     generated = stages.command(
-        "generate",
-        "ti-run",
-        bundle,
-        *prompts,
-        "--concept",
-        word,
-        "--seed",
-        SEED,
-        "--guidance-scale",
-        GUIDANCE,
-        "--output",
-        output / "generated",
-    )
+        "generate", "ti-run", bundle, *prompts, "--concept", word, "--seed", SEED, "--guidance-scale", GUIDANCE,
+        "--output", output / "generated", hidden=prompts[1:],
+    )  # fmt: skip
 
     sheet = output / "contact-sheet.png"
     with stages.timed("sheet", str(sheet)):
@@ -137,10 +127,16 @@ class Stages:
         """A context manager that adds a row on exit."""
         return _Timer(self, name, detail)
 
-    def command(self, name: str, *words: object) -> Any:
-        """Runs a command with --json, its progress on standard error. Exits if it fails."""
+    def command(self, name: str, *words: object, hidden: Sequence[str] = ()) -> Any:
+        """Runs a command with --json, its progress on standard error. Exits if it fails.
+
+        The command line is shown without the words in `hidden`, which are adjacent; their number is shown instead.
+        """
         line = [str(word) for word in words]
-        console.print(f"[bold]$ {shlex.join(line)}", soft_wrap=True, highlight=False)
+        start = line.index(hidden[0]) if hidden else len(line)
+        shown = [shlex.join(line[:start]), shlex.join(line[start + len(hidden) :])]
+        text = f" ... ({len(hidden)} more prompts) ".join(shown) if hidden else shown[0]
+        console.print(f"$ {text}", style="bold", soft_wrap=True, highlight=False, markup=False)
         with self.timed(name, line[0]):
             process = subprocess.run([_script(line[0]), *line[1:], "--json"], stdout=subprocess.PIPE, check=False)
         if process.returncode:

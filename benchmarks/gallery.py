@@ -1,15 +1,18 @@
 """Draws every task on the miniature, as pictures to look at: python -m benchmarks.gallery [--write]
 
 Learns three words that the miniature was not trained on (two objects and a style, five pictures each), exports the
-model and draws all pictures in one batch. Words and bundle are stored in `--work` and reused as long as the model is
-the same. The pictures are written there, or with `--write` into docs/gallery/, which docs/guide/gallery.md shows.
-Nothing is measured and nothing is selected: every picture uses the first seed. Ends in one line of JSON.
+model and draws all pictures in one call. Words and bundle are stored in `--work` and reused as long as the model is the
+same, with the pictures that the page's commands name. The page's pictures are written there, or with `--write` into
+docs/gallery/, which docs/guide/gallery.md shows. Nothing is measured and nothing is selected: every picture uses the
+first seed. Ends in one line of JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -63,6 +66,7 @@ def main() -> None:
     bundle = options.bundle or exported(options.model, options.work / "bundle")
     of_model = options.work / Bundle.open(bundle).manifest.source.digest[:12]
     words, learned_from = learn(of_model, options.model, options.learn_steps)
+    write_inputs(options.work, words)
     model = Model.open(bundle, options.engine)
     for word in words:
         model.load(load_concept(word))
@@ -109,13 +113,26 @@ def learn(work: Path, model: str, steps: int | None) -> tuple[list[Path], dict[s
     return outputs, pictures
 
 
+def write_inputs(folder: Path, words: Sequence[Path]) -> None:
+    """Puts the files that the page's commands name beside the bundle: learned words, star.png and mask.png."""
+    for word in words:
+        shutil.copy(word, folder / word.name)
+    star, mask = star_and_mask()
+    save_png(star, folder / "star.png", "")
+    save_png(np.repeat(mask[..., None] * np.uint8(255), 3, axis=-1), folder / "mask.png", "")
+
+
+def star_and_mask() -> tuple[Image, np.ndarray]:
+    """A picture to edit, and the area of it to regenerate."""
+    star, _ = render(Scene((Thing(Look("star", "red", "white", "plain")),), "meadow"), SEED)
+    return star, disc(64, 27)
+
+
 def of_the_model(steps: int) -> list[Section]:
     """The sections that need no learned word."""
     things = ("a red star", "a blue heart with white dots", "a green ring", "a purple moon")
     media = ("a photo", "a drawing", "an icon", "a painting")
-    star = Scene((Thing(Look("star", "red", "white", "plain")),), "meadow")
-    source, _ = render(star, SEED)
-    mask = disc(64, 27)
+    source, mask = star_and_mask()
     shown_mask = np.repeat(mask[..., None] * np.uint8(255), 3, axis=-1)
     sizes = ((64, 64), (96, 64), (64, 96), (72, 56), (120, 72))
     strengths = (0.3, 0.5, 0.7, 0.9)
@@ -124,7 +141,10 @@ def of_the_model(steps: int) -> list[Section]:
             "text-to-image",
             "Text to image",
             "One prompt per row, one object per column; every picture has the same seed.",
-            'ti-run bundle "a photo of {}" "a drawing of {}" ... --word "a red star" ... --seed 7 --grid grid.png',
+            command(
+                [f"{medium} of {{}} {PLACES[0]}" for medium in media],
+                *(part for thing in things for part in ("--word", thing)),
+            ),
             [
                 (f"{medium} of ... {PLACES[0]}", [ask(f"{medium} of {thing} {PLACES[0]}", steps) for thing in things])
                 for medium in media
@@ -135,15 +155,15 @@ def of_the_model(steps: int) -> list[Section]:
             "variations",
             "Variations",
             "One prompt, six seeds: picture *i* of a request has seed *s + i*.",
-            'ti-run bundle "a photo of a red star in the meadow" --num-images 6 --seed 7 --grid grid.png',
+            command([STAR], "--num-images", "6"),
             [(STAR, [ask(STAR, steps, seed=SEED + i) for i in range(6)])],
             [[f"seed {SEED + i}" for i in range(6)]],
         ),
         Section(
             "samplers",
             "Samplers",
-            "The same prompt and seed with every sampler, all in one batch.",
-            'ti-run bundle "a photo of a red star in the meadow" --sampler euler',
+            "The same prompt and seed with every sampler, here for `euler`.",
+            command([STAR], "--sampler", "euler"),
             [
                 (f"{count} steps", [ask(STAR, count, sampler=sampler) for sampler in Sampler])
                 for count in (max(steps // 3, 1), steps)
@@ -154,7 +174,7 @@ def of_the_model(steps: int) -> list[Section]:
             "image-to-image",
             "Image to image",
             "Noise is added to the first picture up to `--strength`, then it is denoised to the prompt.",
-            'ti-run bundle "a painting of a blue heart in the meadow" --image star.png --strength 0.7',
+            command(["a painting of a blue heart in the meadow"], "--image", "star.png", "--strength", "0.7"),
             [
                 (
                     f"{medium} of a blue heart in the meadow",
@@ -174,7 +194,10 @@ def of_the_model(steps: int) -> list[Section]:
             "masked-edit",
             "Masked edit",
             "Only the white area is regenerated (Blended Latent Diffusion); all other pixels stay unchanged.",
-            'ti-run bundle "a photo of a blue heart in the meadow" --image star.png --mask mask.png --strength 1',
+            command(
+                ["a photo of a green ring in the meadow"],
+                *("--image", "star.png", "--mask", "mask.png", "--strength", "1"),
+            ),
             [
                 (
                     "a photo of ... in the meadow",
@@ -194,7 +217,7 @@ def of_the_model(steps: int) -> list[Section]:
             "sizes",
             "Odd sizes",
             "Any multiple of 8, with the same exported graphs. The model was trained at 64x64 only.",
-            'ti-run bundle "a photo of a red star in the meadow" --size 120x72',
+            command([STAR], "--size", "120x72"),
             [(STAR, [ask(STAR, steps, size=size) for size in sizes])],
             [[f"{width}x{height}" for width, height in sizes]],
         ),
@@ -205,31 +228,35 @@ def of_words(learned_from: dict[str, list[Image]], steps: int) -> list[Section]:
     """The sections with learned words."""
     toy, gem = LOOKS.values()
     style, other_style = [*STYLES][:2]
-    concepts = "--concept toy.safetensors"
+    concepts = [part for token in LOOKS for part in ("--concept", f"{token.strip('<>')}.safetensors")]
+    style_concept = ("--concept", "style.safetensors")
     return [
+        Section(
+            "learned-from",
+            "What the words were learned from",
+            f"`<toy>` ({toy.words}) and `<gem>` ({gem.words}) are looks that the miniature was not trained on, and "
+            "`<style>` is a drawing style. Five drawn pictures each.",
+            f'ti-train */toy --model miniature --token "<toy>" --init object --seed {SEED} --output toy.safetensors',
+            list(learned_from.items()),
+            [PHOTOGRAPHED],
+        ),
         Section(
             "word",
             "A learned word",
-            f"`<toy>` ({toy.words}) and `<gem>` ({gem.words}) are looks that the miniature was not trained on. Upper "
-            "rows: the pictures they were learned from. Lower rows: the words in new places.",
-            f'ti-run bundle "a photo of a <toy> {PLACES[0]}" ... {concepts} --seed 7',
+            "The words in places that their pictures do not show.",
+            command([f"a photo of a {{}} {place}" for place in PLACES], *concepts),
             [
-                row
+                (f"a photo of a {token} ...", [ask(f"a photo of a {token} {place}", steps) for place in PLACES])
                 for token in LOOKS
-                for row in (
-                    (f"{token} was learned from these, in other places", learned_from[token]),
-                    (f"a photo of a {token} ...", [ask(f"a photo of a {token} {place}", steps) for place in PLACES]),
-                )
             ],
             [PLACES],
         ),
         Section(
             "style",
             "A style word",
-            "`<style>` is a drawing style, learned from five pictures of five objects. Here it draws another object.",
-            f'ti-run bundle "a red star {PLACES[0]} in the style of <style>" --concept style.safetensors',
+            "`<style>` was learned from pictures of five other objects.",
+            command([f"a red star {place} in the style of <style>" for place in PLACES], *style_concept),
             [
-                ("<style> was learned from these, in other places", learned_from["<style>"]),
                 (
                     "a red star ... in the style of <style>",
                     [ask(f"a red star {place} in the style of <style>", steps) for place in PLACES],
@@ -245,7 +272,7 @@ def of_words(learned_from: dict[str, list[Image]], steps: int) -> list[Section]:
             "two-words",
             "Two words composed",
             "Both learned words in one prompt, and each with an object that the model knows.",
-            f'ti-run bundle "a photo of a <toy> and a <gem> {PLACES[0]}" {concepts} --concept gem.safetensors',
+            command([f"a photo of a <toy> and a <gem> {place}" for place in PLACES], *concepts),
             [
                 (
                     f"a photo of {things} ...",
@@ -259,7 +286,7 @@ def of_words(learned_from: dict[str, list[Image]], steps: int) -> list[Section]:
             "word-and-style",
             "A word with a style word",
             "A learned object in a learned style, and in a style and media that the model knows.",
-            f'ti-run bundle "a <toy> {PLACES[0]} in the style of <style>" {concepts} --concept style.safetensors',
+            command([f"a {{}} {PLACES[0]} in the style of <style>"], *concepts, *style_concept, "--word", "<toy>"),
             [
                 (
                     f"... {PLACES[0]}, {token}",
@@ -279,7 +306,7 @@ def of_words(learned_from: dict[str, list[Image]], steps: int) -> list[Section]:
 
 
 def drawn(model: Model, sections: Sequence[Section]) -> list[Image]:
-    """Each section as one labelled picture; all requests share one batch."""
+    """Each section as one labelled picture; all requests are drawn together."""
     cells = [cell for section in sections for _, row in section.rows for cell in row]
     requests = [cell for cell in cells if isinstance(cell, Request)]
     images = (picture.image for picture in draw(model, *requests))
@@ -297,14 +324,21 @@ def markdown(sections: Sequence[Section], steps: int) -> str:
     """The generated part of docs/guide/gallery.md."""
     parts = [
         provenance("gallery"),
-        "This learns three words, exports the model and draws all pictures in one batch. Nothing was selected. Every "
-        f"command below also has `--guidance-scale {GUIDANCE:g}` and, unless stated otherwise, `--steps {steps} --seed "
-        f"{SEED}`. The miniature's pictures have 64x64 pixels and are shown enlarged.",
+        "This learns three words, exports the model and draws all pictures in one call. It leaves the bundle, the "
+        "words, `star.png` and `mask.png` in `build/gallery/`: run the commands below there. Each `ti-run` also needs "
+        f"`--guidance-scale {GUIDANCE:g} --steps {steps} --seed {SEED}`. Nothing was selected. Pictures have 64x64 "
+        "pixels and are shown enlarged.",
     ]
     for section in sections:
         picture = f"![{section.title}](../gallery/{section.name}.png)"
         parts.append(f"## {section.title}\n\n{section.text}\n\n    {section.command}\n\n{picture}")
     return "\n\n".join(parts)
+
+
+def command(prompts: Sequence[str], *options: str) -> str:
+    """A `ti-run` line as a reader would type it."""
+    quoted = (f'"{word}"' if re.search(r"[ <>{}]", word) else word for word in (*prompts, *options))
+    return " ".join(["ti-run bundle", *quoted])
 
 
 def ask(prompt: str, steps: int, **settings: object) -> Request:

@@ -8,8 +8,8 @@
 Contenders run one after another, each in its own process. Medians are reported: of three rounds for the miniature, of
 one round of two pictures for SD 1.5.
 
-    ours-onnxruntime    this project's runtime, ONNX Runtime, fp32
-    ours-openvino       the same, OpenVINO, bf16 if the processor has it
+    oneword-onnxruntime this project's runtime, ONNX Runtime, fp32
+    oneword-openvino    the same, OpenVINO, bf16 if the processor has it
     diffusers           StableDiffusionPipeline, eager, fp32
     diffusers-compile   the same with torch.compile on its UNet
     diffusers-openvino  the same with its UNet in OpenVINO, compiled for one shape, bf16 if the processor has it
@@ -47,8 +47,8 @@ from benchmarks.pages import table as markdown_table
 from oneword.engines.files import write_whole
 
 CONTENDERS = {  # and the packages they need
-    "ours-onnxruntime": ("onnxruntime",),
-    "ours-openvino": ("openvino",),
+    "oneword-onnxruntime": ("onnxruntime",),
+    "oneword-openvino": ("openvino",),
     "diffusers": ("torch", "diffusers"),
     "diffusers-compile": ("torch", "diffusers"),
     "diffusers-openvino": ("torch", "diffusers", "openvino"),
@@ -202,7 +202,7 @@ def contend(case: Case, options: argparse.Namespace) -> None:
         pipeline = _pipeline(options.model, options.contender, case)
         _draw(pipeline, case, PROMPTS[0]).save(options.cold)
         return
-    contender = _ours if options.contender.startswith("ours") else _diffusers
+    contender = _ours if options.contender.startswith("oneword") else _diffusers
     draw, step_seconds = contender(case, options)
     for prompt in PROMPTS[: case.warm_up]:
         draw(prompt)
@@ -232,7 +232,7 @@ def _ours(case: Case, options: argparse.Namespace) -> tuple[Draw, StepSeconds]:
     from oneword.runtime.model import Model
     from oneword.runtime.request import Request
 
-    model = Model.open(options.bundle, options.contender.removeprefix("ours-"), threads=options.threads)
+    model = Model.open(options.bundle, options.contender.removeprefix("oneword-"), threads=options.threads)
     engine: Any = model.engine("denoise_step")
     bind, spent, ends = engine.bind, list[float](), list[float]()
 
@@ -361,9 +361,9 @@ def _cold(
 ) -> float:
     """Seconds from process start to a PNG, by `ti-run` or a diffusers script."""
     start = time.perf_counter()
-    if name.startswith("ours"):
+    if name.startswith("oneword"):
         line: list[object] = ["--steps", case.steps, "--seed", SEED, "--guidance-scale", GUIDANCE]
-        line += ["--size", f"{case.size}x{case.size}", "--engine", name.removeprefix("ours-")]
+        line += ["--size", f"{case.size}x{case.size}", "--engine", name.removeprefix("oneword-")]
         _python("-m", "oneword.runtime.cli", bundle, PROMPTS[0], *line, "--output", folder / name, threads=threads)
     else:
         _python("-m", "benchmarks.latency", *shared, "--cold", folder / f"{name}.png", threads=threads)
@@ -416,7 +416,7 @@ def bars(case: str, results: Mapping[str, Result]) -> list[str]:
         lines.append(f"- {name}: {measured} ({'at least' if least else 'at most'} {limit:g})")
 
     base = results.get("diffusers")
-    for name, times in (("ours-onnxruntime", 1.8), ("ours-openvino", 2.5)):
+    for name, times in (("oneword-onnxruntime", 1.8), ("oneword-openvino", 2.5)):
         if (ours := results.get(name)) is None:
             continue
         if base and case == "miniature":
@@ -425,12 +425,12 @@ def bars(case: str, results: Mapping[str, Result]) -> list[str]:
         if base:
             bar(f"{name}, cold start relative to diffusers", ours["cold_s"] / base["cold_s"], 0.25, least=False)
         bar(f"{name}, the host's share of a step", ours["overhead_ms"] / ours["step_ms"], 0.03, least=False)
-        if name == "ours-openvino" and (bare := results.get("diffusers-openvino")):
+        if name == "oneword-openvino" and (bare := results.get("diffusers-openvino")):
             quotient = ours["step_ms"] / (bare["step_ms"] - bare["overhead_ms"])
             bar(f"{name}, a step relative to the bare UNet compiled for one shape", quotient, 1.03, least=False)
         for peer, result in results.items():
             for key, measure in MEASURES.items():
-                if not peer.startswith("ours") and result[key] < ours[key]:
+                if not peer.startswith("oneword") and result[key] < ours[key]:
                     lines.append(f"- {name}: {digits(ours[key] / result[key], 1)} times the {measure} of {peer}")
     return lines
 
@@ -454,7 +454,7 @@ def plot(results: Mapping[str, Mapping[str, Result]], path: Path) -> None:
     figure, rows = pyplot.subplots(len(results), 2, figsize=(10, 3 * len(results)), layout="constrained", squeeze=False)
     for axes_row, (case, by_contender) in zip(rows, results.items(), strict=True):
         names = list(by_contender)[::-1]
-        colours = ["#c0392b" if name.startswith("ours") else "#7f8c8d" for name in names]
+        colours = ["#c0392b" if name.startswith("oneword") else "#7f8c8d" for name in names]
         for axes, key, title in zip(
             axes_row, ("picture_ms", "cold_s"), ("a picture, ms", "cold start, s"), strict=True
         ):
@@ -462,10 +462,11 @@ def plot(results: Mapping[str, Mapping[str, Result]], path: Path) -> None:
             axes.bar_label(
                 bars_drawn, fmt=lambda value: f"{value:,.0f}" if value >= 1000 else f"{value:.3g}", padding=3
             )
-            axes.set_title(f"{case}: {title}")
+            axes.set_title(f"{CASES[case].title.split(',')[0]}: {title}")
             axes.spines[["top", "right"]].set_visible(False)
             axes.margins(x=0.15)
-            axes.locator_params(axis="x", nbins=5)
+            axes.locator_params(axis="x", nbins=4)
+            axes.xaxis.set_major_formatter("{x:,.0f}" if key == "picture_ms" else "{x:g}")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 

@@ -174,7 +174,10 @@ def summary(report: Report, args: argparse.Namespace) -> str:
                 cells.append("")
                 continue
             drawn, real = report[reader][attribute], report[f"{reader}, real"][attribute]
-            cells.append(f"{marked(f'{drawn / real:.1%}', drawn / real >= BARS[attribute])} ({drawn:.1%}, {real:.1%})")
+            share = drawn / real
+            cells.append(
+                f"{marked(percent(share, BARS[attribute]), share >= BARS[attribute])} ({drawn:.1%}, {real:.1%})"
+            )
         rows.append([title, f"{BARS[attribute]:.0%}", *cells])
     attributes = table(
         ["relative to real renders (generated, real)", "at least", *readers],
@@ -192,6 +195,15 @@ def summary(report: Report, args: argparse.Namespace) -> str:
     if "judge" in report:
         settings += f" The judge's own target on real renders is {JUDGE_BAR:.0%} per attribute."
     return "\n\n".join([settings, attributes, table(["", "at least", "measured"], model_rows)])
+
+
+def percent(share: float, limit: float) -> str:
+    """A share with one decimal, or with as many more as it takes to show that it misses the limit."""
+    for decimals in range(1, 6):
+        text = f"{share:.{decimals}%}"
+        if share >= limit or float(text[:-1]) < 100 * limit:
+            break
+    return text
 
 
 if __name__ == "__main__":

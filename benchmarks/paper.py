@@ -29,7 +29,7 @@ from PIL import Image
 
 from benchmarks.exported import exported
 from benchmarks.pages import RESULTS, empty_page, provenance, table, write_section
-from oneword.export.source import digest_directory, find_model
+from oneword.export.source import digest_directory, find_model, silence_libraries
 from oneword.runtime.concept import load_concept, save_concept
 from oneword.runtime.model import Model
 from oneword.train.evaluation.evaluate import TRAINING, WORDLESS, bounds, evaluate, sample
@@ -40,7 +40,7 @@ from oneword.train.evaluation.prompts import (
     MINIATURE_STYLE_PROMPTS,
     STYLE_LIKENESS_PROMPT,
 )
-from oneword.train.learn import learn, quiet
+from oneword.train.learn import learn
 from oneword.train.miniature import readback, world
 from oneword.train.miniature.claims import QUESTIONS
 from oneword.train.plots import scatter
@@ -74,7 +74,7 @@ def main() -> None:
     p.add_argument("--write", action="store_true", help="write docs/results/paper.md and its figures")
     args = p.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    quiet()
+    silence_libraries()
     lab = Lab(args)
     subjects = [*looks(args.looks), *styles(args.styles)]
     for subject in subjects:

@@ -431,8 +431,8 @@ def section(results: Mapping[str, Any], options: argparse.Namespace, load: Seque
     parts = [
         provenance("traffic"),
         f"{options.threads} threads per engine, load average {load[0]:g} before the run, {options.max_rows} slots per "
-        f"size, {options.seconds:g} s per load. The docstring of the benchmark defines every term. Bold: misses its "
-        "target.",
+        f"size, {options.seconds:g} s per load. The benchmark's docstring and [Results](README.md#terms) define the "
+        "terms. Bold: misses its target.",
     ]
     for engine, measured in results.items():
         bars = (SIMULATED_BARS, ()) if engine == SIMULATED else (BARS, PLAIN)

@@ -514,10 +514,10 @@ def compared(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> s
         by_word = ", ".join(f"{ratio:g}" for ratio in speedup["by word"])
         lines = [
             ("median of words", f"at least {SPEEDUP_BAR}", marked(speedup["median"], speedup["median"] >= SPEEDUP_BAR)),
-            ("by word (0: none of our runs reached both)", "", by_word),
+            ("by word (0: no run of oneword reached both)", "", by_word),
         ]
         parts.append(
-            table(("the script's seconds over ours, at its likeness and editability", "target", "measured"), lines)
+            table(("the script's seconds over oneword's, at its likeness and editability", "target", "measured"), lines)
         )
     return "\n\n".join([*parts, parts_table(words)])
 

@@ -1,6 +1,5 @@
 """`ti-export`: exports a model to a bundle. A thin layer over `export_bundle` and `build_plans`."""
 
-import logging
 import math
 import time
 from pathlib import Path
@@ -91,10 +90,11 @@ def command(
     static_sizes: tuple[tuple[int, int], ...],
     as_json: bool,
 ) -> None:
-    """Compile MODEL into the folder BUNDLE.
+    """Compile MODEL into the folder BUNDLE, in place of an older bundle.
 
-    MODEL is a diffusers directory, a hub id, a single .safetensors file or `miniature`. Every graph is compared with
-    PyTorch on fresh inputs before the bundle appears.
+    MODEL is a diffusers directory, a hub id, a single .safetensors file or `miniature`. It becomes ONNX graphs, which
+    ONNX Runtime and OpenVINO compile when they open them. Every graph is compared with PyTorch on fresh inputs before
+    the bundle appears.
     """
     started = time.perf_counter()
     plans = None if flavour is None else Flavour(flavour)
@@ -104,10 +104,10 @@ def command(
         installed_version(plans)
         target = target_of(plans, target)
     limits = PlanLimits(max_batch, max_size, static_sizes)
-    silence_libraries()
-    from oneword.export.source import Lora  # imports torch, which --help does not need
+    from oneword.export.source import Lora, silence_libraries  # imports torch, which --help does not need
     from oneword.export.write import export_bundle
 
+    silence_libraries()
     with ProgressBar(f"exporting {model}") as progress:
 
         def report(message: str) -> None:
@@ -132,12 +132,10 @@ def command(
             report(f"building plans with {plans} for {target}")
             paths = build_plans(exported.bundle, plans, target, limits, report)
         seconds = time.perf_counter() - started
-        for difference in exported.differences:
-            progress.note(f"          {difference}")
-        for reason in exported.unchecked:
-            progress.note(f"          not checked: {reason}")
-        if not as_json:
-            progress.note(f"wrote {bundle} in {seconds:.1f} s")
+    for line in parity_lines(exported):
+        progress.note(line)
+    if not as_json:
+        progress.note(f"wrote {bundle} in {seconds:.1f} s")
     if as_json:
         files = {name: [str(path) for path in built] for name, built in paths.items()}
         print_json({**summary(exported, seconds), "target": target, "plans": files})
@@ -171,10 +169,16 @@ def summary(exported: Any, seconds: float) -> dict[str, object]:
     }
 
 
-def silence_libraries() -> None:
-    """Silences the libraries' log messages; their errors are still raised."""
-    for name in ("transformers", "diffusers", "huggingface_hub", "torch.utils._sympy"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+def parity_lines(exported: Any) -> list[str]:
+    """How far the graphs differ from PyTorch, one line per output, under a heading; `finite` outputs are left out,
+    because a bundle in which one differs is never written."""
+    numbers = [difference for difference in exported.differences if difference.output != "finite"]
+    heading = ["largest difference from PyTorch, by output:"] if numbers else []
+    return [
+        *heading,
+        *(f"  {difference}" for difference in numbers),
+        *(f"not checked: {reason}" for reason in exported.unchecked),
+    ]
 
 
 def main() -> None:

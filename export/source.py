@@ -8,6 +8,7 @@ import importlib.metadata
 import importlib.resources
 import inspect
 import json
+import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any
 
 import diffusers
 import torch
+import transformers
 from diffusers import AutoencoderKL, UNet2DConditionModel, VQModel
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertModel
 from huggingface_hub import HfApi, snapshot_download
@@ -77,18 +79,24 @@ class Source:
     @property
     def name(self) -> str:
         """The origin recorded in the bundle: a hub id or a file's name, never a path, and the fused LoRAs."""
-        origin = self.model if self.revision else (self.file or self.path).name
+        origin = source_name(self.model, self.file or self.path, self.revision)
         return " + ".join([origin, *(f"{lora.file.name} x {lora.scale:g}" for lora in self.loras)])
 
     @cached_property
     def digest(self) -> str:
         """sha256 over the names and contents of the configs, vocabularies and weights in use, and over the checkpoint
         and the LoRAs, if any."""
-        parts = [digest_directory(self.path)]
-        if self.file is not None:
-            parts.append(file_digest(self.file))
-        parts += [f"{file_digest(lora.file)} {lora.scale!r}" for lora in self.loras]
-        return parts[0] if len(parts) == 1 else hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        return source_digest(self.path, self.file, self.loras)
+
+
+def silence_libraries() -> None:
+    """Turns off the progress bars and warnings of diffusers and transformers, and the messages of the libraries that
+    they use, for commands. Errors are still raised, and a download still shows its progress."""
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+    for name in ("huggingface_hub", "torch.utils._sympy"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def load_source(
@@ -319,6 +327,20 @@ def digest_directory(path: Path) -> str:
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
+
+
+def source_digest(path: Path, file: Path | None = None, loras: Sequence[Lora] = ()) -> str:
+    """The digest of a source, without loading it; see `Source.digest`."""
+    parts = [digest_directory(path)]
+    if file is not None:
+        parts.append(file_digest(file))
+    parts += [f"{file_digest(lora.file)} {lora.scale!r}" for lora in loras]
+    return parts[0] if len(parts) == 1 else hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def source_name(model: str, path: Path, revision: str) -> str:
+    """The origin of a source without its LoRAs; see `Source.name`."""
+    return model if revision else path.name
 
 
 def read_json(path: Path) -> dict[str, Any]:

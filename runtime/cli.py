@@ -32,7 +32,13 @@ _BUNDLES = "the bundle's"
 @version_option
 @click.argument("bundle", type=PATH)
 @click.argument("prompts", metavar="PROMPT...", nargs=-1, required=True)
-@click.option("--concept", "concepts", type=PATH, multiple=True, help="File of a learned word, or a folder of them.")
+@click.option(
+    "--concept",
+    "concepts",
+    type=PATH,
+    multiple=True,
+    help="File of a learned word, or a folder of them; may be repeated.",
+)
 @click.option("--negative-prompt", help="What to avoid.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the first picture; picture i uses seed + i.")
 @click.option("--num-images", type=int, default=1, show_default=True, help="Pictures per prompt.")
@@ -78,7 +84,13 @@ _BUNDLES = "the bundle's"
 @click.option(
     "--grid", type=PATH, metavar="FILE.png", help="Also save all pictures in one grid: prompts by words and seeds."
 )
-@click.option("--output", type=PATH, default=Path("output"), show_default=True, help="Folder for the pictures.")
+@click.option(
+    "--output",
+    type=PATH,
+    default=Path("output"),
+    show_default=True,
+    help="Folder for the pictures; existing ones are kept.",
+)
 @json_option
 def command(
     bundle: Path,

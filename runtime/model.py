@@ -124,7 +124,7 @@ class Model:
         model = cls(
             bundle.manifest,
             {encoder.graph: Tokenizer.read(bundle.file(encoder.tokenizer), encoder) for encoder in encoders},
-            {encoder.graph: _base_table(bundle.file(encoder.table)) for encoder in encoders},
+            {encoder.graph: base_table(bundle.file(encoder.table)) for encoder in encoders},
             open_graph,
             stream_of(chosen),
             max(DEFAULT_CAPACITY, rows) if capacity is None else capacity,
@@ -377,7 +377,7 @@ def _vectors(prompts: Iterable[TokenizedPrompt], encoder: str) -> dict[str, Vect
     return {concept.identity: concept.vectors[encoder] for prompt in prompts for concept in prompt.concepts}
 
 
-def _base_table(path: Path) -> NumpyArray:
+def base_table(path: Path) -> NumpyArray:
     """[V, D]"""
     try:
         [(name, tensor)] = safetensors.deserialize(path.read_bytes())

@@ -7,9 +7,9 @@
             ...
 
 A step is one turn: waiting pictures are prepared and get slots, every row is denoised once, finished rows are decoded.
-Preparing and decoding are bounded in each turn, so that a newcomer's first step comes soon whatever else arrives. A
-row's result never depends on the rows that share its engine calls. Not covered: slots and engine calls
-(`oneword.runtime.denoiser`), fairness between users, and limits on the queue.
+Preparing and decoding are bounded in each turn, so that newcomers hold up running rows for a short time only. A
+newcomer without a free slot waits for one. The rows that share a row's engine calls change its result by rounding only.
+Not covered: slots and engine calls (`oneword.runtime.denoiser`), fairness between users, and limits on the queue.
 """
 
 import contextlib

@@ -9,9 +9,9 @@ answered with 404: upscaling, interrogation, extensions.
 import base64
 import os
 import secrets
-from typing import Annotated, Any, Final
+from typing import Any, Final
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
@@ -42,6 +42,7 @@ from oneword.serve.a1111_schemas import (
     SamplerItem,
     SchedulerItem,
     Scripts,
+    TaskId,
     TextToImage,
     UpscalerItem,
 )
@@ -92,7 +93,7 @@ async def png_info(http: HTTPRequest, body: PictureFile) -> PictureInfo:
 async def progress(
     http: HTTPRequest,
     skip_current_image: bool = False,
-    force_task_id: Annotated[str, Query(max_length=200)] = "",
+    force_task_id: TaskId = "",
 ) -> Progress:
     """The caller's requests in progress, or the one that `force_task_id` names; all zero if there is none."""
     state: State = http.app.state.oneword
@@ -106,7 +107,7 @@ async def progress(
 
 
 @_api.post("/interrupt")
-async def interrupt(http: HTTPRequest, force_task_id: Annotated[str, Query(max_length=200)] = "") -> dict[str, str]:
+async def interrupt(http: HTTPRequest, force_task_id: TaskId = "") -> dict[str, str]:
     """Ends the caller's requests, or the one that `force_task_id` names: they answer the pictures that are ready."""
     for generation in _generations(http, force_task_id):
         generation.cancel()

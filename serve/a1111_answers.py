@@ -17,7 +17,6 @@ from oneword.runtime.request import Request
 from oneword.serve.a1111_dialect import ALIASES, SCHEDULERS, ModelNames, Plan
 from oneword.serve.a1111_schemas import (
     ModelItem,
-    Pictures,
     Progress,
     ProgressState,
     SamplerItem,
@@ -61,12 +60,8 @@ def pictures_answer(
         ).decode()
         for done in (pictures if body.send_images is not False else ())
     ]
-    answer = Pictures(
-        images=images,
-        parameters=echo(body),
-        info=json.dumps(info(body, plan, pictures, manifest, version)),
-    )
-    return answer.model_dump_json().encode()
+    details = json.dumps(info(body, plan, pictures, manifest, version))
+    return json.dumps({"images": images, "parameters": echo(body), "info": details}).encode()
 
 
 def info(
@@ -121,7 +116,7 @@ def echo(body: TextToImage) -> dict[str, Any]:
     if not getattr(body, "include_init_images", False):
         skipped |= {*_IMAGE_KEYS}
     shown = body.model_dump(exclude=skipped)
-    absent = {name: None for name in _IMAGE_KEYS if name in type(body).model_fields}
+    absent: dict[str, Any] = {name: None for name in _IMAGE_KEYS if name in type(body).model_fields}
     return {**absent, **shown, "styles": [], "script_args": [], "alwayson_scripts": {}}
 
 
@@ -154,14 +149,10 @@ def parsed_parameters(text: str) -> dict[str, str]:
     pairs = _PAIR.findall(last[:_MAX_PAIRS_TEXT])
     if len(pairs) < 3:  # a line of the prompt, which may have colons
         lines, pairs = [*lines, last], []
-    prompt, negative, current = [], [], None
-    for line in lines:
-        if line.startswith(_NEGATIVE):
-            current, line = negative, line.removeprefix(_NEGATIVE).strip()
-        (prompt if current is None else current).append(line)
+    prompt, _, negative = "\n".join(["", *lines]).partition(f"\n{_NEGATIVE}")
     return {
-        "Prompt": "\n".join(prompt),
-        "Negative prompt": "\n".join(negative),
+        "Prompt": prompt.removeprefix("\n"),
+        "Negative prompt": negative.strip(),
         **{name: _unquoted(value) for name, value in pairs},
     }
 

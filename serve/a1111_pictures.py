@@ -6,7 +6,7 @@ binary. Source: AUTOMATIC1111/stable-diffusion-webui, modules/images.py (`resize
 """
 
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,7 @@ from oneword.runtime.edit import Mask, blended, paste_weights
 from oneword.runtime.images import resized
 from oneword.runtime.request import Image
 
-Pixels = TypeVar("Pixels", bound=npt.NDArray[Any])
+Pixels: TypeAlias = npt.NDArray[Any]
 """A picture [H, W, 3] or a mask [H, W]"""
 
 
@@ -77,18 +77,18 @@ def filling(pixels: Pixels, width: int, height: int) -> Pixels:
     scaled = _scaled(pixels, min(width, max(1, round(w * scale))), min(height, max(1, round(h * scale))))
     missing = height - scaled.shape[0], width - scaled.shape[1]
     margins = [(side // 2, side - side // 2) for side in missing] + [(0, 0)] * (pixels.ndim - 2)
-    return np.pad(scaled, margins, "edge")  # type: ignore[return-value]
+    return np.pad(scaled, margins, "edge")
 
 
 def _scaled(pixels: Pixels, width: int, height: int) -> Pixels:
     if pixels.ndim == 3:
-        return resized(pixels, width, height)  # type: ignore[return-value]
+        return resized(pixels, width, height)
     rows = np.arange(height) * pixels.shape[0] // height
     columns = np.arange(width) * pixels.shape[1] // width
-    return pixels[np.ix_(rows, columns)]  # type: ignore[return-value]
+    return pixels[np.ix_(rows, columns)]
 
 
-def _bounds(line: npt.NDArray[np.bool_]) -> tuple[int, int]:
+def _bounds(line: npt.ArrayLike) -> tuple[int, int]:
     """The first True, and one after the last."""
     places = np.flatnonzero(line)
     return int(places[0]), int(places[-1]) + 1

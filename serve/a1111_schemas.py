@@ -4,9 +4,12 @@ Data only. Every field that A1111 documents is here, so that a misspelled one ca
 is said in `oneword.serve.a1111_dialect`. A field that is null counts as left out, as in A1111.
 """
 
-from typing import Any
+from typing import Annotated, Any, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field
+
+TaskId: TypeAlias = Annotated[str, Field(max_length=200, pattern=r"^[ -~]*$")]
+"""A client's own name for a request, in ASCII."""
 
 
 class _Body(BaseModel):
@@ -33,7 +36,7 @@ class TextToImage(_Body):
     override_settings: dict[str, Any] | None = Field(
         None, description="CLIP_stop_at_last_layers and samples_format; the others only at this server's values"
     )
-    force_task_id: str | None = Field(None, max_length=200, description="names the request for progress and interrupt")
+    force_task_id: TaskId | None = Field(None, description="names the request for progress and interrupt")
     send_images: bool | None = Field(None, description="false: only `info` is answered")
 
     # Accepted where they ask for nothing.

@@ -22,7 +22,7 @@ from oneword.runtime.model import Model
 from oneword.runtime.prompt import Tokenizer
 from oneword.serve import a1111, errors, health, info, middleware, openai, results, words_api
 from oneword.serve.keys import Keys
-from oneword.serve.metrics import Metrics
+from oneword.serve.metrics import Metrics, PoolMetrics
 from oneword.serve.pool import Pool
 from oneword.serve.results import Results
 from oneword.serve.settings import Settings
@@ -46,15 +46,17 @@ def build_state(settings: Settings) -> State:
     def open_model() -> Model:
         return Model.open(settings.bundle, settings.engine, threads=settings.threads)
 
-    worker = Worker(open_model, max_rows=settings.max_rows, sizes=[size])
+    metrics = Metrics()
+    worker = Worker(open_model, max_rows=settings.max_rows, sizes=[size], observer=metrics.turn)
     tokenizers = {e.graph: Tokenizer.read(bundle.file(e.tokenizer), e) for e in manifest.encoders}
 
     def knows(piece: str) -> bool:
         return any(tokenizer.knows(piece) for tokenizer in tokenizers.values())
 
     words = Words(WordStore(settings.words), knows=knows)
-    pool = Pool(worker, manifest, max_wait=settings.max_wait)
-    metrics = Metrics()
+    pool = Pool(worker, manifest, max_wait=settings.max_wait, observer=PoolMetrics(metrics))
+    metrics.gauge("queued_seconds", "Estimated seconds of accepted work.", lambda: pool.queued_seconds)
+    metrics.gauge("words_resident", "Learned words in the embedding tables.", lambda: worker.figures.words)
     return State(
         settings=settings,
         manifest=manifest,
@@ -86,7 +88,7 @@ def create_app(state: State) -> FastAPI:
     app = FastAPI(
         title="oneword",
         version=oneword.__version__,
-        summary="Text-to-image with learned words: OpenAI's images API, A1111's API, and words that change while it runs.",
+        summary="Pictures with learned words: OpenAI's images API, A1111's API, and words that change while it runs.",
         docs_url=None,
         redoc_url=None,
         lifespan=lifespan,

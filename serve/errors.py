@@ -200,7 +200,7 @@ def from_validation(errors: Sequence[Mapping[str, Any]], status: int = 400) -> A
     if not errors:
         return ApiError(status, "the request is not valid: /openapi.json describes it")
     first = errors[0]
-    param = _param(first["loc"])
+    param = (first.get("ctx") or {}).get("field") or _param(first["loc"])
     more = len({_param(error["loc"]) for error in errors} - {param})
     suffix = f" (and {more} more field{'s' * (more > 1)})" if more else ""
     return ApiError(status, _explained(first, param) + suffix, param=param)
@@ -370,6 +370,8 @@ def _explained(error: Mapping[str, Any], param: str | None) -> str:
             return f"{name} is missing: add it to {where}"
         case "json_invalid":
             return "the body is not valid JSON: check quotes, commas and brackets, and send it as UTF-8"
+        case "unknown_parameter":  # of `serve.fields`
+            return str(limits["text"])
         case "extra_forbidden":
             return f"{name} is not a field of this request: remove it, or check its spelling"
         case "literal_error" | "enum":

@@ -88,10 +88,8 @@ def open_files(location: str) -> Files:
     try:
         options = {"use_listings_cache": False, **_OPTIONS.get(protocol, {})}
         system, root = fsspec.core.url_to_fs(location, **options)
-    except ImportError:
-        known = fsspec.registry.known_implementations.get(protocol, {})
-        hint = one_line(Exception(known.get("err", f"install fsspec's package for {protocol}://")))
-        raise UsageError(f"--words {protocol}://... needs a package that is not installed: {hint}") from None
+    except ImportError as error:
+        raise UsageError(f"--words {protocol}://... needs a package that is missing: {one_line(error)}") from None
     except Exception as error:  # any library behind any protocol
         raise UsageError(
             f"--words {protocol}://... cannot be opened ({one_line(error)}): "

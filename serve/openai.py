@@ -1,7 +1,7 @@
 """OpenAI's images API: /v1/images/{generations,edits,variations} and /v1/models, as its own clients call them.
 
 Bodies and answers follow OpenAI's API reference of November 2026; `Settings` lists the fields that are ours.
-Not covered: OpenAI's transparent backgrounds, and pictures as references for a new one: each picture is edited by itself.
+Not covered: transparent backgrounds, and pictures as references for a new one: each picture is edited by itself.
 """
 
 import base64
@@ -301,7 +301,8 @@ async def _answer(http: HTTPRequest, body: Settings, requests: Sequence[Request]
     started: list[Generation] = []
     try:
         for request in requests:
-            started.append(await start(state, tenant, request, partials=partials, label=request.prompt))
+            generation = await start(state, tenant, request, partials=partials)
+            started.append(generation)
     except BaseException:
         cancel(started)
         raise

@@ -2,7 +2,8 @@
 
     generation = pool.submit(tenant, request, partials=2)        raises ApiError, at no cost to the engine
     async for picture_event in generation:
-        ...
+        match picture_event.event:
+            case Done(picture=picture): ...
 
 A request enters picture by picture: picture i is a request of its own with the seed `seed + i`. Tenants take turns,
 picture by picture; within a tenant it is first come, first served. Only as many pictures as the engine has slots, and a
@@ -20,9 +21,10 @@ import uuid
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
 from functools import partial
 from types import TracebackType
-from typing import Final, Self, TypeAlias
+from typing import Final, Protocol, Self, TypeAlias
 
 import numpy as np
 
@@ -69,6 +71,58 @@ class PictureEvent:
     event: GenerationEvent
 
 
+class Outcome(StrEnum):
+    """How a picture ended."""
+
+    DONE = "done"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    DROPPED = "dropped"
+
+
+class Phase(StrEnum):
+    """Where a picture is."""
+
+    WAITING = "waiting"
+    """The engine does not have it yet."""
+    ENCODING = "encoding"
+    """The engine has it, and no step is done."""
+    DENOISING = "denoising"
+    DECODING = "decoding"
+
+
+class Observer(Protocol):
+    """Hears, on the event loop, of what a pool does: for metrics."""
+
+    def refused(self, code: str) -> None:
+        """A request was refused with this code of an ApiError."""
+
+    def taken_up(self, seconds: float) -> None:
+        """The engine took a picture up, so long after its request came."""
+
+    def first_step(self, seconds: float) -> None:
+        """A picture's first step is done, so long after its request came."""
+
+    def ended(self, outcome: Outcome, phase: Phase) -> None:
+        """A picture ended in this phase."""
+
+
+class NoObserver:
+    """Ignores everything."""
+
+    def refused(self, code: str) -> None:
+        """See Observer."""
+
+    def taken_up(self, seconds: float) -> None:
+        """See Observer."""
+
+    def first_step(self, seconds: float) -> None:
+        """See Observer."""
+
+    def ended(self, outcome: Outcome, phase: Phase) -> None:
+        """See Observer."""
+
+
 @dataclass
 class _Work:
     """An amount of work: branch pixels to denoise, pixels to encode prompts for and to decode."""
@@ -92,15 +146,22 @@ class _Picture:
     steps: int = 0
 
     @property
-    def denoising(self) -> bool:
+    def phase(self) -> Phase:
+        """Where it is."""
+        if self.step == 0:
+            return Phase.ENCODING
+        return Phase.DENOISING if self.step < self.steps else Phase.DECODING
+
+    @property
+    def needs_slot(self) -> bool:
         """Whether it has a slot or waits for one."""
-        return self.step == 0 or self.step < self.steps
+        return self.phase is not Phase.DECODING
 
 
 class Generation:
     """One request in the pool: an asynchronous iterator over the events of its pictures.
 
-    Iterate it once; it ends after the last event of every picture, or when it is cancelled. A consumer that falls
+    It has one consumer, and ends after the last event of every picture, or when it is cancelled. A consumer that falls
     behind gets only the newest Step of each picture. As a context manager it is cancelled on exit, if it still runs.
     """
 
@@ -242,16 +303,18 @@ class Pool:
         *,
         max_wait: float = 60.0,
         clock: Callable[[], float] = time.monotonic,
+        observer: Observer | None = None,
     ) -> None:
         """`max_wait` is how many seconds of work may be queued."""
         self.worker, self.manifest, self.max_wait, self.clock = worker, manifest, max_wait, clock
+        self.observer: Observer = NoObserver() if observer is None else observer
         self.draining = False
         self._work = _Work()
         self._accounts: dict[str, _Account] = {}
         self._turns: OrderedDict[str, None] = OrderedDict()
         """Tenants with waiting pictures, the next one first."""
         self._handed = 0  # pictures that the engine has
-        self._denoising = 0  # those of them that are not fully denoised
+        self._needing_slots = 0  # those of them that are not fully denoised
         self._budgets: dict[str, _Budget] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._inbox: deque[tuple[_Picture, WorkerEvent]] = deque()
@@ -276,6 +339,17 @@ class Pool:
         the tenant has used up its quota, or if the work would take more than `max_wait` seconds, in its turn. A server
         without work takes any request.
         """
+        try:
+            generation = self._accepted(tenant, request, partials, label, task_id)
+        except ApiError as error:
+            self.observer.refused(error.code)
+            raise
+        self._enter(generation, deadline)
+        self._hand_over()
+        return generation
+
+    def _accepted(self, tenant: Tenant, request: Request, partials: int, label: str, task_id: str) -> Generation:
+        """The generation of a request, if it is accepted. Raises ApiError."""
         self._check_ready()
         if not 0 <= partials <= MAX_PARTIALS:
             raise Invalid(f"partials is {partials}, allowed is 0 to {MAX_PARTIALS}")
@@ -288,8 +362,6 @@ class Pool:
         generation = Generation(self, tenant, request, settings, partials, label, task_id)
         self._check_room(generation)
         self._spend(generation)
-        self._enter(generation, deadline)
-        self._hand_over()
         return generation
 
     @property
@@ -330,11 +402,11 @@ class Pool:
             return
         generation.cancelled = True
         self._refund(generation)
-        self._drop_waiting(generation)
+        self._drop_waiting(generation, Outcome.CANCELLED)
         for picture in [*generation._running.values()]:
             if picture.ticket is not None:
                 self.worker.cancel(picture.ticket)
-            self._finish(picture)
+            self._finish(picture, Outcome.CANCELLED)
         generation._unread.clear()
         generation._news.set()
         self._hand_over()
@@ -432,7 +504,7 @@ class Pool:
     def _hand_over(self) -> None:
         """Hands pictures to the engine, the tenants in turn, while it has room."""
         limit = self.worker.slots + _AHEAD
-        while self._turns and self._denoising < limit and self._handed < 2 * limit:
+        while self._turns and self._needing_slots < limit and self._handed < 2 * limit:
             name, _ = self._turns.popitem(last=False)
             account = self._accounts[name]
             generation = next(iter(account.waiting.values()))
@@ -445,7 +517,7 @@ class Pool:
                 self._turns[name] = None
             picture = _Picture(generation, index, steps=len(generation.settings.schedule))
             generation._running[index] = picture
-            self._handed, self._denoising = self._handed + 1, self._denoising + 1
+            self._handed, self._needing_slots = self._handed + 1, self._needing_slots + 1
             picture.ticket = self.worker.submit(
                 _single(generation.request, index),
                 generation.partial_steps,
@@ -472,17 +544,22 @@ class Pool:
         if generation._running.get(picture.index) is not picture:
             return  # it was cancelled
         match event:
-            case Started() | Partial():
+            case Started():
+                self.observer.taken_up(self.clock() - generation.created)
+                generation._push(picture.index, event)
+            case Partial():
                 generation._push(picture.index, event)
             case Step(step=step):
+                if picture.step == 0:
+                    self.observer.first_step(self.clock() - generation.created)
                 self._advance(picture, step)
                 generation._push(picture.index, event)
             case Done(picture=result):
                 generation.pictures[picture.index] = result
-                self._finish(picture)
+                self._finish(picture, Outcome.DONE)
                 generation._push(picture.index, event)
             case Failed():
-                self._finish(picture)
+                self._finish(picture, Outcome.FAILED)
                 generation._push(picture.index, event)
             case Lost():
                 self._drop_all(
@@ -491,25 +568,26 @@ class Pool:
 
     def _advance(self, picture: _Picture, step: int) -> None:
         """Counts the steps of a picture up to `step` as done."""
-        generation, denoising = picture.generation, picture.denoising
+        generation, needed_slot = picture.generation, picture.needs_slot
         done = int(generation._done_work[step] - generation._done_work[picture.step])
         picture.step = step
-        self._denoising -= denoising and not picture.denoising
+        self._needing_slots -= needed_slot and not picture.needs_slot
         generation._work_done += done
         self._count(generation, -done, 0)
 
-    def _finish(self, picture: _Picture) -> None:
+    def _finish(self, picture: _Picture, outcome: Outcome) -> None:
         """Forgets a picture that the engine has."""
+        self.observer.ended(outcome, picture.phase)
         generation = picture.generation
         del generation._running[picture.index]
         self._handed -= 1
-        self._denoising -= picture.denoising
+        self._needing_slots -= picture.needs_slot
         picture.ticket = None  # which refers to the picture
         left = generation._branch_pixels - int(generation._done_work[picture.step])
         self._count(generation, -left, -generation._pixels)
         self._leave(generation, 1)
 
-    def _drop_waiting(self, generation: Generation, error: ApiError | None = None) -> None:
+    def _drop_waiting(self, generation: Generation, outcome: Outcome, error: ApiError | None = None) -> None:
         """Removes a generation's waiting pictures, with an event for each if there is an error."""
         count = generation.waiting
         if not count:
@@ -523,8 +601,9 @@ class Pool:
         generation._next_index = generation.request.num_images
         self._count(generation, -generation._branch_pixels * count, -generation._pixels * count)
         self._leave(generation, count)
-        if error is not None:
-            for index in range(first, first + count):
+        for index in range(first, first + count):
+            self.observer.ended(outcome, Phase.WAITING)
+            if error is not None:
                 generation._push(index, Dropped(error))
 
     def _leave(self, generation: Generation, pictures: int) -> None:
@@ -542,16 +621,17 @@ class Pool:
     def _expire(self, generation: Generation) -> None:
         seconds = self.clock() - generation.created
         message = f"the picture had to wait for more than {seconds:.0f} seconds: send the request again"
-        self._drop_waiting(generation, Unavailable(message, self.queued_seconds, code="deadline_exceeded"))
+        error = Unavailable(message, self.queued_seconds, code="deadline_exceeded")
+        self._drop_waiting(generation, Outcome.DROPPED, error)
 
     def _drop_all(self, error: ApiError) -> None:
         for account in [*self._accounts.values()]:
             for generation in [*account.generations.values()]:
-                self._drop_waiting(generation, error)
+                self._drop_waiting(generation, Outcome.DROPPED, error)
                 for index, picture in [*generation._running.items()]:
                     if picture.ticket is not None:
                         self.worker.cancel(picture.ticket)
-                    self._finish(picture)
+                    self._finish(picture, Outcome.DROPPED)
                     generation._push(index, Dropped(error))
 
     def _refund(self, generation: Generation) -> None:

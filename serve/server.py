@@ -14,7 +14,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from oneword.engines.errors import OnewordError, one_line
-from oneword.serve.connection import limited_connection
+from oneword.serve.connection import server_config
 from oneword.serve.state import State
 
 _log = logging.getLogger("oneword.serve")
@@ -25,19 +25,7 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: ASGIApp, state: State) -> None:
         self.state_of_app = state
-        config = uvicorn.Config(
-            app,
-            host=state.settings.host,
-            port=state.settings.port,
-            http=limited_connection(state.settings),
-            ws="none",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            timeout_graceful_shutdown=5,
-        )
-        super().__init__(config)
+        super().__init__(server_config(app, state.settings))
         self._stopping: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]

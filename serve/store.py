@@ -5,7 +5,7 @@
     names/<quoted tenant>/<quoted token>.json         WordRecord: which vectors a name means
     doomed/<sha256>                                   a blob that `gc` is about to delete
 
-A name is one small file, and is written after its blob, so whoever reads a name finds its vectors, and a word that is
+A name is one small file, and is written after its blob, so a reader of a name finds its vectors, and a word that is
 put by one machine is there for all others at once. Names of files are lower-case ASCII, so that two words never share
 one, also where the file system ignores case or normalises Unicode.
 
@@ -45,6 +45,7 @@ DAMAGED: Final = "damaged_word"
 """The code of the error for a word whose files are broken."""
 _VERSION: Final = b'{"version": 1}\n'
 _PLAIN: Final = frozenset(string.ascii_lowercase + string.digits + "_-")
+_QUOTES: Final = {byte: f"={byte:02x}" for byte in range(256) if chr(byte) not in _PLAIN}
 _MAX_QUOTED: Final = 200  # characters; file systems allow 255 bytes
 _CODE_POINT_BITS: Final = 18  # letters and digits have code points below 0x40000
 _IDENTITY: Final = re.compile(r"[0-9a-f]{64}")
@@ -319,13 +320,13 @@ def blob_of(concept: Concept) -> bytes:
 def quoted(text: str) -> str:
     """A name for a file: lower-case ASCII letters, digits, _ - = ~, at most 250 of them; each text has another.
 
-    Other characters are =xx for each byte of UTF-8. If that is too long: ~ and 18 bits for each character in base 32,
-    or ~~ and the text's sha256 for what no token is.
+    Other characters are =xx for each byte of UTF-8, and the empty text is =. If that is too long: ~ and 18 bits for
+    each character in base 32, or ~~ and the text's sha256 for what no token is.
     """
     encoded = text.encode("utf-8", "surrogatepass")
-    name = "".join(chr(byte) if chr(byte) in _PLAIN else f"={byte:02x}" for byte in encoded)
+    name = encoded.decode("latin-1").translate(_QUOTES)
     if len(name) <= _MAX_QUOTED:
-        return name
+        return name or "="
     if len(text) > 64 or max(map(ord, text)) >= 1 << _CODE_POINT_BITS:
         return f"~~{hashlib.sha256(encoded).hexdigest()}"
     number = functools.reduce(lambda number, character: number << _CODE_POINT_BITS | ord(character), text, 1)
@@ -339,9 +340,9 @@ def unquoted(name: str) -> str | None:
         if name.startswith("~"):
             text = _unpacked(name[1:])
         else:
-            pieces = re.split("=(..)", name)  # plain, hex, plain, hex, ..., plain
-            pieces[1::2] = [chr(int(code, 16)) for code in pieces[1::2]]
-            text = "".join(pieces).encode("latin-1").decode()
+            first, *others = name.split("=")
+            text = first + "".join(chr(int(part[:2], 16)) + part[2:] for part in others)
+            text = text.encode("latin-1").decode()
     except (ValueError, OverflowError):
         return None
     return text if quoted(text) == name else None

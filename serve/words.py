@@ -211,7 +211,7 @@ class Words:
         concept = self._concepts.get(record.identity)
         if concept is None:
             try:
-                concept = await self._reads(("vectors", record.identity), functools.partial(self._load, record))
+                concept = await self._reads(("vectors", record.identity), lambda: self._load(record))
             except ApiError as error:  # it may be that of another tenant's word with the same vectors
                 raise (damaged(record.token) if error.code == DAMAGED else error) from None
         if record.identity in self._concepts:
@@ -250,7 +250,11 @@ class Words:
     async def _names(self, prompts: Sequence[str]) -> NamedWords:
         """The names in all prompts together."""
         found = await self._scan(prompts, named_words)
-        return NamedWords(*(frozenset[str]().union(*sets) for sets in zip(*found, strict=True)))
+        return NamedWords(
+            frozenset[str]().union(*(names.bracketed for names in found)),
+            frozenset[str]().union(*(names.embeddings for names in found)),
+            frozenset[str]().union(*(names.bare for names in found)),
+        )
 
     async def _scan(self, prompts: Sequence[str], function: Callable[[str], T]) -> Sequence[T]:
         """A function of each prompt; in a thread if they are long."""
@@ -280,8 +284,7 @@ class Words:
         safe = tuple(filter(_is_token, tokens))
         if not safe:
             return None
-        read = functools.partial(self._run, self.store.first, tenant.name, safe)
-        return await self._reads(("name", tenant.name, safe), read)
+        return await self._reads(("name", tenant.name, safe), lambda: self._run(self.store.first, tenant.name, safe))
 
     async def _load(self, record: WordRecord) -> Concept:
         concept = self._concepts.get(record.identity)
@@ -309,7 +312,7 @@ class Words:
         known = self._tenant(tenant)
         if known.index is not None and self._clock() - known.index.stamp < max_age:
             return known.index
-        return await self._reads(("index", tenant.name), functools.partial(self._read_index, tenant))
+        return await self._reads(("index", tenant.name), lambda: self._read_index(tenant))
 
     async def _read_index(self, tenant: Tenant) -> Index:
         known, stamp = self._tenant(tenant), self._clock()

@@ -212,7 +212,7 @@ class Worker:
         self._messages: queue.SimpleQueue[_Message] = queue.SimpleQueue()
         self._tickets: dict[int, Ticket] = {}
         self._denoising, self._decoding = _Speed(), _Speed()
-        self._seconds = dict.fromkeys(("encode", "denoise", "decode", "partial"), 0.0)
+        self._seconds: dict[str, float] = {"encode": 0.0, "denoise": 0.0, "decode": 0.0, "partial": 0.0}
         self._turns = 0
         self._expected_seconds = 0.0
 
@@ -421,7 +421,7 @@ class Worker:
         return seconds
 
     def _pass_on(self, event: Event) -> None:
-        """Tells the listener of an event's picture; forgets the picture if this was the last event."""
+        """Passes an event on to its listener; forgets the picture if this was the last event."""
         ticket = self._tickets[event.id]
         match event:
             case StepDone(step=step, steps=steps, denoised=denoised):

@@ -90,27 +90,64 @@ class Interruption:
 @click.argument("images", metavar="[IMAGES_DIR]...", nargs=-1, type=PATH)
 @click.option("--model", required=True, help="A diffusers directory, a hub id, a .safetensors file, or miniature.")
 @click.option("--config", type=PATH, help="For a .safetensors file: a diffusers directory of the same kind.")
-@click.option("--token", "tokens", multiple=True, help='The new word, for example "<toy>".')
-@click.option("--init", "inits", multiple=True, help="What to start from: words, random, or a concept file.")
-@click.option("--output", "outputs", multiple=True, type=PATH, help="The concept file to write (.safetensors).")
-@click.option("--manifest", type=PATH, help="A CSV of words instead, with columns images, token, init, output.")
-@click.option("--recipe", default="fast", show_default=True, help=f"One of {', '.join(RECIPES)}.")
-@click.option("--steps", type=int, help="Optimiser steps.")
+@click.option("--token", "tokens", multiple=True, help='The new word, for example "<toy>"; once for each IMAGES_DIR.')
+@click.option(
+    "--init",
+    "inits",
+    multiple=True,
+    help="What to start from: a word that describes the pictures, or several, whose mean is used; the keyword random; "
+    "or a .safetensors file of a word. Once for all IMAGES_DIR, or once for each.  [default: object]",
+)
+@click.option(
+    "--output",
+    "outputs",
+    multiple=True,
+    type=PATH,
+    help="The .safetensors file to write, in place of an existing one; once for each IMAGES_DIR.",
+)
+@click.option(
+    "--manifest",
+    type=PATH,
+    help="A CSV of words with the columns images, token, init, output, instead of IMAGES_DIR and these three options.",
+)
+@click.option(
+    "--recipe",
+    default="fast",
+    show_default=True,
+    help=f"The settings to start from: {', '.join(RECIPES)}. The options below change single ones.",
+)
+@click.option("--steps", type=int, help="Optimiser steps.  [default: the recipe's, as for the options up to --set]")
 @click.option("--vectors", type=int, help="Vectors per word.")
 @click.option("--learning-rate", type=float, help="AdamW's learning rate.")
 @click.option("--batch-size", type=int, help="Pictures per step and word.")
 @click.option("--accumulation", type=int, help="Backward passes per step.")
 @click.option("--norm", type=click.Choice([norm.value for norm in Norm]), help="What a step does to a vector's length.")
 @click.option("--min-snr", type=float, help="Gamma of min-SNR weighting.")
-@click.option("--stop-below", type=float, help="Stop a word early at this DVAR ratio (0.15 is usual).")
+@click.option(
+    "--stop-below",
+    type=float,
+    help="Stop a word once the variance of its loss over the last 310 steps, relative to that of all steps, is below "
+    "this (DVAR; 0.15 is usual). Needs more than 310 --steps.",
+)
 @click.option("--flip", is_flag=True, default=None, help="Also learn from mirrored pictures.")
 @click.option("--compute", type=click.Choice([c.value for c in Compute]), help="Number type of the UNet.")
 @click.option("--gradient-checkpointing", is_flag=True, default=None, help="Save memory, take more time.")
-@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Any other setting of the recipe.")
+@click.option(
+    "--set", "settings", multiple=True, metavar="NAME=VALUE", help="Any other setting of the recipe; may be repeated."
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the words' random batches.")
-@click.option("--checkpoints", type=PATH, help="Folder for checkpoints.  [default: beside the output, .run]")
+@click.option(
+    "--checkpoints",
+    type=PATH,
+    help="Folder for the run's state, from which it resumes.  [default: the first output, ending in .run: toy.run]",
+)
 @click.option("--checkpoint-every", type=int, default=25, show_default=True, help="Steps between checkpoints.")
-@click.option("--preview-every", type=int, metavar="K", help="Save samples every K steps to OUTPUT.previews/.")
+@click.option(
+    "--preview-every",
+    type=int,
+    metavar="K",
+    help="Save samples every K steps, in a folder named like the output, ending in .previews: toy.previews.",
+)
 @click.option("--report", type=PATH, help="Write an HTML report with samples.")
 @click.option("--tensorboard", type=PATH, metavar="DIR", help="Write TensorBoard logs.")
 @click.option("--ray", metavar="ADDRESS", help="Learn on a Ray cluster: auto, local or host:port.")
@@ -170,12 +207,13 @@ def command(
 def learn_locally(job: Job, console: Console) -> dict[str, Any]:
     """Learns in this process and writes the concepts. Returns what `--json` prints."""
     make_report = import_report() if job.report else None
-    from oneword.train.checkpoint import forget, held  # imports torch, so only once the options are valid
-    from oneword.train.learn import learn, quiet
+    from oneword.export.source import silence_libraries  # imports torch, so only once the options are valid
+    from oneword.train.checkpoint import forget, held
+    from oneword.train.learn import learn
     from oneword.train.preview import SheetFolders
     from oneword.train.progress import log, show
 
-    quiet()
+    silence_libraries()
     started = time.perf_counter()
     checkpoints = job.checkpoints or Path(job.rows[0]["output"]).with_suffix(".run")
     tasks = job.tasks()

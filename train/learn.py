@@ -13,13 +13,11 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import diffusers
 import numpy as np
-import transformers
 
 from oneword import __version__
 from oneword.engines.errors import OnewordError, UsageError
@@ -42,8 +40,9 @@ MAX_SEED = 2**63 - 2  # the fixed batch of each word uses the next one
 class Progress:
     """A run's progress after `step` of `steps`. `losses` and `stopped` are in the tasks' order.
 
-    `notes` are new warnings, `sheets` are samples drawn after this step. The last progress also has the `concepts`, the
-    `history` of each word's losses, `lengths` (each word's over the vocabulary's) and `timings` (seconds per stage).
+    `notes` are new warnings, `sheets` are samples drawn after this step, `words` are the words as they are after this
+    step, if it is one of `words_after`. The last progress also has the `concepts`, the `history` of each word's losses,
+    `lengths` (each word's over the vocabulary's) and `timings` (seconds per stage).
     """
 
     step: int
@@ -53,6 +52,7 @@ class Progress:
     stopped: Sequence[bool]
     notes: Sequence[str] = ()
     sheets: Sequence[Sheet] = ()
+    words: Sequence[Concept] = ()
     concepts: Sequence[Concept] = ()
     history: Sequence[Sequence[float]] = ()
     lengths: Sequence[float] = ()
@@ -69,13 +69,15 @@ def learn(
     checkpoints: Path | None = None,
     checkpoint_every: int = 25,
     preview_every: int | None = None,
+    words_after: Collection[int] = (),
 ) -> Generator[Progress]:
     """Learns every task's word in shared batches. Yields after each step; the last progress has the concepts.
 
     `model` and `config` are as in `load_source`. A `Source` passed as the model is modified: its UNet is cast in place.
     With `checkpoints`, a folder, the run's state is saved there every `checkpoint_every` steps and when the iterator
     is closed, and a run found there is resumed. With `preview_every`, each word is sampled at that interval and at the
-    end.
+    end. The progress of the steps `words_after` has the words as they are then; a run that starts or resumes at one of
+    these steps yields its progress first, with step 0 as the start.
 
     Raises `UsageError` for tasks that cannot be learned, `FileError` for pictures that cannot be read, and whatever
     `load_source` raises.
@@ -87,7 +89,7 @@ def learn(
     source = model if isinstance(model, Source) else load_source(model, config=config)
     check_tokens(source, tasks)
     clock.lap("load")
-    yield from Run(source, tasks, recipe, seed, clock, checkpoints, checkpoint_every, preview_every)
+    yield from Run(source, tasks, recipe, seed, clock, checkpoints, checkpoint_every, preview_every, words_after)
 
 
 class Run:
@@ -103,9 +105,11 @@ class Run:
         checkpoints: Path | None,
         checkpoint_every: int,
         preview_every: int | None,
+        words_after: Collection[int],
     ) -> None:
         self.source, self.tasks, self.recipe, self.seed, self.clock = source, tasks, recipe, seed, clock
         self.checkpoints, self.checkpoint_every, self.preview_every = checkpoints, checkpoint_every, preview_every
+        self.words_after = words_after
         size, step = picture_size(source), side_step(source) if recipe.buckets else None
         self.pictures = [read_pictures(task.images, size, step=step) for task in tasks]
         words = [
@@ -124,6 +128,8 @@ class Run:
     def __iter__(self) -> Generator[Progress]:
         self.resume()
         try:
+            if self.learner.steps_done in self.words_after and not self.learner.finished():
+                yield self.progress()
             while not self.learner.finished():
                 self.step()
                 if not self.learner.finished():
@@ -162,7 +168,14 @@ class Run:
         sheets = self.sheets() if due else []
         notes, self.notes = self.notes, []
         stopped = [word.stopped for word in self.learner.words]
-        return Progress(self.learner.steps_done, self.recipe.steps, self.losses, self.rate, stopped, notes, sheets)
+        step, words = self.learner.steps_done, self.words()
+        return Progress(step, self.recipe.steps, self.losses, self.rate, stopped, notes, sheets, words)
+
+    def words(self) -> list[Concept]:
+        """The words as they are now, if this step is one of `words_after`."""
+        if self.learner.steps_done not in self.words_after:
+            return []
+        return [self.learner.concept(index, {}) for index in range(len(self.tasks))]
 
     def result(self) -> Progress:
         """The last progress, with the concepts."""
@@ -184,6 +197,7 @@ class Run:
             [word.stopped for word in words],
             self.notes,
             sheets,
+            self.words(),
             concepts,
             history=[word.losses for word in words],
             lengths=lengths,
@@ -258,10 +272,3 @@ def provenance(source: Source, task: Task, recipe: Recipe, seed: int, steps: int
         "steps": str(steps),
         "version": __version__,
     }
-
-
-def quiet() -> None:
-    """Turns off the progress bars and warnings of diffusers and transformers, for commands."""
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()

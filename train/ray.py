@@ -16,10 +16,11 @@ import numpy as np
 import torch
 
 from oneword.engines.errors import EngineError, MissingPackage, OnewordError
+from oneword.export.source import silence_libraries
 from oneword.runtime.concept import Concept
 from oneword.train.compute import compute_dtype
 from oneword.train.initial import concept_file
-from oneword.train.learn import learn, quiet
+from oneword.train.learn import learn
 from oneword.train.recipe import Compute, Recipe
 from oneword.train.tasks import Task, check_tasks
 
@@ -107,7 +108,7 @@ def learn_group(
 ) -> tuple[list[Parts], list[str]]:
     """Learns one group, on a worker. Returns the fields of its concepts and the notes of its run."""
     torch.set_num_threads(threads)
-    quiet()
+    silence_libraries()
     notes: list[str] = []
     for progress in learn(model, tasks, recipe, seed, config=config):
         notes += progress.notes

@@ -201,6 +201,7 @@ _FAST = Recipe(  # a high rate that falls to zero, large batches, few steps
 
 RECIPES: Mapping[str, Recipe] = _named(
     _FAST,
+    dataclasses.replace(_FAST, name="quick", steps=50, batch_size=8, learning_rate=0.04),
     dataclasses.replace(_FAST, name="style", subject=Subject.STYLE),
     # From section 5 of the paper: one word, and the variants it is compared with.
     Recipe("one-word"),
@@ -216,6 +217,7 @@ RECIPES: Mapping[str, Recipe] = _named(
 """The recipes by name.
 
 fast               our own, the default
+quick              `fast` with an eighth of its pictures, at twice the rate: for a first look while one waits
 style              `fast` with the style templates of the paper's released code
 one-word           the paper's method: 5,000 steps of batch 4 at 0.04
 two-vectors        "extended latent spaces": a word of two vectors

@@ -112,12 +112,14 @@ PAGE = """<!doctype html>
 {% for note in notes %}<p class="note">{{ note }}</p>
 {% endfor %}
 <h2>Curves</h2>
+<p>A step's loss depends mostly on the noise levels that it draws, so the curve falls little even if the word is learned
+well: look at the samples.</p>
 {{ loss_curves | safe }}
 {{ rate_curve | safe }}
 {% for word in words %}
 <h2>{{ word.token }}</h2>
 <p>{{ word.vectors }} vector{{ "s" if word.vectors > 1 }}, from <code>{{ word.init }}</code>,
-{{ "%.1f" | format(word.length) }} times as long as the vocabulary's
+{{ "%.1f" | format(word.length) }} times as long as the median vector of the vocabulary
 {%- if word.likeness is not none %}; likeness {{ "%.3f" | format(word.likeness) }}{% endif %}.
 In <code>{{ word.output }}</code>.</p>
 <pre>{{ run_line(word, model, config) }}</pre>

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import (
+    feedback,
     full_size,
     gallery,
     latency,
@@ -35,7 +36,7 @@ below
 <!-- generated: b -->
 <!-- end: b -->
 """
-MODULES = (full_size, gallery, latency, miniature, paper, precision, traffic, training, words, words_resident)
+MODULES = (feedback, full_size, gallery, latency, miniature, paper, precision, traffic, training, words, words_resident)
 
 
 def test_only_the_text_between_the_markers_is_replaced(tmp_path: Path) -> None:

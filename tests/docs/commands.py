@@ -19,9 +19,11 @@ HEAD = """# Commands
 
 <!-- Written by `python tests/docs/commands.py` from the commands' --help: edit the help texts. -->
 
-Every command has `-h`, `--version` and `--json`, which prints one JSON document on standard output; progress goes to
-standard error. Errors are one line that says how to fix them. The exit status is 0 for success, 2 for wrong usage, 1
-for any other error and 130 after Ctrl-C. Output files appear whole or not at all.
+Every command has `-h` and `--version`. With `--json`, which for `ti-concept` is an option of its subcommands, a command
+prints one JSON document on standard output; progress goes to standard error. Errors are one line that says how to fix
+them. The exit status is 0 for success, 2 for wrong usage, 1 for any other error and 130 after Ctrl-C. Output files
+appear whole or not at all. [Training](training.md#recipes) explains the recipes, and
+[Samplers](../reference/samplers.md) the samplers.
 
 For completion in bash: `eval "$(_TI_RUN_COMPLETE=bash_source ti-run)"`; in zsh and fish, `zsh_source` and
 `fish_source`; the same for the other commands.
@@ -37,7 +39,7 @@ def page() -> str:
     """The page's text."""
     scripts = importlib.metadata.distribution("oneword").entry_points.select(group="console_scripts")
     commands = {script.name: importlib.import_module(script.module).command for script in scripts}
-    names = ["ti-train", "ti-export", "ti-run", "ti-concept", "ti-eval"]
+    names = ["ti-train", "ti-export", "ti-run", "ti-concept", "ti-refine", "ti-eval"]
     sections = [_section(name, commands[name]) for name in [*names, *sorted(commands.keys() - {*names})]]
     return "\n".join([HEAD, *sections])
 

@@ -11,6 +11,7 @@ import pytest
 from oneword.engines import builder
 from oneword.engines.builder import Flavour
 from oneword.export import cli, write
+from oneword.export.parity import Difference
 from oneword.runtime.profiles import PlanLimits
 
 
@@ -102,3 +103,19 @@ def test_options_that_cannot_be_satisfied_are_wrong_usage(
     assert message in error
     assert error.count("\n") == 1
     assert built == []
+
+
+def test_the_parity_report_has_a_heading_and_one_line_for_each_output_but_finite() -> None:
+    exported = SimpleNamespace(
+        differences=(
+            Difference("vae_decoder", "images", 0.012, "levels", 0.05),
+            Difference("vae_decoder", "finite", 0.0, "relative", 0.0),
+        ),
+        unchecked=("denoise_step: no engine",),
+    )
+
+    assert cli.parity_lines(exported) == [
+        "largest difference from PyTorch, by output:",
+        "  vae_decoder.images: 1.2e-02 levels (allowed 0.05)",
+        "not checked: denoise_step: no engine",
+    ]

@@ -17,7 +17,7 @@ import oneword
 from oneword.engines.errors import EngineError, MissingPackage, UsageError
 from oneword.runtime.commands import HELP, ProgressBar, json_option, print_json, run_command, size, version_option
 
-COMMANDS = ("ti-run", "ti-export", "ti-concept", "ti-train", "ti-eval")
+COMMANDS = ("ti-run", "ti-export", "ti-concept", "ti-refine", "ti-train", "ti-eval")
 
 
 def script(name: str) -> Callable[[], None]:
@@ -69,7 +69,7 @@ def test_every_command_has_help_and_a_version(
 
 
 @pytest.mark.parametrize(
-    "line", [["ti-run"], ["ti-export"], *(["ti-concept", c] for c in ("show", "check", "convert"))]
+    "line", [["ti-run"], ["ti-export"], ["ti-refine"], *(["ti-concept", c] for c in ("show", "check", "convert"))]
 )
 def test_every_command_has_a_json_option(
     line: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

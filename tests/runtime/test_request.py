@@ -37,6 +37,8 @@ IMAGE = np.zeros((16, 24, 3), np.uint8)
         ({"size": (64, 64.0)}, r"size is 64\.0, allowed is a whole number"),
         ({"sampler": "nonsense"}, "sampler is 'nonsense', allowed are ddim, ddpm, euler, euler-a, dpmpp-2m, "),
         ({"sampler": 5}, "sampler is 5, allowed are ddim, "),
+        ({"previews": -1}, "previews is -1, allowed is 0 to 1000"),
+        ({"previews": frozenset({2, 1.5})}, "previews is 1.5, allowed is a whole number"),
         ({"prompt": None}, "the prompt is None, allowed is text"),
         ({"negative_prompt": 5}, "the negative prompt is 5, allowed is text"),
         ({"prompt": "a" * 20_001}, "the prompt has 20001 characters, allowed are 20000"),

@@ -296,6 +296,12 @@ def test_a_preview_ends_a_turn_of_many_steps(model: Model) -> None:
     assert steps == [[1, 2, 3, 4], [5, 6, 7, 8], [9, 10]]
 
 
+def test_previews_come_at_chosen_steps_but_never_at_the_last(model: Model) -> None:
+    events = generate(model, [Request("a cat", steps=6, previews=frozenset({1, 2, 5, 6, 40}))])
+
+    assert [e.step for e in events if isinstance(e, StepDone) and e.denoised is not None] == [1, 2, 5]
+
+
 def test_a_row_keeps_its_slot_and_its_context_while_other_rows_join_and_leave(model: Model) -> None:
     scheduler = Scheduler(model, max_rows=4)
     ids = [scheduler.add(Request(f"a {WORDS[i]}", seed=i, steps=6 + i)) for i in range(3)]

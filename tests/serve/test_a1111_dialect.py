@@ -448,10 +448,10 @@ def test_pictures_are_sent_in_the_format_that_was_asked_for_or_not_at_all(manife
 def test_an_interrupted_request_answers_the_pictures_that_were_ready(manifest: Manifest) -> None:
     plan = txt2img(manifest, seed=5, n_iter=3)
 
-    some = info(TextToImage(), plan, [done(plan, 0)], manifest, "v")
+    first = info(TextToImage(), plan, [done(plan, 0)], manifest, "v")
     none = info(TextToImage(), plan, [], manifest, "v")
 
-    assert (some["all_seeds"], len(some["infotexts"])) == ([5], 1)
+    assert (first["all_seeds"], len(first["infotexts"])) == ([5], 1)
     assert (none["seed"], none["all_seeds"], none["infotexts"]) == (5, [5, 6, 7], [])
 
 
@@ -494,9 +494,9 @@ def test_progress_adds_up_a_callers_requests(manifest: Manifest) -> None:
 
 def test_progress_is_zero_at_rest_and_only_then(manifest: Manifest) -> None:
     begun = progress_of([Job(img2img(manifest), 0, (0, 20), 0.0, 9.0)])
-    rest = progress_of([])
+    idle = progress_of([])
 
-    assert (rest.progress, rest.eta_relative, rest.state.job_count) == (0, 0, 0)
+    assert (idle.progress, idle.eta_relative, idle.state.job_count) == (0, 0, 0)
     assert 0 < begun.progress < 0.1
     assert (begun.state.job, begun.state.job_count) == ("img2img", 1)
 

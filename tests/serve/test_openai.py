@@ -9,9 +9,10 @@ import httpx
 import numpy as np
 import PIL.Image
 import pytest
-from conftest import Running, Start, run_client, word_bytes
 
 from oneword.runtime import Model, draw
+from tests.serve.conftest import Start
+from tests.serve.running import Running, run_client, word_bytes
 
 
 def picture_of(item: dict[str, Any]) -> np.ndarray[Any, Any]:
@@ -103,7 +104,7 @@ def test_the_stream_of_two_pictures_has_a_completed_event_for_each(http: httpx.C
     completed = [data for name, data in events if name == "image_generation.completed"]
     previews = [data for name, data in events if name == "image_generation.preview"]
     assert sorted(data["seed"] for data in completed) == [5, 6]
-    assert sorted((data["index"], data["step"]) for data in previews) == [(0, 2), (0, 4), (1, 2), (1, 4)]
+    assert sorted((data["index"], data["step"]) for data in previews) == [(0, 2), (1, 2)]
     assert all(base64.b64decode(data["b64_json"])[:3] == b"\xff\xd8\xff" for data in previews)
 
 
@@ -124,7 +125,7 @@ def test_the_stream_of_two_pictures_has_a_completed_event_for_each(http: httpx.C
         ({"prompt": "a cat", "partial_images": 2}, 400, "partial_images"),
         ({"prompt": "a cat", "stream": True, "response_format": "url"}, 400, "response_format"),
         ({"prompt": "a cat", "model": "sdxl"}, 404, "model"),
-        ({"prompt": "(a cat:1e9)"}, 400, None),
+        ({"prompt": "(a cat:1000)"}, 400, None),
         ({"prompt": "a cat", "eta": 0.5, "sampler": "euler"}, 400, None),
         ({"prompt": "a cat", "guidance_interval": [3, 1]}, 400, None),
     ],

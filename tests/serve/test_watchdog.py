@@ -42,8 +42,15 @@ from oneword.runtime.scheduler import Scheduler
 from oneword.serve.worker import Step, Worker
 worker = Worker(lambda: Model.open(sys.argv[1], "onnxruntime", threads=1), max_rows=2)
 worker.start()
-beat(lambda: worker.pulse(hang_seconds=0.5))
-worker.wait_ready()
+pulses = [Pulse.STARTING]
+works = threading.Event()
+def pulse():
+    if pulses[-1] is Pulse.WORKING:  # it has been written
+        works.set()
+    pulses.append(worker.pulse(hang_seconds=0.5))
+    return pulses[-1]
+beat(pulse)
+works.wait()
 running = threading.Event()
 def listen(event):
     if isinstance(event, Step):

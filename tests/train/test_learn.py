@@ -27,6 +27,31 @@ def test_learning_uses_pictures_of_many_shapes_crops_and_mirror_images(tiny_mode
     assert np.abs(concept.vectors["text_encoder"] - start.numpy()).max() > 1e-4
 
 
+def test_words_are_shown_at_chosen_steps_also_when_a_run_resumes_there(
+    folder: Path, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    task, recipe = Task(folder, "<toy>", "star"), named_recipe("fast").with_changes(steps=4, batch_size=2)
+    options = {"checkpoints": tmp_path / "run", "checkpoint_every": 1, "words_after": (0, 2, 4)}
+
+    whole = list(learn(tiny_model_dir, [task], recipe, words_after=(0, 2, 4)))
+    run = learn(tiny_model_dir, [task], recipe, **options)
+    for progress in run:
+        if progress.step == 2:
+            break
+    run.close()
+    resumed = list(learn(tiny_model_dir, [task], recipe, **options))
+
+    shown = {progress.step: progress.words[0].vectors["text_encoder"] for progress in whole if progress.words}
+    assert list(shown) == [0, 2, 4]
+    np.testing.assert_array_equal(
+        shown[0], initial_rows(load_source(tiny_model_dir), "star", 1, 0)["text_encoder"].numpy()
+    )
+    np.testing.assert_array_equal(shown[4], whole[-1].concepts[0].vectors["text_encoder"])
+    assert [progress.step for progress in resumed] == [2, 3, 4]
+    for progress in (resumed[0], resumed[-1]):
+        np.testing.assert_array_equal(progress.words[0].vectors["text_encoder"], shown[progress.step])
+
+
 def test_warnings_are_reported_at_the_first_step(folder: Path, tiny_model_dir: Path) -> None:
     for name in ("2", "3", "4"):
         (folder / f"{name}.png").unlink()

@@ -24,7 +24,14 @@ from oneword.train.recipe import Subject
 @version_option
 @click.argument("bundle", type=PATH)
 @click.option("--concept", "concepts", multiple=True, required=True, type=PATH, help="A learned word; may be repeated.")
-@click.option("--images", "folders", multiple=True, required=True, type=PATH, help="Training pictures, once per word.")
+@click.option(
+    "--images",
+    "folders",
+    multiple=True,
+    required=True,
+    type=PATH,
+    help="Folder of the training pictures, once for each --concept.",
+)
 @click.option("--judge", default="miniature", show_default=True, help="Directory of a CLIP model.")
 @click.option("--prompts", type=click.Choice(list(PROMPTS)), help="Set of prompts.  [default: the judge's]")
 @click.option(
@@ -88,13 +95,13 @@ def score(
     """Returns every word's scores and the paper's two bounds as JSON values; writes sample sheets to `output`."""
     import numpy as np
 
-    from oneword.train.evaluation.evaluate import bounds, evaluate  # imports torch, so not for --help
+    from oneword.export.source import silence_libraries  # imports torch, so not for --help
+    from oneword.train.evaluation.evaluate import bounds, evaluate
     from oneword.train.evaluation.judge import Judge
     from oneword.train.evaluation.report import as_json, sheet
-    from oneword.train.learn import quiet
     from oneword.train.pictures import read_pictures
 
-    quiet()
+    silence_libraries()
     subject = Subject(settings["subject"])
     groups = PROMPTS[prompts][subject]
     options: dict[str, Any] = {

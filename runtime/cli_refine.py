@@ -1,0 +1,274 @@
+"""`ti-refine`: makes a word better by likes and dislikes. A thin skin over `oneword.runtime.refine`."""
+
+import re
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from oneword.engines.errors import UsageError
+from oneword.engines.open import Backend
+from oneword.runtime.aspects import DEFAULT_ASPECTS, Aspect, read_aspects
+from oneword.runtime.backends import AUTO
+from oneword.runtime.commands import HELP, PATH, ProgressBar, json_option, print_json, run_command, version_option
+from oneword.runtime.concept import Concept, load_concept, save_concept, token_from_stem
+from oneword.runtime.drawing import draw
+from oneword.runtime.grid import labelled_grid
+from oneword.runtime.images import save_png
+from oneword.runtime.lexicon import Lexicon
+from oneword.runtime.model import Model
+from oneword.runtime.refine import CANDIDATES, Refinement, finish, judge, propose, refine_concept, undo
+from oneword.runtime.request import Request
+
+ROUNDS = 8
+PROMPT = "a photo of a {}"
+QUESTION = "Which do you like? For example 2 5 -3 (likes 2 and 5, dislikes 3), 0 none, u undo, q quit"
+_ANSWER = "allowed are numbers such as 2 5 -3, 0 for none, or all of them from best to worst, such as 2>5>1>3>4>6"
+
+
+@click.command(name="ti-refine", context_settings=HELP)
+@version_option
+@click.argument("bundle", type=PATH)
+@click.option(
+    "--start",
+    required=True,
+    metavar="WORD|FILE",
+    help="An ordinary word, or the file of a learned word; a refined word's file continues its rounds.",
+)
+@click.option("--token", help="Name of the refined word.", show_default="<WORD>, or the FILE's")
+@click.option("--aspects", type=PATH, help="File of aspects, one a line: NAME: WORD, WORD.", show_default="built in")
+@click.option(
+    "--concept",
+    "concepts",
+    type=PATH,
+    multiple=True,
+    help="File of a learned word that --aspects or --start names; may be repeated.",
+)
+@click.option("--rounds", type=click.IntRange(0), default=ROUNDS, show_default=True, help="Rounds in all.")
+@click.option("--candidates", type=int, show_default=str(CANDIDATES), help="Pictures per round.")
+@click.option("--seed", type=int, show_default="0", help="Of the candidates and, counted up by round, of the pictures.")
+@click.option(
+    "--likes",
+    "answers",
+    metavar="ANSWER",
+    multiple=True,
+    help="The answer to the next round, such as '2 5 -3' or 2>5>1>3>4>6; may be repeated.",
+)
+@click.option("--undo", "undone", type=click.IntRange(0), default=0, help="Drop this many of the last rounds first.")
+@click.option("--prompt", default=PROMPT, show_default=True, help="What to draw; {} is the word.")
+@click.option("--steps", type=int, show_default="the bundle's", help="Denoising steps.")
+@click.option("--guidance-scale", type=float, show_default="the bundle's", help="Weight of the prompt.")
+@click.option(
+    "--engine",
+    type=click.Choice([AUTO, *(backend.value for backend in Backend)]),
+    default=AUTO,
+    show_default=True,
+    help="Backend that runs the graphs.",
+)
+@click.option(
+    "--output", type=PATH, metavar="FILE", show_default="the FILE that is continued, else NAME-refined.safetensors"
+)
+@json_option
+def command(
+    bundle: Path,
+    start: str,
+    token: str | None,
+    aspects: Path | None,
+    concepts: Sequence[Path],
+    rounds: int,
+    candidates: int | None,
+    seed: int | None,
+    answers: Sequence[str],
+    undone: int,
+    prompt: str,
+    engine: str,
+    output: Path | None,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Refine a word by likes and dislikes, with the model in BUNDLE and without PyTorch.
+
+    Each round draws candidates of the word, with one prompt and seed, on one sheet beside the output. On a terminal it
+    asks which you like. Elsewhere, answers come from --likes; then the next round's sheet is drawn and the command
+    ends. The word is saved after each round, with its rounds, so that the same command can continue later.
+    """
+    if "{}" not in prompt:
+        raise UsageError(f"--prompt is {prompt[:80]!r}, it needs a {{}} where the word should be")
+    learned = [load_concept(path) for path in concepts]
+    lexicon = Lexicon.read(bundle, learned)
+    fresh = {"token": token, "aspects": aspects, "candidates": candidates, "seed": seed}
+    state, continued = _state(start, lexicon, learned, fresh)
+    if output is None:
+        output = Path(start if continued else f"{state.token.strip('<>')}-refined.safetensors")
+    if output.suffix != ".safetensors":
+        raise UsageError(f"--output {output}, allowed is a file name that ends in .safetensors")
+    if output.exists() and not (continued and output.samefile(start)):
+        raise UsageError(f"{output} exists: continue it with --start {output}, or choose another --output")
+    for _ in range(undone):
+        state = undo(state)
+    for answer in answers:
+        state = judged(state, answer)
+    session = _Session(Model.open(bundle, engine), lexicon, prompt, output, settings)
+    save_concept(finish(state, lexicon), output)
+    while len(state.rounds) < rounds and state.room:
+        session.show(state)
+        if not on_terminal():
+            break
+        after = _asked(state)
+        if after is None:
+            break
+        state = after
+        save_concept(finish(state, lexicon), output)
+
+    word = finish(state, lexicon)
+    if as_json:
+        print_json(_report(state, word, output, session))
+    else:
+        click.echo(f"{state.token} after {len(state.rounds)} rounds: {word.provenance['aspects'] or 'as it began'}")
+        for file in (session.sheet, output):
+            if file is not None:
+                click.echo(file)
+
+
+class _Session:
+    """Draws the rounds, each on a sheet."""
+
+    def __init__(self, model: Model, lexicon: Lexicon, prompt: str, output: Path, settings: dict[str, Any]) -> None:
+        Request(prompt, **settings)  # raises if a setting is wrong
+        self.model, self.lexicon, self.prompt, self.settings = model, lexicon, prompt, settings
+        self.folder = output.with_suffix(".rounds")
+        self.sheet: Path | None = None
+        """The last sheet."""
+        self.labels: list[str] = []
+        """The last sheet's candidates."""
+        self.seconds: list[float] = []
+        """The time that each sheet took."""
+
+    def show(self, state: Refinement) -> None:
+        """Draws the next round's candidates on a sheet."""
+        start = time.perf_counter()
+        concepts, number = propose(state, self.lexicon), len(state.rounds) + 1
+        prompt = self.prompt.replace("{}", state.token)
+        requests = [
+            Request(prompt, seed=state.seed + number - 1, words={state.token: concept}, **self.settings)
+            for concept in concepts
+        ]
+        with ProgressBar(f"round {number}: {len(requests)} pictures") as progress:
+            pictures = draw(self.model, *requests)
+            self.labels = [concept.provenance["aspects"] or "as it began" for concept in concepts]
+            headings = [f"{i}: {label}" for i, label in enumerate(self.labels, 1)]
+            self.sheet = self.folder / f"round-{number}.png"
+            images = [picture.image for picture in pictures]
+            save_png(labelled_grid([images], [""], [headings]), self.sheet, pictures[0].parameters)
+            self.seconds.append(time.perf_counter() - start)
+            progress.note(f"round {number}: {self.sheet}")
+
+
+def on_terminal() -> bool:
+    """Whether there is somebody to ask."""
+    return sys.stdin.isatty() and sys.stderr.isatty()
+
+
+def judged(state: Refinement, answer: str) -> Refinement:
+    """The state after an answer such as `2 5 -3`, `0` or `2>5>1>3>4>6`, which count from 1. Raises UsageError."""
+    numbers = re.split(r"\s*>\s*|[\s,]+", answer.strip())
+    if not all(re.fullmatch(r"-?\d{1,3}", number, re.ASCII) for number in numbers):
+        raise UsageError(f"the answer is {answer[:60]!r}, {_ANSWER}")
+    values = [int(number) for number in numbers]
+    if unknown := [value for value in values if abs(value) > state.candidates]:
+        raise UsageError(f"the answer {answer[:60]!r} names picture {abs(unknown[0])} of {state.candidates}: {_ANSWER}")
+    if ">" in answer:
+        if sorted(values) != list(range(1, state.candidates + 1)):
+            raise UsageError(
+                f"the answer {answer[:60]!r} does not rank each of 1 to {state.candidates} once: {_ANSWER}"
+            )
+        return judge(state, ranking=[value - 1 for value in values])
+    if 0 in values and len(values) > 1:
+        raise UsageError(f"the answer {answer[:60]!r} has 0 beside other numbers: {_ANSWER}")
+    if overlap := {value for value in values if value and -value in values}:
+        raise UsageError(f"the answer {answer[:60]!r} both likes and dislikes picture {max(overlap)}: {_ANSWER}")
+    return judge(state, likes=[v - 1 for v in values if v > 0], dislikes=[-v - 1 for v in values if v < 0])
+
+
+def _asked(state: Refinement) -> Refinement | None:
+    """The state after the user's answer, or after the rounds undone; None to quit."""
+    while True:
+        answer = click.prompt(QUESTION, err=True, prompt_suffix=": ").strip()
+        try:
+            match answer.lower():
+                case "q":
+                    return None
+                case "u":
+                    return undo(state)
+                case _:
+                    return judged(state, answer)
+        except UsageError as error:
+            click.echo(str(error), err=True)
+
+
+def _state(start: str, lexicon: Lexicon, learned: Sequence[Concept], fresh: dict[str, Any]) -> tuple[Refinement, bool]:
+    """The state to begin with, and whether it continues the rounds of a file."""
+    concept = next((word for word in learned if word.token == start), None)
+    if start.endswith(".safetensors"):
+        concept = load_concept(start)
+        if state := Refinement.of(concept):
+            _refuse(fresh)
+            propose(state, lexicon)  # raises if its words or its model are others
+            return state, True
+    settings = {name: fresh[name] for name in ("candidates", "seed") if fresh[name] is not None}
+    aspects = _aspects(fresh["aspects"], lexicon)
+    if concept is not None:
+        state = refine_concept(concept, lexicon, aspects, **settings)
+        return (state if fresh["token"] is None else replace(state, token=fresh["token"])), False
+    lexicon.direction(start)  # raises if the model does not have the word
+    token = fresh["token"] or f"<{token_from_stem(start).strip('<>')}>"
+    return Refinement(token, start, aspects, lexicon.digest, **settings), False
+
+
+def _refuse(fresh: dict[str, Any]) -> None:
+    """Raises UsageError for settings that only a new refinement has."""
+    for name, value in fresh.items():
+        if value is not None:
+            raise UsageError(f"--{name} cannot change in a refinement that has begun: leave it out, or start again")
+
+
+def _aspects(path: Path | None, lexicon: Lexicon) -> tuple[Aspect, ...]:
+    """The aspects in a file; by default the built-in ones, with only those words that have one or two tokens."""
+    if path is not None:
+        aspects = read_aspects(path)
+        for aspect in aspects:
+            for word in aspect.words:
+                lexicon.direction(word)  # raises if the model does not have the word
+        return aspects
+    known = [(aspect.name, tuple(w for w in aspect.words if lexicon.tokens(w) <= 2)) for aspect in DEFAULT_ASPECTS]
+    aspects = tuple(Aspect(name, words) for name, words in known if len(words) > 1)
+    if not aspects:
+        raise UsageError("the model's vocabulary has none of the built-in aspects: name your own with --aspects FILE")
+    return aspects
+
+
+def _report(state: Refinement, word: Concept, output: Path, session: _Session) -> dict[str, Any]:
+    return {
+        "file": str(output),
+        "token": state.token,
+        "rounds": len(state.rounds),
+        "aspects": state.words,
+        "identity": word.identity,
+        "sheet": None if session.sheet is None else str(session.sheet),
+        "candidates": session.labels,
+        "engine": session.model.engine("denoise_step").backend if session.sheet is not None else None,
+        "seconds": session.seconds,
+    }
+
+
+def main() -> None:
+    """The console script."""
+    run_command(command, "ti-refine")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,375 @@
+"""Jobs as files in the store, which every server reads and a job's owner writes.
+
+    jobs/<tenant>/<id>/request.json           what was asked for; never changes
+                       pictures/picture-1.png ... and whatever pictures a server adds
+                       terms/00000001.json    who works on it and how far it is; the newest term counts
+                       snapshots/5.safetensors
+                       checkpoint/step-.../   the run's newest checkpoint, copied from time to time
+                       word.safetensors
+    jobs/_open/<id>                           a job that has not ended: its tenant and first owner
+    jobs/_cancel/<id>                         a job whose tenant wants it to stop
+    jobs/_servers/<id>                        a sign of life that its server renews
+
+A term is one server's ownership of a job. It is created exclusively, so that one server wins, and only its owner writes
+it: one that is late writes to its own old term, which nobody reads. No clocks are compared. Synchronous; not covered:
+who takes over what and when (`oneword.serve.jobs`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TypeAlias, TypeVar
+
+import msgspec
+
+from oneword.engines.errors import OnewordError
+from oneword.runtime.concept import Concept, concept_of, read_safetensors
+from oneword.serve.errors import NotFound, Unavailable
+from oneword.serve.shared_folder import SharedFolder, quoted
+
+S = TypeVar("S", bound=msgspec.Struct)
+CHECKPOINT_FILES = ("state.safetensors", "state.json", "COMPLETE")
+
+
+class Status(StrEnum):
+    """Where a job is in its life."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more will happen."""
+        return self not in (Status.QUEUED, Status.RUNNING)
+
+
+class Progress(msgspec.Struct, frozen=True, tag="progress"):
+    """The run is after `step`. `seconds_left` is None until two steps have been timed."""
+
+    number: int
+    step: int
+    steps: int
+    loss: float | None
+    seconds_left: float | None
+
+
+class SnapshotSaved(msgspec.Struct, frozen=True, tag="snapshot"):
+    """The word's vectors after `step` are in the store."""
+
+    number: int
+    step: int
+
+
+class Note(msgspec.Struct, frozen=True, tag="note"):
+    """A warning for the user."""
+
+    number: int
+    text: str
+
+
+class WordSaved(msgspec.Struct, frozen=True, tag="done"):
+    """The word is in the store. The last event."""
+
+    number: int
+    identity: str
+
+
+class Failed(msgspec.Struct, frozen=True, tag="error"):
+    """The word could not be learned. The last event."""
+
+    number: int
+    error: str
+
+
+class Cancelled(msgspec.Struct, frozen=True, tag="cancelled"):
+    """The job was cancelled. The last event."""
+
+    number: int
+
+
+StoredEvent: TypeAlias = Progress | SnapshotSaved | Note | WordSaved | Failed | Cancelled
+
+
+class JobRequest(msgspec.Struct, frozen=True):
+    """What a tenant asked for. `pictures` are the names of the job's own pictures, `digest` is the model's."""
+
+    tenant: str
+    token: str
+    init: str
+    recipe: str
+    steps: int
+    seed: int
+    pictures: tuple[str, ...]
+    digest: str
+    created: float
+
+
+class State(msgspec.Struct, frozen=True):
+    """How far a job is in its owner's term. `events` are all that a new reader needs; of progress, only the last."""
+
+    owner: str
+    steps: int
+    status: Status = Status.QUEUED
+    step: int = 0
+    loss: float | None = None
+    seconds_left: float | None = None
+    identity: str | None = None
+    error: str | None = None
+    machine: Mapping[str, str] = {}
+    number: int = 0
+    """The last event's."""
+    events: tuple[StoredEvent, ...] = ()
+
+    def snapshots(self) -> tuple[int, ...]:
+        """The steps whose snapshots are in the store."""
+        return tuple(event.step for event in self.events if isinstance(event, SnapshotSaved))
+
+    def after_progress(self, step: int, steps: int, loss: float | None, seconds_left: float | None) -> State:
+        """This state after a step."""
+        event = Progress(self.number + 1, step, steps, loss, seconds_left)
+        events = tuple(event for event in self.events if not isinstance(event, Progress))
+        changed = msgspec.structs.replace(
+            self, status=Status.RUNNING, step=step, steps=steps, loss=loss, seconds_left=seconds_left
+        )
+        return msgspec.structs.replace(changed, number=event.number, events=(*events, event))
+
+    def after_snapshot(self, step: int) -> State:
+        """This state with one more snapshot; unchanged if it has it already, as after a restart."""
+        return self if step in self.snapshots() else self._with(SnapshotSaved(self.number + 1, step))
+
+    def after_note(self, text: str) -> State:
+        """This state with one more note, unless it is there already."""
+        if any(isinstance(event, Note) and event.text == text for event in self.events):
+            return self
+        return self._with(Note(self.number + 1, text))
+
+    def succeeded(self, identity: str) -> State:
+        """The last state of a job whose word is in the store."""
+        ended = msgspec.structs.replace(self, status=Status.SUCCEEDED, identity=identity, seconds_left=None)
+        return ended._with(WordSaved(self.number + 1, identity))
+
+    def failed(self, error: str) -> State:
+        """The last state of a job that cannot be done."""
+        ended = msgspec.structs.replace(self, status=Status.FAILED, error=error, seconds_left=None)
+        return ended._with(Failed(self.number + 1, error))
+
+    def cancelled(self) -> State:
+        """The last state of a job that its tenant stopped."""
+        ended = msgspec.structs.replace(self, status=Status.CANCELLED, seconds_left=None)
+        return ended._with(Cancelled(self.number + 1))
+
+    def _with(self, event: StoredEvent) -> State:
+        return msgspec.structs.replace(self, number=event.number, events=(*self.events, event))
+
+
+class OpenJob(msgspec.Struct, frozen=True):
+    """A job that has not ended: whose it is, and the server that accepted it."""
+
+    tenant: str
+    server: str
+
+
+class JobFiles:
+    """The jobs in a store. Every method raises `Unavailable` if the store cannot be reached."""
+
+    def __init__(self, store: SharedFolder) -> None:
+        self._store = store
+
+    def create(self, identifier: str, request: JobRequest, pictures: Sequence[bytes], state: State) -> None:
+        """Writes a new job, owned by `state.owner` in term 1. The open mark comes first: a rest of it can be found."""
+        mark = OpenJob(request.tenant, state.owner)
+        self._store.write(f"jobs/_open/{identifier}", msgspec.json.encode(mark))
+        folder = _folder(request.tenant, identifier)
+        for name, data in zip(request.pictures, pictures, strict=True):
+            self._store.write(f"{folder}/pictures/{name}", data)
+        self._store.write(f"{folder}/request.json", msgspec.json.encode(request))
+        self.take(request.tenant, identifier, 1, state)
+
+    def request(self, tenant: str, identifier: str) -> JobRequest | None:
+        """What was asked for; None if there is no such job."""
+        return _decoded(self._store.read(f"{_folder(tenant, identifier)}/request.json"), JobRequest)
+
+    def newest(self, tenant: str, identifier: str) -> tuple[int, State] | None:
+        """The newest term and its state; None if there is no such job."""
+        folder = f"{_folder(tenant, identifier)}/terms"
+        for name in reversed(self._store.list(folder)):
+            state = _decoded(self._store.read(f"{folder}/{name}"), State)
+            return None if state is None else (int(name.removesuffix(".json")), state)
+        return None
+
+    def take(self, tenant: str, identifier: str, term: int, state: State) -> bool:
+        """Begins a term. Returns whether it did: of several servers, one succeeds."""
+        return self._store.create(_term(tenant, identifier, term), msgspec.json.encode(state))
+
+    def write(self, tenant: str, identifier: str, term: int, state: State) -> None:
+        """Writes the state of an own term; the last state is synced."""
+        data = msgspec.json.encode(state)
+        self._store.write(_term(tenant, identifier, term), data, sync=state.status.ended)
+
+    def close(self, identifier: str) -> None:
+        """Marks a job as ended."""
+        for mark in ("_cancel", "_open"):
+            self._store.delete(f"jobs/{mark}/{identifier}")
+
+    def delete(self, tenant: str, identifier: str) -> None:
+        """Deletes a job and everything in it."""
+        self._store.delete(_folder(tenant, identifier))
+        self.close(identifier)
+
+    def identifiers(self, tenant: str) -> list[str]:
+        """A tenant's jobs, the oldest first."""
+        return self._store.list(f"jobs/{quoted(tenant)}")
+
+    def delete_ended(self, before: str) -> int:
+        """Deletes all tenants' jobs that have ended and whose ids sort before `before`. Returns their number."""
+        unfinished, count = set(self.open_identifiers()), 0
+        for tenant in self._store.list("jobs"):
+            if tenant.startswith("_"):
+                continue
+            for identifier in self._store.list(f"jobs/{tenant}"):
+                if identifier < before and identifier not in unfinished:
+                    self._store.delete(f"jobs/{tenant}/{identifier}")
+                    count += 1
+        return count
+
+    # ---- marks -------------------------------------------------------------------------------------------------------
+
+    def open_identifiers(self) -> list[str]:
+        """All servers' jobs that have not ended, the oldest first."""
+        return self._store.list("jobs/_open")
+
+    def open_job(self, identifier: str) -> OpenJob | None:
+        """The mark of a job that has not ended; None if it has."""
+        return _decoded(self._store.read(f"jobs/_open/{identifier}"), OpenJob)
+
+    def request_cancel(self, identifier: str) -> None:
+        """Asks a job's owner to cancel it."""
+        self._store.write(f"jobs/_cancel/{identifier}", b"{}")
+
+    def cancel_requests(self) -> list[str]:
+        """The jobs that are to be cancelled."""
+        return self._store.list("jobs/_cancel")
+
+    def write_beat(self, server: str, beat: str) -> None:
+        """Renews a server's sign of life: any text that differs from the last one. An empty one says goodbye."""
+        self._store.write(f"jobs/_servers/{server}", json.dumps({"beat": beat}).encode(), sync=False)
+
+    def beats(self) -> dict[str, str]:
+        """The servers' last signs of life."""
+        result: dict[str, str] = {}
+        for server in self._store.list("jobs/_servers"):
+            content = _decoded(self._store.read(f"jobs/_servers/{server}"), _Beat)
+            result[server] = content.beat if content else ""
+        return result
+
+    def forget_server(self, server: str) -> None:
+        """Deletes a dead server's sign of life."""
+        self._store.delete(f"jobs/_servers/{server}")
+
+    # ---- contents ----------------------------------------------------------------------------------------------------
+
+    def picture(self, tenant: str, identifier: str, name: str) -> bytes:
+        """One of a job's pictures. Raises `NotFound`."""
+        data = self._store.read(f"{_folder(tenant, identifier)}/pictures/{name}")
+        if data is None:
+            raise NotFound("the job has no such picture")
+        return data
+
+    def write_picture(self, tenant: str, identifier: str, name: str, data: bytes) -> None:
+        """Adds a picture to a job."""
+        self._store.write(f"{_folder(tenant, identifier)}/pictures/{name}", data, sync=False)
+
+    def snapshot(self, tenant: str, identifier: str, step: int) -> Concept:
+        """The word after `step`. Raises `NotFound`."""
+        return self._concept(f"{_folder(tenant, identifier)}/snapshots/{step}.safetensors")
+
+    def write_snapshot(self, tenant: str, identifier: str, step: int, data: bytes) -> None:
+        """Writes the file of the word after `step`."""
+        self._store.write(f"{_folder(tenant, identifier)}/snapshots/{step}.safetensors", data, sync=False)
+
+    def word(self, tenant: str, identifier: str) -> Concept:
+        """The learned word. Raises `NotFound`."""
+        return self._concept(f"{_folder(tenant, identifier)}/word.safetensors")
+
+    def write_word(self, tenant: str, identifier: str, data: bytes) -> None:
+        """Writes the learned word's file."""
+        self._store.write(f"{_folder(tenant, identifier)}/word.safetensors", data)
+
+    def save_checkpoint(self, tenant: str, identifier: str, run: Path) -> str | None:
+        """Copies a run's newest whole checkpoint to the store, and deletes older copies. Returns its name."""
+        folder = f"{_folder(tenant, identifier)}/checkpoint"
+        for path in sorted(run.glob("step-*"), reverse=True):
+            try:
+                contents = [(path / name).read_bytes() for name in CHECKPOINT_FILES]
+            except OSError:  # being deleted
+                continue
+            older = [name for name in self._store.list(folder) if name != path.name]
+            for name, content in zip(CHECKPOINT_FILES, contents, strict=True):  # the mark last
+                self._store.write(f"{folder}/{path.name}/{name}", content)
+            for name in older:
+                self._store.delete(f"{folder}/{name}")
+            return path.name
+        return None
+
+    def load_checkpoint(self, tenant: str, identifier: str, run: Path) -> str | None:
+        """Copies the newest whole checkpoint from the store to a run that has none. Returns its name."""
+        folder = f"{_folder(tenant, identifier)}/checkpoint"
+        for name in reversed(self._store.list(folder)):
+            contents = [self._store.read(f"{folder}/{name}/{file}") for file in CHECKPOINT_FILES]
+            if not _is_whole(contents):
+                continue
+            (run / name).mkdir(parents=True)
+            for file, content in zip(CHECKPOINT_FILES, contents, strict=True):
+                (run / name / file).write_bytes(content or b"")
+            return name
+        return None
+
+    def _concept(self, name: str) -> Concept:
+        data = self._store.read(name)
+        if data is None:
+            raise NotFound("the job has no such word: it may not be learned yet")
+        try:
+            return concept_of(*read_safetensors(data, "the word"), "the word")
+        except OnewordError as error:
+            raise Unavailable("the word's file in the store is damaged") from error
+
+
+class _Beat(msgspec.Struct, frozen=True):
+    beat: str
+
+
+def _folder(tenant: str, identifier: str) -> str:
+    return f"jobs/{quoted(tenant)}/{identifier}"
+
+
+def _term(tenant: str, identifier: str, term: int) -> str:
+    return f"{_folder(tenant, identifier)}/terms/{term:08d}.json"
+
+
+def _decoded(data: bytes | None, kind: type[S]) -> S | None:
+    """The object in a file; None if there is no file. Raises `Unavailable` for one that was not written by a server."""
+    if data is None:
+        return None
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except msgspec.MsgspecError as error:
+        raise Unavailable("a job's file in the store is damaged") from error
+
+
+def _is_whole(contents: Sequence[bytes | None]) -> bool:
+    """Whether a checkpoint's files are all there and have the hashes in its mark."""
+    *states, mark = contents
+    if mark is None or None in states:
+        return False
+    try:
+        hashes = json.loads(mark)
+    except ValueError:
+        return False
+    return bool(hashes == [hashlib.sha256(state or b"").hexdigest() for state in states])

@@ -1,0 +1,69 @@
+"""The simulated user's looks, and the methods that `benchmarks.feedback` compares, on problems with a known answer."""
+
+import numpy as np
+import pytest
+
+from benchmarks import feedback
+from oneword.runtime.lexicon import Lexicon
+from oneword.runtime.refine import CANDIDATES
+from oneword.train.miniature import world
+
+LEXICON = Lexicon({"text_encoder": np.eye(8, dtype=np.float32) + 0.1}, lambda name, text: [len(text) % 8])
+
+
+def test_looks_for_tuning_are_not_those_that_are_reported() -> None:
+    looks = feedback.development_looks()
+
+    assert [look.shape for look in looks] == list(world.SHAPES)
+    assert not set(looks) & set(world.HELD_OUT_LOOKS)
+
+
+def test_a_third_of_each_aspect_s_words_is_removed() -> None:
+    aspects = feedback.without_a_third(feedback.ASPECTS, 4)
+
+    assert [len(aspect.words) for aspect in aspects] == [8, 8, 2]
+    assert aspects != feedback.without_a_third(feedback.ASPECTS, 5)
+    for aspect, whole in zip(aspects, feedback.ASPECTS, strict=True):
+        assert [word for word in whole.words if word in aspect.words] == list(aspect.words)
+
+
+def test_components_are_as_long_as_the_standard_deviation_along_them() -> None:
+    points = np.random.default_rng(0).normal(0, 1, (4000, 10)) * np.arange(1, 11)
+
+    lengths = np.linalg.norm(feedback.scaled(points), axis=1)
+
+    assert lengths == pytest.approx([10, 9, 8, 7, 6, 5, 4, 3], rel=0.05)
+
+
+def test_cma_es_finds_the_minimum_of_a_badly_scaled_bowl() -> None:
+    method = feedback.CmaEs(LEXICON, 0, np.eye(8))
+    target, scales = np.linspace(-1, 1, 8), np.geomspace(1, 100, 8)
+
+    for _ in range(250):
+        method.propose()
+        method.judge(np.argsort((scales * np.square(method.tried - target)).sum(1)).tolist())
+
+    assert method.mean == pytest.approx(target, abs=1e-3)
+
+
+def test_rocchio_moves_towards_what_ranks_first() -> None:
+    method = feedback.Rocchio(LEXICON, 0, np.eye(8) * 0.3)
+    target = LEXICON.unit(np.array([1, 1, 0, 0, 0, 0, 0, -1.0]))
+    start = method.centre @ target
+
+    for _ in range(20):
+        method.propose()
+        method.judge(np.argsort(-method.tried @ target).tolist())
+
+    assert start < 0.5
+    assert method.centre @ target > 0.9
+
+
+def test_random_search_keeps_the_best() -> None:
+    method = feedback.RandomSearch(LEXICON, 0)
+    concepts = method.propose()
+
+    method.judge([3, 0, 1, 2, 4, 5])
+
+    assert len(concepts) == CANDIDATES
+    assert method.word().identity == concepts[3].identity

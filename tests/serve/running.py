@@ -1,0 +1,50 @@
+"""What the server's tests share: a server that listens, a word's file, and the unmodified clients."""
+
+import json
+import os
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from oneword.runtime.concept import Concept, concept_bytes
+from oneword.serve.state import State
+
+WIDTH = 32  # of a vector of the tiny model
+CLIENTS = os.environ.get("ONEWORD_CLIENTS")
+"""The environment with the unmodified clients: a folder with `bin/python` and `node_modules`."""
+
+
+@dataclass
+class Running:
+    """A server that listens."""
+
+    url: str
+    state: State
+    key: str = ""
+
+    def client(self, **settings: Any) -> httpx.Client:
+        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        return httpx.Client(base_url=self.url, headers=headers, timeout=60, **settings)
+
+
+def word_bytes(token: str = "<toy>", seed: int = 0, rows: int = 1, width: int = WIDTH) -> bytes:
+    """The file of a random word."""
+    vectors = np.random.default_rng(seed).normal(0, 0.1, (rows, width)).astype(np.float32)
+    return concept_bytes(Concept(token, {"text_encoder": vectors}))
+
+
+def run_client(name: str, *arguments: str) -> Any:
+    """Runs an unmodified client of tests/serve/clients in its own environment, and returns the JSON it prints."""
+    if CLIENTS is None:
+        pytest.skip("ONEWORD_CLIENTS is not set: make test-server installs the clients")
+    script = Path(__file__).parent / "clients" / name
+    command = [f"{CLIENTS}/bin/python", str(script)] if script.suffix == ".py" else ["node", str(script)]
+    env = {"PATH": os.environ["PATH"], "ONEWORD_CLIENTS": CLIENTS, "HOME": os.environ.get("HOME", "/")}
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=300, env=env, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)

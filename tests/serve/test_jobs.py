@@ -1,0 +1,582 @@
+import asyncio
+import io
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from oneword.engines.errors import UsageError
+from oneword.export.source import load_source
+from oneword.runtime.concept import Concept
+from oneword.runtime.images import open_picture
+from oneword.serve import jobs as module
+from oneword.serve.errors import ApiError, Busy, Invalid, NotFound, NotInstalled, TooLarge, Unprocessable
+from oneword.serve.job_files import Cancelled, Failed, JobFiles, Progress, State, Status
+from oneword.serve.jobs import Done, Job, JobEvent, Jobs, Pace, Snapshot, learnable_pictures, new_identifier
+from oneword.serve.learning import LearningProcess
+from oneword.serve.messages import Done as Learned
+from oneword.serve.messages import Order
+from oneword.serve.shared_folder import SharedFolder
+from oneword.train import learn as train_learn
+from oneword.train import pictures as train_pictures
+
+# ---- what is accepted ------------------------------------------------------------------------------------------------
+
+
+def test_a_job_is_shown_to_its_tenant_and_to_nobody_else(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with idle(tmp_path) as jobs:
+            job = await jobs.add("alice", photos(), "<toy>", "toy", seed=7)
+
+            assert (job.status, job.steps, job.recipe, job.position) == (Status.QUEUED, 50, "quick", 0)
+            assert await jobs.get("alice", job.id) == job
+            assert (await jobs.add("alice", photos(), "<toy>", recipe="fast", steps=3)).position == 1
+            for tenant, identifier in (("bob", job.id), ("alice", "0" * 32), ("alice", f"../alice/{job.id}")):
+                for call in (jobs.get, jobs.cancel, jobs.word):
+                    with pytest.raises(NotFound):
+                        await call(tenant, identifier)
+                with pytest.raises(NotFound):
+                    await anext(jobs.events(tenant, identifier))
+            assert await jobs.list("bob") == []
+
+    asyncio.run(run())
+
+
+def test_jobs_are_listed_from_the_newest_in_pages(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with idle(tmp_path) as jobs:
+            added = [(await jobs.add("alice", photos(), f"<toy{number}>")).id for number in range(3)]
+
+            page = await jobs.list("alice", limit=2)
+            older = await jobs.list("alice", limit=2, before=page[-1].id)
+
+            assert [job.id for job in (*page, *older)] == added[::-1]
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "text"),
+    [
+        ({"images": 2}, Invalid, "2 pictures were sent: send 3 to 5"),
+        ({"images": 6}, Invalid, "6 pictures were sent: send 3 to 5"),
+        ({"token": "<a b>"}, Unprocessable, "is not safe in a prompt"),
+        ({"token": "../x"}, Unprocessable, "looks like a path"),
+        ({"init": "/etc/passwd.safetensors"}, Invalid, "init is '/etc/passwd.safetensors': give one word"),
+        ({"init": ""}, Invalid, "give one word"),
+        ({"recipe": "slow"}, Invalid, "unknown recipe 'slow': choose from quick, fast, style, one-word"),
+        ({"steps": 0}, Invalid, "steps is 0: give a whole number from 1 to 5000"),
+        ({"steps": 5001}, Invalid, "steps is 5001"),
+        ({"seed": -1}, Invalid, "seed is -1"),
+    ],
+)
+def test_an_order_that_makes_no_sense_is_refused(
+    tmp_path: Path, changes: dict[str, Any], kind: type[ApiError], text: str
+) -> None:
+    async def run() -> None:
+        async with idle(tmp_path) as jobs:
+            order = {"images": 3, "token": "<toy>", **changes}
+            with pytest.raises(kind, match=text):
+                await jobs.add("alice", **{**order, "images": photos(order["images"])})
+            assert await jobs.list("alice") == []
+            assert jobs.waiting == 0
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [
+        (b"", Unprocessable),
+        (b"GIF89a" + bytes(100), Unprocessable),
+        (b"\x89PNG\r\n\x1a\n" + bytes(100), Unprocessable),
+        (bytes((20 << 20) + 1), TooLarge),
+    ],
+)
+def test_a_picture_that_cannot_be_learned_from_is_refused(data: bytes, kind: type[ApiError]) -> None:
+    with pytest.raises(kind, match="picture 3"):
+        learnable_pictures([*photos(2), data])
+
+
+def test_a_picture_that_is_too_small_is_refused() -> None:
+    with pytest.raises(Unprocessable, match="picture 1 is 15x40: too small to learn from"):
+        learnable_pictures([png(15, 40), *photos(2)])
+
+
+def test_pictures_keep_their_pixels_and_orientation_and_lose_other_metadata(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    exif[0x010F] = "a camera"
+    picture = Image.effect_noise((64, 32), 60).convert("RGB")
+    files: list[bytes] = []
+    for kind in ("JPEG", "PNG", "WEBP"):
+        stream = io.BytesIO()
+        picture.save(stream, kind, exif=exif)
+        files.append(stream.getvalue())
+
+    clean = learnable_pictures(files)
+
+    assert list(clean) == ["picture-1.jpg", "picture-2.png", "picture-3.png"]
+    for data, (name, result) in zip(files, clean.items(), strict=True):
+        (tmp_path / "original").write_bytes(data)
+        (tmp_path / name).write_bytes(result)
+        expected, learned = open_picture(tmp_path / "original"), open_picture(tmp_path / name)
+        assert learned.size == (32, 64)
+        np.testing.assert_array_equal(np.asarray(learned), np.asarray(expected))
+        assert b"a camera" in data
+        assert b"a camera" not in result
+
+
+def test_the_limits_are_those_of_learning() -> None:
+    assert module.MIN_SIDE == train_pictures.MIN_SIDE
+    assert module.MAX_SEED == train_learn.MAX_SEED
+    assert {f".{ending}" for ending in module.ENDINGS.values()} <= set(train_pictures.ENDINGS)
+
+
+def test_a_tenant_with_too_many_jobs_is_asked_to_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_WAITING", 2)
+
+    async def run() -> None:
+        async with idle(tmp_path) as jobs:
+            for _ in range(2):
+                await jobs.add("alice", photos(), "<toy>")
+            with pytest.raises(Busy, match="2 of your words are waiting") as error:
+                await jobs.add("alice", photos(), "<toy>")
+            assert error.value.headers["Retry-After"] == "30"
+            await jobs.add("bob", photos(), "<toy>")
+
+    asyncio.run(run())
+
+
+def test_a_server_without_a_model_names_the_option(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with idle(tmp_path, model=None) as jobs:
+            with pytest.raises(NotInstalled, match="start it with --model"):
+                await jobs.add("alice", photos(), "<toy>")
+
+    asyncio.run(run())
+
+
+def test_without_pytorch_jobs_are_refused_with_the_pip_line(tmp_path: Path) -> None:
+    """In an environment whose packages are ours, but for PyTorch and what needs it."""
+    packages = tmp_path / "packages"
+    packages.mkdir()
+    site = Path(np.__file__).parents[1]
+    for path in site.iterdir():
+        if not path.name.startswith(("torch", "diffusers", "transformers", "accelerate", "__editable__")):
+            (packages / path.name).symlink_to(path)
+    script = """
+import asyncio, sys
+from pathlib import Path
+from oneword.serve.jobs import Jobs
+async def main():
+    jobs = Jobs(sys.argv[1], Path(sys.argv[1]), "miniature")
+    try:
+        await jobs.add("alice", [], "<toy>")
+    except Exception as error:
+        print(error.status, error)
+asyncio.run(main())
+assert "torch" not in sys.modules
+"""
+    source = Path(module.__file__).parents[1].parent if "src" in module.__file__ else Path(__file__).parents[2] / "src"
+
+    process = subprocess.run(
+        [sys.executable, "-S", "-c", script, str(tmp_path / "jobs")],
+        env={**os.environ, "PYTHONPATH": f"{source}{os.pathsep}{packages}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    line = "501 this server cannot learn, as PyTorch is not installed: pip install 'oneword[train]'\n"
+    assert (process.stdout, process.returncode) == (line, 0), process.stderr
+
+
+def test_pictures_can_be_added_to_a_job_and_no_name_leaves_its_folder(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with idle(tmp_path) as jobs:
+            job = await jobs.add("alice", photos(), "<toy>")
+
+            await jobs.write_picture("alice", job.id, "preview-5-0.jpg", b"jpeg")
+
+            assert await jobs.picture("alice", job.id, "preview-5-0.jpg") == b"jpeg"
+            assert (await jobs.picture("alice", job.id, job.pictures[0])).startswith(b"\x89PNG")
+            for name in ("../request.json", "..", "a/b.png", "preview.exe", "preview-6-0.jpg", "PICTURE-1.png", ""):
+                with pytest.raises(NotFound):
+                    await jobs.picture("alice", job.id, name)
+            with pytest.raises(ValueError, match="not a name"):
+                await jobs.write_picture("alice", job.id, "picture-1.png", b"")
+
+    asyncio.run(run())
+
+
+def test_hostile_tenants_and_tokens_touch_nothing_outside_the_store(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with idle(tmp_path / "inside") as jobs:
+            for tenant in ("../../x", "/etc", "..", "", "a\0b", "Alice", "alice", "_open", "x" * 1000):
+                job = await jobs.add(tenant, photos(), "<toy>")
+                assert [found.id for found in await jobs.list(tenant)] == [job.id]
+
+    asyncio.run(run())
+
+    assert [path.name for path in tmp_path.iterdir()] == ["inside"]
+
+
+# ---- the queue and ownership -----------------------------------------------------------------------------------------
+
+
+def test_a_waiting_job_is_cancelled_at_once(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with idle(tmp_path) as jobs:
+            first, second = [await jobs.add("alice", photos(), "<toy>") for _ in range(2)]
+
+            cancelled = await jobs.cancel("alice", first.id)
+
+            assert cancelled == replace(first, status=Status.CANCELLED, position=None)
+            assert await jobs.cancel("alice", first.id) == cancelled
+            assert [event async for event in jobs.events("alice", first.id)] == [Cancelled(1)]
+            assert (await jobs.get("alice", second.id)).position == 0
+
+    asyncio.run(run())
+
+
+def test_a_server_that_starts_again_has_its_jobs_in_order(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with idle(tmp_path) as jobs:
+            added = [await jobs.add(tenant, photos(), "<toy>") for tenant in ("alice", "bob", "alice")]
+            await jobs.cancel("bob", added[1].id)
+        (tmp_path / "here" / "queue.sqlite").unlink()  # also without the queue, the store has them
+
+        async with idle(tmp_path) as jobs:
+            assert jobs.waiting == 0  # under another id, they are another server's
+        async with idle(tmp_path, "there") as jobs:
+            await until(lambda: jobs.waiting == 2)
+            assert [(await jobs.get("alice", job.id)).position for job in (added[0], added[2])] == [0, 1]
+        async with idle(tmp_path, "there") as jobs:
+            assert [(await jobs.get("alice", job.id)).position for job in (added[0], added[2])] == [0, 1]
+            assert jobs.waiting == 2
+
+    asyncio.run(run())
+
+
+def test_two_servers_do_not_share_a_folder(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with idle(tmp_path):
+            with pytest.raises(UsageError, match="another server uses"):
+                Jobs(str(tmp_path / "store"), tmp_path / "here", "model")
+
+    asyncio.run(run())
+
+
+def test_a_dead_servers_job_is_taken_over_once_and_what_it_still_writes_is_ignored(tmp_path: Path) -> None:
+    """A server that is stopped as by SIGSTOP: it gives no sign of life, and then wakes up."""
+
+    async def run() -> None:
+        async with idle(tmp_path, lease_seconds=1000) as sleeping:  # it gives no further sign of life
+            job = await sleeping.add("alice", photos(), "<toy>")
+            async with idle(tmp_path, "there") as second, idle(tmp_path, "elsewhere") as third:
+                await until(lambda: second.waiting + third.waiting > 0)
+                owner, other = (second, third) if second.waiting else (third, second)
+                late = State("sleeping", 50).after_note("too late")
+                sleeping._files.write("alice", job.id, 1, late)
+
+                assert (await other.get("alice", job.id)).status is Status.QUEUED
+                await other.cancel("alice", job.id)
+                events = [event async for event in owner.events("alice", job.id)]
+
+                assert events == [Cancelled(1)]
+                assert [event async for event in other.events("alice", job.id)] == events
+                assert (second.waiting, third.waiting) == (0, 0)
+
+    asyncio.run(run())
+
+
+def test_a_job_on_other_weights_is_not_taken_over(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with idle(tmp_path, digest="a") as jobs:
+            await jobs.add("alice", photos(), "<toy>")
+        async with idle(tmp_path, "there", digest="b") as other:
+            await other._take_over()
+            assert other.waiting == 0
+
+    asyncio.run(run())
+
+
+def test_what_a_server_had_not_accepted_when_it_died_is_removed(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with idle(tmp_path) as jobs:
+            job = await jobs.add("alice", photos(), "<toy>")
+        for path in (tmp_path / "store").rglob("terms/*"):
+            path.unlink()
+        async with idle(tmp_path) as jobs:
+            await jobs._recover()
+            assert await jobs.list("alice") == []
+            assert job.id not in "".join(str(path) for path in (tmp_path / "store").rglob("*") if path.is_file())
+
+    asyncio.run(run())
+
+
+def test_old_jobs_are_deleted_with_their_pictures(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with idle(tmp_path) as jobs:
+            waiting, ended = [await jobs.add("alice", photos(), "<toy>") for _ in range(2)]
+            await jobs.cancel("alice", ended.id)
+
+            assert await jobs.delete_old() == 0
+            assert await jobs.delete_old(time.time() + 8 * 86400) == 1
+
+            assert [job.id for job in await jobs.list("alice")] == [waiting.id]
+
+    asyncio.run(run())
+
+
+def test_ids_sort_by_time() -> None:
+    identifiers = [new_identifier(seconds) for seconds in (0, 1.5, 1.501, 2_000_000_000)]
+
+    assert sorted(identifiers) == identifiers
+    assert {len(identifier) for identifier in identifiers} == {32}
+
+
+def test_seconds_left_follow_from_the_steps_after_the_first() -> None:
+    pace = Pace()
+
+    assert [pace.seconds_left(step, 10, now) for step, now in ((0, 0.0), (1, 50.0), (2, 52.0), (6, 60.0))] == [
+        None, None, 16.0, 8.0
+    ]  # fmt: skip
+
+
+# ---- learning --------------------------------------------------------------------------------------------------------
+
+STEPS = 40
+
+
+def test_a_job_is_learned_and_every_server_shows_the_same_events(
+    tmp_path: Path, tiny_model_dir: Path, reference: bytes
+) -> None:
+    words: list[tuple[str, Concept]] = []
+
+    async def keep(tenant: str, concept: Concept) -> None:
+        words.append((tenant, concept))
+
+    async def run() -> None:
+        options = {"model": str(tiny_model_dir), "digest": load_source(tiny_model_dir).digest, "keep": keep}
+        async with server(tmp_path, "here", **options) as jobs, idle(tmp_path, "there", lease_seconds=1000) as other:
+            job = await jobs.add("alice", photos(), "<toy>", "star", steps=STEPS, seed=3)
+            watching = [collected(replica.events("alice", job.id)) for replica in (jobs, other)]
+            local, remote = await asyncio.gather(*watching)
+
+            *_, done = local
+            assert isinstance(done, Done)
+            assert bits(done.concept) == reference
+            assert [(tenant, bits(concept)) for tenant, concept in words] == [("alice", reference)]
+            steps = [event.step for event in local if isinstance(event, Snapshot)]
+            assert steps == [0, 5, 10, 20, 35, STEPS]
+            assert numbers(local) == sorted(set(numbers(local)))
+            lasting = [event.number for event in local if not isinstance(event, Progress)]
+            assert [number for number in numbers(remote) if number in lasting] == lasting
+            replayed = await collected(other.events("alice", job.id, after=lasting[0]))
+            assert [event.number for event in replayed if not isinstance(event, Progress)] == lasting[1:]
+            ended = await other.get("alice", job.id)
+            assert (ended.status, ended.step, ended.word) == (Status.SUCCEEDED, STEPS, done.concept.identity)
+            assert bits(await other.word("alice", job.id)) == reference
+            assert bits(await other.snapshot("alice", job.id, STEPS)) == reference
+            await until(lambda: jobs.running == 0)
+            assert list((tmp_path / "here" / "runs").iterdir()) == []
+
+            failing = await jobs.add("alice", photos(), "star", "ring", steps=STEPS)
+            *_, failed = await collected(jobs.events("alice", failing.id))
+            assert isinstance(failed, Failed)
+            assert failed.error == "the token 'star' is already in the model's vocabulary: use <star> instead"
+
+    asyncio.run(run())
+
+
+def test_a_running_job_that_is_cancelled_leaves_no_process(tmp_path: Path, tiny_model_dir: Path) -> None:
+    async def run() -> None:
+        options = {"model": str(tiny_model_dir), "digest": load_source(tiny_model_dir).digest}
+        async with server(tmp_path, "here", **options) as jobs:
+            job = await jobs.add("alice", photos(), "<toy>", "star", steps=5000)
+            async for event in jobs.events("alice", job.id):
+                if isinstance(event, Progress) and event.step:
+                    assert learners() != []
+                    assert (await jobs.cancel("alice", job.id)).status is Status.CANCELLED
+            assert isinstance(event, Cancelled)
+            assert learners() == []
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("kills", [4, pytest.param(50, marks=pytest.mark.slow)])
+def test_servers_and_processes_killed_at_random_instants_end_with_the_bits_of_an_undisturbed_run(
+    tmp_path: Path, tiny_model_dir: Path, reference: bytes, kills: int
+) -> None:
+    """Each time, the learning process, its server or both are killed; a process that is held outlives its server."""
+    digest, rng = load_source(tiny_model_dir).digest, random.Random(0)
+
+    async def accepted() -> Job:
+        async with idle(tmp_path, model=str(tiny_model_dir), digest=digest) as jobs:
+            return await jobs.add("alice", photos(), "<toy>", "star", steps=STEPS, seed=3)
+
+    job = asyncio.run(accepted())
+    files = JobFiles(SharedFolder(str(tmp_path / "store")))
+    command = [sys.executable, Path(__file__).parent / "learning_server.py", tmp_path / "store", tmp_path / "here"]
+    process: subprocess.Popen[str] | None = None
+    held: list[int] = []
+    timers: list[threading.Timer] = []
+
+    def reached(step: int) -> bool:
+        """Whether the job has ended or is after `step`."""
+        newest = files.newest("alice", job.id)
+        return newest is not None and (newest[1].status.ended or newest[1].step >= step)
+
+    def ended() -> bool:
+        return reached(STEPS + 1)
+
+    try:
+        for _ in range(kills):
+            if process is None:
+                process = subprocess.Popen([*command, tiny_model_dir, digest], stdout=subprocess.PIPE, text=True)
+                assert process.stdout is not None
+                assert process.stdout.readline() == "ready\n"
+            wait_until(lambda: learners() or ended(), time.monotonic() + 60)
+            target = rng.randrange(-STEPS, STEPS)  # below 0: while the process starts
+            wait_until(lambda target=target: reached(target), time.monotonic() + 120)
+            time.sleep(rng.uniform(0, 0.2 if target >= 0 else 8))
+            if ended():
+                break
+            kind, victims = rng.choice(["learner", "server", "both", "held"]), learners()
+            assert len([victim for victim in victims if victim not in held]) <= 1
+            for victim in victims:
+                os.kill(victim, signal.SIGSTOP if kind == "held" else signal.SIGKILL)
+            held = victims if kind == "held" else []
+            if kind != "learner":
+                process.kill()
+                process.wait()
+                process.stdout.close()
+                process = None
+            for victim in held:
+                timers.append(threading.Timer(2, os.kill, (victim, signal.SIGCONT)))
+                timers[-1].start()
+        if process is None:
+            process = subprocess.Popen([*command, tiny_model_dir, digest], stdout=subprocess.PIPE, text=True)
+        wait_until(ended, time.monotonic() + 300)
+    finally:
+        for timer in timers:
+            timer.join()
+        if process is not None and process.stdout is not None:
+            process.kill()
+            process.wait()
+            process.stdout.close()
+
+    newest = files.newest("alice", job.id)
+    assert newest is not None
+    assert newest[1].status is Status.SUCCEEDED, newest[1].error
+    assert bits(files.word("alice", job.id)) == reference
+
+
+# ---- helpers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The word of a process that is not disturbed."""
+    folder = tmp_path_factory.mktemp("reference")
+    (folder / "pictures").mkdir()
+    for name, data in learnable_pictures(photos()).items():
+        (folder / "pictures" / name).write_bytes(data)
+    digest = load_source(tiny_model_dir).digest
+    order = Order(str(folder), str(tiny_model_dir), digest, "<toy>", "star", "quick", STEPS, 3)
+
+    async def run() -> str:
+        async with LearningProcess(order, folder / "log") as reports:
+            async for report in reports:
+                if isinstance(report, Learned):
+                    return report.file
+        raise AssertionError("the word was not learned")
+
+    from oneword.runtime.concept import load_concept
+
+    return bits(load_concept(folder / asyncio.run(run())))
+
+
+@asynccontextmanager
+async def server(tmp_path: Path, folder: str, **options: Any) -> AsyncIterator[Jobs]:
+    """A started server with its own folder and the common store."""
+    jobs = Jobs(str(tmp_path / "store"), tmp_path / folder, **{"lease_seconds": 3.0, "poll_seconds": 0.05, **options})
+    await jobs.start()
+    try:
+        yield jobs
+    finally:
+        await jobs.stop()
+
+
+def idle(tmp_path: Path, folder: str = "here", **options: Any) -> Any:
+    """A server that accepts jobs and does not begin them."""
+    return server(tmp_path, folder, **{"model": "model", "at_once": 0, "lease_seconds": 0.3, **options})
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(60):
+        while not condition():
+            await asyncio.sleep(0.02)
+
+
+def wait_until(condition: Callable[[], object], deadline: float) -> None:
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+async def collected(events: AsyncIterator[JobEvent]) -> list[JobEvent]:
+    return [event async for event in events]
+
+
+def learners() -> list[int]:
+    """The learning processes that were started from this process or from its children, zombies aside."""
+    found: list[int] = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            command, state = (path / "cmdline").read_bytes(), (path / "stat").read_text().rpartition(")")[2].split()[0]
+            tests = str(os.getpid()).encode() in (path / "environ").read_bytes().split(b"LEARNING_TEST=")[-1]
+        except OSError:
+            continue
+        if b"oneword.train.job" in command and state != "Z" and tests:
+            found.append(int(path.name))
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _marked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Marks this test's processes."""
+    monkeypatch.setenv("LEARNING_TEST", f"{os.getpid()}.")
+
+
+def photos(count: int = 3) -> list[bytes]:
+    return [png(32, 32, number) for number in range(count)]
+
+
+def png(width: int, height: int, seed: int = 0) -> bytes:
+    stream = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def bits(concept: Concept) -> bytes:
+    return concept.vectors["text_encoder"].tobytes()
+
+
+def numbers(events: list[JobEvent]) -> list[int]:
+    return [event.number for event in events]
