@@ -17,7 +17,7 @@ export class Unreachable extends Error {}
 /** Whether an error only says that somebody pressed cancel. */
 export const isCancel = (error) => error?.name === "AbortError";
 
-/** The error that an event inside a stream tells of. */
+/** The error in an event of a stream. */
 export function streamError({ error = {} }) {
   return error.code === "unavailable" ? new Unreachable(error.message) : new ApiError(500, error);
 }

@@ -96,7 +96,7 @@ def word_file(bundle: Path) -> Callable[[str], bytes]:
     widths = {encoder.graph: encoder.width for encoder in Bundle.open(bundle).manifest.encoders}
 
     def make(token: str) -> bytes:
-        draw = np.random.default_rng(len(token))
+        draw = np.random.default_rng(list(token.encode()))
         rows = {name: draw.normal(0, 0.4, (1, width)).astype(np.float32) for name, width in widths.items()}
         return concept_bytes(Concept(token, rows))
 
@@ -341,6 +341,7 @@ def test_words_are_compared_on_the_same_seeds(server: Server, visitor: Visitor) 
     visit.save("page-compare")
     seeds = visit.page.locator(".compare tbody th").all_inner_texts()
     labels = [button.get_attribute("aria-label") for button in visit.page.locator(".compare .tile-open").all()]
+    assert (_pixels(visit, 0) != _pixels(visit, 1)).any()
     for row, seed in enumerate(seeds):
         assert all(label.endswith(seed) for label in labels[2 * row : 2 * row + 2])
 

@@ -49,7 +49,7 @@ export function Refine({ word }) {
             ? round.candidates.map((candidate, i) => html`<${Candidate} key=${`${round.round}-${i}`} candidate=${candidate} index=${i} round=${round} onJudge=${(verdict) => setRound(judged(round, i, verdict))} />`)
             : !failure && Array.from({ length: PLACES }, (_, i) => html`<li key=${i} class="tile skeleton"></li>`)}
         </ul>
-        <div class="row end wrap">
+        <div class="row end wrap sticky">
           <button class="button plain" disabled=${!round || round.round <= 1} onClick=${() => act({ action: "undo" })}><${Icon} name="undo" /> Undo the last round</button>
           <button class="button" disabled=${!round || round.round <= 1} onClick=${finish}>Keep the word as it is now</button>
           <button class="button primary" disabled=${!round || !isJudged(round)} onClick=${() => act(judgement(round))}>Next round</button>

@@ -11,16 +11,18 @@ import { WordList } from "./word-list.js";
 export function Words() {
   const job = useStore(learning.current);
   const info = useStore(model);
+  const teaches = !job && info?.learn !== false;
   return html`
-    <h1 tabindex="-1" class="title">${job ? "Words" : "Teach it a word"}</h1>
-    ${!job && html`<p class="lede">A few pictures and a name. Then use the word in any sentence.</p>`}
-    ${job ? html`<${Learning} job=${job} />` : info?.learn === false ? html`<${NoLearning} />` : html`<${Teach} />`}
+    <h1 tabindex="-1" class="title">${teaches ? "Teach it a word" : "Words"}</h1>
+    ${teaches && html`<p class="lede">A few pictures and a name. Then use the word in any sentence.</p>`}
+    ${job ? html`<${Learning} job=${job} />` : teaches ? html`<${Teach} />` : html`<${NoLearning} />`}
     <${WordList} />
   `;
 }
 
 const NoLearning = () => html`
-  <p class="panel note">
-    This server draws words but cannot learn them. Install its learning part with <code>pip install 'oneword[train]'</code>, or add a word’s file below.
+  <p class="note">
+    This server uses words but cannot learn them. For that it needs <code>pip install 'oneword[train]'</code> and
+    <code> ti-serve --model</code>. You can add a word’s file below.
   </p>
 `;
