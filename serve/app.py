@@ -121,7 +121,7 @@ def create_app(state: State) -> FastAPI:
     app.add_api_route("/", _page, include_in_schema=False)
     app.mount("/static", StaticFiles(directory=PAGE), name="static")
     errors.install(app)
-    middleware.install(app, state.settings, state.keys)
+    middleware.install(app, state.settings, state.keys, state.metrics.answered)
     return app
 
 

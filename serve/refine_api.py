@@ -51,24 +51,24 @@ async def refine(http: HTTPRequest, name: str, body: RefineBody) -> dict[str, ob
     if "{}" not in body.prompt:
         raise Invalid(f"prompt is {body.prompt[:80]!r}, it needs a {{}} where the word should be", "prompt")
     record = await state.words.get(tenant, name)
-    kept = state.refinements
-    current = await state.in_thread(kept.read, tenant.name, name)
+    refinements = state.refinements
+    current = await state.in_thread(refinements.read, tenant.name, name)
     if body.action == "start" or current is None:
         if body.action != "start":
             raise Conflict(f"no refinement of {name[:80]!r} is in progress: send the action 'start'")
-        current = await state.in_thread(kept.begun, await state.words.concept(record))
+        current = await state.in_thread(refinements.begun, await state.words.concept(record))
     match body.action:
         case "judge":
             current = judge(current, likes=body.likes, dislikes=body.dislikes)
         case "undo":
             current = undo(current)
         case "finish":
-            word = await state.in_thread(finish, current, kept.lexicon)
+            word = await state.in_thread(finish, current, refinements.lexicon)
             answer = word_body(await state.words.put(tenant, word, token=name))
-            await state.in_thread(kept.delete, tenant.name, name)
+            await state.in_thread(refinements.delete, tenant.name, name)
             return answer
     answer = await _candidates(http, state, tenant, current, body.prompt)
-    await state.in_thread(kept.write, tenant.name, name, current)
+    await state.in_thread(refinements.write, tenant.name, name, current)
     return answer
 
 
