@@ -118,7 +118,7 @@ class Recipe:
             raise UsageError(f"betas is {self.betas}: give two numbers from 0 to below 1, for example 0.9,0.999")
         if self.optimizer is Optimizer.DIRECTIONAL and self.norm is not Norm.FREE:
             raise UsageError(
-                f"norm is {self.norm.value} with the directional optimizer, which fixes lengths itself: leave it at free"
+                f"norm is {self.norm.value} with the directional optimizer, which fixes lengths: leave it at free"
             )
         if self.weight_decay < 0 or self.init_weight < 0:
             raise UsageError(
