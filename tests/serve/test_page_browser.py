@@ -381,11 +381,40 @@ def test_only_the_painted_part_is_repainted(server: Server, visitor: Visitor) ->
     assert (after[:18] != before[:18]).any()
 
 
+def test_a_word_is_refined_by_likes(server: Server, visitor: Visitor) -> None:
+    with server.client() as http:
+        http.put("/v1/words/<pet>", content=http.get("/v1/words/<gem>/file").content).raise_for_status()
+        before = http.get("/v1/words/<pet>").json()["identity"]
+    visit = visitor()
+    page = visit.page
+    visit.open(server, "words")
+    page.click('[aria-label="More about pet"]')
+    page.click("text=Refine by likes")
+    page.wait_for_selector(".candidate img >> nth=5")
+    page.click('[aria-label="Like picture 2"]')
+    page.click('[aria-label="Dislike picture 1"]')
+    visit.save("page-refine")
+    _check_access(visit, "refine")
+    page.click("text=Next round")
+    page.wait_for_selector("text=Round 2.")
+    page.click("text=Undo the last round")
+    page.wait_for_selector("text=Round 1.")
+    page.click('[aria-label="Like picture 3"]')
+    page.click("text=Next round")
+    page.wait_for_selector("text=Round 2.")
+    page.click("text=Keep the word")
+    page.wait_for_selector("dialog", state="detached")
+    with server.client() as http:
+        assert http.get("/v1/words/<pet>").json()["identity"] != before
+        http.delete("/v1/words/<pet>").raise_for_status()
+
+
 def test_words_are_compared_on_the_same_seeds(server: Server, visitor: Visitor) -> None:
     visit = visitor()
     visit.open(server)
-    visit.draw("a photo", steps=4, count=1)
+    visit.draw("a photo", steps=20, count=1)
     visit.go("compare")
+    visit.page.fill("#compare-prompt", "a {} in the snow")
     visit.page.click("button.primary >> text=Compare")
     visit.wait_for_pictures(4)
     assert visit.page.locator(".compare thead mark").all_inner_texts() == ["gem", "toy"]
@@ -418,11 +447,13 @@ def test_a_dropped_picture_restores_what_made_it(server: Server, visitor: Visito
 def test_the_gallery_keeps_pictures_over_a_reload(server: Server, visitor: Visitor) -> None:
     visit = visitor()
     visit.open(server)
-    visit.draw("a photo of a <toy>", steps=4, count=2)
-    visit.wait_for_pictures(2)
+    prompts = ("an icon of a <toy>", "a photo of a <gem> at night", "a painting of a <gem>", "a <toy> in the desert")
+    for number, prompt in enumerate(prompts, 1):
+        visit.draw(prompt, steps=20, count=2)
+        visit.wait_for_pictures(2 * number)
     visit.page.reload()
     visit.go("gallery")
-    visit.wait_for_pictures(2)
+    visit.wait_for_pictures(8)
     visit.save("page-gallery")
     visit.page.click('[aria-label="Empty the gallery"]')
     visit.page.click("text=Delete all")
@@ -515,7 +546,7 @@ def test_axe_finds_nothing_and_nothing_is_wider_than_the_screen(
 ) -> None:
     visit = visitor(size, scheme, reduced_motion="reduce")
     visit.open(server)
-    visit.draw("a photo of a <toy> in the snow", steps=4, count=2)
+    visit.draw("a photo of a <toy> in the snow", steps=20, count=2)
     visit.wait_for_pictures(2)
     name = f"{'phone' if size == PHONE else 'desktop'}-{scheme}"
     for part in PARTS:
