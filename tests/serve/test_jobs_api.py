@@ -77,8 +77,9 @@ def test_the_previews_are_the_words_of_their_steps_drawn_from_the_same_seed(alic
     previews = [data for kind, data in events_of(alice, job["id"]) if kind == "preview"]
 
     ended = alice.get(f"/v1/jobs/{job['id']}").json()
-    assert [(p["step"], p["index"]) for p in previews] == [(step, index) for step in (0, 5, STEPS) for index in range(3)]
-    assert [p["prompt"] for p in previews[:3]] == ended["prompts"]
+    places = [(step, index) for step in (0, 5, STEPS) for index in range(3)]
+    assert [(preview["step"], preview["index"]) for preview in previews] == places
+    assert [preview["prompt"] for preview in previews[:3]] == ended["prompts"]
     assert ended["prompts"][0] == "a photo of a <seen>"
     for preview, named in zip(previews, ended["previews"], strict=True):
         answer = alice.get(named["url"])
@@ -194,7 +195,7 @@ def test_a_field_that_makes_no_sense_is_refused(
     [
         (lambda: [photograph(number) for number in range(2)], 400, "2 pictures were sent: send 3 to 5"),
         (lambda: [photograph(number) for number in range(6)], 400, "6 pictures were sent: send 3 to 5"),
-        (lambda: [], 400, "0 pictures were sent"),
+        (list, 400, "0 pictures were sent"),
         (lambda: [photograph(0), photograph(1), b"GIF89a" + bytes(99)], 422, "picture 3"),
         (lambda: [photograph(0), photograph(1), b""], 422, "picture 3"),
         (lambda: [photograph(0), photograph(1), photograph(2)[:99]], 422, "picture 3"),

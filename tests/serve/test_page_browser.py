@@ -36,7 +36,8 @@ SCREENSHOTS = os.environ.get("ONEWORD_SCREENSHOTS")
 PARTS = ("create", "words", "compare", "gallery")
 DESKTOP, PHONE = (1280, 860), (390, 844)
 BACKGROUNDS = ("studio", "kitchen", "desert", "meadow", "brick")
-BALL, STAR, HEART = (next(look for look in HELD_OUT_LOOKS if look.shape == shape) for shape in ("circle", "star", "heart"))
+LOOKS = {look.shape: look for look in HELD_OUT_LOOKS}
+BALL, STAR, HEART = LOOKS["circle"], LOOKS["star"], LOOKS["heart"]
 PATIENCE = 120_000  # ms; a shared machine may be slow, and nothing here measures time
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium")]
@@ -63,8 +64,9 @@ class Server:
         return f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "oneword.serve.cli", str(self.bundle), "--port", str(self.port), "--threads", "1"]
-        command += ["--words", str(self.folder / "words"), "--jobs", str(self.folder / "jobs"), *self.options]
+        command = [sys.executable, "-m", "oneword.serve.cli", str(self.bundle), *self.options]
+        command += ["--port", str(self.port), "--threads", "1"]
+        command += ["--words", str(self.folder / "words"), "--jobs", str(self.folder / "jobs")]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while not self._ready():
             assert self.process.poll() is None, "the server ended before it was ready"
@@ -202,6 +204,7 @@ class Visit:
 
     def save(self, name: str) -> None:
         if SCREENSHOTS:
+            self.page.mouse.move(0, 0)
             self.page.screenshot(path=str(Path(SCREENSHOTS) / f"{name}.png"), animations="disabled")
 
 
