@@ -274,7 +274,9 @@ def test_a_word_is_learned_from_dropped_pictures_and_used(server: Server, visito
     assert visit.page.input_value("#prompt") == "a photo of a <ball>"
     visit.page.click("text=Create >> nth=-1")
     visit.wait_for_pictures(4)
-    visit.save("page-used")
+    visit.save("page-create")
+    with server.client() as http:
+        http.delete("/v1/words/<ball>").raise_for_status()
 
 
 def test_learning_goes_on_after_the_server_was_killed(server: Server, visitor: Visitor) -> None:
