@@ -49,7 +49,7 @@ from oneword.serve.a1111_schemas import (
 from oneword.serve.errors import NotFound, Unprocessable
 from oneword.serve.generate import finish, start
 from oneword.serve.keys import Tenant
-from oneword.serve.openapi import error_responses
+from oneword.serve.openapi import NULL_RESPONSE, error_responses
 from oneword.serve.pictures import decode, decode_base64, decode_mask, read_parameters
 from oneword.serve.pool import Generation
 from oneword.serve.state import State
@@ -126,7 +126,7 @@ async def read_options(http: HTTPRequest) -> dict[str, Any]:
     return options(http.app.state.oneword.manifest)
 
 
-@_api.post("/options")
+@_api.post("/options", responses=NULL_RESPONSE)
 async def write_options(http: HTTPRequest, body: dict[str, Any]) -> None:
     """Accepts the settings as they are. Another value is refused: `override_settings` changes one request's."""
     manifest = http.app.state.oneword.manifest
@@ -211,10 +211,10 @@ async def memory() -> Memory:
     return Memory(ram={"free": free, "used": total - free, "total": total}, cuda={"error": "unavailable"})
 
 
-@_api.post("/refresh-checkpoints")
-@_api.post("/refresh-embeddings")
-@_api.post("/refresh-loras")
-@_api.post("/refresh-vae")
+@_api.post("/refresh-checkpoints", responses=NULL_RESPONSE)
+@_api.post("/refresh-embeddings", responses=NULL_RESPONSE)
+@_api.post("/refresh-loras", responses=NULL_RESPONSE)
+@_api.post("/refresh-vae", responses=NULL_RESPONSE)
 async def refresh() -> None:
     """Does nothing. Words are usable as soon as they are stored."""
 

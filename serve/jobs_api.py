@@ -23,7 +23,7 @@ from oneword.serve.fields import Fields, validated
 from oneword.serve.job_files import Cancelled, Failed, Note, Progress, Status
 from oneword.serve.jobs import PICTURES, Done, Job, Jobs, Snapshot
 from oneword.serve.keys import Tenant
-from oneword.serve.openapi import PICTURE_TYPES, file_field, file_response, stream_response, upload
+from oneword.serve.openapi import PICTURE_TYPES, WORD_NAME, file_field, file_response, stream_response, upload
 from oneword.serve.pictures import encode
 from oneword.serve.state import State
 from oneword.serve.streams import EventStream, sse
@@ -41,7 +41,7 @@ class LearnFields(Fields):
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"name": "<toy>", "init": "toy"}]})
 
-    name: str
+    name: Annotated[str, Field(json_schema_extra=WORD_NAME)]
     """The word, such as <toy>."""
     init: str = "object"
     """Plain words that the vector starts from."""

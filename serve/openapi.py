@@ -28,6 +28,17 @@ TAGS: Final = [
 ]
 PICTURE_TYPES: Final = ("image/png", "image/jpeg", "image/webp")
 WORD_TYPE: Final = "application/octet-stream"
+WORD_NAME: Final[dict[str, Any]] = {
+    "type": "string",
+    "maxLength": 64,
+    "pattern": r"^(<[\w.+*@#!~&$%^=-]+>|[\w.+*@#!~&$%^=-]+)$",
+    "examples": ["<toy>"],
+}
+"""The schema of a word's name. `runtime.concept.check_token` checks it, with messages of its own."""
+
+NULL_RESPONSE: Final[Responses] = {
+    200: {"description": "Done.", "content": {"application/json": {"schema": {"type": "null"}}}}
+}
 
 _ERRORS: Final[Mapping[int, str]] = {
     400: "The request is malformed, or asks for something that does not exist.",

@@ -17,7 +17,7 @@ from oneword.runtime.model import check_fits
 from oneword.serve.errors import Invalid, Unprocessable, from_oneword
 from oneword.serve.fields import Fields
 from oneword.serve.keys import Tenant
-from oneword.serve.openapi import WORD_TYPE, file_field, file_response, upload
+from oneword.serve.openapi import WORD_NAME, WORD_TYPE, file_field, file_response, upload
 from oneword.serve.state import State
 from oneword.serve.store import WordRecord
 
@@ -31,7 +31,7 @@ class Rename(Fields):
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"name": "<bear>"}]})
 
-    name: str
+    name: Annotated[str, Field(json_schema_extra=WORD_NAME)]
     """The new name."""
 
 
@@ -75,7 +75,7 @@ _UPLOAD: Final = upload(
     {"file": _FILE},
     ("file",),
     media=WORD_TYPE,
-    text={"name": {"type": "string", "description": "replaces the name in the file", "examples": ["<toy>"]}},
+    text={"name": {**WORD_NAME, "description": "replaces the name in the file"}},
 )
 _REPLACEMENT: Final = upload(None, {"file": _FILE}, ("file",), media=WORD_TYPE)
 _REPLACEMENT["requestBody"]["content"][WORD_TYPE] = {"schema": {"type": "string", "format": "binary"}}
