@@ -28,6 +28,7 @@ from oneword.serve.jobs import Jobs
 from oneword.serve.keys import Keys, Tenant
 from oneword.serve.learning import check_model
 from oneword.serve.metrics import Metrics, PoolMetrics
+from oneword.serve.openapi import TAGS, DocumentedApp, error_responses
 from oneword.serve.pool import Pool
 from oneword.serve.refinements import Refinements
 from oneword.serve.results import Results
@@ -106,18 +107,20 @@ def create_app(state: State) -> FastAPI:
             state.worker.stop(cancel=True)
             state.words.close()
 
-    app = FastAPI(
+    app = DocumentedApp(
         title="oneword",
         version=oneword.__version__,
         summary="Pictures with learned words: OpenAI's images API, A1111's API, and words that change while it runs.",
+        openapi_tags=TAGS,
         docs_url=None,
         redoc_url=None,
         lifespan=lifespan,
         root_path=state.settings.root_path,
     )
+    app.secured = state.keys is not None
     app.state.oneword = state
     for part in (openai, jobs_api, refine_api, words_api, results, info, health, a1111):
-        app.include_router(part.router)
+        app.include_router(part.router, responses=error_responses())
     app.add_api_route("/", _page, include_in_schema=False)
     app.mount("/static", StaticFiles(directory=PAGE), name="static")
     errors.install(app)

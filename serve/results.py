@@ -16,6 +16,7 @@ from starlette.responses import Response
 
 from oneword.serve.errors import NotFound
 from oneword.serve.files import open_files
+from oneword.serve.openapi import PICTURE_TYPES, file_response
 
 SECONDS: Final = 3600
 _FOLDER: Final = "results"
@@ -64,7 +65,11 @@ def address(http: HTTPRequest, name: str) -> str:
 router = APIRouter(tags=["pictures"])
 
 
-@router.get("/v1/pictures/{name}", response_class=Response)
+@router.get(
+    "/v1/pictures/{name}",
+    response_class=Response,
+    responses=file_response("The picture.", *PICTURE_TYPES),
+)
 async def picture(http: HTTPRequest, name: str) -> Response:
     """A picture that was asked for with response_format "url". 404 after an hour."""
     state = http.app.state.oneword
