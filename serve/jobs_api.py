@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse, Response
 
 from oneword.runtime.concept import Concept
 from oneword.runtime.request import Request
-from oneword.serve.errors import ApiError, Invalid, NotFound, NotInstalled, Unprocessable, openai_body
+from oneword.serve.errors import ApiError, Busy, Invalid, NotFound, NotInstalled, Unavailable, Unprocessable, openai_body
 from oneword.serve.fields import Fields, validated
 from oneword.serve.job_files import Cancelled, Failed, Note, Progress, Status
 from oneword.serve.jobs import PICTURES, Done, Job, Jobs, Snapshot
@@ -33,6 +33,7 @@ PROMPTS: Final = ("a photo of a {}", "a photo of a {} in the snow", "a drawing o
 PREVIEW_STEPS: Final = 20  # denoising steps
 PREVIEW_SEED: Final = 0
 _BUSY_SECONDS: Final = 30.0  # the longest wait for an engine that is busy
+_TRIES: Final = 30  # to draw a preview for somebody who watches, a second apart
 _MEDIA: Final = {"png": "image/png", "jpg": "image/jpeg", "webp": "image/webp"}
 
 
@@ -246,7 +247,7 @@ async def _events(state: State, tenant: Tenant, job: Job, after: int) -> AsyncGe
     async def draw() -> None:
         while (step := await steps.get()) is not None:
             names = [_preview_name(step, index) for index in range(len(PROMPTS))]
-            pictures = [_picture(state, tenant, job, name) for name in names]  # they share engine calls
+            pictures = [_patiently(state, tenant, job, name) for name in names]  # they share engine calls
             for index, data in enumerate(await asyncio.gather(*pictures, return_exceptions=True)):
                 if isinstance(data, bytes):  # one that cannot be drawn now is drawn when it is looked at
                     prompt = PROMPTS[index].format(job.token)
@@ -291,6 +292,15 @@ async def _picture(state: State, tenant: Tenant, job: Job, name: str) -> bytes:
     data = await _drawn(state, tenant, concept, index)
     await jobs.write_picture(tenant.name, job.id, name, data)
     return data
+
+
+async def _patiently(state: State, tenant: Tenant, job: Job, name: str) -> bytes:
+    """A job's picture, also if the engine is just starting or has too much to do. Raises ApiError."""
+    for _ in range(_TRIES):
+        with contextlib.suppress(Busy, Unavailable):
+            return await _picture(state, tenant, job, name)
+        await asyncio.sleep(1)
+    return await _picture(state, tenant, job, name)
 
 
 async def _drawn(state: State, tenant: Tenant, concept: Concept, index: int) -> bytes:
