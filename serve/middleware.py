@@ -57,8 +57,12 @@ def install(
     settings: Settings,
     keys: Keys | None = None,
     limits: Sequence[tuple[str, int]] = BODY_LIMITS,
+    count: Callable[[str, int], None] = lambda route, status: None,
 ) -> None:
-    """Adds all of the middleware to an app, in its order. The last that is added is the outermost."""
+    """Adds all of the middleware to an app, in its order. The last that is added is the outermost.
+
+    `count` hears of every answer: its route's template, "other" if there is none, and its status.
+    """
     app.add_middleware(LimitBody, limits=limits, seconds=settings.body_seconds)
     app.add_middleware(Authenticate, keys=keys, public=is_public)
     app.add_middleware(CheckOrigin, hosts=allowed_hosts(settings), public_url=settings.public_url)
@@ -66,7 +70,7 @@ def install(
     app.add_middleware(CatchErrors)
     app.add_middleware(WriteTimeout, seconds=settings.write_seconds)
     app.add_middleware(SecurityHeaders)
-    app.add_middleware(AccessLog)
+    app.add_middleware(AccessLog, count=count)
 
 
 def is_public(path: str) -> bool:
@@ -83,10 +87,11 @@ def route_path(scope: Scope) -> str:
 
 
 class AccessLog:
-    """One line of JSON per request; never its prompt, key, query string, path or address."""
+    """One line of JSON per request; never its prompt, key, query string, path or address. Counts the answers."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, count: Callable[[str, int], None] = lambda route, status: None) -> None:
         self.app = app
+        self._count = count
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -109,9 +114,11 @@ class AccessLog:
             await self.app(scope, receive, counted)
         finally:
             tenant = scope["state"].get("tenant")
+            route = getattr(scope.get("route"), "path", None)
+            self._count(route or "other", status)
             line = {
                 "method": scope["method"] if scope["method"] in _METHODS else "other",
-                "route": getattr(scope.get("route"), "path", None),
+                "route": route,
                 "status": status,
                 "seconds": round(time.monotonic() - start, 4),
                 "bytes": size,
