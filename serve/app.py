@@ -19,14 +19,17 @@ import oneword
 from oneword.engines.errors import OnewordError
 from oneword.runtime.bundle import Bundle
 from oneword.runtime.concept import Concept
+from oneword.runtime.lexicon import Lexicon
 from oneword.runtime.model import Model
 from oneword.runtime.prompt import Tokenizer
-from oneword.serve import a1111, errors, health, info, jobs_api, middleware, openai, results, words_api
+from oneword.serve import a1111, errors, health, info, jobs_api, middleware, openai, refine_api, results, words_api
+from oneword.serve.files import open_files
 from oneword.serve.jobs import Jobs
 from oneword.serve.keys import Keys, Tenant
 from oneword.serve.learning import check_model
 from oneword.serve.metrics import Metrics, PoolMetrics
 from oneword.serve.pool import Pool
+from oneword.serve.refinements import Refinements
 from oneword.serve.results import Results
 from oneword.serve.settings import Settings
 from oneword.serve.state import State
@@ -75,6 +78,7 @@ def build_state(settings: Settings) -> State:
         worker=worker,
         pool=pool,
         results=Results(settings.words),
+        refinements=Refinements(open_files(settings.words), Lexicon.read(bundle)),
         metrics=metrics,
         jobs=jobs,
     )
@@ -112,12 +116,12 @@ def create_app(state: State) -> FastAPI:
         root_path=state.settings.root_path,
     )
     app.state.oneword = state
-    for part in (openai, jobs_api, words_api, results, info, health, a1111):
+    for part in (openai, jobs_api, refine_api, words_api, results, info, health, a1111):
         app.include_router(part.router)
     app.add_api_route("/", _page, include_in_schema=False)
     app.mount("/static", StaticFiles(directory=PAGE), name="static")
     errors.install(app)
-    middleware.install(app, state.settings, state.keys, count=state.metrics.answered)
+    middleware.install(app, state.settings, state.keys, state.metrics.answered)
     return app
 
 

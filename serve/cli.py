@@ -94,7 +94,9 @@ def build_parts(settings: Settings) -> None:
     """Checks bundle, keys and store. Raises OnewordError."""
     from oneword.serve.app import build_state
 
-    build_state(settings)
+    state = build_state(settings)
+    if state.jobs is not None:
+        state.jobs.close()  # its folder belongs to the child
 
 
 def serve(settings: Settings) -> None:

@@ -20,7 +20,7 @@ async def live(http: Request) -> Response:
 
 @router.get("/health/ready")
 async def ready(http: Request) -> Response:
-    """200 once the engines are open and warm; 503 before, and from the moment that the server is told to stop."""
+    """200 once the engines are open and warm; 503 before, and from the moment that the server is stopping."""
     state = http.app.state.oneword
     if state.pool.draining:
         return JSONResponse({"status": "stopping"}, 503)

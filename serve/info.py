@@ -33,7 +33,7 @@ async def model(http: Request) -> dict[str, object]:
         "max_side": manifest.max_side,
         "edits": "vae_encoder" in manifest.graphs,
         "learn": state.jobs is not None,
-        "refine": False,
+        "refine": True,
         "tenant": http.state.tenant.name,
     }
 

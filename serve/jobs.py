@@ -206,6 +206,10 @@ class Jobs:
         self._tasks.clear()
         with suppress(ApiError):
             await self._stored(self._files.write_beat, self._queue.server, "")
+        self.close()
+
+    def close(self) -> None:
+        """Releases the folder; `stop` does so at its end, and jobs that were never started need no more than this."""
         self._store_threads.shutdown()
         self._queue_thread.shutdown()
         self._queue.close()

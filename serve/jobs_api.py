@@ -169,11 +169,15 @@ async def _events(state: State, tenant: Tenant, job: Job, after: int) -> AsyncGe
 
     async def draw() -> None:
         while (step := await steps.get()) is not None:
-            for index, prompt in enumerate(PROMPTS):
-                with contextlib.suppress(ApiError):  # a preview that cannot be drawn now is drawn when it is looked at
-                    data = await _picture(state, tenant, job, _preview_name(step, index))
-                    body = {"step": step, "index": index, "prompt": prompt.format(job.token), "output_format": "jpeg"}
+            names = [_preview_name(step, index) for index in range(len(PROMPTS))]
+            pictures = [_picture(state, tenant, job, name) for name in names]  # they share engine calls
+            for index, data in enumerate(await asyncio.gather(*pictures, return_exceptions=True)):
+                if isinstance(data, bytes):  # one that cannot be drawn now is drawn when it is looked at
+                    prompt = PROMPTS[index].format(job.token)
+                    body = {"step": step, "index": index, "prompt": prompt, "output_format": "jpeg"}
                     queue.put_nowait(sse("preview", {**body, "b64_json": base64.b64encode(data).decode()}))
+                elif not isinstance(data, ApiError):
+                    raise data
 
     drawing = asyncio.create_task(draw())
     reading = asyncio.create_task(read())

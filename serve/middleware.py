@@ -56,13 +56,10 @@ def install(
     app: FastAPI,
     settings: Settings,
     keys: Keys | None = None,
+    observer: Callable[[str, int], None] | None = None,
     limits: Sequence[tuple[str, int]] = BODY_LIMITS,
-    count: Callable[[str, int], None] = lambda route, status: None,
 ) -> None:
-    """Adds all of the middleware to an app, in its order. The last that is added is the outermost.
-
-    `count` hears of every answer: its route's template, "other" if there is none, and its status.
-    """
+    """Adds all of the middleware to an app, in its order. The last that is added is the outermost."""
     app.add_middleware(LimitBody, limits=limits, seconds=settings.body_seconds)
     app.add_middleware(Authenticate, keys=keys, public=is_public)
     app.add_middleware(CheckOrigin, hosts=allowed_hosts(settings), public_url=settings.public_url)
@@ -70,7 +67,7 @@ def install(
     app.add_middleware(CatchErrors)
     app.add_middleware(WriteTimeout, seconds=settings.write_seconds)
     app.add_middleware(SecurityHeaders)
-    app.add_middleware(AccessLog, count=count)
+    app.add_middleware(AccessLog, observer=observer)
 
 
 def is_public(path: str) -> bool:
@@ -87,11 +84,12 @@ def route_path(scope: Scope) -> str:
 
 
 class AccessLog:
-    """One line of JSON per request; never its prompt, key, query string, path or address. Counts the answers."""
+    """One line of JSON per request; never its prompt, key, query string, path or address."""
 
-    def __init__(self, app: ASGIApp, count: Callable[[str, int], None] = lambda route, status: None) -> None:
+    def __init__(self, app: ASGIApp, observer: Callable[[str, int], None] | None = None) -> None:
+        """`observer` gets the route, such as /v1/words/{name}, and the status of every answer."""
         self.app = app
-        self._count = count
+        self._observer = observer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -114,11 +112,9 @@ class AccessLog:
             await self.app(scope, receive, counted)
         finally:
             tenant = scope["state"].get("tenant")
-            route = getattr(scope.get("route"), "path", None)
-            self._count(route or "other", status)
             line = {
                 "method": scope["method"] if scope["method"] in _METHODS else "other",
-                "route": route,
+                "route": getattr(scope.get("route"), "path", None),
                 "status": status,
                 "seconds": round(time.monotonic() - start, 4),
                 "bytes": size,
@@ -126,6 +122,8 @@ class AccessLog:
                 "id": request_id,
             }
             _log.info("%s", json.dumps(line))
+            if self._observer is not None:
+                self._observer(str(line["route"] or "none"), status)
 
 
 class SecurityHeaders:

@@ -1,6 +1,6 @@
 """Pictures that clients fetch by address instead of in the answer, kept in the store for an hour.
 
-An address holds a random name, so whoever has it may read the picture, and the hour after which it is gone. The
+An address holds a random name, so anyone who has it may read the picture, and the hour after which it is gone. The
 files are in the store, so any server that shares it can answer. Not covered: pictures inside JSON.
 """
 
