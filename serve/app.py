@@ -62,8 +62,6 @@ def build_state(settings: Settings) -> State:
 
     words = Words(WordStore(settings.words), knows=knows)
     pool = Pool(worker, manifest, max_wait=settings.max_wait, observer=PoolMetrics(metrics))
-    metrics.gauge("queued_seconds", "Estimated seconds of accepted work.", lambda: pool.queued_seconds)
-    metrics.gauge("words_resident", "Learned words in the embedding tables.", lambda: worker.figures.words)
 
     async def keep(name: str, concept: Concept) -> None:
         await words.put(Tenant(name) if keys is None else keys.named(name), concept)
@@ -72,7 +70,7 @@ def build_state(settings: Settings) -> State:
     if settings.model is not None:
         digest = manifest.source.digest
         jobs = Jobs(settings.words, settings.jobs_folder, settings.model, digest, keep=keep)
-    return State(
+    state = State(
         settings=settings,
         manifest=manifest,
         tokenizers=tokenizers,
@@ -85,6 +83,8 @@ def build_state(settings: Settings) -> State:
         metrics=metrics,
         jobs=jobs,
     )
+    _add_gauges(state)
+    return state
 
 
 def create_app(state: State) -> FastAPI:
@@ -126,6 +126,20 @@ def create_app(state: State) -> FastAPI:
     errors.install(app)
     middleware.install(app, state.settings, state.keys, state.metrics.answered)
     return app
+
+
+def _add_gauges(state: State) -> None:
+    """The metrics that are read when somebody asks for them."""
+    pool, worker, words, jobs, gauge = state.pool, state.worker, state.words, state.jobs, state.metrics.gauge
+    gauge("queued_seconds", "Estimated seconds of accepted work.", lambda: pool.queued_seconds)
+    gauge("rows", "Pictures that are being denoised.", lambda: worker.figures.rows)
+    gauge("slots", "Pictures of the model's size that can be denoised together.", lambda: worker.slots)
+    gauge("waiting", "Pictures that the engine has not taken up.", lambda: pool.waiting)
+    gauge("words_resident", "Learned words in the embedding tables.", lambda: worker.figures.words)
+    gauge("words_cached", "Learned words in the server's memory.", lambda: words.resident)
+    gauge("words_evicted", "Words that left the server's memory for others, so far.", lambda: words.evictions)
+    gauge("jobs_running", "Words that this server is learning.", lambda: jobs.running if jobs else 0)
+    gauge("jobs_waiting", "Learning jobs in this server's queue.", lambda: jobs.waiting if jobs else 0)
 
 
 async def _page(http: Request) -> Response:
