@@ -18,7 +18,16 @@ from starlette.responses import JSONResponse, Response
 
 from oneword.runtime.concept import Concept
 from oneword.runtime.request import Request
-from oneword.serve.errors import ApiError, Busy, Invalid, NotFound, NotInstalled, Unavailable, Unprocessable, openai_body
+from oneword.serve.errors import (
+    ApiError,
+    Busy,
+    Invalid,
+    NotFound,
+    NotInstalled,
+    Unavailable,
+    Unprocessable,
+    openai_body,
+)
 from oneword.serve.fields import Fields, validated
 from oneword.serve.job_files import Cancelled, Failed, Note, Progress, Status
 from oneword.serve.jobs import PICTURES, Done, Job, Jobs, Snapshot

@@ -36,7 +36,9 @@ SCREENSHOTS = os.environ.get("ONEWORD_SCREENSHOTS")
 PARTS = ("create", "words", "compare", "gallery")
 DESKTOP, PHONE = (1280, 860), (390, 844)
 BACKGROUNDS = ("studio", "kitchen", "desert", "meadow", "brick")
-BALL, STAR, HEART = (next(look for look in HELD_OUT_LOOKS if look.shape == shape) for shape in ("circle", "star", "heart"))
+BALL, STAR, HEART = (
+    next(look for look in HELD_OUT_LOOKS if look.shape == shape) for shape in ("circle", "star", "heart")
+)
 PATIENCE = 120_000  # ms; a shared machine may be slow, and nothing here measures time
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium")]
@@ -63,7 +65,16 @@ class Server:
         return f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "oneword.serve.cli", str(self.bundle), "--port", str(self.port), "--threads", "1"]
+        command = [
+            sys.executable,
+            "-m",
+            "oneword.serve.cli",
+            str(self.bundle),
+            "--port",
+            str(self.port),
+            "--threads",
+            "1",
+        ]
         command += ["--words", str(self.folder / "words"), "--jobs", str(self.folder / "jobs"), *self.options]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while not self._ready():
