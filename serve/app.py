@@ -1,6 +1,6 @@
 """The server as an ASGI app: `build_state` makes its parts, `create_app` puts the routes and the middleware on them.
 
-Not covered: sockets, signals and the watchdog (`oneword.serve.cli`).
+Not covered: sockets and signals (`oneword.serve.server`), and the watchdog (`oneword.serve.watchdog`).
 """
 
 import asyncio
@@ -21,7 +21,8 @@ from oneword.runtime.bundle import Bundle
 from oneword.runtime.concept import Concept
 from oneword.runtime.model import Model
 from oneword.runtime.prompt import Tokenizer
-from oneword.serve import a1111, errors, health, info, jobs_api, middleware, openai, results, words_api
+from oneword.serve import errors, health, info, jobs_api, middleware, openai, results, words_api
+from oneword.serve.a1111 import routes as a1111
 from oneword.serve.jobs import Jobs
 from oneword.serve.keys import Keys, Tenant
 from oneword.serve.learning import check_model
@@ -82,33 +83,35 @@ def build_state(settings: Settings) -> State:
     )
 
 
+@contextlib.asynccontextmanager
+async def running(state: State) -> AsyncIterator[None]:
+    """Starts the parts, the engine's thread among them, and stops them. Raises UsageError for a model that differs."""
+    if state.settings.model is not None:
+        await check_model(state.settings.model, state.manifest)
+    state.worker.start()
+    if state.jobs is not None:
+        await state.jobs.start()
+    collecting = asyncio.create_task(_collect(state))
+    try:
+        yield
+    finally:
+        collecting.cancel()
+        if state.jobs is not None:
+            await state.jobs.stop()
+        await state.pool.drain(0)
+        state.worker.stop(cancel=True)
+        state.words.close()
+
+
 def create_app(state: State) -> FastAPI:
-    """The app around these parts. Its lifespan starts and stops the engine's thread."""
-
-    @contextlib.asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        state.worker.start()
-        if state.jobs is not None and state.settings.model is not None:
-            await check_model(state.settings.model, state.manifest)
-            await state.jobs.start()
-        collecting = asyncio.create_task(_collect(state))
-        try:
-            yield
-        finally:
-            collecting.cancel()
-            if state.jobs is not None:
-                await state.jobs.stop()
-            await state.pool.drain(0)
-            state.worker.stop(cancel=True)
-            state.words.close()
-
+    """The app around these parts. Its lifespan starts and stops them."""
     app = FastAPI(
         title="oneword",
         version=oneword.__version__,
         summary="Pictures with learned words: OpenAI's images API, A1111's API, and words that change while it runs.",
         docs_url=None,
         redoc_url=None,
-        lifespan=lifespan,
+        lifespan=lambda _: running(state),
         root_path=state.settings.root_path,
     )
     app.state.oneword = state

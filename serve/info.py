@@ -13,7 +13,7 @@ router = APIRouter(tags=["server"])
 @router.get("/v1/model")
 async def model(http: Request) -> dict[str, object]:
     """The model's defaults and limits, and what this server can do."""
-    state: State = http.app.state.oneword
+    state = State.of(http)
     manifest, defaults = state.manifest, state.manifest.defaults
     return {
         "object": "model",
@@ -41,7 +41,7 @@ async def model(http: Request) -> dict[str, object]:
 @router.get("/v1/queue")
 async def queue(http: Request) -> dict[str, object]:
     """The caller's pictures in progress, oldest first, with their place and the estimated seconds left."""
-    state: State = http.app.state.oneword
+    state = State.of(http)
     generations = state.pool.generations(http.state.tenant)
     data = [
         {
@@ -59,7 +59,7 @@ async def queue(http: Request) -> dict[str, object]:
 @router.delete("/v1/queue/{id}", status_code=204)
 async def cancel(http: Request, id: str) -> None:
     """Cancels one of the caller's generations. One that has ended, or another tenant's, is a 404."""
-    state: State = http.app.state.oneword
+    state = State.of(http)
     for generation in state.pool.generations(http.state.tenant):
         if generation.id == id:
             generation.cancel()

@@ -5,34 +5,33 @@ with this server's own engine. These pictures are made when they are first asked
 """
 
 import asyncio
-import base64
 import contextlib
 from collections.abc import AsyncGenerator
 from typing import Annotated, Final
 
 from fastapi import APIRouter, Query
 from pydantic import Field
-from starlette.datastructures import UploadFile
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import JSONResponse, Response
 
 from oneword.runtime.concept import Concept
 from oneword.runtime.request import Request
-from oneword.serve.errors import ApiError, Invalid, NotFound, NotInstalled, Unprocessable, openai_body
+from oneword.serve.errors import ApiError, NotFound, NotInstalled, openai_body
 from oneword.serve.fields import Fields, validated
+from oneword.serve.forms import read_form
 from oneword.serve.job_files import Cancelled, Failed, Note, Progress
 from oneword.serve.jobs import Done, Job, Jobs, Snapshot
 from oneword.serve.keys import Tenant
-from oneword.serve.pictures import encode
-from oneword.serve.state import State
+from oneword.serve.pictures import MEDIA_TYPES, as_base64, encode
+from oneword.serve.state import State, caller
 from oneword.serve.streams import EventStream, sse
 
 PROMPTS: Final = ("a photo of a {}", "a photo of a {} in the snow", "a drawing of a {}")
 """What every snapshot of a word draws."""
 PREVIEW_STEPS: Final = 20  # denoising steps
 PREVIEW_SEED: Final = 0
+_IMAGES: Final = ("image[]", "image", "images[]", "images")
 _BUSY_SECONDS: Final = 30.0  # the longest wait for an engine that is busy
-_MEDIA: Final = {"png": "image/png", "jpg": "image/jpeg", "webp": "image/webp"}
 
 
 class LearnFields(Fields):
@@ -53,21 +52,10 @@ router = APIRouter(tags=["learning"])
 @router.post("/v1/words/learn", status_code=202)
 async def learn(http: HTTPRequest) -> Response:
     """Starts learning a word from 3 to 5 pictures, `image[]` in a multipart body; answers with the job."""
-    state, tenant = _context(http)
+    state, tenant = caller(http)
     jobs = _jobs(state)
-    if not http.headers.get("content-type", "").startswith("multipart/form-data"):
-        raise Unprocessable("the body must be multipart/form-data, with three to five pictures as `image[]`")
-    text: dict[str, object] = {}
-    images: list[bytes] = []
-    async with http.form(max_files=8, max_fields=16) as form:
-        for name, value in form.multi_items():
-            if not isinstance(value, UploadFile):
-                text[name] = value
-            elif name in ("image", "image[]", "images", "images[]"):
-                images.append(await value.read())
-            else:
-                raise Invalid(f"the file field {name[:40]!r} is unknown, allowed is image[]", param=name)
-    body = validated(LearnFields, text)
+    form = await read_form(http, _IMAGES, 8, "three to five pictures as `image[]`")
+    images, body = form.data(*_IMAGES), validated(LearnFields, form.text)
     job = await jobs.add(tenant.name, images, body.name, body.init, body.recipe, body.steps, body.seed)
     return JSONResponse(job_body(job), 202)
 
@@ -77,7 +65,7 @@ async def jobs(
     http: HTTPRequest, before: str = "", limit: Annotated[int, Query(ge=1, le=100)] = 20
 ) -> dict[str, object]:
     """The caller's jobs, the newest first."""
-    state, tenant = _context(http)
+    state, tenant = caller(http)
     found = await _jobs(state).list(tenant.name, limit + 1, before)
     data = [job_body(job) for job in found[:limit]]
     return {"object": "list", "data": data, "has_more": len(found) > limit}
@@ -86,21 +74,21 @@ async def jobs(
 @router.get("/v1/jobs/{id}")
 async def job(http: HTTPRequest, id: str) -> dict[str, object]:
     """One job."""
-    state, tenant = _context(http)
+    state, tenant = caller(http)
     return job_body(await _jobs(state).get(tenant.name, id))
 
 
 @router.delete("/v1/jobs/{id}")
 async def cancel(http: HTTPRequest, id: str) -> dict[str, object]:
     """Cancels a job; one that has ended stays as it is."""
-    state, tenant = _context(http)
+    state, tenant = caller(http)
     return job_body(await _jobs(state).cancel(tenant.name, id))
 
 
 @router.get("/v1/jobs/{id}/events")
 async def job_events(http: HTTPRequest, id: str, after: Annotated[int, Query(ge=0)] = 0) -> Response:
     """Server-sent events: progress, note, preview (a picture), then done, error or cancelled."""
-    state, tenant = _context(http)
+    state, tenant = caller(http)
     found = await _jobs(state).get(tenant.name, id)
     return EventStream(_events(state, tenant, found, after))
 
@@ -108,11 +96,11 @@ async def job_events(http: HTTPRequest, id: str, after: Annotated[int, Query(ge=
 @router.get("/v1/jobs/{id}/pictures/{name}", response_class=Response)
 async def job_picture(http: HTTPRequest, id: str, name: str) -> Response:
     """A picture that the job learns from, or preview-STEP-INDEX.jpg, which is drawn when it is first asked for."""
-    state, tenant = _context(http)
+    state, tenant = caller(http)
     found = await _jobs(state).get(tenant.name, id)
     data = await _picture(state, tenant, found, name)
     headers = {"Cache-Control": "private, max-age=86400, immutable"}
-    return Response(data, media_type=_MEDIA.get(name.rpartition(".")[2], "image/jpeg"), headers=headers)
+    return Response(data, media_type=MEDIA_TYPES[name.rpartition(".")[2]], headers=headers)
 
 
 def job_body(job: Job) -> dict[str, object]:
@@ -173,17 +161,21 @@ async def _events(state: State, tenant: Tenant, job: Job, after: int) -> AsyncGe
                 with contextlib.suppress(ApiError):  # a preview that cannot be drawn now is drawn when it is looked at
                     data = await _picture(state, tenant, job, _preview_name(step, index))
                     body = {"step": step, "index": index, "prompt": prompt.format(job.token), "output_format": "jpeg"}
-                    queue.put_nowait(sse("preview", {**body, "b64_json": base64.b64encode(data).decode()}))
+                    queue.put_nowait(sse("preview", {**body, "b64_json": as_base64(data)}))
+
+    async def stop() -> None:
+        await state.stopping.wait()
+        queue.put_nowait(None)
 
     drawing = asyncio.create_task(draw())
-    reading = asyncio.create_task(read())
+    tasks = drawing, asyncio.create_task(read()), asyncio.create_task(stop())
     try:
         while (chunk := await queue.get()) is not None:
             yield chunk
     finally:
-        for task in (reading, drawing):
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(reading, drawing, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _event(job: Job, event: Progress | Note | Done | Failed | Cancelled) -> bytes:
@@ -222,7 +214,7 @@ async def _drawn(state: State, tenant: Tenant, concept: Concept, index: int) -> 
         steps=min(PREVIEW_STEPS, defaults.steps),
         words={concept.token: concept},
     )
-    (picture,) = await state.pool.submit(tenant, request, deadline=_BUSY_SECONDS, label="preview").wait()
+    (picture,) = await state.pool.submit(tenant, request, deadline=_BUSY_SECONDS).wait()
     return await state.in_thread(encode, picture.image, "jpeg", 90, "")
 
 
@@ -237,10 +229,6 @@ def _preview_of(name: str) -> tuple[int, int]:
             if len(step) <= 6 and int(index) < len(PROMPTS):
                 return int(step), int(index)
     raise NotFound("the job has no such picture")
-
-
-def _context(http: HTTPRequest) -> tuple[State, Tenant]:
-    return http.app.state.oneword, http.state.tenant
 
 
 def _jobs(state: State) -> Jobs:

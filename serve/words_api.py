@@ -6,23 +6,29 @@ Files are safetensors, in any layout that holds one word. Not covered: learning 
 from typing import Annotated, Final
 
 from fastapi import APIRouter, Query
-from starlette.datastructures import UploadFile
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from oneword.engines.errors import OnewordError
 from oneword.runtime.concept import Concept, check_token, concept_bytes, concept_of, read_safetensors, token_from_stem
 from oneword.runtime.model import check_fits
-from oneword.serve.errors import Invalid, Unprocessable, from_oneword
-from oneword.serve.fields import Fields
-from oneword.serve.keys import Tenant
-from oneword.serve.state import State
+from oneword.serve.errors import Invalid, from_oneword
+from oneword.serve.fields import Fields, validated
+from oneword.serve.forms import File, is_form, read_form
+from oneword.serve.state import caller
 from oneword.serve.store import WordRecord
 
 _MEDIA: Final = "application/octet-stream"
 _NAMES: Final = "letters, digits and . + * @ # ! ~ & $ % ^ = - _ , bare or in <>, for example <toy>"
 
 router = APIRouter(tags=["words"])
+
+
+class UploadFields(Fields):
+    """The text fields of a multipart body with a word's file."""
+
+    name: str | None = None
+    """By default the file's own."""
 
 
 class Rename(Fields):
@@ -34,7 +40,7 @@ class Rename(Fields):
 @router.get("/v1/words")
 async def words(http: Request, after: str = "", limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> dict[str, object]:
     """The caller's words by name, from the one behind `after`."""
-    state, tenant = _context(http)
+    state, tenant = caller(http)
     records = await state.words.list(tenant, after, limit + 1)
     data = [word_body(record) for record in records[:limit]]
     return {"object": "list", "data": data, "has_more": len(records) > limit}
@@ -43,25 +49,14 @@ async def words(http: Request, after: str = "", limit: Annotated[int, Query(ge=1
 @router.post("/v1/words", status_code=201)
 async def upload(http: Request, replace: bool = False) -> Response:
     """Stores a word from the multipart file `file`; `name` overrides the file's own. 409 if the name is taken."""
-    if not http.headers.get("content-type", "").startswith("multipart/form-data"):
-        raise Unprocessable("the body must be multipart/form-data, with the word's safetensors file as `file`")
-    async with http.form(max_files=1, max_fields=8) as form:
-        file, name = form.get("file"), form.get("name")
-        if not isinstance(file, UploadFile):
-            raise Invalid("file is missing: upload the word's safetensors file as `file`", param="file")
-        data, stem = await file.read(), file.filename or "word"
-    return await _put(http, data, stem, str(name) if name else None, if_absent=not replace)
+    file, name = await _uploaded(http)
+    return await _put(http, file.data, file.name or "word", name, if_absent=not replace)
 
 
 @router.put("/v1/words/{name}")
 async def put(http: Request, name: str) -> Response:
     """Creates or replaces the word `name` from a safetensors file, as the body itself or as the multipart `file`."""
-    if http.headers.get("content-type", "").startswith("multipart/form-data"):
-        async with http.form(max_files=1, max_fields=8) as form:
-            file = form.get("file")
-            data = await file.read() if isinstance(file, UploadFile) else b""
-    else:
-        data = await http.body()
+    data = (await _uploaded(http))[0].data if is_form(http) else await http.body()
     if not data:
         raise Invalid("the body is empty: send the word's safetensors file", param="file")
     return await _put(http, data, name, name, if_absent=False)
@@ -70,14 +65,14 @@ async def put(http: Request, name: str) -> Response:
 @router.get("/v1/words/{name}")
 async def word(http: Request, name: str) -> dict[str, object]:
     """One word."""
-    state, tenant = _context(http)
+    state, tenant = caller(http)
     return word_body(await state.words.get(tenant, name))
 
 
 @router.get("/v1/words/{name}/file", response_class=Response)
 async def word_file(http: Request, name: str) -> Response:
     """The word's safetensors file, which diffusers, A1111 and ComfyUI read."""
-    state, tenant = _context(http)
+    state, tenant = caller(http)
     record = await state.words.get(tenant, name)
     concept = await state.words.concept(record)
     stem = token_from_stem(record.token).strip("<>")
@@ -89,7 +84,7 @@ async def word_file(http: Request, name: str) -> Response:
 @router.patch("/v1/words/{name}")
 async def rename(http: Request, name: str, body: Rename) -> dict[str, object]:
     """Renames a word. 409 if the new name is taken."""
-    state, tenant = _context(http)
+    state, tenant = caller(http)
     _check_name(body.name)
     return word_body(await state.words.rename(tenant, name, body.name))
 
@@ -97,7 +92,7 @@ async def rename(http: Request, name: str, body: Rename) -> dict[str, object]:
 @router.delete("/v1/words/{name}", status_code=204)
 async def delete(http: Request, name: str) -> Response:
     """Deletes a word. Pictures that already use it are finished with it."""
-    state, tenant = _context(http)
+    state, tenant = caller(http)
     await state.words.delete(tenant, name)
     return Response(status_code=204)
 
@@ -116,12 +111,16 @@ def word_body(record: WordRecord) -> dict[str, object]:
     }
 
 
-def _context(http: Request) -> tuple[State, Tenant]:
-    return http.app.state.oneword, http.state.tenant
+async def _uploaded(http: Request) -> tuple[File, str | None]:
+    """The file of a multipart body, and the word's name if it is there. Raises ApiError."""
+    form = await read_form(http, ("file",), 1, "the word's safetensors file as `file`")
+    if "file" not in form.files:
+        raise Invalid("file is missing: upload the word's safetensors file as `file`", param="file")
+    return form.files["file"][0], validated(UploadFields, form.text).name or None
 
 
 async def _put(http: Request, data: bytes, stem: str, name: str | None, *, if_absent: bool) -> Response:
-    state, tenant = _context(http)
+    state, tenant = caller(http)
     if name is not None:
         _check_name(name)
     try:
