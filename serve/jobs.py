@@ -205,6 +205,10 @@ class Jobs:
         self._tasks.clear()
         with suppress(ApiError):
             await self._stored(self._files.write_beat, self._queue.server, "")
+        self.close()
+
+    def close(self) -> None:
+        """Releases the folder, for another process. Enough if nothing was started."""
         self._store_threads.shutdown()
         self._queue_thread.shutdown()
         self._queue.close()

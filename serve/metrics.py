@@ -39,6 +39,10 @@ class Metrics:
         """A value that is read whenever the metrics are."""
         Gauge(f"oneword_{name}", text, registry=self.registry).set_function(value)
 
+    def answered(self, route: str, status: int) -> None:
+        """Counts an answer."""
+        self.requests.labels(route, status).inc()
+
     def turn(self, turn: Turn) -> None:
         """Counts a turn of the engine; on its thread."""
         if turn.rows:

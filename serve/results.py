@@ -1,6 +1,6 @@
 """Pictures that clients fetch by address instead of in the answer, kept in the store for an hour.
 
-An address holds a random name, so whoever has it may read the picture, and the hour after which it is gone. The
+An address holds a random name, so anyone who has it may read the picture, and the hour after which it is gone. The
 files are in the store, so any server that shares it can answer. Not covered: pictures inside JSON.
 """
 
@@ -16,6 +16,7 @@ from starlette.responses import Response
 
 from oneword.serve.errors import NotFound
 from oneword.serve.files import open_files
+from oneword.serve.openapi import PICTURE_TYPES, file_response
 from oneword.serve.pictures import MEDIA_TYPES, Format
 
 SECONDS: Final = 3600
@@ -62,7 +63,11 @@ def address(http: HTTPRequest, name: str) -> str:
 router = APIRouter(tags=["pictures"])
 
 
-@router.get("/v1/pictures/{name}", response_class=Response)
+@router.get(
+    "/v1/pictures/{name}",
+    response_class=Response,
+    responses=file_response("The picture.", *PICTURE_TYPES),
+)
 async def picture(http: HTTPRequest, name: str) -> Response:
     """A picture that was asked for with response_format "url". 404 after an hour."""
     state = http.app.state.oneword

@@ -22,6 +22,7 @@ from oneword.serve.keys import Keys, Tenant
 from oneword.serve.metrics import Metrics
 from oneword.serve.pictures import encode
 from oneword.serve.pool import Pool
+from oneword.serve.refinements import Refinements
 from oneword.serve.results import Results
 from oneword.serve.settings import Settings
 from oneword.serve.words import Words
@@ -50,6 +51,7 @@ class State:
     worker: Worker
     pool: Pool
     results: Results
+    refinements: Refinements
     metrics: Metrics
     jobs: Jobs | None
     """None without a model: then nothing can be learned."""

@@ -107,7 +107,7 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Everything here is a test of the server, run by `make test-server`, unless it is for another target."""
     for item in items:
-        if Path(__file__).parent in item.path.parents and not {"browser", "ray"} & {
+        if Path(__file__).parent in item.path.parents and not {"browser", "ray", "slow"} & {
             m.name for m in item.iter_markers()
         }:
             item.add_marker("server")
