@@ -60,7 +60,8 @@ class Server(uvicorn.Server):
             keys.reload()
             _log.info("read %d keys", len(keys))
         except OnewordError as error:
-            _log.error("the keys stay as they were: %s", one_line(error))
+            reason = one_line(error, limit=1000).replace(str(keys.path), "the file of --keys")
+            _log.error("the keys stay as they were: %s", reason)
 
     async def _drain(self, seconds: float) -> None:
         _log.info("stopping: what was accepted is finished, for at most %g seconds", seconds)
