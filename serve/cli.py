@@ -105,7 +105,7 @@ def serve(settings: Settings) -> None:
     from oneword.serve.server import Server
 
     sys.setswitchinterval(SWITCH_SECONDS)
-    _log_to_standard_error()
+    log_to_standard_error()
     state = build_state(settings)
     heartbeat = Heartbeat.from_environment(lambda: state.worker.pulse(settings.hang_seconds))
     if heartbeat is not None:
@@ -169,7 +169,8 @@ def _check_installed() -> None:
             raise MissingPackage(package.replace("_", "-"), "serve") from None
 
 
-def _log_to_standard_error() -> None:
+def log_to_standard_error() -> None:
+    """The server's own lines and one line per request, on standard error."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
     for name, level in (("oneword", logging.INFO), ("uvicorn.error", logging.WARNING)):
