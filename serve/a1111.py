@@ -49,23 +49,21 @@ from oneword.serve.a1111_schemas import (
 from oneword.serve.errors import NotFound, Unprocessable
 from oneword.serve.generate import finish, start
 from oneword.serve.keys import Tenant
+from oneword.serve.openapi import NULL_RESPONSE, error_responses
 from oneword.serve.pictures import decode, decode_base64, decode_mask, read_parameters
 from oneword.serve.pool import Generation
 from oneword.serve.state import State
 
 _MAX_WORDS: Final = 1000
 _LABEL: Final = "a1111 "
-_ERRORS: Final[dict[int | str, dict[str, Any]]] = {
-    status: {"model": Error} for status in (400, 401, 403, 404, 408, 413, 422, 429, 500, 503)
-}
 
 router = APIRouter(tags=["A1111"])
-_api = APIRouter(prefix="/sdapi/v1", responses=_ERRORS)
+_api = APIRouter(prefix="/sdapi/v1", responses=error_responses(Error))
 
 
 @_api.post("/txt2img", response_model=Pictures)
 async def txt2img(http: HTTPRequest, body: TextToImage) -> Response:
-    """Pictures from a prompt."""
+    """Generates pictures from a prompt."""
     state: State = http.app.state.oneword
     plan = text_to_image(body, state.manifest, secrets.randbelow(RANDOM_SEEDS))
     return await _drawn(http, body, plan)
@@ -73,7 +71,7 @@ async def txt2img(http: HTTPRequest, body: TextToImage) -> Response:
 
 @_api.post("/img2img", response_model=Pictures)
 async def img2img(http: HTTPRequest, body: ImageToImage) -> Response:
-    """Pictures from a picture, or from the area of a mask in it."""
+    """Edits a picture, or the area of a mask in it."""
     state: State = http.app.state.oneword
     plan = await state.in_thread(_edit_plan, body, state)
     return await _drawn(http, body, plan)
@@ -81,7 +79,7 @@ async def img2img(http: HTTPRequest, body: ImageToImage) -> Response:
 
 @_api.post("/png-info")
 async def png_info(http: HTTPRequest, body: PictureFile) -> PictureInfo:
-    """The generation parameters that a PNG, JPEG or WebP carries."""
+    """Reads the generation parameters in a picture. PNG, JPEG and WebP can carry them."""
     state: State = http.app.state.oneword
     text = await state.in_thread(lambda: read_parameters(decode_base64(body.image, "image"), "image"))
     return PictureInfo(
@@ -95,7 +93,7 @@ async def progress(
     skip_current_image: bool = False,
     force_task_id: TaskId = "",
 ) -> Progress:
-    """The caller's requests in progress, or the one that `force_task_id` names; all zero if there is none."""
+    """The progress of the caller's requests. Or of the one that `force_task_id` names; all zero if there is none."""
     state: State = http.app.state.oneword
     generations = _generations(http, force_task_id)
     answer = answers.progress_of(generations)
@@ -108,7 +106,7 @@ async def progress(
 
 @_api.post("/interrupt")
 async def interrupt(http: HTTPRequest, force_task_id: TaskId = "") -> dict[str, str]:
-    """Ends the caller's requests, or the one that `force_task_id` names: they answer the pictures that are ready."""
+    """Ends the caller's requests. Or the one that `force_task_id` names: they answer the pictures that are ready."""
     for generation in _generations(http, force_task_id):
         generation.cancel()
     return {}
@@ -116,7 +114,7 @@ async def interrupt(http: HTTPRequest, force_task_id: TaskId = "") -> dict[str, 
 
 @_api.post("/skip")
 async def skip(http: HTTPRequest) -> dict[str, str]:
-    """Ends the caller's oldest request: it answers the pictures that are ready."""
+    """Ends the caller's oldest request. It answers the pictures that are ready."""
     for generation in _generations(http)[:1]:
         generation.cancel()
     return {}
@@ -128,7 +126,7 @@ async def read_options(http: HTTPRequest) -> dict[str, Any]:
     return options(http.app.state.oneword.manifest)
 
 
-@_api.post("/options")
+@_api.post("/options", responses=NULL_RESPONSE)
 async def write_options(http: HTTPRequest, body: dict[str, Any]) -> None:
     """Accepts the settings as they are. Another value is refused: `override_settings` changes one request's."""
     manifest = http.app.state.oneword.manifest
@@ -158,7 +156,7 @@ async def sd_models(http: HTTPRequest) -> list[ModelItem]:
 
 @_api.get("/embeddings")
 async def embeddings(http: HTTPRequest) -> Embeddings:
-    """The caller's words, at most 1000 of them: /v1/words lists all."""
+    """The caller's words. At most 1000 of them: /v1/words lists all."""
     state: State = http.app.state.oneword
     records = await state.words.list(http.state.tenant, "", _MAX_WORDS)
     widths = {encoder.graph: encoder.width for encoder in state.manifest.encoders}
@@ -171,7 +169,7 @@ async def embeddings(http: HTTPRequest) -> Embeddings:
 
 @router.get("/embeddings")
 async def comfyui_embeddings(http: HTTPRequest) -> list[str]:
-    """ComfyUI's list: the names that `embedding:name` takes in a prompt, at most 1000 of them."""
+    """The caller's words, as ComfyUI lists them. At most 1000 names, for `embedding:name` in a prompt."""
     state: State = http.app.state.oneword
     records = await state.words.list(http.state.tenant, "", _MAX_WORDS)
     return [*dict.fromkeys(record.token.removeprefix("<").removesuffix(">") for record in records)]
@@ -213,12 +211,12 @@ async def memory() -> Memory:
     return Memory(ram={"free": free, "used": total - free, "total": total}, cuda={"error": "unavailable"})
 
 
-@_api.post("/refresh-checkpoints")
-@_api.post("/refresh-embeddings")
-@_api.post("/refresh-loras")
-@_api.post("/refresh-vae")
+@_api.post("/refresh-checkpoints", responses=NULL_RESPONSE)
+@_api.post("/refresh-embeddings", responses=NULL_RESPONSE)
+@_api.post("/refresh-loras", responses=NULL_RESPONSE)
+@_api.post("/refresh-vae", responses=NULL_RESPONSE)
 async def refresh() -> None:
-    """Does nothing: words are usable as soon as they are stored."""
+    """Does nothing. Words are usable as soon as they are stored."""
 
 
 router.include_router(_api)

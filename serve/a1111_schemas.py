@@ -19,6 +19,12 @@ class _Body(BaseModel):
 class TextToImage(_Body):
     """The body of txt2img. Left out, a setting has the model's default."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"prompt": "a red ring", "seed": 7, "steps": 4, "sampler_name": "Euler a", "cfg_scale": 5}]
+        }
+    )
+
     prompt: str | None = None
     negative_prompt: str | None = None
     seed: int | None = Field(None, description="-1 draws one at random; picture i of the request has seed + i")

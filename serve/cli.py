@@ -91,10 +91,13 @@ def command(
 
 
 def build_parts(settings: Settings) -> None:
-    """Checks bundle, keys and store. Raises OnewordError."""
+    """Checks bundle, keys, store and the folder of the jobs, which the server then uses. Raises OnewordError."""
     from oneword.serve.app import build_state
 
-    build_state(settings)
+    state = build_state(settings)
+    state.words.close()
+    if state.jobs is not None:
+        state.jobs.close()
 
 
 def serve(settings: Settings) -> None:

@@ -37,6 +37,7 @@ from oneword.runtime.images import png_bytes
 from oneword.serve import messages
 from oneword.serve.containers import take_apart
 from oneword.serve.errors import ApiError, Busy, Invalid, NotFound, NotInstalled, Unprocessable
+from oneword.serve.files import open_files
 from oneword.serve.job_files import (
     Cancelled,
     Failed,
@@ -53,7 +54,6 @@ from oneword.serve.job_files import (
 from oneword.serve.learning import LearningProcess, ProcessLost, public_text, recipe_of, require_installed
 from oneword.serve.pictures import decode
 from oneword.serve.queue import Entry, Queue
-from oneword.serve.shared_folder import SharedFolder
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -165,7 +165,7 @@ class Jobs:
         max_lost: int = MAX_LOST,
         checkpoint_every: int = 5,
     ) -> None:
-        self._files = JobFiles(SharedFolder(store))
+        self._files = JobFiles(open_files(store))
         self._folder = folder.expanduser()
         self._model = model
         self._digest = digest
@@ -206,6 +206,10 @@ class Jobs:
         self._tasks.clear()
         with suppress(ApiError):
             await self._stored(self._files.write_beat, self._queue.server, "")
+        self.close()
+
+    def close(self) -> None:
+        """Releases the folder, for another process. Enough if nothing was started."""
         self._store_threads.shutdown()
         self._queue_thread.shutdown()
         self._queue.close()

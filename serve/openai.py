@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal
 
 from fastapi import APIRouter
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.datastructures import UploadFile
 from starlette.requests import Request as HTTPRequest
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from oneword.engines.errors import OnewordError
 from oneword.runtime.events import PictureDone
@@ -25,6 +25,7 @@ from oneword.serve.errors import ApiError, Invalid, NotFound, Unprocessable, fro
 from oneword.serve.fields import Fields, validated
 from oneword.serve.generate import cancel, events, finish, start
 from oneword.serve.keys import Tenant
+from oneword.serve.openapi import Responses, file_field, stream_response, upload
 from oneword.serve.pictures import decode, decode_mask, encode
 from oneword.serve.pool import Generation
 from oneword.serve.results import address
@@ -77,6 +78,15 @@ class Settings(Fields):
 class GenerationBody(Settings):
     """POST /v1/images/generations."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"prompt": "a photo of a cat in the snow", "n": 1, "size": "auto", "response_format": "b64_json"},
+                {"prompt": "a red ring", "seed": 7, "steps": 4, "sampler": "euler-a", "output_format": "webp"},
+            ]
+        }
+    )
+
     prompt: str
 
 
@@ -93,6 +103,58 @@ class VariationFields(Settings):
 
     prompt: str = ""
     strength: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
+
+
+class Picture(BaseModel):
+    """One picture: `b64_json`, or `url` where response_format is "url"."""
+
+    b64_json: str | None = None
+    url: str | None = None
+    seed: int = Field(description="gives the same picture again; an extension")
+
+
+class TokenDetails(BaseModel):
+    """What was read, by kind."""
+
+    image_tokens: int
+    text_tokens: int
+
+
+class Usage(BaseModel):
+    """Text tokens are the prompt's ids, image tokens are latent positions."""
+
+    input_tokens: int
+    output_tokens: int
+    total_tokens: int
+    input_tokens_details: TokenDetails
+
+
+class PicturesAnswer(BaseModel):
+    """The answer of all three routes."""
+
+    created: int
+    data: list[Picture]
+    background: Literal["opaque"] = "opaque"
+    output_format: Format
+    quality: Literal["auto"] = "auto"
+    size: str = Field(examples=["512x512"])
+    usage: Usage
+
+
+class ListedModel(BaseModel):
+    """A model, in OpenAI's form."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "oneword"
+
+
+class ModelList(BaseModel):
+    """The models, in OpenAI's form."""
+
+    object: Literal["list"] = "list"
+    data: list[ListedModel]
 
 
 @dataclass(frozen=True)
@@ -115,24 +177,21 @@ class Answer:
         pictures = await finish(self.http, *generations)
         data = [await self._entry(picture) for picture in pictures]
         first = pictures[0].settings
-        return JSONResponse(
-            {
-                "created": int(time.time()),
-                "data": data,
-                "background": "opaque",
-                "output_format": self.format,
-                "quality": "auto",
-                "size": f"{first.width}x{first.height}",
-                "usage": self._usage(pictures),
-            }
+        answer = PicturesAnswer(
+            created=int(time.time()),
+            data=data,
+            output_format=self.format,
+            size=f"{first.width}x{first.height}",
+            usage=self._usage(pictures),
         )
+        return Response(answer.model_dump_json(exclude_none=True), media_type="application/json")
 
-    async def _entry(self, picture: PictureDone) -> dict[str, object]:
+    async def _entry(self, picture: PictureDone) -> Picture:
         data = await self._encoded(picture)
         if self.settings.response_format == "url":
             name = await self.state.in_thread(self.state.results.put, data, _MEDIA[self.format])
-            return {"url": address(self.http, name), "seed": picture.seed}
-        return {"b64_json": base64.b64encode(data).decode(), "seed": picture.seed}
+            return Picture(url=address(self.http, name), seed=picture.seed)
+        return Picture(b64_json=base64.b64encode(data).decode(), seed=picture.seed)
 
     async def _encoded(self, picture: PictureDone) -> bytes:
         return await self.state.in_thread(
@@ -156,7 +215,8 @@ class Answer:
                         yield self._event("preview", preview, None, index=event.index, step=step, steps=steps)
                     case Done(picture=picture):
                         data = await self._encoded(picture)
-                        fields = {"usage": self._usage([picture]), "index": event.index, "seed": picture.seed}
+                        usage = self._usage([picture]).model_dump()
+                        fields = {"usage": usage, "index": event.index, "seed": picture.seed}
                         yield self._event("completed", data, picture.image.shape, **fields)
                     case _:
                         pass
@@ -176,45 +236,66 @@ class Answer:
             }
         return sse(f"{self.prefix}.{name}", body | fields)
 
-    def _usage(self, pictures: Sequence[PictureDone]) -> dict[str, object]:
-        """Text tokens are the prompt's ids; image tokens are latent positions."""
+    def _usage(self, pictures: Sequence[PictureDone]) -> Usage:
         factor = self.state.manifest.vae.factor
         output = sum(p.settings.width * p.settings.height // factor**2 for p in pictures)
         read = self.text_tokens + self.image_tokens
-        return {
-            "input_tokens": read,
-            "output_tokens": output,
-            "total_tokens": read + output,
-            "input_tokens_details": {"image_tokens": self.image_tokens, "text_tokens": self.text_tokens},
-        }
+        details = TokenDetails(image_tokens=self.image_tokens, text_tokens=self.text_tokens)
+        return Usage(input_tokens=read, output_tokens=output, total_tokens=read + output, input_tokens_details=details)
 
+
+_STREAM: Final[Responses] = stream_response(
+    "The pictures; with `stream`, events `PREFIX.partial_image`, `PREFIX.preview` and `PREFIX.completed`, or `error`. "
+    "PREFIX is image_edit for edits, else image_generation."
+)
+_IMAGE: Final = file_field("the picture: PNG, JPEG or WebP")
+_INTERVAL: Final = {
+    "type": "string",
+    "pattern": r"^\[?\s*[0-9.]+\s*,\s*[0-9.]+\s*\]?$",
+    "description": "two numbers, between which guidance acts",
+    "examples": ["0.2,0.8"],
+}
+_EDIT: Final = upload(
+    EditFields,
+    {
+        "image": _IMAGE,
+        "image[]": file_field("several pictures, instead of `image`", MAX_UPLOADS),
+        "mask": file_field("a PNG as large as the first picture: what is transparent is repainted"),
+    },
+    text={"guidance_interval": _INTERVAL},
+)
+_EDIT["requestBody"]["content"]["multipart/form-data"]["schema"]["anyOf"] = [
+    {"required": ["image"]},
+    {"required": ["image[]"]},
+]
+_VARIATION: Final = upload(VariationFields, {"image": _IMAGE}, ("image",), text={"guidance_interval": _INTERVAL})
 
 router = APIRouter(tags=["OpenAI images"])
 
 
 @router.get("/v1/models")
-async def models(http: HTTPRequest) -> dict[str, object]:
-    """The models that this server has: one."""
-    return {"object": "list", "data": [_model(_state(http))]}
+async def models(http: HTTPRequest) -> ModelList:
+    """Lists the models: this server has one."""
+    return ModelList(data=[_model(_state(http))])
 
 
 @router.get("/v1/models/{model:path}")
-async def model(http: HTTPRequest, model: str) -> dict[str, object]:
-    """One model. 404 if this server does not have it."""
+async def model(http: HTTPRequest, model: str) -> ListedModel:
+    """Describes a model. 404 if this server does not have it."""
     _check_model(_state(http), model)
     return _model(_state(http))
 
 
-@router.post("/v1/images/generations")
+@router.post("/v1/images/generations", response_model=PicturesAnswer, responses=_STREAM)
 async def generations(http: HTTPRequest, body: GenerationBody) -> Response:
-    """Pictures from a prompt. With `stream`, server-sent events: partial pictures, then the pictures."""
+    """Generates pictures from a prompt. With `stream`, server-sent events: partial pictures, then the pictures."""
     request = _request(body, body.prompt)
     return await _answer(http, body, [request], "image_generation")
 
 
-@router.post("/v1/images/edits")
+@router.post("/v1/images/edits", response_model=PicturesAnswer, responses=_STREAM, openapi_extra=_EDIT)
 async def edits(http: HTTPRequest) -> Response:
-    """Edits of uploaded pictures, each by itself. The mask's transparent pixels are repainted in the first picture."""
+    """Edits uploaded pictures, each by itself. The mask's transparent pixels are repainted in the first picture."""
     text, pictures, mask = await _form(http, ("image", "image[]"), ("mask",))
     body = validated(EditFields, text)
     if not pictures:
@@ -231,9 +312,9 @@ async def edits(http: HTTPRequest) -> Response:
     return await _answer(http, body, requests, "image_edit")
 
 
-@router.post("/v1/images/variations")
+@router.post("/v1/images/variations", response_model=PicturesAnswer, responses=_STREAM, openapi_extra=_VARIATION)
 async def variations(http: HTTPRequest) -> Response:
-    """Variations of one uploaded picture."""
+    """Varies one uploaded picture."""
     text, pictures, _ = await _form(http, ("image",), ())
     body = validated(VariationFields, text)
     if len(pictures) != 1:
@@ -248,8 +329,8 @@ def _state(http: HTTPRequest) -> State:
     return state
 
 
-def _model(state: State) -> dict[str, object]:
-    return {"id": state.name, "object": "model", "created": state.created, "owned_by": "oneword"}
+def _model(state: State) -> ListedModel:
+    return ListedModel(id=state.name, created=state.created)
 
 
 def _check_model(state: State, model: str) -> None:

@@ -16,10 +16,10 @@ from starlette.responses import Response
 
 from oneword.serve.errors import NotFound
 from oneword.serve.files import open_files
+from oneword.serve.openapi import PICTURE_TYPES, file_response
 
 SECONDS: Final = 3600
 _FOLDER: Final = "results"
-_MAX_BYTES: Final = 256 << 20
 _SUFFIXES: Final = {"image/png": "png", "image/jpeg": "jpg", "image/webp": "webp"}
 _NAME: Final = re.compile(r"(\d{1,12})-[0-9a-f]{64}\.(png|jpg|webp)")
 
@@ -42,7 +42,7 @@ class Results:
         match = _NAME.fullmatch(name)
         if match is None or int(match[1]) < self._clock():
             return None
-        data = self._files.read(f"{_FOLDER}/{name}", _MAX_BYTES)
+        data = self._files.read(f"{_FOLDER}/{name}")
         media_type = next(media for media, suffix in _SUFFIXES.items() if suffix == match[2])
         return None if data is None else (data, media_type)
 
@@ -64,7 +64,11 @@ def address(http: HTTPRequest, name: str) -> str:
 router = APIRouter(tags=["pictures"])
 
 
-@router.get("/v1/pictures/{name}", response_class=Response)
+@router.get(
+    "/v1/pictures/{name}",
+    response_class=Response,
+    responses=file_response("The picture.", *PICTURE_TYPES),
+)
 async def picture(http: HTTPRequest, name: str) -> Response:
     """A picture that was asked for with response_format "url". 404 after an hour."""
     state = http.app.state.oneword

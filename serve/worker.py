@@ -356,6 +356,7 @@ class Worker:
                 if ticket.id in self._tickets:
                     scheduler.cancel(ticket.id)
                     self._close(ticket)
+                    self._publish(scheduler)  # there may be no further turn
             case _Stop(cancel=cancel):
                 self._leaving = True
                 if cancel:
