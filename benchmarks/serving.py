@@ -123,7 +123,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--bundle", type=Path, help="the miniature, exported [default: exported first]")
     parser.add_argument("--engine", choices=["onnxruntime", "openvino"], default="onnxruntime")
     parser.add_argument("--scale", type=float, default=1.0, help="shortens every section: checks that it runs")
-    parser.add_argument("--work", type=Path, default=Path("build/serving"), help="folder for figures, logs and pictures")
+    parser.add_argument(
+        "--work", type=Path, default=Path("build/serving"), help="folder for figures, logs and pictures"
+    )
     return parser.parse_args()
 
 

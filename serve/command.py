@@ -102,7 +102,7 @@ def serve(settings: Settings, heartbeat: Heartbeat | None = None) -> None:
     from oneword.serve.server import Server, listening_socket
 
     sys.setswitchinterval(SWITCH_SECONDS)
-    _log_to_standard_error()
+    log_to_standard_error()
     with listening_socket(settings) as listener:
         state = build_state(settings)
         server = Server(create_app(state), state)
@@ -174,7 +174,8 @@ def _check_installed() -> None:
             raise MissingPackage(package.replace("_", "-"), "serve") from None
 
 
-def _log_to_standard_error() -> None:
+def log_to_standard_error() -> None:
+    """The server's own lines and one line per request, on standard error."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
     for name, level in (("oneword", logging.INFO), ("uvicorn.error", logging.WARNING)):

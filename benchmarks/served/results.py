@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Self
 
 from benchmarks.pages import marked, table
-
 from oneword.engines.files import write_whole
 
 

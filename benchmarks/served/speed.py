@@ -111,7 +111,9 @@ def traffic(setup: Setup) -> Result:
         found[name], rate = phases, rate or phases["closed"]["branches"]
     steps = found["steps"]
     result.add("Scheduler without HTTP, closed loop: branches per second", alone)
-    result.add("closed loop: branches per second, relative to it", steps["closed"]["branches"] / alone, 0.95, least=True)
+    result.add(
+        "closed loop: branches per second, relative to it", steps["closed"]["branches"] / alone, 0.95, least=True
+    )
     for load in LOADS:
         result.add(f"load {load:g}: wait for the first step, turns, p50", steps[f"{load:g}"]["turns50"])
         bar = 2 if load == LOADS[0] else None
@@ -298,7 +300,9 @@ def _span(answers: Answers) -> float:
     return max(answer.received for answer in answers.all) - min(answer.sent for answer in answers.all)
 
 
-async def _phases(server: Server, journal: Path, seconds: float, rate: float, whole: bool) -> dict[str, dict[str, float]]:
+async def _phases(
+    server: Server, journal: Path, seconds: float, rate: float, whole: bool
+) -> dict[str, dict[str, float]]:
     """The figures of the closed loop and of each load; `rate` is that of the loads, 0 for the closed loop's."""
     phases = {}
     async with client_of(server.url) as client:
@@ -363,29 +367,27 @@ def _count(answer: Answer) -> int:
 async def _first_partials(server: Server, count: int) -> list[tuple[float, float]]:
     """When each stream was sent, and when its first partial picture came."""
     spans = []
-    async with client_of(server.url) as client:
-        async with _busy(client, 4):
-            for seed in range(count):
-                call = plain_call(PROMPT, seed=seed, steps=4, stream=True, partial_images=3)
-                start = time.monotonic()
-                async for name, _, at in events(client, call):
-                    if name.endswith("partial_image") and len(spans) == seed:
-                        spans.append((start, at))
+    async with client_of(server.url) as client, _busy(client, 4):
+        for seed in range(count):
+            call = plain_call(PROMPT, seed=seed, steps=4, stream=True, partial_images=3)
+            start = time.monotonic()
+            async for name, _, at in events(client, call):
+                if name.endswith("partial_image") and len(spans) == seed:
+                    spans.append((start, at))
     return spans
 
 
 async def _questions(server: Server, count: int) -> tuple[list[float], float]:
     """Seconds per question, and mean seconds per step meanwhile."""
     times = []
-    async with client_of(server.url) as client:
-        async with _busy(client, 8, steps=1000):
-            before = server.metrics()
-            for _ in range(count):
-                start = time.monotonic()
-                await client.get("/v1/models")
-                times.append(time.monotonic() - start)
-                await asyncio.sleep(0.02)
-            after = server.metrics()
+    async with client_of(server.url) as client, _busy(client, 8, steps=1000):
+        before = server.metrics()
+        for _ in range(count):
+            start = time.monotonic()
+            await client.get("/v1/models")
+            times.append(time.monotonic() - start)
+            await asyncio.sleep(0.02)
+        after = server.metrics()
     seconds, turns = (after[f"step_seconds_{name}"] - before[f"step_seconds_{name}"] for name in ("sum", "count"))
     return times, seconds / max(turns, 1)
 

@@ -307,7 +307,9 @@ async def _cut_off(server: Server, rng: random.Random, number: int, errors: Coun
         writer.transport.abort()
 
 
-async def _beside_slow(server: Server, count: int, seconds: float) -> tuple[list[float], list[float], list[float], float]:
+async def _beside_slow(
+    server: Server, count: int, seconds: float
+) -> tuple[list[float], list[float], list[float], float]:
     """Seconds per answer before, beside and after the slow clients, and the memory in MB that these take."""
     calls = _equal_calls()
     async with client_of(server.url) as client:

@@ -48,7 +48,9 @@ def swaps(setup: Setup) -> Result:
         "same traffic without replacements.",
     )
     tokens = [f"<s{number}>" for number in range(_SWAPPED)]
-    made = random_words(setup.bundle, [f"<s{index % _SWAPPED}v{index // _SWAPPED}>" for index in range(_SWAPPED * versions)])
+    made = random_words(
+        setup.bundle, [f"<s{index % _SWAPPED}v{index // _SWAPPED}>" for index in range(_SWAPPED * versions)]
+    )
     with Engine(setup, made) as engine:
         requests = [{**_SETTINGS, "prompt": _prompt(word.token), "seed": 1} for word in made]
         pictures = kept_pictures(setup, engine, "swaps", requests)
