@@ -22,13 +22,13 @@ from starlette.types import ASGIApp
 
 from oneword.engines.errors import EngineError, UsageError
 from oneword.serve.app import build_state, create_app
-from oneword.serve.cli import SWITCH_SECONDS, log_to_standard_error
+from oneword.serve.command import SWITCH_SECONDS, log_to_standard_error
 from oneword.serve.settings import Settings
 
 ONGOING: Final = 1000
 """Requests that Ray passes to a replica at a time: above what its own queue accepts, so that it refuses the others."""
 _FIGURE: Final = "queued_seconds"
-_PATHS: Final = ("bundle", "keys")
+_PATHS: Final = ("bundle", "keys", "jobs")
 
 
 @dataclass(frozen=True)
