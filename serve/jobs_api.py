@@ -19,17 +19,9 @@ from oneword.runtime.request import Request
 from oneword.serve.errors import (
     ApiError,
     Busy,
-<<<<<<< HEAD
-    Invalid,
     NotFound,
     NotInstalled,
     Unavailable,
-    Unprocessable,
-=======
-    NotFound,
-    NotInstalled,
-    Unavailable,
->>>>>>> main
     openai_body,
 )
 from oneword.serve.fields import Fields, validated
