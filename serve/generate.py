@@ -5,7 +5,7 @@ Both dialects and the page's routes stand on these two. Not covered: admission (
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import replace
 
 import starlette.requests
@@ -97,6 +97,17 @@ async def events(generations: Sequence[Generation]) -> AsyncGenerator[tuple[int,
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@contextlib.contextmanager
+def all_or_none() -> Iterator[list[Generation]]:
+    """A list for generations that belong together: all of them are cancelled if the block raises."""
+    started: list[Generation] = []
+    try:
+        yield started
+    except BaseException:
+        cancel(started)
+        raise
 
 
 def cancel(generations: Sequence[Generation]) -> None:
