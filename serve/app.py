@@ -22,7 +22,9 @@ from oneword.runtime.concept import Concept
 from oneword.runtime.lexicon import Lexicon
 from oneword.runtime.model import Model
 from oneword.runtime.prompt import Tokenizer
-from oneword.serve import a1111, errors, health, info, jobs_api, middleware, openai, refine_api, results, words_api
+from oneword.serve import errors, health, info, jobs_api, middleware, openai, refine_api, results, words_api
+from oneword.serve.a1111 import routes as a1111
+from oneword.serve.errors import ApiError
 from oneword.serve.files import open_files
 from oneword.serve.jobs import Jobs
 from oneword.serve.keys import Keys, Tenant
@@ -87,26 +89,28 @@ def build_state(settings: Settings) -> State:
     return state
 
 
+@contextlib.asynccontextmanager
+async def running(state: State) -> AsyncIterator[None]:
+    """Starts the parts, the engine's thread among them, and stops them. Raises UsageError for a model that differs."""
+    if state.settings.model is not None:
+        await check_model(state.settings.model, state.manifest)
+    state.worker.start()
+    if state.jobs is not None:
+        await state.jobs.start()
+    collecting = asyncio.create_task(_collect(state))
+    try:
+        yield
+    finally:
+        collecting.cancel()
+        if state.jobs is not None:
+            await state.jobs.stop()
+        await state.pool.drain(0)
+        state.worker.stop(cancel=True)
+        state.words.close()
+
+
 def create_app(state: State) -> FastAPI:
-    """The app around these parts. Its lifespan starts and stops the engine's thread."""
-
-    @contextlib.asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        state.worker.start()
-        if state.jobs is not None and state.settings.model is not None:
-            await check_model(state.settings.model, state.manifest)
-            await state.jobs.start()
-        collecting = asyncio.create_task(_collect(state))
-        try:
-            yield
-        finally:
-            collecting.cancel()
-            if state.jobs is not None:
-                await state.jobs.stop()
-            await state.pool.drain(0)
-            state.worker.stop(cancel=True)
-            state.words.close()
-
+    """The app around these parts. Its lifespan starts and stops them."""
     app = DocumentedApp(
         title="oneword",
         version=oneword.__version__,
@@ -114,7 +118,7 @@ def create_app(state: State) -> FastAPI:
         openapi_tags=TAGS,
         docs_url=None,
         redoc_url=None,
-        lifespan=lifespan,
+        lifespan=lambda _: running(state),
         root_path=state.settings.root_path,
     )
     app.secured = state.keys is not None
@@ -153,6 +157,6 @@ async def _collect(state: State) -> None:
             await state.in_thread(state.results.collect)
             if state.jobs is not None:
                 await state.jobs.delete_old()
-        except (OSError, OnewordError):
+        except (ApiError, OSError, OnewordError):
             _log.warning("expired pictures could not be deleted from the store")
         await asyncio.sleep(_COLLECT_SECONDS)

@@ -289,6 +289,9 @@ def _answer(request: Request, error: Exception) -> Response:
 
 def _allowed(request: Request) -> list[str]:
     """The methods of an address. Starlette names those of one route only."""
+    literal = request.app.openapi()["paths"].get(request.scope["path"])
+    if literal is not None:  # such as /v1/words/learn, which /v1/words/{name} matches too
+        return [method for method in _METHODS if method.lower() in literal]
     routes = [route for route in request.app.routes if not isinstance(route, Mount)]
     scopes = {method: {**request.scope, "method": method} for method in _METHODS}
     return [m for m, scope in scopes.items() if any(route.matches(scope)[0] is Match.FULL for route in routes)]

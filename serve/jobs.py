@@ -33,7 +33,6 @@ import msgspec
 from oneword.engines.errors import ConceptError, OnewordError, one_line
 from oneword.engines.files import write_whole
 from oneword.runtime.concept import Concept, check_token, concept_of, read_safetensors
-from oneword.runtime.images import png_bytes
 from oneword.serve import messages
 from oneword.serve.containers import take_apart
 from oneword.serve.errors import ApiError, Busy, Invalid, NotFound, NotInstalled, Unprocessable
@@ -52,7 +51,7 @@ from oneword.serve.job_files import (
     WordSaved,
 )
 from oneword.serve.learning import LearningProcess, ProcessLost, public_text, recipe_of, require_installed
-from oneword.serve.pictures import decode
+from oneword.serve.pictures import decode, encode
 from oneword.serve.queue import Entry, Queue
 
 P = ParamSpec("P")
@@ -798,7 +797,7 @@ def _without_metadata(data: bytes, name: str) -> tuple[str, bytes]:
         exif = _ORIENTATION_EXIF % container.orientation
         segment = b"\xff\xe1" + (len(exif) + 2).to_bytes(2, "big") + exif
         return "jpg", container.file[:2] + segment + container.file[2:]
-    return "png", png_bytes(image, "")
+    return "png", encode(image, "png")
 
 
 def _check_words(token: str, init: str) -> None:

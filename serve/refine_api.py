@@ -4,7 +4,6 @@ The state of a refinement is a small file in the store until `finish` writes the
 and the word itself stays as it is meanwhile. Not covered: the search itself (`oneword.runtime.refine`).
 """
 
-import base64
 from typing import Annotated, Final, Literal
 
 from fastapi import APIRouter
@@ -18,8 +17,8 @@ from oneword.serve.errors import Conflict, Invalid
 from oneword.serve.fields import Fields
 from oneword.serve.generate import finish as finished
 from oneword.serve.keys import Tenant
-from oneword.serve.pictures import encode
-from oneword.serve.state import State
+from oneword.serve.pictures import as_base64, encode
+from oneword.serve.state import State, caller
 from oneword.serve.words_api import Word
 
 PROMPT: Final = "a photo of a {}"
@@ -62,8 +61,7 @@ router = APIRouter(tags=["refining"])
 @router.post("/v1/words/{name}/refine")
 async def refine(http: HTTPRequest, name: str, body: RefineBody) -> RefinementRound | Word:
     """Refines a word by likes. Answers the next round's candidates as pictures, or the word after `finish`."""
-    state: State = http.app.state.oneword
-    tenant: Tenant = http.state.tenant
+    state, tenant = caller(http)
     if body.action != "judge" and (body.likes or body.dislikes):
         raise Invalid(f"likes and dislikes were sent with {body.action!r}, allowed is action 'judge'", "likes")
     if "{}" not in body.prompt:
@@ -106,11 +104,11 @@ async def _candidates(
         )
         for concept in concepts
     ]
-    generations = [state.pool.submit(tenant, request, label="refine") for request in requests]
+    generations = [state.pool.submit(tenant, request) for request in requests]
     pictures = await finished(http, *generations)
     encoded = [await state.in_thread(encode, picture.image, "jpeg", 90, "") for picture in pictures]
     candidates = [
-        Candidate(index=index, aspects=concept.provenance["aspects"], b64_json=base64.b64encode(data).decode())
+        Candidate(index=index, aspects=concept.provenance["aspects"], b64_json=as_base64(data))
         for index, (concept, data) in enumerate(zip(concepts, encoded, strict=True))
     ]
     return RefinementRound(round=len(current.rounds) + 1, aspects=current.words, candidates=candidates)
