@@ -237,14 +237,14 @@ def _refuse(fresh: dict[str, Any]) -> None:
 
 
 def _aspects(path: Path | None, lexicon: Lexicon) -> tuple[Aspect, ...]:
-    """The aspects in a file; by default the built-in ones, with only those words that have one or two tokens."""
+    """The aspects in a file; by default the built-in ones, with only those words that are one token."""
     if path is not None:
         aspects = read_aspects(path)
         for aspect in aspects:
             for word in aspect.words:
                 lexicon.direction(word)  # raises if the model does not have the word
         return aspects
-    known = [(aspect.name, tuple(w for w in aspect.words if lexicon.tokens(w) <= 2)) for aspect in DEFAULT_ASPECTS]
+    known = [(aspect.name, tuple(w for w in aspect.words if lexicon.tokens(w) == 1)) for aspect in DEFAULT_ASPECTS]
     aspects = tuple(Aspect(name, words) for name, words in known if len(words) > 1)
     if not aspects:
         raise UsageError("the model's vocabulary has none of the built-in aspects: name your own with --aspects FILE")

@@ -37,11 +37,11 @@ MAX_ROUNDS: Final = 40
 MAX_JSON: Final = 40 << 10  # of the 64 KiB that a concept file's header may have
 PROVENANCE_KEY: Final = "refinement"
 
-CENTRE: Final = 0.3  # weight of the start in a candidate
+START_WEIGHT: Final = 0.1  # of an ordinary word in a candidate, beside 1 for a word of an aspect
 PRIOR, NOISE = 0.5, 0.7  # standard deviations of a word's effect and of a candidate's score
 LIKED, DISLIKED = 1.0, 0.25  # Rocchio's weights
 COMPONENTS: Final = 8  # of the words tried, for the local search
-SIGMA, DECAY = 0.15, 0.93  # size of the local search's steps
+SIGMA, DECAY = 0.06, 0.93  # size of the local search's steps
 NONE: Final = -1  # the choice of no word of an aspect
 
 Choice = tuple[int, ...]
@@ -77,6 +77,8 @@ class Refinement:
     """K, the candidates of a round."""
     aspect_rounds: int = ASPECT_ROUNDS
     """Rounds before the local search."""
+    start_weight: float = START_WEIGHT
+    """Weight of the start in a candidate, beside 1 for a word of an aspect."""
     start_rows: Mapping[str, str] = field(default_factory=dict[str, str])
     """By encoder, the start's direction in base64 (little-endian float32), if it is a learned word."""
     rounds: tuple[Round, ...] = ()
@@ -89,6 +91,8 @@ class Refinement:
         _within("seed", self.seed, 0, 2**63 - 1)
         _within("candidates", self.candidates, MIN_CANDIDATES, MAX_CANDIDATES)
         _within("aspect_rounds", self.aspect_rounds, 1, MAX_ROUNDS)
+        if not 0 < self.start_weight <= 10:
+            raise UsageError(f"start_weight is {self.start_weight}, allowed is more than 0, up to 10")
         _within("rounds", len(self.rounds), 0, MAX_ROUNDS)
         for number, judged in enumerate(self.rounds, 1):
             _check_round(self, number, judged)
@@ -140,10 +144,14 @@ class Refinement:
 
 
 def refine_concept(concept: Concept, lexicon: Lexicon, aspects: tuple[Aspect, ...], **settings: Any) -> Refinement:
-    """A new refinement that starts from a learned word. Raises UsageError if it was learned for another model."""
+    """A new refinement that starts from a learned word, whose weight is 1.
+
+    Raises UsageError if the word was learned for another model.
+    """
     rows = lexicon.vectors(lexicon.direction_of(concept))
     encoded = {name: base64.b64encode(part.astype("<f4").tobytes()).decode() for name, part in rows.items()}
-    return Refinement(concept.token, concept.token, aspects, lexicon.digest, start_rows=encoded, **settings)
+    settings = {"start_weight": 1.0, "start_rows": encoded, **settings}
+    return Refinement(concept.token, concept.token, aspects, lexicon.digest, **settings)
 
 
 def propose(state: Refinement, lexicon: Lexicon) -> tuple[Concept, ...]:
@@ -269,13 +277,13 @@ def _directions(state: Refinement, lexicon: Lexicon) -> list[Direction]:
 
 
 def _mixed(state: Refinement, choice: Choice, lexicon: Lexicon) -> Direction:
-    """unit(0.3 start + sum of the chosen words, each without the vocabulary's mean)."""
+    """unit(start_weight * start + sum of the chosen words, each without the vocabulary's mean)."""
     words = [
         lexicon.direction(aspect.words[index])
         for aspect, index in zip(state.aspects, choice, strict=True)
         if index != NONE
     ]
-    return lexicon.unit(CENTRE * _start(state, lexicon) + sum(word - lexicon.mean for word in words))
+    return lexicon.unit(state.start_weight * _start(state, lexicon) + sum(word - lexicon.mean for word in words))
 
 
 def _start(state: Refinement, lexicon: Lexicon) -> Direction:

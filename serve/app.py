@@ -19,15 +19,20 @@ import oneword
 from oneword.engines.errors import OnewordError
 from oneword.runtime.bundle import Bundle
 from oneword.runtime.concept import Concept
+from oneword.runtime.lexicon import Lexicon
 from oneword.runtime.model import Model
 from oneword.runtime.prompt import Tokenizer
-from oneword.serve import a1111, errors, health, info, jobs_api, middleware, openai, results, words_api
+from oneword.serve import errors, health, info, jobs_api, middleware, openai, refine_api, results, words_api
+from oneword.serve.a1111 import routes as a1111
+from oneword.serve.errors import ApiError
+from oneword.serve.files import open_files
 from oneword.serve.jobs import Jobs
 from oneword.serve.keys import Keys, Tenant
 from oneword.serve.learning import check_model
 from oneword.serve.metrics import Metrics, PoolMetrics
 from oneword.serve.openapi import TAGS, DocumentedApp, error_responses
 from oneword.serve.pool import Pool
+from oneword.serve.refinements import Refinements
 from oneword.serve.results import Results
 from oneword.serve.settings import Settings
 from oneword.serve.state import State
@@ -59,8 +64,6 @@ def build_state(settings: Settings) -> State:
 
     words = Words(WordStore(settings.words), knows=knows)
     pool = Pool(worker, manifest, max_wait=settings.max_wait, observer=PoolMetrics(metrics))
-    metrics.gauge("queued_seconds", "Estimated seconds of accepted work.", lambda: pool.queued_seconds)
-    metrics.gauge("words_resident", "Learned words in the embedding tables.", lambda: worker.figures.words)
 
     async def keep(name: str, concept: Concept) -> None:
         await words.put(Tenant(name) if keys is None else keys.named(name), concept)
@@ -69,7 +72,7 @@ def build_state(settings: Settings) -> State:
     if settings.model is not None:
         digest = manifest.source.digest
         jobs = Jobs(settings.words, settings.jobs_folder, settings.model, digest, keep=keep)
-    return State(
+    state = State(
         settings=settings,
         manifest=manifest,
         tokenizers=tokenizers,
@@ -78,31 +81,36 @@ def build_state(settings: Settings) -> State:
         worker=worker,
         pool=pool,
         results=Results(settings.words),
+        refinements=Refinements(open_files(settings.words), Lexicon.read(bundle)),
         metrics=metrics,
         jobs=jobs,
     )
+    _add_gauges(state)
+    return state
+
+
+@contextlib.asynccontextmanager
+async def running(state: State) -> AsyncIterator[None]:
+    """Starts the parts, the engine's thread among them, and stops them. Raises UsageError for a model that differs."""
+    if state.settings.model is not None:
+        await check_model(state.settings.model, state.manifest)
+    state.worker.start()
+    if state.jobs is not None:
+        await state.jobs.start()
+    collecting = asyncio.create_task(_collect(state))
+    try:
+        yield
+    finally:
+        collecting.cancel()
+        if state.jobs is not None:
+            await state.jobs.stop()
+        await state.pool.drain(0)
+        state.worker.stop(cancel=True)
+        state.words.close()
 
 
 def create_app(state: State) -> FastAPI:
-    """The app around these parts. Its lifespan starts and stops the engine's thread."""
-
-    @contextlib.asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        state.worker.start()
-        if state.jobs is not None and state.settings.model is not None:
-            await check_model(state.settings.model, state.manifest)
-            await state.jobs.start()
-        collecting = asyncio.create_task(_collect(state))
-        try:
-            yield
-        finally:
-            collecting.cancel()
-            if state.jobs is not None:
-                await state.jobs.stop()
-            await state.pool.drain(0)
-            state.worker.stop(cancel=True)
-            state.words.close()
-
+    """The app around these parts. Its lifespan starts and stops them."""
     app = DocumentedApp(
         title="oneword",
         version=oneword.__version__,
@@ -110,18 +118,32 @@ def create_app(state: State) -> FastAPI:
         openapi_tags=TAGS,
         docs_url=None,
         redoc_url=None,
-        lifespan=lifespan,
+        lifespan=lambda _: running(state),
         root_path=state.settings.root_path,
     )
     app.secured = state.keys is not None
     app.state.oneword = state
-    for part in (openai, jobs_api, words_api, results, info, health, a1111):
+    for part in (openai, jobs_api, refine_api, words_api, results, info, health, a1111):
         app.include_router(part.router, responses=error_responses())
     app.add_api_route("/", _page, include_in_schema=False)
     app.mount("/static", StaticFiles(directory=PAGE), name="static")
     errors.install(app)
-    middleware.install(app, state.settings, state.keys)
+    middleware.install(app, state.settings, state.keys, state.metrics.answered)
     return app
+
+
+def _add_gauges(state: State) -> None:
+    """The metrics that are read when somebody asks for them."""
+    pool, worker, words, jobs, gauge = state.pool, state.worker, state.words, state.jobs, state.metrics.gauge
+    gauge("queued_seconds", "Estimated seconds of accepted work.", lambda: pool.queued_seconds)
+    gauge("rows", "Pictures that are being denoised.", lambda: worker.figures.rows)
+    gauge("slots", "Pictures of the model's size that can be denoised together.", lambda: worker.slots)
+    gauge("waiting", "Pictures that the engine has not taken up.", lambda: pool.waiting)
+    gauge("words_resident", "Learned words in the embedding tables.", lambda: worker.figures.words)
+    gauge("words_cached", "Learned words in the server's memory.", lambda: words.resident)
+    gauge("words_evicted", "Words that left the server's memory for others, so far.", lambda: words.evictions)
+    gauge("jobs_running", "Words that this server is learning.", lambda: jobs.running if jobs else 0)
+    gauge("jobs_waiting", "Learning jobs in this server's queue.", lambda: jobs.waiting if jobs else 0)
 
 
 async def _page(http: Request) -> Response:
@@ -135,6 +157,6 @@ async def _collect(state: State) -> None:
             await state.in_thread(state.results.collect)
             if state.jobs is not None:
                 await state.jobs.delete_old()
-        except (OSError, OnewordError):
+        except (ApiError, OSError, OnewordError):
             _log.warning("expired pictures could not be deleted from the store")
         await asyncio.sleep(_COLLECT_SECONDS)

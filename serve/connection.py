@@ -1,6 +1,6 @@
 """uvicorn's HTTP connection, with limits on clients that send or read too slowly, or nothing at all.
 
-Not covered: the time that a body may take, and who may send it (`serve.middleware`); signals (`serve.cli`).
+Not covered: the time that a body may take, and who may send it (`serve.middleware`); signals (`serve.server`).
 """
 
 import asyncio
@@ -110,6 +110,7 @@ def server_config(app: ASGIApp, settings: Settings) -> uvicorn.Config:
         port=settings.port,
         http=limited_connection(settings),
         ws="none",
+        loop="asyncio",  # with uvloop, which "auto" prefers where it is installed, reads are not small
         access_log=False,
         log_config=None,
         proxy_headers=False,  # by default, any local process is believed

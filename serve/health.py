@@ -9,6 +9,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from oneword.serve.openapi import Responses
+from oneword.serve.state import State
 from oneword.serve.worker import State as WorkerState
 
 router = APIRouter(tags=["health"])
@@ -33,7 +34,7 @@ _METRICS: Final[Responses] = {
 )
 async def live(http: Request) -> Response:
     """Whether the engine works. 200 if so, 500 after it failed or stopped."""
-    worker = http.app.state.oneword.worker
+    worker = State.of(http).worker
     alive = worker.state in (WorkerState.STARTING, WorkerState.READY)
     return JSONResponse({"status": worker.state}, 200 if alive else 500)
 
@@ -42,8 +43,8 @@ async def live(http: Request) -> Response:
     "/health/ready", response_model=Health, responses={503: {"model": Health, "description": "Not ready, or stopping."}}
 )
 async def ready(http: Request) -> Response:
-    """Whether to send requests. 200 once the engine is warm; 503 before, and once the server is told to stop."""
-    state = http.app.state.oneword
+    """Whether to send requests. 200 once the engine is warm; 503 before, and once the server stops."""
+    state = State.of(http)
     if state.pool.draining:
         return JSONResponse({"status": "stopping"}, 503)
     return JSONResponse({"status": state.worker.state}, 200 if state.worker.state is WorkerState.READY else 503)
@@ -53,4 +54,4 @@ async def ready(http: Request) -> Response:
 async def metrics(http: Request) -> Response:
     """Metrics, in Prometheus's text format."""
     encode, media_type = choose_encoder(http.headers.get("accept", ""))
-    return Response(encode(http.app.state.oneword.metrics.registry), media_type=media_type)
+    return Response(encode(State.of(http).metrics.registry), media_type=media_type)

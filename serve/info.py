@@ -64,7 +64,7 @@ class QueueBody(BaseModel):
 @router.get("/v1/model")
 async def model(http: Request) -> ModelBody:
     """Describes the model and this server. Its defaults and limits, and what can be asked for."""
-    state: State = http.app.state.oneword
+    state = State.of(http)
     manifest, defaults = state.manifest, state.manifest.defaults
     return ModelBody(
         name=state.name,
@@ -83,7 +83,7 @@ async def model(http: Request) -> ModelBody:
         max_side=manifest.max_side,
         edits="vae_encoder" in manifest.graphs,
         learn=state.jobs is not None,
-        refine=False,
+        refine=True,
         tenant=http.state.tenant.name,
     )
 
@@ -91,7 +91,7 @@ async def model(http: Request) -> ModelBody:
 @router.get("/v1/queue")
 async def queue(http: Request) -> QueueBody:
     """Lists the caller's requests in progress. The oldest is first; each has its place and estimated seconds left."""
-    state: State = http.app.state.oneword
+    state = State.of(http)
     data = [
         QueueItem(
             id=generation.id,
@@ -108,7 +108,7 @@ async def queue(http: Request) -> QueueBody:
 @router.delete("/v1/queue/{id}", status_code=204)
 async def cancel(http: Request, id: str) -> None:
     """Cancels one of the caller's generations. One that has ended, or another tenant's, is a 404."""
-    state: State = http.app.state.oneword
+    state = State.of(http)
     for generation in state.pool.generations(http.state.tenant):
         if generation.id == id:
             generation.cancel()

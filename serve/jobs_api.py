@@ -5,35 +5,42 @@ with this server's own engine. These pictures are made when they are first asked
 """
 
 import asyncio
-import base64
 import contextlib
 from collections.abc import AsyncGenerator
 from typing import Annotated, Final, Literal
 
 from fastapi import APIRouter, Query
 from pydantic import BaseModel, ConfigDict, Field
-from starlette.datastructures import UploadFile
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import JSONResponse, Response
 
 from oneword.runtime.concept import Concept
 from oneword.runtime.request import Request
-from oneword.serve.errors import ApiError, Invalid, NotFound, NotInstalled, Unprocessable, openai_body
+from oneword.serve.errors import (
+    ApiError,
+    Busy,
+    NotFound,
+    NotInstalled,
+    Unavailable,
+    openai_body,
+)
 from oneword.serve.fields import Fields, validated
+from oneword.serve.forms import read_form
 from oneword.serve.job_files import Cancelled, Failed, Note, Progress, Status
 from oneword.serve.jobs import PICTURES, Done, Job, Jobs, Snapshot
 from oneword.serve.keys import Tenant
 from oneword.serve.openapi import PICTURE_TYPES, WORD_NAME, file_field, file_response, stream_response, upload
-from oneword.serve.pictures import encode
-from oneword.serve.state import State
+from oneword.serve.pictures import MEDIA_TYPES, as_base64, encode
+from oneword.serve.state import State, caller
 from oneword.serve.streams import EventStream, sse
 
 PROMPTS: Final = ("a photo of a {}", "a photo of a {} in the snow", "a drawing of a {}")
 """What every snapshot of a word draws."""
 PREVIEW_STEPS: Final = 20  # denoising steps
 PREVIEW_SEED: Final = 0
+_IMAGES: Final = ("image[]", "image", "images[]", "images")
 _BUSY_SECONDS: Final = 30.0  # the longest wait for an engine that is busy
-_MEDIA: Final = {"png": "image/png", "jpg": "image/jpeg", "webp": "image/webp"}
+_TRIES: Final = 30  # to draw a preview for somebody who watches, a second apart
 
 
 class LearnFields(Fields):
@@ -146,21 +153,10 @@ router = APIRouter(tags=["learning"])
 )
 async def learn(http: HTTPRequest) -> Response:
     """Starts learning a word from three to five pictures. Answers with the job."""
-    state, tenant = _context(http)
+    state, tenant = caller(http)
     jobs = _jobs(state)
-    if not http.headers.get("content-type", "").startswith("multipart/form-data"):
-        raise Unprocessable("the body must be multipart/form-data, with three to five pictures as `image[]`")
-    text: dict[str, object] = {}
-    images: list[bytes] = []
-    async with http.form(max_files=8, max_fields=16) as form:
-        for name, value in form.multi_items():
-            if not isinstance(value, UploadFile):
-                text[name] = value
-            elif name in ("image", "image[]", "images", "images[]"):
-                images.append(await value.read())
-            else:
-                raise Invalid(f"the file field {name[:40]!r} is unknown, allowed is image[]", param=name)
-    body = validated(LearnFields, text)
+    form = await read_form(http, _IMAGES, 8, "three to five pictures as `image[]`")
+    images, body = form.data(*_IMAGES), validated(LearnFields, form.text)
     job = await jobs.add(tenant.name, images, body.name, body.init, body.recipe, body.steps, body.seed)
     return JSONResponse(JobBody.of(job).model_dump(mode="json"), 202)
 
@@ -172,7 +168,7 @@ async def jobs(
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
 ) -> JobList:
     """Lists the caller's jobs, the newest first."""
-    state, tenant = _context(http)
+    state, tenant = caller(http)
     found = await _jobs(state).list(tenant.name, limit + 1, before)
     return JobList(data=[JobBody.of(job) for job in found[:limit]], has_more=len(found) > limit)
 
@@ -180,14 +176,14 @@ async def jobs(
 @router.get("/v1/jobs/{id}")
 async def job(http: HTTPRequest, id: str) -> JobBody:
     """Describes a job."""
-    state, tenant = _context(http)
+    state, tenant = caller(http)
     return JobBody.of(await _jobs(state).get(tenant.name, id))
 
 
 @router.delete("/v1/jobs/{id}")
 async def cancel(http: HTTPRequest, id: str) -> JobBody:
     """Cancels a job. One that has ended stays as it is."""
-    state, tenant = _context(http)
+    state, tenant = caller(http)
     return JobBody.of(await _jobs(state).cancel(tenant.name, id))
 
 
@@ -200,7 +196,7 @@ async def job_events(
     http: HTTPRequest, id: str, after: Annotated[int, Query(ge=0, description="the last number you have")] = 0
 ) -> Response:
     """Follows a job live. Server-sent events: progress, notes, previews (pictures), then how it ended."""
-    state, tenant = _context(http)
+    state, tenant = caller(http)
     found = await _jobs(state).get(tenant.name, id)
     return EventStream(_events(state, tenant, found, after))
 
@@ -212,11 +208,11 @@ async def job_events(
 )
 async def job_picture(http: HTTPRequest, id: str, name: str) -> Response:
     """A picture of a job. Either one that it learns from, or preview-STEP-INDEX.jpg, drawn when it is first read."""
-    state, tenant = _context(http)
+    state, tenant = caller(http)
     found = await _jobs(state).get(tenant.name, id)
     data = await _picture(state, tenant, found, name)
     headers = {"Cache-Control": "private, max-age=86400, immutable"}
-    return Response(data, media_type=_MEDIA.get(name.rpartition(".")[2], "image/jpeg"), headers=headers)
+    return Response(data, media_type=MEDIA_TYPES[name.rpartition(".")[2]], headers=headers)
 
 
 async def _events(state: State, tenant: Tenant, job: Job, after: int) -> AsyncGenerator[bytes]:
@@ -245,21 +241,29 @@ async def _events(state: State, tenant: Tenant, job: Job, after: int) -> AsyncGe
 
     async def draw() -> None:
         while (step := await steps.get()) is not None:
-            for index, prompt in enumerate(PROMPTS):
-                with contextlib.suppress(ApiError):  # a preview that cannot be drawn now is drawn when it is looked at
-                    data = await _picture(state, tenant, job, _preview_name(step, index))
-                    body = {"step": step, "index": index, "prompt": prompt.format(job.token), "output_format": "jpeg"}
-                    queue.put_nowait(sse("preview", {**body, "b64_json": base64.b64encode(data).decode()}))
+            names = [_preview_name(step, index) for index in range(len(PROMPTS))]
+            pictures = [_patiently(state, tenant, job, name) for name in names]  # they share engine calls
+            for index, data in enumerate(await asyncio.gather(*pictures, return_exceptions=True)):
+                if isinstance(data, bytes):  # one that cannot be drawn now is drawn when it is looked at
+                    prompt = PROMPTS[index].format(job.token)
+                    body = {"step": step, "index": index, "prompt": prompt, "output_format": "jpeg"}
+                    queue.put_nowait(sse("preview", {**body, "b64_json": as_base64(data)}))
+                elif not isinstance(data, ApiError):
+                    raise data
+
+    async def stop() -> None:
+        await state.stopping.wait()
+        queue.put_nowait(None)
 
     drawing = asyncio.create_task(draw())
-    reading = asyncio.create_task(read())
+    tasks = drawing, asyncio.create_task(read()), asyncio.create_task(stop())
     try:
         while (chunk := await queue.get()) is not None:
             yield chunk
     finally:
-        for task in (reading, drawing):
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(reading, drawing, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _event(job: Job, event: Progress | Note | Done | Failed | Cancelled) -> bytes:
@@ -289,6 +293,15 @@ async def _picture(state: State, tenant: Tenant, job: Job, name: str) -> bytes:
     return data
 
 
+async def _patiently(state: State, tenant: Tenant, job: Job, name: str) -> bytes:
+    """A job's picture, also if the engine is just starting or has too much to do. Raises ApiError."""
+    for _ in range(_TRIES):
+        with contextlib.suppress(Busy, Unavailable):
+            return await _picture(state, tenant, job, name)
+        await asyncio.sleep(1)
+    return await _picture(state, tenant, job, name)
+
+
 async def _drawn(state: State, tenant: Tenant, concept: Concept, index: int) -> bytes:
     """The picture of prompt `index` as a JPEG."""
     defaults = state.manifest.defaults
@@ -298,7 +311,7 @@ async def _drawn(state: State, tenant: Tenant, concept: Concept, index: int) -> 
         steps=min(PREVIEW_STEPS, defaults.steps),
         words={concept.token: concept},
     )
-    (picture,) = await state.pool.submit(tenant, request, deadline=_BUSY_SECONDS, label="preview").wait()
+    (picture,) = await state.pool.submit(tenant, request, deadline=_BUSY_SECONDS).wait()
     return await state.in_thread(encode, picture.image, "jpeg", 90, "")
 
 
@@ -313,10 +326,6 @@ def _preview_of(name: str) -> tuple[int, int]:
             if len(step) <= 6 and int(index) < len(PROMPTS):
                 return int(step), int(index)
     raise NotFound("the job has no such picture")
-
-
-def _context(http: HTTPRequest) -> tuple[State, Tenant]:
-    return http.app.state.oneword, http.state.tenant
 
 
 def _jobs(state: State) -> Jobs:

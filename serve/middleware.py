@@ -56,6 +56,7 @@ def install(
     app: FastAPI,
     settings: Settings,
     keys: Keys | None = None,
+    observer: Callable[[str, int], None] | None = None,
     limits: Sequence[tuple[str, int]] = BODY_LIMITS,
 ) -> None:
     """Adds all of the middleware to an app, in its order. The last that is added is the outermost."""
@@ -66,7 +67,7 @@ def install(
     app.add_middleware(CatchErrors)
     app.add_middleware(WriteTimeout, seconds=settings.write_seconds)
     app.add_middleware(SecurityHeaders)
-    app.add_middleware(AccessLog)
+    app.add_middleware(AccessLog, observer=observer)
 
 
 def is_public(path: str) -> bool:
@@ -85,8 +86,10 @@ def route_path(scope: Scope) -> str:
 class AccessLog:
     """One line of JSON per request; never its prompt, key, query string, path or address."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, observer: Callable[[str, int], None] | None = None) -> None:
+        """`observer` gets the route, such as /v1/words/{name}, and the status of every answer."""
         self.app = app
+        self._observer = observer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -119,6 +122,8 @@ class AccessLog:
                 "id": request_id,
             }
             _log.info("%s", json.dumps(line))
+            if self._observer is not None:
+                self._observer(str(line["route"] or "none"), status)
 
 
 class SecurityHeaders:

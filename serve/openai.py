@@ -4,7 +4,6 @@ Bodies and answers follow OpenAI's API reference of November 2026; `Settings` li
 Not covered: transparent backgrounds, and pictures as references for a new one: each picture is edited by itself.
 """
 
-import base64
 import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
@@ -13,7 +12,6 @@ from typing import Annotated, Any, Final, Literal
 
 from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field
-from starlette.datastructures import UploadFile
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
@@ -21,15 +19,16 @@ from oneword.engines.errors import OnewordError
 from oneword.runtime.events import PictureDone
 from oneword.runtime.request import MAX_STEPS, Request
 from oneword.runtime.samplers import Sampler
-from oneword.serve.errors import ApiError, Invalid, NotFound, Unprocessable, from_oneword, openai_body
+from oneword.serve.errors import ApiError, Invalid, NotFound, from_oneword, openai_body
 from oneword.serve.fields import Fields, validated
+from oneword.serve.forms import read_form
 from oneword.serve.generate import cancel, events, finish, start
 from oneword.serve.keys import Tenant
 from oneword.serve.openapi import Responses, file_field, stream_response, upload
-from oneword.serve.pictures import decode, decode_mask, encode
+from oneword.serve.pictures import Format, as_base64, decode, decode_mask, encode
 from oneword.serve.pool import Generation
 from oneword.serve.results import address
-from oneword.serve.state import State
+from oneword.serve.state import State, caller
 from oneword.serve.streams import EventStream, sse
 from oneword.serve.worker import Done, Partial, Step
 
@@ -37,9 +36,6 @@ MAX_IMAGES: Final = 10
 """Pictures per prompt, as in OpenAI's API."""
 MAX_UPLOADS: Final = 16
 _OPENAI_MODELS: Final = ("dall-e", "gpt-image", "chatgpt-image")
-_MEDIA: Final = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
-
-Format = Literal["png", "jpeg", "webp"]
 
 
 class Settings(Fields):
@@ -189,9 +185,9 @@ class Answer:
     async def _entry(self, picture: PictureDone) -> Picture:
         data = await self._encoded(picture)
         if self.settings.response_format == "url":
-            name = await self.state.in_thread(self.state.results.put, data, _MEDIA[self.format])
+            name = await self.state.in_thread(self.state.results.put, data, self.format)
             return Picture(url=address(self.http, name), seed=picture.seed)
-        return Picture(b64_json=base64.b64encode(data).decode(), seed=picture.seed)
+        return Picture(b64_json=as_base64(data), seed=picture.seed)
 
     async def _encoded(self, picture: PictureDone) -> bytes:
         return await self.state.in_thread(
@@ -225,7 +221,7 @@ class Answer:
             yield sse("error", openai_body(known))
 
     def _event(self, name: str, data: bytes, shape: Sequence[int] | None, **fields: object) -> bytes:
-        body: dict[str, object] = {"type": f"{self.prefix}.{name}", "b64_json": base64.b64encode(data).decode()}
+        body: dict[str, object] = {"type": f"{self.prefix}.{name}", "b64_json": as_base64(data)}
         if shape is not None:
             body |= {
                 "created_at": int(time.time()),
@@ -276,14 +272,14 @@ router = APIRouter(tags=["OpenAI images"])
 @router.get("/v1/models")
 async def models(http: HTTPRequest) -> ModelList:
     """Lists the models: this server has one."""
-    return ModelList(data=[_model(_state(http))])
+    return ModelList(data=[_model(State.of(http))])
 
 
 @router.get("/v1/models/{model:path}")
 async def model(http: HTTPRequest, model: str) -> ListedModel:
     """Describes a model. 404 if this server does not have it."""
-    _check_model(_state(http), model)
-    return _model(_state(http))
+    _check_model(State.of(http), model)
+    return _model(State.of(http))
 
 
 @router.post("/v1/images/generations", response_model=PicturesAnswer, responses=_STREAM)
@@ -296,17 +292,17 @@ async def generations(http: HTTPRequest, body: GenerationBody) -> Response:
 @router.post("/v1/images/edits", response_model=PicturesAnswer, responses=_STREAM, openapi_extra=_EDIT)
 async def edits(http: HTTPRequest) -> Response:
     """Edits uploaded pictures, each by itself. The mask's transparent pixels are repainted in the first picture."""
-    text, pictures, mask = await _form(http, ("image", "image[]"), ("mask",))
+    text, pictures, masks = await _form(http, "image", "image[]", masks=("mask",))
     body = validated(EditFields, text)
     if not pictures:
         raise Invalid("image is missing: upload a PNG, JPEG or WebP as `image`, or several as `image[]`", param="image")
-    state = _state(http)
+    state = State.of(http)
     requests = []
     for number, picture in enumerate(pictures):
         image = await state.in_thread(decode, picture, "image")
         area = None
-        if mask and number == 0:
-            area = await state.in_thread(decode_mask, mask[0], True)
+        if masks and number == 0:
+            area = await state.in_thread(decode_mask, masks[0], True)
         strength = body.strength or (1.0 if area is not None else 0.8)
         requests.append(_request(body, body.prompt, image=image, mask=area, strength=strength))
     return await _answer(http, body, requests, "image_edit")
@@ -315,18 +311,13 @@ async def edits(http: HTTPRequest) -> Response:
 @router.post("/v1/images/variations", response_model=PicturesAnswer, responses=_STREAM, openapi_extra=_VARIATION)
 async def variations(http: HTTPRequest) -> Response:
     """Varies one uploaded picture."""
-    text, pictures, _ = await _form(http, ("image",), ())
+    text, pictures, _ = await _form(http, "image")
     body = validated(VariationFields, text)
     if len(pictures) != 1:
         raise Invalid(f"{len(pictures)} pictures were uploaded, allowed is one, as `image`", param="image")
-    image = await _state(http).in_thread(decode, pictures[0], "image")
+    image = await State.of(http).in_thread(decode, pictures[0], "image")
     request = _request(body, body.prompt, image=image, strength=body.strength or 0.8)
     return await _answer(http, body, [request], "image_generation")
-
-
-def _state(http: HTTPRequest) -> State:
-    state: State = http.app.state.oneword
-    return state
 
 
 def _model(state: State) -> ListedModel:
@@ -369,7 +360,7 @@ def _request(body: Settings, prompt: str, **edit: Any) -> Request:
 
 async def _answer(http: HTTPRequest, body: Settings, requests: Sequence[Request], prefix: str) -> Response:
     """Queues the requests, all or none, and answers with their pictures."""
-    state, tenant = _state(http), http.state.tenant
+    state, tenant = caller(http)
     if body.model is not None:
         _check_model(state, body.model)
     if len(requests) * (body.n or 1) > MAX_IMAGES:
@@ -403,31 +394,14 @@ async def _answer(http: HTTPRequest, body: Settings, requests: Sequence[Request]
 
 
 async def _form(
-    http: HTTPRequest, images: Sequence[str], masks: Sequence[str]
+    http: HTTPRequest, *images: str, masks: Sequence[str] = ()
 ) -> tuple[dict[str, object], list[bytes], list[bytes]]:
-    """A multipart body: text fields, pictures and masks. Raises Invalid for files in other fields, Unprocessable."""
-    if not http.headers.get("content-type", "").startswith("multipart/form-data"):
-        raise Unprocessable("the body must be multipart/form-data, with the picture as the file `image`")
-    text: dict[str, object] = {}
-    files: dict[str, list[bytes]] = {}
-    async with http.form(max_files=MAX_UPLOADS + 1, max_fields=64, max_part_size=1 << 20) as form:
-        for name, value in form.multi_items():
-            if not isinstance(value, UploadFile):
-                if name in text:
-                    raise Invalid(f"the field {name[:40]!r} was sent twice, allowed is once", param=name)
-                text[name] = value
-            elif name in (*images, *masks):
-                files.setdefault(name, []).append(await value.read())
-            else:
-                raise Invalid(
-                    f"the file field {name[:40]!r} is unknown, allowed are {', '.join((*images, *masks))}", param=name
-                )
-    for name in (*images, *masks):
-        if name in text:
-            raise Invalid(f"{name} is text, allowed is an uploaded file", param=name)
+    """A multipart body: text fields, pictures and at most one mask. Raises ApiError."""
+    form = await read_form(http, (*images, *masks), MAX_UPLOADS + 1, "the picture as the file `image`")
+    text: dict[str, object] = dict(form.text)
     if "guidance_interval" in text:
-        text["guidance_interval"] = str(text["guidance_interval"]).strip("[] ").split(",")
-    given_masks = [data for name in masks for data in files.get(name, [])]
+        text["guidance_interval"] = form.text["guidance_interval"].strip("[] ").split(",")
+    given_masks = form.data(*masks)
     if len(given_masks) > 1:
         raise Invalid(f"{len(given_masks)} masks were uploaded, allowed is one", param="mask")
-    return text, [data for name in images for data in files.get(name, [])], given_masks
+    return text, form.data(*images), given_masks

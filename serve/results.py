@@ -1,6 +1,6 @@
 """Pictures that clients fetch by address instead of in the answer, kept in the store for an hour.
 
-An address holds a random name, so whoever has it may read the picture, and the hour after which it is gone. The
+An address holds a random name, so anyone who has it may read the picture, and the hour after which it is gone. The
 files are in the store, so any server that shares it can answer. Not covered: pictures inside JSON.
 """
 
@@ -17,12 +17,11 @@ from starlette.responses import Response
 from oneword.serve.errors import NotFound
 from oneword.serve.files import open_files
 from oneword.serve.openapi import PICTURE_TYPES, file_response
+from oneword.serve.pictures import MEDIA_TYPES, Format
 
 SECONDS: Final = 3600
 _FOLDER: Final = "results"
-_MAX_BYTES: Final = 256 << 20
-_SUFFIXES: Final = {"image/png": "png", "image/jpeg": "jpg", "image/webp": "webp"}
-_NAME: Final = re.compile(r"(\d{1,12})-[0-9a-f]{64}\.(png|jpg|webp)")
+_NAME: Final = re.compile(r"(\d{1,12})-[0-9a-f]{64}\.(png|jpeg|webp)")
 
 
 class Results:
@@ -32,9 +31,9 @@ class Results:
         self._files = open_files(url)
         self._clock = clock
 
-    def put(self, data: bytes, media_type: str) -> str:
+    def put(self, data: bytes, format: Format) -> str:
         """Keeps a picture for an hour and returns its name."""
-        name = f"{int(self._clock()) + SECONDS}-{secrets.token_hex(32)}.{_SUFFIXES[media_type]}"
+        name = f"{int(self._clock()) + SECONDS}-{secrets.token_hex(32)}.{format}"
         self._files.write(f"{_FOLDER}/{name}", data)
         return name
 
@@ -43,9 +42,8 @@ class Results:
         match = _NAME.fullmatch(name)
         if match is None or int(match[1]) < self._clock():
             return None
-        data = self._files.read(f"{_FOLDER}/{name}", _MAX_BYTES)
-        media_type = next(media for media, suffix in _SUFFIXES.items() if suffix == match[2])
-        return None if data is None else (data, media_type)
+        data = self._files.read(f"{_FOLDER}/{name}")
+        return None if data is None else (data, MEDIA_TYPES[match[2]])
 
     def collect(self) -> int:
         """Deletes the pictures that have expired, and returns their number."""

@@ -7,18 +7,17 @@ from typing import Annotated, Final, Literal
 
 from fastapi import APIRouter, Query
 from pydantic import BaseModel, ConfigDict, Field
-from starlette.datastructures import UploadFile
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from oneword.engines.errors import OnewordError
 from oneword.runtime.concept import Concept, check_token, concept_bytes, concept_of, read_safetensors, token_from_stem
 from oneword.runtime.model import check_fits
-from oneword.serve.errors import Invalid, Unprocessable, from_oneword
+from oneword.serve.errors import Invalid, from_oneword
 from oneword.serve.fields import Fields
-from oneword.serve.keys import Tenant
+from oneword.serve.forms import File, is_form, read_form
 from oneword.serve.openapi import WORD_NAME, WORD_TYPE, file_field, file_response, upload
-from oneword.serve.state import State
+from oneword.serve.state import caller
 from oneword.serve.store import WordRecord
 
 _NAMES: Final = "letters, digits and . + * @ # ! ~ & $ % ^ = - _ , bare or in <>, for example <toy>"
@@ -88,7 +87,7 @@ async def words(
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
 ) -> WordList:
     """Lists the caller's words by name, a page at a time."""
-    state, tenant = _context(http)
+    state, tenant = caller(http)
     records = await state.words.list(tenant, after, limit + 1)
     return WordList(data=[Word.of(record) for record in records[:limit]], has_more=len(records) > limit)
 
@@ -102,14 +101,8 @@ async def words(
 )
 async def upload_word(http: Request, replace: bool = False) -> Response:
     """Stores a word from a safetensors file. `name` overrides the file's own. 409 if the name is taken."""
-    if not http.headers.get("content-type", "").startswith("multipart/form-data"):
-        raise Unprocessable("the body must be multipart/form-data, with the word's safetensors file as `file`")
-    async with http.form(max_files=1, max_fields=8) as form:
-        file, name = form.get("file"), form.get("name")
-        if not isinstance(file, UploadFile):
-            raise Invalid("file is missing: upload the word's safetensors file as `file`", param="file")
-        data, stem = await file.read(), file.filename or "word"
-    return await _put(http, data, stem, str(name) if name else None, if_absent=not replace)
+    file, name = await _uploaded(http)
+    return await _put(http, file.data, file.name or "word", name, if_absent=not replace)
 
 
 @router.put(
@@ -120,12 +113,7 @@ async def upload_word(http: Request, replace: bool = False) -> Response:
 )
 async def put(http: Request, name: str) -> Response:
     """Creates or replaces a word. The safetensors file is the body itself, or `file` of a multipart body."""
-    if http.headers.get("content-type", "").startswith("multipart/form-data"):
-        async with http.form(max_files=1, max_fields=8) as form:
-            file = form.get("file")
-            data = await file.read() if isinstance(file, UploadFile) else b""
-    else:
-        data = await http.body()
+    data = (await _uploaded(http))[0].data if is_form(http) else await http.body()
     if not data:
         raise Invalid("the body is empty: send the word's safetensors file", param="file")
     return await _put(http, data, name, name, if_absent=False)
@@ -134,14 +122,14 @@ async def put(http: Request, name: str) -> Response:
 @router.get("/v1/words/{name}")
 async def word(http: Request, name: str) -> Word:
     """Describes a word."""
-    state, tenant = _context(http)
+    state, tenant = caller(http)
     return Word.of(await state.words.get(tenant, name))
 
 
 @router.get("/v1/words/{name}/file", response_class=Response, responses=file_response("A safetensors file.", WORD_TYPE))
 async def word_file(http: Request, name: str) -> Response:
     """Downloads a word's file. diffusers, A1111 and ComfyUI read it."""
-    state, tenant = _context(http)
+    state, tenant = caller(http)
     record = await state.words.get(tenant, name)
     concept = await state.words.concept(record)
     stem = token_from_stem(record.token).strip("<>")
@@ -153,7 +141,7 @@ async def word_file(http: Request, name: str) -> Response:
 @router.patch("/v1/words/{name}")
 async def rename(http: Request, name: str, body: Rename) -> Word:
     """Renames a word. 409 if the new name is taken."""
-    state, tenant = _context(http)
+    state, tenant = caller(http)
     _check_name(body.name)
     return Word.of(await state.words.rename(tenant, name, body.name))
 
@@ -161,17 +149,21 @@ async def rename(http: Request, name: str, body: Rename) -> Word:
 @router.delete("/v1/words/{name}", status_code=204)
 async def delete(http: Request, name: str) -> Response:
     """Deletes a word. Pictures that already use it are finished with it."""
-    state, tenant = _context(http)
+    state, tenant = caller(http)
     await state.words.delete(tenant, name)
     return Response(status_code=204)
 
 
-def _context(http: Request) -> tuple[State, Tenant]:
-    return http.app.state.oneword, http.state.tenant
+async def _uploaded(http: Request) -> tuple[File, str | None]:
+    """The file of a multipart body, and the word's name if it is there. Raises ApiError."""
+    form = await read_form(http, ("file",), 1, "the word's safetensors file as `file`")
+    if "file" not in form.files:
+        raise Invalid("file is missing: upload the word's safetensors file as `file`", param="file")
+    return form.files["file"][0], form.text.get("name") or None
 
 
 async def _put(http: Request, data: bytes, stem: str, name: str | None, *, if_absent: bool) -> Response:
-    state, tenant = _context(http)
+    state, tenant = caller(http)
     if name is not None:
         _check_name(name)
     try:

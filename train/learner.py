@@ -21,6 +21,7 @@ from oneword.export.modules import TextEncoder, UNet
 from oneword.export.source import Source
 from oneword.runtime.concept import Concept
 from oneword.train.compute import compute_dtype, few_positions
+from oneword.train.directional import mean_length
 from oneword.train.losses import distance_to_start, min_snr_weights, noise_scheduler, prediction_target
 from oneword.train.norms import vocabulary_norm, with_norm
 from oneword.train.parallel import Recorded, in_threads, parts_of
@@ -58,10 +59,11 @@ class Learner:
             for encoder in family.encoders
         }
         self.target_norms = {name: vocabulary_norm(prompt.encoder.table) for name, prompt in self.encoders.items()}
+        mean_lengths = {name: mean_length(prompt.encoder.table) for name, prompt in self.encoders.items()}
         self._first_row: list[int] = []
         next_row = 0
         for word in words:
-            prepare(word, recipe, seed)
+            prepare(word, recipe, seed, mean_lengths)
             self._first_row.append(next_row)
             next_row += recipe.vectors + (word.moments.pictures if recipe.per_image else 0)
         # Each word's fixed batch, from a separate random stream, so that a resumed run has the same one.

@@ -35,6 +35,13 @@ class Rate(Enum):
     COSINE = "cosine"
 
 
+class Optimizer(Enum):
+    """What a step does: AdamW's, or a turn of the word's direction at a fixed length (`oneword.train.directional`)."""
+
+    ADAMW = "adamw"
+    DIRECTIONAL = "directional"
+
+
 class Norm(Enum):
     """What a step does to a vector's length: leave it, set it to the vocabulary's median, or pull it towards that."""
 
@@ -57,7 +64,8 @@ class Recipe:
 
     vectors: rows the word has at the end. grow_at: optimiser steps after which another row joins (progressive).
     steps: optimiser steps. batch_size: pictures per step and word. accumulation: backward passes per step, each of
-    `batch_size` pictures. learning_rate: AdamW's, never scaled. warmup: steps of linear warm-up.
+    `batch_size` pictures. learning_rate: the optimizer's, never scaled; the directional one's is the tangent of the
+    angle of a step. warmup: steps of linear warm-up. optimizer: only AdamW uses weight_decay, betas and norm.
     init_weight: weight of the squared distance to the initial rows in the loss (regularised).
     per_image: the share of prompts that also contain a word for their picture.
     min_snr: gamma of min-SNR weighting (Hang et al., arXiv 2303.09556), None for no weighting.
@@ -78,6 +86,7 @@ class Recipe:
     learning_rate: float = 0.04
     rate: Rate = Rate.CONSTANT
     warmup: int = 0
+    optimizer: Optimizer = Optimizer.ADAMW
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.999)
     init_weight: float = 0.0
@@ -107,6 +116,10 @@ class Recipe:
             raise UsageError(f"learning_rate is {self.learning_rate}: give a number above 0 and below 10")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise UsageError(f"betas is {self.betas}: give two numbers from 0 to below 1, for example 0.9,0.999")
+        if self.optimizer is Optimizer.DIRECTIONAL and self.norm is not Norm.FREE:
+            raise UsageError(
+                f"norm is {self.norm.value} with the directional optimizer, which fixes lengths: leave it at free"
+            )
         if self.weight_decay < 0 or self.init_weight < 0:
             raise UsageError(
                 f"weight_decay is {self.weight_decay} and init_weight is {self.init_weight}: give numbers from 0 up"
@@ -202,6 +215,15 @@ _FAST = Recipe(  # a high rate that falls to zero, large batches, few steps
 RECIPES: Mapping[str, Recipe] = _named(
     _FAST,
     dataclasses.replace(_FAST, name="quick", steps=50, batch_size=8, learning_rate=0.04),
+    dataclasses.replace(
+        _FAST,
+        name="directional",
+        steps=50,
+        batch_size=8,
+        learning_rate=0.1,
+        warmup=6,
+        optimizer=Optimizer.DIRECTIONAL,
+    ),
     dataclasses.replace(_FAST, name="style", subject=Subject.STYLE),
     # From section 5 of the paper: one word, and the variants it is compared with.
     Recipe("one-word"),
@@ -218,6 +240,7 @@ RECIPES: Mapping[str, Recipe] = _named(
 
 fast               our own, the default
 quick              `fast` with an eighth of its pictures, at twice the rate: for a first look while one waits
+directional        an eighth of `fast`'s pictures; only the word's direction is learned, at the vocabulary's mean length
 style              `fast` with the style templates of the paper's released code
 one-word           the paper's method: 5,000 steps of batch 4 at 0.04
 two-vectors        "extended latent spaces": a word of two vectors

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 import torch
 
 from oneword.engines.errors import UsageError
+from oneword.train.directional import DirectionalDescent, unit
 from oneword.train.pictures import Moments
 from oneword.train.prompts import per_image_template
-from oneword.train.recipe import Recipe
+from oneword.train.recipe import Optimizer, Recipe
 
 Rows = Mapping[str, torch.Tensor]  # by text encoder, [n, D] float32
 
@@ -32,7 +33,7 @@ class Word:
     captions: Sequence[str] | None = None
     rows: dict[str, torch.nn.Parameter] = field(default_factory=dict)
     picture_rows: dict[str, torch.nn.Parameter] = field(default_factory=dict)
-    optimizer: torch.optim.AdamW = field(init=False)
+    optimizer: torch.optim.Optimizer = field(init=False)
     generator: torch.Generator = field(default_factory=torch.Generator)
     losses: list[float] = field(default_factory=list)
     start_loss: float = math.nan
@@ -152,9 +153,15 @@ def group_by_shape(tensors: Sequence[torch.Tensor]) -> list[list[int]]:
     return list(groups.values())
 
 
-def prepare(word: Word, recipe: Recipe, seed: int) -> None:
-    """Sets a word's rows, random stream and optimiser to their initial state."""
+def prepare(word: Word, recipe: Recipe, seed: int, lengths: Mapping[str, float]) -> None:
+    """Sets a word's rows, random stream and optimiser to their initial state.
+
+    `lengths` are the encoders' mean lengths of a vocabulary row, which a directional recipe's rows have.
+    """
     word.generator.manual_seed(seed)
+    directional = recipe.optimizer is Optimizer.DIRECTIONAL
+    if directional:
+        word.initial = {name: lengths[name] * unit(initial) for name, initial in word.initial.items()}
     for name, initial in word.initial.items():
         if initial.shape[0] != recipe.vectors:
             raise UsageError(
@@ -164,6 +171,14 @@ def prepare(word: Word, recipe: Recipe, seed: int) -> None:
         word.rows[name] = torch.nn.Parameter(initial.clone())
         if recipe.per_image:
             word.picture_rows[name] = torch.nn.Parameter(initial[:1].repeat(word.moments.pictures, 1))
+    if directional:
+        groups = [
+            {"params": [store[name]], "length": lengths[name]}
+            for store in (word.rows, word.picture_rows)
+            for name in store
+        ]
+        word.optimizer = DirectionalDescent(groups, recipe.learning_rate)
+        return
     word.optimizer = torch.optim.AdamW(
         word.parameters(),
         lr=recipe.learning_rate,
@@ -180,7 +195,7 @@ def tensors_of(word: Word) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
     for name, parameter in parameters.items():
         moments = word.optimizer.state[parameter]
-        if not moments:  # as AdamW does at its first step
+        if not moments and isinstance(word.optimizer, torch.optim.AdamW):  # as it does at its first step
             moments.update(
                 step=torch.tensor(0.0), exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter)
             )

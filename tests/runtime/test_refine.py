@@ -149,10 +149,11 @@ def test_the_first_candidate_of_the_first_round_is_the_start_with_the_vocabulary
     np.testing.assert_allclose(first, table_row / np.linalg.norm(table_row) * mean_length, rtol=1e-5)
 
 
-def test_a_candidate_is_0_3_of_the_start_and_a_word_of_each_aspect_without_the_vocabulary_s_mean() -> None:
+def test_a_candidate_is_the_weighted_start_and_a_word_of_each_aspect_without_the_vocabulary_s_mean() -> None:
     table = np.random.default_rng(0).normal(0, 0.1, (len(NAMES), 12))
     unit = table / np.linalg.norm(table, axis=1, keepdims=True)
-    state = refinement(candidates=3, rounds=(Round((0, 2, -2), ((NONE, NONE), (2, 0), (0, 1))),))  # likes green star
+    liked_green_star = Round((0, 2, -2), ((NONE, NONE), (2, 0), (0, 1)))
+    state = refinement(candidates=3, start_weight=0.3, rounds=(liked_green_star,))
     toy, green, star = (unit[NAMES.index(name)] for name in ("toy", "green", "star"))
     expected = 0.3 * toy + (green - unit.mean(0)) + (star - unit.mean(0))
 
@@ -322,6 +323,7 @@ def test_a_refinement_of_a_learned_word_starts_at_that_word_and_needs_no_file_la
         (lambda: refinement(start=" "), "the start is ' '"),
         (lambda: refinement(candidates=2), "candidates is 2, allowed is 3 to 16"),
         (lambda: refinement(seed=-1), "seed is -1"),
+        (lambda: refinement(start_weight=float("nan")), "start_weight is nan, allowed is more than 0, up to 10"),
         (lambda: refinement(aspects=()), "0 aspects, allowed are 1 to 16"),
         (lambda: refinement(aspects=(ASPECTS[0], ASPECTS[0])), "two aspects are called 'colour'"),
         (lambda: refinement(token="a b"), "token 'a b' is not safe"),

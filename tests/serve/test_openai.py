@@ -88,13 +88,13 @@ def test_a_word_is_used_in_the_request_after_it_was_put(http: httpx.Client) -> N
     body = {"prompt": "a photo of a <fresh>", "seed": 1, "steps": 3}
     refused = http.post("/v1/images/generations", json=body)
     first = http.put("/v1/words/%3Cfresh%3E", content=word_bytes("<other>", 1))
-    one = http.post("/v1/images/generations", json=body).json()
+    before = http.post("/v1/images/generations", json=body).json()
     second = http.put("/v1/words/%3Cfresh%3E", content=word_bytes("<other>", 2))
-    two = http.post("/v1/images/generations", json=body).json()
+    after = http.post("/v1/images/generations", json=body).json()
 
     assert refused.status_code == 400
     assert [first.status_code, second.status_code] == [201, 200]
-    assert not np.array_equal(picture_of(one["data"][0]), picture_of(two["data"][0]))
+    assert not np.array_equal(picture_of(before["data"][0]), picture_of(after["data"][0]))
 
 
 def test_the_stream_of_two_pictures_has_a_completed_event_for_each(http: httpx.Client) -> None:

@@ -54,8 +54,8 @@ found["variations"] = [size(item.b64_json) for item in varied.data or []]
 
 
 async def asynchronous() -> list[list[int]]:
-    async with openai.AsyncOpenAI(base_url=url, api_key=key) as many:
-        calls = [many.images.generate(prompt=f"a {c} cat", extra_body={"steps": 3}) for c in ("red", "blue", "green")]
+    async with openai.AsyncOpenAI(base_url=url, api_key=key) as client:
+        calls = [client.images.generate(prompt=f"a {c} cat", extra_body={"steps": 3}) for c in ("red", "blue", "green")]
         return [size((answer.data or [])[0].b64_json) for answer in await asyncio.gather(*calls)]
 
 

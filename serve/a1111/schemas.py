@@ -1,7 +1,7 @@
 """The JSON bodies of A1111's API: what clients send, and what they are answered.
 
 Data only. Every field that A1111 documents is here, so that a misspelled one can be found; which of them do something
-is said in `oneword.serve.a1111_dialect`. A field that is null counts as left out, as in A1111.
+is said in `oneword.serve.a1111.dialect`. A field that is null counts as left out, as in A1111.
 """
 
 from typing import Annotated, Any, TypeAlias

@@ -1,0 +1,79 @@
+"""Refining a word over HTTP."""
+
+import base64
+import io
+
+import httpx
+import PIL.Image
+import pytest
+
+from oneword.runtime.concept import concept_of, read_safetensors
+from oneword.runtime.refine import Refinement
+from tests.serve.running import Running, word_bytes
+
+WORD = "/v1/words/%3Cpet%3E"
+
+
+@pytest.fixture
+def word(http: httpx.Client) -> str:
+    """A word that no test has refined."""
+    http.put(WORD, content=word_bytes("<pet>", 3)).raise_for_status()
+    http.post(f"{WORD}/refine", json={"action": "start"}).raise_for_status()
+    return WORD
+
+
+def test_a_round_is_drawn_judged_and_undone_and_the_word_changes_when_it_is_finished(
+    http: httpx.Client, word: str
+) -> None:
+    before = http.get(word).json()
+    first = http.post(f"{word}/refine", json={"action": "start"}).json()
+    second = http.post(f"{word}/refine", json={"action": "judge", "likes": [1], "dislikes": [2]}).json()
+    undone = http.post(f"{word}/refine", json={"action": "undo"}).json()
+    http.post(f"{word}/refine", json={"action": "judge", "likes": [1]})
+    unchanged = http.get(word).json()
+    finished = http.post(f"{word}/refine", json={"action": "finish"}).json()
+
+    assert (first["round"], second["round"], undone["round"]) == (1, 2, 1)
+    assert undone["candidates"] == first["candidates"] != second["candidates"]
+    for candidate in first["candidates"]:
+        assert PIL.Image.open(io.BytesIO(base64.b64decode(candidate["b64_json"]))).size == (64, 64)
+    assert unchanged == before
+    assert finished["identity"] != before["identity"]
+    assert finished["generation"] == before["generation"] + 1
+    concept = concept_of(*read_safetensors(http.get(f"{word}/file").content, "word"), "word")
+    state = Refinement.of(concept)
+    assert state is not None
+    assert [judged.levels.index(max(judged.levels)) for judged in state.rounds] == [1]
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "param"),
+    [
+        ({"action": "guess"}, 400, "action"),
+        ({"action": "start", "likes": [1]}, 400, "likes"),
+        ({"action": "judge", "likes": [99]}, 400, "likes[0]"),
+        ({"action": "judge", "likes": [1], "dislikes": [1]}, 400, None),
+        ({"action": "undo"}, 400, None),
+        ({"action": "start", "prompt": "a photo"}, 400, "prompt"),
+    ],
+)
+def test_a_wrong_action_is_one_line(
+    http: httpx.Client, word: str, body: dict[str, object], status: int, param: str | None
+) -> None:
+    response = http.post(f"{word}/refine", json=body)
+
+    assert (response.status_code, response.json()["error"]["param"]) == (status, param)
+
+
+def test_a_refinement_is_its_tenants_own(tenants: tuple[Running, Running]) -> None:
+    alice, bob = tenants
+    with alice.client() as hers, bob.client() as his:
+        hers.put(WORD, content=word_bytes("<pet>", 3)).raise_for_status()
+        assert hers.post(f"{WORD}/refine", json={"action": "start"}).status_code == 200
+        assert his.post(f"{WORD}/refine", json={"action": "undo"}).status_code == 404
+
+
+def test_without_a_start_there_is_nothing_to_judge(http: httpx.Client) -> None:
+    http.put("/v1/words/%3Cfresh-pet%3E", content=word_bytes("<fresh-pet>", 4)).raise_for_status()
+
+    assert http.post("/v1/words/%3Cfresh-pet%3E/refine", json={"action": "judge", "likes": [0]}).status_code == 409
