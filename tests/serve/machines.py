@@ -95,6 +95,7 @@ class Process:
         text = httpx.get(f"{self.url}/metrics", headers=self.headers, timeout=60).text
         return sum(float(line.rpartition(" ")[2]) for line in text.splitlines() if re.match(rf"{name}[ {{]", line))
 
+
 @dataclass
 class Proxy:
     """nginx with the shipped configuration; only the addresses are replaced."""
