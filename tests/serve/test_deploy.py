@@ -34,11 +34,11 @@ def container_command() -> list[str]:
 @pytest.mark.parametrize("line", [service_command(), container_command()], ids=["oneword.service", "Dockerfile"])
 def test_the_command_line_is_one_that_the_server_takes(line: list[str]) -> None:
     assert Path(line[0]).name == "ti-serve"
-    given = command.make_context("ti-serve", line[1:]).params
+    options = command.make_context("ti-serve", line[1:]).params
 
-    assert given["bundle"].is_absolute()
-    assert given["keys"].is_absolute()
-    assert Path(given["words"]).parent == given["jobs"].parent  # what must be kept is in one folder
+    assert options["bundle"].is_absolute()
+    assert options["keys"].is_absolute()
+    assert Path(options["words"]).parent == options["jobs"].parent  # what must be kept is in one folder
 
 
 @pytest.mark.skipif(SYSTEMD is None, reason="no systemd-analyze: apt-get install systemd")
