@@ -22,12 +22,14 @@ from oneword.runtime.concept import Concept
 from oneword.runtime.lexicon import Lexicon
 from oneword.runtime.model import Model
 from oneword.runtime.prompt import Tokenizer
-from oneword.serve import a1111, errors, health, info, jobs_api, middleware, openai, refine_api, results, words_api
+from oneword.serve import errors, health, info, jobs_api, middleware, openai, refine_api, results, words_api
+from oneword.serve.a1111 import routes as a1111
 from oneword.serve.files import open_files
 from oneword.serve.jobs import Jobs
 from oneword.serve.keys import Keys, Tenant
 from oneword.serve.learning import check_model
 from oneword.serve.metrics import Metrics, PoolMetrics
+from oneword.serve.openapi import TAGS, DocumentedApp, error_responses
 from oneword.serve.pool import Pool
 from oneword.serve.refinements import Refinements
 from oneword.serve.results import Results
@@ -86,38 +88,42 @@ def build_state(settings: Settings) -> State:
     return state
 
 
+@contextlib.asynccontextmanager
+async def running(state: State) -> AsyncIterator[None]:
+    """Starts the parts, the engine's thread among them, and stops them. Raises UsageError for a model that differs."""
+    if state.settings.model is not None:
+        await check_model(state.settings.model, state.manifest)
+    state.worker.start()
+    if state.jobs is not None:
+        await state.jobs.start()
+    collecting = asyncio.create_task(_collect(state))
+    try:
+        yield
+    finally:
+        collecting.cancel()
+        if state.jobs is not None:
+            await state.jobs.stop()
+        await state.pool.drain(0)
+        state.worker.stop(cancel=True)
+        state.words.close()
+
+
 def create_app(state: State) -> FastAPI:
-    """The app around these parts. Its lifespan starts and stops the engine's thread."""
-
-    @contextlib.asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        state.worker.start()
-        if state.jobs is not None and state.settings.model is not None:
-            await check_model(state.settings.model, state.manifest)
-            await state.jobs.start()
-        collecting = asyncio.create_task(_collect(state))
-        try:
-            yield
-        finally:
-            collecting.cancel()
-            if state.jobs is not None:
-                await state.jobs.stop()
-            await state.pool.drain(0)
-            state.worker.stop(cancel=True)
-            state.words.close()
-
-    app = FastAPI(
+    """The app around these parts. Its lifespan starts and stops them."""
+    app = DocumentedApp(
         title="oneword",
         version=oneword.__version__,
         summary="Pictures with learned words: OpenAI's images API, A1111's API, and words that change while it runs.",
+        openapi_tags=TAGS,
         docs_url=None,
         redoc_url=None,
-        lifespan=lifespan,
+        lifespan=lambda _: running(state),
         root_path=state.settings.root_path,
     )
+    app.secured = state.keys is not None
     app.state.oneword = state
     for part in (openai, jobs_api, refine_api, words_api, results, info, health, a1111):
-        app.include_router(part.router)
+        app.include_router(part.router, responses=error_responses())
     app.add_api_route("/", _page, include_in_schema=False)
     app.mount("/static", StaticFiles(directory=PAGE), name="static")
     errors.install(app)

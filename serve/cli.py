@@ -1,188 +1,33 @@
-"""`ti-serve`: serves a bundle over HTTP. This process is the watchdog; the server itself runs in a child.
+"""`ti-serve`'s first process: starts the server in a child, watches it, and ends with its exit status.
 
-Not covered: what the server answers (`oneword.serve.app`).
+It reads no argument, so that it imports nothing but the standard library and stays small: the child does, reports what
+is wrong with them, and says how it wants to be watched. Not covered: the options and the server (`serve.command`).
 """
 
-import asyncio
-import logging
 import os
 import sys
-import time
-from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
-import click
-
-from oneword.engines.errors import MissingPackage, UsageError
-from oneword.engines.open import Backend
-from oneword.runtime.backends import AUTO
-from oneword.runtime.commands import HELP, PATH, json_option, print_json, run_command, version_option
-from oneword.serve.keys import LOCAL, new_key
-from oneword.serve.settings import Settings
-from oneword.serve.watchdog import VARIABLE, Heartbeat, WatchdogSettings, watch
-
-SWITCH_SECONDS: Final = 0.0005
-"""How long a thread may keep the interpreter while the engine waits for it; Python's default is ten times as much."""
-
-
-@click.command(name="ti-serve", context_settings=HELP)
-@version_option
-@click.argument("bundle", type=PATH, required=False)
-@click.option("--words", metavar="FOLDER|URL", show_default="a folder of yours", help="Where learned words are kept.")
-@click.option("--model", metavar="MODEL", help="The model of the bundle, to learn words with.")
-@click.option("--jobs", type=PATH, metavar="FOLDER", show_default="a folder of yours", help="Where it learns words.")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at; others need --keys.")
-@click.option("--port", type=int, default=8000, show_default=True, help="0 means any free port.")
-@click.option("--keys", type=PATH, help="File with the users' keys; everything but the page then needs one.")
-@click.option("--new-key", metavar="NAME", help="Print a new key for NAME and its lines for --keys, then end.")
-@click.option("--max-rows", type=int, default=16, show_default=True, help="Maximum pictures per batch.")
-@click.option(
-    "--engine",
-    type=click.Choice([AUTO, *(backend.value for backend in Backend)]),
-    default=AUTO,
-    show_default=True,
-    help="Backend that runs the graphs; auto picks the fastest one installed.",
-)
-@click.option("--threads", type=int, show_default="all cores", help="CPU threads of the engine.")
-@click.option("--max-wait", type=float, default=60.0, show_default=True, help="Seconds of work that may be queued.")
-@click.option("--public-url", metavar="URL", help="The address under which clients reach the server.")
-@click.option("--root-path", default="", metavar="PATH", help="The prefix that a proxy removes from paths.")
-@click.option(
-    "--trusted-proxy",
-    "trusted_proxies",
-    multiple=True,
-    metavar="ADDRESS",
-    help="A proxy whose X-Forwarded headers are believed: an address or a network; may be repeated.",
-)
-@click.option("--supervise", is_flag=True, help="Start the server again if it fails or hangs.")
-@click.option("--check", is_flag=True, help="Start, make one picture, print figures, then end.")
-@click.option("--gc", "collect", is_flag=True, help="Delete vectors that no word has used for a day, then end.")
-@json_option
-def command(
-    bundle: Path | None,
-    new_key: str | None,
-    supervise: bool,
-    check: bool,
-    collect: bool,
-    as_json: bool,
-    words: str | None,
-    **options: Any,
-) -> int | None:
-    """Serve the model in BUNDLE over HTTP: OpenAI's images API, A1111's API, learned words, and a page."""
-    if new_key is not None:
-        _print_key(new_key, as_json)
-        return None
-    if bundle is None:
-        raise UsageError("no bundle was given: ti-serve BUNDLE, which ti-export writes")
-    settings = Settings(bundle, **options) if words is None else Settings(bundle, words, **options)
-    _check_installed()
-    if collect:
-        _collect(settings, as_json)
-        return None
-    if check:
-        print_json(asyncio.run(_check(settings))) if as_json else _print_check(asyncio.run(_check(settings)))
-        return None
-    if VARIABLE not in os.environ:
-        build_parts(settings)  # whatever is wrong with the arguments is reported before a child starts
-        limits = WatchdogSettings(hang_seconds=settings.hang_seconds, supervise=supervise)
-        return watch([sys.executable, "-m", "oneword.serve.cli", *sys.argv[1:]], limits)
-    serve(settings)
-    return None
-
-
-def build_parts(settings: Settings) -> None:
-    """Checks bundle, keys and store. Raises OnewordError."""
-    from oneword.serve.app import build_state
-
-    state = build_state(settings)
-    if state.jobs is not None:
-        state.jobs.close()  # its folder belongs to the child
-
-
-def serve(settings: Settings) -> None:
-    """Runs the server in this process until a signal or the watchdog ends it."""
-    from oneword.serve.app import build_state, create_app
-    from oneword.serve.server import Server
-
-    sys.setswitchinterval(SWITCH_SECONDS)
-    log_to_standard_error()
-    state = build_state(settings)
-    heartbeat = Heartbeat.from_environment(lambda: state.worker.pulse(settings.hang_seconds))
-    if heartbeat is not None:
-        heartbeat.start()
-    Server(create_app(state), state).run()
-
-
-async def _check(settings: Settings) -> dict[str, object]:
-    """Starts the engine, makes one picture, and returns the figures."""
-    from oneword.runtime.request import Request
-    from oneword.serve.app import build_state
-
-    start = time.perf_counter()
-    state = build_state(settings)
-    state.worker.start()
-    await asyncio.to_thread(state.worker.wait_ready)
-    ready = time.perf_counter() - start
-    (picture,) = await state.pool.submit(LOCAL, Request("", seed=0)).wait()
-    state.worker.stop()
-    height, width, _ = picture.image.shape
-    return {
-        "model": state.name,
-        "backend": state.worker.backend,
-        "ready_seconds": round(ready, 3),
-        "picture_seconds": round(time.perf_counter() - start - ready, 3),
-        "size": f"{width}x{height}",
-        "steps": picture.settings.steps,
-        "slots": state.worker.slots,
-    }
-
-
-def _print_check(figures: dict[str, object]) -> None:
-    for name, value in figures.items():
-        click.echo(f"{name.replace('_', ' ')}: {value}")
-
-
-def _collect(settings: Settings, as_json: bool) -> None:
-    from oneword.serve.store import WordStore
-
-    collected = WordStore(settings.words).gc(time.time())
-    if as_json:
-        print_json({"blobs": collected.blobs, "bytes": collected.bytes})
-    else:
-        click.echo(f"deleted {collected.blobs} files of vectors, {collected.bytes} bytes")
-
-
-def _print_key(name: str, as_json: bool) -> None:
-    key, lines = new_key(name)
-    if as_json:
-        print_json({"key": key, "lines": lines})
-    else:
-        click.echo(f"key, shown only now: {key}\nlines for the file of --keys:\n\n{lines}", nl=False)
-
-
-def _check_installed() -> None:
-    """Raises MissingPackage with the pip line if the server's packages are not there."""
-    for package in ("fastapi", "fsspec", "prometheus_client", "python_multipart", "uvicorn"):
-        try:
-            __import__(package)
-        except ImportError:
-            raise MissingPackage(package.replace("_", "-"), "serve") from None
-
-
-def log_to_standard_error() -> None:
-    """The server's own lines and one line per request, on standard error."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
-    for name, level in (("oneword", logging.INFO), ("uvicorn.error", logging.WARNING)):
-        logger = logging.getLogger(name)
-        logger.setLevel(level)
-        logger.addHandler(handler)
-        logger.propagate = False
+from oneword.serve.watchdog import VARIABLE, WatchdogSettings, watch
 
 
 def main() -> None:
-    """The console script."""
+    """The console script; in the child, the command itself."""
+    if VARIABLE not in os.environ:
+        sys.exit(watch([sys.executable, "-m", "oneword.serve.cli", *sys.argv[1:]], WatchdogSettings()))
+    from oneword.runtime.commands import run_command
+    from oneword.serve.command import command
+
     run_command(command, "ti-serve")
+
+
+def __getattr__(name: str) -> Any:
+    """`command`, as in the modules of the other scripts, but imported only when it is asked for."""
+    if name != "command":
+        raise AttributeError(name)
+    from oneword.serve.command import command
+
+    return command
 
 
 if __name__ == "__main__":

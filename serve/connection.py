@@ -1,6 +1,6 @@
 """uvicorn's HTTP connection, with limits on clients that send or read too slowly, or nothing at all.
 
-Not covered: the time that a body may take, and who may send it (`serve.middleware`); signals (`serve.cli`).
+Not covered: the time that a body may take, and who may send it (`serve.middleware`); signals (`serve.server`).
 """
 
 import asyncio

@@ -29,6 +29,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
+from starlette.routing import Match, Mount
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from oneword.engines.errors import (
@@ -44,6 +45,7 @@ _log = logging.getLogger("oneword.serve")
 _NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 _A1111_PREFIX = "/sdapi/"
 _INTERNAL = "the server could not do this: its log has the reason"
+_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 _TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -280,7 +282,19 @@ class CatchErrors:
 
 def _answer(request: Request, error: Exception) -> Response:
     path = request.scope["path"]
+    if isinstance(error, HTTPException) and error.status_code == 405 and (methods := _allowed(request)):
+        error.headers = {"Allow": ", ".join(methods)}
     return error_response(path, as_api_error(error, path))
+
+
+def _allowed(request: Request) -> list[str]:
+    """The methods of an address. Starlette names those of one route only."""
+    literal = request.app.openapi()["paths"].get(request.scope["path"])
+    if literal is not None:  # such as /v1/words/learn, which /v1/words/{name} matches too
+        return [method for method in _METHODS if method.lower() in literal]
+    routes = [route for route in request.app.routes if not isinstance(route, Mount)]
+    scopes = {method: {**request.scope, "method": method} for method in _METHODS}
+    return [m for m, scope in scopes.items() if any(route.matches(scope)[0] is Match.FULL for route in routes)]
 
 
 def _from_http(error: HTTPException) -> ApiError:

@@ -17,7 +17,7 @@ Body = TypeVar("Body", bound="Fields")
 class Fields(BaseModel):
     """A body whose unknown fields are errors that name similar ones."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), use_attribute_docstrings=True)
 
     @model_validator(mode="before")
     @classmethod

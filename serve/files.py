@@ -1,15 +1,21 @@
-"""Where a word store keeps its bytes: a folder, or whatever fsspec opens by URL. Small files, read and written whole.
+"""Where the store keeps its bytes: a folder, or whatever fsspec opens by URL. Small files, read and written whole.
 
-A path is relative, with / between its parts, and made by the caller of names that are safe in any file system. Names
-that start with a dot are never listed. Not covered: what the files mean (`oneword.serve.store`).
+A path is relative, with / between its parts; a part that a client chose goes through `quoted`. Names that start with a
+dot are never listed. Nothing is cached, so other servers' writes are seen at once. Not covered: what the files mean
+(`oneword.serve.store`, `oneword.serve.job_files`, `oneword.serve.results`).
 """
 
+import base64
 import contextlib
 import errno
 import fcntl
 import functools
+import hashlib
 import logging
 import os
+import secrets
+import shutil
+import string
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -25,13 +31,17 @@ from oneword.serve.errors import Unavailable
 P = ParamSpec("P")
 T = TypeVar("T")
 
-MAX_BYTES: Final = 2 << 20  # a word's file has at most 1 MiB; the rest is room for its record
+MAX_BYTES: Final = 256 << 20  # of one file, unless its reader has a lower limit
 _LOCKS: Final = tuple(threading.Lock() for _ in range(64))
 _OPTIONS: Final[dict[str, dict[str, Any]]] = {
     "s3": {"max_concurrency": 1},  # one request for a small file, without asking for its size first
     "s3a": {"max_concurrency": 1},
 }
 _LOCK: Final = ".lock"
+_PLAIN: Final = frozenset(string.ascii_lowercase + string.digits + "_-")
+_QUOTES: Final = {byte: f"={byte:02x}" for byte in range(256) if chr(byte) not in _PLAIN}
+_MAX_QUOTED: Final = 200  # characters; file systems allow 255 bytes
+_CODE_POINT_BITS: Final = 18  # letters and digits have code points below 0x40000
 _log = logging.getLogger("oneword.serve")
 
 
@@ -42,16 +52,20 @@ class Files(Protocol):
         """The file's content, at most `limit` + 1 bytes of it; None if there is no such file."""
         ...
 
-    def write(self, path: str, data: bytes) -> None:
-        """Creates or replaces a file: it is there whole and durable, or not at all."""
+    def write(self, path: str, data: bytes, *, durable: bool = True) -> None:
+        """Creates or replaces a file: it is there whole, or not at all. If `durable`, it survives a power cut."""
         ...
 
     def create(self, path: str, data: bytes) -> bool:
-        """As `write`, unless there is such a file already: then False. Call it within `locked`."""
+        """As `write`, unless there is such a file already: then False. Of several servers, one succeeds."""
         ...
 
     def delete(self, path: str) -> None:
         """Deletes a file, which need not exist."""
+        ...
+
+    def delete_folder(self, folder: str) -> None:
+        """Deletes a folder and everything in it; it need not exist."""
         ...
 
     def touch(self, path: str) -> None:
@@ -109,8 +123,8 @@ def _guarded(method: Callable[P, T]) -> Callable[P, T]:
             raise
         except Exception as error:  # OSError, FileError, or anything of a library behind fsspec
             cause = error.__cause__ or error
-            _log.error("word store: %s failed: %s", method.__name__, type(cause).__name__)
-            raise Unavailable("the word store cannot be read or written at the moment: try again later") from error
+            _log.error("store: %s failed: %s", method.__name__, type(cause).__name__)
+            raise Unavailable("the store cannot be read or written at the moment: try again later") from error
 
     return call
 
@@ -136,23 +150,32 @@ class FolderFiles:
             return None
 
     @_guarded
-    def write(self, path: str, data: bytes) -> None:
+    def write(self, path: str, data: bytes, *, durable: bool = True) -> None:
         """See Files."""
         file = self.root / path
         try:
-            write_whole(file, data)
+            write_whole(file, data, sync=durable)
         except FileError:
             if file.parent.is_dir():
                 raise
             self._make(file.parent)
-            write_whole(file, data)
+            write_whole(file, data, sync=durable)
 
     @_guarded
     def create(self, path: str, data: bytes) -> bool:
-        """See Files."""
-        if (self.root / path).exists():
+        """See Files. The file system must have hard links."""
+        file = self.root / path
+        if file.exists():
             return False
-        self.write(path, data)
+        whole = file.with_name(f".{secrets.token_hex(8)}")
+        try:
+            self.write(str(whole.relative_to(self.root)), data)
+            os.link(whole, file)
+        except FileExistsError:
+            return False
+        finally:
+            whole.unlink(missing_ok=True)
+        sync(file.parent)
         return True
 
     @_guarded
@@ -161,6 +184,13 @@ class FolderFiles:
         with contextlib.suppress(FileNotFoundError):
             (self.root / path).unlink()
             sync((self.root / path).parent)
+
+    @_guarded
+    def delete_folder(self, folder: str) -> None:
+        """See Files."""
+        while (self.root / folder).exists():
+            with contextlib.suppress(FileNotFoundError):  # another server deletes it too
+                shutil.rmtree(self.root / folder)
 
     @_guarded
     def touch(self, path: str) -> None:
@@ -245,7 +275,7 @@ class UrlFiles:
         return data
 
     @_guarded
-    def write(self, path: str, data: bytes) -> None:
+    def write(self, path: str, data: bytes, *, durable: bool = True) -> None:
         """See Files."""
         self._system.pipe_file(self._path(path), data)
 
@@ -256,6 +286,10 @@ class UrlFiles:
             self._system.pipe_file(self._path(path), data, mode="create")
         except FileExistsError:
             return False
+        except OSError:  # some do not name the reason
+            if self._system.exists(self._path(path)):
+                return False
+            raise
         return True
 
     @_guarded
@@ -263,6 +297,12 @@ class UrlFiles:
         """See Files."""
         with contextlib.suppress(FileNotFoundError):
             self._system.rm_file(self._path(path))
+
+    @_guarded
+    def delete_folder(self, folder: str) -> None:
+        """See Files."""
+        with contextlib.suppress(FileNotFoundError):
+            self._system.rm(self._path(folder), recursive=True)
 
     @_guarded
     def touch(self, path: str) -> None:
@@ -300,3 +340,43 @@ class UrlFiles:
 
     def _path(self, path: str) -> str:
         return f"{self._root}/{path}"
+
+
+def quoted(text: str) -> str:
+    """A name for a file: lower-case ASCII letters, digits, _ - = ~, at most 250 of them; each text has another.
+
+    Other characters are =xx for each byte of UTF-8, and the empty text is =. If that is too long: ~ and 18 bits for
+    each character in base 32, or ~~ and the text's sha256 for what no token is.
+    """
+    encoded = text.encode("utf-8", "surrogatepass")
+    name = encoded.decode("latin-1").translate(_QUOTES)
+    if len(name) <= _MAX_QUOTED:
+        return name or "="
+    if len(text) > 64 or max(map(ord, text)) >= 1 << _CODE_POINT_BITS:
+        return f"~~{hashlib.sha256(encoded).hexdigest()}"
+    number = functools.reduce(lambda number, character: number << _CODE_POINT_BITS | ord(character), text, 1)
+    packed = base64.b32encode(number.to_bytes((number.bit_length() + 7) // 8))
+    return "~" + packed.decode().rstrip("=").lower()
+
+
+def unquoted(name: str) -> str | None:
+    """The text whose `quoted` name this is; None for a name that `quoted` never gives."""
+    try:
+        if name.startswith("~"):
+            text = _unpacked(name[1:])
+        else:
+            first, *others = name.split("=")
+            text = first + "".join(chr(int(part[:2], 16)) + part[2:] for part in others)
+            text = text.encode("latin-1").decode()
+    except (ValueError, OverflowError):
+        return None
+    return text if quoted(text) == name else None
+
+
+def _unpacked(code: str) -> str:
+    number = int.from_bytes(base64.b32decode(code.upper() + "=" * (-len(code) % 8)))
+    characters: list[str] = []
+    while number > 1:
+        characters.append(chr(number & ((1 << _CODE_POINT_BITS) - 1)))
+        number >>= _CODE_POINT_BITS
+    return "".join(reversed(characters))

@@ -33,15 +33,14 @@ async def start(
     *,
     bare_names: bool = False,
     partials: int = 0,
-    label: str = "",
-    task_id: str = "",
+    label: object = None,
 ) -> Generation:
     """Resolves the request's words among the tenant's and queues its pictures. Raises ApiError."""
     _check_size(state, request)
     prompts = [request.prompt] if request.negative_prompt is None else [request.prompt, request.negative_prompt]
     words = await state.words.resolve(tenant, prompts, bare_names)
     request = replace(request, words=words)
-    return state.pool.submit(tenant, request, partials=partials, label=label, task_id=task_id)
+    return state.pool.submit(tenant, request, partials=partials, label=label)
 
 
 async def finish(http: starlette.requests.Request, *generations: Generation) -> list[PictureDone]:

@@ -1,14 +1,14 @@
 """Jobs as files in the store, which every server reads and a job's owner writes.
 
-    jobs/<tenant>/<id>/request.json           what was asked for; never changes
-                       pictures/picture-1.png ... and whatever pictures a server adds
-                       terms/00000001.json    who works on it and how far it is; the newest term counts
-                       snapshots/5.safetensors
-                       checkpoint/step-.../   the run's newest checkpoint, copied from time to time
-                       word.safetensors
-    jobs/_open/<id>                           a job that has not ended: its tenant and first owner
-    jobs/_cancel/<id>                         a job whose tenant wants it to stop
-    jobs/_servers/<id>                        a sign of life that its server renews
+    jobs/tenants/<tenant>/<id>/request.json            what was asked for; never changes
+                               pictures/picture-1.png  ... and whatever pictures a server adds
+                               terms/00000001.json     who works on it and how far it is; the newest term counts
+                               snapshots/5.safetensors
+                               checkpoint/step-.../    the run's newest checkpoint, copied from time to time
+                               word.safetensors
+    jobs/open/<id>                                     a job that has not ended: its tenant and first owner
+    jobs/cancel/<id>                                   a job whose tenant wants it to stop
+    jobs/servers/<id>                                  a sign of life that its server renews
 
 A term is one server's ownership of a job. It is created exclusively, so that one server wins, and only its owner writes
 it: one that is late writes to its own old term, which nobody reads. No clocks are compared. Synchronous; not covered:
@@ -29,7 +29,7 @@ import msgspec
 from oneword.engines.errors import OnewordError
 from oneword.runtime.concept import Concept, concept_of, read_safetensors
 from oneword.serve.errors import NotFound, Unavailable
-from oneword.serve.shared_folder import SharedFolder, quoted
+from oneword.serve.files import Files, quoted
 
 S = TypeVar("S", bound=msgspec.Struct)
 CHECKPOINT_FILES = ("state.safetensors", "state.json", "COMPLETE")
@@ -179,63 +179,61 @@ class OpenJob(msgspec.Struct, frozen=True):
 class JobFiles:
     """The jobs in a store. Every method raises `Unavailable` if the store cannot be reached."""
 
-    def __init__(self, store: SharedFolder) -> None:
-        self._store = store
+    def __init__(self, files: Files) -> None:
+        self._files = files
 
     def create(self, identifier: str, request: JobRequest, pictures: Sequence[bytes], state: State) -> None:
         """Writes a new job, owned by `state.owner` in term 1. The open mark comes first: a rest of it can be found."""
         mark = OpenJob(request.tenant, state.owner)
-        self._store.write(f"jobs/_open/{identifier}", msgspec.json.encode(mark))
+        self._files.write(f"jobs/open/{identifier}", msgspec.json.encode(mark))
         folder = _folder(request.tenant, identifier)
         for name, data in zip(request.pictures, pictures, strict=True):
-            self._store.write(f"{folder}/pictures/{name}", data)
-        self._store.write(f"{folder}/request.json", msgspec.json.encode(request))
+            self._files.write(f"{folder}/pictures/{name}", data)
+        self._files.write(f"{folder}/request.json", msgspec.json.encode(request))
         self.take(request.tenant, identifier, 1, state)
 
     def request(self, tenant: str, identifier: str) -> JobRequest | None:
         """What was asked for; None if there is no such job."""
-        return _decoded(self._store.read(f"{_folder(tenant, identifier)}/request.json"), JobRequest)
+        return _decoded(self._files.read(f"{_folder(tenant, identifier)}/request.json"), JobRequest)
 
     def newest(self, tenant: str, identifier: str) -> tuple[int, State] | None:
         """The newest term and its state; None if there is no such job."""
         folder = f"{_folder(tenant, identifier)}/terms"
-        for name in reversed(self._store.list(folder)):
-            state = _decoded(self._store.read(f"{folder}/{name}"), State)
+        for name in sorted(self._files.names(folder), reverse=True):
+            state = _decoded(self._files.read(f"{folder}/{name}"), State)
             return None if state is None else (int(name.removesuffix(".json")), state)
         return None
 
     def take(self, tenant: str, identifier: str, term: int, state: State) -> bool:
         """Begins a term. Returns whether it did: of several servers, one succeeds."""
-        return self._store.create(_term(tenant, identifier, term), msgspec.json.encode(state))
+        return self._files.create(_term(tenant, identifier, term), msgspec.json.encode(state))
 
     def write(self, tenant: str, identifier: str, term: int, state: State) -> None:
         """Writes the state of an own term; the last state is synced."""
         data = msgspec.json.encode(state)
-        self._store.write(_term(tenant, identifier, term), data, sync=state.status.ended)
+        self._files.write(_term(tenant, identifier, term), data, durable=state.status.ended)
 
     def close(self, identifier: str) -> None:
         """Marks a job as ended."""
-        for mark in ("_cancel", "_open"):
-            self._store.delete(f"jobs/{mark}/{identifier}")
+        for mark in ("cancel", "open"):
+            self._files.delete(f"jobs/{mark}/{identifier}")
 
     def delete(self, tenant: str, identifier: str) -> None:
         """Deletes a job and everything in it."""
-        self._store.delete(_folder(tenant, identifier))
+        self._files.delete_folder(_folder(tenant, identifier))
         self.close(identifier)
 
     def identifiers(self, tenant: str) -> list[str]:
         """A tenant's jobs, the oldest first."""
-        return self._store.list(f"jobs/{quoted(tenant)}")
+        return sorted(self._files.names(_tenant(tenant)))
 
     def delete_ended(self, before: str) -> int:
         """Deletes all tenants' jobs that have ended and whose ids sort before `before`. Returns their number."""
         unfinished, count = set(self.open_identifiers()), 0
-        for tenant in self._store.list("jobs"):
-            if tenant.startswith("_"):
-                continue
-            for identifier in self._store.list(f"jobs/{tenant}"):
+        for tenant in self._files.names("jobs/tenants"):
+            for identifier in self._files.names(f"jobs/tenants/{tenant}"):
                 if identifier < before and identifier not in unfinished:
-                    self._store.delete(f"jobs/{tenant}/{identifier}")
+                    self._files.delete_folder(f"jobs/tenants/{tenant}/{identifier}")
                     count += 1
         return count
 
@@ -243,48 +241,48 @@ class JobFiles:
 
     def open_identifiers(self) -> list[str]:
         """All servers' jobs that have not ended, the oldest first."""
-        return self._store.list("jobs/_open")
+        return sorted(self._files.names("jobs/open"))
 
     def open_job(self, identifier: str) -> OpenJob | None:
         """The mark of a job that has not ended; None if it has."""
-        return _decoded(self._store.read(f"jobs/_open/{identifier}"), OpenJob)
+        return _decoded(self._files.read(f"jobs/open/{identifier}"), OpenJob)
 
     def request_cancel(self, identifier: str) -> None:
         """Asks a job's owner to cancel it."""
-        self._store.write(f"jobs/_cancel/{identifier}", b"{}")
+        self._files.write(f"jobs/cancel/{identifier}", b"{}")
 
-    def cancel_requests(self) -> list[str]:
+    def cancel_requests(self) -> Sequence[str]:
         """The jobs that are to be cancelled."""
-        return self._store.list("jobs/_cancel")
+        return self._files.names("jobs/cancel")
 
     def write_beat(self, server: str, beat: str) -> None:
         """Renews a server's sign of life: any text that differs from the last one. An empty one says goodbye."""
-        self._store.write(f"jobs/_servers/{server}", json.dumps({"beat": beat}).encode(), sync=False)
+        self._files.write(f"jobs/servers/{server}", json.dumps({"beat": beat}).encode(), durable=False)
 
     def beats(self) -> dict[str, str]:
         """The servers' last signs of life."""
         result: dict[str, str] = {}
-        for server in self._store.list("jobs/_servers"):
-            content = _decoded(self._store.read(f"jobs/_servers/{server}"), _Beat)
+        for server in self._files.names("jobs/servers"):
+            content = _decoded(self._files.read(f"jobs/servers/{server}"), _Beat)
             result[server] = content.beat if content else ""
         return result
 
     def forget_server(self, server: str) -> None:
         """Deletes a dead server's sign of life."""
-        self._store.delete(f"jobs/_servers/{server}")
+        self._files.delete(f"jobs/servers/{server}")
 
     # ---- contents ----------------------------------------------------------------------------------------------------
 
     def picture(self, tenant: str, identifier: str, name: str) -> bytes:
         """One of a job's pictures. Raises `NotFound`."""
-        data = self._store.read(f"{_folder(tenant, identifier)}/pictures/{name}")
+        data = self._files.read(f"{_folder(tenant, identifier)}/pictures/{name}")
         if data is None:
             raise NotFound("the job has no such picture")
         return data
 
     def write_picture(self, tenant: str, identifier: str, name: str, data: bytes) -> None:
         """Adds a picture to a job."""
-        self._store.write(f"{_folder(tenant, identifier)}/pictures/{name}", data, sync=False)
+        self._files.write(f"{_folder(tenant, identifier)}/pictures/{name}", data, durable=False)
 
     def snapshot(self, tenant: str, identifier: str, step: int) -> Concept:
         """The word after `step`. Raises `NotFound`."""
@@ -292,7 +290,7 @@ class JobFiles:
 
     def write_snapshot(self, tenant: str, identifier: str, step: int, data: bytes) -> None:
         """Writes the file of the word after `step`."""
-        self._store.write(f"{_folder(tenant, identifier)}/snapshots/{step}.safetensors", data, sync=False)
+        self._files.write(f"{_folder(tenant, identifier)}/snapshots/{step}.safetensors", data, durable=False)
 
     def word(self, tenant: str, identifier: str) -> Concept:
         """The learned word. Raises `NotFound`."""
@@ -300,7 +298,7 @@ class JobFiles:
 
     def write_word(self, tenant: str, identifier: str, data: bytes) -> None:
         """Writes the learned word's file."""
-        self._store.write(f"{_folder(tenant, identifier)}/word.safetensors", data)
+        self._files.write(f"{_folder(tenant, identifier)}/word.safetensors", data)
 
     def save_checkpoint(self, tenant: str, identifier: str, run: Path) -> str | None:
         """Copies a run's newest whole checkpoint to the store, and deletes older copies. Returns its name."""
@@ -310,19 +308,19 @@ class JobFiles:
                 contents = [(path / name).read_bytes() for name in CHECKPOINT_FILES]
             except OSError:  # being deleted
                 continue
-            older = [name for name in self._store.list(folder) if name != path.name]
+            older = [name for name in self._files.names(folder) if name != path.name]
             for name, content in zip(CHECKPOINT_FILES, contents, strict=True):  # the mark last
-                self._store.write(f"{folder}/{path.name}/{name}", content)
+                self._files.write(f"{folder}/{path.name}/{name}", content)
             for name in older:
-                self._store.delete(f"{folder}/{name}")
+                self._files.delete_folder(f"{folder}/{name}")
             return path.name
         return None
 
     def load_checkpoint(self, tenant: str, identifier: str, run: Path) -> str | None:
         """Copies the newest whole checkpoint from the store to a run that has none. Returns its name."""
         folder = f"{_folder(tenant, identifier)}/checkpoint"
-        for name in reversed(self._store.list(folder)):
-            contents = [self._store.read(f"{folder}/{name}/{file}") for file in CHECKPOINT_FILES]
+        for name in sorted(self._files.names(folder), reverse=True):
+            contents = [self._files.read(f"{folder}/{name}/{file}") for file in CHECKPOINT_FILES]
             if not _is_whole(contents):
                 continue
             (run / name).mkdir(parents=True)
@@ -332,7 +330,7 @@ class JobFiles:
         return None
 
     def _concept(self, name: str) -> Concept:
-        data = self._store.read(name)
+        data = self._files.read(name)
         if data is None:
             raise NotFound("the job has no such word: it may not be learned yet")
         try:
@@ -346,7 +344,11 @@ class _Beat(msgspec.Struct, frozen=True):
 
 
 def _folder(tenant: str, identifier: str) -> str:
-    return f"jobs/{quoted(tenant)}/{identifier}"
+    return f"{_tenant(tenant)}/{identifier}"
+
+
+def _tenant(tenant: str) -> str:
+    return f"jobs/tenants/{quoted(tenant)}"
 
 
 def _term(tenant: str, identifier: str, term: int) -> str:

@@ -33,10 +33,10 @@ import msgspec
 from oneword.engines.errors import ConceptError, OnewordError, one_line
 from oneword.engines.files import write_whole
 from oneword.runtime.concept import Concept, check_token, concept_of, read_safetensors
-from oneword.runtime.images import png_bytes
 from oneword.serve import messages
 from oneword.serve.containers import take_apart
 from oneword.serve.errors import ApiError, Busy, Invalid, NotFound, NotInstalled, Unprocessable
+from oneword.serve.files import open_files
 from oneword.serve.job_files import (
     Cancelled,
     Failed,
@@ -51,9 +51,8 @@ from oneword.serve.job_files import (
     WordSaved,
 )
 from oneword.serve.learning import LearningProcess, ProcessLost, public_text, recipe_of, require_installed
-from oneword.serve.pictures import decode
+from oneword.serve.pictures import decode, encode
 from oneword.serve.queue import Entry, Queue
-from oneword.serve.shared_folder import SharedFolder
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -165,7 +164,7 @@ class Jobs:
         max_lost: int = MAX_LOST,
         checkpoint_every: int = 5,
     ) -> None:
-        self._files = JobFiles(SharedFolder(store))
+        self._files = JobFiles(open_files(store))
         self._folder = folder.expanduser()
         self._model = model
         self._digest = digest
@@ -209,7 +208,7 @@ class Jobs:
         self.close()
 
     def close(self) -> None:
-        """Releases the folder; `stop` does so at its end, and jobs that were never started need no more than this."""
+        """Releases the folder, for another process. Enough if nothing was started."""
         self._store_threads.shutdown()
         self._queue_thread.shutdown()
         self._queue.close()
@@ -798,7 +797,7 @@ def _without_metadata(data: bytes, name: str) -> tuple[str, bytes]:
         exif = _ORIENTATION_EXIF % container.orientation
         segment = b"\xff\xe1" + (len(exif) + 2).to_bytes(2, "big") + exif
         return "jpg", container.file[:2] + segment + container.file[2:]
-    return "png", png_bytes(image, "")
+    return "png", encode(image, "png")
 
 
 def _check_words(token: str, init: str) -> None:

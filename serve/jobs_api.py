@@ -5,40 +5,50 @@ with this server's own engine. These pictures are made when they are first asked
 """
 
 import asyncio
-import base64
 import contextlib
 from collections.abc import AsyncGenerator
-from typing import Annotated, Final
+from typing import Annotated, Final, Literal
 
 from fastapi import APIRouter, Query
-from pydantic import Field
-from starlette.datastructures import UploadFile
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import JSONResponse, Response
 
 from oneword.runtime.concept import Concept
 from oneword.runtime.request import Request
-from oneword.serve.errors import ApiError, Invalid, NotFound, NotInstalled, Unprocessable, openai_body
+from oneword.serve.errors import (
+    ApiError,
+    Busy,
+    NotFound,
+    NotInstalled,
+    Unavailable,
+    openai_body,
+)
 from oneword.serve.fields import Fields, validated
-from oneword.serve.job_files import Cancelled, Failed, Note, Progress
-from oneword.serve.jobs import Done, Job, Jobs, Snapshot
+from oneword.serve.forms import read_form
+from oneword.serve.job_files import Cancelled, Failed, Note, Progress, Status
+from oneword.serve.jobs import PICTURES, Done, Job, Jobs, Snapshot
 from oneword.serve.keys import Tenant
-from oneword.serve.pictures import encode
-from oneword.serve.state import State
+from oneword.serve.openapi import PICTURE_TYPES, WORD_NAME, file_field, file_response, stream_response, upload
+from oneword.serve.pictures import MEDIA_TYPES, as_base64, encode
+from oneword.serve.state import State, caller
 from oneword.serve.streams import EventStream, sse
 
 PROMPTS: Final = ("a photo of a {}", "a photo of a {} in the snow", "a drawing of a {}")
 """What every snapshot of a word draws."""
 PREVIEW_STEPS: Final = 20  # denoising steps
 PREVIEW_SEED: Final = 0
+_IMAGES: Final = ("image[]", "image", "images[]", "images")
 _BUSY_SECONDS: Final = 30.0  # the longest wait for an engine that is busy
-_MEDIA: Final = {"png": "image/png", "jpg": "image/jpeg", "webp": "image/webp"}
+_TRIES: Final = 30  # to draw a preview for somebody who watches, a second apart
 
 
 class LearnFields(Fields):
     """The text fields of POST /v1/words/learn."""
 
-    name: str
+    model_config = ConfigDict(json_schema_extra={"examples": [{"name": "<toy>", "init": "toy"}]})
+
+    name: Annotated[str, Field(json_schema_extra=WORD_NAME)]
     """The word, such as <toy>."""
     init: str = "object"
     """Plain words that the vector starts from."""
@@ -47,100 +57,162 @@ class LearnFields(Fields):
     seed: Annotated[int, Field(ge=0, lt=(1 << 63) - 1)] = 0
 
 
+class LearnedWord(BaseModel):
+    """The word that a job has learned and stored."""
+
+    name: str
+    identity: str
+
+
+class JobError(BaseModel):
+    """Why a job failed, in one line."""
+
+    message: str
+    code: str
+
+
+class Preview(BaseModel):
+    """A picture of the word as it was after `step`; `index` is that of its prompt."""
+
+    step: int
+    index: int
+    url: str
+
+
+class JobBody(BaseModel):
+    """A job: a word that is being learned, or was."""
+
+    object: Literal["job"] = "job"
+    id: str
+    kind: str = Field(examples=["learn"])
+    status: Status
+    created: int = Field(description="in seconds since 1970")
+    name: str = Field(description="the word", examples=["<toy>"])
+    init: str
+    recipe: str
+    step: int
+    steps: int
+    loss: float | None
+    seconds_left: float | None
+    position: int | None = Field(description="jobs before this one; null if another server has it")
+    word: LearnedWord | None
+    error: JobError | None
+    pictures: list[str] = Field(description="addresses of the pictures it learns from")
+    prompts: list[str] = Field(description="what every preview of a step draws")
+    previews: list[Preview]
+
+    @classmethod
+    def of(cls, job: Job) -> "JobBody":
+        """A job as JSON."""
+        address = f"/v1/jobs/{job.id}/pictures"
+        return cls(
+            id=job.id,
+            kind=job.kind,
+            status=job.status,
+            created=int(job.created),
+            name=job.token,
+            init=job.init,
+            recipe=job.recipe,
+            step=job.step,
+            steps=job.steps,
+            loss=job.loss,
+            seconds_left=job.seconds_left,
+            position=job.position,
+            word=None if job.word is None else LearnedWord(name=job.token, identity=job.word),
+            error=None if job.error is None else JobError(message=job.error, code="learning_failed"),
+            pictures=[f"{address}/{name}" for name in job.pictures],
+            prompts=[prompt.format(job.token) for prompt in PROMPTS],
+            previews=[
+                Preview(step=step, index=index, url=f"{address}/{_preview_name(step, index)}")
+                for step in job.snapshots
+                for index in range(len(PROMPTS))
+            ],
+        )
+
+
+class JobList(BaseModel):
+    """Jobs, the newest first."""
+
+    object: Literal["list"] = "list"
+    data: list[JobBody]
+    has_more: bool = Field(description="whether there are older jobs: ask for those `before` the last one's id")
+
+
 router = APIRouter(tags=["learning"])
 
 
-@router.post("/v1/words/learn", status_code=202)
+@router.post(
+    "/v1/words/learn",
+    status_code=202,
+    response_model=JobBody,
+    openapi_extra=upload(
+        LearnFields,
+        {"image[]": file_field("pictures of one thing, PNG, JPEG or WebP", PICTURES[1], PICTURES[0])},
+        ("image[]",),
+    ),
+)
 async def learn(http: HTTPRequest) -> Response:
-    """Starts learning a word from 3 to 5 pictures, `image[]` in a multipart body; answers with the job."""
-    state, tenant = _context(http)
+    """Starts learning a word from three to five pictures. Answers with the job."""
+    state, tenant = caller(http)
     jobs = _jobs(state)
-    if not http.headers.get("content-type", "").startswith("multipart/form-data"):
-        raise Unprocessable("the body must be multipart/form-data, with three to five pictures as `image[]`")
-    text: dict[str, object] = {}
-    images: list[bytes] = []
-    async with http.form(max_files=8, max_fields=16) as form:
-        for name, value in form.multi_items():
-            if not isinstance(value, UploadFile):
-                text[name] = value
-            elif name in ("image", "image[]", "images", "images[]"):
-                images.append(await value.read())
-            else:
-                raise Invalid(f"the file field {name[:40]!r} is unknown, allowed is image[]", param=name)
-    body = validated(LearnFields, text)
+    form = await read_form(http, _IMAGES, 8, "three to five pictures as `image[]`")
+    images, body = form.data(*_IMAGES), validated(LearnFields, form.text)
     job = await jobs.add(tenant.name, images, body.name, body.init, body.recipe, body.steps, body.seed)
-    return JSONResponse(job_body(job), 202)
+    return JSONResponse(JobBody.of(job).model_dump(mode="json"), 202)
 
 
 @router.get("/v1/jobs")
 async def jobs(
-    http: HTTPRequest, before: str = "", limit: Annotated[int, Query(ge=1, le=100)] = 20
-) -> dict[str, object]:
-    """The caller's jobs, the newest first."""
-    state, tenant = _context(http)
+    http: HTTPRequest,
+    before: Annotated[str, Query(description="the last id of the page before")] = "",
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+) -> JobList:
+    """Lists the caller's jobs, the newest first."""
+    state, tenant = caller(http)
     found = await _jobs(state).list(tenant.name, limit + 1, before)
-    data = [job_body(job) for job in found[:limit]]
-    return {"object": "list", "data": data, "has_more": len(found) > limit}
+    return JobList(data=[JobBody.of(job) for job in found[:limit]], has_more=len(found) > limit)
 
 
 @router.get("/v1/jobs/{id}")
-async def job(http: HTTPRequest, id: str) -> dict[str, object]:
-    """One job."""
-    state, tenant = _context(http)
-    return job_body(await _jobs(state).get(tenant.name, id))
+async def job(http: HTTPRequest, id: str) -> JobBody:
+    """Describes a job."""
+    state, tenant = caller(http)
+    return JobBody.of(await _jobs(state).get(tenant.name, id))
 
 
 @router.delete("/v1/jobs/{id}")
-async def cancel(http: HTTPRequest, id: str) -> dict[str, object]:
-    """Cancels a job; one that has ended stays as it is."""
-    state, tenant = _context(http)
-    return job_body(await _jobs(state).cancel(tenant.name, id))
+async def cancel(http: HTTPRequest, id: str) -> JobBody:
+    """Cancels a job. One that has ended stays as it is."""
+    state, tenant = caller(http)
+    return JobBody.of(await _jobs(state).cancel(tenant.name, id))
 
 
-@router.get("/v1/jobs/{id}/events")
-async def job_events(http: HTTPRequest, id: str, after: Annotated[int, Query(ge=0)] = 0) -> Response:
-    """Server-sent events: progress, note, preview (a picture), then done, error or cancelled."""
-    state, tenant = _context(http)
+@router.get(
+    "/v1/jobs/{id}/events",
+    response_class=Response,
+    responses=stream_response("Events `progress`, `note` and `preview`, then `done`, `error` or `cancelled`."),
+)
+async def job_events(
+    http: HTTPRequest, id: str, after: Annotated[int, Query(ge=0, description="the last number you have")] = 0
+) -> Response:
+    """Follows a job live. Server-sent events: progress, notes, previews (pictures), then how it ended."""
+    state, tenant = caller(http)
     found = await _jobs(state).get(tenant.name, id)
     return EventStream(_events(state, tenant, found, after))
 
 
-@router.get("/v1/jobs/{id}/pictures/{name}", response_class=Response)
+@router.get(
+    "/v1/jobs/{id}/pictures/{name}",
+    response_class=Response,
+    responses=file_response("The picture.", *PICTURE_TYPES),
+)
 async def job_picture(http: HTTPRequest, id: str, name: str) -> Response:
-    """A picture that the job learns from, or preview-STEP-INDEX.jpg, which is drawn when it is first asked for."""
-    state, tenant = _context(http)
+    """A picture of a job. Either one that it learns from, or preview-STEP-INDEX.jpg, drawn when it is first read."""
+    state, tenant = caller(http)
     found = await _jobs(state).get(tenant.name, id)
     data = await _picture(state, tenant, found, name)
     headers = {"Cache-Control": "private, max-age=86400, immutable"}
-    return Response(data, media_type=_MEDIA.get(name.rpartition(".")[2], "image/jpeg"), headers=headers)
-
-
-def job_body(job: Job) -> dict[str, object]:
-    """A job as JSON."""
-    return {
-        "object": "job",
-        "id": job.id,
-        "kind": job.kind,
-        "status": job.status.value,
-        "created": int(job.created),
-        "name": job.token,
-        "init": job.init,
-        "recipe": job.recipe,
-        "step": job.step,
-        "steps": job.steps,
-        "loss": job.loss,
-        "seconds_left": job.seconds_left,
-        "position": job.position,
-        "word": None if job.word is None else {"name": job.token, "identity": job.word},
-        "error": None if job.error is None else {"message": job.error, "code": "learning_failed"},
-        "pictures": [f"/v1/jobs/{job.id}/pictures/{name}" for name in job.pictures],
-        "prompts": [prompt.format(job.token) for prompt in PROMPTS],
-        "previews": [
-            {"step": step, "index": index, "url": f"/v1/jobs/{job.id}/pictures/{_preview_name(step, index)}"}
-            for step in job.snapshots
-            for index in range(len(PROMPTS))
-        ],
-    }
+    return Response(data, media_type=MEDIA_TYPES[name.rpartition(".")[2]], headers=headers)
 
 
 async def _events(state: State, tenant: Tenant, job: Job, after: int) -> AsyncGenerator[bytes]:
@@ -170,24 +242,28 @@ async def _events(state: State, tenant: Tenant, job: Job, after: int) -> AsyncGe
     async def draw() -> None:
         while (step := await steps.get()) is not None:
             names = [_preview_name(step, index) for index in range(len(PROMPTS))]
-            pictures = [_picture(state, tenant, job, name) for name in names]  # they share engine calls
+            pictures = [_patiently(state, tenant, job, name) for name in names]  # they share engine calls
             for index, data in enumerate(await asyncio.gather(*pictures, return_exceptions=True)):
                 if isinstance(data, bytes):  # one that cannot be drawn now is drawn when it is looked at
                     prompt = PROMPTS[index].format(job.token)
                     body = {"step": step, "index": index, "prompt": prompt, "output_format": "jpeg"}
-                    queue.put_nowait(sse("preview", {**body, "b64_json": base64.b64encode(data).decode()}))
+                    queue.put_nowait(sse("preview", {**body, "b64_json": as_base64(data)}))
                 elif not isinstance(data, ApiError):
                     raise data
 
+    async def stop() -> None:
+        await state.stopping.wait()
+        queue.put_nowait(None)
+
     drawing = asyncio.create_task(draw())
-    reading = asyncio.create_task(read())
+    tasks = drawing, asyncio.create_task(read()), asyncio.create_task(stop())
     try:
         while (chunk := await queue.get()) is not None:
             yield chunk
     finally:
-        for task in (reading, drawing):
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(reading, drawing, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _event(job: Job, event: Progress | Note | Done | Failed | Cancelled) -> bytes:
@@ -217,6 +293,15 @@ async def _picture(state: State, tenant: Tenant, job: Job, name: str) -> bytes:
     return data
 
 
+async def _patiently(state: State, tenant: Tenant, job: Job, name: str) -> bytes:
+    """A job's picture, also if the engine is just starting or has too much to do. Raises ApiError."""
+    for _ in range(_TRIES):
+        with contextlib.suppress(Busy, Unavailable):
+            return await _picture(state, tenant, job, name)
+        await asyncio.sleep(1)
+    return await _picture(state, tenant, job, name)
+
+
 async def _drawn(state: State, tenant: Tenant, concept: Concept, index: int) -> bytes:
     """The picture of prompt `index` as a JPEG."""
     defaults = state.manifest.defaults
@@ -226,7 +311,7 @@ async def _drawn(state: State, tenant: Tenant, concept: Concept, index: int) -> 
         steps=min(PREVIEW_STEPS, defaults.steps),
         words={concept.token: concept},
     )
-    (picture,) = await state.pool.submit(tenant, request, deadline=_BUSY_SECONDS, label="preview").wait()
+    (picture,) = await state.pool.submit(tenant, request, deadline=_BUSY_SECONDS).wait()
     return await state.in_thread(encode, picture.image, "jpeg", 90, "")
 
 
@@ -241,10 +326,6 @@ def _preview_of(name: str) -> tuple[int, int]:
             if len(step) <= 6 and int(index) < len(PROMPTS):
                 return int(step), int(index)
     raise NotFound("the job has no such picture")
-
-
-def _context(http: HTTPRequest) -> tuple[State, Tenant]:
-    return http.app.state.oneword, http.state.tenant
 
 
 def _jobs(state: State) -> Jobs:

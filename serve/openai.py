@@ -4,7 +4,6 @@ Bodies and answers follow OpenAI's API reference of November 2026; `Settings` li
 Not covered: transparent backgrounds, and pictures as references for a new one: each picture is edited by itself.
 """
 
-import base64
 import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
@@ -12,23 +11,24 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal
 
 from fastapi import APIRouter
-from pydantic import Field
-from starlette.datastructures import UploadFile
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request as HTTPRequest
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from oneword.engines.errors import OnewordError
 from oneword.runtime.events import PictureDone
 from oneword.runtime.request import MAX_STEPS, Request
 from oneword.runtime.samplers import Sampler
-from oneword.serve.errors import ApiError, Invalid, NotFound, Unprocessable, from_oneword, openai_body
+from oneword.serve.errors import ApiError, Invalid, NotFound, from_oneword, openai_body
 from oneword.serve.fields import Fields, validated
+from oneword.serve.forms import read_form
 from oneword.serve.generate import cancel, events, finish, start
 from oneword.serve.keys import Tenant
-from oneword.serve.pictures import decode, decode_mask, encode
+from oneword.serve.openapi import Responses, file_field, stream_response, upload
+from oneword.serve.pictures import Format, as_base64, decode, decode_mask, encode
 from oneword.serve.pool import Generation
 from oneword.serve.results import address
-from oneword.serve.state import State
+from oneword.serve.state import State, caller
 from oneword.serve.streams import EventStream, sse
 from oneword.serve.worker import Done, Partial, Step
 
@@ -36,9 +36,6 @@ MAX_IMAGES: Final = 10
 """Pictures per prompt, as in OpenAI's API."""
 MAX_UPLOADS: Final = 16
 _OPENAI_MODELS: Final = ("dall-e", "gpt-image", "chatgpt-image")
-_MEDIA: Final = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
-
-Format = Literal["png", "jpeg", "webp"]
 
 
 class Settings(Fields):
@@ -77,6 +74,15 @@ class Settings(Fields):
 class GenerationBody(Settings):
     """POST /v1/images/generations."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"prompt": "a photo of a cat in the snow", "n": 1, "size": "auto", "response_format": "b64_json"},
+                {"prompt": "a red ring", "seed": 7, "steps": 4, "sampler": "euler-a", "output_format": "webp"},
+            ]
+        }
+    )
+
     prompt: str
 
 
@@ -93,6 +99,58 @@ class VariationFields(Settings):
 
     prompt: str = ""
     strength: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
+
+
+class Picture(BaseModel):
+    """One picture: `b64_json`, or `url` where response_format is "url"."""
+
+    b64_json: str | None = None
+    url: str | None = None
+    seed: int = Field(description="gives the same picture again; an extension")
+
+
+class TokenDetails(BaseModel):
+    """What was read, by kind."""
+
+    image_tokens: int
+    text_tokens: int
+
+
+class Usage(BaseModel):
+    """Text tokens are the prompt's ids, image tokens are latent positions."""
+
+    input_tokens: int
+    output_tokens: int
+    total_tokens: int
+    input_tokens_details: TokenDetails
+
+
+class PicturesAnswer(BaseModel):
+    """The answer of all three routes."""
+
+    created: int
+    data: list[Picture]
+    background: Literal["opaque"] = "opaque"
+    output_format: Format
+    quality: Literal["auto"] = "auto"
+    size: str = Field(examples=["512x512"])
+    usage: Usage
+
+
+class ListedModel(BaseModel):
+    """A model, in OpenAI's form."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "oneword"
+
+
+class ModelList(BaseModel):
+    """The models, in OpenAI's form."""
+
+    object: Literal["list"] = "list"
+    data: list[ListedModel]
 
 
 @dataclass(frozen=True)
@@ -115,24 +173,21 @@ class Answer:
         pictures = await finish(self.http, *generations)
         data = [await self._entry(picture) for picture in pictures]
         first = pictures[0].settings
-        return JSONResponse(
-            {
-                "created": int(time.time()),
-                "data": data,
-                "background": "opaque",
-                "output_format": self.format,
-                "quality": "auto",
-                "size": f"{first.width}x{first.height}",
-                "usage": self._usage(pictures),
-            }
+        answer = PicturesAnswer(
+            created=int(time.time()),
+            data=data,
+            output_format=self.format,
+            size=f"{first.width}x{first.height}",
+            usage=self._usage(pictures),
         )
+        return Response(answer.model_dump_json(exclude_none=True), media_type="application/json")
 
-    async def _entry(self, picture: PictureDone) -> dict[str, object]:
+    async def _entry(self, picture: PictureDone) -> Picture:
         data = await self._encoded(picture)
         if self.settings.response_format == "url":
-            name = await self.state.in_thread(self.state.results.put, data, _MEDIA[self.format])
-            return {"url": address(self.http, name), "seed": picture.seed}
-        return {"b64_json": base64.b64encode(data).decode(), "seed": picture.seed}
+            name = await self.state.in_thread(self.state.results.put, data, self.format)
+            return Picture(url=address(self.http, name), seed=picture.seed)
+        return Picture(b64_json=as_base64(data), seed=picture.seed)
 
     async def _encoded(self, picture: PictureDone) -> bytes:
         return await self.state.in_thread(
@@ -156,7 +211,8 @@ class Answer:
                         yield self._event("preview", preview, None, index=event.index, step=step, steps=steps)
                     case Done(picture=picture):
                         data = await self._encoded(picture)
-                        fields = {"usage": self._usage([picture]), "index": event.index, "seed": picture.seed}
+                        usage = self._usage([picture]).model_dump()
+                        fields = {"usage": usage, "index": event.index, "seed": picture.seed}
                         yield self._event("completed", data, picture.image.shape, **fields)
                     case _:
                         pass
@@ -165,7 +221,7 @@ class Answer:
             yield sse("error", openai_body(known))
 
     def _event(self, name: str, data: bytes, shape: Sequence[int] | None, **fields: object) -> bytes:
-        body: dict[str, object] = {"type": f"{self.prefix}.{name}", "b64_json": base64.b64encode(data).decode()}
+        body: dict[str, object] = {"type": f"{self.prefix}.{name}", "b64_json": as_base64(data)}
         if shape is not None:
             body |= {
                 "created_at": int(time.time()),
@@ -176,80 +232,96 @@ class Answer:
             }
         return sse(f"{self.prefix}.{name}", body | fields)
 
-    def _usage(self, pictures: Sequence[PictureDone]) -> dict[str, object]:
-        """Text tokens are the prompt's ids; image tokens are latent positions."""
+    def _usage(self, pictures: Sequence[PictureDone]) -> Usage:
         factor = self.state.manifest.vae.factor
         output = sum(p.settings.width * p.settings.height // factor**2 for p in pictures)
         read = self.text_tokens + self.image_tokens
-        return {
-            "input_tokens": read,
-            "output_tokens": output,
-            "total_tokens": read + output,
-            "input_tokens_details": {"image_tokens": self.image_tokens, "text_tokens": self.text_tokens},
-        }
+        details = TokenDetails(image_tokens=self.image_tokens, text_tokens=self.text_tokens)
+        return Usage(input_tokens=read, output_tokens=output, total_tokens=read + output, input_tokens_details=details)
 
+
+_STREAM: Final[Responses] = stream_response(
+    "The pictures; with `stream`, events `PREFIX.partial_image`, `PREFIX.preview` and `PREFIX.completed`, or `error`. "
+    "PREFIX is image_edit for edits, else image_generation."
+)
+_IMAGE: Final = file_field("the picture: PNG, JPEG or WebP")
+_INTERVAL: Final = {
+    "type": "string",
+    "pattern": r"^\[?\s*[0-9.]+\s*,\s*[0-9.]+\s*\]?$",
+    "description": "two numbers, between which guidance acts",
+    "examples": ["0.2,0.8"],
+}
+_EDIT: Final = upload(
+    EditFields,
+    {
+        "image": _IMAGE,
+        "image[]": file_field("several pictures, instead of `image`", MAX_UPLOADS),
+        "mask": file_field("a PNG as large as the first picture: what is transparent is repainted"),
+    },
+    text={"guidance_interval": _INTERVAL},
+)
+_EDIT["requestBody"]["content"]["multipart/form-data"]["schema"]["anyOf"] = [
+    {"required": ["image"]},
+    {"required": ["image[]"]},
+]
+_VARIATION: Final = upload(VariationFields, {"image": _IMAGE}, ("image",), text={"guidance_interval": _INTERVAL})
 
 router = APIRouter(tags=["OpenAI images"])
 
 
 @router.get("/v1/models")
-async def models(http: HTTPRequest) -> dict[str, object]:
-    """The models that this server has: one."""
-    return {"object": "list", "data": [_model(_state(http))]}
+async def models(http: HTTPRequest) -> ModelList:
+    """Lists the models: this server has one."""
+    return ModelList(data=[_model(State.of(http))])
 
 
 @router.get("/v1/models/{model:path}")
-async def model(http: HTTPRequest, model: str) -> dict[str, object]:
-    """One model. 404 if this server does not have it."""
-    _check_model(_state(http), model)
-    return _model(_state(http))
+async def model(http: HTTPRequest, model: str) -> ListedModel:
+    """Describes a model. 404 if this server does not have it."""
+    _check_model(State.of(http), model)
+    return _model(State.of(http))
 
 
-@router.post("/v1/images/generations")
+@router.post("/v1/images/generations", response_model=PicturesAnswer, responses=_STREAM)
 async def generations(http: HTTPRequest, body: GenerationBody) -> Response:
-    """Pictures from a prompt. With `stream`, server-sent events: partial pictures, then the pictures."""
+    """Generates pictures from a prompt. With `stream`, server-sent events: partial pictures, then the pictures."""
     request = _request(body, body.prompt)
     return await _answer(http, body, [request], "image_generation")
 
 
-@router.post("/v1/images/edits")
+@router.post("/v1/images/edits", response_model=PicturesAnswer, responses=_STREAM, openapi_extra=_EDIT)
 async def edits(http: HTTPRequest) -> Response:
-    """Edits of uploaded pictures, each by itself. The mask's transparent pixels are repainted in the first picture."""
-    text, pictures, mask = await _form(http, ("image", "image[]"), ("mask",))
+    """Edits uploaded pictures, each by itself. The mask's transparent pixels are repainted in the first picture."""
+    text, pictures, masks = await _form(http, "image", "image[]", masks=("mask",))
     body = validated(EditFields, text)
     if not pictures:
         raise Invalid("image is missing: upload a PNG, JPEG or WebP as `image`, or several as `image[]`", param="image")
-    state = _state(http)
+    state = State.of(http)
     requests = []
     for number, picture in enumerate(pictures):
         image = await state.in_thread(decode, picture, "image")
         area = None
-        if mask and number == 0:
-            area = await state.in_thread(decode_mask, mask[0], True)
+        if masks and number == 0:
+            area = await state.in_thread(decode_mask, masks[0], True)
         strength = body.strength or (1.0 if area is not None else 0.8)
         requests.append(_request(body, body.prompt, image=image, mask=area, strength=strength))
     return await _answer(http, body, requests, "image_edit")
 
 
-@router.post("/v1/images/variations")
+@router.post("/v1/images/variations", response_model=PicturesAnswer, responses=_STREAM, openapi_extra=_VARIATION)
 async def variations(http: HTTPRequest) -> Response:
-    """Variations of one uploaded picture."""
-    text, pictures, _ = await _form(http, ("image",), ())
+    """Varies one uploaded picture."""
+    text, pictures, _ = await _form(http, "image")
     body = validated(VariationFields, text)
     if len(pictures) != 1:
         raise Invalid(f"{len(pictures)} pictures were uploaded, allowed is one, as `image`", param="image")
-    image = await _state(http).in_thread(decode, pictures[0], "image")
+    image = await State.of(http).in_thread(decode, pictures[0], "image")
     request = _request(body, body.prompt, image=image, strength=body.strength or 0.8)
     return await _answer(http, body, [request], "image_generation")
 
 
-def _state(http: HTTPRequest) -> State:
-    state: State = http.app.state.oneword
-    return state
-
-
-def _model(state: State) -> dict[str, object]:
-    return {"id": state.name, "object": "model", "created": state.created, "owned_by": "oneword"}
+def _model(state: State) -> ListedModel:
+    return ListedModel(id=state.name, created=state.created)
 
 
 def _check_model(state: State, model: str) -> None:
@@ -288,7 +360,7 @@ def _request(body: Settings, prompt: str, **edit: Any) -> Request:
 
 async def _answer(http: HTTPRequest, body: Settings, requests: Sequence[Request], prefix: str) -> Response:
     """Queues the requests, all or none, and answers with their pictures."""
-    state, tenant = _state(http), http.state.tenant
+    state, tenant = caller(http)
     if body.model is not None:
         _check_model(state, body.model)
     if len(requests) * (body.n or 1) > MAX_IMAGES:
@@ -322,31 +394,14 @@ async def _answer(http: HTTPRequest, body: Settings, requests: Sequence[Request]
 
 
 async def _form(
-    http: HTTPRequest, images: Sequence[str], masks: Sequence[str]
+    http: HTTPRequest, *images: str, masks: Sequence[str] = ()
 ) -> tuple[dict[str, object], list[bytes], list[bytes]]:
-    """A multipart body: text fields, pictures and masks. Raises Invalid for files in other fields, Unprocessable."""
-    if not http.headers.get("content-type", "").startswith("multipart/form-data"):
-        raise Unprocessable("the body must be multipart/form-data, with the picture as the file `image`")
-    text: dict[str, object] = {}
-    files: dict[str, list[bytes]] = {}
-    async with http.form(max_files=MAX_UPLOADS + 1, max_fields=64, max_part_size=1 << 20) as form:
-        for name, value in form.multi_items():
-            if not isinstance(value, UploadFile):
-                if name in text:
-                    raise Invalid(f"the field {name[:40]!r} was sent twice, allowed is once", param=name)
-                text[name] = value
-            elif name in (*images, *masks):
-                files.setdefault(name, []).append(await value.read())
-            else:
-                raise Invalid(
-                    f"the file field {name[:40]!r} is unknown, allowed are {', '.join((*images, *masks))}", param=name
-                )
-    for name in (*images, *masks):
-        if name in text:
-            raise Invalid(f"{name} is text, allowed is an uploaded file", param=name)
+    """A multipart body: text fields, pictures and at most one mask. Raises ApiError."""
+    form = await read_form(http, (*images, *masks), MAX_UPLOADS + 1, "the picture as the file `image`")
+    text: dict[str, object] = dict(form.text)
     if "guidance_interval" in text:
-        text["guidance_interval"] = str(text["guidance_interval"]).strip("[] ").split(",")
-    given_masks = [data for name in masks for data in files.get(name, [])]
+        text["guidance_interval"] = form.text["guidance_interval"].strip("[] ").split(",")
+    given_masks = form.data(*masks)
     if len(given_masks) > 1:
         raise Invalid(f"{len(given_masks)} masks were uploaded, allowed is one", param="mask")
-    return text, [data for name in images for data in files.get(name, [])], given_masks
+    return text, form.data(*images), given_masks

@@ -7,7 +7,8 @@ decoded. Not covered: fetching a picture from an address, which this server neve
 import binascii
 import io
 import re
-from typing import Literal
+from collections.abc import Mapping
+from typing import Final, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,14 @@ from oneword.runtime.request import MAX_PIXELS, Image
 from oneword.serve.containers import Container, Refused, take_apart
 from oneword.serve.errors import Invalid, TooLarge, Unprocessable
 
+Format: TypeAlias = Literal["png", "jpeg", "webp"]
+MEDIA_TYPES: Final[Mapping[str, str]] = {
+    "png": "image/png",
+    "jpg": "image/jpeg",
+    "jpeg": "image/jpeg",
+    "webp": "image/webp",
+}
+"""By format, and by the ending of a file's name."""
 MAX_BYTES = 20 << 20
 _QUALITY = 95
 _EXIF, _COMMENT = 0x8769, 0x9286
@@ -88,9 +97,7 @@ def decode_base64(text: str, name: str) -> bytes:
     return data
 
 
-def encode(
-    image: Image, format: Literal["png", "jpeg", "webp"], compression: int | None = None, parameters: str = ""
-) -> bytes:
+def encode(image: Image, format: Format, compression: int | None = None, parameters: str = "") -> bytes:
     """A picture as a file with A1111's parameters: a text chunk in PNG, EXIF's UserComment in JPEG and WebP.
 
     `compression` is the quality of JPEG and WebP, 0 to 100, as in OpenAI's API; PNG has none.
@@ -109,6 +116,11 @@ def encode(
     else:
         picture.save(stream, "WEBP", quality=quality, method=2, exif=exif)
     return stream.getvalue()
+
+
+def as_base64(data: bytes) -> str:
+    """A picture's file as it is put into JSON."""
+    return binascii.b2a_base64(data, newline=False).decode()
 
 
 def read_parameters(data: bytes, name: str = "image") -> str:

@@ -172,8 +172,7 @@ class Generation:
         request: Request,
         settings: ResolvedSettings,
         partials: int,
-        label: str,
-        task_id: str,
+        label: object,
     ) -> None:
         self.id = uuid.uuid4().hex
         self.tenant = tenant
@@ -181,8 +180,6 @@ class Generation:
         self.settings = settings
         self.label = label
         """Whatever the caller wants to find it by."""
-        self.task_id = task_id
-        """The client's own name for it, if it gave one."""
         self.denoised: Latents | None = None
         """The newest preview."""
         self.created = pool.clock()
@@ -330,8 +327,7 @@ class Pool:
         *,
         partials: int = 0,
         deadline: float | None = None,
-        label: str = "",
-        task_id: str = "",
+        label: object = None,
     ) -> Generation:
         """Queues a request, at once. Pictures that the engine does not have `deadline` seconds from now are dropped.
 
@@ -340,7 +336,7 @@ class Pool:
         without work takes any request.
         """
         try:
-            generation = self._accepted(tenant, request, partials, label, task_id)
+            generation = self._accepted(tenant, request, partials, label)
         except ApiError as error:
             self.observer.refused(error.code)
             raise
@@ -348,7 +344,7 @@ class Pool:
         self._hand_over()
         return generation
 
-    def _accepted(self, tenant: Tenant, request: Request, partials: int, label: str, task_id: str) -> Generation:
+    def _accepted(self, tenant: Tenant, request: Request, partials: int, label: object) -> Generation:
         """The generation of a request, if it is accepted. Raises ApiError."""
         self._check_ready()
         if not 0 <= partials <= MAX_PARTIALS:
@@ -359,7 +355,7 @@ class Pool:
             settings = resolve(request, self.manifest)
         except OnewordError as error:
             raise from_oneword(error) from None
-        generation = Generation(self, tenant, request, settings, partials, label, task_id)
+        generation = Generation(self, tenant, request, settings, partials, label)
         self._check_room(generation)
         self._spend(generation)
         return generation

@@ -22,7 +22,7 @@ from starlette.types import ASGIApp
 
 from oneword.engines.errors import EngineError, UsageError
 from oneword.serve.app import build_state, create_app
-from oneword.serve.cli import SWITCH_SECONDS, log_to_standard_error
+from oneword.serve.command import SWITCH_SECONDS, log_to_standard_error
 from oneword.serve.settings import Settings
 
 ONGOING: Final = 1000

@@ -4,11 +4,10 @@ The state of a refinement is a small file in the store until `finish` writes the
 and the word itself stays as it is meanwhile. Not covered: the search itself (`oneword.runtime.refine`).
 """
 
-import base64
 from typing import Annotated, Final, Literal
 
 from fastapi import APIRouter
-from pydantic import Field
+from pydantic import BaseModel, Field
 from starlette.requests import Request as HTTPRequest
 
 from oneword.engines.errors import UsageError
@@ -18,9 +17,9 @@ from oneword.serve.errors import Conflict, Invalid
 from oneword.serve.fields import Fields
 from oneword.serve.generate import finish as finished
 from oneword.serve.keys import Tenant
-from oneword.serve.pictures import encode
-from oneword.serve.state import State
-from oneword.serve.words_api import word_body
+from oneword.serve.pictures import as_base64, encode
+from oneword.serve.state import State, caller
+from oneword.serve.words_api import Word
 
 PROMPT: Final = "a photo of a {}"
 STEPS: Final = 20
@@ -38,14 +37,31 @@ class RefineBody(Fields):
     """What the candidates draw; {} is the word."""
 
 
+class Candidate(BaseModel):
+    """A candidate of a round."""
+
+    index: int
+    aspects: str = Field(description="what it is made of")
+    b64_json: str
+    output_format: Literal["jpeg"] = "jpeg"
+
+
+class RefinementRound(BaseModel):
+    """A round to judge."""
+
+    object: Literal["refinement"] = "refinement"
+    round: int = Field(description="from 1")
+    aspects: dict[str, str] = Field(description="the best word so far of each aspect")
+    candidates: list[Candidate]
+
+
 router = APIRouter(tags=["refining"])
 
 
 @router.post("/v1/words/{name}/refine")
-async def refine(http: HTTPRequest, name: str, body: RefineBody) -> dict[str, object]:
-    """Goes on with the refinement of a word: new candidates as pictures, or the word after `finish`."""
-    state: State = http.app.state.oneword
-    tenant: Tenant = http.state.tenant
+async def refine(http: HTTPRequest, name: str, body: RefineBody) -> RefinementRound | Word:
+    """Refines a word by likes. Answers the next round's candidates as pictures, or the word after `finish`."""
+    state, tenant = caller(http)
     if body.action != "judge" and (body.likes or body.dislikes):
         raise Invalid(f"likes and dislikes were sent with {body.action!r}, allowed is action 'judge'", "likes")
     if "{}" not in body.prompt:
@@ -64,17 +80,17 @@ async def refine(http: HTTPRequest, name: str, body: RefineBody) -> dict[str, ob
             current = undo(current)
         case "finish":
             word = await state.in_thread(finish, current, refinements.lexicon)
-            answer = word_body(await state.words.put(tenant, word, token=name))
+            answer = Word.of(await state.words.put(tenant, word, token=name))
             await state.in_thread(refinements.delete, tenant.name, name)
             return answer
-    answer = await _candidates(http, state, tenant, current, body.prompt)
+    candidates = await _candidates(http, state, tenant, current, body.prompt)
     await state.in_thread(refinements.write, tenant.name, name, current)
-    return answer
+    return candidates
 
 
 async def _candidates(
     http: HTTPRequest, state: State, tenant: Tenant, current: Refinement, prompt: str
-) -> dict[str, object]:
+) -> RefinementRound:
     """The next round's candidates, drawn with one prompt and seed."""
     if not current.room:
         raise UsageError("this word has had the most rounds that are possible: finish, or undo one")
@@ -88,20 +104,11 @@ async def _candidates(
         )
         for concept in concepts
     ]
-    generations = [state.pool.submit(tenant, request, label="refine") for request in requests]
+    generations = [state.pool.submit(tenant, request) for request in requests]
     pictures = await finished(http, *generations)
     encoded = [await state.in_thread(encode, picture.image, "jpeg", 90, "") for picture in pictures]
-    return {
-        "object": "refinement",
-        "round": len(current.rounds) + 1,
-        "aspects": current.words,
-        "candidates": [
-            {
-                "index": index,
-                "aspects": concept.provenance["aspects"],
-                "b64_json": base64.b64encode(data).decode(),
-                "output_format": "jpeg",
-            }
-            for index, (concept, data) in enumerate(zip(concepts, encoded, strict=True))
-        ],
-    }
+    candidates = [
+        Candidate(index=index, aspects=concept.provenance["aspects"], b64_json=as_base64(data))
+        for index, (concept, data) in enumerate(zip(concepts, encoded, strict=True))
+    ]
+    return RefinementRound(round=len(current.rounds) + 1, aspects=current.words, candidates=candidates)

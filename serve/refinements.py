@@ -4,8 +4,7 @@ from oneword.runtime.aspects import DEFAULT_ASPECTS
 from oneword.runtime.concept import Concept
 from oneword.runtime.lexicon import Lexicon
 from oneword.runtime.refine import Refinement, refine_concept
-from oneword.serve.files import Files
-from oneword.serve.store import quoted
+from oneword.serve.files import Files, quoted
 
 
 class Refinements:

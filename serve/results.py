@@ -16,12 +16,12 @@ from starlette.responses import Response
 
 from oneword.serve.errors import NotFound
 from oneword.serve.files import open_files
+from oneword.serve.openapi import PICTURE_TYPES, file_response
+from oneword.serve.pictures import MEDIA_TYPES, Format
 
 SECONDS: Final = 3600
 _FOLDER: Final = "results"
-_MAX_BYTES: Final = 256 << 20
-_SUFFIXES: Final = {"image/png": "png", "image/jpeg": "jpg", "image/webp": "webp"}
-_NAME: Final = re.compile(r"(\d{1,12})-[0-9a-f]{64}\.(png|jpg|webp)")
+_NAME: Final = re.compile(r"(\d{1,12})-[0-9a-f]{64}\.(png|jpeg|webp)")
 
 
 class Results:
@@ -31,9 +31,9 @@ class Results:
         self._files = open_files(url)
         self._clock = clock
 
-    def put(self, data: bytes, media_type: str) -> str:
+    def put(self, data: bytes, format: Format) -> str:
         """Keeps a picture for an hour and returns its name."""
-        name = f"{int(self._clock()) + SECONDS}-{secrets.token_hex(32)}.{_SUFFIXES[media_type]}"
+        name = f"{int(self._clock()) + SECONDS}-{secrets.token_hex(32)}.{format}"
         self._files.write(f"{_FOLDER}/{name}", data)
         return name
 
@@ -42,9 +42,8 @@ class Results:
         match = _NAME.fullmatch(name)
         if match is None or int(match[1]) < self._clock():
             return None
-        data = self._files.read(f"{_FOLDER}/{name}", _MAX_BYTES)
-        media_type = next(media for media, suffix in _SUFFIXES.items() if suffix == match[2])
-        return None if data is None else (data, media_type)
+        data = self._files.read(f"{_FOLDER}/{name}")
+        return None if data is None else (data, MEDIA_TYPES[match[2]])
 
     def collect(self) -> int:
         """Deletes the pictures that have expired, and returns their number."""
@@ -64,7 +63,11 @@ def address(http: HTTPRequest, name: str) -> str:
 router = APIRouter(tags=["pictures"])
 
 
-@router.get("/v1/pictures/{name}", response_class=Response)
+@router.get(
+    "/v1/pictures/{name}",
+    response_class=Response,
+    responses=file_response("The picture.", *PICTURE_TYPES),
+)
 async def picture(http: HTTPRequest, name: str) -> Response:
     """A picture that was asked for with response_format "url". 404 after an hour."""
     state = http.app.state.oneword

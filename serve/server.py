@@ -8,32 +8,77 @@ import asyncio
 import contextlib
 import logging
 import signal
+import socket
 from collections.abc import Iterator
+from typing import Final
 
 import uvicorn
 from starlette.types import ASGIApp
 
-from oneword.engines.errors import OnewordError, one_line
+from oneword.engines.errors import EngineError, OnewordError, UsageError, one_line
+from oneword.serve.app import running
 from oneword.serve.connection import server_config
+from oneword.serve.settings import Settings
 from oneword.serve.state import State
+from oneword.serve.watchdog import Pulse
+from oneword.serve.worker import State as WorkerState
 
+_LAST_SECONDS: Final = 0.2  # for the last pictures, which are still being written to their clients
+_CLOSE_SECONDS: Final = 5  # for clients that are slow to read them
+_OPEN_SECONDS: Final = 0.05  # between two looks at whether the model is open
 _log = logging.getLogger("oneword.serve")
 
 
+def listening_socket(settings: Settings) -> socket.socket:
+    """A socket that listens at the address and port. Raises UsageError if they cannot be used."""
+    host, port = settings.host.strip("[]"), settings.port
+    try:
+        family, kind, number, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, number)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a restarted server need not wait
+            listener.bind(address)
+            listener.listen()
+        except BaseException:
+            listener.close()
+            raise
+    except OSError as error:
+        raise UsageError(
+            f"cannot listen at {host} port {port} ({error.strerror or error}): choose another --port or --host"
+        ) from None
+    return listener
+
+
 class Server(uvicorn.Server):
-    """Serves one app until a signal ends it."""
+    """Serves one app until a signal ends it, and starts and stops its parts."""
 
     def __init__(self, app: ASGIApp, state: State) -> None:
+        config = server_config(app, state.settings)
+        config.lifespan = "off"  # `serve` does it, so that errors reach the caller
+        config.timeout_graceful_shutdown = _CLOSE_SECONDS
+        super().__init__(config)
         self.state_of_app = state
-        super().__init__(server_config(app, state.settings))
         self._stopping: asyncio.Task[None] | None = None
+        self._opened = False
+        self._failure: OnewordError | None = None
 
-    async def startup(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        """Returns when a signal has ended the server. Raises OnewordError if it cannot start."""
+        super().run(sockets)
+        if self._failure is not None:
+            raise self._failure
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        """See `run`."""
+        async with running(self.state_of_app):
+            await super().serve(sockets)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listens, and says where."""
-        await super().startup(sockets)  # type: ignore[arg-type]
-        if self.started:
-            host, port, *_ = self.servers[0].sockets[0].getsockname()
-            _log.info("listening at http://%s:%s", host, port)
+        await super().startup(sockets)
+        host, port, *_ = self.servers[0].sockets[0].getsockname()
+        _log.info("listening at http://%s:%s", f"[{host}]" if ":" in host else host, port)
+        self._opening = asyncio.ensure_future(self._follow_opening())
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -45,11 +90,13 @@ class Server(uvicorn.Server):
         yield
 
     def stop(self) -> None:
-        """Drains and ends the server; a second call ends it at once."""
+        """Drains and ends the server; a second call drops what it would finish, a third one the connections too."""
         if self._stopping is None:
             self._stopping = asyncio.ensure_future(self._drain(self.state_of_app.settings.drain_seconds))
-        else:
+        elif not self.should_exit:
             asyncio.ensure_future(self.state_of_app.pool.drain(0))  # noqa: RUF006 - it ends before this process does
+        else:
+            self.force_exit = True
 
     def reload(self) -> None:
         """Reads the key file again; a broken one changes nothing."""
@@ -60,10 +107,27 @@ class Server(uvicorn.Server):
             keys.reload()
             _log.info("read %d keys", len(keys))
         except OnewordError as error:
-            _log.error("the keys stay as they were: %s", one_line(error))
+            reason = one_line(error, limit=1000).replace(str(keys.path), "the file of --keys")
+            _log.error("the keys stay as they were: %s", reason)
+
+    def pulse(self) -> Pulse:
+        """What the watchdog should know. A model that cannot be opened is not its business: `run` raises."""
+        state = self.state_of_app
+        return state.worker.pulse(state.settings.hang_seconds) if self._opened else Pulse.STARTING
+
+    async def _follow_opening(self) -> None:
+        """Ends the server if the model cannot be opened."""
+        worker = self.state_of_app.worker
+        while worker.state is WorkerState.STARTING:
+            await asyncio.sleep(_OPEN_SECONDS)
+        if worker.state is WorkerState.FAILED:
+            self._failure = EngineError(worker.failure)
+            self.should_exit = True
+        self._opened = worker.state is WorkerState.READY
 
     async def _drain(self, seconds: float) -> None:
         _log.info("stopping: what was accepted is finished, for at most %g seconds", seconds)
         await self.state_of_app.pool.drain(seconds)
-        await asyncio.sleep(0.2)  # the last pictures are still being written to their clients
+        await asyncio.sleep(_LAST_SECONDS)
+        self.state_of_app.stopping.set()
         self.should_exit = True

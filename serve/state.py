@@ -1,24 +1,26 @@
 """What the routes of one server share. Built once by `oneword.serve.app`; holds no logic of its own."""
 
-import io
+import asyncio
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import ParamSpec, Self, TypeVar
 
 import anyio.to_thread
 import numpy as np
 import numpy.typing as npt
 import PIL.Image
 from anyio import CapacityLimiter
+from starlette.requests import HTTPConnection
 
 from oneword.runtime.bundle import Manifest
 from oneword.runtime.images import preview_image
 from oneword.runtime.prompt import Tokenizer
 from oneword.serve.jobs import Jobs
-from oneword.serve.keys import Keys
+from oneword.serve.keys import Keys, Tenant
 from oneword.serve.metrics import Metrics
+from oneword.serve.pictures import encode
 from oneword.serve.pool import Pool
 from oneword.serve.refinements import Refinements
 from oneword.serve.results import Results
@@ -31,6 +33,7 @@ T = TypeVar("T")
 
 PREVIEW_SIDE = 256
 """Pixels of the longer side of a preview."""
+PREVIEW_QUALITY = 85
 _LARGER = 4  # times the area of the bundle's default size
 _ALWAYS = 1024 * 1024  # pixels that every server makes, however small its model
 _THREADS = 2  # for pictures that are read and written
@@ -38,7 +41,7 @@ _THREADS = 2  # for pictures that are read and written
 
 @dataclass(eq=False)
 class State:
-    """Everything that a route needs, as `request.app.state.oneword`."""
+    """Everything that a route needs: `State.of(request)`."""
 
     settings: Settings
     manifest: Manifest
@@ -52,8 +55,16 @@ class State:
     metrics: Metrics
     jobs: Jobs | None
     """None without a model: then nothing can be learned."""
+    stopping: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set once all pictures are done and the server ends: streams that would last end too."""
     created: int = field(default_factory=lambda: int(time.time()))
     _limiter: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(_THREADS))
+
+    @classmethod
+    def of(cls, http: HTTPConnection) -> Self:
+        """The state of the server that a request came to."""
+        state: Self = http.app.state.oneword
+        return state
 
     @property
     def name(self) -> str:
@@ -76,10 +87,14 @@ class State:
         pixels = np.full((height, width, 3), 128, np.uint8) if preview is None else preview_image(preview, denoised)
         scale = min(self.manifest.vae.factor, PREVIEW_SIDE / max(width, height))
         size = max(1, round(width * scale)), max(1, round(height * scale))
-        stream = io.BytesIO()
-        PIL.Image.fromarray(pixels).resize(size, PIL.Image.Resampling.BICUBIC).save(stream, "JPEG", quality=85)
-        return stream.getvalue()
+        resized = PIL.Image.fromarray(pixels).resize(size, PIL.Image.Resampling.BICUBIC)
+        return encode(np.asarray(resized), "jpeg", PREVIEW_QUALITY)
 
     async def in_thread(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Runs work on pictures off the event loop, on a few threads, so that the engine keeps its cores."""
         return await anyio.to_thread.run_sync(lambda: function(*args, **kwargs), limiter=self._limiter)
+
+
+def caller(http: HTTPConnection) -> tuple[State, Tenant]:
+    """The state of the server that a request came to, and whose request it is."""
+    return State.of(http), http.state.tenant

@@ -20,12 +20,8 @@ Not covered: quotas, caches and prompts (`oneword.serve.words`). Two machines th
 moment at a URL are not kept apart: the later one wins, whole. In a folder they are, by a lock.
 """
 
-import base64
 import bisect
-import functools
-import hashlib
 import re
-import string
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -38,16 +34,13 @@ import msgspec
 from oneword.engines.errors import ConceptError, UsageError
 from oneword.runtime.concept import Concept, check_token, concept_bytes, concept_of, read_safetensors
 from oneword.serve.errors import ApiError, Conflict, NotFound
-from oneword.serve.files import MAX_BYTES, Files, open_files
+from oneword.serve.files import Files, open_files, quoted, unquoted
 
 DAY: Final = 86400.0
 DAMAGED: Final = "damaged_word"
 """The code of the error for a word whose files are broken."""
+MAX_BYTES: Final = 2 << 20  # a word's file has at most 1 MiB; the rest is room for its record
 _VERSION: Final = b'{"version": 1}\n'
-_PLAIN: Final = frozenset(string.ascii_lowercase + string.digits + "_-")
-_QUOTES: Final = {byte: f"={byte:02x}" for byte in range(256) if chr(byte) not in _PLAIN}
-_MAX_QUOTED: Final = 200  # characters; file systems allow 255 bytes
-_CODE_POINT_BITS: Final = 18  # letters and digits have code points below 0x40000
 _IDENTITY: Final = re.compile(r"[0-9a-f]{64}")
 _IDENTITIES: Final = re.compile(rb"[0-9a-f]{64}")
 _GC_THREADS: Final = 16
@@ -88,7 +81,7 @@ class WordStore:
         self._clock = clock
         try:
             version = self._files.read("store.json")
-            if version is None:
+            if version in (None, _VERSION):  # written each time: a store that can only be read is of no use
                 self._files.write("store.json", _VERSION)
         except ApiError as error:
             cause = type(error.__cause__).__name__
@@ -117,7 +110,7 @@ class WordStore:
         data = blob_of(concept)
         path = _name_path(tenant, token)
         with self._files.locked(_folder(tenant)):
-            raw = self._files.read(path)
+            raw = self._read(path)
             if if_absent and raw is not None:
                 raise Conflict(
                     f"there is a word {token!r} already: replace it, or take another name", code="word_exists"
@@ -144,7 +137,7 @@ class WordStore:
 
     def get(self, tenant: str, token: str) -> WordRecord | None:
         """The word of this name, by one read; None if there is none. Raises ApiError if its record is damaged."""
-        raw = self._files.read(_name_path(tenant, token))
+        raw = self._read(_name_path(tenant, token))
         return None if raw is None else _record(raw, token)
 
     def first(self, tenant: str, tokens: Iterable[str]) -> WordRecord | None:
@@ -153,7 +146,7 @@ class WordStore:
 
     def concept(self, record: WordRecord) -> Concept:
         """The word itself, by one read. Raises ApiError if its vectors are missing or damaged."""
-        raw = self._files.read(_blob_path(record.identity))
+        raw = self._read(_blob_path(record.identity))
         try:
             if raw is None or len(raw) > MAX_BYTES:
                 raise damaged(record.token)
@@ -172,7 +165,7 @@ class WordStore:
     def records(self, tenant: str, tokens: Iterable[str]) -> Iterator[WordRecord]:
         """The words of these names that exist and whose records are not damaged."""
         for token in tokens:
-            raw = self._files.read(_name_path(tenant, token))
+            raw = self._read(_name_path(tenant, token))
             record = None if raw is None else _record_or_none(raw, token)
             if record is not None:
                 yield record
@@ -198,10 +191,10 @@ class WordStore:
                 raise NotFound(f"there is no word {old[:80]!r}")
             if new == old:
                 return record
-            data = self._files.read(_blob_path(record.identity))
+            data = self._read(_blob_path(record.identity))
             if data is None:
                 raise damaged(old)
-            if self._files.read(path) is not None:
+            if self._read(path) is not None:
                 raise _taken(new)
             record = replace(record, token=new, generation=1)
             self._files.write(_blob_path(record.identity), data)
@@ -213,10 +206,10 @@ class WordStore:
     def delete(self, tenant: str, token: str) -> bool:
         """Deletes a name; False if there is none. The vectors stay for the grace, and for other names."""
         path = _name_path(tenant, token)
-        if self._files.read(path) is None:
+        if self._read(path) is None:
             return False
         with self._files.locked(_folder(tenant)):
-            raw = self._files.read(path)
+            raw = self._read(path)
             if raw is None:
                 return False
             if record := _record_or_none(raw, token):
@@ -237,6 +230,10 @@ class WordStore:
             if deleted is not None:
                 blobs, size = blobs + 1, size + deleted
         return Collected(blobs, size)
+
+    def _read(self, path: str) -> bytes | None:
+        """A file's content, of which more than MAX_BYTES count as damaged."""
+        return self._files.read(path, MAX_BYTES)
 
     def _write_name(self, path: str, record: WordRecord, *, if_absent: bool) -> None:
         data = msgspec.json.encode(record)
@@ -261,7 +258,7 @@ class WordStore:
             return None
         self._files.write(mark, b"-")
         try:
-            data = self._files.read(path)
+            data = self._read(path)
             if data is None or self._is_younger(path, before):
                 return None
             self._files.delete(path)
@@ -289,7 +286,7 @@ class WordStore:
             for tenant in self._files.names("names"):
                 paths = (f"names/{tenant}/{name}" for name in self._files.names(f"names/{tenant}"))
                 while part := [*islice(paths, 1000)]:
-                    for raw in threads.map(self._files.read, part):
+                    for raw in threads.map(self._read, part):
                         identities.update(match.decode() for match in _IDENTITIES.findall(raw or b""))
         return identities
 
@@ -315,46 +312,6 @@ def blob_of(concept: Concept) -> bytes:
     if len(data) > MAX_BYTES:
         raise ConceptError(f"{concept.token!r} has {len(data)} bytes in float32, allowed are {MAX_BYTES} (2 MiB)")
     return data
-
-
-def quoted(text: str) -> str:
-    """A name for a file: lower-case ASCII letters, digits, _ - = ~, at most 250 of them; each text has another.
-
-    Other characters are =xx for each byte of UTF-8, and the empty text is =. If that is too long: ~ and 18 bits for
-    each character in base 32, or ~~ and the text's sha256 for what no token is.
-    """
-    encoded = text.encode("utf-8", "surrogatepass")
-    name = encoded.decode("latin-1").translate(_QUOTES)
-    if len(name) <= _MAX_QUOTED:
-        return name or "="
-    if len(text) > 64 or max(map(ord, text)) >= 1 << _CODE_POINT_BITS:
-        return f"~~{hashlib.sha256(encoded).hexdigest()}"
-    number = functools.reduce(lambda number, character: number << _CODE_POINT_BITS | ord(character), text, 1)
-    packed = base64.b32encode(number.to_bytes((number.bit_length() + 7) // 8))
-    return "~" + packed.decode().rstrip("=").lower()
-
-
-def unquoted(name: str) -> str | None:
-    """The text whose `quoted` name this is; None for a file that is no token's."""
-    try:
-        if name.startswith("~"):
-            text = _unpacked(name[1:])
-        else:
-            first, *others = name.split("=")
-            text = first + "".join(chr(int(part[:2], 16)) + part[2:] for part in others)
-            text = text.encode("latin-1").decode()
-    except (ValueError, OverflowError):
-        return None
-    return text if quoted(text) == name else None
-
-
-def _unpacked(code: str) -> str:
-    number = int.from_bytes(base64.b32decode(code.upper() + "=" * (-len(code) % 8)))
-    characters: list[str] = []
-    while number > 1:
-        characters.append(chr(number & ((1 << _CODE_POINT_BITS) - 1)))
-        number >>= _CODE_POINT_BITS
-    return "".join(reversed(characters))
 
 
 def _folder(tenant: str) -> str:

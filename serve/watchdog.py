@@ -3,13 +3,15 @@
     sys.exit(watch([sys.executable, "-m", ...], WatchdogSettings()))        parent
     heartbeat = Heartbeat.from_environment(pulse); heartbeat.start()        child
 
-The child writes a byte per second into a pipe: whether it starts, works, has failed or hangs, as `pulse` says. No byte
-at all means that it hangs in native code that holds the interpreter. SIGTERM, SIGINT and SIGHUP are passed on to the
-child; when the parent dies, the pipe breaks and the child ends too. Imports nothing but the standard library, so that
-the parent stays small. POSIX only. Not covered: what counts as a hang (`Worker.stalled`).
+The child writes a line per second into a pipe: whether it starts, works, has failed or hangs, as `pulse` says. No line
+at all means that it hangs in native code that holds the interpreter. With a line of JSON it asks for settings. SIGTERM,
+SIGINT and SIGHUP are passed on to the child; when the parent dies, the pipe breaks and the child ends too. Imports
+nothing but the standard library, so that the parent stays small. POSIX only. Not covered: what counts as a hang
+(`Worker.stalled`).
 """
 
 import contextlib
+import json
 import os
 import select
 import signal
@@ -18,7 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Final, Self
 
@@ -41,6 +43,7 @@ class End(Enum):
     """How a child ended."""
 
     EXITED = "exited"
+    KILLED = "was killed"
     FAILED = "failed"
     HUNG = "hung"
 
@@ -78,17 +81,19 @@ class _Watchdog:
         self._command, self._settings, self._report = [*command], settings, report
         self._signals = -1  # the end of a pipe where the numbers of signals arrive
         self._asked_to_end = False
+        self._has_worked = False  # any child
 
     def run(self) -> int:
         delay, failed_starts = self._settings.first_delay, 0
         with self._signals_as_bytes():
             while True:
                 end, status, worked = self._run_child()
+                self._has_worked = self._has_worked or worked
                 if worked:
                     delay, failed_starts = self._settings.first_delay, 0
                 else:
                     failed_starts += 1
-                if self._asked_to_end or not self._settings.supervise or (end is End.EXITED and status in _FINAL):
+                if self._asked_to_end or not self._settings.supervise or self._is_final(end, status):
                     return status
                 if failed_starts >= self._settings.starts:
                     self._report(f"the server did not start {failed_starts} times in a row: giving up")
@@ -97,6 +102,10 @@ class _Watchdog:
                 if self._ends_within(delay):
                     return status
                 delay = min(2 * delay, self._settings.longest_delay)
+
+    def _is_final(self, end: End, status: int) -> bool:
+        """Whether another child would end in the same way: the first one cannot start, and has said why."""
+        return end is End.EXITED and (status in _FINAL or not self._has_worked)
 
     def _run_child(self) -> tuple[End, int, bool]:
         """How a child ended, the exit status that follows, and whether it ever worked."""
@@ -112,39 +121,48 @@ class _Watchdog:
             status = child.wait()
         finally:
             os.close(pipe)
+        if status < 0 and end is End.EXITED:  # by a signal
+            return End.KILLED, 128 - status if self._asked_to_end else 1, worked
         if end is not End.EXITED:
             return end, 1, worked
-        if status < 0:  # by a signal
-            return end, 128 - status if self._asked_to_end else 1, worked
         return end, status, worked
 
     def _follow(self, child: subprocess.Popen[bytes], pipe: int) -> tuple[End, bool]:
         """Waits until a child ends or has to be ended. Returns how it ended, and whether it ever worked."""
-        settings = self._settings
-        worked, heard = False, time.monotonic()
+        worked, heard, rest = False, time.monotonic(), b""
         while True:
+            settings = self._settings
             limit = settings.hang_seconds if worked else settings.start_seconds
             wait = max(0.0, heard + limit - time.monotonic())
             readable, _, _ = select.select([pipe, self._signals], [], [], wait)
             if self._signals in readable:
                 self._forward(child)
-            pulses = os.read(pipe, 4096) if pipe in readable else None
-            if pulses == b"" or child.poll() is not None:
+            data = os.read(pipe, 4096) if pipe in readable else None
+            if data == b"" or child.poll() is not None:
                 _wait_or_kill(child, settings.grace_seconds)
                 return End.EXITED, worked
-            if pulses is not None:
+            *lines, rest = (rest + (data or b"")).split(b"\n")
+            pulses = [self._pulse(line) for line in lines]
+            if pulses:
                 heard = time.monotonic()
-                worked = worked or Pulse.WORKING.value in pulses
-                if Pulse.FAILED.value in pulses:
+                worked = worked or Pulse.WORKING in pulses
+                if Pulse.FAILED in pulses:
                     self._report("the engine failed: ending the server")
                     child.terminate()
                     _wait_or_kill(child, settings.grace_seconds)
                     return End.FAILED, worked
-            hanging = pulses is not None and Pulse.HANGING.value in pulses
+            hanging = Pulse.HANGING in pulses
             if hanging or not readable:
                 self._report("the engine hangs" if hanging else f"the server was silent for {limit:g} seconds")
                 child.kill()
                 return End.HUNG, worked
+
+    def _pulse(self, line: bytes) -> Pulse:
+        """What a line from the child says; one that asks for settings changes them, for later children too."""
+        if line.startswith(b"{"):
+            self._settings = replace(self._settings, **json.loads(line))
+            return Pulse.STARTING
+        return Pulse(line)
 
     def _forward(self, child: subprocess.Popen[bytes] | None) -> None:
         """Passes the signals that have arrived on to the child, if there is one."""
@@ -181,13 +199,14 @@ class _Watchdog:
 
 
 class Heartbeat:
-    """The child's side: a thread that writes a pulse per second."""
+    """The child's side: a thread that writes a pulse per second. `pulse` may be replaced while it runs."""
 
     def __init__(
         self, descriptor: int, pulse: Callable[[], Pulse], *, seconds: float = 1.0, grace_seconds: float = 5.0
     ) -> None:
         """`descriptor` is the pipe's. When the parent dies, the process gets a SIGTERM and `grace_seconds` to end."""
-        self._descriptor, self._pulse = descriptor, pulse
+        self.pulse = pulse
+        self._descriptor = descriptor
         self._seconds, self._grace_seconds = seconds, grace_seconds
         self._thread = threading.Thread(target=self._beat, name="oneword-heartbeat", daemon=True)
 
@@ -207,13 +226,17 @@ class Heartbeat:
         """Starts the thread."""
         self._thread.start()
 
+    def ask(self, **settings: bool | float) -> None:
+        """Asks the parent for other `WatchdogSettings`, by name."""
+        os.write(self._descriptor, json.dumps(settings).encode() + b"\n")
+
     def _beat(self) -> None:
         poll = select.poll()
         poll.register(self._descriptor, 0)  # reports only that the pipe is broken
         with contextlib.suppress(BrokenPipeError):
             while True:
                 with contextlib.suppress(BlockingIOError):  # a parent that is stopped does not read
-                    os.write(self._descriptor, self._pulse().value)
+                    os.write(self._descriptor, self.pulse().value + b"\n")
                 if poll.poll(1000 * self._seconds):
                     break
         os.kill(os.getpid(), signal.SIGTERM)

@@ -25,9 +25,8 @@ from oneword.engines.errors import ConceptError
 from oneword.runtime.concept import Concept, check_token
 from oneword.runtime.prompt import NamedWords, UnknownWord, Vocabulary, named_words, tokens_for, used_words
 from oneword.serve.errors import ApiError, Forbidden, Invalid, NotFound
-from oneword.serve.files import MAX_BYTES
 from oneword.serve.keys import Tenant
-from oneword.serve.store import DAMAGED, WordRecord, WordStore, blob_of, damaged, page
+from oneword.serve.store import DAMAGED, MAX_BYTES, WordRecord, WordStore, blob_of, damaged, page
 
 P = ParamSpec("P")
 T = TypeVar("T")

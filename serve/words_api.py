@@ -3,23 +3,23 @@
 Files are safetensors, in any layout that holds one word. Not covered: learning (`oneword.serve.jobs_api`).
 """
 
-from typing import Annotated, Final
+from typing import Annotated, Final, Literal
 
 from fastapi import APIRouter, Query
-from starlette.datastructures import UploadFile
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from oneword.engines.errors import OnewordError
 from oneword.runtime.concept import Concept, check_token, concept_bytes, concept_of, read_safetensors, token_from_stem
 from oneword.runtime.model import check_fits
-from oneword.serve.errors import Invalid, Unprocessable, from_oneword
+from oneword.serve.errors import Invalid, from_oneword
 from oneword.serve.fields import Fields
-from oneword.serve.keys import Tenant
-from oneword.serve.state import State
+from oneword.serve.forms import File, is_form, read_form
+from oneword.serve.openapi import WORD_NAME, WORD_TYPE, file_field, file_response, upload
+from oneword.serve.state import caller
 from oneword.serve.store import WordRecord
 
-_MEDIA: Final = "application/octet-stream"
 _NAMES: Final = "letters, digits and . + * @ # ! ~ & $ % ^ = - _ , bare or in <>, for example <toy>"
 
 router = APIRouter(tags=["words"])
@@ -28,100 +28,142 @@ router = APIRouter(tags=["words"])
 class Rename(Fields):
     """The body of PATCH /v1/words/{name}."""
 
-    name: str
+    model_config = ConfigDict(json_schema_extra={"examples": [{"name": "<bear>"}]})
+
+    name: Annotated[str, Field(json_schema_extra=WORD_NAME)]
+    """The new name."""
+
+
+class Word(BaseModel):
+    """A learned word."""
+
+    object: Literal["word"] = "word"
+    name: str = Field(description="as it is written in prompts", examples=["<toy>"])
+    identity: str = Field(description="a hash of the vectors: words of the same vectors have the same")
+    vectors: dict[str, int] = Field(description="the number of vectors by encoder")
+    bytes: int
+    created: int = Field(description="in seconds since 1970")
+    generation: int = Field(description="1 when the name is new, and one more with each replacement")
+    provenance: dict[str, str] = Field(description="how it was learned, as its file says")
+
+    @classmethod
+    def of(cls, record: WordRecord) -> "Word":
+        """The word of a record in the store."""
+        return cls(
+            name=record.token,
+            identity=record.identity,
+            vectors=dict(record.vectors),
+            bytes=record.bytes,
+            created=int(record.created),
+            generation=record.generation,
+            provenance=dict(record.provenance),
+        )
+
+
+class WordList(BaseModel):
+    """Words in the order of their names."""
+
+    object: Literal["list"] = "list"
+    data: list[Word]
+    has_more: bool = Field(description="whether there are more words after the last one")
+
+
+_FILE: Final = file_field("a safetensors file of diffusers, A1111, ComfyUI or ti-train, with one word")
+_UPLOAD: Final = upload(
+    None,
+    {"file": _FILE},
+    ("file",),
+    media=WORD_TYPE,
+    text={"name": {**WORD_NAME, "description": "replaces the name in the file"}},
+)
+_REPLACEMENT: Final = upload(None, {"file": _FILE}, ("file",), media=WORD_TYPE)
+_REPLACEMENT["requestBody"]["content"][WORD_TYPE] = {"schema": {"type": "string", "format": "binary"}}
 
 
 @router.get("/v1/words")
-async def words(http: Request, after: str = "", limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> dict[str, object]:
-    """The caller's words by name, from the one behind `after`."""
-    state, tenant = _context(http)
+async def words(
+    http: Request,
+    after: Annotated[str, Query(description="the last name of the page before")] = "",
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+) -> WordList:
+    """Lists the caller's words by name, a page at a time."""
+    state, tenant = caller(http)
     records = await state.words.list(tenant, after, limit + 1)
-    data = [word_body(record) for record in records[:limit]]
-    return {"object": "list", "data": data, "has_more": len(records) > limit}
+    return WordList(data=[Word.of(record) for record in records[:limit]], has_more=len(records) > limit)
 
 
-@router.post("/v1/words", status_code=201)
-async def upload(http: Request, replace: bool = False) -> Response:
-    """Stores a word from the multipart file `file`; `name` overrides the file's own. 409 if the name is taken."""
-    if not http.headers.get("content-type", "").startswith("multipart/form-data"):
-        raise Unprocessable("the body must be multipart/form-data, with the word's safetensors file as `file`")
-    async with http.form(max_files=1, max_fields=8) as form:
-        file, name = form.get("file"), form.get("name")
-        if not isinstance(file, UploadFile):
-            raise Invalid("file is missing: upload the word's safetensors file as `file`", param="file")
-        data, stem = await file.read(), file.filename or "word"
-    return await _put(http, data, stem, str(name) if name else None, if_absent=not replace)
+@router.post(
+    "/v1/words",
+    status_code=201,
+    response_model=Word,
+    responses={200: {"model": Word, "description": "The word was replaced."}},
+    openapi_extra=_UPLOAD,
+)
+async def upload_word(http: Request, replace: bool = False) -> Response:
+    """Stores a word from a safetensors file. `name` overrides the file's own. 409 if the name is taken."""
+    file, name = await _uploaded(http)
+    return await _put(http, file.data, file.name or "word", name, if_absent=not replace)
 
 
-@router.put("/v1/words/{name}")
+@router.put(
+    "/v1/words/{name}",
+    response_model=Word,
+    responses={201: {"model": Word, "description": "The word is new."}},
+    openapi_extra=_REPLACEMENT,
+)
 async def put(http: Request, name: str) -> Response:
-    """Creates or replaces the word `name` from a safetensors file, as the body itself or as the multipart `file`."""
-    if http.headers.get("content-type", "").startswith("multipart/form-data"):
-        async with http.form(max_files=1, max_fields=8) as form:
-            file = form.get("file")
-            data = await file.read() if isinstance(file, UploadFile) else b""
-    else:
-        data = await http.body()
+    """Creates or replaces a word. The safetensors file is the body itself, or `file` of a multipart body."""
+    data = (await _uploaded(http))[0].data if is_form(http) else await http.body()
     if not data:
         raise Invalid("the body is empty: send the word's safetensors file", param="file")
     return await _put(http, data, name, name, if_absent=False)
 
 
 @router.get("/v1/words/{name}")
-async def word(http: Request, name: str) -> dict[str, object]:
-    """One word."""
-    state, tenant = _context(http)
-    return word_body(await state.words.get(tenant, name))
+async def word(http: Request, name: str) -> Word:
+    """Describes a word."""
+    state, tenant = caller(http)
+    return Word.of(await state.words.get(tenant, name))
 
 
-@router.get("/v1/words/{name}/file", response_class=Response)
+@router.get("/v1/words/{name}/file", response_class=Response, responses=file_response("A safetensors file.", WORD_TYPE))
 async def word_file(http: Request, name: str) -> Response:
-    """The word's safetensors file, which diffusers, A1111 and ComfyUI read."""
-    state, tenant = _context(http)
+    """Downloads a word's file. diffusers, A1111 and ComfyUI read it."""
+    state, tenant = caller(http)
     record = await state.words.get(tenant, name)
     concept = await state.words.concept(record)
     stem = token_from_stem(record.token).strip("<>")
     name = stem if stem.isascii() else "word"
     headers = {"Content-Disposition": f'attachment; filename="{name}.safetensors"'}
-    return Response(concept_bytes(concept), media_type=_MEDIA, headers=headers)
+    return Response(concept_bytes(concept), media_type=WORD_TYPE, headers=headers)
 
 
 @router.patch("/v1/words/{name}")
-async def rename(http: Request, name: str, body: Rename) -> dict[str, object]:
+async def rename(http: Request, name: str, body: Rename) -> Word:
     """Renames a word. 409 if the new name is taken."""
-    state, tenant = _context(http)
+    state, tenant = caller(http)
     _check_name(body.name)
-    return word_body(await state.words.rename(tenant, name, body.name))
+    return Word.of(await state.words.rename(tenant, name, body.name))
 
 
 @router.delete("/v1/words/{name}", status_code=204)
 async def delete(http: Request, name: str) -> Response:
     """Deletes a word. Pictures that already use it are finished with it."""
-    state, tenant = _context(http)
+    state, tenant = caller(http)
     await state.words.delete(tenant, name)
     return Response(status_code=204)
 
 
-def word_body(record: WordRecord) -> dict[str, object]:
-    """A word as JSON."""
-    return {
-        "object": "word",
-        "name": record.token,
-        "identity": record.identity,
-        "vectors": dict(record.vectors),
-        "bytes": record.bytes,
-        "created": int(record.created),
-        "generation": record.generation,
-        "provenance": dict(record.provenance),
-    }
-
-
-def _context(http: Request) -> tuple[State, Tenant]:
-    return http.app.state.oneword, http.state.tenant
+async def _uploaded(http: Request) -> tuple[File, str | None]:
+    """The file of a multipart body, and the word's name if it is there. Raises ApiError."""
+    form = await read_form(http, ("file",), 1, "the word's safetensors file as `file`")
+    if "file" not in form.files:
+        raise Invalid("file is missing: upload the word's safetensors file as `file`", param="file")
+    return form.files["file"][0], form.text.get("name") or None
 
 
 async def _put(http: Request, data: bytes, stem: str, name: str | None, *, if_absent: bool) -> Response:
-    state, tenant = _context(http)
+    state, tenant = caller(http)
     if name is not None:
         _check_name(name)
     try:
@@ -130,7 +172,7 @@ async def _put(http: Request, data: bytes, stem: str, name: str | None, *, if_ab
     except OnewordError as error:
         raise from_oneword(error) from None
     record = await state.words.put(tenant, concept, if_absent=if_absent)
-    return JSONResponse(word_body(record), 201 if record.generation == 1 else 200)
+    return JSONResponse(Word.of(record).model_dump(), 201 if record.generation == 1 else 200)
 
 
 def _parsed(data: bytes, stem: str, name: str | None) -> Concept:

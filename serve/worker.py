@@ -295,7 +295,8 @@ class Worker:
             while self._take_messages(scheduler):
                 self._turn(scheduler)
         except BaseException as error:
-            log_failure(error)
+            if not (self.state is State.STARTING and isinstance(error, OnewordError)):  # which says what to do
+                log_failure(error)
             self._end(State.FAILED, one_line(error))
         else:
             self._end(State.STOPPED, "")

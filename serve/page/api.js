@@ -87,7 +87,7 @@ export async function* jobEvents(id, signal) {
   yield* eventsOf(await send(`v1/jobs/${encodeURIComponent(id)}/events`, { signal }));
 }
 
-export const jobPicture = async (url) => (await send(url)).blob();
+export const jobPicture = async (url, signal) => (await send(url, { signal })).blob();
 
 /** Yields the events of a recipe's pictures, with a preview every `previews` steps. */
 export async function* generate(recipe, previews, signal) {

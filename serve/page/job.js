@@ -41,19 +41,23 @@ export function afterEvent(job, { type, data }) {
   }
 }
 
-/** Pictures `{step, index, prompt, src, url}`, one per prompt and step; a repeated one replaces the earlier. */
+/** Pictures `{step, index, prompt, src, url}`, one per prompt and step; a repeated one replaces the earlier, but one that
+ * is only named does not hide one that can be seen. */
 export function withPictures(job, data) {
   const items = data.pictures ?? [data];
   const fresh = items.map((item, i) => ({
     step: item.step ?? data.step,
     index: item.index ?? i,
-    prompt: item.prompt ?? data.prompts?.[item.index ?? i] ?? "",
-    src: item.src ?? dataUrl(item, data.output_format),
+    prompt: item.prompt ?? data.prompts?.[item.index ?? i] ?? job.prompts?.[item.index ?? i] ?? "",
+    src: item.src ?? dataUrl(item, data.output_format) ?? found(job, item.step ?? data.step, item.index ?? i)?.src ?? null,
     url: item.url ?? null,
   }));
   const same = (a) => fresh.some((b) => a.step === b.step && a.index === b.index);
   return { ...job, pictures: [...job.pictures.filter((picture) => !same(picture)), ...fresh] };
 }
+
+/** The picture of a prompt after a step, or undefined. */
+export const found = (job, step, index) => job.pictures.find((picture) => picture.step === step && picture.index === index);
 
 /** The pictures as a table: `steps`, and one row `{prompt, cells}` per prompt, a cell per step, null where still open. */
 export function sheet(job) {

@@ -1,9 +1,9 @@
 /** The learning jobs of this person: starts them, follows them, finds them again after a reload or a restart. */
 
 import * as api from "./api.js";
-import { persistently } from "./connection.js";
+import { pause, persistently } from "./connection.js";
 import { Unreachable, isCancel } from "./errors.js";
-import { afterEvent, isEnded, newJob, withPictures } from "./job.js";
+import { afterEvent, found, isEnded, newJob, withPictures } from "./job.js";
 import { makeStore } from "./store.js";
 import * as words from "./words.js";
 
@@ -48,30 +48,39 @@ function show(data) {
 async function follow(id, signal) {
   await persistently(async () => {
     const known = await api.job(id, signal);
-    update(id, (job) => (known.previews ?? []).reduce(withPictures, { ...job, ...known, pictures: job.pictures }));
+    update(id, (job) => ({ ...job, ...known, pictures: job.pictures }));
     if (!isEnded(known)) for await (const event of api.jobEvents(id, signal)) update(id, (job) => afterEvent(job, event));
     if (current.get()?.id === id && !isEnded(current.get())) throw new Unreachable("The connection was lost.");
+    const { previews } = await api.job(id, signal); // those that no event brought are drawn now
+    update(id, (job) => previews.reduce(withPictures, job));
+    loadPictures(id, signal);
   }, signal);
   if (current.get()?.status === "succeeded") await persistently(() => words.refresh(signal), signal);
 }
 
 function update(id, next) {
   current.set((job) => (job?.id === id ? next(job) : job));
-  loadPictures(id);
 }
 
-const loading = new Set();
-
 /** Loads pictures that were only named: an <img> could not send the key. */
-function loadPictures(id) {
+function loadPictures(id, signal) {
   for (const { src, url, step, index } of current.get()?.pictures ?? []) {
-    if (src || !url || loading.has(url)) continue;
-    loading.add(url);
-    api.jobPicture(url).then(
-      (blob) => update(id, (job) => withPictures(job, { ...named(job, step, index), src: URL.createObjectURL(blob) })),
-      () => loading.delete(url),
+    if (src || !url) continue;
+    loaded(url, signal).then(
+      (blob) => update(id, (job) => withPictures(job, { ...found(job, step, index), src: URL.createObjectURL(blob) })),
+      () => {}, // its place stays empty
     );
   }
 }
 
-const named = (job, step, index) => job.pictures.find((picture) => picture.step === step && picture.index === index);
+/** A picture of a job, asked for again while the server has too much to do. */
+async function loaded(url, signal) {
+  for (;;) {
+    try {
+      return await persistently(() => api.jobPicture(url, signal), signal);
+    } catch (error) {
+      if (error.status !== 429) throw error;
+      await pause(error.retryAfter ?? 1, signal);
+    }
+  }
+}

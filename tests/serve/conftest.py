@@ -1,14 +1,18 @@
 """A real server on a real socket: the tiny model behind uvicorn, in a thread of the test's own process."""
 
+import random
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import boto3
+import fsspec
 import httpx
 import pytest
 import uvicorn
+from moto.server import ThreadedMotoServer
 
 from oneword.serve.app import build_state, create_app
 from oneword.serve.connection import server_config
@@ -68,11 +72,42 @@ def http(server: Running) -> Iterator[httpx.Client]:
         yield client
 
 
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[str]:
+    """A local S3 server: one for all tests, as fsspec keeps its connections."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    keys = {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s", "AWS_DEFAULT_REGION": "us-east-1"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {**keys, "AWS_ENDPOINT_URL": f"http://{host}:{port}"}.items():
+            patch.setenv(name, value)
+        yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture(params=["folder", "file", "memory", "s3"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """An empty store of every kind."""
+    name = f"store-{random.randrange(1 << 60)}"
+    match request.param:
+        case "folder":
+            yield str(tmp_path / name)
+        case "file":
+            yield f"file://{tmp_path / name}"
+        case "memory":
+            yield f"memory://{name}/words"
+            fsspec.filesystem("memory").rm(f"/{name}", recursive=True)
+        case _:
+            boto3.client("s3", endpoint_url=request.getfixturevalue("s3_endpoint")).create_bucket(Bucket=name)
+            yield f"s3://{name}/words"
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Everything here is a test of the server, run by `make test-server`, unless it is for another target."""
     for item in items:
-        if Path(__file__).parent in item.path.parents and not {"browser", "ray"} & {
+        if Path(__file__).parent in item.path.parents and not {"browser", "ray", "slow"} & {
             m.name for m in item.iter_markers()
         }:
             item.add_marker("server")

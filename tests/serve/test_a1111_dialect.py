@@ -16,8 +16,8 @@ from oneword.engines.errors import UsageError
 from oneword.runtime.bundle import Bundle, Manifest
 from oneword.runtime.events import PictureDone
 from oneword.runtime.samplers import Sampler
-from oneword.serve.a1111_answers import info, parsed_parameters, pictures_answer, progress_of
-from oneword.serve.a1111_dialect import (
+from oneword.serve.a1111.answers import info, parsed_parameters, pictures_answer, progress_of
+from oneword.serve.a1111.dialect import (
     ModelNames,
     Plan,
     checked_options,
@@ -26,7 +26,7 @@ from oneword.serve.a1111_dialect import (
     sampler_of,
     text_to_image,
 )
-from oneword.serve.a1111_schemas import ImageToImage, TextToImage
+from oneword.serve.a1111.schemas import ImageToImage, TextToImage
 from oneword.serve.errors import ApiError, NotFound, Unprocessable
 
 WEBUIAPI = {

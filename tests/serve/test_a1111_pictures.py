@@ -2,7 +2,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from oneword.serve.a1111_pictures import Crop, covering, filled, filling
+from oneword.serve.a1111.pictures import Crop, covering, filled, filling
 
 Mask = npt.NDArray[np.bool_]
 

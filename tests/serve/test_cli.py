@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from oneword.serve.cli import build_parts
+from oneword.serve.command import build_parts
 from oneword.serve.settings import Settings
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from oneword.serve.cli import command
+from oneword.serve.command import command
 
 DEPLOY = Path(__file__).parents[2] / "serve" / "deploy"
 SYSTEMD = shutil.which("systemd-analyze")

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from oneword.serve.errors import NotFound, Unavailable
+from oneword.serve.files import open_files
 from oneword.serve.job_files import (
     Cancelled,
     Failed,
@@ -16,7 +17,6 @@ from oneword.serve.job_files import (
     Status,
     WordSaved,
 )
-from oneword.serve.shared_folder import SharedFolder
 from oneword.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 
 REQUEST = JobRequest("alice", "<toy>", "toy", "quick", 50, 0, ("picture-1.png",), "digest", 1.5)
@@ -25,7 +25,7 @@ JOB = "0" * 32
 
 @pytest.fixture
 def files(tmp_path: Path) -> JobFiles:
-    files = JobFiles(SharedFolder(str(tmp_path / "store")))
+    files = JobFiles(open_files(str(tmp_path / "store")))
     files.create(JOB, REQUEST, [b"png"], State("one", 50))
     return files
 

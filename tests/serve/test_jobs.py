@@ -23,12 +23,12 @@ from oneword.runtime.concept import Concept
 from oneword.runtime.images import open_picture
 from oneword.serve import jobs as module
 from oneword.serve.errors import ApiError, Busy, Invalid, NotFound, NotInstalled, TooLarge, Unprocessable
+from oneword.serve.files import open_files
 from oneword.serve.job_files import Cancelled, Failed, JobFiles, Progress, State, Status
 from oneword.serve.jobs import Done, Job, JobEvent, Jobs, Pace, Snapshot, learnable_pictures, new_identifier
 from oneword.serve.learning import LearningProcess
 from oneword.serve.messages import Done as Learned
 from oneword.serve.messages import Order
-from oneword.serve.shared_folder import SharedFolder
 from oneword.train import learn as train_learn
 from oneword.train import pictures as train_pictures
 
@@ -200,7 +200,10 @@ assert "torch" not in sys.modules
         check=False,
     )
 
-    line = "501 this server cannot learn, as PyTorch is not installed: pip install 'oneword[train]'\n"
+    line = (
+        "501 this server cannot learn, as PyTorch is not installed: "
+        "in a checkout of oneword, pip install -c constraints.txt -e '.[train]'\n"
+    )
     assert (process.stdout, process.returncode) == (line, 0), process.stderr
 
 
@@ -430,7 +433,7 @@ def test_servers_and_processes_killed_at_random_instants_end_with_the_bits_of_an
             return await jobs.add("alice", photos(), "<toy>", "star", steps=STEPS, seed=3)
 
     job = asyncio.run(accepted())
-    files = JobFiles(SharedFolder(str(tmp_path / "store")))
+    files = JobFiles(open_files(str(tmp_path / "store")))
     command = [sys.executable, Path(__file__).parent / "learning_server.py", tmp_path / "store", tmp_path / "here"]
     process: subprocess.Popen[str] | None = None
     held: list[int] = []

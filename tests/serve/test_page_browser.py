@@ -1,4 +1,4 @@
-"""The page in Chromium, against a `ti-serve` of the miniature in a process of its own.
+"""The page in Chromium, against a `ti-serve` of the miniature in a process of its own, which also learns.
 
 With ONEWORD_SCREENSHOTS=FOLDER the tests also save screenshots there. ONEWORD_MINIATURE_BUNDLE names an exported
 miniature, to save the export. Not covered: other browsers; the page's pure modules (tests/serve/page).
@@ -8,6 +8,7 @@ import base64
 import io
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -25,6 +26,7 @@ import pytest
 from oneword.runtime.bundle import Bundle
 from oneword.runtime.concept import Concept, concept_bytes
 from oneword.serve.keys import new_key
+from oneword.train.miniature.world import HELD_OUT_LOOKS, Look, Scene, Thing, render
 
 playwright = pytest.importorskip("playwright.sync_api")
 axe = pytest.importorskip("axe_playwright_python.sync_playwright")
@@ -33,6 +35,10 @@ CHROMIUM = shutil.which("chromium")
 SCREENSHOTS = os.environ.get("ONEWORD_SCREENSHOTS")
 PARTS = ("create", "words", "compare", "gallery")
 DESKTOP, PHONE = (1280, 860), (390, 844)
+BACKGROUNDS = ("studio", "kitchen", "desert", "meadow", "brick")
+BALL, STAR, HEART = (
+    next(look for look in HELD_OUT_LOOKS if look.shape == shape) for shape in ("circle", "star", "heart")
+)
 PATIENCE = 120_000  # ms; a shared machine may be slow, and nothing here measures time
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium")]
@@ -40,10 +46,10 @@ pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="
 
 @dataclass
 class Server:
-    """A `ti-serve` that can be killed and started again at the same address."""
+    """A `ti-serve` that can be killed and started again at the same address. It keeps everything in `folder`."""
 
     bundle: Path
-    words: Path
+    folder: Path
     options: list[str] = field(default_factory=list[str])
     key: str = ""
     port: int = 0
@@ -59,20 +65,43 @@ class Server:
         return f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "oneword.serve.cli", str(self.bundle), "--words", str(self.words)]
-        command += ["--port", str(self.port), "--threads", "1", *self.options]
+        command = [
+            sys.executable,
+            "-m",
+            "oneword.serve.cli",
+            str(self.bundle),
+            "--port",
+            str(self.port),
+            "--threads",
+            "1",
+        ]
+        command += ["--words", str(self.folder / "words"), "--jobs", str(self.folder / "jobs"), *self.options]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while not self._ready():
             assert self.process.poll() is None, "the server ended before it was ready"
             time.sleep(0.2)
 
     def kill(self) -> None:
+        """Kills the server; its parent then ends, and so does a learning process, by themselves."""
         if self.process is not None:
-            self.process.kill()
+            children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+            os.kill(int(children[0]), signal.SIGKILL)
             self.process.wait()
+            self.process = None
 
     def client(self) -> httpx.Client:
-        return httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {self.key}"} if self.key else {})
+        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        return httpx.Client(base_url=self.url, headers=headers, timeout=60)
+
+    def learn(self, token: str, look: Look) -> None:
+        """Learns a word from photographs of a look."""
+        files = [("image[]", (f"{i}.png", photograph(look, i), "image/png")) for i in range(5)]
+        with self.client() as http:
+            job = http.post("/v1/words/learn", files=files, data={"name": token}).raise_for_status().json()
+            while job["status"] in ("queued", "running"):
+                time.sleep(0.2)
+                job = http.get(f"/v1/jobs/{job['id']}").json()
+        assert job["status"] == "succeeded", job["error"]
 
     def _ready(self) -> bool:
         try:
@@ -104,15 +133,12 @@ def word_file(bundle: Path) -> Callable[[str], bytes]:
 
 
 @pytest.fixture(scope="module")
-def server(
-    bundle: Path, word_file: Callable[[str], bytes], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Server]:
-    """A server that has the words <gem> and <toy>."""
-    server = Server(bundle, tmp_path_factory.mktemp("words"), ["--model", "miniature"])
+def server(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server that has learned the words <gem> and <toy>."""
+    server = Server(bundle, tmp_path_factory.mktemp("server"), ["--model", "miniature"])
     server.start()
-    with server.client() as http:
-        for token in ("<toy>", "<gem>"):
-            http.post("/v1/words", files={"file": word_file(token)}).raise_for_status()
+    server.learn("<toy>", BALL)
+    server.learn("<gem>", HEART)
     yield server
     server.kill()
 
@@ -157,6 +183,20 @@ class Visit:
     def wait_for_pictures(self, count: int) -> None:
         self.page.wait_for_selector(f".tile.done >> nth={count - 1}")
 
+    def teach(self, server: Server, name: str, look: Look) -> None:
+        """Opens the words page, drops three pictures, names the word and starts learning it."""
+        self.open(server, "words")
+        self.drop(".drop", *[(f"{i}.png", photograph(look, i)) for i in range(3)])
+        self.page.wait_for_selector(".slot img >> nth=2")
+        self.page.fill("#name", name)
+        self.page.click("text=Learn it")
+        self.page.wait_for_selector(".learning")
+
+    def wait_for_previews(self, column: int) -> None:
+        """Waits for the pictures of all prompts in a column of the sheet, counted from 1."""
+        for row in range(3):
+            self.page.wait_for_selector(f".sheet tbody tr >> nth={row} >> td >> nth={column - 1} >> img")
+
     def drop(self, target: str, *files: tuple[str, bytes]) -> None:
         """Drops files on an element, as from the desktop."""
         transfer = self.page.evaluate_handle(
@@ -173,7 +213,7 @@ class Visit:
 
     def save(self, name: str) -> None:
         if SCREENSHOTS:
-            self.page.screenshot(path=str(Path(SCREENSHOTS) / f"{name}.png"))
+            self.page.screenshot(path=str(Path(SCREENSHOTS) / f"{name}.png"), animations="disabled")
 
 
 Visitor = Callable[..., Visit]
@@ -211,55 +251,77 @@ def _is_bad(message: Any) -> bool:
     return message.type in ("error", "warning") and not message.text.startswith("Failed to load resource")
 
 
-def photograph(number: int) -> bytes:
-    """A picture of an orange ball, somewhere else each time."""
-    y, x = np.mgrid[:96, :96]
-    pixels = np.full((96, 96, 3), (200 - 20 * number, 205, 180 + 15 * number), np.uint8)
-    pixels[(x - 48 - 4 * number) ** 2 + (y - 52) ** 2 < 26**2] = (225, 125, 45)
+def photograph(look: Look, number: int) -> bytes:
+    """A picture of a look that the miniature has never seen, somewhere else each time."""
+    pixels, _ = render(Scene((Thing(look),), BACKGROUNDS[number]), seed=1000 + number)
     stream = io.BytesIO()
     PIL.Image.fromarray(pixels).save(stream, "PNG")
     return stream.getvalue()
 
 
 def test_a_word_is_learned_from_dropped_pictures_and_used(server: Server, visitor: Visitor) -> None:
-    with server.client() as http:
-        if not http.get("/v1/model").json()["learn"]:
-            pytest.skip("this server cannot learn")
     visit = visitor()
     visit.open(server, "words")
-    visit.drop(".drop", *[(f"{i}.png", photograph(i)) for i in range(4)])
-    visit.page.wait_for_selector(".slot img >> nth=3")
+    visit.drop(".drop", *[(f"{i}.png", photograph(BALL, i)) for i in range(5)])
+    visit.page.wait_for_selector(".slot img >> nth=4")
     visit.page.fill("#name", "ball")
     visit.save("page-teach")
     visit.page.click("text=Learn it")
-    visit.page.wait_for_selector(".sheet td img >> nth=2")
+    visit.wait_for_previews(column=3)
     visit.save("page-learning")
-    visit.page.wait_for_selector(".ready button")
+    visit.page.wait_for_selector(".ready .primary")
     steps = visit.page.locator(".sheet thead th").all_inner_texts()[1:]
     assert [text.removeprefix("Step ") for text in steps] == ["Start", "5", "10", "20", "35", "50"]
+    assert visit.page.locator(".sheet tbody tr").count() == 3
     for row in visit.page.locator(".sheet tbody tr").all():
-        assert row.locator("img").count() == len(steps)
+        row.locator("img >> nth=5").wait_for()
+        first, *_, last = [image.get_attribute("src") for image in row.locator("img").all()]
+        assert first != last
     visit.save("page-learned")
-    visit.page.click(".ready button")
+    visit.page.click(".ready .primary")
     assert visit.page.input_value("#prompt") == "a photo of a <ball>"
     visit.page.click("text=Create >> nth=-1")
     visit.wait_for_pictures(4)
+    visit.save("page-used")
+
+
+def test_learning_goes_on_after_the_server_was_killed(server: Server, visitor: Visitor) -> None:
+    visit = visitor()
+    visit.teach(server, "star", STAR)
+    visit.wait_for_previews(column=1)
+    server.kill()
+    visit.page.wait_for_selector(".connection p")
+    server.start()
+    visit.page.wait_for_selector(".connection p", state="detached")
+    visit.page.wait_for_selector(".ready .primary")
+    visit.wait_for_previews(column=6)
+    assert visit.page.locator(".sheet img").count() == 18
+    with server.client() as http:
+        (job,) = [job for job in http.get("/v1/jobs").json()["data"] if job["name"] == "<star>"]
+        assert (job["status"], job["step"]) == ("succeeded", 50)
+        assert http.get("/v1/words/<star>").json()["identity"] == job["word"]["identity"]
+        http.delete("/v1/words/<star>").raise_for_status()
+
+
+def test_learning_is_found_again_after_a_reload(server: Server, visitor: Visitor) -> None:
+    visit = visitor()
+    visit.teach(server, "reloaded", STAR)
+    visit.wait_for_previews(column=1)
+    visit.page.reload()
+    visit.wait_for_previews(column=2)
+    visit.page.click(".learning >> text=Cancel")
+    visit.page.wait_for_selector("text=Cancelled")
 
 
 def test_learning_is_cancelled(server: Server, visitor: Visitor) -> None:
-    with server.client() as http:
-        if not http.get("/v1/model").json()["learn"]:
-            pytest.skip("this server cannot learn")
     visit = visitor()
-    visit.open(server, "words")
-    visit.drop(".drop", *[(f"{i}.png", photograph(i)) for i in range(3)])
-    visit.page.fill("#name", "never")
-    visit.page.click("text=Learn it")
+    visit.teach(server, "never", STAR)
     visit.page.click(".learning >> text=Cancel")
     visit.page.wait_for_selector("text=Cancelled")
     with server.client() as http:
         assert "<never>" not in [word["name"] for word in http.get("/v1/words").json()["data"]]
-        assert "cancelled" in [job["status"] for job in http.get("/v1/jobs").json()["data"]]
+        (status,) = [job["status"] for job in http.get("/v1/jobs").json()["data"] if job["name"] == "<never>"]
+        assert status == "cancelled"
 
 
 def test_pictures_are_previewed_while_they_are_drawn_and_carry_what_made_them(server: Server, visitor: Visitor) -> None:
@@ -438,7 +500,7 @@ def test_words_are_added_renamed_and_deleted(
 def test_a_key_is_asked_for_once_and_kept_in_the_tab_only(bundle: Path, tmp_path: Path, visitor: Visitor) -> None:
     key, lines = new_key("alice")
     (tmp_path / "keys.toml").write_text(lines)
-    server = Server(bundle, tmp_path / "words", ["--keys", str(tmp_path / "keys.toml")], key)
+    server = Server(bundle, tmp_path, ["--keys", str(tmp_path / "keys.toml")], key)
     server.start()
     try:
         visit = visitor()

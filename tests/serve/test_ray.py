@@ -79,6 +79,7 @@ def url(cluster: str, tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactor
 def deploy(bundle: Path, words: Path, **arguments: Any) -> None:
     build = importlib.import_module("oneword.serve.ray").app
     settings = {"bundle": str(bundle), "words": str(words), "engine": "onnxruntime", "threads": 1, "max_rows": 8}
+    serve.delete("oneword")  # a new version of an application would start with as many replicas as it had
     serve.run(build(settings | arguments), name="oneword", route_prefix="/")
     wait_for(lambda: running_replicas() == arguments["min_replicas"])
 

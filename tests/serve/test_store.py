@@ -8,26 +8,21 @@ import subprocess
 import sys
 import threading
 import time
-import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import boto3
 import fsspec
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
-from moto.server import ThreadedMotoServer
 
 from oneword.engines.errors import ConceptError, UsageError
 from oneword.runtime.concept import Concept, check_token
 from oneword.serve.errors import ApiError, Conflict, NotFound, Unavailable
 from oneword.serve.files import Files
-from oneword.serve.store import DAY, Collected, WordStore, blob_of, collect_words, quoted, unquoted
+from oneword.serve.store import DAY, Collected, WordStore, blob_of, collect_words
 
 HOUR = 3600.0
 HOSTILE = [
@@ -41,35 +36,6 @@ HOSTILE = [
 
 def word(token: str = "<toy>", value: float = 1.0, **provenance: str) -> Concept:
     return Concept(token, {"text_encoder": np.full((2, 8), value, np.float32)}, provenance)
-
-
-@pytest.fixture(scope="module")
-def s3_endpoint() -> Iterator[str]:
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    keys = {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s", "AWS_DEFAULT_REGION": "us-east-1"}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {**keys, "AWS_ENDPOINT_URL": f"http://{host}:{port}"}.items():
-            patch.setenv(name, value)
-        yield f"http://{host}:{port}"
-    server.stop()
-
-
-@pytest.fixture(params=["folder", "file", "memory", "s3"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    name = f"store-{random.randrange(1 << 60)}"
-    match request.param:
-        case "folder":
-            yield str(tmp_path / name)
-        case "file":
-            yield f"file://{tmp_path / name}"
-        case "memory":
-            yield f"memory://{name}/words"
-            fsspec.filesystem("memory").rm(f"/{name}", recursive=True)
-        case _:
-            boto3.client("s3", endpoint_url=request.getfixturevalue("s3_endpoint")).create_bucket(Bucket=name)
-            yield f"s3://{name}/words"
 
 
 def stored_files(url: str) -> list[str]:
@@ -419,43 +385,6 @@ def test_a_blob_whose_name_is_written_while_gc_runs_is_not_lost(action: str) -> 
     for pause, start in itertools.product(range(server + 1), range(collector + 1)):
         for end in range(start, collector + 1):
             accesses_while_collecting(action, pause, start, end)
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.text(max_size=300), st.text(max_size=300))
-@example("<Toy>", "<toy>")
-@example("é" * 64, "É" * 64)
-@example("\ud800", "=ed=a0=80")
-@example("", "=")
-@example("人" * 64, "人" * 65)
-def test_two_names_never_share_a_file(first: str, second: str) -> None:
-    """Also where the file system ignores case or normalises Unicode."""
-    names = [quoted(text) for text in (first, second)]
-
-    assert (names[0] == names[1]) == (first == second)
-    for name in names:
-        assert set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789_-=~")
-        assert len(name) <= 250
-        assert name == unicodedata.normalize("NFKD", name).casefold()
-
-
-SAFE = st.text(st.characters(categories=["L", "N"]) | st.sampled_from(".+*@#!~&$%^=-_<>"), min_size=1, max_size=64)
-
-
-@settings(max_examples=500, deadline=None)
-@given(SAFE)
-@example("\U00020000" * 64)
-@example("A" * 64)
-@example("<toy>")
-def test_a_tokens_file_says_which_token_it_is(token: str) -> None:
-    assert unquoted(quoted(token)) == token
-
-
-@given(st.text("abz019_-=~", max_size=80))
-def test_a_file_that_is_no_tokens_is_not_listed(name: str) -> None:
-    token = unquoted(name)
-
-    assert token is None or quoted(token) == name
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, int, int]]:

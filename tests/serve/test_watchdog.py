@@ -224,11 +224,57 @@ def test_a_hung_and_a_failed_server_are_started_again_if_they_are_supervised(
 
 
 def test_a_server_that_never_works_is_given_up(processes: list[Process]) -> None:
-    status, errors = start(processes, "say('x'); sys.exit(3)", supervise=True, starts=3).end()
+    child = "os.kill(os.getpid(), signal.SIGKILL)"
+    status, errors = start(processes, child, supervise=True, starts=3).end()
 
-    assert status == 3
+    assert status == 1
     assert errors.count("starting it again") == 2
     assert "3 times in a row: giving up" in errors
+
+
+def test_a_server_that_ends_by_itself_before_any_has_worked_is_not_tried_again(processes: list[Process]) -> None:
+    assert start(processes, "sys.exit(3)", supervise=True).end() == (3, "")
+
+
+def test_a_server_that_has_worked_once_is_tried_again_however_it_ends(processes: list[Process], tmp_path: Path) -> None:
+    child = """
+    say("x")
+    if os.path.exists(sys.argv[1]):
+        sys.exit(3)
+    open(sys.argv[1], "x").close()
+    pulses = []
+    def pulse():
+        pulses.append(Pulse.WORKING)
+        return Pulse.WORKING
+    beat(pulse)
+    while len(pulses) < 2:
+        time.sleep(0.01)
+    sys.exit(1)
+    """
+    status, errors = start(processes, child, str(tmp_path / "worked"), supervise=True, starts=3).end()
+
+    assert status == 3
+    assert errors.count("starting it again") == 3
+
+
+def test_a_server_asks_for_its_settings(processes: list[Process]) -> None:
+    child = """
+    heartbeat = Heartbeat.from_environment(lambda: Pulse.WORKING, seconds=0.1)
+    heartbeat.start()
+    heartbeat.ask(hang_seconds=1.5, supervise=True)
+    say(os.getpid())
+    def hang():
+        import ctypes
+        ctypes.PyDLL(None).sleep(600)
+    time.sleep(0.5)
+    hang()
+    """
+    process = start(processes, child)
+
+    assert process.line() != process.line()
+    process.popen.terminate()
+    _, errors = process.end()
+    assert "silent for 1.5 seconds" in errors
 
 
 def test_a_wrong_command_line_is_not_tried_again(processes: list[Process]) -> None:

@@ -17,7 +17,10 @@ export function Learning({ job }) {
       <header class="learning-head">
         <h2>${heading(job, name)}</h2>
         ${isEnded(job)
-          ? html`<button class="button plain" onClick=${learning.dismiss}>Teach another</button>`
+          ? html`<div class="row wrap ready">
+              <button class="button plain" onClick=${learning.dismiss}>Teach another</button>
+              ${job.status === "succeeded" && html`<${Use} name=${name} />`}
+            </div>`
           : html`<button class="button small" onClick=${() => learning.cancel().catch((error) => notify(error.message, { bad: true }))}><${Icon} name="stop" /> Cancel</button>`}
       </header>
       ${!isEnded(job) &&
@@ -26,7 +29,6 @@ export function Learning({ job }) {
         <p class="quiet">${sayState(job)}</p>
       </div>`}
       ${job.status === "failed" && html`<p class="note bad" role="alert">${job.error?.message ?? "It could not be learned."}</p>`}
-      ${job.status === "succeeded" && html`<${Ready} name=${name} />`}
       ${job.notes.map((text) => html`<p key=${text} class="note">${text}</p>`)}
       <${Sheet} job=${job} />
       <${Losses} losses=${job.losses} />
@@ -49,14 +51,14 @@ function sayState(job) {
   return `Step ${job.step} of ${job.steps}${left ? `, about ${left} left` : ""}`;
 }
 
-function Ready({ name }) {
+function Use({ name }) {
   const ref = useFocus();
   const use = () => {
     draft.set((now) => ({ ...now, prompt: `a photo of a <${name}>`, image: undefined, mask: undefined }));
     learning.dismiss();
     go("create");
   };
-  return html`<p class="ready"><button ref=${ref} class="button primary large" onClick=${use}>Use ${name}</button></p>`;
+  return html`<button ref=${ref} class="button primary large" onClick=${use}>Use ${name}</button>`;
 }
 
 /** The pictures as a table: a row per prompt, a column per step. */

@@ -22,7 +22,7 @@ export function Words() {
 
 const NoLearning = () => html`
   <p class="note">
-    This server uses words but cannot learn them. For that it needs <code>pip install 'oneword[train]'</code> and
-    <code> ti-serve --model</code>. You can add a word’s file below.
+    This server uses words but cannot learn them. For that it needs PyTorch
+    (<code>pip install -c constraints.txt -e '.[train]'</code> in a checkout of oneword) and <code>ti-serve --model</code>. You can add a word’s file below.
   </p>
 `;

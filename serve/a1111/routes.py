@@ -6,9 +6,9 @@ settings: `options` takes what it lists itself, and `override_settings` has thos
 answered with 404: upscaling, interrogation, extensions.
 """
 
-import base64
 import os
 import secrets
+from dataclasses import dataclass
 from typing import Any, Final
 
 from fastapi import APIRouter
@@ -18,8 +18,8 @@ from starlette.responses import Response
 import oneword
 from oneword.runtime.edit import Mask
 from oneword.runtime.request import Image
-from oneword.serve import a1111_answers as answers
-from oneword.serve.a1111_dialect import (
+from oneword.serve.a1111 import answers
+from oneword.serve.a1111.dialect import (
     RANDOM_SEEDS,
     ModelNames,
     Plan,
@@ -28,7 +28,7 @@ from oneword.serve.a1111_dialect import (
     options,
     text_to_image,
 )
-from oneword.serve.a1111_schemas import (
+from oneword.serve.a1111.schemas import (
     EmbeddingItem,
     Embeddings,
     Error,
@@ -48,41 +48,37 @@ from oneword.serve.a1111_schemas import (
 )
 from oneword.serve.errors import NotFound, Unprocessable
 from oneword.serve.generate import finish, start
-from oneword.serve.keys import Tenant
-from oneword.serve.pictures import decode, decode_base64, decode_mask, read_parameters
+from oneword.serve.openapi import NULL_RESPONSE, error_responses
+from oneword.serve.pictures import as_base64, decode, decode_base64, decode_mask, read_parameters
 from oneword.serve.pool import Generation
-from oneword.serve.state import State
+from oneword.serve.state import State, caller
 
 _MAX_WORDS: Final = 1000
-_LABEL: Final = "a1111 "
-_ERRORS: Final[dict[int | str, dict[str, Any]]] = {
-    status: {"model": Error} for status in (400, 401, 403, 404, 408, 413, 422, 429, 500, 503)
-}
 
 router = APIRouter(tags=["A1111"])
-_api = APIRouter(prefix="/sdapi/v1", responses=_ERRORS)
+_api = APIRouter(prefix="/sdapi/v1", responses=error_responses(Error))
 
 
 @_api.post("/txt2img", response_model=Pictures)
 async def txt2img(http: HTTPRequest, body: TextToImage) -> Response:
-    """Pictures from a prompt."""
-    state: State = http.app.state.oneword
+    """Generates pictures from a prompt."""
+    state = State.of(http)
     plan = text_to_image(body, state.manifest, secrets.randbelow(RANDOM_SEEDS))
     return await _drawn(http, body, plan)
 
 
 @_api.post("/img2img", response_model=Pictures)
 async def img2img(http: HTTPRequest, body: ImageToImage) -> Response:
-    """Pictures from a picture, or from the area of a mask in it."""
-    state: State = http.app.state.oneword
+    """Edits a picture, or the area of a mask in it."""
+    state = State.of(http)
     plan = await state.in_thread(_edit_plan, body, state)
     return await _drawn(http, body, plan)
 
 
 @_api.post("/png-info")
 async def png_info(http: HTTPRequest, body: PictureFile) -> PictureInfo:
-    """The generation parameters that a PNG, JPEG or WebP carries."""
-    state: State = http.app.state.oneword
+    """Reads the generation parameters in a picture. PNG, JPEG and WebP can carry them."""
+    state = State.of(http)
     text = await state.in_thread(lambda: read_parameters(decode_base64(body.image, "image"), "image"))
     return PictureInfo(
         info=text, items={"parameters": text} if text else {}, parameters=answers.parsed_parameters(text)
@@ -95,20 +91,20 @@ async def progress(
     skip_current_image: bool = False,
     force_task_id: TaskId = "",
 ) -> Progress:
-    """The caller's requests in progress, or the one that `force_task_id` names; all zero if there is none."""
-    state: State = http.app.state.oneword
+    """The progress of the caller's requests. Or of the one that `force_task_id` names; all zero if there is none."""
+    state = State.of(http)
     generations = _generations(http, force_task_id)
-    answer = answers.progress_of(generations)
+    answer = answers.progress_of([*generations])
     denoised = next((generation.denoised for generation in generations if generation.denoised is not None), None)
     if denoised is not None and not skip_current_image:
-        answer.current_image = base64.b64encode(await state.in_thread(state.preview, denoised)).decode()
-    answer.current_task = generations[0].task_id or None if generations else None
+        answer.current_image = as_base64(await state.in_thread(state.preview, denoised))
+    answer.current_task = next(iter(generations.values())).task_id or None if generations else None
     return answer
 
 
 @_api.post("/interrupt")
 async def interrupt(http: HTTPRequest, force_task_id: TaskId = "") -> dict[str, str]:
-    """Ends the caller's requests, or the one that `force_task_id` names: they answer the pictures that are ready."""
+    """Ends the caller's requests. Or the one that `force_task_id` names: they answer the pictures that are ready."""
     for generation in _generations(http, force_task_id):
         generation.cancel()
     return {}
@@ -116,8 +112,8 @@ async def interrupt(http: HTTPRequest, force_task_id: TaskId = "") -> dict[str, 
 
 @_api.post("/skip")
 async def skip(http: HTTPRequest) -> dict[str, str]:
-    """Ends the caller's oldest request: it answers the pictures that are ready."""
-    for generation in _generations(http)[:1]:
+    """Ends the caller's oldest request. It answers the pictures that are ready."""
+    for generation in [*_generations(http)][:1]:
         generation.cancel()
     return {}
 
@@ -125,13 +121,13 @@ async def skip(http: HTTPRequest) -> dict[str, str]:
 @_api.get("/options")
 async def read_options(http: HTTPRequest) -> dict[str, Any]:
     """The server's settings."""
-    return options(http.app.state.oneword.manifest)
+    return options(State.of(http).manifest)
 
 
-@_api.post("/options")
+@_api.post("/options", responses=NULL_RESPONSE)
 async def write_options(http: HTTPRequest, body: dict[str, Any]) -> None:
     """Accepts the settings as they are. Another value is refused: `override_settings` changes one request's."""
-    manifest = http.app.state.oneword.manifest
+    manifest = State.of(http).manifest
     for name in checked_options(body, options(manifest), ModelNames.of(manifest.source)):
         raise Unprocessable(
             f"this server keeps no settings, so {name!r} stays as it is: send override_settings with each request", name
@@ -153,13 +149,13 @@ async def schedulers() -> list[SchedulerItem]:
 @_api.get("/sd-models")
 async def sd_models(http: HTTPRequest) -> list[ModelItem]:
     """The one model of this server."""
-    return answers.model_items(http.app.state.oneword.manifest)
+    return answers.model_items(State.of(http).manifest)
 
 
 @_api.get("/embeddings")
 async def embeddings(http: HTTPRequest) -> Embeddings:
-    """The caller's words, at most 1000 of them: /v1/words lists all."""
-    state: State = http.app.state.oneword
+    """The caller's words. At most 1000 of them: /v1/words lists all."""
+    state = State.of(http)
     records = await state.words.list(http.state.tenant, "", _MAX_WORDS)
     widths = {encoder.graph: encoder.width for encoder in state.manifest.encoders}
     loaded: dict[str, EmbeddingItem] = {}
@@ -171,8 +167,8 @@ async def embeddings(http: HTTPRequest) -> Embeddings:
 
 @router.get("/embeddings")
 async def comfyui_embeddings(http: HTTPRequest) -> list[str]:
-    """ComfyUI's list: the names that `embedding:name` takes in a prompt, at most 1000 of them."""
-    state: State = http.app.state.oneword
+    """The caller's words, as ComfyUI lists them. At most 1000 names, for `embedding:name` in a prompt."""
+    state = State.of(http)
     records = await state.words.list(http.state.tenant, "", _MAX_WORDS)
     return [*dict.fromkeys(record.token.removeprefix("<").removesuffix(">") for record in records)]
 
@@ -213,12 +209,12 @@ async def memory() -> Memory:
     return Memory(ram={"free": free, "used": total - free, "total": total}, cuda={"error": "unavailable"})
 
 
-@_api.post("/refresh-checkpoints")
-@_api.post("/refresh-embeddings")
-@_api.post("/refresh-loras")
-@_api.post("/refresh-vae")
+@_api.post("/refresh-checkpoints", responses=NULL_RESPONSE)
+@_api.post("/refresh-embeddings", responses=NULL_RESPONSE)
+@_api.post("/refresh-loras", responses=NULL_RESPONSE)
+@_api.post("/refresh-vae", responses=NULL_RESPONSE)
 async def refresh() -> None:
-    """Does nothing: words are usable as soon as they are stored."""
+    """Does nothing. Words are usable as soon as they are stored."""
 
 
 router.include_router(_api)
@@ -226,14 +222,13 @@ router.include_router(_api)
 
 async def _drawn(http: HTTPRequest, body: TextToImage, plan: Plan) -> Response:
     """Runs a plan, and answers its pictures."""
-    state: State = http.app.state.oneword
+    state = State.of(http)
     generation = await start(
         state,
         http.state.tenant,
         plan.request,
         bare_names=True,
-        label=_label(http),
-        task_id=body.force_task_id or "",
+        label=_Label(_address(http), body.force_task_id or ""),
     )
     pictures = await finish(http, generation)
     version = f"oneword {oneword.__version__}"
@@ -258,19 +253,26 @@ def _decoded(body: ImageToImage) -> tuple[Image, Mask | None]:
     return image, decode_mask(decode_base64(body.mask, "mask"), transparent=False) if body.mask else None
 
 
-def _generations(http: HTTPRequest, task_id: str = "") -> list[Generation]:
-    """The caller's generations in this dialect that are not done, the oldest first."""
-    state: State = http.app.state.oneword
-    tenant: Tenant = http.state.tenant
-    return [
-        generation
-        for generation in state.pool.generations(tenant)
-        if generation.label.startswith(_LABEL)
-        and (state.keys is not None or generation.label == _label(http))
-        and (not task_id or generation.task_id == task_id)
-    ]
+@dataclass(frozen=True)
+class _Label:
+    """Marks the generations of this dialect."""
+
+    address: str
+    """The client's."""
+    task_id: str
+    """The client's own name for the request, if it gave one."""
 
 
-def _label(http: HTTPRequest) -> str:
-    """Marks the generations of this dialect, and of an address."""
-    return _LABEL + (http.client.host if http.client else "")
+def _generations(http: HTTPRequest, task_id: str = "") -> dict[Generation, _Label]:
+    """The caller's generations in this dialect that are not done, the oldest first, with their labels."""
+    state, tenant = caller(http)
+    found = {one: one.label for one in state.pool.generations(tenant) if isinstance(one.label, _Label)}
+    return {
+        generation: label
+        for generation, label in found.items()
+        if (state.keys is not None or label.address == _address(http)) and task_id in ("", label.task_id)
+    }
+
+
+def _address(http: HTTPRequest) -> str:
+    return http.client.host if http.client else ""

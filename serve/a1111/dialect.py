@@ -21,14 +21,15 @@ from oneword.runtime.edit import Mask
 from oneword.runtime.images import A1111_SAMPLERS
 from oneword.runtime.request import MAX_IMAGES, Image, Request, ResolvedSettings, resolve
 from oneword.runtime.samplers import Sampler
-from oneword.serve.a1111_pictures import Crop, covering, filled, filling
-from oneword.serve.a1111_schemas import ImageToImage, TextToImage
+from oneword.serve.a1111.pictures import Crop, covering, filled, filling
+from oneword.serve.a1111.schemas import ImageToImage, TextToImage
 from oneword.serve.errors import NotFound, Unprocessable
+from oneword.serve.pictures import Format
 
 RANDOM_SEEDS: Final = 2**32 - 1
 """Seeds that are drawn at random are smaller, as in A1111."""
 PREVIEW_STEPS: Final = 10  # between two previews, A1111's default
-FORMATS: Final[Mapping[str, str]] = {"png": "png", "jpg": "jpeg", "jpeg": "jpeg", "webp": "webp"}
+FORMATS: Final[Mapping[str, Format]] = {"png": "png", "jpg": "jpeg", "jpeg": "jpeg", "webp": "webp"}
 ALIASES: Final[Mapping[Sampler, tuple[str, ...]]] = {
     Sampler.DDIM: ("ddim", "k_ddim"),
     Sampler.DDPM: ("ddpm", "k_ddpm"),
@@ -101,7 +102,7 @@ class Plan:
     settings: ResolvedSettings
     crop: Crop | None = None
     """The part of the original picture that the request regenerates; None: the picture is the answer."""
-    format: str = "png"
+    format: Format = "png"
 
     def finished(self, image: Image) -> Image:
         """A picture of the request as the client gets it."""

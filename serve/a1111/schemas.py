@@ -1,7 +1,7 @@
 """The JSON bodies of A1111's API: what clients send, and what they are answered.
 
 Data only. Every field that A1111 documents is here, so that a misspelled one can be found; which of them do something
-is said in `oneword.serve.a1111_dialect`. A field that is null counts as left out, as in A1111.
+is said in `oneword.serve.a1111.dialect`. A field that is null counts as left out, as in A1111.
 """
 
 from typing import Annotated, Any, TypeAlias
@@ -18,6 +18,12 @@ class _Body(BaseModel):
 
 class TextToImage(_Body):
     """The body of txt2img. Left out, a setting has the model's default."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"prompt": "a red ring", "seed": 7, "steps": 4, "sampler_name": "Euler a", "cfg_scale": 5}]
+        }
+    )
 
     prompt: str | None = None
     negative_prompt: str | None = None

@@ -1,21 +1,20 @@
 """What A1111's API answers: pictures and their `info`, progress, and the lists of what this server has.
 
-Pure translation of results; the routes are in `oneword.serve.a1111`.
+Pure translation of results; the routes are in `oneword.serve.a1111.routes`.
 """
 
-import base64
 import json
 import re
 import time
 from collections.abc import Sequence
-from typing import Any, Final, Protocol, cast
+from typing import Any, Final, Protocol
 
 from oneword.runtime.bundle import Manifest
 from oneword.runtime.events import PictureDone
 from oneword.runtime.images import A1111_SAMPLERS
 from oneword.runtime.request import Request
-from oneword.serve.a1111_dialect import ALIASES, SCHEDULERS, ModelNames, Plan
-from oneword.serve.a1111_schemas import (
+from oneword.serve.a1111.dialect import ALIASES, SCHEDULERS, ModelNames, Plan
+from oneword.serve.a1111.schemas import (
     ModelItem,
     Progress,
     ProgressState,
@@ -23,7 +22,7 @@ from oneword.serve.a1111_schemas import (
     SchedulerItem,
     TextToImage,
 )
-from oneword.serve.pictures import encode
+from oneword.serve.pictures import as_base64, encode
 
 _PAIR: Final = re.compile(r'\s*(\w[\w \-/]{0,60}):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
 _MAX_PAIRS_TEXT: Final = 20_000  # characters
@@ -55,9 +54,7 @@ def pictures_answer(
 ) -> bytes:
     """The answer of txt2img and img2img as JSON. An interrupted request answers the pictures that were ready."""
     images = [
-        base64.b64encode(
-            encode(plan.finished(done.image), cast(Any, plan.format), None, parameters=done.parameters)
-        ).decode()
+        as_base64(encode(plan.finished(done.image), plan.format, parameters=done.parameters))
         for done in (pictures if body.send_images is not False else ())
     ]
     details = json.dumps(info(body, plan, pictures, manifest, version))

@@ -1,0 +1,1 @@
+"""A1111's API, as its clients call it: /sdapi/v1/*."""

@@ -1,0 +1,65 @@
+"""Multipart bodies: their text fields and their files, each by name. Not covered: what the fields mean."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from starlette.datastructures import UploadFile
+from starlette.requests import Request
+
+from oneword.serve.errors import Invalid, Unprocessable
+
+_MULTIPART: Final = "multipart/form-data"
+_MAX_FIELDS: Final = 64
+_MAX_TEXT: Final = 1 << 20  # bytes of a text field
+
+
+@dataclass(frozen=True)
+class File:
+    """An uploaded file; `name` is what the client calls it."""
+
+    name: str
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Form:
+    """A multipart body. Files of one field are in the order in which they were sent."""
+
+    text: Mapping[str, str]
+    files: Mapping[str, Sequence[File]]
+
+    def data(self, *fields: str) -> list[bytes]:
+        """The content of the files of these fields."""
+        return [file.data for field in fields for file in self.files.get(field, ())]
+
+
+def is_form(http: Request) -> bool:
+    """Whether the body is multipart."""
+    return http.headers.get("content-type", "").startswith(_MULTIPART)
+
+
+async def read_form(http: Request, files: Collection[str], max_files: int, content: str) -> Form:
+    """The body as a form whose files are in the fields `files`.
+
+    Raises Unprocessable for another kind of body, which names the expected `content`; Invalid for a file in another
+    field, for text in one of `files`, and for a text field that was sent twice.
+    """
+    if not is_form(http):
+        raise Unprocessable(f"the body must be {_MULTIPART}, with {content}")
+    text: dict[str, str] = {}
+    uploads: dict[str, list[File]] = {}
+    async with http.form(max_files=max_files, max_fields=_MAX_FIELDS, max_part_size=_MAX_TEXT) as form:
+        for name, value in form.multi_items():
+            if isinstance(value, UploadFile):
+                if name not in files:
+                    allowed = ", ".join(files)
+                    raise Invalid(f"the file field {name[:40]!r} is unknown, allowed is {allowed}", param=name)
+                uploads.setdefault(name, []).append(File(value.filename or "", await value.read()))
+            elif name in files:
+                raise Invalid(f"{name} is text, allowed is an uploaded file", param=name)
+            elif name in text:
+                raise Invalid(f"the field {name[:40]!r} was sent twice, allowed is once", param=name)
+            else:
+                text[name] = value
+    return Form(text, uploads)
