@@ -134,7 +134,6 @@ def test_a_stream_passes_event_by_event_and_closing_it_frees_the_row(machines: M
 
     before = cancelled()
     # One small preview half-way: a proxy that buffered would pass it on together with the finished picture.
-    # It is smaller than nginx's smallest buffer of 4 KiB, with the headers.
     body = {"prompt": "a cat", **LONG, "size": "32x32", "stream": True, "previews": 500}
     with machines.client() as http, http.stream("POST", "/v1/images/generations", json=body) as stream:
         lines = stream.iter_lines()
