@@ -48,6 +48,8 @@ async def finish(http: starlette.requests.Request, *generations: Generation) -> 
 
     Raises ApiError: the first picture's that failed, or Disconnected.
     """
+    for generation in generations:
+        generation.only_ends = True
     done = asyncio.ensure_future(_pictures(generations))
     gone = asyncio.ensure_future(disconnect(http))
     try:

@@ -186,6 +186,8 @@ class Generation:
         self.pictures: list[PictureDone | None] = [None] * request.num_images
         """The pictures that are ready, by index."""
         self.cancelled = False
+        self.only_ends = False
+        """Whether its consumer wants the last event of each picture only: others are then neither kept nor reported."""
         self.partial_steps = spread(partials, len(settings.schedule))
         self._pool = pool
         # By picture: branch pixels that are done after step i, all of them, and pixels to decode and encode.
@@ -254,6 +256,7 @@ class Generation:
 
     async def wait(self) -> list[PictureDone]:
         """All pictures, by index. Raises the ApiError of the first one that fails, and cancels the others."""
+        self.only_ends = True
         with self:
             async for picture_event in self:
                 match picture_event.event:
@@ -274,6 +277,8 @@ class Generation:
             self.denoised = self.denoised if event.denoised is None else event.denoised
         elif isinstance(event, Partial):
             kind = f"partial {event.step}"
+        if self.only_ends and isinstance(event, Started | Step | Partial):
+            return  # waking the consumer for each step costs more than the request itself
         self._unread.pop((index, kind), None)
         self._unread[index, kind] = PictureEvent(index, event)
         self._news.set()

@@ -421,6 +421,18 @@ def test_a_consumer_that_does_not_read_costs_the_engine_nothing_and_later_gets_t
     run(scenario)
 
 
+def test_a_consumer_of_ends_is_not_woken_for_steps_and_the_progress_counts_them_all_the_same(pool: Pool) -> None:
+    async def scenario() -> None:
+        generation = pool.submit(ALICE, Request("a cat", num_images=2, steps=4, previews=1), partials=1)
+        generation.only_ends = True
+
+        assert [type(event) for _, event in await events_of(generation)] == [Done, Done]
+        assert generation.progress == 1
+        assert generation.denoised is not None
+
+    run(scenario)
+
+
 def test_an_observer_hears_of_refusals_waits_and_how_pictures_end(worker: Worker, model: Model) -> None:
     record = Record()
     pool = Pool(worker, model.manifest, max_wait=1e6, observer=record)
