@@ -32,7 +32,7 @@ from oneword.engines.errors import OnewordError
 from oneword.runtime.bundle import Manifest
 from oneword.runtime.events import Latents, PictureDone
 from oneword.runtime.request import Request, ResolvedSettings, resolve
-from oneword.serve.errors import ApiError, Busy, Invalid, Unavailable, from_oneword
+from oneword.serve.errors import ApiError, Busy, Forbidden, Invalid, Unavailable, from_oneword
 from oneword.serve.keys import Tenant
 from oneword.serve.worker import (
     Done,
@@ -469,10 +469,13 @@ class Pool:
             )
 
     def _spend(self, generation: Generation) -> None:
-        """Takes the request's pixel-steps from its tenant's budget. Raises Busy if there are not enough."""
+        """Takes the request's pixel-steps from its tenant's budget. Raises Busy if there are not enough, Forbidden if
+        there are never any."""
         limit = generation.tenant.pixel_steps_per_minute
         if limit is None:
             return
+        if limit == 0:
+            raise Forbidden("this key may not generate pictures: ask this server's operator", code="quota_exceeded")
         budget = self._budgets.setdefault(generation.tenant.name, _Budget(limit, self.clock()))
         budget.refill(limit, self.clock())
         cost = generation._pixel_steps * generation.request.num_images

@@ -19,7 +19,7 @@ from oneword.runtime.drawing import draw
 from oneword.runtime.model import Model
 from oneword.runtime.request import Image, Request
 from oneword.runtime.scheduler import Scheduler
-from oneword.serve.errors import ApiError, Busy, Invalid, Unavailable
+from oneword.serve.errors import ApiError, Busy, Forbidden, Invalid, Unavailable
 from oneword.serve.keys import Tenant
 from oneword.serve.pool import Dropped, Generation, GenerationEvent, Outcome, Phase, PictureEvent, Pool, spread
 from oneword.serve.worker import Done, Failed, Partial, Started, Step, Worker
@@ -405,6 +405,16 @@ def test_a_tenant_has_a_budget_of_pixel_steps_that_refills(worker: Worker, model
         assert len(await pool.submit(limited, Request("a cat", steps=10)).wait()) == 1
 
     run(scenario)
+
+
+def test_a_tenant_without_any_pixel_steps_is_refused(pool: Pool) -> None:
+    async def scenario() -> None:
+        with pytest.raises(Forbidden, match="may not generate pictures") as refusal:
+            pool.submit(Tenant("words only", pixel_steps_per_minute=0), Request("a cat", steps=1))
+        assert refusal.value.code == "quota_exceeded"
+
+    run(scenario)
+    assert pool.queued_seconds == 0
 
 
 def test_a_consumer_that_does_not_read_costs_the_engine_nothing_and_later_gets_the_newest_state(pool: Pool) -> None:
