@@ -247,10 +247,6 @@ def log_failure(error: BaseException) -> None:
     _log.error("request failed: %s", ", caused by ".join(names))
 
 
-class ClientStalled(ConnectionError):
-    """The client has read nothing of its answer for too long; there is nobody left to be answered."""
-
-
 class CatchErrors:
     """ASGI middleware: any exception becomes an answer; once an answer has begun, the connection is cut off instead."""
 
@@ -270,7 +266,7 @@ class CatchErrors:
 
         try:
             await self.app(scope, receive, noted)
-        except (ClientDisconnect, ClientStalled):
+        except ClientDisconnect:
             return  # nobody is left to be answered
         except Exception as error:
             answer = as_api_error(error, scope["path"])
