@@ -197,17 +197,18 @@ class Generation:
         self._left = request.num_images
         self._work_done = 0
         self._unread: OrderedDict[tuple[int, str], PictureEvent] = OrderedDict()
-        self._news = asyncio.Event()
+        self.news = asyncio.Event()
+        """Set when there is something to read or nothing more will come; several generations may share one."""
         self._timer: asyncio.TimerHandle | None = None
 
     async def __aiter__(self) -> AsyncIterator[PictureEvent]:
         while True:
-            while self._unread:
-                yield self._unread.popitem(last=False)[1]
+            while (event := self.read()) is not None:
+                yield event
             if self.done:
                 return
-            self._news.clear()
-            await self._news.wait()
+            self.news.clear()
+            await self.news.wait()
 
     def __enter__(self) -> Self:
         return self
@@ -252,6 +253,10 @@ class Generation:
         """Estimated seconds until its last picture is ready."""
         return self._pool.seconds_left(self)
 
+    def read(self) -> PictureEvent | None:
+        """Takes the oldest event that was not read, None if there is none."""
+        return self._unread.popitem(last=False)[1] if self._unread else None
+
     async def wait(self) -> list[PictureDone]:
         """All pictures, by index. Raises the ApiError of the first one that fails, and cancels the others."""
         with self:
@@ -276,7 +281,7 @@ class Generation:
             kind = f"partial {event.step}"
         self._unread.pop((index, kind), None)
         self._unread[index, kind] = PictureEvent(index, event)
-        self._news.set()
+        self.news.set()
 
 
 @dataclass(eq=False)
@@ -404,7 +409,7 @@ class Pool:
                 self.worker.cancel(picture.ticket)
             self._finish(picture, Outcome.CANCELLED)
         generation._unread.clear()
-        generation._news.set()
+        generation.news.set()
         self._hand_over()
 
     def position(self, generation: Generation) -> int:

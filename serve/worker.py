@@ -407,7 +407,9 @@ class Worker:
         for event in events:
             self._pass_on(event)
         self._due |= {
-            event.id: event for ticket, event in steps if event.step in ticket.partial_steps and event.id in self._tickets
+            event.id: event
+            for ticket, event in steps
+            if event.step in ticket.partial_steps and event.id in self._tickets
         }
         seconds["partial"] = self._show(scheduler.model) if self._due else 0.0
         self.last_turn = time.monotonic()

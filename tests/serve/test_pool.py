@@ -1,6 +1,7 @@
 """The queue in front of the engine: fair, bounded in seconds of work, and free of whatever has left it."""
 
 import asyncio
+import contextlib
 import gc
 import sys
 import threading
@@ -20,6 +21,7 @@ from oneword.runtime.model import Model
 from oneword.runtime.request import Image, Request
 from oneword.runtime.scheduler import Scheduler
 from oneword.serve.errors import ApiError, Busy, Forbidden, Invalid, Unavailable
+from oneword.serve.generate import events
 from oneword.serve.keys import Tenant
 from oneword.serve.pool import Dropped, Generation, GenerationEvent, Outcome, Phase, PictureEvent, Pool, spread
 from oneword.serve.worker import Done, Failed, Partial, Started, Step, Worker
@@ -427,6 +429,23 @@ def test_a_consumer_that_does_not_read_costs_the_engine_nothing_and_later_gets_t
             kinds = [type(event) for index, event in events if index == i]
             assert kinds == [Started, Partial, Partial, Step, Step, Done]
         assert {event.step for _, event in events if isinstance(event, Step)} == {199, 200}
+
+    run(scenario)
+
+
+def test_a_slow_consumer_of_several_generations_gets_only_their_newest_state(pool: Pool) -> None:
+    async def scenario() -> None:
+        generations = [pool.submit(ALICE, Request("a cat", seed=i, steps=200)) for i in range(2)]
+        found: list[tuple[int, type]] = []
+        async with contextlib.aclosing(events(generations)) as stream:
+            async for number, event in stream:
+                found.append((number, type(event.event)))
+                while not all(generation.done for generation in generations):
+                    await asyncio.sleep(0.01)
+        for i in range(2):
+            kinds = [kind for number, kind in found if number == i]
+            assert kinds[-2:] == [Step, Done]
+            assert kinds.count(Step) <= 2
 
     run(scenario)
 
