@@ -1,8 +1,8 @@
 """What every request passes before a route sees it: ASGI middleware that acts before the body is read.
 
-From the outside in: `AccessLog`, `SecurityHeaders`, `WriteTimeout`, `errors.CatchErrors`, `TrustedProxy`,
-`CheckOrigin`, `Authenticate`, `LimitBody`. They raise `ApiError`, and `CatchErrors` answers. Not covered: limits of a
-connection itself, such as how long its headers may take (`serve.connection`), and quotas (`serve.pool`, `serve.words`).
+From the outside in: `AccessLog`, `SecurityHeaders`, `errors.CatchErrors`, `TrustedProxy`, `CheckOrigin`,
+`Authenticate`, `LimitBody`. They raise `ApiError`, and `CatchErrors` answers. Not covered: limits of a connection
+itself, such as clients that do not read their answer (`serve.connection`), and quotas (`serve.pool`, `serve.words`).
 """
 
 import asyncio
@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from oneword.serve.errors import ApiError, CatchErrors, ClientStalled, Forbidden, TooLarge, Unauthorized
+from oneword.serve.errors import ApiError, CatchErrors, Forbidden, TooLarge, Unauthorized
 from oneword.serve.keys import LOCAL, Keys, Tenant
 from oneword.serve.settings import Settings
 
@@ -65,7 +65,6 @@ def install(
     app.add_middleware(CheckOrigin, hosts=allowed_hosts(settings), public_url=settings.public_url)
     app.add_middleware(TrustedProxy, proxies=settings.trusted_proxies)
     app.add_middleware(CatchErrors)
-    app.add_middleware(WriteTimeout, seconds=settings.write_seconds)
     app.add_middleware(SecurityHeaders)
     app.add_middleware(AccessLog, observer=observer)
 
@@ -145,27 +144,6 @@ class SecurityHeaders:
             await send(message)
 
         await self.app(scope, receive, with_headers if scope["type"] == "http" else send)
-
-
-class WriteTimeout:
-    """Ends a request whose client does not read its answer: `send` raises ClientStalled, a ConnectionError.
-
-    The connection itself is cut off by `serve.connection`, as uvicorn would wait for the client.
-    """
-
-    def __init__(self, app: ASGIApp, seconds: float) -> None:
-        self.app = app
-        self.seconds = seconds
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def timed(message: Message) -> None:
-            try:
-                async with asyncio.timeout(self.seconds):
-                    await send(message)
-            except TimeoutError:
-                raise ClientStalled("the client does not read") from None
-
-        await self.app(scope, receive, timed if scope["type"] == "http" else send)
 
 
 class TrustedProxy:

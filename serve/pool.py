@@ -32,7 +32,7 @@ from oneword.engines.errors import OnewordError
 from oneword.runtime.bundle import Manifest
 from oneword.runtime.events import Latents, PictureDone
 from oneword.runtime.request import Request, ResolvedSettings, resolve
-from oneword.serve.errors import ApiError, Busy, Invalid, Unavailable, from_oneword
+from oneword.serve.errors import ApiError, Busy, Forbidden, Invalid, Unavailable, from_oneword
 from oneword.serve.keys import Tenant
 from oneword.serve.worker import (
     Done,
@@ -199,17 +199,18 @@ class Generation:
         self._left = request.num_images
         self._work_done = 0
         self._unread: OrderedDict[tuple[int, str], PictureEvent] = OrderedDict()
-        self._news = asyncio.Event()
+        self.news = asyncio.Event()
+        """Set when there is something to read or nothing more will come; several generations may share one."""
         self._timer: asyncio.TimerHandle | None = None
 
     async def __aiter__(self) -> AsyncIterator[PictureEvent]:
         while True:
-            while self._unread:
-                yield self._unread.popitem(last=False)[1]
+            while (event := self.read()) is not None:
+                yield event
             if self.done:
                 return
-            self._news.clear()
-            await self._news.wait()
+            self.news.clear()
+            await self.news.wait()
 
     def __enter__(self) -> Self:
         return self
@@ -254,6 +255,10 @@ class Generation:
         """Estimated seconds until its last picture is ready."""
         return self._pool.seconds_left(self)
 
+    def read(self) -> PictureEvent | None:
+        """Takes the oldest event that was not read, None if there is none."""
+        return self._unread.popitem(last=False)[1] if self._unread else None
+
     async def wait(self) -> list[PictureDone]:
         """All pictures, by index. Raises the ApiError of the first one that fails, and cancels the others."""
         self.only_ends = True
@@ -281,7 +286,7 @@ class Generation:
             return  # waking the consumer for each step costs more than the request itself
         self._unread.pop((index, kind), None)
         self._unread[index, kind] = PictureEvent(index, event)
-        self._news.set()
+        self.news.set()
 
 
 @dataclass(eq=False)
@@ -409,7 +414,7 @@ class Pool:
                 self.worker.cancel(picture.ticket)
             self._finish(picture, Outcome.CANCELLED)
         generation._unread.clear()
-        generation._news.set()
+        generation.news.set()
         self._hand_over()
 
     def position(self, generation: Generation) -> int:
@@ -474,10 +479,13 @@ class Pool:
             )
 
     def _spend(self, generation: Generation) -> None:
-        """Takes the request's pixel-steps from its tenant's budget. Raises Busy if there are not enough."""
+        """Takes the request's pixel-steps from its tenant's budget. Raises Busy if there are not enough, Forbidden if
+        there are never any."""
         limit = generation.tenant.pixel_steps_per_minute
         if limit is None:
             return
+        if limit == 0:
+            raise Forbidden("this key may not generate pictures: ask this server's operator", code="quota_exceeded")
         budget = self._budgets.setdefault(generation.tenant.name, _Budget(limit, self.clock()))
         budget.refill(limit, self.clock())
         cost = generation._pixel_steps * generation.request.num_images

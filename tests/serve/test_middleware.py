@@ -22,7 +22,7 @@ from pydantic import BaseModel
 from oneword.serve import errors, middleware
 from oneword.serve.connection import Connection, limited_connection, server_config
 from oneword.serve.keys import Keys
-from oneword.serve.middleware import AccessLog, LimitBody, TrustedProxy, WriteTimeout, allowed_hosts
+from oneword.serve.middleware import AccessLog, LimitBody, TrustedProxy, allowed_hosts
 from oneword.serve.settings import Settings
 
 KEY = "ow_the-key-of-alice"
@@ -355,7 +355,7 @@ class Watched(StreamingResponse):
             self._over.set()
 
 
-def streaming_app(over: threading.Event, write_seconds: float) -> FastAPI:
+def streaming_app(over: threading.Event) -> FastAPI:
     app = FastAPI()
 
     @app.get("/v1/endless")
@@ -375,36 +375,24 @@ def streaming_app(over: threading.Event, write_seconds: float) -> FastAPI:
         return Watched(pieces(), over)
 
     errors.install(app)
-    middleware.install(app, Settings(Path("bundle"), write_seconds=write_seconds))
+    middleware.install(app, Settings(Path("bundle"), write_seconds=0.2))
     return app
 
 
-@pytest.mark.parametrize(
-    ("path", "app_seconds", "connection_seconds"),
-    [
-        ("/v1/endless", 0.2, 60.0),
-        ("/v1/endless", 60.0, 0.2),
-        ("/v1/endless", 0.2, 0.2),
-        ("/v1/large", 60.0, 0.2),  # the app is done with it: only the connection sees that the client does not read
-    ],
-)
-def test_a_client_that_does_not_read_is_cut_off(
-    path: str, app_seconds: float, connection_seconds: float, caplog: pytest.LogCaptureFixture
-) -> None:
+@pytest.mark.parametrize("path", ["/v1/endless", "/v1/large"])
+def test_a_client_that_does_not_read_is_cut_off(path: str, caplog: pytest.LogCaptureFixture) -> None:
     over = threading.Event()
-    app = streaming_app(over, app_seconds)
-    with serving(app, write_seconds=connection_seconds) as server, server.connect() as connection:
+    with serving(streaming_app(over), write_seconds=0.2) as server, server.connect() as connection:
         connection.sendall(head("GET", path))
 
         assert over.wait(20)
-        if connection_seconds < 1:
-            assert server.closed.wait(20)
-            assert len(read_all(connection)) < 24 << 20
+        assert server.closed.wait(20)
+        assert len(read_all(connection)) < 24 << 20
     assert "Traceback" not in caplog.text
 
 
-def test_a_client_that_reads_slowly_is_not_cut_off() -> None:
-    with serving(streaming_app(threading.Event(), 60.0), write_seconds=1.0) as server, server.connect() as connection:
+def test_a_client_that_reads_slowly_is_not_cut_off_however_long_one_message_takes() -> None:
+    with serving(streaming_app(threading.Event()), write_seconds=1.0) as server, server.connect() as connection:
         connection.sendall(head("GET", "/v1/large", "Connection: close"))
         size = 0
         pause = threading.Event()
@@ -730,17 +718,6 @@ def test_a_client_that_leaves_early_is_logged_as_such(caplog: pytest.LogCaptureF
         ask(AccessLog(app))
 
     assert json.loads(caplog.records[-1].message)["status"] == 499
-
-
-def test_a_send_that_does_not_end_raises_a_connection_error() -> None:
-    async def app(scope: Any, receive: Any, send: Any) -> None:
-        await send({"type": "http.response.start"})
-
-    async def stuck(message: Any) -> None:
-        await asyncio.Event().wait()
-
-    with pytest.raises(errors.ClientStalled):
-        asyncio.run(WriteTimeout(app, 0.01)({"type": "http"}, stuck, stuck))  # type: ignore[arg-type]
 
 
 def test_uvicorn_itself_believes_no_proxy_and_logs_no_request() -> None:

@@ -1,6 +1,7 @@
 """The queue in front of the engine: fair, bounded in seconds of work, and free of whatever has left it."""
 
 import asyncio
+import contextlib
 import gc
 import sys
 import threading
@@ -19,7 +20,8 @@ from oneword.runtime.drawing import draw
 from oneword.runtime.model import Model
 from oneword.runtime.request import Image, Request
 from oneword.runtime.scheduler import Scheduler
-from oneword.serve.errors import ApiError, Busy, Invalid, Unavailable
+from oneword.serve.errors import ApiError, Busy, Forbidden, Invalid, Unavailable
+from oneword.serve.generate import events
 from oneword.serve.keys import Tenant
 from oneword.serve.pool import Dropped, Generation, GenerationEvent, Outcome, Phase, PictureEvent, Pool, spread
 from oneword.serve.worker import Done, Failed, Partial, Started, Step, Worker
@@ -407,6 +409,16 @@ def test_a_tenant_has_a_budget_of_pixel_steps_that_refills(worker: Worker, model
     run(scenario)
 
 
+def test_a_tenant_without_any_pixel_steps_is_refused(pool: Pool) -> None:
+    async def scenario() -> None:
+        with pytest.raises(Forbidden, match="may not generate pictures") as refusal:
+            pool.submit(Tenant("words only", pixel_steps_per_minute=0), Request("a cat", steps=1))
+        assert refusal.value.code == "quota_exceeded"
+
+    run(scenario)
+    assert pool.queued_seconds == 0
+
+
 def test_a_consumer_that_does_not_read_costs_the_engine_nothing_and_later_gets_the_newest_state(pool: Pool) -> None:
     async def scenario() -> None:
         lazy = pool.submit(ALICE, Request("a cat", num_images=2, steps=200, previews=1), partials=2)
@@ -429,6 +441,23 @@ def test_a_consumer_of_ends_is_not_woken_for_steps_and_the_progress_counts_them_
         assert [type(event) for _, event in await events_of(generation)] == [Done, Done]
         assert generation.progress == 1
         assert generation.denoised is not None
+
+    run(scenario)
+
+
+def test_a_slow_consumer_of_several_generations_gets_only_their_newest_state(pool: Pool) -> None:
+    async def scenario() -> None:
+        generations = [pool.submit(ALICE, Request("a cat", seed=i, steps=200)) for i in range(2)]
+        found: list[tuple[int, type]] = []
+        async with contextlib.aclosing(events(generations)) as stream:
+            async for number, event in stream:
+                found.append((number, type(event.event)))
+                while not all(generation.done for generation in generations):
+                    await asyncio.sleep(0.01)
+        for i in range(2):
+            kinds = [kind for number, kind in found if number == i]
+            assert kinds[-2:] == [Step, Done]
+            assert kinds.count(Step) <= 2
 
     run(scenario)
 
