@@ -102,7 +102,7 @@ def slow(setup: Setup) -> Result:
         "Slow clients",
         f"Four clients in a closed loop with requests of {_STEPS} steps: alone, then beside {count} connections that "
         f"request /openapi.json four times and never read, and {count} that upload an edit at 50 bytes a second; then "
-        "alone again. Whoever is cut off connects again.",
+        "alone again. A client that is cut off connects again.",
     )
     with Server(setup, "slow") as server:
         before, beside, after, memory = asyncio.run(_beside_slow(server, count, seconds))
@@ -117,7 +117,7 @@ def slow(setup: Setup) -> Result:
 
 
 def sigterm(setup: Setup) -> Result:
-    """A server that is told to stop under load."""
+    """A server that is asked to stop under load."""
     rounds = setup.count(10)
     result = Result(
         "sigterm",

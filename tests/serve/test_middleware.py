@@ -80,6 +80,14 @@ def make_app(keys: Keys | None = None, **settings: Any) -> FastAPI:
     return app
 
 
+async def reading(scope: Any, receive: Any, send: Any) -> None:
+    """An app that reads the whole body."""
+    while (await receive()).get("more_body"):
+        pass
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": b""})
+
+
 @pytest.fixture
 def keys(tmp_path: Path) -> Keys:
     digest = hashlib.sha256(KEY.encode()).hexdigest()
@@ -269,6 +277,54 @@ def test_a_chunked_body_is_cut_off_at_the_limit_whatever_the_route_makes_of_it(p
         assert answer.startswith(b"HTTP/1.1 413 ")
         assert b"allowed are 100000 bytes" in answer
         assert server.bytes_read <= LIMIT + (256 << 10)
+
+
+@pytest.mark.parametrize(
+    ("path", "mebibytes"),
+    [
+        ("/sdapi/v1/txt2img", 1),
+        ("/sdapi/v1/options", 1),
+        ("/sdapi/v1/img2img", 64),
+        ("/sdapi/v1/png-info", 32),
+        ("/v1/images/edits", 64),
+        ("/v1/images/generations", 1),
+    ],
+)
+def test_only_routes_that_take_pictures_have_a_large_limit(path: str, mebibytes: int) -> None:
+    app = errors.CatchErrors(LimitBody(reading))
+    sizes = {"Content-Length": str(mebibytes << 20)}, {"Content-Length": str((mebibytes << 20) + 1)}
+
+    assert [ask(app, "POST", path, headers).status for headers in sizes] == [200, 413]
+
+
+@pytest.mark.parametrize("piece", [b"[" * 1000, b"0," * 1000, b'{"":' * 1000])
+def test_a_large_json_body_may_not_have_many_parts(piece: bytes) -> None:
+    app = errors.CatchErrors(LimitBody(reading))
+
+    assert ask(app, "POST", "/sdapi/v1/img2img", chunks=[piece] * 201).status == 413
+    assert ask(app, "POST", "/sdapi/v1/img2img", chunks=[piece] * 199).status == 200
+    assert ask(app, "POST", "/v1/images/edits", chunks=[piece] * 201).status == 200  # no JSON
+
+
+def test_all_bodies_together_are_limited_and_small_ones_pass() -> None:
+    statuses: list[int] = []
+
+    async def nested(scope: Any, receive: Any, send: Any) -> None:
+        """While it has its body, another request comes."""
+        await receive()
+        for size, headers in ((600, {}), (600, {"Content-Length": "600"}), (300, {})):
+            answer = await asyncio.to_thread(ask, other, "POST", "/v1/who", headers, [b"x" * size])
+            statuses.append(answer.status)
+        await reading(scope, receive, send)
+
+    limit = LimitBody(reading, total=1000)
+    other = errors.CatchErrors(limit)
+    outer = LimitBody(nested, total=1000)
+    outer._room = limit._room
+
+    assert ask(errors.CatchErrors(outer), "POST", chunks=[b"x" * 600]).status == 200
+    assert statuses == [503, 200, 200]
+    assert ask(other, "POST", chunks=[b"x" * 1000]).status == 200  # all of it is free again
 
 
 def test_a_chunked_body_within_the_limit_is_accepted() -> None:

@@ -22,7 +22,7 @@ from oneword.runtime.request import Image, Request
 from oneword.runtime.scheduler import Scheduler
 from oneword.serve.errors import ApiError, Busy, Forbidden, Invalid, Unavailable
 from oneword.serve.generate import events
-from oneword.serve.keys import Tenant
+from oneword.serve.keys import LOCAL, Tenant
 from oneword.serve.pool import Dropped, Generation, GenerationEvent, Outcome, Phase, PictureEvent, Pool, spread
 from oneword.serve.worker import Done, Failed, Partial, Started, Step, Worker
 
@@ -86,6 +86,12 @@ class Record:
 
     def ended(self, outcome: Outcome, phase: Phase) -> None:
         self.ends.append((outcome.value, phase.value))
+
+
+def with_seconds_per_step(worker: Worker, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """Makes the worker say that a guided step takes so long, and nothing else any time."""
+    figures = replace(worker.figures, seconds_per_branch_pixel=seconds / (2 * 64 * 64), seconds_per_pixel=0.0)
+    monkeypatch.setattr(worker, "figures", figures)
 
 
 def run(scenario: Callable[[], Awaitable[None]]) -> None:
@@ -211,24 +217,75 @@ def test_work_beyond_the_limit_is_refused_at_once_and_without_the_engine(
     run(scenario)
 
 
-def test_an_idle_server_takes_a_request_of_any_size(worker: Worker, model: Model) -> None:
+def test_an_idle_server_takes_ten_times_what_may_be_queued(
+    worker: Worker, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(monkeypatch)
+    with_seconds_per_step(worker, monkeypatch, 1.0)
+
     async def scenario() -> None:
-        pool = Pool(worker, model.manifest, max_wait=1e-6)
-        generation = pool.submit(ALICE, Request("a cat", steps=20))
-        with pytest.raises(Busy):
+        pool = Pool(worker, model.manifest, max_wait=2)
+        with pytest.raises(Invalid, match="would take 21 seconds, allowed are 20: ask for fewer") as refusal:
+            pool.submit(ALICE, Request("a cat", steps=21))
+        assert refusal.value.code == "too_much_work"
+        with pool.submit(ALICE, Request("a cat", steps=20)), pytest.raises(Busy):
             pool.submit(BOB, Request("a cat", steps=20))
-        await generation.wait()
-        await pool.submit(BOB, Request("a cat", steps=1)).wait()
+        gate.open.set()
 
     run(scenario)
+
+
+def test_the_wait_for_a_slot_counts_where_others_have_all_of_them(
+    worker: Worker, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(monkeypatch)
+    with_seconds_per_step(worker, monkeypatch, 1.0)
+
+    async def scenario() -> None:
+        pool = Pool(worker, model.manifest, max_wait=60)
+        short = pool.submit(ALICE, Request("a cat", steps=10))
+        long = pool.submit(ALICE, Request("a cat", steps=40))
+        modest = pool.submit(BOB, Request("a dog", steps=1))
+        assert modest.seconds_left == pytest.approx(22)  # two rows for 10 steps, and its own in turn
+        modest.cancel()
+        pool.max_wait = 21
+        with pytest.raises(Busy, match="ready in 22 seconds"):
+            pool.submit(BOB, Request("a dog", steps=1))
+        short.cancel()
+        long.cancel()
+        gate.open.set()
+
+    run(scenario)
+
+
+def test_a_tenant_leaves_a_slot_to_the_others(tiny_bundle: Path, model: Model) -> None:
+    worker = Worker(lambda: Model.open(tiny_bundle, "onnxruntime", threads=1), max_rows=4)
+    worker.start()
+    worker.wait_ready(SECONDS)
+
+    async def scenario() -> None:
+        pool = Pool(worker, model.manifest, max_wait=1e6)
+        greedy = pool.submit(ALICE, Request("a cat", num_images=60, steps=900))
+        assert (pool.running, greedy.waiting) == (3, 57)
+        await until(greedy, Step)
+        await pool.submit(BOB, Request("a dog", steps=1)).wait()
+        assert greedy.pictures == [None] * 60
+        alone = pool.submit(LOCAL, Request("a cat", num_images=8, steps=900))
+        assert (pool.running, alone.waiting) == (8, 3)  # up to all slots and four ahead
+        greedy.cancel()
+        alone.cancel()
+        assert pool.running == 0
+
+    run(scenario)
+    worker.stop(cancel=True)
+    assert worker.join(SECONDS)
 
 
 def test_retry_after_is_how_long_until_there_is_room(
     worker: Worker, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = Gate(monkeypatch)
-    figures = replace(worker.figures, seconds_per_branch_pixel=1.0 / (2 * 64 * 64), seconds_per_pixel=0.0)
-    monkeypatch.setattr(worker, "figures", figures)  # a guided step takes a second
+    with_seconds_per_step(worker, monkeypatch, 1.0)
 
     async def scenario() -> None:
         pool = Pool(worker, model.manifest, max_wait=100)
