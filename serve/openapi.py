@@ -158,21 +158,21 @@ class DocumentedApp(FastAPI):
 
 def _summarise(operation: dict[str, Any]) -> None:
     """Splits the description after its first sentence."""
-    summary, _, rest = " ".join(operation.get("description", "").split()).partition(". ")
+    summary, _, description = " ".join(operation.get("description", "").split()).partition(". ")
     operation["summary"] = summary.rstrip(".")
-    if rest:
-        operation["description"] = rest
+    if description:
+        operation["description"] = description
     else:
         operation.pop("description", None)
 
 
 def _in_form(field: dict[str, Any], definitions: Mapping[str, Any]) -> dict[str, Any]:
     """A field's schema in a form: with its definition in place, and without null."""
-    rest = {name: value for name, value in field.items() if name not in ("$ref", "anyOf", "default", "title")}
+    description = {name: value for name, value in field.items() if name not in ("$ref", "anyOf", "default", "title")}
     if "default" in field and field["default"] is not None:
-        rest["default"] = field["default"]
+        description["default"] = field["default"]
     if "$ref" in field:
         definition: dict[str, Any] = definitions[field["$ref"].rpartition("/")[2]]
-        return definition | rest
+        return definition | description
     choices = [choice for choice in field.get("anyOf", []) if choice.get("type") != "null"]
-    return _in_form(choices[0], definitions) | rest if len(choices) == 1 else rest
+    return _in_form(choices[0], definitions) | description if len(choices) == 1 else description

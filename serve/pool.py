@@ -499,7 +499,7 @@ class Pool:
         running = itertools.islice(self._needing_slots, self.worker.slots)
         left = sorted(picture.generation._branch_pixels_left(picture.step) for picture in running)
         longest = left[min(ahead, len(left) - 1)]
-        return self._seconds(_Work(sum(min(one, longest) for one in left)))
+        return self._seconds(_Work(sum(min(tenant, longest) for tenant in left)))
 
     def _spend(self, generation: Generation) -> None:
         """Takes the request's pixel-steps from its tenant's budget. Raises Busy if there are not enough, Forbidden if

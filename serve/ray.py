@@ -122,7 +122,8 @@ def app(arguments: Mapping[str, Any]) -> serve.Application:
             ),
         ),
     )
-    return deployment.bind(settings)
+    application: serve.Application = deployment.bind(settings)  # pyright: ignore[reportFunctionMemberAccess]
+    return application
 
 
 def _names(settings: type) -> set[str]:

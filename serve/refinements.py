@@ -10,7 +10,7 @@ from oneword.serve.files import Files, quoted
 from oneword.serve.store import WordRecord
 
 
-class _Kept(msgspec.Struct, frozen=True):
+class _Record(msgspec.Struct, frozen=True):
     """A refinement, and the word that it was begun from."""
 
     identity: str
@@ -29,17 +29,17 @@ class Refinements:
         """The state of a word's refinement; None if there is none, or if the word has been replaced since it began."""
         data = self._files.read(_path(tenant, record.token))
         try:
-            kept = None if data is None else msgspec.json.decode(data, type=_Kept)
+            progress = None if data is None else msgspec.json.decode(data, type=_Record)
         except ValueError:  # damaged: as if there were none
             return None
-        if kept is None or (kept.identity, kept.generation) != (record.identity, record.generation):
+        if progress is None or (progress.identity, progress.generation) != (record.identity, record.generation):
             return None
-        return Refinement.from_json(kept.refinement)
+        return Refinement.from_json(progress.refinement)
 
     def write(self, tenant: str, record: WordRecord, state: Refinement) -> None:
         """Keeps the state of a word's refinement."""
-        kept = _Kept(record.identity, record.generation, state.to_json())
-        self._files.write(_path(tenant, record.token), msgspec.json.encode(kept))
+        progress = _Record(record.identity, record.generation, state.to_json())
+        self._files.write(_path(tenant, record.token), msgspec.json.encode(progress))
 
     def delete(self, tenant: str, token: str) -> None:
         """Forgets a refinement, which need not exist."""

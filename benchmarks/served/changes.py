@@ -97,10 +97,10 @@ def _keep_journal(path: str) -> None:
 def _leak(size: int) -> None:
     from oneword.serve.pool import Pool
 
-    kept, submit = list[bytes](), Pool.submit
+    buffers, submit = list[bytes](), Pool.submit
 
     def submit_and_keep(self: Any, *args: Any, **kwargs: Any) -> Any:
-        kept.append(b"x" * (size + len(kept) % 2))  # written to, so that it is resident
+        buffers.append(b"x" * (size + len(buffers) % 2))  # written to, so that it is resident
         return submit(self, *args, **kwargs)
 
     Pool.submit = submit_and_keep  # type: ignore[method-assign]

@@ -220,8 +220,8 @@ def kept_pictures(setup: Setup, engine: Engine, name: str, requests: Sequence[Ma
     """The pictures of requests, each drawn alone. They are kept, and not drawn again."""
     path = setup.work / f"{name}-{len(requests)}-{setup.engine}.npz"
     if path.is_file():
-        with np.load(path) as kept:
-            return [kept[str(number)] for number in range(len(requests))]
+        with np.load(path) as archive:
+            return [archive[str(number)] for number in range(len(requests))]
     pictures = []
     for number_, request in enumerate(requests):
         if number_ % 100 == 0:
@@ -249,7 +249,7 @@ def _in_turn(setup: Setup, server: Server, engine: Engine) -> tuple[list[float],
             raise RuntimeError(f"status {response.status}")
         alone.append(engine.draw([settings]).seconds)
     served, alone = served[10:], alone[10:]  # warm-up
-    return served, alone, [http_ - own for http_, own in zip(served, alone, strict=True)]
+    return served, alone, [http_ - alone_seconds for http_, alone_seconds in zip(served, alone, strict=True)]
 
 
 def _steps_under_load(setup: Setup, server: Server, engine: Engine) -> tuple[float, float]:
@@ -270,12 +270,12 @@ def _steps_under_load(setup: Setup, server: Server, engine: Engine) -> tuple[flo
 async def _streams_and_others(server: Server, steps: int) -> None:
     async with client_of(server.url) as client:
 
-        async def others() -> None:
+        async def small_requests() -> None:
             for path in itertools.cycle(["/v1/models", "/v1/queue", "/v1/words", "/health/live"]):
                 await client.get(path)
                 await asyncio.sleep(0.05)
 
-        asking = asyncio.ensure_future(others())
+        asking = asyncio.ensure_future(small_requests())
         await asyncio.gather(*(_read_stream(client, seed, steps) for seed in range(8)))
         asking.cancel()
 

@@ -160,11 +160,11 @@ def faults(setup: Setup) -> Result:
     with Server(setup, "faults", "--supervise", changes={"fault": str(order)}, words=words) as server:
         for kind, limit in bars.items():
             setup.log(f"faults: {kind}")
-            down, ready, kept = asyncio.run(_faulty(server, kind, order))
+            down, ready, missing = asyncio.run(_faulty(server, kind, order))
             name = names.get(kind, kind)
             result.add(f"{name}: seconds until the process is down", down, limit)
             result.add(f"{name}: seconds until another one is ready", ready)
-            result.add(f"{name}: words and pictures that are not there, or not the same", kept, 0)
+            result.add(f"{name}: words and pictures that are not there, or not the same", missing, 0)
     return result
 
 
@@ -395,7 +395,7 @@ async def _faulty(server: Server, kind: str, order: Path) -> tuple[float, float,
     word = {"prompt": "a photo of a <kept> in the snow", "seed": 3, "steps": 10}
     with server.client() as client:
         first = Answer(Call("", {}), 0, body=client.post(GENERATIONS, json=word).content).pictures[0]
-        kept = client.post(GENERATIONS, json={**word, "response_format": "url"}).json()["data"][0]["url"]
+        address = client.post(GENERATIONS, json={**word, "response_format": "url"}).json()["data"][0]["url"]
         words = client.get("/v1/words").json()["data"]
     loops = [asyncio.ensure_future(_insist(server, seed)) for seed in range(8)]
     await asyncio.sleep(1)
@@ -415,7 +415,7 @@ async def _faulty(server: Server, kind: str, order: Path) -> tuple[float, float,
     await asyncio.gather(*loops, return_exceptions=True)
     with server.client() as client:
         missing = client.get("/v1/words").json()["data"] != words
-        missing += client.get(kept).status_code != 200
+        missing += client.get(address).status_code != 200
         again = Answer(Call("", {}), 0, body=client.post(GENERATIONS, json=word).content).pictures[0]
     return down, ready, int(missing) + bool(np.abs(first.astype(int) - again).max() > 1)
 

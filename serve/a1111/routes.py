@@ -266,7 +266,11 @@ class _Label:
 def _generations(http: HTTPRequest, task_id: str = "") -> dict[Generation, _Label]:
     """The caller's generations in this dialect that are not done, the oldest first, with their labels."""
     state, tenant = caller(http)
-    found = {one: one.label for one in state.pool.generations(tenant) if isinstance(one.label, _Label)}
+    found = {
+        generation: generation.label
+        for generation in state.pool.generations(tenant)
+        if isinstance(generation.label, _Label)
+    }
     return {
         generation: label
         for generation, label in found.items()
