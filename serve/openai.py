@@ -22,7 +22,7 @@ from oneword.runtime.samplers import Sampler
 from oneword.serve.errors import ApiError, Invalid, NotFound, from_oneword, openai_body
 from oneword.serve.fields import Fields, validated
 from oneword.serve.forms import read_form
-from oneword.serve.generate import cancel, events, finish, start
+from oneword.serve.generate import all_or_none, cancel, events, finish, start
 from oneword.serve.keys import Tenant
 from oneword.serve.openapi import Responses, file_field, stream_response, upload
 from oneword.serve.pictures import Format, as_base64, decode, decode_mask, encode
@@ -370,14 +370,10 @@ async def _answer(http: HTTPRequest, body: Settings, requests: Sequence[Request]
     if body.partial_images and not body.stream:
         raise Invalid(f"partial_images is {body.partial_images} without stream: set stream to true", "partial_images")
     partials = body.partial_images or 0
-    started: list[Generation] = []
-    try:
+    with all_or_none() as started:
         for request in requests:
             generation = await start(state, tenant, request, partials=partials)
             started.append(generation)
-    except BaseException:
-        cancel(started)
-        raise
     factor = state.manifest.vae.factor
     sources = [request.image.shape for request in requests if request.image is not None]
     answer = Answer(

@@ -28,7 +28,7 @@ from oneword.serve.settings import Settings
 ONGOING: Final = 1000
 """Requests that Ray passes to a replica at a time: above what its own queue accepts, so that it refuses the others."""
 _FIGURE: Final = "queued_seconds"
-_PATHS: Final = ("bundle", "keys")
+_PATHS: Final = ("bundle", "keys", "jobs")
 
 
 @dataclass(frozen=True)

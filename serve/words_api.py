@@ -143,7 +143,9 @@ async def rename(http: Request, name: str, body: Rename) -> Word:
     """Renames a word. 409 if the new name is taken."""
     state, tenant = caller(http)
     _check_name(body.name)
-    return Word.of(await state.words.rename(tenant, name, body.name))
+    renamed = await state.words.rename(tenant, name, body.name)
+    await state.in_thread(state.refinements.delete, tenant.name, name)
+    return Word.of(renamed)
 
 
 @router.delete("/v1/words/{name}", status_code=204)
@@ -151,6 +153,7 @@ async def delete(http: Request, name: str) -> Response:
     """Deletes a word. Pictures that already use it are finished with it."""
     state, tenant = caller(http)
     await state.words.delete(tenant, name)
+    await state.in_thread(state.refinements.delete, tenant.name, name)
     return Response(status_code=204)
 
 

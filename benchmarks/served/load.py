@@ -1,4 +1,4 @@
-"""HTTP requests of the serving benchmark: what `benchmarks.arrivals` orders, sent and timed. Not covered: the server."""
+"""HTTP requests of the serving benchmark: those of `benchmarks.arrivals`, sent and timed. Not covered: the server."""
 
 import asyncio
 import base64

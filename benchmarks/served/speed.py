@@ -90,7 +90,7 @@ def traffic(setup: Setup) -> Result:
     result = Result(
         "traffic",
         "Mixed traffic",
-        "The mixed requests of [Traffic](traffic.md), one size, over HTTP: in a closed loop, then at 0.6 and 0.8 of the "
+        "The mixed requests of [Traffic](traffic.md), one size, over HTTP: a closed loop, then at 0.6 and 0.8 of the "
         "closed loop's branches per second, as a Poisson process. Beside it the same server with `--max-rows 1`, and "
         "batches of whole requests: the client sends what has arrived only when the server is idle. Turns count as in "
         "Traffic.",

@@ -43,7 +43,7 @@ def swaps(setup: Setup) -> Result:
         "Words replaced under load",
         f"{_SWAPPED} words are replaced {count:,} times, one PUT after the other, each time by one of {versions} "
         "versions, while eight clients request pictures of four steps: half of them with such a word, the others with "
-        f"one of {_POOL} prompts without. Every picture with a word is compared with those of all versions, made alone: "
+        f"one of {_POOL} prompts without. Every picture with a word is compared with all versions, made alone: "
         "it is crossed unless it is that of a version that its word had between the request and the answer. Then the "
         "same traffic without replacements.",
     )
@@ -186,7 +186,7 @@ def _tenant(number: int) -> Tenant:
 
 
 def _filled(setup: Setup, count: int) -> Path:
-    """A store with so many words, written as `WordStore.put` writes them but without its locks and syncs. It is kept."""
+    """A store with so many words, written as `WordStore.put` writes them but without its locks and syncs."""
     path = setup.work / "store" / f"words-{count}"
     done = path / "complete"
     if done.exists():

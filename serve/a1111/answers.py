@@ -24,7 +24,7 @@ from oneword.serve.a1111.schemas import (
 )
 from oneword.serve.pictures import as_base64, encode
 
-_PAIR: Final = re.compile(r'\s*(\w[\w \-/]{0,60}):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
+_PAIR: Final = re.compile(r'(\w[\w \-/]{0,60}):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
 _MAX_PAIRS_TEXT: Final = 20_000  # characters
 _NEGATIVE: Final = "Negative prompt:"
 _IMAGE_KEYS: Final = ("init_images", "mask")
@@ -150,7 +150,7 @@ def parsed_parameters(text: str) -> dict[str, str]:
     return {
         "Prompt": prompt.removeprefix("\n"),
         "Negative prompt": negative.strip(),
-        **{name: _unquoted(value) for name, value in pairs},
+        **{name.strip(): _unquoted(value) for name, value in pairs},
     }
 
 

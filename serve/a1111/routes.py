@@ -230,7 +230,7 @@ async def _drawn(http: HTTPRequest, body: TextToImage, plan: Plan) -> Response:
         bare_names=True,
         label=_Label(_address(http), body.force_task_id or ""),
     )
-    pictures = await finish(http, generation)
+    pictures = await finish(http, generation, incomplete=True)
     version = f"oneword {oneword.__version__}"
     content = await state.in_thread(answers.pictures_answer, body, plan, pictures, state.manifest, version)
     return Response(content, media_type="application/json")

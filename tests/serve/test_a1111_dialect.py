@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -536,11 +537,24 @@ def test_progress_is_zero_at_rest_and_only_then(manifest: Manifest) -> None:
                 "Version": "1",
             },
         ),
+        (
+            "a cat\nSteps : 4,  Seed: 3,Size: 64x96",
+            {"Prompt": "a cat", "Negative prompt": "", "Steps": "4", "Seed": "3", "Size": "64x96"},
+        ),
         ("just: text, of a user", {"Prompt": "just: text, of a user", "Negative prompt": ""}),
     ],
 )
 def test_a_parameters_text_is_taken_apart(text: str, parts: dict[str, str]) -> None:
     assert parsed_parameters(text) == parts
+
+
+@pytest.mark.parametrize("piece", [" ", "a", "a ", "a:", 'a:"', 'a:"\\', ",  "])
+def test_a_parameters_text_takes_linear_time(piece: str) -> None:
+    start = time.process_time()
+
+    parsed_parameters("x" + 20_000 // len(piece) * piece + "x")
+
+    assert time.process_time() - start < 5  # quadratic: 10 to 60 s
 
 
 def test_our_own_parameters_text_is_taken_apart(manifest: Manifest) -> None:

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -106,6 +107,31 @@ def test_the_stream_of_two_pictures_has_a_completed_event_for_each(http: httpx.C
     assert sorted(data["seed"] for data in completed) == [5, 6]
     assert sorted((data["index"], data["step"]) for data in previews) == [(0, 2), (1, 2)]
     assert all(base64.b64decode(data["b64_json"])[:3] == b"\xff\xd8\xff" for data in previews)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_generation_that_somebody_cancels_is_a_conflict_and_not_tried_again(
+    server: Running, http: httpx.Client, stream: bool
+) -> None:
+    body = {"prompt": "a cat", "steps": 1000, "n": 3, "stream": stream}
+
+    def drawn() -> httpx.Response:
+        with server.client() as mine:
+            return mine.post("/v1/images/generations", json=body)
+
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(drawn)
+        while not (entries := http.get("/v1/queue").json()["data"]):
+            assert not answer.done()
+        assert http.delete(f"/v1/queue/{entries[0]['id']}").status_code == 204
+
+    response = answer.result()
+    if stream:
+        name, data = events_of(response)[-1]
+        assert (response.status_code, name, data["error"]["code"]) == (200, "error", "cancelled")
+    else:
+        assert (response.status_code, response.json()["error"]["code"]) == (409, "cancelled")
+        assert response.headers["x-should-retry"] == "false"
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ from tests.serve.test_openai import png
 from tests.serve.test_store import hostile_names, snapshot
 
 WORD, PROMPT, TASK = "<alices-word>", "only alice knows this phrase", "task-of-alice"
-LONG = {"prompt": PROMPT, "steps": 1000, "seed": 1}
+LONG = {"prompt": PROMPT, "steps": 900, "seed": 1}  # of ten pictures, cancelled at the end
 PICTURE = base64.b64encode(png()).decode()
 
 Operation = tuple[str, str]
@@ -86,7 +86,7 @@ def house(start_server: Start, tiny_model_dir: Path, tmp_path_factory: pytest.Te
     folder = tmp_path_factory.mktemp("house")
     (alice, first), (bob, second) = new_key("alice"), new_key("bob")
     (folder / "keys.toml").write_text(f"{first}max_words = 20000\n{second}")
-    settings = {"keys": folder / "keys.toml", "model": str(tiny_model_dir), "jobs": folder / "jobs"}
+    settings = {"keys": folder / "keys.toml", "model": str(tiny_model_dir), "jobs": folder / "jobs", "max_wait": 1e6}
     running = start_server(words=str(folder / "store"), **settings)
     return House(Running(running.url, running.state, alice), Running(running.url, running.state, bob), folder)
 
@@ -108,14 +108,18 @@ def belongings(alice: httpx.Client) -> Iterator[Belongings]:
     job = alice.post("/v1/words/learn", data=fields, files=pictures).json()
     answers: list[httpx.Response] = []
     calls: list[tuple[str, dict[str, Any]]] = [
-        ("/v1/images/generations", LONG),
-        ("/sdapi/v1/txt2img", LONG | {"force_task_id": TASK}),
+        ("/v1/images/generations", LONG | {"n": 10}),
+        ("/sdapi/v1/txt2img", LONG | {"batch_size": 10, "force_task_id": TASK}),
     ]
-    threads = [threading.Thread(target=lambda c=c: answers.append(alice.post(c[0], json=c[1]))) for c in calls]
+
+    def call(path: str, body: dict[str, Any]) -> None:
+        answers.append(alice.post(path, json=body, timeout=None))
+
+    threads = [threading.Thread(target=call, args=arguments) for arguments in calls]
     for thread in threads:
         thread.start()
     while len(queue := alice.get("/v1/queue").json()["data"]) < 2:
-        pass
+        assert not answers, answers[0].text
     try:
         yield Belongings(job["id"], [item["id"] for item in queue])
     finally:
