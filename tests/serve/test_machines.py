@@ -129,10 +129,10 @@ def test_a_word_put_on_one_server_is_used_by_the_other_in_its_next_request(machi
 
 
 def test_a_stream_passes_event_by_event_and_closing_it_frees_the_row(machines: Machines) -> None:
-    def cancelled() -> float:
-        return sum(server.metric("oneword_cancelled_total") for server in machines.servers)
+    def figure(name: str) -> float:
+        return sum(server.metric(name) for server in machines.servers)
 
-    before = cancelled()
+    ended, cancelled = figure("oneword_pictures_total"), figure("oneword_cancelled_total")
     # One small preview half-way: a proxy that buffered would pass it on together with the finished picture.
     body = {"prompt": "a cat", **LONG, "size": "32x32", "stream": True, "previews": 500}
     with machines.client() as http, http.stream("POST", "/v1/images/generations", json=body) as stream:
@@ -141,10 +141,10 @@ def test_a_stream_passes_event_by_event_and_closing_it_frees_the_row(machines: M
         data = json.loads(next(line for line in lines if line.startswith("data:")).removeprefix("data:"))
         assert data["step"] == 500
 
-    while cancelled() == before:  # the engine notices at the end of its turn
+    while figure("oneword_pictures_total") == ended:  # the engine notices at the end of its turn
         pass
-    assert cancelled() == before + 1
-    assert sum(server.metric("oneword_rows") for server in machines.servers) == 0
+    assert figure("oneword_cancelled_total") == cancelled + 1
+    assert figure("oneword_rows") == 0
 
 
 def test_a_whole_stream_ends_with_the_picture(machines: Machines) -> None:

@@ -252,7 +252,7 @@ def test_seconds_of_queued_work_start_a_second_replica(cluster: str, tiny_bundle
     assert running_replicas() == 1
 
     with ThreadPoolExecutor(16) as pool:
-        answers = [pool.submit(generate, cluster, **LONG, n=4) for _ in range(16)]
+        answers = [pool.submit(generate, cluster, **LONG, n=2) for _ in range(16)]
         wait_for(lambda: running_replicas() == 2 or all(answer.done() for answer in answers))
         scaled = running_replicas()
         assert [answer.result().status_code for answer in answers] == [200] * 16
