@@ -10,8 +10,10 @@ from dataclasses import replace
 
 import starlette.requests
 
+from oneword.runtime.edit import edit_mask
 from oneword.runtime.events import PictureDone
-from oneword.runtime.request import Request
+from oneword.runtime.images import resized
+from oneword.runtime.request import Request, ResolvedSettings
 from oneword.serve.errors import ApiError, Cancelled, Invalid, from_oneword
 from oneword.serve.keys import Tenant
 from oneword.serve.pool import Dropped, Generation, PictureEvent
@@ -41,6 +43,23 @@ async def start(
     words = await state.words.resolve(tenant, prompts, bare_names)
     request = replace(request, words=words)
     return state.pool.submit(tenant, request, partials=partials, label=label)
+
+
+def check(state: State, tenant: Tenant, request: Request, partials: int = 0) -> ResolvedSettings:
+    """What a request means, if `start` would queue it now: before its picture is decoded. Raises ApiError."""
+    _check_size(state, request)
+    return state.pool.check(tenant, request, partials)
+
+
+def fitted(request: Request, settings: ResolvedSettings) -> Request:
+    """The request with its picture and mask no larger than they are used: they wait in memory."""
+    if request.image is None:
+        return request
+    mask = edit_mask(request, settings)
+    if mask is not None and not mask.any():  # all of it is thinner than a pixel
+        return request
+    size = settings.width, settings.height
+    return replace(request, image=resized(request.image, *size), mask=mask, size=size)
 
 
 async def finish(

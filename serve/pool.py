@@ -351,7 +351,8 @@ class Pool:
         without work takes requests of up to ten times as many seconds; Invalid for a larger one.
         """
         try:
-            generation = self._accepted(tenant, request, partials, label)
+            generation = self._checked(tenant, request, partials, label)
+            self._spend(generation)
         except ApiError as error:
             self.observer.refused(error.code)
             raise
@@ -359,8 +360,16 @@ class Pool:
         self._hand_over()
         return generation
 
-    def _accepted(self, tenant: Tenant, request: Request, partials: int, label: object) -> Generation:
-        """The generation of a request, if it is accepted. Raises ApiError."""
+    def check(self, tenant: Tenant, request: Request, partials: int = 0) -> ResolvedSettings:
+        """What a request means, if there is room for it now; nothing is queued. Raises as `submit`, but for quotas."""
+        try:
+            return self._checked(tenant, request, partials, None).settings
+        except ApiError as error:
+            self.observer.refused(error.code)
+            raise
+
+    def _checked(self, tenant: Tenant, request: Request, partials: int, label: object) -> Generation:
+        """The generation of a request, if there is room for it. Raises ApiError."""
         self._check_ready()
         if not 0 <= partials <= MAX_PARTIALS:
             raise Invalid(f"partials is {partials}, allowed is 0 to {MAX_PARTIALS}")
@@ -372,7 +381,6 @@ class Pool:
             raise from_oneword(error) from None
         generation = Generation(self, tenant, request, settings, partials, label)
         self._check_room(generation)
-        self._spend(generation)
         return generation
 
     @property
