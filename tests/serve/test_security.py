@@ -31,7 +31,7 @@ from tests.serve.test_openai import png
 from tests.serve.test_store import hostile_names, snapshot
 
 WORD, PROMPT, TASK = "<alices-word>", "only alice knows this phrase", "task-of-alice"
-LONG = {"prompt": PROMPT, "steps": 900, "seed": 1}  # of ten pictures, cancelled at the end
+LONG = {"prompt": PROMPT, "steps": 900, "seed": 1}
 PICTURE = base64.b64encode(png()).decode()
 
 Operation = tuple[str, str]
@@ -115,8 +115,8 @@ def belongings(alice: httpx.Client) -> Iterator[Belongings]:
     job = alice.post("/v1/words/learn", data=fields, files=pictures).json()
     answers: list[httpx.Response] = []
     calls: list[tuple[str, dict[str, Any]]] = [
-        ("/v1/images/generations", LONG | {"n": 10}),
-        ("/sdapi/v1/txt2img", LONG | {"batch_size": 10, "force_task_id": TASK}),
+        ("/v1/images/generations", LONG | {"size": "256x256"}),
+        ("/sdapi/v1/txt2img", LONG | {"width": 256, "height": 256, "force_task_id": TASK}),
     ]
 
     def call(path: str, body: dict[str, Any]) -> None:
@@ -172,7 +172,7 @@ def test_bob_finds_nothing_of_alice_on_any_route(house: House) -> None:
         assert WORD not in refused.text
         assert len(alice.get("/v1/queue").json()["data"]) + len(hers.answers) == 2
         for body in (answer.json() for answer in hers.answers):  # not one was cut short
-            assert len(body.get("data") or body["images"]) == 10
+            assert len(body.get("data") or body["images"]) == 1
         assert alice.get(f"/v1/words/{WORD}").json()["generation"] >= 1
         assert alice.get(f"/v1/jobs/{hers.job}").json()["status"] in ("queued", "running", "succeeded")
 
@@ -437,9 +437,12 @@ def test_no_key_prompt_path_address_or_traceback_is_in_any_answer_or_log(process
         for method, path in operations(client):
             address = path.format_map({"id": SECRET, "name": f"<{SECRET}>", "model": SECRET})
             good = good_request(method, path)
-            bad = [{"content": b"\xff{" + SECRET.encode()}, {"json": {"prompt": 5, SECRET: SECRET}}]
-            asked = [{"params": {"q": SECRET}} | body for body in (good, *bad)]
-            answers += [client.request(method, address, **body) for body in asked]
+            bad: list[dict[str, Any]] = [
+                {"content": b"\xff{" + SECRET.encode()},
+                {"json": {"prompt": 5, SECRET: SECRET}},
+            ]
+            for body in ({"params": {"q": SECRET}} | good, *bad):
+                answers += [client.request(method, address, **body)]
             answers.append(stranger.request(method, address, **good))
         answers += [client.post(path, **body) for path, body in bad_requests()]
         answers += failures(client, process.folder)
