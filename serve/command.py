@@ -77,6 +77,7 @@ def command(
     heartbeat = Heartbeat.from_environment(lambda: Pulse.STARTING)
     if heartbeat is not None:
         heartbeat.start()
+    logging.getLogger("oneword").addHandler(logging.NullHandler())  # until it serves, an error is its one line
     if new_key is not None:
         _print_key(new_key, as_json)
         return
@@ -102,9 +103,9 @@ def serve(settings: Settings, heartbeat: Heartbeat | None = None) -> None:
     from oneword.serve.server import Server, listening_socket
 
     sys.setswitchinterval(SWITCH_SECONDS)
-    _log_to_standard_error()
     with listening_socket(settings) as listener:
         state = build_state(settings)
+        _log_to_standard_error()
         server = Server(create_app(state), state)
         if heartbeat is not None:
             heartbeat.pulse = server.pulse
