@@ -114,9 +114,10 @@ def learn(work: Path, model: str, steps: int | None) -> tuple[list[Path], dict[s
 
 
 def write_inputs(folder: Path, words: Sequence[Path]) -> None:
-    """Puts the files that the page's commands name beside the bundle: learned words, star.png and mask.png."""
+    """Puts the files that the page's commands name beside the bundle: words, their pictures, star.png and mask.png."""
     for word in words:
         shutil.copy(word, folder / word.name)
+        shutil.copytree(word.with_suffix(""), folder / word.stem, dirs_exist_ok=True)
     star, mask = star_and_mask()
     save_png(star, folder / "star.png", "")
     save_png(np.repeat(mask[..., None] * np.uint8(255), 3, axis=-1), folder / "mask.png", "")
@@ -236,7 +237,7 @@ def of_words(learned_from: dict[str, list[Image]], steps: int) -> list[Section]:
             "What the words were learned from",
             f"`<toy>` ({toy.words}) and `<gem>` ({gem.words}) are looks that the miniature was not trained on, and "
             "`<style>` is a drawing style. Five drawn pictures each.",
-            f'ti-train */toy --model miniature --token "<toy>" --init object --seed {SEED} --output toy.safetensors',
+            f'ti-train toy --model miniature --token "<toy>" --init object --seed {SEED} --output toy.safetensors',
             list(learned_from.items()),
             [PHOTOGRAPHED],
         ),
@@ -325,13 +326,16 @@ def markdown(sections: Sequence[Section], steps: int) -> str:
     parts = [
         provenance("gallery"),
         "This learns three words, exports the model and draws all pictures in one call. It leaves the bundle, the "
-        "words, `star.png` and `mask.png` in `build/gallery/`: run the commands below there. Each `ti-run` also needs "
-        f"`--guidance-scale {GUIDANCE:g} --steps {steps} --seed {SEED}`. Nothing was selected. Pictures have 64x64 "
-        "pixels and are shown enlarged.",
+        "words, the folders of pictures they were learned from, `star.png` and `mask.png` in `build/gallery/`: run the "
+        "commands below there. A command draws all pictures of its sheet, or some of them, and the labels name what "
+        "differs in the others. Nothing was selected. Pictures have "
+        "64x64 pixels and are shown enlarged.",
     ]
+    settings = f" --guidance-scale {GUIDANCE:g} --steps {steps} --seed {SEED}"
     for section in sections:
+        line = section.command + settings * section.command.startswith("ti-run")
         picture = f"![{section.title}](../gallery/{section.name}.png)"
-        parts.append(f"## {section.title}\n\n{section.text}\n\n    {section.command}\n\n{picture}")
+        parts.append(f"## {section.title}\n\n{section.text}\n\n    {line}\n\n{picture}")
     return "\n\n".join(parts)
 
 

@@ -46,9 +46,14 @@ class MissingPackage(OnewordError):
     """An optional package is not installed."""
 
     def __init__(self, package: str, extra: str) -> None:
-        super().__init__(f"{package} is not installed: pip install 'oneword[{extra}]'")
+        super().__init__(f"{package} is not installed: {pip_line(extra)}")
         self.package = package
         self.extra = extra
+
+
+def pip_line(extra: str) -> str:
+    """How to install one of oneword's extras, which is not on PyPI."""
+    return f"in a checkout of oneword, pip install -c constraints.txt -e '.[{extra}]'"
 
 
 class EngineError(OnewordError):

@@ -20,7 +20,7 @@ from oneword.engines.engine import (
     complete_feeds,
     host_buffers,
 )
-from oneword.engines.errors import EngineError, MissingPackage, one_line
+from oneword.engines.errors import EngineError, MissingPackage, one_line, pip_line
 from oneword.engines.files import size_of
 from oneword.engines.graph import DType, Graph, Precision, TensorSpec
 from oneword.engines.threads import cpu_threads
@@ -164,7 +164,7 @@ def load_onnxruntime(extra: str = "cpu") -> Any:
     if _installed("onnxruntime") and _installed("onnxruntime-gpu"):
         raise EngineError(
             "onnxruntime and onnxruntime-gpu are both installed and overwrite each other: "
-            "pip uninstall onnxruntime onnxruntime-gpu, then pip install 'oneword[cpu]' or 'oneword[cuda]'"
+            f"pip uninstall onnxruntime onnxruntime-gpu, then {pip_line('cpu')} (or cuda)"
         )
     return onnxruntime
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from oneword.engines.cuda import CudaStream, DeviceArray
 from oneword.engines.engine import AnyArray, Array, NumpyArray, complete_feeds
-from oneword.engines.errors import EngineError, one_line
+from oneword.engines.errors import EngineError, one_line, pip_line
 from oneword.engines.graph import Graph
 from oneword.engines.onnxruntime import ELEMENT, load_onnxruntime, open_session
 
@@ -28,7 +28,7 @@ class OnnxRuntimeCudaEngine:
         if PROVIDER not in ort.get_available_providers():
             raise EngineError(
                 f"this onnxruntime {ort.__version__} is the build without CUDA: "
-                "pip uninstall onnxruntime, then pip install 'oneword[cuda]'"
+                f"pip uninstall onnxruntime, then {pip_line('cuda')}"
             )
         self.name = name
         self.stream = stream

@@ -32,7 +32,7 @@ MAX_CHARACTERS: Final = 20_000
 MAX_WEIGHT: Final = 100.0
 
 _ATTENTION: Final = re.compile(r"\\[()\[\]\\]|\\|\(|\[|:\s*([+-]?[.\d]+)\s*\)|\)|]|[^\\()\[\]:]+|:")
-_BREAK: Final = re.compile(r"\s*\bBREAK\b\s*")
+_BREAK: Final = re.compile(r"\bBREAK\b")
 _NAMED: Final = re.compile(r"<([^\s<>]+)>|\bembedding:(<[^\s<>]+>|[\w.+*@#!~&$%^=-]+)", re.IGNORECASE)
 _RUN: Final = re.compile(r"[\w.+*@#!~&$%^=-]{1,64}")
 _RUNS: Final = re.compile(r"[\w.+*@#!~&$%^=-]+")
@@ -206,8 +206,11 @@ def weighted_parts(prompt: str) -> list[Part | None]:
         elif text[0] == "\\" and len(text) == 2:
             parts.append((text[1], 1.0))
         else:
-            for i, between in enumerate(_BREAK.split(text)):
-                parts += [(None, 1.0)] * (i > 0) + [(between, 1.0)]
+            first, *chunks = _BREAK.split(text)
+            parts.append((first.rstrip() if chunks else first, 1.0))
+            for i, between in enumerate(chunks, 1):
+                between = between.lstrip()
+                parts += [(None, 1.0), (between.rstrip() if i < len(chunks) else between, 1.0)]
     for starts, factor in ((opened["("], 1.1), (opened["["], 1 / 1.1)):
         for start in starts:
             multiply(start, factor)

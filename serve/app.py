@@ -24,6 +24,7 @@ from oneword.runtime.model import Model
 from oneword.runtime.prompt import Tokenizer
 from oneword.serve import errors, health, info, jobs_api, middleware, openai, refine_api, results, words_api
 from oneword.serve.a1111 import routes as a1111
+from oneword.serve.errors import ApiError
 from oneword.serve.files import open_files
 from oneword.serve.jobs import Jobs
 from oneword.serve.keys import Keys, Tenant
@@ -156,6 +157,6 @@ async def _collect(state: State) -> None:
             await state.in_thread(state.results.collect)
             if state.jobs is not None:
                 await state.jobs.delete_old()
-        except (OSError, OnewordError):
+        except (ApiError, OSError, OnewordError):
             _log.warning("expired pictures could not be deleted from the store")
         await asyncio.sleep(_COLLECT_SECONDS)

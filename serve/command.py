@@ -105,7 +105,7 @@ def serve(settings: Settings, heartbeat: Heartbeat | None = None) -> None:
     sys.setswitchinterval(SWITCH_SECONDS)
     with listening_socket(settings) as listener:
         state = build_state(settings)
-        _log_to_standard_error()
+        log_to_standard_error()
         server = Server(create_app(state), state)
         if heartbeat is not None:
             heartbeat.pulse = server.pulse
@@ -175,7 +175,8 @@ def _check_installed() -> None:
             raise MissingPackage(package.replace("_", "-"), "serve") from None
 
 
-def _log_to_standard_error() -> None:
+def log_to_standard_error() -> None:
+    """The server's own lines and one line per request, on standard error."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
     for name, level in (("oneword", logging.INFO), ("uvicorn.error", logging.WARNING)):

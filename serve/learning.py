@@ -21,7 +21,7 @@ from typing import Self
 
 import msgspec
 
-from oneword.engines.errors import UsageError
+from oneword.engines.errors import UsageError, pip_line
 from oneword.runtime.bundle import Manifest
 from oneword.serve.errors import Invalid, NotInstalled
 from oneword.serve.messages import Digest, Done, Failed, Order, Report
@@ -68,7 +68,7 @@ def is_installed() -> bool:
 def require_installed() -> None:
     """Raises `NotInstalled` with the pip line if learning is not possible."""
     if not is_installed():
-        raise NotInstalled("this server cannot learn, as PyTorch is not installed: pip install 'oneword[train]'")
+        raise NotInstalled(f"this server cannot learn, as PyTorch is not installed: {pip_line('train')}")
 
 
 def recipe_of(name: str | None, steps: int | None) -> tuple[str, int]:

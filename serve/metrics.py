@@ -6,7 +6,7 @@ Not covered: the figures of one request, which its log line has.
 from collections.abc import Callable
 from typing import Final
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
 from oneword.serve.pool import Outcome, Phase
 from oneword.serve.worker import Turn
@@ -38,6 +38,10 @@ class Metrics:
     def gauge(self, name: str, text: str, value: Callable[[], float]) -> None:
         """A value that is read whenever the metrics are."""
         Gauge(f"oneword_{name}", text, registry=self.registry).set_function(value)
+
+    def name_replica(self, name: str) -> None:
+        """Says which of several replicas behind one address these are the metrics of."""
+        Info("oneword_replica", "The replica of Ray Serve that answered.", registry=self.registry).info({"id": name})
 
     def answered(self, route: str, status: int) -> None:
         """Counts an answer."""

@@ -3,13 +3,16 @@
     serve run oneword.serve.ray:app bundle=/models/bundle words=s3://bucket/words
 
 Each replica is one engine process with its own queue. They share the word store, so any of them answers any request.
-Not covered: A1111's progress and interrupt, which belong to the replica that makes the picture. Learning on a cluster
-is `ti-train --ray`.
+Not covered: A1111's progress and interrupt, which belong to the replica that makes the picture; metrics of all replicas
+at one address, as /metrics answers for the replica that it meets. Learning on a cluster is `ti-train --ray`.
 """
 
+import asyncio
+import contextlib
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+import sys
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,12 +22,13 @@ from starlette.types import ASGIApp
 
 from oneword.engines.errors import EngineError, UsageError
 from oneword.serve.app import build_state, create_app
+from oneword.serve.command import SWITCH_SECONDS, log_to_standard_error
 from oneword.serve.settings import Settings
 
 ONGOING: Final = 1000
 """Requests that Ray passes to a replica at a time: above what its own queue accepts, so that it refuses the others."""
 _FIGURE: Final = "queued_seconds"
-_PATHS: Final = ("bundle", "keys")
+_PATHS: Final = ("bundle", "keys", "jobs")
 
 
 @dataclass(frozen=True)
@@ -43,10 +47,27 @@ class Replica:
     """One engine and its app, as a Ray actor."""
 
     def __init__(self, settings: Settings) -> None:
+        sys.setswitchinterval(SWITCH_SECONDS)
+        log_to_standard_error()
+        replica = serve.get_replica_context().replica_id.unique_id
+        if settings.model is not None:  # replicas of one machine share a port, and so the default folder
+            settings = replace(settings, jobs=settings.jobs_folder / replica)
         self.state = build_state(settings)
+        self.state.metrics.name_replica(replica)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        return create_app(self.state)
+        app = create_app(self.state)
+        starts = app.router.lifespan_context
+
+        @contextlib.asynccontextmanager
+        async def lifespan(app: Any) -> AsyncIterator[Any]:
+            """As the app's own, but Ray sends requests only once the engine is warm."""
+            async with starts(app) as shared:
+                await asyncio.to_thread(self.state.worker.wait_ready)
+                yield shared
+
+        app.router.lifespan_context = lifespan
+        return app
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """The figure that the number of replicas depends on."""
@@ -73,12 +94,14 @@ class ByQueuedSeconds:
 
 def app(arguments: Mapping[str, Any]) -> serve.Application:
     """Ray Serve's application builder: the fields of Settings and of Scaling by name. Raises UsageError."""
+    if "bundle" not in arguments:
+        raise UsageError("no bundle was given: serve run oneword.serve.ray:app bundle=FOLDER")
     settings = Settings(**{name: _typed(name, value) for name, value in arguments.items() if name in _names(Settings)})
     scaling = Scaling(**{name: _number(name, arguments[name]) for name in arguments if name in _names(Scaling)})
     if unknown := arguments.keys() - _names(Settings) - _names(Scaling):
         allowed = ", ".join(sorted(_names(Settings) | _names(Scaling)))
         raise UsageError(f"there is no argument {min(unknown)!r}, allowed are {allowed}")
-    deployment = serve.deployment(
+    deployment: Any = serve.deployment(
         serve.ingress()(Replica),
         name="oneword",
         max_ongoing_requests=ONGOING,
@@ -99,7 +122,8 @@ def app(arguments: Mapping[str, Any]) -> serve.Application:
             ),
         ),
     )
-    return deployment.bind(settings)
+    application: serve.Application = deployment.bind(settings)  # pyright: ignore[reportFunctionMemberAccess]
+    return application
 
 
 def _names(settings: type) -> set[str]:

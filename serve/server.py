@@ -107,7 +107,8 @@ class Server(uvicorn.Server):
             keys.reload()
             _log.info("read %d keys", len(keys))
         except OnewordError as error:
-            _log.error("the keys stay as they were: %s", one_line(error))
+            reason = one_line(error, limit=1000).replace(str(keys.path), "the file of --keys")
+            _log.error("the keys stay as they were: %s", reason)
 
     def pulse(self) -> Pulse:
         """What the watchdog should know. A model that cannot be opened is not its business: `run` raises."""

@@ -87,10 +87,11 @@ class Settings:
             raise UsageError(f"--max-rows is {self.max_rows}, allowed is at least 1")
         if self.threads is not None and self.threads < 1:
             raise UsageError(f"--threads is {self.threads}, allowed is at least 1")
-        for name in ("max_wait", "body_seconds", "write_seconds", "drain_seconds", "hang_seconds"):
-            seconds = getattr(self, name)
-            if not 0 < seconds < math.inf:
-                raise UsageError(f"--{name.replace('_', '-')} is {seconds:g} s, allowed is more than 0")
+        if not 0 < self.max_wait < math.inf:
+            raise UsageError(f"--max-wait is {self.max_wait:g} s, allowed is more than 0")
+        for name in ("body_seconds", "write_seconds", "drain_seconds", "hang_seconds"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UsageError(f"{name} is {getattr(self, name):g} s, allowed is more than 0")
         for proxy in self.trusted_proxies:
             _check_network(proxy)
         if self.public_url is not None:

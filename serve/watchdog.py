@@ -129,7 +129,7 @@ class _Watchdog:
 
     def _follow(self, child: subprocess.Popen[bytes], pipe: int) -> tuple[End, bool]:
         """Waits until a child ends or has to be ended. Returns how it ended, and whether it ever worked."""
-        worked, heard, rest = False, time.monotonic(), b""
+        worked, heard, remainder = False, time.monotonic(), b""
         while True:
             settings = self._settings
             limit = settings.hang_seconds if worked else settings.start_seconds
@@ -141,7 +141,7 @@ class _Watchdog:
             if data == b"" or child.poll() is not None:
                 _wait_or_kill(child, settings.grace_seconds)
                 return End.EXITED, worked
-            *lines, rest = (rest + (data or b"")).split(b"\n")
+            *lines, remainder = (remainder + (data or b"")).split(b"\n")
             pulses = [self._pulse(line) for line in lines]
             if pulses:
                 heard = time.monotonic()

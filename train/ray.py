@@ -2,7 +2,7 @@
 
 Every machine needs this package, and the model and the pictures under the same paths. A word has the same bits as one
 learned in this process: each word has its own UNet call and random stream, and a task uses the same number type and as
-many threads as this process. Ray is imported on use (`pip install 'oneword[ray]'`).
+many threads as this process. Ray, oneword's extra `ray`, is imported on use.
 """
 
 from __future__ import annotations

@@ -3,11 +3,17 @@
 A block that is not run has `<!-- not run: REASON -->` above it. Each page gets a folder with the files it starts from.
 """
 
+import contextlib
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +29,10 @@ BLOCK = re.compile(r"(?:<!-- not run: (.+?) -->\n\n)?^```(\w*)\n(.*?)^```$", re.
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "guide").glob("*.md"))]
 FROM_PICTURES = ("README.md", "quickstart.md")
 """Pages that learn their word and export their model themselves."""
+SERVED = ("server.md",)
+"""Pages that talk to a server, which the test starts."""
+ADDRESS = "127.0.0.1:8000"
+"""The server's address in the pages."""
 
 
 @dataclass(frozen=True)
@@ -58,18 +68,48 @@ def test_every_code_block_of_a_page_runs(page: Path, miniature_bundle: Path, tmp
             Concept("<toy>", {"text_encoder": np.full((1, 128), 0.03, np.float32)}), tmp_path / "toy.safetensors"
         )
 
-    for block in runnable(page):
-        if block.language == "sh":
-            run(["bash", "-euo", "pipefail", "-c", block.code], tmp_path)
-        else:
-            assert block.language == "python", f"{page.name} has a block of {block.language!r}: mark why it is not run"
-            run([sys.executable, "-c", block.code], tmp_path)
+    with server(tmp_path) if page.name in SERVED else contextlib.nullcontext(ADDRESS) as address:
+        for block in runnable(page):
+            code = block.code.replace(ADDRESS, address)
+            if block.language == "sh":
+                run(["bash", "-euo", "pipefail", "-c", code], tmp_path)
+            else:
+                assert block.language == "python", f"{page.name}: say why {block.language!r} is not run"
+                run([sys.executable, "-c", code], tmp_path)
 
     code = "".join(block.code for block in runnable(page))
     saved = re.findall(r"--output (\S+\.safetensors)|picture\.save\(f?\"(\S+)\"\)", code)
     for word, picture in saved:
         pattern = word or re.sub(r"\{.*?\}", "*", picture)
         assert list(tmp_path.glob(pattern)), f"{page.name} should have written {pattern}"
+
+
+@contextlib.contextmanager
+def server(folder: Path) -> Iterator[str]:
+    """The address of a server of the folder's bundle, which learns."""
+    if shutil.which("curl") is None:
+        pytest.skip("no curl")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "oneword.serve.cli", "bundle", "--model", "miniature", "--port", str(port)]
+    command += ["--words", "words", "--jobs", "jobs"]
+    with (folder / "server.log").open("wb") as log, subprocess.Popen(command, cwd=folder, stderr=log) as process:
+        try:
+            while not is_ready(f"http://127.0.0.1:{port}/health/ready"):
+                assert process.poll() is None, (folder / "server.log").read_text()
+                time.sleep(0.2)
+            yield f"127.0.0.1:{port}"
+        finally:
+            process.terminate()
+
+
+def is_ready(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url):
+            return True
+    except (urllib.error.URLError, ConnectionError):
+        return False
 
 
 def draw_photographs(folder: Path) -> None:

@@ -76,7 +76,7 @@ def test_the_error_for_a_missing_builder_gives_the_pip_command(monkeypatch: pyte
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "version", absent)
-    with pytest.raises(MissingPackage, match=r"tensorrt is not installed: pip install 'oneword\[tensorrt\]'"):
+    with pytest.raises(MissingPackage, match=r"tensorrt is not installed: in a checkout .* -e '\.\[tensorrt\]'"):
         installed_version(Flavour.TENSORRT)
 
 

@@ -112,7 +112,8 @@ def test_a_shell_completes_options_and_commands(name: str, words: str, completio
         (
             MissingPackage("openvino", "openvino"),
             1,
-            "ti-do: openvino is not installed: pip install 'oneword[openvino]'",
+            "ti-do: openvino is not installed: in a checkout of oneword, "
+            "pip install -c constraints.txt -e '.[openvino]'",
         ),
         (PermissionError(13, "Permission denied", "secret"), 1, "ti-do: [Errno 13] Permission denied: 'secret'"),
         (MemoryError("Unable to allocate 9 TiB"), 1, "ti-do: out of memory (Unable to allocate 9 TiB): process less"),

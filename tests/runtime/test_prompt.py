@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -463,3 +464,19 @@ def test_an_unknown_word_is_named(tokenizer: Tokenizer) -> None:
     with pytest.raises(UnknownWord) as info:
         used_words("embedding:Gem!", NOTHING, tokenizer.knows)
     assert info.value.name == "embedding:Gem!"
+
+
+@pytest.mark.parametrize(
+    "text", [" " * 19_990, "BREAK" + " " * 19_000, ":" * 19_000, ":1" * 9_000, "<" * 19_000, "[" * 900]
+)
+def test_a_long_prompt_of_one_character_takes_time_in_proportion_to_its_length(text: str) -> None:
+    """Ten times the text takes at most thirty times as long; with a quadratic pattern it takes a hundred times."""
+    short = text[: len(text) // 10]
+    seconds = {}
+    for prompt in (short, text):
+        start = time.process_time()
+        for _ in range(3):
+            weighted_parts(f"a{prompt}a")
+        seconds[prompt] = time.process_time() - start
+
+    assert seconds[text] < 30 * seconds[short] + 0.05

@@ -165,7 +165,7 @@ def test_a_busy_server_says_when_to_try_again(seconds: float, header: str) -> No
             "'sample' is 2x4x96x96, the plan allows",
         ),
         (ConceptError("a pickle: ti-concept convert"), 422, "a pickle: ti-concept convert"),
-        (MissingPackage("torch", "train"), 501, "torch is not installed: pip install 'oneword[train]'"),
+        (MissingPackage("torch", "train"), 501, "torch is not installed: in a checkout of oneword, pip install -c "),
         (NotFinite("unet at 0x7f0123456789"), 500, "the model produced NaN or infinity: try other settings"),
         (EngineError("ORT /secret/path"), 500, FIXED),
         (FileError("cannot write /secret/path"), 500, FIXED),

@@ -200,7 +200,10 @@ assert "torch" not in sys.modules
         check=False,
     )
 
-    line = "501 this server cannot learn, as PyTorch is not installed: pip install 'oneword[train]'\n"
+    line = (
+        "501 this server cannot learn, as PyTorch is not installed: "
+        "in a checkout of oneword, pip install -c constraints.txt -e '.[train]'\n"
+    )
     assert (process.stdout, process.returncode) == (line, 0), process.stderr
 
 

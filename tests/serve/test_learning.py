@@ -84,7 +84,7 @@ def test_words_are_shown_at_early_steps_then_rarely_and_at_the_end() -> None:
     [
         ("picture-1.png is 8x8: too small", True),
         ("step 3/50: give 1/2 of it, or and/or", True),
-        ("pip install 'oneword[train]'", True),
+        ("pip install -c constraints.txt -e '.[train]'", True),
         ("cannot read /root/jobs/x.png", False),
         ("'~/jobs/x.png' is missing", False),
         ("C:\\jobs\\x.png is missing", False),

@@ -229,8 +229,8 @@ def test_a_model_that_cannot_be_opened_ends_the_server_with_one_line(tiny_bundle
     options = [tiny_bundle, "--words", tmp_path / "words", "--port", "0"]
 
     status, _, errors = run(*options, "--supervise", PYTHONPATH=path)
-    others = [line for line in errors.splitlines() if "INFO" not in line]
-    assert (status, others) == (1, ["ti-serve: the graph cannot be opened"])
+    requests = [line for line in errors.splitlines() if "INFO" not in line]
+    assert (status, requests) == (1, ["ti-serve: the graph cannot be opened"])
     assert refused([*options, "--check"], PYTHONPATH=path) == (1, "ti-serve: the graph cannot be opened")
 
 

@@ -120,10 +120,12 @@ def test_routes_say_whether_they_need_a_key(document: dict[str, Any], server: Ru
 
 def test_a_method_that_is_not_allowed_is_answered_with_those_that_are(server: Running) -> None:
     with server.client() as client:
-        answers = {path: client.request("OPTIONS", path) for path in ("/v1/words", "/v1/words/x", "/sdapi/v1/options")}
+        paths = ("/v1/words", "/v1/words/x", "/v1/words/learn", "/sdapi/v1/options")
+        answers = {path: client.request("OPTIONS", path) for path in paths}
 
     assert {path: (answer.status_code, answer.headers["allow"]) for path, answer in answers.items()} == {
         "/v1/words": (405, "GET, POST"),
         "/v1/words/x": (405, "GET, PUT, PATCH, DELETE"),
+        "/v1/words/learn": (405, "POST"),
         "/sdapi/v1/options": (405, "GET, POST"),
     }

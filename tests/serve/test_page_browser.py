@@ -36,10 +36,16 @@ SCREENSHOTS = os.environ.get("ONEWORD_SCREENSHOTS")
 PARTS = ("create", "words", "compare", "gallery")
 DESKTOP, PHONE = (1280, 860), (390, 844)
 BACKGROUNDS = ("studio", "kitchen", "desert", "meadow", "brick")
-BALL, STAR, HEART = (
-    next(look for look in HELD_OUT_LOOKS if look.shape == shape) for shape in ("circle", "star", "heart")
-)
+LOOKS = {look.shape: look for look in HELD_OUT_LOOKS}
+BALL, STAR, HEART = LOOKS["circle"], LOOKS["star"], LOOKS["heart"]
 PATIENCE = 120_000  # ms; a shared machine may be slow, and nothing here measures time
+
+BOTTOM = """() => {
+  const bottoms = [...document.querySelector("main").children].map((part) => part.getBoundingClientRect().bottom);
+  const whole = innerWidth < 600 || document.querySelector("dialog");
+  return [innerWidth, whole ? innerHeight : Math.min(innerHeight, Math.ceil(Math.max(...bottoms)) + 40)];
+}"""
+"""The size of what can be seen; on a phone, whose parts are named at the bottom, and with a dialog, of all."""
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium")]
 
@@ -65,17 +71,9 @@ class Server:
         return f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        command = [
-            sys.executable,
-            "-m",
-            "oneword.serve.cli",
-            str(self.bundle),
-            "--port",
-            str(self.port),
-            "--threads",
-            "1",
-        ]
-        command += ["--words", str(self.folder / "words"), "--jobs", str(self.folder / "jobs"), *self.options]
+        command = [sys.executable, "-m", "oneword.serve.cli", str(self.bundle), *self.options]
+        command += ["--port", str(self.port), "--threads", "1"]
+        command += ["--words", str(self.folder / "words"), "--jobs", str(self.folder / "jobs")]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while not self._ready():
             assert self.process.poll() is None, "the server ended before it was ready"
@@ -112,8 +110,8 @@ class Server:
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if given := os.environ.get("ONEWORD_MINIATURE_BUNDLE"):
-        return Path(given)
+    if options := os.environ.get("ONEWORD_MINIATURE_BUNDLE"):
+        return Path(options)
     from oneword.export.write import export_bundle
 
     return export_bundle("miniature", tmp_path_factory.mktemp("miniature") / "bundle").bundle.path
@@ -212,8 +210,12 @@ class Visit:
         self.page.dispatch_event(target, "drop", {"dataTransfer": transfer})
 
     def save(self, name: str) -> None:
+        """Saves a screenshot, without empty space at the bottom, if they are wanted."""
         if SCREENSHOTS:
-            self.page.screenshot(path=str(Path(SCREENSHOTS) / f"{name}.png"), animations="disabled")
+            self.page.mouse.move(0, 0)
+            width, height = self.page.evaluate(BOTTOM)
+            clip = {"x": 0, "y": 0, "width": width, "height": height}
+            self.page.screenshot(path=str(Path(SCREENSHOTS) / f"{name}.png"), animations="disabled", clip=clip)
 
 
 Visitor = Callable[..., Visit]
@@ -282,7 +284,9 @@ def test_a_word_is_learned_from_dropped_pictures_and_used(server: Server, visito
     assert visit.page.input_value("#prompt") == "a photo of a <ball>"
     visit.page.click("text=Create >> nth=-1")
     visit.wait_for_pictures(4)
-    visit.save("page-used")
+    visit.save("page-create")
+    with server.client() as http:
+        http.delete("/v1/words/<ball>").raise_for_status()
 
 
 def test_learning_goes_on_after_the_server_was_killed(server: Server, visitor: Visitor) -> None:
@@ -392,11 +396,40 @@ def test_only_the_painted_part_is_repainted(server: Server, visitor: Visitor) ->
     assert (after[:18] != before[:18]).any()
 
 
+def test_a_word_is_refined_by_likes(server: Server, visitor: Visitor) -> None:
+    with server.client() as http:
+        http.put("/v1/words/<pet>", content=http.get("/v1/words/<gem>/file").content).raise_for_status()
+        before = http.get("/v1/words/<pet>").json()["identity"]
+    visit = visitor()
+    page = visit.page
+    visit.open(server, "words")
+    page.click('[aria-label="More about pet"]')
+    page.click("text=Refine by likes")
+    page.wait_for_selector(".candidate img >> nth=5")
+    page.click('[aria-label="Like picture 2"]')
+    page.click('[aria-label="Dislike picture 1"]')
+    visit.save("page-refine")
+    _check_access(visit, "refine")
+    page.click("text=Next round")
+    page.wait_for_selector("text=Round 2.")
+    page.click("text=Undo the last round")
+    page.wait_for_selector("text=Round 1.")
+    page.click('[aria-label="Like picture 3"]')
+    page.click("text=Next round")
+    page.wait_for_selector("text=Round 2.")
+    page.click("text=Keep the word")
+    page.wait_for_selector("dialog", state="detached")
+    with server.client() as http:
+        assert http.get("/v1/words/<pet>").json()["identity"] != before
+        http.delete("/v1/words/<pet>").raise_for_status()
+
+
 def test_words_are_compared_on_the_same_seeds(server: Server, visitor: Visitor) -> None:
     visit = visitor()
     visit.open(server)
-    visit.draw("a photo", steps=4, count=1)
+    visit.draw("a photo", steps=20, count=1)
     visit.go("compare")
+    visit.page.fill("#compare-prompt", "a {} in the snow")
     visit.page.click("button.primary >> text=Compare")
     visit.wait_for_pictures(4)
     assert visit.page.locator(".compare thead mark").all_inner_texts() == ["gem", "toy"]
@@ -429,11 +462,19 @@ def test_a_dropped_picture_restores_what_made_it(server: Server, visitor: Visito
 def test_the_gallery_keeps_pictures_over_a_reload(server: Server, visitor: Visitor) -> None:
     visit = visitor()
     visit.open(server)
-    visit.draw("a photo of a <toy>", steps=4, count=2)
-    visit.wait_for_pictures(2)
+    prompts = (
+        "a <toy> at night",
+        "a painting of a <gem>",
+        "a drawing of a <toy>",
+        "a <gem> in the snow",
+        "a <toy> by the sea",
+    )
+    for number, prompt in enumerate(prompts, 1):
+        visit.draw(prompt, steps=20, count=2)
+        visit.wait_for_pictures(2 * number)
     visit.page.reload()
     visit.go("gallery")
-    visit.wait_for_pictures(2)
+    visit.wait_for_pictures(10)
     visit.save("page-gallery")
     visit.page.click('[aria-label="Empty the gallery"]')
     visit.page.click("text=Delete all")
@@ -526,8 +567,8 @@ def test_axe_finds_nothing_and_nothing_is_wider_than_the_screen(
 ) -> None:
     visit = visitor(size, scheme, reduced_motion="reduce")
     visit.open(server)
-    visit.draw("a photo of a <toy> in the snow", steps=4, count=2)
-    visit.wait_for_pictures(2)
+    visit.draw("a photo of a <toy> in the snow", steps=20, count=4)
+    visit.wait_for_pictures(4)
     name = f"{'phone' if size == PHONE else 'desktop'}-{scheme}"
     for part in PARTS:
         visit.go(part)
@@ -546,11 +587,11 @@ def test_axe_finds_nothing_and_nothing_is_wider_than_the_screen(
     _check_access(visit, "mask")
 
 
-def _check_access(visit: Visit, what: str) -> None:
+def _check_access(visit: Visit, label: str) -> None:
     violations = axe.Axe().run(visit.page).response["violations"]
-    assert [(v["id"], [node["html"][:200] for node in v["nodes"]]) for v in violations] == [], what
+    assert [(v["id"], [node["html"][:200] for node in v["nodes"]]) for v in violations] == [], label
     wide = visit.page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
-    assert wide <= 0, f"{what} is {wide} pixels wider than the screen"
+    assert wide <= 0, f"{label} is {wide} pixels wider than the screen"
 
 
 def _pixels(visit: Visit, index: int) -> Any:

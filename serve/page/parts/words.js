@@ -13,7 +13,7 @@ export function Words() {
   const info = useStore(model);
   const teaches = !job && info?.learn !== false;
   return html`
-    <h1 tabindex="-1" class="title">${teaches ? "Teach it a word" : "Words"}</h1>
+    <h1 tabindex="-1" class=${job ? "hidden" : "title"}>${teaches ? "Teach it a word" : "Words"}</h1>
     ${teaches && html`<p class="lede">A few pictures and a name. Then use the word in any sentence.</p>`}
     ${job ? html`<${Learning} job=${job} />` : teaches ? html`<${Teach} />` : html`<${NoLearning} />`}
     <${WordList} />
@@ -22,7 +22,7 @@ export function Words() {
 
 const NoLearning = () => html`
   <p class="note">
-    This server uses words but cannot learn them. For that it needs <code>pip install 'oneword[train]'</code> and
-    <code> ti-serve --model</code>. You can add a word’s file below.
+    This server uses words but cannot learn them. For that it needs PyTorch
+    (<code>pip install -c constraints.txt -e '.[train]'</code> in a checkout of oneword) and <code>ti-serve --model</code>. You can add a word’s file below.
   </p>
 `;

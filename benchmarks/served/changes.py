@@ -1,0 +1,129 @@
+"""What the benchmark changes in a server's process, so that the product itself needs no hooks.
+
+    switch_seconds    the interpreter's switch interval, whatever the server sets
+    journal           a file that gets a record of five doubles for each turn, first step and encoded prompt
+    leak              bytes that are kept for ever with each request
+    fault             a file that makes the engine's next turn go wrong once, in the way that it names: `exception`;
+                      `hang`, in native code; `hold`, the same while it holds the interpreter
+
+A turn is recorded as (TURN, start, end, branches, rows), a picture's first step as (FIRST_STEP, arrival of its request,
+now, 0, 0), an encoded prompt as (PROMPT, now, 1 if it was cached, 1 if it has a learned word, 0). Times are monotonic,
+thus comparable between the processes of a machine.
+"""
+
+import ctypes
+import os
+import struct
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+TURN: Final = 1
+FIRST_STEP: Final = 2
+PROMPT: Final = 3
+_RECORD: Final = struct.Struct("5d")
+_FOR_EVER: Final = 3600
+
+
+def apply(changes: Mapping[str, Any]) -> None:
+    """Changes this process."""
+    if "switch_seconds" in changes:
+        set_interval = sys.setswitchinterval
+        sys.setswitchinterval = lambda _seconds: set_interval(changes["switch_seconds"])  # type: ignore[assignment]
+    if "journal" in changes:
+        _keep_journal(changes["journal"])
+    if "leak" in changes:
+        _leak(changes["leak"])
+    if "fault" in changes:
+        _obey(Path(changes["fault"]))
+
+
+def read_journal(path: Path, kind: int) -> npt.NDArray[np.float64]:
+    """[N, 4]: the records of a kind so far."""
+    values = np.frombuffer(path.read_bytes(), np.float64)
+    values = values[: len(values) // 5 * 5].reshape(-1, 5)
+    return values[values[:, 0] == kind, 1:]
+
+
+def _keep_journal(path: str) -> None:
+    from oneword.runtime.events import StepDone
+    from oneword.runtime.model import Model
+    from oneword.runtime.scheduler import Scheduler
+    from oneword.serve.metrics import PoolMetrics
+
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    guided: dict[int, Sequence[bool]] = {}
+    add, step, encode, first_step = Scheduler.add, Scheduler.step, Model.encode, PoolMetrics.first_step
+
+    def write(*values: float) -> None:
+        os.write(file, _RECORD.pack(*values, *[0.0] * (5 - len(values))))
+
+    def add_and_note(self: Any, request: Any, settings: Any = None) -> int:
+        id = add(self, request, settings)
+        guided[id] = settings.schedule.guided
+        return id
+
+    def step_and_note(self: Any, *args: Any) -> Any:
+        start = time.monotonic()
+        events = step(self, *args)
+        done = [event for event in events if isinstance(event, StepDone)]
+        branches = sum(1 + int(guided[event.id][event.step - 1]) for event in done)
+        for event in done:
+            if event.step == event.steps:
+                del guided[event.id]
+        write(TURN, start, time.monotonic(), branches, len(done))
+        return events
+
+    def encode_and_note(self: Any, prompts: Sequence[Any]) -> Any:
+        for tokens in prompts:
+            write(PROMPT, time.monotonic(), tokens.key in self._contexts, bool(tokens.concepts))
+        return encode(self, prompts)
+
+    def first_step_and_note(self: Any, seconds: float) -> None:
+        now = time.monotonic()
+        write(FIRST_STEP, now - seconds, now)
+        first_step(self, seconds)
+
+    Scheduler.add, Scheduler.step = add_and_note, step_and_note  # type: ignore[method-assign]
+    Model.encode = encode_and_note  # type: ignore[method-assign]
+    PoolMetrics.first_step = first_step_and_note  # type: ignore[method-assign]
+
+
+def _leak(size: int) -> None:
+    from oneword.serve.pool import Pool
+
+    buffers, submit = list[bytes](), Pool.submit
+
+    def submit_and_keep(self: Any, *args: Any, **kwargs: Any) -> Any:
+        buffers.append(b"x" * (size + len(buffers) % 2))  # written to, so that it is resident
+        return submit(self, *args, **kwargs)
+
+    Pool.submit = submit_and_keep  # type: ignore[method-assign]
+
+
+def _obey(order: Path) -> None:
+    from oneword.runtime.scheduler import Scheduler
+
+    step = Scheduler.step
+
+    def step_or_fail(self: Any, *args: Any) -> Any:
+        if order.exists():
+            kind = order.read_text()
+            order.unlink()
+            match kind:
+                case "exception":
+                    raise RuntimeError("the benchmark's exception")
+                case "hang":
+                    ctypes.CDLL(None).sleep(_FOR_EVER)  # releases the interpreter
+                case "hold":
+                    ctypes.PyDLL(None).sleep(_FOR_EVER)
+                case _:
+                    raise ValueError(kind)
+        return step(self, *args)
+
+    Scheduler.step = step_or_fail  # type: ignore[method-assign]

@@ -1,0 +1,93 @@
+"""The sections' results: rows with a figure and its bar, kept in a file of each section."""
+
+import datetime
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Self
+
+from benchmarks.pages import marked, table
+from oneword.engines.files import write_whole
+
+
+@dataclass(frozen=True)
+class Row:
+    """A figure. `limit` is its bar, if it has one; `least` says that it is the smallest that is allowed."""
+
+    title: str
+    value: float
+    limit: float | None = None
+    least: bool = False
+
+    @property
+    def met(self) -> bool:
+        """Whether the figure reaches its bar."""
+        if self.limit is None:
+            return True
+        return self.value >= self.limit if self.least else self.value <= self.limit
+
+    @property
+    def cells(self) -> list[str]:
+        """Title, bar and figure in Markdown."""
+        bar = "" if self.limit is None else f"{'at least' if self.least else 'at most'} {number(self.limit)}"
+        return [self.title, bar, marked(number(self.value), self.met)]
+
+
+@dataclass
+class Result:
+    """A section's table, and what else the page says of it."""
+
+    name: str
+    title: str
+    note: str
+    """How it was measured, in one or two sentences."""
+    rows: list[Row] = field(default_factory=list)
+    extra: str = ""
+    """Another table, in Markdown."""
+    scale: float = 1.0
+    date: str = field(default_factory=lambda: datetime.date.today().isoformat())
+
+    def add(self, title: str, value: float, limit: float | None = None, *, least: bool = False) -> None:
+        """Appends a row."""
+        self.rows.append(Row(title, float(value), limit, least))
+
+    @property
+    def missed(self) -> list[str]:
+        """The titles of rows that miss their bar."""
+        return [row.title for row in self.rows if not row.met]
+
+    def table(self) -> str:
+        """The rows in Markdown; bold misses its bar."""
+        return table(["", "target", "measured"], [row.cells for row in self.rows])
+
+    def section(self) -> str:
+        """The section of the page."""
+        parts = [f"## {self.title}", f"{self.note} Measured on {self.date}.", self.table(), self.extra]
+        return "\n\n".join(filter(None, parts))
+
+    def save(self, folder: Path) -> None:
+        """Writes the section's file."""
+        write_whole(folder / f"{self.name}.json", json.dumps(asdict(self), indent=1).encode(), sync=False)
+
+    @classmethod
+    def read(cls, folder: Path, name: str) -> Self | None:
+        """What was measured last; None if nothing was."""
+        path = folder / f"{name}.json"
+        if not path.is_file():
+            return None
+        found = json.loads(path.read_text())
+        return cls(**{**found, "rows": [Row(**row) for row in found["rows"]]})
+
+
+def number(value: float) -> str:
+    """A number with three digits, or all of an integer's."""
+    if not math.isfinite(value):
+        return str(value)
+    return f"{value:,.0f}" if abs(value) >= 100 or value == round(value) else f"{value:.3g}"
+
+
+def rows_table(head: Sequence[str], rows: Sequence[Sequence[str | float]]) -> str:
+    """A Markdown table of figures without bars."""
+    return table(head, [[cell if isinstance(cell, str) else number(cell) for cell in row] for row in rows])

@@ -1,0 +1,493 @@
+"""Sections of the serving benchmark about overload, rude clients, faults and memory."""
+
+import asyncio
+import contextlib
+import itertools
+import json
+import os
+import random
+import resource
+import signal
+import socket
+import statistics
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import httpx
+import numpy as np
+
+from benchmarks.served.load import (
+    GENERATIONS,
+    LOST,
+    REFUSED,
+    Answer,
+    Call,
+    at_times,
+    client_of,
+    closed_loop,
+    percentile,
+    plain_call,
+    send,
+)
+from benchmarks.served.process import Server, Setup, quoted, random_words
+from benchmarks.served.results import Result, rows_table
+
+PROMPT: Final = "a photo of a red ring in the snow"
+FLAT_MB: Final = 5.0
+"""Growth that still counts as none."""
+_OVERLOAD: Final = 10
+_STEPS: Final = 20
+
+
+def overload(setup: Setup) -> Result:
+    """Ten times as many requests as the server can serve."""
+    seconds = setup.seconds(60, 4)
+    result = Result(
+        "overload",
+        "Overload",
+        f"Equal requests of {_STEPS} steps with `--max-wait 10`: first 24 clients in a closed loop, which keep every "
+        f"slot busy; then a Poisson process of {_OVERLOAD} times the pictures per second of that, for 60 s.",
+    )
+    with Server(setup, "overload", "--max-wait", "10") as server:
+        base, work, answers, memory = asyncio.run(_overloaded(server, seconds))
+    refused = [answer for answer in answers if answer.status in (429, 503)]
+    accepted = [answer for answer in answers if answer.status == 200]
+    result.add("requests", len(answers))
+    result.add("pictures made", len(accepted))
+    result.add("refused with 429 or 503", len(refused))
+    result.add("any other answer, or none", len(answers) - len(refused) - len(accepted), 0)
+    result.add("refusal, ms, p50", 1e3 * percentile([answer.seconds for answer in refused], 50))
+    result.add("refusal, ms, p99", 1e3 * percentile([answer.seconds for answer in refused], 99), 100)
+    result.add("steps of pictures per second without overload", base)
+    result.add("under overload, relative to that", work / base, 0.95, least=True)
+    result.add("growth of the memory, MB", memory, FLAT_MB)
+    return result
+
+
+def disconnects(setup: Setup) -> Result:
+    """Clients that go away while they connect, send, wait, or read."""
+    count = setup.count(10_000, 100)
+    result = Result(
+        "disconnects",
+        "Disconnects",
+        f"{count:,} connections, 50 at a time, that are cut off after a random time: in the request's head, in its "
+        "body, while the answer is awaited, or in a stream; half of them with a reset.",
+    )
+    with Server(setup, "disconnects") as server:
+        figures = asyncio.run(_disconnected(setup, server, count))
+        after = server.metrics()
+    result.add("connections", count)
+    result.add("seconds until the server has no work left", figures["idle"], 1)
+    result.add("turns of the engine that end after that, the running one included", figures["turns"], 1)
+    result.add("pictures per step of 16 requests together, before", figures["rows_before"])
+    result.add("the same afterwards, relative to it", figures["rows_after"] / figures["rows_before"], 0.95, least=True)
+    result.add("open files that were not open before", figures["files"], 0)
+    result.add("growth of the memory from the first fifth to the end, MB", figures["memory"], FLAT_MB)
+    result.add("answers with 5xx", figures["errors"], 0)
+    phases = ("waiting", "encoding", "denoising", "decoding")
+    cells = [after.get(f'cancelled_total{{phase="{phase}"}}', 0) for phase in phases]
+    result.extra = rows_table(["cancelled in phase", *phases], [["pictures", *cells]])
+    return result
+
+
+def slow(setup: Setup) -> Result:
+    """Clients that never read, and slow uploads, beside four ordinary clients."""
+    count, seconds = setup.count(500, 10), setup.seconds(90, 6)
+    _allow_files(4096)
+    result = Result(
+        "slow",
+        "Slow clients",
+        f"Four clients in a closed loop with requests of {_STEPS} steps: alone, then beside {count} connections that "
+        f"request /openapi.json four times and never read, and {count} that upload an edit at 50 bytes a second; then "
+        "alone again. A client that is cut off connects again.",
+    )
+    with Server(setup, "slow") as server:
+        before, beside, after, memory = asyncio.run(_beside_slow(server, count, seconds))
+    times, slowed = [*before, *after], beside
+    result.add("requests without and with slow clients", len(times) + len(slowed))
+    result.add("answer, ms, p50", 1e3 * percentile(times, 50))
+    result.add("answer, ms, p99", 1e3 * percentile(times, 99))
+    result.add("p50 beside slow clients, relative to that", percentile(slowed, 50) / percentile(times, 50))
+    result.add("p99 beside slow clients, relative to that", percentile(slowed, 99) / percentile(times, 99), 1.1)
+    result.add("growth of the memory with the slow clients connected, MB", memory)
+    return result
+
+
+def sigterm(setup: Setup) -> Result:
+    """A server that is asked to stop under load."""
+    rounds = setup.count(10)
+    result = Result(
+        "sigterm",
+        "SIGTERM",
+        f"{rounds} times: 32 clients in a closed loop with requests of {_STEPS} steps, and a SIGTERM after three "
+        "seconds. A request counts as accepted unless it is answered with 503 at once, or its connection was not "
+        "accepted.",
+    )
+    finished, lost, status, times = 0, 0, 0, list[float]()
+    for _ in range(rounds):
+        server = Server(setup, "sigterm")
+        answers, asked, ended, code = asyncio.run(stopped(server, 3.0, 32))
+        accepted = [answer for answer in answers if not not_accepted(answer, asked)]
+        finished += sum(answer.status == 200 for answer in accepted if answer.received >= asked)
+        lost += sum(answer.status != 200 for answer in accepted)
+        status += code != 0
+        times.append(ended - asked)
+    result.add("accepted requests that finished after the SIGTERM", finished)
+    result.add("accepted requests that did not finish", lost, 0)
+    result.add("servers that ended with another status than 0", status, 0)
+    result.add("seconds until the server had ended, median", statistics.median(times))
+    return result
+
+
+def faults(setup: Setup) -> Result:
+    """A killed server and a failed or hung engine, under --supervise."""
+    result = Result(
+        "faults",
+        "Faults",
+        "`ti-serve --supervise` with eight busy clients: the serving process is killed; the engine's thread raises an "
+        "exception; it hangs in native code; it hangs in native code that holds Python's interpreter. The watchdog's "
+        "time is 30 s for a hang. Learning jobs that are killed are a test of their own, which compares their bits.",
+    )
+    order = setup.work / "faults" / "order"
+    order.parent.mkdir(parents=True, exist_ok=True)
+    order.unlink(missing_ok=True)
+    words = random_words(setup.bundle, ["<kept>"])
+    bars = {"kill -9": 1.0, "exception": 7.0, "hang": 33.0, "hold": 33.0}
+    names = {"hang": "hang", "hold": "hang that holds the interpreter"}
+    with Server(setup, "faults", "--supervise", changes={"fault": str(order)}, words=words) as server:
+        for kind, limit in bars.items():
+            setup.log(f"faults: {kind}")
+            down, ready, missing = asyncio.run(_faulty(server, kind, order))
+            name = names.get(kind, kind)
+            result.add(f"{name}: seconds until the process is down", down, limit)
+            result.add(f"{name}: seconds until another one is ready", ready)
+            result.add(f"{name}: words and pictures that are not there, or not the same", missing, 0)
+    return result
+
+
+def soak(setup: Setup) -> Result:
+    """Memory over half an hour."""
+    lead, seconds = setup.seconds(600, 10), setup.seconds(1200, 10)
+    result = Result(
+        "soak",
+        "Memory over half an hour",
+        "Eight clients with short mixed requests, streams, uploads of words, wrong requests and disconnects. Growth is "
+        "that of resident memory between minutes 10 and 30. Then the same with a server that keeps 1 KB per request.",
+    )
+    growth, requests = grown(setup, lead, seconds)
+    result.add("requests", requests)
+    result.add("growth, MB", growth, FLAT_MB)
+    setup.log("soak: with a leak")
+    leaked, requests = grown(setup, lead, seconds, leak=1024)
+    result.add("with a leak: requests", requests)
+    result.add("with a leak: growth, MB", leaked, FLAT_MB, least=True)
+    return result
+
+
+def grown(setup: Setup, lead: float, seconds: float, leak: int = 0) -> tuple[float, int]:
+    """Growth of a server's memory in MB from `lead` seconds to so many later, and the number of requests in between."""
+    changes: dict[str, Any] = {"leak": leak} if leak else {}
+    words = random_words(setup.bundle, [f"<soak{number}>" for number in range(4)])
+    with Server(setup, "soak", changes=changes, words=words) as server:
+        return asyncio.run(_soaked(setup, server, words, lead, seconds))
+
+
+async def _metrics(server: Server) -> dict[str, float]:
+    return await asyncio.to_thread(server.metrics)
+
+
+async def _row_steps(server: Server, seconds: float) -> float:
+    """Steps of pictures per second, from now on for so long."""
+    before, start = await _metrics(server), time.monotonic()
+    await asyncio.sleep(seconds)
+    after, end = await _metrics(server), time.monotonic()
+    return (after["batch_rows_sum"] - before["batch_rows_sum"]) / (end - start)
+
+
+def _equal_calls(steps: int = _STEPS) -> Iterator[Call]:
+    return (plain_call(PROMPT, seed=seed, steps=steps) for seed in itertools.count())
+
+
+async def _overloaded(server: Server, seconds: float) -> tuple[float, float, list[Answer], float]:
+    """Steps per second without and with overload, the answers under overload, and the growth of the memory in MB."""
+    lead = min(3.0, seconds / 4)
+    async with client_of(server.url) as client:
+        loop = asyncio.ensure_future(closed_loop(client, _equal_calls(), 24, lead + seconds + 1))
+        await asyncio.sleep(lead)
+        base = await _row_steps(server, seconds)
+        await loop
+        rate = _OVERLOAD * base / _STEPS
+        rng, calls = random.Random(0), _equal_calls()
+        times = sorted(rng.uniform(0, lead + seconds + 1) for _ in range(round(rate * (lead + seconds + 1))))
+        arrivals = [(at, next(calls)) for at in times]
+        running = asyncio.ensure_future(at_times(client, arrivals, lambda call: send(client, call, keep=False)))
+        await asyncio.sleep(lead)
+        before = server.resident_mb
+        work = await _row_steps(server, seconds)
+        growth = server.resident_mb - before
+        return base, work, await running, growth
+
+
+async def _disconnected(setup: Setup, server: Server, count: int) -> dict[str, float]:
+    async with client_of(server.url) as client:
+        rows_before = await _full_batch(server, client)
+    await asyncio.sleep(1)  # its connections are closed
+    files = server.open_files
+    numbers, rng, memory, errors = iter(range(count)), random.Random(1), list[float](), Counter[str]()
+
+    async def loop() -> None:
+        for number in numbers:
+            await cut_off(server.port, rng, number, errors)
+            if number % max(1, count // 5) == 0:
+                setup.log(f"disconnects: {number} of {count}")
+                memory.append(server.resident_mb)
+
+    await asyncio.gather(*(loop() for _ in range(50)))
+    idle = await asyncio.to_thread(server.wait_idle)
+    before = await _metrics(server)
+    await asyncio.sleep(2)
+    after = await _metrics(server)
+    memory.append(server.resident_mb)
+    open_files = server.open_files
+    async with client_of(server.url) as client:
+        rows_after = await _full_batch(server, client)
+    return {
+        "idle": idle,
+        "turns": after["step_seconds_count"] - before["step_seconds_count"],
+        "rows_before": rows_before,
+        "rows_after": rows_after,
+        "files": max(0, open_files - files),
+        "memory": memory[-1] - memory[1],
+        "errors": errors["5xx"],
+    }
+
+
+async def _full_batch(server: Server, client: httpx.AsyncClient) -> float:
+    """Mean pictures per step of 16 requests that are sent together."""
+    before = await _metrics(server)
+    answers = await asyncio.gather(*(send(client, plain_call(PROMPT, seed=seed, steps=50)) for seed in range(16)))
+    after = await _metrics(server)
+    if any(answer.status != 200 for answer in answers):
+        raise RuntimeError(f"{[answer.status for answer in answers]}")
+    rows, turns = (after[f"batch_rows_{name}"] - before[f"batch_rows_{name}"] for name in ("sum", "count"))
+    return rows / turns
+
+
+async def cut_off(port: int, rng: random.Random, number: int, errors: Counter[str]) -> None:
+    """One connection that ends at a random point. Counts answers with 5xx, and connections that are not accepted."""
+    stream = rng.random() < 0.5
+    body = {"prompt": PROMPT, "seed": number, "steps": rng.randint(1, 12), "n": rng.choice([1, 1, 2])}
+    body |= {"stream": True, "partial_images": rng.randint(0, 3), "previews": 1} if stream else {}
+    data = json.dumps(body).encode()
+    head = f"POST {GENERATIONS} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\n"
+    request = f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data
+    phase = rng.random()
+    end = len(request) if phase > 0.2 else rng.randrange(len(request))
+    try:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    except OSError:
+        errors["5xx"] += 1
+        return
+    try:
+        writer.write(request[:end])
+        read = asyncio.ensure_future(reader.read(1 << 20))
+        await asyncio.wait((read,), timeout=10 ** rng.uniform(-3.5, 0.3))
+        if read.done() and read.result().startswith(b"HTTP/1.1 5"):
+            errors["5xx"] += 1
+        read.cancel()
+        if rng.random() < 0.5:  # a reset instead of a proper end
+            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    except OSError:
+        pass
+    finally:
+        writer.transport.abort()
+
+
+async def _beside_slow(
+    server: Server, count: int, seconds: float
+) -> tuple[list[float], list[float], list[float], float]:
+    """Seconds per answer before, beside and after the slow clients, and the memory in MB that these take."""
+    calls = _equal_calls()
+    async with client_of(server.url) as client:
+
+        async def measured(length: float) -> list[float]:
+            answers = await closed_loop(client, calls, 4, length)
+            return [answer.seconds for answer in answers.by_status(200)]
+
+        await measured(2)
+        before, memory = await measured(seconds / 2), server.resident_mb
+        tasks = [asyncio.ensure_future(kind(server)) for kind in (_never_read, _upload_slowly) for _ in range(count)]
+        await measured(5)  # until all are connected
+        memory = server.resident_mb - memory
+        beside = await measured(seconds)
+        for task in tasks:
+            task.cancel()
+        ended = await asyncio.gather(*tasks, return_exceptions=True)
+        failed = [error for error in ended if not isinstance(error, asyncio.CancelledError)]
+        if failed:
+            raise RuntimeError(f"{len(failed)} slow clients failed, the first with {failed[0]!r}")
+        await measured(2)
+        return before, beside, await measured(seconds / 2), memory
+
+
+async def _never_read(server: Server) -> None:
+    """Asks for much, reads nothing, and connects again after the server must have cut it off."""
+    request = f"GET /openapi.json HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\n\r\n".encode() * 4
+    await asyncio.sleep(random.uniform(0, 4))
+    while True:
+        with socket.socket() as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+            connection.setblocking(False)
+            await asyncio.get_running_loop().sock_connect(connection, ("127.0.0.1", server.port))
+            connection.send(request)
+            await asyncio.sleep(45)
+
+
+async def _upload_slowly(server: Server) -> None:
+    head = f"POST /v1/images/edits HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\nContent-Length: 1000000\r\n"
+    part = '--x\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\n'
+    await asyncio.sleep(random.uniform(0, 4))
+    while True:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        try:
+            writer.write(f"{head}Content-Type: multipart/form-data; boundary=x\r\n\r\n{part}".encode())
+            while not reader.at_eof():
+                await asyncio.sleep(2)
+                writer.write(b"0" * 100)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(reader.read(1000), 0.001)
+        except OSError:
+            pass  # it was cut off
+        finally:
+            writer.transport.abort()
+
+
+async def stopped(server: Server, seconds: float, clients: int) -> tuple[list[Answer], float, float, int]:
+    """The answers of a server that is asked to stop after so long, when it was asked and had ended, and its status."""
+    answers, calls = list[Answer](), _equal_calls()
+    async with client_of(server.url) as client:
+
+        async def loop() -> None:
+            while not answers or answers[-1].status == 200:
+                answers.append(await send(client, next(calls)))
+
+        loops = [asyncio.ensure_future(loop()) for _ in range(clients)]
+        await asyncio.sleep(seconds)
+        asked = time.monotonic()
+        server.process.send_signal(signal.SIGTERM)
+        await asyncio.gather(*loops)
+        status = await asyncio.to_thread(server.ended)
+        return answers, asked, time.monotonic(), status
+
+
+def not_accepted(answer: Answer, asked: float) -> bool:
+    """Whether a request was refused after the server was asked to stop."""
+    if answer.status == REFUSED or (answer.status == LOST and answer.sent >= asked):
+        return True
+    return answer.status == 503 and b"takes no more requests" in answer.body
+
+
+async def _faulty(server: Server, kind: str, order: Path) -> tuple[float, float, int]:
+    """Seconds until the serving process is gone and another one is ready, and how much is missing or different then."""
+    word = {"prompt": "a photo of a <kept> in the snow", "seed": 3, "steps": 10}
+    with server.client() as client:
+        first = Answer(Call("", {}), 0, body=client.post(GENERATIONS, json=word).content).pictures[0]
+        address = client.post(GENERATIONS, json={**word, "response_format": "url"}).json()["data"][0]["url"]
+        words = client.get("/v1/words").json()["data"]
+    loops = [asyncio.ensure_future(_insist(server, seed)) for seed in range(8)]
+    await asyncio.sleep(1)
+    child, start = server.child, time.monotonic()
+    assert child is not None
+    if kind == "kill -9":
+        os.kill(child, signal.SIGKILL)
+    else:
+        order.write_text(kind)
+    while _alive(child) and time.monotonic() < start + 120:
+        await asyncio.sleep(0.02)
+    down = time.monotonic() - start if not _alive(child) else float("inf")
+    await asyncio.to_thread(server.wait_ready)
+    ready = time.monotonic() - start
+    for loop in loops:
+        loop.cancel()
+    await asyncio.gather(*loops, return_exceptions=True)
+    with server.client() as client:
+        missing = client.get("/v1/words").json()["data"] != words
+        missing += client.get(address).status_code != 200
+        again = Answer(Call("", {}), 0, body=client.post(GENERATIONS, json=word).content).pictures[0]
+    return down, ready, int(missing) + bool(np.abs(first.astype(int) - again).max() > 1)
+
+
+async def _insist(server: Server, seed: int) -> None:
+    """A client that sends its request again whatever happens."""
+    while True:
+        async with client_of(server.url) as client:
+            await send(client, plain_call(PROMPT, seed=seed))
+        await asyncio.sleep(0.1)
+
+
+def _alive(process: int) -> bool:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+async def _soaked(setup: Setup, server: Server, words: Any, lead: float, seconds: float) -> tuple[float, int]:
+    from oneword.runtime.concept import concept_bytes
+
+    count, errors = 0, Counter[str]()
+    files = [concept_bytes(word) for word in words]
+    async with client_of(server.url) as client:
+
+        async def loop(number: int) -> None:
+            nonlocal count
+            rng = random.Random(number)
+            while True:
+                count += 1
+                token = f"<soak{rng.randrange(4)}>"
+                settings = {"seed": rng.randrange(1000), "steps": rng.randint(1, 6), "n": rng.choice([1, 1, 2])}
+                call = plain_call(f"a photo of a {token} {rng.randrange(2000)}", **settings)
+                match rng.randrange(20):
+                    case 0:
+                        await client.put(f"/v1/words/{quoted(token)}", content=rng.choice(files))
+                    case 1:
+                        await client.post(GENERATIONS, json={"prompt": "a <nobody>", "steps": 3})
+                    case 2:
+                        await cut_off(server.port, rng, count, errors)
+                    case 3:
+                        body = {"json": {**call.arguments["json"], "stream": True, "previews": 1}}
+                        await send(client, Call(GENERATIONS, body), keep=False)
+                    case _:
+                        await send(client, call, keep=False)
+
+        loops = [asyncio.ensure_future(loop(number)) for number in range(8)]
+        await asyncio.sleep(lead)
+        before, counted = await _memory(server), count
+        for minute in range(10):
+            await asyncio.sleep(seconds / 10)
+            setup.log(f"soak: {minute + 1} of 10, {server.resident_mb:.1f} MB, {count} requests")
+        after, requests = await _memory(server), count - counted
+        for task in loops:
+            task.cancel()
+        await asyncio.gather(*loops, return_exceptions=True)
+    return after - before, requests
+
+
+async def _memory(server: Server) -> float:
+    """Resident memory in MB, the median of two seconds."""
+    samples = []
+    for _ in range(10):
+        samples.append(server.resident_mb)
+        await asyncio.sleep(0.2)
+    return statistics.median(samples)
+
+
+def _allow_files(count: int) -> None:
+    """Lets this process, and those that it starts, have so many open files. Raises RuntimeError if it may not."""
+    least, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if most != resource.RLIM_INFINITY and most < count:
+        raise RuntimeError(f"at most {most} files may be open here, this section needs {count}: ulimit -n")
+    if least < count:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (count, most))

@@ -1,0 +1,265 @@
+"""Learning over HTTP, with the tiny model and real learning processes."""
+
+import base64
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from oneword.serve.keys import new_key
+from tests.serve.conftest import Start
+from tests.serve.running import Running
+
+STEPS = 6
+STEPS_OF_A_LONG_JOB = 4000  # more than any test waits for
+
+
+@pytest.fixture(scope="module")
+def learners(
+    start_server: Start, tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Running, Running]:
+    """A server that learns, as alice and bob see it."""
+    (alice, first), (bob, second) = new_key("alice"), new_key("bob")
+    folder = tmp_path_factory.mktemp("learners")
+    (folder / "keys.toml").write_text(first + second)
+    running = start_server(keys=folder / "keys.toml", model=str(tiny_model_dir), jobs=folder / "jobs")
+    return Running(running.url, running.state, alice), Running(running.url, running.state, bob)
+
+
+@pytest.fixture
+def alice(learners: tuple[Running, Running]) -> Iterator[httpx.Client]:
+    with learners[0].client() as client:
+        yield client
+
+
+@pytest.fixture
+def bob(learners: tuple[Running, Running]) -> Iterator[httpx.Client]:
+    with learners[1].client() as client:
+        yield client
+
+
+def test_a_word_is_learned_watched_and_used(alice: httpx.Client) -> None:
+    assert alice.get("/v1/model").json()["learn"] is True
+
+    answer = learn(alice, name="<toy>", init="cat", recipe="quick", steps=STEPS, seed=7)
+    job = answer.json()
+    events = list(events_of(alice, job["id"]))
+
+    assert answer.status_code == 202
+    assert (job["object"], job["kind"], job["status"], job["steps"]) == ("job", "learn", "queued", STEPS)
+    kinds = [kind for kind, _ in events]
+    assert kinds[-1] == "done"
+    assert kinds.count("done") == 1
+    losses = {data["step"]: data["loss"] for kind, data in events if kind == "progress"}
+    assert max(losses) == STEPS
+    assert all(loss is None or loss > 0 for loss in losses.values())
+    numbers = [data["number"] for _, data in events if "number" in data]
+    assert numbers == sorted(set(numbers))
+
+    word = alice.get("/v1/words/<toy>").json()
+    assert events[-1][1]["word"] == {"name": "<toy>", "identity": word["identity"]}
+    assert word["provenance"]["steps"] == str(STEPS)
+    ended = alice.get(f"/v1/jobs/{job['id']}").json()
+    assert (ended["status"], ended["step"], ended["word"]["identity"]) == ("succeeded", STEPS, word["identity"])
+    pictures = [generated(alice, f"a photo of a {name}") for name in ("<toy>", "cat")]
+    assert (pictures[0] != pictures[1]).any()
+
+
+def test_the_previews_are_the_words_of_their_steps_drawn_from_the_same_seed(alice: httpx.Client) -> None:
+    job = learn(alice, name="<seen>", init="cat", steps=STEPS).json()
+
+    previews = [data for kind, data in events_of(alice, job["id"]) if kind == "preview"]
+
+    ended = alice.get(f"/v1/jobs/{job['id']}").json()
+    places = [(step, index) for step in (0, 5, STEPS) for index in range(3)]
+    assert [(preview["step"], preview["index"]) for preview in previews] == places
+    assert [preview["prompt"] for preview in previews[:3]] == ended["prompts"]
+    assert ended["prompts"][0] == "a photo of a <seen>"
+    for preview, named in zip(previews, ended["previews"], strict=True):
+        answer = alice.get(named["url"])
+        assert answer.headers["content-type"] == "image/jpeg"
+        assert answer.content == base64.b64decode(preview["b64_json"])
+    drawn = generated(alice, "a photo of a <seen>", steps=20)
+    assert np.abs(drawn - decoded(previews[-3]["b64_json"])).mean() < 8  # a JPEG of the same picture
+    again = [data for kind, data in events_of(alice, job["id"]) if kind == "preview"]
+    assert again == previews
+
+
+def test_a_reader_that_comes_back_hears_only_what_it_has_missed(alice: httpx.Client) -> None:
+    job = learn(alice, name="<again>", steps=3).json()
+    numbers = [data["number"] for _, data in events_of(alice, job["id"]) if "number" in data]
+
+    later = list(events_of(alice, job["id"], after=numbers[-2]))
+
+    assert [(kind, data["number"]) for kind, data in later if "number" in data] == [("done", numbers[-1])]
+
+
+def test_a_job_is_cancelled_while_it_learns_and_leaves_no_word(alice: httpx.Client) -> None:
+    job = learn(alice, name="<never>", steps=STEPS_OF_A_LONG_JOB).json()
+    events = events_of(alice, job["id"])
+    assert next(kind for kind, data in events if kind == "progress" and data["step"] > 0)
+
+    cancelled = alice.delete(f"/v1/jobs/{job['id']}")
+
+    assert cancelled.json()["status"] == "cancelled"
+    assert [kind for kind, _ in events][-1] == "cancelled"
+    assert alice.get("/v1/words/<never>").status_code == 404
+    assert alice.delete(f"/v1/jobs/{job['id']}").json() == alice.get(f"/v1/jobs/{job['id']}").json()
+
+
+def test_a_job_waits_for_its_turn_and_can_be_cancelled_before_it(alice: httpx.Client) -> None:
+    first, second = (learn(alice, name=f"<turn{number}>", steps=STEPS_OF_A_LONG_JOB).json() for number in range(2))
+
+    waiting = alice.get(f"/v1/jobs/{second['id']}").json()
+    ended = alice.delete(f"/v1/jobs/{second['id']}").json()
+
+    assert (waiting["status"], waiting["position"]) == ("queued", 1)
+    assert (ended["status"], ended["step"]) == ("cancelled", 0)
+    assert [kind for kind, _ in events_of(alice, second["id"])] == ["cancelled"]
+    assert alice.delete(f"/v1/jobs/{first['id']}").json()["status"] == "cancelled"
+
+
+def test_jobs_are_listed_newest_first_in_pages(alice: httpx.Client) -> None:
+    identifiers = [learn(alice, name="<page>", steps=STEPS_OF_A_LONG_JOB).json()["id"] for _ in range(3)]
+    for identifier in identifiers:
+        alice.delete(f"/v1/jobs/{identifier}")
+
+    first = alice.get("/v1/jobs", params={"limit": 2}).json()
+    second = alice.get("/v1/jobs", params={"limit": 1, "before": first["data"][-1]["id"]}).json()
+
+    assert [job["id"] for job in (*first["data"], *second["data"])] == identifiers[::-1]
+    assert first["has_more"] is True
+
+
+def test_another_tenants_job_is_not_there(alice: httpx.Client, bob: httpx.Client) -> None:
+    job = learn(alice, name="<mine>", steps=1).json()
+    list(events_of(alice, job["id"]))
+    address = f"/v1/jobs/{job['id']}"
+
+    for path in ("", "/events", "/pictures/picture-1.png", "/pictures/preview-0-0.jpg"):
+        assert alice.get(address + path).status_code == 200
+        theirs, nobodys = bob.get(address + path), bob.get(f"/v1/jobs/{'0' * 32}{path}")
+        assert (theirs.status_code, nobodys.status_code) == (404, 404)
+        assert theirs.json()["error"] == nobodys.json()["error"]
+    assert bob.delete(address).status_code == 404
+    assert bob.get("/v1/jobs").json()["data"] == []
+    assert alice.get(address).json()["status"] == "succeeded"
+
+
+def test_the_pictures_of_a_job_are_those_that_were_sent(alice: httpx.Client) -> None:
+    job = learn(alice, name="<kept>", steps=1).json()
+
+    sent = [np.asarray(Image.open(io.BytesIO(photograph(number)))) for number in range(3)]
+    pictures_kept = [np.asarray(Image.open(io.BytesIO(alice.get(url).content))) for url in job["pictures"]]
+
+    assert all((a == b).all() for a, b in zip(sent, pictures_kept, strict=True))
+    for name in ("preview-1-3.jpg", "preview-7-0.jpg", "preview--1-0.jpg", "run.json", "..%2F..%2Fjob.json", "a" * 300):
+        assert alice.get(f"/v1/jobs/{job['id']}/pictures/{name}").status_code == 404, name
+    list(events_of(alice, job["id"]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "status", "param", "text"),
+    [
+        ({"name": None}, 400, "name", "name"),
+        ({"name": ""}, 422, "name", "token"),
+        ({"name": "<a b>"}, 422, None, "not safe in a prompt"),
+        ({"init": "<toy>"}, 400, "init", "give one word"),
+        ({"recipe": "slow"}, 400, "recipe", "choose from quick, fast, style, one-word"),
+        ({"steps": 0}, 400, "steps", "1"),
+        ({"steps": 5001}, 400, "steps", "1 to 5000"),
+        ({"steps": "many"}, 400, "steps", "steps"),
+        ({"seed": -1}, 400, "seed", "0"),
+        ({"colour": "red"}, 400, "colour", "colour"),
+    ],
+)
+def test_a_field_that_makes_no_sense_is_refused(
+    alice: httpx.Client, changes: dict[str, Any], status: int, param: str | None, text: str
+) -> None:
+    answer = learn(alice, **({"name": "<toy>", "steps": STEPS_OF_A_LONG_JOB} | changes))
+
+    error = answer.json()["error"]
+    assert answer.status_code == status
+    assert param is None or error["param"] == param
+    assert text in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("pictures", "status", "text"),
+    [
+        (lambda: [photograph(number) for number in range(2)], 400, "2 pictures were sent: send 3 to 5"),
+        (lambda: [photograph(number) for number in range(6)], 400, "6 pictures were sent: send 3 to 5"),
+        (list, 400, "0 pictures were sent"),
+        (lambda: [photograph(0), photograph(1), b"GIF89a" + bytes(99)], 422, "picture 3"),
+        (lambda: [photograph(0), photograph(1), b""], 422, "picture 3"),
+        (lambda: [photograph(0), photograph(1), photograph(2)[:99]], 422, "picture 3"),
+        (lambda: [photograph(0), photograph(1), photograph(2, side=15)], 422, "too small to learn from"),
+    ],
+)
+def test_pictures_that_cannot_be_learned_from_are_refused(
+    alice: httpx.Client, pictures: Any, status: int, text: str
+) -> None:
+    answer = learn(alice, pictures(), name="<toy>")
+
+    assert (answer.status_code, text in answer.json()["error"]["message"]) == (status, True), answer.text
+
+
+def test_a_file_under_another_name_and_a_body_of_another_kind_are_refused(alice: httpx.Client) -> None:
+    named = alice.post("/v1/words/learn", files=[("photo", photograph(0))], data={"name": "<toy>"})
+    other = alice.post("/v1/words/learn", json={"name": "<toy>"})
+
+    assert (named.status_code, named.json()["error"]["param"]) == (400, "photo")
+    assert other.status_code == 422
+    assert "multipart/form-data" in other.json()["error"]["message"]
+
+
+def test_a_server_without_a_model_says_what_learning_needs(http: httpx.Client) -> None:
+    answers = [learn(http, name="<toy>"), http.get("/v1/jobs"), http.get(f"/v1/jobs/{'0' * 32}")]
+
+    assert http.get("/v1/model").json()["learn"] is False
+    for answer in answers:
+        assert answer.status_code == 501
+        assert "--model" in answer.json()["error"]["message"]
+
+
+def learn(client: httpx.Client, pictures: list[bytes] | None = None, **fields: Any) -> httpx.Response:
+    images = [photograph(number) for number in range(3)] if pictures is None else pictures
+    parts: list[Any] = [(name, (None, str(value))) for name, value in fields.items() if value is not None]
+    parts += [("image[]", (f"{number}.png", data, "image/png")) for number, data in enumerate(images)]
+    return client.post("/v1/words/learn", files=parts)
+
+
+def events_of(client: httpx.Client, identifier: str, after: int = 0) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The events of a job until the server ends the stream."""
+    with client.stream("GET", f"/v1/jobs/{identifier}/events", params={"after": after}) as response:
+        assert response.status_code == 200
+        kind = ""
+        for line in response.iter_lines():
+            if line.startswith("event: "):
+                kind = line.removeprefix("event: ")
+            elif line.startswith("data: "):
+                yield kind, json.loads(line.removeprefix("data: "))
+
+
+def generated(client: httpx.Client, prompt: str, **fields: Any) -> Any:
+    body = {"prompt": prompt, "seed": 0, "steps": 4} | fields
+    answer = client.post("/v1/images/generations", json=body).raise_for_status()
+    return decoded(answer.json()["data"][0]["b64_json"])
+
+
+def decoded(b64_json: str) -> Any:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(b64_json))).convert("RGB")).astype(np.int16)
+
+
+def photograph(number: int, side: int = 32) -> bytes:
+    """A picture of noise, another one for each number."""
+    pixels = np.random.default_rng(number).integers(0, 255, (side, side, 3), np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    return stream.getvalue()
