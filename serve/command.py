@@ -106,10 +106,7 @@ def serve(settings: Settings, heartbeat: Heartbeat | None = None) -> None:
     with listening_socket(settings) as listener:
         state = build_state(settings)
         log_to_standard_error()
-        server = Server(create_app(state), state)
-        if heartbeat is not None:
-            heartbeat.pulse = server.pulse
-        server.run([listener])
+        Server(create_app(state), state, heartbeat).run([listener])
     if not state.worker.join(END_SECONDS):  # it opens a model, in native code that an orderly end would crash
         sys.stdout.flush()
         sys.stderr.flush()
