@@ -208,7 +208,7 @@ class Heartbeat:
         self.pulse = pulse
         self._descriptor = descriptor
         self._seconds, self._grace_seconds = seconds, grace_seconds
-        self._thread = threading.Thread(target=self._beat, name="oneword-heartbeat", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="oneword-heartbeat", daemon=True)
 
     @classmethod
     def from_environment(
@@ -230,13 +230,17 @@ class Heartbeat:
         """Asks the parent for other `WatchdogSettings`, by name."""
         os.write(self._descriptor, json.dumps(settings).encode() + b"\n")
 
-    def _beat(self) -> None:
+    def beat(self) -> None:
+        """Writes a pulse now."""
+        with contextlib.suppress(BlockingIOError):  # a parent that is stopped does not read
+            os.write(self._descriptor, self.pulse().value + b"\n")
+
+    def _run(self) -> None:
         poll = select.poll()
         poll.register(self._descriptor, 0)  # reports only that the pipe is broken
         with contextlib.suppress(BrokenPipeError):
             while True:
-                with contextlib.suppress(BlockingIOError):  # a parent that is stopped does not read
-                    os.write(self._descriptor, self.pulse().value + b"\n")
+                self.beat()
                 if poll.poll(1000 * self._seconds):
                     break
         os.kill(os.getpid(), signal.SIGTERM)
