@@ -182,7 +182,8 @@ def test_the_pictures_of_a_job_are_those_that_were_sent(alice: httpx.Client) -> 
 def test_a_field_that_makes_no_sense_is_refused(
     alice: httpx.Client, changes: dict[str, Any], status: int, param: str | None, text: str
 ) -> None:
-    answer = learn(alice, **({"name": "<toy>", "steps": STEPS_OF_A_LONG_JOB} | changes))
+    fields: dict[str, Any] = {"name": "<toy>", "steps": STEPS_OF_A_LONG_JOB, **changes}
+    answer = learn(alice, None, **fields)
 
     error = answer.json()["error"]
     assert answer.status_code == status

@@ -74,16 +74,19 @@ class Server:
         command = [sys.executable, "-m", "oneword.serve.cli", str(self.bundle), *self.options]
         command += ["--port", str(self.port), "--threads", "1"]
         command += ["--words", str(self.folder / "words"), "--jobs", str(self.folder / "jobs")]
-        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        log = self.folder / "server.log"
+        with log.open("ab") as stream:
+            self.process = subprocess.Popen(command, stdout=stream, stderr=stream)
         while not self._ready():
-            assert self.process.poll() is None, "the server ended before it was ready"
+            assert self.process.poll() is None, log.read_text()[-2000:]
             time.sleep(0.2)
 
     def kill(self) -> None:
         """Kills the server; its parent then ends, and so does a learning process, by themselves."""
         if self.process is not None:
             children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-            os.kill(int(children[0]), signal.SIGKILL)
+            for child in children:
+                os.kill(int(child), signal.SIGKILL)
             self.process.wait()
             self.process = None
 
@@ -298,8 +301,7 @@ def test_learning_goes_on_after_the_server_was_killed(server: Server, visitor: V
     server.start()
     visit.page.wait_for_selector(".connection p", state="detached")
     visit.page.wait_for_selector(".ready .primary")
-    visit.wait_for_previews(column=6)
-    assert visit.page.locator(".sheet img").count() == 18
+    visit.page.wait_for_selector(".sheet img >> nth=17")
     with server.client() as http:
         (job,) = [job for job in http.get("/v1/jobs").json()["data"] if job["name"] == "<star>"]
         assert (job["status"], job["step"]) == ("succeeded", 50)
