@@ -79,8 +79,8 @@ def main() -> None:
         result.scale = options.scale
         result.save(options.work)
         setup.log(f"{name}: {time.monotonic() - start:.0f} s, missed: {', '.join(result.missed) or 'nothing'}")
-        print(f"\n{result.title}\n\n{result.table()}\n{result.extra}", flush=True)
-    results = [result for name in SECTIONS if (result := Result.read(options.work, name)) is not None]
+        print(f"\n{result.title}\n\n{result.table()}\n\n{result.extra}", flush=True)
+    results = [found for name in SECTIONS if (found := Result.read(options.work, name)) is not None]
     if options.write:
         _write(results, options)
     figures = {result.name: {row.title: row.value for row in result.rows} for result in results}
@@ -123,7 +123,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--bundle", type=Path, help="the miniature, exported [default: exported first]")
     parser.add_argument("--engine", choices=["onnxruntime", "openvino"], default="onnxruntime")
     parser.add_argument("--scale", type=float, default=1.0, help="shortens every section: checks that it runs")
-    parser.add_argument("--work", type=Path, default=Path("build/serving"), help="folder for figures, logs and pictures")
+    parser.add_argument(
+        "--work", type=Path, default=Path("build/serving"), help="folder for figures, logs and pictures"
+    )
     return parser.parse_args()
 
 

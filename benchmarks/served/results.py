@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Self
 
 from benchmarks.pages import marked, table
-
 from oneword.engines.files import write_whole
 
 
@@ -80,6 +79,11 @@ class Result:
             return None
         found = json.loads(path.read_text())
         return cls(**{**found, "rows": [Row(**row) for row in found["rows"]]})
+
+
+def ratio(part: float, whole: float) -> float:
+    """A quotient; NaN, which misses every bar, if there is nothing to divide by."""
+    return part / whole if whole else math.nan
 
 
 def number(value: float) -> str:

@@ -33,7 +33,7 @@ from benchmarks.served.load import (
     send,
 )
 from benchmarks.served.process import Server, Setup, quoted, random_words
-from benchmarks.served.results import Result, rows_table
+from benchmarks.served.results import Result, ratio, rows_table
 
 PROMPT: Final = "a photo of a red ring in the snow"
 FLAT_MB: Final = 5.0
@@ -62,7 +62,7 @@ def overload(setup: Setup) -> Result:
     result.add("refusal, ms, p50", 1e3 * percentile([answer.seconds for answer in refused], 50))
     result.add("refusal, ms, p99", 1e3 * percentile([answer.seconds for answer in refused], 99), 100)
     result.add("steps of pictures per second without overload", base)
-    result.add("under overload, relative to that", work / base, 0.95, least=True)
+    result.add("under overload, relative to that", ratio(work, base), 0.95, least=True)
     result.add("growth of the memory, MB", memory, FLAT_MB)
     return result
 
@@ -110,8 +110,8 @@ def slow(setup: Setup) -> Result:
     result.add("requests without and with slow clients", len(times) + len(slowed))
     result.add("answer, ms, p50", 1e3 * percentile(times, 50))
     result.add("answer, ms, p99", 1e3 * percentile(times, 99))
-    result.add("p50 beside slow clients, relative to that", percentile(slowed, 50) / percentile(times, 50))
-    result.add("p99 beside slow clients, relative to that", percentile(slowed, 99) / percentile(times, 99), 1.1)
+    result.add("p50 beside slow clients, relative to that", ratio(percentile(slowed, 50), percentile(times, 50)))
+    result.add("p99 beside slow clients, relative to that", ratio(percentile(slowed, 99), percentile(times, 99)), 1.1)
     result.add("growth of the memory with the slow clients connected, MB", memory)
     return result
 
@@ -306,7 +306,9 @@ async def cut_off(port: int, rng: random.Random, number: int, errors: Counter[st
         writer.transport.abort()
 
 
-async def _beside_slow(server: Server, count: int, seconds: float) -> tuple[list[float], list[float], list[float], float]:
+async def _beside_slow(
+    server: Server, count: int, seconds: float
+) -> tuple[list[float], list[float], list[float], float]:
     """Seconds per answer before, beside and after the slow clients, and the memory in MB that these take."""
     calls = _equal_calls()
     async with client_of(server.url) as client:
