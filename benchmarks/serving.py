@@ -16,7 +16,7 @@ the file of its last run as it was. `--write` puts what is in these files into d
     store        1,000,000 words in a folder, 100,000 in memory; words in S3, as moto emulates it
     disconnects  10,000 clients that go away at any time
     slow         500 clients that never read, and 500 that upload slowly
-    sigterm      a server that is told to stop under load
+    sigterm      a server that gets a SIGTERM under load
     faults       a killed server, an exception, and a hang in native code, under --supervise
     soak         memory over 30 minutes, of the server and of one that leaks 1 KB per request
 

@@ -102,7 +102,7 @@ def slow(setup: Setup) -> Result:
         "Slow clients",
         f"Four clients in a closed loop with requests of {_STEPS} steps: alone, then beside {count} connections that "
         f"request /openapi.json four times and never read, and {count} that upload an edit at 50 bytes a second; then "
-        "alone again. Whoever is cut off connects again.",
+        "alone again. Those that are cut off connect again.",
     )
     with Server(setup, "slow") as server:
         before, beside, after, memory = asyncio.run(_beside_slow(server, count, seconds))
@@ -117,14 +117,13 @@ def slow(setup: Setup) -> Result:
 
 
 def sigterm(setup: Setup) -> Result:
-    """A server that is told to stop under load."""
+    """A server that gets a SIGTERM under load."""
     rounds = setup.count(10)
     result = Result(
         "sigterm",
         "SIGTERM",
         f"{rounds} times: 32 clients in a closed loop with requests of {_STEPS} steps, and a SIGTERM after three "
-        "seconds. A request counts as accepted unless it is answered with 503 at once, or its connection was not "
-        "accepted.",
+        "seconds. A request is accepted unless its answer is 429 or, at once, 503, or its connection was refused.",
     )
     finished, lost, status, times = 0, 0, 0, list[float]()
     for _ in range(rounds):
@@ -371,8 +370,12 @@ async def stopped(server: Server, seconds: float, clients: int) -> tuple[list[An
     async with client_of(server.url) as client:
 
         async def loop() -> None:
-            while not answers or answers[-1].status == 200:
+            status = 200
+            while status in (200, 429):
                 answers.append(await send(client, next(calls)))
+                status = answers[-1].status
+                if status == 429:
+                    await asyncio.sleep(0.2)
 
         loops = [asyncio.ensure_future(loop()) for _ in range(clients)]
         await asyncio.sleep(seconds)
@@ -384,8 +387,8 @@ async def stopped(server: Server, seconds: float, clients: int) -> tuple[list[An
 
 
 def not_accepted(answer: Answer, asked: float) -> bool:
-    """Whether a request was refused after the server was asked to stop."""
-    if answer.status == REFUSED or (answer.status == LOST and answer.sent >= asked):
+    """Whether a request was refused: because of too much work, or after the server was asked to stop."""
+    if answer.status in (REFUSED, 429) or (answer.status == LOST and answer.sent >= asked):
         return True
     return answer.status == 503 and b"takes no more requests" in answer.body
 
