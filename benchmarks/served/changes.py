@@ -34,7 +34,7 @@ def apply(changes: Mapping[str, Any]) -> None:
     """Changes this process."""
     if "switch_seconds" in changes:
         set_interval = sys.setswitchinterval
-        sys.setswitchinterval = lambda _seconds: set_interval(changes["switch_seconds"])  # type: ignore[assignment]
+        sys.setswitchinterval = lambda _seconds: set_interval(changes["switch_seconds"])
     if "journal" in changes:
         _keep_journal(changes["journal"])
     if "leak" in changes:
@@ -89,7 +89,7 @@ def _keep_journal(path: str) -> None:
         write(FIRST_STEP, now - seconds, now)
         first_step(self, seconds)
 
-    Scheduler.add, Scheduler.step = add_and_note, step_and_note  # type: ignore[method-assign]
+    Scheduler.add, Scheduler.step = add_and_note, step_and_note  # type: ignore[assignment, method-assign]
     Model.encode = encode_and_note  # type: ignore[method-assign]
     PoolMetrics.first_step = first_step_and_note  # type: ignore[method-assign]
 
@@ -126,4 +126,4 @@ def _obey(order: Path) -> None:
                     raise ValueError(kind)
         return step(self, *args)
 
-    Scheduler.step = step_or_fail  # type: ignore[method-assign]
+    Scheduler.step = step_or_fail  # type: ignore[assignment, method-assign]

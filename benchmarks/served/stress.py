@@ -33,7 +33,7 @@ from benchmarks.served.load import (
     send,
 )
 from benchmarks.served.process import Server, Setup, quoted, random_words
-from benchmarks.served.results import Result, rows_table
+from benchmarks.served.results import Result, ratio, rows_table
 
 PROMPT: Final = "a photo of a red ring in the snow"
 FLAT_MB: Final = 5.0
@@ -62,7 +62,7 @@ def overload(setup: Setup) -> Result:
     result.add("refusal, ms, p50", 1e3 * percentile([answer.seconds for answer in refused], 50))
     result.add("refusal, ms, p99", 1e3 * percentile([answer.seconds for answer in refused], 99), 100)
     result.add("steps of pictures per second without overload", base)
-    result.add("under overload, relative to that", work / base, 0.95, least=True)
+    result.add("under overload, relative to that", ratio(work, base), 0.95, least=True)
     result.add("growth of the memory, MB", memory, FLAT_MB)
     return result
 
@@ -102,7 +102,7 @@ def slow(setup: Setup) -> Result:
         "Slow clients",
         f"Four clients in a closed loop with requests of {_STEPS} steps: alone, then beside {count} connections that "
         f"request /openapi.json four times and never read, and {count} that upload an edit at 50 bytes a second; then "
-        "alone again. A client that is cut off connects again.",
+        "alone again. Those that are cut off connect again.",
     )
     with Server(setup, "slow") as server:
         before, beside, after, memory = asyncio.run(_beside_slow(server, count, seconds))
@@ -110,21 +110,20 @@ def slow(setup: Setup) -> Result:
     result.add("requests without and with slow clients", len(times) + len(slowed))
     result.add("answer, ms, p50", 1e3 * percentile(times, 50))
     result.add("answer, ms, p99", 1e3 * percentile(times, 99))
-    result.add("p50 beside slow clients, relative to that", percentile(slowed, 50) / percentile(times, 50))
-    result.add("p99 beside slow clients, relative to that", percentile(slowed, 99) / percentile(times, 99), 1.1)
+    result.add("p50 beside slow clients, relative to that", ratio(percentile(slowed, 50), percentile(times, 50)))
+    result.add("p99 beside slow clients, relative to that", ratio(percentile(slowed, 99), percentile(times, 99)), 1.1)
     result.add("growth of the memory with the slow clients connected, MB", memory)
     return result
 
 
 def sigterm(setup: Setup) -> Result:
-    """A server that is asked to stop under load."""
+    """A server that gets a SIGTERM under load."""
     rounds = setup.count(10)
     result = Result(
         "sigterm",
         "SIGTERM",
         f"{rounds} times: 32 clients in a closed loop with requests of {_STEPS} steps, and a SIGTERM after three "
-        "seconds. A request counts as accepted unless it is answered with 503 at once, or its connection was not "
-        "accepted.",
+        "seconds. A request is accepted unless its answer is 429 or, at once, 503, or its connection was refused.",
     )
     finished, lost, status, times = 0, 0, 0, list[float]()
     for _ in range(rounds):
@@ -371,8 +370,12 @@ async def stopped(server: Server, seconds: float, clients: int) -> tuple[list[An
     async with client_of(server.url) as client:
 
         async def loop() -> None:
-            while not answers or answers[-1].status == 200:
+            status = 200
+            while status in (200, 429):
                 answers.append(await send(client, next(calls)))
+                status = answers[-1].status
+                if status == 429:
+                    await asyncio.sleep(0.2)
 
         loops = [asyncio.ensure_future(loop()) for _ in range(clients)]
         await asyncio.sleep(seconds)
@@ -384,8 +387,8 @@ async def stopped(server: Server, seconds: float, clients: int) -> tuple[list[An
 
 
 def not_accepted(answer: Answer, asked: float) -> bool:
-    """Whether a request was refused after the server was asked to stop."""
-    if answer.status == REFUSED or (answer.status == LOST and answer.sent >= asked):
+    """Whether a request was refused: because of too much work, or after the server was asked to stop."""
+    if answer.status in (REFUSED, 429) or (answer.status == LOST and answer.sent >= asked):
         return True
     return answer.status == 503 and b"takes no more requests" in answer.body
 
