@@ -436,14 +436,8 @@ def test_no_key_prompt_path_address_or_traceback_is_in_any_answer_or_log(process
     with process.client(address=CLIENT) as client, process.client(wrong_key, CLIENT) as stranger:
         for method, path in operations(client):
             address = path.format_map({"id": SECRET, "name": f"<{SECRET}>", "model": SECRET})
-            good = good_request(method, path)
-            bad: list[dict[str, Any]] = [
-                {"content": b"\xff{" + SECRET.encode()},
-                {"json": {"prompt": 5, SECRET: SECRET}},
-            ]
-            for body in ({"params": {"q": SECRET}} | good, *bad):
-                answers += [client.request(method, address, **body)]
-            answers.append(stranger.request(method, address, **good))
+            answers += [client.request(method, address, **body) for body in secret_requests(method, path)]
+            answers.append(stranger.request(method, address, **good_request(method, path)))
         answers += [client.post(path, **body) for path, body in bad_requests()]
         answers += failures(client, process.folder)
     process.process.terminate()
@@ -464,6 +458,12 @@ def test_no_key_prompt_path_address_or_traceback_is_in_any_answer_or_log(process
     assert not re.search(r"0x[0-9a-f]{6,}", log)
     for line in re.findall(r"oneword\.access INFO (.*)", log):
         assert json.loads(line).keys() == {"method", "route", "status", "seconds", "bytes", "tenant", "id"}
+
+
+def secret_requests(method: str, path: str) -> list[dict[str, Any]]:
+    """A good request to a route and two bad ones, all with a secret in them."""
+    bodies = [{"content": b"\xff{" + SECRET.encode()}, {"json": {"prompt": 5, SECRET: SECRET}}]
+    return [good_request(method, path) | {"params": {"q": SECRET}}, *bodies]
 
 
 def bad_requests() -> list[tuple[str, dict[str, Any]]]:
