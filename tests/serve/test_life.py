@@ -152,7 +152,7 @@ def test_a_check_makes_a_picture_and_prints_the_figures(tiny_bundle: Path, tmp_p
 
 MISTAKES: dict[str, tuple[list[str], int, str]] = {
     "no bundle": ([], 2, "no bundle was given"),
-    "another folder": (["{folder}"], 1, "bundle"),
+    "another folder": (["{folder}"], 2, "is not a bundle"),
     "an unknown option": (["{bundle}", "--prot", "80"], 2, "--port"),
     "a port out of range": (["{bundle}", "--port", "65536"], 2, "--port is 65536"),
     "no key file": (["{bundle}", "--keys", "{folder}/none"], 2, "there is no key file"),
