@@ -193,7 +193,7 @@ def test_uploads_are_decoded_only_if_there_is_room_for_all_of_them(start_server:
             return client.post("/v1/images/edits", data={"prompt": "a cat", **fields}, files=files)
 
         damaged = edit(1)
-        many = edit(11)
+        too_many = edit(11)
         large = edit(1, size="4096x4096")
         running.state.pool.max_wait = 1e-9
         client.post("/v1/images/generations", json={"prompt": "a cat", "steps": 2})
@@ -202,7 +202,7 @@ def test_uploads_are_decoded_only_if_there_is_room_for_all_of_them(start_server:
         draining = client.post("/v1/images/variations", files={"image": upload})
 
     assert (damaged.status_code, damaged.json()["error"]["param"]) == (422, "image")
-    assert (many.status_code, many.json()["error"]["param"]) == (400, "n")
+    assert (too_many.status_code, too_many.json()["error"]["param"]) == (400, "n")
     assert (large.status_code, large.json()["error"]["param"]) == (400, "size")
     assert (work.status_code, work.json()["error"]["code"]) == (400, "too_much_work")
     assert draining.status_code == 503
