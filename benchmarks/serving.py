@@ -16,7 +16,7 @@ the file of its last run as it was. `--write` puts what is in these files into d
     store        1,000,000 words in a folder, 100,000 in memory; words in S3, as moto emulates it
     disconnects  10,000 clients that go away at any time
     slow         500 clients that never read, and 500 that upload slowly
-    sigterm      a server that is told to stop under load
+    sigterm      a server that gets a SIGTERM under load
     faults       a killed server, an exception, and a hang in native code, under --supervise
     soak         memory over 30 minutes, of the server and of one that leaks 1 KB per request
 
@@ -79,8 +79,8 @@ def main() -> None:
         result.scale = options.scale
         result.save(options.work)
         setup.log(f"{name}: {time.monotonic() - start:.0f} s, missed: {', '.join(result.missed) or 'nothing'}")
-        print(f"\n{result.title}\n\n{result.table()}\n{result.extra}", flush=True)
-    results = [result for name in SECTIONS if (result := Result.read(options.work, name)) is not None]
+        print(f"\n{result.title}\n\n{result.table()}\n\n{result.extra}", flush=True)
+    results = [found for name in SECTIONS if (found := Result.read(options.work, name)) is not None]
     if options.write:
         _write(results, options)
     figures = {result.name: {row.title: row.value for row in result.rows} for result in results}

@@ -206,11 +206,11 @@ def weighted_parts(prompt: str) -> list[Part | None]:
         elif text[0] == "\\" and len(text) == 2:
             parts.append((text[1], 1.0))
         else:
-            first, *others = _BREAK.split(text)
-            parts.append((first.rstrip() if others else first, 1.0))
-            for i, between in enumerate(others, 1):
+            first, *chunks = _BREAK.split(text)
+            parts.append((first.rstrip() if chunks else first, 1.0))
+            for i, between in enumerate(chunks, 1):
                 between = between.lstrip()
-                parts += [(None, 1.0), (between.rstrip() if i < len(others) else between, 1.0)]
+                parts += [(None, 1.0), (between.rstrip() if i < len(chunks) else between, 1.0)]
     for starts, factor in ((opened["("], 1.1), (opened["["], 1 / 1.1)):
         for start in starts:
             multiply(start, factor)

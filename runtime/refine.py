@@ -232,7 +232,7 @@ def posterior(state: Refinement) -> tuple[npt.NDArray[np.float64], npt.NDArray[n
     x = np.concatenate([np.zeros((0, _word_count(state))), *(rows - rows.mean(0) for rows in design)])
     y = np.concatenate([np.zeros(0), *(judged.scores for judged in rounds)])
     covariance = np.linalg.inv(np.eye(x.shape[1]) / PRIOR**2 + x.T @ x / NOISE**2)
-    return covariance @ (x.T @ y) / NOISE**2, covariance
+    return covariance @ (x.T @ y) / NOISE**2, np.asarray(covariance, np.float64)
 
 
 def best_choice(state: Refinement) -> Choice:

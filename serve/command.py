@@ -77,6 +77,7 @@ def command(
     heartbeat = Heartbeat.from_environment(lambda: Pulse.STARTING)
     if heartbeat is not None:
         heartbeat.start()
+    logging.getLogger("oneword").addHandler(logging.NullHandler())  # until it serves, an error is its one line
     if new_key is not None:
         _print_key(new_key, as_json)
         return
@@ -102,13 +103,10 @@ def serve(settings: Settings, heartbeat: Heartbeat | None = None) -> None:
     from oneword.serve.server import Server, listening_socket
 
     sys.setswitchinterval(SWITCH_SECONDS)
-    log_to_standard_error()
     with listening_socket(settings) as listener:
         state = build_state(settings)
-        server = Server(create_app(state), state)
-        if heartbeat is not None:
-            heartbeat.pulse = server.pulse
-        server.run([listener])
+        log_to_standard_error()
+        Server(create_app(state), state, heartbeat).run([listener])
     if not state.worker.join(END_SECONDS):  # it opens a model, in native code that an orderly end would crash
         sys.stdout.flush()
         sys.stderr.flush()

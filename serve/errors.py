@@ -9,6 +9,7 @@ ApiError              any status
 ├── Forbidden         403   known, but not allowed
 ├── NotFound          404
 ├── Conflict          409
+├── Cancelled         409   somebody has cancelled the generation
 ├── TooLarge          413
 ├── Unprocessable     422   a file or picture is refused
 ├── Busy              429   try again after `retry_after` seconds
@@ -121,6 +122,15 @@ class Conflict(ApiError):
 
     def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
         super().__init__(409, message, code, param, {"x-should-retry": "false"})
+
+
+class Cancelled(ApiError):
+    """409: somebody has cancelled the generation, so this request has no pictures. Without the header, openai's client
+    would retry."""
+
+    def __init__(self) -> None:
+        message = "the generation was cancelled: send the request again if you want its pictures"
+        super().__init__(409, message, "cancelled", headers={"x-should-retry": "false"})
 
 
 class TooLarge(ApiError):
@@ -247,10 +257,6 @@ def log_failure(error: BaseException) -> None:
     _log.error("request failed: %s", ", caused by ".join(names))
 
 
-class ClientStalled(ConnectionError):
-    """The client has read nothing of its answer for too long; there is nobody left to be answered."""
-
-
 class CatchErrors:
     """ASGI middleware: any exception becomes an answer; once an answer has begun, the connection is cut off instead."""
 
@@ -270,7 +276,7 @@ class CatchErrors:
 
         try:
             await self.app(scope, receive, noted)
-        except (ClientDisconnect, ClientStalled):
+        except ClientDisconnect:
             return  # nobody is left to be answered
         except Exception as error:
             answer = as_api_error(error, scope["path"])

@@ -365,8 +365,8 @@ def unquoted(name: str) -> str | None:
         if name.startswith("~"):
             text = _unpacked(name[1:])
         else:
-            first, *others = name.split("=")
-            text = first + "".join(chr(int(part[:2], 16)) + part[2:] for part in others)
+            first, *codes = name.split("=")
+            text = first + "".join(chr(int(part[:2], 16)) + part[2:] for part in codes)
             text = text.encode("latin-1").decode()
     except (ValueError, OverflowError):
         return None

@@ -5,14 +5,16 @@ Both dialects and the page's routes stand on these two. Not covered: admission (
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import replace
 
 import starlette.requests
 
+from oneword.runtime.edit import edit_mask
 from oneword.runtime.events import PictureDone
-from oneword.runtime.request import Request
-from oneword.serve.errors import ApiError, Invalid, from_oneword
+from oneword.runtime.images import resized
+from oneword.runtime.request import Request, ResolvedSettings
+from oneword.serve.errors import ApiError, Cancelled, Invalid, from_oneword
 from oneword.serve.keys import Tenant
 from oneword.serve.pool import Dropped, Generation, PictureEvent
 from oneword.serve.state import State
@@ -43,12 +45,34 @@ async def start(
     return state.pool.submit(tenant, request, partials=partials, label=label)
 
 
-async def finish(http: starlette.requests.Request, *generations: Generation) -> list[PictureDone]:
+def check(state: State, tenant: Tenant, request: Request, partials: int = 0) -> ResolvedSettings:
+    """What a request means, if `start` would queue it now: before its picture is decoded. Raises ApiError."""
+    _check_size(state, request)
+    return state.pool.check(tenant, request, partials)
+
+
+def fitted(request: Request, settings: ResolvedSettings) -> Request:
+    """The request with its picture and mask no larger than they are used: they wait in memory."""
+    if request.image is None:
+        return request
+    mask = edit_mask(request, settings)
+    if mask is not None and not mask.any():  # all of it is thinner than a pixel
+        return request
+    size = settings.width, settings.height
+    return replace(request, image=resized(request.image, *size), mask=mask, size=size)
+
+
+async def finish(
+    http: starlette.requests.Request, *generations: Generation, incomplete: bool = False
+) -> list[PictureDone]:
     """The pictures of the generations, in order; all of them are cancelled if the client disconnects or one fails.
 
-    Raises ApiError: the first picture's that failed, or Disconnected.
+    Raises ApiError: the first picture's that failed, Disconnected, or Cancelled if somebody else cancels one of the
+    generations. With `incomplete`, the pictures that are ready by then are returned instead.
     """
-    done = asyncio.ensure_future(_pictures(generations))
+    for generation in generations:
+        generation.only_ends = True
+    done = asyncio.ensure_future(_pictures(generations, incomplete))
     gone = asyncio.ensure_future(disconnect(http))
     try:
         await asyncio.wait((done, gone), return_when=asyncio.FIRST_COMPLETED)
@@ -66,37 +90,47 @@ async def finish(http: starlette.requests.Request, *generations: Generation) -> 
 async def events(generations: Sequence[Generation]) -> AsyncGenerator[tuple[int, PictureEvent]]:
     """The events of several generations as they happen, with the index of their generation.
 
-    Cancels what is left when the iterator is closed. Raises ApiError for the first picture that fails.
+    Cancels what is left when the iterator is closed. Raises ApiError for the first picture that fails, Cancelled if a
+    generation is cancelled by somebody else. A consumer that falls behind gets only the newest Step of each picture.
     """
-    queue: asyncio.Queue[tuple[int, PictureEvent] | None] = asyncio.Queue()
-
-    async def forward(number: int, generation: Generation) -> None:
-        try:
-            async for event in generation:
-                queue.put_nowait((number, event))
-        finally:
-            queue.put_nowait(None)
-
-    tasks = [asyncio.ensure_future(forward(*pair)) for pair in enumerate(generations)]
-    left = len(tasks)
+    news = asyncio.Event()
+    for generation in generations:
+        generation.news = news
     try:
-        while left:
-            item = await queue.get()
-            if item is None:
-                left -= 1
-                continue
-            match item[1].event:
-                case Failed(error=error):
-                    raise from_oneword(error)
-                case Dropped(error=refusal):
-                    raise refusal
-                case _:
-                    yield item
+        while True:
+            news.clear()
+            quiet = True
+            for number, generation in enumerate(generations):
+                event = generation.read()
+                if event is None:
+                    if generation.cancelled:
+                        raise Cancelled
+                    continue
+                quiet = False
+                match event.event:
+                    case Failed(error=error):
+                        raise from_oneword(error)
+                    case Dropped(error=refusal):
+                        raise refusal
+                    case _:
+                        yield number, event
+            if quiet:
+                if all(generation.done for generation in generations):
+                    return
+                await news.wait()
     finally:
         cancel(generations)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@contextlib.contextmanager
+def all_or_none() -> Iterator[list[Generation]]:
+    """A list for generations that belong together: all of them are cancelled if the block raises."""
+    started: list[Generation] = []
+    try:
+        yield started
+    except BaseException:
+        cancel(started)
+        raise
 
 
 def cancel(generations: Sequence[Generation]) -> None:
@@ -111,11 +145,15 @@ async def disconnect(http: starlette.requests.Request) -> None:
         pass
 
 
-async def _pictures(generations: Sequence[Generation]) -> list[PictureDone]:
-    """All pictures; of a generation that was cancelled by somebody else, those that were ready."""
-    async with contextlib.aclosing(events(generations)) as stream:
-        async for _ in stream:
-            pass
+async def _pictures(generations: Sequence[Generation], incomplete: bool) -> list[PictureDone]:
+    """All pictures; with `incomplete`, those that are ready when somebody else cancels a generation."""
+    try:
+        async with contextlib.aclosing(events(generations)) as stream:
+            async for _ in stream:
+                pass
+    except Cancelled:
+        if not incomplete:
+            raise
     return [picture for generation in generations for picture in generation.pictures if picture is not None]
 
 

@@ -805,7 +805,7 @@ def _check_words(token: str, init: str) -> None:
     try:
         check_token(token)
     except ConceptError as error:
-        raise Unprocessable(one_line(error), "name", "invalid_name") from error
+        raise Unprocessable(f"name: {one_line(error)}", "name", "invalid_name") from error
     if len(init) > 100 or not _INIT.fullmatch(init):
         raise Invalid(f"init is {init[:80]!r}: give one word that roughly describes the pictures, such as toy", "init")
 

@@ -6,6 +6,7 @@ with this server's own engine. These pictures are made when they are first asked
 
 import asyncio
 import contextlib
+import re
 from collections.abc import AsyncGenerator
 from typing import Annotated, Final, Literal
 
@@ -40,6 +41,8 @@ PREVIEW_STEPS: Final = 20  # denoising steps
 PREVIEW_SEED: Final = 0
 _IMAGES: Final = ("image[]", "image", "images[]", "images")
 _BUSY_SECONDS: Final = 30.0  # the longest wait for an engine that is busy
+_LAST_SECONDS: Final = 5.0  # that the end of a job waits for its previews
+_PREVIEW: Final = re.compile(r"preview-([0-9]{1,6})-([0-9])\.jpg")
 _TRIES: Final = 30  # to draw a preview for somebody who watches, a second apart
 
 
@@ -234,7 +237,7 @@ async def _events(state: State, tenant: Tenant, job: Job, after: int) -> AsyncGe
             last = sse("error", openai_body(error))
         finally:
             steps.put_nowait(None)
-            await drawing
+            await asyncio.wait((drawing,), timeout=_LAST_SECONDS)  # the last previews, if they can be drawn now
             if last is not None:
                 queue.put_nowait(last)
             queue.put_nowait(None)
@@ -248,8 +251,6 @@ async def _events(state: State, tenant: Tenant, job: Job, after: int) -> AsyncGe
                     prompt = PROMPTS[index].format(job.token)
                     body = {"step": step, "index": index, "prompt": prompt, "output_format": "jpeg"}
                     queue.put_nowait(sse("preview", {**body, "b64_json": as_base64(data)}))
-                elif not isinstance(data, ApiError):
-                    raise data
 
     async def stop() -> None:
         await state.stopping.wait()
@@ -311,7 +312,10 @@ async def _drawn(state: State, tenant: Tenant, concept: Concept, index: int) -> 
         steps=min(PREVIEW_STEPS, defaults.steps),
         words={concept.token: concept},
     )
-    (picture,) = await state.pool.submit(tenant, request, deadline=_BUSY_SECONDS).wait()
+    pictures = await state.pool.submit(tenant, request, deadline=_BUSY_SECONDS).wait()
+    if not pictures:
+        raise Unavailable("the preview was cancelled: ask for it again")
+    picture = pictures[0]
     return await state.in_thread(encode, picture.image, "jpeg", 90, "")
 
 
@@ -320,12 +324,11 @@ def _preview_name(step: int, index: int) -> str:
 
 
 def _preview_of(name: str) -> tuple[int, int]:
-    """Step and index of a preview's name. Raises NotFound."""
-    match name.removesuffix(".jpg").split("-"):
-        case ["preview", step, index] if name.endswith(".jpg") and step.isdecimal() and index.isdecimal():
-            if len(step) <= 6 and int(index) < len(PROMPTS):
-                return int(step), int(index)
-    raise NotFound("the job has no such picture")
+    """Step and index of a preview's name. Raises NotFound, also for another spelling of a name."""
+    match = _PREVIEW.fullmatch(name)
+    if match is None or int(match[2]) >= len(PROMPTS) or name != _preview_name(int(match[1]), int(match[2])):
+        raise NotFound("the job has no such picture")
+    return int(match[1]), int(match[2])
 
 
 def _jobs(state: State) -> Jobs:

@@ -1,8 +1,8 @@
 """What every request passes before a route sees it: ASGI middleware that acts before the body is read.
 
-From the outside in: `AccessLog`, `SecurityHeaders`, `WriteTimeout`, `errors.CatchErrors`, `TrustedProxy`,
-`CheckOrigin`, `Authenticate`, `LimitBody`. They raise `ApiError`, and `CatchErrors` answers. Not covered: limits of a
-connection itself, such as how long its headers may take (`serve.connection`), and quotas (`serve.pool`, `serve.words`).
+From the outside in: `AccessLog`, `SecurityHeaders`, `errors.CatchErrors`, `TrustedProxy`, `CheckOrigin`,
+`Authenticate`, `LimitBody`. They raise `ApiError`, and `CatchErrors` answers. Not covered: limits of a connection
+itself, such as clients that do not read their answer (`serve.connection`), and quotas (`serve.pool`, `serve.words`).
 """
 
 import asyncio
@@ -15,12 +15,13 @@ import re
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from oneword.serve.errors import ApiError, CatchErrors, ClientStalled, Forbidden, TooLarge, Unauthorized
+from oneword.serve.errors import ApiError, CatchErrors, Forbidden, TooLarge, Unauthorized, Unavailable
 from oneword.serve.keys import LOCAL, Keys, Tenant
 from oneword.serve.settings import Settings
 
@@ -30,10 +31,15 @@ BODY_LIMITS = (
     ("/v1/words", 16 * MIB),
     ("/v1/images/generations", MIB),
     ("/v1/images/", 64 * MIB),
-    ("/sdapi/v1/", 64 * MIB),  # a picture and a mask in base64
+    ("/sdapi/v1/img2img", 64 * MIB),  # a picture and a mask in base64
+    ("/sdapi/v1/png-info", 32 * MIB),
     ("", MIB),
 )
 """The largest body by the beginning of the path; the first that matches counts."""
+BODIES_LIMIT = 512 * MIB
+"""Bytes of all bodies at a time: a body is in memory until its request is answered."""
+MAX_PARTS = 200_000
+"""Items of a large JSON body. Pictures in base64 have none, and each other one costs time to parse."""
 
 SECURITY_HEADERS = {
     "Content-Security-Policy": (
@@ -65,7 +71,6 @@ def install(
     app.add_middleware(CheckOrigin, hosts=allowed_hosts(settings), public_url=settings.public_url)
     app.add_middleware(TrustedProxy, proxies=settings.trusted_proxies)
     app.add_middleware(CatchErrors)
-    app.add_middleware(WriteTimeout, seconds=settings.write_seconds)
     app.add_middleware(SecurityHeaders)
     app.add_middleware(AccessLog, observer=observer)
 
@@ -145,27 +150,6 @@ class SecurityHeaders:
             await send(message)
 
         await self.app(scope, receive, with_headers if scope["type"] == "http" else send)
-
-
-class WriteTimeout:
-    """Ends a request whose client does not read its answer: `send` raises ClientStalled, a ConnectionError.
-
-    The connection itself is cut off by `serve.connection`, as uvicorn would wait for the client.
-    """
-
-    def __init__(self, app: ASGIApp, seconds: float) -> None:
-        self.app = app
-        self.seconds = seconds
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def timed(message: Message) -> None:
-            try:
-                async with asyncio.timeout(self.seconds):
-                    await send(message)
-            except TimeoutError:
-                raise ClientStalled("the client does not read") from None
-
-        await self.app(scope, receive, timed if scope["type"] == "http" else send)
 
 
 class TrustedProxy:
@@ -300,13 +284,21 @@ class Authenticate:
 class LimitBody:
     """Limits a body's size, by Content-Length before a byte is read and while it comes in, and the time it takes.
 
-    Whatever the app makes of a body that was cut off, the answer is 413 or 408, if none has begun.
+    Limits the bodies of all requests together as well; small ones always fit. Whatever the app makes of a body that
+    was cut off, the answer is 413, 408 or 503, if none has begun.
     """
 
-    def __init__(self, app: ASGIApp, limits: Sequence[tuple[str, int]] = BODY_LIMITS, seconds: float = 60.0) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        limits: Sequence[tuple[str, int]] = BODY_LIMITS,
+        seconds: float = 60.0,
+        total: int = BODIES_LIMIT,
+    ) -> None:
         self.app = app
         self._limits = limits
         self._seconds = seconds
+        self._room = _Room(total)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -317,25 +309,46 @@ class LimitBody:
         length = _content_length(scope)
         if length is not None and length > limit:
             raise _too_large(limit)
-        body = _Body(receive, send, limit, self._seconds, small=length is not None and length <= _SMALL)
+        small = length is not None and length <= _SMALL
+        max_parts = MAX_PARTS if path.startswith("/sdapi/") else None
+        body = _Body(receive, send, limit, self._seconds, small, self._room, max_parts)
         try:
             await self.app(scope, body.receive, body.send)
         except Exception:
             if body.failure is None or body.started:
                 raise
+        finally:
+            body.release()
         if body.failure is not None and not body.started:
             raise body.failure
+
+
+@dataclass
+class _Room:
+    """Bytes that bodies may still take, of all requests together."""
+
+    left: int
 
 
 class _Body:
     """The body of one request as it comes in, and the answer to it."""
 
-    def __init__(self, receive: Receive, send: Send, limit: int, seconds: float, small: bool) -> None:
+    def __init__(
+        self,
+        receive: Receive,
+        send: Send,
+        limit: int,
+        seconds: float,
+        small: bool,
+        room: _Room,
+        max_parts: int | None,
+    ) -> None:
         self.failure: ApiError | None = None
         self.started = False
         self._receive, self._send = receive, send
         self._limit, self._seconds, self._small = limit, seconds, small
-        self._size = 0
+        self._room, self._max_parts = room, max_parts
+        self._size = self._taken = self._parts = 0
         self._deadline: float | None = None
         self._complete = False
 
@@ -353,12 +366,30 @@ class _Body:
             self.failure = _too_slow(self._seconds)
             raise self.failure from None
         if message["type"] == "http.request":
-            self._size += len(message.get("body", b""))
-            if self._size > self._limit:
-                self.failure = _too_large(self._limit)
+            self._count(message.get("body", b""))
+            if self.failure is not None:
                 raise self.failure
             self._complete = not message.get("more_body", False)
         return message
+
+    def _count(self, piece: bytes) -> None:
+        self._size += len(piece)
+        if self._size > self._limit:
+            self.failure = _too_large(self._limit)
+        if not self._small:
+            self._room.left -= len(piece)
+            self._taken += len(piece)
+            if self._room.left < 0:
+                self.failure = Unavailable("the server reads too many large requests: send it again later", 5)
+        if self._max_parts is not None:
+            self._parts += sum(piece.count(mark) for mark in (b",", b"[", b"{"))
+            if self._parts > self._max_parts:
+                self.failure = TooLarge(f"the body has too many parts, allowed are {self._max_parts}: send less")
+
+    def release(self) -> None:
+        """Gives the room of the body back."""
+        self._room.left += self._taken
+        self._taken = 0
 
     async def send(self, message: Message) -> None:
         if self.failure is not None and not self.started:

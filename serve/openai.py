@@ -7,7 +7,7 @@ Not covered: transparent backgrounds, and pictures as references for a new one: 
 import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Final, Literal
 
 from fastapi import APIRouter
@@ -17,15 +17,15 @@ from starlette.responses import Response
 
 from oneword.engines.errors import OnewordError
 from oneword.runtime.events import PictureDone
-from oneword.runtime.request import MAX_STEPS, Request
+from oneword.runtime.request import MAX_STEPS, Request, ResolvedSettings
 from oneword.runtime.samplers import Sampler
 from oneword.serve.errors import ApiError, Invalid, NotFound, from_oneword, openai_body
 from oneword.serve.fields import Fields, validated
 from oneword.serve.forms import read_form
-from oneword.serve.generate import cancel, events, finish, start
+from oneword.serve.generate import all_or_none, cancel, check, events, finish, fitted, start
 from oneword.serve.keys import Tenant
 from oneword.serve.openapi import Responses, file_field, stream_response, upload
-from oneword.serve.pictures import Format, as_base64, decode, decode_mask, encode
+from oneword.serve.pictures import Format, as_base64, blank, decode, decode_mask, encode
 from oneword.serve.pool import Generation
 from oneword.serve.results import address
 from oneword.serve.state import State, caller
@@ -296,16 +296,8 @@ async def edits(http: HTTPRequest) -> Response:
     body = validated(EditFields, text)
     if not pictures:
         raise Invalid("image is missing: upload a PNG, JPEG or WebP as `image`, or several as `image[]`", param="image")
-    state = State.of(http)
-    requests = []
-    for number, picture in enumerate(pictures):
-        image = await state.in_thread(decode, picture, "image")
-        area = None
-        if masks and number == 0:
-            area = await state.in_thread(decode_mask, masks[0], True)
-        strength = body.strength or (1.0 if area is not None else 0.8)
-        requests.append(_request(body, body.prompt, image=image, mask=area, strength=strength))
-    return await _answer(http, body, requests, "image_edit")
+    files = [_Edit(picture, masks[0] if masks and number == 0 else None) for number, picture in enumerate(pictures)]
+    return await _edited(http, body, files, "image_edit")
 
 
 @router.post("/v1/images/variations", response_model=PicturesAnswer, responses=_STREAM, openapi_extra=_VARIATION)
@@ -315,9 +307,41 @@ async def variations(http: HTTPRequest) -> Response:
     body = validated(VariationFields, text)
     if len(pictures) != 1:
         raise Invalid(f"{len(pictures)} pictures were uploaded, allowed is one, as `image`", param="image")
-    image = await State.of(http).in_thread(decode, pictures[0], "image")
-    request = _request(body, body.prompt, image=image, strength=body.strength or 0.8)
-    return await _answer(http, body, [request], "image_generation")
+    return await _edited(http, body, [_Edit(pictures[0])], "image_generation")
+
+
+@dataclass(frozen=True)
+class _Edit:
+    """The files of one edit."""
+
+    picture: bytes
+    mask: bytes | None = None
+
+
+async def _edited(
+    http: HTTPRequest, body: EditFields | VariationFields, edits: Sequence[_Edit], prefix: str
+) -> Response:
+    """Answers with the edited pictures. They are decoded once there is room for all of them, by their files' heads."""
+    state, tenant = caller(http)
+    _check(state, body, len(edits))
+    requests: list[Request] = []
+    for edit in edits:
+        strength = body.strength or (0.8 if edit.mask is None else 1.0)
+        image = await state.in_thread(blank, edit.picture, "image")
+        requests.append(_request(body, body.prompt, image=image, strength=strength))
+    settings = [check(state, tenant, request, body.partial_images or 0) for request in requests]
+    decoded = [await state.in_thread(_decoded, *parts) for parts in zip(edits, requests, settings, strict=True)]
+    return await _answer(http, body, decoded, prefix)
+
+
+def _decoded(edit: _Edit, request: Request, settings: ResolvedSettings) -> Request:
+    """The request with its picture and mask. Raises ApiError."""
+    image = decode(edit.picture, "image")
+    mask = None if edit.mask is None else decode_mask(edit.mask, transparent=True)
+    try:
+        return fitted(replace(request, image=image, mask=mask), settings)
+    except OnewordError as error:
+        raise from_oneword(error) from None
 
 
 def _model(state: State) -> ListedModel:
@@ -358,26 +382,27 @@ def _request(body: Settings, prompt: str, **edit: Any) -> Request:
         raise from_oneword(error) from None
 
 
-async def _answer(http: HTTPRequest, body: Settings, requests: Sequence[Request], prefix: str) -> Response:
-    """Queues the requests, all or none, and answers with their pictures."""
-    state, tenant = caller(http)
+def _check(state: State, body: Settings, count: int) -> None:
+    """Raises ApiError for fields that do not go together, with so many pictures to edit or prompts."""
     if body.model is not None:
         _check_model(state, body.model)
-    if len(requests) * (body.n or 1) > MAX_IMAGES:
-        raise Invalid(f"{len(requests)} pictures with n={body.n}, allowed are {MAX_IMAGES} results", param="n")
+    if count * (body.n or 1) > MAX_IMAGES:
+        raise Invalid(f"{count} pictures with n={body.n or 1}, allowed are {MAX_IMAGES} results", param="n")
     if body.stream and body.response_format == "url":
         raise Invalid("response_format is 'url' with stream, allowed is b64_json", param="response_format")
     if body.partial_images and not body.stream:
         raise Invalid(f"partial_images is {body.partial_images} without stream: set stream to true", "partial_images")
+
+
+async def _answer(http: HTTPRequest, body: Settings, requests: Sequence[Request], prefix: str) -> Response:
+    """Queues the requests, all or none, and answers with their pictures."""
+    state, tenant = caller(http)
+    _check(state, body, len(requests))
     partials = body.partial_images or 0
-    started: list[Generation] = []
-    try:
+    with all_or_none() as started:
         for request in requests:
             generation = await start(state, tenant, request, partials=partials)
             started.append(generation)
-    except BaseException:
-        cancel(started)
-        raise
     factor = state.manifest.vae.factor
     sources = [request.image.shape for request in requests if request.image is not None]
     answer = Answer(

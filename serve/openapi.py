@@ -18,6 +18,7 @@ TAGS: Final = [
     {"name": "OpenAI images", "description": "OpenAI's images API, for its own clients. Extensions are marked."},
     {"name": "words", "description": "The caller's learned words: `<toy>` in a prompt means the word of that name."},
     {"name": "learning", "description": "Learning a word from three to five pictures, as a job."},
+    {"name": "refining", "description": "Making a word better by liking and disliking pictures of it."},
     {"name": "pictures", "description": "Pictures that were asked for by address."},
     {"name": "server", "description": "The model, its limits, and the caller's place in the queue."},
     {"name": "health", "description": "For probes and Prometheus."},
@@ -101,7 +102,7 @@ def file_field(description: str, most: int = 1, least: int = 0) -> dict[str, Any
 
 
 def upload(
-    fields: type[Fields] | None,
+    fields: type[Fields],
     files: Mapping[str, dict[str, Any]],
     required: tuple[str, ...] = (),
     *,
@@ -112,8 +113,7 @@ def upload(
 
     `text` replaces the schemas of fields that are not sent as JSON has them. Nothing of a form is null.
     """
-    empty: dict[str, Any] = {"type": "object", "properties": {}}
-    schema = empty if fields is None else fields.model_json_schema()
+    schema = fields.model_json_schema()
     definitions = schema.pop("$defs", {})
     properties = {name: _in_form(field, definitions) for name, field in schema["properties"].items()}
     schema["properties"] = {**files, **properties, **(text or {})}
@@ -158,21 +158,21 @@ class DocumentedApp(FastAPI):
 
 def _summarise(operation: dict[str, Any]) -> None:
     """Splits the description after its first sentence."""
-    summary, _, rest = " ".join(operation.get("description", "").split()).partition(". ")
+    summary, _, description = " ".join(operation.get("description", "").split()).partition(". ")
     operation["summary"] = summary.rstrip(".")
-    if rest:
-        operation["description"] = rest
+    if description:
+        operation["description"] = description
     else:
         operation.pop("description", None)
 
 
 def _in_form(field: dict[str, Any], definitions: Mapping[str, Any]) -> dict[str, Any]:
     """A field's schema in a form: with its definition in place, and without null."""
-    rest = {name: value for name, value in field.items() if name not in ("$ref", "anyOf", "default", "title")}
+    description = {name: value for name, value in field.items() if name not in ("$ref", "anyOf", "default", "title")}
     if "default" in field and field["default"] is not None:
-        rest["default"] = field["default"]
+        description["default"] = field["default"]
     if "$ref" in field:
         definition: dict[str, Any] = definitions[field["$ref"].rpartition("/")[2]]
-        return definition | rest
+        return definition | description
     choices = [choice for choice in field.get("anyOf", []) if choice.get("type") != "null"]
-    return _in_form(choices[0], definitions) | rest if len(choices) == 1 else rest
+    return _in_form(choices[0], definitions) | description if len(choices) == 1 else description

@@ -55,6 +55,13 @@ def decode(data: bytes, name: str) -> Image:
     return np.asarray(on_white(_decoded(data, name)))
 
 
+def blank(data: bytes, name: str) -> Image:
+    """A black picture of the size that `decode` gives, in no memory: no pixel is decoded. Raises as `decode`."""
+    container = _checked(data, name)
+    size = container.height, container.width
+    return np.broadcast_to(np.uint8(0), (*(size[::-1] if container.orientation >= 5 else size), 3))
+
+
 def decode_mask(data: bytes, transparent: bool, name: str = "mask") -> npt.NDArray[np.bool_]:
     """An untrusted mask as bool [H, W], True where the picture is regenerated.
 

@@ -7,8 +7,9 @@
 
 A request enters picture by picture: picture i is a request of its own with the seed `seed + i`. Tenants take turns,
 picture by picture; within a tenant it is first come, first served. Only as many pictures as the engine has slots, and a
-few more, are handed to it, so that fairness and cancelling act early. Work is measured in seconds of the engine,
-estimated from its own recent speed.
+few more, are handed to it, so that fairness and cancelling act early. One tenant never has all slots of a server with
+keys, so that another's picture starts at once. Work is measured in seconds of the engine, estimated from its own recent
+speed.
 
 Everything here runs on the event loop; each event costs constant time, whatever waits. Not covered: words, which the
 request brings along, and pictures as files.
@@ -16,6 +17,7 @@ request brings along, and pictures as files.
 
 import asyncio
 import contextlib
+import itertools
 import time
 import uuid
 from collections import OrderedDict, deque
@@ -32,8 +34,8 @@ from oneword.engines.errors import OnewordError
 from oneword.runtime.bundle import Manifest
 from oneword.runtime.events import Latents, PictureDone
 from oneword.runtime.request import Request, ResolvedSettings, resolve
-from oneword.serve.errors import ApiError, Busy, Invalid, Unavailable, from_oneword
-from oneword.serve.keys import Tenant
+from oneword.serve.errors import ApiError, Busy, Forbidden, Invalid, Unavailable, from_oneword
+from oneword.serve.keys import LOCAL, Tenant
 from oneword.serve.worker import (
     Done,
     Failed,
@@ -50,6 +52,8 @@ from oneword.serve.worker import (
 
 MAX_PARTIALS: Final = 3
 _AHEAD: Final = 4  # pictures that the engine has beside those in slots: they are prepared while others run
+_MAX_RESERVE: Final = 2  # slots that one tenant leaves to the others, at most a quarter of all
+_MAX_WAITS: Final = 10  # times `max_wait` that one request may take, even on an idle server
 _MAX_SEED: Final = 2**63 - 1
 
 
@@ -152,11 +156,6 @@ class _Picture:
             return Phase.ENCODING
         return Phase.DENOISING if self.step < self.steps else Phase.DECODING
 
-    @property
-    def needs_slot(self) -> bool:
-        """Whether it has a slot or waits for one."""
-        return self.phase is not Phase.DECODING
-
 
 class Generation:
     """One request in the pool: an asynchronous iterator over the events of its pictures.
@@ -186,6 +185,8 @@ class Generation:
         self.pictures: list[PictureDone | None] = [None] * request.num_images
         """The pictures that are ready, by index."""
         self.cancelled = False
+        self.only_ends = False
+        """Whether its consumer wants the last event of each picture only: others are then neither kept nor reported."""
         self.partial_steps = spread(partials, len(settings.schedule))
         self._pool = pool
         # By picture: branch pixels that are done after step i, all of them, and pixels to decode and encode.
@@ -197,17 +198,18 @@ class Generation:
         self._left = request.num_images
         self._work_done = 0
         self._unread: OrderedDict[tuple[int, str], PictureEvent] = OrderedDict()
-        self._news = asyncio.Event()
+        self.news = asyncio.Event()
+        """Set when there is something to read or nothing more will come; several generations may share one."""
         self._timer: asyncio.TimerHandle | None = None
 
     async def __aiter__(self) -> AsyncIterator[PictureEvent]:
         while True:
-            while self._unread:
-                yield self._unread.popitem(last=False)[1]
+            while (event := self.read()) is not None:
+                yield event
             if self.done:
                 return
-            self._news.clear()
-            await self._news.wait()
+            self.news.clear()
+            await self.news.wait()
 
     def __enter__(self) -> Self:
         return self
@@ -252,8 +254,13 @@ class Generation:
         """Estimated seconds until its last picture is ready."""
         return self._pool.seconds_left(self)
 
+    def read(self) -> PictureEvent | None:
+        """Takes the oldest event that was not read, None if there is none."""
+        return self._unread.popitem(last=False)[1] if self._unread else None
+
     async def wait(self) -> list[PictureDone]:
         """All pictures, by index. Raises the ApiError of the first one that fails, and cancels the others."""
+        self.only_ends = True
         with self:
             async for picture_event in self:
                 match picture_event.event:
@@ -267,6 +274,10 @@ class Generation:
         """Drops what waits, and frees the engine of what runs at the end of its running call. Idempotent."""
         self._pool.cancel(self)
 
+    def _branch_pixels_left(self, step: int) -> int:
+        """Of one picture after so many steps."""
+        return self._branch_pixels - int(self._done_work[step])
+
     def _push(self, index: int, event: GenerationEvent) -> None:
         kind = type(event).__name__
         if isinstance(event, Step):
@@ -274,9 +285,11 @@ class Generation:
             self.denoised = self.denoised if event.denoised is None else event.denoised
         elif isinstance(event, Partial):
             kind = f"partial {event.step}"
+        if self.only_ends and isinstance(event, Started | Step | Partial):
+            return  # waking the consumer for each step costs more than the request itself
         self._unread.pop((index, kind), None)
         self._unread[index, kind] = PictureEvent(index, event)
-        self._news.set()
+        self.news.set()
 
 
 @dataclass(eq=False)
@@ -288,6 +301,7 @@ class _Account:
     waiting: OrderedDict[str, Generation] = field(default_factory=OrderedDict)
     """Those with pictures that the engine does not have yet."""
     work: _Work = field(default_factory=_Work)
+    needing_slots: int = 0
 
 
 class Pool:
@@ -311,7 +325,8 @@ class Pool:
         self._turns: OrderedDict[str, None] = OrderedDict()
         """Tenants with waiting pictures, the next one first."""
         self._handed = 0  # pictures that the engine has
-        self._needing_slots = 0  # those of them that are not fully denoised
+        self._needing_slots: dict[_Picture, None] = {}
+        """Those of them that are not fully denoised, the oldest first."""
         self._budgets: dict[str, _Budget] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._inbox: deque[tuple[_Picture, WorkerEvent]] = deque()
@@ -333,10 +348,11 @@ class Pool:
 
         Raises Unavailable if the server starts or stops, Invalid for a request that this model cannot fulfil, Busy if
         the tenant has used up its quota, or if the work would take more than `max_wait` seconds, in its turn. A server
-        without work takes any request.
+        without work takes requests of up to ten times as many seconds; Invalid for a larger one.
         """
         try:
-            generation = self._accepted(tenant, request, partials, label)
+            generation = self._checked(tenant, request, partials, label)
+            self._spend(generation)
         except ApiError as error:
             self.observer.refused(error.code)
             raise
@@ -344,8 +360,16 @@ class Pool:
         self._hand_over()
         return generation
 
-    def _accepted(self, tenant: Tenant, request: Request, partials: int, label: object) -> Generation:
-        """The generation of a request, if it is accepted. Raises ApiError."""
+    def check(self, tenant: Tenant, request: Request, partials: int = 0) -> ResolvedSettings:
+        """What a request means, if there is room for it now; nothing is queued. Raises as `submit`, but for quotas."""
+        try:
+            return self._checked(tenant, request, partials, None).settings
+        except ApiError as error:
+            self.observer.refused(error.code)
+            raise
+
+    def _checked(self, tenant: Tenant, request: Request, partials: int, label: object) -> Generation:
+        """The generation of a request, if there is room for it. Raises ApiError."""
         self._check_ready()
         if not 0 <= partials <= MAX_PARTIALS:
             raise Invalid(f"partials is {partials}, allowed is 0 to {MAX_PARTIALS}")
@@ -357,7 +381,6 @@ class Pool:
             raise from_oneword(error) from None
         generation = Generation(self, tenant, request, settings, partials, label)
         self._check_room(generation)
-        self._spend(generation)
         return generation
 
     @property
@@ -404,7 +427,7 @@ class Pool:
                 self.worker.cancel(picture.ticket)
             self._finish(picture, Outcome.CANCELLED)
         generation._unread.clear()
-        generation._news.set()
+        generation.news.set()
         self._hand_over()
 
     def position(self, generation: Generation) -> int:
@@ -439,7 +462,8 @@ class Pool:
             )
             if earlier is generation:
                 break
-        return min(self.queued_seconds, self._seconds(work) * len(self._accounts))
+        before = 0.0 if generation._work_done else self._seconds_to_slot
+        return min(self.queued_seconds, before + self._seconds(work) * len(self._accounts))
 
     def _seconds(self, work: _Work) -> float:
         return self.worker.figures.seconds_for(work.branch_pixels, work.pixels)
@@ -454,25 +478,45 @@ class Pool:
 
     def _check_room(self, generation: Generation) -> None:
         """Raises Busy if the request, in its turn among the tenants, would be done later than allowed."""
-        if not self._accounts:
-            return
         count = generation.request.num_images
         seconds = self._seconds(_Work(generation._branch_pixels * count, generation._pixels * count))
+        if seconds > _MAX_WAITS * self.max_wait:
+            raise Invalid(
+                f"this request would take {seconds:.0f} seconds, allowed are {_MAX_WAITS * self.max_wait:g}: "
+                "ask for fewer steps, pixels or pictures",
+                code="too_much_work",
+            )
+        if not self._accounts:
+            return
         account = self._accounts.get(generation.tenant.name)
         before = 0.0 if account is None else self._seconds(account.work)
         tenants = len(self._accounts) + (account is None)
-        wait = min(self.queued_seconds + seconds, (before + seconds) * tenants)
+        wait = min(self.queued_seconds + seconds, self._seconds_to_slot + (before + seconds) * tenants)
         if wait > self.max_wait:
             raise Busy(
                 f"this request would be ready in {wait:.0f} seconds, allowed are {self.max_wait:g}: try again later",
                 min(wait - self.max_wait, self.queued_seconds),
             )
 
+    @property
+    def _seconds_to_slot(self) -> float:
+        """Estimated seconds until a picture that the engine gets now has a slot; rows share the engine evenly."""
+        ahead = len(self._needing_slots) - self.worker.slots
+        if ahead < 0:
+            return 0.0
+        running = itertools.islice(self._needing_slots, self.worker.slots)
+        left = sorted(picture.generation._branch_pixels_left(picture.step) for picture in running)
+        longest = left[min(ahead, len(left) - 1)]
+        return self._seconds(_Work(sum(min(tenant, longest) for tenant in left)))
+
     def _spend(self, generation: Generation) -> None:
-        """Takes the request's pixel-steps from its tenant's budget. Raises Busy if there are not enough."""
+        """Takes the request's pixel-steps from its tenant's budget. Raises Busy if there are not enough, Forbidden if
+        there are never any."""
         limit = generation.tenant.pixel_steps_per_minute
         if limit is None:
             return
+        if limit == 0:
+            raise Forbidden("this key may not generate pictures: ask this server's operator", code="quota_exceeded")
         budget = self._budgets.setdefault(generation.tenant.name, _Budget(limit, self.clock()))
         budget.refill(limit, self.clock())
         cost = generation._pixel_steps * generation.request.num_images
@@ -500,8 +544,12 @@ class Pool:
     def _hand_over(self) -> None:
         """Hands pictures to the engine, the tenants in turn, while it has room."""
         limit = self.worker.slots + _AHEAD
-        while self._turns and self._needing_slots < limit and self._handed < 2 * limit:
-            name, _ = self._turns.popitem(last=False)
+        while len(self._needing_slots) < limit and self._handed < 2 * limit:
+            # At most a few tenants can have all that one may have, so this looks at a few.
+            name = next((name for name in self._turns if self._has_room(name)), None)
+            if name is None:
+                return
+            del self._turns[name]
             account = self._accounts[name]
             generation = next(iter(account.waiting.values()))
             index = generation._next_index
@@ -513,13 +561,27 @@ class Pool:
                 self._turns[name] = None
             picture = _Picture(generation, index, steps=len(generation.settings.schedule))
             generation._running[index] = picture
-            self._handed, self._needing_slots = self._handed + 1, self._needing_slots + 1
+            self._handed += 1
+            self._needing_slots[picture] = None
+            account.needing_slots += 1
             picture.ticket = self.worker.submit(
                 _single(generation.request, index),
                 generation.partial_steps,
                 partial(self._hear, picture),
                 generation.settings,
             )
+
+    def _has_room(self, name: str) -> bool:
+        """Whether a tenant may have one more of the slots."""
+        account, slots = self._accounts[name], self.worker.slots
+        reserve = min(_MAX_RESERVE, slots // 4)
+        shared = next(iter(account.waiting.values())).tenant is not LOCAL  # who is the only tenant
+        return not (shared and reserve) or account.needing_slots < slots - reserve
+
+    def _free_slot(self, picture: _Picture) -> None:
+        if picture in self._needing_slots:
+            del self._needing_slots[picture]
+            self._accounts[picture.generation.tenant.name].needing_slots -= 1
 
     def _hear(self, picture: _Picture, event: WorkerEvent) -> None:
         """On the engine thread: puts an event into the inbox, and wakes the loop up if it is not awake."""
@@ -564,10 +626,11 @@ class Pool:
 
     def _advance(self, picture: _Picture, step: int) -> None:
         """Counts the steps of a picture up to `step` as done."""
-        generation, needed_slot = picture.generation, picture.needs_slot
+        generation = picture.generation
         done = int(generation._done_work[step] - generation._done_work[picture.step])
         picture.step = step
-        self._needing_slots -= needed_slot and not picture.needs_slot
+        if picture.phase is Phase.DECODING:
+            self._free_slot(picture)
         generation._work_done += done
         self._count(generation, -done, 0)
 
@@ -577,10 +640,9 @@ class Pool:
         generation = picture.generation
         del generation._running[picture.index]
         self._handed -= 1
-        self._needing_slots -= picture.needs_slot
+        self._free_slot(picture)
         picture.ticket = None  # which refers to the picture
-        left = generation._branch_pixels - int(generation._done_work[picture.step])
-        self._count(generation, -left, -generation._pixels)
+        self._count(generation, -generation._branch_pixels_left(picture.step), -generation._pixels)
         self._leave(generation, 1)
 
     def _drop_waiting(self, generation: Generation, outcome: Outcome, error: ApiError | None = None) -> None:

@@ -101,7 +101,7 @@ def app(arguments: Mapping[str, Any]) -> serve.Application:
     if unknown := arguments.keys() - _names(Settings) - _names(Scaling):
         allowed = ", ".join(sorted(_names(Settings) | _names(Scaling)))
         raise UsageError(f"there is no argument {min(unknown)!r}, allowed are {allowed}")
-    deployment = serve.deployment(
+    deployment: Any = serve.deployment(
         serve.ingress()(Replica),
         name="oneword",
         max_ongoing_requests=ONGOING,
@@ -122,7 +122,8 @@ def app(arguments: Mapping[str, Any]) -> serve.Application:
             ),
         ),
     )
-    return deployment.bind(settings)
+    application: serve.Application = deployment.bind(settings)  # pyright: ignore[reportFunctionMemberAccess]
+    return application
 
 
 def _names(settings: type) -> set[str]:

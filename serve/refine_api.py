@@ -10,11 +10,11 @@ from fastapi import APIRouter
 from pydantic import BaseModel, Field
 from starlette.requests import Request as HTTPRequest
 
-from oneword.engines.errors import UsageError
 from oneword.runtime.refine import Refinement, finish, judge, propose, undo
 from oneword.runtime.request import Request
 from oneword.serve.errors import Conflict, Invalid
 from oneword.serve.fields import Fields
+from oneword.serve.generate import all_or_none
 from oneword.serve.generate import finish as finished
 from oneword.serve.keys import Tenant
 from oneword.serve.pictures import as_base64, encode
@@ -33,6 +33,8 @@ class RefineBody(Fields):
     action: Literal["start", "judge", "undo", "finish"]
     likes: tuple[Annotated[int, Field(ge=0, le=_MAX_INDEX)], ...] = ()
     dislikes: tuple[Annotated[int, Field(ge=0, le=_MAX_INDEX)], ...] = ()
+    round: Annotated[int, Field(ge=1)] | None = None
+    """The round that is judged; needed with `judge`."""
     prompt: str = PROMPT
     """What the candidates draw; {} is the word."""
 
@@ -52,7 +54,7 @@ class RefinementRound(BaseModel):
     object: Literal["refinement"] = "refinement"
     round: int = Field(description="from 1")
     aspects: dict[str, str] = Field(description="the best word so far of each aspect")
-    candidates: list[Candidate]
+    candidates: list[Candidate] = Field(description="empty if no more rounds are possible")
 
 
 router = APIRouter(tags=["refining"])
@@ -66,34 +68,48 @@ async def refine(http: HTTPRequest, name: str, body: RefineBody) -> RefinementRo
         raise Invalid(f"likes and dislikes were sent with {body.action!r}, allowed is action 'judge'", "likes")
     if "{}" not in body.prompt:
         raise Invalid(f"prompt is {body.prompt[:80]!r}, it needs a {{}} where the word should be", "prompt")
+    if (body.action == "judge") != (body.round is not None):
+        raise Invalid(f"round is {body.round} with {body.action!r}, it is needed with 'judge' and only there", "round")
     record = await state.words.get(tenant, name)
     refinements = state.refinements
-    current = await state.in_thread(refinements.read, tenant.name, name)
-    if body.action == "start" or current is None:
-        if body.action != "start":
-            raise Conflict(f"no refinement of {name[:80]!r} is in progress: send the action 'start'")
+    current = await state.in_thread(refinements.read, tenant.name, record)
+    if current is None and body.action != "start":
+        raise Conflict(f"no refinement of {name[:80]!r} is in progress: send the action 'start'")
+    if current is None:
         current = await state.in_thread(refinements.begun, await state.words.concept(record))
     match body.action:
         case "judge":
-            current = judge(current, likes=body.likes, dislikes=body.dislikes)
+            current = await state.in_thread(_judged, current, body)
         case "undo":
-            current = undo(current)
+            current = await state.in_thread(undo, current)
         case "finish":
             word = await state.in_thread(finish, current, refinements.lexicon)
-            answer = Word.of(await state.words.put(tenant, word, token=name))
+            answer = await state.words.put(tenant, word, token=name, generation=record.generation)
             await state.in_thread(refinements.delete, tenant.name, name)
-            return answer
+            return Word.of(answer)
     candidates = await _candidates(http, state, tenant, current, body.prompt)
-    await state.in_thread(refinements.write, tenant.name, name, current)
+    await state.in_thread(refinements.write, tenant.name, record, current)
     return candidates
+
+
+def _judged(current: Refinement, body: RefineBody) -> Refinement:
+    """The state after the judgement; a repeated one, as after a lost answer, changes nothing. Raises Conflict."""
+    done = len(current.rounds)
+    if body.round == done:
+        again = judge(undo(current), likes=body.likes, dislikes=body.dislikes)
+        if again.rounds[-1].levels == current.rounds[-1].levels:
+            return current
+    if body.round != done + 1:
+        raise Conflict(f"round is {body.round}, the round to judge is {done + 1}: send the action 'start' to see it")
+    return judge(current, likes=body.likes, dislikes=body.dislikes)
 
 
 async def _candidates(
     http: HTTPRequest, state: State, tenant: Tenant, current: Refinement, prompt: str
 ) -> RefinementRound:
     """The next round's candidates, drawn with one prompt and seed."""
-    if not current.room:
-        raise UsageError("this word has had the most rounds that are possible: finish, or undo one")
+    if not current.room:  # nothing is left but to finish, or to undo a round
+        return RefinementRound(round=len(current.rounds) + 1, aspects=current.words, candidates=[])
     concepts = await state.in_thread(propose, current, state.refinements.lexicon)
     requests = [
         Request(
@@ -104,7 +120,9 @@ async def _candidates(
         )
         for concept in concepts
     ]
-    generations = [state.pool.submit(tenant, request) for request in requests]
+    with all_or_none() as generations:
+        for request in requests:
+            generations.append(state.pool.submit(tenant, request))
     pictures = await finished(http, *generations)
     encoded = [await state.in_thread(encode, picture.image, "jpeg", 90, "") for picture in pictures]
     candidates = [

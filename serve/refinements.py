@@ -1,10 +1,21 @@
 """Refinements in progress, as small files of the word store. Not covered: the search (`oneword.runtime.refine`)."""
 
+import msgspec
+
 from oneword.runtime.aspects import DEFAULT_ASPECTS
 from oneword.runtime.concept import Concept
 from oneword.runtime.lexicon import Lexicon
 from oneword.runtime.refine import Refinement, refine_concept
 from oneword.serve.files import Files, quoted
+from oneword.serve.store import WordRecord
+
+
+class _Record(msgspec.Struct, frozen=True):
+    """A refinement, and the word that it was begun from."""
+
+    identity: str
+    generation: int
+    refinement: str
 
 
 class Refinements:
@@ -14,22 +25,30 @@ class Refinements:
         self.lexicon = lexicon
         self._files = files
 
-    def read(self, tenant: str, token: str) -> Refinement | None:
-        """The state of a refinement. Raises UsageError if it is damaged."""
-        data = self._files.read(_path(tenant, token))
-        return None if data is None else Refinement.from_json(data.decode("utf-8", "replace"))
+    def read(self, tenant: str, record: WordRecord) -> Refinement | None:
+        """The state of a word's refinement; None if there is none, or if the word has been replaced since it began."""
+        data = self._files.read(_path(tenant, record.token))
+        try:
+            progress = None if data is None else msgspec.json.decode(data, type=_Record)
+        except ValueError:  # damaged: as if there were none
+            return None
+        if progress is None or (progress.identity, progress.generation) != (record.identity, record.generation):
+            return None
+        return Refinement.from_json(progress.refinement)
 
-    def write(self, tenant: str, token: str, state: Refinement) -> None:
-        """Keeps the state of a refinement."""
-        self._files.write(_path(tenant, token), state.to_json().encode())
+    def write(self, tenant: str, record: WordRecord, state: Refinement) -> None:
+        """Keeps the state of a word's refinement."""
+        progress = _Record(record.identity, record.generation, state.to_json())
+        self._files.write(_path(tenant, record.token), msgspec.json.encode(progress))
 
     def delete(self, tenant: str, token: str) -> None:
         """Forgets a refinement, which need not exist."""
         self._files.delete(_path(tenant, token))
 
     def begun(self, concept: Concept) -> Refinement:
-        """The refinement that a refined word carries, else a new one from it. Raises UsageError."""
-        return Refinement.of(concept) or refine_concept(concept, self.lexicon, DEFAULT_ASPECTS)
+        """The refinement that a refined word carries, else a new one that starts from the word. Raises UsageError."""
+        carried = Refinement.of(concept)
+        return carried if carried and carried.room else refine_concept(concept, self.lexicon, DEFAULT_ASPECTS)
 
 
 def _path(tenant: str, token: str) -> str:

@@ -20,7 +20,7 @@ from oneword.serve.app import running
 from oneword.serve.connection import server_config
 from oneword.serve.settings import Settings
 from oneword.serve.state import State
-from oneword.serve.watchdog import Pulse
+from oneword.serve.watchdog import Heartbeat, Pulse
 from oneword.serve.worker import State as WorkerState
 
 _LAST_SECONDS: Final = 0.2  # for the last pictures, which are still being written to their clients
@@ -52,7 +52,8 @@ def listening_socket(settings: Settings) -> socket.socket:
 class Server(uvicorn.Server):
     """Serves one app until a signal ends it, and starts and stops its parts."""
 
-    def __init__(self, app: ASGIApp, state: State) -> None:
+    def __init__(self, app: ASGIApp, state: State, heartbeat: Heartbeat | None = None) -> None:
+        """With a heartbeat, its pulse is the server's from now on."""
         config = server_config(app, state.settings)
         config.lifespan = "off"  # `serve` does it, so that errors reach the caller
         config.timeout_graceful_shutdown = _CLOSE_SECONDS
@@ -61,6 +62,9 @@ class Server(uvicorn.Server):
         self._stopping: asyncio.Task[None] | None = None
         self._opened = False
         self._failure: OnewordError | None = None
+        self._heartbeat = heartbeat
+        if heartbeat is not None:
+            heartbeat.pulse = self.pulse
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
         """Returns when a signal has ended the server. Raises OnewordError if it cannot start."""
@@ -124,6 +128,9 @@ class Server(uvicorn.Server):
             self._failure = EngineError(worker.failure)
             self.should_exit = True
         self._opened = worker.state is WorkerState.READY
+        if self._heartbeat is not None:
+            with contextlib.suppress(BrokenPipeError):  # the heartbeat's own thread ends this process then
+                self._heartbeat.beat()  # from now on, a hang is noticed soon
 
     async def _drain(self, seconds: float) -> None:
         _log.info("stopping: what was accepted is finished, for at most %g seconds", seconds)

@@ -36,7 +36,7 @@ PREVIEW_SIDE = 256
 PREVIEW_QUALITY = 85
 _LARGER = 4  # times the area of the bundle's default size
 _ALWAYS = 1024 * 1024  # pixels that every server makes, however small its model
-_THREADS = 2  # for pictures that are read and written
+_THREADS = 2  # of each kind
 
 
 @dataclass(eq=False)
@@ -58,7 +58,7 @@ class State:
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
     """Set once all pictures are done and the server ends: streams that would last end too."""
     created: int = field(default_factory=lambda: int(time.time()))
-    _limiter: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(_THREADS))
+    _limiters: dict[str, CapacityLimiter] = field(default_factory=dict)
 
     @classmethod
     def of(cls, http: HTTPConnection) -> Self:
@@ -91,8 +91,13 @@ class State:
         return encode(np.asarray(resized), "jpeg", PREVIEW_QUALITY)
 
     async def in_thread(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Runs work on pictures off the event loop, on a few threads, so that the engine keeps its cores."""
-        return await anyio.to_thread.run_sync(lambda: function(*args, **kwargs), limiter=self._limiter)
+        """Runs work on pictures off the event loop, on a few threads, so that the engine keeps its cores.
+
+        Each kind of work, by the function's module and name, has threads of its own: uploads hold up no answer.
+        """
+        kind = f"{function.__module__}.{function.__qualname__}"
+        limiter = self._limiters.setdefault(kind, CapacityLimiter(_THREADS))
+        return await anyio.to_thread.run_sync(lambda: function(*args, **kwargs), limiter=limiter)
 
 
 def caller(http: HTTPConnection) -> tuple[State, Tenant]:

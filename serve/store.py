@@ -170,14 +170,6 @@ class WordStore:
             if record is not None:
                 yield record
 
-    def count(self, tenant: str) -> int:
-        """The number of a tenant's words."""
-        return len(self.tokens(tenant))
-
-    def size(self, tenant: str) -> int:
-        """Bytes of a tenant's words, those with equal vectors counted each. Reads every record."""
-        return sum(record.bytes for record in self.records(tenant, self.tokens(tenant)))
-
     def rename(self, tenant: str, old: str, new: str) -> WordRecord:
         """Gives a word another name. If it is interrupted, the word may have both.
 
@@ -289,15 +281,6 @@ class WordStore:
                     for raw in threads.map(self._read, part):
                         identities.update(match.decode() for match in _IDENTITIES.findall(raw or b""))
         return identities
-
-    def list(self, tenant: str, after: str = "", limit: int = 100) -> Sequence[WordRecord]:
-        """A page of a tenant's words, sorted by token, without those whose records are damaged."""
-        return [*self.records(tenant, page(self.tokens(tenant), after, limit))]
-
-
-def collect_words(url: str, grace: float = DAY) -> Collected:
-    """`WordStore.gc` of the store at a folder or URL, now. Raises UsageError, ApiError."""
-    return WordStore(url).gc(time.time(), grace)
 
 
 def page(tokens: Sequence[str], after: str, limit: int) -> Sequence[str]:

@@ -129,7 +129,7 @@ class _Watchdog:
 
     def _follow(self, child: subprocess.Popen[bytes], pipe: int) -> tuple[End, bool]:
         """Waits until a child ends or has to be ended. Returns how it ended, and whether it ever worked."""
-        worked, heard, rest = False, time.monotonic(), b""
+        worked, heard, remainder = False, time.monotonic(), b""
         while True:
             settings = self._settings
             limit = settings.hang_seconds if worked else settings.start_seconds
@@ -141,7 +141,7 @@ class _Watchdog:
             if data == b"" or child.poll() is not None:
                 _wait_or_kill(child, settings.grace_seconds)
                 return End.EXITED, worked
-            *lines, rest = (rest + (data or b"")).split(b"\n")
+            *lines, remainder = (remainder + (data or b"")).split(b"\n")
             pulses = [self._pulse(line) for line in lines]
             if pulses:
                 heard = time.monotonic()
@@ -208,7 +208,7 @@ class Heartbeat:
         self.pulse = pulse
         self._descriptor = descriptor
         self._seconds, self._grace_seconds = seconds, grace_seconds
-        self._thread = threading.Thread(target=self._beat, name="oneword-heartbeat", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="oneword-heartbeat", daemon=True)
 
     @classmethod
     def from_environment(
@@ -230,13 +230,17 @@ class Heartbeat:
         """Asks the parent for other `WatchdogSettings`, by name."""
         os.write(self._descriptor, json.dumps(settings).encode() + b"\n")
 
-    def _beat(self) -> None:
+    def beat(self) -> None:
+        """Writes a pulse now."""
+        with contextlib.suppress(BlockingIOError):  # a parent that is stopped does not read
+            os.write(self._descriptor, self.pulse().value + b"\n")
+
+    def _run(self) -> None:
         poll = select.poll()
         poll.register(self._descriptor, 0)  # reports only that the pipe is broken
         with contextlib.suppress(BrokenPipeError):
             while True:
-                with contextlib.suppress(BlockingIOError):  # a parent that is stopped does not read
-                    os.write(self._descriptor, self.pulse().value + b"\n")
+                self.beat()
                 if poll.poll(1000 * self._seconds):
                     break
         os.kill(os.getpid(), signal.SIGTERM)

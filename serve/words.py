@@ -41,14 +41,6 @@ _LAST: Final = chr(0x10FFFF)
 _NEAR: Final = 500  # tokens that an unknown name is compared with
 
 
-@dataclass(frozen=True)
-class Usage:
-    """What a tenant has stored."""
-
-    words: int
-    bytes: int
-
-
 class Index:
     """A tenant's tokens, sorted, and by their names without <> and case."""
 
@@ -240,11 +232,6 @@ class Words:
             self._forget(identity)
         if not deleted:
             raise NotFound(f"there is no word {token[:80]!r}: GET /v1/words lists yours", code="word_not_found")
-
-    async def usage(self, tenant: Tenant) -> Usage:
-        """How many words a tenant has, and their bytes."""
-        sizes = await self._sizes(tenant)
-        return Usage(len(sizes), sum(sizes.values()))
 
     async def _names(self, prompts: Sequence[str]) -> NamedWords:
         """The names in all prompts together."""

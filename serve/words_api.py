@@ -14,7 +14,7 @@ from oneword.engines.errors import OnewordError
 from oneword.runtime.concept import Concept, check_token, concept_bytes, concept_of, read_safetensors, token_from_stem
 from oneword.runtime.model import check_fits
 from oneword.serve.errors import Invalid, from_oneword
-from oneword.serve.fields import Fields
+from oneword.serve.fields import Body, Fields, validated
 from oneword.serve.forms import File, is_form, read_form
 from oneword.serve.openapi import WORD_NAME, WORD_TYPE, file_field, file_response, upload
 from oneword.serve.state import caller
@@ -32,6 +32,12 @@ class Rename(Fields):
 
     name: Annotated[str, Field(json_schema_extra=WORD_NAME)]
     """The new name."""
+
+
+class UploadFields(Fields):
+    """The text fields of POST /v1/words."""
+
+    name: str | None = None
 
 
 class Word(BaseModel):
@@ -70,13 +76,13 @@ class WordList(BaseModel):
 
 _FILE: Final = file_field("a safetensors file of diffusers, A1111, ComfyUI or ti-train, with one word")
 _UPLOAD: Final = upload(
-    None,
+    UploadFields,
     {"file": _FILE},
     ("file",),
     media=WORD_TYPE,
     text={"name": {**WORD_NAME, "description": "replaces the name in the file"}},
 )
-_REPLACEMENT: Final = upload(None, {"file": _FILE}, ("file",), media=WORD_TYPE)
+_REPLACEMENT: Final = upload(Fields, {"file": _FILE}, ("file",), media=WORD_TYPE)
 _REPLACEMENT["requestBody"]["content"][WORD_TYPE] = {"schema": {"type": "string", "format": "binary"}}
 
 
@@ -101,8 +107,8 @@ async def words(
 )
 async def upload_word(http: Request, replace: bool = False) -> Response:
     """Stores a word from a safetensors file. `name` overrides the file's own. 409 if the name is taken."""
-    file, name = await _uploaded(http)
-    return await _put(http, file.data, file.name or "word", name, if_absent=not replace)
+    file, body = await _uploaded(http, UploadFields)
+    return await _put(http, file.data, file.name or "word", body.name or None, if_absent=not replace)
 
 
 @router.put(
@@ -113,7 +119,7 @@ async def upload_word(http: Request, replace: bool = False) -> Response:
 )
 async def put(http: Request, name: str) -> Response:
     """Creates or replaces a word. The safetensors file is the body itself, or `file` of a multipart body."""
-    data = (await _uploaded(http))[0].data if is_form(http) else await http.body()
+    data = (await _uploaded(http, Fields))[0].data if is_form(http) else await http.body()
     if not data:
         raise Invalid("the body is empty: send the word's safetensors file", param="file")
     return await _put(http, data, name, name, if_absent=False)
@@ -143,7 +149,9 @@ async def rename(http: Request, name: str, body: Rename) -> Word:
     """Renames a word. 409 if the new name is taken."""
     state, tenant = caller(http)
     _check_name(body.name)
-    return Word.of(await state.words.rename(tenant, name, body.name))
+    renamed = await state.words.rename(tenant, name, body.name)
+    await state.in_thread(state.refinements.delete, tenant.name, name)
+    return Word.of(renamed)
 
 
 @router.delete("/v1/words/{name}", status_code=204)
@@ -151,15 +159,16 @@ async def delete(http: Request, name: str) -> Response:
     """Deletes a word. Pictures that already use it are finished with it."""
     state, tenant = caller(http)
     await state.words.delete(tenant, name)
+    await state.in_thread(state.refinements.delete, tenant.name, name)
     return Response(status_code=204)
 
 
-async def _uploaded(http: Request) -> tuple[File, str | None]:
-    """The file of a multipart body, and the word's name if it is there. Raises ApiError."""
+async def _uploaded(http: Request, fields: type[Body]) -> tuple[File, Body]:
+    """The file of a multipart body, and its text fields. Raises ApiError."""
     form = await read_form(http, ("file",), 1, "the word's safetensors file as `file`")
     if "file" not in form.files:
         raise Invalid("file is missing: upload the word's safetensors file as `file`", param="file")
-    return form.files["file"][0], form.text.get("name") or None
+    return form.files["file"][0], validated(fields, form.text)
 
 
 async def _put(http: Request, data: bytes, stem: str, name: str | None, *, if_absent: bool) -> Response:

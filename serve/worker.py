@@ -40,6 +40,7 @@ from oneword.serve.watchdog import Pulse
 _MEMORY_SECONDS: Final = 10.0  # of busy time, after which a measurement weighs 1/e
 _PATIENCE: Final = 10.0  # times the expected seconds of a turn, before it counts as a hang
 _WARM_UP_STEPS: Final = 3
+_PARTIALS: Final = 2  # decoded per turn at most, as every picture waits for them
 
 
 class State(StrEnum):
@@ -211,6 +212,8 @@ class Worker:
         self._open: set[Ticket] = set()
         self._messages: queue.SimpleQueue[_Message] = queue.SimpleQueue()
         self._tickets: dict[int, Ticket] = {}
+        self._due: dict[int, StepDone] = {}
+        """Newest estimates to show as partial pictures, by the scheduler's id; those that wait longest come first."""
         self._denoising, self._decoding = _Speed(), _Speed()
         self._seconds: dict[str, float] = {"encode": 0.0, "denoise": 0.0, "decode": 0.0, "partial": 0.0}
         self._turns = 0
@@ -307,6 +310,7 @@ class Worker:
             tickets = [ticket for ticket in self._open if not ticket.cancelled]
             self._open.clear()
         self._tickets.clear()
+        self._due.clear()
         self.ready.clear()
         self._opened.set()
         for ticket in tickets:
@@ -402,8 +406,12 @@ class Worker:
         self._publish(scheduler)  # before anybody hears of the turn
         for event in events:
             self._pass_on(event)
-        partials = [(ticket, event) for ticket, event in steps if event.step in ticket.partial_steps]
-        seconds["partial"] = self._show(scheduler.model, partials) if partials else 0.0
+        self._due |= {
+            event.id: event
+            for ticket, event in steps
+            if event.step in ticket.partial_steps and event.id in self._tickets
+        }
+        seconds["partial"] = self._show(scheduler.model) if self._due else 0.0
         self.last_turn = time.monotonic()
         if self.observer is not None:
             self.observer(Turn(len(steps), seconds))
@@ -414,9 +422,11 @@ class Worker:
             self._seconds[stage] += spent
         self._decoding.add(pixels, sum(spent for stage, spent in seconds.items() if stage != "denoise"))
 
-    def _show(self, model: Model, partials: Iterable[tuple[Ticket, StepDone]]) -> float:
-        """Decodes estimates and passes them on. Returns how many seconds it took."""
+    def _show(self, model: Model) -> float:
+        """Decodes the estimates that have waited longest and passes them on; the others wait for the next turn, or for
+        their picture, which replaces them. Returns how many seconds it took."""
         start = time.perf_counter()
+        partials = [(self._tickets[id], self._due.pop(id)) for id in [*self._due][:_PARTIALS]]
         pixels = sum(self._decode_partials(model, together) for together in _grouped(partials))
         seconds = time.perf_counter() - start
         self._measure(pixels, {"partial": seconds})
@@ -459,6 +469,7 @@ class Worker:
     def _close(self, ticket: Ticket) -> None:
         if ticket.id is not None:
             self._tickets.pop(ticket.id, None)
+            self._due.pop(ticket.id, None)
         with self._lock:
             self._open.discard(ticket)
 

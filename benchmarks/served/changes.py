@@ -34,7 +34,7 @@ def apply(changes: Mapping[str, Any]) -> None:
     """Changes this process."""
     if "switch_seconds" in changes:
         set_interval = sys.setswitchinterval
-        sys.setswitchinterval = lambda _seconds: set_interval(changes["switch_seconds"])  # type: ignore[assignment]
+        sys.setswitchinterval = lambda _seconds: set_interval(changes["switch_seconds"])
     if "journal" in changes:
         _keep_journal(changes["journal"])
     if "leak" in changes:
@@ -89,7 +89,7 @@ def _keep_journal(path: str) -> None:
         write(FIRST_STEP, now - seconds, now)
         first_step(self, seconds)
 
-    Scheduler.add, Scheduler.step = add_and_note, step_and_note  # type: ignore[method-assign]
+    Scheduler.add, Scheduler.step = add_and_note, step_and_note  # type: ignore[assignment, method-assign]
     Model.encode = encode_and_note  # type: ignore[method-assign]
     PoolMetrics.first_step = first_step_and_note  # type: ignore[method-assign]
 
@@ -97,10 +97,10 @@ def _keep_journal(path: str) -> None:
 def _leak(size: int) -> None:
     from oneword.serve.pool import Pool
 
-    kept, submit = list[bytes](), Pool.submit
+    buffers, submit = list[bytes](), Pool.submit
 
     def submit_and_keep(self: Any, *args: Any, **kwargs: Any) -> Any:
-        kept.append(b"x" * (size + len(kept) % 2))  # written to, so that it is resident
+        buffers.append(b"x" * (size + len(buffers) % 2))  # written to, so that it is resident
         return submit(self, *args, **kwargs)
 
     Pool.submit = submit_and_keep  # type: ignore[method-assign]
@@ -126,4 +126,4 @@ def _obey(order: Path) -> None:
                     raise ValueError(kind)
         return step(self, *args)
 
-    Scheduler.step = step_or_fail  # type: ignore[method-assign]
+    Scheduler.step = step_or_fail  # type: ignore[assignment, method-assign]

@@ -1,4 +1,4 @@
-"""HTTP requests of the serving benchmark: what `benchmarks.arrivals` orders, sent and timed. Not covered: the server."""
+"""HTTP requests of the serving benchmark, such as those of `benchmarks.arrivals`, sent and timed."""
 
 import asyncio
 import base64
@@ -193,7 +193,7 @@ class WholeRequests:
 
     async def _run(self) -> None:
         while self._waiting:
-            batch = []
+            batch = list[tuple[Call, float, asyncio.Future[Answer]]]()
             pictures = 0
             while self._waiting and (not batch or pictures + _pictures(self._waiting[0][0]) <= self._max_pictures):
                 batch.append(self._waiting.pop(0))

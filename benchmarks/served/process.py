@@ -21,7 +21,7 @@ from typing import Any, Final, Self
 import httpx
 import numpy as np
 
-from oneword.runtime.concept import Concept, concept_bytes
+from oneword.runtime.concept import Concept, concept_bytes, concept_of, read_safetensors
 
 SERVER_CORE: Final = 0
 LOAD_CORE: Final = 1
@@ -164,6 +164,14 @@ class Server:
             time.sleep(0.02)
         return float("inf")
 
+    def ended(self, seconds: float = 120.0) -> int:
+        """Waits until it has ended by itself. Returns the exit status."""
+        try:
+            return int(self.process.wait(seconds))
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise
+
     def stop(self, seconds: float = 60.0) -> int:
         """Ends it by SIGTERM, and by SIGKILL after so long. Returns the exit status."""
         if self.process.poll() is None:
@@ -203,9 +211,10 @@ def random_words(bundle: Path, tokens: Sequence[str], seed: int = 0) -> list[Con
     opened = Bundle.open(bundle)
     tables = {encoder.graph: base_table(opened.file(encoder.table)) for encoder in opened.manifest.encoders}
     rng = np.random.default_rng(seed)
+    common = min(2000, *map(len, tables.values()))
     words = []
     for number, token in enumerate(tokens):
-        rows = rng.integers(0, 2000, (1 + number % 3, 4))
+        rows = rng.integers(0, common, (1 + number % 3, 4))
         vectors = {name: table[rows].mean(axis=1, dtype=np.float32) for name, table in tables.items()}
         words.append(Concept(token, vectors))
     return words
@@ -229,7 +238,7 @@ class Engine:
     def __init__(self, setup: Setup, words: Sequence[Concept] = ()) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        arguments = (theirs, setup.bundle, setup.engine, [*words])
+        arguments = (theirs, setup.bundle, setup.engine, [concept_bytes(word) for word in words])
         with on_core(SERVER_CORE):
             self._process = context.Process(target=_run_engine, args=arguments, daemon=True)
             self._process.start()
@@ -246,8 +255,8 @@ class Engine:
     def draw(self, requests: Sequence[Mapping[str, Any]], keep: bool = False) -> Drawn:
         """Draws requests together; with `keep`, their pictures come back too."""
         self._pipe.send(("draw", [*requests], keep))
-        drawn: Drawn = self._pipe.recv()
-        return drawn
+        result: Drawn = self._pipe.recv()
+        return result
 
     def saturate(self, seed: int, sizes: Sequence[tuple[int, int]], backlog: int, seconds: float) -> float:
         """Branches per second of mixed requests in a closed loop with a backlog of so many pictures."""
@@ -255,23 +264,24 @@ class Engine:
         return float(self._pipe.recv())
 
 
-def _run_engine(pipe: Any, bundle: Path, backend: str, words: Sequence[Concept]) -> None:
+def _run_engine(pipe: Any, bundle: Path, backend: str, words: Sequence[bytes]) -> None:
     from oneword.runtime.model import Model
     from oneword.runtime.scheduler import Scheduler
 
     model = Model.open(bundle, backend, threads=1)
-    for word in words:
-        model.load(word)
+    for data in words:
+        model.load(concept_of(*read_safetensors(data, "word"), "word"))
     scheduler = Scheduler(model)
     scheduler.warm()
-    commands: dict[str, Callable[..., Any]] = {"draw": _draw, "saturate": _saturate}
+    commands: dict[str, Callable[..., Any]] = {"draw": drawn, "saturate": _saturate}
     pipe.send("ready")
     while (command := pipe.recv()) is not None:
         name, *arguments = command
         pipe.send(commands[name](scheduler, *arguments))
 
 
-def _draw(scheduler: Any, requests: Sequence[Mapping[str, Any]], keep: bool) -> Drawn:
+def drawn(scheduler: Any, requests: Sequence[Mapping[str, Any]], keep: bool) -> Drawn:
+    """What a scheduler makes of some requests that it gets together."""
     from oneword.runtime.events import PictureDone
     from oneword.runtime.request import Request
 

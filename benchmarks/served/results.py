@@ -81,6 +81,11 @@ class Result:
         return cls(**{**found, "rows": [Row(**row) for row in found["rows"]]})
 
 
+def ratio(part: float, whole: float) -> float:
+    """A quotient; NaN, which misses every bar, if there is nothing to divide by."""
+    return part / whole if whole else math.nan
+
+
 def number(value: float) -> str:
     """A number with three digits, or all of an integer's."""
     if not math.isfinite(value):

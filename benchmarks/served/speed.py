@@ -34,7 +34,7 @@ from benchmarks.served.load import (
     send,
 )
 from benchmarks.served.process import Engine, Server, Setup, random_words
-from benchmarks.served.results import Result, number, rows_table
+from benchmarks.served.results import Result, number, ratio, rows_table
 
 PROMPT = "a photo of a red ring in the snow"
 SIZES = ((64, 64), (96, 64))
@@ -78,7 +78,7 @@ def batching(setup: Setup) -> Result:
         answers = asyncio.run(_closed(server, calls, 8, setup.seconds(30)))
         after = server.metrics()
     rows, turns = (after[f"batch_rows_{name}"] - before[f"batch_rows_{name}"] for name in ("sum", "count"))
-    result.add("mean pictures per step", rows / turns, 7, least=True)
+    result.add("mean pictures per step", ratio(rows, turns), 7, least=True)
     result.add("pictures per second", len(answers.by_status(200)) / _span(answers))
     result.add("answers other than 200", len(answers.all) - len(answers.by_status(200)), 0)
     return result
@@ -90,8 +90,8 @@ def traffic(setup: Setup) -> Result:
     result = Result(
         "traffic",
         "Mixed traffic",
-        "The mixed requests of [Traffic](traffic.md), one size, over HTTP: in a closed loop, then at 0.6 and 0.8 of the "
-        "closed loop's branches per second, as a Poisson process. Beside it the same server with `--max-rows 1`, and "
+        "The mixed requests of [Traffic](traffic.md), of one size, over HTTP: in a closed loop, then at 0.6 and 0.8 of "
+        "its branches per second, as a Poisson process. Beside it the same server with `--max-rows 1`, and "
         "batches of whole requests: the client sends what has arrived only when the server is idle. Turns count as in "
         "Traffic.",
     )
@@ -112,15 +112,15 @@ def traffic(setup: Setup) -> Result:
     steps = found["steps"]
     result.add("Scheduler without HTTP, closed loop: branches per second", alone)
     result.add(
-        "closed loop: branches per second, relative to it", steps["closed"]["branches"] / alone, 0.95, least=True
+        "closed loop: branches per second, relative to it", ratio(steps["closed"]["branches"], alone), 0.95, least=True
     )
     for load in LOADS:
         result.add(f"load {load:g}: wait for the first step, turns, p50", steps[f"{load:g}"]["turns50"])
         bar = 2 if load == LOADS[0] else None
         result.add(f"load {load:g}: the same, p99", steps[f"{load:g}"]["turns99"], bar)
-    gain = steps["closed"]["branches"] / found["one row"]["closed"]["branches"]
+    gain = ratio(steps["closed"]["branches"], found["one row"]["closed"]["branches"])
     result.add("closed loop: branches per second, relative to one row", gain)
-    gain = found["whole requests"]["0.6"]["ready50"] / steps["0.6"]["ready50"]
+    gain = ratio(found["whole requests"]["0.6"]["ready50"], steps["0.6"]["ready50"])
     result.add("load 0.6: whole requests' time to a picture, relative to steps', p50", gain)
     titles = {
         "branches": "branches per second",
@@ -218,10 +218,13 @@ def singles(order: Order) -> list[dict[str, Any]]:
 
 def kept_pictures(setup: Setup, engine: Engine, name: str, requests: Sequence[Mapping[str, Any]]) -> list[Any]:
     """The pictures of requests, each drawn alone. They are kept, and not drawn again."""
-    path = setup.work / f"{name}-{len(requests)}-{setup.engine}.npz"
+    from oneword.runtime.bundle import Bundle
+
+    model = Bundle.open(setup.bundle).manifest.source.digest[-12:]
+    path = setup.work / f"{name}-{len(requests)}-{setup.engine}-{model}.npz"
     if path.is_file():
-        with np.load(path) as kept:
-            return [kept[str(number)] for number in range(len(requests))]
+        with np.load(path) as archive:
+            return [archive[str(number)] for number in range(len(requests))]
     pictures = []
     for number_, request in enumerate(requests):
         if number_ % 100 == 0:
@@ -249,7 +252,7 @@ def _in_turn(setup: Setup, server: Server, engine: Engine) -> tuple[list[float],
             raise RuntimeError(f"status {response.status}")
         alone.append(engine.draw([settings]).seconds)
     served, alone = served[10:], alone[10:]  # warm-up
-    return served, alone, [http_ - own for http_, own in zip(served, alone, strict=True)]
+    return served, alone, [http_ - alone_seconds for http_, alone_seconds in zip(served, alone, strict=True)]
 
 
 def _steps_under_load(setup: Setup, server: Server, engine: Engine) -> tuple[float, float]:
@@ -270,12 +273,12 @@ def _steps_under_load(setup: Setup, server: Server, engine: Engine) -> tuple[flo
 async def _streams_and_others(server: Server, steps: int) -> None:
     async with client_of(server.url) as client:
 
-        async def others() -> None:
+        async def small_requests() -> None:
             for path in itertools.cycle(["/v1/models", "/v1/queue", "/v1/words", "/health/live"]):
                 await client.get(path)
                 await asyncio.sleep(0.05)
 
-        asking = asyncio.ensure_future(others())
+        asking = asyncio.ensure_future(small_requests())
         await asyncio.gather(*(_read_stream(client, seed, steps) for seed in range(8)))
         asking.cancel()
 
@@ -366,7 +369,7 @@ def _count(answer: Answer) -> int:
 
 async def _first_partials(server: Server, count: int) -> list[tuple[float, float]]:
     """When each stream was sent, and when its first partial picture came."""
-    spans = []
+    spans = list[tuple[float, float]]()
     async with client_of(server.url) as client, _busy(client, 4):
         for seed in range(count):
             call = plain_call(PROMPT, seed=seed, steps=4, stream=True, partial_images=3)

@@ -33,7 +33,7 @@ from benchmarks.served.load import (
     send,
 )
 from benchmarks.served.process import Server, Setup, quoted, random_words
-from benchmarks.served.results import Result, rows_table
+from benchmarks.served.results import Result, ratio, rows_table
 
 PROMPT: Final = "a photo of a red ring in the snow"
 FLAT_MB: Final = 5.0
@@ -62,7 +62,7 @@ def overload(setup: Setup) -> Result:
     result.add("refusal, ms, p50", 1e3 * percentile([answer.seconds for answer in refused], 50))
     result.add("refusal, ms, p99", 1e3 * percentile([answer.seconds for answer in refused], 99), 100)
     result.add("steps of pictures per second without overload", base)
-    result.add("under overload, relative to that", work / base, 0.95, least=True)
+    result.add("under overload, relative to that", ratio(work, base), 0.95, least=True)
     result.add("growth of the memory, MB", memory, FLAT_MB)
     return result
 
@@ -81,7 +81,7 @@ def disconnects(setup: Setup) -> Result:
         after = server.metrics()
     result.add("connections", count)
     result.add("seconds until the server has no work left", figures["idle"], 1)
-    result.add("turns of the engine in the two seconds after that", figures["turns"], 0)
+    result.add("turns of the engine that end after that, the running one included", figures["turns"], 1)
     result.add("pictures per step of 16 requests together, before", figures["rows_before"])
     result.add("the same afterwards, relative to it", figures["rows_after"] / figures["rows_before"], 0.95, least=True)
     result.add("open files that were not open before", figures["files"], 0)
@@ -102,7 +102,7 @@ def slow(setup: Setup) -> Result:
         "Slow clients",
         f"Four clients in a closed loop with requests of {_STEPS} steps: alone, then beside {count} connections that "
         f"request /openapi.json four times and never read, and {count} that upload an edit at 50 bytes a second; then "
-        "alone again. Whoever is cut off connects again.",
+        "alone again. Those that are cut off connect again.",
     )
     with Server(setup, "slow") as server:
         before, beside, after, memory = asyncio.run(_beside_slow(server, count, seconds))
@@ -110,27 +110,26 @@ def slow(setup: Setup) -> Result:
     result.add("requests without and with slow clients", len(times) + len(slowed))
     result.add("answer, ms, p50", 1e3 * percentile(times, 50))
     result.add("answer, ms, p99", 1e3 * percentile(times, 99))
-    result.add("p50 beside slow clients, relative to that", percentile(slowed, 50) / percentile(times, 50))
-    result.add("p99 beside slow clients, relative to that", percentile(slowed, 99) / percentile(times, 99), 1.1)
+    result.add("p50 beside slow clients, relative to that", ratio(percentile(slowed, 50), percentile(times, 50)))
+    result.add("p99 beside slow clients, relative to that", ratio(percentile(slowed, 99), percentile(times, 99)), 1.1)
     result.add("growth of the memory with the slow clients connected, MB", memory)
     return result
 
 
 def sigterm(setup: Setup) -> Result:
-    """A server that is told to stop under load."""
+    """A server that gets a SIGTERM under load."""
     rounds = setup.count(10)
     result = Result(
         "sigterm",
         "SIGTERM",
         f"{rounds} times: 32 clients in a closed loop with requests of {_STEPS} steps, and a SIGTERM after three "
-        "seconds. A request counts as accepted unless it is answered with 503 at once, or its connection was not "
-        "accepted.",
+        "seconds. A request is accepted unless its answer is 429 or, at once, 503, or its connection was refused.",
     )
     finished, lost, status, times = 0, 0, 0, list[float]()
     for _ in range(rounds):
         server = Server(setup, "sigterm")
-        answers, asked, ended, code = asyncio.run(_stopped(server, 3.0))
-        accepted = [answer for answer in answers if not _not_accepted(answer, asked)]
+        answers, asked, ended, code = asyncio.run(stopped(server, 3.0, 32))
+        accepted = [answer for answer in answers if not not_accepted(answer, asked)]
         finished += sum(answer.status == 200 for answer in accepted if answer.received >= asked)
         lost += sum(answer.status != 200 for answer in accepted)
         status += code != 0
@@ -160,11 +159,11 @@ def faults(setup: Setup) -> Result:
     with Server(setup, "faults", "--supervise", changes={"fault": str(order)}, words=words) as server:
         for kind, limit in bars.items():
             setup.log(f"faults: {kind}")
-            down, ready, kept = asyncio.run(_faulty(server, kind, order))
+            down, ready, missing = asyncio.run(_faulty(server, kind, order))
             name = names.get(kind, kind)
             result.add(f"{name}: seconds until the process is down", down, limit)
             result.add(f"{name}: seconds until another one is ready", ready)
-            result.add(f"{name}: words and pictures that are not there, or not the same", kept, 0)
+            result.add(f"{name}: words and pictures that are not there, or not the same", missing, 0)
     return result
 
 
@@ -240,14 +239,13 @@ async def _disconnected(setup: Setup, server: Server, count: int) -> dict[str, f
 
     async def loop() -> None:
         for number in numbers:
-            await _cut_off(server, rng, number, errors)
+            await cut_off(server.port, rng, number, errors)
             if number % max(1, count // 5) == 0:
                 setup.log(f"disconnects: {number} of {count}")
                 memory.append(server.resident_mb)
 
     await asyncio.gather(*(loop() for _ in range(50)))
     idle = await asyncio.to_thread(server.wait_idle)
-    await asyncio.sleep(0.5)
     before = await _metrics(server)
     await asyncio.sleep(2)
     after = await _metrics(server)
@@ -277,18 +275,18 @@ async def _full_batch(server: Server, client: httpx.AsyncClient) -> float:
     return rows / turns
 
 
-async def _cut_off(server: Server, rng: random.Random, number: int, errors: Counter[str]) -> None:
-    """One connection that ends at a random point."""
+async def cut_off(port: int, rng: random.Random, number: int, errors: Counter[str]) -> None:
+    """One connection that ends at a random point. Counts answers with 5xx, and connections that are not accepted."""
     stream = rng.random() < 0.5
     body = {"prompt": PROMPT, "seed": number, "steps": rng.randint(1, 12), "n": rng.choice([1, 1, 2])}
     body |= {"stream": True, "partial_images": rng.randint(0, 3), "previews": 1} if stream else {}
     data = json.dumps(body).encode()
-    head = f"POST {GENERATIONS} HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\nContent-Type: application/json\r\n"
+    head = f"POST {GENERATIONS} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\n"
     request = f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data
     phase = rng.random()
     end = len(request) if phase > 0.2 else rng.randrange(len(request))
     try:
-        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
     except OSError:
         errors["5xx"] += 1
         return
@@ -366,27 +364,31 @@ async def _upload_slowly(server: Server) -> None:
             writer.transport.abort()
 
 
-async def _stopped(server: Server, seconds: float) -> tuple[list[Answer], float, float, int]:
+async def stopped(server: Server, seconds: float, clients: int) -> tuple[list[Answer], float, float, int]:
     """The answers of a server that is asked to stop after so long, when it was asked and had ended, and its status."""
     answers, calls = list[Answer](), _equal_calls()
     async with client_of(server.url) as client:
 
         async def loop() -> None:
-            while not answers or answers[-1].status == 200:
+            status = 200
+            while status in (200, 429):
                 answers.append(await send(client, next(calls)))
+                status = answers[-1].status
+                if status == 429:
+                    await asyncio.sleep(0.2)
 
-        loops = [asyncio.ensure_future(loop()) for _ in range(32)]
+        loops = [asyncio.ensure_future(loop()) for _ in range(clients)]
         await asyncio.sleep(seconds)
         asked = time.monotonic()
         server.process.send_signal(signal.SIGTERM)
         await asyncio.gather(*loops)
-        status = await asyncio.to_thread(server.stop)
+        status = await asyncio.to_thread(server.ended)
         return answers, asked, time.monotonic(), status
 
 
-def _not_accepted(answer: Answer, asked: float) -> bool:
-    """Whether a request was refused after the server was asked to stop."""
-    if answer.status == REFUSED or (answer.status == LOST and answer.sent >= asked):
+def not_accepted(answer: Answer, asked: float) -> bool:
+    """Whether a request was refused: because of too much work, or after the server was asked to stop."""
+    if answer.status in (REFUSED, 429) or (answer.status == LOST and answer.sent >= asked):
         return True
     return answer.status == 503 and b"takes no more requests" in answer.body
 
@@ -396,7 +398,7 @@ async def _faulty(server: Server, kind: str, order: Path) -> tuple[float, float,
     word = {"prompt": "a photo of a <kept> in the snow", "seed": 3, "steps": 10}
     with server.client() as client:
         first = Answer(Call("", {}), 0, body=client.post(GENERATIONS, json=word).content).pictures[0]
-        kept = client.post(GENERATIONS, json={**word, "response_format": "url"}).json()["data"][0]["url"]
+        address = client.post(GENERATIONS, json={**word, "response_format": "url"}).json()["data"][0]["url"]
         words = client.get("/v1/words").json()["data"]
     loops = [asyncio.ensure_future(_insist(server, seed)) for seed in range(8)]
     await asyncio.sleep(1)
@@ -416,7 +418,7 @@ async def _faulty(server: Server, kind: str, order: Path) -> tuple[float, float,
     await asyncio.gather(*loops, return_exceptions=True)
     with server.client() as client:
         missing = client.get("/v1/words").json()["data"] != words
-        missing += client.get(kept).status_code != 200
+        missing += client.get(address).status_code != 200
         again = Answer(Call("", {}), 0, body=client.post(GENERATIONS, json=word).content).pictures[0]
     return down, ready, int(missing) + bool(np.abs(first.astype(int) - again).max() > 1)
 
@@ -456,7 +458,7 @@ async def _soaked(setup: Setup, server: Server, words: Any, lead: float, seconds
                     case 1:
                         await client.post(GENERATIONS, json={"prompt": "a <nobody>", "steps": 3})
                     case 2:
-                        await _cut_off(server, rng, count, errors)
+                        await cut_off(server.port, rng, count, errors)
                     case 3:
                         body = {"json": {**call.arguments["json"], "stream": True, "previews": 1}}
                         await send(client, Call(GENERATIONS, body), keep=False)

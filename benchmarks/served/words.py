@@ -11,7 +11,7 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import httpx
 import msgspec
@@ -43,7 +43,7 @@ def swaps(setup: Setup) -> Result:
         "Words replaced under load",
         f"{_SWAPPED} words are replaced {count:,} times, one PUT after the other, each time by one of {versions} "
         "versions, while eight clients request pictures of four steps: half of them with such a word, the others with "
-        f"one of {_POOL} prompts without. Every picture with a word is compared with those of all versions, made alone: "
+        f"one of {_POOL} prompts without. Every picture with a word is compared to its versions', made alone: "
         "it is crossed unless it is that of a version that its word had between the request and the answer. Then the "
         "same traffic without replacements.",
     )
@@ -98,7 +98,7 @@ def store(setup: Setup) -> Result:
     return result
 
 
-_SETTINGS: Final = {"steps": 4, "guidance_scale": 1.0}
+_SETTINGS: Final[dict[str, Any]] = {"steps": 4, "guidance_scale": 1.0}
 
 
 def _prompt(token: str) -> str:
@@ -186,7 +186,7 @@ def _tenant(number: int) -> Tenant:
 
 
 def _filled(setup: Setup, count: int) -> Path:
-    """A store with so many words, written as `WordStore.put` writes them but without its locks and syncs. It is kept."""
+    """A store with so many words, written as `WordStore.put` does but without locks and syncs. It is kept."""
     path = setup.work / "store" / f"words-{count}"
     done = path / "complete"
     if done.exists():
@@ -283,7 +283,7 @@ async def _looked_up_in_s3(setup: Setup, result: Result, url: str) -> None:
 @contextmanager
 def _s3(setup: Setup) -> Iterator[str]:
     """The URL of an empty store on moto's S3 server, and the environment that leads to it."""
-    import boto3
+    import boto3  # type: ignore[import-untyped]
 
     script = "import sys; from moto.server import ThreadedMotoServer as S; s = S(ip_address='127.0.0.1', port=0, "
     script += "verbose=False); s.start(); print(s.get_host_and_port()[1], flush=True); sys.stdin.read()"

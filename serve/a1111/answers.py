@@ -24,7 +24,7 @@ from oneword.serve.a1111.schemas import (
 )
 from oneword.serve.pictures import as_base64, encode
 
-_PAIR: Final = re.compile(r'\s*(\w[\w \-/]{0,60}):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
+_PAIR: Final = re.compile(r'(\w[\w \-/]{0,60}):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
 _MAX_PAIRS_TEXT: Final = 20_000  # characters
 _NEGATIVE: Final = "Negative prompt:"
 _IMAGE_KEYS: Final = ("init_images", "mask")
@@ -49,16 +49,25 @@ class Job(Protocol):
     def seconds_left(self) -> float: ...
 
 
+def encoded(plan: Plan, done: PictureDone) -> str:
+    """One picture as the client gets it, in base64."""
+    return as_base64(encode(plan.finished(done.image), plan.format, parameters=done.parameters))
+
+
 def pictures_answer(
-    body: TextToImage, plan: Plan, pictures: Sequence[PictureDone], manifest: Manifest, version: str
+    body: TextToImage,
+    plan: Plan,
+    pictures: Sequence[PictureDone],
+    images: Sequence[str],
+    manifest: Manifest,
+    version: str,
 ) -> bytes:
-    """The answer of txt2img and img2img as JSON. An interrupted request answers the pictures that were ready."""
-    images = [
-        as_base64(encode(plan.finished(done.image), plan.format, parameters=done.parameters))
-        for done in (pictures if body.send_images is not False else ())
-    ]
+    """The answer of txt2img and img2img as JSON, `images` as they were `encoded`.
+
+    An interrupted request answers the pictures that were ready.
+    """
     details = json.dumps(info(body, plan, pictures, manifest, version))
-    return json.dumps({"images": images, "parameters": echo(body), "info": details}).encode()
+    return json.dumps({"images": [*images], "parameters": echo(body), "info": details}).encode()
 
 
 def info(
@@ -150,7 +159,7 @@ def parsed_parameters(text: str) -> dict[str, str]:
     return {
         "Prompt": prompt.removeprefix("\n"),
         "Negative prompt": negative.strip(),
-        **{name: _unquoted(value) for name, value in pairs},
+        **{name.strip(): _unquoted(value) for name, value in pairs},
     }
 
 

@@ -19,7 +19,7 @@ from typing import Any, Final
 from oneword.runtime.bundle import Manifest, Provenance
 from oneword.runtime.edit import Mask
 from oneword.runtime.images import A1111_SAMPLERS
-from oneword.runtime.request import MAX_IMAGES, Image, Request, ResolvedSettings, resolve
+from oneword.runtime.request import Image, Request, ResolvedSettings, resolve
 from oneword.runtime.samplers import Sampler
 from oneword.serve.a1111.pictures import Crop, covering, filled, filling
 from oneword.serve.a1111.schemas import ImageToImage, TextToImage
@@ -28,6 +28,8 @@ from oneword.serve.pictures import Format
 
 RANDOM_SEEDS: Final = 2**32 - 1
 """Seeds that are drawn at random are smaller, as in A1111."""
+MAX_PICTURES: Final = 100
+"""Of one request: A1111's own page allows n_iter 100. All of them are in memory until the last one is ready."""
 PREVIEW_STEPS: Final = 10  # between two previews, A1111's default
 FORMATS: Final[Mapping[str, Format]] = {"png": "png", "jpg": "jpeg", "jpeg": "jpeg", "webp": "webp"}
 ALIASES: Final[Mapping[Sampler, tuple[str, ...]]] = {
@@ -115,8 +117,8 @@ def text_to_image(body: TextToImage, manifest: Manifest, random_seed: int) -> Pl
     overrides = checked_options(body.override_settings or {}, options(manifest), ModelNames.of(manifest.source))
     sampler = sampler_of(body.sampler_name or body.sampler_index, body.scheduler, manifest)
     count = (body.n_iter or 1) * (body.batch_size or 1)
-    if count > MAX_IMAGES:
-        raise Unprocessable(f"n_iter x batch_size is {count}, allowed are up to {MAX_IMAGES} pictures", "n_iter")
+    if count > MAX_PICTURES:
+        raise Unprocessable(f"n_iter x batch_size is {count}, allowed are up to {MAX_PICTURES} pictures", "n_iter")
     seed = -1 if body.seed is None else body.seed
     if seed < -1:
         raise Unprocessable(f"seed is {seed}, allowed are -1 (at random) and 0 to {2**63 - 1}", "seed")
@@ -153,7 +155,7 @@ def image_to_image(
         _check_inpainting(body)
         blur = _mask_blur(body)
         mask = ~mask if body.inpainting_mask_invert else mask
-    strength = 0.75 if body.denoising_strength is None else body.denoising_strength
+    strength = strength_of(body)
     request = replace(plan.request, image=image, mask=mask, mask_blur=blur, strength=strength)
     if request.size is None:  # the picture's
         settings = resolve(request, manifest)
@@ -171,6 +173,11 @@ def image_to_image(
         image = filled(image, mask)
     request = replace(request, image=image, mask=mask, paste=crop is None)
     return replace(plan, request=request, settings=resolve(request, manifest), crop=crop)
+
+
+def strength_of(body: ImageToImage) -> float:
+    """How much of the picture is replaced: A1111's default is 0.75."""
+    return 0.75 if body.denoising_strength is None else body.denoising_strength
 
 
 def sampler_of(name: str | None, scheduler: str | None, manifest: Manifest) -> Sampler | None:

@@ -8,7 +8,7 @@ answered with 404: upscaling, interrogation, extensions.
 
 import os
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from fastapi import APIRouter
@@ -16,8 +16,7 @@ from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
 import oneword
-from oneword.runtime.edit import Mask
-from oneword.runtime.request import Image
+from oneword.runtime.bundle import Manifest
 from oneword.serve.a1111 import answers
 from oneword.serve.a1111.dialect import (
     RANDOM_SEEDS,
@@ -26,6 +25,7 @@ from oneword.serve.a1111.dialect import (
     checked_options,
     image_to_image,
     options,
+    strength_of,
     text_to_image,
 )
 from oneword.serve.a1111.schemas import (
@@ -47,9 +47,9 @@ from oneword.serve.a1111.schemas import (
     UpscalerItem,
 )
 from oneword.serve.errors import NotFound, Unprocessable
-from oneword.serve.generate import finish, start
+from oneword.serve.generate import check, finish, fitted, start
 from oneword.serve.openapi import NULL_RESPONSE, error_responses
-from oneword.serve.pictures import as_base64, decode, decode_base64, decode_mask, read_parameters
+from oneword.serve.pictures import as_base64, blank, decode, decode_base64, decode_mask, read_parameters
 from oneword.serve.pool import Generation
 from oneword.serve.state import State, caller
 
@@ -70,8 +70,12 @@ async def txt2img(http: HTTPRequest, body: TextToImage) -> Response:
 @_api.post("/img2img", response_model=Pictures)
 async def img2img(http: HTTPRequest, body: ImageToImage) -> Response:
     """Edits a picture, or the area of a mask in it."""
-    state = State.of(http)
-    plan = await state.in_thread(_edit_plan, body, state)
+    state, tenant = caller(http)
+    files = await state.in_thread(_files, body)
+    draft = text_to_image(body, state.manifest, secrets.randbelow(RANDOM_SEEDS)).request
+    image = await state.in_thread(blank, files.image, "init_images")
+    check(state, tenant, replace(draft, image=image, strength=strength_of(body)))  # before a pixel is decoded
+    plan = await state.in_thread(_edit_plan, body, files, state.manifest, draft.seed)
     return await _drawn(http, body, plan)
 
 
@@ -79,10 +83,7 @@ async def img2img(http: HTTPRequest, body: ImageToImage) -> Response:
 async def png_info(http: HTTPRequest, body: PictureFile) -> PictureInfo:
     """Reads the generation parameters in a picture. PNG, JPEG and WebP can carry them."""
     state = State.of(http)
-    text = await state.in_thread(lambda: read_parameters(decode_base64(body.image, "image"), "image"))
-    return PictureInfo(
-        info=text, items={"parameters": text} if text else {}, parameters=answers.parsed_parameters(text)
-    )
+    return await state.in_thread(_picture_info, body.image)
 
 
 @_api.get("/progress")
@@ -169,8 +170,8 @@ async def embeddings(http: HTTPRequest) -> Embeddings:
 async def comfyui_embeddings(http: HTTPRequest) -> list[str]:
     """The caller's words, as ComfyUI lists them. At most 1000 names, for `embedding:name` in a prompt."""
     state = State.of(http)
-    records = await state.words.list(http.state.tenant, "", _MAX_WORDS)
-    return [*dict.fromkeys(record.token.removeprefix("<").removesuffix(">") for record in records)]
+    tokens = await state.words.tokens(http.state.tenant, _MAX_WORDS)
+    return [*dict.fromkeys(token.removeprefix("<").removesuffix(">") for token in tokens)]
 
 
 @_api.get("/scripts")
@@ -204,9 +205,8 @@ async def cmd_flags() -> dict[str, bool]:
 @_api.get("/memory")
 async def memory() -> Memory:
     """The machine's memory in bytes."""
-    page = os.sysconf("SC_PAGE_SIZE")
-    total, free = page * os.sysconf("SC_PHYS_PAGES"), page * os.sysconf("SC_AVPHYS_PAGES")
-    return Memory(ram={"free": free, "used": total - free, "total": total}, cuda={"error": "unavailable"})
+    unavailable: dict[str, float | str] = {"error": "unavailable"}
+    return Memory(ram=_memory() or unavailable, cuda=unavailable)
 
 
 @_api.post("/refresh-checkpoints", responses=NULL_RESPONSE)
@@ -230,27 +230,56 @@ async def _drawn(http: HTTPRequest, body: TextToImage, plan: Plan) -> Response:
         bare_names=True,
         label=_Label(_address(http), body.force_task_id or ""),
     )
-    pictures = await finish(http, generation)
+    pictures = await finish(http, generation, incomplete=True)
     version = f"oneword {oneword.__version__}"
-    content = await state.in_thread(answers.pictures_answer, body, plan, pictures, state.manifest, version)
+    # One at a time, so that others' pictures come in between.
+    sent = pictures if body.send_images is not False else ()
+    images = [await state.in_thread(answers.encoded, plan, done) for done in sent]
+    content = await state.in_thread(answers.pictures_answer, body, plan, pictures, images, state.manifest, version)
     return Response(content, media_type="application/json")
 
 
-def _edit_plan(body: ImageToImage, state: State) -> Plan:
-    image, mask = _decoded(body)
-    return image_to_image(body, state.manifest, secrets.randbelow(RANDOM_SEEDS), image, mask)
+def _memory() -> dict[str, float | str]:
+    """Bytes of memory; empty where the system does not say, such as macOS and Windows."""
+    try:
+        page, total, free = (os.sysconf(f"SC_{name}") for name in ("PAGE_SIZE", "PHYS_PAGES", "AVPHYS_PAGES"))
+    except (AttributeError, ValueError, OSError):
+        return {}
+    return {"free": page * free, "used": page * (total - free), "total": page * total}
 
 
-def _decoded(body: ImageToImage) -> tuple[Image, Mask | None]:
-    """The picture and the mask of an img2img. Raises NotFound as A1111 does, Unprocessable, TooLarge."""
+def _picture_info(image: str) -> PictureInfo:
+    text = read_parameters(decode_base64(image, "image"))
+    return PictureInfo(
+        info=text, items={"parameters": text} if text else {}, parameters=answers.parsed_parameters(text)
+    )
+
+
+@dataclass(frozen=True)
+class _Files:
+    """The picture of an img2img and its mask."""
+
+    image: bytes
+    mask: bytes | None
+
+
+def _edit_plan(body: ImageToImage, files: _Files, manifest: Manifest, random_seed: int) -> Plan:
+    image = decode(files.image, "init_images")
+    mask = None if files.mask is None else decode_mask(files.mask, transparent=False)
+    plan = image_to_image(body, manifest, random_seed, image, mask)
+    return replace(plan, request=fitted(plan.request, plan.settings))
+
+
+def _files(body: ImageToImage) -> _Files:
+    """Raises NotFound as A1111 does, Unprocessable, TooLarge."""
     match body.init_images:
         case None | []:
             raise NotFound("Init image not found: send one picture as init_images", "init_images")
         case [text]:
-            image = decode(decode_base64(text, "init_images"), "init_images")
+            image = decode_base64(text, "init_images")
         case texts:
             raise Unprocessable(f"init_images has {len(texts)} pictures, allowed is one", "init_images")
-    return image, decode_mask(decode_base64(body.mask, "mask"), transparent=False) if body.mask else None
+    return _Files(image, decode_base64(body.mask, "mask") if body.mask else None)
 
 
 @dataclass(frozen=True)
@@ -266,7 +295,11 @@ class _Label:
 def _generations(http: HTTPRequest, task_id: str = "") -> dict[Generation, _Label]:
     """The caller's generations in this dialect that are not done, the oldest first, with their labels."""
     state, tenant = caller(http)
-    found = {one: one.label for one in state.pool.generations(tenant) if isinstance(one.label, _Label)}
+    found = {
+        generation: generation.label
+        for generation in state.pool.generations(tenant)
+        if isinstance(generation.label, _Label)
+    }
     return {
         generation: label
         for generation, label in found.items()

@@ -235,5 +235,5 @@ class Scripts(BaseModel):
 class Memory(BaseModel):
     """Bytes of memory. There are no figures of a GPU."""
 
-    ram: dict[str, float]
-    cuda: dict[str, str]
+    ram: dict[str, float | str]
+    cuda: dict[str, float | str]

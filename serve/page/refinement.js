@@ -13,4 +13,4 @@ export function judged(round, index, verdict) {
 export const isJudged = ({ likes, dislikes }) => likes.length + dislikes.length > 0;
 
 /** The server's action for a judged round. */
-export const judgement = ({ likes, dislikes }) => ({ action: "judge", likes, dislikes });
+export const judgement = ({ round, likes, dislikes }) => ({ action: "judge", round, likes, dislikes });

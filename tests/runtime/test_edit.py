@@ -1,3 +1,5 @@
+import time
+
 import numpy as np
 import numpy.typing as npt
 import PIL.Image
@@ -91,3 +93,29 @@ def test_without_pasting_there_is_nothing_to_soften() -> None:
 def test_a_blur_out_of_range_is_refused(blur: float) -> None:
     with pytest.raises(UsageError, match=r"mask_blur is \S+, allowed is 0 to 64"):
         Request("", mask_blur=blur)
+
+
+@pytest.mark.parametrize("blur", [6.0, 8.0, 20.0, 64.0])
+def test_a_large_blur_is_near_the_exact_one(blur: float) -> None:
+    mask = np.zeros((200, 230), np.bool_)
+    mask[:40, :30] = mask[80:150, 90:200] = mask[170, 40] = True
+
+    weights = paste_weights(mask, blur)
+
+    radius = int(2.5 * blur + 0.5)
+    kernel = np.exp(-0.5 * (np.arange(-radius, radius + 1) / blur) ** 2)
+    expected = np.pad(mask.astype(float), radius, "reflect")
+    for axis in (0, 1):
+        expected = np.apply_along_axis(np.convolve, axis, expected, kernel / kernel.sum(), "valid")
+    np.testing.assert_allclose(weights, expected, atol=0.03)
+
+
+def test_a_large_blur_costs_no_more_than_a_small_one() -> None:
+    mask = np.ones((1024, 1024), np.bool_)
+    seconds = []
+    for blur in (7.9, 64.0):
+        start = time.process_time()
+        paste_weights(mask, blur)
+        seconds.append(time.process_time() - start)
+
+    assert seconds[1] < seconds[0]  # eight times as much, if it were computed pixel by pixel

@@ -54,6 +54,8 @@ class Process:
     options: Sequence[str]
     headers: Mapping[str, str] = field(default_factory=dict[str, str])
     """With a key, for its metrics."""
+    environment: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Variables beside this process's own."""
     port: int = field(default_factory=free_port)
     process: subprocess.Popen[bytes] | None = None
 
@@ -61,25 +63,39 @@ class Process:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
+    @property
+    def log(self) -> str:
+        """What it has printed."""
+        return (self.folder / "log").read_text()
+
+    @property
+    def server(self) -> int | None:
+        """The id of the watchdog's child; None while there is none."""
+        assert self.process is not None
+        pids = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        return int(pids[0]) if pids else None
+
     def start(self) -> None:
         """Starts it, without waiting."""
         self.folder.mkdir(exist_ok=True)
         command = [sys.executable, "-m", "oneword.serve.cli", str(self.bundle), "--port", str(self.port)]
         command += ["--engine", "onnxruntime", "--threads", "1", "--jobs", str(self.folder / "jobs"), *self.options]
         with (self.folder / "log").open("ab") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=log, start_new_session=True, env={**os.environ, **self.environment}
+            )
 
     def wait_ready(self) -> None:
         while not _ready(self.url):
             assert self.process is not None
-            assert self.process.poll() is None, (self.folder / "log").read_text()[-3000:]
+            assert self.process.poll() is None, self.log[-3000:]
             time.sleep(0.1)
 
     def kill(self) -> None:
         """kill -9 of everything: the watchdog, the server, and whatever learns."""
         if self.process is None:
             return
-        for pid in (self.process.pid, *_descendants(self.process.pid)):
+        for pid in (self.process.pid, *descendants(self.process.pid)):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.process.wait()
@@ -87,7 +103,7 @@ class Process:
 
     def requests(self) -> list[dict[str, object]]:
         """The lines of its access log."""
-        lines = (self.folder / "log").read_text().splitlines()
+        lines = self.log.splitlines()
         return [json.loads(line.partition(" INFO ")[2]) for line in lines if " oneword.access INFO " in line]
 
     def metric(self, name: str) -> float:
@@ -155,7 +171,7 @@ def _accepts(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def _descendants(pid: int) -> set[int]:
+def descendants(pid: int) -> set[int]:
     """The ids of a process's descendants."""
     parents: dict[int, list[int]] = {}
     for status in Path("/proc").glob("[0-9]*/stat"):

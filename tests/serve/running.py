@@ -2,7 +2,9 @@
 
 import json
 import os
+import struct
 import subprocess
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,15 @@ def word_bytes(token: str = "<toy>", seed: int = 0, rows: int = 1, width: int = 
     """The file of a random word."""
     vectors = np.random.default_rng(seed).normal(0, 0.1, (rows, width)).astype(np.float32)
     return concept_bytes(Concept(token, {"text_encoder": vectors}))
+
+
+def undecodable_png(side: int = 64) -> bytes:
+    """A PNG in order, but for its pixels: only who decodes it finds out."""
+    chunks = (b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)), (b"IDAT", b"no pixels"), (b"IEND", b"")
+    framed = (
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(framed)
 
 
 def run_client(name: str, *arguments: str) -> Any:

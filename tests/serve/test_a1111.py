@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -13,7 +14,9 @@ import PIL.Image
 import pytest
 
 from oneword.runtime import Model, draw
-from tests.serve.running import Running, run_client, word_bytes
+from oneword.serve.a1111 import answers
+from tests.serve.conftest import Start
+from tests.serve.running import Running, run_client, undecodable_png, word_bytes
 
 SMALL = {"width": 64, "height": 64, "steps": 4, "prompt": "a red ring"}
 LONG = {**SMALL, "steps": 1000, "n_iter": 8, "sampler_name": "Euler a"}
@@ -174,6 +177,67 @@ def test_an_edit_needs_one_picture(http: httpx.Client) -> None:
 
     assert (none.status_code, two.status_code) == (404, 422)
     assert "Init image not found" in none.json()["detail"]
+
+
+def test_pictures_are_decoded_only_if_there_is_room(start_server: Start) -> None:
+    running = start_server()
+    picture = base64.b64encode(undecodable_png()).decode()
+    with running.client() as client:
+        damaged = client.post("/sdapi/v1/img2img", json={**SMALL, "init_images": [picture]})
+        running.state.pool.draining = True
+        draining = client.post("/sdapi/v1/img2img", json={**SMALL, "init_images": [picture]})
+
+    assert (damaged.status_code, draining.status_code) == (422, 503)
+
+
+def test_the_pictures_of_a_request_are_encoded_one_at_a_time(
+    http: httpx.Client, server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs: list[int] = []
+    in_thread = server.state.in_thread
+
+    async def counted(function: Any, *arguments: Any) -> Any:
+        def work() -> Any:
+            encoded: list[bytes] = []
+            with pytest.MonkeyPatch.context() as patch:
+                encode = answers.encode
+                patch.setattr(answers, "encode", lambda *a, **k: encoded.append(encode(*a, **k)) or encoded[-1])
+                result = function(*arguments)
+            jobs.append(len(encoded))
+            return result
+
+        return await in_thread(work)
+
+    monkeypatch.setattr(server.state, "in_thread", counted)
+
+    made = http.post("/sdapi/v1/txt2img", json={**SMALL, "n_iter": 3}).json()
+    silent = http.post("/sdapi/v1/txt2img", json={**SMALL, "n_iter": 3, "send_images": False}).json()
+
+    assert (len(made["images"]), silent["images"]) == (3, [])
+    assert jobs == [1, 1, 1, 0, 0]
+
+
+def test_memory_is_answered_where_the_system_does_not_say_what_is_free(
+    http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sysconf = os.sysconf
+    monkeypatch.setattr(os, "sysconf", lambda name: sysconf(name) if name != "SC_AVPHYS_PAGES" else sysconf("no name"))
+    without_free = http.get("/sdapi/v1/memory")
+    monkeypatch.delattr(os, "sysconf")
+    without_any = http.get("/sdapi/v1/memory")
+
+    assert (without_free.status_code, without_any.status_code) == (200, 200)
+    assert without_free.json()["ram"] == without_any.json()["ram"] == {"error": "unavailable"}
+
+
+def test_comfyuis_list_reads_no_word(http: httpx.Client, server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    http.put("/v1/words/listed", content=word_bytes("listed")).raise_for_status()
+    read: list[str] = []
+    records = server.state.words.store.records
+    monkeypatch.setattr(server.state.words.store, "records", lambda *of: read.append(of[0]) or records(*of))
+
+    assert "listed" in http.get("/embeddings").json()
+    assert read == []
 
 
 def test_the_mask_blur_softens_the_edge_of_what_is_pasted(http: httpx.Client) -> None:

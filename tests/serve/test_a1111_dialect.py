@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from oneword.engines.errors import UsageError
 from oneword.runtime.bundle import Bundle, Manifest
 from oneword.runtime.events import PictureDone
 from oneword.runtime.samplers import Sampler
-from oneword.serve.a1111.answers import info, parsed_parameters, pictures_answer, progress_of
+from oneword.serve.a1111.answers import encoded, info, parsed_parameters, pictures_answer, progress_of
 from oneword.serve.a1111.dialect import (
     ModelNames,
     Plan,
@@ -235,7 +236,8 @@ def test_clip_skip_counts_from_one(manifest: Manifest) -> None:
         ({"seed_resize_from_w": 64, "seed_resize_from_h": 64}, "seed_resize_from_w and _h are not supported"),
         ({"eta": 0.0}, "eta is 0 with the sampler Euler a, allowed is 1"),
         ({"seed": -2}, "seed is -2, allowed are -1"),
-        ({"n_iter": 1000, "batch_size": 2}, "n_iter x batch_size is 2000, allowed are up to 1024 pictures"),
+        ({"n_iter": 101}, "n_iter x batch_size is 101, allowed are up to 100 pictures"),
+        ({"n_iter": 2, "batch_size": 51}, "n_iter x batch_size is 102, allowed are up to 100 pictures"),
         ({"negative_promt": "blurry"}, "'negative_promt' is not a field of this request: did you mean 'negative_pr"),
         ({"override_settings": {"eta_noise_seed_delta": 31337}}, "the setting 'eta_noise_seed_delta' cannot be"),
         ({"override_settings": {"CLIP_stop_at_last_layers": 0}}, "CLIP_stop_at_last_layers is '0', allowed is a whole"),
@@ -400,7 +402,7 @@ def test_the_answer_has_the_pictures_and_info_as_a_json_string(manifest: Manifes
     body = TextToImage(**WEBUIAPI | {"seed": 3, "negative_prompt": "blurry", "unknown": 1})
     plan = text_to_image(body, manifest, 0)
 
-    answer = json.loads(pictures_answer(body, plan, [done(plan)], manifest, "oneword 0"))
+    answer = json.loads(pictures_answer(body, plan, [done(plan)], [encoded(plan, done(plan))], manifest, "oneword 0"))
 
     assert answer.keys() == {"images", "parameters", "info"}
     picture = PIL.Image.open(io.BytesIO(base64.b64decode(answer["images"][0])))
@@ -447,8 +449,8 @@ def test_pictures_are_sent_in_the_format_that_was_asked_for_or_not_at_all(manife
     plan = text_to_image(body, manifest, 0)
     silent = TextToImage(send_images=False)
 
-    data = base64.b64decode(json.loads(pictures_answer(body, plan, [done(plan)], manifest, "v"))["images"][0])
-    answer = json.loads(pictures_answer(silent, plan, [done(plan)], manifest, "v"))
+    data = base64.b64decode(encoded(plan, done(plan)))
+    answer = json.loads(pictures_answer(silent, plan, [done(plan)], [], manifest, "v"))
 
     assert PIL.Image.open(io.BytesIO(data)).format == "JPEG"
     assert answer["images"] == []
@@ -472,7 +474,9 @@ def test_the_init_pictures_are_echoed_only_when_asked_for(manifest: Manifest) ->
     ]
 
     answers = [
-        json.loads(pictures_answer(body, image_to_image(body, manifest, 0, PAINTED), [], manifest, "v"))["parameters"]
+        json.loads(pictures_answer(body, image_to_image(body, manifest, 0, PAINTED), [], [], manifest, "v"))[
+            "parameters"
+        ]
         for body in bodies
     ]
 
@@ -536,11 +540,24 @@ def test_progress_is_zero_at_rest_and_only_then(manifest: Manifest) -> None:
                 "Version": "1",
             },
         ),
+        (
+            "a cat\nSteps : 4,  Seed: 3,Size: 64x96",
+            {"Prompt": "a cat", "Negative prompt": "", "Steps": "4", "Seed": "3", "Size": "64x96"},
+        ),
         ("just: text, of a user", {"Prompt": "just: text, of a user", "Negative prompt": ""}),
     ],
 )
 def test_a_parameters_text_is_taken_apart(text: str, parts: dict[str, str]) -> None:
     assert parsed_parameters(text) == parts
+
+
+@pytest.mark.parametrize("piece", [" ", "a", "a ", "a:", 'a:"', 'a:"\\', ",  "])
+def test_a_parameters_text_takes_linear_time(piece: str) -> None:
+    start = time.process_time()
+
+    parsed_parameters("x" + 20_000 // len(piece) * piece + "x")
+
+    assert time.process_time() - start < 5  # quadratic: 10 to 60 s
 
 
 def test_our_own_parameters_text_is_taken_apart(manifest: Manifest) -> None:

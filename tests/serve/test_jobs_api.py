@@ -17,7 +17,7 @@ from tests.serve.conftest import Start
 from tests.serve.running import Running
 
 STEPS = 6
-MANY = 4000  # more than any test waits for
+STEPS_OF_A_LONG_JOB = 4000  # more than any test waits for
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_a_reader_that_comes_back_hears_only_what_it_has_missed(alice: httpx.Cli
 
 
 def test_a_job_is_cancelled_while_it_learns_and_leaves_no_word(alice: httpx.Client) -> None:
-    job = learn(alice, name="<never>", steps=MANY).json()
+    job = learn(alice, name="<never>", steps=STEPS_OF_A_LONG_JOB).json()
     events = events_of(alice, job["id"])
     assert next(kind for kind, data in events if kind == "progress" and data["step"] > 0)
 
@@ -114,7 +114,7 @@ def test_a_job_is_cancelled_while_it_learns_and_leaves_no_word(alice: httpx.Clie
 
 
 def test_a_job_waits_for_its_turn_and_can_be_cancelled_before_it(alice: httpx.Client) -> None:
-    first, second = (learn(alice, name=f"<turn{number}>", steps=MANY).json() for number in range(2))
+    first, second = (learn(alice, name=f"<turn{number}>", steps=STEPS_OF_A_LONG_JOB).json() for number in range(2))
 
     waiting = alice.get(f"/v1/jobs/{second['id']}").json()
     ended = alice.delete(f"/v1/jobs/{second['id']}").json()
@@ -126,7 +126,7 @@ def test_a_job_waits_for_its_turn_and_can_be_cancelled_before_it(alice: httpx.Cl
 
 
 def test_jobs_are_listed_newest_first_in_pages(alice: httpx.Client) -> None:
-    identifiers = [learn(alice, name="<page>", steps=MANY).json()["id"] for _ in range(3)]
+    identifiers = [learn(alice, name="<page>", steps=STEPS_OF_A_LONG_JOB).json()["id"] for _ in range(3)]
     for identifier in identifiers:
         alice.delete(f"/v1/jobs/{identifier}")
 
@@ -156,9 +156,9 @@ def test_the_pictures_of_a_job_are_those_that_were_sent(alice: httpx.Client) -> 
     job = learn(alice, name="<kept>", steps=1).json()
 
     sent = [np.asarray(Image.open(io.BytesIO(photograph(number)))) for number in range(3)]
-    kept = [np.asarray(Image.open(io.BytesIO(alice.get(url).content))) for url in job["pictures"]]
+    pictures_kept = [np.asarray(Image.open(io.BytesIO(alice.get(url).content))) for url in job["pictures"]]
 
-    assert all((a == b).all() for a, b in zip(sent, kept, strict=True))
+    assert all((a == b).all() for a, b in zip(sent, pictures_kept, strict=True))
     for name in ("preview-1-3.jpg", "preview-7-0.jpg", "preview--1-0.jpg", "run.json", "..%2F..%2Fjob.json", "a" * 300):
         assert alice.get(f"/v1/jobs/{job['id']}/pictures/{name}").status_code == 404, name
     list(events_of(alice, job["id"]))
@@ -182,7 +182,7 @@ def test_the_pictures_of_a_job_are_those_that_were_sent(alice: httpx.Client) -> 
 def test_a_field_that_makes_no_sense_is_refused(
     alice: httpx.Client, changes: dict[str, Any], status: int, param: str | None, text: str
 ) -> None:
-    fields: dict[str, Any] = {"name": "<toy>", "steps": MANY, **changes}
+    fields: dict[str, Any] = {"name": "<toy>", "steps": STEPS_OF_A_LONG_JOB, **changes}
     answer = learn(alice, None, **fields)
 
     error = answer.json()["error"]

@@ -110,10 +110,10 @@ def test_both_servers_make_the_same_picture_and_share_the_requests(machines: Mac
 
 def test_a_word_put_on_one_server_is_used_by_the_other_in_its_next_request(machines: Machines) -> None:
     first, second = machines.servers
-    with machines.client(first) as one, machines.client(second) as other:
+    with machines.client(first) as left, machines.client(second) as right:
         pictures = []
         for seed in range(4):  # put, then replaced, from either side
-            written, read = (one, other) if seed % 2 == 0 else (other, one)
+            written, read = (left, right) if seed % 2 == 0 else (right, left)
             put = written.put("/v1/words/%3Cshared%3E", content=word_bytes("<shared>", seed, rows=4))
             assert put.status_code in (200, 201), put.text
             pictures.append(generate(read, "a <shared>", steps=8, guidance_scale=7).json()["data"][0]["b64_json"])
@@ -121,30 +121,30 @@ def test_a_word_put_on_one_server_is_used_by_the_other_in_its_next_request(machi
             listed = read.get("/v1/words").json()["data"]
             assert [word["name"] for word in listed] == ["<shared>"]
             assert listed[0]["identity"] == put.json()["identity"]
-        assert one.delete("/v1/words/%3Cshared%3E").status_code == 204
-        gone = generate(other, "a <shared>")
+        assert left.delete("/v1/words/%3Cshared%3E").status_code == 204
+        gone = generate(right, "a <shared>")
 
     assert len(set(pictures)) == 4
     assert gone.status_code == 400
 
 
 def test_a_stream_passes_event_by_event_and_closing_it_frees_the_row(machines: Machines) -> None:
-    def cancelled() -> float:
-        return sum(server.metric("oneword_cancelled_total") for server in machines.servers)
+    def figure(name: str) -> float:
+        return sum(server.metric(name) for server in machines.servers)
 
-    before = cancelled()
+    ended, cancelled = figure("oneword_pictures_total"), figure("oneword_cancelled_total")
     # One small preview half-way: a proxy that buffered would pass it on together with the finished picture.
-    body = {"prompt": "a cat", **LONG, "stream": True, "previews": 500}
+    body = {"prompt": "a cat", **LONG, "size": "32x32", "stream": True, "previews": 500}
     with machines.client() as http, http.stream("POST", "/v1/images/generations", json=body) as stream:
         lines = stream.iter_lines()
         assert next(line for line in lines if line.startswith("event:")) == "event: image_generation.preview"
         data = json.loads(next(line for line in lines if line.startswith("data:")).removeprefix("data:"))
         assert data["step"] == 500
 
-    while cancelled() == before:  # the engine notices at the end of its turn
+    while figure("oneword_pictures_total") == ended:  # the engine notices at the end of its turn
         pass
-    assert cancelled() == before + 1
-    assert sum(server.metric("oneword_rows") for server in machines.servers) == 0
+    assert figure("oneword_cancelled_total") == cancelled + 1
+    assert figure("oneword_rows") == 0
 
 
 def test_a_whole_stream_ends_with_the_picture(machines: Machines) -> None:
@@ -239,8 +239,8 @@ def test_killing_a_server_loses_no_request_that_it_had_not_answered(machines: Ma
 def learners(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machines]:
     """Two servers of the miniature, which learn words."""
     pytest.importorskip("torch")
-    if given := os.environ.get("ONEWORD_MINIATURE_BUNDLE"):
-        bundle = Path(given)
+    if exported := os.environ.get("ONEWORD_MINIATURE_BUNDLE"):
+        bundle = Path(exported)
     else:
         from oneword.export.write import export_bundle
 

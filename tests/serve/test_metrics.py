@@ -1,9 +1,14 @@
 """Metrics: what the engine and the pool do is counted, under bounded labels."""
 
+import re
+from pathlib import Path
+
 from prometheus_client import generate_latest
 
+from oneword.serve.app import build_state
 from oneword.serve.metrics import Metrics, PoolMetrics
 from oneword.serve.pool import Outcome, Phase
+from oneword.serve.settings import Settings
 from oneword.serve.worker import Turn
 
 
@@ -35,3 +40,15 @@ def test_pictures_count_by_how_and_where_they_ended() -> None:
     assert 'oneword_pictures_total{outcome="cancelled"} 1.0' in text
     assert 'oneword_cancelled_total{phase="waiting"} 1.0' in text
     assert 'phase="decoding"' not in text
+
+
+def test_the_deployment_page_lists_every_metric(tiny_bundle: Path, tmp_path: Path) -> None:
+    metrics = build_state(Settings(tiny_bundle, str(tmp_path / "words"))).metrics
+    metrics.name_replica("r1")
+    endings = {"counter": "_total", "info": "_info"}
+    expected = [(f"{metric.name}{endings.get(metric.type, '')}", metric.type) for metric in metrics.registry.collect()]
+
+    text = (Path(__file__).parents[2] / "docs" / "guide" / "deploy.md").read_text("utf-8")
+    listed = re.findall(r"^\| `(oneword_\w+)` \| (\w+) \| [^|]{10,} \|$", text, re.M)
+
+    assert sorted(listed) == sorted(expected)

@@ -1,8 +1,12 @@
 """OpenAI's images API, as its own clients use it and as the wire has it."""
 
+import asyncio
 import base64
 import io
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -11,8 +15,10 @@ import PIL.Image
 import pytest
 
 from oneword.runtime import Model, draw
+from oneword.runtime.request import Request, resolve
+from oneword.serve.generate import fitted
 from tests.serve.conftest import Start
-from tests.serve.running import Running, run_client, word_bytes
+from tests.serve.running import Running, run_client, undecodable_png, word_bytes
 
 
 def picture_of(item: dict[str, Any]) -> np.ndarray[Any, Any]:
@@ -108,6 +114,31 @@ def test_the_stream_of_two_pictures_has_a_completed_event_for_each(http: httpx.C
     assert all(base64.b64decode(data["b64_json"])[:3] == b"\xff\xd8\xff" for data in previews)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_generation_that_somebody_cancels_is_a_conflict_and_not_tried_again(
+    server: Running, http: httpx.Client, stream: bool
+) -> None:
+    body = {"prompt": "a cat", "steps": 1000, "n": 3, "stream": stream}
+
+    def drawn() -> httpx.Response:
+        with server.client() as mine:
+            return mine.post("/v1/images/generations", json=body)
+
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(drawn)
+        while not (entries := http.get("/v1/queue").json()["data"]):
+            assert not answer.done()
+        assert http.delete(f"/v1/queue/{entries[0]['id']}").status_code == 204
+
+    response = answer.result()
+    if stream:
+        name, data = events_of(response)[-1]
+        assert (response.status_code, name, data["error"]["code"]) == (200, "error", "cancelled")
+    else:
+        assert (response.status_code, response.json()["error"]["code"]) == (409, "cancelled")
+        assert response.headers["x-should-retry"] == "false"
+
+
 @pytest.mark.parametrize(
     ("body", "status", "param"),
     [
@@ -150,6 +181,70 @@ def test_a_file_in_an_unknown_field_and_a_text_instead_of_a_file_are_refused(htt
 
     assert [response.status_code for response in (unknown, text, none)] == [400, 400, 400]
     assert [response.json()["error"]["param"] for response in (unknown, text, none)] == ["picture", "image", "image"]
+
+
+def test_uploads_are_decoded_only_if_there_is_room_for_all_of_them(start_server: Start) -> None:
+    running = start_server()
+    upload = undecodable_png()
+    with running.client() as client:
+
+        def edit(count: int, **fields: Any) -> httpx.Response:
+            files = [("image[]", (f"{i}.png", upload)) for i in range(count)]
+            return client.post("/v1/images/edits", data={"prompt": "a cat", **fields}, files=files)
+
+        damaged = edit(1)
+        too_many = edit(11)
+        large = edit(1, size="4096x4096")
+        running.state.pool.max_wait = 1e-9
+        client.post("/v1/images/generations", json={"prompt": "a cat", "steps": 2})
+        work = edit(1)
+        running.state.pool.draining = True
+        draining = client.post("/v1/images/variations", files={"image": upload})
+
+    assert (damaged.status_code, damaged.json()["error"]["param"]) == (422, "image")
+    assert (too_many.status_code, too_many.json()["error"]["param"]) == (400, "n")
+    assert (large.status_code, large.json()["error"]["param"]) == (400, "size")
+    assert (work.status_code, work.json()["error"]["code"]) == (400, "too_much_work")
+    assert draining.status_code == 503
+
+
+def test_an_upload_waits_no_larger_than_it_is_used(server: Running) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (256, 128, 3), np.uint8)
+    mask = np.zeros((256, 128), np.uint8)
+    mask[100:200] = 255
+    request = Request("a cat", image=image, mask=mask, size=(64, 64))
+    settings = resolve(request, server.state.manifest)
+
+    small = fitted(request, settings)
+
+    assert small.image is not None
+    assert small.mask is not None
+    assert (small.image.shape, small.mask.shape, small.size) == ((64, 64, 3), (64, 64), (64, 64))
+    assert np.array_equal(small.mask[:, 0], mask[::4, 0] == 255)
+    again = resolve(small, server.state.manifest)
+    assert (again.width, again.height, again.steps) == (settings.width, settings.height, settings.steps)
+
+
+def test_uploads_that_are_read_hold_up_no_answer(server: Running) -> None:
+    state = replace(server.state, _limiters={})
+    gate = threading.Event()
+
+    def read() -> None:
+        assert gate.wait(60)
+
+    def written() -> str:
+        return "answer"
+
+    async def scenario() -> None:
+        reads = [asyncio.create_task(state.in_thread(read)) for _ in range(8)]
+        await asyncio.sleep(0)
+        try:
+            assert await asyncio.wait_for(state.in_thread(written), 30) == "answer"
+        finally:
+            gate.set()
+            await asyncio.gather(*reads)
+
+    asyncio.run(scenario())
 
 
 def test_a_picture_asked_for_by_address_is_gone_after_an_hour(start_server: Start) -> None:

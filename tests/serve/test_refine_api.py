@@ -2,6 +2,8 @@
 
 import base64
 import io
+import itertools
+from typing import Any
 
 import httpx
 import PIL.Image
@@ -9,6 +11,8 @@ import pytest
 
 from oneword.runtime.concept import concept_of, read_safetensors
 from oneword.runtime.refine import Refinement
+from oneword.serve.errors import Busy
+from oneword.serve.keys import LOCAL
 from tests.serve.running import Running, word_bytes
 
 WORD = "/v1/words/%3Cpet%3E"
@@ -27,9 +31,9 @@ def test_a_round_is_drawn_judged_and_undone_and_the_word_changes_when_it_is_fini
 ) -> None:
     before = http.get(word).json()
     first = http.post(f"{word}/refine", json={"action": "start"}).json()
-    second = http.post(f"{word}/refine", json={"action": "judge", "likes": [1], "dislikes": [2]}).json()
+    second = http.post(f"{word}/refine", json={"action": "judge", "round": 1, "likes": [1], "dislikes": [2]}).json()
     undone = http.post(f"{word}/refine", json={"action": "undo"}).json()
-    http.post(f"{word}/refine", json={"action": "judge", "likes": [1]})
+    http.post(f"{word}/refine", json={"action": "judge", "round": 1, "likes": [1]})
     unchanged = http.get(word).json()
     finished = http.post(f"{word}/refine", json={"action": "finish"}).json()
 
@@ -51,9 +55,11 @@ def test_a_round_is_drawn_judged_and_undone_and_the_word_changes_when_it_is_fini
     [
         ({"action": "guess"}, 400, "action"),
         ({"action": "start", "likes": [1]}, 400, "likes"),
-        ({"action": "judge", "likes": [99]}, 400, "likes[0]"),
-        ({"action": "judge", "likes": [1], "dislikes": [1]}, 400, None),
+        ({"action": "judge", "round": 1, "likes": [99]}, 400, "likes[0]"),
+        ({"action": "judge", "round": 1, "likes": [1], "dislikes": [1]}, 400, None),
         ({"action": "undo"}, 400, None),
+        ({"action": "judge", "likes": [1]}, 400, "round"),
+        ({"action": "judge", "round": 3, "likes": [1]}, 409, None),
         ({"action": "start", "prompt": "a photo"}, 400, "prompt"),
     ],
 )
@@ -76,4 +82,41 @@ def test_a_refinement_is_its_tenants_own(tenants: tuple[Running, Running]) -> No
 def test_without_a_start_there_is_nothing_to_judge(http: httpx.Client) -> None:
     http.put("/v1/words/%3Cfresh-pet%3E", content=word_bytes("<fresh-pet>", 4)).raise_for_status()
 
-    assert http.post("/v1/words/%3Cfresh-pet%3E/refine", json={"action": "judge", "likes": [0]}).status_code == 409
+    assert (
+        http.post("/v1/words/%3Cfresh-pet%3E/refine", json={"action": "judge", "round": 1, "likes": [0]}).status_code
+        == 409
+    )
+
+
+def test_a_judgement_that_is_sent_twice_counts_once(http: httpx.Client, word: str) -> None:
+    body = {"action": "judge", "round": 1, "likes": [1]}
+    first, second = (http.post(f"{word}/refine", json=body).json() for _ in range(2))
+    other = http.post(f"{word}/refine", json={**body, "likes": [2]})
+
+    assert (first["round"], second) == (2, first)
+    assert other.status_code == 409
+
+
+@pytest.mark.parametrize("change", ["delete", "replace"])
+def test_a_refinement_ends_with_its_word(http: httpx.Client, word: str, change: str) -> None:
+    if change == "delete":
+        http.delete(word).raise_for_status()
+    http.put(word, content=word_bytes("<pet>", 7)).raise_for_status()
+    before = http.get(word).json()
+
+    assert http.post(f"{word}/refine", json={"action": "finish"}).status_code == 409
+    assert http.get(word).json() == before
+
+
+def test_a_full_queue_leaves_no_candidate_behind(server: Running, http: httpx.Client, word: str) -> None:
+    pool, submit, count = server.state.pool, server.state.pool.submit, itertools.count()
+
+    def refuse_the_fifth(*arguments: Any, **settings: Any) -> Any:
+        if next(count) == 4:
+            raise Busy("full", 1)
+        return submit(*arguments, **settings)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pool, "submit", refuse_the_fifth)
+        assert http.post(f"{word}/refine", json={"action": "start"}).status_code == 429
+    assert pool.generations(LOCAL) == []

@@ -138,6 +138,29 @@ def test_a_partial_picture_of_a_masked_edit_keeps_the_original_outside_the_mask(
     np.testing.assert_array_equal(events.until(Partial).image[32:], scene()[32:])
 
 
+def test_a_turn_decodes_few_partial_pictures_and_every_picture_gets_some(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together: list[int] = []
+    decode = Worker._decode_partials
+
+    def counted(self: Worker, model: Model, partials: Any) -> int:
+        together.append(len(partials))
+        return decode(self, model, partials)
+
+    monkeypatch.setattr(Worker, "_decode_partials", counted)
+    listeners = [Events() for _ in range(4)]
+
+    for seed, events in enumerate(listeners):
+        worker.submit(Request("a cat", seed=seed, steps=12), frozenset({3}), events)
+
+    for events in listeners:
+        events.until(Done)
+        assert [event.step for event in events.all if isinstance(event, Partial)] == [3]
+    assert max(together) <= 2
+    assert not worker._due
+
+
 def test_requests_that_cannot_run_fail_alone(worker: Worker) -> None:
     good, unknown, large = Events(), Events(), Events()
     worker.submit(Request("a cat", steps=4), frozenset(), good)

@@ -13,5 +13,5 @@ test("a second press takes a like back", () => {
 
 test("a candidate is liked or disliked, not both", () => {
   const changed = judged(judged(ROUND, 1, "likes"), 1, "dislikes");
-  assert.deepEqual(judgement(changed), { action: "judge", likes: [], dislikes: [1] });
+  assert.deepEqual(judgement(changed), { action: "judge", round: 1, likes: [], dislikes: [1] });
 });

@@ -1,0 +1,53 @@
+"""The files in serve/deploy that no other test runs: the systemd unit and the Dockerfile.
+
+Not covered: building the image, applying rayservice.yaml. nginx.conf: test_machines.py, serve.yaml: test_ray.py.
+"""
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from oneword.serve.command import command
+
+DEPLOY = Path(__file__).parents[2] / "serve" / "deploy"
+SYSTEMD = shutil.which("systemd-analyze")
+
+
+def service_command() -> list[str]:
+    found = re.search(r"^ExecStart=(.+)$", (DEPLOY / "oneword.service").read_text(), re.M)
+    assert found is not None
+    return shlex.split(found[1])
+
+
+def container_command() -> list[str]:
+    text = (DEPLOY / "Dockerfile").read_text()
+    lines = dict(re.findall(r"^(ENTRYPOINT|CMD) (\[.+\])$", text, re.M))
+    return [*json.loads(lines["ENTRYPOINT"]), *json.loads(lines["CMD"])]
+
+
+@pytest.mark.parametrize("line", [service_command(), container_command()], ids=["oneword.service", "Dockerfile"])
+def test_the_command_line_is_one_that_the_server_takes(line: list[str]) -> None:
+    assert Path(line[0]).name == "ti-serve"
+    options = command.make_context("ti-serve", line[1:]).params
+
+    assert options["bundle"].is_absolute()
+    assert options["keys"].is_absolute()
+    assert Path(options["words"]).parent == options["jobs"].parent  # what must be kept is in one folder
+
+
+@pytest.mark.skipif(SYSTEMD is None, reason="no systemd-analyze: apt-get install systemd")
+def test_systemd_finds_no_fault_with_the_unit(tmp_path: Path) -> None:
+    unit = tmp_path / "oneword.service"
+    unit.write_text((DEPLOY / "oneword.service").read_text().replace(service_command()[0], sys.executable))
+    checked = subprocess.run(
+        [str(SYSTEMD), "verify", "--man=no", str(unit)], capture_output=True, text=True, check=False, timeout=60
+    )
+
+    assert checked.returncode == 0, checked.stderr
+    assert "oneword.service" not in checked.stderr
