@@ -105,10 +105,11 @@ def test_errors_and_notes_of_a_worker_are_reported_as_when_learning_locally(
     with pytest.raises(UsageError, match="has no pictures"):
         list(learn_on_ray(str(tiny_model_dir), [Task(empty, "<toy>", "star")], RECIPE))
     arguments = [str(tasks[0].images), "--model", str(tiny_model_dir), "--token", "<toy>", "--init", "star"]
+    arguments += ["--learning-rate", "1e-9"]
     output = tmp_path / "toy.safetensors"
     assert main([*arguments, "--output", str(output), "--steps", "2", "--batch-size", "2", "--ray", "local"]) == 0
     assert load_concept(output).token == "<toy>"
-    assert f"<toy> -> {output}" in capsys.readouterr().err  # from this process; a worker's notes depend on its numbers
+    assert "note: " in capsys.readouterr().err  # from the worker: two steps at this rate do not move a word
     assert main([*arguments, "--output", str(output), "--ray", "local", "--report", str(tmp_path / "x.html")]) == 2
     assert "--ray does not support --preview-every" in capsys.readouterr().err
 
