@@ -63,6 +63,7 @@ def build_state(settings: Settings) -> State:
         return any(tokenizer.knows(piece) for tokenizer in tokenizers.values())
 
     words = Words(WordStore(settings.words), knows=knows)
+    files = open_files(settings.words)
     pool = Pool(worker, manifest, max_wait=settings.max_wait, observer=PoolMetrics(metrics))
 
     async def keep(name: str, concept: Concept) -> None:
@@ -80,8 +81,8 @@ def build_state(settings: Settings) -> State:
         words=words,
         worker=worker,
         pool=pool,
-        results=Results(settings.words),
-        refinements=Refinements(open_files(settings.words), Lexicon.read(bundle)),
+        results=Results(files),
+        refinements=Refinements(files, lambda: Lexicon.read(bundle)),
         metrics=metrics,
         jobs=jobs,
     )

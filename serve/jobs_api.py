@@ -16,7 +16,6 @@ from starlette.requests import Request as HTTPRequest
 from starlette.responses import JSONResponse, Response
 
 from oneword.runtime.concept import Concept
-from oneword.runtime.request import Request
 from oneword.serve.errors import (
     ApiError,
     Busy,
@@ -31,13 +30,13 @@ from oneword.serve.job_files import Cancelled, Failed, Note, Progress, Status
 from oneword.serve.jobs import PICTURES, Done, Job, Jobs, Snapshot
 from oneword.serve.keys import Tenant
 from oneword.serve.openapi import PICTURE_TYPES, WORD_NAME, file_field, file_response, stream_response, upload
-from oneword.serve.pictures import MEDIA_TYPES, as_base64, encode
+from oneword.serve.pictures import MEDIA_TYPES, as_base64
+from oneword.serve.samples import sample_jpeg, sample_request
 from oneword.serve.state import State, caller
 from oneword.serve.streams import EventStream, sse
 
 PROMPTS: Final = ("a photo of a {}", "a photo of a {} in the snow", "a drawing of a {}")
 """What every snapshot of a word draws."""
-PREVIEW_STEPS: Final = 20  # denoising steps
 PREVIEW_SEED: Final = 0
 _IMAGES: Final = ("image[]", "image", "images[]", "images")
 _BUSY_SECONDS: Final = 30.0  # the longest wait for an engine that is busy
@@ -305,18 +304,11 @@ async def _patiently(state: State, tenant: Tenant, job: Job, name: str) -> bytes
 
 async def _drawn(state: State, tenant: Tenant, concept: Concept, index: int) -> bytes:
     """The picture of prompt `index` as a JPEG."""
-    defaults = state.manifest.defaults
-    request = Request(
-        PROMPTS[index].format(concept.token),
-        seed=PREVIEW_SEED,
-        steps=min(PREVIEW_STEPS, defaults.steps),
-        words={concept.token: concept},
-    )
+    request = sample_request(state, PROMPTS[index].format(concept.token), concept, PREVIEW_SEED)
     pictures = await state.pool.submit(tenant, request, deadline=_BUSY_SECONDS).wait()
     if not pictures:
         raise Unavailable("the preview was cancelled: ask for it again")
-    picture = pictures[0]
-    return await state.in_thread(encode, picture.image, "jpeg", 90, "")
+    return await sample_jpeg(state, pictures[0])
 
 
 def _preview_name(step: int, index: int) -> str:

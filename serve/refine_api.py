@@ -11,19 +11,17 @@ from pydantic import BaseModel, Field
 from starlette.requests import Request as HTTPRequest
 
 from oneword.runtime.refine import Refinement, finish, judge, propose, undo
-from oneword.runtime.request import Request
 from oneword.serve.errors import Conflict, Invalid
 from oneword.serve.fields import Fields
 from oneword.serve.generate import all_or_none
 from oneword.serve.generate import finish as finished
 from oneword.serve.keys import Tenant
-from oneword.serve.pictures import as_base64, encode
+from oneword.serve.pictures import as_base64
+from oneword.serve.samples import sample_jpeg, sample_request
 from oneword.serve.state import State, caller
 from oneword.serve.words_api import Word
 
 PROMPT: Final = "a photo of a {}"
-STEPS: Final = 20
-"""Denoising steps of a candidate's picture, if the bundle's default is not fewer."""
 _MAX_INDEX: Final = 15
 
 
@@ -111,20 +109,12 @@ async def _candidates(
     if not current.room:  # nothing is left but to finish, or to undo a round
         return RefinementRound(round=len(current.rounds) + 1, aspects=current.words, candidates=[])
     concepts = await state.in_thread(propose, current, state.refinements.lexicon)
-    requests = [
-        Request(
-            prompt.replace("{}", current.token),
-            seed=current.seed + len(current.rounds),
-            steps=min(STEPS, state.manifest.defaults.steps),
-            words={current.token: concept},
-        )
-        for concept in concepts
-    ]
+    prompt, seed = prompt.replace("{}", current.token), current.seed + len(current.rounds)
     with all_or_none() as generations:
-        for request in requests:
-            generations.append(state.pool.submit(tenant, request))
+        for concept in concepts:
+            generations.append(state.pool.submit(tenant, sample_request(state, prompt, concept, seed)))
     pictures = await finished(http, *generations)
-    encoded = [await state.in_thread(encode, picture.image, "jpeg", 90, "") for picture in pictures]
+    encoded = [await sample_jpeg(state, picture) for picture in pictures]
     candidates = [
         Candidate(index=index, aspects=concept.provenance["aspects"], b64_json=as_base64(data))
         for index, (concept, data) in enumerate(zip(concepts, encoded, strict=True))

@@ -1,5 +1,8 @@
 """Refinements in progress, as small files of the word store. Not covered: the search (`oneword.runtime.refine`)."""
 
+from collections.abc import Callable
+from functools import cached_property
+
 import msgspec
 
 from oneword.runtime.aspects import DEFAULT_ASPECTS
@@ -21,9 +24,14 @@ class _Record(msgspec.Struct, frozen=True):
 class Refinements:
     """By tenant and word. Synchronous; call it in a thread."""
 
-    def __init__(self, files: Files, lexicon: Lexicon) -> None:
-        self.lexicon = lexicon
-        self._files = files
+    def __init__(self, files: Files, read_lexicon: Callable[[], Lexicon]) -> None:
+        """`read_lexicon` is called once, when somebody first refines a word: it reads the model's whole vocabulary."""
+        self._files, self._read_lexicon = files, read_lexicon
+
+    @cached_property
+    def lexicon(self) -> Lexicon:
+        """The directions of the model's vocabulary."""
+        return self._read_lexicon()
 
     def read(self, tenant: str, record: WordRecord) -> Refinement | None:
         """The state of a word's refinement; None if there is none, or if the word has been replaced since it began."""

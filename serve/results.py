@@ -15,7 +15,7 @@ from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
 from oneword.serve.errors import NotFound
-from oneword.serve.files import open_files
+from oneword.serve.files import Files
 from oneword.serve.openapi import PICTURE_TYPES, file_response
 from oneword.serve.pictures import MEDIA_TYPES, Format
 
@@ -27,8 +27,8 @@ _NAME: Final = re.compile(r"(\d{1,12})-[0-9a-f]{64}\.(png|jpeg|webp)")
 class Results:
     """Files `results/<expiry>-<random>.<suffix>` of a store. Synchronous; call it in a thread."""
 
-    def __init__(self, url: str, clock: Callable[[], float] = time.time) -> None:
-        self._files = open_files(url)
+    def __init__(self, files: Files, clock: Callable[[], float] = time.time) -> None:
+        self._files = files
         self._clock = clock
 
     def put(self, data: bytes, format: Format) -> str:

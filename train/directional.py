@@ -24,12 +24,6 @@ def unit(rows: torch.Tensor) -> torch.Tensor:
     return rows / torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp(min=1e-8)
 
 
-def mean_length(table: torch.Tensor) -> float:
-    """The mean length of the rows [V, D] that are not zero."""
-    lengths = torch.linalg.vector_norm(table.float(), dim=-1)
-    return float(lengths[lengths > 0].mean())
-
-
 class DirectionalDescent(torch.optim.Optimizer):
     """Turns rows [n, D]. Each parameter group has its `length`; the rows must have it at the start."""
 

@@ -21,9 +21,8 @@ from oneword.export.modules import TextEncoder, UNet
 from oneword.export.source import Source
 from oneword.runtime.concept import Concept
 from oneword.train.compute import compute_dtype, few_positions
-from oneword.train.directional import mean_length
 from oneword.train.losses import distance_to_start, min_snr_weights, noise_scheduler, prediction_target
-from oneword.train.norms import vocabulary_norm, with_norm
+from oneword.train.norms import vocabulary_mean_norm, vocabulary_norm, with_norm
 from oneword.train.parallel import Recorded, in_threads, parts_of
 from oneword.train.prompts import PromptEncoder, Text
 from oneword.train.recipe import Recipe
@@ -59,7 +58,7 @@ class Learner:
             for encoder in family.encoders
         }
         self.target_norms = {name: vocabulary_norm(prompt.encoder.table) for name, prompt in self.encoders.items()}
-        mean_lengths = {name: mean_length(prompt.encoder.table) for name, prompt in self.encoders.items()}
+        mean_lengths = {name: vocabulary_mean_norm(prompt.encoder.table) for name, prompt in self.encoders.items()}
         self._first_row: list[int] = []
         next_row = 0
         for word in words:

@@ -1,4 +1,4 @@
-"""Lengths of embedding vectors: the vocabulary's median, and how a recipe changes a word's. Pure tensors."""
+"""Lengths of embedding vectors: the vocabulary's median and mean, and how a recipe changes a word's. Pure tensors."""
 
 from __future__ import annotations
 
@@ -10,6 +10,12 @@ from oneword.train.recipe import Norm
 def vocabulary_norm(table: torch.Tensor) -> float:
     """The median length of the vocabulary's rows [V, D]."""
     return float(torch.linalg.vector_norm(table.float(), dim=-1).median())
+
+
+def vocabulary_mean_norm(table: torch.Tensor) -> float:
+    """The mean length of the vocabulary's rows [V, D] that are not zero."""
+    lengths = torch.linalg.vector_norm(table.float(), dim=-1)
+    return float(lengths[lengths > 0].mean())
 
 
 def with_norm(rows: torch.Tensor, norm: Norm, target: float, rate: float) -> torch.Tensor:

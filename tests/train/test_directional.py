@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from oneword.engines.errors import UsageError
-from oneword.train.directional import DirectionalDescent, mean_length, unit
+from oneword.train.directional import DirectionalDescent, unit
+from oneword.train.norms import vocabulary_mean_norm
 from oneword.train.recipe import Norm, Optimizer, Recipe, named_recipe
 
 
@@ -53,7 +54,7 @@ def test_without_a_gradient_the_prior_turns_a_row_back_to_where_it_began() -> No
 
 
 def test_the_mean_length_leaves_out_rows_of_zeros() -> None:
-    assert mean_length(torch.tensor([[3.0, 4.0], [0.0, 0.0], [0.0, 1.0]])) == 3.0
+    assert vocabulary_mean_norm(torch.tensor([[3.0, 4.0], [0.0, 0.0], [0.0, 1.0]])) == 3.0
 
 
 def test_a_directional_recipe_has_no_other_rule_for_lengths() -> None:
