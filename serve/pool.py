@@ -462,7 +462,10 @@ class Pool:
             )
             if earlier is generation:
                 break
-        before = 0.0 if generation._work_done else self._seconds_to_slot
+        earlier_pictures = itertools.takewhile(
+            lambda picture: picture.generation is not generation, self._needing_slots
+        )
+        before = 0.0 if generation._work_done else self._seconds_to_slot(sum(1 for _ in earlier_pictures))
         return min(self.queued_seconds, before + self._seconds(work) * len(self._accounts))
 
     def _seconds(self, work: _Work) -> float:
@@ -491,23 +494,26 @@ class Pool:
         account = self._accounts.get(generation.tenant.name)
         before = 0.0 if account is None else self._seconds(account.work)
         tenants = len(self._accounts) + (account is None)
-        wait = min(self.queued_seconds + seconds, self._seconds_to_slot + (before + seconds) * tenants)
+        wait = min(
+            self.queued_seconds + seconds,
+            self._seconds_to_slot(len(self._needing_slots)) + (before + seconds) * tenants,
+        )
         if wait > self.max_wait:
             raise Busy(
                 f"this request would be ready in {wait:.0f} seconds, allowed are {self.max_wait:g}: try again later",
                 min(wait - self.max_wait, self.queued_seconds),
             )
 
-    @property
-    def _seconds_to_slot(self) -> float:
-        """Estimated seconds until a picture that the engine gets now has a slot; rows share the engine evenly."""
-        ahead = len(self._needing_slots) - self.worker.slots
+    def _seconds_to_slot(self, earlier: int) -> float:
+        """Estimated seconds until a picture has a slot that `earlier` others get one before; rows share the engine
+        evenly."""
+        ahead = earlier - self.worker.slots
         if ahead < 0:
             return 0.0
         running = itertools.islice(self._needing_slots, self.worker.slots)
         left = sorted(picture.generation._branch_pixels_left(picture.step) for picture in running)
         longest = left[min(ahead, len(left) - 1)]
-        return self._seconds(_Work(sum(min(tenant, longest) for tenant in left)))
+        return self._seconds(_Work(sum(min(work, longest) for work in left)))
 
     def _spend(self, generation: Generation) -> None:
         """Takes the request's pixel-steps from its tenant's budget. Raises Busy if there are not enough, Forbidden if
