@@ -14,6 +14,7 @@ import pytest
 import uvicorn
 from moto.server import ThreadedMotoServer
 
+from oneword.runtime.model import Model
 from oneword.serve.app import build_state, create_app
 from oneword.serve.connection import server_config
 from oneword.serve.keys import new_key
@@ -64,6 +65,12 @@ def tenants(start_server: Start, tmp_path_factory: pytest.TempPathFactory) -> tu
     keys.write_text(first + second)
     running = start_server(keys=keys)
     return Running(running.url, running.state, alice), Running(running.url, running.state, bob)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_bundle: Path) -> Model:
+    """The tiny model in the test's own hands."""
+    return Model.open(tiny_bundle, "onnxruntime", threads=1)
 
 
 @pytest.fixture

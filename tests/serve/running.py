@@ -1,11 +1,13 @@
 """What the server's tests share: a server that listens, a word's file, and the unmodified clients."""
 
+import contextlib
 import json
 import os
 import shutil
 import struct
 import subprocess
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,28 @@ import numpy as np
 import pytest
 
 from oneword.runtime.concept import Concept, concept_bytes
+from oneword.runtime.model import Model
 from oneword.serve.state import State
+from oneword.serve.worker import Worker
 
 WIDTH = 32  # of a vector of the tiny model
 CLIENTS = os.environ.get("ONEWORD_CLIENTS")
 """The environment with the unmodified clients: a folder with `bin/python` and `node_modules`."""
+
+
+SECONDS = 60.0
+"""More than anything here takes: a test that waits for so long fails."""
+
+
+@contextlib.contextmanager
+def started_worker(bundle: Path, max_rows: int) -> Iterator[Worker]:
+    """An engine thread that is ready; it has to end in time."""
+    worker = Worker(lambda: Model.open(bundle, "onnxruntime", threads=1), max_rows=max_rows)
+    worker.start()
+    worker.wait_ready(SECONDS)
+    yield worker
+    worker.stop(cancel=True)
+    assert worker.join(SECONDS)
 
 
 @dataclass

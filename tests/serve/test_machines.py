@@ -4,6 +4,7 @@ Not covered: several hosts, TLS; Ray Serve (tests/serve/test_ray.py).
 """
 
 import base64
+import contextlib
 import json
 import os
 from collections.abc import Iterator
@@ -61,9 +62,9 @@ def started(bundle: Path, folder: Path, *options: str) -> Machines:
     return Machines((first, second), proxy, {name: key for name, (key, _) in pairs.items()})
 
 
-@pytest.fixture(scope="module")
-def running(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machines]:
-    machines = started(tiny_bundle, tmp_path_factory.mktemp("machines"))
+@contextlib.contextmanager
+def serving(machines: Machines) -> Iterator[Machines]:
+    """The servers and their proxy, until the end of the block."""
     try:
         machines.proxy.start()
         machines.revive()
@@ -72,6 +73,12 @@ def running(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
         machines.proxy.stop()
         for server in machines.servers:
             server.kill()
+
+
+@pytest.fixture(scope="module")
+def running(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machines]:
+    with serving(started(tiny_bundle, tmp_path_factory.mktemp("machines"))) as machines:
+        yield machines
 
 
 @pytest.fixture
@@ -245,15 +252,8 @@ def learners(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machines]:
         from oneword.export.write import export_bundle
 
         bundle = export_bundle("miniature", tmp_path_factory.mktemp("miniature") / "bundle").bundle.path
-    machines = started(bundle, tmp_path_factory.mktemp("learners"), "--model", "miniature")
-    try:
-        machines.proxy.start()
-        machines.revive()
+    with serving(started(bundle, tmp_path_factory.mktemp("learners"), "--model", "miniature")) as machines:
         yield machines
-    finally:
-        machines.proxy.stop()
-        for server in machines.servers:
-            server.kill()
 
 
 def test_a_learning_job_is_seen_and_followed_through_either_server(learners: Machines) -> None:

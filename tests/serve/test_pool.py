@@ -25,25 +25,15 @@ from oneword.serve.generate import events
 from oneword.serve.keys import LOCAL, Tenant
 from oneword.serve.pool import Dropped, Generation, GenerationEvent, Outcome, Phase, PictureEvent, Pool, spread
 from oneword.serve.worker import Done, Failed, Partial, Started, Step, Worker
+from tests.serve.running import SECONDS, started_worker
 
-SECONDS = 60.0
-"""More than anything here takes: a test that waits for so long fails."""
 ALICE, BOB, CAROL = Tenant("alice"), Tenant("bob"), Tenant("carol")
-
-
-@pytest.fixture(scope="module")
-def model(tiny_bundle: Path) -> Model:
-    return Model.open(tiny_bundle, "onnxruntime", threads=1)
 
 
 @pytest.fixture
 def worker(tiny_bundle: Path) -> Iterator[Worker]:
-    worker = Worker(lambda: Model.open(tiny_bundle, "onnxruntime", threads=1), max_rows=2)
-    worker.start()
-    worker.wait_ready(SECONDS)
-    yield worker
-    worker.stop(cancel=True)
-    assert worker.join(SECONDS)
+    with started_worker(tiny_bundle, max_rows=2) as worker:
+        yield worker
 
 
 @pytest.fixture

@@ -31,24 +31,13 @@ from oneword.serve.worker import (
     Worker,
     WorkerEvent,
 )
-
-SECONDS = 60.0
-"""More than anything here takes: a test that waits for so long fails."""
-
-
-@pytest.fixture(scope="module")
-def model(tiny_bundle: Path) -> Model:
-    return Model.open(tiny_bundle, "onnxruntime", threads=1)
+from tests.serve.running import SECONDS, started_worker
 
 
 @pytest.fixture
 def worker(tiny_bundle: Path) -> Iterator[Worker]:
-    worker = Worker(lambda: Model.open(tiny_bundle, "onnxruntime", threads=1), max_rows=4)
-    worker.start()
-    worker.wait_ready(SECONDS)
-    yield worker
-    worker.stop(cancel=True)
-    assert worker.join(SECONDS)
+    with started_worker(tiny_bundle, max_rows=4) as worker:
+        yield worker
 
 
 class Events:
