@@ -317,6 +317,8 @@ def test_learning_is_found_again_after_a_reload(server: Server, visitor: Visitor
     visit.wait_for_previews(column=2)
     visit.page.click(".learning >> text=Cancel")
     visit.page.wait_for_selector("text=Cancelled")
+    with server.client() as http:
+        assert http.get("/v1/jobs").json()["data"][0]["status"] == "cancelled"
 
 
 def test_learning_is_cancelled(server: Server, visitor: Visitor) -> None:
@@ -481,6 +483,7 @@ def test_the_gallery_keeps_pictures_over_a_reload(server: Server, visitor: Visit
     visit.page.click('[aria-label="Empty the gallery"]')
     visit.page.click("text=Delete all")
     visit.page.wait_for_selector("text=Nothing here yet")
+    assert visit.page.locator("main img").count() == 0
 
 
 def test_cancel_frees_the_engine_and_keeps_the_page(server: Server, visitor: Visitor) -> None:
@@ -495,6 +498,7 @@ def test_cancel_frees_the_engine_and_keeps_the_page(server: Server, visitor: Vis
     with server.client() as http:
         while http.get("/v1/queue").json()["data"]:
             time.sleep(0.05)
+    assert visit.page.locator(".tile.cancelled").count() == 2
     visit.draw("a photo of a <toy>", steps=4, count=2)
     visit.wait_for_pictures(2)
 
@@ -510,6 +514,7 @@ def test_pictures_go_on_after_the_server_was_killed(server: Server, visitor: Vis
     server.start()
     visit.page.wait_for_selector(".connection p", state="detached")
     visit.wait_for_pictures(2)
+    assert visit.page.locator(".tile.failed, .tile.cancelled").count() == 0
 
 
 def test_a_refusal_is_shown_in_the_servers_words(server: Server, visitor: Visitor) -> None:
