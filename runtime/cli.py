@@ -11,9 +11,17 @@ from typing import Any
 import click
 
 from oneword.engines.errors import FileError, OnewordError, UsageError, one_line
-from oneword.engines.open import Backend
-from oneword.runtime.backends import AUTO
-from oneword.runtime.commands import HELP, PATH, ProgressBar, json_option, print_json, run_command, size, version_option
+from oneword.runtime.commands import (
+    HELP,
+    PATH,
+    ProgressBar,
+    engine_option,
+    json_option,
+    print_json,
+    run_command,
+    size,
+    version_option,
+)
 from oneword.runtime.concept import load_concept
 from oneword.runtime.drawing import scheduler_for
 from oneword.runtime.events import Failed, PictureDone, StepDone
@@ -64,13 +72,7 @@ _BUNDLES = "the bundle's"
 @click.option(
     "--paste/--no-paste", default=True, show_default=True, help="Keep --image's pixels where --mask is black."
 )
-@click.option(
-    "--engine",
-    type=click.Choice([AUTO, *(backend.value for backend in Backend)]),
-    default=AUTO,
-    show_default=True,
-    help="Backend that runs the graphs; auto picks the fastest one installed.",
-)
+@engine_option
 @click.option(
     "--max-rows", type=click.IntRange(1), default=MAX_ROWS, show_default=True, help="Maximum pictures per batch."
 )

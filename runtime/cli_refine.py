@@ -11,10 +11,17 @@ from typing import Any
 import click
 
 from oneword.engines.errors import UsageError
-from oneword.engines.open import Backend
 from oneword.runtime.aspects import DEFAULT_ASPECTS, Aspect, read_aspects
-from oneword.runtime.backends import AUTO
-from oneword.runtime.commands import HELP, PATH, ProgressBar, json_option, print_json, run_command, version_option
+from oneword.runtime.commands import (
+    HELP,
+    PATH,
+    ProgressBar,
+    engine_option,
+    json_option,
+    print_json,
+    run_command,
+    version_option,
+)
 from oneword.runtime.concept import Concept, load_concept, save_concept, token_from_stem
 from oneword.runtime.drawing import draw
 from oneword.runtime.grid import labelled_grid
@@ -62,13 +69,7 @@ _ANSWER = "allowed are numbers such as 2 5 -3, 0 for none, or all of them from b
 @click.option("--prompt", default=PROMPT, show_default=True, help="What to draw; {} is the word.")
 @click.option("--steps", type=int, show_default="the bundle's", help="Denoising steps.")
 @click.option("--guidance-scale", type=float, show_default="the bundle's", help="Weight of the prompt.")
-@click.option(
-    "--engine",
-    type=click.Choice([AUTO, *(backend.value for backend in Backend)]),
-    default=AUTO,
-    show_default=True,
-    help="Backend that runs the graphs.",
-)
+@engine_option
 @click.option(
     "--output", type=PATH, metavar="FILE", show_default="the FILE that is continued, else NAME-refined.safetensors"
 )

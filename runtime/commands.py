@@ -14,6 +14,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 import oneword
 from oneword.engines.errors import OnewordError
+from oneword.engines.open import Backend
+from oneword.runtime.backends import AUTO
 
 HELP: Final = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
 """Context settings of every command."""
@@ -21,6 +23,13 @@ PATH: Final = click.Path(path_type=Path)
 """An option or argument that is a path."""
 
 version_option = click.version_option(oneword.__version__, prog_name="oneword")
+engine_option = click.option(
+    "--engine",
+    type=click.Choice([AUTO, *(backend.value for backend in Backend)]),
+    default=AUTO,
+    show_default=True,
+    help="Backend that runs the graphs; auto picks the fastest one installed.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output.")
 
 

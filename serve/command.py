@@ -14,9 +14,7 @@ from typing import Any, Final
 import click
 
 from oneword.engines.errors import MissingPackage, UsageError
-from oneword.engines.open import Backend
-from oneword.runtime.backends import AUTO
-from oneword.runtime.commands import HELP, PATH, json_option, print_json, version_option
+from oneword.runtime.commands import HELP, PATH, engine_option, json_option, print_json, version_option
 from oneword.serve.keys import LOCAL, new_key
 from oneword.serve.settings import Settings
 from oneword.serve.watchdog import Heartbeat, Pulse
@@ -39,13 +37,7 @@ END_SECONDS: Final = 5.0
 @click.option("--keys", type=PATH, help="File with the users' keys; everything but the page then needs one.")
 @click.option("--new-key", metavar="NAME", help="Print a new key for NAME and its lines for --keys, then end.")
 @click.option("--max-rows", type=int, default=16, show_default=True, help="Maximum pictures per batch.")
-@click.option(
-    "--engine",
-    type=click.Choice([AUTO, *(backend.value for backend in Backend)]),
-    default=AUTO,
-    show_default=True,
-    help="Backend that runs the graphs; auto picks the fastest one installed.",
-)
+@engine_option
 @click.option("--threads", type=int, show_default="all cores", help="CPU threads of the engine.")
 @click.option("--max-wait", type=float, default=60.0, show_default=True, help="Seconds of work that may be queued.")
 @click.option("--drain-seconds", type=float, default=20.0, show_default=True, help="Time to finish work when stopped.")
