@@ -206,11 +206,11 @@ def weighted_parts(prompt: str) -> list[Part | None]:
         elif text[0] == "\\" and len(text) == 2:
             parts.append((text[1], 1.0))
         else:
-            first, *chunks = _BREAK.split(text)
-            parts.append((first.rstrip() if chunks else first, 1.0))
-            for i, between in enumerate(chunks, 1):
-                between = between.lstrip()
-                parts += [(None, 1.0), (between.rstrip() if i < len(chunks) else between, 1.0)]
+            pieces = _BREAK.split(text)
+            for i, between in enumerate(pieces):
+                between = between.lstrip() if i > 0 else between
+                between = between.rstrip() if i < len(pieces) - 1 else between
+                parts += [(None, 1.0)] * (i > 0) + [(between, 1.0)]
     for starts, factor in ((opened["("], 1.1), (opened["["], 1 / 1.1)):
         for start in starts:
             multiply(start, factor)
