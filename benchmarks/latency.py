@@ -1,8 +1,9 @@
-"""Time per picture: ours beside diffusers, torch.compile and OpenVINO, on the same models.
+"""Time per picture: ours beside diffusers, torch.compile, OpenVINO and OpenVINO GenAI, on the same models.
 
     python -m benchmarks.latency                      both models
     python -m benchmarks.latency --write              also writes the page and its plot in docs/results/
     python -m benchmarks.latency --models miniature   one of them
+    python -m benchmarks.latency --contenders oneword-openvino openvino-genai-static    some of the contenders
     python -m benchmarks.latency --quick              a few steps per contender, to check that all run
 
 Contenders run one after another, each in its own process. Medians are reported: of three rounds for the miniature, of
@@ -13,12 +14,18 @@ one round of two pictures for SD 1.5.
     diffusers           StableDiffusionPipeline, eager, fp32
     diffusers-compile   the same with torch.compile on its UNet
     diffusers-openvino  the same with its UNet in OpenVINO, compiled for one shape, bf16 if the processor has it
+    openvino-genai-static   Text2ImagePipeline of OpenVINO GenAI, fp16 weights, compiled for one size, bf16 as above
+    openvino-genai-dynamic  the same, compiled for any size
+
+OpenVINO GenAI runs in an environment of its own, built by benchmarks/peers/genai.sh; without it, it is left
+out. The model is converted there once, by optimum-cli.
 
 Models: the miniature at 64x64, 20 steps; and SD 1.5's architecture with random weights at 256x256, 4 steps. A picture
 is timed from prompt to pixels in memory, each with a different prompt. A step is timed in the loop, the bare engine
-within it; the difference is the host's share. A cold start is timed from process start to a PNG on disk, with the files
-in the system's cache, and with whatever a contender caches on disk (OpenVINO's plans, Inductor's kernels) already
-there. All contenders get the same warm-up and threads.
+within it; the difference is the host's share. The roof is the least time that the step's arithmetic can take in the
+contender's number format at the machine's measured peak (benchmarks.roof). A cold start is timed from process start
+to a PNG on disk, with the files in the system's cache, and with whatever a contender caches on disk (OpenVINO's
+plans, Inductor's kernels) already there. All contenders get the same warm-up and threads.
 
 Results are stored in `--work` and not repeated: an interrupted run resumes with the same command. `--write` writes
 docs/results/latency.md, or latency-float32.md on a processor without bfloat16. Not covered: quality, GPUs. Ends in one
@@ -53,6 +60,7 @@ CONTENDERS = {  # and the packages they need
     "diffusers-compile": ("torch", "diffusers"),
     "diffusers-openvino": ("torch", "diffusers", "openvino"),
 }
+GENAI = ("openvino-genai-static", "openvino-genai-dynamic")
 COLOURS = ("red", "blue", "green", "yellow", "purple", "orange", "white", "black")
 SHAPES = ("star", "ring", "heart", "moon", "square", "cross")
 PROMPTS = [f"a photo of a {colour} {shape}" for shape in SHAPES for colour in COLOURS]
@@ -111,6 +119,11 @@ def main() -> None:
         if packages:
             print(f"{name} is skipped: {', '.join(packages)} not installed", file=sys.stderr)
     contenders = [name for name, packages in missing.items() if not packages]
+    if (options.genai / "bin" / "python").exists():
+        contenders += GENAI
+    else:
+        print(f"openvino-genai is skipped: no {options.genai}, see benchmarks/peers/", file=sys.stderr)
+    contenders = [name for name in contenders if name in (options.contenders or contenders)]
     results = {name: _medians(run(case, contenders, options)) for name, case in cases.items()}
     for name, case in cases.items():
         print(f"\n{case.title}\n{table(results[name])}\n")
@@ -127,6 +140,11 @@ def run(case: Case, contenders: Sequence[str], options: argparse.Namespace) -> l
     model, bundle = prepare(case, folder)
     file = stored(options.work, case.name)
     results: dict[str, Result] = json.loads(file.read_text()) if file.exists() else {}
+    key = f"floors {options.threads} threads"
+    if key not in results and importlib.util.find_spec("openvino"):
+        roof = ["-m", "benchmarks.roof", bundle, "--size", case.size, "--threads", options.threads]
+        results[key] = json.loads(_python(*roof, threads=options.threads))["floors"]
+    floors = results.get(key, {})
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder.resolve() / "inductor")  # a private cache, empty at first
     rounds = []
     for number in range(case.rounds):
@@ -135,12 +153,23 @@ def run(case: Case, contenders: Sequence[str], options: argparse.Namespace) -> l
             if key not in results:
                 shared = ["--contender", name, "--models", case.name, "--threads", options.threads]
                 shared += ["--model", model, "--bundle", bundle, *(["--quick"] if options.quick else [])]
-                results[key] = json.loads(_python("-m", "benchmarks.latency", *shared, threads=options.threads))
-                results[key]["cold_s"] = _cold(name, case, model, bundle, folder, shared, options.threads)
+                if name in GENAI:
+                    results[key] = genai(name, case, model, folder, options)
+                else:
+                    _cold(name, case, model, bundle, folder, shared, options.threads)  # fills its caches
+                    results[key] = json.loads(_python("-m", "benchmarks.latency", *shared, threads=options.threads))
+                    results[key]["cold_s"] = _cold(name, case, model, bundle, folder, shared, options.threads)
                 write_whole(file, json.dumps(results, indent=1).encode(), sync=False)
                 print(f"{case.name}, {name}: {results[key]['picture_ms']:.0f} ms per picture", file=sys.stderr)
-        rounds.append({n: results[f"{number} {n} {case.steps} steps {options.threads} threads"] for n in contenders})
+        by_contender = {n: results[f"{number} {n} {case.steps} steps {options.threads} threads"] for n in contenders}
+        rounds.append({name: with_roof(name, result, floors) for name, result in by_contender.items()})
     return rounds
+
+
+def with_roof(name: str, result: Result, floors: Result) -> Result:
+    """A contender's result with the share of the roof that its step reaches; `floors` are seconds by number format."""
+    floor = floors.get("bf16" if "openvino" in name and "bf16" in floors else "f32")
+    return result if floor is None else {**result, "roof": 1e3 * floor / result["step_ms"]}
 
 
 def stored(work: Path, case: str) -> Path:
@@ -371,9 +400,13 @@ def _cold(
 
 
 def _python(*line: object, threads: int) -> str:
-    """The last line that a Python process prints; 0 threads means its own default."""
+    """The last line that a process of this Python prints; 0 threads means its own default."""
+    return _process([sys.executable, "-W", "ignore", *line], threads=threads)
+
+
+def _process(line: Sequence[object], threads: int) -> str:
     process = subprocess.run(
-        [sys.executable, "-W", "ignore", *map(str, line)],
+        [*map(str, line)],
         env={**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})},
         stdout=subprocess.PIPE,
         text=True,
@@ -383,6 +416,42 @@ def _python(*line: object, threads: int) -> str:
         failed = f"{' '.join(map(str, line))[:300]} failed with {process.returncode}"
         raise SystemExit(f"{failed}; finished measurements are stored: the same command resumes")
     return process.stdout.strip().rpartition("\n")[2]
+
+
+def genai(name: str, case: Case, model: Path, folder: Path, options: argparse.Namespace) -> Result:
+    """One of OpenVINO GenAI's results. Raises SystemExit if it fails."""
+    python, converted = options.genai / "bin" / "python", folder / "genai"
+    if not (converted / "model_index.json").exists():
+        export = ["export", "openvino", "--task", "text-to-image", "--library", "diffusers", "--weight-format", "fp16"]
+        partial = folder / "genai.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        _process([options.genai / "bin" / "optimum-cli", *export, "--model", model, partial], threads=0)
+        partial.rename(converted)
+    job = {
+        "model": str(converted),
+        "cache": str(folder / f"{name}-cache"),
+        "static": name == GENAI[0],
+        "precision": "bf16" if _has_bfloat16() else "f32",
+        "size": case.size,
+        "steps": case.steps,
+        "guidance": GUIDANCE,
+        "seed": SEED,
+        "threads": options.threads,
+        "warm_up": PROMPTS[: case.warm_up],
+        "prompts": PROMPTS[case.warm_up : case.warm_up + case.pictures],
+        "cold": None,
+    }
+    cold_job = {**job, "prompts": PROMPTS[:1], "cold": str(folder / f"{name}.png")}
+    script = Path(__file__).parent / "peers" / "genai.py"
+
+    def run_job(job: dict[str, Any]) -> str:
+        return _process([python, script, json.dumps(job)], threads=options.threads)
+
+    run_job(cold_job)  # fills its cache
+    result: Result = json.loads(run_job(job))
+    start = time.perf_counter()
+    run_job(cold_job)
+    return {**result, "cold_s": time.perf_counter() - start}
 
 
 def _medians(rounds: Sequence[dict[str, Result]]) -> dict[str, Result]:
@@ -401,8 +470,11 @@ def table(results: Mapping[str, Result]) -> str:
         colder = f"{base['cold_s'] / result['cold_s']:.2f}x" if base else ""
         host = f"{result['overhead_ms']:.2f} ({result['overhead_ms'] / result['step_ms']:.1%})"
         picture, step = f"{result['picture_ms']:.1f}", f"{result['step_ms']:.2f}"
-        rows.append([name, picture, faster, step, host, f"{result['cold_s']:.2f}", colder, f"{result['peak_mib']:.0f}"])
-    head = ["ms per picture", "faster", "ms per step", "of which the host", "cold start, s", "faster", "peak MiB"]
+        roof = f"{result['roof']:.0%}" if "roof" in result else ""
+        cold, peak = f"{result['cold_s']:.2f}", f"{result['peak_mib']:.0f}"
+        rows.append([name, picture, faster, step, roof, host, cold, colder, peak])
+    head = ["ms per picture", "faster", "ms per step", "of the roof", "of which the host", "cold start, s", "faster"]
+    head.append("peak MiB")
     return markdown_table(["", *head], rows)
 
 
@@ -509,6 +581,10 @@ def _has_bfloat16() -> bool:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument(
+        "--contenders", nargs="+", choices=[*CONTENDERS, *GENAI], help="default: all that are installed"
+    )
+    parser.add_argument("--genai", type=Path, default=Path("build/peers/genai"), help="environment of OpenVINO GenAI")
     parser.add_argument("--quick", action="store_true", help="two steps per contender, to check that all run")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument(
@@ -518,8 +594,8 @@ def _options() -> argparse.Namespace:
     for name in ("--contender", "--model", "--bundle", "--cold"):
         parser.add_argument(name, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.write and (options.quick or set(options.models) != set(CASES)):
-        parser.error("--write needs a full run of both models: leave out --quick and --models")
+    if options.write and (options.quick or options.contenders or set(options.models) != set(CASES)):
+        parser.error("--write needs a full run of both models: leave out --quick, --contenders and --models")
     return options
 
 

@@ -168,7 +168,8 @@ class _Compiled:
     """A compiled graph and the one infer request that its bindings share."""
 
     def __init__(self, model: Any, static: bool) -> None:
-        self.model, self.static = model, static
+        self.model: Any = model
+        self.static = static
         self._request: Any = None
         self._bound: weakref.ref[OpenVinoBinding] | None = None
 
@@ -291,12 +292,12 @@ def _converted(core: Any, path: Path, plans: PlanCache, key: PlanKey) -> list[Pa
     """The graph as OpenVINO's own two files, with fp16 weights; the ONNX file if they cannot be written or read."""
     key = replace(key, device="any", flags=("fp16 weights",))
     try:
-        return plans.load_or_build_files(key, (".xml", ".bin"), lambda xml: _convert(core, path, xml))
+        return plans.load_or_build_files(key, (".xml", ".bin"), lambda xml: convert_graph(core, path, xml))
     except (FileError, RuntimeError):  # a full or read-only disk should not keep it from running
         return [path]
 
 
-def _convert(core: Any, path: Path, xml: Path) -> None:
+def convert_graph(core: Any, path: Path, xml: Path) -> None:
     """Writes an ONNX graph in OpenVINO's own format: `xml` and a .bin file. Raises RuntimeError, which is OpenVINO's.
 
     Small constants stay in float32: among them are the frequencies of the time embedding, whose product with a timestep

@@ -70,7 +70,24 @@ def test_latency_lists_targets_and_every_measure_in_which_another_contender_is_b
         "- oneword-openvino, a step relative to the bare UNet compiled for one shape: 1.02 (at most 1.03)",
         "- oneword-openvino: 1.002 times the time per step of diffusers-openvino",
     ]
-    assert "| oneword-openvino | 100.0 | 2.40x | 5.00 | 0.10 (2.0%) | 1.00 | 5.00x | 200 |" in latency.table(results)
+    assert "| oneword-openvino | 100.0 | 2.40x | 5.00 |  | 0.10 (2.0%) | 1.00 | 5.00x | 200 |" in latency.table(results)
+
+
+@pytest.mark.parametrize(
+    ("name", "floors", "share"),
+    [
+        ("oneword-openvino", {"bf16": 0.001, "f32": 0.002}, "20%"),
+        ("openvino-genai-static", {"bf16": 0.001, "f32": 0.002}, "20%"),
+        ("oneword-openvino", {"f32": 0.002}, "40%"),  # a processor without bfloat16
+        ("diffusers-compile", {"bf16": 0.001, "f32": 0.002}, "40%"),
+    ],
+)
+def test_a_step_is_compared_with_the_roof_of_its_number_format(name: str, floors: dict[str, float], share: str) -> None:
+    result = {"picture_ms": 100.0, "step_ms": 5.0, "overhead_ms": 0.1, "cold_s": 1.0, "peak_mib": 200.0}
+
+    table = latency.table({name: latency.with_roof(name, result, floors)})
+
+    assert f"| {name} | 100.0 |  | 5.00 | {share} | 0.10 (2.0%) |" in table
 
 
 def test_the_latency_page_has_a_section_for_each_model(tmp_path: Path) -> None:

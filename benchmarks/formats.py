@@ -1,0 +1,115 @@
+"""How OpenVINO opens a large graph fastest and in the least memory: the forms that its weights can have on disk.
+
+    python -m benchmarks.formats BUNDLE --size 256    a guided step of one picture, compiled for one size
+
+    onnx      the exported graph
+    fp16      OpenVINO's own format with fp16 weights: what the engine keeps as a plan
+    cached    the same beside OpenVINO's cache of compiled graphs, which holds the weights again (OPTIMIZE_SPEED)
+    cached-small    the same beside a cache without weights (OPTIMIZE_SIZE)
+
+Every form is opened twice, in a process of its own, and the second time counts: then the caches exist. Peak memory
+includes mapped files. Not covered: text encoders and decoders. Ends in one line of JSON.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.pages import table
+
+FORMS = {"onnx": "", "fp16": "", "cached": "OPTIMIZE_SPEED", "cached-small": "OPTIMIZE_SIZE"}
+"""The mode of OpenVINO's cache."""
+
+
+def main() -> None:
+    """Measures every form; prints a table and one line of JSON."""
+    options = _options()
+    if options.form:
+        print(json.dumps(opened(options)))
+        return
+    results = {}
+    for form in FORMS:
+        line = [sys.executable, "-m", "benchmarks.formats", options.bundle, "--size", options.size]
+        line += ["--threads", options.threads, "--work", options.work, "--form", form]
+        for _ in range(2):
+            run = subprocess.run([*map(str, line)], stdout=subprocess.PIPE, check=True)
+        results[form] = json.loads(run.stdout.splitlines()[-1])
+    head = [
+        "",
+        "compiled in, s",
+        "processor time, s",
+        "peak MiB, compiled",
+        "first step, s",
+        "second step, s",
+        "peak MiB",
+    ]
+    print(table(head, [[form, *(f"{value:.4g}" for value in result.values())] for form, result in results.items()]))
+    print(json.dumps(results))
+
+
+def opened(options: argparse.Namespace) -> dict[str, float]:
+    """Opens one form in this process and runs it twice."""
+    import openvino
+
+    from oneword.engines.engine import numpy_dtype, shape_of
+    from oneword.engines.openvino import convert_graph
+    from oneword.runtime.bundle import Bundle
+
+    bundle = Bundle.open(options.bundle)
+    manifest, graph = bundle.manifest, bundle.graph("denoise_step")
+    side, tokens = options.size // manifest.vae.factor, max(encoder.length for encoder in manifest.encoders)
+    sizes = {"B": 1, "N": 2, "M": 2, "T": tokens, "h": side, "w": side}
+    feeds = {s.name: np.zeros(shape_of("denoise_step", s, sizes), numpy_dtype(s.dtype)) for s in graph.inputs}
+    core, path = openvino.Core(), bundle.file(graph.files[0])
+    settings = {
+        "INFERENCE_PRECISION_HINT": "bf16"
+        if "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        else "f32",
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": str(options.threads),
+    }
+    if mode := FORMS[options.form]:
+        settings |= {"CACHE_DIR": str(options.work / options.form), "CACHE_MODE": mode}
+    if options.form != "onnx":
+        converted = options.work / "step.xml"
+        if not converted.exists():
+            options.work.mkdir(parents=True, exist_ok=True)
+            convert_graph(core, path, converted)
+        path = converted
+    start, spent = time.perf_counter(), time.process_time()
+    model = core.read_model(path)
+    model.reshape({name: list(value.shape) for name, value in feeds.items()})
+    compiled = core.compile_model(model, "CPU", settings)
+    del model
+    result = {"compile_s": time.perf_counter() - start, "cpu_s": time.process_time() - spent, "compiled_mib": _peak()}
+    request = compiled.create_infer_request()
+    for name in ("first_s", "second_s"):
+        start = time.perf_counter()
+        request.infer(feeds)
+        result[name] = time.perf_counter() - start
+    return {**result, "peak_mib": _peak()}
+
+
+def _peak() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--size", type=int, default=256)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--work", type=Path, default=Path("build/formats"), help="folder for graphs and caches")
+    parser.add_argument("--form", choices=FORMS, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

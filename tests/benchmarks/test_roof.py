@@ -1,0 +1,74 @@
+"""The arithmetic of a graph is counted as by hand, and as PyTorch counts it."""
+
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from benchmarks.roof import Work, floors, step_of, work_of
+
+pytest.importorskip("openvino")
+
+
+def save(path: Path, nodes: list[Any], inputs: dict[str, list[Any]], outputs: list[str]) -> Path:
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in inputs.items()]
+    results = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs]
+    graph = helper.make_graph(nodes, "graph", values, results)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
+    return path
+
+
+def test_a_convolution_and_a_product_are_counted_as_by_hand(tmp_path: Path) -> None:
+    """The convolution makes 2 x 8 x 5 x 5 numbers of 4 x 3 x 3 terms, the product 3 batches of 7 x 6 of 5 terms."""
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["y"], pads=[1, 1, 1, 1], strides=[2, 2]),
+        helper.make_node("MatMul", ["a", "b"], ["c"]),
+    ]
+    inputs = {"x": ["B", 4, "h", 10], "w": [8, 4, 3, 3], "a": ["M", 7, 5], "b": ["M", 5, 6]}
+    graph = save(tmp_path / "g.onnx", nodes, inputs, ["y", "c"])
+
+    work = work_of(graph, {"x": [2, 4, 10, 10], "w": [8, 4, 3, 3], "a": [3, 7, 5], "b": [3, 5, 6]})
+
+    assert work.flops == 2 * (2 * 8 * 5 * 5) * (4 * 3 * 3) + 2 * (3 * 7 * 6) * 5
+    assert work.numbers == (2 * 4 * 100 + 8 * 4 * 9 + 2 * 8 * 25) + 3 * (7 * 5 + 5 * 6 + 7 * 6)
+
+
+def test_grouped_channels_see_their_own_group_only(tmp_path: Path) -> None:
+    nodes = [helper.make_node("Conv", ["x", "w"], ["y"], group=2)]
+    graph = save(tmp_path / "g.onnx", nodes, {"x": [1, 4, 6, 6], "w": [8, 2, 3, 3]}, ["y"])
+
+    assert work_of(graph, {"x": [1, 4, 6, 6]}).flops == 2 * (8 * 4 * 4) * (2 * 3 * 3)
+
+
+def test_a_guided_step_has_the_arithmetic_of_two_branches_as_pytorch_counts_it(
+    tiny_bundle: Path, tiny_model_dir: Path
+) -> None:
+    import torch
+    from diffusers import UNet2DConditionModel
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from oneword.runtime.bundle import Bundle
+
+    manifest = Bundle.open(tiny_bundle).manifest
+    unet = UNet2DConditionModel.from_pretrained(tiny_model_dir / "unet")
+    side, length = 64 // manifest.vae.factor, manifest.encoders[0].length
+    sample = torch.zeros(2, unet.config.in_channels, side, side)
+    context = torch.zeros(2, length, unet.config.cross_attention_dim)
+    # The counter knows the products that attention is made of, but not the CPU's fused attention.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        unet(sample, 1, context)
+
+    counted = step_of(tiny_bundle, 64).flops
+
+    # Guidance of the zero-star kind takes two more products, of all latents.
+    assert counter.get_total_flops() <= counted <= 1.001 * counter.get_total_flops()
+
+
+def test_a_step_takes_at_least_the_longer_of_arithmetic_and_memory() -> None:
+    work = Work(flops=100, numbers=10)
+
+    assert floors(work, {"bf16": 50.0, "f32": 25.0, "memory": 5.0}) == {"bf16": 4.0, "f32": 8.0}
+    assert floors(work, {"f32": 10.0, "memory": 5.0}) == {"f32": 10.0}
