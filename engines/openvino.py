@@ -8,7 +8,7 @@ run often is compiled again for its own shapes, in the background. Both are cach
 
 A graph that is not small is not cached compiled, which would hold its weights again and take as long to read. What is
 kept as a plan is the graph in OpenVINO's own format, with fp16 weights that are mapped instead of read: from it SD
-1.5's step compiles in 2 GiB less than from its fp32 ONNX. It is made at the first start, and only where the engine
+1.5's step compiles in two thirds of the memory. It is made at the first start, and only where the engine
 computes in bfloat16, which keeps fewer bits of a weight than fp16 does.
 
 A large graph is first compiled for the shapes in use, which makes each run faster and saves seconds in the first. When
