@@ -225,7 +225,7 @@ def _state(start: str, lexicon: Lexicon, learned: Sequence[Concept], fresh: dict
     if concept is not None:
         state = refine_concept(concept, lexicon, aspects, **settings)
         return (state if fresh["token"] is None else replace(state, token=fresh["token"])), False
-    lexicon.direction(start)  # raises if the model does not have the word
+    lexicon.rows(start)  # raises if the model does not have the word
     token = fresh["token"] or f"<{token_from_stem(start).strip('<>')}>"
     return Refinement(token, start, aspects, lexicon.digest, **settings), False
 
@@ -243,7 +243,7 @@ def _aspects(path: Path | None, lexicon: Lexicon) -> tuple[Aspect, ...]:
         aspects = read_aspects(path)
         for aspect in aspects:
             for word in aspect.words:
-                lexicon.direction(word)  # raises if the model does not have the word
+                lexicon.rows(word)  # raises if the model does not have the word
         return aspects
     known = [(aspect.name, tuple(w for w in aspect.words if lexicon.tokens(w) == 1)) for aspect in DEFAULT_ASPECTS]
     aspects = tuple(Aspect(name, words) for name, words in known if len(words) > 1)
