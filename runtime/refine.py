@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from oneword.engines.errors import ConceptError, UsageError, one_line
-from oneword.runtime.aspects import Aspect, check_aspects
+from oneword.runtime.aspects import DEFAULT_ASPECTS, Aspect, check_aspects
 from oneword.runtime.concept import Concept, Vectors, check_token
 from oneword.runtime.lexicon import Lexicon, Rows
 
@@ -139,6 +139,18 @@ class Refinement:
         """The best word so far of each aspect, without the aspects for which no word is better than none."""
         chosen = zip(self.aspects, best_choice(self), strict=True)
         return {aspect.name: aspect.words[index] for aspect, index in chosen if index != NONE}
+
+
+def known_aspects(lexicon: Lexicon) -> tuple[Aspect, ...]:
+    """The built-in aspects, with only those words that are one token of the model.
+
+    Raises UsageError if no aspect has two such words.
+    """
+    known = [(aspect.name, tuple(w for w in aspect.words if lexicon.tokens(w) == 1)) for aspect in DEFAULT_ASPECTS]
+    aspects = tuple(Aspect(name, words) for name, words in known if len(words) > 1)
+    if not aspects:
+        raise UsageError("the model's vocabulary has none of the built-in aspects: name your own with --aspects FILE")
+    return aspects
 
 
 def refine_concept(concept: Concept, lexicon: Lexicon, aspects: tuple[Aspect, ...], **settings: Any) -> Refinement:
