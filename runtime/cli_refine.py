@@ -56,7 +56,7 @@ _ANSWER = "allowed are numbers such as 2 5 -3, 0 for none, or all of them from b
     help="An ordinary word, or the file of a learned word; a refined word's file continues its rounds.",
 )
 @click.option("--token", help="Name of the refined word.", show_default="<WORD>, or the FILE's")
-@click.option("--aspects", type=PATH, help="File of aspects, one a line: NAME: WORD, WORD.", show_default="built in")
+@click.option("--aspects", type=PATH, help="File of aspects, one per line: NAME: WORD, WORD.", show_default="built in")
 @click.option(
     "--concept",
     "concepts",
