@@ -27,6 +27,7 @@ import msgspec
 from oneword.engines.errors import BundleError, FileError, UsageError, one_line
 from oneword.engines.files import file_digest, sync, write_whole
 from oneword.engines.graph import Graph, digest_of
+from oneword.runtime.schedule import ScheduleKind
 
 FORMAT_VERSION = 2
 MANIFEST = "bundle.json"
@@ -123,13 +124,6 @@ class Preview(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     bias: tuple[float, float, float]
 
 
-class ScheduleKind(StrEnum):
-    """The kind of noise schedule that the scheduler's config describes."""
-
-    BETAS = "betas"  # alpha^2 + sigma^2 = 1, from betas
-    FLOW = "flow"  # alpha = 1 - sigma
-
-
 class Defaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Settings of requests that do not set them."""
 
@@ -154,6 +148,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     vae: Vae
     defaults: Defaults
     schedule: ScheduleKind = ScheduleKind.BETAS
+    """The kind of noise schedule that `scheduler` describes."""
     size_multiple: Annotated[int, msgspec.Meta(ge=1, le=1 << 10)] = 8
     """Width and height of a picture must be multiples of it."""
     max_side: Count | None = None

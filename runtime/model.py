@@ -21,13 +21,14 @@ from oneword.engines.errors import BundleError, ConceptError, NotFinite, UsageEr
 from oneword.engines.open import Backend, EngineOptions, open_engine, stream_of
 from oneword.runtime.backends import AUTO, choose_backend
 from oneword.runtime.batched import CALLS, BatchedGraph
-from oneword.runtime.bundle import PLANS, Bundle, Encoder, Manifest, MissingNegative, ScheduleKind
+from oneword.runtime.bundle import PLANS, Bundle, Encoder, Manifest, MissingNegative
 from oneword.runtime.concept import Concept, Vectors, load_concept
 from oneword.runtime.images import preview_image
 from oneword.runtime.profiles import DEFAULT_LIMITS, graph_ranges
 from oneword.runtime.prompt import Chunks, Tokenizer, Vocabulary, encode_ids
 from oneword.runtime.request import Image
 from oneword.runtime.samplers import COLUMNS
+from oneword.runtime.schedule import ScheduleKind
 from oneword.runtime.table import DEFAULT_CAPACITY, EmbeddingTable
 
 _CACHED_PROMPTS: Final = 256

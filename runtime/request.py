@@ -147,6 +147,8 @@ def resolve(request: Request, manifest: Manifest) -> ResolvedSettings:
         eta=request.eta,
         guidance_interval=request.guidance_interval,
         strength=1.0 if request.image is None else request.strength,
+        kind=manifest.schedule,
+        image_tokens=height // manifest.size_multiple * (width // manifest.size_multiple),
     )
     schedule.table(manifest.columns)  # raises if the graph lacks a column
     return ResolvedSettings(steps, sampler, guidance_scale, width, height, schedule)
