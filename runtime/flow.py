@@ -1,7 +1,7 @@
 """Flow-matching schedules from a diffusers scheduler's config: alpha = 1 - sigma. Pure arrays, as `runtime.schedule`.
 
-Not covered, and refused by name: linear time shifts, a terminal shift, inverted, Karras, exponential and beta sigmas, and
-stochastic sampling.
+Not covered, and refused by name: linear time shifts, a terminal shift, inverted, Karras, exponential and beta sigmas,
+and stochastic sampling.
 """
 
 import math

@@ -1,7 +1,8 @@
 """Samplers as tables: `make_schedule` turns a sampler, a scheduler's config and a number of steps into numbers.
 
 The state is x = alpha x0 + sigma eps for every sampler. In a schedule of betas alpha^2 + sigma^2 = 1, and Euler's state
-is that divided by alpha, which is folded into the columns; in flow matching alpha = 1 - sigma. With m the model's guided prediction, a step is
+is that divided by alpha, which is folded into the columns; in flow matching alpha = 1 - sigma. With m the model's
+guided prediction, a step is
 
     denoised = c.sample_to_denoised * sample + c.model_to_denoised * m
     next     = c.sample * sample + c.denoised * denoised + c.previous * previous + c.noise * noise

@@ -1,7 +1,8 @@
 """Noise schedules from a diffusers scheduler's config. Pure arrays: no models, no randomness.
 
 Flow matching is in `runtime.flow`. Not covered, and refused by name: `thresholding`, `clip_sample` (neither suits
-latents), exponential, beta and Lu sigmas, continuous timesteps, log-linear interpolation, learned variances, solver orders other than 2.
+latents), exponential, beta and Lu sigmas, continuous timesteps, log-linear interpolation, learned variances, solver
+orders other than 2.
 """
 
 from collections.abc import Mapping
