@@ -101,6 +101,10 @@ class Conditioning(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Whether a context may be repeated whole to fill T: exact in cross-attention, wrong in joint attention."""
     time_ids: tuple[str, ...] = ()
     """The columns of `time_ids`, from TIME_IDS."""
+    width: Annotated[int, msgspec.Meta(ge=1, le=1 << 16)] | None = None
+    """D of the context; None means that of the widest block."""
+    zero_tokens: Annotated[int, msgspec.Meta(ge=0, le=1 << 16)] = 0
+    """Tokens of zeros after the blocks, in place of an encoder that was left out at export."""
 
 
 TIME_IDS = ("original_height", "original_width", "crop_top", "crop_left", "target_height", "target_width")
@@ -131,6 +135,8 @@ class Defaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     height: Count
     steps: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 50
     guidance_scale: Annotated[float, msgspec.Meta(ge=0, le=100)] = 7.5
+    embedded_guidance: Annotated[float, msgspec.Meta(ge=0, le=100)] | None = None
+    """The guidance that a guidance-distilled network takes as an input; None for other networks."""
     sampler: str = "ddim"
 
 
@@ -165,7 +171,12 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def context_width(self) -> int:
-        """D of the denoiser's context: the widest block."""
+        """D of the denoiser's context."""
+        return self.conditioning.width or self.widest_block
+
+    @property
+    def widest_block(self) -> int:
+        """Columns of the widest block of encoders, before it is padded to D."""
         return max(sum(self.encoder(name).hidden_width or 0 for name in block) for block in self.conditioning.context)
 
     @property
@@ -292,6 +303,8 @@ def _check_references(folder: Path, manifest: Manifest) -> None:
         raise BundleError(f"the bundle {folder} has an encoder without hidden states in its context")
     if any(encoders[name].pooled_width is None for name in conditioning.pooled) or not conditioning.context:
         raise BundleError(f"the bundle {folder} pools an encoder that does not pool, or has no context")
+    if conditioning.width is not None and conditioning.width < manifest.widest_block:
+        raise BundleError(f"the bundle {folder} has a block of encoders that is wider than its context")
     if unknown := set(conditioning.time_ids) - set(TIME_IDS):
         raise BundleError(f"the bundle {folder} has the time id {min(unknown)!r}, allowed are {', '.join(TIME_IDS)}")
     for name, graph in graphs.items():

@@ -34,6 +34,7 @@ MAX_FILE_BYTES: Final = 1 << 20
 MAX_HEADER_BYTES: Final = 64 << 10
 MAX_VECTORS: Final = 75  # CLIP's 77 positions without BOS and EOS
 MAX_TOKEN_LENGTH: Final = 64
+MAX_TEXT: Final = 200  # characters
 MAX_NORM: Final = 300.0  # norms are about 0.4 in a vocabulary and can exceed 20 when learned, never this
 ENCODER_KEYS: Final = {"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5"}
 """The name of each encoder's vectors in a file for several encoders."""
@@ -70,6 +71,13 @@ class Concept:
         checked = {encoder: _checked(f"{self.token!r} ({encoder})", value) for encoder, value in self.vectors.items()}
         object.__setattr__(self, "vectors", MappingProxyType(checked))
         object.__setattr__(self, "provenance", MappingProxyType(dict(self.provenance)))
+
+    @property
+    def text(self) -> str:
+        """What stands for the word in the prompt of an encoder for which it has no vectors: `text` in its file's
+        metadata, or `init`, the class word that learning started from unless that was a file; else nothing."""
+        init = self.provenance.get("init", "")
+        return self.provenance.get("text", "" if "." in init else init)[:MAX_TEXT]
 
     @cached_property
     def identity(self) -> str:
