@@ -37,6 +37,7 @@ from oneword.runtime.events import Latents, PictureDone
 from oneword.runtime.request import Request, ResolvedSettings, resolve
 from oneword.serve.errors import ApiError, Busy, Forbidden, Invalid, Unavailable, from_oneword
 from oneword.serve.keys import LOCAL, Tenant
+from oneword.serve.settings import MAX_WAITS
 from oneword.serve.worker import (
     Done,
     Failed,
@@ -54,7 +55,6 @@ from oneword.serve.worker import (
 MAX_PARTIALS: Final = 3
 _AHEAD: Final = 4  # pictures that the engine has beside those in slots: they are prepared while others run
 _MAX_RESERVE: Final = 2  # slots that one tenant leaves to the others, at most a quarter of all
-_MAX_WAITS: Final = 10  # times `max_wait` that one request may take, even on an idle server
 _MAX_SEED: Final = 2**63 - 1
 
 
@@ -489,9 +489,9 @@ class Pool:
         """Raises Busy if the request, in its turn among the tenants, would be done later than allowed."""
         count = generation.request.num_images
         seconds = self._seconds(_Work(generation._branch_pixels * count, generation._pixels * count))
-        if seconds > _MAX_WAITS * self.max_wait:
+        if seconds > MAX_WAITS * self.max_wait:
             raise Invalid(
-                f"this request would take {seconds:.0f} seconds, allowed are {_MAX_WAITS * self.max_wait:g}: "
+                f"this request would take {seconds:.0f} seconds, allowed are {MAX_WAITS * self.max_wait:g}: "
                 "ask for fewer steps, pixels or pictures",
                 code="too_much_work",
             )

@@ -24,6 +24,7 @@ from oneword.serve.errors import ApiError, Busy, Forbidden, Invalid, Unavailable
 from oneword.serve.generate import events
 from oneword.serve.keys import LOCAL, Tenant
 from oneword.serve.pool import Dropped, Generation, GenerationEvent, Outcome, Phase, PictureEvent, Pool, spread
+from oneword.serve.settings import Settings
 from oneword.serve.worker import Done, Failed, Partial, Step, Worker
 from tests.serve.running import SECONDS, started_worker
 
@@ -243,6 +244,27 @@ def test_the_wait_for_a_slot_counts_where_others_have_all_of_them(
             pool.submit(BOB, Request("a dog", steps=1))
         short.cancel()
         long.cancel()
+        gate.open.set()
+
+    run(scenario)
+
+
+def test_all_that_is_accepted_fits_into_the_time_to_finish_it_in(
+    worker: Worker, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(monkeypatch)
+    with_seconds_per_step(worker, monkeypatch, 1.0)
+
+    async def scenario() -> None:
+        pool = Pool(worker, model.manifest, max_wait=60)
+        accepted = [pool.submit(ALICE, Request("a cat", steps=600))]  # all that an idle server takes
+        for tenant in (ALICE, BOB, CAROL):
+            with pytest.raises(Busy):
+                while True:
+                    accepted.append(pool.submit(tenant, Request("a dog", steps=5)))
+        assert 600 < pool.queued_seconds <= Settings(Path("bundle"), max_wait=60).drain_limit
+        for generation in accepted:
+            generation.cancel()
         gate.open.set()
 
     run(scenario)
