@@ -53,6 +53,9 @@ _BUNDLES = "the bundle's"
 @click.option("--steps", type=int, show_default=_BUNDLES, help="Denoising steps.")
 @click.option("--sampler", type=click.Choice([sampler.value for sampler in Sampler]), show_default=_BUNDLES)
 @click.option("--guidance-scale", type=float, show_default=_BUNDLES, help="Weight of the prompt; 1 means no guidance.")
+@click.option(
+    "--embedded-guidance", type=float, show_default=_BUNDLES, help="Guidance scale as an input of a distilled model."
+)
 @click.option("--guidance-rescale", type=float, default=0.0, show_default=True, help="Reduces overexposure, 0 to 1.")
 @click.option(
     "--guidance-interval",

@@ -62,6 +62,7 @@ def test_loopback_needs_no_keys(host: str) -> None:
         ({"threads": 0}, "--threads is 0, allowed is at least 1"),
         ({"engine": "magic"}, "--engine is 'magic', allowed are auto, "),
         ({"max_wait": 0.0}, "--max-wait is 0 s, allowed is more than 0"),
+        ({"drain_seconds": 0.0}, "drain_seconds is 0 s, allowed is more than 0"),
         ({"body_seconds": float("nan")}, "body_seconds is nan s, allowed is more than 0"),
         ({"write_seconds": float("inf")}, "write_seconds is inf s, allowed is more than 0"),
         ({"trusted_proxies": ("nginx",)}, "--trusted-proxy is 'nginx', allowed is an address such as 10.0.0.5"),
@@ -92,3 +93,8 @@ def test_settings_of_a_server_behind_a_proxy_are_accepted() -> None:
     )
 
     assert settings.root_path == "/pictures"
+
+
+def test_the_time_to_finish_work_is_given_or_grows_with_the_work_that_is_accepted() -> None:
+    assert Settings(BUNDLE, drain_seconds=5.0).drain_limit == 5
+    assert Settings(BUNDLE, max_wait=60.0).drain_limit == 660  # a request of 10 x 60 s, and 60 s behind it
