@@ -119,8 +119,8 @@ def test_euler_of_flux_schnell_has_even_sigmas(steps: int) -> None:
 def _dpm(config: dict[str, Any], **settings: Any) -> Any:
     """Diffusers' DPM solver for a flow model, from the config of its own scheduler."""
     flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": config["shift"]}
-    own = diffusers.FlowMatchEulerDiscreteScheduler.from_config(config)
-    return diffusers.DPMSolverMultistepScheduler.from_config(own.config, **flow, **settings)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(config)
+    return diffusers.DPMSolverMultistepScheduler.from_config(scheduler.config, **flow, **settings)
 
 
 @pytest.mark.parametrize("steps", STEPS)
@@ -206,5 +206,5 @@ def test_unsupported_settings_are_refused_by_name(
 
 
 def test_the_config_of_a_flow_scheduler_maps_to_its_sampler() -> None:
-    own = diffusers.FlowMatchEulerDiscreteScheduler.from_config(SD3)
-    assert sampler_of({**own.config, "_class_name": "FlowMatchEulerDiscreteScheduler"}) is Sampler.EULER
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(SD3)
+    assert sampler_of({**scheduler.config, "_class_name": "FlowMatchEulerDiscreteScheduler"}) is Sampler.EULER
