@@ -141,7 +141,8 @@ def load_source(
             if isinstance(index.get(name), list) and index[name][1] is not None and name not in left_out
         }
     else:
-        loaded = load_single_file(file, path, pipeline, dtype)
+        single = load_single_file(file, path, pipeline, dtype)
+        loaded = {name: part for name, part in single.items() if name not in left_out}
     network, vae = loaded.get("unet", loaded.get("transformer")), loaded.get("vae", loaded.get("vqvae"))
     folders = {
         encoder_name(folder, part): folder

@@ -326,6 +326,14 @@ def test_other_families_are_refused_with_what_is_missing(tiny_sd3_dir: Path, pip
         family_of(source)
 
 
+def test_learning_is_refused_for_a_model_without_a_unet(tiny_sd3_dir: Path) -> None:
+    from oneword.train.learner import Learner
+    from oneword.train.recipe import Recipe
+
+    with pytest.raises(UsageError, match="has the network SD3Transformer2DModel: give a model with a UNet"):
+        Learner(load_source(tiny_sd3_dir), [], Recipe(), seed=0)
+
+
 def picture(model: Model, prompt: str, **settings: Any) -> Image:
     [result] = draw(model, prompt, **{"seed": 4, "steps": 6, "size": (80, 64), **settings})
     assert result.image.std() > 1  # not a blank picture
