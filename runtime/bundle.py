@@ -11,13 +11,12 @@
 Not covered: opening the graphs.
 """
 
-import contextlib
 import itertools
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from enum import StrEnum
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Self
@@ -25,7 +24,7 @@ from typing import Annotated, Any, Self
 import msgspec
 
 from oneword.engines.errors import BundleError, FileError, UsageError, one_line
-from oneword.engines.files import file_digest, sync, write_whole
+from oneword.engines.files import file_digest, read_stamps, stamp, sync, write_stamps
 from oneword.engines.graph import Graph, digest_of
 from oneword.runtime.schedule import ScheduleKind
 
@@ -246,7 +245,7 @@ def write_bundle(path: str | Path, fill: Callable[[Path], Manifest]) -> Bundle:
         files = {name: file_digest(staging / name) for name in relative}
         manifest = msgspec.structs.replace(manifest, files=files)
         _check_references(staging, manifest)
-        _remember(staging, {name: _stamp(digest, stats[name]) for name, digest in files.items()})
+        write_stamps(staging / VERIFIED, {name: stamp(digest, stats[name]) for name, digest in files.items()})
         for name in relative:
             sync(staging / name)
         text = json.dumps(msgspec.to_builtins(manifest), indent=1)
@@ -342,7 +341,7 @@ def _check_files(folder: Path, manifest: Manifest) -> None:
     if stray := next(_strays(folder, manifest.files), None):
         raise BundleError(f"{folder / stray} is not part of the bundle but could pass for it: move it elsewhere")
     in_graphs = {name for graph in manifest.graphs.values() for name in graph.files}
-    remembered = _remembered(folder)
+    remembered = read_stamps(folder / VERIFIED)
     stamps = {}
     for name, digest in manifest.files.items():
         path = folder / name
@@ -350,7 +349,7 @@ def _check_files(folder: Path, manifest: Manifest) -> None:
             raise BundleError(f"{path} is a link that leaves the bundle: copy the file itself")
         try:
             stat = path.stat()
-            stamps[name] = _stamp(digest, stat)  # taken before the hash: a change during it is noticed next time
+            stamps[name] = stamp(digest, stat)  # taken before the hash: a change during it is noticed next time
             if name in in_graphs and stat.st_nlink > 1:
                 raise BundleError(
                     f"{path} is hard-linked, so it can change through another path: copy it (cp --no-preserve=links)"
@@ -365,24 +364,7 @@ def _check_files(folder: Path, manifest: Manifest) -> None:
         if digest_of(manifest.files[file] for file in graph.files) != graph.digest:
             raise BundleError(f"graph {name!r} of the bundle {folder} does not match its digest: export it again")
     if stamps != remembered:
-        _remember(folder, stamps)
-
-
-def _stamp(digest: str, stat: os.stat_result) -> list[str | int]:
-    return [digest, stat.st_size, stat.st_mtime_ns, stat.st_ino]
-
-
-def _remembered(folder: Path) -> Mapping[str, list[str | int]]:
-    try:
-        return msgspec.json.decode((folder / VERIFIED).read_bytes(), type=dict[str, list[str | int]])
-    except (OSError, msgspec.DecodeError):
-        return {}
-
-
-def _remember(folder: Path, stamps: Mapping[str, list[str | int]]) -> None:
-    """Records the hashed files; a read-only bundle is hashed again the next time."""
-    with contextlib.suppress(FileError):
-        write_whole(folder / VERIFIED, msgspec.json.encode(stamps), sync=False)
+        write_stamps(folder / VERIFIED, stamps)
 
 
 def _strays(folder: Path, files: Iterable[str]) -> Iterator[str]:

@@ -91,7 +91,7 @@ async def events(generations: Sequence[Generation]) -> AsyncGenerator[tuple[int,
     """The events of several generations as they happen, with the index of their generation.
 
     Cancels what is left when the iterator is closed. Raises ApiError for the first picture that fails, Cancelled if a
-    generation is cancelled by somebody else. A consumer that falls behind gets only the newest Step of each picture.
+    generation is cancelled by somebody else. A consumer that falls behind gets only the newest preview of each picture.
     """
     news = asyncio.Event()
     for generation in generations:

@@ -419,8 +419,10 @@ def _too_slow(seconds: float) -> ApiError:
 
 
 def _content_length(scope: Scope) -> int | None:
-    """None for a chunked body, or no body; the server has checked that it is a number."""
+    """0 without a body, None for a chunked one; the server has checked that it is a number."""
     values = _values(scope, b"content-length")
+    if not values and not _values(scope, b"transfer-encoding"):
+        return 0
     return int(values[0]) if values and values[0].isascii() and values[0].isdigit() else None
 
 

@@ -154,6 +154,8 @@ class Words:
         store fails or a word is damaged.
         """
         names = await self._names(prompts)
+        if not (names.bracketed or names.embeddings or (bare_names and names.bare)):
+            return {}
         records = await self._records(tenant, names, bare_names)
         concepts = await asyncio.gather(*map(self.concept, records))
         vocabulary = Vocabulary({concept.token: concept for concept in concepts}, bare_names)
