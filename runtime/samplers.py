@@ -416,6 +416,11 @@ _FLOW_METHODS: Final = {
 _DPM: Final = (Sampler.DPMPP_2M, Sampler.DPMPP_2M_KARRAS, Sampler.DPMPP_2M_SDE)
 
 
+def samplers_for(kind: ScheduleKind) -> tuple[Sampler, ...]:
+    """The samplers that suit a kind of schedule."""
+    return tuple(_METHODS if kind is ScheduleKind.BETAS else _FLOW_METHODS)
+
+
 def sampler_of(scheduler_config: Mapping[str, Any]) -> Sampler | None:
     """The sampler for a diffusers scheduler's config; None if its class has no counterpart."""
     match scheduler_config.get("_class_name"):

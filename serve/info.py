@@ -6,7 +6,7 @@ from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
 
-from oneword.runtime.samplers import Sampler
+from oneword.runtime.samplers import Sampler, samplers_for
 from oneword.serve.errors import NotFound
 from oneword.serve.state import State
 
@@ -77,7 +77,7 @@ async def model(http: Request) -> ModelBody:
             guidance_scale=defaults.guidance_scale,
             sampler=Sampler(defaults.sampler),
         ),
-        samplers=list(Sampler),
+        samplers=list(samplers_for(manifest.schedule)),
         size_multiple=manifest.size_multiple,
         max_pixels=state.max_pixels,
         max_side=manifest.max_side,

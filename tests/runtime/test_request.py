@@ -25,6 +25,7 @@ IMAGE = np.zeros((16, 24, 3), np.uint8)
         ({"guidance_scale": float("nan")}, "guidance_scale is nan, allowed is 0 to 100"),
         ({"guidance_scale": 100.5}, r"guidance_scale is 100\.5, allowed is 0 to 100"),
         ({"guidance_rescale": 2}, "guidance_rescale is 2, allowed is 0 to 1"),
+        ({"embedded_guidance": 101}, "embedded_guidance is 101, allowed is 0 to 100"),
         ({"eta": 1.5}, r"eta is 1\.5, allowed is 0 to 1"),
         ({"guidance_interval": (0.8, 0.2)}, r"guidance_interval is 0\.8 to 0\.2, allowed is 0 <= low < high"),
         ({"guidance_interval": (1, 1)}, "guidance_interval is 1 to 1, allowed is 0 <= low < high"),
