@@ -13,7 +13,6 @@ from oneword.engines.errors import UsageError
 from oneword.engines.open import Backend
 from oneword.runtime.backends import AUTO
 
-
 MAX_WAITS: Final = 10
 """Times `max_wait` that one request may take, even on a server without other work."""
 
