@@ -217,7 +217,8 @@ def of_the_model(steps: int) -> list[Section]:
         Section(
             "sizes",
             "Odd sizes",
-            "Any multiple of 8, with the same exported graphs. The model was trained at 64x64 only.",
+            "The same exported graphs take any multiple of 8. The model was trained at 64x64 only: three of the four "
+            "other sizes show a second star.",
             command([STAR], "--size", "120x72"),
             [(STAR, [ask(STAR, steps, size=size) for size in sizes])],
             [[f"{width}x{height}" for width, height in sizes]],

@@ -1,11 +1,19 @@
 """Files that appear whole or not at all, and survive a power cut; digests, and the size of a graph on disk."""
 
+import contextlib
 import hashlib
 import os
 import secrets
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeAlias
+
+import msgspec
 
 from oneword.engines.errors import FileError
+
+Stamp: TypeAlias = list[str | int]
+"""A file's sha256, size, mtime and inode: while the last three are unchanged, it need not be hashed again."""
 
 
 def write_whole(path: Path, data: bytes, *, sync: bool = True) -> None:
@@ -32,6 +40,25 @@ def file_digest(path: Path) -> str:
     """sha256 of a file's bytes, as hex."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def stamp(digest: str, stat: os.stat_result) -> Stamp:
+    """The stamp of a file with this sha256."""
+    return [digest, stat.st_size, stat.st_mtime_ns, stat.st_ino]
+
+
+def read_stamps(path: Path) -> Mapping[str, Stamp]:
+    """The stamps in a file, by name; empty if it cannot be read."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, Stamp])
+    except (OSError, msgspec.DecodeError):
+        return {}
+
+
+def write_stamps(path: Path, stamps: Mapping[str, Stamp]) -> None:
+    """Records the files that were hashed; in a read-only folder they are hashed again the next time."""
+    with contextlib.suppress(FileError):
+        write_whole(path, msgspec.json.encode(stamps), sync=False)
 
 
 def size_of(graph: Path) -> int:

@@ -11,13 +11,12 @@
 Not covered: opening the graphs.
 """
 
-import contextlib
 import itertools
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from enum import StrEnum
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Self
@@ -25,8 +24,9 @@ from typing import Annotated, Any, Self
 import msgspec
 
 from oneword.engines.errors import BundleError, FileError, UsageError, one_line
-from oneword.engines.files import file_digest, sync, write_whole
+from oneword.engines.files import file_digest, read_stamps, stamp, sync, write_stamps
 from oneword.engines.graph import Graph, digest_of
+from oneword.runtime.schedule import ScheduleKind
 
 FORMAT_VERSION = 2
 MANIFEST = "bundle.json"
@@ -100,6 +100,10 @@ class Conditioning(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Whether a context may be repeated whole to fill T: exact in cross-attention, wrong in joint attention."""
     time_ids: tuple[str, ...] = ()
     """The columns of `time_ids`, from TIME_IDS."""
+    width: Annotated[int, msgspec.Meta(ge=1, le=1 << 16)] | None = None
+    """D of the context; None means that of the widest block."""
+    zero_tokens: Annotated[int, msgspec.Meta(ge=0, le=1 << 16)] = 0
+    """Tokens of zeros after the blocks, in place of an encoder that was left out at export."""
 
 
 TIME_IDS = ("original_height", "original_width", "crop_top", "crop_left", "target_height", "target_width")
@@ -123,13 +127,6 @@ class Preview(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     bias: tuple[float, float, float]
 
 
-class ScheduleKind(StrEnum):
-    """The kind of noise schedule that the scheduler's config describes."""
-
-    BETAS = "betas"  # alpha^2 + sigma^2 = 1, from betas
-    FLOW = "flow"  # alpha = 1 - sigma
-
-
 class Defaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Settings of requests that do not set them."""
 
@@ -137,6 +134,8 @@ class Defaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     height: Count
     steps: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 50
     guidance_scale: Annotated[float, msgspec.Meta(ge=0, le=100)] = 7.5
+    embedded_guidance: Annotated[float, msgspec.Meta(ge=0, le=100)] | None = None
+    """The guidance that a guidance-distilled network takes as an input; None for other networks."""
     sampler: str = "ddim"
 
 
@@ -154,6 +153,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     vae: Vae
     defaults: Defaults
     schedule: ScheduleKind = ScheduleKind.BETAS
+    """The kind of noise schedule that `scheduler` describes."""
     size_multiple: Annotated[int, msgspec.Meta(ge=1, le=1 << 10)] = 8
     """Width and height of a picture must be multiples of it."""
     max_side: Count | None = None
@@ -170,7 +170,12 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def context_width(self) -> int:
-        """D of the denoiser's context: the widest block."""
+        """D of the denoiser's context."""
+        return self.conditioning.width or self.widest_block
+
+    @property
+    def widest_block(self) -> int:
+        """Columns of the widest block of encoders, before it is padded to D."""
         return max(sum(self.encoder(name).hidden_width or 0 for name in block) for block in self.conditioning.context)
 
     @property
@@ -240,7 +245,7 @@ def write_bundle(path: str | Path, fill: Callable[[Path], Manifest]) -> Bundle:
         files = {name: file_digest(staging / name) for name in relative}
         manifest = msgspec.structs.replace(manifest, files=files)
         _check_references(staging, manifest)
-        _remember(staging, {name: _stamp(digest, stats[name]) for name, digest in files.items()})
+        write_stamps(staging / VERIFIED, {name: stamp(digest, stats[name]) for name, digest in files.items()})
         for name in relative:
             sync(staging / name)
         text = json.dumps(msgspec.to_builtins(manifest), indent=1)
@@ -297,6 +302,8 @@ def _check_references(folder: Path, manifest: Manifest) -> None:
         raise BundleError(f"the bundle {folder} has an encoder without hidden states in its context")
     if any(encoders[name].pooled_width is None for name in conditioning.pooled) or not conditioning.context:
         raise BundleError(f"the bundle {folder} pools an encoder that does not pool, or has no context")
+    if conditioning.width is not None and conditioning.width < manifest.widest_block:
+        raise BundleError(f"the bundle {folder} has a block of encoders that is wider than its context")
     if unknown := set(conditioning.time_ids) - set(TIME_IDS):
         raise BundleError(f"the bundle {folder} has the time id {min(unknown)!r}, allowed are {', '.join(TIME_IDS)}")
     for name, graph in graphs.items():
@@ -334,7 +341,7 @@ def _check_files(folder: Path, manifest: Manifest) -> None:
     if stray := next(_strays(folder, manifest.files), None):
         raise BundleError(f"{folder / stray} is not part of the bundle but could pass for it: move it elsewhere")
     in_graphs = {name for graph in manifest.graphs.values() for name in graph.files}
-    remembered = _remembered(folder)
+    remembered = read_stamps(folder / VERIFIED)
     stamps = {}
     for name, digest in manifest.files.items():
         path = folder / name
@@ -342,7 +349,7 @@ def _check_files(folder: Path, manifest: Manifest) -> None:
             raise BundleError(f"{path} is a link that leaves the bundle: copy the file itself")
         try:
             stat = path.stat()
-            stamps[name] = _stamp(digest, stat)  # taken before the hash: a change during it is noticed next time
+            stamps[name] = stamp(digest, stat)  # taken before the hash: a change during it is noticed next time
             if name in in_graphs and stat.st_nlink > 1:
                 raise BundleError(
                     f"{path} is hard-linked, so it can change through another path: copy it (cp --no-preserve=links)"
@@ -357,24 +364,7 @@ def _check_files(folder: Path, manifest: Manifest) -> None:
         if digest_of(manifest.files[file] for file in graph.files) != graph.digest:
             raise BundleError(f"graph {name!r} of the bundle {folder} does not match its digest: export it again")
     if stamps != remembered:
-        _remember(folder, stamps)
-
-
-def _stamp(digest: str, stat: os.stat_result) -> list[str | int]:
-    return [digest, stat.st_size, stat.st_mtime_ns, stat.st_ino]
-
-
-def _remembered(folder: Path) -> Mapping[str, list[str | int]]:
-    try:
-        return msgspec.json.decode((folder / VERIFIED).read_bytes(), type=dict[str, list[str | int]])
-    except (OSError, msgspec.DecodeError):
-        return {}
-
-
-def _remember(folder: Path, stamps: Mapping[str, list[str | int]]) -> None:
-    """Records the hashed files; a read-only bundle is hashed again the next time."""
-    with contextlib.suppress(FileError):
-        write_whole(folder / VERIFIED, msgspec.json.encode(stamps), sync=False)
+        write_stamps(folder / VERIFIED, stamps)
 
 
 def _strays(folder: Path, files: Iterable[str]) -> Iterator[str]:

@@ -53,13 +53,17 @@ _BUNDLES = "the bundle's"
 @click.option("--steps", type=int, show_default=_BUNDLES, help="Denoising steps.")
 @click.option("--sampler", type=click.Choice([sampler.value for sampler in Sampler]), show_default=_BUNDLES)
 @click.option("--guidance-scale", type=float, show_default=_BUNDLES, help="Weight of the prompt; 1 means no guidance.")
+@click.option(
+    "--embedded-guidance", type=float, show_default=_BUNDLES, help="Guidance scale as an input of a distilled model."
+)
 @click.option("--guidance-rescale", type=float, default=0.0, show_default=True, help="Reduces overexposure, 0 to 1.")
 @click.option(
     "--guidance-interval",
     type=(float, float),
     metavar="LOW HIGH",
     show_default="all steps",
-    help="Guide only steps with LOW < sigma / alpha <= HIGH.",
+    help="Guide only steps with a noise level above LOW and at most HIGH. It is sigma / alpha; SD 1.5's falls from at "
+    "most 14.6 to 0.",
 )
 @click.option("--eta", type=float, default=0.0, show_default=True, help="Noise added in each step, 0 to 1; DDIM only.")
 @click.option(

@@ -28,7 +28,8 @@ engine_option = click.option(
     type=click.Choice([AUTO, *(backend.value for backend in Backend)]),
     default=AUTO,
     show_default=True,
-    help="Backend that runs the graphs; auto picks the fastest one installed.",
+    help="Backend that runs the graphs; auto picks the first of tensorrt, tensorrt-rtx, onnxruntime-cuda, openvino and "
+    "onnxruntime that is installed and can run them.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output.")
 

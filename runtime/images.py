@@ -147,6 +147,8 @@ def parameters_text(request: Request, settings: ResolvedSettings, seed: int, mod
         pairs["Clip skip"] = request.clip_skip + 1  # A1111 counts the last layer as 1
     if request.eta:
         pairs["Eta"] = request.eta
+    if settings.embedded_guidance is not None:
+        pairs["Distilled CFG Scale"] = settings.embedded_guidance
     if request.guidance_rescale:
         pairs["CFG Rescale"] = request.guidance_rescale
     if request.guidance_interval is not None:

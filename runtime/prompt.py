@@ -16,7 +16,7 @@ import math
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, NamedTuple, Self
 
@@ -132,9 +132,23 @@ class Chunks:
             ids[learned] = np.concatenate([*rows])[-1 - ids[learned]]
         return ids
 
+    def extended(self, count: int, tokenizer: Tokenizer) -> Self:
+        """These chunks, and empty ones up to `count`."""
+        if count == len(self.input_ids):
+            return self
+        empty = _padded([[]] * (count - len(self.input_ids)), tokenizer, ())
+        ids, weights, eos = (
+            np.concatenate([getattr(self, name), getattr(empty, name)])
+            for name in ("input_ids", "token_weights", "eos_index")
+        )
+        return replace(self, input_ids=ids, token_weights=weights, eos_index=eos)
+
 
 def encode_ids(prompt: str, tokenizer: Tokenizer, vocabulary: Vocabulary, encoder: str = "text_encoder") -> Chunks:
-    """A prompt as chunks of ids and weights. Raises UsageError for unknown learned words and invalid weights."""
+    """A prompt as chunks of ids and weights. A word without vectors for this encoder is replaced by its text.
+
+    Raises UsageError for unknown learned words and invalid weights.
+    """
     chunks: list[list[tuple[int, float]]] = [[]]
     words: dict[str, tuple[Concept, range]] = {}
     for part in weighted_parts(prompt):
@@ -142,13 +156,13 @@ def encode_ids(prompt: str, tokenizer: Tokenizer, vocabulary: Vocabulary, encode
             chunks.append([])
             continue
         for piece in split_at_words(part.text, vocabulary, tokenizer.knows):
-            is_word = not isinstance(piece, str)
+            is_word = not isinstance(piece, str) and encoder in piece.vectors
             if isinstance(piece, str):
                 ids = tokenizer.ids(piece)
             else:
                 start = -1 - sum(len(numbers) for _, numbers in words.values())
-                numbers = range(start, start - len(piece.vectors[encoder]), -1)
-                ids = list(words.setdefault(piece.identity, (piece, numbers))[1])
+                numbers = range(start, start - len(piece.vectors.get(encoder, ())), -1)
+                ids = list(words.setdefault(piece.identity, (piece, numbers))[1]) or tokenizer.ids(piece.text)
             if is_word and len(ids) > tokenizer.room:
                 raise UsageError(f"a word of {len(ids)} vectors does not fit this encoder's {tokenizer.room} tokens")
             while ids:

@@ -45,6 +45,8 @@ class Request:
     sampler: Sampler | str | None = None
     """A `Sampler` or its name."""
     guidance_scale: float | None = None
+    embedded_guidance: float | None = None
+    """The guidance scale that a guidance-distilled model takes as an input; refused by other models."""
     guidance_rescale: float = 0.0
     guidance_interval: tuple[float, float] | None = None
     """Only steps with low < sigma / alpha <= high are guided (arXiv 2404.07724); None guides all."""
@@ -80,6 +82,8 @@ class Request:
             _within("steps", self.steps, 1, MAX_STEPS, integer=True)
         if self.guidance_scale is not None:
             _within("guidance_scale", self.guidance_scale, 0, 100)
+        if self.embedded_guidance is not None:
+            _within("embedded_guidance", self.embedded_guidance, 0, 100)
         _within("guidance_rescale", self.guidance_rescale, 0, 1)
         _within("eta", self.eta, 0, 1)
         _within("clip_skip", self.clip_skip, 0, 100, integer=True)
@@ -118,6 +122,8 @@ class ResolvedSettings:
     width: int
     height: int
     schedule: Schedule
+    embedded_guidance: float | None = None
+    """None for a model that does not take one."""
 
 
 def resolve(request: Request, manifest: Manifest) -> ResolvedSettings:
@@ -138,6 +144,11 @@ def resolve(request: Request, manifest: Manifest) -> ResolvedSettings:
         raise UsageError("this bundle has no vae_encoder, so it cannot edit pictures: export it again with ti-export")
     steps = defaults.steps if request.steps is None else request.steps
     guidance_scale = defaults.guidance_scale if request.guidance_scale is None else request.guidance_scale
+    embedded_guidance = defaults.embedded_guidance
+    if request.embedded_guidance is not None:
+        if embedded_guidance is None:
+            raise UsageError("this model takes no embedded_guidance: use guidance_scale")
+        embedded_guidance = request.embedded_guidance
     schedule = make_schedule(
         manifest.scheduler,
         sampler,
@@ -147,9 +158,12 @@ def resolve(request: Request, manifest: Manifest) -> ResolvedSettings:
         eta=request.eta,
         guidance_interval=request.guidance_interval,
         strength=1.0 if request.image is None else request.strength,
+        kind=manifest.schedule,
+        image_tokens=height // manifest.size_multiple * (width // manifest.size_multiple),
+        embedded_guidance=embedded_guidance or 0.0,
     )
     schedule.table(manifest.columns)  # raises if the graph lacks a column
-    return ResolvedSettings(steps, sampler, guidance_scale, width, height, schedule)
+    return ResolvedSettings(steps, sampler, guidance_scale, width, height, schedule, embedded_guidance)
 
 
 def _size(request: Request, manifest: Manifest) -> tuple[int, int]:

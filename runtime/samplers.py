@@ -1,7 +1,8 @@
 """Samplers as tables: `make_schedule` turns a sampler, a scheduler's config and a number of steps into numbers.
 
-The state is variance-preserving, x = alpha x0 + sigma eps with alpha^2 + sigma^2 = 1, for every sampler; Euler's state
-is that divided by alpha, which is folded into the columns. With m the model's guided prediction, a step is
+The state is x = alpha x0 + sigma eps for every sampler. In a schedule of betas alpha^2 + sigma^2 = 1, and Euler's state
+is that divided by alpha, which is folded into the columns; in flow matching alpha = 1 - sigma. With m the model's
+guided prediction, a step is
 
     denoised = c.sample_to_denoised * sample + c.model_to_denoised * m
     next     = c.sample * sample + c.denoised * denoised + c.previous * previous + c.noise * noise
@@ -9,7 +10,7 @@ is that divided by alpha, which is folded into the columns. With m the model's g
 where `previous` is the last step's `denoised`, and the columns `c` are named after what they multiply. Each sampler is
 a pure function from the levels it visits to the columns of the second line.
 All of them match diffusers' scheduler of that name: timesteps, order of draws, first and last step. Not covered: what
-`oneword.runtime.schedule` refuses, Euler's churn, and higher orders.
+`oneword.runtime.schedule` and `oneword.runtime.flow` refuse, Euler's churn, and higher orders.
 """
 
 import math
@@ -22,7 +23,8 @@ import numpy as np
 import numpy.typing as npt
 
 from oneword.engines.errors import UsageError
-from oneword.runtime.schedule import Array, NoiseSchedule, karras_sigmas
+from oneword.runtime.flow import FlowSchedule
+from oneword.runtime.schedule import Array, NoiseSchedule, ScheduleKind, karras_sigmas
 
 COLUMNS: Final[Mapping[str, float]] = {
     "t": 0.0,
@@ -101,18 +103,29 @@ def make_schedule(
     eta: float = 0.0,
     guidance_interval: tuple[float, float] | None = None,
     strength: float = 1.0,
+    kind: ScheduleKind = ScheduleKind.BETAS,
+    image_tokens: int = 0,
+    embedded_guidance: float = 0.0,
 ) -> Schedule:
     """The steps of a whole run.
+
+    `kind` is what `scheduler_config` describes. `image_tokens` is the picture's size in tokens of the network, on which
+    a flow's shift may depend; `embedded_guidance` is an input of guidance-distilled networks (arXiv 2210.03142).
 
     `guidance_rescale` is phi of arXiv 2305.08891. `guidance_interval` (low, high] bounds sigma / alpha of the guided
     steps (arXiv 2404.07724). `strength` in (0, 1] skips the first steps, for image to image; `eta` is DDIM's.
     Raises UsageError for numbers out of range and for a scheduler's config that this runtime does not support.
     """
-    method = _METHODS[sampler]
-    noise = NoiseSchedule.read(scheduler_config, method.default_spacing)
+    noise: NoiseSchedule | FlowSchedule
+    if kind is ScheduleKind.BETAS:
+        method = _METHODS[sampler]
+        noise = NoiseSchedule.read(scheduler_config, method.default_spacing)
+    else:
+        method = _flow_method(sampler)
+        noise = FlowSchedule.read(scheduler_config, kind, image_tokens)
     _check(noise, sampler, steps)
     levels = method.levels(noise, steps)
-    start = _start(len(levels.t), strength)
+    start = _start(len(levels.t), strength, kind)
     levels = Levels(levels.t[start:], levels.alpha[start:], levels.sigma[start:], levels.last_alpha, levels.last_sigma)
     update = method.update(noise, levels, SamplerSettings(steps, eta))
     a, b = prediction(noise.prediction_type, levels)
@@ -129,13 +142,14 @@ def make_schedule(
         "noise": update.noise,
         "guidance": guidance,
         "rescale": rescale,
+        "embedded_guidance": np.full(len(levels.t), embedded_guidance),
         "known_scale": known_scale,
         "known_sigma": known_sigma,
     }
     columns = {name: np.asarray(column, np.float32) for name, column in columns.items()}
     if not all(np.isfinite(column).all() for column in columns.values()):
         raise UsageError(f"{sampler} in {steps} steps has no finite schedule with this model: change the steps")
-    euler_start = method.divided and noise.timestep_spacing != "leading"
+    euler_start = method.divided and isinstance(noise, NoiseSchedule) and noise.timestep_spacing != "leading"
     return Schedule(
         columns=columns,
         draws=update.draws,
@@ -190,6 +204,8 @@ def prediction(prediction_type: str, levels: Levels) -> tuple[Array, Array]:
             return levels.alpha, -levels.sigma
         case "sample":
             return np.zeros_like(levels.t), np.ones_like(levels.t)
+        case "flow_prediction":  # m = eps - x0
+            return np.ones_like(levels.t), -levels.sigma
         case _:
             if not levels.alpha.all():
                 raise UsageError(
@@ -245,7 +261,14 @@ def euler_ancestral(noise: NoiseSchedule, levels: Levels, settings: SamplerSetti
     return _divided(levels, (ve_next / ve) ** 2, up, draws=True)
 
 
-def dpmpp_2m(noise: NoiseSchedule, levels: Levels, settings: SamplerSettings) -> Update:
+def euler_flow(noise: FlowSchedule, levels: Levels, settings: SamplerSettings) -> Update:
+    """Euler's step along the flow from noise to picture, x + (sigma_next - sigma) m, of Lipman et al. (2023)."""
+    ratio = levels.next_sigma / levels.sigma
+    zeros = np.zeros_like(ratio)
+    return Update(ratio, levels.next_alpha - ratio * levels.alpha, zeros, zeros, np.full(len(ratio), False))
+
+
+def dpmpp_2m(noise: NoiseSchedule | FlowSchedule, levels: Levels, settings: SamplerSettings) -> Update:
     """DPM-Solver++(2M), midpoint, algorithm 2 of Lu et al. (2022); first order in the first and last steps."""
     h = _log_snr_steps(levels)
     gain = -levels.next_alpha * np.expm1(-h)
@@ -253,7 +276,7 @@ def dpmpp_2m(noise: NoiseSchedule, levels: Levels, settings: SamplerSettings) ->
     return _multistep(noise, settings, h, keep, gain, np.zeros_like(h), draws=False)
 
 
-def dpmpp_2m_sde(noise: NoiseSchedule, levels: Levels, settings: SamplerSettings) -> Update:
+def dpmpp_2m_sde(noise: NoiseSchedule | FlowSchedule, levels: Levels, settings: SamplerSettings) -> Update:
     """SDE-DPM-Solver++(2M), midpoint, of Lu et al. (2022); draws at every step, the last one included."""
     h = _log_snr_steps(levels)
     gain = -levels.next_alpha * np.expm1(-2 * h)
@@ -289,7 +312,14 @@ def _log_snr_steps(levels: Levels) -> Array:
 
 
 def _multistep(
-    noise: NoiseSchedule, settings: SamplerSettings, h: Array, keep: Array, gain: Array, up: Array, *, draws: bool
+    noise: NoiseSchedule | FlowSchedule,
+    settings: SamplerSettings,
+    h: Array,
+    keep: Array,
+    gain: Array,
+    up: Array,
+    *,
+    draws: bool,
 ) -> Update:
     """The second-order correction 0.5 / r (denoised - previous), r = h_previous / h, in the steps of order two."""
     short = settings.steps < 15  # of the whole run, including those that `strength` skips
@@ -348,10 +378,20 @@ def _dpm_karras_levels(noise: NoiseSchedule, steps: int) -> Levels:
     return _sigma_levels(noise, np.floor(t) if noise.beta_schedule == "squaredcos_cap_v2" else np.round(t), sigmas)
 
 
+def _flow_levels(noise: FlowSchedule, steps: int) -> Levels:
+    sigmas = noise.sigmas(steps)
+    return Levels(sigmas * noise.num_train_timesteps, 1 - sigmas, sigmas, 1.0, 0.0)
+
+
+def _flow_dpm_levels(noise: FlowSchedule, steps: int) -> Levels:
+    sigmas = noise.sigmas_dpm(steps)
+    return Levels(np.floor(sigmas * noise.num_train_timesteps), 1 - sigmas, sigmas, 1.0, 0.0)
+
+
 class _Method(NamedTuple):
-    levels: Callable[[NoiseSchedule, int], Levels]
-    update: Callable[[NoiseSchedule, Levels, SamplerSettings], Update]
-    default_spacing: str  # of the diffusers class, for a config without one
+    levels: Callable[[Any, int], Levels]  # of a NoiseSchedule, or of a FlowSchedule in _FLOW_METHODS
+    update: Callable[[Any, Levels, SamplerSettings], Update]
+    default_spacing: str = ""  # of the diffusers class, for a config of betas without one
     divided: bool = False  # Euler's state, ours divided by alpha, starts at sigma * noise
 
 
@@ -366,6 +406,12 @@ _METHODS: Final = {
     Sampler.LCM: _Method(_lcm_levels, lcm, "leading"),
 }
 
+_FLOW_METHODS: Final = {
+    Sampler.EULER: _Method(_flow_levels, euler_flow),
+    Sampler.DPMPP_2M: _Method(_flow_dpm_levels, dpmpp_2m),
+    Sampler.DPMPP_2M_SDE: _Method(_flow_dpm_levels, dpmpp_2m_sde),
+}
+
 
 _DPM: Final = (Sampler.DPMPP_2M, Sampler.DPMPP_2M_KARRAS, Sampler.DPMPP_2M_SDE)
 
@@ -377,7 +423,7 @@ def sampler_of(scheduler_config: Mapping[str, Any]) -> Sampler | None:
             return Sampler.DDIM
         case "DDPMScheduler":
             return Sampler.DDPM
-        case "EulerDiscreteScheduler":
+        case "EulerDiscreteScheduler" | "FlowMatchEulerDiscreteScheduler":
             return Sampler.EULER
         case "EulerAncestralDiscreteScheduler":
             return Sampler.EULER_A
@@ -390,10 +436,17 @@ def sampler_of(scheduler_config: Mapping[str, Any]) -> Sampler | None:
     return None
 
 
-def _start(steps: int, strength: float) -> int:
+def _flow_method(sampler: Sampler) -> _Method:
+    if sampler not in _FLOW_METHODS:
+        raise UsageError(f"the sampler {sampler} does not suit flow matching, allowed are {', '.join(_FLOW_METHODS)}")
+    return _FLOW_METHODS[sampler]
+
+
+def _start(steps: int, strength: float, kind: ScheduleKind) -> int:
+    """The steps that `strength` skips. Diffusers' pipelines round the others down for betas, and up for flows."""
     if not 0 < strength <= 1:
         raise UsageError(f"strength {strength:g}, allowed are 0 < strength <= 1")
-    count = min(int(steps * strength), steps)
+    count = int(steps * strength) if kind is ScheduleKind.BETAS else steps - int(steps - steps * strength)
     if count == 0:
         raise UsageError(f"strength {strength:g} of {steps} steps leaves none: use {math.ceil(1 / strength)} or more")
     return steps - count
@@ -408,7 +461,7 @@ def _guided(levels: Levels, guidance_scale: float, interval: tuple[float, float]
     return guided & (interval[0] < sigma) & (sigma <= interval[1])
 
 
-def _check(noise: NoiseSchedule, sampler: Sampler, steps: int) -> None:
+def _check(noise: NoiseSchedule | FlowSchedule, sampler: Sampler, steps: int) -> None:
     """Refuses what the scheduler's config rules out; `Request` checks the ranges of its numbers."""
     if not 1 <= steps <= noise.num_train_timesteps:
         raise UsageError(f"{steps} steps, allowed are 1 to {noise.num_train_timesteps}")

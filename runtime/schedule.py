@@ -1,11 +1,13 @@
 """Noise schedules from a diffusers scheduler's config. Pure arrays: no models, no randomness.
 
-Not covered, and refused by name: `thresholding`, `clip_sample` (neither suits latents), exponential, beta, Lu and flow
-sigmas, continuous timesteps, log-linear interpolation, learned variances, solver orders other than 2.
+Flow matching is in `runtime.flow`. Not covered, and refused by name: `thresholding`, `clip_sample` (neither suits
+latents), exponential, beta and Lu sigmas, continuous timesteps, log-linear interpolation, learned variances, solver
+orders other than 2.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any, Final, TypeAlias
 
 import numpy as np
@@ -37,6 +39,14 @@ _MUST_BE: Final[dict[str, tuple[Any, ...]]] = {
     "prediction_type": PREDICTION_TYPES,
     "timestep_spacing": SPACINGS,
 }
+
+
+class ScheduleKind(StrEnum):
+    """The kind of noise schedule that a scheduler's config describes."""
+
+    BETAS = "betas"  # alpha^2 + sigma^2 = 1, from betas
+    FLOW = "flow"  # alpha = 1 - sigma, and the scheduler chooses its sigmas
+    FLOW_EVEN = "flow-even"  # as FLOW, and sigmas are even from 1 to 1 / steps before they are shifted
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,8 @@ class _Pending:
                 self.negative = model.missing_negative(request.clip_skip)
             else:
                 self.negative = model.tokenize(request.negative_prompt, request.clip_skip, request.words)
+        if isinstance(self.negative, TokenizedPrompt):
+            self.tokens, self.negative = model.evened([self.tokens, self.negative])
         lengths = [model.context_length(self.tokens)]
         if isinstance(self.negative, TokenizedPrompt):
             _check_lengths(self.tokens, self.negative)

@@ -3,7 +3,7 @@
 The file is TOML with one table per tenant:
 
     [alice]
-    sha256 = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
+    sha256 = "0000000000000000000000000000000000000000000000000000000000000000"   # of no key: see new_key
     max_words = 1000                     # optional
     max_bytes = 104857600                # optional, of all words
     max_result_bytes = 1073741824        # optional, of pictures that wait for an hour to be fetched

@@ -63,6 +63,7 @@ class Settings(Fields):
     steps: Annotated[int, Field(ge=1, le=MAX_STEPS)] | None = None
     sampler: Sampler | None = None
     guidance_scale: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
+    embedded_guidance: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
     guidance_rescale: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.0
     guidance_interval: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
     eta: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.0
@@ -370,6 +371,7 @@ def _request(body: Settings, prompt: str, **edit: Any) -> Request:
             steps=steps,
             sampler=body.sampler,
             guidance_scale=body.guidance_scale,
+            embedded_guidance=body.embedded_guidance,
             guidance_rescale=body.guidance_rescale,
             guidance_interval=None if interval is None else (interval[0], interval[1]),
             eta=body.eta,

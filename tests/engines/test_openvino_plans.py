@@ -13,8 +13,8 @@ from onnx import TensorProto, helper
 
 from oneword.engines.errors import EngineError
 from oneword.engines.graph import DType, Graph, Precision, TensorSpec
-from oneword.engines.openvino import OpenVinoBinding, OpenVinoEngine
-from oneword.engines.plans import PlanCache
+from oneword.engines.openvino import OpenVinoBinding, OpenVinoEngine, _Compiler
+from oneword.engines.plans import PlanCache, PlanKey
 
 openvino = pytest.importorskip("openvino")
 
@@ -170,6 +170,7 @@ def test_a_large_graph_is_compiled_for_its_first_shapes_then_once_for_any_others
         binding = opened.bind({"x": (rows, 4)})
         binding.run()
         np.testing.assert_array_equal(binding.outputs["y"].numpy(), np.ones((rows, 4)))
+    assert first._compiled.released  # its weights are in memory once
     first.run()
     np.testing.assert_array_equal(first.outputs["y"].numpy(), X + 1)
     assert len(compilations) == 2
@@ -228,3 +229,73 @@ def test_a_specialized_binding_has_a_graph_for_its_shapes_which_the_next_start_r
         assert binding._compiled.static
         np.testing.assert_array_equal(binding.outputs["y"].numpy(), X + 1)
     assert len(compilations) == 2  # for any shape, and for these
+
+
+HALVED = 1 + 2.0**-12
+"""A number that fp16 rounds to 1."""
+
+
+@pytest.fixture
+def product(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """y = x @ weights * factor, large: 90,000 weights and one factor that fp16 rounds to 1."""
+    monkeypatch.setattr("oneword.engines.openvino._SMALL", 0)
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["B", 300]) for name in "xy"]
+    weights = helper.make_tensor("weights", TensorProto.FLOAT, [300, 300], (np.eye(300) * HALVED).ravel())
+    factor = helper.make_tensor("factor", TensorProto.FLOAT, [1], [HALVED])
+    nodes = [helper.make_node("MatMul", ["x", "weights"], ["m"]), helper.make_node("Mul", ["m", "factor"], ["y"])]
+    graph = helper.make_graph(nodes, "product", values[:1], values[1:], [weights, factor])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), tmp_path / "p.onnx")
+    return tmp_path / "p.onnx"
+
+
+def product_of_ones(path: Path, plans: Path) -> float:
+    """What the graph returns in float32, converted as on a processor that computes in bfloat16."""
+    settings = {"INFERENCE_PRECISION_HINT": "f32"}
+    key = PlanKey("d", "openvino", openvino.__version__, "cpu", Precision.FP32, {})
+    compiled = _Compiler(openvino.Core(), path, settings, PlanCache(plans), key, convert=True).compile()
+    y = compiled.model({"x": np.ones((1, 300), np.float32)})[0]
+    assert (y == y[0, 0]).all()
+    return float(y[0, 0])
+
+
+def test_weights_are_halved_and_small_constants_are_not(product: Path, tmp_path: Path) -> None:
+    assert product_of_ones(product, tmp_path / "plans") == HALVED
+
+    [weights] = (tmp_path / "plans").glob("*.bin")
+    assert 2 * 90_000 <= weights.stat().st_size < 2 * 90_000 + 100
+    assert not list((tmp_path / "plans").glob("*.partial"))
+
+
+def test_a_later_start_reads_the_converted_graph_only(product: Path, tmp_path: Path) -> None:
+    product_of_ones(product, tmp_path / "plans")
+    product.write_bytes(b"no graph")
+
+    assert product_of_ones(product, tmp_path / "plans") == HALVED
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".xml"])
+def test_a_converted_graph_that_has_changed_is_never_read(product: Path, tmp_path: Path, suffix: str) -> None:
+    product_of_ones(product, tmp_path / "plans")
+    [changed] = (tmp_path / "plans").glob(f"*{suffix}")
+    good = changed.read_bytes()
+    changed.write_bytes(good.replace(np.float16(1).tobytes(), np.float16(2).tobytes()) + b" ")
+
+    assert product_of_ones(product, tmp_path / "plans") == HALVED
+    assert changed.read_bytes() == good
+
+
+def test_a_graph_that_cannot_be_converted_runs_from_its_onnx_file(product: Path, tmp_path: Path) -> None:
+    (tmp_path / "plans").write_text("a file where the folder should be")
+
+    assert product_of_ones(product, tmp_path / "plans") == pytest.approx(HALVED**2, abs=1e-7)
+
+
+def test_an_engine_that_computes_in_float32_keeps_all_weights(product: Path, tmp_path: Path) -> None:
+    spec = TensorSpec("x", DType.FLOAT32, ("B", 300))
+    graph = Graph((product.name,), "d", Precision.FP32, (spec,), (TensorSpec("y", DType.FLOAT32, ("B", 300)),))
+    plans = PlanCache(tmp_path / "plans")
+
+    y = OpenVinoEngine("product", graph, tmp_path, 1, exact=True, plans=plans).run({"x": np.ones((1, 300), np.float32)})
+
+    np.testing.assert_allclose(y["y"], HALVED**2, atol=1e-7)
+    assert not plans.folder.exists()

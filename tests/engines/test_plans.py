@@ -3,12 +3,14 @@
 import multiprocessing
 import os
 import random
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from oneword.engines import plans
 from oneword.engines.errors import FileError
 from oneword.engines.graph import Precision
 from oneword.engines.plans import PlanCache, PlanKey
@@ -140,3 +142,79 @@ def test_ctrl_c_while_a_plan_is_written_leaves_no_file_of_it(tmp_path: Path, mon
     with pytest.raises(KeyboardInterrupt):
         PlanCache(tmp_path).load_or_build(KEY, lambda: b"plan")
     assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
+
+
+def write_two(xml: Path) -> None:
+    """A plan of two files, and a third one that is not part of it."""
+    xml.write_bytes(b"graph")
+    xml.with_suffix(".bin").write_bytes(b"weights")
+    xml.with_name("scratch").write_bytes(b"scratch")
+
+
+def refuse_files(path: Path) -> None:
+    raise AssertionError("built although it is cached")
+
+
+SUFFIXES = (".xml", ".bin")
+
+
+def test_a_plan_of_files_is_built_once_and_refused_if_one_has_changed_or_is_missing(tmp_path: Path) -> None:
+    xml, weights = PlanCache(tmp_path).load_or_build_files(KEY, SUFFIXES, write_two)
+    assert (xml.read_bytes(), weights.read_bytes()) == (b"graph", b"weights")
+    assert PlanCache(tmp_path).load_or_build_files(KEY, SUFFIXES, refuse_files) == [xml, weights]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        ["index.json", "index.lock", "verified.json", f"{KEY.name}.lock", xml.name, weights.name]
+    )
+
+    for path, damage in [(xml, b"Graph"), (weights, b"weight"), (weights, None)]:
+        if damage is None:
+            path.unlink()
+        else:
+            path.write_bytes(damage)
+        assert PlanCache(tmp_path).load_files(KEY, SUFFIXES) is None
+        PlanCache(tmp_path).load_or_build_files(KEY, SUFFIXES, write_two)
+        assert PlanCache(tmp_path).load_files(KEY, SUFFIXES) == [xml, weights]
+
+
+def test_files_are_hashed_again_only_if_they_have_moved_or_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[str] = []
+    digest = plans.file_digest
+
+    def noted(path: Path) -> str:
+        hashed.append(path.suffix)
+        return digest(path)
+
+    paths = PlanCache(tmp_path / "a").load_or_build_files(KEY, SUFFIXES, write_two)
+    monkeypatch.setattr(plans, "file_digest", noted)
+    assert PlanCache(tmp_path / "a").load_files(KEY, SUFFIXES) == paths
+    assert hashed == []
+
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    for _ in range(2):
+        assert PlanCache(tmp_path / "b").load_files(KEY, SUFFIXES)
+    assert hashed == [".xml", ".bin"]
+
+
+def test_a_killed_build_of_files_leaves_nothing_that_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / f"{KEY.name}.partial").mkdir()
+    (tmp_path / f"{KEY.name}.partial" / "scratch").write_bytes(b"of a process that was killed")
+
+    def fail(path: Path) -> None:
+        assert list(path.parent.iterdir()) == []
+        path.write_bytes(b"half")
+        raise RuntimeError("no memory")
+
+    with pytest.raises(RuntimeError, match="no memory"):
+        PlanCache(tmp_path).load_or_build_files(KEY, SUFFIXES, fail)
+    assert PlanCache(tmp_path).load_files(KEY, SUFFIXES) is None
+    assert [path.name for path in tmp_path.iterdir()] == [f"{KEY.name}.lock"]
+
+
+def test_the_error_for_files_that_cannot_be_written_names_the_folder(tmp_path: Path) -> None:
+    def write_one(xml: Path) -> None:
+        xml.write_bytes(b"graph")
+
+    with pytest.raises(FileError, match=rf"cannot write into {tmp_path}: No such file"):
+        PlanCache(tmp_path).load_or_build_files(KEY, SUFFIXES, write_one)

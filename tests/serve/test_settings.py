@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from oneword.engines.errors import UsageError
+from oneword.serve.command import command
 from oneword.serve.settings import Settings, is_loopback
 
 BUNDLE = Path("bundle")
@@ -22,6 +23,16 @@ def test_by_default_only_this_machine_can_reach_the_server_and_words_are_in_the_
     assert settings.words == str(tmp_path / "oneword" / "words")
     monkeypatch.delenv("XDG_DATA_HOME")
     assert Settings(BUNDLE).words == str(Path.home() / ".local" / "share" / "oneword" / "words")
+
+
+def test_help_shows_the_default_folders_of_words_and_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.delenv("XDG_DATA_HOME", raising=False)
+    shown = {option.name: Path(str(getattr(option, "show_default", ""))).expanduser() for option in command.params}
+    settings = Settings(BUNDLE, port=8001)
+
+    assert str(shown["words"]) == settings.words
+    assert str(shown["jobs"]).replace("<PORT>", "8001") == str(settings.jobs_folder)
 
 
 @pytest.mark.parametrize(
