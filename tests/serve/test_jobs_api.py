@@ -178,13 +178,14 @@ def test_the_pictures_of_a_job_are_those_that_were_sent(alice: httpx.Client) -> 
         ({"steps": 5001}, 400, "steps", "1 to 5000"),
         ({"steps": "many"}, 400, "steps", "steps"),
         ({"seed": -1}, 400, "seed", "0"),
+        ({"replace": "perhaps"}, 400, "replace", "replace"),
         ({"colour": "red"}, 400, "colour", "colour"),
     ],
 )
 def test_a_field_that_makes_no_sense_is_refused(
     alice: httpx.Client, changes: dict[str, Any], status: int, param: str | None, text: str
 ) -> None:
-    fields: dict[str, Any] = {"name": "<toy>", "steps": STEPS_OF_A_LONG_JOB, **changes}
+    fields: dict[str, Any] = {"name": "<other>", "steps": STEPS_OF_A_LONG_JOB, **changes}
     answer = learn(alice, None, **fields)
 
     error = answer.json()["error"]
@@ -208,7 +209,7 @@ def test_a_field_that_makes_no_sense_is_refused(
 def test_pictures_that_cannot_be_learned_from_are_refused(
     alice: httpx.Client, pictures: Any, status: int, text: str
 ) -> None:
-    answer = learn(alice, pictures(), name="<toy>")
+    answer = learn(alice, pictures(), name="<other>")
 
     assert (answer.status_code, text in answer.json()["error"]["message"]) == (status, True), answer.text
 
