@@ -82,7 +82,7 @@ async def model(http: Request) -> ModelBody:
         max_pixels=state.max_pixels,
         max_side=manifest.max_side,
         edits="vae_encoder" in manifest.graphs,
-        learn=state.jobs is not None,
+        learn=state.settings.model is not None,
         refine=True,
         tenant=http.state.tenant.name,
     )

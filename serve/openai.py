@@ -171,8 +171,8 @@ class Answer:
         """The whole answer as JSON, or as a stream of events."""
         if self.settings.stream:
             return EventStream(self._events(generations), close=lambda: cancel(generations))
-        pictures = await finish(self.http, *generations)
-        data = [await self._entry(picture) for picture in pictures]
+        entries = await finish(self.http, *generations, use=self._entry)
+        pictures, data = [picture for picture, _ in entries], [entry for _, entry in entries]
         first = pictures[0].settings
         answer = PicturesAnswer(
             created=int(time.time()),
@@ -186,7 +186,7 @@ class Answer:
     async def _entry(self, picture: PictureDone) -> Picture:
         data = await self._encoded(picture)
         if self.settings.response_format == "url":
-            name = await self.state.in_thread(self.state.results.put, data, self.format)
+            name = await self.state.in_thread(self.state.results.put, self.tenant, data, self.format)
             return Picture(url=address(self.http, name), seed=picture.seed)
         return Picture(b64_json=as_base64(data), seed=picture.seed)
 
@@ -400,6 +400,8 @@ async def _answer(http: HTTPRequest, body: Settings, requests: Sequence[Request]
     """Queues the requests, all or none, and answers with their pictures."""
     state, tenant = caller(http)
     _check(state, body, len(requests))
+    if body.response_format == "url":
+        state.results.check_room(tenant)
     partials = body.partial_images or 0
     with all_or_none() as started:
         for request in requests:

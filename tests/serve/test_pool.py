@@ -15,13 +15,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from starlette.requests import Request as HTTPRequest
+from starlette.types import Message
 
 from oneword.runtime.drawing import draw
+from oneword.runtime.events import PictureDone
 from oneword.runtime.model import Model
 from oneword.runtime.request import Image, Request
 from oneword.runtime.scheduler import Scheduler
 from oneword.serve.errors import ApiError, Busy, Forbidden, Invalid, Unavailable
-from oneword.serve.generate import events
+from oneword.serve.generate import events, finish
 from oneword.serve.keys import LOCAL, Tenant
 from oneword.serve.pool import Dropped, Generation, GenerationEvent, Outcome, Phase, PictureEvent, Pool, spread
 from oneword.serve.settings import Settings
@@ -555,6 +558,31 @@ def test_a_slow_consumer_of_several_generations_gets_only_their_newest_state(poo
             kinds = [kind for number, kind in found if number == i]
             assert kinds[-2:] == [Step, Done]
             assert kinds.count(Step) <= 2
+
+    run(scenario)
+
+
+def test_a_picture_is_used_when_it_is_ready_and_its_pixels_are_let_go(pool: Pool) -> None:
+    async def connected() -> Message:
+        return await asyncio.Future()
+
+    async def scenario() -> None:
+        generation = pool.submit(ALICE, Request("a cat", seed=5, num_images=6, steps=20))
+        images: list[weakref.ref[Image]] = []
+        ready: list[int] = []
+
+        async def use(picture: PictureDone) -> int:
+            images.append(weakref.ref(picture.image))
+            ready.append(sum(picture is not None for picture in generation.pictures))
+            return picture.image.size
+
+        found = await finish(HTTPRequest({"type": "http"}, connected), generation, use=use)
+
+        assert [picture.seed for picture, _ in found] == [5, 6, 7, 8, 9, 10]
+        assert [size for _, size in found] == [64 * 64 * 3] * 6
+        assert ready[0] < 6
+        gc.collect()
+        assert [image() for image in images] == [None] * 6
 
     run(scenario)
 
