@@ -383,6 +383,10 @@ class Denoiser:
         """Creates an arena and runs every number of branches, so that no later step binds or captures."""
         self._arena(size).warm()
 
+    def prepare(self, size: Size, branches_per_row: int) -> None:
+        """Creates the arena that rows of this size and so many branches will get. Raises EngineError, FeedError."""
+        self._arena(size, branches_per_row)
+
     def has_room(self, size: Size) -> bool:
         """Whether a new row of this size would get a slot now; displaced rows come first."""
         arena = self._arenas.get(size)

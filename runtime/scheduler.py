@@ -66,6 +66,11 @@ class _Pending:
         """Pictures without a slot."""
         return self.request.num_images - self.next_index
 
+    @property
+    def branches(self) -> int:
+        """N of each of its rows in their first step."""
+        return 1 + bool(self.settings.schedule.guided[0])
+
     def tokenize(self, model: Model) -> None:
         """Splits the prompts at learned words. Raises UsageError, ConceptError."""
         request = self.request
@@ -186,6 +191,8 @@ class Scheduler:
             waiting = []  # no other request overtakes it
         newcomers = [pending for pending in waiting if self.denoiser.has_room(pending.size)][:count]
         with contextlib.suppress(OnewordError):  # each request is tried again alone
+            if newcomers and not self._rows:  # in a first turn this compiles, while the encoders are opened
+                self.denoiser.prepare(newcomers[0].size, newcomers[0].branches)
             self._encode(newcomers)
         for pending in newcomers:
             while pending.left and self.denoiser.has_room(pending.size):

@@ -3,6 +3,7 @@
 import contextlib
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +15,10 @@ import numpy.typing as npt
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from oneword.engines.errors import ConceptError, OnewordError, UsageError
+from oneword.engines.errors import ConceptError, EngineError, OnewordError, UsageError
 from oneword.engines.open import Backend
 from oneword.runtime.concept import Concept, save_concept
-from oneword.runtime.drawing import generate
+from oneword.runtime.drawing import generate, scheduler_for
 from oneword.runtime.events import Event, Failed, PictureDone, StepDone
 from oneword.runtime.model import Model
 from oneword.runtime.request import Image, Request
@@ -362,3 +363,51 @@ def test_the_command_runs_with_torch_diffusers_and_transformers_blocked(tiny_bun
     assert done.returncode == 0, done.stderr
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["a-photo-of-toy-0.png"]
     assert done.stdout.strip() == str(tmp_path / "out" / "a-photo-of-toy-0.png")
+
+
+def test_encoders_and_decoders_are_opened_while_the_denoiser_is(tiny_bundle: Path) -> None:
+    """The text encoder waits for the denoiser to begin, which would never come if they were opened in turn."""
+    model = Model.open(tiny_bundle, "onnxruntime", threads=1)
+    began, open_graph = threading.Event(), model._open_graph
+
+    def waiting(name: str) -> Any:
+        if name == "denoise_step":
+            began.set()
+        elif name == "text_encoder":
+            assert began.wait(60)
+        return open_graph(name)
+
+    model._open_graph = waiting
+    [*_, last] = generate(model, [Request("a photo of a red ring", steps=1)])
+
+    assert isinstance(last, PictureDone)
+    assert model.opened.keys() == {"text_encoder", "denoise_step", "vae_decoder"}  # not the encoder of pictures
+
+
+def test_a_picture_to_start_from_opens_its_encoder_and_a_refused_request_opens_nothing(tiny_bundle: Path) -> None:
+    model = Model.open(tiny_bundle, "onnxruntime", threads=1)
+    with pytest.raises(UsageError):
+        scheduler_for(model, [Request("a ring", steps=0)])
+    assert not model.opened
+    assert not model._ahead
+
+    scheduler_for(model, [Request("a ring", image=np.zeros((32, 32, 3), np.uint8))])
+    assert [*model._ahead] == ["text_encoder", "vae_encoder", "vae_decoder"]
+    for name in [*model._ahead]:
+        model.engine(name)
+
+
+def test_an_engine_that_cannot_be_opened_in_the_background_fails_when_it_is_needed(tiny_bundle: Path) -> None:
+    model = Model.open(tiny_bundle, "onnxruntime", threads=1)
+    open_graph = model._open_graph
+
+    def broken(name: str) -> Any:
+        if name == "vae_decoder":
+            raise EngineError("no memory")
+        return open_graph(name)
+
+    model._open_graph = broken
+    [*_, last] = generate(model, [Request("a ring", steps=1)])
+
+    assert isinstance(last, Failed)
+    assert str(last.error) == "no memory"
