@@ -68,7 +68,7 @@ class _Flight:
     event: Event
     finite: npt.NDArray[np.bool_]
     rows: tuple[tuple[int, Row, int], ...]
-    """(slot, row, step number)"""
+    """(slot, row, line number)"""
 
 
 class Arena:
@@ -158,7 +158,7 @@ class Arena:
         schedule[...] = self._inert
         drawn = False
         for slot, row in live:
-            schedule[slot] = row.lines[row.step]
+            schedule[slot] = row.lines[row.line]
             if (values := row.draw()) is not None:
                 noise[slot], drawn = values, True
         self._stream.upload(self._inputs["schedule"], schedule)
@@ -166,7 +166,7 @@ class Arena:
             self._stream.upload(self._inputs["noise"], noise)
         self._run(bound)
         self._stream.download(finite, self._outputs["finite"])
-        rows = tuple((slot, row, row.step + 1) for slot, row in live)
+        rows = tuple((slot, row, row.line + 1) for slot, row in live)
         self._flights.append(_Flight(self._stream.record(), finite, rows))
         for _, row in live:
             row.began()
@@ -219,9 +219,9 @@ class Arena:
     def _land(self) -> None:
         flight = self._flights.popleft()
         flight.event.wait()
-        for slot, row, step in flight.rows:
+        for slot, row, line in flight.rows:
             if row.broken_at is None and not flight.finite[slot]:
-                row.broken_at = step
+                row.broken_at = line
 
     def _lay_out(self, live: list[tuple[int, Row]]) -> _Bound:
         """The binding for the branches of these rows; its index arrays are written if the layout has changed."""
@@ -443,7 +443,7 @@ class Denoiser:
         return failures
 
     def _step(self, size: Size) -> Iterator[tuple[Row, OnewordError]]:
-        before = [row.step for row in self._arenas[size].rows]
+        before = [row.line for row in self._arenas[size].rows]
         try:
             self._arenas[size].step()
             return
@@ -451,7 +451,7 @@ class Denoiser:
             failure = without_frames(error)  # frames would keep the buffers alive
         rows, capacity = self._arenas[size].rows, self._arenas[size].capacity
         idle = any(not arena.rows for arena in self._arenas.values())
-        retry = isinstance(failure, EngineError) and (len(rows) > 1 or idle) and before == [row.step for row in rows]
+        retry = isinstance(failure, EngineError) and (len(rows) > 1 or idle) and before == [row.line for row in rows]
         if retry:
             try:
                 self._arenas[size].clear()

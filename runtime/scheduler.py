@@ -7,6 +7,7 @@
             ...
 
 A step is one turn: waiting pictures are prepared and get slots, every row is denoised once, finished rows are decoded.
+A sampler of two stages needs two turns for most of its own steps, and StepDone comes after the second.
 Preparing and decoding are bounded in each turn, so that newcomers hold up running rows for a short time only. A
 newcomer without a free slot waits for one. The rows that share a row's engine calls change its result by rounding only.
 Not covered: slots and engine calls (`oneword.runtime.denoiser`), fairness between users, and limits on the queue.
@@ -294,7 +295,7 @@ class Scheduler:
         self.seconds["denoise"] += seconds
 
     def _progress(self, row: Row, stepped: bool) -> Iterator[Event]:
-        """The events of one row in this turn."""
+        """The events of one row in this turn; `stepped` if it ended a step."""
         preview, latents = None, None
         try:
             if stepped and row.step == row.steps:
@@ -307,7 +308,8 @@ class Scheduler:
             return
         if row.broken_at is not None:
             self._remove(row)
-            message = f"graph 'denoise_step' produced NaN or infinity at step {row.broken_at} of picture {row.index}: "
+            step = row.schedule.step_of(row.broken_at)
+            message = f"graph 'denoise_step' produced NaN or infinity at step {step} of picture {row.index}: "
             yield Failed(row.id, row.index, NotFinite(message + _MORE_PRECISION))
             return
         if stepped:
