@@ -354,13 +354,16 @@ def of_words(learned_from: dict[str, list[Image]], steps: int) -> list[Section]:
             "A word to avoid",
             "A word in the negative prompt, from a file in the layout of popular negative words such as easynegative "
             "(`emb_params`; the file's name is the word). This one has the vectors of `<style>`.",
-            command(["a red star in the snow"], "--concept", "avoid.safetensors", "--negative-prompt", "avoid"),
+            command(
+                [f"a red star {place}" for place in PLACES],
+                *("--concept", "avoid.safetensors", "--negative-prompt", "in the style of avoid"),
+            ),
             [
                 (label, [ask(f"a red star {place}{positive}", steps, negative_prompt=negative) for place in PLACES])
                 for label, positive, negative in (
                     ("without", "", None),
-                    ("--negative-prompt avoid", "", "<style>"),
-                    ("for comparison: in the style of it", " in the style of <style>", None),
+                    ("--negative-prompt ...", "", "in the style of <style>"),
+                    ("for comparison, in the style to avoid", " in the style of <style>", None),
                 )
             ],
             [PLACES],
