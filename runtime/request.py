@@ -17,6 +17,7 @@ from oneword.engines.errors import BundleError, UsageError
 from oneword.runtime.bundle import Manifest
 from oneword.runtime.concept import Concept
 from oneword.runtime.prompt import check_prompt
+from oneword.runtime.prompt_schedule import prompts_by_step
 from oneword.runtime.samplers import CFG_PP_SCALE, MAX_CFG_PP_SCALE, Guidance, Sampler, Schedule, make_schedule
 from oneword.runtime.spacing import Spacing
 
@@ -176,6 +177,8 @@ def resolve(request: Request, manifest: Manifest) -> ResolvedSettings:
         guidance=Guidance(request.guidance),
     )
     schedule.table(manifest.columns)  # raises if the graph lacks a column
+    for prompt in filter(None, (request.prompt, request.negative_prompt)):
+        prompts_by_step(prompt, schedule.steps)  # raises if it changes too often
     return ResolvedSettings(steps, sampler, guidance_scale, width, height, schedule, embedded_guidance)
 
 

@@ -49,8 +49,9 @@ class Row:
     lines: npt.NDArray[np.float32]
     """[R, K]: the schedule in the graph's columns."""
     noise: NoiseStream
-    cond: EncodedPrompt
-    uncond: EncodedPrompt | None
+    cond: Sequence[EncodedPrompt]
+    """[S]: the prompt of each step."""
+    uncond: Sequence[EncodedPrompt] | None
     tokens: int
     """T: the least common multiple of its contexts' lengths."""
     time_ids: Sequence[float]
@@ -96,14 +97,14 @@ class Row:
     @property
     def contexts(self) -> tuple[EncodedPrompt, ...]:
         """The prompts that the next line attends to: the unconditional one first, if the line is guided."""
-        if self.uncond is not None and self.schedule.guided[self.line]:
-            return self.uncond, self.cond
-        return (self.cond,)
+        contexts = self.held_contexts
+        return contexts if self.schedule.guided[self.line] else contexts[-1:]
 
     @property
-    def all_contexts(self) -> tuple[EncodedPrompt, ...]:
-        """The prompts that any step attends to."""
-        return (self.cond,) if self.uncond is None else (self.uncond, self.cond)
+    def held_contexts(self) -> tuple[EncodedPrompt, ...]:
+        """The prompts of the next line's step, whether or not that line is guided."""
+        step = self.schedule.step_of(self.line + 1) - 1
+        return (self.cond[step],) if self.uncond is None else (self.uncond[step], self.cond[step])
 
     def draw(self) -> Latents | None:
         """The noise of the next line, if it draws any. The same until `began` is called."""

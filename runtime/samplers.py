@@ -396,7 +396,7 @@ def dpmpp_3m_sde(noise: NoiseSchedule, levels: Levels, settings: SamplerSettings
     second = dpmpp_2m_sde(noise, levels, settings)
     third = np.arange(len(h)) > 1
     third[-1] &= not _last_is_first_order(noise, settings)
-    third[-2:-1] &= not (noise.lower_order_final and settings.steps < _FEW)
+    third[-2:-1] &= not (noise.lower_order_final and settings.steps < _SHORT_RUN)
     i = np.flatnonzero(third)
     last, before = h[i - 1] / h[i], h[i - 2] / h[i]  # r0, r1
     alpha, phi = levels.next_alpha[i], -np.expm1(-2 * h[i])
@@ -411,7 +411,7 @@ def dpmpp_3m_sde(noise: NoiseSchedule, levels: Levels, settings: SamplerSettings
 
 
 def unipc(noise: NoiseSchedule, levels: Levels, settings: SamplerSettings) -> Update:
-    """UniPC of order 2 with B2 (Zhao et al. 2023), as in diffusers: a step first corrects its sample with its own
+    """UniPC of order 2 with B2 (Zhao et al. 2023), as in diffusers: a step first corrects its sample with its newest
     prediction, then predicts the next. The first step has no correction, the last one has order one."""
     h = _log_snr_steps(levels)
     before = np.append(np.nan, h[:-1])  # the step that led to each sample
@@ -427,13 +427,13 @@ def unipc(noise: NoiseSchedule, levels: Levels, settings: SamplerSettings) -> Up
         b1, b2 = phi1 / np.expm1(-before), 2 * phi2 / np.expm1(-before)
         rho = (b1 - b2) / (1 - ratio)
         wide = np.append(False, second[:-1])  # corrections of order two
-        own = np.where(wide, b1 - rho, 0.5) * corrected
+        newest = np.where(wide, b1 - rho, 0.5) * corrected
         older = np.where(wide, (0.5 - rho) / ratio, 0) * corrected
-    own, older = np.where(np.arange(len(h)) > 0, (own, older), 0)
+    newest, older = np.where(np.arange(len(h)) > 0, (newest, older), 0)
     return Update(
         sample=keep,
-        denoised=gain + slope - keep * own,
-        previous=-slope + keep * (own - older),
+        denoised=gain + slope - keep * newest,
+        previous=-slope + keep * (newest - older),
         noise=np.zeros_like(h),
         draws=np.zeros(len(h), bool),
         previous2=keep * older,
@@ -509,8 +509,8 @@ def _multistep(
 
 
 def _last_is_first_order(noise: NoiseSchedule | FlowSchedule, settings: SamplerSettings) -> bool:
-    few = settings.steps < _FEW  # of the whole run, including those that `strength` skips
-    return noise.euler_at_final or noise.final_sigmas_type == "zero" or (noise.lower_order_final and few)
+    short = settings.steps < _SHORT_RUN  # of the whole run, including those that `strength` skips
+    return noise.euler_at_final or noise.final_sigmas_type == "zero" or (noise.lower_order_final and short)
 
 
 def _integer_levels(noise: NoiseSchedule, t: Array) -> Levels:
@@ -576,11 +576,9 @@ def _halfway_stages(noise: NoiseSchedule, levels: Levels) -> Levels:
 def _interleaved(levels: Levels, t: Array, ve: Array) -> Levels:
     """Levels with others, t and sigma / alpha [S - 1], between them."""
     alpha = 1 / np.sqrt(ve**2 + 1)
-    middles = np.stack([t, alpha, ve * alpha])
     lines = np.zeros((3, 2 * len(levels.t) - 1))
-    lines[:, ::2], lines[:, 1::2] = np.stack(levels[:3]), middles
-    t_of_lines, alphas, sigmas = lines
-    return Levels(t_of_lines, alphas, sigmas, levels.last_alpha, levels.last_sigma)
+    lines[:, ::2], lines[:, 1::2] = levels[:3], (t, alpha, ve * alpha)
+    return Levels(lines[0], lines[1], lines[2], levels.last_alpha, levels.last_sigma)
 
 
 def _flow_levels(noise: FlowSchedule, steps: int) -> Levels:
@@ -628,7 +626,7 @@ _FLOW_METHODS: Final = {
 
 _DPM: Final = (Sampler.DPMPP_2M, Sampler.DPMPP_2M_KARRAS, Sampler.DPMPP_2M_SDE, Sampler.DPMPP_3M_SDE)
 _FIRST_ORDER: Final = (Sampler.DDIM, Sampler.EULER, Sampler.EULER_A)
-_FEW: Final = 15  # steps below which diffusers' DPM solver lowers the order at the end
+_SHORT_RUN: Final = 15  # steps below which diffusers' DPM solver lowers the order at the end
 _SPACINGS: Final[Mapping[Sampler, tuple[Spacing, ...]]] = {
     Sampler.DDIM: (Spacing.SGM_UNIFORM,),
     Sampler.DDPM: (Spacing.SGM_UNIFORM,),

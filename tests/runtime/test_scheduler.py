@@ -82,7 +82,7 @@ def mixed() -> list[Request]:
     """Eight rows that share only their size, one per sampler."""
     return [
         Request(
-            f"a photo of {WORDS[i]}" + " and a red cat" * (3 * (i % 3)),
+            f"a photo of {WORDS[i % len(WORDS)]}" + " and a red cat" * (3 * (i % 3)),
             negative_prompt=[None, WORDS[-1], "blue"][i % 3],
             seed=100 + i,
             steps=4 + i,
