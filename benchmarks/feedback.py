@@ -12,7 +12,8 @@ by pixels   on six backgrounds: how often the object fits its shape better than 
 seconds     of a round: proposing, drawing and laying out six pictures; the target is 3
 
 The methods: `aspects` is `ti-refine`; `a third removed` is the same without a random third of the words; `rocchio` and
-`cma-es` search among eight principal components of the vocabulary; `random` mixes words at random and keeps the best.
+`cma-es` search among eight principal components of the vocabulary; `random` composes words at random and keeps the
+best.
 `--development` uses other looks, one per shape, on which settings may be tuned; it cannot be written.
 
 Every run is kept in `--work` and not repeated; delete that folder to measure again. `--write` puts the table into
@@ -71,8 +72,8 @@ SCORED = (0, 2, 3, 4, 5, 8)
 FRESH = 6
 BAR_3, BAR_8, SECONDS_BAR = 0.5, 0.8, 3.0
 ASPECTS = (
-    Aspect("shape", tuple(world.SHAPES)),
     Aspect("colour", tuple(world.COLOURS)),
+    Aspect("shape", tuple(world.SHAPES)),
     Aspect("pattern", world.PATTERNS),
 )
 
@@ -116,63 +117,82 @@ class Aspects:
 
 
 class RandomSearch:
-    """Mixes random words; the best picture of a round becomes candidate 0 of the next."""
+    """Composes random words as `ti-refine` does; the best picture of a round becomes candidate 0 of the next."""
 
     def __init__(self, lexicon: Lexicon, seed: int) -> None:
         self.lexicon, self.rng = lexicon, np.random.default_rng(seed)
-        self.best = lexicon.direction(START)
-        self.tried: list[Vectors] = []
+        self.best = Concept(TOKEN, lexicon.rows(START))
+        self.tried: list[Concept] = []
 
     def propose(self) -> Sequence[Concept]:
         self.tried = [self.best]
         while len(self.tried) < CANDIDATES:
-            mixed = [self.lexicon.direction(str(self.rng.choice(aspect.words))) for aspect in ASPECTS]
-            centre = 0.3 * self.lexicon.direction(START)
-            self.tried.append(centre + sum(word - self.lexicon.mean for word in mixed))
-        return [Concept(TOKEN, self.lexicon.vectors(direction)) for direction in self.tried]
+            chosen = [self.lexicon.rows(str(self.rng.choice(aspect.words))) for aspect in ASPECTS]
+            words = [*chosen, self.lexicon.rows(START)]
+            rows = {encoder: np.concatenate([word[encoder] for word in words]) for encoder in self.lexicon.widths}
+            self.tried.append(Concept(TOKEN, rows))
+        return self.tried
 
     def judge(self, ranking: Sequence[int]) -> None:
         self.best = self.tried[ranking[0]]
 
     def word(self) -> Concept:
-        return Concept(TOKEN, self.lexicon.vectors(self.best))
+        return self.best
 
     def answers(self) -> Mapping[str, str]:
         return {}
 
 
-class Rocchio:
-    """Moves towards the upper half and away from the lower half, by antithetic pairs in `basis` [8, D]."""
+class Directions:
+    """Words of one row, as unit vectors [D]; their length is the vocabulary's mean."""
 
-    def __init__(self, lexicon: Lexicon, seed: int, basis: Vectors) -> None:
-        self.lexicon, self.rng, self.basis = lexicon, np.random.default_rng(seed), basis
-        self.centre, self.sigma = lexicon.direction(START), 1.0
+    def __init__(self, table: npt.NDArray[Any], start: npt.NDArray[Any]) -> None:
+        """`table` is the vocabulary's rows [V, D], `start` the row of the word that searches start from [D]."""
+        rows = table[table.any(1)].astype(np.float64)
+        lengths = np.linalg.norm(rows, axis=1)
+        self.length = lengths.mean()
+        self.start = unit(start.astype(np.float64))
+        self.components = scaled(rows / lengths[:, None])
+        """Eight principal components of the vocabulary's directions, [8, D]."""
+
+    def concept(self, direction: Vectors) -> Concept:
+        """The word of a direction [D] of any length."""
+        return Concept(TOKEN, {"text_encoder": (unit(direction) * self.length).astype(np.float32)[None]})
+
+
+class Rocchio:
+    """Moves towards the upper half and away from the lower half, by antithetic pairs in eight components."""
+
+    def __init__(self, directions: Directions, seed: int) -> None:
+        self.directions, self.rng = directions, np.random.default_rng(seed)
+        self.centre, self.sigma = directions.start, 1.0
         self.tried = np.empty(0)
 
     def propose(self) -> Sequence[Concept]:
-        steps = self.sigma * self.rng.standard_normal((CANDIDATES // 2, len(self.basis))) @ self.basis
-        self.tried = np.stack([self.lexicon.unit(self.centre + sign * step) for step in steps for sign in (1, -1)])
-        return [Concept(TOKEN, self.lexicon.vectors(direction)) for direction in self.tried]
+        basis = self.directions.components
+        steps = self.sigma * self.rng.standard_normal((CANDIDATES // 2, len(basis))) @ basis
+        self.tried = np.stack([unit(self.centre + sign * step) for step in steps for sign in (1, -1)])
+        return [self.directions.concept(direction) for direction in self.tried]
 
     def judge(self, ranking: Sequence[int]) -> None:
         half = CANDIDATES // 2
         best, worst = self.tried[[*ranking[:half]]].mean(0), self.tried[[*ranking[half:]]].mean(0)
         moved = self.centre + LIKED * (best - self.centre) - DISLIKED * (worst - self.centre)
-        self.centre, self.sigma = self.lexicon.unit(moved), self.sigma * 0.93
+        self.centre, self.sigma = unit(moved), self.sigma * 0.93
 
     def word(self) -> Concept:
-        return Concept(TOKEN, self.lexicon.vectors(self.centre))
+        return self.directions.concept(self.centre)
 
     def answers(self) -> Mapping[str, str]:
         return {}
 
 
 class CmaEs:
-    """CMA-ES over coordinates in `basis` [8, D], with the defaults of Hansen (2016, arXiv 1604.00772), table 1."""
+    """CMA-ES over eight components, with the defaults of Hansen (2016, arXiv 1604.00772), table 1."""
 
-    def __init__(self, lexicon: Lexicon, seed: int, basis: Vectors) -> None:
-        self.lexicon, self.rng, self.basis = lexicon, np.random.default_rng(seed), basis
-        self.start, count = lexicon.direction(START), len(basis)
+    def __init__(self, directions: Directions, seed: int) -> None:
+        self.directions, self.rng = directions, np.random.default_rng(seed)
+        count = len(directions.components)
         self.mean, self.sigma, self.covariance = np.zeros(count), 0.5, np.eye(count)
         self.path, self.sigma_path, self.generation = np.zeros(count), np.zeros(count), 0
         self.tried = np.empty(0)
@@ -217,7 +237,7 @@ class CmaEs:
         return {}
 
     def _concept(self, point: Vectors) -> Concept:
-        return Concept(TOKEN, self.lexicon.vectors(self.start + point @ self.basis))
+        return self.directions.concept(self.directions.start + point @ self.directions.components)
 
 
 @dataclass(frozen=True)
@@ -227,8 +247,7 @@ class Lab:
     model: Model
     lexicon: Lexicon
     judge: Judge
-    basis: Vectors
-    """Eight principal components of the vocabulary's directions, [8, D]."""
+    directions: Directions
 
     def method(self, name: str, seed: int) -> Method:
         """A method at its start."""
@@ -238,9 +257,9 @@ class Lab:
             case "a third removed":
                 return Aspects(self.lexicon, seed, without_a_third(ASPECTS, seed))
             case "rocchio":
-                return Rocchio(self.lexicon, seed, self.basis)
+                return Rocchio(self.directions, seed)
             case "cma-es":
-                return CmaEs(self.lexicon, seed, self.basis)
+                return CmaEs(self.directions, seed)
             case _:
                 return RandomSearch(self.lexicon, seed)
 
@@ -301,9 +320,14 @@ def opened(work: Path) -> Lab:
     """The miniature and its judge."""
     bundle = Bundle.open(exported("miniature", work / "bundle"))
     lexicon = Lexicon.read(bundle)
-    rows = base_table(bundle.file(bundle.manifest.encoders[0].table)).astype(np.float64)
-    directions = np.stack([lexicon.unit(row) for row in rows if row.any()])
-    return Lab(Model.open(bundle.path), lexicon, Judge(find_model("miniature")[0] / "judge"), scaled(directions))
+    table = base_table(bundle.file(bundle.manifest.encoders[0].table))
+    directions = Directions(table, lexicon.rows(START)["text_encoder"][0])
+    return Lab(Model.open(bundle.path), lexicon, Judge(find_model("miniature")[0] / "judge"), directions)
+
+
+def unit(values: Vectors) -> Vectors:
+    """A vector [D], scaled to length 1."""
+    return values / float(np.linalg.norm(values))
 
 
 def scaled(directions: Vectors) -> Vectors:

@@ -185,6 +185,7 @@ def full_size(family: str, precision: str) -> Any:
 
     from oneword.engines.graph import Precision
     from oneword.export.families import TORCH_DTYPES, denoise_graph
+    from oneword.export.modules import DenoiseStep, UNet
 
     config = CONFIGS[family]
     with torch.device("meta"):
@@ -200,9 +201,9 @@ def full_size(family: str, precision: str) -> Any:
         if isinstance(module, (torch.nn.GroupNorm, torch.nn.LayerNorm)):
             module.weight.fill_(1)
     if "addition_embed_type" not in config:
-        return denoise_graph(unet, config["cross_attention_dim"])
+        return denoise_graph(DenoiseStep(UNet(unet)))
     pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
-    return denoise_graph(unet, config["cross_attention_dim"], pooled, 6)
+    return denoise_graph(DenoiseStep(UNet(unet)), pooled, 6)
 
 
 def bundle_of_one(family: str, precision: str, folder: Path) -> Any:

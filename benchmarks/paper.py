@@ -319,7 +319,7 @@ def write_page(
         provenance("paper", stored=args.work / "results.jsonl"),
         settings,
         table(("mean over words", *columns), lines),
-        "![the paper's figure](paper.svg)",
+        "![likeness against editability of each set-up](paper.svg)",
         "\n".join(f"- {'holds' if holds else '**does not hold**'}: {claim}" for claim, holds in order(means)),
     ]
     write_section(PAGE, "setups", "\n\n".join(setups), NEW_PAGE)

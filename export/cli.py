@@ -44,6 +44,12 @@ def lora(value: str) -> tuple[Path, float]:
     help="LoRA to fuse into the model; may be repeated.",
 )
 @click.option(
+    "--without",
+    multiple=True,
+    metavar="ENCODER",
+    help="Text encoder to leave out: text_encoder_3 (T5) of Stable Diffusion 3.",
+)
+@click.option(
     "--precision",
     type=click.Choice([p.value for p in Precision]),
     default=Precision.FP32.value,
@@ -82,6 +88,7 @@ def command(
     bundle: Path,
     config: Path | None,
     loras: tuple[tuple[Path, float], ...],
+    without: tuple[str, ...],
     precision: str,
     flavour: str | None,
     target: str | None,
@@ -116,7 +123,7 @@ def command(
 
         def accept(exportable: Any) -> None:
             if plans is not None:
-                limits.check(exportable.vae, exportable.defaults)
+                limits.check(exportable.size_multiple, exportable.defaults)
 
         exported = export_bundle(
             model,
@@ -124,6 +131,7 @@ def command(
             precision=Precision(precision),
             config=config,
             loras=[Lora(file, scale) for file, scale in loras],
+            without=without,
             report=report,
             accept=accept,
         )

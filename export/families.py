@@ -4,24 +4,30 @@ A family is one function from a loaded Source to an Exportable, listed in FAMILI
 No family is named in the runtime or the engines.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel, VQModel
+from diffusers import AutoencoderKL, FluxTransformer2DModel, SD3Transformer2DModel, VQModel
 from torch import nn
 
 from oneword.engines.errors import UsageError
 from oneword.engines.graph import DType, Graph, Precision, TensorSpec
+from oneword.export.flux import Flux
 from oneword.export.modules import (
     DenoiseStep,
+    Network,
+    PooledEncoder,
     TextEncoder,
+    UNet,
     VaeDecoder,
     VaeEncoder,
     latent_scale_and_shift,
 )
+from oneword.export.sd3 import StableDiffusion3
 from oneword.export.source import Source
+from oneword.export.t5 import T5Encoder
 from oneword.runtime.bundle import (
     TIME_IDS,
     Conditioning,
@@ -33,9 +39,13 @@ from oneword.runtime.bundle import (
     Provenance,
     Vae,
 )
+from oneword.runtime.flow import FlowSchedule
 from oneword.runtime.samplers import Sampler, sampler_of
+from oneword.runtime.schedule import ScheduleKind
 
+FLUX_SAMPLE_SIZE = 128  # h and w of FluxPipeline's pictures by default, which no config has
 TABLE_DTYPES = {torch.float32: torch.float32, torch.float16: torch.float16, torch.bfloat16: torch.float32}
+AnyEncoder: TypeAlias = TextEncoder | PooledEncoder | T5Encoder
 TORCH_DTYPES = {Precision.FP32: torch.float32, Precision.FP16: torch.float16, Precision.BF16: torch.bfloat16}
 
 
@@ -48,7 +58,8 @@ class Traceable:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     limits: Mapping[str, int]
-    """Bounds set by the weights: `V` table rows, at most `T` tokens, `layer` below this, the VAE's `factor`."""
+    """Bounds set by the weights: `V` table rows, at most `T` tokens, `layer` below this, the VAE's `factor`, and the
+    `patch` of which h and w are multiples."""
 
     @property
     def precision(self) -> Precision:
@@ -70,6 +81,9 @@ class Exportable:
     scheduler: Mapping[str, Any]
     vae: Vae
     defaults: Defaults
+    schedule: ScheduleKind
+    size_multiple: int
+    max_side: int | None
 
     def manifest(self, graphs: Mapping[str, Graph], origin: Provenance, preview: Preview | None = None) -> Manifest:
         """Everything the runtime knows about this model, with these graphs."""
@@ -82,7 +96,9 @@ class Exportable:
             scheduler=dict(self.scheduler),
             vae=self.vae,
             defaults=self.defaults,
-            size_multiple=self.vae.factor,
+            schedule=self.schedule,
+            size_multiple=self.size_multiple,
+            max_side=self.max_side,
             preview=preview,
         )
 
@@ -94,16 +110,17 @@ def family_of(source: Source) -> Exportable:
         raise UsageError(
             f"{source.model} is a {source.pipeline or 'model without pipeline'}: give a model of {', '.join(families)}"
         )
-    refuse_unsupported(source)
     return families[source.pipeline](source)
 
 
 def stable_diffusion(source: Source) -> Exportable:
     """Stable Diffusion 1.x and 2.x (arXiv 2112.10752): one CLIP text encoder, its last state after the norm."""
+    refuse_unsupported(source)
     encoder = TextEncoder(source.text_encoders["text_encoder"])
     return assemble(
         source,
         "stable-diffusion",
+        UNet(source.unet),
         {"text_encoder": encoder},
         Conditioning(context=(("text_encoder",),)),
         guidance_scale=7.5,
@@ -112,6 +129,7 @@ def stable_diffusion(source: Source) -> Exportable:
 
 def stable_diffusion_xl(source: Source) -> Exportable:
     """SDXL (arXiv 2307.01952): two CLIP encoders, penultimate states without norm, concatenated; the second pools."""
+    refuse_unsupported(source)
     if source.vae.dtype == torch.float16:
         source.vae.float()  # this VAE overflows in fp16, which gives black pictures
     encoders = {
@@ -125,18 +143,83 @@ def stable_diffusion_xl(source: Source) -> Exportable:
         pooled=("text_encoder_2",),
         time_ids=TIME_IDS,
     )
-    return assemble(source, "stable-diffusion-xl", encoders, conditioning, guidance_scale=5.0, skipped_layers=1)
+    network = UNet(source.unet)
+    return assemble(
+        source, "stable-diffusion-xl", network, encoders, conditioning, guidance_scale=5.0, skipped_layers=1
+    )
 
 
 def latent_diffusion(source: Source) -> Exportable:
     """The paper's own model, LDM text-to-image (arXiv 2112.10752): an LDMBert encoder over WordPiece tokens."""
+    refuse_unsupported(source)
     encoder = TextEncoder(source.text_encoders["text_encoder"])
     return assemble(
         source,
         "latent-diffusion",
+        UNet(source.unet),
         {"text_encoder": encoder},
         Conditioning(context=(("text_encoder",),)),
         guidance_scale=6.0,
+    )
+
+
+def stable_diffusion_3(source: Source) -> Exportable:
+    """Stable Diffusion 3 and 3.5 (arXiv 2403.03206): two CLIP encoders side by side, as in SDXL, then T5's tokens, or
+    zeros without it. A word may lack rows for T5, so that words of SDXL can be used."""
+    clip = ("text_encoder", "text_encoder_2")
+    encoders: dict[str, AnyEncoder] = {
+        name: TextEncoder(source.text_encoders[name], final_norm=False, pools=True)
+        for name in clip
+        if name in source.text_encoders
+    }
+    network, tokens = StableDiffusion3(transformer_of(source, SD3Transformer2DModel)), 256
+    refuse_unsupported_flow(source, network, clip)
+    t5 = source.text_encoders.get("text_encoder_3")
+    if t5 is not None:
+        encoders["text_encoder_3"] = T5Encoder(t5, tokens)
+    conditioning = Conditioning(
+        context=(clip,) if t5 is None else (clip, ("text_encoder_3",)),
+        pooled=clip,
+        repeatable=False,
+        width=network.context_width,
+        zero_tokens=tokens if t5 is None else 0,
+    )
+    config = network.transformer.config
+    return assemble(
+        source,
+        "stable-diffusion-3",
+        network,
+        encoders,
+        conditioning,
+        guidance_scale=7.0,
+        skipped_layers=1,
+        steps=28,
+        schedule=ScheduleKind.FLOW,
+        max_patches=int(config.pos_embed_max_size),
+        word_optional=("text_encoder_3",),
+    )
+
+
+def flux(source: Source) -> Exportable:
+    """FLUX.1 (Black Forest Labs, 2024), dev and schnell: T5's tokens, and CLIP's pooled state. Dev takes the guidance
+    scale it was distilled for as an input; schnell is distilled for 4 steps without guidance."""
+    network = Flux(transformer_of(source, FluxTransformer2DModel))
+    refuse_unsupported_flow(source, network, ("text_encoder", "text_encoder_3"))
+    encoders: dict[str, AnyEncoder] = {
+        "text_encoder": PooledEncoder(source.text_encoders["text_encoder"]),
+        "text_encoder_3": T5Encoder(source.text_encoders["text_encoder_3"], 512 if network.embeds_guidance else 256),
+    }
+    return assemble(
+        source,
+        "flux-1",
+        network,
+        encoders,
+        Conditioning(context=(("text_encoder_3",),), pooled=("text_encoder",), repeatable=False),
+        guidance_scale=1.0,
+        embedded_guidance=3.5 if network.embeds_guidance else None,
+        steps=28 if network.embeds_guidance else 4,
+        schedule=ScheduleKind.FLOW_EVEN,
+        word_optional=("text_encoder",),
     )
 
 
@@ -144,59 +227,88 @@ FAMILIES: dict[Callable[[Source], Exportable], tuple[str, ...]] = {
     stable_diffusion: ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline"),
     stable_diffusion_xl: ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline"),
     latent_diffusion: ("LDMTextToImagePipeline",),
+    stable_diffusion_3: ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline"),
+    flux: ("FluxPipeline", "FluxImg2ImgPipeline"),
 }
+
+
+def transformer_of(source: Source, kind: type[Any]) -> Any:
+    """The network of a source. Raises UsageError if it is not of the kind that the pipeline needs."""
+    if not isinstance(source.network, kind):
+        raise UsageError(
+            f"{source.model} has the network {type(source.network).__name__}, its pipeline needs {kind.__name__}"
+        )
+    return source.network
 
 
 def assemble(
     source: Source,
     family: str,
-    encoders: Mapping[str, TextEncoder],
+    network: Network,
+    encoders: Mapping[str, AnyEncoder],
     conditioning: Conditioning,
+    *,
     guidance_scale: float,
+    embedded_guidance: float | None = None,
     skipped_layers: int = 0,
+    steps: int = 50,
+    schedule: ScheduleKind = ScheduleKind.BETAS,
+    max_patches: int | None = None,
+    word_optional: Collection[str] = (),
 ) -> Exportable:
-    """Builds what all families share: encoders, denoise step and VAE as graphs, and the facts about them."""
+    """Builds what all families share: encoders, denoise step and VAE as graphs, and the facts about them.
+
+    `skipped_layers` is how many of its last layers a CLIP encoder does not run, `max_patches` the largest side of a
+    picture in patches of the network, `word_optional` the encoders for which a word may have no vectors.
+    """
     factor = 2 ** (len(source.vae.config.block_out_channels) - 1)
-    context_width = max(sum(encoders[name].hidden_width for name in block) for block in conditioning.context)
     pooled_width = sum(encoders[name].pooled_width for name in conditioning.pooled)
     scale, shift = latent_scale_and_shift(source.vae)
-    size = int(source.unet.config.sample_size) * factor
+    size = int(source.network.config.get("sample_size") or FLUX_SAMPLE_SIZE) * factor
+    step = DenoiseStep(network)
+    facts = {
+        name: encoder_facts(source, name, encoder, encoder.num_layers - skipped_layers, name in word_optional)
+        for name, encoder in encoders.items()
+    }
     return Exportable(
         family=family,
         graphs=(
             *(encoder_graph(name, encoder) for name, encoder in encoders.items()),
-            denoise_graph(source.unet, context_width, pooled_width, len(conditioning.time_ids)),
+            denoise_graph(step, pooled_width, len(conditioning.time_ids)),
             *vae_graphs(source),
         ),
-        encoders=tuple(encoder_facts(source, n, e, e.num_layers - skipped_layers) for n, e in encoders.items()),
+        encoders=tuple(facts.values()),
         tables={name: encoder.table.to(TABLE_DTYPES[encoder.dtype]) for name, encoder in encoders.items()},
         conditioning=conditioning,
-        columns=DenoiseStep.COLUMNS,
+        columns=step.columns,
         scheduler=source.scheduler_config,
         vae=Vae(scale=scale, shift=shift, factor=factor, latent_channels=latent_channels(source.vae)),
         defaults=Defaults(
             width=size,
             height=size,
+            steps=steps,
             guidance_scale=guidance_scale,
+            embedded_guidance=embedded_guidance,
             sampler=(sampler_of(source.scheduler_config) or Sampler.DDIM).value,
         ),
+        schedule=schedule,
+        size_multiple=factor * network.patch,
+        max_side=None if max_patches is None else max_patches * network.patch * factor,
     )
 
 
-def encoder_graph(name: str, encoder: TextEncoder) -> Traceable:
+def encoder_graph(name: str, encoder: AnyEncoder) -> Traceable:
     """The graph of a text encoder whose embedding table is an input."""
     vocab_size, width = encoder.table.shape
     table = DType.FLOAT16 if TABLE_DTYPES[encoder.dtype] is torch.float16 else DType.FLOAT32
-    inputs = [
-        TensorSpec("input_ids", DType.INT64, ("B", "T")),
-        TensorSpec("embedding_table", table, ("V", width)),
-        TensorSpec("token_weights", DType.FLOAT32, ("B", "T")),
-        TensorSpec("layer", DType.INT64, ("B",)),
-    ]
-    outputs = [
-        TensorSpec("hidden_states", DType.FLOAT32, ("B", "T", encoder.hidden_width)),
-        TensorSpec("weight_scale", DType.FLOAT32, ("B",)),
-    ]
+    inputs = [TensorSpec("input_ids", DType.INT64, ("B", "T")), TensorSpec("embedding_table", table, ("V", width))]
+    outputs = []
+    if encoder.hidden_width is not None:
+        inputs.append(TensorSpec("token_weights", DType.FLOAT32, ("B", "T")))
+        outputs.append(TensorSpec("hidden_states", DType.FLOAT32, ("B", "T", encoder.hidden_width)))
+        outputs.append(TensorSpec("weight_scale", DType.FLOAT32, ("B",)))
+    if encoder.num_layers:
+        inputs.append(TensorSpec("layer", DType.INT64, ("B",)))
     if encoder.pools:
         inputs.append(TensorSpec("eos_index", DType.INT64, ("B",)))
         outputs.append(TensorSpec("pooled", DType.FLOAT32, ("B", encoder.pooled_width)))
@@ -204,11 +316,9 @@ def encoder_graph(name: str, encoder: TextEncoder) -> Traceable:
     return Traceable(name, encoder, tuple(inputs), (*outputs, FINITE), limits)
 
 
-def denoise_graph(
-    unet: UNet2DConditionModel, context_width: int, pooled_width: int = 0, time_ids: int = 0
-) -> Traceable:
-    """The graph of the denoise step, with SDXL's three additional inputs if the family pools."""
-    step, latents = DenoiseStep(unet), ("B", int(unet.config.in_channels), "h", "w")
+def denoise_graph(step: DenoiseStep, pooled_width: int = 0, time_ids: int = 0) -> Traceable:
+    """The graph of the denoise step, with the pooled vectors and SDXL's time ids if the family has them."""
+    network, latents = step.network, ("B", step.network.in_channels, "h", "w")
     inputs = [
         TensorSpec("sample", DType.FLOAT32, latents),
         TensorSpec("previous", DType.FLOAT32, latents),
@@ -217,23 +327,24 @@ def denoise_graph(
         TensorSpec("known", DType.FLOAT32, latents),
         TensorSpec("known_noise", DType.FLOAT32, latents),
         TensorSpec("mask", DType.FLOAT32, ("B", 1, "h", "w")),
-        TensorSpec("schedule", DType.FLOAT32, ("B", len(step.COLUMNS))),
+        TensorSpec("schedule", DType.FLOAT32, ("B", len(step.columns))),
         TensorSpec("branch_row", DType.INT64, ("N",)),
-        TensorSpec("branch_context", DType.INT64, ("N", 2, step.unet.num_layers)),
+        TensorSpec("branch_context", DType.INT64, ("N", 2, network.num_layers)),
         TensorSpec("uncond_branch", DType.INT64, ("B",)),
         TensorSpec("cond_branch", DType.INT64, ("B",)),
-        TensorSpec("context", DType.FLOAT32, ("M", "T", context_width)),
+        TensorSpec("context", DType.FLOAT32, ("M", "T", network.context_width)),
     ]
     if pooled_width:
         inputs.append(TensorSpec("branch_pooled", DType.INT64, ("N",)))
         inputs.append(TensorSpec("pooled", DType.FLOAT32, ("M", pooled_width)))
+    if time_ids:
         inputs.append(TensorSpec("time_ids", DType.FLOAT32, ("B", time_ids)))
     outputs = (
         TensorSpec("next_sample", DType.FLOAT32, latents),
         TensorSpec("denoised", DType.FLOAT32, latents),
         FINITE,
     )
-    return Traceable("denoise_step", step, tuple(inputs), outputs, {})
+    return Traceable("denoise_step", step, tuple(inputs), outputs, {"patch": network.patch})
 
 
 def vae_graphs(source: Source) -> tuple[Traceable, ...]:
@@ -266,7 +377,7 @@ def latent_channels(vae: AutoencoderKL | VQModel) -> int:
 FINITE = TensorSpec("finite", DType.BOOL, ("B",))
 
 
-def encoder_facts(source: Source, name: str, encoder: TextEncoder, default_layer: int) -> Encoder:
+def encoder_facts(source: Source, name: str, encoder: AnyEncoder, default_layer: int, word_optional: bool) -> Encoder:
     """The manifest's entry for one encoder."""
     tokenizer = source.tokenizers[name]
     vocab_size, width = encoder.table.shape
@@ -292,8 +403,9 @@ def encoder_facts(source: Source, name: str, encoder: TextEncoder, default_layer
         eos_id=eos,
         pad_id=tokenizer.pad_token_id,
         layers=tuple(range(1, encoder.num_layers + 1)),
-        default_layer=default_layer,
+        default_layer=default_layer if encoder.num_layers else None,
         pooled_width=encoder.pooled_width if encoder.pools else None,
+        word_optional=word_optional,
     )
 
 
@@ -333,6 +445,29 @@ def refuse_unsupported(source: Source) -> None:
         (unet.get("center_input_sample"), "the UNet centres its input (center_input_sample)"),
         (unet.get("attention_type", "default") != "default", f"the UNet's attention is {unet.get('attention_type')}"),
     ]
+    refuse_first(source, problems)
+
+
+def refuse_unsupported_flow(source: Source, network: Network, encoders: Collection[str]) -> None:
+    """As refuse_unsupported, for a transformer that is trained by flow matching and needs these text encoders."""
+    scheduler, channels = source.scheduler_config, latent_channels(source.vae)
+    out_channels = int(source.network.config.out_channels or source.network.config.in_channels)
+    if source.network.config.in_channels != network.in_channels:  # packed
+        out_channels //= network.patch**2
+    missing = [name for name in encoders if name not in source.text_encoders]
+    flow = scheduler.get("_class_name") == "FlowMatchEulerDiscreteScheduler" or scheduler.get("use_flow_sigmas")
+    problems: list[tuple[Any, str]] = [
+        (missing, f"it has no {', '.join(missing)}"),
+        (not flow, f"the scheduler is {scheduler.get('_class_name')}, which is not one of flow matching"),
+        (network.in_channels != channels, f"the network takes {network.in_channels} channels, the VAE has {channels}"),
+        (out_channels != channels, f"the network returns {out_channels} channels but the VAE has {channels}"),
+    ]
+    refuse_first(source, problems)
+    FlowSchedule.read(scheduler, ScheduleKind.FLOW, image_tokens=0)
+
+
+def refuse_first(source: Source, problems: Iterable[tuple[Any, str]]) -> None:
+    """Raises UsageError for the first problem that applies."""
     for applies, problem in problems:
         if applies:
             raise UsageError(f"{source.model} is not supported: {problem}; give a plain text-to-image model")

@@ -1,12 +1,13 @@
 """The graphs as torch modules: tensors in, tensors out, batch-first, no control flow that depends on data.
 
-B rows (pictures), N branches (UNet evaluations), M contexts (encoded prompts), T tokens, D width, C latent channels,
+B rows (pictures), N branches (network evaluations), M contexts (encoded prompts), T tokens, D width, C latent channels,
 h = H / 8. Inputs and outputs are float32 (an fp16 network's table: fp16); the network computes in its own dtype inside.
 The last output of every module is `finite` [B] bool, so that a NaN is detected without looking at a picture.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, UNet2DConditionModel, VQModel
@@ -139,6 +140,32 @@ class TextEncoder(nn.Module):
         return states, weight_scale, pooled, finite(states) & finite(pooled)
 
 
+class PooledEncoder(nn.Module):
+    """A text model of which only the pooled state is used."""
+
+    pools = True
+    num_layers = 0
+    hidden_width = None
+    table: Tensor
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.encoder = TextEncoder(model, pools=True)
+        self.max_length, self.pooled_width = self.encoder.max_length, self.encoder.pooled_width
+        self.register_buffer("table", self.encoder.table, persistent=False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The number type the network computes in."""
+        return self.table.dtype
+
+    def forward(self, input_ids: Tensor, embedding_table: Tensor, eos_index: Tensor) -> tuple[Tensor, Tensor]:
+        """input_ids [B,T], table [V,D], eos_index [B] -> pooled [B,P], finite [B]."""
+        weights, layer = torch.ones_like(input_ids, dtype=torch.float32), torch.ones_like(eos_index)
+        _, _, pooled, _ = self.encoder(input_ids, embedding_table, weights, layer, eos_index)
+        return pooled, finite(pooled)
+
+
 class Attend:
     """Attention of a transformer block, as a diffusers processor; keys and values may come from different contexts.
 
@@ -176,6 +203,35 @@ class Attend:
         return out
 
 
+class Network(Protocol):
+    """The network of a denoise step: a UNet or a transformer."""
+
+    num_layers: int
+    """L: the number of layers that may each have their own context."""
+    dtype: torch.dtype
+    in_channels: int
+    """C of the latents."""
+    patch: int
+    """h and w must be multiples of it."""
+    context_width: int
+    """D of the context."""
+    embeds_guidance: bool
+    """Whether `embedded_guidance` [N] is also an argument."""
+
+    def __call__(
+        self,
+        sample: Tensor,
+        t: Tensor,
+        context: Tensor,
+        pooled: Tensor | None,
+        time_ids: Tensor | None,
+        branch_context: Tensor,
+        **guidance: Tensor,
+    ) -> Tensor:
+        """Latents [N,C,h,w], times [N], contexts [M,T,D], [N,P], [N,6], branch_context [N,2,L] -> [N,C,h,w]."""
+        ...
+
+
 class UNet(nn.Module):
     """UNet2DConditionModel's own forward, with `forward_upsample_size` always on and a context per layer.
 
@@ -183,19 +239,21 @@ class UNet(nn.Module):
     that decision. Always passing them is equivalent and supports odd sizes. Its attention processors become Attend.
     """
 
+    patch = 1
+    embeds_guidance = False
+
     def __init__(self, unet: UNet2DConditionModel) -> None:
         super().__init__()
         self.unet = unet
         self.attention = attention_of(unet)
+        self.num_layers = len(self.attention)
+        self.dtype = unet.dtype
+        self.in_channels = int(unet.config.in_channels)
+        self.context_width = int(np.max(unet.config.cross_attention_dim))  # a number, or one per block
         for layer, block in enumerate(self.attention):
             for attention in block:
                 if not isinstance(attention.processor, Attend):
                     attention.set_processor(Attend(layer))
-
-    @property
-    def num_layers(self) -> int:
-        """L: the number of cross-attention layers, each of which may have its own context."""
-        return len(self.attention)
 
     def attend_plainly(self, plain: bool) -> None:
         """Sets Attend.plain in every layer."""
@@ -238,9 +296,9 @@ class UNet(nn.Module):
 
 
 class DenoiseStep(nn.Module):
-    """One step of any sampler: UNet branches, guidance, the sampler's update and the masked blend.
+    """One step of any sampler: the network's branches, guidance, the sampler's update and the masked blend.
 
-    `schedule` holds a line of COLUMNS per picture. The sampler's state is variance-preserving and float32.
+    `schedule` holds a line of `columns` per picture. The sampler's state is float32.
     """
 
     COLUMNS = (
@@ -260,10 +318,10 @@ class DenoiseStep(nn.Module):
         "known_sigma",
     )
 
-    def __init__(self, unet: UNet2DConditionModel) -> None:
+    def __init__(self, network: Network) -> None:
         super().__init__()
-        self.unet = UNet(unet)
-        self.network_dtype = unet.dtype
+        self.network = network
+        self.columns = (*self.COLUMNS, *(("embedded_guidance",) if network.embeds_guidance else ()))
 
     def forward(
         self,
@@ -286,15 +344,19 @@ class DenoiseStep(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Latents [B,C,h,w], mask [B,1,h,w], schedule [B,K], branch_row and branch_pooled [N], branch_context [N,2,L],
         *_branch [B], context [M,T,D], pooled [M,P], time_ids [B,6] -> next_sample, denoised [B,C,h,w], finite [B]."""
-        dtype = self.network_dtype
-        column = dict(zip(self.COLUMNS, (c[:, None, None, None] for c in schedule.unbind(dim=1)), strict=True))
-        m = self.unet(
+        dtype = self.network.dtype
+        column = dict(zip(self.columns, (c[:, None, None, None] for c in schedule.unbind(dim=1)), strict=True))
+        guidance = {
+            name: column[name].flatten().index_select(0, branch_row) for name in self.columns[len(self.COLUMNS) :]
+        }
+        m = self.network(
             sample.index_select(0, branch_row).to(dtype),
             column["t"].flatten().index_select(0, branch_row),
             context.to(dtype),
             None if pooled is None or branch_pooled is None else pooled.index_select(0, branch_pooled),
             None if time_ids is None else time_ids.index_select(0, branch_row),
             branch_context,
+            **guidance,
         ).float()
         m_uncond, m_cond = m.index_select(0, uncond_branch), m.index_select(0, cond_branch)
         m_uncond = m_uncond * zero_star_scale(m_uncond, m_cond, column["zero_star"])

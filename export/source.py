@@ -19,12 +19,12 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from diffusers import AutoencoderKL, UNet2DConditionModel, VQModel
+from diffusers import AutoencoderKL, FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel, VQModel
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertModel
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import nn
-from transformers import AutoTokenizer, BertTokenizer, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import AutoTokenizer, BertTokenizer, CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
 
 from oneword.engines.errors import FileError, MissingPackage, OnewordError, UsageError, one_line
 from oneword.engines.files import file_digest
@@ -33,6 +33,9 @@ COMPONENTS: Mapping[str, Any] = {
     "AutoencoderKL": AutoencoderKL,
     "VQModel": VQModel,
     "UNet2DConditionModel": UNet2DConditionModel,
+    "SD3Transformer2DModel": SD3Transformer2DModel,
+    "FluxTransformer2DModel": FluxTransformer2DModel,
+    "T5EncoderModel": T5EncoderModel,
     "CLIPTextModel": CLIPTextModel,
     "CLIPTextModelWithProjection": CLIPTextModelWithProjection,
     "LDMBertModel": LDMBertModel,
@@ -40,8 +43,31 @@ COMPONENTS: Mapping[str, Any] = {
     "CLIPTokenizerFast": AutoTokenizer,
     "BertTokenizer": BertTokenizer,
     "BertTokenizerFast": BertTokenizer,
+    "T5Tokenizer": AutoTokenizer,
+    "T5TokenizerFast": AutoTokenizer,
 }
-COMPONENT_NAMES = ("unet", "vae", "vqvae", "text_encoder", "text_encoder_2", "bert", "tokenizer", "tokenizer_2")
+COMPONENT_NAMES = (
+    *("unet", "transformer", "vae", "vqvae"),
+    *("text_encoder", "text_encoder_2", "text_encoder_3", "bert"),
+    *("tokenizer", "tokenizer_2", "tokenizer_3"),
+)
+OMISSIBLE = {"StableDiffusion3Pipeline": "text_encoder_3", "StableDiffusion3Img2ImgPipeline": "text_encoder_3"}
+"""The text encoder that a pipeline runs without, by the pipeline's name."""
+UNSUPPORTED = {
+    "ChromaPipeline": "a mask of the prompt's padding in joint attention",
+    "Flux2Pipeline": "Mistral as its text encoder",
+    "Flux2KleinPipeline": "Qwen3 as its text encoder",
+    "ZImagePipeline": "Qwen3 as its text encoder, and prompts without padding",
+    "QwenImagePipeline": "Qwen2.5-VL as its text encoder, and a mask of the prompt",
+    "PixArtAlphaPipeline": "a mask of the prompt in cross-attention",
+    "PixArtSigmaPipeline": "a mask of the prompt in cross-attention",
+    "SanaPipeline": "Gemma2 as its text encoder, and a mask of the prompt",
+    "Lumina2Pipeline": "Gemma2 as its text encoder, and a mask of the prompt",
+    "HiDreamImagePipeline": "Llama as one of its text encoders",
+    "StableCascadeCombinedPipeline": "two networks in turn",
+    "KandinskyV22CombinedPipeline": "a prior before its network",
+}
+"""Text-to-image pipelines that are refused, with the first thing that is missing in `oneword.export.families`."""
 WEIGHTS = "*.safetensors"
 TEXTS = ("*.json", "*.txt")
 
@@ -58,7 +84,8 @@ class Lora:
 class Source:
     """A loaded model. Modules are on the CPU, in eval mode, without gradients.
 
-    `text_encoders` and `tokenizers` share their keys: the encoders' names ("text_encoder", "text_encoder_2").
+    `text_encoders` and `tokenizers` share their keys, the encoders' names in bundles and words: those of the folders
+    ("text_encoder", "text_encoder_2"), except that T5 is "text_encoder_3" in every family.
     `revision` is the hub's commit, empty for a directory. `pipeline` is the class that model_index.json names.
     """
 
@@ -66,7 +93,7 @@ class Source:
     path: Path
     revision: str
     pipeline: str
-    unet: UNet2DConditionModel
+    network: UNet2DConditionModel | SD3Transformer2DModel | FluxTransformer2DModel
     vae: AutoencoderKL | VQModel
     text_encoders: Mapping[str, nn.Module]
     tokenizers: Mapping[str, Any]
@@ -75,6 +102,13 @@ class Source:
     file: Path | None = None
     """The single-file checkpoint the weights come from, if any; `path` then holds only its configs."""
     loras: tuple[Lora, ...] = ()
+
+    @property
+    def unet(self) -> UNet2DConditionModel:
+        """The network of a model that has a UNet. Raises UsageError for one with a transformer."""
+        if not isinstance(self.network, UNet2DConditionModel):
+            raise UsageError(f"{self.model} has the network {type(self.network).__name__}: give a model with a UNet")
+        return self.network
 
     @property
     def name(self) -> str:
@@ -100,36 +134,49 @@ def silence_libraries() -> None:
 
 
 def load_source(
-    model: str | Path, dtype: torch.dtype = torch.float32, *, config: Path | None = None, loras: Sequence[Lora] = ()
+    model: str | Path,
+    dtype: torch.dtype = torch.float32,
+    *,
+    config: Path | None = None,
+    loras: Sequence[Lora] = (),
+    without: Sequence[str] = (),
 ) -> Source:
     """Loads a diffusers directory, a hub id (`owner/name` or `owner/name@revision`), `miniature`, or a single
     .safetensors file. A single file needs `config`: a diffusers directory of the same kind of model, whose weights are
-    not read. LoRAs are fused in order."""
+    not read. LoRAs are fused in order. `without` names text encoders to leave out, if the model can do without them."""
     file = single_file(str(model), config)
     path, revision = find_model(str(model)) if file is None else find_model(str(config))
     index = read_json(path / "model_index.json")
     pipeline = str(index.get("_class_name", ""))
+    if pipeline in UNSUPPORTED:
+        raise UsageError(
+            f"{model} is a {pipeline}, which needs {UNSUPPORTED[pipeline]}: give a model of a supported family"
+        )
+    left_out = components_left_out(pipeline, without)
     if file is None:
         loaded = {
             name: load_component(path, name, str(index[name][1]), dtype)
             for name in COMPONENT_NAMES
-            if isinstance(index.get(name), list) and index[name][1] is not None
+            if isinstance(index.get(name), list) and index[name][1] is not None and name not in left_out
         }
     else:
-        loaded = load_single_file(file, path, pipeline, dtype)
-    missing = {"unet", "scheduler"} - {*loaded, *(n for n in index if n == "scheduler")}
-    vae = loaded.get("vae", loaded.get("vqvae"))
-    encoders = {
-        "text_encoder" if n == "bert" else n: m
-        for n, m in loaded.items()
-        if n.startswith("text_encoder") or n == "bert"
+        single = load_single_file(file, path, pipeline, dtype)
+        loaded = {name: part for name, part in single.items() if name not in left_out}
+    network, vae = loaded.get("unet", loaded.get("transformer")), loaded.get("vae", loaded.get("vqvae"))
+    folders = {
+        encoder_name(folder, part): folder
+        for folder, part in loaded.items()
+        if folder.startswith("text_encoder") or folder == "bert"
     }
-    if missing or vae is None or not encoders:
+    if network is None or "scheduler" not in index or vae is None or not folders:
         raise UsageError(
             f"{model}: model_index.json has {', '.join(sorted(loaded)) or 'no known component'}: "
-            "give a model with a unet, a vae, a text_encoder and a scheduler"
+            "give a model with a unet or transformer, a vae, a text_encoder and a scheduler"
         )
-    tokenizer_names = {name: name.replace("text_encoder", "tokenizer") for name in encoders}
+    tokenizer_names = {
+        name: folder.replace("text_encoder", "tokenizer").replace("bert", "tokenizer")
+        for name, folder in folders.items()
+    }
     if absent := [t for t in tokenizer_names.values() if t not in loaded]:
         raise UsageError(f"{model}: model_index.json has no {absent[0]}: give a model with one for each encoder")
     if loras:
@@ -139,15 +186,31 @@ def load_source(
         path=path,
         revision=revision if file is None else "",
         pipeline=pipeline,
-        unet=loaded["unet"],
+        network=network,
         vae=vae,
-        text_encoders=encoders,
+        text_encoders={name: loaded[folder] for name, folder in folders.items()},
         tokenizers={name: loaded[t] for name, t in tokenizer_names.items()},
         scheduler_config=read_json(path / "scheduler" / "scheduler_config.json"),
         model_index=index,
         file=file,
         loras=tuple(loras),
     )
+
+
+def encoder_name(folder: str, module: nn.Module) -> str:
+    """The name of a component's encoder in bundles and words; see `Source`."""
+    if isinstance(module, T5EncoderModel):
+        return "text_encoder_3"
+    return folder.replace("bert", "text_encoder")
+
+
+def components_left_out(pipeline: str, without: Sequence[str]) -> set[str]:
+    """The components of the text encoders to leave out. Raises UsageError for one that the pipeline needs."""
+    for name in without:
+        if name != OMISSIBLE.get(pipeline):
+            allowed = f"allowed is {OMISSIBLE[pipeline]}" if pipeline in OMISSIBLE else "it needs all its encoders"
+            raise UsageError(f"--without {name}: the model is a {pipeline}, {allowed}")
+    return {*without, *(name.replace("text_encoder", "tokenizer") for name in without)}
 
 
 def single_file(model: str, config: Path | None) -> Path | None:

@@ -29,9 +29,7 @@ def trace(graph: Traceable, folder: Path) -> tuple[str, ...]:
     try:
         with quiet(), torch.no_grad():
             # Captured here, because torch.onnx would fall back to a capture that takes five times as long.
-            captured = torch.export.export(
-                graph.module, examples, dynamic_shapes=tuple(map(dynamic_axes, graph.inputs)), strict=False
-            )
+            captured = torch.export.export(graph.module, examples, dynamic_shapes=dynamic_axes(graph), strict=False)
             program = torch.onnx.export(
                 captured,
                 dynamo=True,
@@ -61,12 +59,18 @@ def large(graph: Traceable) -> bool:
     return sum(p.numel() * p.element_size() for p in graph.module.parameters()) > 1 << 30
 
 
-def dynamic_axes(spec: TensorSpec) -> dict[int, object]:
-    """The axes of one input for torch.export: named axes are dynamic."""
-    return {
-        i: torch.export.Dim.DYNAMIC if isinstance(axis, str) else torch.export.Dim.STATIC
-        for i, axis in enumerate(spec.axes)
-    }
+def dynamic_axes(graph: Traceable) -> tuple[dict[int, object], ...]:
+    """The axes of every input for torch.export: named axes are dynamic, h and w in multiples of the patch."""
+    axes: dict[str, object] = {}
+    if (patch := graph.limits.get("patch", 1)) > 1:
+        axes = {axis: patch * torch.export.Dim(f"{axis}_patches", max=1 << 12) for axis in ("h", "w")}
+    return tuple(
+        {
+            i: axes.get(axis, torch.export.Dim.DYNAMIC) if isinstance(axis, str) else torch.export.Dim.STATIC
+            for i, axis in enumerate(spec.axes)
+        }
+        for spec in graph.inputs
+    )
 
 
 def name_axes(program: torch.onnx.ONNXProgram, graph: Traceable) -> None:
@@ -82,10 +86,12 @@ def name_axes(program: torch.onnx.ONNXProgram, graph: Traceable) -> None:
 
 
 def example_feeds(graph: Traceable, sizes: Mapping[str, int], seed: int) -> dict[str, NumpyArray]:
-    """Random inputs at the given sizes of the axes (H and W are h and w times the VAE's factor), every index valid."""
+    """Random inputs at the given sizes of the axes (H and W are h and w times the VAE's factor; h and w are
+    rounded up to the network's patch), every index valid."""
     generator = np.random.default_rng(seed)
-    factor = graph.limits.get("factor", 1)
-    axes = {**sizes, "H": sizes["h"] * factor, "W": sizes["w"] * factor, "V": graph.limits.get("V", 0) + 3}
+    factor, patch = graph.limits.get("factor", 1), graph.limits.get("patch", 1)
+    h, w = (-(-sizes[axis] // patch) * patch for axis in ("h", "w"))
+    axes = {**sizes, "h": h, "w": w, "H": h * factor, "W": w * factor, "V": graph.limits.get("V", 0) + 3}
     axes["T"] = min(axes["T"], graph.limits.get("T", axes["T"]))
     return {spec.name: example(spec, axes, graph.limits, generator) for spec in graph.inputs}
 

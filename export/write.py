@@ -38,13 +38,14 @@ def export_bundle(
     precision: Precision = Precision.FP32,
     config: Path | None = None,
     loras: Sequence[Lora] = (),
+    without: Sequence[str] = (),
     report: Report = lambda message: None,
     accept: Callable[[Exportable], None] = lambda exportable: None,
 ) -> Exported:
     """Exports `model` (see load_source) to a bundle at `path`, which appears only when complete. `report` is called at
     every stage; `accept` may raise, after the model is loaded and before the long work."""
     report(f"loading {model}")
-    source = load_source(model, TORCH_DTYPES[precision], config=config, loras=loras)
+    source = load_source(model, TORCH_DTYPES[precision], config=config, loras=loras, without=without)
     exportable = family_of(source)
     if sampler_of(source.scheduler_config) is None:
         scheduler = source.scheduler_config.get("_class_name")

@@ -4,7 +4,8 @@
     colour: red, orange, yellow, light blue
     material: wooden, glass, <brass>
 
-One aspect a line: its name, a colon, and its words, separated by commas. A word is ordinary text or a learned word.
+One aspect per line: its name, a colon, and its words, separated by commas. A word is ordinary text or a learned word.
+A refined word reads its aspects in this order, then its start: `red wooden toy`.
 """
 
 import re
@@ -21,12 +22,12 @@ MAX_LENGTH: Final = 40
 MAX_FILE_BYTES: Final = 16 << 10
 
 DEFAULT_TEXT: Final = """\
+style: photo, drawing, painting, icon, sketch, watercolor, cartoon, anime, vintage, realistic, minimalist
+light: bright, dark, sunlight, moonlight, neon, candlelight, backlit, foggy, golden, studio
+texture: plain, stripes, dots, base, checkered, spotted, smooth, rough, fluffy, shiny, cracked, woven
 colour: red, orange, yellow, lime, green, cyan, blue, purple, pink, brown, white, black, grey, gold, silver
 material: wooden, metal, glass, plastic, leather, wool, paper, stone, ceramic, rubber, cotton, clay
 shape: circle, square, triangle, star, ring, cross, heart, moon, diamond, arrow, flower, bolt, cube, sphere, cylinder
-texture: plain, stripes, dots, base, checkered, spotted, smooth, rough, fluffy, shiny, cracked, woven
-style: photo, drawing, painting, icon, sketch, watercolor, cartoon, anime, vintage, realistic, minimalist
-light: bright, dark, sunlight, moonlight, neon, candlelight, backlit, foggy, golden, studio
 """
 """The aspects that are used unless others are given."""
 

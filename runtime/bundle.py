@@ -26,6 +26,7 @@ import msgspec
 from oneword.engines.errors import BundleError, FileError, UsageError, one_line
 from oneword.engines.files import file_digest, read_stamps, stamp, sync, write_stamps
 from oneword.engines.graph import Graph, digest_of
+from oneword.runtime.schedule import ScheduleKind
 
 FORMAT_VERSION = 2
 MANIFEST = "bundle.json"
@@ -99,6 +100,10 @@ class Conditioning(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Whether a context may be repeated whole to fill T: exact in cross-attention, wrong in joint attention."""
     time_ids: tuple[str, ...] = ()
     """The columns of `time_ids`, from TIME_IDS."""
+    width: Annotated[int, msgspec.Meta(ge=1, le=1 << 16)] | None = None
+    """D of the context; None means that of the widest block."""
+    zero_tokens: Annotated[int, msgspec.Meta(ge=0, le=1 << 16)] = 0
+    """Tokens of zeros after the blocks, in place of an encoder that was left out at export."""
 
 
 TIME_IDS = ("original_height", "original_width", "crop_top", "crop_left", "target_height", "target_width")
@@ -122,13 +127,6 @@ class Preview(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     bias: tuple[float, float, float]
 
 
-class ScheduleKind(StrEnum):
-    """The kind of noise schedule that the scheduler's config describes."""
-
-    BETAS = "betas"  # alpha^2 + sigma^2 = 1, from betas
-    FLOW = "flow"  # alpha = 1 - sigma
-
-
 class Defaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Settings of requests that do not set them."""
 
@@ -136,6 +134,8 @@ class Defaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     height: Count
     steps: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 50
     guidance_scale: Annotated[float, msgspec.Meta(ge=0, le=100)] = 7.5
+    embedded_guidance: Annotated[float, msgspec.Meta(ge=0, le=100)] | None = None
+    """The guidance that a guidance-distilled network takes as an input; None for other networks."""
     sampler: str = "ddim"
 
 
@@ -153,6 +153,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     vae: Vae
     defaults: Defaults
     schedule: ScheduleKind = ScheduleKind.BETAS
+    """The kind of noise schedule that `scheduler` describes."""
     size_multiple: Annotated[int, msgspec.Meta(ge=1, le=1 << 10)] = 8
     """Width and height of a picture must be multiples of it."""
     max_side: Count | None = None
@@ -169,7 +170,12 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def context_width(self) -> int:
-        """D of the denoiser's context: the widest block."""
+        """D of the denoiser's context."""
+        return self.conditioning.width or self.widest_block
+
+    @property
+    def widest_block(self) -> int:
+        """Columns of the widest block of encoders, before it is padded to D."""
         return max(sum(self.encoder(name).hidden_width or 0 for name in block) for block in self.conditioning.context)
 
     @property
@@ -296,6 +302,8 @@ def _check_references(folder: Path, manifest: Manifest) -> None:
         raise BundleError(f"the bundle {folder} has an encoder without hidden states in its context")
     if any(encoders[name].pooled_width is None for name in conditioning.pooled) or not conditioning.context:
         raise BundleError(f"the bundle {folder} pools an encoder that does not pool, or has no context")
+    if conditioning.width is not None and conditioning.width < manifest.widest_block:
+        raise BundleError(f"the bundle {folder} has a block of encoders that is wider than its context")
     if unknown := set(conditioning.time_ids) - set(TIME_IDS):
         raise BundleError(f"the bundle {folder} has the time id {min(unknown)!r}, allowed are {', '.join(TIME_IDS)}")
     for name, graph in graphs.items():

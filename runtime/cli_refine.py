@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from oneword.engines.errors import UsageError
-from oneword.runtime.aspects import DEFAULT_ASPECTS, Aspect, read_aspects
+from oneword.runtime.aspects import Aspect, read_aspects
 from oneword.runtime.commands import (
     HELP,
     PATH,
@@ -28,7 +28,16 @@ from oneword.runtime.grid import labelled_grid
 from oneword.runtime.images import save_png
 from oneword.runtime.lexicon import Lexicon
 from oneword.runtime.model import Model
-from oneword.runtime.refine import CANDIDATES, Refinement, finish, judge, propose, refine_concept, undo
+from oneword.runtime.refine import (
+    CANDIDATES,
+    Refinement,
+    finish,
+    judge,
+    known_aspects,
+    propose,
+    refine_concept,
+    undo,
+)
 from oneword.runtime.request import Request
 
 ROUNDS = 8
@@ -47,7 +56,7 @@ _ANSWER = "allowed are numbers such as 2 5 -3, 0 for none, or all of them from b
     help="An ordinary word, or the file of a learned word; a refined word's file continues its rounds.",
 )
 @click.option("--token", help="Name of the refined word.", show_default="<WORD>, or the FILE's")
-@click.option("--aspects", type=PATH, help="File of aspects, one a line: NAME: WORD, WORD.", show_default="built in")
+@click.option("--aspects", type=PATH, help="File of aspects, one per line: NAME: WORD, WORD.", show_default="built in")
 @click.option(
     "--concept",
     "concepts",
@@ -225,7 +234,7 @@ def _state(start: str, lexicon: Lexicon, learned: Sequence[Concept], fresh: dict
     if concept is not None:
         state = refine_concept(concept, lexicon, aspects, **settings)
         return (state if fresh["token"] is None else replace(state, token=fresh["token"])), False
-    lexicon.direction(start)  # raises if the model does not have the word
+    lexicon.rows(start)  # raises if the model does not have the word
     token = fresh["token"] or f"<{token_from_stem(start).strip('<>')}>"
     return Refinement(token, start, aspects, lexicon.digest, **settings), False
 
@@ -238,18 +247,14 @@ def _refuse(fresh: dict[str, Any]) -> None:
 
 
 def _aspects(path: Path | None, lexicon: Lexicon) -> tuple[Aspect, ...]:
-    """The aspects in a file; by default the built-in ones, with only those words that are one token."""
+    """The aspects in a file; by default the built-in ones."""
     if path is not None:
         aspects = read_aspects(path)
         for aspect in aspects:
             for word in aspect.words:
-                lexicon.direction(word)  # raises if the model does not have the word
+                lexicon.rows(word)  # raises if the model does not have the word
         return aspects
-    known = [(aspect.name, tuple(w for w in aspect.words if lexicon.tokens(w) == 1)) for aspect in DEFAULT_ASPECTS]
-    aspects = tuple(Aspect(name, words) for name, words in known if len(words) > 1)
-    if not aspects:
-        raise UsageError("the model's vocabulary has none of the built-in aspects: name your own with --aspects FILE")
-    return aspects
+    return known_aspects(lexicon)
 
 
 def _report(state: Refinement, word: Concept, output: Path, session: _Session) -> dict[str, Any]:

@@ -6,6 +6,7 @@ header is parsed, and the header before any tensor is read; nothing is ever unpi
 
     one encoder     {token: [n, D]}                             read by diffusers, A1111 and ComfyUI
     two encoders    {"clip_l": [n, 768], "clip_g": [n, 1280]}   read by all three for SDXL
+    with T5         also or instead {"t5xxl": [n, 4096]}        read by ComfyUI for SD3 and FLUX.1
 """
 
 import hashlib
@@ -34,14 +35,18 @@ MAX_FILE_BYTES: Final = 1 << 20
 MAX_HEADER_BYTES: Final = 64 << 10
 MAX_VECTORS: Final = 75  # CLIP's 77 positions without BOS and EOS
 MAX_TOKEN_LENGTH: Final = 64
+MAX_TEXT: Final = 200  # characters
 MAX_NORM: Final = 300.0  # norms are about 0.4 in a vocabulary and can exceed 20 when learned, never this
-ENCODER_KEYS: Final = {"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5"}
-"""The name of each encoder's vectors in a file for several encoders."""
+MAX_T5_NORM: Final = 30_000.0  # T5 starts from rows of norm sqrt(D) = 64
+ENCODER_KEYS: Final = {"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5xxl"}
+"""The name of each encoder's vectors in a file for several encoders. ComfyUI reads no other name for T5."""
 
-_KEY_ENCODERS: Final = {key: encoder for encoder, key in ENCODER_KEYS.items()} | {
+KEY_ENCODERS: Final = {key: encoder for encoder, key in ENCODER_KEYS.items()} | {
+    "t5": "text_encoder_3",  # OneTrainer, diffusers
     "text_encoders_0": "text_encoder",
     "text_encoders_1": "text_encoder_2",
 }
+_CLIP_L_WIDTH: Final = 768
 _FILE_NAME_KEYS: Final = ("emb_params", "emp_params")  # kohya, OneTrainer: the file's name is the token
 _DTYPES: Final[dict[str, np.dtype[Any]]] = {
     "F16": np.dtype("<f2"),
@@ -67,9 +72,16 @@ class Concept:
         check_token(self.token)
         if not self.vectors:
             raise ConceptError(f"{self.token!r} has no vectors: a word is 1 to {MAX_VECTORS} vectors for an encoder")
-        checked = {encoder: _checked(f"{self.token!r} ({encoder})", value) for encoder, value in self.vectors.items()}
+        checked = {encoder: _checked(self.token, encoder, value) for encoder, value in self.vectors.items()}
         object.__setattr__(self, "vectors", MappingProxyType(checked))
         object.__setattr__(self, "provenance", MappingProxyType(dict(self.provenance)))
+
+    @property
+    def text(self) -> str:
+        """What stands for the word in the prompt of an encoder for which it has no vectors: `text` in its file's
+        metadata, or `init`, the class word that learning started from unless that was a file; else nothing."""
+        init = self.provenance.get("init", "")
+        return self.provenance.get("text", "" if "." in init else init)[:MAX_TEXT]
 
     @cached_property
     def identity(self) -> str:
@@ -114,10 +126,10 @@ def concept_of(tensors: Mapping[str, Vectors], metadata: Mapping[str, str], name
     """The word in a file's tensors. `name` is the file's name, and names the word if the file does not."""
     provenance = {key: value for key, value in metadata.items() if key not in ("format", "token")}
     stem = token_from_stem(name)
-    if any(key in _KEY_ENCODERS for key in tensors):
-        vectors = {_KEY_ENCODERS[key]: value for key, value in tensors.items() if key in _KEY_ENCODERS}
-        if any(key not in _KEY_ENCODERS and key.removesuffix("_out") not in _KEY_ENCODERS for key in tensors):
-            raise ConceptError(f"{name} mixes {_listed(tensors)}: allowed with clip_l and clip_g are their _out rows")
+    if any(key in KEY_ENCODERS for key in tensors):
+        vectors = {_encoder_of(key, tensors): tensors[key] for key in tensors if key in KEY_ENCODERS}
+        if any(key not in KEY_ENCODERS and key.removesuffix("_out") not in KEY_ENCODERS for key in tensors):
+            raise ConceptError(f"{name} mixes {_listed(tensors)}: allowed beside keys of encoders are their _out rows")
         return Concept(metadata.get("token", stem), vectors, provenance)
     words = {key: value for key, value in tensors.items() if key not in ("emb_params_out", "emp_params_out")}
     if len(words) != 1:
@@ -252,7 +264,8 @@ def _narrowed(value: npt.NDArray[Any]) -> Vectors:
         return value.astype(np.float32)
 
 
-def _checked(name: str, value: npt.ArrayLike) -> Vectors:
+def _checked(token: str, encoder: str, value: npt.ArrayLike) -> Vectors:
+    name, largest = f"{token!r} ({encoder})", MAX_T5_NORM if encoder == "text_encoder_3" else MAX_NORM
     vectors = _narrowed(np.asarray(value))
     if vectors.ndim == 1:  # diffusers once wrote one vector as [D]
         vectors = vectors[None]
@@ -263,10 +276,17 @@ def _checked(name: str, value: npt.ArrayLike) -> Vectors:
     if not np.isfinite(vectors).all():
         raise ConceptError(f"{name} holds NaN or infinity: its training failed, train it again")
     norm = float(np.linalg.norm(vectors.astype(np.float64), axis=1).max())
-    if not 0 < norm <= MAX_NORM:
-        raise ConceptError(f"{name} has norm {norm:.3g}, a plausible vector has one above 0 and at most {MAX_NORM:g}")
+    if not 0 < norm <= largest:
+        raise ConceptError(f"{name} has norm {norm:.3g}, a plausible vector has one above 0 and at most {largest:g}")
     vectors.flags.writeable = False
     return vectors
+
+
+def _encoder_of(key: str, tensors: Mapping[str, Vectors]) -> str:
+    """The encoder of a file's key. Older files of OneTrainer for FLUX.1 have CLIP-L's vectors as clip_g."""
+    if key == "clip_g" and "clip_l" not in tensors and tensors[key].shape[-1] == _CLIP_L_WIDTH:
+        return "text_encoder"
+    return KEY_ENCODERS[key]
 
 
 def _file_key(encoder: str) -> str:

@@ -1,7 +1,7 @@
 """Reads learned words from the embedding files of all tools. Only for `ti-concept`: serving reads safetensors only.
 
     diffusers            {token: [n, D]}, .safetensors or .bin; a folder of sd-concepts-library
-    SDXL, SD3, Flux      clip_l, clip_g, t5, or text_encoders_0 and _1; two files of diffusers, one per encoder
+    SDXL, SD3, FLUX.1    clip_l, clip_g, t5 or t5xxl, text_encoders_0 and _1; two files of diffusers, one per encoder
     A1111                .pt: string_to_param with `name`, the file's name is the token; pictures: `sd-ti-embedding`
     Gal et al.           .pt: string_to_param in a ParameterDict, one word per placeholder
     kohya, OneTrainer    emb_params, emp_params, and `bundle_emb.<name>.<key>` inside a LoRA
@@ -34,7 +34,7 @@ import numpy.typing as npt
 
 from oneword.engines.errors import ConceptError
 from oneword.runtime.concept import (
-    ENCODER_KEYS,
+    KEY_ENCODERS,
     MAX_FILE_BYTES,
     Concept,
     Vectors,
@@ -142,7 +142,7 @@ def _from_tensors(
         return [FoundConcept("kohya XTI", Concept(token_from_stem(name), dict(tensors), metadata))]
     if any(key in ("emb_params", "emp_params") for key in tensors):
         return [FoundConcept("kohya or OneTrainer", concept_of(tensors, metadata, name))]
-    if any(key in ENCODER_KEYS.values() or key.startswith("text_encoders_") for key in tensors):
+    if any(key in KEY_ENCODERS for key in tensors):
         return [FoundConcept("a key for each encoder", concept_of(tensors, metadata, name))]
     return [
         FoundConcept(f"diffusers, {container}", concept_of({key: value}, metadata, name))

@@ -1,8 +1,4 @@
-"""The directions of a model's words: `Lexicon`. Reads tables and tokenizers of a bundle, opens no engine.
-
-A word's direction is one unit vector per text encoder, all encoders side by side in one array [D]. Lengths are those of
-the vocabulary: the mean length of an encoder's rows that are not zero.
-"""
+"""The rows of a model's words: `Lexicon`. Reads tables and tokenizers of a bundle, opens no engine."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,12 +13,12 @@ from oneword.runtime.concept import Concept, Vectors
 from oneword.runtime.model import base_table
 from oneword.runtime.prompt import Tokenizer
 
-Direction = npt.NDArray[np.float64]
-"""[D], a unit vector in each encoder's part"""
+Rows = Mapping[str, Vectors]
+"""By encoder, the rows [n, D] of a word. n may differ between encoders, whose tokenizers may differ."""
 
 
 class Lexicon:
-    """The vocabulary's and the learned words' directions in one model."""
+    """The rows of the vocabulary and of learned words in one model."""
 
     def __init__(
         self,
@@ -34,20 +30,9 @@ class Lexicon:
         """`tables` are the encoders' rows [V, D]; `token_ids(encoder, text)` are the text's ids; `digest` identifies
         the model. Most callers should use `Lexicon.read`."""
         self.digest = digest
-        self._tables = dict(sorted(tables.items()))
+        self._tables = tables
         self._token_ids = token_ids
         self._learned = {concept.token: concept for concept in learned}
-        self.lengths: dict[str, float] = {}
-        """The mean length of each encoder's rows."""
-        means = []
-        for name, table in self._tables.items():
-            rows = table.astype(np.float32)
-            lengths = np.linalg.norm(rows, axis=1)
-            present = lengths > 0
-            self.lengths[name] = float(lengths[present].mean(dtype=np.float64))
-            means.append((rows[present] / lengths[present, None]).mean(0, dtype=np.float64))
-        self.mean: npt.NDArray[np.float64] = np.concatenate(means)
-        """The mean of the vocabulary's directions [D]; not a unit vector."""
 
     @classmethod
     def read(cls, bundle: Bundle | str | Path, learned: Iterable[Concept] = ()) -> Self:
@@ -58,57 +43,39 @@ class Lexicon:
         tables = {encoder.graph: base_table(bundle.file(encoder.table)) for encoder in encoders}
         return cls(tables, lambda name, text: tokenizers[name].ids(text), learned, bundle.manifest.source.digest)
 
+    @property
+    def widths(self) -> dict[str, int]:
+        """D of each encoder."""
+        return {name: table.shape[1] for name, table in self._tables.items()}
+
     def tokens(self, text: str) -> int:
         """The largest number of ids that the text has in any encoder; 1 for a learned word."""
         return 1 if text in self._learned else max(len(self._token_ids(name, text)) for name in self._tables)
 
-    def direction(self, text: str) -> Direction:
-        """The direction of a learned word or an ordinary text: the mean of its rows' directions.
+    def rows(self, text: str) -> Rows:
+        """The rows of a learned word or an ordinary text.
 
         Raises UsageError if it has no token in the model's vocabulary, or if it looks like a learned word and is not.
         """
         if text in self._learned:
-            return self.direction_of(self._learned[text])
+            return self.rows_of(self._learned[text])
         if text.startswith("<") and text.endswith(">"):
             loaded = ", ".join(self._learned) or "none"
             raise UsageError(f"no word {text!r} is loaded, loaded words: {loaded}: add its file with --concept")
         ids = {name: list(self._token_ids(name, text)) for name in self._tables}
         if not all(ids.values()):
             raise UsageError(f"{text!r} has no token in this model: name it with an ordinary word")
-        return self._mean_direction(text, {name: self._tables[name][ids[name]] for name in self._tables})
+        return {name: self._tables[name][ids[name]].astype(np.float32) for name in self._tables}
 
-    def direction_of(self, concept: Concept) -> Direction:
-        """The direction of a learned word. Raises UsageError if it was learned for another model."""
+    def rows_of(self, concept: Concept) -> Rows:
+        """The rows of a learned word. Raises UsageError if it was learned for another model."""
         widths = {name: rows.shape[1] for name, rows in concept.vectors.items()}
-        expected = {name: table.shape[1] for name, table in self._tables.items()}
-        if widths != expected:
+        if widths != self.widths:
             raise UsageError(
-                f"{concept.token!r} has vectors of width {_listed(widths)}, this model takes {_listed(expected)}: "
+                f"{concept.token!r} has vectors of width {_listed(widths)}, this model takes {_listed(self.widths)}: "
                 "use a word that was learned for this model"
             )
-        return self._mean_direction(concept.token, concept.vectors)
-
-    def unit(self, values: npt.NDArray[Any]) -> Direction:
-        """`values` [D], scaled to a unit vector in each encoder's part; a part of zeros stays zero."""
-        parts = self._parts(values.astype(np.float64))
-        return np.concatenate([part / max(float(np.linalg.norm(part)), 1e-12) for part in parts.values()])
-
-    def vectors(self, direction: npt.NDArray[Any]) -> dict[str, Vectors]:
-        """A direction as the rows [1, D] of a word, by encoder, with the vocabulary's mean length."""
-        parts = self._parts(self.unit(direction))
-        return {name: (part * self.lengths[name]).astype(np.float32)[None] for name, part in parts.items()}
-
-    def _mean_direction(self, text: str, rows: Mapping[str, npt.NDArray[Any]]) -> Direction:
-        units = [rows[name].astype(np.float64) for name in self._tables]
-        units = [part / np.maximum(np.linalg.norm(part, axis=1, keepdims=True), 1e-12) for part in units]
-        means = [part.mean(0) for part in units]
-        if not all(np.linalg.norm(part) > 1e-6 for part in means):
-            raise UsageError(f"the rows of {text!r} cancel out, so they have no direction: name it with another word")
-        return self.unit(np.concatenate(means))
-
-    def _parts(self, values: npt.NDArray[np.float64]) -> dict[str, npt.NDArray[np.float64]]:
-        widths = [table.shape[1] for table in self._tables.values()]
-        return dict(zip(self._tables, np.split(values, np.cumsum(widths)[:-1]), strict=True))
+        return concept.vectors
 
 
 def _listed(widths: Mapping[str, int]) -> str:

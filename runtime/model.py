@@ -22,7 +22,7 @@ from oneword.engines.errors import BundleError, ConceptError, NotFinite, UsageEr
 from oneword.engines.open import Backend, EngineOptions, open_engine, stream_of
 from oneword.runtime.backends import AUTO, choose_backend
 from oneword.runtime.batched import CALLS, BatchedGraph
-from oneword.runtime.bundle import PLANS, Bundle, Encoder, Manifest, MissingNegative, ScheduleKind
+from oneword.runtime.bundle import PLANS, Bundle, Encoder, Manifest, MissingNegative
 from oneword.runtime.concept import Concept, Vectors, load_concept
 from oneword.runtime.images import preview_image
 from oneword.runtime.profiles import DEFAULT_LIMITS, graph_ranges
@@ -202,7 +202,7 @@ class Model:
         """Raises ConceptError for a word that this model cannot use."""
         check_fits(concept, self.manifest)
         for name, table in self._tables.items():
-            if (count := len(concept.vectors[name])) > table.capacity:
+            if (count := len(concept.vectors.get(name, ()))) > table.capacity:
                 raise ConceptError(
                     f"{concept.token!r} has {count} vectors, the embedding table has room for {table.capacity}: "
                     f"open the model with capacity={count}"
@@ -217,18 +217,37 @@ class Model:
             self._check(concept)
         vocabulary = Vocabulary(self._words if words is None else words)
         chunks = {name: encode_ids(prompt, tokenizer, vocabulary, name) for name, tokenizer in self._tokenizers.items()}
-        parts = [part.input_ids.tobytes() + part.token_weights.tobytes() for part in chunks.values()]
-        tokens = TokenizedPrompt(chunks, clip_skip, b"")
+        tokens = _tokenized(chunks, clip_skip)
         for name, table in self._tables.items():
             table.check(_vectors([tokens], name))
-        identities = ",".join(concept.identity for concept in tokens.concepts)
-        return replace(tokens, key=f"{clip_skip}:{identities}:".encode() + b"|".join(parts))
+        return self.evened([tokens])[0]
+
+    def evened(self, prompts: Sequence[TokenizedPrompt]) -> list[TokenizedPrompt]:
+        """The prompts with contexts of equal length, if contexts may not be repeated: every encoder of a block gets as
+        many chunks as the longest prompt has in that block, the additional ones empty."""
+        if self.manifest.conditioning.repeatable:
+            return [*prompts]
+        counts = {
+            name: max(len(prompt.per_encoder[other].input_ids) for prompt in prompts for other in block)
+            for block in self.manifest.conditioning.context
+            for name in block
+        }
+        return [
+            _tokenized(
+                {
+                    name: chunks.extended(counts.get(name, len(chunks.input_ids)), self._tokenizers[name])
+                    for name, chunks in prompt.per_encoder.items()
+                },
+                prompt.clip_skip,
+            )
+            for prompt in prompts
+        ]
 
     def context_length(self, tokens: TokenizedPrompt) -> int:
         """T of the prompt's context."""
-        return sum(
-            math.lcm(*(tokens.per_encoder[name].input_ids.size for name in block))
-            for block in self.manifest.conditioning.context
+        conditioning = self.manifest.conditioning
+        return conditioning.zero_tokens + sum(
+            math.lcm(*(tokens.per_encoder[name].input_ids.size for name in block)) for block in conditioning.context
         )
 
     def encode(self, prompts: Sequence[TokenizedPrompt]) -> list[EncodedPrompt]:
@@ -329,10 +348,11 @@ class Model:
         rows = self._tables[encoder.graph].place(_vectors(prompts, encoder.graph))
         feeds: dict[str, NumpyArray] = {
             "input_ids": np.concatenate(
-                [part.placed(rows[concept.identity] for concept in part.concepts) for part in chunks]
+                [part.placed(rows[c.identity] for c in part.concepts if c.identity in rows) for part in chunks]
             ),
-            "token_weights": np.concatenate([part.token_weights for part in chunks]),
         }
+        if encoder.hidden_width is not None:
+            feeds["token_weights"] = np.concatenate([part.token_weights for part in chunks])
         if encoder.default_layer is not None:
             layers = [encoder.default_layer - tokens.clip_skip for tokens in prompts]
             feeds["layer"] = np.repeat(np.array(layers, np.int64), counts)
@@ -352,47 +372,61 @@ class Model:
             length = math.lcm(*(len(column) for column in columns))
             hidden = np.concatenate([np.tile(column, (length // len(column), 1)) for column in columns], axis=1)
             blocks.append(np.pad(hidden, ((0, 0), (0, self.manifest.context_width - hidden.shape[1]))))
+        blocks.append(np.zeros((conditioning.zero_tokens, self.manifest.context_width), np.float32))
         pooled = [encoded[name]["pooled"][0] for name in conditioning.pooled]  # of the first chunk, as in A1111
         return EncodedPrompt(
             hidden_states=np.concatenate(blocks),
             pooled=np.concatenate(pooled) if pooled else None,
             finite=all(bool(out["finite"].all()) for out in encoded.values()),
-            weight_scale={name: np.array(out["weight_scale"]) for name, out in encoded.items()},
+            weight_scale={
+                name: np.array(out["weight_scale"]) for name, out in encoded.items() if "weight_scale" in out
+            },
         )
 
 
 def check_fits(concept: Concept, manifest: Manifest) -> None:
     """Raises ConceptError for a word that was learned for another model."""
     widths = {encoder.graph: encoder.width for encoder in manifest.encoders}
-    if concept.vectors.keys() != widths.keys():
+    required = {encoder.graph for encoder in manifest.encoders if not encoder.word_optional}
+    unused = concept.vectors.keys() - widths.keys()
+    if required - concept.vectors.keys() or (unused and not manifest.conditioning.zero_tokens):
+        optional = "".join(f", and {name} optionally" for name in sorted(widths.keys() - required))
         raise ConceptError(
             f"{concept.token!r} has vectors for {', '.join(sorted(concept.vectors))}, "
-            f"this model's encoders are {', '.join(sorted(widths))}: learn the word for this model"
+            f"this model's encoders are {', '.join(sorted(required))}{optional}: learn the word for this model"
         )
-    for name, vectors in concept.vectors.items():
-        if vectors.shape[1] != widths[name]:
+    for name in concept.vectors.keys() & widths.keys():
+        if (width := concept.vectors[name].shape[1]) != widths[name]:
             raise ConceptError(
-                f"{concept.token!r} has vectors of width {vectors.shape[1]}, {name} takes width {widths[name]}: "
+                f"{concept.token!r} has vectors of width {width}, {name} takes width {widths[name]}: "
                 "learn the word for this model"
             )
 
 
 def refuse_unsupported(manifest: Manifest) -> None:
     """Raises BundleError for features that format 2 can express but this version cannot run."""
-    problems = [
-        (manifest.schedule is not ScheduleKind.BETAS, f"a schedule of kind {manifest.schedule}"),
-        (not manifest.conditioning.repeatable, "contexts that may not be repeated"),
-        (any(encoder.word_optional for encoder in manifest.encoders), "encoders that a word may lack"),
-        (bool(set(manifest.columns) - set(COLUMNS)), f"the columns {', '.join(manifest.columns)}"),
-    ]
-    for unsupported, feature in problems:
-        if unsupported:
-            raise BundleError(f"the bundle has {feature}, which this oneword cannot run: install a newer version")
+    if set(manifest.columns) - set(COLUMNS):
+        raise BundleError(
+            f"the bundle has the columns {', '.join(manifest.columns)}, which this oneword cannot run: "
+            "install a newer version"
+        )
+
+
+def _tokenized(chunks: Mapping[str, Chunks], clip_skip: int) -> TokenizedPrompt:
+    parts = [part.input_ids.tobytes() + part.token_weights.tobytes() for part in chunks.values()]
+    tokens = TokenizedPrompt(chunks, clip_skip, b"")
+    identities = ",".join(concept.identity for concept in tokens.concepts)
+    return replace(tokens, key=f"{clip_skip}:{identities}:".encode() + b"|".join(parts))
 
 
 def _vectors(prompts: Iterable[TokenizedPrompt], encoder: str) -> dict[str, Vectors]:
     """The vectors [n, D] of every word in the prompts, by the word's identity."""
-    return {concept.identity: concept.vectors[encoder] for prompt in prompts for concept in prompt.concepts}
+    return {
+        concept.identity: concept.vectors[encoder]
+        for prompt in prompts
+        for concept in prompt.concepts
+        if encoder in concept.vectors
+    }
 
 
 def base_table(path: Path) -> NumpyArray:

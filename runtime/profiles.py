@@ -11,7 +11,7 @@ import msgspec
 from oneword.engines.builder import Flavour, build_plan, installed_version, target_of
 from oneword.engines.errors import UsageError
 from oneword.engines.plans import Ranges
-from oneword.runtime.bundle import PLANS, Bundle, Defaults, Manifest, Vae
+from oneword.runtime.bundle import PLANS, Bundle, Defaults, Manifest
 
 MAX_VOCABULARY = 200_000
 
@@ -26,9 +26,9 @@ class PlanLimits(msgspec.Struct, frozen=True):
     static_sizes: tuple[tuple[int, int], ...] = ()
     """(width, height) pairs that get a separate plan for one guided picture, besides the plan for all sizes."""
 
-    def check(self, vae: Vae, defaults: Defaults) -> None:
+    def check(self, size_multiple: int, defaults: Defaults) -> None:
         """Raises UsageError for limits that this model cannot be built for."""
-        factor, typical = vae.factor, defaults.width
+        factor, typical = size_multiple, defaults.width
         if self.max_batch < 1 or (self.max_size is not None and (self.max_size < typical or self.max_size % factor)):
             raise UsageError(
                 f"--max-batch {self.max_batch} --max-size {self.max_size or typical}: "
@@ -58,7 +58,7 @@ def build_plans(
 
     Raises UsageError (target, sizes), MissingPackage, EngineError (the builder's message), FileError (disk).
     """
-    limits.check(bundle.manifest.vae, bundle.manifest.defaults)
+    limits.check(bundle.manifest.size_multiple, bundle.manifest.defaults)
     version, target = installed_version(flavour), target_of(flavour, target)
     folder = bundle.path
     return {
@@ -84,11 +84,14 @@ def axis_ranges(manifest: Manifest, graph: str, limits: PlanLimits) -> dict[str,
     """Smallest, typical and largest size of every axis that graphs may name."""
     factor, typical = manifest.vae.factor, manifest.defaults.width
     max_batch, max_size = limits.max_batch, limits.max_size or typical
-    length = max(encoder.length for encoder in manifest.encoders)
-    tokens = (1, length, length) if any(graph == e.graph for e in manifest.encoders) else (1, length, 4 * length)
+    lengths = {encoder.graph: encoder.length for encoder in manifest.encoders}
+    conditioning = manifest.conditioning
+    context = conditioning.zero_tokens + sum(max(lengths[name] for name in block) for block in conditioning.context)
+    tokens = (1, lengths[graph], lengths[graph]) if graph in lengths else (1, context, 4 * context)
     vocabulary = {e.graph: e.vocab_size for e in manifest.encoders}.get(graph, 1)
-    side = (1, typical // factor, max_size // factor)
-    pixels = (factor, typical, max_size)
+    smallest = manifest.size_multiple
+    side = (smallest // factor, typical // factor, max_size // factor)
+    pixels = (smallest, typical, max_size)
     return {
         "B": (1, 1, max_batch),
         "N": (1, 2, 2 * max_batch),

@@ -6,10 +6,10 @@
         state = judge(state, likes=[1, 4], dislikes=[2])
     word = finish(state, lexicon)                     its provenance holds the state: Refinement.of(word)
 
-The first rounds search over words: a candidate adds one word of each aspect to the start, the words' effects have a
-Gaussian posterior, and candidates are drawn from it (Thompson sampling; Thompson 1933). Later rounds search near the
-best word (Rocchio 1971). All randomness comes from the seed and the number of the round, so a state is the record of
-its judgements, no more.
+The first rounds search over words: a candidate has the rows of one word of each aspect, then those of the start. The
+words' effects have a Gaussian posterior, and candidates are drawn from it (Thompson sampling; Thompson 1933). Later
+rounds search near the best word (Rocchio 1971). All randomness comes from the seed and the number of the round, so a
+state is the record of its judgements, no more.
 
 Not covered: drawing, who judges, and learning from pictures (`oneword.train`).
 """
@@ -26,24 +26,26 @@ import numpy as np
 import numpy.typing as npt
 
 from oneword.engines.errors import ConceptError, UsageError, one_line
-from oneword.runtime.aspects import Aspect, check_aspects
-from oneword.runtime.concept import Concept, check_token
-from oneword.runtime.lexicon import Direction, Lexicon
+from oneword.runtime.aspects import DEFAULT_ASPECTS, Aspect, check_aspects
+from oneword.runtime.concept import Concept, Vectors, check_token
+from oneword.runtime.lexicon import Lexicon, Rows
 
 CANDIDATES: Final = 6
 MIN_CANDIDATES, MAX_CANDIDATES = 3, 16
 ASPECT_ROUNDS: Final = 8
 MAX_ROUNDS: Final = 40
 MAX_JSON: Final = 40 << 10  # of the 64 KiB that a concept file's header may have
+MAX_START: Final = 16 << 10  # for a learned start: eight rows of 768, three of 768 and 1280
 PROVENANCE_KEY: Final = "refinement"
 
-START_WEIGHT: Final = 0.1  # of an ordinary word in a candidate, beside 1 for a word of an aspect
 PRIOR, NOISE = 0.5, 0.7  # standard deviations of a word's effect and of a candidate's score
 LIKED, DISLIKED = 1.0, 0.25  # Rocchio's weights
-COMPONENTS: Final = 8  # of the words tried, for the local search
-SIGMA, DECAY = 0.06, 0.93  # size of the local search's steps
+COMPONENTS: Final = 8  # of each encoder, for the local search
+SIGMA, DECAY = 0.06, 0.93  # size of the local search's steps, beside rows of length 1
 NONE: Final = -1  # the choice of no word of an aspect
 
+Components = Mapping[str, npt.NDArray[np.float64]]
+"""By encoder, the directions [C, D] in which the local search moves."""
 Choice = tuple[int, ...]
 """The index of a word for each aspect; NONE leaves the aspect as the start has it."""
 
@@ -77,10 +79,8 @@ class Refinement:
     """K, the candidates of a round."""
     aspect_rounds: int = ASPECT_ROUNDS
     """Rounds before the local search."""
-    start_weight: float = START_WEIGHT
-    """Weight of the start in a candidate, beside 1 for a word of an aspect."""
     start_rows: Mapping[str, str] = field(default_factory=dict[str, str])
-    """By encoder, the start's direction in base64 (little-endian float32), if it is a learned word."""
+    """By encoder, the start's rows in base64 (little-endian float16), if it is a learned word."""
     rounds: tuple[Round, ...] = ()
 
     def __post_init__(self) -> None:
@@ -91,8 +91,6 @@ class Refinement:
         _within("seed", self.seed, 0, 2**63 - 1)
         _within("candidates", self.candidates, MIN_CANDIDATES, MAX_CANDIDATES)
         _within("aspect_rounds", self.aspect_rounds, 1, MAX_ROUNDS)
-        if not 0 < self.start_weight <= 10:
-            raise UsageError(f"start_weight is {self.start_weight}, allowed is more than 0, up to 10")
         _within("rounds", len(self.rounds), 0, MAX_ROUNDS)
         for number, judged in enumerate(self.rounds, 1):
             _check_round(self, number, judged)
@@ -143,27 +141,42 @@ class Refinement:
         return {aspect.name: aspect.words[index] for aspect, index in chosen if index != NONE}
 
 
-def refine_concept(concept: Concept, lexicon: Lexicon, aspects: tuple[Aspect, ...], **settings: Any) -> Refinement:
-    """A new refinement that starts from a learned word, whose weight is 1.
+def known_aspects(lexicon: Lexicon) -> tuple[Aspect, ...]:
+    """The built-in aspects, with only those words that are one token of the model.
 
-    Raises UsageError if the word was learned for another model.
+    Raises UsageError if no aspect has two such words.
     """
-    rows = lexicon.vectors(lexicon.direction_of(concept))
-    encoded = {name: base64.b64encode(part.astype("<f4").tobytes()).decode() for name, part in rows.items()}
-    settings = {"start_weight": 1.0, "start_rows": encoded, **settings}
-    return Refinement(concept.token, concept.token, aspects, lexicon.digest, **settings)
+    known = [(aspect.name, tuple(w for w in aspect.words if lexicon.tokens(w) == 1)) for aspect in DEFAULT_ASPECTS]
+    aspects = tuple(Aspect(name, words) for name, words in known if len(words) > 1)
+    if not aspects:
+        raise UsageError("the model's vocabulary has none of the built-in aspects: name your own with --aspects FILE")
+    return aspects
+
+
+def refine_concept(concept: Concept, lexicon: Lexicon, aspects: tuple[Aspect, ...], **settings: Any) -> Refinement:
+    """A new refinement that starts from a learned word.
+
+    Raises UsageError if the word was learned for another model, or has too many rows for the state.
+    """
+    halves = {name: rows.astype("<f2").tobytes() for name, rows in lexicon.rows_of(concept).items()}
+    encoded = {name: base64.b64encode(data).decode() for name, data in halves.items()}
+    if (size := sum(map(len, encoded.values()))) > MAX_START:
+        raise UsageError(
+            f"the rows of {concept.token!r} take {size} characters, allowed are {MAX_START}: start from a word with "
+            "fewer vectors"
+        )
+    return Refinement(concept.token, concept.token, aspects, lexicon.digest, start_rows=encoded, **settings)
 
 
 def propose(state: Refinement, lexicon: Lexicon) -> tuple[Concept, ...]:
-    """The K candidates of the next round, each a word of one row per encoder. The same state gives the same words.
+    """The K candidates of the next round. The same state gives the same words.
 
     Candidate 0 is the best word so far. Raises UsageError for another model, and for aspects with words it cannot use.
     """
-    directions = _directions(state, lexicon)
     choices = _choices(state) if not state.local else [best_choice(state)] * state.candidates
     return tuple(
-        Concept(state.token, lexicon.vectors(direction), {"aspects": _described(state, choice)})
-        for direction, choice in zip(directions, choices, strict=True)
+        Concept(state.token, rows, {"aspects": _described(state, choice)})
+        for rows, choice in zip(_words(state, lexicon), choices, strict=True)
     )
 
 
@@ -199,7 +212,7 @@ def undo(state: Refinement) -> Refinement:
 
 def finish(state: Refinement, lexicon: Lexicon) -> Concept:
     """The best word so far; its provenance holds the state, so that the refinement can go on from it."""
-    direction = _local_search(state, lexicon)[0] if state.local else _mixed(state, best_choice(state), lexicon)
+    rows = _local_search(state, lexicon)[0] if state.local else _composed(state, best_choice(state), lexicon)
     provenance = {
         "base_model_digest": state.model,
         "init": state.start,
@@ -207,7 +220,7 @@ def finish(state: Refinement, lexicon: Lexicon) -> Concept:
         "rounds": str(len(state.rounds)),
         PROVENANCE_KEY: state.to_json(),
     }
-    return Concept(state.token, lexicon.vectors(direction), provenance)
+    return Concept(state.token, rows, provenance)
 
 
 def normal_scores(levels: Sequence[int]) -> npt.NDArray[np.float64]:
@@ -268,38 +281,38 @@ def _word_count(state: Refinement) -> int:
     return sum(len(aspect.words) for aspect in state.aspects)
 
 
-def _directions(state: Refinement, lexicon: Lexicon) -> list[Direction]:
-    """The directions of the next round's candidates."""
+def _words(state: Refinement, lexicon: Lexicon) -> list[Rows]:
+    """The next round's candidates."""
     if not state.local:
-        return [_mixed(state, choice, lexicon) for choice in _choices(state)]
+        return [_composed(state, choice, lexicon) for choice in _choices(state)]
     centre, basis = _local_search(state, lexicon)
-    return _around(state, centre, basis, len(state.rounds), lexicon)
+    return _around(state, centre, basis, len(state.rounds))
 
 
-def _mixed(state: Refinement, choice: Choice, lexicon: Lexicon) -> Direction:
-    """unit(start_weight * start + sum of the chosen words, each without the vocabulary's mean)."""
+def _composed(state: Refinement, choice: Choice, lexicon: Lexicon) -> Rows:
+    """The rows of the chosen words, in the order of the aspects, then those of the start."""
     words = [
-        lexicon.direction(aspect.words[index])
-        for aspect, index in zip(state.aspects, choice, strict=True)
-        if index != NONE
+        lexicon.rows(aspect.words[index]) for aspect, index in zip(state.aspects, choice, strict=True) if index != NONE
     ]
-    return lexicon.unit(state.start_weight * _start(state, lexicon) + sum(word - lexicon.mean for word in words))
+    words.append(_start(state, lexicon))
+    return {encoder: np.concatenate([word[encoder] for word in words]) for encoder in lexicon.widths}
 
 
-def _start(state: Refinement, lexicon: Lexicon) -> Direction:
+def _start(state: Refinement, lexicon: Lexicon) -> Rows:
     if state.model != lexicon.digest:
         raise UsageError("the refinement was begun with another model: use the bundle of that model, or start again")
     if not state.start_rows:
-        return lexicon.direction(state.start)
+        return lexicon.rows(state.start)
     try:
-        rows = {name: np.frombuffer(base64.b64decode(text), "<f4")[None] for name, text in state.start_rows.items()}
-        return lexicon.direction_of(Concept(state.token, rows))
+        halves = {name: np.frombuffer(base64.b64decode(text), "<f2") for name, text in state.start_rows.items()}
+        rows = {name: values.reshape(-1, lexicon.widths.get(name, 1)) for name, values in halves.items()}
+        return lexicon.rows_of(Concept(state.token, rows))
     except (ValueError, ConceptError) as error:
         raise UsageError(f"the start's vectors are damaged ({one_line(error)}): start again") from None
 
 
-def _local_search(state: Refinement, lexicon: Lexicon) -> tuple[Direction, npt.NDArray[np.float64]]:
-    """Where the local search is now [D], and the components of the words tried that it moves along [8, D]."""
+def _local_search(state: Refinement, lexicon: Lexicon) -> tuple[Rows, Components]:
+    """Where the local search is now, and the principal components of the words tried."""
     words = {
         aspect.words[choice[number]]
         for judged in state.rounds
@@ -307,30 +320,57 @@ def _local_search(state: Refinement, lexicon: Lexicon) -> tuple[Direction, npt.N
         for number, aspect in enumerate(state.aspects)
         if choice[number] != NONE
     }
-    centre = _mixed(state, best_choice(state), lexicon)
-    basis = components(np.array([lexicon.direction(word) for word in sorted(words)]), COMPONENTS)
+    tried = [lexicon.rows(word) for word in sorted(words)]
+    basis = {
+        encoder: components(_unit(np.concatenate([rows[encoder] for rows in tried])), COMPONENTS)
+        for encoder in lexicon.widths
+    }
+    centre = _composed(state, best_choice(state), lexicon)
     for number, judged in enumerate(state.rounds):
         if not judged.choices:
-            tried = np.array(_around(state, centre, basis, number, lexicon))
-            levels = np.array(judged.levels)
-            moved = centre.copy()
-            if (levels > 0).any():
-                moved += LIKED * (tried[levels > 0].mean(0) - centre)
-            if (levels < 0).any():
-                moved -= DISLIKED * (tried[levels < 0].mean(0) - centre)
-            centre = lexicon.unit(moved)
+            centre = _moved(_around(state, centre, basis, number), judged.levels)
     return centre, basis
 
 
-def _around(
-    state: Refinement, centre: Direction, basis: npt.NDArray[np.float64], number: int, lexicon: Lexicon
-) -> list[Direction]:
+def _moved(candidates: Sequence[Rows], levels: Sequence[int]) -> Rows:
+    """The centre, which is candidate 0, moved towards the liked candidates and away from the disliked (Rocchio)."""
+    centre = {}
+    for encoder, rows in candidates[0].items():
+        tried, signs = _unit(np.stack([candidate[encoder] for candidate in candidates])), np.sign(levels)
+        moved = tried[0].copy()
+        for sign, weight in ((1, LIKED), (-1, -DISLIKED)):
+            if (signs == sign).any():
+                moved += weight * (tried[signs == sign].mean(0) - tried[0])
+        centre[encoder] = _turned(rows, moved)
+    return centre
+
+
+def _around(state: Refinement, centre: Rows, basis: Components, number: int) -> list[Rows]:
     """A local round's candidates: the centre, then pairs on opposite sides of it."""
     rng = np.random.default_rng([state.seed, number])
-    sigma = SIGMA * DECAY ** (number - state.aspect_rounds)
-    steps = sigma * rng.standard_normal((-(-(state.candidates - 1) // 2), len(basis))) @ basis
-    pairs = [lexicon.unit(centre + sign * step) for step in steps for sign in (1, -1)]
-    return [centre, *pairs[: state.candidates - 1]]
+    sigma, pairs = SIGMA * DECAY ** (number - state.aspect_rounds), state.candidates // 2
+    steps = {
+        encoder: sigma * rng.standard_normal((pairs, len(rows), len(basis[encoder]))) @ basis[encoder]
+        for encoder, rows in sorted(centre.items())
+    }
+    candidates = [
+        {encoder: _turned(rows, _unit(rows) + sign * steps[encoder][pair]) for encoder, rows in centre.items()}
+        for pair in range(pairs)
+        for sign in (1, -1)
+    ]
+    return [centre, *candidates[: state.candidates - 1]]
+
+
+def _unit(rows: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """Rows [..., D] scaled to unit vectors; a row of zeros stays zero."""
+    rows = rows.astype(np.float64)
+    return np.asarray(rows / np.maximum(np.linalg.norm(rows, axis=-1, keepdims=True), 1e-12), np.float64)
+
+
+def _turned(rows: Vectors, directions: npt.NDArray[np.float64]) -> Vectors:
+    """Rows [n, D] of the lengths of `rows` and the directions of `directions` [n, D]."""
+    lengths = np.linalg.norm(rows, axis=-1, keepdims=True)
+    return np.asarray(_unit(directions) * lengths, np.float32)
 
 
 def components(rows: npt.NDArray[np.float64], count: int) -> npt.NDArray[np.float64]:

@@ -24,7 +24,7 @@ from oneword.runtime.model import Model
 from oneword.runtime.prompt import Tokenizer
 from oneword.serve import errors, health, info, jobs_api, middleware, openai, refine_api, results, words_api
 from oneword.serve.a1111 import routes as a1111
-from oneword.serve.errors import ApiError
+from oneword.serve.errors import ApiError, Conflict
 from oneword.serve.files import open_files
 from oneword.serve.jobs import Jobs
 from oneword.serve.keys import Keys, Tenant
@@ -60,19 +60,21 @@ def build_state(settings: Settings) -> State:
     tokenizers = {e.graph: Tokenizer.read(bundle.file(e.tokenizer), e) for e in manifest.encoders}
 
     def knows(piece: str) -> bool:
-        return any(tokenizer.knows(piece) for tokenizer in tokenizers.values())
+        return all(tokenizer.knows(piece) for tokenizer in tokenizers.values())
 
     words = Words(WordStore(settings.words), knows=knows)
     files = open_files(settings.words)
     pool = Pool(worker, manifest, max_wait=settings.max_wait, observer=PoolMetrics(metrics))
 
-    async def keep(name: str, concept: Concept) -> None:
-        await words.put(Tenant(name) if keys is None else keys.named(name), concept)
+    async def keep(name: str, concept: Concept, replace: bool) -> None:
+        tenant = Tenant(name) if keys is None else keys.named(name)
+        try:
+            await words.put(tenant, concept, if_absent=not replace)
+        except Conflict:
+            if (await words.get(tenant, concept.token)).identity != concept.identity:
+                raise
+            # This job's own, kept by a server that was then killed.
 
-    jobs = None
-    if settings.model is not None:
-        digest = manifest.source.digest
-        jobs = Jobs(settings.words, settings.jobs_folder, settings.model, digest, keep=keep)
     state = State(
         settings=settings,
         manifest=manifest,
@@ -84,7 +86,7 @@ def build_state(settings: Settings) -> State:
         results=Results(files),
         refinements=Refinements(files, lambda: Lexicon.read(bundle)),
         metrics=metrics,
-        jobs=jobs,
+        jobs=Jobs(settings.words, settings.jobs_folder, settings.model, manifest.source.digest, keep=keep),
     )
     _add_gauges(state)
     return state
@@ -96,15 +98,13 @@ async def running(state: State) -> AsyncIterator[None]:
     if state.settings.model is not None:
         await check_model(state.settings.model, state.manifest)
     state.worker.start()
-    if state.jobs is not None:
-        await state.jobs.start()
+    await state.jobs.start()
     collecting = asyncio.create_task(_collect(state))
     try:
         yield
     finally:
         collecting.cancel()
-        if state.jobs is not None:
-            await state.jobs.stop()
+        await state.jobs.stop()
         await state.pool.drain(0)
         state.worker.stop(cancel=True)
         state.words.close()
@@ -143,8 +143,8 @@ def _add_gauges(state: State) -> None:
     gauge("words_resident", "Learned words in the embedding tables.", lambda: worker.figures.words)
     gauge("words_cached", "Learned words in the server's memory.", lambda: words.resident)
     gauge("words_evicted", "Words that left the server's memory for others, so far.", lambda: words.evictions)
-    gauge("jobs_running", "Words that this server is learning.", lambda: jobs.running if jobs else 0)
-    gauge("jobs_waiting", "Learning jobs in this server's queue.", lambda: jobs.waiting if jobs else 0)
+    gauge("jobs_running", "Words that this server is learning.", lambda: jobs.running)
+    gauge("jobs_waiting", "Learning jobs in this server's queue.", lambda: jobs.waiting)
 
 
 async def _page(http: Request) -> Response:
@@ -156,8 +156,7 @@ async def _collect(state: State) -> None:
     while True:
         try:
             await state.in_thread(state.results.collect)
-            if state.jobs is not None:
-                await state.jobs.delete_old()
+            await state.jobs.delete_old()
         except (ApiError, OSError, OnewordError):
             _log.warning("expired pictures could not be deleted from the store")
         await asyncio.sleep(_COLLECT_SECONDS)

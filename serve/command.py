@@ -25,22 +25,25 @@ SWITCH_SECONDS: Final = 0.0005
 END_SECONDS: Final = 5.0
 """How long the engine may take to end after the server has."""
 
+DATA: Final = "~/.local/share/oneword"
+"""`settings.data_folder()` as --help shows it: on Linux, if XDG_DATA_HOME names no other."""
+
 
 @click.command(name="ti-serve", context_settings=HELP)
 @version_option
 @click.argument("bundle", type=PATH, required=False)
-@click.option("--words", metavar="FOLDER|URL", show_default="a folder of yours", help="Where learned words are kept.")
+@click.option("--words", metavar="FOLDER|URL", show_default=f"{DATA}/words", help="Where learned words are kept.")
 @click.option("--model", metavar="MODEL", help="The model of the bundle, to learn words with.")
-@click.option("--jobs", type=PATH, metavar="FOLDER", show_default="a folder of yours", help="Where it learns words.")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at; others need --keys.")
+@click.option("--jobs", type=PATH, metavar="FOLDER", show_default=f"{DATA}/jobs/<PORT>", help="Where it learns words.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; others need --keys.")
 @click.option("--port", type=int, default=8000, show_default=True, help="0 means any free port.")
-@click.option("--keys", type=PATH, help="File with the users' keys; everything but the page then needs one.")
+@click.option("--keys", type=PATH, help="File with the users' keys; all but the page and /health then need one.")
 @click.option("--new-key", metavar="NAME", help="Print a new key for NAME and its lines for --keys, then end.")
 @click.option("--max-rows", type=int, default=16, show_default=True, help="Maximum pictures per batch.")
 @engine_option
 @click.option("--threads", type=int, show_default="all cores", help="CPU threads of the engine.")
 @click.option("--max-wait", type=float, default=60.0, show_default=True, help="Seconds of work that may be queued.")
-@click.option("--drain-seconds", type=float, default=20.0, show_default=True, help="Time to finish work when stopped.")
+@click.option("--drain-seconds", type=float, show_default="11 x --max-wait", help="Time to finish work when stopped.")
 @click.option("--hang-seconds", type=float, default=30.0, show_default=True, help="Silence that counts as a hang.")
 @click.option("--public-url", metavar="URL", help="The address under which clients reach the server.")
 @click.option("--root-path", default="", metavar="PATH", help="The prefix that a proxy removes from paths.")
@@ -53,7 +56,12 @@ END_SECONDS: Final = 5.0
 )
 @click.option("--supervise", is_flag=True, help="Start the server again if it fails or hangs.")
 @click.option("--check", is_flag=True, help="Start, make one picture, print figures, then end.")
-@click.option("--gc", "collect", is_flag=True, help="Delete vectors that no word has used for a day, then end.")
+@click.option(
+    "--gc",
+    "collect",
+    is_flag=True,
+    help="Delete the vectors of words that were deleted or replaced more than a day ago, then end.",
+)
 @json_option
 def command(
     bundle: Path | None,

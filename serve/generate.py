@@ -5,9 +5,11 @@ Both dialects and the page's routes stand on these two. Not covered: admission (
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import Final, TypeVar
 
+import numpy as np
 import starlette.requests
 
 from oneword.runtime.edit import edit_mask
@@ -18,7 +20,10 @@ from oneword.serve.errors import ApiError, Cancelled, Invalid, from_oneword
 from oneword.serve.keys import Tenant
 from oneword.serve.pool import Dropped, Generation, PictureEvent
 from oneword.serve.state import State
-from oneword.serve.worker import Failed
+from oneword.serve.worker import Done, Failed
+
+T = TypeVar("T")
+_NO_PIXELS: Final = np.zeros((0, 0, 3), np.uint8)
 
 
 class Disconnected(ApiError):
@@ -63,16 +68,21 @@ def fitted(request: Request, settings: ResolvedSettings) -> Request:
 
 
 async def finish(
-    http: starlette.requests.Request, *generations: Generation, incomplete: bool = False
-) -> list[PictureDone]:
-    """The pictures of the generations, in order; all of them are cancelled if the client disconnects or one fails.
+    http: starlette.requests.Request,
+    *generations: Generation,
+    use: Callable[[PictureDone], Awaitable[T]],
+    incomplete: bool = False,
+) -> list[tuple[PictureDone, T]]:
+    """The pictures of the generations, in order, with what `use` made of each one as soon as it was ready.
 
-    Raises ApiError: the first picture's that failed, Disconnected, or Cancelled if somebody else cancels one of the
-    generations. With `incomplete`, the pictures that are ready by then are returned instead.
+    The pictures come without their pixels, which nobody needs from then on. All generations are cancelled if the client
+    disconnects or a picture fails. Raises ApiError: the first picture's that failed, Disconnected, or Cancelled if
+    somebody else cancels one of the generations. With `incomplete`, the pictures that are ready by then are returned
+    instead.
     """
     for generation in generations:
         generation.only_ends = True
-    done = asyncio.ensure_future(_pictures(generations, incomplete))
+    done = asyncio.ensure_future(_used(generations, use, incomplete))
     gone = asyncio.ensure_future(disconnect(http))
     try:
         await asyncio.wait((done, gone), return_when=asyncio.FIRST_COMPLETED)
@@ -91,7 +101,7 @@ async def events(generations: Sequence[Generation]) -> AsyncGenerator[tuple[int,
     """The events of several generations as they happen, with the index of their generation.
 
     Cancels what is left when the iterator is closed. Raises ApiError for the first picture that fails, Cancelled if a
-    generation is cancelled by somebody else. A consumer that falls behind gets only the newest Step of each picture.
+    generation is cancelled by somebody else. A consumer that falls behind gets only the newest preview of each picture.
     """
     news = asyncio.Event()
     for generation in generations:
@@ -145,16 +155,32 @@ async def disconnect(http: starlette.requests.Request) -> None:
         pass
 
 
-async def _pictures(generations: Sequence[Generation], incomplete: bool) -> list[PictureDone]:
-    """All pictures; with `incomplete`, those that are ready when somebody else cancels a generation."""
+async def _used(
+    generations: Sequence[Generation], use: Callable[[PictureDone], Awaitable[T]], incomplete: bool
+) -> list[tuple[PictureDone, T]]:
+    """See `finish`."""
+    found: dict[tuple[int, int], tuple[PictureDone, T]] = {}
+
+    async def take(number: int, index: int) -> None:
+        pictures = generations[number].pictures
+        picture = pictures[index]
+        if picture is not None and (number, index) not in found:
+            result = await use(picture)
+            pictures[index] = without_pixels = replace(picture, image=_NO_PIXELS)
+            found[number, index] = without_pixels, result
+
     try:
         async with contextlib.aclosing(events(generations)) as stream:
-            async for _ in stream:
-                pass
+            async for number, event in stream:
+                if isinstance(event.event, Done):
+                    await take(number, event.index)
     except Cancelled:
         if not incomplete:
             raise
-    return [picture for generation in generations for picture in generation.pictures if picture is not None]
+        for number, generation in enumerate(generations):
+            for index in range(len(generation.pictures)):
+                await take(number, index)
+    return [found[key] for key in sorted(found)]
 
 
 def _check_size(state: State, request: Request) -> None:

@@ -98,7 +98,8 @@ StoredEvent: TypeAlias = Progress | SnapshotSaved | Note | WordSaved | Failed | 
 
 
 class JobRequest(msgspec.Struct, frozen=True):
-    """What a tenant asked for. `pictures` are the names of the job's own pictures, `digest` is the model's."""
+    """What a tenant asked for. `pictures` are the names of the job's own pictures, `digest` is the model's. `replace`
+    says whether the word may take the place of another."""
 
     tenant: str
     token: str
@@ -109,6 +110,7 @@ class JobRequest(msgspec.Struct, frozen=True):
     pictures: tuple[str, ...]
     digest: str
     created: float
+    replace: bool = False
 
 
 class State(msgspec.Struct, frozen=True):
@@ -222,6 +224,21 @@ class JobFiles:
         """Deletes a job and everything in it."""
         self._files.delete_folder(_folder(tenant, identifier))
         self.close(identifier)
+
+    def delete_pictures(self, tenant: str, identifier: str) -> None:
+        """Deletes a job's pictures, and the copy of its run."""
+        for name in ("pictures", "checkpoint"):
+            self._files.delete_folder(f"{_folder(tenant, identifier)}/{name}")
+
+    def delete_oldest(self, tenant: str, count: int) -> None:
+        """Deletes a tenant's oldest jobs that have ended, while there are more than `count`."""
+        identifiers = self.identifiers(tenant)
+        if len(identifiers) <= count:
+            return
+        unfinished = set(self.open_identifiers())
+        for identifier in identifiers[:-count]:
+            if identifier not in unfinished:
+                self._files.delete_folder(_folder(tenant, identifier))
 
     def identifiers(self, tenant: str) -> list[str]:
         """A tenant's jobs, the oldest first."""

@@ -16,11 +16,13 @@ Not covered: routes, drawing previews from snapshots, and quotas of words.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import re
 import secrets
 import shutil
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -61,6 +63,7 @@ PICTURES = (3, 5)  # the fewest and the most
 MIN_SIDE = 16  # as in oneword.train.pictures
 MAX_SEED = 2**63 - 2  # as in oneword.train.learn
 MAX_WAITING = 20  # jobs of one tenant
+MAX_KEPT = 100  # jobs of one tenant, with those that have ended
 CANCEL_SECONDS = 5.0  # that a request waits for a process to end
 MAX_LOST = 5  # processes in a row that end without progress
 ENDINGS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}
@@ -95,7 +98,8 @@ JobEvent: TypeAlias = Progress | Snapshot | Note | Done | Failed | Cancelled
 class Job:
     """A job as its tenant sees it. `position` is the number of jobs before it, None if another server has it.
 
-    `snapshots` are the steps whose words can be had, `word` is the learned word's identity.
+    `snapshots` are the steps whose words can be had, `word` is the learned word's identity. A cancelled job has no
+    pictures.
     """
 
     id: str
@@ -141,8 +145,10 @@ class Jobs:
     """The learning jobs of all tenants. Use it from one event loop; the store is read and written on threads.
 
     `store` is a folder or fsspec URL that all servers share, `folder` is this server's own, on local disk. `model` and
-    `digest` are what words are learned on (`learning.check_model`); without a model nothing is accepted. `keep` puts a
-    learned word into its tenant's words; it may be called twice with the same word, and an `ApiError` fails the job.
+    `digest` are what words are learned on (`learning.check_model`). Without a model nothing is accepted and the folder
+    is not used: other servers' jobs are shown, and cancelled. `keep` puts a learned word into its tenant's words, and
+    replaces one of the same name only if it is told to; it may be called twice with the same word, and an `ApiError`
+    fails the job.
 
     Raises `UsageError` and `FileError` for a store or folder that cannot be used.
     """
@@ -154,7 +160,7 @@ class Jobs:
         model: str | None,
         digest: str = "",
         *,
-        keep: Callable[[str, Concept], Awaitable[object]] | None = None,
+        keep: Callable[[str, Concept, bool], Awaitable[object]] | None = None,
         at_once: int = 1,
         lease_seconds: float = 15.0,
         keep_seconds: float = 7 * 86400.0,
@@ -177,10 +183,12 @@ class Jobs:
         self._retry_seconds = retry_seconds
         self._max_lost = max_lost
         self._checkpoint_every = checkpoint_every
-        self._queue = Queue(self._folder)
+        self._queue = Queue(None if model is None else self._folder)
         self._queue_thread = ThreadPoolExecutor(1, "jobs-queue")
         self._store_threads = ThreadPoolExecutor(8, "jobs-store")
         self._owned: dict[str, _Owned] = {}  # in the queue's order
+        self._last_turns: dict[str, int] = {}  # of the tenants whose jobs were begun
+        self._turns = itertools.count()
         self._arriving: list[str] = []  # tenants of jobs that are being accepted
         self._added = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
@@ -191,10 +199,11 @@ class Jobs:
 
     async def start(self) -> None:
         """Goes on with this server's jobs, and begins to accept and to take over others."""
+        if self._model is None:
+            return
         await self._beat()
         await self._recover()
-        if self._model is not None:
-            self._tasks += [asyncio.create_task(self._work()) for _ in range(self._at_once)]
+        self._tasks += [asyncio.create_task(self._work()) for _ in range(self._at_once)]
         self._tasks.append(asyncio.create_task(self._keep_lease()))
 
     async def stop(self) -> None:
@@ -203,8 +212,9 @@ class Jobs:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks.clear()
-        with suppress(ApiError):
-            await self._stored(self._files.write_beat, self._queue.server, "")
+        if self._model is not None:
+            with suppress(ApiError):
+                await self._stored(self._files.write_beat, self._queue.server, "")
         self.close()
 
     def close(self) -> None:
@@ -225,6 +235,14 @@ class Jobs:
 
     # ---- what routes call --------------------------------------------------------------------------------------------
 
+    def check_installed(self) -> None:
+        """Raises `NotInstalled` without PyTorch or a model."""
+        require_installed()
+        if self._model is None:
+            raise NotInstalled(
+                "this server cannot learn: start it with --model, the model its bundle was exported from"
+            )
+
     async def add(
         self,
         tenant: str,
@@ -234,17 +252,16 @@ class Jobs:
         recipe: str | None = None,
         steps: int | None = None,
         seed: int = 0,
+        *,
+        replace: bool = False,
     ) -> Job:
-        """Accepts a job and returns it, once it would survive the end of this process.
+        """Accepts a job and returns it, once it would survive the end of this process. Of the tenant's jobs that have
+        ended, the oldest make room for it. With `replace`, the word may take the place of another.
 
         Raises `NotInstalled` without PyTorch or a model, `Busy` if the tenant has too many jobs waiting, and `Invalid`,
         `Unprocessable` or `TooLarge` for an order that cannot be learned.
         """
-        require_installed()
-        if self._model is None:
-            raise NotInstalled(
-                "this server cannot learn: start it with --model, the model its bundle was exported from"
-            )
+        self.check_installed()
         recipe, steps = recipe_of(recipe, steps)
         _check_words(token, init)
         if not 0 <= seed <= MAX_SEED:
@@ -255,7 +272,7 @@ class Jobs:
             pictures = await self._stored(learnable_pictures, images)
             created = time.time()
             identifier, names = new_identifier(created), tuple(pictures)
-            request = JobRequest(tenant, token, init, recipe, steps, seed, names, self._digest, created)
+            request = JobRequest(tenant, token, init, recipe, steps, seed, names, self._digest, created, replace)
             return await self._accept(identifier, request, list(pictures.values()))
         finally:
             self._arriving.remove(tenant)
@@ -272,6 +289,8 @@ class Jobs:
             raise
         self._owned[identifier] = _Owned(identifier, 1, request, state)
         self._added.set()
+        with suppress(ApiError):  # the job is accepted in any case
+            await self._stored(self._files.delete_oldest, request.tenant, MAX_KEPT)
         return self._job(identifier, request, state)
 
     async def get(self, tenant: str, identifier: str) -> Job:
@@ -356,14 +375,15 @@ class Jobs:
     # ---- carrying out ------------------------------------------------------------------------------------------------
 
     async def _work(self) -> None:
-        """Carries out this server's jobs, one after the other."""
+        """Carries out this server's jobs, one after the other, the tenants in turn."""
         while True:
-            owned = next((owned for owned in self._owned.values() if not owned.running), None)
+            owned = next(iter(self._line()), None)
             if owned is None:
                 self._added.clear()
                 await self._added.wait()
                 continue
             owned.running = True
+            self._last_turns[owned.tenant] = next(self._turns)
             try:
                 await self._carry_out(owned)
             except _TakenOver:
@@ -374,6 +394,17 @@ class Jobs:
                 await asyncio.sleep(self._retry_seconds)
             finally:
                 owned.running = False
+
+    def _line(self) -> Sequence[_Owned]:
+        """The jobs that wait, in the order in which they are begun: a round has one job of each tenant, and starts with
+        the tenant whose turn was longest ago."""
+        rounds = Counter[str]()
+        turns: dict[str, tuple[int, int]] = {}
+        waiting = [owned for owned in self._owned.values() if not owned.running]
+        for owned in waiting:
+            turns[owned.id] = rounds[owned.tenant], self._last_turns.get(owned.tenant, -1)
+            rounds[owned.tenant] += 1
+        return sorted(waiting, key=lambda owned: turns[owned.id])
 
     async def _carry_out(self, owned: _Owned) -> None:
         """Learns a job's word, again and again if the process or the store fails, until the job has ended."""
@@ -479,7 +510,7 @@ class Jobs:
         await self._stored(self._files.write_word, owned.tenant, owned.id, data)
         if self._keep is not None:
             try:
-                await self._keep(owned.tenant, concept)
+                await self._keep(owned.tenant, concept, owned.request.replace)
             except ApiError as error:
                 if error.status >= 500:
                     raise
@@ -508,6 +539,8 @@ class Jobs:
     async def _end(self, owned: _Owned, state: State) -> None:
         """Publishes a job's last state and removes what this server has of it."""
         await self._publish(owned, state)
+        if state.status is Status.CANCELLED:
+            await self._stored(self._files.delete_pictures, owned.tenant, owned.id)
         await self._stored(self._files.close, owned.id)
         await self._disown(owned)
 
@@ -592,8 +625,7 @@ class Jobs:
                         await self._leave_if_taken_over(owned)
                     if owned.id in requests and owned.id in self._owned:
                         await self._cancel(owned)
-                if self._model is not None:
-                    await self._take_over()
+                await self._take_over()
                 if time.monotonic() - swept > 3600:
                     await self.delete_old()
                     swept = time.monotonic()
@@ -685,7 +717,8 @@ class Jobs:
                 return event
 
     def _job(self, identifier: str, request: JobRequest, state: State) -> Job:
-        position = list(self._owned).index(identifier) if identifier in self._owned else None
+        line = [*(owned for owned in self._owned.values() if owned.running), *self._line()]
+        position = next((place for place, owned in enumerate(line) if owned.id == identifier), None)
         return Job(
             id=identifier,
             tenant=request.tenant,
@@ -695,7 +728,7 @@ class Jobs:
             steps=state.steps,
             seed=request.seed,
             created=request.created,
-            pictures=request.pictures,
+            pictures=() if state.status is Status.CANCELLED else request.pictures,
             status=state.status,
             step=state.step,
             loss=state.loss,

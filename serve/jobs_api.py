@@ -20,14 +20,13 @@ from oneword.serve.errors import (
     ApiError,
     Busy,
     NotFound,
-    NotInstalled,
     Unavailable,
     openai_body,
 )
 from oneword.serve.fields import Fields, validated
 from oneword.serve.forms import read_form
 from oneword.serve.job_files import Cancelled, Failed, Note, Progress, Status
-from oneword.serve.jobs import PICTURES, Done, Job, Jobs, Snapshot
+from oneword.serve.jobs import PICTURES, Done, Job, Snapshot
 from oneword.serve.keys import Tenant
 from oneword.serve.openapi import PICTURE_TYPES, WORD_NAME, file_field, file_response, stream_response, upload
 from oneword.serve.pictures import MEDIA_TYPES, as_base64
@@ -57,6 +56,8 @@ class LearnFields(Fields):
     recipe: str | None = None
     steps: Annotated[int, Field(ge=1)] | None = None
     seed: Annotated[int, Field(ge=0, lt=(1 << 63) - 1)] = 0
+    replace: bool = False
+    """Whether the word may take the place of one that has its name."""
 
 
 class LearnedWord(BaseModel):
@@ -156,10 +157,13 @@ router = APIRouter(tags=["learning"])
 async def learn(http: HTTPRequest) -> Response:
     """Starts learning a word from three to five pictures. Answers with the job."""
     state, tenant = caller(http)
-    jobs = _jobs(state)
+    state.jobs.check_installed()
     form = await read_form(http, _IMAGES, 8, "three to five pictures as `image[]`")
     images, body = form.data(*_IMAGES), validated(LearnFields, form.text)
-    job = await jobs.add(tenant.name, images, body.name, body.init, body.recipe, body.steps, body.seed)
+    widths = [encoder.width for encoder in state.manifest.encoders if not encoder.word_optional]
+    await state.words.check_room(tenant, body.name, 4 * sum(widths), replace=body.replace)  # float32
+    order = body.name, body.init, body.recipe, body.steps, body.seed
+    job = await state.jobs.add(tenant.name, images, *order, replace=body.replace)
     return JSONResponse(JobBody.of(job).model_dump(mode="json"), 202)
 
 
@@ -171,7 +175,7 @@ async def jobs(
 ) -> JobList:
     """Lists the caller's jobs, the newest first."""
     state, tenant = caller(http)
-    found = await _jobs(state).list(tenant.name, limit + 1, before)
+    found = await state.jobs.list(tenant.name, limit + 1, before)
     return JobList(data=[JobBody.of(job) for job in found[:limit]], has_more=len(found) > limit)
 
 
@@ -179,14 +183,14 @@ async def jobs(
 async def job(http: HTTPRequest, id: str) -> JobBody:
     """Describes a job."""
     state, tenant = caller(http)
-    return JobBody.of(await _jobs(state).get(tenant.name, id))
+    return JobBody.of(await state.jobs.get(tenant.name, id))
 
 
 @router.delete("/v1/jobs/{id}")
 async def cancel(http: HTTPRequest, id: str) -> JobBody:
     """Cancels a job. One that has ended stays as it is."""
     state, tenant = caller(http)
-    return JobBody.of(await _jobs(state).cancel(tenant.name, id))
+    return JobBody.of(await state.jobs.cancel(tenant.name, id))
 
 
 @router.get(
@@ -199,7 +203,7 @@ async def job_events(
 ) -> Response:
     """Follows a job live. Server-sent events: progress, notes, previews (pictures), then how it ended."""
     state, tenant = caller(http)
-    found = await _jobs(state).get(tenant.name, id)
+    found = await state.jobs.get(tenant.name, id)
     return EventStream(_events(state, tenant, found, after))
 
 
@@ -211,7 +215,7 @@ async def job_events(
 async def job_picture(http: HTTPRequest, id: str, name: str) -> Response:
     """A picture of a job. Either one that it learns from, or preview-STEP-INDEX.jpg, drawn when it is first read."""
     state, tenant = caller(http)
-    found = await _jobs(state).get(tenant.name, id)
+    found = await state.jobs.get(tenant.name, id)
     data = await _picture(state, tenant, found, name)
     headers = {"Cache-Control": "private, max-age=86400, immutable"}
     return Response(data, media_type=MEDIA_TYPES[name.rpartition(".")[2]], headers=headers)
@@ -225,7 +229,7 @@ async def _events(state: State, tenant: Tenant, job: Job, after: int) -> AsyncGe
     async def read() -> None:
         last: bytes | None = None
         try:
-            async for event in _jobs(state).events(tenant.name, job.id, after):
+            async for event in state.jobs.events(tenant.name, job.id, after):
                 if isinstance(event, Snapshot):
                     steps.put_nowait(event.step)
                 elif isinstance(event, Done | Failed | Cancelled):
@@ -283,7 +287,7 @@ def _event(job: Job, event: Progress | Note | Done | Failed | Cancelled) -> byte
 
 async def _picture(state: State, tenant: Tenant, job: Job, name: str) -> bytes:
     """A job's picture; a preview is drawn unless it has been. Raises ApiError."""
-    jobs = _jobs(state)
+    jobs = state.jobs
     with contextlib.suppress(NotFound):
         return await jobs.picture(tenant.name, job.id, name)
     step, index = _preview_of(name)
@@ -321,9 +325,3 @@ def _preview_of(name: str) -> tuple[int, int]:
     if match is None or int(match[2]) >= len(PROMPTS) or name != _preview_name(int(match[1]), int(match[2])):
         raise NotFound("the job has no such picture")
     return int(match[1]), int(match[2])
-
-
-def _jobs(state: State) -> Jobs:
-    if state.jobs is None:
-        raise NotInstalled("this server cannot learn: start it with --model, the model its bundle was exported from")
-    return state.jobs

@@ -3,9 +3,10 @@
 The file is TOML with one table per tenant:
 
     [alice]
-    sha256 = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
+    sha256 = "0000000000000000000000000000000000000000000000000000000000000000"   # of no key: see new_key
     max_words = 1000                     # optional
     max_bytes = 104857600                # optional, of all words
+    max_result_bytes = 1073741824        # optional, of pictures that wait for an hour to be fetched
     pixel_steps_per_minute = 100000000   # optional, unlimited by default
 
 A key is random and long, so a plain hash of it is safe: there is nothing to guess. Not covered: passwords.
@@ -26,7 +27,7 @@ from oneword.engines.errors import FileError, UsageError, one_line
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 _HASH = re.compile(r"[0-9a-fA-F]{64}")
 _BARE = re.compile(r"[A-Za-z0-9_-]+")
-_LIMITS = ("max_words", "max_bytes", "pixel_steps_per_minute")
+_LIMITS = ("max_words", "max_bytes", "max_result_bytes", "pixel_steps_per_minute")
 _MAX_BYTES = 64 << 20
 
 
@@ -38,6 +39,8 @@ class Tenant:
     max_words: int = 1000
     max_bytes: int = 100 << 20
     """Of all words together."""
+    max_result_bytes: int = 1 << 30
+    """Of the pictures that one server keeps for an hour, for response_format "url"."""
     pixel_steps_per_minute: int | None = None
     """None means no limit."""
 

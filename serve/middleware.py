@@ -310,8 +310,9 @@ class LimitBody:
         if length is not None and length > limit:
             raise _too_large(limit)
         small = length is not None and length <= _SMALL
+        empty = length is None and not _values(scope, b"transfer-encoding")
         max_parts = MAX_PARTS if path.startswith("/sdapi/") else None
-        body = _Body(receive, send, limit, self._seconds, small, self._room, max_parts)
+        body = _Body(receive, send, limit, self._seconds, small, empty, self._room, max_parts)
         try:
             await self.app(scope, body.receive, body.send)
         except Exception:
@@ -340,13 +341,14 @@ class _Body:
         limit: int,
         seconds: float,
         small: bool,
+        empty: bool,
         room: _Room,
         max_parts: int | None,
     ) -> None:
         self.failure: ApiError | None = None
         self.started = False
         self._receive, self._send = receive, send
-        self._limit, self._seconds, self._small = limit, seconds, small
+        self._limit, self._seconds, self._small, self._empty = limit, seconds, small, empty
         self._room, self._max_parts = room, max_parts
         self._size = self._taken = self._parts = 0
         self._deadline: float | None = None
@@ -396,7 +398,7 @@ class _Body:
             return  # the app's own idea of what went wrong
         if message["type"] == "http.response.start":
             self.started = True
-            if not self._complete and not self._small:  # else uvicorn would read the rest, only to drop it
+            if not (self._complete or self._small or self._empty):  # else uvicorn would read the rest, only to drop it
                 message = {**message, "headers": [*message.get("headers", ()), (b"connection", b"close")]}
         await self._send(message)
 

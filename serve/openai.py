@@ -18,7 +18,8 @@ from starlette.responses import Response
 from oneword.engines.errors import OnewordError
 from oneword.runtime.events import PictureDone
 from oneword.runtime.request import MAX_STEPS, Request, ResolvedSettings
-from oneword.runtime.samplers import Sampler
+from oneword.runtime.samplers import Guidance, Sampler
+from oneword.runtime.spacing import Spacing
 from oneword.serve.errors import ApiError, Invalid, NotFound, from_oneword, openai_body
 from oneword.serve.fields import Fields, validated
 from oneword.serve.forms import read_form
@@ -62,7 +63,11 @@ class Settings(Fields):
     num_inference_steps: Annotated[int, Field(ge=1, le=MAX_STEPS)] | None = None
     steps: Annotated[int, Field(ge=1, le=MAX_STEPS)] | None = None
     sampler: Sampler | None = None
+    spacing: Spacing | None = None
+    """Where the sampler's steps are; the model's own by default."""
+    guidance: Guidance = Guidance.CFG
     guidance_scale: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
+    embedded_guidance: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
     guidance_rescale: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.0
     guidance_interval: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
     eta: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.0
@@ -170,8 +175,8 @@ class Answer:
         """The whole answer as JSON, or as a stream of events."""
         if self.settings.stream:
             return EventStream(self._events(generations), close=lambda: cancel(generations))
-        pictures = await finish(self.http, *generations)
-        data = [await self._entry(picture) for picture in pictures]
+        entries = await finish(self.http, *generations, use=self._entry)
+        pictures, data = [picture for picture, _ in entries], [entry for _, entry in entries]
         first = pictures[0].settings
         answer = PicturesAnswer(
             created=int(time.time()),
@@ -185,7 +190,7 @@ class Answer:
     async def _entry(self, picture: PictureDone) -> Picture:
         data = await self._encoded(picture)
         if self.settings.response_format == "url":
-            name = await self.state.in_thread(self.state.results.put, data, self.format)
+            name = await self.state.in_thread(self.state.results.put, self.tenant, data, self.format)
             return Picture(url=address(self.http, name), seed=picture.seed)
         return Picture(b64_json=as_base64(data), seed=picture.seed)
 
@@ -369,7 +374,10 @@ def _request(body: Settings, prompt: str, **edit: Any) -> Request:
             num_images=body.n or 1,
             steps=steps,
             sampler=body.sampler,
+            spacing=body.spacing,
+            guidance=body.guidance,
             guidance_scale=body.guidance_scale,
+            embedded_guidance=body.embedded_guidance,
             guidance_rescale=body.guidance_rescale,
             guidance_interval=None if interval is None else (interval[0], interval[1]),
             eta=body.eta,
@@ -398,6 +406,8 @@ async def _answer(http: HTTPRequest, body: Settings, requests: Sequence[Request]
     """Queues the requests, all or none, and answers with their pictures."""
     state, tenant = caller(http)
     _check(state, body, len(requests))
+    if body.response_format == "url":
+        state.results.check_room(tenant)
     partials = body.partial_images or 0
     with all_or_none() as started:
         for request in requests:

@@ -11,8 +11,9 @@ few more, are handed to it, so that fairness and cancelling act early. One tenan
 keys, so that another's picture starts at once. Work is measured in seconds of the engine, estimated from its own recent
 speed.
 
-Everything here runs on the event loop; each event costs constant time, whatever waits. Not covered: words, which the
-request brings along, and pictures as files.
+Everything here runs on the event loop; each event costs constant time, whatever waits. Most steps do not even wake the
+loop up, as that would cost more than the rest of a request: they are counted when something else happens, or somebody
+asks. Not covered: words, which the request brings along, and pictures as files.
 """
 
 import asyncio
@@ -36,6 +37,7 @@ from oneword.runtime.events import Latents, PictureDone
 from oneword.runtime.request import Request, ResolvedSettings, resolve
 from oneword.serve.errors import ApiError, Busy, Forbidden, Invalid, Unavailable, from_oneword
 from oneword.serve.keys import LOCAL, Tenant
+from oneword.serve.settings import MAX_WAITS
 from oneword.serve.worker import (
     Done,
     Failed,
@@ -53,7 +55,6 @@ from oneword.serve.worker import (
 MAX_PARTIALS: Final = 3
 _AHEAD: Final = 4  # pictures that the engine has beside those in slots: they are prepared while others run
 _MAX_RESERVE: Final = 2  # slots that one tenant leaves to the others, at most a quarter of all
-_MAX_WAITS: Final = 10  # times `max_wait` that one request may take, even on an idle server
 _MAX_SEED: Final = 2**63 - 1
 
 
@@ -64,7 +65,8 @@ class Dropped:
     error: ApiError
 
 
-GenerationEvent: TypeAlias = Started | Step | Partial | Done | Failed | Dropped
+GenerationEvent: TypeAlias = Step | Partial | Done | Failed | Dropped
+"""Of the steps, those with a preview; a generation's `steps` and `progress` count all of them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,7 +163,7 @@ class Generation:
     """One request in the pool: an asynchronous iterator over the events of its pictures.
 
     It has one consumer, and ends after the last event of every picture, or when it is cancelled. A consumer that falls
-    behind gets only the newest Step of each picture. As a context manager it is cancelled on exit, if it still runs.
+    behind gets only the newest preview of each picture. As a context manager it is cancelled on exit, if it still runs.
     """
 
     def __init__(
@@ -187,7 +189,7 @@ class Generation:
         self.cancelled = False
         self.only_ends = False
         """Whether its consumer wants the last event of each picture only: others are then neither kept nor reported."""
-        self.partial_steps = spread(partials, len(settings.schedule))
+        self.partial_steps = spread(partials, settings.schedule.steps)
         self._pool = pool
         # By picture: branch pixels that are done after step i, all of them, and pixels to decode and encode.
         self._done_work = np.concatenate([[0], np.cumsum(branch_pixels(settings))])
@@ -232,7 +234,7 @@ class Generation:
     @property
     def steps(self) -> tuple[int, int]:
         """The steps of the oldest picture in progress that are done, and all of its steps."""
-        return next((picture.step for picture in self._running.values()), 0), len(self.settings.schedule)
+        return next((picture.step for picture in self._running.values()), 0), self.settings.schedule.steps
 
     @property
     def _pixel_steps(self) -> int:
@@ -279,14 +281,9 @@ class Generation:
         return self._branch_pixels - int(self._done_work[step])
 
     def _push(self, index: int, event: GenerationEvent) -> None:
-        kind = type(event).__name__
-        if isinstance(event, Step):
-            kind = "preview" if event.denoised is not None else "step"
-            self.denoised = self.denoised if event.denoised is None else event.denoised
-        elif isinstance(event, Partial):
-            kind = f"partial {event.step}"
-        if self.only_ends and isinstance(event, Started | Step | Partial):
-            return  # waking the consumer for each step costs more than the request itself
+        if self.only_ends and isinstance(event, Step | Partial):
+            return
+        kind = f"partial {event.step}" if isinstance(event, Partial) else type(event).__name__
         self._unread.pop((index, kind), None)
         self._unread[index, kind] = PictureEvent(index, event)
         self.news.set()
@@ -329,7 +326,8 @@ class Pool:
         """Those of them that are not fully denoised, the oldest first."""
         self._budgets: dict[str, _Budget] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._inbox: deque[tuple[_Picture, WorkerEvent]] = deque()
+        self._inbox: deque[tuple[_Picture, WorkerEvent, float]] = deque()
+        """Events with the time when the engine's thread reported them."""
         self._woken = False
         self._empty = asyncio.Event()
         self._empty.set()
@@ -370,6 +368,7 @@ class Pool:
 
     def _checked(self, tenant: Tenant, request: Request, partials: int, label: object) -> Generation:
         """The generation of a request, if there is room for it. Raises ApiError."""
+        self._read_inbox()
         self._check_ready()
         if not 0 <= partials <= MAX_PARTIALS:
             raise Invalid(f"partials is {partials}, allowed is 0 to {MAX_PARTIALS}")
@@ -386,6 +385,12 @@ class Pool:
     @property
     def queued_seconds(self) -> float:
         """Estimated seconds of work that were accepted and are not done."""
+        self._read_inbox()
+        return self._queued_seconds
+
+    @property
+    def _queued_seconds(self) -> float:
+        """The same as of the last event that was read."""
         return self._seconds(self._work)
 
     @property
@@ -400,6 +405,7 @@ class Pool:
 
     def generations(self, tenant: Tenant) -> list[Generation]:
         """A tenant's generations that are not done, oldest first."""
+        self._read_inbox()
         account = self._accounts.get(tenant.name)
         return [] if account is None else [*account.generations.values()]
 
@@ -466,7 +472,7 @@ class Pool:
             lambda picture: picture.generation is not generation, self._needing_slots
         )
         before = 0.0 if generation._work_done else self._seconds_to_slot(sum(1 for _ in earlier_pictures))
-        return min(self.queued_seconds, before + self._seconds(work) * len(self._accounts))
+        return min(self._queued_seconds, before + self._seconds(work) * len(self._accounts))
 
     def _seconds(self, work: _Work) -> float:
         return self.worker.figures.seconds_for(work.branch_pixels, work.pixels)
@@ -483,9 +489,9 @@ class Pool:
         """Raises Busy if the request, in its turn among the tenants, would be done later than allowed."""
         count = generation.request.num_images
         seconds = self._seconds(_Work(generation._branch_pixels * count, generation._pixels * count))
-        if seconds > _MAX_WAITS * self.max_wait:
+        if seconds > MAX_WAITS * self.max_wait:
             raise Invalid(
-                f"this request would take {seconds:.0f} seconds, allowed are {_MAX_WAITS * self.max_wait:g}: "
+                f"this request would take {seconds:.0f} seconds, allowed are {MAX_WAITS * self.max_wait:g}: "
                 "ask for fewer steps, pixels or pictures",
                 code="too_much_work",
             )
@@ -495,13 +501,13 @@ class Pool:
         before = 0.0 if account is None else self._seconds(account.work)
         tenants = len(self._accounts) + (account is None)
         wait = min(
-            self.queued_seconds + seconds,
+            self._queued_seconds + seconds,
             self._seconds_to_slot(len(self._needing_slots)) + (before + seconds) * tenants,
         )
         if wait > self.max_wait:
             raise Busy(
                 f"this request would be ready in {wait:.0f} seconds, allowed are {self.max_wait:g}: try again later",
-                min(wait - self.max_wait, self.queued_seconds),
+                min(wait - self.max_wait, self._queued_seconds),
             )
 
     def _seconds_to_slot(self, earlier: int) -> float:
@@ -565,7 +571,7 @@ class Pool:
                 self._stop_timer(generation)
             if account.waiting:
                 self._turns[name] = None
-            picture = _Picture(generation, index, steps=len(generation.settings.schedule))
+            picture = _Picture(generation, index, steps=generation.settings.schedule.steps)
             generation._running[index] = picture
             self._handed += 1
             self._needing_slots[picture] = None
@@ -590,34 +596,51 @@ class Pool:
             self._accounts[picture.generation.tenant.name].needing_slots -= 1
 
     def _hear(self, picture: _Picture, event: WorkerEvent) -> None:
-        """On the engine thread: puts an event into the inbox, and wakes the loop up if it is not awake."""
-        self._inbox.append((picture, event))
-        if not self._woken and self._loop is not None:
-            self._woken = True
-            with contextlib.suppress(RuntimeError):  # the loop is closed
-                self._loop.call_soon_threadsafe(self._read_inbox)
+        """On the engine thread: puts an event into the inbox, and wakes the loop up if it must act on it."""
+        self._inbox.append((picture, event, self.clock()))
+        if self._can_wait(event) or self._woken or self._loop is None:
+            return
+        self._woken = True
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(self._wake_up)
+
+    def _can_wait(self, event: WorkerEvent) -> bool:
+        """Whether nobody is interested in an event until the next one; the last step frees a slot for a picture."""
+        match event:
+            case Started():
+                return True
+            case Step(step=step, steps=steps, denoised=None):
+                return step < steps or not self._turns
+            case _:
+                return False
+
+    def _wake_up(self) -> None:
+        self._woken = False  # before the inbox is read: an event that comes after this wakes the loop up again
+        self._read_inbox()
 
     def _read_inbox(self) -> None:
-        self._woken = False  # before the inbox is read: an event that comes after this wakes the loop up again
+        if not self._inbox:
+            return
         while self._inbox:
             self._receive(*self._inbox.popleft())
         self._hand_over()
 
-    def _receive(self, picture: _Picture, event: WorkerEvent) -> None:
+    def _receive(self, picture: _Picture, event: WorkerEvent, time: float) -> None:
         generation = picture.generation
         if generation._running.get(picture.index) is not picture:
             return  # it was cancelled
         match event:
             case Started():
-                self.observer.taken_up(self.clock() - generation.created)
-                generation._push(picture.index, event)
+                self.observer.taken_up(time - generation.created)
             case Partial():
                 generation._push(picture.index, event)
             case Step(step=step):
                 if picture.step == 0:
-                    self.observer.first_step(self.clock() - generation.created)
+                    self.observer.first_step(time - generation.created)
                 self._advance(picture, step)
-                generation._push(picture.index, event)
+                if event.denoised is not None:
+                    generation.denoised = event.denoised
+                    generation._push(picture.index, event)
             case Done(picture=result):
                 generation.pictures[picture.index] = result
                 self._finish(picture, Outcome.DONE)
@@ -685,7 +708,7 @@ class Pool:
     def _expire(self, generation: Generation) -> None:
         seconds = self.clock() - generation.created
         message = f"the picture had to wait for more than {seconds:.0f} seconds: send the request again"
-        error = Unavailable(message, self.queued_seconds, code="deadline_exceeded")
+        error = Unavailable(message, self._queued_seconds, code="deadline_exceeded")
         self._drop_waiting(generation, Outcome.DROPPED, error)
 
     def _drop_all(self, error: ApiError) -> None:

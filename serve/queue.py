@@ -1,7 +1,8 @@
 """The jobs that this server has to do, in order: a SQLite file on its local disk, which outlives the process.
 
-The file also has the server's id, under which it owns jobs in the store. One process at a time can use the folder. Not
-covered: the jobs themselves, whose files are in the store. Not thread-safe: call it from one thread.
+The file also has the server's id, under which it owns jobs in the store. One process at a time can use the folder. A
+server that learns nothing has an empty queue in memory instead. Not covered: the jobs themselves, whose files are in
+the store. Not thread-safe: call it from one thread.
 """
 
 from __future__ import annotations
@@ -34,26 +35,34 @@ class Entry(NamedTuple):
 class Queue:
     """Raises `UsageError` if another process uses the folder, `FileError` if it cannot be used."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path | None) -> None:
+        """Without a folder, the queue ends with the process."""
+        self._lock = None if folder is None else self._locked(folder)
+        path = ":memory:" if folder is None else folder / "queue.sqlite"
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(folder / "queue.lock", os.O_RDWR | os.O_CREAT, 0o600)
-        except OSError as error:
-            raise FileError(f"{folder}: cannot be used for jobs ({error.strerror}): choose another folder") from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(self._lock)
-            raise UsageError(f"another server uses {folder} for its jobs: give each server its own folder") from error
-        try:
-            self._connection = sqlite3.connect(folder / "queue.sqlite", isolation_level=None, check_same_thread=False)
+            self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
             self._connection.execute("PRAGMA journal_mode = WAL")
             self._connection.execute("PRAGMA synchronous = FULL")
             self._connection.executescript(_SCHEMA)
             self.server = self._server()
         except sqlite3.Error as error:
-            os.close(self._lock)
-            raise FileError(f"{folder / 'queue.sqlite'} cannot be used ({error}): delete that file") from error
+            self._unlock()
+            raise FileError(f"{path} cannot be used ({error}): delete that file") from error
+
+    @staticmethod
+    def _locked(folder: Path) -> int:
+        """The descriptor of the folder's lock."""
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = os.open(folder / "queue.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        except OSError as error:
+            raise FileError(f"{folder}: cannot be used for jobs ({error.strerror}): choose another folder") from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(lock)
+            raise UsageError(f"another server uses {folder} for its jobs: give each server its own folder") from error
+        return lock
 
     def add(self, entry: Entry) -> None:
         """Appends a job; one that is there already keeps its place and gets the new term."""
@@ -74,7 +83,11 @@ class Queue:
     def close(self) -> None:
         """Closes the file and releases the folder."""
         self._connection.close()
-        os.close(self._lock)
+        self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
 
     def _server(self) -> str:
         """This server's id, made on first use."""

@@ -106,7 +106,7 @@ def app(arguments: Mapping[str, Any]) -> serve.Application:
         name="oneword",
         max_ongoing_requests=ONGOING,
         graceful_shutdown_wait_loop_s=1,
-        graceful_shutdown_timeout_s=settings.drain_seconds + 10,
+        graceful_shutdown_timeout_s=settings.drain_limit + settings.write_seconds,
         health_check_period_s=5,
         health_check_timeout_s=settings.hang_seconds,
         autoscaling_config=AutoscalingConfig(
@@ -137,7 +137,7 @@ def _typed(name: str, value: Any) -> Any:
     kind = {field.name: field.type for field in fields(Settings)}[name]
     if name == "trusted_proxies":
         return tuple(value.split(",")) if isinstance(value, str) else tuple(value)
-    if isinstance(value, str) and kind in (int, float, int | None):
+    if isinstance(value, str) and kind in (int, float, int | None, float | None):
         return _number(name, value)
     return value
 

@@ -113,10 +113,9 @@ async def _candidates(
     with all_or_none() as generations:
         for concept in concepts:
             generations.append(state.pool.submit(tenant, sample_request(state, prompt, concept, seed)))
-    pictures = await finished(http, *generations)
-    encoded = [await sample_jpeg(state, picture) for picture in pictures]
+    found = await finished(http, *generations, use=lambda picture: sample_jpeg(state, picture))
     candidates = [
         Candidate(index=index, aspects=concept.provenance["aspects"], b64_json=as_base64(data))
-        for index, (concept, data) in enumerate(zip(concepts, encoded, strict=True))
+        for index, (concept, (_, data)) in enumerate(zip(concepts, found, strict=True))
     ]
     return RefinementRound(round=len(current.rounds) + 1, aspects=current.words, candidates=candidates)

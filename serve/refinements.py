@@ -5,10 +5,9 @@ from functools import cached_property
 
 import msgspec
 
-from oneword.runtime.aspects import DEFAULT_ASPECTS
 from oneword.runtime.concept import Concept
 from oneword.runtime.lexicon import Lexicon
-from oneword.runtime.refine import Refinement, refine_concept
+from oneword.runtime.refine import Refinement, known_aspects, refine_concept
 from oneword.serve.files import Files, quoted
 from oneword.serve.store import WordRecord
 
@@ -30,7 +29,7 @@ class Refinements:
 
     @cached_property
     def lexicon(self) -> Lexicon:
-        """The directions of the model's vocabulary."""
+        """The rows of the model's vocabulary."""
         return self._read_lexicon()
 
     def read(self, tenant: str, record: WordRecord) -> Refinement | None:
@@ -56,7 +55,9 @@ class Refinements:
     def begun(self, concept: Concept) -> Refinement:
         """The refinement that a refined word carries, else a new one that starts from the word. Raises UsageError."""
         carried = Refinement.of(concept)
-        return carried if carried and carried.room else refine_concept(concept, self.lexicon, DEFAULT_ASPECTS)
+        if carried and carried.room:
+            return carried
+        return refine_concept(concept, self.lexicon, known_aspects(self.lexicon))
 
 
 def _path(tenant: str, token: str) -> str:

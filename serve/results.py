@@ -1,12 +1,15 @@
 """Pictures that clients fetch by address instead of in the answer, kept in the store for an hour.
 
 An address holds a random name, so anyone who has it may read the picture, and the hour after which it is gone. The
-files are in the store, so any server that shares it can answer. Not covered: pictures inside JSON.
+files are in the store, so any server that shares it can answer. Each server counts what it keeps of a tenant. Not
+covered: pictures inside JSON.
 """
 
 import re
 import secrets
+import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Final
 
@@ -14,8 +17,9 @@ from fastapi import APIRouter
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
-from oneword.serve.errors import NotFound
+from oneword.serve.errors import Busy, NotFound
 from oneword.serve.files import Files
+from oneword.serve.keys import Tenant
 from oneword.serve.openapi import PICTURE_TYPES, file_response
 from oneword.serve.pictures import MEDIA_TYPES, Format
 
@@ -25,16 +29,39 @@ _NAME: Final = re.compile(r"(\d{1,12})-[0-9a-f]{64}\.(png|jpeg|webp)")
 
 
 class Results:
-    """Files `results/<expiry>-<random>.<suffix>` of a store. Synchronous; call it in a thread."""
+    """Files `results/<expiry>-<random>.<suffix>` of a store. All but `check_room` may block: call it in a thread."""
 
     def __init__(self, files: Files, clock: Callable[[], float] = time.time) -> None:
         self._files = files
         self._clock = clock
+        self._lock = threading.Lock()
+        self._pictures: dict[str, deque[tuple[int, int]]] = {}
+        """By tenant, when each of its pictures expires, the oldest first, and its bytes."""
 
-    def put(self, data: bytes, format: Format) -> str:
+    def check_room(self, tenant: Tenant) -> None:
+        """Raises Busy if as many bytes are kept for a tenant as it may have; one request may still exceed that."""
+        with self._lock:
+            pictures = self._pictures.get(tenant.name, deque())
+            while pictures and pictures[0][0] < self._clock():
+                pictures.popleft()
+            used = sum(size for _, size in pictures)
+            if used >= tenant.max_result_bytes:
+                wait = pictures[0][0] - self._clock() if pictures else SECONDS
+                raise Busy(
+                    f"{used} bytes of your pictures are kept for an hour, allowed are {tenant.max_result_bytes}: "
+                    "ask for b64_json, or try again later",
+                    wait,
+                    "response_format",
+                    "quota_exceeded",
+                )
+
+    def put(self, tenant: Tenant, data: bytes, format: Format) -> str:
         """Keeps a picture for an hour and returns its name."""
-        name = f"{int(self._clock()) + SECONDS}-{secrets.token_hex(32)}.{format}"
+        expiry = int(self._clock()) + SECONDS
+        name = f"{expiry}-{secrets.token_hex(32)}.{format}"
         self._files.write(f"{_FOLDER}/{name}", data)
+        with self._lock:
+            self._pictures.setdefault(tenant.name, deque()).append((expiry, len(data)))
         return name
 
     def get(self, name: str) -> tuple[bytes, str] | None:

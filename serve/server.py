@@ -6,7 +6,9 @@ finished. A second one drops it, with an error for each picture. SIGHUP reads th
 
 import asyncio
 import contextlib
+import gc
 import logging
+import math
 import signal
 import socket
 from collections.abc import Iterator
@@ -24,7 +26,6 @@ from oneword.serve.watchdog import Heartbeat, Pulse
 from oneword.serve.worker import State as WorkerState
 
 _LAST_SECONDS: Final = 0.2  # for the last pictures, which are still being written to their clients
-_CLOSE_SECONDS: Final = 5  # for clients that are slow to read them
 _OPEN_SECONDS: Final = 0.05  # between two looks at whether the model is open
 _log = logging.getLogger("oneword.serve")
 
@@ -56,7 +57,7 @@ class Server(uvicorn.Server):
         """With a heartbeat, its pulse is the server's from now on."""
         config = server_config(app, state.settings)
         config.lifespan = "off"  # `serve` does it, so that errors reach the caller
-        config.timeout_graceful_shutdown = _CLOSE_SECONDS
+        config.timeout_graceful_shutdown = math.ceil(state.settings.write_seconds)  # to encode and send the last ones
         super().__init__(config)
         self.state_of_app = state
         self._stopping: asyncio.Task[None] | None = None
@@ -96,7 +97,7 @@ class Server(uvicorn.Server):
     def stop(self) -> None:
         """Drains and ends the server; a second call drops what it would finish, a third one the connections too."""
         if self._stopping is None:
-            self._stopping = asyncio.ensure_future(self._drain(self.state_of_app.settings.drain_seconds))
+            self._stopping = asyncio.ensure_future(self._drain(self.state_of_app.settings.drain_limit))
         elif not self.should_exit:
             asyncio.ensure_future(self.state_of_app.pool.drain(0))  # noqa: RUF006 - it ends before this process does
         else:
@@ -128,6 +129,7 @@ class Server(uvicorn.Server):
             self._failure = EngineError(worker.failure)
             self.should_exit = True
         self._opened = worker.state is WorkerState.READY
+        gc.freeze()  # a full collection of what lasts as long as the process would stop all threads for tens of ms
         if self._heartbeat is not None:
             with contextlib.suppress(BrokenPipeError):  # the heartbeat's own thread ends this process then
                 self._heartbeat.beat()  # from now on, a hang is noticed soon

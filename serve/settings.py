@@ -6,11 +6,15 @@ import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 from urllib.parse import urlsplit
 
 from oneword.engines.errors import UsageError
 from oneword.engines.open import Backend
 from oneword.runtime.backends import AUTO
+
+MAX_WAITS: Final = 10
+"""Times `max_wait` that one request may take, even on a server without other work."""
 
 
 def data_folder() -> Path:
@@ -63,13 +67,20 @@ class Settings:
     """A request must have arrived in this time."""
     write_seconds: float = 30.0
     """A client that reads nothing for this long is cut off."""
-    drain_seconds: float = 20.0
+    drain_seconds: float | None = None
+    """What is not ready so long after the server was asked to stop is dropped; None means `drain_limit`."""
     hang_seconds: float = 30.0
 
     @property
     def jobs_folder(self) -> Path:
         """The folder of this server's own learning jobs, on local disk."""
         return self.jobs or data_folder() / "jobs" / str(self.port)
+
+    @property
+    def drain_limit(self) -> float:
+        """Seconds to finish accepted work in: by default as many as there can be, one large request and what may queue
+        behind it."""
+        return (MAX_WAITS + 1) * self.max_wait if self.drain_seconds is None else self.drain_seconds
 
     def __post_init__(self) -> None:
         if self.keys is None and not is_loopback(self.host):
@@ -90,8 +101,9 @@ class Settings:
         if not 0 < self.max_wait < math.inf:
             raise UsageError(f"--max-wait is {self.max_wait:g} s, allowed is more than 0")
         for name in ("body_seconds", "write_seconds", "drain_seconds", "hang_seconds"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise UsageError(f"{name} is {getattr(self, name):g} s, allowed is more than 0")
+            seconds = getattr(self, name)
+            if seconds is not None and not 0 < seconds < math.inf:
+                raise UsageError(f"{name} is {seconds:g} s, allowed is more than 0")
         for proxy in self.trusted_proxies:
             _check_network(proxy)
         if self.public_url is not None:

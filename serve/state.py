@@ -53,8 +53,7 @@ class State:
     results: Results
     refinements: Refinements
     metrics: Metrics
-    jobs: Jobs | None
-    """None without a model: then nothing can be learned."""
+    jobs: Jobs
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
     """Set once all pictures are done and the server ends: streams that would last end too."""
     created: int = field(default_factory=lambda: int(time.time()))

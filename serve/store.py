@@ -112,9 +112,7 @@ class WordStore:
         with self._files.locked(_folder(tenant)):
             raw = self._read(path)
             if if_absent and raw is not None:
-                raise Conflict(
-                    f"there is a word {token!r} already: replace it, or take another name", code="word_exists"
-                )
+                raise taken(token)
             old = None if raw is None else _record_or_none(raw, token)
             if generation is not None and (old is None or old.generation != generation):
                 state = "does not exist" if raw is None else f"has generation {old.generation if old else 'unknown'}"
@@ -187,7 +185,7 @@ class WordStore:
             if data is None:
                 raise damaged(old)
             if self._read(path) is not None:
-                raise _taken(new)
+                raise taken(new)
             record = replace(record, token=new, generation=1)
             self._files.write(_blob_path(record.identity), data)
             self._write_name(path, record, if_absent=True)
@@ -234,7 +232,7 @@ class WordStore:
         if not if_absent:
             self._files.write(path, data)
         elif not self._files.create(path, data):
-            raise _taken(record.token)
+            raise taken(record.token)
 
     def _settle(self, identity: str, data: bytes) -> None:
         """The end of writing a name: whatever `gc` did in the meantime, the blob is there and stays."""
@@ -331,7 +329,8 @@ def _record_or_none(raw: bytes, token: str) -> WordRecord | None:
         return None
 
 
-def _taken(token: str) -> Conflict:
+def taken(token: str) -> Conflict:
+    """The answer to a request for a new word whose name is not free."""
     return Conflict(f"there is a word {token!r} already: replace it, or take another name", code="word_exists")
 
 

@@ -26,7 +26,7 @@ from oneword.runtime.concept import Concept, check_token
 from oneword.runtime.prompt import NamedWords, UnknownWord, Vocabulary, named_words, tokens_for, used_words
 from oneword.serve.errors import ApiError, Forbidden, Invalid, NotFound
 from oneword.serve.keys import Tenant
-from oneword.serve.store import DAMAGED, MAX_BYTES, WordRecord, WordStore, blob_of, damaged, page
+from oneword.serve.store import DAMAGED, MAX_BYTES, WordRecord, WordStore, blob_of, damaged, page, taken
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -154,6 +154,8 @@ class Words:
         store fails or a word is damaged.
         """
         names = await self._names(prompts)
+        if not (names.bracketed or names.embeddings or (bare_names and names.bare)):
+            return {}
         records = await self._records(tenant, names, bare_names)
         concepts = await asyncio.gather(*map(self.concept, records))
         vocabulary = Vocabulary({concept.token: concept for concept in concepts}, bare_names)
@@ -189,6 +191,13 @@ class Words:
             self._note(tenant, token, record)
         self._remember(await self._run(_named, concept, record))
         return record
+
+    async def check_room(self, tenant: Tenant, token: str, size: int, *, replace: bool) -> None:
+        """Whether a word of at least so many bytes can be put now. Raises Conflict if its name is taken and it does not
+        replace that word, Forbidden if it would exceed the tenant's quota."""
+        if not replace and await self._first(tenant, (token,)) is not None:
+            raise taken(token)
+        await self._check_quota(tenant, token, size)
 
     async def get(self, tenant: Tenant, token: str) -> WordRecord:
         """The word with exactly this token. Raises NotFound."""

@@ -114,14 +114,18 @@ class Interruption:
     "--recipe",
     default="fast",
     show_default=True,
-    help=f"The settings to start from: {', '.join(RECIPES)}. The options below change single ones.",
+    help=f"The settings to start from: {', '.join(RECIPES)}. Each option from --steps to --set replaces one of them.",
 )
-@click.option("--steps", type=int, help="Optimiser steps.  [default: the recipe's, as for the options up to --set]")
+@click.option("--steps", type=int, help="Optimiser steps.")
 @click.option("--vectors", type=int, help="Vectors per word.")
 @click.option("--learning-rate", type=float, help="AdamW's learning rate.")
 @click.option("--batch-size", type=int, help="Pictures per step and word.")
-@click.option("--accumulation", type=int, help="Backward passes per step.")
-@click.option("--norm", type=click.Choice([norm.value for norm in Norm]), help="What a step does to a vector's length.")
+@click.option("--accumulation", type=int, help="Backward passes per step, each of --batch-size pictures.")
+@click.option(
+    "--norm",
+    type=click.Choice([norm.value for norm in Norm]),
+    help="Whether a vector's length is free, fixed at the vocabulary's median, or pulled towards it in each step.",
+)
 @click.option("--min-snr", type=float, help="Gamma of min-SNR weighting.")
 @click.option(
     "--stop-below",

@@ -171,6 +171,8 @@ class Server:
         except subprocess.TimeoutExpired:
             self.kill()
             raise
+        finally:
+            self._log.close()
 
     def stop(self, seconds: float = 60.0) -> int:
         """Ends it by SIGTERM, and by SIGKILL after so long. Returns the exit status."""

@@ -17,6 +17,7 @@ from starlette.responses import Response
 
 import oneword
 from oneword.runtime.bundle import Manifest
+from oneword.runtime.events import PictureDone
 from oneword.serve.a1111 import answers
 from oneword.serve.a1111.dialect import (
     RANDOM_SEEDS,
@@ -230,11 +231,13 @@ async def _drawn(http: HTTPRequest, body: TextToImage, plan: Plan) -> Response:
         bare_names=True,
         label=_Label(_address(http), body.force_task_id or ""),
     )
-    pictures = await finish(http, generation, incomplete=True)
+
+    async def encoded(done: PictureDone) -> str:
+        return "" if body.send_images is False else await state.in_thread(answers.encoded, plan, done)
+
+    found = await finish(http, generation, use=encoded, incomplete=True)
+    pictures, images = [done for done, _ in found], [image for _, image in found if image]
     version = f"oneword {oneword.__version__}"
-    # One at a time, so that others' pictures come in between.
-    sent = pictures if body.send_images is not False else ()
-    images = [await state.in_thread(answers.encoded, plan, done) for done in sent]
     content = await state.in_thread(answers.pictures_answer, body, plan, pictures, images, state.manifest, version)
     return Response(content, media_type="application/json")
 

@@ -8,7 +8,15 @@ from oneword.runtime.lexicon import Lexicon
 from oneword.runtime.refine import CANDIDATES
 from oneword.train.miniature import world
 
-LEXICON = Lexicon({"text_encoder": np.eye(8, dtype=np.float32) + 0.1}, lambda name, text: [len(text) % 8])
+TABLE = np.eye(8, dtype=np.float32) + 0.1
+LEXICON = Lexicon({"text_encoder": TABLE}, lambda name, text: [len(text) % 8])
+
+
+def directions(components: np.ndarray) -> feedback.Directions:
+    """Directions that start from the row of `object`, with these components [8, 8]."""
+    made = feedback.Directions(TABLE, TABLE[6])
+    made.components = components
+    return made
 
 
 def test_looks_for_tuning_are_not_those_that_are_reported() -> None:
@@ -36,7 +44,7 @@ def test_components_are_as_long_as_the_standard_deviation_along_them() -> None:
 
 
 def test_cma_es_finds_the_minimum_of_a_badly_scaled_bowl() -> None:
-    method = feedback.CmaEs(LEXICON, 0, np.eye(8))
+    method = feedback.CmaEs(directions(np.eye(8)), 0)
     target, scales = np.linspace(-1, 1, 8), np.geomspace(1, 100, 8)
 
     for _ in range(250):
@@ -47,8 +55,8 @@ def test_cma_es_finds_the_minimum_of_a_badly_scaled_bowl() -> None:
 
 
 def test_rocchio_moves_towards_what_ranks_first() -> None:
-    method = feedback.Rocchio(LEXICON, 0, np.eye(8) * 0.3)
-    target = LEXICON.unit(np.array([1, 1, 0, 0, 0, 0, 0, -1.0]))
+    method = feedback.Rocchio(directions(np.eye(8) * 0.3), 0)
+    target = feedback.unit(np.array([1, 1, 0, 0, 0, 0, 0, -1.0]))
     start = method.centre @ target
 
     for _ in range(20):

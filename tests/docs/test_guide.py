@@ -60,7 +60,7 @@ def miniature_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("page", [pytest.param(page, id=page.name) for page in PAGES if runnable(page)])
 def test_every_code_block_of_a_page_runs(page: Path, miniature_bundle: Path, tmp_path: Path) -> None:
-    pictures = tmp_path / ("demo-output/pictures" if page.name in FROM_PICTURES else "photos")
+    pictures = tmp_path / ("demo-output/pictures" if page.name in FROM_PICTURES else "pictures")
     draw_photographs(pictures)
     if page.name not in FROM_PICTURES:
         shutil.copytree(miniature_bundle, tmp_path / "bundle")

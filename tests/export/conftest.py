@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import WORDS
+
 
 @pytest.fixture(scope="session")
 def clip_tokenizer_dir(tiny_model_dir: Path) -> Path:
@@ -117,6 +119,70 @@ def make_tiny_ldm(path: Path, autoencoder: str) -> Path:
     return saved(pipeline, path)
 
 
+@pytest.fixture(scope="session")
+def tiny_sd3_dir(tmp_path_factory: pytest.TempPathFactory, clip_tokenizer_dir: Path) -> Path:
+    """Stable Diffusion 3.5: two CLIP encoders, T5, joint attention with a second image attention in one layer."""
+    import torch
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+    from transformers import CLIPTextModelWithProjection
+
+    torch.manual_seed(4)
+    first, second = clip_tokenizer(clip_tokenizer_dir), clip_tokenizer(clip_tokenizer_dir, pad_token="!")
+    third = t5_tokenizer(model_max_length=24)
+    transformer = SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=16, num_layers=3, attention_head_dim=8, num_attention_heads=4,
+        joint_attention_dim=32, caption_projection_dim=32, pooled_projection_dim=36, out_channels=16,
+        pos_embed_max_size=24, dual_attention_layers=(0,), qk_norm="rms_norm",
+    )  # fmt: skip
+    pipeline = StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=flow_vae(),
+        text_encoder=with_a_mean(
+            CLIPTextModelWithProjection(
+                clip_config(first, width=16, layers=3, hidden_act="quick_gelu", projection_dim=16)
+            )
+        ),
+        tokenizer=first,
+        text_encoder_2=with_a_mean(
+            CLIPTextModelWithProjection(clip_config(second, width=12, layers=3, hidden_act="gelu", projection_dim=20))
+        ),
+        tokenizer_2=second,
+        text_encoder_3=t5(third, width=32),
+        tokenizer_3=third,
+    )
+    return saved(pipeline, tmp_path_factory.mktemp("sd3") / "model")
+
+
+@pytest.fixture(scope="session", params=["dev", "schnell"])
+def tiny_flux_dir(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, clip_tokenizer_dir: Path
+) -> Path:
+    """FLUX.1: a CLIP encoder that only pools, and T5."""
+    import torch
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+    from transformers import CLIPTextModel
+
+    torch.manual_seed(5)
+    dev = request.param == "dev"
+    first, second = clip_tokenizer(clip_tokenizer_dir), t5_tokenizer(model_max_length=24)
+    transformer = FluxTransformer2DModel(
+        patch_size=1, in_channels=64, num_layers=1, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=32, pooled_projection_dim=16, guidance_embeds=dev, axes_dims_rope=(4, 4, 8),
+    )  # fmt: skip
+    shift = {"use_dynamic_shifting": True, "shift": 3.0} if dev else {"shift": 1.0}
+    pipeline = FluxPipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(**shift),
+        vae=flow_vae(),
+        text_encoder=with_a_mean(CLIPTextModel(clip_config(first, width=16, layers=2, hidden_act="quick_gelu"))),
+        tokenizer=first,
+        text_encoder_2=t5(second, width=32),
+        tokenizer_2=second,
+    )
+    return saved(pipeline, tmp_path_factory.mktemp(f"flux-{request.param}") / "model")
+
+
 BETAS: dict[str, Any] = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
@@ -181,6 +247,35 @@ def tiny_vae(**settings: Any) -> Any:
 
     return AutoencoderKL(
         block_out_channels=(8, 8, 16, 16), down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=4, norm_num_groups=4, layers_per_block=1,
-        sample_size=64, **settings,
+        up_block_types=("UpDecoderBlock2D",) * 4, norm_num_groups=4, layers_per_block=1, sample_size=64,
+        **{"latent_channels": 4, **settings},
     )  # fmt: skip
+
+
+def flow_vae() -> Any:
+    """The VAE of SD3 and FLUX.1: 16 channels, a shift, no convolutions around the latents."""
+    return tiny_vae(
+        latent_channels=16, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False
+    )
+
+
+def t5_tokenizer(**settings: Any) -> Any:
+    """A Unigram tokenizer in T5's layout: special tokens, letters, pieces and whole words."""
+    from transformers import T5TokenizerFast
+
+    letters = [(chr(code), -6.0) for code in range(33, 127)] + [(letter, -6.5) for letter in "éü☃"]
+    pieces = [(piece, -3.0 - 0.1 * len(piece)) for piece in ("ing", "s", "ed", "er", "in", "th", "▁th", "▁a", "▁s")]
+    words = [(f"▁{word}", -2.0 - 0.01 * i) for i, word in enumerate(WORDS)]
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.5)]
+    vocabulary = dict([*words, *pieces, *letters])
+    return T5TokenizerFast(vocab=[*special, *vocabulary.items()], extra_ids=2, **settings)
+
+
+def t5(tokenizer: Any, *, width: int) -> Any:
+    from transformers import T5Config, T5EncoderModel
+
+    config = T5Config(
+        vocab_size=len(tokenizer) + 3, d_model=width, d_kv=8, d_ff=37, num_layers=2, num_heads=4,
+        feed_forward_proj="gated-gelu", relative_attention_num_buckets=8, relative_attention_max_distance=16,
+    )  # fmt: skip
+    return T5EncoderModel(config)

@@ -40,14 +40,14 @@ def schedule_line(**columns: float) -> torch.Tensor:
 
 def step(unet: Any, schedule: torch.Tensor, **tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Runs DenoiseStep. Latents default to zeros, the mask to ones, and each row to one branch with its own context."""
-    module = DenoiseStep(unet)
+    module = DenoiseStep(UNet(unet))
     sample = tensors["sample"]
     rows = torch.arange(len(sample))
     inputs = dict.fromkeys(("previous", "previous2", "noise", "known", "known_noise"), torch.zeros_like(sample))
     inputs |= {"mask": torch.ones(len(sample), 1, *sample.shape[2:]), "schedule": schedule}
     inputs |= {"branch_row": rows, "uncond_branch": rows, "cond_branch": rows, **tensors}
     if inputs.setdefault("branch_context", rows).ndim == 1:
-        inputs["branch_context"] = inputs["branch_context"][:, None, None].expand(-1, 2, module.unet.num_layers)
+        inputs["branch_context"] = inputs["branch_context"][:, None, None].expand(-1, 2, module.network.num_layers)
     with torch.no_grad():
         return module(**inputs)
 
@@ -181,7 +181,7 @@ def test_keys_and_values_of_every_layer_come_from_their_own_contexts(source: Sou
     layers = attention_of(diffusers_unet)
     generator = torch.Generator().manual_seed(0)
     branch_context = torch.randint(0, 6, (2, 2, len(layers)), generator=generator)
-    assert len(layers) == DenoiseStep(source.unet).unet.num_layers == 4  # down, mid, two up
+    assert len(layers) == UNet(source.unet).num_layers == 4  # down, mid, two up
     assert (branch_context[:, 0] != branch_context[:, 1]).any()
     schedule = torch.cat([schedule_line(t=float(value), model_to_denoised=1, denoised=1, guidance=1) for value in t])
     next_sample, _, _ = step(source.unet, schedule, sample=sample, context=pool, branch_context=branch_context)

@@ -20,7 +20,7 @@ def test_an_aspect_is_a_line_with_a_name_and_words() -> None:
 
 
 def test_the_built_in_aspects_are_those_that_the_guide_names() -> None:
-    assert [aspect.name for aspect in DEFAULT_ASPECTS] == ["colour", "material", "shape", "texture", "style", "light"]
+    assert [aspect.name for aspect in DEFAULT_ASPECTS] == ["style", "light", "texture", "colour", "material", "shape"]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from oneword.runtime import cli_refine
+from oneword.runtime.aspects import DEFAULT_ASPECTS
 from oneword.runtime.bundle import Bundle
 from oneword.runtime.concept import Concept, load_concept, save_concept
 from oneword.runtime.drawing import draw
@@ -188,11 +189,11 @@ def test_a_mistake_is_one_line_and_writes_no_word(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     row = {"text_encoder": np.full((1, 32), 0.1, np.float32)}
-    state = Refinement("<cat>", "cat", cli_refine.DEFAULT_ASPECTS, Bundle.open(tiny_bundle).manifest.source.digest)
+    state = Refinement("<cat>", "cat", DEFAULT_ASPECTS, Bundle.open(tiny_bundle).manifest.source.digest)
     for name, text in [
         ("begun", state.to_json()),
         ("damaged", "{}"),
-        ("other", Refinement("<cat>", "cat", cli_refine.DEFAULT_ASPECTS, "another").to_json()),
+        ("other", Refinement("<cat>", "cat", DEFAULT_ASPECTS, "another").to_json()),
     ]:
         save_concept(Concept("<cat>", row, {"refinement": text}), f"{name}.safetensors")
     save_concept(Concept("<cat>", {"text_encoder": np.ones((1, 40), np.float32)}), "wide.safetensors")

@@ -176,3 +176,36 @@ def test_the_largest_allowed_header_is_refused_quickly(tmp_path: Path) -> None:
     with pytest.raises(ConceptError, match="holds 950 tensors"):
         load_concept(path)
     print(f"950 tensors refused in {1e3 * (time.process_time() - start):.1f} ms")
+
+
+def test_vectors_for_t5_are_written_as_comfyui_reads_them_and_may_be_long(tmp_path: Path) -> None:
+    path = tmp_path / "toy.safetensors"
+    long = 100 * ROWS / np.linalg.norm(ROWS, axis=1, keepdims=True) * 10  # of norm 1,000
+    save_concept(Concept("<toy>", {"text_encoder": ROWS, "text_encoder_3": long}), path)
+    assert set(safetensors.numpy.load_file(path)) == {"clip_l", "t5xxl"}
+    np.testing.assert_array_equal(load_concept(path).vectors["text_encoder_3"], long)
+    with pytest.raises(ConceptError, match="has norm 1e\\+03, a plausible vector has one above 0 and at most 300"):
+        Concept("<toy>", {"text_encoder": long})
+    with pytest.raises(ConceptError, match="at most 30000"):
+        Concept("<toy>", {"text_encoder_3": 1000 * long})
+
+
+def test_onetrainers_old_key_for_clip_l_is_recognised_by_its_width(tmp_path: Path) -> None:
+    clip_l, t5 = np.full((2, 768), 0.1, np.float32), np.full((2, 4096), 0.1, np.float32)
+    safetensors.numpy.save_file({"clip_g": clip_l, "t5": t5}, tmp_path / "toy.safetensors")
+    shapes = {name: rows.shape for name, rows in load_concept(tmp_path / "toy.safetensors").vectors.items()}
+    assert shapes == {"text_encoder": (2, 768), "text_encoder_3": (2, 4096)}
+
+
+@pytest.mark.parametrize(
+    ("provenance", "text"),
+    [
+        ({}, ""),
+        ({"init": "toy"}, "toy"),
+        ({"init": "toy.safetensors"}, ""),
+        ({"init": "toy", "text": "a plush dog"}, "a plush dog"),
+        ({"text": "toy" * 1000}, ("toy" * 1000)[:200]),
+    ],
+)
+def test_the_text_of_a_word_is_its_class_word(provenance: dict[str, str], text: str) -> None:
+    assert Concept("<toy>", {"text_encoder": ROWS}, provenance).text == text

@@ -12,6 +12,7 @@ from typing import Any
 import hypothesis.strategies as st
 import numpy as np
 import numpy.typing as npt
+import PIL.Image
 import pytest
 from hypothesis import HealthCheck, given, settings
 
@@ -51,6 +52,11 @@ def pipelines(tiny_model_dir: Path) -> PIPELINES:
     for pipeline in pipelines.values():
         pipeline.set_progress_bar_config(disable=True)
     return pipelines
+
+
+EXPONENTIAL = {"timestep_spacing": "linspace", "use_exponential_sigmas": True}
+THIRD_ORDER = {"algorithm_type": "sde-dpmsolver++", "solver_order": 3}
+TRAILING = {"timestep_spacing": "trailing"}
 
 
 @pytest.fixture
@@ -114,6 +120,58 @@ def test_text_to_image_matches_diffusers(
     assert image.shape == (height, width, 3)
     assert image.std() > 1  # there is something to compare
     assert psnr(image, of_diffusers(reference)) >= 50
+
+
+@pytest.mark.parametrize(
+    ("settings", "peer", "config"),
+    [
+        ({"sampler": "heun"}, "HeunDiscreteScheduler", {}),
+        ({"sampler": "dpm2-a", "spacing": "exponential"}, "KDPM2AncestralDiscreteScheduler", EXPONENTIAL),
+        ({"sampler": "dpmpp-3m-sde"}, "DPMSolverMultistepScheduler", THIRD_ORDER),
+        ({"sampler": "unipc"}, "UniPCMultistepScheduler", {}),
+        # a few-step student: SD-Turbo's settings
+        ({"sampler": "euler-a", "spacing": "sgm-uniform", "steps": 2}, "EulerAncestralDiscreteScheduler", TRAILING),
+    ],
+)
+@pytest.mark.parametrize("edit", [False, True])
+def test_samplers_match_diffusers_pipelines(
+    model: Model,
+    pipelines: PIPELINES,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, Any],
+    peer: str,
+    config: dict[str, Any],
+    edit: bool,
+) -> None:
+    import diffusers
+    import torch
+
+    pipeline = pipelines["image" if edit else "text"]
+    theirs = getattr(diffusers, peer).from_config({**pipeline.scheduler.config, **config})
+    monkeypatch.setattr(pipeline, "scheduler", theirs)
+    student = settings.get("steps") == 2
+    settings = {"steps": 7, "guidance_scale": 1.0 if student else 4.0, **settings}
+    start: dict[str, Any] = {"image": scene(), "strength": 0.6} if edit else {}
+    theirs_start = {**start, "image": PIL.Image.fromarray(scene())} if edit else {}
+    reference = pipeline(
+        "a photo of a red cat",
+        num_inference_steps=settings["steps"],
+        guidance_scale=settings["guidance_scale"],
+        generator=torch.Generator().manual_seed(11),
+        output_type="np",
+        **theirs_start,
+    )
+
+    image = pictures(model, [Request("a photo of a red cat", seed=11, **settings, **start)])[0]
+
+    assert psnr(image, of_diffusers(reference)) >= 50
+
+
+def test_a_sampler_of_two_stages_reports_steps_and_not_evaluations(model: Model) -> None:
+    events = list(generate(model, [Request("a cat", steps=4, sampler="heun", previews=2)]))
+    steps = [event for event in events if isinstance(event, StepDone)]
+    assert [(event.step, event.steps) for event in steps] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert [event.step for event in steps if event.denoised is not None] == [2]
 
 
 def test_openvino_generates_the_same_picture(model: Model, tiny_bundle: Path) -> None:

@@ -101,6 +101,13 @@ FLAT: list[tuple[str, dict[str, np.ndarray], str, dict[str, tuple[int, ...]]]] =
         {"text_encoder": (2, 768), "text_encoder_2": (2, 1280)},
     ),
     ("e.safetensors", {"clip_l": ROWS, "t5": WIDE}, "a key for each encoder", {"text_encoder_3": (2, 1280)}),
+    ("t.safetensors", {"clip_l": ROWS, "t5xxl": WIDE}, "a key for each encoder", {"text_encoder_3": (2, 1280)}),
+    (
+        "u.safetensors",  # OneTrainer's files for FLUX.1 once called CLIP-L clip_g
+        {"clip_g": ROWS, "t5": WIDE},
+        "a key for each encoder",
+        {"text_encoder": (2, 768), "text_encoder_3": (2, 1280)},
+    ),
     ("f.safetensors", {"emb_params": ROWS}, "kohya or OneTrainer", {"text_encoder": (2, 768)}),
     ("g.safetensors", {"emp_params": ROWS, "emp_params_out": ROWS}, "kohya or OneTrainer", {"text_encoder": (2, 768)}),
     ("h.safetensors", dict.fromkeys(XTI_KEYS, ROWS), "kohya XTI", {"IN01": (2, 768), "OUT11": (2, 768)}),

@@ -1,5 +1,6 @@
 """A real server on a real socket: the tiny model behind uvicorn, in a thread of the test's own process."""
 
+import contextlib
 import random
 import threading
 import time
@@ -104,7 +105,8 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
             yield f"file://{tmp_path / name}"
         case "memory":
             yield f"memory://{name}/words"
-            fsspec.filesystem("memory").rm(f"/{name}", recursive=True)
+            with contextlib.suppress(FileNotFoundError):  # a test may have deleted its last file, and so all of it
+                fsspec.filesystem("memory").rm(f"/{name}", recursive=True)
         case _:
             boto3.client("s3", endpoint_url=request.getfixturevalue("s3_endpoint")).create_bucket(Bucket=name)
             yield f"s3://{name}/words"

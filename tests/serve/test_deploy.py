@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from oneword.serve.command import command
+from oneword.serve.settings import Settings
 
 DEPLOY = Path(__file__).parents[2] / "serve" / "deploy"
 SYSTEMD = shutil.which("systemd-analyze")
@@ -39,6 +40,17 @@ def test_the_command_line_is_one_that_the_server_takes(line: list[str]) -> None:
     assert options["bundle"].is_absolute()
     assert options["keys"].is_absolute()
     assert Path(options["words"]).parent == options["jobs"].parent  # what must be kept is in one folder
+
+
+def test_service_managers_wait_for_all_work_that_the_server_can_have_accepted() -> None:
+    settings = Settings(Path("bundle"))  # with the defaults, as the command lines of these files have them
+    for name, pattern in {
+        "oneword.service": r"^TimeoutStopSec=(\d+)$",
+        "Dockerfile": r"--stop-timeout (\d+) ",
+        "rayservice.yaml": r"^ +terminationGracePeriodSeconds: (\d+) ",
+    }.items():
+        (seconds,) = re.findall(pattern, (DEPLOY / name).read_text(), re.M)
+        assert int(seconds) >= settings.drain_limit + settings.write_seconds
 
 
 @pytest.mark.skipif(SYSTEMD is None, reason="no systemd-analyze: apt-get install systemd")

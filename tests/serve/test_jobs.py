@@ -247,10 +247,86 @@ def test_a_waiting_job_is_cancelled_at_once(tmp_path: Path) -> None:
 
             cancelled = await jobs.cancel("alice", first.id)
 
-            assert cancelled == replace(first, status=Status.CANCELLED, position=None)
+            assert cancelled == replace(first, status=Status.CANCELLED, position=None, pictures=())
             assert await jobs.cancel("alice", first.id) == cancelled
             assert [event async for event in jobs.events("alice", first.id)] == [Cancelled(1)]
             assert (await jobs.get("alice", second.id)).position == 0
+            with pytest.raises(NotFound):
+                await jobs.picture("alice", first.id, first.pictures[0])
+            assert not (tmp_path / "store/jobs/tenants/alice" / first.id / "pictures").exists()
+            assert (
+                await jobs.picture("alice", second.id, second.pictures[0])
+                == learnable_pictures(photos())["picture-1.png"]
+            )
+
+    asyncio.run(run())
+
+
+def test_tenants_take_turns_and_a_tenants_own_jobs_keep_their_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[str] = []
+
+    async def run() -> None:
+        async with idle(tmp_path) as jobs:
+            for tenant, token in (
+                ("alice", "<a1>"),
+                ("alice", "<a2>"),
+                ("alice", "<a3>"),
+                ("bob", "<b1>"),
+                ("bob", "<b2>"),
+            ):
+                await jobs.add(tenant, photos(), token)
+            places = {job.token: job.position for tenant in ("alice", "bob") for job in await jobs.list(tenant)}
+            assert places == {"<a1>": 0, "<b1>": 1, "<a2>": 2, "<b2>": 3, "<a3>": 4}
+
+            async def carried_out(owned: Any) -> None:
+                begun.append(owned.request.token)
+                if owned.request.token == "<b1>":  # one that comes later, from a tenant without a turn so far
+                    await jobs.add("carol", photos(), "<c1>")
+                await jobs._end(owned, owned.state.failed("a test"))
+
+            monkeypatch.setattr(jobs, "_carry_out", carried_out)
+            working = asyncio.create_task(jobs._work())
+            await until(lambda: len(begun) == 6)
+            working.cancel()
+
+    asyncio.run(run())
+    assert begun == ["<a1>", "<b1>", "<c1>", "<a2>", "<b2>", "<a3>"]
+
+
+def test_a_tenants_oldest_jobs_that_have_ended_make_room_for_new_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MAX_KEPT", 2)
+
+    async def run() -> None:
+        async with idle(tmp_path) as jobs:
+            waiting = await jobs.add("alice", photos(), "<waiting>")
+            bobs = await jobs.add("bob", photos(), "<bob>")
+            for number in range(3):
+                last = await jobs.add("alice", photos(), f"<{number}>")
+                await jobs.cancel("alice", last.id)
+            assert [job.token for job in await jobs.list("alice")] == ["<2>", "<1>", "<waiting>"]
+            assert (await jobs.get("alice", waiting.id)).status is Status.QUEUED
+            assert (await jobs.get("bob", bobs.id)).status is Status.QUEUED
+
+    asyncio.run(run())
+
+
+def test_a_server_without_a_model_shows_others_jobs_and_cancels_them_without_a_folder_of_its_own(
+    tmp_path: Path,
+) -> None:
+    async def run() -> None:
+        async with idle(tmp_path) as jobs:
+            job = await jobs.add("alice", photos(), "<toy>")
+            async with server(tmp_path, "here", model=None) as reader, server(tmp_path, "here", model=None) as another:
+                assert replace(await reader.get("alice", job.id), position=0) == job
+                assert [found.id for found in await another.list("alice")] == [job.id]
+                assert await reader.picture("alice", job.id, job.pictures[0])
+                await reader.cancel("alice", job.id)
+                assert [event async for event in another.events("alice", job.id)] == [Cancelled(1)]
+                assert reader.waiting == 0
 
     asyncio.run(run())
 

@@ -14,10 +14,12 @@ from PIL import Image
 
 from oneword.serve.keys import new_key
 from tests.serve.conftest import Start
-from tests.serve.running import Running
+from tests.serve.running import Running, word_bytes
 
 STEPS = 6
+STEPS_OF_A_SHORT_JOB = 40
 STEPS_OF_A_LONG_JOB = 4000  # more than any test waits for
+MAX_WORDS = 3  # of bob's
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +29,7 @@ def learners(
     """A server that learns, as alice and bob see it."""
     (alice, first), (bob, second) = new_key("alice"), new_key("bob")
     folder = tmp_path_factory.mktemp("learners")
-    (folder / "keys.toml").write_text(first + second)
+    (folder / "keys.toml").write_text(f"{first}{second}max_words = {MAX_WORDS}\n")
     running = start_server(keys=folder / "keys.toml", model=str(tiny_model_dir), jobs=folder / "jobs")
     return Running(running.url, running.state, alice), Running(running.url, running.state, bob)
 
@@ -176,13 +178,14 @@ def test_the_pictures_of_a_job_are_those_that_were_sent(alice: httpx.Client) -> 
         ({"steps": 5001}, 400, "steps", "1 to 5000"),
         ({"steps": "many"}, 400, "steps", "steps"),
         ({"seed": -1}, 400, "seed", "0"),
+        ({"replace": "perhaps"}, 400, "replace", "replace"),
         ({"colour": "red"}, 400, "colour", "colour"),
     ],
 )
 def test_a_field_that_makes_no_sense_is_refused(
     alice: httpx.Client, changes: dict[str, Any], status: int, param: str | None, text: str
 ) -> None:
-    fields: dict[str, Any] = {"name": "<toy>", "steps": STEPS_OF_A_LONG_JOB, **changes}
+    fields: dict[str, Any] = {"name": "<other>", "steps": STEPS_OF_A_LONG_JOB, **changes}
     answer = learn(alice, None, **fields)
 
     error = answer.json()["error"]
@@ -206,7 +209,7 @@ def test_a_field_that_makes_no_sense_is_refused(
 def test_pictures_that_cannot_be_learned_from_are_refused(
     alice: httpx.Client, pictures: Any, status: int, text: str
 ) -> None:
-    answer = learn(alice, pictures(), name="<toy>")
+    answer = learn(alice, pictures(), name="<other>")
 
     assert (answer.status_code, text in answer.json()["error"]["message"]) == (status, True), answer.text
 
@@ -220,13 +223,55 @@ def test_a_file_under_another_name_and_a_body_of_another_kind_are_refused(alice:
     assert "multipart/form-data" in other.json()["error"]["message"]
 
 
-def test_a_server_without_a_model_says_what_learning_needs(http: httpx.Client) -> None:
-    answers = [learn(http, name="<toy>"), http.get("/v1/jobs"), http.get(f"/v1/jobs/{'0' * 32}")]
+def test_a_server_without_a_model_says_what_learning_needs_and_shows_jobs(http: httpx.Client) -> None:
+    answer = learn(http, name="<toy>")
 
     assert http.get("/v1/model").json()["learn"] is False
-    for answer in answers:
-        assert answer.status_code == 501
-        assert "--model" in answer.json()["error"]["message"]
+    assert answer.status_code == 501
+    assert "--model" in answer.json()["error"]["message"]
+    assert http.get("/v1/jobs").json() == {"object": "list", "data": [], "has_more": False}
+    assert http.get(f"/v1/jobs/{'0' * 32}").status_code == 404
+
+
+def test_a_name_that_is_taken_is_refused_before_anything_is_learned_unless_the_word_may_be_replaced(
+    alice: httpx.Client,
+) -> None:
+    alice.put("/v1/words/<taken>", content=word_bytes("<taken>")).raise_for_status()
+
+    refused = learn(alice, name="<taken>", steps=1)
+    accepted = learn(alice, name="<taken>", steps=1, replace="true")
+
+    assert (refused.status_code, refused.json()["error"]["code"]) == (409, "word_exists")
+    assert accepted.status_code == 202
+    ended = [data for kind, data in events_of(alice, accepted.json()["id"]) if kind == "done"]
+    assert alice.get("/v1/words/<taken>").json()["identity"] == ended[0]["word"]["identity"]
+    assert alice.get("/v1/words/<taken>").json()["generation"] == 2
+
+
+def test_a_word_that_takes_the_name_while_a_job_learns_is_not_replaced(alice: httpx.Client) -> None:
+    job = learn(alice, name="<both>", steps=STEPS_OF_A_SHORT_JOB).json()
+    alice.put("/v1/words/<both>", content=word_bytes("<both>")).raise_for_status()
+    before = alice.get("/v1/words/<both>").json()
+
+    kind, data = list(events_of(alice, job["id"]))[-1]
+
+    assert kind == "error"
+    assert "there is a word '<both>' already" in data["error"]["message"]
+    assert alice.get("/v1/words/<both>").json() == before
+
+
+def test_a_tenant_without_room_for_a_word_is_refused_before_anything_is_learned(bob: httpx.Client) -> None:
+    before = len(bob.get("/v1/jobs").json()["data"])
+    words = [f"<full{number}>" for number in range(MAX_WORDS)]
+    for word in words:
+        bob.put(f"/v1/words/{word}", content=word_bytes(word)).raise_for_status()
+
+    answer = learn(bob, name="<more>", steps=1)
+
+    assert (answer.status_code, answer.json()["error"]["code"]) == (403, "quota_exceeded")
+    assert len(bob.get("/v1/jobs").json()["data"]) == before
+    for word in words:
+        bob.delete(f"/v1/words/{word}").raise_for_status()
 
 
 def learn(client: httpx.Client, pictures: list[bytes] | None = None, **fields: Any) -> httpx.Response:

@@ -252,7 +252,7 @@ def test_the_parent_stays_small(serve: Serve) -> None:
 
 
 def test_sigterm_under_load_finishes_all_that_was_accepted(serve: Serve) -> None:
-    server = serve("--drain-seconds", str(SECONDS))
+    server = serve()
     assert server.process is not None
     with ThreadPoolExecutor(6) as threads, httpx.Client(base_url=server.url, timeout=SECONDS) as http:
         answers = [threads.submit(generate, server, n=2, steps=400, stream=number % 2 == 1) for number in range(6)]

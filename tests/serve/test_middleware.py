@@ -10,6 +10,7 @@ import socket
 import threading
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -248,6 +249,18 @@ def test_a_wrong_key_is_refused_after_64_kib_of_a_body_of_1_gib(keys: Keys, fram
         assert b"connection: close" in answer.lower()
         assert sent < 1 << 30
         assert server.bytes_read <= 64 << 10
+
+
+def test_a_request_without_a_body_keeps_its_connection_open() -> None:
+    with serving(make_app()) as server, contextlib.closing(HTTPConnection(*server.address)) as connection:
+        connection.connect()
+        opened = connection.sock
+        for _ in range(2):
+            connection.request("GET", "/v1/who")
+            answer = connection.getresponse()
+            answer.read()
+            assert (answer.status, answer.getheader("connection")) == (200, None)
+        assert connection.sock is opened
 
 
 def test_a_body_that_is_too_large_is_refused_before_any_of_it_is_read() -> None:

@@ -15,16 +15,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+from starlette.requests import Request as HTTPRequest
+from starlette.types import Message
 
 from oneword.runtime.drawing import draw
+from oneword.runtime.events import PictureDone
 from oneword.runtime.model import Model
 from oneword.runtime.request import Image, Request
 from oneword.runtime.scheduler import Scheduler
 from oneword.serve.errors import ApiError, Busy, Forbidden, Invalid, Unavailable
-from oneword.serve.generate import events
+from oneword.serve.generate import events, finish
 from oneword.serve.keys import LOCAL, Tenant
 from oneword.serve.pool import Dropped, Generation, GenerationEvent, Outcome, Phase, PictureEvent, Pool, spread
-from oneword.serve.worker import Done, Failed, Partial, Started, Step, Worker
+from oneword.serve.settings import Settings
+from oneword.serve.worker import Done, Failed, Partial, Step, Worker
 from tests.serve.running import SECONDS, started_worker
 
 ALICE, BOB, CAROL = Tenant("alice"), Tenant("bob"), Tenant("carol")
@@ -113,14 +117,14 @@ def test_pictures_of_a_request_have_consecutive_seeds_and_match_those_drawn_alon
     expected = draw(model, request)
 
     async def scenario() -> None:
-        generation = pool.submit(ALICE, request)
+        generation = pool.submit(ALICE, replace(request, previews=1))
         events = await events_of(generation)
         assert generation.done
         assert [picture and picture.seed for picture in generation.pictures] == [5, 6, 7, 8, 9]
         for picture, reference in zip(generation.pictures, expected, strict=True):
             assert picture is not None
             assert near(picture.image, reference.image)
-        assert [type(event) for index, event in events if index == 3] == [Started, Step, Step, Step, Step, Done]
+        assert [type(event) for index, event in events if index == 3] == [Step, Step, Step, Done]
 
     run(scenario)
     assert pool.queued_seconds == 0
@@ -248,6 +252,28 @@ def test_the_wait_for_a_slot_counts_where_others_have_all_of_them(
     run(scenario)
 
 
+def test_all_that_is_accepted_fits_into_the_time_to_finish_it_in(
+    worker: Worker, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(monkeypatch)
+    with_seconds_per_step(worker, monkeypatch, 1.0)
+
+    async def scenario() -> None:
+        pool = Pool(worker, model.manifest, max_wait=60)
+        accepted = [pool.submit(ALICE, Request("a cat", steps=600))]  # all that an idle server takes
+        for tenant in (ALICE, BOB, CAROL):
+            with contextlib.suppress(Busy):
+                while len(accepted) < 1_000:
+                    accepted.append(pool.submit(tenant, Request("a dog", steps=5)))
+        assert len(accepted) < 1_000
+        assert 600 < pool.queued_seconds <= Settings(Path("bundle"), max_wait=60).drain_limit
+        for generation in accepted:
+            generation.cancel()
+        gate.open.set()
+
+    run(scenario)
+
+
 def test_a_tenant_leaves_a_slot_to_the_others(tiny_bundle: Path, model: Model) -> None:
     worker = Worker(lambda: Model.open(tiny_bundle, "onnxruntime", threads=1), max_rows=4)
     worker.start()
@@ -255,7 +281,7 @@ def test_a_tenant_leaves_a_slot_to_the_others(tiny_bundle: Path, model: Model) -
 
     async def scenario() -> None:
         pool = Pool(worker, model.manifest, max_wait=1e6)
-        greedy = pool.submit(ALICE, Request("a cat", num_images=60, steps=900))
+        greedy = pool.submit(ALICE, Request("a cat", num_images=60, steps=900, previews=1))
         assert (pool.running, greedy.waiting) == (3, 57)
         await until(greedy, Step)
         await pool.submit(BOB, Request("a dog", steps=1)).wait()
@@ -319,10 +345,10 @@ def test_a_picture_that_fails_leaves_the_other_pictures_of_its_request_alone(poo
     assert pool.queued_seconds == 0
 
 
-@pytest.mark.parametrize("kind", [None, Started, Step, Partial, Done])
+@pytest.mark.parametrize("kind", [None, Step, Partial, Done])
 def test_a_generation_can_be_cancelled_in_any_phase(pool: Pool, kind: type | None) -> None:
     async def scenario() -> None:
-        generation = pool.submit(ALICE, Request("a cat", num_images=20, steps=100), partials=1)
+        generation = pool.submit(ALICE, Request("a cat", num_images=20, steps=100, previews=1), partials=1)
         if kind is not None:
             await until(generation, kind)
         generation.cancel()
@@ -387,7 +413,7 @@ def test_drain_finishes_what_was_accepted_and_refuses_what_comes_later(pool: Poo
 @pytest.mark.parametrize("second_call", [False, True])
 def test_drain_drops_what_is_left_in_the_end_or_at_a_second_call(pool: Pool, second_call: bool) -> None:
     async def scenario() -> None:
-        generation = pool.submit(ALICE, Request("a cat", num_images=8, steps=900))
+        generation = pool.submit(ALICE, Request("a cat", num_images=8, steps=900, previews=1))
         await until(generation, Step)
         draining = asyncio.create_task(pool.drain(SECONDS if second_call else 0.01))
         await asyncio.sleep(0)
@@ -406,7 +432,7 @@ def test_when_the_engine_ends_everybody_is_told_and_nothing_more_is_taken(
     pool: Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def scenario() -> None:
-        generations = [pool.submit(ALICE, Request("a cat", num_images=8, steps=900)) for _ in range(2)]
+        generations = [pool.submit(ALICE, Request("a cat", num_images=8, steps=900, previews=1)) for _ in range(2)]
         await until(generations[0], Step)
 
         def broken(scheduler: Scheduler) -> None:
@@ -474,8 +500,8 @@ def test_a_consumer_that_does_not_read_costs_the_engine_nothing_and_later_gets_t
         events = await events_of(lazy)
         for i in range(2):
             kinds = [type(event) for index, event in events if index == i]
-            assert kinds == [Started, Partial, Partial, Step, Step, Done]
-        assert {event.step for _, event in events if isinstance(event, Step)} == {199, 200}
+            assert kinds == [Partial, Partial, Step, Done]
+        assert {event.step for _, event in events if isinstance(event, Step)} == {199}
 
     run(scenario)
 
@@ -492,9 +518,36 @@ def test_a_consumer_of_ends_is_not_woken_for_steps_and_the_progress_counts_them_
     run(scenario)
 
 
+def test_a_step_without_a_preview_does_not_wake_the_loop_and_is_counted_when_somebody_asks(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wakes = 0
+    wake_up = Pool._wake_up
+
+    def counted(self: Pool) -> None:
+        nonlocal wakes
+        wakes += 1
+        wake_up(self)
+
+    monkeypatch.setattr(Pool, "_wake_up", counted)
+
+    async def scenario() -> None:
+        await pool.submit(ALICE, Request("a cat", steps=200)).wait()
+        assert wakes == 1  # for the picture
+        running = pool.submit(ALICE, Request("a cat", steps=900))
+        while running.steps[0] < 2:
+            await asyncio.sleep(0.001)
+            assert pool.generations(ALICE) == [running]
+        assert 0 < running.progress < 1
+        assert wakes == 1
+        running.cancel()
+
+    run(scenario)
+
+
 def test_a_slow_consumer_of_several_generations_gets_only_their_newest_state(pool: Pool) -> None:
     async def scenario() -> None:
-        generations = [pool.submit(ALICE, Request("a cat", seed=i, steps=200)) for i in range(2)]
+        generations = [pool.submit(ALICE, Request("a cat", seed=i, steps=200, previews=1)) for i in range(2)]
         found: list[tuple[int, type]] = []
         async with contextlib.aclosing(events(generations)) as stream:
             async for number, event in stream:
@@ -509,6 +562,31 @@ def test_a_slow_consumer_of_several_generations_gets_only_their_newest_state(poo
     run(scenario)
 
 
+def test_a_picture_is_used_when_it_is_ready_and_its_pixels_are_let_go(pool: Pool) -> None:
+    async def connected() -> Message:
+        return await asyncio.Future()
+
+    async def scenario() -> None:
+        generation = pool.submit(ALICE, Request("a cat", seed=5, num_images=6, steps=20))
+        images: list[weakref.ref[Image]] = []
+        ready: list[int] = []
+
+        async def use(picture: PictureDone) -> int:
+            images.append(weakref.ref(picture.image))
+            ready.append(sum(picture is not None for picture in generation.pictures))
+            return picture.image.size
+
+        found = await finish(HTTPRequest({"type": "http"}, connected), generation, use=use)
+
+        assert [picture.seed for picture, _ in found] == [5, 6, 7, 8, 9, 10]
+        assert [size for _, size in found] == [64 * 64 * 3] * 6
+        assert ready[0] < 6
+        gc.collect()
+        assert [image() for image in images] == [None] * 6
+
+    run(scenario)
+
+
 def test_an_observer_hears_of_refusals_waits_and_how_pictures_end(worker: Worker, model: Model) -> None:
     record = Record()
     pool = Pool(worker, model.manifest, max_wait=1e6, observer=record)
@@ -517,7 +595,7 @@ def test_an_observer_hears_of_refusals_waits_and_how_pictures_end(worker: Worker
         await pool.submit(ALICE, Request("a cat", steps=2)).wait()
         with pytest.raises(ApiError):
             await pool.submit(ALICE, Request("a <nothing>", steps=2)).wait()
-        generation = pool.submit(ALICE, Request("a cat", num_images=7, steps=900))
+        generation = pool.submit(ALICE, Request("a cat", num_images=7, steps=900, previews=1))
         await until(generation, Step)
         generation.cancel()
         with pytest.raises(Invalid):

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from oneword.engines.errors import UsageError
+from oneword.serve.command import command
 from oneword.serve.settings import Settings, is_loopback
 
 BUNDLE = Path("bundle")
@@ -22,6 +23,16 @@ def test_by_default_only_this_machine_can_reach_the_server_and_words_are_in_the_
     assert settings.words == str(tmp_path / "oneword" / "words")
     monkeypatch.delenv("XDG_DATA_HOME")
     assert Settings(BUNDLE).words == str(Path.home() / ".local" / "share" / "oneword" / "words")
+
+
+def test_help_shows_the_default_folders_of_words_and_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.delenv("XDG_DATA_HOME", raising=False)
+    shown = {option.name: Path(str(getattr(option, "show_default", ""))).expanduser() for option in command.params}
+    settings = Settings(BUNDLE, port=8001)
+
+    assert str(shown["words"]) == settings.words
+    assert str(shown["jobs"]).replace("<PORT>", "8001") == str(settings.jobs_folder)
 
 
 @pytest.mark.parametrize(
@@ -51,6 +62,7 @@ def test_loopback_needs_no_keys(host: str) -> None:
         ({"threads": 0}, "--threads is 0, allowed is at least 1"),
         ({"engine": "magic"}, "--engine is 'magic', allowed are auto, "),
         ({"max_wait": 0.0}, "--max-wait is 0 s, allowed is more than 0"),
+        ({"drain_seconds": 0.0}, "drain_seconds is 0 s, allowed is more than 0"),
         ({"body_seconds": float("nan")}, "body_seconds is nan s, allowed is more than 0"),
         ({"write_seconds": float("inf")}, "write_seconds is inf s, allowed is more than 0"),
         ({"trusted_proxies": ("nginx",)}, "--trusted-proxy is 'nginx', allowed is an address such as 10.0.0.5"),
@@ -81,3 +93,8 @@ def test_settings_of_a_server_behind_a_proxy_are_accepted() -> None:
     )
 
     assert settings.root_path == "/pictures"
+
+
+def test_the_time_to_finish_work_is_given_or_grows_with_the_work_that_is_accepted() -> None:
+    assert Settings(BUNDLE, drain_seconds=5.0).drain_limit == 5
+    assert Settings(BUNDLE, max_wait=60.0).drain_limit == 660  # a request of 10 x 60 s, and 60 s behind it

@@ -1,0 +1,74 @@
+"""The network of FLUX.1: diffusers' own forward, with packing, position ids and rotations inside the graph."""
+
+import torch
+from diffusers import FluxTransformer2DModel
+from torch import Tensor, nn
+
+
+class Flux(nn.Module):
+    """FluxTransformer2DModel on unpacked latents. Its rotations are computed in float32: TensorRT has no float64."""
+
+    num_layers = 1
+    patch = 2
+
+    def __init__(self, transformer: FluxTransformer2DModel) -> None:
+        super().__init__()
+        self.transformer = transformer
+        self.dtype = transformer.dtype
+        self.in_channels = int(transformer.config.in_channels) // self.patch**2
+        self.context_width = int(transformer.config.joint_attention_dim)
+        self.embeds_guidance = bool(transformer.config.guidance_embeds)
+        transformer.pos_embed = Rotations(tuple(transformer.config.axes_dims_rope))
+
+    def forward(
+        self,
+        sample: Tensor,
+        t: Tensor,
+        context: Tensor,
+        pooled: Tensor,
+        time_ids: None = None,
+        branch_context: Tensor | None = None,
+        embedded_guidance: Tensor | None = None,
+    ) -> Tensor:
+        """Latents [N,C,h,w], times [N] (1000 sigma), contexts [N,T,D] (or [M,T,D] with branch_context [N,2,1]), pooled
+        [N,P], embedded_guidance [N] -> [N,C,h,w], the direction from picture to noise."""
+        if branch_context is not None:
+            context = context.index_select(0, branch_context[:, 0, 0])
+        n, c, h, w = sample.shape
+        rows, columns = h // 2, w // 2
+        tokens = sample.reshape(n, c, rows, 2, columns, 2).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        prediction: Tensor = self.transformer(
+            hidden_states=tokens,
+            timestep=t / 1000,  # multiplied by 1000 inside
+            guidance=embedded_guidance,
+            pooled_projections=pooled.to(sample.dtype),
+            encoder_hidden_states=context,
+            txt_ids=sample.new_zeros(context.shape[1], 3, dtype=torch.float32),
+            img_ids=image_ids(rows, columns, sample.device),
+            return_dict=False,
+        )[0]
+        unpacked = prediction.unflatten(1, (rows, columns)).unflatten(3, (c, 2, 2))
+        return unpacked.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+
+
+class Rotations(nn.Module):
+    """FluxPosEmbed in float32: ids [tokens, axes] -> cosines and sines [tokens, D], pairs of columns alike."""
+
+    def __init__(self, widths: tuple[int, ...], theta: float = 10_000.0) -> None:
+        super().__init__()
+        self.frequencies = nn.ParameterList(
+            nn.Parameter((theta ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)).float(), False)
+            for width in widths
+        )
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        angles = torch.cat([ids[:, i, None].float() * f.float() for i, f in enumerate(self.frequencies)], dim=1)
+        angles = angles[:, :, None].expand(-1, -1, 2).flatten(1)
+        return angles.cos(), angles.sin()
+
+
+def image_ids(rows: int, columns: int, device: torch.device) -> Tensor:
+    """[rows * columns, 3]: 0, the row and the column of each image token."""
+    row = torch.arange(rows, device=device, dtype=torch.float32)[:, None].expand(rows, columns)
+    column = torch.arange(columns, device=device, dtype=torch.float32)[None].expand(rows, columns)
+    return torch.stack([torch.zeros_like(row), row, column], dim=2).flatten(0, 1)

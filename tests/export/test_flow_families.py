@@ -1,0 +1,412 @@
+"""Families of transformers trained by flow matching, end to end, against diffusers' own pipelines.
+
+The tokenizers of the tiny models take 20 tokens (CLIP) and 24 (T5). Exporting one takes a minute, so that each is
+exported once; variants of it run its PyTorch modules in the runtime.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import PIL.Image
+import pytest
+import torch
+
+from oneword.engines.errors import ConceptError, UsageError
+from oneword.engines.open import Backend
+from oneword.export.eager import eager_model
+from oneword.export.families import family_of
+from oneword.export.source import UNSUPPORTED, load_source
+from oneword.export.write import export_bundle
+from oneword.runtime.bundle import Bundle
+from oneword.runtime.concept import Concept, load_concept, save_concept
+from oneword.runtime.drawing import draw
+from oneword.runtime.model import Model, check_fits
+from oneword.runtime.profiles import PlanLimits
+from oneword.runtime.request import Image, Request
+from oneword.runtime.scheduler import Scheduler
+from tests.plans import rtx_plans
+
+PROMPT = "a photo of the red painting, 7 cats"
+WIDTHS = {"text_encoder": 16, "text_encoder_2": 12, "text_encoder_3": 32}
+
+
+@pytest.fixture(scope="module")
+def sd3_bundle(tiny_sd3_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    exported = export_bundle(tiny_sd3_dir, tmp_path_factory.mktemp("sd3") / "bundle")
+    assert exported.family == "stable-diffusion-3"
+    assert max(difference.value for difference in exported.differences if difference.unit == "relative") <= 1e-4
+    return exported.bundle.path
+
+
+@pytest.fixture(scope="module")
+def sd3(sd3_bundle: Path) -> Model:
+    return Model.open(sd3_bundle, Backend.ONNXRUNTIME, threads=1)
+
+
+@pytest.fixture
+def sd3_pipeline(tiny_sd3_dir: Path) -> Any:
+    from diffusers import StableDiffusion3Pipeline
+
+    return StableDiffusion3Pipeline.from_pretrained(tiny_sd3_dir)
+
+
+@pytest.fixture(scope="module")
+def flux_bundle(tiny_flux_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    exported = export_bundle(tiny_flux_dir, tmp_path_factory.mktemp("flux") / "bundle")
+    assert exported.family == "flux-1"
+    assert max(difference.value for difference in exported.differences if difference.unit == "relative") <= 1e-4
+    return exported.bundle.path
+
+
+@pytest.fixture(scope="module")
+def flux(flux_bundle: Path) -> Model:
+    return Model.open(flux_bundle, Backend.ONNXRUNTIME, threads=1)
+
+
+@pytest.fixture
+def flux_pipeline(tiny_flux_dir: Path) -> Any:
+    from diffusers import FluxPipeline
+
+    return FluxPipeline.from_pretrained(tiny_flux_dir)
+
+
+@pytest.mark.parametrize(
+    ("negative_prompt", "guidance_scale", "size"),
+    [(None, 1.0, (64, 64)), (None, 7.0, (80, 64)), ("blue dog", 4.0, (48, 112))],
+)
+def test_sd3_matches_diffusers(
+    sd3: Model, sd3_pipeline: Any, negative_prompt: str | None, guidance_scale: float, size: tuple[int, int]
+) -> None:
+    settings = {"negative_prompt": negative_prompt, "guidance_scale": guidance_scale}
+    ours = picture(sd3, PROMPT, size=size, **settings)
+    assert psnr(ours, diffusers_picture(sd3_pipeline, PROMPT, size=size, **settings)) >= 50
+
+
+@pytest.mark.parametrize("strength", [0.45, 0.75, 1.0])
+def test_image_to_image_with_sd3_matches_diffusers(sd3: Model, sd3_pipeline: Any, strength: float) -> None:
+    from diffusers import StableDiffusion3Img2ImgPipeline
+
+    settings = {"strength": strength, "guidance_scale": 4.0}
+    ours = picture(sd3, PROMPT, image=scene(80, 64), **settings)
+    pipeline = StableDiffusion3Img2ImgPipeline(**sd3_pipeline.components)
+    theirs = diffusers_picture(pipeline, PROMPT, image=PIL.Image.fromarray(scene(80, 64)), **settings)
+    assert psnr(ours, theirs) >= 50
+
+
+@pytest.mark.parametrize("strength", [0.75, 1.0])
+def test_a_masked_edit_with_sd3_matches_diffusers(sd3: Model, sd3_pipeline: Any, strength: float) -> None:
+    from diffusers import StableDiffusion3InpaintPipeline
+
+    settings = {"strength": strength, "guidance_scale": 4.0}
+    ours = picture(sd3, PROMPT, image=scene(80, 64), mask=square(80, 64), paste=False, **settings)
+    pipeline = StableDiffusion3InpaintPipeline(**sd3_pipeline.components)
+    images = {"image": PIL.Image.fromarray(scene(80, 64)), "mask_image": PIL.Image.fromarray(square(80, 64))}
+    shift = pipeline.vae.config.shift_factor
+    decode = pipeline.vae.decode  # this pipeline leaves out the shift, which the others add
+    pipeline.vae.decode = lambda latents, **settings: decode(latents + shift, **settings)
+    assert psnr(ours, diffusers_picture(pipeline, PROMPT, **images, **settings)) >= 50
+
+
+def test_dpmpp_2m_with_sd3_matches_diffusers(sd3: Model, sd3_pipeline: Any) -> None:
+    from diffusers import DPMSolverMultistepScheduler
+
+    config = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
+    sd3_pipeline.scheduler = DPMSolverMultistepScheduler.from_config(sd3_pipeline.scheduler.config, **config)
+    ours = picture(sd3, PROMPT, guidance_scale=4.0, sampler="dpmpp-2m")
+    assert psnr(ours, diffusers_picture(sd3_pipeline, PROMPT, guidance_scale=4.0)) >= 50
+
+
+def test_sd3_without_t5_attends_to_zeros_in_its_place(tiny_sd3_dir: Path, sd3_pipeline: Any) -> None:
+    model = eager_model(load_source(tiny_sd3_dir, without=["text_encoder_3"]))
+    sd3_pipeline.text_encoder_3 = sd3_pipeline.tokenizer_3 = None
+
+    ours = picture(model, PROMPT, guidance_scale=4.0)
+
+    assert model.context_length(model.tokenize("")) == 20 + 256
+    assert psnr(ours, diffusers_picture(sd3_pipeline, PROMPT, guidance_scale=4.0, max_sequence_length=256)) >= 50
+    check_fits(concept(*WIDTHS), model.manifest)  # the vectors for T5 are not used
+
+
+def test_a_text_encoder_that_a_model_needs_cannot_be_left_out(tiny_sd3_dir: Path, tiny_model_dir: Path) -> None:
+    with pytest.raises(UsageError, match=r"--without text_encoder: .* StableDiffusion3Pipeline, allowed is text_enc"):
+        load_source(tiny_sd3_dir, without=["text_encoder"])
+    with pytest.raises(UsageError, match=r"--without text_encoder_3: .* StableDiffusionPipeline, it needs all its"):
+        load_source(tiny_model_dir, without=["text_encoder_3"])
+
+
+def test_a_long_prompt_of_sd3_adds_tokens_to_the_negative_prompt_too(sd3: Model, sd3_pipeline: Any) -> None:
+    words = ["red"] * 17 + ["cat", "blue", "dog"]  # 18 tokens of CLIP fit into a chunk, 23 of T5
+    chunks = [" ".join(words[:18]), " ".join(words[18:])]
+    with torch.no_grad():
+        embeds = {
+            name: contexts_of(sd3_pipeline, texts, t5_text)
+            for name, texts, t5_text in (("", chunks, " ".join(words)), ("negative_", ["", ""], ""))
+        }
+    settings = {f"{name}prompt_embeds": context for name, (context, _) in embeds.items()}
+    settings |= {f"{name}pooled_prompt_embeds": pooled for name, (_, pooled) in embeds.items()}
+
+    ours = picture(sd3, " ".join(words), guidance_scale=4.0)
+
+    assert settings["prompt_embeds"].shape[1] == 2 * 20 + 24
+    assert psnr(ours, diffusers_picture(sd3_pipeline, None, guidance_scale=4.0, **settings)) >= 50
+
+
+def test_rows_of_sd3_that_share_a_call_are_those_drawn_alone(sd3: Model) -> None:
+    requests = [
+        Request(PROMPT, seed=1, steps=4, guidance_scale=4.0),
+        Request("a blue dog", seed=2, steps=6, guidance_scale=1.0),
+        Request("a ring", "a star", seed=3, steps=5, guidance_scale=7.0, sampler="dpmpp-2m"),
+    ]
+    together = [result.image for result in draw(sd3, *requests)]
+    for request, image in zip(requests, together, strict=True):
+        [alone] = draw(sd3, request)
+        assert psnr(image, alone.image) >= 50
+
+
+def test_prompts_of_different_lengths_do_not_share_a_call_in_joint_attention(sd3: Model) -> None:
+    scheduler = Scheduler(sd3)
+    for prompt in ("a cat", "a dog", "red " * 20):
+        scheduler.add(Request(prompt, steps=2, guidance_scale=4.0))
+    scheduler.step()
+
+    sizes = {size: len(arena.rows) for size, arena in scheduler.denoiser._arenas.items()}
+    assert sizes == {(8, 8, 20 + 24): 2, (8, 8, 2 * 20 + 24): 1}
+
+
+def test_a_word_of_all_three_encoders_of_sd3_matches_diffusers(sd3: Model, sd3_pipeline: Any, tmp_path: Path) -> None:
+    save_concept(concept(*WIDTHS), tmp_path / "toy.safetensors")
+    word = load_concept(tmp_path / "toy.safetensors")
+    for index, encoder in enumerate(WIDTHS):
+        add_word(sd3_pipeline, word, encoder, "" if index == 0 else f"_{index + 1}")
+
+    ours = picture(sd3, "a photo of <toy> on the ring", guidance_scale=4.0, words={"<toy>": word})
+
+    theirs = diffusers_picture(sd3_pipeline, "a photo of <toy><toy-1> on the ring", guidance_scale=4.0)
+    assert psnr(ours, theirs) >= 50
+
+
+@pytest.mark.parametrize(("provenance", "text"), [({"init": "painting"}, "painting"), ({}, "")])
+def test_a_word_of_sdxl_works_in_sd3_and_t5_reads_its_text(
+    sd3: Model, sd3_pipeline: Any, provenance: dict[str, str], text: str
+) -> None:
+    word = concept("text_encoder", "text_encoder_2", **provenance)
+    for encoder, suffix in (("text_encoder", ""), ("text_encoder_2", "_2")):
+        add_word(sd3_pipeline, word, encoder, suffix)
+
+    ours = picture(sd3, "a photo of <toy> on the ring", guidance_scale=4.0, words={"<toy>": word})
+
+    prompts = {"prompt_2": "a photo of <toy><toy-1> on the ring", "prompt_3": f"a photo of {text} on the ring"}
+    theirs = diffusers_picture(sd3_pipeline, prompts["prompt_2"], guidance_scale=4.0, **prompts)
+    assert psnr(ours, theirs) >= 50
+
+
+def test_a_word_without_a_clip_encoder_of_sd3_is_refused(sd3: Model) -> None:
+    message = "model's encoders are text_encoder, text_encoder_2, and text_encoder_3 optionally: learn the word for"
+    with pytest.raises(ConceptError, match=message):
+        sd3.load(concept("text_encoder", "text_encoder_3"))
+
+
+@pytest.mark.parametrize("tiny_flux_dir", ["dev"], indirect=True)
+@pytest.mark.parametrize("size", [(64, 64), (48, 112)])
+def test_flux_dev_matches_diffusers(flux: Model, flux_pipeline: Any, size: tuple[int, int]) -> None:
+    ours = picture(flux, PROMPT, size=size, embedded_guidance=5.0)
+    assert psnr(ours, diffusers_picture(flux_pipeline, PROMPT, size=size, guidance_scale=5.0)) >= 50
+    ours = picture(flux, PROMPT, size=size, negative_prompt="blue dog", guidance_scale=2.0)
+    guidance = {"true_cfg_scale": 2.0, "negative_prompt": "blue dog", "guidance_scale": 3.5}
+    assert psnr(ours, diffusers_picture(flux_pipeline, PROMPT, size=size, **guidance)) >= 50
+
+
+@pytest.mark.parametrize("tiny_flux_dir", ["schnell"], indirect=True)
+def test_flux_schnell_matches_diffusers(tiny_flux_dir: Path, flux_pipeline: Any) -> None:
+    model = eager_model(load_source(tiny_flux_dir))
+    assert (model.manifest.defaults.steps, model.manifest.defaults.guidance_scale) == (4, 1.0)
+    ours = picture(model, PROMPT, steps=4)
+    assert psnr(ours, diffusers_picture(flux_pipeline, PROMPT, num_inference_steps=4, guidance_scale=0.0)) >= 50
+    with pytest.raises(UsageError, match="this model takes no embedded_guidance: use guidance_scale"):
+        draw(model, PROMPT, embedded_guidance=3.5)
+
+
+@pytest.mark.parametrize("tiny_flux_dir", ["dev"], indirect=True)
+def test_edits_with_flux_match_diffusers(flux: Model, flux_pipeline: Any) -> None:
+    from diffusers import FluxImg2ImgPipeline, FluxInpaintPipeline
+
+    settings = {"strength": 0.75, "guidance_scale": 3.5}
+    pipelines = [kind(**flux_pipeline.components) for kind in (FluxImg2ImgPipeline, FluxInpaintPipeline)]
+    image, mask = scene(80, 64), square(80, 64)
+    ours = picture(flux, PROMPT, image=image, strength=0.75)
+    theirs = diffusers_picture(pipelines[0], PROMPT, image=PIL.Image.fromarray(image), **settings)
+    assert psnr(ours, theirs) >= 50
+    ours = picture(flux, PROMPT, image=image, mask=mask, paste=False, strength=0.75)
+    images = {"image": PIL.Image.fromarray(image), "mask_image": PIL.Image.fromarray(mask)}
+    assert psnr(ours, diffusers_picture(pipelines[1], PROMPT, **images, **settings)) >= 50
+
+
+@pytest.mark.parametrize("tiny_flux_dir", ["dev"], indirect=True)
+def test_a_word_of_clip_and_t5_in_flux_matches_diffusers(flux: Model, flux_pipeline: Any, tmp_path: Path) -> None:
+    save_concept(concept("text_encoder", "text_encoder_3"), tmp_path / "toy.safetensors")
+    word = load_concept(tmp_path / "toy.safetensors")
+    for name, suffix in (("text_encoder", ""), ("text_encoder_3", "_2")):
+        flux_pipeline.load_textual_inversion(
+            torch.from_numpy(word.vectors[name].copy()),
+            token="<toy>",
+            text_encoder=getattr(flux_pipeline, f"text_encoder{suffix}"),
+            tokenizer=getattr(flux_pipeline, f"tokenizer{suffix}"),
+        )
+
+    ours = picture(flux, "a photo of <toy> on the ring", words={"<toy>": word})
+
+    assert psnr(ours, diffusers_picture(flux_pipeline, "a photo of <toy> on the ring")) >= 50
+
+
+@pytest.mark.parametrize("tiny_flux_dir", ["dev"], indirect=True)
+def test_rows_of_flux_that_share_a_call_are_those_drawn_alone(flux: Model) -> None:
+    requests = [
+        Request(PROMPT, seed=1, steps=4, embedded_guidance=2.0),
+        Request("a blue dog", "a ring", seed=2, steps=6, guidance_scale=3.0),
+        Request("a ring", seed=3, steps=5, sampler="dpmpp-2m"),
+    ]
+    together = [result.image for result in draw(flux, *requests)]
+    for request, image in zip(requests, together, strict=True):
+        [alone] = draw(flux, request)
+        assert psnr(image, alone.image) >= 50
+
+
+def test_sd3_in_openvino_is_near_onnxruntime(sd3: Model, sd3_bundle: Path) -> None:
+    assert decibels_of_openvino(sd3, sd3_bundle, guidance_scale=4.0) >= 30
+
+
+@pytest.mark.parametrize("tiny_flux_dir", ["dev"], indirect=True)
+def test_flux_in_openvino_is_near_onnxruntime(flux: Model, flux_bundle: Path) -> None:
+    assert decibels_of_openvino(flux, flux_bundle) >= 30
+
+
+@pytest.mark.plans
+def test_every_graph_of_sd3_becomes_a_plan(sd3_bundle: Path) -> None:
+    assert_planned(sd3_bundle)
+
+
+@pytest.mark.plans
+def test_every_graph_of_flux_becomes_a_plan(flux_bundle: Path) -> None:
+    assert_planned(flux_bundle)
+
+
+def test_sizes_that_sd3_cannot_draw_are_refused(sd3: Model) -> None:
+    with pytest.raises(UsageError, match="size 72x64: width must be a multiple of 16, for example 64"):
+        draw(sd3, "a cat", size=(72, 64))
+    with pytest.raises(UsageError, match="size 400x64: this model allows up to 384 pixels per side"):
+        draw(sd3, "a cat", size=(400, 64))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"_class_name": "EulerDiscreteScheduler"},
+            "the scheduler is EulerDiscreteScheduler, which is not one of flow",
+        ),
+        ({"shift_terminal": 0.02}, "shift_terminal = 0.02"),
+    ],
+)
+def test_a_scheduler_that_does_not_suit_sd3_is_refused(
+    tiny_sd3_dir: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], message: str
+) -> None:
+    source = load_source(tiny_sd3_dir)
+    object.__setattr__(source, "scheduler_config", {**source.scheduler_config, **change})
+    with pytest.raises(UsageError, match=message):
+        family_of(source)
+
+
+def test_a_network_that_its_pipeline_does_not_have_is_refused(tiny_model_dir: Path) -> None:
+    source = load_source(tiny_model_dir)
+    object.__setattr__(source, "pipeline", "StableDiffusion3Pipeline")
+    with pytest.raises(UsageError, match="has the network UNet2DConditionModel, its pipeline needs SD3Transformer2DM"):
+        family_of(source)
+
+
+@pytest.mark.parametrize("pipeline", UNSUPPORTED)
+def test_other_families_are_refused_with_what_is_missing(tmp_path: Path, pipeline: str) -> None:
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": pipeline}))
+    with pytest.raises(UsageError, match=f"is a {pipeline}, which needs .*: give a model of a supported family"):
+        load_source(tmp_path)
+
+
+def test_learning_is_refused_for_a_model_without_a_unet(tiny_sd3_dir: Path) -> None:
+    from oneword.train.learner import Learner
+    from oneword.train.recipe import Recipe
+
+    with pytest.raises(UsageError, match="has the network SD3Transformer2DModel: give a model with a UNet"):
+        Learner(load_source(tiny_sd3_dir), [], Recipe(), seed=0)
+
+
+def picture(model: Model, prompt: str, **settings: Any) -> Image:
+    [result] = draw(model, prompt, **{"seed": 4, "steps": 6, "size": (80, 64), **settings})
+    assert result.image.std() > 1  # not a blank picture
+    return result.image
+
+
+def diffusers_picture(pipeline: Any, prompt: str | None, size: tuple[int, int] = (80, 64), **settings: Any) -> Image:
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(4)
+    defaults = {"num_inference_steps": 6, "width": size[0], "height": size[1], "max_sequence_length": 24}
+    output = pipeline(prompt, generator=generator, output_type="np", **{**defaults, **settings})
+    return np.asarray((output.images[0] * 255).round(), np.uint8)
+
+
+def contexts_of(pipeline: Any, clip_texts: list[str], t5_text: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The context and pooled vector of SD3, from diffusers' own encoding of each chunk."""
+    clip = [pipeline._get_clip_prompt_embeds(clip_texts, clip_model_index=index) for index in (0, 1)]
+    hidden = torch.cat([states.flatten(0, 1) for states, _ in clip], dim=-1)[None]
+    t5 = pipeline._get_t5_prompt_embeds(t5_text, max_sequence_length=24)
+    hidden = torch.nn.functional.pad(hidden, (0, t5.shape[-1] - hidden.shape[-1]))
+    return torch.cat([hidden, t5], dim=1), torch.cat([pooled[:1] for _, pooled in clip], dim=-1)
+
+
+def concept(*encoders: str, **provenance: str) -> Concept:
+    """A word of two vectors for each of these encoders."""
+    random = np.random.default_rng(0)
+    vectors = {name: random.normal(0, 0.5, (2, WIDTHS[name])).astype(np.float32) for name in encoders}
+    return Concept("<toy>", vectors, provenance)
+
+
+def add_word(pipeline: Any, word: Concept, encoder: str, suffix: str) -> None:
+    """Adds <toy> and <toy-1> to one encoder of a pipeline, which diffusers cannot load for SD3 itself."""
+    tokenizer, model = getattr(pipeline, f"tokenizer{suffix}"), getattr(pipeline, f"text_encoder{suffix}")
+    tokenizer.add_tokens(["<toy>", "<toy-1>"])
+    model.resize_token_embeddings(max(len(tokenizer), model.config.vocab_size))
+    ids = tokenizer.convert_tokens_to_ids(["<toy>", "<toy-1>"])
+    with torch.no_grad():
+        model.get_input_embeddings().weight[ids] = torch.from_numpy(word.vectors[encoder].copy())
+
+
+def scene(width: int, height: int) -> Image:
+    y, x = np.mgrid[:height, :width] / 64
+    return (np.stack([x, y, (x - 0.5) ** 2 + (y - 0.5) ** 2], axis=-1).clip(0, 1) * 255).astype(np.uint8)
+
+
+def square(width: int, height: int) -> npt.NDArray[np.uint8]:
+    mask = np.zeros((height, width), np.uint8)
+    mask[16:40, 8:48] = 255
+    return mask
+
+
+def psnr(a: Image, b: Image) -> float:
+    error = float(np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2))
+    return float(10 * np.log10(255**2 / max(error, 1e-9)))
+
+
+def decibels_of_openvino(model: Model, bundle: Path, **settings: Any) -> float:
+    """PSNR of OpenVINO's picture against ONNX Runtime's; OpenVINO computes in bfloat16 if the processor has it."""
+    pytest.importorskip("openvino")
+    openvino = Model.open(bundle, Backend.OPENVINO, threads=1)
+    return psnr(picture(model, PROMPT, **settings), picture(openvino, PROMPT, **settings))
+
+
+def assert_planned(path: Path) -> None:
+    """Builds plans without a GPU; the builder fails if the parsed network differs from the manifest."""
+    bundle = Bundle.open(path)
+    plans = rtx_plans(bundle, "sm89", PlanLimits(max_batch=1))
+    assert plans.keys() == bundle.manifest.graphs.keys()
+    assert all(path.stat().st_size > 1000 for paths in plans.values() for path in paths)

@@ -1,0 +1,110 @@
+"""T5's encoder and its tokenizer, against transformers."""
+
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import tokenizers
+import torch
+
+from oneword.export.t5 import T5Encoder
+from oneword.runtime.bundle import Encoder
+from oneword.runtime.concept import Concept
+from oneword.runtime.prompt import Tokenizer, Vocabulary, encode_ids
+from tests.conftest import WORDS
+from tests.export.conftest import t5, t5_tokenizer
+
+
+@pytest.fixture
+def model() -> Any:
+    torch.manual_seed(0)
+    return t5(t5_tokenizer(), width=32).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("length", [1, 7, 24, 60])
+def test_the_states_are_those_of_transformers(model: Any, length: int) -> None:
+    encoder = T5Encoder(model, max_length=60)  # distances above 16 share a bucket
+    ids = torch.randint(0, model.config.vocab_size, (3, length))
+
+    states, weight_scale, finite = encoder(ids, encoder.table, torch.ones(3, length))
+
+    torch.testing.assert_close(states, model(ids)[0], rtol=1e-5, atol=1e-5)
+    assert weight_scale.tolist() == [1, 1, 1]
+    assert finite.all()
+
+
+def test_a_row_of_the_table_beyond_the_vocabulary_is_a_learned_vector(model: Any) -> None:
+    encoder, ids = T5Encoder(model, max_length=24), torch.randint(0, 50, (1, 9))
+    vector = torch.randn(1, 32)
+    embeds = model.get_input_embeddings()(ids)
+    embeds[0, 4] = vector
+    ids[0, 4] = len(encoder.table)
+
+    states, _, _ = encoder(ids, torch.cat([encoder.table, vector]), torch.ones(1, 9))
+
+    torch.testing.assert_close(states, model(inputs_embeds=embeds)[0], rtol=1e-5, atol=1e-5)
+
+
+def test_states_beyond_the_range_of_fp16_stay_finite_as_in_transformers(model: Any) -> None:
+    for block in model.encoder.block:  # outputs of about 1e5, where fp16 ends at 65,504
+        block.layer[1].DenseReluDense.wo.weight *= 1e5
+    expected = model(torch.arange(9)[None])[0]
+    half = model.half()
+    for block in half.encoder.block:  # what transformers does when it loads T5 in fp16
+        block.layer[1].DenseReluDense.wo.float()
+    encoder = T5Encoder(half, max_length=24)
+
+    states, _, finite = encoder(torch.arange(9)[None], encoder.table, torch.ones(1, 9))
+
+    assert finite.all()
+    assert (states - expected).abs().max() <= 0.02 * expected.abs().max()
+
+
+def test_weights_multiply_states_and_keep_a_mean(model: Any) -> None:
+    encoder, ids = T5Encoder(model, max_length=24), torch.arange(9)[None]
+    plain, _, _ = encoder(ids, encoder.table, torch.ones(1, 9))
+    weights = torch.ones(1, 9)
+    weights[0, 3:5] = 1.4
+
+    states, scale, _ = encoder(ids, encoder.table, weights)
+
+    torch.testing.assert_close(states, plain * weights[..., None] * scale)
+    if scale != 1:  # 1 if the mean was only rounding error
+        torch.testing.assert_close(states.mean(), plain.mean())
+
+
+def test_the_ids_of_two_thousand_prompts_with_words_are_those_of_transformers() -> None:
+    reference = t5_tokenizer(model_max_length=64)
+    encoder = Encoder(
+        graph="text_encoder_3", table="", tokenizer="", vocab_size=len(reference), width=4, hidden_width=4, length=64,
+        bos_id=None, eos_id=1, pad_id=0, layers=(), default_layer=None,
+    )  # fmt: skip
+    ours = Tokenizer(tokenizers.Tokenizer.from_str(reference.backend_tokenizer.to_str()), encoder)
+    names = ["<toy>", "<cat-toy>", "<style.2>"]
+    words = {
+        name: Concept(name, {"text_encoder_3": np.full((1 + i, 4), 0.1 * (i + 1), np.float32)})
+        for i, name in enumerate(names)
+    }
+    pieces = [f"<{i}-{j}>" for i in range(3) for j in range(1 + i)]
+    reference.add_tokens(pieces)
+    learned = {reference.convert_tokens_to_ids(piece): number for number, piece in enumerate(pieces)}
+    choose = random.Random(0)
+    fragments = [*WORDS, *names, "paintings", "redring", "Éclair", "ü", "☃", "7", ", ", ".", "-", "  ", "\t", "'s"]
+
+    for _ in range(2000):
+        prompt = "".join(choose.choice(fragments) + choose.choice(("", " ", " ")) for _ in range(choose.randint(0, 12)))
+        text = prompt
+        for i, name in enumerate(names):
+            text = text.replace(name, "".join(f"<{i}-{j}>" for j in range(1 + i)))
+        expected = reference(text, padding="max_length", max_length=64, truncation=True).input_ids
+        chunks = encode_ids(prompt, ours, Vocabulary(words), "text_encoder_3")
+        numbers = [piece for concept in chunks.concepts for piece in _numbers(names.index(concept.token))]
+        ids = [id_ if id_ >= 0 else -1 - numbers[-1 - id_] for id_ in chunks.input_ids[0].tolist()]
+        assert ids == [-1 - learned[id_] if id_ in learned else id_ for id_ in expected], prompt
+
+
+def _numbers(word: int) -> range:
+    """The places of a word's vectors in the list of all."""
+    start = word * (word + 1) // 2
+    return range(start, start + word + 1)
