@@ -19,7 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import safetensors.numpy
 from PIL import Image as Pillow
+from PIL import ImageDraw
 
 from benchmarks.exported import exported
 from benchmarks.pages import RESULTS, empty_page, provenance, write_section
@@ -43,6 +45,8 @@ STYLE = next(iter(HELD_OUT_STYLES))
 PHOTOGRAPHED = ("studio", "kitchen", "desert", "meadow", "brick")
 PLACES = ("in the snow", "at night", "by the sea", "in the forest", "at sunset")
 STAR = "a photo of a red star in the meadow"
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+FRACTIONS = (0.0, 0.1, 0.2, 0.3, 0.5, 1.0)
 SEED = 7
 GUIDANCE = 4.0
 
@@ -114,10 +118,14 @@ def learn(work: Path, model: str, steps: int | None) -> tuple[list[Path], dict[s
 
 
 def write_inputs(folder: Path, words: Sequence[Path]) -> None:
-    """Puts the files that the page's commands name beside the bundle: words, their pictures, star.png and mask.png."""
+    """Puts the files that the page's commands name beside the bundle: words, their pictures, star.png, strokes.png and
+    mask.png."""
     for word in words:
         shutil.copy(word, folder / word.name)
         shutil.copytree(word.with_suffix(""), folder / word.stem, dirs_exist_ok=True)
+    avoid = load_concept(folder / "style.safetensors").vectors["text_encoder"]
+    safetensors.numpy.save_file({"emb_params": avoid}, folder / "avoid.safetensors")  # easynegative's layout
+    save_png(strokes(), folder / "strokes.png", "")
     star, mask = star_and_mask()
     save_png(star, folder / "star.png", "")
     save_png(np.repeat(mask[..., None] * np.uint8(255), 3, axis=-1), folder / "mask.png", "")
@@ -127,6 +135,15 @@ def star_and_mask() -> tuple[Image, np.ndarray]:
     """A picture to edit, and the area of it to regenerate."""
     star, _ = render(Scene((Thing(Look("star", "red", "white", "plain")),), "meadow"), SEED)
     return star, disc(64, 27)
+
+
+def strokes() -> Image:
+    """A few strokes of a brush: a round thing on the ground."""
+    canvas = Pillow.new("RGB", (64, 64), (96, 160, 220))
+    brush = ImageDraw.Draw(canvas)
+    brush.rectangle((0, 40, 63, 63), fill=(235, 235, 240))
+    brush.line((20, 38, 32, 20, 44, 38, 24, 28, 42, 28, 22, 38), fill=(220, 60, 50), width=9, joint="curve")
+    return np.asarray(canvas)
 
 
 def of_the_model(steps: int) -> list[Section]:
@@ -190,6 +207,27 @@ def of_the_model(steps: int) -> list[Section]:
                 for medium in ("a photo", "a painting")
             ],
             [["--image", *(f"strength {strength}" for strength in strengths)]],
+        ),
+        Section(
+            "strokes",
+            "Strokes",
+            "Paint roughly what you want, with any program, and draw over it: `--strength` 0.6 to 0.8 keeps the layout "
+            "and colours of the strokes, and the prompt adds the rest (SDEdit, arXiv 2108.01073).",
+            command(["a photo of a red star in the snow"], "--image", "strokes.png", "--strength", "0.7"),
+            [
+                (
+                    f"a photo of a {thing} in the snow",
+                    [
+                        strokes(),
+                        *(
+                            ask(f"a photo of a {thing} in the snow", steps, image=strokes(), strength=strength)
+                            for strength in (0.5, 0.6, 0.7, 0.8)
+                        ),
+                    ],
+                )
+                for thing in ("red star", "red heart with white dots")
+            ],
+            [["--image", *(f"strength {strength}" for strength in (0.5, 0.6, 0.7, 0.8))]],
         ),
         Section(
             "masked-edit",
@@ -285,6 +323,53 @@ def of_words(learned_from: dict[str, list[Image]], steps: int) -> list[Section]:
             [PLACES],
         ),
         Section(
+            "slider",
+            "Between two words",
+            "A word between two learned words: the number is the second word's share.",
+            command([f"a photo of a {{<toy>|<gem>:0.5}} {PLACES[0]}"], *concepts),
+            [
+                (
+                    f"a photo of a {{<toy>|<gem>:...}} {place}",
+                    [ask(f"a photo of a {{<toy>|<gem>:{share}}} {place}", steps) for share in SHARES],
+                )
+                for place in PLACES[:2]
+            ],
+            [[f"{share}" for share in SHARES]],
+        ),
+        Section(
+            "prompt-schedule",
+            "Another word half-way",
+            "`[a:b:0.2]` draws a for a fifth of the steps, then b: the layout is that of a, the thing is b.",
+            command([f"a photo of a [red star:<toy>:0.2] {PLACES[0]}"], *concepts),
+            [
+                (
+                    f"a photo of a [{thing}:<toy>:...] {PLACES[0]}",
+                    [ask(f"a photo of a [{thing}:<toy>:{when}] {PLACES[0]}", steps) for when in FRACTIONS],
+                )
+                for thing in ("red star", "<gem>")
+            ],
+            [[f"{when}" for when in FRACTIONS]],
+        ),
+        Section(
+            "negative-word",
+            "A word to avoid",
+            "A word in the negative prompt, from a file in the layout of popular negative words such as easynegative "
+            "(`emb_params`; the file's name is the word). This one has the vectors of `<style>`.",
+            command(
+                [f"a red star {place}" for place in PLACES],
+                *("--concept", "avoid.safetensors", "--negative-prompt", "in the style of avoid"),
+            ),
+            [
+                (label, [ask(f"a red star {place}{positive}", steps, negative_prompt=negative) for place in PLACES])
+                for label, positive, negative in (
+                    ("without", "", None),
+                    ("--negative-prompt ...", "", "in the style of <style>"),
+                    ("for comparison, in the style to avoid", " in the style of <style>", None),
+                )
+            ],
+            [PLACES],
+        ),
+        Section(
             "word-and-style",
             "A word with a style word",
             "A learned object in a learned style, and in a style and media that the model knows.",
@@ -327,9 +412,9 @@ def markdown(sections: Sequence[Section], steps: int) -> str:
     parts = [
         provenance("gallery"),
         "This learns three words, exports the model and draws all pictures in one call. It leaves the bundle, the "
-        "words, the folders of pictures they were learned from, `star.png` and `mask.png` in `build/gallery/`: run the "
-        "commands below there. A command draws all pictures of its sheet, or some of them, and the labels name what "
-        "differs in the others. Nothing was selected. Pictures have "
+        "words, the folders of pictures they were learned from, `star.png`, `strokes.png` and `mask.png` in "
+        "`build/gallery/`: run the commands below there. A command draws all pictures of its sheet, or some of them, "
+        "and the labels name what differs in the others. Nothing was selected. Pictures have "
         "64x64 pixels and are shown enlarged.",
     ]
     settings = f" --guidance-scale {GUIDANCE:g} --steps {steps} --seed {SEED}"

@@ -7,8 +7,8 @@ A small graph is compiled once for any shape. Dynamic shapes cost a third of its
 run often is compiled again for its own shapes, in the background. Both are cached as plans.
 
 A graph that is not small is not cached compiled, which would hold its weights again and take as long to read. What is
-kept as a plan is the graph in OpenVINO's own format, with fp16 weights that are mapped into memory instead of read: from
-it SD 1.5's step compiles in 2 GiB less than from its fp32 ONNX. It is made at the first start, and only where the engine
+kept as a plan is the graph in OpenVINO's own format, with fp16 weights that are mapped instead of read: from it SD
+1.5's step compiles in 2 GiB less than from its fp32 ONNX. It is made at the first start, and only where the engine
 computes in bfloat16, which keeps fewer bits of a weight than fp16 does.
 
 A large graph is first compiled for the shapes in use, which makes each run faster and saves seconds in the first. When

@@ -107,10 +107,8 @@ def family_of(source: Source) -> Exportable:
     """The Exportable of a source's family. Raises UsageError that names what is not supported."""
     families = {pipeline: family for family in FAMILIES for pipeline in FAMILIES[family]}
     if source.pipeline not in families:
-        missing = f", which needs {UNSUPPORTED[source.pipeline]}" if source.pipeline in UNSUPPORTED else ""
         raise UsageError(
-            f"{source.model} is a {source.pipeline or 'model without pipeline'}{missing}: "
-            f"give a model of {', '.join(families)}"
+            f"{source.model} is a {source.pipeline or 'model without pipeline'}: give a model of {', '.join(families)}"
         )
     return families[source.pipeline](source)
 
@@ -232,27 +230,14 @@ FAMILIES: dict[Callable[[Source], Exportable], tuple[str, ...]] = {
     stable_diffusion_3: ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline"),
     flux: ("FluxPipeline", "FluxImg2ImgPipeline"),
 }
-UNSUPPORTED = {
-    "ChromaPipeline": "a mask of the prompt's padding in joint attention",
-    "Flux2Pipeline": "Mistral as its text encoder",
-    "Flux2KleinPipeline": "Qwen3 as its text encoder",
-    "ZImagePipeline": "Qwen3 as its text encoder, and prompts without padding",
-    "QwenImagePipeline": "Qwen2.5-VL as its text encoder, and a mask of the prompt",
-    "PixArtAlphaPipeline": "a mask of the prompt in cross-attention",
-    "PixArtSigmaPipeline": "a mask of the prompt in cross-attention",
-    "SanaPipeline": "Gemma2 as its text encoder, and a mask of the prompt",
-    "Lumina2Pipeline": "Gemma2 as its text encoder, and a mask of the prompt",
-    "HiDreamImagePipeline": "Llama as one of its text encoders",
-    "StableCascadeCombinedPipeline": "two networks in turn",
-    "KandinskyV22CombinedPipeline": "a prior before its network",
-}
-"""Text-to-image pipelines that are refused, with the first thing that is missing here."""
 
 
 def transformer_of(source: Source, kind: type[Any]) -> Any:
     """The network of a source. Raises UsageError if it is not of the kind that the pipeline needs."""
     if not isinstance(source.network, kind):
-        raise UsageError(f"{source.model} has the network {type(source.network).__name__}, its pipeline needs {kind}")
+        raise UsageError(
+            f"{source.model} has the network {type(source.network).__name__}, its pipeline needs {kind.__name__}"
+        )
     return source.network
 
 

@@ -161,8 +161,8 @@ class PooledEncoder(nn.Module):
 
     def forward(self, input_ids: Tensor, embedding_table: Tensor, eos_index: Tensor) -> tuple[Tensor, Tensor]:
         """input_ids [B,T], table [V,D], eos_index [B] -> pooled [B,P], finite [B]."""
-        ones, layer = torch.ones_like(input_ids, dtype=torch.float32), torch.ones_like(eos_index)
-        _, _, pooled, _ = self.encoder(input_ids, embedding_table, ones, layer, eos_index)
+        weights, layer = torch.ones_like(input_ids, dtype=torch.float32), torch.ones_like(eos_index)
+        _, _, pooled, _ = self.encoder(input_ids, embedding_table, weights, layer, eos_index)
         return pooled, finite(pooled)
 
 

@@ -53,6 +53,21 @@ COMPONENT_NAMES = (
 )
 OMISSIBLE = {"StableDiffusion3Pipeline": "text_encoder_3", "StableDiffusion3Img2ImgPipeline": "text_encoder_3"}
 """The text encoder that a pipeline runs without, by the pipeline's name."""
+UNSUPPORTED = {
+    "ChromaPipeline": "a mask of the prompt's padding in joint attention",
+    "Flux2Pipeline": "Mistral as its text encoder",
+    "Flux2KleinPipeline": "Qwen3 as its text encoder",
+    "ZImagePipeline": "Qwen3 as its text encoder, and prompts without padding",
+    "QwenImagePipeline": "Qwen2.5-VL as its text encoder, and a mask of the prompt",
+    "PixArtAlphaPipeline": "a mask of the prompt in cross-attention",
+    "PixArtSigmaPipeline": "a mask of the prompt in cross-attention",
+    "SanaPipeline": "Gemma2 as its text encoder, and a mask of the prompt",
+    "Lumina2Pipeline": "Gemma2 as its text encoder, and a mask of the prompt",
+    "HiDreamImagePipeline": "Llama as one of its text encoders",
+    "StableCascadeCombinedPipeline": "two networks in turn",
+    "KandinskyV22CombinedPipeline": "a prior before its network",
+}
+"""Text-to-image pipelines that are refused, with the first thing that is missing in `oneword.export.families`."""
 WEIGHTS = "*.safetensors"
 TEXTS = ("*.json", "*.txt")
 
@@ -133,6 +148,10 @@ def load_source(
     path, revision = find_model(str(model)) if file is None else find_model(str(config))
     index = read_json(path / "model_index.json")
     pipeline = str(index.get("_class_name", ""))
+    if pipeline in UNSUPPORTED:
+        raise UsageError(
+            f"{model} is a {pipeline}, which needs {UNSUPPORTED[pipeline]}: give a model of a supported family"
+        )
     left_out = components_left_out(pipeline, without)
     if file is None:
         loaded = {
@@ -141,7 +160,8 @@ def load_source(
             if isinstance(index.get(name), list) and index[name][1] is not None and name not in left_out
         }
     else:
-        loaded = load_single_file(file, path, pipeline, dtype)
+        single = load_single_file(file, path, pipeline, dtype)
+        loaded = {name: part for name, part in single.items() if name not in left_out}
     network, vae = loaded.get("unet", loaded.get("transformer")), loaded.get("vae", loaded.get("vqvae"))
     folders = {
         encoder_name(folder, part): folder

@@ -10,8 +10,9 @@ from oneword.runtime.images import read_image, read_mask, save_png
 from oneword.runtime.lexicon import Lexicon
 from oneword.runtime.model import Model
 from oneword.runtime.request import Request
-from oneword.runtime.samplers import Sampler
+from oneword.runtime.samplers import Guidance, Sampler
 from oneword.runtime.scheduler import Scheduler
+from oneword.runtime.spacing import Spacing
 
 __all__ = [
     "Aspect",
@@ -19,12 +20,14 @@ __all__ = [
     "Concept",
     "Event",
     "Failed",
+    "Guidance",
     "Lexicon",
     "Model",
     "PictureDone",
     "Request",
     "Sampler",
     "Scheduler",
+    "Spacing",
     "StepDone",
     "draw",
     "generate",

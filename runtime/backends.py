@@ -10,13 +10,14 @@ from oneword.engines.open import Backend, gpu_stream
 from oneword.runtime.bundle import PLANS, Bundle
 
 AUTO: Final = "auto"
-_FASTEST_FIRST: Final = (
+FASTEST_FIRST: Final = (
     Backend.TENSORRT,
     Backend.TENSORRT_RTX,
     Backend.CUDA,
     Backend.OPENVINO,
     Backend.ONNXRUNTIME,
 )
+"""The order in which "auto" tries them."""
 
 
 def choose_backend(bundle: Bundle, name: Backend | str = AUTO) -> tuple[Backend, str]:
@@ -32,7 +33,7 @@ def choose_backend(bundle: Bundle, name: Backend | str = AUTO) -> tuple[Backend,
             allowed = ", ".join([AUTO, *(backend.value for backend in Backend)])
             raise UsageError(f"no backend is called {name!r}, allowed are {allowed}") from None
     reasons: list[str] = []
-    for backend in _FASTEST_FIRST:
+    for backend in FASTEST_FIRST:
         if (reason := next(_obstacles(bundle, backend), None)) is None:
             return backend, "; ".join([f"{backend} is used", *reasons])
         reasons.append(f"not {backend}: {reason}")

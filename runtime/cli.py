@@ -29,8 +29,9 @@ from oneword.runtime.grid import Grid
 from oneword.runtime.images import read_image, read_mask, save_png
 from oneword.runtime.model import Model
 from oneword.runtime.request import Request, resolve
-from oneword.runtime.samplers import Sampler
+from oneword.runtime.samplers import Guidance, Sampler
 from oneword.runtime.scheduler import MAX_ROWS, Scheduler
+from oneword.runtime.spacing import Spacing
 
 _PLACE = "{}"
 _BUNDLES = "the bundle's"
@@ -52,6 +53,19 @@ _BUNDLES = "the bundle's"
 @click.option("--num-images", type=int, default=1, show_default=True, help="Pictures per prompt.")
 @click.option("--steps", type=int, show_default=_BUNDLES, help="Denoising steps.")
 @click.option("--sampler", type=click.Choice([sampler.value for sampler in Sampler]), show_default=_BUNDLES)
+@click.option(
+    "--spacing",
+    type=click.Choice([spacing.value for spacing in Spacing]),
+    show_default="the sampler's",
+    help="Where the steps are.",
+)
+@click.option(
+    "--guidance",
+    type=click.Choice([guidance.value for guidance in Guidance]),
+    default=Guidance.CFG.value,
+    show_default=True,
+    help="How the prompt's weight is applied; the scale of cfg++ is 0 to 2.",
+)
 @click.option("--guidance-scale", type=float, show_default=_BUNDLES, help="Weight of the prompt; 1 means no guidance.")
 @click.option(
     "--embedded-guidance", type=float, show_default=_BUNDLES, help="Guidance scale as an input of a distilled model."

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 import oneword
 from oneword.engines.errors import OnewordError
 from oneword.engines.open import Backend
-from oneword.runtime.backends import AUTO
+from oneword.runtime.backends import AUTO, FASTEST_FIRST
 
 HELP: Final = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
 """Context settings of every command."""
@@ -28,8 +28,8 @@ engine_option = click.option(
     type=click.Choice([AUTO, *(backend.value for backend in Backend)]),
     default=AUTO,
     show_default=True,
-    help="Backend that runs the graphs; auto picks the first of tensorrt, tensorrt-rtx, onnxruntime-cuda, openvino and "
-    "onnxruntime that is installed and can run them.",
+    help=f"Backend that runs the graphs; auto picks the first of {', '.join(FASTEST_FIRST)} that is installed and can "
+    "run them.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output.")
 

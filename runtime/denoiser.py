@@ -68,7 +68,7 @@ class _Flight:
     event: Event
     finite: npt.NDArray[np.bool_]
     rows: tuple[tuple[int, Row, int], ...]
-    """(slot, row, step number)"""
+    """(slot, row, line number)"""
 
 
 class Arena:
@@ -89,6 +89,7 @@ class Arena:
         self._engine, self._stream, self._stats = engine, stream, stats
         self._rows: list[Row | None] = [None] * capacity
         self._pool = _ContextPool(CONTEXTS_PER_ROW * capacity)
+        self._held: dict[Row, tuple[EncodedPrompt, ...]] = {}
         self._bound: dict[int, _Bound] = {}
         self._captures = True
         self._specialized = False
@@ -113,13 +114,13 @@ class Arena:
 
     def place(self, row: Row) -> bool:
         """Gives a row a free slot and writes its state; False if there is none."""
-        if None not in self._rows or not self._pool.fits(row.all_contexts):
+        if None not in self._rows or not self._pool.fits(row.held_contexts):
             return False
         slot = self._rows.index(None)
         try:
             self._write(row, slot)
         except BaseException:
-            self._pool.forget(row.all_contexts)
+            self._pool.forget(self._held.pop(row, ()))
             raise
         self._rows[slot] = row
         return True
@@ -147,18 +148,22 @@ class Arena:
             for name in ("sample", "previous", "previous2"):
                 self._inputs[name].write(slot, 0.0)
         self._rows[slot] = None
-        self._pool.release(row.all_contexts)
+        self._pool.release(self._held.pop(row))
 
     def step(self) -> None:
         """Queues one step of every row, and waits for the step before the running one. Raises EngineError."""
         live = [(slot, row) for slot, row in enumerate(self._rows) if row is not None]
+        for _, row in live:
+            if row.held_contexts != self._held[row]:  # the prompt changes from step to step
+                self._pool.release(self._held[row])
+                self._write_contexts(row)
         turn = self._turn = (self._turn + 1) % len(self._schedule)
         bound = self._lay_out(live)
         schedule, noise, finite = self._schedule[turn], self._noise[turn], self._finite[turn]
         schedule[...] = self._inert
         drawn = False
         for slot, row in live:
-            schedule[slot] = row.lines[row.step]
+            schedule[slot] = row.lines[row.line]
             if (values := row.draw()) is not None:
                 noise[slot], drawn = values, True
         self._stream.upload(self._inputs["schedule"], schedule)
@@ -166,7 +171,7 @@ class Arena:
             self._stream.upload(self._inputs["noise"], noise)
         self._run(bound)
         self._stream.download(finite, self._outputs["finite"])
-        rows = tuple((slot, row, row.step + 1) for slot, row in live)
+        rows = tuple((slot, row, row.line + 1) for slot, row in live)
         self._flights.append(_Flight(self._stream.record(), finite, rows))
         for _, row in live:
             row.began()
@@ -219,9 +224,9 @@ class Arena:
     def _land(self) -> None:
         flight = self._flights.popleft()
         flight.event.wait()
-        for slot, row, step in flight.rows:
+        for slot, row, line in flight.rows:
             if row.broken_at is None and not flight.finite[slot]:
-                row.broken_at = step
+                row.broken_at = line
 
     def _lay_out(self, live: list[tuple[int, Row]]) -> _Bound:
         """The binding for the branches of these rows; its index arrays are written if the layout has changed."""
@@ -293,7 +298,8 @@ class Arena:
 
     def _write_contexts(self, row: Row) -> None:
         """Writes a row's contexts that are not in the pool. One shorter than T is repeated, which is exact."""
-        places = [(prompt, self._pool.hold(prompt)) for prompt in row.all_contexts]  # all, before any write can fail
+        prompts = self._held[row] = row.held_contexts
+        places = [(prompt, self._pool.hold(prompt)) for prompt in prompts]  # all, before any write can fail
         for prompt, place in places:
             if place is not None:
                 times = self.size[2] // len(prompt.hidden_states)
@@ -383,6 +389,10 @@ class Denoiser:
         """Creates an arena and runs every number of branches, so that no later step binds or captures."""
         self._arena(size).warm()
 
+    def prepare(self, size: Size, branches_per_row: int) -> None:
+        """Creates the arena that rows of this size and so many branches will get. Raises EngineError, FeedError."""
+        self._arena(size, branches_per_row)
+
     def has_room(self, size: Size) -> bool:
         """Whether a new row of this size would get a slot now; displaced rows come first."""
         arena = self._arenas.get(size)
@@ -439,7 +449,7 @@ class Denoiser:
         return failures
 
     def _step(self, size: Size) -> Iterator[tuple[Row, OnewordError]]:
-        before = [row.step for row in self._arenas[size].rows]
+        before = [row.line for row in self._arenas[size].rows]
         try:
             self._arenas[size].step()
             return
@@ -447,7 +457,7 @@ class Denoiser:
             failure = without_frames(error)  # frames would keep the buffers alive
         rows, capacity = self._arenas[size].rows, self._arenas[size].capacity
         idle = any(not arena.rows for arena in self._arenas.values())
-        retry = isinstance(failure, EngineError) and (len(rows) > 1 or idle) and before == [row.step for row in rows]
+        retry = isinstance(failure, EngineError) and (len(rows) > 1 or idle) and before == [row.line for row in rows]
         if retry:
             try:
                 self._arenas[size].clear()

@@ -42,7 +42,10 @@ def generate(
 
 
 def scheduler_for(model: Model, requests: Sequence[Request], max_rows: int = MAX_ROWS) -> Scheduler:
-    """A scheduler with these requests and no more slots than they can fill. Raises UsageError for an invalid one."""
+    """A scheduler with these requests and no more slots than they can fill. Raises UsageError for an invalid one.
+
+    The encoders and decoders that the requests need are opened in the background, while the denoiser is.
+    """
     scheduler = Scheduler(model, max(1, min(max_rows, sum(request.num_images for request in requests))))
     try:
         for request in requests:
@@ -50,4 +53,7 @@ def scheduler_for(model: Model, requests: Sequence[Request], max_rows: int = MAX
     except OnewordError:
         scheduler.cancel_all()
         raise
+    encoders = [encoder.graph for encoder in model.manifest.encoders]
+    pictures = ["vae_encoder"] if any(request.image is not None for request in requests) else []
+    model.open_ahead([*encoders, *pictures, "vae_decoder"] if requests else [])
     return scheduler

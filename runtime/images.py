@@ -15,7 +15,8 @@ from oneword.engines.errors import FileError, OnewordError, UsageError, one_line
 from oneword.engines.files import write_whole
 from oneword.runtime.bundle import Preview
 from oneword.runtime.request import Image, Request, ResolvedSettings
-from oneword.runtime.samplers import Sampler
+from oneword.runtime.samplers import Guidance, Sampler
+from oneword.runtime.spacing import Spacing
 
 _MAX_BYTES = 256 << 20
 _MAX_PIXELS = 120_000_000  # of a file; generated pictures are limited by request.MAX_PIXELS
@@ -30,7 +31,21 @@ A1111_SAMPLERS = {
     Sampler.DPMPP_2M_KARRAS: "DPM++ 2M Karras",
     Sampler.DPMPP_2M_SDE: "DPM++ 2M SDE",
     Sampler.LCM: "LCM",
+    Sampler.HEUN: "Heun",
+    Sampler.DPM2_A: "DPM2 a",
+    Sampler.DPMPP_2S_A: "DPM++ 2S a",
+    Sampler.DPMPP_3M_SDE: "DPM++ 3M SDE",
+    Sampler.UNIPC: "UniPC",
 }
+A1111_SPACINGS = {
+    Spacing.KARRAS: "Karras",
+    Spacing.EXPONENTIAL: "Exponential",
+    Spacing.BETA: "Beta",
+    Spacing.SGM_UNIFORM: "SGM Uniform",
+    Spacing.AYS: "Align Your Steps",
+    Spacing.AYS_XL: "Align Your Steps",
+}
+_GUIDANCE = {Guidance.CFG_PP: "CFG++", Guidance.ZERO_STAR: "CFG-Zero*"}
 
 
 def save_png(image: Image, path: str | Path, parameters: str = "") -> None:
@@ -137,6 +152,10 @@ def parameters_text(request: Request, settings: ResolvedSettings, seed: int, mod
         "Seed": seed,
         "Size": f"{settings.width}x{settings.height}",
     }
+    if request.spacing is not None:
+        pairs["Schedule type"] = A1111_SPACINGS[Spacing(request.spacing)]
+    if request.guidance != Guidance.CFG:
+        pairs["Guidance"] = _GUIDANCE[Guidance(request.guidance)]
     if model:
         pairs["Model"] = model
     if request.image is not None:

@@ -1,13 +1,14 @@
 """A model that is ready to run: tokenizers, embedding tables and engines behind `tokenize`, `encode` and `decode`.
 
-Each engine is opened once, when it is first needed. Loading a concept only writes rows of a table.
-Not covered: which pictures are denoised together (`oneword.runtime.scheduler`).
+Each engine is opened once: when it is needed, or before that in the background. Loading a concept only writes rows of a
+table. Not covered: which pictures are denoised together (`oneword.runtime.scheduler`).
 """
 
 import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Self
@@ -85,6 +86,7 @@ class Model:
         """Why `auto` chose this backend; empty if it was named."""
         self._open_graph = open_graph
         self._engines: dict[str, Engine] = {}
+        self._ahead: dict[str, Future[Engine]] = {}
         self._batched: dict[str, BatchedGraph] = {}
         self._contexts: OrderedDict[bytes, EncodedPrompt] = OrderedDict()
         self._context_bytes = 0
@@ -156,12 +158,28 @@ class Model:
         return None if used is None else used >> 20
 
     def engine(self, name: str) -> Engine:
-        """The engine of a graph, opened at the first call."""
+        """The engine of a graph, opened at the first call. Waits for one that is being opened in the background."""
         if name not in self._engines:
-            start = time.perf_counter()
-            self._engines[name] = self._open_graph(name)
-            self.opened[name] = time.perf_counter() - start
+            ahead = self._ahead.pop(name, None)
+            self._engines[name] = self._timed_open(name) if ahead is None else ahead.result()
         return self._engines[name]
+
+    def open_ahead(self, names: Iterable[str]) -> None:
+        """Starts to open these engines in the background, in order; an error appears when the engine is needed.
+
+        Only on the host: engines of a device share its stream and are opened when they are needed.
+        """
+        new = [name for name in names if name not in self._engines and name not in self._ahead]
+        if self.stream.depth == 0 and new:
+            executor = ThreadPoolExecutor(1, "oneword-open")
+            self._ahead |= {name: executor.submit(self._timed_open, name) for name in new}
+            executor.shutdown(wait=False)
+
+    def _timed_open(self, name: str) -> Engine:
+        start = time.perf_counter()
+        engine = self._open_graph(name)
+        self.opened[name] = time.perf_counter() - start
+        return engine
 
     def load(self, concept: Concept) -> None:
         """Loads a word: from now on prompts can use it. Its rows are written when a prompt first does.

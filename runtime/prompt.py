@@ -3,6 +3,9 @@
     (red) [red]       weight 1.1, 1 / 1.1; they nest        (red:1.3)     weight 1.3
     \\( \\) \\[ \\] \\\\    the characters themselves            BREAK         starts a new chunk
     <word>  embedding:word     a learned word, anywhere       word          a learned word with a bare name, whole only
+    {<a>|<b>:0.3}              the word between two learned words (`oneword.runtime.slider`)
+
+Prompts that change from step to step are in `oneword.runtime.prompt_schedule`, which makes ordinary prompts of them.
 
 The tokenizer's vocabulary is never changed: a prompt is split at known words, longest first, the text in between goes
 to the tokenizer, and a word of n vectors becomes n ids. A prompt longer than the encoder's length becomes several
@@ -27,6 +30,8 @@ import tokenizers
 from oneword.engines.errors import BundleError, UsageError, one_line
 from oneword.runtime.bundle import TOKENIZER, Encoder
 from oneword.runtime.concept import MAX_TOKEN_LENGTH, Concept
+from oneword.runtime.prompt_schedule import variants
+from oneword.runtime.slider import BRACES, Slider, slider_parts
 
 MAX_CHARACTERS: Final = 20_000
 MAX_WEIGHT: Final = 100.0
@@ -156,6 +161,7 @@ def encode_ids(prompt: str, tokenizer: Tokenizer, vocabulary: Vocabulary, encode
             chunks.append([])
             continue
         for piece in split_at_words(part.text, vocabulary, tokenizer.knows):
+            piece = piece.concept if isinstance(piece, Slider) else piece
             is_word = not isinstance(piece, str) and encoder in piece.vectors
             if isinstance(piece, str):
                 ids = tokenizer.ids(piece)
@@ -247,8 +253,13 @@ def named_words(prompt: str) -> NamedWords:
 
     It may contain more than the prompt uses: `used_words` decides. Raises UsageError for a malformed prompt.
     """
+    check_prompt(prompt)
     bracketed, embeddings, bare = set[str](), set[str](), set[str]()
-    for part in filter(None, weighted_parts(prompt)):
+    for part in (part for text in variants(prompt) for part in filter(None, weighted_parts(text))):
+        for braces in BRACES.finditer(part.text):
+            bracketed.update(
+                _side(side).removeprefix("<").removesuffix(">") for side in slider_parts(braces.group(1))[:2]
+            )
         position = 0
         while named := _NAMED.search(part.text, position):
             if _has_brackets(named):
@@ -265,13 +276,14 @@ def named_words(prompt: str) -> NamedWords:
 
 
 def used_words(prompt: str, vocabulary: Vocabulary, knows: Callable[[str], bool]) -> list[Concept]:
-    """The learned words in a prompt, in order. `knows` is Tokenizer.knows, or the same for several tokenizers.
-
-    Raises UsageError for a malformed prompt, UnknownWord.
+    """The learned words in a prompt at any step, in order. `knows` is Tokenizer.knows, or the same for several
+    tokenizers. Raises UsageError for a malformed prompt, UnknownWord.
     """
-    parts = filter(None, weighted_parts(prompt))
+    check_prompt(prompt)
+    parts = (part for text in variants(prompt) for part in filter(None, weighted_parts(text)))
     pieces = (piece for part in parts for piece in split_at_words(part.text, vocabulary, knows))
-    return [piece for piece in pieces if not isinstance(piece, str)]
+    words = ((piece.first, piece.second) if isinstance(piece, Slider) else (piece,) for piece in pieces)
+    return [word for group in words for word in group if not isinstance(word, str)]
 
 
 def tokens_for(name: str) -> tuple[str, ...]:
@@ -280,8 +292,8 @@ def tokens_for(name: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys((f"<{bare}>", f"<{bare.lower()}>", bare, bare.lower())))
 
 
-def split_at_words(text: str, vocabulary: Vocabulary, knows: Callable[[str], bool]) -> Iterator[str | Concept]:
-    """Yields the text between learned words, and each learned word. Raises UnknownWord.
+def split_at_words(text: str, vocabulary: Vocabulary, knows: Callable[[str], bool]) -> Iterator[str | Concept | Slider]:
+    """Yields the text between learned words, and each learned word or slider. Raises UnknownWord, UsageError.
 
     `knows` says whether a text such as <|endoftext|> is a token of the model, and therefore no learned word.
     """
@@ -300,8 +312,11 @@ def split_at_words(text: str, vocabulary: Vocabulary, knows: Callable[[str], boo
 
 def _word_at(
     text: str, position: int, vocabulary: Vocabulary, knows: Callable[[str], bool]
-) -> tuple[int, Concept | None]:
+) -> tuple[int, Concept | Slider | None]:
     """The learned word at a position, after its end; if there is none, the next position to try, and None."""
+    if text[position] == "{" and (braces := BRACES.match(text, position)):
+        first, second, share = slider_parts(braces.group(1))
+        return braces.end(), Slider(_word_of(first, vocabulary), _word_of(second, vocabulary), share)
     if named := _NAMED.match(text, position):
         name = named.group(1) or named.group(2)
         if not _has_brackets(named):  # embedding:toys is toy, then s: the longest known name
@@ -311,18 +326,33 @@ def _word_at(
         if concept := vocabulary.named(name):
             return named.end(), concept
         if not knows(named.group()):
-            near = vocabulary.near(name) or list(vocabulary.words)[:3]
-            raise UnknownWord(
-                f"no word {named.group()[:80]!r} is loaded, "
-                + (f"similar words: {', '.join(near)}" if near else "and no other: add its file with --concept"),
-                named.group(),
-            )
+            raise _unknown(named.group(), vocabulary)
         return named.end(), None
     if vocabulary.words and not _word_character(text, position - 1) and (run := _RUN.match(text, position)):
         for end in range(run.end(), position, -1):
             if not _word_character(text, end) and (concept := vocabulary.bare(text[position:end])):
                 return end, concept
     return position + 1, None
+
+
+def _side(name: str) -> str:
+    """The name of a slider's word, without embedding: before it."""
+    return name[len("embedding:") :] if name.lower().startswith("embedding:") else name
+
+
+def _word_of(name: str, vocabulary: Vocabulary) -> Concept:
+    if (concept := vocabulary.named(_side(name))) is None:
+        raise _unknown(name, vocabulary)
+    return concept
+
+
+def _unknown(name: str, vocabulary: Vocabulary) -> UnknownWord:
+    near = vocabulary.near(_side(name)) or list(vocabulary.words)[:3]
+    return UnknownWord(
+        f"no word {name[:80]!r} is loaded, "
+        + (f"similar words: {', '.join(near)}" if near else "and no other: add its file with --concept"),
+        name,
+    )
 
 
 def _has_brackets(named: re.Match[str]) -> bool:

@@ -7,7 +7,8 @@ scheduler's config rules out, which `make_schedule` checks. Nothing is loaded or
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from enum import StrEnum
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +17,9 @@ from oneword.engines.errors import BundleError, UsageError
 from oneword.runtime.bundle import Manifest
 from oneword.runtime.concept import Concept
 from oneword.runtime.prompt import check_prompt
-from oneword.runtime.samplers import Sampler, Schedule, make_schedule
+from oneword.runtime.prompt_schedule import prompts_by_step
+from oneword.runtime.samplers import CFG_PP_SCALE, MAX_CFG_PP_SCALE, Guidance, Sampler, Schedule, make_schedule
+from oneword.runtime.spacing import Spacing
 
 Image: TypeAlias = npt.NDArray[np.uint8]
 """[H, W, 3]"""
@@ -25,6 +28,8 @@ MAX_IMAGES = 1024
 MAX_STEPS = 1000
 MAX_PIXELS = 1 << 24  # 4096 x 4096
 MAX_MASK_BLUR = 64
+
+Choice = TypeVar("Choice", bound=StrEnum)
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +49,10 @@ class Request:
     steps: int | None = None
     sampler: Sampler | str | None = None
     """A `Sampler` or its name."""
+    spacing: Spacing | str | None = None
+    """A `Spacing` of the sampler's steps, or its name; None means that of the model's scheduler."""
+    guidance: Guidance | str = Guidance.CFG
+    """A `Guidance` or its name. With cfg++ the guidance scale is 0 to 2, 0.6 if it is left out."""
     guidance_scale: float | None = None
     embedded_guidance: float | None = None
     """The guidance scale that a guidance-distilled model takes as an input; refused by other models."""
@@ -75,7 +84,10 @@ class Request:
         if self.negative_prompt is not None:
             check_prompt(self.negative_prompt, "negative prompt")
         if self.sampler is not None:
-            object.__setattr__(self, "sampler", _known_sampler(self.sampler))
+            object.__setattr__(self, "sampler", _known("sampler", self.sampler, Sampler))
+        if self.spacing is not None:
+            object.__setattr__(self, "spacing", _known("spacing", self.spacing, Spacing))
+        object.__setattr__(self, "guidance", _known("guidance", self.guidance, Guidance))
         _within("seed", self.seed, 0, 2**63 - 1, integer=True)
         _within("num_images", self.num_images, 1, MAX_IMAGES, integer=True)
         if self.steps is not None:
@@ -143,7 +155,7 @@ def resolve(request: Request, manifest: Manifest) -> ResolvedSettings:
     if request.image is not None and "vae_encoder" not in manifest.graphs:
         raise UsageError("this bundle has no vae_encoder, so it cannot edit pictures: export it again with ti-export")
     steps = defaults.steps if request.steps is None else request.steps
-    guidance_scale = defaults.guidance_scale if request.guidance_scale is None else request.guidance_scale
+    guidance_scale = _guidance_scale(request, defaults.guidance_scale)
     embedded_guidance = defaults.embedded_guidance
     if request.embedded_guidance is not None:
         if embedded_guidance is None:
@@ -161,8 +173,12 @@ def resolve(request: Request, manifest: Manifest) -> ResolvedSettings:
         kind=manifest.schedule,
         image_tokens=height // manifest.size_multiple * (width // manifest.size_multiple),
         embedded_guidance=embedded_guidance or 0.0,
+        spacing=None if request.spacing is None else Spacing(request.spacing),
+        guidance=Guidance(request.guidance),
     )
     schedule.table(manifest.columns)  # raises if the graph lacks a column
+    for prompt in filter(None, (request.prompt, request.negative_prompt)):
+        prompts_by_step(prompt, schedule.steps)  # raises if it changes too often
     return ResolvedSettings(steps, sampler, guidance_scale, width, height, schedule, embedded_guidance)
 
 
@@ -188,11 +204,24 @@ def _size(request: Request, manifest: Manifest) -> tuple[int, int]:
     return width, height
 
 
-def _known_sampler(name: str) -> Sampler:
+def _guidance_scale(request: Request, default: float) -> float:
+    """The request's guidance scale, else the default one of its kind of guidance."""
+    plus_plus = request.guidance is Guidance.CFG_PP
+    if request.guidance_scale is None:
+        return CFG_PP_SCALE if plus_plus else default
+    if plus_plus and request.guidance_scale > MAX_CFG_PP_SCALE:
+        raise UsageError(
+            f"guidance_scale is {request.guidance_scale:g} with cfg++, allowed is 0 to {MAX_CFG_PP_SCALE:g}, "
+            f"usually {CFG_PP_SCALE:g}"
+        )
+    return request.guidance_scale
+
+
+def _known(field: str, name: str, choices: type[Choice]) -> Choice:
     try:
-        return Sampler(name)
+        return choices(name)
     except ValueError:
-        raise UsageError(f"sampler is {name!r}, allowed are {', '.join(Sampler)}") from None
+        raise UsageError(f"{field} is {name!r}, allowed are {', '.join(choices)}") from None
 
 
 def _default_sampler(name: str) -> Sampler:

@@ -47,10 +47,11 @@ class Row:
     request: Request
     settings: ResolvedSettings
     lines: npt.NDArray[np.float32]
-    """[S, K]: the schedule in the graph's columns."""
+    """[R, K]: the schedule in the graph's columns."""
     noise: NoiseStream
-    cond: EncodedPrompt
-    uncond: EncodedPrompt | None
+    cond: Sequence[EncodedPrompt]
+    """[S]: the prompt of each step."""
+    uncond: Sequence[EncodedPrompt] | None
     tokens: int
     """T: the least common multiple of its contexts' lengths."""
     time_ids: Sequence[float]
@@ -61,10 +62,10 @@ class Row:
     known_noise: Latents | None = None
     mask: Latents | None = None
     """[1, h, w]"""
-    step: int = 0
-    """Steps begun so far."""
+    line: int = 0
+    """Lines of the schedule begun so far."""
     broken_at: int | None = None
-    """The step that produced NaN or infinity."""
+    """The line, from 1, that produced NaN or infinity."""
     pending_noise: Latents | None = None
     """Noise that was taken for the next step, kept in case that step fails."""
 
@@ -81,7 +82,12 @@ class Row:
     @property
     def steps(self) -> int:
         """S."""
-        return len(self.schedule)
+        return self.schedule.steps
+
+    @property
+    def step(self) -> int:
+        """Steps whose lines have all begun."""
+        return self.schedule.steps_done(self.line)
 
     @property
     def size(self) -> tuple[int, int, int]:
@@ -90,27 +96,27 @@ class Row:
 
     @property
     def contexts(self) -> tuple[EncodedPrompt, ...]:
-        """The prompts that the next step attends to: the unconditional one first, if the step is guided."""
-        if self.uncond is not None and self.schedule.guided[self.step]:
-            return self.uncond, self.cond
-        return (self.cond,)
+        """The prompts that the next line attends to: the unconditional one first, if the line is guided."""
+        contexts = self.held_contexts
+        return contexts if self.schedule.guided[self.line] else contexts[-1:]
 
     @property
-    def all_contexts(self) -> tuple[EncodedPrompt, ...]:
-        """The prompts that any step attends to."""
-        return (self.cond,) if self.uncond is None else (self.uncond, self.cond)
+    def held_contexts(self) -> tuple[EncodedPrompt, ...]:
+        """The prompts of the next line's step, whether or not that line is guided."""
+        step = self.schedule.step_of(self.line + 1) - 1
+        return (self.cond[step],) if self.uncond is None else (self.uncond[step], self.cond[step])
 
     def draw(self) -> Latents | None:
-        """The noise of the next step, if it draws any. The same until `began` is called."""
-        if not self.schedule.draws[self.step]:
+        """The noise of the next line, if it draws any. The same until `began` is called."""
+        if not self.schedule.draws[self.line]:
             return None
         if self.pending_noise is None:
             self.pending_noise = self.noise.take()
         return self.pending_noise
 
     def began(self) -> None:
-        """Counts a step that has begun."""
-        self.step, self.pending_noise = self.step + 1, None
+        """Counts a line that has begun."""
+        self.line, self.pending_noise = self.line + 1, None
 
 
 def time_ids(columns: Sequence[str], settings: ResolvedSettings) -> list[float]:

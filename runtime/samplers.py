@@ -5,17 +5,25 @@ is that divided by alpha, which is folded into the columns; in flow matching alp
 guided prediction, a step is
 
     denoised = c.sample_to_denoised * sample + c.model_to_denoised * m
-    next     = c.sample * sample + c.denoised * denoised + c.previous * previous + c.noise * noise
+    next     = c.sample * sample + c.denoised * denoised + c.previous * previous + c.previous2 * previous2
+               + c.uncond * denoised_uncond + c.noise * noise
 
-where `previous` is the last step's `denoised`, and the columns `c` are named after what they multiply. Each sampler is
-a pure function from the levels it visits to the columns of the second line.
-All of them match diffusers' scheduler of that name: timesteps, order of draws, first and last step. Not covered: what
-`oneword.runtime.schedule` and `oneword.runtime.flow` refuse, Euler's churn, and higher orders.
+where `previous` and `previous2` are the last two `denoised`, `denoised_uncond` is what the unguided prediction gives,
+and the columns `c` are named after what they multiply. Each sampler is a pure function from the levels it visits to
+the columns of the second equation.
+
+A line of the table is one evaluation of the network. Samplers of two stages (heun, dpm2-a, dpmpp-2s-a) have two lines
+per step, the second of which recovers the step's first sample from the sample and `previous`; their last step has one.
+Steps, `strength`, progress and previews count steps, not lines.
+
+All of them match diffusers' scheduler of that name: timesteps, order of draws, first and last step; dpmpp-2s-a, which
+diffusers lacks, matches k-diffusion's formulas. Not covered: what `oneword.runtime.schedule` and `oneword.runtime.flow`
+refuse, Euler's churn, and orders above three.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, Final, NamedTuple
 
@@ -24,7 +32,8 @@ import numpy.typing as npt
 
 from oneword.engines.errors import UsageError
 from oneword.runtime.flow import FlowSchedule
-from oneword.runtime.schedule import Array, NoiseSchedule, ScheduleKind, karras_sigmas
+from oneword.runtime.schedule import Array, NoiseSchedule, ScheduleKind
+from oneword.runtime.spacing import Spacing, spaced_sigmas
 
 COLUMNS: Final[Mapping[str, float]] = {
     "t": 0.0,
@@ -57,6 +66,26 @@ class Sampler(StrEnum):
     DPMPP_2M_KARRAS = "dpmpp-2m-karras"
     DPMPP_2M_SDE = "dpmpp-2m-sde"
     LCM = "lcm"
+    HEUN = "heun"
+    DPM2_A = "dpm2-a"
+    DPMPP_2S_A = "dpmpp-2s-a"
+    DPMPP_3M_SDE = "dpmpp-3m-sde"
+    UNIPC = "unipc"
+
+
+class Guidance(StrEnum):
+    """How the two predictions of a guided step are combined, by the names that commands accept."""
+
+    CFG = "cfg"
+    CFG_PP = "cfg++"
+    """CFG++ (arXiv 2406.08070): adds the unconditional prediction's noise back; its scale is 0 to 2."""
+    ZERO_STAR = "zero-star"
+    """CFG-Zero* (arXiv 2503.18886): first scales the unconditional prediction to fit the other one."""
+
+
+CFG_PP_SCALE: Final = 0.6
+"""The default guidance scale of CFG++."""
+MAX_CFG_PP_SCALE: Final = 2.0
 
 
 @dataclass(frozen=True)
@@ -64,31 +93,53 @@ class Schedule:
     """The steps of one request: a column of numbers for each term of a step, and the scales of the first sample."""
 
     columns: Mapping[str, npt.NDArray[np.float32]]
-    """[S] by the names of COLUMNS; a missing one has the value of COLUMNS at every step."""
+    """[R] by the names of COLUMNS, R lines; a missing one has the value of COLUMNS in every line."""
     draws: npt.NDArray[np.bool_]
-    """[S]: the steps that draw noise, in this order, after the noise of the first sample."""
+    """[R]: the lines that draw noise, in this order, after the noise of the first sample."""
     guided: npt.NDArray[np.bool_]
-    """[S]: the steps that also evaluate the negative prompt."""
+    """[R]: the lines that also evaluate the negative prompt."""
     init_scale: float
     """Text to image: sample = init_scale * noise."""
     start_scale: float
     """Image to image: sample = start_scale * latents + start_sigma * noise."""
     start_sigma: float
+    lines_per_step: int = 1
+    """2 for samplers of two stages, whose last step has one line."""
 
     def __len__(self) -> int:
-        """S."""
+        """R."""
         return len(self.draws)
 
     @property
+    def steps(self) -> int:
+        """S."""
+        return -(-len(self) // self.lines_per_step)
+
+    def step_of(self, line: int) -> int:
+        """The step, from 1, that a line belongs to, from 1."""
+        return -(-line // self.lines_per_step)
+
+    def steps_done(self, lines: int) -> int:
+        """The steps that are complete after so many lines."""
+        return self.steps if lines == len(self) else lines // self.lines_per_step
+
+    def per_step(self, values: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """[S]: the sums over each step of values [R]."""
+        return np.asarray(np.add.reduceat(values, np.arange(0, len(self), self.lines_per_step)), np.int64)
+
+    @property
     def timesteps(self) -> npt.NDArray[np.float32]:
-        """[S], falling."""
+        """[R]"""
         return self.columns["t"]
 
     def table(self, names: Sequence[str]) -> npt.NDArray[np.float32]:
-        """[S, K]: the columns of a graph, in its order. Raises UsageError if a step needs a column that it lacks."""
-        for name in self.columns.keys() - set(names):
+        """[R, K]: the columns of a graph, in its order. Raises UsageError if a line needs a column that it lacks."""
+        for name in sorted(self.columns.keys() - set(names)):
             if (self.columns[name] != COLUMNS[name]).any():
-                raise UsageError(f"this sampler needs the column {name!r}, this bundle has {', '.join(names)}")
+                raise UsageError(
+                    f"this sampler or guidance needs the column {name!r}, this bundle has {', '.join(names)}: use "
+                    "another one, or export the model again"
+                )
         columns = (self.columns.get(name, np.full(len(self), COLUMNS[name], np.float32)) for name in names)
         return np.stack([*columns], axis=1)
 
@@ -106,11 +157,14 @@ def make_schedule(
     kind: ScheduleKind = ScheduleKind.BETAS,
     image_tokens: int = 0,
     embedded_guidance: float = 0.0,
+    spacing: Spacing | None = None,
+    guidance: Guidance = Guidance.CFG,
 ) -> Schedule:
     """The steps of a whole run.
 
     `kind` is what `scheduler_config` describes. `image_tokens` is the picture's size in tokens of the network, on which
     a flow's shift may depend; `embedded_guidance` is an input of guidance-distilled networks (arXiv 2210.03142).
+    `spacing` replaces that of the config.
 
     `guidance_rescale` is phi of arXiv 2305.08891. `guidance_interval` (low, high] bounds sigma / alpha of the guided
     steps (arXiv 2404.07724). `strength` in (0, 1] skips the first steps, for image to image; `eta` is DDIM's.
@@ -119,18 +173,20 @@ def make_schedule(
     noise: NoiseSchedule | FlowSchedule
     if kind is ScheduleKind.BETAS:
         method = _METHODS[sampler]
-        noise = NoiseSchedule.read(scheduler_config, method.default_spacing)
+        noise = _noise_schedule(scheduler_config, sampler, spacing)
     else:
-        method = _flow_method(sampler)
+        method = _flow_method(sampler, spacing, guidance)
         noise = FlowSchedule.read(scheduler_config, kind, image_tokens)
     _check(noise, sampler, steps)
     levels = method.levels(noise, steps)
     start = _start(len(levels.t), strength, kind)
     levels = Levels(levels.t[start:], levels.alpha[start:], levels.sigma[start:], levels.last_alpha, levels.last_sigma)
+    levels = levels if method.stages is None else method.stages(noise, levels)
     update = method.update(noise, levels, SamplerSettings(steps, eta))
+    if guidance is Guidance.CFG_PP:
+        update = _cfg_pp(update, levels, sampler)
     a, b = prediction(noise.prediction_type, levels)
-    guided = _guided(levels, guidance_scale, guidance_interval)
-    guidance, rescale = np.where(guided, guidance_scale, 1.0), np.where(guided, guidance_rescale, 0.0)
+    guided = _guided(levels, guidance_scale > 1 or guidance is Guidance.CFG_PP, guidance_interval)
     known_scale, known_sigma = np.append(levels.alpha[1:], 1.0), np.append(levels.sigma[1:], 0.0)
     columns = {
         "t": levels.t,
@@ -139,9 +195,12 @@ def make_schedule(
         "sample": update.sample,
         "denoised": update.denoised,
         "previous": update.previous,
+        "previous2": np.zeros_like(update.noise) if update.previous2 is None else update.previous2,
+        "uncond": np.zeros_like(update.noise) if update.uncond is None else update.uncond,
         "noise": update.noise,
-        "guidance": guidance,
-        "rescale": rescale,
+        "guidance": np.where(guided, guidance_scale, 1.0),
+        "rescale": np.where(guided, guidance_rescale, 0.0),
+        "zero_star": np.where(guided & (guidance is Guidance.ZERO_STAR), 1.0, 0.0),
         "embedded_guidance": np.full(len(levels.t), embedded_guidance),
         "known_scale": known_scale,
         "known_sigma": known_sigma,
@@ -157,11 +216,12 @@ def make_schedule(
         init_scale=float(levels.sigma[0]) if euler_start else 1.0,
         start_scale=float(levels.alpha[0]),
         start_sigma=float(levels.sigma[0]),
+        lines_per_step=1 if method.stages is None else 2,
     )
 
 
 class Levels(NamedTuple):
-    """The noise levels of a run: t, alpha, sigma [S], and the level at its end."""
+    """The noise levels of a run, or of its lines: t, alpha, sigma [S], and the level at its end."""
 
     t: Array
     alpha: Array
@@ -188,13 +248,18 @@ class SamplerSettings(NamedTuple):
 
 
 class Update(NamedTuple):
-    """The columns of a step, each [S], named after what it multiplies, and which steps draw the noise."""
+    """The columns of a step, each [S], named after what it multiplies, and which steps draw the noise.
+
+    None stands for zeros.
+    """
 
     sample: Array
     denoised: Array
     previous: Array
     noise: Array
     draws: npt.NDArray[np.bool_]
+    previous2: Array | None = None
+    uncond: Array | None = None
 
 
 def prediction(prediction_type: str, levels: Levels) -> tuple[Array, Array]:
@@ -251,14 +316,14 @@ def ddpm(noise: NoiseSchedule, levels: Levels, settings: SamplerSettings) -> Upd
 def euler(noise: NoiseSchedule, levels: Levels, settings: SamplerSettings) -> Update:
     """Euler's step of algorithm 2 of Karras et al. (2022), without churn."""
     ve, ve_next = levels.sigma / levels.alpha, levels.next_sigma / levels.next_alpha
-    return _divided(levels, ve_next / ve, np.zeros_like(ve), draws=False)
+    return _divided(levels, ve_next / ve, 1 - ve_next / ve, np.zeros_like(ve), np.zeros_like(ve), np.zeros(len(ve)))
 
 
 def euler_ancestral(noise: NoiseSchedule, levels: Levels, settings: SamplerSettings) -> Update:
     """Euler to sigma_down = sigma_next^2 / sigma, then noise of sigma_up, as k-diffusion's `sample_euler_ancestral`."""
     ve, ve_next = levels.sigma / levels.alpha, levels.next_sigma / levels.next_alpha
-    up = np.sqrt(ve_next**2 * (ve**2 - ve_next**2) / ve**2)
-    return _divided(levels, (ve_next / ve) ** 2, up, draws=True)
+    down, up = _ancestral(ve, ve_next)
+    return _divided(levels, down / ve, 1 - down / ve, np.zeros_like(ve), up, np.ones(len(ve)))
 
 
 def euler_flow(noise: FlowSchedule, levels: Levels, settings: SamplerSettings) -> Update:
@@ -293,16 +358,130 @@ def lcm(noise: NoiseSchedule, levels: Levels, settings: SamplerSettings) -> Upda
     return Update(scale * c_skip, scale * c_out, np.zeros_like(time), sigma, draws)
 
 
-def _divided(levels: Levels, ratio: Array, up: Array, *, draws: bool) -> Update:
+def heun(noise: NoiseSchedule, levels: Levels, settings: SamplerSettings) -> Update:
+    """Algorithm 2 of Karras et al. (2022), without churn: Euler to the next level, then the mean of both slopes."""
+    stages = _Stages.of(levels)
+    ratio = stages.middle / stages.start
+    half = (1 - ratio) / (2 * ratio)
+    return stages.update(levels, np.ones_like(ratio), half, -half, np.zeros_like(ratio), draws=False)
+
+
+def dpm2_ancestral(noise: NoiseSchedule, levels: Levels, settings: SamplerSettings) -> Update:
+    """DPM-Solver-2 to sigma_down with the slope half-way, then noise, as k-diffusion's `sample_dpm_2_ancestral`."""
+    stages = _Stages.of(levels)
+    down, up = _ancestral(stages.start, stages.end)
+    ratio = stages.middle / stages.start
+    slope = (down - stages.start) / stages.middle
+    return stages.update(levels, 1 / ratio + slope, -slope, 1 - 1 / ratio, up, draws=True)
+
+
+def dpmpp_2s_ancestral(noise: NoiseSchedule, levels: Levels, settings: SamplerSettings) -> Update:
+    """DPM-Solver++(2S), algorithm 1 of Lu et al. (2022), to sigma_down, then noise, as k-diffusion's
+    `sample_dpmpp_2s_ancestral`."""
+    stages = _Stages.of(levels)
+    down, up = _ancestral(stages.start, stages.end)
+    return stages.update(
+        levels,
+        down / stages.middle,
+        1 - down / stages.start,
+        down / stages.start - down / stages.middle,
+        up,
+        draws=True,
+    )
+
+
+def dpmpp_3m_sde(noise: NoiseSchedule, levels: Levels, settings: SamplerSettings) -> Update:
+    """SDE-DPM-Solver++(3M), as in diffusers: of lower order in the first two steps, and in the last two of few."""
+    h = _log_snr_steps(levels)
+    second = dpmpp_2m_sde(noise, levels, settings)
+    third = np.arange(len(h)) > 1
+    third[-1] &= not _last_is_first_order(noise, settings)
+    third[-2:-1] &= not (noise.lower_order_final and settings.steps < _SHORT_RUN)
+    i = np.flatnonzero(third)
+    last, before = h[i - 1] / h[i], h[i - 2] / h[i]  # r0, r1
+    alpha, phi = levels.next_alpha[i], -np.expm1(-2 * h[i])
+    gain1, gain2 = alpha * (1 - phi / (2 * h[i])), alpha * ((phi - 2 * h[i]) / (2 * h[i]) ** 2 - 0.5)
+    slope, curve = gain1 * (1 + last / (last + before)) + gain2 / (last + before), -gain1 * last / (last + before)
+    curve = curve - gain2 / (last + before)
+    denoised, previous, previous2 = second.denoised.copy(), second.previous.copy(), np.zeros_like(h)
+    denoised[i] = alpha * phi + slope / last
+    previous[i] = -slope / last + curve / before
+    previous2[i] = -curve / before
+    return second._replace(denoised=denoised, previous=previous, previous2=previous2)
+
+
+def unipc(noise: NoiseSchedule, levels: Levels, settings: SamplerSettings) -> Update:
+    """UniPC of order 2 with B2 (Zhao et al. 2023), as in diffusers: a step first corrects its sample with its newest
+    prediction, then predicts the next. The first step has no correction, the last one has order one."""
+    h = _log_snr_steps(levels)
+    before = np.append(np.nan, h[:-1])  # the step that led to each sample
+    ratio = -np.append(np.nan, before[:-1]) / before  # log-SNR of the level before that, relative
+    second = np.arange(len(h)) > 0
+    second[-1] &= not noise.lower_order_final
+    gain = -levels.next_alpha * np.expm1(-h)
+    with np.errstate(invalid="ignore"):
+        slope = np.where(second, gain * 0.5 * h / before, 0)
+        keep, corrected = levels.next_sigma / levels.sigma, levels.alpha * np.expm1(-before)
+        phi1 = np.expm1(-before) / -before - 1
+        phi2 = phi1 / -before - 0.5
+        b1, b2 = phi1 / np.expm1(-before), 2 * phi2 / np.expm1(-before)
+        rho = (b1 - b2) / (1 - ratio)
+        wide = np.append(False, second[:-1])  # corrections of order two
+        newest = np.where(wide, b1 - rho, 0.5) * corrected
+        older = np.where(wide, (0.5 - rho) / ratio, 0) * corrected
+    newest, older = np.where(np.arange(len(h)) > 0, (newest, older), 0)
+    return Update(
+        sample=keep,
+        denoised=gain + slope - keep * newest,
+        previous=-slope + keep * (newest - older),
+        noise=np.zeros_like(h),
+        draws=np.zeros(len(h), bool),
+        previous2=keep * older,
+    )
+
+
+def _cfg_pp(update: Update, levels: Levels, sampler: Sampler) -> Update:
+    """CFG++ (arXiv 2406.08070): what a step keeps of its noise is that of the unconditional prediction."""
+    if sampler not in _FIRST_ORDER:
+        raise UsageError(f"guidance is cfg++ with the sampler {sampler}, allowed are {', '.join(_FIRST_ORDER)}")
+    moved = update.sample * levels.alpha
+    return update._replace(denoised=update.denoised + moved, uncond=-moved)
+
+
+class _Stages(NamedTuple):
+    """sigma / alpha at the start, in the middle and at the end of every step of two stages, all [S - 1]."""
+
+    start: Array
+    middle: Array
+    end: Array
+
+    @classmethod
+    def of(cls, levels: Levels) -> "_Stages":
+        """Those of the levels of lines."""
+        ve = np.append(levels.sigma / levels.alpha, levels.last_sigma / levels.last_alpha)
+        return cls(ve[:-2:2], ve[1:-1:2], ve[2::2])
+
+    def update(
+        self, levels: Levels, sample: Array, denoised: Array, previous: Array, up: Array, *, draws: bool
+    ) -> Update:
+        """Euler to the middle, then a second stage of these columns; the last step is Euler's, to the end."""
+        count = len(levels.t)
+        columns = np.zeros((5, count))  # sample, denoised, previous, noise, draws
+        columns[0, :-1:2] = self.middle / self.start
+        columns[1, ::2] = 1 - columns[0, ::2]
+        columns[:, 1::2] = sample, denoised, previous, up, np.full(count // 2, draws)
+        return _divided(levels, *columns)
+
+
+def _ancestral(ve: Array, ve_next: Array) -> tuple[Array, Array]:
+    """sigma_down and sigma_up of a step, as in k-diffusion with eta 1."""
+    return ve_next**2 / ve, ve_next * np.sqrt(np.maximum(ve**2 - ve_next**2, 0)) / ve
+
+
+def _divided(levels: Levels, sample: Array, denoised: Array, previous: Array, noise: Array, draws: Array) -> Update:
     """A step in Euler's state, which is ours divided by alpha, except for the last one, which is not divided."""
     scale = np.append(levels.alpha[1:], 1.0)
-    return Update(
-        sample=scale / levels.alpha * ratio,
-        denoised=scale * (1 - ratio),
-        previous=np.zeros_like(ratio),
-        noise=scale * up,
-        draws=np.full(len(ratio), draws),
-    )
+    return Update(scale / levels.alpha * sample, scale * denoised, scale * previous, scale * noise, draws > 0)
 
 
 def _log_snr_steps(levels: Levels) -> Array:
@@ -322,15 +501,16 @@ def _multistep(
     draws: bool,
 ) -> Update:
     """The second-order correction 0.5 / r (denoised - previous), r = h_previous / h, in the steps of order two."""
-    short = settings.steps < 15  # of the whole run, including those that `strength` skips
-    last_is_first_order = (
-        noise.euler_at_final or noise.final_sigmas_type == "zero" or (noise.lower_order_final and short)
-    )
     second = np.arange(len(h)) > 0
-    second[-1] &= not last_is_first_order
+    second[-1] &= not _last_is_first_order(noise, settings)
     correction = np.zeros_like(h)
     correction[second] = gain[second] * 0.5 * h[second] / np.append(1.0, h[:-1])[second]
     return Update(keep, gain + correction, -correction, up, np.full(len(h), draws))
+
+
+def _last_is_first_order(noise: NoiseSchedule | FlowSchedule, settings: SamplerSettings) -> bool:
+    short = settings.steps < _SHORT_RUN  # of the whole run, including those that `strength` skips
+    return noise.euler_at_final or noise.final_sigmas_type == "zero" or (noise.lower_order_final and short)
 
 
 def _integer_levels(noise: NoiseSchedule, t: Array) -> Levels:
@@ -356,26 +536,49 @@ def _lcm_levels(noise: NoiseSchedule, steps: int) -> Levels:
 def _euler_levels(noise: NoiseSchedule, steps: int) -> Levels:
     t = noise.timesteps(steps, rounded=False)
     sigmas = noise.sigma_at(t)
-    if noise.use_karras_sigmas:
-        sigmas = karras_sigmas(sigmas[0], sigmas[-1], steps)
+    if noise.spacing is not None:
+        sigmas = spaced_sigmas(noise.spacing, sigmas[0], sigmas[-1], steps)
         t = noise.timestep_of(sigmas)
     return _sigma_levels(noise, t, sigmas)
 
 
-def _euler_ancestral_levels(noise: NoiseSchedule, steps: int) -> Levels:
-    t = noise.timesteps(steps, rounded=False)
-    return _sigma_levels(noise, t, noise.sigma_at(t))._replace(last_alpha=1.0, last_sigma=0.0)
+def _euler_levels_to_zero(noise: NoiseSchedule, steps: int) -> Levels:
+    return _euler_levels(noise, steps)._replace(last_alpha=1.0, last_sigma=0.0)
+
+
+def _dpm2_levels(noise: NoiseSchedule, steps: int) -> Levels:
+    levels = _euler_levels_to_zero(noise, steps)
+    return levels._replace(t=np.round(levels.t)) if noise.spacing is Spacing.KARRAS else levels
 
 
 def _dpm_levels(noise: NoiseSchedule, steps: int) -> Levels:
-    t = noise.timesteps_dpm(steps)
-    return _sigma_levels(noise, t, noise.sigma_at(t))
-
-
-def _dpm_karras_levels(noise: NoiseSchedule, steps: int) -> Levels:
-    sigmas = karras_sigmas(noise.sigmas[-1], noise.sigmas[0], steps)
+    if noise.spacing is None:
+        t = noise.timesteps_dpm(steps)
+        return _sigma_levels(noise, t, noise.sigma_at(t))
+    sigmas = spaced_sigmas(noise.spacing, noise.sigmas[-1], noise.sigmas[0], steps)
     t = noise.timestep_of(sigmas)
-    return _sigma_levels(noise, np.floor(t) if noise.beta_schedule == "squaredcos_cap_v2" else np.round(t), sigmas)
+    rounded = noise.spacing not in (Spacing.EXPONENTIAL, Spacing.BETA) and noise.beta_schedule != "squaredcos_cap_v2"
+    return _sigma_levels(noise, np.round(t) if rounded else np.floor(t), sigmas)
+
+
+def _heun_stages(noise: NoiseSchedule, levels: Levels) -> Levels:
+    """The levels of lines: between two steps, the level of the second."""
+    return _interleaved(levels, levels.t[1:], levels.sigma[1:] / levels.alpha[1:])
+
+
+def _halfway_stages(noise: NoiseSchedule, levels: Levels) -> Levels:
+    """The levels of lines: between two steps, the geometric mean of the first and its sigma_down."""
+    ve = levels.sigma / levels.alpha
+    middle = np.sqrt(ve[:-1] * _ancestral(ve[:-1], ve[1:])[0])
+    return _interleaved(levels, noise.timestep_of(middle), middle)
+
+
+def _interleaved(levels: Levels, t: Array, ve: Array) -> Levels:
+    """Levels with others, t and sigma / alpha [S - 1], between them."""
+    alpha = 1 / np.sqrt(ve**2 + 1)
+    lines = np.zeros((3, 2 * len(levels.t) - 1))
+    lines[:, ::2], lines[:, 1::2] = levels[:3], (t, alpha, ve * alpha)
+    return Levels(lines[0], lines[1], lines[2], levels.last_alpha, levels.last_sigma)
 
 
 def _flow_levels(noise: FlowSchedule, steps: int) -> Levels:
@@ -393,17 +596,25 @@ class _Method(NamedTuple):
     update: Callable[[Any, Levels, SamplerSettings], Update]
     default_spacing: str = ""  # of the diffusers class, for a config of betas without one
     divided: bool = False  # Euler's state, ours divided by alpha, starts at sigma * noise
+    stages: Callable[[Any, Levels], Levels] | None = None  # the levels of its lines, if two per step
 
 
 _METHODS: Final = {
     Sampler.DDIM: _Method(_ddim_levels, ddim, "leading"),
     Sampler.DDPM: _Method(_ddim_levels, ddpm, "leading"),
     Sampler.EULER: _Method(_euler_levels, euler, "linspace", divided=True),
-    Sampler.EULER_A: _Method(_euler_ancestral_levels, euler_ancestral, "linspace", divided=True),
+    Sampler.EULER_A: _Method(_euler_levels_to_zero, euler_ancestral, "linspace", divided=True),
     Sampler.DPMPP_2M: _Method(_dpm_levels, dpmpp_2m, "linspace"),
-    Sampler.DPMPP_2M_KARRAS: _Method(_dpm_karras_levels, dpmpp_2m, "linspace"),
+    Sampler.DPMPP_2M_KARRAS: _Method(_dpm_levels, dpmpp_2m, "linspace"),
     Sampler.DPMPP_2M_SDE: _Method(_dpm_levels, dpmpp_2m_sde, "linspace"),
     Sampler.LCM: _Method(_lcm_levels, lcm, "leading"),
+    Sampler.HEUN: _Method(_euler_levels_to_zero, heun, "linspace", divided=True, stages=_heun_stages),
+    Sampler.DPM2_A: _Method(_dpm2_levels, dpm2_ancestral, "linspace", divided=True, stages=_halfway_stages),
+    Sampler.DPMPP_2S_A: _Method(
+        _euler_levels_to_zero, dpmpp_2s_ancestral, "linspace", divided=True, stages=_halfway_stages
+    ),
+    Sampler.DPMPP_3M_SDE: _Method(_dpm_levels, dpmpp_3m_sde, "linspace"),
+    Sampler.UNIPC: _Method(_dpm_levels, unipc, "linspace"),
 }
 
 _FLOW_METHODS: Final = {
@@ -413,7 +624,21 @@ _FLOW_METHODS: Final = {
 }
 
 
-_DPM: Final = (Sampler.DPMPP_2M, Sampler.DPMPP_2M_KARRAS, Sampler.DPMPP_2M_SDE)
+_DPM: Final = (Sampler.DPMPP_2M, Sampler.DPMPP_2M_KARRAS, Sampler.DPMPP_2M_SDE, Sampler.DPMPP_3M_SDE)
+_FIRST_ORDER: Final = (Sampler.DDIM, Sampler.EULER, Sampler.EULER_A)
+_SHORT_RUN: Final = 15  # steps below which diffusers' DPM solver lowers the order at the end
+_SPACINGS: Final[Mapping[Sampler, tuple[Spacing, ...]]] = {
+    Sampler.DDIM: (Spacing.SGM_UNIFORM,),
+    Sampler.DDPM: (Spacing.SGM_UNIFORM,),
+    Sampler.LCM: (),
+    Sampler.DPMPP_2M_KARRAS: (Spacing.KARRAS,),
+}
+"""The spacings of samplers that do not allow all."""
+
+
+def samplers_for(kind: ScheduleKind) -> tuple[Sampler, ...]:
+    """The samplers that suit a kind of schedule."""
+    return tuple(_METHODS if kind is ScheduleKind.BETAS else _FLOW_METHODS)
 
 
 def sampler_of(scheduler_config: Mapping[str, Any]) -> Sampler | None:
@@ -430,16 +655,49 @@ def sampler_of(scheduler_config: Mapping[str, Any]) -> Sampler | None:
         case "LCMScheduler":
             return Sampler.LCM
         case "DPMSolverMultistepScheduler":
+            order = scheduler_config.get("solver_order", 2)
             if scheduler_config.get("algorithm_type", "dpmsolver++") == "sde-dpmsolver++":
-                return Sampler.DPMPP_2M_SDE
+                return {2: Sampler.DPMPP_2M_SDE, 3: Sampler.DPMPP_3M_SDE}.get(order)
+            if order != 2:
+                return None
             return Sampler.DPMPP_2M_KARRAS if scheduler_config.get("use_karras_sigmas") else Sampler.DPMPP_2M
+        case "HeunDiscreteScheduler":
+            return Sampler.HEUN
+        case "KDPM2AncestralDiscreteScheduler":
+            return Sampler.DPM2_A
+        case "UniPCMultistepScheduler":
+            known = {"solver_order": 2, "solver_type": "bh2", "predict_x0": True}
+            return Sampler.UNIPC if known == {k: scheduler_config.get(k, known[k]) for k in known} else None
     return None
 
 
-def _flow_method(sampler: Sampler) -> _Method:
+def _flow_method(sampler: Sampler, spacing: Spacing | None, guidance: Guidance) -> _Method:
     if sampler not in _FLOW_METHODS:
         raise UsageError(f"the sampler {sampler} does not suit flow matching, allowed are {', '.join(_FLOW_METHODS)}")
+    if spacing is not None:
+        raise UsageError(f"spacing is {spacing}, a model of flow matching has its own: leave it out")
+    if guidance is Guidance.CFG_PP:
+        raise UsageError(f"guidance is {guidance}, allowed with flow matching are {Guidance.CFG}, {Guidance.ZERO_STAR}")
     return _FLOW_METHODS[sampler]
+
+
+def spacings_of(sampler: Sampler) -> tuple[Spacing, ...]:
+    """The spacings that a sampler allows."""
+    return _SPACINGS.get(sampler, tuple(Spacing))
+
+
+def _noise_schedule(config: Mapping[str, Any], sampler: Sampler, spacing: Spacing | None) -> NoiseSchedule:
+    """The config's noise schedule in this spacing. Raises UsageError for one that the sampler does not allow."""
+    allowed = spacings_of(sampler)
+    if spacing is not None and spacing not in allowed:
+        choices = f"allowed is {', '.join(allowed)}" if allowed else "which has its own: leave it out"
+        raise UsageError(f"spacing is {spacing} with the sampler {sampler}, {choices}")
+    if sampler is Sampler.DPMPP_2M_KARRAS:
+        spacing = Spacing.KARRAS
+    noise = NoiseSchedule.read(config, _METHODS[sampler].default_spacing, spacing)
+    if sampler is Sampler.DPMPP_2M and spacing is None and noise.spacing is Spacing.KARRAS:
+        return replace(noise, spacing=None)  # which dpmpp-2m-karras is for
+    return noise
 
 
 def _start(steps: int, strength: float, kind: ScheduleKind) -> int:
@@ -452,8 +710,8 @@ def _start(steps: int, strength: float, kind: ScheduleKind) -> int:
     return steps - count
 
 
-def _guided(levels: Levels, guidance_scale: float, interval: tuple[float, float] | None) -> npt.NDArray[np.bool_]:
-    guided = np.full(len(levels.t), guidance_scale > 1)
+def _guided(levels: Levels, guided_at_all: bool, interval: tuple[float, float] | None) -> npt.NDArray[np.bool_]:
+    guided = np.full(len(levels.t), guided_at_all)
     if interval is None:
         return guided
     with np.errstate(divide="ignore"):

@@ -1,8 +1,7 @@
 """Noise schedules from a diffusers scheduler's config. Pure arrays: no models, no randomness.
 
 Flow matching is in `runtime.flow`. Not covered, and refused by name: `thresholding`, `clip_sample` (neither suits
-latents), exponential, beta and Lu sigmas, continuous timesteps, log-linear interpolation, learned variances, solver
-orders other than 2.
+latents), Lu sigmas, continuous timesteps, log-linear interpolation, learned variances.
 """
 
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from oneword.engines.errors import UsageError
+from oneword.runtime.spacing import Spacing
 
 Array: TypeAlias = npt.NDArray[np.float64]
 
@@ -24,20 +24,23 @@ SPACINGS: Final = ("leading", "linspace", "trailing")
 _MUST_BE: Final[dict[str, tuple[Any, ...]]] = {
     "thresholding": (False, None),
     "clip_sample": (False, None),
-    "use_exponential_sigmas": (False, None),
-    "use_beta_sigmas": (False, None),
     "use_lu_lambdas": (False, None),
     "use_flow_sigmas": (False, None),
     "timestep_type": ("discrete",),
     "interpolation_type": ("linear",),
-    "solver_order": (2,),
-    "solver_type": ("midpoint", "logrho", "bh1", "bh2"),  # diffusers reads the last three as midpoint
+    "solver_type": ("midpoint", "logrho", "bh1", "bh2"),  # diffusers' DPM solver reads the last three as midpoint
     "lambda_min_clipped": (-np.inf, "-inf", None),
     "variance_type": ("fixed_small", "fixed_large", None),
     "final_sigmas_type": ("zero", "sigma_min"),
     "beta_schedule": BETA_SCHEDULES,
     "prediction_type": PREDICTION_TYPES,
     "timestep_spacing": SPACINGS,
+}
+
+_SPACED: Final = {
+    "use_karras_sigmas": Spacing.KARRAS,
+    "use_exponential_sigmas": Spacing.EXPONENTIAL,
+    "use_beta_sigmas": Spacing.BETA,
 }
 
 
@@ -68,7 +71,8 @@ class NoiseSchedule:
     final_sigmas_type: str = "zero"
     lower_order_final: bool = True
     euler_at_final: bool = False
-    use_karras_sigmas: bool = False
+    spacing: Spacing | None = None
+    """Of the sigmas; None means those of the timesteps."""
     algorithm_type: str = "dpmsolver++"
     original_inference_steps: int = 50
     timestep_scaling: float = 10.0
@@ -78,8 +82,11 @@ class NoiseSchedule:
         object.__setattr__(self, "alphas_cumprod", _alphas_cumprod(self))
 
     @classmethod
-    def read(cls, config: Mapping[str, Any], default_spacing: str) -> "NoiseSchedule":
-        """Reads a scheduler's config, verbatim. Raises UsageError that names a key whose value is not supported."""
+    def read(cls, config: Mapping[str, Any], default_spacing: str, spacing: Spacing | None = None) -> "NoiseSchedule":
+        """Reads a scheduler's config, verbatim, whose spacing `spacing` replaces.
+
+        Raises UsageError that names a key whose value is not supported.
+        """
         defaults = set(config.get("_use_default_values", ()))  # the keys that diffusers did not find in its file
         explicit = {key: value for key, value in config.items() if key not in defaults}
         for key, allowed in _MUST_BE.items():
@@ -88,6 +95,12 @@ class NoiseSchedule:
                 raise UsageError(f"the scheduler's config says {key} = {explicit[key]!r}, supported are: {choices}")
         fields: dict[str, Any] = {"timestep_spacing": default_spacing}
         fields |= {key: explicit[key] for key in cls.__dataclass_fields__ if explicit.get(key) is not None}
+        if spacing is not None:
+            trailing = spacing is Spacing.SGM_UNIFORM
+            fields |= {"timestep_spacing": "trailing" if trailing else "linspace"}
+            fields["spacing"] = None if trailing else spacing
+        else:
+            fields["spacing"] = next((value for key, value in _SPACED.items() if explicit.get(key)), None)
         if "trained_betas" in fields:
             fields["trained_betas"] = tuple(fields["trained_betas"])
             fields["num_train_timesteps"] = len(fields["trained_betas"])
@@ -147,7 +160,8 @@ class NoiseSchedule:
 
     def timestep_of(self, sigmas: Array) -> Array:
         """The fractional timesteps [S] of these sigmas, linear in log sigma."""
-        return np.interp(np.log(np.maximum(sigmas, 1e-10)), np.log(self.sigmas), np.arange(self.num_train_timesteps))
+        logs = np.log(self.sigmas.astype(np.float32))  # as diffusers, whose DPM solver then rounds down
+        return np.interp(np.log(np.maximum(sigmas, 1e-10)), logs, np.arange(self.num_train_timesteps))
 
     def abar_at(self, timesteps: Array) -> Array:
         """abar [S] at integer timesteps. Raises UsageError if `steps_offset` leads past the last one."""
@@ -157,12 +171,6 @@ class NoiseSchedule:
                 f"{self.num_train_timesteps - 1}: use fewer steps"
             )
         return self.alphas_cumprod[timesteps.astype(np.int64)]
-
-
-def karras_sigmas(sigma_max: float, sigma_min: float, steps: int) -> Array:
-    """Sigmas [S] evenly spaced in sigma^(1/7), eq. 5 of Karras et al. (2022)."""
-    high, low = sigma_max ** (1 / 7), sigma_min ** (1 / 7)
-    return np.asarray((high + np.linspace(0, 1, steps) * (low - high)) ** 7)
 
 
 def _alphas_cumprod(noise: NoiseSchedule) -> Array:

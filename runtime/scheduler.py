@@ -7,6 +7,7 @@
             ...
 
 A step is one turn: waiting pictures are prepared and get slots, every row is denoised once, finished rows are decoded.
+A sampler of two stages needs two turns for most of its own steps, and StepDone comes after the second.
 Preparing and decoding are bounded in each turn, so that newcomers hold up running rows for a short time only. A
 newcomer without a free slot waits for one. The rows that share a row's engine calls change its result by rounding only.
 Not covered: slots and engine calls (`oneword.runtime.denoiser`), fairness between users, and limits on the queue.
@@ -31,6 +32,7 @@ from oneword.runtime.events import Event, Failed, Latents, PictureDone, StepDone
 from oneword.runtime.images import resized
 from oneword.runtime.model import EncodedPrompt, Model, TokenizedPrompt
 from oneword.runtime.noise import TorchGenerator
+from oneword.runtime.prompt_schedule import prompts_by_step
 from oneword.runtime.request import Request, ResolvedSettings, resolve
 from oneword.runtime.row import NoiseStream, Row, time_ids
 
@@ -52,11 +54,13 @@ class _Pending:
     id: int
     request: Request
     settings: ResolvedSettings
-    tokens: TokenizedPrompt | None = None
-    negative: TokenizedPrompt | EncodedPrompt | None = None
+    tokens: Sequence[TokenizedPrompt] = ()
+    """[S]: the prompt of each step."""
+    negatives: Sequence[TokenizedPrompt | EncodedPrompt] | None = None
+    """[S]; None if no step is guided."""
     next_index: int = 0
-    cond: EncodedPrompt | None = None
-    uncond: EncodedPrompt | None = None
+    cond: Sequence[EncodedPrompt] = ()
+    uncond: Sequence[EncodedPrompt] | None = None
     posterior: tuple[Latents, Latents] | None = None
     size: Size = (0, 0, 0)
     """h, w and T of its rows."""
@@ -66,25 +70,43 @@ class _Pending:
         """Pictures without a slot."""
         return self.request.num_images - self.next_index
 
+    @property
+    def branches(self) -> int:
+        """N of each of its rows in their first step."""
+        return 1 + bool(self.settings.schedule.guided[0])
+
     def tokenize(self, model: Model) -> None:
         """Splits the prompts at learned words. Raises UsageError, ConceptError."""
-        request = self.request
-        self.tokens = model.tokenize(request.prompt, request.clip_skip, request.words)
+        request, steps = self.request, self.settings.schedule.steps
+        self.tokens = self._tokenized(model, request.prompt)
         if self.settings.schedule.guided.any():
             if request.negative_prompt is None:
-                self.negative = model.missing_negative(request.clip_skip)
+                self.negatives = [model.missing_negative(request.clip_skip)] * steps
             else:
-                self.negative = model.tokenize(request.negative_prompt, request.clip_skip, request.words)
-        if isinstance(self.negative, TokenizedPrompt):
-            self.tokens, self.negative = model.evened([self.tokens, self.negative])
-        lengths = [model.context_length(self.tokens)]
-        if isinstance(self.negative, TokenizedPrompt):
-            _check_lengths(self.tokens, self.negative)
-            lengths.append(model.context_length(self.negative))
-        elif self.negative is not None:
-            lengths.append(len(self.negative.hidden_states))
+                self.negatives = self._tokenized(model, request.negative_prompt)
+        prompts = list(dict.fromkeys([*self.tokens, *(self.negatives or ())]))
+        tokenized = [prompt for prompt in prompts if isinstance(prompt, TokenizedPrompt)]
+        evened = dict(zip(tokenized, model.evened(tokenized), strict=True))
+        self.tokens = [evened[prompt] for prompt in self.tokens]
+        if self.negatives is not None:
+            self.negatives = [
+                evened[prompt] if isinstance(prompt, TokenizedPrompt) else prompt for prompt in self.negatives
+            ]
+        _check_lengths(list(evened.values()))
+        lengths = [
+            *map(model.context_length, evened.values()),
+            *(len(prompt.hidden_states) for prompt in prompts if not isinstance(prompt, TokenizedPrompt)),
+        ]
         factor = model.manifest.vae.factor
         self.size = self.settings.height // factor, self.settings.width // factor, math.lcm(*lengths)
+
+    def _tokenized(self, model: Model, prompt: str) -> list[TokenizedPrompt]:
+        """The prompt of each step [S]."""
+        texts = prompts_by_step(prompt, self.settings.schedule.steps)
+        tokens = {
+            text: model.tokenize(text, self.request.clip_skip, self.request.words) for text in dict.fromkeys(texts)
+        }
+        return [tokens[text] for text in texts]
 
 
 @dataclass(eq=False)
@@ -186,6 +208,8 @@ class Scheduler:
             waiting = []  # no other request overtakes it
         newcomers = [pending for pending in waiting if self.denoiser.has_room(pending.size)][:count]
         with contextlib.suppress(OnewordError):  # each request is tried again alone
+            if newcomers and not self._rows:  # in a first turn this compiles, while the encoders are opened
+                self.denoiser.prepare(newcomers[0].size, newcomers[0].branches)
             self._encode(newcomers)
         for pending in newcomers:
             while pending.left and self.denoiser.has_room(pending.size):
@@ -216,10 +240,9 @@ class Scheduler:
         request, settings = pending.request, pending.settings
         schedule = settings.schedule
         manifest = self.model.manifest
-        if pending.cond is None:
+        if not pending.cond:
             self._encode([pending])
-        assert pending.cond is not None  # encoded above
-        if not (pending.cond.finite and (pending.uncond is None or pending.uncond.finite)):
+        if not all(prompt.finite for prompt in {*pending.cond, *(pending.uncond or ())}):
             raise NotFinite("a text encoder produced NaN or infinity for this prompt: check the word's vectors")
         if request.image is not None and pending.posterior is None:
             pending.posterior = self.model.encode_image(resized(request.image, settings.width, settings.height))
@@ -258,19 +281,21 @@ class Scheduler:
 
     def _encode(self, requests: Sequence[_Pending]) -> None:
         """Encodes the prompts of these requests. Raises EngineError."""
-        new = [pending for pending in requests if pending.cond is None]
-        prompts = [
+        new = [pending for pending in requests if not pending.cond]
+        prompts = dict.fromkeys(
             prompt
             for pending in new
-            for prompt in (pending.tokens, pending.negative)
+            for prompt in (*pending.tokens, *(pending.negatives or ()))
             if isinstance(prompt, TokenizedPrompt)
-        ]
-        encoded = dict(zip(prompts, self.model.encode(prompts), strict=True))
+        )
+        encoded = dict(zip(prompts, self.model.encode([*prompts]), strict=True))
         for pending in new:
-            assert pending.tokens is not None  # since it was added
-            pending.cond = encoded[pending.tokens]
-            negative = pending.negative
-            pending.uncond = encoded[negative] if isinstance(negative, TokenizedPrompt) else negative
+            pending.cond = [encoded[tokens] for tokens in pending.tokens]
+            if pending.negatives is not None:
+                pending.uncond = [
+                    encoded[negative] if isinstance(negative, TokenizedPrompt) else negative
+                    for negative in pending.negatives
+                ]
 
     def _denoise(self) -> Iterator[Event]:
         """Runs one step of every row; rows that are done leave their slots."""
@@ -287,7 +312,7 @@ class Scheduler:
         self.seconds["denoise"] += seconds
 
     def _progress(self, row: Row, stepped: bool) -> Iterator[Event]:
-        """The events of one row in this turn."""
+        """The events of one row in this turn; `stepped` if it ended a step."""
         preview, latents = None, None
         try:
             if stepped and row.step == row.steps:
@@ -300,7 +325,8 @@ class Scheduler:
             return
         if row.broken_at is not None:
             self._remove(row)
-            message = f"graph 'denoise_step' produced NaN or infinity at step {row.broken_at} of picture {row.index}: "
+            step = row.schedule.step_of(row.broken_at)
+            message = f"graph 'denoise_step' produced NaN or infinity at step {step} of picture {row.index}: "
             yield Failed(row.id, row.index, NotFinite(message + _MORE_PRECISION))
             return
         if stepped:
@@ -361,12 +387,12 @@ class Scheduler:
             yield PictureDone(row.id, row.index, row.seed, image, row.request, row.settings, self.model.name)
 
 
-def _check_lengths(tokens: TokenizedPrompt, negative: TokenizedPrompt) -> None:
-    """Raises UsageError if the common length, to which both prompts are repeated, would not fit into memory."""
-    for name, prompt in tokens.per_encoder.items():
-        chunks = len(prompt.input_ids), len(negative.per_encoder[name].input_ids)
+def _check_lengths(prompts: Sequence[TokenizedPrompt]) -> None:
+    """Raises UsageError if the common length, to which all prompts are repeated, would not fit into memory."""
+    for name in prompts[0].per_encoder:
+        chunks = list(dict.fromkeys(len(prompt.per_encoder[name].input_ids) for prompt in prompts))
         if math.lcm(*chunks) > max(MAX_CHUNKS, 4 * max(chunks)):
             raise UsageError(
-                f"the prompt has {chunks[0]} chunks and the negative prompt {chunks[1]}, whose least common "
-                f"multiple is {math.lcm(*chunks)}, allowed is {max(MAX_CHUNKS, 4 * max(chunks))}: shorten either"
+                f"the prompts, negative ones included, have {' and '.join(map(str, chunks))} chunks, whose least "
+                f"common multiple is {math.lcm(*chunks)}, allowed is {max(MAX_CHUNKS, 4 * max(chunks))}: shorten one"
             )

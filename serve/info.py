@@ -6,7 +6,8 @@ from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
 
-from oneword.runtime.samplers import Sampler
+from oneword.runtime.samplers import Sampler, samplers_for
+from oneword.runtime.spacing import Spacing
 from oneword.serve.errors import NotFound
 from oneword.serve.state import State
 
@@ -34,6 +35,7 @@ class ModelBody(BaseModel):
     digest: str = Field(description="of the weights")
     defaults: Defaults
     samplers: list[Sampler]
+    spacings: list[Spacing]
     size_multiple: int = Field(description="width and height are multiples of it")
     max_pixels: int
     max_side: int | None = Field(description="pixels of the longer side; null if any")
@@ -77,7 +79,8 @@ async def model(http: Request) -> ModelBody:
             guidance_scale=defaults.guidance_scale,
             sampler=Sampler(defaults.sampler),
         ),
-        samplers=list(Sampler),
+        samplers=list(samplers_for(manifest.schedule)),
+        spacings=list(Spacing),
         size_multiple=manifest.size_multiple,
         max_pixels=state.max_pixels,
         max_side=manifest.max_side,

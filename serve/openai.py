@@ -18,7 +18,8 @@ from starlette.responses import Response
 from oneword.engines.errors import OnewordError
 from oneword.runtime.events import PictureDone
 from oneword.runtime.request import MAX_STEPS, Request, ResolvedSettings
-from oneword.runtime.samplers import Sampler
+from oneword.runtime.samplers import Guidance, Sampler
+from oneword.runtime.spacing import Spacing
 from oneword.serve.errors import ApiError, Invalid, NotFound, from_oneword, openai_body
 from oneword.serve.fields import Fields, validated
 from oneword.serve.forms import read_form
@@ -62,6 +63,9 @@ class Settings(Fields):
     num_inference_steps: Annotated[int, Field(ge=1, le=MAX_STEPS)] | None = None
     steps: Annotated[int, Field(ge=1, le=MAX_STEPS)] | None = None
     sampler: Sampler | None = None
+    spacing: Spacing | None = None
+    """Where the sampler's steps are; the model's own by default."""
+    guidance: Guidance = Guidance.CFG
     guidance_scale: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
     embedded_guidance: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
     guidance_rescale: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.0
@@ -370,6 +374,8 @@ def _request(body: Settings, prompt: str, **edit: Any) -> Request:
             num_images=body.n or 1,
             steps=steps,
             sampler=body.sampler,
+            spacing=body.spacing,
+            guidance=body.guidance,
             guidance_scale=body.guidance_scale,
             embedded_guidance=body.embedded_guidance,
             guidance_rescale=body.guidance_rescale,

@@ -189,7 +189,7 @@ class Generation:
         self.cancelled = False
         self.only_ends = False
         """Whether its consumer wants the last event of each picture only: others are then neither kept nor reported."""
-        self.partial_steps = spread(partials, len(settings.schedule))
+        self.partial_steps = spread(partials, settings.schedule.steps)
         self._pool = pool
         # By picture: branch pixels that are done after step i, all of them, and pixels to decode and encode.
         self._done_work = np.concatenate([[0], np.cumsum(branch_pixels(settings))])
@@ -234,7 +234,7 @@ class Generation:
     @property
     def steps(self) -> tuple[int, int]:
         """The steps of the oldest picture in progress that are done, and all of its steps."""
-        return next((picture.step for picture in self._running.values()), 0), len(self.settings.schedule)
+        return next((picture.step for picture in self._running.values()), 0), self.settings.schedule.steps
 
     @property
     def _pixel_steps(self) -> int:
@@ -571,7 +571,7 @@ class Pool:
                 self._stop_timer(generation)
             if account.waiting:
                 self._turns[name] = None
-            picture = _Picture(generation, index, steps=len(generation.settings.schedule))
+            picture = _Picture(generation, index, steps=generation.settings.schedule.steps)
             generation._running[index] = picture
             self._handed += 1
             self._needing_slots[picture] = None

@@ -35,18 +35,18 @@ class Results:
         self._files = files
         self._clock = clock
         self._lock = threading.Lock()
-        self._accounts: dict[str, deque[tuple[int, int]]] = {}
+        self._pictures: dict[str, deque[tuple[int, int]]] = {}
         """By tenant, when each of its pictures expires, the oldest first, and its bytes."""
 
     def check_room(self, tenant: Tenant) -> None:
         """Raises Busy if as many bytes are kept for a tenant as it may have; one request may still exceed that."""
         with self._lock:
-            account = self._accounts.get(tenant.name, deque())
-            while account and account[0][0] < self._clock():
-                account.popleft()
-            used = sum(size for _, size in account)
+            pictures = self._pictures.get(tenant.name, deque())
+            while pictures and pictures[0][0] < self._clock():
+                pictures.popleft()
+            used = sum(size for _, size in pictures)
             if used >= tenant.max_result_bytes:
-                wait = account[0][0] - self._clock() if account else SECONDS
+                wait = pictures[0][0] - self._clock() if pictures else SECONDS
                 raise Busy(
                     f"{used} bytes of your pictures are kept for an hour, allowed are {tenant.max_result_bytes}: "
                     "ask for b64_json, or try again later",
@@ -61,7 +61,7 @@ class Results:
         name = f"{expiry}-{secrets.token_hex(32)}.{format}"
         self._files.write(f"{_FOLDER}/{name}", data)
         with self._lock:
-            self._accounts.setdefault(tenant.name, deque()).append((expiry, len(data)))
+            self._pictures.setdefault(tenant.name, deque()).append((expiry, len(data)))
         return name
 
     def get(self, name: str) -> tuple[bytes, str] | None:

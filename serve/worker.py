@@ -336,7 +336,7 @@ class Worker:
                         raise event.error
                 seconds.append(scheduler.seconds["denoise"] - start)
             step = min(second for second in seconds if second)
-            self._denoising.add(_branch_pixels(settings, 1), step)
+            self._denoising.add(int(branch_pixels(settings).sum()) / len(settings.schedule), step)
             spent = sum(scheduler.seconds[stage] - before[stage] for stage in ("encode", "decode"))
             self._decoding.add(settings.width * settings.height, spent)
         self.slots = scheduler.denoiser.capacity(_default_size(model))
@@ -398,8 +398,7 @@ class Worker:
         seconds = {stage: total - before[stage] for stage, total in scheduler.seconds.items()}
         steps = [(self._tickets[event.id], event) for event in events if isinstance(event, StepDone)]
         branch_pixels = sum(_branch_pixels(_settings(ticket), event.step) for ticket, event in steps)
-        if branch_pixels:
-            self._denoising.add(branch_pixels, seconds["denoise"])
+        self._denoising.add(branch_pixels, seconds["denoise"])  # a turn without the end of a step costs time too
         pixels = sum(event.image.shape[0] * event.image.shape[1] for event in events if isinstance(event, PictureDone))
         self._measure(pixels, seconds)
         self._turns += 1
@@ -498,12 +497,13 @@ def _default_size(model: Model) -> tuple[int, int, int]:
 
 
 def branch_pixels(settings: ResolvedSettings) -> npt.NDArray[np.int64]:
-    """[S]: what each step of a picture costs, twice as much if it is guided."""
-    return (1 + settings.schedule.guided.astype(np.int64)) * settings.width * settings.height
+    """[S]: what each step of a picture costs: its pixels for each line of the schedule, twice if that is guided."""
+    branches = settings.schedule.per_step(1 + settings.schedule.guided.astype(np.int64))
+    return branches * settings.width * settings.height
 
 
 def _branch_pixels(settings: ResolvedSettings, step: int) -> int:
-    return int(1 + settings.schedule.guided[step - 1]) * settings.width * settings.height
+    return int(branch_pixels(settings)[step - 1])
 
 
 def _settings(ticket: Ticket) -> ResolvedSettings:
@@ -513,7 +513,7 @@ def _settings(ticket: Ticket) -> ResolvedSettings:
 
 def _preview_steps(request: Request, ticket: Ticket) -> frozenset[int]:
     """The steps where the request has a preview, and those whose estimate is decoded."""
-    steps = range(1, len(_settings(ticket).schedule) + 1)
+    steps = range(1, _settings(ticket).schedule.steps + 1)
     return ticket.partial_steps | {step for step in steps if request.has_preview(step)}
 
 

@@ -1,9 +1,9 @@
 """A1111's way to ask for pictures: what a body of txt2img or img2img means as a `Request` of the runtime.
 
 Pure translation: no HTTP, no files, no sampling. Some meanings differ from the runtime's own: `clip_skip` counts from
-1; `eta` is 1 for ancestral samplers, and passed on to DDIM only, whose default is 0; a karras schedule is part of the
-sampler; picture i has the seed `seed + i`, over all `n_iter` x `batch_size` pictures. Left out, steps, size, guidance
-and sampler are the model's defaults, not A1111's.
+1; `eta` is 1 for ancestral samplers, and passed on to DDIM only, whose default is 0; a scheduler is a spacing; picture
+i has the seed `seed + i`, over all `n_iter` x `batch_size` pictures. Left out, steps, size, guidance and sampler are
+the model's defaults, not A1111's.
 
 A key that asks for something this server does not do is refused by name; one that asks for nothing is taken. Unknown
 keys are ignored, as A1111 ignores them, unless they look like a misspelled one.
@@ -18,9 +18,10 @@ from typing import Any, Final
 
 from oneword.runtime.bundle import Manifest, Provenance
 from oneword.runtime.edit import Mask
-from oneword.runtime.images import A1111_SAMPLERS
+from oneword.runtime.images import A1111_SAMPLERS, A1111_SPACINGS
 from oneword.runtime.request import Image, Request, ResolvedSettings, resolve
-from oneword.runtime.samplers import Sampler
+from oneword.runtime.samplers import Sampler, spacings_of
+from oneword.runtime.spacing import Spacing
 from oneword.serve.a1111.pictures import Crop, covering, filled, filling
 from oneword.serve.a1111.schemas import ImageToImage, TextToImage
 from oneword.serve.errors import NotFound, Unprocessable
@@ -41,22 +42,40 @@ ALIASES: Final[Mapping[Sampler, tuple[str, ...]]] = {
     Sampler.DPMPP_2M_KARRAS: ("dpmpp-2m-karras", "k_dpmpp_2m_ka", "dpmpp_2m_karras"),
     Sampler.DPMPP_2M_SDE: ("dpmpp-2m-sde", "k_dpmpp_2m_sde", "dpmpp_2m_sde"),
     Sampler.LCM: ("lcm", "k_lcm"),
+    Sampler.HEUN: ("heun", "k_heun"),
+    Sampler.DPM2_A: ("dpm2-a", "k_dpm_2_a", "dpm_2_ancestral"),
+    Sampler.DPMPP_2S_A: ("dpmpp-2s-a", "k_dpmpp_2s_a", "dpmpp_2s_ancestral"),
+    Sampler.DPMPP_3M_SDE: ("dpmpp-3m-sde", "k_dpmpp_3m_sde", "dpmpp_3m_sde"),
+    Sampler.UNIPC: ("unipc", "uni_pc_bh2"),
 }
 """Other names of the samplers: our own, k-diffusion's and ComfyUI's."""
-SCHEDULERS: Final[Mapping[str, str]] = {
-    "automatic": "Automatic",
-    "uniform": "Uniform",
-    "normal": "Normal",
-    "karras": "Karras",
+_OF_THE_MODEL: Final = {"automatic": "Automatic", "uniform": "Uniform", "normal": "Normal"}
+_SPACINGS: Final[Mapping[str, Spacing]] = {
+    "karras": Spacing.KARRAS,
+    "exponential": Spacing.EXPONENTIAL,
+    "sgm_uniform": Spacing.SGM_UNIFORM,
+    "beta": Spacing.BETA,
+    "align_your_steps": Spacing.AYS,
 }
-"""Names and labels; all but karras are the model's own schedule."""
+SCHEDULERS: Final[Mapping[str, str]] = {
+    **_OF_THE_MODEL,
+    **{name: A1111_SPACINGS[spacing] for name, spacing in _SPACINGS.items()},
+}
+"""Names and labels."""
 
 _SAMPLERS: Final = {
     name.lower(): sampler
     for sampler, a1111_name in A1111_SAMPLERS.items()
     for name in (a1111_name, sampler.value, *ALIASES[sampler])
 }
-_ANCESTRAL: Final = (Sampler.EULER_A, Sampler.DPMPP_2M_SDE)
+_SCHEDULERS: Final = {alias: name for name, label in SCHEDULERS.items() for alias in (name, label.lower())}
+_ANCESTRAL: Final = (
+    Sampler.EULER_A,
+    Sampler.DPM2_A,
+    Sampler.DPMPP_2S_A,
+    Sampler.DPMPP_2M_SDE,
+    Sampler.DPMPP_3M_SDE,
+)
 _NOT_DONE: Final[Mapping[str, str]] = {
     "enable_hr": "the high-resolution fix",
     "styles": "prompt styles",
@@ -115,7 +134,7 @@ def text_to_image(body: TextToImage, manifest: Manifest, random_seed: int) -> Pl
     """The plan of a txt2img. `random_seed` replaces a seed of -1. Raises NotFound, Unprocessable and UsageError."""
     check(body)
     overrides = checked_options(body.override_settings or {}, options(manifest), ModelNames.of(manifest.source))
-    sampler = sampler_of(body.sampler_name or body.sampler_index, body.scheduler, manifest)
+    sampler, spacing = sampler_of(body.sampler_name or body.sampler_index, body.scheduler, manifest)
     count = (body.n_iter or 1) * (body.batch_size or 1)
     if count > MAX_PICTURES:
         raise Unprocessable(f"n_iter x batch_size is {count}, allowed are up to {MAX_PICTURES} pictures", "n_iter")
@@ -130,6 +149,7 @@ def text_to_image(body: TextToImage, manifest: Manifest, random_seed: int) -> Pl
         num_images=count,
         steps=body.steps,
         sampler=sampler,
+        spacing=spacing,
         guidance_scale=body.cfg_scale,
         eta=_eta(sampler or Sampler(manifest.defaults.sampler), body.eta),
         clip_skip=clip_skip - 1,
@@ -180,20 +200,27 @@ def strength_of(body: ImageToImage) -> float:
     return 0.75 if body.denoising_strength is None else body.denoising_strength
 
 
-def sampler_of(name: str | None, scheduler: str | None, manifest: Manifest) -> Sampler | None:
-    """The sampler of a name and a scheduler; None is the model's default. Raises NotFound and Unprocessable."""
+def sampler_of(name: str | None, scheduler: str | None, manifest: Manifest) -> tuple[Sampler | None, Spacing | None]:
+    """The sampler and spacing of a name and a scheduler; None is the model's own. Raises NotFound and Unprocessable."""
     if name and name.strip().lower() not in _SAMPLERS:
         allowed = ", ".join(A1111_SAMPLERS.values())
         raise NotFound(f"Sampler not found: {name[:60]!r}, allowed are {allowed}", "sampler_name")
     sampler = _SAMPLERS[name.strip().lower()] if name else None
     schedule = (scheduler or "automatic").strip().lower()
-    if schedule not in SCHEDULERS:
+    if schedule not in _SCHEDULERS:
         raise Unprocessable(f"scheduler is {schedule[:60]!r}, allowed are {', '.join(SCHEDULERS)}", "scheduler")
-    if schedule != "karras":
-        return sampler
-    if (sampler or manifest.defaults.sampler) in (Sampler.DPMPP_2M, Sampler.DPMPP_2M_KARRAS):
-        return Sampler.DPMPP_2M_KARRAS
-    raise Unprocessable("scheduler is 'karras', which goes with the sampler DPM++ 2M: use 'automatic'", "scheduler")
+    spacing = _SPACINGS.get(_SCHEDULERS[schedule])
+    used = sampler or Sampler(manifest.defaults.sampler)
+    if spacing is Spacing.KARRAS and used in (Sampler.DPMPP_2M, Sampler.DPMPP_2M_KARRAS):
+        return Sampler.DPMPP_2M_KARRAS, None
+    if spacing is not None and spacing not in spacings_of(used):
+        names = ", ".join(name for name, other in _SPACINGS.items() if other in spacings_of(used))
+        raise Unprocessable(
+            f"scheduler is {schedule!r} with the sampler {A1111_SAMPLERS[used]}, allowed is "
+            f"{', '.join(filter(None, ['automatic', names]))}",
+            "scheduler",
+        )
+    return sampler, Spacing.AYS_XL if spacing is Spacing.AYS and manifest.conditioning.time_ids else spacing
 
 
 def options(manifest: Manifest) -> dict[str, Any]:

@@ -9,7 +9,20 @@ const SAMPLERS = {
   "DPM++ 2M Karras": "dpmpp-2m-karras",
   "DPM++ 2M SDE": "dpmpp-2m-sde",
   LCM: "lcm",
+  Heun: "heun",
+  "DPM2 a": "dpm2-a",
+  "DPM++ 2S a": "dpmpp-2s-a",
+  "DPM++ 3M SDE": "dpmpp-3m-sde",
+  UniPC: "unipc",
 };
+const SPACINGS = {
+  Karras: "karras",
+  Exponential: "exponential",
+  Beta: "beta",
+  "SGM Uniform": "sgm-uniform",
+  "Align Your Steps": "ays",
+};
+const METHODS = { "CFG++": "cfg++", "CFG-Zero*": "zero-star" };
 
 /** The recipe of a parameters text, or null if the text is none. Values that make no sense are left out. */
 export function parseParameters(text) {
@@ -19,12 +32,15 @@ export function parseParameters(text) {
   const body = lines.slice(0, -1).join("\n");
   const split = body.search(/(^|\n)Negative prompt: /);
   const pairs = readPairs(last);
+  const sampler = samplerOf(pairs.get("Sampler"), pairs.get("Schedule type"));
   const [width, height] = (pairs.get("Size") ?? "").split("x").map((side) => whole(side));
   const recipe = {
     prompt: (split < 0 ? body : body.slice(0, split)).trim(),
     negative: split < 0 ? "" : body.slice(split).trim().replace(/^Negative prompt: /, ""),
     steps: whole(pairs.get("Steps")),
-    sampler: samplerOf(pairs.get("Sampler"), pairs.get("Schedule type")),
+    sampler,
+    spacing: sampler === "dpmpp-2m-karras" ? undefined : SPACINGS[pairs.get("Schedule type")],
+    method: METHODS[pairs.get("Guidance")],
     guidance: number(pairs.get("CFG scale")),
     seed: whole(pairs.get("Seed")),
     width,

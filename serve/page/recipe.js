@@ -27,6 +27,8 @@ export function requestFields(recipe) {
     negative_prompt: recipe.negative || undefined,
     num_inference_steps: recipe.steps,
     sampler: recipe.sampler || undefined,
+    spacing: recipe.spacing || undefined,
+    guidance: recipe.method || undefined,
     guidance_scale: recipe.guidance,
     guidance_rescale: recipe.rescale || undefined,
     guidance_interval: interval,

@@ -56,6 +56,8 @@ export function tiRun(recipe) {
     ["--num-images", recipe.count],
     ["--steps", recipe.steps],
     ["--sampler", recipe.sampler || undefined],
+    ["--spacing", recipe.spacing || undefined],
+    ["--guidance", recipe.method || undefined],
     ["--guidance-scale", recipe.guidance],
     ["--guidance-rescale", recipe.rescale || undefined],
     ["--guidance-interval", interval?.join(" ")],

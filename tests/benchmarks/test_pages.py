@@ -16,6 +16,7 @@ from benchmarks import (
     miniature,
     paper,
     precision,
+    samplers,
     traffic,
     training,
     words,
@@ -36,7 +37,20 @@ below
 <!-- generated: b -->
 <!-- end: b -->
 """
-MODULES = (feedback, full_size, gallery, latency, miniature, paper, precision, traffic, training, words, words_resident)
+MODULES = (
+    feedback,
+    full_size,
+    gallery,
+    latency,
+    miniature,
+    paper,
+    precision,
+    samplers,
+    traffic,
+    training,
+    words,
+    words_resident,
+)
 
 
 def test_only_the_text_between_the_markers_is_replaced(tmp_path: Path) -> None:

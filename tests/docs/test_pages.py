@@ -5,7 +5,8 @@ import runpy
 from pathlib import Path
 
 import oneword.runtime
-from oneword.runtime.samplers import COLUMNS, Sampler
+from oneword.runtime.samplers import COLUMNS, Guidance, Sampler
+from oneword.runtime.spacing import Spacing
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -22,10 +23,10 @@ def test_the_api_page_documents_every_public_name() -> None:
     assert sorted(documented) == sorted(oneword.runtime.__all__)
 
 
-def test_the_samplers_page_lists_every_sampler_and_column() -> None:
-    first_cells = re.findall(r"^\| `(\w[\w-]*)` \|", (DOCS / "reference" / "samplers.md").read_text("utf-8"), re.M)
+def test_the_samplers_page_lists_every_sampler_spacing_guidance_and_column() -> None:
+    first_cells = re.findall(r"^\| `(\w[\w+-]*)` \|", (DOCS / "reference" / "samplers.md").read_text("utf-8"), re.M)
 
-    assert first_cells == [*Sampler, *COLUMNS]
+    assert first_cells == [*Sampler, *Spacing, *Guidance, *COLUMNS]
 
 
 def test_every_page_of_the_site_is_in_its_navigation_once() -> None:

@@ -4,6 +4,7 @@ The tokenizers of the tiny models take 20 tokens (CLIP) and 24 (T5). Exporting o
 exported once; variants of it run its PyTorch modules in the runtime.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ import torch
 from oneword.engines.errors import ConceptError, UsageError
 from oneword.engines.open import Backend
 from oneword.export.eager import eager_model
-from oneword.export.families import UNSUPPORTED, family_of
-from oneword.export.source import load_source
+from oneword.export.families import family_of
+from oneword.export.source import UNSUPPORTED, load_source
 from oneword.export.write import export_bundle
 from oneword.runtime.bundle import Bundle
 from oneword.runtime.concept import Concept, load_concept, save_concept
@@ -318,12 +319,26 @@ def test_a_scheduler_that_does_not_suit_sd3_is_refused(
         family_of(source)
 
 
-@pytest.mark.parametrize("pipeline", UNSUPPORTED)
-def test_other_families_are_refused_with_what_is_missing(tiny_sd3_dir: Path, pipeline: str) -> None:
-    source = load_source(tiny_sd3_dir)
-    object.__setattr__(source, "pipeline", pipeline)
-    with pytest.raises(UsageError, match=f"is a {pipeline}, which needs .*: give a model of Stable"):
+def test_a_network_that_its_pipeline_does_not_have_is_refused(tiny_model_dir: Path) -> None:
+    source = load_source(tiny_model_dir)
+    object.__setattr__(source, "pipeline", "StableDiffusion3Pipeline")
+    with pytest.raises(UsageError, match="has the network UNet2DConditionModel, its pipeline needs SD3Transformer2DM"):
         family_of(source)
+
+
+@pytest.mark.parametrize("pipeline", UNSUPPORTED)
+def test_other_families_are_refused_with_what_is_missing(tmp_path: Path, pipeline: str) -> None:
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": pipeline}))
+    with pytest.raises(UsageError, match=f"is a {pipeline}, which needs .*: give a model of a supported family"):
+        load_source(tmp_path)
+
+
+def test_learning_is_refused_for_a_model_without_a_unet(tiny_sd3_dir: Path) -> None:
+    from oneword.train.learner import Learner
+    from oneword.train.recipe import Recipe
+
+    with pytest.raises(UsageError, match="has the network SD3Transformer2DModel: give a model with a UNet"):
+        Learner(load_source(tiny_sd3_dir), [], Recipe(), seed=0)
 
 
 def picture(model: Model, prompt: str, **settings: Any) -> Image:

@@ -328,6 +328,8 @@ def test_swapped_graphs_are_detected(bundle: Path) -> None:
         ({"pooled": ["text_encoder"]}, "pools an encoder that does not pool, or has no context"),
         ({"time_ids": ["crop_top", "aesthetics"]}, "has the time id 'aesthetics', allowed are original_height, "),
         ({"missing_negative": "nothing"}, "is not a valid manifest"),
+        ({"width": 1}, "has a block of encoders that is wider than its context"),
+        ({"zero_tokens": -1}, "is not a valid manifest"),
     ],
 )
 def test_a_conditioning_that_the_bundle_cannot_provide_is_refused(

@@ -3,6 +3,7 @@
 import contextlib
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,13 +12,14 @@ from typing import Any
 import hypothesis.strategies as st
 import numpy as np
 import numpy.typing as npt
+import PIL.Image
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from oneword.engines.errors import ConceptError, OnewordError, UsageError
+from oneword.engines.errors import ConceptError, EngineError, OnewordError, UsageError
 from oneword.engines.open import Backend
 from oneword.runtime.concept import Concept, save_concept
-from oneword.runtime.drawing import generate
+from oneword.runtime.drawing import generate, scheduler_for
 from oneword.runtime.events import Event, Failed, PictureDone, StepDone
 from oneword.runtime.model import Model
 from oneword.runtime.request import Image, Request
@@ -50,6 +52,11 @@ def pipelines(tiny_model_dir: Path) -> PIPELINES:
     for pipeline in pipelines.values():
         pipeline.set_progress_bar_config(disable=True)
     return pipelines
+
+
+EXPONENTIAL = {"timestep_spacing": "linspace", "use_exponential_sigmas": True}
+THIRD_ORDER = {"algorithm_type": "sde-dpmsolver++", "solver_order": 3}
+TRAILING = {"timestep_spacing": "trailing"}
 
 
 @pytest.fixture
@@ -113,6 +120,58 @@ def test_text_to_image_matches_diffusers(
     assert image.shape == (height, width, 3)
     assert image.std() > 1  # there is something to compare
     assert psnr(image, of_diffusers(reference)) >= 50
+
+
+@pytest.mark.parametrize(
+    ("settings", "peer", "config"),
+    [
+        ({"sampler": "heun"}, "HeunDiscreteScheduler", {}),
+        ({"sampler": "dpm2-a", "spacing": "exponential"}, "KDPM2AncestralDiscreteScheduler", EXPONENTIAL),
+        ({"sampler": "dpmpp-3m-sde"}, "DPMSolverMultistepScheduler", THIRD_ORDER),
+        ({"sampler": "unipc"}, "UniPCMultistepScheduler", {}),
+        # a few-step student: SD-Turbo's settings
+        ({"sampler": "euler-a", "spacing": "sgm-uniform", "steps": 2}, "EulerAncestralDiscreteScheduler", TRAILING),
+    ],
+)
+@pytest.mark.parametrize("edit", [False, True])
+def test_samplers_match_diffusers_pipelines(
+    model: Model,
+    pipelines: PIPELINES,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, Any],
+    peer: str,
+    config: dict[str, Any],
+    edit: bool,
+) -> None:
+    import diffusers
+    import torch
+
+    pipeline = pipelines["image" if edit else "text"]
+    theirs = getattr(diffusers, peer).from_config({**pipeline.scheduler.config, **config})
+    monkeypatch.setattr(pipeline, "scheduler", theirs)
+    student = settings.get("steps") == 2
+    settings = {"steps": 7, "guidance_scale": 1.0 if student else 4.0, **settings}
+    start: dict[str, Any] = {"image": scene(), "strength": 0.6} if edit else {}
+    theirs_start = {**start, "image": PIL.Image.fromarray(scene())} if edit else {}
+    reference = pipeline(
+        "a photo of a red cat",
+        num_inference_steps=settings["steps"],
+        guidance_scale=settings["guidance_scale"],
+        generator=torch.Generator().manual_seed(11),
+        output_type="np",
+        **theirs_start,
+    )
+
+    image = pictures(model, [Request("a photo of a red cat", seed=11, **settings, **start)])[0]
+
+    assert psnr(image, of_diffusers(reference)) >= 50
+
+
+def test_a_sampler_of_two_stages_reports_steps_and_not_evaluations(model: Model) -> None:
+    events = list(generate(model, [Request("a cat", steps=4, sampler="heun", previews=2)]))
+    steps = [event for event in events if isinstance(event, StepDone)]
+    assert [(event.step, event.steps) for event in steps] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert [event.step for event in steps if event.denoised is not None] == [2]
 
 
 def test_openvino_generates_the_same_picture(model: Model, tiny_bundle: Path) -> None:
@@ -362,3 +421,51 @@ def test_the_command_runs_with_torch_diffusers_and_transformers_blocked(tiny_bun
     assert done.returncode == 0, done.stderr
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["a-photo-of-toy-0.png"]
     assert done.stdout.strip() == str(tmp_path / "out" / "a-photo-of-toy-0.png")
+
+
+def test_encoders_and_decoders_are_opened_while_the_denoiser_is(tiny_bundle: Path) -> None:
+    """The text encoder waits for the denoiser to begin, which would never come if they were opened in turn."""
+    model = Model.open(tiny_bundle, "onnxruntime", threads=1)
+    began, open_graph = threading.Event(), model._open_graph
+
+    def waiting(name: str) -> Any:
+        if name == "denoise_step":
+            began.set()
+        elif name == "text_encoder":
+            assert began.wait(60)
+        return open_graph(name)
+
+    model._open_graph = waiting
+    [*_, last] = generate(model, [Request("a photo of a red ring", steps=1)])
+
+    assert isinstance(last, PictureDone)
+    assert model.opened.keys() == {"text_encoder", "denoise_step", "vae_decoder"}  # not the encoder of pictures
+
+
+def test_a_picture_to_start_from_opens_its_encoder_and_a_refused_request_opens_nothing(tiny_bundle: Path) -> None:
+    model = Model.open(tiny_bundle, "onnxruntime", threads=1)
+    with pytest.raises(UsageError):
+        scheduler_for(model, [Request("a ring", steps=0)])
+    assert not model.opened
+    assert not model._ahead
+
+    scheduler_for(model, [Request("a ring", image=np.zeros((32, 32, 3), np.uint8))])
+    assert [*model._ahead] == ["text_encoder", "vae_encoder", "vae_decoder"]
+    for name in [*model._ahead]:
+        model.engine(name)
+
+
+def test_an_engine_that_cannot_be_opened_in_the_background_fails_when_it_is_needed(tiny_bundle: Path) -> None:
+    model = Model.open(tiny_bundle, "onnxruntime", threads=1)
+    open_graph = model._open_graph
+
+    def broken(name: str) -> Any:
+        if name == "vae_decoder":
+            raise EngineError("no memory")
+        return open_graph(name)
+
+    model._open_graph = broken
+    [*_, last] = generate(model, [Request("a ring", steps=1)])
+
+    assert isinstance(last, Failed)
+    assert str(last.error) == "no memory"

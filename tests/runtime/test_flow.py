@@ -9,7 +9,7 @@ import torch
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 from oneword.engines.errors import UsageError
-from oneword.runtime.samplers import Sampler, Schedule, make_schedule, sampler_of
+from oneword.runtime.samplers import Sampler, Schedule, make_schedule, sampler_of, samplers_for
 from oneword.runtime.schedule import ScheduleKind
 
 SHAPE = (2, 4, 6, 5)
@@ -119,8 +119,8 @@ def test_euler_of_flux_schnell_has_even_sigmas(steps: int) -> None:
 def _dpm(config: dict[str, Any], **settings: Any) -> Any:
     """Diffusers' DPM solver for a flow model, from the config of its own scheduler."""
     flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": config["shift"]}
-    own = diffusers.FlowMatchEulerDiscreteScheduler.from_config(config)
-    return diffusers.DPMSolverMultistepScheduler.from_config(own.config, **flow, **settings)
+    euler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(config)
+    return diffusers.DPMSolverMultistepScheduler.from_config(euler.config, **flow, **settings)
 
 
 @pytest.mark.parametrize("steps", STEPS)
@@ -205,6 +205,14 @@ def test_unsupported_settings_are_refused_by_name(
         make_schedule({**SD3, **change}, sampler, steps, guidance_scale=1.0, kind=ScheduleKind.FLOW)
 
 
+def test_every_sampler_that_is_offered_for_a_kind_of_schedule_makes_one() -> None:
+    assert samplers_for(ScheduleKind.BETAS) == tuple(Sampler)
+    assert samplers_for(ScheduleKind.FLOW) == (Sampler.EULER, Sampler.DPMPP_2M, Sampler.DPMPP_2M_SDE)
+    for sampler in samplers_for(ScheduleKind.FLOW_EVEN):
+        schedule = make_schedule(FLUX_SCHNELL, sampler, 4, guidance_scale=1.0, kind=ScheduleKind.FLOW_EVEN)
+        assert len(schedule) == 4
+
+
 def test_the_config_of_a_flow_scheduler_maps_to_its_sampler() -> None:
-    own = diffusers.FlowMatchEulerDiscreteScheduler.from_config(SD3)
-    assert sampler_of({**own.config, "_class_name": "FlowMatchEulerDiscreteScheduler"}) is Sampler.EULER
+    euler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(SD3)
+    assert sampler_of({**euler.config, "_class_name": "FlowMatchEulerDiscreteScheduler"}) is Sampler.EULER

@@ -38,6 +38,8 @@ def test_the_parameters_include_every_setting_that_changes_the_picture() -> None
     text = parameters_text(request, SETTINGS, seed=7)
 
     assert text.endswith("Size: 64x48, Eta: 0.5, CFG Rescale: 0.7, CFG interval: 0.25-5")
+    text = parameters_text(Request("a cat", spacing="sgm-uniform", guidance="zero-star"), SETTINGS, seed=7)
+    assert text.endswith("Size: 64x48, Schedule type: SGM Uniform, Guidance: CFG-Zero*")
 
 
 def test_a_prompt_in_any_script_survives(tmp_path: Path) -> None:

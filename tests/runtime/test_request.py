@@ -25,6 +25,7 @@ IMAGE = np.zeros((16, 24, 3), np.uint8)
         ({"guidance_scale": float("nan")}, "guidance_scale is nan, allowed is 0 to 100"),
         ({"guidance_scale": 100.5}, r"guidance_scale is 100\.5, allowed is 0 to 100"),
         ({"guidance_rescale": 2}, "guidance_rescale is 2, allowed is 0 to 1"),
+        ({"embedded_guidance": 101}, "embedded_guidance is 101, allowed is 0 to 100"),
         ({"eta": 1.5}, r"eta is 1\.5, allowed is 0 to 1"),
         ({"guidance_interval": (0.8, 0.2)}, r"guidance_interval is 0\.8 to 0\.2, allowed is 0 <= low < high"),
         ({"guidance_interval": (1, 1)}, "guidance_interval is 1 to 1, allowed is 0 <= low < high"),
@@ -37,6 +38,8 @@ IMAGE = np.zeros((16, 24, 3), np.uint8)
         ({"size": (64, 64.0)}, r"size is 64\.0, allowed is a whole number"),
         ({"sampler": "nonsense"}, "sampler is 'nonsense', allowed are ddim, ddpm, euler, euler-a, dpmpp-2m, "),
         ({"sampler": 5}, "sampler is 5, allowed are ddim, "),
+        ({"spacing": "even"}, "spacing is 'even', allowed are karras, exponential, beta, sgm-uniform, ays, ays-xl"),
+        ({"guidance": "cfg+"}, r"guidance is 'cfg\+', allowed are cfg, cfg\+\+, zero-star"),
         ({"previews": -1}, "previews is -1, allowed is 0 to 1000"),
         ({"previews": frozenset({2, 1.5})}, "previews is 1.5, allowed is a whole number"),
         ({"prompt": None}, "the prompt is None, allowed is text"),
@@ -60,9 +63,9 @@ def test_a_wrong_setting_is_one_line_of_error_with_the_allowed_values(settings: 
 
 def test_an_unknown_default_sampler_in_the_manifest_is_a_bundle_error(tiny_bundle: Path) -> None:
     manifest = Bundle.open(tiny_bundle).manifest
-    defaults = msgspec.structs.replace(manifest.defaults, sampler="heun")
+    defaults = msgspec.structs.replace(manifest.defaults, sampler="nonsense")
 
-    with pytest.raises(BundleError, match="names 'heun' as the default sampler, allowed are ddim, ddpm, euler"):
+    with pytest.raises(BundleError, match="names 'nonsense' as the default sampler, allowed are ddim, ddpm, euler"):
         resolve(Request("a cat"), msgspec.structs.replace(manifest, defaults=defaults))
 
 
@@ -114,3 +117,17 @@ def test_missing_settings_are_the_bundles_defaults_and_an_images_size_is_rounded
     assert (settings.steps, settings.guidance_scale) == (defaults.steps, defaults.guidance_scale)
     assert (settings.width, settings.height) == (defaults.width, defaults.height)
     assert (edit.width, edit.height, edit.steps) == (80, 64, 3)
+
+
+def test_cfg_pp_has_a_scale_of_its_own(tiny_bundle: Path) -> None:
+    manifest = Bundle.open(tiny_bundle).manifest
+    settings = resolve(Request("a cat", sampler="euler", guidance="cfg++"), manifest)
+    assert settings.guidance_scale == 0.6
+    assert settings.schedule.guided.all()
+    with pytest.raises(UsageError, match=r"guidance_scale is 7.5 with cfg\+\+, allowed is 0 to 2, usually 0.6"):
+        resolve(Request("a cat", sampler="euler", guidance="cfg++", guidance_scale=7.5), manifest)
+
+
+def test_a_spacing_that_the_sampler_does_not_allow_is_refused_before_anything_runs(tiny_bundle: Path) -> None:
+    with pytest.raises(UsageError, match="spacing is karras with the sampler ddim, allowed is sgm-uniform"):
+        resolve(Request("a cat", sampler="ddim", spacing="karras"), Bundle.open(tiny_bundle).manifest)

@@ -17,6 +17,7 @@ from oneword.engines.errors import UsageError
 from oneword.runtime.bundle import Bundle, Manifest
 from oneword.runtime.events import PictureDone
 from oneword.runtime.samplers import Sampler
+from oneword.runtime.spacing import Spacing
 from oneword.serve.a1111.answers import encoded, info, parsed_parameters, pictures_answer, progress_of
 from oneword.serve.a1111.dialect import (
     ModelNames,
@@ -160,16 +161,45 @@ def test_null_counts_as_left_out(manifest: Manifest) -> None:
 def test_samplers_and_schedules_have_a1111s_names(
     manifest: Manifest, name: str | None, scheduler: str | None, sampler: Sampler | None
 ) -> None:
-    assert sampler_of(name, scheduler, manifest) is sampler
+    assert sampler_of(name, scheduler, manifest) == (sampler, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "scheduler", "sampler", "spacing"),
+    [
+        ("Euler", "karras", Sampler.EULER, Spacing.KARRAS),
+        ("Euler a", "SGM Uniform", Sampler.EULER_A, Spacing.SGM_UNIFORM),
+        ("Heun", "exponential", Sampler.HEUN, Spacing.EXPONENTIAL),
+        ("DPM2 a", "sgm_uniform", Sampler.DPM2_A, Spacing.SGM_UNIFORM),
+        ("DPM++ 2S a", "Karras", Sampler.DPMPP_2S_A, Spacing.KARRAS),
+        ("DPM++ 3M SDE", "Exponential", Sampler.DPMPP_3M_SDE, Spacing.EXPONENTIAL),
+        ("UniPC", "beta", Sampler.UNIPC, Spacing.BETA),
+        ("DPM++ 2M", "Align Your Steps", Sampler.DPMPP_2M, Spacing.AYS),
+        (None, "sgm_uniform", None, Spacing.SGM_UNIFORM),
+    ],
+)
+def test_a_scheduler_is_a_spacing(
+    manifest: Manifest, name: str | None, scheduler: str, sampler: Sampler | None, spacing: Spacing
+) -> None:
+    plan = txt2img(manifest, sampler_name=name, scheduler=scheduler)
+    assert (plan.request.sampler, plan.request.spacing) == (sampler, spacing)
+
+
+def test_align_your_steps_has_other_levels_for_sdxl(manifest: Manifest) -> None:
+    conditioning = msgspec.structs.replace(manifest.conditioning, time_ids=("original_height",))
+    xl = msgspec.structs.replace(manifest, conditioning=conditioning)
+    assert sampler_of("Euler", "align_your_steps", xl) == (Sampler.EULER, Spacing.AYS_XL)
 
 
 def test_an_unknown_sampler_is_404_and_a_schedule_that_is_not_there_422(manifest: Manifest) -> None:
-    with pytest.raises(NotFound, match=r"Sampler not found: 'Heun', allowed are DDIM, DDPM, Euler, Euler a, DPM\+\+"):
-        txt2img(manifest, sampler_name="Heun")
-    with pytest.raises(Unprocessable, match=r"scheduler is 'exponential', allowed are automatic, uniform, normal, kar"):
-        txt2img(manifest, scheduler="exponential")
-    with pytest.raises(Unprocessable, match=r"scheduler is 'karras', which goes with the sampler DPM\+\+ 2M"):
-        txt2img(manifest, scheduler="karras")
+    with pytest.raises(NotFound, match=r"Sampler not found: 'LMS', allowed are DDIM, DDPM, Euler, Euler a, DPM\+\+"):
+        txt2img(manifest, sampler_name="LMS")
+    with pytest.raises(
+        Unprocessable, match=r"scheduler is 'polyexponential', allowed are automatic, uniform, normal, "
+    ):
+        txt2img(manifest, scheduler="polyexponential")
+    with pytest.raises(Unprocessable, match=r"scheduler is 'karras' with the sampler DDIM, allowed is automatic, sgm_"):
+        txt2img(manifest, sampler_name="DDIM", scheduler="karras")
 
 
 def test_sampler_name_goes_before_sampler_index(manifest: Manifest) -> None:
@@ -180,7 +210,7 @@ def test_sampler_name_goes_before_sampler_index(manifest: Manifest) -> None:
 def test_a_karras_schedule_needs_no_name_where_the_model_has_that_sampler(manifest: Manifest) -> None:
     dpmpp = msgspec.structs.replace(manifest, defaults=msgspec.structs.replace(manifest.defaults, sampler="dpmpp-2m"))
 
-    assert sampler_of(None, "karras", dpmpp) is Sampler.DPMPP_2M_KARRAS
+    assert sampler_of(None, "karras", dpmpp) == (Sampler.DPMPP_2M_KARRAS, None)
 
 
 def test_batches_are_pictures_with_consecutive_seeds(manifest: Manifest) -> None:

@@ -77,13 +77,22 @@ def test_the_node_client_generates_streams_and_edits(tenants: tuple[Running, Run
     assert found["error"][:2] == ["BadRequestError", 400]
 
 
-def test_a_served_picture_is_the_one_that_draw_makes(server: Running, http: httpx.Client) -> None:
-    settings = {"seed": 7, "steps": 5, "sampler": "euler-a", "guidance_scale": 3.0}
+@pytest.mark.parametrize(
+    ("prompt", "settings"),
+    [
+        ("a red ring", {"steps": 5, "sampler": "euler-a", "guidance_scale": 3.0}),
+        ("a [red ring:blue dog:0.5]", {"steps": 4, "sampler": "heun", "spacing": "karras", "guidance": "zero-star"}),
+    ],
+)
+def test_a_served_picture_is_the_one_that_draw_makes(
+    server: Running, http: httpx.Client, prompt: str, settings: dict[str, Any]
+) -> None:
+    settings = {"seed": 7, **settings}
 
-    answer = http.post("/v1/images/generations", json={"prompt": "a red ring", "n": 2, **settings}).json()
+    answer = http.post("/v1/images/generations", json={"prompt": prompt, "n": 2, **settings}).json()
 
     model = Model.open(server.state.settings.bundle, "onnxruntime", threads=1)
-    alone = draw(model, "a red ring", num_images=2, **settings)
+    alone = draw(model, prompt, num_images=2, **settings)
     assert [item["seed"] for item in answer["data"]] == [7, 8]
     for item, expected in zip(answer["data"], alone, strict=True):
         difference = picture_of(item).astype(int) - expected.image
@@ -151,6 +160,12 @@ def test_a_generation_that_somebody_cancels_is_a_conflict_and_not_tried_again(
         ({"prompt": "a cat", "steps": 1001}, 400, "steps"),
         ({"prompt": "a cat", "steps": 3, "num_inference_steps": 4}, 400, "steps"),
         ({"prompt": "a cat", "sampler": "plms"}, 400, "sampler"),
+        ({"prompt": "a cat", "spacing": "even"}, 400, "spacing"),
+        ({"prompt": "a cat", "spacing": "beta", "sampler": "lcm"}, 400, None),
+        ({"prompt": "a cat", "guidance": "cfg+"}, 400, "guidance"),
+        ({"prompt": "a cat", "guidance": "cfg++", "sampler": "unipc"}, 400, None),
+        ({"prompt": "a {<a>|<b>}"}, 400, None),
+        ({"prompt": "[a|b|c|d|e|f|g] [h|i|j|k|l]", "steps": 50}, 400, None),
         ({"prompt": "a cat", "stepz": 4}, 400, "stepz"),
         ({"prompt": "a cat", "background": "transparent"}, 400, "background"),
         ({"prompt": "a cat", "partial_images": 2}, 400, "partial_images"),

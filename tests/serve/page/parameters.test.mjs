@@ -32,6 +32,13 @@ test("a later A1111 names the schedule on its own", () => {
   assert.equal(parseParameters("x\nSteps: 9, Sampler: DPM++ 2M, Schedule type: Karras").sampler, "dpmpp-2m-karras");
 });
 
+test("a spacing and a kind of guidance are read", () => {
+  const recipe = parseParameters("x\nSteps: 9, Sampler: DPM++ 2S a, Schedule type: SGM Uniform, Guidance: CFG-Zero*");
+  assert.equal(recipe.sampler, "dpmpp-2s-a");
+  assert.equal(recipe.spacing, "sgm-uniform");
+  assert.equal(recipe.method, "zero-star");
+});
+
 test("a quoted value may hold commas and colons", () => {
   const text = 'x\nSteps: 9, Note: "a, Seed: 1, b", Seed: 7';
   assert.equal(parseParameters(text).seed, 7);
