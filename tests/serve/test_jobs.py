@@ -446,7 +446,7 @@ def test_a_job_is_learned_and_every_server_shows_the_same_events(
 ) -> None:
     words: list[tuple[str, Concept]] = []
 
-    async def keep(tenant: str, concept: Concept) -> None:
+    async def keep(tenant: str, concept: Concept, replace: bool) -> None:
         words.append((tenant, concept))
 
     async def run() -> None:
