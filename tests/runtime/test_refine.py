@@ -380,7 +380,7 @@ def test_a_refinement_of_a_learned_word_starts_at_that_word_and_needs_no_file_la
         (lambda: refine_concept(LONG, WIDE, ASPECTS), "the rows of '<long>' take 27308 characters, allowed are 24576"),
         (lambda: propose(refinement(start_rows={"text_encoder": "?"}), lexicon()), "the start's vectors are damaged"),
         (lambda: propose(refinement(start_rows={"text_encoder": "AAAA"}), lexicon()), "vectors are damaged"),
-        (lambda: propose(refinement(start_rows={"other": "AACAPw=="}), lexicon()), "has no vectors for text_encoder: refine a word"),
+        (lambda: propose(refinement(start_rows={"other": "AACAPw=="}), lexicon()), "has no vectors for text_encoder"),
         (lambda: propose(refinement(start="<gone>"), lexicon()), "no word '<gone>' is loaded"),
         (lambda: Refinement.from_json("{"), "the state of the refinement is damaged"),
         (lambda: Refinement.from_json("[" * 30_000), "the state of the refinement is damaged"),
