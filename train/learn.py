@@ -75,9 +75,9 @@ def learn(
 
     `model` and `config` are as in `load_source`. A `Source` passed as the model is modified: its network is cast in
     place. With `checkpoints`, a folder, the run's state is saved there every `checkpoint_every` steps and when the
-    iterator is closed, and a run found there is resumed. With `preview_every`, each word is sampled at that interval and at the
-    end. The progress of the steps `words_after` has the words as they are then; a run that starts or resumes at one of
-    these steps yields its progress first, with step 0 as the start.
+    iterator is closed, and a run found there is resumed. With `preview_every`, each word is sampled at that interval
+    and at the end. The progress of the steps `words_after` has the words as they are then; a run that starts or
+    resumes at one of these steps yields its progress first, with step 0 as the start.
 
     Raises `UsageError` for tasks that cannot be learned, `FileError` for pictures that cannot be read, and whatever
     `load_source` raises.
