@@ -171,8 +171,8 @@ class PlanCache:
             os.replace(source, path)
         sync(self.folder)
         with self._lock("index.lock"):
-            others = {name: e for name, e in self._index().items() if not _supersedes(entry, e)}
-            self._replace_index({**others, key.name: entry})
+            remaining = {name: e for name, e in self._index().items() if not _supersedes(entry, e)}
+            self._replace_index({**remaining, key.name: entry})
         for path in self.folder.glob(f"{key.name}-*"):  # of a process that was killed before its entry was written
             if path not in paths:
                 path.unlink(missing_ok=True)
