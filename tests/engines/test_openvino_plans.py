@@ -369,7 +369,9 @@ def test_weights_beyond_the_range_of_fp16_stay_in_float32(
     monkeypatch.setattr("oneword.engines.openvino._SMALL", 0)
     values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["B", 300]) for name in "xy"]
     weights = helper.make_tensor("weights", TensorProto.FLOAT, [300, 300], (np.eye(300) * scale).ravel())
-    graph = helper.make_graph([helper.make_node("MatMul", ["x", "weights"], ["y"])], "p", *zip(values), [weights])
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "weights"], ["y"])], "p", values[:1], values[1:], [weights]
+    )
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), tmp_path / "p.onnx")
 
     assert product_of_ones(tmp_path / "p.onnx", tmp_path / "plans") == scale

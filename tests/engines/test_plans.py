@@ -219,7 +219,7 @@ def test_files_of_two_builds_are_never_loaded_together_wherever_the_second_was_k
 
 
 def test_files_that_one_process_has_found_stay_those_of_their_build(tmp_path: Path) -> None:
-    """Another process replaces the plan after `load_files`, before the files are read: they may be gone, but not new."""
+    """Another process replaces the plan after `load_files`, before the files are read: they may be gone, not new."""
     xml, weights = PlanCache(tmp_path).load_or_build_files(KEY, SUFFIXES, write_build(1))
     xml.write_bytes(b"damaged")
     with weights.open("rb") as stream:
