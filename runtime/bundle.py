@@ -136,7 +136,7 @@ class Defaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     height: Count
     steps: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 50
     guidance_scale: Annotated[float, msgspec.Meta(ge=0, le=100)] = 7.5
-    embedded_guidance: Annotated[float, msgspec.Meta(ge=0, le=100)] | None = None
+    embedded_guidance: Annotated[float, msgspec.Meta(ge=0, le=50)] | None = None
     """The guidance that a guidance-distilled network takes as an input; None for other networks."""
     sampler: str = "ddim"
 

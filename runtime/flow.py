@@ -65,6 +65,10 @@ class FlowSchedule:
                 raise UsageError(f"the scheduler's config says {key} = {explicit[key]!r}, supported are: {choices}")
         names = cls.__dataclass_fields__.keys() - {"image_tokens", "even"}
         fields = {key: explicit[key] for key in names if explicit.get(key) is not None}
+        if fields.get("base_image_seq_len", 256) == fields.get("max_image_seq_len", 4096):
+            raise UsageError(
+                "the scheduler's config has equal base_image_seq_len and max_image_seq_len: they must differ"
+            )
         if "flow_shift" in explicit:  # its name in DPMSolverMultistepScheduler
             fields["shift"] = explicit["flow_shift"]
         return cls(image_tokens, kind is ScheduleKind.FLOW_EVEN, **fields)
