@@ -6,7 +6,7 @@ scheduler's config rules out, which `make_schedule` checks. Nothing is loaded or
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, TypeAlias, TypeVar
@@ -139,6 +139,15 @@ class ResolvedSettings:
     schedule: Schedule
     embedded_guidance: float | None = None
     """None for a model that does not take one."""
+    prompts: Sequence[str] = ()
+    """[S]: the text of the prompt in each step."""
+    negative_prompts: Sequence[str] | None = None
+    """[S]; None if the request has none."""
+
+    @property
+    def texts(self) -> list[str]:
+        """All texts of both prompts, each once."""
+        return [*dict.fromkeys([*self.prompts, *(self.negative_prompts or ())])]
 
 
 def resolve(request: Request, manifest: Manifest) -> ResolvedSettings:
@@ -180,9 +189,18 @@ def resolve(request: Request, manifest: Manifest) -> ResolvedSettings:
         guidance=Guidance(request.guidance),
     )
     schedule.table(manifest.columns)  # raises if the graph lacks a column
-    for prompt in filter(None, (request.prompt, request.negative_prompt)):
-        prompts_by_step(prompt, schedule.steps)  # raises if it changes too often
-    return ResolvedSettings(steps, sampler, guidance_scale, width, height, schedule, embedded_guidance)
+    negative = request.negative_prompt
+    return ResolvedSettings(
+        steps,
+        sampler,
+        guidance_scale,
+        width,
+        height,
+        schedule,
+        embedded_guidance,
+        prompts_by_step(request.prompt, schedule.steps),
+        None if negative is None else prompts_by_step(negative, schedule.steps),
+    )
 
 
 def _size(request: Request, manifest: Manifest) -> tuple[int, int]:
