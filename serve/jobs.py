@@ -312,15 +312,21 @@ class Jobs:
 
         The job that is returned may still be running if another server has it.
         """
-        _, state = await self._read(tenant, identifier)
+        await self._read(tenant, identifier)
         owned = self._owned.get(identifier)
         if owned is not None:
             await self._cancel(owned)
             with suppress(TimeoutError):
                 await asyncio.wait_for(_ended(owned), CANCEL_SECONDS)
-        elif not state.status.ended:
-            await self._stored(self._files.request_cancel, identifier)
+        if owned is None or owned.taken_over:
+            await self._cancel_elsewhere(tenant, identifier)
         return await self.get(tenant, identifier)
+
+    async def _cancel_elsewhere(self, tenant: str, identifier: str) -> None:
+        """Asks the server that has a job to cancel it."""
+        newest = await self._stored(self._files.newest, tenant, identifier)
+        if newest is not None and not newest[1].status.ended:
+            await self._stored(self._files.request_cancel, identifier)
 
     async def events(self, tenant: str, identifier: str, after: int = 0) -> AsyncIterator[JobEvent]:
         """What has happened since the event numbered `after`, then what happens, until the job has ended. `NotFound`.
@@ -422,6 +428,9 @@ class Jobs:
                     text = f"the learning process ended {lost} times without progress: the server may lack memory"
                     await self._end_surely(owned, owned.state.failed(text))
                     return
+            except NotFound:
+                await self._end_surely(owned, owned.state.failed("its pictures are not in the store: send them again"))
+                return
             except (ApiError, OnewordError, OSError) as error:  # the store, or the local disk
                 _log.warning("job %s waits: %s", owned.id, type(error).__name__)
                 wait = min(30.0, 2 * wait)
@@ -537,7 +546,9 @@ class Jobs:
         changed.set()
 
     async def _end(self, owned: _Owned, state: State) -> None:
-        """Publishes a job's last state and removes what this server has of it."""
+        """Publishes a job's last state and removes what this server has of it. Raises `_TakenOver`, at no cost to the
+        new owner."""
+        await self._check_term(owned)
         await self._publish(owned, state)
         if state.status is Status.CANCELLED:
             await self._stored(self._files.delete_pictures, owned.tenant, owned.id)
@@ -545,12 +556,16 @@ class Jobs:
         await self._disown(owned)
 
     async def _cancel(self, owned: _Owned) -> None:
-        """Ends a job that waits; asks for one that is carried out to be ended."""
+        """Ends a job that waits, or leaves it to the server that has taken it over; asks for one that is carried out to
+        be ended."""
         owned.cancel.set()
         if not owned.running:
             owned.running = True
             try:
                 await self._end(owned, owned.state.cancelled())
+            except _TakenOver:
+                owned.taken_over = True
+                await self._disown(owned)
             finally:
                 owned.running = False
 
