@@ -97,7 +97,7 @@ class Server(uvicorn.Server):
     def stop(self) -> None:
         """Drains and ends the server; a second call drops what it would finish, a third one the connections too."""
         if self._stopping is None:
-            self._stopping = asyncio.ensure_future(self._drain(self.state_of_app.settings.drain_limit))
+            self._stopping = asyncio.ensure_future(self._drain(self.state_of_app.settings.drain_seconds))
         elif not self.should_exit:
             asyncio.ensure_future(self.state_of_app.pool.drain(0))  # noqa: RUF006 - it ends before this process does
         else:
@@ -134,8 +134,9 @@ class Server(uvicorn.Server):
             with contextlib.suppress(BrokenPipeError):  # the heartbeat's own thread ends this process then
                 self._heartbeat.beat()  # from now on, a hang is noticed soon
 
-    async def _drain(self, seconds: float) -> None:
-        _log.info("stopping: what was accepted is finished, for at most %g seconds", seconds)
+    async def _drain(self, seconds: float | None) -> None:
+        limit = "" if seconds is None else f", for at most {seconds:g} seconds"
+        _log.info("stopping: what was accepted is finished%s", limit)
         await self.state_of_app.pool.drain(seconds)
         await asyncio.sleep(_LAST_SECONDS)
         self.state_of_app.stopping.set()
