@@ -37,7 +37,7 @@ from oneword.engines.files import write_whole
 from oneword.runtime.concept import Concept, check_token, concept_of, read_safetensors
 from oneword.serve import messages
 from oneword.serve.containers import take_apart
-from oneword.serve.errors import ApiError, Busy, Invalid, NotFound, NotInstalled, Unprocessable
+from oneword.serve.errors import ApiError, Busy, Invalid, NotFound, NotInstalled, Unavailable, Unprocessable
 from oneword.serve.files import open_files
 from oneword.serve.job_files import (
     Cancelled,
@@ -191,6 +191,7 @@ class Jobs:
         self._turns = itertools.count()
         self._arriving: list[str] = []  # tenants of jobs that are being accepted
         self._added = asyncio.Event()
+        self._draining = False
         self._tasks: list[asyncio.Task[None]] = []
         self._sightings: dict[str, tuple[str | None, float]] = {}
         self._owners: dict[str, str] = {}  # of other servers' open jobs
@@ -206,15 +207,22 @@ class Jobs:
         self._tasks += [asyncio.create_task(self._work()) for _ in range(self._at_once)]
         self._tasks.append(asyncio.create_task(self._keep_lease()))
 
-    async def stop(self) -> None:
-        """Ends the learning processes, which save their runs. Their jobs go on when a server is started again."""
+    async def drain(self) -> None:
+        """Accepts and begins no more jobs, and ends the learning processes, which save their runs. The jobs go on at
+        another server, or when this one is started again; they are shown, and a request to cancel one is kept."""
+        self._draining = True
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks.clear()
+        self._owned.clear()
         if self._model is not None:
             with suppress(ApiError):
                 await self._stored(self._files.write_beat, self._queue.server, "")
+
+    async def stop(self) -> None:
+        """As `drain`, and releases the folder."""
+        await self.drain()
         self.close()
 
     def close(self) -> None:
@@ -235,8 +243,10 @@ class Jobs:
 
     # ---- what routes call --------------------------------------------------------------------------------------------
 
-    def check_installed(self) -> None:
-        """Raises `NotInstalled` without PyTorch or a model."""
+    def check_accepting(self) -> None:
+        """Raises `NotInstalled` without PyTorch or a model, `Unavailable` once the server stops."""
+        if self._draining:
+            raise Unavailable("the server stops and learns no more words: send the request again in a few seconds", 5)
         require_installed()
         if self._model is None:
             raise NotInstalled(
@@ -258,10 +268,10 @@ class Jobs:
         """Accepts a job and returns it, once it would survive the end of this process. Of the tenant's jobs that have
         ended, the oldest make room for it. With `replace`, the word may take the place of another.
 
-        Raises `NotInstalled` without PyTorch or a model, `Busy` if the tenant has too many jobs waiting, and `Invalid`,
-        `Unprocessable` or `TooLarge` for an order that cannot be learned.
+        Raises as `check_accepting`, `Busy` if the tenant has too many jobs waiting, and `Invalid`, `Unprocessable` or
+        `TooLarge` for an order that cannot be learned.
         """
-        self.check_installed()
+        self.check_accepting()
         recipe, steps = recipe_of(recipe, steps)
         _check_words(token, init)
         if not 0 <= seed <= MAX_SEED:

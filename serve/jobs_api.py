@@ -157,7 +157,7 @@ router = APIRouter(tags=["learning"])
 async def learn(http: HTTPRequest) -> Response:
     """Starts learning a word from three to five pictures. Answers with the job."""
     state, tenant = caller(http)
-    state.jobs.check_installed()
+    state.jobs.check_accepting()
     form = await read_form(http, _IMAGES, 8, "three to five pictures as `image[]`")
     images, body = form.data(*_IMAGES), validated(LearnFields, form.text)
     widths = [encoder.width for encoder in state.manifest.encoders if not encoder.word_optional]

@@ -1,7 +1,7 @@
 """The listening server: uvicorn with our limits on connections, and a shutdown that finishes what runs.
 
-The first SIGTERM or SIGINT stops new work: readiness says 503 while the socket still answers, and what was accepted is
-finished. A second one drops it, with an error for each picture. SIGHUP reads the keys again. Not covered: the watchdog.
+The first SIGTERM or SIGINT stops new work: readiness says 503 while the socket still answers, the requests that were
+accepted are finished, and learning pauses, to be resumed later. A second one drops it, with an error for each picture. SIGHUP reads the keys again. Not covered: the watchdog.
 """
 
 import asyncio
@@ -128,8 +128,10 @@ class Server(uvicorn.Server):
         if worker.state is WorkerState.FAILED:
             self._failure = EngineError(worker.failure)
             self.should_exit = True
-        self._opened = worker.state is WorkerState.READY
-        gc.freeze()  # a full collection of what lasts as long as the process would stop all threads for tens of ms
+        if worker.state is WorkerState.READY:
+            gc.collect()
+            gc.freeze()  # a full collection of what lasts as long as the process would stop all threads for tens of ms
+            self._opened = True
         if self._heartbeat is not None:
             with contextlib.suppress(BrokenPipeError):  # the heartbeat's own thread ends this process then
                 self._heartbeat.beat()  # from now on, a hang is noticed soon
@@ -137,7 +139,7 @@ class Server(uvicorn.Server):
     async def _drain(self, seconds: float | None) -> None:
         limit = "" if seconds is None else f", for at most {seconds:g} seconds"
         _log.info("stopping: what was accepted is finished%s", limit)
-        await self.state_of_app.pool.drain(seconds)
+        await asyncio.gather(self.state_of_app.pool.drain(seconds), self.state_of_app.jobs.drain())
         await asyncio.sleep(_LAST_SECONDS)
         self.state_of_app.stopping.set()
         self.should_exit = True

@@ -68,7 +68,7 @@ class Settings:
     write_seconds: float = 30.0
     """A client that reads nothing for this long is cut off."""
     drain_seconds: float | None = None
-    """What is not ready so long after the server was asked to stop is dropped; None means that all of it is finished."""
+    """What is not ready so long after the server was asked to stop is dropped; None means no limit."""
     hang_seconds: float = 30.0
 
     @property

@@ -23,7 +23,7 @@ from oneword.export.source import load_source
 from oneword.runtime.concept import Concept
 from oneword.runtime.images import open_picture
 from oneword.serve import jobs as module
-from oneword.serve.errors import ApiError, Busy, Invalid, NotFound, NotInstalled, TooLarge, Unprocessable
+from oneword.serve.errors import ApiError, Busy, Invalid, NotFound, NotInstalled, TooLarge, Unavailable, Unprocessable
 from oneword.serve.files import open_files
 from oneword.serve.job_files import Cancelled, Failed, JobFiles, Progress, State, Status
 from oneword.serve.jobs import Done, Job, JobEvent, Jobs, Pace, Snapshot, learnable_pictures, new_identifier
@@ -435,6 +435,36 @@ def test_a_job_without_its_pictures_fails_and_the_next_one_is_begun(
                 Status.FAILED,
                 "its pictures are not in the store: send them again",
             )
+
+    asyncio.run(run())
+
+
+def test_a_server_that_stops_begins_and_accepts_no_job_and_leaves_its_own_to_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def run() -> None:
+        begun: list[str] = []
+
+        async def carry_out(self: Jobs, owned: Any) -> None:
+            begun.append(owned.id)
+            await asyncio.Event().wait()
+
+        monkeypatch.setattr(Jobs, "_carry_out", carry_out)
+        async with idle(tmp_path, at_once=1) as stopping:
+            first, second = [await stopping.add("alice", photos(), "<toy>") for _ in range(2)]
+            await until(lambda: begun == [first.id])
+
+            await stopping.drain()
+
+            assert begun == [first.id]
+            with pytest.raises(Unavailable, match="the server stops and learns no more words"):
+                await stopping.add("alice", photos(), "<toy>")
+            assert [job.id for job in await stopping.list("alice")] == [second.id, first.id]
+            await stopping.cancel("alice", second.id)
+            async with idle(tmp_path, "there", lease_seconds=0.3) as other:
+                await until(lambda: other.waiting == 1)
+                assert [event async for event in stopping.events("alice", second.id)] == [Cancelled(1)]
+                assert (await other.get("alice", first.id)).position == 0
 
     asyncio.run(run())
 
