@@ -1,7 +1,8 @@
 """The listening server: uvicorn with our limits on connections, and a shutdown that finishes what runs.
 
-The first SIGTERM or SIGINT stops new work: readiness says 503 while the socket still answers, the requests that were
-accepted are finished, and learning pauses, to be resumed later. A second one drops it, with an error for each picture. SIGHUP reads the keys again. Not covered: the watchdog.
+The first SIGTERM or SIGINT stops new work: readiness says 503 while the socket still answers, requests that were
+accepted are finished, and learning pauses, to be resumed later. A second one drops the requests, with an error for each
+picture. SIGHUP reads the keys again. Not covered: the watchdog.
 """
 
 import asyncio
