@@ -189,6 +189,7 @@ class Jobs:
         self._owned: dict[str, _Owned] = {}  # in the queue's order
         self._last_turns: dict[str, int] = {}  # of the tenants whose jobs were begun
         self._turns = itertools.count()
+        self._admissions: dict[str, asyncio.Lock] = {}
         self._arriving: list[str] = []  # tenants of jobs that are being accepted
         self._added = asyncio.Event()
         self._draining = False
@@ -316,6 +317,20 @@ class Jobs:
             with suppress(NotFound):  # just being written or deleted
                 jobs.append(await self.get(tenant, identifier))
         return jobs
+
+    def admission(self, tenant: str) -> asyncio.Lock:
+        """To be held from a look at `open_tokens` until the job is added, so that the tenant's requests take turns."""
+        return self._admissions.setdefault(tenant, asyncio.Lock())
+
+    async def open_tokens(self, tenant: str) -> list[str]:
+        """The words of a tenant's jobs that have not ended, at any server."""
+        unfinished = set(await self._stored(self._files.open_identifiers))
+        tokens: list[str] = []
+        for identifier in await self._stored(self._files.identifiers, tenant):
+            if identifier in unfinished:
+                with suppress(NotFound):  # just being written or deleted
+                    tokens.append((await self._read(tenant, identifier))[0].token)
+        return tokens
 
     async def cancel(self, tenant: str, identifier: str) -> Job:
         """Cancels a job; one that has ended, or is saving its word, stays as it is. Raises `NotFound`.

@@ -23,7 +23,7 @@ def test_a_tenant_has_room_for_pictures_again_once_its_oldest_has_expired(tmp_pa
         results.put(alice, bytes(40), "png")
 
     with (
-        pytest.raises(Busy, match="140 bytes of your pictures are kept .* these may have 11") as refused,
+        pytest.raises(Busy, match=r"140 bytes of your pictures are kept .* these may have 11") as refused,
         results.reserved(alice, 11),
     ):
         pass
