@@ -686,7 +686,7 @@ def sampler_of(scheduler_config: Mapping[str, Any]) -> Sampler | None:
 def default_sampler(scheduler_config: Mapping[str, Any], kind: ScheduleKind) -> Sampler:
     """The sampler for a diffusers scheduler's config; if it has no counterpart, the first that suits the schedule."""
     named, allowed = sampler_of(scheduler_config), samplers_for(kind)
-    return named if named in allowed else allowed[0]
+    return named if named is not None and named in allowed else allowed[0]
 
 
 def _flow_method(sampler: Sampler, spacing: Spacing | None, guidance: Guidance) -> _Method:
