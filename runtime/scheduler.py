@@ -229,10 +229,18 @@ class Scheduler:
         if waiting and self.denoiser.crowded_out(waiting[0].size):
             waiting = []  # no other request overtakes it
         newcomers = [pending for pending in waiting if self.denoiser.has_room(pending.size)][:count]
+        if newcomers and not self._rows:  # in a first turn this compiles, while the encoders are opened
+            size, branches = newcomers[0].size, newcomers[0].branches
+            try:
+                self.denoiser.prepare(size, branches)
+            except OnewordError as error:  # compiling again for each request could take minutes
+                alike = [pending for pending in newcomers if (pending.size, pending.branches) == (size, branches)]
+                newcomers = [pending for pending in newcomers if pending not in alike]
+                for pending in alike:
+                    yield from self._drop(pending, without_frames(error))
+                    self._pending.remove(pending)
         portions = _portions(newcomers, _NEW_CHUNKS if self._rows else math.inf)
         with contextlib.suppress(OnewordError):  # each request is tried again alone
-            if newcomers and not self._rows:  # in a first turn this compiles, while the encoders are opened
-                self.denoiser.prepare(newcomers[0].size, newcomers[0].branches)
             self._encode(portions)
         for pending in newcomers:
             try:

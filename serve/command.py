@@ -43,7 +43,7 @@ DATA: Final = "~/.local/share/oneword"
 @engine_option
 @click.option("--threads", type=int, show_default="all cores", help="CPU threads of the engine.")
 @click.option("--max-wait", type=float, default=60.0, show_default=True, help="Seconds of work that may be queued.")
-@click.option("--drain-seconds", type=float, show_default="11 x --max-wait", help="Time to finish work when stopped.")
+@click.option("--drain-seconds", type=float, show_default="no limit", help="Time to finish work when stopped.")
 @click.option("--hang-seconds", type=float, default=30.0, show_default=True, help="Silence that counts as a hang.")
 @click.option("--public-url", metavar="URL", help="The address under which clients reach the server.")
 @click.option("--root-path", default="", metavar="PATH", help="The prefix that a proxy removes from paths.")

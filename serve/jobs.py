@@ -37,7 +37,7 @@ from oneword.engines.files import write_whole
 from oneword.runtime.concept import Concept, check_token, concept_of, read_safetensors
 from oneword.serve import messages
 from oneword.serve.containers import take_apart
-from oneword.serve.errors import ApiError, Busy, Invalid, NotFound, NotInstalled, Unprocessable
+from oneword.serve.errors import ApiError, Busy, Invalid, NotFound, NotInstalled, Unavailable, Unprocessable
 from oneword.serve.files import open_files
 from oneword.serve.job_files import (
     Cancelled,
@@ -189,8 +189,10 @@ class Jobs:
         self._owned: dict[str, _Owned] = {}  # in the queue's order
         self._last_turns: dict[str, int] = {}  # of the tenants whose jobs were begun
         self._turns = itertools.count()
+        self._admissions: dict[str, asyncio.Lock] = {}
         self._arriving: list[str] = []  # tenants of jobs that are being accepted
         self._added = asyncio.Event()
+        self._draining = False
         self._tasks: list[asyncio.Task[None]] = []
         self._sightings: dict[str, tuple[str | None, float]] = {}
         self._owners: dict[str, str] = {}  # of other servers' open jobs
@@ -206,15 +208,22 @@ class Jobs:
         self._tasks += [asyncio.create_task(self._work()) for _ in range(self._at_once)]
         self._tasks.append(asyncio.create_task(self._keep_lease()))
 
-    async def stop(self) -> None:
-        """Ends the learning processes, which save their runs. Their jobs go on when a server is started again."""
+    async def drain(self) -> None:
+        """Accepts and begins no more jobs, and ends the learning processes, which save their runs. The jobs go on at
+        another server, or when this one is started again; they are shown, and a request to cancel one is kept."""
+        self._draining = True
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks.clear()
+        self._owned.clear()
         if self._model is not None:
             with suppress(ApiError):
                 await self._stored(self._files.write_beat, self._queue.server, "")
+
+    async def stop(self) -> None:
+        """As `drain`, and releases the folder."""
+        await self.drain()
         self.close()
 
     def close(self) -> None:
@@ -235,8 +244,10 @@ class Jobs:
 
     # ---- what routes call --------------------------------------------------------------------------------------------
 
-    def check_installed(self) -> None:
-        """Raises `NotInstalled` without PyTorch or a model."""
+    def check_accepting(self) -> None:
+        """Raises `NotInstalled` without PyTorch or a model, `Unavailable` once the server stops."""
+        if self._draining:
+            raise Unavailable("the server stops and learns no more words: send the request again in a few seconds", 5)
         require_installed()
         if self._model is None:
             raise NotInstalled(
@@ -258,10 +269,10 @@ class Jobs:
         """Accepts a job and returns it, once it would survive the end of this process. Of the tenant's jobs that have
         ended, the oldest make room for it. With `replace`, the word may take the place of another.
 
-        Raises `NotInstalled` without PyTorch or a model, `Busy` if the tenant has too many jobs waiting, and `Invalid`,
-        `Unprocessable` or `TooLarge` for an order that cannot be learned.
+        Raises as `check_accepting`, `Busy` if the tenant has too many jobs waiting, and `Invalid`, `Unprocessable` or
+        `TooLarge` for an order that cannot be learned.
         """
-        self.check_installed()
+        self.check_accepting()
         recipe, steps = recipe_of(recipe, steps)
         _check_words(token, init)
         if not 0 <= seed <= MAX_SEED:
@@ -307,20 +318,40 @@ class Jobs:
                 jobs.append(await self.get(tenant, identifier))
         return jobs
 
+    def admission(self, tenant: str) -> asyncio.Lock:
+        """To be held from a look at `open_tokens` until the job is added, so that the tenant's requests take turns."""
+        return self._admissions.setdefault(tenant, asyncio.Lock())
+
+    async def open_tokens(self, tenant: str) -> list[str]:
+        """The words of a tenant's jobs that have not ended, at any server."""
+        unfinished = set(await self._stored(self._files.open_identifiers))
+        tokens: list[str] = []
+        for identifier in await self._stored(self._files.identifiers, tenant):
+            if identifier in unfinished:
+                with suppress(NotFound):  # just being written or deleted
+                    tokens.append((await self._read(tenant, identifier))[0].token)
+        return tokens
+
     async def cancel(self, tenant: str, identifier: str) -> Job:
         """Cancels a job; one that has ended, or is saving its word, stays as it is. Raises `NotFound`.
 
         The job that is returned may still be running if another server has it.
         """
-        _, state = await self._read(tenant, identifier)
+        await self._read(tenant, identifier)
         owned = self._owned.get(identifier)
         if owned is not None:
             await self._cancel(owned)
             with suppress(TimeoutError):
                 await asyncio.wait_for(_ended(owned), CANCEL_SECONDS)
-        elif not state.status.ended:
-            await self._stored(self._files.request_cancel, identifier)
+        if owned is None or owned.taken_over:
+            await self._cancel_elsewhere(tenant, identifier)
         return await self.get(tenant, identifier)
+
+    async def _cancel_elsewhere(self, tenant: str, identifier: str) -> None:
+        """Asks the server that has a job to cancel it."""
+        newest = await self._stored(self._files.newest, tenant, identifier)
+        if newest is not None and not newest[1].status.ended:
+            await self._stored(self._files.request_cancel, identifier)
 
     async def events(self, tenant: str, identifier: str, after: int = 0) -> AsyncIterator[JobEvent]:
         """What has happened since the event numbered `after`, then what happens, until the job has ended. `NotFound`.
@@ -422,6 +453,9 @@ class Jobs:
                     text = f"the learning process ended {lost} times without progress: the server may lack memory"
                     await self._end_surely(owned, owned.state.failed(text))
                     return
+            except NotFound:
+                await self._end_surely(owned, owned.state.failed("its pictures are not in the store: send them again"))
+                return
             except (ApiError, OnewordError, OSError) as error:  # the store, or the local disk
                 _log.warning("job %s waits: %s", owned.id, type(error).__name__)
                 wait = min(30.0, 2 * wait)
@@ -537,7 +571,9 @@ class Jobs:
         changed.set()
 
     async def _end(self, owned: _Owned, state: State) -> None:
-        """Publishes a job's last state and removes what this server has of it."""
+        """Publishes a job's last state and removes what this server has of it. Raises `_TakenOver`, at no cost to the
+        new owner."""
+        await self._check_term(owned)
         await self._publish(owned, state)
         if state.status is Status.CANCELLED:
             await self._stored(self._files.delete_pictures, owned.tenant, owned.id)
@@ -545,12 +581,16 @@ class Jobs:
         await self._disown(owned)
 
     async def _cancel(self, owned: _Owned) -> None:
-        """Ends a job that waits; asks for one that is carried out to be ended."""
+        """Ends a job that waits, or leaves it to the server that has taken it over; asks for one that is carried out to
+        be ended."""
         owned.cancel.set()
         if not owned.running:
             owned.running = True
             try:
                 await self._end(owned, owned.state.cancelled())
+            except _TakenOver:
+                owned.taken_over = True
+                await self._disown(owned)
             finally:
                 owned.running = False
 

@@ -157,13 +157,15 @@ router = APIRouter(tags=["learning"])
 async def learn(http: HTTPRequest) -> Response:
     """Starts learning a word from three to five pictures. Answers with the job."""
     state, tenant = caller(http)
-    state.jobs.check_installed()
+    state.jobs.check_accepting()
     form = await read_form(http, _IMAGES, 8, "three to five pictures as `image[]`")
     images, body = form.data(*_IMAGES), validated(LearnFields, form.text)
     widths = [encoder.width for encoder in state.manifest.encoders if not encoder.word_optional]
-    await state.words.check_room(tenant, body.name, 4 * sum(widths), replace=body.replace)  # float32
     order = body.name, body.init, body.recipe, body.steps, body.seed
-    job = await state.jobs.add(tenant.name, images, *order, replace=body.replace)
+    async with state.jobs.admission(tenant.name):
+        tokens = await state.jobs.open_tokens(tenant.name)
+        await state.words.check_room(tenant, body.name, 4 * sum(widths), tokens, replace=body.replace)  # float32
+        job = await state.jobs.add(tenant.name, images, *order, replace=body.replace)
     return JSONResponse(JobBody.of(job).model_dump(mode="json"), 202)
 
 

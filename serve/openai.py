@@ -36,6 +36,7 @@ from oneword.serve.worker import Done, Partial, Step
 MAX_IMAGES: Final = 10
 """Pictures per prompt, as in OpenAI's API."""
 MAX_UPLOADS: Final = 16
+_METADATA: Final = 4096  # bytes of a file that are neither pixels nor prompts
 _OPENAI_MODELS: Final = ("dall-e", "gpt-image", "chatgpt-image")
 
 
@@ -67,7 +68,7 @@ class Settings(Fields):
     """Where the sampler's steps are; the model's own by default."""
     guidance: Guidance = Guidance.CFG
     guidance_scale: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
-    embedded_guidance: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
+    embedded_guidance: Annotated[float, Field(ge=0, le=50, allow_inf_nan=False)] | None = None
     guidance_rescale: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.0
     guidance_interval: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
     eta: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.0
@@ -175,8 +176,9 @@ class Answer:
         """The whole answer as JSON, or as a stream of events."""
         if self.settings.stream:
             return EventStream(self._events(generations), close=lambda: cancel(generations))
-        entries = await finish(self.http, *generations, use=self._entry)
-        pictures, data = [picture for picture, _ in entries], [entry for _, entry in entries]
+        files = await finish(self.http, *generations, use=self._encoded)
+        pictures = [picture for picture, _ in files]
+        data = [await self._entry(picture, file) for picture, file in files]  # once all are ready
         first = pictures[0].settings
         answer = PicturesAnswer(
             created=int(time.time()),
@@ -187,8 +189,7 @@ class Answer:
         )
         return Response(answer.model_dump_json(exclude_none=True), media_type="application/json")
 
-    async def _entry(self, picture: PictureDone) -> Picture:
-        data = await self._encoded(picture)
+    async def _entry(self, picture: PictureDone, data: bytes) -> Picture:
         if self.settings.response_format == "url":
             name = await self.state.in_thread(self.state.results.put, self.tenant, data, self.format)
             return Picture(url=address(self.http, name), seed=picture.seed)
@@ -406,8 +407,21 @@ async def _answer(http: HTTPRequest, body: Settings, requests: Sequence[Request]
     """Queues the requests, all or none, and answers with their pictures."""
     state, tenant = caller(http)
     _check(state, body, len(requests))
-    if body.response_format == "url":
-        state.results.check_room(tenant)
+    if body.response_format != "url":
+        return await _started(http, body, requests, prefix)
+    with state.results.reserved(tenant, sum(_most_bytes(state, tenant, request) for request in requests)):
+        return await _started(http, body, requests, prefix)
+
+
+def _most_bytes(state: State, tenant: Tenant, request: Request) -> int:
+    """More than the request's pictures have as files: 4 bytes per pixel, and the prompts. Raises ApiError."""
+    settings = check(state, tenant, request)
+    characters = len(request.prompt) + len(request.negative_prompt or "")
+    return request.num_images * (4 * (settings.width * settings.height + characters) + _METADATA)
+
+
+async def _started(http: HTTPRequest, body: Settings, requests: Sequence[Request], prefix: str) -> Response:
+    state, tenant = caller(http)
     partials = body.partial_images or 0
     with all_or_none() as started:
         for request in requests:

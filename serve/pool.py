@@ -409,14 +409,14 @@ class Pool:
         account = self._accounts.get(tenant.name)
         return [] if account is None else [*account.generations.values()]
 
-    async def drain(self, seconds: float) -> None:
-        """Takes no more requests, and returns when nothing runs. What is not ready after `seconds` is dropped, with an
-        Unavailable event; a second call drops it at once."""
+    async def drain(self, seconds: float | None = None) -> None:
+        """Takes no more requests, and returns when nothing runs. With a limit, what is not ready after `seconds` is
+        dropped, with an Unavailable event; a second call drops it at once."""
         if self.draining:
             self._hurry.set()
         self.draining = True
         waits = [asyncio.ensure_future(event.wait()) for event in (self._empty, self._hurry)]
-        await asyncio.wait(waits, timeout=max(0.0, seconds), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(waits, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         for wait in waits:
             wait.cancel()
         self._drop_all(Unavailable("the server stops, and the picture was not ready in time: send the request again"))

@@ -27,6 +27,8 @@ from oneword.serve.settings import Settings
 
 ONGOING: Final = 1000
 """Requests that Ray passes to a replica at a time: above what its own queue accepts, so that it refuses the others."""
+STOP_SECONDS: Final = 3600.0
+"""How long a replica may take to finish what it has accepted if `drain_seconds` is not given: Ray needs a limit."""
 _FIGURE: Final = "queued_seconds"
 _PATHS: Final = ("bundle", "keys", "jobs")
 
@@ -106,7 +108,9 @@ def app(arguments: Mapping[str, Any]) -> serve.Application:
         name="oneword",
         max_ongoing_requests=ONGOING,
         graceful_shutdown_wait_loop_s=1,
-        graceful_shutdown_timeout_s=settings.drain_limit + settings.write_seconds,
+        graceful_shutdown_timeout_s=(
+            STOP_SECONDS if settings.drain_seconds is None else settings.drain_seconds + settings.write_seconds
+        ),
         health_check_period_s=5,
         health_check_timeout_s=settings.hang_seconds,
         autoscaling_config=AutoscalingConfig(

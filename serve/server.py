@@ -1,7 +1,8 @@
 """The listening server: uvicorn with our limits on connections, and a shutdown that finishes what runs.
 
-The first SIGTERM or SIGINT stops new work: readiness says 503 while the socket still answers, and what was accepted is
-finished. A second one drops it, with an error for each picture. SIGHUP reads the keys again. Not covered: the watchdog.
+The first SIGTERM or SIGINT stops new work: readiness says 503 while the socket still answers, requests that were
+accepted are finished, and learning pauses, to be resumed later. A second one drops the requests, with an error for each
+picture. SIGHUP reads the keys again. Not covered: the watchdog.
 """
 
 import asyncio
@@ -97,7 +98,7 @@ class Server(uvicorn.Server):
     def stop(self) -> None:
         """Drains and ends the server; a second call drops what it would finish, a third one the connections too."""
         if self._stopping is None:
-            self._stopping = asyncio.ensure_future(self._drain(self.state_of_app.settings.drain_limit))
+            self._stopping = asyncio.ensure_future(self._drain(self.state_of_app.settings.drain_seconds))
         elif not self.should_exit:
             asyncio.ensure_future(self.state_of_app.pool.drain(0))  # noqa: RUF006 - it ends before this process does
         else:
@@ -128,15 +129,18 @@ class Server(uvicorn.Server):
         if worker.state is WorkerState.FAILED:
             self._failure = EngineError(worker.failure)
             self.should_exit = True
-        self._opened = worker.state is WorkerState.READY
-        gc.freeze()  # a full collection of what lasts as long as the process would stop all threads for tens of ms
+        if worker.state is WorkerState.READY:
+            gc.collect()
+            gc.freeze()  # a full collection of what lasts as long as the process would stop all threads for tens of ms
+            self._opened = True
         if self._heartbeat is not None:
             with contextlib.suppress(BrokenPipeError):  # the heartbeat's own thread ends this process then
                 self._heartbeat.beat()  # from now on, a hang is noticed soon
 
-    async def _drain(self, seconds: float) -> None:
-        _log.info("stopping: what was accepted is finished, for at most %g seconds", seconds)
-        await self.state_of_app.pool.drain(seconds)
+    async def _drain(self, seconds: float | None) -> None:
+        limit = "" if seconds is None else f", for at most {seconds:g} seconds"
+        _log.info("stopping: what was accepted is finished%s", limit)
+        await asyncio.gather(self.state_of_app.pool.drain(seconds), self.state_of_app.jobs.drain())
         await asyncio.sleep(_LAST_SECONDS)
         self.state_of_app.stopping.set()
         self.should_exit = True

@@ -68,19 +68,13 @@ class Settings:
     write_seconds: float = 30.0
     """A client that reads nothing for this long is cut off."""
     drain_seconds: float | None = None
-    """What is not ready so long after the server was asked to stop is dropped; None means `drain_limit`."""
+    """What is not ready so long after the server was asked to stop is dropped; None means no limit."""
     hang_seconds: float = 30.0
 
     @property
     def jobs_folder(self) -> Path:
         """The folder of this server's own learning jobs, on local disk."""
         return self.jobs or data_folder() / "jobs" / str(self.port)
-
-    @property
-    def drain_limit(self) -> float:
-        """Seconds to finish accepted work in: by default as many as there can be, one large request and what may queue
-        behind it."""
-        return (MAX_WAITS + 1) * self.max_wait if self.drain_seconds is None else self.drain_seconds
 
     def __post_init__(self) -> None:
         if self.keys is None and not is_loopback(self.host):

@@ -16,7 +16,7 @@ import re
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, ParamSpec, TypeVar
@@ -24,7 +24,7 @@ from typing import Any, Final, ParamSpec, TypeVar
 from oneword.engines.errors import ConceptError
 from oneword.runtime.concept import Concept, check_token
 from oneword.runtime.prompt import NamedWords, UnknownWord, Vocabulary, named_words, tokens_for, used_words
-from oneword.serve.errors import ApiError, Forbidden, Invalid, NotFound
+from oneword.serve.errors import ApiError, Conflict, Forbidden, Invalid, NotFound
 from oneword.serve.keys import Tenant
 from oneword.serve.store import DAMAGED, MAX_BYTES, WordRecord, WordStore, blob_of, damaged, page, taken
 
@@ -192,12 +192,18 @@ class Words:
         self._remember(await self._run(_named, concept, record))
         return record
 
-    async def check_room(self, tenant: Tenant, token: str, size: int, *, replace: bool) -> None:
-        """Whether a word of at least so many bytes can be put now. Raises Conflict if its name is taken and it does not
-        replace that word, Forbidden if it would exceed the tenant's quota."""
-        if not replace and await self._first(tenant, (token,)) is not None:
-            raise taken(token)
-        await self._check_quota(tenant, token, size)
+    async def check_room(
+        self, tenant: Tenant, token: str, size: int, learning: Collection[str], *, replace: bool
+    ) -> None:
+        """Whether a word of at least so many bytes can be put once those that the tenant is learning have been. Raises
+        Conflict if its name is taken and it does not replace that word, Forbidden if it would exceed the quota."""
+        if not replace:
+            if token in learning:
+                message = f"{token!r} is being learned: wait for the job or cancel it, or take another name"
+                raise Conflict(message, code="word_exists")
+            if await self._first(tenant, (token,)) is not None:
+                raise taken(token)
+        await self._check_quota(tenant, token, size, learning)
 
     async def get(self, tenant: Tenant, token: str) -> WordRecord:
         """The word with exactly this token. Raises NotFound."""
@@ -340,17 +346,21 @@ class Words:
         else:
             known.sizes.pop(token, None)
 
-    async def _check_quota(self, tenant: Tenant, token: str, size: int) -> None:
+    async def _check_quota(self, tenant: Tenant, token: str, size: int, learning: Collection[str] = ()) -> None:
+        """Raises Forbidden if a word of so many bytes, and those of the same size that are learned, are too many."""
         index = await self._index(tenant, self._index_seconds)
-        count = len(index.tokens) + (token not in index)
+        coming = {name for name in learning if name not in index} - {token}
+        count = len(index.tokens) + len(coming) + (token not in index)
         if count > tenant.max_words and token not in index:
+            learned = f" and learn {len(coming)}" if coming else ""
             raise Forbidden(
-                f"you have {len(index.tokens)} words, allowed are {tenant.max_words}: delete some first",
+                f"you have {len(index.tokens)} words{learned}, allowed are {tenant.max_words}: delete some first",
                 code="quota_exceeded",
             )
         if count * MAX_BYTES <= tenant.max_bytes:
             return
         used = sum((await self._sizes(tenant)).values()) - self._tenant(tenant).sizes.get(token, 0)
+        used += len(coming) * size
         if used + size > tenant.max_bytes:
             raise Forbidden(
                 f"this word has {size} bytes, your others {used}, allowed are {tenant.max_bytes} together: "

@@ -530,7 +530,7 @@ def test_a_request_of_many_texts_is_encoded_over_several_turns_while_others_run(
     scheduler = Scheduler(model)
     scheduler.add(Request("a cat", steps=20))
     scheduler.step()
-    many = scheduler.add(
+    changing = scheduler.add(
         Request("[" + "|".join(map(str, range(20))) + "] stars", "a dog", steps=20, guidance_scale=2.0)
     )
     calls.clear()
@@ -538,7 +538,7 @@ def test_a_request_of_many_texts_is_encoded_over_several_turns_while_others_run(
     events = [scheduler.step() for _ in range(4)]
 
     assert [count for count in calls if count] == [8, 8, 5]  # 20 texts and a negative one
-    assert [any(isinstance(e, StepDone) and e.id == many for e in turn) for turn in events] == [
+    assert [any(isinstance(e, StepDone) and e.id == changing for e in turn) for turn in events] == [
         False,
         False,
         True,
@@ -566,8 +566,8 @@ def test_a_prompt_that_cannot_be_encoded_fails_alone_in_the_turn_of_its_texts(
 
 
 def test_texts_that_take_too_much_memory_are_refused(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    one = model.encode([model.tokenize("cat")])[0].hidden_states.nbytes
-    monkeypatch.setattr("oneword.runtime.scheduler.MAX_CONTEXT_BYTES", 3 * one - 1)
+    size = model.encode([model.tokenize("cat")])[0].hidden_states.nbytes
+    monkeypatch.setattr("oneword.runtime.scheduler.MAX_CONTEXT_BYTES", 3 * size - 1)
     scheduler = Scheduler(model)
     scheduler.add(Request("a cat " * 80, "a dog", steps=2, guidance_scale=2.0))
     scheduler.add(Request("a [cat|dog]", steps=2, guidance_scale=1.0))

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 
 from oneword.serve.command import command
-from oneword.serve.settings import Settings
 
 DEPLOY = Path(__file__).parents[2] / "serve" / "deploy"
 SYSTEMD = shutil.which("systemd-analyze")
@@ -42,15 +41,15 @@ def test_the_command_line_is_one_that_the_server_takes(line: list[str]) -> None:
     assert Path(options["words"]).parent == options["jobs"].parent  # what must be kept is in one folder
 
 
-def test_service_managers_wait_for_all_work_that_the_server_can_have_accepted() -> None:
-    settings = Settings(Path("bundle"))  # with the defaults, as the command lines of these files have them
+def test_service_managers_and_proxies_wait_for_an_hour_as_the_guide_says() -> None:
     for name, pattern in {
         "oneword.service": r"^TimeoutStopSec=(\d+)$",
         "Dockerfile": r"--stop-timeout (\d+) ",
         "rayservice.yaml": r"^ +terminationGracePeriodSeconds: (\d+) ",
+        "nginx.conf": r"^ +proxy_read_timeout (\d+)s;",
     }.items():
         (seconds,) = re.findall(pattern, (DEPLOY / name).read_text(), re.M)
-        assert int(seconds) >= settings.drain_limit + settings.write_seconds
+        assert int(seconds) == 3600, name
 
 
 @pytest.mark.skipif(SYSTEMD is None, reason="no systemd-analyze: apt-get install systemd")

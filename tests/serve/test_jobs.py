@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from PIL import Image
@@ -22,7 +23,7 @@ from oneword.export.source import load_source
 from oneword.runtime.concept import Concept
 from oneword.runtime.images import open_picture
 from oneword.serve import jobs as module
-from oneword.serve.errors import ApiError, Busy, Invalid, NotFound, NotInstalled, TooLarge, Unprocessable
+from oneword.serve.errors import ApiError, Busy, Invalid, NotFound, NotInstalled, TooLarge, Unavailable, Unprocessable
 from oneword.serve.files import open_files
 from oneword.serve.job_files import Cancelled, Failed, JobFiles, Progress, State, Status
 from oneword.serve.jobs import Done, Job, JobEvent, Jobs, Pace, Snapshot, learnable_pictures, new_identifier
@@ -290,6 +291,7 @@ def test_tenants_take_turns_and_a_tenants_own_jobs_keep_their_order(
             working = asyncio.create_task(jobs._work())
             await until(lambda: len(begun) == 6)
             working.cancel()
+            await asyncio.gather(working, return_exceptions=True)
 
     asyncio.run(run())
     assert begun == ["<a1>", "<b1>", "<c1>", "<a2>", "<b2>", "<a3>"]
@@ -378,6 +380,91 @@ def test_a_dead_servers_job_is_taken_over_once_and_what_it_still_writes_is_ignor
                 assert events == [Cancelled(1)]
                 assert [event async for event in other.events("alice", job.id)] == events
                 assert (second.waiting, third.waiting) == (0, 0)
+
+    asyncio.run(run())
+
+
+def test_a_server_that_wakes_up_cancels_a_job_for_its_new_owner_and_deletes_nothing_of_it(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with idle(tmp_path, lease_seconds=1000) as sleeping:
+            job = await sleeping.add("alice", photos(), "<toy>")
+            async with idle(tmp_path, "there", lease_seconds=1000) as owner:
+                newest = owner._files.newest("alice", job.id)
+                assert newest is not None
+                assert owner._files.take("alice", job.id, 2, owned_by(newest[1], owner))  # as in `_take_over`
+                await owner._adopt("alice", job.id, 2, owned_by(newest[1], owner))
+
+                cancelled = await sleeping.cancel("alice", job.id)
+
+                assert (cancelled.status, cancelled.position) == (Status.QUEUED, None)
+                assert sleeping.waiting == 0
+                assert await owner.picture("alice", job.id, job.pictures[0])
+                assert owner._files.open_identifiers() == list(owner._files.cancel_requests()) == [job.id]
+                await owner.cancel("alice", job.id)
+                assert (await sleeping.get("alice", job.id)).status is Status.CANCELLED
+                assert (owner._files.open_identifiers(), list(owner._files.cancel_requests())) == ([], [])
+
+    asyncio.run(run())
+
+
+def test_a_job_without_its_pictures_fails_and_the_next_one_is_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def run() -> None:
+        async with idle(tmp_path) as jobs:
+            lost, other = [await jobs.add(tenant, photos(), "<toy>") for tenant in ("alice", "bob")]
+            jobs._files.delete_pictures("alice", lost.id)
+            prepared, begun = jobs._prepare, asyncio.Event()
+
+            def prepare(owned: Any, folder: Path) -> None:
+                if owned.id == other.id:
+                    loop.call_soon_threadsafe(begun.set)
+                    raise OSError("a test")
+                prepared(owned, folder)
+
+            loop = asyncio.get_running_loop()
+            monkeypatch.setattr(jobs, "_prepare", prepare)
+            working = asyncio.create_task(jobs._work())
+            async with asyncio.timeout(60):
+                await begun.wait()
+            working.cancel()
+            await asyncio.gather(working, return_exceptions=True)
+
+            failed = await jobs.get("alice", lost.id)
+            assert (failed.status, failed.error) == (
+                Status.FAILED,
+                "its pictures are not in the store: send them again",
+            )
+
+    asyncio.run(run())
+
+
+def test_a_server_that_stops_begins_and_accepts_no_job_and_leaves_its_own_to_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def run() -> None:
+        begun: list[str] = []
+
+        async def carry_out(self: Jobs, owned: Any) -> None:
+            begun.append(owned.id)
+            await asyncio.Event().wait()
+
+        monkeypatch.setattr(Jobs, "_carry_out", carry_out)
+        async with idle(tmp_path, at_once=1) as stopping:
+            first, second = [await stopping.add("alice", photos(), "<toy>") for _ in range(2)]
+            await until(lambda: begun == [first.id])
+
+            await stopping.drain()
+
+            assert begun == [first.id]
+            with pytest.raises(Unavailable, match="the server stops and learns no more words"):
+                await stopping.add("alice", photos(), "<toy>")
+            assert [job.id for job in await stopping.list("alice")] == [second.id, first.id]
+            await stopping.cancel("alice", second.id)
+            async with idle(tmp_path, "there", lease_seconds=0.3) as other:
+                await until(lambda: other.waiting == 1)
+                assert [event async for event in stopping.events("alice", second.id)] == [Cancelled(1)]
+                assert (await other.get("alice", first.id)).position == 0
 
     asyncio.run(run())
 
@@ -599,6 +686,11 @@ async def server(tmp_path: Path, folder: str, **options: Any) -> AsyncIterator[J
         yield jobs
     finally:
         await jobs.stop()
+
+
+def owned_by(state: State, owner: Jobs) -> State:
+    """The state under another owner."""
+    return msgspec.structs.replace(state, owner=owner._queue.server)
 
 
 def idle(tmp_path: Path, folder: str = "here", **options: Any) -> Any:

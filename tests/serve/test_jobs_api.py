@@ -4,6 +4,7 @@ import base64
 import io
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,7 @@ def test_a_job_waits_for_its_turn_and_can_be_cancelled_before_it(alice: httpx.Cl
 
 
 def test_jobs_are_listed_newest_first_in_pages(alice: httpx.Client) -> None:
-    identifiers = [learn(alice, name="<page>", steps=STEPS_OF_A_LONG_JOB).json()["id"] for _ in range(3)]
+    identifiers = [learn(alice, name=f"<page{number}>", steps=STEPS_OF_A_LONG_JOB).json()["id"] for number in range(3)]
     for identifier in identifiers:
         alice.delete(f"/v1/jobs/{identifier}")
 
@@ -246,6 +247,33 @@ def test_a_name_that_is_taken_is_refused_before_anything_is_learned_unless_the_w
     ended = [data for kind, data in events_of(alice, accepted.json()["id"]) if kind == "done"]
     assert alice.get("/v1/words/<taken>").json()["identity"] == ended[0]["word"]["identity"]
     assert alice.get("/v1/words/<taken>").json()["generation"] == 2
+
+
+def test_a_name_is_taken_while_a_job_learns_it(alice: httpx.Client, bob: httpx.Client) -> None:
+    with ThreadPoolExecutor(3) as threads:
+        order = {"name": "<soon>", "steps": STEPS_OF_A_LONG_JOB}
+        answers = list(threads.map(lambda _: learn(alice, **order), range(3)))
+    job = next(answer.json()["id"] for answer in answers if answer.status_code == 202)
+    others = [learn(alice, **order, replace="true"), learn(bob, **order)]
+
+    assert sorted(answer.status_code for answer in answers) == [202, 409, 409]
+    refused = next(answer.json()["error"] for answer in answers if answer.status_code == 409)
+    assert (refused["code"], "'<soon>' is being learned" in refused["message"]) == ("word_exists", True)
+    assert [answer.status_code for answer in others] == [202, 202]
+    for client, identifier in ((alice, job), *zip((alice, bob), (a.json()["id"] for a in others), strict=True)):
+        assert client.delete(f"/v1/jobs/{identifier}").json()["status"] == "cancelled"
+
+
+def test_words_that_are_being_learned_count_against_the_quota(bob: httpx.Client) -> None:
+    accepted = [learn(bob, name=f"<next{number}>", steps=STEPS_OF_A_LONG_JOB) for number in range(MAX_WORDS)]
+    refused = learn(bob, name="<one-more>", steps=STEPS_OF_A_LONG_JOB)
+    bob.delete(f"/v1/jobs/{accepted[0].json()['id']}").raise_for_status()
+    again = learn(bob, name="<one-more>", steps=STEPS_OF_A_LONG_JOB)
+    for answer in (*accepted[1:], again):
+        bob.delete(f"/v1/jobs/{answer.json()['id']}").raise_for_status()
+
+    assert [answer.status_code for answer in (*accepted, refused, again)] == [202, 202, 202, 403, 202]
+    assert "you have 0 words and learn 3, allowed are 3" in refused.json()["error"]["message"]
 
 
 def test_a_word_that_takes_the_name_while_a_job_learns_is_not_replaced(alice: httpx.Client) -> None:

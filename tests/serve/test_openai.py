@@ -7,6 +7,7 @@ import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -16,7 +17,11 @@ import pytest
 
 from oneword.runtime import Model, draw
 from oneword.runtime.request import Request, resolve
+from oneword.serve import openai
+from oneword.serve.errors import Unavailable
 from oneword.serve.generate import fitted
+from oneword.serve.keys import new_key
+from oneword.serve.pictures import encode
 from tests.serve.conftest import Start
 from tests.serve.running import Running, run_client, undecodable_png, word_bytes
 
@@ -301,3 +306,38 @@ def test_a_picture_asked_for_by_address_is_gone_after_an_hour(start_server: Star
         clock[0] += 3601
         assert client.get(url).status_code == 404
         assert running.state.results.collect() == 1
+
+
+def test_a_key_without_room_for_a_picture_is_refused_before_it_is_drawn(start_server: Start, tmp_path: Path) -> None:
+    key, lines = new_key("alice")
+    (tmp_path / "keys.toml").write_text(f"{lines}max_result_bytes = {3 * 64 * 64}\n")
+    running = start_server(keys=tmp_path / "keys.toml", words=str(tmp_path / "words"))
+    with Running(running.url, running.state, key).client() as client:
+        body = {"prompt": "a cat", "steps": 2, "size": "64x64"}
+        refused = client.post("/v1/images/generations", json={**body, "response_format": "url"})
+        accepted = client.post("/v1/images/generations", json=body)
+
+    assert (refused.status_code, refused.json()["error"]["code"]) == (403, "quota_exceeded")
+    assert accepted.status_code == 200
+    assert not (tmp_path / "words" / "results").exists()
+
+
+def test_nothing_is_kept_of_a_request_whose_pictures_are_not_all_ready(
+    start_server: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = start_server(words=str(tmp_path))
+    encoded: list[bytes] = []
+
+    def encode_one(*arguments: Any) -> bytes:
+        if encoded:
+            raise Unavailable("a test")
+        encoded.append(encode(*arguments))
+        return encoded[0]
+
+    monkeypatch.setattr(openai, "encode", encode_one)
+    with running.client() as client:
+        body = {"prompt": "a cat", "steps": 2, "n": 3, "response_format": "url"}
+        answer = client.post("/v1/images/generations", json=body)
+
+    assert (answer.status_code, len(encoded)) == (503, 1)
+    assert not (tmp_path / "results").exists()

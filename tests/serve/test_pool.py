@@ -252,24 +252,25 @@ def test_the_wait_for_a_slot_counts_where_others_have_all_of_them(
     run(scenario)
 
 
-def test_all_that_is_accepted_fits_into_the_time_to_finish_it_in(
+def test_drain_without_a_limit_finishes_all_that_was_accepted_for_any_number_of_tenants(
     worker: Worker, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = Gate(monkeypatch)
     with_seconds_per_step(worker, monkeypatch, 1.0)
+    monkeypatch.setattr(worker, "slots", 16)
 
     async def scenario() -> None:
         pool = Pool(worker, model.manifest, max_wait=60)
         accepted = [pool.submit(ALICE, Request("a cat", steps=600))]  # all that an idle server takes
-        for tenant in (ALICE, BOB, CAROL):
+        for tenant in (Tenant(f"tenant{number}") for number in range(20)):
             with contextlib.suppress(Busy):
                 while len(accepted) < 1_000:
-                    accepted.append(pool.submit(tenant, Request("a dog", steps=5)))
+                    accepted.append(pool.submit(tenant, Request("a dog", steps=1)))
         assert len(accepted) < 1_000
-        assert 600 < pool.queued_seconds <= Settings(Path("bundle"), max_wait=60).drain_limit
-        for generation in accepted:
-            generation.cancel()
+        assert pool.queued_seconds > 700  # far more than --max-wait
         gate.open.set()
+        await pool.drain(Settings(Path("bundle")).drain_seconds)
+        assert all(generation.pictures[0] is not None for generation in accepted)
 
     run(scenario)
 

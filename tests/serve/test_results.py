@@ -1,10 +1,11 @@
 """Pictures that are kept for an hour: how much of them a tenant may have."""
 
+import contextlib
 from pathlib import Path
 
 import pytest
 
-from oneword.serve.errors import Busy
+from oneword.serve.errors import Busy, Forbidden
 from oneword.serve.files import open_files
 from oneword.serve.keys import Tenant
 from oneword.serve.results import Results
@@ -15,23 +16,48 @@ def test_a_tenant_has_room_for_pictures_again_once_its_oldest_has_expired(tmp_pa
     results = Results(open_files(str(tmp_path)), lambda: now)
     alice, bob = Tenant("alice", max_result_bytes=150), Tenant("bob", max_result_bytes=150)
 
-    results.check_room(alice)
-    results.put(alice, bytes(100), "png")
+    with results.reserved(alice, 150):
+        results.put(alice, bytes(100), "png")
     now = 1900.0
-    results.check_room(alice)  # 50 bytes are left: that the picture will have more is not known yet
-    results.put(alice, bytes(60), "png")
+    with results.reserved(alice, 50):
+        results.put(alice, bytes(40), "png")
 
-    with pytest.raises(
-        Busy, match="160 bytes of your pictures are kept for an hour, allowed are 150: ask for"
-    ) as refusal:
-        results.check_room(alice)
-    assert refusal.value.code == "quota_exceeded"
-    assert refusal.value.headers["Retry-After"] == "2700"
-    results.check_room(bob)
+    with (
+        pytest.raises(Busy, match=r"140 bytes of your pictures are kept .* these may have 11") as refused,
+        results.reserved(alice, 11),
+    ):
+        pass
+    assert refused.value.code == "quota_exceeded"
+    assert refused.value.headers["Retry-After"] == "2700"
+    with results.reserved(bob, 150):
+        pass
     now = 4601.0
-    results.check_room(alice)
+    with results.reserved(alice, 110):
+        pass
 
 
-def test_a_tenant_without_any_room_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(Busy, match="allowed are 0"):
-        Results(open_files(str(tmp_path))).check_room(Tenant("alice", max_result_bytes=0))
+def test_requests_in_progress_share_the_room_and_give_back_what_they_do_not_use(tmp_path: Path) -> None:
+    results = Results(open_files(str(tmp_path)))
+    alice = Tenant("alice", max_result_bytes=100)
+
+    with contextlib.ExitStack() as requests:
+        for _ in range(2):
+            requests.enter_context(results.reserved(alice, 50))
+        for _ in range(50):
+            with pytest.raises(Busy, match="100 bytes"), results.reserved(alice, 1):
+                pass
+    with pytest.raises(ValueError, match="a test"), results.reserved(alice, 100):
+        raise ValueError("a test")
+    with results.reserved(alice, 100):
+        pass
+
+
+@pytest.mark.parametrize("allowed", [0, 99])
+def test_a_request_that_can_never_be_kept_is_not_one_to_send_again(tmp_path: Path, allowed: int) -> None:
+    results = Results(open_files(str(tmp_path)))
+
+    with (
+        pytest.raises(Forbidden, match=f"may have 100 bytes, allowed are {allowed}: ask for b64_json"),
+        results.reserved(Tenant("alice", max_result_bytes=allowed), 100),
+    ):
+        pass

@@ -95,6 +95,6 @@ def test_settings_of_a_server_behind_a_proxy_are_accepted() -> None:
     assert settings.root_path == "/pictures"
 
 
-def test_the_time_to_finish_work_is_given_or_grows_with_the_work_that_is_accepted() -> None:
-    assert Settings(BUNDLE, drain_seconds=5.0).drain_limit == 5
-    assert Settings(BUNDLE, max_wait=60.0).drain_limit == 660  # a request of 10 x 60 s, and 60 s behind it
+def test_the_time_to_finish_work_has_no_limit_unless_one_is_given() -> None:
+    assert Settings(BUNDLE).drain_seconds is None
+    assert Settings(BUNDLE, drain_seconds=5.0).drain_seconds == 5

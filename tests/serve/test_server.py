@@ -1,0 +1,98 @@
+"""What the listening server does once the model is open, and when it stops, with parts that record it.
+
+Not covered: sockets and signals (test_life.py).
+"""
+
+import asyncio
+import gc
+import weakref
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from oneword.serve.server import Server
+from oneword.serve.settings import Settings
+from oneword.serve.worker import State as WorkerState
+
+
+class Part:
+    """A pool or the jobs: it is asked to drain, and does when it may."""
+
+    def __init__(self) -> None:
+        self.asked: list[Any] = []
+        self.drained = asyncio.Event()
+
+    async def drain(self, *arguments: Any) -> None:
+        self.asked.append(arguments)
+        await self.drained.wait()
+
+
+class Cycle:
+    """Something that only the garbage collector can free."""
+
+    def __init__(self) -> None:
+        self.self = self
+
+
+def server_with(worker: WorkerState, **settings: Any) -> Any:
+    async def app(*_: Any) -> None:
+        """Answers nothing."""
+
+    state: Any = SimpleNamespace(
+        settings=Settings(Path("bundle"), **settings),
+        worker=SimpleNamespace(state=worker, failure="no such engine"),
+        pool=Part(),
+        jobs=Part(),
+        stopping=asyncio.Event(),
+    )
+    return Server(app, state)
+
+
+def test_garbage_of_the_start_is_freed_before_the_rest_is_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
+    frozen: list[bool] = []
+    gc.disable()
+    try:
+        garbage = Cycle()
+        reference = weakref.ref(garbage)
+        del garbage
+        monkeypatch.setattr(gc, "freeze", lambda: frozen.append(reference() is not None))
+
+        async def run() -> None:
+            await server_with(WorkerState.READY)._follow_opening()
+
+        asyncio.run(run())
+    finally:
+        gc.enable()
+    assert frozen == [False]
+
+
+def test_nothing_is_frozen_if_the_model_cannot_be_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gc, "freeze", lambda: pytest.fail("it froze"))
+
+    async def run() -> None:
+        server = server_with(WorkerState.FAILED)
+        await server._follow_opening()
+        assert server.should_exit
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("seconds", [None, 5.0])
+def test_learning_stops_at_once_and_the_server_ends_when_its_pictures_are_finished(seconds: float | None) -> None:
+    async def run() -> None:
+        server = server_with(WorkerState.READY, drain_seconds=seconds)
+        pool, jobs = server.state_of_app.pool, server.state_of_app.jobs
+        server.stop()
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert (pool.asked, jobs.asked) == ([(seconds,)], [()])
+        jobs.drained.set()
+        await asyncio.sleep(0)
+        assert not server.should_exit
+        pool.drained.set()
+        await server._stopping
+        assert server.should_exit
+
+    asyncio.run(run())
