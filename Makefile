@@ -100,6 +100,6 @@ $(TEST_INSTALLED): $(INSTALLED)
 endif
 
 clean:
-	rm -rf $(VENV) .venv-gpu .venv-clients .cache build dist *.egg-info src/*.egg-info demo-output .coverage \
+	rm -rf $(VENV) .venv-gpu .venv-clients .cache build dist site *.egg-info src/*.egg-info demo-output .coverage \
 		.mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
