@@ -147,7 +147,7 @@ class Jobs:
     `store` is a folder or fsspec URL that all servers share, `folder` is this server's own, on local disk. `model` and
     `digest` are what words are learned on (`learning.check_model`). Without a model nothing is accepted and the folder
     is not used: other servers' jobs are shown, and cancelled. `keep` puts a learned word into its tenant's words, and
-    replaces one of the same name only if it is told to; it may be called twice with the same word, and an `ApiError`
+    replaces one of the same name only if asked to; it may be called twice with the same word, and an `ApiError`
     fails the job.
 
     Raises `UsageError` and `FileError` for a store or folder that cannot be used.
@@ -322,7 +322,7 @@ class Jobs:
         """To be held from a look at `open_tokens` until the job is added, so that the tenant's requests take turns."""
         return self._admissions.setdefault(tenant, asyncio.Lock())
 
-    async def open_tokens(self, tenant: str) -> list[str]:
+    async def open_tokens(self, tenant: str) -> Sequence[str]:
         """The words of a tenant's jobs that have not ended, at any server."""
         unfinished = set(await self._stored(self._files.open_identifiers))
         tokens: list[str] = []
