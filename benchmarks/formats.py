@@ -4,8 +4,8 @@
 
     onnx      the exported graph
     fp16      OpenVINO's own format with fp16 weights: what the engine keeps as a plan
-    cached    the same beside OpenVINO's cache of compiled graphs, which holds the weights again (OPTIMIZE_SPEED)
-    cached-small    the same beside a cache without weights (OPTIMIZE_SIZE)
+    cached    the same with OpenVINO's cache of compiled graphs, which holds the weights again (OPTIMIZE_SPEED)
+    cached-small    the same with a cache without weights (OPTIMIZE_SIZE)
 
 Every form is opened twice, in a process of its own, and the second time counts: then the caches exist. Peak memory
 includes mapped files. Not covered: text encoders and decoders. Ends in one line of JSON.
@@ -15,14 +15,17 @@ import argparse
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from benchmarks.pages import table
+from benchmarks.roof import step_shapes
 
 FORMS = {"onnx": "", "fp16": "", "cached": "OPTIMIZE_SPEED", "cached-small": "OPTIMIZE_SIZE"}
 """The mode of OpenVINO's cache."""
@@ -58,15 +61,12 @@ def opened(options: argparse.Namespace) -> dict[str, float]:
     """Opens one form in this process and runs it twice."""
     import openvino
 
-    from oneword.engines.engine import numpy_dtype, shape_of
-    from oneword.engines.openvino import convert_graph
+    from oneword.engines.engine import numpy_dtype
     from oneword.runtime.bundle import Bundle
 
     bundle = Bundle.open(options.bundle)
-    manifest, graph = bundle.manifest, bundle.graph("denoise_step")
-    side, tokens = options.size // manifest.vae.factor, max(encoder.length for encoder in manifest.encoders)
-    sizes = {"B": 1, "N": 2, "M": 2, "T": tokens, "h": side, "w": side}
-    feeds = {s.name: np.zeros(shape_of("denoise_step", s, sizes), numpy_dtype(s.dtype)) for s in graph.inputs}
+    graph, shapes = bundle.graph("denoise_step"), step_shapes(bundle.manifest, options.size)
+    feeds = {spec.name: np.zeros(shapes[spec.name], numpy_dtype(spec.dtype)) for spec in graph.inputs}
     core, path = openvino.Core(), bundle.file(graph.files[0])
     settings = {
         "INFERENCE_PRECISION_HINT": "bf16"
@@ -78,11 +78,7 @@ def opened(options: argparse.Namespace) -> dict[str, float]:
     if mode := FORMS[options.form]:
         settings |= {"CACHE_DIR": str(options.work / options.form), "CACHE_MODE": mode}
     if options.form != "onnx":
-        converted = options.work / "step.xml"
-        if not converted.exists():
-            options.work.mkdir(parents=True, exist_ok=True)
-            convert_graph(core, path, converted)
-        path = converted
+        path = converted(core, path, options.work)
     start, spent = time.perf_counter(), time.process_time()
     model = core.read_model(path)
     model.reshape({name: list(value.shape) for name, value in feeds.items()})
@@ -95,6 +91,19 @@ def opened(options: argparse.Namespace) -> dict[str, float]:
         request.infer(feeds)
         result[name] = time.perf_counter() - start
     return {**result, "peak_mib": _peak()}
+
+
+def converted(core: Any, path: Path, work: Path) -> Path:
+    """The graph in OpenVINO's own format, converted unless an earlier run finished doing so."""
+    from oneword.engines.openvino import convert_graph
+
+    folder, partial = work / "converted", work / "converted.partial"
+    if not folder.exists():
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        convert_graph(core, path, partial / "step.xml")
+        partial.rename(folder)
+    return folder / "step.xml"
 
 
 def _peak() -> float:

@@ -15,13 +15,16 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import prod
+from math import lcm, prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-_SIDE = 2048  # of the matrices: 17 GFLOP, more than the caches hold in float32
+if TYPE_CHECKING:
+    from oneword.runtime.bundle import Manifest
+
+_SIDE = 2048  # of the matrices: 17 GFLOP, on 48 MiB in float32
 _COPIED = 1 << 26  # numbers of float32
 _RUNS = 8
 WIDTH = {"bf16": 2, "f32": 4}
@@ -62,15 +65,22 @@ def work_of(graph: Path, shapes: Mapping[str, list[int]]) -> Work:
 
 def step_of(bundle: Path, size: int) -> Work:
     """One guided step of one picture of size x size pixels, with prompts of one chunk."""
-    from oneword.engines.engine import shape_of
     from oneword.runtime.bundle import Bundle
 
     opened = Bundle.open(bundle)
-    manifest, graph = opened.manifest, opened.graph("denoise_step")
-    side, tokens = size // manifest.vae.factor, max(encoder.length for encoder in manifest.encoders)
+    shapes = {name: list(shape) for name, shape in step_shapes(opened.manifest, size).items()}
+    return work_of(bundle / opened.graph("denoise_step").files[0], shapes)
+
+
+def step_shapes(manifest: "Manifest", size: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of the inputs of a guided step of one picture of size x size pixels, with prompts of one chunk."""
+    from oneword.engines.engine import shape_of
+
+    conditioning, side = manifest.conditioning, size // manifest.vae.factor
+    blocks = [[manifest.encoder(name).length for name in block] for block in conditioning.context]
+    tokens = conditioning.zero_tokens + sum(lcm(*lengths) for lengths in blocks)
     sizes = {"B": 1, "N": 2, "M": 2, "T": tokens, "h": side, "w": side}
-    shapes = {spec.name: list(shape_of("denoise_step", spec, sizes)) for spec in graph.inputs}
-    return work_of(bundle / graph.files[0], shapes)
+    return {spec.name: shape_of("denoise_step", spec, sizes) for spec in manifest.graphs["denoise_step"].inputs}
 
 
 def peaks(threads: int) -> dict[str, float]:

@@ -6,7 +6,8 @@ the silhouette's intersection over union. Both are relative to what the same rea
 silhouette's after the VAE's round trip. A sampler of two evaluations per step gets half the steps, rounded up, so that
 a column compares equal work: n evaluations, or n - 1.
 
-The recommendation is the contender with the best mean of both readers over all columns. Prints a table and ends in one
+The recommendation is the contender with the best mean of both readers over all columns; fewer than 200 captions are too
+few for one. Prints a table and ends in one
 line of JSON; `--write` puts the table into docs/results/samplers.md. Not measured: other models, whose best sampler may
 differ.
 """
@@ -36,7 +37,7 @@ from oneword.train.miniature import world
 from oneword.train.miniature.scores import Pictures, judged_right, judged_second_colour, mean_iou, one_object_scenes
 
 PAGE = RESULTS / "samplers.md"
-NEW_PAGE = empty_page("Samplers", "Quality against steps on the miniature, and the sampler to use.", "samplers")
+NEW_PAGE = empty_page("Samplers", "Quality against steps on the miniature.", "samplers")
 STEPS = (5, 8, 12, 20)
 READ = ("shape", "colour", "second_colour", "pattern", "background")
 TWO_STAGES = (Sampler.HEUN, Sampler.DPM2_A, Sampler.DPMPP_2S_A)
@@ -82,6 +83,9 @@ CONTENDERS = (
     Contender(Sampler.DPMPP_2M, guidance=Guidance.ZERO_STAR),
 )
 
+ENOUGH = 200
+"""Captions from which on a sampler is recommended."""
+
 Scores = Mapping[int, tuple[float, float]]
 """By evaluations: judge and silhouette, relative to real renders."""
 
@@ -107,7 +111,8 @@ def main() -> None:
     if options.write:
         write_section(PAGE, "samplers", f"{provenance('samplers')}\n\n{text}", NEW_PAGE)
     means = {str(contender): round(overall(scores), 4) for contender, scores in results.items()}
-    print(json.dumps({"recommended": str(best(results)), "means": means}))
+    recommended = str(best(results)) if options.captions >= ENOUGH else None
+    print(json.dumps({"recommended": recommended, "means": means}))
 
 
 def drawn(model: Model, contender: Contender, steps: int, scenes: Sequence[world.Scene], scale: float) -> Pictures:
@@ -152,7 +157,6 @@ def summary(results: Mapping[Contender, Scores], captions: int, scale: float) ->
         for contender, scores in results.items()
     ]
     head = ["judge, silhouette at n evaluations", *(f"n = {n}" for n in columns), "mean"]
-    recommended = best(results)
     quickest = max(results, key=lambda contender: fmean(results[contender][columns[0]]))
     return "\n\n".join(
         [
@@ -160,7 +164,9 @@ def summary(results: Mapping[Contender, Scores], captions: int, scale: float) ->
             "judge's mean over shape, both colours, pattern and background, and the silhouette's intersection over "
             f"union. One picture more or less is about {1 / captions:.1%} of an attribute.",
             table(head, rows),
-            f"Recommended on this model: `{recommended}`; at {columns[0]} evaluations, `{quickest}`.",
+            f"Recommended on this model: `{best(results)}`; at {columns[0]} evaluations, `{quickest}`."
+            if captions >= ENOUGH
+            else f"With fewer than {ENOUGH} captions none is recommended.",
         ]
     )
 
@@ -169,7 +175,7 @@ def _options() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", default="miniature")
     p.add_argument("--bundle", type=Path, help="an exported bundle of --model")
-    p.add_argument("--captions", type=int, default=200)
+    p.add_argument("--captions", type=int, default=ENOUGH)
     p.add_argument("--steps", type=int, nargs="+", default=STEPS, metavar="N", help="evaluations of the network")
     p.add_argument("--guidance-scale", type=float, default=4.0)
     p.add_argument("--engine", default="onnxruntime")

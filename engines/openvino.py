@@ -9,16 +9,20 @@ run often is compiled again for its own shapes, in the background. Both are cach
 A graph that is not small is not cached compiled, which would hold its weights again and take as long to read. What is
 kept as a plan is the graph in OpenVINO's own format, with fp16 weights that are mapped instead of read: from it SD
 1.5's step compiles in two thirds of the memory. It is made at the first start, and only where the engine
-computes in bfloat16, which keeps fewer bits of a weight than fp16 does.
+computes in bfloat16, which keeps fewer bits of a weight than fp16 does. Constants outside fp16's range stay in float32.
+If it cannot be written, the ONNX file is compiled, and a warning in the log of `oneword.engines` gives the reason.
 
 A large graph is first compiled for the shapes in use, which makes each run faster and saves seconds in the first. When
 other shapes arrive, that version is released and one for any shape takes its place, so its weights are in memory once.
+That one stays until the process ends: a single request of another size makes the steps of all later ones slower.
 
 One infer request serves all bindings of a compiled graph: a binding sets its tensors before it runs.
 """
 
 import contextlib
 import io
+import logging
+import shutil
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
@@ -47,8 +51,15 @@ OFTEN = 100  # runs of one binding, after which compiling its graph for its own 
 _SMALL = 64 << 20  # bytes; a smaller graph is cheap to hold twice
 _LARGE = 512 << 20  # bytes; a larger graph is compiled only when its first shapes are known
 _MOST_EXACT = 1 << 16  # numbers of a constant that stays in float32 when weights are halved
+_HALF_RANGE = (2.0**-14, 65504.0)  # smallest normal and largest number of fp16
+_CONVERTED = (".xml", ".bin")
+_CONVERSION = "fp16 weights, 2"  # the number changes with what `convert_graph` writes
 _MOST_PLANS = 32
 _MOST_STATIC = 8  # how many shapes one graph is compiled for in the background
+
+_log = logging.getLogger("oneword.engines")
+_failed: set[tuple[Path, str]] = set()
+"""Plans, by folder and key, that this process could not make: it does not try again."""
 
 
 class OpenVinoEngine:
@@ -212,7 +223,7 @@ class _Compiler:
         *,
         convert: bool,
     ) -> None:
-        self._core, self._settings, self._key = core, settings, key
+        self._core, self._path, self._settings, self._key = core, path, settings, key
         size = size_of(path)
         self.small = size <= _SMALL
         self._lock = threading.Lock()
@@ -221,10 +232,10 @@ class _Compiler:
         self._background: ThreadPoolExecutor | None = None
         self._static_count = 0
         self._plans = plans if self.small else None
-        self._files = [path] if self.small or plans is None or not convert else _converted(core, path, plans, key)
+        self._conversions = plans if convert and not self.small else None
         if size <= _LARGE:
             self._dynamic = self.compile()
-        model = self._dynamic.model if self._dynamic else core.read_model(*self._files)
+        model = self._dynamic.model if self._dynamic else self._graph()
         self.inputs = [value.any_name for value in model.inputs]
 
     def compiled_for(self, shapes: Mapping[str, Shape]) -> _Compiled:
@@ -272,10 +283,16 @@ class _Compiler:
         return None if plan is None else self._read(plan, shapes)
 
     def _compile(self, shapes: Mapping[str, Shape] | None) -> _Compiled:
-        model = self._core.read_model(*self._files)
+        model = self._graph()
         if shapes is not None:
             model.reshape({name: list(shape) for name, shape in shapes.items()})
         return _Compiled(self._core.compile_model(model, "CPU", self._settings), shapes is not None)
+
+    def _graph(self) -> Any:
+        """The graph, read from its plan if it has one; found again each time, since another version may delete it."""
+        plans = self._conversions
+        files = [self._path] if plans is None else _converted(self._core, self._path, plans, self._key)
+        return self._core.read_model(*files)
 
     def _read(self, plan: bytes, shapes: Mapping[str, Shape] | None) -> _Compiled | None:
         try:
@@ -290,22 +307,37 @@ class _Compiler:
 
 def _converted(core: Any, path: Path, plans: PlanCache, key: PlanKey) -> list[Path]:
     """The graph as OpenVINO's own two files, with fp16 weights; the ONNX file if they cannot be written or read."""
-    key = replace(key, device="any", flags=("fp16 weights",))
+    key = replace(key, device="any", flags=(_CONVERSION,))
+    if (plans.folder, key.name) in _failed:
+        return plans.load_files(key, _CONVERTED) or [path]  # another process may have made them
     try:
-        return plans.load_or_build_files(key, (".xml", ".bin"), lambda xml: convert_graph(core, path, xml))
-    except (FileError, RuntimeError):  # a full or read-only disk should not keep it from running
+        return plans.load_or_build_files(key, _CONVERTED, lambda xml: _convert_if_it_fits(core, path, xml))
+    except (FileError, RuntimeError, MemoryError) as error:  # a full or read-only disk should not keep it from running
+        _failed.add((plans.folder, key.name))
+        _log.warning(
+            "%s is compiled from its ONNX file, which takes more memory: it cannot be kept in OpenVINO's format: %s",
+            path.name,
+            one_line(error),
+        )
         return [path]
+
+
+def _convert_if_it_fits(core: Any, path: Path, xml: Path) -> None:
+    """Raises FileError before anything is converted if the disk has no room for two copies in fp16."""
+    if (free := shutil.disk_usage(xml.parent).free) < (size := size_of(path)):
+        raise FileError(f"{xml.parent.parent} has {free >> 20} MiB free, converting takes {size >> 20} MiB")
+    convert_graph(core, path, xml)
 
 
 def convert_graph(core: Any, path: Path, xml: Path) -> None:
     """Writes an ONNX graph in OpenVINO's own format: `xml` and a .bin file. Raises RuntimeError, which is OpenVINO's.
 
     Small constants stay in float32: among them are the frequencies of the time embedding, whose product with a timestep
-    of 999 would be wrong by 0.2 radians.
+    of 999 would be wrong by 0.2 radians. So do those whose largest number fp16 cannot represent.
     """
     ov = _openvino()
     model = core.read_model(path)
-    exact = {op.get_friendly_name(): op for op in model.get_ops() if _is_small_constant(op)}
+    exact = {op.get_friendly_name(): op for op in model.get_ops() if _stays_exact(op)}
     all_halved = xml.with_name("halved.xml")
     ov.save_model(model, all_halved, compress_to_fp16=True)
     halved = core.read_model(all_halved)
@@ -316,9 +348,11 @@ def convert_graph(core: Any, path: Path, xml: Path) -> None:
     core.read_model(xml)  # raises if the disk was full
 
 
-def _is_small_constant(op: Any) -> bool:
-    constant = op.get_type_name() == "Constant" and op.get_element_type() == _openvino().Type.f32
-    return bool(constant and op.data.size <= _MOST_EXACT)
+def _stays_exact(op: Any) -> bool:
+    if op.get_type_name() != "Constant" or op.get_element_type() != _openvino().Type.f32:
+        return False
+    least, most = _HALF_RANGE
+    return bool(op.data.size <= _MOST_EXACT or not least <= max(op.data.max(), -op.data.min()) <= most)
 
 
 def _tensor(value: NumpyArray) -> Any:

@@ -1,13 +1,15 @@
 """Compiled plans on disk: a cache that several processes can share. A plan is native code, so only bytes whose hash is
 in the index are ever returned. Not covered: what a plan computes.
 
-    <folder>/index.json      key -> size, sha256 and the fields of the key
+    <folder>/index.json      key -> the fields of the key, and the sha256 of each of its files by name
     <folder>/<key>.plan
     <folder>/<key>.lock      held by the process that builds this plan
 
-A plan that is too large for memory is some files instead, which are hashed when they are new or have changed:
+A plan that is too large for memory is stored as several files, which are hashed when they are new or have changed.
+Their names contain their hashes, and one entry of the index names them all, so files of two builds are never read
+together:
 
-    <folder>/<key>.xml, <key>.bin
+    <folder>/<key>-<hash>.xml, <key>-<hash>.bin
     <folder>/<key>.partial/  what the process that builds it has written so far
     <folder>/verified.json   size, mtime and inode of every file that was hashed
 """
@@ -18,7 +20,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -54,8 +56,8 @@ class PlanKey:
 
 
 class _Entry(msgspec.Struct, frozen=True):
-    sha256: str
-    size: int
+    files: dict[str, str]
+    """sha256 by file name."""
     key: dict[str, object]
 
 
@@ -74,7 +76,7 @@ class PlanCache:
             plan = self.path(key).read_bytes()
         except OSError:
             return None
-        return plan if (len(plan), hashlib.sha256(plan).hexdigest()) == (entry.size, entry.sha256) else None
+        return plan if hashlib.sha256(plan).hexdigest() == entry.files.get(self.path(key).name) else None
 
     def load_or_build(self, key: PlanKey, build: Callable[[], bytes]) -> bytes:
         """The plan, built once even if several processes request it at the same time.
@@ -94,15 +96,17 @@ class PlanCache:
 
         They are hashed once; after that size, mtime and inode must be unchanged, or they are hashed again.
         """
-        index, verified = self._index(), self.folder / _VERIFIED
-        paths, remembered = self._files(key, suffixes), read_stamps(verified)
+        entry, verified = self._index().get(key.name), self.folder / _VERIFIED
+        digests = {} if entry is None else {Path(name).suffix: (name, digest) for name, digest in entry.files.items()}
+        paths, remembered = [], read_stamps(verified)
         stamps = dict(remembered)
         try:
-            for path in paths:
-                digest = index[path.name].sha256
-                stamps[path.name] = stamp(digest, path.stat())  # before the hash: a later change is noticed next time
-                if stamps[path.name] != remembered.get(path.name) and file_digest(path) != digest:
+            for name, digest in [digests[suffix] for suffix in suffixes]:
+                path = self.folder / name
+                stamps[name] = stamp(digest, path.stat())  # before the hash: a later change is noticed next time
+                if stamps[name] != remembered.get(name) and file_digest(path) != digest:
                     return None
+                paths.append(path)
         except (KeyError, OSError):
             return None
         if stamps != remembered:
@@ -111,23 +115,30 @@ class PlanCache:
 
     def load_or_build_files(self, key: PlanKey, suffixes: Sequence[str], build: Callable[[Path], None]) -> list[Path]:
         """The plan's files, built if necessary: `build(path)` writes the first suffix's file at `path` and the others
-        beside it. Raises as `load_or_build` does."""
+        next to it, with the same stem. Files of the same graph for other versions or flags are deleted, so only one
+        version at a time keeps them. Raises as `load_or_build` does."""
         if (paths := self.load_files(key, suffixes)) is not None:
             return paths
         with self._lock(f"{key.name}.lock"):
             if (paths := self.load_files(key, suffixes)) is None:
-                paths, partial = self._files(key, suffixes), self.folder / f"{key.name}.partial"
+                partial = self.folder / f"{key.name}.partial"
                 shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
                 try:
                     partial.mkdir()
-                    build(partial / paths[0].name)
-                    for path in paths:
-                        self._adopt(key, partial / path.name, path)
+                    built = [partial / f"plan{suffix}" for suffix in suffixes]
+                    build(built[0])
+                    paths = self._adopt(key, built)
                 except OSError as error:
                     raise FileError(f"cannot write into {self.folder}: {error.strerror or error}") from error
                 finally:
                     shutil.rmtree(partial, ignore_errors=True)
         return paths
+
+    def keep_graphs(self, digests: Collection[str]) -> None:
+        """Deletes the plans of all other graphs. Raises FileError."""
+        with self._lock("index.lock"):
+            index = self._index()
+            self._replace_index({name: e for name, e in index.items() if e.key.get("graph_digest") in digests})
 
     def recorded(self) -> list[PlanKey]:
         """The keys of all plans in the index; entries that are not valid keys are skipped."""
@@ -143,27 +154,41 @@ class PlanCache:
 
     def _store(self, key: PlanKey, plan: bytes) -> None:
         """Writes the plan, then the index entry that vouches for it: after a kill in between it is never loaded."""
-        entry = _Entry(hashlib.sha256(plan).hexdigest(), len(plan), asdict(key))
-        write_whole(self.path(key), plan)
-        self._record(key.name, entry)
-
-    def _adopt(self, key: PlanKey, built: Path, path: Path) -> None:
-        """The same for a file that is moved to `path`. Raises OSError too."""
-        entry = _Entry(file_digest(built), built.stat().st_size, asdict(key))
-        sync(built)
-        os.replace(built, path)
-        sync(self.folder)
-        self._record(path.name, entry)
-        verified = self.folder / _VERIFIED
-        write_stamps(verified, {**read_stamps(verified), path.name: stamp(entry.sha256, path.stat())})
-
-    def _record(self, name: str, entry: _Entry) -> None:
+        path = self.path(key)
+        write_whole(path, plan)
         with self._lock("index.lock"):
-            index = {**self._index(), name: entry}
-            write_whole(self.folder / "index.json", msgspec.json.encode(index, order="sorted"))
+            entry = _Entry({path.name: hashlib.sha256(plan).hexdigest()}, asdict(key))
+            self._replace_index({**self._index(), key.name: entry})
 
-    def _files(self, key: PlanKey, suffixes: Sequence[str]) -> list[Path]:
-        return [self.folder / f"{key.name}{suffix}" for suffix in suffixes]
+    def _adopt(self, key: PlanKey, built: Sequence[Path]) -> list[Path]:
+        """The same for the files of a plan, which are moved into the folder. Raises OSError too."""
+        digests = [file_digest(path) for path in built]
+        names = [f"{key.name}-{digest[:16]}{path.suffix}" for path, digest in zip(built, digests, strict=True)]
+        entry = _Entry(dict(zip(names, digests, strict=True)), asdict(key))
+        paths = [self.folder / name for name in names]
+        for source, path in zip(built, paths, strict=True):
+            sync(source)
+            os.replace(source, path)
+        sync(self.folder)
+        with self._lock("index.lock"):
+            remaining = {name: e for name, e in self._index().items() if not _supersedes(entry, e)}
+            self._replace_index({**remaining, key.name: entry})
+        for path in self.folder.glob(f"{key.name}-*"):  # of a process that was killed before its entry was written
+            if path not in paths:
+                path.unlink(missing_ok=True)
+        stamps = zip(
+            names, (stamp(digest, path.stat()) for digest, path in zip(digests, paths, strict=True)), strict=True
+        )
+        write_stamps(self.folder / _VERIFIED, {**read_stamps(self.folder / _VERIFIED), **dict(stamps)})
+        return paths
+
+    def _replace_index(self, index: Mapping[str, _Entry]) -> None:
+        """Writes the index, then deletes the files that only the previous one had. Its lock must be held."""
+        previous = {name for entry in self._index().values() for name in entry.files}
+        write_whole(self.folder / "index.json", msgspec.json.encode(index, order="sorted"))
+        for name in previous.difference(*(entry.files for entry in index.values())):
+            with contextlib.suppress(OSError):
+                (self.folder / Path(name).name).unlink()
 
     def _index(self) -> dict[str, _Entry]:
         try:
@@ -184,3 +209,9 @@ class PlanCache:
             yield
         finally:
             os.close(descriptor)
+
+
+def _supersedes(entry: _Entry, other: _Entry) -> bool:
+    """Whether both are several files of one graph, of any versions and flags."""
+    fields = ("graph_digest", "backend", "device")
+    return len(other.files) > 1 and all(entry.key.get(name) == other.key.get(name) for name in fields)

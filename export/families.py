@@ -40,7 +40,7 @@ from oneword.runtime.bundle import (
     Vae,
 )
 from oneword.runtime.flow import FlowSchedule
-from oneword.runtime.samplers import Sampler, sampler_of
+from oneword.runtime.samplers import default_sampler
 from oneword.runtime.schedule import ScheduleKind
 
 FLUX_SAMPLE_SIZE = 128  # h and w of FluxPipeline's pictures by default, which no config has
@@ -289,7 +289,7 @@ def assemble(
             steps=steps,
             guidance_scale=guidance_scale,
             embedded_guidance=embedded_guidance,
-            sampler=(sampler_of(source.scheduler_config) or Sampler.DDIM).value,
+            sampler=default_sampler(source.scheduler_config, schedule).value,
         ),
         schedule=schedule,
         size_multiple=factor * network.patch,

@@ -11,6 +11,7 @@
 Not covered: opening the graphs.
 """
 
+import contextlib
 import itertools
 import json
 import os
@@ -26,6 +27,7 @@ import msgspec
 from oneword.engines.errors import BundleError, FileError, UsageError, one_line
 from oneword.engines.files import file_digest, read_stamps, stamp, sync, write_stamps
 from oneword.engines.graph import Graph, digest_of
+from oneword.engines.plans import PlanCache
 from oneword.runtime.schedule import ScheduleKind
 
 FORMAT_VERSION = 2
@@ -134,7 +136,7 @@ class Defaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     height: Count
     steps: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 50
     guidance_scale: Annotated[float, msgspec.Meta(ge=0, le=100)] = 7.5
-    embedded_guidance: Annotated[float, msgspec.Meta(ge=0, le=100)] | None = None
+    embedded_guidance: Annotated[float, msgspec.Meta(ge=0, le=50)] | None = None
     """The guidance that a guidance-distilled network takes as an input; None for other networks."""
     sampler: str = "ddim"
 
@@ -225,7 +227,7 @@ def write_bundle(path: str | Path, fill: Callable[[Path], Manifest]) -> Bundle:
     """Writes a bundle, whole or not at all: `fill(folder)` writes the files into a folder beside `path` and returns the
     manifest (its `files` may be empty); everything is hashed, bundle.json is written last, and the folder is renamed.
 
-    An older bundle at `path` is replaced, except for its plans: those of unchanged graphs stay valid. Any other
+    An older bundle at `path` is replaced, except for the plans of unchanged graphs, which stay valid. Any other
     non-empty folder, a bundle with foreign files in it, and a file are refused.
     """
     path = Path(path).absolute()
@@ -253,6 +255,9 @@ def write_bundle(path: str | Path, fill: Callable[[Path], Manifest]) -> Bundle:
         sync(staging / MANIFEST)
         sync(staging)
         _move_into_place(staging, path)
+        for index in (path / PLANS).glob("*/index.json"):
+            with contextlib.suppress(FileError):  # plans of graphs that are gone only take space
+                PlanCache(index.parent).keep_graphs({graph.digest for graph in manifest.graphs.values()})
     except OSError as error:
         raise FileError(f"cannot write the bundle {path}: {error.strerror or error}") from error
     finally:

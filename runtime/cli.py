@@ -141,8 +141,11 @@ def command(
     opened = time.perf_counter()
     scheduler = scheduler_for(model, requests, max_rows)
     count = len(scheduler)
-    with ProgressBar(f"{count} picture{'s' * (count > 1)}") as progress:
-        images, failed = _generate(scheduler, requests, output, progress)
+    try:
+        with ProgressBar(f"{count} picture{'s' * (count > 1)}") as progress:
+            images, failed = _generate(scheduler, requests, output, progress)
+    finally:
+        model.stop_opening()
     files = [entry["file"] for entry in images]
     if grid is not None and sheet is not None and not failed:
         _save_grid(grid, sheet, images)

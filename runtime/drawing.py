@@ -37,14 +37,18 @@ def generate(
     request, before anything is computed.
     """
     scheduler = scheduler_for(model, requests, max_rows)
-    while scheduler:
-        yield from scheduler.step(max_steps)
+    try:
+        while scheduler:
+            yield from scheduler.step(max_steps)
+    finally:
+        model.stop_opening()
 
 
 def scheduler_for(model: Model, requests: Sequence[Request], max_rows: int = MAX_ROWS) -> Scheduler:
     """A scheduler with these requests and no more slots than they can fill. Raises UsageError for an invalid one.
 
-    The encoders and decoders that the requests need are opened in the background, while the denoiser is.
+    The encoders and decoders that the requests need are opened in the background, while the denoiser is: call
+    `Model.stop_opening` at the end, also after an error.
     """
     scheduler = Scheduler(model, max(1, min(max_rows, sum(request.num_images for request in requests))))
     try:

@@ -65,6 +65,10 @@ class FlowSchedule:
                 raise UsageError(f"the scheduler's config says {key} = {explicit[key]!r}, supported are: {choices}")
         names = cls.__dataclass_fields__.keys() - {"image_tokens", "even"}
         fields = {key: explicit[key] for key in names if explicit.get(key) is not None}
+        if fields.get("base_image_seq_len", 256) == fields.get("max_image_seq_len", 4096):
+            raise UsageError(
+                "the scheduler's config has equal base_image_seq_len and max_image_seq_len: they must differ"
+            )
         if "flow_shift" in explicit:  # its name in DPMSolverMultistepScheduler
             fields["shift"] = explicit["flow_shift"]
         return cls(image_tokens, kind is ScheduleKind.FLOW_EVEN, **fields)
@@ -76,16 +80,16 @@ class FlowSchedule:
         if self.even:
             lowest = 1 / steps
         elif not self.use_dynamic_shifting:
-            lowest = float(self._shifted(np.array(lowest)))
-        return self._shifted(np.linspace(1, lowest, steps))
+            lowest = float(self.shifted(np.array(lowest)))
+        return self.shifted(np.linspace(1, lowest, steps))
 
     def sigmas_dpm(self, steps: int) -> Array:
         """Sigmas [S] of DPMSolverMultistepScheduler with `use_flow_sigmas`, which start slightly below 1."""
-        return self._shifted(1 - np.linspace(1, 1 / self.num_train_timesteps, steps + 1))[:0:-1]
+        return self.shifted(1 - np.linspace(1, 1 / self.num_train_timesteps, steps + 1))[:0:-1]
 
-    def _shifted(self, sigmas: Array) -> Array:
-        """s -> a s / (1 + (a - 1) s), section 5.3.2 of arXiv 2403.03206. A dynamic shift is a = e^mu, with mu linear in
-        `image_tokens`."""
+    def shifted(self, sigmas: Array) -> Array:
+        """Shifts sigmas: s -> a s / (1 + (a - 1) s), section 5.3.2 of arXiv 2403.03206. A dynamic shift is a = e^mu,
+        with mu linear in `image_tokens`."""
         factor = self.shift
         if self.use_dynamic_shifting:
             slope = (self.max_shift - self.base_shift) / (self.max_image_seq_len - self.base_image_seq_len)

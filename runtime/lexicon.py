@@ -70,6 +70,11 @@ class Lexicon:
     def rows_of(self, concept: Concept) -> Rows:
         """The rows of a learned word. Raises UsageError if it was learned for another model."""
         widths = {name: rows.shape[1] for name, rows in concept.vectors.items()}
+        if missing := self.widths.keys() - widths:
+            raise UsageError(
+                f"{concept.token!r} has no vectors for {', '.join(sorted(missing))}: refine a word that has some for "
+                "every encoder of the model"
+            )
         if widths != self.widths:
             raise UsageError(
                 f"{concept.token!r} has vectors of width {_listed(widths)}, this model takes {_listed(self.widths)}: "

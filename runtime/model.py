@@ -165,7 +165,8 @@ class Model:
         return self._engines[name]
 
     def open_ahead(self, names: Iterable[str]) -> None:
-        """Starts to open these engines in the background, in order; an error appears when the engine is needed.
+        """Starts to open these engines in the background, in order; an error appears when the engine is needed. Call
+        `stop_opening` when they are no longer needed.
 
         Only on the host: engines of a device share its stream and are opened when they are needed.
         """
@@ -174,6 +175,11 @@ class Model:
             executor = ThreadPoolExecutor(1, "oneword-open")
             self._ahead |= {name: executor.submit(self._timed_open, name) for name in new}
             executor.shutdown(wait=False)
+
+    def stop_opening(self) -> None:
+        """Cancels what `open_ahead` has not begun to open, which would keep the process from ending. These engines are
+        opened when they are needed; one that is being opened is not interrupted."""
+        self._ahead = {name: future for name, future in self._ahead.items() if not future.cancel()}
 
     def _timed_open(self, name: str) -> Engine:
         start = time.perf_counter()

@@ -18,8 +18,9 @@ import difflib
 import math
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Final, NamedTuple, Self
 
@@ -30,13 +31,14 @@ import tokenizers
 from oneword.engines.errors import BundleError, UsageError, one_line
 from oneword.runtime.bundle import TOKENIZER, Encoder
 from oneword.runtime.concept import MAX_TOKEN_LENGTH, Concept
-from oneword.runtime.prompt_schedule import variants
-from oneword.runtime.slider import BRACES, Slider, slider_parts
+from oneword.runtime.slider import Slider, slider_at
 
 MAX_CHARACTERS: Final = 20_000
 MAX_WEIGHT: Final = 100.0
 
 _ATTENTION: Final = re.compile(r"\\[()\[\]\\]|\\|\(|\[|:\s*([+-]?[.\d]+)\s*\)|\)|]|[^\\()\[\]:]+|:")
+_KINDS: Final = {"(": "(", ")": "(", "[": "[", "]": "["}
+_FACTORS: Final = {"(": 1.1, "[": 1 / 1.1}
 _BREAK: Final = re.compile(r"\bBREAK\b")
 _NAMED: Final = re.compile(r"<([^\s<>]+)>|\bembedding:(<[^\s<>]+>|[\w.+*@#!~&$%^=-]+)", re.IGNORECASE)
 _RUN: Final = re.compile(r"[\w.+*@#!~&$%^=-]{1,64}")
@@ -107,6 +109,12 @@ class Vocabulary:
     def bare(self, name: str) -> Concept | None:
         """The word whose token has no <>."""
         return self._get(name) if self.bare_names else None
+
+    @cached_property
+    def bare_lengths(self) -> Sequence[int]:
+        """The lengths of the tokens without <>, longest first: a bare name has one of them."""
+        lengths = {len(token) for token in self.words if not token.startswith("<")}
+        return sorted(lengths, reverse=True) if self.bare_names else []
 
     def near(self, name: str) -> list[str]:
         """Up to three tokens with a similar name."""
@@ -207,34 +215,42 @@ def weighted_parts(prompt: str) -> list[Part | None]:
     Raises UsageError as `check_prompt`, and for weights that are not a number or beyond +-100.
     """
     check_prompt(prompt)
+    tokens = [*_ATTENTION.finditer(unicodedata.normalize("NFC", prompt))]
+    factors = _factors(tokens)
     parts: list[tuple[str | None, float]] = []
-    opened: dict[str, list[int]] = {"(": [], "[": []}
-
-    def multiply(start: int, factor: float) -> None:
-        parts[start:] = [(text, weight * factor) for text, weight in parts[start:]]
-
-    for match in _ATTENTION.finditer(unicodedata.normalize("NFC", prompt)):
-        text, weight = match.group(), match.group(1)
-        if text in opened:
-            opened[text].append(len(parts))
-        elif weight is not None and opened["("]:
-            multiply(opened["("].pop(), _number(weight))
-        elif text == ")" and opened["("]:
-            multiply(opened["("].pop(), 1.1)
-        elif text == "]" and opened["["]:
-            multiply(opened["["].pop(), 1 / 1.1)
-        elif text[0] == "\\" and len(text) == 2:
-            parts.append((text[1], 1.0))
+    weights = {"(": [1.0], "[": [1.0]}  # of the open brackets, each with those around it
+    for i, match in enumerate(tokens):
+        text, kind = match.group(), _KINDS.get(match.group()[-1], "")
+        if i in factors and text == kind:
+            weights[kind].append(weights[kind][-1] * factors[i])
+        elif i in factors:
+            weights[kind].pop()
         else:
+            weight = weights["("][-1] * weights["["][-1]
+            if text[0] == "\\" and len(text) == 2:
+                parts.append((text[1], weight))
+                continue
             pieces = _BREAK.split(text)
-            for i, between in enumerate(pieces):
-                between = between.lstrip() if i > 0 else between
-                between = between.rstrip() if i < len(pieces) - 1 else between
-                parts += [(None, 1.0)] * (i > 0) + [(between, 1.0)]
-    for starts, factor in ((opened["("], 1.1), (opened["["], 1 / 1.1)):
-        for start in starts:
-            multiply(start, factor)
+            for j, between in enumerate(pieces):
+                between = between.lstrip() if j > 0 else between
+                between = between.rstrip() if j < len(pieces) - 1 else between
+                parts += [(None, 1.0)] * (j > 0) + [(between, weight)]
     return list(_joined(parts))
+
+
+def _factors(tokens: Sequence[re.Match[str]]) -> dict[int, float]:
+    """The factor of each bracket that opens, by its index; brackets that close one have an entry too, others none."""
+    factors: dict[int, float] = {}
+    opened: dict[str, list[int]] = {"(": [], "[": []}
+    for i, match in enumerate(tokens):
+        text, kind = match.group(), _KINDS.get(match.group()[-1], "")
+        if text == kind:
+            factors[i] = _FACTORS[kind]
+            opened[kind].append(i)
+        elif kind and text[0] != "\\" and opened[kind]:
+            weight = match.group(1)
+            factors[i] = factors[opened[kind].pop()] = _FACTORS[kind] if weight is None else _number(weight)
+    return factors
 
 
 class NamedWords(NamedTuple):
@@ -251,15 +267,11 @@ class NamedWords(NamedTuple):
 def named_words(prompt: str) -> NamedWords:
     """The names for which `encode_ids` would search the vocabulary, for those who fetch the words first.
 
-    It may contain more than the prompt uses: `used_words` decides. Raises UsageError for a malformed prompt.
+    It may contain more than the prompt uses: `used_words` decides. A prompt with schedules has to be given as the texts
+    of its steps. Raises UsageError for a malformed prompt.
     """
-    check_prompt(prompt)
     bracketed, embeddings, bare = set[str](), set[str](), set[str]()
-    for part in (part for text in variants(prompt) for part in filter(None, weighted_parts(text))):
-        for braces in BRACES.finditer(part.text):
-            bracketed.update(
-                _side(side).removeprefix("<").removesuffix(">") for side in slider_parts(braces.group(1))[:2]
-            )
+    for part in filter(None, weighted_parts(prompt)):
         position = 0
         while named := _NAMED.search(part.text, position):
             if _has_brackets(named):
@@ -276,11 +288,10 @@ def named_words(prompt: str) -> NamedWords:
 
 
 def used_words(prompt: str, vocabulary: Vocabulary, knows: Callable[[str], bool]) -> list[Concept]:
-    """The learned words in a prompt at any step, in order. `knows` is Tokenizer.knows, or the same for several
-    tokenizers. Raises UsageError for a malformed prompt, UnknownWord.
+    """The learned words in a prompt, in order. `knows` is Tokenizer.knows, or the same for several tokenizers.
+    Raises UsageError for a malformed prompt, UnknownWord.
     """
-    check_prompt(prompt)
-    parts = (part for text in variants(prompt) for part in filter(None, weighted_parts(text)))
+    parts = filter(None, weighted_parts(prompt))
     pieces = (piece for part in parts for piece in split_at_words(part.text, vocabulary, knows))
     words = ((piece.first, piece.second) if isinstance(piece, Slider) else (piece,) for piece in pieces)
     return [word for group in words for word in group if not isinstance(word, str)]
@@ -314,9 +325,9 @@ def _word_at(
     text: str, position: int, vocabulary: Vocabulary, knows: Callable[[str], bool]
 ) -> tuple[int, Concept | Slider | None]:
     """The learned word at a position, after its end; if there is none, the next position to try, and None."""
-    if text[position] == "{" and (braces := BRACES.match(text, position)):
-        first, second, share = slider_parts(braces.group(1))
-        return braces.end(), Slider(_word_of(first, vocabulary), _word_of(second, vocabulary), share)
+    if text[position] == "{" and (slider := slider_at(text, position)):
+        first, second = (_word_of(slider.group(i), vocabulary) for i in (1, 2))
+        return slider.end(), Slider(first, second, float(slider.group(3)))
     if named := _NAMED.match(text, position):
         name = named.group(1) or named.group(2)
         if not _has_brackets(named):  # embedding:toys is toy, then s: the longest known name
@@ -328,26 +339,21 @@ def _word_at(
         if not knows(named.group()):
             raise _unknown(named.group(), vocabulary)
         return named.end(), None
-    if vocabulary.words and not _word_character(text, position - 1) and (run := _RUN.match(text, position)):
-        for end in range(run.end(), position, -1):
+    if vocabulary.bare_lengths and not _word_character(text, position - 1) and (run := _RUN.match(text, position)):
+        for end in (position + length for length in vocabulary.bare_lengths if length <= len(run.group())):
             if not _word_character(text, end) and (concept := vocabulary.bare(text[position:end])):
                 return end, concept
     return position + 1, None
 
 
-def _side(name: str) -> str:
-    """The name of a slider's word, without embedding: before it."""
-    return name[len("embedding:") :] if name.lower().startswith("embedding:") else name
-
-
 def _word_of(name: str, vocabulary: Vocabulary) -> Concept:
-    if (concept := vocabulary.named(_side(name))) is None:
+    if (concept := vocabulary.named(name)) is None:
         raise _unknown(name, vocabulary)
     return concept
 
 
 def _unknown(name: str, vocabulary: Vocabulary) -> UnknownWord:
-    near = vocabulary.near(_side(name)) or list(vocabulary.words)[:3]
+    near = vocabulary.near(name) or list(vocabulary.words)[:3]
     return UnknownWord(
         f"no word {name[:80]!r} is loaded, "
         + (f"similar words: {', '.join(near)}" if near else "and no other: add its file with --concept"),

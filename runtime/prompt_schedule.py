@@ -5,24 +5,27 @@
     [a|b]      a and b in turn, step by step         they nest
 
 A number with a point is a fraction of the picture's steps, those that `strength` leaves; any other is a step. Brackets
-that are none of these are left alone, as in A1111. Source: AUTOMATIC1111/stable-diffusion-webui,
-modules/prompt_parser.py, get_learned_conditioning_prompt_schedules.
+that are none of these are left alone, as in A1111. A slider's bar and colon (`oneword.runtime.slider`) do not count.
+A prompt is read in time proportional to its length, and its texts together may be as long as one prompt. Source:
+AUTOMATIC1111/stable-diffusion-webui, modules/prompt_parser.py, get_learned_conditioning_prompt_schedules.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from itertools import groupby
 from typing import Final
 
 from oneword.engines.errors import UsageError
+from oneword.runtime.prompt import MAX_CHARACTERS
+from oneword.runtime.slider import SLIDER, START, slider_at
 
 MAX_BRANCHES: Final = 64
 """Texts between which the schedules of a prompt choose."""
-MAX_READINGS: Final = 32
-"""Different prompts that one picture may have, one after another."""
+MAX_TEXTS: Final = 32
+"""Different texts that one prompt may have, one after another."""
 
-_PIECE: Final = re.compile(r"\\.|\{[^{}\[\]]*\}|[\[\]():|]|[^\\\[\]():|{}]+|.", re.DOTALL)
+_PIECE: Final = re.compile(rf"\\[^{{]|{SLIDER.pattern}|[\[\]():|]|[^\\\[\]():|{{]+|.", re.DOTALL)
 _NUMBER: Final = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*")
 
 
@@ -31,42 +34,40 @@ class Choice:
     """A place of a prompt that has several texts, of which each step has one."""
 
     branches: "list[list[str | Choice]]"
-    when: str | None
+    when: float | None = None
     """The number of a schedule; None: the branches take turns."""
+    is_fraction: bool = False
+    """Of the steps."""
 
-    def at(self, step: int, steps: int) -> int:
+    def at(self, step: int, steps: int) -> "list[str | Choice]":
         """The branch of a step, from 1."""
         if self.when is None:
-            return (step - 1) % len(self.branches)
-        number = float(self.when) * (steps if "." in self.when else 1)
-        return int(step > int(max(0, min(number, steps))))
+            return self.branches[(step - 1) % len(self.branches)]
+        number = self.when * steps if self.is_fraction else self.when
+        return self.branches[step > int(max(0, min(number, steps)))]
 
 
 def prompts_by_step(prompt: str, steps: int) -> list[str]:
-    """The prompt of every step. Raises UsageError if it has too many different ones."""
+    """The text of every step. Raises UsageError for a malformed slider, and for too many or too long texts."""
+    for start in START.finditer(prompt):
+        slider_at(prompt, start.start())
     pieces = parse(prompt)
-    if all(isinstance(piece, str) for piece in pieces):
-        return [prompt] * steps
-    prompts = [_text(pieces, partial(Choice.at, step=step, steps=steps)) for step in range(1, steps + 1)]
-    if (count := len(set(prompts))) > MAX_READINGS:
-        raise UsageError(
-            f"the prompt changes between {count} texts in {steps} steps, allowed are {MAX_READINGS}: use fewer [a|b]"
-        )
+    texts: dict[str, str] = {}
+    prompts: list[str] = []
+    for step in range(1, steps + 1):
+        text = _text(pieces, step, steps)
+        prompts.append(texts.setdefault(text, text))
+        if len(texts) > MAX_TEXTS:
+            raise UsageError(
+                f"the prompt changes between more than {MAX_TEXTS} texts in {steps} steps, allowed are {MAX_TEXTS}: "
+                "use fewer [a|b]"
+            )
+        if (count := sum(map(len, texts))) > MAX_CHARACTERS:
+            raise UsageError(
+                f"the prompt's texts have {count} characters in the first {step} of {steps} steps, allowed are "
+                f"{MAX_CHARACTERS} together: shorten the prompt, or use fewer schedules"
+            )
     return prompts
-
-
-def variants(prompt: str) -> list[str]:
-    """Prompts without schedules that together contain every text that some step may have, for any number of steps."""
-    pieces = parse(prompt)
-    found = {_text(pieces, lambda choice: 0): None}
-    pending: list[tuple[Choice, dict[Choice, int]]] = [(piece, {}) for piece in pieces if isinstance(piece, Choice)]
-    while pending:
-        choice, outer = pending.pop(0)
-        for i, branch in enumerate(choice.branches):
-            chosen = {**outer, choice: i}
-            found[_text(pieces, partial(_chosen, chosen))] = None
-            pending += [(piece, chosen) for piece in branch if isinstance(piece, Choice)]
-    return [*found]
 
 
 def parse(prompt: str) -> "list[str | Choice]":
@@ -76,13 +77,14 @@ def parse(prompt: str) -> "list[str | Choice]":
     branches = 0
     for match in _PIECE.finditer(prompt):
         text = match.group()
+        innermost = opened[-1][0] if opened else ""
         if text in ("[", "("):
             opened.append((text, len(pieces), []))
-        elif text in (":", "|") and opened and opened[-1][0] == "[":
+        elif text in (":", "|") and innermost == "[":
             opened[-1][2].append(len(pieces))
-        elif text == ")" and opened and opened[-1][0] == "(":
+        elif text == ")" and innermost == "(":
             opened.pop()
-        elif text == "]" and any(bracket == "[" for bracket, _, _ in opened[-1:]):
+        elif text == "]" and innermost == "[":
             _, start, separators = opened.pop()
             if choice := _choice(pieces, start, separators):
                 branches += len(choice.branches)
@@ -91,26 +93,36 @@ def parse(prompt: str) -> "list[str | Choice]":
                 pieces[start:] = [choice]
                 continue
         pieces.append(text)
-    return pieces
+    return _merged(pieces)
 
 
 def _choice(pieces: "list[str | Choice]", start: int, separators: Sequence[int]) -> Choice | None:
-    """What brackets that open at `start` and close now contain, if they are a schedule or alternate."""
+    """What brackets that open at `start` and close now contain, if they are a schedule or alternate.
+
+    Copies the pieces only then: they become one piece, so that all copies together are as long as the prompt.
+    """
     kinds = {pieces[i] for i in separators}
-    fields = [pieces[i + 1 : end] for i, end in zip([start, *separators], [*separators, len(pieces)], strict=True)]
-    if kinds == {"|"}:
-        return Choice(fields, None)
-    if kinds != {":"} or len(fields) > 3 or not all(isinstance(piece, str) for piece in fields[-1]):
+    number = None
+    if kinds == {":"} and len(separators) <= 2 and separators[-1] == len(pieces) - 2:  # one piece comes after it
+        number = _NUMBER.fullmatch(str(pieces[-1])) if isinstance(pieces[-1], str) else None
+    if number is None and kinds != {"|"}:
         return None
-    number = _NUMBER.fullmatch("".join(map(str, fields[-1])))
-    return Choice([[], *fields[:-1]][-2:], number.group(1)) if number else None
+    fields = [
+        _merged(pieces[i + 1 : end]) for i, end in zip([start, *separators], [*separators, len(pieces)], strict=True)
+    ]
+    if number is None:
+        return Choice(fields)
+    return Choice([[], *fields[:-1]][-2:], float(number.group(1)), is_fraction="." in number.group(1))
 
 
-def _chosen(chosen: dict[Choice, int], choice: Choice) -> int:
-    return chosen.get(choice, 0)
+def _merged(pieces: "Sequence[str | Choice]") -> "list[str | Choice]":
+    """The pieces with adjacent texts joined."""
+    merged: list[str | Choice] = []
+    for is_text, group in groupby(pieces, lambda piece: isinstance(piece, str)):
+        run = [*group]
+        merged += ["".join(map(str, run))] if is_text else run
+    return merged
 
 
-def _text(pieces: "Sequence[str | Choice]", branch_of: Callable[[Choice], int]) -> str:
-    return "".join(
-        piece if isinstance(piece, str) else _text(piece.branches[branch_of(piece)], branch_of) for piece in pieces
-    )
+def _text(pieces: "Sequence[str | Choice]", step: int, steps: int) -> str:
+    return "".join([p if isinstance(p, str) else _text(p.at(step, steps), step, steps) for p in pieces])

@@ -35,7 +35,7 @@ MIN_CANDIDATES, MAX_CANDIDATES = 3, 16
 ASPECT_ROUNDS: Final = 8
 MAX_ROUNDS: Final = 40
 MAX_JSON: Final = 40 << 10  # of the 64 KiB that a concept file's header may have
-MAX_START: Final = 16 << 10  # for a learned start: eight rows of 768, three of 768 and 1280
+MAX_START: Final = 24 << 10  # for a learned start: 12 rows of 768, four of 768 and 1280, one of these and 4096
 PROVENANCE_KEY: Final = "refinement"
 
 PRIOR, NOISE = 0.5, 0.7  # standard deviations of a word's effect and of a candidate's score
@@ -97,9 +97,11 @@ class Refinement:
 
     @classmethod
     def of(cls, concept: Concept) -> Self | None:
-        """The state in a refined word's provenance; None if the word was not refined. Raises UsageError."""
-        text = concept.provenance.get(PROVENANCE_KEY)
-        return None if text is None else cls.from_json(text)
+        """The state in a refined word's provenance; None if it has none that this version can continue."""
+        try:
+            return cls.from_json(concept.provenance[PROVENANCE_KEY])
+        except (KeyError, UsageError, ConceptError):
+            return None
 
     @classmethod
     def from_json(cls, text: str) -> Self:
@@ -320,7 +322,7 @@ def _local_search(state: Refinement, lexicon: Lexicon) -> tuple[Rows, Components
         for number, aspect in enumerate(state.aspects)
         if choice[number] != NONE
     }
-    tried = [lexicon.rows(word) for word in sorted(words)]
+    tried = [lexicon.rows(word) for word in sorted(words)] or [_start(state, lexicon)]
     basis = {
         encoder: components(_unit(np.concatenate([rows[encoder] for rows in tried])), COMPONENTS)
         for encoder in lexicon.widths

@@ -5,7 +5,8 @@ scheduler's config rules out, which `make_schedule` checks. Nothing is loaded or
 """
 
 import math
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, TypeAlias, TypeVar
@@ -28,6 +29,7 @@ MAX_IMAGES = 1024
 MAX_STEPS = 1000
 MAX_PIXELS = 1 << 24  # 4096 x 4096
 MAX_MASK_BLUR = 64
+MAX_EMBEDDED_GUIDANCE = 50.0  # networks multiply it by 1,000, which must stay within fp16
 
 Choice = TypeVar("Choice", bound=StrEnum)
 
@@ -58,7 +60,8 @@ class Request:
     """The guidance scale that a guidance-distilled model takes as an input; refused by other models."""
     guidance_rescale: float = 0.0
     guidance_interval: tuple[float, float] | None = None
-    """Only steps with low < sigma / alpha <= high are guided (arXiv 2404.07724); None guides all."""
+    """Only steps with low < sigma / alpha <= high are guided (arXiv 2404.07724); None guides all. A flow model's first
+    step is at infinity."""
     eta: float = 0.0
     """Noise that DDIM adds in each step, 0 to 1; must be 0 for other samplers."""
     clip_skip: int = 0
@@ -95,7 +98,7 @@ class Request:
         if self.guidance_scale is not None:
             _within("guidance_scale", self.guidance_scale, 0, 100)
         if self.embedded_guidance is not None:
-            _within("embedded_guidance", self.embedded_guidance, 0, 100)
+            _within("embedded_guidance", self.embedded_guidance, 0, MAX_EMBEDDED_GUIDANCE)
         _within("guidance_rescale", self.guidance_rescale, 0, 1)
         _within("eta", self.eta, 0, 1)
         _within("clip_skip", self.clip_skip, 0, 100, integer=True)
@@ -106,7 +109,7 @@ class Request:
         if self.guidance_interval is not None:
             _check_pair("guidance_interval", self.guidance_interval)
             low, high = self.guidance_interval
-            if not 0 <= low < high < math.inf:
+            if not 0 <= low < high:
                 raise UsageError(f"guidance_interval is {low:g} to {high:g}, allowed is 0 <= low < high")
         if self.size is not None:
             _check_pair("size", self.size, integer=True)
@@ -136,6 +139,15 @@ class ResolvedSettings:
     schedule: Schedule
     embedded_guidance: float | None = None
     """None for a model that does not take one."""
+    prompts: Sequence[str] = ()
+    """[S]: the text of the prompt in each step."""
+    negative_prompts: Sequence[str] | None = None
+    """[S]; None if the request has none."""
+
+    @property
+    def texts(self) -> list[str]:
+        """All texts of both prompts, each once."""
+        return [*dict.fromkeys([*self.prompts, *(self.negative_prompts or ())])]
 
 
 def resolve(request: Request, manifest: Manifest) -> ResolvedSettings:
@@ -177,9 +189,18 @@ def resolve(request: Request, manifest: Manifest) -> ResolvedSettings:
         guidance=Guidance(request.guidance),
     )
     schedule.table(manifest.columns)  # raises if the graph lacks a column
-    for prompt in filter(None, (request.prompt, request.negative_prompt)):
-        prompts_by_step(prompt, schedule.steps)  # raises if it changes too often
-    return ResolvedSettings(steps, sampler, guidance_scale, width, height, schedule, embedded_guidance)
+    negative = request.negative_prompt
+    return ResolvedSettings(
+        steps,
+        sampler,
+        guidance_scale,
+        width,
+        height,
+        schedule,
+        embedded_guidance,
+        prompts_by_step(request.prompt, schedule.steps),
+        None if negative is None else prompts_by_step(negative, schedule.steps),
+    )
 
 
 def _size(request: Request, manifest: Manifest) -> tuple[int, int]:
@@ -243,11 +264,13 @@ def _check_pair(name: str, pair: Any, integer: bool = False) -> None:
 def _check_number(name: str, value: Any, integer: bool) -> None:
     if isinstance(value, bool) or not isinstance(value, int if integer else (int, float)):
         raise UsageError(f"{name} is {value!r}, allowed is a {'whole ' if integer else ''}number")
+    if abs(value) > sys.float_info.max and value not in (math.inf, -math.inf):
+        raise UsageError(f"{name} has more than 300 digits: allowed is a smaller number")
 
 
 def _within(name: str, value: float, low: float, high: float, integer: bool = False) -> None:
     _check_number(name, value, integer)
-    if not (math.isfinite(value) and low <= value <= high):
+    if not low <= value <= high:  # false for NaN
         raise UsageError(f"{name} is {value}, allowed is {low} to {high}")
 
 

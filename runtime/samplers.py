@@ -182,7 +182,8 @@ def make_schedule(
     start = _start(len(levels.t), strength, kind)
     levels = Levels(levels.t[start:], levels.alpha[start:], levels.sigma[start:], levels.last_alpha, levels.last_sigma)
     levels = levels if method.stages is None else method.stages(noise, levels)
-    update = method.update(noise, levels, SamplerSettings(steps, eta))
+    with np.errstate(all="ignore"):  # what is not finite is refused below
+        update = method.update(noise, levels, SamplerSettings(steps, eta))
     if guidance is Guidance.CFG_PP:
         update = _cfg_pp(update, levels, sampler)
     a, b = prediction(noise.prediction_type, levels)
@@ -641,6 +642,16 @@ def samplers_for(kind: ScheduleKind) -> tuple[Sampler, ...]:
     return tuple(_METHODS if kind is ScheduleKind.BETAS else _FLOW_METHODS)
 
 
+def spacings_for(kind: ScheduleKind) -> tuple[Spacing, ...]:
+    """The spacings that a kind of schedule allows; a sampler may allow fewer."""
+    return tuple(Spacing) if kind is ScheduleKind.BETAS else ()
+
+
+def guidance_for(kind: ScheduleKind) -> tuple[Guidance, ...]:
+    """The kinds of guidance that a kind of schedule allows; a sampler may allow fewer."""
+    return tuple(Guidance) if kind is ScheduleKind.BETAS else (Guidance.CFG, Guidance.ZERO_STAR)
+
+
 def sampler_of(scheduler_config: Mapping[str, Any]) -> Sampler | None:
     """The sampler for a diffusers scheduler's config; None if its class has no counterpart."""
     match scheduler_config.get("_class_name"):
@@ -666,9 +677,16 @@ def sampler_of(scheduler_config: Mapping[str, Any]) -> Sampler | None:
         case "KDPM2AncestralDiscreteScheduler":
             return Sampler.DPM2_A
         case "UniPCMultistepScheduler":
-            known = {"solver_order": 2, "solver_type": "bh2", "predict_x0": True}
+            known = {"solver_order": 2, "solver_type": "bh2", "predict_x0": True, "disable_corrector": []}
+            known |= {"solver_p": None, "use_flow_sigmas": False}
             return Sampler.UNIPC if known == {k: scheduler_config.get(k, known[k]) for k in known} else None
     return None
+
+
+def default_sampler(scheduler_config: Mapping[str, Any], kind: ScheduleKind) -> Sampler:
+    """The sampler for a diffusers scheduler's config; if it has no counterpart, the first that suits the schedule."""
+    named, allowed = sampler_of(scheduler_config), samplers_for(kind)
+    return named if named is not None and named in allowed else allowed[0]
 
 
 def _flow_method(sampler: Sampler, spacing: Spacing | None, guidance: Guidance) -> _Method:
@@ -676,8 +694,8 @@ def _flow_method(sampler: Sampler, spacing: Spacing | None, guidance: Guidance) 
         raise UsageError(f"the sampler {sampler} does not suit flow matching, allowed are {', '.join(_FLOW_METHODS)}")
     if spacing is not None:
         raise UsageError(f"spacing is {spacing}, a model of flow matching has its own: leave it out")
-    if guidance is Guidance.CFG_PP:
-        raise UsageError(f"guidance is {guidance}, allowed with flow matching are {Guidance.CFG}, {Guidance.ZERO_STAR}")
+    if guidance not in (allowed := guidance_for(ScheduleKind.FLOW)):
+        raise UsageError(f"guidance is {guidance}, allowed with flow matching are {', '.join(allowed)}")
     return _FLOW_METHODS[sampler]
 
 
@@ -726,5 +744,5 @@ def _check(noise: NoiseSchedule | FlowSchedule, sampler: Sampler, steps: int) ->
     if sampler in _DPM and noise.algorithm_type not in ("dpmsolver++", "sde-dpmsolver++"):
         raise UsageError(
             f"the scheduler's config says algorithm_type = {noise.algorithm_type!r}, {sampler} supports dpmsolver++ "
-            "and sde-dpmsolver++: use another sampler such as ddim"
+            "and sde-dpmsolver++: use another sampler such as euler"
         )

@@ -26,6 +26,8 @@ _MUST_BE: Final[dict[str, tuple[Any, ...]]] = {
     "clip_sample": (False, None),
     "use_lu_lambdas": (False, None),
     "use_flow_sigmas": (False, None),
+    "sigma_min": (None,),
+    "sigma_max": (None,),
     "timestep_type": ("discrete",),
     "interpolation_type": ("linear",),
     "solver_type": ("midpoint", "logrho", "bh1", "bh2"),  # diffusers' DPM solver reads the last three as midpoint

@@ -8,8 +8,9 @@
 
 A step is one turn: waiting pictures are prepared and get slots, every row is denoised once, finished rows are decoded.
 A sampler of two stages needs two turns for most of its own steps, and StepDone comes after the second.
-Preparing and decoding are bounded in each turn, so that newcomers hold up running rows for a short time only. A
-newcomer without a free slot waits for one. The rows that share a row's engine calls change its result by rounding only.
+Preparing and decoding are bounded in each turn, so that newcomers hold up running rows for a short time only: a request
+of many texts is encoded over several turns. A newcomer without a free slot waits for one. The rows that share a row's
+engine calls change its result by rounding only.
 Not covered: slots and engine calls (`oneword.runtime.denoiser`), fairness between users, and limits on the queue.
 """
 
@@ -18,7 +19,7 @@ import itertools
 import math
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -32,14 +33,16 @@ from oneword.runtime.events import Event, Failed, Latents, PictureDone, StepDone
 from oneword.runtime.images import resized
 from oneword.runtime.model import EncodedPrompt, Model, TokenizedPrompt
 from oneword.runtime.noise import TorchGenerator
-from oneword.runtime.prompt_schedule import prompts_by_step
 from oneword.runtime.request import Request, ResolvedSettings, resolve
 from oneword.runtime.row import NoiseStream, Row, time_ids
 
 MAX_CHUNKS: Final = 64
+MAX_CONTEXT_BYTES: Final = 64 << 20
+"""Of the contexts of one request that has more than a prompt and a negative prompt."""
 MAX_ROWS: Final = 16
 """Slots per size by default."""
 _NEWCOMERS: Final = 4  # requests that a turn prepares while others run
+_NEW_CHUNKS: Final = 8  # chunks of their prompts that it encodes, or a single longer prompt
 _SHARE: Final = 0.4  # of a typical turn's denoising time, for preparing and decoding together
 _PATIENCE: Final = 4  # turns in a row that decoding may be deferred for newcomers
 _RECENT: Final = 257  # turns, whose median is the typical one
@@ -59,8 +62,8 @@ class _Pending:
     negatives: Sequence[TokenizedPrompt | EncodedPrompt] | None = None
     """[S]; None if no step is guided."""
     next_index: int = 0
-    cond: Sequence[EncodedPrompt] = ()
-    uncond: Sequence[EncodedPrompt] | None = None
+    encoded: dict[TokenizedPrompt, EncodedPrompt] = field(default_factory=dict[TokenizedPrompt, EncodedPrompt])
+    """The prompts that are encoded so far."""
     posterior: tuple[Latents, Latents] | None = None
     size: Size = (0, 0, 0)
     """h, w and T of its rows."""
@@ -75,15 +78,33 @@ class _Pending:
         """N of each of its rows in their first step."""
         return 1 + bool(self.settings.schedule.guided[0])
 
+    @property
+    def missing(self) -> list[TokenizedPrompt]:
+        """The prompts that are not encoded yet, each once."""
+        prompts = dict.fromkeys([*self.tokens, *(self.negatives or ())])
+        return [prompt for prompt in prompts if isinstance(prompt, TokenizedPrompt) and prompt not in self.encoded]
+
+    @property
+    def cond(self) -> list[EncodedPrompt]:
+        """[S]: the context of each step, once no prompt is missing."""
+        return [self.encoded[prompt] for prompt in self.tokens]
+
+    @property
+    def uncond(self) -> list[EncodedPrompt] | None:
+        """[S]; None if no step is guided."""
+        if self.negatives is None:
+            return None
+        return [self.encoded[p] if isinstance(p, TokenizedPrompt) else p for p in self.negatives]
+
     def tokenize(self, model: Model) -> None:
         """Splits the prompts at learned words. Raises UsageError, ConceptError."""
-        request, steps = self.request, self.settings.schedule.steps
-        self.tokens = self._tokenized(model, request.prompt)
-        if self.settings.schedule.guided.any():
-            if request.negative_prompt is None:
-                self.negatives = [model.missing_negative(request.clip_skip)] * steps
+        settings = self.settings
+        self.tokens = self._tokenized(model, settings.prompts)
+        if settings.schedule.guided.any():
+            if settings.negative_prompts is None:
+                self.negatives = [model.missing_negative(self.request.clip_skip)] * settings.schedule.steps
             else:
-                self.negatives = self._tokenized(model, request.negative_prompt)
+                self.negatives = self._tokenized(model, settings.negative_prompts)
         prompts = list(dict.fromkeys([*self.tokens, *(self.negatives or ())]))
         tokenized = [prompt for prompt in prompts if isinstance(prompt, TokenizedPrompt)]
         evened = dict(zip(tokenized, model.evened(tokenized), strict=True))
@@ -97,12 +118,13 @@ class _Pending:
             *map(model.context_length, evened.values()),
             *(len(prompt.hidden_states) for prompt in prompts if not isinstance(prompt, TokenizedPrompt)),
         ]
+        if len(prompts) > 2:
+            _check_bytes([4 * model.manifest.context_width * length for length in lengths])
         factor = model.manifest.vae.factor
         self.size = self.settings.height // factor, self.settings.width // factor, math.lcm(*lengths)
 
-    def _tokenized(self, model: Model, prompt: str) -> list[TokenizedPrompt]:
+    def _tokenized(self, model: Model, texts: Sequence[str]) -> list[TokenizedPrompt]:
         """The prompt of each step [S]."""
-        texts = prompts_by_step(prompt, self.settings.schedule.steps)
         tokens = {
             text: model.tokenize(text, self.request.clip_skip, self.request.words) for text in dict.fromkeys(texts)
         }
@@ -207,12 +229,25 @@ class Scheduler:
         if waiting and self.denoiser.crowded_out(waiting[0].size):
             waiting = []  # no other request overtakes it
         newcomers = [pending for pending in waiting if self.denoiser.has_room(pending.size)][:count]
+        if newcomers and not self._rows:  # in a first turn this compiles, while the encoders are opened
+            size, branches = newcomers[0].size, newcomers[0].branches
+            try:
+                self.denoiser.prepare(size, branches)
+            except OnewordError as error:  # compiling again for each request could take minutes
+                alike = [pending for pending in newcomers if (pending.size, pending.branches) == (size, branches)]
+                newcomers = [pending for pending in newcomers if pending not in alike]
+                for pending in alike:
+                    yield from self._drop(pending, without_frames(error))
+                    self._pending.remove(pending)
+        portions = _portions(newcomers, _NEW_CHUNKS if self._rows else math.inf)
         with contextlib.suppress(OnewordError):  # each request is tried again alone
-            if newcomers and not self._rows:  # in a first turn this compiles, while the encoders are opened
-                self.denoiser.prepare(newcomers[0].size, newcomers[0].branches)
-            self._encode(newcomers)
+            self._encode(portions)
         for pending in newcomers:
-            while pending.left and self.denoiser.has_room(pending.size):
+            try:
+                self._encode({pending: portions[pending]})
+            except OnewordError as error:
+                yield from self._drop(pending, without_frames(error))
+            while pending.left and not pending.missing and self.denoiser.has_room(pending.size):
                 try:
                     row = self._prepare(pending)
                     placed = self.denoiser.place(row)
@@ -240,9 +275,8 @@ class Scheduler:
         request, settings = pending.request, pending.settings
         schedule = settings.schedule
         manifest = self.model.manifest
-        if not pending.cond:
-            self._encode([pending])
-        if not all(prompt.finite for prompt in {*pending.cond, *(pending.uncond or ())}):
+        cond, uncond = pending.cond, pending.uncond
+        if not all(prompt.finite for prompt in {*cond, *(uncond or ())}):
             raise NotFinite("a text encoder produced NaN or infinity for this prompt: check the word's vectors")
         if request.image is not None and pending.posterior is None:
             pending.posterior = self.model.encode_image(resized(request.image, settings.width, settings.height))
@@ -267,8 +301,8 @@ class Scheduler:
             settings=settings,
             lines=schedule.table(manifest.columns),
             noise=NoiseStream(generator, shape, schedule.draws),
-            cond=pending.cond,
-            uncond=pending.uncond,
+            cond=cond,
+            uncond=uncond,
             tokens=pending.size[2],
             time_ids=time_ids(manifest.conditioning.time_ids, settings),
             sample=sample,
@@ -279,23 +313,16 @@ class Scheduler:
             row.known, row.known_noise, row.mask = known, noise, latent_mask(white, manifest.vae.factor)
         return row
 
-    def _encode(self, requests: Sequence[_Pending]) -> None:
-        """Encodes the prompts of these requests. Raises EngineError."""
-        new = [pending for pending in requests if not pending.cond]
-        prompts = dict.fromkeys(
-            prompt
-            for pending in new
-            for prompt in (*pending.tokens, *(pending.negatives or ()))
-            if isinstance(prompt, TokenizedPrompt)
-        )
-        encoded = dict(zip(prompts, self.model.encode([*prompts]), strict=True))
-        for pending in new:
-            pending.cond = [encoded[tokens] for tokens in pending.tokens]
-            if pending.negatives is not None:
-                pending.uncond = [
-                    encoded[negative] if isinstance(negative, TokenizedPrompt) else negative
-                    for negative in pending.negatives
-                ]
+    def _encode(self, portions: Mapping[_Pending, Sequence[TokenizedPrompt]]) -> None:
+        """Encodes these prompts of these requests, unless they are encoded. Raises EngineError."""
+        prompts = {
+            prompt: pending
+            for pending, portion in portions.items()
+            for prompt in portion
+            if prompt not in pending.encoded
+        }
+        for (prompt, pending), encoded in zip(prompts.items(), self.model.encode([*prompts]), strict=True):
+            pending.encoded[prompt] = encoded
 
     def _denoise(self) -> Iterator[Event]:
         """Runs one step of every row; rows that are done leave their slots."""
@@ -385,6 +412,29 @@ class Scheduler:
                 continue
             image = paste(image, row.request, row.settings)
             yield PictureDone(row.id, row.index, row.seed, image, row.request, row.settings, self.model.name)
+
+
+def _portions(requests: Sequence[_Pending], chunks: float) -> dict[_Pending, list[TokenizedPrompt]]:
+    """The prompts to encode next of each request: up to so many chunks of all together, at least one prompt."""
+    portions: dict[_Pending, list[TokenizedPrompt]] = {pending: [] for pending in requests}
+    left = chunks
+    for pending in requests:
+        for prompt in pending.missing:
+            count = max(len(part.input_ids) for part in prompt.per_encoder.values())
+            if count > left < chunks:
+                return portions
+            left -= count
+            portions[pending].append(prompt)
+    return portions
+
+
+def _check_bytes(contexts: Sequence[int]) -> None:
+    """Raises UsageError if the contexts of a request's texts would take too much memory."""
+    if sum(contexts) > MAX_CONTEXT_BYTES:
+        raise UsageError(
+            f"the {len(contexts)} texts of the prompts, negative ones included, take {sum(contexts) / 2**20:.1f} MiB "
+            f"when encoded, allowed are {MAX_CONTEXT_BYTES >> 20}: use fewer or shorter ones"
+        )
 
 
 def _check_lengths(prompts: Sequence[TokenizedPrompt]) -> None:

@@ -1,4 +1,7 @@
-"""A word between two learned words: `{<toy>|<gem>:0.3}` in a prompt. Pure arrays; the prompt's parser finds the words.
+"""A word between two learned words: `{<toy>|<gem>:0.3}` in a prompt. The prompt's parser finds the words.
+
+Braces that begin with a <word> and a bar are a slider, or an error; all other braces are text. The share cannot change
+within the braces: `[{<toy>|<gem>:0.3}:{<toy>|<gem>:0.7}:0.5]` is a schedule of two sliders.
 
 Directions are interpolated on the sphere and lengths linearly, row by row (arXiv 2512.13672, section 4): 0 is the first
 word, 1 the second.
@@ -11,12 +14,14 @@ from typing import Final
 
 import numpy as np
 
-from oneword.engines.errors import UsageError
+from oneword.engines.errors import ConceptError, UsageError
 from oneword.runtime.concept import Concept, Vectors
 
-BRACES: Final = re.compile(r"\{([^{}]*\|[^{}]*)\}")
-"""What is meant as a slider: braces around a bar."""
-_PARTS: Final = re.compile(r"\s*([^|]+?)\s*\|\s*([^|]+?)\s*:\s*([^|:]*?)\s*")
+START: Final = re.compile(r"\{\s*<[^\s<>]+>\s*\|")
+"""What is meant as a slider."""
+_WORD: Final = r"\s*(<[\w.+*@#!~&$%^=-]+>)\s*"
+SLIDER: Final = re.compile(rf"\{{{_WORD}\|{_WORD}:\s*(\d+\.?\d*|\.\d+)\s*\}}")
+"""Its names and the share, which `slider_at` checks."""
 _PARALLEL: Final = 1e-4  # radians from 0 or pi
 
 
@@ -30,7 +35,10 @@ class Slider:
 
     @cached_property
     def concept(self) -> Concept:
-        """The word in between. Raises UsageError for words of different numbers of vectors."""
+        """The word in between; where a text stands for it, that of the nearer word.
+
+        Raises UsageError for words of different numbers of vectors, and for a share that leaves no direction.
+        """
         first, second = self.first, self.second
         if counts(first) != counts(second):
             raise UsageError(
@@ -38,21 +46,26 @@ class Slider:
                 "needs two words of equally many"
             )
         vectors = {name: between(rows, second.vectors[name], self.share) for name, rows in first.vectors.items()}
-        return Concept("<slider>", vectors)
+        text = (first if self.share < 0.5 else second).text
+        try:
+            return Concept("<slider>", vectors, {"text": text})
+        except ConceptError:
+            raise UsageError(
+                f"{{{first.token}|{second.token}:{self.share:g}}} is no word, as the two are opposite: change the share"
+            ) from None
 
 
-def slider_parts(text: str) -> tuple[str, str, float]:
-    """The two names and the share in a slider's braces. Raises UsageError."""
-    parts = _PARTS.fullmatch(text)
-    try:
-        share = float(parts.group(3)) if parts else np.nan
-    except ValueError:
-        share = np.nan
-    if parts is None or not 0 <= share <= 1:
+def slider_at(text: str, position: int) -> re.Match[str] | None:
+    """The match of SLIDER at a position, None for other text. Raises UsageError for a malformed slider."""
+    if not START.match(text, position):
+        return None
+    match = SLIDER.match(text, position)
+    if match is None or float(match.group(3)) > 1:
         raise UsageError(
-            f"{{{text[:80]}}} is no slider: write {{<word>|<word>:0.3}}, with the second word's share from 0 to 1"
+            f"{text[position : position + 80]!r} is no slider: write {{<word>|<word>:0.3}}, with the second word's "
+            "share from 0 to 1"
         )
-    return parts.group(1), parts.group(2), share
+    return match
 
 
 def between(first: Vectors, second: Vectors, share: float) -> Vectors:

@@ -15,7 +15,7 @@ import starlette.requests
 from oneword.runtime.edit import edit_mask
 from oneword.runtime.events import PictureDone
 from oneword.runtime.images import resized
-from oneword.runtime.request import Request, ResolvedSettings
+from oneword.runtime.request import Request, ResolvedSettings, resolve
 from oneword.serve.errors import ApiError, Cancelled, Invalid, from_oneword
 from oneword.serve.keys import Tenant
 from oneword.serve.pool import Dropped, Generation, PictureEvent
@@ -44,8 +44,8 @@ async def start(
 ) -> Generation:
     """Resolves the request's words among the tenant's and queues its pictures. Raises ApiError."""
     _check_size(state, request)
-    prompts = [request.prompt] if request.negative_prompt is None else [request.prompt, request.negative_prompt]
-    words = await state.words.resolve(tenant, prompts, bare_names)
+    texts = resolve(request, state.manifest).texts
+    words = await state.words.resolve(tenant, texts, bare_names)
     request = replace(request, words=words)
     return state.pool.submit(tenant, request, partials=partials, label=label)
 

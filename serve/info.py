@@ -6,7 +6,7 @@ from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
 
-from oneword.runtime.samplers import Sampler, samplers_for
+from oneword.runtime.samplers import Guidance, Sampler, guidance_for, samplers_for, spacings_for
 from oneword.runtime.spacing import Spacing
 from oneword.serve.errors import NotFound
 from oneword.serve.state import State
@@ -21,6 +21,7 @@ class Defaults(BaseModel):
     height: int
     steps: int
     guidance_scale: float
+    embedded_guidance: float | None = Field(description="null if the model takes none")
     sampler: Sampler
 
 
@@ -36,6 +37,7 @@ class ModelBody(BaseModel):
     defaults: Defaults
     samplers: list[Sampler]
     spacings: list[Spacing]
+    guidance: list[Guidance]
     size_multiple: int = Field(description="width and height are multiples of it")
     max_pixels: int
     max_side: int | None = Field(description="pixels of the longer side; null if any")
@@ -77,10 +79,12 @@ async def model(http: Request) -> ModelBody:
             height=defaults.height,
             steps=defaults.steps,
             guidance_scale=defaults.guidance_scale,
+            embedded_guidance=defaults.embedded_guidance,
             sampler=Sampler(defaults.sampler),
         ),
         samplers=list(samplers_for(manifest.schedule)),
-        spacings=list(Spacing),
+        spacings=list(spacings_for(manifest.schedule)),
+        guidance=list(guidance_for(manifest.schedule)),
         size_multiple=manifest.size_multiple,
         max_pixels=state.max_pixels,
         max_side=manifest.max_side,

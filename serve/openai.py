@@ -68,7 +68,7 @@ class Settings(Fields):
     """Where the sampler's steps are; the model's own by default."""
     guidance: Guidance = Guidance.CFG
     guidance_scale: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
-    embedded_guidance: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
+    embedded_guidance: Annotated[float, Field(ge=0, le=50, allow_inf_nan=False)] | None = None
     guidance_rescale: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.0
     guidance_interval: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
     eta: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.0

@@ -134,7 +134,7 @@ class Interruption:
     "this (DVAR; 0.15 is usual). Needs more than 310 --steps.",
 )
 @click.option("--flip", is_flag=True, default=None, help="Also learn from mirrored pictures.")
-@click.option("--compute", type=click.Choice([c.value for c in Compute]), help="Number type of the UNet.")
+@click.option("--compute", type=click.Choice([c.value for c in Compute]), help="Number type of the network.")
 @click.option("--gradient-checkpointing", is_flag=True, default=None, help="Save memory, take more time.")
 @click.option(
     "--set", "settings", multiple=True, metavar="NAME=VALUE", help="Any other setting of the recipe; may be repeated."

@@ -1,4 +1,4 @@
-"""How the frozen UNet computes: its number type and attention, chosen by the processor and the picture's size."""
+"""How the frozen network computes: its number type and attention, chosen by the processor and the picture's size."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,16 @@ from oneword.train.norms import vocabulary_norm
 from oneword.train.word import Rows
 
 
-def initial_rows(source: Source, init: str, vectors: int, seed: int) -> Rows:
-    """Returns a word's initial rows, `vectors` per text encoder; see `oneword.train.tasks.Task` for `init`."""
+def initial_rows(source: Source, init: str, vectors: int, seed: int, encoders: Collection[str] = ()) -> Rows:
+    """Returns a word's initial rows, `vectors` for each of `encoders`, or for all of the model's if there are none.
+
+    See `oneword.train.tasks.Task` for `init`.
+    """
+    models = {name: model for name, model in source.text_encoders.items() if not encoders or name in encoders}
     if path := concept_file(init):
-        return _rows_of_concept(load_concept(path), source, vectors)
+        return _rows_of_concept(load_concept(path), models, vectors)
     rows: dict[str, torch.Tensor] = {}
-    for name, model in source.text_encoders.items():
+    for name, model in models.items():
         table = embedding_table(model)
         if init == "random":
             generator = torch.Generator().manual_seed(seed)
@@ -37,9 +42,14 @@ def concept_file(init: str) -> Path | None:
     return Path(init) if init.endswith(".safetensors") else None
 
 
-def _rows_of_concept(concept: Concept, source: Source, vectors: int) -> Rows:
+def initial_text(init: str) -> str:
+    """What replaces a word in the prompt of a text encoder that it is not learned for: its init, if that is words."""
+    return "" if init == "random" or concept_file(init) else init
+
+
+def _rows_of_concept(concept: Concept, models: Mapping[str, Any], vectors: int) -> Rows:
     rows: dict[str, torch.Tensor] = {}
-    for name, model in source.text_encoders.items():
+    for name, model in models.items():
         width = embedding_table(model).shape[1]
         if name not in concept.vectors or concept.vectors[name].shape[1] != width:
             raise UsageError(

@@ -31,7 +31,7 @@ from oneword.train.pictures import Picture, read_pictures
 from oneword.train.preview import Previewer, Sheet
 from oneword.train.prompts import probes
 from oneword.train.recipe import Recipe
-from oneword.train.tasks import Task, check_tasks, check_tokens, make_word, picture_size, side_step
+from oneword.train.tasks import Task, check_encoders, check_tasks, check_tokens, make_word, picture_size, side_step
 
 MAX_SEED = 2**63 - 2  # the fixed batch of each word uses the next one
 
@@ -73,11 +73,11 @@ def learn(
 ) -> Generator[Progress]:
     """Learns every task's word in shared batches. Yields after each step; the last progress has the concepts.
 
-    `model` and `config` are as in `load_source`. A `Source` passed as the model is modified: its UNet is cast in place.
-    With `checkpoints`, a folder, the run's state is saved there every `checkpoint_every` steps and when the iterator
-    is closed, and a run found there is resumed. With `preview_every`, each word is sampled at that interval and at the
-    end. The progress of the steps `words_after` has the words as they are then; a run that starts or resumes at one of
-    these steps yields its progress first, with step 0 as the start.
+    `model` and `config` are as in `load_source`. A `Source` passed as the model is modified: its network is cast in
+    place. With `checkpoints`, a folder, the run's state is saved there every `checkpoint_every` steps and when the
+    iterator is closed, and a run found there is resumed. With `preview_every`, each word is sampled at that interval
+    and at the end. The progress of the steps `words_after` has the words as they are then; a run that starts or
+    resumes at one of these steps yields its progress first, with step 0 as the start.
 
     Raises `UsageError` for tasks that cannot be learned, `FileError` for pictures that cannot be read, and whatever
     `load_source` raises.
@@ -88,6 +88,7 @@ def learn(
         raise UsageError(f"the seed is {seed}: give a whole number from 0 to {MAX_SEED}")
     source = model if isinstance(model, Source) else load_source(model, config=config)
     check_tokens(source, tasks)
+    check_encoders(source, recipe.encoders)
     clock.lap("load")
     yield from Run(source, tasks, recipe, seed, clock, checkpoints, checkpoint_every, preview_every, words_after)
 

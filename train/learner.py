@@ -9,19 +9,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
-from torch.nn.functional import mse_loss
+from torch.nn.functional import mse_loss, pad
 
 from oneword.engines.errors import EngineError
-from oneword.export.families import family_of
-from oneword.export.modules import TextEncoder, UNet
+from oneword.export.families import AnyEncoder, family_of
+from oneword.export.flux import Flux
+from oneword.export.modules import DenoiseStep, UNet
+from oneword.export.sd3 import StableDiffusion3
 from oneword.export.source import Source
 from oneword.runtime.concept import Concept
 from oneword.train.compute import compute_dtype, few_positions
-from oneword.train.losses import distance_to_start, min_snr_weights, noise_scheduler, prediction_target
+from oneword.train.losses import distance_to_start
+from oneword.train.noising import noising_of
 from oneword.train.norms import vocabulary_mean_norm, vocabulary_norm, with_norm
 from oneword.train.parallel import Recorded, in_threads, parts_of
 from oneword.train.prompts import PromptEncoder, Text
@@ -29,9 +32,12 @@ from oneword.train.recipe import Recipe
 from oneword.train.stopping import has_settled
 from oneword.train.word import Batch, Draw, Rows, Word, draw, group_by_shape, prepare, tensors_of
 
+NetworkModule: TypeAlias = UNet | StableDiffusion3 | Flux
+GUIDANCE = 1.0  # of a network that takes it as an input: the one without effect
+
 
 class Learner:
-    """Learns words with a frozen model.
+    """Learns words with a frozen model. All words are learned for the same text encoders.
 
     Raises `UsageError` for a model or prompt that cannot be used, `EngineError` if a loss is not finite.
     """
@@ -41,19 +47,19 @@ class Learner:
         self.words = words
         self.recipe = recipe
         self.steps_done = 0
-        self.scheduler = noise_scheduler(source.scheduler_config)
         self.dtype = compute_dtype(recipe.compute)
-        source.unet.to(self.dtype, memory_format=torch.channels_last)
+        source.network.to(self.dtype, memory_format=torch.channels_last)
         if recipe.gradient_checkpointing:
-            source.unet.enable_gradient_checkpointing()
-            source.unet.train()  # diffusers checkpoints only in training mode; these networks have no dropout
-        self.unet = Recorded(UNet(source.unet))
+            source.network.enable_gradient_checkpointing()
+            source.network.train()  # diffusers checkpoints only in training mode; these networks have no dropout
         family = family_of(source)
+        self.noising = noising_of(source, family, recipe)
         modules = {graph.name: graph.module for graph in family.graphs}
+        self.network = Recorded(cast(NetworkModule, cast(DenoiseStep, modules["denoise_step"]).network))
         self.conditioning = family.conditioning
         self.encoders = {
             encoder.graph: PromptEncoder(
-                cast(TextEncoder, modules[encoder.graph]), source.tokenizers[encoder.graph], encoder
+                cast(AnyEncoder, modules[encoder.graph]), source.tokenizers[encoder.graph], encoder
             )
             for encoder in family.encoders
         }
@@ -67,7 +73,7 @@ class Learner:
             next_row += recipe.vectors + (word.moments.pictures if recipe.per_image else 0)
         # Each word's fixed batch, from a separate random stream, so that a resumed run has the same one.
         self._probes = [
-            draw(word, recipe, len(self.scheduler), torch.Generator().manual_seed(seed + 1)) for word in words
+            draw(word, recipe, len(self.noising), torch.Generator().manual_seed(seed + 1)) for word in words
         ]
 
     def finished(self) -> bool:
@@ -89,7 +95,7 @@ class Learner:
         size = self.recipe.words_per_call or len(active)
         for _ in range(self.recipe.accumulation):
             for group in (active[first : first + size] for first in range(0, len(active), size)):
-                draws = {index: draw(self.words[index], self.recipe, len(self.scheduler)) for index in group}
+                draws = {index: draw(self.words[index], self.recipe, len(self.noising)) for index in group}
                 losses[group] += np.divide(self._accumulate(draws), self.recipe.accumulation)
         for index in active:
             self._update(index, losses[index])
@@ -108,14 +114,14 @@ class Learner:
 
     @torch.no_grad()
     def response(self, index: int, templates: Sequence[str], rows: Rows) -> float:
-        """How much the UNet's prediction depends on the text around the word, with `rows` as the word's rows.
+        """How much the network's prediction depends on the text around the word, with `rows` as the word's rows.
 
         This is the mean squared deviation from the mean over `templates`, for the same noise at four fifths of the
         schedule, where the scene is decided. It is near zero for a word that drowns out the rest of its prompt.
         """
         shape = self.words[index].moments.mean[0].shape
         noise = torch.randn((1, *shape), generator=torch.Generator().manual_seed(0)).expand(len(templates), *shape)
-        timesteps = torch.full((len(templates),), int(0.8 * len(self.scheduler)))
+        timesteps = torch.full((len(templates),), int(0.8 * len(self.noising)))
         self._set_attention(noise[0])
         context = self._context([(index, template) for template in templates], {index: rows})
         predicted = self._predict(noise, timesteps, *context)
@@ -129,6 +135,8 @@ class Learner:
         """The word as it is now."""
         word = self.words[index]
         count = self.rows_in_use(index)
+        if word.rows.keys() != self.encoders.keys():
+            provenance = {**provenance, "text": word.text}
         return Concept(
             word.token, {name: rows.detach()[:count].numpy().copy() for name, rows in word.rows.items()}, provenance
         )
@@ -190,11 +198,11 @@ class Learner:
 
     @torch.no_grad()
     def _record(self, batch: Batch, parts: Sequence[Sequence[int]]) -> None:
-        """Records the UNet for parts of these sizes, unless it has been recorded."""
+        """Records the network for parts of these sizes, unless it has been recorded."""
         for part in {len(part): part for part in parts}.values():
             noisy = torch.stack([batch.latents[picture] for picture in part])
             context, pooled = self._context([(batch.words[picture], batch.prompts[picture]) for picture in part])
-            self.unet.record(*self._unet_inputs(noisy, batch.timesteps[part], context, pooled))
+            self.network.record(*self._network_inputs(noisy, batch.timesteps[part], context, pooled))
 
     def _penalty(self, index: int) -> torch.Tensor:
         """The weighted distance of a word to its initial rows, which the regularised recipe adds to its loss."""
@@ -202,7 +210,7 @@ class Learner:
         return self.recipe.init_weight * distance_to_start(word.rows, word.initial)
 
     def _losses(self, draws: Mapping[int, Draw]) -> list[torch.Tensor]:
-        """The loss of each drawn word, without the penalty: one UNet call per picture size."""
+        """The loss of each drawn word, without the penalty: one network call per picture size."""
         batch = Batch.of(draws)
         errors: list[torch.Tensor] = [torch.empty(0)] * len(batch.prompts)
         for group in group_by_shape(batch.latents):
@@ -217,48 +225,50 @@ class Learner:
             torch.stack([values[picture] for picture in pictures])
             for values in (batch.latents, batch.eps, batch.timesteps)
         )
-        x_t = self.scheduler.add_noise(x_0, eps, t)
+        x_t = self.noising.noisy(x_0, eps, t)
         context, pooled = self._context([(batch.words[picture], batch.prompts[picture]) for picture in pictures])
         predicted = self._predict(x_t, t, context, pooled)
-        error = mse_loss(predicted, prediction_target(self.scheduler, x_0, eps, t), reduction="none")
-        if self.recipe.min_snr is not None:
-            error = error * min_snr_weights(self.scheduler, t, self.recipe.min_snr)[:, None, None, None]
+        error = mse_loss(predicted, self.noising.target(x_0, eps, t), reduction="none")
+        error = error * self.noising.weights(t)[:, None, None, None]
         if batch.masks is not None:
             error = error * torch.stack([batch.masks[picture] for picture in pictures])
         return error.sum((1, 2, 3))
 
     def _set_attention(self, latents: torch.Tensor) -> None:
-        """Gives the UNet the attention that is fastest for latents [C, h, w]."""
+        """Gives a UNet the attention that is fastest for latents [C, h, w]; a transformer has its own."""
         plain = few_positions(self.dtype, latents.shape[-1] * latents.shape[-2])
-        if self.unet.variant is not plain:
-            self.unet.module.attend_plainly(plain)
-            self.unet.variant = plain
+        if isinstance(self.network.module, UNet) and self.network.variant is not plain:
+            self.network.module.attend_plainly(plain)
+            self.network.variant = plain
 
     def _predict(
         self, noisy: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor, pooled: torch.Tensor | None
     ) -> torch.Tensor:
-        """The UNet's prediction [B, C, h, w] as float32, computed in the UNet's type."""
-        return self.unet(*self._unet_inputs(noisy, timesteps, context, pooled)).float()
+        """The network's prediction [B, C, h, w] as float32, computed in the network's type."""
+        return self.network(*self._network_inputs(noisy, timesteps, context, pooled)).float()
 
-    def _unet_inputs(
+    def _network_inputs(
         self, noisy: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor, pooled: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:
         return (
             noisy.to(self.dtype, memory_format=torch.channels_last),
-            timesteps,
+            self.noising.times(timesteps, noisy),
             context.to(self.dtype),
             None if pooled is None else pooled.to(self.dtype),
             self._time_ids(noisy) if self.conditioning.time_ids else None,
+            *((None, torch.full((len(noisy),), GUIDANCE)) if self.network.module.embeds_guidance else ()),
         )
 
     def _tokenize(self, batch: Batch) -> None:
         """Tokenizes the batch's prompts, which only one thread may do; encoding them later reuses the ids."""
         for index, prompt in dict.fromkeys(zip(batch.words, batch.prompts, strict=True)):
             for encoder in self.encoders.values():
-                encoder.ids(self._text(index, prompt))
+                encoder.ids(self._text(encoder.facts.graph, index, prompt))
 
-    def _text(self, index: int, prompt: str) -> Text:
-        return Text(prompt, self._first_row[index], self.rows_in_use(index), self.recipe.vectors)
+    def _text(self, encoder: str, index: int, prompt: str) -> Text:
+        word = self.words[index]
+        text = None if encoder in word.rows else word.text
+        return Text(prompt, self._first_row[index], self.rows_in_use(index), self.recipe.vectors, text)
 
     def _context(
         self, prompts: Sequence[tuple[int, str]], rows_of: Mapping[int, Rows] | None = None
@@ -270,22 +280,27 @@ class Learner:
         unique = list(dict.fromkeys(prompts))
         places = {pair: place for place, pair in enumerate(unique)}
         rows = [places[pair] for pair in prompts]
-        texts = [self._text(index, prompt) for index, prompt in unique]
         encoded = {
-            name: self.encoders[name](texts, self._all_rows(name, rows_of or {}))
-            for block in self.conditioning.context
-            for name in block
+            name: encoder(
+                [self._text(name, index, prompt) for index, prompt in unique], self._all_rows(name, rows_of or {})
+            )
+            for name, encoder in self.encoders.items()
         }
-        pooled = encoded[self.conditioning.pooled[0]][1] if self.conditioning.pooled else None
-        states = torch.cat([states for states, _ in encoded.values()], -1)
-        return states[rows], None if pooled is None else pooled[rows]
+        conditioning = self.conditioning
+        blocks = [torch.cat([encoded[name].states for name in block], -1) for block in conditioning.context]
+        if width := conditioning.width:
+            blocks = [pad(block, (0, width - block.shape[-1])) for block in blocks]
+            blocks.append(torch.zeros(len(unique), conditioning.zero_tokens, width))
+        pooled = torch.cat([encoded[name].pooled for name in conditioning.pooled], -1) if conditioning.pooled else None
+        return torch.cat(blocks, 1)[rows], None if pooled is None else pooled[rows]
 
     def _all_rows(self, encoder: str, rows_of: Mapping[int, Rows]) -> torch.Tensor:
         """Every word's rows [R, D], each word's followed by its per-picture rows."""
         stores = [
             store for i, word in enumerate(self.words) for store in (rows_of.get(i, word.rows), word.picture_rows)
         ]
-        return torch.cat(tuple(store[encoder] for store in stores if encoder in store))
+        rows = [store[encoder] for store in stores if encoder in store]
+        return torch.cat(rows) if rows else self.encoders[encoder].encoder.table[:0].float()
 
     def _time_ids(self, latents: torch.Tensor) -> torch.Tensor:
         """SDXL's size conditioning [B, 6]: the original size is the picture's, uncropped."""

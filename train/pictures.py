@@ -57,7 +57,7 @@ WHOLE = Crop()
 
 @dataclass(frozen=True)
 class Moments:
-    """The VAE's posteriors, `mean` and `std` [C, h, w] float32, scaled and shifted for the UNet.
+    """The VAE's posteriors, `mean` and `std` [C, h, w] float32, scaled and shifted for the network.
 
     Those of the `pictures` pictures come first, followed by those of their crops and mirror images in the same order.
     `masks` [1, h, w] float32 weight the loss; None if everything counts.
@@ -129,8 +129,8 @@ def random_crops(
 def shapes(size: int, step: int) -> list[tuple[int, int]]:
     """Heights and widths: multiples of `step` from half to twice `size`, each pair as large as `size`^2 allows.
 
-    These are the buckets of NovelAI's and kohya's trainers. `step` is the factor by which the VAE and the UNet together
-    reduce a side.
+    These are the buckets of NovelAI's and kohya's trainers. `step` is the factor by which the VAE and the network
+    together reduce a side.
     """
     sides = range(max(step, -(-size // 2 // step) * step), 2 * size + 1, step)
     widest = {side: min(size * size // side // step * step, 2 * size) for side in sides}

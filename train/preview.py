@@ -1,6 +1,6 @@
 """Sample sheets of words during learning, drawn by the runtime over the torch modules that are exported as graphs.
 
-A sheet shows what the exported bundle would draw with the same seeds, except that the UNet uses the number type it
+A sheet shows what the exported bundle would draw with the same seeds, except that the network uses the number type it
 learns with. Sampling does not touch learning's random numbers, so a run with sheets has the bits of one without.
 """
 

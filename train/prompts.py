@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from oneword.engines.errors import UsageError
-from oneword.export.modules import TextEncoder
+from oneword.export.families import AnyEncoder
 from oneword.runtime.bundle import Encoder
 from oneword.train.recipe import Subject
 
@@ -111,38 +111,55 @@ def caption_template(caption: str, token: str, source: str) -> str:
 
 
 class Text(NamedTuple):
-    """A template to encode, with its word's `first` row among all learned rows, and its rows in use and in total."""
+    """A template to encode, with its word's `first` row among all learned rows, and its rows in use and in total.
+
+    `text` replaces the word in the prompt of an encoder that it has no rows for; None if it has.
+    """
 
     template: str
     first: int
     used: int
     total: int
+    text: str | None = None
+
+
+class Encoded(NamedTuple):
+    """Hidden states [B, T, D] and pooled vectors [B, P] of texts; empty if the encoder does not return them."""
+
+    states: torch.Tensor
+    pooled: torch.Tensor
 
 
 class PromptEncoder:
     """Encodes templates with the exported text encoder and a table of only the rows in use."""
 
-    def __init__(self, encoder: TextEncoder, tokenizer: Any, facts: Encoder) -> None:
+    def __init__(self, encoder: AnyEncoder, tokenizer: Any, facts: Encoder) -> None:
         self.encoder, self.tokenizer, self.facts = encoder, tokenizer, facts
         self._rows: dict[int, int] = {}  # vocabulary id -> row of the small table
         self._sequences: dict[Text, list[int]] = {}
 
-    def __call__(self, texts: Sequence[Text], learned: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def __call__(self, texts: Sequence[Text], learned: torch.Tensor) -> Encoded:
         """Encodes B texts; `learned` [R, D] has all words' rows.
 
-        Returns hidden states [B, T, D] and, if the encoder pools, [B, P]. Several threads may encode texts at once if
-        `ids` has been called with each of these texts.
+        Several threads may encode texts at once if `ids` has been called with each of these texts.
         """
         sequences = [self.ids(text) for text in texts]
         frozen = self.encoder.table[list(self._rows)].to(learned.dtype)
         input_ids = torch.tensor(sequences)
-        eos = (input_ids == self._row(self.facts.eos_id)).int().argmax(-1) if self.encoder.pools else None
+        eos_index = (input_ids == self._row(self.facts.eos_id)).int().argmax(-1)
         input_ids = torch.where(input_ids < 0, len(frozen) - 1 - input_ids, input_ids)
-        layers = torch.full((len(texts),), self.facts.default_layer or 0)
-        states, _, *pooled, _ = self.encoder(
-            input_ids, torch.cat([frozen, learned]).to(self.encoder.dtype), torch.ones(input_ids.shape), layers, eos
+        inputs = [input_ids, torch.cat([frozen, learned]).to(self.encoder.dtype)]  # in the order of the encoder's graph
+        if self.facts.hidden_width is not None:
+            inputs.append(torch.ones(input_ids.shape))
+        if self.facts.layers:
+            inputs.append(torch.full((len(texts),), self.facts.default_layer or 0))
+        if self.encoder.pools:
+            inputs.append(eos_index)
+        *outputs, _ = self.encoder(*inputs)
+        return Encoded(
+            outputs[0] if self.facts.hidden_width is not None else torch.empty(0),
+            outputs[-1] if self.encoder.pools else torch.empty(0),
         )
-        return states, pooled[0] if pooled else None
 
     def ids(self, text: Text) -> list[int]:
         """A text as row numbers of the small table, including BOS, EOS and padding; learned row r is -1 - r."""
@@ -150,14 +167,16 @@ class PromptEncoder:
             self._sequences[text] = self._encode(*text)
         return self._sequences[text]
 
-    def _encode(self, template: str, first: int, count: int, total: int) -> list[int]:
+    def _encode(self, template: str, first: int, count: int, total: int, text: str | None) -> list[int]:
         bos = [] if self.facts.bos_id is None else [self.facts.bos_id]
         room = self.facts.length - len(bos) - 1
         pieces = re.split(r"\{(\d*)\}", template)
         inner: list[int] = []
         for position, piece in enumerate(pieces):
             if position % 2 == 0:
-                inner += [self._row(i) for i in self.tokenizer(piece, add_special_tokens=False).input_ids]
+                inner += self._text_rows(piece)
+            elif text is not None:
+                inner += [] if piece else self._text_rows(text)
             elif piece:  # the word of one picture
                 inner.append(-1 - (first + total + int(piece) - 1))
             else:
@@ -169,6 +188,9 @@ class PromptEncoder:
             )
         ids = [*map(self._row, bos), *inner[:room], self._row(self.facts.eos_id)]
         return ids + [self._row(self.facts.pad_id)] * (self.facts.length - len(ids))
+
+    def _text_rows(self, text: str) -> list[int]:
+        return [self._row(i) for i in self.tokenizer(text, add_special_tokens=False).input_ids]
 
     def _row(self, token_id: int) -> int:
         return self._rows.setdefault(token_id, len(self._rows))

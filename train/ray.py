@@ -1,8 +1,8 @@
 """Learns many words on a Ray cluster: one task per group of words, retried if its worker dies.
 
 Every machine needs this package, and the model and the pictures under the same paths. A word has the same bits as one
-learned in this process: each word has its own UNet call and random stream, and a task uses the same number type and as
-many threads as this process. Ray, oneword's extra `ray`, is imported on use.
+learned in this process: each word has its own call of the network and its own random stream, and a task uses the same
+number type and as many threads as this process. Ray, oneword's extra `ray`, is imported on use.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ class Norm(Enum):
 
 
 class Compute(Enum):
-    """The type the frozen UNet computes in; `AUTO` is bf16 if the processor multiplies it natively, else fp32."""
+    """The type the frozen network computes in; `AUTO` is bf16 if the processor multiplies it natively, else fp32."""
 
     AUTO = "auto"
     FP32 = "fp32"
@@ -73,7 +73,9 @@ class Recipe:
     flip: also learn from mirrored pictures. crops: also learn from this many random crops of each picture.
     buckets: pictures keep roughly their aspect ratio instead of being cut square.
     timesteps: the part of the noise schedule that timesteps are drawn from, as fractions; (0, 1) is all of it.
-    words_per_call: words that share one UNet call, None for all; with 1, each word has the bits it has when alone.
+    encoders: the text encoders that the word gets rows for, all if empty; in the prompts of the others, its init's
+    text replaces it. words_per_call: words that share one call of the network, None for all; with 1, each word has the
+    bits it has when alone.
     """
 
     name: str = "custom"
@@ -98,6 +100,7 @@ class Recipe:
     crops: int = 0
     buckets: bool = False
     timesteps: tuple[float, float] = (0.0, 1.0)
+    encoders: tuple[str, ...] = ()
     words_per_call: int | None = None
     compute: Compute = Compute.AUTO
     gradient_checkpointing: bool = False

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from diffusers import UNet2DConditionModel
+
 from oneword.engines.errors import UsageError
+from oneword.export.families import family_of
 from oneword.export.source import Source
 from oneword.runtime.concept import check_token
-from oneword.train.initial import initial_rows, token_ids
+from oneword.train.initial import initial_rows, initial_text, token_ids
 from oneword.train.pictures import Picture, encode_moments, random_crops
 from oneword.train.prompts import caption_template, templates
 from oneword.train.recipe import Recipe
@@ -52,6 +55,22 @@ def check_tokens(source: Source, tasks: Sequence[Task]) -> None:
                 )
 
 
+def check_encoders(source: Source, encoders: Collection[str]) -> None:
+    """Raises `UsageError` if a word cannot be learned for these text encoders only; none stands for all."""
+    if not encoders:
+        return
+    facts = family_of(source).encoders
+    names = [encoder.graph for encoder in facts]
+    if unknown := [name for name in encoders if name not in names]:
+        raise UsageError(f"encoders has {', '.join(unknown)}: the model's text encoders are {', '.join(names)}")
+    optional = [encoder.graph for encoder in facts if encoder.word_optional]
+    if missing := [name for name in names if name not in (*encoders, *optional)]:
+        raise UsageError(
+            f"encoders has no {', '.join(missing)}, which every word of this model needs: "
+            f"add it; {', '.join(optional) or 'none'} may be left out"
+        )
+
+
 def make_word(source: Source, task: Task, pictures: Sequence[Picture], recipe: Recipe, seed: int) -> Word:
     """Returns the task's word, ready for the learner: pictures encoded, prompts chosen, initial rows computed."""
     captions = None
@@ -70,14 +89,17 @@ def make_word(source: Source, task: Task, pictures: Sequence[Picture], recipe: R
     return Word(
         task.token,
         encode_moments(source.vae, pictures, crops, flip=recipe.flip),
-        initial_rows(source, task.init, recipe.vectors, seed),
+        initial_rows(source, task.init, recipe.vectors, seed, recipe.encoders),
         templates(recipe.subject),
         captions,
+        initial_text(task.init),
     )
 
 
 def picture_size(source: Source) -> int:
-    """The side, in pixels, that the model was trained at: the UNet's sample size times the VAE's factor."""
+    """The side, in pixels, that the model was trained at."""
+    if not isinstance(source.network, UNet2DConditionModel):
+        return family_of(source).defaults.width
     side = source.unet.config.sample_size
     if not isinstance(side, int):
         raise UsageError(f"the model's UNet has sample_size {side!r}: use a model of square pictures")
@@ -85,7 +107,9 @@ def picture_size(source: Source) -> int:
 
 
 def side_step(source: Source) -> int:
-    """The number of pixels that a picture's sides must be multiples of, for the VAE and the UNet."""
+    """The number of pixels that a picture's sides must be multiples of, for the VAE and the network."""
+    if not isinstance(source.network, UNet2DConditionModel):
+        return family_of(source).size_multiple
     return _vae_factor(source) * 2 ** (len(source.unet.config.block_out_channels) - 1)
 
 

@@ -21,7 +21,8 @@ Rows = Mapping[str, torch.Tensor]  # by text encoder, [n, D] float32
 class Word:
     """A word during learning: what it is learned from, and everything that changes.
 
-    `prompts` are templates; `captions`, if given, are one template per picture and replace them. `start_loss` is the
+    `prompts` are templates; `captions`, if given, are one template per picture and replace them. `text` replaces the
+    word in the prompt of a text encoder without rows for it, as `Concept.text` does. `start_loss` is the
     loss on a fixed batch before the first step; `probe_losses` are the losses on that batch after each step, if early
     stopping needs them.
     """
@@ -31,6 +32,7 @@ class Word:
     initial: Rows
     prompts: Sequence[str]
     captions: Sequence[str] | None = None
+    text: str = ""
     rows: dict[str, torch.nn.Parameter] = field(default_factory=dict)
     picture_rows: dict[str, torch.nn.Parameter] = field(default_factory=dict)
     optimizer: torch.optim.Optimizer = field(init=False)

@@ -5,9 +5,10 @@ from typing import Any
 
 import onnx
 import pytest
+from msgspec.structs import replace
 from onnx import TensorProto, helper
 
-from benchmarks.roof import Work, floors, step_of, work_of
+from benchmarks.roof import Work, floors, step_of, step_shapes, work_of
 
 pytest.importorskip("openvino")
 
@@ -65,6 +66,23 @@ def test_a_guided_step_has_the_arithmetic_of_two_branches_as_pytorch_counts_it(
 
     # Guidance of the zero-star kind takes two more products, of all latents.
     assert counter.get_total_flops() <= counted <= 1.001 * counter.get_total_flops()
+
+
+@pytest.mark.parametrize(("context", "zeros"), [((("l", "g"), ("t5",)), 0), ((("l", "g"),), 256)])
+def test_the_context_of_stable_diffusion_3_has_the_tokens_of_clip_and_of_t5(
+    tiny_bundle: Path, context: tuple[tuple[str, ...], ...], zeros: int
+) -> None:
+    """diffusers concatenates 77 tokens of both CLIPs and 256 of T5, or as many zeros without T5."""
+    from oneword.runtime.bundle import Bundle
+
+    manifest = Bundle.open(tiny_bundle).manifest
+    lengths = {"l": 77, "g": 77, "t5": 256}
+    encoders = [replace(manifest.encoders[0], graph=name, length=length) for name, length in lengths.items()]
+    conditioning = replace(manifest.conditioning, context=context, zero_tokens=zeros)
+    shapes = step_shapes(replace(manifest, encoders=tuple(encoders), conditioning=conditioning), 64)
+
+    [axes] = [spec.axes for spec in manifest.graphs["denoise_step"].inputs if spec.name == "context"]
+    assert shapes["context"][axes.index("T")] == 77 + 256
 
 
 def test_the_arithmetic_takes_at_least_its_time_at_the_peak_of_its_number_format() -> None:

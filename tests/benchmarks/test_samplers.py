@@ -31,7 +31,10 @@ def test_the_best_mean_over_all_columns_is_recommended() -> None:
 
     assert overall(results[euler]) == 0.8
     assert best(results) == euler
-    text = summary(results, 10, 4.0)
+    text = summary(results, 200, 4.0)
     assert "| `euler karras` | 90.0%, 90.0% | 70.0%, 60.0% | 77.5% |" in text
     assert "| `ddim cfg++` | 10.0%, 20.0% | 30.0%, 40.0% | 25.0% |" in text
     assert "Recommended on this model: `euler`; at 5 evaluations, `euler karras`." in text
+    tentative = summary(results, 24, 4.0)
+    assert "Recommended" not in tentative
+    assert "With fewer than 200 captions none is recommended." in tentative

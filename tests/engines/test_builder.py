@@ -110,7 +110,7 @@ def test_profiles_follow_the_largest_batch_and_size(tiny_bundle: Path) -> None:
 def test_limits_that_the_model_cannot_meet_are_refused(tiny_bundle: Path, limits: PlanLimits, message: str) -> None:
     manifest = Bundle.open(tiny_bundle).manifest
     with pytest.raises(UsageError, match=message):
-        limits.check(manifest.vae, manifest.defaults)
+        limits.check(manifest.size_multiple, manifest.defaults)
 
 
 def test_a_static_size_is_one_guided_picture_and_affects_only_graphs_that_see_pictures(tiny_bundle: Path) -> None:

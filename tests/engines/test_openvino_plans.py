@@ -4,6 +4,7 @@ import gc
 import time
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -281,13 +282,101 @@ def test_a_converted_graph_that_has_changed_is_never_read(product: Path, tmp_pat
     changed.write_bytes(good.replace(np.float16(1).tobytes(), np.float16(2).tobytes()) + b" ")
 
     assert product_of_ones(product, tmp_path / "plans") == HALVED
-    assert changed.read_bytes() == good
+    [built_again] = (tmp_path / "plans").glob(f"*{suffix}")
+    assert built_again.read_bytes() == good
 
 
-def test_a_graph_that_cannot_be_converted_runs_from_its_onnx_file(product: Path, tmp_path: Path) -> None:
+def test_a_graph_whose_plan_cannot_be_written_runs_from_its_onnx_file_and_the_log_says_why(
+    product: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "plans").write_text("a file where the folder should be")
 
     assert product_of_ones(product, tmp_path / "plans") == pytest.approx(HALVED**2, abs=1e-7)
+    [record] = caplog.records
+    assert (record.name, record.levelname) == ("oneword.engines", "WARNING")
+    assert record.getMessage() == (
+        "p.onnx is compiled from its ONNX file, which takes more memory: it cannot be kept in OpenVINO's format: "
+        f"cannot write into {tmp_path / 'plans'}: File exists"
+    )
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no operator Foo"), MemoryError("std::bad_alloc")])
+def test_a_conversion_that_fails_is_tried_once_per_process_and_reported_once(
+    product: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    tries = []
+
+    def fail(*_: object) -> None:
+        tries.append(1)
+        raise error
+
+    monkeypatch.setattr("oneword.engines.openvino.convert_graph", fail)
+    for _ in range(3):
+        assert product_of_ones(product, tmp_path / "plans") == pytest.approx(HALVED**2, abs=1e-7)
+
+    assert len(tries) == 1
+    [record] = caplog.records
+    assert record.getMessage().endswith(f"it cannot be kept in OpenVINO's format: {error}")
+
+
+def test_a_disk_without_room_is_noticed_before_anything_is_converted(
+    product: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("converted although the disk is full")
+
+    monkeypatch.setattr("oneword.engines.openvino.convert_graph", refuse)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=product.stat().st_size - 1))
+
+    assert product_of_ones(product, tmp_path / "plans") == pytest.approx(HALVED**2, abs=1e-7)
+    assert f"{tmp_path / 'plans'} has 0 MiB free, converting takes 0 MiB" in caplog.text
+    assert not list((tmp_path / "plans").glob("*.partial"))
+
+
+def test_a_plan_that_another_version_has_deleted_is_made_again_for_the_next_shapes(
+    product: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("oneword.engines.openvino._LARGE", 0)
+    settings = {"INFERENCE_PRECISION_HINT": "f32"}
+    key = PlanKey("d", "openvino", openvino.__version__, "cpu", Precision.FP32, {})
+    plans = PlanCache(tmp_path / "plans")
+    compiler = _Compiler(openvino.Core(), product, settings, plans, key, convert=True)
+    compiler.compiled_for({"x": (1, 300)})
+    for path in [*plans.folder.glob("*.xml"), *plans.folder.glob("*.bin")]:
+        path.unlink()
+
+    compiled = compiler.compiled_for({"x": (2, 300)})
+
+    assert (compiled.model({"x": np.ones((2, 300), np.float32)})[0] == HALVED).all()
+    assert len([*plans.folder.glob("*.bin")]) == 1
+
+
+def test_the_converted_graph_of_another_openvino_is_replaced(
+    product: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for version in ("2025.1", "2025.2"):
+        monkeypatch.setattr(openvino, "__version__", version)
+        product_of_ones(product, tmp_path / "plans")
+
+    assert [key.version for key in PlanCache(tmp_path / "plans").recorded()] == ["2025.2"]
+    assert len([*(tmp_path / "plans").glob("*.bin")]) == 1
+
+
+@pytest.mark.parametrize(("scale", "halved"), [(1.0, True), (2.0**-30, False), (2.0**20, False)])
+def test_weights_beyond_the_range_of_fp16_stay_in_float32(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scale: float, halved: bool
+) -> None:
+    monkeypatch.setattr("oneword.engines.openvino._SMALL", 0)
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["B", 300]) for name in "xy"]
+    weights = helper.make_tensor("weights", TensorProto.FLOAT, [300, 300], (np.eye(300) * scale).ravel())
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "weights"], ["y"])], "p", values[:1], values[1:], [weights]
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), tmp_path / "p.onnx")
+
+    assert product_of_ones(tmp_path / "p.onnx", tmp_path / "plans") == scale
+    [saved] = (tmp_path / "plans").glob("*.bin")
+    assert (saved.stat().st_size < 3 * 90_000) == halved
 
 
 def test_an_engine_that_computes_in_float32_keeps_all_weights(product: Path, tmp_path: Path) -> None:

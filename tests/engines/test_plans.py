@@ -1,10 +1,13 @@
 """The plan cache loads nothing that the index does not vouch for, and builds nothing twice."""
 
+import contextlib
+import itertools
 import multiprocessing
 import os
 import random
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -174,6 +177,102 @@ def test_a_plan_of_files_is_built_once_and_refused_if_one_has_changed_or_is_miss
         assert PlanCache(tmp_path).load_files(KEY, SUFFIXES) is None
         PlanCache(tmp_path).load_or_build_files(KEY, SUFFIXES, write_two)
         assert PlanCache(tmp_path).load_files(KEY, SUFFIXES) == [xml, weights]
+
+
+def write_build(number: int) -> Callable[[Path], None]:
+    """A build whose two files both contain its number."""
+
+    def build(xml: Path) -> None:
+        xml.write_bytes(b"graph %d" % number)
+        xml.with_suffix(".bin").write_bytes(b"weights %d" % number)
+
+    return build
+
+
+def loaded(folder: Path) -> list[bytes] | None:
+    paths = PlanCache(folder).load_files(KEY, SUFFIXES)
+    return None if paths is None else [path.read_bytes() for path in paths]
+
+
+@pytest.mark.parametrize("call", range(6))
+def test_files_of_two_builds_are_never_loaded_together_wherever_the_second_was_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int
+) -> None:
+    [xml, _] = PlanCache(tmp_path).load_or_build_files(KEY, SUFFIXES, write_build(1))
+    xml.write_bytes(b"damaged")
+    replace_file, calls = os.replace, itertools.count()
+
+    def killed(source: Path, target: Path) -> None:
+        if next(calls) == call:
+            raise KeyboardInterrupt
+        replace_file(source, target)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with contextlib.suppress(KeyboardInterrupt):
+        PlanCache(tmp_path).load_or_build_files(KEY, SUFFIXES, write_build(2))
+    monkeypatch.undo()
+
+    assert loaded(tmp_path) in (None, [b"graph 2", b"weights 2"])
+    PlanCache(tmp_path).load_or_build_files(KEY, SUFFIXES, write_build(3))
+    assert loaded(tmp_path) in ([b"graph 2", b"weights 2"], [b"graph 3", b"weights 3"])
+    assert len([*tmp_path.glob("*.xml"), *tmp_path.glob("*.bin")]) == 2  # the killed build left nothing
+
+
+def test_files_that_one_process_has_found_stay_those_of_their_build(tmp_path: Path) -> None:
+    """Another process replaces the plan after `load_files`, before the files are read: they may be gone, not new."""
+    xml, weights = PlanCache(tmp_path).load_or_build_files(KEY, SUFFIXES, write_build(1))
+    xml.write_bytes(b"damaged")
+    with weights.open("rb") as stream:
+        PlanCache(tmp_path).load_or_build_files(KEY, SUFFIXES, write_build(2))
+        assert stream.read() == b"weights 1"
+
+    assert not xml.exists()
+    assert not weights.exists()
+    assert loaded(tmp_path) == [b"graph 2", b"weights 2"]
+
+
+def test_a_plan_of_files_replaces_those_of_other_versions_of_the_same_graph_only(tmp_path: Path) -> None:
+    cache = PlanCache(tmp_path)
+    other = replace(KEY, graph_digest="another graph", version="1.6")
+    keys = [replace(KEY, version="1.6"), replace(KEY, version="1.6", flags=()), other, KEY]
+    for number, key in enumerate(keys):
+        cache.load_or_build_files(key, SUFFIXES, write_build(number))
+    cache.load_or_build(replace(KEY, version="1.5"), lambda: b"one file")
+
+    assert sorted(path.read_bytes() for path in tmp_path.glob("*.bin")) == [b"weights 2", b"weights 3"]
+    assert cache.load(replace(KEY, version="1.5")) == b"one file"
+    assert {(key.graph_digest, key.version) for key in cache.recorded()} == {
+        ("another graph", "1.6"),
+        ("digest", "1.7"),
+        ("digest", "1.5"),
+    }
+    assert len(cache.recorded()) == 3  # one per plan, not per file
+
+
+def test_the_plans_of_other_graphs_are_deleted(tmp_path: Path) -> None:
+    cache = PlanCache(tmp_path)
+    for digest in ("old", "new"):
+        key = replace(KEY, graph_digest=digest)
+        cache.load_or_build(replace(key, flags=()), lambda: b"plan")
+        cache.load_or_build_files(key, SUFFIXES, write_two)
+
+    cache.keep_graphs({"new"})
+
+    assert {key.graph_digest for key in cache.recorded()} == {"new"}
+    assert [len([*tmp_path.glob(f"*{suffix}")]) for suffix in (".plan", *SUFFIXES)] == [1, 1, 1]
+    assert cache.load(replace(KEY, graph_digest="new", flags=())) == b"plan"
+
+
+def test_a_name_in_a_damaged_index_deletes_nothing_outside_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_bytes(b"a picture")
+    cache = PlanCache(tmp_path / "plans")
+    cache.load_or_build(KEY, lambda: b"plan")
+    index = tmp_path / "plans" / "index.json"
+    index.write_text(index.read_text().replace(cache.path(KEY).name, "../precious"))
+
+    cache.keep_graphs(())
+
+    assert (tmp_path / "precious").read_bytes() == b"a picture"
 
 
 def test_files_are_hashed_again_only_if_they_have_moved_or_changed(

@@ -94,8 +94,8 @@ def test_the_manifest_agrees_with_the_model(tiny_model_dir: Path, tiny_bundle: P
         ("scheduler/scheduler_config.json", {"prediction_type": "flow"}, "predicts flow"),
         (
             "model_index.json",
-            {"_class_name": "FluxPipeline"},
-            "is a FluxPipeline: give a model of StableDiffusionPipeline",
+            {"_class_name": "KandinskyPipeline"},
+            "is a KandinskyPipeline: give a model of StableDiffusionPipeline",
         ),
         ("model_index.json", {"tokenizer": [None, None]}, "no tokenizer"),
         (

@@ -13,9 +13,11 @@ import numpy.typing as npt
 import PIL.Image
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from oneword.engines.errors import ConceptError, UsageError
 from oneword.engines.open import Backend
+from oneword.export import families
 from oneword.export.eager import eager_model
 from oneword.export.families import family_of
 from oneword.export.source import UNSUPPORTED, load_source
@@ -27,6 +29,7 @@ from oneword.runtime.model import Model, check_fits
 from oneword.runtime.profiles import PlanLimits
 from oneword.runtime.request import Image, Request
 from oneword.runtime.scheduler import Scheduler
+from oneword.train.cli import main
 from tests.plans import rtx_plans
 
 PROMPT = "a photo of the red painting, 7 cats"
@@ -261,6 +264,41 @@ def test_a_word_of_clip_and_t5_in_flux_matches_diffusers(flux: Model, flux_pipel
     assert psnr(ours, diffusers_picture(flux_pipeline, "a photo of <toy> on the ring")) >= 50
 
 
+def test_a_learned_word_in_sd3_draws_the_picture_of_diffusers(
+    tiny_sd3_dir: Path, sd3: Model, sd3_pipeline: Any, tmp_path: Path
+) -> None:
+    word = learned_word(tiny_sd3_dir, tmp_path)
+    for index, encoder in enumerate(WIDTHS):
+        add_word(sd3_pipeline, word, encoder, "" if index == 0 else f"_{index + 1}")
+
+    ours = picture(sd3, "a photo of <toy> on the ring", guidance_scale=4.0, words={"<toy>": word})
+
+    theirs = diffusers_picture(sd3_pipeline, "a photo of <toy> on the ring", guidance_scale=4.0)
+    assert psnr(ours, theirs) >= 50
+    assert psnr(ours, picture(sd3, "a photo of star on the ring", guidance_scale=4.0)) < 50  # its init
+
+
+@pytest.mark.parametrize("tiny_flux_dir", ["dev"], indirect=True)
+def test_a_learned_word_in_flux_draws_the_picture_of_diffusers_with_its_loader(
+    tiny_flux_dir: Path, flux: Model, flux_pipeline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(families, "FLUX_SAMPLE_SIZE", 8)
+    word = learned_word(tiny_flux_dir, tmp_path)
+    rows = load_file(tmp_path / "toy.safetensors")
+    for key, suffix in (("clip_l", ""), ("t5xxl", "_2")):
+        flux_pipeline.load_textual_inversion(
+            rows[key],
+            token="<toy>",
+            text_encoder=getattr(flux_pipeline, f"text_encoder{suffix}"),
+            tokenizer=getattr(flux_pipeline, f"tokenizer{suffix}"),
+        )
+
+    ours = picture(flux, "a photo of <toy> on the ring", words={"<toy>": word})
+
+    assert psnr(ours, diffusers_picture(flux_pipeline, "a photo of <toy> on the ring")) >= 50
+    assert psnr(ours, picture(flux, "a photo of star on the ring")) < 50  # its init
+
+
 @pytest.mark.parametrize("tiny_flux_dir", ["dev"], indirect=True)
 def test_rows_of_flux_that_share_a_call_are_those_drawn_alone(flux: Model) -> None:
     requests = [
@@ -319,10 +357,14 @@ def test_a_scheduler_that_does_not_suit_sd3_is_refused(
         family_of(source)
 
 
-def test_a_network_that_its_pipeline_does_not_have_is_refused(tiny_model_dir: Path) -> None:
+def test_a_network_that_its_pipeline_does_not_have_is_refused(tiny_model_dir: Path, tiny_sd3_dir: Path) -> None:
     source = load_source(tiny_model_dir)
     object.__setattr__(source, "pipeline", "StableDiffusion3Pipeline")
     with pytest.raises(UsageError, match="has the network UNet2DConditionModel, its pipeline needs SD3Transformer2DM"):
+        family_of(source)
+    source = load_source(tiny_sd3_dir)
+    object.__setattr__(source, "pipeline", "StableDiffusionPipeline")
+    with pytest.raises(UsageError, match="has the network SD3Transformer2DModel: give a model with a UNet"):
         family_of(source)
 
 
@@ -331,14 +373,6 @@ def test_other_families_are_refused_with_what_is_missing(tmp_path: Path, pipelin
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": pipeline}))
     with pytest.raises(UsageError, match=f"is a {pipeline}, which needs .*: give a model of a supported family"):
         load_source(tmp_path)
-
-
-def test_learning_is_refused_for_a_model_without_a_unet(tiny_sd3_dir: Path) -> None:
-    from oneword.train.learner import Learner
-    from oneword.train.recipe import Recipe
-
-    with pytest.raises(UsageError, match="has the network SD3Transformer2DModel: give a model with a UNet"):
-        Learner(load_source(tiny_sd3_dir), [], Recipe(), seed=0)
 
 
 def picture(model: Model, prompt: str, **settings: Any) -> Image:
@@ -379,6 +413,18 @@ def add_word(pipeline: Any, word: Concept, encoder: str, suffix: str) -> None:
     ids = tokenizer.convert_tokens_to_ids(["<toy>", "<toy-1>"])
     with torch.no_grad():
         model.get_input_embeddings().weight[ids] = torch.from_numpy(word.vectors[encoder].copy())
+
+
+def learned_word(model: Path, folder: Path) -> Concept:
+    """<toy>, learned by the command from two pictures."""
+    pictures = folder / "pictures"
+    pictures.mkdir()
+    for side in (64, 80):
+        PIL.Image.fromarray(scene(side, 64)).save(pictures / f"{side}.png")
+    output = folder / "toy.safetensors"
+    arguments = [str(pictures), "--model", str(model), "--token", "<toy>", "--init", "star", "--output", str(output)]
+    assert main([*arguments, "--steps", "5", "--batch-size", "2", "--learning-rate", "0.2"]) == 0
+    return load_concept(output)
 
 
 def scene(width: int, height: int) -> Image:

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 
 from oneword.engines.errors import BundleError, FileError, OnewordError, UsageError
 from oneword.engines.graph import DType, Graph, Precision, TensorSpec, graph_digest
+from oneword.engines.plans import PlanCache, PlanKey
 from oneword.runtime.bundle import (
     Bundle,
     Conditioning,
@@ -113,6 +114,30 @@ def test_an_older_bundle_is_replaced_and_its_plans_are_kept(bundle: Path) -> Non
     assert json.loads((bundle / "bundle.json").read_text())["files"] != older["files"]
     assert (bundle / "plans" / "rtx-sm89" / "a.plan").read_bytes() == b"plan"
     assert [path.name for path in bundle.parent.iterdir()] == ["bundle"]
+
+
+def test_plans_of_changed_graphs_are_deleted_with_the_older_bundle(bundle: Path) -> None:
+    def fill_with_another_decoder(folder: Path) -> Manifest:
+        manifest = fill(folder)
+        (folder / "vae_decoder.data").write_bytes(b"weights of another decoder")
+        graph = manifest.graphs["vae_decoder"]
+        changed = msgspec.structs.replace(graph, digest=graph_digest(folder, graph.files))
+        return msgspec.structs.replace(manifest, graphs={**manifest.graphs, "vae_decoder": changed})
+
+    graphs = Bundle.open(bundle).manifest.graphs
+    cache = PlanCache(bundle / "plans" / "openvino")
+    keys = {name: PlanKey(graph.digest, "openvino", "1", "any", graph.precision, {}) for name, graph in graphs.items()}
+    for name, key in keys.items():
+        cache.load_or_build(key, name.encode)
+
+    write_bundle(bundle, fill_with_another_decoder)
+
+    assert {name: cache.load(key) for name, key in keys.items()} == {
+        "text_encoder": b"text_encoder",
+        "denoise_step": b"denoise_step",
+        "vae_decoder": None,
+    }
+    assert len([*cache.folder.glob("*.plan")]) == 2
 
 
 @pytest.mark.parametrize("stray", ["notes.txt", "tokenizer/extra.json", "weights.data"])

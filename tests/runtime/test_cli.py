@@ -3,6 +3,8 @@
 import json
 import resource
 import sys
+import threading
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,7 @@ from oneword.runtime.images import save_png
 from oneword.runtime.model import Model
 from oneword.runtime.request import Image, Request
 from oneword.runtime.samplers import Sampler
+from oneword.runtime.scheduler import Scheduler
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *line: object) -> int:
@@ -31,6 +34,29 @@ def run(monkeypatch: pytest.MonkeyPatch, *line: object) -> int:
     except SystemExit as exit:
         return int(exit.code or 0)
     return 0
+
+
+def test_ctrl_c_leaves_no_engine_to_be_opened_in_the_background(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models: list[Model] = []
+    open_ahead = Model.open_ahead
+
+    def noted(model: Model, names: Iterable[str]) -> None:
+        models.append(model)
+        model._open_graph = lambda name: release.wait(60)  # type: ignore[assignment, return-value]
+        open_ahead(model, names)
+
+    def interrupt(scheduler: Scheduler, max_steps: int | None = 1) -> None:
+        raise KeyboardInterrupt
+
+    release = threading.Event()
+    monkeypatch.setattr(Model, "open_ahead", noted)
+    monkeypatch.setattr(Scheduler, "step", interrupt)
+
+    assert run(monkeypatch, tiny_bundle, "a cat", "--steps", 1, "--output", tmp_path) == 130
+    assert "vae_decoder" not in models[0]._ahead
+    release.set()
 
 
 def test_json_reports_the_pictures_and_what_generated_them(

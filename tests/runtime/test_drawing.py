@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from oneword.engines.errors import ConceptError, EngineError, OnewordError, UsageError
 from oneword.engines.open import Backend
 from oneword.runtime.concept import Concept, save_concept
+from oneword.runtime.denoiser import Denoiser, Size
 from oneword.runtime.drawing import generate, scheduler_for
 from oneword.runtime.events import Event, Failed, PictureDone, StepDone
 from oneword.runtime.model import Model
@@ -453,6 +454,68 @@ def test_a_picture_to_start_from_opens_its_encoder_and_a_refused_request_opens_n
     assert [*model._ahead] == ["text_encoder", "vae_encoder", "vae_decoder"]
     for name in [*model._ahead]:
         model.engine(name)
+
+
+def slow_text_encoder(model: Model, release: threading.Event) -> list[str]:
+    """Opening the text encoder waits for `release`. Returns a growing list of the graphs that are opened."""
+    began, open_graph = list[str](), model._open_graph
+
+    def waiting(name: str) -> Any:
+        began.append(name)
+        if name == "text_encoder":
+            assert release.wait(60)
+        return open_graph(name)
+
+    model._open_graph = waiting
+    return began
+
+
+@pytest.mark.parametrize("error", [EngineError("no memory"), KeyboardInterrupt()])
+def test_after_an_error_or_ctrl_c_nothing_more_is_opened_in_the_background(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    """The denoiser cannot be compiled while the text encoder is being opened; the decoder waits behind it."""
+    model, release = Model.open(tiny_bundle, "onnxruntime", threads=1), threading.Event()
+    began = slow_text_encoder(model, release)
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Denoiser, "prepare", fail)
+    with contextlib.suppress(KeyboardInterrupt):
+        assert [type(event) for event in generate(model, [Request("a ring", steps=1)])] == [Failed]
+
+    release.set()
+    model.engine("text_encoder")  # the one that was being opened is not opened twice
+    for thread in threading.enumerate():
+        if thread.name.startswith("oneword-open"):
+            thread.join(60)
+    assert began == ["text_encoder"]
+    monkeypatch.undo()
+    assert isinstance([*generate(model, [Request("a ring", steps=1)])][-1], PictureDone)
+
+
+def test_a_size_that_cannot_be_compiled_is_tried_once_for_all_its_requests(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, sizes, arena = Model.open(tiny_bundle, "onnxruntime", threads=1), list[Size](), Denoiser._arena
+
+    def refuse(denoiser: Denoiser, size: Size, branches: int = 0) -> Any:
+        sizes.append(size)
+        if size[:2] == (8, 8):
+            raise EngineError("no memory")
+        return arena(denoiser, size, branches)
+
+    monkeypatch.setattr(Denoiser, "_arena", refuse)
+    factor = model.manifest.vae.factor
+    large = [Request("a ring", steps=1, size=(8 * factor, 8 * factor), num_images=2) for _ in range(3)]
+    events = [*generate(model, [*large, Request("a ring", steps=1, size=(4 * factor, 4 * factor))])]
+
+    assert [size[:2] for size in sizes].count((8, 8)) == 1
+    failed = [event for event in events if isinstance(event, Failed)]
+    assert [(event.id, event.index) for event in failed] == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]
+    assert all(str(event.error) == "no memory" for event in failed)
+    assert isinstance(events[-1], PictureDone)
 
 
 def test_an_engine_that_cannot_be_opened_in_the_background_fails_when_it_is_needed(tiny_bundle: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 from oneword.engines.errors import UsageError
-from oneword.runtime.samplers import Sampler, Schedule, make_schedule, sampler_of, samplers_for
+from oneword.runtime.samplers import Sampler, Schedule, default_sampler, make_schedule, sampler_of, samplers_for
 from oneword.runtime.schedule import ScheduleKind
 
 SHAPE = (2, 4, 6, 5)
@@ -173,6 +173,27 @@ def test_known_pixels_have_the_noise_of_the_next_step_as_in_scale_noise() -> Non
         torch.testing.assert_close(known_scale * image + known_sigma * noise, expected, rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize(
+    ("config", "sampler"),
+    [
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, Sampler.EULER),
+        ({"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": True}, Sampler.DPMPP_2M),
+        ({"_class_name": "DPMSolverSinglestepScheduler", "use_flow_sigmas": True}, Sampler.EULER),
+        ({"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True}, Sampler.EULER),
+    ],
+)
+def test_the_default_sampler_of_a_flow_model_suits_flow_matching(config: dict[str, Any], sampler: Sampler) -> None:
+    assert default_sampler(config, ScheduleKind.FLOW) is sampler
+
+
+def test_guidance_includes_the_first_step_without_an_upper_bound() -> None:
+    for high, first in ((np.inf, True), (1e9, False)):
+        schedule = make_schedule(
+            SD3, Sampler.EULER, 10, guidance_scale=5.0, kind=ScheduleKind.FLOW, guidance_interval=(0, high)
+        )
+        assert schedule.guided.tolist() == [first, *[True] * 9]
+
+
 def test_embedded_guidance_is_a_column_of_every_step() -> None:
     schedule = make_schedule(
         FLUX_DEV, Sampler.EULER, 4, guidance_scale=1.0, kind=ScheduleKind.FLOW_EVEN, embedded_guidance=3.5
@@ -189,6 +210,7 @@ def test_embedded_guidance_is_a_column_of_every_step() -> None:
         ({"shift_terminal": 0.02}, Sampler.EULER, 5, "shift_terminal = 0.02"),
         ({"stochastic_sampling": True}, Sampler.EULER, 5, "stochastic_sampling = True"),
         ({"use_karras_sigmas": True}, Sampler.DPMPP_2M, 5, "use_karras_sigmas = True"),
+        ({"base_image_seq_len": 4096}, Sampler.EULER, 5, "equal base_image_seq_len and max_image_seq_len"),
         (
             {},
             Sampler.DDIM,

@@ -41,8 +41,10 @@ def test_words_without_rows_are_one_line_errors() -> None:
     ]:
         with pytest.raises(UsageError, match=message):
             lexicon.rows(text)
-    with pytest.raises(UsageError, match=r"vectors of width 4 \(a\), this model takes 2 \(a\), 3 \(b\)"):
-        lexicon.rows_of(Concept("<toy>", {"a": np.ones((1, 4))}))
+    with pytest.raises(UsageError, match=r"vectors of width 4 \(a\), 3 \(b\), this model takes 2 \(a\), 3 \(b\)"):
+        lexicon.rows_of(Concept("<toy>", {"a": np.ones((1, 4)), "b": np.ones((1, 3))}))
+    with pytest.raises(UsageError, match="'<toy>' has no vectors for b: refine a word that has some for every encoder"):
+        lexicon.rows_of(Concept("<toy>", {"a": np.ones((1, 2))}))
 
 
 def test_a_bundle_s_words_are_its_tokenizer_s_rows(tiny_bundle: Path) -> None:

@@ -3,10 +3,13 @@
 import itertools
 import json
 import random
-import time
+import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +34,7 @@ from oneword.runtime.prompt import (
     used_words,
     weighted_parts,
 )
+from oneword.runtime.prompt_schedule import prompts_by_step
 
 CORPUS = (
     "a photo of the small red and blue striped toy on a wooden table in the style of an old painting party artist "
@@ -469,17 +473,79 @@ def test_an_unknown_word_is_named(tokenizer: Tokenizer) -> None:
     assert info.value.name == "embedding:Gem!"
 
 
-@pytest.mark.parametrize(
-    "text", [" " * 19_990, "BREAK" + " " * 19_000, ":" * 19_000, ":1" * 9_000, "<" * 19_000, "[" * 900]
-)
-def test_a_long_prompt_of_one_character_takes_time_in_proportion_to_its_length(text: str) -> None:
-    """Ten times the text takes at most thirty times as long; with a quadratic pattern it takes a hundred times."""
-    short = text[: len(text) // 10]
-    seconds = {}
-    for prompt in (short, text):
-        start = time.process_time()
-        for _ in range(3):
-            weighted_parts(f"a{prompt}a")
-        seconds[prompt] = time.process_time() - start
+def instructions(call: Callable[[], object]) -> int:
+    """How many instructions of Python a call executes."""
+    count = 0
 
-    assert seconds[text] < 30 * seconds[short] + 0.05
+    def trace(frame: FrameType, event: str, argument: object) -> Any:
+        nonlocal count
+        frame.f_trace_opcodes = True
+        count += event == "opcode"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    finally:
+        sys.settrace(before)
+    return count
+
+
+@pytest.mark.parametrize("read", [weighted_parts, named_words, partial(prompts_by_step, steps=3)])
+@pytest.mark.parametrize(
+    ("opening", "closing"),
+    [
+        ("[", ""),
+        ("(", ""),
+        ("[a", "]"),
+        ("(a", ":0.9)"),
+        ("([a", ")]"),
+        ("[:", "]"),
+        ("[a|b", ""),
+        ("[", ":1"),
+        ("\\(", ""),
+        ("a BREAK ", ""),
+        ("{", "|"),
+        ("<a", ""),
+        ("embedding:a-", ""),
+        (".", ""),
+    ],
+)
+def test_reading_a_prompt_takes_work_in_proportion_to_its_length(
+    read: Callable[[str], object], opening: str, closing: str
+) -> None:
+    """Four times the prompt takes at most five times the instructions; were it quadratic, it would take sixteen."""
+    short, long = (opening * n + closing * n for n in (40, 160))
+    assert instructions(lambda: read(long)) < 5 * instructions(lambda: read(short))
+
+
+def test_bare_names_are_compared_with_those_of_known_lengths_only() -> None:
+    class Words(dict[str, Concept]):
+        looked_up = 0
+
+        def get(self, token: str, default: Any = None) -> Any:
+            self.looked_up += 1
+            return super().get(token, default)
+
+    words = Words(gem=Concept("gem", {"text_encoder": np.ones((1, 4))}))
+    assert used_words("." * 1_000, Vocabulary(words), lambda piece: False) == []
+    assert words.looked_up <= 2 * 1_000
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("([a)b]c", [("a", 1.0), ("b", 1 / 1.1), ("c", 1.0)]),
+        ("(a[b)c]", [("a", 1.1), ("b", 1.0), ("c", 1 / 1.1)]),
+        ("(a(b:2)[c", [("a", 1.1), ("b", 2.2), ("c", 1.0)]),
+        ("a)b](c:3)", [("a)b]", 1.0), ("c", 3.0)]),
+    ],
+)
+def test_round_and_square_brackets_count_independently_of_each_other(
+    prompt: str, expected: list[tuple[str, float]]
+) -> None:
+    """By hand, as A1111 multiplies all parts since a bracket opened by its factor."""
+    parts = [part for part in weighted_parts(prompt) if part is not None]
+    assert [part.text for part in parts] == [text for text, _ in expected]
+    assert [part.weight for part in parts] == pytest.approx([weight for _, weight in expected])

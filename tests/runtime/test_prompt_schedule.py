@@ -1,6 +1,6 @@
-"""Prompt schedules against a short reading of A1111's grammar, and the pictures they draw."""
+"""Prompt schedules against A1111's own test table, their limits, and the pictures they draw."""
 
-import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 
 from oneword.engines.errors import UsageError
+from oneword.runtime import prompt_schedule
 from oneword.runtime.bundle import Bundle
-from oneword.runtime.concept import Concept
 from oneword.runtime.drawing import draw
 from oneword.runtime.model import Model
 from oneword.runtime.noise import TorchGenerator
-from oneword.runtime.prompt import UnknownWord, Vocabulary, named_words, used_words
-from oneword.runtime.prompt_schedule import prompts_by_step, variants
+from oneword.runtime.prompt_schedule import prompts_by_step
 from oneword.runtime.request import Request, resolve
 from oneword.runtime.samplers import Sampler, make_schedule
 
@@ -38,9 +37,40 @@ def model(tiny_bundle: Path) -> Model:
         ("a [unbalanced", {10: "a [unbalanced"}),
         ("a [b:.5] c", {5: "a  c", 10: "a b c"}),
         ("((a][:b:c [d:3]", {3: "((a][:b:c ", 10: "((a][:b:c d"}),
-        ("[a|(b:1.1)]", {1: "a", 2: "(b:1.1)", 3: "a", 4: "(b:1.1)", 5: "a", 6: "(b:1.1)", 7: "a", 8: "(b:1.1)"}),
-        ("[fe|]male", {1: "female", 2: "male", 3: "female", 4: "male", 5: "female", 6: "male"}),
-        ("[fe|||]male", {1: "female", 2: "male", 3: "male", 4: "male", 5: "female", 6: "male", 7: "male"}),
+        (
+            "[a|(b:1.1)]",
+            {
+                1: "a",
+                2: "(b:1.1)",
+                3: "a",
+                4: "(b:1.1)",
+                5: "a",
+                6: "(b:1.1)",
+                7: "a",
+                8: "(b:1.1)",
+                9: "a",
+                10: "(b:1.1)",
+            },
+        ),
+        (
+            "[fe|]male",
+            {
+                1: "female",
+                2: "male",
+                3: "female",
+                4: "male",
+                5: "female",
+                6: "male",
+                7: "female",
+                8: "male",
+                9: "female",
+                10: "male",
+            },
+        ),
+        (
+            "[fe|||]male",
+            {1: "female", 2: "male", 3: "male", 4: "male", 5: "female", 8: "male", 9: "female", 10: "male"},
+        ),
         ("[a:b:-3]", {10: "b"}),
         ("[a:b:99]", {10: "a"}),
         ("[a:b:1.5]", {10: "a"}),
@@ -54,36 +84,26 @@ def test_each_step_has_the_prompt_that_a1111_gives_it(prompt: str, expected: dic
     for end, text in expected.items():
         assert by_step[start:end] == [text] * (end - start)
         start = end
+    assert start == 10
 
 
-def test_variants_contain_every_text_whatever_the_number_of_steps() -> None:
-    prompt = "[[a:b:0.5]:c:10] [d|e]"
-    found = " ".join(variants(prompt))
-    for steps in (4, 10, 40):
-        assert {text for line in prompts_by_step(prompt, steps) for text in line.split()} <= set(found.split())
-    assert set(found.split()) == {"a", "b", "c", "d", "e"}
-
-
-def test_words_in_every_branch_are_found() -> None:
-    tokens = ("<toy>", "<gem>", "<cup>", "<hat>")
-    words = {token: Concept(token, {"text_encoder": np.ones((1, 4))}) for token in tokens}
-    prompt = "[a <toy>:[<gem>|embedding:cup]:8] and {<hat>|toy:0.5}"
-
-    names = named_words(prompt)
-
-    assert {"toy", "gem", "hat"} <= names.bracketed
-    assert "cup" in names.embeddings
-    used = used_words(prompt, Vocabulary(words, bare_names=False), lambda piece: False)
-    assert {concept.token for concept in used} == {*tokens}
-    with pytest.raises(UnknownWord, match="no word '<dog>' is loaded"):
-        used_words("[a:<dog>:0.5]", Vocabulary(words), lambda piece: False)
+def test_each_text_has_the_words_of_its_steps_and_no_others() -> None:
+    assert prompts_by_step("[my|your][toy|gem]", 4) == ["mytoy", "yourgem"] * 2
+    assert prompts_by_step("<[a|b]-[c|d]>", 4) == ["<a-c>", "<b-d>"] * 2
 
 
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
-        ("[a|b|c|d|e|f|g] [h|i|j|k|l]", "the prompt changes between 35 texts in 50 steps, allowed are 32: use fewer"),
+        (
+            "[a|b|c|d|e|f|g] [h|i|j|k|l]",
+            "the prompt changes between more than 32 texts in 50 steps, allowed are 32: use fewer",
+        ),
         ("[a:b:3] " * 33, "the prompt's schedules have more than 64 texts: use fewer of them"),
+        (
+            "[a|b|c]" + "x" * 7_000,
+            "texts have 21003 characters in the first 3 of 50 steps, allowed are 20000 together: shorten the prompt",
+        ),
     ],
 )
 @pytest.mark.parametrize("field", ["prompt", "negative_prompt"])
@@ -95,11 +115,42 @@ def test_too_many_texts_are_one_line_of_error_before_anything_runs(
         resolve(Request(**fields, steps=50), Bundle.open(tiny_bundle).manifest)
 
 
-@pytest.mark.parametrize("text", ["[", "[a:", "(", "{|", "[a|", "\\", ":", "|"])
-def test_reading_a_long_prompt_takes_time_in_proportion_to_its_length(text: str) -> None:
-    start = time.process_time()
-    prompts_by_step(text * (19_000 // len(text)), 50)
-    assert time.process_time() - start < 5  # a quadratic reading takes minutes
+LONG = {
+    "empty schedules": "[:" * 6_600 + "]" * 6_600,
+    "weights": "[" * 9_900 + "a" + "]" * 9_900,
+    "both kinds": "([" * 4_900 + "a" + "])" * 4_900,
+    "crossed": "([" * 4_900 + "a" + ")]" * 4_900,
+    "never closed": "[a:(" * 4_900,
+    "never opened": ":1])" * 4_900,
+    "colons": "[" + "a:" * 9_900 + "]",
+    "bars": "[" * 4_900 + "a|:" * 3 + "]" * 4_900,
+    "braces": "{" * 9_900 + "|" * 9_900,
+}
+
+
+@pytest.mark.parametrize("kind", LONG)
+def test_reading_a_long_prompt_copies_each_of_its_pieces_a_few_times_at_most(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied = 0
+    merged = prompt_schedule._merged
+
+    def counted(pieces: Any) -> Any:
+        nonlocal copied
+        copied += len(pieces)
+        return merged(pieces)
+
+    monkeypatch.setattr(prompt_schedule, "_merged", counted)
+    assert prompts_by_step(LONG[kind], 2) == [LONG[kind]] * 2
+    assert copied <= 2 * len(LONG[kind])
+
+
+def test_schedules_within_schedules_copy_each_piece_a_few_times_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = Counter[int]()
+    merged = prompt_schedule._merged
+    monkeypatch.setattr(prompt_schedule, "_merged", lambda pieces: lengths.update([len(pieces)]) or merged(pieces))
+    prompts_by_step("[" * 30 + r"\a" * 5_000 + ":1]" * 30, 2)
+    assert sum(length * count for length, count in lengths.items()) < 3 * 5_000
 
 
 def test_a_swap_at_the_start_or_end_draws_the_picture_of_one_prompt(model: Model) -> None:
@@ -162,5 +213,10 @@ def test_a_scheduled_picture_is_continued_from_the_first_prompts_state(model: Mo
     assert np.abs(picture.image.astype(int) - images[0]).max() <= 1
 
 
-def test_fractions_count_the_steps_that_strength_leaves() -> None:
-    assert prompts_by_step("[a:b:0.5]", 4) == ["a", "a", "b", "b"]  # of 8 steps with strength 0.5
+def test_fractions_count_the_steps_that_strength_leaves(tiny_bundle: Path) -> None:
+    image = np.zeros((64, 64, 3), np.uint8)
+    request = Request("[a:b:0.5]", "[c:3]", steps=8, strength=0.5, image=image)
+    settings = resolve(request, Bundle.open(tiny_bundle).manifest)
+    assert settings.prompts == ["a", "a", "b", "b"]
+    assert settings.negative_prompts == ["", "", "", "c"]
+    assert settings.texts == ["a", "b", "", "c"]

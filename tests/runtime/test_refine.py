@@ -48,7 +48,7 @@ def lexicon(encoders: tuple[tuple[str, int], ...] = (("text_encoder", 12),), dig
 
 
 WIDE = Lexicon({"text_encoder": np.eye(1280, dtype=np.float32)}, lambda name, text: [len(text)])
-LONG = Concept("<long>", {"text_encoder": np.ones((5, 1280), np.float32)})
+LONG = Concept("<long>", {"text_encoder": np.ones((8, 1280), np.float32)})
 
 
 def refinement(**changes: Any) -> Refinement:
@@ -299,6 +299,34 @@ def test_a_state_survives_its_word_s_file(rounds: int, tmp_path: Path) -> None:
     assert concept.provenance["init"] == "toy"
 
 
+def test_a_word_of_stable_diffusion_3_can_be_refined() -> None:
+    widths = {"text_encoder": 768, "text_encoder_2": 1280, "text_encoder_3": 4096}
+    tables = {name: np.eye(1, width, dtype=np.float32) for name, width in widths.items()}
+    word = Concept("<toy>", {name: np.ones((1, width), np.float32) for name, width in widths.items()})
+    model = Lexicon(tables, lambda name, text: [0])
+
+    state = refine_concept(word, model, ASPECTS)
+
+    assert {name: rows.shape[1] for name, rows in finish(state, model).vectors.items()} == widths
+    with pytest.raises(UsageError, match="'<cat>' has no vectors for text_encoder_2, text_encoder_3: refine a word"):
+        refine_concept(Concept("<cat>", {"text_encoder": np.ones((1, 768), np.float32)}), model, ASPECTS)
+
+
+def test_a_local_search_after_rounds_without_words_stays_at_the_start() -> None:
+    unchosen = Round((0,) * 6, ((NONE, NONE),) * 6)
+    state = refinement(rounds=(unchosen,) * 4)
+
+    for concept in propose(state, lexicon()):
+        np.testing.assert_allclose(concept.vectors["text_encoder"], TABLE[:1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("text", ["", "{}", played(2).to_json().replace('"seed"', '"weight"')])
+def test_a_state_that_cannot_be_continued_is_none(text: str) -> None:
+    word = Concept("<toy>", {"text_encoder": np.ones((1, 12), np.float32)}, {"refinement": text})
+
+    assert Refinement.of(word) is None
+
+
 def test_a_word_that_was_not_refined_has_no_state() -> None:
     assert Refinement.of(Concept("<toy>", {"text_encoder": np.ones((1, 12), np.float32)})) is None
 
@@ -349,10 +377,10 @@ def test_a_refinement_of_a_learned_word_starts_at_that_word_and_needs_no_file_la
         (lambda: refinement(rounds=(Round((0,) * 6, ((0,),) * 6),)), "a choice of 1 words for 2 aspects"),
         (lambda: refinement(rounds=(Round((99,) * 6, ((0, 0),) * 6),)), "level is 99"),
         (lambda: propose(refinement(model="other"), lexicon()), "begun with another model"),
-        (lambda: refine_concept(LONG, WIDE, ASPECTS), "the rows of '<long>' take 17068 characters, allowed are 16384"),
+        (lambda: refine_concept(LONG, WIDE, ASPECTS), "the rows of '<long>' take 27308 characters, allowed are 24576"),
         (lambda: propose(refinement(start_rows={"text_encoder": "?"}), lexicon()), "the start's vectors are damaged"),
         (lambda: propose(refinement(start_rows={"text_encoder": "AAAA"}), lexicon()), "vectors are damaged"),
-        (lambda: propose(refinement(start_rows={"other": "AACAPw=="}), lexicon()), "this model takes 12"),
+        (lambda: propose(refinement(start_rows={"other": "AACAPw=="}), lexicon()), "has no vectors for text_encoder"),
         (lambda: propose(refinement(start="<gone>"), lexicon()), "no word '<gone>' is loaded"),
         (lambda: Refinement.from_json("{"), "the state of the refinement is damaged"),
         (lambda: Refinement.from_json("[" * 30_000), "the state of the refinement is damaged"),

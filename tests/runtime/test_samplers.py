@@ -409,6 +409,8 @@ def test_a_run_without_guidance_needs_no_negative_prompt() -> None:
         ({"prediction_type": "flow_prediction"}, Sampler.DDIM, 5, {}, "prediction_type = 'flow_prediction'"),
         ({"beta_schedule": "laplace"}, Sampler.DDIM, 5, {}, "beta_schedule = 'laplace'"),
         ({"timestep_spacing": "odd"}, Sampler.DDIM, 5, {}, "timestep_spacing = 'odd'"),
+        ({"sigma_max": 5.0}, Sampler.EULER, 5, {"spacing": Spacing.KARRAS}, "sigma_max = 5.0"),
+        ({}, Sampler.UNIPC, 1000, {}, "unipc in 1000 steps has no finite schedule"),
         ({}, Sampler.LCM, 5, {"spacing": Spacing.BETA}, "spacing is beta with the sampler lcm, which has its own"),
         ({}, Sampler.DDIM, 5, {"spacing": Spacing.AYS}, "spacing is ays with the sampler ddim, allowed is sgm-uniform"),
         (
@@ -463,6 +465,8 @@ def test_the_config_of_each_diffusers_scheduler_maps_to_its_sampler(sampler: Sam
         {"_class_name": "PNDMScheduler"},
         {"_class_name": "UniPCMultistepScheduler", "solver_order": 3},
         {"_class_name": "UniPCMultistepScheduler", "solver_type": "bh1"},
+        {"_class_name": "UniPCMultistepScheduler", "disable_corrector": [0]},
+        {"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True},
         {"_class_name": "DPMSolverMultistepScheduler", "solver_order": 3},
     ],
 )

@@ -516,6 +516,65 @@ def test_loading_a_word_keeps_other_prompts_cached(model: Model) -> None:
     model.unload("<swap>")
 
 
+def test_a_request_of_many_texts_is_encoded_over_several_turns_while_others_run(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    encode = model.encode
+
+    def counted(prompts: Any) -> Any:
+        calls.append(len({prompt.key for prompt in prompts}))
+        return encode(prompts)
+
+    monkeypatch.setattr(model, "encode", counted)
+    scheduler = Scheduler(model)
+    scheduler.add(Request("a cat", steps=20))
+    scheduler.step()
+    changing = scheduler.add(
+        Request("[" + "|".join(map(str, range(20))) + "] stars", "a dog", steps=20, guidance_scale=2.0)
+    )
+    calls.clear()
+
+    events = [scheduler.step() for _ in range(4)]
+
+    assert [count for count in calls if count] == [8, 8, 5]  # 20 texts and a negative one
+    assert [any(isinstance(e, StepDone) and e.id == changing for e in turn) for turn in events] == [
+        False,
+        False,
+        True,
+        True,
+    ]
+
+
+def test_a_prompt_that_cannot_be_encoded_fails_alone_in_the_turn_of_its_texts(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(prompts: Any) -> Any:
+        if any(prompt.key == bad for prompt in prompts):
+            raise EngineError("out of memory")
+        return encode(prompts)
+
+    encode, bad = model.encode, model.tokenize("a bad one").key
+    monkeypatch.setattr(model, "encode", failing)
+    scheduler = Scheduler(model)
+    first, second = (scheduler.add(Request(prompt, steps=2)) for prompt in ("a [cat|bad one]", "a ring"))
+    events = []
+    while scheduler:
+        events += scheduler.step()
+    assert [(e.id, str(e.error)) for e in events if isinstance(e, Failed)] == [(first, "out of memory")]
+    assert [e.id for e in events if isinstance(e, PictureDone)] == [second]
+
+
+def test_texts_that_take_too_much_memory_are_refused(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = model.encode([model.tokenize("cat")])[0].hidden_states.nbytes
+    monkeypatch.setattr("oneword.runtime.scheduler.MAX_CONTEXT_BYTES", 3 * size - 1)
+    scheduler = Scheduler(model)
+    scheduler.add(Request("a cat " * 80, "a dog", steps=2, guidance_scale=2.0))
+    scheduler.add(Request("a [cat|dog]", steps=2, guidance_scale=1.0))
+    with pytest.raises(UsageError, match=r"^the 3 texts of the prompts, negative ones included, take 0.0 MiB when enc"):
+        scheduler.add(Request("a [cat|dog]", "no", steps=2, guidance_scale=2.0))
+
+
 def test_a_newcomer_steps_within_two_turns_whatever_else_arrives(model: Model) -> None:
     scheduler = Scheduler(model, max_rows=16)
     for seed in range(3):

@@ -256,7 +256,7 @@ def test_parts_on_threads_add_up_to_the_gradient_of_the_whole_batch(tiny_model_d
     finally:
         torch.set_num_threads(before)
 
-    assert list(map(callable, learner.unet._recordings.values())) == [True]
+    assert list(map(callable, learner.network._recordings.values())) == [True]
     assert losses == pytest.approx([loss.item() for loss in whole], rel=1e-5)
     for row, grad in zip(rows, expected, strict=True):
         torch.testing.assert_close(row.grad, grad, rtol=1e-3, atol=1e-6)
@@ -369,7 +369,7 @@ def test_min_snr_weighs_each_picture_by_its_timestep(tiny_model_dir: Path) -> No
     single = draw(a_word(), QUICK.with_changes(batch_size=1), 1000, torch.Generator().manual_seed(0))
     for t in (0, 100, 999):
         batch = replace(single, timesteps=torch.tensor([t]))
-        a = float(plain.scheduler.alphas_cumprod[t])
+        a = float(plain.noising.scheduler.alphas_cumprod[t])
         weight = min(a / (1 - a), 5.0) / (a / (1 - a))
         assert learner.probe_loss(0, batch) == pytest.approx(weight * plain.probe_loss(0, batch), rel=1e-4)
 

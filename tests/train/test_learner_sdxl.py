@@ -139,6 +139,6 @@ def test_parts_on_threads_add_up_to_the_gradients_of_the_whole_batch_in_both_enc
     finally:
         torch.set_num_threads(before)
 
-    assert list(map(callable, learner.unet._recordings.values())) == [True]
+    assert list(map(callable, learner.network._recordings.values())) == [True]
     for rows, gradient in zip(word.rows.values(), expected, strict=True):
         torch.testing.assert_close(rows.grad, gradient, rtol=1e-3, atol=1e-6 * float(gradient.abs().max()) + 1e-9)

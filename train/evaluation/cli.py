@@ -49,7 +49,13 @@ from oneword.train.recipe import Subject
     help="Formula for editability.",
 )
 @click.option("--samples", type=int, default=SAMPLES, show_default=True, help="Pictures per prompt.")
-@click.option("--steps", type=int, default=STEPS, show_default=True, help="DDIM steps.")
+@click.option(
+    "--steps",
+    type=int,
+    default=STEPS,
+    show_default=True,
+    help="Steps of DDIM, or of Euler for a model of flow matching.",
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of each prompt's first sample.")
 @click.option("--output", type=PATH, help="Folder for samples-N.png, scores.json and figure.svg.")
 @json_option

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from oneword.runtime.drawing import draw
 from oneword.runtime.model import Model
 from oneword.runtime.samplers import Sampler
+from oneword.runtime.schedule import ScheduleKind
 from oneword.train.evaluation.judge import Judge
 from oneword.train.evaluation.prompts import LIKENESS_PROMPT, MINIATURE_PROMPTS, PLACE, without_word
 from oneword.train.evaluation.scores import (
@@ -93,12 +94,15 @@ def bounds(
 def sample(
     model: Model, prompts: Sequence[str], count: int, steps: int, seed: int, guidance_scale: float | None = None
 ) -> list[Pictures]:
-    """Draws `count` pictures per prompt with DDIM and the seeds seed, seed + 1, ... Raises the first failure."""
+    """Draws `count` pictures per prompt with the seeds seed, seed + 1, ... Raises the first failure.
+
+    The sampler is DDIM, as in the paper, or Euler for a model of flow matching.
+    """
     pictures = draw(
         model,
         *prompts,
         seed=seed,
-        sampler=Sampler.DDIM,
+        sampler=Sampler.DDIM if model.manifest.schedule is ScheduleKind.BETAS else Sampler.EULER,
         num_images=count,
         steps=steps,
         guidance_scale=guidance_scale,

@@ -17,7 +17,7 @@ import numpy.typing as npt
 Embeddings = npt.NDArray[np.float32]  # [N, P], unit vectors
 
 SAMPLES = 64  # per prompt, as in the paper
-STEPS = 50  # DDIM steps
+STEPS = 50  # of the sampler
 
 
 class Formula(Enum):

@@ -1,0 +1,274 @@
+"""Stable Diffusion 3 and FLUX.1: flow matching, and words of several encoders, against diffusers' models."""
+
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+from oneword.export import families
+from oneword.export.source import Source, load_source
+from oneword.runtime.concept import load_concept
+from oneword.train.cli import main
+from oneword.train.learner import Learner
+from oneword.train.noising import FlowMatching
+from oneword.train.pictures import Moments
+from oneword.train.recipe import RECIPES, Compute, Recipe
+from oneword.train.word import Draw, Word, draw
+
+QUICK = Recipe(steps=4, batch_size=4, learning_rate=0.01, weight_decay=0.0, compute=Compute.FP32)
+WIDTHS = {"text_encoder": 16, "text_encoder_2": 12, "text_encoder_3": 32}
+CLIP = ("text_encoder", "text_encoder_2")
+FLUX = ("text_encoder", "text_encoder_3")
+PROMPTS = ["a photo of a {}", "the {} on the ring"]
+
+
+def a_word(*encoders: str) -> Word:
+    rng = torch.Generator().manual_seed(1)
+    mean = list(torch.randn(3, 16, 8, 8, generator=rng))
+    rows = {name: torch.randn(1, WIDTHS[name], generator=rng) * 0.1 for name in encoders}
+    return Word("<toy>", Moments(3, mean, [torch.zeros(16, 8, 8)] * 3, None), rows, PROMPTS, text="painting")
+
+
+@pytest.mark.parametrize("size", [(8, 8), (16, 32)])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_times_are_the_shifted_sigmoid_of_normal_quantiles(dynamic: bool, size: tuple[int, int]) -> None:
+    """Static: shift 3. Dynamic: e^mu, with mu from 0.5 at 256 tokens to 1.15 at 4,096 (FluxPipeline)."""
+    x_0, t = torch.zeros(3, 16, *size), torch.tensor([0, 500, 999])
+    config = {"use_dynamic_shifting": True, "shift": 3.0} if dynamic else {"shift": 3.0}
+    noising = FlowMatching(config, patch=2)
+    tokens = size[0] // 2 * size[1] // 2
+    shift = math.exp(0.5 + (tokens - 256) * (1.15 - 0.5) / (4096 - 256)) if dynamic else 3.0
+    logistic = [1 / (1 + math.exp(-NormalDist().inv_cdf(p))) for p in (0.0005, 0.5005, 0.9995)]
+    expected = torch.tensor([shift * s / (1 + (shift - 1) * s) for s in logistic])
+
+    torch.testing.assert_close(noising.times(t, x_0), 1000 * expected)
+    eps = torch.ones_like(x_0)
+    torch.testing.assert_close(noising.noisy(x_0 + 2, eps, t), (2 - expected)[:, None, None, None].expand_as(x_0))
+    torch.testing.assert_close(noising.target(x_0 + 2, eps, t), -eps)
+
+
+def test_the_gradient_in_sd3_is_that_of_the_original_models(tiny_sd3_dir: Path) -> None:
+    """Reference: diffusers' pipeline and transformer, with autograd through the three embedding tables."""
+    from diffusers import StableDiffusion3Pipeline
+
+    word, source = a_word(*WIDTHS), load_source(tiny_sd3_dir)
+    batch = draw(word, QUICK, 1000, torch.Generator().manual_seed(2))
+    pipe = StableDiffusion3Pipeline.from_pretrained(tiny_sd3_dir)
+    tables = {name: add_word(pipe, word, name, suffix) for name, suffix in zip(WIDTHS, ("", "_2", "_3"), strict=True)}
+    texts = [prompt.format("<toy>") for prompt in batch.prompts]
+    states, _, pooled, _ = pipe.encode_prompt(
+        texts, None, None, do_classifier_free_guidance=False, max_sequence_length=24
+    )
+    noisy, sigma, target = reference_noise(batch, lambda s: 3 * s / (1 + 2 * s))
+    predicted = pipe.transformer(
+        hidden_states=noisy, timestep=1000 * sigma, encoder_hidden_states=states, pooled_projections=pooled
+    ).sample
+
+    assert_same_gradients(Learner(source, [word], QUICK, seed=7), batch, (predicted - target).square().mean(), tables)
+
+
+@pytest.mark.parametrize("encoders", [FLUX, ("text_encoder_3",)])
+@pytest.mark.parametrize("tiny_flux_dir", ["dev", "schnell"], indirect=True)
+def test_the_gradient_in_flux_is_that_of_the_original_models(tiny_flux_dir: Path, encoders: tuple[str, ...]) -> None:
+    """The network's guidance is 1. An encoder that the word is not learned for reads its text."""
+    from diffusers import FluxPipeline
+
+    word, source = a_word(*encoders), load_source(tiny_flux_dir)
+    batch = draw(word, QUICK, 1000, torch.Generator().manual_seed(2))
+    pipe = FluxPipeline.from_pretrained(tiny_flux_dir)
+    suffixes = {"text_encoder": "", "text_encoder_3": "_2"}
+    tables = {name: add_word(pipe, word, name, suffixes[name]) for name in encoders}
+    texts = {name: [p.format("<toy>" if name in encoders else "painting") for p in batch.prompts] for name in FLUX}
+    states, pooled, ids = pipe.encode_prompt(texts["text_encoder"], texts["text_encoder_3"], max_sequence_length=24)
+    dev = pipe.transformer.config.guidance_embeds
+    shift = math.exp(0.5 + (16 - 256) * (1.15 - 0.5) / (4096 - 256)) if dev else 1
+    noisy, sigma, target = reference_noise(batch, lambda s: shift * s / (1 + (shift - 1) * s))
+    predicted = pipe.transformer(
+        hidden_states=pipe._pack_latents(noisy, 4, 16, 8, 8),
+        timestep=sigma,
+        guidance=torch.ones(4) if dev else None,
+        pooled_projections=pooled,
+        encoder_hidden_states=states,
+        txt_ids=ids,
+        img_ids=pipe._prepare_latent_image_ids(4, 4, 4, torch.device("cpu"), torch.float32),
+    ).sample
+    loss = (predicted - pipe._pack_latents(target, 4, 16, 8, 8)).square().mean()
+
+    assert_same_gradients(Learner(source, [word], QUICK, seed=7), batch, loss, tables)
+
+
+def test_sd3_without_t5_attends_to_zeros_in_its_place(tiny_sd3_dir: Path) -> None:
+    learner = Learner(load_source(tiny_sd3_dir, without=["text_encoder_3"]), [a_word(*CLIP)], QUICK, seed=7)
+    context, pooled = learner._context([(0, "a {}")])
+    assert context.shape == (1, 20 + 256, 32)
+    assert pooled is not None
+    assert not context[0, 20:].any()
+    assert not context[0, :20, 16 + 12 :].any()
+
+
+@pytest.mark.parametrize("recipe", ["fast", "directional"])
+@pytest.mark.parametrize("encoders", [tuple(WIDTHS), CLIP])
+def test_the_loss_of_sd3_falls(tiny_sd3_dir: Path, recipe: str, encoders: tuple[str, ...]) -> None:
+    assert_loss_falls(load_source(tiny_sd3_dir), a_word(*encoders), recipe)
+
+
+@pytest.mark.parametrize("recipe", ["fast", "directional"])
+@pytest.mark.parametrize("tiny_flux_dir", ["dev"], indirect=True)
+def test_the_loss_of_flux_falls(tiny_flux_dir: Path, recipe: str) -> None:
+    assert_loss_falls(load_source(tiny_flux_dir), a_word(*FLUX), recipe)
+
+
+@pytest.mark.parametrize("recipe", ["fast", "directional"])
+@pytest.mark.parametrize("tiny_flux_dir", ["dev"], indirect=True)
+def test_a_resumed_run_has_the_same_bits(tiny_sd3_dir: Path, tiny_flux_dir: Path, recipe: str) -> None:
+    settings = RECIPES[recipe].with_changes(steps=4, batch_size=2, compute=Compute.BF16)
+    for model, encoders in ((tiny_sd3_dir, tuple(WIDTHS)), (tiny_flux_dir, FLUX)):
+        whole, first, second = (Learner(load_source(model), [a_word(*encoders)], settings, seed=7) for _ in range(3))
+        for _ in range(4):
+            whole.step()
+        for _ in range(2):
+            first.step()
+        second.restore(*first.state())
+        for _ in range(2):
+            second.step()
+        assert second.words[0].losses == whole.words[0].losses
+        for name in encoders:
+            assert torch.equal(second.words[0].rows[name], whole.words[0].rows[name])
+            assert not torch.equal(whole.words[0].rows[name], whole.words[0].initial[name])
+
+
+def test_parts_on_threads_and_checkpointing_give_the_gradients_of_the_whole_batch(tiny_sd3_dir: Path) -> None:
+    recipe = QUICK.with_changes(batch_size=16)
+    word = a_word(*WIDTHS)
+    learner = Learner(load_source(tiny_sd3_dir), [word], recipe, seed=7)
+    draws = {0: draw(word, recipe, 1000)}
+    expected = torch.autograd.grad(learner._losses(draws)[0], list(word.rows.values()))
+    saving_word = a_word(*WIDTHS)
+    saving = Learner(load_source(tiny_sd3_dir), [saving_word], recipe.with_changes(gradient_checkpointing=True), seed=7)
+    before = torch.get_num_threads()
+
+    torch.set_num_threads(2)
+    try:
+        learner._accumulate(draws)
+        saving._accumulate(draws)
+    finally:
+        torch.set_num_threads(before)
+
+    assert list(map(callable, learner.network._recordings.values())) == [True]
+    for rows, other, gradient in zip(word.rows.values(), saving_word.rows.values(), expected, strict=True):
+        for learned in (rows, other):
+            tolerance = 1e-6 * float(gradient.abs().max()) + 1e-9
+            torch.testing.assert_close(learned.grad, gradient, rtol=1e-3, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("settings", "keys", "text"),
+    [
+        ([], ["clip_g", "clip_l", "t5xxl"], None),
+        (["--set", "encoders=text_encoder,text_encoder_2"], ["clip_g", "clip_l"], "star"),
+    ],
+)
+def test_the_command_writes_a_word_of_sd3(
+    tiny_sd3_dir: Path, tmp_path: Path, settings: list[str], keys: list[str], text: str | None
+) -> None:
+    output = tmp_path / "toy.safetensors"
+
+    assert main([*arguments(tmp_path, tiny_sd3_dir, output), *settings, "--preview-every", "2"]) == 0
+
+    with safe_open(output, "numpy") as file:
+        assert sorted(file.keys()) == keys
+        assert file.metadata().get("text") == text
+    assert len(list(tmp_path.glob("toy.previews/*.png"))) == 1
+    assert all(np.isfinite(rows).all() for rows in load_concept(output).vectors.values())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["--set", "encoders=t5"], "encoders has t5: the model's text encoders are text_encoder, text_encoder_3"),
+        (
+            ["--set", "encoders=text_encoder"],
+            "encoders has no text_encoder_3, which every word of this model needs: add it; text_encoder may be left",
+        ),
+        (["--min-snr", "5"], "min_snr is 5.0 and .* is a model of flow matching, whose loss has no weights: leave"),
+    ],
+)
+@pytest.mark.parametrize("tiny_flux_dir", ["schnell"], indirect=True)
+def test_settings_that_do_not_suit_flux_are_refused(
+    tiny_flux_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    settings: list[str],
+    message: str,
+) -> None:
+    monkeypatch.setattr(families, "FLUX_SAMPLE_SIZE", 8)
+    assert main([*arguments(tmp_path, tiny_flux_dir, tmp_path / "toy.safetensors"), *settings]) != 0
+    [error] = capsys.readouterr().err.splitlines()
+    assert re.search(message, error)
+
+
+def arguments(folder: Path, model: Path, output: Path) -> list[str]:
+    """Of a command that learns from three pictures of noise for two steps."""
+    pictures = folder / "pictures"
+    pictures.mkdir()
+    for i in range(3):
+        Image.effect_noise((64, 64), 60).convert("RGB").save(pictures / f"{i}.png")
+    options = [str(pictures), "--model", str(model), "--token", "<toy>", "--init", "star", "--output", str(output)]
+    return [*options, "--steps", "2", "--batch-size", "2"]
+
+
+def add_word(pipe: Any, word: Word, encoder: str, suffix: str) -> torch.Tensor:
+    """Adds the word's row to one encoder of a pipeline. Returns the encoder's table and the row's id."""
+    tokenizer, model = getattr(pipe, f"tokenizer{suffix}"), getattr(pipe, f"text_encoder{suffix}")
+    tokenizer.add_tokens([word.token])
+    model.resize_token_embeddings(max(len(tokenizer), model.config.vocab_size))
+    table: torch.Tensor = model.get_input_embeddings().weight
+    with torch.no_grad():
+        table[tokenizer.convert_tokens_to_ids(word.token)] = word.initial[encoder][0]
+    return table
+
+
+def reference_noise(
+    batch: Draw, shift: Callable[[torch.Tensor], torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x = (1 - s) x0 + s eps, s [B] and eps - x0."""
+    x_0, eps = torch.stack(list(batch.latents)), torch.stack(list(batch.eps))
+    normal = torch.tensor([NormalDist().inv_cdf((int(t) + 0.5) / 1000) for t in batch.timesteps])
+    sigma = shift(torch.sigmoid(normal))
+    wide = sigma[:, None, None, None]
+    return (1 - wide) * x_0 + wide * eps, sigma, eps - x_0
+
+
+def assert_same_gradients(
+    learner: Learner, batch: Draw, reference: torch.Tensor, tables: dict[str, torch.Tensor]
+) -> None:
+    loss = learner._losses({0: batch})[0]
+    loss.backward()
+    reference.backward()
+    torch.testing.assert_close(loss, reference, rtol=1e-5, atol=1e-6)
+    for name, table in tables.items():
+        grad, word = learner.words[0].rows[name].grad, learner.words[0]
+        [row] = (table.detach() - word.initial[name][0]).abs().sum(1).lt(1e-9).nonzero()[:, 0].tolist()
+        assert grad is not None
+        assert table.grad is not None
+        expected = table.grad[row]
+        torch.testing.assert_close(grad[0], expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
+
+
+def assert_loss_falls(source: Source, word: Word, recipe: str) -> None:
+    """On a fixed batch, in 20 steps; every encoder's rows move."""
+    settings = RECIPES[recipe].with_changes(steps=20, batch_size=4, compute=Compute.FP32)
+    learner = Learner(source, [word], settings, seed=7)
+    while not learner.finished():
+        learner.step()
+    assert learner.probe_loss(0) < 0.999 * word.start_loss
+    assert all(not torch.equal(rows, word.initial[name]) for name, rows in word.rows.items())
