@@ -98,8 +98,8 @@ JobEvent: TypeAlias = Progress | Snapshot | Note | Done | Failed | Cancelled
 class Job:
     """A job as its tenant sees it. `position` is the number of jobs before it, None if another server has it.
 
-    `snapshots` are the steps whose words can be had, `word` is the learned word's identity. A cancelled job has no
-    pictures.
+    `snapshots` are the steps whose words can be had, `word` is the learned word's identity. A cancelled job has neither
+    pictures nor snapshots.
     """
 
     id: str
@@ -147,7 +147,7 @@ class Jobs:
     `store` is a folder or fsspec URL that all servers share, `folder` is this server's own, on local disk. `model` and
     `digest` are what words are learned on (`learning.check_model`). Without a model nothing is accepted and the folder
     is not used: other servers' jobs are shown, and cancelled. `keep` puts a learned word into its tenant's words, and
-    replaces one of the same name only if it is told to; it may be called twice with the same word, and an `ApiError`
+    replaces one of the same name only if asked to; it may be called twice with the same word, and an `ApiError`
     fails the job.
 
     Raises `UsageError` and `FileError` for a store or folder that cannot be used.
@@ -322,7 +322,7 @@ class Jobs:
         """To be held from a look at `open_tokens` until the job is added, so that the tenant's requests take turns."""
         return self._admissions.setdefault(tenant, asyncio.Lock())
 
-    async def open_tokens(self, tenant: str) -> list[str]:
+    async def open_tokens(self, tenant: str) -> Sequence[str]:
         """The words of a tenant's jobs that have not ended, at any server."""
         unfinished = set(await self._stored(self._files.open_identifiers))
         tokens: list[str] = []
@@ -348,10 +348,16 @@ class Jobs:
         return await self.get(tenant, identifier)
 
     async def _cancel_elsewhere(self, tenant: str, identifier: str) -> None:
-        """Asks the server that has a job to cancel it."""
+        """Asks the server that has a job to cancel it, or ends the job of one that gives no sign of life."""
         newest = await self._stored(self._files.newest, tenant, identifier)
-        if newest is not None and not newest[1].status.ended:
+        if newest is None or newest[1].status.ended:
+            return
+        term, state = newest
+        if self._is_alive(state.owner, await self._stored(self._files.beats), time.monotonic()):
             await self._stored(self._files.request_cancel, identifier)
+        elif await self._stored(self._files.take, tenant, identifier, term + 1, state.cancelled()):
+            await self._stored(self._files.delete_pictures, tenant, identifier)
+            await self._stored(self._files.close, identifier)
 
     async def events(self, tenant: str, identifier: str, after: int = 0) -> AsyncIterator[JobEvent]:
         """What has happened since the event numbered `after`, then what happens, until the job has ended. `NotFound`.
@@ -375,8 +381,8 @@ class Jobs:
                     await asyncio.wait_for(changed.wait(), self._poll_seconds)
 
     async def snapshot(self, tenant: str, identifier: str, step: int) -> Concept:
-        """The word as it was after `step`. Raises `NotFound`."""
-        await self._read(tenant, identifier)
+        """The word as it was after `step`. Raises `NotFound`, also for a cancelled job."""
+        await self._check_pictures(tenant, identifier)
         return await self._stored(self._files.snapshot, tenant, identifier, step)
 
     async def word(self, tenant: str, identifier: str) -> Concept:
@@ -395,8 +401,13 @@ class Jobs:
         """Adds a picture, such as a preview, to a job, for all servers. Names are like `preview-5-0.jpg`."""
         if not _PICTURE_NAME.fullmatch(name) or name.startswith("picture-"):
             raise ValueError(f"{name!r} is not a name for a job's picture")
-        await self._read(tenant, identifier)
+        await self._check_pictures(tenant, identifier)
         await self._stored(self._files.write_picture, tenant, identifier, name, data)
+
+    async def _check_pictures(self, tenant: str, identifier: str) -> None:
+        """Raises `NotFound` for a job that may have no pictures: they were deleted when it was cancelled."""
+        if (await self._read(tenant, identifier))[1].status is Status.CANCELLED:
+            raise NotFound("the job was cancelled, and its pictures were deleted")
 
     async def delete_old(self, now: float | None = None) -> int:
         """Deletes jobs that have ended and are older than `keep_seconds`, pictures included. Returns their number."""
@@ -774,7 +785,7 @@ class Jobs:
             loss=state.loss,
             seconds_left=state.seconds_left,
             position=None if state.status.ended else position,
-            snapshots=state.snapshots(),
+            snapshots=() if state.status is Status.CANCELLED else state.snapshots(),
             word=state.identity,
             error=state.error,
         )

@@ -355,6 +355,7 @@ class Pool:
             self.observer.refused(error.code)
             raise
         self._enter(generation, deadline)
+        self._read_inbox()  # a step that freed a slot did not wake the loop up if nothing waited so far
         self._hand_over()
         return generation
 

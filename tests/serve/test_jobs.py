@@ -469,6 +469,43 @@ def test_a_server_that_stops_begins_and_accepts_no_job_and_leaves_its_own_to_the
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("goodbye", [True, False])
+def test_the_job_of_a_server_that_is_gone_is_cancelled_by_one_that_cannot_learn(tmp_path: Path, goodbye: bool) -> None:
+    async def run() -> None:
+        async with idle(tmp_path, lease_seconds=1000) as gone, server(tmp_path, "", model=None) as reader:
+            job = await gone.add("alice", photos(), "<toy>")
+            if goodbye:
+                await gone.drain()
+            else:
+                assert (await reader.cancel("alice", job.id)).status is Status.QUEUED  # it may still be alive
+                reader._lease_seconds = 0.0
+
+            assert (await reader.cancel("alice", job.id)).status is Status.CANCELLED
+            assert [event async for event in reader.events("alice", job.id)] == [Cancelled(1)]
+            assert not (tmp_path / "store/jobs/tenants/alice" / job.id / "pictures").exists()
+            assert (reader._files.open_identifiers(), list(reader._files.cancel_requests())) == ([], [])
+        async with idle(tmp_path) as back:
+            assert back.waiting == 0
+
+    asyncio.run(run())
+
+
+def test_a_cancelled_job_gets_no_more_pictures(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with idle(tmp_path) as jobs:
+            job = await jobs.add("alice", photos(), "<toy>")
+            await jobs.cancel("alice", job.id)
+            for call in (
+                jobs.snapshot("alice", job.id, 0),
+                jobs.write_picture("alice", job.id, "preview-0-0.jpg", b"jpeg"),
+            ):
+                with pytest.raises(NotFound, match="the job was cancelled, and its pictures were deleted"):
+                    await call
+            assert not (tmp_path / "store/jobs/tenants/alice" / job.id / "pictures").exists()
+
+    asyncio.run(run())
+
+
 def test_a_job_on_other_weights_is_not_taken_over(tmp_path: Path) -> None:
     async def run() -> None:
         async with idle(tmp_path, digest="a") as jobs:

@@ -254,13 +254,13 @@ def test_a_name_is_taken_while_a_job_learns_it(alice: httpx.Client, bob: httpx.C
         order = {"name": "<soon>", "steps": STEPS_OF_A_LONG_JOB}
         answers = list(threads.map(lambda _: learn(alice, **order), range(3)))
     job = next(answer.json()["id"] for answer in answers if answer.status_code == 202)
-    others = [learn(alice, **order, replace="true"), learn(bob, **order)]
+    allowed = [learn(alice, **order, replace="true"), learn(bob, **order)]
 
     assert sorted(answer.status_code for answer in answers) == [202, 409, 409]
     refused = next(answer.json()["error"] for answer in answers if answer.status_code == 409)
     assert (refused["code"], "'<soon>' is being learned" in refused["message"]) == ("word_exists", True)
-    assert [answer.status_code for answer in others] == [202, 202]
-    for client, identifier in ((alice, job), *zip((alice, bob), (a.json()["id"] for a in others), strict=True)):
+    assert [answer.status_code for answer in allowed] == [202, 202]
+    for client, identifier in ((alice, job), *zip((alice, bob), (a.json()["id"] for a in allowed), strict=True)):
         assert client.delete(f"/v1/jobs/{identifier}").json()["status"] == "cancelled"
 
 

@@ -546,6 +546,32 @@ def test_a_step_without_a_preview_does_not_wake_the_loop_and_is_counted_when_som
     run(scenario)
 
 
+def test_a_slot_that_becomes_free_while_a_request_enters_is_used_at_once(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, enter = Gate(monkeypatch), pool._enter
+
+    async def scenario() -> None:
+        limit = pool.worker.slots + 4  # that the engine has
+        running = pool.submit(LOCAL, Request("a cat", num_images=limit, steps=20))
+        assert (pool.running, pool.waiting) == (limit, 0)
+
+        def entered(generation: Generation, deadline: float | None) -> None:
+            """Enters after the engine's thread has reported a last step and, as nothing waits, not woken the loop."""
+            pool._hear(running._running[0], Step(20, 20))
+            enter(generation, deadline)
+
+        monkeypatch.setattr(pool, "_enter", entered)
+        late = pool.submit(LOCAL, Request("a dog", steps=20))
+
+        assert late.waiting == 0
+        late.cancel()
+        running.cancel()
+        gate.open.set()
+
+    run(scenario)
+
+
 def test_a_slow_consumer_of_several_generations_gets_only_their_newest_state(pool: Pool) -> None:
     async def scenario() -> None:
         generations = [pool.submit(ALICE, Request("a cat", seed=i, steps=200, previews=1)) for i in range(2)]
