@@ -117,6 +117,34 @@ def test_a_word_is_used_in_the_request_after_it_was_put(http: httpx.Client) -> N
     assert not np.array_equal(picture_of(before["data"][0]), picture_of(after["data"][0]))
 
 
+def test_a_prompt_that_changes_gets_the_words_of_its_steps_and_needs_no_others(http: httpx.Client) -> None:
+    for name in ("a-c", "b-d"):
+        http.put(f"/v1/words/%3C{name}%3E", content=word_bytes(f"<{name}>")).raise_for_status()
+    body = {"prompt": "<[a|b]-[c|d]>", "negative_prompt": "[ring:<b-d>:0.5]", "steps": 4, "size": "64x64"}
+
+    answer = http.post("/v1/images/generations", json=body)
+    assert answer.status_code == 200, answer.text
+
+    body["prompt"] = "<[a|b]-[c|d|e]>"  # its third step is <a-e>
+    refused = http.post("/v1/images/generations", json=body)
+    assert refused.status_code == 400
+    assert "there is no word '<a-e>'" in refused.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("[a|b|c]" + "x" * 7_000, "the prompt's texts have 21003 characters"),
+        ("{<a>|<b>:[0.3:0.7:0.5]}", "is no slider: write {<word>|<word>:0.3}"),
+    ],
+)
+def test_a_prompt_that_changes_too_much_is_one_line_of_error(http: httpx.Client, prompt: str, message: str) -> None:
+    for path in ("/v1/images/generations", "/sdapi/v1/txt2img"):
+        answer = http.post(path, json={"prompt": prompt, "steps": 4})
+        assert answer.status_code in (400, 422)
+        assert message in answer.text
+
+
 def test_the_stream_of_two_pictures_has_a_completed_event_for_each(http: httpx.Client) -> None:
     body = {"prompt": "a cat", "n": 2, "stream": True, "steps": 4, "previews": 2, "seed": 5}
     events = events_of(http.post("/v1/images/generations", json=body))
