@@ -181,7 +181,7 @@ def test_samplers_and_schedules_have_a1111s_names(
 def test_a_scheduler_is_a_spacing(
     manifest: Manifest, name: str | None, scheduler: str, sampler: Sampler | None, spacing: Spacing
 ) -> None:
-    plan = txt2img(manifest, sampler_name=name, scheduler=scheduler)
+    plan = txt2img(manifest, sampler_name=name, sampler_index=None, scheduler=scheduler)
     assert (plan.request.sampler, plan.request.spacing) == (sampler, spacing)
 
 
