@@ -111,7 +111,7 @@ found["skip"] = api.skip()
 
 errors: dict[str, object] = {}
 for name, settings in {
-    "sampler": {"sampler_name": "Heun"},
+    "sampler": {"sampler_name": "PLMS"},
     "hr": {"enable_hr": True},
     "size": {"width": 63},
     "word": {"prompt": "a photo of <nobody>"},
