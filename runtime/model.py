@@ -177,8 +177,8 @@ class Model:
             executor.shutdown(wait=False)
 
     def stop_opening(self) -> None:
-        """Cancels what `open_ahead` has not begun to open, which would keep the process from ending. These engines are
-        opened when they are needed; one that is being opened is not interrupted."""
+        """Cancels the opens that are still waiting, which would keep the process from ending. Those engines are opened
+        when they are needed; the one that is being opened is not interrupted."""
         self._ahead = {name: future for name, future in self._ahead.items() if not future.cancel()}
 
     def _timed_open(self, name: str) -> Engine:
