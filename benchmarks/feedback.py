@@ -44,7 +44,7 @@ from oneword.runtime.bundle import Bundle
 from oneword.runtime.concept import Concept, load_concept
 from oneword.runtime.drawing import draw
 from oneword.runtime.grid import labelled_grid
-from oneword.runtime.lexicon import Lexicon
+from oneword.runtime.lexicon import Lexicon, joined
 from oneword.runtime.model import Model, base_table
 from oneword.runtime.refine import (
     CANDIDATES,
@@ -129,8 +129,7 @@ class RandomSearch:
         while len(self.tried) < CANDIDATES:
             chosen = [self.lexicon.rows(str(self.rng.choice(aspect.words))) for aspect in ASPECTS]
             words = [*chosen, self.lexicon.rows(START)]
-            rows = {encoder: np.concatenate([word[encoder] for word in words]) for encoder in self.lexicon.widths}
-            self.tried.append(Concept(TOKEN, rows))
+            self.tried.append(Concept(TOKEN, joined(words)))
         return self.tried
 
     def judge(self, ranking: Sequence[int]) -> None:

@@ -176,10 +176,8 @@ class PlanCache:
         for path in self.folder.glob(f"{key.name}-*"):  # of a process that was killed before its entry was written
             if path not in paths:
                 path.unlink(missing_ok=True)
-        stamps = zip(
-            names, (stamp(digest, path.stat()) for digest, path in zip(digests, paths, strict=True)), strict=True
-        )
-        write_stamps(self.folder / _VERIFIED, {**read_stamps(self.folder / _VERIFIED), **dict(stamps)})
+        stamps = {path.name: stamp(digest, path.stat()) for path, digest in zip(paths, digests, strict=True)}
+        write_stamps(self.folder / _VERIFIED, {**read_stamps(self.folder / _VERIFIED), **stamps})
         return paths
 
     def _replace_index(self, index: Mapping[str, _Entry]) -> None:

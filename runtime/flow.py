@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Final
 import numpy as np
 
 from oneword.engines.errors import UsageError
-from oneword.runtime.schedule import Array, ScheduleKind
+from oneword.runtime.schedule import Array, ScheduleKind, explicit_settings
 
 _MUST_BE: Final[dict[str, tuple[Any, ...]]] = {
     "prediction_type": ("flow_prediction",),
@@ -57,21 +57,17 @@ class FlowSchedule:
     @classmethod
     def read(cls, config: Mapping[str, Any], kind: ScheduleKind, image_tokens: int) -> "FlowSchedule":
         """Reads a scheduler's config, verbatim. Raises UsageError that names a key whose value is not supported."""
-        defaults = set(config.get("_use_default_values", ()))
-        explicit = {key: value for key, value in config.items() if key not in defaults}
-        for key, allowed in _MUST_BE.items():
-            if key in explicit and explicit[key] not in allowed:
-                choices = ", ".join(map(repr, allowed))
-                raise UsageError(f"the scheduler's config says {key} = {explicit[key]!r}, supported are: {choices}")
+        explicit = explicit_settings(config, _MUST_BE)
         names = cls.__dataclass_fields__.keys() - {"image_tokens", "even"}
         fields = {key: explicit[key] for key in names if explicit.get(key) is not None}
-        if fields.get("base_image_seq_len", 256) == fields.get("max_image_seq_len", 4096):
+        if "flow_shift" in explicit:  # its name in DPMSolverMultistepScheduler
+            fields["shift"] = explicit["flow_shift"]
+        schedule = cls(image_tokens, kind is ScheduleKind.FLOW_EVEN, **fields)
+        if schedule.base_image_seq_len == schedule.max_image_seq_len:
             raise UsageError(
                 "the scheduler's config has equal base_image_seq_len and max_image_seq_len: they must differ"
             )
-        if "flow_shift" in explicit:  # its name in DPMSolverMultistepScheduler
-            fields["shift"] = explicit["flow_shift"]
-        return cls(image_tokens, kind is ScheduleKind.FLOW_EVEN, **fields)
+        return schedule
 
     def sigmas(self, steps: int) -> Array:
         """Sigmas [S] of FlowMatchEulerDiscreteScheduler, from 1. Without `even` the lowest is that of training, which

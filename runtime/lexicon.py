@@ -83,5 +83,10 @@ class Lexicon:
         return concept.vectors
 
 
+def joined(words: Sequence[Rows]) -> Rows:
+    """The rows of one or more words of the same encoders, one after another."""
+    return {encoder: np.concatenate([word[encoder] for word in words]) for encoder in words[0]}
+
+
 def _listed(widths: Mapping[str, int]) -> str:
     return ", ".join(f"{width} ({name})" for name, width in sorted(widths.items()))

@@ -28,7 +28,7 @@ import numpy.typing as npt
 from oneword.engines.errors import ConceptError, UsageError, one_line
 from oneword.runtime.aspects import DEFAULT_ASPECTS, Aspect, check_aspects
 from oneword.runtime.concept import Concept, Vectors, check_token
-from oneword.runtime.lexicon import Lexicon, Rows
+from oneword.runtime.lexicon import Lexicon, Rows, joined
 
 CANDIDATES: Final = 6
 MIN_CANDIDATES, MAX_CANDIDATES = 3, 16
@@ -297,7 +297,7 @@ def _composed(state: Refinement, choice: Choice, lexicon: Lexicon) -> Rows:
         lexicon.rows(aspect.words[index]) for aspect, index in zip(state.aspects, choice, strict=True) if index != NONE
     ]
     words.append(_start(state, lexicon))
-    return {encoder: np.concatenate([word[encoder] for word in words]) for encoder in lexicon.widths}
+    return joined(words)
 
 
 def _start(state: Refinement, lexicon: Lexicon) -> Rows:
@@ -323,10 +323,7 @@ def _local_search(state: Refinement, lexicon: Lexicon) -> tuple[Rows, Components
         if choice[number] != NONE
     }
     tried = [lexicon.rows(word) for word in sorted(words)] or [_start(state, lexicon)]
-    basis = {
-        encoder: components(_unit(np.concatenate([rows[encoder] for rows in tried])), COMPONENTS)
-        for encoder in lexicon.widths
-    }
+    basis = {encoder: components(_unit(rows), COMPONENTS) for encoder, rows in joined(tried).items()}
     centre = _composed(state, best_choice(state), lexicon)
     for number, judged in enumerate(state.rounds):
         if not judged.choices:

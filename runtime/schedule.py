@@ -54,6 +54,20 @@ class ScheduleKind(StrEnum):
     FLOW_EVEN = "flow-even"  # as FLOW, and sigmas are even from 1 to 1 / steps before they are shifted
 
 
+def explicit_settings(config: Mapping[str, Any], must_be: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
+    """A scheduler's config without the keys that diffusers did not find in its file.
+
+    Raises UsageError that names a key whose value is not one of those in `must_be`.
+    """
+    defaults = set(config.get("_use_default_values", ()))
+    explicit = {key: value for key, value in config.items() if key not in defaults}
+    for key, allowed in must_be.items():
+        if key in explicit and explicit[key] not in allowed:
+            choices = ", ".join(map(repr, allowed))
+            raise UsageError(f"the scheduler's config says {key} = {explicit[key]!r}, supported are: {choices}")
+    return explicit
+
+
 @dataclass(frozen=True)
 class NoiseSchedule:
     """The part of a scheduler's config that samplers need. A missing key has the default of the sampler's diffusers
@@ -89,12 +103,7 @@ class NoiseSchedule:
 
         Raises UsageError that names a key whose value is not supported.
         """
-        defaults = set(config.get("_use_default_values", ()))  # the keys that diffusers did not find in its file
-        explicit = {key: value for key, value in config.items() if key not in defaults}
-        for key, allowed in _MUST_BE.items():
-            if key in explicit and explicit[key] not in allowed:
-                choices = ", ".join(map(repr, allowed))
-                raise UsageError(f"the scheduler's config says {key} = {explicit[key]!r}, supported are: {choices}")
+        explicit = explicit_settings(config, _MUST_BE)
         fields: dict[str, Any] = {"timestep_spacing": default_spacing}
         fields |= {key: explicit[key] for key in cls.__dataclass_fields__ if explicit.get(key) is not None}
         if spacing is not None:

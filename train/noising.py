@@ -7,6 +7,7 @@ of the times' distribution, so that evenly drawn timesteps give times distribute
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Protocol, cast
 
 import torch
@@ -81,7 +82,7 @@ class FlowMatching:
     """
 
     def __init__(self, config: Mapping[str, Any], patch: int) -> None:
-        self.config = config
+        self.schedule = FlowSchedule.read(config, ScheduleKind.FLOW, image_tokens=0)
         self.patch = patch
 
     def __len__(self) -> int:
@@ -90,7 +91,7 @@ class FlowMatching:
     def sigmas(self, t: torch.Tensor, x_0: torch.Tensor) -> torch.Tensor:
         """The times [B] float32, from 0 (picture) to 1 (noise)."""
         _, _, h, w = x_0.shape
-        schedule = FlowSchedule.read(self.config, ScheduleKind.FLOW, (h // self.patch) * (w // self.patch))
+        schedule = replace(self.schedule, image_tokens=(h // self.patch) * (w // self.patch))
         normal = torch.special.ndtri((t.double() + 0.5) / QUANTILES)
         return torch.from_numpy(schedule.shifted(normal.sigmoid().numpy())).float()
 
