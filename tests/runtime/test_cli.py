@@ -342,7 +342,7 @@ def test_if_all_pictures_fail_each_is_reported_and_the_first_error_ends_the_comm
     report = json.loads(captured.out)
     assert (report["images"], report["engine"]) == ([], None)
     assert [entry["prompt"] for entry in report["failed"]] == ["a cat", "a dog"]
-    assert captured.err == "ti-run: cannot open graph 'text_encoder' (and 1 more of 2 pictures failed)\n"
+    assert captured.err == "ti-run: cannot open graph 'denoise_step' (and 1 more of 2 pictures failed)\n"
 
 
 def test_more_vectors_than_the_default_capacity_are_loaded(
