@@ -375,6 +375,7 @@ class Pool:
         """The generation of a request, if there is room for it. Raises ApiError."""
         self._read_inbox()
         self._check_ready()
+        self._check_wait(tenant, 0.0)  # a full queue refuses a request before it is read any further
         if not 0 <= partials <= MAX_PARTIALS:
             raise Invalid(f"partials is {partials}, allowed is 0 to {MAX_PARTIALS}")
         if request.seed + request.num_images - 1 > _MAX_SEED:
@@ -491,7 +492,7 @@ class Pool:
             raise Unavailable("the engine has stopped: the server starts again if it is supervised", 5)
 
     def _check_room(self, generation: Generation) -> None:
-        """Raises Busy if the request, in its turn among the tenants, would be done later than allowed."""
+        """Raises Invalid for a request that is too large, Busy if it would be done later than allowed."""
         count = generation.request.num_images
         seconds = self._seconds(_Work(generation._branch_pixels * count, generation._pixels * count))
         if seconds > MAX_WAITS * self.max_wait:
@@ -500,9 +501,13 @@ class Pool:
                 "ask for fewer steps, pixels or pictures",
                 code="too_much_work",
             )
+        self._check_wait(generation.tenant, seconds)
+
+    def _check_wait(self, tenant: Tenant, seconds: float) -> None:
+        """Raises Busy if work of so many seconds, in its turn among the tenants, would be done later than allowed."""
         if not self._accounts:
             return
-        account = self._accounts.get(generation.tenant.name)
+        account = self._accounts.get(tenant.name)
         before = 0.0 if account is None else self._seconds(account.work)
         tenants = len(self._accounts) + (account is None)
         wait = min(

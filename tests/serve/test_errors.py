@@ -118,6 +118,14 @@ def ask(app: FastAPI, method: str, path: str, **arguments: Any) -> httpx.Respons
     return asyncio.run(send())
 
 
+def test_errors_are_answered_on_the_event_loop() -> None:
+    """Starlette runs a plain function in a thread, which delays a refusal while the engine computes."""
+    app = FastAPI()
+    install(app)
+    assert ApiError in app.exception_handlers
+    assert all(inspect.iscoroutinefunction(app.exception_handlers[kind]) for kind in (ApiError, OnewordError))
+
+
 @pytest.mark.parametrize(
     ("error", "status", "kind", "code"),
     [
@@ -135,14 +143,6 @@ def ask(app: FastAPI, method: str, path: str, **arguments: Any) -> httpx.Respons
         (ApiError(500, "x"), 500, "server_error", "server_error"),
     ],
 )
-def test_errors_are_answered_on_the_event_loop() -> None:
-    """Starlette runs a plain function in a thread, which delays a refusal while the engine computes."""
-    app = FastAPI()
-    install(app)
-    assert ApiError in app.exception_handlers
-    assert all(inspect.iscoroutinefunction(app.exception_handlers[kind]) for kind in (ApiError, OnewordError))
-
-
 def test_an_error_is_answered_in_openais_form_and_in_a1111s(error: ApiError, status: int, kind: str, code: str) -> None:
     app = app_with(error)
 
