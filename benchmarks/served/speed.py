@@ -188,7 +188,7 @@ def fidelity(setup: Setup) -> Result:
         worst = [int(np.abs(ours.astype(int) - theirs).max()) for ours, theirs in zip(served, alone, strict=True)]
         result.add("pixels' largest difference", max(worst), 1)
         result.add("pictures with any difference", sum(value > 0 for value in worst))
-    result.add("mean pictures per step", rows["batch_rows_sum"] / rows["batch_rows_count"])
+    result.add("mean pictures per turn, of both sizes", rows["batch_rows_sum"] / rows["batch_rows_count"])
     return result
 
 
