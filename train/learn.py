@@ -66,6 +66,7 @@ def learn(
     seed: int = 0,
     *,
     config: Path | None = None,
+    without: Sequence[str] = (),
     checkpoints: Path | None = None,
     checkpoint_every: int = 25,
     preview_every: int | None = None,
@@ -73,7 +74,7 @@ def learn(
 ) -> Generator[Progress]:
     """Learns every task's word in shared batches. Yields after each step; the last progress has the concepts.
 
-    `model` and `config` are as in `load_source`. A `Source` passed as the model is modified: its network is cast in
+    `model`, `config` and `without` are as in `load_source`. A `Source` passed as the model is modified: its network is cast in
     place. With `checkpoints`, a folder, the run's state is saved there every `checkpoint_every` steps and when the
     iterator is closed, and a run found there is resumed. With `preview_every`, each word is sampled at that interval
     and at the end. The progress of the steps `words_after` has the words as they are then; a run that starts or
@@ -86,7 +87,7 @@ def learn(
     check_tasks(tasks)
     if not 0 <= seed <= MAX_SEED:
         raise UsageError(f"the seed is {seed}: give a whole number from 0 to {MAX_SEED}")
-    source = model if isinstance(model, Source) else load_source(model, config=config)
+    source = model if isinstance(model, Source) else load_source(model, config=config, without=without)
     check_tokens(source, tasks)
     check_encoders(source, recipe.encoders)
     clock.lap("load")
@@ -253,7 +254,13 @@ def settings_of(
             "pictures": hashlib.sha256("".join(picture.digest for picture in task_pictures).encode()).hexdigest()[:12],
         }.items()
     }
-    return {"model": source.digest[:12], "seed": str(seed), **recipe.as_text(), **words}
+    return {
+        "model": source.digest[:12],
+        "text encoders": ", ".join(source.text_encoders),
+        "seed": str(seed),
+        **recipe.as_text(),
+        **words,
+    }
 
 
 def _digest_of(init: str) -> str:

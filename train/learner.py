@@ -135,7 +135,7 @@ class Learner:
         """The word as it is now."""
         word = self.words[index]
         count = self.rows_in_use(index)
-        if word.rows.keys() != self.encoders.keys():
+        if word.rows.keys() != self.encoders.keys() or self.conditioning.zero_tokens:  # there is an encoder without rows
             provenance = {**provenance, "text": word.text}
         return Concept(
             word.token, {name: rows.detach()[:count].numpy().copy() for name, rows in word.rows.items()}, provenance

@@ -278,6 +278,25 @@ def test_a_learned_word_in_sd3_draws_the_picture_of_diffusers(
     assert psnr(ours, picture(sd3, "a photo of star on the ring", guidance_scale=4.0)) < 50  # its init
 
 
+def test_a_word_learned_without_t5_draws_the_picture_of_diffusers_with_and_without_it(
+    tiny_sd3_dir: Path, sd3: Model, sd3_pipeline: Any, tmp_path: Path
+) -> None:
+    """With T5, that reads the word's init."""
+    word = learned_word(tiny_sd3_dir, tmp_path, "--without", "text_encoder_3")
+    prompt, written = "a photo of <toy> on the ring", {"words": {"<toy>": word}, "guidance_scale": 4.0}
+    assert word.vectors.keys() == {"text_encoder", "text_encoder_2"}
+    for encoder, suffix in (("text_encoder", ""), ("text_encoder_2", "_2")):
+        add_word(sd3_pipeline, word, encoder, suffix)
+
+    with_t5 = diffusers_picture(sd3_pipeline, prompt, guidance_scale=4.0, prompt_3="a photo of star on the ring")
+    sd3_pipeline.text_encoder_3 = sd3_pipeline.tokenizer_3 = None
+    without = diffusers_picture(sd3_pipeline, prompt, guidance_scale=4.0, max_sequence_length=256)
+
+    assert psnr(picture(sd3, prompt, **written), with_t5) >= 50
+    model = eager_model(load_source(tiny_sd3_dir, without=["text_encoder_3"]))
+    assert psnr(picture(model, prompt, **written), without) >= 50
+
+
 @pytest.mark.parametrize("tiny_flux_dir", ["dev"], indirect=True)
 def test_a_learned_word_in_flux_draws_the_picture_of_diffusers_with_its_loader(
     tiny_flux_dir: Path, flux: Model, flux_pipeline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -415,7 +434,7 @@ def add_word(pipeline: Any, word: Concept, encoder: str, suffix: str) -> None:
         model.get_input_embeddings().weight[ids] = torch.from_numpy(word.vectors[encoder].copy())
 
 
-def learned_word(model: Path, folder: Path) -> Concept:
+def learned_word(model: Path, folder: Path, *options: str) -> Concept:
     """<toy>, learned by the command from two pictures."""
     pictures = folder / "pictures"
     pictures.mkdir()
@@ -423,7 +442,7 @@ def learned_word(model: Path, folder: Path) -> Concept:
         PIL.Image.fromarray(scene(side, 64)).save(pictures / f"{side}.png")
     output = folder / "toy.safetensors"
     arguments = [str(pictures), "--model", str(model), "--token", "<toy>", "--init", "star", "--output", str(output)]
-    assert main([*arguments, "--steps", "5", "--batch-size", "2", "--learning-rate", "0.2"]) == 0
+    assert main([*arguments, "--steps", "5", "--batch-size", "2", "--learning-rate", "0.2", *options]) == 0
     return load_concept(output)
 
 

@@ -2,6 +2,7 @@
 
 import math
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from statistics import NormalDist
@@ -13,14 +14,17 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
+from oneword.engines.errors import UsageError
 from oneword.export import families
 from oneword.export.source import Source, load_source
 from oneword.runtime.concept import load_concept
 from oneword.train.cli import main
+from oneword.train.learn import learn
 from oneword.train.learner import Learner
 from oneword.train.noising import FlowMatching
 from oneword.train.pictures import Moments
 from oneword.train.recipe import RECIPES, Compute, Recipe
+from oneword.train.tasks import Task
 from oneword.train.word import Draw, Word, draw
 
 QUICK = Recipe(steps=4, batch_size=4, learning_rate=0.01, weight_decay=0.0, compute=Compute.FP32)
@@ -55,17 +59,22 @@ def test_times_are_the_shifted_sigmoid_of_normal_quantiles(dynamic: bool, size: 
     torch.testing.assert_close(noising.target(x_0 + 2, eps, t), -eps)
 
 
-def test_the_gradient_in_sd3_is_that_of_the_original_models(tiny_sd3_dir: Path) -> None:
-    """Reference: diffusers' pipeline and transformer, with autograd through the three embedding tables."""
+@pytest.mark.parametrize("without", [(), ("text_encoder_3",)])
+def test_the_gradient_in_sd3_is_that_of_the_original_models(tiny_sd3_dir: Path, without: tuple[str, ...]) -> None:
+    """Reference: diffusers' pipeline and transformer, with autograd through the embedding tables."""
     from diffusers import StableDiffusion3Pipeline
 
-    word, source = a_word(*WIDTHS), load_source(tiny_sd3_dir)
+    encoders = {name: suffix for name, suffix in zip(WIDTHS, ("", "_2", "_3"), strict=True) if name not in without}
+    word, source = a_word(*encoders), load_source(tiny_sd3_dir, without=without)
     batch = draw(word, QUICK, 1000, torch.Generator().manual_seed(2))
     pipe = StableDiffusion3Pipeline.from_pretrained(tiny_sd3_dir)
-    tables = {name: add_word(pipe, word, name, suffix) for name, suffix in zip(WIDTHS, ("", "_2", "_3"), strict=True)}
+    if without:
+        pipe.text_encoder_3 = pipe.tokenizer_3 = None
+    tables = {name: add_word(pipe, word, name, suffix) for name, suffix in encoders.items()}
     texts = [prompt.format("<toy>") for prompt in batch.prompts]
+    length = 256 if without else 24
     states, _, pooled, _ = pipe.encode_prompt(
-        texts, None, None, do_classifier_free_guidance=False, max_sequence_length=24
+        texts, None, None, do_classifier_free_guidance=False, max_sequence_length=length
     )
     noisy, sigma, target = reference_noise(batch, lambda s: 3 * s / (1 + 2 * s))
     predicted = pipe.transformer(
@@ -190,9 +199,38 @@ def test_the_command_writes_a_word_of_sd3(
     assert all(np.isfinite(rows).all() for rows in load_concept(output).vectors.values())
 
 
+def test_the_command_does_not_load_an_encoder_that_is_left_out(tiny_sd3_dir: Path, tmp_path: Path) -> None:
+    """The model's folder has no T5, so loading it would fail."""
+    model, output = tmp_path / "model", tmp_path / "toy.safetensors"
+    shutil.copytree(tiny_sd3_dir, model, ignore=shutil.ignore_patterns("text_encoder_3", "tokenizer_3"))
+    command = arguments(tmp_path, model, output)
+
+    assert main(command) == 1
+    assert main([*command, "--without", "text_encoder_3"]) == 0
+
+    with safe_open(output, "numpy") as file:
+        assert sorted(file.keys()) == ["clip_g", "clip_l"]
+        assert file.metadata()["text"] == "star"  # for T5, in models that have it
+
+
+def test_a_run_is_not_resumed_with_other_encoders(tiny_sd3_dir: Path, tmp_path: Path) -> None:
+    folder, recipe = Path(arguments(tmp_path, tiny_sd3_dir, tmp_path)[0]), QUICK.with_changes(batch_size=2)
+    run = learn(tiny_sd3_dir, [Task(folder, "<toy>", "star")], recipe, checkpoints=tmp_path / "run")
+    next(run)
+    run.close()
+
+    options = {"checkpoints": tmp_path / "run", "without": ["text_encoder_3"]}
+    message = "text encoders was text_encoder, text_encoder_2, text_encoder_3 and is text_encoder, text_encoder_2;"
+    with pytest.raises(UsageError, match=message):
+        next(learn(tiny_sd3_dir, [Task(folder, "<toy>", "star")], recipe, **options))
+    with pytest.raises(UsageError, match="encoders has text_encoder_3: the model's text encoders are text_encoder, text_en"):
+        next(learn(tiny_sd3_dir, [Task(folder, "<toy>")], recipe.with_changes(encoders=tuple(WIDTHS)), **options))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        (["--without", "text_encoder"], "--without text_encoder: the model is a FluxPipeline, it needs all its encoders"),
         (["--set", "encoders=t5"], "encoders has t5: the model's text encoders are text_encoder, text_encoder_3"),
         (
             ["--set", "encoders=text_encoder"],
