@@ -74,11 +74,13 @@ def learn(
 ) -> Generator[Progress]:
     """Learns every task's word in shared batches. Yields after each step; the last progress has the concepts.
 
-    `model`, `config` and `without` are as in `load_source`. A `Source` passed as the model is modified: its network is cast in
-    place. With `checkpoints`, a folder, the run's state is saved there every `checkpoint_every` steps and when the
-    iterator is closed, and a run found there is resumed. With `preview_every`, each word is sampled at that interval
-    and at the end. The progress of the steps `words_after` has the words as they are then; a run that starts or
-    resumes at one of these steps yields its progress first, with step 0 as the start.
+    `model`, `config` and `without` are as in `load_source`. A `Source` passed as the model is modified: its network is
+    cast in place. A model that is loaded here does without the text encoders that no word is learned for once all
+    prompts are encoded: their weights are freed, unless samples are drawn with them. With `checkpoints`, a folder, the
+    run's state is saved there every `checkpoint_every` steps and when the iterator is closed, and a run found there is
+    resumed. With `preview_every`, each word is sampled at that interval and at the end. The progress of the steps
+    `words_after` has the words as they are then; a run that starts or resumes at one of these steps yields its progress
+    first, with step 0 as the start.
 
     Raises `UsageError` for tasks that cannot be learned, `FileError` for pictures that cannot be read, and whatever
     `load_source` raises.
@@ -91,7 +93,10 @@ def learn(
     check_tokens(source, tasks)
     check_encoders(source, recipe.encoders)
     clock.lap("load")
-    yield from Run(source, tasks, recipe, seed, clock, checkpoints, checkpoint_every, preview_every, words_after)
+    run = Run(source, tasks, recipe, seed, clock, checkpoints, checkpoint_every, preview_every, words_after)
+    if not isinstance(model, Source) and run.previewer is None:
+        run.learner.release_encoders()
+    yield from run
 
 
 class Run:
