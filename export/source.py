@@ -142,8 +142,8 @@ def load_source(
     without: Sequence[str] = (),
 ) -> Source:
     """Loads a diffusers directory, a hub id (`owner/name` or `owner/name@revision`), `miniature`, or a single
-    .safetensors file. A single file needs `config`: a diffusers directory of the same kind of model, whose weights are
-    not read. LoRAs are fused in order. `without` names text encoders to leave out, if the model can do without them."""
+    .safetensors file. A single file must be of a model with a UNet and needs `config`: a diffusers directory of the
+    same kind of model, whose weights are not read. LoRAs are fused in order. `without` names text encoders to leave out, if the model can do without them."""
     file = single_file(str(model), config)
     path, revision = find_model(str(model)) if file is None else find_model(str(config))
     index = read_json(path / "model_index.json")
@@ -151,6 +151,11 @@ def load_source(
     if pipeline in UNSUPPORTED:
         raise UsageError(
             f"{model} is a {pipeline}, which needs {UNSUPPORTED[pipeline]}: give a model of a supported family"
+        )
+    if file is not None and "transformer" in index:  # T5's `wo` must stay float32, and most such files have no T5
+        raise UsageError(
+            f"{model} is a single file of a {pipeline}, whose T5 is not read from one: single files are for models with "
+            "a UNet, give a diffusers directory or a hub id"
         )
     left_out = components_left_out(pipeline, without)
     if file is None:
