@@ -37,8 +37,8 @@ WIDTHS = {"text_encoder": 16, "text_encoder_2": 12, "text_encoder_3": 32}
 
 
 @pytest.fixture(scope="module")
-def sd3_bundle(tiny_sd3_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    exported = export_bundle(tiny_sd3_dir, tmp_path_factory.mktemp("sd3") / "bundle")
+def sd3_bundle(tiny_sd3_dir: Path, flow_preview_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    exported = export_bundle(tiny_sd3_dir, tmp_path_factory.mktemp("sd3") / "bundle", preview=flow_preview_dir)
     assert exported.family == "stable-diffusion-3"
     assert max(difference.value for difference in exported.differences if difference.unit == "relative") <= 1e-4
     return exported.bundle.path
@@ -57,8 +57,8 @@ def sd3_pipeline(tiny_sd3_dir: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def flux_bundle(tiny_flux_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    exported = export_bundle(tiny_flux_dir, tmp_path_factory.mktemp("flux") / "bundle")
+def flux_bundle(tiny_flux_dir: Path, flow_preview_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    exported = export_bundle(tiny_flux_dir, tmp_path_factory.mktemp("flux") / "bundle", preview=flow_preview_dir)
     assert exported.family == "flux-1"
     assert max(difference.value for difference in exported.differences if difference.unit == "relative") <= 1e-4
     return exported.bundle.path
@@ -331,6 +331,19 @@ def test_rows_of_flux_that_share_a_call_are_those_drawn_alone(flux: Model) -> No
         assert psnr(image, alone.image) >= 50
 
 
+def test_a_draft_of_sd3_matches_diffusers_with_its_small_decoder(
+    sd3: Model, sd3_pipeline: Any, flow_preview_dir: Path
+) -> None:
+    assert_draft_matches(sd3, sd3_pipeline, flow_preview_dir)
+
+
+@pytest.mark.parametrize("tiny_flux_dir", ["dev"], indirect=True)
+def test_a_draft_of_flux_matches_diffusers_with_its_small_decoder(
+    flux: Model, flux_pipeline: Any, flow_preview_dir: Path
+) -> None:
+    assert_draft_matches(flux, flux_pipeline, flow_preview_dir)
+
+
 def test_sd3_in_openvino_is_near_onnxruntime(sd3: Model, sd3_bundle: Path) -> None:
     assert decibels_of_openvino(sd3, sd3_bundle, guidance_scale=4.0) >= 30
 
@@ -460,6 +473,16 @@ def square(width: int, height: int) -> npt.NDArray[np.uint8]:
 def psnr(a: Image, b: Image) -> float:
     error = float(np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2))
     return float(10 * np.log10(255**2 / max(error, 1e-9)))
+
+
+def assert_draft_matches(model: Model, pipeline: Any, decoder: Path) -> None:
+    from diffusers import AutoencoderTiny
+
+    pipeline.vae = AutoencoderTiny.from_pretrained(decoder)
+    ours = picture(model, PROMPT, draft=True)
+    settings = {"guidance_scale": model.manifest.defaults.embedded_guidance or model.manifest.defaults.guidance_scale}
+    assert psnr(ours, diffusers_picture(pipeline, PROMPT, **settings)) >= 50
+    assert psnr(ours, picture(model, PROMPT)) < 50
 
 
 def decibels_of_openvino(model: Model, bundle: Path, **settings: Any) -> float:
