@@ -294,23 +294,36 @@ class Model:
             raise NotFinite("graph 'vae_encoder' produced NaN or infinity: export the model with --precision fp32")
         return out["mean"][0], out["std"][0]
 
-    def decode(self, latents: npt.NDArray[np.float32]) -> tuple[Image, npt.NDArray[np.bool_]]:
-        """Decodes latents [B, C, h, w] to pictures uint8 [B, H, W, 3]; also returns whether each is finite [B]."""
+    def decode(self, latents: npt.NDArray[np.float32], draft: bool = False) -> tuple[Image, npt.NDArray[np.bool_]]:
+        """Decodes latents [B, C, h, w] to pictures uint8 [B, H, W, 3]; also returns whether each is finite [B].
+
+        `draft` decodes with the bundle's preview decoder, which it must have.
+        """
         _, _, h, w = latents.shape
         factor = self.manifest.vae.factor
-        out = self._graph("vae_decoder")({"latents": latents}, {"H": h * factor, "W": w * factor})
+        graph = self._graph("vae_preview" if draft else "vae_decoder")
+        out = graph({"latents": latents}, {"H": h * factor, "W": w * factor})
         return out["images"], out["finite"]
 
     def preview(self, denoised: npt.NDArray[np.float32]) -> Image | None:
-        """A small picture [h, w, 3] of latents [C, h, w] from the bundle's linear map; None if it has none."""
+        """A picture of latents [C, h, w] without the decoder: [H, W, 3] by the bundle's preview decoder, else a small
+        one [h, w, 3] by its linear map; None if it has neither. Raises NotFinite."""
+        if self.manifest.has_preview_decoder:
+            images, finite = self.decode(denoised[None], draft=True)
+            if not finite.all():
+                raise NotFinite("graph 'vae_preview' produced NaN or infinity: export it with --precision fp32")
+            image: Image = images[0]
+            return image
         return None if self.manifest.preview is None else preview_image(self.manifest.preview, denoised)
 
     def warm(self, width: int, height: int) -> None:
-        """Runs the encoders and the decoder at every call size, for pictures of this size. Raises EngineError."""
+        """Runs the encoders and the decoders at every call size, for pictures of this size. Raises EngineError."""
         channels, factor = self.manifest.vae.latent_channels, self.manifest.vae.factor
         for count in CALLS:
             self._encode([self.tokenize("")] * count)
-            self.decode(np.zeros((count, channels, height // factor, width // factor), np.float32))
+            latents = np.zeros((count, channels, height // factor, width // factor), np.float32)
+            for draft in (False, True) if self.manifest.has_preview_decoder else (False,):
+                self.decode(latents, draft)
         if "vae_encoder" in self.manifest.graphs:
             self.encode_image(np.zeros((height, width, 3), np.uint8))
 

@@ -454,10 +454,10 @@ def test_pictures_that_fail_to_decode_together_are_decoded_alone(model: Model, m
     expected = pictures_of(model, requests)
     decode = model.decode
 
-    def no_room(latents: npt.NDArray[np.float32]) -> Any:
+    def no_room(latents: npt.NDArray[np.float32], draft: bool) -> Any:
         if len(latents) > 1:
             raise EngineError("out of memory")
-        return decode(latents)
+        return decode(latents, draft)
 
     monkeypatch.setattr(model, "decode", no_room)
     decoded = pictures_of(model, requests)
