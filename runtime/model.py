@@ -31,7 +31,7 @@ from oneword.runtime.request import Image
 from oneword.runtime.samplers import COLUMNS
 from oneword.runtime.table import DEFAULT_CAPACITY, EmbeddingTable
 
-_CACHED_PROMPTS: Final = 256
+_CACHED_PROMPTS: Final = 512
 _CACHED_BYTES: Final = 256 << 20
 
 
