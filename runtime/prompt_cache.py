@@ -59,3 +59,9 @@ class PromptCache(Generic[T]):
         while len(self) > (1 if self._bytes > self._size else self._count):
             _, removed = (self._once if len(self._once) > 1 or not self._again else self._again).popitem(last=False)
             self._bytes -= removed.nbytes
+
+    def clear(self) -> None:
+        """Removes all values."""
+        self._once.clear()
+        self._again.clear()
+        self._bytes = 0

@@ -30,9 +30,9 @@ def test_the_value_used_longest_ago_leaves_first() -> None:
 
 def test_values_used_once_leave_before_those_used_again() -> None:
     cache = PromptCache[Bytes](4, 100)
-    kept = arrays()
-    cache.put("a", kept)
-    assert cache.get("a") is kept
+    value = arrays()
+    cache.put("a", value)
+    assert cache.get("a") is value
     for key in "bcdefgh":
         cache.put(key, arrays())
 
@@ -64,6 +64,11 @@ def test_values_leave_until_their_bytes_fit_and_one_that_is_too_large_is_alone()
     assert held(cache, "abcd") == "d"
     cache.put("e", arrays(1))
     assert held(cache, "de") == "e"
+
+    cache.clear()
+    cache.put("f", arrays(100))
+
+    assert held(cache, "ef") == "f"
 
 
 def test_a_word_that_is_replaced_all_the_time_pushes_out_no_other_prompt() -> None:
