@@ -47,7 +47,7 @@ class PromptCache(Generic[T]):
         if value is None:
             return None
         self._again[key] = value
-        while len(self._again) > max(1, int(_AGAIN * self._count)):
+        if len(self._again) > max(1, int(_AGAIN * self._count)):
             oldest, demoted = self._again.popitem(last=False)
             self._once[oldest] = demoted
         return value

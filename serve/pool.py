@@ -376,13 +376,14 @@ class Pool:
         """The generation of a request, if there is room for it. Raises ApiError."""
         self._read_inbox()
         self._check_ready()
-        self._check_wait(tenant, 0.0)  # a full queue refuses a request before it is read any further
         if not 0 <= partials <= MAX_PARTIALS:
             raise Invalid(f"partials is {partials}, allowed is 0 to {MAX_PARTIALS}")
         if request.seed + request.num_images - 1 > _MAX_SEED:
             raise Invalid(f"seed is {request.seed}, allowed for {request.num_images} pictures is less")
         try:
-            settings = settings or resolve(request, self.manifest)
+            if settings is None:
+                self._check_wait(tenant, 0.0)  # a full queue refuses a request before it is resolved
+                settings = resolve(request, self.manifest)
         except OnewordError as error:
             raise from_oneword(error) from None
         generation = Generation(self, tenant, request, settings, partials, label)

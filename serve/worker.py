@@ -427,7 +427,7 @@ class Worker:
             for ticket, event in steps
             if event.step in ticket.partial_steps and event.id in self._tickets
         }
-        if scheduler.model.manifest.has_preview_decoder:
+        if decoded:
             self._due_previews |= {
                 event.id: event
                 for ticket, event in steps
