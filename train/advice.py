@@ -8,7 +8,7 @@ from typing import Any
 
 from oneword.engines.errors import UsageError
 from oneword.export.source import Source
-from oneword.train.initial import concept_file, split_words, token_ids
+from oneword.train.initial import RANDOM, concept_file, split_words, token_ids
 from oneword.train.learner import Learner
 from oneword.train.pictures import Picture, near_duplicates, unread_pictures
 from oneword.train.prompts import probes
@@ -28,7 +28,7 @@ def before(source: Source, images: Path, init: str, pictures: Sequence[Picture])
         yield f"skipped {', '.join(unread)} in {images}: convert to PNG or JPEG"
     for first, second in near_duplicates(pictures):
         yield f"{first.name} and {second.name} in {images} are nearly identical: replace one of them"
-    if init == "random" or concept_file(init):
+    if init == RANDOM or concept_file(init):
         return
     tokenizer: Any = next(iter(source.tokenizers.values()))
     for word in split_words(init):

@@ -116,6 +116,15 @@ class Learner:
         """A word's loss on a batch, without learning from it; by default on the word's fixed batch."""
         return float(self._losses({index: batch or self._probes[index]})[0])
 
+    def gradient(self, index: int, batches: Sequence[Draw]) -> Rows:
+        """The mean gradient of a word's loss on batches, by text encoder [n, D], without learning from it."""
+        word = self.words[index]
+        for batch in batches:
+            self._accumulate({index: batch})
+        gradients = {name: cast(torch.Tensor, rows.grad) / len(batches) for name, rows in word.rows.items()}
+        word.optimizer.zero_grad(set_to_none=True)
+        return gradients
+
     @torch.no_grad()
     def response(self, index: int, templates: Sequence[str], rows: Rows) -> float:
         """How much the network's prediction depends on the text around the word, with `rows` as the word's rows.

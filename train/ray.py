@@ -87,6 +87,7 @@ def portable(
         replace(
             task,
             images=task.images.absolute(),
+            more=tuple(path.absolute() for path in task.more),
             init=str(path.absolute()) if (path := concept_file(task.init)) else task.init,
         )
         for task in tasks
