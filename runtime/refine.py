@@ -213,7 +213,7 @@ def undo(state: Refinement) -> Refinement:
 
 
 def liked(state: Refinement) -> list[tuple[int, int]]:
-    """The candidates that were liked best in their round, as numbers of the round, from 1, and of the candidate, from 0.
+    """The candidates that were liked best in their round: the number of the round, from 1, and the candidate's index.
 
     Of a ranking that is the first one; of likes, all.
     """

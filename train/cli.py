@@ -21,8 +21,6 @@ from oneword.engines.errors import FileError, MissingPackage, OnewordError, Usag
 from oneword.engines.files import write_whole
 from oneword.runtime.commands import HELP, PATH, exit_status, json_option, version_option
 from oneword.runtime.concept import save_concept
-from oneword.train import polish
-from oneword.train.polish import read_refined_word
 from oneword.train.recipe import RECIPES, Compute, Norm, Recipe, named_recipe
 
 if TYPE_CHECKING:
@@ -212,19 +210,21 @@ def command(
     ):
         if number is not None and number < 1:
             raise UsageError(f"--{option} is {number}: give a whole number, at least 1")
-    word = None
+    liked: tuple[Path, ...] = ()
     if polished is not None:
-        word = read_refined_word(polished)
         if manifest or tokens or inits or len(images) != 1:
             raise UsageError("--polish takes one IMAGES_DIR and --output: leave out --token, --init and --manifest")
-        tokens, inits = [word.token], [str(polished)]
-        recipe, changes = recipe or polish.RECIPE, {"vectors": word.vectors, **changes}
+        from oneword.train.polish import read_refined_word
+
+        word = read_refined_word(polished)
+        tokens, inits, liked = [word.token], [str(polished)], word.liked
+        recipe, changes = recipe or "directional", {"vectors": word.vectors, **changes}
     job = Job(
         model,
         config,
         without,
         rows_of(images, tokens, inits, outputs, manifest),
-        word.liked if word else (),
+        liked,
         named_recipe(recipe or "fast").with_changes(**changes).with_text(settings),
         seed,
         checkpoints,

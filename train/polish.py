@@ -10,14 +10,11 @@ from oneword.runtime.cli_refine import picture_file
 from oneword.runtime.concept import load_concept
 from oneword.runtime.refine import Refinement, liked
 
-RECIPE = "directional"
-
 
 @dataclass(frozen=True)
 class RefinedWord:
-    """A word of `ti-refine`: its file, token and number of vectors, and the pictures that were liked best."""
+    """A word of `ti-refine`: its token and number of vectors, and the pictures that were liked best."""
 
-    file: Path
     token: str
     vectors: int
     liked: tuple[Path, ...]
@@ -46,4 +43,4 @@ def read_refined_word(file: Path) -> RefinedWord:
             f"{file} has {' and '.join(map(str, sorted(counts)))} vectors for its text encoders: "
             "--polish takes a word with as many for each"
         )
-    return RefinedWord(file, concept.token, counts.pop(), pictures)
+    return RefinedWord(concept.token, counts.pop(), pictures)
