@@ -36,7 +36,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from benchmarks import words
 from benchmarks.exported import exported
@@ -440,7 +439,7 @@ def polished(lab: Lab, name: str, look: world.Look, number: int, seed: int, fold
             save_png(picture, picture_file(refined, turn.number, index), "")
     word = method.word()
     save_concept(word, refined)
-    write_pictures(training, folder)
+    words.saved(training, folder)
     start = time.perf_counter()
     line = [str(folder), "--model", "miniature", "--output", str(output)]
     if name == POLISHED:
@@ -503,13 +502,6 @@ def five(look: world.Look, number: int) -> npt.NDArray[np.uint8]:
     return words.draw(look, (words.SEEN[0], *words.SEEN), 1000 * number)
 
 
-def write_pictures(pictures: npt.NDArray[np.uint8], folder: Path) -> None:
-    """Writes pictures [N, 64, 64, 3] for `ti-train`."""
-    folder.mkdir(exist_ok=True)
-    for index, picture in enumerate(pictures):
-        Image.fromarray(picture).save(folder / f"{index}.png")
-
-
 def learn(line: list[str]) -> None:
     """Runs `ti-train`. Raises SystemExit if it fails."""
     if status := cli.main(line):
@@ -521,7 +513,7 @@ def ceiling(lab: Lab, look: world.Look, number: int, folder: Path) -> dict[str, 
     training = five(look, number)
     output = folder.with_suffix(".safetensors")
     if not output.exists():
-        write_pictures(training, folder)
+        words.saved(training, folder)
         learn([str(folder), "--model", "miniature", "--token", TOKEN, "--init", START, "--output", str(output)])
     concept = load_concept(output)
     return {"likeness": score(lab, concept, lab.judge.pictures(training)), "pixels": by_pixels(lab, concept, look)}
