@@ -96,8 +96,8 @@ def main() -> None:
 
 def recipe_and_init(contender: str) -> tuple[Recipe, str]:
     """The recipe and the start that a contender names. Raises `UsageError`."""
-    name, _, rest = contender.partition(":")
-    init, _, settings = rest.partition(":")
+    name, _, options = contender.partition(":")
+    init, _, settings = options.partition(":")
     return named_recipe(name).with_text(filter(None, settings.split(","))), init or "object"
 
 
@@ -167,14 +167,14 @@ class Lab:
 
     def learned(self, task: Task, recipe: Recipe, seed: int) -> tuple[Concept, dict[str, Any]]:
         """Learns a word alone. Returns it, what it starts from, and the seconds and passes of learning."""
-        each = pass_seconds(self.source)  # just before, because other processes may share the machine
+        one_pass = pass_seconds(self.source)  # just before, because other processes may share the machine
         *_, last = learn(self.source, [task], recipe, seed)
         [concept] = last.concepts
         seconds = last.timings["learn"]
         return concept, {
             "init": concept.provenance["init"],
             "seconds": seconds,
-            "passes": seconds / each,
+            "passes": seconds / one_pass,
             "search": last.timings.get("search"),
         }
 

@@ -84,13 +84,13 @@ def test_it_learns_the_word_s_vectors_further_from_the_folder_and_the_liked_pict
     assert [picture.path for picture in pictures] == [*sorted(folder.iterdir()), *liked]
     word = load_concept(report["concepts"][0]["output"])
     assert (word.token, word.provenance["init"]) == ("<mytoy>", "mytoy.safetensors")
-    one, other = (concept.vectors["text_encoder"] for concept in (start, word))
-    cosines = (one * other).sum(1) / np.linalg.norm(one, axis=1) / np.linalg.norm(other, axis=1)
-    assert len(other) == len(one) > 1
+    first, second = (concept.vectors["text_encoder"] for concept in (start, word))
+    cosines = (first * second).sum(1) / np.linalg.norm(first, axis=1) / np.linalg.norm(second, axis=1)
+    assert len(second) == len(first) > 1
     np.testing.assert_allclose(cosines, 1 / np.sqrt(1 + 0.1**2), atol=1e-4)  # one step at the rate 0.1
     encoder = load_source(tiny_model_dir).text_encoders["text_encoder"]
     mean_length = vocabulary_mean_norm(encoder.get_input_embeddings().weight)  # type: ignore[operator]
-    np.testing.assert_allclose(np.linalg.norm(other, axis=1), mean_length, rtol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(second, axis=1), mean_length, rtol=1e-5)
 
 
 def test_it_has_fifty_steps_unless_told_otherwise(folder: Path, tiny_model_dir: Path, refined: Path) -> None:

@@ -54,16 +54,16 @@ def test_the_words_with_the_lowest_losses_are_found(
     monkeypatch.setattr(search, "TRIED", 100)
     source = load_source(tiny_model_dir)
     word = make_word(source, Task(folder, "<toy>", "auto"), read_pictures(folder, 64), RECIPE, 0)
-    every = ("photo", "the", "red", "blue", "green", "star", "ring", "cat", "dog", "style", "and", "with", "painting")
+    vocabulary = "photo the red blue green star ring cat dog style and with painting".split()
 
     [found] = search.words_of_pictures(source, [word], RECIPE, 0)
 
     losses = {}
-    for init in every:
+    for init in vocabulary:
         learner, generator = learner_of(source, folder, init), torch.Generator().manual_seed(0)
         batches = [draw(learner.words[0], RECIPE, 1000, generator) for _ in range(8)]  # of 4 pictures: 32
         losses[init] = sum(learner.probe_loss(0, batch) for batch in batches)
-    assert found.split() == sorted(every, key=lambda init: losses[init])[:3]
+    assert found.split() == sorted(vocabulary, key=lambda init: losses[init])[:3]
 
 
 def test_on_the_miniature_every_word_found_shares_the_shape_or_the_first_colour(tmp_path: Path) -> None:
@@ -79,10 +79,8 @@ def test_on_the_miniature_every_word_found_shares_the_shape_or_the_first_colour(
     [found] = search.words_of_pictures(source, [word], recipe, 0)
 
     for name in found.split():
-        shared = world.NOUNS[name] if name in world.NOUNS else None
-        assert name in (look.shape, look.colour) or (
-            shared is not None and (shared.shape == look.shape or shared.colour == look.colour)
-        )
+        noun = world.NOUNS.get(name)
+        assert name in (look.shape, look.colour) or (noun and (noun.shape == look.shape or noun.colour == look.colour))
 
 
 def test_the_command_says_what_it_found_and_starts_from_the_mean_of_it(
@@ -99,9 +97,9 @@ def test_the_command_says_what_it_found_and_starts_from_the_mean_of_it(
 
     assert len(found.split()) == 3
     assert f"note: <toy> starts from the mean of: {found}" in captured.err
-    auto, told = (load_concept(tmp_path / name) for name in ("a.safetensors", "b.safetensors"))
-    assert auto.provenance["init"] == found
-    assert auto.identity == told.identity
+    found_start, same_start = (load_concept(tmp_path / name) for name in ("a.safetensors", "b.safetensors"))
+    assert found_start.provenance["init"] == found
+    assert found_start.identity == same_start.identity
 
 
 def test_a_run_that_found_its_start_resumes_with_the_same_bits(
@@ -116,8 +114,8 @@ def test_a_run_that_found_its_start_resumes_with_the_same_bits(
     run.close()
     *_, resumed = learn(tiny_model_dir, tasks, recipe, checkpoints=tmp_path / "run")
 
-    for one, other in zip(whole.concepts, resumed.concepts, strict=True):
-        np.testing.assert_array_equal(one.vectors["text_encoder"], other.vectors["text_encoder"])
+    for first, second in zip(whole.concepts, resumed.concepts, strict=True):
+        np.testing.assert_array_equal(first.vectors["text_encoder"], second.vectors["text_encoder"])
     assert whole.concepts[1].provenance["init"] == "star"
 
 
