@@ -19,6 +19,7 @@ from oneword.train.pictures import read_pictures
 from oneword.train.recipe import Compute, Recipe, named_recipe
 from oneword.train.tasks import Task, make_word
 from oneword.train.word import draw
+from tests.conftest import WORDS
 
 RECIPE = Recipe(batch_size=4, compute=Compute.FP32)
 
@@ -54,7 +55,7 @@ def test_the_words_with_the_lowest_losses_are_found(
     monkeypatch.setattr(search, "TRIED", 100)
     source = load_source(tiny_model_dir)
     word = make_word(source, Task(folder, "<toy>", "auto"), read_pictures(folder, 64), RECIPE, 0)
-    vocabulary = "photo the red blue green star ring cat dog style and with painting".split()
+    vocabulary = [word for word in WORDS if len(word) >= 3]
 
     [found] = search.words_of_pictures(source, [word], RECIPE, 0)
 
