@@ -366,7 +366,7 @@ def unnamed_looks() -> tuple[world.Look, ...]:
     """A look for each silhouette that no word names, in one colour each."""
     return tuple(
         world.Look(shape, colour, "white", "plain")
-        for shape, colour in zip(world.UNNAMED_SHAPES, world.COLOURS, strict=False)
+        for shape, colour in zip(world.HELD_OUT_SHAPES, world.COLOURS, strict=False)
     )
 
 
@@ -417,7 +417,7 @@ def run(lab: Lab, name: str, look: world.Look, number: int, seed: int, folder: P
         if turn.number in SCORED:
             scores[str(turn.number)] = score(lab, method.word(), hidden)
     wanted = {"shape": look.shape, "colour": look.colour, "pattern": look.pattern}
-    wanted = {aspect: word for aspect, word in wanted.items() if word not in world.UNNAMED_SHAPES}
+    wanted = {aspect: word for aspect, word in wanted.items() if word not in world.HELD_OUT_SHAPES}
     found = method.answers()
     return {
         "scores": scores,
@@ -493,7 +493,7 @@ def by_pixels(lab: Lab, concept: Concept, look: world.Look) -> float:
     names = [name for name in world.BACKGROUNDS if name not in words.SEEN]
     pictures = pictures_of(lab, [concept], [f"{PROMPT} {world.BACKGROUNDS[name].phrase}" for name in names], 99)
     scenes = [world.Scene((world.Thing(look),), name) for name in names]
-    read = silhouette_iou if look.shape in world.UNNAMED_SHAPES else object_right
+    read = silhouette_iou if look.shape in world.HELD_OUT_SHAPES else object_right
     return float(np.mean([read(image, scene, 0) for image, scene in zip(pictures, scenes, strict=True)]))
 
 

@@ -31,7 +31,7 @@ def test_looks_for_tuning_are_not_those_that_are_reported() -> None:
 def test_silhouettes_that_no_word_names_have_a_colour_each() -> None:
     looks = feedback.unnamed_looks()
 
-    assert [look.shape for look in looks] == list(world.UNNAMED_SHAPES)
+    assert [look.shape for look in looks] == list(world.HELD_OUT_SHAPES)
     assert len({look.colour for look in looks}) == len(looks) == 8
 
 

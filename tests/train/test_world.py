@@ -26,8 +26,8 @@ def test_the_world_has_the_promised_size() -> None:
     assert len(world.STYLES) >= 60
     assert len(set(world.HELD_OUT_LOOKS)) == 12
     assert len(world.HELD_OUT_STYLES) == 6
-    assert len(world.UNNAMED_SHAPES) == 8
-    assert not world.UNNAMED_SHAPES.keys() & {*world.vocabulary()}
+    assert len(world.HELD_OUT_SHAPES) == 8
+    assert not world.HELD_OUT_SHAPES.keys() & {*world.vocabulary()}
 
 
 def test_the_training_set_never_shows_a_held_out_look_or_style() -> None:
