@@ -27,14 +27,16 @@ import numpy as np
 
 from oneword.engines.errors import EngineError, NotFinite, OnewordError, UsageError, without_frames
 from oneword.runtime.batched import CALLS
+from oneword.runtime.contexts import EncodedPrompt, Sources, context_count
 from oneword.runtime.denoiser import Denoiser, Size
 from oneword.runtime.edit import edit_mask, latent_mask, paste
 from oneword.runtime.events import Event, Failed, Latents, PictureDone, StepDone
 from oneword.runtime.images import resized
-from oneword.runtime.model import EncodedPrompt, Model, TokenizedPrompt
+from oneword.runtime.model import Model, TokenizedPrompt
 from oneword.runtime.noise import TorchGenerator
 from oneword.runtime.request import Request, ResolvedSettings, resolve
 from oneword.runtime.row import NoiseStream, Row, time_ids
+from oneword.runtime.samplers import Schedule
 
 MAX_CHUNKS: Final = 64
 MAX_CONTEXT_BYTES: Final = 64 << 20
@@ -67,6 +69,8 @@ class _Pending:
     posterior: tuple[Latents, Latents] | None = None
     size: Size = (0, 0, 0)
     """h, w and T of its rows."""
+    contexts: int = 0
+    """How many contexts each of its rows can need in one step."""
 
     @property
     def left(self) -> int:
@@ -120,6 +124,9 @@ class _Pending:
         ]
         if len(prompts) > 2:
             _check_bytes([4 * model.manifest.context_width * length for length in lengths])
+        branches = [self.tokens] if self.negatives is None else [self.tokens, self.negatives]
+        counts = {p: _context_count(p, model.manifest.layers) for p in dict.fromkeys(itertools.chain(*branches))}
+        self.contexts = max(sum(counts[prompt] for prompt in step) for step in zip(*branches, strict=True))
         factor = model.manifest.vae.factor
         self.size = self.settings.height // factor, self.settings.width // factor, math.lcm(*lengths)
 
@@ -228,7 +235,9 @@ class Scheduler:
         waiting = [*itertools.islice(self._pending, _AHEAD)]
         if waiting and self.denoiser.crowded_out(waiting[0].size):
             waiting = []  # no other request overtakes it
-        newcomers = [pending for pending in waiting if self.denoiser.has_room(pending.size)][:count]
+        elif waiting and self.denoiser.lacks_contexts(waiting[0].size, waiting[0].contexts):
+            waiting = [pending for pending in waiting if pending.size != waiting[0].size]  # nor does one of its size
+        newcomers = [p for p in waiting if self.denoiser.has_room(p.size, p.contexts)][:count]
         if newcomers and not self._rows:  # in a first turn this compiles, while the encoders are opened
             size, branches = newcomers[0].size, newcomers[0].branches
             try:
@@ -242,12 +251,15 @@ class Scheduler:
         portions = _portions(newcomers, _NEW_CHUNKS if self._rows else math.inf)
         with contextlib.suppress(OnewordError):  # each request is tried again alone
             self._encode(portions)
+        short: set[Size] = set()
         for pending in newcomers:
+            if pending.size in short:
+                continue
             try:
                 self._encode({pending: portions[pending]})
             except OnewordError as error:
                 yield from self._drop(pending, without_frames(error))
-            while pending.left and not pending.missing and self.denoiser.has_room(pending.size):
+            while pending.left and not pending.missing and self.denoiser.has_room(pending.size, pending.contexts):
                 try:
                     row = self._prepare(pending)
                     placed = self.denoiser.place(row)
@@ -259,6 +271,8 @@ class Scheduler:
                 pending.next_index += 1
             if not pending.left:
                 self._pending.remove(pending)
+            elif self.denoiser.lacks_contexts(pending.size, pending.contexts):
+                short.add(pending.size)  # no other request of its size overtakes it
         self._admitted = bool(newcomers)
         seconds = time.perf_counter() - start
         self._left -= seconds
@@ -301,8 +315,9 @@ class Scheduler:
             settings=settings,
             lines=schedule.table(manifest.columns),
             noise=NoiseStream(generator, shape, schedule.draws),
-            cond=cond,
-            uncond=uncond,
+            cond=_sources(cond, schedule, manifest.layers),
+            uncond=None if uncond is None else _sources(uncond, schedule, manifest.layers),
+            most_contexts=pending.contexts,
             tokens=pending.size[2],
             time_ids=time_ids(manifest.conditioning.time_ids, settings),
             sample=sample,
@@ -420,12 +435,31 @@ def _portions(requests: Sequence[_Pending], chunks: float) -> dict[_Pending, lis
     left = chunks
     for pending in requests:
         for prompt in pending.missing:
-            count = max(len(part.input_ids) for part in prompt.per_encoder.values())
+            count = max(len(part.input_ids) for part in prompt.per_encoder.values()) * (1 + len(prompt.layered))
             if count > left < chunks:
                 return portions
             left -= count
             portions[pending].append(prompt)
     return portions
+
+
+def _context_count(prompt: TokenizedPrompt | EncodedPrompt, layers: int) -> int:
+    """How many contexts a branch with this prompt needs."""
+    if isinstance(prompt, EncodedPrompt):
+        return 1
+    return context_count(prompt.precise_words, layers, layered=bool(prompt.layered))
+
+
+def _sources(prompts: Sequence[EncodedPrompt], schedule: Schedule, layers: int) -> list[Sources]:
+    """What a branch attends to in each step [S], given its prompts: one object while nothing changes."""
+    known: dict[tuple[EncodedPrompt, tuple[int, ...]], Sources] = {}
+    by_step: list[Sources] = []
+    for step, prompt in enumerate(prompts):
+        stages = tuple(schedule.stage_of(step, insertion.concept.stages) for insertion in prompt.insertions)
+        if (prompt, stages) not in known:
+            known[prompt, stages] = prompt.sources(stages, layers)
+        by_step.append(known[prompt, stages])
+    return by_step
 
 
 def _check_bytes(contexts: Sequence[int]) -> None:
