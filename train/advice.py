@@ -50,7 +50,8 @@ def after(learner: Learner, index: int) -> Iterator[str]:
         )
     templates = probes(learner.recipe.subject)
     try:
-        initial, current = (learner.response(index, templates, rows) for rows in (word.initial, word.rows))
+        initial = learner.response(index, templates, word.initial, word.initial_out)
+        current = learner.response(index, templates, word.rows, word.out)
     except UsageError:
         return  # the word has too many vectors: the probes do not fit
     if current < DEAF * initial:

@@ -1,0 +1,166 @@
+"""Learning output vectors: their start, that they learn and resume, and that the runtime draws what was learned."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from oneword.engines.errors import UsageError
+from oneword.export.source import load_source
+from oneword.runtime.concept import Concept, load_concept, save_concept
+from oneword.runtime.model import Model
+from oneword.runtime.request import Request
+from oneword.train.directional import unit
+from oneword.train.learner import Learner
+from oneword.train.norms import vocabulary_mean_norm
+from oneword.train.recipe import Compute, Optimizer, Output, named_recipe
+from oneword.train.word import draw
+from tests.runtime.test_precise_words import Case, Reference, final_latents
+from tests.train.test_learner import a_word, a_word_with_another_stream
+
+RECIPE = named_recipe("precise").with_changes(steps=8, batch_size=8, compute=Compute.FP32)
+LAYERS = 4
+TEMPLATES = ["a photo of a {}", "the {}"]  # of a_word
+
+
+def learner_of(model: Path, **changes: Any) -> Learner:
+    recipe = RECIPE.with_changes(**changes)
+    return Learner(load_source(model), [a_word(recipe=recipe)], recipe, seed=7)
+
+
+def learned(learner: Learner, steps: int | None = None) -> Concept:
+    while not learner.finished() and steps != learner.steps_done:
+        learner.step()
+    return learner.concept(0, {})
+
+
+def test_output_vectors_start_as_the_states_of_the_initial_row_at_the_vocabularys_mean_length(
+    tiny_model_dir: Path,
+) -> None:
+    """Reference: transformers' encoder with that row in its embedding matrix."""
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_model_dir, safety_checker=None)
+    length = vocabulary_mean_norm(pipe.text_encoder.get_input_embeddings().weight.detach())
+    pipe.tokenizer.add_tokens(["<toy>"])
+    pipe.text_encoder.resize_token_embeddings(len(pipe.tokenizer), mean_resizing=False)
+    token = pipe.tokenizer.convert_tokens_to_ids("<toy>")
+    row = length * unit(a_word(recipe=RECIPE).initial["text_encoder"])
+    pipe.text_encoder.get_input_embeddings().weight.data[token] = row
+    states = []
+    for template in TEMPLATES:
+        ids = pipe.tokenizer(template.replace("{}", "<toy>"), padding="max_length", return_tensors="pt").input_ids
+        with torch.no_grad():
+            states.append(pipe.text_encoder(ids).last_hidden_state[0][ids[0] == token])
+
+    out = learner_of(tiny_model_dir).concept(0, {}).out["text_encoder"]
+
+    assert out.shape == (4, LAYERS, 1, 32)
+    expected = torch.stack(states).mean(0).expand(4, LAYERS, 1, 32)
+    np.testing.assert_allclose(out, expected.numpy(), atol=1e-5)
+
+
+def test_learning_lowers_the_loss_on_a_fixed_batch_and_moves_every_stage_and_layer(tiny_model_dir: Path) -> None:
+    learner = learner_of(tiny_model_dir, steps=40)
+    start = learner.concept(0, {}).out["text_encoder"]
+    batch = draw(a_word_with_another_stream(), learner.recipe, 1000)
+    before = learner.probe_loss(0, batch)
+
+    moved = np.abs(learned(learner).out["text_encoder"] - start)
+
+    assert learner.probe_loss(0, batch) < before
+    assert (moved.max((2, 3)) > 1e-3).all()
+
+
+def test_output_vectors_lower_the_loss_more_than_the_row_alone(tiny_model_dir: Path) -> None:
+    batch = draw(a_word_with_another_stream(), RECIPE, 1000)
+    losses = []
+    for changes in ({}, {"output": Output.NONE, "stages": 1}):
+        learner = learner_of(tiny_model_dir, steps=40, **changes)
+        learned(learner)
+        losses.append(learner.probe_loss(0, batch))
+    assert losses[0] < losses[1]
+
+
+def test_the_first_step_of_output_vectors_is_the_rate_times_their_initial_deviation(tiny_model_dir: Path) -> None:
+    """AdamW's first step moves every number by the rate, whatever its gradient: warm-up makes that a seventh."""
+    learner = learner_of(tiny_model_dir)
+    start = learner.concept(0, {}).out["text_encoder"]
+    moved = np.abs(learned(learner, steps=1).out["text_encoder"] - start)
+    rate = RECIPE.output_rate / 7 * start[0, 0].std(ddof=1)
+    np.testing.assert_allclose(moved.max(), rate, rtol=1e-2)
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_a_resumed_run_has_the_bits_of_one_that_was_not_interrupted(tiny_model_dir: Path, steps: int) -> None:
+    expected = learned(learner_of(tiny_model_dir))
+    interrupted, resumed = learner_of(tiny_model_dir), learner_of(tiny_model_dir)
+    learned(interrupted, steps)
+    resumed.restore(*interrupted.state())
+
+    assert learned(resumed).identity == expected.identity
+
+
+def test_parts_on_threads_add_up_to_the_whole_batch(tiny_model_dir: Path) -> None:
+    """With two threads the batch of 16 is computed in two recorded parts of eight."""
+    threads = torch.get_num_threads()
+    words = []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            words.append(learned(learner_of(tiny_model_dir, batch_size=16), steps=1).out["text_encoder"])
+    finally:
+        torch.set_num_threads(threads)
+    np.testing.assert_allclose(words[0], words[1], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"values_only": False},
+        {"output": Output.SHARED, "stages": 3},
+        {"optimizer": Optimizer.ADAMW, "learning_rate": 0.02, "stages": 1, "vectors": 2},
+    ],
+)
+def test_the_learned_file_draws_in_the_runtime_what_diffusers_draws(
+    tiny_model_dir: Path, tiny_bundle: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    learner = learner_of(tiny_model_dir, output_rate=0.5, **changes)  # so that stages and layers differ plainly
+    save_concept(learned(learner), tmp_path / "toy.safetensors")
+    word = load_concept(tmp_path / "toy.safetensors")
+    assert dict(word.encoder_layers) == {"text_encoder": 3}
+    model = Model.open(tiny_bundle, "onnxruntime", threads=1, concepts=[tmp_path / "toy.safetensors"])
+    case = Case(
+        Request("a photo of (<toy>:1.2)", seed=3, steps=6, guidance_scale=3.0),
+        [[("a photo of", 1), ("<toy>", 1.2)]],
+    )
+    [actual] = final_latents(model, [case.request]).values()
+    expected = Reference(tiny_model_dir, tiny_bundle, {"<toy>": word}).latents(case)
+    assert np.abs(actual - expected).max() <= 1e-5 * max(1.0, np.abs(expected).max())
+
+
+def test_the_learner_predicts_what_the_runtime_draws_with(tiny_model_dir: Path, tiny_bundle: Path) -> None:
+    """One evaluation of the network in each stage: the learner's, and diffusers' with the learned file."""
+    learner = learner_of(tiny_model_dir, output_rate=0.5)
+    word = learned(learner)
+    reference = Reference(tiny_model_dir, tiny_bundle, {"<toy>": word})
+    x, stages = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0)), [0, 1, 2, 3]
+    timesteps = torch.tensor([900, 600, 300, 10])
+    assert learner._stages(timesteps, x) == stages
+    with torch.no_grad():
+        conditions = learner._conditions([(0, "a photo of a {}")] * 4, stages)
+        actual = learner._predict(x, timesteps, conditions)
+    for picture, stage in enumerate(stages):
+        inputs = reference.contexts([[("a photo of a", 1), ("<toy>", 1)]], {"<toy>": stage})
+        expected = reference.predicted(x[picture], float(timesteps[picture]), inputs)
+        torch.testing.assert_close(actual[picture], expected, rtol=0, atol=1e-5)
+
+
+def test_values_only_is_refused_for_a_model_of_joint_attention(tiny_sd3_dir: Path) -> None:
+    recipe = RECIPE.with_changes(batch_size=1, encoders=("text_encoder",))
+    word = a_word(recipe=recipe)
+    word.initial = {"text_encoder": torch.ones(1, 16)}
+    with pytest.raises(UsageError, match=r"values_only with .* \(joint attention\): set values_only=false"):
+        Learner(load_source(tiny_sd3_dir), [word], recipe, seed=7)
