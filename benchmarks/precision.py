@@ -77,7 +77,8 @@ def main() -> None:
     ]
     text = table(["computed by", "median PSNR against fp32, dB", "worst picture, dB"], rows)
     count = options.pictures * len(PROMPTS)
-    text += f"\n\n{count} pictures of {options.model}, {options.steps} DDIM steps, guidance 5, the same seeds."
+    model = "the miniature" if options.model == "miniature" else options.model
+    text += f"\n\n{count} pictures of {model}, {options.steps} DDIM steps, guidance 5, the same seeds."
     print(text)
     if options.write:
         write_section(PAGE, "precision", f"{provenance('precision')}\n\n{text}", NEW_PAGE)

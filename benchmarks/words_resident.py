@@ -77,7 +77,8 @@ def main() -> None:
     text = table(["", "target", "measured"], rows)
     print(text)
     if options.write:
-        encoder = f"Loading is into a table of CLIP's size; prompts are encoded by the text encoder of {options.model}."
+        model = "the miniature" if options.model == "miniature" else options.model
+        encoder = f"Loading is into a table of CLIP's size; prompts are encoded by the text encoder of {model}."
         text = f"{provenance('words_resident')}\n\n{encoder} Bold: misses its target.\n\n{text}"
         write_section(PAGE, "words-resident", text, NEW_PAGE)
     print(json.dumps(report))

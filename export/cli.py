@@ -97,7 +97,7 @@ def command(
     static_sizes: tuple[tuple[int, int], ...],
     as_json: bool,
 ) -> None:
-    """Compile MODEL into the folder BUNDLE, in place of an older bundle.
+    """Export MODEL to the folder BUNDLE, in place of an older bundle.
 
     MODEL is a diffusers directory, a hub id, a single .safetensors file or `miniature`. It becomes ONNX graphs, which
     ONNX Runtime and OpenVINO compile when they open them. Every graph is compared with PyTorch on fresh inputs before

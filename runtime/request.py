@@ -188,7 +188,7 @@ def resolve(request: Request, manifest: Manifest) -> ResolvedSettings:
         spacing=None if request.spacing is None else Spacing(request.spacing),
         guidance=Guidance(request.guidance),
     )
-    schedule.table(manifest.columns)  # raises if the graph lacks a column
+    schedule.check(manifest.columns)
     negative = request.negative_prompt
     return ResolvedSettings(
         steps,

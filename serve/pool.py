@@ -337,19 +337,21 @@ class Pool:
         self,
         tenant: Tenant,
         request: Request,
+        settings: ResolvedSettings | None = None,
         *,
         partials: int = 0,
         deadline: float | None = None,
         label: object = None,
     ) -> Generation:
-        """Queues a request, at once. Pictures that the engine does not have `deadline` seconds from now are dropped.
+        """Queues a request, at once. `settings` are those of `resolve`, if they are known. Pictures that the engine
+        does not have `deadline` seconds from now are dropped.
 
         Raises Unavailable if the server starts or stops, Invalid for a request that this model cannot fulfil, Busy if
         the tenant has used up its quota, or if the work would take more than `max_wait` seconds, in its turn. A server
         without work takes requests of up to ten times as many seconds; Invalid for a larger one.
         """
         try:
-            generation = self._checked(tenant, request, partials, label)
+            generation = self._checked(tenant, request, settings, partials, label)
             self._spend(generation)
         except ApiError as error:
             self.observer.refused(error.code)
@@ -362,21 +364,24 @@ class Pool:
     def check(self, tenant: Tenant, request: Request, partials: int = 0) -> ResolvedSettings:
         """What a request means, if there is room for it now; nothing is queued. Raises as `submit`, but for quotas."""
         try:
-            return self._checked(tenant, request, partials, None).settings
+            return self._checked(tenant, request, None, partials, None).settings
         except ApiError as error:
             self.observer.refused(error.code)
             raise
 
-    def _checked(self, tenant: Tenant, request: Request, partials: int, label: object) -> Generation:
+    def _checked(
+        self, tenant: Tenant, request: Request, settings: ResolvedSettings | None, partials: int, label: object
+    ) -> Generation:
         """The generation of a request, if there is room for it. Raises ApiError."""
         self._read_inbox()
         self._check_ready()
+        self._check_wait(tenant, 0.0)  # a full queue refuses a request before it is read any further
         if not 0 <= partials <= MAX_PARTIALS:
             raise Invalid(f"partials is {partials}, allowed is 0 to {MAX_PARTIALS}")
         if request.seed + request.num_images - 1 > _MAX_SEED:
             raise Invalid(f"seed is {request.seed}, allowed for {request.num_images} pictures is less")
         try:
-            settings = resolve(request, self.manifest)
+            settings = settings or resolve(request, self.manifest)
         except OnewordError as error:
             raise from_oneword(error) from None
         generation = Generation(self, tenant, request, settings, partials, label)
@@ -487,7 +492,7 @@ class Pool:
             raise Unavailable("the engine has stopped: the server starts again if it is supervised", 5)
 
     def _check_room(self, generation: Generation) -> None:
-        """Raises Busy if the request, in its turn among the tenants, would be done later than allowed."""
+        """Raises Invalid for a request that is too large, Busy if it would be done later than allowed."""
         count = generation.request.num_images
         seconds = self._seconds(_Work(generation._branch_pixels * count, generation._pixels * count))
         if seconds > MAX_WAITS * self.max_wait:
@@ -496,9 +501,13 @@ class Pool:
                 "ask for fewer steps, pixels or pictures",
                 code="too_much_work",
             )
+        self._check_wait(generation.tenant, seconds)
+
+    def _check_wait(self, tenant: Tenant, seconds: float) -> None:
+        """Raises Busy if work of so many seconds, in its turn among the tenants, would be done later than allowed."""
         if not self._accounts:
             return
-        account = self._accounts.get(generation.tenant.name)
+        account = self._accounts.get(tenant.name)
         before = 0.0 if account is None else self._seconds(account.work)
         tenants = len(self._accounts) + (account is None)
         wait = min(

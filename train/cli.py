@@ -96,7 +96,7 @@ class Interruption:
     "inits",
     multiple=True,
     help="What to start from: a word that describes the pictures, or several, whose mean is used; the keyword random; "
-    "or a .safetensors file of a word. Once for all IMAGES_DIR, or once for each.  [default: object]",
+    "or a .safetensors file of a word. Give it once for all folders, or once for each.  [default: object]",
 )
 @click.option(
     "--output",

@@ -188,7 +188,7 @@ def fidelity(setup: Setup) -> Result:
         worst = [int(np.abs(ours.astype(int) - theirs).max()) for ours, theirs in zip(served, alone, strict=True)]
         result.add("pixels' largest difference", max(worst), 1)
         result.add("pictures with any difference", sum(value > 0 for value in worst))
-    result.add("mean pictures per step", rows["batch_rows_sum"] / rows["batch_rows_count"])
+    result.add("mean pictures per turn, of both sizes", rows["batch_rows_sum"] / rows["batch_rows_count"])
     return result
 
 
@@ -241,7 +241,7 @@ def _in_turn(setup: Setup, server: Server, engine: Engine) -> tuple[list[float],
     """Seconds per picture over HTTP and from the Scheduler, and the pairs' differences."""
     connection = http.client.HTTPConnection("127.0.0.1", server.port)
     served, alone = list[float](), list[float]()
-    for number_ in range(setup.count(500, 10) + 10):
+    for number_ in range(setup.count(300, 10) + 10):
         settings = {"prompt": PROMPT, "seed": number_, "steps": 10}
         body = json.dumps(settings)
         start = time.perf_counter()
@@ -258,7 +258,7 @@ def _in_turn(setup: Setup, server: Server, engine: Engine) -> tuple[list[float],
 
 def _steps_under_load(setup: Setup, server: Server, engine: Engine) -> tuple[float, float]:
     """Mean seconds of a step with load and without, the median of three rounds."""
-    steps = setup.count(800, 40)
+    steps = setup.count(400, 40)
     requests = [{"prompt": PROMPT, "seed": seed, "steps": steps} for seed in range(8)]
     with_load, without = [], []
     for _ in range(3):
