@@ -56,6 +56,8 @@ def _rows_of_concept(concept: Concept, models: Mapping[str, Any], vectors: int) 
                 f"the concept {concept.token!r} has no vectors of width {width} for {name}: give another init"
             )
         vectors_of_concept = torch.from_numpy(concept.vectors[name].copy())
+        if not vectors_of_concept.any(-1).all():
+            raise UsageError(f"the concept {concept.token!r} has a row of zeros for {name}: give another init")
         rows[name] = vectors_of_concept[torch.arange(vectors).clamp(max=len(vectors_of_concept) - 1)]
     return rows
 
