@@ -67,6 +67,7 @@ XTI_KEYS: Final = (
 )
 """kohya's names of the cross-attention layers of SD 1 and 2, in the order in which they run."""
 _PART_KEY: Final = re.compile(rf"(.+)\.(out|rows)\.({'|'.join(ENCODER_KEYS)})")
+_FACTS: Final = ("stages", "layers", "values_only")
 _ENCODER_LAYER: Final = "encoder_layer."
 _MAX_AXES: Final = 4
 _TOKEN: Final = re.compile(r"<[\w.+*@#!~&$%^=-]+>|[\w.+*@#!~&$%^=-]+")
@@ -127,10 +128,16 @@ class Concept:
                 f"{self.token!r} has rows for each layer, of {_listed(layer_rows)}, and output vectors of "
                 f"{_listed(out) or 'none'}: a word has either, and as many layers for every encoder"
             )
+        stated = _FACTS if out else ()  # the file's metadata has these keys for the word's own facts
+        provenance = {
+            key: value
+            for key, value in self.provenance.items()
+            if not (key in stated or (out and key.startswith(_ENCODER_LAYER)))
+        }
         for name, value in (
             ("layer_rows", layer_rows),
             ("vectors", checked),
-            ("provenance", dict(self.provenance)),
+            ("provenance", provenance),
             ("out", out),
             ("encoder_layers", dict(self.encoder_layers)),
         ):
@@ -200,18 +207,26 @@ def save_concept(concept: Concept, path: str | os.PathLike[str]) -> None:
 def concept_bytes(concept: Concept, name: str = "the file") -> bytes:
     """The content of the word's file. `name` is the file's, for errors.
 
-    Raises ConceptError for a word that `load_concept` would refuse.
+    Vectors for layers are written as float16 if that loses nothing. Raises ConceptError for a word that `load_concept`
+    would refuse, unless it is too large.
     """
     if set(concept.vectors) == {"text_encoder"}:
         tensors = {concept.token: concept.vectors["text_encoder"]}
     else:
         tensors = {_file_key(encoder): value for encoder, value in concept.vectors.items()}
     for kind, parts in (("out", concept.out), ("rows", concept.layer_rows)):
-        tensors |= {f"{concept.token}.{kind}.{encoder}": value for encoder, value in parts.items()}
+        tensors |= {f"{concept.token}.{kind}.{encoder}": _smallest(value) for encoder, value in parts.items()}
     metadata = {"format": "pt", **concept.provenance, **_output_facts(concept), "token": concept.token}
     data = safetensors.numpy.save({key: np.ascontiguousarray(value) for key, value in tensors.items()}, metadata)
     concept_of(*read_safetensors(data, name), name)  # never write what load_concept would refuse
     return data
+
+
+def _smallest(values: Vectors) -> npt.NDArray[np.floating[Any]]:
+    """The same numbers as float16, if all of them have that precision."""
+    with np.errstate(over="ignore"):
+        half = values.astype(np.float16)
+    return half if np.array_equal(half.astype(np.float32), values) else values
 
 
 def load_concept(path: str | os.PathLike[str]) -> Concept:
@@ -225,10 +240,14 @@ def concept_of(tensors: Mapping[str, Vectors], metadata: Mapping[str, str], name
     rows, parts = parted(tensors)
     token, fields = _named_rows(rows, metadata, name)
     if tokens := sorted({other for other, _, _ in parts if other != token}):
-        raise ConceptError(f"{name} has output vectors of {tokens[0]!r} and the word {token!r}: names must agree")
+        raise ConceptError(
+            f"{name} has vectors for layers of {tokens[0][:80]!r} and the word {token[:80]!r}: names must agree"
+        )
     provenance = {key: value for key, value in metadata.items() if key not in ("format", "token")}
     for (_, kind, encoder), value in parts.items():
         field_name = "out" if kind == "out" else "layer_rows"
+        if encoder in fields.get(field_name, {}):
+            raise ConceptError(f"{name} has vectors for the layers of {encoder} twice: keep one of the two layouts")
         fields[field_name] = {**fields.get(field_name, {}), encoder: value}
     if any(kind == "out" for _, kind, _ in parts):
         fields |= _read_output_facts(provenance, fields["out"], name)
@@ -306,6 +325,8 @@ def _named_rows(tensors: Mapping[str, Vectors], metadata: Mapping[str, str], nam
             f"{name} holds {len(words)} tensors ({_listed(words)}), a word's file holds one: run ti-concept convert"
         )
     [(key, value)] = words.items()
+    for other in tensors.keys() - words.keys() - {f"{key}_out"}:
+        raise ConceptError(f"{name} has {other!r} and no {other.removesuffix('_out')!r}, the rows that it belongs to")
     token = metadata.get("token", stem) if key in _FILE_NAME_KEYS else key
     out = {"text_encoder": _shared(tensors[f"{key}_out"])} if f"{key}_out" in tensors else {}
     return token, {"vectors": {"text_encoder": value}, "out": out}

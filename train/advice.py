@@ -63,7 +63,8 @@ def after(learner: Learner, index: int) -> Iterator[str]:
 
 def has_moved(word: Word) -> bool:
     """Whether learning changed the word by more than a hundredth of its length."""
+    learned = [(rows, word.initial[name]) for name, rows in word.rows.items()]
+    learned += [(vectors, word.initial_out[name]) for name, vectors in word.out.items()]
     return any(
-        float((rows.detach() - word.initial[name]).norm()) > UNMOVED * float(word.initial[name].norm())
-        for name, rows in word.rows.items()
+        float((vectors.detach() - initial).norm()) > UNMOVED * float(initial.norm()) for vectors, initial in learned
     )

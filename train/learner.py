@@ -23,7 +23,7 @@ from oneword.export.flux import Flux
 from oneword.export.modules import DenoiseStep, UNet
 from oneword.export.sd3 import StableDiffusion3
 from oneword.export.source import Source
-from oneword.runtime.concept import Concept
+from oneword.runtime.concept import MAX_FILE_BYTES, MAX_HEADER_BYTES, Concept, concept_bytes
 from oneword.runtime.samplers import stage_at
 from oneword.train.compute import compute_dtype, few_positions
 from oneword.train.losses import distance_to_start
@@ -343,15 +343,28 @@ class Learner:
             for name in [name for name in self.output_places if name in word.rows]:
                 encoder = self.encoders[name]
                 texts = [self._text(name, index, prompt) for prompt in dict.fromkeys(word.captions or word.prompts)]
-                with torch.no_grad():
-                    states = encoder(texts, self._all_rows(name, {})).states
-                sums = torch.zeros(self.recipe.vectors, states.shape[-1])
-                for text, text_states in zip(texts, states, strict=True):
-                    for position, number in encoder.places(text):
-                        sums[number] += text_states[position]
+                sums = torch.zeros(self.recipe.vectors, encoder.facts.hidden_width or 0)
+                for first in range(0, len(texts), self.recipe.batch_size):
+                    part = texts[first : first + self.recipe.batch_size]
+                    with torch.no_grad():
+                        states = encoder(part, self._all_rows(name, {})).states
+                    for text, text_states in zip(part, states, strict=True):
+                        for position, number in encoder.places(text):
+                            sums[number] += text_states[position]
                 count = sum(len(encoder.places(text)) for text in texts) / self.recipe.vectors
                 initial[name] = (sums / count).expand(self.recipe.stages, layers, -1, -1).clone()
+            if not initial:
+                raise UsageError(
+                    f"output vectors with {', '.join(word.rows)}: none of these encoders has states in the context, "
+                    "set output=none or other encoders"
+                )
             prepare_output(word, self.recipe, initial)
+            size = len(concept_bytes(self.concept(index, {}))) + MAX_HEADER_BYTES
+            if size > MAX_FILE_BYTES:
+                raise UsageError(
+                    f"the file of a word with {self.recipe.vectors} vectors, {self.recipe.stages} stages and {layers} "
+                    f"layers would have {size} bytes, allowed are {MAX_FILE_BYTES} (1 MiB): use fewer vectors or stages"
+                )
 
     @cached_property
     def output_places(self) -> dict[str, tuple[int, slice]]:

@@ -183,7 +183,7 @@ def test_rows_may_be_zeros_only_beside_output_vectors() -> None:
             FACTS | {"encoder_layer.text_encoder_2": "1"},
             "each needs output vectors",
         ),
-        ({"<toy>": ROWS, "<gem>.out.text_encoder": OUT}, FACTS, "output vectors of '<gem>' and the word '<toy>'"),
+        ({"<toy>": ROWS, "<gem>.out.text_encoder": OUT}, FACTS, "vectors for layers of '<gem>' and the word '<toy>'"),
         ({"<toy>": ROWS, "<gem>": ROWS, "<toy>.out.text_encoder": OUT}, FACTS, "holds 2 tensors"),
         ({"<toy>.out.text_encoder": OUT, "<toy>.out.text_encoder_2": OUT}, FACTS, "holds 0 tensors"),
         ({"<toy>.out.text_encoder": OUT}, FACTS, "is not safe in a prompt"),
@@ -211,6 +211,52 @@ def test_a_file_that_would_be_too_large_to_load_is_not_written(tmp_path: Path) -
     with pytest.raises(ConceptError, match=r"would have 16\d+ bytes, allowed are 1048576 \(1 MiB\): use fewer"):
         save_concept(precise(out={"text_encoder": large}), tmp_path / "a.safetensors")
     assert [*tmp_path.iterdir()] == []
+
+
+def test_a_converted_file_of_half_precision_stays_as_small(tmp_path: Path) -> None:
+    vectors = RANDOM.normal(0, 1, (25, 16, 1, 768)).astype(np.float16)  # 614,400 bytes
+    rows, facts = np.ones((1, 768), np.float16), {"stages": "25", "layers": "16", "values_only": "true"}
+    path = write(tmp_path / "a.safetensors", {"<toy>": rows, "<toy>.out.text_encoder": vectors}, facts)
+    save_concept(replace(load_concept(path), token="<box>"), tmp_path / "b.safetensors")
+
+    assert (tmp_path / "b.safetensors").stat().st_size < 700_000
+    np.testing.assert_array_equal(load_concept(tmp_path / "b.safetensors").out["text_encoder"], vectors)
+
+
+def test_metadata_of_another_tool_does_not_become_facts_of_the_output_vectors(tmp_path: Path) -> None:
+    metadata = {"encoder_layer.text_encoder": "5", "encoder_layer.x": "1", "stages": "9", "author": "me"}
+    tensors = {"emp_params": np.zeros((1, 32), np.float32), "emp_params_out": np.ones((1, 24), np.float32)}
+    word = load_concept(write(tmp_path / "toy.safetensors", tensors, metadata))
+    save_concept(word, tmp_path / "converted.safetensors")
+    converted = load_concept(tmp_path / "converted.safetensors")
+
+    assert dict(word.provenance) == dict(converted.provenance) == {"author": "me"}
+    assert converted.identity == word.identity
+    assert not converted.encoder_layers
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"emb_params": ROWS, "emp_params_out": ROWS}, "has 'emp_params_out' and no 'emp_params', the rows that it"),
+        ({"<toy>": ROWS, "emp_params_out": ROWS}, "has 'emp_params_out' and no 'emp_params', the rows that it"),
+        (
+            {"emp_params": ROWS, "emp_params_out": ROWS, "toy.out.text_encoder": OUT},
+            "has vectors for the layers of text_encoder twice: keep one of the two layouts",
+        ),
+        (
+            {**dict.fromkeys(XTI_KEYS, ROWS), "toy.rows.text_encoder": np.stack([ROWS] * 16)},
+            "has vectors for the layers of text_encoder twice: keep one of the two layouts",
+        ),
+    ],
+)
+def test_vectors_for_layers_in_two_layouts_are_one_line_of_error(
+    tmp_path: Path, tensors: dict[str, np.ndarray], message: str
+) -> None:
+    path = write(tmp_path / "toy.safetensors", tensors, FACTS)
+    with pytest.raises(ConceptError, match=message) as caught:
+        load_concept(path)
+    assert "\n" not in str(caught.value)
 
 
 def test_ti_concept_shows_checks_and_converts_output_vectors(tmp_path: Path) -> None:

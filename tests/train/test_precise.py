@@ -13,6 +13,7 @@ from oneword.export.source import load_source
 from oneword.runtime.concept import Concept, load_concept, save_concept
 from oneword.runtime.model import Model
 from oneword.runtime.request import Request
+from oneword.train.advice import has_moved
 from oneword.train.directional import unit
 from oneword.train.learner import Learner
 from oneword.train.norms import vocabulary_mean_norm
@@ -156,6 +157,21 @@ def test_the_learner_predicts_what_the_runtime_draws_with(tiny_model_dir: Path, 
         inputs = reference.contexts([[("a photo of a", 1), ("<toy>", 1)]], {"<toy>": stage})
         expected = reference.predicted(x[picture], float(timesteps[picture]), inputs)
         torch.testing.assert_close(actual[picture], expected, rtol=0, atol=1e-5)
+
+
+def test_a_word_whose_file_would_be_too_large_is_refused_before_it_is_learned(tiny_model_dir: Path) -> None:
+    with pytest.raises(UsageError, match=r"20 vectors, 100 stages and 4 layers would have .* use fewer vectors or"):
+        learner_of(tiny_model_dir, vectors=20, stages=100)
+
+
+def test_a_word_whose_output_vectors_alone_learned_has_moved(tiny_model_dir: Path) -> None:
+    learner = learner_of(tiny_model_dir)
+    word = learner.words[0]
+    assert not has_moved(word)
+    with torch.no_grad():
+        word.out["text_encoder"] += 1
+
+    assert has_moved(word)
 
 
 def test_values_only_is_refused_for_a_model_of_joint_attention(tiny_sd3_dir: Path) -> None:
