@@ -166,7 +166,7 @@ def test_the_learner_predicts_what_the_runtime_draws_with(tiny_model_dir: Path, 
 def test_a_word_whose_file_could_be_too_large_is_refused_before_it_is_learned(
     tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two rows of 32 numbers, and two for each of 100 stages and four layers, of four bytes; 64 KiB are the header's."""
+    """Two rows of 32 numbers, and two for each of 100 stages and four layers, of four bytes; and 64 KiB."""
     size = 4 * (2 * 32 + 100 * LAYERS * 2 * 32)
     monkeypatch.setattr("oneword.runtime.concept.MAX_FILE_BYTES", (64 << 10) + size)
     learner_of(tiny_model_dir, vectors=2, stages=100)
