@@ -50,6 +50,11 @@ def lora(value: str) -> tuple[Path, float]:
     help="Text encoder to leave out: text_encoder_3 (T5) of Stable Diffusion 3.",
 )
 @click.option(
+    "--preview",
+    type=PATH,
+    help="Diffusers directory of an AutoencoderTiny, such as TAESD's: a decoder for previews and ti-run --draft.",
+)
+@click.option(
     "--precision",
     type=click.Choice([p.value for p in Precision]),
     default=Precision.FP32.value,
@@ -89,6 +94,7 @@ def command(
     config: Path | None,
     loras: tuple[tuple[Path, float], ...],
     without: tuple[str, ...],
+    preview: Path | None,
     precision: str,
     flavour: str | None,
     target: str | None,
@@ -132,6 +138,7 @@ def command(
             config=config,
             loras=[Lora(file, scale) for file, scale in loras],
             without=without,
+            preview=preview,
             report=report,
             accept=accept,
         )

@@ -97,6 +97,11 @@ _BUNDLES = "the bundle's"
 @click.option(
     "--paste/--no-paste", default=True, show_default=True, help="Keep --image's pixels where --mask is black."
 )
+@click.option(
+    "--draft",
+    is_flag=True,
+    help="Decode with the bundle's preview decoder (ti-export --preview): faster, less exact.",
+)
 @engine_option
 @click.option(
     "--max-rows", type=click.IntRange(1), default=MAX_ROWS, show_default=True, help="Maximum pictures per batch."

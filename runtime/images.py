@@ -169,6 +169,8 @@ def parameters_text(request: Request, settings: ResolvedSettings, seed: int, mod
         pairs["Eta"] = request.eta
     if settings.embedded_guidance is not None:
         pairs["Distilled CFG Scale"] = settings.embedded_guidance
+    if request.draft:
+        pairs["VAE Decoder"] = "TAESD"  # A1111's name for a small decoder
     if request.guidance_rescale:
         pairs["CFG Rescale"] = request.guidance_rescale
     if request.guidance_interval is not None:

@@ -66,18 +66,18 @@ def euler_levels(noise: NoiseSchedule, steps: int) -> Levels:
 
 
 def euler_levels_to_zero(noise: NoiseSchedule, steps: int) -> Levels:
-    """The same, to a last level without noise."""
+    """`euler_levels`, ending without noise."""
     return euler_levels(noise, steps)._replace(last_alpha=1.0, last_sigma=0.0)
 
 
 def dpm2_levels(noise: NoiseSchedule, steps: int) -> Levels:
-    """The same, with integer timesteps in Karras's spacing."""
+    """`euler_levels_to_zero`, with integer timesteps in Karras's spacing."""
     levels = euler_levels_to_zero(noise, steps)
     return levels._replace(t=np.round(levels.t)) if noise.spacing is Spacing.KARRAS else levels
 
 
 def dpm_levels(noise: NoiseSchedule, steps: int) -> Levels:
-    """Those of diffusers' DPM solvers and UniPC."""
+    """The levels of diffusers' DPM solvers and UniPC."""
     if noise.spacing is None:
         t = noise.timesteps_dpm(steps)
         return _sigma_levels(noise, t, noise.sigma_at(t))
@@ -114,7 +114,7 @@ def flow_levels(noise: FlowSchedule, steps: int) -> Levels:
 
 
 def flow_dpm_levels(noise: FlowSchedule, steps: int) -> Levels:
-    """Those of diffusers' DPM solver for flows, whose timesteps are integers."""
+    """The levels of diffusers' DPM solver for flows, whose timesteps are integers."""
     sigmas = noise.sigmas_dpm(steps)
     return Levels(np.floor(sigmas * noise.num_train_timesteps), 1 - sigmas, sigmas, 1.0, 0.0)
 

@@ -34,7 +34,7 @@ import numpy as np
 from oneword.engines.errors import OnewordError
 from oneword.runtime.bundle import Manifest
 from oneword.runtime.events import Latents, PictureDone
-from oneword.runtime.request import Request, ResolvedSettings, resolve
+from oneword.runtime.request import Image, Request, ResolvedSettings, resolve
 from oneword.serve.errors import ApiError, Busy, Forbidden, Invalid, Unavailable, from_oneword
 from oneword.serve.keys import LOCAL, Tenant
 from oneword.serve.settings import MAX_WAITS
@@ -43,6 +43,7 @@ from oneword.serve.worker import (
     Failed,
     Lost,
     Partial,
+    Preview,
     Started,
     State,
     Step,
@@ -65,7 +66,7 @@ class Dropped:
     error: ApiError
 
 
-GenerationEvent: TypeAlias = Step | Partial | Done | Failed | Dropped
+GenerationEvent: TypeAlias = Step | Preview | Partial | Done | Failed | Dropped
 """Of the steps, those with a preview; a generation's `steps` and `progress` count all of them."""
 
 
@@ -181,8 +182,8 @@ class Generation:
         self.settings = settings
         self.label = label
         """Whatever the caller wants to find it by."""
-        self.denoised: Latents | None = None
-        """The newest preview."""
+        self.estimate: Latents | Image | None = None
+        """The newest preview: latents [C, h, w], or decoded [H, W, 3]."""
         self.created = pool.clock()
         self.pictures: list[PictureDone | None] = [None] * request.num_images
         """The pictures that are ready, by index."""
@@ -281,7 +282,7 @@ class Generation:
         return self._branch_pixels - int(self._done_work[step])
 
     def _push(self, index: int, event: GenerationEvent) -> None:
-        if self.only_ends and isinstance(event, Step | Partial):
+        if self.only_ends and isinstance(event, Step | Preview | Partial):
             return
         kind = f"partial {event.step}" if isinstance(event, Partial) else type(event).__name__
         self._unread.pop((index, kind), None)
@@ -375,13 +376,14 @@ class Pool:
         """The generation of a request, if there is room for it. Raises ApiError."""
         self._read_inbox()
         self._check_ready()
-        self._check_wait(tenant, 0.0)  # a full queue refuses a request before it is read any further
         if not 0 <= partials <= MAX_PARTIALS:
             raise Invalid(f"partials is {partials}, allowed is 0 to {MAX_PARTIALS}")
         if request.seed + request.num_images - 1 > _MAX_SEED:
             raise Invalid(f"seed is {request.seed}, allowed for {request.num_images} pictures is less")
         try:
-            settings = settings or resolve(request, self.manifest)
+            if settings is None:
+                self._check_wait(tenant, 0.0)  # a full queue refuses a request before it is resolved
+                settings = resolve(request, self.manifest)
         except OnewordError as error:
             raise from_oneword(error) from None
         generation = Generation(self, tenant, request, settings, partials, label)
@@ -644,12 +646,15 @@ class Pool:
                 self.observer.taken_up(time - generation.created)
             case Partial():
                 generation._push(picture.index, event)
+            case Preview():
+                generation.estimate = event.image
+                generation._push(picture.index, event)
             case Step(step=step):
                 if picture.step == 0:
                     self.observer.first_step(time - generation.created)
                 self._advance(picture, step)
                 if event.denoised is not None:
-                    generation.denoised = event.denoised
+                    generation.estimate = event.denoised
                     generation._push(picture.index, event)
             case Done(picture=result):
                 generation.pictures[picture.index] = result
