@@ -127,9 +127,9 @@ class Arena:
         return [row for row in self._rows if row is not None]
 
     @property
-    def free_contexts(self) -> int:
-        """Contexts that no row may need in any of its steps."""
-        return self.contexts - sum(row.most_contexts for row in self.rows)
+    def reserved_contexts(self) -> int:
+        """The most contexts that the rows can need in one step."""
+        return sum(row.most_contexts for row in self.rows)
 
     def place(self, row: Row) -> bool:
         """Gives a row a free slot and writes its state; False if there is none, or too little room for its contexts.
@@ -139,10 +139,10 @@ class Arena:
         if row.most_contexts > self.contexts:
             raise UsageError(
                 f"the words of a picture's prompts need {row.most_contexts} contexts, an engine call has room for "
-                f"{self.contexts}: use fewer words with output vectors, shorter prompts, or plans made with a "
-                "larger ti-export --max-batch"
+                f"{self.contexts}: use fewer words with output vectors or shorter prompts, or build the plans again, "
+                "with ti-export and a larger --max-batch"
             )
-        if None not in self._rows or row.most_contexts > self.free_contexts:
+        if None not in self._rows or row.most_contexts > self.contexts - self.reserved_contexts:
             return False
         slot = self._rows.index(None)
         try:
@@ -390,6 +390,9 @@ class Denoiser:
 
     If a step fails, the rows of its arena continue in one of half the capacity, and those without a slot there wait in
     `displaced` with their last state. Only a row that fails alone is reported.
+
+    An arena has two contexts for each row, as ordinary pictures need. Once a row needs more, its arena is replaced by
+    one with as many as `contexts` says.
     """
 
     model: Model
@@ -399,6 +402,8 @@ class Denoiser:
     def __post_init__(self) -> None:
         self._arenas: OrderedDict[Size, Arena] = OrderedDict()
         self._reduced: dict[Size, int] = {}
+        self._ample: set[Size] = set()  # arenas with more than two contexts per row
+        self._scant: set[Size] = set()  # arenas that cannot have more
         self.displaced: deque[Row] = deque()
 
     @property
@@ -418,7 +423,9 @@ class Denoiser:
         return max(1, min(count, self._reduced.get(size, count)))
 
     def contexts(self, size: Size, capacity: int) -> int:
-        """M of an arena: what `Manifest.max_contexts` says, as far as the engine and memory allow."""
+        """The most that M of an arena can be: `Manifest.max_contexts`, as far as the engine and memory allow."""
+        if size in self._scant:
+            return CONTEXTS_PER_ROW * capacity
         manifest = self.model.manifest
         limit = _MAX_BYTES // (4 * size[2] * manifest.context_width)
         limit = min(limit, self.model.engine("denoise_step").limits.get("M", limit))
@@ -428,9 +435,10 @@ class Denoiser:
         """Creates an arena and runs every number of branches, so that no later step binds or captures."""
         self._arena(size).warm()
 
-    def prepare(self, size: Size, branches_per_row: int) -> None:
-        """Creates the arena that rows of this size and so many branches will get. Raises EngineError, FeedError."""
-        self._arena(size, branches_per_row)
+    def prepare(self, size: Size, branches_per_row: int, contexts: int) -> None:
+        """Creates the arena that rows of this size, with so many branches and contexts, will get. Raises EngineError,
+        FeedError."""
+        self._arena_for(size, branches_per_row, contexts)
 
     def has_room(self, size: Size, contexts: int = CONTEXTS_PER_ROW) -> bool:
         """Whether a new row of this size, with so many contexts, would get a slot now; displaced rows come first."""
@@ -446,15 +454,19 @@ class Denoiser:
 
     def _has_contexts(self, arena: Arena, contexts: int) -> bool:
         """Whether so many contexts are free; also if they never can be, which `place` then refuses."""
-        return contexts <= arena.free_contexts or contexts > arena.contexts
+        room = self.contexts(arena.size, arena.capacity)
+        return contexts <= room - arena.reserved_contexts or contexts > room
 
     def crowded_out(self, size: Size) -> bool:
         """Whether this size has no arena and cannot get one, because all are in use."""
         return size not in self._arenas and not self.has_room(size)
 
     def place(self, row: Row) -> bool:
-        """Gives a row a slot; False if there is no room. Raises EngineError, FeedError."""
-        return not self._displaced(row.size) and self._arena_for(row).place(row)
+        """Gives a row a slot; False if there is no room. Raises EngineError, FeedError, UsageError."""
+        if self._displaced(row.size):
+            return False
+        arena = self._arena_for(row.size, row.branches, row.most_contexts)
+        return not self._displaced(row.size) and arena.place(row)
 
     def remove(self, row: Row) -> None:
         """Removes a row, placed or displaced; does nothing for any other row."""
@@ -464,7 +476,7 @@ class Denoiser:
             arena.remove(row)
             empty = not arena.rows and not self._displaced(arena.size)
             if empty and self._reduced.pop(arena.size, None) is not None:
-                del self._arenas[arena.size]  # the next arena has full capacity again
+                self._delete(arena.size)  # the next arena has full capacity again
 
     def take(self, row: Row) -> Latents:
         """Removes a finished row and returns its latents [C, h, w]. Waits. Raises EngineError."""
@@ -486,7 +498,7 @@ class Denoiser:
         for _ in range(len(self.displaced)):
             row = self.displaced.popleft()
             try:
-                placed = self._arena_for(row).place(row)
+                placed = self._arena_for(row.size, row.branches, row.most_contexts).place(row)
             except OnewordError as error:
                 failures.append((row, without_frames(error)))
                 continue
@@ -525,7 +537,7 @@ class Denoiser:
         """Places the displaced rows of a size as far as they fit, and repeats the step that failed."""
         try:
             for row in self._displaced(size):
-                if not self._arena_for(row).place(row):
+                if not self._arena_for(size, row.branches, row.most_contexts).place(row):
                     break
                 self.displaced.remove(row)
         except OnewordError as error:
@@ -540,15 +552,43 @@ class Denoiser:
     def _forget_idle(self, count: int) -> None:
         """Releases up to `count` arenas without rows, least recently used first."""
         for size in [size for size, arena in self._arenas.items() if not arena.rows][: max(0, count)]:
-            del self._arenas[size]
+            self._delete(size)
 
-    def _arena_for(self, row: Row) -> Arena:
-        return self._arena(row.size, row.branches)
+    def _delete(self, size: Size) -> None:
+        """Releases an arena, and forgets how many contexts it had."""
+        del self._arenas[size]
+        self._ample.discard(size)
+        self._scant.discard(size)
+
+    def _arena_for(self, size: Size, branches_per_row: int, contexts: int) -> Arena:
+        """The arena of a size, with room for a row of so many contexts if it can have it."""
+        if contexts > CONTEXTS_PER_ROW and size not in self._ample | self._scant:
+            self._ample.add(size)
+            if size in self._arenas:
+                self._widen(size, branches_per_row)
+        return self._arena(size, branches_per_row)
+
+    def _widen(self, size: Size, branches_per_row: int) -> None:
+        """Replaces an arena by one with more contexts, or as it was if memory is short, and places its rows there.
+        Raises EngineError; rows without a slot are then displaced."""
+        rows = self._arenas[size].clear()
+        del self._arenas[size]  # and its buffers, before new ones are allocated
+        self.displaced.extendleft(reversed(rows))
+        try:
+            self._arena(size, branches_per_row)
+        except EngineError:
+            self._ample.discard(size)
+            self._scant.add(size)
+        for row in rows:
+            if not self._arena(size, row.branches).place(row):
+                break
+            self.displaced.remove(row)
 
     def _arena(self, size: Size, branches_per_row: int = 0) -> Arena:
         """The arena of a size. A new one is first bound for rows of so many branches; 0 means a single branch.
 
-        If memory is short, arenas without rows are released; if the engine has no plan for full capacity, it is halved.
+        If memory is short, arenas without rows are released. If the engine has no plan for more contexts, the arena has
+        two per row; if it has none for full capacity, that is halved.
         """
         while size not in self._arenas:
             self._forget_idle(len(self._arenas) + 1 - _MAX_ARENAS)
@@ -556,9 +596,13 @@ class Denoiser:
             try:
                 self._arenas[size] = self._new_arena(size, capacity, max(1, capacity * branches_per_row))
             except FeedError:
-                if capacity == 1:
+                if size in self._ample:
+                    self._ample.discard(size)
+                    self._scant.add(size)
+                elif capacity == 1:
                     raise
-                self._reduced[size] = capacity // 2
+                else:
+                    self._reduced[size] = capacity // 2
             except EngineError:
                 if not self._arenas or all(arena.rows for arena in self._arenas.values()):
                     raise
@@ -570,7 +614,7 @@ class Denoiser:
 
     def _new_arena(self, size: Size, capacity: int, branches: int) -> Arena:
         engine, manifest = self.model.engine("denoise_step"), self.model.manifest
-        contexts = self.contexts(size, capacity)
+        contexts = self.contexts(size, capacity) if size in self._ample else CONTEXTS_PER_ROW * capacity
         return Arena(engine, self.model.stream, manifest, size, capacity, contexts, self.stats, branches)
 
     def _displaced(self, size: Size) -> list[Row]:

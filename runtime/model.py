@@ -258,14 +258,16 @@ class Model:
         distinct = {tokens.key: tokens for tokens in prompts}
         contexts = {key: context for key in distinct if (context := self._contexts.get(key)) is not None}
         new = [tokens for key, tokens in distinct.items() if key not in contexts]
-        encoded: dict[bytes, EncodedPrompt] = {}
-        for together in self._groups({p.key: p for tokens in new for p in (tokens, *tokens.layered)}.values()):
+        parts = {part.key: part for tokens in new for part in tokens.layered}
+        encoded = {key: context for key in parts if (context := self._contexts.get(key)) is not None}
+        parts |= {tokens.key: tokens for tokens in new}
+        for together in self._groups(part for key, part in parts.items() if key not in encoded):
             encoded |= zip((tokens.key for tokens in together), self._encode(together), strict=True)
         for tokens in new:
             layered = tuple(encoded[prompt.key] for prompt in tokens.layered)
             finite = all(prompt.finite for prompt in (encoded[tokens.key], *layered))
-            contexts[tokens.key] = context = replace(encoded[tokens.key], layered=layered, finite=finite)
-            self._contexts.put(tokens.key, context)
+            contexts[tokens.key] = replace(encoded[tokens.key], layered=layered, finite=finite)
+            self._contexts.put(tokens.key, contexts[tokens.key])
         return [contexts[tokens.key] for tokens in prompts]
 
     def missing_negative(self, clip_skip: int = 0) -> TokenizedPrompt | EncodedPrompt:

@@ -84,9 +84,10 @@ class _Pending:
 
     @property
     def missing(self) -> list[TokenizedPrompt]:
-        """The prompts that are not encoded yet, each once."""
+        """The prompts that are not encoded yet, each once, after those with the rows of single layers."""
         prompts = dict.fromkeys([*self.tokens, *(self.negatives or ())])
-        return [prompt for prompt in prompts if isinstance(prompt, TokenizedPrompt) and prompt not in self.encoded]
+        new = [prompt for prompt in prompts if isinstance(prompt, TokenizedPrompt) and prompt not in self.encoded]
+        return [part for prompt in new for part in (*prompt.layered, prompt) if part not in self.encoded]
 
     @property
     def cond(self) -> list[EncodedPrompt]:
@@ -122,8 +123,11 @@ class _Pending:
             *map(model.context_length, evened.values()),
             *(len(prompt.hidden_states) for prompt in prompts if not isinstance(prompt, TokenizedPrompt)),
         ]
-        if len(prompts) > 2:
-            _check_bytes([4 * model.manifest.context_width * length for length in lengths])
+        if len(prompts) > 2 or any(prompt.layered for prompt in evened.values()):
+            counts_of = [1 + len(prompt.layered) for prompt in evened.values()]
+            counts_of += [1] * (len(lengths) - len(counts_of))
+            width = 4 * model.manifest.context_width
+            _check_bytes([width * length * count for length, count in zip(lengths, counts_of, strict=True)])
         branches = [self.tokens] if self.negatives is None else [self.tokens, self.negatives]
         counts = {p: _context_count(p, model.manifest.layers) for p in dict.fromkeys(itertools.chain(*branches))}
         self.contexts = max(sum(counts[prompt] for prompt in step) for step in zip(*branches, strict=True))
@@ -240,13 +244,18 @@ class Scheduler:
         waiting = [*itertools.islice(self._pending, _AHEAD)]
         if waiting and self.denoiser.crowded_out(waiting[0].size):
             waiting = []  # no other request overtakes it
-        elif waiting and self.denoiser.lacks_contexts(waiting[0].size, waiting[0].contexts):
-            waiting = [pending for pending in waiting if pending.size != waiting[0].size]  # nor does one of its size
-        newcomers = [p for p in waiting if self.denoiser.has_room(p.size, p.contexts)][:count]
+        newcomers: list[_Pending] = []
+        short: set[Size] = set()  # a request that waits for contexts is not overtaken by others of its size
+        for pending in waiting:
+            if len(newcomers) < count and pending.size not in short:
+                if self.denoiser.has_room(pending.size, pending.contexts):
+                    newcomers.append(pending)
+                elif self.denoiser.lacks_contexts(pending.size, pending.contexts):
+                    short.add(pending.size)
         if newcomers and not self._rows:  # in a first turn this compiles, while the encoders are opened
             size, branches = newcomers[0].size, newcomers[0].branches
             try:
-                self.denoiser.prepare(size, branches)
+                self.denoiser.prepare(size, branches, newcomers[0].contexts)
             except OnewordError as error:  # compiling again for each request could take minutes
                 alike = [pending for pending in newcomers if (pending.size, pending.branches) == (size, branches)]
                 newcomers = [pending for pending in newcomers if pending not in alike]
@@ -256,7 +265,7 @@ class Scheduler:
         portions = _portions(newcomers, _NEW_CHUNKS if self._rows else math.inf)
         with contextlib.suppress(OnewordError):  # each request is tried again alone
             self._encode(portions)
-        short: set[Size] = set()
+        short.clear()
         for pending in newcomers:
             if pending.size in short:
                 continue
@@ -271,13 +280,14 @@ class Scheduler:
                 except OnewordError as error:
                     yield from self._drop(pending, without_frames(error))
                     break
-                assert placed  # there was room
+                if not placed:  # memory was short for more contexts; the row is prepared again
+                    break
                 self._rows.append(row)
                 pending.next_index += 1
             if not pending.left:
                 self._pending.remove(pending)
             elif self.denoiser.lacks_contexts(pending.size, pending.contexts):
-                short.add(pending.size)  # no other request of its size overtakes it
+                short.add(pending.size)
         self._admitted = bool(newcomers)
         seconds = time.perf_counter() - start
         self._left -= seconds
@@ -441,7 +451,7 @@ def _portions(requests: Sequence[_Pending], chunks: float) -> dict[_Pending, lis
     left = chunks
     for pending in requests:
         for prompt in pending.missing:
-            count = max(len(part.input_ids) for part in prompt.per_encoder.values()) * (1 + len(prompt.layered))
+            count = max(len(part.input_ids) for part in prompt.per_encoder.values())
             if count > left < chunks:
                 return portions
             left -= count

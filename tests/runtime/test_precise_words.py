@@ -10,17 +10,20 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from oneword.engines.errors import ConceptError, UsageError
+from oneword.engines.engine import AnyArray, Binding, Engine, bound_shapes
+from oneword.engines.errors import ConceptError, FeedError, UsageError
+from oneword.engines.open import open_engine
+from oneword.runtime import model as model_module
 from oneword.runtime.bundle import Bundle
 from oneword.runtime.concept import Concept
-from oneword.runtime.contexts import Context, context_count
+from oneword.runtime.contexts import Context, EncodedPrompt, context_count
 from oneword.runtime.drawing import draw, generate
-from oneword.runtime.events import Failed, PictureDone
-from oneword.runtime.model import Model
+from oneword.runtime.events import Failed, PictureDone, StepDone
+from oneword.runtime.model import Model, TokenizedPrompt
 from oneword.runtime.request import Request, resolve
 from oneword.runtime.row import Row
 from oneword.runtime.scheduler import Scheduler
-from tests.runtime.test_limits import limited
+from tests.runtime.test_limits import Limited, limited
 
 LAYERS = 4  # of the tiny model: down, mid, two up
 LONG = "a red star and a blue ring in the style of a painting with a blue dog"
@@ -384,7 +387,7 @@ def test_a_scheduled_prompt_reserves_the_places_that_its_word_needs_later(model:
     scheduler.step()
     [arena] = scheduler.denoiser._arenas.values()
     assert len(arena._pool.slots) == 2
-    assert arena.contexts - arena.free_contexts == 2 * (2 + LAYERS)
+    assert arena.reserved_contexts == 2 * (2 + LAYERS)
     pictures = {e.seed: e.image for e in iter_events(scheduler) if isinstance(e, PictureDone)}
     [alone] = draw(model, replace(request, seed=4, num_images=1))
     assert np.abs(pictures[4].astype(int) - alone.image).max() <= 1
@@ -443,9 +446,137 @@ def test_a_word_that_needs_more_contexts_than_the_engine_takes_is_refused(
     assert isinstance(failure.error, UsageError)
     assert str(failure.error) == (
         "the words of a picture's prompts need 6 contexts, an engine call has room for 5: use fewer words with output "
-        "vectors, shorter prompts, or plans made with a larger ti-export --max-batch"
+        "vectors or shorter prompts, or build the plans again, with ti-export and a larger --max-batch"
     )
     assert [event.seed for event in events if isinstance(event, PictureDone)] == [3]
+
+
+class Planned(Limited):
+    """A real engine of the largest sizes that its plans take; each binding needs one plan that takes all its sizes."""
+
+    def __init__(self, engine: Engine, plans: Sequence[Mapping[str, int]]) -> None:
+        super().__init__(engine, {axis: max(plan[axis] for plan in plans) for axis in plans[0]})
+        self.plans = plans
+
+    def bind(
+        self,
+        shapes: Mapping[str, Sequence[int]],
+        inputs: Mapping[str, AnyArray] | None = None,
+        outputs: Mapping[str, AnyArray] | None = None,
+    ) -> Binding:
+        array_shapes = {name: array.shape for name, array in {**(inputs or {}), **(outputs or {})}.items()}
+        sizes, _, _ = bound_shapes(self.name, self.inputs, self.outputs, shapes, array_shapes)
+        if not any(all(sizes.get(axis, 0) <= most for axis, most in plan.items()) for plan in self.plans):
+            raise FeedError(f"{self.name} has no plan for {sizes}")
+        return super().bind(shapes, inputs, outputs)
+
+
+def planned(bundle: Path, monkeypatch: pytest.MonkeyPatch, plans: Sequence[Mapping[str, int]]) -> Model:
+    def opened(*args: Any) -> Engine:
+        engine = open_engine(*args)
+        return Planned(engine, plans) if engine.name == "denoise_step" else engine
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model_module, "open_engine", opened)
+        model = Model.open(bundle, "onnxruntime", threads=1, concepts=[*WORDS.values()])
+        model.engine("denoise_step")
+    return model
+
+
+def bound_contexts(model: Model) -> list[int]:
+    """M of each binding of the denoiser."""
+    engine: Any = model.engine("denoise_step")
+    return [sizes["M"] for sizes in engine.bound]
+
+
+def test_ordinary_pictures_have_two_contexts_each_so_that_plans_of_one_size_take_them(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = planned(tiny_bundle, monkeypatch, [{"B": 8, "N": 16, "M": 48}])
+    draw(model, Request("a cat", steps=2), max_rows=1)
+    draw(model, Request("a <plain>", steps=2, num_images=2), max_rows=4)
+
+    assert set(bound_contexts(model)) == {2, 4}
+
+
+def test_a_precise_word_gets_more_contexts_while_ordinary_pictures_go_on(
+    tiny_bundle: Path, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wide = planned(tiny_bundle, monkeypatch, [{"B": 8, "N": 16, "M": 48}])
+    requests = [Request("a cat", seed=1, steps=5, sampler="dpmpp-2m-sde"), Request("a <toy>", seed=2, steps=4)]
+    scheduler = Scheduler(wide, max_rows=4)
+    scheduler.add(requests[0])
+    for _ in range(2):
+        scheduler.step()
+    scheduler.add(requests[1])
+    pictures = {event.seed: event.image for event in iter_events(scheduler) if isinstance(event, PictureDone)}
+
+    assert sorted({*bound_contexts(wide)}) == [8, 4 * (2 + LAYERS)]
+    for request in requests:
+        [alone] = draw(model, request)
+        assert np.abs(pictures[request.seed].astype(int) - alone.image).max() <= 1
+
+
+def test_a_size_whose_plan_takes_two_contexts_per_row_draws_ordinary_pictures(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    side = 96 // Bundle.open(tiny_bundle).manifest.vae.factor
+    plans = [{"B": 4, "N": 8, "M": 8, "h": side - 1}, {"B": 1, "N": 2, "M": 2, "h": side}]
+    narrow = planned(tiny_bundle, monkeypatch, plans)
+    large = Request("a cat", seed=1, steps=2, size=(96, 96))
+    events = [*generate(narrow, [large, replace(large, prompt="a <toy>", seed=2)], max_rows=4)]
+
+    assert [event.seed for event in events if isinstance(event, PictureDone)] == [1]
+    [failure] = [event for event in events if isinstance(event, Failed)]
+    assert "need 6 contexts, an engine call has room for 2" in str(failure.error)
+
+
+def test_nobody_of_a_size_overtakes_a_row_that_waits_for_contexts_behind_another_size(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    narrow = with_words(tiny_bundle, monkeypatch, {"M": 9})  # 4 rows; <toy> needs 6 contexts
+    large = Request("a cat", seed=1, steps=2, num_images=9, size=(96, 96))
+    waiting = Request("a <toy>", seed=21, steps=6)
+    scheduler = Scheduler(narrow)
+    for request in (large, replace(waiting, seed=20), waiting, Request("a cat", seed=22, steps=2)):
+        scheduler.add(request)
+    started = [event.id for event in iter_events(scheduler) if isinstance(event, StepDone)]
+
+    assert started.index(2) < started.index(3)
+
+
+def test_texts_with_rows_for_each_layer_count_once_for_each_layer(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = model.encode([model.tokenize("a cat")])[0].nbytes
+    request = Request("a <xti>", steps=2, guidance_scale=1.0)
+    monkeypatch.setattr("oneword.runtime.scheduler.MAX_CONTEXT_BYTES", (1 + LAYERS) * size - 1)
+    with pytest.raises(UsageError, match=r"the 1 texts? of the prompts?.* MiB when encoded"):
+        Scheduler(model).add(request)
+    monkeypatch.setattr("oneword.runtime.scheduler.MAX_CONTEXT_BYTES", (1 + LAYERS) * size)
+    Scheduler(model).add(request)
+
+
+def test_a_prompt_with_rows_for_each_layer_is_encoded_over_several_turns(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler, calls = Scheduler(model), []
+    encode = model.encode
+    scheduler.add(Request("a dog", seed=1, steps=20))
+    scheduler.step()
+
+    def counted(prompts: Sequence[TokenizedPrompt]) -> list[EncodedPrompt]:
+        calls.append(len([*prompts]))
+        return encode(prompts)
+
+    monkeypatch.setattr(model, "encode", counted)
+    request = Request(" ".join(["<xti> red"] * 30), seed=2, steps=2)  # of several chunks
+    scheduler.add(request)
+    pictures = {event.seed: event.image for event in iter_events(scheduler) if isinstance(event, PictureDone)}
+
+    assert max(calls) < LAYERS
+    [alone] = draw(model, request)
+    assert np.abs(pictures[2].astype(int) - alone.image).max() <= 1
 
 
 def test_a_lone_picture_has_room_for_any_words_in_both_prompts(model: Model) -> None:
