@@ -339,7 +339,8 @@ class Arena:
         for context, place in places:
             if place is not None:
                 states = context.hidden_states
-                self._inputs["context"].write(place, np.tile(states, (self.size[2] // len(states), 1)))
+                repeats = self.size[2] // len(states)
+                self._inputs["context"].write(place, states if repeats == 1 else np.tile(states, (repeats, 1)))
                 if "pooled" in self._inputs and context.pooled is not None:
                     self._inputs["pooled"].write(place, context.pooled)
 
@@ -526,6 +527,7 @@ class Denoiser:
         del self._arenas[size]  # and its buffers, before new ones are allocated
         if not retry:
             self._reduced.pop(size, None)
+            self._forget_contexts(size)
             yield from ((row, failure) for row in rows)
             return
         self._forget_idle(len(self._arenas))
@@ -555,17 +557,22 @@ class Denoiser:
             self._delete(size)
 
     def _delete(self, size: Size) -> None:
-        """Releases an arena, and forgets how many contexts it had."""
+        """Releases an arena."""
         del self._arenas[size]
+        self._forget_contexts(size)
+
+    def _forget_contexts(self, size: Size) -> None:
+        """The next arena of a size has two contexts per row again."""
         self._ample.discard(size)
         self._scant.discard(size)
 
     def _arena_for(self, size: Size, branches_per_row: int, contexts: int) -> Arena:
         """The arena of a size, with room for a row of so many contexts if it can have it."""
         if contexts > CONTEXTS_PER_ROW and size not in self._ample | self._scant:
-            self._ample.add(size)
             if size in self._arenas:
                 self._widen(size, branches_per_row)
+            else:
+                self._ample.add(size)
         return self._arena(size, branches_per_row)
 
     def _widen(self, size: Size, branches_per_row: int) -> None:
@@ -573,6 +580,7 @@ class Denoiser:
         Raises EngineError; rows without a slot are then displaced."""
         rows = self._arenas[size].clear()
         del self._arenas[size]  # and its buffers, before new ones are allocated
+        self._ample.add(size)
         self.displaced.extendleft(reversed(rows))
         try:
             self._arena(size, branches_per_row)
@@ -588,7 +596,7 @@ class Denoiser:
         """The arena of a size. A new one is first bound for rows of so many branches; 0 means a single branch.
 
         If memory is short, arenas without rows are released. If the engine has no plan for more contexts, the arena has
-        two per row; if it has none for full capacity, that is halved.
+        two per row; if it has no plan for full capacity either, that is halved, and more contexts are tried again.
         """
         while size not in self._arenas:
             self._forget_idle(len(self._arenas) + 1 - _MAX_ARENAS)
@@ -603,6 +611,9 @@ class Denoiser:
                     raise
                 else:
                     self._reduced[size] = capacity // 2
+                    if size in self._scant:
+                        self._scant.remove(size)
+                        self._ample.add(size)
             except EngineError:
                 if not self._arenas or all(arena.rows for arena in self._arenas.values()):
                     raise

@@ -45,7 +45,7 @@ class TokenizedPrompt:
     key: bytes
     """Equal keys mean equal contexts: a word enters the key by its vectors, not by its name."""
     layered: "tuple[TokenizedPrompt, ...]" = ()
-    """The prompt with the rows of each cross-attention layer, if a word has such."""
+    """The prompt with each cross-attention layer's rows, if a word has rows for each layer."""
 
     @property
     def concepts(self) -> tuple[Concept, ...]:
@@ -54,7 +54,7 @@ class TokenizedPrompt:
 
     @property
     def precise_words(self) -> list[Concept]:
-        """The learned words with output vectors, once for each encoder that they have some for."""
+        """The learned words with output vectors, once for each encoder that these are for."""
         return [c for name, chunks in self.per_encoder.items() for c in chunks.concepts if name in c.out]
 
 
