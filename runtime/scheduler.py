@@ -262,6 +262,8 @@ class Scheduler:
                 for pending in alike:
                     yield from self._drop(pending, without_frames(error))
                     self._pending.remove(pending)
+        for pending in newcomers:
+            pending.encoded |= self.model.cached(prompt for prompt in pending.missing if prompt.layered)
         portions = _portions(newcomers, _NEW_CHUNKS if self._rows else math.inf)
         with contextlib.suppress(OnewordError):  # each request is tried again alone
             self._encode(portions)
@@ -351,7 +353,8 @@ class Scheduler:
             for prompt in portion
             if prompt not in pending.encoded
         }
-        for (prompt, pending), encoded in zip(prompts.items(), self.model.encode([*prompts]), strict=True):
+        layers = {p.key: encoded for pending in portions for p, encoded in pending.encoded.items() if p.of_layer}
+        for (prompt, pending), encoded in zip(prompts.items(), self.model.encode([*prompts], layers), strict=True):
             pending.encoded[prompt] = encoded
 
     def _denoise(self) -> Iterator[Event]:

@@ -667,21 +667,25 @@ def test_texts_with_rows_for_each_layer_count_once_for_each_layer(
 def test_a_prompt_with_rows_for_each_layer_is_encoded_over_several_turns(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scheduler, calls = Scheduler(model), []
-    encode = model.encode
+    scheduler, calls, encode = Scheduler(model), list[int](), model._encode
     scheduler.add(Request("a dog", seed=1, steps=20))
     scheduler.step()
 
     def counted(prompts: Sequence[TokenizedPrompt]) -> list[EncodedPrompt]:
-        calls.append(len([*prompts]))
+        calls.append(len(prompts))
         return encode(prompts)
 
-    monkeypatch.setattr(model, "encode", counted)
-    request = Request(" ".join(["<xti> red"] * 30), seed=2, steps=2)  # of several chunks
+    monkeypatch.setattr(model, "_encode", counted)
+    request = Request(" ".join(["<xti> red"] * 30), seed=2, steps=2)  # of five chunks, eight of which fit into a turn
+    cached = len(model._contexts)
     scheduler.add(request)
     pictures = {event.seed: event.image for event in iter_events(scheduler) if isinstance(event, PictureDone)}
 
-    assert max(calls) < LAYERS
+    assert calls == [1] * (LAYERS + 1)
+    assert len(model._contexts) == cached + 1
+    draw(model, request)
+    assert len(calls) == LAYERS + 1
+    model._contexts.clear()
     [alone] = draw(model, request)
     assert np.abs(pictures[2].astype(int) - alone.image).max() <= 1
 
