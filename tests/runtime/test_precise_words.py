@@ -609,8 +609,9 @@ def test_precise_rows_continue_after_a_failed_step_as_far_as_their_contexts_fit(
         assert np.abs(pictures[seed].astype(int) - image).max() <= 1
 
 
-def test_a_word_waits_for_nothing_if_there_is_no_memory_for_more_contexts(
-    tiny_bundle: Path, model: Model, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("first", ["a cat", "a <gem>"])  # two contexts, and more
+def test_pictures_are_drawn_with_two_contexts_each_if_there_is_no_memory_for_more(
+    tiny_bundle: Path, model: Model, monkeypatch: pytest.MonkeyPatch, first: str
 ) -> None:
     wide = planned(tiny_bundle, monkeypatch, [{"B": 8, "N": 16, "M": 48}])
     engine: Any = wide.engine("denoise_step")
@@ -624,7 +625,7 @@ def test_a_word_waits_for_nothing_if_there_is_no_memory_for_more_contexts(
 
     monkeypatch.setattr(engine, "bind", short)
     scheduler = Scheduler(wide, max_rows=4)
-    scheduler.add(Request("a cat", seed=1, steps=5, sampler="euler-a"))
+    scheduler.add(Request(first, seed=1, steps=5, sampler="euler-a"))
     scheduler.step()
     scheduler.add(Request("a <toy>", "<toy>", seed=2, steps=3))  # 10 contexts, of 8 that there are
     scheduler.add(Request("a <toy>", seed=3, steps=3))  # 6
@@ -633,7 +634,7 @@ def test_a_word_waits_for_nothing_if_there_is_no_memory_for_more_contexts(
     [failure] = [event for event in events if isinstance(event, Failed)]
     assert (failure.id, "need 10 contexts, an engine call has room for 8" in str(failure.error)) == (1, True)
     pictures = {event.seed: event.image for event in events if isinstance(event, PictureDone)}
-    for request in (Request("a cat", seed=1, steps=5, sampler="euler-a"), Request("a <toy>", seed=3, steps=3)):
+    for request in (Request(first, seed=1, steps=5, sampler="euler-a"), Request("a <toy>", seed=3, steps=3)):
         [expected] = draw(model, request)
         assert np.abs(pictures[request.seed].astype(int) - expected.image).max() <= 1
 
