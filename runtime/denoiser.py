@@ -604,7 +604,8 @@ class Denoiser:
                     raise
                 else:
                     self._reduced[size] = capacity // 2
-                    self._wide |= {size: True} if size in self._wide else {}
+                    if size in self._wide:
+                        self._wide[size] = True
             except EngineError:
                 retry = any(not arena.rows for arena in self._arenas.values())
                 if not (retry or self._wide.get(size)):
