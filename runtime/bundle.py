@@ -187,9 +187,12 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def layers(self) -> int:
-        """L: the cross-attention layers that may each have a context of their own."""
+        """L: the cross-attention layers that may each have a context of their own. Raises BundleError."""
         axes = next((spec.axes for spec in self.graphs["denoise_step"].inputs if spec.name == "branch_context"), ())
-        return axes[2] if len(axes) == 3 and isinstance(axes[2], int) else 1
+        match axes:
+            case (_, 2, int(layers)) if layers > 0:
+                return layers
+        raise BundleError(f"denoise_step has branch_context {list(axes)}, not [N, 2, layers]: export the model again")
 
     def max_contexts(self, rows: int) -> int:
         """M of the denoiser for so many rows: two contexts and one for each layer's values per row, and at least what a

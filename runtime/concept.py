@@ -10,6 +10,8 @@ header is parsed, and the header before any tensor is read; nothing is ever unpi
     precise         also {"<token>.out.<encoder>": [stages, layers, n, Dh]}, with `stages`, `layers`, `values_only` and
                     `encoder_layer.<encoder>` in the metadata
     XTI             also {"<token>.rows.<encoder>": [layers, n, D]}, or the 16 keys of kohya's files
+
+Rows are written as float32; vectors for layers as float16 if that keeps every number, else as float32.
 """
 
 import hashlib
@@ -85,6 +87,8 @@ class Concept:
     A word of extended textual inversion (XTI, arXiv 2303.09522) has rows for each cross-attention layer instead:
     `layer_rows[encoder]` is float32 [layers, n, D]; `vectors` stand for them where there is one row only.
 
+    The provenance of a word with output vectors leaves out what its file's metadata states about them.
+
     Raises ConceptError if the word is not safe to serve: token, shape, count, finiteness, norm.
     """
 
@@ -110,10 +114,12 @@ class Concept:
             raise ConceptError(
                 f"{self.token!r} has output vectors {shapes}: stages and layers must be equal for every encoder"
             )
-        if not self.encoder_layers.keys() <= out.keys() or (self.values_only and not out):
+        if self.values_only and not out:
+            raise ConceptError(f"{self.token!r} has values_only and no output vectors: leave it out")
+        if not self.encoder_layers.keys() <= out.keys():
             raise ConceptError(
-                f"{self.token!r} states values_only or encoder layers for {_listed(self.encoder_layers) or 'nothing'} "
-                f"and has output vectors for {_listed(out) or 'nothing'}: each needs output vectors"
+                f"{self.token!r} has an encoder layer for {_listed(self.encoder_layers)} and output vectors for "
+                f"{_listed(out) or 'none'}: each needs output vectors"
             )
         for encoder, layer in self.encoder_layers.items():
             if not 1 <= layer <= MAX_LAYERS:
@@ -122,15 +128,15 @@ class Concept:
                     f"{MAX_LAYERS}"
                 )
         layer_rows = {name: _checked_layers(self.token, name, rows, checked) for name, rows in self.layer_rows.items()}
-        if len({len(rows) for rows in layer_rows.values()}) > 1 or (layer_rows and out):
-            raise ConceptError(
-                f"{self.token!r} has rows for each layer, of {_listed(layer_rows)}, and output vectors of "
-                f"{_listed(out) or 'none'}: a word has either, and as many layers for every encoder"
-            )
+        if layer_rows and out:
+            raise ConceptError(f"{self.token!r} has rows for each layer and output vectors: a word has one of the two")
+        if len({len(rows) for rows in layer_rows.values()}) > 1:
+            shapes = " and ".join(str(list(rows.shape)) for rows in layer_rows.values())
+            raise ConceptError(f"{self.token!r} has rows {shapes}: layers must be equal for every encoder")
         for name, value in (
             ("layer_rows", layer_rows),
             ("vectors", checked),
-            ("provenance", dict(self.provenance)),
+            ("provenance", {k: v for k, v in self.provenance.items() if not (out and _states_output(k))}),
             ("out", out),
             ("encoder_layers", dict(self.encoder_layers)),
         ):
@@ -189,12 +195,7 @@ def save_concept(concept: Concept, path: str | os.PathLike[str]) -> None:
 
     Raises ConceptError for a word that `load_concept` would refuse, FileError if it cannot be written.
     """
-    data = concept_bytes(concept, str(path))
-    if len(data) > MAX_FILE_BYTES:
-        raise ConceptError(
-            f"{path} would have {len(data)} bytes, allowed are {MAX_FILE_BYTES} (1 MiB): use fewer vectors or stages"
-        )
-    write_whole(Path(path), data)
+    write_whole(Path(path), concept_bytes(concept, str(path)))
 
 
 def concept_bytes(concept: Concept, name: str = "the file") -> bytes:
@@ -207,11 +208,26 @@ def concept_bytes(concept: Concept, name: str = "the file") -> bytes:
     else:
         tensors = {_file_key(encoder): value for encoder, value in concept.vectors.items()}
     for kind, parts in (("out", concept.out), ("rows", concept.layer_rows)):
-        tensors |= {f"{concept.token}.{kind}.{encoder}": value for encoder, value in parts.items()}
+        tensors |= {f"{concept.token}.{kind}.{encoder}": _smallest(value) for encoder, value in parts.items()}
     metadata = {"format": "pt", **concept.provenance, **_output_facts(concept), "token": concept.token}
     data = safetensors.numpy.save({key: np.ascontiguousarray(value) for key, value in tensors.items()}, metadata)
+    if len(data) > MAX_FILE_BYTES:
+        raise ConceptError(
+            f"{name} would have {len(data)} bytes, allowed are {MAX_FILE_BYTES} (1 MiB): {concept.token!r} needs fewer "
+            "vectors, stages or layers"
+        )
     concept_of(*read_safetensors(data, name), name)  # never write what load_concept would refuse
     return data
+
+
+def check_size(token: str, numbers: int) -> None:
+    """Raises ConceptError if the file of a word of so many float32 numbers, with any provenance, may be too large."""
+    room = MAX_FILE_BYTES - MAX_HEADER_BYTES
+    if 4 * numbers > room:
+        raise ConceptError(
+            f"{token!r} would have {4 * numbers} bytes of vectors, its file has room for {room}: use fewer vectors, "
+            "stages, layers or encoders"
+        )
 
 
 def load_concept(path: str | os.PathLike[str]) -> Concept:
@@ -225,10 +241,14 @@ def concept_of(tensors: Mapping[str, Vectors], metadata: Mapping[str, str], name
     rows, parts = parted(tensors)
     token, fields = _named_rows(rows, metadata, name)
     if tokens := sorted({other for other, _, _ in parts if other != token}):
-        raise ConceptError(f"{name} has output vectors of {tokens[0]!r} and the word {token!r}: names must agree")
+        raise ConceptError(
+            f"{name} has vectors for layers of {tokens[0][:80]!r} and the word {token[:80]!r}: names must agree"
+        )
     provenance = {key: value for key, value in metadata.items() if key not in ("format", "token")}
     for (_, kind, encoder), value in parts.items():
         field_name = "out" if kind == "out" else "layer_rows"
+        if encoder in fields.get(field_name, {}):
+            raise ConceptError(f"{name} has {kind} of {encoder} twice, under keys of two tools: leave out one")
         fields[field_name] = {**fields.get(field_name, {}), encoder: value}
     if any(kind == "out" for _, kind, _ in parts):
         fields |= _read_output_facts(provenance, fields["out"], name)
@@ -270,6 +290,11 @@ def _count(text: str | None, key: str, name: str) -> int:
     return int(text)
 
 
+def _states_output(key: str) -> bool:
+    """Whether a key of a file's metadata is about output vectors."""
+    return key in ("stages", "layers", "values_only") or key.startswith(_ENCODER_LAYER)
+
+
 def _output_facts(concept: Concept) -> dict[str, str]:
     """What a file's metadata says about output vectors."""
     if not concept.out:
@@ -292,14 +317,18 @@ def _named_rows(tensors: Mapping[str, Vectors], metadata: Mapping[str, str], nam
         rows = {"text_encoder": layers.mean(axis=0)}
         return metadata.get("token", stem), {"vectors": rows, "layer_rows": {"text_encoder": layers}}
     if any(key in KEY_ENCODERS for key in tensors):
-        vectors = {_encoder_of(key, tensors): tensors[key] for key in tensors if key in KEY_ENCODERS}
+        vectors = _by_encoder({key: tensors[key] for key in tensors if key in KEY_ENCODERS}, tensors, name)
         other = [key for key in tensors if key not in KEY_ENCODERS]
         if any(not key.endswith("_out") or key.removesuffix("_out") not in tensors for key in other):
             raise ConceptError(
                 f"{name} mixes {_listed(tensors)}: allowed beside keys of encoders are their output vectors (_out)"
             )
-        out = {_encoder_of(key.removesuffix("_out"), tensors): _shared(tensors[key]) for key in other}
+        outs = {key.removesuffix("_out"): _shared(tensors[key]) for key in other}
+        out = _by_encoder(outs, tensors, name)
         return metadata.get("token", stem), {"vectors": vectors, "out": out}
+    for key in _FILE_NAME_OUT_KEYS:
+        if key in tensors and key.removesuffix("_out") not in tensors:
+            raise ConceptError(f"{name} has {key} and no {key.removesuffix('_out')}: output vectors need rows")
     words = {key: value for key, value in tensors.items() if key not in _FILE_NAME_OUT_KEYS}
     if len(words) != 1:
         raise ConceptError(
@@ -309,6 +338,23 @@ def _named_rows(tensors: Mapping[str, Vectors], metadata: Mapping[str, str], nam
     token = metadata.get("token", stem) if key in _FILE_NAME_KEYS else key
     out = {"text_encoder": _shared(tensors[f"{key}_out"])} if f"{key}_out" in tensors else {}
     return token, {"vectors": {"text_encoder": value}, "out": out}
+
+
+def _by_encoder(keyed: Mapping[str, Vectors], tensors: Mapping[str, Vectors], name: str) -> dict[str, Vectors]:
+    """Tensors under keys of encoders, by encoder; two keys of one encoder must hold the same numbers."""
+    by_encoder: dict[str, Vectors] = {}
+    for key, value in keyed.items():
+        other = by_encoder.setdefault(_encoder_of(key, tensors), value)
+        if not np.array_equal(other, value):
+            raise ConceptError(f"{name} has two different tensors for {_encoder_of(key, tensors)}: leave out one")
+    return by_encoder
+
+
+def _smallest(vectors: Vectors) -> npt.NDArray[np.float16] | Vectors:
+    """The vectors as float16 if that keeps every number; else as they are."""
+    with np.errstate(over="ignore"):
+        half = vectors.astype(np.float16)
+    return half if np.array_equal(half.astype(np.float32), vectors) else vectors
 
 
 def _shared(vectors: Vectors) -> Vectors:

@@ -271,7 +271,8 @@ class Model:
         for together in self._groups(part for key, part in parts.items() if key not in encoded):
             encoded |= zip((tokens.key for tokens in together), self._encode(together), strict=True)
         for tokens in new:
-            layered = tuple(encoded[prompt.key] for prompt in tokens.layered)
+            pooled = encoded[tokens.key].pooled  # one for all layers
+            layered = tuple(replace(encoded[prompt.key], pooled=pooled) for prompt in tokens.layered)
             finite = all(prompt.finite for prompt in (encoded[tokens.key], *layered))
             contexts[tokens.key] = replace(encoded[tokens.key], layered=layered, finite=finite)
             if not tokens.of_layer:

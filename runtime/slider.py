@@ -58,6 +58,9 @@ class Slider:
         }
         text = (first if self.share < 0.5 else second).text
         try:
+            for name, values in out.items():
+                if (first.out[name].any(-1) & ~values.any(-1)).any():
+                    raise ConceptError("an output vector became zero")
             return Concept(
                 "<slider>", vectors, {"text": text}, out, first.values_only, first.encoder_layers, layer_rows
             )

@@ -23,7 +23,7 @@ from oneword.export.flux import Flux
 from oneword.export.modules import DenoiseStep, UNet
 from oneword.export.sd3 import StableDiffusion3
 from oneword.export.source import Source
-from oneword.runtime.concept import Concept
+from oneword.runtime.concept import Concept, check_size
 from oneword.runtime.samplers import stage_at
 from oneword.train.compute import compute_dtype, few_positions
 from oneword.train.losses import distance_to_start
@@ -48,6 +48,7 @@ from oneword.train.word import (
 
 NetworkModule: TypeAlias = UNet | StableDiffusion3 | Flux
 GUIDANCE = 1.0  # of a network that takes it as an input: the one without effect
+TEXTS_PER_CALL = 32  # of a text encoder, where a word's captions are encoded: there may be a thousand
 
 
 class Conditions(NamedTuple):
@@ -62,7 +63,8 @@ class Conditions(NamedTuple):
 class Learner:
     """Learns words with a frozen model. All words are learned for the same text encoders.
 
-    Raises `UsageError` for a model or prompt that cannot be used, `EngineError` if a loss is not finite.
+    Raises `UsageError` for a model or prompt that cannot be used, `ConceptError` for a word that would be too large for
+    a file, `EngineError` if a loss is not finite.
     """
 
     def __init__(self, source: Source, words: Sequence[Word], recipe: Recipe, seed: int) -> None:
@@ -100,6 +102,8 @@ class Learner:
                 self._frozen[name] = FrozenPrompts(encoder)
         if recipe.output is not Output.NONE:
             self._prepare_outputs()
+        for word in words:
+            check_size(word.token, sum(part.numel() for part in [*word.rows.values(), *word.out.values()]))
         # Each word's fixed batch, from a separate random stream, so that a resumed run has the same one.
         self._probes = [
             draw(word, recipe, len(self.noising), torch.Generator().manual_seed(seed + 1)) for word in words
@@ -337,18 +341,25 @@ class Learner:
                 f"values_only with {self.source.model}, whose keys and values share their states (joint attention): "
                 "set values_only=false"
             )
+        if not all(self.output_places.keys() & word.rows for word in self.words):
+            raise UsageError(
+                f"output vectors of {', '.join(self.words[0].rows)}, whose states are not in the network's context: "
+                f"set encoders to any of {', '.join(self.output_places)}, or output to none"
+            )
         layers = self.network.module.num_layers if self.recipe.output is Output.LAYERS else 1
         for index, word in enumerate(self.words):
             initial: dict[str, torch.Tensor] = {}
             for name in [name for name in self.output_places if name in word.rows]:
                 encoder = self.encoders[name]
                 texts = [self._text(name, index, prompt) for prompt in dict.fromkeys(word.captions or word.prompts)]
-                with torch.no_grad():
-                    states = encoder(texts, self._all_rows(name, {})).states
-                sums = torch.zeros(self.recipe.vectors, states.shape[-1])
-                for text, text_states in zip(texts, states, strict=True):
-                    for position, number in encoder.places(text):
-                        sums[number] += text_states[position]
+                sums = torch.zeros(self.recipe.vectors, encoder.facts.hidden_width or 0)
+                for first in range(0, len(texts), TEXTS_PER_CALL):
+                    part = texts[first : first + TEXTS_PER_CALL]
+                    with torch.no_grad():
+                        states = encoder(part, self._all_rows(name, {})).states
+                    for text, text_states in zip(part, states, strict=True):
+                        for position, number in encoder.places(text):
+                            sums[number] += text_states[position]
                 count = sum(len(encoder.places(text)) for text in texts) / self.recipe.vectors
                 initial[name] = (sums / count).expand(self.recipe.stages, layers, -1, -1).clone()
             prepare_output(word, self.recipe, initial)
@@ -368,7 +379,7 @@ class Learner:
         return places
 
     def _stages(self, timesteps: torch.Tensor, x_0: torch.Tensor) -> list[int]:
-        """The stage of each timestep [B], as `oneword.runtime.samplers.stage_at` has it."""
+        """The stage of each timestep [B]."""
         times = self.noising.times(timesteps, x_0).tolist()
         return [stage_at(time, self.recipe.stages, len(self.noising)) for time in times]
 

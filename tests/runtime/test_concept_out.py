@@ -15,7 +15,15 @@ from safetensors import safe_open
 
 from oneword.engines.errors import ConceptError, UsageError
 from oneword.runtime import cli_concept
-from oneword.runtime.concept import XTI_KEYS, Concept, load_concept, save_concept
+from oneword.runtime.concept import (
+    XTI_KEYS,
+    Concept,
+    concept_bytes,
+    concept_of,
+    load_concept,
+    read_safetensors,
+    save_concept,
+)
 from oneword.runtime.layouts import paired, read_concepts
 from oneword.runtime.lexicon import Lexicon
 from oneword.runtime.slider import Slider
@@ -23,6 +31,8 @@ from oneword.runtime.slider import Slider
 RANDOM = np.random.default_rng(0)
 ROWS = RANDOM.normal(0, 0.02, (2, 32)).astype(np.float32)
 OUT = RANDOM.normal(0, 1, (4, 3, 2, 24)).astype(np.float32)
+LAYERS = RANDOM.normal(0, 0.02, (3, 2, 32)).astype(np.float32)
+VECTOR = RANDOM.normal(0, 1, (2, 24)).astype(np.float32)
 FACTS = {"stages": "4", "layers": "3", "values_only": "true"}
 
 
@@ -51,7 +61,9 @@ def test_a_saved_word_is_loaded_unchanged(tmp_path: Path) -> None:
         word.out["text_encoder"][0] = 1
 
 
-def test_the_file_has_the_rows_where_other_tools_read_them_and_states_what_stands_beside_them(tmp_path: Path) -> None:
+def test_the_file_has_the_rows_where_other_tools_read_them_and_states_the_facts_of_the_output_vectors(
+    tmp_path: Path,
+) -> None:
     path = tmp_path / "toy.safetensors"
     save_concept(precise(), path)
     with safe_open(path, "numpy") as file:
@@ -138,7 +150,7 @@ def test_names_and_provenance_do_not_change_the_identity() -> None:
         ({"out": {"text_encoder": np.ones((101, 1, 2, 4))}}, "for 101 stages and 1 layers, allowed are up to 100"),
         ({"out": {"text_encoder": np.ones((1, 101, 2, 4))}}, "for 1 stages and 101 layers, allowed are up to 100"),
         ({"out": {"text_encoder_2": OUT}, "encoder_layers": {}}, r"\(text_encoder_2\) has output vectors and no rows"),
-        ({"out": {}}, "each needs output vectors"),
+        ({"out": {}}, "has values_only and no output vectors: leave it out"),
         ({"out": {}, "values_only": False}, "each needs output vectors"),
         ({"encoder_layers": {"text_encoder_2": 3}}, "each needs output vectors"),
         ({"encoder_layers": {"text_encoder": 0}}, "of the encoder's layer 0, allowed are 1 to 100"),
@@ -183,7 +195,7 @@ def test_rows_may_be_zeros_only_beside_output_vectors() -> None:
             FACTS | {"encoder_layer.text_encoder_2": "1"},
             "each needs output vectors",
         ),
-        ({"<toy>": ROWS, "<gem>.out.text_encoder": OUT}, FACTS, "output vectors of '<gem>' and the word '<toy>'"),
+        ({"<toy>": ROWS, "<gem>.out.text_encoder": OUT}, FACTS, "layers of '<gem>' and the word '<toy>'"),
         ({"<toy>": ROWS, "<gem>": ROWS, "<toy>.out.text_encoder": OUT}, FACTS, "holds 2 tensors"),
         ({"<toy>.out.text_encoder": OUT, "<toy>.out.text_encoder_2": OUT}, FACTS, "holds 0 tensors"),
         ({"<toy>.out.text_encoder": OUT}, FACTS, "is not safe in a prompt"),
@@ -207,10 +219,66 @@ def test_metadata_of_these_names_is_provenance_in_a_word_without_output_vectors(
 
 
 def test_a_file_that_would_be_too_large_to_load_is_not_written(tmp_path: Path) -> None:
-    large = np.ones((100, 16, 2, 128), np.float32)
-    with pytest.raises(ConceptError, match=r"would have 16\d+ bytes, allowed are 1048576 \(1 MiB\): use fewer"):
-        save_concept(precise(out={"text_encoder": large}), tmp_path / "a.safetensors")
+    large = precise(out={"text_encoder": np.full((100, 16, 2, 128), 0.1, np.float32)})
+    refused = r"would have 16\d+ bytes, allowed are 1048576 \(1 MiB\): '<toy>' needs fewer vectors, stages or layers"
+    with pytest.raises(ConceptError, match=refused):
+        save_concept(large, tmp_path / "a.safetensors")
     assert [*tmp_path.iterdir()] == []
+    with pytest.raises(ConceptError, match=refused):
+        concept_bytes(large)
+
+
+def test_a_file_of_float16_is_converted_within_the_same_size(tmp_path: Path) -> None:
+    path, out = tmp_path / "toy.safetensors", tmp_path / "gem.safetensors"
+    half = RANDOM.normal(0, 1, (20, 16, 1, 1024)).astype(np.float16)  # 655 KB, 1.3 MB as float32
+    facts = FACTS | {"stages": "20", "layers": "16"}
+    write(path, {"<toy>": ROWS[:1], "<toy>.out.text_encoder": half}, facts)
+    result = CliRunner().invoke(cli_concept.command, ["convert", str(path), str(out), "--token", "<gem>"])
+    assert result.exit_code == 0, result.output
+    assert load_concept(out).identity == load_concept(path).identity
+    assert out.stat().st_size < 700_000
+
+
+def test_vectors_twice_under_keys_of_two_tools_are_refused(tmp_path: Path) -> None:
+    xti = dict.fromkeys(XTI_KEYS, ROWS)
+    onetrainer = {"emp_params": ROWS, "emp_params_out": VECTOR}
+    for tensors, message in (
+        (onetrainer | {"a.out.text_encoder": OUT}, "has out of text_encoder twice, under keys of two tools"),
+        (xti | {"a.rows.text_encoder": np.stack([ROWS] * 16)}, "has rows of text_encoder twice, under keys of two"),
+    ):
+        path = write(tmp_path / "a.safetensors", tensors, FACTS)
+        for read in (load_concept, read_concepts):
+            with pytest.raises(ConceptError, match=message):
+                read(path)
+
+
+def test_a_long_key_is_cut_in_the_error(tmp_path: Path) -> None:
+    tensors = {"<toy>": ROWS, "x" * 5000 + ".rows.text_encoder": np.stack([ROWS] * 3)}
+    with pytest.raises(ConceptError, match=r"has vectors for layers of 'x{80}' and the word '<toy>'") as caught:
+        load_concept(write(tmp_path / "a.safetensors", tensors))
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"encoder_layer.text_encoder": "5"},
+        {"encoder_layer.text_encoder_2": "1"},
+        {"encoder_layer.": "x", "stages": "9", "layers": "9", "values_only": "true"},
+    ],
+)
+def test_metadata_of_another_tools_file_does_not_become_facts_of_the_converted_word(
+    tmp_path: Path, facts: dict[str, str]
+) -> None:
+    path, out = tmp_path / "toy.safetensors", tmp_path / "ours.safetensors"
+    write(path, {"emp_params": ROWS, "emp_params_out": VECTOR}, facts | {"ss_steps": "7"})
+    word = load_concept(path)
+    save_concept(word, out)
+
+    assert dict(word.provenance) == dict(load_concept(out).provenance) == {"ss_steps": "7"}
+    assert (word.values_only, dict(word.encoder_layers), word.stages) == (False, {}, 1)
+    assert load_concept(out).identity == word.identity
+    assert concept_of(*read_safetensors(concept_bytes(word), "a"), "a").identity == word.identity
 
 
 def test_ti_concept_shows_checks_and_converts_output_vectors(tmp_path: Path) -> None:
@@ -261,14 +329,21 @@ def test_a_slider_interpolates_output_vectors_and_refuses_different_kinds() -> N
             _ = Slider(words[0], other, 0.5).concept
 
 
+def test_a_slider_of_opposite_output_vectors_is_refused() -> None:
+    out = np.ones((1, 1, 1, 3), np.float32)
+    words = [
+        Concept(f"<{name}>", {"text_encoder": rows}, {}, {"text_encoder": sign * out}, True)
+        for name, rows, sign in (("a", [[1.0, 0]], 1), ("b", [[0, 1.0]], -1))
+    ]
+    with pytest.raises(UsageError, match="is no word, as the two are opposite: change the share"):
+        _ = Slider(words[0], words[1], 0.5).concept
+
+
 def test_refining_a_word_with_output_vectors_is_refused() -> None:
     lexicon = Lexicon({"text_encoder": np.ones((3, 32), np.float32)}, lambda name, text: [0])
     for word in (precise(), layered()):
         with pytest.raises(UsageError, match="has vectors for layers, which refining cannot change"):
             lexicon.rows_of(word)
-
-
-LAYERS = RANDOM.normal(0, 0.02, (3, 2, 32)).astype(np.float32)
 
 
 def layered(**changes: Any) -> Concept:
@@ -301,7 +376,14 @@ def test_rows_of_layers_are_saved_and_loaded_unchanged_and_are_part_of_the_ident
         ({"layer_rows": {"text_encoder_2": LAYERS}}, r"has rows \[3, 2, 32\] for each layer and none for all"),
         ({"layer_rows": {"text_encoder": LAYERS[:0]}}, "has rows for 0 layers, allowed are 1 to 100"),
         ({"layer_rows": {"text_encoder": LAYERS * np.float32(np.nan)}}, "NaN or infinity"),
-        ({"out": {"text_encoder": OUT}}, "a word has either"),
+        ({"out": {"text_encoder": OUT}}, "has rows for each layer and output vectors: a word has one of the two"),
+        (
+            {
+                "vectors": {"text_encoder": ROWS, "text_encoder_2": ROWS},
+                "layer_rows": {"text_encoder": LAYERS, "text_encoder_2": LAYERS[:2]},
+            },
+            r"has rows \[3, 2, 32\] and \[2, 2, 32\]: layers must be equal for every encoder",
+        ),
     ],
 )
 def test_rows_of_layers_that_cannot_be_used_are_one_line_of_error(changes: dict[str, Any], message: str) -> None:
@@ -331,9 +413,6 @@ def test_the_rows_of_kohyas_xti_must_have_one_shape(tmp_path: Path) -> None:
     path = write(tmp_path / "a.safetensors", {**dict.fromkeys(XTI_KEYS, ROWS), "MID": ROWS[:1]})
     with pytest.raises(ConceptError, match="has rows of different shapes for its 16 layers"):
         load_concept(path)
-
-
-VECTOR = RANDOM.normal(0, 1, (2, 24)).astype(np.float32)
 
 
 @pytest.mark.parametrize(
@@ -380,7 +459,14 @@ def test_output_vectors_in_a_lora_are_read(tmp_path: Path) -> None:
         ({"clip_l": ROWS, "clip_g_out": VECTOR}, "mixes 'clip_g_out', 'clip_l'|mixes 'clip_l', 'clip_g_out'"),
         ({"clip_l": ROWS, "other": VECTOR}, "allowed beside keys of encoders are their output vectors"),
         ({"emp_params": ROWS, "emp_params_out": VECTOR[:1]}, r"has output vectors \[1, 1, 1, 24\] for 2 rows"),
-        ({"emp_params_out": VECTOR}, "holds 0 tensors"),
+        ({"emp_params_out": VECTOR}, "has emp_params_out and no emp_params: output vectors need rows"),
+        ({"emb_params": ROWS, "emp_params_out": VECTOR}, "has emp_params_out and no emp_params"),
+        ({"<toy>": ROWS, "emb_params_out": VECTOR}, "has emb_params_out and no emb_params"),
+        ({"t5": ROWS, "t5xxl": ROWS * 2}, "has two different tensors for text_encoder_3: leave out one"),
+        (
+            {"t5": ROWS, "t5xxl": ROWS, "t5_out": VECTOR, "t5xxl_out": VECTOR * 2},
+            "has two different tensors for text_encoder_3",
+        ),
         ({"emp_params": ROWS * 0}, "plausible"),
     ],
 )

@@ -1,5 +1,6 @@
 """Learning output vectors: their start, that they learn and resume, and that the runtime draws what was learned."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,18 +9,22 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from oneword.engines.errors import UsageError
+from oneword.engines.errors import ConceptError, UsageError
+from oneword.export.eager import eager_model
 from oneword.export.source import load_source
 from oneword.runtime.concept import Concept, load_concept, save_concept
 from oneword.runtime.model import Model
 from oneword.runtime.request import Request
+from oneword.train.advice import has_moved
 from oneword.train.directional import unit
 from oneword.train.learner import Learner
 from oneword.train.norms import vocabulary_mean_norm
+from oneword.train.prompts import Encoded, PromptEncoder, Text
 from oneword.train.recipe import Compute, Optimizer, Output, named_recipe
-from oneword.train.word import draw
+from oneword.train.word import Word, draw
 from tests.runtime.test_precise_words import Case, Reference, final_latents
-from tests.train.test_learner import a_word, a_word_with_another_stream
+from tests.train.test_learner import a_word, a_word_with_another_stream, random_moments
+from tests.train.test_learner_flow import a_word as flow_word
 
 RECIPE = named_recipe("precise").with_changes(steps=8, batch_size=8, compute=Compute.FP32)
 LAYERS = 4
@@ -156,6 +161,102 @@ def test_the_learner_predicts_what_the_runtime_draws_with(tiny_model_dir: Path, 
         inputs = reference.contexts([[("a photo of a", 1), ("<toy>", 1)]], {"<toy>": stage})
         expected = reference.predicted(x[picture], float(timesteps[picture]), inputs)
         torch.testing.assert_close(actual[picture], expected, rtol=0, atol=1e-5)
+
+
+def test_a_word_whose_file_could_be_too_large_is_refused_before_it_is_learned(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two rows of 32 numbers, and two for each of 100 stages and four layers, of four bytes; 64 KiB are the header's."""
+    size = 4 * (2 * 32 + 100 * LAYERS * 2 * 32)
+    monkeypatch.setattr("oneword.runtime.concept.MAX_FILE_BYTES", (64 << 10) + size)
+    learner_of(tiny_model_dir, vectors=2, stages=100)
+    monkeypatch.setattr("oneword.runtime.concept.MAX_FILE_BYTES", (64 << 10) + size - 1)
+    with pytest.raises(ConceptError, match=f"'<toy>' would have {size} bytes of vectors, its file has room for") as e:
+        learner_of(tiny_model_dir, vectors=2, stages=100)
+    assert str(e.value).endswith("use fewer vectors, stages, layers or encoders")
+
+
+def test_captions_are_encoded_in_parts(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The start is the mean over all captions, however they are divided."""
+    expected = learner_of(tiny_model_dir).concept(0, {}).out["text_encoder"]
+    monkeypatch.setattr("oneword.train.learner.TEXTS_PER_CALL", 1)
+    sizes = []
+    call = PromptEncoder.__call__
+
+    def counted(self: PromptEncoder, texts: Sequence[Text], learned: torch.Tensor) -> Encoded:
+        sizes.append(len(texts))
+        return call(self, texts, learned)
+
+    monkeypatch.setattr(PromptEncoder, "__call__", counted)
+    actual = learner_of(tiny_model_dir).concept(0, {}).out["text_encoder"]
+    assert sizes == [1, 1]
+    np.testing.assert_allclose(actual, expected, atol=1e-6)
+
+
+def test_output_vectors_need_an_encoder_with_states_in_the_context(tiny_flux_dir: Path) -> None:
+    recipe = RECIPE.with_changes(values_only=False, encoders=("text_encoder",))
+    with pytest.raises(UsageError, match=r"output vectors of text_encoder, whose states are not .* of text_encoder_3"):
+        Learner(load_source(tiny_flux_dir), [flow_word("text_encoder")], recipe, seed=7)
+
+
+@pytest.mark.parametrize(
+    ("values_only", "output", "stages"), [(True, Output.LAYERS, 4), (False, Output.LAYERS, 2), (True, Output.SHARED, 1)]
+)
+def test_the_learners_contexts_in_sdxl_are_those_of_the_runtime(
+    tiny_sdxl_dir: Path, values_only: bool, output: Output, stages: int
+) -> None:
+    """Each encoder has its columns. The word has two vectors."""
+    rows = {"text_encoder": torch.randn(2, 16) * 0.1, "text_encoder_2": torch.randn(2, 24) * 0.1}
+    word = Word("<toy>", random_moments(), rows, TEMPLATES)
+    assert_same_contexts(tiny_sdxl_dir, word, values_only=values_only, output=output, stages=stages, vectors=2)
+
+
+@pytest.mark.parametrize("encoders", [("text_encoder", "text_encoder_2", "text_encoder_3"), ("text_encoder_3",)])
+def test_the_learners_contexts_in_sd3_are_those_of_the_runtime(tiny_sd3_dir: Path, encoders: tuple[str, ...]) -> None:
+    """CLIP's encoders share 20 tokens, T5's tokens follow."""
+    word = flow_word(*encoders)
+    assert_same_contexts(tiny_sd3_dir, word, values_only=False, output=Output.LAYERS, stages=2)
+
+
+def assert_same_contexts(folder: Path, word: Word, **changes: Any) -> None:
+    """After a step, which moves every encoder's output vectors, and with random ones, so that all of them differ."""
+    recipe = RECIPE.with_changes(batch_size=4, **changes)
+    learner = Learner(load_source(folder), [word], recipe, seed=7)
+    learner.step()
+    assert word.out.keys() == word.rows.keys()
+    with torch.no_grad():
+        for name, vectors in word.out.items():
+            assert not torch.equal(vectors, word.initial_out[name])
+            vectors.copy_(torch.randn_like(vectors))
+    concept = learner.concept(0, {})
+    model = eager_model(load_source(folder))
+    layers = model.manifest.layers
+    prompts = [(0, template) for template in TEMPLATES for _ in range(recipe.stages)]
+    stages = [*range(recipe.stages)] * len(TEMPLATES)
+    with torch.no_grad():
+        context, pooled, branch_context = learner._conditions(prompts, stages)
+    assert branch_context is not None
+    for picture, ((_, template), stage) in enumerate(zip(prompts, stages, strict=True)):
+        tokens = model.tokenize(template.replace("{}", "<toy>"), words={"<toy>": concept})
+        [encoded] = model.encode([tokens])
+        sources = encoded.sources([stage] * len(encoded.insertions), layers)
+        for kind, contexts in enumerate((sources.keys, sources.values)):
+            for layer in range(layers):
+                actual = context[branch_context[picture, kind, layer]].numpy()
+                expected = contexts[layer % len(contexts)]
+                np.testing.assert_allclose(actual, expected.hidden_states, atol=1e-5)
+                assert pooled is not None
+                np.testing.assert_allclose(pooled[picture].numpy(), expected.pooled, atol=1e-5)
+
+
+def test_a_word_whose_output_vectors_alone_learned_has_moved(tiny_model_dir: Path) -> None:
+    learner = learner_of(tiny_model_dir)
+    word = learner.words[0]
+    assert not has_moved(word)
+    with torch.no_grad():
+        word.out["text_encoder"] += 1
+
+    assert has_moved(word)
 
 
 def test_values_only_is_refused_for_a_model_of_joint_attention(tiny_sd3_dir: Path) -> None:
