@@ -58,7 +58,7 @@ class EncodedPrompt:
     """By encoder, [chunks]: the factor that restored each chunk's mean after A1111's weights."""
     insertions: tuple[Insertion, ...] = ()
     layered: "tuple[EncodedPrompt, ...]" = ()
-    """The prompt with the rows of each layer, if a word has such."""
+    """The prompt with each layer's rows, if a word has rows for each layer."""
 
     @property
     def nbytes(self) -> int:
@@ -121,8 +121,8 @@ def written_choices(
 ) -> tuple[list[tuple[Choice, ...]], list[tuple[Choice, ...]]]:
     """What is written for keys and for values, by layer: one choice for each of the words with output vectors.
 
-    `stages` are those of the words in the step; `layers` is L. Without a word that has layers of its own, one list
-    element stands for all layers, unless the prompt is `layered`.
+    `stages` are those of the words in the step; `layers` is L. The lists have one element for all layers if no word
+    has vectors for each layer and the prompt is not `layered`.
     """
 
     def choices(layer: int, *, keys: bool) -> tuple[Choice, ...]:

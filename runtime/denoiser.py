@@ -339,7 +339,8 @@ class Arena:
         for context, place in places:
             if place is not None:
                 states = context.hidden_states
-                self._inputs["context"].write(place, np.tile(states, (self.size[2] // len(states), 1)))
+                repeats = self.size[2] // len(states)
+                self._inputs["context"].write(place, states if repeats == 1 else np.tile(states, (repeats, 1)))
                 if "pooled" in self._inputs and context.pooled is not None:
                     self._inputs["pooled"].write(place, context.pooled)
 
@@ -402,8 +403,7 @@ class Denoiser:
     def __post_init__(self) -> None:
         self._arenas: OrderedDict[Size, Arena] = OrderedDict()
         self._reduced: dict[Size, int] = {}
-        self._ample: set[Size] = set()  # arenas with more than two contexts per row
-        self._scant: set[Size] = set()  # arenas that cannot have more
+        self._wide: dict[Size, bool] = {}  # arenas that needed more than two contexts per row: whether they have them
         self.displaced: deque[Row] = deque()
 
     @property
@@ -424,7 +424,7 @@ class Denoiser:
 
     def contexts(self, size: Size, capacity: int) -> int:
         """The most that M of an arena can be: `Manifest.max_contexts`, as far as the engine and memory allow."""
-        if size in self._scant:
+        if not self._wide.get(size, True):
             return CONTEXTS_PER_ROW * capacity
         manifest = self.model.manifest
         limit = _MAX_BYTES // (4 * size[2] * manifest.context_width)
@@ -526,6 +526,7 @@ class Denoiser:
         del self._arenas[size]  # and its buffers, before new ones are allocated
         if not retry:
             self._reduced.pop(size, None)
+            self._forget_contexts(size)
             yield from ((row, failure) for row in rows)
             return
         self._forget_idle(len(self._arenas))
@@ -555,40 +556,41 @@ class Denoiser:
             self._delete(size)
 
     def _delete(self, size: Size) -> None:
-        """Releases an arena, and forgets how many contexts it had."""
+        """Releases an arena."""
         del self._arenas[size]
-        self._ample.discard(size)
-        self._scant.discard(size)
+        self._forget_contexts(size)
+
+    def _forget_contexts(self, size: Size) -> None:
+        """The next arena of a size has two contexts per row again."""
+        self._wide.pop(size, None)
 
     def _arena_for(self, size: Size, branches_per_row: int, contexts: int) -> Arena:
         """The arena of a size, with room for a row of so many contexts if it can have it."""
-        if contexts > CONTEXTS_PER_ROW and size not in self._ample | self._scant:
-            self._ample.add(size)
+        if contexts > CONTEXTS_PER_ROW and size not in self._wide:
             if size in self._arenas:
                 self._widen(size, branches_per_row)
+            else:
+                self._wide[size] = True
         return self._arena(size, branches_per_row)
 
     def _widen(self, size: Size, branches_per_row: int) -> None:
-        """Replaces an arena by one with more contexts, or as it was if memory is short, and places its rows there.
-        Raises EngineError; rows without a slot are then displaced."""
+        """Replaces an arena by one with more contexts, and places its rows there. Raises EngineError; rows without a
+        slot are then displaced."""
         rows = self._arenas[size].clear()
         del self._arenas[size]  # and its buffers, before new ones are allocated
+        self._wide[size] = True
         self.displaced.extendleft(reversed(rows))
-        try:
-            self._arena(size, branches_per_row)
-        except EngineError:
-            self._ample.discard(size)
-            self._scant.add(size)
         for row in rows:
-            if not self._arena(size, row.branches).place(row):
+            if not self._arena(size, branches_per_row).place(row):
                 break
             self.displaced.remove(row)
 
     def _arena(self, size: Size, branches_per_row: int = 0) -> Arena:
         """The arena of a size. A new one is first bound for rows of so many branches; 0 means a single branch.
 
-        If memory is short, arenas without rows are released. If the engine has no plan for more contexts, the arena has
-        two per row; if it has none for full capacity, that is halved.
+        If memory is short, arenas without rows are released. If there is no memory or no plan for more contexts, the
+        arena has two per row; if the engine has no plan for full capacity either, that is halved, and more contexts are
+        tried again.
         """
         while size not in self._arenas:
             self._forget_idle(len(self._arenas) + 1 - _MAX_ARENAS)
@@ -596,17 +598,20 @@ class Denoiser:
             try:
                 self._arenas[size] = self._new_arena(size, capacity, max(1, capacity * branches_per_row))
             except FeedError:
-                if size in self._ample:
-                    self._ample.discard(size)
-                    self._scant.add(size)
+                if self._wide.get(size):
+                    self._wide[size] = False
                 elif capacity == 1:
                     raise
                 else:
                     self._reduced[size] = capacity // 2
+                    if size in self._wide:
+                        self._wide[size] = True
             except EngineError:
-                if not self._arenas or all(arena.rows for arena in self._arenas.values()):
+                retry = any(not arena.rows for arena in self._arenas.values())
+                if not (retry or self._wide.get(size)):
                     raise
-                retry = True
+                if not retry:
+                    self._wide[size] = False
             if retry:  # outside the handler, whose traceback keeps the allocated memory alive
                 self._forget_idle(len(self._arenas))
         self._arenas.move_to_end(size)
@@ -614,7 +619,7 @@ class Denoiser:
 
     def _new_arena(self, size: Size, capacity: int, branches: int) -> Arena:
         engine, manifest = self.model.engine("denoise_step"), self.model.manifest
-        contexts = self.contexts(size, capacity) if size in self._ample else CONTEXTS_PER_ROW * capacity
+        contexts = self.contexts(size, capacity) if self._wide.get(size) else CONTEXTS_PER_ROW * capacity
         return Arena(engine, self.model.stream, manifest, size, capacity, contexts, self.stats, branches)
 
     def _displaced(self, size: Size) -> list[Row]:

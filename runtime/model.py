@@ -44,8 +44,10 @@ class TokenizedPrompt:
     clip_skip: int
     key: bytes
     """Equal keys mean equal contexts: a word enters the key by its vectors, not by its name."""
+    of_layer: bool = False
+    """Whether it is the prompt with one cross-attention layer's rows."""
     layered: "tuple[TokenizedPrompt, ...]" = ()
-    """The prompt with the rows of each cross-attention layer, if a word has such."""
+    """The prompt with each cross-attention layer's rows, if a word has rows for each layer."""
 
     @property
     def concepts(self) -> tuple[Concept, ...]:
@@ -54,7 +56,7 @@ class TokenizedPrompt:
 
     @property
     def precise_words(self) -> list[Concept]:
-        """The learned words with output vectors, once for each encoder that they have some for."""
+        """The learned words with output vectors, once for each encoder that these are for."""
         return [c for name, chunks in self.per_encoder.items() for c in chunks.concepts if name in c.out]
 
 
@@ -253,14 +255,19 @@ class Model:
             math.lcm(*(tokens.per_encoder[name].input_ids.size for name in block)) for block in conditioning.context
         )
 
-    def encode(self, prompts: Sequence[TokenizedPrompt]) -> list[EncodedPrompt]:
-        """Encodes prompts of any lengths. Equal prompts share one EncodedPrompt, also across calls (cached)."""
+    def encode(
+        self, prompts: Sequence[TokenizedPrompt], layers: Mapping[bytes, EncodedPrompt] | None = None
+    ) -> list[EncodedPrompt]:
+        """Encodes prompts of any lengths. Equal prompts share one EncodedPrompt, also across calls (cached).
+
+        `layers` has prompts of single layers that earlier calls have encoded, by key; they are cached as part of the
+        whole prompt only.
+        """
         distinct = {tokens.key: tokens for tokens in prompts}
         contexts = {key: context for key in distinct if (context := self._contexts.get(key)) is not None}
         new = [tokens for key, tokens in distinct.items() if key not in contexts]
-        parts = {part.key: part for tokens in new for part in tokens.layered}
-        encoded = {key: context for key in parts if (context := self._contexts.get(key)) is not None}
-        parts |= {tokens.key: tokens for tokens in new}
+        encoded = dict(layers or {})
+        parts = {part.key: part for tokens in new for part in (*tokens.layered, tokens)}
         for together in self._groups(part for key, part in parts.items() if key not in encoded):
             encoded |= zip((tokens.key for tokens in together), self._encode(together), strict=True)
         for tokens in new:
@@ -268,8 +275,14 @@ class Model:
             layered = tuple(replace(encoded[prompt.key], pooled=pooled) for prompt in tokens.layered)
             finite = all(prompt.finite for prompt in (encoded[tokens.key], *layered))
             contexts[tokens.key] = replace(encoded[tokens.key], layered=layered, finite=finite)
-            self._contexts.put(tokens.key, contexts[tokens.key])
+            if not tokens.of_layer:
+                self._contexts.put(tokens.key, contexts[tokens.key])
         return [contexts[tokens.key] for tokens in prompts]
+
+    def cached(self, prompts: Iterable[TokenizedPrompt]) -> dict[TokenizedPrompt, EncodedPrompt]:
+        """The prompts that need not be encoded, as earlier calls of `encode` returned them."""
+        contexts = {prompt: self._contexts.get(prompt.key) for prompt in prompts}
+        return {prompt: context for prompt, context in contexts.items() if context is not None}
 
     def missing_negative(self, clip_skip: int = 0) -> TokenizedPrompt | EncodedPrompt:
         """The replacement of a missing negative prompt: the empty prompt, or zeros."""
@@ -498,7 +511,8 @@ def _tokenized(chunks: Mapping[str, Chunks], clip_skip: int) -> TokenizedPrompt:
     key = f"{clip_skip}:{identities}:".encode() + b"|".join(parts)
     layers = max((len(concept.by_layer) for concept in tokens.concepts), default=0)
     by_layer = [{name: part.at_layer(layer) for name, part in chunks.items()} for layer in range(layers)]
-    return replace(tokens, key=key, layered=tuple(_tokenized(parts, clip_skip) for parts in by_layer))
+    layered = tuple(replace(_tokenized(parts, clip_skip), of_layer=True) for parts in by_layer)
+    return replace(tokens, key=key, layered=layered)
 
 
 def _vectors(prompts: Iterable[TokenizedPrompt], encoder: str) -> dict[str, Vectors]:

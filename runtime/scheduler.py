@@ -240,34 +240,25 @@ class Scheduler:
     def _admit(self) -> Iterator[Event]:
         """Prepares waiting requests and gives their pictures slots: a few per turn, all of them if nothing runs."""
         start = time.perf_counter()
-        count = _NEWCOMERS if self._rows else self.max_rows
-        waiting = [*itertools.islice(self._pending, _AHEAD)]
-        if waiting and self.denoiser.crowded_out(waiting[0].size):
-            waiting = []  # no other request overtakes it
-        newcomers: list[_Pending] = []
-        short: set[Size] = set()  # a request that waits for contexts is not overtaken by others of its size
-        for pending in waiting:
-            if len(newcomers) < count and pending.size not in short:
-                if self.denoiser.has_room(pending.size, pending.contexts):
-                    newcomers.append(pending)
-                elif self.denoiser.lacks_contexts(pending.size, pending.contexts):
-                    short.add(pending.size)
+        newcomers = self._newcomers(_NEWCOMERS if self._rows else self.max_rows)
         if newcomers and not self._rows:  # in a first turn this compiles, while the encoders are opened
             size, branches = newcomers[0].size, newcomers[0].branches
             try:
-                self.denoiser.prepare(size, branches, newcomers[0].contexts)
+                self.denoiser.prepare(size, branches, max(p.contexts for p in newcomers if p.size == size))
             except OnewordError as error:  # compiling again for each request could take minutes
                 alike = [pending for pending in newcomers if (pending.size, pending.branches) == (size, branches)]
                 newcomers = [pending for pending in newcomers if pending not in alike]
                 for pending in alike:
                     yield from self._drop(pending, without_frames(error))
                     self._pending.remove(pending)
+        for pending in newcomers:
+            pending.encoded |= self.model.cached(prompt for prompt in pending.missing if prompt.layered)
         portions = _portions(newcomers, _NEW_CHUNKS if self._rows else math.inf)
         with contextlib.suppress(OnewordError):  # each request is tried again alone
             self._encode(portions)
-        short.clear()
+        lacking: set[Size] = set()
         for pending in newcomers:
-            if pending.size in short:
+            if pending.size in lacking:
                 continue
             try:
                 self._encode({pending: portions[pending]})
@@ -287,11 +278,28 @@ class Scheduler:
             if not pending.left:
                 self._pending.remove(pending)
             elif self.denoiser.lacks_contexts(pending.size, pending.contexts):
-                short.add(pending.size)
+                lacking.add(pending.size)
         self._admitted = bool(newcomers)
         seconds = time.perf_counter() - start
         self._left -= seconds
         self.seconds["encode"] += seconds
+
+    def _newcomers(self, count: int) -> list[_Pending]:
+        """The next requests that there is room for, in the order of the queue. None overtakes a first one that waits
+        for an arena, and none of its size one that waits for contexts."""
+        waiting = [*itertools.islice(self._pending, _AHEAD)]
+        newcomers: list[_Pending] = []
+        if waiting and self.denoiser.crowded_out(waiting[0].size):
+            return newcomers
+        lacking: set[Size] = set()
+        for pending in waiting:
+            if pending.size in lacking:
+                continue
+            if self.denoiser.has_room(pending.size, pending.contexts):
+                newcomers.append(pending)
+            elif self.denoiser.lacks_contexts(pending.size, pending.contexts):
+                lacking.add(pending.size)
+        return newcomers[:count]
 
     def _drop(self, pending: _Pending, error: OnewordError) -> Iterator[Event]:
         """Reports the pictures of a request that failed."""
@@ -351,7 +359,8 @@ class Scheduler:
             for prompt in portion
             if prompt not in pending.encoded
         }
-        for (prompt, pending), encoded in zip(prompts.items(), self.model.encode([*prompts]), strict=True):
+        layers = {p.key: encoded for pending in portions for p, encoded in pending.encoded.items() if p.of_layer}
+        for (prompt, pending), encoded in zip(prompts.items(), self.model.encode([*prompts], layers), strict=True):
             pending.encoded[prompt] = encoded
 
     def _denoise(self) -> Iterator[Event]:

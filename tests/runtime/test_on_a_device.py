@@ -254,9 +254,12 @@ def test_rows_that_join_leave_or_are_cancelled_do_not_change_other_pictures(
             scheduler.add(POOL[6])
         if turn == 8:
             scheduler.add(POOL[1])
+            scheduler.add(POOL[9])
+        if turn == 10:
+            scheduler.cancel(scheduler.add(POOL[10]))
     assert not scheduler
 
-    assert_same(pictures(events), {k: v for i in (3, 0, 6, 1) for k, v in alone(POOL[i]).items()})
+    assert_same(pictures(events), {k: v for i in (3, 0, 6, 1, 9) for k, v in alone(POOL[i]).items()})
     assert not any(event.id == cancelled for event in events if isinstance(event, PictureDone))
 
 
@@ -379,7 +382,7 @@ def test_after_a_failed_step_the_rows_continue_with_their_state(
     model: Model, monkeypatch: pytest.MonkeyPatch, alone: Any, capturable: bool, at: int
 ) -> None:
     monkeypatch.setattr(onnxruntime_cuda.CudaBinding, "capturable", capturable)
-    requests = [POOL[0], POOL[3], POOL[5], POOL[6]]
+    requests = [POOL[0], POOL[3], POOL[5], POOL[6], POOL[9], POOL[10]]
     scheduler = scheduler_for(model, requests)
     steps, failed = 0, False
     enqueue = onnxruntime_cuda.CudaBinding.run

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from oneword.engines.engine import AnyArray, Binding, Engine, bound_shapes
-from oneword.engines.errors import ConceptError, FeedError, UsageError
+from oneword.engines.errors import ConceptError, EngineError, FeedError, UsageError
+from oneword.engines.onnxruntime import OnnxRuntimeBinding
 from oneword.engines.open import open_engine
 from oneword.runtime import model as model_module
 from oneword.runtime.bundle import Bundle
@@ -19,7 +20,7 @@ from oneword.runtime.concept import Concept
 from oneword.runtime.contexts import Context, EncodedPrompt, context_count
 from oneword.runtime.drawing import draw, generate
 from oneword.runtime.events import Failed, PictureDone, StepDone
-from oneword.runtime.model import Model, TokenizedPrompt
+from oneword.runtime.model import Model, TokenizedPrompt, check_clip_skip
 from oneword.runtime.request import Request, resolve
 from oneword.runtime.row import Row
 from oneword.runtime.scheduler import Scheduler
@@ -427,10 +428,12 @@ def test_a_row_waits_for_room_for_its_contexts_and_is_not_overtaken(
         scheduler.add(request)
     scheduler.step()
     assert [row.seed for row in scheduler.denoiser.rows] == [1]
-    finished = [event.seed for event in iter_events(scheduler) if isinstance(event, PictureDone)]
+    started: list[int] = []
+    while scheduler:
+        started += [row.seed for row in scheduler.denoiser.rows if row.seed not in started]
+        scheduler.step()
 
-    assert finished[0] == 1
-    assert sorted(finished) == [1, 2, 5]
+    assert started == [1, 2, 5]
     for picture in draw(narrow, *requests):
         [expected] = draw(model, replace(requests[picture.seed == 5], seed=picture.seed, num_images=1))
         assert np.abs(picture.image.astype(int) - expected.image).max() <= 1
@@ -531,6 +534,111 @@ def test_a_size_whose_plan_takes_two_contexts_per_row_draws_ordinary_pictures(
     assert "need 6 contexts, an engine call has room for 2" in str(failure.error)
 
 
+def test_a_plan_for_fewer_rows_may_have_room_for_more_contexts(
+    tiny_bundle: Path, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    side = 96 // Bundle.open(tiny_bundle).manifest.vae.factor
+    plans = [{"B": 4, "N": 8, "M": 24, "h": side - 1}, {"B": 1, "N": 2, "M": 16, "h": side}]
+    narrow = planned(tiny_bundle, monkeypatch, plans)
+    requests = [Request(f"a {name}", seed=seed, steps=2, size=(96, 96)) for seed, name in enumerate(["cat", "<toy>"])]
+    for order in (requests, requests[::-1]):
+        pictures = draw(narrow, *order, max_rows=4)
+        for picture in pictures:
+            [expected] = draw(model, requests[picture.seed])
+            assert np.abs(picture.image.astype(int) - expected.image).max() <= 1
+    assert {*bound_contexts(narrow)} == {2, 16}
+
+
+def test_contexts_take_no_more_memory_than_an_arena_may(
+    tiny_bundle: Path, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [encoded] = model.encode([model.tokenize("a cat")])
+    monkeypatch.setattr("oneword.runtime.denoiser._MAX_BYTES", 13 * encoded.nbytes)
+    wide = planned(tiny_bundle, monkeypatch, [{"B": 8, "N": 16, "M": 48}])
+    [picture] = draw(wide, Request("a <toy>", seed=1, steps=2), max_rows=4)
+    [expected] = draw(model, Request("a <toy>", seed=1, steps=2))
+
+    assert np.abs(picture.image.astype(int) - expected.image).max() <= 1
+    assert max(bound_contexts(wide)) == 13  # of the 24 that four rows may need
+
+
+def test_a_row_that_is_cancelled_or_fails_gives_its_contexts_to_the_next(
+    tiny_bundle: Path, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    narrow = with_words(tiny_bundle, monkeypatch, {"M": 9})  # <toy> needs 6
+    scheduler = Scheduler(narrow)
+    first, second, third = (scheduler.add(Request("a <toy>", seed=seed, steps=6)) for seed in (1, 2, 3))
+    scheduler.step()
+    scheduler.step()
+    assert [row.id for row in scheduler.denoiser.rows] == [first]
+    scheduler.cancel(first)
+    scheduler.step()
+    assert [row.id for row in scheduler.denoiser.rows] == [second]
+    [row] = scheduler.denoiser.rows
+    row.broken_at = row.line
+    events = [*iter_events(scheduler)]
+
+    assert [event.id for event in events if isinstance(event, Failed)] == [second]
+    [picture] = [event for event in events if isinstance(event, PictureDone)]
+    [expected] = draw(model, Request("a <toy>", seed=3, steps=6))
+    assert picture.id == third
+    assert np.abs(picture.image.astype(int) - expected.image).max() <= 1
+
+
+@pytest.mark.parametrize("at", [1, 3])
+def test_precise_rows_continue_after_a_failed_step_as_far_as_their_contexts_fit(
+    model: Model, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    words = ("a <toy>", "a cat", "<gem> <toy>", "a <xti>", "a <pin>")
+    requests = [Request(prompt, seed=seed, steps=5, sampler="euler-a") for seed, prompt in enumerate(words)]
+    expected = {request.seed: draw(model, request)[0].image for request in requests}
+    run_graph, calls = OnnxRuntimeBinding.run, 0
+
+    def failing(binding: OnnxRuntimeBinding, stream: int | None = None) -> None:
+        nonlocal calls
+        calls += "sample" in binding.inputs
+        if calls >= at and "sample" in binding.inputs and len({*binding.inputs["branch_row"].numpy().tolist()}) > 2:
+            raise EngineError("out of memory")
+        run_graph(binding, stream)
+
+    monkeypatch.setattr(OnnxRuntimeBinding, "run", failing)
+    pictures = {picture.seed: picture.image for picture in draw(model, *requests, max_rows=5)}
+
+    assert pictures.keys() == expected.keys()
+    for seed, image in expected.items():
+        assert np.abs(pictures[seed].astype(int) - image).max() <= 1
+
+
+@pytest.mark.parametrize("first", ["a cat", "a <gem>"])  # two contexts, and more
+def test_pictures_are_drawn_with_two_contexts_each_if_there_is_no_memory_for_more(
+    tiny_bundle: Path, model: Model, monkeypatch: pytest.MonkeyPatch, first: str
+) -> None:
+    wide = planned(tiny_bundle, monkeypatch, [{"B": 8, "N": 16, "M": 48}])
+    engine: Any = wide.engine("denoise_step")
+    bind = engine.bind
+
+    def short(shapes: Mapping[str, Sequence[int]], *arrays: Any) -> Binding:
+        if shapes.get("context", (0,))[0] > 8:
+            raise EngineError("out of memory")
+        bound: Binding = bind(shapes, *arrays)
+        return bound
+
+    monkeypatch.setattr(engine, "bind", short)
+    scheduler = Scheduler(wide, max_rows=4)
+    scheduler.add(Request(first, seed=1, steps=5, sampler="euler-a"))
+    scheduler.step()
+    scheduler.add(Request("a <toy>", "<toy>", seed=2, steps=3))  # 10 contexts, of 8 that there are
+    scheduler.add(Request("a <toy>", seed=3, steps=3))  # 6
+    events = [*iter_events(scheduler)]
+
+    [failure] = [event for event in events if isinstance(event, Failed)]
+    assert (failure.id, "need 10 contexts, an engine call has room for 8" in str(failure.error)) == (1, True)
+    pictures = {event.seed: event.image for event in events if isinstance(event, PictureDone)}
+    for request in (Request(first, seed=1, steps=5, sampler="euler-a"), Request("a <toy>", seed=3, steps=3)):
+        [expected] = draw(model, request)
+        assert np.abs(pictures[request.seed].astype(int) - expected.image).max() <= 1
+
+
 def test_nobody_of_a_size_overtakes_a_row_that_waits_for_contexts_behind_another_size(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -560,21 +668,25 @@ def test_texts_with_rows_for_each_layer_count_once_for_each_layer(
 def test_a_prompt_with_rows_for_each_layer_is_encoded_over_several_turns(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scheduler, calls = Scheduler(model), []
-    encode = model.encode
+    scheduler, calls, encode = Scheduler(model), list[int](), model._encode
     scheduler.add(Request("a dog", seed=1, steps=20))
     scheduler.step()
 
     def counted(prompts: Sequence[TokenizedPrompt]) -> list[EncodedPrompt]:
-        calls.append(len([*prompts]))
+        calls.append(len(prompts))
         return encode(prompts)
 
-    monkeypatch.setattr(model, "encode", counted)
-    request = Request(" ".join(["<xti> red"] * 30), seed=2, steps=2)  # of several chunks
+    monkeypatch.setattr(model, "_encode", counted)
+    request = Request(" ".join(["<xti> red"] * 30), seed=2, steps=2)  # of five chunks, eight of which fit into a turn
+    cached = len(model._contexts)
     scheduler.add(request)
     pictures = {event.seed: event.image for event in iter_events(scheduler) if isinstance(event, PictureDone)}
 
-    assert max(calls) < LAYERS
+    assert calls == [1] * (LAYERS + 1)
+    assert len(model._contexts) == cached + 1
+    draw(model, request)
+    assert len(calls) == LAYERS + 1
+    model._contexts.clear()
     [alone] = draw(model, request)
     assert np.abs(pictures[2].astype(int) - alone.image).max() <= 1
 
@@ -593,6 +705,9 @@ def test_another_clip_skip_is_refused_in_one_line(model: Model) -> None:
     with pytest.raises(UsageError, match="clip_skip 0 reads layer 3: use clip_skip 1"):
         draw(model, Request("a <toy>", steps=2, words={"<toy>": second}))
     draw(model, Request("a <toy>", steps=2, clip_skip=1, words={"<toy>": second}))
+    third = replace(WORDS["<toy>"], encoder_layers={"text_encoder": 4})
+    with pytest.raises(UsageError, match="layer 4 of text_encoder, clip_skip 0 reads layer 3: learn the word again"):
+        check_clip_skip(third, model.manifest, 0)
     unstated = replace(second, encoder_layers={})
     with pytest.raises(UsageError, match="of layer 3 of text_encoder, clip_skip 1 reads layer 2"):
         draw(model, Request("a <toy>", steps=2, clip_skip=1, words={"<toy>": unstated}))
