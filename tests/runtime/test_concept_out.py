@@ -207,7 +207,7 @@ def test_metadata_of_these_names_is_provenance_in_a_word_without_output_vectors(
 
 
 def test_a_file_that_would_be_too_large_to_load_is_not_written(tmp_path: Path) -> None:
-    large = np.ones((100, 16, 2, 128), np.float32)
+    large = np.full((100, 16, 2, 128), 0.1, np.float32)
     with pytest.raises(ConceptError, match=r"would have 16\d+ bytes, allowed are 1048576 \(1 MiB\): use fewer"):
         save_concept(precise(out={"text_encoder": large}), tmp_path / "a.safetensors")
     assert [*tmp_path.iterdir()] == []
