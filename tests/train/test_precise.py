@@ -162,7 +162,7 @@ def test_the_learner_predicts_what_the_runtime_draws_with(tiny_model_dir: Path, 
 def test_a_word_whose_file_would_be_too_large_is_refused_before_it_is_learned(
     tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("oneword.train.learner.MAX_FILE_BYTES", 300_000)
+    monkeypatch.setattr("oneword.train.learner.MAX_FILE_BYTES", 200_000)
     learner_of(tiny_model_dir, vectors=4)
     with pytest.raises(UsageError, match=r"4 vectors, 100 stages and 4 layers would have .* use fewer vectors or"):
         learner_of(tiny_model_dir, vectors=4, stages=100)  # 204,800 bytes of output vectors
