@@ -5,14 +5,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from oneword.engines.errors import ConceptError
+from oneword.engines.errors import ConceptError, UsageError
 from oneword.export.eager import eager_model
 from oneword.export.source import load_source
 from oneword.runtime.concept import Concept, Vectors
 from oneword.runtime.drawing import draw
 from oneword.runtime.model import Model
 from oneword.runtime.request import Request
+from oneword.train.learner import Learner
+from oneword.train.pictures import Moments
+from oneword.train.recipe import Compute, named_recipe
+from oneword.train.word import Word
 from tests.runtime.test_precise_words import LONG
 
 
@@ -89,6 +94,58 @@ def test_a_model_of_joint_attention_takes_output_vectors_for_keys_and_values(sd3
     [picture] = draw(sd3, Request("a <toy>", steps=2, words={"<toy>": word}))
     [plain] = draw(sd3, Request("a <toy>", steps=2, words={"<toy>": word.rows_only()}))
     assert (picture.image != plain.image).any()
+
+
+@pytest.mark.parametrize(
+    ("folder", "widths", "values_only"),
+    [
+        ("tiny_sdxl_dir", {"text_encoder": 16, "text_encoder_2": 24}, True),
+        ("tiny_sdxl_dir", {"text_encoder": 16, "text_encoder_2": 24}, False),
+        ("tiny_sd3_dir", {"text_encoder": 16, "text_encoder_2": 12, "text_encoder_3": 32}, False),
+    ],
+)
+def test_a_word_is_learned_with_the_contexts_that_the_runtime_draws_it_with(
+    folder: str, widths: dict[str, int], values_only: bool, request: pytest.FixtureRequest
+) -> None:
+    source = load_source(request.getfixturevalue(folder))
+    encoders = tuple(widths)
+    recipe = named_recipe("precise").with_changes(
+        steps=4, batch_size=4, compute=Compute.FP32, values_only=values_only, encoders=encoders, stages=3, vectors=2
+    )
+    channels = source.vae.config["latent_channels"]
+    moments = Moments(1, [torch.zeros(channels, 8, 8)], [torch.zeros(channels, 8, 8)], None)
+    initial = {name: torch.from_numpy(random(2, width)) for name, width in widths.items()}
+    word = Word("<toy>", moments, initial, ["a photo of a {}"], text="cat")
+    learner = Learner(source, [word], recipe, seed=7)
+    with torch.no_grad():
+        for vectors in word.out.values():
+            vectors.add_(torch.from_numpy(random(*vectors.shape)))  # so that every stage and layer differs
+    stage = 1
+    with torch.no_grad():
+        conditions = learner._conditions([(0, "a photo of a {}")], [stage])
+    concept = learner.concept(0, {})
+    assert concept.out.keys() == widths.keys()
+
+    model = eager_model(load_source(request.getfixturevalue(folder)))
+    layers = model.manifest.layers
+    [encoded] = model.encode([model.tokenize("a photo of a <toy>", words={"<toy>": concept})])
+    sources = encoded.sources([stage] * len(encoded.insertions), layers)
+
+    assert conditions.branch_context is not None
+    assert conditions.branch_context.shape == (1, 2, layers)
+    for numbers, contexts in zip(conditions.branch_context[0], (sources.keys, sources.values), strict=True):
+        for layer, number in enumerate(numbers):
+            expected = contexts[layer % len(contexts)].hidden_states
+            np.testing.assert_allclose(conditions.context[number].numpy(), expected, atol=1e-5)
+    assert (sources.keys == sources.values) is not values_only
+
+
+def test_an_encoder_that_only_pools_cannot_learn_output_vectors(tiny_flux_dir: Path) -> None:
+    recipe = named_recipe("precise").with_changes(batch_size=1, values_only=False, encoders=("text_encoder",))
+    moments = Moments(1, [torch.zeros(4, 8, 8)], [torch.zeros(4, 8, 8)], None)
+    word = Word("<toy>", moments, {"text_encoder": torch.ones(1, 16)}, ["a {}"], text="cat")
+    with pytest.raises(UsageError, match="output vectors with text_encoder: none of these encoders has states in the"):
+        Learner(load_source(tiny_flux_dir), [word], recipe, seed=7)
 
 
 def test_values_only_is_refused_where_keys_and_values_share_their_states(sd3: Model) -> None:
