@@ -66,12 +66,12 @@ def check(files: tuple[Path, ...], as_json: bool) -> None:
 @click.argument("files", metavar="FILE", type=PATH, nargs=-1, required=True)
 @click.argument("out", type=PATH)
 @click.option("--token", help="New name of the word.")
-@click.option("--rows-only", is_flag=True, help="Leave out vectors for layers: diffusers and A1111 refuse them.")
+@click.option("--rows-only", is_flag=True, help="Leave out vectors for layers.")
 @json_option
 def convert(files: tuple[Path, ...], out: Path, token: str | None, rows_only: bool, as_json: bool) -> None:
-    """Write FILE's word as safetensors that diffusers, A1111, ComfyUI and ti-run read.
+    """Write FILE's word as safetensors that ti-run, ComfyUI, diffusers and A1111 read.
 
-    OUT is a .safetensors file, or a folder if FILE holds several words. Two FILEs of one word, as diffusers writes
+    The last two refuse a word with vectors for layers: leave these out with --rows-only. OUT is a .safetensors file, or a folder if FILE holds several words. Two FILEs of one word, as diffusers writes
     them for SDXL, are merged into one.
     """
     if len(files) > 2:

@@ -135,7 +135,8 @@ async def word(http: Request, name: str) -> Word:
 
 @router.get("/v1/words/{name}/file", response_class=Response, responses=file_response("A safetensors file.", WORD_TYPE))
 async def word_file(http: Request, name: str) -> Response:
-    """Downloads a word's file. diffusers, A1111 and ComfyUI read it."""
+    """Downloads a word's file. diffusers, A1111 and ComfyUI read it, the first two only if the word has no vectors for
+    layers."""
     state, tenant = caller(http)
     record = await state.words.get(tenant, name)
     concept = await state.words.concept(record)

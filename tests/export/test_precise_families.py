@@ -56,6 +56,22 @@ def test_each_encoder_of_sdxl_has_its_columns_also_where_its_chunks_are_repeated
     assert (picture.image != plain.image).any()
 
 
+def test_a_prompt_with_rows_for_each_layer_has_the_pooled_vector_of_its_words_own_rows(sdxl: Model) -> None:
+    layers = sdxl.manifest.layers
+    rows = {"text_encoder": random(1, 16), "text_encoder_2": random(1, 24)}
+    word = Concept("<toy>", rows, layer_rows={name: random(layers, *value.shape) for name, value in rows.items()})
+    prompts = [sdxl.tokenize("a <toy>", words={"<toy>": each}) for each in (word, word.rows_only(), *word.by_layer)]
+    encoded, plain, *by_layer = sdxl.encode(prompts)
+    sources = encoded.sources([], layers)
+
+    assert len(by_layer) == layers > 1
+    assert (by_layer[0].pooled != plain.pooled).any()
+    for contexts in (sources.keys, sources.values):
+        for context, expected in zip(contexts, by_layer, strict=True):
+            np.testing.assert_array_equal(context.pooled, plain.pooled)
+            np.testing.assert_allclose(context.hidden_states, expected.hidden_states, atol=1e-6)
+
+
 def test_output_vectors_of_one_encoder_of_two_leave_the_others_columns(sdxl: Model) -> None:
     word = sdxl_word(sdxl.manifest.layers)
     out = {"text_encoder_2": word.out["text_encoder_2"]}
