@@ -211,7 +211,9 @@ def test_the_learners_contexts_in_sdxl_are_those_of_the_runtime(
     assert_same_contexts(tiny_sdxl_dir, word, values_only=values_only, output=output, stages=stages, vectors=2)
 
 
-@pytest.mark.parametrize("encoders", [("text_encoder", "text_encoder_2", "text_encoder_3"), ("text_encoder_3",)])
+@pytest.mark.parametrize(
+    "encoders", [("text_encoder", "text_encoder_2", "text_encoder_3"), ("text_encoder", "text_encoder_2")]
+)
 def test_the_learners_contexts_in_sd3_are_those_of_the_runtime(tiny_sd3_dir: Path, encoders: tuple[str, ...]) -> None:
     """CLIP's encoders share 20 tokens, T5's tokens follow."""
     word = flow_word(*encoders)
