@@ -61,6 +61,7 @@ BARS = (  # the score, its name in the table, and the target
 )
 OTHERS = (
     ("worst_silhouette", "silhouette of the worst shape"),
+    ("iou", "silhouette, not relative"),
     ("media_iou", "silhouette in other media, not relative"),
     ("seconds", "seconds per word"),
 )
@@ -87,8 +88,7 @@ def main() -> None:
     judge = Judge(find_model(args.model)[0] / "judge")
     recipes = args.recipes.split(",")
     rows = [row for number in range(args.shapes) for row in measure(args, model, judge, number, recipes)]
-    report = {recipe: means([row for row in rows if row["recipe"] == recipe]) for recipe in recipes}
-    report[REAL] = {"iou": float(np.mean([row["real_iou"] for row in rows]))}
+    report = {name: means([row for row in rows if row["recipe"] == name]) for name in (*recipes, REAL)}
     text = summary(report, recipes, args)
     print(text)
     if args.write:
@@ -110,11 +110,12 @@ def measure(
         Image.fromarray(picture).save(folder / f"{index}.png")
     in_photos, in_media = photos(look, world.BACKGROUNDS), other_media(look)
     renders = np.stack([world.render(scene, 1000 * number + 500 + i)[0] for i, scene in enumerate(in_photos)])
-    real_iou = mean_iou(through_vae(model, renders), in_photos)
+    in_other_media = np.stack([world.render(scene, 1000 * number + 600 + i)[0] for i, scene in enumerate(in_media)])
     reference = judge.pictures(training)
     most_likeness = likeness(judge.pictures(renders), reference)
+    real = scores(judge, through_vae(model, renders), in_photos, through_vae(model, in_other_media), in_media)
 
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = [{"recipe": REAL, "silhouette": 1.0, "likeness": 1.0, **real}]
     sheet = [training]
     for recipe in recipes:
         seconds = learn(args, folder, recipe)
@@ -130,16 +131,10 @@ def measure(
         in_each, in_others = (
             [scene for scene in scenes for _ in range(args.samples)] for scenes in (in_photos, in_media)
         )
-        iou = mean_iou(photo, in_each)
-        row = {
-            "silhouette": iou / real_iou,
+        row = scores(judge, photo, in_each, other, in_others)
+        row |= {
+            "silhouette": row["iou"] / real["iou"],
             "likeness": likeness(judge.pictures(photo), reference) / most_likeness,
-            "backgrounds": backgrounds_kept(photo, in_each),
-            "media": media_kept(judge, other, in_others),
-            "media_backgrounds": backgrounds_kept(other, in_others),
-            "media_iou": mean_iou(other, in_others),
-            "iou": iou,
-            "real_iou": real_iou,
             "seconds": seconds,
         }
         print(f"{look.words:18} {recipe:10} " + "  ".join(f"{name} {value:.3f}" for name, value in row.items()))
@@ -167,6 +162,19 @@ def other_media(look: Look) -> list[Scene]:
     """The look in each other medium, on each background that is not in the five pictures."""
     new = [background for background in world.BACKGROUNDS if background not in SEEN]
     return [Scene((Thing(look, TOKEN),), background, medium) for medium in MEDIA for background in new]
+
+
+def scores(
+    judge: Judge, photo: Pictures, in_photos: Sequence[Scene], other: Pictures, in_media: Sequence[Scene]
+) -> dict[str, float]:
+    """The scores of photos and of pictures in other media that do not depend on the five pictures."""
+    return {
+        "iou": mean_iou(photo, in_photos),
+        "backgrounds": backgrounds_kept(photo, in_photos),
+        "media": media_kept(judge, other, in_media),
+        "media_backgrounds": backgrounds_kept(other, in_media),
+        "media_iou": mean_iou(other, in_media),
+    }
 
 
 def mean_iou(pictures: Pictures, scenes: Sequence[Scene]) -> float:
@@ -199,7 +207,7 @@ def sheet_of(rows: Sequence[Pictures]) -> npt.NDArray[np.uint8]:
 def through_vae(model: Model, pictures: Pictures) -> Pictures:
     """Pictures encoded to latents and decoded again."""
     latents = np.stack([model.encode_image(picture)[0] for picture in pictures])
-    return model.decode(latents)[0]
+    return np.concatenate([model.decode(latents[i : i + 10])[0] for i in range(0, len(latents), 10)])
 
 
 def means(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -212,15 +220,22 @@ def means(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
 def summary(report: dict[str, dict[str, float]], recipes: Sequence[str], args: argparse.Namespace) -> str:
     """The recipes' means beside their targets, in Markdown."""
     rows = [
-        [text, f"at least {bar}", *(marked(f"{report[r][name]:.3f}", report[r][name] >= bar) for r in recipes)]
+        [
+            text,
+            f"at least {bar}",
+            *(marked(f"{report[r][name]:.3f}", report[r][name] >= bar) for r in recipes),
+            f"{report[REAL][name]:.3f}",
+        ]
         for name, text, bar in BARS
     ]
-    rows += [[text, "", *(f"{report[r][name]:.3g}" for r in recipes)] for name, text in OTHERS]
+    columns = (*recipes, REAL)
+    rows += [
+        [text, "", *(f"{report[c][name]:.3g}" if name in report[c] else "" for c in columns)] for name, text in OTHERS
+    ]
     settings = (
-        f"{STEPS} DDIM steps, guidance {args.guidance:g}, pictures per prompt: {args.samples}. The silhouettes of "
-        f"{REAL} score {report[REAL]['iou']:.3f}. Bold: misses its target."
+        f"{STEPS} DDIM steps, guidance {args.guidance:g}, pictures per prompt: {args.samples}. Bold: misses its target."
     )
-    return f"{settings}\n\n{table([f'mean of {args.shapes} shapes', 'target', *recipes], rows)}"
+    return f"{settings}\n\n{table([f'mean of {args.shapes} shapes', 'target', *columns], rows)}"
 
 
 if __name__ == "__main__":

@@ -115,6 +115,10 @@ SHAPES: Mapping[str, Callable[[Array, Array], Array]] = MappingProxyType(
 )
 
 
+def _outline(size: float, *points: tuple[float, float]) -> Callable[[Array, Array], Array]:
+    return _polygon(size * np.array(points))
+
+
 def _fish(x: Array, y: Array) -> Array:
     return np.minimum(_FISH_BODY(x, y), _FISH_TAIL(x, y))
 
@@ -125,31 +129,29 @@ def _mushroom(x: Array, y: Array) -> Array:
     return np.minimum(cap, np.maximum(np.abs(x) - 0.38, np.abs(y - 0.5) - 0.5))
 
 
-_FISH_BODY = _polygon(
-    np.array([(-0.3 + 0.78 * np.cos(angle), 0.62 * np.sin(angle)) for angle in np.arange(24) * np.pi / 12])
-)
-_FISH_TAIL = _polygon(np.array([(0.1, 0), (1.1, -0.65), (0.85, 0), (1.1, 0.65)]))
+_FISH_BODY = _outline(0.9, *((-0.3 + 0.78 * np.cos(a), 0.62 * np.sin(a)) for a in np.arange(24) * np.pi / 12))
+_FISH_TAIL = _outline(0.9, (0.1, 0), (1.1, -0.65), (0.85, 0), (1.1, 0.65))
 
 #: As `SHAPES`: silhouettes that are in no picture of the training set and that no word names.
 HELD_OUT_SHAPES: Mapping[str, Callable[[Array, Array], Array]] = MappingProxyType(
     {
-        "tee": _polygon(
-            np.array(
-                [(-1, -0.95), (1, -0.95), (1, -0.3), (0.36, -0.3), (0.36, 1), (-0.36, 1), (-0.36, -0.3), (-1, -0.3)]
-            )
+        "tee": _outline(
+            0.85,
+            *((-1, -0.95), (1, -0.95), (1, -0.3), (0.36, -0.3)),
+            *((0.36, 1), (-0.36, 1), (-0.36, -0.3), (-1, -0.3)),
         ),
-        "ell": _polygon(np.array([(-0.85, -1), (-0.15, -1), (-0.15, 0.3), (0.9, 0.3), (0.9, 1), (-0.85, 1)])),
-        "house": _polygon(
-            np.array([(0, -1.05), (1, -0.2), (0.75, -0.2), (0.75, 0.95), (-0.75, 0.95), (-0.75, -0.2), (-1, -0.2)])
+        "ell": _outline(0.85, (-0.85, -1), (-0.15, -1), (-0.15, 0.3), (0.9, 0.3), (0.9, 1), (-0.85, 1)),
+        "house": _outline(
+            0.93, (0, -1.05), (1, -0.2), (0.75, -0.2), (0.75, 0.95), (-0.75, 0.95), (-0.75, -0.2), (-1, -0.2)
         ),
         "fish": _fish,
-        "crown": _polygon(np.array([(-1, 0.8), (-1, -0.75), (-0.45, 0), (0, -0.95), (0.45, 0), (1, -0.75), (1, 0.8)])),
-        "hourglass": _polygon(np.array([(-0.9, -1), (0.9, -1), (0.22, 0), (0.9, 1), (-0.9, 1), (-0.22, 0)])),
+        "crown": _outline(0.88, (-1, 0.8), (-1, -0.75), (-0.45, 0), (0, -0.95), (0.45, 0), (1, -0.75), (1, 0.8)),
+        "hourglass": _outline(0.85, (-0.9, -1), (0.9, -1), (0.22, 0), (0.9, 1), (-0.9, 1), (-0.22, 0)),
         "mushroom": _mushroom,
-        "stairs": _polygon(
-            np.array(
-                [(-1, 0.95), (-1, 0.3), (-0.33, 0.3), (-0.33, -0.3), (0.33, -0.3), (0.33, -0.95), (1, -0.95), (1, 0.95)]
-            )
+        "stairs": _outline(
+            0.85,
+            *((-1, 0.95), (-1, 0.3), (-0.33, 0.3), (-0.33, -0.3)),
+            *((0.33, -0.3), (0.33, -0.95), (1, -0.95), (1, 0.95)),
         ),
     }
 )
