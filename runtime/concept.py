@@ -203,6 +203,7 @@ def concept_bytes(concept: Concept, name: str = "the file") -> bytes:
 
     Raises ConceptError for a word that `load_concept` would refuse.
     """
+    tensors: dict[str, npt.NDArray[np.floating[Any]]]
     if set(concept.vectors) == {"text_encoder"}:
         tensors = {concept.token: concept.vectors["text_encoder"]}
     else:
