@@ -59,7 +59,7 @@ BARS = (  # the score, its name in the table, and the target
     ("media", "share of media kept, by the judge", 0.98),
     ("media_backgrounds", "share of backgrounds kept in other media, by the pixels", 0.98),
 )
-OTHERS = (
+FURTHER_SCORES = (
     ("worst_silhouette", "silhouette of the worst shape"),
     ("iou", "silhouette, not relative"),
     ("media_iou", "silhouette in other media, not relative"),
@@ -230,7 +230,8 @@ def summary(report: dict[str, dict[str, float]], recipes: Sequence[str], args: a
     ]
     columns = (*recipes, REAL)
     rows += [
-        [text, "", *(f"{report[c][name]:.3g}" if name in report[c] else "" for c in columns)] for name, text in OTHERS
+        [text, "", *(f"{report[c][name]:.3g}" if name in report[c] else "" for c in columns)]
+        for name, text in FURTHER_SCORES
     ]
     settings = (
         f"{STEPS} DDIM steps, guidance {args.guidance:g}, pictures per prompt: {args.samples}. Bold: misses its target."

@@ -36,7 +36,7 @@ def test_real_renders_keep_their_backgrounds_and_silhouettes_and_others_do_not()
 
 
 def test_the_table_marks_what_misses_its_target() -> None:
-    low = {name: bar - 0.01 for name, _, bar in shapes.BARS} | {name: 0.5 for name, _ in shapes.OTHERS}
+    low = {name: bar - 0.01 for name, _, bar in shapes.BARS} | {name: 0.5 for name, _ in shapes.FURTHER_SCORES}
     high = low | {name: bar for name, _, bar in shapes.BARS}
     report = {"fast": low, "precise": high, shapes.REAL: high}
     text = shapes.summary(report, ["fast", "precise"], Namespace(guidance=4.0, samples=2, shapes=8))

@@ -60,7 +60,7 @@ def test_a_prompt_with_rows_for_each_layer_has_the_pooled_vector_of_its_words_ow
     layers = sdxl.manifest.layers
     rows = {"text_encoder": random(1, 16), "text_encoder_2": random(1, 24)}
     word = Concept("<toy>", rows, layer_rows={name: random(layers, *value.shape) for name, value in rows.items()})
-    prompts = [sdxl.tokenize("a <toy>", words={"<toy>": each}) for each in (word, word.rows_only(), *word.by_layer)]
+    prompts = [sdxl.tokenize("a <toy>", words={"<toy>": w}) for w in (word, word.rows_only(), *word.by_layer)]
     encoded, plain, *by_layer = sdxl.encode(prompts)
     sources = encoded.sources([], layers)
 
