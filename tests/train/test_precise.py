@@ -15,8 +15,9 @@ from oneword.export.source import load_source
 from oneword.runtime.concept import Concept, load_concept, save_concept
 from oneword.runtime.model import Model
 from oneword.runtime.request import Request
-from oneword.train.advice import has_moved
+from oneword.train.advice import before, has_moved
 from oneword.train.directional import unit
+from oneword.train.initial import initial_rows
 from oneword.train.learner import Learner
 from oneword.train.norms import vocabulary_mean_norm
 from oneword.train.prompts import Encoded, PromptEncoder, Text
@@ -259,6 +260,22 @@ def test_a_word_whose_output_vectors_alone_learned_has_moved(tiny_model_dir: Pat
         word.out["text_encoder"] += 1
 
     assert has_moved(word)
+
+
+def test_a_word_starts_from_the_rows_of_a_precise_word_but_not_from_rows_of_zeros(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    source, path = load_source(tiny_model_dir), tmp_path / "toy.safetensors"
+    rows, out = np.full((1, 32), 0.1, np.float32), {"text_encoder": np.ones((1, 1, 1, 32), np.float32)}
+    save_concept(Concept("<toy>", {"text_encoder": rows}, out=out), path)
+
+    np.testing.assert_array_equal(initial_rows(source, str(path), 1, 0)["text_encoder"], rows)
+    assert [*before(source, tmp_path, str(path), [])][-1] == (
+        f"init {path} has vectors for layers, which are not used: the word starts from its rows"
+    )
+    save_concept(Concept("<toy>", {"text_encoder": 0 * rows}, out=out), path)
+    with pytest.raises(UsageError, match="has rows of zeros for text_encoder beside its output vectors"):
+        initial_rows(source, str(path), 1, 0)
 
 
 def test_values_only_is_refused_for_a_model_of_joint_attention(tiny_sd3_dir: Path) -> None:
