@@ -95,7 +95,7 @@ def axis_ranges(manifest: Manifest, graph: str, limits: PlanLimits) -> dict[str,
     return {
         "B": (1, 1, max_batch),
         "N": (1, 2, 2 * max_batch),
-        "M": (1, 2, 2 * max_batch),
+        "M": (1, 2, manifest.max_contexts(max_batch)),
         "T": tokens,
         "V": (vocabulary, vocabulary, max(MAX_VOCABULARY, vocabulary)),
         "h": side,

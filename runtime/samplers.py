@@ -135,6 +135,8 @@ class Schedule:
     start_sigma: float
     lines_per_step: int = 1
     """2 for samplers of two stages, whose last step has one line."""
+    train_timesteps: int = 1000
+    """Timesteps are below it; in flow matching at most it."""
 
     def __len__(self) -> int:
         """R."""
@@ -152,6 +154,11 @@ class Schedule:
     def steps_done(self, lines: int) -> int:
         """The steps that are complete after so many lines."""
         return self.steps if lines == len(self) else lines // self.lines_per_step
+
+    def stage_of(self, step: int, stages: int) -> int:
+        """The part of the noise schedule that a step, from 0, is in, if its timesteps are divided into equal parts,
+        from the noisiest. Both lines of a step are in the same part. See `stage_at`."""
+        return stage_at(float(self.timesteps[step * self.lines_per_step]), stages, self.train_timesteps)
 
     def per_step(self, values: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """[S]: the sums over each step of values [R]."""
@@ -176,6 +183,12 @@ class Schedule:
         self.check(names)
         columns = (self.columns.get(name, np.full(len(self), COLUMNS[name], np.float32)) for name in names)
         return np.stack([*columns], axis=1)
+
+
+def stage_at(timestep: float, stages: int, train_timesteps: int) -> int:
+    """The stage, from 0 for the noisiest, of a timestep: the timesteps T - 1 ... 0 are divided into equal parts."""
+    stage = int((train_timesteps - 1 - timestep) * stages / train_timesteps)
+    return min(max(stage, 0), stages - 1)
 
 
 def make_schedule(
@@ -252,6 +265,7 @@ def make_schedule(
         start_scale=float(levels.alpha[0]),
         start_sigma=float(levels.sigma[0]),
         lines_per_step=1 if method.stages is None else 2,
+        train_timesteps=noise.num_train_timesteps,
     )
 
 

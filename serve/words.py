@@ -459,7 +459,8 @@ def _named(concept: Concept, record: WordRecord) -> Concept:
 
 
 def _bytes(concept: Concept) -> int:
-    return sum(rows.nbytes for rows in concept.vectors.values())
+    parts = (concept.vectors, concept.out, concept.layer_rows)
+    return sum(vectors.nbytes for part in parts for vectors in part.values())
 
 
 def _is_token(text: str) -> bool:

@@ -62,6 +62,11 @@ def _rows_of_concept(concept: Concept, models: Mapping[str, Any], vectors: int) 
             raise UsageError(
                 f"the concept {concept.token!r} has no vectors of width {width} for {name}: give another init"
             )
+        if not concept.vectors[name].any(-1).all():
+            raise UsageError(
+                f"the concept {concept.token!r} has rows of zeros for {name} beside its output vectors, from which "
+                "learning cannot start: give another init"
+            )
         vectors_of_concept = torch.from_numpy(concept.vectors[name].copy())
         rows[name] = vectors_of_concept[torch.arange(vectors).clamp(max=len(vectors_of_concept) - 1)]
     return rows
