@@ -5,6 +5,7 @@ Not covered: sockets, signals and the watchdog (`oneword.serve.cli`).
 
 import asyncio
 import contextlib
+import functools
 import logging
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -42,6 +43,7 @@ from oneword.serve.worker import Worker
 
 PAGE: Final = Path(__file__).parent / "page"
 _COLLECT_SECONDS: Final = 300.0
+_COUNTED: Final = 256  # prompts whose tokens were counted
 _log = logging.getLogger("oneword.serve")
 
 
@@ -58,6 +60,10 @@ def build_state(settings: Settings) -> State:
     metrics = Metrics()
     worker = Worker(open_model, max_rows=settings.max_rows, sizes=[size], observer=metrics.turn)
     tokenizers = {e.graph: Tokenizer.read(bundle.file(e.tokenizer), e) for e in manifest.encoders}
+
+    @functools.lru_cache(_COUNTED)
+    def count_tokens(prompt: str) -> int:
+        return len(tokenizers[manifest.encoders[0].graph].ids(prompt))
 
     def knows(piece: str) -> bool:
         return all(tokenizer.knows(piece) for tokenizer in tokenizers.values())
@@ -78,7 +84,7 @@ def build_state(settings: Settings) -> State:
     state = State(
         settings=settings,
         manifest=manifest,
-        tokenizers=tokenizers,
+        count_tokens=count_tokens,
         keys=keys,
         words=words,
         worker=worker,
@@ -108,6 +114,7 @@ async def running(state: State) -> AsyncIterator[None]:
         await state.pool.drain(0)
         state.worker.stop(cancel=True)
         state.words.close()
+        state.close()
 
 
 def create_app(state: State) -> FastAPI:
@@ -129,7 +136,7 @@ def create_app(state: State) -> FastAPI:
     app.add_api_route("/", _page, include_in_schema=False)
     app.mount("/static", StaticFiles(directory=PAGE), name="static")
     errors.install(app)
-    middleware.install(app, state.settings, state.keys, state.metrics.answered)
+    middleware.install(app, state.settings, state.keys, state.metrics.answered, check=state.pool.check)
     return app
 
 

@@ -1,6 +1,7 @@
-"""From a Request to pictures: `start` resolves its words and queues it, `finish` waits and cancels on a disconnect.
+"""From a Request to pictures: `prepare` checks it, `enter` resolves its words and queues it, `finish` waits and cancels
+on a disconnect.
 
-Both dialects and the page's routes stand on these two. Not covered: admission (`oneword.serve.pool`).
+Both dialects and the page's routes stand on these. Not covered: admission (`oneword.serve.pool`).
 """
 
 import asyncio
@@ -33,29 +34,27 @@ class Disconnected(ApiError):
         super().__init__(499, "the client closed the connection", "client_disconnected")
 
 
-async def start(
+def prepare(
     state: State,
     tenant: Tenant,
     request: Request,
+    settings: ResolvedSettings | None = None,
     *,
-    bare_names: bool = False,
     partials: int = 0,
     label: object = None,
 ) -> Generation:
-    """Resolves the request's words among the tenant's, unless there is no room for it, and queues its pictures.
-
-    Raises ApiError.
-    """
-    settings = check(state, tenant, request, partials)
-    words = await state.words.resolve(tenant, settings.texts, bare_names)
-    request = replace(request, words=words)
-    return state.pool.submit(tenant, request, settings, partials=partials, label=label)
-
-
-def check(state: State, tenant: Tenant, request: Request, partials: int = 0) -> ResolvedSettings:
-    """What a request means, if `start` would queue it now: before its picture is decoded. Raises ApiError."""
+    """The generation of a request that there is room for now, before its words are looked up and its picture is
+    decoded: `enter` queues it. `settings` are those of `resolve`, if they are known. Raises ApiError."""
     _check_size(state, request)
-    return state.pool.check(tenant, request, partials)
+    return state.pool.prepared(tenant, request, settings, partials=partials, label=label)
+
+
+async def enter(state: State, generation: Generation, *, bare_names: bool = False) -> None:
+    """Resolves the words of a generation among its tenant's, and queues its pictures. Raises ApiError."""
+    words = await state.words.resolve(generation.tenant, generation.settings.texts, bare_names)
+    if words:  # the model itself has none
+        generation.request = replace(generation.request, words=words)
+    state.pool.enter(generation)
 
 
 def fitted(request: Request, settings: ResolvedSettings) -> Request:
@@ -84,19 +83,20 @@ async def finish(
     """
     for generation in generations:
         generation.only_ends = True
-    done = asyncio.ensure_future(_used(generations, use, incomplete))
     gone = asyncio.ensure_future(disconnect(http))
+    gone.add_done_callback(lambda _: cancel(generations))
     try:
-        await asyncio.wait((done, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not done.done():
-            raise Disconnected
-        return done.result()
+        pictures = await _used(generations, use, incomplete)
+    except Cancelled:
+        if gone.done():
+            raise Disconnected from None
+        raise
     finally:
         cancel(generations)
-        for task in (done, gone):
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError, ApiError):
-                await task
+        gone.cancel()
+    if gone.done() and not gone.cancelled():
+        raise Disconnected
+    return pictures
 
 
 async def events(generations: Sequence[Generation]) -> AsyncGenerator[tuple[int, PictureEvent]]:

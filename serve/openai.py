@@ -23,7 +23,7 @@ from oneword.runtime.spacing import Spacing
 from oneword.serve.errors import ApiError, Invalid, NotFound, from_oneword, openai_body
 from oneword.serve.fields import Fields, validated
 from oneword.serve.forms import read_form
-from oneword.serve.generate import all_or_none, cancel, check, events, finish, fitted, start
+from oneword.serve.generate import all_or_none, cancel, enter, events, finish, fitted, prepare
 from oneword.serve.keys import Tenant
 from oneword.serve.openapi import Responses, file_field, stream_response, upload
 from oneword.serve.pictures import Format, as_base64, blank, decode, decode_mask, encode
@@ -294,8 +294,10 @@ async def model(http: HTTPRequest, model: str) -> ListedModel:
 @router.post("/v1/images/generations", response_model=PicturesAnswer, responses=_STREAM)
 async def generations(http: HTTPRequest, body: GenerationBody) -> Response:
     """Generates pictures from a prompt. With `stream`, server-sent events: partial pictures, then the pictures."""
-    request = _request(body, body.prompt)
-    return await _answer(http, body, [request], "image_generation")
+    state, tenant = caller(http)
+    _check(state, body, 1)
+    generation = prepare(state, tenant, _request(body, body.prompt), partials=body.partial_images or 0)
+    return await _answer(http, body, [generation], "image_generation")
 
 
 @router.post("/v1/images/edits", response_model=PicturesAnswer, responses=_STREAM, openapi_extra=_EDIT)
@@ -333,14 +335,15 @@ async def _edited(
     """Answers with the edited pictures. They are decoded once there is room for all of them, by their files' heads."""
     state, tenant = caller(http)
     _check(state, body, len(edits))
-    requests: list[Request] = []
+    generations: list[Generation] = []
     for edit in edits:
         strength = body.strength or (0.8 if edit.mask is None else 1.0)
         image = await state.in_thread(blank, edit.picture, "image")
-        requests.append(_request(body, body.prompt, image=image, strength=strength))
-    settings = [check(state, tenant, request, body.partial_images or 0) for request in requests]
-    decoded = [await state.in_thread(_decoded, *parts) for parts in zip(edits, requests, settings, strict=True)]
-    return await _answer(http, body, decoded, prefix)
+        request = _request(body, body.prompt, image=image, strength=strength)
+        generations.append(prepare(state, tenant, request, partials=body.partial_images or 0))
+    for edit, generation in zip(edits, generations, strict=True):
+        generation.request = await state.in_thread(_decoded, edit, generation.request, generation.settings)
+    return await _answer(http, body, generations, prefix)
 
 
 def _decoded(edit: _Edit, request: Request, settings: ResolvedSettings) -> Request:
@@ -406,31 +409,30 @@ def _check(state: State, body: Settings, count: int) -> None:
         raise Invalid(f"partial_images is {body.partial_images} without stream: set stream to true", "partial_images")
 
 
-async def _answer(http: HTTPRequest, body: Settings, requests: Sequence[Request], prefix: str) -> Response:
-    """Queues the requests, all or none, and answers with their pictures."""
+async def _answer(http: HTTPRequest, body: Settings, generations: Sequence[Generation], prefix: str) -> Response:
+    """Queues the generations, all or none, and answers with their pictures."""
     state, tenant = caller(http)
-    _check(state, body, len(requests))
     if body.response_format != "url":
-        return await _started(http, body, requests, prefix)
-    with state.results.reserved(tenant, sum(_most_bytes(state, tenant, request) for request in requests)):
-        return await _started(http, body, requests, prefix)
+        return await _entered(http, body, generations, prefix)
+    with state.results.reserved(tenant, sum(map(_most_bytes, generations))):
+        return await _entered(http, body, generations, prefix)
 
 
-def _most_bytes(state: State, tenant: Tenant, request: Request) -> int:
-    """More than the request's pictures have as files: 4 bytes per pixel, and the prompts. Raises ApiError."""
-    settings = check(state, tenant, request)
+def _most_bytes(generation: Generation) -> int:
+    """More than the pictures have as files: 4 bytes per pixel, and the prompts."""
+    request, settings = generation.request, generation.settings
     characters = len(request.prompt) + len(request.negative_prompt or "")
     return request.num_images * (4 * (settings.width * settings.height + characters) + _METADATA)
 
 
-async def _started(http: HTTPRequest, body: Settings, requests: Sequence[Request], prefix: str) -> Response:
+async def _entered(http: HTTPRequest, body: Settings, generations: Sequence[Generation], prefix: str) -> Response:
     state, tenant = caller(http)
-    partials = body.partial_images or 0
-    with all_or_none() as started:
-        for request in requests:
-            generation = await start(state, tenant, request, partials=partials)
-            started.append(generation)
+    with all_or_none() as entered:
+        for generation in generations:
+            await enter(state, generation)
+            entered.append(generation)
     factor = state.manifest.vae.factor
+    requests = [generation.request for generation in generations]
     sources = [request.image.shape for request in requests if request.image is not None]
     answer = Answer(
         http=http,
@@ -442,7 +444,7 @@ async def _started(http: HTTPRequest, body: Settings, requests: Sequence[Request
         text_tokens=state.count_tokens(requests[0].prompt),
         image_tokens=sum((height // factor) * (width // factor) for height, width, _ in sources),
     )
-    return await answer.send(started)
+    return await answer.send(generations)
 
 
 async def _form(

@@ -11,9 +11,10 @@ few more, are handed to it, so that fairness and cancelling act early. One tenan
 keys, so that another's picture starts at once. Work is measured in seconds of the engine, estimated from its own recent
 speed.
 
-Everything here runs on the event loop; each event costs constant time, whatever waits. Most steps do not even wake the
-loop up, as that would cost more than the rest of a request: they are counted when something else happens, or somebody
-asks. Not covered: words, which the request brings along, and pictures as files.
+Everything here runs on the event loop; each event costs constant time, whatever waits. Most steps are not even events,
+as these would cost more than the rest of a request: the engine thread notes the number of the newest step, and the loop
+counts them when something else happens, or somebody asks. Not covered: words, which the request brings along, and
+pictures as files.
 """
 
 import asyncio
@@ -22,7 +23,7 @@ import itertools
 import time
 import uuid
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import partial
@@ -56,6 +57,7 @@ from oneword.serve.worker import (
 MAX_PARTIALS: Final = 3
 _AHEAD: Final = 4  # pictures that the engine has beside those in slots: they are prepared while others run
 _MAX_RESERVE: Final = 2  # slots that one tenant leaves to the others, at most a quarter of all
+_MARGIN: Final = 0.1  # of `max_wait`, at most, that has to become free after a refusal
 _MAX_SEED: Final = 2**63 - 1
 
 
@@ -151,6 +153,10 @@ class _Picture:
     ticket: Ticket | None = None
     step: int = 0
     steps: int = 0
+    reported: int = 0
+    """Steps that the engine's thread has reported; `step` of them are counted."""
+    first_step: float = 0.0
+    """When it reported the first one."""
 
     @property
     def phase(self) -> Phase:
@@ -326,9 +332,13 @@ class Pool:
         self._needing_slots: dict[_Picture, None] = {}
         """Those of them that are not fully denoised, the oldest first."""
         self._budgets: dict[str, _Budget] = {}
+        self._refused: dict[str, float] = {}
+        """Seconds of work that there was no room for when a tenant was last refused, at most a margin."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._inbox: deque[tuple[_Picture, WorkerEvent, float]] = deque()
         """Events with the time when the engine's thread reported them."""
+        self._stepped = False
+        """Whether the engine's thread has reported steps that are not counted."""
         self._woken = False
         self._empty = asyncio.Event()
         self._empty.set()
@@ -351,44 +361,68 @@ class Pool:
         the tenant has used up its quota, or if the work would take more than `max_wait` seconds, in its turn. A server
         without work takes requests of up to ten times as many seconds; Invalid for a larger one.
         """
-        try:
-            generation = self._checked(tenant, request, settings, partials, label)
+        generation = self.prepared(tenant, request, settings, partials=partials, label=label)
+        self.enter(generation, deadline)
+        return generation
+
+    def prepared(
+        self,
+        tenant: Tenant,
+        request: Request,
+        settings: ResolvedSettings | None = None,
+        *,
+        partials: int = 0,
+        label: object = None,
+    ) -> Generation:
+        """The generation of a request that there is room for now, for `enter`. Raises as `submit`, but for quotas."""
+        with self._refusals():
+            self._read_inbox()
+            self._check_ready()
+            if not 0 <= partials <= MAX_PARTIALS:
+                raise Invalid(f"partials is {partials}, allowed is 0 to {MAX_PARTIALS}")
+            if request.seed + request.num_images - 1 > _MAX_SEED:
+                raise Invalid(f"seed is {request.seed}, allowed for {request.num_images} pictures is less")
+            if settings is None:
+                self._check_wait(tenant, 0.0)  # a full queue refuses a request before it is resolved
+                try:
+                    settings = resolve(request, self.manifest)
+                except OnewordError as error:
+                    raise from_oneword(error) from None
+            generation = Generation(self, tenant, request, settings, partials, label)
+            self._check_room(generation)
+            return generation
+
+    def enter(self, generation: Generation, deadline: float | None = None) -> None:
+        """Queues a generation that was `prepared`. Its request may have got other words, and a picture of the same
+        size, since. Raises as `submit`."""
+        with self._refusals():
+            self._read_inbox()
+            self._check_ready()
+            self._check_room(generation)
             self._spend(generation)
-        except ApiError as error:
-            self.observer.refused(error.code)
-            raise
         self._enter(generation, deadline)
         self._read_inbox()  # a step that freed a slot did not wake the loop up if nothing waited so far
         self._hand_over()
-        return generation
 
-    def check(self, tenant: Tenant, request: Request, partials: int = 0) -> ResolvedSettings:
-        """What a request means, if there is room for it now; nothing is queued. Raises as `submit`, but for quotas."""
+    def check(self, tenant: Tenant) -> None:
+        """Raises what `submit` would for any request, before it is known: Unavailable, and Busy if the tenant was
+        refused and there is still no room for as much. That may refuse a smaller request than the one before; else
+        each one that just fits would have to be read while larger ones never found room."""
+        with self._refusals():
+            self._read_inbox()
+            self._check_ready()
+            if (seconds := self._refused.get(tenant.name)) is not None:
+                self._check_wait(tenant, seconds)
+                del self._refused[tenant.name]
+
+    @contextlib.contextmanager
+    def _refusals(self) -> Iterator[None]:
+        """Reports the ApiError that the block raises."""
         try:
-            return self._checked(tenant, request, None, partials, None).settings
+            yield
         except ApiError as error:
             self.observer.refused(error.code)
             raise
-
-    def _checked(
-        self, tenant: Tenant, request: Request, settings: ResolvedSettings | None, partials: int, label: object
-    ) -> Generation:
-        """The generation of a request, if there is room for it. Raises ApiError."""
-        self._read_inbox()
-        self._check_ready()
-        if not 0 <= partials <= MAX_PARTIALS:
-            raise Invalid(f"partials is {partials}, allowed is 0 to {MAX_PARTIALS}")
-        if request.seed + request.num_images - 1 > _MAX_SEED:
-            raise Invalid(f"seed is {request.seed}, allowed for {request.num_images} pictures is less")
-        try:
-            if settings is None:
-                self._check_wait(tenant, 0.0)  # a full queue refuses a request before it is resolved
-                settings = resolve(request, self.manifest)
-        except OnewordError as error:
-            raise from_oneword(error) from None
-        generation = Generation(self, tenant, request, settings, partials, label)
-        self._check_room(generation)
-        return generation
 
     @property
     def queued_seconds(self) -> float:
@@ -503,7 +537,11 @@ class Pool:
                 "ask for fewer steps, pixels or pictures",
                 code="too_much_work",
             )
-        self._check_wait(generation.tenant, seconds)
+        try:
+            self._check_wait(generation.tenant, seconds)
+        except Busy:
+            self._refused[generation.tenant.name] = min(seconds, _MARGIN * self.max_wait)
+            raise
 
     def _check_wait(self, tenant: Tenant, seconds: float) -> None:
         """Raises Busy if work of so many seconds, in its turn among the tenants, would be done later than allowed."""
@@ -608,31 +646,48 @@ class Pool:
             self._accounts[picture.generation.tenant.name].needing_slots -= 1
 
     def _hear(self, picture: _Picture, event: WorkerEvent) -> None:
-        """On the engine thread: puts an event into the inbox, and wakes the loop up if it must act on it."""
-        self._inbox.append((picture, event, self.clock()))
-        if self._can_wait(event) or self._woken or self._loop is None:
+        """On the engine thread: notes an event, and wakes the loop up if it must act on it now."""
+        now = self.clock()
+        match event:
+            case Started():
+                self._inbox.append((picture, event, now))
+                return
+            case Step(step=step, steps=steps, denoised=estimate):
+                if picture.reported == 0:
+                    picture.first_step = now
+                picture.reported = step
+                self._stepped = True
+                if estimate is not None and picture.generation.only_ends:
+                    picture.generation.estimate = estimate  # for who asks
+                elif estimate is not None:
+                    self._inbox.append((picture, event, now))
+                    self._call_loop()
+                if step == steps and self._turns:  # it frees a slot for a picture
+                    self._call_loop()
+            case Preview(image=image) if picture.generation.only_ends:
+                picture.generation.estimate = image
+            case _:
+                self._inbox.append((picture, event, now))
+                self._call_loop()
+
+    def _call_loop(self) -> None:
+        if self._woken or self._loop is None:
             return
         self._woken = True
         with contextlib.suppress(RuntimeError):  # the loop is closed
             self._loop.call_soon_threadsafe(self._wake_up)
-
-    def _can_wait(self, event: WorkerEvent) -> bool:
-        """Whether nobody is interested in an event until the next one; the last step frees a slot for a picture."""
-        match event:
-            case Started():
-                return True
-            case Step(step=step, steps=steps, denoised=None):
-                return step < steps or not self._turns
-            case _:
-                return False
 
     def _wake_up(self) -> None:
         self._woken = False  # before the inbox is read: an event that comes after this wakes the loop up again
         self._read_inbox()
 
     def _read_inbox(self) -> None:
-        if not self._inbox:
+        if not (self._inbox or self._stepped):
             return
+        if self._stepped:
+            self._stepped = False  # before they are counted: a step that comes after this is counted next time
+            for picture in [*self._needing_slots]:
+                self._advance(picture)
         while self._inbox:
             self._receive(*self._inbox.popleft())
         self._hand_over()
@@ -641,21 +696,18 @@ class Pool:
         generation = picture.generation
         if generation._running.get(picture.index) is not picture:
             return  # it was cancelled
+        self._advance(picture)
         match event:
             case Started():
                 self.observer.taken_up(time - generation.created)
+            case Step(denoised=estimate):
+                generation.estimate = estimate
+                generation._push(picture.index, event)
             case Partial():
                 generation._push(picture.index, event)
             case Preview():
                 generation.estimate = event.image
                 generation._push(picture.index, event)
-            case Step(step=step):
-                if picture.step == 0:
-                    self.observer.first_step(time - generation.created)
-                self._advance(picture, step)
-                if event.denoised is not None:
-                    generation.estimate = event.denoised
-                    generation._push(picture.index, event)
             case Done(picture=result):
                 generation.pictures[picture.index] = result
                 self._finish(picture, Outcome.DONE)
@@ -668,10 +720,14 @@ class Pool:
                     Unavailable("the engine stopped before the picture was ready: send the request again", 5)
                 )
 
-    def _advance(self, picture: _Picture, step: int) -> None:
-        """Counts the steps of a picture up to `step` as done."""
-        generation = picture.generation
-        done = int(generation._done_work[step] - generation._done_work[picture.step])
+    def _advance(self, picture: _Picture) -> None:
+        """Counts the steps of a picture that the engine's thread has reported."""
+        generation, before, step = picture.generation, picture.step, picture.reported
+        if step == before:
+            return
+        if before == 0:
+            self.observer.first_step(picture.first_step - generation.created)
+        done = int(generation._done_work[step] - generation._done_work[before])
         picture.step = step
         if picture.phase is Phase.DECODING:
             self._free_slot(picture)

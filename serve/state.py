@@ -1,22 +1,21 @@
 """What the routes of one server share. Built once by `oneword.serve.app`; holds no logic of its own."""
 
 import asyncio
+import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ParamSpec, Self, TypeVar
 
-import anyio.to_thread
 import numpy as np
 import PIL.Image
-from anyio import CapacityLimiter
 from starlette.requests import HTTPConnection
 
 from oneword.runtime.bundle import Manifest
 from oneword.runtime.events import Latents
 from oneword.runtime.images import preview_image
-from oneword.runtime.prompt import Tokenizer
 from oneword.runtime.request import Image
 from oneword.serve.jobs import Jobs
 from oneword.serve.keys import Keys, Tenant
@@ -46,7 +45,8 @@ class State:
 
     settings: Settings
     manifest: Manifest
-    tokenizers: Mapping[str, Tokenizer]
+    count_tokens: Callable[[str], int]
+    """The number of ids of a prompt in the first encoder, learned words as plain text."""
     keys: Keys | None
     words: Words
     worker: Worker
@@ -58,7 +58,7 @@ class State:
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
     """Set once all pictures are done and the server ends: streams that would last end too."""
     created: int = field(default_factory=lambda: int(time.time()))
-    _limiters: dict[str, CapacityLimiter] = field(default_factory=dict)
+    _threads: dict[str, ThreadPoolExecutor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, http: HTTPConnection) -> Self:
@@ -76,10 +76,6 @@ class State:
         """Pixels that one picture may have on this server."""
         defaults = self.manifest.defaults
         return max(_LARGER * defaults.width * defaults.height, _ALWAYS)
-
-    def count_tokens(self, prompt: str) -> int:
-        """The number of ids of a prompt in the first encoder, learned words as plain text."""
-        return len(next(iter(self.tokenizers.values())).ids(prompt))
 
     def preview(self, estimate: Latents | Image) -> bytes:
         """A small JPEG of a decoded picture [H, W, 3], or of latents [C, h, w] by the bundle's linear map; grey if it
@@ -107,8 +103,15 @@ class State:
         Each kind of work, by the function's module and name, has threads of its own: uploads hold up no answer.
         """
         kind = f"{function.__module__}.{function.__qualname__}"
-        limiter = self._limiters.setdefault(kind, CapacityLimiter(_THREADS))
-        return await anyio.to_thread.run_sync(lambda: function(*args, **kwargs), limiter=limiter)
+        if (threads := self._threads.get(kind)) is None:
+            threads = self._threads[kind] = ThreadPoolExecutor(_THREADS, kind)
+        call = functools.partial(function, *args, **kwargs)
+        return await asyncio.get_running_loop().run_in_executor(threads, call)
+
+    def close(self) -> None:
+        """Ends the threads of `in_thread`, without waiting for what they do."""
+        for threads in self._threads.values():
+            threads.shutdown(wait=False, cancel_futures=True)
 
 
 def caller(http: HTTPConnection) -> tuple[State, Tenant]:

@@ -48,7 +48,7 @@ from oneword.serve.a1111.schemas import (
     UpscalerItem,
 )
 from oneword.serve.errors import NotFound, Unprocessable
-from oneword.serve.generate import check, finish, fitted, start
+from oneword.serve.generate import enter, finish, fitted, prepare
 from oneword.serve.openapi import NULL_RESPONSE, error_responses
 from oneword.serve.pictures import as_base64, blank, decode, decode_base64, decode_mask, read_parameters
 from oneword.serve.pool import Generation
@@ -63,9 +63,10 @@ _api = APIRouter(prefix="/sdapi/v1", responses=error_responses(Error))
 @_api.post("/txt2img", response_model=Pictures)
 async def txt2img(http: HTTPRequest, body: TextToImage) -> Response:
     """Generates pictures from a prompt."""
-    state = State.of(http)
+    state, tenant = caller(http)
     plan = text_to_image(body, state.manifest, secrets.randbelow(RANDOM_SEEDS))
-    return await _drawn(http, body, plan)
+    generation = prepare(state, tenant, plan.request, plan.settings, label=_label(http, body))
+    return await _drawn(http, body, plan, generation)
 
 
 @_api.post("/img2img", response_model=Pictures)
@@ -75,9 +76,11 @@ async def img2img(http: HTTPRequest, body: ImageToImage) -> Response:
     files = await state.in_thread(_files, body)
     draft = text_to_image(body, state.manifest, secrets.randbelow(RANDOM_SEEDS)).request
     image = await state.in_thread(blank, files.image, "init_images")
-    check(state, tenant, replace(draft, image=image, strength=strength_of(body)))  # before a pixel is decoded
+    blank_request = replace(draft, image=image, strength=strength_of(body))
+    generation = prepare(state, tenant, blank_request, label=_label(http, body))  # before a pixel is decoded
     plan = await state.in_thread(_edit_plan, body, files, state.manifest, draft.seed)
-    return await _drawn(http, body, plan)
+    generation.request = plan.request
+    return await _drawn(http, body, plan, generation)
 
 
 @_api.post("/png-info")
@@ -221,16 +224,10 @@ async def refresh() -> None:
 router.include_router(_api)
 
 
-async def _drawn(http: HTTPRequest, body: TextToImage, plan: Plan) -> Response:
-    """Runs a plan, and answers its pictures."""
+async def _drawn(http: HTTPRequest, body: TextToImage, plan: Plan, generation: Generation) -> Response:
+    """Queues the generation of a plan, and answers its pictures."""
     state = State.of(http)
-    generation = await start(
-        state,
-        http.state.tenant,
-        plan.request,
-        bare_names=True,
-        label=_Label(_address(http), body.force_task_id or ""),
-    )
+    await enter(state, generation, bare_names=True)
 
     async def encoded(done: PictureDone) -> str:
         return "" if body.send_images is False else await state.in_thread(answers.encoded, plan, done)
@@ -293,6 +290,10 @@ class _Label:
     """The client's."""
     task_id: str
     """The client's own name for the request, if it gave one."""
+
+
+def _label(http: HTTPRequest, body: TextToImage) -> _Label:
+    return _Label(_address(http), body.force_task_id or "")
 
 
 def _generations(http: HTTPRequest, task_id: str = "") -> dict[Generation, _Label]:

@@ -16,13 +16,15 @@ import PIL.Image
 import pytest
 
 from oneword.runtime import Model, draw, generate
+from oneword.runtime.bundle import Manifest
 from oneword.runtime.events import StepDone
-from oneword.runtime.request import Request, resolve
+from oneword.runtime.request import Request, ResolvedSettings, resolve
 from oneword.serve import openai
 from oneword.serve.errors import Unavailable
 from oneword.serve.generate import fitted
 from oneword.serve.keys import new_key
 from oneword.serve.pictures import encode
+from oneword.serve.pool import Generation
 from tests.serve.conftest import Start
 from tests.serve.running import Running, run_client, undecodable_png, word_bytes
 
@@ -254,6 +256,35 @@ def test_a_file_in_an_unknown_field_and_a_text_instead_of_a_file_are_refused(htt
     assert [response.json()["error"]["param"] for response in (unknown, text, none)] == ["picture", "image", "image"]
 
 
+@pytest.mark.parametrize("path", ["generations", "edits"])
+def test_each_request_is_made_and_resolved_once(
+    server: Running, http: httpx.Client, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    made: list[object] = []
+    init = Generation.__init__
+
+    def counted(generation: Generation, *arguments: Any) -> None:
+        made.append(generation)
+        init(generation, *arguments)
+
+    resolved: list[Request] = []
+
+    def resolve_counted(request: Request, manifest: Manifest) -> ResolvedSettings:
+        resolved.append(request)
+        return resolve(request, manifest)
+
+    monkeypatch.setattr(Generation, "__init__", counted)
+    monkeypatch.setattr("oneword.serve.pool.resolve", resolve_counted)
+    body = {"prompt": "a cat", "steps": "2"}
+    if path == "edits":
+        answer = http.post("/v1/images/edits", data=body, files={"image": png()})
+    else:
+        answer = http.post("/v1/images/generations", json={**body, "steps": 2})
+
+    assert answer.status_code == 200
+    assert (len(made), len(resolved)) == (1, 1)
+
+
 def test_uploads_are_decoded_only_if_there_is_room_for_all_of_them(start_server: Start) -> None:
     running = start_server()
     upload = undecodable_png()
@@ -297,7 +328,7 @@ def test_an_upload_waits_no_larger_than_it_is_used(server: Running) -> None:
 
 
 def test_uploads_that_are_read_hold_up_no_answer(server: Running) -> None:
-    state = replace(server.state, _limiters={})
+    state = replace(server.state, _threads={})
     gate = threading.Event()
 
     def read() -> None:

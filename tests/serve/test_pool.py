@@ -320,6 +320,58 @@ def test_retry_after_is_how_long_until_there_is_room(
     run(scenario)
 
 
+def test_after_a_refusal_requests_are_refused_unseen_until_there_is_room_for_as_much(
+    worker: Worker, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(monkeypatch)
+    with_seconds_per_step(worker, monkeypatch, 1.0)
+
+    async def scenario() -> None:
+        pool = Pool(worker, model.manifest, max_wait=100)
+        first = pool.submit(ALICE, Request("a cat", steps=90))
+        second = pool.submit(ALICE, Request("a cat", steps=5))
+        pool.check(ALICE)  # 5 seconds are left, but nobody was refused
+        with pytest.raises(Busy):
+            pool.submit(ALICE, Request("a cat", steps=8))
+        with pytest.raises(Busy) as refusal:
+            pool.check(ALICE)
+        assert refusal.value.headers["Retry-After"] == "3"  # 95 + 8 - 100
+        with pytest.raises(Busy):
+            pool.check(ALICE)
+        pool.check(BOB)  # whose turn comes earlier
+        second.cancel()
+        pool.check(ALICE)
+        with pytest.raises(Busy):
+            pool.submit(ALICE, Request("a cat", steps=80))
+        pool.check(ALICE)  # a tenth of max_wait is enough
+        pool.draining = True
+        with pytest.raises(Unavailable):
+            pool.check(ALICE)
+        first.cancel()
+        gate.open.set()
+
+    run(scenario)
+
+
+def test_a_prepared_request_is_queued_as_it_is_when_it_enters(
+    worker: Worker, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_seconds_per_step(worker, monkeypatch, 1.0)
+
+    async def scenario() -> None:
+        pool = Pool(worker, model.manifest, max_wait=100)
+        prepared, late = (pool.prepared(ALICE, Request("a cat", seed=3, steps=90)) for _ in range(2))
+        assert pool.queued_seconds == 0
+        assert pool.generations(ALICE) == []
+        prepared.request = replace(prepared.request, seed=4)
+        pool.enter(prepared)
+        with pytest.raises(Busy):  # there was room when it was prepared
+            pool.enter(late)
+        assert [picture.seed for picture in await prepared.wait()] == [4]
+
+    run(scenario)
+
+
 def test_invalid_requests_are_refused_before_anything_is_queued(pool: Pool) -> None:
     async def scenario() -> None:
         with pytest.raises(Invalid, match="multiple of 8"):
