@@ -45,6 +45,11 @@ class TokenizedPrompt:
     """Equal keys mean equal contexts: a word enters the key by its vectors, not by its name."""
 
     @property
+    def chunks(self) -> int:
+        """The number of chunks for the first text encoder."""
+        return len(next(iter(self.per_encoder.values())).input_ids)
+
+    @property
     def concepts(self) -> tuple[Concept, ...]:
         """The learned words in the prompt."""
         return next(iter(self.per_encoder.values())).concepts
@@ -89,6 +94,10 @@ class Model:
         """Seconds it took to open each engine, in the order of opening."""
         self.backend_reason: str = ""
         """Why `auto` chose this backend; empty if it was named."""
+        self.encoded_chunks = 0
+        """Chunks of prompts that the first text encoder has encoded so far; those in the cache count once."""
+        self.encoding_seconds = 0.0
+        """Time spent on encoding prompts so far."""
         self._open_graph = open_graph
         self._engines: dict[str, Engine] = {}
         self._ahead: dict[str, Future[Engine]] = {}
@@ -265,8 +274,12 @@ class Model:
         distinct = {tokens.key: tokens for tokens in prompts}
         encoded = {key: context for key in distinct if (context := self._contexts.get(key)) is not None}
         new = {key: tokens for key, tokens in distinct.items() if key not in encoded}
+        start = time.perf_counter()
         for together in self._groups(new.values()):
             encoded |= zip((tokens.key for tokens in together), self._encode(together), strict=True)
+        if new:
+            self.encoding_seconds += time.perf_counter() - start
+            self.encoded_chunks += sum(tokens.chunks for tokens in new.values())
         for key in new:
             self._contexts.put(key, encoded[key])
         return [encoded[tokens.key] for tokens in prompts]

@@ -70,7 +70,12 @@ def build_state(settings: Settings) -> State:
 
     words = Words(WordStore(settings.words), knows=knows)
     files = open_files(settings.words)
-    pool = Pool(worker, manifest, max_wait=settings.max_wait, observer=PoolMetrics(metrics))
+    observer, room = PoolMetrics(metrics), manifest.encoders[0].length - 2  # without BOS and EOS
+
+    def chunks(text: str) -> int:
+        return max(1, -(-count_tokens(text) // room))
+
+    pool = Pool(worker, manifest, max_wait=settings.max_wait, observer=observer, chunks=chunks)
 
     async def keep(name: str, concept: Concept, replace: bool) -> None:
         tenant = Tenant(name) if keys is None else keys.named(name)

@@ -49,6 +49,7 @@ from oneword.serve.worker import (
     State,
     Step,
     Ticket,
+    Work,
     Worker,
     WorkerEvent,
     branch_pixels,
@@ -132,18 +133,6 @@ class NoObserver:
         """See Observer."""
 
 
-@dataclass
-class _Work:
-    """An amount of work: branch pixels to denoise, pixels to encode prompts for and to decode."""
-
-    branch_pixels: int = 0
-    pixels: int = 0
-
-    def add(self, branch_pixels: int, pixels: int) -> None:
-        self.branch_pixels += branch_pixels
-        self.pixels += pixels
-
-
 @dataclass(eq=False)
 class _Picture:
     """A picture that the engine has."""
@@ -198,10 +187,13 @@ class Generation:
         """Whether its consumer wants the last event of each picture only: others are then neither kept nor reported."""
         self.partial_steps = spread(partials, settings.schedule.steps)
         self._pool = pool
-        # By picture: branch pixels that are done after step i, all of them, and pixels to decode and encode.
+        # By picture: branch pixels that are done after step i, all of them, and all of its work but for the prompts.
         self._done_work = np.concatenate([[0], np.cumsum(branch_pixels(settings))])
         self._branch_pixels = int(self._done_work[-1])
-        self._pixels = settings.width * settings.height * (1 + len(self.partial_steps) + (request.image is not None))
+        pixels, estimates = settings.width * settings.height, _estimates(self, pool.manifest)
+        self._picture_work = Work(self._branch_pixels, pixels * (1 + (request.image is not None)), pixels * estimates)
+        self._prompt_work = Work(chunks=sum(map(pool.chunks, settings.texts)))
+        """Of all pictures together; none after the first step of one."""
         self._next_index = 0
         self._running: dict[int, _Picture] = {}
         self._left = request.num_images
@@ -287,6 +279,12 @@ class Generation:
         """Of one picture after so many steps."""
         return self._branch_pixels - int(self._done_work[step])
 
+    @property
+    def _work_left(self) -> Work:
+        """Of all pictures."""
+        done = Work(self._branch_pixels * (self.request.num_images - self._left) - self._work_done)
+        return self._picture_work * self._left + self._prompt_work + done
+
     def _push(self, index: int, event: GenerationEvent) -> None:
         if self.only_ends and isinstance(event, Step | Preview | Partial):
             return
@@ -304,7 +302,7 @@ class _Account:
     """All that are not done, by id."""
     waiting: OrderedDict[str, Generation] = field(default_factory=OrderedDict)
     """Those with pictures that the engine does not have yet."""
-    work: _Work = field(default_factory=_Work)
+    work: Work = field(default_factory=Work)
     needing_slots: int = 0
 
 
@@ -319,12 +317,13 @@ class Pool:
         max_wait: float = 60.0,
         clock: Callable[[], float] = time.monotonic,
         observer: Observer | None = None,
+        chunks: Callable[[str], int] = lambda text: 1,
     ) -> None:
-        """`max_wait` is how many seconds of work may be queued."""
-        self.worker, self.manifest, self.max_wait, self.clock = worker, manifest, max_wait, clock
+        """`max_wait` is how many seconds of work may be queued, `chunks` about how many chunks a text is encoded in."""
+        self.worker, self.manifest, self.max_wait, self.clock, self.chunks = worker, manifest, max_wait, clock, chunks
         self.observer: Observer = NoObserver() if observer is None else observer
         self.draining = False
-        self._work = _Work()
+        self._work = Work()
         self._accounts: dict[str, _Account] = {}
         self._turns: OrderedDict[str, None] = OrderedDict()
         """Tenants with waiting pictures, the next one first."""
@@ -502,12 +501,9 @@ class Pool:
         if generation.done:
             return 0.0
         account = self._accounts[generation.tenant.name]
-        work = _Work()
+        work = Work()
         for earlier in account.generations.values():
-            work.add(
-                earlier._branch_pixels * earlier.request.num_images - earlier._work_done,
-                earlier._pixels * earlier._left,
-            )
+            work += earlier._work_left
             if earlier is generation:
                 break
         earlier_pictures = itertools.takewhile(
@@ -516,8 +512,8 @@ class Pool:
         before = 0.0 if generation._work_done else self._seconds_to_slot(sum(1 for _ in earlier_pictures))
         return min(self._queued_seconds, before + self._seconds(work) * len(self._accounts))
 
-    def _seconds(self, work: _Work) -> float:
-        return self.worker.figures.seconds_for(work.branch_pixels, work.pixels)
+    def _seconds(self, work: Work) -> float:
+        return self.worker.figures.seconds_for(work)
 
     def _check_ready(self) -> None:
         if self.draining:
@@ -529,12 +525,11 @@ class Pool:
 
     def _check_room(self, generation: Generation) -> None:
         """Raises Invalid for a request that is too large, Busy if it would be done later than allowed."""
-        count = generation.request.num_images
-        seconds = self._seconds(_Work(generation._branch_pixels * count, generation._pixels * count))
+        seconds = self._seconds(generation._work_left)
         if seconds > MAX_WAITS * self.max_wait:
             raise Invalid(
                 f"this request would take {seconds:.0f} seconds, allowed are {MAX_WAITS * self.max_wait:g}: "
-                "ask for fewer steps, pixels or pictures",
+                "ask for fewer steps, pixels, pictures or texts",
                 code="too_much_work",
             )
         try:
@@ -569,7 +564,7 @@ class Pool:
         running = itertools.islice(self._needing_slots, self.worker.slots)
         left = sorted(picture.generation._branch_pixels_left(picture.step) for picture in running)
         longest = left[min(ahead, len(left) - 1)]
-        return self._seconds(_Work(sum(min(work, longest) for work in left)))
+        return self._seconds(Work(sum(min(work, longest) for work in left)))
 
     def _spend(self, generation: Generation) -> None:
         """Takes the request's pixel-steps from its tenant's budget. Raises Busy if there are not enough, Forbidden if
@@ -596,8 +591,7 @@ class Pool:
         account = self._accounts.setdefault(generation.tenant.name, _Account())
         account.generations[generation.id] = account.waiting[generation.id] = generation
         self._turns.setdefault(generation.tenant.name)
-        count = generation.request.num_images
-        self._count(generation, generation._branch_pixels * count, generation._pixels * count)
+        self._count(generation, generation._work_left)
         self._empty.clear()
         self._loop = asyncio.get_running_loop()
         if deadline is not None:
@@ -726,13 +720,14 @@ class Pool:
         if step == before:
             return
         if before == 0:
+            self._count_prompts(generation)
             self.observer.first_step(picture.first_step - generation.created)
         done = int(generation._done_work[step] - generation._done_work[before])
         picture.step = step
         if picture.phase is Phase.DECODING:
             self._free_slot(picture)
         generation._work_done += done
-        self._count(generation, -done, 0)
+        self._count(generation, Work(-done))
 
     def _finish(self, picture: _Picture, outcome: Outcome) -> None:
         """Forgets a picture that the engine has."""
@@ -742,7 +737,8 @@ class Pool:
         self._handed -= 1
         self._free_slot(picture)
         picture.ticket = None  # which refers to the picture
-        self._count(generation, -generation._branch_pixels_left(picture.step), -generation._pixels)
+        done = Work(int(generation._done_work[picture.step]))
+        self._count(generation, done + generation._picture_work * -1)
         self._leave(generation, 1)
 
     def _drop_waiting(self, generation: Generation, outcome: Outcome, error: ApiError | None = None) -> None:
@@ -757,7 +753,7 @@ class Pool:
         self._stop_timer(generation)
         first = generation._next_index
         generation._next_index = generation.request.num_images
-        self._count(generation, -generation._branch_pixels * count, -generation._pixels * count)
+        self._count(generation, generation._picture_work * -count)
         self._leave(generation, count)
         for index in range(first, first + count):
             self.observer.ended(outcome, Phase.WAITING)
@@ -769,6 +765,7 @@ class Pool:
         generation._left -= pictures
         if generation._left:
             return
+        self._count_prompts(generation)
         account = self._accounts[generation.tenant.name]
         del account.generations[generation.id]
         if not account.generations:
@@ -798,9 +795,15 @@ class Pool:
         if budget is not None:
             budget.left += generation._pixel_steps * generation.waiting
 
-    def _count(self, generation: Generation, branch_pixels: int, pixels: int) -> None:
-        self._work.add(branch_pixels, pixels)
-        self._accounts[generation.tenant.name].work.add(branch_pixels, pixels)
+    def _count_prompts(self, generation: Generation) -> None:
+        """Counts the prompts of a generation as encoded."""
+        self._count(generation, generation._prompt_work * -1)
+        generation._prompt_work = Work()
+
+    def _count(self, generation: Generation, work: Work) -> None:
+        """Adds to the work that is not done."""
+        self._work += work
+        self._accounts[generation.tenant.name].work += work
 
     def _stop_timer(self, generation: Generation) -> None:
         if generation._timer is not None:
@@ -823,6 +826,15 @@ class _Budget:
 def spread(partials: int, steps: int) -> frozenset[int]:
     """The steps after which to show so many partial pictures: evenly spread, before the last one, all different."""
     return frozenset(round(steps * i / (partials + 1)) for i in range(1, partials + 1)) & frozenset(range(1, steps))
+
+
+def _estimates(generation: Generation, manifest: Manifest) -> int:
+    """How many estimates of each picture are decoded, as partial pictures and as previews."""
+    shown = generation.partial_steps
+    if manifest.has_preview_decoder and generation.request.previews:
+        steps = range(1, generation.settings.schedule.steps)
+        shown |= {step for step in steps if generation.request.has_preview(step)}
+    return len(shown)
 
 
 def _single(request: Request, index: int) -> Request:

@@ -18,6 +18,7 @@ import pytest
 from starlette.requests import Request as HTTPRequest
 from starlette.types import Message
 
+from oneword.runtime.bundle import Bundle, Manifest
 from oneword.runtime.drawing import draw
 from oneword.runtime.events import PictureDone
 from oneword.runtime.model import Model
@@ -28,7 +29,7 @@ from oneword.serve.generate import events, finish
 from oneword.serve.keys import LOCAL, Tenant
 from oneword.serve.pool import Dropped, Generation, GenerationEvent, Outcome, Phase, PictureEvent, Pool, spread
 from oneword.serve.settings import Settings
-from oneword.serve.worker import Done, Failed, Partial, Step, Worker
+from oneword.serve.worker import Done, Failed, Partial, Step, Worker, WorkerFigures
 from tests.serve.running import SECONDS, started_worker
 
 ALICE, BOB, CAROL = Tenant("alice"), Tenant("bob"), Tenant("carol")
@@ -84,7 +85,12 @@ class Record:
 
 def with_seconds_per_step(worker: Worker, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
     """Makes the worker say that a guided step takes so long, and nothing else any time."""
-    figures = replace(worker.figures, seconds_per_branch_pixel=seconds / (2 * 64 * 64), seconds_per_pixel=0.0)
+    monkeypatch.setattr(worker, "figures", WorkerFigures(seconds_per_branch_pixel=seconds / (2 * 64 * 64)))
+
+
+def with_figures(worker: Worker, monkeypatch: pytest.MonkeyPatch, figures: WorkerFigures) -> None:
+    """Makes the worker say this, whatever it measures."""
+    monkeypatch.setattr(worker, "_publish", lambda scheduler: None)
     monkeypatch.setattr(worker, "figures", figures)
 
 
@@ -224,6 +230,55 @@ def test_an_idle_server_takes_ten_times_what_may_be_queued(
         assert refusal.value.code == "too_much_work"
         with pool.submit(ALICE, Request("a cat", steps=20)), pytest.raises(Busy):
             pool.submit(BOB, Request("a cat", steps=20))
+        gate.open.set()
+
+    run(scenario)
+
+
+def test_texts_are_priced_by_their_chunks_until_they_are_encoded(
+    worker: Worker, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(monkeypatch)
+    with_figures(worker, monkeypatch, WorkerFigures(seconds_per_chunk=1.0))
+    pool = Pool(worker, model.manifest, max_wait=100, chunks=len)
+
+    async def scenario() -> None:
+        generation = pool.submit(ALICE, Request("[a|bc|def]", "xyzv", num_images=3, steps=6))
+        assert pool.queued_seconds == 1 + 2 + 3 + 4
+        with pool.submit(BOB, Request("[a|b]", steps=2)):
+            assert pool.queued_seconds == 10 + 2
+        assert pool.queued_seconds == 10
+        assert generation.seconds_left == 10
+        with pytest.raises(Busy):
+            pool.submit(ALICE, Request("x" * 91, steps=1))
+        gate.open.set()
+        while generation.progress == 0:
+            await asyncio.sleep(0.001)
+            pool.generations(ALICE)
+        assert pool.queued_seconds == 0
+        await generation.wait()
+
+    run(scenario)
+
+
+def test_pictures_shown_on_the_way_are_priced_by_how_many_are_decoded(
+    worker: Worker, model: Model, tiny_preview_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(monkeypatch)
+    with_figures(worker, monkeypatch, WorkerFigures(seconds_per_estimate=1 / (64 * 64)))
+    with_decoder = Bundle.open(tiny_preview_bundle).manifest
+
+    async def seconds(manifest: Manifest, partials: int, **fields: Any) -> float:
+        pool = Pool(worker, manifest, max_wait=100)
+        with pool.submit(ALICE, Request("a cat", **fields), partials=partials):
+            return pool.queued_seconds
+
+    async def scenario() -> None:
+        assert await seconds(model.manifest, 0, steps=6, previews=2) == 0  # made by a linear map, from latents
+        assert await seconds(model.manifest, 2, steps=6, previews=1) == 2
+        assert await seconds(with_decoder, 0, steps=6, previews=2) == 2  # after steps 2 and 4
+        assert await seconds(with_decoder, 1, steps=6, previews=2, num_images=2) == 6  # 2, 3 and 4, twice
+        assert await seconds(with_decoder, 2, steps=6, previews=2) == 2  # the same steps
         gate.open.set()
 
     run(scenario)
