@@ -23,7 +23,7 @@ from oneword.runtime.concept import Concept
 from oneword.runtime.lexicon import Lexicon
 from oneword.runtime.model import Model
 from oneword.runtime.prompt import Tokenizer
-from oneword.serve import errors, health, info, jobs_api, middleware, openai, refine_api, results, words_api
+from oneword.serve import errors, health, info, jobs_api, kept, middleware, openai, refine_api, results, words_api
 from oneword.serve.a1111 import routes as a1111
 from oneword.serve.errors import ApiError, Conflict
 from oneword.serve.files import open_files
@@ -117,6 +117,7 @@ async def running(state: State) -> AsyncIterator[None]:
         collecting.cancel()
         await state.jobs.stop()
         await state.pool.drain(0)
+        await kept.finish(state)
         state.worker.stop(cancel=True)
         state.words.close()
         state.close()

@@ -69,34 +69,36 @@ def fitted(request: Request, settings: ResolvedSettings) -> Request:
 
 
 async def finish(
-    http: starlette.requests.Request,
+    http: starlette.requests.Request | None,
     *generations: Generation,
     use: Callable[[PictureDone], Awaitable[T]],
     incomplete: bool = False,
 ) -> list[tuple[PictureDone, T]]:
     """The pictures of the generations, in order, with what `use` made of each one as soon as it was ready.
 
-    The pictures come without their pixels, which nobody needs from then on. All generations are cancelled if the client
-    disconnects or a picture fails. Raises ApiError: the first picture's that failed, Disconnected, or Cancelled if
-    somebody else cancels one of the generations. With `incomplete`, the pictures that are ready by then are returned
-    instead.
+    The pictures come without their pixels, which nobody needs from then on. All generations are cancelled if a picture
+    fails, or if the client of `http` disconnects. Raises ApiError: the first picture's that failed, Disconnected, or
+    Cancelled if somebody else cancels one of the generations. With `incomplete`, the pictures that are ready by then
+    are returned instead.
     """
     for generation in generations:
         generation.only_ends = True
-    gone = asyncio.ensure_future(disconnect(http))
-    gone.add_done_callback(lambda _: cancel(generations))
+    gone = None if http is None else asyncio.ensure_future(disconnect(http))
+    if gone is not None:
+        gone.add_done_callback(lambda _: cancel(generations))
     try:
         pictures = await _used(generations, use, incomplete)
+        if gone is not None and gone.done():
+            raise Disconnected
+        return pictures
     except Cancelled:
-        if gone.done():
+        if gone is not None and gone.done():
             raise Disconnected from None
         raise
     finally:
         cancel(generations)
-        gone.cancel()
-    if gone.done() and not gone.cancelled():
-        raise Disconnected
-    return pictures
+        if gone is not None:
+            gone.cancel()
 
 
 async def events(generations: Sequence[Generation]) -> AsyncGenerator[tuple[int, PictureEvent]]:

@@ -422,6 +422,7 @@ class Admit:
     """Refuses a request for pictures without a look at its body while there is no room for any.
 
     The body is received and dropped: a client that is still sending would not see the answer if the connection closed.
+    A request with an Idempotency-Key passes, as its answer may be there already.
     """
 
     def __init__(self, app: ASGIApp, check: Callable[[Tenant], None]) -> None:
@@ -430,7 +431,12 @@ class Admit:
         self._check = check
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["method"] == "POST" and (path := route_path(scope)) in PICTURE_ROUTES:
+        if (
+            scope["type"] == "http"
+            and scope["method"] == "POST"
+            and (path := route_path(scope)) in PICTURE_ROUTES
+            and not _values(scope, b"idempotency-key")
+        ):
             try:
                 self._check(scope["state"]["tenant"])
             except ApiError:

@@ -4,9 +4,10 @@ Bodies and answers follow OpenAI's API reference of November 2026; `Settings` li
 Not covered: transparent backgrounds, and pictures as references for a new one: each picture is edited by itself.
 """
 
+import contextlib
 import secrets
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Final, Literal
 
@@ -24,6 +25,7 @@ from oneword.serve.errors import ApiError, Invalid, NotFound, from_oneword, open
 from oneword.serve.fields import Fields, validated
 from oneword.serve.forms import read_form
 from oneword.serve.generate import all_or_none, cancel, enter, events, finish, fitted, prepare
+from oneword.serve.kept import IdempotencyKey, answered, most_bytes, room
 from oneword.serve.keys import Tenant
 from oneword.serve.openapi import Responses, file_field, stream_response, upload
 from oneword.serve.pictures import Format, as_base64, blank, decode, decode_mask, encode
@@ -36,7 +38,6 @@ from oneword.serve.worker import Done, Partial, Preview, Step
 MAX_IMAGES: Final = 10
 """Pictures per prompt, as in OpenAI's API."""
 MAX_UPLOADS: Final = 16
-_METADATA: Final = 4096  # bytes of a file that are neither pixels nor prompts
 _OPENAI_MODELS: Final = ("dall-e", "gpt-image", "chatgpt-image")
 
 
@@ -171,12 +172,14 @@ class Answer:
     format: Format
     text_tokens: int
     image_tokens: int
+    kept: bool
+    """Whether the pictures are made even if the client leaves."""
 
     async def send(self, generations: Sequence[Generation]) -> Response:
         """The whole answer as JSON, or as a stream of events."""
         if self.settings.stream:
             return EventStream(self._events(generations), close=lambda: cancel(generations))
-        files = await finish(self.http, *generations, use=self._encoded)
+        files = await finish(None if self.kept else self.http, *generations, use=self._encoded)
         pictures = [picture for picture, _ in files]
         data = [await self._entry(picture, file) for picture, file in files]  # once all are ready
         first = pictures[0].settings
@@ -292,33 +295,36 @@ async def model(http: HTTPRequest, model: str) -> ListedModel:
 
 
 @router.post("/v1/images/generations", response_model=PicturesAnswer, responses=_STREAM)
-async def generations(http: HTTPRequest, body: GenerationBody) -> Response:
+async def generations(http: HTTPRequest, body: GenerationBody, idempotency_key: IdempotencyKey = None) -> Response:
     """Generates pictures from a prompt. With `stream`, server-sent events: partial pictures, then the pictures."""
     state, tenant = caller(http)
     _check(state, body, 1)
-    generation = prepare(state, tenant, _request(body, body.prompt), partials=body.partial_images or 0)
-    return await _answer(http, body, [generation], "image_generation")
+
+    async def prepared() -> list[Generation]:
+        return [prepare(state, tenant, _request(body, body.prompt), partials=body.partial_images or 0)]
+
+    return await _answer(http, body, prepared, "image_generation", idempotency_key)
 
 
 @router.post("/v1/images/edits", response_model=PicturesAnswer, responses=_STREAM, openapi_extra=_EDIT)
-async def edits(http: HTTPRequest) -> Response:
+async def edits(http: HTTPRequest, idempotency_key: IdempotencyKey = None) -> Response:
     """Edits uploaded pictures, each by itself. The mask's transparent pixels are repainted in the first picture."""
     text, pictures, masks = await _form(http, "image", "image[]", masks=("mask",))
     body = validated(EditFields, text)
     if not pictures:
         raise Invalid("image is missing: upload a PNG, JPEG or WebP as `image`, or several as `image[]`", param="image")
     files = [_Edit(picture, masks[0] if masks and number == 0 else None) for number, picture in enumerate(pictures)]
-    return await _edited(http, body, files, "image_edit")
+    return await _edited(http, body, files, "image_edit", idempotency_key)
 
 
 @router.post("/v1/images/variations", response_model=PicturesAnswer, responses=_STREAM, openapi_extra=_VARIATION)
-async def variations(http: HTTPRequest) -> Response:
+async def variations(http: HTTPRequest, idempotency_key: IdempotencyKey = None) -> Response:
     """Varies one uploaded picture."""
     text, pictures, _ = await _form(http, "image")
     body = validated(VariationFields, text)
     if len(pictures) != 1:
         raise Invalid(f"{len(pictures)} pictures were uploaded, allowed is one, as `image`", param="image")
-    return await _edited(http, body, [_Edit(pictures[0])], "image_generation")
+    return await _edited(http, body, [_Edit(pictures[0])], "image_generation", idempotency_key)
 
 
 @dataclass(frozen=True)
@@ -330,20 +336,25 @@ class _Edit:
 
 
 async def _edited(
-    http: HTTPRequest, body: EditFields | VariationFields, edits: Sequence[_Edit], prefix: str
+    http: HTTPRequest, body: EditFields | VariationFields, edits: Sequence[_Edit], prefix: str, key: str | None
 ) -> Response:
     """Answers with the edited pictures. They are decoded once there is room for all of them, by their files' heads."""
     state, tenant = caller(http)
     _check(state, body, len(edits))
-    generations: list[Generation] = []
-    for edit in edits:
-        strength = body.strength or (0.8 if edit.mask is None else 1.0)
-        image = await state.in_thread(blank, edit.picture, "image")
-        request = _request(body, body.prompt, image=image, strength=strength)
-        generations.append(prepare(state, tenant, request, partials=body.partial_images or 0))
-    for edit, generation in zip(edits, generations, strict=True):
-        generation.request = await state.in_thread(_decoded, edit, generation.request, generation.settings)
-    return await _answer(http, body, generations, prefix)
+
+    async def prepared() -> list[Generation]:
+        generations: list[Generation] = []
+        for edit in edits:
+            strength = body.strength or (0.8 if edit.mask is None else 1.0)
+            image = await state.in_thread(blank, edit.picture, "image")
+            request = _request(body, body.prompt, image=image, strength=strength)
+            generations.append(prepare(state, tenant, request, partials=body.partial_images or 0))
+        for edit, generation in zip(edits, generations, strict=True):
+            generation.request = await state.in_thread(_decoded, edit, generation.request, generation.settings)
+        return generations
+
+    files = [data for edit in edits for data in (edit.picture, edit.mask or b"")]
+    return await _answer(http, body, prepared, prefix, key, files)
 
 
 def _decoded(edit: _Edit, request: Request, settings: ResolvedSettings) -> Request:
@@ -409,24 +420,43 @@ def _check(state: State, body: Settings, count: int) -> None:
         raise Invalid(f"partial_images is {body.partial_images} without stream: set stream to true", "partial_images")
 
 
-async def _answer(http: HTTPRequest, body: Settings, generations: Sequence[Generation], prefix: str) -> Response:
-    """Queues the generations, all or none, and answers with their pictures."""
+async def _answer(
+    http: HTTPRequest,
+    body: Settings,
+    prepared: Callable[[], Awaitable[Sequence[Generation]]],
+    prefix: str,
+    key: str | None,
+    files: Sequence[bytes] = (),
+) -> Response:
+    """Answers with the pictures of what is prepared, or with those that were kept under the key."""
     state, tenant = caller(http)
-    if body.response_format != "url":
-        return await _entered(http, body, generations, prefix)
-    with state.results.reserved(tenant, sum(map(_most_bytes, generations))):
-        return await _entered(http, body, generations, prefix)
+    if key is None:
+        async with contextlib.AsyncExitStack() as stack:
+            return await _drawn(http, body, await prepared(), prefix, stack)
+    if body.stream:
+        raise Invalid("stream is true with an Idempotency-Key, allowed is one of the two", "stream")
+
+    async def draw(stack: contextlib.AsyncExitStack) -> bytes:
+        return bytes((await _drawn(http, body, await prepared(), prefix, stack, kept=True)).body)
+
+    return await answered(state, tenant, key, body, files, draw)
 
 
-def _most_bytes(generation: Generation) -> int:
-    """More than the pictures have as files: 4 bytes per pixel, and the prompts."""
-    request, settings = generation.request, generation.settings
-    characters = len(request.prompt) + len(request.negative_prompt or "")
-    return request.num_images * (4 * (settings.width * settings.height + characters) + _METADATA)
-
-
-async def _entered(http: HTTPRequest, body: Settings, generations: Sequence[Generation], prefix: str) -> Response:
+async def _drawn(
+    http: HTTPRequest,
+    body: Settings,
+    generations: Sequence[Generation],
+    prefix: str,
+    stack: contextlib.AsyncExitStack,
+    *,
+    kept: bool = False,
+) -> Response:
+    """Queues the generations, all or none, and answers with their pictures. `stack` holds room for what is kept."""
     state, tenant = caller(http)
+    in_json = body.response_format != "url"
+    if kept or not in_json:
+        size = sum(most_bytes(generation, in_json=in_json) for generation in generations)
+        await stack.enter_async_context(room(state, tenant, size))
     with all_or_none() as entered:
         for generation in generations:
             await enter(state, generation)
@@ -443,6 +473,7 @@ async def _entered(http: HTTPRequest, body: Settings, generations: Sequence[Gene
         format=body.output_format or "png",
         text_tokens=state.count_tokens(requests[0].prompt),
         image_tokens=sum((height // factor) * (width // factor) for height, width, _ in sources),
+        kept=kept,
     )
     return await answer.send(generations)
 

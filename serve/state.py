@@ -23,7 +23,7 @@ from oneword.serve.metrics import Metrics
 from oneword.serve.pictures import encode
 from oneword.serve.pool import Pool
 from oneword.serve.refinements import Refinements
-from oneword.serve.results import Results
+from oneword.serve.results import KeptAnswer, Results
 from oneword.serve.settings import Settings
 from oneword.serve.words import Words
 from oneword.serve.worker import Worker
@@ -57,6 +57,8 @@ class State:
     jobs: Jobs
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
     """Set once all pictures are done and the server ends: streams that would last end too."""
+    making: dict[tuple[str, str], tuple[str, asyncio.Task[KeptAnswer]]] = field(default_factory=dict)
+    """By tenant and key, the digest of a request whose answer will be kept, and what makes it."""
     created: int = field(default_factory=lambda: int(time.time()))
     _threads: dict[str, ThreadPoolExecutor] = field(default_factory=dict)
 
