@@ -97,7 +97,14 @@ def build_state(settings: Settings) -> State:
         results=Results(files),
         refinements=Refinements(files, lambda: Lexicon.read(bundle)),
         metrics=metrics,
-        jobs=Jobs(settings.words, settings.jobs_folder, settings.model, manifest.source.digest, keep=keep),
+        jobs=Jobs(
+            settings.words,
+            settings.jobs_folder,
+            settings.model,
+            manifest.source.digest,
+            encoders=[encoder.graph for encoder in manifest.encoders],
+            keep=keep,
+        ),
     )
     _add_gauges(state)
     return state

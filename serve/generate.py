@@ -71,7 +71,7 @@ def fitted(request: Request, settings: ResolvedSettings) -> Request:
 async def finish(
     http: starlette.requests.Request | None,
     *generations: Generation,
-    use: Callable[[PictureDone], Awaitable[T]],
+    use: Callable[[Generation, PictureDone], Awaitable[T]],
     incomplete: bool = False,
 ) -> list[tuple[PictureDone, T]]:
     """The pictures of the generations, in order, with what `use` made of each one as soon as it was ready.
@@ -160,7 +160,7 @@ async def disconnect(http: starlette.requests.Request) -> None:
 
 
 async def _used(
-    generations: Sequence[Generation], use: Callable[[PictureDone], Awaitable[T]], incomplete: bool
+    generations: Sequence[Generation], use: Callable[[Generation, PictureDone], Awaitable[T]], incomplete: bool
 ) -> list[tuple[PictureDone, T]]:
     """See `finish`."""
     found: dict[tuple[int, int], tuple[PictureDone, T]] = {}
@@ -169,7 +169,7 @@ async def _used(
         pictures = generations[number].pictures
         picture = pictures[index]
         if picture is not None and (number, index) not in found:
-            result = await use(picture)
+            result = await use(generations[number], picture)
             pictures[index] = without_pixels = replace(picture, image=_NO_PIXELS)
             found[number, index] = without_pixels, result
 

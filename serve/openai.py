@@ -18,7 +18,7 @@ from starlette.responses import Response
 
 from oneword.engines.errors import OnewordError
 from oneword.runtime.events import PictureDone
-from oneword.runtime.request import MAX_STEPS, Request, ResolvedSettings
+from oneword.runtime.request import MAX_STEPS, Image, Request, ResolvedSettings
 from oneword.runtime.samplers import Guidance, Sampler
 from oneword.runtime.spacing import Spacing
 from oneword.serve.errors import ApiError, Invalid, NotFound, from_oneword, openai_body
@@ -198,9 +198,10 @@ class Answer:
             return Picture(url=address(self.http, name), seed=picture.seed)
         return Picture(b64_json=as_base64(data), seed=picture.seed)
 
-    async def _encoded(self, picture: PictureDone) -> bytes:
+    async def _encoded(self, generation: Generation, picture: PictureDone) -> bytes:
+        compression = self.settings.output_compression
         return await self.state.in_thread(
-            encode, picture.image, self.format, self.settings.output_compression, picture.parameters
+            _file, generation, picture.image, self.format, compression, picture.parameters
         )
 
     async def _events(self, generations: Sequence[Generation]) -> AsyncGenerator[bytes]:
@@ -211,7 +212,7 @@ class Answer:
                 key = number, event.index
                 match event.event:
                     case Partial(image=image):
-                        data = await self.state.in_thread(encode, image, self.format, None, "")
+                        data = await self.state.in_thread(_file, generations[number], image, self.format, None, "")
                         index = partials.get(key, 0)
                         partials[key] = index + 1
                         yield self._event("partial_image", data, image.shape, partial_image_index=index)
@@ -219,10 +220,10 @@ class Answer:
                         Step(step=step, steps=steps, denoised=estimate)
                         | Preview(step=step, steps=steps, image=estimate)
                     ) if estimate is not None:
-                        preview = await self.state.in_thread(self.state.preview, estimate)
+                        preview = await self.state.in_thread(self.state.preview, estimate, generations[number].pasted)
                         yield self._event("preview", preview, None, index=event.index, step=step, steps=steps)
                     case Done(picture=picture):
-                        data = await self._encoded(picture)
+                        data = await self._encoded(generations[number], picture)
                         usage = self._usage([picture]).model_dump()
                         fields = {"usage": usage, "index": event.index, "seed": picture.seed}
                         yield self._event("completed", data, picture.image.shape, **fields)
@@ -355,6 +356,11 @@ async def _edited(
 
     files = [data for edit in edits for data in (edit.picture, edit.mask or b"")]
     return await _answer(http, body, prepared, prefix, key, files)
+
+
+def _file(generation: Generation, image: Image, format: Format, compression: int | None, parameters: str) -> bytes:
+    """A picture of a generation, or an estimate of it, as a file."""
+    return encode(generation.pasted(image), format, compression, parameters)
 
 
 def _decoded(edit: _Edit, request: Request, settings: ResolvedSettings) -> Request:

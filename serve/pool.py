@@ -19,6 +19,7 @@ pictures as files.
 
 import asyncio
 import contextlib
+import functools
 import itertools
 import time
 import uuid
@@ -34,6 +35,7 @@ import numpy as np
 
 from oneword.engines.errors import OnewordError
 from oneword.runtime.bundle import Manifest
+from oneword.runtime.edit import Paste
 from oneword.runtime.events import Latents, PictureDone
 from oneword.runtime.request import Image, Request, ResolvedSettings, resolve
 from oneword.serve.errors import ApiError, Busy, Forbidden, Invalid, Unavailable, from_oneword
@@ -260,7 +262,8 @@ class Generation:
         return self._unread.popitem(last=False)[1] if self._unread else None
 
     async def wait(self) -> list[PictureDone]:
-        """All pictures, by index. Raises the ApiError of the first one that fails, and cancels the others."""
+        """All pictures as the engine makes them, by index. Raises the ApiError of the first one that fails, and cancels
+        the others."""
         self.only_ends = True
         with self:
             async for picture_event in self:
@@ -270,6 +273,15 @@ class Generation:
                     case Dropped(error=refusal):
                         raise refusal
         return [picture for picture in self.pictures if picture is not None]
+
+    def pasted(self, image: Image) -> Image:
+        """A picture that the engine has made, or an estimate of it, pasted into the original of a masked edit. The
+        engine's thread does not do it: call it in another one."""
+        return image if self._paste is None else self._paste.pasted(image)
+
+    @functools.cached_property
+    def _paste(self) -> Paste | None:
+        return Paste.of(self.request, self.settings)
 
     def cancel(self) -> None:
         """Drops what waits, and frees the engine of what runs at the end of its running call. Idempotent."""
@@ -838,5 +850,7 @@ def _estimates(generation: Generation, manifest: Manifest) -> int:
 
 
 def _single(request: Request, index: int) -> Request:
-    """Picture `index` of a request as a request of its own."""
-    return request if request.num_images == 1 else replace(request, num_images=1, seed=request.seed + index)
+    """Picture `index` of a request as a request of its own, which is not pasted."""
+    if request.num_images == 1 and not (request.mask is not None and request.paste):
+        return request
+    return replace(request, num_images=1, seed=request.seed + index, paste=False)

@@ -79,11 +79,11 @@ class State:
         defaults = self.manifest.defaults
         return max(_LARGER * defaults.width * defaults.height, _ALWAYS)
 
-    def preview(self, estimate: Latents | Image) -> bytes:
-        """A small JPEG of a decoded picture [H, W, 3], or of latents [C, h, w] by the bundle's linear map; grey if it
-        has none."""
+    def preview(self, estimate: Latents | Image, pasted: Callable[[Image], Image]) -> bytes:
+        """A small JPEG of a decoded picture [H, W, 3], once it is `pasted`, or of latents [C, h, w] by the bundle's
+        linear map; grey if it has none."""
         if estimate.dtype == np.uint8:
-            pixels, factor = estimate.astype(np.uint8, copy=False), 1
+            pixels, factor = pasted(estimate.astype(np.uint8, copy=False)), 1
         else:
             pixels, factor = self._mapped(estimate.astype(np.float32, copy=False)), self.manifest.vae.factor
         height, width, _ = pixels.shape

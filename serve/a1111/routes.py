@@ -110,9 +110,9 @@ async def progress(
     state = State.of(http)
     generations = _generations(http, force_task_id)
     answer = answers.progress_of([*generations])
-    estimate = next((generation.estimate for generation in generations if generation.estimate is not None), None)
-    if estimate is not None and not skip_current_image:
-        answer.current_image = as_base64(await state.in_thread(state.preview, estimate))
+    shown = next((generation for generation in generations if generation.estimate is not None), None)
+    if shown is not None and shown.estimate is not None and not skip_current_image:
+        answer.current_image = as_base64(await state.in_thread(state.preview, shown.estimate, shown.pasted))
     answer.current_task = next(iter(generations.values())).task_id or None if generations else None
     return answer
 
@@ -263,13 +263,17 @@ async def _drawn(
     `http` disconnects."""
     await enter(state, generation, bare_names=True)
 
-    async def encoded(done: PictureDone) -> str:
-        return "" if body.send_images is False else await state.in_thread(answers.encoded, plan, done)
+    async def encoded(generation: Generation, done: PictureDone) -> str:
+        return "" if body.send_images is False else await state.in_thread(_encoded, plan, generation, done)
 
     found = await finish(http, generation, use=encoded, incomplete=True)
     pictures, images = [done for done, _ in found], [image for _, image in found if image]
     version = f"oneword {oneword.__version__}"
     return await state.in_thread(answers.pictures_answer, body, plan, pictures, images, state.manifest, version)
+
+
+def _encoded(plan: Plan, generation: Generation, done: PictureDone) -> str:
+    return answers.encoded(plan, replace(done, image=generation.pasted(done.image)))
 
 
 def _memory() -> dict[str, float | str]:

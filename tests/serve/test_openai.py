@@ -310,6 +310,29 @@ def test_uploads_are_decoded_only_if_there_is_room_for_all_of_them(start_server:
     assert draining.status_code == 503
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_masked_edit_keeps_the_pixels_outside_the_mask(http: httpx.Client, stream: bool) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    alpha = np.full((64, 64), 255, np.uint8)
+    alpha[16:48, 16:48] = 0
+    picture, mask = io.BytesIO(), io.BytesIO()
+    PIL.Image.fromarray(image).save(picture, "PNG")
+    PIL.Image.fromarray(np.dstack([image, alpha])).save(mask, "PNG")
+    fields = {"prompt": "a cat", "steps": "4", **({"stream": "true", "partial_images": "1"} if stream else {})}
+
+    answer = http.post("/v1/images/edits", data=fields, files={"image": picture.getvalue(), "mask": mask.getvalue()})
+
+    if stream:
+        encoded = [data["b64_json"] for _, data in events_of(answer)]
+    else:
+        encoded = [answer.json()["data"][0]["b64_json"]]
+    assert len(encoded) == 1 + stream
+    for text in encoded:
+        pixels = np.asarray(PIL.Image.open(io.BytesIO(base64.b64decode(text))))
+        assert np.array_equal(pixels[alpha == 255], image[alpha == 255])
+        assert not np.array_equal(pixels, image)
+
+
 def test_an_upload_waits_no_larger_than_it_is_used(server: Running) -> None:
     image = np.random.default_rng(0).integers(0, 256, (256, 128, 3), np.uint8)
     mask = np.zeros((256, 128), np.uint8)

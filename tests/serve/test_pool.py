@@ -18,6 +18,7 @@ import pytest
 from starlette.requests import Request as HTTPRequest
 from starlette.types import Message
 
+from oneword.runtime import edit
 from oneword.runtime.bundle import Bundle, Manifest
 from oneword.runtime.drawing import draw
 from oneword.runtime.events import PictureDone
@@ -705,7 +706,8 @@ def test_a_picture_is_used_when_it_is_ready_and_its_pixels_are_let_go(pool: Pool
         images: list[weakref.ref[Image]] = []
         ready: list[int] = []
 
-        async def use(picture: PictureDone) -> int:
+        async def use(of: Generation, picture: PictureDone) -> int:
+            assert of is generation
             images.append(weakref.ref(picture.image))
             ready.append(sum(picture is not None for picture in generation.pictures))
             return picture.image.size
@@ -717,6 +719,41 @@ def test_a_picture_is_used_when_it_is_ready_and_its_pixels_are_let_go(pool: Pool
         assert ready[0] < 6
         gc.collect()
         assert [image() for image in images] == [None] * 6
+
+    run(scenario)
+
+
+def test_the_engines_thread_neither_pastes_nor_blurs_and_the_result_is_the_same(
+    pool: Pool, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    mask = np.zeros((64, 64), np.bool_)
+    mask[8:40, 16:48] = True
+    request = Request("a cat", seed=3, num_images=2, steps=4, image=image, mask=mask, mask_blur=2)
+    expected = draw(model, request)
+    weights, threads = edit.paste_weights, list[str]()
+
+    def noted(mask: Any, blur: float) -> Any:
+        threads.append(threading.current_thread().name)
+        return weights(mask, blur)
+
+    monkeypatch.setattr(edit, "paste_weights", noted)
+
+    async def scenario() -> None:
+        generation = pool.submit(ALICE, request, partials=1)
+        found = await events_of(generation)
+        assert threads == []
+        [first, second] = [generation.pasted(picture.image) for picture in generation.pictures if picture is not None]
+        partial = next(event.image for _, event in found if isinstance(event, Partial))
+        assert near(first, expected[0].image)
+        assert near(second, expected[1].image)
+        far = np.s_[46:, :]  # more than 5 pixels from the mask
+        for shown in (first, generation.pasted(partial)):
+            assert np.array_equal(shown[far], image[far])
+        assert threads == [threading.current_thread().name]  # once
+        plain = pool.submit(ALICE, replace(request, mask=None, mask_blur=0))
+        [picture] = [*await plain.wait()][:1]
+        assert plain.pasted(picture.image) is picture.image
 
     run(scenario)
 
