@@ -145,10 +145,10 @@ class Jobs:
     """The learning jobs of all tenants. Use it from one event loop; the store is read and written on threads.
 
     `store` is a folder or fsspec URL that all servers share, `folder` is this server's own, on local disk. `model` and
-    `digest` are what words are learned on (`learning.check_model`), with those `encoders` that the bundle has. Without a model nothing is accepted and the folder
-    is not used: other servers' jobs are shown, and cancelled. `keep` puts a learned word into its tenant's words, and
-    replaces one of the same name only if asked to; it may be called twice with the same word, and an `ApiError`
-    fails the job.
+    `digest` are what words are learned on (`learning.check_model`), with those `encoders` that the bundle has. Without
+    a model nothing is accepted and the folder is not used: other servers' jobs are shown, and cancelled. `keep` puts a
+    learned word into its tenant's words, and replaces one of the same name only if asked to; it may be called twice
+    with the same word, and an `ApiError` fails the job.
 
     Raises `UsageError` and `FileError` for a store or folder that cannot be used.
     """
