@@ -809,8 +809,9 @@ class Pool:
 
     def _count_prompts(self, generation: Generation) -> None:
         """Counts the prompts of a generation as encoded."""
-        self._count(generation, generation._prompt_work * -1)
-        generation._prompt_work = Work()
+        if generation._prompt_work.chunks:
+            self._count(generation, generation._prompt_work * -1)
+            generation._prompt_work = Work()
 
     def _count(self, generation: Generation, work: Work) -> None:
         """Adds to the work that is not done."""
