@@ -49,7 +49,7 @@ async def answered(
 
     Raises Conflict if the key was that of another request, and what `draw` does.
     """
-    digest = _digest(request, files)
+    digest = await state.in_thread(_digest, request, files)
     making = state.making.get((tenant.name, key))
     if making is None:
         making = state.making[tenant.name, key] = (

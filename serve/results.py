@@ -92,7 +92,8 @@ class Results:
         allowed = tenant.max_result_bytes
         if size > allowed:
             raise Forbidden(
-                f"these pictures may have {size} bytes, allowed are {allowed}: ask for b64_json, or for fewer pixels",
+                f"these pictures may have {size} bytes, allowed are {allowed}: ask for b64_json without an "
+                "Idempotency-Key, or for fewer pixels",
                 "response_format",
                 "quota_exceeded",
             )
@@ -102,7 +103,7 @@ class Results:
             if (used := ledger.bytes + self._reserved[tenant.name]) + size > allowed:
                 raise Busy(
                     f"{used} bytes of your pictures are kept for a while or reserved, these may have {size}, allowed "
-                    f"are {allowed}: ask for b64_json, or try again later",
+                    f"are {allowed}: ask for b64_json without an Idempotency-Key, or try again later",
                     ledger.queue[0][0] - self._clock() if ledger.queue else _DRAWING_SECONDS,
                     "response_format",
                     "quota_exceeded",

@@ -37,6 +37,8 @@ from oneword.runtime.scheduler import MAX_ROWS, Scheduler
 from oneword.serve.errors import log_failure
 from oneword.serve.watchdog import Pulse
 
+STAGES: Final = ("encode", "denoise", "decode", "partial")
+"""What the engine's time goes to."""
 _MEMORY_SECONDS: Final = 10.0  # of busy time, after which a measurement weighs 1/e
 _PATIENCE: Final = 10.0  # times the expected seconds of a turn, before it counts as a hang
 _WARM_UP_STEPS: Final = 3
@@ -119,6 +121,8 @@ class Ticket:
     cancelled: bool = False
     texts: int = 0
     """Prompts to encode, once it was added."""
+    branch_pixels: Sequence[int] = ()
+    """Of each step, once it was added."""
     id: int | None = None
     """The scheduler's."""
 
@@ -130,7 +134,7 @@ class Turn:
     rows: int
     """Pictures that were denoised."""
     seconds: Mapping[str, float]
-    """By stage: encode, denoise, decode, partial."""
+    """By stage, of STAGES."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +181,7 @@ class WorkerFigures:
     seconds_per_chunk: float = 0.0
     """To encode a chunk of a prompt that is not cached, recently."""
     seconds: Mapping[str, float] = field(default_factory=dict)
-    """So far, by stage: encode, denoise, decode, partial."""
+    """So far, by stage, of STAGES."""
     words: int = 0
     """Learned words whose rows are in the embedding tables."""
 
@@ -264,7 +268,7 @@ class Worker:
         self._due_previews: dict[int, StepDone] = {}
         """The same for previews, if the bundle has a decoder for them. Partial pictures come first."""
         self._denoising, self._decoding, self._estimating, self._encoding = _Speed(), _Speed(), _Speed(), _Speed()
-        self._seconds: dict[str, float] = {"encode": 0.0, "denoise": 0.0, "decode": 0.0, "partial": 0.0}
+        self._seconds: dict[str, float] = dict.fromkeys(STAGES, 0.0)
         self._turns = 0
         self._expected_seconds = 0.0
 
@@ -434,6 +438,7 @@ class Worker:
             if ticket.partial_steps:
                 request = replace(request, previews=_preview_steps(request, ticket))
             ticket.texts = len(ticket.settings.texts)
+            ticket.branch_pixels = branch_pixels(ticket.settings).tolist()
             ticket.id = scheduler.add(request, ticket.settings)
         except Exception as error:
             if not isinstance(error, OnewordError):
@@ -454,8 +459,8 @@ class Worker:
         self.last_turn = time.monotonic()
         seconds = {stage: total - before[stage] for stage, total in scheduler.seconds.items()}
         steps = [(self._tickets[event.id], event) for event in events if isinstance(event, StepDone)]
-        branch_pixels = sum(_branch_pixels(_settings(ticket), event.step) for ticket, event in steps)
-        self._denoising.add(branch_pixels, seconds["denoise"])  # a turn without the end of a step costs time too
+        denoised = sum(ticket.branch_pixels[event.step - 1] for ticket, event in steps)
+        self._denoising.add(denoised, seconds["denoise"])  # a turn without the end of a step costs time too
         pixels = sum(event.image.shape[0] * event.image.shape[1] for event in events if isinstance(event, PictureDone))
         encoding = model.encoding_seconds - encoding
         self._encoding.add(model.encoded_chunks - chunks, encoding)
@@ -577,10 +582,6 @@ def branch_pixels(settings: ResolvedSettings) -> npt.NDArray[np.int64]:
     """[S]: what each step of a picture costs: its pixels for each line of the schedule, twice if that is guided."""
     branches = settings.schedule.per_step(1 + settings.schedule.guided.astype(np.int64))
     return branches * settings.width * settings.height
-
-
-def _branch_pixels(settings: ResolvedSettings, step: int) -> int:
-    return int(branch_pixels(settings)[step - 1])
 
 
 def _settings(ticket: Ticket) -> ResolvedSettings:
