@@ -172,14 +172,14 @@ class Answer:
     format: Format
     text_tokens: int
     image_tokens: int
-    kept: bool
+    keep: bool
     """Whether the pictures are made even if the client leaves."""
 
     async def send(self, generations: Sequence[Generation]) -> Response:
         """The whole answer as JSON, or as a stream of events."""
         if self.settings.stream:
             return EventStream(self._events(generations), close=lambda: cancel(generations))
-        files = await finish(None if self.kept else self.http, *generations, use=self._encoded)
+        files = await finish(None if self.keep else self.http, *generations, use=self._encoded)
         pictures = [picture for picture, _ in files]
         data = [await self._entry(picture, file) for picture, file in files]  # once all are ready
         first = pictures[0].settings
@@ -443,7 +443,7 @@ async def _answer(
         raise Invalid("stream is true with an Idempotency-Key, allowed is one of the two", "stream")
 
     async def draw(stack: contextlib.AsyncExitStack) -> bytes:
-        return bytes((await _drawn(http, body, await prepared(), prefix, stack, kept=True)).body)
+        return bytes((await _drawn(http, body, await prepared(), prefix, stack, keep=True)).body)
 
     return await answered(state, tenant, key, body, files, draw)
 
@@ -455,12 +455,12 @@ async def _drawn(
     prefix: str,
     stack: contextlib.AsyncExitStack,
     *,
-    kept: bool = False,
+    keep: bool = False,
 ) -> Response:
     """Queues the generations, all or none, and answers with their pictures. `stack` holds room for what is kept."""
     state, tenant = caller(http)
     in_json = body.response_format != "url"
-    if kept or not in_json:
+    if keep or not in_json:
         size = sum(most_bytes(generation, in_json=in_json) for generation in generations)
         await stack.enter_async_context(room(state, tenant, size))
     with all_or_none() as entered:
@@ -479,7 +479,7 @@ async def _drawn(
         format=body.output_format or "png",
         text_tokens=state.count_tokens(requests[0].prompt),
         image_tokens=sum((height // factor) * (width // factor) for height, width, _ in sources),
-        kept=kept,
+        keep=keep,
     )
     return await answer.send(generations)
 

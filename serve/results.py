@@ -31,7 +31,7 @@ SECONDS: Final = 3600
 ANSWER_SECONDS: Final = 600
 _DRAWING_SECONDS: Final = 30  # after which a client that waits for reserved room asks again
 _PICTURES: Final = "results"
-_KEPT: Final = "kept"
+_ENTRIES: Final = "kept"
 _NAME: Final = re.compile(r"(\d{1,12})-[0-9a-f]{64}\.(png|jpeg|webp)")
 _ENTRY: Final = re.compile(r"(\d{1,12})-(\d{1,15})-([0-9a-f]{32})(\.json)?")
 _DIGEST: Final = 64  # characters
@@ -154,10 +154,10 @@ class Results:
         names = self._files.names(_PICTURES)
         expired = [f"{_PICTURES}/{name}" for name in names if (match := _NAME.fullmatch(name)) and int(match[1]) < now]
         count = len(expired)
-        for tenant in self._files.names(_KEPT):
-            entries = map(_ENTRY.fullmatch, self._files.names(f"{_KEPT}/{tenant}"))
+        for tenant in self._files.names(_ENTRIES):
+            entries = map(_ENTRY.fullmatch, self._files.names(f"{_ENTRIES}/{tenant}"))
             old = [match for match in entries if match is not None and int(match[1]) < now]
-            expired += [f"{_KEPT}/{tenant}/{match[0]}" for match in old]
+            expired += [f"{_ENTRIES}/{tenant}/{match[0]}" for match in old]
             count += sum(match[4] is not None for match in old)
         for path in expired:
             self._files.delete(path)
@@ -181,7 +181,7 @@ class Results:
 
 
 def _folder(tenant: str) -> str:
-    return f"{_KEPT}/{quoted(tenant)}"
+    return f"{_ENTRIES}/{quoted(tenant)}"
 
 
 def _id(key: str) -> str:

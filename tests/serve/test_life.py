@@ -316,8 +316,13 @@ def test_after_kill_9_it_is_back_with_its_words_jobs_and_kept_results(serve: Ser
     server = serve("--supervise", "--model", str(tiny_model_dir))
     word = httpx.put(f"{server.url}/v1/words/<toy>", content=word_bytes(), timeout=SECONDS).json()
     job = learn(server, steps=20)
-    kept = {"url": f"{server.url}/v1/images/generations", "headers": {"Idempotency-Key": "key"}, "timeout": SECONDS}
-    answer = httpx.post(**kept, json={"prompt": "a cat", "steps": 2, "response_format": "url"})
+    body = {"prompt": "a cat", "steps": 2, "response_format": "url"}
+
+    def answer_with_key() -> httpx.Response:
+        address, headers = f"{server.url}/v1/images/generations", {"Idempotency-Key": "key"}
+        return httpx.post(address, json=body, headers=headers, timeout=SECONDS)
+
+    answer = answer_with_key()
     picture = httpx.get(answer.json()["data"][0]["url"], timeout=SECONDS).content
     first = server.server
     assert first is not None
@@ -332,7 +337,7 @@ def test_after_kill_9_it_is_back_with_its_words_jobs_and_kept_results(serve: Ser
 
     assert httpx.get(f"{server.url}/v1/words/<toy>", timeout=SECONDS).json() == word
     assert generate(server, prompt="a <toy>", steps=2).status_code == 200
-    again = httpx.post(**kept, json={"prompt": "a cat", "steps": 2, "response_format": "url"})
+    again = answer_with_key()
     assert again.content == answer.content
     assert httpx.get(again.json()["data"][0]["url"], timeout=SECONDS).content == picture
 
