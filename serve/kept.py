@@ -34,6 +34,7 @@ IdempotencyKey: TypeAlias = Annotated[
 Draw: TypeAlias = Callable[[contextlib.AsyncExitStack], Awaitable[bytes]]
 """Makes an answer. What it enters is left once the answer is kept, such as `room` for it."""
 
+_STORE_SECONDS: Final = 10.0
 _METADATA: Final = 4096  # bytes of a file that are neither pixels nor prompts
 
 
@@ -65,8 +66,10 @@ async def answered(
 
 
 async def finish(state: State) -> None:
-    """Returns when all requests with keys are answered and kept."""
-    await asyncio.gather(*(task for _, task in state.making.values()), return_exceptions=True)
+    """Returns when the answers to all requests with keys are kept, or if the store takes too long. Their pictures are
+    ready or dropped by then."""
+    if tasks := [task for _, task in state.making.values()]:
+        await asyncio.wait(tasks, timeout=_STORE_SECONDS)
 
 
 @contextlib.asynccontextmanager
