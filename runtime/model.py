@@ -50,6 +50,11 @@ class TokenizedPrompt:
     """The prompt with each cross-attention layer's rows, if a word has rows for each layer."""
 
     @property
+    def chunks(self) -> int:
+        """The number of chunks for the first text encoder."""
+        return len(next(iter(self.per_encoder.values())).input_ids)
+
+    @property
     def concepts(self) -> tuple[Concept, ...]:
         """The learned words in the prompt."""
         return next(iter(self.per_encoder.values())).concepts
@@ -81,6 +86,10 @@ class Model:
         """Seconds it took to open each engine, in the order of opening."""
         self.backend_reason: str = ""
         """Why `auto` chose this backend; empty if it was named."""
+        self.encoded_chunks = 0
+        """Chunks of prompts that the first text encoder has encoded so far; those in the cache count once."""
+        self.encoding_seconds = 0.0
+        """Time spent on encoding prompts so far."""
         self._open_graph = open_graph
         self._engines: dict[str, Engine] = {}
         self._ahead: dict[str, Future[Engine]] = {}
@@ -268,8 +277,13 @@ class Model:
         new = [tokens for key, tokens in distinct.items() if key not in contexts]
         encoded = dict(layers or {})
         parts = {part.key: part for tokens in new for part in (*tokens.layered, tokens)}
-        for together in self._groups(part for key, part in parts.items() if key not in encoded):
+        missing = [part for key, part in parts.items() if key not in encoded]
+        start = time.perf_counter()
+        for together in self._groups(missing):
             encoded |= zip((tokens.key for tokens in together), self._encode(together), strict=True)
+        if missing:
+            self.encoding_seconds += time.perf_counter() - start
+            self.encoded_chunks += sum(tokens.chunks for tokens in missing)
         for tokens in new:
             pooled = encoded[tokens.key].pooled  # one for all layers
             layered = tuple(replace(encoded[prompt.key], pooled=pooled) for prompt in tokens.layered)

@@ -21,6 +21,7 @@ diffusers lacks, matches k-diffusion's formulas. Not covered: what `oneword.runt
 refuse, Euler's churn, and orders above three.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -225,6 +226,26 @@ def make_schedule(
         method = _flow_method(sampler, spacing, guidance)
         noise = FlowSchedule.read(scheduler_config, kind, image_tokens)
     _check(noise, sampler, steps)
+    interval = None if guidance_interval is None else (guidance_interval[0], guidance_interval[1])
+    scales = (guidance_scale, guidance_rescale, embedded_guidance)
+    return _schedule(noise, method, sampler, steps, kind, guidance, scales, interval, eta, strength)
+
+
+@functools.lru_cache(32)  # most requests of a server differ in their prompt and seed only
+def _schedule(
+    noise: NoiseSchedule | FlowSchedule,
+    method: "_Method",
+    sampler: Sampler,
+    steps: int,
+    kind: ScheduleKind,
+    guidance: Guidance,
+    scales: tuple[float, float, float],
+    guidance_interval: tuple[float, float] | None,
+    eta: float,
+    strength: float,
+) -> Schedule:
+    """See `make_schedule`; the arrays are read-only. `scales` are those of guidance, rescale and embedded guidance."""
+    guidance_scale, guidance_rescale, embedded_guidance = scales
     levels = method.levels(noise, steps)
     start = _start(len(levels.t), strength, kind)
     levels = Levels(levels.t[start:], levels.alpha[start:], levels.sigma[start:], levels.last_alpha, levels.last_sigma)
@@ -256,6 +277,8 @@ def make_schedule(
     columns = {name: np.asarray(column, np.float32) for name, column in columns.items()}
     if not all(np.isfinite(column).all() for column in columns.values()):
         raise UsageError(f"{sampler} in {steps} steps has no finite schedule with this model: change the steps")
+    for array in (*columns.values(), update.draws, guided):
+        array.flags.writeable = False
     euler_start = method.divided and isinstance(noise, NoiseSchedule) and noise.timestep_spacing != "leading"
     return Schedule(
         columns=columns,

@@ -20,7 +20,7 @@ from oneword.engines.open import Backend
 from oneword.export import families
 from oneword.export.eager import eager_model
 from oneword.export.families import family_of
-from oneword.export.source import UNSUPPORTED, load_source
+from oneword.export.source import UNSUPPORTED, encoders_left_out, load_source
 from oneword.export.write import export_bundle
 from oneword.runtime.bundle import Bundle
 from oneword.runtime.concept import Concept, load_concept, save_concept
@@ -138,6 +138,17 @@ def test_a_text_encoder_that_a_model_needs_cannot_be_left_out(tiny_sd3_dir: Path
         load_source(tiny_sd3_dir, without=["text_encoder"])
     with pytest.raises(UsageError, match=r"--without text_encoder_3: .* StableDiffusionPipeline, it needs all its"):
         load_source(tiny_model_dir, without=["text_encoder_3"])
+
+
+def test_what_a_bundle_has_left_out_is_known_from_its_encoders(
+    tiny_sd3_dir: Path, tiny_flux_dir: Path, tiny_model_dir: Path
+) -> None:
+    clip = ("text_encoder", "text_encoder_2")
+
+    assert encoders_left_out(str(tiny_sd3_dir), clip) == ("text_encoder_3",)
+    assert encoders_left_out(str(tiny_sd3_dir), (*clip, "text_encoder_3")) == ()
+    assert encoders_left_out(str(tiny_flux_dir), ("text_encoder", "text_encoder_3")) == ()
+    assert encoders_left_out(str(tiny_model_dir), ("text_encoder",)) == ()
 
 
 def test_a_long_prompt_of_sd3_adds_tokens_to_the_negative_prompt_too(sd3: Model, sd3_pipeline: Any) -> None:

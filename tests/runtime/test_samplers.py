@@ -131,6 +131,15 @@ CASES = [
 ]
 
 
+def test_equal_settings_share_a_schedule_that_cannot_be_changed() -> None:
+    first, again, other = (make_schedule(BASE, Sampler.DDIM, steps, guidance_scale=7.0) for steps in (8, 8, 9))
+
+    assert first is again
+    assert other is not first
+    with pytest.raises(ValueError, match="read-only"):
+        first.timesteps[0] = 1
+
+
 @pytest.mark.parametrize(("sampler", "prediction", "spacing", "steps"), CASES)
 def test_a_run_ends_with_the_latents_of_diffusers(sampler: Sampler, prediction: str, spacing: str, steps: int) -> None:
     config = {**BASE, "prediction_type": prediction, "timestep_spacing": spacing, "steps_offset": 1}
