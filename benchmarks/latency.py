@@ -74,6 +74,14 @@ MEASURES = {
     "peak_mib": "peak memory",
 }
 
+NEW_PAGE = empty_page(
+    "Latency",
+    "Time per picture beside diffusers, torch.compile and OpenVINO.",
+    "latency",
+    "layers",
+    "engine-threads",
+)
+
 Result = dict[str, float]
 
 
@@ -545,10 +553,14 @@ def plot(results: Mapping[str, Mapping[str, Result]], path: Path) -> None:
 
 def write(results: Mapping[str, Mapping[str, Result]], options: argparse.Namespace) -> None:
     """Writes docs/results/latency.md, or latency-float32.md on a processor without bfloat16, and its plot."""
-    page = RESULTS / ("latency.md" if _has_bfloat16() else "latency-float32.md")
+    page = page_of()
     plot(results, page.with_suffix(".png"))
-    new_page = empty_page("Latency", "Time per picture beside diffusers, torch.compile and OpenVINO.", "latency")
-    write_section(page, "latency", section(results, options, page.with_suffix(".png").name), new_page)
+    write_section(page, "latency", section(results, options, page.with_suffix(".png").name), NEW_PAGE)
+
+
+def page_of() -> Path:
+    """The page of this processor."""
+    return RESULTS / ("latency.md" if _has_bfloat16() else "latency-float32.md")
 
 
 def section(results: Mapping[str, Mapping[str, Result]], options: argparse.Namespace, plot_name: str) -> str:
