@@ -51,11 +51,11 @@ def arrays(settings: Settings) -> Result:
     stream, random = gpu_stream(), np.random.default_rng(0)
     checks = 0
 
-    def check(what: str, actual: Any, expected: Any) -> None:
+    def check(subject: str, actual: Any, expected: Any) -> None:
         nonlocal checks
         checks += 1
         if not np.array_equal(actual, expected):
-            raise SystemExit(f"{what} differs from the host")
+            raise SystemExit(f"{subject} differs from the host")
 
     for dtype in (np.float32, np.float16, np.int64, np.bool_):
         host = random.integers(0, 2, (4, 3, 8, 6)).astype(dtype)
