@@ -3,7 +3,9 @@
 A stage that finds a wrong number raises SystemExit with one line that says which, so that it counts as failed.
 """
 
+import importlib
 import itertools
+import json
 import statistics
 import subprocess
 import sys
@@ -138,7 +140,22 @@ def planned(backend: Backend, settings: Settings) -> Result:
     plans = build_plans(Bundle.open(settings.bundle), Flavour(backend), gpu_stream().device.target)
     built = round(time.perf_counter() - start, 1)
     size = sum(path.stat().st_size for paths in plans.values() for path in paths)
-    return {"plans, s": built, "plans, MiB": round(size / 2**20, 1), **parity(backend, settings)}
+    engine: Any = opened(settings, backend).engine("denoise_step")
+    report = engine._engine(*engine._plans[0]).create_engine_inspector().get_engine_information(_json_format(backend))
+    (settings.work / f"layers-{backend}.json").write_text(report)
+    return {"plans, s": built, "plans, MiB": round(size / 2**20, 1), **layers_of(report), **parity(backend, settings)}
+
+
+def _json_format(backend: Backend) -> Any:
+    library: Any = importlib.import_module(backend.value.replace("-", "_"))
+    return library.LayerInformationFormat.JSON
+
+
+def layers_of(report: str) -> Result:
+    """How many layers an engine inspector lists for the denoise step, and how many of them are fused attention."""
+    layers = [layer if isinstance(layer, str) else layer["Name"] for layer in json.loads(report)["Layers"]]
+    attentions = sum("mha" in name.lower() or "attention" in name.lower() for name in layers)
+    return {"layers of a step": len(layers), "fused attentions": attentions}
 
 
 def parity(backend: Backend, settings: Settings) -> Result:

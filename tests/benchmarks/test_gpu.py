@@ -153,6 +153,15 @@ def test_arrays_are_checked_and_timed(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_the_layers_of_a_plan_are_counted_with_and_without_details() -> None:
+    names = ["conv_1", "__myl_FcMha_2", "attention_fused_3"]
+    details = [{"Name": name, "LayerType": "kgen"} for name in names]
+
+    for layers in (names, details):
+        report = json.dumps({"Layers": layers, "Bindings": []})
+        assert gpu_stages.layers_of(report) == {"layers of a step": 3, "fused attentions": 2}
+
+
 def test_an_array_that_differs_from_the_host_fails_in_one_line(
     simulated: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
