@@ -33,8 +33,9 @@ from statistics import median
 from typing import Any
 
 from benchmarks.latency import NEW_PAGE, page_of
-from benchmarks.pages import marked, provenance, table, write_section
+from benchmarks.pages import marked, model_name, provenance, table, write_section
 from benchmarks.threads import busy_processes
+from oneword.runtime.bundle import Bundle
 
 BAR = 1.1
 STEPS = 20
@@ -71,7 +72,8 @@ def main() -> None:
     text = threads_table(milliseconds, options.busy)
     print(text)
     if options.write:
-        about = f"A picture of {options.bundle.name}, {STEPS} steps, {options.threads} threads."
+        model = model_name(Bundle.open(options.bundle).manifest.source.id)
+        about = f"A picture of {model}, {STEPS} steps, {options.threads} threads."
         write_section(page_of(), "engine-threads", f"{provenance('engine_threads')}\n\n{about}\n\n{text}", NEW_PAGE)
     print(json.dumps({"threads": options.threads, "milliseconds": milliseconds, "bar": BAR}))
 

@@ -25,8 +25,9 @@ import numpy as np
 
 from benchmarks.formats import converted
 from benchmarks.latency import NEW_PAGE, page_of
-from benchmarks.pages import provenance, table, write_section
+from benchmarks.pages import model_name, provenance, table, write_section
 from benchmarks.roof import floors, peaks, step_of, step_shapes
+from oneword.runtime.bundle import Bundle
 
 ENGINES = ("openvino", "onnxruntime")
 SHOWN = 12
@@ -61,7 +62,8 @@ def main() -> None:
     text = "\n\n".join(kinds_table(engine, kinds, shares[engine]) for engine, kinds in results.items())
     print(text)
     if options.write:
-        about = f"A guided step at {options.size}x{options.size}, {options.threads} threads."
+        model = model_name(Bundle.open(options.bundle).manifest.source.id)
+        about = f"A guided step of {model} at {options.size}x{options.size}, {options.threads} threads."
         write_section(page_of(), "layers", f"{provenance('layers')}\n\n{about}\n\n{text}", NEW_PAGE)
     print(json.dumps({"kinds": results, "products over the roof": shares}))
 
@@ -69,7 +71,6 @@ def main() -> None:
 def counted(options: argparse.Namespace) -> Kinds:
     """Runs in an engine's own process."""
     from oneword.engines.engine import numpy_dtype
-    from oneword.runtime.bundle import Bundle
 
     bundle = Bundle.open(options.bundle)
     graph, shapes = bundle.graph("denoise_step"), step_shapes(bundle.manifest, options.size)
