@@ -60,15 +60,15 @@ def plan(models: list[str]) -> dict[str, Stage]:
     stages = {
         "arrays": Stage(1, gpu_stages.arrays),
         "cuda": Stage(3, gpu_stages.cuda),
-        "tensorrt": Stage(5, gpu_stages.tensorrt),
+        "tensorrt": Stage(4, gpu_stages.tensorrt),
         "tensorrt-rtx": Stage(2, gpu_stages.tensorrt_rtx),
         "replays": Stage(3, gpu_stages.replays),
     }
     for model in models:
-        large = 2 if model == "sdxl" else 1
-        stages[f"{model}-export"] = Stage(3 * large, partial(exported_step, model))
+        large = model == "sdxl"
+        stages[f"{model}-export"] = Stage(9 if large else 3, partial(exported_step, model))
         for batch in BATCHES:
-            minutes = (6.0 if batch == 1 else 3.0) + large - 1
+            minutes = 3 if batch > 1 else 7 if large else 6
             stages[f"{model}-{batch}"] = Stage(minutes, partial(step_latency, model, batch))
     return {**stages, "swaps": Stage(3, gpu_stages.swaps), "learning": Stage(6, gpu_stages.learning)}
 
