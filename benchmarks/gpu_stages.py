@@ -244,6 +244,7 @@ def swaps(settings: Settings) -> Result:
 
     def load() -> None:
         start = time.perf_counter()
+        device.unload("<w>")
         device.load(Concept("<w>", next(words)))
         loads.append(1e3 * (time.perf_counter() - start))
 
@@ -254,6 +255,7 @@ def swaps(settings: Settings) -> Result:
     pictures_of(scheduler)
     host, last = opened(settings, Backend.ONNXRUNTIME), Concept("<w>", next(words))
     for model in (host, device):
+        model.unload(last.token)
         model.load(last)
     request = Request("a photo of a <w>", seed=3, steps=4)
     [expected], [actual] = (draw(model, request) for model in (host, device))
