@@ -42,6 +42,8 @@ from oneword.engines.errors import OnewordError
 
 BATCHES = (1, 4, 8)
 MINUTES = 60.0
+SLOWER = 5
+"""How much longer a stage may take on simulated CUDA, which computes on the CPU."""
 Stored = dict[str, dict[str, Any]]
 """By stage: `date`, `device`, `seconds`, and either `result` or `error`."""
 
@@ -110,7 +112,7 @@ def run(stages: Mapping[str, Stage], names: list[str], options: argparse.Namespa
         if "result" in stored.get(name, {}):
             continue
         start = time.monotonic()
-        limit = min(60 * stages[name].minutes, end - start)
+        limit = min(60 * stages[name].minutes * (SLOWER if options.simulated else 1), end - start)
         entry = {"date": str(datetime.date.today()), "device": _gpu(options.simulated)}
         if limit < 1:
             entry["error"] = f"not started: the {options.minutes:g} minutes are over"
@@ -148,14 +150,16 @@ def in_this_process(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def bundle_of(options: argparse.Namespace) -> Path:
-    """The small model's bundle; the miniature's is exported when the first stage needs it."""
-    if options.bundle:
-        return Path(options.bundle)
+    """The small model's bundle in `work`, where plans are added to it; made when the first stage needs it."""
     from benchmarks.exported import exported
 
-    needed = options.stages[0] in ("cuda", "tensorrt", "tensorrt-rtx", "replays", "swaps")
     bundle: Path = options.work / "bundle"
-    return exported("miniature", bundle) if needed else bundle
+    if options.stages[0] in ("cuda", "tensorrt", "tensorrt-rtx", "replays", "swaps"):
+        if options.bundle is None:
+            return exported("miniature", bundle)
+        if not bundle.exists():
+            shutil.copytree(options.bundle, bundle)
+    return bundle
 
 
 def write(stored: Stored) -> None:

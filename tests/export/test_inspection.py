@@ -62,7 +62,7 @@ def test_what_is_between_the_product_of_attention_and_its_softmax_is_named(
     assert inspection.attentions == 1
     assert inspection.unfused_attentions == Counter(reasons)
     assert inspection.warnings()[: len(reasons)] == [
-        f"step may be slower in TensorRT: attentions with {reason}: 1 of 1" for reason in reasons
+        f"step may be slower in TensorRT: attentions with {reason}: 1 of 1" for reason in sorted(reasons)
     ]
 
 
