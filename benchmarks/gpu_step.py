@@ -83,7 +83,7 @@ def measure(contender: str, model: str, batch: int, work: Path, simulated: bool)
     """Runs in a contender's own process. PyTorch runs first and saves the reference for the others."""
     folder, feeds = work / model, feeds_of(model, batch)
     folder.mkdir(parents=True, exist_ok=True)
-    steps = 2 if simulated else STEPS if batch == 1 else STEPS // 5
+    steps = 1 if simulated else STEPS if batch == 1 else STEPS // 5
     prepare = _torch if contender.startswith("torch") else _ours
     first_step, loop, captured, device_memory = prepare(contender, model, folder, feeds, steps)
     reference = folder / f"reference-{batch}.npy"
