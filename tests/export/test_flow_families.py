@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from oneword.engines.errors import ConceptError, UsageError
 from oneword.engines.open import Backend
 from oneword.export import families
+from oneword.export.cli import plan_warnings
 from oneword.export.eager import eager_model
 from oneword.export.families import family_of
 from oneword.export.source import UNSUPPORTED, encoders_left_out, load_source
@@ -41,6 +42,7 @@ def sd3_bundle(tiny_sd3_dir: Path, flow_preview_dir: Path, tmp_path_factory: pyt
     exported = export_bundle(tiny_sd3_dir, tmp_path_factory.mktemp("sd3") / "bundle", preview=flow_preview_dir)
     assert exported.family == "stable-diffusion-3"
     assert max(difference.value for difference in exported.differences if difference.unit == "relative") <= 1e-4
+    assert plan_warnings(exported) == []
     return exported.bundle.path
 
 
@@ -61,6 +63,7 @@ def flux_bundle(tiny_flux_dir: Path, flow_preview_dir: Path, tmp_path_factory: p
     exported = export_bundle(tiny_flux_dir, tmp_path_factory.mktemp("flux") / "bundle", preview=flow_preview_dir)
     assert exported.family == "flux-1"
     assert max(difference.value for difference in exported.differences if difference.unit == "relative") <= 1e-4
+    assert plan_warnings(exported) == []
     return exported.bundle.path
 
 
