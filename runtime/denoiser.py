@@ -475,8 +475,8 @@ class Denoiser:
         for arena in self._holding(row):
             arena.remove(row)
             empty = not arena.rows and not self._displaced(arena.size)
-            if empty and self._reduced.pop(arena.size, None) is not None:
-                self._delete(arena.size)  # the next arena has full capacity again
+            if empty and (self._reduced.pop(arena.size, None) is not None or not self._wide.get(arena.size, True)):
+                self._delete(arena.size)  # the next arena has full capacity again, and more contexts if it needs them
 
     def take(self, row: Row) -> Latents:
         """Removes a finished row and returns its latents [C, h, w]. Waits. Raises EngineError."""
@@ -538,7 +538,15 @@ class Denoiser:
         """Places the displaced rows of a size as far as they fit, and repeats the step that failed."""
         try:
             for row in self._displaced(size):
-                if not self._arena_for(size, row.branches, row.most_contexts).place(row):
+                try:
+                    placed = self._arena_for(size, row.branches, row.most_contexts).place(row)
+                except FeedError:
+                    raise
+                except UsageError as error:  # of this row alone
+                    self.displaced.remove(row)
+                    yield row, without_frames(error)
+                    continue
+                if not placed:
                     break
                 self.displaced.remove(row)
         except OnewordError as error:
@@ -548,7 +556,8 @@ class Denoiser:
                 self.displaced.remove(row)
             yield from ((row, failure) for row in failed)
             return
-        yield from self._step(size)
+        if self._arenas[size].rows:
+            yield from self._step(size)
 
     def _forget_idle(self, count: int) -> None:
         """Releases up to `count` arenas without rows, least recently used first."""

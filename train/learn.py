@@ -137,7 +137,7 @@ class Run:
         ]
         self.learner = Learner(source, words, recipe, seed)
         self.previewer = Previewer(source, probes(recipe.subject), seed) if preview_every else None
-        self.settings = settings_of(source, self.tasks, self.pictures, recipe, seed) if checkpoints else {}
+        self.settings = settings_of(source, tasks, self.pictures, recipe, seed) if checkpoints else {}
 
     def __iter__(self) -> Generator[Progress]:
         self.resume()
