@@ -16,7 +16,6 @@ from oneword.engines.open import Backend
 from oneword.export.cli import plan_warnings
 from oneword.export.families import family_of
 from oneword.export.source import load_source
-from oneword.export.write import export_bundle
 from oneword.runtime.bundle import Bundle
 from oneword.runtime.concept import Concept, load_concept, save_concept
 from oneword.runtime.drawing import draw
@@ -24,6 +23,7 @@ from oneword.runtime.model import Model
 from oneword.runtime.profiles import PlanLimits
 from oneword.runtime.request import Image, Request
 from oneword.runtime.scheduler import Scheduler
+from tests.bundles import export_once
 from tests.plans import rtx_plans
 
 
@@ -44,7 +44,7 @@ def sdxl_bundle(tiny_sdxl_dir: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 def exported(model: Path, family: str, folders: pytest.TempPathFactory) -> Path:
     bundle = folders.mktemp(family) / "bundle"
-    result = export_bundle(model, bundle)
+    result = export_once(model, bundle)
     assert result.family == family
     assert plan_warnings(result) == []
     return bundle
@@ -137,7 +137,7 @@ def test_every_graph_of_sdxl_becomes_a_plan(sdxl_bundle: Path) -> None:
 
 
 def test_sdxl_in_fp16_is_opened_and_stays_near_fp32(tiny_sdxl_dir: Path, sdxl_bundle: Path, tmp_path: Path) -> None:
-    assert plan_warnings(export_bundle(tiny_sdxl_dir, tmp_path / "bundle", precision=Precision.FP16)) == []
+    assert plan_warnings(export_once(tiny_sdxl_dir, tmp_path / "bundle", precision=Precision.FP16)) == []
     models = (Model.open(path, Backend.ONNXRUNTIME, threads=1) for path in (sdxl_bundle, tmp_path / "bundle"))
     assert psnr(*(picture(model, "a red star", guidance_scale=4.0) for model in models)) >= 40
 

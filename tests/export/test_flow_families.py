@@ -22,7 +22,6 @@ from oneword.export.cli import plan_warnings
 from oneword.export.eager import eager_model
 from oneword.export.families import family_of
 from oneword.export.source import UNSUPPORTED, encoders_left_out, load_source
-from oneword.export.write import export_bundle
 from oneword.runtime.bundle import Bundle
 from oneword.runtime.concept import Concept, load_concept, save_concept
 from oneword.runtime.drawing import draw
@@ -31,6 +30,7 @@ from oneword.runtime.profiles import PlanLimits
 from oneword.runtime.request import Image, Request
 from oneword.runtime.scheduler import Scheduler
 from oneword.train.cli import main
+from tests.bundles import export_once
 from tests.plans import rtx_plans
 
 PROMPT = "a photo of the red painting, 7 cats"
@@ -39,7 +39,7 @@ WIDTHS = {"text_encoder": 16, "text_encoder_2": 12, "text_encoder_3": 32}
 
 @pytest.fixture(scope="module")
 def sd3_bundle(tiny_sd3_dir: Path, flow_preview_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    exported = export_bundle(tiny_sd3_dir, tmp_path_factory.mktemp("sd3") / "bundle", preview=flow_preview_dir)
+    exported = export_once(tiny_sd3_dir, tmp_path_factory.mktemp("sd3") / "bundle", preview=flow_preview_dir)
     assert exported.family == "stable-diffusion-3"
     assert max(difference.value for difference in exported.differences if difference.unit == "relative") <= 1e-4
     assert plan_warnings(exported) == []
@@ -60,7 +60,7 @@ def sd3_pipeline(tiny_sd3_dir: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def flux_bundle(tiny_flux_dir: Path, flow_preview_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    exported = export_bundle(tiny_flux_dir, tmp_path_factory.mktemp("flux") / "bundle", preview=flow_preview_dir)
+    exported = export_once(tiny_flux_dir, tmp_path_factory.mktemp("flux") / "bundle", preview=flow_preview_dir)
     assert exported.family == "flux-1"
     assert max(difference.value for difference in exported.differences if difference.unit == "relative") <= 1e-4
     assert plan_warnings(exported) == []
