@@ -8,15 +8,17 @@
 
 A step is one turn: waiting pictures are prepared and get slots, every row is denoised once, finished rows are decoded.
 A sampler of two stages needs two turns for most of its own steps, and StepDone comes after the second.
-Preparing and decoding are bounded in each turn, so that newcomers hold up running rows for a short time only: a request
-of many texts is encoded over several turns. A newcomer without a free slot waits for one. The rows that share a row's
-engine calls change its result by rounding only.
+Preparing and decoding are bounded in each turn, in number and in time, so that they hold up running rows and newcomers
+for a short time only: a request of many texts is encoded over several turns, pictures that finish together are decoded
+over several. A newcomer without a free slot waits for one. The rows that share a row's engine calls change its result
+by rounding only.
 Not covered: slots and engine calls (`oneword.runtime.denoiser`), fairness between users, and limits on the queue.
 """
 
 import contextlib
 import itertools
 import math
+import statistics
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -41,9 +43,9 @@ MAX_CONTEXT_BYTES: Final = 64 << 20
 """Of the contexts of one request that has more than a prompt and a negative prompt."""
 MAX_ROWS: Final = 16
 """Slots per size by default."""
-_NEWCOMERS: Final = 4  # requests that a turn prepares while others run
+_NEWCOMERS: Final = 4  # requests that a turn prepares while others run, one of them even if it has no time
 _NEW_CHUNKS: Final = 8  # chunks of their prompts that it encodes, or a single longer prompt
-_SHARE: Final = 0.4  # of a typical turn's denoising time, for preparing and decoding together
+_SHARE: Final = 0.2  # of a typical turn's denoising time, for preparing and decoding together
 _PATIENCE: Final = 4  # turns in a row that decoding may be deferred for newcomers
 _RECENT: Final = 257  # turns, whose median is the typical one
 _MORE_PRECISION: Final = "run it with --engine onnxruntime, or export the model with --precision fp32"
@@ -219,7 +221,7 @@ class Scheduler:
             raise UsageError(f"max_steps is {max_steps}, allowed is 1 or more, or None")
         events: list[Event] = []
         for _ in itertools.count() if max_steps is None else range(max_steps):
-            self._left = _SHARE * float(np.median(self._turn_seconds))
+            self._left = _SHARE * statistics.median(self._turn_seconds)
             turn = [*self._admit(), *self._denoise(), *self._decode()]
             events += turn
             if not self or any(not isinstance(event, StepDone) or event.denoised is not None for event in turn):
@@ -227,9 +229,13 @@ class Scheduler:
         return events
 
     def _admit(self) -> Iterator[Event]:
-        """Prepares waiting requests and gives their pictures slots: a few per turn, all of them if nothing runs."""
+        """Prepares waiting requests and gives their pictures slots: a few per turn, all of them if nothing runs.
+
+        While others run, the first request is always prepared, the next ones only while the turn has time.
+        """
         start = time.perf_counter()
-        count = _NEWCOMERS if self._rows else self.max_rows
+        busy = bool(self._rows)
+        count = _NEWCOMERS if busy else self.max_rows
         waiting = [*itertools.islice(self._pending, _AHEAD)]
         if waiting and self.denoiser.crowded_out(waiting[0].size):
             waiting = []  # no other request overtakes it
@@ -244,10 +250,12 @@ class Scheduler:
                 for pending in alike:
                     yield from self._drop(pending, without_frames(error))
                     self._pending.remove(pending)
-        portions = _portions(newcomers, _NEW_CHUNKS if self._rows else math.inf)
+        portions = _portions(newcomers, _NEW_CHUNKS if busy else math.inf)
         with contextlib.suppress(OnewordError):  # each request is tried again alone
             self._encode(portions)
         for pending in newcomers:
+            if busy and pending is not newcomers[0] and time.perf_counter() - start > self._left:
+                break
             try:
                 self._encode({pending: portions[pending]})
             except OnewordError as error:
@@ -372,12 +380,15 @@ class Scheduler:
         self._rows.remove(row)
 
     def _decode(self) -> Iterator[Event]:
-        """Decodes finished rows while the turn has time for it, at least one unless newcomers were prepared."""
+        """Decodes finished rows while the turn has time for it, at least one unless newcomers were prepared.
+
+        If pictures finish faster than that, a quarter of those that wait is decoded, so that they do not pile up.
+        """
         start = time.perf_counter()
         count = min(len(self._finished), CALLS[0])
-        if self._rows and self._decode_seconds:
+        if self._decode_seconds:
             due = not self._admitted or self._postponed >= _PATIENCE
-            count = min(count, max(int(self._left / self._decode_seconds), int(due)))
+            count = min(count, max(int(self._left / self._decode_seconds), len(self._finished) // _PATIENCE, int(due)))
         self._postponed = self._postponed + 1 if self._finished and count < 1 else 0
         while count > 0:
             chosen = self._next_finished(min(count, self.max_rows))

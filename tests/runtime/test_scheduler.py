@@ -1,9 +1,11 @@
 """Rows that join late, leave early, are cancelled or fail, without an effect on other rows."""
 
+import itertools
 import weakref
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import hypothesis.strategies as st
@@ -587,6 +589,140 @@ def test_a_newcomer_steps_within_two_turns_whatever_else_arrives(model: Model) -
     assert 3 in first
 
 
+class Costs:
+    """The seconds that the calls of a scheduler take, on its own clock, which nothing else advances."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, scheduler: Scheduler, **seconds: float) -> None:
+        self.seconds, self._now = seconds, 0.0
+        monkeypatch.setattr("oneword.runtime.scheduler.time", SimpleNamespace(perf_counter=lambda: self._now))
+        monkeypatch.setattr(scheduler.model, "decode", self._timed(scheduler.model.decode, "decode", len))
+        monkeypatch.setattr(scheduler.model, "encode_image", self._timed(scheduler.model.encode_image, "image"))
+        monkeypatch.setattr(scheduler.denoiser, "step", self._timed(scheduler.denoiser.step, "step"))
+
+    def _timed(self, call: Any, kind: str, count: Any = lambda *_: 1) -> Any:
+        def timed(*args: Any) -> Any:
+            self._now += self.seconds.get(kind, 0.0) * count(*args[:1])
+            return call(*args)
+
+        return timed
+
+
+def first_steps(events: Sequence[Event]) -> list[int]:
+    return [event.id for event in events if isinstance(event, StepDone) and event.step == 1]
+
+
+def finished(events: Sequence[Event]) -> int:
+    return sum(isinstance(event, PictureDone) for event in events)
+
+
+EDIT = Request("a blue star", steps=9, image=scene(), mask=left_half())
+
+
+def test_newcomers_are_prepared_one_per_turn_if_preparing_takes_long(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler = Scheduler(model)
+    Costs(monkeypatch, scheduler, step=1.0, image=0.5)
+    scheduler.add(Request("a cat", steps=20))
+    scheduler.step()
+    ids = [scheduler.add(EDIT) for _ in range(3)]
+
+    assert [first_steps(scheduler.step()) for _ in range(4)] == [[ids[0]], [ids[1]], [ids[2]], []]
+
+
+def test_newcomers_are_prepared_together_as_far_as_the_turn_has_time(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fifth of a turn's denoising time, which the second of two pictures read in exceeds."""
+    scheduler = Scheduler(model)
+    Costs(monkeypatch, scheduler, step=1.0, image=0.15)
+    scheduler.add(Request("a cat", steps=20))
+    for _ in range(2):
+        scheduler.step()
+    ids = [scheduler.add(EDIT) for _ in range(3)]
+
+    assert [first_steps(scheduler.step()) for _ in range(2)] == [ids[:2], ids[2:]]
+
+
+def test_a_newcomer_that_cannot_be_prepared_does_not_hold_up_the_next(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler = Scheduler(model)
+    costs = Costs(monkeypatch, scheduler, step=1.0)
+    scheduler.add(Request("a cat", steps=20))
+    scheduler.step()
+    encode_image, calls = model.encode_image, list[None]()
+
+    def fail_once(image: Image) -> Any:
+        calls.append(None)
+        if len(calls) == 1:
+            raise EngineError("out of memory")
+        return encode_image(image)
+
+    monkeypatch.setattr(model, "encode_image", fail_once)
+    costs.seconds["image"] = 9.0
+    first, second, third = (scheduler.add(EDIT) for _ in range(3))
+    scheduler.cancel(third)
+    events = scheduler.step()
+
+    assert [(event.id, str(event.error)) for event in events if isinstance(event, Failed)] == [(first, "out of memory")]
+    assert first_steps(events) == [second]
+    assert len(scheduler) == 2
+
+
+@pytest.mark.parametrize(
+    ("seconds", "counts"),
+    [
+        (0.0, [8]),
+        (0.09, [2, 2, 2, 2]),  # two take less than a fifth of the turn's denoising time, three would take more
+        (9.0, [2, 1, 1, 1, 1, 1, 1]),  # one per turn, and a quarter of those that wait
+    ],
+)
+def test_pictures_that_finish_together_are_decoded_as_far_as_the_turn_has_time(
+    model: Model, monkeypatch: pytest.MonkeyPatch, seconds: float, counts: list[int]
+) -> None:
+    scheduler = Scheduler(model)
+    Costs(monkeypatch, scheduler, step=1.0, decode=seconds)
+    scheduler.add(Request("a cat", steps=3))
+    for _ in run(scheduler):  # after which the time of one picture is known
+        pass
+    scheduler.add(Request("a cat", steps=3, num_images=8))
+    turns = [finished(turn) for turn in iter(lambda: scheduler.step() if scheduler else None, None)]
+
+    assert [count for count in turns if count] == counts
+
+
+def test_finished_pictures_do_not_pile_up_behind_newcomers(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two arrive and finish in each turn, whose time is too short for any of them."""
+    scheduler = Scheduler(model)
+    Costs(monkeypatch, scheduler, step=1.0, image=1.0, decode=1.0)
+    scheduler.add(Request("a cat", steps=200))
+    waiting, done = [], 0
+    for _ in range(60):
+        scheduler.add(Request("a cat", steps=1, num_images=2))
+        done += finished(scheduler.step())
+        waiting.append(len(scheduler) - scheduler.rows)
+
+    assert max(waiting) <= 8
+    assert done >= 120 - 8
+
+
+def test_a_cancelled_picture_that_waits_to_be_decoded_is_not_decoded(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler = Scheduler(model)
+    Costs(monkeypatch, scheduler, step=1.0, decode=9.0)
+    scheduler.add(Request("a cat", steps=1))
+    scheduler.step()
+    first, second = (scheduler.add(Request("a cat", seed=seed, steps=1)) for seed in (1, 2))
+    events = scheduler.step()
+    scheduler.cancel(second)
+    events += scheduler.step()
+
+    assert Counter(event.id for event in events if isinstance(event, PictureDone)) == {first: 1}
+    assert len(scheduler) == 0
+
+
 def test_in_openvino_each_picture_is_closest_to_the_same_picture_generated_alone(tiny_bundle: Path) -> None:
     """In bf16, sums depend on the size of a call: identical for equal N, otherwise a median of 45 dB."""
     pytest.importorskip("openvino")
@@ -616,6 +752,9 @@ def test_an_engine_that_prefers_few_shapes_gets_no_new_ones_after_the_warm_up(ti
 
     assert sorted(arena._bound) == [1, 2, 3, 4, 6, 8]
     assert all(bound.binding._compiled.static for bound in arena._bound.values())  # type: ignore[attr-defined]
+    others = [*itertools.chain(*(graph._bindings.values() for graph in model._batched.values()))]
+    assert len(others) == 9  # one to eight prompts, one to eight pictures, and a picture to read in
+    assert all(binding._compiled.static for binding in others)  # type: ignore[attr-defined]
     assert (scheduler.denoiser.stats.branches, scheduler.denoiser.stats.padding) == (6, 1)
 
 
@@ -688,12 +827,12 @@ def test_a_lone_row_gets_the_memory_of_unused_sizes(model: Model, monkeypatch: p
     assert [event.seed for event in run(scheduler) if isinstance(event, PictureDone)] == [5]
 
 
-def test_pictures_that_finish_together_are_decoded_in_one_call_per_turn(model: Model) -> None:
+def test_at_most_eight_pictures_are_decoded_per_turn(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     scheduler = Scheduler(model)
+    Costs(monkeypatch, scheduler)
     scheduler.add(Request("a cat", num_images=12, steps=1))
-    counts = [sum(isinstance(event, PictureDone) for event in scheduler.step()) for _ in range(2)]
 
-    assert counts == [8, 4]
+    assert [finished(scheduler.step()) for _ in range(2)] == [8, 4]
 
 
 def test_a_fifth_size_waits_until_one_of_four_is_done(model: Model) -> None:
