@@ -8,10 +8,9 @@
 
 A step is one turn: waiting pictures are prepared and get slots, every row is denoised once, finished rows are decoded.
 A sampler of two stages needs two turns for most of its own steps, and StepDone comes after the second.
-Preparing and decoding are bounded in each turn, in number and in time, so that they hold up running rows and newcomers
-for a short time only: a request of many texts is encoded over several turns, pictures that finish together are decoded
-over several. A newcomer without a free slot waits for one. The rows that share a row's engine calls change its result
-by rounding only.
+Preparing is bounded in number and decoding in time, so that they hold up running rows and newcomers for a short time
+only: a request of many texts is encoded over several turns, pictures that finish together are decoded over several. A
+newcomer without a free slot waits for one. The rows that share a row's engine calls change its result by rounding only.
 Not covered: slots and engine calls (`oneword.runtime.denoiser`), fairness between users, and limits on the queue.
 """
 
@@ -43,7 +42,7 @@ MAX_CONTEXT_BYTES: Final = 64 << 20
 """Of the contexts of one request that has more than a prompt and a negative prompt."""
 MAX_ROWS: Final = 16
 """Slots per size by default."""
-_NEWCOMERS: Final = 4  # requests that a turn prepares while others run, one of them even if it has no time
+_NEWCOMERS: Final = 4  # requests that a turn prepares while others run
 _NEW_CHUNKS: Final = 8  # chunks of their prompts that it encodes, or a single longer prompt
 _SHARE: Final = 0.2  # of a typical turn's denoising time, for preparing and decoding together
 _PATIENCE: Final = 4  # turns in a row that decoding may be deferred for newcomers
@@ -229,13 +228,9 @@ class Scheduler:
         return events
 
     def _admit(self) -> Iterator[Event]:
-        """Prepares waiting requests and gives their pictures slots: a few per turn, all of them if nothing runs.
-
-        While others run, the first request is always prepared, the next ones only while the turn has time.
-        """
+        """Prepares waiting requests and gives their pictures slots: a few per turn, all of them if nothing runs."""
         start = time.perf_counter()
-        busy = bool(self._rows)
-        count = _NEWCOMERS if busy else self.max_rows
+        count = _NEWCOMERS if self._rows else self.max_rows
         waiting = [*itertools.islice(self._pending, _AHEAD)]
         if waiting and self.denoiser.crowded_out(waiting[0].size):
             waiting = []  # no other request overtakes it
@@ -250,12 +245,10 @@ class Scheduler:
                 for pending in alike:
                     yield from self._drop(pending, without_frames(error))
                     self._pending.remove(pending)
-        portions = _portions(newcomers, _NEW_CHUNKS if busy else math.inf)
+        portions = _portions(newcomers, _NEW_CHUNKS if self._rows else math.inf)
         with contextlib.suppress(OnewordError):  # each request is tried again alone
             self._encode(portions)
         for pending in newcomers:
-            if busy and pending is not newcomers[0] and time.perf_counter() - start > self._left:
-                break
             try:
                 self._encode({pending: portions[pending]})
             except OnewordError as error:

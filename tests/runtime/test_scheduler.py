@@ -589,85 +589,28 @@ def test_a_newcomer_steps_within_two_turns_whatever_else_arrives(model: Model) -
     assert 3 in first
 
 
-class Costs:
-    """The seconds that the calls of a scheduler take, on its own clock, which nothing else advances."""
+def on_a_clock(monkeypatch: pytest.MonkeyPatch, scheduler: Scheduler, decoding: float = 0.0) -> None:
+    """Denoising takes one second per turn, decoding so many per picture, and nothing else takes time."""
+    now = 0.0
+    decode, denoise = scheduler.model.decode, scheduler.denoiser.step
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, scheduler: Scheduler, **seconds: float) -> None:
-        self.seconds, self._now = seconds, 0.0
-        monkeypatch.setattr("oneword.runtime.scheduler.time", SimpleNamespace(perf_counter=lambda: self._now))
-        monkeypatch.setattr(scheduler.model, "decode", self._timed(scheduler.model.decode, "decode", len))
-        monkeypatch.setattr(scheduler.model, "encode_image", self._timed(scheduler.model.encode_image, "image"))
-        monkeypatch.setattr(scheduler.denoiser, "step", self._timed(scheduler.denoiser.step, "step"))
+    def timed_decode(latents: npt.NDArray[np.float32], draft: bool) -> Any:
+        nonlocal now
+        now += decoding * len(latents)
+        return decode(latents, draft)
 
-    def _timed(self, call: Any, kind: str, count: Any = lambda *_: 1) -> Any:
-        def timed(*args: Any) -> Any:
-            self._now += self.seconds.get(kind, 0.0) * count(*args[:1])
-            return call(*args)
+    def timed_denoise() -> Any:
+        nonlocal now
+        now += 1.0
+        return denoise()
 
-        return timed
-
-
-def first_steps(events: Sequence[Event]) -> list[int]:
-    return [event.id for event in events if isinstance(event, StepDone) and event.step == 1]
+    monkeypatch.setattr("oneword.runtime.scheduler.time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(scheduler.model, "decode", timed_decode)
+    monkeypatch.setattr(scheduler.denoiser, "step", timed_denoise)
 
 
 def finished(events: Sequence[Event]) -> int:
     return sum(isinstance(event, PictureDone) for event in events)
-
-
-EDIT = Request("a blue star", steps=9, image=scene(), mask=left_half())
-
-
-def test_newcomers_are_prepared_one_per_turn_if_preparing_takes_long(
-    model: Model, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    scheduler = Scheduler(model)
-    Costs(monkeypatch, scheduler, step=1.0, image=0.5)
-    scheduler.add(Request("a cat", steps=20))
-    scheduler.step()
-    ids = [scheduler.add(EDIT) for _ in range(3)]
-
-    assert [first_steps(scheduler.step()) for _ in range(4)] == [[ids[0]], [ids[1]], [ids[2]], []]
-
-
-def test_newcomers_are_prepared_together_as_far_as_the_turn_has_time(
-    model: Model, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A fifth of a turn's denoising time, which the second of two pictures read in exceeds."""
-    scheduler = Scheduler(model)
-    Costs(monkeypatch, scheduler, step=1.0, image=0.15)
-    scheduler.add(Request("a cat", steps=20))
-    for _ in range(2):
-        scheduler.step()
-    ids = [scheduler.add(EDIT) for _ in range(3)]
-
-    assert [first_steps(scheduler.step()) for _ in range(2)] == [ids[:2], ids[2:]]
-
-
-def test_a_newcomer_that_cannot_be_prepared_does_not_hold_up_the_next(
-    model: Model, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    scheduler = Scheduler(model)
-    costs = Costs(monkeypatch, scheduler, step=1.0)
-    scheduler.add(Request("a cat", steps=20))
-    scheduler.step()
-    encode_image, calls = model.encode_image, list[None]()
-
-    def fail_once(image: Image) -> Any:
-        calls.append(None)
-        if len(calls) == 1:
-            raise EngineError("out of memory")
-        return encode_image(image)
-
-    monkeypatch.setattr(model, "encode_image", fail_once)
-    costs.seconds["image"] = 9.0
-    first, second, third = (scheduler.add(EDIT) for _ in range(3))
-    scheduler.cancel(third)
-    events = scheduler.step()
-
-    assert [(event.id, str(event.error)) for event in events if isinstance(event, Failed)] == [(first, "out of memory")]
-    assert first_steps(events) == [second]
-    assert len(scheduler) == 2
 
 
 @pytest.mark.parametrize(
@@ -682,7 +625,7 @@ def test_pictures_that_finish_together_are_decoded_as_far_as_the_turn_has_time(
     model: Model, monkeypatch: pytest.MonkeyPatch, seconds: float, counts: list[int]
 ) -> None:
     scheduler = Scheduler(model)
-    Costs(monkeypatch, scheduler, step=1.0, decode=seconds)
+    on_a_clock(monkeypatch, scheduler, seconds)
     scheduler.add(Request("a cat", steps=3))
     for _ in run(scheduler):  # after which the time of one picture is known
         pass
@@ -695,7 +638,7 @@ def test_pictures_that_finish_together_are_decoded_as_far_as_the_turn_has_time(
 def test_finished_pictures_do_not_pile_up_behind_newcomers(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two arrive and finish in each turn, whose time is too short for any of them."""
     scheduler = Scheduler(model)
-    Costs(monkeypatch, scheduler, step=1.0, image=1.0, decode=1.0)
+    on_a_clock(monkeypatch, scheduler, 1.0)
     scheduler.add(Request("a cat", steps=200))
     waiting, done = [], 0
     for _ in range(60):
@@ -711,7 +654,7 @@ def test_a_cancelled_picture_that_waits_to_be_decoded_is_not_decoded(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scheduler = Scheduler(model)
-    Costs(monkeypatch, scheduler, step=1.0, decode=9.0)
+    on_a_clock(monkeypatch, scheduler, 9.0)
     scheduler.add(Request("a cat", steps=1))
     scheduler.step()
     first, second = (scheduler.add(Request("a cat", seed=seed, steps=1)) for seed in (1, 2))
@@ -829,7 +772,7 @@ def test_a_lone_row_gets_the_memory_of_unused_sizes(model: Model, monkeypatch: p
 
 def test_at_most_eight_pictures_are_decoded_per_turn(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     scheduler = Scheduler(model)
-    Costs(monkeypatch, scheduler)
+    on_a_clock(monkeypatch, scheduler)
     scheduler.add(Request("a cat", num_images=12, steps=1))
 
     assert [finished(scheduler.step()) for _ in range(2)] == [8, 4]
