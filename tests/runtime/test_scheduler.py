@@ -1,6 +1,5 @@
 """Rows that join late, leave early, are cancelled or fail, without an effect on other rows."""
 
-import itertools
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -695,9 +694,9 @@ def test_an_engine_that_prefers_few_shapes_gets_no_new_ones_after_the_warm_up(ti
 
     assert sorted(arena._bound) == [1, 2, 3, 4, 6, 8]
     assert all(bound.binding._compiled.static for bound in arena._bound.values())  # type: ignore[attr-defined]
-    others = [*itertools.chain(*(graph._bindings.values() for graph in model._batched.values()))]
-    assert len(others) == 9  # one to eight prompts, one to eight pictures, and a picture to read in
-    assert all(binding._compiled.static for binding in others)  # type: ignore[attr-defined]
+    bindings = [binding for graph in model._batched.values() for binding in graph._bindings.values()]
+    assert len(bindings) == 9  # one to eight prompts, one to eight pictures, and a picture to read in
+    assert all(binding._compiled.static for binding in bindings)  # type: ignore[attr-defined]
     assert (scheduler.denoiser.stats.branches, scheduler.denoiser.stats.padding) == (6, 1)
 
 
