@@ -55,7 +55,7 @@ _MOST_EXACT = 1 << 16  # numbers of a constant that stays in float32 when weight
 _HALF_RANGE = (2.0**-14, 65504.0)  # smallest normal and largest number of fp16
 _CONVERTED = (".xml", ".bin")
 _CONVERSION = "fp16 weights, 2"  # the number changes with what `convert_graph` writes
-_MOST_PLANS = 32
+_MOST_PLANS = 64
 _MOST_STATIC = 8  # how many shapes one graph is compiled for in the background
 
 _log = logging.getLogger("oneword.engines")

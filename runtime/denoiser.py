@@ -28,8 +28,9 @@ from oneword.runtime.model import Model
 from oneword.runtime.row import Row
 from oneword.runtime.samplers import COLUMNS
 
-BUCKETS: Final = (1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 28, 32)
-"""Branch counts that are captured, or compiled by `warm`; other counts are padded to the next one."""
+BUCKETS: Final = (1, 2, 3, 4, 6, 8, 10, 12, 14, 16, 20, 24, 26, 28, 30, 32)
+"""Branch counts that are captured, or compiled by `warm`; other counts are padded to the next one. They are closest
+where padding costs most: in small calls, and in those of 16 rows of which most have guidance."""
 CONTEXTS_PER_ROW: Final = 2
 """Contexts that every row may have, whatever the engine's limits; see `Manifest.max_contexts` for the others."""
 _WARM_UP: Final = 2  # runs before a capture: libraries allocate and tune in them

@@ -344,7 +344,8 @@ class Model:
         return None if self.manifest.preview is None else preview_image(self.manifest.preview, denoised)
 
     def warm(self, width: int, height: int) -> None:
-        """Runs the encoders and the decoders at every call size, for pictures of this size. Raises EngineError."""
+        """Runs the encoders and the decoders at every call size, for pictures of this size, and compiles them for these
+        shapes if the engine benefits. Raises EngineError."""
         channels, factor = self.manifest.vae.latent_channels, self.manifest.vae.factor
         for count in CALLS:
             self._encode([self.tokenize("")] * count)
@@ -353,6 +354,8 @@ class Model:
                 self.decode(latents, draft)
         if "vae_encoder" in self.manifest.graphs:
             self.encode_image(np.zeros((height, width, 3), np.uint8))
+        for graph in self._batched.values():
+            graph.specialize()
 
     def forget_bindings(self) -> None:
         """Releases the buffers of encoders and decoders after memory ran out; they are rebuilt when needed."""

@@ -8,15 +8,16 @@
 
 A step is one turn: waiting pictures are prepared and get slots, every row is denoised once, finished rows are decoded.
 A sampler of two stages needs two turns for most of its own steps, and StepDone comes after the second.
-Preparing and decoding are bounded in each turn, so that newcomers hold up running rows for a short time only: a request
-of many texts is encoded over several turns. A newcomer without a free slot waits for one. The rows that share a row's
-engine calls change its result by rounding only.
+Preparing is bounded in number and decoding in time, so that they hold up running rows and newcomers for a short time
+only: a request of many texts is encoded over several turns, pictures that finish together are decoded over several. A
+newcomer without a free slot waits for one. The rows that share a row's engine calls change its result by rounding only.
 Not covered: slots and engine calls (`oneword.runtime.denoiser`), fairness between users, and limits on the queue.
 """
 
 import contextlib
 import itertools
 import math
+import statistics
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -45,7 +46,7 @@ MAX_ROWS: Final = 16
 """Slots per size by default."""
 _NEWCOMERS: Final = 4  # requests that a turn prepares while others run
 _NEW_CHUNKS: Final = 8  # chunks of their prompts that it encodes, or a single longer prompt
-_SHARE: Final = 0.4  # of a typical turn's denoising time, for preparing and decoding together
+_SHARE: Final = 0.2  # of a typical turn's denoising time, for preparing and decoding together
 _PATIENCE: Final = 4  # turns in a row that decoding may be deferred for newcomers
 _RECENT: Final = 257  # turns, whose median is the typical one
 _MORE_PRECISION: Final = "run it with --engine onnxruntime, or export the model with --precision fp32"
@@ -230,7 +231,7 @@ class Scheduler:
             raise UsageError(f"max_steps is {max_steps}, allowed is 1 or more, or None")
         events: list[Event] = []
         for _ in itertools.count() if max_steps is None else range(max_steps):
-            self._left = _SHARE * float(np.median(self._turn_seconds))
+            self._left = _SHARE * statistics.median(self._turn_seconds)
             turn = [*self._admit(), *self._denoise(), *self._decode()]
             events += turn
             if not self or any(not isinstance(event, StepDone) or event.denoised is not None for event in turn):
@@ -406,12 +407,15 @@ class Scheduler:
         self._rows.remove(row)
 
     def _decode(self) -> Iterator[Event]:
-        """Decodes finished rows while the turn has time for it, at least one unless newcomers were prepared."""
+        """Decodes finished rows while the turn has time for it, at least one unless newcomers were prepared.
+
+        If pictures finish faster than that, a quarter of those that wait is decoded, so that they do not pile up.
+        """
         start = time.perf_counter()
         count = min(len(self._finished), CALLS[0])
-        if self._rows and self._decode_seconds:
+        if self._decode_seconds:
             due = not self._admitted or self._postponed >= _PATIENCE
-            count = min(count, max(int(self._left / self._decode_seconds), int(due)))
+            count = min(count, max(int(self._left / self._decode_seconds), len(self._finished) // _PATIENCE, int(due)))
         self._postponed = self._postponed + 1 if self._finished and count < 1 else 0
         while count > 0:
             chosen = self._next_finished(min(count, self.max_rows))
