@@ -75,8 +75,8 @@ async def finish(state: State) -> None:
 @contextlib.asynccontextmanager
 async def room(state: State, tenant: Tenant, size: int) -> AsyncIterator[None]:
     """Room for so many bytes in the store. Raises as Results.reserved."""
-    with contextlib.ExitStack() as stack:
-        await state.in_thread(stack.enter_context, state.results.reserved(tenant, size))
+    await state.in_thread(state.results.count, tenant)
+    with state.results.reserved(tenant, size):
         yield
 
 

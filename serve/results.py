@@ -71,21 +71,37 @@ class Results:
     """Files `results/<expiry>-<random>.<suffix>` of a store, and for each picture and answer of a tenant an entry
     `kept/<tenant>/<expiry>-<bytes>-<id>`: that of an answer is the answer itself, that of a picture is empty.
 
-    All methods may block: call them in a thread.
+    All methods but `reserved` may block: call them in a thread.
     """
 
     def __init__(self, files: Files, clock: Callable[[], float] = time.time) -> None:
         self._files = files
         self._clock = clock
         self._lock = threading.Lock()
+        """Held for a moment only, never while the store is read or written."""
         self._ledgers: dict[str, _Ledger] = {}
-        """By tenant, as of the last `collect`, and what this server has kept since."""
+        """By tenant, as of the last `count`, and what this server has kept since."""
+        self._counted = set[str]()
+        """Tenants that were counted since the last `collect`."""
         self._reserved = Counter[str]()
         """Bytes by tenant."""
 
+    def count(self, tenant: Tenant) -> None:
+        """Counts what other servers, or this one before it was restarted, have kept for a tenant, unless it has counted
+        since the last `collect`."""
+        if tenant.name in self._counted:
+            return
+        names = self._files.names(_folder(tenant.name))
+        with self._lock:
+            ledger = self._ledgers.setdefault(tenant.name, _Ledger())
+            for name in names:
+                ledger.add(name)
+            self._counted.add(tenant.name)
+
     @contextlib.contextmanager
     def reserved(self, tenant: Tenant, size: int) -> Iterator[None]:
-        """Room for so many bytes of pictures and answers, from before they are drawn until they are kept.
+        """Room for so many bytes of pictures and answers, from before they are drawn until they are kept. Of those in
+        the store, it knows what was counted.
 
         Raises Forbidden if the tenant may never keep as many, Busy if it may not now.
         """
@@ -98,7 +114,7 @@ class Results:
                 "quota_exceeded",
             )
         with self._lock:
-            ledger = self._ledger(tenant)
+            ledger = self._ledgers.setdefault(tenant.name, _Ledger())
             ledger.expire(self._clock())
             if (used := ledger.bytes + self._reserved[tenant.name]) + size > allowed:
                 raise Busy(
@@ -162,22 +178,15 @@ class Results:
         for path in expired:
             self._files.delete(path)
         with self._lock:
-            self._ledgers.clear()  # other servers may have kept some
+            self._counted.clear()  # other servers may have kept some
+            for ledger in self._ledgers.values():
+                ledger.expire(now)
         return count
 
     def _enter(self, tenant: Tenant, name: str, data: bytes) -> None:
         self._files.write(f"{_folder(tenant.name)}/{name}", data)
         with self._lock:
-            if (ledger := self._ledgers.get(tenant.name)) is not None:
-                ledger.add(name)
-
-    def _ledger(self, tenant: Tenant) -> _Ledger:
-        if (ledger := self._ledgers.get(tenant.name)) is None:
-            ledger = _Ledger()
-            for name in self._files.names(_folder(tenant.name)):
-                ledger.add(name)
-            self._ledgers[tenant.name] = ledger
-        return ledger
+            self._ledgers.setdefault(tenant.name, _Ledger()).add(name)
 
 
 def _folder(tenant: str) -> str:
