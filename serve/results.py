@@ -159,7 +159,7 @@ class Results:
             match = _ENTRY.fullmatch(name)
             if match is None or match[3] != _id(key) or not match[4] or int(match[1]) < self._clock():
                 continue
-            data = self._files.read(f"{folder}/{name}")
+            data = self._files.read(f"{folder}/{name}", int(match[2]))
             if data is not None and len(data) == int(match[2]):
                 return KeptAnswer(data[:_DIGEST].decode(), data[_DIGEST:])
         return None

@@ -31,6 +31,13 @@ class SlowFiles(FolderFiles):
         return super().names(folder)
 
 
+class SmallFiles(FolderFiles):
+    """A folder of which 100 bytes are read, unless more are asked for."""
+
+    def read(self, path: str, limit: int = 100) -> bytes | None:
+        return super().read(path, limit)
+
+
 @contextlib.contextmanager
 def reserved(results: Results, tenant: Tenant, size: int) -> Iterator[None]:
     """Room in the store, counted first."""
@@ -131,6 +138,15 @@ def test_an_answer_is_kept_for_ten_minutes_under_its_tenants_key(url: str) -> No
     assert again.collect() == 1
     now = 1000.0
     assert again.answer(alice, "../key") is None
+
+
+def test_an_answer_is_read_whole_however_large_it_is(tmp_path: Path) -> None:
+    results = Results(SmallFiles(tmp_path))
+    answer = KeptAnswer("d" * 64, bytes(1000))
+
+    results.put_answer(Tenant("alice"), "key", answer)
+
+    assert results.answer(Tenant("alice"), "key") == answer
 
 
 @pytest.mark.parametrize("allowed", [0, 99])
