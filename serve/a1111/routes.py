@@ -249,7 +249,9 @@ async def _answer(
     async def draw(stack: contextlib.AsyncExitStack) -> bytes:
         plan, generation = await prepared()
         pixels = 0 if plan.crop is None else plan.crop.original[..., 0].size
-        size = most_bytes(generation, pixels=pixels, in_json=True)
+        text = await state.in_thread(answers.pictures_answer, body, plan, [], [], state.manifest, "")
+        # The text twice: each picture's parameters repeat its prompts.
+        size = most_bytes(generation, pixels=pixels, in_json=True) + 2 * len(text)
         await stack.enter_async_context(room(state, tenant, size))
         return await _drawn(state, None, body, plan, generation)
 

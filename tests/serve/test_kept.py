@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 
 from oneword.serve import openai
 from oneword.serve.errors import Unavailable
 from oneword.serve.keys import new_key
-from oneword.serve.pictures import encode
+from oneword.serve.pictures import as_base64, encode
 from tests.serve.conftest import Start
 from tests.serve.running import SECONDS, Running
 from tests.serve.test_openai import png
@@ -189,4 +190,21 @@ def test_a_kept_answer_counts_against_the_keys_limit(start_server: Start, tmp_pa
     # Room for 4 bytes per pixel, in base64, and 8 KiB; and what the first answer has.
     assert (first.status_code, second.status_code, again.status_code) == (200, 429, 200)
     assert second.json()["error"]["message"].startswith(f"{64 + len(first.content)} bytes of your pictures are kept")
+    assert done(running) == 1
+
+
+def test_all_that_an_a1111_answer_repeats_counts_against_the_keys_limit(start_server: Start, tmp_path: Path) -> None:
+    key, lines = new_key("alice")
+    (tmp_path / "keys.toml").write_text(f"{lines}max_result_bytes = 135000\n")
+    running = start_server(keys=tmp_path / "keys.toml", words=str(tmp_path / "words"))
+    noise = np.random.default_rng(0).integers(0, 256, (400, 400, 3), np.uint8)
+    size = {"width": 64, "height": 64}
+    with Running(running.url, running.state, key).client() as client:
+        echoed = {"init_images": [as_base64(encode(noise, "png"))], "include_init_images": True}  # 640,000 bytes
+        pictures = post(client, "a", "/sdapi/v1/img2img", **echoed, **size)
+        # 14 bytes per character where JSON is in JSON, for each of four pictures twice: alone and in its parameters.
+        prompts = post(client, "b", "/sdapi/v1/txt2img", prompt="\U0001f408" * 1200, n_iter=4, **size)
+        ordinary = post(client, "c", "/sdapi/v1/txt2img", **size)
+
+    assert (pictures.status_code, prompts.status_code, ordinary.status_code) == (403, 403, 200)
     assert done(running) == 1
