@@ -10,18 +10,21 @@ import asyncio
 import contextlib
 import hashlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import Annotated, Final, TypeAlias
+from typing import Annotated, Final, TypeAlias, TypeVar
 
 from fastapi import Header
 from pydantic import BaseModel
+from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
 from oneword.serve.errors import Conflict
+from oneword.serve.generate import Disconnected, disconnect
 from oneword.serve.keys import Tenant
 from oneword.serve.pool import Generation
 from oneword.serve.results import KeptAnswer
-from oneword.serve.state import State
+from oneword.serve.state import Making, State, caller
 
+T = TypeVar("T")
 IdempotencyKey: TypeAlias = Annotated[
     str | None,
     Header(
@@ -38,27 +41,19 @@ _STORE_SECONDS: Final = 10.0
 _METADATA: Final = 4096  # bytes of a file that are neither pixels nor prompts
 
 
-async def answered(
-    state: State,
-    tenant: Tenant,
-    key: str,
-    request: BaseModel,
-    files: Sequence[bytes],
-    draw: Draw,
-) -> Response:
-    """The answer to a request with a key: the kept one, or what `draw` makes, whether or not somebody waits for it.
+async def answered(http: HTTPRequest, key: str, request: BaseModel, files: Sequence[bytes], draw: Draw) -> Response:
+    """The answer to a request with a key: the kept one, or what `draw` makes, even if the client leaves.
 
-    Raises Conflict if the key was that of another request, and what `draw` does.
+    Raises Conflict if the key was that of another request, Disconnected, and what `draw` does.
     """
+    state, tenant = caller(http)
     digest = await state.in_thread(_digest, request, files)
     making = state.making.get((tenant.name, key))
     if making is None:
-        making = state.making[tenant.name, key] = (
-            digest,
-            asyncio.ensure_future(_answer(state, tenant, key, digest, draw)),
-        )
-        making[1].add_done_callback(lambda done: _forget(state, tenant, key, done))
-    if making[0] != digest or (answer := await asyncio.shield(making[1])).digest != digest:
+        task = asyncio.ensure_future(_answer(state, tenant, key, digest, draw))
+        making = state.making[tenant.name, key] = Making(digest, task)
+        task.add_done_callback(lambda done: _forget(state, tenant, key, done))
+    if making.digest != digest or (answer := await _result(http, making.task)).digest != digest:
         raise Conflict(
             "this Idempotency-Key was sent with another request: choose a new key for each request", "Idempotency-Key"
         )
@@ -68,7 +63,7 @@ async def answered(
 async def finish(state: State) -> None:
     """Returns when the answers to all requests with keys are kept, or if the store takes too long. Their pictures are
     ready or dropped by then."""
-    if tasks := [task for _, task in state.making.values()]:
+    if tasks := [making.task for making in state.making.values()]:
         await asyncio.wait(tasks, timeout=_STORE_SECONDS)
 
 
@@ -87,6 +82,18 @@ def most_bytes(generation: Generation, *, pixels: int = 0, in_json: bool = False
     characters = len(request.prompt) + len(request.negative_prompt or "")
     file = 4 * (max(pixels, settings.width * settings.height) + characters) + _METADATA
     return request.num_images * (4 * file // 3 if in_json else file)
+
+
+async def _result(http: HTTPRequest, task: asyncio.Task[T]) -> T:
+    """The result of a task, which goes on if the client leaves. Raises Disconnected then."""
+    gone = asyncio.ensure_future(disconnect(http))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        gone.cancel()
+    if not task.done():
+        raise Disconnected
+    return task.result()
 
 
 async def _answer(state: State, tenant: Tenant, key: str, digest: str, draw: Draw) -> KeptAnswer:

@@ -337,7 +337,7 @@ class _Edit:
 
 
 async def _edited(
-    http: HTTPRequest, body: EditFields | VariationFields, edits: Sequence[_Edit], prefix: str, key: str | None
+    http: HTTPRequest, body: EditFields | VariationFields, edits: list[_Edit], prefix: str, key: str | None
 ) -> Response:
     """Answers with the edited pictures. They are decoded once there is room for all of them, by their files' heads."""
     state, tenant = caller(http)
@@ -352,6 +352,7 @@ async def _edited(
             generations.append(prepare(state, tenant, request, partials=body.partial_images or 0))
         for edit, generation in zip(edits, generations, strict=True):
             generation.request = await state.in_thread(_decoded, edit, generation.request, generation.settings)
+        edits.clear()  # the client may leave before the answer is ready
         return generations
 
     files = [data for edit in edits for data in (edit.picture, edit.mask or b"")]
@@ -435,7 +436,6 @@ async def _answer(
     files: Sequence[bytes] = (),
 ) -> Response:
     """Answers with the pictures of what is prepared, or with those that were kept under the key."""
-    state, tenant = caller(http)
     if key is None:
         async with contextlib.AsyncExitStack() as stack:
             return await _drawn(http, body, await prepared(), prefix, stack)
@@ -445,7 +445,7 @@ async def _answer(
     async def draw(stack: contextlib.AsyncExitStack) -> bytes:
         return bytes((await _drawn(http, body, await prepared(), prefix, stack, keep=True)).body)
 
-    return await answered(state, tenant, key, body, files, draw)
+    return await answered(http, key, body, files, draw)
 
 
 async def _drawn(

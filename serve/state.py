@@ -7,7 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ParamSpec, Self, TypeVar
+from typing import NamedTuple, ParamSpec, Self, TypeVar
 
 import numpy as np
 import PIL.Image
@@ -39,6 +39,13 @@ _ALWAYS = 1024 * 1024  # pixels that every server makes, however small its model
 _THREADS = 2  # of each kind
 
 
+class Making(NamedTuple):
+    """A request whose answer will be kept: its digest, and what makes the answer."""
+
+    digest: str
+    task: asyncio.Task[KeptAnswer]
+
+
 @dataclass(eq=False)
 class State:
     """Everything that a route needs: `State.of(request)`."""
@@ -57,8 +64,8 @@ class State:
     jobs: Jobs
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
     """Set once all pictures are done and the server ends: streams that would last end too."""
-    making: dict[tuple[str, str], tuple[str, asyncio.Task[KeptAnswer]]] = field(default_factory=dict)
-    """By tenant and key, the digest of a request whose answer will be kept, and what makes it."""
+    making: dict[tuple[str, str], Making] = field(default_factory=dict)
+    """By tenant and key."""
     created: int = field(default_factory=lambda: int(time.time()))
     _threads: dict[str, ThreadPoolExecutor] = field(default_factory=dict)
 

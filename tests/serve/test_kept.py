@@ -5,6 +5,7 @@ import json
 import socket
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,14 @@ def done(running: Running, outcome: str = "done") -> int:
     return int(running.state.metrics.pictures.labels(outcome)._value.get())
 
 
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Returns once it is true."""
+    end = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
 def leave(running: Running, key: str, **fields: Any) -> None:
     """Sends a request, and closes the connection once its picture is being drawn."""
     body = json.dumps({**BODY, **fields}).encode()
@@ -57,6 +66,25 @@ def test_a_client_that_left_gets_the_answer_when_it_sends_the_request_again(star
     assert base64.b64decode(answer.json()["data"][0]["b64_json"])[:4] == b"\x89PNG"
     assert again.content == answer.content
     assert (done(running), done(running, "cancelled")) == (1, 0)
+
+
+def test_a_client_that_left_has_no_request_in_progress(start_server: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    running = start_server()
+    gate = threading.Event()
+
+    def encode_later(*arguments: Any) -> bytes:
+        assert gate.wait(SECONDS)
+        return encode(*arguments)
+
+    monkeypatch.setattr(openai, "encode", encode_later)
+    left = running.state.metrics.requests.labels(GENERATIONS, 499)
+    leave(running, "lost", steps=300)
+    wait_until(lambda: left._value.get() == 1)
+    gate.set()
+
+    with running.client() as client:
+        assert post(client, "lost", steps=300).status_code == 200
+    assert done(running) == 1
 
 
 def test_equal_requests_at_the_same_time_are_made_once(start_server: Start) -> None:
@@ -135,8 +163,7 @@ def test_two_requests_with_one_key_at_the_same_time_conflict_at_once(
     monkeypatch.setattr(openai, "encode", encode_later)
     with running.client() as client, ThreadPoolExecutor(1) as threads:
         first = threads.submit(post, client, "key", seed=1)
-        while not running.state.making:
-            time.sleep(0.01)
+        wait_until(lambda: bool(running.state.making))
         assert post(client, "key", seed=2).status_code == 409
         gate.set()
         assert first.result().status_code == 200
