@@ -416,15 +416,14 @@ class Pool:
         self._hand_over()
 
     def check(self, tenant: Tenant) -> None:
-        """Raises what `submit` would for any request, before it is known: Unavailable, and Busy if the tenant was
-        refused and there is still no room for as much. That may refuse a smaller request than the one before; else
-        each one that just fits would have to be read while larger ones never found room."""
+        """Raises what `submit` would for any request, before it is known: Unavailable, and Busy if there is no room, or
+        if the tenant was refused and there is still no room for as much. That may refuse a smaller request than the one
+        before; else each one that just fits would have to be read while larger ones never found room."""
         with self._refusals():
             self._read_inbox()
             self._check_ready()
-            if (seconds := self._refused.get(tenant.name)) is not None:
-                self._check_wait(tenant, seconds)
-                del self._refused[tenant.name]
+            self._check_wait(tenant, self._refused.get(tenant.name, 0.0))
+            self._refused.pop(tenant.name, None)
 
     @contextlib.contextmanager
     def _refusals(self) -> Iterator[None]:

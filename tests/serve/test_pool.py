@@ -409,6 +409,25 @@ def test_after_a_refusal_requests_are_refused_unseen_until_there_is_room_for_as_
     run(scenario)
 
 
+def test_a_full_queue_refuses_requests_unseen_though_nobody_was_refused(
+    worker: Worker, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(monkeypatch)
+    with_seconds_per_step(worker, monkeypatch, 1.0)
+
+    async def scenario() -> None:
+        pool = Pool(worker, model.manifest, max_wait=100)
+        large = pool.submit(ALICE, Request("a cat", steps=500))
+        with pytest.raises(Busy, match="ready in 500 seconds, allowed are 100"):
+            pool.check(ALICE)
+        pool.check(BOB)  # whose turn comes earlier
+        large.cancel()
+        pool.check(ALICE)
+        gate.open.set()
+
+    run(scenario)
+
+
 def test_a_prepared_request_is_queued_as_it_is_when_it_enters(
     worker: Worker, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
