@@ -2,7 +2,7 @@
 
 Their answer is kept in the store for ten minutes. A client that has lost its connection sends the request again, with
 its key, and gets that answer, or waits for it if it is still being made. After a restart, or through another server on
-the same store, it gets the answer if it was ready, else the pictures are made again. Errors are not kept. Not covered:
+the same store, it gets the answer if it was ready, else the pictures are made again, as by a server with another bundle. Errors are not kept. Not covered:
 streams, and where answers are kept (`oneword.serve.results`).
 """
 
@@ -97,11 +97,12 @@ async def _result(http: HTTPRequest, task: asyncio.Task[T]) -> T:
 
 
 async def _answer(state: State, tenant: Tenant, key: str, digest: str, draw: Draw) -> KeptAnswer:
-    answer = await state.in_thread(state.results.answer, tenant, key)
+    name = f"{state.bundle_digest} {key}"  # another bundle makes other pictures
+    answer = await state.in_thread(state.results.answer, tenant, name)
     if answer is None:
         async with contextlib.AsyncExitStack() as stack:
             answer = KeptAnswer(digest, await draw(stack))
-            await state.in_thread(state.results.put_answer, tenant, key, answer)
+            await state.in_thread(state.results.put_answer, tenant, name, answer)
     return answer
 
 

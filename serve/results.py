@@ -148,7 +148,7 @@ class Results:
         return None if data is None else (data, MEDIA_TYPES[match[2]])
 
     def put_answer(self, tenant: Tenant, key: str, answer: KeptAnswer) -> None:
-        """Keeps an answer for ten minutes under a key of the tenant's."""
+        """Keeps an answer for ten minutes under any text of the tenant's."""
         data = answer.digest.encode() + answer.content
         self._enter(tenant, f"{int(self._clock()) + ANSWER_SECONDS}-{len(data)}-{_id(key)}.json", data)
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import hashlib
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, ParamSpec, Self, TypeVar
 
+import msgspec
 import numpy as np
 import PIL.Image
 from starlette.requests import HTTPConnection
@@ -79,6 +81,11 @@ class State:
     def name(self) -> str:
         """The model's name: the last part of its weights' id."""
         return Path(self.manifest.source.id).name
+
+    @functools.cached_property
+    def bundle_digest(self) -> str:
+        """sha256 of the manifest, which has those of the bundle's files."""
+        return hashlib.sha256(msgspec.json.encode(self.manifest)).hexdigest()
 
     @property
     def max_pixels(self) -> int:

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import shutil
 import socket
 import threading
 import time
@@ -114,6 +115,21 @@ def test_an_answer_outlives_the_server_and_is_the_tenants_own(start_server: Star
     assert other.status_code == 200
     assert other.json()["data"][0]["seed"] != answer.json()["data"][0]["seed"]
     assert (done(before), done(after)) == (1, 1)
+
+
+def test_an_answer_is_that_of_one_bundle(start_server: Start, tmp_path: Path, tiny_bundle: Path) -> None:
+    manifest = json.loads((shutil.copytree(tiny_bundle, tmp_path / "bundle") / "bundle.json").read_text())
+    manifest["defaults"]["guidance_scale"] += 1
+    (tmp_path / "bundle" / "bundle.json").write_text(json.dumps(manifest))
+    servers = [
+        start_server(bundle=bundle, words=str(tmp_path / "words")) for bundle in (tiny_bundle, tmp_path / "bundle")
+    ]
+
+    for running in servers:
+        with running.client() as client:
+            assert post(client, "key").status_code == 200
+
+    assert [done(running) for running in servers] == [1, 1]
 
 
 def test_a_kept_answer_is_there_for_ten_minutes_whatever_else_the_server_does(start_server: Start) -> None:
