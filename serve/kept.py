@@ -2,8 +2,8 @@
 
 Their answer is kept in the store for ten minutes. A client that has lost its connection sends the request again, with
 its key, and gets that answer, or waits for it if it is still being made. After a restart, or through another server on
-the same store, it gets the answer if it was ready, else the pictures are made again, as by a server with another bundle. Errors are not kept. Not covered:
-streams, and where answers are kept (`oneword.serve.results`).
+the same store, it gets the answer if it was ready and the bundle is the same, else the pictures are made again. Errors
+are not kept. Not covered: streams, and where answers are kept (`oneword.serve.results`).
 """
 
 import asyncio
