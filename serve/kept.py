@@ -3,7 +3,7 @@
 Their answer is kept in the store for ten minutes. A client that has lost its connection sends the request again, with
 its key, and gets that answer, or waits for it if it is still being made. After a restart, or through another server on
 the same store, it gets the answer if it was ready and the bundle is the same, else the pictures are made again. Errors
-are not kept. Not covered: streams, and where answers are kept (`oneword.serve.results`).
+and interrupted requests are not kept. Not covered: streams, and where answers are kept (`oneword.serve.results`).
 """
 
 import asyncio
@@ -34,8 +34,9 @@ IdempotencyKey: TypeAlias = Annotated[
         pattern="^[!-~]+$",
     ),
 ]
-Draw: TypeAlias = Callable[[contextlib.AsyncExitStack], Awaitable[bytes]]
-"""Makes an answer. What it enters is left once the answer is kept, such as `room` for it."""
+Draw: TypeAlias = Callable[[contextlib.AsyncExitStack], Awaitable[tuple[bytes, bool]]]
+"""Makes an answer, and says whether it has all pictures. What it enters is left once the answer is kept, such as `room`
+for it."""
 
 _STORE_SECONDS: Final = 10.0
 _METADATA: Final = 4096  # bytes of a file that are neither pixels nor prompts
@@ -101,8 +102,10 @@ async def _answer(state: State, tenant: Tenant, key: str, digest: str, draw: Dra
     answer = await state.in_thread(state.results.answer, tenant, name)
     if answer is None:
         async with contextlib.AsyncExitStack() as stack:
-            answer = KeptAnswer(digest, await draw(stack))
-            await state.in_thread(state.results.put_answer, tenant, name, answer)
+            content, complete = await draw(stack)
+            answer = KeptAnswer(digest, content)
+            if complete:
+                await state.in_thread(state.results.put_answer, tenant, name, answer)
     return answer
 
 

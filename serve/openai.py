@@ -442,8 +442,8 @@ async def _answer(
     if body.stream:
         raise Invalid("stream is true with an Idempotency-Key, allowed is one of the two", "stream")
 
-    async def draw(stack: contextlib.AsyncExitStack) -> bytes:
-        return bytes((await _drawn(http, body, await prepared(), prefix, stack, keep=True)).body)
+    async def draw(stack: contextlib.AsyncExitStack) -> tuple[bytes, bool]:
+        return bytes((await _drawn(http, body, await prepared(), prefix, stack, keep=True)).body), True
 
     return await answered(http, key, body, files, draw)
 

@@ -249,14 +249,14 @@ async def _answer(
         content = await _drawn(state, http, body, *await prepared())
         return Response(content, media_type="application/json")
 
-    async def draw(stack: contextlib.AsyncExitStack) -> bytes:
+    async def draw(stack: contextlib.AsyncExitStack) -> tuple[bytes, bool]:
         plan, generation = await prepared()
         pixels = 0 if plan.crop is None else plan.crop.original[..., 0].size
         text = await state.in_thread(answers.pictures_answer, body, plan, [], [], state.manifest, "")
         # The text twice: each picture's parameters repeat its prompts.
         size = most_bytes(generation, pixels=pixels, in_json=True) + 2 * len(text)
         await stack.enter_async_context(room(state, tenant, size))
-        return await _drawn(state, None, body, plan, generation)
+        return await _drawn(state, None, body, plan, generation), not generation.cancelled
 
     return await answered(http, key, body, (), draw)
 

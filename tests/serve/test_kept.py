@@ -22,6 +22,7 @@ from oneword.serve.pictures import as_base64, encode
 from tests.serve.conftest import Start
 from tests.serve.running import SECONDS, Running
 from tests.serve.test_openai import png
+from tests.serve.test_pool import Gate
 
 GENERATIONS = "/v1/images/generations"
 BODY: dict[str, Any] = {"prompt": "a cat", "steps": 2, "size": "64x64"}
@@ -197,6 +198,21 @@ def test_an_error_is_not_kept(start_server: Start, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(openai, "encode", encode_later)
     with running.client() as client:
         assert [post(client, "key").status_code for _ in range(2)] == [503, 200]
+
+
+def test_an_interrupted_request_is_not_kept(start_server: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    running, path, size = start_server(), "/sdapi/v1/txt2img", {"width": 64, "height": 64}
+    gate = Gate(monkeypatch)
+    with running.client() as client, ThreadPoolExecutor(1) as threads:
+        interrupted = threads.submit(post, client, "key", path, **size)
+        assert gate.entered.wait(SECONDS)
+        client.post("/sdapi/v1/interrupt")
+        answers = [interrupted.result()]
+        gate.open.set()
+        answers += [post(client, "key", path, **size) for _ in range(2)]
+
+    assert [len(answer.json()["images"]) for answer in answers] == [0, 1, 1]
+    assert done(running) == 1
 
 
 def test_uploads_and_a1111s_requests_can_be_kept_too(start_server: Start) -> None:
