@@ -14,10 +14,11 @@ from typing import Annotated, Final, TypeAlias, TypeVar
 
 from fastapi import Header
 from pydantic import BaseModel
+from pydantic_core import PydanticSerializationError
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
-from oneword.serve.errors import Conflict
+from oneword.serve.errors import Conflict, Invalid
 from oneword.serve.generate import Disconnected, disconnect
 from oneword.serve.keys import Tenant
 from oneword.serve.pool import Generation
@@ -45,7 +46,8 @@ _METADATA: Final = 4096  # bytes of a file that are neither pixels nor prompts
 async def answered(http: HTTPRequest, key: str, request: BaseModel, files: Sequence[bytes], draw: Draw) -> Response:
     """The answer to a request with a key: the kept one, or what `draw` makes, even if the client leaves.
 
-    Raises Conflict if the key was that of another request, Disconnected, and what `draw` does.
+    Raises Conflict if the key was that of another request, Invalid for one that cannot be told from others,
+    Disconnected, and what `draw` does.
     """
     state, tenant = caller(http)
     digest = await state.in_thread(_digest, request, files)
@@ -117,6 +119,13 @@ def _forget(state: State, tenant: Tenant, key: str, done: asyncio.Task[KeptAnswe
 
 def _digest(request: BaseModel, files: Sequence[bytes]) -> str:
     digest = hashlib.sha256(type(request).__name__.encode())
-    for part in (request.model_dump_json().encode(), *files):
+    try:
+        fields = request.model_dump_json().encode()
+    except PydanticSerializationError:
+        raise Invalid(
+            "with an Idempotency-Key, text must be UTF-8 and nothing may be nested hundreds of levels deep: send the "
+            "request without the key"
+        ) from None
+    for part in (fields, *files):
         digest.update(hashlib.sha256(part).digest())
     return digest.hexdigest()

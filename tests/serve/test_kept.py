@@ -186,6 +186,18 @@ def test_two_requests_with_one_key_at_the_same_time_conflict_at_once(
         assert first.result().status_code == 200
 
 
+@pytest.mark.parametrize("comments", ['"\\ud800"', "[" * 300 + "]" * 300])
+def test_text_that_is_not_utf8_and_deep_nesting_need_a_request_without_a_key(server: Running, comments: str) -> None:
+    body = f'{{"prompt": "a cat", "steps": 1, "width": 64, "height": 64, "comments": {{"a": {comments}}}}}'
+    headers = {"Content-Type": "application/json"}
+    with server.client() as client:
+        refused = client.post("/sdapi/v1/txt2img", content=body, headers={**headers, "Idempotency-Key": "key"})
+        drawn = client.post("/sdapi/v1/txt2img", content=body, headers=headers)
+
+    assert (refused.status_code, drawn.status_code) == (400, 200)
+    assert "send the request without the key" in refused.json()["detail"]
+
+
 def test_an_error_is_not_kept(start_server: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     running = start_server()
     failures = [Unavailable("a test")]
