@@ -21,6 +21,7 @@ from starlette.responses import Response
 from oneword.serve.errors import Conflict, Invalid
 from oneword.serve.generate import Disconnected, disconnect
 from oneword.serve.keys import Tenant
+from oneword.serve.middleware import IDEMPOTENCY_KEY
 from oneword.serve.pool import Generation
 from oneword.serve.results import KeptAnswer
 from oneword.serve.state import Making, State, caller
@@ -31,8 +32,7 @@ IdempotencyKey: TypeAlias = Annotated[
     Header(
         description="Any text that is unique among your requests. The request is then finished even if the connection "
         "is lost, and its answer kept for ten minutes: sent again with the same key, it gets the same answer.",
-        max_length=255,
-        pattern="^[!-~]+$",
+        pattern=f"^{IDEMPOTENCY_KEY}$",
     ),
 ]
 Draw: TypeAlias = Callable[[contextlib.AsyncExitStack], Awaitable[tuple[bytes, bool]]]

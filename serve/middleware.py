@@ -53,6 +53,8 @@ PICTURE_ROUTES = frozenset(
     }
 )
 """What asks for pictures, with POST."""
+IDEMPOTENCY_KEY = "[!-~]{1,255}"
+"""An Idempotency-Key that a route takes."""
 
 SECURITY_HEADERS = {
     "Content-Security-Policy": (
@@ -68,6 +70,7 @@ SECURITY_HEADERS = {
 _log = logging.getLogger("oneword.access")
 _METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9_.-]+)(?::[0-9]{1,5})?")
+_KEY = re.compile(IDEMPOTENCY_KEY)
 _SMALL = 64 << 10
 
 
@@ -423,8 +426,8 @@ class Admit:
     """Refuses a request for pictures without a look at its body while there is no room for any.
 
     The body is received and dropped: a client that is still sending would not see the answer if the connection closed.
-    One that asks first (Expect: 100-continue) sends none, and the connection is closed. A request with an
-    Idempotency-Key passes, as its answer may be there already.
+    One that asks first (Expect: 100-continue) sends none, and the connection is closed. A request with a
+    valid Idempotency-Key passes, as its answer may be there already.
     """
 
     def __init__(
@@ -440,7 +443,7 @@ class Admit:
             scope["type"] == "http"
             and scope["method"] == "POST"
             and (path := route_path(scope)) in PICTURE_ROUTES
-            and not _values(scope, b"idempotency-key")
+            and not any(map(_KEY.fullmatch, _values(scope, b"idempotency-key")[:1]))
         ):
             try:
                 self._check(scope["state"]["tenant"])

@@ -154,10 +154,10 @@ class Results:
 
     def answer(self, tenant: Tenant, key: str) -> KeptAnswer | None:
         """The answer under a key; None if there is none or it has expired."""
-        folder = _folder(tenant.name)
+        folder, ending = _folder(tenant.name), f"-{_id(key)}.json"
         for name in self._files.names(folder):
-            match = _ENTRY.fullmatch(name)
-            if match is None or match[3] != _id(key) or not match[4] or int(match[1]) < self._clock():
+            match = _ENTRY.fullmatch(name) if name.endswith(ending) else None
+            if match is None or int(match[1]) < self._clock():
                 continue
             data = self._files.read(f"{folder}/{name}", int(match[2]))
             if data is not None and len(data) == int(match[2]):

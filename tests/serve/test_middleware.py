@@ -279,6 +279,10 @@ def test_a_request_for_pictures_is_refused_without_room_after_its_key_and_its_ad
 
     refused = ask(app, "POST", path, key, [b"{ no", b" JSON"])
     statuses = [
+        *(
+            ask(app, "POST", path, {**key, "Idempotency-Key": name}).status
+            for name in ("a" * 255, "a" * 256, "a b", "")
+        ),
         ask(app, "POST", path).status,
         ask(app, "POST", "/v1/images/other", key, [b"a"]).status,
         ask(app, "POST", "/v1/images/none", key).status,
@@ -289,7 +293,7 @@ def test_a_request_for_pictures_is_refused_without_room_after_its_key_and_its_ad
     assert (refused.status, refused.json["error"]["message"]) == (429, "alice has to wait")
     assert refused.headers["retry-after"] == "7"
     assert refused.received == 2
-    assert statuses == [401, 200, 404, 200, 413]
+    assert statuses == [200, 429, 429, 429, 401, 200, 404, 200, 413]
 
 
 def test_a_client_that_sends_a_large_body_sees_that_there_is_no_room_and_may_send_again() -> None:
