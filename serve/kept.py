@@ -18,7 +18,7 @@ from pydantic_core import PydanticSerializationError
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
-from oneword.serve.errors import Conflict, Invalid
+from oneword.serve.errors import Conflict, Invalid, Unavailable
 from oneword.serve.generate import Disconnected, disconnect
 from oneword.serve.keys import Tenant
 from oneword.serve.middleware import IDEMPOTENCY_KEY
@@ -107,7 +107,8 @@ async def _answer(state: State, tenant: Tenant, key: str, digest: str, draw: Dra
             content, complete = await draw(stack)
             answer = KeptAnswer(digest, content)
             if complete:
-                await state.in_thread(state.results.put_answer, tenant, name, answer)
+                with contextlib.suppress(Unavailable):  # which the store has logged; whoever waits gets the pictures
+                    await state.in_thread(state.results.put_answer, tenant, name, answer)
     return answer
 
 

@@ -135,8 +135,8 @@ class Results:
         """Keeps a picture for an hour and returns its name."""
         expiry = int(self._clock()) + SECONDS
         name = f"{expiry}-{secrets.token_hex(32)}.{format}"
-        self._enter(tenant, f"{expiry}-{len(data)}-{secrets.token_hex(16)}", b"")
         self._files.write(f"{_PICTURES}/{name}", data)
+        self._enter(tenant, f"{expiry}-{len(data)}-{secrets.token_hex(16)}", b"")
         return name
 
     def get(self, name: str) -> tuple[bytes, str] | None:

@@ -212,6 +212,18 @@ def test_an_error_is_not_kept(start_server: Start, monkeypatch: pytest.MonkeyPat
         assert [post(client, "key").status_code for _ in range(2)] == [503, 200]
 
 
+def test_an_answer_that_cannot_be_kept_is_answered(start_server: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    running = start_server()
+
+    def fail(*arguments: Any) -> None:
+        raise Unavailable("a test")
+
+    monkeypatch.setattr(running.state.results, "put_answer", fail)
+    with running.client() as client:
+        assert [post(client, "key").status_code for _ in range(2)] == [200, 200]
+    assert done(running) == 2
+
+
 def test_an_interrupted_request_is_not_kept(start_server: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     running, path, size = start_server(), "/sdapi/v1/txt2img", {"width": 64, "height": 64}
     gate = Gate(monkeypatch)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from oneword.serve.errors import Busy, Forbidden
+from oneword.serve.errors import Busy, Forbidden, Unavailable
 from oneword.serve.files import FolderFiles, open_files
 from oneword.serve.kept import room
 from oneword.serve.keys import Tenant
@@ -138,6 +138,24 @@ def test_an_answer_is_kept_for_ten_minutes_under_its_tenants_key(url: str) -> No
     assert again.collect() == 1
     now = 1000.0
     assert again.answer(alice, "../key") is None
+
+
+def test_a_picture_that_cannot_be_written_is_not_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = FolderFiles(tmp_path)
+    results, alice = Results(files), Tenant("alice", max_result_bytes=100)
+    write = files.write
+
+    def fail(path: str, data: bytes) -> None:
+        if path.startswith("results/"):
+            raise Unavailable("a test")
+        write(path, data)
+
+    monkeypatch.setattr(files, "write", fail)
+    with pytest.raises(Unavailable):
+        results.put(alice, bytes(100), "png")
+
+    with reserved(results, alice, 100):
+        pass
 
 
 def test_an_answer_is_read_whole_however_large_it_is(tmp_path: Path) -> None:
