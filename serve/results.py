@@ -35,6 +35,7 @@ _ENTRIES: Final = "kept"
 _NAME: Final = re.compile(r"(\d{1,12})-[0-9a-f]{64}\.(png|jpeg|webp)")
 _ENTRY: Final = re.compile(r"(\d{1,12})-(\d{1,15})-([0-9a-f]{32})(\.json)?")
 _DIGEST: Final = 64  # characters
+_FIX: Final = "leave out the Idempotency-Key and response_format 'url', or ask for fewer pixels"
 
 
 class KeptAnswer(NamedTuple):
@@ -108,10 +109,7 @@ class Results:
         allowed = tenant.max_result_bytes
         if size > allowed:
             raise Forbidden(
-                f"these pictures may have {size} bytes, allowed are {allowed}: ask for b64_json without an "
-                "Idempotency-Key, or for fewer pixels",
-                "response_format",
-                "quota_exceeded",
+                f"these pictures may have {size} bytes, allowed to be kept are {allowed}: {_FIX}", code="quota_exceeded"
             )
         with self._lock:
             ledger = self._ledgers.setdefault(tenant.name, _Ledger())
@@ -119,10 +117,9 @@ class Results:
             if (used := ledger.bytes + self._reserved[tenant.name]) + size > allowed:
                 raise Busy(
                     f"{used} bytes of your pictures are kept for a while or reserved, these may have {size}, allowed "
-                    f"are {allowed}: ask for b64_json without an Idempotency-Key, or try again later",
+                    f"are {allowed}: try again later, or {_FIX}",
                     ledger.queue[0][0] - self._clock() if ledger.queue else _DRAWING_SECONDS,
-                    "response_format",
-                    "quota_exceeded",
+                    code="quota_exceeded",
                 )
             self._reserved[tenant.name] += size
         try:

@@ -172,7 +172,9 @@ def test_a_request_that_can_never_be_kept_is_not_one_to_send_again(tmp_path: Pat
     results = Results(open_files(str(tmp_path)))
 
     with (
-        pytest.raises(Forbidden, match=f"may have 100 bytes, allowed are {allowed}: ask for b64_json"),
+        pytest.raises(
+            Forbidden, match=f"may have 100 bytes, allowed to be kept are {allowed}: leave out the Idempotency-Key"
+        ),
         reserved(results, Tenant("alice", max_result_bytes=allowed), 100),
     ):
         pass
