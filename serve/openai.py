@@ -24,7 +24,7 @@ from oneword.runtime.spacing import Spacing
 from oneword.serve.errors import ApiError, Invalid, NotFound, from_oneword, openai_body
 from oneword.serve.fields import Fields, validated
 from oneword.serve.forms import read_form
-from oneword.serve.generate import all_or_none, cancel, enter, events, finish, fitted, prepare
+from oneword.serve.generate import cancel, enter, events, finish, fitted, prepare
 from oneword.serve.kept import IdempotencyKey, answered, most_bytes, room
 from oneword.serve.keys import Tenant
 from oneword.serve.openapi import Responses, file_field, stream_response, upload
@@ -349,7 +349,8 @@ async def _edited(
             strength = body.strength or (0.8 if edit.mask is None else 1.0)
             image = await state.in_thread(blank, edit.picture, "image")
             request = _request(body, body.prompt, image=image, strength=strength)
-            generations.append(prepare(state, tenant, request, partials=body.partial_images or 0))
+            partials = body.partial_images or 0
+            generations.append(prepare(state, tenant, request, partials=partials, beside=generations))
         for edit, generation in zip(edits, generations, strict=True):
             generation.request = await state.in_thread(_decoded, edit, generation.request, generation.settings)
         edits.clear()  # the client may leave before the answer is ready
@@ -463,10 +464,7 @@ async def _drawn(
     if keep or not in_json:
         size = sum(most_bytes(generation, in_json=in_json) for generation in generations)
         await stack.enter_async_context(room(state, tenant, size))
-    with all_or_none() as entered:
-        for generation in generations:
-            await enter(state, generation)
-            entered.append(generation)
+    await enter(state, *generations)
     factor = state.manifest.vae.factor
     requests = [generation.request for generation in generations]
     sources = [request.image.shape for request in requests if request.image is not None]
