@@ -6,7 +6,7 @@ Both dialects and the page's routes stand on these. Not covered: admission (`one
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import Final, TypeVar
 
@@ -42,19 +42,21 @@ def prepare(
     *,
     partials: int = 0,
     label: object = None,
+    beside: Sequence[Generation] = (),
 ) -> Generation:
-    """The generation of a request that there is room for now, before its words are looked up and its picture is
-    decoded: `enter` queues it. `settings` are those of `resolve`, if they are known. Raises ApiError."""
+    """The generation of a request that there is room for now, `beside` others, before its words are looked up and its
+    picture is decoded: `enter` queues it. `settings` are those of `resolve`, if they are known. Raises ApiError."""
     _check_size(state, request)
-    return state.pool.prepared(tenant, request, settings, partials=partials, label=label)
+    return state.pool.prepared(tenant, request, settings, partials=partials, label=label, beside=beside)
 
 
-async def enter(state: State, generation: Generation, *, bare_names: bool = False) -> None:
-    """Resolves the words of a generation among its tenant's, and queues its pictures. Raises ApiError."""
-    words = await state.words.resolve(generation.tenant, generation.settings.texts, bare_names)
-    if words:  # the model itself has none
-        generation.request = replace(generation.request, words=words)
-    state.pool.enter(generation)
+async def enter(state: State, *generations: Generation, bare_names: bool = False) -> None:
+    """Resolves the words of generations among their tenant's, and queues the pictures, all or none. Raises ApiError."""
+    for generation in generations:
+        words = await state.words.resolve(generation.tenant, generation.settings.texts, bare_names)
+        if words:  # the model itself has none
+            generation.request = replace(generation.request, words=words)
+    state.pool.enter(*generations)
 
 
 def fitted(request: Request, settings: ResolvedSettings) -> Request:
@@ -134,17 +136,6 @@ async def events(generations: Sequence[Generation]) -> AsyncGenerator[tuple[int,
                 await news.wait()
     finally:
         cancel(generations)
-
-
-@contextlib.contextmanager
-def all_or_none() -> Iterator[list[Generation]]:
-    """A list for generations that belong together: all of them are cancelled if the block raises."""
-    started: list[Generation] = []
-    try:
-        yield started
-    except BaseException:
-        cancel(started)
-        raise
 
 
 def cancel(generations: Sequence[Generation]) -> None:

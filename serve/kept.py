@@ -2,63 +2,61 @@
 
 Their answer is kept in the store for ten minutes. A client that has lost its connection sends the request again, with
 its key, and gets that answer, or waits for it if it is still being made. After a restart, or through another server on
-the same store, it gets the answer if it was ready, else the pictures are made again. Errors are not kept. Not covered:
-streams, and where answers are kept (`oneword.serve.results`).
+the same store, it gets the answer if it was ready and the bundle is the same, else the pictures are made again. Errors
+and interrupted requests are not kept. Not covered: streams, and where answers are kept (`oneword.serve.results`).
 """
 
 import asyncio
 import contextlib
 import hashlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import Annotated, Final, TypeAlias
+from typing import Annotated, Final, TypeAlias, TypeVar
 
 from fastapi import Header
 from pydantic import BaseModel
+from pydantic_core import PydanticSerializationError
+from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
-from oneword.serve.errors import Conflict
+from oneword.serve.errors import Conflict, Invalid, Unavailable
+from oneword.serve.generate import Disconnected, disconnect
 from oneword.serve.keys import Tenant
+from oneword.serve.middleware import IDEMPOTENCY_KEY
 from oneword.serve.pool import Generation
 from oneword.serve.results import KeptAnswer
-from oneword.serve.state import State
+from oneword.serve.state import Making, State, caller
 
+T = TypeVar("T")
 IdempotencyKey: TypeAlias = Annotated[
     str | None,
     Header(
         description="Any text that is unique among your requests. The request is then finished even if the connection "
         "is lost, and its answer kept for ten minutes: sent again with the same key, it gets the same answer.",
-        max_length=255,
-        pattern="^[!-~]+$",
+        pattern=f"^{IDEMPOTENCY_KEY}$",
     ),
 ]
-Draw: TypeAlias = Callable[[contextlib.AsyncExitStack], Awaitable[bytes]]
-"""Makes an answer. What it enters is left once the answer is kept, such as `room` for it."""
+Draw: TypeAlias = Callable[[contextlib.AsyncExitStack], Awaitable[tuple[bytes, bool]]]
+"""Makes an answer, and says whether it has all pictures. What it enters is left once the answer is kept, such as `room`
+for it."""
 
 _STORE_SECONDS: Final = 10.0
 _METADATA: Final = 4096  # bytes of a file that are neither pixels nor prompts
 
 
-async def answered(
-    state: State,
-    tenant: Tenant,
-    key: str,
-    request: BaseModel,
-    files: Sequence[bytes],
-    draw: Draw,
-) -> Response:
-    """The answer to a request with a key: the kept one, or what `draw` makes, whether or not somebody waits for it.
+async def answered(http: HTTPRequest, key: str, request: BaseModel, files: Sequence[bytes], draw: Draw) -> Response:
+    """The answer to a request with a key: the kept one, or what `draw` makes, even if the client leaves.
 
-    Raises Conflict if the key was that of another request, and what `draw` does.
+    Raises Conflict if the key was that of another request, Invalid for one that cannot be told from others,
+    Disconnected, and what `draw` does.
     """
+    state, tenant = caller(http)
     digest = await state.in_thread(_digest, request, files)
     making = state.making.get((tenant.name, key))
     if making is None:
-        making = state.making[tenant.name, key] = (
-            digest,
-            asyncio.ensure_future(_answer(state, tenant, key, digest, draw)),
-        )
-        making[1].add_done_callback(lambda done: _forget(state, tenant, key, done))
-    if making[0] != digest or (answer := await asyncio.shield(making[1])).digest != digest:
+        task = asyncio.ensure_future(_answer(state, tenant, key, digest, draw))
+        making = state.making[tenant.name, key] = Making(digest, task)
+        task.add_done_callback(lambda done: _forget(state, tenant, key, done))
+    if making.digest != digest or (answer := await _result(http, making.task)).digest != digest:
         raise Conflict(
             "this Idempotency-Key was sent with another request: choose a new key for each request", "Idempotency-Key"
         )
@@ -68,15 +66,15 @@ async def answered(
 async def finish(state: State) -> None:
     """Returns when the answers to all requests with keys are kept, or if the store takes too long. Their pictures are
     ready or dropped by then."""
-    if tasks := [task for _, task in state.making.values()]:
+    if tasks := [making.task for making in state.making.values()]:
         await asyncio.wait(tasks, timeout=_STORE_SECONDS)
 
 
 @contextlib.asynccontextmanager
 async def room(state: State, tenant: Tenant, size: int) -> AsyncIterator[None]:
     """Room for so many bytes in the store. Raises as Results.reserved."""
-    with contextlib.ExitStack() as stack:
-        await state.in_thread(stack.enter_context, state.results.reserved(tenant, size))
+    await state.in_thread(state.results.count, tenant)
+    with state.results.reserved(tenant, size):
         yield
 
 
@@ -89,12 +87,28 @@ def most_bytes(generation: Generation, *, pixels: int = 0, in_json: bool = False
     return request.num_images * (4 * file // 3 if in_json else file)
 
 
+async def _result(http: HTTPRequest, task: asyncio.Task[T]) -> T:
+    """The result of a task, which goes on if the client leaves. Raises Disconnected then."""
+    gone = asyncio.ensure_future(disconnect(http))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        gone.cancel()
+    if not task.done():
+        raise Disconnected
+    return task.result()
+
+
 async def _answer(state: State, tenant: Tenant, key: str, digest: str, draw: Draw) -> KeptAnswer:
-    answer = await state.in_thread(state.results.answer, tenant, key)
+    name = f"{state.bundle_digest} {key}"  # another bundle makes other pictures
+    answer = await state.in_thread(state.results.answer, tenant, name)
     if answer is None:
         async with contextlib.AsyncExitStack() as stack:
-            answer = KeptAnswer(digest, await draw(stack))
-            await state.in_thread(state.results.put_answer, tenant, key, answer)
+            content, complete = await draw(stack)
+            answer = KeptAnswer(digest, content)
+            if complete:
+                with contextlib.suppress(Unavailable):  # which the store has logged; whoever waits gets the pictures
+                    await state.in_thread(state.results.put_answer, tenant, name, answer)
     return answer
 
 
@@ -106,6 +120,13 @@ def _forget(state: State, tenant: Tenant, key: str, done: asyncio.Task[KeptAnswe
 
 def _digest(request: BaseModel, files: Sequence[bytes]) -> str:
     digest = hashlib.sha256(type(request).__name__.encode())
-    for part in (request.model_dump_json().encode(), *files):
+    try:
+        fields = request.model_dump_json().encode()
+    except PydanticSerializationError:
+        raise Invalid(
+            "with an Idempotency-Key, text must be UTF-8 and nothing may be nested hundreds of levels deep: send the "
+            "request without the key"
+        ) from None
+    for part in (fields, *files):
         digest.update(hashlib.sha256(part).digest())
     return digest.hexdigest()

@@ -24,7 +24,7 @@ from oneword.runtime.spacing import Spacing
 from oneword.serve.errors import ApiError, Invalid, NotFound, from_oneword, openai_body
 from oneword.serve.fields import Fields, validated
 from oneword.serve.forms import read_form
-from oneword.serve.generate import all_or_none, cancel, enter, events, finish, fitted, prepare
+from oneword.serve.generate import cancel, enter, events, finish, fitted, prepare
 from oneword.serve.kept import IdempotencyKey, answered, most_bytes, room
 from oneword.serve.keys import Tenant
 from oneword.serve.openapi import Responses, file_field, stream_response, upload
@@ -337,7 +337,7 @@ class _Edit:
 
 
 async def _edited(
-    http: HTTPRequest, body: EditFields | VariationFields, edits: Sequence[_Edit], prefix: str, key: str | None
+    http: HTTPRequest, body: EditFields | VariationFields, edits: list[_Edit], prefix: str, key: str | None
 ) -> Response:
     """Answers with the edited pictures. They are decoded once there is room for all of them, by their files' heads."""
     state, tenant = caller(http)
@@ -349,9 +349,11 @@ async def _edited(
             strength = body.strength or (0.8 if edit.mask is None else 1.0)
             image = await state.in_thread(blank, edit.picture, "image")
             request = _request(body, body.prompt, image=image, strength=strength)
-            generations.append(prepare(state, tenant, request, partials=body.partial_images or 0))
+            partials = body.partial_images or 0
+            generations.append(prepare(state, tenant, request, partials=partials, beside=generations))
         for edit, generation in zip(edits, generations, strict=True):
             generation.request = await state.in_thread(_decoded, edit, generation.request, generation.settings)
+        edits.clear()  # the client may leave before the answer is ready
         return generations
 
     files = [data for edit in edits for data in (edit.picture, edit.mask or b"")]
@@ -435,17 +437,16 @@ async def _answer(
     files: Sequence[bytes] = (),
 ) -> Response:
     """Answers with the pictures of what is prepared, or with those that were kept under the key."""
-    state, tenant = caller(http)
     if key is None:
         async with contextlib.AsyncExitStack() as stack:
             return await _drawn(http, body, await prepared(), prefix, stack)
     if body.stream:
         raise Invalid("stream is true with an Idempotency-Key, allowed is one of the two", "stream")
 
-    async def draw(stack: contextlib.AsyncExitStack) -> bytes:
-        return bytes((await _drawn(http, body, await prepared(), prefix, stack, keep=True)).body)
+    async def draw(stack: contextlib.AsyncExitStack) -> tuple[bytes, bool]:
+        return bytes((await _drawn(http, body, await prepared(), prefix, stack, keep=True)).body), True
 
-    return await answered(state, tenant, key, body, files, draw)
+    return await answered(http, key, body, files, draw)
 
 
 async def _drawn(
@@ -463,10 +464,7 @@ async def _drawn(
     if keep or not in_json:
         size = sum(most_bytes(generation, in_json=in_json) for generation in generations)
         await stack.enter_async_context(room(state, tenant, size))
-    with all_or_none() as entered:
-        for generation in generations:
-            await enter(state, generation)
-            entered.append(generation)
+    await enter(state, *generations)
     factor = state.manifest.vae.factor
     requests = [generation.request for generation in generations]
     sources = [request.image.shape for request in requests if request.image is not None]

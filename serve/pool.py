@@ -24,7 +24,7 @@ import itertools
 import time
 import uuid
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import partial
@@ -373,7 +373,7 @@ class Pool:
         without work takes requests of up to ten times as many seconds; Invalid for a larger one.
         """
         generation = self.prepared(tenant, request, settings, partials=partials, label=label)
-        self.enter(generation, deadline)
+        self.enter(generation, deadline=deadline)
         return generation
 
     def prepared(
@@ -384,8 +384,10 @@ class Pool:
         *,
         partials: int = 0,
         label: object = None,
+        beside: Sequence[Generation] = (),
     ) -> Generation:
-        """The generation of a request that there is room for now, for `enter`. Raises as `submit`, but for quotas."""
+        """The generation of a request that there is room for now, `beside` others that will enter with it, for `enter`.
+        Raises as `submit`, but for quotas."""
         with self._refusals():
             self._read_inbox()
             self._check_ready()
@@ -400,31 +402,31 @@ class Pool:
                 except OnewordError as error:
                     raise from_oneword(error) from None
             generation = Generation(self, tenant, request, settings, partials, label)
-            self._check_room(generation)
+            self._check_room(*beside, generation)
             return generation
 
-    def enter(self, generation: Generation, deadline: float | None = None) -> None:
-        """Queues a generation that was `prepared`. Its request may have got other words, and a picture of the same
-        size, since. Raises as `submit`."""
+    def enter(self, *generations: Generation, deadline: float | None = None) -> None:
+        """Queues generations of one tenant that were `prepared`, all or none. Their requests may have got other words,
+        and pictures of the same size, since. Raises as `submit`."""
         with self._refusals():
             self._read_inbox()
             self._check_ready()
-            self._check_room(generation)
-            self._spend(generation)
-        self._enter(generation, deadline)
+            self._check_room(*generations)
+            self._spend(*generations)
+        for generation in generations:
+            self._enter(generation, deadline)
         self._read_inbox()  # a step that freed a slot did not wake the loop up if nothing waited so far
         self._hand_over()
 
     def check(self, tenant: Tenant) -> None:
-        """Raises what `submit` would for any request, before it is known: Unavailable, and Busy if the tenant was
-        refused and there is still no room for as much. That may refuse a smaller request than the one before; else
-        each one that just fits would have to be read while larger ones never found room."""
+        """Raises what `submit` would for any request, before it is known: Unavailable, and Busy if there is no room, or
+        if the tenant was refused and there is still no room for as much. That may refuse a smaller request than the one
+        before; else each one that just fits would have to be read while larger ones never found room."""
         with self._refusals():
             self._read_inbox()
             self._check_ready()
-            if (seconds := self._refused.get(tenant.name)) is not None:
-                self._check_wait(tenant, seconds)
-                del self._refused[tenant.name]
+            self._check_wait(tenant, self._refused.get(tenant.name, 0.0))
+            self._refused.pop(tenant.name, None)
 
     @contextlib.contextmanager
     def _refusals(self) -> Iterator[None]:
@@ -535,9 +537,10 @@ class Pool:
         if self.worker.state is not State.READY:
             raise Unavailable("the engine has stopped: the server starts again if it is supervised", 5)
 
-    def _check_room(self, generation: Generation) -> None:
+    def _check_room(self, *generations: Generation) -> None:
         """Raises Invalid for a request that is too large, Busy if it would be done later than allowed."""
-        seconds = self._seconds(generation._work_left)
+        tenant = generations[0].tenant
+        seconds = self._seconds(sum((generation._work_left for generation in generations), Work()))
         if seconds > MAX_WAITS * self.max_wait:
             raise Invalid(
                 f"this request would take {seconds:.0f} seconds, allowed are {MAX_WAITS * self.max_wait:g}: "
@@ -545,9 +548,9 @@ class Pool:
                 code="too_much_work",
             )
         try:
-            self._check_wait(generation.tenant, seconds)
+            self._check_wait(tenant, seconds)
         except Busy:
-            self._refused[generation.tenant.name] = min(seconds, _MARGIN * self.max_wait)
+            self._refused[tenant.name] = min(seconds, _MARGIN * self.max_wait)
             raise
 
     def _check_wait(self, tenant: Tenant, seconds: float) -> None:
@@ -578,17 +581,18 @@ class Pool:
         longest = left[min(ahead, len(left) - 1)]
         return self._seconds(Work(sum(min(work, longest) for work in left)))
 
-    def _spend(self, generation: Generation) -> None:
+    def _spend(self, *generations: Generation) -> None:
         """Takes the request's pixel-steps from its tenant's budget. Raises Busy if there are not enough, Forbidden if
         there are never any."""
-        limit = generation.tenant.pixel_steps_per_minute
+        tenant = generations[0].tenant
+        limit = tenant.pixel_steps_per_minute
         if limit is None:
             return
         if limit == 0:
             raise Forbidden("this key may not generate pictures: ask this server's operator", code="quota_exceeded")
-        budget = self._budgets.setdefault(generation.tenant.name, _Budget(limit, self.clock()))
+        budget = self._budgets.setdefault(tenant.name, _Budget(limit, self.clock()))
         budget.refill(limit, self.clock())
-        cost = generation._pixel_steps * generation.request.num_images
+        cost = sum(generation._pixel_steps * generation.request.num_images for generation in generations)
         missing = min(cost, limit) - budget.left
         if missing > 0:
             raise Busy(

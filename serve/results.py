@@ -35,6 +35,7 @@ _ENTRIES: Final = "kept"
 _NAME: Final = re.compile(r"(\d{1,12})-[0-9a-f]{64}\.(png|jpeg|webp)")
 _ENTRY: Final = re.compile(r"(\d{1,12})-(\d{1,15})-([0-9a-f]{32})(\.json)?")
 _DIGEST: Final = 64  # characters
+_FIX: Final = "leave out the Idempotency-Key and response_format 'url', or ask for fewer pixels"
 
 
 class KeptAnswer(NamedTuple):
@@ -71,42 +72,54 @@ class Results:
     """Files `results/<expiry>-<random>.<suffix>` of a store, and for each picture and answer of a tenant an entry
     `kept/<tenant>/<expiry>-<bytes>-<id>`: that of an answer is the answer itself, that of a picture is empty.
 
-    All methods may block: call them in a thread.
+    All methods but `reserved` may block: call them in a thread.
     """
 
     def __init__(self, files: Files, clock: Callable[[], float] = time.time) -> None:
         self._files = files
         self._clock = clock
         self._lock = threading.Lock()
+        """Held for a moment only, never while the store is read or written."""
         self._ledgers: dict[str, _Ledger] = {}
-        """By tenant, as of the last `collect`, and what this server has kept since."""
+        """By tenant, as of the last `count`, and what this server has kept since."""
+        self._counted = set[str]()
+        """Tenants that were counted since the last `collect`."""
         self._reserved = Counter[str]()
         """Bytes by tenant."""
 
+    def count(self, tenant: Tenant) -> None:
+        """Counts what other servers, or this one before it was restarted, have kept for a tenant, unless it has counted
+        since the last `collect`."""
+        if tenant.name in self._counted:
+            return
+        names = self._files.names(_folder(tenant.name))
+        with self._lock:
+            ledger = self._ledgers.setdefault(tenant.name, _Ledger())
+            for name in names:
+                ledger.add(name)
+            self._counted.add(tenant.name)
+
     @contextlib.contextmanager
     def reserved(self, tenant: Tenant, size: int) -> Iterator[None]:
-        """Room for so many bytes of pictures and answers, from before they are drawn until they are kept.
+        """Room for so many bytes of pictures and answers, from before they are drawn until they are kept. Of those in
+        the store, it knows what was counted.
 
         Raises Forbidden if the tenant may never keep as many, Busy if it may not now.
         """
         allowed = tenant.max_result_bytes
         if size > allowed:
             raise Forbidden(
-                f"these pictures may have {size} bytes, allowed are {allowed}: ask for b64_json without an "
-                "Idempotency-Key, or for fewer pixels",
-                "response_format",
-                "quota_exceeded",
+                f"these pictures may have {size} bytes, allowed to be kept are {allowed}: {_FIX}", code="quota_exceeded"
             )
         with self._lock:
-            ledger = self._ledger(tenant)
+            ledger = self._ledgers.setdefault(tenant.name, _Ledger())
             ledger.expire(self._clock())
             if (used := ledger.bytes + self._reserved[tenant.name]) + size > allowed:
                 raise Busy(
                     f"{used} bytes of your pictures are kept for a while or reserved, these may have {size}, allowed "
-                    f"are {allowed}: ask for b64_json without an Idempotency-Key, or try again later",
+                    f"are {allowed}: try again later, or {_FIX}",
                     ledger.queue[0][0] - self._clock() if ledger.queue else _DRAWING_SECONDS,
-                    "response_format",
-                    "quota_exceeded",
+                    code="quota_exceeded",
                 )
             self._reserved[tenant.name] += size
         try:
@@ -119,8 +132,8 @@ class Results:
         """Keeps a picture for an hour and returns its name."""
         expiry = int(self._clock()) + SECONDS
         name = f"{expiry}-{secrets.token_hex(32)}.{format}"
-        self._enter(tenant, f"{expiry}-{len(data)}-{secrets.token_hex(16)}", b"")
         self._files.write(f"{_PICTURES}/{name}", data)
+        self._enter(tenant, f"{expiry}-{len(data)}-{secrets.token_hex(16)}", b"")
         return name
 
     def get(self, name: str) -> tuple[bytes, str] | None:
@@ -132,18 +145,18 @@ class Results:
         return None if data is None else (data, MEDIA_TYPES[match[2]])
 
     def put_answer(self, tenant: Tenant, key: str, answer: KeptAnswer) -> None:
-        """Keeps an answer for ten minutes under a key of the tenant's."""
+        """Keeps an answer for ten minutes under any text of the tenant's."""
         data = answer.digest.encode() + answer.content
         self._enter(tenant, f"{int(self._clock()) + ANSWER_SECONDS}-{len(data)}-{_id(key)}.json", data)
 
     def answer(self, tenant: Tenant, key: str) -> KeptAnswer | None:
         """The answer under a key; None if there is none or it has expired."""
-        folder = _folder(tenant.name)
+        folder, ending = _folder(tenant.name), f"-{_id(key)}.json"
         for name in self._files.names(folder):
-            match = _ENTRY.fullmatch(name)
-            if match is None or match[3] != _id(key) or not match[4] or int(match[1]) < self._clock():
+            match = _ENTRY.fullmatch(name) if name.endswith(ending) else None
+            if match is None or int(match[1]) < self._clock():
                 continue
-            data = self._files.read(f"{folder}/{name}")
+            data = self._files.read(f"{folder}/{name}", int(match[2]))
             if data is not None and len(data) == int(match[2]):
                 return KeptAnswer(data[:_DIGEST].decode(), data[_DIGEST:])
         return None
@@ -162,22 +175,15 @@ class Results:
         for path in expired:
             self._files.delete(path)
         with self._lock:
-            self._ledgers.clear()  # other servers may have kept some
+            self._counted.clear()  # other servers may have kept some
+            for ledger in self._ledgers.values():
+                ledger.expire(now)
         return count
 
     def _enter(self, tenant: Tenant, name: str, data: bytes) -> None:
         self._files.write(f"{_folder(tenant.name)}/{name}", data)
         with self._lock:
-            if (ledger := self._ledgers.get(tenant.name)) is not None:
-                ledger.add(name)
-
-    def _ledger(self, tenant: Tenant) -> _Ledger:
-        if (ledger := self._ledgers.get(tenant.name)) is None:
-            ledger = _Ledger()
-            for name in self._files.names(_folder(tenant.name)):
-                ledger.add(name)
-            self._ledgers[tenant.name] = ledger
-        return ledger
+            self._ledgers.setdefault(tenant.name, _Ledger()).add(name)
 
 
 def _folder(tenant: str) -> str:

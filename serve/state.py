@@ -2,13 +2,15 @@
 
 import asyncio
 import functools
+import hashlib
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ParamSpec, Self, TypeVar
+from typing import NamedTuple, ParamSpec, Self, TypeVar
 
+import msgspec
 import numpy as np
 import PIL.Image
 from starlette.requests import HTTPConnection
@@ -39,6 +41,13 @@ _ALWAYS = 1024 * 1024  # pixels that every server makes, however small its model
 _THREADS = 2  # of each kind
 
 
+class Making(NamedTuple):
+    """A request whose answer will be kept: its digest, and what makes the answer."""
+
+    digest: str
+    task: asyncio.Task[KeptAnswer]
+
+
 @dataclass(eq=False)
 class State:
     """Everything that a route needs: `State.of(request)`."""
@@ -57,8 +66,8 @@ class State:
     jobs: Jobs
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
     """Set once all pictures are done and the server ends: streams that would last end too."""
-    making: dict[tuple[str, str], tuple[str, asyncio.Task[KeptAnswer]]] = field(default_factory=dict)
-    """By tenant and key, the digest of a request whose answer will be kept, and what makes it."""
+    making: dict[tuple[str, str], Making] = field(default_factory=dict)
+    """By tenant and key."""
     created: int = field(default_factory=lambda: int(time.time()))
     _threads: dict[str, ThreadPoolExecutor] = field(default_factory=dict)
 
@@ -72,6 +81,11 @@ class State:
     def name(self) -> str:
         """The model's name: the last part of its weights' id."""
         return Path(self.manifest.source.id).name
+
+    @functools.cached_property
+    def bundle_digest(self) -> str:
+        """sha256 of the manifest, which has those of the bundle's files."""
+        return hashlib.sha256(msgspec.json.encode(self.manifest)).hexdigest()
 
     @property
     def max_pixels(self) -> int:

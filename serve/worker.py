@@ -28,7 +28,6 @@ import numpy.typing as npt
 
 from oneword.engines.errors import EngineError, OnewordError, UsageError, one_line, without_frames
 from oneword.runtime.batched import CALLS
-from oneword.runtime.edit import paste
 from oneword.runtime.events import Event, Latents, PictureDone, StepDone
 from oneword.runtime.events import Failed as PictureFailed
 from oneword.runtime.model import Model
@@ -532,7 +531,6 @@ class Worker:
         for (ticket, event), image, ok in zip(estimates, images, finite, strict=True):
             if not ok:
                 continue
-            image = paste(image, ticket.request, _settings(ticket))
             if event.step in ticket.partial_steps:
                 self._tell(ticket, Partial(event.step, image))
             if draft and ticket.request.has_preview(event.step):

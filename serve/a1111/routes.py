@@ -67,10 +67,10 @@ _api = APIRouter(prefix="/sdapi/v1", responses=error_responses(Error))
 async def txt2img(http: HTTPRequest, body: TextToImage, idempotency_key: IdempotencyKey = None) -> Response:
     """Generates pictures from a prompt."""
     state, tenant = caller(http)
-    plan = text_to_image(body, state.manifest, secrets.randbelow(RANDOM_SEEDS))
+    plan, label = text_to_image(body, state.manifest, secrets.randbelow(RANDOM_SEEDS)), _label(http, body)
 
     async def prepared() -> tuple[Plan, Generation]:
-        return plan, prepare(state, tenant, plan.request, plan.settings, label=_label(http, body))
+        return plan, prepare(state, tenant, plan.request, plan.settings, label=label)
 
     return await _answer(http, body, prepared, idempotency_key)
 
@@ -79,15 +79,18 @@ async def txt2img(http: HTTPRequest, body: TextToImage, idempotency_key: Idempot
 async def img2img(http: HTTPRequest, body: ImageToImage, idempotency_key: IdempotencyKey = None) -> Response:
     """Edits a picture, or the area of a mask in it."""
     state, tenant = caller(http)
-    files = await state.in_thread(_files, body)
-    draft = text_to_image(body, state.manifest, secrets.randbelow(RANDOM_SEEDS)).request
+    label = _label(http, body)
 
     async def prepared() -> tuple[Plan, Generation]:
+        files = await state.in_thread(_files, body)
+        draft = text_to_image(body, state.manifest, secrets.randbelow(RANDOM_SEEDS)).request
         image = await state.in_thread(blank, files.image, "init_images")
         blank_request = replace(draft, image=image, strength=strength_of(body))
-        generation = prepare(state, tenant, blank_request, label=_label(http, body))  # before a pixel is decoded
+        generation = prepare(state, tenant, blank_request, label=label)  # before a pixel is decoded
         plan = await state.in_thread(_edit_plan, body, files, state.manifest, draft.seed)
         generation.request = plan.request
+        if not body.include_init_images:
+            body.init_images = body.mask = None  # the client may leave before the answer is ready
         return plan, generation
 
     return await _answer(http, body, prepared, idempotency_key)
@@ -246,14 +249,16 @@ async def _answer(
         content = await _drawn(state, http, body, *await prepared())
         return Response(content, media_type="application/json")
 
-    async def draw(stack: contextlib.AsyncExitStack) -> bytes:
+    async def draw(stack: contextlib.AsyncExitStack) -> tuple[bytes, bool]:
         plan, generation = await prepared()
         pixels = 0 if plan.crop is None else plan.crop.original[..., 0].size
-        size = most_bytes(generation, pixels=pixels, in_json=True)
+        text = await state.in_thread(answers.pictures_answer, body, plan, [], [], state.manifest, "")
+        # The text twice: each picture's parameters repeat its prompts.
+        size = most_bytes(generation, pixels=pixels, in_json=True) + 2 * len(text)
         await stack.enter_async_context(room(state, tenant, size))
-        return await _drawn(state, None, body, plan, generation)
+        return await _drawn(state, None, body, plan, generation), not generation.cancelled
 
-    return await answered(state, tenant, key, body, (), draw)
+    return await answered(http, key, body, (), draw)
 
 
 async def _drawn(

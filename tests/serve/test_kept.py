@@ -2,23 +2,27 @@
 
 import base64
 import json
+import shutil
 import socket
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 
 from oneword.serve import openai
 from oneword.serve.errors import Unavailable
 from oneword.serve.keys import new_key
-from oneword.serve.pictures import encode
+from oneword.serve.pictures import as_base64, encode
 from tests.serve.conftest import Start
 from tests.serve.running import SECONDS, Running
 from tests.serve.test_openai import png
+from tests.serve.test_pool import Gate
 
 GENERATIONS = "/v1/images/generations"
 BODY: dict[str, Any] = {"prompt": "a cat", "steps": 2, "size": "64x64"}
@@ -31,6 +35,14 @@ def post(client: httpx.Client, key: str, path: str = GENERATIONS, **fields: Any)
 def done(running: Running, outcome: str = "done") -> int:
     """Pictures that ended like this."""
     return int(running.state.metrics.pictures.labels(outcome)._value.get())
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Returns once it is true."""
+    end = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def leave(running: Running, key: str, **fields: Any) -> None:
@@ -56,6 +68,25 @@ def test_a_client_that_left_gets_the_answer_when_it_sends_the_request_again(star
     assert base64.b64decode(answer.json()["data"][0]["b64_json"])[:4] == b"\x89PNG"
     assert again.content == answer.content
     assert (done(running), done(running, "cancelled")) == (1, 0)
+
+
+def test_a_client_that_left_has_no_request_in_progress(start_server: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    running = start_server()
+    gate = threading.Event()
+
+    def encode_later(*arguments: Any) -> bytes:
+        assert gate.wait(SECONDS)
+        return encode(*arguments)
+
+    monkeypatch.setattr(openai, "encode", encode_later)
+    left = running.state.metrics.requests.labels(GENERATIONS, 499)
+    leave(running, "lost", steps=300)
+    wait_until(lambda: left._value.get() == 1)
+    gate.set()
+
+    with running.client() as client:
+        assert post(client, "lost", steps=300).status_code == 200
+    assert done(running) == 1
 
 
 def test_equal_requests_at_the_same_time_are_made_once(start_server: Start) -> None:
@@ -85,6 +116,21 @@ def test_an_answer_outlives_the_server_and_is_the_tenants_own(start_server: Star
     assert other.status_code == 200
     assert other.json()["data"][0]["seed"] != answer.json()["data"][0]["seed"]
     assert (done(before), done(after)) == (1, 1)
+
+
+def test_an_answer_is_that_of_one_bundle(start_server: Start, tmp_path: Path, tiny_bundle: Path) -> None:
+    manifest = json.loads((shutil.copytree(tiny_bundle, tmp_path / "bundle") / "bundle.json").read_text())
+    manifest["defaults"]["guidance_scale"] += 1
+    (tmp_path / "bundle" / "bundle.json").write_text(json.dumps(manifest))
+    servers = [
+        start_server(bundle=bundle, words=str(tmp_path / "words")) for bundle in (tiny_bundle, tmp_path / "bundle")
+    ]
+
+    for running in servers:
+        with running.client() as client:
+            assert post(client, "key").status_code == 200
+
+    assert [done(running) for running in servers] == [1, 1]
 
 
 def test_a_kept_answer_is_there_for_ten_minutes_whatever_else_the_server_does(start_server: Start) -> None:
@@ -134,11 +180,22 @@ def test_two_requests_with_one_key_at_the_same_time_conflict_at_once(
     monkeypatch.setattr(openai, "encode", encode_later)
     with running.client() as client, ThreadPoolExecutor(1) as threads:
         first = threads.submit(post, client, "key", seed=1)
-        while not running.state.making:
-            time.sleep(0.01)
+        wait_until(lambda: bool(running.state.making))
         assert post(client, "key", seed=2).status_code == 409
         gate.set()
         assert first.result().status_code == 200
+
+
+@pytest.mark.parametrize("comments", ['"\\ud800"', "[" * 300 + "]" * 300])
+def test_text_that_is_not_utf8_and_deep_nesting_need_a_request_without_a_key(server: Running, comments: str) -> None:
+    body = f'{{"prompt": "a cat", "steps": 1, "width": 64, "height": 64, "comments": {{"a": {comments}}}}}'
+    headers = {"Content-Type": "application/json"}
+    with server.client() as client:
+        refused = client.post("/sdapi/v1/txt2img", content=body, headers={**headers, "Idempotency-Key": "key"})
+        drawn = client.post("/sdapi/v1/txt2img", content=body, headers=headers)
+
+    assert (refused.status_code, drawn.status_code) == (400, 200)
+    assert "send the request without the key" in refused.json()["detail"]
 
 
 def test_an_error_is_not_kept(start_server: Start, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,6 +210,33 @@ def test_an_error_is_not_kept(start_server: Start, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(openai, "encode", encode_later)
     with running.client() as client:
         assert [post(client, "key").status_code for _ in range(2)] == [503, 200]
+
+
+def test_an_answer_that_cannot_be_kept_is_answered(start_server: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    running = start_server()
+
+    def fail(*arguments: Any) -> None:
+        raise Unavailable("a test")
+
+    monkeypatch.setattr(running.state.results, "put_answer", fail)
+    with running.client() as client:
+        assert [post(client, "key").status_code for _ in range(2)] == [200, 200]
+    assert done(running) == 2
+
+
+def test_an_interrupted_request_is_not_kept(start_server: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    running, path, size = start_server(), "/sdapi/v1/txt2img", {"width": 64, "height": 64}
+    gate = Gate(monkeypatch)
+    with running.client() as client, ThreadPoolExecutor(1) as threads:
+        interrupted = threads.submit(post, client, "key", path, **size)
+        assert gate.entered.wait(SECONDS)
+        client.post("/sdapi/v1/interrupt")
+        answers = [interrupted.result()]
+        gate.open.set()
+        answers += [post(client, "key", path, **size) for _ in range(2)]
+
+    assert [len(answer.json()["images"]) for answer in answers] == [0, 1, 1]
+    assert done(running) == 1
 
 
 def test_uploads_and_a1111s_requests_can_be_kept_too(start_server: Start) -> None:
@@ -189,4 +273,21 @@ def test_a_kept_answer_counts_against_the_keys_limit(start_server: Start, tmp_pa
     # Room for 4 bytes per pixel, in base64, and 8 KiB; and what the first answer has.
     assert (first.status_code, second.status_code, again.status_code) == (200, 429, 200)
     assert second.json()["error"]["message"].startswith(f"{64 + len(first.content)} bytes of your pictures are kept")
+    assert done(running) == 1
+
+
+def test_all_that_an_a1111_answer_repeats_counts_against_the_keys_limit(start_server: Start, tmp_path: Path) -> None:
+    key, lines = new_key("alice")
+    (tmp_path / "keys.toml").write_text(f"{lines}max_result_bytes = 135000\n")
+    running = start_server(keys=tmp_path / "keys.toml", words=str(tmp_path / "words"))
+    noise = np.random.default_rng(0).integers(0, 256, (400, 400, 3), np.uint8)
+    size = {"width": 64, "height": 64}
+    with Running(running.url, running.state, key).client() as client:
+        echoed = {"init_images": [as_base64(encode(noise, "png"))], "include_init_images": True}  # 640,000 bytes
+        pictures = post(client, "a", "/sdapi/v1/img2img", **echoed, **size)
+        # 14 bytes per character where JSON is in JSON, for each of four pictures twice: alone and in its parameters.
+        prompts = post(client, "b", "/sdapi/v1/txt2img", prompt="\U0001f408" * 1200, n_iter=4, **size)
+        ordinary = post(client, "c", "/sdapi/v1/txt2img", **size)
+
+    assert (pictures.status_code, prompts.status_code, ordinary.status_code) == (403, 403, 200)
     assert done(running) == 1

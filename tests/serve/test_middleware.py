@@ -9,6 +9,7 @@ import logging
 import socket
 import threading
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http.client import HTTPConnection
 from pathlib import Path
@@ -30,6 +31,7 @@ from oneword.serve.settings import Settings
 
 KEY = "ow_the-key-of-alice"
 LIMIT = 100_000
+PIECE = bytes(1 << 20)
 
 
 class Prompt(BaseModel):
@@ -83,7 +85,7 @@ def make_app(keys: Keys | None = None, **settings: Any) -> FastAPI:
     return app
 
 
-def full_app(keys: Keys | None = None) -> FastAPI:
+def full_app(keys: Keys | None = None, limits: Sequence[tuple[str, int]] = (("", 1 << 20),)) -> FastAPI:
     """An app whose routes for pictures have no room for anybody."""
     app = FastAPI()
 
@@ -97,7 +99,7 @@ def full_app(keys: Keys | None = None) -> FastAPI:
         raise Busy(f"{tenant.name} has to wait", 7)
 
     errors.install(app)
-    middleware.install(app, Settings(Path("bundle")), keys, limits=[("", 1 << 20)], check=check)
+    middleware.install(app, Settings(Path("bundle")), keys, limits=limits, check=check)
     return app
 
 
@@ -277,6 +279,10 @@ def test_a_request_for_pictures_is_refused_without_room_after_its_key_and_its_ad
 
     refused = ask(app, "POST", path, key, [b"{ no", b" JSON"])
     statuses = [
+        *(
+            ask(app, "POST", path, {**key, "Idempotency-Key": name}).status
+            for name in ("a" * 255, "a" * 256, "a b", "")
+        ),
         ask(app, "POST", path).status,
         ask(app, "POST", "/v1/images/other", key, [b"a"]).status,
         ask(app, "POST", "/v1/images/none", key).status,
@@ -287,7 +293,7 @@ def test_a_request_for_pictures_is_refused_without_room_after_its_key_and_its_ad
     assert (refused.status, refused.json["error"]["message"]) == (429, "alice has to wait")
     assert refused.headers["retry-after"] == "7"
     assert refused.received == 2
-    assert statuses == [401, 200, 404, 200, 413]
+    assert statuses == [200, 429, 429, 429, 401, 200, 404, 200, 413]
 
 
 def test_a_client_that_sends_a_large_body_sees_that_there_is_no_room_and_may_send_again() -> None:
@@ -300,6 +306,40 @@ def test_a_client_that_sends_a_large_body_sees_that_there_is_no_room_and_may_sen
             assert (answer.status, answer.getheader("Retry-After")) == (429, "7")
             assert b"has to wait" in answer.read()
         assert connection.sock is opened
+
+
+class LateBody(Sequence[bytes]):
+    """60 MiB, and a last byte that comes once all of the others wait for theirs."""
+
+    def __init__(self, others: threading.Barrier) -> None:
+        self._others = others
+
+    def __len__(self) -> int:
+        return 61
+
+    def __getitem__(self, index: Any) -> Any:
+        if index < 60:
+            return PIECE
+        self._others.wait(20)
+        return b"x"
+
+
+def test_bodies_that_are_dropped_take_no_room() -> None:
+    app, barrier = full_app(limits=middleware.BODY_LIMITS), threading.Barrier(9)
+
+    with ThreadPoolExecutor(9) as threads:  # 540 MiB
+        requests = [threads.submit(ask, app, "POST", "/v1/images/edits", {}, LateBody(barrier)) for _ in range(9)]
+
+    assert [request.result().status for request in requests] == [429] * 9
+
+
+def test_a_client_that_asks_before_it_sends_its_body_is_refused_at_once() -> None:
+    with serving(full_app()) as server, server.connect() as connection:
+        connection.sendall(head("POST", "/v1/images/generations", "Content-Length: 1000", "Expect: 100-continue"))
+        answer = read_all(connection)
+
+    assert answer.startswith(b"HTTP/1.1 429 ")
+    assert b"connection: close" in answer.lower()
 
 
 def test_the_routes_for_pictures_are_those_of_the_server(tmp_path: Path, tiny_bundle: Path) -> None:

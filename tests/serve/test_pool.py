@@ -409,6 +409,51 @@ def test_after_a_refusal_requests_are_refused_unseen_until_there_is_room_for_as_
     run(scenario)
 
 
+def test_a_full_queue_refuses_requests_unseen_though_nobody_was_refused(
+    worker: Worker, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(monkeypatch)
+    with_seconds_per_step(worker, monkeypatch, 1.0)
+
+    async def scenario() -> None:
+        pool = Pool(worker, model.manifest, max_wait=100)
+        large = pool.submit(ALICE, Request("a cat", steps=500))
+        with pytest.raises(Busy, match="ready in 500 seconds, allowed are 100"):
+            pool.check(ALICE)
+        pool.check(BOB)  # whose turn comes earlier
+        large.cancel()
+        pool.check(ALICE)
+        gate.open.set()
+
+    run(scenario)
+
+
+def test_requests_that_enter_together_need_room_together(
+    worker: Worker, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(monkeypatch)
+    with_seconds_per_step(worker, monkeypatch, 1.0)
+
+    async def scenario() -> None:
+        pool = Pool(worker, model.manifest, max_wait=100)
+        both = [pool.prepared(ALICE, Request("a cat", steps=90)) for _ in range(2)]
+        pool.enter(*both)  # an idle server takes ten times as many seconds
+        assert pool.queued_seconds == 180
+        for generation in both:
+            generation.cancel()
+        first = pool.submit(ALICE, Request("a cat", steps=30))
+        prepared = pool.prepared(ALICE, Request("a cat", steps=40))
+        with pytest.raises(Busy, match="ready in 110 seconds"):
+            pool.prepared(ALICE, Request("a cat", steps=40), beside=[prepared])
+        with pytest.raises(Busy, match="ready in 110 seconds"):
+            pool.enter(prepared, pool.prepared(ALICE, Request("a cat", steps=40)))
+        assert pool.generations(ALICE) == [first]
+        first.cancel()
+        gate.open.set()
+
+    run(scenario)
+
+
 def test_a_prepared_request_is_queued_as_it_is_when_it_enters(
     worker: Worker, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -175,15 +175,6 @@ def test_a_turn_decodes_few_previews_and_partial_pictures_come_first(
     assert all(turn == sorted(turn, reverse=True) for turn in together)
 
 
-def test_a_partial_picture_of_a_masked_edit_keeps_the_original_outside_the_mask(worker: Worker) -> None:
-    mask = np.zeros((64, 64), bool)
-    mask[:32] = True
-    events = Events()
-    worker.submit(Request("a dog", steps=4, image=scene(), mask=mask), frozenset({1}), events)
-
-    np.testing.assert_array_equal(events.until(Partial).image[32:], scene()[32:])
-
-
 def test_a_turn_decodes_few_partial_pictures_and_every_picture_gets_some(
     worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
