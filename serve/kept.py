@@ -53,7 +53,7 @@ async def answered(http: HTTPRequest, key: str, request: BaseModel, files: Seque
     digest = await state.in_thread(_digest, request, files)
     making = state.making.get((tenant.name, key))
     if making is None:
-        task = asyncio.ensure_future(_answer(state, tenant, key, digest, draw))
+        task = asyncio.ensure_future(_kept_or_drawn(state, tenant, key, digest, draw))
         making = state.making[tenant.name, key] = Making(digest, task)
         task.add_done_callback(lambda done: _forget(state, tenant, key, done))
     if making.digest != digest or (answer := await _result(http, making.task)).digest != digest:
@@ -63,7 +63,7 @@ async def answered(http: HTTPRequest, key: str, request: BaseModel, files: Seque
     return Response(answer.content, media_type="application/json")
 
 
-async def finish(state: State) -> None:
+async def drain(state: State) -> None:
     """Returns when the answers to all requests with keys are kept, or if the store takes too long. Their pictures are
     ready or dropped by then."""
     if tasks := [making.task for making in state.making.values()]:
@@ -99,7 +99,7 @@ async def _result(http: HTTPRequest, task: asyncio.Task[T]) -> T:
     return task.result()
 
 
-async def _answer(state: State, tenant: Tenant, key: str, digest: str, draw: Draw) -> KeptAnswer:
+async def _kept_or_drawn(state: State, tenant: Tenant, key: str, digest: str, draw: Draw) -> KeptAnswer:
     name = f"{state.bundle_digest} {key}"  # another bundle makes other pictures
     answer = await state.in_thread(state.results.answer, tenant, name)
     if answer is None:
