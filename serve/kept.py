@@ -46,7 +46,7 @@ _METADATA: Final = 4096  # bytes of a file that are neither pixels nor prompts
 async def answered(http: HTTPRequest, key: str, request: BaseModel, files: Sequence[bytes], draw: Draw) -> Response:
     """The answer to a request with a key: the kept one, or what `draw` makes, even if the client leaves.
 
-    Raises Conflict if the key was that of another request, Invalid for one that cannot be told from others,
+    Raises Conflict if the key was that of another request, Invalid if it cannot be compared with others,
     Disconnected, and what `draw` does.
     """
     state, tenant = caller(http)
@@ -107,7 +107,7 @@ async def _kept_or_drawn(state: State, tenant: Tenant, key: str, digest: str, dr
             content, complete = await draw(stack)
             answer = KeptAnswer(digest, content)
             if complete:
-                with contextlib.suppress(Unavailable):  # which the store has logged; whoever waits gets the pictures
+                with contextlib.suppress(Unavailable):  # which the store has logged; the client gets the pictures
                     await state.in_thread(state.results.put_answer, tenant, name, answer)
     return answer
 
