@@ -124,7 +124,7 @@ async def running(state: State) -> AsyncIterator[None]:
         collecting.cancel()
         await state.jobs.stop()
         await state.pool.drain(0)
-        await kept.finish(state)
+        await kept.drain(state)
         state.worker.stop(cancel=True)
         state.words.close()
         state.close()

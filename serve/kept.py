@@ -46,14 +46,14 @@ _METADATA: Final = 4096  # bytes of a file that are neither pixels nor prompts
 async def answered(http: HTTPRequest, key: str, request: BaseModel, files: Sequence[bytes], draw: Draw) -> Response:
     """The answer to a request with a key: the kept one, or what `draw` makes, even if the client leaves.
 
-    Raises Conflict if the key was that of another request, Invalid for one that cannot be told from others,
+    Raises Conflict if the key was that of another request, Invalid if it cannot be compared with others,
     Disconnected, and what `draw` does.
     """
     state, tenant = caller(http)
     digest = await state.in_thread(_digest, request, files)
     making = state.making.get((tenant.name, key))
     if making is None:
-        task = asyncio.ensure_future(_answer(state, tenant, key, digest, draw))
+        task = asyncio.ensure_future(_kept_or_drawn(state, tenant, key, digest, draw))
         making = state.making[tenant.name, key] = Making(digest, task)
         task.add_done_callback(lambda done: _forget(state, tenant, key, done))
     if making.digest != digest or (answer := await _result(http, making.task)).digest != digest:
@@ -63,7 +63,7 @@ async def answered(http: HTTPRequest, key: str, request: BaseModel, files: Seque
     return Response(answer.content, media_type="application/json")
 
 
-async def finish(state: State) -> None:
+async def drain(state: State) -> None:
     """Returns when the answers to all requests with keys are kept, or if the store takes too long. Their pictures are
     ready or dropped by then."""
     if tasks := [making.task for making in state.making.values()]:
@@ -99,7 +99,7 @@ async def _result(http: HTTPRequest, task: asyncio.Task[T]) -> T:
     return task.result()
 
 
-async def _answer(state: State, tenant: Tenant, key: str, digest: str, draw: Draw) -> KeptAnswer:
+async def _kept_or_drawn(state: State, tenant: Tenant, key: str, digest: str, draw: Draw) -> KeptAnswer:
     name = f"{state.bundle_digest} {key}"  # another bundle makes other pictures
     answer = await state.in_thread(state.results.answer, tenant, name)
     if answer is None:
@@ -107,7 +107,7 @@ async def _answer(state: State, tenant: Tenant, key: str, digest: str, draw: Dra
             content, complete = await draw(stack)
             answer = KeptAnswer(digest, content)
             if complete:
-                with contextlib.suppress(Unavailable):  # which the store has logged; whoever waits gets the pictures
+                with contextlib.suppress(Unavailable):  # which the store has logged; the client gets the pictures
                     await state.in_thread(state.results.put_answer, tenant, name, answer)
     return answer
 

@@ -311,8 +311,8 @@ def test_a_client_that_sends_a_large_body_sees_that_there_is_no_room_and_may_sen
 class LateBody(Sequence[bytes]):
     """60 MiB, and a last byte that comes once all of the others wait for theirs."""
 
-    def __init__(self, others: threading.Barrier) -> None:
-        self._others = others
+    def __init__(self, barrier: threading.Barrier) -> None:
+        self._barrier = barrier
 
     def __len__(self) -> int:
         return 61
@@ -320,7 +320,7 @@ class LateBody(Sequence[bytes]):
     def __getitem__(self, index: Any) -> Any:
         if index < 60:
             return PIECE
-        self._others.wait(20)
+        self._barrier.wait(20)
         return b"x"
 
 

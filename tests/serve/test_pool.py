@@ -436,10 +436,10 @@ def test_requests_that_enter_together_need_room_together(
 
     async def scenario() -> None:
         pool = Pool(worker, model.manifest, max_wait=100)
-        both = [pool.prepared(ALICE, Request("a cat", steps=90)) for _ in range(2)]
-        pool.enter(*both)  # an idle server takes ten times as many seconds
+        pair = [pool.prepared(ALICE, Request("a cat", steps=90)) for _ in range(2)]
+        pool.enter(*pair)  # an idle server takes ten times as many seconds
         assert pool.queued_seconds == 180
-        for generation in both:
+        for generation in pair:
             generation.cancel()
         first = pool.submit(ALICE, Request("a cat", steps=30))
         prepared = pool.prepared(ALICE, Request("a cat", steps=40))
