@@ -639,6 +639,39 @@ def test_pictures_are_drawn_with_two_contexts_each_if_there_is_no_memory_for_mor
         assert np.abs(pictures[request.seed].astype(int) - expected.image).max() <= 1
 
 
+def test_a_shortage_of_memory_is_named_and_ends_when_there_is_memory_again(
+    tiny_bundle: Path, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """First there is no memory for any arena, then for one with two contexts per row, then for all of them."""
+    wide = planned(tiny_bundle, monkeypatch, [{"B": 8, "N": 16, "M": 48}])
+    engine: Any = wide.engine("denoise_step")
+    bind, room = engine.bind, [0]
+
+    def short(shapes: Mapping[str, Sequence[int]], *arrays: Any) -> Binding:
+        if shapes.get("context", (0,))[0] > room[0]:
+            raise EngineError("out of memory")
+        bound: Binding = bind(shapes, *arrays)
+        return bound
+
+    monkeypatch.setattr(engine, "bind", short)
+    scheduler = Scheduler(wide, max_rows=4)
+    request = Request("a <toy>", "<toy>", seed=2, steps=3)  # 10 contexts
+    errors = []
+    for room[0] in (0, 8, 0, 8, 8):
+        scheduler.add(request)
+        errors += [event.error for event in iter_events(scheduler) if isinstance(event, Failed)]
+    room[0] = 48
+    scheduler.add(request)
+    pictures = [event for event in iter_events(scheduler) if isinstance(event, PictureDone)]
+
+    none, few = "out of memory", "need 10 contexts, an engine call has room for 8 while memory is short: try again"
+    for error, message in zip(errors, (none, few, none, few, few), strict=True):
+        assert isinstance(error, EngineError)
+        assert message in str(error)
+    [expected], [picture] = draw(model, request), pictures
+    assert np.abs(picture.image.astype(int) - expected.image).max() <= 1
+
+
 def test_nobody_of_a_size_overtakes_a_row_that_waits_for_contexts_behind_another_size(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
