@@ -103,8 +103,8 @@ def test_the_command_says_what_it_found_and_starts_from_the_mean_of_it(
     assert found_start.identity == same_start.identity
 
 
-def test_a_run_that_found_its_start_resumes_with_the_same_bits(
-    folder: Path, tiny_model_dir: Path, tmp_path: Path
+def test_a_run_that_found_its_start_resumes_with_the_same_bits_and_without_a_search(
+    folder: Path, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tasks = [Task(folder, "<toy>", "auto"), Task(folder, "<gem>", "star")]
     recipe = named_recipe("directional").with_changes(steps=3, batch_size=2)
@@ -113,10 +113,12 @@ def test_a_run_that_found_its_start_resumes_with_the_same_bits(
     run = learn(tiny_model_dir, tasks, recipe, checkpoints=tmp_path / "run", checkpoint_every=1)
     next(run)
     run.close()
+    monkeypatch.setattr("oneword.train.learn.words_of_pictures", lambda *arguments: pytest.fail("searched again"))
     *_, resumed = learn(tiny_model_dir, tasks, recipe, checkpoints=tmp_path / "run")
 
     for first, second in zip(whole.concepts, resumed.concepts, strict=True):
         np.testing.assert_array_equal(first.vectors["text_encoder"], second.vectors["text_encoder"])
+        assert first.provenance == second.provenance
     assert whole.concepts[1].provenance["init"] == "star"
 
 
