@@ -32,7 +32,16 @@ from oneword.train.preview import Previewer, Sheet
 from oneword.train.prompts import probes
 from oneword.train.recipe import Recipe
 from oneword.train.search import words_of_pictures
-from oneword.train.tasks import Task, check_encoders, check_tasks, check_tokens, make_word, picture_size, side_step
+from oneword.train.tasks import (
+    Task,
+    check_encoders,
+    check_polished,
+    check_tasks,
+    check_tokens,
+    make_word,
+    picture_size,
+    side_step,
+)
 from oneword.train.word import Word
 
 MAX_SEED = 2**63 - 2  # the fixed batch of each word uses the next one
@@ -94,6 +103,7 @@ def learn(
     source = model if isinstance(model, Source) else load_source(model, config=config, without=without)
     check_tokens(source, tasks)
     check_encoders(source, recipe.encoders)
+    check_polished(source, tasks, recipe.encoders)
     clock.lap("load")
     run = Run(source, tasks, recipe, seed, clock, checkpoints, checkpoint_every, preview_every, words_after)
     if not isinstance(model, Source) and run.previewer is None:
