@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from oneword.engines.errors import EngineError
 from oneword.export.source import Source, load_source
 from oneword.runtime.concept import load_concept
 from oneword.train import search
@@ -65,6 +66,38 @@ def test_the_words_with_the_lowest_losses_are_found(
         batches = [draw(learner.words[0], RECIPE, 1000, generator) for _ in range(8)]  # of 4 pictures: 32
         losses[init] = sum(learner.probe_loss(0, batch) for batch in batches)
     assert found.split() == sorted(vocabulary, key=lambda init: losses[init])[:3]
+
+
+def test_the_words_tried_are_those_in_whose_direction_the_loss_falls_most(tiny_model_dir: Path) -> None:
+    """For a gradient against one row, the slope along each row is minus its cosine to that row, so it comes first."""
+    source = load_source(tiny_model_dir)
+    table = source.text_encoders["text_encoder"].get_input_embeddings().weight.detach()  # type: ignore[operator]
+    cosines = {}
+    for name in [name for name in WORDS if len(name) >= 3]:
+        [row] = table[source.tokenizers["text_encoder"](name, add_special_tokens=False).input_ids]
+        [star] = table[source.tokenizers["text_encoder"]("star", add_special_tokens=False).input_ids]
+        cosines[name] = float(torch.cosine_similarity(row, star, dim=0))
+
+    tried = list(search._steepest(source, {"text_encoder": -star[None]}))
+
+    assert tried == sorted(cosines, key=lambda name: -cosines[name])[: search.TRIED]
+    assert tried[0] == "star"
+
+
+@pytest.mark.parametrize("what", ["gradient", "loss"])
+def test_what_is_not_finite_is_refused_in_one_line(
+    folder: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    if what == "gradient":
+        nan = {"text_encoder": torch.full((1, 32), torch.nan)}
+        monkeypatch.setattr(Learner, "gradient", lambda *arguments: nan)
+    else:
+        monkeypatch.setattr(Learner, "probe_loss", lambda *arguments: float("nan"))
+    source = load_source(tiny_model_dir)
+    word = make_word(source, Task(folder, "<toy>", "auto"), read_pictures(folder, 64), RECIPE, 0)
+
+    with pytest.raises(EngineError, match=f"^the {what} of '<toy>' is not finite, so no start can be found: compute"):
+        search.words_of_pictures(source, [word], RECIPE, 0)
 
 
 def test_on_the_miniature_every_word_found_shares_the_shape_or_the_first_colour(tmp_path: Path) -> None:
