@@ -1,8 +1,9 @@
 """Words with output vectors, drawn from a bundle, against diffusers' UNet with hooks at its key and value inputs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -254,6 +255,13 @@ class Reference:
 @pytest.fixture(scope="module")
 def reference(tiny_model_dir: Path, tiny_bundle: Path) -> Reference:
     return Reference(tiny_model_dir, tiny_bundle)
+
+
+def raising(error: Exception) -> Callable[..., Any]:
+    def call(*_: Any) -> Any:
+        raise error
+
+    return call
 
 
 def final_latents(model: Model, requests: Sequence[Request], max_rows: int = 16) -> dict[int, npt.NDArray[np.float32]]:
@@ -779,3 +787,23 @@ def test_a_prompt_with_rows_for_each_layer_is_encoded_once_and_cached_with_all_i
     assert second is first
     assert len(first.layered) == LAYERS
     assert first.nbytes == (1 + LAYERS) * first.hidden_states.nbytes
+
+
+def test_the_cache_counts_the_output_vectors_that_a_prompt_holds(model: Model) -> None:
+    [encoded] = model.encode([model.tokenize("a <toy> and a <gem> on a <toy>")])
+    toy, gem = 4 * LAYERS * 2 * 32 * 4, 1 * LAYERS * 1 * 32 * 4  # stages, layers, n, width and bytes
+    assert encoded.nbytes == encoded.hidden_states.nbytes + toy + gem
+
+
+def test_the_time_of_an_encoding_that_fails_is_counted_and_its_chunks_are_not(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([3.0, 5.0])
+    monkeypatch.setattr(model_module, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(model, "_encode", raising(EngineError("out of memory")))
+    seconds, chunks = model.encoding_seconds, model.encoded_chunks
+
+    with pytest.raises(EngineError, match="out of memory"):
+        model.encode([model.tokenize("a prompt that is not cached")])
+
+    assert (model.encoding_seconds - seconds, model.encoded_chunks) == (2.0, chunks)

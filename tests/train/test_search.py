@@ -10,7 +10,7 @@ from PIL import Image
 
 from oneword.engines.errors import EngineError
 from oneword.export.source import Source, load_source
-from oneword.runtime.concept import load_concept
+from oneword.runtime.concept import Concept, load_concept
 from oneword.train import search
 from oneword.train.cli import main
 from oneword.train.learn import learn
@@ -47,6 +47,18 @@ def test_the_gradient_is_the_slope_of_the_loss_and_nothing_is_learned(folder: Pa
             rows.copy_(start + sign * step)
         losses.append(sum(learner.probe_loss(0, batch) for batch in batches) / 2)
     assert (losses[0] - losses[1]) / 0.02 == pytest.approx(float(gradient.norm()), rel=0.05)
+
+
+def test_the_gradient_leaves_none_of_output_vectors_behind(folder: Path, tiny_model_dir: Path) -> None:
+    recipe = named_recipe("precise").with_changes(batch_size=2, compute=Compute.FP32)
+    source = load_source(tiny_model_dir)
+    word = make_word(source, Task(folder, "<toy>", "star"), read_pictures(folder, 64), recipe, 0)
+    learner = Learner(source, [word], recipe, 0)
+
+    learner.gradient(0, [draw(word, recipe, 1000, torch.Generator().manual_seed(1))])
+
+    assert len(word.parameters()) == 2
+    assert [parameter.grad for parameter in word.parameters()] == [None, None]
 
 
 def test_the_words_with_the_lowest_losses_are_found(
@@ -134,6 +146,24 @@ def test_the_command_says_what_it_found_and_starts_from_the_mean_of_it(
     found_start, same_start = (load_concept(tmp_path / name) for name in ("a.safetensors", "b.safetensors"))
     assert found_start.provenance["init"] == found
     assert found_start.identity == same_start.identity
+
+
+def test_words_found_on_a_cluster_are_reported_as_those_found_here(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = {
+        number: Concept(token, {"text_encoder": np.ones((1, 32), np.float32)}, {"init": init})
+        for number, (token, init) in enumerate({"<toy>": "ring pink dots", "<gem>": "star"}.items())
+    }
+    monkeypatch.setattr("oneword.train.ray.learn_on_ray", lambda *arguments, **options: [(words, [])])
+    options = [str(folder), str(folder), "--model", "miniature", "--token", "<toy>", "--token", "<gem>"]
+    options += ["--init", "auto", "--init", "star", "--ray", "local", "--json"]
+
+    outputs = [str(tmp_path / name) for name in ("toy.safetensors", "gem.safetensors")]
+    assert main([*options, "--output", outputs[0], "--output", outputs[1]]) == 0
+
+    reported = json.loads(capsys.readouterr().out)["concepts"]
+    assert [word["init"] for word in reported] == ["ring pink dots", "star"]
 
 
 def test_a_run_that_found_its_start_resumes_with_the_same_bits_and_without_a_search(
