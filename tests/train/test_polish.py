@@ -12,10 +12,9 @@ from safetensors import safe_open
 
 from oneword.export.source import load_source
 from oneword.runtime.aspects import Aspect
-from oneword.runtime.cli_refine import picture_file
 from oneword.runtime.concept import Concept, load_concept, save_concept
 from oneword.runtime.lexicon import Lexicon
-from oneword.runtime.refine import Refinement, finish, judge
+from oneword.runtime.refine import Refinement, finish, judge, picture_file
 from oneword.train.cli import main
 from oneword.train.learn import Run
 from oneword.train.norms import vocabulary_mean_norm

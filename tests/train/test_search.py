@@ -13,6 +13,7 @@ from oneword.export.source import Source, load_source
 from oneword.runtime.concept import Concept, load_concept
 from oneword.train import search
 from oneword.train.cli import main
+from oneword.train.initial import token_ids
 from oneword.train.learn import learn
 from oneword.train.learner import Learner
 from oneword.train.miniature import world
@@ -84,11 +85,10 @@ def test_the_words_tried_are_those_in_whose_direction_the_loss_falls_most(tiny_m
     """For a gradient against one row, the slope along each row is minus its cosine to that row, so it comes first."""
     source = load_source(tiny_model_dir)
     table = source.text_encoders["text_encoder"].get_input_embeddings().weight.detach()  # type: ignore[operator]
-    cosines = {}
-    for name in [name for name in WORDS if len(name) >= 3]:
-        [row] = table[source.tokenizers["text_encoder"](name, add_special_tokens=False).input_ids]
-        [star] = table[source.tokenizers["text_encoder"]("star", add_special_tokens=False).input_ids]
-        cosines[name] = float(torch.cosine_similarity(row, star, dim=0))
+    ids = {name: token_ids(source.tokenizers["text_encoder"], name) for name in WORDS if len(name) >= 3}
+    rows = {name: table[of_word[0]] for name, of_word in ids.items() if len(of_word) == 1}
+    star = rows["star"]
+    cosines = {name: float(torch.cosine_similarity(row, star, dim=0)) for name, row in rows.items()}
 
     tried = list(search._steepest(source, {"text_encoder": -star[None]}))
 
