@@ -469,8 +469,8 @@ class Denoiser:
         """Gives a row a slot; False if there is no room. Raises EngineError, FeedError, UsageError."""
         if self._displaced(row.size):
             return False
-        arena = self._arena_for(row.size, row.branches, row.most_contexts)
-        return not self._displaced(row.size) and self._place(row, arena)
+        self._arena_for(row.size, row.branches, row.most_contexts)
+        return not self._displaced(row.size) and self._place(row)
 
     def remove(self, row: Row) -> None:
         """Removes a row, placed or displaced; does nothing for any other row."""
@@ -500,7 +500,8 @@ class Denoiser:
         for _ in range(len(self.displaced)):
             row = self.displaced.popleft()
             try:
-                placed = self._place(row, self._arena_for(row.size, row.branches, row.most_contexts))
+                self._arena_for(row.size, row.branches, row.most_contexts)
+                placed = self._place(row)
             except OnewordError as error:
                 failures.append((row, without_frames(error)))
                 continue
@@ -539,7 +540,7 @@ class Denoiser:
         """Places the displaced rows of a size as far as they fit, and repeats the step that failed."""
         for row in self._displaced(size):
             try:
-                arena = self._arena_for(size, row.branches, row.most_contexts)
+                self._arena_for(size, row.branches, row.most_contexts)
             except OnewordError as error:
                 failure = without_frames(error)
                 failed = self._displaced(size)
@@ -548,7 +549,7 @@ class Denoiser:
                 yield from ((other, failure) for other in failed)
                 return
             try:
-                placed = self._place(row, arena)
+                placed = self._place(row)
             except OnewordError as error:  # of this row alone
                 self.displaced.remove(row)
                 yield row, without_frames(error)
@@ -561,10 +562,10 @@ class Denoiser:
         else:
             self._release_reduced(self._arenas[size])
 
-    def _place(self, row: Row, arena: Arena) -> bool:
-        """Gives a row a slot of its size's arena; False if there is no room. Raises EngineError if memory is too short
-        for its contexts, and as `Arena.place` does."""
-        shortage = self._wide.get(row.size)
+    def _place(self, row: Row) -> bool:
+        """Gives a row a slot of its size's arena, which exists; False if there is no room. Raises EngineError if memory
+        is too short for its contexts, and as `Arena.place` does."""
+        arena, shortage = self._arenas[row.size], self._wide.get(row.size)
         try:
             enough = self.most_contexts(row.size, arena.capacity)
             if arena.contexts < row.most_contexts <= enough and isinstance(shortage, EngineError):

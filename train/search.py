@@ -50,9 +50,9 @@ def _words_of(learner: Learner, index: int, seed: int) -> list[str]:
     return sorted(tried, key=lambda text: losses[text])[:FOUND]
 
 
-def _not_finite(learner: Learner, index: int, what: str) -> EngineError:
+def _not_finite(learner: Learner, index: int, quantity: str) -> EngineError:
     return EngineError(
-        f"{what} of {learner.words[index].token!r} is not finite, so no start can be found: "
+        f"{quantity} of {learner.words[index].token!r} is not finite, so no start can be found: "
         "compute in fp32, or name a word with --init"
     )
 

@@ -672,8 +672,9 @@ def test_a_shortage_of_memory_is_named_and_ends_when_there_is_memory_again(
     scheduler.add(request)
     pictures = [event for event in iter_events(scheduler) if isinstance(event, PictureDone)]
 
-    none, few = "out of memory", "need 10 contexts, an engine call has room for 8 while memory is short: try again"
-    for error, message in zip(errors, (none, few, none, few, few), strict=True):
+    no_arena = "out of memory"
+    two_each = "need 10 contexts, an engine call has room for 8 while memory is short: try again"
+    for error, message in zip(errors, (no_arena, two_each, no_arena, two_each, two_each), strict=True):
         assert isinstance(error, EngineError)
         assert message in str(error)
     [expected], [picture] = draw(model, request), pictures

@@ -96,11 +96,11 @@ def test_the_words_tried_are_those_in_whose_direction_the_loss_falls_most(tiny_m
     assert tried[0] == "star"
 
 
-@pytest.mark.parametrize("what", ["gradient", "loss"])
+@pytest.mark.parametrize("quantity", ["gradient", "loss"])
 def test_what_is_not_finite_is_refused_in_one_line(
-    folder: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, what: str
+    folder: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, quantity: str
 ) -> None:
-    if what == "gradient":
+    if quantity == "gradient":
         nan = {"text_encoder": torch.full((1, 32), torch.nan)}
         monkeypatch.setattr(Learner, "gradient", lambda *arguments: nan)
     else:
@@ -108,7 +108,7 @@ def test_what_is_not_finite_is_refused_in_one_line(
     source = load_source(tiny_model_dir)
     word = make_word(source, Task(folder, "<toy>", "auto"), read_pictures(folder, 64), RECIPE, 0)
 
-    with pytest.raises(EngineError, match=f"^the {what} of '<toy>' is not finite, so no start can be found: compute"):
+    with pytest.raises(EngineError, match=f"^the {quantity} of '<toy>' is not finite, so no start can be found"):
         search.words_of_pictures(source, [word], RECIPE, 0)
 
 
