@@ -44,7 +44,6 @@ from oneword.engines.files import write_whole
 from oneword.export.source import find_model
 from oneword.runtime.aspects import Aspect
 from oneword.runtime.bundle import Bundle
-from oneword.runtime.cli_refine import picture_file
 from oneword.runtime.concept import Concept, load_concept, save_concept
 from oneword.runtime.drawing import draw
 from oneword.runtime.grid import labelled_grid
@@ -59,6 +58,7 @@ from oneword.runtime.refine import (
     components,
     finish,
     judge,
+    picture_file,
     propose,
 )
 from oneword.runtime.request import Request

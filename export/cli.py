@@ -147,7 +147,7 @@ def command(
             report(f"building plans with {plans} for {target}")
             paths = build_plans(exported.bundle, plans, target, limits, report)
         seconds = time.perf_counter() - started
-    warnings = plan_warnings(exported)
+    warnings = [] if plans is None else plan_warnings(exported)
     for line in (*parity_lines(exported), *warnings):
         progress.note(line)
     if not as_json:

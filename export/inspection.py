@@ -95,22 +95,23 @@ def inspect_graph(path: Path) -> Inspection:
 
 
 class _Graph:
-    """A graph's nodes, with who computes and who uses each value."""
+    """A graph's nodes, with who computes and who uses each value. An optional input or output that a node does without
+    has no name, and is no value."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
         self.model = model
         self.nodes = list(model.graph.node)
         self.constants = {tensor.name for tensor in model.graph.initializer}
         self.constants |= {name for node in self.nodes if node.op_type == "Constant" for name in node.output}
-        self._producer = {name: node for node in self.nodes for name in node.output}
+        self._producer = {name: node for node in self.nodes for name in node.output if name}
         self._users: dict[str, list[NodeProto]] = defaultdict(list)
         for node in self.nodes:
-            for name in node.input:
+            for name in filter(None, node.input):
                 self._users[name].append(node)
 
     def users(self, node: NodeProto) -> list[NodeProto]:
         """The nodes that use an output of this one."""
-        return [user for name in node.output for user in self._users[name]]
+        return [user for name in node.output for user in self._users.get(name, ())]
 
     def producers(self, node: NodeProto) -> list[NodeProto]:
         """The nodes that compute an input of this one."""
@@ -183,12 +184,13 @@ class _Graph:
         after = [[index[id(user)] for user in self.users(node)] for node in self.nodes]
         before = [[index[id(producer)] for producer in self.producers(node)] for node in self.nodes]
         inside = _reached(widened, after, wide) & _reached(narrowed, before, wide)
-        parts = []
-        while inside:
-            part = _reached([min(inside)], [[*a, *b] for a, b in zip(after, before, strict=True)], inside)
-            part |= {min(inside)}
-            parts.append(part)
-            inside = inside - part
+        neighbours = [[*users, *producers] for users, producers in zip(after, before, strict=True)]
+        parts: list[set[int]] = []
+        seen: set[int] = set()
+        for node in sorted(inside):
+            if node not in seen:
+                parts.append(_reached([node], neighbours, inside) | {node})
+                seen |= parts[-1]
         return parts
 
     @cached_property
@@ -228,7 +230,7 @@ class _Graph:
         valued = {value.name for value in self.model.graph.input} - self.constants
         for node in self.nodes:  # ONNX lists a node after those it uses
             if node.op_type not in ("Shape", "Size") and any(name in valued for name in node.input):
-                valued.update(node.output)
+                valued.update(filter(None, node.output))
         return valued
 
 

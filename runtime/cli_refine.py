@@ -34,6 +34,7 @@ from oneword.runtime.refine import (
     finish,
     judge,
     known_aspects,
+    picture_file,
     propose,
     refine_concept,
     undo,
@@ -180,11 +181,6 @@ class _Session:
             save_png(labelled_grid([images], [""], [headings]), self.sheet, pictures[0].parameters)
             self.seconds.append(time.perf_counter() - start)
             progress.note(f"round {number}: {self.sheet}")
-
-
-def picture_file(output: Path, number: int, index: int = 0) -> Path:
-    """The picture of round `number`, from 1, and candidate `index`, from 0, of a word's file."""
-    return output.with_suffix(".rounds") / f"round-{number}" / f"{index + 1}.png"
 
 
 def on_terminal() -> bool:

@@ -62,8 +62,10 @@ class EncodedPrompt:
 
     @property
     def nbytes(self) -> int:
-        """The size of its contexts."""
-        return self.hidden_states.nbytes + sum(prompt.hidden_states.nbytes for prompt in self.layered)
+        """The size of its contexts, and of the output vectors that are written into them."""
+        contexts = [self.hidden_states, *(prompt.hidden_states for prompt in self.layered)]
+        vectors = [insertion.concept.out[insertion.encoder] for insertion in self.insertions]
+        return sum(array.nbytes for array in (*contexts, *vectors))
 
     def sources(self, stages: Sequence[int], layers: int) -> "Sources":
         """The contexts in a step, given the stage of each insertion in it and the network's L."""

@@ -404,7 +404,8 @@ class Denoiser:
     def __post_init__(self) -> None:
         self._arenas: OrderedDict[Size, Arena] = OrderedDict()
         self._reduced: dict[Size, int] = {}
-        self._wide: dict[Size, bool] = {}  # arenas that needed more than two contexts per row: whether they have them
+        # Sizes whose arenas need more than two contexts per row, with why they have no more; None if they have.
+        self._wide: dict[Size, OnewordError | None] = {}
         self.displaced: deque[Row] = deque()
 
     @property
@@ -424,9 +425,12 @@ class Denoiser:
         return max(1, min(count, self._reduced.get(size, count)))
 
     def contexts(self, size: Size, capacity: int) -> int:
-        """The most that M of an arena can be: `Manifest.max_contexts`, as far as the engine and memory allow."""
-        if not self._wide.get(size, True):
-            return CONTEXTS_PER_ROW * capacity
+        """The most that M of an arena can be now: that of `most_contexts`, unless there was no memory or no plan."""
+        return self.most_contexts(size, capacity) if self._wide.get(size) is None else CONTEXTS_PER_ROW * capacity
+
+    def most_contexts(self, size: Size, capacity: int) -> int:
+        """The most that M of an arena may be: `Manifest.max_contexts`, as far as the engine's limit and 256 MiB
+        allow."""
         manifest = self.model.manifest
         limit = _MAX_BYTES // (4 * size[2] * manifest.context_width)
         limit = min(limit, self.model.engine("denoise_step").limits.get("M", limit))
@@ -466,8 +470,8 @@ class Denoiser:
         """Gives a row a slot; False if there is no room. Raises EngineError, FeedError, UsageError."""
         if self._displaced(row.size):
             return False
-        arena = self._arena_for(row.size, row.branches, row.most_contexts)
-        return not self._displaced(row.size) and arena.place(row)
+        self._arena_for(row.size, row.branches, row.most_contexts)
+        return not self._displaced(row.size) and self._place(row)
 
     def remove(self, row: Row) -> None:
         """Removes a row, placed or displaced; does nothing for any other row."""
@@ -475,9 +479,7 @@ class Denoiser:
             self.displaced.remove(row)
         for arena in self._holding(row):
             arena.remove(row)
-            empty = not arena.rows and not self._displaced(arena.size)
-            if empty and (self._reduced.pop(arena.size, None) is not None or not self._wide.get(arena.size, True)):
-                self._delete(arena.size)  # the next arena has full capacity again, and more contexts if it needs them
+            self._release_reduced(arena)
 
     def take(self, row: Row) -> Latents:
         """Removes a finished row and returns its latents [C, h, w]. Waits. Raises EngineError."""
@@ -499,7 +501,8 @@ class Denoiser:
         for _ in range(len(self.displaced)):
             row = self.displaced.popleft()
             try:
-                placed = self._arena_for(row.size, row.branches, row.most_contexts).place(row)
+                self._arena_for(row.size, row.branches, row.most_contexts)
+                placed = self._place(row)
             except OnewordError as error:
                 failures.append((row, without_frames(error)))
                 continue
@@ -526,8 +529,7 @@ class Denoiser:
                 retry = False
         del self._arenas[size]  # and its buffers, before new ones are allocated
         if not retry:
-            self._reduced.pop(size, None)
-            self._forget_contexts(size)
+            self._forget_limits(size)
             yield from ((row, failure) for row in rows)
             return
         self._forget_idle(len(self._arenas))
@@ -537,28 +539,52 @@ class Denoiser:
 
     def _resume(self, size: Size) -> Iterator[tuple[Row, OnewordError]]:
         """Places the displaced rows of a size as far as they fit, and repeats the step that failed."""
-        try:
-            for row in self._displaced(size):
-                try:
-                    placed = self._arena_for(size, row.branches, row.most_contexts).place(row)
-                except FeedError:
-                    raise
-                except UsageError as error:  # of this row alone
-                    self.displaced.remove(row)
-                    yield row, without_frames(error)
-                    continue
-                if not placed:
-                    break
+        for row in self._displaced(size):
+            try:
+                self._arena_for(size, row.branches, row.most_contexts)
+            except OnewordError as error:
+                failure = without_frames(error)
+                failed = self._displaced(size)
+                for other in failed:
+                    self.displaced.remove(other)
+                yield from ((other, failure) for other in failed)
+                return
+            try:
+                placed = self._place(row)
+            except OnewordError as error:  # of this row alone
                 self.displaced.remove(row)
-        except OnewordError as error:
-            failure = without_frames(error)
-            failed = self._displaced(size)
-            for row in failed:
-                self.displaced.remove(row)
-            yield from ((row, failure) for row in failed)
-            return
+                yield row, without_frames(error)
+                continue
+            if not placed:
+                break
+            self.displaced.remove(row)
         if self._arenas[size].rows:
             yield from self._step(size)
+        else:
+            self._release_reduced(self._arenas[size])
+
+    def _place(self, row: Row) -> bool:
+        """Gives a row a slot of its size's arena, which exists; False if there is no room. Raises EngineError if memory
+        is too short for its contexts, and as `Arena.place` does."""
+        arena, shortage = self._arenas[row.size], self._wide.get(row.size)
+        try:
+            enough = self.most_contexts(row.size, arena.capacity)
+            if arena.contexts < row.most_contexts <= enough and isinstance(shortage, EngineError):
+                raise EngineError(
+                    f"the words of a picture's prompts need {row.most_contexts} contexts, an engine call has room for "
+                    f"{arena.contexts} while memory is short: try again later, or use fewer words with output vectors"
+                ) from shortage
+            return arena.place(row)
+        except OnewordError:
+            self._release_reduced(arena)
+            raise
+
+    def _release_reduced(self, arena: Arena) -> None:
+        """Releases an arena without rows that has less than full capacity, or fewer contexts than it was to have, so
+        that the next one of its size gets all of them if it can."""
+        size = arena.size
+        if not arena.rows and not self._displaced(size) and (size in self._reduced or self._wide.get(size) is not None):
+            self._delete(size)
 
     def _forget_idle(self, count: int) -> None:
         """Releases up to `count` arenas without rows, least recently used first."""
@@ -568,10 +594,11 @@ class Denoiser:
     def _delete(self, size: Size) -> None:
         """Releases an arena."""
         del self._arenas[size]
-        self._forget_contexts(size)
+        self._forget_limits(size)
 
-    def _forget_contexts(self, size: Size) -> None:
-        """The next arena of a size has two contexts per row again."""
+    def _forget_limits(self, size: Size) -> None:
+        """The next arena of a size has full capacity and two contexts per row again."""
+        self._reduced.pop(size, None)
         self._wide.pop(size, None)
 
     def _arena_for(self, size: Size, branches_per_row: int, contexts: int) -> Arena:
@@ -580,7 +607,7 @@ class Denoiser:
             if size in self._arenas:
                 self._widen(size, branches_per_row)
             else:
-                self._wide[size] = True
+                self._wide[size] = None
         return self._arena(size, branches_per_row)
 
     def _widen(self, size: Size, branches_per_row: int) -> None:
@@ -588,7 +615,7 @@ class Denoiser:
         slot are then displaced."""
         rows = self._arenas[size].clear()
         del self._arenas[size]  # and its buffers, before new ones are allocated
-        self._wide[size] = True
+        self._wide[size] = None
         self.displaced.extendleft(reversed(rows))
         for row in rows:
             if not self._arena(size, branches_per_row).place(row):
@@ -600,36 +627,48 @@ class Denoiser:
 
         If memory is short, arenas without rows are released. If there is no memory or no plan for more contexts, the
         arena has two per row; if the engine has no plan for full capacity either, that is halved, and more contexts are
-        tried again.
+        tried again. If there is no arena in the end, the next one is tried in full again.
         """
+        try:
+            self._open_arena(size, branches_per_row)
+        except OnewordError:
+            self._forget_limits(size)
+            raise
+        self._arenas.move_to_end(size)
+        return self._arenas[size]
+
+    def _open_arena(self, size: Size, branches_per_row: int) -> None:
+        """Creates the arena of a size, unless it exists."""
         while size not in self._arenas:
             self._forget_idle(len(self._arenas) + 1 - _MAX_ARENAS)
             capacity, retry = self.capacity(size), False
             try:
                 self._arenas[size] = self._new_arena(size, capacity, max(1, capacity * branches_per_row))
-            except FeedError:
-                if self._wide.get(size):
-                    self._wide[size] = False
+            except FeedError as error:
+                if self._is_wide(size):
+                    self._wide[size] = without_frames(error)
                 elif capacity == 1:
                     raise
                 else:
                     self._reduced[size] = capacity // 2
                     if size in self._wide:
-                        self._wide[size] = True
-            except EngineError:
+                        self._wide[size] = None
+            except EngineError as error:
                 retry = any(not arena.rows for arena in self._arenas.values())
-                if not (retry or self._wide.get(size)):
+                if not (retry or self._is_wide(size)):
                     raise
                 if not retry:
-                    self._wide[size] = False
+                    self._wide[size] = without_frames(error)
             if retry:  # outside the handler, whose traceback keeps the allocated memory alive
                 self._forget_idle(len(self._arenas))
-        self._arenas.move_to_end(size)
-        return self._arenas[size]
+
+    def _is_wide(self, size: Size) -> bool:
+        """Whether the arena of a size has, or is to have, more than two contexts per row."""
+        return size in self._wide and self._wide[size] is None
 
     def _new_arena(self, size: Size, capacity: int, branches: int) -> Arena:
         engine, manifest = self.model.engine("denoise_step"), self.model.manifest
-        contexts = self.contexts(size, capacity) if self._wide.get(size) else CONTEXTS_PER_ROW * capacity
+        contexts = self.most_contexts(size, capacity) if self._is_wide(size) else CONTEXTS_PER_ROW * capacity
         return Arena(engine, self.model.stream, manifest, size, capacity, contexts, self.stats, branches)
 
     def _displaced(self, size: Size) -> list[Row]:

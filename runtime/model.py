@@ -278,12 +278,13 @@ class Model:
         encoded = dict(layers or {})
         parts = {part.key: part for tokens in new for part in (*tokens.layered, tokens)}
         missing = [part for key, part in parts.items() if key not in encoded]
-        start = time.perf_counter()
         for together in self._groups(missing):
-            encoded |= zip((tokens.key for tokens in together), self._encode(together), strict=True)
-        if missing:
-            self.encoding_seconds += time.perf_counter() - start
-            self.encoded_chunks += sum(tokens.chunks for tokens in missing)
+            start = time.perf_counter()
+            try:
+                encoded |= zip((tokens.key for tokens in together), self._encode(together), strict=True)
+                self.encoded_chunks += sum(tokens.chunks for tokens in together)
+            finally:  # what fails takes time too
+                self.encoding_seconds += time.perf_counter() - start
         for tokens in new:
             pooled = encoded[tokens.key].pooled  # one for all layers
             layered = tuple(replace(encoded[prompt.key], pooled=pooled) for prompt in tokens.layered)

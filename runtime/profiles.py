@@ -14,6 +14,8 @@ from oneword.engines.plans import Ranges
 from oneword.runtime.bundle import PLANS, Bundle, Defaults, Manifest
 
 MAX_VOCABULARY = 200_000
+GUIDED_AND_UNGUIDED, NO_BRANCHES = (2, 1), (0,)
+"""The branches of a picture, of which each count gets a plan of its own; a graph without branches gets one plan."""
 
 
 class PlanLimits(msgspec.Struct, frozen=True):
@@ -78,10 +80,10 @@ def graph_ranges(manifest: Manifest, graph: str, limits: PlanLimits) -> list[Ran
     dynamic: Ranges = {axis: ranges[axis] for axis in sorted(axes)}
     if not axes & {"h", "w", "H", "W"}:
         return [dynamic]
-    branches = (2, 1) if "N" in axes else (0,)  # of a guided picture and of an unguided one
+    branch_counts = GUIDED_AND_UNGUIDED if "N" in axes else NO_BRANCHES
     return [
         dynamic,
-        *(_static(manifest, dynamic, size, count) for size in limits.static_sizes for count in branches),
+        *(_static(manifest, dynamic, size, count) for size in limits.static_sizes for count in branch_counts),
     ]
 
 

@@ -125,13 +125,14 @@ class _Pending:
             *(len(prompt.hidden_states) for prompt in prompts if not isinstance(prompt, TokenizedPrompt)),
         ]
         if len(prompts) > 2 or any(prompt.layered for prompt in evened.values()):
-            counts_of = [1 + len(prompt.layered) for prompt in evened.values()]
-            counts_of += [1] * (len(lengths) - len(counts_of))
+            encodings = [1 + len(prompt.layered) for prompt in evened.values()]
+            encodings += [1] * (len(lengths) - len(encodings))  # of a missing negative prompt
             width = 4 * model.manifest.context_width
-            _check_bytes([width * length * count for length, count in zip(lengths, counts_of, strict=True)])
+            _check_bytes([width * length * count for length, count in zip(lengths, encodings, strict=True)])
         branches = [self.tokens] if self.negatives is None else [self.tokens, self.negatives]
-        counts = {p: _context_count(p, model.manifest.layers) for p in dict.fromkeys(itertools.chain(*branches))}
-        self.contexts = max(sum(counts[prompt] for prompt in step) for step in zip(*branches, strict=True))
+        layers, distinct = model.manifest.layers, dict.fromkeys(itertools.chain(*branches))
+        context_counts = {prompt: _context_count(prompt, layers) for prompt in distinct}
+        self.contexts = max(sum(context_counts[prompt] for prompt in step) for step in zip(*branches, strict=True))
         factor = model.manifest.vae.factor
         self.size = self.settings.height // factor, self.settings.width // factor, math.lcm(*lengths)
 

@@ -55,6 +55,7 @@ from oneword.serve.worker import (
     Worker,
     WorkerEvent,
     branch_pixels,
+    encodings,
 )
 
 MAX_PARTIALS: Final = 3
@@ -194,8 +195,9 @@ class Generation:
         self._branch_pixels = int(self._done_work[-1])
         pixels, estimates = settings.width * settings.height, _estimates(self, pool.manifest)
         self._picture_work = Work(self._branch_pixels, pixels * (1 + (request.image is not None)), pixels * estimates)
-        self._prompt_work = Work(chunks=sum(map(pool.chunks, settings.texts)))
+        self._prompt_work = Work()
         """Of all pictures together; none after the first step of one."""
+        self._price_prompts()
         self._next_index = 0
         self._running: dict[int, _Picture] = {}
         self._left = request.num_images
@@ -286,6 +288,11 @@ class Generation:
     def cancel(self) -> None:
         """Drops what waits, and frees the engine of what runs at the end of its running call. Idempotent."""
         self._pool.cancel(self)
+
+    def _price_prompts(self) -> None:
+        """Prices the prompts with the words that the request has now."""
+        counts = (self._pool.chunks(text) * encodings(text, self.request) for text in self.settings.texts)
+        self._prompt_work = Work(chunks=sum(counts))
 
     def _branch_pixels_left(self, step: int) -> int:
         """Of one picture after so many steps."""
@@ -411,6 +418,8 @@ class Pool:
         with self._refusals():
             self._read_inbox()
             self._check_ready()
+            for generation in generations:
+                generation._price_prompts()
             self._check_room(*generations)
             self._spend(*generations)
         for generation in generations:

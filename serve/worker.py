@@ -119,7 +119,7 @@ class Ticket:
     settings: ResolvedSettings | None = None
     cancelled: bool = False
     texts: int = 0
-    """Prompts to encode, once it was added."""
+    """Prompts to encode, each with its `encodings`, once it was added."""
     branch_pixels: Sequence[int] = ()
     """Of each step, once it was added."""
     id: int | None = None
@@ -436,7 +436,7 @@ class Worker:
                 ticket.settings = resolve(request, scheduler.model.manifest)
             if ticket.partial_steps:
                 request = replace(request, previews=_preview_steps(request, ticket))
-            ticket.texts = len(ticket.settings.texts)
+            ticket.texts = sum(encodings(text, request) for text in ticket.settings.texts)
             ticket.branch_pixels = branch_pixels(ticket.settings).tolist()
             ticket.id = scheduler.add(request, ticket.settings)
         except Exception as error:
@@ -580,6 +580,14 @@ def branch_pixels(settings: ResolvedSettings) -> npt.NDArray[np.int64]:
     """[S]: what each step of a picture costs: its pixels for each line of the schedule, twice if that is guided."""
     branches = settings.schedule.per_step(1 + settings.schedule.guided.astype(np.int64))
     return branches * settings.width * settings.height
+
+
+def encodings(text: str, request: Request) -> int:
+    """How many times a text is encoded: once, and once for each layer that one of its words has rows for. All words of
+    the request count whose names are in the text."""
+    text = text.lower()
+    words = [word for token, word in (request.words or {}).items() if token.strip("<>").lower() in text]
+    return 1 + max((len(rows) for word in words for rows in word.layer_rows.values()), default=0)
 
 
 def _settings(ticket: Ticket) -> ResolvedSettings:

@@ -20,7 +20,7 @@ from rich.console import Console
 from oneword.engines.errors import FileError, MissingPackage, OnewordError, UsageError
 from oneword.engines.files import write_whole
 from oneword.runtime.commands import HELP, PATH, exit_status, json_option, version_option
-from oneword.runtime.concept import save_concept
+from oneword.runtime.concept import Concept, save_concept
 from oneword.train.recipe import RECIPES, Compute, Norm, Recipe, named_recipe
 
 if TYPE_CHECKING:
@@ -289,8 +289,7 @@ def learn_locally(job: Job, console: Console) -> dict[str, Any]:
     forget(checkpoints)
     concepts = [
         {
-            **row,
-            "init": concept.provenance["init"] if row["init"] == "auto" else row["init"],
+            **reported_row(row, concept),
             "vectors": {name: list(vectors.shape) for name, vectors in concept.vectors.items()},
             "loss": losses[-1] if math.isfinite(losses[-1]) else None,
             "steps": len(losses),
@@ -317,13 +316,20 @@ def learn_on_ray(job: Job, address: str, group: int, console: Console) -> dict[s
         address=address,
         group=group,
     )
+    rows = list(job.rows)
     for concepts, notes in groups:
         for note in notes:
             console.print(f"note: {note}", markup=False, soft_wrap=True)
         for number, concept in concepts.items():
             save_concept(concept, job.rows[number]["output"])
+            rows[number] = reported_row(job.rows[number], concept)
             console.print(f"{concept.token} -> {job.rows[number]['output']}", markup=False, soft_wrap=True)
-    return document_of(job, job.rows, job.recipe.steps, {"total": time.perf_counter() - started})
+    return document_of(job, rows, job.recipe.steps, {"total": time.perf_counter() - started})
+
+
+def reported_row(row: Mapping[str, str], concept: Concept) -> Mapping[str, str]:
+    """The row of a word that was learned, with the words that were found in place of `auto`."""
+    return {**row, "init": concept.provenance["init"]} if row["init"] == "auto" else row
 
 
 def document_of(

@@ -151,7 +151,8 @@ class Learner:
         for batch in batches:
             self._accumulate({index: batch})
         gradients = {name: cast(torch.Tensor, rows.grad) / len(batches) for name, rows in word.rows.items()}
-        word.optimizer.zero_grad(set_to_none=True)
+        for parameter in word.parameters():
+            parameter.grad = None
         return gradients
 
     @torch.no_grad()

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from oneword.engines.errors import FileError, UsageError
-from oneword.runtime.cli_refine import picture_file
 from oneword.runtime.concept import load_concept
-from oneword.runtime.refine import Refinement, liked
+from oneword.runtime.refine import Refinement, liked, picture_file
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,20 @@
 """`--init auto`: words of the vocabulary that pictures show. No judge and no model but the one that is learned with.
 
-The gradient of a word's loss at the vocabulary's mean row says, to first order, how much each row of the vocabulary
-would lower the loss. The words that would lower it most are tried on the same noised pictures, and the best of them
-are found. All noise comes from the seed, so the same run finds the same words.
+With g, the gradient of a word's loss at the vocabulary's mean row, <g, row / |row|> is to first order how much the
+loss rises per unit of length in the direction of a row. The words with the lowest of these slopes are tried on the same
+noised pictures, and the best of them are found. All noise comes from the seed, so the same run finds the same words.
 
 Not covered: words of several tokens.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from oneword.engines.errors import UsageError
+from oneword.engines.errors import EngineError, UsageError
 from oneword.export.source import Source
 from oneword.train.directional import unit
 from oneword.train.initial import embedding_table, initial_rows, token_ids
@@ -29,7 +30,7 @@ LETTERS = 3  # the fewest of a word
 def words_of_pictures(source: Source, words: Sequence[Word], recipe: Recipe, seed: int) -> list[str]:
     """For each word, the FOUND words of the vocabulary that its pictures show most, best first, with spaces between.
 
-    Raises `UsageError` if the model's vocabulary has no words.
+    Raises `UsageError` if the model's vocabulary has no words, `EngineError` if a gradient or loss is not finite.
     """
     learner = Learner(source, [_of_one_row(word) for word in words], _search_recipe(recipe), seed)
     return [" ".join(_words_of(learner, index, seed)) for index in range(len(words))]
@@ -38,11 +39,22 @@ def words_of_pictures(source: Source, words: Sequence[Word], recipe: Recipe, see
 def _words_of(learner: Learner, index: int, seed: int) -> list[str]:
     batches = _batches(learner, index, seed)
     gradients = learner.gradient(index, batches)
-    tried = list(_most_lowering(learner.source, gradients))
+    if not all(bool(gradient.isfinite().all()) for gradient in gradients.values()):
+        raise _not_finite(learner, index, "the gradient")
+    tried = list(_steepest(learner.source, gradients))
     if not tried:
         raise UsageError("no word of the model's vocabulary can be tried: name one with --init, or use --init random")
     losses = {text: _loss(learner, index, text, batches) for text in tried}
+    if not all(map(math.isfinite, losses.values())):
+        raise _not_finite(learner, index, "the loss")
     return sorted(tried, key=lambda text: losses[text])[:FOUND]
+
+
+def _not_finite(learner: Learner, index: int, quantity: str) -> EngineError:
+    return EngineError(
+        f"{quantity} of {learner.words[index].token!r} is not finite, so no start can be found: "
+        "compute in fp32, or name a word with --init"
+    )
 
 
 def _of_one_row(word: Word) -> Word:
@@ -69,8 +81,9 @@ def _batches(learner: Learner, index: int, seed: int) -> list[Draw]:
     return [draw(learner.words[index], learner.recipe, len(learner.noising), generator) for _ in range(count)]
 
 
-def _most_lowering(source: Source, gradients: Rows) -> Iterator[str]:
-    """At most TRIED words, by how much a step towards their row lowers the loss.
+def _steepest(source: Source, gradients: Rows) -> Iterator[str]:
+    """At most TRIED words, those in whose rows' direction the loss falls most steeply: by <g, row / |row|>, lowest
+    first.
 
     Words are those of the first text encoder that has a gradient, since encoders may differ in their vocabularies.
     """

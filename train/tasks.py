@@ -11,8 +11,8 @@ from diffusers import UNet2DConditionModel
 from oneword.engines.errors import UsageError
 from oneword.export.families import family_of
 from oneword.export.source import Source
-from oneword.runtime.concept import check_token
-from oneword.train.initial import initial_rows, initial_text, token_ids
+from oneword.runtime.concept import check_token, load_concept
+from oneword.train.initial import concept_file, initial_rows, initial_text, token_ids
 from oneword.train.pictures import Picture, encode_moments, random_crops
 from oneword.train.prompts import caption_template, templates
 from oneword.train.recipe import Recipe
@@ -73,15 +73,28 @@ def check_encoders(source: Source, encoders: Collection[str]) -> None:
         )
 
 
+def check_polished(source: Source, tasks: Sequence[Task], encoders: Collection[str]) -> None:
+    """Raises `UsageError` for a refined word with vectors for other text encoders than those it would be learned for.
+
+    A task learns a refined word further if it has `more` pictures and its init is a file.
+    """
+    for task in tasks:
+        if not task.more or (path := concept_file(task.init)) is None:
+            continue
+        present, known = load_concept(path).vectors.keys(), source.text_encoders.keys()
+        if present - known or set(encoders or known) - present:
+            raise UsageError(
+                f"{path} has vectors for {', '.join(sorted(present))}, the model {source.name} would learn it for "
+                f"{', '.join(sorted(encoders or known))}: give the model that the word was refined with"
+            )
+
+
 def make_word(source: Source, task: Task, pictures: Sequence[Picture], recipe: Recipe, seed: int) -> Word:
     """Returns the task's word, ready for the learner: pictures encoded, prompts chosen, initial rows computed."""
     captions = None
     if any(picture.caption for picture in pictures):
-        missing = [picture.path.name for picture in pictures if not picture.caption]
-        if missing:
-            raise UsageError(
-                f"{task.images}: no caption for {', '.join(missing)}: give every picture a caption, or none"
-            )
+        if missing := [str(picture.path) for picture in pictures if not picture.caption]:
+            raise UsageError(f"no caption for {', '.join(missing)}: give every picture a caption, or none")
         captions = [
             caption_template(picture.caption or "", task.token, str(picture.path.with_suffix(".txt")))
             for picture in pictures

@@ -1,8 +1,9 @@
 """Words with output vectors, drawn from a bundle, against diffusers' UNet with hooks at its key and value inputs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -254,6 +255,13 @@ class Reference:
 @pytest.fixture(scope="module")
 def reference(tiny_model_dir: Path, tiny_bundle: Path) -> Reference:
     return Reference(tiny_model_dir, tiny_bundle)
+
+
+def raising(error: Exception) -> Callable[..., Any]:
+    def call(*_: Any) -> Any:
+        raise error
+
+    return call
 
 
 def final_latents(model: Model, requests: Sequence[Request], max_rows: int = 16) -> dict[int, npt.NDArray[np.float32]]:
@@ -639,6 +647,40 @@ def test_pictures_are_drawn_with_two_contexts_each_if_there_is_no_memory_for_mor
         assert np.abs(pictures[request.seed].astype(int) - expected.image).max() <= 1
 
 
+def test_a_shortage_of_memory_is_named_and_ends_when_there_is_memory_again(
+    tiny_bundle: Path, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """First there is no memory for any arena, then for one with two contexts per row, then for all of them."""
+    wide = planned(tiny_bundle, monkeypatch, [{"B": 8, "N": 16, "M": 48}])
+    engine: Any = wide.engine("denoise_step")
+    bind, room = engine.bind, [0]
+
+    def short(shapes: Mapping[str, Sequence[int]], *arrays: Any) -> Binding:
+        if shapes.get("context", (0,))[0] > room[0]:
+            raise EngineError("out of memory")
+        bound: Binding = bind(shapes, *arrays)
+        return bound
+
+    monkeypatch.setattr(engine, "bind", short)
+    scheduler = Scheduler(wide, max_rows=4)
+    request = Request("a <toy>", "<toy>", seed=2, steps=3)  # 10 contexts
+    errors = []
+    for room[0] in (0, 8, 0, 8, 8):
+        scheduler.add(request)
+        errors += [event.error for event in iter_events(scheduler) if isinstance(event, Failed)]
+    room[0] = 48
+    scheduler.add(request)
+    pictures = [event for event in iter_events(scheduler) if isinstance(event, PictureDone)]
+
+    no_arena = "out of memory"
+    two_each = "need 10 contexts, an engine call has room for 8 while memory is short: try again"
+    for error, message in zip(errors, (no_arena, two_each, no_arena, two_each, two_each), strict=True):
+        assert isinstance(error, EngineError)
+        assert message in str(error)
+    [expected], [picture] = draw(model, request), pictures
+    assert np.abs(picture.image.astype(int) - expected.image).max() <= 1
+
+
 def test_nobody_of_a_size_overtakes_a_row_that_waits_for_contexts_behind_another_size(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -746,3 +788,23 @@ def test_a_prompt_with_rows_for_each_layer_is_encoded_once_and_cached_with_all_i
     assert second is first
     assert len(first.layered) == LAYERS
     assert first.nbytes == (1 + LAYERS) * first.hidden_states.nbytes
+
+
+def test_the_cache_counts_the_output_vectors_that_a_prompt_holds(model: Model) -> None:
+    [encoded] = model.encode([model.tokenize("a <toy> and a <gem> on a <toy>")])
+    toy, gem = 4 * LAYERS * 2 * 32 * 4, 1 * LAYERS * 1 * 32 * 4  # stages, layers, n, width and bytes
+    assert encoded.nbytes == encoded.hidden_states.nbytes + toy + gem
+
+
+def test_the_time_of_an_encoding_that_fails_is_counted_and_its_chunks_are_not(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([3.0, 5.0])
+    monkeypatch.setattr(model_module, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(model, "_encode", raising(EngineError("out of memory")))
+    seconds, chunks = model.encoding_seconds, model.encoded_chunks
+
+    with pytest.raises(EngineError, match="out of memory"):
+        model.encode([model.tokenize("a prompt that is not cached")])
+
+    assert (model.encoding_seconds - seconds, model.encoded_chunks) == (2.0, chunks)

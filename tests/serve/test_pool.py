@@ -20,6 +20,7 @@ from starlette.types import Message
 
 from oneword.runtime import edit
 from oneword.runtime.bundle import Bundle, Manifest
+from oneword.runtime.concept import Concept
 from oneword.runtime.drawing import draw
 from oneword.runtime.events import PictureDone
 from oneword.runtime.model import Model
@@ -258,6 +259,31 @@ def test_texts_are_priced_by_their_chunks_until_they_are_encoded(
             pool.generations(ALICE)
         assert pool.queued_seconds == 0
         await generation.wait()
+
+    run(scenario)
+
+
+def test_a_text_whose_word_has_rows_for_each_layer_is_priced_once_more_for_each(
+    worker: Worker, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(monkeypatch)
+    with_figures(worker, monkeypatch, WorkerFigures(seconds_per_chunk=1.0))
+    pool = Pool(worker, model.manifest, max_wait=100, chunks=len)
+    rows, vectors = np.full((4, 1, 32), 0.1, np.float32), {"text_encoder": np.full((1, 32), 0.1, np.float32)}
+    precise = Concept("<Xti>", vectors, out={"text_encoder": rows[None]}, encoder_layers={"text_encoder": 3})
+    layered = Concept("<Xti>", vectors, layer_rows={"text_encoder": rows})
+
+    async def seconds(word: Concept) -> float:
+        generation = pool.prepared(ALICE, Request("[a|<Xti>]", "no", num_images=2, steps=6))
+        generation.request = replace(generation.request, words={"<Xti>": word})  # as when its words are looked up
+        with generation:
+            pool.enter(generation)
+            return pool.queued_seconds
+
+    async def scenario() -> None:
+        assert await seconds(precise) == 1 + 5 + 2
+        assert await seconds(layered) == 1 + 5 * (1 + 4) + 2
+        gate.open.set()
 
     run(scenario)
 

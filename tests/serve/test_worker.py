@@ -344,6 +344,19 @@ def test_an_exception_on_the_engine_thread_is_a_failure_and_everybody_hears_of_i
     assert not worker.ready.is_set()
 
 
+def test_a_turn_is_expected_to_encode_a_text_once_more_for_each_layer_that_its_word_has_rows_for(
+    worker: Worker,
+) -> None:
+    rows, vectors = np.full((4, 1, 32), 0.1, np.float32), {"text_encoder": np.full((1, 32), 0.1, np.float32)}
+    word = Concept("<xti>", vectors, layer_rows={"text_encoder": rows})
+    events = Events()
+
+    ticket = worker.submit(Request("a <xti>", "a dog", steps=2, words={"<xti>": word}), frozenset(), events)
+
+    events.until(Done)
+    assert ticket.texts == (1 + 4) + 1
+
+
 def test_an_engine_that_hangs_is_noticed_and_an_idle_one_is_not(
     worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:

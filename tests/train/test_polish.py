@@ -1,6 +1,7 @@
 """`ti-train --polish`: a refined word learned further from its liked pictures and the user's own."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,9 @@ from safetensors import safe_open
 
 from oneword.export.source import load_source
 from oneword.runtime.aspects import Aspect
-from oneword.runtime.cli_refine import picture_file
 from oneword.runtime.concept import Concept, load_concept, save_concept
 from oneword.runtime.lexicon import Lexicon
-from oneword.runtime.refine import Refinement, finish, judge
+from oneword.runtime.refine import Refinement, finish, judge, picture_file
 from oneword.train.cli import main
 from oneword.train.learn import Run
 from oneword.train.norms import vocabulary_mean_norm
@@ -98,6 +98,47 @@ def test_it_has_fifty_steps_unless_told_otherwise(folder: Path, tiny_model_dir: 
 
     with safe_open(refined.parent / "p.safetensors", "numpy") as file:
         assert file.metadata()["steps"] == "50"
+
+
+def test_liked_pictures_without_a_caption_are_named_where_the_folder_has_captions(
+    folder: Path, tiny_model_dir: Path, refined: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for picture in folder.iterdir():
+        picture.with_suffix(".txt").write_text("a red <mytoy>")
+
+    assert main(line(folder, tiny_model_dir, refined)) == 2
+
+    rounds = refined.with_suffix(".rounds")
+    liked = [rounds / "round-1" / "4.png", rounds / "round-2" / "2.png", rounds / "round-2" / "5.png"]
+    expected = f"no caption for {', '.join(map(str, liked))}: give every picture a caption, or none"
+    assert capsys.readouterr().err == f"ti-train: {expected}\n"
+
+
+@pytest.mark.parametrize(
+    ("has", "learned"),
+    [
+        (("text_encoder", "text_encoder_2"), "tiny_model_dir"),  # of SDXL, with a model of one text encoder
+        (("text_encoder",), "tiny_sdxl_dir"),
+    ],
+)
+def test_a_word_of_other_text_encoders_than_the_model_has_is_refused_in_one_line(
+    folder: Path,
+    refined: Path,
+    has: tuple[str, ...],
+    learned: str,
+    request: pytest.FixtureRequest,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    word = load_concept(refined)
+    [rows] = word.vectors.values()
+    save_concept(replace(word, vectors=dict.fromkeys(has, rows)), refined)
+
+    assert main(line(folder, request.getfixturevalue(learned), refined)) == 2
+
+    error = capsys.readouterr().err
+    assert f"{refined} has vectors for {', '.join(has)}, the model" in error
+    assert error.endswith("give the model that the word was refined with\n")
+    assert error.count("\n") == 1
 
 
 def test_what_cannot_be_polished_is_refused_in_one_line(
