@@ -117,7 +117,7 @@ class Run:
         self.source, self.tasks, self.recipe, self.seed, self.clock = source, tasks, recipe, seed, clock
         self.checkpoints, self.checkpoint_every, self.preview_every = checkpoints, checkpoint_every, preview_every
         self.words_after = words_after
-        size, step = picture_size(source), side_step(source) if recipe.buckets else None
+        size, step = picture_size(source, recipe), side_step(source) if recipe.buckets else None
         self.pictures = [read_pictures(task.images, size, step=step) for task in tasks]
         words = [
             make_word(source, task, pictures, recipe, seed) for task, pictures in zip(tasks, self.pictures, strict=True)

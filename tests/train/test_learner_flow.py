@@ -24,9 +24,9 @@ from oneword.train.cli import main
 from oneword.train.learn import learn
 from oneword.train.learner import Learner
 from oneword.train.noising import FlowMatching
-from oneword.train.pictures import Moments
+from oneword.train.pictures import Moments, read_pictures
 from oneword.train.recipe import RECIPES, Compute, Recipe
-from oneword.train.tasks import Task
+from oneword.train.tasks import Task, make_word, picture_size
 from oneword.train.word import Draw, Word, draw
 
 QUICK = Recipe(steps=4, batch_size=4, learning_rate=0.01, weight_decay=0.0, compute=Compute.FP32)
@@ -135,6 +135,26 @@ def test_the_loss_of_sd3_falls(tiny_sd3_dir: Path, recipe: str, encoders: tuple[
 @pytest.mark.parametrize("tiny_flux_dir", ["dev"], indirect=True)
 def test_the_loss_of_flux_falls(tiny_flux_dir: Path, recipe: str) -> None:
     assert_loss_falls(load_source(tiny_flux_dir), a_word(*FLUX), recipe)
+
+
+@pytest.mark.parametrize("tiny_flux_dir", ["dev"], indirect=True)
+def test_words_of_transformers_are_learned_at_the_recipes_size(
+    tiny_sd3_dir: Path, tiny_flux_dir: Path, tmp_path: Path
+) -> None:
+    task = Task(Path(arguments(tmp_path, tiny_sd3_dir, tmp_path)[0]), "<toy>", "star")
+    for model in (tiny_sd3_dir, tiny_flux_dir):
+        source, recipe = load_source(model), QUICK.with_changes(steps=1, size=96)
+        pictures = read_pictures(task.images, picture_size(source, recipe))
+        assert make_word(source, task, pictures, recipe, 0).moments.mean[0].shape == (16, 12, 12)
+        *_, last = learn(source, [task], recipe)
+        assert math.isfinite(last.history[0][0])
+    for settings, message in (
+        ({"size": 88}, "size is 88: allowed are multiples of 16 up to 384, for "),
+        ({"size": 400}, "size is 400: allowed are multiples of 16 up to 384, for "),
+        ({"size": 208, "buckets": True}, "size is 208: allowed are multiples of 16 up to 192 with buckets, for "),
+    ):
+        with pytest.raises(UsageError, match=message):
+            picture_size(load_source(tiny_sd3_dir), QUICK.with_changes(**settings))
 
 
 @pytest.mark.parametrize("recipe", ["fast", "directional"])
