@@ -7,8 +7,8 @@
     onnxruntime-cuda, tensorrt, tensorrt-rtx
                        the exported step, fp16; where the engine allows it, also captured as a CUDA graph and replayed
 
-Random weights of full size (benchmarks.full_size), one picture with guidance, at the model's own size. Contenders run
-one after another, each in its own process, `--rounds` times; medians are reported. Columns: ms per step (queued one by
+Random weights of full size (benchmarks.architectures), one picture with guidance, at the model's own size. Contenders
+run one after another, each in its own process, `--rounds` times; medians are reported. Columns: ms per step (queued one by
 one, and captured), TFLOP/s if the step's arithmetic is known, the largest relative difference from `torch` after one
 step, and memory in use on the GPU. A contender that is not installed or does not run on this GPU gets a row with the
 reason. `--write` puts the tables into docs/results/gpu.md. Ends in one line of JSON.
@@ -27,7 +27,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.full_size import CONFIGS, NEW_PAGE, PAGE, SHAPE, bundle_of_one, full_size
+from benchmarks.architectures import CONFIGS, SHAPE, bundle_of_one, full_size
+from benchmarks.full_size import NEW_PAGE, PAGE
 from benchmarks.pages import provenance, table, write_section
 from oneword.runtime.samplers import COLUMNS
 
