@@ -8,8 +8,8 @@
                        the exported step, fp16; where the engine allows it, also captured as a CUDA graph and replayed
 
 Random weights of full size (benchmarks.architectures), one picture with guidance, at the model's own size. Contenders
-run one after another, each in its own process, `--rounds` times; medians are reported. Columns: ms per step (queued one by
-one, and captured), TFLOP/s if the step's arithmetic is known, the largest relative difference from `torch` after one
+run one after another, each in its own process, `--rounds` times; medians are reported. Columns: ms per step (queued one
+by one, and captured), TFLOP/s if the step's arithmetic is known, the largest relative difference from `torch` after one
 step, and memory in use on the GPU. A contender that is not installed or does not run on this GPU gets a row with the
 reason. `--write` puts the tables into docs/results/gpu.md. Ends in one line of JSON.
 """
@@ -100,7 +100,7 @@ def _torch(contender: str, model: str, folder: Path, feeds: dict[str, Any], step
         inputs = dict(tensors)
         with torch.no_grad():
             for _ in range(count):
-                inputs["sample"], inputs["previous"], _ = module(*inputs.values())
+                inputs["sample"], inputs["previous"], _ = module(**inputs)
         torch.cuda.synchronize()
         return inputs["sample"]
 

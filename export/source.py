@@ -22,6 +22,7 @@ import transformers
 from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
+    ChromaTransformer2DModel,
     FluxTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
@@ -42,6 +43,7 @@ COMPONENTS: Mapping[str, Any] = {
     "UNet2DConditionModel": UNet2DConditionModel,
     "SD3Transformer2DModel": SD3Transformer2DModel,
     "FluxTransformer2DModel": FluxTransformer2DModel,
+    "ChromaTransformer2DModel": ChromaTransformer2DModel,
     "T5EncoderModel": T5EncoderModel,
     "CLIPTextModel": CLIPTextModel,
     "CLIPTextModelWithProjection": CLIPTextModelWithProjection,
@@ -61,7 +63,6 @@ COMPONENT_NAMES = (
 OMISSIBLE = {"StableDiffusion3Pipeline": "text_encoder_3", "StableDiffusion3Img2ImgPipeline": "text_encoder_3"}
 """The text encoder that a pipeline runs without, by the pipeline's name."""
 UNSUPPORTED = {
-    "ChromaPipeline": "a mask of the prompt's padding in joint attention",
     "Flux2Pipeline": "Mistral as its text encoder",
     "Flux2KleinPipeline": "Qwen3 as its text encoder",
     "ZImagePipeline": "Qwen3 as its text encoder, and prompts without padding",
@@ -100,7 +101,7 @@ class Source:
     path: Path
     revision: str
     pipeline: str
-    network: UNet2DConditionModel | SD3Transformer2DModel | FluxTransformer2DModel
+    network: UNet2DConditionModel | SD3Transformer2DModel | FluxTransformer2DModel | ChromaTransformer2DModel
     vae: AutoencoderKL | VQModel
     text_encoders: Mapping[str, nn.Module]
     tokenizers: Mapping[str, Any]

@@ -306,6 +306,9 @@ class Arena:
                 self._inputs["context"].write(place, np.tile(prompt.hidden_states, (times, 1)))
                 if "pooled" in self._inputs and prompt.pooled is not None:
                     self._inputs["pooled"].write(place, prompt.pooled)
+                if "context_mask" in self._inputs:
+                    mask = np.ones(len(prompt.hidden_states), np.float32) if prompt.mask is None else prompt.mask
+                    self._inputs["context_mask"].write(place, np.tile(mask, times))
 
 
 class _ContextPool:

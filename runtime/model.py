@@ -61,6 +61,8 @@ class EncodedPrompt:
     finite: bool
     weight_scale: Mapping[str, npt.NDArray[np.float32]]
     """By encoder, [chunks]: the factor that restored each chunk's mean after A1111's weights."""
+    mask: npt.NDArray[np.float32] | None = None
+    """[chunks * T]: 1 for tokens that the denoiser attends to, else 0; None if that is all of them."""
 
     @property
     def nbytes(self) -> int:
@@ -355,8 +357,8 @@ class Model:
             for encoder in self.manifest.encoders
         ]
         return [
-            self._joined({e.graph: out[i] for e, out in zip(self.manifest.encoders, encoded, strict=True)})
-            for i in range(len(prompts))
+            self._joined(prompt, {e.graph: out[i] for e, out in zip(self.manifest.encoders, encoded, strict=True)})
+            for i, prompt in enumerate(prompts)
         ]
 
     def _encode_with(
@@ -375,14 +377,14 @@ class Model:
         if encoder.default_layer is not None:
             layers = [encoder.default_layer - tokens.clip_skip for tokens in prompts]
             feeds["layer"] = np.repeat(np.array(layers, np.int64), counts)
-        if encoder.pooled_width is not None:
+        if encoder.pooled_width is not None or encoder.masks_padding:
             feeds["eos_index"] = np.concatenate([part.eos_index for part in chunks])
         out = self._graph(encoder.graph)(feeds)
         ends = np.cumsum(counts)
         parts = [slice(end - count, end) for count, end in zip(counts, ends, strict=True)]
         return [{name: values[part] for name, values in out.items()} for part in parts]
 
-    def _joined(self, encoded: Mapping[str, Mapping[str, NumpyArray]]) -> EncodedPrompt:
+    def _joined(self, prompt: TokenizedPrompt, encoded: Mapping[str, Mapping[str, NumpyArray]]) -> EncodedPrompt:
         """One prompt's context, as `Conditioning.context` describes it, padded with zeros to D."""
         conditioning = self.manifest.conditioning
         blocks = []
@@ -400,7 +402,20 @@ class Model:
             weight_scale={
                 name: np.array(out["weight_scale"]) for name, out in encoded.items() if "weight_scale" in out
             },
+            mask=self._mask(prompt),
         )
+
+    def _mask(self, prompt: TokenizedPrompt) -> npt.NDArray[np.float32] | None:
+        """[chunks * T] of a prompt's context, None if the denoiser has no mask."""
+        conditioning = self.manifest.conditioning
+        if conditioning.attended_padding is None:
+            return None
+        blocks = []
+        for block in conditioning.context:
+            attended = [prompt.per_encoder[name].attended(conditioning.attended_padding).ravel() for name in block]
+            length = math.lcm(*map(len, attended))
+            blocks.append(np.maximum.reduce([np.tile(part, length // len(part)) for part in attended]))
+        return np.concatenate([*blocks, np.ones(conditioning.zero_tokens, bool)]).astype(np.float32)
 
 
 def check_fits(concept: Concept, manifest: Manifest) -> None:

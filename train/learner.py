@@ -16,6 +16,7 @@ import torch
 from torch.nn.functional import mse_loss, pad
 
 from oneword.engines.errors import EngineError
+from oneword.export.chroma import Chroma
 from oneword.export.families import AnyEncoder, family_of
 from oneword.export.flux import Flux
 from oneword.export.modules import DenoiseStep, UNet
@@ -32,7 +33,7 @@ from oneword.train.recipe import Recipe
 from oneword.train.stopping import has_settled
 from oneword.train.word import Batch, Draw, Rows, Word, all_prompts, draw, group_by_shape, prepare, tensors_of
 
-NetworkModule: TypeAlias = UNet | StableDiffusion3 | Flux
+NetworkModule: TypeAlias = UNet | StableDiffusion3 | Flux | Chroma
 GUIDANCE = 1.0  # of a network that takes it as an input: the one without effect
 
 
@@ -215,8 +216,8 @@ class Learner:
         """Records the network for parts of these sizes, unless it has been recorded."""
         for part in {len(part): part for part in parts}.values():
             noisy = torch.stack([batch.latents[picture] for picture in part])
-            context, pooled = self._context([(batch.words[picture], batch.prompts[picture]) for picture in part])
-            self.network.record(*self._network_inputs(noisy, batch.timesteps[part], context, pooled))
+            context = self._context([(batch.words[picture], batch.prompts[picture]) for picture in part])
+            self.network.record(*self._network_inputs(noisy, batch.timesteps[part], *context))
 
     def _penalty(self, index: int) -> torch.Tensor:
         """The weighted distance of a word to its initial rows, which the regularised recipe adds to its loss."""
@@ -240,8 +241,8 @@ class Learner:
             for values in (batch.latents, batch.eps, batch.timesteps)
         )
         x_t = self.noising.noisy(x_0, eps, t)
-        context, pooled = self._context([(batch.words[picture], batch.prompts[picture]) for picture in pictures])
-        predicted = self._predict(x_t, t, context, pooled)
+        context = self._context([(batch.words[picture], batch.prompts[picture]) for picture in pictures])
+        predicted = self._predict(x_t, t, *context)
         error = mse_loss(predicted, self.noising.target(x_0, eps, t), reduction="none")
         error = error * self.noising.weights(t)[:, None, None, None]
         if batch.masks is not None:
@@ -256,13 +257,23 @@ class Learner:
             self.network.variant = plain
 
     def _predict(
-        self, noisy: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor, pooled: torch.Tensor | None
+        self,
+        noisy: torch.Tensor,
+        timesteps: torch.Tensor,
+        context: torch.Tensor,
+        pooled: torch.Tensor | None,
+        mask: torch.Tensor | None,
     ) -> torch.Tensor:
         """The network's prediction [B, C, h, w] as float32, computed in the network's type."""
-        return self.network(*self._network_inputs(noisy, timesteps, context, pooled)).float()
+        return self.network(*self._network_inputs(noisy, timesteps, context, pooled, mask)).float()
 
     def _network_inputs(
-        self, noisy: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor, pooled: torch.Tensor | None
+        self,
+        noisy: torch.Tensor,
+        timesteps: torch.Tensor,
+        context: torch.Tensor,
+        pooled: torch.Tensor | None,
+        mask: torch.Tensor | None,
     ) -> tuple[torch.Tensor | None, ...]:
         return (
             noisy.to(self.dtype, memory_format=torch.channels_last),
@@ -271,6 +282,7 @@ class Learner:
             None if pooled is None else pooled.to(self.dtype),
             self._time_ids(noisy) if self.conditioning.time_ids else None,
             *((None, torch.full((len(noisy),), GUIDANCE)) if self.network.module.embeds_guidance else ()),
+            *((None, mask) if self.network.module.masks_context else ()),
         )
 
     def _prepare(self, batch: Batch) -> None:
@@ -290,8 +302,9 @@ class Learner:
 
     def _context(
         self, prompts: Sequence[tuple[int, str]], rows_of: Mapping[int, Rows] | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Encodes words' prompts to [B, T, D] and, if the family pools, [B, P]; each distinct prompt once.
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Encodes words' prompts to [B, T, D], [B, P] if the family pools, and [B, T] if it masks; each distinct prompt
+        once.
 
         `rows_of` overrides the rows of words by index.
         """
@@ -308,7 +321,20 @@ class Learner:
             blocks = [pad(block, (0, width - block.shape[-1])) for block in blocks]
             blocks.append(torch.zeros(len(unique), conditioning.zero_tokens, width))
         pooled = torch.cat([encoded[name].pooled for name in conditioning.pooled], -1) if conditioning.pooled else None
-        return torch.cat(blocks, 1)[rows], None if pooled is None else pooled[rows]
+        mask = self._mask([encoded[block[0]] for block in conditioning.context])
+        return (
+            torch.cat(blocks, 1)[rows],
+            None if pooled is None else pooled[rows],
+            None if mask is None else mask[rows],
+        )
+
+    def _mask(self, blocks: Sequence[Encoded]) -> torch.Tensor | None:
+        """[B, T]: 1 for tokens of the blocks' prompts that the network attends to; None if that is all of them."""
+        padding = self.conditioning.attended_padding
+        if padding is None:
+            return None
+        attended = [torch.arange(block.states.shape[1]) <= block.eos_index[:, None] + padding for block in blocks]
+        return torch.cat(attended, 1).float()
 
     def _all_rows(self, encoder: str, rows_of: Mapping[int, Rows]) -> torch.Tensor:
         """Every word's rows [R, D], each word's followed by its per-picture rows."""

@@ -118,7 +118,8 @@ def test_the_gradient_in_flux_is_that_of_the_original_models(tiny_flux_dir: Path
 
 def test_sd3_without_t5_attends_to_zeros_in_its_place(tiny_sd3_dir: Path) -> None:
     learner = Learner(load_source(tiny_sd3_dir, without=["text_encoder_3"]), [a_word(*CLIP)], QUICK, seed=7)
-    context, pooled = learner._context([(0, "a {}")])
+    context, pooled, mask = learner._context([(0, "a {}")])
+    assert mask is None
     assert context.shape == (1, 20 + 256, 32)
     assert pooled is not None
     assert not context[0, 20:].any()
