@@ -67,12 +67,18 @@ UNSUPPORTED = {
     "Flux2KleinPipeline": "Qwen3 as its text encoder",
     "ZImagePipeline": "Qwen3 as its text encoder, and prompts without padding",
     "QwenImagePipeline": "Qwen2.5-VL as its text encoder, and a mask of the prompt",
+    "QwenImage21Pipeline": "Qwen3-VL as its text encoder",
     "PixArtAlphaPipeline": "a mask of the prompt in cross-attention",
     "PixArtSigmaPipeline": "a mask of the prompt in cross-attention",
     "SanaPipeline": "Gemma2 as its text encoder, and a mask of the prompt",
+    "SanaSprintPipeline": "Gemma2 as its text encoder, and a mask of the prompt",
     "Lumina2Pipeline": "Gemma2 as its text encoder, and a mask of the prompt",
     "HiDreamImagePipeline": "Llama as one of its text encoders",
+    "Krea2Pipeline": "Qwen3-VL as its text encoder",
+    "Ideogram4Pipeline": "Qwen3-VL as its text encoder, and a second network without a prompt",
+    "ErnieImagePipeline": "Mistral as its text encoder",
     "StableCascadeCombinedPipeline": "two networks in turn",
+    "WuerstchenCombinedPipeline": "two networks in turn",
     "KandinskyV22CombinedPipeline": "a prior before its network",
 }
 """Text-to-image pipelines that are refused, with the first thing that is missing in `oneword.export.families`."""

@@ -116,6 +116,37 @@ def test_the_gradient_in_flux_is_that_of_the_original_models(tiny_flux_dir: Path
     assert_same_gradients(Learner(source, [word], QUICK, seed=7), batch, loss, tables)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_gradient_in_chroma_is_that_of_the_original_models(tiny_chroma_dir: Path, checkpointing: bool) -> None:
+    """Reference: diffusers' pipeline and transformer, with a mask of truth values. Its checkpointing loses the mask."""
+    from diffusers import ChromaPipeline
+
+    recipe = QUICK.with_changes(gradient_checkpointing=checkpointing)
+    word, source = a_word("text_encoder_3"), load_source(tiny_chroma_dir)
+    batch = draw(word, recipe, 1000, torch.Generator().manual_seed(2))
+    pipe = ChromaPipeline.from_pretrained(tiny_chroma_dir)
+    tables = {"text_encoder_3": add_word(pipe, word, "text_encoder_3", "")}
+    texts = [prompt.format("<toy>") for prompt in batch.prompts]
+    states, ids, mask, *_ = pipe.encode_prompt(texts, do_classifier_free_guidance=False, max_sequence_length=24)
+    noisy, sigma, target = reference_noise(batch, lambda s: 3 * s / (1 + 2 * s))
+    predicted = pipe.transformer(
+        hidden_states=pipe._pack_latents(noisy, 4, 16, 8, 8),
+        timestep=sigma,
+        encoder_hidden_states=states,
+        txt_ids=ids,
+        img_ids=pipe._prepare_latent_image_ids(4, 4, 4, torch.device("cpu"), torch.float32),
+        attention_mask=pipe._prepare_attention_mask(4, 16, torch.float32, mask).bool(),
+    ).sample
+    loss = (predicted - pipe._pack_latents(target, 4, 16, 8, 8)).square().mean()
+
+    assert_same_gradients(Learner(source, [word], recipe, seed=7), batch, loss, tables)
+
+
+@pytest.mark.parametrize("recipe", ["fast", "directional"])
+def test_the_loss_of_chroma_falls(tiny_chroma_dir: Path, recipe: str) -> None:
+    assert_loss_falls(load_source(tiny_chroma_dir), a_word("text_encoder_3"), recipe)
+
+
 def test_sd3_without_t5_attends_to_zeros_in_its_place(tiny_sd3_dir: Path) -> None:
     learner = Learner(load_source(tiny_sd3_dir, without=["text_encoder_3"]), [a_word(*CLIP)], QUICK, seed=7)
     context, pooled, mask = learner._context([(0, "a {}")])
@@ -160,9 +191,16 @@ def test_words_of_transformers_are_learned_at_the_recipes_size(
 
 @pytest.mark.parametrize("recipe", ["fast", "directional"])
 @pytest.mark.parametrize("tiny_flux_dir", ["dev"], indirect=True)
-def test_a_resumed_run_has_the_same_bits(tiny_sd3_dir: Path, tiny_flux_dir: Path, recipe: str) -> None:
+def test_a_resumed_run_has_the_same_bits(
+    tiny_sd3_dir: Path, tiny_flux_dir: Path, tiny_chroma_dir: Path, recipe: str
+) -> None:
     settings = RECIPES[recipe].with_changes(steps=4, batch_size=2, compute=Compute.BF16)
-    for model, encoders in ((tiny_sd3_dir, tuple(WIDTHS)), (tiny_sd3_dir, CLIP), (tiny_flux_dir, FLUX)):
+    for model, encoders in (
+        (tiny_sd3_dir, tuple(WIDTHS)),
+        (tiny_sd3_dir, CLIP),
+        (tiny_flux_dir, FLUX),
+        (tiny_chroma_dir, ("text_encoder_3",)),
+    ):
         whole, first, second = (Learner(load_source(model), [a_word(*encoders)], settings, seed=7) for _ in range(3))
         for _ in range(4):
             whole.step()
