@@ -46,6 +46,15 @@ KEY_ENCODERS: Final = {key: encoder for encoder, key in ENCODER_KEYS.items()} | 
     "text_encoders_0": "text_encoder",
     "text_encoders_1": "text_encoder_2",
 }
+_OTHER_ENCODERS: Final = {
+    "gemma": 2304,
+    "llama": 4096,
+    "qwen3_06b": 1024,
+    "qwen3_4b": 2560,
+    "qwen3_8b": 4096,
+    "qwen25_7b": 3584,
+}
+"""The keys of other text encoders in files of OneTrainer and ComfyUI, with their widths."""
 _CLIP_L_WIDTH: Final = 768
 _FILE_NAME_KEYS: Final = ("emb_params", "emp_params")  # kohya, OneTrainer: the file's name is the token
 _DTYPES: Final[dict[str, np.dtype[Any]]] = {
@@ -127,6 +136,11 @@ def concept_of(tensors: Mapping[str, Vectors], metadata: Mapping[str, str], name
     """The word in a file's tensors. `name` is the file's name, and names the word if the file does not."""
     provenance = {key: value for key, value in metadata.items() if key not in ("format", "token")}
     stem = token_from_stem(name)
+    if other := [key for key, value in tensors.items() if value.shape[-1] == _OTHER_ENCODERS.get(key)]:
+        raise ConceptError(
+            f"{name} has vectors for {other[0]}, a text encoder of no supported model: "
+            f"allowed are {', '.join(sorted(KEY_ENCODERS))}"
+        )
     if any(key in KEY_ENCODERS for key in tensors):
         vectors = {_encoder_of(key, tensors): tensors[key] for key in tensors if key in KEY_ENCODERS}
         if any(key not in KEY_ENCODERS and key.removesuffix("_out") not in KEY_ENCODERS for key in tensors):
