@@ -53,7 +53,9 @@ def main() -> None:
         print(json.dumps({"export": _export, "check": _check, "plan": _plan}[options.stage](options)))
         return
     results = _measured(options)
-    done = {name: result for name, result in results.items() if "check_gib" in result or "plan_gib" in result}
+    done = {
+        name: result for name, result in results.items() if ("plan_gib" if options.plans else "export_gib") in result
+    }
     for section, names in (("full-size", CONFIGS), ("full-size-transformers", FLOW | TEXT)):
         rows = {name: result for name, result in done.items() if split(name.split()[0])[0] in names}
         if rows:
@@ -76,15 +78,17 @@ def export_table(results: Mapping[str, Measured]) -> str:
 
 
 def _cells(r: Measured) -> list[str]:
-    return [
+    exported = [
         f"{r['parameters'] / 1e6:.1f} M",
         f"{r['export_seconds']:.0f} s",
         marked(f"{r['export_gib']:.1f} GiB", r["export_gib"] <= LIMIT_GIB),
-        marked(f"{r['check_gib']:.1f} GiB", r["check_gib"] <= LIMIT_GIB),
-        f"{r['disk_gib']:.1f} GiB",
-        f"{r['call_seconds']:.2g} s" if r["call_seconds"] < 10 else f"{r['call_seconds']:.0f} s",
-        f"{r['difference']:.1e}" if "difference" in r else "",
     ]
+    disk = f"{r['disk_gib']:.1f} GiB"
+    if "check_gib" not in r:
+        return [*exported, "not run", disk, "", ""]
+    check = marked(f"{r['check_gib']:.1f} GiB", r["check_gib"] <= LIMIT_GIB)
+    call = f"{r['call_seconds']:.2g} s" if r["call_seconds"] < 10 else f"{r['call_seconds']:.0f} s"
+    return [*exported, check, disk, call, f"{r['difference']:.1e}" if "difference" in r else ""]
 
 
 def plan_table(results: Mapping[str, Measured], target: str) -> str:
@@ -113,7 +117,8 @@ def on_paper(results: Mapping[str, Measured]) -> dict[str, dict[str, float]]:
         if len(measured) > 1:
             (fewer, low), *_, (more, high) = sorted(measured, key=lambda pair: pair[0])
             times = (LAYERS[name.split()[0]] - fewer) / (more - fewer)
-            whole[name] = {key: low[key] + times * (high[key] - low[key]) for key in low if key != "difference"}
+            keys = (key for key in low if key in high and key != "difference")
+            whole[name] = {key: low[key] + times * (high[key] - low[key]) for key in keys}
     return whole
 
 

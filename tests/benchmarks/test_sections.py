@@ -62,7 +62,9 @@ def test_a_whole_transformer_is_computed_on_paper_from_two_numbers_of_layers() -
     }
 
     assert full_size.on_paper(results) == {"flux-dev fp16": dict.fromkeys(keys, 48.0)}
+    results["t5-xxl fp16"] = dict.fromkeys(("parameters", "export_seconds", "export_gib", "disk_gib"), 12.0)
     text = full_size.export_table(results)
+    assert "| t5-xxl fp16 | 0.0 M | 12 s | 12.0 GiB | not run | 12.0 GiB |  |  |" in text
     assert "| flux-dev@4 fp16 | 0.0 M | 18 s | 18.0 GiB | 18.0 GiB | 18.0 GiB | 18 s | 1.0e-04 |" in text
     assert "| flux-dev fp16, on paper | 0.0 M | 48 s | **48.0 GiB** | **48.0 GiB** | 48.0 GiB | 48 s |  |" in text
 
