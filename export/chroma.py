@@ -50,9 +50,10 @@ class Chroma(nn.Module):
             rows = branch_context[:, 0, 0]
             context = context.index_select(0, rows)
             context_mask = None if context_mask is None else context_mask.index_select(0, rows)
-        (n, c, h, w), net = sample.shape, self.transformer
+        n, c, h, w = sample.shape
+        net: Any = self.transformer
         ids = torch.cat([sample.new_zeros(context.shape[1], 3).float(), image_ids(h // 2, w // 2, sample.device)])
-        attention = {}
+        attention: dict[str, Tensor] = {}
         if context_mask is not None:
             image = context_mask.new_ones(n, (h // 2) * (w // 2), dtype=torch.bool)
             attention["key_mask"] = torch.cat([context_mask > 0, image], dim=1)[:, None, None]
@@ -72,15 +73,16 @@ class Chroma(nn.Module):
 
     def _modulation_inputs(self, t: Tensor) -> Tensor:
         """[N, R, D] for R modulation vectors: the time, a guidance of 0, and the vector's number."""
-        embed = self.transformer.time_text_embed
+        embed: Any = self.transformer.time_text_embed
         numbers = embed.mod_proj.to(t.dtype)[None].expand(t.shape[0], -1, -1)
         times = torch.cat([embed.time_proj(t), embed.guidance_proj(torch.zeros_like(t))], dim=1)
         return torch.cat([times[:, None].expand(-1, numbers.shape[1], -1), numbers], dim=2)
 
     def _run(self, block: nn.Module, *inputs: Any) -> Any:
         """The block's outputs; recomputed in the backward pass if the model checkpoints."""
-        if self.transformer.gradient_checkpointing and torch.is_grad_enabled():
-            return self.transformer._gradient_checkpointing_func(block, *inputs)
+        transformer: Any = self.transformer
+        if transformer.gradient_checkpointing and torch.is_grad_enabled():
+            return transformer._gradient_checkpointing_func(block, *inputs)
         return block(*inputs)
 
 
@@ -91,10 +93,10 @@ class MaskedAttention(FluxAttnProcessor):
         self,
         attn: Any,
         hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: None = None,
-        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        encoder_hidden_states: Any = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: Any = None,
         key_mask: Tensor | None = None,
     ) -> Any:
-        """As FluxAttnProcessor; key_mask is [N,1,1,T + hw/4] bool."""
+        """As FluxAttnProcessor, with key_mask [N,1,1,T + hw/4] bool in place of attention_mask."""
         return super().__call__(attn, hidden_states, encoder_hidden_states, key_mask, image_rotary_emb)
