@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import architectures, full_size, latency, training
 from benchmarks.miniature import percent
@@ -67,6 +68,13 @@ def test_a_whole_transformer_is_computed_on_paper_from_two_numbers_of_layers() -
     assert "| t5-xxl fp16 | 0.0 M | 12 s | 12.0 GiB | not run | 12.0 GiB |  |  |" in text
     assert "| flux-dev@4 fp16 | 0.0 M | 18 s | 18.0 GiB | 18.0 GiB | 18.0 GiB | 18 s | 1.0e-04 |" in text
     assert "| flux-dev fp16, on paper | 0.0 M | 48 s | **48.0 GiB** | **48.0 GiB** | 48.0 GiB | 48 s |  |" in text
+
+
+@pytest.mark.parametrize(("name", "published"), [("sd35-medium", 2.24e9), ("flux-dev", 11.9e9), ("t5-xxl", 4.76e9)])
+def test_transformers_have_the_published_numbers_of_parameters(name: str, published: float) -> None:
+    """Those of the files on the Hub, which the model cards round: 2.5, 12 and 4.8 billion."""
+    with torch.device("meta"):
+        assert sum(p.numel() for p in architectures.empty(name).parameters()) == pytest.approx(published, rel=5e-3)
 
 
 @pytest.mark.parametrize(
