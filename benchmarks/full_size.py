@@ -38,6 +38,7 @@ NEW_PAGE = empty_page(
     "full-size-transformers",
     "full-size-plans",
     "full-size-transformers-plans",
+    "gpu-plan",
     "gpu-latency",
 )
 LIMIT_GIB = 20
