@@ -425,12 +425,12 @@ class Learner:
                         vectors.append(out[name][stage, :, number])
             if vectors:
                 written[pictures, :, tokens, columns] = torch.stack(vectors)
-        pictures_of, layers = torch.arange(len(prompts)), self.network.module.num_layers
-        pool, owners = written.flatten(0, 1), pictures_of.repeat_interleave(count)
-        keys = values = pictures_of[:, None] * count + torch.arange(layers) % count
+        indices, layers = torch.arange(len(prompts)), self.network.module.num_layers
+        pool, owners = written.flatten(0, 1), indices.repeat_interleave(count)
+        keys = values = indices[:, None] * count + torch.arange(layers) % count
         if self.recipe.values_only:
-            pool, owners = torch.cat([context, pool]), torch.cat([pictures_of, owners])
-            keys, values = pictures_of[:, None].expand(-1, layers), len(prompts) + values
+            pool, owners = torch.cat([context, pool]), torch.cat([indices, owners])
+            keys, values = indices[:, None].expand(-1, layers), len(prompts) + values
         return Conditions(pool, pooled, None if mask is None else mask[owners], torch.stack([keys, values], 1))
 
     def _context(

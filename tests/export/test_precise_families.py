@@ -238,7 +238,8 @@ def picture_with_vectors(pipeline: Any, word: Concept, suffix: str, **settings: 
     tokenizer, out = getattr(pipeline, f"tokenizer{suffix}"), torch.from_numpy(word.out["text_encoder_3"][:, 0].copy())
     ids = tokenizer(pipeline.maybe_convert_prompt(SENTENCE, tokenizer)).input_ids
     places = [ids.index(token) for token in tokenizer.convert_tokens_to_ids(["<toy>", "<toy>_1"])]
-    states = pipeline.encode_prompt(SENTENCE, None, max_sequence_length=24)[0]
+    with torch.no_grad():  # the kernels of attention, and so the bits, depend on it
+        states = pipeline.encode_prompt(SENTENCE, None, max_sequence_length=24)[0]
     stages = set()
 
     def with_vectors(network: Any, inputs: Any, named: dict[str, Any]) -> Any:
