@@ -190,7 +190,7 @@ def test_rows_for_the_only_layer_of_chroma_are_drawn_as_those_of_an_ordinary_wor
     ("changes", "message"),
     [
         (
-            {"layer_rows": {"text_encoder_3": random(16, 2, 32)}},
+            {"out": {}, "layer_rows": {"text_encoder_3": random(16, 2, 32)}},
             "rows for 16 cross-attention layers, this model has 1: ",
         ),
         (
@@ -203,8 +203,9 @@ def test_rows_for_the_only_layer_of_chroma_are_drawn_as_those_of_an_ordinary_wor
 def test_vectors_that_joint_attention_cannot_use_are_refused_in_one_line(
     chroma: Model, changes: dict[str, Any], message: str
 ) -> None:
+    word = replace(t5_word(1), **changes)
     with pytest.raises(ConceptError, match=message):
-        chroma.load(replace(t5_word(1), **changes))
+        chroma.load(word)
 
 
 def test_values_only_is_refused_where_keys_and_values_share_their_states(sd3: Model) -> None:

@@ -144,7 +144,8 @@ def test_the_gradient_in_chroma_is_that_of_the_original_models(tiny_chroma_dir: 
 
 @pytest.mark.parametrize("recipe", ["fast", "directional"])
 def test_the_loss_of_chroma_falls(tiny_chroma_dir: Path, recipe: str) -> None:
-    assert_loss_falls(load_source(tiny_chroma_dir), a_word("text_encoder_3"), recipe)
+    """Slowly, since little in the tiny model depends on the prompt."""
+    assert_loss_falls(load_source(tiny_chroma_dir), a_word("text_encoder_3"), recipe, steps=60)
 
 
 def test_sd3_without_t5_attends_to_zeros_in_its_place(tiny_sd3_dir: Path) -> None:
@@ -447,9 +448,9 @@ def assert_same_gradients(
         torch.testing.assert_close(grad[0], expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
 
 
-def assert_loss_falls(source: Source, word: Word, recipe: str) -> None:
-    """On a fixed batch, in 20 steps; every encoder's rows move."""
-    settings = RECIPES[recipe].with_changes(steps=20, batch_size=4, compute=Compute.FP32)
+def assert_loss_falls(source: Source, word: Word, recipe: str, steps: int = 20) -> None:
+    """On a fixed batch; every encoder's rows move."""
+    settings = RECIPES[recipe].with_changes(steps=steps, batch_size=4, compute=Compute.FP32)
     learner = Learner(source, [word], settings, seed=7)
     while not learner.finished():
         learner.step()
