@@ -86,8 +86,11 @@ class Chroma(nn.Module):
         return block(*inputs)
 
 
-class MaskedAttention(FluxAttnProcessor):
+class MaskedAttention:
     """FLUX.1's attention with a mask of keys alone, so that every query attends to something."""
+
+    def __init__(self) -> None:
+        self._attend = FluxAttnProcessor()
 
     def __call__(
         self,
@@ -99,4 +102,4 @@ class MaskedAttention(FluxAttnProcessor):
         key_mask: Tensor | None = None,
     ) -> Any:
         """As FluxAttnProcessor, with key_mask [N,1,1,T + hw/4] bool in place of attention_mask."""
-        return super().__call__(attn, hidden_states, encoder_hidden_states, key_mask, image_rotary_emb)
+        return self._attend(attn, hidden_states, encoder_hidden_states, key_mask, image_rotary_emb)
