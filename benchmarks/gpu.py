@@ -34,7 +34,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import gpu_stages, gpu_step
-from benchmarks.full_size import CONFIGS, NEW_PAGE, PAGE
+from benchmarks.architectures import CONFIGS
+from benchmarks.full_size import NEW_PAGE, PAGE
 from benchmarks.gpu_stages import Settings
 from benchmarks.gpu_step import finished, latency_table
 from benchmarks.pages import provenance, table, write_section

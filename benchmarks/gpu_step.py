@@ -6,7 +6,7 @@
                        the exported step, fp16; TensorRT's plans are built for this batch and size alone. Where the
                        engine allows it, the step is also captured as a CUDA graph and replayed
 
-Random weights (benchmarks.full_size), guided pictures of the model's own size. Each contender has its own process.
+Random weights (benchmarks.architectures), guided pictures of the model's own size. Each contender has its own process.
 Part of `benchmarks.gpu`; not covered: encoding, decoding, and what a scheduler adds.
 """
 
@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.full_size import CONFIGS, SHAPE, bundle_of_one, full_size
+from benchmarks.architectures import CONFIGS, SHAPE, bundle_of_one, full_size
 from benchmarks.pages import marked, table
 from oneword.runtime.samplers import COLUMNS
 
@@ -115,7 +115,7 @@ def _torch(contender: str, model: str, folder: Path, feeds: dict[str, Any], step
         inputs = dict(tensors)
         with torch.no_grad():
             for _ in range(count):
-                inputs["sample"], inputs["previous"], _ = module(*inputs.values())
+                inputs["sample"], inputs["previous"], _ = module(**inputs)
         torch.cuda.synchronize()
         return inputs["sample"]
 

@@ -8,7 +8,7 @@ import importlib.resources
 import sys
 from typing import Any
 
-from benchmarks.full_size import CONFIGS
+from benchmarks.architectures import CONFIGS
 
 
 def save_sd15(path: str) -> None:

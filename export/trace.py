@@ -25,11 +25,11 @@ EXAMPLE_SIZES = {"B": 3, "N": 5, "M": 4, "T": 7, "h": 12, "w": 10}  # none is 0 
 def trace(graph: Traceable, folder: Path) -> tuple[str, ...]:
     """Writes `<name>.onnx` (and its data file, if it is large) into `folder`. Returns their names, the .onnx first."""
     path = folder / f"{graph.name}.onnx"
-    examples = tuple(to_torch(graph.inputs, example_feeds(graph, EXAMPLE_SIZES, seed=0)).values())
+    examples = to_torch(graph.inputs, example_feeds(graph, EXAMPLE_SIZES, seed=0))
     try:
         with quiet(), torch.no_grad():
             # Captured here, because torch.onnx would fall back to a capture that takes five times as long.
-            captured = torch.export.export(graph.module, examples, dynamic_shapes=dynamic_axes(graph), strict=False)
+            captured = torch.export.export(graph.module, (), examples, dynamic_shapes=dynamic_axes(graph), strict=False)
             program = torch.onnx.export(
                 captured,
                 dynamo=True,
@@ -59,18 +59,18 @@ def large(graph: Traceable) -> bool:
     return sum(p.numel() * p.element_size() for p in graph.module.parameters()) > 1 << 30
 
 
-def dynamic_axes(graph: Traceable) -> tuple[dict[int, object], ...]:
+def dynamic_axes(graph: Traceable) -> dict[str, dict[int, object]]:
     """The axes of every input for torch.export: named axes are dynamic, h and w in multiples of the patch."""
     axes: dict[str, object] = {}
     if (patch := graph.limits.get("patch", 1)) > 1:
         axes = {axis: patch * torch.export.Dim(f"{axis}_patches", max=1 << 12) for axis in ("h", "w")}
-    return tuple(
-        {
+    return {
+        spec.name: {
             i: axes.get(axis, torch.export.Dim.DYNAMIC) if isinstance(axis, str) else torch.export.Dim.STATIC
             for i, axis in enumerate(spec.axes)
         }
         for spec in graph.inputs
-    )
+    }
 
 
 def name_axes(program: torch.onnx.ONNXProgram, graph: Traceable) -> None:
@@ -124,6 +124,8 @@ def example(
             values[:, 0] = generator.uniform(0, 999, shape[0])
         case "mask":
             values = generator.uniform(0, 1, shape).astype(np.float32)
+        case "context_mask":
+            values = generator.integers(0, 2, shape).astype(np.float32)
         case "token_weights":
             values = generator.choice(np.array([1, 1, 0.8, 1.2], np.float32), shape)
         case "time_ids":

@@ -78,6 +78,8 @@ class Encoder(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     default_layer: int | None
     pooled_width: int | None = None
     """P if the encoder pools (its graph then takes `eos_index` and returns `pooled`), else None."""
+    masks_padding: bool = False
+    """Whether its attention leaves out the tokens after eos. Its graph then takes `eos_index`, like one that pools."""
     word_optional: bool = False
     """Whether a concept may lack vectors for this encoder, whose prompt then contains the concept's text instead."""
 
@@ -100,6 +102,9 @@ class Conditioning(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     missing_negative: MissingNegative = MissingNegative.EMPTY
     repeatable: bool = True
     """Whether a context may be repeated whole to fill T: exact in cross-attention, wrong in joint attention."""
+    attended_padding: Annotated[int, msgspec.Meta(ge=0, le=1 << 16)] | None = None
+    """How many tokens of padding after a chunk's eos the denoiser attends to, by its input `context_mask` [M, T]; None
+    means all, and no such input."""
     time_ids: tuple[str, ...] = ()
     """The columns of `time_ids`, from TIME_IDS."""
     width: Annotated[int, msgspec.Meta(ge=1, le=1 << 16)] | None = None
@@ -328,6 +333,9 @@ def _check_references(folder: Path, manifest: Manifest) -> None:
         raise BundleError(f"the bundle {folder} pools an encoder that does not pool, or has no context")
     if conditioning.width is not None and conditioning.width < manifest.widest_block:
         raise BundleError(f"the bundle {folder} has a block of encoders that is wider than its context")
+    masked = any(spec.name == "context_mask" for spec in graphs["denoise_step"].inputs)
+    if masked != (conditioning.attended_padding is not None):
+        raise BundleError(f"the bundle {folder} has attended_padding without a context_mask, or the reverse")
     if unknown := set(conditioning.time_ids) - set(TIME_IDS):
         raise BundleError(f"the bundle {folder} has the time id {min(unknown)!r}, allowed are {', '.join(TIME_IDS)}")
     for name, graph in graphs.items():

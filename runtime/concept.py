@@ -54,6 +54,15 @@ KEY_ENCODERS: Final = {key: encoder for encoder, key in ENCODER_KEYS.items()} | 
     "text_encoders_0": "text_encoder",
     "text_encoders_1": "text_encoder_2",
 }
+_OTHER_ENCODERS: Final = {
+    "gemma": 2304,
+    "llama": 4096,
+    "qwen3_06b": 1024,
+    "qwen3_4b": 2560,
+    "qwen3_8b": 4096,
+    "qwen25_7b": 3584,
+}
+"""The keys of other text encoders in files of OneTrainer and ComfyUI, with their widths."""
 _CLIP_L_WIDTH: Final = 768
 _FILE_NAME_KEYS: Final = ("emb_params", "emp_params")  # kohya, OneTrainer: the file's name is the token
 _FILE_NAME_OUT_KEYS: Final = tuple(f"{key}_out" for key in _FILE_NAME_KEYS)
@@ -311,6 +320,11 @@ def _output_facts(concept: Concept) -> dict[str, str]:
 def _named_rows(tensors: Mapping[str, Vectors], metadata: Mapping[str, str], name: str) -> tuple[str, dict[str, Any]]:
     """The token and the fields of the Concept in a file's tensors, in the layout of any tool."""
     stem = token_from_stem(name)
+    if other := [key for key, value in tensors.items() if value.shape[-1] == _OTHER_ENCODERS.get(key)]:
+        raise ConceptError(
+            f"{name} has vectors for {other[0]}, a text encoder of no supported model: "
+            f"allowed are {', '.join(sorted(KEY_ENCODERS))}"
+        )
     if set(tensors) == set(XTI_KEYS):
         if len({value.shape for value in tensors.values()}) > 1 or tensors["MID"].ndim != 2:
             raise ConceptError(f"{name} has rows of different shapes for its 16 layers, allowed is [n, D] for each")

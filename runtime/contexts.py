@@ -56,6 +56,8 @@ class EncodedPrompt:
     finite: bool
     weight_scale: Mapping[str, States]
     """By encoder, [chunks]: the factor that restored each chunk's mean after A1111's weights."""
+    mask: States | None = None
+    """[chunks * T]: 1 for tokens that the denoiser attends to, else 0; None if that is all of them."""
     insertions: tuple[Insertion, ...] = ()
     layered: "tuple[EncodedPrompt, ...]" = ()
     """The prompt with each layer's rows, if a word has rows for each layer."""
@@ -99,6 +101,11 @@ class Context(NamedTuple):
     def pooled(self) -> States | None:
         """[P]"""
         return self.prompt.pooled
+
+    @property
+    def mask(self) -> States | None:
+        """[chunks * T]: 1 for tokens that are attended to; what is written does not change it."""
+        return self.prompt.mask
 
 
 @dataclass(frozen=True, eq=False)

@@ -344,6 +344,9 @@ class Arena:
                 self._inputs["context"].write(place, states if repeats == 1 else np.tile(states, (repeats, 1)))
                 if "pooled" in self._inputs and context.pooled is not None:
                     self._inputs["pooled"].write(place, context.pooled)
+                if "context_mask" in self._inputs:
+                    mask = np.ones(len(states), np.float32) if context.mask is None else context.mask
+                    self._inputs["context_mask"].write(place, np.tile(mask, repeats))
 
 
 class _ContextPool:

@@ -406,7 +406,7 @@ class Model:
         if encoder.default_layer is not None:
             layers = [encoder.default_layer - tokens.clip_skip for tokens in prompts]
             feeds["layer"] = np.repeat(np.array(layers, np.int64), counts)
-        if encoder.pooled_width is not None:
+        if encoder.pooled_width is not None or encoder.masks_padding:
             feeds["eos_index"] = np.concatenate([part.eos_index for part in chunks])
         out = self._graph(encoder.graph)(feeds)
         ends = np.cumsum(counts)
@@ -438,8 +438,21 @@ class Model:
             weight_scale={
                 name: np.array(out["weight_scale"]) for name, out in encoded.items() if "weight_scale" in out
             },
+            mask=self._mask(prompt),
             insertions=tuple(insertions),
         )
+
+    def _mask(self, prompt: TokenizedPrompt) -> npt.NDArray[np.float32] | None:
+        """[chunks * T] of a prompt's context, None if the denoiser has no mask."""
+        conditioning = self.manifest.conditioning
+        if conditioning.attended_padding is None:
+            return None
+        blocks = []
+        for block in conditioning.context:
+            attended = [prompt.per_encoder[name].attended(conditioning.attended_padding).ravel() for name in block]
+            length = math.lcm(*map(len, attended))
+            blocks.append(np.maximum.reduce([np.tile(part, length // len(part)) for part in attended]))
+        return np.concatenate([*blocks, np.ones(conditioning.zero_tokens, bool)]).astype(np.float32)
 
 
 def check_fits(concept: Concept, manifest: Manifest) -> None:

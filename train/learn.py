@@ -129,7 +129,7 @@ class Run:
         self.source, self.tasks, self.recipe, self.seed, self.clock = source, list(tasks), recipe, seed, clock
         self.checkpoints, self.checkpoint_every, self.preview_every = checkpoints, checkpoint_every, preview_every
         self.words_after = words_after
-        size, step = picture_size(source), side_step(source) if recipe.buckets else None
+        size, step = picture_size(source, recipe), side_step(source) if recipe.buckets else None
         folders = [read_pictures(task.images, size, step=step) for task in tasks]
         self.pictures = [
             [*pictures, *(read_picture(path, size, step=step) for path in task.more)]

@@ -18,6 +18,7 @@ import torch
 from torch.nn.functional import mse_loss, pad
 
 from oneword.engines.errors import EngineError, UsageError
+from oneword.export.chroma import Chroma
 from oneword.export.families import AnyEncoder, family_of
 from oneword.export.flux import Flux
 from oneword.export.modules import DenoiseStep, UNet
@@ -46,17 +47,19 @@ from oneword.train.word import (
     tensors_of,
 )
 
-NetworkModule: TypeAlias = UNet | StableDiffusion3 | Flux
+NetworkModule: TypeAlias = UNet | StableDiffusion3 | Flux | Chroma
 GUIDANCE = 1.0  # of a network that takes it as an input: the one without effect
 TEXTS_PER_CALL = 32  # of a text encoder, where a word's captions are encoded: there may be a thousand
 
 
 class Conditions(NamedTuple):
-    """What the network attends to for B pictures: contexts [B, T, D] and pooled vectors [B, P]; with output vectors, a
-    pool of contexts [M, T, D] and the ones of each picture and layer, [B, 2, L]: for its keys and for its values."""
+    """What the network attends to for B pictures: contexts [B, T, D], pooled vectors [B, P] and masks [B, T]; with
+    output vectors, a pool of contexts [M, T, D] with masks [M, T], and the ones of each picture and layer, [B, 2, L]:
+    for its keys and for its values."""
 
     context: torch.Tensor
     pooled: torch.Tensor | None
+    mask: torch.Tensor | None
     branch_context: torch.Tensor | None
 
 
@@ -315,7 +318,7 @@ class Learner:
     def _network_inputs(
         self, noisy: torch.Tensor, timesteps: torch.Tensor, conditions: Conditions
     ) -> tuple[torch.Tensor | None, ...]:
-        context, pooled, branch_context = conditions
+        context, pooled, mask, branch_context = conditions
         return (
             noisy.to(self.dtype, memory_format=torch.channels_last),
             self.noising.times(timesteps, noisy),
@@ -324,6 +327,7 @@ class Learner:
             self._time_ids(noisy) if self.conditioning.time_ids else None,
             branch_context,
             *((torch.full((len(noisy),), GUIDANCE),) if self.network.module.embeds_guidance else ()),
+            *((mask,) if self.network.module.masks_context else ()),
         )
 
     def _prepare(self, batch: Batch) -> None:
@@ -404,9 +408,9 @@ class Learner:
 
         `rows_of` and `out_of` override the rows and the output vectors of words by index.
         """
-        context, pooled = self._context(prompts, rows_of)
+        context, pooled, mask = self._context(prompts, rows_of)
         if self.recipe.output is Output.NONE:
-            return Conditions(context, pooled, None)
+            return Conditions(context, pooled, mask, None)
         outs = [(out_of or {}).get(index, self.words[index].out) for index, _ in prompts]
         count = next(vectors.shape[1] for out in outs for vectors in out.values())
         written = context[:, None].repeat(1, count, 1, 1)
@@ -422,18 +426,19 @@ class Learner:
                         vectors.append(out[name][stage, :, number])
             if vectors:
                 written[pictures, :, tokens, columns] = torch.stack(vectors)
-        layers = self.network.module.num_layers
-        values = torch.arange(len(prompts))[:, None] * count + torch.arange(layers) % count
-        if not self.recipe.values_only:
-            return Conditions(written.flatten(0, 1), pooled, torch.stack([values, values], 1))
-        keys = torch.arange(len(prompts))[:, None].expand(-1, layers)
-        pool = torch.cat([context, written.flatten(0, 1)])
-        return Conditions(pool, pooled, torch.stack([keys, len(prompts) + values], 1))
+        indices, layers = torch.arange(len(prompts)), self.network.module.num_layers
+        pool, owners = written.flatten(0, 1), indices.repeat_interleave(count)
+        keys = values = indices[:, None] * count + torch.arange(layers) % count
+        if self.recipe.values_only:
+            pool, owners = torch.cat([context, pool]), torch.cat([indices, owners])
+            keys, values = indices[:, None].expand(-1, layers), len(prompts) + values
+        return Conditions(pool, pooled, None if mask is None else mask[owners], torch.stack([keys, values], 1))
 
     def _context(
         self, prompts: Sequence[tuple[int, str]], rows_of: Mapping[int, Rows] | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Encodes words' prompts to [B, T, D] and, if the family pools, [B, P]; each distinct prompt once.
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Encodes words' prompts to [B, T, D], [B, P] if the family pools, and [B, T] if it masks; each distinct prompt
+        once.
 
         `rows_of` overrides the rows of words by index.
         """
@@ -450,7 +455,20 @@ class Learner:
             blocks = [pad(block, (0, width - block.shape[-1])) for block in blocks]
             blocks.append(torch.zeros(len(unique), conditioning.zero_tokens, width))
         pooled = torch.cat([encoded[name].pooled for name in conditioning.pooled], -1) if conditioning.pooled else None
-        return torch.cat(blocks, 1)[rows], None if pooled is None else pooled[rows]
+        mask = self._mask([encoded[block[0]] for block in conditioning.context])
+        return (
+            torch.cat(blocks, 1)[rows],
+            None if pooled is None else pooled[rows],
+            None if mask is None else mask[rows],
+        )
+
+    def _mask(self, blocks: Sequence[Encoded]) -> torch.Tensor | None:
+        """[B, T]: 1 for tokens of the blocks' prompts that the network attends to; None if that is all of them."""
+        padding = self.conditioning.attended_padding
+        if padding is None:
+            return None
+        attended = [torch.arange(block.states.shape[1]) <= block.eos_index[:, None] + padding for block in blocks]
+        return torch.cat(attended, 1).float()
 
     def _all_rows(self, encoder: str, rows_of: Mapping[int, Rows]) -> torch.Tensor:
         """Every word's rows [R, D], each word's followed by its per-picture rows."""

@@ -83,6 +83,7 @@ class Recipe:
     per_image: the share of prompts that also contain a word for their picture.
     min_snr: gamma of min-SNR weighting (Hang et al., arXiv 2303.09556), None for no weighting.
     stop_below: the DVAR ratio that ends learning (arXiv 2302.04841), None to run all steps.
+    size: the side, in pixels, of the pictures that are learned from, None for the model's own.
     flip: also learn from mirrored pictures. crops: also learn from this many random crops of each picture.
     buckets: pictures keep roughly their aspect ratio instead of being cut square.
     timesteps: the part of the noise schedule that timesteps are drawn from, as fractions; (0, 1) is all of it.
@@ -113,6 +114,7 @@ class Recipe:
     norm: Norm = Norm.FREE
     min_snr: float | None = None
     stop_below: float | None = None
+    size: int | None = None
     flip: bool = False
     crops: int = 0
     buckets: bool = False
@@ -163,6 +165,8 @@ class Recipe:
             raise UsageError(
                 f"stop_below looks back {WINDOW} steps and steps is {self.steps}: raise steps or leave stop_below out"
             )
+        if self.size is not None:
+            _within("size", self.size, 16, 4096)
         if self.words_per_call is not None:
             _within("words_per_call", self.words_per_call, 1, 4096)
         if not 0 <= self.timesteps[0] < self.timesteps[1] <= 1:

@@ -99,7 +99,7 @@ def make_word(source: Source, task: Task, pictures: Sequence[Picture], recipe: R
             caption_template(picture.caption or "", task.token, str(picture.path.with_suffix(".txt")))
             for picture in pictures
         ]
-    size, step = picture_size(source), side_step(source) if recipe.buckets else None
+    size, step = picture_size(source, recipe), side_step(source) if recipe.buckets else None
     crops = random_crops(pictures, recipe.crops, seed, size, step=step)
     return Word(
         task.token,
@@ -111,7 +111,25 @@ def make_word(source: Source, task: Task, pictures: Sequence[Picture], recipe: R
     )
 
 
-def picture_size(source: Source) -> int:
+def picture_size(source: Source, recipe: Recipe) -> int:
+    """The side, in pixels, of the pictures that are learned from: the recipe's, or the one the model was trained at.
+
+    Raises `UsageError` for one that the model cannot take.
+    """
+    if recipe.size is None:
+        return trained_size(source)
+    family = family_of(source)
+    multiple = side_step(source) if recipe.buckets else family.size_multiple
+    longest = 2 if recipe.buckets else 1  # sides of a bucket's picture, in sizes
+    limit = None if family.max_side is None else family.max_side // (longest * multiple) * multiple
+    if recipe.size % multiple or (limit is not None and recipe.size > limit):
+        allowed = f"multiples of {multiple}" + ("" if limit is None else f" up to {limit}")
+        buckets = " with buckets" if recipe.buckets else ""
+        raise UsageError(f"size is {recipe.size}: allowed are {allowed}{buckets}, for {source.model}")
+    return recipe.size
+
+
+def trained_size(source: Source) -> int:
     """The side, in pixels, that the model was trained at."""
     if not isinstance(source.network, UNet2DConditionModel):
         return family_of(source).defaults.width

@@ -98,7 +98,7 @@ def test_a_process_ends_in_its_result_or_in_one_line(program: str, seconds: floa
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_the_inputs_of_a_step_have_one_size_for_each_axis(batch: int) -> None:
-    from benchmarks.full_size import full_size
+    from benchmarks.architectures import full_size
 
     feeds, sizes = feeds_of("tiny", batch), dict[str, int]()
     specs = full_size("tiny", "fp32").inputs

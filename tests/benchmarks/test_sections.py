@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from benchmarks import latency, training
+from benchmarks import architectures, full_size, latency, training
 from benchmarks.miniature import percent
 
 
@@ -51,6 +52,44 @@ def test_full_size_is_listed_in_seconds_per_step_and_gibibytes() -> None:
     row = {"full": "sd15", "contender": "oneword", "step": 6.84, "peak_mib": 5245}
 
     assert training.full_size_table([row]).endswith("| oneword | 6.8 | 5.1 |")
+
+
+def test_a_whole_transformer_is_computed_on_paper_from_two_numbers_of_layers() -> None:
+    """A constant of 10 and 2 for each of FLUX.1's 19 layers: 48."""
+    keys = ("parameters", "export_seconds", "export_gib", "check_gib", "disk_gib", "call_seconds")
+    results = {
+        f"{name} fp16": {**dict.fromkeys(keys, float(value)), "difference": 1e-4}
+        for name, value in (("flux-dev@1", 12), ("flux-dev@4", 18), ("t5-xxl@2", 5), ("sd35-medium", 7))
+    }
+
+    assert full_size.on_paper(results) == {"flux-dev fp16": dict.fromkeys(keys, 48.0)}
+    results["t5-xxl fp16"] = dict.fromkeys(("parameters", "export_seconds", "export_gib", "disk_gib"), 12.0)
+    text = full_size.export_table(results)
+    assert "| t5-xxl fp16 | 0.0 M | 12 s | 12.0 GiB | not run | 12.0 GiB |  |  |" in text
+    assert "| flux-dev@4 fp16 | 0.0 M | 18 s | 18.0 GiB | 18.0 GiB | 18.0 GiB | 18 s | 1.0e-04 |" in text
+    assert "| flux-dev fp16, on paper | 0.0 M | 48 s | **48.0 GiB** | **48.0 GiB** | 48.0 GiB | 48 s |  |" in text
+
+
+@pytest.mark.parametrize(("name", "published"), [("sd35-medium", 2.24e9), ("flux-dev", 11.9e9), ("t5-xxl", 4.76e9)])
+def test_transformers_have_the_published_numbers_of_parameters(name: str, published: float) -> None:
+    """Those of the files on the Hub, which the model cards round: 2.5, 12 and 4.8 billion."""
+    with torch.device("meta"):
+        assert sum(p.numel() for p in architectures.empty(name).parameters()) == pytest.approx(published, rel=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("sd4", "unknown model 'sd4': choose from sd15, sd2"),
+        ("sdxl@2", "'sdxl@2' has 2 layers, allowed are none, because it has a UNet"),
+        ("flux-dev@20", "'flux-dev@20' has 20 layers, allowed are from 1 to 19"),
+        ("t5-xxl@0", "'t5-xxl@0' has 0 layers, allowed are from 1 to 24"),
+    ],
+)
+def test_models_of_full_size_are_named_with_their_layers(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        architectures.check(name)
+    architectures.check("flux-dev@19")
 
 
 def test_latency_lists_targets_and_every_measure_in_which_another_contender_is_better(tmp_path: Path) -> None:

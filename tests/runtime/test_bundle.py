@@ -355,6 +355,7 @@ def test_swapped_graphs_are_detected(bundle: Path) -> None:
         ({"missing_negative": "nothing"}, "is not a valid manifest"),
         ({"width": 1}, "has a block of encoders that is wider than its context"),
         ({"zero_tokens": -1}, "is not a valid manifest"),
+        ({"attended_padding": 1}, "has attended_padding without a context_mask, or the reverse"),
     ],
 )
 def test_a_conditioning_that_the_bundle_cannot_provide_is_refused(

@@ -27,6 +27,7 @@ from oneword.runtime.layouts import read_concepts
 
 ROWS = np.random.default_rng(0).normal(0, 0.02, (2, 768)).astype(np.float32)
 WIDE = np.random.default_rng(1).normal(0, 0.02, (2, 1280)).astype(np.float32)
+LONG = np.full((2, 4096), 0.1, np.float32)
 TENSOR = torch.from_numpy(ROWS)
 
 
@@ -108,6 +109,21 @@ FLAT: list[tuple[str, dict[str, np.ndarray], str, dict[str, tuple[int, ...]]]] =
         "a key for each encoder",
         {"text_encoder": (2, 768), "text_encoder_3": (2, 1280)},
     ),
+    (
+        "v.safetensors",  # OneTrainer's for Stable Diffusion 3.5
+        {
+            "clip_l": ROWS,
+            "clip_g": WIDE,
+            "t5": LONG,
+            "clip_l_out": ROWS,
+            "clip_g_out": WIDE,
+            "t5_out": LONG,
+        },
+        "a key for each encoder",
+        {"text_encoder": (2, 768), "text_encoder_2": (2, 1280), "text_encoder_3": (2, 4096)},
+    ),
+    ("w.safetensors", {"t5xxl": LONG}, "a key for each encoder", {"text_encoder_3": (2, 4096)}),
+    ("x.safetensors", {"t5": LONG, "t5_out": LONG}, "a key for each encoder", {"text_encoder_3": (2, 4096)}),
     ("f.safetensors", {"emb_params": ROWS}, "kohya or OneTrainer", {"text_encoder": (2, 768)}),
     ("g.safetensors", {"emp_params": ROWS, "emp_params_out": ROWS}, "kohya or OneTrainer", {"text_encoder": (2, 768)}),
     ("h.safetensors", dict.fromkeys(XTI_KEYS, ROWS), "kohya XTI", {"text_encoder": (2, 768)}),

@@ -13,6 +13,7 @@ from oneword.engines.errors import ConceptError, UsageError
 from oneword.export.eager import eager_model
 from oneword.export.source import load_source
 from oneword.runtime.concept import Concept, load_concept, save_concept
+from oneword.runtime.contexts import States
 from oneword.runtime.model import Model
 from oneword.runtime.request import Request
 from oneword.train.advice import before, has_moved
@@ -221,12 +222,26 @@ def test_the_learners_contexts_in_sd3_are_those_of_the_runtime(tiny_sd3_dir: Pat
     assert_same_contexts(tiny_sd3_dir, word, values_only=False, output=Output.LAYERS, stages=2)
 
 
+def test_the_learners_contexts_in_flux_are_those_of_the_runtime(tiny_flux_dir: Path) -> None:
+    """CLIP, which only pools, learns its row and has no output vectors."""
+    word = flow_word("text_encoder", "text_encoder_3")
+    assert_same_contexts(tiny_flux_dir, word, values_only=False, output=Output.LAYERS, stages=2)
+
+
+@pytest.mark.parametrize("output", [Output.LAYERS, Output.SHARED])
+def test_the_learners_contexts_and_masks_in_chroma_are_those_of_the_runtime(
+    tiny_chroma_dir: Path, output: Output
+) -> None:
+    word = flow_word("text_encoder_3")
+    assert_same_contexts(tiny_chroma_dir, word, values_only=False, output=output, stages=2)
+
+
 def assert_same_contexts(folder: Path, word: Word, **changes: Any) -> None:
     """After a step, which moves every encoder's output vectors, and with random ones, so that all of them differ."""
     recipe = RECIPE.with_changes(batch_size=4, **changes)
     learner = Learner(load_source(folder), [word], recipe, seed=7)
     learner.step()
-    assert word.out.keys() == word.rows.keys()
+    assert word.out.keys() == word.rows.keys() & learner.output_places.keys()
     with torch.no_grad():
         for name, vectors in word.out.items():
             assert not torch.equal(vectors, word.initial_out[name])
@@ -237,7 +252,7 @@ def assert_same_contexts(folder: Path, word: Word, **changes: Any) -> None:
     prompts = [(0, template) for template in TEMPLATES for _ in range(recipe.stages)]
     stages = [*range(recipe.stages)] * len(TEMPLATES)
     with torch.no_grad():
-        context, pooled, branch_context = learner._conditions(prompts, stages)
+        context, pooled, masks, branch_context = learner._conditions(prompts, stages)
     assert branch_context is not None
     for picture, ((_, template), stage) in enumerate(zip(prompts, stages, strict=True)):
         tokens = model.tokenize(template.replace("{}", "<toy>"), words={"<toy>": concept})
@@ -245,11 +260,17 @@ def assert_same_contexts(folder: Path, word: Word, **changes: Any) -> None:
         sources = encoded.sources([stage] * len(encoded.insertions), layers)
         for kind, contexts in enumerate((sources.keys, sources.values)):
             for layer in range(layers):
-                actual = context[branch_context[picture, kind, layer]].numpy()
+                place = branch_context[picture, kind, layer]
                 expected = contexts[layer % len(contexts)]
-                np.testing.assert_allclose(actual, expected.hidden_states, atol=1e-5)
-                assert pooled is not None
-                np.testing.assert_allclose(pooled[picture].numpy(), expected.pooled, atol=1e-5)
+                np.testing.assert_allclose(context[place].numpy(), expected.hidden_states, atol=1e-5)
+                assert_equal_or_missing(None if pooled is None else pooled[picture], expected.pooled)
+                assert_equal_or_missing(None if masks is None else masks[place], expected.mask)
+
+
+def assert_equal_or_missing(actual: torch.Tensor | None, expected: States | None) -> None:
+    assert (actual is None) == (expected is None)
+    if actual is not None and expected is not None:
+        np.testing.assert_allclose(actual.numpy(), expected, atol=1e-5)
 
 
 def test_a_word_whose_output_vectors_alone_learned_has_moved(tiny_model_dir: Path) -> None:

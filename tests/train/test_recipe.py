@@ -47,6 +47,7 @@ def test_every_recipe_is_listed_under_its_own_name() -> None:
         ({"vectors": 76}, "vectors is 76"),
         ({"learning_rate": -1.0}, "learning_rate is -1.0"),
         ({"per_image": 2.0}, "per_image is 2.0"),
+        ({"size": 8}, "size is 8: give a whole number from 16 to 4096"),
         ({"min_snr": 0.0}, "min_snr is 0.0"),
         ({"stop_below": 1.5}, "stop_below is 1.5"),
         ({"stop_below": 0.15, "steps": 310}, "stop_below looks back 310 steps and steps is 310"),
