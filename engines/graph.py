@@ -18,6 +18,13 @@ class Precision(StrEnum):
     BF16 = "bf16"
 
 
+class Provider(StrEnum):
+    """An execution provider of ONNX Runtime."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
 class DType(StrEnum):
     """Element type of a graph's input or output, by numpy's name."""
 
@@ -45,13 +52,26 @@ class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Graph(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One graph on disk. `files[0]` is the .onnx, the rest its external data; `digest` covers them all."""
+    """One graph on disk. `files[0]` is the .onnx, the rest its external data; `digest` covers them all.
+
+    `fused` names copies of the .onnx on the same data, in operators that only ONNX Runtime has.
+    """
 
     files: tuple[str, ...]
     digest: str
     precision: Precision
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    fused: dict[Provider, str] = {}
+
+    @property
+    def all_files(self) -> tuple[str, ...]:
+        """The graph's files and those of its copies."""
+        return (*self.files, *dict.fromkeys(self.fused.values()))
+
+    def onnx_for(self, provider: Provider) -> str:
+        """The .onnx file that ONNX Runtime opens with this provider."""
+        return self.fused.get(provider, self.files[0])
 
 
 def graph_digest(folder: Path, files: Iterable[str]) -> str:

@@ -22,7 +22,7 @@ from oneword.engines.engine import (
 )
 from oneword.engines.errors import EngineError, MissingPackage, one_line, pip_line
 from oneword.engines.files import size_of
-from oneword.engines.graph import DType, Graph, Precision, TensorSpec
+from oneword.engines.graph import DType, Graph, Precision, Provider, TensorSpec
 from oneword.engines.threads import cpu_threads
 
 _LARGE = 512 << 20  # bytes; the weights of a larger graph are not reordered
@@ -60,8 +60,8 @@ class OnnxRuntimeEngine:
         self.outputs = {spec.name: spec for spec in graph.outputs}
         self.backend = f"onnxruntime {ort.__version__} cpu {graph.precision}"
         self._ortvalue = ort.OrtValue.ortvalue_from_numpy  # shares the array's memory: nothing is copied
-        path = folder / graph.files[0]
-        reorder = size_of(path) <= _LARGE
+        path = folder / graph.onnx_for(Provider.CPU)
+        reorder = size_of(folder / graph.files[0]) <= _LARGE
         self._session = open_session(name, path, self.inputs, ["CPUExecutionProvider"], threads, reorder)
 
     def bind(

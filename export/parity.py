@@ -1,4 +1,4 @@
-"""Compares a compiled graph with its torch module on fresh inputs of several shapes.
+"""Compares a compiled graph with its torch module, and its fused copy with it, on fresh inputs of several shapes.
 
 The references are computed first, so that the module can be freed before the compiled graph is opened.
 """
@@ -24,6 +24,8 @@ SHAPES: tuple[Mapping[str, int], ...] = (
 # Float outputs: largest |difference| / largest |reference|. Pictures: mean |difference| in levels of 255.
 TOLERANCE = {Precision.FP32: 1e-3, Precision.FP16: 5e-2, Precision.BF16: 2e-1}
 PICTURE_TOLERANCE = {Precision.FP32: 0.05, Precision.FP16: 2.0, Precision.BF16: 8.0}
+FUSED_TOLERANCE = {Precision.FP32: 1e-5, Precision.FP16: 5e-3}
+"""Of a fused copy to its graph."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,17 @@ def references(graph: Traceable, shapes: Sequence[Mapping[str, int]] = SHAPES) -
 
 def compare(engine: Engine, cases: Iterable[Reference], precision: Precision) -> list[Difference]:
     """The largest difference of each output over all cases. Raises EngineError if one is larger than allowed."""
+    return _compare(engine, cases, precision, TOLERANCE[precision], "the model")
+
+
+def compare_fused(fused: Engine, cases: Iterable[Reference], precision: Precision) -> list[Difference]:
+    """`compare` of a graph's fused copy with the graph, whose outputs the cases hold."""
+    return _compare(fused, cases, precision, FUSED_TOLERANCE[precision], "the graph it is a copy of")
+
+
+def _compare(
+    engine: Engine, cases: Iterable[Reference], precision: Precision, tolerance: float, model: str
+) -> list[Difference]:
     worst: dict[str, float] = {}
     for case in cases:
         outputs = engine.run(case.feeds)
@@ -78,11 +91,11 @@ def compare(engine: Engine, cases: Iterable[Reference], precision: Precision) ->
     differences = []
     for name, value in worst.items():
         picture = engine.outputs[name].dtype is DType.UINT8
-        allowed = 0.0 if name == "finite" else (PICTURE_TOLERANCE if picture else TOLERANCE)[precision]
+        allowed = 0.0 if name == "finite" else PICTURE_TOLERANCE[precision] if picture else tolerance
         result = Difference(engine.name, name, value, "levels" if picture else "relative", allowed)
         if not value <= allowed:
             raise EngineError(
-                f"{result}: the compiled graph differs from the model (on {engine.backend}); try another precision"
+                f"{result}: the compiled graph differs from {model} (on {engine.backend}); try another precision"
             )
         differences.append(result)
     return differences
