@@ -4,8 +4,9 @@
 
 All are open in one process and run in turn, in the reverse order every other round (A B C, C B A, ...), so that a
 machine that gets slower or faster does so for all. diffusers runs only the UNet, for two branches, in fp32 with its
-default attention. Peak memory is that of a process which opens and runs one of them. Reported are medians, their
-quotients to the graph, and the load of the machine during the rounds, this benchmark included. Ends in one line of
+default attention. Reported are medians of elapsed and of processor time, the latter's quotient to the graph, and the
+load of the machine during the rounds, this benchmark included. On a busy machine only processor time means something,
+and that with `--threads 1`. Peak memory is that of a process which opens and runs one contender. Ends in one line of
 JSON. Not covered: text encoders and decoders, which run once per picture; GPUs.
 """
 
@@ -44,21 +45,23 @@ def main() -> None:
     peaks = {name: _alone(name) for name in names}
     runs = {name: contender(name, options) for name in names}
     times: dict[str, list[float]] = {name: [] for name in names}
+    spent: dict[str, list[float]] = {name: [] for name in names}
     loads = []
     for number in range(options.rounds):
         for name in names if number % 2 == 0 else names[::-1]:
-            start = time.perf_counter()
+            start, used = time.perf_counter(), time.process_time()
             runs[name]()
+            spent[name].append(1e3 * (time.process_time() - used))
             times[name].append(1e3 * (time.perf_counter() - start))
         loads.append(os.getloadavg()[0])
-    medians = {name: statistics.median(values) for name, values in times.items()}
+    elapsed, processor = ({name: statistics.median(t) for name, t in kind.items()} for kind in (times, spent))
     rows = [
-        [name, f"{value:.4g}", f"{value / medians[GRAPH]:.3f}", f"{min(times[name]):.4g}", f"{peaks[name]:.0f}"]
-        for name, value in medians.items()
+        [name, f"{elapsed[name]:.4g}", f"{value:.4g}", f"{value / processor[GRAPH]:.3f}", f"{peaks[name]:.0f}"]
+        for name, value in processor.items()
     ]
-    print(table(["", "ms per step", "relative to the graph", "fastest, ms", "peak MiB"], rows))
+    print(table(["", "ms per step", "processor, ms", "relative to the graph", "peak MiB"], rows))
     print(f"{options.rounds} rounds, {options.threads} threads, load {min(loads):.1f} to {max(loads):.1f}")
-    print(json.dumps({"ms": medians, "peak_mib": peaks, "load": [min(loads), max(loads)]}))
+    print(json.dumps({"ms": elapsed, "processor_ms": processor, "peak_mib": peaks, "load": [min(loads), max(loads)]}))
 
 
 def contender(name: str, options: argparse.Namespace) -> Callable[[], object]:
@@ -113,9 +116,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--size", type=int, default=256)
-    parser.add_argument(
-        "--model", type=Path, help="diffusers directory of the pipeline; without it diffusers is left out"
-    )
+    parser.add_argument("--model", type=Path, help="the pipeline's diffusers directory; default: without diffusers")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--alone", choices=[GRAPH, FUSED, DIFFUSERS], help=argparse.SUPPRESS)
