@@ -349,7 +349,7 @@ def test_attention_and_residual_norms_of_flux_are_fused(flux_bundle: Path) -> No
     # One block with two streams and two with one. CLIP: two layers, of which only the pooled state is used.
     assert attentions_and_norms(flux_bundle) == {
         "text_encoder": (2, 4),
-        "text_encoder_2": (2, 0),
+        "text_encoder_3": (2, 0),
         "denoise_step": (1 + 2, 0),
         "vae_decoder": (1, 0),
         "vae_encoder": (1, 0),
