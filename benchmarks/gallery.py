@@ -39,7 +39,7 @@ from oneword.train.miniature.world import HELD_OUT_LOOKS, HELD_OUT_STYLES, NOUNS
 
 DOCS = RESULTS.parent
 PAGE = DOCS / "guide" / "gallery.md"
-NEW_PAGE = empty_page("Gallery", "Everything that `ti-run` does, on the miniature.", "gallery")
+NEW_PAGE = empty_page("Gallery", "The main things that `ti-run` does, on the miniature.", "gallery")
 LOOKS = {"<toy>": HELD_OUT_LOOKS[0], "<gem>": HELD_OUT_LOOKS[3]}
 STYLE = next(iter(HELD_OUT_STYLES))
 PHOTOGRAPHED = ("studio", "kitchen", "desert", "meadow", "brick")
@@ -180,7 +180,7 @@ def of_the_model(steps: int) -> list[Section]:
         Section(
             "samplers",
             "Samplers",
-            "The same prompt and seed with every sampler, here for `euler`.",
+            "The same prompt and seed, one sampler per column; the command is that of `euler`.",
             command([STAR], "--sampler", "euler"),
             [
                 (f"{count} steps", [ask(STAR, count, sampler=sampler) for sampler in Sampler])
@@ -274,7 +274,7 @@ def of_words(learned_from: dict[str, list[Image]], steps: int) -> list[Section]:
         Section(
             "learned-from",
             "What the words were learned from",
-            f"`<toy>` ({toy.words}) and `<gem>` ({gem.words}) are looks that the miniature was not trained on, and "
+            f"`<toy>` ({toy.words}) and `<gem>` ({gem.words}) are objects that the miniature was not trained on, and "
             "`<style>` is a drawing style. Five drawn pictures each.",
             f'ti-train toy --model miniature --token "<toy>" --init object --seed {SEED} --output toy.safetensors',
             list(learned_from.items()),
@@ -372,7 +372,7 @@ def of_words(learned_from: dict[str, list[Image]], steps: int) -> list[Section]:
         Section(
             "word-and-style",
             "A word with a style word",
-            "A learned object in a learned style, and in a style and media that the model knows.",
+            "A learned object in a learned style, then in a known style and in known media.",
             command([f"a {{}} {PLACES[0]} in the style of <style>"], *concepts, *style_concept, "--word", "<toy>"),
             [
                 (
@@ -413,8 +413,8 @@ def markdown(sections: Sequence[Section], steps: int) -> str:
         provenance("gallery"),
         "This learns three words, exports the model and draws all pictures in one call. It leaves the bundle, the "
         "words, the folders of pictures they were learned from, `star.png`, `strokes.png` and `mask.png` in "
-        "`build/gallery/`: run the commands below there. A command draws all pictures of its sheet, or some of them, "
-        "and the labels name what differs in the others. Nothing was selected. Pictures have "
+        "`build/gallery/`: run the commands below there. Some commands draw the whole sheet; for others, the labels "
+        "say what to change for the remaining pictures. Nothing was selected. Pictures have "
         "64x64 pixels and are shown enlarged.",
     ]
     settings = f" --guidance-scale {GUIDANCE:g} --steps {steps} --seed {SEED}"

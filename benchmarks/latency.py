@@ -462,7 +462,7 @@ def _medians(rounds: Sequence[dict[str, Result]]) -> dict[str, Result]:
 
 
 def table(results: Mapping[str, Result]) -> str:
-    """One model's results in Markdown; `faster` is relative to diffusers, eager."""
+    """One model's results in Markdown; both `faster` are relative to diffusers, eager."""
     base = results.get("diffusers")
     rows = []
     for name, result in results.items():
@@ -473,8 +473,8 @@ def table(results: Mapping[str, Result]) -> str:
         roof = f"{result['roof']:.0%}" if "roof" in result else ""
         cold, peak = f"{result['cold_s']:.2f}", f"{result['peak_mib']:.0f}"
         rows.append([name, picture, faster, step, roof, host, cold, colder, peak])
-    head = ["ms per picture", "faster", "ms per step", "of the roof", "of which the host", "cold start, s", "faster"]
-    head.append("peak MiB")
+    head = ["ms per picture", "picture faster", "ms per step", "of the roof", "of which the host"]
+    head += ["cold start, s", "start faster", "peak MiB"]
     return markdown_table(["", *head], rows)
 
 

@@ -55,6 +55,11 @@ def markers(name: str) -> tuple[str, str]:
     return f"<!-- generated: {name} -->", f"<!-- end: {name} -->"
 
 
+def model_name(model: str) -> str:
+    """What a page calls the model of a `--model` option."""
+    return "the miniature" if model == "miniature" else model
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """A Markdown table: the first column is aligned left, the others right. Numbers are printed as they are."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]

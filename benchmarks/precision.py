@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.pages import RESULTS, empty_page, provenance, table, write_section
+from benchmarks.pages import RESULTS, empty_page, model_name, provenance, table, write_section
 from oneword.engines.errors import OnewordError
 from oneword.engines.graph import Precision
 from oneword.engines.open import Backend
@@ -77,7 +77,9 @@ def main() -> None:
     ]
     text = table(["computed by", "median PSNR against fp32, dB", "worst picture, dB"], rows)
     count = options.pictures * len(PROMPTS)
-    text += f"\n\n{count} pictures of {options.model}, {options.steps} DDIM steps, guidance 5, the same seeds."
+    text += (
+        f"\n\n{count} pictures of {model_name(options.model)}, {options.steps} DDIM steps, guidance 5, the same seeds."
+    )
     print(text)
     if options.write:
         write_section(PAGE, "precision", f"{provenance('precision')}\n\n{text}", NEW_PAGE)

@@ -35,7 +35,7 @@ from pathlib import Path
 
 from benchmarks.pages import RESULTS, empty_page, provenance, write_section
 from benchmarks.served import speed, stress, words
-from benchmarks.served.process import LOAD_CORE, Setup
+from benchmarks.served.process import CORES, LOAD_CORE, Setup
 from benchmarks.served.results import Result
 
 SECTIONS: dict[str, Callable[[Setup], Result]] = {
@@ -64,7 +64,7 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     setup = Setup(_bundle(options), options.work.resolve(), options.engine, options.scale)
-    if LOAD_CORE in os.sched_getaffinity(0):
+    if LOAD_CORE in CORES:
         os.sched_setaffinity(0, {LOAD_CORE})
     failed = {}
     for name in _chosen(options.only):

@@ -541,12 +541,8 @@ def many_table(rows: Sequence[Mapping[str, Any]], count: int) -> str:
 
 def full_size_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Seconds per step and peak memory on SD 1.5's architecture."""
-    lines = [
-        (row["contender"], f"{row['step']:.1f}", f"{row['peak_mib'] * 2**20 / 1e9:.1f}")
-        for row in rows
-        if "full" in row
-    ]
-    return table(("SD 1.5's architecture, 512x512, batch 1", "s per step", "peak GB"), lines)
+    lines = [(row["contender"], f"{row['step']:.1f}", f"{row['peak_mib'] / 1024:.1f}") for row in rows if "full" in row]
+    return table(("SD 1.5's architecture, 512x512, batch 1", "s per step", "peak GiB"), lines)
 
 
 def parts_table(words: Sequence[Mapping[str, Any]]) -> str:

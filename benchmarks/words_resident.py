@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import safetensors.numpy
 
-from benchmarks.pages import RESULTS, empty_page, marked, provenance, table, write_section
+from benchmarks.pages import RESULTS, empty_page, marked, model_name, provenance, table, write_section
 from oneword.engines.errors import ConceptError
 from oneword.engines.open import Backend
 from oneword.export.write import export_bundle
@@ -77,7 +77,8 @@ def main() -> None:
     text = table(["", "target", "measured"], rows)
     print(text)
     if options.write:
-        encoder = f"Loading is into a table of CLIP's size; prompts are encoded by the text encoder of {options.model}."
+        model = model_name(options.model)
+        encoder = f"Loading is into a table of CLIP's size; prompts are encoded by the text encoder of {model}."
         text = f"{provenance('words_resident')}\n\n{encoder} Bold: misses its target.\n\n{text}"
         write_section(PAGE, "words-resident", text, NEW_PAGE)
     print(json.dumps(report))

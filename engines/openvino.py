@@ -6,11 +6,12 @@ follows the last of them, such as the sampler's update in `denoise_step`, stays 
 A small graph is compiled once for any shape. Dynamic shapes cost a third of its time in each run, so a binding that has
 run often is compiled again for its own shapes, in the background. Both are cached as plans.
 
-A graph that is not small is not cached compiled, which would hold its weights again and take as long to read. What is
-kept as a plan is the graph in OpenVINO's own format, with fp16 weights that are mapped instead of read: from it SD
-1.5's step compiles in two thirds of the memory. It is made at the first start, and only where the engine
-computes in bfloat16, which keeps fewer bits of a weight than fp16 does. Constants outside fp16's range stay in float32.
-If it cannot be written, the ONNX file is compiled, and a warning in the log of `oneword.engines` gives the reason.
+Of a graph that is not small two plans are kept. The first is the graph in OpenVINO's own format, with fp16 weights that
+are mapped instead of read: from it SD 1.5's step compiles in two thirds of the memory. It is made at the first start,
+and only where the engine computes in bfloat16, which keeps fewer bits of a weight than fp16 does. Constants outside
+fp16's range stay in float32. The second is the compiled graph without its weights, which it finds in the first: a few
+MiB for each set of shapes that a process compiled first. If the first cannot be written, the ONNX file is compiled, and
+a warning in the log of `oneword.engines` gives the reason.
 
 A large graph is first compiled for the shapes in use, which makes each run faster and saves seconds in the first. When
 other shapes arrive, that version is released and one for any shape takes its place, so its weights are in memory once.
@@ -231,11 +232,11 @@ class _Compiler:
         self._dynamic: _Compiled | None = None
         self._background: ThreadPoolExecutor | None = None
         self._static_count = 0
-        self._plans = plans if self.small else None
         self._conversions = plans if convert and not self.small else None
+        self._plans = plans if self.small else self._conversions
         if size <= _LARGE:
             self._dynamic = self.compile()
-        model = self._dynamic.model if self._dynamic else self._graph()
+        model = self._dynamic.model if self._dynamic else core.read_model(*self._files())
         self.inputs = [value.any_name for value in model.inputs]
 
     def compiled_for(self, shapes: Mapping[str, Shape]) -> _Compiled:
@@ -244,12 +245,12 @@ class _Compiler:
             if self._dynamic is not None:
                 return self._dynamic
             if self._first is None:
-                self._first = dict(shapes), self._compile(shapes)
+                self._first = dict(shapes), self.compile(shapes)
             if self._first[0] == shapes:
                 return self._first[1]
             self._first[1].release()  # before another copy of the weights is made
             self._first = None
-            self._dynamic = self._compile(None)
+            self._dynamic = self.compile()
             return self._dynamic
 
     def compile_later(self, shapes: Mapping[str, Shape]) -> "Future[_Compiled] | None":
@@ -262,47 +263,60 @@ class _Compiler:
 
     def compile(self, shapes: Mapping[str, Shape] | None = None) -> _Compiled:
         """Compiles for these shapes, or reads the plan. Raises RuntimeError, which is OpenVINO's."""
+        files = self._files()
         fresh: _Compiled | None = None
 
         def build() -> bytes:
             nonlocal fresh
-            fresh = self._compile(shapes)
+            fresh = self._compile(files, shapes)
             stream = io.BytesIO()
             fresh.model.export_model(stream)
             return stream.getvalue()
 
-        if self._plans is not None and len([*self._plans.folder.glob("*.plan")]) < _MOST_PLANS:
+        plans = self._plans if self.small or len(files) > 1 else None
+        if plans is not None and len([*plans.folder.glob("*.plan")]) < _MOST_PLANS:
             with contextlib.suppress(FileError):  # a full or read-only disk should not keep it from running
-                plan = self._plans.load_or_build(self._key_for(shapes), build)
-                return fresh or self._read(plan, shapes) or self._compile(shapes)
-        return fresh or self.cached(shapes) or self._compile(shapes)
+                plan = plans.load_or_build(self._key_for(files, shapes), build)
+                return fresh or self._read(plan, files, shapes) or self._compile(files, shapes)
+        return fresh or self._load(files, shapes) or self._compile(files, shapes)
 
-    def cached(self, shapes: Mapping[str, Shape] | None) -> _Compiled | None:
-        """The plan for these shapes from an earlier start, or None."""
-        plan = None if self._plans is None else self._plans.load(self._key_for(shapes))
-        return None if plan is None else self._read(plan, shapes)
+    def cached(self, shapes: Mapping[str, Shape]) -> _Compiled | None:
+        """The plan of a small graph for these shapes from an earlier start, or None."""
+        return self._load(self._files(), shapes) if self.small else None
 
-    def _compile(self, shapes: Mapping[str, Shape] | None) -> _Compiled:
-        model = self._graph()
-        if shapes is not None:
-            model.reshape({name: list(shape) for name, shape in shapes.items()})
-        return _Compiled(self._core.compile_model(model, "CPU", self._settings), shapes is not None)
+    def _load(self, files: Sequence[Path], shapes: Mapping[str, Shape] | None) -> _Compiled | None:
+        if self._plans is None or (plan := self._plans.load(self._key_for(files, shapes))) is None:
+            return None
+        return self._read(plan, files, shapes)
 
-    def _graph(self) -> Any:
-        """The graph, read from its plan if it has one; found again each time, since another version may delete it."""
-        plans = self._conversions
-        files = [self._path] if plans is None else _converted(self._core, self._path, plans, self._key)
-        return self._core.read_model(*files)
-
-    def _read(self, plan: bytes, shapes: Mapping[str, Shape] | None) -> _Compiled | None:
+    def _read(self, plan: bytes, files: Sequence[Path], shapes: Mapping[str, Shape] | None) -> _Compiled | None:
+        settings = self._settings_for(files)
+        if len(files) > 1:
+            settings["WEIGHTS_PATH"] = str(files[1])
         try:
-            return _Compiled(self._core.import_model(io.BytesIO(plan), "CPU", self._settings), shapes is not None)
+            return _Compiled(self._core.import_model(io.BytesIO(plan), "CPU", settings), shapes is not None)
         except RuntimeError:
             return None
 
-    def _key_for(self, shapes: Mapping[str, Shape] | None) -> PlanKey:
+    def _compile(self, files: Sequence[Path], shapes: Mapping[str, Shape] | None) -> _Compiled:
+        model = self._core.read_model(*files)
+        if shapes is not None:
+            model.reshape({name: list(shape) for name, shape in shapes.items()})
+        return _Compiled(self._core.compile_model(model, "CPU", self._settings_for(files)), shapes is not None)
+
+    def _files(self) -> list[Path]:
+        """The graph's file, or the two of its plan; found again each time, since another version may delete them."""
+        plans = self._conversions
+        return [self._path] if plans is None else _converted(self._core, self._path, plans, self._key)
+
+    def _settings_for(self, files: Sequence[Path]) -> dict[str, str]:
+        """With weights in a file of their own, what is exported refers to it instead of holding them."""
+        return {**self._settings, "CACHE_MODE": "OPTIMIZE_SIZE"} if len(files) > 1 else {**self._settings}
+
+    def _key_for(self, files: Sequence[Path], shapes: Mapping[str, Shape] | None) -> PlanKey:
         ranges = {f"{name}.{i}": (n, n, n) for name, shape in (shapes or {}).items() for i, n in enumerate(shape)}
-        return replace(self._key, ranges=ranges)
+        weights = [path.name for path in files[1:]]  # the name contains the file's hash
+        return replace(self._key, ranges=ranges, flags=(*self._key.flags, *weights))
 
 
 def _converted(core: Any, path: Path, plans: PlanCache, key: PlanKey) -> list[Path]:

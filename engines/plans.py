@@ -115,8 +115,8 @@ class PlanCache:
 
     def load_or_build_files(self, key: PlanKey, suffixes: Sequence[str], build: Callable[[Path], None]) -> list[Path]:
         """The plan's files, built if necessary: `build(path)` writes the first suffix's file at `path` and the others
-        next to it, with the same stem. Files of the same graph for other versions or flags are deleted, so only one
-        version at a time keeps them. Raises as `load_or_build` does."""
+        next to it, with the same stem. Files of the same graph for other versions or flags are deleted, and plans whose
+        flags name such a file, so only one version at a time keeps them. Raises as `load_or_build` does."""
         if (paths := self.load_files(key, suffixes)) is not None:
             return paths
         with self._lock(f"{key.name}.lock"):
@@ -171,7 +171,9 @@ class PlanCache:
             os.replace(source, path)
         sync(self.folder)
         with self._lock("index.lock"):
-            remaining = {name: e for name, e in self._index().items() if not _supersedes(entry, e)}
+            index = self._index()
+            replaced = {file for e in index.values() if _supersedes(entry, e) for file in e.files} - {*names}
+            remaining = {n: e for n, e in index.items() if not (_supersedes(entry, e) or replaced & _flags(e))}
             self._replace_index({**remaining, key.name: entry})
         for path in self.folder.glob(f"{key.name}-*"):  # of a process that was killed before its entry was written
             if path not in paths:
@@ -207,6 +209,12 @@ class PlanCache:
             yield
         finally:
             os.close(descriptor)
+
+
+def _flags(entry: _Entry) -> set[object]:
+    """The flags of a plan's key: among them are the files of another plan that it refers to."""
+    flags = entry.key.get("flags")
+    return {*flags} if isinstance(flags, list | tuple) else set()
 
 
 def _supersedes(entry: _Entry, other: _Entry) -> bool:

@@ -50,6 +50,11 @@ def lora(value: str) -> tuple[Path, float]:
     help="Text encoder to leave out: text_encoder_3 (T5) of Stable Diffusion 3.",
 )
 @click.option(
+    "--preview",
+    type=PATH,
+    help="Diffusers directory of an AutoencoderTiny, such as TAESD's: a decoder for previews and ti-run --draft.",
+)
+@click.option(
     "--precision",
     type=click.Choice([p.value for p in Precision]),
     default=Precision.FP32.value,
@@ -89,6 +94,7 @@ def command(
     config: Path | None,
     loras: tuple[tuple[Path, float], ...],
     without: tuple[str, ...],
+    preview: Path | None,
     precision: str,
     flavour: str | None,
     target: str | None,
@@ -97,7 +103,7 @@ def command(
     static_sizes: tuple[tuple[int, int], ...],
     as_json: bool,
 ) -> None:
-    """Compile MODEL into the folder BUNDLE, in place of an older bundle.
+    """Export MODEL to the folder BUNDLE, in place of an older bundle.
 
     MODEL is a diffusers directory, a hub id, a single .safetensors file or `miniature`. It becomes ONNX graphs, which
     ONNX Runtime and OpenVINO compile when they open them. Every graph is compared with PyTorch on fresh inputs before
@@ -132,6 +138,7 @@ def command(
             config=config,
             loras=[Lora(file, scale) for file, scale in loras],
             without=without,
+            preview=preview,
             report=report,
             accept=accept,
         )

@@ -5,11 +5,12 @@ No family is named in the runtime or the engines.
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from diffusers import AutoencoderKL, FluxTransformer2DModel, SD3Transformer2DModel, VQModel
+from diffusers import AutoencoderKL, AutoencoderTiny, FluxTransformer2DModel, SD3Transformer2DModel, VQModel
 from torch import nn
 
 from oneword.engines.errors import UsageError
@@ -350,23 +351,42 @@ def denoise_graph(step: DenoiseStep, pooled_width: int = 0, time_ids: int = 0) -
 def vae_graphs(source: Source) -> tuple[Traceable, ...]:
     """The graphs of the VAE's decoder and encoder."""
     channels = latent_channels(source.vae)
-    latents, pixels = ("B", channels, "h", "w"), ("B", "H", "W", 3)
     factor = 2 ** (len(source.vae.config.block_out_channels) - 1)
-    decoder = Traceable(
-        "vae_decoder",
-        VaeDecoder(source.vae),
-        (TensorSpec("latents", DType.FLOAT32, latents),),
-        (TensorSpec("images", DType.UINT8, pixels), FINITE),
-        {"factor": factor},
-    )
+    latents = ("B", channels, "h", "w")
     encoder = Traceable(
         "vae_encoder",
         VaeEncoder(source.vae),
-        (TensorSpec("images", DType.UINT8, pixels),),
+        (TensorSpec("images", DType.UINT8, PIXELS),),
         (TensorSpec("mean", DType.FLOAT32, latents), TensorSpec("std", DType.FLOAT32, latents), FINITE),
         {"factor": factor},
     )
-    return decoder, encoder
+    return decoder_graph("vae_decoder", VaeDecoder(source.vae), channels, factor), encoder
+
+
+def decoder_graph(name: str, decoder: VaeDecoder, channels: int, factor: int) -> Traceable:
+    """The graph of a decoder of latents with so many channels; a latent's side is `factor` pixels."""
+    latents = TensorSpec("latents", DType.FLOAT32, ("B", channels, "h", "w"))
+    images = TensorSpec("images", DType.UINT8, PIXELS)
+    return Traceable(name, decoder, (latents,), (images, FINITE), {"factor": factor})
+
+
+def with_preview_decoder(exportable: Exportable, tiny: AutoencoderTiny, path: Path) -> Exportable:
+    """The same model with the graph `vae_preview`, the decoder of an AutoencoderTiny from `path`. It takes the
+    sampler's latents, as in diffusers' pipelines. Raises UsageError if its sizes are not those of the model's VAE."""
+    vae, config = exportable.vae, tiny.config
+    factor = config.upsampling_scaling_factor ** (len(config.decoder_block_out_channels) - 1)
+    for name, value, allowed in (
+        ("channels of a latent", config.latent_channels, vae.latent_channels),
+        ("pixels along a latent's side", factor, vae.factor),
+        ("channels of a picture", config.out_channels, 3),
+    ):
+        if value != allowed:
+            raise UsageError(
+                f"--preview {path}: its {name} are {value}, the model's {allowed}: give the AutoencoderTiny that was "
+                "made for this model"
+            )
+    graph = decoder_graph("vae_preview", VaeDecoder(tiny), vae.latent_channels, vae.factor)
+    return replace(exportable, graphs=(*exportable.graphs, graph))
 
 
 def latent_channels(vae: AutoencoderKL | VQModel) -> int:
@@ -375,6 +395,7 @@ def latent_channels(vae: AutoencoderKL | VQModel) -> int:
 
 
 FINITE = TensorSpec("finite", DType.BOOL, ("B",))
+PIXELS = ("B", "H", "W", 3)
 
 
 def encoder_facts(source: Source, name: str, encoder: AnyEncoder, default_layer: int, word_optional: bool) -> Encoder:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, UNet2DConditionModel, VQModel
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel, VQModel
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertModel
 from torch import Tensor, nn
 
@@ -379,9 +379,10 @@ class DenoiseStep(nn.Module):
 class VaeDecoder(nn.Module):
     """The sampler's latents [B,C,h,w] -> images [B,H,W,3] uint8, finite [B]; scale and shift are undone inside."""
 
-    def __init__(self, vae: AutoencoderKL | VQModel) -> None:
+    def __init__(self, vae: AutoencoderKL | VQModel | AutoencoderTiny) -> None:
         super().__init__()
-        self.post_quant_conv, self.decoder = vae.post_quant_conv, vae.decoder
+        self.decoder = vae.decoder
+        self.post_quant_conv = None if isinstance(vae, AutoencoderTiny) else vae.post_quant_conv
         self.codebook: nn.Embedding | None = vae.quantize.embedding if isinstance(vae, VQModel) else None
         self.scale, self.shift = latent_scale_and_shift(vae)
         self.network_dtype = vae.dtype
@@ -499,6 +500,6 @@ def finite(x: Tensor) -> Tensor:
     return torch.isfinite(x).flatten(1).all(dim=1)
 
 
-def latent_scale_and_shift(vae: AutoencoderKL | VQModel) -> tuple[float, float]:
+def latent_scale_and_shift(vae: AutoencoderKL | VQModel | AutoencoderTiny) -> tuple[float, float]:
     """Scale and shift from the VAE's latents to the sampler's: (z - shift) * scale."""
     return float(vae.config.scaling_factor), float(vae.config.get("shift_factor", None) or 0.0)

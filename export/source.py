@@ -19,7 +19,14 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from diffusers import AutoencoderKL, FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel, VQModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+    VQModel,
+)
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertModel
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -142,8 +149,9 @@ def load_source(
     without: Sequence[str] = (),
 ) -> Source:
     """Loads a diffusers directory, a hub id (`owner/name` or `owner/name@revision`), `miniature`, or a single
-    .safetensors file. A single file needs `config`: a diffusers directory of the same kind of model, whose weights are
-    not read. LoRAs are fused in order. `without` names text encoders to leave out, if the model can do without them."""
+    .safetensors file. A single file must be of a model with a UNet and needs `config`: a diffusers directory of the
+    same kind of model, whose weights are not read. LoRAs are fused in order. `without` names text encoders to
+    leave out, if the model can do without them."""
     file = single_file(str(model), config)
     path, revision = find_model(str(model)) if file is None else find_model(str(config))
     index = read_json(path / "model_index.json")
@@ -151,6 +159,11 @@ def load_source(
     if pipeline in UNSUPPORTED:
         raise UsageError(
             f"{model} is a {pipeline}, which needs {UNSUPPORTED[pipeline]}: give a model of a supported family"
+        )
+    if file is not None and "transformer" in index:  # T5's `wo` must stay float32, and most such files have no T5
+        raise UsageError(
+            f"{model} is a single file of a {pipeline}, whose T5 is not read from one: single files are for models "
+            "with a UNet, give a diffusers directory or a hub id"
         )
     left_out = components_left_out(pipeline, without)
     if file is None:
@@ -350,9 +363,27 @@ def load_component(path: Path, name: str, class_name: str, dtype: torch.dtype) -
     """Loads one component of a diffusers directory with the class that model_index.json names."""
     if class_name not in COMPONENTS:
         raise UsageError(f"{name} is a {class_name}: give a model with one of {', '.join(sorted(COMPONENTS))}")
-    folder, loader = path / name, COMPONENTS[class_name]
+    folder = path / name
     if not folder.is_dir():
         raise FileError(f"{path} names a component {name} but has no such folder: download the model again")
+    return load_folder(folder, class_name, COMPONENTS[class_name], dtype)
+
+
+def load_preview_decoder(path: Path, dtype: torch.dtype) -> AutoencoderTiny:
+    """Loads a diffusers directory of an AutoencoderTiny. Raises UsageError if it is not one."""
+    config = path / "config.json"
+    class_name = read_json(config).get("_class_name") if config.is_file() else None
+    if class_name != "AutoencoderTiny":
+        problem = f"is a {class_name}" if class_name else "has no config.json of a model"
+        raise UsageError(
+            f"--preview {path} {problem}: give a diffusers directory of an AutoencoderTiny, such as TAESD's"
+        )
+    decoder: AutoencoderTiny = load_folder(path, "AutoencoderTiny", AutoencoderTiny, dtype)
+    return decoder
+
+
+def load_folder(folder: Path, class_name: str, loader: Any, dtype: torch.dtype) -> Any:
+    """Loads a tokenizer or a module, in eval mode and without gradients. Raises FileError."""
     try:
         if "okenizer" in class_name:
             return loader.from_pretrained(folder, local_files_only=True)

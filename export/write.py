@@ -10,10 +10,10 @@ from safetensors.torch import save_file
 
 from oneword.engines.graph import Graph, Precision, Provider, graph_digest
 from oneword.engines.onnxruntime import OnnxRuntimeEngine
-from oneword.export.families import TORCH_DTYPES, Exportable, Traceable, family_of
+from oneword.export.families import TORCH_DTYPES, Exportable, Traceable, family_of, with_preview_decoder
 from oneword.export.parity import Difference, Reference, compare, compare_fused, references
 from oneword.export.preview import preview_of
-from oneword.export.source import Lora, Source, load_source
+from oneword.export.source import Lora, Source, load_preview_decoder, load_source
 from oneword.export.trace import trace
 from oneword.runtime.bundle import TOKENIZER, Bundle, Manifest, Provenance, write_bundle
 from oneword.runtime.samplers import sampler_of
@@ -40,14 +40,19 @@ def export_bundle(
     config: Path | None = None,
     loras: Sequence[Lora] = (),
     without: Sequence[str] = (),
+    preview: Path | None = None,
     report: Report = lambda message: None,
     accept: Callable[[Exportable], None] = lambda exportable: None,
 ) -> Exported:
-    """Exports `model` (see load_source) to a bundle at `path`, which appears only when complete. `report` is called at
-    every stage; `accept` may raise, after the model is loaded and before the long work."""
+    """Exports `model` (see load_source) to a bundle at `path`, which appears only when complete. `preview` is a
+    diffusers directory of an AutoencoderTiny, which becomes the bundle's preview decoder. `report` is called at every
+    stage; `accept` may raise, after the model is loaded and before the long work."""
     report(f"loading {model}")
+    tiny = None if preview is None else load_preview_decoder(preview, TORCH_DTYPES[precision])
     source = load_source(model, TORCH_DTYPES[precision], config=config, loras=loras, without=without)
     exportable = family_of(source)
+    if tiny is not None and preview is not None:
+        exportable = with_preview_decoder(exportable, tiny, preview)
     if sampler_of(source.scheduler_config) is None:
         scheduler = source.scheduler_config.get("_class_name")
         report(f"{scheduler} has no counterpart here: {exportable.defaults.sampler} is the bundle's default sampler")

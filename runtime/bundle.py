@@ -142,7 +142,7 @@ class Defaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`bundle.json`. Graphs: one per encoder, denoise_step, vae_decoder and, optionally, vae_encoder."""
+    """`bundle.json`. Graphs: one per encoder, denoise_step, vae_decoder; optionally vae_encoder and vae_preview."""
 
     source: Provenance
     graphs: dict[str, Graph]
@@ -169,6 +169,11 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def encoder(self, name: str) -> Encoder:
         """The encoder whose graph has this name. Raises KeyError."""
         return next(encoder for encoder in self.encoders if encoder.graph == name)
+
+    @property
+    def has_preview_decoder(self) -> bool:
+        """Whether there is a small decoder for previews and drafts, the graph `vae_preview`."""
+        return "vae_preview" in self.graphs
 
     @property
     def context_width(self) -> int:

@@ -49,14 +49,16 @@ _BUNDLES = "the bundle's"
     help="File of a learned word, or a folder of them; may be repeated.",
 )
 @click.option("--negative-prompt", help="What to avoid.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the first picture; picture i uses seed + i.")
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="Seed of the first picture; picture i uses seed + i."
+)
 @click.option("--num-images", type=int, default=1, show_default=True, help="Pictures per prompt.")
 @click.option("--steps", type=int, show_default=_BUNDLES, help="Denoising steps.")
 @click.option("--sampler", type=click.Choice([sampler.value for sampler in Sampler]), show_default=_BUNDLES)
 @click.option(
     "--spacing",
     type=click.Choice([spacing.value for spacing in Spacing]),
-    show_default="the sampler's",
+    show_default="the scheduler config's",
     help="Where the steps are.",
 )
 @click.option(
@@ -66,7 +68,12 @@ _BUNDLES = "the bundle's"
     show_default=True,
     help="How the prompt's weight is applied; the scale of cfg++ is 0 to 2.",
 )
-@click.option("--guidance-scale", type=float, show_default=_BUNDLES, help="Weight of the prompt; 1 means no guidance.")
+@click.option(
+    "--guidance-scale",
+    type=float,
+    show_default=f"{_BUNDLES}; 0.6 with cfg++",
+    help="Weight of the prompt; 1 means no guidance.",
+)
 @click.option(
     "--embedded-guidance", type=float, show_default=_BUNDLES, help="Guidance scale as an input of a distilled model."
 )
@@ -89,6 +96,11 @@ _BUNDLES = "the bundle's"
 @click.option("--mask", type=PATH, help="A picture of --image's size: white marks the area to regenerate.")
 @click.option(
     "--paste/--no-paste", default=True, show_default=True, help="Keep --image's pixels where --mask is black."
+)
+@click.option(
+    "--draft",
+    is_flag=True,
+    help="Decode with the bundle's preview decoder (ti-export --preview): faster, less exact.",
 )
 @engine_option
 @click.option(
@@ -126,7 +138,10 @@ def command(
     as_json: bool,
     **settings: Any,
 ) -> None:
-    """Generate pictures from PROMPT... with the model in BUNDLE. {} in a prompt stands for each word in turn."""
+    """Generate pictures from PROMPT... with the model in BUNDLE.
+
+    {} in a prompt stands for each --word in turn, by default for each learned word.
+    """
     start = time.perf_counter()
     shared = {
         **settings,

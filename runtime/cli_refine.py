@@ -65,14 +65,16 @@ _ANSWER = "allowed are numbers such as 2 5 -3, 0 for none, or all of them from b
     help="File of a learned word that --aspects or --start names; may be repeated.",
 )
 @click.option("--rounds", type=click.IntRange(0), default=ROUNDS, show_default=True, help="Rounds in all.")
-@click.option("--candidates", type=int, show_default=str(CANDIDATES), help="Pictures per round.")
-@click.option("--seed", type=int, show_default="0", help="Of the candidates and, counted up by round, of the pictures.")
+@click.option("--candidates", type=int, help=f"Pictures per round.  [default: {CANDIDATES}]")
+@click.option(
+    "--seed", type=int, help="Seed of the candidates and, counted up by round, of the pictures.  [default: 0]"
+)
 @click.option(
     "--likes",
     "answers",
     metavar="ANSWER",
     multiple=True,
-    help="The answer to the next round, such as '2 5 -3' or 2>5>1>3>4>6; may be repeated.",
+    help="The answer to the next round, such as '2 5 -3' or '2>5>1>3>4>6'; may be repeated.",
 )
 @click.option("--undo", "undone", type=click.IntRange(0), default=0, help="Drop this many of the last rounds first.")
 @click.option("--prompt", default=PROMPT, show_default=True, help="What to draw; {} is the word.")
@@ -104,7 +106,7 @@ def command(
 
     Each round draws candidates of the word, with one prompt and seed, on one sheet beside the output. On a terminal it
     asks which you like. Elsewhere, answers come from --likes; then the next round's sheet is drawn and the command
-    ends. The word is saved after each round, with its rounds, so that the same command can continue later.
+    ends. The word is saved after each round, with its rounds, so that --start OUTPUT can continue later.
     """
     if "{}" not in prompt:
         raise UsageError(f"--prompt is {prompt[:80]!r}, it needs a {{}} where the word should be")

@@ -79,9 +79,10 @@ class Concept:
     @property
     def text(self) -> str:
         """What stands for the word in the prompt of an encoder for which it has no vectors: `text` in its file's
-        metadata, or `init`, the class word that learning started from unless that was a file; else nothing."""
+        metadata, or `init`, the class word that learning started from, unless that was `random` or a file; else
+        nothing."""
         init = self.provenance.get("init", "")
-        return self.provenance.get("text", "" if "." in init else init)[:MAX_TEXT]
+        return self.provenance.get("text", "" if init == "random" or "." in init else init)[:MAX_TEXT]
 
     @cached_property
     def identity(self) -> str:

@@ -58,6 +58,12 @@ def scheduler_for(model: Model, requests: Sequence[Request], max_rows: int = MAX
         scheduler.cancel_all()
         raise
     encoders = [encoder.graph for encoder in model.manifest.encoders]
-    pictures = ["vae_encoder"] if any(request.image is not None for request in requests) else []
-    model.open_ahead([*encoders, *pictures, "vae_decoder"] if requests else [])
+    uses = {
+        "vae_encoder": any(request.image is not None for request in requests),
+        "vae_preview": any(
+            request.draft or (request.previews and model.manifest.has_preview_decoder) for request in requests
+        ),
+        "vae_decoder": not all(request.draft for request in requests),
+    }
+    model.open_ahead([*encoders, *(name for name, used in uses.items() if used)] if requests else [])
     return scheduler

@@ -22,6 +22,7 @@ _MAX_BYTES = 256 << 20
 _MAX_PIXELS = 120_000_000  # of a file; generated pictures are limited by request.MAX_PIXELS
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # none that runs another program
 _TOPS = {"I": (255, 65535), "F": (1, 255, 65535)}  # possible values of white in modes without a fixed range
+_PNG_LEVEL = 1  # a picture of 1024x1024 takes 83 ms, not 243 as with Pillow's 6; its file is 16 % larger
 A1111_SAMPLERS = {
     Sampler.DDIM: "DDIM",
     Sampler.DDPM: "DDPM",
@@ -63,7 +64,7 @@ def png_bytes(image: Image, parameters: str) -> bytes:
     info = PngInfo()
     info.add_itxt("parameters", parameters) if not parameters.isascii() else info.add_text("parameters", parameters)
     stream = io.BytesIO()
-    PIL.Image.fromarray(image).save(stream, "PNG", pnginfo=info)
+    PIL.Image.fromarray(image).save(stream, "PNG", pnginfo=info, compress_level=_PNG_LEVEL)
     return stream.getvalue()
 
 
@@ -168,6 +169,8 @@ def parameters_text(request: Request, settings: ResolvedSettings, seed: int, mod
         pairs["Eta"] = request.eta
     if settings.embedded_guidance is not None:
         pairs["Distilled CFG Scale"] = settings.embedded_guidance
+    if request.draft:
+        pairs["VAE Decoder"] = "TAESD"  # A1111's name for a small decoder
     if request.guidance_rescale:
         pairs["CFG Rescale"] = request.guidance_rescale
     if request.guidance_interval is not None:

@@ -6,7 +6,6 @@ table. Not covered: which pictures are denoised together (`oneword.runtime.sched
 
 import math
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -27,11 +26,12 @@ from oneword.runtime.concept import Concept, Vectors, load_concept
 from oneword.runtime.images import preview_image
 from oneword.runtime.profiles import DEFAULT_LIMITS, graph_ranges
 from oneword.runtime.prompt import Chunks, Tokenizer, Vocabulary, encode_ids
+from oneword.runtime.prompt_cache import PromptCache
 from oneword.runtime.request import Image
 from oneword.runtime.samplers import COLUMNS
 from oneword.runtime.table import DEFAULT_CAPACITY, EmbeddingTable
 
-_CACHED_PROMPTS: Final = 256
+_CACHED_PROMPTS: Final = 512
 _CACHED_BYTES: Final = 256 << 20
 
 
@@ -62,6 +62,11 @@ class EncodedPrompt:
     weight_scale: Mapping[str, npt.NDArray[np.float32]]
     """By encoder, [chunks]: the factor that restored each chunk's mean after A1111's weights."""
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the context."""
+        return self.hidden_states.nbytes
+
 
 class Model:
     """One model, ready to encode prompts, denoise and decode. Not thread-safe."""
@@ -88,8 +93,7 @@ class Model:
         self._engines: dict[str, Engine] = {}
         self._ahead: dict[str, Future[Engine]] = {}
         self._batched: dict[str, BatchedGraph] = {}
-        self._contexts: OrderedDict[bytes, EncodedPrompt] = OrderedDict()
-        self._context_bytes = 0
+        self._contexts: PromptCache[EncodedPrompt] = PromptCache(_CACHED_PROMPTS, _CACHED_BYTES)
         self._zeros: EncodedPrompt | None = None
         self._words: dict[str, Concept] = {}
         self._tokenizers = dict(tokenizers)
@@ -258,18 +262,14 @@ class Model:
 
     def encode(self, prompts: Sequence[TokenizedPrompt]) -> list[EncodedPrompt]:
         """Encodes prompts of any lengths. Equal prompts share one EncodedPrompt, also across calls (cached)."""
-        new = {tokens.key: tokens for tokens in prompts if tokens.key not in self._contexts}
+        distinct = {tokens.key: tokens for tokens in prompts}
+        encoded = {key: context for key in distinct if (context := self._contexts.get(key)) is not None}
+        new = {key: tokens for key, tokens in distinct.items() if key not in encoded}
         for together in self._groups(new.values()):
-            for tokens, context in zip(together, self._encode(together), strict=True):
-                self._contexts[tokens.key] = context
-                self._context_bytes += context.hidden_states.nbytes
-        contexts = [self._contexts[tokens.key] for tokens in prompts]
-        for tokens in prompts:
-            self._contexts.move_to_end(tokens.key)
-        while len(self._contexts) > (1 if self._context_bytes > _CACHED_BYTES else _CACHED_PROMPTS):
-            _, forgotten = self._contexts.popitem(last=False)
-            self._context_bytes -= forgotten.hidden_states.nbytes
-        return contexts
+            encoded |= zip((tokens.key for tokens in together), self._encode(together), strict=True)
+        for key in new:
+            self._contexts.put(key, encoded[key])
+        return [encoded[tokens.key] for tokens in prompts]
 
     def missing_negative(self, clip_skip: int = 0) -> TokenizedPrompt | EncodedPrompt:
         """The replacement of a missing negative prompt: the empty prompt, or zeros."""
@@ -294,23 +294,36 @@ class Model:
             raise NotFinite("graph 'vae_encoder' produced NaN or infinity: export the model with --precision fp32")
         return out["mean"][0], out["std"][0]
 
-    def decode(self, latents: npt.NDArray[np.float32]) -> tuple[Image, npt.NDArray[np.bool_]]:
-        """Decodes latents [B, C, h, w] to pictures uint8 [B, H, W, 3]; also returns whether each is finite [B]."""
+    def decode(self, latents: npt.NDArray[np.float32], draft: bool = False) -> tuple[Image, npt.NDArray[np.bool_]]:
+        """Decodes latents [B, C, h, w] to pictures uint8 [B, H, W, 3]; also returns whether each is finite [B].
+
+        `draft` decodes with the bundle's preview decoder, which it must have.
+        """
         _, _, h, w = latents.shape
         factor = self.manifest.vae.factor
-        out = self._graph("vae_decoder")({"latents": latents}, {"H": h * factor, "W": w * factor})
+        graph = self._graph("vae_preview" if draft else "vae_decoder")
+        out = graph({"latents": latents}, {"H": h * factor, "W": w * factor})
         return out["images"], out["finite"]
 
     def preview(self, denoised: npt.NDArray[np.float32]) -> Image | None:
-        """A small picture [h, w, 3] of latents [C, h, w] from the bundle's linear map; None if it has none."""
+        """A picture of latents [C, h, w] without the decoder: [H, W, 3] by the bundle's preview decoder, else a small
+        one [h, w, 3] by its linear map; None if it has neither. Raises NotFinite."""
+        if self.manifest.has_preview_decoder:
+            images, finite = self.decode(denoised[None], draft=True)
+            if not finite.all():
+                raise NotFinite("graph 'vae_preview' produced NaN or infinity: export it with --precision fp32")
+            image: Image = images[0]
+            return image
         return None if self.manifest.preview is None else preview_image(self.manifest.preview, denoised)
 
     def warm(self, width: int, height: int) -> None:
-        """Runs the encoders and the decoder at every call size, for pictures of this size. Raises EngineError."""
+        """Runs the encoders and the decoders at every call size, for pictures of this size. Raises EngineError."""
         channels, factor = self.manifest.vae.latent_channels, self.manifest.vae.factor
         for count in CALLS:
             self._encode([self.tokenize("")] * count)
-            self.decode(np.zeros((count, channels, height // factor, width // factor), np.float32))
+            latents = np.zeros((count, channels, height // factor, width // factor), np.float32)
+            for draft in (False, True) if self.manifest.has_preview_decoder else (False,):
+                self.decode(latents, draft)
         if "vae_encoder" in self.manifest.graphs:
             self.encode_image(np.zeros((height, width, 3), np.uint8))
 

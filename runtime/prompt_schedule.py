@@ -52,6 +52,8 @@ def prompts_by_step(prompt: str, steps: int) -> list[str]:
     for start in START.finditer(prompt):
         slider_at(prompt, start.start())
     pieces = parse(prompt)
+    if all(isinstance(piece, str) for piece in pieces):
+        return [prompt] * steps
     texts: dict[str, str] = {}
     prompts: list[str] = []
     for step in range(1, steps + 1):

@@ -79,6 +79,8 @@ class Request:
     mask_blur: float = 0.0
     """Softens the mask's edge where the picture is pasted into `image`: a Gaussian's standard deviation in pixels of
     the picture, up to 64, as in A1111. What the model regenerates stays the mask itself."""
+    draft: bool = False
+    """Whether to decode with the bundle's preview decoder, which is faster and less exact; refused if it has none."""
     words: Mapping[str, Concept] | None = None
     """The learned words that the prompts may use, by token; None: those that are loaded in the model."""
 
@@ -166,6 +168,11 @@ def resolve(request: Request, manifest: Manifest) -> ResolvedSettings:
             raise UsageError(f"clip_skip is {request.clip_skip}, this model allows 0 to {limit}")
     if request.image is not None and "vae_encoder" not in manifest.graphs:
         raise UsageError("this bundle has no vae_encoder, so it cannot edit pictures: export it again with ti-export")
+    if request.draft and not manifest.has_preview_decoder:
+        raise UsageError(
+            "draft needs a preview decoder, which this bundle does not have: leave it out, or export the bundle again "
+            "with ti-export --preview"
+        )
     steps = defaults.steps if request.steps is None else request.steps
     guidance_scale = _guidance_scale(request, defaults.guidance_scale)
     embedded_guidance = defaults.embedded_guidance
@@ -188,7 +195,7 @@ def resolve(request: Request, manifest: Manifest) -> ResolvedSettings:
         spacing=None if request.spacing is None else Spacing(request.spacing),
         guidance=Guidance(request.guidance),
     )
-    schedule.table(manifest.columns)  # raises if the graph lacks a column
+    schedule.check(manifest.columns)
     negative = request.negative_prompt
     return ResolvedSettings(
         steps,

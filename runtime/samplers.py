@@ -9,8 +9,8 @@ guided prediction, a step is
                + c.uncond * denoised_uncond + c.noise * noise
 
 where `previous` and `previous2` are the last two `denoised`, `denoised_uncond` is what the unguided prediction gives,
-and the columns `c` are named after what they multiply. Each sampler is a pure function from the levels it visits to
-the columns of the second equation.
+and the columns `c` are named after what they multiply. Each sampler is a pure function (`oneword.runtime.updates`) from
+the levels it visits (`oneword.runtime.levels`) to the columns of the second equation.
 
 A line of the table is one evaluation of the network. Samplers of two stages (heun, dpm2-a, dpmpp-2s-a) have two lines
 per step, the second of which recovers the step's first sample from the sample and `previous`; their last step has one.
@@ -32,8 +32,38 @@ import numpy.typing as npt
 
 from oneword.engines.errors import UsageError
 from oneword.runtime.flow import FlowSchedule
+from oneword.runtime.levels import (
+    Levels,
+    ddim_levels,
+    dpm2_levels,
+    dpm_levels,
+    euler_levels,
+    euler_levels_to_zero,
+    flow_dpm_levels,
+    flow_levels,
+    halfway_stages,
+    heun_stages,
+    lcm_levels,
+)
 from oneword.runtime.schedule import Array, NoiseSchedule, ScheduleKind
-from oneword.runtime.spacing import Spacing, spaced_sigmas
+from oneword.runtime.spacing import Spacing
+from oneword.runtime.updates import (
+    SamplerSettings,
+    Update,
+    ddim,
+    ddpm,
+    dpm2_ancestral,
+    dpmpp_2m,
+    dpmpp_2m_sde,
+    dpmpp_2s_ancestral,
+    dpmpp_3m_sde,
+    euler,
+    euler_ancestral,
+    euler_flow,
+    heun,
+    lcm,
+    unipc,
+)
 
 COLUMNS: Final[Mapping[str, float]] = {
     "t": 0.0,
@@ -132,14 +162,18 @@ class Schedule:
         """[R]"""
         return self.columns["t"]
 
-    def table(self, names: Sequence[str]) -> npt.NDArray[np.float32]:
-        """[R, K]: the columns of a graph, in its order. Raises UsageError if a line needs a column that it lacks."""
+    def check(self, names: Sequence[str]) -> None:
+        """Raises UsageError if a line needs a column that a graph with these columns lacks."""
         for name in sorted(self.columns.keys() - set(names)):
             if (self.columns[name] != COLUMNS[name]).any():
                 raise UsageError(
                     f"this sampler or guidance needs the column {name!r}, this bundle has {', '.join(names)}: use "
                     "another one, or export the model again"
                 )
+
+    def table(self, names: Sequence[str]) -> npt.NDArray[np.float32]:
+        """[R, K]: the columns of a graph, in its order. Raises as `check`."""
+        self.check(names)
         columns = (self.columns.get(name, np.full(len(self), COLUMNS[name], np.float32)) for name in names)
         return np.stack([*columns], axis=1)
 
@@ -221,48 +255,6 @@ def make_schedule(
     )
 
 
-class Levels(NamedTuple):
-    """The noise levels of a run, or of its lines: t, alpha, sigma [S], and the level at its end."""
-
-    t: Array
-    alpha: Array
-    sigma: Array
-    last_alpha: float
-    last_sigma: float
-
-    @property
-    def next_alpha(self) -> Array:
-        """[S]"""
-        return np.append(self.alpha[1:], self.last_alpha)
-
-    @property
-    def next_sigma(self) -> Array:
-        """[S]"""
-        return np.append(self.sigma[1:], self.last_sigma)
-
-
-class SamplerSettings(NamedTuple):
-    """What a sampler needs besides the levels: the request's steps (before `strength`) and eta."""
-
-    steps: int
-    eta: float
-
-
-class Update(NamedTuple):
-    """The columns of a step, each [S], named after what it multiplies, and which steps draw the noise.
-
-    None stands for zeros.
-    """
-
-    sample: Array
-    denoised: Array
-    previous: Array
-    noise: Array
-    draws: npt.NDArray[np.bool_]
-    previous2: Array | None = None
-    uncond: Array | None = None
-
-
 def prediction(prediction_type: str, levels: Levels) -> tuple[Array, Array]:
     """sample_to_denoised, model_to_denoised [S]. Raises UsageError for eps at zero signal, as x0 is undefined there."""
     match prediction_type:
@@ -281,315 +273,12 @@ def prediction(prediction_type: str, levels: Levels) -> tuple[Array, Array]:
             return 1 / levels.alpha, -levels.sigma / levels.alpha
 
 
-def ddim(noise: NoiseSchedule, levels: Levels, settings: SamplerSettings) -> Update:
-    """DDIM update, eq. 12 of Song et al. (2021), any eta; the step below is t - train // steps, as in diffusers."""
-    below = levels.t - noise.num_train_timesteps // settings.steps
-    abar, abar_next = (
-        levels.alpha**2,
-        np.where(below >= 0, noise.abar_at(np.maximum(below, 0)), noise.final_alpha_cumprod),
-    )
-    variance = (1 - abar_next) / (1 - abar) * (1 - abar / abar_next)
-    direction = np.sqrt(np.maximum(1 - abar_next - settings.eta**2 * variance, 0)) / levels.sigma
-    return Update(
-        sample=direction,
-        denoised=np.sqrt(abar_next) - direction * levels.alpha,
-        previous=np.zeros_like(abar),
-        noise=settings.eta * np.sqrt(variance),
-        draws=np.full(len(abar), settings.eta > 0),
-    )
-
-
-def ddpm(noise: NoiseSchedule, levels: Levels, settings: SamplerSettings) -> Update:
-    """DDPM update, eq. 7 of Ho et al. (2020); the variance is clamped to 1e-20 as in diffusers."""
-    abar, abar_next = levels.alpha**2, levels.next_alpha**2
-    alpha = abar / abar_next
-    variance = np.maximum((1 - abar_next) / (1 - abar) * (1 - alpha), 1e-20)
-    draws = levels.t > 0
-    return Update(
-        sample=np.sqrt(alpha) * (1 - abar_next) / (1 - abar),
-        denoised=np.sqrt(abar_next) * (1 - alpha) / (1 - abar),
-        previous=np.zeros_like(abar),
-        noise=np.where(draws, np.sqrt(variance if noise.variance_type == "fixed_small" else 1 - alpha), 0),
-        draws=draws,
-    )
-
-
-def euler(noise: NoiseSchedule, levels: Levels, settings: SamplerSettings) -> Update:
-    """Euler's step of algorithm 2 of Karras et al. (2022), without churn."""
-    ve, ve_next = levels.sigma / levels.alpha, levels.next_sigma / levels.next_alpha
-    return _divided(levels, ve_next / ve, 1 - ve_next / ve, np.zeros_like(ve), np.zeros_like(ve), np.zeros(len(ve)))
-
-
-def euler_ancestral(noise: NoiseSchedule, levels: Levels, settings: SamplerSettings) -> Update:
-    """Euler to sigma_down = sigma_next^2 / sigma, then noise of sigma_up, as k-diffusion's `sample_euler_ancestral`."""
-    ve, ve_next = levels.sigma / levels.alpha, levels.next_sigma / levels.next_alpha
-    down, up = _ancestral(ve, ve_next)
-    return _divided(levels, down / ve, 1 - down / ve, np.zeros_like(ve), up, np.ones(len(ve)))
-
-
-def euler_flow(noise: FlowSchedule, levels: Levels, settings: SamplerSettings) -> Update:
-    """Euler's step along the flow from noise to picture, x + (sigma_next - sigma) m, of Lipman et al. (2023)."""
-    ratio = levels.next_sigma / levels.sigma
-    zeros = np.zeros_like(ratio)
-    return Update(ratio, levels.next_alpha - ratio * levels.alpha, zeros, zeros, np.full(len(ratio), False))
-
-
-def dpmpp_2m(noise: NoiseSchedule | FlowSchedule, levels: Levels, settings: SamplerSettings) -> Update:
-    """DPM-Solver++(2M), midpoint, algorithm 2 of Lu et al. (2022); first order in the first and last steps."""
-    h = _log_snr_steps(levels)
-    gain = -levels.next_alpha * np.expm1(-h)
-    keep = levels.next_sigma / levels.sigma
-    return _multistep(noise, settings, h, keep, gain, np.zeros_like(h), draws=False)
-
-
-def dpmpp_2m_sde(noise: NoiseSchedule | FlowSchedule, levels: Levels, settings: SamplerSettings) -> Update:
-    """SDE-DPM-Solver++(2M), midpoint, of Lu et al. (2022); draws at every step, the last one included."""
-    h = _log_snr_steps(levels)
-    gain = -levels.next_alpha * np.expm1(-2 * h)
-    keep = levels.next_sigma / levels.sigma * np.exp(-h)
-    return _multistep(noise, settings, h, keep, gain, levels.next_sigma * np.sqrt(-np.expm1(-2 * h)), draws=True)
-
-
-def lcm(noise: NoiseSchedule, levels: Levels, settings: SamplerSettings) -> Update:
-    """Multistep consistency sampling, algorithm 3 of Luo et al. (2023): no noise after the last step."""
-    time = levels.t * noise.timestep_scaling
-    c_skip, c_out = 0.25 / (time**2 + 0.25), time / np.sqrt(time**2 + 0.25)
-    scale, sigma = np.append(levels.alpha[1:], 1.0), np.append(levels.sigma[1:], 0.0)
-    draws = np.arange(len(time)) < len(time) - 1
-    return Update(scale * c_skip, scale * c_out, np.zeros_like(time), sigma, draws)
-
-
-def heun(noise: NoiseSchedule, levels: Levels, settings: SamplerSettings) -> Update:
-    """Algorithm 2 of Karras et al. (2022), without churn: Euler to the next level, then the mean of both slopes."""
-    stages = _Stages.of(levels)
-    ratio = stages.middle / stages.start
-    half = (1 - ratio) / (2 * ratio)
-    return stages.update(levels, np.ones_like(ratio), half, -half, np.zeros_like(ratio), draws=False)
-
-
-def dpm2_ancestral(noise: NoiseSchedule, levels: Levels, settings: SamplerSettings) -> Update:
-    """DPM-Solver-2 to sigma_down with the slope half-way, then noise, as k-diffusion's `sample_dpm_2_ancestral`."""
-    stages = _Stages.of(levels)
-    down, up = _ancestral(stages.start, stages.end)
-    ratio = stages.middle / stages.start
-    slope = (down - stages.start) / stages.middle
-    return stages.update(levels, 1 / ratio + slope, -slope, 1 - 1 / ratio, up, draws=True)
-
-
-def dpmpp_2s_ancestral(noise: NoiseSchedule, levels: Levels, settings: SamplerSettings) -> Update:
-    """DPM-Solver++(2S), algorithm 1 of Lu et al. (2022), to sigma_down, then noise, as k-diffusion's
-    `sample_dpmpp_2s_ancestral`."""
-    stages = _Stages.of(levels)
-    down, up = _ancestral(stages.start, stages.end)
-    return stages.update(
-        levels,
-        down / stages.middle,
-        1 - down / stages.start,
-        down / stages.start - down / stages.middle,
-        up,
-        draws=True,
-    )
-
-
-def dpmpp_3m_sde(noise: NoiseSchedule, levels: Levels, settings: SamplerSettings) -> Update:
-    """SDE-DPM-Solver++(3M), as in diffusers: of lower order in the first two steps, and in the last two of few."""
-    h = _log_snr_steps(levels)
-    second = dpmpp_2m_sde(noise, levels, settings)
-    third = np.arange(len(h)) > 1
-    third[-1] &= not _last_is_first_order(noise, settings)
-    third[-2:-1] &= not (noise.lower_order_final and settings.steps < _SHORT_RUN)
-    i = np.flatnonzero(third)
-    last, before = h[i - 1] / h[i], h[i - 2] / h[i]  # r0, r1
-    alpha, phi = levels.next_alpha[i], -np.expm1(-2 * h[i])
-    gain1, gain2 = alpha * (1 - phi / (2 * h[i])), alpha * ((phi - 2 * h[i]) / (2 * h[i]) ** 2 - 0.5)
-    slope, curve = gain1 * (1 + last / (last + before)) + gain2 / (last + before), -gain1 * last / (last + before)
-    curve = curve - gain2 / (last + before)
-    denoised, previous, previous2 = second.denoised.copy(), second.previous.copy(), np.zeros_like(h)
-    denoised[i] = alpha * phi + slope / last
-    previous[i] = -slope / last + curve / before
-    previous2[i] = -curve / before
-    return second._replace(denoised=denoised, previous=previous, previous2=previous2)
-
-
-def unipc(noise: NoiseSchedule, levels: Levels, settings: SamplerSettings) -> Update:
-    """UniPC of order 2 with B2 (Zhao et al. 2023), as in diffusers: a step first corrects its sample with its newest
-    prediction, then predicts the next. The first step has no correction, the last one has order one."""
-    h = _log_snr_steps(levels)
-    before = np.append(np.nan, h[:-1])  # the step that led to each sample
-    ratio = -np.append(np.nan, before[:-1]) / before  # log-SNR of the level before that, relative
-    second = np.arange(len(h)) > 0
-    second[-1] &= not noise.lower_order_final
-    gain = -levels.next_alpha * np.expm1(-h)
-    with np.errstate(invalid="ignore"):
-        slope = np.where(second, gain * 0.5 * h / before, 0)
-        keep, corrected = levels.next_sigma / levels.sigma, levels.alpha * np.expm1(-before)
-        phi1 = np.expm1(-before) / -before - 1
-        phi2 = phi1 / -before - 0.5
-        b1, b2 = phi1 / np.expm1(-before), 2 * phi2 / np.expm1(-before)
-        rho = (b1 - b2) / (1 - ratio)
-        wide = np.append(False, second[:-1])  # corrections of order two
-        newest = np.where(wide, b1 - rho, 0.5) * corrected
-        older = np.where(wide, (0.5 - rho) / ratio, 0) * corrected
-    newest, older = np.where(np.arange(len(h)) > 0, (newest, older), 0)
-    return Update(
-        sample=keep,
-        denoised=gain + slope - keep * newest,
-        previous=-slope + keep * (newest - older),
-        noise=np.zeros_like(h),
-        draws=np.zeros(len(h), bool),
-        previous2=keep * older,
-    )
-
-
 def _cfg_pp(update: Update, levels: Levels, sampler: Sampler) -> Update:
     """CFG++ (arXiv 2406.08070): what a step keeps of its noise is that of the unconditional prediction."""
     if sampler not in _FIRST_ORDER:
         raise UsageError(f"guidance is cfg++ with the sampler {sampler}, allowed are {', '.join(_FIRST_ORDER)}")
     moved = update.sample * levels.alpha
     return update._replace(denoised=update.denoised + moved, uncond=-moved)
-
-
-class _Stages(NamedTuple):
-    """sigma / alpha at the start, in the middle and at the end of every step of two stages, all [S - 1]."""
-
-    start: Array
-    middle: Array
-    end: Array
-
-    @classmethod
-    def of(cls, levels: Levels) -> "_Stages":
-        """Those of the levels of lines."""
-        ve = np.append(levels.sigma / levels.alpha, levels.last_sigma / levels.last_alpha)
-        return cls(ve[:-2:2], ve[1:-1:2], ve[2::2])
-
-    def update(
-        self, levels: Levels, sample: Array, denoised: Array, previous: Array, up: Array, *, draws: bool
-    ) -> Update:
-        """Euler to the middle, then a second stage of these columns; the last step is Euler's, to the end."""
-        count = len(levels.t)
-        columns = np.zeros((5, count))  # sample, denoised, previous, noise, draws
-        columns[0, :-1:2] = self.middle / self.start
-        columns[1, ::2] = 1 - columns[0, ::2]
-        columns[:, 1::2] = sample, denoised, previous, up, np.full(count // 2, draws)
-        return _divided(levels, *columns)
-
-
-def _ancestral(ve: Array, ve_next: Array) -> tuple[Array, Array]:
-    """sigma_down and sigma_up of a step, as in k-diffusion with eta 1."""
-    return ve_next**2 / ve, ve_next * np.sqrt(np.maximum(ve**2 - ve_next**2, 0)) / ve
-
-
-def _divided(levels: Levels, sample: Array, denoised: Array, previous: Array, noise: Array, draws: Array) -> Update:
-    """A step in Euler's state, which is ours divided by alpha, except for the last one, which is not divided."""
-    scale = np.append(levels.alpha[1:], 1.0)
-    return Update(scale / levels.alpha * sample, scale * denoised, scale * previous, scale * noise, draws > 0)
-
-
-def _log_snr_steps(levels: Levels) -> Array:
-    """h [S]: the steps in log(alpha / sigma); the last one is infinite if a run ends without noise."""
-    with np.errstate(divide="ignore"):
-        return np.log(levels.next_alpha / levels.next_sigma) - np.log(levels.alpha / levels.sigma)
-
-
-def _multistep(
-    noise: NoiseSchedule | FlowSchedule,
-    settings: SamplerSettings,
-    h: Array,
-    keep: Array,
-    gain: Array,
-    up: Array,
-    *,
-    draws: bool,
-) -> Update:
-    """The second-order correction 0.5 / r (denoised - previous), r = h_previous / h, in the steps of order two."""
-    second = np.arange(len(h)) > 0
-    second[-1] &= not _last_is_first_order(noise, settings)
-    correction = np.zeros_like(h)
-    correction[second] = gain[second] * 0.5 * h[second] / np.append(1.0, h[:-1])[second]
-    return Update(keep, gain + correction, -correction, up, np.full(len(h), draws))
-
-
-def _last_is_first_order(noise: NoiseSchedule | FlowSchedule, settings: SamplerSettings) -> bool:
-    short = settings.steps < _SHORT_RUN  # of the whole run, including those that `strength` skips
-    return noise.euler_at_final or noise.final_sigmas_type == "zero" or (noise.lower_order_final and short)
-
-
-def _integer_levels(noise: NoiseSchedule, t: Array) -> Levels:
-    abar = noise.abar_at(t)
-    return Levels(t, np.sqrt(abar), np.sqrt(1 - abar), 1.0, 0.0)
-
-
-def _sigma_levels(noise: NoiseSchedule, t: Array, sigmas: Array) -> Levels:
-    last = noise.sigmas[0] if noise.final_sigmas_type == "sigma_min" else 0.0
-    ve = np.append(sigmas, last).astype(np.float32).astype(np.float64)
-    alpha = 1 / np.sqrt(ve**2 + 1)
-    return Levels(t, alpha[:-1], (ve * alpha)[:-1], float(alpha[-1]), float(ve[-1] * alpha[-1]))
-
-
-def _ddim_levels(noise: NoiseSchedule, steps: int) -> Levels:
-    return _integer_levels(noise, noise.timesteps(steps, rounded=True))
-
-
-def _lcm_levels(noise: NoiseSchedule, steps: int) -> Levels:
-    return _integer_levels(noise, noise.timesteps_lcm(steps))
-
-
-def _euler_levels(noise: NoiseSchedule, steps: int) -> Levels:
-    t = noise.timesteps(steps, rounded=False)
-    sigmas = noise.sigma_at(t)
-    if noise.spacing is not None:
-        sigmas = spaced_sigmas(noise.spacing, sigmas[0], sigmas[-1], steps)
-        t = noise.timestep_of(sigmas)
-    return _sigma_levels(noise, t, sigmas)
-
-
-def _euler_levels_to_zero(noise: NoiseSchedule, steps: int) -> Levels:
-    return _euler_levels(noise, steps)._replace(last_alpha=1.0, last_sigma=0.0)
-
-
-def _dpm2_levels(noise: NoiseSchedule, steps: int) -> Levels:
-    levels = _euler_levels_to_zero(noise, steps)
-    return levels._replace(t=np.round(levels.t)) if noise.spacing is Spacing.KARRAS else levels
-
-
-def _dpm_levels(noise: NoiseSchedule, steps: int) -> Levels:
-    if noise.spacing is None:
-        t = noise.timesteps_dpm(steps)
-        return _sigma_levels(noise, t, noise.sigma_at(t))
-    sigmas = spaced_sigmas(noise.spacing, noise.sigmas[-1], noise.sigmas[0], steps)
-    t = noise.timestep_of(sigmas)
-    rounded = noise.spacing not in (Spacing.EXPONENTIAL, Spacing.BETA) and noise.beta_schedule != "squaredcos_cap_v2"
-    return _sigma_levels(noise, np.round(t) if rounded else np.floor(t), sigmas)
-
-
-def _heun_stages(noise: NoiseSchedule, levels: Levels) -> Levels:
-    """The levels of lines: between two steps, the level of the second."""
-    return _interleaved(levels, levels.t[1:], levels.sigma[1:] / levels.alpha[1:])
-
-
-def _halfway_stages(noise: NoiseSchedule, levels: Levels) -> Levels:
-    """The levels of lines: between two steps, the geometric mean of the first and its sigma_down."""
-    ve = levels.sigma / levels.alpha
-    middle = np.sqrt(ve[:-1] * _ancestral(ve[:-1], ve[1:])[0])
-    return _interleaved(levels, noise.timestep_of(middle), middle)
-
-
-def _interleaved(levels: Levels, t: Array, ve: Array) -> Levels:
-    """Levels with others, t and sigma / alpha [S - 1], between them."""
-    alpha = 1 / np.sqrt(ve**2 + 1)
-    lines = np.zeros((3, 2 * len(levels.t) - 1))
-    lines[:, ::2], lines[:, 1::2] = levels[:3], (t, alpha, ve * alpha)
-    return Levels(lines[0], lines[1], lines[2], levels.last_alpha, levels.last_sigma)
-
-
-def _flow_levels(noise: FlowSchedule, steps: int) -> Levels:
-    sigmas = noise.sigmas(steps)
-    return Levels(sigmas * noise.num_train_timesteps, 1 - sigmas, sigmas, 1.0, 0.0)
-
-
-def _flow_dpm_levels(noise: FlowSchedule, steps: int) -> Levels:
-    sigmas = noise.sigmas_dpm(steps)
-    return Levels(np.floor(sigmas * noise.num_train_timesteps), 1 - sigmas, sigmas, 1.0, 0.0)
 
 
 class _Method(NamedTuple):
@@ -601,33 +290,32 @@ class _Method(NamedTuple):
 
 
 _METHODS: Final = {
-    Sampler.DDIM: _Method(_ddim_levels, ddim, "leading"),
-    Sampler.DDPM: _Method(_ddim_levels, ddpm, "leading"),
-    Sampler.EULER: _Method(_euler_levels, euler, "linspace", divided=True),
-    Sampler.EULER_A: _Method(_euler_levels_to_zero, euler_ancestral, "linspace", divided=True),
-    Sampler.DPMPP_2M: _Method(_dpm_levels, dpmpp_2m, "linspace"),
-    Sampler.DPMPP_2M_KARRAS: _Method(_dpm_levels, dpmpp_2m, "linspace"),
-    Sampler.DPMPP_2M_SDE: _Method(_dpm_levels, dpmpp_2m_sde, "linspace"),
-    Sampler.LCM: _Method(_lcm_levels, lcm, "leading"),
-    Sampler.HEUN: _Method(_euler_levels_to_zero, heun, "linspace", divided=True, stages=_heun_stages),
-    Sampler.DPM2_A: _Method(_dpm2_levels, dpm2_ancestral, "linspace", divided=True, stages=_halfway_stages),
+    Sampler.DDIM: _Method(ddim_levels, ddim, "leading"),
+    Sampler.DDPM: _Method(ddim_levels, ddpm, "leading"),
+    Sampler.EULER: _Method(euler_levels, euler, "linspace", divided=True),
+    Sampler.EULER_A: _Method(euler_levels_to_zero, euler_ancestral, "linspace", divided=True),
+    Sampler.DPMPP_2M: _Method(dpm_levels, dpmpp_2m, "linspace"),
+    Sampler.DPMPP_2M_KARRAS: _Method(dpm_levels, dpmpp_2m, "linspace"),
+    Sampler.DPMPP_2M_SDE: _Method(dpm_levels, dpmpp_2m_sde, "linspace"),
+    Sampler.LCM: _Method(lcm_levels, lcm, "leading"),
+    Sampler.HEUN: _Method(euler_levels_to_zero, heun, "linspace", divided=True, stages=heun_stages),
+    Sampler.DPM2_A: _Method(dpm2_levels, dpm2_ancestral, "linspace", divided=True, stages=halfway_stages),
     Sampler.DPMPP_2S_A: _Method(
-        _euler_levels_to_zero, dpmpp_2s_ancestral, "linspace", divided=True, stages=_halfway_stages
+        euler_levels_to_zero, dpmpp_2s_ancestral, "linspace", divided=True, stages=halfway_stages
     ),
-    Sampler.DPMPP_3M_SDE: _Method(_dpm_levels, dpmpp_3m_sde, "linspace"),
-    Sampler.UNIPC: _Method(_dpm_levels, unipc, "linspace"),
+    Sampler.DPMPP_3M_SDE: _Method(dpm_levels, dpmpp_3m_sde, "linspace"),
+    Sampler.UNIPC: _Method(dpm_levels, unipc, "linspace"),
 }
 
 _FLOW_METHODS: Final = {
-    Sampler.EULER: _Method(_flow_levels, euler_flow),
-    Sampler.DPMPP_2M: _Method(_flow_dpm_levels, dpmpp_2m),
-    Sampler.DPMPP_2M_SDE: _Method(_flow_dpm_levels, dpmpp_2m_sde),
+    Sampler.EULER: _Method(flow_levels, euler_flow),
+    Sampler.DPMPP_2M: _Method(flow_dpm_levels, dpmpp_2m),
+    Sampler.DPMPP_2M_SDE: _Method(flow_dpm_levels, dpmpp_2m_sde),
 }
 
 
 _DPM: Final = (Sampler.DPMPP_2M, Sampler.DPMPP_2M_KARRAS, Sampler.DPMPP_2M_SDE, Sampler.DPMPP_3M_SDE)
 _FIRST_ORDER: Final = (Sampler.DDIM, Sampler.EULER, Sampler.EULER_A)
-_SHORT_RUN: Final = 15  # steps below which diffusers' DPM solver lowers the order at the end
 _SPACINGS: Final[Mapping[Sampler, tuple[Spacing, ...]]] = {
     Sampler.DDIM: (Spacing.SGM_UNIFORM,),
     Sampler.DDPM: (Spacing.SGM_UNIFORM,),

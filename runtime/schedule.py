@@ -4,6 +4,7 @@ Flow matching is in `runtime.flow`. Not covered, and refused by name: `threshold
 latents), Lu sigmas, continuous timesteps, log-linear interpolation, learned variances.
 """
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -184,13 +185,16 @@ class NoiseSchedule:
         return self.alphas_cumprod[timesteps.astype(np.int64)]
 
 
+@functools.lru_cache(16)  # of as many models and spacings
 def _alphas_cumprod(noise: NoiseSchedule) -> Array:
-    """The product of 1 - beta [num_train_timesteps], rounded where diffusers rounds to float32."""
+    """The product of 1 - beta [num_train_timesteps], rounded where diffusers rounds to float32; read-only."""
     betas = _betas(noise).astype(np.float32)
     if noise.rescale_betas_zero_snr:
         betas = _zero_terminal_snr(betas)
     alphas = np.float32(1) - betas
-    return np.asarray(np.cumprod(alphas.astype(np.float64)).astype(np.float32), np.float64)
+    products = np.asarray(np.cumprod(alphas.astype(np.float64)).astype(np.float32), np.float64)
+    products.flags.writeable = False
+    return products
 
 
 def _betas(noise: NoiseSchedule) -> npt.NDArray[Any]:

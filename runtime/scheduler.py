@@ -138,6 +138,11 @@ class _Finished:
     row: Row
     latents: Latents
 
+    @property
+    def call(self) -> tuple[tuple[int, ...], bool]:
+        """What rows that are decoded together have in common."""
+        return self.latents.shape, self.row.request.draft
+
 
 @dataclass(eq=False)
 class Scheduler:
@@ -381,9 +386,8 @@ class Scheduler:
         self.seconds["decode"] += time.perf_counter() - start
 
     def _next_finished(self, limit: int) -> list[_Finished]:
-        """Up to `limit` of the oldest finished rows, all of the size of the first."""
-        shape = self._finished[0].latents.shape
-        chosen = [done for done in self._finished if done.latents.shape == shape][:limit]
+        """Up to `limit` of the oldest finished rows, all with the size and the decoder of the first."""
+        chosen = [done for done in self._finished if done.call == self._finished[0].call][:limit]
         for done in chosen:
             self._finished.remove(done)
         return chosen
@@ -391,8 +395,9 @@ class Scheduler:
     def _decode_together(self, finished: list[_Finished]) -> Iterator[Event]:
         """Decodes rows in one call; if it fails, each row is decoded alone."""
         start = time.perf_counter()
+        draft = finished[0].row.request.draft
         try:
-            images, finite = self.model.decode(np.stack([done.latents for done in finished]))
+            images, finite = self.model.decode(np.stack([done.latents for done in finished]), draft)
         except OnewordError as error:
             failure = without_frames(error)
             if isinstance(failure, EngineError) and len(finished) > 1:
@@ -407,7 +412,8 @@ class Scheduler:
         for done, image, ok in zip(finished, images, finite, strict=True):
             row = done.row
             if not ok:
-                message = f"graph 'vae_decoder' produced NaN or infinity for picture {row.index}: "
+                graph = "vae_preview" if draft else "vae_decoder"
+                message = f"graph {graph!r} produced NaN or infinity for picture {row.index}: "
                 yield Failed(row.id, row.index, NotFinite(message + "export it with --precision fp32"))
                 continue
             image = paste(image, row.request, row.settings)

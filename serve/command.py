@@ -34,17 +34,39 @@ DATA: Final = "~/.local/share/oneword"
 @click.argument("bundle", type=PATH, required=False)
 @click.option("--words", metavar="FOLDER|URL", show_default=f"{DATA}/words", help="Where learned words are kept.")
 @click.option("--model", metavar="MODEL", help="The model of the bundle, to learn words with.")
-@click.option("--jobs", type=PATH, metavar="FOLDER", show_default=f"{DATA}/jobs/<PORT>", help="Where it learns words.")
+@click.option(
+    "--jobs",
+    type=PATH,
+    metavar="FOLDER",
+    show_default=f"{DATA}/jobs/<PORT>",
+    help="Folder for this server's own learning jobs.",
+)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; others need --keys.")
 @click.option("--port", type=int, default=8000, show_default=True, help="0 means any free port.")
-@click.option("--keys", type=PATH, help="File with the users' keys; all but the page and /health then need one.")
+@click.option(
+    "--keys",
+    type=PATH,
+    help="File with the users' keys; all addresses except the page, /health and kept pictures then need one.",
+)
 @click.option("--new-key", metavar="NAME", help="Print a new key for NAME and its lines for --keys, then end.")
 @click.option("--max-rows", type=int, default=16, show_default=True, help="Maximum pictures per batch.")
 @engine_option
 @click.option("--threads", type=int, show_default="all cores", help="CPU threads of the engine.")
-@click.option("--max-wait", type=float, default=60.0, show_default=True, help="Seconds of work that may be queued.")
+@click.option(
+    "--max-wait",
+    type=float,
+    default=60.0,
+    show_default=True,
+    help="Longest estimated wait, in seconds; requests that would wait longer are refused.",
+)
 @click.option("--drain-seconds", type=float, show_default="no limit", help="Time to finish work when stopped.")
-@click.option("--hang-seconds", type=float, default=30.0, show_default=True, help="Silence that counts as a hang.")
+@click.option(
+    "--hang-seconds",
+    type=float,
+    default=30.0,
+    show_default=True,
+    help="Seconds without a finished step after which the engine counts as hanging.",
+)
 @click.option("--public-url", metavar="URL", help="The address under which clients reach the server.")
 @click.option("--root-path", default="", metavar="PATH", help="The prefix that a proxy removes from paths.")
 @click.option(
@@ -60,7 +82,7 @@ DATA: Final = "~/.local/share/oneword"
     "--gc",
     "collect",
     is_flag=True,
-    help="Delete the vectors of words that were deleted or replaced more than a day ago, then end.",
+    help="Delete the vectors in --words of words that were deleted or replaced more than a day ago, then end.",
 )
 @json_option
 def command(

@@ -286,7 +286,7 @@ class CatchErrors:
                 log_failure(error)
 
 
-def _answer(request: Request, error: Exception) -> Response:
+async def _answer(request: Request, error: Exception) -> Response:  # a plain function would run in a thread
     path = request.scope["path"]
     if isinstance(error, HTTPException) and error.status_code == 405 and (methods := _allowed(request)):
         error.headers = {"Allow": ", ".join(methods)}

@@ -155,10 +155,10 @@ class FolderFiles:
         file = self.root / path
         try:
             write_whole(file, data, sync=durable)
-        except FileError:
-            if file.parent.is_dir():
+        except FileError as error:
+            if not isinstance(error.__cause__, FileNotFoundError):
                 raise
-            self._make(file.parent)
+            self._make(file.parent)  # another writer may have created it since
             write_whole(file, data, sync=durable)
 
     @_guarded

@@ -15,7 +15,7 @@ import starlette.requests
 from oneword.runtime.edit import edit_mask
 from oneword.runtime.events import PictureDone
 from oneword.runtime.images import resized
-from oneword.runtime.request import Request, ResolvedSettings, resolve
+from oneword.runtime.request import Request, ResolvedSettings
 from oneword.serve.errors import ApiError, Cancelled, Invalid, from_oneword
 from oneword.serve.keys import Tenant
 from oneword.serve.pool import Dropped, Generation, PictureEvent
@@ -42,12 +42,14 @@ async def start(
     partials: int = 0,
     label: object = None,
 ) -> Generation:
-    """Resolves the request's words among the tenant's and queues its pictures. Raises ApiError."""
-    _check_size(state, request)
-    texts = resolve(request, state.manifest).texts
-    words = await state.words.resolve(tenant, texts, bare_names)
+    """Resolves the request's words among the tenant's, unless there is no room for it, and queues its pictures.
+
+    Raises ApiError.
+    """
+    settings = check(state, tenant, request, partials)
+    words = await state.words.resolve(tenant, settings.texts, bare_names)
     request = replace(request, words=words)
-    return state.pool.submit(tenant, request, partials=partials, label=label)
+    return state.pool.submit(tenant, request, settings, partials=partials, label=label)
 
 
 def check(state: State, tenant: Tenant, request: Request, partials: int = 0) -> ResolvedSettings:

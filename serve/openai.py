@@ -31,7 +31,7 @@ from oneword.serve.pool import Generation
 from oneword.serve.results import address
 from oneword.serve.state import State, caller
 from oneword.serve.streams import EventStream, sse
-from oneword.serve.worker import Done, Partial, Step
+from oneword.serve.worker import Done, Partial, Preview, Step
 
 MAX_IMAGES: Final = 10
 """Pictures per prompt, as in OpenAI's API."""
@@ -212,8 +212,11 @@ class Answer:
                         index = partials.get(key, 0)
                         partials[key] = index + 1
                         yield self._event("partial_image", data, image.shape, partial_image_index=index)
-                    case Step(step=step, steps=steps, denoised=denoised) if denoised is not None:
-                        preview = await self.state.in_thread(self.state.preview, denoised)
+                    case (
+                        Step(step=step, steps=steps, denoised=estimate)
+                        | Preview(step=step, steps=steps, image=estimate)
+                    ) if estimate is not None:
+                        preview = await self.state.in_thread(self.state.preview, estimate)
                         yield self._event("preview", preview, None, index=event.index, step=step, steps=steps)
                     case Done(picture=picture):
                         data = await self._encoded(picture)

@@ -34,7 +34,7 @@ import numpy as np
 from oneword.engines.errors import OnewordError
 from oneword.runtime.bundle import Manifest
 from oneword.runtime.events import Latents, PictureDone
-from oneword.runtime.request import Request, ResolvedSettings, resolve
+from oneword.runtime.request import Image, Request, ResolvedSettings, resolve
 from oneword.serve.errors import ApiError, Busy, Forbidden, Invalid, Unavailable, from_oneword
 from oneword.serve.keys import LOCAL, Tenant
 from oneword.serve.settings import MAX_WAITS
@@ -43,6 +43,7 @@ from oneword.serve.worker import (
     Failed,
     Lost,
     Partial,
+    Preview,
     Started,
     State,
     Step,
@@ -65,7 +66,7 @@ class Dropped:
     error: ApiError
 
 
-GenerationEvent: TypeAlias = Step | Partial | Done | Failed | Dropped
+GenerationEvent: TypeAlias = Step | Preview | Partial | Done | Failed | Dropped
 """Of the steps, those with a preview; a generation's `steps` and `progress` count all of them."""
 
 
@@ -181,8 +182,8 @@ class Generation:
         self.settings = settings
         self.label = label
         """Whatever the caller wants to find it by."""
-        self.denoised: Latents | None = None
-        """The newest preview."""
+        self.estimate: Latents | Image | None = None
+        """The newest preview: latents [C, h, w], or decoded [H, W, 3]."""
         self.created = pool.clock()
         self.pictures: list[PictureDone | None] = [None] * request.num_images
         """The pictures that are ready, by index."""
@@ -281,7 +282,7 @@ class Generation:
         return self._branch_pixels - int(self._done_work[step])
 
     def _push(self, index: int, event: GenerationEvent) -> None:
-        if self.only_ends and isinstance(event, Step | Partial):
+        if self.only_ends and isinstance(event, Step | Preview | Partial):
             return
         kind = f"partial {event.step}" if isinstance(event, Partial) else type(event).__name__
         self._unread.pop((index, kind), None)
@@ -337,19 +338,21 @@ class Pool:
         self,
         tenant: Tenant,
         request: Request,
+        settings: ResolvedSettings | None = None,
         *,
         partials: int = 0,
         deadline: float | None = None,
         label: object = None,
     ) -> Generation:
-        """Queues a request, at once. Pictures that the engine does not have `deadline` seconds from now are dropped.
+        """Queues a request, at once. `settings` are those of `resolve`, if they are known. Pictures that the engine
+        does not have `deadline` seconds from now are dropped.
 
         Raises Unavailable if the server starts or stops, Invalid for a request that this model cannot fulfil, Busy if
         the tenant has used up its quota, or if the work would take more than `max_wait` seconds, in its turn. A server
         without work takes requests of up to ten times as many seconds; Invalid for a larger one.
         """
         try:
-            generation = self._checked(tenant, request, partials, label)
+            generation = self._checked(tenant, request, settings, partials, label)
             self._spend(generation)
         except ApiError as error:
             self.observer.refused(error.code)
@@ -362,12 +365,14 @@ class Pool:
     def check(self, tenant: Tenant, request: Request, partials: int = 0) -> ResolvedSettings:
         """What a request means, if there is room for it now; nothing is queued. Raises as `submit`, but for quotas."""
         try:
-            return self._checked(tenant, request, partials, None).settings
+            return self._checked(tenant, request, None, partials, None).settings
         except ApiError as error:
             self.observer.refused(error.code)
             raise
 
-    def _checked(self, tenant: Tenant, request: Request, partials: int, label: object) -> Generation:
+    def _checked(
+        self, tenant: Tenant, request: Request, settings: ResolvedSettings | None, partials: int, label: object
+    ) -> Generation:
         """The generation of a request, if there is room for it. Raises ApiError."""
         self._read_inbox()
         self._check_ready()
@@ -376,7 +381,9 @@ class Pool:
         if request.seed + request.num_images - 1 > _MAX_SEED:
             raise Invalid(f"seed is {request.seed}, allowed for {request.num_images} pictures is less")
         try:
-            settings = resolve(request, self.manifest)
+            if settings is None:
+                self._check_wait(tenant, 0.0)  # a full queue refuses a request before it is resolved
+                settings = resolve(request, self.manifest)
         except OnewordError as error:
             raise from_oneword(error) from None
         generation = Generation(self, tenant, request, settings, partials, label)
@@ -487,7 +494,7 @@ class Pool:
             raise Unavailable("the engine has stopped: the server starts again if it is supervised", 5)
 
     def _check_room(self, generation: Generation) -> None:
-        """Raises Busy if the request, in its turn among the tenants, would be done later than allowed."""
+        """Raises Invalid for a request that is too large, Busy if it would be done later than allowed."""
         count = generation.request.num_images
         seconds = self._seconds(_Work(generation._branch_pixels * count, generation._pixels * count))
         if seconds > MAX_WAITS * self.max_wait:
@@ -496,9 +503,13 @@ class Pool:
                 "ask for fewer steps, pixels or pictures",
                 code="too_much_work",
             )
+        self._check_wait(generation.tenant, seconds)
+
+    def _check_wait(self, tenant: Tenant, seconds: float) -> None:
+        """Raises Busy if work of so many seconds, in its turn among the tenants, would be done later than allowed."""
         if not self._accounts:
             return
-        account = self._accounts.get(generation.tenant.name)
+        account = self._accounts.get(tenant.name)
         before = 0.0 if account is None else self._seconds(account.work)
         tenants = len(self._accounts) + (account is None)
         wait = min(
@@ -635,12 +646,15 @@ class Pool:
                 self.observer.taken_up(time - generation.created)
             case Partial():
                 generation._push(picture.index, event)
+            case Preview():
+                generation.estimate = event.image
+                generation._push(picture.index, event)
             case Step(step=step):
                 if picture.step == 0:
                     self.observer.first_step(time - generation.created)
                 self._advance(picture, step)
                 if event.denoised is not None:
-                    generation.denoised = event.denoised
+                    generation.estimate = event.denoised
                     generation._push(picture.index, event)
             case Done(picture=result):
                 generation.pictures[picture.index] = result

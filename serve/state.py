@@ -9,14 +9,15 @@ from typing import ParamSpec, Self, TypeVar
 
 import anyio.to_thread
 import numpy as np
-import numpy.typing as npt
 import PIL.Image
 from anyio import CapacityLimiter
 from starlette.requests import HTTPConnection
 
 from oneword.runtime.bundle import Manifest
+from oneword.runtime.events import Latents
 from oneword.runtime.images import preview_image
 from oneword.runtime.prompt import Tokenizer
+from oneword.runtime.request import Image
 from oneword.serve.jobs import Jobs
 from oneword.serve.keys import Keys, Tenant
 from oneword.serve.metrics import Metrics
@@ -80,14 +81,25 @@ class State:
         """The number of ids of a prompt in the first encoder, learned words as plain text."""
         return len(next(iter(self.tokenizers.values())).ids(prompt))
 
-    def preview(self, denoised: npt.NDArray[np.float32]) -> bytes:
-        """A small JPEG of latents [C, h, w] by the bundle's linear map; grey if it has none."""
-        preview, (_, height, width) = self.manifest.preview, denoised.shape
-        pixels = np.full((height, width, 3), 128, np.uint8) if preview is None else preview_image(preview, denoised)
-        scale = min(self.manifest.vae.factor, PREVIEW_SIDE / max(width, height))
+    def preview(self, estimate: Latents | Image) -> bytes:
+        """A small JPEG of a decoded picture [H, W, 3], or of latents [C, h, w] by the bundle's linear map; grey if it
+        has none."""
+        if estimate.dtype == np.uint8:
+            pixels, factor = estimate.astype(np.uint8, copy=False), 1
+        else:
+            pixels, factor = self._mapped(estimate.astype(np.float32, copy=False)), self.manifest.vae.factor
+        height, width, _ = pixels.shape
+        scale = min(factor, PREVIEW_SIDE / max(width, height))
         size = max(1, round(width * scale)), max(1, round(height * scale))
         resized = PIL.Image.fromarray(pixels).resize(size, PIL.Image.Resampling.BICUBIC)
         return encode(np.asarray(resized), "jpeg", PREVIEW_QUALITY)
+
+    def _mapped(self, latents: Latents) -> Image:
+        """Latents [C, h, w] as a picture [h, w, 3]."""
+        _, height, width = latents.shape
+        if self.manifest.preview is None:
+            return np.full((height, width, 3), 128, np.uint8)
+        return preview_image(self.manifest.preview, latents)
 
     async def in_thread(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Runs work on pictures off the event loop, on a few threads, so that the engine keeps its cores.

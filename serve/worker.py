@@ -40,7 +40,7 @@ from oneword.serve.watchdog import Pulse
 _MEMORY_SECONDS: Final = 10.0  # of busy time, after which a measurement weighs 1/e
 _PATIENCE: Final = 10.0  # times the expected seconds of a turn, before it counts as a hang
 _WARM_UP_STEPS: Final = 3
-_PARTIALS: Final = 2  # decoded per turn at most, as every picture waits for them
+_PARTIALS: Final = 2  # estimates decoded per turn at most, as every picture waits for them
 
 
 class State(StrEnum):
@@ -64,7 +64,17 @@ class Step:
     step: int
     steps: int
     denoised: Latents | None = None
-    """The model's current estimate [C, h, w], at the steps where the request has a preview."""
+    """The model's current estimate [C, h, w], where the request has a preview and the bundle no decoder for it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Preview:
+    """The estimate after step `step` of `steps`, where the request has a preview, decoded by the bundle's decoder for
+    previews."""
+
+    step: int
+    steps: int
+    image: Image
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +104,7 @@ class Lost:
     """The engine thread ended before the picture was ready."""
 
 
-WorkerEvent: TypeAlias = Started | Step | Partial | Done | Failed | Lost
+WorkerEvent: TypeAlias = Started | Step | Preview | Partial | Done | Failed | Lost
 Listener: TypeAlias = Callable[[WorkerEvent], None]
 
 
@@ -214,6 +224,8 @@ class Worker:
         self._tickets: dict[int, Ticket] = {}
         self._due: dict[int, StepDone] = {}
         """Newest estimates to show as partial pictures, by the scheduler's id; those that wait longest come first."""
+        self._due_previews: dict[int, StepDone] = {}
+        """The same for previews, if the bundle has a decoder for them. Partial pictures come first."""
         self._denoising, self._decoding = _Speed(), _Speed()
         self._seconds: dict[str, float] = {"encode": 0.0, "denoise": 0.0, "decode": 0.0, "partial": 0.0}
         self._turns = 0
@@ -311,6 +323,7 @@ class Worker:
             self._open.clear()
         self._tickets.clear()
         self._due.clear()
+        self._due_previews.clear()
         self.ready.clear()
         self._opened.set()
         for ticket in tickets:
@@ -339,6 +352,9 @@ class Worker:
             self._denoising.add(int(branch_pixels(settings).sum()) / len(settings.schedule), step)
             spent = sum(scheduler.seconds[stage] - before[stage] for stage in ("encode", "decode"))
             self._decoding.add(settings.width * settings.height, spent)
+            if model.manifest.has_preview_decoder:
+                factor, channels = model.manifest.vae.factor, model.manifest.vae.latent_channels
+                model.preview(np.zeros((channels, settings.height // factor, settings.width // factor), np.float32))
         self.slots = scheduler.denoiser.capacity(_default_size(model))
         self.backend = model.engine("denoise_step").backend
         self._publish(scheduler)
@@ -403,14 +419,21 @@ class Worker:
         self._measure(pixels, seconds)
         self._turns += 1
         self._publish(scheduler)  # before anybody hears of the turn
+        decoded = scheduler.model.manifest.has_preview_decoder  # and passed on by _show
         for event in events:
-            self._pass_on(event)
+            self._pass_on(replace(event, denoised=None) if decoded and isinstance(event, StepDone) else event)
         self._due |= {
             event.id: event
             for ticket, event in steps
             if event.step in ticket.partial_steps and event.id in self._tickets
         }
-        seconds["partial"] = self._show(scheduler.model) if self._due else 0.0
+        if decoded:
+            self._due_previews |= {
+                event.id: event
+                for ticket, event in steps
+                if event.denoised is not None and event.step not in ticket.partial_steps and event.id in self._tickets
+            }
+        seconds["partial"] = self._show(scheduler.model) if self._due or self._due_previews else 0.0
         self.last_turn = time.monotonic()
         if self.observer is not None:
             self.observer(Turn(len(steps), seconds))
@@ -425,8 +448,10 @@ class Worker:
         """Decodes the estimates that have waited longest and passes them on; the others wait for the next turn, or for
         their picture, which replaces them. Returns how many seconds it took."""
         start = time.perf_counter()
-        partials = [(self._tickets[id], self._due.pop(id)) for id in [*self._due][:_PARTIALS]]
-        pixels = sum(self._decode_partials(model, together) for together in _grouped(partials))
+        estimates = [(self._tickets[id], self._due.pop(id)) for id in [*self._due][:_PARTIALS]]
+        previews = [*self._due_previews][: _PARTIALS - len(estimates)]
+        estimates += [(self._tickets[id], self._due_previews.pop(id)) for id in previews]
+        pixels = sum(self._decode_estimates(model, together) for together in _grouped(estimates))
         seconds = time.perf_counter() - start
         self._measure(pixels, {"partial": seconds})
         return seconds
@@ -444,21 +469,30 @@ class Worker:
                 self._tell(ticket, Failed(error))
                 self._close(ticket)
 
-    def _decode_partials(self, model: Model, partials: Sequence[tuple[Ticket, StepDone]]) -> int:
-        """Decodes the estimates of pictures of one size, and returns their pixels; if that fails, there are none."""
-        partials = [(ticket, event) for ticket, event in partials if not ticket.cancelled and event.id in self._tickets]
-        latents = [event.denoised for _, event in partials if event.denoised is not None]
+    def _decode_estimates(self, model: Model, estimates: Sequence[tuple[Ticket, StepDone]]) -> int:
+        """Decodes the estimates of pictures of one size, with the decoder for previews if there is one, and returns
+        their pixels; if that fails, there are none."""
+        draft = model.manifest.has_preview_decoder
+        estimates = [
+            (ticket, event) for ticket, event in estimates if not ticket.cancelled and event.id in self._tickets
+        ]
+        latents = [event.denoised for _, event in estimates if event.denoised is not None]
         if not latents:
             return 0
         try:
-            images, finite = model.decode(np.stack(latents))
+            images, finite = model.decode(np.stack(latents), draft)
         except OnewordError as error:
             log_failure(error)
             model.forget_bindings()
             return 0
-        for (ticket, event), image, ok in zip(partials, images, finite, strict=True):
-            if ok:
-                self._tell(ticket, Partial(event.step, paste(image, ticket.request, _settings(ticket))))
+        for (ticket, event), image, ok in zip(estimates, images, finite, strict=True):
+            if not ok:
+                continue
+            image = paste(image, ticket.request, _settings(ticket))
+            if event.step in ticket.partial_steps:
+                self._tell(ticket, Partial(event.step, image))
+            if draft and ticket.request.has_preview(event.step):
+                self._tell(ticket, Preview(event.step, event.steps, image))
         return sum(image.shape[0] * image.shape[1] for image in images)
 
     def _tell(self, ticket: Ticket, event: WorkerEvent) -> None:
@@ -469,6 +503,7 @@ class Worker:
         if ticket.id is not None:
             self._tickets.pop(ticket.id, None)
             self._due.pop(ticket.id, None)
+            self._due_previews.pop(ticket.id, None)
         with self._lock:
             self._open.discard(ticket)
 
@@ -517,10 +552,10 @@ def _preview_steps(request: Request, ticket: Ticket) -> frozenset[int]:
     return ticket.partial_steps | {step for step in steps if request.has_preview(step)}
 
 
-def _grouped(partials: Iterable[tuple[Ticket, StepDone]]) -> Iterator[list[tuple[Ticket, StepDone]]]:
-    """The partials by size, in groups that a call of the decoder takes."""
+def _grouped(estimates: Iterable[tuple[Ticket, StepDone]]) -> Iterator[list[tuple[Ticket, StepDone]]]:
+    """The estimates by size, in groups that a call of the decoder takes."""
     by_size: dict[tuple[int, ...], list[tuple[Ticket, StepDone]]] = defaultdict(list)
-    for ticket, event in partials:
+    for ticket, event in estimates:
         if event.denoised is not None:
             by_size[event.denoised.shape].append((ticket, event))
     for together in by_size.values():

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -53,6 +54,35 @@ def tiny_bundle(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) 
 def tiny_v_bundle(tiny_v_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """tiny_v_model_dir, exported."""
     return export_tiny(tiny_v_model_dir, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def tiny_preview_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An AutoencoderTiny for the latents of tiny_model_dir, which scales them, unlike the published ones."""
+    return make_preview_decoder(tmp_path_factory.mktemp("preview") / "tiny", latent_channels=4, scaling_factor=0.5)
+
+
+@pytest.fixture(scope="session")
+def tiny_preview_bundle(tiny_model_dir: Path, tiny_preview_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """tiny_model_dir, exported with a preview decoder."""
+    from oneword.export.write import export_bundle
+
+    path = tmp_path_factory.mktemp("bundle-preview") / "bundle"
+    return export_bundle(tiny_model_dir, path, preview=tiny_preview_dir).bundle.path
+
+
+def make_preview_decoder(path: Path, **settings: Any) -> Path:
+    """An AutoencoderTiny of toy size as a diffusers directory; its pictures have contrast."""
+    import torch
+    from diffusers import AutoencoderTiny
+
+    torch.manual_seed(6)
+    four = {"encoder_block_out_channels": (8,) * 4, "decoder_block_out_channels": (8,) * 4}
+    tiny = AutoencoderTiny(**four, num_encoder_blocks=(1,) * 4, num_decoder_blocks=(1,) * 4, **settings)
+    torch.nn.init.normal_(tiny.decoder.layers[-1].weight, 0, 0.5)
+    torch.nn.init.constant_(tiny.decoder.layers[-1].bias, 0.5)
+    tiny.save_pretrained(path)
+    return path
 
 
 def export_tiny(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -41,6 +41,7 @@ class Job:
 
     model: str
     config: Path | None
+    without: Sequence[str]
     rows: Sequence[Mapping[str, str]]
     recipe: Recipe
     seed: int
@@ -90,13 +91,19 @@ class Interruption:
 @click.argument("images", metavar="[IMAGES_DIR]...", nargs=-1, type=PATH)
 @click.option("--model", required=True, help="A diffusers directory, a hub id, a .safetensors file, or miniature.")
 @click.option("--config", type=PATH, help="For a .safetensors file: a diffusers directory of the same kind.")
+@click.option(
+    "--without",
+    multiple=True,
+    metavar="ENCODER",
+    help="Text encoder to leave out: text_encoder_3 (T5) of Stable Diffusion 3. The word then has no vectors for it.",
+)
 @click.option("--token", "tokens", multiple=True, help='The new word, for example "<toy>"; once for each IMAGES_DIR.')
 @click.option(
     "--init",
     "inits",
     multiple=True,
     help="What to start from: a word that describes the pictures, or several, whose mean is used; the keyword random; "
-    "or a .safetensors file of a word. Once for all IMAGES_DIR, or once for each.  [default: object]",
+    "or a .safetensors file of a word. Give it once for all folders, or once for each.  [default: object]",
 )
 @click.option(
     "--output",
@@ -161,6 +168,7 @@ def command(
     images: Sequence[Path],
     model: str,
     config: Path | None,
+    without: Sequence[str],
     tokens: Sequence[str],
     inits: Sequence[str],
     outputs: Sequence[Path],
@@ -193,6 +201,7 @@ def command(
     job = Job(
         model,
         config,
+        without,
         rows_of(images, tokens, inits, outputs, manifest),
         named_recipe(recipe).with_changes(**changes).with_text(settings),
         seed,
@@ -227,6 +236,7 @@ def learn_locally(job: Job, console: Console) -> dict[str, Any]:
         job.recipe,
         job.seed,
         config=job.config,
+        without=job.without,
         checkpoints=checkpoints,
         checkpoint_every=job.checkpoint_every,
         preview_every=job.preview_every or (job.recipe.steps if job.report else None),
@@ -275,7 +285,14 @@ def learn_on_ray(job: Job, address: str, group: int, console: Console) -> dict[s
 
     started = time.perf_counter()
     groups = ray.learn_on_ray(
-        job.model, job.tasks(), job.recipe, job.seed, config=job.config, address=address, group=group
+        job.model,
+        job.tasks(),
+        job.recipe,
+        job.seed,
+        config=job.config,
+        without=job.without,
+        address=address,
+        group=group,
     )
     for concepts, notes in groups:
         for note in notes:
@@ -337,7 +354,11 @@ def report_of(
         words,
         model=job.model,
         config=None if job.config is None else str(job.config),
-        settings={"seed": str(job.seed), **job.recipe.as_text()},
+        settings={
+            "seed": str(job.seed),
+            **({"without": ", ".join(job.without)} if job.without else {}),
+            **job.recipe.as_text(),
+        },
         rates=[job.recipe.learning_rate_at(step) for step in range(last.step)],
         notes=notes,
         seconds=last.timings,

@@ -66,6 +66,7 @@ def learn(
     seed: int = 0,
     *,
     config: Path | None = None,
+    without: Sequence[str] = (),
     checkpoints: Path | None = None,
     checkpoint_every: int = 25,
     preview_every: int | None = None,
@@ -73,11 +74,13 @@ def learn(
 ) -> Generator[Progress]:
     """Learns every task's word in shared batches. Yields after each step; the last progress has the concepts.
 
-    `model` and `config` are as in `load_source`. A `Source` passed as the model is modified: its network is cast in
-    place. With `checkpoints`, a folder, the run's state is saved there every `checkpoint_every` steps and when the
-    iterator is closed, and a run found there is resumed. With `preview_every`, each word is sampled at that interval
-    and at the end. The progress of the steps `words_after` has the words as they are then; a run that starts or
-    resumes at one of these steps yields its progress first, with step 0 as the start.
+    `model`, `config` and `without` are as in `load_source`. A `Source` passed as the model is modified: its network is
+    cast in place. A model that is loaded here does without the text encoders that no word is learned for once all
+    prompts are encoded: their weights are freed, unless samples are drawn with them. With `checkpoints`, a folder, the
+    run's state is saved there every `checkpoint_every` steps and when the iterator is closed, and a run found there is
+    resumed. With `preview_every`, each word is sampled at that interval and at the end. The progress of the steps
+    `words_after` has the words as they are then; a run that starts or resumes at one of these steps yields its progress
+    first, with step 0 as the start.
 
     Raises `UsageError` for tasks that cannot be learned, `FileError` for pictures that cannot be read, and whatever
     `load_source` raises.
@@ -86,11 +89,14 @@ def learn(
     check_tasks(tasks)
     if not 0 <= seed <= MAX_SEED:
         raise UsageError(f"the seed is {seed}: give a whole number from 0 to {MAX_SEED}")
-    source = model if isinstance(model, Source) else load_source(model, config=config)
+    source = model if isinstance(model, Source) else load_source(model, config=config, without=without)
     check_tokens(source, tasks)
     check_encoders(source, recipe.encoders)
     clock.lap("load")
-    yield from Run(source, tasks, recipe, seed, clock, checkpoints, checkpoint_every, preview_every, words_after)
+    run = Run(source, tasks, recipe, seed, clock, checkpoints, checkpoint_every, preview_every, words_after)
+    if not isinstance(model, Source) and run.previewer is None:
+        run.learner.release_encoders()
+    yield from run
 
 
 class Run:
@@ -253,7 +259,13 @@ def settings_of(
             "pictures": hashlib.sha256("".join(picture.digest for picture in task_pictures).encode()).hexdigest()[:12],
         }.items()
     }
-    return {"model": source.digest[:12], "seed": str(seed), **recipe.as_text(), **words}
+    return {
+        "model": source.digest[:12],
+        "text encoders": ", ".join(source.text_encoders),
+        "seed": str(seed),
+        **recipe.as_text(),
+        **words,
+    }
 
 
 def _digest_of(init: str) -> str:

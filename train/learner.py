@@ -27,10 +27,10 @@ from oneword.train.losses import distance_to_start
 from oneword.train.noising import noising_of
 from oneword.train.norms import vocabulary_mean_norm, vocabulary_norm, with_norm
 from oneword.train.parallel import Recorded, in_threads, parts_of
-from oneword.train.prompts import PromptEncoder, Text
+from oneword.train.prompts import Encoded, FrozenPrompts, PromptEncoder, Text, probes
 from oneword.train.recipe import Recipe
 from oneword.train.stopping import has_settled
-from oneword.train.word import Batch, Draw, Rows, Word, draw, group_by_shape, prepare, tensors_of
+from oneword.train.word import Batch, Draw, Rows, Word, all_prompts, draw, group_by_shape, prepare, tensors_of
 
 NetworkModule: TypeAlias = UNet | StableDiffusion3 | Flux
 GUIDANCE = 1.0  # of a network that takes it as an input: the one without effect
@@ -65,12 +65,16 @@ class Learner:
         }
         self.target_norms = {name: vocabulary_norm(prompt.encoder.table) for name, prompt in self.encoders.items()}
         mean_lengths = {name: vocabulary_mean_norm(prompt.encoder.table) for name, prompt in self.encoders.items()}
+        self._frozen: dict[str, FrozenPrompts] = {}
         self._first_row: list[int] = []
         next_row = 0
         for word in words:
             prepare(word, recipe, seed, mean_lengths)
             self._first_row.append(next_row)
             next_row += recipe.vectors + (word.moments.pictures if recipe.per_image else 0)
+        for name, encoder in self.encoders.items():
+            if not any(name in word.rows for word in words):
+                self._frozen[name] = FrozenPrompts(encoder)
         # Each word's fixed batch, from a separate random stream, so that a resumed run has the same one.
         self._probes = [
             draw(word, recipe, len(self.noising), torch.Generator().manual_seed(seed + 1)) for word in words
@@ -127,6 +131,16 @@ class Learner:
         predicted = self._predict(noise, timesteps, *context)
         return float((predicted - predicted.mean(0)).square().mean())
 
+    def release_encoders(self) -> None:
+        """Frees the weights of text encoders that no word is learned for, after encoding every prompt of the run: those
+        of the words, and the probes that `response` is given at its end. Their modules in the source are then empty."""
+        for name, frozen in self._frozen.items():
+            for index, word in enumerate(self.words):
+                for prompt in [*all_prompts(word, self.recipe), *probes(self.recipe.subject)]:
+                    frozen([self._text(name, index, prompt)])
+            frozen.release()
+            self.source.text_encoders[name].to("meta")
+
     def rows_in_use(self, index: int) -> int:
         """How many vectors a word has so far, by the steps it has taken: a stopped word gets no more vectors."""
         return self.recipe.vectors_at(len(self.words[index].losses))
@@ -135,7 +149,7 @@ class Learner:
         """The word as it is now."""
         word = self.words[index]
         count = self.rows_in_use(index)
-        if word.rows.keys() != self.encoders.keys():
+        if word.rows.keys() != self.encoders.keys() or self.conditioning.zero_tokens:  # an encoder has no rows
             provenance = {**provenance, "text": word.text}
         return Concept(
             word.token, {name: rows.detach()[:count].numpy().copy() for name, rows in word.rows.items()}, provenance
@@ -179,7 +193,7 @@ class Learner:
             loss = (part_errors / batch.counts[part]).sum() / self.recipe.accumulation
             return torch.autograd.grad(loss, parameters, allow_unused=True)
 
-        self._tokenize(batch)
+        self._prepare(batch)
         for group in group_by_shape(batch.latents):
             self._set_attention(batch.latents[group[0]])
             parts = parts_of(group, torch.get_num_threads())
@@ -259,11 +273,15 @@ class Learner:
             *((None, torch.full((len(noisy),), GUIDANCE)) if self.network.module.embeds_guidance else ()),
         )
 
-    def _tokenize(self, batch: Batch) -> None:
-        """Tokenizes the batch's prompts, which only one thread may do; encoding them later reuses the ids."""
+    def _prepare(self, batch: Batch) -> None:
+        """Tokenizes the batch's prompts, and encodes them with frozen encoders, which only one thread may do; encoding
+        them later reuses the ids and the frozen encoders' results."""
         for index, prompt in dict.fromkeys(zip(batch.words, batch.prompts, strict=True)):
-            for encoder in self.encoders.values():
-                encoder.ids(self._text(encoder.facts.graph, index, prompt))
+            for name, encoder in self.encoders.items():
+                text = self._text(name, index, prompt)
+                encoder.ids(text)
+                if name in self._frozen:
+                    self._frozen[name]([text])
 
     def _text(self, encoder: str, index: int, prompt: str) -> Text:
         word = self.words[index]
@@ -280,12 +298,10 @@ class Learner:
         unique = list(dict.fromkeys(prompts))
         places = {pair: place for place, pair in enumerate(unique)}
         rows = [places[pair] for pair in prompts]
-        encoded = {
-            name: encoder(
-                [self._text(name, index, prompt) for index, prompt in unique], self._all_rows(name, rows_of or {})
-            )
-            for name, encoder in self.encoders.items()
-        }
+        encoded: dict[str, Encoded] = {}
+        for name, encoder in self.encoders.items():
+            texts, frozen = [self._text(name, index, prompt) for index, prompt in unique], self._frozen.get(name)
+            encoded[name] = frozen(texts) if frozen else encoder(texts, self._all_rows(name, rows_of or {}))
         conditioning = self.conditioning
         blocks = [torch.cat([encoded[name].states for name in block], -1) for block in conditioning.context]
         if width := conditioning.width:
@@ -299,8 +315,7 @@ class Learner:
         stores = [
             store for i, word in enumerate(self.words) for store in (rows_of.get(i, word.rows), word.picture_rows)
         ]
-        rows = [store[encoder] for store in stores if encoder in store]
-        return torch.cat(rows) if rows else self.encoders[encoder].encoder.table[:0].float()
+        return torch.cat([store[encoder] for store in stores if encoder in store])
 
     def _time_ids(self, latents: torch.Tensor) -> torch.Tensor:
         """SDXL's size conditioning [B, 6]: the original size is the picture's, uncropped."""

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from oneword.engines.errors import UsageError
+from oneword.engines.errors import EngineError, UsageError
 from oneword.export.families import AnyEncoder
 from oneword.runtime.bundle import Encoder
 from oneword.train.recipe import Subject
@@ -194,3 +194,34 @@ class PromptEncoder:
 
     def _row(self, token_id: int) -> int:
         return self._rows.setdefault(token_id, len(self._rows))
+
+
+class FrozenPrompts:
+    """Encodes templates with an encoder that no word has rows for: every distinct prompt once, without gradients.
+
+    A prompt is encoded alone, so that its bits do not depend on the batch in which it first occurs.
+    """
+
+    def __init__(self, encoder: PromptEncoder) -> None:
+        self._encoder = encoder
+        self._encoded: dict[tuple[int, ...], Encoded] = {}
+        self._released = False
+
+    def __call__(self, texts: Sequence[Text]) -> Encoded:
+        """Encodes B texts. Several threads may do so at once if each of these texts has been encoded before."""
+        states, pooled = zip(*map(self._encode, texts), strict=True)
+        return Encoded(torch.cat(states), torch.cat(pooled))
+
+    def release(self) -> None:
+        """Frees the encoder's weights. Only prompts that have been encoded can be used from now on."""
+        self._encoder.encoder.to("meta")
+        self._released = True
+
+    @torch.no_grad()
+    def _encode(self, text: Text) -> Encoded:
+        key = tuple(self._encoder.ids(text))
+        if key not in self._encoded:
+            if self._released:
+                raise EngineError(f"{text.template!r} is new, and {self._encoder.facts.graph} has left memory")
+            self._encoded[key] = self._encoder([text], self._encoder.encoder.table[:0].float())
+        return self._encoded[key]

@@ -35,6 +35,7 @@ def learn_on_ray(
     seed: int = 0,
     *,
     config: Path | None = None,
+    without: Sequence[str] = (),
     address: str = "local",
     group: int = 4,
 ) -> Iterator[tuple[Mapping[int, Concept], list[str]]]:
@@ -64,7 +65,7 @@ def learn_on_ray(
         remote = ray.remote(num_cpus=threads, max_retries=RETRIES)(learn_group)
         groups = [range(first, min(first + group, len(tasks))) for first in range(0, len(tasks), group)]
         pending = {
-            remote.remote(model, config, [tasks[number] for number in numbers], recipe, seed, threads): numbers
+            remote.remote(model, config, without, [tasks[number] for number in numbers], recipe, seed, threads): numbers
             for numbers in groups
         }
         while pending:
@@ -104,13 +105,19 @@ def _absolute(model: str) -> str:
 
 
 def learn_group(
-    model: str, config: Path | None, tasks: Sequence[Task], recipe: Recipe, seed: int, threads: int
+    model: str,
+    config: Path | None,
+    without: Sequence[str],
+    tasks: Sequence[Task],
+    recipe: Recipe,
+    seed: int,
+    threads: int,
 ) -> tuple[list[Parts], list[str]]:
     """Learns one group, on a worker. Returns the fields of its concepts and the notes of its run."""
     torch.set_num_threads(threads)
     silence_libraries()
     notes: list[str] = []
-    for progress in learn(model, tasks, recipe, seed, config=config):
+    for progress in learn(model, tasks, recipe, seed, config=config, without=without):
         notes += progress.notes
     concepts = progress.concepts  # the last progress always has them
     return [(concept.token, dict(concept.vectors), dict(concept.provenance)) for concept in concepts], notes

@@ -147,6 +147,14 @@ def draw(word: Word, recipe: Recipe, timesteps: int, generator: torch.Generator 
     )
 
 
+def all_prompts(word: Word, recipe: Recipe) -> list[str]:
+    """Every prompt that `draw` can return."""
+    prompts = [*(word.prompts if word.captions is None else word.captions)]
+    if recipe.per_image:
+        prompts += [per_image_template(prompt, index) for prompt in prompts for index in range(word.moments.pictures)]
+    return prompts
+
+
 def group_by_shape(tensors: Sequence[torch.Tensor]) -> list[list[int]]:
     """The indices of tensors that can be stacked, grouped by shape."""
     groups: dict[torch.Size, list[int]] = {}

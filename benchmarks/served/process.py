@@ -25,6 +25,8 @@ from oneword.runtime.concept import Concept, concept_bytes, concept_of, read_saf
 
 SERVER_CORE: Final = 0
 LOAD_CORE: Final = 1
+CORES: Final = frozenset(os.sched_getaffinity(0))
+"""Those that this process may use, before it moves itself to one of them."""
 ROOT: Final = Path(__file__).resolve().parent.parent.parent
 _START_SECONDS: Final = 120.0
 _SAMPLE: Final = re.compile(r"^(\w+)(\{[^}]*\})? (\S+)$", re.MULTILINE)
@@ -56,7 +58,7 @@ class Setup:
 def on_core(core: int) -> Iterator[None]:
     """Moves this thread to a core for the duration of the block; what it starts there stays there."""
     before = os.sched_getaffinity(0)
-    if core in before:
+    if core in CORES:
         os.sched_setaffinity(0, {core})
     try:
         yield

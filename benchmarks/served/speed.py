@@ -39,6 +39,8 @@ from benchmarks.served.results import Result, number, ratio, rows_table
 PROMPT = "a photo of a red ring in the snow"
 SIZES = ((64, 64), (96, 64))
 LOADS = (0.6, 0.8)
+ADMIT_ALL = ("--max-wait", "3600")
+"""For sections that give the server more than a minute of work: nothing is to be refused."""
 BACKLOG = 32
 """Pictures that a closed loop keeps unfinished: twice the slots."""
 
@@ -52,7 +54,7 @@ def overhead(setup: Setup) -> Result:
         "the same core. Then eight pictures of many steps together: from the Scheduler, and as eight streams with a "
         "preview every 20 steps while 20 other requests a second are answered.",
     )
-    with Server(setup, "overhead") as server, Engine(setup) as engine:
+    with Server(setup, "overhead", *ADMIT_ALL) as server, Engine(setup) as engine:
         served, alone, added = _in_turn(setup, server, engine)
         result.add("a picture over HTTP, ms, p50", 1e3 * statistics.median(served))
         result.add("the same from the Scheduler, ms, p50", 1e3 * statistics.median(alone))
@@ -105,8 +107,7 @@ def traffic(setup: Setup) -> Result:
         journal = setup.work / "traffic" / f"journal-{time.time_ns()}"
         journal.parent.mkdir(parents=True, exist_ok=True)
         changes = {"journal": str(journal)}
-        # More than a minute of work may wait for one row: nothing is to be refused.
-        with Server(setup, "traffic", "--max-wait", "3600", *arguments, changes=changes, words=words) as server:
+        with Server(setup, "traffic", *ADMIT_ALL, *arguments, changes=changes, words=words) as server:
             phases = asyncio.run(_phases(server, journal, seconds, rate, name == "whole requests"))
         found[name], rate = phases, rate or phases["closed"]["branches"]
     steps = found["steps"]
@@ -177,7 +178,7 @@ def fidelity(setup: Setup) -> Result:
     chosen = [*itertools.islice(orders(50, SIZES), count)]
     with Engine(setup, words) as engine:
         alone = kept_pictures(setup, engine, "fidelity", [single for order in chosen for single in singles(order)])
-    with Server(setup, "fidelity", "--max-wait", "3600", words=words) as server:
+    with Server(setup, "fidelity", *ADMIT_ALL, words=words) as server:
         answers = asyncio.run(_each_once(server, [call_of(order) for order in chosen], 32))
         rows = server.metrics()
     served = [picture for answer in answers if answer.status == 200 for picture in answer.pictures]
@@ -187,7 +188,7 @@ def fidelity(setup: Setup) -> Result:
         worst = [int(np.abs(ours.astype(int) - theirs).max()) for ours, theirs in zip(served, alone, strict=True)]
         result.add("pixels' largest difference", max(worst), 1)
         result.add("pictures with any difference", sum(value > 0 for value in worst))
-    result.add("mean pictures per step", rows["batch_rows_sum"] / rows["batch_rows_count"])
+    result.add("mean pictures per turn, of both sizes", rows["batch_rows_sum"] / rows["batch_rows_count"])
     return result
 
 
@@ -202,7 +203,7 @@ def switching(setup: Setup) -> Result:
     )
     for milliseconds in (0.5, 5.0):
         changes = {"switch_seconds": milliseconds / 1e3}
-        with Server(setup, "switching", changes=changes) as server:
+        with Server(setup, "switching", *ADMIT_ALL, changes=changes) as server:
             times, step = asyncio.run(_questions(server, count))
         result.add(f"{milliseconds:g} ms: an answer, ms, p50", 1e3 * percentile(times, 50))
         result.add(f"{milliseconds:g} ms: an answer, ms, p99", 1e3 * percentile(times, 99))
@@ -240,7 +241,7 @@ def _in_turn(setup: Setup, server: Server, engine: Engine) -> tuple[list[float],
     """Seconds per picture over HTTP and from the Scheduler, and the pairs' differences."""
     connection = http.client.HTTPConnection("127.0.0.1", server.port)
     served, alone = list[float](), list[float]()
-    for number_ in range(setup.count(500, 10) + 10):
+    for number_ in range(setup.count(300, 10) + 10):
         settings = {"prompt": PROMPT, "seed": number_, "steps": 10}
         body = json.dumps(settings)
         start = time.perf_counter()
@@ -257,7 +258,7 @@ def _in_turn(setup: Setup, server: Server, engine: Engine) -> tuple[list[float],
 
 def _steps_under_load(setup: Setup, server: Server, engine: Engine) -> tuple[float, float]:
     """Mean seconds of a step with load and without, the median of three rounds."""
-    steps = setup.count(800, 40)
+    steps = setup.count(400, 40)
     requests = [{"prompt": PROMPT, "seed": seed, "steps": steps} for seed in range(8)]
     with_load, without = [], []
     for _ in range(3):

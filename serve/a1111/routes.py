@@ -97,9 +97,9 @@ async def progress(
     state = State.of(http)
     generations = _generations(http, force_task_id)
     answer = answers.progress_of([*generations])
-    denoised = next((generation.denoised for generation in generations if generation.denoised is not None), None)
-    if denoised is not None and not skip_current_image:
-        answer.current_image = as_base64(await state.in_thread(state.preview, denoised))
+    estimate = next((generation.estimate for generation in generations if generation.estimate is not None), None)
+    if estimate is not None and not skip_current_image:
+        answer.current_image = as_base64(await state.in_thread(state.preview, estimate))
     answer.current_task = next(iter(generations.values())).task_id or None if generations else None
     return answer
 

@@ -21,9 +21,12 @@ HEAD = """# Commands
 
 Every command has `-h` and `--version`. With `--json`, which for `ti-concept` is an option of its subcommands, a command
 prints one JSON document on standard output; progress goes to standard error. Errors are one line that says how to fix
-them. The exit status is 0 for success, 2 for wrong usage, 1 for any other error and 130 after Ctrl-C. Output files
-appear whole or not at all. [Training](training.md#recipes) explains the recipes, and
-[Samplers](../reference/samplers.md) the samplers.
+them. The exit status is 0 for success, 2 for wrong usage, 1 for any other error and 130 after Ctrl-C. An output file is
+written completely or not at all.
+
+Guides: [Training](training.md) for `ti-train` (its [recipes](training.md#recipes) and
+[settings](training.md#all-settings)) and `ti-eval`, [Refining by likes](refining.md) for `ti-refine`,
+[The server](server.md) for `ti-serve`, [Samplers](../reference/samplers.md) for the samplers of `ti-run`.
 
 For completion in bash: `eval "$(_TI_RUN_COMPLETE=bash_source ti-run)"`; in zsh and fish, `zsh_source` and
 `fish_source`; the same for the other commands.

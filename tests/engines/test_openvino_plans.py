@@ -12,6 +12,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from oneword.engines.engine import NumpyArray
 from oneword.engines.errors import EngineError
 from oneword.engines.graph import DType, Graph, Precision, TensorSpec
 from oneword.engines.openvino import OpenVinoBinding, OpenVinoEngine, _Compiler
@@ -249,9 +250,18 @@ def product(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "p.onnx"
 
 
-def product_of_ones(path: Path, plans: Path) -> float:
-    """What the graph returns in float32, converted as on a processor that computes in bfloat16."""
-    settings = {"INFERENCE_PRECISION_HINT": "f32"}
+def save_product(path: Path, weights: NumpyArray) -> None:
+    """y = x @ weights, which are [300, 300]."""
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["B", 300]) for name in "xy"]
+    constant = helper.make_tensor("weights", TensorProto.FLOAT, [300, 300], weights.ravel())
+    nodes = [helper.make_node("MatMul", ["x", "weights"], ["y"])]
+    graph = helper.make_graph(nodes, "product", values[:1], values[1:], [constant])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
+
+
+def product_of_ones(path: Path, plans: Path, precision: str = "f32") -> float:
+    """What the graph returns in this precision, converted as on a processor that computes in bfloat16."""
+    settings = {"INFERENCE_PRECISION_HINT": precision}
     key = PlanKey("d", "openvino", openvino.__version__, "cpu", Precision.FP32, {})
     compiled = _Compiler(openvino.Core(), path, settings, PlanCache(plans), key, convert=True).compile()
     y = compiled.model({"x": np.ones((1, 300), np.float32)})[0]
@@ -272,6 +282,38 @@ def test_a_later_start_reads_the_converted_graph_only(product: Path, tmp_path: P
     product.write_bytes(b"no graph")
 
     assert product_of_ones(product, tmp_path / "plans") == HALVED
+
+
+@pytest.mark.skipif(
+    "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"), reason="needs bfloat16"
+)
+def test_a_later_start_reads_the_compiled_graph_which_finds_its_weights_in_the_converted_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compilations: list[str]
+) -> None:
+    monkeypatch.setattr("oneword.engines.openvino._SMALL", 0)
+    save_product(tmp_path / "p.onnx", np.eye(300))
+
+    assert {product_of_ones(tmp_path / "p.onnx", tmp_path / "plans", "bf16") for _ in range(3)} == {1.0}
+
+    assert len(compilations) == 1
+    [plan] = (tmp_path / "plans").glob("*.plan")
+    assert plan.stat().st_size < 90_000  # the weights have twice as many bytes
+
+
+def test_a_large_graph_has_a_compiled_plan_for_each_set_of_shapes_that_came_first(
+    product: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compilations: list[str]
+) -> None:
+    monkeypatch.setattr("oneword.engines.openvino._LARGE", 0)
+    key = PlanKey("d", "openvino", openvino.__version__, "cpu", Precision.FP32, {})
+    for rows in (1, 2, 1, 2):
+        settings = {"INFERENCE_PRECISION_HINT": "f32"}
+        plans = PlanCache(tmp_path / "plans")
+        compiler = _Compiler(openvino.Core(), product, settings, plans, key, convert=True)
+        compiled = compiler.compiled_for({"x": (rows, 300)})
+        assert (compiled.model({"x": np.ones((rows, 300), np.float32)})[0] == HALVED).all()
+
+    assert len(compilations) == 2
+    assert len([*plans.folder.glob("*.plan")]) == 2
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".xml"])
@@ -358,8 +400,8 @@ def test_the_converted_graph_of_another_openvino_is_replaced(
         monkeypatch.setattr(openvino, "__version__", version)
         product_of_ones(product, tmp_path / "plans")
 
-    assert [key.version for key in PlanCache(tmp_path / "plans").recorded()] == ["2025.2"]
-    assert len([*(tmp_path / "plans").glob("*.bin")]) == 1
+    assert {key.version for key in PlanCache(tmp_path / "plans").recorded()} == {"2025.2"}
+    assert len([*(tmp_path / "plans").glob("*.bin")]) == len([*(tmp_path / "plans").glob("*.plan")]) == 1
 
 
 @pytest.mark.parametrize(("scale", "halved"), [(1.0, True), (2.0**-30, False), (2.0**20, False)])
@@ -367,12 +409,7 @@ def test_weights_beyond_the_range_of_fp16_stay_in_float32(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scale: float, halved: bool
 ) -> None:
     monkeypatch.setattr("oneword.engines.openvino._SMALL", 0)
-    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["B", 300]) for name in "xy"]
-    weights = helper.make_tensor("weights", TensorProto.FLOAT, [300, 300], (np.eye(300) * scale).ravel())
-    graph = helper.make_graph(
-        [helper.make_node("MatMul", ["x", "weights"], ["y"])], "p", values[:1], values[1:], [weights]
-    )
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), tmp_path / "p.onnx")
+    save_product(tmp_path / "p.onnx", np.eye(300) * scale)
 
     assert product_of_ones(tmp_path / "p.onnx", tmp_path / "plans") == scale
     [saved] = (tmp_path / "plans").glob("*.bin")

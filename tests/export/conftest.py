@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import WORDS
+from tests.conftest import WORDS, make_preview_decoder
 
 
 @pytest.fixture(scope="session")
@@ -181,6 +181,13 @@ def tiny_flux_dir(
         tokenizer_2=second,
     )
     return saved(pipeline, tmp_path_factory.mktemp(f"flux-{request.param}") / "model")
+
+
+@pytest.fixture(scope="session")
+def flow_preview_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An AutoencoderTiny for the latents of the tiny Stable Diffusion 3 and FLUX.1, with a scale and a shift."""
+    path = tmp_path_factory.mktemp("flow-preview") / "tiny"
+    return make_preview_decoder(path, latent_channels=16, scaling_factor=0.5, shift_factor=0.25)
 
 
 BETAS: dict[str, Any] = {

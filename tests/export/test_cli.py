@@ -69,6 +69,17 @@ def test_plans_are_built_for_the_installed_or_the_requested_gpu(
     assert json.loads(capsys.readouterr().out) == {"target": target, "plans": {"denoise_step": ["a.plan"]}}
 
 
+@pytest.mark.usefixtures("built")
+def test_the_options_of_the_model_reach_the_export(monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[str, Any] = {}
+    exported = SimpleNamespace(bundle="bundle", differences=(), unchecked=())
+    monkeypatch.setattr(write, "export_bundle", lambda *_, **values: options.update(values) or exported)
+
+    assert run(monkeypatch, "--without", "text_encoder_3", "--preview", "taesd3", "--json") == 0
+
+    assert (options["without"], options["preview"]) == (("text_encoder_3",), Path("taesd3"))
+
+
 def test_without_plans_none_are_built(
     built: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -38,8 +38,8 @@ WIDTHS = {"text_encoder": 16, "text_encoder_2": 12, "text_encoder_3": 32}
 
 
 @pytest.fixture(scope="module")
-def sd3_bundle(tiny_sd3_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    exported = export_bundle(tiny_sd3_dir, tmp_path_factory.mktemp("sd3") / "bundle")
+def sd3_bundle(tiny_sd3_dir: Path, flow_preview_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    exported = export_bundle(tiny_sd3_dir, tmp_path_factory.mktemp("sd3") / "bundle", preview=flow_preview_dir)
     assert exported.family == "stable-diffusion-3"
     assert max(difference.value for difference in exported.differences if difference.unit == "relative") <= 1e-4
     return exported.bundle.path
@@ -58,8 +58,8 @@ def sd3_pipeline(tiny_sd3_dir: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def flux_bundle(tiny_flux_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    exported = export_bundle(tiny_flux_dir, tmp_path_factory.mktemp("flux") / "bundle")
+def flux_bundle(tiny_flux_dir: Path, flow_preview_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    exported = export_bundle(tiny_flux_dir, tmp_path_factory.mktemp("flux") / "bundle", preview=flow_preview_dir)
     assert exported.family == "flux-1"
     assert max(difference.value for difference in exported.differences if difference.unit == "relative") <= 1e-4
     return exported.bundle.path
@@ -279,6 +279,25 @@ def test_a_learned_word_in_sd3_draws_the_picture_of_diffusers(
     assert psnr(ours, picture(sd3, "a photo of star on the ring", guidance_scale=4.0)) < 50  # its init
 
 
+def test_a_word_learned_without_t5_draws_the_picture_of_diffusers_with_and_without_it(
+    tiny_sd3_dir: Path, sd3: Model, sd3_pipeline: Any, tmp_path: Path
+) -> None:
+    """With T5, that reads the word's init."""
+    word = learned_word(tiny_sd3_dir, tmp_path, "--without", "text_encoder_3")
+    prompt, written = "a photo of <toy> on the ring", {"words": {"<toy>": word}, "guidance_scale": 4.0}
+    assert word.vectors.keys() == {"text_encoder", "text_encoder_2"}
+    for encoder, suffix in (("text_encoder", ""), ("text_encoder_2", "_2")):
+        add_word(sd3_pipeline, word, encoder, suffix)
+
+    with_t5 = diffusers_picture(sd3_pipeline, prompt, guidance_scale=4.0, prompt_3="a photo of star on the ring")
+    sd3_pipeline.text_encoder_3 = sd3_pipeline.tokenizer_3 = None
+    without = diffusers_picture(sd3_pipeline, prompt, guidance_scale=4.0, max_sequence_length=256)
+
+    assert psnr(picture(sd3, prompt, **written), with_t5) >= 50
+    model = eager_model(load_source(tiny_sd3_dir, without=["text_encoder_3"]))
+    assert psnr(picture(model, prompt, **written), without) >= 50
+
+
 @pytest.mark.parametrize("tiny_flux_dir", ["dev"], indirect=True)
 def test_a_learned_word_in_flux_draws_the_picture_of_diffusers_with_its_loader(
     tiny_flux_dir: Path, flux: Model, flux_pipeline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -311,6 +330,19 @@ def test_rows_of_flux_that_share_a_call_are_those_drawn_alone(flux: Model) -> No
     for request, image in zip(requests, together, strict=True):
         [alone] = draw(flux, request)
         assert psnr(image, alone.image) >= 50
+
+
+def test_a_draft_of_sd3_matches_diffusers_with_its_small_decoder(
+    sd3: Model, sd3_pipeline: Any, flow_preview_dir: Path
+) -> None:
+    assert_draft_matches(sd3, sd3_pipeline, flow_preview_dir)
+
+
+@pytest.mark.parametrize("tiny_flux_dir", ["dev"], indirect=True)
+def test_a_draft_of_flux_matches_diffusers_with_its_small_decoder(
+    flux: Model, flux_pipeline: Any, flow_preview_dir: Path
+) -> None:
+    assert_draft_matches(flux, flux_pipeline, flow_preview_dir)
 
 
 def test_sd3_in_openvino_is_near_onnxruntime(sd3: Model, sd3_bundle: Path) -> None:
@@ -440,7 +472,7 @@ def add_word(pipeline: Any, word: Concept, encoder: str, suffix: str) -> None:
         model.get_input_embeddings().weight[ids] = torch.from_numpy(word.vectors[encoder].copy())
 
 
-def learned_word(model: Path, folder: Path) -> Concept:
+def learned_word(model: Path, folder: Path, *options: str) -> Concept:
     """<toy>, learned by the command from two pictures."""
     pictures = folder / "pictures"
     pictures.mkdir()
@@ -448,7 +480,7 @@ def learned_word(model: Path, folder: Path) -> Concept:
         PIL.Image.fromarray(scene(side, 64)).save(pictures / f"{side}.png")
     output = folder / "toy.safetensors"
     arguments = [str(pictures), "--model", str(model), "--token", "<toy>", "--init", "star", "--output", str(output)]
-    assert main([*arguments, "--steps", "5", "--batch-size", "2", "--learning-rate", "0.2"]) == 0
+    assert main([*arguments, "--steps", "5", "--batch-size", "2", "--learning-rate", "0.2", *options]) == 0
     return load_concept(output)
 
 
@@ -466,6 +498,16 @@ def square(width: int, height: int) -> npt.NDArray[np.uint8]:
 def psnr(a: Image, b: Image) -> float:
     error = float(np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2))
     return float(10 * np.log10(255**2 / max(error, 1e-9)))
+
+
+def assert_draft_matches(model: Model, pipeline: Any, decoder: Path) -> None:
+    from diffusers import AutoencoderTiny
+
+    pipeline.vae = AutoencoderTiny.from_pretrained(decoder)
+    ours = picture(model, PROMPT, draft=True)
+    settings = {"guidance_scale": model.manifest.defaults.embedded_guidance or model.manifest.defaults.guidance_scale}
+    assert psnr(ours, diffusers_picture(pipeline, PROMPT, **settings)) >= 50
+    assert psnr(ours, picture(model, PROMPT)) < 50
 
 
 def decibels_of_openvino(model: Model, bundle: Path, **settings: Any) -> float:

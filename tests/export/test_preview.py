@@ -1,18 +1,31 @@
-"""The linear map from latents to RGB, on latents of real pictures."""
+"""The linear map from latents to RGB, on latents of real pictures, and the small decoder that may replace it."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 import torch.nn.functional as F
 
+from oneword.engines.errors import NotFinite, UsageError
 from oneword.export.modules import VaeDecoder, VaeEncoder
 from oneword.export.preview import preview_of
 from oneword.export.source import load_source
+from oneword.export.write import export_bundle
 from oneword.runtime.bundle import Bundle
+from oneword.runtime.drawing import draw, generate
+from oneword.runtime.events import StepDone
 from oneword.runtime.model import Model
+from oneword.runtime.request import Image, Request
 from oneword.train.miniature import world
+from tests.conftest import make_preview_decoder
+
+
+@pytest.fixture(scope="module")
+def previewing(tiny_preview_bundle: Path) -> Model:
+    return Model.open(tiny_preview_bundle, "onnxruntime", threads=1)
 
 
 def test_on_scenes_of_the_miniature_a_preview_is_closer_than_the_mean_colour() -> None:
@@ -66,3 +79,108 @@ def test_the_model_of_a_bundle_previews_with_its_map(tiny_bundle: Path) -> None:
         ]
         expected = [round(min(max(value, 0), 1) * 255) for value in rgb]
         assert np.abs(image[y, x].astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("size", [(64, 64), (80, 72)])
+def test_a_draft_matches_diffusers_with_the_small_decoder(
+    previewing: Model, tiny_model_dir: Path, tiny_preview_dir: Path, size: tuple[int, int]
+) -> None:
+    from diffusers import AutoencoderTiny, StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_model_dir, safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    settings = {"num_inference_steps": 6, "guidance_scale": 5.0, "width": size[0], "height": size[1]}
+    ours = [
+        draw(previewing, "a red cat", steps=6, guidance_scale=5.0, seed=4, size=size, draft=draft)[0].image
+        for draft in (False, True)
+    ]
+    for image, vae in zip(ours, (pipeline.vae, AutoencoderTiny.from_pretrained(tiny_preview_dir)), strict=True):
+        pipeline.vae = vae
+        output = pipeline("a red cat", generator=torch.Generator().manual_seed(4), output_type="np", **settings)
+        assert decibels(image, (output.images[0] * 255).round()) >= 50
+        assert image.std() > 10
+    assert decibels(*ours) < 30
+
+
+def test_previews_are_those_of_diffusers_small_decoder(previewing: Model, tiny_preview_dir: Path) -> None:
+    from diffusers import AutoencoderTiny
+    from diffusers.image_processor import VaeImageProcessor
+
+    tiny = AutoencoderTiny.from_pretrained(tiny_preview_dir)
+    events = generate(previewing, [Request("a red cat", steps=4, previews=2, size=(72, 64))])
+    [latents] = [event.denoised for event in events if isinstance(event, StepDone) and event.denoised is not None]
+    with torch.no_grad():
+        decoded = tiny.decode(torch.from_numpy(latents)[None] / tiny.config.scaling_factor).sample
+    [expected] = VaeImageProcessor().postprocess(decoded, output_type="np")
+
+    image = previewing.preview(latents)
+
+    assert image is not None
+    assert image.shape == (64, 72, 3)
+    assert decibels(image, (expected * 255).round()) >= 50
+    assert previewing.manifest.preview is not None  # for who decodes nothing
+
+
+def test_drafts_and_full_pictures_that_finish_together_each_have_their_decoder(previewing: Model) -> None:
+    requests = [Request("a cat", seed=seed, steps=3, draft=draft) for seed, draft in ((1, True), (2, False), (3, True))]
+    together = draw(previewing, *requests)
+    for request, picture in zip(requests, together, strict=True):
+        [alone] = draw(previewing, request)
+        assert np.abs(picture.image.astype(int) - alone.image).max() <= 1
+        assert ("VAE Decoder: TAESD" in picture.parameters) is request.draft
+
+
+def test_a_small_decoder_that_gives_nan_is_named(previewing: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    decode = previewing.decode
+
+    def broken(latents: npt.NDArray[np.float32], draft: bool) -> tuple[Image, npt.NDArray[np.bool_]]:
+        return decode(latents, draft)[0], np.zeros(len(latents), bool)
+
+    monkeypatch.setattr(previewing, "decode", broken)
+    with pytest.raises(NotFinite, match="graph 'vae_preview' produced NaN or infinity for picture 0: export it with"):
+        draw(previewing, "a cat", steps=1, draft=True)
+    with pytest.raises(NotFinite, match="graph 'vae_preview' produced NaN or infinity: export it with --precision fp"):
+        previewing.preview(np.zeros((4, 8, 8), np.float32))
+
+
+def test_a_bundle_without_a_small_decoder_draws_no_drafts(tiny_bundle: Path) -> None:
+    message = "draft needs a preview decoder, which this bundle does not have: leave it out, or export the bundle again"
+    with pytest.raises(UsageError, match=message):
+        draw(Model.open(tiny_bundle, "onnxruntime", threads=1), "a cat", draft=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"latent_channels": 16}, "its channels of a latent are 16, the model's 4: give the AutoencoderTiny that was"),
+        ({"upsampling_scaling_factor": 1}, "its pixels along a latent's side are 1, the model's 8: give the Autoenc"),
+        ({"out_channels": 4}, "its channels of a picture are 4, the model's 3: give the AutoencoderTiny that was"),
+    ],
+)
+def test_a_small_decoder_that_does_not_fit_is_refused(
+    tiny_model_dir: Path, tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    decoder = make_preview_decoder(tmp_path / "decoder", **settings)
+    assert_refused(tiny_model_dir, tmp_path, decoder, message)
+
+
+def test_what_is_not_a_small_decoder_is_refused(tiny_model_dir: Path, tmp_path: Path) -> None:
+    message = "is a AutoencoderKL: give a diffusers directory of an AutoencoderTiny, such as TAESD's"
+    assert_refused(tiny_model_dir, tmp_path, tiny_model_dir / "vae", message)
+    assert_refused(
+        tiny_model_dir, tmp_path, tmp_path / "nothing", "has no config.json of a model: give a diffusers dir"
+    )
+
+
+def assert_refused(model: Path, folder: Path, decoder: Path, message: str) -> None:
+    """With one line, before a bundle is written."""
+    with pytest.raises(UsageError, match=message) as caught:
+        export_bundle(model, folder / "bundle", preview=decoder)
+    assert str(caught.value).startswith(f"--preview {decoder}")
+    assert "\n" not in str(caught.value)
+    assert not (folder / "bundle").exists()
+
+
+def decibels(a: Image, b: Any) -> float:
+    error = float(np.mean((a.astype(np.float64) - np.asarray(b, np.float64)) ** 2))
+    return float(10 * np.log10(255**2 / max(error, 1e-9)))

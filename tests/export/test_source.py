@@ -171,6 +171,21 @@ def test_a_single_file_matches_the_model_it_was_made_from(tiny_model_dir: Path, 
     assert source.digest != directory.digest
 
 
+@pytest.mark.parametrize("tiny_flux_dir", ["dev"], indirect=True)
+def test_a_single_file_of_a_model_with_t5_is_refused(tiny_sd3_dir: Path, tiny_flux_dir: Path, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "large.safetensors"
+    save_file({"weight": torch.ones(3)}, checkpoint)
+    for config, pipeline in ((tiny_sd3_dir, "StableDiffusion3Pipeline"), (tiny_flux_dir, "FluxPipeline")):
+        message = (
+            rf"large\.safetensors is a single file of a {pipeline}, whose T5 is not read from one: single files are "
+            "for models with a UNet, give a diffusers directory or a hub id"
+        )
+        for dtype in (torch.float32, torch.float16):
+            with pytest.raises(UsageError, match=message) as caught:
+                load_source(checkpoint, dtype, config=config)
+            assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("name", "config", "message"),
     [

@@ -18,7 +18,7 @@ from oneword.runtime import events
 from oneword.runtime.bundle import Bundle
 from oneword.runtime.cli import main
 from oneword.runtime.concept import Concept, save_concept
-from oneword.runtime.drawing import generate
+from oneword.runtime.drawing import draw, generate
 from oneword.runtime.events import PictureDone
 from oneword.runtime.images import save_png
 from oneword.runtime.model import Model
@@ -121,6 +121,27 @@ def test_every_option_sets_the_request_setting_of_that_name(
     [expected] = [e.image for e in generate(Model.open(tiny_bundle, backend), [request]) if isinstance(e, PictureDone)]
     with PIL.Image.open(report["images"][0]["file"]) as picture:
         np.testing.assert_allclose(np.asarray(picture).astype(int), expected, atol=1)
+
+
+def test_drafts_open_only_the_small_decoder(
+    tiny_preview_bundle: Path,
+    tiny_bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    line = ["a cat", "--steps", 2, "--engine", "onnxruntime", "--draft", "--output", tmp_path, "--json"]
+
+    assert run(monkeypatch, tiny_preview_bundle, *line) == 0
+
+    report = json.loads(capsys.readouterr().out)
+    assert set(report["seconds"]["engines"]) == {"text_encoder", "denoise_step", "vae_preview"}
+    [expected] = draw(Model.open(tiny_preview_bundle, "onnxruntime"), "a cat", steps=2, draft=True)
+    with PIL.Image.open(report["images"][0]["file"]) as picture:
+        np.testing.assert_allclose(np.asarray(picture).astype(int), expected.image, atol=1)
+        assert "VAE Decoder: TAESD" in picture.info["parameters"]
+    assert run(monkeypatch, tiny_bundle, *line) == 2
+    assert "draft needs a preview decoder, which this bundle does not have" in capsys.readouterr().err
 
 
 def test_a_grid_has_a_row_per_prompt_and_a_column_per_word_and_seed(
@@ -270,8 +291,8 @@ def second_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes the decoder report NaN for the second picture."""
     decode = Model.decode
 
-    def broken(model: Model, latents: npt.NDArray[np.float32]) -> tuple[Image, npt.NDArray[np.bool_]]:
-        images, finite = decode(model, latents)
+    def broken(model: Model, latents: npt.NDArray[np.float32], draft: bool) -> tuple[Image, npt.NDArray[np.bool_]]:
+        images, finite = decode(model, latents, draft)
         return images, finite & (np.arange(len(finite)) != 1)
 
     monkeypatch.setattr(Model, "decode", broken)

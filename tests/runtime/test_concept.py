@@ -203,6 +203,7 @@ def test_onetrainers_old_key_for_clip_l_is_recognised_by_its_width(tmp_path: Pat
         ({}, ""),
         ({"init": "toy"}, "toy"),
         ({"init": "toy.safetensors"}, ""),
+        ({"init": "random"}, ""),
         ({"init": "toy", "text": "a plush dog"}, "a plush dog"),
         ({"text": "toy" * 1000}, ("toy" * 1000)[:200]),
     ],

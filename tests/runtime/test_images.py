@@ -40,6 +40,7 @@ def test_the_parameters_include_every_setting_that_changes_the_picture() -> None
     assert text.endswith("Size: 64x48, Eta: 0.5, CFG Rescale: 0.7, CFG interval: 0.25-5")
     text = parameters_text(Request("a cat", spacing="sgm-uniform", guidance="zero-star"), SETTINGS, seed=7)
     assert text.endswith("Size: 64x48, Schedule type: SGM Uniform, Guidance: CFG-Zero*")
+    assert parameters_text(Request("a cat", draft=True), SETTINGS, seed=7).endswith("VAE Decoder: TAESD")
 
 
 def test_a_prompt_in_any_script_survives(tmp_path: Path) -> None:

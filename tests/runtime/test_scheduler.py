@@ -453,10 +453,10 @@ def test_pictures_that_fail_to_decode_together_are_decoded_alone(model: Model, m
     expected = pictures_of(model, requests)
     decode = model.decode
 
-    def no_room(latents: npt.NDArray[np.float32]) -> Any:
+    def no_room(latents: npt.NDArray[np.float32], draft: bool) -> Any:
         if len(latents) > 1:
             raise EngineError("out of memory")
-        return decode(latents)
+        return decode(latents, draft)
 
     monkeypatch.setattr(model, "decode", no_room)
     decoded = pictures_of(model, requests)
@@ -486,7 +486,7 @@ def test_a_waiting_request_keeps_a_word_that_is_unloaded_or_replaced(model: Mode
     )
     model.load(once)
     [expected] = draw(model, "a <once>", steps=2)
-    model._contexts.clear()
+    model._contexts.clear()  # so that it is encoded again
     scheduler = Scheduler(model)
     scheduler.add(Request("a <once>", steps=2))
     model.unload("<once>")

@@ -1,6 +1,7 @@
 """Every error is answered in one line, in the client's dialect, and without anything from inside the server."""
 
 import asyncio
+import inspect
 import io
 import json
 import logging
@@ -115,6 +116,14 @@ def ask(app: FastAPI, method: str, path: str, **arguments: Any) -> httpx.Respons
             return await client.request(method, path, **arguments)
 
     return asyncio.run(send())
+
+
+def test_errors_are_answered_on_the_event_loop() -> None:
+    """Starlette runs a plain function in a thread, which delays a refusal while the engine computes."""
+    app = FastAPI()
+    install(app)
+    assert ApiError in app.exception_handlers
+    assert all(inspect.iscoroutinefunction(app.exception_handlers[kind]) for kind in (ApiError, OnewordError))
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from oneword.engines.errors import UsageError
+from oneword.serve import files as files_module
 from oneword.serve.errors import Unavailable
 from oneword.serve.files import Files, FolderFiles, open_files, quoted, unquoted
 from oneword.serve.job_files import JobFiles, JobRequest, State
@@ -71,6 +72,25 @@ def test_of_many_writers_exactly_one_creates_a_file(url: str) -> None:
     assert created.count(True) == 1
     assert files.read("x/y") == b"%d" % created.index(True)
     assert list(files.names("x")) == ["y"]
+
+
+def test_a_folder_that_another_writer_creates_in_between_is_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = files_module.write_whole
+
+    def delayed(path: Path, data: bytes, *, sync: bool) -> None:
+        try:
+            write(path, data, sync=sync)
+        finally:
+            path.parent.mkdir(exist_ok=True)  # after the first write has found no folder
+
+    monkeypatch.setattr(files_module, "write_whole", delayed)
+    files = open_files(str(tmp_path))
+
+    files.write("x/y", b"1")
+
+    assert files.read("x/y") == b"1"
 
 
 def test_of_many_processes_exactly_one_creates_a_file(tmp_path: Path) -> None:

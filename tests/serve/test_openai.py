@@ -15,7 +15,8 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from oneword.runtime import Model, draw
+from oneword.runtime import Model, draw, generate
+from oneword.runtime.events import StepDone
 from oneword.runtime.request import Request, resolve
 from oneword.serve import openai
 from oneword.serve.errors import Unavailable
@@ -154,6 +155,28 @@ def test_the_stream_of_two_pictures_has_a_completed_event_for_each(http: httpx.C
     assert sorted(data["seed"] for data in completed) == [5, 6]
     assert sorted((data["index"], data["step"]) for data in previews) == [(0, 2), (1, 2)]
     assert all(base64.b64decode(data["b64_json"])[:3] == b"\xff\xd8\xff" for data in previews)
+
+
+def test_a_preview_of_a_small_decoder_is_a_small_jpeg_of_its_picture(
+    start_server: Start, tiny_preview_bundle: Path
+) -> None:
+    server = start_server(bundle=tiny_preview_bundle)
+    body = {"prompt": "a cat", "stream": True, "steps": 4, "previews": 2, "seed": 5, "size": "512x256"}
+    with server.client() as http:
+        events = events_of(http.post("/v1/images/generations", json=body))
+    model = Model.open(tiny_preview_bundle, "onnxruntime", threads=1)
+    request = Request("a cat", seed=5, steps=4, previews=2, size=(512, 256))
+    [latents] = [e.denoised for e in generate(model, [request]) if isinstance(e, StepDone) and e.denoised is not None]
+    decoded = model.preview(latents)
+
+    [preview] = [data for name, data in events if name == "image_generation.preview"]
+    picture = PIL.Image.open(io.BytesIO(base64.b64decode(preview["b64_json"])))
+    assert decoded is not None
+    small, stream = PIL.Image.fromarray(decoded).resize((256, 128), PIL.Image.Resampling.BICUBIC), io.BytesIO()
+    small.save(stream, "JPEG", quality=85)
+    expected = PIL.Image.open(stream)
+    assert (preview["step"], preview["steps"], picture.format, picture.size) == (2, 4, "JPEG", (256, 128))
+    assert np.abs(np.asarray(picture, int) - np.asarray(expected, int)).mean() < 1
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -514,7 +514,7 @@ def test_a_consumer_of_ends_is_not_woken_for_steps_and_the_progress_counts_them_
 
         assert [type(event) for _, event in await events_of(generation)] == [Done, Done]
         assert generation.progress == 1
-        assert generation.denoised is not None
+        assert generation.estimate is not None
 
     run(scenario)
 

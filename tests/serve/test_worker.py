@@ -6,6 +6,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import pytest
 
 from oneword.engines.errors import EngineError, UsageError
 from oneword.runtime.concept import Concept
-from oneword.runtime.drawing import draw
+from oneword.runtime.drawing import draw, generate
+from oneword.runtime.events import StepDone
 from oneword.runtime.model import Model
 from oneword.runtime.request import Image, Request
 from oneword.runtime.samplers import Sampler
@@ -24,6 +26,7 @@ from oneword.serve.worker import (
     Failed,
     Lost,
     Partial,
+    Preview,
     Started,
     State,
     Step,
@@ -118,6 +121,59 @@ def test_events_come_in_order_and_partial_pictures_are_decoded_estimates(worker:
     assert near(done.picture.image, draw(model, Request("a cat", seed=1, steps=6))[0].image)
 
 
+def test_a_small_decoder_decodes_partial_pictures_and_previews(tiny_preview_bundle: Path) -> None:
+    model = Model.open(tiny_preview_bundle, "onnxruntime", threads=1)
+    request = Request("a cat", seed=1, steps=6, previews=2)
+    estimates = {
+        event.step: event.denoised
+        for event in generate(model, [replace(request, previews=1)])
+        if isinstance(event, StepDone) and event.denoised is not None
+    }
+    events = Events()
+    with started_worker(tiny_preview_bundle, max_rows=4) as worker:
+        worker.submit(request, frozenset({3, 4}), events)
+        done = events.until(Done)
+
+    assert [type(event) for event in events.all] == [
+        Started, Step, Step, Preview, Step, Partial, Step, Partial, Preview, Step, Step, Done,
+    ]  # fmt: skip
+    assert all(event.denoised is None for event in events.all if isinstance(event, Step))
+    for kind, steps in ((Preview, [2, 4]), (Partial, [3, 4])):
+        shown = [event for event in events.all if isinstance(event, kind)]
+        assert [event.step for event in shown] == steps
+        for event in shown:
+            expected = model.preview(estimates[event.step])
+            assert expected is not None
+            assert near(event.image, expected)
+    assert near(done.picture.image, draw(model, replace(request, previews=0))[0].image)
+
+
+def test_a_turn_decodes_few_previews_and_partial_pictures_come_first(
+    tiny_preview_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together: list[list[bool]] = []
+    decode = Worker._decode_estimates
+
+    def counted(self: Worker, model: Model, estimates: Any) -> int:
+        together.append([event.step in ticket.partial_steps for ticket, event in estimates])
+        return decode(self, model, estimates)
+
+    monkeypatch.setattr(Worker, "_decode_estimates", counted)
+    listeners = [Events() for _ in range(4)]
+    with started_worker(tiny_preview_bundle, max_rows=4) as worker:
+        for seed, events in enumerate(listeners):
+            partials = frozenset({5}) if seed % 2 else frozenset[int]()
+            worker.submit(Request("a cat", seed=seed, steps=12, previews=1), partials, events)
+        for seed, events in enumerate(listeners):
+            events.until(Done)
+            assert any(isinstance(event, Preview) for event in events.all)
+            assert [event.step for event in events.all if isinstance(event, Partial)] == [5] * (seed % 2)
+        assert not worker._due
+        assert not worker._due_previews
+    assert max(map(len, together)) == 2
+    assert all(turn == sorted(turn, reverse=True) for turn in together)
+
+
 def test_a_partial_picture_of_a_masked_edit_keeps_the_original_outside_the_mask(worker: Worker) -> None:
     mask = np.zeros((64, 64), bool)
     mask[:32] = True
@@ -131,13 +187,13 @@ def test_a_turn_decodes_few_partial_pictures_and_every_picture_gets_some(
     worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     together: list[int] = []
-    decode = Worker._decode_partials
+    decode = Worker._decode_estimates
 
     def counted(self: Worker, model: Model, partials: Any) -> int:
         together.append(len(partials))
         return decode(self, model, partials)
 
-    monkeypatch.setattr(Worker, "_decode_partials", counted)
+    monkeypatch.setattr(Worker, "_decode_estimates", counted)
     listeners = [Events() for _ in range(4)]
 
     for seed, events in enumerate(listeners):

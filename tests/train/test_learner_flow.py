@@ -1,7 +1,10 @@
 """Stable Diffusion 3 and FLUX.1: flow matching, and words of several encoders, against diffusers' models."""
 
+import gc
 import math
 import re
+import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from statistics import NormalDist
@@ -13,14 +16,17 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
+from oneword.engines.errors import EngineError, UsageError
 from oneword.export import families
 from oneword.export.source import Source, load_source
 from oneword.runtime.concept import load_concept
 from oneword.train.cli import main
+from oneword.train.learn import learn
 from oneword.train.learner import Learner
 from oneword.train.noising import FlowMatching
 from oneword.train.pictures import Moments
 from oneword.train.recipe import RECIPES, Compute, Recipe
+from oneword.train.tasks import Task
 from oneword.train.word import Draw, Word, draw
 
 QUICK = Recipe(steps=4, batch_size=4, learning_rate=0.01, weight_decay=0.0, compute=Compute.FP32)
@@ -55,17 +61,22 @@ def test_times_are_the_shifted_sigmoid_of_normal_quantiles(dynamic: bool, size: 
     torch.testing.assert_close(noising.target(x_0 + 2, eps, t), -eps)
 
 
-def test_the_gradient_in_sd3_is_that_of_the_original_models(tiny_sd3_dir: Path) -> None:
-    """Reference: diffusers' pipeline and transformer, with autograd through the three embedding tables."""
+@pytest.mark.parametrize("without", [(), ("text_encoder_3",)])
+def test_the_gradient_in_sd3_is_that_of_the_original_models(tiny_sd3_dir: Path, without: tuple[str, ...]) -> None:
+    """Reference: diffusers' pipeline and transformer, with autograd through the embedding tables."""
     from diffusers import StableDiffusion3Pipeline
 
-    word, source = a_word(*WIDTHS), load_source(tiny_sd3_dir)
+    encoders = {name: suffix for name, suffix in zip(WIDTHS, ("", "_2", "_3"), strict=True) if name not in without}
+    word, source = a_word(*encoders), load_source(tiny_sd3_dir, without=without)
     batch = draw(word, QUICK, 1000, torch.Generator().manual_seed(2))
     pipe = StableDiffusion3Pipeline.from_pretrained(tiny_sd3_dir)
-    tables = {name: add_word(pipe, word, name, suffix) for name, suffix in zip(WIDTHS, ("", "_2", "_3"), strict=True)}
+    if without:
+        pipe.text_encoder_3 = pipe.tokenizer_3 = None
+    tables = {name: add_word(pipe, word, name, suffix) for name, suffix in encoders.items()}
     texts = [prompt.format("<toy>") for prompt in batch.prompts]
+    length = 256 if without else 24
     states, _, pooled, _ = pipe.encode_prompt(
-        texts, None, None, do_classifier_free_guidance=False, max_sequence_length=24
+        texts, None, None, do_classifier_free_guidance=False, max_sequence_length=length
     )
     noisy, sigma, target = reference_noise(batch, lambda s: 3 * s / (1 + 2 * s))
     predicted = pipe.transformer(
@@ -130,7 +141,7 @@ def test_the_loss_of_flux_falls(tiny_flux_dir: Path, recipe: str) -> None:
 @pytest.mark.parametrize("tiny_flux_dir", ["dev"], indirect=True)
 def test_a_resumed_run_has_the_same_bits(tiny_sd3_dir: Path, tiny_flux_dir: Path, recipe: str) -> None:
     settings = RECIPES[recipe].with_changes(steps=4, batch_size=2, compute=Compute.BF16)
-    for model, encoders in ((tiny_sd3_dir, tuple(WIDTHS)), (tiny_flux_dir, FLUX)):
+    for model, encoders in ((tiny_sd3_dir, tuple(WIDTHS)), (tiny_sd3_dir, CLIP), (tiny_flux_dir, FLUX)):
         whole, first, second = (Learner(load_source(model), [a_word(*encoders)], settings, seed=7) for _ in range(3))
         for _ in range(4):
             whole.step()
@@ -145,13 +156,94 @@ def test_a_resumed_run_has_the_same_bits(tiny_sd3_dir: Path, tiny_flux_dir: Path
             assert not torch.equal(whole.words[0].rows[name], whole.words[0].initial[name])
 
 
-def test_parts_on_threads_and_checkpointing_give_the_gradients_of_the_whole_batch(tiny_sd3_dir: Path) -> None:
+class Forgetful(dict[Any, Any]):
+    """A cache that finds nothing."""
+
+    def __contains__(self, key: object) -> bool:
+        return False
+
+
+@pytest.mark.parametrize("tiny_flux_dir", ["dev"], indirect=True)
+@pytest.mark.parametrize(("encoders", "frozen"), [(CLIP, "text_encoder_3"), (("text_encoder_3",), "text_encoder")])
+def test_an_encoder_without_rows_encodes_each_prompt_once_and_changes_no_bit(
+    tiny_sd3_dir: Path, tiny_flux_dir: Path, encoders: tuple[str, ...], frozen: str
+) -> None:
+    model = tiny_sd3_dir if encoders is CLIP else tiny_flux_dir
+    settings = QUICK.with_changes(per_image=0.5)
+    cached, uncached, released = (Learner(load_source(model), [a_word(*encoders)], settings, seed=7) for _ in range(3))
+    uncached._frozen[frozen]._encoded = Forgetful()
+    released.release_encoders()
+    calls: dict[int, list[Any]] = {id(learner): [] for learner in (cached, uncached)}
+    for learner in (cached, uncached):
+        module, called = learner.encoders[frozen].encoder, calls[id(learner)]
+        module.register_forward_pre_hook(lambda module, inputs, called=called: called.append(inputs))
+
+    for learner in (cached, uncached, released):
+        while not learner.finished():
+            learner.step()
+
+    # Two prompts, with and without the word of a picture, which this encoder reads as nothing.
+    assert len(calls[id(cached)]) <= 4 < len(calls[id(uncached)])
+    for learner in (uncached, released):
+        assert learner.words[0].losses == cached.words[0].losses
+        for name in encoders:
+            assert torch.equal(learner.words[0].rows[name], cached.words[0].rows[name])
+    plain = cached.encoders[frozen]
+    texts = [cached._text(frozen, 0, prompt) for prompt in PROMPTS]
+    none = torch.zeros(0, WIDTHS[frozen])
+    for ours, theirs in zip(cached._frozen[frozen](texts), plain(texts, none), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)  # one by one, and as a batch
+    with pytest.raises(EngineError, match=f"'another {{}}' is new, and {frozen} has left memory"):
+        released._context([(0, "another {}")])
+
+
+def test_weights_of_encoders_without_rows_are_freed(
+    tiny_sd3_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import T5EncoderModel
+
+    folder = Path(arguments(tmp_path, tiny_sd3_dir, tmp_path)[0])
+    sources, weights = list[Source](), list[weakref.ref[torch.Tensor]]()
+
+    def load(*arguments: Any, **options: Any) -> Source:
+        sources.append(load_source(*arguments, **options))
+        weights.extend(map(weakref.ref, sources[-1].text_encoders["text_encoder_3"].parameters()))
+        return sources[-1]
+
+    monkeypatch.setattr("oneword.train.learn.load_source", load)
+    for encoders, freed in ((tuple(WIDTHS), False), (CLIP, True)):
+        recipe = QUICK.with_changes(encoders=encoders, steps=2, batch_size=2)
+        *_, last = learn(tiny_sd3_dir, [Task(folder, "<toy>", "star")], recipe)
+        assert last.concepts[0].vectors.keys() == set(encoders)
+        source = sources.pop()
+        parts = {"transformer": source.network, "vae": source.vae, **source.text_encoders}
+        in_memory = {name for name, part in parts.items() if not all(p.is_meta for p in part.parameters())}
+        assert in_memory == parts.keys() - ({"text_encoder_3"} if freed else set())
+        assert all(not p.is_meta for name in in_memory for p in parts[name].parameters())
+        gc.collect()
+        assert all(weight() is None for weight in weights) is freed
+        weights.clear()
+
+    t5 = T5EncoderModel.from_pretrained(tiny_sd3_dir / "text_encoder_3").num_parameters()
+    assert numbers_in_memory(load_source(tiny_sd3_dir)) - numbers_in_memory(source) == t5
+    assert (t5, numbers_in_memory(source)) == (19_648, 225_803)  # as docs/guide/training.md says
+
+
+def numbers_in_memory(source: Source) -> int:
+    parts = [source.network, source.vae, *source.text_encoders.values()]
+    return sum(p.numel() for part in parts for p in part.parameters() if not p.is_meta)
+
+
+@pytest.mark.parametrize("encoders", [tuple(WIDTHS), CLIP])
+def test_parts_on_threads_and_checkpointing_give_the_gradients_of_the_whole_batch(
+    tiny_sd3_dir: Path, encoders: tuple[str, ...]
+) -> None:
     recipe = QUICK.with_changes(batch_size=16)
-    word = a_word(*WIDTHS)
+    word = a_word(*encoders)
     learner = Learner(load_source(tiny_sd3_dir), [word], recipe, seed=7)
     draws = {0: draw(word, recipe, 1000)}
     expected = torch.autograd.grad(learner._losses(draws)[0], list(word.rows.values()))
-    saving_word = a_word(*WIDTHS)
+    saving_word = a_word(*encoders)
     saving = Learner(load_source(tiny_sd3_dir), [saving_word], recipe.with_changes(gradient_checkpointing=True), seed=7)
     before = torch.get_num_threads()
 
@@ -190,9 +282,41 @@ def test_the_command_writes_a_word_of_sd3(
     assert all(np.isfinite(rows).all() for rows in load_concept(output).vectors.values())
 
 
+def test_the_command_does_not_load_an_encoder_that_is_left_out(tiny_sd3_dir: Path, tmp_path: Path) -> None:
+    """The model's folder has no T5, so loading it would fail."""
+    model, output = tmp_path / "model", tmp_path / "toy.safetensors"
+    shutil.copytree(tiny_sd3_dir, model, ignore=shutil.ignore_patterns("text_encoder_3", "tokenizer_3"))
+    command = arguments(tmp_path, model, output)
+
+    assert main(command) == 1
+    assert main([*command, "--without", "text_encoder_3"]) == 0
+
+    with safe_open(output, "numpy") as file:
+        assert sorted(file.keys()) == ["clip_g", "clip_l"]
+        assert file.metadata()["text"] == "star"  # for T5, in models that have it
+
+
+def test_a_run_is_not_resumed_with_other_encoders(tiny_sd3_dir: Path, tmp_path: Path) -> None:
+    folder, recipe = Path(arguments(tmp_path, tiny_sd3_dir, tmp_path)[0]), QUICK.with_changes(batch_size=2)
+    run = learn(tiny_sd3_dir, [Task(folder, "<toy>", "star")], recipe, checkpoints=tmp_path / "run")
+    next(run)
+    run.close()
+
+    options = {"checkpoints": tmp_path / "run", "without": ["text_encoder_3"]}
+    message = "text encoders was text_encoder, text_encoder_2, text_encoder_3 and is text_encoder, text_encoder_2;"
+    with pytest.raises(UsageError, match=message):
+        next(learn(tiny_sd3_dir, [Task(folder, "<toy>", "star")], recipe, **options))
+    with pytest.raises(UsageError, match="encoders has text_encoder_3: the model's text encoders are text_encoder"):
+        next(learn(tiny_sd3_dir, [Task(folder, "<toy>")], recipe.with_changes(encoders=tuple(WIDTHS)), **options))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        (
+            ["--without", "text_encoder"],
+            "--without text_encoder: the model is a FluxPipeline, it needs all its encoders",
+        ),
         (["--set", "encoders=t5"], "encoders has t5: the model's text encoders are text_encoder, text_encoder_3"),
         (
             ["--set", "encoders=text_encoder"],
