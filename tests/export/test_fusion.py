@@ -6,24 +6,27 @@ encoder has one attention and two norms; the first norm of all follows the embed
 """
 
 import json
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnx
 import onnx.inliner
 import onnx_ir
 import pytest
 
+from oneword.engines import builder
 from oneword.engines.errors import EngineError
-from oneword.engines.graph import Provider
+from oneword.engines.graph import Graph, Provider
 from oneword.engines.open import Backend, open_engine
 from oneword.export import parity
 from oneword.export.families import Traceable, family_of
-from oneword.export.fusion import fuse
+from oneword.export.fusion import fuse, fused_copies
 from oneword.export.source import load_source
-from oneword.export.trace import example_feeds
+from oneword.export.trace import OPSET, example_feeds
 from oneword.export.write import check_graph, write_graph
 from oneword.runtime.bundle import Bundle
 from tests.export.fused import attentions_and_norms, own_operators
@@ -85,9 +88,38 @@ def traceable(model: Path, name: str) -> Traceable:
     return next(graph for graph in family_of(load_source(model)).graphs if graph.name == name)
 
 
-def test_openvino_and_tensorrt_get_the_graph_without_the_operators_of_onnxruntime(tiny_bundle: Path) -> None:
+def test_no_graph_itself_has_operators_of_onnxruntime(tiny_bundle: Path) -> None:
     for graph in Bundle.open(tiny_bundle).manifest.graphs.values():
         assert not own_operators(tiny_bundle / graph.files[0])
+
+
+def with_missing_copies(bundle: Path) -> Graph:
+    graph = Bundle.open(bundle).graph("vae_encoder")
+    return msgspec.structs.replace(graph, fused=dict.fromkeys(Provider, "missing.onnx"))
+
+
+def test_openvino_opens_the_graph_itself(tiny_bundle: Path) -> None:
+    pytest.importorskip("openvino")
+    open_engine(Backend.OPENVINO, "vae_encoder", with_missing_copies(tiny_bundle), tiny_bundle)
+
+
+def test_onnxruntime_does_not_fall_back_to_the_graph_itself(tiny_bundle: Path) -> None:
+    with pytest.raises(EngineError, match=r"cannot open graph 'vae_encoder' \(.*missing\.onnx\)"):
+        open_engine(Backend.ONNXRUNTIME, "vae_encoder", with_missing_copies(tiny_bundle), tiny_bundle)
+
+
+@pytest.mark.parametrize("flavour", builder.Flavour)
+def test_plans_of_tensorrt_are_built_from_the_graph_itself(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flavour: builder.Flavour
+) -> None:
+    def start(job: Any, output: object) -> None:
+        os.close(job.channel)
+        raise EngineError(f"started with {job.onnx}")
+
+    monkeypatch.setattr(builder, "_start", start)
+    graph, sizes = with_missing_copies(tiny_bundle), {"B": (1, 1, 1), "H": (64, 64, 64), "W": (64, 64, 64)}
+    with pytest.raises(EngineError, match=r"started with .*/vae_encoder\.onnx$"):
+        builder.build_plan("vae_encoder", graph, tiny_bundle, tmp_path, flavour, "1", "sm89", sizes)
 
 
 def test_a_copy_that_differs_from_its_graph_is_refused(tiny_model_dir: Path, tmp_path: Path) -> None:
@@ -129,6 +161,26 @@ def test_the_gated_gelu_is_fused_for_cuda_where_it_has_a_kernel(width: int, fuse
     for provider in Provider:
         copy = onnx_ir.from_proto(gated)
         assert fuse(copy, provider) == (fused and provider is Provider.CUDA)
+
+
+def test_the_gated_gelu_of_diffusers_is_fused_for_cuda_as_it_is_traced() -> None:
+    import torch
+    from diffusers.models.attention import FeedForward
+
+    program = torch.onnx.export(
+        FeedForward(320, activation_fn="geglu").eval(),  # the width of Stable Diffusion's first level
+        (torch.zeros(2, 6, 320),),
+        dynamo=True,
+        opset_version=OPSET,
+        dynamic_shapes=({0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC},),
+        verbose=False,
+    )
+    assert program is not None
+    copies = fused_copies(program.model)
+    assert copies.keys() == {Provider.CUDA}
+    operators = Counter(node.op_type for node in copies[Provider.CUDA].graph)
+    assert operators["BiasSplitGelu"] == 1
+    assert not operators["Gelu"]
 
 
 def test_the_gated_gelu_for_cuda_computes_the_same_by_the_definition_of_its_operator() -> None:
