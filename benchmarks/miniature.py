@@ -1,5 +1,7 @@
 """How well the miniature obeys its captions, through the exported bundle: python -m benchmarks.miniature [--write]
 
+`--weights int8` measures a bundle with such weights.
+
 world         renders per second in one process; the target is 1,000
 judge         a CLIPModel reads real renders, zero-shot with the world's own words; the target is 97 % per attribute
 VAE           picture -> latents -> picture through the exported graphs; the target is 34 dB
@@ -30,6 +32,7 @@ from PIL import Image
 
 from benchmarks.exported import exported
 from benchmarks.pages import RESULTS, empty_page, marked, provenance, table, write_section
+from oneword.engines.graph import Weights
 from oneword.export.source import find_model
 from oneword.runtime.drawing import draw
 from oneword.runtime.model import Model
@@ -81,6 +84,7 @@ def main() -> None:
     """Renders, generates, reads, and prints a table and one line of JSON."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", default="miniature")
+    p.add_argument("--weights", choices=[weights.value for weights in Weights], default=Weights.FLOAT.value)
     p.add_argument("--captions", type=int, default=200)
     p.add_argument("--guidance", type=float, default=4.0)
     p.add_argument("--work", type=Path, default=Path("build/miniature"))
@@ -88,7 +92,7 @@ def main() -> None:
     args = p.parse_args()
 
     args.work.mkdir(parents=True, exist_ok=True)
-    model = Model.open(exported(args.model, args.work / "bundle"), "onnxruntime")
+    model = Model.open(exported(args.model, args.work / "bundle", Weights(args.weights)), "onnxruntime")
     scenes, pairs = one_object_scenes(args.captions), two_object_scenes(args.captions // 2)
     start = time.perf_counter()
     real = np.stack([world.render(scene, 5_000 + i)[0] for i, scene in enumerate(scenes)])

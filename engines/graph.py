@@ -18,6 +18,13 @@ class Precision(StrEnum):
     BF16 = "bf16"
 
 
+class Weights(StrEnum):
+    """How a graph's weights are stored; it computes in its precision with either."""
+
+    FLOAT = "float"  # in its precision
+    INT8 = "int8"  # those of convolutions and matrix products as integers, with one scale per output channel
+
+
 class Provider(StrEnum):
     """An execution provider of ONNX Runtime."""
 
@@ -63,6 +70,7 @@ class Graph(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     fused: dict[Provider, str] = {}
+    weights: Weights = Weights.FLOAT
 
     @property
     def all_files(self) -> tuple[str, ...]:

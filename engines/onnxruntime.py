@@ -1,5 +1,5 @@
-"""ONNX Runtime: graphs on the CPU, their buffers bound once. The only module that imports `onnxruntime`; its CUDA
-provider, opened through this module, is in `oneword.engines.onnxruntime_cuda`.
+"""ONNX Runtime: graphs on the CPU, their buffers bound once. The only module that imports `onnxruntime` to run graphs;
+its CUDA provider, opened through this module, is in `oneword.engines.onnxruntime_cuda`.
 
 A graph is opened once, for any shape. The weights of a large graph are not reordered: for SD 1.5 reordering takes eight
 seconds at every start and saves one to three percent of a step.
@@ -142,8 +142,10 @@ def open_session(
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     # Threads that spin after a run slow down the next graph's: by a tenth of a picture's time in the miniature.
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    # Fuses int8 weights with their products into operators that hold them twice and round activations to 8 bits.
+    disabled = ["QDQSelectorActionTransformer"]
     try:
-        session = ort.InferenceSession(os.fspath(path), options, providers=providers)
+        session = ort.InferenceSession(os.fspath(path), options, providers=providers, disabled_optimizers=disabled)
     except Exception as error:  # ONNX Runtime's exceptions have no common base class
         raise EngineError(f"cannot open graph {name!r} ({path}): {one_line(error)}") from error
     check_opened(name, path, inputs, (value.name for value in session.get_inputs()))

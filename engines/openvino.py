@@ -44,7 +44,7 @@ from oneword.engines.engine import (
 )
 from oneword.engines.errors import EngineError, FileError, MissingPackage, one_line
 from oneword.engines.files import size_of
-from oneword.engines.graph import Graph, Precision
+from oneword.engines.graph import Graph, Precision, Weights
 from oneword.engines.plans import PlanCache, PlanKey
 from oneword.engines.threads import cpu_threads
 
@@ -90,6 +90,8 @@ class OpenVinoEngine:
         capabilities = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         low = not exact and "BF16" in capabilities
         settings = {"INFERENCE_PRECISION_HINT": "bf16" if low else "f32", "PERFORMANCE_HINT": "LATENCY"}
+        if graph.weights is Weights.INT8:
+            settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = "0"  # else products round their other operand to 8 bits too
         if count := cpu_threads(threads):
             settings["INFERENCE_NUM_THREADS"] = str(count)
         self.backend = f"openvino {ov.__version__.split('-')[0]} cpu {Precision.BF16 if low else graph.precision}"
@@ -351,6 +353,7 @@ def convert_graph(core: Any, path: Path, xml: Path) -> None:
     """
     ov = _openvino()
     model = core.read_model(path)
+    _expand_convolutions(model)
     exact = {op.get_friendly_name(): op for op in model.get_ops() if _stays_exact(op)}
     all_halved = xml.with_name("halved.xml")
     ov.save_model(model, all_halved, compress_to_fp16=True)
@@ -360,6 +363,19 @@ def convert_graph(core: Any, path: Path, xml: Path) -> None:
             op.output(0).replace(exact[op.get_friendly_name()].output(0))
     ov.serialize(halved, xml)
     core.read_model(xml)  # raises if the disk was full
+
+
+def _expand_convolutions(model: Any) -> None:
+    """Turns convolutions' int8 weights into float32: OpenVINO computes with them expanded, and would expand all of them
+    to float32 at once before it compiles the first. Those of matrix products stay int8 in memory."""
+    for op in model.get_ops():
+        users = {target.get_node().get_type_name() for output in op.outputs() for target in output.get_target_inputs()}
+        if op.get_type_name() == "Multiply" and users == {"Convolution"}:
+            convert, reshape = (op.input_value(i).get_node() for i in range(2))
+            integers, scales = (node.input_value(0).get_node().data for node in (convert, reshape))
+            expanded = _openvino().op.Constant(integers * scales.reshape(-1, 1, 1, 1))
+            expanded.set_friendly_name(op.get_friendly_name())
+            op.output(0).replace(expanded.output(0))
 
 
 def _stays_exact(op: Any) -> bool:

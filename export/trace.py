@@ -14,7 +14,8 @@ import torch
 
 from oneword.engines.engine import NumpyArray, numpy_dtype
 from oneword.engines.errors import OnewordError, one_line
-from oneword.engines.graph import DType, Precision, Provider, TensorSpec
+from oneword.engines.graph import DType, Precision, Provider, TensorSpec, Weights
+from oneword.export.compress import compress_weights
 from oneword.export.families import Traceable
 from oneword.export.fusion import fused_copies, save_copy
 
@@ -23,7 +24,9 @@ BF16_OPSET = 22  # the first whose Conv takes bfloat16
 EXAMPLE_SIZES = {"B": 3, "N": 5, "M": 4, "T": 7, "h": 12, "w": 10}  # none is 0 or 1, and all differ
 
 
-def trace(graph: Traceable, folder: Path) -> tuple[tuple[str, ...], dict[Provider, str]]:
+def trace(
+    graph: Traceable, folder: Path, weights: Weights = Weights.FLOAT
+) -> tuple[tuple[str, ...], dict[Provider, str]]:
     """Writes `<name>.onnx`, its data file and its fused copies into `folder`.
 
     Returns the names of the first two, the .onnx first, and of the copies. A graph that has neither a copy nor a GiB of
@@ -44,6 +47,8 @@ def trace(graph: Traceable, folder: Path) -> tuple[tuple[str, ...], dict[Provide
                 verbose=False,
             )
             assert program is not None  # always set with dynamo=True
+            if weights is Weights.INT8:
+                compress_weights(program.model)
             copies = {} if graph.precision is Precision.BF16 else fused_copies(program.model)
             for model in (program.model, *copies.values()):
                 name_axes(model, graph)

@@ -8,7 +8,8 @@ from typing import Any
 import msgspec
 from safetensors.torch import save_file
 
-from oneword.engines.graph import Graph, Precision, Provider, graph_digest
+from oneword.engines.errors import UsageError
+from oneword.engines.graph import Graph, Precision, Provider, Weights, graph_digest
 from oneword.engines.onnxruntime import OnnxRuntimeEngine
 from oneword.export.families import TORCH_DTYPES, Exportable, Traceable, family_of, with_preview_decoder
 from oneword.export.parity import Difference, Reference, compare, compare_fused, references
@@ -37,6 +38,7 @@ def export_bundle(
     path: str | Path,
     *,
     precision: Precision = Precision.FP32,
+    weights: Weights = Weights.FLOAT,
     config: Path | None = None,
     loras: Sequence[Lora] = (),
     without: Sequence[str] = (),
@@ -47,6 +49,8 @@ def export_bundle(
     """Exports `model` (see load_source) to a bundle at `path`, which appears only when complete. `preview` is a
     diffusers directory of an AutoencoderTiny, which becomes the bundle's preview decoder. `report` is called at every
     stage; `accept` may raise, after the model is loaded and before the long work."""
+    if weights is Weights.INT8 and precision is not Precision.FP32:
+        raise UsageError(f"--weights int8 with --precision {precision}: int8 weights are for --precision fp32 only")
     report(f"loading {model}")
     tiny = None if preview is None else load_preview_decoder(preview, TORCH_DTYPES[precision])
     source = load_source(model, TORCH_DTYPES[precision], config=config, loras=loras, without=without)
@@ -64,7 +68,7 @@ def export_bundle(
         graphs = {}
         for graph in exportable.graphs:
             report(f"tracing {graph.name}")
-            graphs[graph.name] = write_graph(graph, folder)
+            graphs[graph.name] = write_graph(graph, folder, weights)
             report(f"checking {graph.name}")
             if graph.precision is Precision.BF16:
                 references(graph)  # at least the module's own outputs must be finite
@@ -80,9 +84,9 @@ def export_bundle(
     return Exported(bundle, exportable.family, tuple(differences), tuple(unchecked))
 
 
-def write_graph(graph: Traceable, folder: Path) -> Graph:
+def write_graph(graph: Traceable, folder: Path, weights: Weights = Weights.FLOAT) -> Graph:
     """Traces one graph into `folder` and describes it."""
-    files, fused = trace(graph, folder)
+    files, fused = trace(graph, folder, weights)
     return Graph(
         files=files,
         digest=graph_digest(folder, files),
@@ -90,6 +94,7 @@ def write_graph(graph: Traceable, folder: Path) -> Graph:
         inputs=graph.inputs,
         outputs=graph.outputs,
         fused=fused,
+        weights=weights,
     )
 
 
@@ -100,7 +105,7 @@ def check_graph(graph: Traceable, written: Graph, folder: Path) -> list[Differen
     """
     cases = references(graph)
     original = OnnxRuntimeEngine(graph.name, msgspec.structs.replace(written, fused={}), folder)
-    differences = compare(original, cases, graph.precision)
+    differences = compare(original, cases, graph.precision, written.weights)
     if Provider.CPU in written.fused:
         cases = [Reference(case.feeds, original.run(case.feeds)) for case in cases]
         del original  # a large graph's weights fit into memory once

@@ -96,6 +96,10 @@ def test_without_plans_none_are_built(
         (["--plans", "tensorrt-rtx", "--target", "sm90"], "builds for sm75, sm80, sm86, sm89, sm120, sm121"),
         (["--plans", "openvino"], "'openvino' is not one of 'tensorrt', 'tensorrt-rtx'"),
         (["--engine", "openvino"], "No such option"),
+        (
+            ["--plans", "tensorrt-rtx", "--weights", "int8"],
+            "with --plans tensorrt-rtx, which does not run int8 weights",
+        ),
         (["--target", "sm89"], "--target has no effect without plans: add --plans tensorrt or --plans tensorrt-rtx"),
         (["--max-batch", "4"], "--max-batch has no effect without plans"),
         (["--static-size", "64x64"], "--static-size has no effect without plans"),

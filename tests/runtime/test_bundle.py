@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 
 from oneword.engines.errors import BundleError, FileError, OnewordError, UsageError
-from oneword.engines.graph import DType, Graph, Precision, Provider, TensorSpec, graph_digest
+from oneword.engines.graph import DType, Graph, Precision, Provider, TensorSpec, Weights, graph_digest
 from oneword.engines.plans import PlanCache, PlanKey
 from oneword.runtime.bundle import (
     Bundle,
@@ -131,11 +131,13 @@ def test_a_bundle_whose_copy_is_not_hashed_is_refused(tmp_path: Path) -> None:
         Bundle.open(path)
 
 
-def test_a_bundle_from_before_there_were_copies_is_opened(bundle: Path) -> None:
-    edit(bundle, lambda manifest: [graph.pop("fused") for graph in manifest["graphs"].values()])  # type: ignore[attr-defined]
+@pytest.mark.parametrize("key", ["fused", "weights"])
+def test_a_bundle_from_before_there_were_copies_and_int8_weights_is_opened(bundle: Path, key: str) -> None:
+    edit(bundle, lambda manifest: [graph.pop(key) for graph in manifest["graphs"].values()])  # type: ignore[attr-defined]
 
     for graph in Bundle.open(bundle).manifest.graphs.values():
         assert {graph.onnx_for(provider) for provider in Provider} == {graph.files[0]}
+        assert graph.weights is Weights.FLOAT
 
 
 def test_a_failed_export_leaves_nothing(tmp_path: Path) -> None:

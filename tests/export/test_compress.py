@@ -1,0 +1,227 @@
+"""Bundles with int8 weights: what is compressed and how, what the backends keep of it, and who refuses it."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir
+import pytest
+from onnx.reference import ReferenceEvaluator
+
+from oneword.engines import builder
+from oneword.engines.errors import EngineError, UsageError
+from oneword.engines.graph import DType, Graph, Precision, Provider, TensorSpec, Weights
+from oneword.engines.open import Backend, open_engine
+from oneword.export.compress import compress_weights, per_channel
+from oneword.export.write import export_bundle
+from oneword.runtime import backends
+from oneword.runtime.bundle import Bundle
+from oneword.runtime.drawing import draw
+from oneword.runtime.model import Model
+from oneword.runtime.request import Image
+from tests.export.fused import attentions_and_norms
+
+GRAPH = """
+<ir_version: 10, opset_import: ["" : 20]>
+compressible (float[B, 16, H, W] image, float[B, 32] row) => (float[B, 32, H, W] convolved, float[B, 48] product,
+                                                              float[B, 64] gemm, float[B, 32] transposed) {
+  convolved = Conv <kernel_shape = [3, 3], pads = [1, 1, 1, 1]> (image, kernel)
+  product = MatMul(row, columns)
+  gemm = Gemm <transB = 1> (row, rows)
+  twice = Gemm <transB = 1> (row, square)
+  transposed = MatMul(twice, square)
+}
+"""
+SHAPES = {"kernel": (32, 16, 3, 3), "columns": (32, 48), "rows": (64, 32), "square": (32, 32)}
+INPUTS = (TensorSpec("image", DType.FLOAT32, ("B", 16, "H", "W")), TensorSpec("row", DType.FLOAT32, ("B", 32)))
+OUTPUTS = tuple(TensorSpec(name, DType.FLOAT32, ("B",)) for name in ("convolved", "product", "gemm", "transposed"))
+
+
+def random(shape: tuple[int, ...], seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+
+
+@pytest.fixture
+def compressed(tmp_path: Path) -> Graph:
+    proto = onnx.parser.parse_model(GRAPH)
+    for seed, (name, shape) in enumerate(SHAPES.items()):
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(random(shape, seed), name))
+    traced = onnx_ir.from_proto(proto)
+    compress_weights(traced)
+    onnx_ir.save(traced, tmp_path / "g.onnx")
+    onnx.checker.check_model(tmp_path / "g.onnx", full_check=True)
+    return Graph(("g.onnx",), "d", Precision.FP32, INPUTS, OUTPUTS, weights=Weights.INT8)
+
+
+def weights_of(path: Path) -> dict[str, np.ndarray]:
+    return {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer}
+
+
+def test_a_channels_largest_number_becomes_127_and_the_others_follow() -> None:
+    weight = np.array([[1.0, 0.5, -0.25], [-254, 0, 3], [0, 0, 0]], np.float32)
+    integers, scales = per_channel(weight, axis=0)
+    assert integers.tolist() == [[127, 64, -32], [-127, 0, 2], [0, 0, 0]]  # 63.5, -31.75 and 1.5 are rounded
+    np.testing.assert_allclose(scales[:2], [1 / 127, 2], rtol=1e-6)
+
+    integers, scales = per_channel(np.ascontiguousarray(weight.T), axis=1)
+    assert integers.T.tolist() == [[127, 64, -32], [-127, 0, 2], [0, 0, 0]]
+
+
+def test_weights_of_convolutions_and_products_are_compressed_by_output_channel(
+    compressed: Graph, tmp_path: Path
+) -> None:
+    graph, stored = onnx.load(tmp_path / "g.onnx").graph, weights_of(tmp_path / "g.onnx")
+    axes = {
+        node.input[0]: attribute.i
+        for node in graph.node
+        for attribute in node.attribute
+        if node.op_type == "DequantizeLinear"
+    }
+    assert axes == {"kernel.int8": 0, "columns.int8": 1, "rows.int8": 0}
+    assert stored.keys() == {*axes, "kernel.scale", "columns.scale", "rows.scale", "square"}  # two axes fit no channel
+    for seed, (name, shape) in enumerate(SHAPES.items()):
+        if name != "square":
+            integers, scale = stored[f"{name}.int8"], stored[f"{name}.scale"]
+            assert (integers.dtype, integers.shape) == (np.int8, shape)
+            along = np.moveaxis(integers * 1.0, axes[f"{name}.int8"], -1) * scale
+            error = np.abs(along - np.moveaxis(random(shape, seed), axes[f"{name}.int8"], -1))
+            assert (error <= 0.5001 * scale).all()
+
+
+def test_small_weights_and_other_constants_stay() -> None:
+    proto = onnx.parser.parse_model("""
+    <ir_version: 10, opset_import: ["" : 20]>
+    kept (float[B, 16] x, int64[B] i) => (float[B, 16] y, float[B, 64] z) {
+      y = MatMul(x, small)
+      z = Gather(table, i)
+    }""")
+    for name, shape in {"small": (16, 16), "table": (64, 64)}.items():
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(random(shape, 0), name))
+    traced = onnx_ir.from_proto(proto)
+    compress_weights(traced)
+    assert set(traced.graph.initializers) == {"small", "table"}
+    assert [node.op_type for node in traced.graph] == ["MatMul", "Gather"]
+
+
+def feeds() -> dict[str, np.ndarray]:
+    return {"image": random((2, 16, 9, 7), 10), "row": random((2, 32), 11)}
+
+
+def expanded(folder: Path) -> list[Any]:
+    """The outputs of the graph by ONNX's own reference, which expands every weight."""
+    return ReferenceEvaluator(onnx.load(folder / "g.onnx")).run(None, feeds())
+
+
+@pytest.mark.parametrize("backend", [Backend.ONNXRUNTIME, Backend.OPENVINO])
+def test_only_weights_are_rounded(compressed: Graph, tmp_path: Path, backend: Backend) -> None:
+    pytest.importorskip(backend.value)
+    if backend is Backend.OPENVINO:
+        from oneword.engines.openvino import OpenVinoEngine
+
+        engine: Any = OpenVinoEngine("g", compressed, tmp_path, threads=1, exact=True)
+    else:
+        engine = open_engine(backend, "g", compressed, tmp_path)
+    outputs = engine.run(feeds())
+    for spec, expected in zip(OUTPUTS, expanded(tmp_path), strict=True):
+        np.testing.assert_allclose(outputs[spec.name], expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
+
+
+def test_onnxruntime_expands_one_weight_at_a_time(
+    compressed: Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import onnxruntime as ort
+
+    sessions = []
+    InferenceSession = ort.InferenceSession
+
+    def profiled(*arguments: Any, **settings: Any) -> Any:
+        options = arguments[1]
+        options.enable_profiling, options.profile_file_prefix = True, str(tmp_path / "profile")
+        sessions.append(InferenceSession(*arguments, **settings))
+        return sessions[0]
+
+    monkeypatch.setattr(ort, "InferenceSession", profiled)
+    open_engine(Backend.ONNXRUNTIME, "g", compressed, tmp_path).run(feeds())
+    events = json.loads(Path(sessions[0].end_profiling()).read_text())
+    ran = Counter(event["args"]["op_name"] for event in events if event["name"].endswith("_kernel_time"))
+    assert ran == {"DequantizeLinear": 3, "Conv": 1, "MatMul": 2, "Gemm": 2}  # not folded, not fused
+
+
+def test_openvino_keeps_the_weights_of_products_compressed_and_those_of_convolutions_expanded(
+    compressed: Graph, tmp_path: Path
+) -> None:
+    openvino = pytest.importorskip("openvino")
+    from oneword.engines.openvino import convert_graph
+
+    core = openvino.Core()
+    (tmp_path / "plan").mkdir()
+    convert_graph(core, tmp_path / "g.onnx", tmp_path / "plan" / "g.xml")
+    plan = core.read_model(tmp_path / "plan" / "g.xml")
+    types = {tuple(op.shape): op.get_element_type() for op in plan.get_ops() if op.get_type_name() == "Constant"}
+    assert types[SHAPES["columns"]] == types[SHAPES["rows"]] == openvino.Type.i8
+    assert types[SHAPES["kernel"]] == openvino.Type.f32  # as any small constant; a large one is halved
+    ran = core.compile_model(plan, "CPU", {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"})
+    for actual, expected in zip(ran(feeds()).values(), expanded(tmp_path), strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
+    kept = {
+        op.get_rt_info()["outputPrecisions"].astype(str)
+        for op in ran.get_runtime_model().get_ops()
+        if op.get_rt_info()["layerType"].astype(str) == "Const" and op.get_output_shape(0)[0] in (32, 64)
+    }
+    assert "i8" in kept
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    path = tmp_path_factory.mktemp("int8") / "bundle"
+    exported = export_bundle(tiny_model_dir, path, weights=Weights.INT8)
+    relative = {d.output: d.value for d in exported.differences if d.unit == "relative"}
+    assert 0 < relative["denoised"] < 0.1  # the cost is reported
+    return exported.bundle
+
+
+def test_all_graphs_of_a_bundle_have_int8_weights_and_share_them_with_their_copies(
+    bundle: Bundle, tiny_bundle: Path
+) -> None:
+    assert {graph.weights for graph in bundle.manifest.graphs.values()} == {Weights.INT8}
+    for graph in bundle.manifest.graphs.values():
+        for name in {graph.files[0], *graph.fused.values()}:
+            model = onnx.load(bundle.path / name, load_external_data=False)
+            integers = [tensor for tensor in model.graph.initializer if tensor.data_type == onnx.TensorProto.INT8]
+            assert integers
+            assert all(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in integers if graph.fused)
+    for provider in Provider:
+        assert attentions_and_norms(bundle.path, provider) == attentions_and_norms(tiny_bundle, provider)
+
+
+def picture(path: Path, engine: Backend) -> Image:
+    model = Model.open(path, engine, threads=1)
+    [result] = draw(model, "a photo of the red cat", seed=3, steps=8, guidance_scale=5.0)
+    return result.image
+
+
+@pytest.mark.parametrize("engine", [Backend.ONNXRUNTIME, Backend.OPENVINO])
+def test_a_bundle_with_int8_weights_draws_nearly_the_same_picture(
+    bundle: Bundle, tiny_bundle: Path, engine: Backend
+) -> None:
+    pytest.importorskip(engine.value)
+    a, b = picture(bundle.path, engine).astype(float), picture(tiny_bundle, Backend.ONNXRUNTIME).astype(float)
+    assert 10 * np.log10(255**2 / np.mean((a - b) ** 2)) >= 30
+
+
+def test_tensorrt_refuses_int8_weights(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = bundle.graph("vae_encoder")
+    for flavour in builder.Flavour:
+        with pytest.raises(EngineError, match=f"has int8 weights, which {flavour} does not run: export the model wit"):
+            builder.build_plan("vae_encoder", graph, bundle.path, tmp_path, flavour, "1", "sm89", {})
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda module: object())
+    for backend in (Backend.TENSORRT, Backend.TENSORRT_RTX):
+        assert next(backends._obstacles(bundle, backend)) == "the bundle has int8 weights, which it does not run"
+
+
+def test_int8_weights_of_a_half_precision_model_are_refused(tiny_model_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--weights int8 with --precision fp16: int8 weights are for --precision fp32"):
+        export_bundle(tiny_model_dir, tmp_path / "b", precision=Precision.FP16, weights=Weights.INT8)
