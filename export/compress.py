@@ -37,17 +37,17 @@ def compress_weights(model: onnx_ir.Model) -> None:
 
 
 def output_axis(weight: onnx_ir.Value) -> int | None:
-    """The axis of a weight's output channels; None if it is not one of a convolution or a matrix product alone."""
-    axes = {_output_axis(node, place) for node, place in weight.uses()}
+    """The axis of output channels of a weight that only convolutions or products use, and all along one axis, or None."""
+    axes = {_output_axis(node, place, weight) for node, place in weight.uses()}
     return axes.pop() if len(axes) == 1 else None
 
 
-def _output_axis(node: onnx_ir.Node, place: int) -> int | None:
+def _output_axis(node: onnx_ir.Node, place: int, weight: onnx_ir.Value) -> int | None:
     match node.domain, node.op_type, place:
         case "", "Conv", 1:
             return 0
-        case "", "MatMul", 1:
-            return 1 if node.inputs[1].shape.rank() == 2 else None
+        case "", "MatMul", 1 if weight.shape is not None and weight.shape.rank() == 2:
+            return 1
         case "", "Gemm", 1:
             return 0 if node.attributes.get_int("transB", 0) else 1
     return None

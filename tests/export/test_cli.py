@@ -98,7 +98,7 @@ def test_without_plans_none_are_built(
         (["--engine", "openvino"], "No such option"),
         (
             ["--plans", "tensorrt-rtx", "--weights", "int8"],
-            "with --plans tensorrt-rtx, which does not run int8 weights",
+            "which does not run int8 weights: drop one of them",
         ),
         (["--target", "sm89"], "--target has no effect without plans: add --plans tensorrt or --plans tensorrt-rtx"),
         (["--max-batch", "4"], "--max-batch has no effect without plans"),
