@@ -5,6 +5,8 @@ that use it. Activations, biases, norms and embedding tables stay as they are, a
 4 bits, groups of weights, and calibration with data.
 """
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import onnx_ir
@@ -23,10 +25,8 @@ def compress_weights(model: onnx_ir.Model) -> None:
         if tensor is None or axis is None or tensor.dtype != onnx_ir.DataType.FLOAT or tensor.size < SMALLEST:
             continue
         integers, scales = per_channel(tensor.numpy(), axis)
-        inputs = [onnx_ir.Value(name=f"{name}.{part}") for part in ("int8", "scale")]
-        for value, array in zip(inputs, (integers, scales), strict=True):
-            value.const_value = onnx_ir.tensor(array, name=value.name)
-            value.dtype, value.shape = value.const_value.dtype, value.const_value.shape
+        inputs = [_constant(f"{name}.int8", integers), _constant(f"{name}.scale", scales)]
+        for value in inputs:
             graph.register_initializer(value)
         node = onnx_ir.node("DequantizeLinear", inputs, attributes={"axis": axis}, name=f"{name}.dequantized")
         [output] = node.outputs
@@ -36,8 +36,13 @@ def compress_weights(model: onnx_ir.Model) -> None:
         del graph.initializers[name]
 
 
+def _constant(name: str, array: npt.NDArray[Any]) -> onnx_ir.Value:
+    tensor = onnx_ir.tensor(array, name=name)
+    return onnx_ir.Value(name=name, shape=tensor.shape, type=onnx_ir.TensorType(tensor.dtype), const_value=tensor)
+
+
 def output_axis(weight: onnx_ir.Value) -> int | None:
-    """The axis of output channels of a weight that only convolutions or products use, and all along one axis, or None."""
+    """The axis of a weight's output channels; None if they are not one axis in all uses, or it has other uses."""
     axes = {_output_axis(node, place, weight) for node, place in weight.uses()}
     return axes.pop() if len(axes) == 1 else None
 

@@ -31,11 +31,11 @@ compressible (float[B, 16, H, W] image, float[B, 32] row) => (float[B, 32, H, W]
   convolved = Conv <kernel_shape = [3, 3], pads = [1, 1, 1, 1]> (image, kernel)
   product = MatMul(row, columns)
   gemm = Gemm <transB = 1> (row, rows)
-  twice = Gemm <transB = 1> (row, square)
-  transposed = MatMul(twice, square)
+  twice = Gemm <transB = 1> (row, both)
+  transposed = MatMul(twice, both)
 }
 """
-SHAPES = {"kernel": (32, 16, 3, 3), "columns": (32, 48), "rows": (64, 32), "square": (32, 32)}
+SHAPES = {"kernel": (32, 16, 3, 3), "columns": (32, 48), "rows": (64, 32), "both": (64, 32)}
 INPUTS = (TensorSpec("image", DType.FLOAT32, ("B", 16, "H", "W")), TensorSpec("row", DType.FLOAT32, ("B", 32)))
 OUTPUTS = tuple(TensorSpec(name, DType.FLOAT32, ("B",)) for name in ("convolved", "product", "gemm", "transposed"))
 
@@ -81,9 +81,9 @@ def test_weights_of_convolutions_and_products_are_compressed_by_output_channel(
         if node.op_type == "DequantizeLinear"
     }
     assert axes == {"kernel.int8": 0, "columns.int8": 1, "rows.int8": 0}
-    assert stored.keys() == {*axes, "kernel.scale", "columns.scale", "rows.scale", "square"}  # two axes fit no channel
+    assert stored.keys() == {*axes, "kernel.scale", "columns.scale", "rows.scale", "both"}  # two axes fit no channel
     for seed, (name, shape) in enumerate(SHAPES.items()):
-        if name != "square":
+        if name != "both":
             integers, scale = stored[f"{name}.int8"], stored[f"{name}.scale"]
             assert (integers.dtype, integers.shape) == (np.int8, shape)
             along = np.moveaxis(integers * 1.0, axes[f"{name}.int8"], -1) * scale
