@@ -166,12 +166,12 @@ def test_openvino_keeps_the_weights_of_products_compressed_and_those_of_convolut
     ran = core.compile_model(plan, "CPU", {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"})
     for actual, expected in zip(ran(feeds()).values(), expanded(tmp_path), strict=True):
         np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
-    kept = {
+    precisions = {
         op.get_rt_info()["outputPrecisions"].astype(str)
         for op in ran.get_runtime_model().get_ops()
         if op.get_rt_info()["layerType"].astype(str) == "Const" and op.get_output_shape(0)[0] in (32, 64)
     }
-    assert "i8" in kept
+    assert "i8" in precisions
 
 
 @pytest.fixture(scope="module")
