@@ -30,6 +30,7 @@ NEW_PAGE = empty_page(
     "Denoise steps of full size with random weights: exports, plans, and latency on a GPU.",
     "full-size",
     "full-size-plans",
+    "gpu-plan",
     "gpu-latency",
 )
 LIMIT_GIB = 20

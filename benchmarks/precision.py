@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.pages import RESULTS, empty_page, model_name, provenance, table, write_section
+from benchmarks.psnr import psnr
 from oneword.engines.errors import OnewordError
 from oneword.engines.graph import Precision, Weights
 from oneword.engines.open import Backend
@@ -67,7 +68,7 @@ def main() -> None:
                 results[name] = {"error": str(error)}
                 continue
             expected = expected or pictures
-            decibels = [_psnr(a, b) for a, b in zip(pictures, expected, strict=True)]
+            decibels = [psnr(a, b) for a, b in zip(pictures, expected, strict=True)]
             results[name] = {
                 "median_db": float(np.median(decibels)),
                 "worst_db": float(min(decibels)),
@@ -106,11 +107,6 @@ def _draw(model: Model, options: argparse.Namespace) -> list[Image]:
         for i, prompt in enumerate(PROMPTS)
     ]
     return [picture.image for picture in draw(model, *requests)]
-
-
-def _psnr(a: Image, b: Image) -> float:
-    error = float(np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2))
-    return float("inf") if error == 0 else 10 * float(np.log10(255**2 / error))
 
 
 def _shown(decibels: float) -> str:

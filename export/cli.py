@@ -158,13 +158,14 @@ def command(
             report(f"building plans with {plans} for {target}")
             paths = build_plans(exported.bundle, plans, target, limits, report)
         seconds = time.perf_counter() - started
-    for line in parity_lines(exported):
+    warnings = plan_warnings(exported)
+    for line in (*parity_lines(exported), *warnings):
         progress.note(line)
     if not as_json:
         progress.note(f"wrote {bundle} in {seconds:.1f} s")
     if as_json:
         files = {name: [str(path) for path in built] for name, built in paths.items()}
-        print_json({**summary(exported, seconds), "target": target, "plans": files})
+        print_json({**summary(exported, seconds), "warnings": warnings, "target": target, "plans": files})
 
 
 def _refuse_plan_options(context: click.Context) -> None:
@@ -198,6 +199,14 @@ def summary(exported: Any, seconds: float) -> dict[str, object]:
         "unchecked": list(exported.unchecked),
         "seconds": round(seconds, 3),
     }
+
+
+def plan_warnings(exported: Any) -> list[str]:
+    """What keeps TensorRT from fusing the denoise step, one line each."""
+    from oneword.export.inspection import inspect_graph
+
+    bundle = exported.bundle
+    return inspect_graph(bundle.file(bundle.graph("denoise_step").files[0])).warnings()
 
 
 def parity_lines(exported: Any) -> list[str]:

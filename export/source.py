@@ -10,7 +10,7 @@ import inspect
 import json
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -215,6 +215,13 @@ def encoder_name(folder: str, module: nn.Module) -> str:
     if isinstance(module, T5EncoderModel):
         return "text_encoder_3"
     return folder.replace("bert", "text_encoder")
+
+
+def encoders_left_out(model: str, encoders: Collection[str]) -> tuple[str, ...]:
+    """The text encoders of a model that a bundle with these encoders was exported without, for `load_source`."""
+    path, _ = find_model(model)
+    omissible = OMISSIBLE.get(str(read_json(path / "model_index.json").get("_class_name", "")))
+    return () if omissible is None or omissible in encoders else (omissible,)
 
 
 def components_left_out(pipeline: str, without: Sequence[str]) -> set[str]:

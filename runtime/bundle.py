@@ -186,6 +186,20 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return max(sum(self.encoder(name).hidden_width or 0 for name in block) for block in self.conditioning.context)
 
     @property
+    def layers(self) -> int:
+        """L: the cross-attention layers that may each have a context of their own. Raises BundleError."""
+        axes = next((spec.axes for spec in self.graphs["denoise_step"].inputs if spec.name == "branch_context"), ())
+        match axes:
+            case (_, 2, int(layers)) if layers > 0:
+                return layers
+        raise BundleError(f"denoise_step has branch_context {list(axes)}, not [N, 2, layers]: export the model again")
+
+    def max_contexts(self, rows: int) -> int:
+        """M of the denoiser for so many rows: two contexts and one for each layer's values per row, and at least what a
+        single row can need, other keys and other values in every layer of both of its prompts."""
+        return max(rows * (2 + self.layers), 4 * self.layers)
+
+    @property
     def pooled_width(self) -> int:
         """P of the denoiser's pooled input; 0 if it has none."""
         return sum(self.encoder(name).pooled_width or 0 for name in self.conditioning.pooled)

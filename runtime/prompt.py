@@ -145,6 +145,11 @@ class Chunks:
             ids[learned] = np.concatenate([*rows])[-1 - ids[learned]]
         return ids
 
+    def at_layer(self, layer: int) -> Self:
+        """These chunks with the words of one cross-attention layer, where a word has rows for each."""
+        words = (concept.by_layer[layer] if concept.by_layer else concept for concept in self.concepts)
+        return replace(self, concepts=tuple(words))
+
     def extended(self, count: int, tokenizer: Tokenizer) -> Self:
         """These chunks, and empty ones up to `count`."""
         if count == len(self.input_ids):

@@ -212,6 +212,19 @@ def undo(state: Refinement) -> Refinement:
     return replace(state, rounds=state.rounds[:-1])
 
 
+def liked(state: Refinement) -> list[tuple[int, int]]:
+    """The candidates that were liked best in their round: the number of the round, from 1, and the candidate's index.
+
+    Of a ranking that is the first one; of likes, all.
+    """
+    return [
+        (number, index)
+        for number, judged in enumerate(state.rounds, 1)
+        for index, level in enumerate(judged.levels)
+        if level == max(judged.levels) > 0
+    ]
+
+
 def finish(state: Refinement, lexicon: Lexicon) -> Concept:
     """The best word so far; its provenance holds the state, so that the refinement can go on from it."""
     rows = _local_search(state, lexicon)[0] if state.local else _composed(state, best_choice(state), lexicon)

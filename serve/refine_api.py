@@ -113,7 +113,7 @@ async def _candidates(
     with all_or_none() as generations:
         for concept in concepts:
             generations.append(state.pool.submit(tenant, sample_request(state, prompt, concept, seed)))
-    found = await finished(http, *generations, use=lambda picture: sample_jpeg(state, picture))
+    found = await finished(http, *generations, use=lambda _, picture: sample_jpeg(state, picture))
     candidates = [
         Candidate(index=index, aspects=concept.provenance["aspects"], b64_json=as_base64(data))
         for index, (concept, (_, data)) in enumerate(zip(concepts, found, strict=True))

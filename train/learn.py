@@ -14,7 +14,7 @@ import hashlib
 import math
 import time
 from collections.abc import Collection, Generator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,13 +25,15 @@ from oneword.export.source import Source, load_source
 from oneword.runtime.concept import Concept
 from oneword.train import advice
 from oneword.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from oneword.train.initial import concept_file
+from oneword.train.initial import AUTO, concept_file, initial_rows
 from oneword.train.learner import Learner
-from oneword.train.pictures import Picture, read_pictures
+from oneword.train.pictures import Picture, read_picture, read_pictures
 from oneword.train.preview import Previewer, Sheet
 from oneword.train.prompts import probes
 from oneword.train.recipe import Recipe
+from oneword.train.search import words_of_pictures
 from oneword.train.tasks import Task, check_encoders, check_tasks, check_tokens, make_word, picture_size, side_step
+from oneword.train.word import Word
 
 MAX_SEED = 2**63 - 2  # the fixed batch of each word uses the next one
 
@@ -114,20 +116,25 @@ class Run:
         preview_every: int | None,
         words_after: Collection[int],
     ) -> None:
-        self.source, self.tasks, self.recipe, self.seed, self.clock = source, tasks, recipe, seed, clock
+        self.source, self.tasks, self.recipe, self.seed, self.clock = source, list(tasks), recipe, seed, clock
         self.checkpoints, self.checkpoint_every, self.preview_every = checkpoints, checkpoint_every, preview_every
         self.words_after = words_after
         size, step = picture_size(source), side_step(source) if recipe.buckets else None
-        self.pictures = [read_pictures(task.images, size, step=step) for task in tasks]
+        folders = [read_pictures(task.images, size, step=step) for task in tasks]
+        self.pictures = [
+            [*pictures, *(read_picture(path, size, step=step) for path in task.more)]
+            for task, pictures in zip(tasks, folders, strict=True)
+        ]
         words = [
             make_word(source, task, pictures, recipe, seed) for task, pictures in zip(tasks, self.pictures, strict=True)
         ]
-        self.notes = [
+        clock.lap("pictures")
+        self.notes = self.find_starts(words)
+        self.notes += [
             note
-            for task, pictures in zip(tasks, self.pictures, strict=True)
+            for task, pictures in zip(self.tasks, folders, strict=True)
             for note in advice.before(source, task.images, task.init, pictures)
         ]
-        clock.lap("pictures")
         self.learner = Learner(source, words, recipe, seed)
         self.previewer = Previewer(source, probes(recipe.subject), seed) if preview_every else None
         self.settings = settings_of(source, tasks, self.pictures, recipe, seed) if checkpoints else {}
@@ -145,6 +152,20 @@ class Run:
             self.save()
             raise
         yield self.result()
+
+    def find_starts(self, words: Sequence[Word]) -> list[str]:
+        """Replaces each init that is `auto` by words that its pictures show, and gives the word their rows. Returns a
+        note for each."""
+        auto = [index for index, task in enumerate(self.tasks) if task.init == AUTO]
+        if not auto:
+            return []
+        found = words_of_pictures(self.source, [words[index] for index in auto], self.recipe, self.seed)
+        for index, init in zip(auto, found, strict=True):
+            self.tasks[index] = replace(self.tasks[index], init=init)
+            words[index].initial = initial_rows(self.source, init, self.recipe.vectors, self.seed, self.recipe.encoders)
+            words[index].text = init
+        self.clock.lap("search")
+        return [f"{self.tasks[index].token} starts from the mean of: {self.tasks[index].init}" for index in auto]
 
     def resume(self) -> None:
         """Restores the newest checkpoint, if there is one."""

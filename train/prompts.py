@@ -167,6 +167,11 @@ class PromptEncoder:
             self._sequences[text] = self._encode(*text)
         return self._sequences[text]
 
+    def places(self, text: Text) -> list[tuple[int, int]]:
+        """Where a text has its word: each position among the T tokens, with the number of the word's row there."""
+        numbers = [-1 - row - text.first for row in self.ids(text)]
+        return [(position, number) for position, number in enumerate(numbers) if 0 <= number < text.used]
+
     def _encode(self, template: str, first: int, count: int, total: int, text: str | None) -> list[int]:
         bos = [] if self.facts.bos_id is None else [self.facts.bos_id]
         room = self.facts.length - len(bos) - 1

@@ -23,13 +23,15 @@ from oneword.train.word import Word
 class Task:
     """One word to learn: its folder of pictures, its token, and what it starts from.
 
-    `init` is a word of the model's vocabulary, several words (their rows are averaged), `random` (a random row of the
-    vocabulary's median length), or a concept file. Raises `ConceptError` for a token that the runtime would refuse.
+    `init` is a word of the model's vocabulary, several words (their rows are averaged), `auto` (words that are found in
+    the pictures), `random` (a random row of the vocabulary's median length), or a concept file. Raises `ConceptError`
+    for a token that the runtime would refuse. `more` are pictures outside the folder to learn from too.
     """
 
     images: Path
     token: str
     init: str = "object"
+    more: tuple[Path, ...] = ()
 
     def __post_init__(self) -> None:
         check_token(self.token)

@@ -70,7 +70,9 @@ def test_latency_lists_targets_and_every_measure_in_which_another_contender_is_b
         "- oneword-openvino, a step relative to the bare UNet compiled for one shape: 1.02 (at most 1.03)",
         "- oneword-openvino: 1.002 times the time per step of diffusers-openvino",
     ]
-    assert "| oneword-openvino | 100.0 | 2.40x | 5.00 |  | 0.10 (2.0%) | 1.00 | 5.00x | 200 |" in latency.table(results)
+    assert "| oneword-openvino | 100.0 | 2.40x | 5.00 |  | 0.10 (2.0%) | 1.00 | 5.00x | 200 |  |" in latency.table(
+        results
+    )
 
 
 @pytest.mark.parametrize(
@@ -78,6 +80,8 @@ def test_latency_lists_targets_and_every_measure_in_which_another_contender_is_b
     [
         ("oneword-openvino", {"bf16": 0.001, "f32": 0.002}, "20%"),
         ("openvino-genai-static", {"bf16": 0.001, "f32": 0.002}, "20%"),
+        ("optimum-intel", {"bf16": 0.001, "f32": 0.002}, "20%"),
+        ("sdcpp-f16", {"bf16": 0.001, "f32": 0.002}, "40%"),
         ("oneword-openvino", {"f32": 0.002}, "40%"),  # a processor without bfloat16
         ("diffusers-compile", {"bf16": 0.001, "f32": 0.002}, "40%"),
     ],
@@ -88,6 +92,26 @@ def test_a_step_is_compared_with_the_roof_of_its_number_format(name: str, floors
     table = latency.table({name: latency.with_roof(name, result, floors)})
 
     assert f"| {name} | 100.0 |  | 5.00 | {share} | 0.10 (2.0%) |" in table
+
+
+def test_the_best_of_each_class_of_precision_are_compared() -> None:
+    ours = {"picture_ms": 100.0, "step_ms": 5.0, "overhead_ms": 0.1, "cold_s": 1.0, "peak_mib": 200.0}
+    results = {
+        "oneword-onnxruntime": ours,
+        "diffusers": {**ours, "picture_ms": 125.0, "cold_s": 0.8},
+        "diffusers-compile": {**ours, "picture_ms": 200.0, "peak_mib": 100.0},
+        "openvino-genai-static": {**ours, "picture_ms": 50.0},
+        "sdcpp-q8_0": {**ours, "picture_ms": 50.0},
+    }
+
+    assert latency.class_lines(results, bfloat16=True) == [
+        "- 32 bits, time per picture: oneword-onnxruntime 0.8 of diffusers",
+        "- 32 bits, time per step: oneword-onnxruntime 1 of diffusers",
+        "- 32 bits, time for a cold start: oneword-onnxruntime **1.25** of diffusers",
+        "- 32 bits, peak memory: oneword-onnxruntime **2** of diffusers-compile",
+    ]
+    [picture, *_] = latency.class_lines(results, bfloat16=False)
+    assert picture == "- 32 bits, time per picture: oneword-onnxruntime **2** of openvino-genai-static"
 
 
 def test_the_latency_page_has_a_section_for_each_model(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     monkeypatch.setattr(cli, "installed_version", lambda flavour: "1.0")
     monkeypatch.setattr(cli, "build_plans", build)
     monkeypatch.setattr(cli, "summary", lambda exported, seconds: {})
+    monkeypatch.setattr(cli, "plan_warnings", lambda exported: ["a mask"])
     monkeypatch.setattr(write, "export_bundle", lambda *_, **__: exported)
     return calls
 
@@ -66,7 +67,11 @@ def test_plans_are_built_for_the_installed_or_the_requested_gpu(
     assert run(monkeypatch, *options, "--static-size", "96x64", "--json") == 0
 
     assert built == [(flavour, target, PlanLimits(static_sizes=((96, 64),)))]
-    assert json.loads(capsys.readouterr().out) == {"target": target, "plans": {"denoise_step": ["a.plan"]}}
+    assert json.loads(capsys.readouterr().out) == {
+        "warnings": ["a mask"],
+        "target": target,
+        "plans": {"denoise_step": ["a.plan"]},
+    }
 
 
 @pytest.mark.usefixtures("built")
@@ -86,7 +91,7 @@ def test_without_plans_none_are_built(
     assert run(monkeypatch, "--json") == 0
 
     assert built == []
-    assert json.loads(capsys.readouterr().out) == {"target": None, "plans": {}}
+    assert json.loads(capsys.readouterr().out) == {"warnings": ["a mask"], "target": None, "plans": {}}
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 from oneword.engines.errors import UsageError
 from oneword.engines.graph import Precision
 from oneword.engines.open import Backend
+from oneword.export.cli import plan_warnings
 from oneword.export.families import family_of
 from oneword.export.source import load_source
 from oneword.export.write import export_bundle
@@ -44,7 +45,9 @@ def sdxl_bundle(tiny_sdxl_dir: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 def exported(model: Path, family: str, folders: pytest.TempPathFactory) -> Path:
     bundle = folders.mktemp(family) / "bundle"
-    assert export_bundle(model, bundle).family == family
+    result = export_bundle(model, bundle)
+    assert result.family == family
+    assert plan_warnings(result) == []
     return bundle
 
 
@@ -166,7 +169,7 @@ def test_every_graph_of_sdxl_becomes_a_plan(sdxl_bundle: Path) -> None:
 
 
 def test_sdxl_in_fp16_is_opened_and_stays_near_fp32(tiny_sdxl_dir: Path, sdxl_bundle: Path, tmp_path: Path) -> None:
-    export_bundle(tiny_sdxl_dir, tmp_path / "bundle", precision=Precision.FP16)
+    assert plan_warnings(export_bundle(tiny_sdxl_dir, tmp_path / "bundle", precision=Precision.FP16)) == []
     models = (Model.open(path, Backend.ONNXRUNTIME, threads=1) for path in (sdxl_bundle, tmp_path / "bundle"))
     assert psnr(*(picture(model, "a red star", guidance_scale=4.0) for model in models)) >= 40
 

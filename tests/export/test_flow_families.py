@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 from oneword.engines.errors import ConceptError, UsageError
 from oneword.engines.open import Backend
 from oneword.export import families
+from oneword.export.cli import plan_warnings
 from oneword.export.eager import eager_model
 from oneword.export.families import family_of
-from oneword.export.source import UNSUPPORTED, load_source
+from oneword.export.source import UNSUPPORTED, encoders_left_out, load_source
 from oneword.export.write import export_bundle
 from oneword.runtime.bundle import Bundle
 from oneword.runtime.concept import Concept, load_concept, save_concept
@@ -42,6 +43,7 @@ def sd3_bundle(tiny_sd3_dir: Path, flow_preview_dir: Path, tmp_path_factory: pyt
     exported = export_bundle(tiny_sd3_dir, tmp_path_factory.mktemp("sd3") / "bundle", preview=flow_preview_dir)
     assert exported.family == "stable-diffusion-3"
     assert max(difference.value for difference in exported.differences if difference.unit == "relative") <= 1e-4
+    assert plan_warnings(exported) == []
     return exported.bundle.path
 
 
@@ -62,6 +64,7 @@ def flux_bundle(tiny_flux_dir: Path, flow_preview_dir: Path, tmp_path_factory: p
     exported = export_bundle(tiny_flux_dir, tmp_path_factory.mktemp("flux") / "bundle", preview=flow_preview_dir)
     assert exported.family == "flux-1"
     assert max(difference.value for difference in exported.differences if difference.unit == "relative") <= 1e-4
+    assert plan_warnings(exported) == []
     return exported.bundle.path
 
 
@@ -139,6 +142,17 @@ def test_a_text_encoder_that_a_model_needs_cannot_be_left_out(tiny_sd3_dir: Path
         load_source(tiny_sd3_dir, without=["text_encoder"])
     with pytest.raises(UsageError, match=r"--without text_encoder_3: .* StableDiffusionPipeline, it needs all its"):
         load_source(tiny_model_dir, without=["text_encoder_3"])
+
+
+def test_what_a_bundle_has_left_out_is_known_from_its_encoders(
+    tiny_sd3_dir: Path, tiny_flux_dir: Path, tiny_model_dir: Path
+) -> None:
+    clip = ("text_encoder", "text_encoder_2")
+
+    assert encoders_left_out(str(tiny_sd3_dir), clip) == ("text_encoder_3",)
+    assert encoders_left_out(str(tiny_sd3_dir), (*clip, "text_encoder_3")) == ()
+    assert encoders_left_out(str(tiny_flux_dir), ("text_encoder", "text_encoder_3")) == ()
+    assert encoders_left_out(str(tiny_model_dir), ("text_encoder",)) == ()
 
 
 def test_a_long_prompt_of_sd3_adds_tokens_to_the_negative_prompt_too(sd3: Model, sd3_pipeline: Any) -> None:

@@ -522,9 +522,9 @@ def test_a_request_of_many_texts_is_encoded_over_several_turns_while_others_run(
     calls: list[int] = []
     encode = model.encode
 
-    def counted(prompts: Any) -> Any:
+    def counted(prompts: Any, layers: Any = None) -> Any:
         calls.append(len({prompt.key for prompt in prompts}))
-        return encode(prompts)
+        return encode(prompts, layers)
 
     monkeypatch.setattr(model, "encode", counted)
     scheduler = Scheduler(model)
@@ -549,10 +549,10 @@ def test_a_request_of_many_texts_is_encoded_over_several_turns_while_others_run(
 def test_a_prompt_that_cannot_be_encoded_fails_alone_in_the_turn_of_its_texts(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def failing(prompts: Any) -> Any:
+    def failing(prompts: Any, layers: Any = None) -> Any:
         if any(prompt.key == bad for prompt in prompts):
             raise EngineError("out of memory")
-        return encode(prompts)
+        return encode(prompts, layers)
 
     encode, bad = model.encode, model.tokenize("a bad one").key
     monkeypatch.setattr(model, "encode", failing)

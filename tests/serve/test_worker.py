@@ -31,6 +31,7 @@ from oneword.serve.worker import (
     State,
     Step,
     Turn,
+    Work,
     Worker,
     WorkerEvent,
 )
@@ -381,14 +382,30 @@ def test_an_engine_that_hangs_is_noticed_and_an_idle_one_is_not(
     assert not worker.stalled(2 * SECONDS)
 
 
+def test_a_model_counts_the_chunks_that_it_encodes(model: Model) -> None:
+    def chunks(*prompts: str) -> int:
+        before, seconds = model.encoded_chunks, model.encoding_seconds
+        model.encode([model.tokenize(prompt) for prompt in prompts])
+        encoded = model.encoded_chunks - before
+        assert (model.encoding_seconds > seconds) == (encoded > 0)
+        return encoded
+
+    assert chunks("a red fox", "a red fox", "a green fox") == 2
+    assert chunks("a red fox") == 0
+    assert chunks("a blue fox BREAK a grey fox", "a red fox") == 2
+
+
 def test_the_figures_measure_speed_and_stages(tiny_bundle: Path) -> None:
     turns: list[Turn] = []
     worker = Worker(lambda: Model.open(tiny_bundle, "onnxruntime", threads=1), observer=turns.append)
     worker.start()
     worker.wait_ready(SECONDS)
     before = worker.figures
-    assert before.seconds_for(64 * 64, 0) > 0
-    assert before.seconds_for(0, 64 * 64) > 0
+    parts = Work(branch_pixels=64 * 64), Work(pixels=64 * 64), Work(estimates=64 * 64), Work(chunks=1)
+    assert all(before.seconds_for(part) > 0 for part in parts)
+    assert before.seconds_for(parts[0] * 2 + parts[3]) == pytest.approx(
+        2 * before.seconds_for(parts[0]) + before.seconds_for(parts[3])
+    )
 
     events = Events()
     worker.submit(Request("a <w>", steps=5, words={"<w>": word()}), frozenset({2}), events)
