@@ -2,11 +2,12 @@
 
     python -m benchmarks.compression FP32 FP16 INT8 [--engine onnxruntime openvino] [--size 512] [--steps 2]
 
-The arguments are bundles of one model; the first is the reference for pictures. Each is started twice by each engine,
-in a process of its own that draws one picture: the first start may write OpenVINO's files, the second reads them.
-Peak memory is the process's, mapped files included; seconds are from the start of the process's work to the picture.
-Pictures after few steps of a model with random weights are noise: use trained weights and 20 or more steps for PSNR.
-Ends in one line of JSON. Not covered: quality by a judge (`benchmarks.miniature --weights int8`), and GPUs.
+The arguments are bundles of one model; the first is the reference for pictures. Each engine starts twice with each
+bundle, in a process of its own that draws one picture: the first start may write OpenVINO's files, the second reads
+them. Disk is the bundle's without these files. Peak memory is the process's, mapped files included; seconds are from
+opening the bundle to the picture. Pictures after few steps of a model with random weights are noise: use trained
+weights and 20 or more steps for PSNR. Ends in one line of JSON. Not covered: quality by a judge (`benchmarks.miniature
+--weights int8`), and GPUs.
 """
 
 import argparse
@@ -20,12 +21,12 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.pages import table
-from oneword.engines.graph import Precision, Weights
+from benchmarks.psnr import psnr
+from oneword.engines.graph import Weights
 from oneword.engines.open import Backend
 from oneword.runtime.bundle import Bundle
 from oneword.runtime.drawing import draw
 from oneword.runtime.model import Model
-from oneword.runtime.request import Image
 
 CPU = (Backend.ONNXRUNTIME.value, Backend.OPENVINO.value)
 
@@ -34,44 +35,37 @@ def main() -> None:
     """Draws with every bundle and engine; prints a table and one line of JSON."""
     options = _options()
     if options.picture:
-        print(json.dumps(drawn(options)))
+        print(json.dumps(draw_and_save(options)))
         return
+    options.work.mkdir(parents=True, exist_ok=True)
     results: dict[str, dict[str, float]] = {}
     for engine in options.engine:
         reference = None
         for bundle in options.bundles:
-            picture = options.work / "picture.npy"
-            options.work.mkdir(parents=True, exist_ok=True)
-            first, second = (_start(bundle, engine, picture, options) for _ in range(2))
-            image = np.load(picture)
-            reference = image if reference is None else reference
-            results[f"{engine} {form(bundle)}"] = {
-                "disk_mib": sum(file.stat().st_size for file in bundle.glob("*") if file.is_file()) / 2**20,
+            file = options.work / "picture.npy"
+            first, second = (_start(bundle, engine, file, options) for _ in range(2))
+            picture = np.load(file)
+            reference = picture if reference is None else reference
+            results[f"{engine}: {bundle} ({form(bundle)})"] = {
+                "disk_mib": sum((bundle / name).stat().st_size for name in Bundle.open(bundle).manifest.files) / 2**20,
                 "first_peak_mib": first["peak_mib"],
                 "peak_mib": second["peak_mib"],
                 "seconds": second["seconds"],
-                "psnr_db": psnr(image, reference),
+                "psnr_db": psnr(picture, reference),
             }
-            print(f"{engine} {form(bundle)}: {results[f'{engine} {form(bundle)}']}", flush=True)
     head = ["", "on disk, MiB", "peak of the first start, MiB", "of the second", "seconds", "PSNR to the first, dB"]
     print(table(head, [[name, *(f"{value:.4g}" for value in result.values())] for name, result in results.items()]))
     print(json.dumps(results))
 
 
-def psnr(a: Image, b: Image) -> float:
-    """In dB; 99 if the pictures are equal."""
-    return -10 * float(np.log10(max(np.mean(np.square(a.astype(np.float64) - b)) / 255**2, 10**-9.9)))
-
-
 def form(bundle: Path) -> str:
-    """How a bundle's denoise step computes and stores its weights: `fp32`, or `fp32, int8 weights`."""
+    """A bundle's precision, and how it stores its weights: `fp32`, or `fp32, int8 weights`."""
     graph = Bundle.open(bundle).graph("denoise_step")
-    precision: Precision = graph.precision
-    return precision.value if graph.weights is Weights.FLOAT else f"{precision.value}, {graph.weights.value} weights"
+    return f"{graph.precision}" if graph.weights is Weights.FLOAT else f"{graph.precision}, {graph.weights} weights"
 
 
-def drawn(options: argparse.Namespace) -> dict[str, float]:
-    """Runs in a child process: draws one picture and writes it."""
+def draw_and_save(options: argparse.Namespace) -> dict[str, float]:
+    """Draws one picture and writes it to `options.picture`. Runs in a child process."""
     start = time.perf_counter()
     model = Model.open(options.bundles[0], options.engine[0], threads=options.threads)
     size = (options.size, options.size)

@@ -1,7 +1,5 @@
 """How well the miniature obeys its captions, through the exported bundle: python -m benchmarks.miniature [--write]
 
-`--weights int8` measures a bundle with such weights.
-
 world         renders per second in one process; the target is 1,000
 judge         a CLIPModel reads real renders, zero-shot with the world's own words; the target is 97 % per attribute
 VAE           picture -> latents -> picture through the exported graphs; the target is 34 dB
@@ -14,7 +12,7 @@ diffusers     StableDiffusionPipeline draws the first eight captions with the sa
 Targets for pictures are relative to what the same reader, the judge or the pixels, finds on real renders of the same
 scenes; for the silhouette, on real renders after the VAE's round trip. Captions and seeds are fixed. In `--work`,
 generated.png shows the pictures of one object and pairs.png those of two. Prints a table and ends in one line of JSON;
-`--write` puts the table into docs/results/miniature.md.
+`--write` puts the table into docs/results/miniature.md. With `--weights int8` the bundle has int8 weights.
 """
 
 from __future__ import annotations
@@ -90,6 +88,8 @@ def main() -> None:
     p.add_argument("--work", type=Path, default=Path("build/miniature"))
     p.add_argument("--write", action="store_true", help="write the table into docs/results/miniature.md")
     args = p.parse_args()
+    if args.write and args.weights != Weights.FLOAT:
+        p.error(f"--weights {args.weights} with --write: the page shows the miniature's own weights; drop one of them")
 
     args.work.mkdir(parents=True, exist_ok=True)
     model = Model.open(exported(args.model, args.work / "bundle", Weights(args.weights)), "onnxruntime")

@@ -19,9 +19,9 @@ class Precision(StrEnum):
 
 
 class Weights(StrEnum):
-    """How a graph's weights are stored; it computes in its precision with either."""
+    """How a graph's weights are stored. The graph computes in its precision either way."""
 
-    FLOAT = "float"  # in its precision
+    FLOAT = "float"  # in the graph's precision
     INT8 = "int8"  # those of convolutions and matrix products as integers, with one scale per output channel
 
 
@@ -61,7 +61,7 @@ class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Graph(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One graph on disk. `files[0]` is the .onnx, the rest its external data; `digest` covers them all.
 
-    `fused` names copies of the .onnx on the same data, in operators that only ONNX Runtime has.
+    `fused` names copies of the .onnx that use ONNX Runtime's own operators and the same external data.
     """
 
     files: tuple[str, ...]

@@ -366,16 +366,25 @@ def convert_graph(core: Any, path: Path, xml: Path) -> None:
 
 
 def _expand_convolutions(model: Any) -> None:
-    """Turns convolutions' int8 weights into float32: OpenVINO computes with them expanded, and would expand all of them
-    to float32 at once before it compiles the first. Those of matrix products stay int8 in memory."""
+    """Turns the int8 weights of convolutions into float32; those of matrix products stay int8.
+
+    OpenVINO computes convolutions with expanded weights, and would expand all of them before it compiles the first.
+    """
+    ov = _openvino()
     for op in model.get_ops():
-        users = {target.get_node().get_type_name() for output in op.outputs() for target in output.get_target_inputs()}
-        if op.get_type_name() == "Multiply" and users == {"Convolution"}:
-            convert, reshape = (op.input_value(i).get_node() for i in range(2))
-            integers, scales = (node.input_value(0).get_node().data for node in (convert, reshape))
-            expanded = _openvino().op.Constant(integers * scales.reshape(-1, 1, 1, 1))
-            expanded.set_friendly_name(op.get_friendly_name())
-            op.output(0).replace(expanded.output(0))
+        if op.get_type_name() != "Convert" or op.get_input_element_type(0) != ov.Type.i8:
+            continue
+        for product in _users(op):  # the integers, as float32, times the reshaped scales
+            if all(user.get_type_name() == "Convolution" for user in _users(product)):
+                integers = op.input_value(0).get_node().data
+                scales = product.input_value(1).get_node().input_value(0).get_node().data
+                expanded = ov.op.Constant(integers * scales.reshape(-1, *(1,) * (integers.ndim - 1)))
+                expanded.set_friendly_name(product.get_friendly_name())
+                product.output(0).replace(expanded.output(0))
+
+
+def _users(op: Any) -> list[Any]:
+    return [target.get_node() for output in op.outputs() for target in output.get_target_inputs()]
 
 
 def _stays_exact(op: Any) -> bool:

@@ -14,7 +14,7 @@ import onnx_ir
 from oneword.engines.onnxruntime import load_onnxruntime
 
 SMALLEST = 1 << 10
-"""Numbers of a weight from which on it is compressed."""
+"""Weights of fewer numbers are not compressed."""
 
 
 def compress_weights(model: onnx_ir.Model) -> None:
@@ -42,7 +42,7 @@ def _constant(name: str, array: npt.NDArray[Any]) -> onnx_ir.Value:
 
 
 def output_axis(weight: onnx_ir.Value) -> int | None:
-    """The axis of a weight's output channels; None if they are not one axis in all uses, or it has other uses."""
+    """The axis of a weight's output channels; None if its uses differ in it, or not all are convolutions and products."""
     axes = {_output_axis(node, place, weight) for node, place in weight.uses()}
     return axes.pop() if len(axes) == 1 else None
 

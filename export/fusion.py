@@ -37,7 +37,7 @@ def fused_copies(model: onnx_ir.Model) -> dict[Provider, onnx_ir.Model]:
 
 
 def fuse(model: onnx_ir.Model, provider: Provider) -> int:
-    """Replaces operators by those that `provider` has a kernel of. Returns how many it inserted."""
+    """Replaces operators by ONNX Runtime's own for which `provider` has a kernel. Returns how many were inserted."""
     attentions = fuse_sdpa(model)
     RemoveUnusedNodesPass()(model)  # the shapes of keys, which would be further uses of what is replaced
     fuse_mha2(model)
@@ -62,18 +62,24 @@ class _GatedGelu(RewriteRuleClassBase):  # type: ignore[misc]  # onnxscript has 
     """diffusers' GEGLU: its bias, split, GELU and product."""
 
     def pattern(self, op: Any, x: Any, bias: Any) -> Any:
-        value, gate = op.Split(op.Add(x, bias), num_outputs=2, _allow_other_attributes=True, _outputs=2)
+        halves = {"num_outputs": 2, "_allow_other_attributes": True, "_outputs": ["value", "gate"]}
+        value, gate = op.Split(op.Add(x, bias), **halves)
         return op.Mul(value, op.Gelu(gate, approximate="none"))
 
-    def check(self, context: Any, x: onnx_ir.Value, bias: onnx_ir.Value, **_: Any) -> MatchResult:
+    def check(
+        self, context: Any, x: onnx_ir.Value, bias: onnx_ir.Value, value: onnx_ir.Value, gate: onnx_ir.Value
+    ) -> MatchResult:
         result = MatchResult()
+        split = value.producer()
         if x.shape is None or x.shape.rank() != 3:
             result.fail("the kernel takes [B, T, D]", x)
+        elif split is None or split.attributes.get_int("axis", 0) not in (-1, 2):
+            result.fail("the kernel splits D", value)
         elif bias.shape is None or bias.shape.rank() != 1 or bias.shape[0] not in GATED_WIDTHS:
             result.fail("there is no kernel of this width", bias)
         return result
 
-    def rewrite(self, op: Any, x: Any, bias: Any) -> Any:
+    def rewrite(self, op: Any, x: Any, bias: Any, **_: Any) -> Any:
         return op.BiasSplitGelu(x, bias, _domain=DOMAIN)
 
 

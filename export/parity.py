@@ -1,4 +1,4 @@
-"""Compares a compiled graph with its torch module, and its fused copy with it, on fresh inputs of several shapes.
+"""Compares a compiled graph with its torch module, and a fused copy with its graph, on fresh inputs of several shapes.
 
 The references are computed first, so that the module can be freed before the compiled graph is opened.
 """
@@ -25,9 +25,9 @@ SHAPES: tuple[Mapping[str, int], ...] = (
 TOLERANCE = {Precision.FP32: 1e-3, Precision.FP16: 5e-2, Precision.BF16: 2e-1}
 PICTURE_TOLERANCE = {Precision.FP32: 0.05, Precision.FP16: 2.0, Precision.BF16: 8.0}
 INT8_TOLERANCE, INT8_PICTURE_TOLERANCE = 1e-1, 4.0
-"""Of a graph with int8 weights to its module, in which they are float32."""
+"""Between a graph with int8 weights and its module, whose weights are float32."""
 FUSED_TOLERANCE = {Precision.FP32: 1e-5, Precision.FP16: 5e-3}
-"""Of a fused copy to its graph."""
+"""Between a fused copy and its graph."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def compare(
 
 
 def compare_fused(fused: Engine, cases: Iterable[Reference], precision: Precision) -> list[Difference]:
-    """`compare` of a graph's fused copy with the graph, whose outputs the cases hold."""
+    """As compare, for a graph's fused copy; the outputs of the cases are the graph's own."""
     message = "differs from the graph it is a copy of: try another precision"
     return _compare(fused, cases, FUSED_TOLERANCE[precision], PICTURE_TOLERANCE[precision], message)
 

@@ -29,8 +29,8 @@ def trace(
 ) -> tuple[tuple[str, ...], dict[Provider, str]]:
     """Writes `<name>.onnx`, its data file and its fused copies into `folder`.
 
-    Returns the names of the first two, the .onnx first, and of the copies. A graph that has neither a copy nor a GiB of
-    weights has no data file. There are no copies in bf16, for which ONNX Runtime has no kernels of its own.
+    Returns the graph's files, the .onnx first, and the copies by provider. A graph without copies has a data file only
+    if it has a GiB of weights. There are no copies in bf16, for which ONNX Runtime has no kernels of its own.
     """
     path = folder / f"{graph.name}.onnx"
     examples = tuple(to_torch(graph.inputs, example_feeds(graph, EXAMPLE_SIZES, seed=0)).values())

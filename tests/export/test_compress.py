@@ -1,7 +1,5 @@
 """Bundles with int8 weights: what is compressed and how, what the backends keep of it, and who refuses it."""
 
-import json
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +14,23 @@ from oneword.engines.errors import EngineError, UsageError
 from oneword.engines.graph import DType, Graph, Precision, Provider, TensorSpec, Weights
 from oneword.engines.open import Backend, open_engine
 from oneword.export.compress import compress_weights, per_channel
-from oneword.export.write import export_bundle
+from oneword.export.families import family_of
+from oneword.export.parity import Reference, compare, references
+from oneword.export.source import load_source
+from oneword.export.write import Exported, export_bundle
 from oneword.runtime import backends
 from oneword.runtime.bundle import Bundle
 from oneword.runtime.drawing import draw
 from oneword.runtime.model import Model
 from oneword.runtime.request import Image
-from tests.export.fused import attentions_and_norms
+from tests.export.operators import attentions_and_norms, operators_run, random
 
 GRAPH = """
 <ir_version: 10, opset_import: ["" : 20]>
 compressible (float[B, 16, H, W] image, float[B, 32] row) => (float[B, 32, H, W] convolved, float[B, 48] product,
                                                               float[B, 64] gemm, float[B, 32] transposed) {
-  convolved = Conv <kernel_shape = [3, 3], pads = [1, 1, 1, 1]> (image, kernel)
+  squared = Mul(image, image)
+  convolved = Conv <kernel_shape = [3, 3], pads = [1, 1, 1, 1]> (squared, kernel)
   product = MatMul(row, columns)
   gemm = Gemm <transB = 1> (row, rows)
   twice = Gemm <transB = 1> (row, both)
@@ -38,10 +40,6 @@ compressible (float[B, 16, H, W] image, float[B, 32] row) => (float[B, 32, H, W]
 SHAPES = {"kernel": (32, 16, 3, 3), "columns": (32, 48), "rows": (64, 32), "both": (64, 32)}
 INPUTS = (TensorSpec("image", DType.FLOAT32, ("B", 16, "H", "W")), TensorSpec("row", DType.FLOAT32, ("B", 32)))
 OUTPUTS = tuple(TensorSpec(name, DType.FLOAT32, ("B",)) for name in ("convolved", "product", "gemm", "transposed"))
-
-
-def random(shape: tuple[int, ...], seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
 
 
 @pytest.fixture
@@ -132,22 +130,8 @@ def test_only_weights_are_rounded(compressed: Graph, tmp_path: Path, backend: Ba
 def test_onnxruntime_expands_one_weight_at_a_time(
     compressed: Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import onnxruntime as ort
-
-    sessions = []
-    InferenceSession = ort.InferenceSession
-
-    def profiled(*arguments: Any, **settings: Any) -> Any:
-        options = arguments[1]
-        options.enable_profiling, options.profile_file_prefix = True, str(tmp_path / "profile")
-        sessions.append(InferenceSession(*arguments, **settings))
-        return sessions[0]
-
-    monkeypatch.setattr(ort, "InferenceSession", profiled)
-    open_engine(Backend.ONNXRUNTIME, "g", compressed, tmp_path).run(feeds())
-    events = json.loads(Path(sessions[0].end_profiling()).read_text())
-    ran = Counter(event["args"]["op_name"] for event in events if event["name"].endswith("_kernel_time"))
-    assert ran == {"DequantizeLinear": 3, "Conv": 1, "MatMul": 2, "Gemm": 2}  # not folded, not fused
+    ran = operators_run("g", compressed, tmp_path, feeds(), monkeypatch)
+    assert ran == {"Mul": 1, "DequantizeLinear": 3, "Conv": 1, "MatMul": 2, "Gemm": 2}  # not folded, not fused
 
 
 def test_openvino_keeps_the_weights_of_products_compressed_and_those_of_convolutions_expanded(
@@ -175,12 +159,26 @@ def test_openvino_keeps_the_weights_of_products_compressed_and_those_of_convolut
 
 
 @pytest.fixture(scope="module")
-def bundle(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    path = tmp_path_factory.mktemp("int8") / "bundle"
-    exported = export_bundle(tiny_model_dir, path, weights=Weights.INT8)
-    relative = {d.output: d.value for d in exported.differences if d.unit == "relative"}
-    assert 0 < relative["denoised"] < 0.1  # the cost is reported
+def exported(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    return export_bundle(tiny_model_dir, tmp_path_factory.mktemp("int8") / "bundle", weights=Weights.INT8)
+
+
+@pytest.fixture(scope="module")
+def bundle(exported: Exported) -> Bundle:
     return exported.bundle
+
+
+def test_the_difference_that_int8_weights_make_is_measured_against_the_model_itself(exported: Exported) -> None:
+    [denoised] = [difference for difference in exported.differences if difference.output == "denoised"]
+    assert 1e-4 < denoised.value < denoised.allowed == 0.1  # fp32's own is below 1e-4
+
+
+def test_a_graph_that_int8_weights_change_too_much_is_refused(tiny_model_dir: Path, bundle: Bundle) -> None:
+    [module] = [graph for graph in family_of(load_source(tiny_model_dir)).graphs if graph.name == "vae_encoder"]
+    doubled = [Reference(c.feeds, {**c.outputs, "mean": 2 * c.outputs["mean"]}) for c in references(module)]
+    engine = open_engine(Backend.ONNXRUNTIME, "vae_encoder", bundle.graph("vae_encoder"), bundle.path)
+    with pytest.raises(EngineError, match=r"vae_encoder\.mean: .* the model: export it without --weights int8"):
+        compare(engine, doubled, Precision.FP32, Weights.INT8)
 
 
 def test_all_graphs_of_a_bundle_have_int8_weights_and_share_them_with_their_copies(

@@ -24,7 +24,7 @@ from oneword.runtime.model import Model
 from oneword.runtime.profiles import PlanLimits
 from oneword.runtime.request import Image, Request
 from oneword.runtime.scheduler import Scheduler
-from tests.export.fused import attentions_and_norms
+from tests.export.operators import attentions_and_norms
 from tests.plans import rtx_plans
 
 

@@ -31,7 +31,7 @@ from oneword.runtime.profiles import PlanLimits
 from oneword.runtime.request import Image, Request
 from oneword.runtime.scheduler import Scheduler
 from oneword.train.cli import main
-from tests.export.fused import attentions_and_norms
+from tests.export.operators import attentions_and_norms
 from tests.plans import rtx_plans
 
 PROMPT = "a photo of the red painting, 7 cats"

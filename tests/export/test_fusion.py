@@ -5,7 +5,6 @@ norms, of which the first follows a residual sum only in the second and later bl
 encoder has one attention and two norms; the first norm of all follows the embedding. A VAE has one attention per half.
 """
 
-import json
 import os
 from collections import Counter
 from pathlib import Path
@@ -29,7 +28,7 @@ from oneword.export.source import load_source
 from oneword.export.trace import OPSET, example_feeds
 from oneword.export.write import check_graph, write_graph
 from oneword.runtime.bundle import Bundle
-from tests.export.fused import attentions_and_norms, own_operators
+from tests.export.operators import attentions_and_norms, operators_run, own_operators, random
 
 
 @pytest.mark.parametrize("provider", Provider)
@@ -61,25 +60,11 @@ def initializers(path: Path) -> list[onnx.TensorProto]:
 
 
 def test_onnxruntime_runs_the_copy_on_the_cpu(
-    tiny_model_dir: Path, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model_dir: Path, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import onnxruntime as ort
-
     graph = Bundle.open(tiny_bundle).graph("denoise_step")
-    sessions = []
-
-    def profiled(*arguments: Any, **settings: Any) -> Any:
-        options = arguments[1]
-        options.enable_profiling, options.profile_file_prefix = True, str(tmp_path / "profile")
-        sessions.append(InferenceSession(*arguments, **settings))
-        return sessions[0]
-
-    InferenceSession = ort.InferenceSession
-    monkeypatch.setattr(ort, "InferenceSession", profiled)
-    engine = open_engine(Backend.ONNXRUNTIME, "denoise_step", graph, tiny_bundle)
-    engine.run(example_feeds(traceable(tiny_model_dir, "denoise_step"), parity.SHAPES[0], seed=1))
-    events = json.loads(Path(sessions[0].end_profiling()).read_text())
-    ran = Counter(event["args"]["op_name"] for event in events if event["name"].endswith("_kernel_time"))
+    feeds = example_feeds(traceable(tiny_model_dir, "denoise_step"), parity.SHAPES[0], seed=1)
+    ran = operators_run("denoise_step", graph, tiny_bundle, feeds, monkeypatch)
     assert ran["MultiHeadAttention"] == ran["SkipLayerNormalization"] == 8
     assert not ran["Softmax"]
 
@@ -136,9 +121,9 @@ def test_a_copy_that_differs_from_its_graph_is_refused(tiny_model_dir: Path, tmp
 
 GATED = """
 <ir_version: 10, opset_import: ["" : 20]>
-gated (float[B, T, {width}] x, float[{width}] bias) => (float[B, T, {half}] y) {{
+gated (float[B, T, {width}] x, float[{width}] bias) => (float[B, T2, D2] y) {{
   projected = Add(x, bias)
-  value, gate = Split <axis = 2, num_outputs = 2> (projected)
+  value, gate = Split <axis = {axis}, num_outputs = 2> (projected)
   activated = Gelu <approximate = "none"> (gate)
   y = Mul(value, activated)
 }}
@@ -157,10 +142,14 @@ BiasSplitGelu (x, bias) => (y) {
 
 @pytest.mark.parametrize(("width", "fused"), [(2560, True), (5120, True), (10240, True), (1280, False), (6144, False)])
 def test_the_gated_gelu_is_fused_for_cuda_where_it_has_a_kernel(width: int, fused: bool) -> None:
-    gated = onnx.parser.parse_model(GATED.format(width=width, half=width // 2))
+    gated = onnx.parser.parse_model(GATED.format(width=width, axis=2))
     for provider in Provider:
         copy = onnx_ir.from_proto(gated)
         assert fuse(copy, provider) == (fused and provider is Provider.CUDA)
+
+
+def test_a_gated_gelu_that_splits_the_tokens_is_not_fused() -> None:
+    assert fuse(onnx_ir.from_proto(onnx.parser.parse_model(GATED.format(width=2560, axis=1))), Provider.CUDA) == 0
 
 
 def test_the_gated_gelu_of_diffusers_is_fused_for_cuda_as_it_is_traced() -> None:
@@ -186,7 +175,7 @@ def test_the_gated_gelu_of_diffusers_is_fused_for_cuda_as_it_is_traced() -> None
 def test_the_gated_gelu_for_cuda_computes_the_same_by_the_definition_of_its_operator() -> None:
     import onnxruntime as ort
 
-    gated = onnx.parser.parse_model(GATED.format(width=2560, half=1280))
+    gated = onnx.parser.parse_model(GATED.format(width=2560, axis=-1))
     copy = onnx_ir.from_proto(gated)
     fuse(copy, Provider.CUDA)
     proto = onnx_ir.to_proto(copy)
@@ -200,7 +189,3 @@ def test_the_gated_gelu_for_cuda_computes_the_same_by_the_definition_of_its_oper
         for model in (gated, onnx.inliner.inline_local_functions(proto))
     ]
     np.testing.assert_allclose(results[1], results[0], rtol=1e-6, atol=1e-7)
-
-
-def random(shape: tuple[int, ...]) -> np.ndarray:
-    return np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
