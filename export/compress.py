@@ -42,7 +42,7 @@ def _constant(name: str, array: npt.NDArray[Any]) -> onnx_ir.Value:
 
 
 def output_axis(weight: onnx_ir.Value) -> int | None:
-    """The axis of a weight's output channels; None if its uses differ in it, or not all are convolutions and products."""
+    """The axis of a weight's output channels; None if its uses differ in it, or one is no convolution or product."""
     axes = {_output_axis(node, place, weight) for node, place in weight.uses()}
     return axes.pop() if len(axes) == 1 else None
 

@@ -5,7 +5,7 @@
     BiasSplitGelu             the gated GELU of a feed-forward network, in CUDA only
 
 A copy has the inputs, outputs and weights of its graph, and reads the weights from the graph's data file. Not covered:
-convolutions and group norms with channels last, whose kernels want the weights in another order.
+convolutions and group norms with channels last, whose kernels need the weights in another order.
 """
 
 from collections.abc import Mapping
