@@ -14,7 +14,7 @@ from oneword.engines import builder
 from oneword.engines.errors import EngineError, UsageError
 from oneword.engines.graph import DType, Graph, Precision, Provider, TensorSpec, Weights
 from oneword.engines.open import Backend, open_engine
-from oneword.export.compress import compress_weights, per_channel
+from oneword.export.compress import SMALLEST, compress_weights, per_channel
 from oneword.export.families import family_of
 from oneword.export.parity import Reference, compare, references
 from oneword.export.source import load_source
@@ -189,14 +189,12 @@ def test_all_graphs_of_a_bundle_have_int8_weights_and_share_them_with_their_copi
     for graph in bundle.manifest.graphs.values():
         for name in {graph.files[0], *graph.fused.values()}:
             model = onnx.load(bundle.path / name, load_external_data=False)
-            tensors = {tensor.name: tensor for tensor in model.graph.initializer}
-            integers = [tensor for tensor in tensors.values() if tensor.data_type == onnx.TensorProto.INT8]
+            large = [tensor for tensor in model.graph.initializer if np.prod(tensor.dims) >= SMALLEST]
+            integers = [tensor for tensor in large if tensor.data_type == onnx.TensorProto.INT8]
             assert integers
             assert all(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in integers if graph.fused)
-            large = {
-                name for name in tensors.keys() - {t.name for t in integers} if np.prod(tensors[name].dims) >= 1024
-            }
-            assert {node.op_type for node in model.graph.node if large & {*node.input}} <= {"Gather"}
+            others = {tensor.name for tensor in large} - {tensor.name for tensor in integers}
+            assert {node.op_type for node in model.graph.node if others & {*node.input}} <= {"Gather"}
     for provider in Provider:
         assert attentions_and_norms(bundle.path, provider) == attentions_and_norms(tiny_bundle, provider)
 
