@@ -30,7 +30,7 @@ def compress_weights(model: onnx_ir.Model) -> None:
             graph.register_initializer(value)
         node = onnx_ir.node("DequantizeLinear", inputs, attributes={"axis": axis}, name=f"{name}.dequantized")
         [output] = node.outputs
-        output.name, output.dtype, output.shape = f"{name}.float", weight.dtype, weight.shape
+        output.name, output.type, output.shape = f"{name}.float", weight.type, weight.shape
         weight.replace_all_uses_with(output)
         graph.insert_before(graph[0], node)
         del graph.initializers[name]
@@ -38,7 +38,7 @@ def compress_weights(model: onnx_ir.Model) -> None:
 
 def _constant(name: str, array: npt.NDArray[Any]) -> onnx_ir.Value:
     tensor = onnx_ir.tensor(array, name=name)
-    return onnx_ir.Value(name=name, shape=tensor.shape, type=onnx_ir.TensorType(tensor.dtype), const_value=tensor)
+    return onnx_ir.Value(name=name, shape=onnx_ir.Shape(array.shape), type=onnx_ir.TensorType(tensor.dtype), const_value=tensor)
 
 
 def output_axis(weight: onnx_ir.Value) -> int | None:

@@ -216,7 +216,7 @@ def test_a_bundle_with_int8_weights_draws_nearly_the_same_picture(
 def test_tensorrt_refuses_int8_weights(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     graph = bundle.graph("vae_encoder")
     for flavour in builder.Flavour:
-        with pytest.raises(EngineError, match=f"has int8 weights, which {flavour} does not run: export the model wit"):
+        with pytest.raises(EngineError, match=f"has int8 weights, which {flavour} does not run: export the model"):
             builder.build_plan("vae_encoder", graph, bundle.path, tmp_path, flavour, "1", "sm89", {})
     monkeypatch.setattr(backends.importlib.util, "find_spec", lambda module: object())
     for backend in (Backend.TENSORRT, Backend.TENSORRT_RTX):
