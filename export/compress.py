@@ -38,7 +38,8 @@ def compress_weights(model: onnx_ir.Model) -> None:
 
 def _constant(name: str, array: npt.NDArray[Any]) -> onnx_ir.Value:
     tensor = onnx_ir.tensor(array, name=name)
-    return onnx_ir.Value(name=name, shape=onnx_ir.Shape(array.shape), type=onnx_ir.TensorType(tensor.dtype), const_value=tensor)
+    kind, shape = onnx_ir.TensorType(tensor.dtype), onnx_ir.Shape(array.shape)
+    return onnx_ir.Value(name=name, shape=shape, type=kind, const_value=tensor)
 
 
 def output_axis(weight: onnx_ir.Value) -> int | None:

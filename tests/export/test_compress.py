@@ -193,8 +193,8 @@ def test_all_graphs_of_a_bundle_have_int8_weights_and_share_them_with_their_copi
             integers = [tensor for tensor in large if tensor.data_type == onnx.TensorProto.INT8]
             assert integers
             assert all(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in integers if graph.fused)
-            others = {tensor.name for tensor in large} - {tensor.name for tensor in integers}
-            assert {node.op_type for node in model.graph.node if others & {*node.input}} <= {"Gather"}
+            floats = {tensor.name for tensor in large} - {tensor.name for tensor in integers}
+            assert {node.op_type for node in model.graph.node if floats & {*node.input}} <= {"Gather"}
     for provider in Provider:
         assert attentions_and_norms(bundle.path, provider) == attentions_and_norms(tiny_bundle, provider)
 
