@@ -27,6 +27,7 @@ from benchmarks.formats import converted
 from benchmarks.latency import NEW_PAGE, page_of
 from benchmarks.pages import model_name, provenance, table, write_section
 from benchmarks.roof import floors, peaks, step_of, step_shapes
+from oneword.engines.graph import Provider
 from oneword.runtime.bundle import Bundle
 
 ENGINES = ("openvino", "onnxruntime")
@@ -78,8 +79,9 @@ def counted(options: argparse.Namespace) -> Kinds:
     for spec in graph.inputs:
         dtype = numpy_dtype(spec.dtype)
         feeds[spec.name] = np.full(shapes[spec.name], 0 if dtype == np.int64 else 0.1, dtype)
-    run = _openvino if options.engine == "openvino" else _onnxruntime
-    return run(bundle.file(graph.files[0]), feeds, options)
+    if options.engine == "openvino":
+        return _openvino(bundle.file(graph.files[0]), feeds, options)
+    return _onnxruntime(bundle.file(graph.onnx_for(Provider.CPU)), feeds, options)
 
 
 def _openvino(path: Path, feeds: Mapping[str, Any], options: argparse.Namespace) -> Kinds:

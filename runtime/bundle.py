@@ -343,7 +343,7 @@ def _check_references(folder: Path, manifest: Manifest) -> None:
             raise BundleError(f"graph {name!r} of the bundle {folder} has no file")
         if len(set(graph.files)) != len(graph.files):
             raise BundleError(f"graph {name!r} of the bundle {folder} names a file twice")
-    listed = [name for graph in graphs.values() for name in graph.files]
+    listed = [name for graph in graphs.values() for name in graph.all_files]
     tokenizers = (f"{encoder.tokenizer}/{TOKENIZER}" for encoder in manifest.encoders)
     for name in [*listed, *(encoder.table for encoder in manifest.encoders), *tokenizers]:
         if name not in manifest.files:
@@ -372,7 +372,7 @@ def _check_files(folder: Path, manifest: Manifest) -> None:
     root = folder.resolve()
     if stray := next(_strays(folder, manifest.files), None):
         raise BundleError(f"{folder / stray} is not part of the bundle but could pass for it: move it elsewhere")
-    in_graphs = {name for graph in manifest.graphs.values() for name in graph.files}
+    in_graphs = {name for graph in manifest.graphs.values() for name in graph.all_files}
     remembered = read_stamps(folder / VERIFIED)
     stamps = {}
     for name, digest in manifest.files.items():

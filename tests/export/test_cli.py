@@ -101,6 +101,10 @@ def test_without_plans_none_are_built_and_nothing_is_said_of_tensorrt(
         (["--plans", "tensorrt-rtx", "--target", "sm90"], "builds for sm75, sm80, sm86, sm89, sm120, sm121"),
         (["--plans", "openvino"], "'openvino' is not one of 'tensorrt', 'tensorrt-rtx'"),
         (["--engine", "openvino"], "No such option"),
+        (
+            ["--plans", "tensorrt-rtx", "--weights", "int8"],
+            "which does not run int8 weights: drop one of them",
+        ),
         (["--target", "sm89"], "--target has no effect without plans: add --plans tensorrt or --plans tensorrt-rtx"),
         (["--max-batch", "4"], "--max-batch has no effect without plans"),
         (["--static-size", "64x64"], "--static-size has no effect without plans"),

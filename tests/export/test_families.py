@@ -24,6 +24,7 @@ from oneword.runtime.profiles import PlanLimits
 from oneword.runtime.request import Image, Request
 from oneword.runtime.scheduler import Scheduler
 from tests.bundles import export_once
+from tests.export.operators import attentions_and_norms
 from tests.plans import rtx_plans
 
 
@@ -95,6 +96,37 @@ def test_sdxl_with_a_word_of_two_encoders_matches_diffusers(
         settings = {"negative_prompt": negative_prompt, "guidance_scale": 5.0}
         ours = picture(model, prompt, **settings)
         assert psnr(ours, diffusers_picture(pipeline, prompt, **settings)) >= 50, prompt
+
+
+def test_attention_and_residual_norms_of_latent_diffusion_are_fused(ldm_bundle: Path) -> None:
+    # Four transformers of one block: two norms of each follow a sum. LDMBert: two layers.
+    assert attentions_and_norms(ldm_bundle) == {
+        "text_encoder": (2, 3),
+        "denoise_step": (8, 8),
+        "vae_decoder": (1, 0),
+        "vae_encoder": (1, 0),
+    }
+
+
+def test_attention_and_residual_norms_of_stable_diffusion_2_are_fused(sd2_bundle: Path) -> None:
+    assert attentions_and_norms(sd2_bundle) == {
+        "text_encoder": (2, 3),
+        "denoise_step": (8, 8),
+        "vae_decoder": (1, 0),
+        "vae_encoder": (1, 0),
+    }
+
+
+def test_attention_and_residual_norms_of_sdxl_are_fused(sdxl_bundle: Path) -> None:
+    # Four transformers of two blocks, of whose six norms all but the first follow a sum. Encoders of three layers; the
+    # pooled state of the second is the norm of the last sum.
+    assert attentions_and_norms(sdxl_bundle) == {
+        "text_encoder": (3, 5),
+        "text_encoder_2": (3, 6),
+        "denoise_step": (16, 20),
+        "vae_decoder": (1, 0),
+        "vae_encoder": (1, 0),
+    }
 
 
 def test_the_zeros_of_sdxl_for_a_missing_negative_prompt_are_one_shared_context(sdxl_bundle: Path) -> None:

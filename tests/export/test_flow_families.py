@@ -32,6 +32,7 @@ from oneword.runtime.request import Image, Request
 from oneword.runtime.scheduler import Scheduler
 from oneword.train.cli import main
 from tests.bundles import export_once
+from tests.export.operators import attentions_and_norms
 from tests.plans import rtx_plans
 
 PROMPT = "a photo of the red painting, 7 cats"
@@ -491,6 +492,32 @@ def test_every_graph_of_sd3_becomes_a_plan(sd3_bundle: Path) -> None:
 @pytest.mark.plans
 def test_every_graph_of_flux_becomes_a_plan(flux_bundle: Path) -> None:
     assert_planned(flux_bundle)
+
+
+def test_attention_and_residual_norms_of_sd3_are_fused(sd3_bundle: Path) -> None:
+    # Three joint attentions and one of the image alone; the norms have no weights. CLIP: three layers, the last sum is
+    # normed for the pooled state. T5: two layers, without a mean in their norms.
+    assert attentions_and_norms(sd3_bundle) == {
+        "text_encoder": (3, 6),
+        "text_encoder_2": (3, 6),
+        "text_encoder_3": (2, 0),
+        "denoise_step": (3 + 1, 0),
+        "vae_decoder": (1, 0),
+        "vae_encoder": (1, 0),
+        "vae_preview": (0, 0),
+    }
+
+
+def test_attention_and_residual_norms_of_flux_are_fused(flux_bundle: Path) -> None:
+    # One block with two streams and two with one. CLIP: two layers, of which only the pooled state is used.
+    assert attentions_and_norms(flux_bundle) == {
+        "text_encoder": (2, 4),
+        "text_encoder_3": (2, 0),
+        "denoise_step": (1 + 2, 0),
+        "vae_decoder": (1, 0),
+        "vae_encoder": (1, 0),
+        "vae_preview": (0, 0),
+    }
 
 
 def test_sizes_that_sd3_cannot_draw_are_refused(sd3: Model) -> None:
