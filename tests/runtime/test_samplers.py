@@ -163,7 +163,10 @@ def test_the_order_of_the_last_step_depends_on_the_steps_of_the_whole_run(sample
     _assert_equal_runs(sampler, config, 20, strength)  # 13 or 16 of 20 steps, and 15 is where the order changes
 
 
-@pytest.mark.parametrize("sampler", sorted(PEERS.keys() - {Sampler.HEUN, Sampler.DPM2_A}))  # whose peers ignore the setting
+SHIFTING = sorted(PEERS.keys() - {Sampler.HEUN, Sampler.DPM2_A})  # the peers of those two ignore the setting
+
+
+@pytest.mark.parametrize("sampler", SHIFTING)
 @pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
 def test_zero_terminal_snr_matches_diffusers(sampler: Sampler, spacing: str) -> None:
     config = {**BASE, "prediction_type": "v_prediction", "timestep_spacing": spacing, "rescale_betas_zero_snr": True}
