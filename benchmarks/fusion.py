@@ -83,6 +83,7 @@ def step(name: str, options: argparse.Namespace) -> Callable[[], object]:
     feeds = {spec.name: np.zeros(shapes[spec.name], numpy_dtype(spec.dtype)) for spec in graph.inputs}
     for key in ("sample", "context"):
         feeds[key] = generator.standard_normal(shapes[key], dtype=np.float32)
+    feeds["schedule"][:] = 0.5  # so that the outputs depend on the network
     feeds["schedule"][:, 0] = 500  # the timestep
     feeds["branch_context"][1], feeds["cond_branch"][0] = 1, 1
     engine = OnnxRuntimeEngine("denoise_step", graph, options.bundle, options.threads)

@@ -109,7 +109,8 @@ class OpenVinoEngine:
             self._compiler = _Compiler(core, path, settings, plans, key, convert=low)
         except RuntimeError as error:
             raise EngineError(f"cannot open graph {name!r} ({path}): {one_line(error)}") from error
-        check_opened(name, path, self.inputs, self._compiler.inputs)
+        opened = (min(names & self.inputs.keys() or names) for names in self._compiler.inputs)
+        check_opened(name, path, self.inputs, opened)
         self.few_shapes = self._compiler.small
 
     def bind(
@@ -239,7 +240,7 @@ class _Compiler:
         if size <= _LARGE:
             self._dynamic = self.compile()
         model = self._dynamic.model if self._dynamic else core.read_model(*self._files())
-        self.inputs = [value.any_name for value in model.inputs]
+        self.inputs = [value.names for value in model.inputs]  # also of the conversions that compiling removed
 
     def compiled_for(self, shapes: Mapping[str, Shape]) -> _Compiled:
         """The compiled graph for these shapes. Raises RuntimeError, which is OpenVINO's."""
