@@ -320,7 +320,7 @@ def _output_facts(concept: Concept) -> dict[str, str]:
 def _named_rows(tensors: Mapping[str, Vectors], metadata: Mapping[str, str], name: str) -> tuple[str, dict[str, Any]]:
     """The token and the fields of the Concept in a file's tensors, in the layout of any tool."""
     stem = token_from_stem(name)
-    if other := [key for key, value in tensors.items() if value.shape[-1] == _OTHER_ENCODERS.get(key)]:
+    if other := [key for key, value in tensors.items() if value.shape[-1:] == (_OTHER_ENCODERS.get(key),)]:
         raise ConceptError(
             f"{name} has vectors for {other[0]}, a text encoder of no supported model: "
             f"allowed are {', '.join(sorted(KEY_ENCODERS))}"

@@ -304,6 +304,12 @@ def test_a_tensor_that_reads_past_its_numbers_is_refused(tmp_path: Path) -> None
         read_concepts(tmp_path / "b.pt")
 
 
+def test_a_tensor_without_an_axis_is_refused(tmp_path: Path) -> None:
+    torch.save({"<toy>": torch.tensor(1.0)}, tmp_path / "toy.pt")
+    with pytest.raises(ConceptError, match=r"has shape \[\], a word is \[n, D\]"):
+        read_concepts(tmp_path / "toy.pt")
+
+
 def test_tensors_of_a_pickle_cannot_exceed_a_limit_by_sharing_bytes(tmp_path: Path) -> None:
     torch.save({"<toy>": torch.ones(1).expand(1000, 1000)}, tmp_path / "expanded.pt")
     with pytest.raises(ConceptError, match="reads past its 1 numbers"):
