@@ -90,8 +90,10 @@ TEXT: dict[str, dict[str, Any]] = {
 }
 """T5 v1.1 XXL's encoder. In fp16 its `wo` stay in fp32, as in transformers; its table is an input of the graph."""
 
-LAYERS = {name: int(config["num_layers"]) for name, config in (FLOW | TEXT).items()}
-"""Layers of the transformers: SD3's blocks, FLUX.1's double blocks, T5's blocks."""
+LAYERS = {
+    name: int(config["num_layers"]) for name, config in (FLOW | TEXT).items() if "dual_attention_layers" not in config
+}
+"""Layers of the transformers whose layers are alike: FLUX.1's double blocks, T5's blocks."""
 SHAPE = {"B": 1, "N": 2, "M": 2, "T": 77, "h": 32, "w": 32}
 SHAPES = {"flux-dev": {**SHAPE, "N": 1, "M": 1, "T": 512, "h": 128, "w": 128}}
 """The inputs of the measured call, if other than SHAPE: for FLUX.1 a step of 1024x1024 without a negative prompt."""
@@ -109,8 +111,8 @@ def check(name: str) -> None:
     model, _, layers = name.partition("@")
     if model not in CONFIGS | FLOW | TEXT:
         raise ValueError(f"unknown model {model!r}: choose from {', '.join(CONFIGS | FLOW | TEXT)}")
-    if layers and (model not in LAYERS or not layers.isdecimal() or not 1 <= int(layers) <= LAYERS[model]):
-        allowed = f"from 1 to {LAYERS[model]}" if model in LAYERS else "none, because it has a UNet"
+    if layers and layers not in map(str, range(1, LAYERS.get(model, 0) + 1)):
+        allowed = f"from 1 to {LAYERS[model]}" if model in LAYERS else "none, because its layers are not alike"
         raise ValueError(f"{name!r} has {layers} layers, allowed are {allowed}")
 
 
@@ -158,12 +160,11 @@ def empty(name: str) -> Any:
     model, layers = split(name)
     if model in CONFIGS:
         return UNet2DConditionModel(**CONFIGS[model])
-    config = {**(FLOW | TEXT)[model], "num_layers": layers or LAYERS[model]}
+    config = {**(FLOW | TEXT)[model], "num_layers": layers or (FLOW | TEXT)[model]["num_layers"]}
     if model in TEXT:
         return T5EncoderModel(T5Config(**config))
     if "dual_attention_layers" in config:
-        dual = tuple(layer for layer in config["dual_attention_layers"] if layer < config["num_layers"])
-        return SD3Transformer2DModel(**{**config, "dual_attention_layers": dual})
+        return SD3Transformer2DModel(**config)
     return FluxTransformer2DModel(**config, num_single_layers=2 * config["num_layers"])
 
 

@@ -104,8 +104,8 @@ def plan_table(results: Mapping[str, Measured], target: str) -> str:
 def on_paper(results: Mapping[str, Measured]) -> dict[str, dict[str, float]]:
     """Whole models of which two numbers of layers were measured, by a straight line through both.
 
-    All layers are alike, so that parameters, time and memory are a constant and a multiple of their number. There is no
-    such rule for the difference.
+    For models whose layers are alike: parameters, time and memory are a constant and a multiple of their number. There
+    is no such rule for the difference.
     """
     depths: dict[str, list[tuple[int, Measured]]] = {}
     for name, result in results.items():
@@ -139,8 +139,9 @@ def _measured(options: argparse.Namespace) -> dict[str, dict[str, float]]:
                 folder.mkdir(parents=True, exist_ok=True)
                 for stage in stages:
                     _stage(stage, name, precision, folder, options.target)
-                for file in sorted(folder.glob("measured-*.json")):  # also those of stages that ran before
-                    result |= json.loads(file.read_text())
+                for part in ("export", "check", f"plan-{options.target}"):  # also those that ran before
+                    if (file := folder / f"measured-{part}.json").is_file():
+                        result |= json.loads(file.read_text())
     return results
 
 

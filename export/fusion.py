@@ -1,6 +1,6 @@
 """Fused copies of graphs for ONNX Runtime, in which operators of its own replace several of ONNX's.
 
-    MultiHeadAttention        attention of all heads; the matrix of scores is never in memory as a whole
+    MultiHeadAttention        attention of all heads; without a mask, most kernels never have all scores in memory
     SkipLayerNormalization    a residual sum with the layer norm after it
     BiasSplitGelu             the gated GELU of a feed-forward network, in CUDA only
 
@@ -27,26 +27,33 @@ GATED_WIDTHS = (2560, 5120, 10240)
 """Widths, of both halves together, for which ONNX Runtime's CUDA provider has a kernel of BiasSplitGelu."""
 
 
+_TEMPORARY_DOMAIN = "ai.onnxruntime._fusion"
+"""Of the operator that onnxscript's rules insert between their stages; ONNX Runtime has no kernel of it."""
+
+
 def fused_copies(model: onnx_ir.Model) -> dict[Provider, onnx_ir.Model]:
     """Copies of a traced model, whose values must still have their shapes, for each provider; tensors are shared.
 
     Empty if there is nothing to fuse.
     """
     copies = {provider: model.clone() for provider in Provider}
-    return {provider: copy for provider, copy in copies.items() if fuse(copy, provider)}
+    for provider, copy in copies.items():
+        fuse(copy, provider)
+    domains = {provider: {node.domain for node in copy.graph} for provider, copy in copies.items()}
+    return {p: copy for p, copy in copies.items() if DOMAIN in domains[p] and _TEMPORARY_DOMAIN not in domains[p]}
 
 
-def fuse(model: onnx_ir.Model, provider: Provider) -> int:
-    """Replaces operators by ONNX Runtime's own for which `provider` has a kernel. Returns how many were inserted."""
-    attentions = fuse_sdpa(model)
+def fuse(model: onnx_ir.Model, provider: Provider) -> None:
+    """Replaces operators by ONNX Runtime's own for which `provider` has a kernel."""
+    fuse_sdpa(model)
     RemoveUnusedNodesPass()(model)  # the shapes of keys, which would be further uses of what is replaced
     fuse_mha2(model)
     replace_sdpa_by_mha(model)
-    norms = fuse_skip_layer_normalization(model)
-    gates = _gated_gelu.apply_to_model(model) if provider is Provider.CUDA else 0
+    fuse_skip_layer_normalization(model)
+    if provider is Provider.CUDA:
+        _gated_gelu.apply_to_model(model)
     RemoveUnusedNodesPass()(model)
     TopologicalSortPass()(model)  # a residual sum may be used before the norm that now returns it
-    return int(attentions + norms + gates)
 
 
 def save_copy(copy: onnx_ir.Model, path: Path, original: Path) -> None:

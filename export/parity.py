@@ -84,7 +84,7 @@ def compare(
 
 def compare_fused(fused: Engine, cases: Iterable[Reference], precision: Precision) -> list[Difference]:
     """As compare, for a graph's fused copy; the outputs of the cases are the graph's own."""
-    message = "differs from the graph it is a copy of: try another precision"
+    message = "differs from the graph it is a copy of"
     return _compare(fused, cases, FUSED_TOLERANCE[precision], PICTURE_TOLERANCE[precision], message)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 from safetensors.torch import save_file
 
-from oneword.engines.errors import UsageError
+from oneword.engines.errors import EngineError, UsageError, one_line
 from oneword.engines.graph import Graph, Precision, Provider, Weights, graph_digest
 from oneword.engines.onnxruntime import OnnxRuntimeEngine
 from oneword.export.families import TORCH_DTYPES, Exportable, Traceable, family_of, with_preview_decoder
@@ -31,6 +31,8 @@ class Exported:
     differences: tuple[Difference, ...]
     unchecked: tuple[str, ...]
     """Graphs that the checking engine cannot run, each with the reason."""
+    unfused: tuple[str, ...] = ()
+    """Graphs whose fused copies were left out, each with the reason."""
 
 
 def export_bundle(
@@ -63,6 +65,7 @@ def export_bundle(
     accept(exportable)
     differences: list[Difference] = []
     unchecked: list[str] = []
+    unfused: list[str] = []
 
     def fill(folder: Path) -> Manifest:
         graphs = {}
@@ -75,13 +78,15 @@ def export_bundle(
                 unchecked.append(f"{graph.name}: ONNX Runtime does not compute in bf16 on a CPU")
             else:
                 differences.extend(check_graph(graph, graphs[graph.name], folder))
+                graphs[graph.name], reason = check_copies(graph, graphs[graph.name], folder)
+                unfused.extend([reason] if reason else [])
         report("writing tables and tokenizers")
         write_encoders(source, exportable, folder)
         origin = Provenance(id=source.name, digest=source.digest, revision=source.revision or None)
         return exportable.manifest(graphs, origin, preview_of(source))
 
     bundle = write_bundle(path, fill)
-    return Exported(bundle, exportable.family, tuple(differences), tuple(unchecked))
+    return Exported(bundle, exportable.family, tuple(differences), tuple(unchecked), tuple(unfused))
 
 
 def write_graph(graph: Traceable, folder: Path, weights: Weights = Weights.FLOAT) -> Graph:
@@ -99,18 +104,30 @@ def write_graph(graph: Traceable, folder: Path, weights: Weights = Weights.FLOAT
 
 
 def check_graph(graph: Traceable, written: Graph, folder: Path) -> list[Difference]:
-    """Compares a graph written into `folder`, run in ONNX Runtime, with its module, and its copy for the CPU with it.
-
-    The copy for CUDA is not run: it differs from the one for the CPU by BiasSplitGelu alone. Raises EngineError.
-    """
-    cases = references(graph)
+    """Compares a graph written into `folder`, run in ONNX Runtime, with its module. Raises EngineError."""
     original = OnnxRuntimeEngine(graph.name, msgspec.structs.replace(written, fused={}), folder)
-    differences = compare(original, cases, graph.precision, written.weights)
-    if Provider.CPU in written.fused:
-        cases = [Reference(case.feeds, original.run(case.feeds)) for case in cases]
-        del original  # a large graph's weights fit into memory once
+    return compare(original, references(graph), graph.precision, written.weights)
+
+
+def check_copies(graph: Traceable, written: Graph, folder: Path) -> tuple[Graph, str]:
+    """Compares a graph's fused copy for the CPU with the graph, and deletes the copies if it differs or does not run.
+
+    Returns the graph with the copies it has then, and the reason why they were deleted, else "". The copy for CUDA is
+    not run: it differs from the one for the CPU by BiasSplitGelu alone.
+    """
+    if Provider.CPU not in written.fused:
+        return written, ""
+    bare = msgspec.structs.replace(written, fused={})
+    original = OnnxRuntimeEngine(graph.name, bare, folder)
+    cases = [Reference(case.feeds, original.run(case.feeds)) for case in references(graph)]
+    del original  # a large graph's weights fit into memory once
+    try:
         compare_fused(OnnxRuntimeEngine(graph.name, written, folder), cases, graph.precision)
-    return differences
+    except EngineError as error:
+        for name in written.fused.values():
+            (folder / name).unlink()
+        return bare, one_line(error)
+    return written, ""
 
 
 def write_encoders(source: Source, exportable: Exportable, folder: Path) -> None:

@@ -25,7 +25,7 @@ class Hopper:
 def built(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """The arguments plans were built with; replaces the export and the build, on a machine with an sm90."""
     calls: list[tuple[Any, ...]] = []
-    exported = SimpleNamespace(bundle="bundle", differences=(), unchecked=())
+    exported = SimpleNamespace(bundle="bundle", differences=(), unchecked=(), unfused=())
 
     def build(*arguments: Any) -> dict[str, list[Path]]:
         calls.append(arguments[1:4])
@@ -77,7 +77,7 @@ def test_plans_are_built_for_the_installed_or_the_requested_gpu(
 @pytest.mark.usefixtures("built")
 def test_the_options_of_the_model_reach_the_export(monkeypatch: pytest.MonkeyPatch) -> None:
     options: dict[str, Any] = {}
-    exported = SimpleNamespace(bundle="bundle", differences=(), unchecked=())
+    exported = SimpleNamespace(bundle="bundle", differences=(), unchecked=(), unfused=())
     monkeypatch.setattr(write, "export_bundle", lambda *_, **values: options.update(values) or exported)
 
     assert run(monkeypatch, "--without", "text_encoder_3", "--preview", "taesd3", "--json") == 0
@@ -132,10 +132,12 @@ def test_the_parity_report_has_a_heading_and_one_line_for_each_output_but_finite
             Difference("vae_decoder", "finite", 0.0, "relative", 0.0),
         ),
         unchecked=("denoise_step: no engine",),
+        unfused=("vae_decoder.images: 9 levels",),
     )
 
     assert cli.parity_lines(exported) == [
         "largest difference from PyTorch, by output:",
         "  vae_decoder.images: 1.2e-02 levels (allowed 0.05)",
         "not checked: denoise_step: no engine",
+        "without operators of ONNX Runtime's own: vae_decoder.images: 9 levels",
     ]
