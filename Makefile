@@ -1,5 +1,5 @@
 # make demo    learn a word from five pictures, export the miniature, draw the word in new scenes: one contact sheet
-# make test    run the tests
+# make test    run the tests, in two processes; what they export is cached in .cache/bundles
 # make test-plans  run the tests that build TensorRT-RTX plans, which are cached in .cache/plans
 # make test-server   run the tests of the server, with OpenAI's and A1111's clients in an environment of their own
 # make test-browser  run the tests of the server's page in Chromium (Debian's: apt-get install chromium)
@@ -38,8 +38,10 @@ help:
 demo: $(INSTALLED)
 	$(BIN)/python demo.py
 
+# Two processes, each with one thread: threads of one process that wait for work would take the other's time.
+test: export OMP_NUM_THREADS := 1
 test: $(TEST_INSTALLED)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile $(PYTEST_ARGS)
 
 test-plans: $(TEST_INSTALLED)
 	$(BIN)/python -m pytest -m plans $(PYTEST_ARGS)

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Protocol
 
 import numpy as np
@@ -156,23 +155,9 @@ def on_simulated_cuda(bundle: Path, max_rows: int, sizes: Iterable[Size]) -> New
 
     Patches modules of this process permanently.
     """
-    import onnxruntime
+    from benchmarks.simulated import simulate_cuda
 
-    import oneword.engines.cuda
-    from oneword.engines import onnxruntime_cuda
-    from oneword.engines.onnxruntime import open_session
-    from tests.simulated_cuda import Runtime, Session
-
-    runtime = Runtime()
-
-    def on_the_cpu(name: str, path: Path, inputs: Any, providers: Any) -> Any:
-        return Session(open_session(name, path, inputs, ["CPUExecutionProvider"], threads=1), runtime)
-
-    modules: Any = SimpleNamespace(cuda=oneword.engines.cuda, provider=onnxruntime_cuda, onnxruntime=onnxruntime)
-    modules.cuda._runtime = lambda: runtime
-    modules.provider.open_session = on_the_cpu
-    modules.provider.CudaBinding.capturable = True
-    modules.onnxruntime.get_available_providers = lambda: [onnxruntime_cuda.PROVIDER]
+    simulate_cuda()
     return New(bundle, "onnxruntime-cuda", 1, max_rows, sizes)
 
 

@@ -13,8 +13,12 @@ seconds     of a round: proposing, drawing and laying out six pictures; the targ
 
 The methods: `aspects` is `ti-refine`; `a third removed` is the same without a random third of the words; `rocchio` and
 `cma-es` search among eight principal components of the vocabulary; `random` composes words at random and keeps the
-best.
-`--development` uses other looks, one per shape, on which settings may be tuned; it cannot be written.
+best. `polished` is the word of `aspects`, learned further by `ti-train --polish` from the five pictures and the first
+of each round; `polished on the five` is the same without the latter.
+
+`--development` uses other looks, one per shape, on which settings may be tuned; it cannot be written. `--silhouettes`
+uses eight looks whose silhouettes no word names, and reads the silhouette in place of `by pixels`: its intersection
+over union with the shape, on six backgrounds (`oneword.train.miniature.silhouette`).
 
 Every run is kept in `--work` and not repeated; delete that folder to measure again. `--write` puts the table into
 docs/results/feedback.md. Ends in one line of JSON. Not covered: people.
@@ -25,14 +29,13 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from benchmarks import words
 from benchmarks.exported import exported
@@ -41,9 +44,10 @@ from oneword.engines.files import write_whole
 from oneword.export.source import find_model
 from oneword.runtime.aspects import Aspect
 from oneword.runtime.bundle import Bundle
-from oneword.runtime.concept import Concept, load_concept
+from oneword.runtime.concept import Concept, load_concept, save_concept
 from oneword.runtime.drawing import draw
 from oneword.runtime.grid import labelled_grid
+from oneword.runtime.images import save_png
 from oneword.runtime.lexicon import Lexicon, joined
 from oneword.runtime.model import Model, base_table
 from oneword.runtime.refine import (
@@ -54,6 +58,7 @@ from oneword.runtime.refine import (
     components,
     finish,
     judge,
+    picture_file,
     propose,
 )
 from oneword.runtime.request import Request
@@ -62,10 +67,13 @@ from oneword.train import cli
 from oneword.train.evaluation.judge import Judge
 from oneword.train.evaluation.scores import Embeddings, likeness
 from oneword.train.miniature import world
-from oneword.train.miniature.silhouette import object_right
+from oneword.train.miniature.scores import mean_iou
+from oneword.train.miniature.silhouette import object_right, silhouette_iou
 
 PAGE = RESULTS / "feedback.md"
-NEW_PAGE = empty_page("Words refined by likes", "A simulated user likes and dislikes pictures of a word.", "feedback")
+NEW_PAGE = empty_page(
+    "Words refined by likes", "A simulated user likes and dislikes pictures of a word.", "feedback", "silhouettes"
+)
 START, TOKEN, PROMPT = "object", "<word>", "a photo of a <word>"
 ROUNDS, STEPS, GUIDANCE, NOISE = 8, 10, 4.0, 0.05
 SCORED = (0, 2, 3, 4, 5, 8)
@@ -263,7 +271,8 @@ class Lab:
                 return RandomSearch(self.lexicon, seed)
 
 
-METHODS = ("aspects", "a third removed", "rocchio", "cma-es", "random")
+POLISHED, POLISHED_ON_THE_FIVE = "polished", "polished on the five"
+METHODS = ("aspects", "a third removed", "rocchio", "cma-es", "random", POLISHED, POLISHED_ON_THE_FIVE)
 
 
 def main() -> None:
@@ -272,7 +281,9 @@ def main() -> None:
     p.add_argument("--seeds", type=int, default=2)
     p.add_argument("--looks", type=int, default=12)
     p.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
-    p.add_argument("--development", action="store_true", help="other looks, on which settings may be tuned")
+    kinds = p.add_mutually_exclusive_group()
+    kinds.add_argument("--development", action="store_true", help="other looks, on which settings may be tuned")
+    kinds.add_argument("--silhouettes", action="store_true", help="looks whose silhouettes no word names")
     p.add_argument("--no-ceiling", action="store_true", help="do not learn the words that the ceiling needs")
     p.add_argument("--work", type=Path, default=Path("build/feedback"))
     p.add_argument("--write", action="store_true", help="write the table into docs/results/feedback.md")
@@ -282,28 +293,33 @@ def main() -> None:
 
     args.work.mkdir(parents=True, exist_ok=True)
     lab = opened(args.work)
-    kind = "development" if args.development else "held-out"
-    looks = (development_looks() if args.development else world.HELD_OUT_LOOKS)[: args.looks]
+    kind = "development" if args.development else "silhouettes" if args.silhouettes else "held-out"
+    looks = {"development": development_looks, "silhouettes": unnamed_looks}.get(kind, held_out_looks)()[: args.looks]
+    args.looks = len(looks)
+    folders = [args.work / (f"{number:02d}" if kind == "held-out" else f"{kind}-{number:02d}") for number in range(12)]
     results: dict[str, list[dict[str, Any]]] = {}
     for name in args.methods:
         results[name] = [
             stored(
-                args.work / f"{kind}-{name.replace(' ', '-')}-{number}-{seed}.json", run, lab, name, look, number, seed
+                args.work / f"{kind}-{name.replace(' ', '-')}-{number}-{seed}.json",
+                polished if name in (POLISHED, POLISHED_ON_THE_FIVE) else run,
+                *(lab, name, look, number, seed, folders[number]),
             )
             for number, look in enumerate(looks)
             for seed in range(args.seeds)
         ]
-        print(f"{name:16}", "  ".join(f"{n}: {mean(results[name], n):.2f}" for n in SCORED), flush=True)
+        print(f"{name:20}", "  ".join(f"{n}: {value:.2f}" for n, value in means(results[name]).items()), flush=True)
     ceilings = [
-        stored(args.work / f"{kind}-ceiling-{number}.json", ceiling, lab, look, number, args.work)
+        stored(args.work / f"{kind}-ceiling-{number}.json", ceiling, lab, look, number, folders[number])
         for number, look in enumerate(looks)
         if not args.no_ceiling
     ]
     text = summary(results, ceilings, args)
     print(text)
     if args.write:
-        newest = max(args.work.glob("held-out-*.json"), key=lambda file: file.stat().st_mtime)
-        write_section(PAGE, "feedback", f"{provenance('feedback', stored=newest)}\n\n{text}", NEW_PAGE)
+        newest = max(args.work.glob(f"{kind}-*.json"), key=lambda file: file.stat().st_mtime)
+        section = "silhouettes" if args.silhouettes else "feedback"
+        write_section(PAGE, section, f"{provenance('feedback', stored=newest)}\n\n{text}", NEW_PAGE)
     print(json.dumps(report(results, ceilings)))
 
 
@@ -341,6 +357,19 @@ def development_looks() -> tuple[world.Look, ...]:
     return tuple(next(look for look in patterned if look.shape == shape) for shape in world.SHAPES)
 
 
+def held_out_looks() -> tuple[world.Look, ...]:
+    """The twelve looks of the table."""
+    return world.HELD_OUT_LOOKS
+
+
+def unnamed_looks() -> tuple[world.Look, ...]:
+    """A look for each silhouette that no word names, in one colour each."""
+    return tuple(
+        world.Look(shape, colour, "white", "plain")
+        for shape, colour in zip(world.HELD_OUT_SHAPES, world.COLOURS, strict=False)
+    )
+
+
 def without_a_third(aspects: Sequence[Aspect], seed: int) -> tuple[Aspect, ...]:
     """The aspects without a random third of each one's words, rounded up."""
     rng = np.random.default_rng([seed, 3])
@@ -355,22 +384,40 @@ def without_a_third(aspects: Sequence[Aspect], seed: int) -> tuple[Aspect, ...]:
     )
 
 
-def run(lab: Lab, name: str, look: world.Look, number: int, seed: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Turn:
+    """A round that the simulated user has judged."""
+
+    number: int
+    pictures: Sequence[Any]
+    seconds: float
+
+
+def turns(lab: Lab, method: Method, hidden: Embeddings, seed: int) -> Iterator[Turn]:
+    """The user's rounds with a method, which learns from each."""
+    rng = np.random.default_rng([seed, 7])
+    for number in range(1, ROUNDS + 1):
+        start = time.perf_counter()
+        pictures = pictures_of(lab, method.propose(), [PROMPT], 5000 + 10 * seed + number)
+        labelled_grid([pictures], [""], [[str(i) for i in range(1, CANDIDATES + 1)]])
+        seconds = time.perf_counter() - start
+        noisy = (lab.judge.pictures(pictures) @ hidden.T).mean(1) + rng.normal(0, NOISE, CANDIDATES)
+        method.judge(np.argsort(-noisy).tolist())
+        yield Turn(number, pictures, seconds)
+
+
+def run(lab: Lab, name: str, look: world.Look, number: int, seed: int, folder: Path) -> dict[str, Any]:
     """One user refines one word: likeness by round, the answers, and the seconds of a round."""
     hidden = lab.judge.pictures(five(look, number))
     seed += 100 * number
-    method, rng = lab.method(name, seed), np.random.default_rng([seed, 7])
+    method = lab.method(name, seed)
     scores, seconds = {"0": score(lab, method.word(), hidden)}, []
-    for turn in range(1, ROUNDS + 1):
-        start = time.perf_counter()
-        pictures = pictures_of(lab, method.propose(), [PROMPT], 5000 + 10 * seed + turn)
-        labelled_grid([pictures], [""], [[str(i) for i in range(1, CANDIDATES + 1)]])
-        seconds.append(time.perf_counter() - start)
-        noisy = (lab.judge.pictures(pictures) @ hidden.T).mean(1) + rng.normal(0, NOISE, CANDIDATES)
-        method.judge(np.argsort(-noisy).tolist())
-        if turn in SCORED:
-            scores[str(turn)] = score(lab, method.word(), hidden)
+    for turn in turns(lab, method, hidden, seed):
+        seconds.append(turn.seconds)
+        if turn.number in SCORED:
+            scores[str(turn.number)] = score(lab, method.word(), hidden)
     wanted = {"shape": look.shape, "colour": look.colour, "pattern": look.pattern}
+    wanted = {aspect: word for aspect, word in wanted.items() if word not in world.HELD_OUT_SHAPES}
     found = method.answers()
     return {
         "scores": scores,
@@ -378,6 +425,33 @@ def run(lab: Lab, name: str, look: world.Look, number: int, seed: int) -> dict[s
         "answers": {aspect: found.get(aspect) == word for aspect, word in wanted.items()} if found else {},
         "pixels": by_pixels(lab, method.word(), look),
     }
+
+
+def polished(lab: Lab, name: str, look: world.Look, number: int, seed: int, folder: Path) -> dict[str, Any]:
+    """The word of `aspects`, learned further from pictures: its scores, and the seconds of learning."""
+    training = five(look, number)
+    hidden = lab.judge.pictures(training)
+    refined = folder.with_name(f"{folder.name}-refined-{seed}.safetensors")
+    output = folder.with_name(f"{folder.name}-{name.replace(' ', '-')}-{seed}.safetensors")
+    method = lab.method("aspects", seed + 100 * number)
+    for turn in turns(lab, method, hidden, seed + 100 * number):
+        for index, picture in enumerate(turn.pictures):
+            save_png(picture, picture_file(refined, turn.number, index), "")
+    word = method.word()
+    save_concept(word, refined)
+    words.saved(training, folder)
+    start = time.perf_counter()
+    line = [str(folder), "--model", "miniature", "--output", str(output)]
+    if name == POLISHED:
+        line += ["--polish", str(refined)]
+    else:
+        vectors = len(word.vectors["text_encoder"])
+        line += ["--token", TOKEN, "--init", str(refined), "--recipe", "directional", "--vectors", str(vectors)]
+    learn(line)
+    seconds = time.perf_counter() - start
+    concept = load_concept(output)
+    scores = {str(ROUNDS): score(lab, concept, hidden)}
+    return {"scores": scores, "seconds": [seconds], "answers": {}, "pixels": by_pixels(lab, concept, look)}
 
 
 def pictures_of(lab: Lab, concepts: Sequence[Concept], prompts: Sequence[str], seed: int) -> list[Any]:
@@ -412,11 +486,15 @@ def score(lab: Lab, concept: Concept, hidden: Embeddings) -> float:
 
 
 def by_pixels(lab: Lab, concept: Concept, look: world.Look) -> float:
-    """How often the word's object has the look's shape and first colour, on the six backgrounds not seen."""
+    """How often the word's object has the look's shape and first colour, on the six backgrounds not seen.
+
+    For a silhouette that no word names, the mean score of its silhouette.
+    """
     names = [name for name in world.BACKGROUNDS if name not in words.SEEN]
     pictures = pictures_of(lab, [concept], [f"{PROMPT} {world.BACKGROUNDS[name].phrase}" for name in names], 99)
     scenes = [world.Scene((world.Thing(look),), name) for name in names]
-    return float(np.mean([object_right(image, scene, 0) for image, scene in zip(pictures, scenes, strict=True)]))
+    read = silhouette_iou if look.shape in world.HELD_OUT_SHAPES else object_right
+    return float(np.mean([read(image, scene, 0) for image, scene in zip(pictures, scenes, strict=True)]))
 
 
 def five(look: world.Look, number: int) -> npt.NDArray[np.uint8]:
@@ -424,24 +502,30 @@ def five(look: world.Look, number: int) -> npt.NDArray[np.uint8]:
     return words.draw(look, (words.SEEN[0], *words.SEEN), 1000 * number)
 
 
-def ceiling(lab: Lab, look: world.Look, number: int, work: Path) -> dict[str, float]:
+def learn(line: list[str]) -> None:
+    """Runs `ti-train`. Raises SystemExit if it fails."""
+    if status := cli.main(line):
+        raise SystemExit(status)
+
+
+def ceiling(lab: Lab, look: world.Look, number: int, folder: Path) -> dict[str, float]:
     """The scores of the word that `ti-train` learns from the five pictures."""
     training = five(look, number)
-    output, folder = work / f"{number:02d}.safetensors", work / f"{number:02d}"
+    output = folder.with_suffix(".safetensors")
     if not output.exists():
-        folder.mkdir(exist_ok=True)
-        for index, picture in enumerate(training):
-            Image.fromarray(picture).save(folder / f"{index}.png")
-        line = [str(folder), "--model", "miniature", "--token", TOKEN, "--init", START, "--output", str(output)]
-        if status := cli.main(line):
-            raise SystemExit(status)
+        words.saved(training, folder)
+        learn([str(folder), "--model", "miniature", "--token", TOKEN, "--init", START, "--output", str(output)])
     concept = load_concept(output)
     return {"likeness": score(lab, concept, lab.judge.pictures(training)), "pixels": by_pixels(lab, concept, look)}
 
 
-def mean(runs: Sequence[Mapping[str, Any]], number: int) -> float:
-    """The mean likeness after a round."""
-    return float(np.mean([entry["scores"][str(number)] for entry in runs]))
+def means(runs: Sequence[Mapping[str, Any]]) -> dict[int, float]:
+    """The mean likeness after each round that was scored."""
+    return {
+        number: round(float(np.mean([entry["scores"][str(number)] for entry in runs])), 3)
+        for number in SCORED
+        if str(number) in runs[0]["scores"]
+    }
 
 
 def report(
@@ -452,11 +536,9 @@ def report(
     for name, runs in results.items():
         answers = [entry["answers"] for entry in runs if entry["answers"]]
         methods[name] = {
-            "likeness": {number: round(mean(runs, number), 3) for number in SCORED},
+            "likeness": means(runs),
             "pixels": round(float(np.mean([entry["pixels"] for entry in runs])), 3),
-            "answers": {
-                aspect.name: round(float(np.mean([found[aspect.name] for found in answers])), 3) for aspect in ASPECTS
-            }
+            "answers": {aspect: round(float(np.mean([found[aspect] for found in answers])), 3) for aspect in answers[0]}
             if answers
             else {},
             "seconds": round(float(np.median([second for entry in runs for second in entry["seconds"]])), 3),
@@ -470,6 +552,13 @@ def report(
     return {"methods": methods, "ceiling": top}
 
 
+def real_silhouettes() -> float:
+    """The silhouettes' mean score on real renders, on the six backgrounds not seen."""
+    names = [name for name in world.BACKGROUNDS if name not in words.SEEN]
+    scenes = [world.Scene((world.Thing(look),), name) for look in unnamed_looks() for name in names]
+    return mean_iou(np.stack([world.render(scene, 900 + i)[0] for i, scene in enumerate(scenes)]), scenes)
+
+
 def summary(
     results: Mapping[str, Sequence[Mapping[str, Any]]],
     ceilings: Sequence[Mapping[str, float]],
@@ -478,21 +567,25 @@ def summary(
     """The means beside their targets, in Markdown."""
     figures = report(results, ceilings)
     methods, top = figures["methods"], figures["ceiling"]
-    head = ["likeness after rounds", *map(str, SCORED), "right by pixels"]
+    head = ["likeness after rounds", *map(str, SCORED), "silhouette" if args.silhouettes else "right by pixels"]
+    pixels = "{:.2f}" if args.silhouettes else "{:.0%}"
+    entries = {**methods, **({"learned from the five": {**top, "likeness": {ROUNDS: top["likeness"]}}} if top else {})}
     rows = [
-        [name, *(f"{value:.2f}" for value in entry["likeness"].values()), f"{entry['pixels']:.0%}"]
-        for name, entry in methods.items()
+        [
+            name,
+            *(f"{entry['likeness'][number]:.2f}" if number in entry["likeness"] else "" for number in SCORED),
+            pixels.format(entry["pixels"]),
+        ]
+        for name, entry in entries.items()
     ]
-    if top:
-        rows.append(
-            ["learned from the five", *[""] * (len(SCORED) - 1), f"{top['likeness']:.2f}", f"{top['pixels']:.0%}"]
-        )
+    if args.silhouettes:
+        rows.append(["real renders", *[""] * len(SCORED), pixels.format(real_silhouettes())])
     parts = [
         f"{args.looks} looks, users per look: {args.seeds}; {ROUNDS} rounds of {CANDIDATES} pictures; "
         f"{STEPS} DDIM steps, guidance {GUIDANCE:g}. Bold: misses its target.",
         table(head, rows),
     ]
-    if entry := methods.get("aspects"):
+    if (entry := methods.get("aspects")) and not args.silhouettes:
         three, share = entry["likeness"][3], entry["likeness"][8] / top["likeness"] if top else np.nan
         bars = [
             ["likeness after 3 rounds", f"at least {BAR_3}", marked(f"{three:.3f}", three >= BAR_3)],
@@ -515,7 +608,8 @@ def summary(
         if entry["answers"]
     ]
     if answers:
-        parts.append(table(["right answers after 8 rounds", *(aspect.name for aspect in ASPECTS)], answers))
+        aspects = next(entry["answers"] for entry in methods.values() if entry["answers"])
+        parts.append(table(["right answers after 8 rounds", *aspects], answers))
     return "\n\n".join(parts)
 
 

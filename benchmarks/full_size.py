@@ -1,14 +1,19 @@
-"""Denoise steps of full size with random weights: exported, checked against PyTorch, measured.
+"""Networks of full size with random weights: exported, checked against PyTorch, measured.
 
     python -m benchmarks.full_size [sd15 sd2 sdxl ldm ...] [--precision fp32 fp16] [--write]
     python -m benchmarks.full_size --plans [...]       TensorRT-RTX plans of the same, built without a GPU
+    python -m benchmarks.full_size sd35-medium t5-xxl flux-dev@1 flux-dev@2 --keep DIR [--stages export]
 
-One process creates a step, runs it once in PyTorch and traces it; another opens it in ONNX Runtime, as a machine with
-memory for one copy of the weights must. Columns: parameters, seconds to export, peak memory of export and check, size
-on disk, and the largest relative difference of the step between PyTorch and ONNX Runtime. `--write` puts the table into
-docs/results/gpu.md. Ends in one line of JSON. Not covered: pictures (random weights draw none) and speed.
+One process creates a network, runs it once in PyTorch and traces it; another opens it in ONNX Runtime, as a machine
+with memory for one copy of the weights must. Columns: parameters, seconds to export, peak memory of export and check,
+size on disk, seconds of one call in ONNX Runtime, and the largest relative difference from PyTorch.
 
-`tiny` is a model of toy size, to check that this benchmark runs.
+A transformer may have fewer layers: `flux-dev@2`. From two such numbers of layers the whole model is computed on paper,
+by a straight line. `--keep` keeps graphs and the measurements of finished stages in a folder: the same command goes on
+from there, and `--stages` runs some of the stages now and the others another time. `--write` puts the tables into
+docs/results/gpu.md. Ends in one line of JSON. Not covered: pictures (random weights draw none).
+
+`tiny` and `tiny-flow` are models of toy size, to check that this benchmark runs.
 """
 
 import argparse
@@ -19,128 +24,157 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+from benchmarks.architectures import CONFIGS, FLOW, LAYERS, TEXT, bundle_of_one, check, full_size, shape, side, split
 from benchmarks.pages import RESULTS, empty_page, marked, provenance, table, write_section
 
 PAGE = RESULTS / "gpu.md"
 NEW_PAGE = empty_page(
     "Full size and GPUs",
-    "Denoise steps of full size with random weights: exports, plans, and latency on a GPU.",
+    "Networks of full size with random weights: exports, plans, and latency on a GPU.",
     "full-size",
+    "full-size-transformers",
     "full-size-plans",
+    "full-size-transformers-plans",
+    "gpu-plan",
     "gpu-latency",
 )
 LIMIT_GIB = 20
-TARGET = "sm89"
-LINEAR: dict[str, Any] = {"use_linear_projection": True}
-SD: dict[str, Any] = {"sample_size": 64, "attention_head_dim": 8}
-CONFIGS: dict[str, dict[str, Any]] = {
-    "sd15": {**SD, "cross_attention_dim": 768},
-    "sd2": {**SD, **LINEAR, "sample_size": 96, "cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20)},
-    "sdxl": {
-        **LINEAR,
-        "sample_size": 128,
-        "block_out_channels": (320, 640, 1280),
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        "transformer_layers_per_block": (1, 2, 10),
-        "attention_head_dim": (5, 10, 20),
-        "cross_attention_dim": 2048,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": 2816,
-    },
-    "tiny": {
-        **SD,
-        "block_out_channels": (32, 64),
-        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-        "layers_per_block": 1,
-        "cross_attention_dim": 32,
-    },
-    "ldm": {**SD, "sample_size": 32, "cross_attention_dim": 1280},
-}
-"""The UNets of SD 1.5, SD 2.1, SDXL 1.0 and ldm-text2im-large-256, without UNet2DConditionModel's defaults."""
-SHAPE = {"B": 1, "N": 2, "M": 2, "T": 77, "h": 32, "w": 32}
+STAGES = ("export", "check")
+HEAD = ["network", "parameters", "export", "peak, export", "peak, check", "on disk", "a call", "relative difference"]
+Measured = Mapping[str, float]
 
 
 def main() -> None:
-    """Measures every model in every precision; prints a table and one line of JSON."""
+    """Measures every model in every precision; prints tables and one line of JSON."""
     options = _options()
     if options.stage:
         print(json.dumps({"export": _export, "check": _check, "plan": _plan}[options.stage](options)))
         return
-    if options.plans:
-        _plans(options)
-        return
-    results = _measured(options, "export", "check")
-    rows = [
-        [
-            name,
-            f"{r['parameters'] / 1e6:.1f} M",
-            f"{r['export_seconds']:.0f} s",
-            marked(f"{r['export_gib']:.1f} GiB", r["export_gib"] <= LIMIT_GIB),
-            marked(f"{r['check_gib']:.1f} GiB", r["check_gib"] <= LIMIT_GIB),
-            f"{r['disk_gib']:.1f} GiB",
-            f"{r['difference']:.1e}",
-        ]
-        for name, r in results.items()
-    ]
-    head = ["denoise step", "parameters", "export", "peak, export", "peak, check", "on disk", "relative difference"]
-    print(table(head, rows))
-    if options.write:
-        text = f"{provenance('full_size')}\n\nTarget: at most {LIMIT_GIB} GiB.\n\n{table(head, rows)}"
-        write_section(PAGE, "full-size", text, NEW_PAGE)
+    results = _measured(options)
+    done = {
+        name: result for name, result in results.items() if ("plan_gib" if options.plans else "export_gib") in result
+    }
+    for section, names in (("full-size", CONFIGS), ("full-size-transformers", FLOW | TEXT)):
+        rows = {name: result for name, result in done.items() if split(name.split()[0])[0] in names}
+        if rows:
+            text = plan_table(rows, options.target) if options.plans else export_table(rows)
+            print(text)
+            if options.write:
+                section += "-plans" if options.plans else ""
+                write_section(PAGE, section, f"{provenance('full_size')}\n\n{text}", NEW_PAGE)
     print(json.dumps(results))
-    if any(max(r["export_gib"], r["check_gib"]) > LIMIT_GIB for r in results.values()):
+    if any(max(r.get("export_gib", 0), r.get("check_gib", 0)) > LIMIT_GIB for r in results.values()):
         raise SystemExit(f"peak memory was above {LIMIT_GIB} GiB")
 
 
-def _measured(options: argparse.Namespace, *stages: str) -> dict[str, dict[str, float]]:
-    """The stages' measurements of every model in every precision; every stage has its own process."""
-    results: dict[str, dict[str, float]] = {}
-    for family in options.families:
-        for precision in options.precision:
-            result = results[f"{family} {precision}"] = {}
-            with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
-                for stage in stages:
-                    result |= _stage(stage, family, precision, folder)
-            print(f"{family} {precision}: {result}", flush=True)
-    return results
+def export_table(results: Mapping[str, Measured]) -> str:
+    """The measurements of exports and checks, by model and precision, and what follows for whole models."""
+    measured = {name: _cells(result) for name, result in results.items()}
+    paper = {f"{name}, on paper": _cells(result) for name, result in on_paper(results).items()}
+    text = table(HEAD, [[name, *cells] for name, cells in (measured | paper).items()])
+    return f"Target: at most {LIMIT_GIB} GiB.\n\n{text}"
 
 
-def _plans(options: argparse.Namespace) -> None:
-    """Measures the plan of every model in every precision; prints a table and one line of JSON."""
-    results = _measured(options, "plan")
+def _cells(r: Measured) -> list[str]:
+    exported = [
+        f"{r['parameters'] / 1e6:.1f} M",
+        f"{r['export_seconds']:.0f} s",
+        marked(f"{r['export_gib']:.1f} GiB", r["export_gib"] <= LIMIT_GIB),
+    ]
+    disk = f"{r['disk_gib']:.1f} GiB"
+    if "check_gib" not in r:
+        return [*exported, "not run", disk, "", ""]
+    check = marked(f"{r['check_gib']:.1f} GiB", r["check_gib"] <= LIMIT_GIB)
+    call = f"{r['call_seconds']:.2g} s" if r["call_seconds"] < 10 else f"{r['call_seconds']:.0f} s"
+    return [*exported, check, disk, call, f"{r['difference']:.1e}" if "difference" in r else ""]
+
+
+def plan_table(results: Mapping[str, Measured], target: str) -> str:
+    """The measurements of plans, by model and precision."""
     rows = [
         [name, f"{r['plan_seconds']:.0f} s", f"{r['plan_gib']:.1f} GiB", f"{r['plan_disk_gib']:.1f} GiB"]
         for name, r in results.items()
     ]
-    text = table([f"plan for {TARGET}", "built in", "peak of the builder", "on disk"], rows)
-    print(text)
-    if options.write:
-        write_section(PAGE, "full-size-plans", f"{provenance('full_size')}\n\n{text}", NEW_PAGE)
-    print(json.dumps(results))
+    return table([f"plan for {target}", "built in", "peak of the builder", "on disk"], rows)
+
+
+def on_paper(results: Mapping[str, Measured]) -> dict[str, dict[str, float]]:
+    """Whole models of which two numbers of layers were measured, by a straight line through both.
+
+    All layers are alike, so that parameters, time and memory are a constant and a multiple of their number. There is no
+    such rule for the difference.
+    """
+    depths: dict[str, list[tuple[int, Measured]]] = {}
+    for name, result in results.items():
+        full_name, precision = name.split()
+        model, layers = split(full_name)
+        if layers is not None:
+            depths.setdefault(f"{model} {precision}", []).append((layers, result))
+    whole: dict[str, dict[str, float]] = {}
+    for name, measured in depths.items():
+        if len(measured) > 1:
+            (fewer, low), *_, (more, high) = sorted(measured, key=lambda pair: pair[0])
+            times = (LAYERS[name.split()[0]] - fewer) / (more - fewer)
+            keys = (key for key in low if key in high and key != "difference")
+            whole[name] = {key: low[key] + times * (high[key] - low[key]) for key in keys}
+    return whole
+
+
+def _measured(options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """The stages' measurements of every model in every precision; every stage has its own process."""
+    stages = ("plan",) if options.plans else options.stages
+    results: dict[str, dict[str, float]] = {}
+    for name in options.models:
+        for precision in options.precision:
+            result = results[f"{name} {precision}"] = {}
+            if options.keep is None:
+                with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
+                    for stage in stages:
+                        result |= _stage(stage, name, precision, Path(folder), options.target)
+            else:
+                folder = options.keep / f"{name}-{precision}"
+                folder.mkdir(parents=True, exist_ok=True)
+                for stage in stages:
+                    _stage(stage, name, precision, folder, options.target)
+                for file in sorted(folder.glob("measured-*.json")):  # also those of stages that ran before
+                    result |= json.loads(file.read_text())
+    return results
+
+
+def _stage(stage: str, name: str, precision: str, folder: Path, target: str) -> dict[str, float]:
+    """The measurements of one stage, which runs in a process of its own unless its folder has them already."""
+    file = folder / f"measured-{stage}{f'-{target}' if stage == 'plan' else ''}.json"
+    if not file.is_file():
+        command = [sys.executable, "-m", "benchmarks.full_size", name, "--precision", precision, "--target", target]
+        run = subprocess.run([*command, "--stage", stage, "--scratch", folder], stdout=subprocess.PIPE, check=True)
+        file.write_bytes(run.stdout.splitlines()[-1])
+    result: dict[str, float] = json.loads(file.read_text())
+    print(f"{name} {precision}, {stage}: {result}", flush=True)
+    return result
 
 
 def _export(options: argparse.Namespace) -> dict[str, float]:
     """Runs in a child process: computes the reference, then writes the ONNX graph."""
+    import msgspec
+
     from oneword.export.parity import references
     from oneword.export.write import write_graph
 
     start = time.perf_counter()
-    graph = full_size(options.families[0], options.precision[0])
-    folder = Path(options.scratch)
-    cases = references(graph, [SHAPE])
+    name, folder = options.models[0], Path(options.scratch)
+    graph = full_size(name, options.precision[0])
+    cases = references(graph, [shape(name)])
     written = write_graph(graph, folder)
     (folder / "case.pickle").write_bytes(pickle.dumps((written, cases)))  # for the next stage
+    (folder / "graph.json").write_bytes(msgspec.json.encode(written))  # for plans
     return {
         "parameters": sum(p.numel() for p in graph.module.parameters()),
         "export_seconds": time.perf_counter() - start,
         "export_gib": _peak(),
-        "disk_gib": sum((folder / name).stat().st_size for name in written.files) / 2**30,
+        "disk_gib": sum((folder / file).stat().st_size for file in written.files) / 2**30,
     }
 
 
@@ -152,10 +186,13 @@ def _check(options: argparse.Namespace) -> dict[str, float]:
     folder = Path(options.scratch)
     graph, cases = pickle.loads((folder / "case.pickle").read_bytes())
     start = time.perf_counter()
-    engine = OnnxRuntimeEngine("denoise_step", graph, folder)
+    engine = OnnxRuntimeEngine("network", graph, folder)
     differences = compare(engine, cases, graph.precision)
+    checked = time.perf_counter()
+    engine.run(cases[0].feeds)
     return {
-        "check_seconds": time.perf_counter() - start,
+        "check_seconds": checked - start,
+        "call_seconds": time.perf_counter() - checked,
         "check_gib": _peak(),
         "difference": max(d.value for d in differences if d.unit == "relative"),
     }
@@ -166,84 +203,16 @@ def _plan(options: argparse.Namespace) -> dict[str, float]:
     from oneword.engines.builder import Flavour
     from oneword.runtime.profiles import PlanLimits, build_plans
 
-    folder = Path(options.scratch)
-    bundle = bundle_of_one(options.families[0], options.precision[0], folder)
+    name = options.models[0]
+    bundle = bundle_of_one(name, options.precision[0], Path(options.scratch))
     start = time.perf_counter()
-    side = 8 * int(CONFIGS[options.families[0]]["sample_size"])
-    plans = build_plans(bundle, Flavour.RTX, TARGET, PlanLimits(max_batch=1, max_size=side), only="denoise_step")
+    limits = PlanLimits(max_batch=1, max_size=side(name))
+    plans = build_plans(bundle, Flavour.RTX, options.target, limits, only="denoise_step")
     return {
         "plan_seconds": time.perf_counter() - start,
         "plan_gib": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20,
         "plan_disk_gib": sum(plan.stat().st_size for plan in plans["denoise_step"]) / 2**30,
     }
-
-
-def full_size(family: str, precision: str) -> Any:
-    """A denoise step of full size with random weights, scaled to preserve the size of activations."""
-    import torch
-    from diffusers import UNet2DConditionModel
-
-    from oneword.engines.graph import Precision
-    from oneword.export.families import TORCH_DTYPES, denoise_graph
-    from oneword.export.modules import DenoiseStep, UNet
-
-    config = CONFIGS[family]
-    with torch.device("meta"):
-        unet = torch.nn.Module.to(UNet2DConditionModel(**config), TORCH_DTYPES[Precision(precision)])
-    unet = unet.to_empty(device="cpu").eval().requires_grad_(False)
-    torch.manual_seed(0)
-    for parameter in unet.parameters():
-        if parameter.ndim == 1:
-            parameter.zero_()
-        else:
-            parameter.normal_(0, float(parameter[0].numel()) ** -0.5)
-    for module in unet.modules():
-        if isinstance(module, (torch.nn.GroupNorm, torch.nn.LayerNorm)):
-            module.weight.fill_(1)
-    if "addition_embed_type" not in config:
-        return denoise_graph(DenoiseStep(UNet(unet)))
-    pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
-    return denoise_graph(DenoiseStep(UNet(unet)), pooled, 6)
-
-
-def bundle_of_one(family: str, precision: str, folder: Path) -> Any:
-    """The exported step as a bundle of one graph, which is all an engine reads; exported if it does not exist yet."""
-    import msgspec
-
-    from oneword.engines.graph import Graph
-    from oneword.export.modules import DenoiseStep
-    from oneword.export.write import write_graph
-    from oneword.runtime.bundle import Bundle, Conditioning, Defaults, Encoder, Manifest, Provenance, Vae
-
-    path = folder / "graph.json"
-    if path.is_file():
-        graph = msgspec.json.decode(path.read_bytes(), type=Graph)
-    else:
-        graph = write_graph(full_size(family, precision), folder)
-        path.write_bytes(msgspec.json.encode(graph))
-    encoder = Encoder(
-        graph="text_encoder", table="", tokenizer="", vocab_size=1, width=1,
-        hidden_width=1, length=SHAPE["T"], bos_id=0, eos_id=0, pad_id=0, layers=(1,), default_layer=1,
-    )  # fmt: skip
-    side = 8 * int(CONFIGS[family]["sample_size"])
-    manifest = Manifest(
-        source=Provenance(family, ""),
-        graphs={"denoise_step": graph},
-        encoders=(encoder,),
-        conditioning=Conditioning((("text_encoder",),)),
-        columns=DenoiseStep.COLUMNS,
-        scheduler={},
-        vae=Vae(scale=1.0, shift=0.0, factor=8, latent_channels=4),
-        defaults=Defaults(width=side, height=side),
-    )
-    return Bundle(folder, manifest)
-
-
-def _stage(stage: str, family: str, precision: str, folder: str) -> dict[str, float]:
-    command = [sys.executable, "-m", "benchmarks.full_size", family, "--precision", precision]
-    run = subprocess.run([*command, "--stage", stage, "--scratch", folder], stdout=subprocess.PIPE, check=True)
-    result: dict[str, float] = json.loads(run.stdout.splitlines()[-1])
-    return result
 
 
 def _peak() -> float:
@@ -252,15 +221,24 @@ def _peak() -> float:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("families", nargs="*", default=["sd15", "sd2", "sdxl", "ldm"], metavar="sd15|sd2|sdxl|ldm|tiny")
+    names = "|".join(CONFIGS | FLOW | TEXT)
+    parser.add_argument("models", nargs="*", default=["sd15", "sd2", "sdxl", "ldm"], metavar=names)
     parser.add_argument("--precision", nargs="+", default=["fp16", "fp32"], choices=["fp32", "fp16"])
-    parser.add_argument("--plans", action="store_true", help=f"build TensorRT-RTX plans for {TARGET} instead")
-    parser.add_argument("--write", action="store_true", help="write the table into docs/results/gpu.md")
+    parser.add_argument("--plans", action="store_true", help="build TensorRT-RTX plans instead")
+    parser.add_argument("--target", default="sm89", help="the plans' GPUs, such as sm89,sm120 [default: sm89]")
+    parser.add_argument("--stages", nargs="+", default=STAGES, choices=STAGES, help="stages to run now [default: all]")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="keep graphs and measurements, and go on from them")
+    parser.add_argument("--write", action="store_true", help="write the tables into docs/results/gpu.md")
     parser.add_argument("--scratch", help="folder for temporary graphs: 12 GB of free space")
-    parser.add_argument("--stage", choices=["export", "check", "plan"], help=argparse.SUPPRESS)
+    parser.add_argument("--stage", choices=[*STAGES, "plan"], help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if unknown := [family for family in options.families if family not in CONFIGS]:
-        parser.error(f"unknown model {unknown[0]!r}: choose from {', '.join(CONFIGS)}")
+    for name in options.models:
+        try:
+            check(name)
+        except ValueError as error:
+            parser.error(str(error))
+    if options.plans and (text := [name for name in options.models if split(name)[0] in TEXT]):
+        parser.error(f"--plans is for denoise steps, {text[0]} is a text encoder")
     return options
 
 

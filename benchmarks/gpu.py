@@ -1,208 +1,219 @@
-"""A guided denoise step on an NVIDIA GPU: this project's engines beside PyTorch, with the same weights.
+"""What an hour on an NVIDIA GPU should answer, in stages that do not depend on each other's success.
 
-    python -m benchmarks.gpu [tiny sd15 sdxl ...] [--steps N] [--rounds N] [--write]
+    python -m benchmarks.gpu [--script SCRIPT] [--write]     every stage, an hour at most
+    python -m benchmarks.gpu arrays cuda sd15-1              these stages
+    python -m benchmarks.gpu --simulated                     every stage without a GPU, on the tests' simulated CUDA
 
-    torch              the step's own module, fp16, channels last
-    torch-compile      the same with torch.compile(mode="max-autotune")
-    onnxruntime-cuda, tensorrt, tensorrt-rtx
-                       the exported step, fp16; where the engine allows it, also captured as a CUDA graph and replayed
+    arrays         device arrays, pinned memory and replays against numpy, and the speed of copies
+    cuda           pictures of ONNX Runtime's CUDA provider beside the CPU's
+    tensorrt, tensorrt-rtx    plans of every graph, and their pictures beside the CPU's
+    replays        the share of steps that are replayed, and the GPU's gaps in a profiler's trace
+    sd15-export, sdxl-export  the step of the architecture with random weights, in fp16
+    sd15-1, sd15-4, sd15-8, sdxl-1, ...    a guided step at batch 1, 4 and 8 beside PyTorch, eager and compiled
+                   (benchmarks.gpu_step)
+    swaps          turns of a busy scheduler while words are loaded
+    learning       seconds to learn a word beside SCRIPT, diffusers' textual_inversion.py
 
-Random weights of full size (benchmarks.full_size), one picture with guidance, at the model's own size. Contenders run
-one after another, each in its own process, `--rounds` times; medians are reported. Columns: ms per step (queued one by
-one, and captured), TFLOP/s if the step's arithmetic is known, the largest relative difference from `torch` after one
-step, and memory in use on the GPU. A contender that is not installed or does not run on this GPU gets a row with the
-reason. `--write` puts the tables into docs/results/gpu.md. Ends in one line of JSON.
+Each stage runs in its own process, is stopped at its limit, and ends in one line of JSON with its result or its error.
+Results are stored in `--work`; a stage that has succeeded is not repeated, so an interrupted plan resumes with the same
+command. `--write` writes docs/results/gpu.md from everything stored. TensorRT-RTX does not build for every GPU, and
+TensorRT's libraries are not on PyPI: such a stage says so and counts as failed. Ends in one line of JSON.
 """
 
 import argparse
+import datetime
 import json
-import statistics
+import shutil
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from benchmarks.full_size import CONFIGS, NEW_PAGE, PAGE, SHAPE, bundle_of_one, full_size
+from benchmarks import gpu_stages, gpu_step
+from benchmarks.architectures import CONFIGS
+from benchmarks.full_size import NEW_PAGE, PAGE
+from benchmarks.gpu_stages import Settings
+from benchmarks.gpu_step import finished, latency_table
 from benchmarks.pages import provenance, table, write_section
-from oneword.runtime.samplers import COLUMNS
+from oneword.engines.errors import OnewordError
 
-CONTENDERS = ("torch", "torch-compile", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx")
-TFLOP = {"sd15": 1.607, "sdxl": 13.5}  # per guided step at the model's own size, counted over the network
-TOKENS = SHAPE["T"]
+BATCHES = (1, 4, 8)
+MINUTES = 60.0
+SLOWER = 5
+"""How much longer a stage may take on simulated CUDA, which computes on the CPU."""
+Stored = dict[str, dict[str, Any]]
+"""By stage: `date`, `device`, `seconds`, and either `result` or `error`."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the plan."""
+
+    minutes: float
+    """After which it is stopped."""
+    run: Callable[[Settings], dict[str, Any]]
+
+
+def plan(models: list[str]) -> dict[str, Stage]:
+    """The stages by name, in their order; those of these models after the checks."""
+    stages = {
+        "arrays": Stage(1, gpu_stages.arrays),
+        "cuda": Stage(3, gpu_stages.cuda),
+        "tensorrt": Stage(4, gpu_stages.tensorrt),
+        "tensorrt-rtx": Stage(2, gpu_stages.tensorrt_rtx),
+        "replays": Stage(3, gpu_stages.replays),
+    }
+    for model in models:
+        large = model == "sdxl"
+        stages[f"{model}-export"] = Stage(9 if large else 3, partial(exported_step, model))
+        for batch in BATCHES:
+            minutes = 3 if batch > 1 else 7 if large else 6
+            stages[f"{model}-{batch}"] = Stage(minutes, partial(step_latency, model, batch))
+    return {**stages, "swaps": Stage(3, gpu_stages.swaps), "learning": Stage(6, gpu_stages.learning)}
+
+
+def exported_step(model: str, settings: Settings) -> dict[str, Any]:
+    """See gpu_step.export."""
+    return gpu_step.export(model, settings.work)
+
+
+def step_latency(model: str, batch: int, settings: Settings) -> dict[str, Any]:
+    """See gpu_step.contend."""
+    return gpu_step.contend(model, batch, settings.work, 0.95 * settings.seconds, settings.simulated)
 
 
 def main() -> None:
-    """Runs every contender on every model; prints a table per model and one line of JSON."""
+    """Runs the stages that have not succeeded yet; prints a line of JSON after each, and one at the end."""
     options = _options()
-    if options.contender:
-        print(json.dumps(_measure(options)))
+    if options.child:
+        print(json.dumps(in_this_process(options)))
         return
-    results: dict[str, dict[str, Any]] = {}
-    for model in options.models:
-        with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
-            rounds = [
-                {name: _contend(name, model, folder, options) for name in CONTENDERS} for _ in range(options.rounds)
-            ]
-        results[model] = {name: _median([results_of_round[name] for results_of_round in rounds]) for name in CONTENDERS}
-        print(_table(model, results[model]), flush=True)
+    stages = plan(options.models)
+    if options.simulated:
+        options.work = options.work / "simulated"
+        shutil.rmtree(options.work, ignore_errors=True)
+    options.work.mkdir(parents=True, exist_ok=True)
+    stored = run(stages, options.stages or list(stages), options)
     if options.write:
-        tables = [_table(model, by_contender) for model, by_contender in results.items()]
-        text = "\n\n".join([provenance("gpu", device=_gpu()), *tables])
-        write_section(PAGE, "gpu-latency", text, NEW_PAGE)
-    print(json.dumps({"steps": options.steps, "rounds": options.rounds, "results": results}))
+        write(stored)
+    failed = [name for name, entry in stored.items() if "error" in entry]
+    print(json.dumps({"succeeded": [name for name in stored if name not in failed], "failed": failed}))
 
 
-def _contend(name: str, model: str, folder: str, options: argparse.Namespace) -> dict[str, Any]:
-    """A contender's measurements, or its last line of output if it failed."""
-    command = [sys.executable, "-m", "benchmarks.gpu", model, "--contender", name, "--scratch", folder]
-    run = subprocess.run([*command, "--steps", str(options.steps)], capture_output=True, text=True)
-    if run.returncode:
-        return {"error": (run.stderr.strip().splitlines() or ["it ended without a message"])[-1][:200]}
-    result: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
-    return result
+def run(stages: Mapping[str, Stage], names: list[str], options: argparse.Namespace) -> Stored:
+    """Runs these stages in turn, each in its own process, while there is time. Returns everything stored so far."""
+    file = options.work / "results.json"
+    stored: Stored = json.loads(file.read_text()) if file.exists() else {}
+    end = time.monotonic() + 60 * options.minutes
+    for name in names:
+        if "result" in stored.get(name, {}):
+            continue
+        start = time.monotonic()
+        limit = min(60 * stages[name].minutes * (SLOWER if options.simulated else 1), end - start)
+        entry = {"date": str(datetime.date.today()), "device": _gpu(options.simulated)}
+        if limit < 1:
+            entry["error"] = f"not started: the {options.minutes:g} minutes are over"
+        else:
+            finish = finished(_command(name, limit, options), limit + 10)
+            entry |= finish if "error" in finish else {"result": finish}
+        entry["seconds"] = round(time.monotonic() - start, 1)
+        stored[name] = entry
+        file.write_text(json.dumps(stored, indent=1))
+        print(json.dumps({"stage": name, **entry}), flush=True)
+    return stored
 
 
-def _measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Runs in a contender's own process. PyTorch runs first and saves the reference for the others."""
-    model, folder = options.models[0], Path(options.scratch)
-    feeds = _feeds(model)
-    contend = _torch if options.contender.startswith("torch") else _ours
-    first_step, loop, captured, device_memory = contend(options.contender, model, folder, feeds, options.steps)
-    result = {"step_ms": 1e3 * _seconds(loop) / options.steps, "gpu_mib": device_memory() / 2**20}
-    if captured is not None:
-        result["loop_ms"] = 1e3 * _seconds(captured) / options.steps
-    reference = folder / "reference.npy"
-    if options.contender == "torch":
-        np.save(reference, first_step)
-    expected = np.load(reference)
-    result["difference"] = float(np.abs(first_step - expected).max() / np.abs(expected).max())
-    return result
+def _command(name: str, limit: float, options: argparse.Namespace) -> list[str]:
+    line: list[object] = [sys.executable, "-m", "benchmarks.gpu", name, "--child", limit, "--work", options.work]
+    line += ["--models", *options.models]
+    line += ["--bundle", options.bundle] if options.bundle else []
+    line += ["--script", options.script] if options.script else []
+    line += ["--simulated"] if options.simulated else []
+    return [str(word) for word in line]
 
 
-def _torch(contender: str, model: str, folder: Path, feeds: dict[str, Any], steps: int) -> Any:
-    import torch
+def in_this_process(options: argparse.Namespace) -> dict[str, Any]:
+    """The result of one stage. Raises SystemExit with one line if it fails as this project fails."""
+    [name] = options.stages
+    if options.simulated:
+        from benchmarks.simulated import simulate_cuda
 
-    from oneword.export.trace import to_torch
-
-    graph = full_size(model, "fp16")
-    module = graph.module.to("cuda", memory_format=torch.channels_last)
-    if contender == "torch-compile":
-        module = torch.compile(module, mode="max-autotune")
-    tensors = {name: value.cuda() for name, value in to_torch(graph.inputs, feeds).items()}
-
-    def loop(count: int = steps) -> Any:
-        inputs = dict(tensors)
-        with torch.no_grad():
-            for _ in range(count):
-                inputs["sample"], inputs["previous"], _ = module(*inputs.values())
-        torch.cuda.synchronize()
-        return inputs["sample"]
-
-    free_and_total = torch.cuda.mem_get_info
-    return loop(1).cpu().numpy(), loop, None, lambda: free_and_total()[1] - free_and_total()[0]
+        simulate_cuda()
+    try:
+        settings = Settings(options.work, bundle_of(options), options.script, float(options.child), options.simulated)
+        return plan(options.models)[name].run(settings)
+    except OnewordError as error:
+        raise SystemExit(str(error)) from None
 
 
-def _ours(contender: str, model: str, folder: Path, feeds: dict[str, Any], steps: int) -> Any:
-    from oneword.engines.open import Backend, EngineOptions, gpu_stream, open_engine
-    from oneword.runtime.profiles import DEFAULT_LIMITS, graph_ranges
+def bundle_of(options: argparse.Namespace) -> Path:
+    """The small model's bundle in `work`, where plans are added to it; made when the first stage needs it."""
+    from benchmarks.exported import exported
 
-    stream = gpu_stream()  # before the long work, since there may be no GPU
-    bundle = bundle_of_one(model, "fp16", folder)
-    options = EngineOptions(ranges=graph_ranges(bundle.manifest, "denoise_step", DEFAULT_LIMITS))
-    engine = open_engine(Backend(contender), "denoise_step", bundle.graph("denoise_step"), folder, options)
-    binding = engine.bind({name: value.shape for name, value in feeds.items()})
-
-    def start() -> None:
-        for name, value in feeds.items():
-            binding.inputs[name].write(..., value)
-
-    def step() -> None:
-        stream.run(binding)
-        stream.copy(binding.inputs["previous2"], binding.inputs["previous"])
-        stream.copy(binding.inputs["previous"], binding.outputs["denoised"])
-        stream.copy(binding.inputs["sample"], binding.outputs["next_sample"])
-
-    def loop(queue_step: Callable[[], None]) -> None:
-        start()
-        for _ in range(steps):
-            queue_step()
-        stream.wait()
-
-    start()
-    step()
-    first = binding.inputs["sample"].numpy()
-    if not binding.capturable:
-        return first, lambda: loop(step), None, stream.memory_in_use
-    loop(step)
-    replay = stream.capture(step)
-    return first, lambda: loop(step), lambda: loop(replay), stream.memory_in_use
+    bundle: Path = options.work / "bundle"
+    if options.stages[0] in ("cuda", "tensorrt", "tensorrt-rtx", "replays", "swaps"):
+        if options.bundle is None:
+            return exported("miniature", bundle)
+        if not bundle.exists():
+            shutil.copytree(options.bundle, bundle)
+    return bundle
 
 
-def _feeds(model: str) -> dict[str, Any]:
-    """One guided picture of the model's own size, at a step that keeps the state near unit variance."""
-    config = CONFIGS[model]
-    side, random = int(config["sample_size"]), np.random.default_rng(0)
-    latents = (1, 4, side, side)
-    zeros = {name: np.zeros(latents, np.float32) for name in ("previous", "previous2", "noise", "known", "known_noise")}
-    values = {
-        "t": 500,
-        "sample_to_denoised": 1,
-        "model_to_denoised": -0.1,
-        "sample": 0.9,
-        "denoised": 0.1,
-        "guidance": 5,
-    }
-    schedule = np.array([[values.get(name, 0) for name in COLUMNS if name != "embedded_guidance"]], np.float32)
-    feeds = {
-        "sample": random.standard_normal(latents, np.float32),
-        **zeros,
-        "mask": np.ones((1, 1, side, side), np.float32),
-        "schedule": schedule,
-        "branch_row": np.zeros(2, np.int64),
-        "branch_context": np.tile(np.arange(2)[:, None, None], (1, 2, _layers(config))),
-        "uncond_branch": np.zeros(1, np.int64),
-        "cond_branch": np.ones(1, np.int64),
-        "context": random.standard_normal((2, TOKENS, config["cross_attention_dim"]), np.float32),
-    }
-    if "addition_embed_type" in config:
-        pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
-        feeds["branch_pooled"] = np.arange(2)
-        feeds["pooled"] = random.standard_normal((2, pooled), np.float32)
-        feeds["time_ids"] = np.array([[8 * side, 8 * side, 0, 0, 8 * side, 8 * side]], np.float32)
-    return feeds
+def write(stored: Stored) -> None:
+    """Writes docs/results/gpu.md: the stages, and the tables of latency."""
+    device = next((entry["device"] for entry in stored.values() if "result" in entry), "no GPU")
+    origin = provenance("gpu", device=device)
+    write_section(PAGE, "gpu-plan", f"{origin}\n\n{stage_table(stored)}", NEW_PAGE)
+    write_section(PAGE, "gpu-latency", f"{origin}\n\n{latency_tables(stored)}", NEW_PAGE)
 
 
-def _layers(config: dict[str, Any]) -> int:
-    """L, the transformers of a UNet: `count` per down block, one more per up block, and one in the middle."""
-    down = config.get("down_block_types", ("CrossAttnDownBlock2D",) * 3)
-    up = config.get("up_block_types", ("CrossAttnUpBlock2D",) * 3)
-    count = int(config.get("layers_per_block", 2))
-    return sum(count for name in down if "Cross" in name) + 1 + sum(count + 1 for name in up if "Cross" in name)
+def stage_table(stored: Stored) -> str:
+    """Every stage but the latencies: what it measured, or why it failed."""
+    rows = [
+        [
+            name,
+            entry["date"],
+            f"{entry['seconds']:.0f}",
+            facts(entry["result"]) if "result" in entry else f"failed: {entry['error']}",
+        ]
+        for name, entry in stored.items()
+        if "result" not in entry or _model_and_batch(name) is None
+    ]
+    return table(["stage", "date", "seconds", "result"], rows)
 
 
-def _seconds(work: Callable[[], object]) -> float:
-    """The median of five runs, after two to warm up."""
-    times = []
-    for _ in range(7):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[2:])
+def latency_tables(stored: Stored) -> str:
+    """The table of every model and batch that was measured."""
+    tables = [
+        latency_table(*measured, entry["result"], entry["device"])
+        for name, entry in stored.items()
+        if "result" in entry and (measured := _model_and_batch(name)) is not None
+    ]
+    return "\n\n".join(tables) or "Not measured yet: no GPU."
 
 
-def _median(results: list[dict[str, Any]]) -> dict[str, Any]:
-    if failed := [result for result in results if "error" in result]:
-        return failed[0]
-    return {key: statistics.median(result[key] for result in results) for key in results[0]}
+def facts(result: Mapping[str, Any]) -> str:
+    """A result as one line: `checks 40; GB/s to the device 23.1`."""
+    texts = [
+        f"{name}: ({facts(value)})" if isinstance(value, Mapping) else f"{name} {value}"
+        for name, value in result.items()
+    ]
+    return "; ".join(texts)
 
 
-def _gpu() -> str:
-    """The GPU's name, by nvidia-smi."""
+def _model_and_batch(stage: str) -> tuple[str, int] | None:
+    model, _, batch = stage.rpartition("-")
+    return (model, int(batch)) if model in CONFIGS and batch.isdigit() else None
+
+
+def _gpu(simulated: bool) -> str:
+    """The GPU's name and driver, by nvidia-smi."""
+    if simulated:
+        return "simulated CUDA"
     query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     try:
         return subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]
@@ -210,28 +221,24 @@ def _gpu() -> str:
         return "no GPU"
 
 
-def _table(model: str, results: dict[str, Any]) -> str:
-    rows = []
-    for name, r in results.items():
-        if "error" in r:
-            rows.append([name, r["error"], "", "", "", ""])
-            continue
-        best = min(r["step_ms"], r.get("loop_ms", r["step_ms"]))
-        speed = f"{1e3 * TFLOP[model] / best:.0f}" if model in TFLOP else ""
-        loop = f"{r['loop_ms']:.2f}" if "loop_ms" in r else ""
-        rows.append([name, f"{r['step_ms']:.2f}", loop, speed, f"{r['difference']:.1e}", f"{r['gpu_mib']:.0f}"])
-    return table([model, "ms per step", "captured", "TFLOP/s", "difference", "GPU MiB"], rows)
-
-
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", default=["tiny", "sd15", "sdxl"], metavar="tiny|sd15|sd2|sdxl|ldm")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--write", action="store_true", help="write the tables into docs/results/gpu.md")
-    parser.add_argument("--scratch", help="folder for temporary graphs and plans: 20 GB of free space")
-    parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    parser.add_argument("stages", nargs="*", metavar="STAGE", help="default: all")
+    parser.add_argument("--models", nargs="+", choices=CONFIGS, help="default: sd15 sdxl; with --simulated: tiny")
+    parser.add_argument("--bundle", type=Path, help="a small model instead of the miniature, exported")
+    parser.add_argument("--script", type=Path, help="diffusers' textual_inversion.py, for the last stage")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="time for all stages of this call")
+    parser.add_argument("--simulated", action="store_true", help="on simulated CUDA, which computes on the CPU")
+    parser.add_argument("--work", type=Path, default=Path("build/gpu"), help="20 GB for graphs, plans and results")
+    parser.add_argument("--write", action="store_true", help="write docs/results/gpu.md")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.models = options.models or (["tiny"] if options.simulated else ["sd15", "sdxl"])
+    if unknown := [name for name in options.stages if name not in plan(options.models)]:
+        parser.error(f"unknown stage {unknown[0]!r}: choose from {', '.join(plan(options.models))}")
+    if options.write and options.simulated:
+        parser.error("--write needs a GPU: leave out --simulated")
+    return options
 
 
 if __name__ == "__main__":

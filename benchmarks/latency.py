@@ -1,8 +1,8 @@
-"""Time per picture: ours beside diffusers, torch.compile, OpenVINO and OpenVINO GenAI, on the same models.
+"""Time per picture: ours beside diffusers, torch.compile, OpenVINO and stable-diffusion.cpp, on the same models.
 
-    python -m benchmarks.latency                      both models
+    python -m benchmarks.latency                      the miniature, and SD 1.5's architecture at 256x256 in 4 steps
     python -m benchmarks.latency --write              also writes the page and its plot in docs/results/
-    python -m benchmarks.latency --models miniature   one of them
+    python -m benchmarks.latency --models sd15-512 sd15-20 sdxl    512x512, 20 steps, SDXL's architecture
     python -m benchmarks.latency --contenders oneword-openvino openvino-genai-static    some of the contenders
     python -m benchmarks.latency --quick              a few steps per contender, to check that all run
 
@@ -16,16 +16,19 @@ one round of two pictures for SD 1.5.
     diffusers-openvino  the same with its UNet in OpenVINO, compiled for one shape, bf16 if the processor has it
     openvino-genai-static   Text2ImagePipeline of OpenVINO GenAI, fp16 weights, compiled for one size, bf16 as above
     openvino-genai-dynamic  the same, compiled for any size
+    optimum-intel           diffusers' pipeline with every network in OpenVINO, fp16 weights, compiled for one size
+    sdcpp-f16, sdcpp-q8_0   stable-diffusion.cpp with weights of 16 or 8 bits
 
-OpenVINO GenAI runs in an environment of its own, built by benchmarks/peers/genai.sh; without it, it is left
-out. The model is converted there once, by optimum-cli.
+The last five run in environments of their own, built by benchmarks/peers/genai.sh and sdcpp.sh; without these, they are
+left out (benchmarks.environments). For OpenVINO's, the model is converted once, by optimum-cli.
 
-Models: the miniature at 64x64, 20 steps; and SD 1.5's architecture with random weights at 256x256, 4 steps. A picture
+Models: the miniature at 64x64, 20 steps; and the architectures of SD 1.5 and SDXL with random weights. A picture
 is timed from prompt to pixels in memory, each with a different prompt. A step is timed in the loop, the bare engine
 within it; the difference is the host's share. The roof is the least time that the step's arithmetic can take in the
-contender's number format at the machine's measured peak (benchmarks.roof). A cold start is timed from process start
-to a PNG on disk, with the files in the system's cache, and with whatever a contender caches on disk (OpenVINO's
-plans, Inductor's kernels) already there. All contenders get the same warm-up and threads.
+contender's number format at the machine's measured peak (benchmarks.roof); stable-diffusion.cpp's is float32. PSNR
+compares a picture of a contender that computes with fewer than 32 bits with that of the same program in float32. A cold
+start is timed from process start to a PNG on disk, with the files in the system's cache, and with whatever a contender
+caches on disk (OpenVINO's plans, Inductor's kernels) already there. All contenders get the same warm-up and threads.
 
 Results are stored in `--work` and not repeated: an interrupted run resumes with the same command. `--write` writes
 docs/results/latency.md, or latency-float32.md on a processor without bfloat16. Not covered: quality, GPUs. Ends in one
@@ -41,7 +44,6 @@ import platform
 import resource
 import shutil
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -49,6 +51,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks import environments
+from benchmarks.environments import PEERS, Result, decibels, process
 from benchmarks.pages import RESULTS, empty_page, marked, provenance, write_section
 from benchmarks.pages import table as markdown_table
 from oneword.engines.files import write_whole
@@ -60,7 +64,8 @@ CONTENDERS = {  # and the packages they need
     "diffusers-compile": ("torch", "diffusers"),
     "diffusers-openvino": ("torch", "diffusers", "openvino"),
 }
-GENAI = ("openvino-genai-static", "openvino-genai-dynamic")
+IN_FLOAT32 = {"oneword-openvino": "oneword-onnxruntime", "diffusers-openvino": "diffusers"}
+"""The contender that computes in float32 what this one may not."""
 COLOURS = ("red", "blue", "green", "yellow", "purple", "orange", "white", "black")
 SHAPES = ("star", "ring", "heart", "moon", "square", "cross")
 PROMPTS = [f"a photo of a {colour} {shape}" for shape in SHAPES for colour in COLOURS]
@@ -74,7 +79,13 @@ MEASURES = {
     "peak_mib": "peak memory",
 }
 
-Result = dict[str, float]
+NEW_PAGE = empty_page(
+    "Latency",
+    "Time per picture beside diffusers, torch.compile and OpenVINO.",
+    "latency",
+    "layers",
+    "engine-threads",
+)
 
 
 @dataclass(frozen=True)
@@ -88,12 +99,19 @@ class Case:
     warm_up: int
     pictures: int
     rounds: int
+    model: str
+    """What cases share a model by, its bundle and its conversions."""
 
 
+SD15, SDXL = "SD 1.5's architecture, random weights", "SDXL's architecture, random weights"
 CASES = {
-    "miniature": Case("miniature", "The miniature, 64x64, 20 steps", 64, 20, 6, 10, 3),
-    "sd15": Case("sd15", "SD 1.5's architecture, random weights, 256x256, 4 steps", 256, 4, 1, 2, 1),
+    "miniature": Case("miniature", "The miniature, 64x64, 20 steps", 64, 20, 6, 10, 3, "miniature"),
+    "sd15": Case("sd15", f"{SD15}, 256x256, 4 steps", 256, 4, 1, 2, 1, "sd15"),
+    "sd15-512": Case("sd15-512", f"{SD15}, 512x512, 4 steps", 512, 4, 1, 2, 1, "sd15"),
+    "sd15-20": Case("sd15-20", f"{SD15}, 256x256, 20 steps", 256, 20, 1, 1, 1, "sd15"),
+    "sdxl": Case("sdxl", f"{SDXL}, 512x512, 2 steps", 512, 2, 1, 1, 1, "sdxl"),
 }
+DEFAULT = ("miniature", "sd15")
 
 
 def main() -> None:
@@ -119,15 +137,16 @@ def main() -> None:
         if packages:
             print(f"{name} is skipped: {', '.join(packages)} not installed", file=sys.stderr)
     contenders = [name for name, packages in missing.items() if not packages]
-    if (options.genai / "bin" / "python").exists():
-        contenders += GENAI
-    else:
-        print(f"openvino-genai is skipped: no {options.genai}, see benchmarks/peers/", file=sys.stderr)
+    for name, script in environments.available(options.peers).items():
+        if script:
+            print(f"{name} is skipped: build its environment with sh {script}", file=sys.stderr)
+        else:
+            contenders.append(name)
     contenders = [name for name in contenders if name in (options.contenders or contenders)]
     results = {name: _medians(run(case, contenders, options)) for name, case in cases.items()}
     for name, case in cases.items():
         print(f"\n{case.title}\n{table(results[name])}\n")
-        print("\n".join(bars(name, results[name])))
+        print("\n".join([*bars(name, results[name]), *class_lines(results[name], _has_bfloat16())]))
     if options.write:
         write(results, options)
     print(json.dumps({"threads": options.threads, "results": results}))
@@ -135,9 +154,10 @@ def main() -> None:
 
 def run(case: Case, contenders: Sequence[str], options: argparse.Namespace) -> list[dict[str, Result]]:
     """Runs every contender in turn, `case.rounds` times; stored results are not repeated."""
-    folder = options.work / case.name
-    folder.mkdir(parents=True, exist_ok=True)
-    model, bundle = prepare(case, folder)
+    home, folder = options.work / case.model, options.work / case.name
+    for path in (home, folder):
+        path.mkdir(parents=True, exist_ok=True)
+    model, bundle = prepare(case.model, home)
     file = stored(options.work, case.name)
     results: dict[str, Result] = json.loads(file.read_text()) if file.exists() else {}
     key = f"floors {options.threads} threads"
@@ -145,7 +165,7 @@ def run(case: Case, contenders: Sequence[str], options: argparse.Namespace) -> l
         roof = ["-m", "benchmarks.roof", bundle, "--size", case.size, "--threads", options.threads]
         results[key] = json.loads(_python(*roof, threads=options.threads))["floors"]
     floors = results.get(key, {})
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder.resolve() / "inductor")  # a private cache, empty at first
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(home.resolve() / "inductor")  # a private cache, empty at first
     rounds = []
     for number in range(case.rounds):
         for name in contenders:
@@ -153,12 +173,14 @@ def run(case: Case, contenders: Sequence[str], options: argparse.Namespace) -> l
             if key not in results:
                 shared = ["--contender", name, "--models", case.name, "--threads", options.threads]
                 shared += ["--model", model, "--bundle", bundle, *(["--quick"] if options.quick else [])]
-                if name in GENAI:
-                    results[key] = genai(name, case, model, folder, options)
+                if name in PEERS:
+                    job = job_of(case, options.threads)
+                    results[key] = environments.measured(name, job, model, home, folder, options)
                 else:
                     _cold(name, case, model, bundle, folder, shared, options.threads)  # fills its caches
                     results[key] = json.loads(_python("-m", "benchmarks.latency", *shared, threads=options.threads))
                     results[key]["cold_s"] = _cold(name, case, model, bundle, folder, shared, options.threads)
+                    results[key] |= distance(name, folder)
                 write_whole(file, json.dumps(results, indent=1).encode(), sync=False)
                 print(f"{case.name}, {name}: {results[key]['picture_ms']:.0f} ms per picture", file=sys.stderr)
         by_contender = {n: results[f"{number} {n} {case.steps} steps {options.threads} threads"] for n in contenders}
@@ -166,9 +188,36 @@ def run(case: Case, contenders: Sequence[str], options: argparse.Namespace) -> l
     return rounds
 
 
+def job_of(case: Case, threads: int) -> dict[str, Any]:
+    """What a contender in an environment of its own is given; see benchmarks/peers/genai.py."""
+    return {
+        "precision": "bf16" if _has_bfloat16() else "f32",
+        "size": case.size,
+        "steps": case.steps,
+        "guidance": GUIDANCE,
+        "seed": SEED,
+        "threads": threads,
+        "warm_up": PROMPTS[: case.warm_up],
+        "prompts": PROMPTS[case.warm_up : case.warm_up + case.pictures],
+    }
+
+
+def distance(name: str, folder: Path) -> Result:
+    """PSNR of the picture of a contender's cold start to that of the one in float32, if both exist."""
+    reference = IN_FLOAT32.get(name)
+    if reference is None or not (picture_of(name, folder) and picture_of(reference, folder)):
+        return {}
+    return {"db": decibels(*(max(picture_of(n, folder), key=os.path.getmtime) for n in (name, reference)))}
+
+
+def picture_of(name: str, folder: Path) -> list[Path]:
+    """The files that a contender's cold starts have written."""
+    return [*folder.glob(f"{name}.png"), *(folder / name).glob("*.png")]
+
+
 def with_roof(name: str, result: Result, floors: Result) -> Result:
     """A contender's result with the share of the roof that its step reaches; `floors` are seconds by number format."""
-    floor = floors.get("bf16" if "openvino" in name and "bf16" in floors else "f32")
+    floor = floors.get("bf16" if in_openvino(name) and "bf16" in floors else "f32")
     return result if floor is None else {**result, "roof": 1e3 * floor / result["step_ms"]}
 
 
@@ -177,52 +226,19 @@ def stored(work: Path, case: str) -> Path:
     return work / case / "results.json"
 
 
-def prepare(case: Case, folder: Path) -> tuple[Path, Path]:
-    """The model as a diffusers directory, and its bundle."""
-    if case.name == "miniature":
+def prepare(name: str, home: Path) -> tuple[Path, Path]:
+    """A model as a diffusers directory, and its bundle."""
+    if name == "miniature":
         model = Path(str(importlib.resources.files("oneword") / "miniature"))
     else:
-        model = folder / "model"
+        model = home / "model"
         if not (model / "model_index.json").is_file():
-            _python("-c", f"from benchmarks.latency import random_sd15; random_sd15({str(model)!r})", threads=0)
-    bundle = folder / "bundle"
+            _python("-m", "benchmarks.random_models", name, model, threads=0)
+    bundle = home / "bundle"
     # In its own process, because it needs much memory.
     script = f"from pathlib import Path; from benchmarks.exported import exported; exported({str(model)!r}, Path("
     _python("-c", f"{script}{str(bundle)!r}))", threads=0)
     return model, bundle
-
-
-def random_sd15(path: str) -> None:
-    """Saves a pipeline of SD 1.5's architecture, 1.07 billion random parameters, with the miniature's tokenizer."""
-    import torch
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
-    torch.manual_seed(0)
-    miniature = importlib.resources.files("oneword") / "miniature"
-    tokenizer = CLIPTokenizer.from_pretrained(str(miniature / "tokenizer"), model_max_length=77)
-    ids = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
-    text = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-    pipeline = StableDiffusionPipeline(
-        vae=AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512),
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            layers_per_block=2,
-            latent_channels=4,
-            sample_size=512,
-        ),
-        text_encoder=CLIPTextModel(CLIPTextConfig(vocab_size=49408, max_position_embeddings=77, **text, **ids)),
-        tokenizer=tokenizer,
-        unet=UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8),  # its defaults
-        scheduler=DDIMScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
-        ),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.save_pretrained(path)
 
 
 def contend(case: Case, options: argparse.Namespace) -> None:
@@ -330,11 +346,11 @@ def _diffusers(case: Case, options: argparse.Namespace) -> tuple[Draw, StepSecon
 
 def _pipeline(model: Path, contender: str, case: Case) -> Any:
     import torch
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DiffusionPipeline
     from diffusers.utils import logging
 
     logging.disable_progress_bar()
-    pipeline = StableDiffusionPipeline.from_pretrained(model, safety_checker=None, torch_dtype=torch.float32)
+    pipeline = DiffusionPipeline.from_pretrained(model, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     if contender == "diffusers-compile":
         pipeline.unet.forward = torch.compile(pipeline.unet.forward)
@@ -354,18 +370,34 @@ def _openvino_unet(pipeline: Any, case: Case) -> Callable[..., Any]:
         "timestep": torch.tensor(1),
         "encoder_hidden_states": torch.zeros(2, length, unet.config.cross_attention_dim),
     }
+    names = ("text_embeds", "time_ids") if unet.config.addition_embed_type else ()
+    if names:
+        pooled = pipeline.text_encoder_2.config.projection_dim
+        example |= {"text_embeds": torch.zeros(2, pooled), "time_ids": torch.zeros(2, 6)}
+
+    class Network(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unet = unet
+
+        def forward(self, sample: Any, timestep: Any, encoder_hidden_states: Any, *added: Any) -> Any:
+            conditions = dict(zip(names, added, strict=True)) or None
+            inputs = (sample, timestep, encoder_hidden_states)
+            return self.unet(*inputs, added_cond_kwargs=conditions, return_dict=False)[0]
+
     core = openvino.Core()
     settings = {
         "INFERENCE_PRECISION_HINT": "bf16" if _has_bfloat16() else "f32",
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": str(torch.get_num_threads()),
     }
-    graph = openvino.convert_model(unet, example_input=example)
+    graph = openvino.convert_model(Network(), example_input=tuple(example.values()))
     graph.reshape({i: list(value.shape) for i, value in enumerate(example.values())})
     compiled = core.compile_model(graph, "CPU", settings)
 
-    def forward(sample: Any, timestep: Any, encoder_hidden_states: Any, **_: Any) -> Any:
-        feeds = [sample.numpy(), timestep.numpy(), encoder_hidden_states.numpy()]
+    def forward(sample: Any, timestep: Any, encoder_hidden_states: Any, added_cond_kwargs: Any = None, **_: Any) -> Any:
+        added = [added_cond_kwargs[name] for name in names]
+        feeds = [value.numpy() for value in (sample, timestep, encoder_hidden_states, *added)]
         return (torch.from_numpy(compiled(feeds)[0].copy()),)
 
     return forward
@@ -401,57 +433,7 @@ def _cold(
 
 def _python(*line: object, threads: int) -> str:
     """The last line that a process of this Python prints; 0 threads means its own default."""
-    return _process([sys.executable, "-W", "ignore", *line], threads=threads)
-
-
-def _process(line: Sequence[object], threads: int) -> str:
-    process = subprocess.run(
-        [*map(str, line)],
-        env={**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=False,
-    )
-    if process.returncode:
-        failed = f"{' '.join(map(str, line))[:300]} failed with {process.returncode}"
-        raise SystemExit(f"{failed}; finished measurements are stored: the same command resumes")
-    return process.stdout.strip().rpartition("\n")[2]
-
-
-def genai(name: str, case: Case, model: Path, folder: Path, options: argparse.Namespace) -> Result:
-    """One of OpenVINO GenAI's results. Raises SystemExit if it fails."""
-    python, converted = options.genai / "bin" / "python", folder / "genai"
-    if not (converted / "model_index.json").exists():
-        export = ["export", "openvino", "--task", "text-to-image", "--library", "diffusers", "--weight-format", "fp16"]
-        partial = folder / "genai.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        _process([options.genai / "bin" / "optimum-cli", *export, "--model", model, partial], threads=0)
-        partial.rename(converted)
-    job = {
-        "model": str(converted),
-        "cache": str(folder / f"{name}-cache"),
-        "static": name == GENAI[0],
-        "precision": "bf16" if _has_bfloat16() else "f32",
-        "size": case.size,
-        "steps": case.steps,
-        "guidance": GUIDANCE,
-        "seed": SEED,
-        "threads": options.threads,
-        "warm_up": PROMPTS[: case.warm_up],
-        "prompts": PROMPTS[case.warm_up : case.warm_up + case.pictures],
-        "cold": None,
-    }
-    cold_job = {**job, "prompts": PROMPTS[:1], "cold": str(folder / f"{name}.png")}
-    script = Path(__file__).parent / "peers" / "genai.py"
-
-    def run_job(job: dict[str, Any]) -> str:
-        return _process([python, script, json.dumps(job)], threads=options.threads)
-
-    run_job(cold_job)  # fills its cache
-    result: Result = json.loads(run_job(job))
-    start = time.perf_counter()
-    run_job(cold_job)
-    return {**result, "cold_s": time.perf_counter() - start}
+    return process([sys.executable, "-W", "ignore", *line], threads=threads)
 
 
 def _medians(rounds: Sequence[dict[str, Result]]) -> dict[str, Result]:
@@ -471,10 +453,11 @@ def table(results: Mapping[str, Result]) -> str:
         host = f"{result['overhead_ms']:.2f} ({result['overhead_ms'] / result['step_ms']:.1%})"
         picture, step = f"{result['picture_ms']:.1f}", f"{result['step_ms']:.2f}"
         roof = f"{result['roof']:.0%}" if "roof" in result else ""
+        db = f"{result['db']:.1f}" if "db" in result else ""
         cold, peak = f"{result['cold_s']:.2f}", f"{result['peak_mib']:.0f}"
-        rows.append([name, picture, faster, step, roof, host, cold, colder, peak])
+        rows.append([name, picture, faster, step, roof, host, cold, colder, peak, db])
     head = ["ms per picture", "picture faster", "ms per step", "of the roof", "of which the host"]
-    head += ["cold start, s", "start faster", "peak MiB"]
+    head += ["cold start, s", "start faster", "peak MiB", "PSNR, dB"]
     return markdown_table(["", *head], rows)
 
 
@@ -505,6 +488,36 @@ def bars(case: str, results: Mapping[str, Result]) -> list[str]:
                 if not peer.startswith("oneword") and result[key] < ours[key]:
                     lines.append(f"- {name}: {digits(ours[key] / result[key], 1)} times the {measure} of {peer}")
     return lines
+
+
+def class_lines(results: Mapping[str, Result], bfloat16: bool) -> list[str]:
+    """For every class of precision and every measure, the best of ours relative to the best of theirs."""
+    lines = []
+    for precision in ("32 bits", "16 bits", "8 bits"):
+        members = {name: result for name, result in results.items() if bits_of(name, bfloat16) == precision}
+        ours, theirs = (
+            {name: result for name, result in members.items() if name.startswith("oneword") == mine}
+            for mine in (True, False)
+        )
+        if not ours or not theirs:
+            continue
+        for key, measure in MEASURES.items():
+            mine, peer = (min(group, key=lambda name: group[name][key]) for group in (ours, theirs))
+            ratio = ours[mine][key] / theirs[peer][key]
+            lines.append(f"- {precision}, {measure}: {mine} {marked(digits(ratio, 1), ratio <= 1)} of {peer}")
+    return lines
+
+
+def bits_of(name: str, bfloat16: bool) -> str:
+    """The class of precision that a contender computes in, on a processor with bfloat16 or without."""
+    if name == "sdcpp-q8_0":
+        return "8 bits"
+    return "16 bits" if name == "sdcpp-f16" or (bfloat16 and in_openvino(name)) else "32 bits"
+
+
+def in_openvino(name: str) -> bool:
+    """Whether a contender's network runs in OpenVINO."""
+    return "openvino" in name or name == "optimum-intel"
 
 
 def digits(value: float, limit: float) -> str:
@@ -545,10 +558,14 @@ def plot(results: Mapping[str, Mapping[str, Result]], path: Path) -> None:
 
 def write(results: Mapping[str, Mapping[str, Result]], options: argparse.Namespace) -> None:
     """Writes docs/results/latency.md, or latency-float32.md on a processor without bfloat16, and its plot."""
-    page = RESULTS / ("latency.md" if _has_bfloat16() else "latency-float32.md")
+    page = page_of()
     plot(results, page.with_suffix(".png"))
-    new_page = empty_page("Latency", "Time per picture beside diffusers, torch.compile and OpenVINO.", "latency")
-    write_section(page, "latency", section(results, options, page.with_suffix(".png").name), new_page)
+    write_section(page, "latency", section(results, options, page.with_suffix(".png").name), NEW_PAGE)
+
+
+def page_of() -> Path:
+    """The page of this processor."""
+    return RESULTS / ("latency.md" if _has_bfloat16() else "latency-float32.md")
 
 
 def section(results: Mapping[str, Mapping[str, Result]], options: argparse.Namespace, plot_name: str) -> str:
@@ -565,7 +582,8 @@ def section(results: Mapping[str, Mapping[str, Result]], options: argparse.Names
         f"![time of a picture and of a cold start for each contender]({plot_name})",
     ]
     for name, by_contender in results.items():
-        parts.append(f"## {CASES[name].title}\n\n{table(by_contender)}\n\n" + "\n".join(bars(name, by_contender)))
+        lines = [*bars(name, by_contender), *class_lines(by_contender, _has_bfloat16())]
+        parts.append(f"## {CASES[name].title}\n\n{table(by_contender)}\n\n" + "\n".join(lines))
     return "\n\n".join(parts)
 
 
@@ -580,11 +598,11 @@ def _has_bfloat16() -> bool:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--models", nargs="+", choices=CASES, default=list(DEFAULT))
     parser.add_argument(
-        "--contenders", nargs="+", choices=[*CONTENDERS, *GENAI], help="default: all that are installed"
+        "--contenders", nargs="+", choices=[*CONTENDERS, *PEERS], help="default: all that are installed"
     )
-    parser.add_argument("--genai", type=Path, default=Path("build/peers/genai"), help="environment of OpenVINO GenAI")
+    parser.add_argument("--peers", type=Path, default=Path("build/peers"), help="folder of the other environments")
     parser.add_argument("--quick", action="store_true", help="two steps per contender, to check that all run")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument(
@@ -594,8 +612,8 @@ def _options() -> argparse.Namespace:
     for name in ("--contender", "--model", "--bundle", "--cold"):
         parser.add_argument(name, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.write and (options.quick or options.contenders or set(options.models) != set(CASES)):
-        parser.error("--write needs a full run of both models: leave out --quick, --contenders and --models")
+    if options.write and (options.quick or options.contenders or not set(options.models) >= set(DEFAULT)):
+        parser.error(f"--write needs all contenders and at least --models {' '.join(DEFAULT)}, without --quick")
     return options
 
 

@@ -12,7 +12,7 @@ diffusers     StableDiffusionPipeline draws the first eight captions with the sa
 Targets for pictures are relative to what the same reader, the judge or the pixels, finds on real renders of the same
 scenes; for the silhouette, on real renders after the VAE's round trip. Captions and seeds are fixed. In `--work`,
 generated.png shows the pictures of one object and pairs.png those of two. Prints a table and ends in one line of JSON;
-`--write` puts the table into docs/results/miniature.md.
+`--write` puts the table into docs/results/miniature.md. With `--weights int8` the bundle has int8 weights.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from PIL import Image
 
 from benchmarks.exported import exported
 from benchmarks.pages import RESULTS, empty_page, marked, provenance, table, write_section
+from oneword.engines.graph import Weights
 from oneword.export.source import find_model
 from oneword.runtime.drawing import draw
 from oneword.runtime.model import Model
@@ -81,14 +82,17 @@ def main() -> None:
     """Renders, generates, reads, and prints a table and one line of JSON."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", default="miniature")
+    p.add_argument("--weights", choices=[weights.value for weights in Weights], default=Weights.FLOAT.value)
     p.add_argument("--captions", type=int, default=200)
     p.add_argument("--guidance", type=float, default=4.0)
     p.add_argument("--work", type=Path, default=Path("build/miniature"))
     p.add_argument("--write", action="store_true", help="write the table into docs/results/miniature.md")
     args = p.parse_args()
+    if args.write and args.weights != Weights.FLOAT:
+        p.error(f"--weights {args.weights} with --write: the page shows the miniature's own weights; drop one of them")
 
     args.work.mkdir(parents=True, exist_ok=True)
-    model = Model.open(exported(args.model, args.work / "bundle"), "onnxruntime")
+    model = Model.open(exported(args.model, args.work / "bundle", Weights(args.weights)), "onnxruntime")
     scenes, pairs = one_object_scenes(args.captions), two_object_scenes(args.captions // 2)
     start = time.perf_counter()
     real = np.stack([world.render(scene, 5_000 + i)[0] for i, scene in enumerate(scenes)])

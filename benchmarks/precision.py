@@ -5,6 +5,7 @@
     pytorch fp16, bf16       the graphs' own torch modules, weights and arithmetic in that format
     onnxruntime fp32, fp16   the bundle in that precision, on the CPU
     openvino                 the fp32 bundle, computed in bf16 if the processor has it
+    onnxruntime, openvino int8    the bundle with int8 weights
 
 The reference is the torch modules in fp32. One bad picture barely changes the median, so the worst is listed too.
 `--write` puts the table into docs/results/precision.md. Not covered: time (on a CPU fp16 is emulated), and GPUs. Ends
@@ -21,8 +22,9 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.pages import RESULTS, empty_page, model_name, provenance, table, write_section
+from benchmarks.psnr import psnr
 from oneword.engines.errors import OnewordError
-from oneword.engines.graph import Precision
+from oneword.engines.graph import Precision, Weights
 from oneword.engines.open import Backend
 from oneword.export.eager import eager_model
 from oneword.export.families import TORCH_DTYPES
@@ -33,7 +35,7 @@ from oneword.runtime.model import Model
 from oneword.runtime.request import Image, Request
 
 PAGE = RESULTS / "precision.md"
-NEW_PAGE = empty_page("Precision", "The cost of fp16 and bf16 in the miniature's pictures.", "precision")
+NEW_PAGE = empty_page("Precision", "The cost of fp16, bf16 and int8 weights in the miniature's pictures.", "precision")
 PROMPTS = (
     "a photo of a red star",
     "a painting of a blue ring and a green star",
@@ -53,6 +55,8 @@ def main() -> None:
             "onnxruntime fp32": lambda: _bundle(options.model, Path(folder), Precision.FP32),
             "onnxruntime fp16": lambda: _bundle(options.model, Path(folder), Precision.FP16),
             "openvino": lambda: Model.open(Path(folder) / "fp32", Backend.OPENVINO),
+            "onnxruntime int8": lambda: _bundle(options.model, Path(folder), Precision.FP32, Weights.INT8),
+            "openvino int8": lambda: Model.open(Path(folder) / "int8", Backend.OPENVINO),
         }
         results = {}
         expected: Sequence[Image] = ()
@@ -64,7 +68,7 @@ def main() -> None:
                 results[name] = {"error": str(error)}
                 continue
             expected = expected or pictures
-            decibels = [_psnr(a, b) for a, b in zip(pictures, expected, strict=True)]
+            decibels = [psnr(a, b) for a, b in zip(pictures, expected, strict=True)]
             results[name] = {
                 "median_db": float(np.median(decibels)),
                 "worst_db": float(min(decibels)),
@@ -90,9 +94,9 @@ def _eager(model: str, precision: Precision) -> Model:
     return eager_model(load_source(model, TORCH_DTYPES[precision]))
 
 
-def _bundle(model: str, folder: Path, precision: Precision) -> Model:
-    path = folder / precision.value
-    export_bundle(model, path, precision=precision)
+def _bundle(model: str, folder: Path, precision: Precision, weights: Weights = Weights.FLOAT) -> Model:
+    path = folder / (precision.value if weights is Weights.FLOAT else weights.value)
+    export_bundle(model, path, precision=precision, weights=weights)
     return Model.open(path, "onnxruntime")
 
 
@@ -103,11 +107,6 @@ def _draw(model: Model, options: argparse.Namespace) -> list[Image]:
         for i, prompt in enumerate(PROMPTS)
     ]
     return [picture.image for picture in draw(model, *requests)]
-
-
-def _psnr(a: Image, b: Image) -> float:
-    error = float(np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2))
-    return float("inf") if error == 0 else 10 * float(np.log10(255**2 / error))
 
 
 def _shown(decibels: float) -> str:

@@ -29,6 +29,7 @@ import threading
 import time
 import types
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -177,13 +178,13 @@ def score_of(args: argparse.Namespace, output: Path, folder: Path) -> Callable[[
     """A function that scores the word in `output` once it exists: likeness and mean editability."""
 
     def score() -> dict[str, float]:
-        from oneword.runtime.concept import Concept, load_concept
+        from oneword.runtime.concept import load_concept
         from oneword.train.evaluation.evaluate import evaluate
         from oneword.train.evaluation.prompts import MINIATURE_PROMPTS
         from oneword.train.pictures import read_pictures
 
         model, judge = judged(args)
-        concept = Concept("<word>", load_concept(output).vectors)
+        concept = replace(load_concept(output), token="<word>")
         training = np.stack([picture.pixels for picture in read_pictures(folder, model.manifest.defaults.width)])
         model.load(concept)
         options = {"samples": args.samples, "steps": args.sample_steps}

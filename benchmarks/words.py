@@ -108,9 +108,7 @@ def measure(args: argparse.Namespace, model: Model, judge: Judge, number: int) -
     look, token = world.HELD_OUT_LOOKS[number], f"<look{number}>"
     folder, output = args.work / f"{number:02d}", args.work / f"{number:02d}.safetensors"
     training = draw(look, (SEEN[0], *SEEN), 1000 * number)
-    folder.mkdir(exist_ok=True)
-    for index, picture in enumerate(training):
-        Image.fromarray(picture).save(folder / f"{index}.png")
+    saved(training, folder)
     started = time.perf_counter()
     learn = [str(folder), "--model", args.model, "--token", token, "--init", args.init, "--recipe", args.recipe]
     if status := cli.main([*learn, "--output", str(output), *args.options]):
@@ -152,6 +150,14 @@ def draw(look: world.Look, backgrounds: tuple[str, ...], seed: int) -> np.ndarra
     """Photos of a look [N, 64, 64, 3], one per background."""
     scenes = [world.Scene((world.Thing(look),), background) for background in backgrounds]
     return np.stack([world.render(scene, seed + index)[0] for index, scene in enumerate(scenes)])
+
+
+def saved(pictures: np.ndarray, folder: Path) -> Path:
+    """Writes pictures [N, 64, 64, 3] for `ti-train`; returns the folder."""
+    folder.mkdir(exist_ok=True)
+    for index, picture in enumerate(pictures):
+        Image.fromarray(picture).save(folder / f"{index}.png")
+    return folder
 
 
 def answers(judge: Judge, embedded: np.ndarray, question: str) -> np.ndarray:

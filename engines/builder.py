@@ -23,7 +23,7 @@ import msgspec
 
 from oneword.engines.cuda import Device
 from oneword.engines.errors import EngineError, MissingPackage, UsageError
-from oneword.engines.graph import Graph, TensorSpec
+from oneword.engines.graph import Graph, TensorSpec, Weights
 from oneword.engines.plans import PlanCache, PlanKey, Ranges
 
 RTX_TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
@@ -83,8 +83,12 @@ def build_plan(
     target_of), unless it is already in the cache under `plans`. Returns the plan's path; `report` is called with the
     builder's progress.
 
-    Raises EngineError (the builder's own message), FileError (disk).
+    Raises EngineError (int8 weights; the builder's own message), FileError (disk).
     """
+    if graph.weights is Weights.INT8:
+        raise EngineError(
+            f"graph {name!r} has int8 weights, which {flavour} does not run: export the model without --weights int8"
+        )
     cache = plan_cache(plans, flavour, version, target)
     key = PlanKey(graph.digest, str(flavour), version, target, graph.precision, ranges)
     capabilities = compute_capabilities(flavour, target)

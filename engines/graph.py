@@ -18,6 +18,20 @@ class Precision(StrEnum):
     BF16 = "bf16"
 
 
+class Weights(StrEnum):
+    """How a graph's weights are stored. The graph computes in its precision either way."""
+
+    FLOAT = "float"  # in the graph's precision
+    INT8 = "int8"  # those of convolutions and matrix products as integers, with one scale per output channel
+
+
+class Provider(StrEnum):
+    """An execution provider of ONNX Runtime."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
 class DType(StrEnum):
     """Element type of a graph's input or output, by numpy's name."""
 
@@ -45,13 +59,27 @@ class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Graph(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One graph on disk. `files[0]` is the .onnx, the rest its external data; `digest` covers them all."""
+    """One graph on disk. `files[0]` is the .onnx, the rest its external data; `digest` covers them all.
+
+    `fused` names copies of the .onnx that use ONNX Runtime's own operators and the same external data.
+    """
 
     files: tuple[str, ...]
     digest: str
     precision: Precision
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    fused: dict[Provider, str] = {}
+    weights: Weights = Weights.FLOAT
+
+    @property
+    def all_files(self) -> tuple[str, ...]:
+        """The graph's files and those of its copies."""
+        return (*self.files, *dict.fromkeys(self.fused.values()))
+
+    def onnx_for(self, provider: Provider) -> str:
+        """The .onnx file that ONNX Runtime opens with this provider."""
+        return self.fused.get(provider, self.files[0])
 
 
 def graph_digest(folder: Path, files: Iterable[str]) -> str:

@@ -1,5 +1,5 @@
-"""ONNX Runtime: graphs on the CPU, their buffers bound once. The only module that imports `onnxruntime`; its CUDA
-provider, opened through this module, is in `oneword.engines.onnxruntime_cuda`.
+"""ONNX Runtime: graphs on the CPU, their buffers bound once. The only module that imports `onnxruntime` to run graphs;
+its CUDA provider, opened through this module, is in `oneword.engines.onnxruntime_cuda`.
 
 A graph is opened once, for any shape. The weights of a large graph are not reordered: for SD 1.5 reordering takes eight
 seconds at every start and saves one to three percent of a step.
@@ -22,7 +22,7 @@ from oneword.engines.engine import (
 )
 from oneword.engines.errors import EngineError, MissingPackage, one_line, pip_line
 from oneword.engines.files import size_of
-from oneword.engines.graph import DType, Graph, Precision, TensorSpec
+from oneword.engines.graph import DType, Graph, Precision, Provider, TensorSpec
 from oneword.engines.threads import cpu_threads
 
 _LARGE = 512 << 20  # bytes; the weights of a larger graph are not reordered
@@ -60,8 +60,8 @@ class OnnxRuntimeEngine:
         self.outputs = {spec.name: spec for spec in graph.outputs}
         self.backend = f"onnxruntime {ort.__version__} cpu {graph.precision}"
         self._ortvalue = ort.OrtValue.ortvalue_from_numpy  # shares the array's memory: nothing is copied
-        path = folder / graph.files[0]
-        reorder = size_of(path) <= _LARGE
+        path = folder / graph.onnx_for(Provider.CPU)
+        reorder = size_of(folder / graph.files[0]) <= _LARGE
         self._session = open_session(name, path, self.inputs, ["CPUExecutionProvider"], threads, reorder)
 
     def bind(
@@ -142,8 +142,10 @@ def open_session(
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     # Threads that spin after a run slow down the next graph's: by a tenth of a picture's time in the miniature.
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    # Fuses int8 weights with their products into operators that hold them twice and round activations to 8 bits.
+    disabled = ["QDQSelectorActionTransformer"]
     try:
-        session = ort.InferenceSession(os.fspath(path), options, providers=providers)
+        session = ort.InferenceSession(os.fspath(path), options, providers=providers, disabled_optimizers=disabled)
     except Exception as error:  # ONNX Runtime's exceptions have no common base class
         raise EngineError(f"cannot open graph {name!r} ({path}): {one_line(error)}") from error
     check_opened(name, path, inputs, (value.name for value in session.get_inputs()))

@@ -6,7 +6,7 @@ from pathlib import Path
 from oneword.engines.cuda import CudaStream, DeviceArray
 from oneword.engines.engine import AnyArray, Array, NumpyArray, complete_feeds
 from oneword.engines.errors import EngineError, one_line, pip_line
-from oneword.engines.graph import Graph
+from oneword.engines.graph import Graph, Provider
 from oneword.engines.onnxruntime import ELEMENT, load_onnxruntime, open_session
 
 PROVIDER = "CUDAExecutionProvider"
@@ -36,9 +36,15 @@ class OnnxRuntimeCudaEngine:
         self.outputs = {spec.name: spec for spec in graph.outputs}
         device = stream.device
         self.backend = f"onnxruntime {ort.__version__} {device.name} {device.target} {graph.precision}"
-        settings = {"device_id": device.index, "user_compute_stream": str(stream.handle), "use_tf32": "0"}
+        settings = {
+            "device_id": device.index,
+            "user_compute_stream": str(stream.handle),
+            "use_tf32": "0",
+            "enable_skip_layer_norm_strict_mode": "1",  # sums in float32; else fp16 graphs sum in fp16
+        }
         self._ortvalue = ort.OrtValue.ortvalue_from_numpy
-        self.session = open_session(name, folder / graph.files[0], self.inputs, [(PROVIDER, settings)])
+        path = folder / graph.onnx_for(Provider.CUDA)
+        self.session = open_session(name, path, self.inputs, [(PROVIDER, settings)])
         self.options = ort.RunOptions()
         self.options.add_run_config_entry("disable_synchronize_execution_providers", "1")
 

@@ -44,7 +44,7 @@ from oneword.engines.engine import (
 )
 from oneword.engines.errors import EngineError, FileError, MissingPackage, one_line
 from oneword.engines.files import size_of
-from oneword.engines.graph import Graph, Precision
+from oneword.engines.graph import Graph, Precision, Weights
 from oneword.engines.plans import PlanCache, PlanKey
 from oneword.engines.threads import cpu_threads
 
@@ -55,7 +55,7 @@ _MOST_EXACT = 1 << 16  # numbers of a constant that stays in float32 when weight
 _HALF_RANGE = (2.0**-14, 65504.0)  # smallest normal and largest number of fp16
 _CONVERTED = (".xml", ".bin")
 _CONVERSION = "fp16 weights, 2"  # the number changes with what `convert_graph` writes
-_MOST_PLANS = 32
+_MOST_PLANS = 64
 _MOST_STATIC = 8  # how many shapes one graph is compiled for in the background
 
 _log = logging.getLogger("oneword.engines")
@@ -90,6 +90,8 @@ class OpenVinoEngine:
         capabilities = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         low = not exact and "BF16" in capabilities
         settings = {"INFERENCE_PRECISION_HINT": "bf16" if low else "f32", "PERFORMANCE_HINT": "LATENCY"}
+        if graph.weights is Weights.INT8:
+            settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = "0"  # else products round their other operand to 8 bits too
         if count := cpu_threads(threads):
             settings["INFERENCE_NUM_THREADS"] = str(count)
         self.backend = f"openvino {ov.__version__.split('-')[0]} cpu {Precision.BF16 if low else graph.precision}"
@@ -107,7 +109,8 @@ class OpenVinoEngine:
             self._compiler = _Compiler(core, path, settings, plans, key, convert=low)
         except RuntimeError as error:
             raise EngineError(f"cannot open graph {name!r} ({path}): {one_line(error)}") from error
-        check_opened(name, path, self.inputs, self._compiler.inputs)
+        opened = (min(names & self.inputs.keys() or names) for names in self._compiler.inputs)
+        check_opened(name, path, self.inputs, opened)
         self.few_shapes = self._compiler.small
 
     def bind(
@@ -237,7 +240,7 @@ class _Compiler:
         if size <= _LARGE:
             self._dynamic = self.compile()
         model = self._dynamic.model if self._dynamic else core.read_model(*self._files())
-        self.inputs = [value.any_name for value in model.inputs]
+        self.inputs = [value.names for value in model.inputs]  # also of the conversions that compiling removed
 
     def compiled_for(self, shapes: Mapping[str, Shape]) -> _Compiled:
         """The compiled graph for these shapes. Raises RuntimeError, which is OpenVINO's."""
@@ -351,6 +354,7 @@ def convert_graph(core: Any, path: Path, xml: Path) -> None:
     """
     ov = _openvino()
     model = core.read_model(path)
+    _expand_convolutions(model)
     exact = {op.get_friendly_name(): op for op in model.get_ops() if _stays_exact(op)}
     all_halved = xml.with_name("halved.xml")
     ov.save_model(model, all_halved, compress_to_fp16=True)
@@ -360,6 +364,28 @@ def convert_graph(core: Any, path: Path, xml: Path) -> None:
             op.output(0).replace(exact[op.get_friendly_name()].output(0))
     ov.serialize(halved, xml)
     core.read_model(xml)  # raises if the disk was full
+
+
+def _expand_convolutions(model: Any) -> None:
+    """Turns the int8 weights of convolutions into float32; those of matrix products stay int8.
+
+    OpenVINO computes convolutions with expanded weights, and would expand all of them before it compiles the first.
+    """
+    ov = _openvino()
+    for op in model.get_ops():
+        if op.get_type_name() != "Convert" or op.get_input_element_type(0) != ov.Type.i8:
+            continue
+        for product in _users(op):  # the integers, as float32, times the reshaped scales
+            if all(user.get_type_name() == "Convolution" for user in _users(product)):
+                integers = op.input_value(0).get_node().data
+                scales = product.input_value(1).get_node().input_value(0).get_node().data
+                expanded = ov.op.Constant(integers * scales.reshape(-1, *(1,) * (integers.ndim - 1)))
+                expanded.set_friendly_name(product.get_friendly_name())
+                product.output(0).replace(expanded.output(0))
+
+
+def _users(op: Any) -> list[Any]:
+    return [target.get_node() for output in op.outputs() for target in output.get_target_inputs()]
 
 
 def _stays_exact(op: Any) -> bool:

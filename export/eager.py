@@ -44,7 +44,7 @@ class EagerEngine:
         tensors = to_torch(self.graph.inputs, complete_feeds(self.name, self.inputs, feeds))
         try:
             with torch.no_grad():
-                values = self.graph.module(*tensors.values())
+                values = self.graph.module(**tensors)
         except RuntimeError as error:
             raise EngineError(f"graph {self.name!r} failed: {one_line(error)}") from error
         return {name: np.ascontiguousarray(value.numpy()) for name, value in zip(self.outputs, values, strict=True)}

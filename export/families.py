@@ -10,11 +10,19 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, FluxTransformer2DModel, SD3Transformer2DModel, VQModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    ChromaTransformer2DModel,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    VQModel,
+)
 from torch import nn
 
 from oneword.engines.errors import UsageError
 from oneword.engines.graph import DType, Graph, Precision, TensorSpec
+from oneword.export.chroma import Chroma
 from oneword.export.flux import Flux
 from oneword.export.modules import (
     DenoiseStep,
@@ -44,7 +52,7 @@ from oneword.runtime.flow import FlowSchedule
 from oneword.runtime.samplers import default_sampler
 from oneword.runtime.schedule import ScheduleKind
 
-FLUX_SAMPLE_SIZE = 128  # h and w of FluxPipeline's pictures by default, which no config has
+FLUX_SAMPLE_SIZE = 128  # h and w of FluxPipeline's and ChromaPipeline's pictures by default, which no config has
 TABLE_DTYPES = {torch.float32: torch.float32, torch.float16: torch.float16, torch.bfloat16: torch.float32}
 AnyEncoder: TypeAlias = TextEncoder | PooledEncoder | T5Encoder
 TORCH_DTYPES = {Precision.FP32: torch.float32, Precision.FP16: torch.float16, Precision.BF16: torch.bfloat16}
@@ -224,12 +232,31 @@ def flux(source: Source) -> Exportable:
     )
 
 
+def chroma(source: Source) -> Exportable:
+    """Chroma (lodestones, 2025): FLUX.1 schnell without distillation and without CLIP. T5's padding is masked, in T5
+    and in the network, except for the first token of it, which the network attends to."""
+    network = Chroma(transformer_of(source, ChromaTransformer2DModel))
+    refuse_unsupported_flow(source, network, ("text_encoder_3",))
+    encoder = T5Encoder(source.text_encoders["text_encoder_3"], 512, masks_padding=True)
+    return assemble(
+        source,
+        "chroma",
+        network,
+        {"text_encoder_3": encoder},
+        Conditioning(context=(("text_encoder_3",),), repeatable=False, attended_padding=1),
+        guidance_scale=5.0,
+        steps=35,
+        schedule=ScheduleKind.FLOW_EVEN,
+    )
+
+
 FAMILIES: dict[Callable[[Source], Exportable], tuple[str, ...]] = {
     stable_diffusion: ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline"),
     stable_diffusion_xl: ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline"),
     latent_diffusion: ("LDMTextToImagePipeline",),
     stable_diffusion_3: ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline"),
     flux: ("FluxPipeline", "FluxImg2ImgPipeline"),
+    chroma: ("ChromaPipeline", "ChromaImg2ImgPipeline"),
 }
 
 
@@ -310,8 +337,9 @@ def encoder_graph(name: str, encoder: AnyEncoder) -> Traceable:
         outputs.append(TensorSpec("weight_scale", DType.FLOAT32, ("B",)))
     if encoder.num_layers:
         inputs.append(TensorSpec("layer", DType.INT64, ("B",)))
-    if encoder.pools:
+    if encoder.pools or encoder.masks_padding:
         inputs.append(TensorSpec("eos_index", DType.INT64, ("B",)))
+    if encoder.pools:
         outputs.append(TensorSpec("pooled", DType.FLOAT32, ("B", encoder.pooled_width)))
     limits = {"V": vocab_size, "T": encoder.max_length, "layer": encoder.num_layers + 1}
     return Traceable(name, encoder, tuple(inputs), (*outputs, FINITE), limits)
@@ -340,6 +368,8 @@ def denoise_graph(step: DenoiseStep, pooled_width: int = 0, time_ids: int = 0) -
         inputs.append(TensorSpec("pooled", DType.FLOAT32, ("M", pooled_width)))
     if time_ids:
         inputs.append(TensorSpec("time_ids", DType.FLOAT32, ("B", time_ids)))
+    if network.masks_context:
+        inputs.append(TensorSpec("context_mask", DType.FLOAT32, ("M", "T")))
     outputs = (
         TensorSpec("next_sample", DType.FLOAT32, latents),
         TensorSpec("denoised", DType.FLOAT32, latents),
@@ -426,6 +456,7 @@ def encoder_facts(source: Source, name: str, encoder: AnyEncoder, default_layer:
         layers=tuple(range(1, encoder.num_layers + 1)),
         default_layer=default_layer if encoder.num_layers else None,
         pooled_width=encoder.pooled_width if encoder.pools else None,
+        masks_padding=encoder.masks_padding,
         word_optional=word_optional,
     )
 

@@ -10,6 +10,7 @@ class Flux(nn.Module):
 
     num_layers = 1
     patch = 2
+    masks_context = False
 
     def __init__(self, transformer: FluxTransformer2DModel) -> None:
         super().__init__()
@@ -34,21 +35,18 @@ class Flux(nn.Module):
         [N,P], embedded_guidance [N] -> [N,C,h,w], the direction from picture to noise."""
         if branch_context is not None:
             context = context.index_select(0, branch_context[:, 0, 0])
-        n, c, h, w = sample.shape
-        rows, columns = h // 2, w // 2
-        tokens = sample.reshape(n, c, rows, 2, columns, 2).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        _, c, h, w = sample.shape
         prediction: Tensor = self.transformer(
-            hidden_states=tokens,
+            hidden_states=packed(sample),
             timestep=t / 1000,  # multiplied by 1000 inside
             guidance=embedded_guidance,
             pooled_projections=pooled.to(sample.dtype),
             encoder_hidden_states=context,
             txt_ids=sample.new_zeros(context.shape[1], 3, dtype=torch.float32),
-            img_ids=image_ids(rows, columns, sample.device),
+            img_ids=image_ids(h // 2, w // 2, sample.device),
             return_dict=False,
         )[0]
-        unpacked = prediction.unflatten(1, (rows, columns)).unflatten(3, (c, 2, 2))
-        return unpacked.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+        return unpacked(prediction, c, h // 2, w // 2)
 
 
 class Rotations(nn.Module):
@@ -65,6 +63,18 @@ class Rotations(nn.Module):
         angles = torch.cat([ids[:, i, None].float() * f.float() for i, f in enumerate(self.frequencies)], dim=1)
         angles = angles[:, :, None].expand(-1, -1, 2).flatten(1)
         return angles.cos(), angles.sin()
+
+
+def packed(sample: Tensor) -> Tensor:
+    """Latents [N,C,h,w] as tokens [N,hw/4,4C], each a square of four latents."""
+    n, c, h, w = sample.shape
+    return sample.reshape(n, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+def unpacked(tokens: Tensor, channels: int, rows: int, columns: int) -> Tensor:
+    """Tokens [N,rows * columns,4C] as latents [N,C,h,w]."""
+    squares = tokens.unflatten(1, (rows, columns)).unflatten(3, (channels, 2, 2))
+    return squares.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
 
 
 def image_ids(rows: int, columns: int, device: torch.device) -> Tensor:

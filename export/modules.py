@@ -69,6 +69,7 @@ class TextEncoder(nn.Module):
     `pools`: whether the projected state at `eos_index` is an output.
     """
 
+    masks_padding = False
     table: Tensor
 
     def __init__(self, model: nn.Module, *, final_norm: bool = True, pools: bool = False) -> None:
@@ -144,6 +145,7 @@ class PooledEncoder(nn.Module):
     """A text model of which only the pooled state is used."""
 
     pools = True
+    masks_padding = False
     num_layers = 0
     hidden_width = None
     table: Tensor
@@ -217,6 +219,8 @@ class Network(Protocol):
     """D of the context."""
     embeds_guidance: bool
     """Whether `embedded_guidance` [N] is also an argument."""
+    masks_context: bool
+    """Whether `context_mask` [M,T] is also an argument."""
 
     def __call__(
         self,
@@ -226,7 +230,7 @@ class Network(Protocol):
         pooled: Tensor | None,
         time_ids: Tensor | None,
         branch_context: Tensor,
-        **guidance: Tensor,
+        **optional: Tensor,
     ) -> Tensor:
         """Latents [N,C,h,w], times [N], contexts [M,T,D], [N,P], [N,6], branch_context [N,2,L] -> [N,C,h,w]."""
         ...
@@ -241,6 +245,7 @@ class UNet(nn.Module):
 
     patch = 1
     embeds_guidance = False
+    masks_context = False
 
     def __init__(self, unet: UNet2DConditionModel) -> None:
         super().__init__()
@@ -341,14 +346,18 @@ class DenoiseStep(nn.Module):
         branch_pooled: Tensor | None = None,
         pooled: Tensor | None = None,
         time_ids: Tensor | None = None,
+        context_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Latents [B,C,h,w], mask [B,1,h,w], schedule [B,K], branch_row and branch_pooled [N], branch_context [N,2,L],
-        *_branch [B], context [M,T,D], pooled [M,P], time_ids [B,6] -> next_sample, denoised [B,C,h,w], finite [B]."""
+        *_branch [B], context [M,T,D], pooled [M,P], time_ids [B,6], context_mask [M,T] -> next_sample, denoised
+        [B,C,h,w], finite [B]."""
         dtype = self.network.dtype
         column = dict(zip(self.columns, (c[:, None, None, None] for c in schedule.unbind(dim=1)), strict=True))
-        guidance = {
+        optional = {
             name: column[name].flatten().index_select(0, branch_row) for name in self.columns[len(self.COLUMNS) :]
         }
+        if context_mask is not None:
+            optional["context_mask"] = context_mask
         m = self.network(
             sample.index_select(0, branch_row).to(dtype),
             column["t"].flatten().index_select(0, branch_row),
@@ -356,7 +365,7 @@ class DenoiseStep(nn.Module):
             None if pooled is None or branch_pooled is None else pooled.index_select(0, branch_pooled),
             None if time_ids is None else time_ids.index_select(0, branch_row),
             branch_context,
-            **guidance,
+            **optional,
         ).float()
         m_uncond, m_cond = m.index_select(0, uncond_branch), m.index_select(0, cond_branch)
         m_uncond = m_uncond * zero_star_scale(m_uncond, m_cond, column["zero_star"])

@@ -1,4 +1,4 @@
-"""Compares a compiled graph with its torch module on fresh inputs of several shapes.
+"""Compares a compiled graph with its torch module, and a fused copy with its graph, on fresh inputs of several shapes.
 
 The references are computed first, so that the module can be freed before the compiled graph is opened.
 """
@@ -10,7 +10,7 @@ import numpy as np
 
 from oneword.engines.engine import Engine, NumpyArray
 from oneword.engines.errors import EngineError, NotFinite
-from oneword.engines.graph import DType, Precision
+from oneword.engines.graph import DType, Precision, Weights
 from oneword.export.eager import EagerEngine
 from oneword.export.families import Traceable
 from oneword.export.trace import example_feeds
@@ -24,6 +24,10 @@ SHAPES: tuple[Mapping[str, int], ...] = (
 # Float outputs: largest |difference| / largest |reference|. Pictures: mean |difference| in levels of 255.
 TOLERANCE = {Precision.FP32: 1e-3, Precision.FP16: 5e-2, Precision.BF16: 2e-1}
 PICTURE_TOLERANCE = {Precision.FP32: 0.05, Precision.FP16: 2.0, Precision.BF16: 8.0}
+INT8_TOLERANCE, INT8_PICTURE_TOLERANCE = 1e-1, 4.0
+"""Between a graph with int8 weights and its module, whose weights are float32."""
+FUSED_TOLERANCE = {Precision.FP32: 1e-5, Precision.FP16: 5e-3}
+"""Between a fused copy and its graph."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +71,26 @@ def references(graph: Traceable, shapes: Sequence[Mapping[str, int]] = SHAPES) -
     return cases
 
 
-def compare(engine: Engine, cases: Iterable[Reference], precision: Precision) -> list[Difference]:
+def compare(
+    engine: Engine, cases: Iterable[Reference], precision: Precision, weights: Weights = Weights.FLOAT
+) -> list[Difference]:
     """The largest difference of each output over all cases. Raises EngineError if one is larger than allowed."""
+    if weights is Weights.INT8:
+        message = "differs from the model: export it without --weights int8"
+        return _compare(engine, cases, INT8_TOLERANCE, INT8_PICTURE_TOLERANCE, message)
+    message = "differs from the model: try another precision"
+    return _compare(engine, cases, TOLERANCE[precision], PICTURE_TOLERANCE[precision], message)
+
+
+def compare_fused(fused: Engine, cases: Iterable[Reference], precision: Precision) -> list[Difference]:
+    """As compare, for a graph's fused copy; the outputs of the cases are the graph's own."""
+    message = "differs from the graph it is a copy of: try another precision"
+    return _compare(fused, cases, FUSED_TOLERANCE[precision], PICTURE_TOLERANCE[precision], message)
+
+
+def _compare(
+    engine: Engine, cases: Iterable[Reference], tolerance: float, picture_tolerance: float, message: str
+) -> list[Difference]:
     worst: dict[str, float] = {}
     for case in cases:
         outputs = engine.run(case.feeds)
@@ -78,12 +100,10 @@ def compare(engine: Engine, cases: Iterable[Reference], precision: Precision) ->
     differences = []
     for name, value in worst.items():
         picture = engine.outputs[name].dtype is DType.UINT8
-        allowed = 0.0 if name == "finite" else (PICTURE_TOLERANCE if picture else TOLERANCE)[precision]
+        allowed = 0.0 if name == "finite" else picture_tolerance if picture else tolerance
         result = Difference(engine.name, name, value, "levels" if picture else "relative", allowed)
         if not value <= allowed:
-            raise EngineError(
-                f"{result}: the compiled graph differs from the model (on {engine.backend}); try another precision"
-            )
+            raise EngineError(f"{result} on {engine.backend}: the compiled graph {message}")
         differences.append(result)
     return differences
 

@@ -9,6 +9,7 @@ class StableDiffusion3(nn.Module):
 
     num_layers = 1
     embeds_guidance = False
+    masks_context = False
 
     def __init__(self, transformer: SD3Transformer2DModel) -> None:
         super().__init__()

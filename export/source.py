@@ -10,7 +10,7 @@ import inspect
 import json
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -22,6 +22,7 @@ import transformers
 from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
+    ChromaTransformer2DModel,
     FluxTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
@@ -42,6 +43,7 @@ COMPONENTS: Mapping[str, Any] = {
     "UNet2DConditionModel": UNet2DConditionModel,
     "SD3Transformer2DModel": SD3Transformer2DModel,
     "FluxTransformer2DModel": FluxTransformer2DModel,
+    "ChromaTransformer2DModel": ChromaTransformer2DModel,
     "T5EncoderModel": T5EncoderModel,
     "CLIPTextModel": CLIPTextModel,
     "CLIPTextModelWithProjection": CLIPTextModelWithProjection,
@@ -61,17 +63,22 @@ COMPONENT_NAMES = (
 OMISSIBLE = {"StableDiffusion3Pipeline": "text_encoder_3", "StableDiffusion3Img2ImgPipeline": "text_encoder_3"}
 """The text encoder that a pipeline runs without, by the pipeline's name."""
 UNSUPPORTED = {
-    "ChromaPipeline": "a mask of the prompt's padding in joint attention",
     "Flux2Pipeline": "Mistral as its text encoder",
     "Flux2KleinPipeline": "Qwen3 as its text encoder",
     "ZImagePipeline": "Qwen3 as its text encoder, and prompts without padding",
     "QwenImagePipeline": "Qwen2.5-VL as its text encoder, and a mask of the prompt",
+    "QwenImage21Pipeline": "Qwen3-VL as its text encoder",
     "PixArtAlphaPipeline": "a mask of the prompt in cross-attention",
     "PixArtSigmaPipeline": "a mask of the prompt in cross-attention",
     "SanaPipeline": "Gemma2 as its text encoder, and a mask of the prompt",
+    "SanaSprintPipeline": "Gemma2 as its text encoder, and a mask of the prompt",
     "Lumina2Pipeline": "Gemma2 as its text encoder, and a mask of the prompt",
     "HiDreamImagePipeline": "Llama as one of its text encoders",
+    "Krea2Pipeline": "Qwen3-VL as its text encoder",
+    "Ideogram4Pipeline": "Qwen3-VL as its text encoder, and a second network without a prompt",
+    "ErnieImagePipeline": "Mistral as its text encoder",
     "StableCascadeCombinedPipeline": "two networks in turn",
+    "WuerstchenCombinedPipeline": "two networks in turn",
     "KandinskyV22CombinedPipeline": "a prior before its network",
 }
 """Text-to-image pipelines that are refused, with the first thing that is missing in `oneword.export.families`."""
@@ -100,7 +107,7 @@ class Source:
     path: Path
     revision: str
     pipeline: str
-    network: UNet2DConditionModel | SD3Transformer2DModel | FluxTransformer2DModel
+    network: UNet2DConditionModel | SD3Transformer2DModel | FluxTransformer2DModel | ChromaTransformer2DModel
     vae: AutoencoderKL | VQModel
     text_encoders: Mapping[str, nn.Module]
     tokenizers: Mapping[str, Any]
@@ -215,6 +222,13 @@ def encoder_name(folder: str, module: nn.Module) -> str:
     if isinstance(module, T5EncoderModel):
         return "text_encoder_3"
     return folder.replace("bert", "text_encoder")
+
+
+def encoders_left_out(model: str, encoders: Collection[str]) -> tuple[str, ...]:
+    """The text encoders of a model that a bundle with these encoders was exported without, for `load_source`."""
+    path, _ = find_model(model)
+    omissible = OMISSIBLE.get(str(read_json(path / "model_index.json").get("_class_name", "")))
+    return () if omissible is None or omissible in encoders else (omissible,)
 
 
 def components_left_out(pipeline: str, without: Sequence[str]) -> set[str]:

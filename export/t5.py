@@ -1,7 +1,7 @@
-"""T5's encoder as a torch module whose embedding table is an input (arXiv 1910.10683), as SD3 and FLUX.1 use it.
+"""T5's encoder as a torch module whose embedding table is an input (arXiv 1910.10683), for SD3, FLUX.1 and Chroma.
 
-The prompt's padding is attended to like every token: no mask. The states between blocks are float32 where the weights
-of `wo` are, which transformers keeps in float32 in an fp16 model because its outputs overflow.
+The prompt's padding is attended to like every token, unless the family masks it. The states between blocks are float32
+where the weights of `wo` are, which transformers keeps in float32 in an fp16 model because its outputs overflow.
 """
 
 from typing import Any
@@ -14,7 +14,10 @@ from oneword.export.modules import finite, weigh_tokens
 
 
 class T5Encoder(nn.Module):
-    """A T5 encoder over rows of up to `max_length` tokens. All of its layers run: it has no `layer` input."""
+    """A T5 encoder over rows of up to `max_length` tokens. All of its layers run: it has no `layer` input.
+
+    `masks_padding`: whether tokens after `eos_index`, which is an input then, are not attended to.
+    """
 
     pools = False
     num_layers = 0
@@ -22,8 +25,9 @@ class T5Encoder(nn.Module):
     buckets: Tensor
     table: Tensor
 
-    def __init__(self, model: T5EncoderModel, max_length: int) -> None:
+    def __init__(self, model: T5EncoderModel, max_length: int, *, masks_padding: bool = False) -> None:
         super().__init__()
+        self.masks_padding = masks_padding
         stack: Any = model.encoder
         self.blocks, self.norm = stack.block, stack.final_layer_norm
         self.max_length = max_length
@@ -47,10 +51,16 @@ class T5Encoder(nn.Module):
         """D of the hidden states."""
         return int(self.norm.weight.shape[0])
 
-    def forward(self, input_ids: Tensor, embedding_table: Tensor, token_weights: Tensor) -> tuple[Tensor, ...]:
-        """input_ids [B,T], table [V,D], token_weights [B,T] -> hidden_states [B,T,D], weight_scale [B], finite [B]."""
+    def forward(
+        self, input_ids: Tensor, embedding_table: Tensor, token_weights: Tensor, eos_index: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """input_ids [B,T], table [V,D], token_weights [B,T], eos_index [B] if it masks padding ->
+        hidden_states [B,T,D], weight_scale [B], finite [B]."""
         x = embedding_table[input_ids].to(self.dtype)
         bias = self._position_bias(input_ids.shape[1]).to(x.dtype)
+        if eos_index is not None:
+            padding = torch.arange(input_ids.shape[1], device=input_ids.device) > eos_index[:, None]
+            bias = bias.masked_fill(padding[:, None, None], torch.finfo(bias.dtype).min)
         for block in self.blocks:
             x = x + attend(block.layer[0].SelfAttention, block.layer[0].layer_norm(x), bias)
             x = x + block.layer[1].DenseReluDense(block.layer[1].layer_norm(x))

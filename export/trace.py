@@ -1,4 +1,4 @@
-"""Traces a torch module to a checked ONNX file: opset 20 (bf16: 22), batch and size axes dynamic and named."""
+"""Traces a torch module to checked ONNX files: opset 20 (bf16: 22), batch and size axes dynamic and named."""
 
 import contextlib
 import io
@@ -14,22 +14,30 @@ import torch
 
 from oneword.engines.engine import NumpyArray, numpy_dtype
 from oneword.engines.errors import OnewordError, one_line
-from oneword.engines.graph import DType, Precision, TensorSpec
+from oneword.engines.graph import DType, Precision, Provider, TensorSpec, Weights
+from oneword.export.compress import compress_weights
 from oneword.export.families import Traceable
+from oneword.export.fusion import fused_copies, save_copy
 
 OPSET = 20
 BF16_OPSET = 22  # the first whose Conv takes bfloat16
 EXAMPLE_SIZES = {"B": 3, "N": 5, "M": 4, "T": 7, "h": 12, "w": 10}  # none is 0 or 1, and all differ
 
 
-def trace(graph: Traceable, folder: Path) -> tuple[str, ...]:
-    """Writes `<name>.onnx` (and its data file, if it is large) into `folder`. Returns their names, the .onnx first."""
+def trace(
+    graph: Traceable, folder: Path, weights: Weights = Weights.FLOAT
+) -> tuple[tuple[str, ...], dict[Provider, str]]:
+    """Writes `<name>.onnx`, its data file and its fused copies into `folder`.
+
+    Returns the graph's files, the .onnx first, and the copies by provider. A graph without copies has a data file only
+    if it has a GiB of weights. There are no copies in bf16, for which ONNX Runtime has no kernels of its own.
+    """
     path = folder / f"{graph.name}.onnx"
-    examples = tuple(to_torch(graph.inputs, example_feeds(graph, EXAMPLE_SIZES, seed=0)).values())
+    examples = to_torch(graph.inputs, example_feeds(graph, EXAMPLE_SIZES, seed=0))
     try:
         with quiet(), torch.no_grad():
             # Captured here, because torch.onnx would fall back to a capture that takes five times as long.
-            captured = torch.export.export(graph.module, examples, dynamic_shapes=dynamic_axes(graph), strict=False)
+            captured = torch.export.export(graph.module, (), examples, dynamic_shapes=dynamic_axes(graph), strict=False)
             program = torch.onnx.export(
                 captured,
                 dynamo=True,
@@ -39,9 +47,17 @@ def trace(graph: Traceable, folder: Path) -> tuple[str, ...]:
                 verbose=False,
             )
             assert program is not None  # always set with dynamo=True
-            name_axes(program, graph)
-            program.save(str(path), external_data=large(graph))
-        onnx.checker.check_model(str(path), full_check=not large(graph))
+            if weights is Weights.INT8:
+                compress_weights(program.model)
+            copies = {} if graph.precision is Precision.BF16 else fused_copies(program.model)
+            for model in (program.model, *copies.values()):
+                name_axes(model, graph)
+            program.save(str(path), external_data=large(graph) or bool(copies))
+            copy_paths = {provider: path.with_suffix(f".{provider}.onnx") for provider in copies}
+            for provider, model in copies.items():
+                save_copy(model, copy_paths[provider], path)
+        for written in (path, *copy_paths.values()):
+            onnx.checker.check_model(str(written), full_check=not large(graph))
     except (
         RuntimeError,
         ValueError,
@@ -51,7 +67,8 @@ def trace(graph: Traceable, folder: Path) -> tuple[str, ...]:
         onnx.shape_inference.InferenceError,
     ) as e:
         raise OnewordError(f"{graph.name} cannot be traced to ONNX ({one_line(e)}): this model is not supported") from e
-    return tuple(p.name for p in (path, path.with_name(path.name + ".data")) if p.exists())
+    files = tuple(p.name for p in (path, path.with_name(path.name + ".data")) if p.exists())
+    return files, {provider: copy_path.name for provider, copy_path in copy_paths.items()}
 
 
 def large(graph: Traceable) -> bool:
@@ -59,27 +76,26 @@ def large(graph: Traceable) -> bool:
     return sum(p.numel() * p.element_size() for p in graph.module.parameters()) > 1 << 30
 
 
-def dynamic_axes(graph: Traceable) -> tuple[dict[int, object], ...]:
+def dynamic_axes(graph: Traceable) -> dict[str, dict[int, object]]:
     """The axes of every input for torch.export: named axes are dynamic, h and w in multiples of the patch."""
     axes: dict[str, object] = {}
     if (patch := graph.limits.get("patch", 1)) > 1:
         axes = {axis: patch * torch.export.Dim(f"{axis}_patches", max=1 << 12) for axis in ("h", "w")}
-    return tuple(
-        {
+    return {
+        spec.name: {
             i: axes.get(axis, torch.export.Dim.DYNAMIC) if isinstance(axis, str) else torch.export.Dim.STATIC
             for i, axis in enumerate(spec.axes)
         }
         for spec in graph.inputs
-    )
+    }
 
 
-def name_axes(program: torch.onnx.ONNXProgram, graph: Traceable) -> None:
+def name_axes(model: onnx_ir.Model, graph: Traceable) -> None:
     """Gives the axes of inputs and outputs the manifest's names in place of those torch.export invents."""
-    model = program.model.graph
-    for values, specs in ((model.inputs, graph.inputs), (model.outputs, graph.outputs)):
+    for values, specs in ((model.graph.inputs, graph.inputs), (model.graph.outputs, graph.outputs)):
         for value, spec in zip(values, specs, strict=True):
             value.shape = onnx_ir.Shape(spec.axes)
-    for node in model:
+    for node in model.graph:
         for value in node.outputs:
             if not value.is_graph_output():
                 value.shape = None  # uses the invented names; every reader infers shapes again
@@ -124,6 +140,8 @@ def example(
             values[:, 0] = generator.uniform(0, 999, shape[0])
         case "mask":
             values = generator.uniform(0, 1, shape).astype(np.float32)
+        case "context_mask":
+            values = generator.integers(0, 2, shape).astype(np.float32)
         case "token_weights":
             values = generator.choice(np.array([1, 1, 0.8, 1.2], np.float32), shape)
         case "time_ids":

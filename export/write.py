@@ -5,12 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from safetensors.torch import save_file
 
-from oneword.engines.graph import Graph, Precision, graph_digest
+from oneword.engines.errors import UsageError
+from oneword.engines.graph import Graph, Precision, Provider, Weights, graph_digest
 from oneword.engines.onnxruntime import OnnxRuntimeEngine
 from oneword.export.families import TORCH_DTYPES, Exportable, Traceable, family_of, with_preview_decoder
-from oneword.export.parity import Difference, compare, references
+from oneword.export.parity import Difference, Reference, compare, compare_fused, references
 from oneword.export.preview import preview_of
 from oneword.export.source import Lora, Source, load_preview_decoder, load_source
 from oneword.export.trace import trace
@@ -36,6 +38,7 @@ def export_bundle(
     path: str | Path,
     *,
     precision: Precision = Precision.FP32,
+    weights: Weights = Weights.FLOAT,
     config: Path | None = None,
     loras: Sequence[Lora] = (),
     without: Sequence[str] = (),
@@ -46,6 +49,8 @@ def export_bundle(
     """Exports `model` (see load_source) to a bundle at `path`, which appears only when complete. `preview` is a
     diffusers directory of an AutoencoderTiny, which becomes the bundle's preview decoder. `report` is called at every
     stage; `accept` may raise, after the model is loaded and before the long work."""
+    if weights is Weights.INT8 and precision is not Precision.FP32:
+        raise UsageError(f"--weights int8 with --precision {precision}: int8 weights are for --precision fp32 only")
     report(f"loading {model}")
     tiny = None if preview is None else load_preview_decoder(preview, TORCH_DTYPES[precision])
     source = load_source(model, TORCH_DTYPES[precision], config=config, loras=loras, without=without)
@@ -63,7 +68,7 @@ def export_bundle(
         graphs = {}
         for graph in exportable.graphs:
             report(f"tracing {graph.name}")
-            graphs[graph.name] = write_graph(graph, folder)
+            graphs[graph.name] = write_graph(graph, folder, weights)
             report(f"checking {graph.name}")
             if graph.precision is Precision.BF16:
                 references(graph)  # at least the module's own outputs must be finite
@@ -79,23 +84,33 @@ def export_bundle(
     return Exported(bundle, exportable.family, tuple(differences), tuple(unchecked))
 
 
-def write_graph(graph: Traceable, folder: Path) -> Graph:
+def write_graph(graph: Traceable, folder: Path, weights: Weights = Weights.FLOAT) -> Graph:
     """Traces one graph into `folder` and describes it."""
-    files = trace(graph, folder)
+    files, fused = trace(graph, folder, weights)
     return Graph(
         files=files,
         digest=graph_digest(folder, files),
         precision=graph.precision,
         inputs=graph.inputs,
         outputs=graph.outputs,
+        fused=fused,
+        weights=weights,
     )
 
 
 def check_graph(graph: Traceable, written: Graph, folder: Path) -> list[Difference]:
-    """Compares a graph written into `folder`, run in ONNX Runtime, with its module. Raises EngineError."""
+    """Compares a graph written into `folder`, run in ONNX Runtime, with its module, and its copy for the CPU with it.
+
+    The copy for CUDA is not run: it differs from the one for the CPU by BiasSplitGelu alone. Raises EngineError.
+    """
     cases = references(graph)
-    engine = OnnxRuntimeEngine(graph.name, written, folder)
-    return compare(engine, cases, graph.precision)
+    original = OnnxRuntimeEngine(graph.name, msgspec.structs.replace(written, fused={}), folder)
+    differences = compare(original, cases, graph.precision, written.weights)
+    if Provider.CPU in written.fused:
+        cases = [Reference(case.feeds, original.run(case.feeds)) for case in cases]
+        del original  # a large graph's weights fit into memory once
+        compare_fused(OnnxRuntimeEngine(graph.name, written, folder), cases, graph.precision)
+    return differences
 
 
 def write_encoders(source: Source, exportable: Exportable, folder: Path) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from oneword.engines.errors import EngineError, MissingPackage, OnewordError, UsageError
-from oneword.engines.graph import Precision
+from oneword.engines.graph import Precision, Weights
 from oneword.engines.open import Backend, gpu_stream
 from oneword.runtime.bundle import PLANS, Bundle
 
@@ -48,6 +48,10 @@ def _obstacles(bundle: Bundle, backend: Backend) -> Iterator[str]:
     if importlib.util.find_spec(module) is None:
         yield "not installed"
         return
+    if backend in (Backend.TENSORRT, Backend.TENSORRT_RTX) and any(
+        graph.weights is Weights.INT8 for graph in bundle.manifest.graphs.values()
+    ):
+        yield "the bundle has int8 weights, which it does not run"
     if backend.on_gpu:
         try:
             if backend is Backend.CUDA and not _has_cuda_provider():

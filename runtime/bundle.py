@@ -78,6 +78,8 @@ class Encoder(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     default_layer: int | None
     pooled_width: int | None = None
     """P if the encoder pools (its graph then takes `eos_index` and returns `pooled`), else None."""
+    masks_padding: bool = False
+    """Whether its attention leaves out the tokens after eos. Its graph then takes `eos_index`, like one that pools."""
     word_optional: bool = False
     """Whether a concept may lack vectors for this encoder, whose prompt then contains the concept's text instead."""
 
@@ -100,6 +102,9 @@ class Conditioning(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     missing_negative: MissingNegative = MissingNegative.EMPTY
     repeatable: bool = True
     """Whether a context may be repeated whole to fill T: exact in cross-attention, wrong in joint attention."""
+    attended_padding: Annotated[int, msgspec.Meta(ge=0, le=1 << 16)] | None = None
+    """How many tokens of padding after a chunk's eos the denoiser attends to, by its input `context_mask` [M, T]; None
+    means all, and no such input."""
     time_ids: tuple[str, ...] = ()
     """The columns of `time_ids`, from TIME_IDS."""
     width: Annotated[int, msgspec.Meta(ge=1, le=1 << 16)] | None = None
@@ -184,6 +189,20 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def widest_block(self) -> int:
         """Columns of the widest block of encoders, before it is padded to D."""
         return max(sum(self.encoder(name).hidden_width or 0 for name in block) for block in self.conditioning.context)
+
+    @property
+    def layers(self) -> int:
+        """L: the cross-attention layers that may each have a context of their own. Raises BundleError."""
+        axes = next((spec.axes for spec in self.graphs["denoise_step"].inputs if spec.name == "branch_context"), ())
+        match axes:
+            case (_, 2, int(layers)) if layers > 0:
+                return layers
+        raise BundleError(f"denoise_step has branch_context {list(axes)}, not [N, 2, layers]: export the model again")
+
+    def max_contexts(self, rows: int) -> int:
+        """M of the denoiser for so many rows: two contexts and one for each layer's values per row, and at least what a
+        single row can need, other keys and other values in every layer of both of its prompts."""
+        return max(rows * (2 + self.layers), 4 * self.layers)
 
     @property
     def pooled_width(self) -> int:
@@ -314,6 +333,9 @@ def _check_references(folder: Path, manifest: Manifest) -> None:
         raise BundleError(f"the bundle {folder} pools an encoder that does not pool, or has no context")
     if conditioning.width is not None and conditioning.width < manifest.widest_block:
         raise BundleError(f"the bundle {folder} has a block of encoders that is wider than its context")
+    masked = any(spec.name == "context_mask" for spec in graphs["denoise_step"].inputs)
+    if masked != (conditioning.attended_padding is not None):
+        raise BundleError(f"the bundle {folder} has attended_padding without a context_mask, or the reverse")
     if unknown := set(conditioning.time_ids) - set(TIME_IDS):
         raise BundleError(f"the bundle {folder} has the time id {min(unknown)!r}, allowed are {', '.join(TIME_IDS)}")
     for name, graph in graphs.items():
@@ -321,7 +343,7 @@ def _check_references(folder: Path, manifest: Manifest) -> None:
             raise BundleError(f"graph {name!r} of the bundle {folder} has no file")
         if len(set(graph.files)) != len(graph.files):
             raise BundleError(f"graph {name!r} of the bundle {folder} names a file twice")
-    listed = [name for graph in graphs.values() for name in graph.files]
+    listed = [name for graph in graphs.values() for name in graph.all_files]
     tokenizers = (f"{encoder.tokenizer}/{TOKENIZER}" for encoder in manifest.encoders)
     for name in [*listed, *(encoder.table for encoder in manifest.encoders), *tokenizers]:
         if name not in manifest.files:
@@ -350,7 +372,7 @@ def _check_files(folder: Path, manifest: Manifest) -> None:
     root = folder.resolve()
     if stray := next(_strays(folder, manifest.files), None):
         raise BundleError(f"{folder / stray} is not part of the bundle but could pass for it: move it elsewhere")
-    in_graphs = {name for graph in manifest.graphs.values() for name in graph.files}
+    in_graphs = {name for graph in manifest.graphs.values() for name in graph.all_files}
     remembered = read_stamps(folder / VERIFIED)
     stamps = {}
     for name, digest in manifest.files.items():

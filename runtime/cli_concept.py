@@ -1,5 +1,6 @@
 """`ti-concept`: shows, checks and converts embedding files. A thin skin over `oneword.runtime.layouts`."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 from oneword.engines.errors import ConceptError, FileError, UsageError, one_line
 from oneword.runtime.commands import HELP, PATH, json_option, print_json, run_command, version_option
 from oneword.runtime.concept import Concept, save_concept, token_from_stem
-from oneword.runtime.layouts import XTI_KEYS, FoundConcept, paired, read_concepts
+from oneword.runtime.layouts import FoundConcept, paired, read_concepts
 
 
 @click.group(name="ti-concept", no_args_is_help=False, context_settings=HELP)
@@ -32,6 +33,16 @@ def show(files: tuple[Path, ...], as_json: bool) -> None:
         for encoder, facts in word["vectors"].items():
             norms = ", ".join(f"{norm:.3g}" for norm in facts["norms"][:8]) + (", ..." if facts["count"] > 8 else "")
             click.echo(f"  {encoder}: {facts['count']} x {facts['width']}, norms {norms}")
+        for encoder, facts in word["layer_rows"].items():
+            click.echo(f"  {encoder}, rows of layers: {facts['layers']} layers x {facts['count']} x {facts['width']}")
+        for encoder, facts in word["out"].items():
+            low, high = facts["norms"]
+            click.echo(
+                f"  {encoder}, output: {facts['stages']} stages x {facts['layers']} layers x {facts['count']} x "
+                f"{facts['width']}, norms {low:.3g} to {high:.3g}"
+                + (", for values only" if word["values_only"] else "")
+                + (f", of the encoder's layer {facts['encoder_layer']}" if facts["encoder_layer"] else "")
+            )
         for key, value in word["provenance"].items():
             click.echo(_printable(f"  {key}: {value}"))
 
@@ -55,12 +66,14 @@ def check(files: tuple[Path, ...], as_json: bool) -> None:
 @click.argument("files", metavar="FILE", type=PATH, nargs=-1, required=True)
 @click.argument("out", type=PATH)
 @click.option("--token", help="New name of the word.")
+@click.option("--rows-only", is_flag=True, help="Leave out vectors for layers.")
 @json_option
-def convert(files: tuple[Path, ...], out: Path, token: str | None, as_json: bool) -> None:
-    """Write FILE's word as safetensors that diffusers, A1111, ComfyUI and ti-run read.
+def convert(files: tuple[Path, ...], out: Path, token: str | None, rows_only: bool, as_json: bool) -> None:
+    """Write FILE's word as safetensors that ti-run, ComfyUI, diffusers and A1111 read.
 
-    OUT is a .safetensors file, or a folder if FILE holds several words. Two FILEs of one word, as diffusers writes
-    them for SDXL, are merged into one.
+    The last two refuse a word with vectors for layers: leave these out with --rows-only. OUT is a .safetensors file,
+    or a folder if FILE holds several words. Two FILEs of one word, as diffusers writes them for SDXL, are merged into
+    one.
     """
     if len(files) > 2:
         raise UsageError(f"{len(files)} files to convert, allowed are one, or two that are a pair for SDXL")
@@ -69,14 +82,10 @@ def convert(files: tuple[Path, ...], out: Path, token: str | None, as_json: bool
     if token is not None:
         if len(concepts) > 1:
             raise UsageError(f"--token {token!r} for {len(concepts)} words: convert them without it")
-        concepts = [Concept(token, concepts[0].vectors, concepts[0].provenance)]
+        concepts = [replace(concepts[0], token=token)]
+    if rows_only:
+        concepts = [concept.rows_only() for concept in concepts]
     targets = _targets(concepts, out)
-    for concept in concepts:
-        if set(concept.vectors) == set(XTI_KEYS):
-            raise ConceptError(
-                f"{concept.token!r} has a vector for each of 16 layers (XTI), which no other layout supports: "
-                "it can be shown and checked, not converted"
-            )
     for target in targets:
         if target.exists():
             raise UsageError(f"{target} exists: the last argument is the file to write, choose a new name")
@@ -119,7 +128,26 @@ def _described(path: Path, word: FoundConcept) -> dict[str, Any]:
             }
             for encoder, rows in word.concept.vectors.items()
         },
+        "out": {encoder: _described_out(word.concept, encoder) for encoder in word.concept.out},
+        "layer_rows": {
+            encoder: dict(zip(("layers", "count", "width"), rows.shape, strict=True))
+            for encoder, rows in word.concept.layer_rows.items()
+        },
+        "values_only": word.concept.values_only,
         "provenance": dict(word.concept.provenance),
+    }
+
+
+def _described_out(concept: Concept, encoder: str) -> dict[str, Any]:
+    stages, layers, count, width = concept.out[encoder].shape
+    norms = np.linalg.norm(concept.out[encoder], axis=-1)
+    return {
+        "stages": stages,
+        "layers": layers,
+        "count": count,
+        "width": width,
+        "norms": [round(float(norms.min()), 6), round(float(norms.max()), 6)],
+        "encoder_layer": concept.encoder_layers.get(encoder),
     }
 
 

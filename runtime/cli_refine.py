@@ -34,6 +34,7 @@ from oneword.runtime.refine import (
     finish,
     judge,
     known_aspects,
+    picture_file,
     propose,
     refine_concept,
     undo,
@@ -104,7 +105,7 @@ def command(
 ) -> None:
     """Refine a word by likes and dislikes, with the model in BUNDLE and without PyTorch.
 
-    Each round draws candidates of the word, with one prompt and seed, on one sheet beside the output. On a terminal it
+    Each round draws candidates of the word, with one prompt and seed, into a folder beside the output. On a terminal it
     asks which you like. Elsewhere, answers come from --likes; then the next round's sheet is drawn and the command
     ends. The word is saved after each round, with its rounds, so that --start OUTPUT can continue later.
     """
@@ -152,7 +153,7 @@ class _Session:
     def __init__(self, model: Model, lexicon: Lexicon, prompt: str, output: Path, settings: dict[str, Any]) -> None:
         Request(prompt, **settings)  # raises if a setting is wrong
         self.model, self.lexicon, self.prompt, self.settings = model, lexicon, prompt, settings
-        self.folder = output.with_suffix(".rounds")
+        self.output = output
         self.sheet: Path | None = None
         """The last sheet."""
         self.labels: list[str] = []
@@ -161,7 +162,7 @@ class _Session:
         """The time that each sheet took."""
 
     def show(self, state: Refinement) -> None:
-        """Draws the next round's candidates on a sheet."""
+        """Draws the next round's candidates, each in its file and all on a sheet."""
         start = time.perf_counter()
         concepts, number = propose(state, self.lexicon), len(state.rounds) + 1
         prompt = self.prompt.replace("{}", state.token)
@@ -173,7 +174,9 @@ class _Session:
             pictures = draw(self.model, *requests)
             self.labels = [concept.provenance["aspects"] or "as it began" for concept in concepts]
             headings = [f"{i}: {label}" for i, label in enumerate(self.labels, 1)]
-            self.sheet = self.folder / f"round-{number}.png"
+            self.sheet = picture_file(self.output, number).parent.with_suffix(".png")
+            for index, picture in enumerate(pictures):
+                save_png(picture.image, picture_file(self.output, number, index), picture.parameters)
             images = [picture.image for picture in pictures]
             save_png(labelled_grid([images], [""], [headings]), self.sheet, pictures[0].parameters)
             self.seconds.append(time.perf_counter() - start)

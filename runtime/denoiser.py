@@ -22,14 +22,17 @@ import numpy.typing as npt
 from oneword.engines.engine import Binding, Engine, Event, Replay, Stream, shape_of
 from oneword.engines.errors import EngineError, FeedError, OnewordError, UsageError, without_frames
 from oneword.runtime.bundle import Manifest
+from oneword.runtime.contexts import Context, Sources
 from oneword.runtime.events import Latents
-from oneword.runtime.model import EncodedPrompt, Model
+from oneword.runtime.model import Model
 from oneword.runtime.row import Row
 from oneword.runtime.samplers import COLUMNS
 
-BUCKETS: Final = (1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 28, 32)
-"""Branch counts that are captured, or compiled by `warm`; other counts are padded to the next one."""
+BUCKETS: Final = (1, 2, 3, 4, 6, 8, 10, 12, 14, 16, 20, 24, 26, 28, 30, 32)
+"""Branch counts that are captured, or compiled by `warm`; other counts are padded to the next one. They are closest
+where padding costs most: in small calls, and in those of 16 rows of which most have guidance."""
 CONTEXTS_PER_ROW: Final = 2
+"""Contexts that every row may have, whatever the engine's limits; see `Manifest.max_contexts` for the others."""
 _WARM_UP: Final = 2  # runs before a capture: libraries allocate and tune in them
 _MAX_ARENAS: Final = 4
 _MAX_BYTES: Final = 256 << 20  # of one arena's contexts, and of its rows' state
@@ -71,6 +74,17 @@ class _Flight:
     """(slot, row, line number)"""
 
 
+@dataclass(frozen=True, eq=False)
+class _Held:
+    """The contexts of a row's next step, which have places in the pool."""
+
+    sources: tuple[Sources, ...]
+    contexts: tuple[Context, ...]
+    """Each once."""
+    places: tuple[tuple[int, ...], ...]
+    """For each of the sources: those of its keys, then of its values."""
+
+
 class Arena:
     """The slots of one size, and every binding of them."""
 
@@ -81,15 +95,16 @@ class Arena:
         manifest: Manifest,
         size: Size,
         capacity: int,
+        contexts: int,
         stats: Stats,
         branches: int = 1,
     ) -> None:
-        """`branches` is the N of the first binding; a large graph may be compiled for its first shapes."""
-        self.capacity, self.size = capacity, size
+        """`contexts` is M; `branches` is the N of the first binding, for whose shapes a large graph may be compiled."""
+        self.capacity, self.contexts, self.size = capacity, contexts, size
         self._engine, self._stream, self._stats = engine, stream, stats
         self._rows: list[Row | None] = [None] * capacity
-        self._pool = _ContextPool(CONTEXTS_PER_ROW * capacity)
-        self._held: dict[Row, tuple[EncodedPrompt, ...]] = {}
+        self._pool = _ContextPool(contexts)
+        self._held: dict[Row, _Held] = {}
         self._bound: dict[int, _Bound] = {}
         self._captures = True
         self._specialized = False
@@ -112,15 +127,30 @@ class Arena:
         """The rows that have a slot."""
         return [row for row in self._rows if row is not None]
 
+    @property
+    def reserved_contexts(self) -> int:
+        """The most contexts that the rows can need in one step."""
+        return sum(row.most_contexts for row in self.rows)
+
     def place(self, row: Row) -> bool:
-        """Gives a row a free slot and writes its state; False if there is none."""
-        if None not in self._rows or not self._pool.fits(row.held_contexts):
+        """Gives a row a free slot and writes its state; False if there is none, or too little room for its contexts.
+
+        Raises UsageError if there would be too little room for them without any other row.
+        """
+        if row.most_contexts > self.contexts:
+            raise UsageError(
+                f"the words of a picture's prompts need {row.most_contexts} contexts, an engine call has room for "
+                f"{self.contexts}: use fewer words with output vectors or shorter prompts, or build the plans again, "
+                "with ti-export and a larger --max-batch"
+            )
+        if None not in self._rows or row.most_contexts > self.contexts - self.reserved_contexts:
             return False
         slot = self._rows.index(None)
         try:
             self._write(row, slot)
         except BaseException:
-            self._pool.forget(self._held.pop(row, ()))
+            if row in self._held:
+                self._pool.forget(self._held.pop(row).contexts)
             raise
         self._rows[slot] = row
         return True
@@ -148,14 +178,13 @@ class Arena:
             for name in ("sample", "previous", "previous2"):
                 self._inputs[name].write(slot, 0.0)
         self._rows[slot] = None
-        self._pool.release(self._held.pop(row))
+        self._pool.release(self._held.pop(row).contexts)
 
     def step(self) -> None:
         """Queues one step of every row, and waits for the step before the running one. Raises EngineError."""
         live = [(slot, row) for slot, row in enumerate(self._rows) if row is not None]
         for _, row in live:
-            if row.held_contexts != self._held[row]:  # the prompt changes from step to step
-                self._pool.release(self._held[row])
+            if row.sources != self._held[row].sources:  # the prompt changes from step to step, or the stage does
                 self._write_contexts(row)
         turn = self._turn = (self._turn + 1) % len(self._schedule)
         bound = self._lay_out(live)
@@ -230,19 +259,22 @@ class Arena:
 
     def _lay_out(self, live: list[tuple[int, Row]]) -> _Bound:
         """The binding for the branches of these rows; its index arrays are written if the layout has changed."""
-        branches = [(slot, self._pool.slots[prompt]) for slot, row in live for prompt in row.contexts]
+        branches = [(slot, places) for slot, row in live for places in self._held[row].places[-row.branches :]]
         n = self._padded(len(branches))
         self._stats.branches, self._stats.padding = self._stats.branches + n, self._stats.padding + n - len(branches)
         layout = tuple(branches)
         bound = self._bound.get(n) or self._bind(n)
         if bound.layout != layout:
             bound.layout = None
-            rows, contexts = np.array(branches + branches[:1] * (n - len(branches)), np.int64).T
+            padded = branches + branches[:1] * (n - len(branches))
             inputs = bound.binding.inputs
-            inputs["branch_row"].write(..., rows)
-            inputs["branch_context"].write(..., contexts[:, None, None])
+            contexts = np.empty(inputs["branch_context"].shape, np.int64)
+            for sources, (_, places) in zip(contexts, padded, strict=True):
+                sources[...] = np.reshape(places, (2, -1))  # of each layer, or of all
+            inputs["branch_row"].write(..., np.array([slot for slot, _ in padded], np.int64))
+            inputs["branch_context"].write(..., contexts)
             if "branch_pooled" in inputs:
-                inputs["branch_pooled"].write(..., contexts)
+                inputs["branch_pooled"].write(..., contexts[:, 0, 0])  # the same in all contexts of a prompt
             bound.layout = layout
         if self._layout != layout:
             self._layout = None
@@ -264,7 +296,7 @@ class Arena:
 
     def _bind(self, n: int) -> _Bound:
         h, w, t = self.size
-        sizes = {"B": self.capacity, "N": n, "M": self._pool.capacity, "T": t, "h": h, "w": w}
+        sizes = {"B": self.capacity, "N": n, "M": self.contexts, "T": t, "h": h, "w": w}
         specs = self._engine.inputs
         unshared = {name for name, spec in specs.items() if "N" in spec.axes}
         shared = {name: array for name, array in self._inputs.items() if name not in unshared} if self._bound else {}
@@ -297,59 +329,64 @@ class Arena:
         self._stream.copy(self._inputs["sample"], self._outputs["next_sample"])
 
     def _write_contexts(self, row: Row) -> None:
-        """Writes a row's contexts that are not in the pool. One shorter than T is repeated, which is exact."""
-        prompts = self._held[row] = row.held_contexts
-        places = [(prompt, self._pool.hold(prompt)) for prompt in prompts]  # all, before any write can fail
-        for prompt, place in places:
+        """Holds the contexts of a row's next step in place of those of its last one, and writes those that are not in
+        the pool. One shorter than T is repeated, which is exact."""
+        contexts = dict.fromkeys(context for sources in row.sources for context in sources.contexts)
+        before = dict.fromkeys(self._held[row].contexts if row in self._held else ())
+        self._pool.release(context for context in before if context not in contexts)
+        places = [(c, self._pool.hold(c)) for c in contexts if c not in before]  # all, before any write can fail
+        indices = tuple(sources.indices(self._pool.slots) for sources in row.sources)
+        self._held[row] = _Held(row.sources, tuple(contexts), indices)
+        for context, place in places:
             if place is not None:
-                times = self.size[2] // len(prompt.hidden_states)
-                self._inputs["context"].write(place, np.tile(prompt.hidden_states, (times, 1)))
-                if "pooled" in self._inputs and prompt.pooled is not None:
-                    self._inputs["pooled"].write(place, prompt.pooled)
+                states = context.hidden_states
+                repeats = self.size[2] // len(states)
+                self._inputs["context"].write(place, states if repeats == 1 else np.tile(states, (repeats, 1)))
+                if "pooled" in self._inputs and context.pooled is not None:
+                    self._inputs["pooled"].write(place, context.pooled)
+                if "context_mask" in self._inputs:
+                    mask = np.ones(len(states), np.float32) if context.mask is None else context.mask
+                    self._inputs["context_mask"].write(place, np.tile(mask, repeats))
 
 
 class _ContextPool:
-    """Assigns encoded prompts to places in `context`. One that no row uses stays until its place is needed."""
+    """Assigns contexts to places in `context`. One that no row uses stays until its place is needed."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
-        self.slots: OrderedDict[EncodedPrompt, int] = OrderedDict()
-        self._rows: Counter[EncodedPrompt] = Counter()
+        self.slots: OrderedDict[Context, int] = OrderedDict()
+        self._rows: Counter[Context] = Counter()
         self._free = list(reversed(range(capacity)))
 
-    def fits(self, prompts: Iterable[EncodedPrompt]) -> bool:
-        """Whether there is a place for all of these prompts."""
-        return len({*self._rows, *prompts}) <= self.capacity
-
-    def hold(self, prompt: EncodedPrompt) -> int | None:
-        """Counts a row that uses a prompt. Returns the place to write it to, or None if it is already written."""
-        self._rows[prompt] += 1
-        if prompt in self.slots:
-            self.slots.move_to_end(prompt)
+    def hold(self, context: Context) -> int | None:
+        """Counts a row that uses a context. Returns the place to write it to, or None if it is already written."""
+        self._rows[context] += 1
+        if context in self.slots:
+            self.slots.move_to_end(context)
             return None
         if self._free:
             place = self._free.pop()
         else:
             unused = next(candidate for candidate in self.slots if candidate not in self._rows)
             place = self.slots.pop(unused)
-        self.slots[prompt] = place
+        self.slots[context] = place
         return place
 
-    def forget(self, prompts: Iterable[EncodedPrompt]) -> None:
+    def forget(self, contexts: Iterable[Context]) -> None:
         """Reverses `hold` for a row that could not be written, and drops contexts that may not have been written."""
-        for prompt in prompts:
-            if self._rows[prompt] > 1:
-                self._rows[prompt] -= 1
-            elif prompt in self._rows:
-                del self._rows[prompt]
-                self._free += [self.slots.pop(prompt)] if prompt in self.slots else []
+        for context in contexts:
+            if self._rows[context] > 1:
+                self._rows[context] -= 1
+            elif context in self._rows:
+                del self._rows[context]
+                self._free += [self.slots.pop(context)] if context in self.slots else []
 
-    def release(self, prompts: Iterable[EncodedPrompt]) -> None:
-        """Reverses `hold` for a row that leaves."""
-        for prompt in prompts:
-            self._rows[prompt] -= 1
-            if not self._rows[prompt]:
-                del self._rows[prompt]
+    def release(self, contexts: Iterable[Context]) -> None:
+        """Reverses `hold` for a row that leaves, or does not need these contexts any more."""
+        for context in contexts:
+            self._rows[context] -= 1
+            if not self._rows[context]:
+                del self._rows[context]
 
 
 @dataclass(eq=False)
@@ -358,6 +395,9 @@ class Denoiser:
 
     If a step fails, the rows of its arena continue in one of half the capacity, and those without a slot there wait in
     `displaced` with their last state. Only a row that fails alone is reported.
+
+    An arena has two contexts for each row, as ordinary pictures need. Once a row needs more, its arena is replaced by
+    one with as many as `contexts` says.
     """
 
     model: Model
@@ -367,6 +407,8 @@ class Denoiser:
     def __post_init__(self) -> None:
         self._arenas: OrderedDict[Size, Arena] = OrderedDict()
         self._reduced: dict[Size, int] = {}
+        # Sizes whose arenas need more than two contexts per row, with why they have no more; None if they have.
+        self._wide: dict[Size, OnewordError | None] = {}
         self.displaced: deque[Row] = deque()
 
     @property
@@ -385,28 +427,54 @@ class Denoiser:
         count = min(count, _MAX_BYTES // (CONTEXTS_PER_ROW * context_bytes), _MAX_BYTES // state_bytes)
         return max(1, min(count, self._reduced.get(size, count)))
 
+    def contexts(self, size: Size, capacity: int) -> int:
+        """The most that M of an arena can be now: that of `most_contexts`, unless there was no memory or no plan."""
+        return self.most_contexts(size, capacity) if self._wide.get(size) is None else CONTEXTS_PER_ROW * capacity
+
+    def most_contexts(self, size: Size, capacity: int) -> int:
+        """The most that M of an arena may be: `Manifest.max_contexts`, as far as the engine's limit and 256 MiB
+        allow."""
+        manifest = self.model.manifest
+        limit = _MAX_BYTES // (4 * size[2] * manifest.context_width)
+        limit = min(limit, self.model.engine("denoise_step").limits.get("M", limit))
+        return max(CONTEXTS_PER_ROW * capacity, min(limit, manifest.max_contexts(capacity)))
+
     def warm(self, size: Size) -> None:
         """Creates an arena and runs every number of branches, so that no later step binds or captures."""
         self._arena(size).warm()
 
-    def prepare(self, size: Size, branches_per_row: int) -> None:
-        """Creates the arena that rows of this size and so many branches will get. Raises EngineError, FeedError."""
-        self._arena(size, branches_per_row)
+    def prepare(self, size: Size, branches_per_row: int, contexts: int) -> None:
+        """Creates the arena that rows of this size, with so many branches and contexts, will get. Raises EngineError,
+        FeedError."""
+        self._arena_for(size, branches_per_row, contexts)
 
-    def has_room(self, size: Size) -> bool:
-        """Whether a new row of this size would get a slot now; displaced rows come first."""
+    def has_room(self, size: Size, contexts: int = CONTEXTS_PER_ROW) -> bool:
+        """Whether a new row of this size, with so many contexts, would get a slot now; displaced rows come first."""
         arena = self._arenas.get(size)
         if arena is None:
             return not self._displaced(size) and sum(bool(a.rows) for a in self._arenas.values()) < _MAX_ARENAS
-        return not self._displaced(size) and len(arena.rows) < arena.capacity
+        return not self._displaced(size) and len(arena.rows) < arena.capacity and self._has_contexts(arena, contexts)
+
+    def lacks_contexts(self, size: Size, contexts: int) -> bool:
+        """Whether there is a slot for a row of this size, but not enough room for so many contexts."""
+        arena = self._arenas.get(size)
+        return arena is not None and len(arena.rows) < arena.capacity and not self._has_contexts(arena, contexts)
+
+    def _has_contexts(self, arena: Arena, contexts: int) -> bool:
+        """Whether so many contexts are free; also if they never can be, which `place` then refuses."""
+        room = self.contexts(arena.size, arena.capacity)
+        return contexts <= room - arena.reserved_contexts or contexts > room
 
     def crowded_out(self, size: Size) -> bool:
         """Whether this size has no arena and cannot get one, because all are in use."""
         return size not in self._arenas and not self.has_room(size)
 
     def place(self, row: Row) -> bool:
-        """Gives a row a slot; False if there is no room. Raises EngineError, FeedError."""
-        return not self._displaced(row.size) and self._arena_for(row).place(row)
+        """Gives a row a slot; False if there is no room. Raises EngineError, FeedError, UsageError."""
+        if self._displaced(row.size):
+            return False
+        self._arena_for(row.size, row.branches, row.most_contexts)
+        return not self._displaced(row.size) and self._place(row)
 
     def remove(self, row: Row) -> None:
         """Removes a row, placed or displaced; does nothing for any other row."""
@@ -414,9 +482,7 @@ class Denoiser:
             self.displaced.remove(row)
         for arena in self._holding(row):
             arena.remove(row)
-            empty = not arena.rows and not self._displaced(arena.size)
-            if empty and self._reduced.pop(arena.size, None) is not None:
-                del self._arenas[arena.size]  # the next arena has full capacity again
+            self._release_reduced(arena)
 
     def take(self, row: Row) -> Latents:
         """Removes a finished row and returns its latents [C, h, w]. Waits. Raises EngineError."""
@@ -438,7 +504,8 @@ class Denoiser:
         for _ in range(len(self.displaced)):
             row = self.displaced.popleft()
             try:
-                placed = self._arena_for(row).place(row)
+                self._arena_for(row.size, row.branches, row.most_contexts)
+                placed = self._place(row)
             except OnewordError as error:
                 failures.append((row, without_frames(error)))
                 continue
@@ -465,7 +532,7 @@ class Denoiser:
                 retry = False
         del self._arenas[size]  # and its buffers, before new ones are allocated
         if not retry:
-            self._reduced.pop(size, None)
+            self._forget_limits(size)
             yield from ((row, failure) for row in rows)
             return
         self._forget_idle(len(self._arenas))
@@ -475,54 +542,137 @@ class Denoiser:
 
     def _resume(self, size: Size) -> Iterator[tuple[Row, OnewordError]]:
         """Places the displaced rows of a size as far as they fit, and repeats the step that failed."""
+        for row in self._displaced(size):
+            try:
+                self._arena_for(size, row.branches, row.most_contexts)
+            except OnewordError as error:
+                failure = without_frames(error)
+                failed = self._displaced(size)
+                for other in failed:
+                    self.displaced.remove(other)
+                yield from ((other, failure) for other in failed)
+                return
+            try:
+                placed = self._place(row)
+            except OnewordError as error:  # of this row alone
+                self.displaced.remove(row)
+                yield row, without_frames(error)
+                continue
+            if not placed:
+                break
+            self.displaced.remove(row)
+        if self._arenas[size].rows:
+            yield from self._step(size)
+        else:
+            self._release_reduced(self._arenas[size])
+
+    def _place(self, row: Row) -> bool:
+        """Gives a row a slot of its size's arena, which exists; False if there is no room. Raises EngineError if memory
+        is too short for its contexts, and as `Arena.place` does."""
+        arena, shortage = self._arenas[row.size], self._wide.get(row.size)
         try:
-            for row in self._displaced(size):
-                if not self._arena_for(row).place(row):
-                    break
-                self.displaced.remove(row)
-        except OnewordError as error:
-            failure = without_frames(error)
-            failed = self._displaced(size)
-            for row in failed:
-                self.displaced.remove(row)
-            yield from ((row, failure) for row in failed)
-            return
-        yield from self._step(size)
+            enough = self.most_contexts(row.size, arena.capacity)
+            if arena.contexts < row.most_contexts <= enough and isinstance(shortage, EngineError):
+                raise EngineError(
+                    f"the words of a picture's prompts need {row.most_contexts} contexts, an engine call has room for "
+                    f"{arena.contexts} while memory is short: try again later, or use fewer words with output vectors"
+                ) from shortage
+            return arena.place(row)
+        except OnewordError:
+            self._release_reduced(arena)
+            raise
+
+    def _release_reduced(self, arena: Arena) -> None:
+        """Releases an arena without rows that has less than full capacity, or fewer contexts than it was to have, so
+        that the next one of its size gets all of them if it can."""
+        size = arena.size
+        if not arena.rows and not self._displaced(size) and (size in self._reduced or self._wide.get(size) is not None):
+            self._delete(size)
 
     def _forget_idle(self, count: int) -> None:
         """Releases up to `count` arenas without rows, least recently used first."""
         for size in [size for size, arena in self._arenas.items() if not arena.rows][: max(0, count)]:
-            del self._arenas[size]
+            self._delete(size)
 
-    def _arena_for(self, row: Row) -> Arena:
-        return self._arena(row.size, len(row.contexts))
+    def _delete(self, size: Size) -> None:
+        """Releases an arena."""
+        del self._arenas[size]
+        self._forget_limits(size)
+
+    def _forget_limits(self, size: Size) -> None:
+        """The next arena of a size has full capacity and two contexts per row again."""
+        self._reduced.pop(size, None)
+        self._wide.pop(size, None)
+
+    def _arena_for(self, size: Size, branches_per_row: int, contexts: int) -> Arena:
+        """The arena of a size, with room for a row of so many contexts if it can have it."""
+        if contexts > CONTEXTS_PER_ROW and size not in self._wide:
+            if size in self._arenas:
+                self._widen(size, branches_per_row)
+            else:
+                self._wide[size] = None
+        return self._arena(size, branches_per_row)
+
+    def _widen(self, size: Size, branches_per_row: int) -> None:
+        """Replaces an arena by one with more contexts, and places its rows there. Raises EngineError; rows without a
+        slot are then displaced."""
+        rows = self._arenas[size].clear()
+        del self._arenas[size]  # and its buffers, before new ones are allocated
+        self._wide[size] = None
+        self.displaced.extendleft(reversed(rows))
+        for row in rows:
+            if not self._arena(size, branches_per_row).place(row):
+                break
+            self.displaced.remove(row)
 
     def _arena(self, size: Size, branches_per_row: int = 0) -> Arena:
         """The arena of a size. A new one is first bound for rows of so many branches; 0 means a single branch.
 
-        If memory is short, arenas without rows are released; if the engine has no plan for full capacity, it is halved.
+        If memory is short, arenas without rows are released. If there is no memory or no plan for more contexts, the
+        arena has two per row; if the engine has no plan for full capacity either, that is halved, and more contexts are
+        tried again. If there is no arena in the end, the next one is tried in full again.
         """
+        try:
+            self._open_arena(size, branches_per_row)
+        except OnewordError:
+            self._forget_limits(size)
+            raise
+        self._arenas.move_to_end(size)
+        return self._arenas[size]
+
+    def _open_arena(self, size: Size, branches_per_row: int) -> None:
+        """Creates the arena of a size, unless it exists."""
         while size not in self._arenas:
             self._forget_idle(len(self._arenas) + 1 - _MAX_ARENAS)
             capacity, retry = self.capacity(size), False
             try:
                 self._arenas[size] = self._new_arena(size, capacity, max(1, capacity * branches_per_row))
-            except FeedError:
-                if capacity == 1:
+            except FeedError as error:
+                if self._is_wide(size):
+                    self._wide[size] = without_frames(error)
+                elif capacity == 1:
                     raise
-                self._reduced[size] = capacity // 2
-            except EngineError:
-                if not self._arenas or all(arena.rows for arena in self._arenas.values()):
+                else:
+                    self._reduced[size] = capacity // 2
+                    if size in self._wide:
+                        self._wide[size] = None
+            except EngineError as error:
+                retry = any(not arena.rows for arena in self._arenas.values())
+                if not (retry or self._is_wide(size)):
                     raise
-                retry = True
+                if not retry:
+                    self._wide[size] = without_frames(error)
             if retry:  # outside the handler, whose traceback keeps the allocated memory alive
                 self._forget_idle(len(self._arenas))
-        self._arenas.move_to_end(size)
-        return self._arenas[size]
+
+    def _is_wide(self, size: Size) -> bool:
+        """Whether the arena of a size has, or is to have, more than two contexts per row."""
+        return size in self._wide and self._wide[size] is None
 
     def _new_arena(self, size: Size, capacity: int, branches: int) -> Arena:
         engine, manifest = self.model.engine("denoise_step"), self.model.manifest
-        return Arena(engine, self.model.stream, manifest, size, capacity, self.stats, branches)
+        contexts = self.most_contexts(size, capacity) if self._is_wide(size) else CONTEXTS_PER_ROW * capacity
+        return Arena(engine, self.model.stream, manifest, size, capacity, contexts, self.stats, branches)
 
     def _displaced(self, size: Size) -> list[Row]:
         return [row for row in self.displaced if row.size == size]

@@ -1,6 +1,7 @@
 """The mask of a masked edit: at the picture's size, at the latents' size, and softened to paste the original back."""
 
-from typing import Final, Literal
+from dataclasses import dataclass
+from typing import Final, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -33,15 +34,33 @@ def latent_mask(mask: Mask, factor: int) -> npt.NDArray[np.float32]:
     return np.asarray(squares.any(axis=(1, 3)), np.float32)[None]
 
 
+@dataclass(frozen=True, eq=False)
+class Paste:
+    """What a masked edit keeps of the original, whose pixels the decoder would slightly change."""
+
+    original: Image
+    weights: npt.NDArray[np.float32] | Mask
+    """[H, W]: how much of the new picture is pasted at each pixel; bool if that is all or nothing."""
+
+    @classmethod
+    def of(cls, request: Request, settings: ResolvedSettings) -> Self | None:
+        """That of a request; None if it keeps nothing."""
+        if request.image is None or not request.paste or (mask := edit_mask(request, settings)) is None:
+            return None
+        original = resized(request.image, settings.width, settings.height)
+        return cls(original, paste_weights(mask, request.mask_blur) if request.mask_blur else mask)
+
+    def pasted(self, image: Image) -> Image:
+        """The original with `image` pasted into it."""
+        if self.weights.dtype == np.bool_:
+            return np.where(self.weights[..., None], image, self.original)
+        return blended(image, self.original, self.weights.astype(np.float32, copy=False))
+
+
 def paste(image: Image, request: Request, settings: ResolvedSettings) -> Image:
-    """The picture with the original's pixels outside the mask, which the decoder would slightly change."""
-    mask = edit_mask(request, settings)
-    if mask is None or request.image is None or not request.paste:
-        return image
-    original = resized(request.image, settings.width, settings.height)
-    if not request.mask_blur:
-        return np.where(mask[..., None], image, original)
-    return blended(image, original, paste_weights(mask, request.mask_blur))
+    """The picture with the original's pixels outside the mask."""
+    prepared = Paste.of(request, settings)
+    return image if prepared is None else prepared.pasted(image)
 
 
 def paste_weights(mask: Mask, blur: float) -> npt.NDArray[np.float32]:

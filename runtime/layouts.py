@@ -5,12 +5,13 @@
     A1111                .pt: string_to_param with `name`, the file's name is the token; pictures: `sd-ti-embedding`
     Gal et al.           .pt: string_to_param in a ParameterDict, one word per placeholder
     kohya, OneTrainer    emb_params, emp_params, and `bundle_emb.<name>.<key>` inside a LoRA
-    kohya XTI            IN01 ... OUT11: a vector for each of 16 layers; shown and checked, not converted
+    oneword              rows in a layout above, beside output vectors or rows of layers, as in `runtime.concept`
+    OneTrainer           the keys above, with output vectors under the same keys and _out
+    kohya XTI            IN01 ... OUT11: rows for each of 16 layers
 
 `.pt` and `.bin` are read without PyTorch, and more strictly than with its `weights_only`: every opcode is checked
 before anything is unpickled, and only a few names are allowed, which build tensors and plain containers and cannot
-reach other code. Not covered: PyTorch's files from before 2020, vectors hidden in the pixels of A1111's old pictures,
-output rows (_out).
+reach other code. Not covered: PyTorch's files from before 2020, vectors hidden in the pixels of A1111's old pictures.
 """
 
 import base64
@@ -36,19 +37,16 @@ from oneword.engines.errors import ConceptError
 from oneword.runtime.concept import (
     KEY_ENCODERS,
     MAX_FILE_BYTES,
+    XTI_KEYS,
     Concept,
     Vectors,
     concept_of,
     parse_header,
     parse_tensor,
+    parted,
     read_limited,
     read_safetensors,
     token_from_stem,
-)
-
-XTI_KEYS: Final = (
-    *("IN01", "IN02", "IN04", "IN05", "IN07", "IN08", "MID"),
-    *("OUT03", "OUT04", "OUT05", "OUT06", "OUT07", "OUT08", "OUT09", "OUT10", "OUT11"),
 )
 
 _MAX_LORA_HEADER: Final = 16 << 20
@@ -90,6 +88,8 @@ def paired(words: Sequence[FoundConcept]) -> Concept:
     """One word for two encoders from diffusers' two SDXL files, narrower first. Raises ConceptError."""
     concepts = [word.concept for word in words]
     vectors = [value for concept in concepts for value in concept.vectors.values()]
+    if any(concept.out or concept.layer_rows for concept in concepts):
+        raise ConceptError("words with vectors for layers are not a pair: their file already holds every encoder")
     if len(concepts) != 2 or len(vectors) != 2 or len({concept.token for concept in concepts}) != 1:
         listed = ", ".join(repr(concept.token) for concept in concepts)
         raise ConceptError(f"words {listed} are not a pair: pass two files of the same word, one per encoder")
@@ -138,8 +138,10 @@ def _from_tensors(
     container: str, tensors: Mapping[str, Vectors], metadata: Mapping[str, str], name: str
 ) -> list[FoundConcept]:
     """The words in a flat mapping of tensors."""
+    if parted(tensors)[1]:
+        return [FoundConcept("oneword", concept_of(tensors, metadata, name))]
     if set(tensors) == set(XTI_KEYS):
-        return [FoundConcept("kohya XTI", Concept(token_from_stem(name), dict(tensors), metadata))]
+        return [FoundConcept("kohya XTI", concept_of(tensors, metadata, name))]
     if any(key in ("emb_params", "emp_params") for key in tensors):
         return [FoundConcept("kohya or OneTrainer", concept_of(tensors, metadata, name))]
     if any(key in KEY_ENCODERS for key in tensors):

@@ -68,7 +68,12 @@ class Lexicon:
         return {name: self._tables[name][ids[name]].astype(np.float32) for name in self._tables}
 
     def rows_of(self, concept: Concept) -> Rows:
-        """The rows of a learned word. Raises UsageError if it was learned for another model."""
+        """The rows of a learned word. Raises UsageError if it is for another model, or has vectors for layers."""
+        if concept.out or concept.layer_rows:
+            raise UsageError(
+                f"{concept.token!r} has vectors for layers, which refining cannot change: use a word without, or drop "
+                "them with ti-concept convert --rows-only"
+            )
         widths = {name: rows.shape[1] for name, rows in concept.vectors.items()}
         if missing := self.widths.keys() - widths:
             raise UsageError(

@@ -23,6 +23,7 @@ from oneword.runtime.backends import AUTO, choose_backend
 from oneword.runtime.batched import CALLS, BatchedGraph
 from oneword.runtime.bundle import PLANS, Bundle, Encoder, Manifest, MissingNegative
 from oneword.runtime.concept import Concept, Vectors, load_concept
+from oneword.runtime.contexts import EncodedPrompt, Insertion, insertions_of
 from oneword.runtime.images import preview_image
 from oneword.runtime.profiles import DEFAULT_LIMITS, graph_ranges
 from oneword.runtime.prompt import Chunks, Tokenizer, Vocabulary, encode_ids
@@ -43,29 +44,25 @@ class TokenizedPrompt:
     clip_skip: int
     key: bytes
     """Equal keys mean equal contexts: a word enters the key by its vectors, not by its name."""
+    of_layer: bool = False
+    """Whether it is the prompt with one cross-attention layer's rows."""
+    layered: "tuple[TokenizedPrompt, ...]" = ()
+    """The prompt with each cross-attention layer's rows, if a word has rows for each layer."""
+
+    @property
+    def chunks(self) -> int:
+        """The number of chunks for the first text encoder."""
+        return len(next(iter(self.per_encoder.values())).input_ids)
 
     @property
     def concepts(self) -> tuple[Concept, ...]:
         """The learned words in the prompt."""
         return next(iter(self.per_encoder.values())).concepts
 
-
-@dataclass(frozen=True, eq=False)
-class EncodedPrompt:
-    """A prompt's context: what the denoiser attends to."""
-
-    hidden_states: npt.NDArray[np.float32]
-    """[chunks * T, D]"""
-    pooled: npt.NDArray[np.float32] | None
-    """[P]"""
-    finite: bool
-    weight_scale: Mapping[str, npt.NDArray[np.float32]]
-    """By encoder, [chunks]: the factor that restored each chunk's mean after A1111's weights."""
-
     @property
-    def nbytes(self) -> int:
-        """Bytes of the context."""
-        return self.hidden_states.nbytes
+    def precise_words(self) -> list[Concept]:
+        """The learned words with output vectors, once for each encoder that these are for."""
+        return [c for name, chunks in self.per_encoder.items() for c in chunks.concepts if name in c.out]
 
 
 class Model:
@@ -89,6 +86,10 @@ class Model:
         """Seconds it took to open each engine, in the order of opening."""
         self.backend_reason: str = ""
         """Why `auto` chose this backend; empty if it was named."""
+        self.encoded_chunks = 0
+        """Chunks of prompts that the first text encoder has encoded so far; those in the cache count once."""
+        self.encoding_seconds = 0.0
+        """Time spent on encoding prompts so far."""
         self._open_graph = open_graph
         self._engines: dict[str, Engine] = {}
         self._ahead: dict[str, Future[Engine]] = {}
@@ -221,13 +222,16 @@ class Model:
     def tokenize(self, prompt: str, clip_skip: int = 0, words: Mapping[str, Concept] | None = None) -> TokenizedPrompt:
         """Splits a prompt at learned words: those in `words`, by token, or by default those that are loaded.
 
-        Raises UsageError for an unknown word, ConceptError for one of `words` that was learned for another model.
+        Raises UsageError for an unknown word and for output vectors of another layer than `clip_skip` leaves,
+        ConceptError for one of `words` that was learned for another model.
         """
         for concept in () if words is None else words.values():
             self._check(concept)
         vocabulary = Vocabulary(self._words if words is None else words)
         chunks = {name: encode_ids(prompt, tokenizer, vocabulary, name) for name, tokenizer in self._tokenizers.items()}
         tokens = _tokenized(chunks, clip_skip)
+        for concept in tokens.concepts:
+            check_clip_skip(concept, self.manifest, clip_skip)
         for name, table in self._tables.items():
             table.check(_vectors([tokens], name))
         return self.evened([tokens])[0]
@@ -260,16 +264,40 @@ class Model:
             math.lcm(*(tokens.per_encoder[name].input_ids.size for name in block)) for block in conditioning.context
         )
 
-    def encode(self, prompts: Sequence[TokenizedPrompt]) -> list[EncodedPrompt]:
-        """Encodes prompts of any lengths. Equal prompts share one EncodedPrompt, also across calls (cached)."""
+    def encode(
+        self, prompts: Sequence[TokenizedPrompt], layers: Mapping[bytes, EncodedPrompt] | None = None
+    ) -> list[EncodedPrompt]:
+        """Encodes prompts of any lengths. Equal prompts share one EncodedPrompt, also across calls (cached).
+
+        `layers` has prompts of single layers that earlier calls have encoded, by key; they are cached as part of the
+        whole prompt only.
+        """
         distinct = {tokens.key: tokens for tokens in prompts}
-        encoded = {key: context for key in distinct if (context := self._contexts.get(key)) is not None}
-        new = {key: tokens for key, tokens in distinct.items() if key not in encoded}
-        for together in self._groups(new.values()):
-            encoded |= zip((tokens.key for tokens in together), self._encode(together), strict=True)
-        for key in new:
-            self._contexts.put(key, encoded[key])
-        return [encoded[tokens.key] for tokens in prompts]
+        contexts = {key: context for key in distinct if (context := self._contexts.get(key)) is not None}
+        new = [tokens for key, tokens in distinct.items() if key not in contexts]
+        encoded = dict(layers or {})
+        parts = {part.key: part for tokens in new for part in (*tokens.layered, tokens)}
+        missing = [part for key, part in parts.items() if key not in encoded]
+        for together in self._groups(missing):
+            start = time.perf_counter()
+            try:
+                encoded |= zip((tokens.key for tokens in together), self._encode(together), strict=True)
+                self.encoded_chunks += sum(tokens.chunks for tokens in together)
+            finally:  # what fails takes time too
+                self.encoding_seconds += time.perf_counter() - start
+        for tokens in new:
+            pooled = encoded[tokens.key].pooled  # one for all layers
+            layered = tuple(replace(encoded[prompt.key], pooled=pooled) for prompt in tokens.layered)
+            finite = all(prompt.finite for prompt in (encoded[tokens.key], *layered))
+            contexts[tokens.key] = replace(encoded[tokens.key], layered=layered, finite=finite)
+            if not tokens.of_layer:
+                self._contexts.put(tokens.key, contexts[tokens.key])
+        return [contexts[tokens.key] for tokens in prompts]
+
+    def cached(self, prompts: Iterable[TokenizedPrompt]) -> dict[TokenizedPrompt, EncodedPrompt]:
+        """The prompts that need not be encoded, as earlier calls of `encode` returned them."""
+        contexts = {prompt: self._contexts.get(prompt.key) for prompt in prompts}
+        return {prompt: context for prompt, context in contexts.items() if context is not None}
 
     def missing_negative(self, clip_skip: int = 0) -> TokenizedPrompt | EncodedPrompt:
         """The replacement of a missing negative prompt: the empty prompt, or zeros."""
@@ -317,7 +345,8 @@ class Model:
         return None if self.manifest.preview is None else preview_image(self.manifest.preview, denoised)
 
     def warm(self, width: int, height: int) -> None:
-        """Runs the encoders and the decoders at every call size, for pictures of this size. Raises EngineError."""
+        """Runs the encoders and the decoders at every call size, for pictures of this size, and compiles them for these
+        shapes if the engine benefits. Raises EngineError."""
         channels, factor = self.manifest.vae.latent_channels, self.manifest.vae.factor
         for count in CALLS:
             self._encode([self.tokenize("")] * count)
@@ -326,6 +355,8 @@ class Model:
                 self.decode(latents, draft)
         if "vae_encoder" in self.manifest.graphs:
             self.encode_image(np.zeros((height, width, 3), np.uint8))
+        for graph in self._batched.values():
+            graph.specialize()
 
     def forget_bindings(self) -> None:
         """Releases the buffers of encoders and decoders after memory ran out; they are rebuilt when needed."""
@@ -355,8 +386,8 @@ class Model:
             for encoder in self.manifest.encoders
         ]
         return [
-            self._joined({e.graph: out[i] for e, out in zip(self.manifest.encoders, encoded, strict=True)})
-            for i in range(len(prompts))
+            self._joined(prompt, {e.graph: out[i] for e, out in zip(self.manifest.encoders, encoded, strict=True)})
+            for i, prompt in enumerate(prompts)
         ]
 
     def _encode_with(
@@ -375,20 +406,27 @@ class Model:
         if encoder.default_layer is not None:
             layers = [encoder.default_layer - tokens.clip_skip for tokens in prompts]
             feeds["layer"] = np.repeat(np.array(layers, np.int64), counts)
-        if encoder.pooled_width is not None:
+        if encoder.pooled_width is not None or encoder.masks_padding:
             feeds["eos_index"] = np.concatenate([part.eos_index for part in chunks])
         out = self._graph(encoder.graph)(feeds)
         ends = np.cumsum(counts)
         parts = [slice(end - count, end) for count, end in zip(counts, ends, strict=True)]
         return [{name: values[part] for name, values in out.items()} for part in parts]
 
-    def _joined(self, encoded: Mapping[str, Mapping[str, NumpyArray]]) -> EncodedPrompt:
+    def _joined(self, prompt: TokenizedPrompt, encoded: Mapping[str, Mapping[str, NumpyArray]]) -> EncodedPrompt:
         """One prompt's context, as `Conditioning.context` describes it, padded with zeros to D."""
         conditioning = self.manifest.conditioning
-        blocks = []
+        blocks: list[NumpyArray] = []
+        insertions: list[Insertion] = []
         for block in conditioning.context:
             columns = [np.concatenate([*encoded[name]["hidden_states"]]) for name in block]
             length = math.lcm(*(len(column) for column in columns))
+            first_row, first_column = sum(map(len, blocks)), 0
+            for name, column in zip(block, columns, strict=True):
+                place = slice(first_column, first_column + column.shape[1])
+                chunks, scale = prompt.per_encoder[name], encoded[name]["weight_scale"]
+                insertions += insertions_of(chunks, name, scale, first_row, place, length // len(column))
+                first_column = place.stop
             hidden = np.concatenate([np.tile(column, (length // len(column), 1)) for column in columns], axis=1)
             blocks.append(np.pad(hidden, ((0, 0), (0, self.manifest.context_width - hidden.shape[1]))))
         blocks.append(np.zeros((conditioning.zero_tokens, self.manifest.context_width), np.float32))
@@ -400,7 +438,21 @@ class Model:
             weight_scale={
                 name: np.array(out["weight_scale"]) for name, out in encoded.items() if "weight_scale" in out
             },
+            mask=self._mask(prompt),
+            insertions=tuple(insertions),
         )
+
+    def _mask(self, prompt: TokenizedPrompt) -> npt.NDArray[np.float32] | None:
+        """[chunks * T] of a prompt's context, None if the denoiser has no mask."""
+        conditioning = self.manifest.conditioning
+        if conditioning.attended_padding is None:
+            return None
+        blocks = []
+        for block in conditioning.context:
+            attended = [prompt.per_encoder[name].attended(conditioning.attended_padding).ravel() for name in block]
+            length = math.lcm(*map(len, attended))
+            blocks.append(np.maximum.reduce([np.tile(part, length // len(part)) for part in attended]))
+        return np.concatenate([*blocks, np.ones(conditioning.zero_tokens, bool)]).astype(np.float32)
 
 
 def check_fits(concept: Concept, manifest: Manifest) -> None:
@@ -420,6 +472,58 @@ def check_fits(concept: Concept, manifest: Manifest) -> None:
                 f"{concept.token!r} has vectors of width {width}, {name} takes width {widths[name]}: "
                 "learn the word for this model"
             )
+    for name in concept.out.keys() & widths.keys():
+        _check_out(concept, manifest, name)
+    if concept.by_layer and len(concept.by_layer) != manifest.layers:
+        raise ConceptError(
+            f"{concept.token!r} has rows for {len(concept.by_layer)} cross-attention layers, this model has "
+            f"{manifest.layers}: learn the word for this model"
+        )
+
+
+def _check_out(concept: Concept, manifest: Manifest, name: str) -> None:
+    """Raises ConceptError for output vectors that this model cannot use."""
+    encoder, word = manifest.encoder(name), f"{concept.token!r} has output vectors"
+    _, layers, _, width = concept.out[name].shape
+    layer = concept.encoder_layers.get(name)
+    if all(name not in block for block in manifest.conditioning.context):
+        raise ConceptError(f"{word} for {name}, of which this model uses no states: use ti-concept convert --rows-only")
+    if width != encoder.hidden_width:
+        raise ConceptError(
+            f"{word} of width {width}, the states of {name} have width {encoder.hidden_width}: learn the word for this "
+            "model"
+        )
+    if layers not in (1, manifest.layers):
+        raise ConceptError(
+            f"{word} for {layers} cross-attention layers, this model has {manifest.layers}: learn the word for this "
+            "model"
+        )
+    if concept.values_only and not manifest.conditioning.repeatable:
+        raise ConceptError(
+            f"{word} for values only, but this model's keys and values share their states (joint attention): learn the "
+            "word for this model"
+        )
+    if layer is not None and layer not in (encoder.layers or ()):
+        raise ConceptError(
+            f"{word} of layer {layer} of {name}, which has {len(encoder.layers)} to choose from: learn the word for "
+            "this model"
+        )
+
+
+def check_clip_skip(concept: Concept, manifest: Manifest, clip_skip: int) -> None:
+    """Raises UsageError for output vectors that were learned at another layer than a prompt with `clip_skip` reads."""
+    for name in concept.out:
+        encoder = next((encoder for encoder in manifest.encoders if encoder.graph == name), None)
+        if encoder is None or encoder.default_layer is None:
+            continue
+        layer, read = concept.encoder_layers.get(name, encoder.default_layer), encoder.default_layer - clip_skip
+        if layer != read:
+            skip = encoder.default_layer - layer
+            fix = f"use clip_skip {skip}" if skip >= 0 else "learn the word again"
+            raise UsageError(
+                f"{concept.token!r} has output vectors of layer {layer} of {name}, clip_skip {clip_skip} reads layer "
+                f"{read}: {fix}"
+            )
 
 
 def refuse_unsupported(manifest: Manifest) -> None:
@@ -435,7 +539,11 @@ def _tokenized(chunks: Mapping[str, Chunks], clip_skip: int) -> TokenizedPrompt:
     parts = [part.input_ids.tobytes() + part.token_weights.tobytes() for part in chunks.values()]
     tokens = TokenizedPrompt(chunks, clip_skip, b"")
     identities = ",".join(concept.identity for concept in tokens.concepts)
-    return replace(tokens, key=f"{clip_skip}:{identities}:".encode() + b"|".join(parts))
+    key = f"{clip_skip}:{identities}:".encode() + b"|".join(parts)
+    layers = max((len(concept.by_layer) for concept in tokens.concepts), default=0)
+    by_layer = [{name: part.at_layer(layer) for name, part in chunks.items()} for layer in range(layers)]
+    layered = tuple(replace(_tokenized(parts, clip_skip), of_layer=True) for parts in by_layer)
+    return replace(tokens, key=key, layered=layered)
 
 
 def _vectors(prompts: Iterable[TokenizedPrompt], encoder: str) -> dict[str, Vectors]:

@@ -14,6 +14,8 @@ from oneword.engines.plans import Ranges
 from oneword.runtime.bundle import PLANS, Bundle, Defaults, Manifest
 
 MAX_VOCABULARY = 200_000
+GUIDED_AND_UNGUIDED, NO_BRANCHES = (2, 1), (0,)
+"""The branches of a picture, of which each count gets a plan of its own; a graph without branches gets one plan."""
 
 
 class PlanLimits(msgspec.Struct, frozen=True):
@@ -24,7 +26,8 @@ class PlanLimits(msgspec.Struct, frozen=True):
     max_size: int | None = None
     """Longest side in pixels; None means the model's default size."""
     static_sizes: tuple[tuple[int, int], ...] = ()
-    """(width, height) pairs that get a separate plan for one guided picture, besides the plan for all sizes."""
+    """(width, height) pairs that get separate plans for one picture, guided and unguided, besides the plan for all
+    sizes."""
 
     def check(self, size_multiple: int, defaults: Defaults) -> None:
         """Raises UsageError for limits that this model cannot be built for."""
@@ -77,7 +80,11 @@ def graph_ranges(manifest: Manifest, graph: str, limits: PlanLimits) -> list[Ran
     dynamic: Ranges = {axis: ranges[axis] for axis in sorted(axes)}
     if not axes & {"h", "w", "H", "W"}:
         return [dynamic]
-    return [dynamic, *(_static(manifest, dynamic, width, height) for width, height in limits.static_sizes)]
+    branch_counts = GUIDED_AND_UNGUIDED if "N" in axes else NO_BRANCHES
+    return [
+        dynamic,
+        *(_static(manifest, dynamic, size, count) for size in limits.static_sizes for count in branch_counts),
+    ]
 
 
 def axis_ranges(manifest: Manifest, graph: str, limits: PlanLimits) -> dict[str, tuple[int, int, int]]:
@@ -95,7 +102,7 @@ def axis_ranges(manifest: Manifest, graph: str, limits: PlanLimits) -> dict[str,
     return {
         "B": (1, 1, max_batch),
         "N": (1, 2, 2 * max_batch),
-        "M": (1, 2, 2 * max_batch),
+        "M": (1, 2, manifest.max_contexts(max_batch)),
         "T": tokens,
         "V": (vocabulary, vocabulary, max(MAX_VOCABULARY, vocabulary)),
         "h": side,
@@ -105,9 +112,9 @@ def axis_ranges(manifest: Manifest, graph: str, limits: PlanLimits) -> dict[str,
     }
 
 
-def _static(manifest: Manifest, dynamic: Ranges, width: int, height: int) -> Ranges:
-    """One guided picture of one size: every axis has its typical size, except the picture's."""
-    factor = manifest.vae.factor
-    sides = {"H": height, "W": width, "h": height // factor, "w": width // factor}
-    sizes = {axis: sides.get(axis, typical) for axis, (_, typical, _) in dynamic.items()}
-    return {axis: (size, size, size) for axis, size in sizes.items()}
+def _static(manifest: Manifest, dynamic: Ranges, size: tuple[int, int], branches: int) -> Ranges:
+    """One picture of one (width, height) and number of branches; every other axis has its typical size."""
+    factor, (width, height) = manifest.vae.factor, size
+    fixed = {"H": height, "W": width, "h": height // factor, "w": width // factor, "N": branches}
+    sizes = {axis: fixed.get(axis, typical) for axis, (_, typical, _) in dynamic.items()}
+    return {axis: (value, value, value) for axis, value in sizes.items()}

@@ -134,7 +134,7 @@ class Chunks:
     token_weights: npt.NDArray[np.float32]
     """[chunks, T]; 1 for bos, eos and padding"""
     eos_index: npt.NDArray[np.int64]
-    """[chunks]: position of the first eos, where CLIP pools."""
+    """[chunks]: position of the first eos, where CLIP pools and after which T5 may mask."""
     concepts: tuple[Concept, ...] = ()
     """The learned words in the prompt, each once, in the order of their first use."""
 
@@ -144,6 +144,16 @@ class Chunks:
         if learned.any():
             ids[learned] = np.concatenate([*rows])[-1 - ids[learned]]
         return ids
+
+    def attended(self, padding: int) -> npt.NDArray[np.bool_]:
+        """[chunks, T]: whether a token is one of a chunk, or one of the first `padding` tokens after its eos."""
+        _, t = self.input_ids.shape
+        return np.arange(t) <= self.eos_index[:, None] + padding
+
+    def at_layer(self, layer: int) -> Self:
+        """These chunks with the words of one cross-attention layer, where a word has rows for each."""
+        words = (concept.by_layer[layer] if concept.by_layer else concept for concept in self.concepts)
+        return replace(self, concepts=tuple(words))
 
     def extended(self, count: int, tokenizer: Tokenizer) -> Self:
         """These chunks, and empty ones up to `count`."""

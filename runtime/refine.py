@@ -18,6 +18,7 @@ import base64
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from statistics import NormalDist
 from typing import Any, Final, Self
 
@@ -210,6 +211,25 @@ def undo(state: Refinement) -> Refinement:
     if not state.rounds:
         raise UsageError("there is no round to undo: none has been judged")
     return replace(state, rounds=state.rounds[:-1])
+
+
+def liked(state: Refinement) -> list[tuple[int, int]]:
+    """The candidates that were liked best in their round: the number of the round, from 1, and the candidate's index.
+
+    Of a ranking that is the first one; of likes, all.
+    """
+    return [
+        (number, index)
+        for number, judged in enumerate(state.rounds, 1)
+        for index, level in enumerate(judged.levels)
+        if level == max(judged.levels) > 0
+    ]
+
+
+def picture_file(word: Path, number: int, index: int = 0) -> Path:
+    """Where `ti-refine` keeps the picture of candidate `index`, from 0, in round `number`, from 1: beside the word's
+    file."""
+    return word.with_suffix(".rounds") / f"round-{number}" / f"{index + 1}.png"
 
 
 def finish(state: Refinement, lexicon: Lexicon) -> Concept:

@@ -8,8 +8,8 @@ from functools import cache
 import numpy as np
 import numpy.typing as npt
 
+from oneword.runtime.contexts import Sources
 from oneword.runtime.events import Latents
-from oneword.runtime.model import EncodedPrompt
 from oneword.runtime.noise import TorchGenerator
 from oneword.runtime.request import Request, ResolvedSettings
 from oneword.runtime.samplers import Schedule
@@ -49,9 +49,11 @@ class Row:
     lines: npt.NDArray[np.float32]
     """[R, K]: the schedule in the graph's columns."""
     noise: NoiseStream
-    cond: Sequence[EncodedPrompt]
-    """[S]: the prompt of each step."""
-    uncond: Sequence[EncodedPrompt] | None
+    cond: Sequence[Sources]
+    """[S]: the prompt's contexts in each step."""
+    uncond: Sequence[Sources] | None
+    most_contexts: int
+    """How many contexts it can need in one step."""
     tokens: int
     """T: the least common multiple of its contexts' lengths."""
     time_ids: Sequence[float]
@@ -95,14 +97,13 @@ class Row:
         return (*self.sample.shape[1:], self.tokens)
 
     @property
-    def contexts(self) -> tuple[EncodedPrompt, ...]:
-        """The prompts that the next line attends to: the unconditional one first, if the line is guided."""
-        contexts = self.held_contexts
-        return contexts if self.schedule.guided[self.line] else contexts[-1:]
+    def branches(self) -> int:
+        """N of the next line: the conditional branch, and before it the unconditional one if the line is guided."""
+        return len(self.sources) if self.schedule.guided[self.line] else 1
 
     @property
-    def held_contexts(self) -> tuple[EncodedPrompt, ...]:
-        """The prompts of the next line's step, whether or not that line is guided."""
+    def sources(self) -> tuple[Sources, ...]:
+        """What the branches of the next line's step attend to, whether or not that line is guided."""
         step = self.schedule.step_of(self.line + 1) - 1
         return (self.cond[step],) if self.uncond is None else (self.uncond[step], self.cond[step])
 

@@ -21,6 +21,7 @@ diffusers lacks, matches k-diffusion's formulas. Not covered: what `oneword.runt
 refuse, Euler's churn, and orders above three.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -135,6 +136,8 @@ class Schedule:
     start_sigma: float
     lines_per_step: int = 1
     """2 for samplers of two stages, whose last step has one line."""
+    train_timesteps: int = 1000
+    """Timesteps are below it; in flow matching at most it."""
 
     def __len__(self) -> int:
         """R."""
@@ -152,6 +155,11 @@ class Schedule:
     def steps_done(self, lines: int) -> int:
         """The steps that are complete after so many lines."""
         return self.steps if lines == len(self) else lines // self.lines_per_step
+
+    def stage_of(self, step: int, stages: int) -> int:
+        """The part of the noise schedule that a step, from 0, is in, if its timesteps are divided into equal parts,
+        from the noisiest. Both lines of a step are in the same part. See `stage_at`."""
+        return stage_at(float(self.timesteps[step * self.lines_per_step]), stages, self.train_timesteps)
 
     def per_step(self, values: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """[S]: the sums over each step of values [R]."""
@@ -176,6 +184,12 @@ class Schedule:
         self.check(names)
         columns = (self.columns.get(name, np.full(len(self), COLUMNS[name], np.float32)) for name in names)
         return np.stack([*columns], axis=1)
+
+
+def stage_at(timestep: float, stages: int, train_timesteps: int) -> int:
+    """The stage, from 0 for the noisiest, of a timestep: the timesteps T - 1 ... 0 are divided into equal parts."""
+    stage = int((train_timesteps - 1 - timestep) * stages / train_timesteps)
+    return min(max(stage, 0), stages - 1)
 
 
 def make_schedule(
@@ -212,6 +226,26 @@ def make_schedule(
         method = _flow_method(sampler, spacing, guidance)
         noise = FlowSchedule.read(scheduler_config, kind, image_tokens)
     _check(noise, sampler, steps)
+    interval = None if guidance_interval is None else (guidance_interval[0], guidance_interval[1])
+    scales = (guidance_scale, guidance_rescale, embedded_guidance)
+    return _schedule(noise, method, sampler, steps, kind, guidance, scales, interval, eta, strength)
+
+
+@functools.lru_cache(32)  # most requests of a server differ in their prompt and seed only
+def _schedule(
+    noise: NoiseSchedule | FlowSchedule,
+    method: "_Method",
+    sampler: Sampler,
+    steps: int,
+    kind: ScheduleKind,
+    guidance: Guidance,
+    scales: tuple[float, float, float],
+    guidance_interval: tuple[float, float] | None,
+    eta: float,
+    strength: float,
+) -> Schedule:
+    """See `make_schedule`; the arrays are read-only. `scales` are those of guidance, rescale and embedded guidance."""
+    guidance_scale, guidance_rescale, embedded_guidance = scales
     levels = method.levels(noise, steps)
     start = _start(len(levels.t), strength, kind)
     levels = Levels(levels.t[start:], levels.alpha[start:], levels.sigma[start:], levels.last_alpha, levels.last_sigma)
@@ -243,6 +277,8 @@ def make_schedule(
     columns = {name: np.asarray(column, np.float32) for name, column in columns.items()}
     if not all(np.isfinite(column).all() for column in columns.values()):
         raise UsageError(f"{sampler} in {steps} steps has no finite schedule with this model: change the steps")
+    for array in (*columns.values(), update.draws, guided):
+        array.flags.writeable = False
     euler_start = method.divided and isinstance(noise, NoiseSchedule) and noise.timestep_spacing != "leading"
     return Schedule(
         columns=columns,
@@ -252,6 +288,7 @@ def make_schedule(
         start_scale=float(levels.alpha[0]),
         start_sigma=float(levels.sigma[0]),
         lines_per_step=1 if method.stages is None else 2,
+        train_timesteps=noise.num_train_timesteps,
     )
 
 

@@ -8,15 +8,16 @@
 
 A step is one turn: waiting pictures are prepared and get slots, every row is denoised once, finished rows are decoded.
 A sampler of two stages needs two turns for most of its own steps, and StepDone comes after the second.
-Preparing and decoding are bounded in each turn, so that newcomers hold up running rows for a short time only: a request
-of many texts is encoded over several turns. A newcomer without a free slot waits for one. The rows that share a row's
-engine calls change its result by rounding only.
+Preparing is bounded in number and decoding in time, so that they hold up running rows and newcomers for a short time
+only: a request of many texts is encoded over several turns, pictures that finish together are decoded over several. A
+newcomer without a free slot waits for one. The rows that share a row's engine calls change its result by rounding only.
 Not covered: slots and engine calls (`oneword.runtime.denoiser`), fairness between users, and limits on the queue.
 """
 
 import contextlib
 import itertools
 import math
+import statistics
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,14 +28,16 @@ import numpy as np
 
 from oneword.engines.errors import EngineError, NotFinite, OnewordError, UsageError, without_frames
 from oneword.runtime.batched import CALLS
+from oneword.runtime.contexts import EncodedPrompt, Sources, context_count
 from oneword.runtime.denoiser import Denoiser, Size
 from oneword.runtime.edit import edit_mask, latent_mask, paste
 from oneword.runtime.events import Event, Failed, Latents, PictureDone, StepDone
 from oneword.runtime.images import resized
-from oneword.runtime.model import EncodedPrompt, Model, TokenizedPrompt
+from oneword.runtime.model import Model, TokenizedPrompt
 from oneword.runtime.noise import TorchGenerator
 from oneword.runtime.request import Request, ResolvedSettings, resolve
 from oneword.runtime.row import NoiseStream, Row, time_ids
+from oneword.runtime.samplers import Schedule
 
 MAX_CHUNKS: Final = 64
 MAX_CONTEXT_BYTES: Final = 64 << 20
@@ -43,7 +46,7 @@ MAX_ROWS: Final = 16
 """Slots per size by default."""
 _NEWCOMERS: Final = 4  # requests that a turn prepares while others run
 _NEW_CHUNKS: Final = 8  # chunks of their prompts that it encodes, or a single longer prompt
-_SHARE: Final = 0.4  # of a typical turn's denoising time, for preparing and decoding together
+_SHARE: Final = 0.2  # of a typical turn's denoising time, for preparing and decoding together
 _PATIENCE: Final = 4  # turns in a row that decoding may be deferred for newcomers
 _RECENT: Final = 257  # turns, whose median is the typical one
 _MORE_PRECISION: Final = "run it with --engine onnxruntime, or export the model with --precision fp32"
@@ -67,6 +70,8 @@ class _Pending:
     posterior: tuple[Latents, Latents] | None = None
     size: Size = (0, 0, 0)
     """h, w and T of its rows."""
+    contexts: int = 0
+    """How many contexts each of its rows can need in one step."""
 
     @property
     def left(self) -> int:
@@ -80,9 +85,10 @@ class _Pending:
 
     @property
     def missing(self) -> list[TokenizedPrompt]:
-        """The prompts that are not encoded yet, each once."""
+        """The prompts that are not encoded yet, each once, after those with the rows of single layers."""
         prompts = dict.fromkeys([*self.tokens, *(self.negatives or ())])
-        return [prompt for prompt in prompts if isinstance(prompt, TokenizedPrompt) and prompt not in self.encoded]
+        new = [prompt for prompt in prompts if isinstance(prompt, TokenizedPrompt) and prompt not in self.encoded]
+        return [part for prompt in new for part in (*prompt.layered, prompt) if part not in self.encoded]
 
     @property
     def cond(self) -> list[EncodedPrompt]:
@@ -118,8 +124,15 @@ class _Pending:
             *map(model.context_length, evened.values()),
             *(len(prompt.hidden_states) for prompt in prompts if not isinstance(prompt, TokenizedPrompt)),
         ]
-        if len(prompts) > 2:
-            _check_bytes([4 * model.manifest.context_width * length for length in lengths])
+        if len(prompts) > 2 or any(prompt.layered for prompt in evened.values()):
+            encodings = [1 + len(prompt.layered) for prompt in evened.values()]
+            encodings += [1] * (len(lengths) - len(encodings))  # of a missing negative prompt
+            width = 4 * model.manifest.context_width
+            _check_bytes([width * length * count for length, count in zip(lengths, encodings, strict=True)])
+        branches = [self.tokens] if self.negatives is None else [self.tokens, self.negatives]
+        layers, distinct = model.manifest.layers, dict.fromkeys(itertools.chain(*branches))
+        context_counts = {prompt: _context_count(prompt, layers) for prompt in distinct}
+        self.contexts = max(sum(context_counts[prompt] for prompt in step) for step in zip(*branches, strict=True))
         factor = model.manifest.vae.factor
         self.size = self.settings.height // factor, self.settings.width // factor, math.lcm(*lengths)
 
@@ -219,7 +232,7 @@ class Scheduler:
             raise UsageError(f"max_steps is {max_steps}, allowed is 1 or more, or None")
         events: list[Event] = []
         for _ in itertools.count() if max_steps is None else range(max_steps):
-            self._left = _SHARE * float(np.median(self._turn_seconds))
+            self._left = _SHARE * statistics.median(self._turn_seconds)
             turn = [*self._admit(), *self._denoise(), *self._decode()]
             events += turn
             if not self or any(not isinstance(event, StepDone) or event.denoised is not None for event in turn):
@@ -229,45 +242,66 @@ class Scheduler:
     def _admit(self) -> Iterator[Event]:
         """Prepares waiting requests and gives their pictures slots: a few per turn, all of them if nothing runs."""
         start = time.perf_counter()
-        count = _NEWCOMERS if self._rows else self.max_rows
-        waiting = [*itertools.islice(self._pending, _AHEAD)]
-        if waiting and self.denoiser.crowded_out(waiting[0].size):
-            waiting = []  # no other request overtakes it
-        newcomers = [pending for pending in waiting if self.denoiser.has_room(pending.size)][:count]
+        newcomers = self._newcomers(_NEWCOMERS if self._rows else self.max_rows)
         if newcomers and not self._rows:  # in a first turn this compiles, while the encoders are opened
             size, branches = newcomers[0].size, newcomers[0].branches
             try:
-                self.denoiser.prepare(size, branches)
+                self.denoiser.prepare(size, branches, max(p.contexts for p in newcomers if p.size == size))
             except OnewordError as error:  # compiling again for each request could take minutes
                 alike = [pending for pending in newcomers if (pending.size, pending.branches) == (size, branches)]
                 newcomers = [pending for pending in newcomers if pending not in alike]
                 for pending in alike:
                     yield from self._drop(pending, without_frames(error))
                     self._pending.remove(pending)
+        for pending in newcomers:
+            pending.encoded |= self.model.cached(prompt for prompt in pending.missing if prompt.layered)
         portions = _portions(newcomers, _NEW_CHUNKS if self._rows else math.inf)
         with contextlib.suppress(OnewordError):  # each request is tried again alone
             self._encode(portions)
+        lacking: set[Size] = set()
         for pending in newcomers:
+            if pending.size in lacking:
+                continue
             try:
                 self._encode({pending: portions[pending]})
             except OnewordError as error:
                 yield from self._drop(pending, without_frames(error))
-            while pending.left and not pending.missing and self.denoiser.has_room(pending.size):
+            while pending.left and not pending.missing and self.denoiser.has_room(pending.size, pending.contexts):
                 try:
                     row = self._prepare(pending)
                     placed = self.denoiser.place(row)
                 except OnewordError as error:
                     yield from self._drop(pending, without_frames(error))
                     break
-                assert placed  # there was room
+                if not placed:  # memory was short for more contexts; the row is prepared again
+                    break
                 self._rows.append(row)
                 pending.next_index += 1
             if not pending.left:
                 self._pending.remove(pending)
+            elif self.denoiser.lacks_contexts(pending.size, pending.contexts):
+                lacking.add(pending.size)
         self._admitted = bool(newcomers)
         seconds = time.perf_counter() - start
         self._left -= seconds
         self.seconds["encode"] += seconds
+
+    def _newcomers(self, count: int) -> list[_Pending]:
+        """The next requests that there is room for, in the order of the queue. None overtakes a first one that waits
+        for an arena, and none of its size one that waits for contexts."""
+        waiting = [*itertools.islice(self._pending, _AHEAD)]
+        newcomers: list[_Pending] = []
+        if waiting and self.denoiser.crowded_out(waiting[0].size):
+            return newcomers
+        lacking: set[Size] = set()
+        for pending in waiting:
+            if pending.size in lacking:
+                continue
+            if self.denoiser.has_room(pending.size, pending.contexts):
+                newcomers.append(pending)
+            elif self.denoiser.lacks_contexts(pending.size, pending.contexts):
+                lacking.add(pending.size)
+        return newcomers[:count]
 
     def _drop(self, pending: _Pending, error: OnewordError) -> Iterator[Event]:
         """Reports the pictures of a request that failed."""
@@ -306,8 +340,9 @@ class Scheduler:
             settings=settings,
             lines=schedule.table(manifest.columns),
             noise=NoiseStream(generator, shape, schedule.draws),
-            cond=cond,
-            uncond=uncond,
+            cond=_sources(cond, schedule, manifest.layers),
+            uncond=None if uncond is None else _sources(uncond, schedule, manifest.layers),
+            most_contexts=pending.contexts,
             tokens=pending.size[2],
             time_ids=time_ids(manifest.conditioning.time_ids, settings),
             sample=sample,
@@ -326,7 +361,8 @@ class Scheduler:
             for prompt in portion
             if prompt not in pending.encoded
         }
-        for (prompt, pending), encoded in zip(prompts.items(), self.model.encode([*prompts]), strict=True):
+        layers = {p.key: encoded for pending in portions for p, encoded in pending.encoded.items() if p.of_layer}
+        for (prompt, pending), encoded in zip(prompts.items(), self.model.encode([*prompts], layers), strict=True):
             pending.encoded[prompt] = encoded
 
     def _denoise(self) -> Iterator[Event]:
@@ -372,12 +408,15 @@ class Scheduler:
         self._rows.remove(row)
 
     def _decode(self) -> Iterator[Event]:
-        """Decodes finished rows while the turn has time for it, at least one unless newcomers were prepared."""
+        """Decodes finished rows while the turn has time for it, at least one unless newcomers were prepared.
+
+        If pictures finish faster than that, a quarter of those that wait is decoded, so that they do not pile up.
+        """
         start = time.perf_counter()
         count = min(len(self._finished), CALLS[0])
-        if self._rows and self._decode_seconds:
+        if self._decode_seconds:
             due = not self._admitted or self._postponed >= _PATIENCE
-            count = min(count, max(int(self._left / self._decode_seconds), int(due)))
+            count = min(count, max(int(self._left / self._decode_seconds), len(self._finished) // _PATIENCE, int(due)))
         self._postponed = self._postponed + 1 if self._finished and count < 1 else 0
         while count > 0:
             chosen = self._next_finished(min(count, self.max_rows))
@@ -432,6 +471,25 @@ def _portions(requests: Sequence[_Pending], chunks: float) -> dict[_Pending, lis
             left -= count
             portions[pending].append(prompt)
     return portions
+
+
+def _context_count(prompt: TokenizedPrompt | EncodedPrompt, layers: int) -> int:
+    """How many contexts a branch with this prompt needs."""
+    if isinstance(prompt, EncodedPrompt):
+        return 1
+    return context_count(prompt.precise_words, layers, layered=bool(prompt.layered))
+
+
+def _sources(prompts: Sequence[EncodedPrompt], schedule: Schedule, layers: int) -> list[Sources]:
+    """What a branch attends to in each step [S], given its prompts: one object while nothing changes."""
+    known: dict[tuple[EncodedPrompt, tuple[int, ...]], Sources] = {}
+    by_step: list[Sources] = []
+    for step, prompt in enumerate(prompts):
+        stages = tuple(schedule.stage_of(step, insertion.concept.stages) for insertion in prompt.insertions)
+        if (prompt, stages) not in known:
+            known[prompt, stages] = prompt.sources(stages, layers)
+        by_step.append(known[prompt, stages])
+    return by_step
 
 
 def _check_bytes(contexts: Sequence[int]) -> None:

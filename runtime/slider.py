@@ -4,7 +4,7 @@ Braces that begin with a <word> and a bar are a slider, or an error; all other b
 within the braces: `[{<toy>|<gem>:0.3}:{<toy>|<gem>:0.7}:0.5]` is a schedule of two sliders.
 
 Directions are interpolated on the sphere and lengths linearly, row by row (arXiv 2512.13672, section 4): 0 is the first
-word, 1 the second.
+word, 1 the second. Vectors for layers are interpolated in the same way.
 """
 
 import re
@@ -37,7 +37,8 @@ class Slider:
     def concept(self) -> Concept:
         """The word in between; where a text stands for it, that of the nearer word.
 
-        Raises UsageError for words of different numbers of vectors, and for a share that leaves no direction.
+        Raises UsageError for words of different numbers of vectors or with different kinds of output vectors, and for a
+        share that leaves no direction.
         """
         first, second = self.first, self.second
         if counts(first) != counts(second):
@@ -45,10 +46,24 @@ class Slider:
                 f"{first.token!r} and {second.token!r} have {counts(first)} and {counts(second)} vectors: a slider "
                 "needs two words of equally many"
             )
+        if kind_of(first) != kind_of(second):
+            raise UsageError(
+                f"{first.token!r} and {second.token!r} have vectors for layers of different kinds: a slider needs two "
+                "words with equal stages, layers, values_only and encoder layers, or two with rows only"
+            )
         vectors = {name: between(rows, second.vectors[name], self.share) for name, rows in first.vectors.items()}
+        out = {name: between(values, second.out[name], self.share) for name, values in first.out.items()}
+        layer_rows = {
+            name: between(rows, second.layer_rows[name], self.share) for name, rows in first.layer_rows.items()
+        }
         text = (first if self.share < 0.5 else second).text
         try:
-            return Concept("<slider>", vectors, {"text": text})
+            for name, values in out.items():
+                if (first.out[name].any(-1) & ~values.any(-1)).any():
+                    raise ConceptError("an output vector became zero")
+            return Concept(
+                "<slider>", vectors, {"text": text}, out, first.values_only, first.encoder_layers, layer_rows
+            )
         except ConceptError:
             raise UsageError(
                 f"{{{first.token}|{second.token}:{self.share:g}}} is no word, as the two are opposite: change the share"
@@ -69,11 +84,11 @@ def slider_at(text: str, position: int) -> re.Match[str] | None:
 
 
 def between(first: Vectors, second: Vectors, share: float) -> Vectors:
-    """Rows [n, D] between rows [n, D]; between parallel or opposite ones along the straight line."""
+    """Rows [..., D] between rows [..., D]; between parallel or opposite ones along the straight line."""
     a, b = first.astype(np.float64), second.astype(np.float64)
-    lengths = [np.linalg.norm(rows, axis=1, keepdims=True) for rows in (a, b)]
+    lengths = [np.linalg.norm(rows, axis=-1, keepdims=True) for rows in (a, b)]
     units = [rows / np.maximum(length, 1e-12) for rows, length in zip((a, b), lengths, strict=True)]
-    angle = np.arccos(np.clip((units[0] * units[1]).sum(1, keepdims=True), -1, 1))
+    angle = np.arccos(np.clip((units[0] * units[1]).sum(-1, keepdims=True), -1, 1))
     straight = (angle < _PARALLEL) | (angle > np.pi - _PARALLEL) | (lengths[0] == 0) | (lengths[1] == 0)
     sine = np.where(straight, 1, np.sin(angle))
     direction = (np.sin((1 - share) * angle) * units[0] + np.sin(share * angle) * units[1]) / sine
@@ -84,3 +99,9 @@ def between(first: Vectors, second: Vectors, share: float) -> Vectors:
 def counts(concept: Concept) -> dict[str, int]:
     """The number of vectors by encoder."""
     return {name: len(rows) for name, rows in concept.vectors.items()}
+
+
+def kind_of(concept: Concept) -> object:
+    """What must be equal in two words whose vectors for layers are to be interpolated."""
+    shapes = [{name: values.shape for name, values in part.items()} for part in (concept.out, concept.layer_rows)]
+    return shapes, concept.values_only, dict(concept.encoder_layers)

@@ -5,6 +5,7 @@ Not covered: sockets, signals and the watchdog (`oneword.serve.cli`).
 
 import asyncio
 import contextlib
+import functools
 import logging
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -22,7 +23,7 @@ from oneword.runtime.concept import Concept
 from oneword.runtime.lexicon import Lexicon
 from oneword.runtime.model import Model
 from oneword.runtime.prompt import Tokenizer
-from oneword.serve import errors, health, info, jobs_api, middleware, openai, refine_api, results, words_api
+from oneword.serve import errors, health, info, jobs_api, kept, middleware, openai, refine_api, results, words_api
 from oneword.serve.a1111 import routes as a1111
 from oneword.serve.errors import ApiError, Conflict
 from oneword.serve.files import open_files
@@ -42,6 +43,7 @@ from oneword.serve.worker import Worker
 
 PAGE: Final = Path(__file__).parent / "page"
 _COLLECT_SECONDS: Final = 300.0
+_COUNTED: Final = 256  # prompts whose tokens were counted
 _log = logging.getLogger("oneword.serve")
 
 
@@ -59,12 +61,21 @@ def build_state(settings: Settings) -> State:
     worker = Worker(open_model, max_rows=settings.max_rows, sizes=[size], observer=metrics.turn)
     tokenizers = {e.graph: Tokenizer.read(bundle.file(e.tokenizer), e) for e in manifest.encoders}
 
+    @functools.lru_cache(_COUNTED)
+    def count_tokens(prompt: str) -> int:
+        return len(tokenizers[manifest.encoders[0].graph].ids(prompt))
+
     def knows(piece: str) -> bool:
         return all(tokenizer.knows(piece) for tokenizer in tokenizers.values())
 
     words = Words(WordStore(settings.words), knows=knows)
     files = open_files(settings.words)
-    pool = Pool(worker, manifest, max_wait=settings.max_wait, observer=PoolMetrics(metrics))
+    observer, room = PoolMetrics(metrics), manifest.encoders[0].length - 2  # without BOS and EOS
+
+    def chunks(text: str) -> int:
+        return max(1, -(-count_tokens(text) // room))
+
+    pool = Pool(worker, manifest, max_wait=settings.max_wait, observer=observer, chunks=chunks)
 
     async def keep(name: str, concept: Concept, replace: bool) -> None:
         tenant = Tenant(name) if keys is None else keys.named(name)
@@ -78,7 +89,7 @@ def build_state(settings: Settings) -> State:
     state = State(
         settings=settings,
         manifest=manifest,
-        tokenizers=tokenizers,
+        count_tokens=count_tokens,
         keys=keys,
         words=words,
         worker=worker,
@@ -86,7 +97,14 @@ def build_state(settings: Settings) -> State:
         results=Results(files),
         refinements=Refinements(files, lambda: Lexicon.read(bundle)),
         metrics=metrics,
-        jobs=Jobs(settings.words, settings.jobs_folder, settings.model, manifest.source.digest, keep=keep),
+        jobs=Jobs(
+            settings.words,
+            settings.jobs_folder,
+            settings.model,
+            manifest.source.digest,
+            encoders=[encoder.graph for encoder in manifest.encoders],
+            keep=keep,
+        ),
     )
     _add_gauges(state)
     return state
@@ -106,8 +124,10 @@ async def running(state: State) -> AsyncIterator[None]:
         collecting.cancel()
         await state.jobs.stop()
         await state.pool.drain(0)
+        await kept.drain(state)
         state.worker.stop(cancel=True)
         state.words.close()
+        state.close()
 
 
 def create_app(state: State) -> FastAPI:
@@ -129,7 +149,7 @@ def create_app(state: State) -> FastAPI:
     app.add_api_route("/", _page, include_in_schema=False)
     app.mount("/static", StaticFiles(directory=PAGE), name="static")
     errors.install(app)
-    middleware.install(app, state.settings, state.keys, state.metrics.answered)
+    middleware.install(app, state.settings, state.keys, state.metrics.answered, check=state.pool.check)
     return app
 
 

@@ -1,11 +1,12 @@
-"""From a Request to pictures: `start` resolves its words and queues it, `finish` waits and cancels on a disconnect.
+"""From a Request to pictures: `prepare` checks it, `enter` resolves its words and queues it, `finish` waits and cancels
+on a disconnect.
 
-Both dialects and the page's routes stand on these two. Not covered: admission (`oneword.serve.pool`).
+Both dialects and the page's routes stand on these. Not covered: admission (`oneword.serve.pool`).
 """
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import Final, TypeVar
 
@@ -33,29 +34,29 @@ class Disconnected(ApiError):
         super().__init__(499, "the client closed the connection", "client_disconnected")
 
 
-async def start(
+def prepare(
     state: State,
     tenant: Tenant,
     request: Request,
+    settings: ResolvedSettings | None = None,
     *,
-    bare_names: bool = False,
     partials: int = 0,
     label: object = None,
+    beside: Sequence[Generation] = (),
 ) -> Generation:
-    """Resolves the request's words among the tenant's, unless there is no room for it, and queues its pictures.
-
-    Raises ApiError.
-    """
-    settings = check(state, tenant, request, partials)
-    words = await state.words.resolve(tenant, settings.texts, bare_names)
-    request = replace(request, words=words)
-    return state.pool.submit(tenant, request, settings, partials=partials, label=label)
-
-
-def check(state: State, tenant: Tenant, request: Request, partials: int = 0) -> ResolvedSettings:
-    """What a request means, if `start` would queue it now: before its picture is decoded. Raises ApiError."""
+    """The generation of a request that there is room for now, `beside` others, before its words are looked up and its
+    picture is decoded: `enter` queues it. `settings` are those of `resolve`, if they are known. Raises ApiError."""
     _check_size(state, request)
-    return state.pool.check(tenant, request, partials)
+    return state.pool.prepared(tenant, request, settings, partials=partials, label=label, beside=beside)
+
+
+async def enter(state: State, *generations: Generation, bare_names: bool = False) -> None:
+    """Resolves the words of generations among their tenant's, and queues the pictures, all or none. Raises ApiError."""
+    for generation in generations:
+        words = await state.words.resolve(generation.tenant, generation.settings.texts, bare_names)
+        if words:  # the model itself has none
+            generation.request = replace(generation.request, words=words)
+    state.pool.enter(*generations)
 
 
 def fitted(request: Request, settings: ResolvedSettings) -> Request:
@@ -70,33 +71,36 @@ def fitted(request: Request, settings: ResolvedSettings) -> Request:
 
 
 async def finish(
-    http: starlette.requests.Request,
+    http: starlette.requests.Request | None,
     *generations: Generation,
-    use: Callable[[PictureDone], Awaitable[T]],
+    use: Callable[[Generation, PictureDone], Awaitable[T]],
     incomplete: bool = False,
 ) -> list[tuple[PictureDone, T]]:
     """The pictures of the generations, in order, with what `use` made of each one as soon as it was ready.
 
-    The pictures come without their pixels, which nobody needs from then on. All generations are cancelled if the client
-    disconnects or a picture fails. Raises ApiError: the first picture's that failed, Disconnected, or Cancelled if
-    somebody else cancels one of the generations. With `incomplete`, the pictures that are ready by then are returned
-    instead.
+    The pictures come without their pixels, which nobody needs from then on. All generations are cancelled if a picture
+    fails, or if the client of `http` disconnects. Raises ApiError: the first picture's that failed, Disconnected, or
+    Cancelled if somebody else cancels one of the generations. With `incomplete`, the pictures that are ready by then
+    are returned instead.
     """
     for generation in generations:
         generation.only_ends = True
-    done = asyncio.ensure_future(_used(generations, use, incomplete))
-    gone = asyncio.ensure_future(disconnect(http))
+    gone = None if http is None else asyncio.ensure_future(disconnect(http))
+    if gone is not None:
+        gone.add_done_callback(lambda _: cancel(generations))
     try:
-        await asyncio.wait((done, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not done.done():
+        pictures = await _used(generations, use, incomplete)
+        if gone is not None and gone.done():
             raise Disconnected
-        return done.result()
+        return pictures
+    except Cancelled:
+        if gone is not None and gone.done():
+            raise Disconnected from None
+        raise
     finally:
         cancel(generations)
-        for task in (done, gone):
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError, ApiError):
-                await task
+        if gone is not None:
+            gone.cancel()
 
 
 async def events(generations: Sequence[Generation]) -> AsyncGenerator[tuple[int, PictureEvent]]:
@@ -134,17 +138,6 @@ async def events(generations: Sequence[Generation]) -> AsyncGenerator[tuple[int,
         cancel(generations)
 
 
-@contextlib.contextmanager
-def all_or_none() -> Iterator[list[Generation]]:
-    """A list for generations that belong together: all of them are cancelled if the block raises."""
-    started: list[Generation] = []
-    try:
-        yield started
-    except BaseException:
-        cancel(started)
-        raise
-
-
 def cancel(generations: Sequence[Generation]) -> None:
     """Cancels what is not done; the engine is free of it at the end of its current call."""
     for generation in generations:
@@ -158,7 +151,7 @@ async def disconnect(http: starlette.requests.Request) -> None:
 
 
 async def _used(
-    generations: Sequence[Generation], use: Callable[[PictureDone], Awaitable[T]], incomplete: bool
+    generations: Sequence[Generation], use: Callable[[Generation, PictureDone], Awaitable[T]], incomplete: bool
 ) -> list[tuple[PictureDone, T]]:
     """See `finish`."""
     found: dict[tuple[int, int], tuple[PictureDone, T]] = {}
@@ -167,7 +160,7 @@ async def _used(
         pictures = generations[number].pictures
         picture = pictures[index]
         if picture is not None and (number, index) not in found:
-            result = await use(picture)
+            result = await use(generations[number], picture)
             pictures[index] = without_pixels = replace(picture, image=_NO_PIXELS)
             found[number, index] = without_pixels, result
 

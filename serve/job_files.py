@@ -98,8 +98,8 @@ StoredEvent: TypeAlias = Progress | SnapshotSaved | Note | WordSaved | Failed | 
 
 
 class JobRequest(msgspec.Struct, frozen=True):
-    """What a tenant asked for. `pictures` are the names of the job's own pictures, `digest` is the model's. `replace`
-    says whether the word may take the place of another."""
+    """What a tenant asked for. `pictures` are the names of the job's own pictures, `digest` is the model's, `encoders`
+    are the bundle's text encoders. `replace` says whether the word may take the place of another."""
 
     tenant: str
     token: str
@@ -109,6 +109,7 @@ class JobRequest(msgspec.Struct, frozen=True):
     seed: int
     pictures: tuple[str, ...]
     digest: str
+    encoders: tuple[str, ...]
     created: float
     replace: bool = False
 

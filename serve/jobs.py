@@ -145,10 +145,10 @@ class Jobs:
     """The learning jobs of all tenants. Use it from one event loop; the store is read and written on threads.
 
     `store` is a folder or fsspec URL that all servers share, `folder` is this server's own, on local disk. `model` and
-    `digest` are what words are learned on (`learning.check_model`). Without a model nothing is accepted and the folder
-    is not used: other servers' jobs are shown, and cancelled. `keep` puts a learned word into its tenant's words, and
-    replaces one of the same name only if asked to; it may be called twice with the same word, and an `ApiError`
-    fails the job.
+    `digest` are what words are learned on (`learning.check_model`), with those `encoders` that the bundle has. Without
+    a model nothing is accepted and the folder is not used: other servers' jobs are shown, and cancelled. `keep` puts a
+    learned word into its tenant's words, and replaces one of the same name only if asked to; it may be called twice
+    with the same word, and an `ApiError` fails the job.
 
     Raises `UsageError` and `FileError` for a store or folder that cannot be used.
     """
@@ -160,6 +160,7 @@ class Jobs:
         model: str | None,
         digest: str = "",
         *,
+        encoders: Sequence[str] = ("text_encoder",),
         keep: Callable[[str, Concept, bool], Awaitable[object]] | None = None,
         at_once: int = 1,
         lease_seconds: float = 15.0,
@@ -174,6 +175,7 @@ class Jobs:
         self._folder = folder.expanduser()
         self._model = model
         self._digest = digest
+        self._encoders = tuple(encoders)
         self._keep = keep
         self._at_once = at_once
         self._lease_seconds = lease_seconds
@@ -283,7 +285,8 @@ class Jobs:
             pictures = await self._stored(learnable_pictures, images)
             created = time.time()
             identifier, names = new_identifier(created), tuple(pictures)
-            request = JobRequest(tenant, token, init, recipe, steps, seed, names, self._digest, created, replace)
+            model = self._digest, self._encoders
+            request = JobRequest(tenant, token, init, recipe, steps, seed, names, *model, created, replace)
             return await self._accept(identifier, request, list(pictures.values()))
         finally:
             self._arriving.remove(tenant)
@@ -509,6 +512,7 @@ class Jobs:
             recipe=request.recipe,
             steps=request.steps,
             seed=request.seed,
+            encoders=request.encoders,
             snapshots=messages.snapshot_steps(request.steps),
             checkpoint_every=self._checkpoint_every,
         )

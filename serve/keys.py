@@ -6,7 +6,7 @@ The file is TOML with one table per tenant:
     sha256 = "0000000000000000000000000000000000000000000000000000000000000000"   # placeholder
     max_words = 1000                     # optional
     max_bytes = 104857600                # optional, of all words
-    max_result_bytes = 1073741824        # optional, of pictures that wait for an hour to be fetched
+    max_result_bytes = 1073741824        # optional, of pictures that wait for an hour to be fetched, and kept answers
     pixel_steps_per_minute = 100000000   # optional, unlimited by default
 
 A key is random and long, so a plain hash of it is safe: there is nothing to guess. Not covered: passwords.
@@ -40,7 +40,7 @@ class Tenant:
     max_bytes: int = 100 << 20
     """Of all words together."""
     max_result_bytes: int = 1 << 30
-    """Of the pictures that one server has kept for an hour since it was started, for response_format "url"."""
+    """Of the pictures in the store that wait to be fetched, for response_format "url", and the answers kept there."""
     pixel_steps_per_minute: int | None = None
     """None means no limit."""
 

@@ -15,8 +15,9 @@ import msgspec
 class Order(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One word to learn. `folder` holds the job's files: `pictures/`, `run/` (checkpoints), `snapshots/`.
 
-    `digest` is that of the bundle's source: a model with other weights is refused. `snapshots` are the steps after
-    which the word's vectors are reported.
+    `digest` is that of the bundle's source: a model with other weights is refused. `encoders` are the bundle's text
+    encoders: one that the bundle leaves out is not used for learning either. `snapshots` are the steps after which the
+    word's vectors are reported.
     """
 
     folder: str
@@ -27,6 +28,7 @@ class Order(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     recipe: str
     steps: int
     seed: int
+    encoders: tuple[str, ...]
     snapshots: tuple[int, ...] = ()
     checkpoint_every: int = 5
 

@@ -9,7 +9,7 @@ from typing import Final
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
 from oneword.serve.pool import Outcome, Phase
-from oneword.serve.worker import Turn
+from oneword.serve.worker import STAGES, Turn
 
 _WAITS: Final = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
 _STEPS: Final = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
@@ -34,6 +34,7 @@ class Metrics:
         self.stage_seconds = self._counter(
             "stage_seconds", "The engine's time, by stage: encode, denoise, decode, partial.", "stage"
         )
+        self._stages = {stage: self.stage_seconds.labels(stage) for stage in STAGES}
 
     def gauge(self, name: str, text: str, value: Callable[[], float]) -> None:
         """A value that is read whenever the metrics are."""
@@ -53,7 +54,7 @@ class Metrics:
             self.step_seconds.observe(turn.seconds["denoise"])
             self.batch_rows.observe(turn.rows)
         for stage, seconds in turn.seconds.items():
-            self.stage_seconds.labels(stage).inc(seconds)
+            self._stages[stage].inc(seconds)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"oneword_{name}", text, labels, registry=self.registry)

@@ -1,8 +1,9 @@
 """What every request passes before a route sees it: ASGI middleware that acts before the body is read.
 
 From the outside in: `AccessLog`, `SecurityHeaders`, `errors.CatchErrors`, `TrustedProxy`, `CheckOrigin`,
-`Authenticate`, `LimitBody`. They raise `ApiError`, and `CatchErrors` answers. Not covered: limits of a connection
-itself, such as clients that do not read their answer (`serve.connection`), and quotas (`serve.pool`, `serve.words`).
+`Authenticate`, `Admit`, `LimitBody`. They raise `ApiError`, and `CatchErrors` answers. Not covered: limits of a
+connection itself, such as clients that do not read their answer (`serve.connection`), and quotas (`serve.pool`,
+`serve.words`).
 """
 
 import asyncio
@@ -12,10 +13,12 @@ import ipaddress
 import json
 import logging
 import re
+import sys
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 from fastapi import FastAPI
@@ -40,6 +43,18 @@ BODIES_LIMIT = 512 * MIB
 """Bytes of all bodies at a time: a body is in memory until its request is answered."""
 MAX_PARTS = 200_000
 """Items of a large JSON body. Pictures in base64 have none, and each other one costs time to parse."""
+PICTURE_ROUTES = frozenset(
+    {
+        "/v1/images/generations",
+        "/v1/images/edits",
+        "/v1/images/variations",
+        "/sdapi/v1/txt2img",
+        "/sdapi/v1/img2img",
+    }
+)
+"""What asks for pictures, with POST."""
+IDEMPOTENCY_KEY = "[!-~]{1,255}"
+"""An Idempotency-Key that a route takes."""
 
 SECURITY_HEADERS = {
     "Content-Security-Policy": (
@@ -55,6 +70,7 @@ SECURITY_HEADERS = {
 _log = logging.getLogger("oneword.access")
 _METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9_.-]+)(?::[0-9]{1,5})?")
+_KEY = re.compile(IDEMPOTENCY_KEY)
 _SMALL = 64 << 10
 
 
@@ -64,9 +80,12 @@ def install(
     keys: Keys | None = None,
     observer: Callable[[str, int], None] | None = None,
     limits: Sequence[tuple[str, int]] = BODY_LIMITS,
+    check: Callable[[Tenant], None] = lambda tenant: None,
 ) -> None:
-    """Adds all of the middleware to an app, in its order. The last that is added is the outermost."""
+    """Adds all of the middleware to an app, in its order. The last that is added is the outermost. `check` raises
+    ApiError while a tenant's requests for pictures are refused, whatever they are."""
     app.add_middleware(LimitBody, limits=limits, seconds=settings.body_seconds)
+    app.add_middleware(Admit, check=check, limits=limits, seconds=settings.body_seconds)
     app.add_middleware(Authenticate, keys=keys, public=is_public)
     app.add_middleware(CheckOrigin, hosts=allowed_hosts(settings), public_url=settings.public_url)
     app.add_middleware(TrustedProxy, proxies=settings.trusted_proxies)
@@ -401,6 +420,47 @@ class _Body:
             if not (self._complete or self._small or self._empty):  # else uvicorn would read the rest, only to drop it
                 message = {**message, "headers": [*message.get("headers", ()), (b"connection", b"close")]}
         await self._send(message)
+
+
+class Admit:
+    """Refuses a request for pictures without a look at its body while there is no room for any.
+
+    The body is received and dropped: a client that is still sending would not see the answer if the connection closed.
+    One that asks first (Expect: 100-continue) sends none, and the connection is closed. A request with a
+    valid Idempotency-Key passes, as its answer may be there already.
+    """
+
+    def __init__(
+        self, app: ASGIApp, check: Callable[[Tenant], None], limits: Sequence[tuple[str, int]], seconds: float
+    ) -> None:
+        """See `install`, and `LimitBody`."""
+        self.app = app
+        self._check = check
+        self._drop = LimitBody(_drop, limits, seconds, total=sys.maxsize)  # it keeps no body, so it needs no room
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if (
+            scope["type"] == "http"
+            and scope["method"] == "POST"
+            and (path := route_path(scope)) in PICTURE_ROUTES
+            and not any(map(_KEY.fullmatch, _values(scope, b"idempotency-key")[:1]))
+        ):
+            try:
+                self._check(scope["state"]["tenant"])
+            except ApiError as error:
+                scope["route"] = SimpleNamespace(path=path)  # for the log
+                if any(value.lower() == "100-continue" for value in _values(scope, b"expect")):
+                    error.headers = {**error.headers, "Connection": "close"}
+                else:
+                    await self._drop(scope, receive, send)
+                raise
+        await self.app(scope, receive, send)
+
+
+async def _drop(scope: Scope, receive: Receive, send: Send) -> None:
+    """Receives a body without keeping it."""
+    while (await receive()).get("more_body"):
+        pass
 
 
 def _refused(message: str, code: str) -> Forbidden:

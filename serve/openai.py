@@ -4,9 +4,10 @@ Bodies and answers follow OpenAI's API reference of November 2026; `Settings` li
 Not covered: transparent backgrounds, and pictures as references for a new one: each picture is edited by itself.
 """
 
+import contextlib
 import secrets
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Final, Literal
 
@@ -17,13 +18,14 @@ from starlette.responses import Response
 
 from oneword.engines.errors import OnewordError
 from oneword.runtime.events import PictureDone
-from oneword.runtime.request import MAX_STEPS, Request, ResolvedSettings
+from oneword.runtime.request import MAX_STEPS, Image, Request, ResolvedSettings
 from oneword.runtime.samplers import Guidance, Sampler
 from oneword.runtime.spacing import Spacing
 from oneword.serve.errors import ApiError, Invalid, NotFound, from_oneword, openai_body
 from oneword.serve.fields import Fields, validated
 from oneword.serve.forms import read_form
-from oneword.serve.generate import all_or_none, cancel, check, events, finish, fitted, start
+from oneword.serve.generate import cancel, enter, events, finish, fitted, prepare
+from oneword.serve.kept import IdempotencyKey, answered, most_bytes, room
 from oneword.serve.keys import Tenant
 from oneword.serve.openapi import Responses, file_field, stream_response, upload
 from oneword.serve.pictures import Format, as_base64, blank, decode, decode_mask, encode
@@ -36,7 +38,6 @@ from oneword.serve.worker import Done, Partial, Preview, Step
 MAX_IMAGES: Final = 10
 """Pictures per prompt, as in OpenAI's API."""
 MAX_UPLOADS: Final = 16
-_METADATA: Final = 4096  # bytes of a file that are neither pixels nor prompts
 _OPENAI_MODELS: Final = ("dall-e", "gpt-image", "chatgpt-image")
 
 
@@ -171,12 +172,14 @@ class Answer:
     format: Format
     text_tokens: int
     image_tokens: int
+    keep: bool
+    """Whether the pictures are made even if the client leaves."""
 
     async def send(self, generations: Sequence[Generation]) -> Response:
         """The whole answer as JSON, or as a stream of events."""
         if self.settings.stream:
             return EventStream(self._events(generations), close=lambda: cancel(generations))
-        files = await finish(self.http, *generations, use=self._encoded)
+        files = await finish(None if self.keep else self.http, *generations, use=self._encoded)
         pictures = [picture for picture, _ in files]
         data = [await self._entry(picture, file) for picture, file in files]  # once all are ready
         first = pictures[0].settings
@@ -195,9 +198,10 @@ class Answer:
             return Picture(url=address(self.http, name), seed=picture.seed)
         return Picture(b64_json=as_base64(data), seed=picture.seed)
 
-    async def _encoded(self, picture: PictureDone) -> bytes:
+    async def _encoded(self, generation: Generation, picture: PictureDone) -> bytes:
+        compression = self.settings.output_compression
         return await self.state.in_thread(
-            encode, picture.image, self.format, self.settings.output_compression, picture.parameters
+            _file, generation, picture.image, self.format, compression, picture.parameters
         )
 
     async def _events(self, generations: Sequence[Generation]) -> AsyncGenerator[bytes]:
@@ -208,7 +212,7 @@ class Answer:
                 key = number, event.index
                 match event.event:
                     case Partial(image=image):
-                        data = await self.state.in_thread(encode, image, self.format, None, "")
+                        data = await self.state.in_thread(_file, generations[number], image, self.format, None, "")
                         index = partials.get(key, 0)
                         partials[key] = index + 1
                         yield self._event("partial_image", data, image.shape, partial_image_index=index)
@@ -216,10 +220,10 @@ class Answer:
                         Step(step=step, steps=steps, denoised=estimate)
                         | Preview(step=step, steps=steps, image=estimate)
                     ) if estimate is not None:
-                        preview = await self.state.in_thread(self.state.preview, estimate)
+                        preview = await self.state.in_thread(self.state.preview, estimate, generations[number].pasted)
                         yield self._event("preview", preview, None, index=event.index, step=step, steps=steps)
                     case Done(picture=picture):
-                        data = await self._encoded(picture)
+                        data = await self._encoded(generations[number], picture)
                         usage = self._usage([picture]).model_dump()
                         fields = {"usage": usage, "index": event.index, "seed": picture.seed}
                         yield self._event("completed", data, picture.image.shape, **fields)
@@ -292,31 +296,36 @@ async def model(http: HTTPRequest, model: str) -> ListedModel:
 
 
 @router.post("/v1/images/generations", response_model=PicturesAnswer, responses=_STREAM)
-async def generations(http: HTTPRequest, body: GenerationBody) -> Response:
+async def generations(http: HTTPRequest, body: GenerationBody, idempotency_key: IdempotencyKey = None) -> Response:
     """Generates pictures from a prompt. With `stream`, server-sent events: partial pictures, then the pictures."""
-    request = _request(body, body.prompt)
-    return await _answer(http, body, [request], "image_generation")
+    state, tenant = caller(http)
+    _check(state, body, 1)
+
+    async def prepared() -> list[Generation]:
+        return [prepare(state, tenant, _request(body, body.prompt), partials=body.partial_images or 0)]
+
+    return await _answer(http, body, prepared, "image_generation", idempotency_key)
 
 
 @router.post("/v1/images/edits", response_model=PicturesAnswer, responses=_STREAM, openapi_extra=_EDIT)
-async def edits(http: HTTPRequest) -> Response:
+async def edits(http: HTTPRequest, idempotency_key: IdempotencyKey = None) -> Response:
     """Edits uploaded pictures, each by itself. The mask's transparent pixels are repainted in the first picture."""
     text, pictures, masks = await _form(http, "image", "image[]", masks=("mask",))
     body = validated(EditFields, text)
     if not pictures:
         raise Invalid("image is missing: upload a PNG, JPEG or WebP as `image`, or several as `image[]`", param="image")
     files = [_Edit(picture, masks[0] if masks and number == 0 else None) for number, picture in enumerate(pictures)]
-    return await _edited(http, body, files, "image_edit")
+    return await _edited(http, body, files, "image_edit", idempotency_key)
 
 
 @router.post("/v1/images/variations", response_model=PicturesAnswer, responses=_STREAM, openapi_extra=_VARIATION)
-async def variations(http: HTTPRequest) -> Response:
+async def variations(http: HTTPRequest, idempotency_key: IdempotencyKey = None) -> Response:
     """Varies one uploaded picture."""
     text, pictures, _ = await _form(http, "image")
     body = validated(VariationFields, text)
     if len(pictures) != 1:
         raise Invalid(f"{len(pictures)} pictures were uploaded, allowed is one, as `image`", param="image")
-    return await _edited(http, body, [_Edit(pictures[0])], "image_generation")
+    return await _edited(http, body, [_Edit(pictures[0])], "image_generation", idempotency_key)
 
 
 @dataclass(frozen=True)
@@ -328,19 +337,32 @@ class _Edit:
 
 
 async def _edited(
-    http: HTTPRequest, body: EditFields | VariationFields, edits: Sequence[_Edit], prefix: str
+    http: HTTPRequest, body: EditFields | VariationFields, edits: list[_Edit], prefix: str, key: str | None
 ) -> Response:
     """Answers with the edited pictures. They are decoded once there is room for all of them, by their files' heads."""
     state, tenant = caller(http)
     _check(state, body, len(edits))
-    requests: list[Request] = []
-    for edit in edits:
-        strength = body.strength or (0.8 if edit.mask is None else 1.0)
-        image = await state.in_thread(blank, edit.picture, "image")
-        requests.append(_request(body, body.prompt, image=image, strength=strength))
-    settings = [check(state, tenant, request, body.partial_images or 0) for request in requests]
-    decoded = [await state.in_thread(_decoded, *parts) for parts in zip(edits, requests, settings, strict=True)]
-    return await _answer(http, body, decoded, prefix)
+
+    async def prepared() -> list[Generation]:
+        generations: list[Generation] = []
+        for edit in edits:
+            strength = body.strength or (0.8 if edit.mask is None else 1.0)
+            image = await state.in_thread(blank, edit.picture, "image")
+            request = _request(body, body.prompt, image=image, strength=strength)
+            partials = body.partial_images or 0
+            generations.append(prepare(state, tenant, request, partials=partials, beside=generations))
+        for edit, generation in zip(edits, generations, strict=True):
+            generation.request = await state.in_thread(_decoded, edit, generation.request, generation.settings)
+        edits.clear()  # the client may leave before the answer is ready
+        return generations
+
+    files = [data for edit in edits for data in (edit.picture, edit.mask or b"")]
+    return await _answer(http, body, prepared, prefix, key, files)
+
+
+def _file(generation: Generation, image: Image, format: Format, compression: int | None, parameters: str) -> bytes:
+    """A picture of a generation, or an estimate of it, as a file."""
+    return encode(generation.pasted(image), format, compression, parameters)
 
 
 def _decoded(edit: _Edit, request: Request, settings: ResolvedSettings) -> Request:
@@ -406,31 +428,45 @@ def _check(state: State, body: Settings, count: int) -> None:
         raise Invalid(f"partial_images is {body.partial_images} without stream: set stream to true", "partial_images")
 
 
-async def _answer(http: HTTPRequest, body: Settings, requests: Sequence[Request], prefix: str) -> Response:
-    """Queues the requests, all or none, and answers with their pictures."""
+async def _answer(
+    http: HTTPRequest,
+    body: Settings,
+    prepared: Callable[[], Awaitable[Sequence[Generation]]],
+    prefix: str,
+    key: str | None,
+    files: Sequence[bytes] = (),
+) -> Response:
+    """Answers with the pictures of what is prepared, or with those that were kept under the key."""
+    if key is None:
+        async with contextlib.AsyncExitStack() as stack:
+            return await _drawn(http, body, await prepared(), prefix, stack)
+    if body.stream:
+        raise Invalid("stream is true with an Idempotency-Key, allowed is one of the two", "stream")
+
+    async def draw(stack: contextlib.AsyncExitStack) -> tuple[bytes, bool]:
+        return bytes((await _drawn(http, body, await prepared(), prefix, stack, keep=True)).body), True
+
+    return await answered(http, key, body, files, draw)
+
+
+async def _drawn(
+    http: HTTPRequest,
+    body: Settings,
+    generations: Sequence[Generation],
+    prefix: str,
+    stack: contextlib.AsyncExitStack,
+    *,
+    keep: bool = False,
+) -> Response:
+    """Queues the generations, all or none, and answers with their pictures. `stack` holds room for what is kept."""
     state, tenant = caller(http)
-    _check(state, body, len(requests))
-    if body.response_format != "url":
-        return await _started(http, body, requests, prefix)
-    with state.results.reserved(tenant, sum(_most_bytes(state, tenant, request) for request in requests)):
-        return await _started(http, body, requests, prefix)
-
-
-def _most_bytes(state: State, tenant: Tenant, request: Request) -> int:
-    """More than the request's pictures have as files: 4 bytes per pixel, and the prompts. Raises ApiError."""
-    settings = check(state, tenant, request)
-    characters = len(request.prompt) + len(request.negative_prompt or "")
-    return request.num_images * (4 * (settings.width * settings.height + characters) + _METADATA)
-
-
-async def _started(http: HTTPRequest, body: Settings, requests: Sequence[Request], prefix: str) -> Response:
-    state, tenant = caller(http)
-    partials = body.partial_images or 0
-    with all_or_none() as started:
-        for request in requests:
-            generation = await start(state, tenant, request, partials=partials)
-            started.append(generation)
+    in_json = body.response_format != "url"
+    if keep or not in_json:
+        size = sum(most_bytes(generation, in_json=in_json) for generation in generations)
+        await stack.enter_async_context(room(state, tenant, size))
+    await enter(state, *generations)
     factor = state.manifest.vae.factor
+    requests = [generation.request for generation in generations]
     sources = [request.image.shape for request in requests if request.image is not None]
     answer = Answer(
         http=http,
@@ -441,8 +477,9 @@ async def _started(http: HTTPRequest, body: Settings, requests: Sequence[Request
         format=body.output_format or "png",
         text_tokens=state.count_tokens(requests[0].prompt),
         image_tokens=sum((height // factor) * (width // factor) for height, width, _ in sources),
+        keep=keep,
     )
-    return await answer.send(started)
+    return await answer.send(generations)
 
 
 async def _form(

@@ -11,18 +11,20 @@ few more, are handed to it, so that fairness and cancelling act early. One tenan
 keys, so that another's picture starts at once. Work is measured in seconds of the engine, estimated from its own recent
 speed.
 
-Everything here runs on the event loop; each event costs constant time, whatever waits. Most steps do not even wake the
-loop up, as that would cost more than the rest of a request: they are counted when something else happens, or somebody
-asks. Not covered: words, which the request brings along, and pictures as files.
+Everything here runs on the event loop; each event costs constant time, whatever waits. Most steps are not even events,
+as these would cost more than the rest of a request: the engine thread notes the number of the newest step, and the loop
+counts them when something else happens, or somebody asks. Not covered: words, which the request brings along, and
+pictures as files.
 """
 
 import asyncio
 import contextlib
+import functools
 import itertools
 import time
 import uuid
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import partial
@@ -33,6 +35,7 @@ import numpy as np
 
 from oneword.engines.errors import OnewordError
 from oneword.runtime.bundle import Manifest
+from oneword.runtime.edit import Paste
 from oneword.runtime.events import Latents, PictureDone
 from oneword.runtime.request import Image, Request, ResolvedSettings, resolve
 from oneword.serve.errors import ApiError, Busy, Forbidden, Invalid, Unavailable, from_oneword
@@ -48,14 +51,17 @@ from oneword.serve.worker import (
     State,
     Step,
     Ticket,
+    Work,
     Worker,
     WorkerEvent,
     branch_pixels,
+    encodings,
 )
 
 MAX_PARTIALS: Final = 3
 _AHEAD: Final = 4  # pictures that the engine has beside those in slots: they are prepared while others run
 _MAX_RESERVE: Final = 2  # slots that one tenant leaves to the others, at most a quarter of all
+_MARGIN: Final = 0.1  # of `max_wait`, at most, that has to become free after a refusal
 _MAX_SEED: Final = 2**63 - 1
 
 
@@ -130,18 +136,6 @@ class NoObserver:
         """See Observer."""
 
 
-@dataclass
-class _Work:
-    """An amount of work: branch pixels to denoise, pixels to encode prompts for and to decode."""
-
-    branch_pixels: int = 0
-    pixels: int = 0
-
-    def add(self, branch_pixels: int, pixels: int) -> None:
-        self.branch_pixels += branch_pixels
-        self.pixels += pixels
-
-
 @dataclass(eq=False)
 class _Picture:
     """A picture that the engine has."""
@@ -151,6 +145,10 @@ class _Picture:
     ticket: Ticket | None = None
     step: int = 0
     steps: int = 0
+    reported: int = 0
+    """Steps that the engine's thread has reported; `step` of them are counted."""
+    first_step: float = 0.0
+    """When it reported the first one."""
 
     @property
     def phase(self) -> Phase:
@@ -192,10 +190,14 @@ class Generation:
         """Whether its consumer wants the last event of each picture only: others are then neither kept nor reported."""
         self.partial_steps = spread(partials, settings.schedule.steps)
         self._pool = pool
-        # By picture: branch pixels that are done after step i, all of them, and pixels to decode and encode.
+        # By picture: branch pixels that are done after step i, all of them, and all of its work but for the prompts.
         self._done_work = np.concatenate([[0], np.cumsum(branch_pixels(settings))])
         self._branch_pixels = int(self._done_work[-1])
-        self._pixels = settings.width * settings.height * (1 + len(self.partial_steps) + (request.image is not None))
+        pixels, estimates = settings.width * settings.height, _estimates(self, pool.manifest)
+        self._picture_work = Work(self._branch_pixels, pixels * (1 + (request.image is not None)), pixels * estimates)
+        self._prompt_work = Work()
+        """Of all pictures together; none after the first step of one."""
+        self._price_prompts()
         self._next_index = 0
         self._running: dict[int, _Picture] = {}
         self._left = request.num_images
@@ -262,7 +264,8 @@ class Generation:
         return self._unread.popitem(last=False)[1] if self._unread else None
 
     async def wait(self) -> list[PictureDone]:
-        """All pictures, by index. Raises the ApiError of the first one that fails, and cancels the others."""
+        """All pictures as the engine makes them, by index. Raises the ApiError of the first one that fails, and cancels
+        the others."""
         self.only_ends = True
         with self:
             async for picture_event in self:
@@ -273,13 +276,33 @@ class Generation:
                         raise refusal
         return [picture for picture in self.pictures if picture is not None]
 
+    def pasted(self, image: Image) -> Image:
+        """A picture that the engine has made, or an estimate of it, pasted into the original of a masked edit. The
+        engine's thread does not do it: call it in another one."""
+        return image if self._paste is None else self._paste.pasted(image)
+
+    @functools.cached_property
+    def _paste(self) -> Paste | None:
+        return Paste.of(self.request, self.settings)
+
     def cancel(self) -> None:
         """Drops what waits, and frees the engine of what runs at the end of its running call. Idempotent."""
         self._pool.cancel(self)
 
+    def _price_prompts(self) -> None:
+        """Prices the prompts with the words that the request has now."""
+        counts = (self._pool.chunks(text) * encodings(text, self.request) for text in self.settings.texts)
+        self._prompt_work = Work(chunks=sum(counts))
+
     def _branch_pixels_left(self, step: int) -> int:
         """Of one picture after so many steps."""
         return self._branch_pixels - int(self._done_work[step])
+
+    @property
+    def _work_left(self) -> Work:
+        """Of all pictures."""
+        done = Work(self._branch_pixels * (self.request.num_images - self._left) - self._work_done)
+        return self._picture_work * self._left + self._prompt_work + done
 
     def _push(self, index: int, event: GenerationEvent) -> None:
         if self.only_ends and isinstance(event, Step | Preview | Partial):
@@ -298,7 +321,7 @@ class _Account:
     """All that are not done, by id."""
     waiting: OrderedDict[str, Generation] = field(default_factory=OrderedDict)
     """Those with pictures that the engine does not have yet."""
-    work: _Work = field(default_factory=_Work)
+    work: Work = field(default_factory=Work)
     needing_slots: int = 0
 
 
@@ -313,12 +336,13 @@ class Pool:
         max_wait: float = 60.0,
         clock: Callable[[], float] = time.monotonic,
         observer: Observer | None = None,
+        chunks: Callable[[str], int] = lambda text: 1,
     ) -> None:
-        """`max_wait` is how many seconds of work may be queued."""
-        self.worker, self.manifest, self.max_wait, self.clock = worker, manifest, max_wait, clock
+        """`max_wait` is how many seconds of work may be queued, `chunks` about how many chunks a text is encoded in."""
+        self.worker, self.manifest, self.max_wait, self.clock, self.chunks = worker, manifest, max_wait, clock, chunks
         self.observer: Observer = NoObserver() if observer is None else observer
         self.draining = False
-        self._work = _Work()
+        self._work = Work()
         self._accounts: dict[str, _Account] = {}
         self._turns: OrderedDict[str, None] = OrderedDict()
         """Tenants with waiting pictures, the next one first."""
@@ -326,9 +350,13 @@ class Pool:
         self._needing_slots: dict[_Picture, None] = {}
         """Those of them that are not fully denoised, the oldest first."""
         self._budgets: dict[str, _Budget] = {}
+        self._refused: dict[str, float] = {}
+        """Seconds of work that there was no room for when a tenant was last refused, at most a margin."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._inbox: deque[tuple[_Picture, WorkerEvent, float]] = deque()
         """Events with the time when the engine's thread reported them."""
+        self._stepped = False
+        """Whether the engine's thread has reported steps that are not counted."""
         self._woken = False
         self._empty = asyncio.Event()
         self._empty.set()
@@ -351,44 +379,72 @@ class Pool:
         the tenant has used up its quota, or if the work would take more than `max_wait` seconds, in its turn. A server
         without work takes requests of up to ten times as many seconds; Invalid for a larger one.
         """
-        try:
-            generation = self._checked(tenant, request, settings, partials, label)
-            self._spend(generation)
-        except ApiError as error:
-            self.observer.refused(error.code)
-            raise
-        self._enter(generation, deadline)
-        self._read_inbox()  # a step that freed a slot did not wake the loop up if nothing waited so far
-        self._hand_over()
+        generation = self.prepared(tenant, request, settings, partials=partials, label=label)
+        self.enter(generation, deadline=deadline)
         return generation
 
-    def check(self, tenant: Tenant, request: Request, partials: int = 0) -> ResolvedSettings:
-        """What a request means, if there is room for it now; nothing is queued. Raises as `submit`, but for quotas."""
-        try:
-            return self._checked(tenant, request, None, partials, None).settings
-        except ApiError as error:
-            self.observer.refused(error.code)
-            raise
-
-    def _checked(
-        self, tenant: Tenant, request: Request, settings: ResolvedSettings | None, partials: int, label: object
+    def prepared(
+        self,
+        tenant: Tenant,
+        request: Request,
+        settings: ResolvedSettings | None = None,
+        *,
+        partials: int = 0,
+        label: object = None,
+        beside: Sequence[Generation] = (),
     ) -> Generation:
-        """The generation of a request, if there is room for it. Raises ApiError."""
-        self._read_inbox()
-        self._check_ready()
-        if not 0 <= partials <= MAX_PARTIALS:
-            raise Invalid(f"partials is {partials}, allowed is 0 to {MAX_PARTIALS}")
-        if request.seed + request.num_images - 1 > _MAX_SEED:
-            raise Invalid(f"seed is {request.seed}, allowed for {request.num_images} pictures is less")
-        try:
+        """The generation of a request that there is room for now, `beside` others that will enter with it, for `enter`.
+        Raises as `submit`, but for quotas."""
+        with self._refusals():
+            self._read_inbox()
+            self._check_ready()
+            if not 0 <= partials <= MAX_PARTIALS:
+                raise Invalid(f"partials is {partials}, allowed is 0 to {MAX_PARTIALS}")
+            if request.seed + request.num_images - 1 > _MAX_SEED:
+                raise Invalid(f"seed is {request.seed}, allowed for {request.num_images} pictures is less")
             if settings is None:
                 self._check_wait(tenant, 0.0)  # a full queue refuses a request before it is resolved
-                settings = resolve(request, self.manifest)
-        except OnewordError as error:
-            raise from_oneword(error) from None
-        generation = Generation(self, tenant, request, settings, partials, label)
-        self._check_room(generation)
-        return generation
+                try:
+                    settings = resolve(request, self.manifest)
+                except OnewordError as error:
+                    raise from_oneword(error) from None
+            generation = Generation(self, tenant, request, settings, partials, label)
+            self._check_room(*beside, generation)
+            return generation
+
+    def enter(self, *generations: Generation, deadline: float | None = None) -> None:
+        """Queues generations of one tenant that were `prepared`, all or none. Their requests may have got other words,
+        and pictures of the same size, since. Raises as `submit`."""
+        with self._refusals():
+            self._read_inbox()
+            self._check_ready()
+            for generation in generations:
+                generation._price_prompts()
+            self._check_room(*generations)
+            self._spend(*generations)
+        for generation in generations:
+            self._enter(generation, deadline)
+        self._read_inbox()  # a step that freed a slot did not wake the loop up if nothing waited so far
+        self._hand_over()
+
+    def check(self, tenant: Tenant) -> None:
+        """Raises what `submit` would for any request, before it is known: Unavailable, and Busy if there is no room, or
+        if the tenant was refused and there is still no room for as much. That may refuse a smaller request than the one
+        before; else each one that just fits would have to be read while larger ones never found room."""
+        with self._refusals():
+            self._read_inbox()
+            self._check_ready()
+            self._check_wait(tenant, self._refused.get(tenant.name, 0.0))
+            self._refused.pop(tenant.name, None)
+
+    @contextlib.contextmanager
+    def _refusals(self) -> Iterator[None]:
+        """Reports the ApiError that the block raises."""
+        try:
+            yield
+        except ApiError as error:
+            self.observer.refused(error.code)
+            raise
 
     @property
     def queued_seconds(self) -> float:
@@ -468,12 +524,9 @@ class Pool:
         if generation.done:
             return 0.0
         account = self._accounts[generation.tenant.name]
-        work = _Work()
+        work = Work()
         for earlier in account.generations.values():
-            work.add(
-                earlier._branch_pixels * earlier.request.num_images - earlier._work_done,
-                earlier._pixels * earlier._left,
-            )
+            work += earlier._work_left
             if earlier is generation:
                 break
         earlier_pictures = itertools.takewhile(
@@ -482,8 +535,8 @@ class Pool:
         before = 0.0 if generation._work_done else self._seconds_to_slot(sum(1 for _ in earlier_pictures))
         return min(self._queued_seconds, before + self._seconds(work) * len(self._accounts))
 
-    def _seconds(self, work: _Work) -> float:
-        return self.worker.figures.seconds_for(work.branch_pixels, work.pixels)
+    def _seconds(self, work: Work) -> float:
+        return self.worker.figures.seconds_for(work)
 
     def _check_ready(self) -> None:
         if self.draining:
@@ -493,17 +546,21 @@ class Pool:
         if self.worker.state is not State.READY:
             raise Unavailable("the engine has stopped: the server starts again if it is supervised", 5)
 
-    def _check_room(self, generation: Generation) -> None:
+    def _check_room(self, *generations: Generation) -> None:
         """Raises Invalid for a request that is too large, Busy if it would be done later than allowed."""
-        count = generation.request.num_images
-        seconds = self._seconds(_Work(generation._branch_pixels * count, generation._pixels * count))
+        tenant = generations[0].tenant
+        seconds = self._seconds(sum((generation._work_left for generation in generations), Work()))
         if seconds > MAX_WAITS * self.max_wait:
             raise Invalid(
                 f"this request would take {seconds:.0f} seconds, allowed are {MAX_WAITS * self.max_wait:g}: "
-                "ask for fewer steps, pixels or pictures",
+                "ask for fewer steps, pixels, pictures or texts",
                 code="too_much_work",
             )
-        self._check_wait(generation.tenant, seconds)
+        try:
+            self._check_wait(tenant, seconds)
+        except Busy:
+            self._refused[tenant.name] = min(seconds, _MARGIN * self.max_wait)
+            raise
 
     def _check_wait(self, tenant: Tenant, seconds: float) -> None:
         """Raises Busy if work of so many seconds, in its turn among the tenants, would be done later than allowed."""
@@ -531,19 +588,20 @@ class Pool:
         running = itertools.islice(self._needing_slots, self.worker.slots)
         left = sorted(picture.generation._branch_pixels_left(picture.step) for picture in running)
         longest = left[min(ahead, len(left) - 1)]
-        return self._seconds(_Work(sum(min(work, longest) for work in left)))
+        return self._seconds(Work(sum(min(work, longest) for work in left)))
 
-    def _spend(self, generation: Generation) -> None:
+    def _spend(self, *generations: Generation) -> None:
         """Takes the request's pixel-steps from its tenant's budget. Raises Busy if there are not enough, Forbidden if
         there are never any."""
-        limit = generation.tenant.pixel_steps_per_minute
+        tenant = generations[0].tenant
+        limit = tenant.pixel_steps_per_minute
         if limit is None:
             return
         if limit == 0:
             raise Forbidden("this key may not generate pictures: ask this server's operator", code="quota_exceeded")
-        budget = self._budgets.setdefault(generation.tenant.name, _Budget(limit, self.clock()))
+        budget = self._budgets.setdefault(tenant.name, _Budget(limit, self.clock()))
         budget.refill(limit, self.clock())
-        cost = generation._pixel_steps * generation.request.num_images
+        cost = sum(generation._pixel_steps * generation.request.num_images for generation in generations)
         missing = min(cost, limit) - budget.left
         if missing > 0:
             raise Busy(
@@ -558,8 +616,7 @@ class Pool:
         account = self._accounts.setdefault(generation.tenant.name, _Account())
         account.generations[generation.id] = account.waiting[generation.id] = generation
         self._turns.setdefault(generation.tenant.name)
-        count = generation.request.num_images
-        self._count(generation, generation._branch_pixels * count, generation._pixels * count)
+        self._count(generation, generation._work_left)
         self._empty.clear()
         self._loop = asyncio.get_running_loop()
         if deadline is not None:
@@ -608,31 +665,48 @@ class Pool:
             self._accounts[picture.generation.tenant.name].needing_slots -= 1
 
     def _hear(self, picture: _Picture, event: WorkerEvent) -> None:
-        """On the engine thread: puts an event into the inbox, and wakes the loop up if it must act on it."""
-        self._inbox.append((picture, event, self.clock()))
-        if self._can_wait(event) or self._woken or self._loop is None:
+        """On the engine thread: notes an event, and wakes the loop up if it must act on it now."""
+        now = self.clock()
+        match event:
+            case Started():
+                self._inbox.append((picture, event, now))
+                return
+            case Step(step=step, steps=steps, denoised=estimate):
+                if picture.reported == 0:
+                    picture.first_step = now
+                picture.reported = step
+                self._stepped = True
+                if estimate is not None and picture.generation.only_ends:
+                    picture.generation.estimate = estimate  # for who asks
+                elif estimate is not None:
+                    self._inbox.append((picture, event, now))
+                    self._call_loop()
+                if step == steps and self._turns:  # it frees a slot for a picture
+                    self._call_loop()
+            case Preview(image=image) if picture.generation.only_ends:
+                picture.generation.estimate = image
+            case _:
+                self._inbox.append((picture, event, now))
+                self._call_loop()
+
+    def _call_loop(self) -> None:
+        if self._woken or self._loop is None:
             return
         self._woken = True
         with contextlib.suppress(RuntimeError):  # the loop is closed
             self._loop.call_soon_threadsafe(self._wake_up)
-
-    def _can_wait(self, event: WorkerEvent) -> bool:
-        """Whether nobody is interested in an event until the next one; the last step frees a slot for a picture."""
-        match event:
-            case Started():
-                return True
-            case Step(step=step, steps=steps, denoised=None):
-                return step < steps or not self._turns
-            case _:
-                return False
 
     def _wake_up(self) -> None:
         self._woken = False  # before the inbox is read: an event that comes after this wakes the loop up again
         self._read_inbox()
 
     def _read_inbox(self) -> None:
-        if not self._inbox:
+        if not (self._inbox or self._stepped):
             return
+        if self._stepped:
+            self._stepped = False  # before they are counted: a step that comes after this is counted next time
+            for picture in [*self._needing_slots]:
+                self._advance(picture)
         while self._inbox:
             self._receive(*self._inbox.popleft())
         self._hand_over()
@@ -641,21 +715,18 @@ class Pool:
         generation = picture.generation
         if generation._running.get(picture.index) is not picture:
             return  # it was cancelled
+        self._advance(picture)
         match event:
             case Started():
                 self.observer.taken_up(time - generation.created)
+            case Step(denoised=estimate):
+                generation.estimate = estimate
+                generation._push(picture.index, event)
             case Partial():
                 generation._push(picture.index, event)
             case Preview():
                 generation.estimate = event.image
                 generation._push(picture.index, event)
-            case Step(step=step):
-                if picture.step == 0:
-                    self.observer.first_step(time - generation.created)
-                self._advance(picture, step)
-                if event.denoised is not None:
-                    generation.estimate = event.denoised
-                    generation._push(picture.index, event)
             case Done(picture=result):
                 generation.pictures[picture.index] = result
                 self._finish(picture, Outcome.DONE)
@@ -668,15 +739,20 @@ class Pool:
                     Unavailable("the engine stopped before the picture was ready: send the request again", 5)
                 )
 
-    def _advance(self, picture: _Picture, step: int) -> None:
-        """Counts the steps of a picture up to `step` as done."""
-        generation = picture.generation
-        done = int(generation._done_work[step] - generation._done_work[picture.step])
+    def _advance(self, picture: _Picture) -> None:
+        """Counts the steps of a picture that the engine's thread has reported."""
+        generation, before, step = picture.generation, picture.step, picture.reported
+        if step == before:
+            return
+        if before == 0:
+            self._count_prompts(generation)
+            self.observer.first_step(picture.first_step - generation.created)
+        done = int(generation._done_work[step] - generation._done_work[before])
         picture.step = step
         if picture.phase is Phase.DECODING:
             self._free_slot(picture)
         generation._work_done += done
-        self._count(generation, -done, 0)
+        self._count(generation, Work(-done))
 
     def _finish(self, picture: _Picture, outcome: Outcome) -> None:
         """Forgets a picture that the engine has."""
@@ -686,7 +762,8 @@ class Pool:
         self._handed -= 1
         self._free_slot(picture)
         picture.ticket = None  # which refers to the picture
-        self._count(generation, -generation._branch_pixels_left(picture.step), -generation._pixels)
+        done = Work(int(generation._done_work[picture.step]))
+        self._count(generation, done + generation._picture_work * -1)
         self._leave(generation, 1)
 
     def _drop_waiting(self, generation: Generation, outcome: Outcome, error: ApiError | None = None) -> None:
@@ -701,7 +778,7 @@ class Pool:
         self._stop_timer(generation)
         first = generation._next_index
         generation._next_index = generation.request.num_images
-        self._count(generation, -generation._branch_pixels * count, -generation._pixels * count)
+        self._count(generation, generation._picture_work * -count)
         self._leave(generation, count)
         for index in range(first, first + count):
             self.observer.ended(outcome, Phase.WAITING)
@@ -713,6 +790,7 @@ class Pool:
         generation._left -= pictures
         if generation._left:
             return
+        self._count_prompts(generation)
         account = self._accounts[generation.tenant.name]
         del account.generations[generation.id]
         if not account.generations:
@@ -742,9 +820,16 @@ class Pool:
         if budget is not None:
             budget.left += generation._pixel_steps * generation.waiting
 
-    def _count(self, generation: Generation, branch_pixels: int, pixels: int) -> None:
-        self._work.add(branch_pixels, pixels)
-        self._accounts[generation.tenant.name].work.add(branch_pixels, pixels)
+    def _count_prompts(self, generation: Generation) -> None:
+        """Counts the prompts of a generation as encoded."""
+        if generation._prompt_work.chunks:
+            self._count(generation, generation._prompt_work * -1)
+            generation._prompt_work = Work()
+
+    def _count(self, generation: Generation, work: Work) -> None:
+        """Adds to the work that is not done."""
+        self._work += work
+        self._accounts[generation.tenant.name].work += work
 
     def _stop_timer(self, generation: Generation) -> None:
         if generation._timer is not None:
@@ -769,6 +854,17 @@ def spread(partials: int, steps: int) -> frozenset[int]:
     return frozenset(round(steps * i / (partials + 1)) for i in range(1, partials + 1)) & frozenset(range(1, steps))
 
 
+def _estimates(generation: Generation, manifest: Manifest) -> int:
+    """How many estimates of each picture are decoded, as partial pictures and as previews."""
+    shown = generation.partial_steps
+    if manifest.has_preview_decoder and generation.request.previews:
+        steps = range(1, generation.settings.schedule.steps)
+        shown |= {step for step in steps if generation.request.has_preview(step)}
+    return len(shown)
+
+
 def _single(request: Request, index: int) -> Request:
-    """Picture `index` of a request as a request of its own."""
-    return request if request.num_images == 1 else replace(request, num_images=1, seed=request.seed + index)
+    """Picture `index` of a request as a request of its own, which is not pasted."""
+    if request.num_images == 1 and not (request.mask is not None and request.paste):
+        return request
+    return replace(request, num_images=1, seed=request.seed + index, paste=False)

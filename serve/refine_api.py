@@ -13,7 +13,6 @@ from starlette.requests import Request as HTTPRequest
 from oneword.runtime.refine import Refinement, finish, judge, propose, undo
 from oneword.serve.errors import Conflict, Invalid
 from oneword.serve.fields import Fields
-from oneword.serve.generate import all_or_none
 from oneword.serve.generate import finish as finished
 from oneword.serve.keys import Tenant
 from oneword.serve.pictures import as_base64
@@ -110,10 +109,10 @@ async def _candidates(
         return RefinementRound(round=len(current.rounds) + 1, aspects=current.words, candidates=[])
     concepts = await state.in_thread(propose, current, state.refinements.lexicon)
     prompt, seed = prompt.replace("{}", current.token), current.seed + len(current.rounds)
-    with all_or_none() as generations:
-        for concept in concepts:
-            generations.append(state.pool.submit(tenant, sample_request(state, prompt, concept, seed)))
-    found = await finished(http, *generations, use=lambda picture: sample_jpeg(state, picture))
+    requests = [sample_request(state, prompt, concept, seed) for concept in concepts]
+    generations = [state.pool.prepared(tenant, request) for request in requests]
+    state.pool.enter(*generations)
+    found = await finished(http, *generations, use=lambda _, picture: sample_jpeg(state, picture))
     candidates = [
         Candidate(index=index, aspects=concept.provenance["aspects"], b64_json=as_base64(data))
         for index, (concept, (_, data)) in enumerate(zip(concepts, found, strict=True))

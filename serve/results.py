@@ -1,87 +1,139 @@
-"""Pictures that clients fetch by address instead of in the answer, kept in the store for an hour.
+"""Pictures that clients fetch by address, kept in the store for an hour, and answers that were asked to be kept.
 
 An address holds a random name, so anyone who has it may read the picture, and the hour after which it is gone. The
-files are in the store, so any server that shares it can answer. Each server counts what it has kept of a tenant since
-it was started. Not covered: pictures inside JSON.
+files are in the store, so any server that shares it can answer, also after a restart. What a tenant has is counted from
+the store too. Not covered: pictures inside JSON, and requests that are in progress (`oneword.serve.kept`).
 """
 
 import contextlib
+import hashlib
+import heapq
 import re
 import secrets
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Final
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple
 
 from fastapi import APIRouter
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
 from oneword.serve.errors import Busy, Forbidden, NotFound
-from oneword.serve.files import Files
+from oneword.serve.files import Files, quoted
 from oneword.serve.keys import Tenant
 from oneword.serve.openapi import PICTURE_TYPES, file_response
 from oneword.serve.pictures import MEDIA_TYPES, Format
 
 SECONDS: Final = 3600
+ANSWER_SECONDS: Final = 600
 _DRAWING_SECONDS: Final = 30  # after which a client that waits for reserved room asks again
-_FOLDER: Final = "results"
+_PICTURES: Final = "results"
+_ENTRIES: Final = "kept"
 _NAME: Final = re.compile(r"(\d{1,12})-[0-9a-f]{64}\.(png|jpeg|webp)")
+_ENTRY: Final = re.compile(r"(\d{1,12})-(\d{1,15})-([0-9a-f]{32})(\.json)?")
+_DIGEST: Final = 64  # characters
+_FIX: Final = "leave out the Idempotency-Key and response_format 'url', or ask for fewer pixels"
+
+
+class KeptAnswer(NamedTuple):
+    """An answer, and the digest of the request that it answers."""
+
+    digest: str
+    content: bytes
+
+
+@dataclass(eq=False)
+class _Ledger:
+    """What the store has of a tenant: the names of its entries, their bytes, and which one expires next."""
+
+    names: set[str] = field(default_factory=set[str])
+    queue: list[tuple[int, int, str]] = field(default_factory=list[tuple[int, int, str]])
+    """A heap of expiry, bytes, name."""
+    bytes: int = 0
+
+    def add(self, name: str) -> None:
+        match = _ENTRY.fullmatch(name)
+        if match is not None and name not in self.names:
+            self.names.add(name)
+            heapq.heappush(self.queue, (int(match[1]), int(match[2]), name))
+            self.bytes += int(match[2])
+
+    def expire(self, now: float) -> None:
+        while self.queue and self.queue[0][0] < now:
+            _, size, name = heapq.heappop(self.queue)
+            self.names.discard(name)
+            self.bytes -= size
 
 
 class Results:
-    """Files `results/<expiry>-<random>.<suffix>` of a store. All but `reserved` may block: call it in a thread."""
+    """Files `results/<expiry>-<random>.<suffix>` of a store, and for each picture and answer of a tenant an entry
+    `kept/<tenant>/<expiry>-<bytes>-<id>`: that of an answer is the answer itself, that of a picture is empty.
+
+    All methods but `reserved` may block: call them in a thread.
+    """
 
     def __init__(self, files: Files, clock: Callable[[], float] = time.time) -> None:
         self._files = files
         self._clock = clock
         self._lock = threading.Lock()
-        self._pictures: dict[str, deque[tuple[int, int]]] = {}
-        """By tenant, when each of its pictures expires, the oldest first, and its bytes."""
-        self._bytes = Counter[str]()
-        """Of these pictures together, and those that are reserved, by tenant."""
+        """Held for a moment only, never while the store is read or written."""
+        self._ledgers: dict[str, _Ledger] = {}
+        """By tenant, as of the last `count`, and what this server has kept since."""
+        self._counted = set[str]()
+        """Tenants that were counted since the last `collect`."""
+        self._reserved = Counter[str]()
+        """Bytes by tenant."""
+
+    def count(self, tenant: Tenant) -> None:
+        """Counts what other servers, or this one before it was restarted, have kept for a tenant, unless it has counted
+        since the last `collect`."""
+        if tenant.name in self._counted:
+            return
+        names = self._files.names(_folder(tenant.name))
+        with self._lock:
+            ledger = self._ledgers.setdefault(tenant.name, _Ledger())
+            for name in names:
+                ledger.add(name)
+            self._counted.add(tenant.name)
 
     @contextlib.contextmanager
     def reserved(self, tenant: Tenant, size: int) -> Iterator[None]:
-        """Room for so many bytes of pictures, from before they are drawn until they are kept.
+        """Room for so many bytes of pictures and answers, from before they are drawn until they are kept. Of those in
+        the store, it knows what was counted.
 
         Raises Forbidden if the tenant may never keep as many, Busy if it may not now.
         """
         allowed = tenant.max_result_bytes
         if size > allowed:
             raise Forbidden(
-                f"these pictures may have {size} bytes, allowed are {allowed}: ask for b64_json, or for fewer pixels",
-                "response_format",
-                "quota_exceeded",
+                f"these pictures may have {size} bytes, allowed to be kept are {allowed}: {_FIX}", code="quota_exceeded"
             )
         with self._lock:
-            pictures = self._pictures.get(tenant.name, deque())
-            while pictures and pictures[0][0] < self._clock():
-                self._bytes[tenant.name] -= pictures.popleft()[1]
-            if (used := self._bytes[tenant.name]) + size > allowed:
+            ledger = self._ledgers.setdefault(tenant.name, _Ledger())
+            ledger.expire(self._clock())
+            if (used := ledger.bytes + self._reserved[tenant.name]) + size > allowed:
                 raise Busy(
-                    f"{used} bytes of your pictures are kept for an hour or reserved, these may have {size}, allowed "
-                    f"are {allowed}: ask for b64_json, or try again later",
-                    pictures[0][0] - self._clock() if pictures else _DRAWING_SECONDS,
-                    "response_format",
-                    "quota_exceeded",
+                    f"{used} bytes of your pictures are kept for a while or reserved, these may have {size}, allowed "
+                    f"are {allowed}: try again later, or {_FIX}",
+                    ledger.queue[0][0] - self._clock() if ledger.queue else _DRAWING_SECONDS,
+                    code="quota_exceeded",
                 )
-            self._bytes[tenant.name] += size
+            self._reserved[tenant.name] += size
         try:
             yield
         finally:
             with self._lock:
-                self._bytes[tenant.name] -= size
+                self._reserved[tenant.name] -= size
 
     def put(self, tenant: Tenant, data: bytes, format: Format) -> str:
         """Keeps a picture for an hour and returns its name."""
         expiry = int(self._clock()) + SECONDS
         name = f"{expiry}-{secrets.token_hex(32)}.{format}"
-        self._files.write(f"{_FOLDER}/{name}", data)
-        with self._lock:
-            self._pictures.setdefault(tenant.name, deque()).append((expiry, len(data)))
-            self._bytes[tenant.name] += len(data)
+        self._files.write(f"{_PICTURES}/{name}", data)
+        self._enter(tenant, f"{expiry}-{len(data)}-{secrets.token_hex(16)}", b"")
         return name
 
     def get(self, name: str) -> tuple[bytes, str] | None:
@@ -89,16 +141,57 @@ class Results:
         match = _NAME.fullmatch(name)
         if match is None or int(match[1]) < self._clock():
             return None
-        data = self._files.read(f"{_FOLDER}/{name}")
+        data = self._files.read(f"{_PICTURES}/{name}")
         return None if data is None else (data, MEDIA_TYPES[match[2]])
 
+    def put_answer(self, tenant: Tenant, key: str, answer: KeptAnswer) -> None:
+        """Keeps an answer for ten minutes under any text of the tenant's."""
+        data = answer.digest.encode() + answer.content
+        self._enter(tenant, f"{int(self._clock()) + ANSWER_SECONDS}-{len(data)}-{_id(key)}.json", data)
+
+    def answer(self, tenant: Tenant, key: str) -> KeptAnswer | None:
+        """The answer under a key; None if there is none or it has expired."""
+        folder, ending = _folder(tenant.name), f"-{_id(key)}.json"
+        for name in self._files.names(folder):
+            match = _ENTRY.fullmatch(name) if name.endswith(ending) else None
+            if match is None or int(match[1]) < self._clock():
+                continue
+            data = self._files.read(f"{folder}/{name}", int(match[2]))
+            if data is not None and len(data) == int(match[2]):
+                return KeptAnswer(data[:_DIGEST].decode(), data[_DIGEST:])
+        return None
+
     def collect(self) -> int:
-        """Deletes the pictures that have expired, and returns their number."""
-        names = self._files.names(_FOLDER)
-        expired = [name for name in names if (match := _NAME.fullmatch(name)) and int(match[1]) < self._clock()]
-        for name in expired:
-            self._files.delete(f"{_FOLDER}/{name}")
-        return len(expired)
+        """Deletes the pictures and answers that have expired, and returns their number."""
+        now = self._clock()
+        names = self._files.names(_PICTURES)
+        expired = [f"{_PICTURES}/{name}" for name in names if (match := _NAME.fullmatch(name)) and int(match[1]) < now]
+        count = len(expired)
+        for tenant in self._files.names(_ENTRIES):
+            entries = map(_ENTRY.fullmatch, self._files.names(f"{_ENTRIES}/{tenant}"))
+            old = [match for match in entries if match is not None and int(match[1]) < now]
+            expired += [f"{_ENTRIES}/{tenant}/{match[0]}" for match in old]
+            count += sum(match[4] is not None for match in old)
+        for path in expired:
+            self._files.delete(path)
+        with self._lock:
+            self._counted.clear()  # other servers may have kept some
+            for ledger in self._ledgers.values():
+                ledger.expire(now)
+        return count
+
+    def _enter(self, tenant: Tenant, name: str, data: bytes) -> None:
+        self._files.write(f"{_folder(tenant.name)}/{name}", data)
+        with self._lock:
+            self._ledgers.setdefault(tenant.name, _Ledger()).add(name)
+
+
+def _folder(tenant: str) -> str:
+    return f"{_ENTRIES}/{quoted(tenant)}"
+
+
+def _id(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()[:32]
 
 
 def address(http: HTTPRequest, name: str) -> str:

@@ -19,6 +19,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from oneword.engines.errors import EngineError, OnewordError, UsageError, one_line
+from oneword.serve import kept
 from oneword.serve.app import running
 from oneword.serve.connection import server_config
 from oneword.serve.settings import Settings
@@ -141,6 +142,7 @@ class Server(uvicorn.Server):
         limit = "" if seconds is None else f", for at most {seconds:g} seconds"
         _log.info("stopping: what was accepted is finished%s", limit)
         await asyncio.gather(self.state_of_app.pool.drain(seconds), self.state_of_app.jobs.drain())
+        await kept.drain(self.state_of_app)
         await asyncio.sleep(_LAST_SECONDS)
         self.state_of_app.stopping.set()
         self.should_exit = True

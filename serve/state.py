@@ -1,22 +1,23 @@
 """What the routes of one server share. Built once by `oneword.serve.app`; holds no logic of its own."""
 
 import asyncio
+import functools
+import hashlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ParamSpec, Self, TypeVar
+from typing import NamedTuple, ParamSpec, Self, TypeVar
 
-import anyio.to_thread
+import msgspec
 import numpy as np
 import PIL.Image
-from anyio import CapacityLimiter
 from starlette.requests import HTTPConnection
 
 from oneword.runtime.bundle import Manifest
 from oneword.runtime.events import Latents
 from oneword.runtime.images import preview_image
-from oneword.runtime.prompt import Tokenizer
 from oneword.runtime.request import Image
 from oneword.serve.jobs import Jobs
 from oneword.serve.keys import Keys, Tenant
@@ -24,7 +25,7 @@ from oneword.serve.metrics import Metrics
 from oneword.serve.pictures import encode
 from oneword.serve.pool import Pool
 from oneword.serve.refinements import Refinements
-from oneword.serve.results import Results
+from oneword.serve.results import KeptAnswer, Results
 from oneword.serve.settings import Settings
 from oneword.serve.words import Words
 from oneword.serve.worker import Worker
@@ -40,13 +41,21 @@ _ALWAYS = 1024 * 1024  # pixels that every server makes, however small its model
 _THREADS = 2  # of each kind
 
 
+class Making(NamedTuple):
+    """A request whose answer will be kept: its digest, and what makes the answer."""
+
+    digest: str
+    task: asyncio.Task[KeptAnswer]
+
+
 @dataclass(eq=False)
 class State:
     """Everything that a route needs: `State.of(request)`."""
 
     settings: Settings
     manifest: Manifest
-    tokenizers: Mapping[str, Tokenizer]
+    count_tokens: Callable[[str], int]
+    """The number of ids of a prompt in the first encoder, learned words as plain text."""
     keys: Keys | None
     words: Words
     worker: Worker
@@ -57,8 +66,10 @@ class State:
     jobs: Jobs
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
     """Set once all pictures are done and the server ends: streams that would last end too."""
+    making: dict[tuple[str, str], Making] = field(default_factory=dict)
+    """By tenant and key."""
     created: int = field(default_factory=lambda: int(time.time()))
-    _limiters: dict[str, CapacityLimiter] = field(default_factory=dict)
+    _threads: dict[str, ThreadPoolExecutor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, http: HTTPConnection) -> Self:
@@ -71,21 +82,22 @@ class State:
         """The model's name: the last part of its weights' id."""
         return Path(self.manifest.source.id).name
 
+    @functools.cached_property
+    def bundle_digest(self) -> str:
+        """sha256 of the manifest, which has those of the bundle's files."""
+        return hashlib.sha256(msgspec.json.encode(self.manifest)).hexdigest()
+
     @property
     def max_pixels(self) -> int:
         """Pixels that one picture may have on this server."""
         defaults = self.manifest.defaults
         return max(_LARGER * defaults.width * defaults.height, _ALWAYS)
 
-    def count_tokens(self, prompt: str) -> int:
-        """The number of ids of a prompt in the first encoder, learned words as plain text."""
-        return len(next(iter(self.tokenizers.values())).ids(prompt))
-
-    def preview(self, estimate: Latents | Image) -> bytes:
-        """A small JPEG of a decoded picture [H, W, 3], or of latents [C, h, w] by the bundle's linear map; grey if it
-        has none."""
+    def preview(self, estimate: Latents | Image, pasted: Callable[[Image], Image]) -> bytes:
+        """A small JPEG of a decoded picture [H, W, 3], once it is `pasted`, or of latents [C, h, w] by the bundle's
+        linear map; grey if it has none."""
         if estimate.dtype == np.uint8:
-            pixels, factor = estimate.astype(np.uint8, copy=False), 1
+            pixels, factor = pasted(estimate.astype(np.uint8, copy=False)), 1
         else:
             pixels, factor = self._mapped(estimate.astype(np.float32, copy=False)), self.manifest.vae.factor
         height, width, _ = pixels.shape
@@ -107,8 +119,15 @@ class State:
         Each kind of work, by the function's module and name, has threads of its own: uploads hold up no answer.
         """
         kind = f"{function.__module__}.{function.__qualname__}"
-        limiter = self._limiters.setdefault(kind, CapacityLimiter(_THREADS))
-        return await anyio.to_thread.run_sync(lambda: function(*args, **kwargs), limiter=limiter)
+        if (threads := self._threads.get(kind)) is None:
+            threads = self._threads[kind] = ThreadPoolExecutor(_THREADS, kind)
+        call = functools.partial(function, *args, **kwargs)
+        return await asyncio.get_running_loop().run_in_executor(threads, call)
+
+    def close(self) -> None:
+        """Ends the threads of `in_thread`, without waiting for what they do."""
+        for threads in self._threads.values():
+            threads.shutdown(wait=False, cancel_futures=True)
 
 
 def caller(http: HTTPConnection) -> tuple[State, Tenant]:

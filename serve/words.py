@@ -250,7 +250,7 @@ class Words:
 
     async def _names(self, prompts: Sequence[str]) -> NamedWords:
         """The names in all prompts together."""
-        found = await self._scan(prompts, named_words)
+        found = await self._scan(prompts, _named_words)
         return NamedWords(
             frozenset[str]().union(*(names.bracketed for names in found)),
             frozenset[str]().union(*(names.embeddings for names in found)),
@@ -429,6 +429,15 @@ def _retrieve(task: asyncio.Task[Any]) -> None:
         task.exception()
 
 
+def _named_words(prompt: str) -> NamedWords:
+    return named_words(prompt) if len(prompt) > _LONG else _remembered_words(prompt)
+
+
+@functools.lru_cache(64)  # most requests differ in their seed only
+def _remembered_words(prompt: str) -> NamedWords:
+    return named_words(prompt)
+
+
 def _read_index(store: WordStore, tenant: str, stamp: float) -> Index:
     return Index(store.tokens(tenant), stamp)
 
@@ -459,7 +468,8 @@ def _named(concept: Concept, record: WordRecord) -> Concept:
 
 
 def _bytes(concept: Concept) -> int:
-    return sum(rows.nbytes for rows in concept.vectors.values())
+    parts = (concept.vectors, concept.out, concept.layer_rows)
+    return sum(vectors.nbytes for part in parts for vectors in part.values())
 
 
 def _is_token(text: str) -> bool:

@@ -3,6 +3,7 @@
 Files are safetensors, in any layout that holds one word. Not covered: learning (`oneword.serve.jobs_api`).
 """
 
+from dataclasses import replace
 from typing import Annotated, Final, Literal
 
 from fastapi import APIRouter, Query
@@ -134,7 +135,8 @@ async def word(http: Request, name: str) -> Word:
 
 @router.get("/v1/words/{name}/file", response_class=Response, responses=file_response("A safetensors file.", WORD_TYPE))
 async def word_file(http: Request, name: str) -> Response:
-    """Downloads a word's file. diffusers, A1111 and ComfyUI read it."""
+    """Downloads a word's file. diffusers, A1111 and ComfyUI read it, the first two only if the word has no vectors for
+    layers."""
     state, tenant = caller(http)
     record = await state.words.get(tenant, name)
     concept = await state.words.concept(record)
@@ -187,7 +189,7 @@ async def _put(http: Request, data: bytes, stem: str, name: str | None, *, if_ab
 def _parsed(data: bytes, stem: str, name: str | None) -> Concept:
     """The word in a file, named `name` if it is given. Raises ConceptError."""
     concept = concept_of(*read_safetensors(data, "the file"), token_from_stem(stem))
-    return concept if name is None else Concept(name, concept.vectors, concept.provenance)
+    return concept if name is None else replace(concept, token=name)
 
 
 def _check_name(name: str) -> None:

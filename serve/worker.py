@@ -28,7 +28,6 @@ import numpy.typing as npt
 
 from oneword.engines.errors import EngineError, OnewordError, UsageError, one_line, without_frames
 from oneword.runtime.batched import CALLS
-from oneword.runtime.edit import paste
 from oneword.runtime.events import Event, Latents, PictureDone, StepDone
 from oneword.runtime.events import Failed as PictureFailed
 from oneword.runtime.model import Model
@@ -37,6 +36,8 @@ from oneword.runtime.scheduler import MAX_ROWS, Scheduler
 from oneword.serve.errors import log_failure
 from oneword.serve.watchdog import Pulse
 
+STAGES: Final = ("encode", "denoise", "decode", "partial")
+"""What the engine's time goes to."""
 _MEMORY_SECONDS: Final = 10.0  # of busy time, after which a measurement weighs 1/e
 _PATIENCE: Final = 10.0  # times the expected seconds of a turn, before it counts as a hang
 _WARM_UP_STEPS: Final = 3
@@ -117,6 +118,10 @@ class Ticket:
     listener: Listener
     settings: ResolvedSettings | None = None
     cancelled: bool = False
+    texts: int = 0
+    """Prompts to encode, each with its `encodings`, once it was added."""
+    branch_pixels: Sequence[int] = ()
+    """Of each step, once it was added."""
     id: int | None = None
     """The scheduler's."""
 
@@ -128,7 +133,32 @@ class Turn:
     rows: int
     """Pictures that were denoised."""
     seconds: Mapping[str, float]
-    """By stage: encode, denoise, decode, partial."""
+    """By stage, of STAGES."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """An amount of work for the engine."""
+
+    branch_pixels: int = 0
+    """To denoise. A guided step has 2 x width x height branch pixels, an unguided one half of that."""
+    pixels: int = 0
+    """Of pictures to decode, and to encode for an edit."""
+    estimates: int = 0
+    """Pixels of partial pictures and previews to decode."""
+    chunks: int = 0
+    """Of prompts to encode."""
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(
+            self.branch_pixels + other.branch_pixels,
+            self.pixels + other.pixels,
+            self.estimates + other.estimates,
+            self.chunks + other.chunks,
+        )
+
+    def __mul__(self, count: int) -> "Work":
+        return Work(self.branch_pixels * count, self.pixels * count, self.estimates * count, self.chunks * count)
 
 
 @dataclass(frozen=True)
@@ -141,17 +171,27 @@ class WorkerFigures:
     """Pictures that the scheduler has and that have no slot: they wait for one, or to be decoded."""
     turns: int = 0
     seconds_per_branch_pixel: float = 0.0
-    """To denoise, recently. A guided step has 2 x width x height branch pixels, an unguided one half of that."""
+    """To denoise, recently."""
     seconds_per_pixel: float = 0.0
-    """To encode the prompts of a picture and to decode it, recently."""
+    """To decode a picture and whatever else a picture takes, recently."""
+    seconds_per_estimate: float = 0.0
+    """Per pixel of a partial picture or preview that was asked for, recently. Few of those that many rows ask for in
+    the same turn are decoded."""
+    seconds_per_chunk: float = 0.0
+    """To encode a chunk of a prompt that is not cached, recently."""
     seconds: Mapping[str, float] = field(default_factory=dict)
-    """So far, by stage: encode, denoise, decode, partial."""
+    """So far, by stage, of STAGES."""
     words: int = 0
     """Learned words whose rows are in the embedding tables."""
 
-    def seconds_for(self, branch_pixels: int, pixels: int) -> float:
-        """How long so much denoising, and encoding and decoding of so many pixels, should take."""
-        return branch_pixels * self.seconds_per_branch_pixel + pixels * self.seconds_per_pixel
+    def seconds_for(self, work: Work) -> float:
+        """How long so much work should take."""
+        return (
+            work.branch_pixels * self.seconds_per_branch_pixel
+            + work.pixels * self.seconds_per_pixel
+            + work.estimates * self.seconds_per_estimate
+            + work.chunks * self.seconds_per_chunk
+        )
 
 
 @dataclass
@@ -226,8 +266,8 @@ class Worker:
         """Newest estimates to show as partial pictures, by the scheduler's id; those that wait longest come first."""
         self._due_previews: dict[int, StepDone] = {}
         """The same for previews, if the bundle has a decoder for them. Partial pictures come first."""
-        self._denoising, self._decoding = _Speed(), _Speed()
-        self._seconds: dict[str, float] = {"encode": 0.0, "denoise": 0.0, "decode": 0.0, "partial": 0.0}
+        self._denoising, self._decoding, self._estimating, self._encoding = _Speed(), _Speed(), _Speed(), _Speed()
+        self._seconds: dict[str, float] = dict.fromkeys(STAGES, 0.0)
         self._turns = 0
         self._expected_seconds = 0.0
 
@@ -341,7 +381,7 @@ class Worker:
             settings = resolve(request, model.manifest)
             scheduler.add(request, settings)
             seconds = []
-            before = dict(scheduler.seconds)
+            before, encoding = dict(scheduler.seconds), model.encoding_seconds
             while scheduler:
                 start = scheduler.seconds["denoise"]
                 for event in scheduler.step():
@@ -350,11 +390,13 @@ class Worker:
                 seconds.append(scheduler.seconds["denoise"] - start)
             step = min(second for second in seconds if second)
             self._denoising.add(int(branch_pixels(settings).sum()) / len(settings.schedule), step)
-            spent = sum(scheduler.seconds[stage] - before[stage] for stage in ("encode", "decode"))
-            self._decoding.add(settings.width * settings.height, spent)
-            if model.manifest.has_preview_decoder:
-                factor, channels = model.manifest.vae.factor, model.manifest.vae.latent_channels
-                model.preview(np.zeros((channels, settings.height // factor, settings.width // factor), np.float32))
+            encode, decode = (scheduler.seconds[stage] - before[stage] for stage in ("encode", "decode"))
+            pixels = settings.width * settings.height
+            self._decoding.add(pixels, encode - (model.encoding_seconds - encoding) + decode)
+            self._estimating.add(pixels, _preview_seconds(model, settings) if _has_decoder(model) else decode)
+        encoding, chunks = model.encoding_seconds, model.encoded_chunks
+        model.encode([model.tokenize("a")])  # with the encoders open, and nothing of it cached
+        self._encoding.add(model.encoded_chunks - chunks, model.encoding_seconds - encoding)
         self.slots = scheduler.denoiser.capacity(_default_size(model))
         self.backend = model.engine("denoise_step").backend
         self._publish(scheduler)
@@ -394,6 +436,8 @@ class Worker:
                 ticket.settings = resolve(request, scheduler.model.manifest)
             if ticket.partial_steps:
                 request = replace(request, previews=_preview_steps(request, ticket))
+            ticket.texts = sum(encodings(text, request) for text in ticket.settings.texts)
+            ticket.branch_pixels = branch_pixels(ticket.settings).tolist()
             ticket.id = scheduler.add(request, ticket.settings)
         except Exception as error:
             if not isinstance(error, OnewordError):
@@ -408,41 +452,39 @@ class Worker:
     def _turn(self, scheduler: Scheduler) -> None:
         """Runs one turn and passes on its events."""
         self._expected_seconds = self._turn_seconds()
-        before = dict(scheduler.seconds)
+        model = scheduler.model
+        before, encoding, chunks = dict(scheduler.seconds), model.encoding_seconds, model.encoded_chunks
         events = scheduler.step()
         self.last_turn = time.monotonic()
         seconds = {stage: total - before[stage] for stage, total in scheduler.seconds.items()}
         steps = [(self._tickets[event.id], event) for event in events if isinstance(event, StepDone)]
-        branch_pixels = sum(_branch_pixels(_settings(ticket), event.step) for ticket, event in steps)
-        self._denoising.add(branch_pixels, seconds["denoise"])  # a turn without the end of a step costs time too
+        denoised = sum(ticket.branch_pixels[event.step - 1] for ticket, event in steps)
+        self._denoising.add(denoised, seconds["denoise"])  # a turn without the end of a step costs time too
         pixels = sum(event.image.shape[0] * event.image.shape[1] for event in events if isinstance(event, PictureDone))
-        self._measure(pixels, seconds)
+        encoding = model.encoding_seconds - encoding
+        self._encoding.add(model.encoded_chunks - chunks, encoding)
+        self._decoding.add(pixels, seconds["encode"] - encoding + seconds["decode"])
+        self._count(seconds)
         self._turns += 1
         self._publish(scheduler)  # before anybody hears of the turn
-        decoded = scheduler.model.manifest.has_preview_decoder  # and passed on by _show
+        decoded = _has_decoder(model)  # and passed on by _show
         for event in events:
             self._pass_on(replace(event, denoised=None) if decoded and isinstance(event, StepDone) else event)
-        self._due |= {
-            event.id: event
-            for ticket, event in steps
-            if event.step in ticket.partial_steps and event.id in self._tickets
-        }
-        if decoded:
-            self._due_previews |= {
-                event.id: event
-                for ticket, event in steps
-                if event.denoised is not None and event.step not in ticket.partial_steps and event.id in self._tickets
-            }
-        seconds["partial"] = self._show(scheduler.model) if self._due or self._due_previews else 0.0
+        asked = [(ticket, event) for ticket, event in steps if event.denoised is not None and event.id in self._tickets]
+        partials = {event.id: event for ticket, event in asked if event.step in ticket.partial_steps}
+        previews = {event.id: event for _, event in asked if decoded and event.id not in partials}
+        self._due |= partials
+        self._due_previews |= previews
+        seconds["partial"] = self._show(model) if self._due or self._due_previews else 0.0
+        self._estimating.add(sum(_pixels(self._tickets[id]) for id in partials | previews), seconds["partial"])
         self.last_turn = time.monotonic()
         if self.observer is not None:
             self.observer(Turn(len(steps), seconds))
 
-    def _measure(self, pixels: int, seconds: Mapping[str, float]) -> None:
-        """Counts the time of stages, and the pixels that were decoded in it."""
+    def _count(self, seconds: Mapping[str, float]) -> None:
+        """Counts the time of stages."""
         for stage, spent in seconds.items():
             self._seconds[stage] += spent
-        self._decoding.add(pixels, sum(spent for stage, spent in seconds.items() if stage != "denoise"))
 
     def _show(self, model: Model) -> float:
         """Decodes the estimates that have waited longest and passes them on; the others wait for the next turn, or for
@@ -451,9 +493,10 @@ class Worker:
         estimates = [(self._tickets[id], self._due.pop(id)) for id in [*self._due][:_PARTIALS]]
         previews = [*self._due_previews][: _PARTIALS - len(estimates)]
         estimates += [(self._tickets[id], self._due_previews.pop(id)) for id in previews]
-        pixels = sum(self._decode_estimates(model, together) for together in _grouped(estimates))
+        for together in _grouped(estimates):
+            self._decode_estimates(model, together)
         seconds = time.perf_counter() - start
-        self._measure(pixels, {"partial": seconds})
+        self._count({"partial": seconds})
         return seconds
 
     def _pass_on(self, event: Event) -> None:
@@ -469,31 +512,29 @@ class Worker:
                 self._tell(ticket, Failed(error))
                 self._close(ticket)
 
-    def _decode_estimates(self, model: Model, estimates: Sequence[tuple[Ticket, StepDone]]) -> int:
-        """Decodes the estimates of pictures of one size, with the decoder for previews if there is one, and returns
-        their pixels; if that fails, there are none."""
-        draft = model.manifest.has_preview_decoder
+    def _decode_estimates(self, model: Model, estimates: Sequence[tuple[Ticket, StepDone]]) -> None:
+        """Decodes the estimates of pictures of one size, with the decoder for previews if there is one, and passes them
+        on; if that fails, there are none."""
+        draft = _has_decoder(model)
         estimates = [
             (ticket, event) for ticket, event in estimates if not ticket.cancelled and event.id in self._tickets
         ]
         latents = [event.denoised for _, event in estimates if event.denoised is not None]
         if not latents:
-            return 0
+            return
         try:
             images, finite = model.decode(np.stack(latents), draft)
         except OnewordError as error:
             log_failure(error)
             model.forget_bindings()
-            return 0
+            return
         for (ticket, event), image, ok in zip(estimates, images, finite, strict=True):
             if not ok:
                 continue
-            image = paste(image, ticket.request, _settings(ticket))
             if event.step in ticket.partial_steps:
                 self._tell(ticket, Partial(event.step, image))
             if draft and ticket.request.has_preview(event.step):
                 self._tell(ticket, Preview(event.step, event.steps, image))
-        return sum(image.shape[0] * image.shape[1] for image in images)
 
     def _tell(self, ticket: Ticket, event: WorkerEvent) -> None:
         if not ticket.cancelled:
@@ -508,10 +549,12 @@ class Worker:
             self._open.discard(ticket)
 
     def _turn_seconds(self) -> float:
-        """How long the next turn takes if every picture is denoised, and decoded."""
-        settings = [_settings(ticket) for ticket in self._tickets.values()]
-        pixels = sum(setting.width * setting.height for setting in settings)
-        return 2 * pixels * self._denoising.seconds_per_unit + pixels * self._decoding.seconds_per_unit
+        """How long the next turn takes if all prompts are encoded and every picture is denoised, shown and decoded."""
+        pixels = sum(map(_pixels, self._tickets.values()))
+        texts = sum(ticket.texts for ticket in self._tickets.values())
+        per_pixel = 2 * self._denoising.seconds_per_unit + self._decoding.seconds_per_unit
+        per_pixel += self._estimating.seconds_per_unit
+        return pixels * per_pixel + texts * self._encoding.seconds_per_unit
 
     def _publish(self, scheduler: Scheduler) -> None:
         self.figures = WorkerFigures(
@@ -520,6 +563,8 @@ class Worker:
             turns=self._turns,
             seconds_per_branch_pixel=self._denoising.seconds_per_unit,
             seconds_per_pixel=self._decoding.seconds_per_unit,
+            seconds_per_estimate=self._estimating.seconds_per_unit,
+            seconds_per_chunk=self._encoding.seconds_per_unit,
             seconds=dict(self._seconds),
             words=scheduler.model.resident,
         )
@@ -537,13 +582,36 @@ def branch_pixels(settings: ResolvedSettings) -> npt.NDArray[np.int64]:
     return branches * settings.width * settings.height
 
 
-def _branch_pixels(settings: ResolvedSettings, step: int) -> int:
-    return int(branch_pixels(settings)[step - 1])
+def encodings(text: str, request: Request) -> int:
+    """How many times a text is encoded: once, and once for each layer that one of its words has rows for. All words of
+    the request count whose names are in the text."""
+    text = text.lower()
+    words = [word for token, word in (request.words or {}).items() if token.strip("<>").lower() in text]
+    return 1 + max((len(rows) for word in words for rows in word.layer_rows.values()), default=0)
 
 
 def _settings(ticket: Ticket) -> ResolvedSettings:
     assert ticket.settings is not None  # since it was added
     return ticket.settings
+
+
+def _pixels(ticket: Ticket) -> int:
+    return _settings(ticket).width * _settings(ticket).height
+
+
+def _has_decoder(model: Model) -> bool:
+    """Whether partial pictures and previews are decoded by a decoder for previews."""
+    return model.manifest.has_preview_decoder
+
+
+def _preview_seconds(model: Model, settings: ResolvedSettings) -> float:
+    """How long the decoder for previews takes, once it is open."""
+    factor, channels = model.manifest.vae.factor, model.manifest.vae.latent_channels
+    latents = np.zeros((channels, settings.height // factor, settings.width // factor), np.float32)
+    model.preview(latents)
+    start = time.perf_counter()
+    model.preview(latents)
+    return time.perf_counter() - start
 
 
 def _preview_steps(request: Request, ticket: Ticket) -> frozenset[int]:

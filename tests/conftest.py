@@ -65,10 +65,10 @@ def tiny_preview_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_preview_bundle(tiny_model_dir: Path, tiny_preview_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """tiny_model_dir, exported with a preview decoder."""
-    from oneword.export.write import export_bundle
+    from tests.bundles import export_once
 
     path = tmp_path_factory.mktemp("bundle-preview") / "bundle"
-    return export_bundle(tiny_model_dir, path, preview=tiny_preview_dir).bundle.path
+    return export_once(tiny_model_dir, path, preview=tiny_preview_dir).bundle.path
 
 
 def make_preview_decoder(path: Path, **settings: Any) -> Path:
@@ -86,9 +86,9 @@ def make_preview_decoder(path: Path, **settings: Any) -> Path:
 
 
 def export_tiny(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from oneword.export.write import export_bundle
+    from tests.bundles import export_once
 
-    return export_bundle(model, tmp_path_factory.mktemp("bundle") / "bundle").bundle.path
+    return export_once(model, tmp_path_factory.mktemp("bundle") / "bundle").bundle.path
 
 
 def make_tiny_model(path: Path, *, prediction_type: str) -> Path:

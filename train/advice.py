@@ -8,7 +8,8 @@ from typing import Any
 
 from oneword.engines.errors import UsageError
 from oneword.export.source import Source
-from oneword.train.initial import concept_file, split_words, token_ids
+from oneword.runtime.concept import load_concept
+from oneword.train.initial import RANDOM, concept_file, split_words, token_ids
 from oneword.train.learner import Learner
 from oneword.train.pictures import Picture, near_duplicates, unread_pictures
 from oneword.train.prompts import probes
@@ -28,7 +29,11 @@ def before(source: Source, images: Path, init: str, pictures: Sequence[Picture])
         yield f"skipped {', '.join(unread)} in {images}: convert to PNG or JPEG"
     for first, second in near_duplicates(pictures):
         yield f"{first.name} and {second.name} in {images} are nearly identical: replace one of them"
-    if init == "random" or concept_file(init):
+    if path := concept_file(init):
+        concept = load_concept(path)
+        if concept.out or concept.layer_rows:
+            yield f"init {init} has vectors for layers, which are not used: the word starts from its rows"
+    if init == RANDOM or path:
         return
     tokenizer: Any = next(iter(source.tokenizers.values()))
     for word in split_words(init):
@@ -50,7 +55,8 @@ def after(learner: Learner, index: int) -> Iterator[str]:
         )
     templates = probes(learner.recipe.subject)
     try:
-        initial, current = (learner.response(index, templates, rows) for rows in (word.initial, word.rows))
+        initial = learner.response(index, templates, word.initial, word.initial_out)
+        current = learner.response(index, templates, word.rows, word.out)
     except UsageError:
         return  # the word has too many vectors: the probes do not fit
     if current < DEAF * initial:
@@ -61,8 +67,9 @@ def after(learner: Learner, index: int) -> Iterator[str]:
 
 
 def has_moved(word: Word) -> bool:
-    """Whether learning changed the word by more than a hundredth of its length."""
+    """Whether learning changed the word's rows or output vectors by more than a hundredth of their length."""
     return any(
-        float((rows.detach() - word.initial[name]).norm()) > UNMOVED * float(word.initial[name].norm())
-        for name, rows in word.rows.items()
+        float((learned.detach() - initial[name]).norm()) > UNMOVED * float(initial[name].norm())
+        for parameters, initial in ((word.rows, word.initial), (word.out, word.initial_out))
+        for name, learned in parameters.items()
     )

@@ -20,7 +20,7 @@ from rich.console import Console
 from oneword.engines.errors import FileError, MissingPackage, OnewordError, UsageError
 from oneword.engines.files import write_whole
 from oneword.runtime.commands import HELP, PATH, exit_status, json_option, version_option
-from oneword.runtime.concept import save_concept
+from oneword.runtime.concept import Concept, save_concept
 from oneword.train.recipe import RECIPES, Compute, Norm, Recipe, named_recipe
 
 if TYPE_CHECKING:
@@ -36,6 +36,8 @@ COLUMNS = ("images", "token", "init", "output")
 class Job:
     """What one call of `ti-train` learns: a row of COLUMNS per word, the model, the recipe, and what to save where.
 
+    `liked` are pictures to learn from too, of a single word that `ti-refine` made.
+
     Raises `UsageError` for outputs that could not be written, before learning rather than after it.
     """
 
@@ -43,6 +45,7 @@ class Job:
     config: Path | None
     without: Sequence[str]
     rows: Sequence[Mapping[str, str]]
+    liked: tuple[Path, ...]
     recipe: Recipe
     seed: int
     checkpoints: Path | None
@@ -60,7 +63,7 @@ class Job:
         """The words to learn."""
         from oneword.train.tasks import Task
 
-        return [Task(Path(row["images"]), row["token"], row["init"]) for row in self.rows]
+        return [Task(Path(row["images"]), row["token"], row["init"], self.liked) for row in self.rows]
 
 
 class Interrupted(OnewordError):
@@ -102,8 +105,9 @@ class Interruption:
     "--init",
     "inits",
     multiple=True,
-    help="What to start from: a word that describes the pictures, or several, whose mean is used; the keyword random; "
-    "or a .safetensors file of a word. Give it once for all folders, or once for each.  [default: object]",
+    help="What to start from: a word that describes the pictures, or several, whose mean is used; auto, to find such "
+    "words in the pictures; random; or a .safetensors file of a word. Give it once for all folders, or once for each.  "
+    "[default: object]",
 )
 @click.option(
     "--output",
@@ -118,9 +122,16 @@ class Interruption:
     help="A CSV of words with the columns images, token, init, output, instead of IMAGES_DIR and these three options.",
 )
 @click.option(
+    "--polish",
+    "polished",
+    type=PATH,
+    metavar="FILE",
+    help="Learn a word of ti-refine further, from IMAGES_DIR and the pictures liked in its rounds; in place of --token "
+    "and --init.",
+)
+@click.option(
     "--recipe",
-    default="fast",
-    show_default=True,
+    show_default="fast; directional with --polish",
     help=f"The settings to start from: {', '.join(RECIPES)}. Each option from --steps to --set replaces one of them.",
 )
 @click.option("--steps", type=int, help="Optimiser steps.")
@@ -173,7 +184,8 @@ def command(
     inits: Sequence[str],
     outputs: Sequence[Path],
     manifest: Path | None,
-    recipe: str,
+    polished: Path | None,
+    recipe: str | None,
     settings: Sequence[str],
     norm: str | None,
     compute: str | None,
@@ -198,12 +210,22 @@ def command(
     ):
         if number is not None and number < 1:
             raise UsageError(f"--{option} is {number}: give a whole number, at least 1")
+    liked: tuple[Path, ...] = ()
+    if polished is not None:
+        if manifest or tokens or inits or len(images) != 1:
+            raise UsageError("--polish takes one IMAGES_DIR and --output: leave out --token, --init and --manifest")
+        from oneword.train.polish import read_refined_word
+
+        word = read_refined_word(polished)
+        tokens, inits, liked = [word.token], [str(polished)], word.liked
+        recipe, changes = recipe or "directional", {"vectors": word.vectors, **changes}
     job = Job(
         model,
         config,
         without,
         rows_of(images, tokens, inits, outputs, manifest),
-        named_recipe(recipe).with_changes(**changes).with_text(settings),
+        liked,
+        named_recipe(recipe or "fast").with_changes(**changes).with_text(settings),
         seed,
         checkpoints,
         checkpoint_every,
@@ -267,7 +289,7 @@ def learn_locally(job: Job, console: Console) -> dict[str, Any]:
     forget(checkpoints)
     concepts = [
         {
-            **row,
+            **reported_row(row, concept),
             "vectors": {name: list(vectors.shape) for name, vectors in concept.vectors.items()},
             "loss": losses[-1] if math.isfinite(losses[-1]) else None,
             "steps": len(losses),
@@ -294,13 +316,20 @@ def learn_on_ray(job: Job, address: str, group: int, console: Console) -> dict[s
         address=address,
         group=group,
     )
+    rows = list(job.rows)
     for concepts, notes in groups:
         for note in notes:
             console.print(f"note: {note}", markup=False, soft_wrap=True)
         for number, concept in concepts.items():
             save_concept(concept, job.rows[number]["output"])
+            rows[number] = reported_row(job.rows[number], concept)
             console.print(f"{concept.token} -> {job.rows[number]['output']}", markup=False, soft_wrap=True)
-    return document_of(job, job.rows, job.recipe.steps, {"total": time.perf_counter() - started})
+    return document_of(job, rows, job.recipe.steps, {"total": time.perf_counter() - started})
+
+
+def reported_row(row: Mapping[str, str], concept: Concept) -> Mapping[str, str]:
+    """The row of a word that was learned, with the words that were found in place of `auto`."""
+    return {**row, "init": concept.provenance["init"]} if row["init"] == "auto" else row
 
 
 def document_of(
@@ -338,7 +367,7 @@ def report_of(
     words = [
         LearnedWord(
             token=concept.token,
-            init=row["init"],
+            init=concept.provenance["init"],
             output=Path(row["output"]),
             vectors=len(next(iter(concept.vectors.values()))),
             pictures=[picture.pixels for picture in read_pictures(Path(row["images"]), 112)],

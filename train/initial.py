@@ -1,4 +1,7 @@
-"""A word's initial rows: a row of the vocabulary, a mean of several, a random row of median length, or a concept's."""
+"""A word's initial rows: a row of the vocabulary, a mean of several, a random row of median length, or a concept's.
+
+`auto` stands for words that `oneword.train.search` finds in the pictures, starting from the vocabulary's mean row.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,8 @@ from oneword.runtime.concept import Concept, load_concept
 from oneword.train.norms import vocabulary_norm
 from oneword.train.word import Rows
 
+AUTO, RANDOM = "auto", "random"
+
 
 def initial_rows(source: Source, init: str, vectors: int, seed: int, encoders: Collection[str] = ()) -> Rows:
     """Returns a word's initial rows, `vectors` for each of `encoders`, or for all of the model's if there are none.
@@ -27,7 +32,9 @@ def initial_rows(source: Source, init: str, vectors: int, seed: int, encoders: C
     rows: dict[str, torch.Tensor] = {}
     for name, model in models.items():
         table = embedding_table(model)
-        if init == "random":
+        if init == AUTO:
+            rows[name] = table.mean(0, keepdim=True).repeat(vectors, 1)
+        elif init == RANDOM:
             generator = torch.Generator().manual_seed(seed)
             direction = torch.randn(vectors, table.shape[1], generator=generator)
             rows[name] = direction / direction.norm(dim=-1, keepdim=True) * vocabulary_norm(table)
@@ -44,7 +51,7 @@ def concept_file(init: str) -> Path | None:
 
 def initial_text(init: str) -> str:
     """What replaces a word in the prompt of a text encoder that it is not learned for: its init, if that is words."""
-    return "" if init == "random" or concept_file(init) else init
+    return "" if init in (AUTO, RANDOM) or concept_file(init) else init
 
 
 def _rows_of_concept(concept: Concept, models: Mapping[str, Any], vectors: int) -> Rows:
@@ -54,6 +61,11 @@ def _rows_of_concept(concept: Concept, models: Mapping[str, Any], vectors: int) 
         if name not in concept.vectors or concept.vectors[name].shape[1] != width:
             raise UsageError(
                 f"the concept {concept.token!r} has no vectors of width {width} for {name}: give another init"
+            )
+        if not concept.vectors[name].any(-1).all():
+            raise UsageError(
+                f"the concept {concept.token!r} has rows of zeros for {name} beside its output vectors, from which "
+                "learning cannot start: give another init"
             )
         vectors_of_concept = torch.from_numpy(concept.vectors[name].copy())
         rows[name] = vectors_of_concept[torch.arange(vectors).clamp(max=len(vectors_of_concept) - 1)]

@@ -117,7 +117,7 @@ def learn_word(order: Order, report: Callable[[Report], None], closed: threading
     """Learns the order's word and reports what happens, until the word is learned or `closed` is set."""
     folder = Path(order.folder)
     with locked(folder / "run"):
-        from oneword.export.source import load_source, silence_libraries
+        from oneword.export.source import encoders_left_out, load_source, silence_libraries
         from oneword.train.compute import compute_dtype
         from oneword.train.learn import learn
         from oneword.train.recipe import named_recipe
@@ -127,7 +127,7 @@ def learn_word(order: Order, report: Callable[[Report], None], closed: threading
         recipe = named_recipe(order.recipe).with_changes(steps=order.steps)
         if digest_of(order.model).digest != order.digest:
             raise UsageError("the model's weights are not those the bundle was exported from: export it again")
-        source = load_source(order.model)
+        source = load_source(order.model, without=encoders_left_out(order.model, order.encoders))
         report(Started(machine_of(str(compute_dtype(recipe.compute)))))
         run = learn(
             source,

@@ -14,7 +14,7 @@ import hashlib
 import math
 import time
 from collections.abc import Collection, Generator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,13 +25,24 @@ from oneword.export.source import Source, load_source
 from oneword.runtime.concept import Concept
 from oneword.train import advice
 from oneword.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from oneword.train.initial import concept_file
+from oneword.train.initial import AUTO, concept_file, initial_rows
 from oneword.train.learner import Learner
-from oneword.train.pictures import Picture, read_pictures
+from oneword.train.pictures import Picture, read_picture, read_pictures
 from oneword.train.preview import Previewer, Sheet
 from oneword.train.prompts import probes
 from oneword.train.recipe import Recipe
-from oneword.train.tasks import Task, check_encoders, check_tasks, check_tokens, make_word, picture_size, side_step
+from oneword.train.search import words_of_pictures
+from oneword.train.tasks import (
+    Task,
+    check_encoders,
+    check_polished,
+    check_tasks,
+    check_tokens,
+    make_word,
+    picture_size,
+    side_step,
+)
+from oneword.train.word import Word
 
 MAX_SEED = 2**63 - 2  # the fixed batch of each word uses the next one
 
@@ -92,6 +103,7 @@ def learn(
     source = model if isinstance(model, Source) else load_source(model, config=config, without=without)
     check_tokens(source, tasks)
     check_encoders(source, recipe.encoders)
+    check_polished(source, tasks, recipe.encoders)
     clock.lap("load")
     run = Run(source, tasks, recipe, seed, clock, checkpoints, checkpoint_every, preview_every, words_after)
     if not isinstance(model, Source) and run.previewer is None:
@@ -114,23 +126,30 @@ class Run:
         preview_every: int | None,
         words_after: Collection[int],
     ) -> None:
-        self.source, self.tasks, self.recipe, self.seed, self.clock = source, tasks, recipe, seed, clock
+        self.source, self.tasks, self.recipe, self.seed, self.clock = source, list(tasks), recipe, seed, clock
         self.checkpoints, self.checkpoint_every, self.preview_every = checkpoints, checkpoint_every, preview_every
         self.words_after = words_after
-        size, step = picture_size(source), side_step(source) if recipe.buckets else None
-        self.pictures = [read_pictures(task.images, size, step=step) for task in tasks]
+        size, step = picture_size(source, recipe), side_step(source) if recipe.buckets else None
+        folders = [read_pictures(task.images, size, step=step) for task in tasks]
+        self.pictures = [
+            [*pictures, *(read_picture(path, size, step=step) for path in task.more)]
+            for task, pictures in zip(tasks, folders, strict=True)
+        ]
         words = [
             make_word(source, task, pictures, recipe, seed) for task, pictures in zip(tasks, self.pictures, strict=True)
         ]
-        self.notes = [
+        clock.lap("pictures")
+        self.settings = settings_of(source, tasks, self.pictures, recipe, seed) if checkpoints else {}
+        self.checkpoint = load_checkpoint(checkpoints, self.settings) if checkpoints else None
+        self.found: list[str] = self.checkpoint.facts["found"] if self.checkpoint else []
+        self.notes = self.find_starts(words)
+        self.notes += [
             note
-            for task, pictures in zip(tasks, self.pictures, strict=True)
+            for task, pictures in zip(self.tasks, folders, strict=True)
             for note in advice.before(source, task.images, task.init, pictures)
         ]
-        clock.lap("pictures")
         self.learner = Learner(source, words, recipe, seed)
         self.previewer = Previewer(source, probes(recipe.subject), seed) if preview_every else None
-        self.settings = settings_of(source, tasks, self.pictures, recipe, seed) if checkpoints else {}
 
     def __iter__(self) -> Generator[Progress]:
         self.resume()
@@ -146,11 +165,28 @@ class Run:
             raise
         yield self.result()
 
+    def find_starts(self, words: Sequence[Word]) -> list[str]:
+        """Replaces each init that is `auto` by words that its pictures show, and gives the word their rows. Returns a
+        note for each. A run that resumes has found them before."""
+        auto = [index for index, task in enumerate(self.tasks) if task.init == AUTO]
+        if not auto:
+            return []
+        if not self.found:
+            self.found = words_of_pictures(self.source, [words[index] for index in auto], self.recipe, self.seed)
+        for index, init in zip(auto, self.found, strict=True):
+            self.tasks[index] = replace(self.tasks[index], init=init)
+            words[index].initial = initial_rows(self.source, init, self.recipe.vectors, self.seed, self.recipe.encoders)
+            words[index].text = init
+        self.clock.lap("search")
+        return [f"{self.tasks[index].token} starts from the mean of: {self.tasks[index].init}" for index in auto]
+
     def resume(self) -> None:
-        """Restores the newest checkpoint, if there is one."""
-        if self.checkpoints and (checkpoint := load_checkpoint(self.checkpoints, self.settings)):
-            self.learner.restore(checkpoint.tensors, checkpoint.facts)
-            self.notes.append(f"resuming from step {checkpoint.step} of {self.recipe.steps} ({self.checkpoints})")
+        """Restores the newest checkpoint, if there was one."""
+        if self.checkpoint is not None:
+            step = self.checkpoint.step
+            self.learner.restore(self.checkpoint.tensors, self.checkpoint.facts)
+            self.notes.append(f"resuming from step {step} of {self.recipe.steps} ({self.checkpoints})")
+            self.checkpoint = None
         self.losses = [word.losses[-1] if word.losses else math.nan for word in self.learner.words]
         self.rate = self.learner.learning_rate
 
@@ -167,7 +203,9 @@ class Run:
     def save(self) -> None:
         """Writes a checkpoint, if the run has a checkpoint folder."""
         if self.checkpoints:
-            save_checkpoint(self.checkpoints, Checkpoint(self.learner.steps_done, *self.learner.state(), self.settings))
+            tensors, facts = self.learner.state()
+            facts["found"] = self.found
+            save_checkpoint(self.checkpoints, Checkpoint(self.learner.steps_done, tensors, facts, self.settings))
 
     def progress(self) -> Progress:
         """The progress after the latest step, with the notes not reported so far."""

@@ -1,45 +1,73 @@
 """Learning words: optimiser steps over batches that many words share. No files, no progress bars.
 
-Only the words' rows [n, D] are trained. The text encoder is the module that is exported, given a small embedding table:
-the vocabulary rows that the prompts use, followed by the words' rows. Each word has its own rows, loss, optimiser,
-random stream and stopping step; words in a batch do not affect each other.
+Only the words' rows [n, D], and output vectors if the recipe has any, are trained. The text encoder is the module that
+is exported, given a small embedding table: the vocabulary rows that the prompts use, followed by the words' rows.
+Output vectors are written into copies of a prompt's context, one for each layer of the network, as the runtime does it.
+Each word has its own rows, loss, optimiser, random stream and stopping step; words in a batch do not affect each other.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias, cast
+from functools import cached_property
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import numpy as np
 import torch
 from torch.nn.functional import mse_loss, pad
 
-from oneword.engines.errors import EngineError
+from oneword.engines.errors import EngineError, UsageError
+from oneword.export.chroma import Chroma
 from oneword.export.families import AnyEncoder, family_of
 from oneword.export.flux import Flux
 from oneword.export.modules import DenoiseStep, UNet
 from oneword.export.sd3 import StableDiffusion3
 from oneword.export.source import Source
-from oneword.runtime.concept import Concept
+from oneword.runtime.concept import Concept, check_size
+from oneword.runtime.samplers import stage_at
 from oneword.train.compute import compute_dtype, few_positions
 from oneword.train.losses import distance_to_start
 from oneword.train.noising import noising_of
 from oneword.train.norms import vocabulary_mean_norm, vocabulary_norm, with_norm
 from oneword.train.parallel import Recorded, in_threads, parts_of
 from oneword.train.prompts import Encoded, FrozenPrompts, PromptEncoder, Text, probes
-from oneword.train.recipe import Recipe
+from oneword.train.recipe import Output, Recipe
 from oneword.train.stopping import has_settled
-from oneword.train.word import Batch, Draw, Rows, Word, all_prompts, draw, group_by_shape, prepare, tensors_of
+from oneword.train.word import (
+    Batch,
+    Draw,
+    Rows,
+    Word,
+    all_prompts,
+    draw,
+    group_by_shape,
+    prepare,
+    prepare_output,
+    tensors_of,
+)
 
-NetworkModule: TypeAlias = UNet | StableDiffusion3 | Flux
+NetworkModule: TypeAlias = UNet | StableDiffusion3 | Flux | Chroma
 GUIDANCE = 1.0  # of a network that takes it as an input: the one without effect
+TEXTS_PER_CALL = 32  # of a text encoder, where a word's captions are encoded: there may be a thousand
+
+
+class Conditions(NamedTuple):
+    """What the network attends to for B pictures: contexts [B, T, D], pooled vectors [B, P] and masks [B, T]; with
+    output vectors, a pool of contexts [M, T, D] with masks [M, T], and the ones of each picture and layer, [B, 2, L]:
+    for its keys and for its values."""
+
+    context: torch.Tensor
+    pooled: torch.Tensor | None
+    mask: torch.Tensor | None
+    branch_context: torch.Tensor | None
 
 
 class Learner:
     """Learns words with a frozen model. All words are learned for the same text encoders.
 
-    Raises `UsageError` for a model or prompt that cannot be used, `EngineError` if a loss is not finite.
+    Raises `UsageError` for a model or prompt that cannot be used, `ConceptError` for a word that would be too large for
+    a file, `EngineError` if a loss is not finite.
     """
 
     def __init__(self, source: Source, words: Sequence[Word], recipe: Recipe, seed: int) -> None:
@@ -75,6 +103,10 @@ class Learner:
         for name, encoder in self.encoders.items():
             if not any(name in word.rows for word in words):
                 self._frozen[name] = FrozenPrompts(encoder)
+        if recipe.output is not Output.NONE:
+            self._prepare_outputs()
+        for word in words:
+            check_size(word.token, sum(part.numel() for part in [*word.rows.values(), *word.out.values()]))
         # Each word's fixed batch, from a separate random stream, so that a resumed run has the same one.
         self._probes = [
             draw(word, recipe, len(self.noising), torch.Generator().manual_seed(seed + 1)) for word in words
@@ -116,9 +148,20 @@ class Learner:
         """A word's loss on a batch, without learning from it; by default on the word's fixed batch."""
         return float(self._losses({index: batch or self._probes[index]})[0])
 
+    def gradient(self, index: int, batches: Sequence[Draw]) -> Rows:
+        """The mean gradient of a word's loss on batches, by text encoder [n, D], without learning from it."""
+        word = self.words[index]
+        for batch in batches:
+            self._accumulate({index: batch})
+        gradients = {name: cast(torch.Tensor, rows.grad) / len(batches) for name, rows in word.rows.items()}
+        for parameter in word.parameters():
+            parameter.grad = None
+        return gradients
+
     @torch.no_grad()
-    def response(self, index: int, templates: Sequence[str], rows: Rows) -> float:
-        """How much the network's prediction depends on the text around the word, with `rows` as the word's rows.
+    def response(self, index: int, templates: Sequence[str], rows: Rows, out: Rows | None = None) -> float:
+        """How much the network's prediction depends on the text around the word, with `rows` as the word's rows and
+        `out` as its output vectors, by default those it has.
 
         This is the mean squared deviation from the mean over `templates`, for the same noise at four fifths of the
         schedule, where the scene is decided. It is near zero for a word that drowns out the rest of its prompt.
@@ -127,8 +170,10 @@ class Learner:
         noise = torch.randn((1, *shape), generator=torch.Generator().manual_seed(0)).expand(len(templates), *shape)
         timesteps = torch.full((len(templates),), int(0.8 * len(self.noising)))
         self._set_attention(noise[0])
-        context = self._context([(index, template) for template in templates], {index: rows})
-        predicted = self._predict(noise, timesteps, *context)
+        stages = self._stages(timesteps, noise)
+        out_of = {index: self.words[index].out if out is None else out}
+        conditions = self._conditions([(index, template) for template in templates], stages, {index: rows}, out_of)
+        predicted = self._predict(noise, timesteps, conditions)
         return float((predicted - predicted.mean(0)).square().mean())
 
     def release_encoders(self) -> None:
@@ -151,8 +196,14 @@ class Learner:
         count = self.rows_in_use(index)
         if word.rows.keys() != self.encoders.keys() or self.conditioning.zero_tokens:  # an encoder has no rows
             provenance = {**provenance, "text": word.text}
+        layers = {name: self.encoders[name].facts.default_layer for name in word.out}
         return Concept(
-            word.token, {name: rows.detach()[:count].numpy().copy() for name, rows in word.rows.items()}, provenance
+            word.token,
+            {name: rows.detach()[:count].numpy().copy() for name, rows in word.rows.items()},
+            provenance,
+            {name: vectors.detach().numpy().copy() for name, vectors in word.out.items()},
+            values_only=self.recipe.values_only and bool(word.out),
+            encoder_layers={name: layer for name, layer in layers.items() if layer is not None},
         )
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -215,8 +266,11 @@ class Learner:
         """Records the network for parts of these sizes, unless it has been recorded."""
         for part in {len(part): part for part in parts}.values():
             noisy = torch.stack([batch.latents[picture] for picture in part])
-            context, pooled = self._context([(batch.words[picture], batch.prompts[picture]) for picture in part])
-            self.network.record(*self._network_inputs(noisy, batch.timesteps[part], context, pooled))
+            timesteps = batch.timesteps[part]
+            conditions = self._conditions(
+                [(batch.words[picture], batch.prompts[picture]) for picture in part], self._stages(timesteps, noisy)
+            )
+            self.network.record(*self._network_inputs(noisy, timesteps, conditions))
 
     def _penalty(self, index: int) -> torch.Tensor:
         """The weighted distance of a word to its initial rows, which the regularised recipe adds to its loss."""
@@ -240,8 +294,10 @@ class Learner:
             for values in (batch.latents, batch.eps, batch.timesteps)
         )
         x_t = self.noising.noisy(x_0, eps, t)
-        context, pooled = self._context([(batch.words[picture], batch.prompts[picture]) for picture in pictures])
-        predicted = self._predict(x_t, t, context, pooled)
+        conditions = self._conditions(
+            [(batch.words[picture], batch.prompts[picture]) for picture in pictures], self._stages(t, x_0)
+        )
+        predicted = self._predict(x_t, t, conditions)
         error = mse_loss(predicted, self.noising.target(x_0, eps, t), reduction="none")
         error = error * self.noising.weights(t)[:, None, None, None]
         if batch.masks is not None:
@@ -255,22 +311,23 @@ class Learner:
             self.network.module.attend_plainly(plain)
             self.network.variant = plain
 
-    def _predict(
-        self, noisy: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor, pooled: torch.Tensor | None
-    ) -> torch.Tensor:
+    def _predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, conditions: Conditions) -> torch.Tensor:
         """The network's prediction [B, C, h, w] as float32, computed in the network's type."""
-        return self.network(*self._network_inputs(noisy, timesteps, context, pooled)).float()
+        return self.network(*self._network_inputs(noisy, timesteps, conditions)).float()
 
     def _network_inputs(
-        self, noisy: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor, pooled: torch.Tensor | None
+        self, noisy: torch.Tensor, timesteps: torch.Tensor, conditions: Conditions
     ) -> tuple[torch.Tensor | None, ...]:
+        context, pooled, mask, branch_context = conditions
         return (
             noisy.to(self.dtype, memory_format=torch.channels_last),
             self.noising.times(timesteps, noisy),
             context.to(self.dtype),
             None if pooled is None else pooled.to(self.dtype),
             self._time_ids(noisy) if self.conditioning.time_ids else None,
-            *((None, torch.full((len(noisy),), GUIDANCE)) if self.network.module.embeds_guidance else ()),
+            branch_context,
+            *((torch.full((len(noisy),), GUIDANCE),) if self.network.module.embeds_guidance else ()),
+            *((mask,) if self.network.module.masks_context else ()),
         )
 
     def _prepare(self, batch: Batch) -> None:
@@ -288,10 +345,100 @@ class Learner:
         text = None if encoder in word.rows else word.text
         return Text(prompt, self._first_row[index], self.rows_in_use(index), self.recipe.vectors, text)
 
+    def _prepare_outputs(self) -> None:
+        """Gives every word output vectors: the states of its initial rows, averaged over its prompts.
+
+        Raises `UsageError` for a network that cannot use them.
+        """
+        if self.recipe.values_only and not self.conditioning.repeatable:
+            raise UsageError(
+                f"values_only with {self.source.model}, whose keys and values share their states (joint attention): "
+                "set values_only=false"
+            )
+        if not all(self.output_places.keys() & word.rows for word in self.words):
+            raise UsageError(
+                f"output vectors of {', '.join(self.words[0].rows)}, whose states are not in the network's context: "
+                f"set encoders to any of {', '.join(self.output_places)}, or output to none"
+            )
+        layers = self.network.module.num_layers if self.recipe.output is Output.LAYERS else 1
+        for index, word in enumerate(self.words):
+            initial: dict[str, torch.Tensor] = {}
+            for name in [name for name in self.output_places if name in word.rows]:
+                encoder = self.encoders[name]
+                texts = [self._text(name, index, prompt) for prompt in dict.fromkeys(word.captions or word.prompts)]
+                sums = torch.zeros(self.recipe.vectors, encoder.facts.hidden_width or 0)
+                for first in range(0, len(texts), TEXTS_PER_CALL):
+                    part = texts[first : first + TEXTS_PER_CALL]
+                    with torch.no_grad():
+                        states = encoder(part, self._all_rows(name, {})).states
+                    for text, text_states in zip(part, states, strict=True):
+                        for position, number in encoder.places(text):
+                            sums[number] += text_states[position]
+                count = sum(len(encoder.places(text)) for text in texts) / self.recipe.vectors
+                initial[name] = (sums / count).expand(self.recipe.stages, layers, -1, -1).clone()
+            prepare_output(word, self.recipe, initial)
+
+    @cached_property
+    def output_places(self) -> dict[str, tuple[int, slice]]:
+        """Of each encoder whose states are in the context: its first token and its columns."""
+        places: dict[str, tuple[int, slice]] = {}
+        token = 0
+        for block in self.conditioning.context:
+            column = 0
+            for name in block:
+                width = self.encoders[name].facts.hidden_width or 0
+                places[name] = token, slice(column, column + width)
+                column += width
+            token += max(self.encoders[name].facts.length for name in block)
+        return places
+
+    def _stages(self, timesteps: torch.Tensor, x_0: torch.Tensor) -> list[int]:
+        """The stage of each timestep [B]."""
+        times = self.noising.times(timesteps, x_0).tolist()
+        return [stage_at(time, self.recipe.stages, len(self.noising)) for time in times]
+
+    def _conditions(
+        self,
+        prompts: Sequence[tuple[int, str]],
+        stages: Sequence[int],
+        rows_of: Mapping[int, Rows] | None = None,
+        out_of: Mapping[int, Rows] | None = None,
+    ) -> Conditions:
+        """The conditions of words' prompts, each in its stage.
+
+        `rows_of` and `out_of` override the rows and the output vectors of words by index.
+        """
+        context, pooled, mask = self._context(prompts, rows_of)
+        if self.recipe.output is Output.NONE:
+            return Conditions(context, pooled, mask, None)
+        outs = [(out_of or {}).get(index, self.words[index].out) for index, _ in prompts]
+        count = next(vectors.shape[1] for out in outs for vectors in out.values())
+        written = context[:, None].repeat(1, count, 1, 1)
+        for name, (first, columns) in self.output_places.items():
+            pictures: list[int] = []
+            tokens: list[int] = []
+            vectors: list[torch.Tensor] = []  # [layers, Dh]
+            for picture, ((index, template), stage, out) in enumerate(zip(prompts, stages, outs, strict=True)):
+                if name in out:
+                    for position, number in self.encoders[name].places(self._text(name, index, template)):
+                        pictures.append(picture)
+                        tokens.append(first + position)
+                        vectors.append(out[name][stage, :, number])
+            if vectors:
+                written[pictures, :, tokens, columns] = torch.stack(vectors)
+        indices, layers = torch.arange(len(prompts)), self.network.module.num_layers
+        pool, owners = written.flatten(0, 1), indices.repeat_interleave(count)
+        keys = values = indices[:, None] * count + torch.arange(layers) % count
+        if self.recipe.values_only:
+            pool, owners = torch.cat([context, pool]), torch.cat([indices, owners])
+            keys, values = indices[:, None].expand(-1, layers), len(prompts) + values
+        return Conditions(pool, pooled, None if mask is None else mask[owners], torch.stack([keys, values], 1))
+
     def _context(
         self, prompts: Sequence[tuple[int, str]], rows_of: Mapping[int, Rows] | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Encodes words' prompts to [B, T, D] and, if the family pools, [B, P]; each distinct prompt once.
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Encodes words' prompts to [B, T, D], [B, P] if the family pools, and [B, T] if it masks; each distinct prompt
+        once.
 
         `rows_of` overrides the rows of words by index.
         """
@@ -308,7 +455,20 @@ class Learner:
             blocks = [pad(block, (0, width - block.shape[-1])) for block in blocks]
             blocks.append(torch.zeros(len(unique), conditioning.zero_tokens, width))
         pooled = torch.cat([encoded[name].pooled for name in conditioning.pooled], -1) if conditioning.pooled else None
-        return torch.cat(blocks, 1)[rows], None if pooled is None else pooled[rows]
+        mask = self._mask([encoded[block[0]] for block in conditioning.context])
+        return (
+            torch.cat(blocks, 1)[rows],
+            None if pooled is None else pooled[rows],
+            None if mask is None else mask[rows],
+        )
+
+    def _mask(self, blocks: Sequence[Encoded]) -> torch.Tensor | None:
+        """[B, T]: 1 for tokens of the blocks' prompts that the network attends to; None if that is all of them."""
+        padding = self.conditioning.attended_padding
+        if padding is None:
+            return None
+        attended = [torch.arange(block.states.shape[1]) <= block.eos_index[:, None] + padding for block in blocks]
+        return torch.cat(attended, 1).float()
 
     def _all_rows(self, encoder: str, rows_of: Mapping[int, Rows]) -> torch.Tensor:
         """Every word's rows [R, D], each word's followed by its per-picture rows."""
@@ -334,6 +494,11 @@ class Learner:
             group["lr"] = self.learning_rate
         word.optimizer.step()
         word.optimizer.zero_grad(set_to_none=True)
+        if word.output_optimizer is not None:
+            for group in word.output_optimizer.param_groups:
+                group["lr"] = self.recipe.output_rate_at(self.steps_done) * group["spread"]
+            word.output_optimizer.step()
+            word.output_optimizer.zero_grad(set_to_none=True)
         count = self.rows_in_use(index)
         word.losses.append(loss)
         with torch.no_grad():

@@ -124,10 +124,12 @@ class Text(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """Hidden states [B, T, D] and pooled vectors [B, P] of texts; empty if the encoder does not return them."""
+    """Hidden states [B, T, D] and pooled vectors [B, P] of texts, empty if the encoder does not return them, and the
+    positions [B] of their eos."""
 
     states: torch.Tensor
     pooled: torch.Tensor
+    eos_index: torch.Tensor
 
 
 class PromptEncoder:
@@ -153,12 +155,13 @@ class PromptEncoder:
             inputs.append(torch.ones(input_ids.shape))
         if self.facts.layers:
             inputs.append(torch.full((len(texts),), self.facts.default_layer or 0))
-        if self.encoder.pools:
+        if self.encoder.pools or self.encoder.masks_padding:
             inputs.append(eos_index)
         *outputs, _ = self.encoder(*inputs)
         return Encoded(
             outputs[0] if self.facts.hidden_width is not None else torch.empty(0),
             outputs[-1] if self.encoder.pools else torch.empty(0),
+            eos_index,
         )
 
     def ids(self, text: Text) -> list[int]:
@@ -166,6 +169,11 @@ class PromptEncoder:
         if text not in self._sequences:
             self._sequences[text] = self._encode(*text)
         return self._sequences[text]
+
+    def places(self, text: Text) -> list[tuple[int, int]]:
+        """Where a text has its word: each position among the T tokens, with the number of the word's row there."""
+        numbers = [-1 - row - text.first for row in self.ids(text)]
+        return [(position, number) for position, number in enumerate(numbers) if 0 <= number < text.used]
 
     def _encode(self, template: str, first: int, count: int, total: int, text: str | None) -> list[int]:
         bos = [] if self.facts.bos_id is None else [self.facts.bos_id]
@@ -209,8 +217,7 @@ class FrozenPrompts:
 
     def __call__(self, texts: Sequence[Text]) -> Encoded:
         """Encodes B texts. Several threads may do so at once if each of these texts has been encoded before."""
-        states, pooled = zip(*map(self._encode, texts), strict=True)
-        return Encoded(torch.cat(states), torch.cat(pooled))
+        return Encoded(*map(torch.cat, zip(*map(self._encode, texts), strict=True)))
 
     def release(self) -> None:
         """Frees the encoder's weights. Only prompts that have been encoded can be used from now on."""

@@ -7,12 +7,12 @@ number type and as many threads as this process. Ray, oneword's extra `ray`, is 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from oneword.engines.errors import EngineError, MissingPackage, OnewordError
@@ -25,7 +25,7 @@ from oneword.train.recipe import Compute, Recipe
 from oneword.train.tasks import Task, check_tasks
 
 RETRIES = 3  # of a task whose worker died
-Parts = tuple[str, dict[str, np.ndarray], dict[str, str]]  # the fields of a Concept, which can be pickled
+Parts = dict[str, Any]  # the fields of a Concept, as values that can be pickled
 
 
 def learn_on_ray(
@@ -72,7 +72,7 @@ def learn_on_ray(
             (finished,), _ = ray.wait(list(pending), num_returns=1)
             numbers = pending.pop(finished)
             parts, notes = _result(ray, finished)
-            yield dict(zip(numbers, [Concept(*fields) for fields in parts], strict=True)), notes
+            yield dict(zip(numbers, [Concept(**fields) for fields in parts], strict=True)), notes
     finally:
         if started:
             ray.shutdown()
@@ -87,6 +87,7 @@ def portable(
         replace(
             task,
             images=task.images.absolute(),
+            more=tuple(path.absolute() for path in task.more),
             init=str(path.absolute()) if (path := concept_file(task.init)) else task.init,
         )
         for task in tasks
@@ -120,7 +121,13 @@ def learn_group(
     for progress in learn(model, tasks, recipe, seed, config=config, without=without):
         notes += progress.notes
     concepts = progress.concepts  # the last progress always has them
-    return [(concept.token, dict(concept.vectors), dict(concept.provenance)) for concept in concepts], notes
+    return [fields_of(concept) for concept in concepts], notes
+
+
+def fields_of(concept: Concept) -> Parts:
+    """The concept's fields."""
+    values = ((field.name, getattr(concept, field.name)) for field in dataclasses.fields(concept))
+    return {name: dict(value) if isinstance(value, Mapping) else value for name, value in values}
 
 
 def _result(ray: Any, finished: Any) -> tuple[list[Parts], list[str]]:

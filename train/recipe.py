@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 
 from oneword.engines.errors import UsageError
+from oneword.runtime.concept import MAX_STAGES
 from oneword.train.stopping import WINDOW
 
 
@@ -50,6 +51,15 @@ class Norm(Enum):
     DECAYED = "decayed"
 
 
+class Output(Enum):
+    """The vectors that a word learns in the text encoder's output, beside its rows: none, one for all cross-attention
+    layers of the network, or one for each."""
+
+    NONE = "none"
+    SHARED = "shared"
+    LAYERS = "layers"
+
+
 class Compute(Enum):
     """The type the frozen network computes in; `AUTO` is bf16 if the processor multiplies it natively, else fp32."""
 
@@ -66,10 +76,14 @@ class Recipe:
     steps: optimiser steps. batch_size: pictures per step and word. accumulation: backward passes per step, each of
     `batch_size` pictures. learning_rate: the optimizer's, never scaled; the directional one's is the tangent of the
     angle of a step. warmup: steps of linear warm-up. optimizer: only AdamW uses weight_decay, betas and norm.
+    output: the word's output vectors. stages: equal parts of the noise schedule with output vectors of their own.
+    values_only: the keys of attention still come from the encoder's states. output_rate: the output vectors' rate, in
+    their initial standard deviations; it follows the same schedule, and their optimizer is always AdamW.
     init_weight: weight of the squared distance to the initial rows in the loss (regularised).
     per_image: the share of prompts that also contain a word for their picture.
     min_snr: gamma of min-SNR weighting (Hang et al., arXiv 2303.09556), None for no weighting.
     stop_below: the DVAR ratio that ends learning (arXiv 2302.04841), None to run all steps.
+    size: the side, in pixels, of the pictures that are learned from, None for the model's own.
     flip: also learn from mirrored pictures. crops: also learn from this many random crops of each picture.
     buckets: pictures keep roughly their aspect ratio instead of being cut square.
     timesteps: the part of the noise schedule that timesteps are drawn from, as fractions; (0, 1) is all of it.
@@ -91,11 +105,16 @@ class Recipe:
     optimizer: Optimizer = Optimizer.ADAMW
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.999)
+    output: Output = Output.NONE
+    stages: int = 1
+    values_only: bool = True
+    output_rate: float = 0.05
     init_weight: float = 0.0
     per_image: float = 0.0
     norm: Norm = Norm.FREE
     min_snr: float | None = None
     stop_below: float | None = None
+    size: int | None = None
     flip: bool = False
     crops: int = 0
     buckets: bool = False
@@ -113,10 +132,19 @@ class Recipe:
             ("accumulation", 1, 4096),
             ("warmup", 0, max(0, self.steps)),
             ("crops", 0, 64),
+            ("stages", 1, MAX_STAGES),
         ):
             _within(field, getattr(self, field), low, high)
         if not 0 < self.learning_rate < 10:
             raise UsageError(f"learning_rate is {self.learning_rate}: give a number above 0 and below 10")
+        if not 0 < self.output_rate < 10:
+            raise UsageError(f"output_rate is {self.output_rate}: give a number above 0 and below 10")
+        if self.output is Output.NONE and self.stages > 1:
+            raise UsageError(f"stages is {self.stages} without output vectors: set output to shared or layers")
+        if self.output is not Output.NONE and self.grow_at:
+            raise UsageError(
+                f"grow_at is {self.grow_at} with output vectors, which all learn from the start: leave it out"
+            )
         if not all(0 <= beta < 1 for beta in self.betas):
             raise UsageError(f"betas is {self.betas}: give two numbers from 0 to below 1, for example 0.9,0.999")
         if self.optimizer is Optimizer.DIRECTIONAL and self.norm is not Norm.FREE:
@@ -137,6 +165,8 @@ class Recipe:
             raise UsageError(
                 f"stop_below looks back {WINDOW} steps and steps is {self.steps}: raise steps or leave stop_below out"
             )
+        if self.size is not None:
+            _within("size", self.size, 16, 4096)
         if self.words_per_call is not None:
             _within("words_per_call", self.words_per_call, 1, 4096)
         if not 0 <= self.timesteps[0] < self.timesteps[1] <= 1:
@@ -154,7 +184,14 @@ class Recipe:
 
     def learning_rate_at(self, step: int) -> float:
         """The rate of optimiser step `step`, from 0: linear warm-up, then constant or half a cosine to 0."""
-        rate = self.learning_rate * min(1.0, (step + 1) / (self.warmup + 1))
+        return self._rate_at(step, self.learning_rate)
+
+    def output_rate_at(self, step: int) -> float:
+        """As `learning_rate_at`, for output vectors."""
+        return self._rate_at(step, self.output_rate)
+
+    def _rate_at(self, step: int, highest: float) -> float:
+        rate = highest * min(1.0, (step + 1) / (self.warmup + 1))
         if self.rate is Rate.CONSTANT:
             return rate
         return rate * 0.5 * (1 + math.cos(math.pi * step / self.steps))
@@ -227,6 +264,15 @@ RECIPES: Mapping[str, Recipe] = _named(
         warmup=6,
         optimizer=Optimizer.DIRECTIONAL,
     ),
+    dataclasses.replace(
+        _FAST,
+        name="precise",
+        learning_rate=0.04,
+        warmup=6,
+        optimizer=Optimizer.DIRECTIONAL,
+        output=Output.LAYERS,
+        stages=4,
+    ),
     dataclasses.replace(_FAST, name="style", subject=Subject.STYLE),
     # From section 5 of the paper: one word, and the variants it is compared with.
     Recipe("one-word"),
@@ -244,6 +290,7 @@ RECIPES: Mapping[str, Recipe] = _named(
 fast               our own, the default
 quick              `fast` with an eighth of its pictures, at twice the rate: for a first look while one waits
 directional        an eighth of `fast`'s pictures; only the word's direction is learned, at the vocabulary's mean length
+precise            the word's direction, and output vectors for each cross-attention layer and four stages, for values
 style              `fast` with the style templates of the paper's released code
 one-word           the paper's method: 5,000 steps of batch 4 at 0.04
 two-vectors        "extended latent spaces": a word of two vectors

@@ -11,8 +11,8 @@ from diffusers import UNet2DConditionModel
 from oneword.engines.errors import UsageError
 from oneword.export.families import family_of
 from oneword.export.source import Source
-from oneword.runtime.concept import check_token
-from oneword.train.initial import initial_rows, initial_text, token_ids
+from oneword.runtime.concept import check_token, load_concept
+from oneword.train.initial import concept_file, initial_rows, initial_text, token_ids
 from oneword.train.pictures import Picture, encode_moments, random_crops
 from oneword.train.prompts import caption_template, templates
 from oneword.train.recipe import Recipe
@@ -23,13 +23,15 @@ from oneword.train.word import Word
 class Task:
     """One word to learn: its folder of pictures, its token, and what it starts from.
 
-    `init` is a word of the model's vocabulary, several words (their rows are averaged), `random` (a random row of the
-    vocabulary's median length), or a concept file. Raises `ConceptError` for a token that the runtime would refuse.
+    `init` is a word of the model's vocabulary, several words (their rows are averaged), `auto` (words that are found in
+    the pictures), `random` (a random row of the vocabulary's median length), or a concept file. Raises `ConceptError`
+    for a token that the runtime would refuse. `more` are pictures outside the folder to learn from too.
     """
 
     images: Path
     token: str
     init: str = "object"
+    more: tuple[Path, ...] = ()
 
     def __post_init__(self) -> None:
         check_token(self.token)
@@ -71,20 +73,33 @@ def check_encoders(source: Source, encoders: Collection[str]) -> None:
         )
 
 
+def check_polished(source: Source, tasks: Sequence[Task], encoders: Collection[str]) -> None:
+    """Raises `UsageError` for a refined word with vectors for other text encoders than those it would be learned for.
+
+    A task learns a refined word further if it has `more` pictures and its init is a file.
+    """
+    for task in tasks:
+        if not task.more or (path := concept_file(task.init)) is None:
+            continue
+        present, known = load_concept(path).vectors.keys(), source.text_encoders.keys()
+        if present - known or set(encoders or known) - present:
+            raise UsageError(
+                f"{path} has vectors for {', '.join(sorted(present))}, the model {source.name} would learn it for "
+                f"{', '.join(sorted(encoders or known))}: give the model that the word was refined with"
+            )
+
+
 def make_word(source: Source, task: Task, pictures: Sequence[Picture], recipe: Recipe, seed: int) -> Word:
     """Returns the task's word, ready for the learner: pictures encoded, prompts chosen, initial rows computed."""
     captions = None
     if any(picture.caption for picture in pictures):
-        missing = [picture.path.name for picture in pictures if not picture.caption]
-        if missing:
-            raise UsageError(
-                f"{task.images}: no caption for {', '.join(missing)}: give every picture a caption, or none"
-            )
+        if missing := [str(picture.path) for picture in pictures if not picture.caption]:
+            raise UsageError(f"no caption for {', '.join(missing)}: give every picture a caption, or none")
         captions = [
             caption_template(picture.caption or "", task.token, str(picture.path.with_suffix(".txt")))
             for picture in pictures
         ]
-    size, step = picture_size(source), side_step(source) if recipe.buckets else None
+    size, step = picture_size(source, recipe), side_step(source) if recipe.buckets else None
     crops = random_crops(pictures, recipe.crops, seed, size, step=step)
     return Word(
         task.token,
@@ -96,7 +111,25 @@ def make_word(source: Source, task: Task, pictures: Sequence[Picture], recipe: R
     )
 
 
-def picture_size(source: Source) -> int:
+def picture_size(source: Source, recipe: Recipe) -> int:
+    """The side, in pixels, of the pictures that are learned from: the recipe's, or the one the model was trained at.
+
+    Raises `UsageError` for one that the model cannot take.
+    """
+    if recipe.size is None:
+        return trained_size(source)
+    family = family_of(source)
+    multiple = side_step(source) if recipe.buckets else family.size_multiple
+    longest = 2 if recipe.buckets else 1  # sides of a bucket's picture, in sizes
+    limit = None if family.max_side is None else family.max_side // (longest * multiple) * multiple
+    if recipe.size % multiple or (limit is not None and recipe.size > limit):
+        allowed = f"multiples of {multiple}" + ("" if limit is None else f" up to {limit}")
+        buckets = " with buckets" if recipe.buckets else ""
+        raise UsageError(f"size is {recipe.size}: allowed are {allowed}{buckets}, for {source.model}")
+    return recipe.size
+
+
+def trained_size(source: Source) -> int:
     """The side, in pixels, that the model was trained at."""
     if not isinstance(source.network, UNet2DConditionModel):
         return family_of(source).defaults.width

@@ -22,7 +22,8 @@ class Word:
     """A word during learning: what it is learned from, and everything that changes.
 
     `prompts` are templates; `captions`, if given, are one template per picture and replace them. `text` replaces the
-    word in the prompt of a text encoder without rows for it, as `Concept.text` does. `start_loss` is the
+    word in the prompt of a text encoder without rows for it, as `Concept.text` does. `out` are output vectors by text
+    encoder, [stages, layers, n, Dh], if the recipe has any. `start_loss` is the
     loss on a fixed batch before the first step; `probe_losses` are the losses on that batch after each step, if early
     stopping needs them.
     """
@@ -35,7 +36,10 @@ class Word:
     text: str = ""
     rows: dict[str, torch.nn.Parameter] = field(default_factory=dict)
     picture_rows: dict[str, torch.nn.Parameter] = field(default_factory=dict)
+    initial_out: Rows = field(default_factory=dict)
+    out: dict[str, torch.nn.Parameter] = field(default_factory=dict)
     optimizer: torch.optim.Optimizer = field(init=False)
+    output_optimizer: torch.optim.Optimizer | None = None
     generator: torch.Generator = field(default_factory=torch.Generator)
     losses: list[float] = field(default_factory=list)
     start_loss: float = math.nan
@@ -43,8 +47,8 @@ class Word:
     stopped: bool = False
 
     def parameters(self) -> list[torch.nn.Parameter]:
-        """Everything that is learned: the word's rows and its per-picture rows."""
-        return [*self.rows.values(), *self.picture_rows.values()]
+        """Everything that is learned: the word's rows, its per-picture rows and its output vectors."""
+        return [*self.rows.values(), *self.picture_rows.values(), *self.out.values()]
 
 
 @dataclass(frozen=True)
@@ -198,14 +202,27 @@ def prepare(word: Word, recipe: Recipe, seed: int, lengths: Mapping[str, float])
     )
 
 
+def prepare_output(word: Word, recipe: Recipe, initial: Rows) -> None:
+    """Gives a word output vectors, [stages, layers, n, Dh] by text encoder, and their optimiser, after `prepare`."""
+    word.initial_out = initial
+    word.out |= {name: torch.nn.Parameter(vectors.clone()) for name, vectors in initial.items()}
+    groups = [{"params": [word.out[name]], "spread": float(vectors[0, 0].std())} for name, vectors in initial.items()]
+    word.output_optimizer = torch.optim.AdamW(
+        groups, lr=recipe.output_rate, betas=recipe.betas, weight_decay=0.0, foreach=False
+    )
+
+
 def tensors_of(word: Word) -> dict[str, torch.Tensor]:
-    """The word's rows and its optimiser's moments, by name; creates the moments if no step has been taken so far."""
+    """What the word learns and its optimisers' moments, by name; creates the moments before the first step."""
     parameters = {f"rows.{name}": rows for name, rows in word.rows.items()}
     parameters |= {f"picture_rows.{name}": rows for name, rows in word.picture_rows.items()}
+    learned = [(word.optimizer, name, parameter) for name, parameter in parameters.items()]
+    if word.output_optimizer is not None:
+        learned += [(word.output_optimizer, f"out.{name}", vectors) for name, vectors in word.out.items()]
     tensors: dict[str, torch.Tensor] = {}
-    for name, parameter in parameters.items():
-        moments = word.optimizer.state[parameter]
-        if not moments and isinstance(word.optimizer, torch.optim.AdamW):  # as it does at its first step
+    for optimizer, name, parameter in learned:
+        moments = optimizer.state[parameter]
+        if not moments and isinstance(optimizer, torch.optim.AdamW):  # as it does at its first step
             moments.update(
                 step=torch.tensor(0.0), exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter)
             )

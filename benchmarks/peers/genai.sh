@@ -1,5 +1,5 @@
 #!/bin/sh
-# Builds the environment of the contender openvino-genai, in the folder given (default: build/peers/genai).
+# Builds the environment of the contenders openvino-genai and optimum-intel, in the folder given (default: build/peers/genai).
 #
 #     sh benchmarks/peers/genai.sh
 #

@@ -97,13 +97,13 @@ def _keep_journal(path: str) -> None:
 def _leak(size: int) -> None:
     from oneword.serve.pool import Pool
 
-    buffers, submit = list[bytes](), Pool.submit
+    buffers, enter = list[bytes](), Pool.enter
 
-    def submit_and_keep(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def enter_and_keep(self: Any, *args: Any, **kwargs: Any) -> Any:
         buffers.append(b"x" * (size + len(buffers) % 2))  # written to, so that it is resident
-        return submit(self, *args, **kwargs)
+        return enter(self, *args, **kwargs)
 
-    Pool.submit = submit_and_keep  # type: ignore[method-assign]
+    Pool.enter = enter_and_keep  # type: ignore[method-assign]
 
 
 def _obey(order: Path) -> None:

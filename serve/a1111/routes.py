@@ -6,8 +6,10 @@ settings: `options` takes what it lists itself, and `override_settings` has thos
 answered with 404: upscaling, interrogation, extensions.
 """
 
+import contextlib
 import os
 import secrets
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -48,7 +50,8 @@ from oneword.serve.a1111.schemas import (
     UpscalerItem,
 )
 from oneword.serve.errors import NotFound, Unprocessable
-from oneword.serve.generate import check, finish, fitted, start
+from oneword.serve.generate import enter, finish, fitted, prepare
+from oneword.serve.kept import IdempotencyKey, answered, most_bytes, room
 from oneword.serve.openapi import NULL_RESPONSE, error_responses
 from oneword.serve.pictures import as_base64, blank, decode, decode_base64, decode_mask, read_parameters
 from oneword.serve.pool import Generation
@@ -61,23 +64,36 @@ _api = APIRouter(prefix="/sdapi/v1", responses=error_responses(Error))
 
 
 @_api.post("/txt2img", response_model=Pictures)
-async def txt2img(http: HTTPRequest, body: TextToImage) -> Response:
+async def txt2img(http: HTTPRequest, body: TextToImage, idempotency_key: IdempotencyKey = None) -> Response:
     """Generates pictures from a prompt."""
-    state = State.of(http)
-    plan = text_to_image(body, state.manifest, secrets.randbelow(RANDOM_SEEDS))
-    return await _drawn(http, body, plan)
+    state, tenant = caller(http)
+    plan, label = text_to_image(body, state.manifest, secrets.randbelow(RANDOM_SEEDS)), _label(http, body)
+
+    async def prepared() -> tuple[Plan, Generation]:
+        return plan, prepare(state, tenant, plan.request, plan.settings, label=label)
+
+    return await _answer(http, body, prepared, idempotency_key)
 
 
 @_api.post("/img2img", response_model=Pictures)
-async def img2img(http: HTTPRequest, body: ImageToImage) -> Response:
+async def img2img(http: HTTPRequest, body: ImageToImage, idempotency_key: IdempotencyKey = None) -> Response:
     """Edits a picture, or the area of a mask in it."""
     state, tenant = caller(http)
-    files = await state.in_thread(_files, body)
-    draft = text_to_image(body, state.manifest, secrets.randbelow(RANDOM_SEEDS)).request
-    image = await state.in_thread(blank, files.image, "init_images")
-    check(state, tenant, replace(draft, image=image, strength=strength_of(body)))  # before a pixel is decoded
-    plan = await state.in_thread(_edit_plan, body, files, state.manifest, draft.seed)
-    return await _drawn(http, body, plan)
+    label = _label(http, body)
+
+    async def prepared() -> tuple[Plan, Generation]:
+        files = await state.in_thread(_files, body)
+        draft = text_to_image(body, state.manifest, secrets.randbelow(RANDOM_SEEDS)).request
+        image = await state.in_thread(blank, files.image, "init_images")
+        blank_request = replace(draft, image=image, strength=strength_of(body))
+        generation = prepare(state, tenant, blank_request, label=label)  # before a pixel is decoded
+        plan = await state.in_thread(_edit_plan, body, files, state.manifest, draft.seed)
+        generation.request = plan.request
+        if not body.include_init_images:
+            body.init_images = body.mask = None  # the client may leave before the answer is ready
+        return plan, generation
+
+    return await _answer(http, body, prepared, idempotency_key)
 
 
 @_api.post("/png-info")
@@ -97,9 +113,9 @@ async def progress(
     state = State.of(http)
     generations = _generations(http, force_task_id)
     answer = answers.progress_of([*generations])
-    estimate = next((generation.estimate for generation in generations if generation.estimate is not None), None)
-    if estimate is not None and not skip_current_image:
-        answer.current_image = as_base64(await state.in_thread(state.preview, estimate))
+    shown = next((generation for generation in generations if generation.estimate is not None), None)
+    if shown is not None and shown.estimate is not None and not skip_current_image:
+        answer.current_image = as_base64(await state.in_thread(state.preview, shown.estimate, shown.pasted))
     answer.current_task = next(iter(generations.values())).task_id or None if generations else None
     return answer
 
@@ -221,25 +237,48 @@ async def refresh() -> None:
 router.include_router(_api)
 
 
-async def _drawn(http: HTTPRequest, body: TextToImage, plan: Plan) -> Response:
-    """Runs a plan, and answers its pictures."""
-    state = State.of(http)
-    generation = await start(
-        state,
-        http.state.tenant,
-        plan.request,
-        bare_names=True,
-        label=_Label(_address(http), body.force_task_id or ""),
-    )
+async def _answer(
+    http: HTTPRequest,
+    body: TextToImage,
+    prepared: Callable[[], Awaitable[tuple[Plan, Generation]]],
+    key: str | None,
+) -> Response:
+    """Answers with the pictures of what is prepared, or with those that were kept under the key."""
+    state, tenant = caller(http)
+    if key is None:
+        content = await _drawn(state, http, body, *await prepared())
+        return Response(content, media_type="application/json")
 
-    async def encoded(done: PictureDone) -> str:
-        return "" if body.send_images is False else await state.in_thread(answers.encoded, plan, done)
+    async def draw(stack: contextlib.AsyncExitStack) -> tuple[bytes, bool]:
+        plan, generation = await prepared()
+        pixels = 0 if plan.crop is None else plan.crop.original[..., 0].size
+        text = await state.in_thread(answers.pictures_answer, body, plan, [], [], state.manifest, "")
+        # The text twice: each picture's parameters repeat its prompts.
+        size = most_bytes(generation, pixels=pixels, in_json=True) + 2 * len(text)
+        await stack.enter_async_context(room(state, tenant, size))
+        return await _drawn(state, None, body, plan, generation), not generation.cancelled
+
+    return await answered(http, key, body, (), draw)
+
+
+async def _drawn(
+    state: State, http: HTTPRequest | None, body: TextToImage, plan: Plan, generation: Generation
+) -> bytes:
+    """Queues the generation of a plan, and returns the answer with its pictures. It is cancelled if the client of
+    `http` disconnects."""
+    await enter(state, generation, bare_names=True)
+
+    async def encoded(generation: Generation, done: PictureDone) -> str:
+        return "" if body.send_images is False else await state.in_thread(_encoded, plan, generation, done)
 
     found = await finish(http, generation, use=encoded, incomplete=True)
     pictures, images = [done for done, _ in found], [image for _, image in found if image]
     version = f"oneword {oneword.__version__}"
-    content = await state.in_thread(answers.pictures_answer, body, plan, pictures, images, state.manifest, version)
-    return Response(content, media_type="application/json")
+    return await state.in_thread(answers.pictures_answer, body, plan, pictures, images, state.manifest, version)
+
+
+def _encoded(plan: Plan, generation: Generation, done: PictureDone) -> str:
+    return answers.encoded(plan, replace(done, image=generation.pasted(done.image)))
 
 
 def _memory() -> dict[str, float | str]:
@@ -293,6 +332,10 @@ class _Label:
     """The client's."""
     task_id: str
     """The client's own name for the request, if it gave one."""
+
+
+def _label(http: HTTPRequest, body: TextToImage) -> _Label:
+    return _Label(_address(http), body.force_task_id or "")
 
 
 def _generations(http: HTTPRequest, task_id: str = "") -> dict[Generation, _Label]:

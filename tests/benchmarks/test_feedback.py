@@ -1,5 +1,7 @@
 """The simulated user's looks, and the methods that `benchmarks.feedback` compares, on problems with a known answer."""
 
+from argparse import Namespace
+
 import numpy as np
 import pytest
 
@@ -24,6 +26,30 @@ def test_looks_for_tuning_are_not_those_that_are_reported() -> None:
 
     assert [look.shape for look in looks] == list(world.SHAPES)
     assert not set(looks) & set(world.HELD_OUT_LOOKS)
+
+
+def test_silhouettes_that_no_word_names_have_a_colour_each() -> None:
+    looks = feedback.unnamed_looks()
+
+    assert [look.shape for look in looks] == list(world.HELD_OUT_SHAPES)
+    assert len({look.colour for look in looks}) == len(looks) == 8
+
+
+def test_a_polished_word_is_listed_by_its_last_score_only() -> None:
+    answers = {"colour": True, "pattern": False}
+    refined = {"scores": dict.fromkeys("023458", 0.5), "seconds": [1.0], "answers": answers, "pixels": 0.7}
+    results = {
+        "aspects": [refined],
+        feedback.POLISHED: [{"scores": {"8": 0.9}, "seconds": [9.0], "answers": {}, "pixels": 0.8}],
+    }
+
+    text = feedback.summary(results, [], Namespace(looks=1, seeds=1, silhouettes=True))
+
+    assert "| likeness after rounds | 0 | 2 | 3 | 4 | 5 | 8 | silhouette |" in text
+    assert "| aspects | 0.50 | 0.50 | 0.50 | 0.50 | 0.50 | 0.50 | 0.70 |" in text
+    assert "| polished |  |  |  |  |  | 0.90 | 0.80 |" in text
+    assert "| real renders |  |  |  |  |  |  | 0.9" in text
+    assert "| right answers after 8 rounds | colour | pattern |" in text
 
 
 def test_a_third_of_each_aspect_s_words_is_removed() -> None:

@@ -1,59 +1,151 @@
-"""The latency benchmark drives OpenVINO GenAI in an environment of its own; here its programs are stand-ins."""
+"""The latency benchmark drives contenders in environments of their own; here their programs are stand-ins."""
 
 import json
+import os
 from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from benchmarks import latency
+from benchmarks import environments, latency
 
 MEASURED = {"picture_ms": 100.0, "step_ms": 5.0, "overhead_ms": 0.1, "peak_mib": 200.0}
+GENAI = ("openvino-genai-static", "openvino-genai-dynamic")
+OPTIMUM_CLI = """#!/bin/sh
+echo "$@" >> CALLS
+for last; do :; done
+mkdir "$last"
+echo > "$last/model_index.json"
+"""
+PYTHON = """#!/bin/sh
+echo "$2" >> CALLS
+cold=$(echo "$2" | sed -n 's/.*"cold": "\\([^"]*\\)".*/\\1/p')
+case "$2" in
+    *'"precision": "f32"'*'"cold": "'*|*'"weights": "f32"'*) picture=exact.png ;;
+    *) picture=low.png ;;
+esac
+test -z "$cold" || cp "FOLDER/$picture" "$cold"
+echo a warning
+echo 'MEASURED'
+"""
 
 
 @pytest.fixture
-def environment(tmp_path: Path) -> Path:
-    """Programs that note their arguments in `calls`; optimum-cli writes a model, python prints measurements."""
-    binaries = tmp_path / "environment" / "bin"
-    binaries.mkdir(parents=True)
-    calls = tmp_path / "calls"
-    scripts = {
-        "optimum-cli": f'echo "$@" >> {calls}\nfor last; do :; done\nmkdir "$last"\necho > "$last/model_index.json"\n',
-        "python": f"echo \"$2\" >> {calls}\necho a warning\necho '{json.dumps(MEASURED)}'\n",
-    }
-    for name, script in scripts.items():
-        (binaries / name).write_text(f"#!/bin/sh\n{script}")
-        (binaries / name).chmod(0o755)
-    return binaries.parent
+def options(tmp_path: Path) -> Namespace:
+    """Environments whose programs note their arguments in `calls`: optimum-cli writes a model, python prints
+    measurements and draws a black picture, in float32 one of level 16."""
+    for level, name in ((0, "low.png"), (16, "exact.png")):
+        Image.fromarray(np.full((4, 4, 3), level, np.uint8)).save(tmp_path / name)
+    values = {"CALLS": str(tmp_path / "calls"), "FOLDER": str(tmp_path), "MEASURED": json.dumps(MEASURED)}
+    for environment in ("genai", "sdcpp"):
+        binaries = tmp_path / "peers" / environment / "bin"
+        binaries.mkdir(parents=True)
+        for name, script in (("optimum-cli", OPTIMUM_CLI), ("python", PYTHON)):
+            for key, value in values.items():
+                script = script.replace(key, value)
+            (binaries / name).write_text(script)
+            (binaries / name).chmod(0o755)
+    return Namespace(peers=tmp_path / "peers", threads=2)
+
+
+def run(name: str, tmp_path: Path, options: Namespace, precision: str = "bf16") -> environments.Result:
+    home, folder = tmp_path / "home", tmp_path / "case"
+    for path in (home, folder):
+        path.mkdir(exist_ok=True)
+    job = {**latency.job_of(latency.CASES["sd15"], 2), "precision": precision}
+    return environments.measured(name, job, Path("MODEL"), home, folder, options)
+
+
+def jobs_of(tmp_path: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines() if line.startswith("{")]
 
 
 def test_the_model_is_converted_once_and_a_cold_start_follows_one_that_fills_the_cache(
-    environment: Path, tmp_path: Path
+    options: Namespace, tmp_path: Path
 ) -> None:
-    options = Namespace(genai=environment, threads=2)
-    case = latency.CASES["sd15"]
-    for name in latency.GENAI:
-        result = latency.genai(name, case, Path("MODEL"), tmp_path, options)
-        assert result.keys() == {*MEASURED, "cold_s"}
+    for name in GENAI:
+        assert run(name, tmp_path, options).keys() == {*MEASURED, "cold_s", "db"}
 
     converted, *lines = (tmp_path / "calls").read_text().splitlines()
     jobs = [json.loads(line) for line in lines]
-    assert converted.endswith(f"--weight-format fp16 --model MODEL {tmp_path / 'genai.partial'}")
-    assert (tmp_path / "genai" / "model_index.json").exists()
-    assert [(job["static"], bool(job["cold"])) for job in jobs] == [
-        (True, True), (True, False), (True, True), (False, True), (False, False), (False, True)
-    ]  # fmt: skip
+    assert converted.endswith(f"--weight-format fp16 --model MODEL {tmp_path / 'home' / 'genai.partial'}")
+    assert (tmp_path / "home" / "genai" / "model_index.json").exists()
+    assert [(job["static"], bool(job["cold"]), job["precision"]) for job in jobs] == [
+        (static, *facts)
+        for static in (True, False)
+        for facts in ((True, "bf16"), (False, "bf16"), (True, "bf16"), (True, "f32"))
+    ]
     assert {(job["model"], job["size"], job["steps"], job["threads"]) for job in jobs} == {
-        (str(tmp_path / "genai"), 256, 4, 2)
+        (str(tmp_path / "home" / "genai"), 256, 4, 2)
     }
-    assert len({job["cache"] for job in jobs}) == 2
+    assert len({job["cache"] for job in jobs}) == 4  # of two shapes in two precisions
     assert jobs[1]["warm_up"] + jobs[1]["prompts"] == latency.PROMPTS[:3]
 
 
-def test_a_peer_that_fails_stops_the_run_with_a_line_that_says_how_to_go_on(environment: Path, tmp_path: Path) -> None:
-    (environment / "bin" / "python").write_text("#!/bin/sh\nexit 3\n")
+@pytest.mark.parametrize("name", ["optimum-intel", "sdcpp-f16", "sdcpp-q8_0"])
+def test_a_picture_is_compared_with_that_of_the_same_program_in_float32(
+    options: Namespace, tmp_path: Path, name: str
+) -> None:
+    """All levels differ by 16: 20 log10(255 / 16) = 24.05 dB."""
+    assert run(name, tmp_path, options)["db"] == pytest.approx(24.05, abs=0.01)
+
+    *low, exact = jobs_of(tmp_path)
+    if name != "optimum-intel":
+        assert [job["weights"] for job in (*low, exact)] == [*[name.removeprefix("sdcpp-")] * 3, "f32"]
+        assert exact["model"] == "MODEL"
+
+
+def test_a_picture_in_float32_is_not_compared(options: Namespace, tmp_path: Path) -> None:
+    assert "db" not in run(GENAI[0], tmp_path, options, precision="f32")
+    assert len(jobs_of(tmp_path)) == 3
+
+
+def test_a_picture_of_ours_is_compared_with_the_one_in_float32_that_was_drawn_last(tmp_path: Path) -> None:
+    assert latency.distance("oneword-openvino", tmp_path) == {}
+    for name, levels in (("oneword-openvino", [200, 0]), ("oneword-onnxruntime", [200, 16])):
+        folder = tmp_path / name
+        folder.mkdir()
+        for number, level in enumerate(levels):
+            path = folder / f"{number}.png"
+            Image.fromarray(np.full((4, 4, 3), level, np.uint8)).save(path)
+            os.utime(path, (number, number))
+
+    assert latency.distance("oneword-openvino", tmp_path)["db"] == pytest.approx(24.05, abs=0.01)
+    assert latency.distance("diffusers", tmp_path) == {}
+
+
+def test_a_missing_environment_is_named_with_the_script_that_builds_it(options: Namespace, tmp_path: Path) -> None:
+    assert set(environments.available(options.peers).values()) == {""}
+    missing = environments.available(tmp_path / "elsewhere")
+
+    assert missing["optimum-intel"] == "benchmarks/peers/genai.sh"
+    assert missing["sdcpp-f16"] == "benchmarks/peers/sdcpp.sh"
+    for script in missing.values():
+        assert (environments.SCRIPTS.parents[1] / script).is_file()
+
+
+def test_a_peer_that_fails_stops_the_run_with_a_line_that_says_how_to_go_on(options: Namespace, tmp_path: Path) -> None:
+    (options.peers / "genai" / "bin" / "python").write_text("#!/bin/sh\nexit 3\n")
 
     with pytest.raises(SystemExit, match=r"failed with 3; finished measurements are stored: the same command resumes"):
-        latency.genai(
-            latency.GENAI[0], latency.CASES["sd15"], Path("MODEL"), tmp_path, Namespace(genai=environment, threads=1)
-        )
+        run(GENAI[0], tmp_path, options)
+
+
+def test_cases_of_one_model_share_its_bundle_and_have_results_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    homes = []
+
+    def prepare(model: str, home: Path) -> tuple[Path, Path]:
+        homes.append(home)
+        return home / "model", home / "bundle"
+
+    monkeypatch.setattr(latency, "prepare", prepare)
+    monkeypatch.setattr(latency, "_python", lambda *_, **__: '{"floors": {"f32": 1}}')
+    for name in ("sd15", "sd15-512", "sd15-20"):
+        latency.run(latency.CASES[name], [], Namespace(work=tmp_path, threads=1))
+        assert latency.stored(tmp_path, name).parent.is_dir()
+
+    assert homes == [tmp_path / "sd15"] * 3

@@ -68,6 +68,75 @@ def test_a_guided_step_has_the_arithmetic_of_two_branches_as_pytorch_counts_it(
     assert counter.get_total_flops() <= counted <= 1.001 * counter.get_total_flops()
 
 
+def unet_flops(channels: list[int], layers: int, attention: list[bool], width: int, side: int, tokens: int) -> int:
+    """The products of one branch of Stable Diffusion's UNet, from its description: two operations for each weight at
+    each position, and four for each pair of positions and channel in attention."""
+    total, embedded = 0, 4 * channels[0]
+
+    def conv(c_in: int, c_out: int, side: int, kernel: int = 3) -> None:
+        nonlocal total
+        total += 2 * c_in * c_out * kernel**2 * side**2
+
+    def linear(c_in: int, c_out: int, positions: int = 1) -> None:
+        nonlocal total
+        total += 2 * c_in * c_out * positions
+
+    def residual(c_in: int, c_out: int, side: int) -> None:
+        conv(c_in, c_out, side)
+        conv(c_out, c_out, side)
+        linear(embedded, c_out)
+        if c_in != c_out:
+            conv(c_in, c_out, side, kernel=1)
+
+    def transformer(c: int, side: int) -> None:
+        nonlocal total
+        n = side**2
+        for c_in, c_out in ((c, c), *[(c, c)] * 4, *[(c, c)] * 2, (c, 8 * c), (4 * c, c), (c, c)):
+            linear(c_in, c_out, n)  # in; q, k, v, out of self-attention; q, out of cross-attention; GEGLU; out
+        for _ in range(2):
+            linear(width, c, tokens)  # k and v of cross-attention
+        total += 4 * n * n * c + 4 * n * tokens * c
+
+    linear(channels[0], embedded)
+    linear(embedded, embedded)
+    conv(4, channels[0], side)
+    skips, c = [channels[0]], channels[0]
+    for level, c_out in enumerate(channels):
+        for _ in range(layers):
+            residual(c, c_out, side)
+            c = c_out
+            if attention[level]:
+                transformer(c, side)
+            skips.append(c)
+        if level < len(channels) - 1:
+            side //= 2
+            conv(c, c, side)
+            skips.append(c)
+    residual(c, c, side)
+    transformer(c, side)
+    residual(c, c, side)
+    for level, c_out in reversed([*enumerate(channels)]):
+        for _ in range(layers + 1):
+            residual(c + skips.pop(), c_out, side)
+            c = c_out
+            if attention[level]:
+                transformer(c, side)
+        if level:
+            side *= 2
+            conv(c, c, side)
+    conv(c, 4, side)
+    return total
+
+
+def test_a_guided_step_is_counted_as_the_architecture_is_by_hand(tiny_bundle: Path) -> None:
+    """The same calculation gives SD 1.5's step at 512x512 the 1.607 TFLOP that docs/results/latency.md quotes."""
+    by_hand = 2 * unet_flops([16, 32], 1, [True, False], width=32, side=8, tokens=20)
+
+    assert by_hand <= step_of(tiny_bundle, 64).flops <= 1.001 * by_hand
+    full_size = unet_flops([320, 640, 1280, 1280], 2, [True, True, True, False], width=768, side=64, tokens=77)
+    assert 2 * full_size == pytest.approx(1.607e12, rel=1e-3)
+
+
 @pytest.mark.parametrize(("context", "zeros"), [((("l", "g"), ("t5",)), 0), ((("l", "g"),), 256)])
 def test_the_context_of_stable_diffusion_3_has_the_tokens_of_clip_and_of_t5(
     tiny_bundle: Path, context: tuple[tuple[str, ...], ...], zeros: int

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from benchmarks import latency, training
+from benchmarks import architectures, full_size, latency, training
 from benchmarks.miniature import percent
 
 
@@ -53,6 +54,44 @@ def test_full_size_is_listed_in_seconds_per_step_and_gibibytes() -> None:
     assert training.full_size_table([row]).endswith("| oneword | 6.8 | 5.1 |")
 
 
+def test_a_whole_transformer_is_computed_on_paper_from_two_numbers_of_layers() -> None:
+    """A constant of 10 and 2 for each of FLUX.1's 19 layers: 48."""
+    keys = ("parameters", "export_seconds", "export_gib", "check_gib", "disk_gib", "call_seconds")
+    results = {
+        f"{name} fp16": {**dict.fromkeys(keys, float(value)), "difference": 1e-4}
+        for name, value in (("flux-dev@1", 12), ("flux-dev@4", 18), ("t5-xxl@2", 5), ("sd35-medium", 7))
+    }
+
+    assert full_size.on_paper(results) == {"flux-dev fp16": dict.fromkeys(keys, 48.0)}
+    results["t5-xxl fp16"] = dict.fromkeys(("parameters", "export_seconds", "export_gib", "disk_gib"), 12.0)
+    text = full_size.export_table(results)
+    assert "| t5-xxl fp16 | 0.0 M | 12 s | 12.0 GiB | not run | 12.0 GiB |  |  |" in text
+    assert "| flux-dev@4 fp16 | 0.0 M | 18 s | 18.0 GiB | 18.0 GiB | 18.0 GiB | 18 s | 1.0e-04 |" in text
+    assert "| flux-dev fp16, on paper | 0.0 M | 48 s | **48.0 GiB** | **48.0 GiB** | 48.0 GiB | 48 s |  |" in text
+
+
+@pytest.mark.parametrize(("name", "published"), [("sd35-medium", 2.24e9), ("flux-dev", 11.9e9), ("t5-xxl", 4.76e9)])
+def test_transformers_have_the_published_numbers_of_parameters(name: str, published: float) -> None:
+    """Those of the files on the Hub, which the model cards round: 2.5, 12 and 4.8 billion."""
+    with torch.device("meta"):
+        assert sum(p.numel() for p in architectures.empty(name).parameters()) == pytest.approx(published, rel=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("sd4", "unknown model 'sd4': choose from sd15, sd2"),
+        ("sdxl@2", "'sdxl@2' has 2 layers, allowed are none, because it has a UNet"),
+        ("flux-dev@20", "'flux-dev@20' has 20 layers, allowed are from 1 to 19"),
+        ("t5-xxl@0", "'t5-xxl@0' has 0 layers, allowed are from 1 to 24"),
+    ],
+)
+def test_models_of_full_size_are_named_with_their_layers(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        architectures.check(name)
+    architectures.check("flux-dev@19")
+
+
 def test_latency_lists_targets_and_every_measure_in_which_another_contender_is_better(tmp_path: Path) -> None:
     ours = {"picture_ms": 100.0, "step_ms": 5.0, "overhead_ms": 0.1, "cold_s": 1.0, "peak_mib": 200.0}
     results = {
@@ -70,7 +109,9 @@ def test_latency_lists_targets_and_every_measure_in_which_another_contender_is_b
         "- oneword-openvino, a step relative to the bare UNet compiled for one shape: 1.02 (at most 1.03)",
         "- oneword-openvino: 1.002 times the time per step of diffusers-openvino",
     ]
-    assert "| oneword-openvino | 100.0 | 2.40x | 5.00 |  | 0.10 (2.0%) | 1.00 | 5.00x | 200 |" in latency.table(results)
+    assert "| oneword-openvino | 100.0 | 2.40x | 5.00 |  | 0.10 (2.0%) | 1.00 | 5.00x | 200 |  |" in latency.table(
+        results
+    )
 
 
 @pytest.mark.parametrize(
@@ -78,6 +119,8 @@ def test_latency_lists_targets_and_every_measure_in_which_another_contender_is_b
     [
         ("oneword-openvino", {"bf16": 0.001, "f32": 0.002}, "20%"),
         ("openvino-genai-static", {"bf16": 0.001, "f32": 0.002}, "20%"),
+        ("optimum-intel", {"bf16": 0.001, "f32": 0.002}, "20%"),
+        ("sdcpp-f16", {"bf16": 0.001, "f32": 0.002}, "40%"),
         ("oneword-openvino", {"f32": 0.002}, "40%"),  # a processor without bfloat16
         ("diffusers-compile", {"bf16": 0.001, "f32": 0.002}, "40%"),
     ],
@@ -88,6 +131,26 @@ def test_a_step_is_compared_with_the_roof_of_its_number_format(name: str, floors
     table = latency.table({name: latency.with_roof(name, result, floors)})
 
     assert f"| {name} | 100.0 |  | 5.00 | {share} | 0.10 (2.0%) |" in table
+
+
+def test_the_best_of_each_class_of_precision_are_compared() -> None:
+    ours = {"picture_ms": 100.0, "step_ms": 5.0, "overhead_ms": 0.1, "cold_s": 1.0, "peak_mib": 200.0}
+    results = {
+        "oneword-onnxruntime": ours,
+        "diffusers": {**ours, "picture_ms": 125.0, "cold_s": 0.8},
+        "diffusers-compile": {**ours, "picture_ms": 200.0, "peak_mib": 100.0},
+        "openvino-genai-static": {**ours, "picture_ms": 50.0},
+        "sdcpp-q8_0": {**ours, "picture_ms": 50.0},
+    }
+
+    assert latency.class_lines(results, bfloat16=True) == [
+        "- 32 bits, time per picture: oneword-onnxruntime 0.8 of diffusers",
+        "- 32 bits, time per step: oneword-onnxruntime 1 of diffusers",
+        "- 32 bits, time for a cold start: oneword-onnxruntime **1.25** of diffusers",
+        "- 32 bits, peak memory: oneword-onnxruntime **2** of diffusers-compile",
+    ]
+    [picture, *_] = latency.class_lines(results, bfloat16=False)
+    assert picture == "- 32 bits, time per picture: oneword-onnxruntime **2** of openvino-genai-static"
 
 
 def test_the_latency_page_has_a_section_for_each_model(tmp_path: Path) -> None:

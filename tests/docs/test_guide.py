@@ -23,6 +23,7 @@ from PIL import Image
 
 from oneword.runtime import Concept, save_concept
 from oneword.train.miniature.world import HELD_OUT_LOOKS, Scene, Thing, render
+from tests.bundles import export_once
 
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"(?:<!-- not run: (.+?) -->\n\n)?^```(\w*)\n(.*?)^```$", re.M | re.S)
@@ -54,8 +55,7 @@ def runnable(page: Path) -> list[Block]:
 @pytest.fixture(scope="session")
 def miniature_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     bundle = tmp_path_factory.mktemp("guide") / "bundle"
-    run(["ti-export", "miniature", str(bundle)], bundle.parent)
-    return bundle
+    return export_once("miniature", bundle).bundle.path
 
 
 @pytest.mark.parametrize("page", [pytest.param(page, id=page.name) for page in PAGES if runnable(page)])

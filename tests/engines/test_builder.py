@@ -113,13 +113,16 @@ def test_limits_that_the_model_cannot_meet_are_refused(tiny_bundle: Path, limits
         limits.check(manifest.size_multiple, manifest.defaults)
 
 
-def test_a_static_size_is_one_guided_picture_and_affects_only_graphs_that_see_pictures(tiny_bundle: Path) -> None:
+def test_a_static_size_is_one_picture_guided_or_not_and_affects_graphs_that_see_pictures(
+    tiny_bundle: Path,
+) -> None:
     manifest = Bundle.open(tiny_bundle).manifest
     limits = PlanLimits(static_sizes=((96, 64),))
     assert len(graph_ranges(manifest, "text_encoder", limits)) == 1
-    _, static = graph_ranges(manifest, "denoise_step", limits)
+    _, guided, unguided = graph_ranges(manifest, "denoise_step", limits)
     sizes = {"B": 1, "N": 2, "M": 2, "T": 20, "h": 8, "w": 12}
-    assert static == {axis: (size, size, size) for axis, size in sizes.items()}
+    assert guided == {axis: (size, size, size) for axis, size in sizes.items()}
+    assert unguided == {**guided, "N": (1, 1, 1)}
     _, pixels = graph_ranges(manifest, "vae_encoder", limits)
     assert pixels == {"B": (1, 1, 1), "H": (64, 64, 64), "W": (96, 96, 96)}
 

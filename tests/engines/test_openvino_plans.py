@@ -107,6 +107,21 @@ def test_a_plan_that_has_changed_is_never_loaded(path: Path, tmp_path: Path, com
     assert plan.read_bytes() != good[:-1] + bytes([good[-1] ^ 1])
 
 
+def test_an_input_whose_conversion_openvino_removes_keeps_its_name(tmp_path: Path) -> None:
+    halved = """
+    <ir_version: 10, opset_import: ["" : 20]>
+    halved (float[B] x) => (float[B] y) {
+      a = Cast <to = 10> (x)
+      half = Add(a, a)
+      y = Cast <to = 1> (half)
+    }"""
+    onnx.save(onnx.parser.parse_model(halved), tmp_path / "halved.onnx")
+    x, y = (TensorSpec(name, DType.FLOAT32, ("B",)) for name in "xy")
+    graph = Graph(("halved.onnx",), "d", Precision.FP16, (x,), (y,))
+    outputs = OpenVinoEngine("halved", graph, tmp_path, 1).run({"x": np.array([1, 2], np.float32)})
+    assert outputs["y"].tolist() == [2, 4]  # OpenVINO calls the input "a" first
+
+
 def test_a_graph_whose_plan_openvino_refuses_is_compiled_again(
     path: Path, tmp_path: Path, compilations: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

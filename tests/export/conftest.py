@@ -184,6 +184,29 @@ def tiny_flux_dir(
 
 
 @pytest.fixture(scope="session")
+def tiny_chroma_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Chroma: T5 alone, modulation by an approximator, a static shift."""
+    import torch
+    from diffusers import ChromaPipeline, ChromaTransformer2DModel, FlowMatchEulerDiscreteScheduler
+
+    torch.manual_seed(6)
+    tokenizer = t5_tokenizer(model_max_length=24)
+    transformer = ChromaTransformer2DModel(
+        patch_size=1, in_channels=64, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=32, axes_dims_rope=(4, 4, 8), approximator_num_channels=16, approximator_hidden_dim=32,
+        approximator_layers=2,
+    )  # fmt: skip
+    pipeline = ChromaPipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=flow_vae(),
+        text_encoder=t5(tokenizer, width=32),
+        tokenizer=tokenizer,
+    )
+    return saved(pipeline, tmp_path_factory.mktemp("chroma") / "model")
+
+
+@pytest.fixture(scope="session")
 def flow_preview_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An AutoencoderTiny for the latents of the tiny Stable Diffusion 3 and FLUX.1, with a scale and a shift."""
     path = tmp_path_factory.mktemp("flow-preview") / "tiny"

@@ -35,6 +35,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     monkeypatch.setattr(cli, "installed_version", lambda flavour: "1.0")
     monkeypatch.setattr(cli, "build_plans", build)
     monkeypatch.setattr(cli, "summary", lambda exported, seconds: {})
+    monkeypatch.setattr(cli, "plan_warnings", lambda exported: ["a mask"])
     monkeypatch.setattr(write, "export_bundle", lambda *_, **__: exported)
     return calls
 
@@ -66,7 +67,11 @@ def test_plans_are_built_for_the_installed_or_the_requested_gpu(
     assert run(monkeypatch, *options, "--static-size", "96x64", "--json") == 0
 
     assert built == [(flavour, target, PlanLimits(static_sizes=((96, 64),)))]
-    assert json.loads(capsys.readouterr().out) == {"target": target, "plans": {"denoise_step": ["a.plan"]}}
+    assert json.loads(capsys.readouterr().out) == {
+        "warnings": ["a mask"],
+        "target": target,
+        "plans": {"denoise_step": ["a.plan"]},
+    }
 
 
 @pytest.mark.usefixtures("built")
@@ -80,13 +85,13 @@ def test_the_options_of_the_model_reach_the_export(monkeypatch: pytest.MonkeyPat
     assert (options["without"], options["preview"]) == (("text_encoder_3",), Path("taesd3"))
 
 
-def test_without_plans_none_are_built(
+def test_without_plans_none_are_built_and_nothing_is_said_of_tensorrt(
     built: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(monkeypatch, "--json") == 0
 
     assert built == []
-    assert json.loads(capsys.readouterr().out) == {"target": None, "plans": {}}
+    assert json.loads(capsys.readouterr().out) == {"warnings": [], "target": None, "plans": {}}
 
 
 @pytest.mark.parametrize(
@@ -96,6 +101,10 @@ def test_without_plans_none_are_built(
         (["--plans", "tensorrt-rtx", "--target", "sm90"], "builds for sm75, sm80, sm86, sm89, sm120, sm121"),
         (["--plans", "openvino"], "'openvino' is not one of 'tensorrt', 'tensorrt-rtx'"),
         (["--engine", "openvino"], "No such option"),
+        (
+            ["--plans", "tensorrt-rtx", "--weights", "int8"],
+            "which does not run int8 weights: drop one of them",
+        ),
         (["--target", "sm89"], "--target has no effect without plans: add --plans tensorrt or --plans tensorrt-rtx"),
         (["--max-batch", "4"], "--max-batch has no effect without plans"),
         (["--static-size", "64x64"], "--static-size has no effect without plans"),

@@ -13,9 +13,9 @@ from safetensors.numpy import load_file
 from oneword.engines.errors import UsageError
 from oneword.engines.graph import Precision
 from oneword.engines.open import Backend
+from oneword.export.cli import plan_warnings
 from oneword.export.families import family_of
 from oneword.export.source import load_source
-from oneword.export.write import export_bundle
 from oneword.runtime.bundle import Bundle
 from oneword.runtime.concept import Concept, load_concept, save_concept
 from oneword.runtime.drawing import draw
@@ -23,6 +23,8 @@ from oneword.runtime.model import Model
 from oneword.runtime.profiles import PlanLimits
 from oneword.runtime.request import Image, Request
 from oneword.runtime.scheduler import Scheduler
+from tests.bundles import export_once
+from tests.export.operators import attentions_and_norms
 from tests.plans import rtx_plans
 
 
@@ -43,7 +45,9 @@ def sdxl_bundle(tiny_sdxl_dir: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 def exported(model: Path, family: str, folders: pytest.TempPathFactory) -> Path:
     bundle = folders.mktemp(family) / "bundle"
-    assert export_bundle(model, bundle).family == family
+    result = export_once(model, bundle)
+    assert result.family == family
+    assert plan_warnings(result) == []
     return bundle
 
 
@@ -94,6 +98,37 @@ def test_sdxl_with_a_word_of_two_encoders_matches_diffusers(
         assert psnr(ours, diffusers_picture(pipeline, prompt, **settings)) >= 50, prompt
 
 
+def test_attention_and_residual_norms_of_latent_diffusion_are_fused(ldm_bundle: Path) -> None:
+    # Four transformers of one block: two norms of each follow a sum. LDMBert: two layers.
+    assert attentions_and_norms(ldm_bundle) == {
+        "text_encoder": (2, 3),
+        "denoise_step": (8, 8),
+        "vae_decoder": (1, 0),
+        "vae_encoder": (1, 0),
+    }
+
+
+def test_attention_and_residual_norms_of_stable_diffusion_2_are_fused(sd2_bundle: Path) -> None:
+    assert attentions_and_norms(sd2_bundle) == {
+        "text_encoder": (2, 3),
+        "denoise_step": (8, 8),
+        "vae_decoder": (1, 0),
+        "vae_encoder": (1, 0),
+    }
+
+
+def test_attention_and_residual_norms_of_sdxl_are_fused(sdxl_bundle: Path) -> None:
+    # Four transformers of two blocks, of whose six norms all but the first follow a sum. Encoders of three layers; the
+    # pooled state of the second is the norm of the last sum.
+    assert attentions_and_norms(sdxl_bundle) == {
+        "text_encoder": (3, 5),
+        "text_encoder_2": (3, 6),
+        "denoise_step": (16, 20),
+        "vae_decoder": (1, 0),
+        "vae_encoder": (1, 0),
+    }
+
+
 def test_the_zeros_of_sdxl_for_a_missing_negative_prompt_are_one_shared_context(sdxl_bundle: Path) -> None:
     model = Model.open(sdxl_bundle, Backend.ONNXRUNTIME, threads=1)
     scheduler = Scheduler(model)
@@ -134,7 +169,7 @@ def test_every_graph_of_sdxl_becomes_a_plan(sdxl_bundle: Path) -> None:
 
 
 def test_sdxl_in_fp16_is_opened_and_stays_near_fp32(tiny_sdxl_dir: Path, sdxl_bundle: Path, tmp_path: Path) -> None:
-    export_bundle(tiny_sdxl_dir, tmp_path / "bundle", precision=Precision.FP16)
+    assert plan_warnings(export_once(tiny_sdxl_dir, tmp_path / "bundle", precision=Precision.FP16)) == []
     models = (Model.open(path, Backend.ONNXRUNTIME, threads=1) for path in (sdxl_bundle, tmp_path / "bundle"))
     assert psnr(*(picture(model, "a red star", guidance_scale=4.0) for model in models)) >= 40
 

@@ -18,10 +18,11 @@ from safetensors.torch import load_file
 from oneword.engines.errors import ConceptError, UsageError
 from oneword.engines.open import Backend
 from oneword.export import families
-from oneword.export.eager import eager_model
+from oneword.export.cli import plan_warnings
+from oneword.export.eager import EagerEngine, eager_model
 from oneword.export.families import family_of
-from oneword.export.source import UNSUPPORTED, load_source
-from oneword.export.write import export_bundle
+from oneword.export.source import UNSUPPORTED, encoders_left_out, load_source
+from oneword.export.trace import example_feeds
 from oneword.runtime.bundle import Bundle
 from oneword.runtime.concept import Concept, load_concept, save_concept
 from oneword.runtime.drawing import draw
@@ -30,6 +31,8 @@ from oneword.runtime.profiles import PlanLimits
 from oneword.runtime.request import Image, Request
 from oneword.runtime.scheduler import Scheduler
 from oneword.train.cli import main
+from tests.bundles import export_once
+from tests.export.operators import attentions_and_norms
 from tests.plans import rtx_plans
 
 PROMPT = "a photo of the red painting, 7 cats"
@@ -38,9 +41,10 @@ WIDTHS = {"text_encoder": 16, "text_encoder_2": 12, "text_encoder_3": 32}
 
 @pytest.fixture(scope="module")
 def sd3_bundle(tiny_sd3_dir: Path, flow_preview_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    exported = export_bundle(tiny_sd3_dir, tmp_path_factory.mktemp("sd3") / "bundle", preview=flow_preview_dir)
+    exported = export_once(tiny_sd3_dir, tmp_path_factory.mktemp("sd3") / "bundle", preview=flow_preview_dir)
     assert exported.family == "stable-diffusion-3"
     assert max(difference.value for difference in exported.differences if difference.unit == "relative") <= 1e-4
+    assert plan_warnings(exported) == []
     return exported.bundle.path
 
 
@@ -58,9 +62,10 @@ def sd3_pipeline(tiny_sd3_dir: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def flux_bundle(tiny_flux_dir: Path, flow_preview_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    exported = export_bundle(tiny_flux_dir, tmp_path_factory.mktemp("flux") / "bundle", preview=flow_preview_dir)
+    exported = export_once(tiny_flux_dir, tmp_path_factory.mktemp("flux") / "bundle", preview=flow_preview_dir)
     assert exported.family == "flux-1"
     assert max(difference.value for difference in exported.differences if difference.unit == "relative") <= 1e-4
+    assert plan_warnings(exported) == []
     return exported.bundle.path
 
 
@@ -74,6 +79,35 @@ def flux_pipeline(tiny_flux_dir: Path) -> Any:
     from diffusers import FluxPipeline
 
     return FluxPipeline.from_pretrained(tiny_flux_dir)
+
+
+@pytest.fixture(scope="module")
+def chroma_bundle(tiny_chroma_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    exported = export_once(tiny_chroma_dir, tmp_path_factory.mktemp("chroma") / "bundle")
+    assert exported.family == "chroma"
+    assert max(difference.value for difference in exported.differences if difference.unit == "relative") <= 1e-4
+    return exported.bundle.path
+
+
+@pytest.fixture(scope="module")
+def chroma(chroma_bundle: Path) -> Model:
+    return Model.open(chroma_bundle, Backend.ONNXRUNTIME, threads=1)
+
+
+@pytest.fixture
+def chroma_pipeline(tiny_chroma_dir: Path) -> Any:
+    from diffusers import ChromaPipeline
+
+    return with_masks(ChromaPipeline.from_pretrained(tiny_chroma_dir))
+
+
+def with_masks(pipeline: Any) -> Any:
+    """diffusers adds Chroma's mask of ones and zeros to the scores (its issue 12116); a mask of truth values masks."""
+    prepare = pipeline._prepare_attention_mask
+    pipeline._prepare_attention_mask = lambda **settings: (
+        None if settings["attention_mask"] is None else prepare(**settings).bool()
+    )
+    return pipeline
 
 
 @pytest.mark.parametrize(
@@ -138,6 +172,17 @@ def test_a_text_encoder_that_a_model_needs_cannot_be_left_out(tiny_sd3_dir: Path
         load_source(tiny_sd3_dir, without=["text_encoder"])
     with pytest.raises(UsageError, match=r"--without text_encoder_3: .* StableDiffusionPipeline, it needs all its"):
         load_source(tiny_model_dir, without=["text_encoder_3"])
+
+
+def test_what_a_bundle_has_left_out_is_known_from_its_encoders(
+    tiny_sd3_dir: Path, tiny_flux_dir: Path, tiny_model_dir: Path
+) -> None:
+    clip = ("text_encoder", "text_encoder_2")
+
+    assert encoders_left_out(str(tiny_sd3_dir), clip) == ("text_encoder_3",)
+    assert encoders_left_out(str(tiny_sd3_dir), (*clip, "text_encoder_3")) == ()
+    assert encoders_left_out(str(tiny_flux_dir), ("text_encoder", "text_encoder_3")) == ()
+    assert encoders_left_out(str(tiny_model_dir), ("text_encoder",)) == ()
 
 
 def test_a_long_prompt_of_sd3_adds_tokens_to_the_negative_prompt_too(sd3: Model, sd3_pipeline: Any) -> None:
@@ -331,6 +376,92 @@ def test_rows_of_flux_that_share_a_call_are_those_drawn_alone(flux: Model) -> No
         assert psnr(image, alone.image) >= 50
 
 
+def test_chroma_matches_diffusers_if_it_masks(chroma: Model, chroma_pipeline: Any) -> None:
+    """Prompts of different lengths, of one chunk: without guidance, and against an empty and a longer negative one."""
+    for prompt, negative_prompt, guidance_scale, size in (
+        (PROMPT, None, 1.0, (64, 64)),
+        ("a cat", None, 5.0, (80, 64)),
+        ("a cat", "blue dog of the red painting", 4.0, (48, 112)),
+    ):
+        settings = {"negative_prompt": negative_prompt, "guidance_scale": guidance_scale, "size": size}
+        assert psnr(picture(chroma, prompt, **settings), diffusers_picture(chroma_pipeline, prompt, **settings)) >= 50
+
+
+def test_image_to_image_with_chroma_matches_diffusers(chroma: Model, chroma_pipeline: Any) -> None:
+    from diffusers import ChromaImg2ImgPipeline
+
+    settings = {"strength": 0.75, "guidance_scale": 4.0}
+    ours = picture(chroma, PROMPT, image=scene(80, 64), **settings)
+    pipeline = with_masks(ChromaImg2ImgPipeline(**chroma_pipeline.components))
+    theirs = diffusers_picture(pipeline, PROMPT, image=PIL.Image.fromarray(scene(80, 64)), **settings)
+    assert psnr(ours, theirs) >= 50
+
+
+def test_a_word_in_chroma_matches_diffusers(chroma: Model, chroma_pipeline: Any) -> None:
+    word = concept("text_encoder_3")
+    chroma_pipeline.load_textual_inversion(torch.from_numpy(word.vectors["text_encoder_3"].copy()), token="<toy>")
+
+    ours = picture(chroma, "a photo of <toy> on the ring", words={"<toy>": word})
+
+    assert psnr(ours, diffusers_picture(chroma_pipeline, "a photo of <toy> on the ring")) >= 50
+    assert psnr(ours, picture(chroma, "a photo of a painting on the ring")) < 50
+    with pytest.raises(ConceptError, match="this model's encoders are text_encoder_3: learn the word for this model"):
+        chroma.load(concept("text_encoder"))
+
+
+def test_a_learned_word_in_chroma_draws_the_picture_of_diffusers_with_its_loader(
+    tiny_chroma_dir: Path, chroma: Model, chroma_pipeline: Any, tmp_path: Path
+) -> None:
+    word = learned_word(tiny_chroma_dir, tmp_path, "--set", "size=64")
+    rows = load_file(tmp_path / "toy.safetensors")
+    assert list(rows) == ["t5xxl"]
+    chroma_pipeline.load_textual_inversion(rows["t5xxl"], token="<toy>")
+
+    ours = picture(chroma, "a photo of <toy> on the ring", words={"<toy>": word})
+
+    assert psnr(ours, diffusers_picture(chroma_pipeline, "a photo of <toy> on the ring")) >= 50
+    assert psnr(ours, picture(chroma, "a photo of star on the ring")) < 50  # its init
+
+
+def test_rows_of_chroma_that_share_a_call_are_those_drawn_alone(chroma: Model) -> None:
+    """Prompts of different lengths, with different masks; one of two chunks in another call."""
+    requests = [
+        Request(PROMPT, seed=1, steps=4, guidance_scale=1.0, size=(64, 64)),
+        Request("a cat", "blue dog of the red painting", seed=2, steps=6, guidance_scale=3.0, size=(64, 64)),
+        Request("a ring", seed=3, steps=5, sampler="dpmpp-2m", size=(64, 64)),
+        Request(", ".join(["a photo of the red painting"] * 5), seed=4, steps=4, size=(64, 64)),
+    ]
+    together = [result.image for result in draw(chroma, *requests)]
+    for request, image in zip(requests, together, strict=True):
+        [alone] = draw(chroma, request)
+        assert psnr(image, alone.image) >= 50
+
+
+def test_what_stands_in_the_padding_of_chroma_does_not_matter(tiny_chroma_dir: Path) -> None:
+    """Masked tokens may hold anything, and may as well be missing."""
+    [step] = [graph for graph in family_of(load_source(tiny_chroma_dir)).graphs if graph.name == "denoise_step"]
+    sizes = {"B": 1, "N": 1, "M": 1, "T": 9, "h": 8, "w": 6}
+    feeds = dict(example_feeds(step, sizes, seed=0))
+    feeds["context_mask"] = np.array([[1, 1, 1, 1, 0, 0, 0, 0, 0]], np.float32)
+    engine = EagerEngine(step)
+    masked = engine.run(feeds)
+    feeds["context"][0, 4:] = 1e3
+    for name, expected in masked.items():
+        np.testing.assert_allclose(engine.run(feeds)[name], expected, rtol=1e-6, atol=1e-6)
+    feeds |= {name: np.ascontiguousarray(feeds[name][:, :4]) for name in ("context", "context_mask")}
+    for name, expected in masked.items():
+        np.testing.assert_allclose(engine.run(feeds)[name], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_chroma_in_openvino_is_near_onnxruntime(chroma: Model, chroma_bundle: Path) -> None:
+    assert decibels_of_openvino(chroma, chroma_bundle, guidance_scale=4.0) >= 30
+
+
+@pytest.mark.plans
+def test_every_graph_of_chroma_becomes_a_plan(chroma_bundle: Path) -> None:
+    assert_planned(chroma_bundle)
+
+
 def test_a_draft_of_sd3_matches_diffusers_with_its_small_decoder(
     sd3: Model, sd3_pipeline: Any, flow_preview_dir: Path
 ) -> None:
@@ -361,6 +492,32 @@ def test_every_graph_of_sd3_becomes_a_plan(sd3_bundle: Path) -> None:
 @pytest.mark.plans
 def test_every_graph_of_flux_becomes_a_plan(flux_bundle: Path) -> None:
     assert_planned(flux_bundle)
+
+
+def test_attention_and_residual_norms_of_sd3_are_fused(sd3_bundle: Path) -> None:
+    # Three joint attentions and one of the image alone; the norms have no weights. CLIP: three layers, the last sum is
+    # normed for the pooled state. T5: two layers, without a mean in their norms.
+    assert attentions_and_norms(sd3_bundle) == {
+        "text_encoder": (3, 6),
+        "text_encoder_2": (3, 6),
+        "text_encoder_3": (2, 0),
+        "denoise_step": (3 + 1, 0),
+        "vae_decoder": (1, 0),
+        "vae_encoder": (1, 0),
+        "vae_preview": (0, 0),
+    }
+
+
+def test_attention_and_residual_norms_of_flux_are_fused(flux_bundle: Path) -> None:
+    # One block with two streams and two with one. CLIP: two layers, of which only the pooled state is used.
+    assert attentions_and_norms(flux_bundle) == {
+        "text_encoder": (2, 4),
+        "text_encoder_3": (2, 0),
+        "denoise_step": (1 + 2, 0),
+        "vae_decoder": (1, 0),
+        "vae_encoder": (1, 0),
+        "vae_preview": (0, 0),
+    }
 
 
 def test_sizes_that_sd3_cannot_draw_are_refused(sd3: Model) -> None:
@@ -398,6 +555,21 @@ def test_a_network_that_its_pipeline_does_not_have_is_refused(tiny_model_dir: Pa
     object.__setattr__(source, "pipeline", "StableDiffusionPipeline")
     with pytest.raises(UsageError, match="has the network SD3Transformer2DModel: give a model with a UNet"):
         family_of(source)
+
+
+def test_every_other_family_that_people_train_is_refused_by_name() -> None:
+    """The names are those of diffusers' pipelines."""
+    import diffusers
+
+    assert {
+        *("Flux2Pipeline", "Flux2KleinPipeline", "ZImagePipeline", "QwenImagePipeline"),
+        *("PixArtAlphaPipeline", "PixArtSigmaPipeline", "SanaPipeline", "SanaSprintPipeline", "Lumina2Pipeline"),
+        *("HiDreamImagePipeline", "Krea2Pipeline", "Ideogram4Pipeline", "ErnieImagePipeline"),
+        *("StableCascadeCombinedPipeline", "WuerstchenCombinedPipeline"),
+    } <= UNSUPPORTED.keys()
+    supported = {pipeline for pipelines in families.FAMILIES.values() for pipeline in pipelines}
+    assert not supported & UNSUPPORTED.keys()
+    assert [name for name in (*supported, *UNSUPPORTED) if not hasattr(diffusers, name)] == []
 
 
 @pytest.mark.parametrize("pipeline", UNSUPPORTED)

@@ -121,6 +121,11 @@ def test_previews_are_those_of_diffusers_small_decoder(previewing: Model, tiny_p
     assert previewing.manifest.preview is not None  # for who decodes nothing
 
 
+def test_the_small_decoder_has_nothing_to_fuse(tiny_preview_bundle: Path) -> None:
+    graph = Bundle.open(tiny_preview_bundle).graph("vae_preview")
+    assert (graph.files, graph.fused) == (("vae_preview.onnx",), {})
+
+
 def test_drafts_and_full_pictures_that_finish_together_each_have_their_decoder(previewing: Model) -> None:
     requests = [Request("a cat", seed=seed, steps=3, draft=draft) for seed, draft in ((1, True), (2, False), (3, True))]
     together = draw(previewing, *requests)

@@ -34,6 +34,17 @@ def test_the_states_are_those_of_transformers(model: Any, length: int) -> None:
     assert finite.all()
 
 
+def test_padding_after_eos_is_masked_as_in_transformers_if_the_family_masks_it(model: Any) -> None:
+    encoder = T5Encoder(model, max_length=24, masks_padding=True)
+    ids, eos_index = torch.randint(2, model.config.vocab_size, (3, 24)), torch.tensor([0, 9, 23])
+    mask = torch.arange(24) <= eos_index[:, None]
+
+    states, _, finite = encoder(ids, encoder.table, torch.ones(3, 24), eos_index)
+
+    torch.testing.assert_close(states, model(ids, attention_mask=mask.long())[0], rtol=1e-5, atol=1e-5)
+    assert finite.all()
+
+
 def test_a_row_of_the_table_beyond_the_vocabulary_is_a_learned_vector(model: Any) -> None:
     encoder, ids = T5Encoder(model, max_length=24), torch.randint(0, 50, (1, 9))
     vector = torch.randn(1, 32)

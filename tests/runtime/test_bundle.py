@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 
 from oneword.engines.errors import BundleError, FileError, OnewordError, UsageError
-from oneword.engines.graph import DType, Graph, Precision, TensorSpec, graph_digest
+from oneword.engines.graph import DType, Graph, Precision, Provider, TensorSpec, Weights, graph_digest
 from oneword.engines.plans import PlanCache, PlanKey
 from oneword.runtime.bundle import (
     Bundle,
@@ -86,6 +86,58 @@ def test_an_opened_bundle_has_the_manifest_that_was_written(bundle: Path) -> Non
     }
     assert manifest.scheduler["_class_name"] == "DDIMScheduler"
     assert manifest.graphs["denoise_step"].inputs == (TensorSpec("x", DType.FLOAT32, ("B", 4)),)
+
+
+def fill_with_a_copy(folder: Path) -> Manifest:
+    """As `fill`, with a copy of denoise_step for ONNX Runtime."""
+    manifest = fill(folder)
+    (folder / "denoise_step.cpu.onnx").write_bytes(b"fused")
+    graph = msgspec.structs.replace(manifest.graphs["denoise_step"], fused={Provider.CPU: "denoise_step.cpu.onnx"})
+    return msgspec.structs.replace(manifest, graphs={**manifest.graphs, "denoise_step": graph})
+
+
+def test_a_copy_for_onnxruntime_is_hashed_but_not_part_of_its_graphs_digest(bundle: Path, tmp_path: Path) -> None:
+    copied = write_bundle(tmp_path / "copied", fill_with_a_copy).manifest
+
+    assert "denoise_step.cpu.onnx" in copied.files
+    assert copied.graphs["denoise_step"].digest == Bundle.open(bundle).manifest.graphs["denoise_step"].digest
+    assert copied.graphs["denoise_step"].onnx_for(Provider.CPU) == "denoise_step.cpu.onnx"
+    assert copied.graphs["denoise_step"].onnx_for(Provider.CUDA) == "denoise_step.onnx"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.write_bytes(b"FUSED"), r"denoise_step\.cpu\.onnx has changed since it was exported"),
+        (lambda path: path.unlink(), r"denoise_step\.cpu\.onnx is missing"),
+        (lambda path: os.link(path, path.parents[1] / "second"), r"denoise_step\.cpu\.onnx is hard-linked"),
+    ],
+)
+def test_a_bundle_whose_copy_was_changed_is_refused(
+    tmp_path: Path, damage: Callable[[Path], object], message: str
+) -> None:
+    path = write_bundle(tmp_path / "bundle", fill_with_a_copy).path
+    damage(path / "denoise_step.cpu.onnx")
+
+    with pytest.raises(BundleError, match=message):
+        Bundle.open(path)
+
+
+def test_a_bundle_whose_copy_is_not_hashed_is_refused(tmp_path: Path) -> None:
+    path = write_bundle(tmp_path / "bundle", fill_with_a_copy).path
+    edit(path, lambda manifest: manifest["files"].pop("denoise_step.cpu.onnx"))  # type: ignore[attr-defined]
+
+    with pytest.raises(BundleError, match=r"denoise_step\.cpu\.onnx is not among the hashed files"):
+        Bundle.open(path)
+
+
+@pytest.mark.parametrize("key", ["fused", "weights"])
+def test_a_bundle_from_before_there_were_copies_and_int8_weights_is_opened(bundle: Path, key: str) -> None:
+    edit(bundle, lambda manifest: [graph.pop(key) for graph in manifest["graphs"].values()])  # type: ignore[attr-defined]
+
+    for graph in Bundle.open(bundle).manifest.graphs.values():
+        assert {graph.onnx_for(provider) for provider in Provider} == {graph.files[0]}
+        assert graph.weights is Weights.FLOAT
 
 
 def test_a_failed_export_leaves_nothing(tmp_path: Path) -> None:
@@ -355,6 +407,7 @@ def test_swapped_graphs_are_detected(bundle: Path) -> None:
         ({"missing_negative": "nothing"}, "is not a valid manifest"),
         ({"width": 1}, "has a block of encoders that is wider than its context"),
         ({"zero_tokens": -1}, "is not a valid manifest"),
+        ({"attended_padding": 1}, "has attended_padding without a context_mask, or the reverse"),
     ],
 )
 def test_a_conditioning_that_the_bundle_cannot_provide_is_refused(

@@ -13,7 +13,6 @@ from click.testing import CliRunner
 
 from oneword.runtime import cli_concept
 from oneword.runtime.concept import Concept, load_concept, save_concept
-from oneword.runtime.layouts import XTI_KEYS
 
 ROWS = np.random.default_rng(0).normal(0, 0.02, (2, 32)).astype(np.float32)
 
@@ -102,7 +101,6 @@ def test_wrong_usage_exits_2_and_refused_files_exit_1_with_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.save({"<a>": torch.from_numpy(ROWS), "<b>": torch.from_numpy(ROWS)}, tmp_path / "two.bin")
-    safetensors.numpy.save_file(dict.fromkeys(XTI_KEYS, ROWS), tmp_path / "xti.safetensors")
     safetensors.numpy.save_file({"<a>": ROWS}, tmp_path / "two.safetensors")
     safetensors.numpy.save_file({"<b>": ROWS}, tmp_path / "other.safetensors")
     before = (tmp_path / "two.safetensors").read_bytes()
@@ -111,7 +109,6 @@ def test_wrong_usage_exits_2_and_refused_files_exit_1_with_one_line(
         (("convert", tmp_path / "two.bin", out), 2, "2 words do not fit into the file"),
         (("convert", tmp_path / "two.bin", tmp_path / "out.pt"), 2, "is neither a .safetensors file"),
         (("convert", tmp_path / "two.bin", tmp_path / "out", "--token", "<c>"), 2, "--token '<c>' for 2 words"),
-        (("convert", tmp_path / "xti.safetensors", out), 1, "a vector for each of 16 layers"),
         (("convert", tmp_path / "absent.pt", out), 1, "No such file"),
         (("convert", tmp_path / "other.safetensors", tmp_path / "two.safetensors"), 2, "two.safetensors exists: "),
         (("show", tmp_path / "absent.pt"), 1, "No such file"),

@@ -67,7 +67,7 @@ def test_a_script_answers_a_round_at_a_time_and_the_word_keeps_its_rounds(
     assert len(second["candidates"]) == 6
 
 
-def test_a_sheet_shows_the_candidates_with_one_prompt_and_seed(
+def test_a_sheet_and_files_show_the_candidates_with_one_prompt_and_seed(
     tiny_bundle: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = ["--start", "cat", "--aspects", "aspects.txt", "--output", "cat.safetensors", "--candidates", 3]
@@ -82,6 +82,9 @@ def test_a_sheet_shows_the_candidates_with_one_prompt_and_seed(
     expected = labelled_grid([[picture.image for picture in pictures]], [""], [headings])
     with PIL.Image.open(report["sheet"]) as sheet:
         np.testing.assert_allclose(np.asarray(sheet).astype(int), expected.astype(int), atol=1)
+    for index, picture in enumerate(pictures, 1):
+        with PIL.Image.open(f"cat.rounds/round-2/{index}.png") as alone:
+            np.testing.assert_allclose(np.asarray(alone).astype(int), picture.image.astype(int), atol=1)
 
 
 def test_on_a_terminal_it_asks_until_the_rounds_are_done_and_an_answer_can_be_undone(

@@ -190,6 +190,30 @@ def test_vectors_for_t5_are_written_as_comfyui_reads_them_and_may_be_long(tmp_pa
         Concept("<toy>", {"text_encoder_3": 1000 * long})
 
 
+def test_a_word_for_t5_alone_is_written_under_comfyuis_key(tmp_path: Path) -> None:
+    rows = np.full((2, 4096), 0.1, np.float32)
+    save_concept(Concept("<toy>", {"text_encoder_3": rows}), tmp_path / "toy.safetensors")
+    assert set(safetensors.numpy.load_file(tmp_path / "toy.safetensors")) == {"t5xxl"}
+    word = load_concept(tmp_path / "toy.safetensors")
+    assert word.token == "<toy>"
+    np.testing.assert_array_equal(word.vectors["text_encoder_3"], rows)
+
+
+@pytest.mark.parametrize(
+    ("key", "width"),
+    [("gemma", 2304), ("llama", 4096), ("qwen3_4b", 2560), ("qwen3_8b", 4096), ("qwen25_7b", 3584)],
+)
+def test_vectors_for_an_encoder_of_no_supported_model_are_refused_by_name(tmp_path: Path, key: str, width: int) -> None:
+    tensors = {"clip_l": np.full((2, 768), 0.1, np.float32), key: np.full((2, width), 0.1, np.float32)}
+    for number, keys in enumerate(([key], ["clip_l", key])):
+        path = tmp_path / f"{number}.safetensors"
+        safetensors.numpy.save_file({name: tensors[name] for name in keys}, path)
+        with pytest.raises(ConceptError, match=f"has vectors for {key}, a text encoder of no supported model: allowed"):
+            load_concept(path)
+    save_concept(Concept(key, {"text_encoder": ROWS}), tmp_path / "word.safetensors")  # a word with that name
+    assert load_concept(tmp_path / "word.safetensors").token == key
+
+
 def test_onetrainers_old_key_for_clip_l_is_recognised_by_its_width(tmp_path: Path) -> None:
     clip_l, t5 = np.full((2, 768), 0.1, np.float32), np.full((2, 4096), 0.1, np.float32)
     safetensors.numpy.save_file({"clip_g": clip_l, "t5": t5}, tmp_path / "toy.safetensors")

@@ -22,11 +22,12 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from oneword.engines.errors import ConceptError, OnewordError
-from oneword.runtime.concept import Concept, load_concept, save_concept
-from oneword.runtime.layouts import XTI_KEYS, read_concepts
+from oneword.runtime.concept import XTI_KEYS, Concept, load_concept, save_concept
+from oneword.runtime.layouts import read_concepts
 
 ROWS = np.random.default_rng(0).normal(0, 0.02, (2, 768)).astype(np.float32)
 WIDE = np.random.default_rng(1).normal(0, 0.02, (2, 1280)).astype(np.float32)
+LONG = np.full((2, 4096), 0.1, np.float32)
 TENSOR = torch.from_numpy(ROWS)
 
 
@@ -108,9 +109,24 @@ FLAT: list[tuple[str, dict[str, np.ndarray], str, dict[str, tuple[int, ...]]]] =
         "a key for each encoder",
         {"text_encoder": (2, 768), "text_encoder_3": (2, 1280)},
     ),
+    (
+        "v.safetensors",  # OneTrainer's for Stable Diffusion 3.5
+        {
+            "clip_l": ROWS,
+            "clip_g": WIDE,
+            "t5": LONG,
+            "clip_l_out": ROWS,
+            "clip_g_out": WIDE,
+            "t5_out": LONG,
+        },
+        "a key for each encoder",
+        {"text_encoder": (2, 768), "text_encoder_2": (2, 1280), "text_encoder_3": (2, 4096)},
+    ),
+    ("w.safetensors", {"t5xxl": LONG}, "a key for each encoder", {"text_encoder_3": (2, 4096)}),
+    ("x.safetensors", {"t5": LONG, "t5_out": LONG}, "a key for each encoder", {"text_encoder_3": (2, 4096)}),
     ("f.safetensors", {"emb_params": ROWS}, "kohya or OneTrainer", {"text_encoder": (2, 768)}),
     ("g.safetensors", {"emp_params": ROWS, "emp_params_out": ROWS}, "kohya or OneTrainer", {"text_encoder": (2, 768)}),
-    ("h.safetensors", dict.fromkeys(XTI_KEYS, ROWS), "kohya XTI", {"IN01": (2, 768), "OUT11": (2, 768)}),
+    ("h.safetensors", dict.fromkeys(XTI_KEYS, ROWS), "kohya XTI", {"text_encoder": (2, 768)}),
 ]
 
 
@@ -148,10 +164,10 @@ def test_a_word_for_one_encoder_is_converted_from_any_layout_to_that_of_diffuser
         requires_safety_checker=False,
     )
 
-    assert len(single) == 12
+    assert len(single) == 13
     for number, concept in enumerate(single):
         token, out = f"<{number}>", tmp_path / f"{number}.safetensors"
-        save_concept(concept, out)
+        save_concept(concept.rows_only(), out)
         pipeline.load_textual_inversion(out, token=token)
         ids = pipeline.tokenizer.convert_tokens_to_ids([token, f"{token}_1"])
         loaded = pipeline.text_encoder.get_input_embeddings().weight[ids].detach().numpy()

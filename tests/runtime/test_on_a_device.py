@@ -29,6 +29,12 @@ from tests.simulated_cuda import Runtime, Session
 ort = pytest.importorskip("onnxruntime")
 
 WORD = Concept("<w>", {"text_encoder": np.random.default_rng(0).normal(0, 0.5, (2, 32)).astype(np.float32)})
+PRECISE = Concept(
+    "<precise>",
+    {"text_encoder": np.random.default_rng(2).normal(0, 0.5, (1, 32)).astype(np.float32)},
+    out={"text_encoder": np.random.default_rng(3).normal(0, 1, (3, 4, 1, 32)).astype(np.float32)},
+    values_only=True,
+)
 MIXED = [
     Request("a <w>", seed=1, steps=5, sampler=Sampler.EULER_A),
     Request("a cat", seed=2, steps=3, guidance_scale=1.0, num_images=2),
@@ -44,6 +50,8 @@ POOL = [
     Request("a ring", seed=8, steps=6, sampler=Sampler.DPMPP_2M_SDE, negative_prompt="a <w>"),
     Request("a star", seed=9, steps=4, image=PAINTED, mask=MASK, sampler=Sampler.EULER_A),
     Request("a cat", seed=10, steps=1),
+    Request("a <precise>", seed=11, steps=7, sampler=Sampler.HEUN),
+    Request("a [<w>:<precise>:0.4]", seed=12, steps=5, negative_prompt="<precise>"),
 ]
 
 
@@ -73,6 +81,7 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> None:
 def model(tiny_bundle: Path, cuda: Runtime) -> Model:
     model = Model.open(tiny_bundle, Backend.CUDA)
     model.load(WORD)
+    model.load(PRECISE)
     return model
 
 
@@ -80,6 +89,7 @@ def model(tiny_bundle: Path, cuda: Runtime) -> Model:
 def on_host(tiny_bundle: Path) -> Model:
     model = Model.open(tiny_bundle, Backend.ONNXRUNTIME, threads=1)
     model.load(WORD)
+    model.load(PRECISE)
     return model
 
 
@@ -244,9 +254,12 @@ def test_rows_that_join_leave_or_are_cancelled_do_not_change_other_pictures(
             scheduler.add(POOL[6])
         if turn == 8:
             scheduler.add(POOL[1])
+            scheduler.add(POOL[9])
+        if turn == 10:
+            scheduler.cancel(scheduler.add(POOL[10]))
     assert not scheduler
 
-    assert_same(pictures(events), {k: v for i in (3, 0, 6, 1) for k, v in alone(POOL[i]).items()})
+    assert_same(pictures(events), {k: v for i in (3, 0, 6, 1, 9) for k, v in alone(POOL[i]).items()})
     assert not any(event.id == cancelled for event in events if isinstance(event, PictureDone))
 
 
@@ -369,7 +382,7 @@ def test_after_a_failed_step_the_rows_continue_with_their_state(
     model: Model, monkeypatch: pytest.MonkeyPatch, alone: Any, capturable: bool, at: int
 ) -> None:
     monkeypatch.setattr(onnxruntime_cuda.CudaBinding, "capturable", capturable)
-    requests = [POOL[0], POOL[3], POOL[5], POOL[6]]
+    requests = [POOL[0], POOL[3], POOL[5], POOL[6], POOL[9], POOL[10]]
     scheduler = scheduler_for(model, requests)
     steps, failed = 0, False
     enqueue = onnxruntime_cuda.CudaBinding.run

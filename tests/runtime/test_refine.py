@@ -25,6 +25,7 @@ from oneword.runtime.refine import (
     components,
     finish,
     judge,
+    liked,
     normal_scores,
     posterior,
     propose,
@@ -146,6 +147,12 @@ def test_a_ranking_likes_its_upper_half_and_dislikes_its_lower_half(ranking: lis
     [judged] = judge(refinement(), ranking=ranking).rounds
 
     assert [judged.levels[index] for index in ranking] == [5, 3, 1, -1, -3, -5]
+
+
+def test_all_likes_of_a_round_and_the_first_of_a_ranking_were_liked_best() -> None:
+    state = judge(played(2), dislikes=[0])
+
+    assert liked(judge(state, likes=[5, 4])) == [(1, 1), (2, 2), (4, 4), (4, 5)]
 
 
 # ---- candidates -----------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import torch
 from diffusers.schedulers import AysSchedules
 
 from oneword.engines.errors import UsageError
-from oneword.runtime.samplers import Guidance, Sampler, Schedule, make_schedule, sampler_of
+from oneword.runtime.samplers import Guidance, Sampler, Schedule, make_schedule, sampler_of, stage_at
 from oneword.runtime.spacing import Spacing, aligned_sigmas, beta_quantile
 
 SHAPE = (2, 4, 6, 5)
@@ -131,6 +131,15 @@ CASES = [
 ]
 
 
+def test_equal_settings_share_a_schedule_that_cannot_be_changed() -> None:
+    first, again, other = (make_schedule(BASE, Sampler.DDIM, steps, guidance_scale=7.0) for steps in (8, 8, 9))
+
+    assert first is again
+    assert other is not first
+    with pytest.raises(ValueError, match="read-only"):
+        first.timesteps[0] = 1
+
+
 @pytest.mark.parametrize(("sampler", "prediction", "spacing", "steps"), CASES)
 def test_a_run_ends_with_the_latents_of_diffusers(sampler: Sampler, prediction: str, spacing: str, steps: int) -> None:
     config = {**BASE, "prediction_type": prediction, "timestep_spacing": spacing, "steps_offset": 1}
@@ -154,7 +163,10 @@ def test_the_order_of_the_last_step_depends_on_the_steps_of_the_whole_run(sample
     _assert_equal_runs(sampler, config, 20, strength)  # 13 or 16 of 20 steps, and 15 is where the order changes
 
 
-@pytest.mark.parametrize("sampler", PEERS.keys() - {Sampler.HEUN, Sampler.DPM2_A})  # whose peers ignore the setting
+SHIFTING = sorted(PEERS.keys() - {Sampler.HEUN, Sampler.DPM2_A})  # the peers of those two ignore the setting
+
+
+@pytest.mark.parametrize("sampler", SHIFTING)
 @pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
 def test_zero_terminal_snr_matches_diffusers(sampler: Sampler, spacing: str) -> None:
     config = {**BASE, "prediction_type": "v_prediction", "timestep_spacing": spacing, "rescale_betas_zero_snr": True}
@@ -494,3 +506,20 @@ def test_a_column_that_a_graph_lacks_is_refused_by_name_if_a_step_needs_it() -> 
     with pytest.raises(UsageError, match="needs the column 'previous2'"):
         unipc.table([name for name in names if name != "previous2"])
     np.testing.assert_array_equal(plain.table([*names, "uncond"])[:, -1], 0)
+
+
+@pytest.mark.parametrize(
+    ("timesteps", "stages", "expected"),
+    [
+        (1000, 4, {999: 0, 750: 0, 749: 1, 500: 1, 499: 2, 250: 2, 249: 3, 0: 3, 1000: 0, 749.5: 0, 499.2: 1, -0.1: 3}),
+        (600, 4, {599: 0, 450: 0, 449: 1, 300: 1, 299: 2, 150: 2, 149: 3, 0: 3}),
+        (1000, 3, {999: 0, 667: 0, 666: 0, 665: 1, 333: 1, 332: 2, 0: 2}),
+        (1000, 1, {999: 0, 0: 0}),
+        (10, 10, {9: 0, 8: 1, 5: 4, 0: 9}),
+    ],
+)
+def test_stages_are_equal_parts_of_the_timesteps_from_the_noisiest(
+    timesteps: int, stages: int, expected: dict[float, int]
+) -> None:
+    """By hand: timestep T - 1 - n is in stage floor(n stages / T), at most the last; flow's T is in the first."""
+    assert {t: stage_at(t, stages, timesteps) for t in expected} == expected

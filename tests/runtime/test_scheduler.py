@@ -1,9 +1,10 @@
 """Rows that join late, leave early, are cancelled or fail, without an effect on other rows."""
 
 import weakref
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import hypothesis.strategies as st
@@ -522,9 +523,9 @@ def test_a_request_of_many_texts_is_encoded_over_several_turns_while_others_run(
     calls: list[int] = []
     encode = model.encode
 
-    def counted(prompts: Any) -> Any:
+    def counted(prompts: Any, layers: Any = None) -> Any:
         calls.append(len({prompt.key for prompt in prompts}))
-        return encode(prompts)
+        return encode(prompts, layers)
 
     monkeypatch.setattr(model, "encode", counted)
     scheduler = Scheduler(model)
@@ -549,10 +550,10 @@ def test_a_request_of_many_texts_is_encoded_over_several_turns_while_others_run(
 def test_a_prompt_that_cannot_be_encoded_fails_alone_in_the_turn_of_its_texts(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def failing(prompts: Any) -> Any:
+    def failing(prompts: Any, layers: Any = None) -> Any:
         if any(prompt.key == bad for prompt in prompts):
             raise EngineError("out of memory")
-        return encode(prompts)
+        return encode(prompts, layers)
 
     encode, bad = model.encode, model.tokenize("a bad one").key
     monkeypatch.setattr(model, "encode", failing)
@@ -587,6 +588,83 @@ def test_a_newcomer_steps_within_two_turns_whatever_else_arrives(model: Model) -
     assert 3 in first
 
 
+def on_a_clock(monkeypatch: pytest.MonkeyPatch, scheduler: Scheduler, decoding: float = 0.0) -> None:
+    """Denoising takes one second per turn, decoding so many per picture, and nothing else takes time."""
+    now = 0.0
+    decode, denoise = scheduler.model.decode, scheduler.denoiser.step
+
+    def timed_decode(latents: npt.NDArray[np.float32], draft: bool) -> Any:
+        nonlocal now
+        now += decoding * len(latents)
+        return decode(latents, draft)
+
+    def timed_denoise() -> Any:
+        nonlocal now
+        now += 1.0
+        return denoise()
+
+    monkeypatch.setattr("oneword.runtime.scheduler.time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(scheduler.model, "decode", timed_decode)
+    monkeypatch.setattr(scheduler.denoiser, "step", timed_denoise)
+
+
+def finished(events: Sequence[Event]) -> int:
+    return sum(isinstance(event, PictureDone) for event in events)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "counts"),
+    [
+        (0.0, [8]),
+        (0.09, [2, 2, 2, 2]),  # two take less than a fifth of the turn's denoising time, three would take more
+        (9.0, [2, 1, 1, 1, 1, 1, 1]),  # one per turn, and a quarter of those that wait
+    ],
+)
+def test_pictures_that_finish_together_are_decoded_as_far_as_the_turn_has_time(
+    model: Model, monkeypatch: pytest.MonkeyPatch, seconds: float, counts: list[int]
+) -> None:
+    scheduler = Scheduler(model)
+    on_a_clock(monkeypatch, scheduler, seconds)
+    scheduler.add(Request("a cat", steps=3))
+    for _ in run(scheduler):  # after which the time of one picture is known
+        pass
+    scheduler.add(Request("a cat", steps=3, num_images=8))
+    turns = [finished(turn) for turn in iter(lambda: scheduler.step() if scheduler else None, None)]
+
+    assert [count for count in turns if count] == counts
+
+
+def test_finished_pictures_do_not_pile_up_behind_newcomers(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two arrive and finish in each turn, whose time is too short for any of them."""
+    scheduler = Scheduler(model)
+    on_a_clock(monkeypatch, scheduler, 1.0)
+    scheduler.add(Request("a cat", steps=200))
+    waiting, done = [], 0
+    for _ in range(60):
+        scheduler.add(Request("a cat", steps=1, num_images=2))
+        done += finished(scheduler.step())
+        waiting.append(len(scheduler) - scheduler.rows)
+
+    assert max(waiting) <= 8
+    assert done >= 120 - 8
+
+
+def test_a_cancelled_picture_that_waits_to_be_decoded_is_not_decoded(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler = Scheduler(model)
+    on_a_clock(monkeypatch, scheduler, 9.0)
+    scheduler.add(Request("a cat", steps=1))
+    scheduler.step()
+    first, second = (scheduler.add(Request("a cat", seed=seed, steps=1)) for seed in (1, 2))
+    events = scheduler.step()
+    scheduler.cancel(second)
+    events += scheduler.step()
+
+    assert Counter(event.id for event in events if isinstance(event, PictureDone)) == {first: 1}
+    assert len(scheduler) == 0
+
+
 def test_in_openvino_each_picture_is_closest_to_the_same_picture_generated_alone(tiny_bundle: Path) -> None:
     """In bf16, sums depend on the size of a call: identical for equal N, otherwise a median of 45 dB."""
     pytest.importorskip("openvino")
@@ -616,6 +694,9 @@ def test_an_engine_that_prefers_few_shapes_gets_no_new_ones_after_the_warm_up(ti
 
     assert sorted(arena._bound) == [1, 2, 3, 4, 6, 8]
     assert all(bound.binding._compiled.static for bound in arena._bound.values())  # type: ignore[attr-defined]
+    bindings = [binding for graph in model._batched.values() for binding in graph._bindings.values()]
+    assert len(bindings) == 9  # one to eight prompts, one to eight pictures, and a picture to read in
+    assert all(binding._compiled.static for binding in bindings)  # type: ignore[attr-defined]
     assert (scheduler.denoiser.stats.branches, scheduler.denoiser.stats.padding) == (6, 1)
 
 
@@ -688,12 +769,12 @@ def test_a_lone_row_gets_the_memory_of_unused_sizes(model: Model, monkeypatch: p
     assert [event.seed for event in run(scheduler) if isinstance(event, PictureDone)] == [5]
 
 
-def test_pictures_that_finish_together_are_decoded_in_one_call_per_turn(model: Model) -> None:
+def test_at_most_eight_pictures_are_decoded_per_turn(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     scheduler = Scheduler(model)
+    on_a_clock(monkeypatch, scheduler)
     scheduler.add(Request("a cat", num_images=12, steps=1))
-    counts = [sum(isinstance(event, PictureDone) for event in scheduler.step()) for _ in range(2)]
 
-    assert counts == [8, 4]
+    assert [finished(scheduler.step()) for _ in range(2)] == [8, 4]
 
 
 def test_a_fifth_size_waits_until_one_of_four_is_done(model: Model) -> None:

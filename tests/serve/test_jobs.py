@@ -40,6 +40,7 @@ def test_a_job_is_shown_to_its_tenant_and_to_nobody_else(tmp_path: Path) -> None
     async def run() -> None:
         async with idle(tmp_path) as jobs:
             job = await jobs.add("alice", photos(), "<toy>", "toy", seed=7)
+            assert jobs._owned[job.id].request.encoders == ("text_encoder",)
 
             assert (job.status, job.steps, job.recipe, job.position) == (Status.QUEUED, 50, "quick", 0)
             assert await jobs.get("alice", job.id) == job
@@ -700,7 +701,7 @@ def reference(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) ->
     for name, data in learnable_pictures(photos()).items():
         (folder / "pictures" / name).write_bytes(data)
     digest = load_source(tiny_model_dir).digest
-    order = Order(str(folder), str(tiny_model_dir), digest, "<toy>", "star", "quick", STEPS, 3)
+    order = Order(str(folder), str(tiny_model_dir), digest, "<toy>", "star", "quick", STEPS, 3, ("text_encoder",))
 
     async def run() -> str:
         async with LearningProcess(order, folder / "log") as reports:

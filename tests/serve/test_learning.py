@@ -3,6 +3,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import msgspec
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from oneword.engines.errors import UsageError
-from oneword.export.source import load_source
+from oneword.export.source import load_source, read_json
 from oneword.runtime.bundle import Bundle
 from oneword.runtime.concept import load_concept
 from oneword.serve import learning
@@ -18,6 +19,7 @@ from oneword.serve.errors import Invalid
 from oneword.serve.learning import LearningProcess, check_model, model_digest, public_text, recipe_of
 from oneword.serve.messages import Done, Failed, Order, Report, Snapshot, Started, Step, snapshot_steps
 from oneword.train.checkpoint import held
+from oneword.train.job import learn_word
 from oneword.train.recipe import RECIPES
 
 
@@ -40,6 +42,26 @@ def test_an_order_for_other_weights_fails_with_one_line_without_a_path(order: Or
     reports = asyncio.run(learned(msgspec.structs.replace(order, digest="0" * 64)))
 
     assert reports == [Failed("the model's weights are not those the bundle was exported from: export it again")]
+
+
+@pytest.mark.parametrize("encoders", [("text_encoder", "text_encoder_2"), ("text_encoder", "text_encoder_3")])
+def test_an_encoder_that_the_bundle_leaves_out_is_not_loaded(
+    order: Order, encoders: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left_out: list[str] = []
+
+    def load(model: str, *, without: tuple[str, ...]) -> None:
+        left_out.extend(without)
+        raise UsageError("a test")
+
+    monkeypatch.setattr("oneword.export.source.load_source", load)
+    stable_diffusion_3 = {"_class_name": "StableDiffusion3Pipeline"}
+    monkeypatch.setattr("oneword.export.source.read_json", lambda path: read_json(path) | stable_diffusion_3)
+
+    with pytest.raises(UsageError, match="a test"):
+        learn_word(msgspec.structs.replace(order, encoders=encoders), lambda report: None, threading.Event())
+
+    assert left_out == ([] if "text_encoder_3" in encoders else ["text_encoder_3"])
 
 
 def test_a_model_that_does_not_exist_is_named_when_the_server_starts(tmp_path: Path) -> None:
@@ -166,6 +188,7 @@ def order(tmp_path: Path, tiny_model_dir: Path) -> Order:
         recipe="quick",
         steps=6,
         seed=3,
+        encoders=("text_encoder",),
         snapshots=(0, 2, 6),
         checkpoint_every=2,
     )

@@ -312,10 +312,18 @@ def test_a_stream_of_a_jobs_events_does_not_keep_it_alive(serve: Serve, tiny_mod
     assert "Traceback" not in server.log
 
 
-def test_after_kill_9_it_is_back_with_its_words_and_jobs(serve: Serve, tiny_model_dir: Path) -> None:
+def test_after_kill_9_it_is_back_with_its_words_jobs_and_kept_results(serve: Serve, tiny_model_dir: Path) -> None:
     server = serve("--supervise", "--model", str(tiny_model_dir))
     word = httpx.put(f"{server.url}/v1/words/<toy>", content=word_bytes(), timeout=SECONDS).json()
     job = learn(server, steps=20)
+    body = {"prompt": "a cat", "steps": 2, "response_format": "url"}
+
+    def answer_with_key() -> httpx.Response:
+        address, headers = f"{server.url}/v1/images/generations", {"Idempotency-Key": "key"}
+        return httpx.post(address, json=body, headers=headers, timeout=SECONDS)
+
+    answer = answer_with_key()
+    picture = httpx.get(answer.json()["data"][0]["url"], timeout=SECONDS).content
     first = server.server
     assert first is not None
     with ThreadPoolExecutor(1) as threads:
@@ -329,6 +337,9 @@ def test_after_kill_9_it_is_back_with_its_words_and_jobs(serve: Serve, tiny_mode
 
     assert httpx.get(f"{server.url}/v1/words/<toy>", timeout=SECONDS).json() == word
     assert generate(server, prompt="a <toy>", steps=2).status_code == 200
+    again = answer_with_key()
+    assert again.content == answer.content
+    assert httpx.get(again.json()["data"][0]["url"], timeout=SECONDS).content == picture
 
     def ended() -> Any:
         body = httpx.get(f"{server.url}/v1/jobs/{job}", timeout=SECONDS).json()

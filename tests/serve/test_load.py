@@ -21,6 +21,7 @@ from benchmarks.served.speed import SIZES, singles
 from benchmarks.served.stress import FLAT_MB, cut_off, grown, not_accepted, stopped
 from oneword.runtime import Model, Scheduler
 from oneword.runtime.concept import concept_bytes
+from oneword.serve.worker import Work
 from tests.serve.conftest import Start
 from tests.serve.running import Running
 
@@ -42,7 +43,7 @@ def wait_until_free(running: Running) -> None:
 
 def test_beyond_its_limit_it_refuses_with_429_and_makes_every_picture_that_it_accepted(start_server: Start) -> None:
     running = start_server()
-    picture = running.state.worker.figures.seconds_for(branch_pixels=50 * 2 * 64 * 64, pixels=64 * 64)
+    picture = running.state.worker.figures.seconds_for(Work(branch_pixels=50 * 2 * 64 * 64, pixels=64 * 64))
     running.state.pool.max_wait = 3 * picture  # the queue is short, whatever the machine's speed
 
     async def flood() -> list[tuple[int, bytes]]:

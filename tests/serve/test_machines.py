@@ -249,9 +249,9 @@ def learners(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machines]:
     if exported := os.environ.get("ONEWORD_MINIATURE_BUNDLE"):
         bundle = Path(exported)
     else:
-        from oneword.export.write import export_bundle
+        from tests.bundles import export_once
 
-        bundle = export_bundle("miniature", tmp_path_factory.mktemp("miniature") / "bundle").bundle.path
+        bundle = export_once("miniature", tmp_path_factory.mktemp("miniature") / "bundle").bundle.path
     with serving(started(bundle, tmp_path_factory.mktemp("learners"), "--model", "miniature")) as machines:
         yield machines
 

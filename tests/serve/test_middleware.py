@@ -9,6 +9,7 @@ import logging
 import socket
 import threading
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http.client import HTTPConnection
 from pathlib import Path
@@ -21,13 +22,16 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 
 from oneword.serve import errors, middleware
+from oneword.serve.app import build_state, create_app
 from oneword.serve.connection import Connection, limited_connection, server_config
-from oneword.serve.keys import Keys
+from oneword.serve.errors import Busy
+from oneword.serve.keys import Keys, Tenant
 from oneword.serve.middleware import AccessLog, LimitBody, TrustedProxy, allowed_hosts
 from oneword.serve.settings import Settings
 
 KEY = "ow_the-key-of-alice"
 LIMIT = 100_000
+PIECE = bytes(1 << 20)
 
 
 class Prompt(BaseModel):
@@ -78,6 +82,24 @@ def make_app(keys: Keys | None = None, **settings: Any) -> FastAPI:
     errors.install(app)
     chosen = Settings(Path("bundle"), **settings)
     middleware.install(app, chosen, keys, limits=[("/v1/", LIMIT), ("", 1000)])
+    return app
+
+
+def full_app(keys: Keys | None = None, limits: Sequence[tuple[str, int]] = (("", 1 << 20),)) -> FastAPI:
+    """An app whose routes for pictures have no room for anybody."""
+    app = FastAPI()
+
+    @app.post("/v1/images/generations")
+    @app.get("/v1/images/generations")
+    @app.post("/v1/images/other")
+    async def prompt(request: Request) -> int:
+        return len(await request.body())
+
+    def check(tenant: Tenant) -> None:
+        raise Busy(f"{tenant.name} has to wait", 7)
+
+    errors.install(app)
+    middleware.install(app, Settings(Path("bundle")), keys, limits=limits, check=check)
     return app
 
 
@@ -249,6 +271,84 @@ def test_a_wrong_key_is_refused_after_64_kib_of_a_body_of_1_gib(keys: Keys, fram
         assert b"connection: close" in answer.lower()
         assert sent < 1 << 30
         assert server.bytes_read <= 64 << 10
+
+
+def test_a_request_for_pictures_is_refused_without_room_after_its_key_and_its_address_are_checked(keys: Keys) -> None:
+    app, key = full_app(keys), {"Authorization": f"Bearer {KEY}"}
+    path = "/v1/images/generations"
+
+    refused = ask(app, "POST", path, key, [b"{ no", b" JSON"])
+    statuses = [
+        *(
+            ask(app, "POST", path, {**key, "Idempotency-Key": name}).status
+            for name in ("a" * 255, "a" * 256, "a b", "")
+        ),
+        ask(app, "POST", path).status,
+        ask(app, "POST", "/v1/images/other", key, [b"a"]).status,
+        ask(app, "POST", "/v1/images/none", key).status,
+        ask(app, "GET", path, key).status,
+        ask(app, "POST", path, {**key, "Content-Length": str(2 << 20)}).status,
+    ]
+
+    assert (refused.status, refused.json["error"]["message"]) == (429, "alice has to wait")
+    assert refused.headers["retry-after"] == "7"
+    assert refused.received == 2
+    assert statuses == [200, 429, 429, 429, 401, 200, 404, 200, 413]
+
+
+def test_a_client_that_sends_a_large_body_sees_that_there_is_no_room_and_may_send_again() -> None:
+    with serving(full_app()) as server, contextlib.closing(HTTPConnection(*server.address)) as connection:
+        connection.connect()
+        opened = connection.sock
+        for _ in range(2):
+            connection.request("POST", "/v1/images/generations", bytes(1 << 20))
+            answer = connection.getresponse()
+            assert (answer.status, answer.getheader("Retry-After")) == (429, "7")
+            assert b"has to wait" in answer.read()
+        assert connection.sock is opened
+
+
+class LateBody(Sequence[bytes]):
+    """60 MiB, and a last byte that comes once all of the others wait for theirs."""
+
+    def __init__(self, barrier: threading.Barrier) -> None:
+        self._barrier = barrier
+
+    def __len__(self) -> int:
+        return 61
+
+    def __getitem__(self, index: Any) -> Any:
+        if index < 60:
+            return PIECE
+        self._barrier.wait(20)
+        return b"x"
+
+
+def test_bodies_that_are_dropped_take_no_room() -> None:
+    app, barrier = full_app(limits=middleware.BODY_LIMITS), threading.Barrier(9)
+
+    with ThreadPoolExecutor(9) as threads:  # 540 MiB
+        requests = [threads.submit(ask, app, "POST", "/v1/images/edits", {}, LateBody(barrier)) for _ in range(9)]
+
+    assert [request.result().status for request in requests] == [429] * 9
+
+
+def test_a_client_that_asks_before_it_sends_its_body_is_refused_at_once() -> None:
+    with serving(full_app()) as server, server.connect() as connection:
+        connection.sendall(head("POST", "/v1/images/generations", "Content-Length: 1000", "Expect: 100-continue"))
+        answer = read_all(connection)
+
+    assert answer.startswith(b"HTTP/1.1 429 ")
+    assert b"connection: close" in answer.lower()
+
+
+def test_the_routes_for_pictures_are_those_of_the_server(tmp_path: Path, tiny_bundle: Path) -> None:
+    settings = Settings(tiny_bundle, words=str(tmp_path))
+    paths = create_app(build_state(settings)).openapi()["paths"]
+
+    drawing = {path for path, methods in paths.items() if "post" in methods and path.startswith("/v1/images/")}
+    assert {*middleware.PICTURE_ROUTES} == drawing | {"/sdapi/v1/txt2img", "/sdapi/v1/img2img"}
+    assert {*middleware.PICTURE_ROUTES} <= paths.keys()
 
 
 def test_a_request_without_a_body_keeps_its_connection_open() -> None:

@@ -16,13 +16,15 @@ import PIL.Image
 import pytest
 
 from oneword.runtime import Model, draw, generate
+from oneword.runtime.bundle import Manifest
 from oneword.runtime.events import StepDone
-from oneword.runtime.request import Request, resolve
+from oneword.runtime.request import Request, ResolvedSettings, resolve
 from oneword.serve import openai
 from oneword.serve.errors import Unavailable
 from oneword.serve.generate import fitted
 from oneword.serve.keys import new_key
 from oneword.serve.pictures import encode
+from oneword.serve.pool import Generation
 from tests.serve.conftest import Start
 from tests.serve.running import Running, run_client, undecodable_png, word_bytes
 
@@ -254,6 +256,35 @@ def test_a_file_in_an_unknown_field_and_a_text_instead_of_a_file_are_refused(htt
     assert [response.json()["error"]["param"] for response in (unknown, text, none)] == ["picture", "image", "image"]
 
 
+@pytest.mark.parametrize("path", ["generations", "edits"])
+def test_each_request_is_made_and_resolved_once(
+    server: Running, http: httpx.Client, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    made: list[object] = []
+    init = Generation.__init__
+
+    def counted(generation: Generation, *arguments: Any) -> None:
+        made.append(generation)
+        init(generation, *arguments)
+
+    resolved: list[Request] = []
+
+    def resolve_counted(request: Request, manifest: Manifest) -> ResolvedSettings:
+        resolved.append(request)
+        return resolve(request, manifest)
+
+    monkeypatch.setattr(Generation, "__init__", counted)
+    monkeypatch.setattr("oneword.serve.pool.resolve", resolve_counted)
+    body = {"prompt": "a cat", "steps": "2"}
+    if path == "edits":
+        answer = http.post("/v1/images/edits", data=body, files={"image": png()})
+    else:
+        answer = http.post("/v1/images/generations", json={**body, "steps": 2})
+
+    assert answer.status_code == 200
+    assert (len(made), len(resolved)) == (1, 1)
+
+
 def test_uploads_are_decoded_only_if_there_is_room_for_all_of_them(start_server: Start) -> None:
     running = start_server()
     upload = undecodable_png()
@@ -279,6 +310,29 @@ def test_uploads_are_decoded_only_if_there_is_room_for_all_of_them(start_server:
     assert draining.status_code == 503
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_masked_edit_keeps_the_pixels_outside_the_mask(http: httpx.Client, stream: bool) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    alpha = np.full((64, 64), 255, np.uint8)
+    alpha[16:48, 16:48] = 0
+    picture, mask = io.BytesIO(), io.BytesIO()
+    PIL.Image.fromarray(image).save(picture, "PNG")
+    PIL.Image.fromarray(np.dstack([image, alpha])).save(mask, "PNG")
+    fields = {"prompt": "a cat", "steps": "4", **({"stream": "true", "partial_images": "1"} if stream else {})}
+
+    answer = http.post("/v1/images/edits", data=fields, files={"image": picture.getvalue(), "mask": mask.getvalue()})
+
+    if stream:
+        encoded = [data["b64_json"] for _, data in events_of(answer)]
+    else:
+        encoded = [answer.json()["data"][0]["b64_json"]]
+    assert len(encoded) == 1 + stream
+    for text in encoded:
+        pixels = np.asarray(PIL.Image.open(io.BytesIO(base64.b64decode(text))))
+        assert np.array_equal(pixels[alpha == 255], image[alpha == 255])
+        assert not np.array_equal(pixels, image)
+
+
 def test_an_upload_waits_no_larger_than_it_is_used(server: Running) -> None:
     image = np.random.default_rng(0).integers(0, 256, (256, 128, 3), np.uint8)
     mask = np.zeros((256, 128), np.uint8)
@@ -297,7 +351,7 @@ def test_an_upload_waits_no_larger_than_it_is_used(server: Running) -> None:
 
 
 def test_uploads_that_are_read_hold_up_no_answer(server: Running) -> None:
-    state = replace(server.state, _limiters={})
+    state = replace(server.state, _threads={})
     gate = threading.Event()
 
     def read() -> None:

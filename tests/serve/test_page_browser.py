@@ -115,9 +115,9 @@ class Server:
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if options := os.environ.get("ONEWORD_MINIATURE_BUNDLE"):
         return Path(options)
-    from oneword.export.write import export_bundle
+    from tests.bundles import export_once
 
-    return export_bundle("miniature", tmp_path_factory.mktemp("miniature") / "bundle").bundle.path
+    return export_once("miniature", tmp_path_factory.mktemp("miniature") / "bundle").bundle.path
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,9 @@ import pytest
 from starlette.requests import Request as HTTPRequest
 from starlette.types import Message
 
+from oneword.runtime import edit
+from oneword.runtime.bundle import Bundle, Manifest
+from oneword.runtime.concept import Concept
 from oneword.runtime.drawing import draw
 from oneword.runtime.events import PictureDone
 from oneword.runtime.model import Model
@@ -28,7 +31,7 @@ from oneword.serve.generate import events, finish
 from oneword.serve.keys import LOCAL, Tenant
 from oneword.serve.pool import Dropped, Generation, GenerationEvent, Outcome, Phase, PictureEvent, Pool, spread
 from oneword.serve.settings import Settings
-from oneword.serve.worker import Done, Failed, Partial, Step, Worker
+from oneword.serve.worker import Done, Failed, Partial, Step, Worker, WorkerFigures
 from tests.serve.running import SECONDS, started_worker
 
 ALICE, BOB, CAROL = Tenant("alice"), Tenant("bob"), Tenant("carol")
@@ -84,7 +87,12 @@ class Record:
 
 def with_seconds_per_step(worker: Worker, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
     """Makes the worker say that a guided step takes so long, and nothing else any time."""
-    figures = replace(worker.figures, seconds_per_branch_pixel=seconds / (2 * 64 * 64), seconds_per_pixel=0.0)
+    monkeypatch.setattr(worker, "figures", WorkerFigures(seconds_per_branch_pixel=seconds / (2 * 64 * 64)))
+
+
+def with_figures(worker: Worker, monkeypatch: pytest.MonkeyPatch, figures: WorkerFigures) -> None:
+    """Makes the worker say this, whatever it measures."""
+    monkeypatch.setattr(worker, "_publish", lambda scheduler: None)
     monkeypatch.setattr(worker, "figures", figures)
 
 
@@ -229,6 +237,80 @@ def test_an_idle_server_takes_ten_times_what_may_be_queued(
     run(scenario)
 
 
+def test_texts_are_priced_by_their_chunks_until_they_are_encoded(
+    worker: Worker, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(monkeypatch)
+    with_figures(worker, monkeypatch, WorkerFigures(seconds_per_chunk=1.0))
+    pool = Pool(worker, model.manifest, max_wait=100, chunks=len)
+
+    async def scenario() -> None:
+        generation = pool.submit(ALICE, Request("[a|bc|def]", "xyzv", num_images=3, steps=6))
+        assert pool.queued_seconds == 1 + 2 + 3 + 4
+        with pool.submit(BOB, Request("[a|b]", steps=2)):
+            assert pool.queued_seconds == 10 + 2
+        assert pool.queued_seconds == 10
+        assert generation.seconds_left == 10
+        with pytest.raises(Busy):
+            pool.submit(ALICE, Request("x" * 91, steps=1))
+        gate.open.set()
+        while generation.progress == 0:
+            await asyncio.sleep(0.001)
+            pool.generations(ALICE)
+        assert pool.queued_seconds == 0
+        await generation.wait()
+
+    run(scenario)
+
+
+def test_a_text_whose_word_has_rows_for_each_layer_is_priced_once_more_for_each(
+    worker: Worker, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(monkeypatch)
+    with_figures(worker, monkeypatch, WorkerFigures(seconds_per_chunk=1.0))
+    pool = Pool(worker, model.manifest, max_wait=100, chunks=len)
+    rows, vectors = np.full((4, 1, 32), 0.1, np.float32), {"text_encoder": np.full((1, 32), 0.1, np.float32)}
+    precise = Concept("<Xti>", vectors, out={"text_encoder": rows[None]}, encoder_layers={"text_encoder": 3})
+    layered = Concept("<Xti>", vectors, layer_rows={"text_encoder": rows})
+
+    async def seconds(word: Concept) -> float:
+        generation = pool.prepared(ALICE, Request("[a|<Xti>]", "no", num_images=2, steps=6))
+        generation.request = replace(generation.request, words={"<Xti>": word})  # as when its words are looked up
+        with generation:
+            pool.enter(generation)
+            return pool.queued_seconds
+
+    async def scenario() -> None:
+        assert await seconds(precise) == 1 + 5 + 2
+        assert await seconds(layered) == 1 + 5 * (1 + 4) + 2
+        gate.open.set()
+
+    run(scenario)
+
+
+def test_pictures_shown_on_the_way_are_priced_by_how_many_are_decoded(
+    worker: Worker, model: Model, tiny_preview_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(monkeypatch)
+    with_figures(worker, monkeypatch, WorkerFigures(seconds_per_estimate=1 / (64 * 64)))
+    with_decoder = Bundle.open(tiny_preview_bundle).manifest
+
+    async def seconds(manifest: Manifest, partials: int, **fields: Any) -> float:
+        pool = Pool(worker, manifest, max_wait=100)
+        with pool.submit(ALICE, Request("a cat", **fields), partials=partials):
+            return pool.queued_seconds
+
+    async def scenario() -> None:
+        assert await seconds(model.manifest, 0, steps=6, previews=2) == 0  # made by a linear map, from latents
+        assert await seconds(model.manifest, 2, steps=6, previews=1) == 2
+        assert await seconds(with_decoder, 0, steps=6, previews=2) == 2  # after steps 2 and 4
+        assert await seconds(with_decoder, 1, steps=6, previews=2, num_images=2) == 6  # 2, 3 and 4, twice
+        assert await seconds(with_decoder, 2, steps=6, previews=2) == 2  # the same steps
+        gate.open.set()
+
+    run(scenario)
+
+
 def test_the_wait_for_a_slot_counts_where_others_have_all_of_them(
     worker: Worker, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -316,6 +398,103 @@ def test_retry_after_is_how_long_until_there_is_room(
         assert first.seconds_left == pytest.approx(80)
         first.cancel()
         gate.open.set()
+
+    run(scenario)
+
+
+def test_after_a_refusal_requests_are_refused_unseen_until_there_is_room_for_as_much(
+    worker: Worker, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(monkeypatch)
+    with_seconds_per_step(worker, monkeypatch, 1.0)
+
+    async def scenario() -> None:
+        pool = Pool(worker, model.manifest, max_wait=100)
+        first = pool.submit(ALICE, Request("a cat", steps=90))
+        second = pool.submit(ALICE, Request("a cat", steps=5))
+        pool.check(ALICE)  # 5 seconds are left, but nobody was refused
+        with pytest.raises(Busy):
+            pool.submit(ALICE, Request("a cat", steps=8))
+        with pytest.raises(Busy) as refusal:
+            pool.check(ALICE)
+        assert refusal.value.headers["Retry-After"] == "3"  # 95 + 8 - 100
+        with pytest.raises(Busy):
+            pool.check(ALICE)
+        pool.check(BOB)  # whose turn comes earlier
+        second.cancel()
+        pool.check(ALICE)
+        with pytest.raises(Busy):
+            pool.submit(ALICE, Request("a cat", steps=80))
+        pool.check(ALICE)  # a tenth of max_wait is enough
+        pool.draining = True
+        with pytest.raises(Unavailable):
+            pool.check(ALICE)
+        first.cancel()
+        gate.open.set()
+
+    run(scenario)
+
+
+def test_a_full_queue_refuses_requests_unseen_though_nobody_was_refused(
+    worker: Worker, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(monkeypatch)
+    with_seconds_per_step(worker, monkeypatch, 1.0)
+
+    async def scenario() -> None:
+        pool = Pool(worker, model.manifest, max_wait=100)
+        large = pool.submit(ALICE, Request("a cat", steps=500))
+        with pytest.raises(Busy, match="ready in 500 seconds, allowed are 100"):
+            pool.check(ALICE)
+        pool.check(BOB)  # whose turn comes earlier
+        large.cancel()
+        pool.check(ALICE)
+        gate.open.set()
+
+    run(scenario)
+
+
+def test_requests_that_enter_together_need_room_together(
+    worker: Worker, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(monkeypatch)
+    with_seconds_per_step(worker, monkeypatch, 1.0)
+
+    async def scenario() -> None:
+        pool = Pool(worker, model.manifest, max_wait=100)
+        pair = [pool.prepared(ALICE, Request("a cat", steps=90)) for _ in range(2)]
+        pool.enter(*pair)  # an idle server takes ten times as many seconds
+        assert pool.queued_seconds == 180
+        for generation in pair:
+            generation.cancel()
+        first = pool.submit(ALICE, Request("a cat", steps=30))
+        prepared = pool.prepared(ALICE, Request("a cat", steps=40))
+        with pytest.raises(Busy, match="ready in 110 seconds"):
+            pool.prepared(ALICE, Request("a cat", steps=40), beside=[prepared])
+        with pytest.raises(Busy, match="ready in 110 seconds"):
+            pool.enter(prepared, pool.prepared(ALICE, Request("a cat", steps=40)))
+        assert pool.generations(ALICE) == [first]
+        first.cancel()
+        gate.open.set()
+
+    run(scenario)
+
+
+def test_a_prepared_request_is_queued_as_it_is_when_it_enters(
+    worker: Worker, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_seconds_per_step(worker, monkeypatch, 1.0)
+
+    async def scenario() -> None:
+        pool = Pool(worker, model.manifest, max_wait=100)
+        prepared, late = (pool.prepared(ALICE, Request("a cat", seed=3, steps=90)) for _ in range(2))
+        assert pool.queued_seconds == 0
+        assert pool.generations(ALICE) == []
+        prepared.request = replace(prepared.request, seed=4)
+        pool.enter(prepared)
+        with pytest.raises(Busy):  # there was room when it was prepared
+            pool.enter(late)
+        assert [picture.seed for picture in await prepared.wait()] == [4]
 
     run(scenario)
 
@@ -598,7 +777,8 @@ def test_a_picture_is_used_when_it_is_ready_and_its_pixels_are_let_go(pool: Pool
         images: list[weakref.ref[Image]] = []
         ready: list[int] = []
 
-        async def use(picture: PictureDone) -> int:
+        async def use(of: Generation, picture: PictureDone) -> int:
+            assert of is generation
             images.append(weakref.ref(picture.image))
             ready.append(sum(picture is not None for picture in generation.pictures))
             return picture.image.size
@@ -610,6 +790,41 @@ def test_a_picture_is_used_when_it_is_ready_and_its_pixels_are_let_go(pool: Pool
         assert ready[0] < 6
         gc.collect()
         assert [image() for image in images] == [None] * 6
+
+    run(scenario)
+
+
+def test_the_engines_thread_neither_pastes_nor_blurs_and_the_result_is_the_same(
+    pool: Pool, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    mask = np.zeros((64, 64), np.bool_)
+    mask[8:40, 16:48] = True
+    request = Request("a cat", seed=3, num_images=2, steps=4, image=image, mask=mask, mask_blur=2)
+    expected = draw(model, request)
+    weights, threads = edit.paste_weights, list[str]()
+
+    def noted(mask: Any, blur: float) -> Any:
+        threads.append(threading.current_thread().name)
+        return weights(mask, blur)
+
+    monkeypatch.setattr(edit, "paste_weights", noted)
+
+    async def scenario() -> None:
+        generation = pool.submit(ALICE, request, partials=1)
+        found = await events_of(generation)
+        assert threads == []
+        [first, second] = [generation.pasted(picture.image) for picture in generation.pictures if picture is not None]
+        partial = next(event.image for _, event in found if isinstance(event, Partial))
+        assert near(first, expected[0].image)
+        assert near(second, expected[1].image)
+        far = np.s_[46:, :]  # more than 5 pixels from the mask
+        for shown in (first, generation.pasted(partial)):
+            assert np.array_equal(shown[far], image[far])
+        assert threads == [threading.current_thread().name]  # once
+        plain = pool.submit(ALICE, replace(request, mask=None, mask_blur=0))
+        [picture] = [*await plain.wait()][:1]
+        assert plain.pasted(picture.image) is picture.image
 
     run(scenario)
 

@@ -109,14 +109,14 @@ def test_a_refinement_ends_with_its_word(http: httpx.Client, word: str, change: 
 
 
 def test_a_full_queue_leaves_no_candidate_behind(server: Running, http: httpx.Client, word: str) -> None:
-    pool, submit, count = server.state.pool, server.state.pool.submit, itertools.count()
+    pool, prepared, count = server.state.pool, server.state.pool.prepared, itertools.count()
 
     def refuse_the_fifth(*arguments: Any, **settings: Any) -> Any:
         if next(count) == 4:
             raise Busy("full", 1)
-        return submit(*arguments, **settings)
+        return prepared(*arguments, **settings)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pool, "submit", refuse_the_fifth)
+        patch.setattr(pool, "prepared", refuse_the_fifth)
         assert http.post(f"{word}/refine", json={"action": "start"}).status_code == 429
     assert pool.generations(LOCAL) == []

@@ -1,14 +1,54 @@
-"""Pictures that are kept for an hour: how much of them a tenant may have."""
+"""Pictures that are kept for an hour, and answers: how long, and how much of them a tenant may have."""
 
+import asyncio
 import contextlib
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from oneword.serve.errors import Busy, Forbidden
-from oneword.serve.files import open_files
+from oneword.serve.errors import Busy, Forbidden, Unavailable
+from oneword.serve.files import FolderFiles, open_files
+from oneword.serve.kept import room
 from oneword.serve.keys import Tenant
-from oneword.serve.results import Results
+from oneword.serve.results import KeptAnswer, Results
+from tests.serve.running import SECONDS
+
+
+class SlowFiles(FolderFiles):
+    """A folder that waits before it is listed."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.listing, self.listed = threading.Event(), threading.Event()
+
+    def names(self, folder: str) -> Sequence[str]:
+        self.listing.set()
+        assert self.listed.wait(SECONDS), "nobody could go on meanwhile"
+        return super().names(folder)
+
+
+class SmallFiles(FolderFiles):
+    """A folder of which 100 bytes are read, unless more are asked for."""
+
+    def read(self, path: str, limit: int = 100) -> bytes | None:
+        return super().read(path, limit)
+
+
+@contextlib.contextmanager
+def reserved(results: Results, tenant: Tenant, size: int) -> Iterator[None]:
+    """Room in the store, counted first."""
+    results.count(tenant)
+    with results.reserved(tenant, size):
+        yield
+
+
+def state_of(results: Results) -> Any:
+    """The part of a server's state that `room` needs."""
+    return SimpleNamespace(results=results, in_thread=asyncio.to_thread)
 
 
 def test_a_tenant_has_room_for_pictures_again_once_its_oldest_has_expired(tmp_path: Path) -> None:
@@ -16,23 +56,23 @@ def test_a_tenant_has_room_for_pictures_again_once_its_oldest_has_expired(tmp_pa
     results = Results(open_files(str(tmp_path)), lambda: now)
     alice, bob = Tenant("alice", max_result_bytes=150), Tenant("bob", max_result_bytes=150)
 
-    with results.reserved(alice, 150):
+    with reserved(results, alice, 150):
         results.put(alice, bytes(100), "png")
     now = 1900.0
-    with results.reserved(alice, 50):
+    with reserved(results, alice, 50):
         results.put(alice, bytes(40), "png")
 
     with (
         pytest.raises(Busy, match=r"140 bytes of your pictures are kept .* these may have 11") as refused,
-        results.reserved(alice, 11),
+        reserved(results, alice, 11),
     ):
         pass
     assert refused.value.code == "quota_exceeded"
     assert refused.value.headers["Retry-After"] == "2700"
-    with results.reserved(bob, 150):
+    with reserved(results, bob, 150):
         pass
     now = 4601.0
-    with results.reserved(alice, 110):
+    with reserved(results, alice, 110):
         pass
 
 
@@ -42,14 +82,89 @@ def test_requests_in_progress_share_the_room_and_give_back_what_they_do_not_use(
 
     with contextlib.ExitStack() as requests:
         for _ in range(2):
-            requests.enter_context(results.reserved(alice, 50))
+            requests.enter_context(reserved(results, alice, 50))
         for _ in range(50):
-            with pytest.raises(Busy, match="100 bytes"), results.reserved(alice, 1):
+            with pytest.raises(Busy, match="100 bytes"), reserved(results, alice, 1):
                 pass
-    with pytest.raises(ValueError, match="a test"), results.reserved(alice, 100):
+    with pytest.raises(ValueError, match="a test"), reserved(results, alice, 100):
         raise ValueError("a test")
-    with results.reserved(alice, 100):
+    with reserved(results, alice, 100):
         pass
+
+
+def test_what_a_tenant_has_is_counted_from_the_store(url: str) -> None:
+    now = 1000.0
+    alice, bob = Tenant("alice", max_result_bytes=150), Tenant("bob/..", max_result_bytes=150)
+    before, other = (Results(open_files(url), lambda: now) for _ in range(2))
+    with reserved(other, alice, 150):
+        pass
+    before.put(alice, bytes(100), "png")
+    before.put(bob, bytes(10), "webp")
+
+    after = Results(open_files(url), lambda: now)
+    for results in (before, after):
+        with pytest.raises(Busy, match="100 bytes of your pictures"), reserved(results, alice, 51):
+            pass
+        with reserved(results, alice, 50), reserved(results, bob, 140):
+            pass
+    other.collect()
+    with pytest.raises(Busy), reserved(other, alice, 51):  # what another server has kept
+        pass
+    now = 4601.0
+    assert after.collect() == 2
+    for results in (before, other, after):
+        with reserved(results, alice, 150), reserved(results, bob, 150):
+            pass
+
+
+def test_an_answer_is_kept_for_ten_minutes_under_its_tenants_key(url: str) -> None:
+    now = 1000.0
+    results = Results(open_files(url), lambda: now)
+    alice, bob = Tenant("alice", max_result_bytes=150), Tenant("bob")
+    answer = KeptAnswer("d" * 64, b"{}")
+
+    results.put_answer(alice, "../key", answer)
+
+    again = Results(open_files(url), lambda: now)
+    assert again.answer(alice, "../key") == answer
+    assert again.answer(alice, "key") is None
+    assert again.answer(bob, "../key") is None
+    with pytest.raises(Busy, match="66 bytes"), reserved(again, alice, 85):
+        pass
+    now = 1600.0
+    assert again.collect() == 0
+    now = 1601.0
+    assert again.answer(alice, "../key") is None
+    assert again.collect() == 1
+    now = 1000.0
+    assert again.answer(alice, "../key") is None
+
+
+def test_a_picture_that_cannot_be_written_is_not_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = FolderFiles(tmp_path)
+    results, alice = Results(files), Tenant("alice", max_result_bytes=100)
+    write = files.write
+
+    def fail(path: str, data: bytes) -> None:
+        if path.startswith("results/"):
+            raise Unavailable("a test")
+        write(path, data)
+
+    monkeypatch.setattr(files, "write", fail)
+    with pytest.raises(Unavailable):
+        results.put(alice, bytes(100), "png")
+
+    with reserved(results, alice, 100):
+        pass
+
+
+def test_an_answer_is_read_whole_however_large_it_is(tmp_path: Path) -> None:
+    results = Results(SmallFiles(tmp_path))
+    answer = KeptAnswer("d" * 64, bytes(1000))
+
+    results.put_answer(Tenant("alice"), "key", answer)
+
+    assert results.answer(Tenant("alice"), "key") == answer
 
 
 @pytest.mark.parametrize("allowed", [0, 99])
@@ -57,7 +172,50 @@ def test_a_request_that_can_never_be_kept_is_not_one_to_send_again(tmp_path: Pat
     results = Results(open_files(str(tmp_path)))
 
     with (
-        pytest.raises(Forbidden, match=f"may have 100 bytes, allowed are {allowed}: ask for b64_json"),
-        results.reserved(Tenant("alice", max_result_bytes=allowed), 100),
+        pytest.raises(
+            Forbidden, match=f"may have 100 bytes, allowed to be kept are {allowed}: leave out the Idempotency-Key"
+        ),
+        reserved(results, Tenant("alice", max_result_bytes=allowed), 100),
     ):
+        pass
+
+
+def test_while_a_folder_is_listed_other_tenants_get_room_and_give_it_back(tmp_path: Path) -> None:
+    files = SlowFiles(tmp_path)
+    results = Results(files)
+    alice, bob = Tenant("alice"), Tenant("bob")
+
+    async def scenario() -> None:
+        files.listed.set()
+        async with room(state_of(results), bob, 1):
+            files.listing.clear()
+            files.listed.clear()
+            waiting = asyncio.ensure_future(
+                contextlib.AsyncExitStack().enter_async_context(room(state_of(results), alice, 1))
+            )
+            await asyncio.to_thread(files.listing.wait, SECONDS)
+        async with room(state_of(results), bob, 1):
+            files.listed.set()
+        await waiting
+
+    asyncio.run(scenario())
+
+
+def test_a_request_that_is_cancelled_while_a_folder_is_listed_reserves_nothing(tmp_path: Path) -> None:
+    files = SlowFiles(tmp_path)
+    results = Results(files)
+    alice = Tenant("alice", max_result_bytes=100)
+
+    async def scenario() -> None:
+        task = asyncio.ensure_future(
+            contextlib.AsyncExitStack().enter_async_context(room(state_of(results), alice, 100))
+        )
+        await asyncio.to_thread(files.listing.wait, SECONDS)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        files.listed.set()
+
+    asyncio.run(scenario())  # waits for its threads
+    with reserved(results, alice, 100):
         pass

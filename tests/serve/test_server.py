@@ -46,6 +46,7 @@ def server_with(worker: WorkerState, **settings: Any) -> Any:
         pool=Part(),
         jobs=Part(),
         stopping=asyncio.Event(),
+        making={},
     )
     return Server(app, state)
 

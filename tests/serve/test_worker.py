@@ -31,6 +31,7 @@ from oneword.serve.worker import (
     State,
     Step,
     Turn,
+    Work,
     Worker,
     WorkerEvent,
 )
@@ -172,15 +173,6 @@ def test_a_turn_decodes_few_previews_and_partial_pictures_come_first(
         assert not worker._due_previews
     assert max(map(len, together)) == 2
     assert all(turn == sorted(turn, reverse=True) for turn in together)
-
-
-def test_a_partial_picture_of_a_masked_edit_keeps_the_original_outside_the_mask(worker: Worker) -> None:
-    mask = np.zeros((64, 64), bool)
-    mask[:32] = True
-    events = Events()
-    worker.submit(Request("a dog", steps=4, image=scene(), mask=mask), frozenset({1}), events)
-
-    np.testing.assert_array_equal(events.until(Partial).image[32:], scene()[32:])
 
 
 def test_a_turn_decodes_few_partial_pictures_and_every_picture_gets_some(
@@ -352,6 +344,19 @@ def test_an_exception_on_the_engine_thread_is_a_failure_and_everybody_hears_of_i
     assert not worker.ready.is_set()
 
 
+def test_a_turn_is_expected_to_encode_a_text_once_more_for_each_layer_that_its_word_has_rows_for(
+    worker: Worker,
+) -> None:
+    rows, vectors = np.full((4, 1, 32), 0.1, np.float32), {"text_encoder": np.full((1, 32), 0.1, np.float32)}
+    word = Concept("<xti>", vectors, layer_rows={"text_encoder": rows})
+    events = Events()
+
+    ticket = worker.submit(Request("a <xti>", "a dog", steps=2, words={"<xti>": word}), frozenset(), events)
+
+    events.until(Done)
+    assert ticket.texts == (1 + 4) + 1
+
+
 def test_an_engine_that_hangs_is_noticed_and_an_idle_one_is_not(
     worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -381,14 +386,30 @@ def test_an_engine_that_hangs_is_noticed_and_an_idle_one_is_not(
     assert not worker.stalled(2 * SECONDS)
 
 
+def test_a_model_counts_the_chunks_that_it_encodes(model: Model) -> None:
+    def chunks(*prompts: str) -> int:
+        before, seconds = model.encoded_chunks, model.encoding_seconds
+        model.encode([model.tokenize(prompt) for prompt in prompts])
+        encoded = model.encoded_chunks - before
+        assert (model.encoding_seconds > seconds) == (encoded > 0)
+        return encoded
+
+    assert chunks("a red fox", "a red fox", "a green fox") == 2
+    assert chunks("a red fox") == 0
+    assert chunks("a blue fox BREAK a grey fox", "a red fox") == 2
+
+
 def test_the_figures_measure_speed_and_stages(tiny_bundle: Path) -> None:
     turns: list[Turn] = []
     worker = Worker(lambda: Model.open(tiny_bundle, "onnxruntime", threads=1), observer=turns.append)
     worker.start()
     worker.wait_ready(SECONDS)
     before = worker.figures
-    assert before.seconds_for(64 * 64, 0) > 0
-    assert before.seconds_for(0, 64 * 64) > 0
+    parts = Work(branch_pixels=64 * 64), Work(pixels=64 * 64), Work(estimates=64 * 64), Work(chunks=1)
+    assert all(before.seconds_for(part) > 0 for part in parts)
+    assert before.seconds_for(parts[0] * 2 + parts[3]) == pytest.approx(
+        2 * before.seconds_for(parts[0]) + before.seconds_for(parts[3])
+    )
 
     events = Events()
     worker.submit(Request("a <w>", steps=5, words={"<w>": word()}), frozenset({2}), events)

@@ -18,8 +18,10 @@ def test_a_word_starts_from_a_row_a_mean_of_rows_or_a_random_row(tiny_model_dir:
     single = initial_rows(source, "star", 2, 0)["text_encoder"]
     mean = initial_rows(source, "star, ring", 1, 0)["text_encoder"]
     random = initial_rows(source, "random", 3, 0)["text_encoder"]
+    auto = initial_rows(source, "auto", 2, 0)["text_encoder"]
 
     torch.testing.assert_close(single, table[star].repeat(2, 1))
     torch.testing.assert_close(mean, (table[star] + table[ring]) / 2)
+    torch.testing.assert_close(auto, table.mean(0).expand(2, -1))
     median = np.median(np.linalg.norm(table.numpy(), axis=1))
     np.testing.assert_allclose(np.linalg.norm(random.numpy(), axis=1), median, rtol=0.02)

@@ -24,9 +24,9 @@ from oneword.train.cli import main
 from oneword.train.learn import learn
 from oneword.train.learner import Learner
 from oneword.train.noising import FlowMatching
-from oneword.train.pictures import Moments
+from oneword.train.pictures import Moments, read_pictures
 from oneword.train.recipe import RECIPES, Compute, Recipe
-from oneword.train.tasks import Task
+from oneword.train.tasks import Task, make_word, picture_size
 from oneword.train.word import Draw, Word, draw
 
 QUICK = Recipe(steps=4, batch_size=4, learning_rate=0.01, weight_decay=0.0, compute=Compute.FP32)
@@ -116,9 +116,42 @@ def test_the_gradient_in_flux_is_that_of_the_original_models(tiny_flux_dir: Path
     assert_same_gradients(Learner(source, [word], QUICK, seed=7), batch, loss, tables)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_gradient_in_chroma_is_that_of_the_original_models(tiny_chroma_dir: Path, checkpointing: bool) -> None:
+    """Reference: diffusers' pipeline and transformer, with a mask of truth values. Its checkpointing loses the mask."""
+    from diffusers import ChromaPipeline
+
+    recipe = QUICK.with_changes(gradient_checkpointing=checkpointing)
+    word, source = a_word("text_encoder_3"), load_source(tiny_chroma_dir)
+    batch = draw(word, recipe, 1000, torch.Generator().manual_seed(2))
+    pipe = ChromaPipeline.from_pretrained(tiny_chroma_dir)
+    tables = {"text_encoder_3": add_word(pipe, word, "text_encoder_3", "")}
+    texts = [prompt.format("<toy>") for prompt in batch.prompts]
+    states, ids, mask, *_ = pipe.encode_prompt(texts, do_classifier_free_guidance=False, max_sequence_length=24)
+    noisy, sigma, target = reference_noise(batch, lambda s: 3 * s / (1 + 2 * s))
+    predicted = pipe.transformer(
+        hidden_states=pipe._pack_latents(noisy, 4, 16, 8, 8),
+        timestep=sigma,
+        encoder_hidden_states=states,
+        txt_ids=ids,
+        img_ids=pipe._prepare_latent_image_ids(4, 4, 4, torch.device("cpu"), torch.float32),
+        attention_mask=pipe._prepare_attention_mask(4, 16, torch.float32, mask).bool(),
+    ).sample
+    loss = (predicted - pipe._pack_latents(target, 4, 16, 8, 8)).square().mean()
+
+    assert_same_gradients(Learner(source, [word], recipe, seed=7), batch, loss, tables)
+
+
+@pytest.mark.parametrize("recipe", ["fast", "directional"])
+def test_the_loss_of_chroma_falls(tiny_chroma_dir: Path, recipe: str) -> None:
+    """Slowly, since little in the tiny model depends on the prompt."""
+    assert_loss_falls(load_source(tiny_chroma_dir), a_word("text_encoder_3"), recipe, steps=60)
+
+
 def test_sd3_without_t5_attends_to_zeros_in_its_place(tiny_sd3_dir: Path) -> None:
     learner = Learner(load_source(tiny_sd3_dir, without=["text_encoder_3"]), [a_word(*CLIP)], QUICK, seed=7)
-    context, pooled = learner._context([(0, "a {}")])
+    context, pooled, mask = learner._context([(0, "a {}")])
+    assert mask is None
     assert context.shape == (1, 20 + 256, 32)
     assert pooled is not None
     assert not context[0, 20:].any()
@@ -137,11 +170,38 @@ def test_the_loss_of_flux_falls(tiny_flux_dir: Path, recipe: str) -> None:
     assert_loss_falls(load_source(tiny_flux_dir), a_word(*FLUX), recipe)
 
 
+@pytest.mark.parametrize("tiny_flux_dir", ["dev"], indirect=True)
+def test_words_of_transformers_are_learned_at_the_recipes_size(
+    tiny_sd3_dir: Path, tiny_flux_dir: Path, tmp_path: Path
+) -> None:
+    task = Task(Path(arguments(tmp_path, tiny_sd3_dir, tmp_path)[0]), "<toy>", "star")
+    for model in (tiny_sd3_dir, tiny_flux_dir):
+        source, recipe = load_source(model), QUICK.with_changes(steps=1, size=96)
+        pictures = read_pictures(task.images, picture_size(source, recipe))
+        assert make_word(source, task, pictures, recipe, 0).moments.mean[0].shape == (16, 12, 12)
+        *_, last = learn(source, [task], recipe)
+        assert math.isfinite(last.history[0][0])
+    for settings, message in (
+        ({"size": 88}, "size is 88: allowed are multiples of 16 up to 384, for "),
+        ({"size": 400}, "size is 400: allowed are multiples of 16 up to 384, for "),
+        ({"size": 208, "buckets": True}, "size is 208: allowed are multiples of 16 up to 192 with buckets, for "),
+    ):
+        with pytest.raises(UsageError, match=message):
+            picture_size(load_source(tiny_sd3_dir), QUICK.with_changes(**settings))
+
+
 @pytest.mark.parametrize("recipe", ["fast", "directional"])
 @pytest.mark.parametrize("tiny_flux_dir", ["dev"], indirect=True)
-def test_a_resumed_run_has_the_same_bits(tiny_sd3_dir: Path, tiny_flux_dir: Path, recipe: str) -> None:
+def test_a_resumed_run_has_the_same_bits(
+    tiny_sd3_dir: Path, tiny_flux_dir: Path, tiny_chroma_dir: Path, recipe: str
+) -> None:
     settings = RECIPES[recipe].with_changes(steps=4, batch_size=2, compute=Compute.BF16)
-    for model, encoders in ((tiny_sd3_dir, tuple(WIDTHS)), (tiny_sd3_dir, CLIP), (tiny_flux_dir, FLUX)):
+    for model, encoders in (
+        (tiny_sd3_dir, tuple(WIDTHS)),
+        (tiny_sd3_dir, CLIP),
+        (tiny_flux_dir, FLUX),
+        (tiny_chroma_dir, ("text_encoder_3",)),
+    ):
         whole, first, second = (Learner(load_source(model), [a_word(*encoders)], settings, seed=7) for _ in range(3))
         for _ in range(4):
             whole.step()
@@ -388,9 +448,9 @@ def assert_same_gradients(
         torch.testing.assert_close(grad[0], expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
 
 
-def assert_loss_falls(source: Source, word: Word, recipe: str) -> None:
-    """On a fixed batch, in 20 steps; every encoder's rows move."""
-    settings = RECIPES[recipe].with_changes(steps=20, batch_size=4, compute=Compute.FP32)
+def assert_loss_falls(source: Source, word: Word, recipe: str, steps: int = 20) -> None:
+    """On a fixed batch; every encoder's rows move."""
+    settings = RECIPES[recipe].with_changes(steps=steps, batch_size=4, compute=Compute.FP32)
     learner = Learner(source, [word], settings, seed=7)
     while not learner.finished():
         learner.step()

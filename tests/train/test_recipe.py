@@ -3,7 +3,7 @@ import math
 import pytest
 
 from oneword.engines.errors import UsageError
-from oneword.train.recipe import RECIPES, Rate, Recipe, named_recipe
+from oneword.train.recipe import RECIPES, Output, Rate, Recipe, named_recipe
 
 
 def test_the_one_word_recipe_has_the_papers_settings() -> None:
@@ -23,6 +23,17 @@ def test_a_shorter_progressive_run_adds_vectors_at_the_same_fractions() -> None:
     assert named_recipe("progressive-three").with_changes(steps=100).grow_at == (40, 80)
 
 
+def test_the_precise_recipe_learns_output_vectors_at_a_rate_that_falls_as_the_rows_does() -> None:
+    recipe = named_recipe("precise")
+
+    assert (recipe.steps, recipe.batch_size, recipe.vectors, recipe.stages) == (200, 16, 1, 4)
+    assert (recipe.output, recipe.values_only, recipe.betas) == (Output.LAYERS, True, (0.9, 0.99))
+    assert 0.02 <= recipe.output_rate <= 0.08
+    for step in (0, 3, 100, 199):
+        share = recipe.output_rate_at(step) / recipe.output_rate
+        assert share == pytest.approx(recipe.learning_rate_at(step) / recipe.learning_rate)
+
+
 def test_every_recipe_is_listed_under_its_own_name() -> None:
     assert all(name == recipe.name for name, recipe in RECIPES.items())
     with pytest.raises(UsageError, match="unknown recipe 'slow': choose from fast"):
@@ -36,11 +47,16 @@ def test_every_recipe_is_listed_under_its_own_name() -> None:
         ({"vectors": 76}, "vectors is 76"),
         ({"learning_rate": -1.0}, "learning_rate is -1.0"),
         ({"per_image": 2.0}, "per_image is 2.0"),
+        ({"size": 8}, "size is 8: give a whole number from 16 to 4096"),
         ({"min_snr": 0.0}, "min_snr is 0.0"),
         ({"stop_below": 1.5}, "stop_below is 1.5"),
         ({"stop_below": 0.15, "steps": 310}, "stop_below looks back 310 steps and steps is 310"),
         ({"vectors": 2, "grow_at": (7, 3)}, "grow_at"),
         ({"vectors": 2, "grow_at": (9000,)}, "grow_at"),
+        ({"stages": 4}, "stages is 4 without output vectors: set output to shared or layers"),
+        ({"output": Output.LAYERS, "stages": 101}, "stages is 101"),
+        ({"output_rate": 0.0}, "output_rate is 0.0"),
+        ({"output": Output.SHARED, "vectors": 2, "grow_at": (5,)}, "grow_at is .* with output vectors"),
         ({"colour": "red"}, "has no colour"),
     ],
 )

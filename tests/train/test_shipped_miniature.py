@@ -8,13 +8,13 @@ import pytest
 
 from benchmarks.miniature import drawn_from, parity, through_vae
 from oneword.export.source import find_model
-from oneword.export.write import export_bundle
 from oneword.runtime.concept import Concept
 from oneword.runtime.model import Model
 from oneword.train.evaluation.evaluate import sample
 from oneword.train.evaluation.judge import Judge
 from oneword.train.miniature import world
 from oneword.train.miniature.scores import judged_right, one_object_scenes, pixels_right, psnr
+from tests.bundles import export_once
 
 GUIDANCE = 4.0
 
@@ -27,7 +27,7 @@ def folder() -> Path:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     bundle = tmp_path_factory.mktemp("shipped") / "bundle"
-    export_bundle("miniature", bundle, report=lambda _: None)
+    export_once("miniature", bundle)
     return Model.open(bundle, "onnxruntime", threads=2)
 
 

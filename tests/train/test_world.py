@@ -26,6 +26,18 @@ def test_the_world_has_the_promised_size() -> None:
     assert len(world.STYLES) >= 60
     assert len(set(world.HELD_OUT_LOOKS)) == 12
     assert len(world.HELD_OUT_STYLES) == 6
+    assert len(world.HELD_OUT_SHAPES) == 8
+    assert not world.HELD_OUT_SHAPES.keys() & {*world.vocabulary()}
+
+
+def test_held_out_shapes_are_as_large_as_the_others_and_no_word_names_them() -> None:
+    y, x = (np.mgrid[0:400, 0:400] + 0.5) / 160 - 1.25
+    areas = {name: float((shape(x, y) <= 0).mean()) * 6.25 for name, shape in world.ALL_SHAPES.items()}
+    named = [area for name, area in areas.items() if name in world.SHAPES]
+
+    assert len(world.HELD_OUT_SHAPES) >= 8
+    assert not world.HELD_OUT_SHAPES.keys() & {*world.vocabulary()}
+    assert all(min(named) <= areas[name] <= max(named) for name in world.HELD_OUT_SHAPES), areas
 
 
 def test_the_training_set_never_shows_a_held_out_look_or_style() -> None:

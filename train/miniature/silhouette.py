@@ -125,6 +125,6 @@ def _templates(shape: str, radii: tuple[float, float], outline: float) -> NDArra
             for left in (0, 0.5):
                 for top in (0, 0.5):
                     dx, dy = (x - left) / radius, (y - top) / radius
-                    distance = world.SHAPES[shape](cos * dx + sin * dy, cos * dy - sin * dx) * radius
+                    distance = world.ALL_SHAPES[shape](cos * dx + sin * dy, cos * dy - sin * dx) * radius
                     masks.append((distance <= outline).ravel())
     return np.stack(masks, 1).astype(np.float32)

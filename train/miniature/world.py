@@ -5,7 +5,8 @@ objects on a *background*, drawn in a *medium* or in a named *style* (a mix of d
 `render(scene, seed)` draws a scene, with jitter of position, size, angle and light, and returns its caption. The same
 scene and seed always give the same picture.
 
-`sample_scene` never uses `HELD_OUT_LOOKS` and `HELD_OUT_STYLES`, so a model trained on it has never seen them.
+`sample_scene` never uses `HELD_OUT_LOOKS`, `HELD_OUT_STYLES` and `HELD_OUT_SHAPES`, so a model trained on it has never
+seen them. No word names a held-out shape.
 """
 
 from __future__ import annotations
@@ -114,6 +115,49 @@ SHAPES: Mapping[str, Callable[[Array, Array], Array]] = MappingProxyType(
 )
 
 
+def _outline(size: float, *points: tuple[float, float]) -> Callable[[Array, Array], Array]:
+    return _polygon(size * np.array(points))
+
+
+def _fish(x: Array, y: Array) -> Array:
+    return np.minimum(_FISH_BODY(x, y), _FISH_TAIL(x, y))
+
+
+def _mushroom(x: Array, y: Array) -> Array:
+    """Half a disc on a stem."""
+    cap = np.maximum(np.hypot(x, y - 0.05) - 1.0, y - 0.05)
+    return np.minimum(cap, np.maximum(np.abs(x) - 0.38, np.abs(y - 0.5) - 0.5))
+
+
+_FISH_BODY = _outline(0.9, *((-0.3 + 0.78 * np.cos(a), 0.62 * np.sin(a)) for a in np.arange(24) * np.pi / 12))
+_FISH_TAIL = _outline(0.9, (0.1, 0), (1.1, -0.65), (0.85, 0), (1.1, 0.65))
+
+#: As `SHAPES`: silhouettes that are in no picture of the training set and that no word names.
+HELD_OUT_SHAPES: Mapping[str, Callable[[Array, Array], Array]] = MappingProxyType(
+    {
+        "tee": _outline(
+            0.85,
+            *((-1, -0.95), (1, -0.95), (1, -0.3), (0.36, -0.3)),
+            *((0.36, 1), (-0.36, 1), (-0.36, -0.3), (-1, -0.3)),
+        ),
+        "ell": _outline(0.85, (-0.85, -1), (-0.15, -1), (-0.15, 0.3), (0.9, 0.3), (0.9, 1), (-0.85, 1)),
+        "house": _outline(
+            0.93, (0, -1.05), (1, -0.2), (0.75, -0.2), (0.75, 0.95), (-0.75, 0.95), (-0.75, -0.2), (-1, -0.2)
+        ),
+        "fish": _fish,
+        "crown": _outline(0.88, (-1, 0.8), (-1, -0.75), (-0.45, 0), (0, -0.95), (0.45, 0), (1, -0.75), (1, 0.8)),
+        "hourglass": _outline(0.85, (-0.9, -1), (0.9, -1), (0.22, 0), (0.9, 1), (-0.9, 1), (-0.22, 0)),
+        "mushroom": _mushroom,
+        "stairs": _outline(
+            0.85,
+            *((-1, 0.95), (-1, 0.3), (-0.33, 0.3), (-0.33, -0.3)),
+            *((0.33, -0.3), (0.33, -0.95), (1, -0.95), (1, 0.95)),
+        ),
+    }
+)
+ALL_SHAPES: Mapping[str, Callable[[Array, Array], Array]] = MappingProxyType({**SHAPES, **HELD_OUT_SHAPES})
+
+
 @dataclass(frozen=True)
 class Background:
     """Two colours from top to bottom, a soft or hard horizon, and a faint texture."""
@@ -182,7 +226,7 @@ class Look:
     pattern: str
 
     def __post_init__(self) -> None:
-        _known("shape", self.shape, SHAPES)
+        _known("shape", self.shape, ALL_SHAPES)
         _known("colour", self.colour, COLOURS)
         _known("second colour", self.second_colour, COLOURS)
         _known("pattern", self.pattern, PATTERNS)
@@ -356,7 +400,7 @@ def _draw_thing(
     x, y = _X - centre_x + dx, _Y - centre_y + dy
     cos, sin = np.cos(angle), np.sin(angle)
     x, y = (cos * x + sin * y) / radius, (cos * y - sin * x) / radius
-    distance = SHAPES[look.shape](x, y) * radius
+    distance = ALL_SHAPES[look.shape](x, y) * radius
     if style.shadow:
         below = np.exp(-(((_X - centre_x) / radius) ** 2 + ((_Y - centre_y - radius) / 4.5) ** 2))
         image = image * (1 - style.shadow * below[..., None])

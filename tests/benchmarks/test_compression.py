@@ -1,0 +1,49 @@
+"""`benchmarks.compression` and what other benchmarks do with int8 weights."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import compression, exported, miniature
+from oneword.engines.graph import Weights
+
+
+def test_a_bundle_is_drawn_with_in_processes_of_its_own_and_compared_with_the_first(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["compression", str(tiny_bundle), "--engine", "onnxruntime", "--size", "64", "--work", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", line)
+
+    compression.main()
+
+    [(name, result)] = json.loads(capsys.readouterr().out.splitlines()[-1]).items()
+    assert name == f"onnxruntime: {tiny_bundle} (fp32)"
+    graphs = [*tiny_bundle.glob("*.onnx*"), *tiny_bundle.glob("*.safetensors"), *tiny_bundle.glob("tokenizer/*")]
+    assert result["disk_mib"] == pytest.approx(sum(file.stat().st_size for file in graphs) / 2**20)
+    assert result["psnr_db"] == float("inf")
+    assert min(result["peak_mib"], result["seconds"]) > 0
+
+
+def test_a_bundle_with_other_weights_is_exported_again(
+    tiny_model_dir: Path, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[dict[str, Any]] = []
+    monkeypatch.setattr(exported, "export_bundle", lambda model, path, **settings: calls.append(settings))
+
+    exported.exported(str(tiny_model_dir), tiny_bundle)
+    assert calls == []
+
+    exported.exported(str(tiny_model_dir), tiny_bundle, Weights.INT8)
+    assert calls == [{"weights": Weights.INT8}]
+
+
+def test_the_miniatures_page_is_not_written_from_int8_weights(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["miniature", "--weights", "int8", "--write"])
+    with pytest.raises(SystemExit):
+        miniature.main()
+    assert "the page shows the miniature's own weights; drop one of them" in capsys.readouterr().err

@@ -1,0 +1,66 @@
+"""Bundles for tests: exported once, then copied from `.cache/bundles`, keyed by everything the export depends on."""
+
+import hashlib
+import pickle
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+import oneword
+from oneword.export.source import find_model
+from oneword.export.write import Exported, export_bundle
+from oneword.runtime.bundle import Bundle
+
+CACHE = Path(__file__).parents[1] / ".cache" / "bundles"
+PACKAGES = ("torch", "diffusers", "transformers", "tokenizers", "onnx", "onnxscript", "onnxruntime", "numpy")
+
+
+def export_once(model: str | Path, bundle: Path, **options: Any) -> Exported:
+    """What `export_bundle` returns for a model and its options, written to `bundle`.
+
+    An export that was made before, of the same files by the same code, is copied. Processes take turns, so that one
+    exports and the others copy.
+    """
+    folder = CACHE / _sources() / _key(model, options)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):
+        if not folder.exists():
+            with tempfile.TemporaryDirectory(dir=folder.parent) as work:
+                made = export_bundle(model, Path(work, "whole", "bundle"), **options)
+                Path(work, "whole", "exported.pickle").write_bytes(pickle.dumps(replace(made, bundle=None)))
+                Path(work, "whole").rename(folder)
+    shutil.copytree(folder / "bundle", bundle)
+    return replace(pickle.loads((folder / "exported.pickle").read_bytes()), bundle=Bundle.open(bundle))
+
+
+def _key(model: str | Path, options: dict[str, Any]) -> str:
+    """A digest of the files of the model and of every model or setting among the options."""
+    digest = hashlib.sha256()
+    for name, value in sorted({"model": find_model(str(model))[0], **options}.items()):
+        files = _files(value) if isinstance(value, Path) else [(name, str(value).encode())]
+        for part, content in files:
+            digest.update(f"{name} {part} {len(content)}\n".encode() + content)
+    return digest.hexdigest()[:16]
+
+
+@cache
+def _sources() -> str:
+    """A digest of our code without the server, and of the versions of the packages that exporting uses."""
+    digest = hashlib.sha256(repr([version(package) for package in PACKAGES]).encode())
+    for layer in ("engines", "runtime", "export"):
+        for part, content in _files(Path(oneword.__file__).parent / layer, "*.py"):
+            digest.update(f"{layer} {part} {len(content)}\n".encode() + content)
+    return digest.hexdigest()[:16]
+
+
+def _files(folder: Path, pattern: str = "*") -> Iterator[tuple[str, bytes]]:
+    for path in sorted(folder.resolve().rglob(pattern)):
+        if path.is_file():
+            yield str(path.relative_to(folder.resolve())), path.read_bytes()

@@ -1,0 +1,258 @@
+"""Output vectors in families of several encoders: where they are written, and what cannot be used."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from oneword.engines.errors import ConceptError
+from oneword.export.eager import eager_model
+from oneword.export.source import load_source
+from oneword.runtime.concept import Concept, Vectors
+from oneword.runtime.drawing import draw
+from oneword.runtime.model import Model
+from oneword.runtime.request import Image, Request
+from tests.export.test_flow_families import PROMPT, diffusers_picture, picture, psnr, with_masks
+from tests.runtime.test_precise_words import LONG
+
+SENTENCE = "a photo of <toy> on the ring"
+
+
+def random(*shape: int) -> Vectors:
+    return np.random.default_rng(len(shape)).normal(0, 0.5, shape).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def sdxl(tiny_sdxl_dir: Path) -> Model:
+    return eager_model(load_source(tiny_sdxl_dir))
+
+
+def sdxl_word(layers: int) -> Concept:
+    """Two rows for the first encoder, one for the second."""
+    rows = {"text_encoder": random(2, 16), "text_encoder_2": random(1, 24)}
+    out = {"text_encoder": random(2, layers, 2, 16), "text_encoder_2": random(2, layers, 1, 24)}
+    return Concept("<toy>", rows, {}, out, True, {"text_encoder": 2, "text_encoder_2": 2})
+
+
+def test_each_encoder_of_sdxl_has_its_columns_also_where_its_chunks_are_repeated(sdxl: Model) -> None:
+    """The word moves to a second chunk of the first encoder, and fits into the only chunk of the second."""
+    word = sdxl_word(sdxl.manifest.layers)
+    sdxl.load(word)
+    [encoded] = sdxl.encode([sdxl.tokenize(f"{LONG} (<toy>:1.4)")])
+    scales = encoded.weight_scale
+    assert [len(scales[name]) for name in ("text_encoder", "text_encoder_2")] == [2, 1]
+    assert encoded.hidden_states.shape == (40, 40)
+
+    sources = encoded.sources([1, 1], sdxl.manifest.layers)
+    for layer, context in enumerate(sources.values):
+        expected = encoded.hidden_states.copy()
+        first, second = (word.out[name][1, layer] * np.float32(1.4) for name in scales)
+        expected[21:23, :16] = first * scales["text_encoder"][1]
+        expected[[18, 38], 16:] = second[0] * scales["text_encoder_2"][0]
+        np.testing.assert_allclose(context.hidden_states, expected, atol=1e-6)
+        assert context.pooled is encoded.pooled
+    assert {context.hidden_states is encoded.hidden_states for context in sources.keys} == {True}
+    [picture], [plain] = (
+        draw(sdxl, Request("a <toy>", steps=3, words={"<toy>": concept})) for concept in (word, word.rows_only())
+    )
+    assert (picture.image != plain.image).any()
+
+
+def test_a_prompt_with_rows_for_each_layer_has_the_pooled_vector_of_its_words_own_rows(sdxl: Model) -> None:
+    layers = sdxl.manifest.layers
+    rows = {"text_encoder": random(1, 16), "text_encoder_2": random(1, 24)}
+    word = Concept("<toy>", rows, layer_rows={name: random(layers, *value.shape) for name, value in rows.items()})
+    prompts = [sdxl.tokenize("a <toy>", words={"<toy>": w}) for w in (word, word.rows_only(), *word.by_layer)]
+    encoded, plain, *by_layer = sdxl.encode(prompts)
+    sources = encoded.sources([], layers)
+
+    assert len(by_layer) == layers > 1
+    assert (by_layer[0].pooled != plain.pooled).any()
+    for contexts in (sources.keys, sources.values):
+        for context, expected in zip(contexts, by_layer, strict=True):
+            np.testing.assert_array_equal(context.pooled, plain.pooled)
+            np.testing.assert_allclose(context.hidden_states, expected.hidden_states, atol=1e-6)
+
+
+def test_output_vectors_of_one_encoder_of_two_leave_the_others_columns(sdxl: Model) -> None:
+    word = sdxl_word(sdxl.manifest.layers)
+    out = {"text_encoder_2": word.out["text_encoder_2"]}
+    half = replace(word, out=out, encoder_layers={"text_encoder_2": 2})
+    [encoded] = sdxl.encode([sdxl.tokenize("a <toy>", words={"<toy>": half})])
+    [context, *_] = encoded.sources([0], sdxl.manifest.layers).values
+    changed = np.argwhere(context.hidden_states != encoded.hidden_states)
+    assert {*changed[:, 0]} == {2}
+    assert changed[:, 1].min() == 16
+
+
+@pytest.fixture(scope="module")
+def sd3(tiny_sd3_dir: Path) -> Model:
+    return eager_model(load_source(tiny_sd3_dir))
+
+
+def test_a_model_of_joint_attention_takes_output_vectors_for_keys_and_values(sd3: Model) -> None:
+    rows = {"text_encoder": random(1, 16), "text_encoder_2": random(1, 12), "text_encoder_3": random(1, 32)}
+    out = {name: random(1, 1, *value.shape) for name, value in rows.items()}
+    word = Concept("<toy>", rows, out=out)
+    tokens = sd3.tokenize("a <toy>", words={"<toy>": word})
+    [[_, place]] = np.argwhere(tokens.per_encoder["text_encoder_3"].input_ids < 0)
+    [encoded] = sd3.encode([tokens])
+    sources = encoded.sources([0] * len(encoded.insertions), sd3.manifest.layers)
+    [context] = sources.contexts
+    expected = encoded.hidden_states.copy()
+    expected[2, :16], expected[2, 16:28] = out["text_encoder"][0, 0, 0], out["text_encoder_2"][0, 0, 0]
+    expected[20 + place, :32] = out["text_encoder_3"][0, 0, 0]  # after the 20 tokens of CLIP
+    np.testing.assert_allclose(context.hidden_states, expected, atol=1e-6)
+    assert sources.keys == sources.values == (context,)
+    [picture] = draw(sd3, Request("a <toy>", steps=2, words={"<toy>": word}))
+    [plain] = draw(sd3, Request("a <toy>", steps=2, words={"<toy>": word.rows_only()}))
+    assert (picture.image != plain.image).any()
+
+
+def t5_word(stages: int, **other: Vectors) -> Concept:
+    """Two rows for T5 and for other encoders, and output vectors for T5."""
+    rows = {"text_encoder_3": random(2, 32), **other}
+    return Concept("<toy>", rows, out={"text_encoder_3": random(stages, 1, 2, 32)})
+
+
+@pytest.mark.parametrize("tiny_flux_dir", ["dev"], indirect=True)
+def test_output_vectors_in_flux_draw_what_diffusers_draws(tiny_flux_dir: Path) -> None:
+    from diffusers import FluxPipeline
+
+    pipeline = FluxPipeline.from_pretrained(tiny_flux_dir)
+    word = t5_word(2, text_encoder=random(2, 16))
+    add_word(pipeline, word, "text_encoder", "")
+    theirs = picture_with_vectors(pipeline, word, "_2", true_cfg_scale=2.0, negative_prompt="blue dog")
+
+    model = eager_model(load_source(tiny_flux_dir))
+    settings = {"guidance_scale": 2.0, "negative_prompt": "blue dog", "words": {"<toy>": word}}
+    assert psnr(picture(model, SENTENCE, **settings), theirs) >= 50
+
+
+def test_output_vectors_in_chroma_draw_what_diffusers_draws_if_it_masks(tiny_chroma_dir: Path) -> None:
+    from diffusers import ChromaPipeline
+
+    word, settings = t5_word(2), {"guidance_scale": 4.0, "negative_prompt": "blue dog of the red painting"}
+    pipeline = with_masks(ChromaPipeline.from_pretrained(tiny_chroma_dir))
+    theirs = picture_with_vectors(pipeline, word, "", **settings)
+
+    model = eager_model(load_source(tiny_chroma_dir))
+    assert psnr(picture(model, SENTENCE, **settings, words={"<toy>": word}), theirs) >= 50
+    assert psnr(picture(model, SENTENCE, **settings, words={"<toy>": word.rows_only()}), theirs) < 50
+
+
+@pytest.fixture(scope="module")
+def chroma(tiny_chroma_dir: Path) -> Model:
+    return eager_model(load_source(tiny_chroma_dir))
+
+
+def test_rows_of_precise_words_in_chroma_that_share_a_call_are_those_drawn_alone(chroma: Model) -> None:
+    """Prompts of different lengths, with masks of their own, and contexts that change with the stage."""
+    word, size = {"<toy>": t5_word(3)}, (64, 64)
+    requests = [
+        Request(SENTENCE, seed=1, steps=6, guidance_scale=3.0, size=size, words=word),
+        Request("<toy>", "the red painting of <toy>", seed=2, steps=4, guidance_scale=2.0, size=size, words=word),
+        Request(PROMPT, seed=3, steps=5, guidance_scale=1.0, size=size),
+        Request(f"{PROMPT} {PROMPT} <toy>", seed=4, steps=4, guidance_scale=2.0, size=size, words=word),
+    ]
+    together = [result.image for result in draw(chroma, *requests)]
+    for request, image in zip(requests, together, strict=True):
+        [alone] = draw(chroma, request)
+        assert psnr(image, alone.image) >= 50
+
+
+def test_a_written_vector_leaves_the_mask_of_its_context(chroma: Model) -> None:
+    """T5 reads 24 tokens: those of the prompt, eos, and of the padding only the first is attended to."""
+    tokens = chroma.tokenize("a <toy>", words={"<toy>": t5_word(2)})
+    [length] = tokens.per_encoder["text_encoder_3"].eos_index + 2
+    [encoded] = chroma.encode([tokens])
+    contexts = [context for stage in (0, 1) for context in encoded.sources([stage], 1).contexts]
+    assert len({context.hidden_states.tobytes() for context in contexts}) == 2
+    for context in contexts:
+        np.testing.assert_array_equal(context.mask, [1] * length + [0] * (24 - length))
+
+
+def test_rows_for_the_only_layer_of_chroma_are_drawn_as_those_of_an_ordinary_word(chroma: Model) -> None:
+    word = Concept("<toy>", {"text_encoder_3": random(1, 32)}, layer_rows={"text_encoder_3": random(1, 1, 32)})
+    [ordinary] = word.by_layer
+    ours, theirs, plain = (
+        picture(chroma, SENTENCE, guidance_scale=4.0, words={"<toy>": concept})
+        for concept in (word, ordinary, word.rows_only())
+    )
+    assert psnr(ours, theirs) >= 50
+    assert psnr(ours, plain) < 50
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"out": {}, "layer_rows": {"text_encoder_3": random(16, 2, 32)}},
+            "rows for 16 cross-attention layers, this model has 1: ",
+        ),
+        (
+            {"out": {"text_encoder_3": random(1, 16, 2, 32)}},
+            "vectors for 16 cross-attention layers, this model has 1: ",
+        ),
+        ({"values_only": True}, r"for values only, but this model's keys and values share their states \(joint"),
+    ],
+)
+def test_vectors_that_joint_attention_cannot_use_are_refused_in_one_line(
+    chroma: Model, changes: dict[str, Any], message: str
+) -> None:
+    word = replace(t5_word(1), **changes)
+    with pytest.raises(ConceptError, match=message):
+        chroma.load(word)
+
+
+def test_values_only_is_refused_where_keys_and_values_share_their_states(sd3: Model) -> None:
+    rows = {"text_encoder": random(1, 16), "text_encoder_2": random(1, 12)}
+    word = Concept("<toy>", rows, {}, {"text_encoder": random(1, 1, 1, 16)}, True)
+    with pytest.raises(ConceptError, match=r"for values only, but this model's keys and values share .* \(joint"):
+        sd3.load(word)
+
+
+def test_output_vectors_for_an_encoder_that_only_pools_are_refused(tiny_flux_dir: Path) -> None:
+    model = eager_model(load_source(tiny_flux_dir))
+    word = Concept("<toy>", {"text_encoder": random(1, 16), "text_encoder_3": random(1, 32)})
+    word = replace(word, out={"text_encoder": random(1, 1, 1, 16)})
+    with pytest.raises(ConceptError, match="for text_encoder, of which this model uses no states: use ti-concept"):
+        model.load(word)
+
+
+def add_word(pipeline: Any, word: Concept, encoder: str, suffix: str) -> None:
+    pipeline.load_textual_inversion(
+        torch.from_numpy(word.vectors[encoder].copy()),
+        token="<toy>",
+        text_encoder=getattr(pipeline, f"text_encoder{suffix}"),
+        tokenizer=getattr(pipeline, f"tokenizer{suffix}"),
+    )
+
+
+def picture_with_vectors(pipeline: Any, word: Concept, suffix: str, **settings: Any) -> Image:
+    """diffusers' picture, whose T5 is the encoder with this suffix. At the word's tokens, the output vectors of each
+    step's stage replace the states of the prompt, not those of the negative prompt."""
+    add_word(pipeline, word, "text_encoder_3", suffix)
+    tokenizer, out = getattr(pipeline, f"tokenizer{suffix}"), torch.from_numpy(word.out["text_encoder_3"][:, 0].copy())
+    ids = tokenizer(pipeline.maybe_convert_prompt(SENTENCE, tokenizer)).input_ids
+    places = [ids.index(token) for token in tokenizer.convert_tokens_to_ids(["<toy>", "<toy>_1"])]
+    with torch.no_grad():  # the kernels of attention, and so the bits, depend on it
+        states = pipeline.encode_prompt(SENTENCE, None, max_sequence_length=24)[0]
+    stages = set()
+
+    def with_vectors(network: Any, inputs: Any, named: dict[str, Any]) -> Any:
+        if torch.equal(named["encoder_hidden_states"], states):
+            stage = int(999 - 1000 * named["timestep"][0] >= 500)  # of two
+            stages.add(stage)
+            written = states.clone()
+            written[0, places] = out[stage]
+            named = {**named, "encoder_hidden_states": written}
+        return inputs, named
+
+    pipeline.transformer.register_forward_pre_hook(with_vectors, with_kwargs=True)
+    image = diffusers_picture(pipeline, SENTENCE, **settings)
+    assert stages == {0, 1}
+    return image
