@@ -74,11 +74,11 @@ def test_inputs_of_another_shape_or_variant_run_the_module_itself() -> None:
 
 
 class Refusing(Doubled):
-    """Cannot be recorded."""
+    """Stands for a module with an operation that cannot be traced: it raises while it is recorded, and only then."""
 
     def forward(self, x: torch.Tensor, absent: torch.Tensor | None, y: torch.Tensor | None) -> torch.Tensor:
         if torch.jit.is_tracing():
-            raise NotImplementedError("recording fails, as with an operation that cannot be traced")
+            raise NotImplementedError("an operation that cannot be traced")  # on purpose: what the test is about
         return super().forward(x, absent, y)
 
 
