@@ -39,7 +39,7 @@ demo: $(INSTALLED)
 	$(BIN)/python demo.py
 
 # Two processes, each with one thread: threads of one process that wait for work would take the other's time.
-test: export OMP_NUM_THREADS := 1
+test: export OMP_NUM_THREADS ?= 1
 test: $(TEST_INSTALLED)
 	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile $(PYTEST_ARGS)
 
@@ -81,7 +81,7 @@ bench: $(INSTALLED)
 
 # Only one build of ONNX Runtime can be installed in an environment, so this uses a separate one.
 bench-gpu:
-	$(MAKE) test measure-gpu VENV=.venv-gpu EXTRAS=$(GPU_EXTRAS) TEST_EXTRAS= PYTEST_ARGS="-m gpu"
+	$(MAKE) test measure-gpu VENV=.venv-gpu EXTRAS=$(GPU_EXTRAS) TEST_EXTRAS= PYTEST_ARGS="-m gpu -n 0"
 
 measure-gpu: $(INSTALLED)
 	$(BIN)/python -m benchmarks.gpu

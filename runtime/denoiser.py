@@ -530,13 +530,15 @@ class Denoiser:
                 self._arenas[size].clear()
             except EngineError:
                 retry = False
-        del self._arenas[size]  # and its buffers, before new ones are allocated
         if not retry:
-            self._forget_limits(size)
+            self._delete(size)
             yield from ((row, failure) for row in rows)
             return
+        del self._arenas[size]  # and its buffers, before new ones are allocated
         self._forget_idle(len(self._arenas))
         self._reduced[size] = max(1, min(capacity, len(rows)) // 2)
+        if size in self._wide:  # fewer rows may leave memory for more contexts
+            self._wide[size] = None
         self.displaced.extendleft(reversed(rows))
         yield from self._resume(size)
 
@@ -595,9 +597,10 @@ class Denoiser:
             self._delete(size)
 
     def _delete(self, size: Size) -> None:
-        """Releases an arena."""
+        """Releases an arena. Displaced rows of its size are then placed in one of the same capacity."""
         del self._arenas[size]
-        self._forget_limits(size)
+        if not self._displaced(size):
+            self._forget_limits(size)
 
     def _forget_limits(self, size: Size) -> None:
         """The next arena of a size has full capacity and two contexts per row again."""

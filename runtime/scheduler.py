@@ -48,6 +48,7 @@ _NEWCOMERS: Final = 4  # requests that a turn prepares while others run
 _NEW_CHUNKS: Final = 8  # chunks of their prompts that it encodes, or a single longer prompt
 _SHARE: Final = 0.2  # of a typical turn's denoising time, for preparing and decoding together
 _PATIENCE: Final = 4  # turns in a row that decoding may be deferred for newcomers
+_BACKLOG: Final = 4  # one in so many waiting pictures is decoded whatever its time
 _RECENT: Final = 257  # turns, whose median is the typical one
 _MORE_PRECISION: Final = "run it with --engine onnxruntime, or export the model with --precision fp32"
 _AHEAD: Final = 32  # requests at the head of the queue that are considered for a free slot
@@ -410,13 +411,13 @@ class Scheduler:
     def _decode(self) -> Iterator[Event]:
         """Decodes finished rows while the turn has time for it, at least one unless newcomers were prepared.
 
-        If pictures finish faster than that, a quarter of those that wait is decoded, so that they do not pile up.
+        If pictures finish faster than that, a quarter of those that wait is decoded, at most eight in a turn.
         """
         start = time.perf_counter()
         count = min(len(self._finished), CALLS[0])
         if self._decode_seconds:
             due = not self._admitted or self._postponed >= _PATIENCE
-            count = min(count, max(int(self._left / self._decode_seconds), len(self._finished) // _PATIENCE, int(due)))
+            count = min(count, max(int(self._left / self._decode_seconds), len(self._finished) // _BACKLOG, int(due)))
         self._postponed = self._postponed + 1 if self._finished and count < 1 else 0
         while count > 0:
             chosen = self._next_finished(min(count, self.max_rows))

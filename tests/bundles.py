@@ -3,8 +3,9 @@
 import hashlib
 import pickle
 import shutil
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cache
 from importlib.metadata import version
@@ -19,16 +20,18 @@ from oneword.export.write import Exported, export_bundle
 from oneword.runtime.bundle import Bundle
 
 CACHE = Path(__file__).parents[1] / ".cache" / "bundles"
-PACKAGES = ("torch", "diffusers", "transformers", "tokenizers", "onnx", "onnxscript", "onnxruntime", "numpy")
+PACKAGES = ("torch", "diffusers", "transformers", "tokenizers", "safetensors", "peft", "accelerate", "numpy")
+ONNX_PACKAGES = ("onnx", "onnx-ir", "onnxscript", "onnxruntime")
+OPTIONS = ("precision", "preview", "weights")
 
 
 def export_once(model: str | Path, bundle: Path, **options: Any) -> Exported:
-    """What `export_bundle` returns for a model and its options, written to `bundle`.
+    """What `export_bundle` returns for a model and those of its options that are in OPTIONS, written to `bundle`.
 
     An export that was made before, of the same files by the same code, is copied. Processes take turns, so that one
     exports and the others copy.
     """
-    folder = CACHE / _sources() / _key(model, options)
+    folder = CACHE / code_digest() / key(model, options)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
         if not folder.exists():
@@ -40,9 +43,14 @@ def export_once(model: str | Path, bundle: Path, **options: Any) -> Exported:
     return replace(pickle.loads((folder / "exported.pickle").read_bytes()), bundle=Bundle.open(bundle))
 
 
-def _key(model: str | Path, options: dict[str, Any]) -> str:
-    """A digest of the files of the model and of every model or setting among the options."""
-    digest = hashlib.sha256()
+def key(model: str | Path, options: Mapping[str, Any]) -> str:
+    """A digest of a model's name and files, and of the options: their values, and the files of those that are folders.
+
+    Raises TypeError for an option that is not in OPTIONS.
+    """
+    if unknown := options.keys() - set(OPTIONS):
+        raise TypeError(f"options {sorted(unknown)} are not in the cache's key: use export_bundle")
+    digest = hashlib.sha256(Path(model).name.encode())
     for name, value in sorted({"model": find_model(str(model))[0], **options}.items()):
         files = _files(value) if isinstance(value, Path) else [(name, str(value).encode())]
         for part, content in files:
@@ -51,9 +59,10 @@ def _key(model: str | Path, options: dict[str, Any]) -> str:
 
 
 @cache
-def _sources() -> str:
-    """A digest of our code without the server, and of the versions of the packages that exporting uses."""
-    digest = hashlib.sha256(repr([version(package) for package in PACKAGES]).encode())
+def code_digest() -> str:
+    """A digest of the code that exports, and of the versions of Python and of the packages that it uses."""
+    versions = [sys.version, *(version(package) for package in (*PACKAGES, *ONNX_PACKAGES))]
+    digest = hashlib.sha256(repr(versions).encode())
     for layer in ("engines", "runtime", "export"):
         for part, content in _files(Path(oneword.__file__).parent / layer, "*.py"):
             digest.update(f"{layer} {part} {len(content)}\n".encode() + content)

@@ -141,7 +141,7 @@ class Run:
         clock.lap("pictures")
         self.settings = settings_of(source, tasks, self.pictures, recipe, seed) if checkpoints else {}
         self.checkpoint = load_checkpoint(checkpoints, self.settings) if checkpoints else None
-        self.found: list[str] = self.checkpoint.facts["found"] if self.checkpoint else []
+        self.found: list[str] = self.checkpoint.facts.get("found", []) if self.checkpoint else []
         self.notes = self.find_starts(words)
         self.notes += [
             note

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 
 from oneword.engines.errors import EngineError, FeedError, NotFinite, UsageError
 from oneword.engines.onnxruntime import OnnxRuntimeBinding
+from oneword.runtime import denoiser
 from oneword.runtime.concept import Concept
 from oneword.runtime.denoiser import Arena
 from oneword.runtime.drawing import draw, generate
@@ -755,6 +756,23 @@ def test_a_displaced_row_that_cannot_be_placed_again_is_reported(model: Model, m
 
     assert len(scheduler) == 0
     assert [event.index for event in events if isinstance(event, Failed)] == [0]
+    assert {event.seed for event in events if isinstance(event, PictureDone)} == {0, 1, 2}
+
+
+def test_a_displaced_row_keeps_its_smaller_call_while_another_size_joins(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(denoiser, "_MAX_ARENAS", 1)
+    failing(monkeypatch, lambda inputs: inputs["sample"].shape[0] > 1 and inputs["sample"].shape[-1] == 8)
+    scheduler = Scheduler(model, max_rows=2)
+    for seed in range(2):
+        scheduler.add(Request("a cat", seed=seed, steps=1))
+    events = scheduler.step(max_steps=1)
+    assert [row.seed for row in scheduler.denoiser.displaced] == [1]
+    scheduler.add(Request("a cat", seed=2, steps=1, size=(32, 32)))
+    events += list(run(scheduler))
+
+    assert [event for event in events if isinstance(event, Failed)] == []
     assert {event.seed for event in events if isinstance(event, PictureDone)} == {0, 1, 2}
 
 
