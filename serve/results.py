@@ -55,8 +55,7 @@ class _Ledger:
     bytes: int = 0
 
     def add(self, name: str) -> None:
-        match = _ENTRY.fullmatch(name)
-        if match is not None and name not in self.names:
+        if name not in self.names and (match := _ENTRY.fullmatch(name)):
             self.names.add(name)
             heapq.heappush(self.queue, (int(match[1]), int(match[2]), name))
             self.bytes += int(match[2])
@@ -92,11 +91,13 @@ class Results:
         since the last `collect`."""
         if tenant.name in self._counted:
             return
-        names = self._files.names(_folder(tenant.name))
+        ledger = _Ledger()
+        for name in self._files.names(_folder(tenant.name)):
+            ledger.add(name)
         with self._lock:
-            ledger = self._ledgers.setdefault(tenant.name, _Ledger())
-            for name in names:
+            for name in self._ledgers.get(tenant.name, _Ledger()).names:  # also those kept while the folder was listed
                 ledger.add(name)
+            self._ledgers[tenant.name] = ledger
             self._counted.add(tenant.name)
 
     @contextlib.contextmanager
