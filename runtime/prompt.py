@@ -290,7 +290,7 @@ def named_words(prompt: str) -> NamedWords:
             else:
                 embeddings.add(named.group(2)[:MAX_TOKEN_LENGTH])
                 position = named.start(2)  # the name may end anywhere, and another begin there
-        unnamed = _NAMED.sub(lambda named: " " if _has_brackets(named) else named.group(), part.text)
+        unnamed = _NAMED.sub(_unbracketed, part.text)
         for run in _RUNS.findall(unnamed):
             starts = (i for i in range(len(run)) if not _word_character(run, i - 1))
             bare.update(run[start : start + MAX_TOKEN_LENGTH] for start in starts)
@@ -374,6 +374,14 @@ def _unknown(name: str, vocabulary: Vocabulary) -> UnknownWord:
 def _has_brackets(named: re.Match[str]) -> bool:
     """Whether a match of _NAMED is <x> or embedding:<x>, so that its end is certain."""
     return named.group().endswith(">")
+
+
+def _unbracketed(named: re.Match[str]) -> str:
+    """The part of a match of _NAMED in which a bare name may be: in a-embedding:<x> the word a-embedding, for one."""
+    if not _has_brackets(named):
+        return named.group()
+    joined = named.group(2) and named.start() and _RUN.match(named.string, named.start() - 1)
+    return f"{named.group().partition(':')[0]} " if joined else " "
 
 
 def _word_character(text: str, position: int) -> bool:

@@ -81,7 +81,8 @@ def test_transformers_have_the_published_numbers_of_parameters(name: str, publis
     ("name", "message"),
     [
         ("sd4", "unknown model 'sd4': choose from sd15, sd2"),
-        ("sdxl@2", "'sdxl@2' has 2 layers, allowed are none, because it has a UNet"),
+        ("sd35-medium@2", "'sd35-medium@2' has 2 layers, allowed are none, because its layers are not alike"),
+        ("sdxl@2", "'sdxl@2' has 2 layers, allowed are none, because its layers are not alike"),
         ("flux-dev@20", "'flux-dev@20' has 20 layers, allowed are from 1 to 19"),
         ("t5-xxl@0", "'t5-xxl@0' has 0 layers, allowed are from 1 to 24"),
     ],

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import safetensors.numpy
-from hypothesis import given, reject, settings
+from hypothesis import example, given, reject, settings
 from hypothesis import strategies as st
 from transformers import BertTokenizer, CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -427,6 +427,7 @@ PIECES = [
 
 @settings(max_examples=2_000, deadline=None)
 @given(st.lists(st.sampled_from(PIECES), max_size=12).map("".join), st.sets(st.sampled_from(TOKENS)))
+@example("a-embedding:<a>", {"<a>", "a-embedding"})
 def test_no_word_is_used_whose_name_was_not_found(prompt: str, tokens: set[str]) -> None:
     words = {token: Concept(token, {"text_encoder": np.ones((1, 4), np.float32)}) for token in tokens}
     try:
