@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 from safetensors.torch import save_file
@@ -77,9 +77,10 @@ def export_bundle(
                 references(graph)  # at least the module's own outputs must be finite
                 unchecked.append(f"{graph.name}: ONNX Runtime does not compute in bf16 on a CPU")
             else:
-                differences.extend(check_graph(graph, graphs[graph.name], folder))
-                graphs[graph.name], reason = check_copies(graph, graphs[graph.name], folder)
-                unfused.extend([reason] if reason else [])
+                checked = check_graph(graph, graphs[graph.name], folder)
+                graphs[graph.name] = checked.graph
+                differences.extend(checked.differences)
+                unfused.extend(checked.unfused)
         report("writing tables and tokenizers")
         write_encoders(source, exportable, folder)
         origin = Provenance(id=source.name, digest=source.digest, revision=source.revision or None)
@@ -103,31 +104,36 @@ def write_graph(graph: Traceable, folder: Path, weights: Weights = Weights.FLOAT
     )
 
 
-def check_graph(graph: Traceable, written: Graph, folder: Path) -> list[Difference]:
-    """Compares a graph written into `folder`, run in ONNX Runtime, with its module. Raises EngineError."""
-    original = OnnxRuntimeEngine(graph.name, msgspec.structs.replace(written, fused={}), folder)
-    return compare(original, references(graph), graph.precision, written.weights)
+class Checked(NamedTuple):
+    """A graph that was compared with its module, with the fused copies that it has then."""
+
+    graph: Graph
+    differences: list[Difference]
+    unfused: tuple[str, ...] = ()
+    """Why its copies were deleted, if they were."""
 
 
-def check_copies(graph: Traceable, written: Graph, folder: Path) -> tuple[Graph, str]:
-    """Compares a graph's fused copy for the CPU with the graph, and deletes the copies if it differs or does not run.
+def check_graph(graph: Traceable, written: Graph, folder: Path) -> Checked:
+    """Compares a graph written into `folder`, run in ONNX Runtime, with its module, and its fused copy for the CPU with
+    it. If the copy differs or does not run, the graph's copies are deleted.
 
-    Returns the graph with the copies it has then, and the reason why they were deleted, else "". The copy for CUDA is
-    not run: it differs from the one for the CPU by BiasSplitGelu alone.
+    The copy for CUDA is not run: it differs from the one for the CPU by BiasSplitGelu alone. Raises EngineError.
     """
-    if Provider.CPU not in written.fused:
-        return written, ""
+    cases = references(graph)
     bare = msgspec.structs.replace(written, fused={})
     original = OnnxRuntimeEngine(graph.name, bare, folder)
-    cases = [Reference(case.feeds, original.run(case.feeds)) for case in references(graph)]
+    differences = compare(original, cases, graph.precision, written.weights)
+    if Provider.CPU not in written.fused:
+        return Checked(written, differences)
+    cases = [Reference(case.feeds, original.run(case.feeds)) for case in cases]
     del original  # a large graph's weights fit into memory once
     try:
         compare_fused(OnnxRuntimeEngine(graph.name, written, folder), cases, graph.precision)
     except EngineError as error:
         for name in written.fused.values():
             (folder / name).unlink()
-        return bare, one_line(error)
-    return written, ""
+        return Checked(bare, differences, (one_line(error),))
+    return Checked(written, differences)
 
 
 def write_encoders(source: Source, exportable: Exportable, folder: Path) -> None:

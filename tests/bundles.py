@@ -20,8 +20,10 @@ from oneword.export.write import Exported, export_bundle
 from oneword.runtime.bundle import Bundle
 
 CACHE = Path(__file__).parents[1] / ".cache" / "bundles"
-PACKAGES = ("torch", "diffusers", "transformers", "tokenizers", "safetensors", "peft", "accelerate", "numpy")
-ONNX_PACKAGES = ("onnx", "onnx-ir", "onnxscript", "onnxruntime")
+PACKAGES = (
+    *("torch", "diffusers", "transformers", "tokenizers", "safetensors", "peft", "accelerate", "numpy"),
+    *("onnx", "onnx-ir", "onnxscript", "onnxruntime"),
+)
 OPTIONS = ("precision", "preview", "weights")
 
 
@@ -61,7 +63,7 @@ def key(model: str | Path, options: Mapping[str, Any]) -> str:
 @cache
 def code_digest() -> str:
     """A digest of the code that exports, and of the versions of Python and of the packages that it uses."""
-    versions = [sys.version, *(version(package) for package in (*PACKAGES, *ONNX_PACKAGES))]
+    versions = [sys.version, *(version(package) for package in PACKAGES)]
     digest = hashlib.sha256(repr(versions).encode())
     for layer in ("engines", "runtime", "export"):
         for part, content in _files(Path(oneword.__file__).parent / layer, "*.py"):

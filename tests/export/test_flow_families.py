@@ -23,6 +23,7 @@ from oneword.export.eager import EagerEngine, eager_model
 from oneword.export.families import family_of
 from oneword.export.source import UNSUPPORTED, encoders_left_out, load_source
 from oneword.export.trace import example_feeds
+from oneword.export.write import Exported
 from oneword.runtime.bundle import Bundle
 from oneword.runtime.concept import Concept, load_concept, save_concept
 from oneword.runtime.drawing import draw
@@ -39,11 +40,18 @@ PROMPT = "a photo of the red painting, 7 cats"
 WIDTHS = {"text_encoder": 16, "text_encoder_2": 12, "text_encoder_3": 32}
 
 
+def compared(model: Path, bundle: Path, family: str, **options: Any) -> Exported:
+    """The exported model, whose outputs are those of PyTorch."""
+    exported = export_once(model, bundle, **options)
+    assert exported.family == family
+    assert max(difference.value for difference in exported.differences if difference.unit == "relative") <= 1e-4
+    return exported
+
+
 @pytest.fixture(scope="module")
 def sd3_bundle(tiny_sd3_dir: Path, flow_preview_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    exported = export_once(tiny_sd3_dir, tmp_path_factory.mktemp("sd3") / "bundle", preview=flow_preview_dir)
-    assert exported.family == "stable-diffusion-3"
-    assert max(difference.value for difference in exported.differences if difference.unit == "relative") <= 1e-4
+    folder = tmp_path_factory.mktemp("sd3")
+    exported = compared(tiny_sd3_dir, folder / "bundle", "stable-diffusion-3", preview=flow_preview_dir)
     assert plan_warnings(exported) == []
     return exported.bundle.path
 
@@ -62,9 +70,8 @@ def sd3_pipeline(tiny_sd3_dir: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def flux_bundle(tiny_flux_dir: Path, flow_preview_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    exported = export_once(tiny_flux_dir, tmp_path_factory.mktemp("flux") / "bundle", preview=flow_preview_dir)
-    assert exported.family == "flux-1"
-    assert max(difference.value for difference in exported.differences if difference.unit == "relative") <= 1e-4
+    folder = tmp_path_factory.mktemp("flux")
+    exported = compared(tiny_flux_dir, folder / "bundle", "flux-1", preview=flow_preview_dir)
     assert plan_warnings(exported) == []
     return exported.bundle.path
 
@@ -83,10 +90,7 @@ def flux_pipeline(tiny_flux_dir: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def chroma_bundle(tiny_chroma_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    exported = export_once(tiny_chroma_dir, tmp_path_factory.mktemp("chroma") / "bundle")
-    assert exported.family == "chroma"
-    assert max(difference.value for difference in exported.differences if difference.unit == "relative") <= 1e-4
-    return exported.bundle.path
+    return compared(tiny_chroma_dir, tmp_path_factory.mktemp("chroma") / "bundle", "chroma").bundle.path
 
 
 @pytest.fixture(scope="module")

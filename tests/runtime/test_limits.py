@@ -38,11 +38,15 @@ class Limited:
     ) -> Binding:
         array_shapes = {name: array.shape for name, array in {**(inputs or {}), **(outputs or {})}.items()}
         sizes, _, _ = bound_shapes(self.name, self.inputs, self.outputs, shapes, array_shapes)
+        self.check(sizes)
+        self.bound.append(sizes)
+        return self._engine.bind(shapes, inputs, outputs)
+
+    def check(self, sizes: Mapping[str, int]) -> None:
+        """Raises FeedError if a size is beyond its limit."""
         for axis, size in sizes.items():
             if size > self.limits.get(axis, size):
                 raise FeedError(f"{self.name} was given {axis} = {size}, its plan takes 1 to {self.limits[axis]}")
-        self.bound.append(sizes)
-        return self._engine.bind(shapes, inputs, outputs)
 
     def run(self, feeds: Mapping[str, NumpyArray]) -> dict[str, NumpyArray]:
         return self._engine.run(feeds)

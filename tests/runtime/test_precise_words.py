@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from oneword.engines.engine import AnyArray, Binding, Engine, bound_shapes
+from oneword.engines.engine import Binding, Engine
 from oneword.engines.errors import ConceptError, EngineError, FeedError, UsageError
 from oneword.engines.onnxruntime import OnnxRuntimeBinding
 from oneword.engines.open import open_engine
@@ -469,17 +469,10 @@ class Planned(Limited):
         super().__init__(engine, {axis: max(plan[axis] for plan in plans) for axis in plans[0]})
         self.plans = plans
 
-    def bind(
-        self,
-        shapes: Mapping[str, Sequence[int]],
-        inputs: Mapping[str, AnyArray] | None = None,
-        outputs: Mapping[str, AnyArray] | None = None,
-    ) -> Binding:
-        array_shapes = {name: array.shape for name, array in {**(inputs or {}), **(outputs or {})}.items()}
-        sizes, _, _ = bound_shapes(self.name, self.inputs, self.outputs, shapes, array_shapes)
+    def check(self, sizes: Mapping[str, int]) -> None:
         if not any(all(sizes.get(axis, 0) <= most for axis, most in plan.items()) for plan in self.plans):
             raise FeedError(f"{self.name} has no plan for {sizes}")
-        return super().bind(shapes, inputs, outputs)
+        super().check(sizes)
 
 
 def planned(bundle: Path, monkeypatch: pytest.MonkeyPatch, plans: Sequence[Mapping[str, int]]) -> Model:

@@ -183,20 +183,24 @@ def test_a_request_that_can_never_be_kept_is_not_one_to_send_again(tmp_path: Pat
 def test_while_a_folder_is_listed_other_tenants_get_room_and_give_it_back(tmp_path: Path) -> None:
     files = SlowFiles(tmp_path)
     results = Results(files)
-    alice, bob = Tenant("alice"), Tenant("bob")
+    alice, bob = Tenant("alice", max_result_bytes=1), Tenant("bob", max_result_bytes=1)
 
     async def scenario() -> None:
         files.listed.set()
         async with room(state_of(results), bob, 1):
             files.listing.clear()
             files.listed.clear()
-            waiting = asyncio.ensure_future(
-                contextlib.AsyncExitStack().enter_async_context(room(state_of(results), alice, 1))
-            )
+            stack = contextlib.AsyncExitStack()
+            waiting = asyncio.ensure_future(stack.enter_async_context(room(state_of(results), alice, 1)))
             await asyncio.to_thread(files.listing.wait, SECONDS)
         async with room(state_of(results), bob, 1):
             files.listed.set()
         await waiting
+        with reserved(results, bob, 1):  # given back
+            pass
+        with pytest.raises(Busy), reserved(results, alice, 1):  # not given back yet
+            pass
+        await stack.aclose()
 
     asyncio.run(scenario())
 
