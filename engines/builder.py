@@ -208,7 +208,9 @@ def target_of(flavour: Flavour, target: str | None) -> str:
     if flavour is Flavour.TENSORRT:
         installed = Device().target
         if target not in (None, installed):
-            raise UsageError(f"--target {target}: {flavour} builds for the GPU it runs on, which is {installed}")
+            raise UsageError(
+                f"--target {target}: {flavour} builds for the GPU it runs on, which is {installed}: leave out --target"
+            )
         return installed
     target = target or "sm89"
     compute_capabilities(flavour, target)

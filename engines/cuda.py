@@ -48,7 +48,7 @@ class Device:
         self._refuse_old_drivers()
         count = self.call("cudaGetDeviceCount")
         if not 0 <= index < count:
-            raise EngineError(f"there is no GPU {index}, this machine has {count}")
+            raise EngineError(f"there is no GPU {index}, this machine has {count}: check CUDA_VISIBLE_DEVICES")
         self.call("cudaSetDevice", index)
         attribute = self.runtime.cudaDeviceAttr
         self.capability = (

@@ -456,7 +456,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
-        raise FileError(f"{path} cannot be read ({one_line(e)})") from e
+        raise FileError(f"{path} cannot be read ({one_line(e)}): download the model again") from e
     if not isinstance(value, dict):
-        raise FileError(f"{path} does not hold a JSON object")
+        raise FileError(f"{path} does not hold a JSON object: download the model again")
     return value
