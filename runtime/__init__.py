@@ -1,4 +1,4 @@
-"""Generates pictures from a bundle, concepts and requests. No torch. The names below are the API, see docs/api.md."""
+"""Generates pictures from a bundle, concepts and requests. No torch. Its names are the API: docs/guide/api.md."""
 
 from oneword.engines.open import Backend
 from oneword.runtime import refine

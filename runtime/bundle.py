@@ -322,50 +322,54 @@ def _check_references(folder: Path, manifest: Manifest) -> None:
     graphs, encoders = manifest.graphs, {encoder.graph: encoder for encoder in manifest.encoders}
     for required in ("denoise_step", "vae_decoder", *encoders):
         if required not in graphs:
-            raise BundleError(f"the bundle {folder} has no graph {required!r}: export the model again with ti-export")
+            raise _invalid(f"the bundle {folder} has no graph {required!r}")
     conditioning = manifest.conditioning
     for name in (*itertools.chain.from_iterable(conditioning.context), *conditioning.pooled):
         if name not in encoders:
-            raise BundleError(f"the bundle {folder} conditions on {name!r}, which is not one of its encoders")
+            raise _invalid(f"the bundle {folder} conditions on {name!r}, which is not one of its encoders")
     if any(encoders[name].hidden_width is None for block in conditioning.context for name in block):
-        raise BundleError(f"the bundle {folder} has an encoder without hidden states in its context")
+        raise _invalid(f"the bundle {folder} has an encoder without hidden states in its context")
     if any(encoders[name].pooled_width is None for name in conditioning.pooled) or not conditioning.context:
-        raise BundleError(f"the bundle {folder} pools an encoder that does not pool, or has no context")
+        raise _invalid(f"the bundle {folder} pools an encoder that does not pool, or has no context")
     if conditioning.width is not None and conditioning.width < manifest.widest_block:
-        raise BundleError(f"the bundle {folder} has a block of encoders that is wider than its context")
+        raise _invalid(f"the bundle {folder} has a block of encoders that is wider than its context")
     masked = any(spec.name == "context_mask" for spec in graphs["denoise_step"].inputs)
     if masked != (conditioning.attended_padding is not None):
-        raise BundleError(f"the bundle {folder} has attended_padding without a context_mask, or the reverse")
+        raise _invalid(f"the bundle {folder} has attended_padding without a context_mask, or the reverse")
     if unknown := set(conditioning.time_ids) - set(TIME_IDS):
-        raise BundleError(f"the bundle {folder} has the time id {min(unknown)!r}, allowed are {', '.join(TIME_IDS)}")
+        raise _invalid(f"the bundle {folder} has the time id {min(unknown)!r}, allowed are {', '.join(TIME_IDS)}")
     for name, graph in graphs.items():
         if not graph.files:
-            raise BundleError(f"graph {name!r} of the bundle {folder} has no file")
+            raise _invalid(f"graph {name!r} of the bundle {folder} has no file")
         if len(set(graph.files)) != len(graph.files):
-            raise BundleError(f"graph {name!r} of the bundle {folder} names a file twice")
+            raise _invalid(f"graph {name!r} of the bundle {folder} names a file twice")
     listed = [name for graph in graphs.values() for name in graph.all_files]
     tokenizers = (f"{encoder.tokenizer}/{TOKENIZER}" for encoder in manifest.encoders)
     for name in [*listed, *(encoder.table for encoder in manifest.encoders), *tokenizers]:
         if name not in manifest.files:
-            raise BundleError(f"{name} is not among the hashed files of the bundle {folder}")
+            raise _invalid(f"{name} is not among the hashed files of the bundle {folder}")
     steps = [spec for spec in graphs["denoise_step"].inputs if spec.name == "schedule"]
     if steps and steps[0].axes[-1] != len(manifest.columns):
-        raise BundleError(f"the bundle {folder} names {len(manifest.columns)} columns, its schedule is {steps[0]}")
+        raise _invalid(f"the bundle {folder} names {len(manifest.columns)} columns, its schedule is {steps[0]}")
     if manifest.preview is not None and len(manifest.preview.weights) != manifest.vae.latent_channels:
-        raise BundleError(f"the bundle {folder} has a preview whose channels differ from its latents'")
+        raise _invalid(f"the bundle {folder} has a preview whose channels differ from its latents'")
     if manifest.size_multiple % manifest.vae.factor:
-        raise BundleError(f"the bundle {folder} has sizes in multiples of {manifest.size_multiple} pixels, not latents")
+        raise _invalid(f"the bundle {folder} has sizes in multiples of {manifest.size_multiple} pixels, not latents")
     for encoder in manifest.encoders:
         if (encoder.default_layer is None) != (not encoder.layers):
-            raise BundleError(
+            raise _invalid(
                 f"encoder {encoder.graph!r} of the bundle {folder} has layers without a default, or the reverse"
             )
         if encoder.layers and encoder.default_layer not in encoder.layers:
-            raise BundleError(f"encoder {encoder.graph!r} of the bundle {folder} has no layer {encoder.default_layer}")
+            raise _invalid(f"encoder {encoder.graph!r} of the bundle {folder} has no layer {encoder.default_layer}")
     for name in (*manifest.files, *(encoder.tokenizer for encoder in manifest.encoders)):
         pure = PurePosixPath(name)
         if not name or pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name or ":" in name:
-            raise BundleError(f"the bundle {folder} names {name!r}, which is outside it")
+            raise _invalid(f"the bundle {folder} names {name!r}, which is outside it")
+
+
+def _invalid(problem: str) -> BundleError:
+    return BundleError(f"{problem}: export the model again with ti-export")
 
 
 def _check_files(folder: Path, manifest: Manifest) -> None:

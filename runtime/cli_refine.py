@@ -184,7 +184,7 @@ class _Session:
 
 
 def on_terminal() -> bool:
-    """Whether there is somebody to ask."""
+    """Whether the user can be asked."""
     return sys.stdin.isatty() and sys.stderr.isatty()
 
 

@@ -439,7 +439,9 @@ def read_safetensors(data: bytes, name: str) -> tuple[dict[str, Vectors], dict[s
 
 def _header(data: bytes, name: str) -> tuple[dict[str, Any], int]:
     if len(data) < 8:
-        raise ConceptError(f"{name} has {len(data)} bytes, no safetensors file: convert .pt and .bin with ti-concept")
+        raise ConceptError(
+            f"{name} has {len(data)} bytes, too few for a safetensors file: convert .pt and .bin with ti-concept"
+        )
     length = int.from_bytes(data[:8], "little")
     if data[8:9] != b"{" and (data[:4] == b"PK\x03\x04" or data[:1] == b"\x80"):
         raise ConceptError(f"{name} is a pickle (.pt, .bin), allowed is safetensors: run ti-concept convert first")
@@ -537,7 +539,7 @@ def _checked_out(token: str, encoder: str, value: npt.ArrayLike, rows: Mapping[s
         raise ConceptError(f"{name} has output vectors with NaN or infinity: its training failed, train it again")
     norm = float(np.linalg.norm(out.astype(np.float64), axis=-1).max())
     if norm > MAX_OUT_NORM:
-        raise ConceptError(f"{name} has an output vector of norm {norm:.3g}, plausible is at most {MAX_OUT_NORM:g}")
+        raise ConceptError(f"{name} has an output vector of norm {norm:.3g}, allowed is at most {MAX_OUT_NORM:g}")
     out.flags.writeable = False
     return out
 

@@ -275,7 +275,7 @@ class NamedWords(NamedTuple):
 
 
 def named_words(prompt: str) -> NamedWords:
-    """The names for which `encode_ids` would search the vocabulary, for those who fetch the words first.
+    """The names for which `encode_ids` would search the vocabulary, for callers that fetch the words first.
 
     It may contain more than the prompt uses: `used_words` decides. A prompt with schedules has to be given as the texts
     of its steps. Raises UsageError for a malformed prompt.

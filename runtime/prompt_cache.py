@@ -40,7 +40,7 @@ class PromptCache(Generic[T]):
         return key in self._once or key in self._again
 
     def get(self, key: Hashable) -> T | None:
-        """The value, which counts as used again; None if it is not there."""
+        """The value, which counts as used again; None if it is not cached."""
         value = self._once.pop(key, None)
         if value is None:
             value = self._again.pop(key, None)

@@ -66,7 +66,7 @@ class Slider:
             )
         except ConceptError:
             raise UsageError(
-                f"{{{first.token}|{second.token}:{self.share:g}}} is no word, as the two are opposite: change the share"
+                f"{{{first.token}|{second.token}:{self.share:g}}} is not a word: the two are opposite, change the share"
             ) from None
 
 
@@ -77,7 +77,7 @@ def slider_at(text: str, position: int) -> re.Match[str] | None:
     match = SLIDER.match(text, position)
     if match is None or float(match.group(3)) > 1:
         raise UsageError(
-            f"{text[position : position + 80]!r} is no slider: write {{<word>|<word>:0.3}}, with the second word's "
+            f"{text[position : position + 80]!r} is not a slider: write {{<word>|<word>:0.3}}, with the second word's "
             "share from 0 to 1"
         )
     return match

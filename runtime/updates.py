@@ -1,6 +1,6 @@
 """What each sampler computes in a step: pure functions from the levels that it visits to the columns of a table.
 
-The equation of these columns stands in `oneword.runtime.samplers`. Not covered: guidance, and the levels
+The equation of these columns is in `oneword.runtime.samplers`. Not covered: guidance, and the levels
 (`oneword.runtime.levels`).
 """
 

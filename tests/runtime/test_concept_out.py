@@ -146,7 +146,7 @@ def test_names_and_provenance_do_not_change_the_identity() -> None:
         ({"out": {"text_encoder": OUT[:, :, :1]}}, r"has output vectors \[4, 3, 1, 24\] for 2 rows"),
         ({"out": {"text_encoder": OUT[:0]}}, r"has output vectors \[0, 3, 2, 24\]"),
         ({"out": {"text_encoder": OUT * np.float32(np.nan)}}, "has output vectors with NaN or infinity"),
-        ({"out": {"text_encoder": OUT * 1e5}}, r"has an output vector of norm .*, plausible is at most 30000"),
+        ({"out": {"text_encoder": OUT * 1e5}}, r"has an output vector of norm .*, allowed is at most 30000"),
         ({"out": {"text_encoder": np.ones((101, 1, 2, 4))}}, "for 101 stages and 1 layers, allowed are up to 100"),
         ({"out": {"text_encoder": np.ones((1, 101, 2, 4))}}, "for 1 stages and 101 layers, allowed are up to 100"),
         ({"out": {"text_encoder_2": OUT}, "encoder_layers": {}}, r"\(text_encoder_2\) has output vectors and no rows"),
@@ -335,7 +335,7 @@ def test_a_slider_of_opposite_output_vectors_is_refused() -> None:
         Concept(f"<{name}>", {"text_encoder": rows}, {}, {"text_encoder": sign * out}, True)
         for name, rows, sign in (("a", [[1.0, 0]], 1), ("b", [[0, 1.0]], -1))
     ]
-    with pytest.raises(UsageError, match="is no word, as the two are opposite: change the share"):
+    with pytest.raises(UsageError, match="is not a word: the two are opposite, change the share"):
         _ = Slider(words[0], words[1], 0.5).concept
 
 

@@ -674,7 +674,7 @@ def test_a_shortage_of_memory_is_named_and_ends_when_there_is_memory_again(
     assert np.abs(picture.image.astype(int) - expected.image).max() <= 1
 
 
-def test_nobody_of_a_size_overtakes_a_row_that_waits_for_contexts_behind_another_size(
+def test_no_row_overtakes_one_of_its_size_that_waits_for_contexts_behind_another_size(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     narrow = with_words(tiny_bundle, monkeypatch, {"M": 9})  # 4 rows; <toy> needs 6 contexts

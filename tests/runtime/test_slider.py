@@ -59,13 +59,13 @@ def test_words_of_different_numbers_of_vectors_are_refused() -> None:
     ],
 )
 def test_a_malformed_slider_is_one_line_of_error(text: str) -> None:
-    with pytest.raises(UsageError, match=r"is no slider: write {<word>\|<word>:0.3}, with the second word's share"):
+    with pytest.raises(UsageError, match=r"is not a slider: write {<word>\|<word>:0.3}, with the second word's share"):
         prompts_by_step(f"a {text} x", 8)
 
 
 def test_a_malformed_slider_is_an_error_where_words_are_found_too() -> None:
     vocabulary = Vocabulary({f"<{name}>": word(f"<{name}>", [1, 0]) for name in "ab"})
-    with pytest.raises(UsageError, match="is no slider"):
+    with pytest.raises(UsageError, match="is not a slider"):
         used_words("{<a>|(<b>:1.2):0.3}", vocabulary, lambda piece: False)
 
 
@@ -100,7 +100,7 @@ def test_where_a_text_stands_for_the_words_a_slider_has_that_of_the_nearer_one()
 
 
 def test_opposite_words_have_no_word_half_way() -> None:
-    with pytest.raises(UsageError, match=r"^{<a>\|<b>:0.5} is no word, as the two are opposite: change the share$"):
+    with pytest.raises(UsageError, match=r"^{<a>\|<b>:0.5} is not a word: the two are opposite, change the share$"):
         _ = Slider(word("<a>", [1, 0]), word("<b>", [-1, 0]), 0.5).concept
 
 
