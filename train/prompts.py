@@ -229,6 +229,6 @@ class FrozenPrompts:
         key = tuple(self._encoder.ids(text))
         if key not in self._encoded:
             if self._released:
-                raise EngineError(f"{text.template!r} is new, and {self._encoder.facts.graph} has left memory")
+                raise EngineError(f"{text.template!r} was not encoded before {self._encoder.facts.graph} was freed")
             self._encoded[key] = self._encoder([text], self._encoder.encoder.table[:0].float())
         return self._encoded[key]

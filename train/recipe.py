@@ -288,7 +288,7 @@ RECIPES: Mapping[str, Recipe] = _named(
 """The recipes by name.
 
 fast               our own, the default
-quick              `fast` with an eighth of its pictures, at twice the rate: for a first look while one waits
+quick              `fast` with an eighth of its pictures, at twice the rate: for a first look
 directional        an eighth of `fast`'s pictures; only the word's direction is learned, at the vocabulary's mean length
 precise            the word's direction, and output vectors for each cross-attention layer and four stages, for values
 style              `fast` with the style templates of the paper's released code

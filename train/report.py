@@ -106,7 +106,7 @@ PAGE = """<!doctype html>
   .note { background: #fff4d6; border-left: 4px solid #d9a400; padding: .3rem .7rem; margin: .3rem 0; }
 </style>
 <h1>{{ words | map(attribute="token") | join(", ") }}</h1>
-<p>Learned against <code>{{ model }}</code> in {{ "%.0f" | format(seconds.values() | sum) }} s (
+<p>Learned with <code>{{ model }}</code> in {{ "%.0f" | format(seconds.values() | sum) }} s (
 {%- for name, value in seconds.items() %}{{ name }} {{ "%.1f" | format(value) }} s{{ ", " if not loop.last }}
 {%- endfor %}).</p>
 {% for note in notes %}<p class="note">{{ note }}</p>

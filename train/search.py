@@ -1,4 +1,4 @@
-"""`--init auto`: words of the vocabulary that pictures show. No judge and no model but the one that is learned with.
+"""`--init auto`: words of the vocabulary that pictures show. Uses no other model than the one being learned with.
 
 With g, the gradient of a word's loss at the vocabulary's mean row, <g, row / |row|> is to first order how much the
 loss rises per unit of length in the direction of a row. The words with the lowest of these slopes are tried on the same

@@ -253,7 +253,7 @@ def test_an_encoder_without_rows_encodes_each_prompt_once_and_changes_no_bit(
     none = torch.zeros(0, WIDTHS[frozen])
     for ours, theirs in zip(cached._frozen[frozen](texts), plain(texts, none), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)  # one by one, and as a batch
-    with pytest.raises(EngineError, match=f"'another {{}}' is new, and {frozen} has left memory"):
+    with pytest.raises(EngineError, match=f"'another {{}}' was not encoded before {frozen} was freed"):
         released._context([(0, "another {}")])
 
 

@@ -93,7 +93,7 @@ def test_it_learns_the_word_s_vectors_further_from_the_folder_and_the_liked_pict
     np.testing.assert_allclose(np.linalg.norm(second, axis=1), mean_length, rtol=1e-5)
 
 
-def test_it_has_fifty_steps_unless_told_otherwise(folder: Path, tiny_model_dir: Path, refined: Path) -> None:
+def test_it_has_fifty_steps_unless_another_number_is_given(folder: Path, tiny_model_dir: Path, refined: Path) -> None:
     assert main(line(folder, tiny_model_dir, refined, "--batch-size", "1")) == 0
 
     with safe_open(refined.parent / "p.safetensors", "numpy") as file:

@@ -35,7 +35,7 @@ def test_both_objects_of_real_renders_are_right() -> None:
     assert scores.both_right(renders(scenes), scenes[1:] + scenes[:1]) == 0
 
 
-def test_the_judge_tells_second_colours_of_real_renders_from_ten_others() -> None:
+def test_the_judge_distinguishes_second_colours_of_real_renders_from_ten_others() -> None:
     """The judge that ships was not asked about them in training; chance is 1/11."""
     scenes = scores.one_object_scenes(COUNT)
     pictures = renders(scenes)

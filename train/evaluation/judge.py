@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer, CLIPModel
 
-from oneword.engines.errors import FileError
+from oneword.engines.errors import FileError, one_line
 from oneword.train.evaluation.scores import Embeddings, unit
 
 
@@ -31,7 +31,9 @@ class Judge:
             self.tokenizer = AutoTokenizer.from_pretrained(tokenizer or folder, local_files_only=True)
             facts = preprocessor(folder)
         except (OSError, ValueError, KeyError) as error:
-            raise FileError(f"{folder} has no CLIP model with a tokenizer: {str(error).splitlines()[0]}") from error
+            raise FileError(
+                f"{folder} has no CLIP model with a tokenizer ({one_line(error)}): give the directory of one"
+            ) from error
         self.mean, self.std = (torch.tensor(facts[name])[:, None, None] for name in ("image_mean", "image_std"))
         self.side: int = self.model.config.vision_config.image_size
 
