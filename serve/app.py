@@ -154,7 +154,7 @@ def create_app(state: State) -> FastAPI:
 
 
 def _add_gauges(state: State) -> None:
-    """The metrics that are read when somebody asks for them."""
+    """The metrics that are read when they are requested."""
     pool, worker, words, jobs, gauge = state.pool, state.worker, state.words, state.jobs, state.metrics.gauge
     gauge("queued_seconds", "Estimated seconds of accepted work.", lambda: pool.queued_seconds)
     gauge("rows", "Pictures that are being denoised.", lambda: worker.figures.rows)
@@ -172,7 +172,7 @@ async def _page(http: Request) -> Response:
 
 
 async def _collect(state: State) -> None:
-    """Deletes expired pictures, now and then."""
+    """Deletes expired pictures from time to time."""
     while True:
         try:
             await state.in_thread(state.results.collect)

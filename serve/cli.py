@@ -1,7 +1,7 @@
 """`ti-serve`'s first process: starts the server in a child, watches it, and ends with its exit status.
 
-It reads no argument, so that it imports nothing but the standard library and stays small: the child does, reports what
-is wrong with them, and says how it wants to be watched. Not covered: the options and the server (`serve.command`).
+It reads no arguments, so that it imports only the standard library and stays small. The child reads them, reports
+errors in them, and sets how it is watched. Not covered: the options and the server (`serve.command`).
 """
 
 import os

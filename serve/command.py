@@ -1,4 +1,4 @@
-"""`ti-serve`: its options, and what they ask for: the server, a check, a new key.
+"""`ti-serve`: its options, and what they start: the server, a check, a new key.
 
 Not covered: what the server answers (`oneword.serve.app`), and the process that watches it (`oneword.serve.cli`).
 """
@@ -48,7 +48,7 @@ DATA: Final = "~/.local/share/oneword"
     type=PATH,
     help="File with the users' keys; all addresses except the page, /health and kept pictures then need one.",
 )
-@click.option("--new-key", metavar="NAME", help="Print a new key for NAME and its lines for --keys, then end.")
+@click.option("--new-key", metavar="NAME", help="Print a new key for NAME and its lines for --keys, then exit.")
 @click.option("--max-rows", type=int, default=16, show_default=True, help="Maximum pictures per batch.")
 @engine_option
 @click.option("--threads", type=int, show_default="all cores", help="CPU threads of the engine.")
@@ -74,15 +74,15 @@ DATA: Final = "~/.local/share/oneword"
     "trusted_proxies",
     multiple=True,
     metavar="ADDRESS",
-    help="A proxy whose X-Forwarded headers are believed: an address or a network; may be repeated.",
+    help="A proxy whose X-Forwarded headers are trusted: an address or a network; may be repeated.",
 )
 @click.option("--supervise", is_flag=True, help="Start the server again if it fails or hangs.")
-@click.option("--check", is_flag=True, help="Start, make one picture, print figures, then end.")
+@click.option("--check", is_flag=True, help="Start, make one picture, print figures, then exit.")
 @click.option(
     "--gc",
     "collect",
     is_flag=True,
-    help="Delete the vectors in --words of words that were deleted or replaced more than a day ago, then end.",
+    help="Delete the vectors in --words of words that were deleted or replaced more than a day ago, then exit.",
 )
 @json_option
 def command(

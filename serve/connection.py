@@ -89,7 +89,7 @@ class Connection(H11Protocol):
         self._write_timer = self.loop.call_later(self.write_seconds, self._check_progress, unsent)
 
     def _check_progress(self, before: int) -> None:
-        """A slow client is waited for as long as it reads something in each period."""
+        """A slow client is tolerated as long as it reads something in each period."""
         if self.transport.get_write_buffer_size() < before:
             self._await_progress()
         else:
@@ -103,7 +103,7 @@ def limited_connection(settings: Settings) -> type[Connection]:
 
 
 def server_config(app: ASGIApp, settings: Settings) -> uvicorn.Config:
-    """uvicorn's configuration. What it logs, and believes of proxies, is off: `serve.middleware` does both."""
+    """uvicorn's configuration. Its logging and its handling of proxies are off: `serve.middleware` does both."""
     return uvicorn.Config(
         app,
         host=settings.host.strip("[]"),
@@ -113,7 +113,7 @@ def server_config(app: ASGIApp, settings: Settings) -> uvicorn.Config:
         loop="asyncio",  # with uvloop, which "auto" prefers where it is installed, reads are not small
         access_log=False,
         log_config=None,
-        proxy_headers=False,  # by default, any local process is believed
+        proxy_headers=False,  # by default, any local process is trusted
         server_header=False,
         root_path=settings.root_path,
     )

@@ -1,4 +1,4 @@
-"""What a client is answered when something is wrong: the exceptions, and their two JSON forms (OpenAI's and A1111's).
+"""The answers to a client when something is wrong: exceptions, and their two JSON forms (OpenAI's and A1111's).
 
 A message is one line: what was given, what is allowed, how to fix it. It never holds a path, a memory address or
 another library's text. Not covered: errors inside a stream, whose events the routes write with `openai_body`.
@@ -111,7 +111,7 @@ class Forbidden(ApiError):
 
 
 class NotFound(ApiError):
-    """404: there is no such thing, or it belongs to another tenant."""
+    """404: it does not exist, or it belongs to another tenant."""
 
     def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
         super().__init__(404, message, code, param)
@@ -277,7 +277,7 @@ class CatchErrors:
         try:
             await self.app(scope, receive, noted)
         except ClientDisconnect:
-            return  # nobody is left to be answered
+            return  # there is no client left to answer
         except Exception as error:
             answer = as_api_error(error, scope["path"])
             if not started:

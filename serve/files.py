@@ -85,7 +85,7 @@ class Files(Protocol):
         ...
 
     def locked(self, folder: str) -> AbstractContextManager[None]:
-        """Keeps others off a folder: all processes if it is a local folder, else the threads of this one."""
+        """Locks a folder: for all processes if it is a local folder, else for the threads of this one."""
         ...
 
 
@@ -258,7 +258,7 @@ class FolderFiles:
 
 
 class UrlFiles:
-    """A file system of fsspec. Whether a write is whole and durable is the promise of what is behind it, as S3's is."""
+    """A file system of fsspec. Whether a write is atomic and durable depends on what is behind it; in S3 it is."""
 
     def __init__(self, system: Any, root: str) -> None:
         """`system` is an fsspec.AbstractFileSystem, `root` a path in it."""
@@ -343,7 +343,7 @@ class UrlFiles:
 
 
 def quoted(text: str) -> str:
-    """A name for a file: lower-case ASCII letters, digits, _ - = ~, at most 250 of them; each text has another.
+    """A name for a file: lower-case ASCII letters, digits, _ - = ~, at most 250 of them; different for each text.
 
     Other characters are =xx for each byte of UTF-8, and the empty text is =. If that is too long: ~ and 18 bits for
     each character in base 32, or ~~ and the text's sha256 for what no token is.

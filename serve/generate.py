@@ -1,7 +1,7 @@
 """From a Request to pictures: `prepare` checks it, `enter` resolves its words and queues it, `finish` waits and cancels
 on a disconnect.
 
-Both dialects and the page's routes stand on these. Not covered: admission (`oneword.serve.pool`).
+Both dialects and the page's routes use these. Not covered: admission (`oneword.serve.pool`).
 """
 
 import asyncio

@@ -1,4 +1,4 @@
-"""What machines ask about a server: is it alive, is it ready, and its metrics."""
+"""Routes for monitoring: whether the server is alive, whether it is ready, and its metrics."""
 
 from typing import Final
 

@@ -1,4 +1,4 @@
-"""What the page asks about a server: its model and limits, and the caller's own place in the queue."""
+"""Routes that describe a server: its model and limits, and the caller's own place in the queue."""
 
 from typing import Literal
 
@@ -15,7 +15,7 @@ router = APIRouter(tags=["server"])
 
 
 class Defaults(BaseModel):
-    """What a request means that leaves a setting out."""
+    """The values of settings that a request leaves out."""
 
     width: int
     height: int
@@ -40,7 +40,7 @@ class ModelBody(BaseModel):
     guidance: list[Guidance]
     size_multiple: int = Field(description="width and height are multiples of it")
     max_pixels: int
-    max_side: int | None = Field(description="pixels of the longer side; null if any")
+    max_side: int | None = Field(description="most pixels of the longer side; null if there is no limit")
     edits: bool = Field(description="whether pictures can be edited")
     learn: bool = Field(description="whether words can be learned")
     refine: bool = Field(description="whether words can be refined by likes")

@@ -2,7 +2,7 @@
 
     jobs/tenants/<tenant>/<id>/request.json            what was asked for; never changes
                                pictures/picture-1.png  ... and whatever pictures a server adds
-                               terms/00000001.json     who works on it and how far it is; the newest term counts
+                               terms/00000001.json     its owner and progress; the newest term counts
                                snapshots/5.safetensors
                                checkpoint/step-.../    the run's newest checkpoint, copied from time to time
                                word.safetensors
@@ -186,7 +186,7 @@ class JobFiles:
         self._files = files
 
     def create(self, identifier: str, request: JobRequest, pictures: Sequence[bytes], state: State) -> None:
-        """Writes a new job, owned by `state.owner` in term 1. The open mark comes first: a rest of it can be found."""
+        """Writes a new job, owned by `state.owner` in term 1. Its open mark is written first."""
         mark = OpenJob(request.tenant, state.owner)
         self._files.write(f"jobs/open/{identifier}", msgspec.json.encode(mark))
         folder = _folder(request.tenant, identifier)
@@ -274,7 +274,7 @@ class JobFiles:
         return self._files.names("jobs/cancel")
 
     def write_beat(self, server: str, beat: str) -> None:
-        """Renews a server's sign of life: any text that differs from the last one. An empty one says goodbye."""
+        """Renews a server's sign of life: any text that differs from the last one. Empty means that it has stopped."""
         self._files.write(f"jobs/servers/{server}", json.dumps({"beat": beat}).encode(), durable=False)
 
     def beats(self) -> dict[str, str]:

@@ -6,7 +6,7 @@
     async for event in jobs.events("alice", job.id): ...
 
 A job's files are in the store, so that any server shows it (`oneword.serve.job_files`). The server that accepts a job
-owns it and keeps it in its queue on local disk. A server that is started again goes on with its jobs; the jobs of one
+owns it and keeps it in its queue on local disk. A server that is started again continues its jobs; the jobs of one
 that gives no sign of life for `lease_seconds` are taken over by another. An event is published once it is in the store:
 readers on all servers see the same events with the same numbers.
 
@@ -98,8 +98,8 @@ JobEvent: TypeAlias = Progress | Snapshot | Note | Done | Failed | Cancelled
 class Job:
     """A job as its tenant sees it. `position` is the number of jobs before it, None if another server has it.
 
-    `snapshots` are the steps whose words can be had, `word` is the learned word's identity. A cancelled job has neither
-    pictures nor snapshots.
+    `snapshots` are the steps whose words are available, `word` is the learned word's identity. A cancelled job has
+    neither pictures nor snapshots.
     """
 
     id: str
@@ -202,7 +202,7 @@ class Jobs:
     # ---- life --------------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Goes on with this server's jobs, and begins to accept and to take over others."""
+        """Continues this server's jobs, and begins to accept and to take over others."""
         if self._model is None:
             return
         await self._beat()
@@ -724,7 +724,7 @@ class Jobs:
     def _is_alive(self, server: str, beats: dict[str, str], now: float) -> bool:
         """Whether a server has changed its sign of life within the lease, as seen by this server's clock."""
         beat = beats.get(server)
-        if beat == "":  # it said goodbye
+        if beat == "":  # it has stopped
             return False
         last, since = self._sightings.get(server, (None, None))
         if since is None or beat != last:

@@ -172,7 +172,7 @@ class SecurityHeaders:
 
 
 class TrustedProxy:
-    """Believes X-Forwarded-For, -Proto and -Host from trusted proxies, and removes them from all other requests."""
+    """Uses X-Forwarded-For, -Proto and -Host from trusted proxies, and removes them from all other requests."""
 
     def __init__(self, app: ASGIApp, proxies: Iterable[str] = ()) -> None:
         self.app = app
@@ -423,7 +423,7 @@ class _Body:
 
 
 class Admit:
-    """Refuses a request for pictures without a look at its body while there is no room for any.
+    """Refuses a request for pictures without reading its body while there is no room for any.
 
     The body is received and dropped: a client that is still sending would not see the answer if the connection closed.
     One that asks first (Expect: 100-continue) sends none, and the connection is closed. A request with a

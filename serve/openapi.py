@@ -45,7 +45,7 @@ _ERRORS: Final[Mapping[int, str]] = {
     400: "The request is malformed, or asks for something that does not exist.",
     401: "No key, or an unknown one.",
     403: "Known, but not allowed: a quota, another site's page, or a Host that is not this server's.",
-    404: "There is no such thing, or it belongs to another tenant.",
+    404: "It does not exist, or it belongs to another tenant.",
     408: "The body did not arrive in time.",
     409: "The name is taken, or has changed in the meantime.",
     413: "The body, or a file in it, is too large.",

@@ -11,7 +11,7 @@ few more, are handed to it, so that fairness and cancelling act early. One tenan
 keys, so that another's picture starts at once. Work is measured in seconds of the engine, estimated from its own recent
 speed.
 
-Everything here runs on the event loop; each event costs constant time, whatever waits. Most steps are not even events,
+Everything here runs on the event loop; each event costs constant time. Most steps are not even events,
 as these would cost more than the rest of a request: the engine thread notes the number of the newest step, and the loop
 counts them when something else happens, or somebody asks. Not covered: words, which the request brings along, and
 pictures as files.
@@ -105,7 +105,7 @@ class Phase(StrEnum):
 
 
 class Observer(Protocol):
-    """Hears, on the event loop, of what a pool does: for metrics."""
+    """Is notified, on the event loop, of what a pool does; for metrics."""
 
     def refused(self, code: str) -> None:
         """A request was refused with this code of an ApiError."""
@@ -179,7 +179,7 @@ class Generation:
         self.request = request
         self.settings = settings
         self.label = label
-        """Whatever the caller wants to find it by."""
+        """A label by which the caller finds it."""
         self.estimate: Latents | Image | None = None
         """The newest preview: latents [C, h, w], or decoded [H, W, 3]."""
         self.created = pool.clock()
@@ -677,7 +677,7 @@ class Pool:
                 picture.reported = step
                 self._stepped = True
                 if estimate is not None and picture.generation.only_ends:
-                    picture.generation.estimate = estimate  # for who asks
+                    picture.generation.estimate = estimate  # for callers that ask
                 elif estimate is not None:
                     self._inbox.append((picture, event, now))
                     self._call_loop()

@@ -4,7 +4,7 @@
 
 Each replica is one engine process with its own queue. They share the word store, so any of them answers any request.
 Not covered: A1111's progress and interrupt, which belong to the replica that makes the picture; metrics of all replicas
-at one address, as /metrics answers for the replica that it meets. Learning on a cluster is `ti-train --ray`.
+at one address, as /metrics is that of the replica that answers. Learning on a cluster is `ti-train --ray`.
 """
 
 import asyncio

@@ -1,7 +1,7 @@
-"""Refining a word by likes over HTTP: `start`, `judge`, `undo`, `finish`; each but the last answers new candidates.
+"""Refining a word by likes over HTTP: `start`, `judge`, `undo`, `finish`; each but the last returns new candidates.
 
-The state of a refinement is a small file in the store until `finish` writes the word, so any server can go on with it,
-and the word itself stays as it is meanwhile. Not covered: the search itself (`oneword.runtime.refine`).
+The state of a refinement is a small file in the store until `finish` writes the word, so any server can continue it,
+and the stored word does not change until then. Not covered: the search itself (`oneword.runtime.refine`).
 """
 
 from typing import Annotated, Final, Literal

@@ -29,7 +29,7 @@ from oneword.serve.pictures import MEDIA_TYPES, Format
 
 SECONDS: Final = 3600
 ANSWER_SECONDS: Final = 600
-_DRAWING_SECONDS: Final = 30  # after which a client that waits for reserved room asks again
+_DRAWING_SECONDS: Final = 30  # after which a client that waits for reserved room tries again
 _PICTURES: Final = "results"
 _ENTRIES: Final = "kept"
 _NAME: Final = re.compile(r"(\d{1,12})-[0-9a-f]{64}\.(png|jpeg|webp)")

@@ -28,7 +28,7 @@ from oneword.serve.watchdog import Heartbeat, Pulse
 from oneword.serve.worker import State as WorkerState
 
 _LAST_SECONDS: Final = 0.2  # for the last pictures, which are still being written to their clients
-_OPEN_SECONDS: Final = 0.05  # between two looks at whether the model is open
+_OPEN_SECONDS: Final = 0.05  # between two checks of whether the model is open
 _log = logging.getLogger("oneword.serve")
 
 
@@ -118,7 +118,7 @@ class Server(uvicorn.Server):
             _log.error("the keys stay as they were: %s", reason)
 
     def pulse(self) -> Pulse:
-        """What the watchdog should know. A model that cannot be opened is not its business: `run` raises."""
+        """The state for the watchdog. A model that cannot be opened is not part of it: `run` raises."""
         state = self.state_of_app
         return state.worker.pulse(state.settings.hang_seconds) if self._opened else Pulse.STARTING
 

@@ -40,7 +40,7 @@ def is_loopback(host: str) -> bool:
 
 @dataclass(frozen=True)
 class Settings:
-    """What `ti-serve` was asked for. Raises UsageError, one line that says what was given and what is allowed."""
+    """The settings of `ti-serve`. Raises UsageError, one line that says what was given and what is allowed."""
 
     bundle: Path
     words: str = field(default_factory=lambda: str(data_folder() / "words"))
@@ -60,7 +60,7 @@ class Settings:
     jobs: Path | None = None
     """This server's folder for the jobs that it learns; None means a folder of the user's, by port."""
     trusted_proxies: tuple[str, ...] = ()
-    """Addresses or networks whose X-Forwarded-* headers are believed."""
+    """Addresses or networks whose X-Forwarded-* headers are trusted."""
     public_url: str | None = None
     root_path: str = ""
     body_seconds: float = 60.0

@@ -6,7 +6,7 @@
     doomed/<sha256>                                   a blob that `gc` is about to delete
 
 A name is one small file, and is written after its blob, so a reader of a name finds its vectors, and a word that is
-put by one machine is there for all others at once. Names of files are lower-case ASCII, so that two words never share
+put by one machine is visible to all others at once. Names of files are lower-case ASCII, so that two words never share
 one, also where the file system ignores case or normalises Unicode.
 
 **Deleting.** A blob is deleted by `gc` if no name refers to it and it was last touched longer ago than the grace.

@@ -27,11 +27,11 @@ from typing import Final, Self
 VARIABLE: Final = "ONEWORD_HEARTBEAT"
 """The environment variable that holds the file descriptor of the child's end of the pipe."""
 FORWARDED: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-_FINAL: Final = (0, 2)  # exit statuses after which no child is started: done, and called wrongly
+_FINAL: Final = (0, 2)  # exit statuses after which no child is started: done, and wrong usage
 
 
 class Pulse(Enum):
-    """What a child says about itself."""
+    """The state of a child, as it reports it."""
 
     STARTING = b"s"
     WORKING = b"."

@@ -396,7 +396,7 @@ class Words:
 
 
 class _Reads:
-    """Shares a read among those who ask before it has begun, so that no answer is older than its question."""
+    """Shares a read among callers that request it before it begins, so that no result is older than its request."""
 
     def __init__(self) -> None:
         self._waiting: dict[Hashable, asyncio.Task[Any]] = {}
@@ -424,7 +424,7 @@ class _Reads:
 
 
 def _retrieve(task: asyncio.Task[Any]) -> None:
-    """Keeps asyncio from complaining of an exception if all who waited for it were cancelled."""
+    """Keeps asyncio from complaining about an exception if all who waited for it were cancelled."""
     if not task.cancelled():
         task.exception()
 

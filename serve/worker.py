@@ -8,8 +8,8 @@
 Between two turns of the scheduler it takes all messages; without pictures in progress it waits for one. Events are
 passed to a ticket's listener on the engine thread, so listeners must be quick and must not raise.
 
-An unexpected exception ends the thread: the state is then `failed` and every listener hears `Lost`. The process should
-end too, as nobody knows what such an exception leaves behind (`oneword.serve.watchdog`). Not covered: how much work is
+An unexpected exception ends the thread: the state is then `failed` and every listener gets `Lost`. The process should
+end too, because the state after such an exception is unknown (`oneword.serve.watchdog`). Not covered: how much work is
 accepted, and whose is next (`oneword.serve.pool`).
 """
 
@@ -37,7 +37,7 @@ from oneword.serve.errors import log_failure
 from oneword.serve.watchdog import Pulse
 
 STAGES: Final = ("encode", "denoise", "decode", "partial")
-"""What the engine's time goes to."""
+"""The stages that the engine's time is divided into."""
 _MEMORY_SECONDS: Final = 10.0  # of busy time, after which a measurement weighs 1/e
 _PATIENCE: Final = 10.0  # times the expected seconds of a turn, before it counts as a hang
 _WARM_UP_STEPS: Final = 3
@@ -308,7 +308,7 @@ class Worker:
         return ticket
 
     def cancel(self, ticket: Ticket) -> None:
-        """Cancels a picture at the end of the running turn; its listener hears nothing more. Idempotent."""
+        """Cancels a picture at the end of the running turn; its listener gets no more events. Idempotent."""
         with self._lock:
             if ticket.cancelled or ticket not in self._open:
                 return
@@ -332,7 +332,7 @@ class Worker:
         return self.state is State.READY and bool(self._open) and time.monotonic() - self.last_turn > limit
 
     def pulse(self, hang_seconds: float) -> Pulse:
-        """What the watchdog should know."""
+        """The state for the watchdog."""
         if self.state is State.STARTING:
             return Pulse.STARTING
         if self.state is State.FAILED:
@@ -466,7 +466,7 @@ class Worker:
         self._decoding.add(pixels, seconds["encode"] - encoding + seconds["decode"])
         self._count(seconds)
         self._turns += 1
-        self._publish(scheduler)  # before anybody hears of the turn
+        self._publish(scheduler)  # before any listener is called
         decoded = _has_decoder(model)  # and passed on by _show
         for event in events:
             self._pass_on(replace(event, denoised=None) if decoded and isinstance(event, StepDone) else event)

@@ -1,4 +1,4 @@
-"""What A1111's API answers: pictures and their `info`, progress, and the lists of what this server has.
+"""The answers of A1111's API: pictures and their `info`, progress, and the lists of what this server has.
 
 Pure translation of results; the routes are in `oneword.serve.a1111.routes`.
 """
@@ -64,7 +64,7 @@ def pictures_answer(
 ) -> bytes:
     """The answer of txt2img and img2img as JSON, `images` as they were `encoded`.
 
-    An interrupted request answers the pictures that were ready.
+    An interrupted request returns the pictures that were ready.
     """
     details = json.dumps(info(body, plan, pictures, manifest, version))
     return json.dumps({"images": [*images], "parameters": echo(body), "info": details}).encode()

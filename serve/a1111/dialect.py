@@ -5,7 +5,7 @@ Pure translation: no HTTP, no files, no sampling. Some meanings differ from the 
 i has the seed `seed + i`, over all `n_iter` x `batch_size` pictures. Left out, steps, size, guidance and sampler are
 the model's defaults, not A1111's.
 
-A key that asks for something this server does not do is refused by name; one that asks for nothing is taken. Unknown
+A key that requests something this server does not do is refused by name; one that requests nothing is accepted. Unknown
 keys are ignored, as A1111 ignores them, unless they look like a misspelled one.
 """
 
@@ -266,7 +266,7 @@ def checked_options(overrides: Mapping[str, Any], current: Mapping[str, Any], mo
 
 
 def check(body: TextToImage) -> None:
-    """Raises Unprocessable for a key that asks for something this server does not do, or is misspelled."""
+    """Raises Unprocessable for a key that requests something this server does not do, or is misspelled."""
     for name, feature in _NOT_DONE.items():
         value = getattr(body, name, None)
         if _asks(value):

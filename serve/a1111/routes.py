@@ -109,7 +109,7 @@ async def progress(
     skip_current_image: bool = False,
     force_task_id: TaskId = "",
 ) -> Progress:
-    """The progress of the caller's requests. Or of the one that `force_task_id` names; all zero if there is none."""
+    """Reports the progress of the caller's requests. `force_task_id` selects one of them; all zero if there is none."""
     state = State.of(http)
     generations = _generations(http, force_task_id)
     answer = answers.progress_of([*generations])
@@ -122,7 +122,7 @@ async def progress(
 
 @_api.post("/interrupt")
 async def interrupt(http: HTTPRequest, force_task_id: TaskId = "") -> dict[str, str]:
-    """Ends the caller's requests. Or the one that `force_task_id` names: they answer the pictures that are ready."""
+    """Ends the caller's requests. `force_task_id` selects one of them; they return the pictures that are ready."""
     for generation in _generations(http, force_task_id):
         generation.cancel()
     return {}
@@ -130,7 +130,7 @@ async def interrupt(http: HTTPRequest, force_task_id: TaskId = "") -> dict[str, 
 
 @_api.post("/skip")
 async def skip(http: HTTPRequest) -> dict[str, str]:
-    """Ends the caller's oldest request. It answers the pictures that are ready."""
+    """Ends the caller's oldest request. It returns the pictures that are ready."""
     for generation in [*_generations(http)][:1]:
         generation.cancel()
     return {}
@@ -209,7 +209,7 @@ async def upscalers() -> list[UpscalerItem]:
 @_api.get("/hypernetworks")
 @_api.get("/prompt-styles")
 async def nothing() -> list[dict[str, str]]:
-    """What this server has none of."""
+    """Lists what this server does not have: nothing."""
     return []
 
 

@@ -1,7 +1,7 @@
-"""The JSON bodies of A1111's API: what clients send, and what they are answered.
+"""The JSON bodies of A1111's API: what clients send and receive.
 
-Data only. Every field that A1111 documents is here, so that a misspelled one can be found; which of them do something
-is said in `oneword.serve.a1111.dialect`. A field that is null counts as left out, as in A1111.
+Data only. Every field that A1111 documents is here, so that a misspelled one can be found;
+`oneword.serve.a1111.dialect` says which of them have an effect. A field that is null counts as left out, as in A1111.
 """
 
 from typing import Annotated, Any, TypeAlias
@@ -43,9 +43,9 @@ class TextToImage(_Body):
         None, description="CLIP_stop_at_last_layers and samples_format; the others only at this server's values"
     )
     force_task_id: TaskId | None = Field(None, description="names the request for progress and interrupt")
-    send_images: bool | None = Field(None, description="false: only `info` is answered")
+    send_images: bool | None = Field(None, description="false: only `info` is returned")
 
-    # Accepted where they ask for nothing.
+    # Accepted if they request nothing.
     styles: list[str] | None = None
     subseed: int | None = None
     subseed_strength: float | None = None

@@ -50,7 +50,7 @@ export function Create() {
       <p id="prompt-help" class=${unknown.length ? "note" : "hidden"}>
         ${unknown.length
           ? html`No word is called ${unknown.map((name, i) => html`${i > 0 && ", "}<strong>${name}</strong>`)}. <a href="#/words">Teach it?</a>`
-          : "Type < to insert a learned word. Control and Enter starts."}
+          : "Type < to insert a learned word. Ctrl+Enter starts."}
       </p>
       ${recipe.image && html`<${Source} recipe=${recipe} onChange=${change} />`}
       <div class="composer-bar">

@@ -33,7 +33,7 @@ export function Gallery() {
     ${all?.length === 0 &&
     html`<section class="empty">
       <p class="empty-title">Nothing here yet</p>
-      <p class="quiet">Every picture you make is kept in this browser, with all that made it. Drop one anywhere on this page to get its settings back.</p>
+      <p class="quiet">Every picture you make is kept in this browser, with its prompt and settings. Drop one anywhere on this page to get its settings back.</p>
       <button class="button" onClick=${() => go("create")}>Make a picture</button>
     </section>`}
     ${all?.length > 0 && found.length === 0 && html`<p class="quiet empty-line">No prompt contains “${search}”.</p>`}
