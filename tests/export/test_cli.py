@@ -85,7 +85,7 @@ def test_the_options_of_the_model_reach_the_export(monkeypatch: pytest.MonkeyPat
     assert (options["without"], options["preview"]) == (("text_encoder_3",), Path("taesd3"))
 
 
-def test_without_plans_none_are_built_and_nothing_is_said_of_tensorrt(
+def test_without_plans_none_are_built_and_nothing_is_printed_about_tensorrt(
     built: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(monkeypatch, "--json") == 0

@@ -144,7 +144,7 @@ def test_bare_names_are_words_and_comfyui_gets_their_names(server: Running, http
         ("", 422, "empty"),
     ],
 )
-def test_what_is_no_picture_is_refused_and_never_fetched(
+def test_what_is_not_a_picture_is_refused_and_never_fetched(
     http: httpx.Client, picture: str, status: int, message: str
 ) -> None:
     answer = http.post("/sdapi/v1/img2img", json={**SMALL, "init_images": [picture]})
@@ -336,7 +336,7 @@ def test_another_dialects_pictures_are_not_in_the_progress(server: Running, http
         other.delete(f"/v1/queue/{queue[0]['id']}").raise_for_status()
 
 
-def test_a_picture_tells_what_made_it(http: httpx.Client) -> None:
+def test_a_picture_contains_the_parameters_that_made_it(http: httpx.Client) -> None:
     for name, fields in {"PNG": {}, "JPEG": {"override_settings": {"samples_format": "jpg"}}}.items():
         made = http.post("/sdapi/v1/txt2img", json={**SMALL, "seed": 9, **fields}).json()
         data = made["images"][0]

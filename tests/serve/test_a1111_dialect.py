@@ -300,7 +300,7 @@ def test_what_this_server_does_not_do_is_refused_by_name(
         {"override_settings": {"sd_vae": "Automatic", "forge_additional_modules": [], "samples_save": False}},
     ],
 )
-def test_keys_that_ask_for_nothing_are_taken(manifest: Manifest, fields: dict[str, Any]) -> None:
+def test_keys_that_request_nothing_are_accepted(manifest: Manifest, fields: dict[str, Any]) -> None:
     assert done(txt2img(manifest, **fields)).parameters == done(txt2img(manifest)).parameters
 
 

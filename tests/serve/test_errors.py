@@ -274,7 +274,7 @@ def test_a_wrong_field_is_one_line_that_says_what_was_given_and_what_is_allowed(
         (b"[" * 100_000, "the body cannot be read"),
     ],
 )
-def test_a_body_that_is_no_object_is_described(content: bytes, message: str) -> None:
+def test_a_body_that_is_not_an_object_is_described(content: bytes, message: str) -> None:
     answer = ask(app_with(), "POST", "/v1/images", content=content, headers={"Content-Type": "application/json"})
 
     assert answer.status_code == 400

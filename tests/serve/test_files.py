@@ -36,7 +36,7 @@ def test_files_are_written_read_listed_and_deleted_in_every_kind_of_store(url: s
     assert (reader.read("a/c/d"), reader.read("a/c/e/f"), list(reader.names("a/c"))) == (None, None, [])
 
 
-def test_a_file_over_its_readers_limit_can_be_told(url: str) -> None:
+def test_a_file_over_its_readers_limit_is_recognised(url: str) -> None:
     files = open_files(url)
     files.write("a", b"12345")
 
@@ -74,7 +74,7 @@ def test_of_many_writers_exactly_one_creates_a_file(url: str) -> None:
     assert list(files.names("x")) == ["y"]
 
 
-def test_a_folder_that_another_writer_creates_in_between_is_no_failure(
+def test_a_folder_that_another_writer_creates_in_between_is_not_a_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write = files_module.write_whole
@@ -174,12 +174,12 @@ SAFE = st.text(st.characters(categories=["L", "N"]) | st.sampled_from(".+*@#!~&$
 @example("\U00020000" * 64)
 @example("A" * 64)
 @example("<toy>")
-def test_a_tokens_file_says_which_token_it_is(token: str) -> None:
+def test_the_name_of_a_tokens_file_is_read_back_as_the_token(token: str) -> None:
     assert unquoted(quoted(token)) == token
 
 
 @given(st.text("abz019_-=~", max_size=80))
-def test_a_file_that_is_no_tokens_is_not_listed(name: str) -> None:
+def test_a_file_that_belongs_to_no_token_is_not_listed(name: str) -> None:
     token = unquoted(name)
 
     assert token is None or quoted(token) == name

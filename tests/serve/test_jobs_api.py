@@ -94,7 +94,7 @@ def test_the_previews_are_the_words_of_their_steps_drawn_from_the_same_seed(alic
     assert again == previews
 
 
-def test_a_reader_that_comes_back_hears_only_what_it_has_missed(alice: httpx.Client) -> None:
+def test_a_reader_that_comes_back_gets_only_what_it_has_missed(alice: httpx.Client) -> None:
     job = learn(alice, name="<again>", steps=3).json()
     numbers = [data["number"] for _, data in events_of(alice, job["id"]) if "number" in data]
 

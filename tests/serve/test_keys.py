@@ -114,7 +114,7 @@ def test_a_broken_key_file_is_one_line_that_says_where(tmp_path: Path, text: str
     assert "\n" not in str(caught.value)
 
 
-def test_a_key_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+def test_a_key_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "keys.toml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(FileError, match="is not a text file in UTF-8"):
         Keys.read(tmp_path / "keys.toml")

@@ -138,7 +138,7 @@ def test_a_prompt_that_changes_gets_the_words_of_its_steps_and_needs_no_others(h
     ("prompt", "message"),
     [
         ("[a|b|c]" + "x" * 7_000, "the prompt's texts have 21003 characters"),
-        ("{<a>|<b>:[0.3:0.7:0.5]}", "is no slider: write {<word>|<word>:0.3}"),
+        ("{<a>|<b>:[0.3:0.7:0.5]}", "is not a slider: write {<word>|<word>:0.3}"),
     ],
 )
 def test_a_prompt_that_changes_too_much_is_one_line_of_error(http: httpx.Client, prompt: str, message: str) -> None:

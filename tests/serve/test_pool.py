@@ -219,7 +219,7 @@ def test_work_beyond_the_limit_is_refused_at_once_and_without_the_engine(
     run(scenario)
 
 
-def test_an_idle_server_takes_ten_times_what_may_be_queued(
+def test_an_idle_server_accepts_ten_times_what_may_be_queued(
     worker: Worker, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = Gate(monkeypatch)
@@ -608,7 +608,7 @@ def test_drain_drops_what_is_left_in_the_end_or_at_a_second_call(pool: Pool, sec
     run(scenario)
 
 
-def test_when_the_engine_ends_everybody_is_told_and_nothing_more_is_taken(
+def test_when_the_engine_ends_every_picture_gets_an_error_and_nothing_more_is_accepted(
     pool: Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def scenario() -> None:
@@ -629,7 +629,7 @@ def test_when_the_engine_ends_everybody_is_told_and_nothing_more_is_taken(
     assert pool.queued_seconds == 0
 
 
-def test_a_server_that_still_opens_its_model_takes_nothing(model: Model) -> None:
+def test_a_server_that_still_opens_its_model_accepts_nothing(model: Model) -> None:
     async def scenario() -> None:
         pool = Pool(Worker(lambda: model), model.manifest)
         with pytest.raises(Unavailable, match="not ready"):
@@ -833,7 +833,7 @@ def test_the_engines_thread_neither_pastes_nor_blurs_and_the_result_is_the_same(
     run(scenario)
 
 
-def test_an_observer_hears_of_refusals_waits_and_how_pictures_end(worker: Worker, model: Model) -> None:
+def test_an_observer_is_notified_of_refusals_waits_and_how_pictures_end(worker: Worker, model: Model) -> None:
     record = Record()
     pool = Pool(worker, model.manifest, max_wait=1e6, observer=record)
 

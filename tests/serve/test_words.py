@@ -176,7 +176,7 @@ def test_an_unknown_word_is_refused_by_name_with_similar_ones(store: WordStore, 
         run(words.resolve(BOB, ["a <toy>"], False))
 
 
-def test_a_token_of_the_model_is_no_word(words: Words, store: WordStore) -> None:
+def test_a_token_of_the_model_is_not_a_word(words: Words, store: WordStore) -> None:
     files = Files(store)
 
     assert resolved(words, "a <|endoftext|>") == {}
