@@ -9,8 +9,8 @@ with memory for one copy of the weights must. Columns: parameters, seconds to ex
 size on disk, seconds of one call in ONNX Runtime, and the largest relative difference from PyTorch.
 
 A transformer may have fewer layers: `flux-dev@2`. From two such numbers of layers the whole model is computed on paper,
-by a straight line. `--keep` keeps graphs and the measurements of finished stages in a folder: the same command goes on
-from there, and `--stages` runs some of the stages now and the others another time. `--write` puts the tables into
+by a straight line. `--keep` keeps graphs and the measurements of finished stages in a folder: the same command
+continues from there, and `--stages` runs some of the stages now and the others another time. `--write` puts the tables into
 docs/results/gpu.md. Ends in one line of JSON. Not covered: pictures (random weights draw none).
 
 `tiny` and `tiny-flow` are models of toy size, to check that this benchmark runs.
@@ -228,7 +228,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--plans", action="store_true", help="build TensorRT-RTX plans instead")
     parser.add_argument("--target", default="sm89", help="the plans' GPUs, such as sm89,sm120 [default: sm89]")
     parser.add_argument("--stages", nargs="+", default=STAGES, choices=STAGES, help="stages to run now [default: all]")
-    parser.add_argument("--keep", type=Path, metavar="DIR", help="keep graphs and measurements, and go on from them")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="keep graphs and measurements, and continue from them")
     parser.add_argument("--write", action="store_true", help="write the tables into docs/results/gpu.md")
     parser.add_argument("--scratch", help="folder for temporary graphs: 12 GB of free space")
     parser.add_argument("--stage", choices=[*STAGES, "plan"], help=argparse.SUPPRESS)

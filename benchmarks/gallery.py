@@ -409,8 +409,10 @@ def drawn(model: Model, sections: Sequence[Section]) -> list[Image]:
 
 def markdown(sections: Sequence[Section], steps: int) -> str:
     """The generated part of docs/guide/gallery.md."""
+    measured, _, line = provenance("gallery").partition("\n\n    ")
     parts = [
-        provenance("gallery"),
+        measured,
+        shell(line, "it takes minutes"),
         "This learns three words, exports the model and draws all pictures in one call. It leaves the bundle, the "
         "words, the folders of pictures they were learned from, `star.png`, `strokes.png` and `mask.png` in "
         "`build/gallery/`: run the commands below there. Some commands draw the whole sheet; for others, the labels "
@@ -421,8 +423,14 @@ def markdown(sections: Sequence[Section], steps: int) -> str:
     for section in sections:
         line = section.command + settings * section.command.startswith("ti-run")
         picture = f"![{section.title}](../gallery/{section.name}.png)"
-        parts.append(f"## {section.title}\n\n{section.text}\n\n    {line}\n\n{picture}")
+        code = shell(line, "needs the files that the benchmark leaves, which has drawn the same")
+        parts.append(f"## {section.title}\n\n{section.text}\n\n{code}\n\n{picture}")
     return "\n\n".join(parts)
+
+
+def shell(line: str, reason: str) -> str:
+    """A command as a block of the guide, with the reason why the tests do not run it."""
+    return f"<!-- not run: {reason} -->\n\n```sh\n{line}\n```"
 
 
 def command(prompts: Sequence[str], *options: str) -> str:

@@ -153,7 +153,7 @@ class PlanCache:
         return self.folder / f"{key.name}.plan"
 
     def _store(self, key: PlanKey, plan: bytes) -> None:
-        """Writes the plan, then the index entry that vouches for it: after a kill in between it is never loaded."""
+        """Writes the plan, then its index entry: a plan without one, as after a kill in between, is never loaded."""
         path = self.path(key)
         write_whole(path, plan)
         with self._lock("index.lock"):

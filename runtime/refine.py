@@ -233,7 +233,7 @@ def picture_file(word: Path, number: int, index: int = 0) -> Path:
 
 
 def finish(state: Refinement, lexicon: Lexicon) -> Concept:
-    """The best word so far; its provenance holds the state, so that the refinement can go on from it."""
+    """The best word so far; its provenance holds the state, so that the refinement can continue from it."""
     rows = _local_search(state, lexicon)[0] if state.local else _composed(state, best_choice(state), lexicon)
     provenance = {
         "base_model_digest": state.model,

@@ -211,7 +211,7 @@ class Jobs:
         self._tasks.append(asyncio.create_task(self._keep_lease()))
 
     async def drain(self) -> None:
-        """Accepts and begins no more jobs, and ends the learning processes, which save their runs. The jobs go on at
+        """Accepts and begins no more jobs, and ends the learning processes, which save their runs. The jobs continue at
         another server, or when this one is started again; they are shown, and a request to cancel one is kept."""
         self._draining = True
         for task in self._tasks:
@@ -434,7 +434,7 @@ class Jobs:
             except _TakenOver:
                 owned.taken_over = True
                 await self._disown(owned)
-            except Exception as error:  # so that the other jobs go on
+            except Exception as error:  # so that the other jobs continue
                 _log.error("job %s is tried again: %s", owned.id, type(error).__name__)
                 await asyncio.sleep(self._retry_seconds)
             finally:

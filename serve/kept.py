@@ -88,7 +88,7 @@ def most_bytes(generation: Generation, *, pixels: int = 0, in_json: bool = False
 
 
 async def _result(http: HTTPRequest, task: asyncio.Task[T]) -> T:
-    """The result of a task, which goes on if the client leaves. Raises Disconnected then."""
+    """The result of a task, which continues if the client leaves. Raises Disconnected then."""
     gone = asyncio.ensure_future(disconnect(http))
     try:
         await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)

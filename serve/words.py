@@ -403,7 +403,7 @@ class _Reads:
         self._running: dict[Hashable, asyncio.Task[Any]] = {}
 
     async def __call__(self, key: Hashable, read: Callable[[], Awaitable[T]]) -> T:
-        """The result of `read`, or of an equal one, which goes on for others if this caller is cancelled."""
+        """The result of `read`, or of an equal one, which continues for others if this caller is cancelled."""
         task = self._waiting.get(key)
         if task is None:
             task = asyncio.ensure_future(self._take_turn(key, read))

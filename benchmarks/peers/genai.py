@@ -55,7 +55,7 @@ def main() -> None:
 
     def ended(_step: int, _steps: int, _latents: Any) -> bool:
         ends.append(time.perf_counter())
-        return False  # go on
+        return False  # continue
 
     def draw(prompt: str) -> Any:
         ends.clear()

@@ -84,6 +84,12 @@ def test_every_code_block_of_a_page_runs(page: Path, miniature_bundle: Path, tmp
         assert list(tmp_path.glob(pattern)), f"{page.name} should have written {pattern}"
 
 
+def test_every_code_block_is_fenced() -> None:
+    """An indented block would escape the test above, and could not say why it is not run."""
+    for page in PAGES:
+        assert not re.search(r"\n\n {4}\S", BLOCK.sub("", page.read_text("utf-8"))), page.name
+
+
 @contextlib.contextmanager
 def server(folder: Path) -> Iterator[str]:
     """The address of a server of the folder's bundle, which learns."""

@@ -1,4 +1,4 @@
-"""The plan cache loads nothing that the index does not vouch for, and builds nothing twice."""
+"""The plan cache loads nothing that is not in the index, and builds nothing twice."""
 
 import contextlib
 import itertools

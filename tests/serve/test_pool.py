@@ -64,7 +64,7 @@ class Gate:
 
 
 class Record:
-    """An observer that keeps what it hears."""
+    """An observer that records its notifications."""
 
     def __init__(self) -> None:
         self.refusals: list[str] = []
