@@ -10,8 +10,8 @@ size on disk, seconds of one call in ONNX Runtime, and the largest relative diff
 
 A transformer may have fewer layers: `flux-dev@2`. From two such numbers of layers the whole model is computed on paper,
 by a straight line. `--keep` keeps graphs and the measurements of finished stages in a folder: the same command
-continues from there, and `--stages` runs some of the stages now and the others another time. `--write` puts the tables into
-docs/results/gpu.md. Ends in one line of JSON. Not covered: pictures (random weights draw none).
+continues from there, and `--stages` runs some of the stages now and the others another time. `--write` puts the tables
+into docs/results/gpu.md. Ends in one line of JSON. Not covered: pictures (random weights draw none).
 
 `tiny` and `tiny-flow` are models of toy size, to check that this benchmark runs.
 """
