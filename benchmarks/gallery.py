@@ -48,6 +48,7 @@ STAR = "a photo of a red star in the meadow"
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 FRACTIONS = (0.0, 0.1, 0.2, 0.3, 0.5, 1.0)
 SEED = 7
+COLUMNS = 100  # of a command
 GUIDANCE = 4.0
 
 
@@ -429,8 +430,14 @@ def markdown(sections: Sequence[Section], steps: int) -> str:
 
 
 def shell(line: str, reason: str) -> str:
-    """A command as a block of the guide, with the reason why the tests do not run it."""
-    return f"<!-- not run: {reason} -->\n\n```sh\n{line}\n```"
+    """A command as a block of the guide, with the reason why the tests do not run it; long ones on several lines."""
+    rows = [""]
+    for part in re.findall(r'"[^"]*"|\S+', line):
+        if len(f"{rows[-1]} {part}") > COLUMNS:
+            rows.append("   ")
+        rows[-1] = f"{rows[-1]} {part}" if rows[-1] else part
+    code = " \\\n".join(rows)
+    return f"<!-- not run: {reason} -->\n\n```sh\n{code}\n```"
 
 
 def command(prompts: Sequence[str], *options: str) -> str:
