@@ -68,7 +68,7 @@ def test_what_is_between_the_product_of_attention_and_its_softmax_is_named(
     ]
 
 
-def test_a_softmax_without_a_product_is_no_attention(tmp_path: Path) -> None:
+def test_a_softmax_without_a_product_is_not_attention(tmp_path: Path) -> None:
     assert inspect_graph(saved(tmp_path, "a = Relu x\no = Softmax a")).attentions == 0
 
 

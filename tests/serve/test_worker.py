@@ -293,7 +293,7 @@ def test_stop_finishes_what_was_accepted_and_takes_no_more(tiny_bundle: Path) ->
     assert worker.state is State.STOPPED
 
 
-def test_stop_with_cancel_tells_every_listener_that_the_engine_is_gone(tiny_bundle: Path) -> None:
+def test_stop_with_cancel_notifies_every_listener_that_the_engine_has_ended(tiny_bundle: Path) -> None:
     worker = started(tiny_bundle)
     events = Events()
     worker.submit(Request("a cat", steps=900), frozenset(), events)
@@ -323,7 +323,7 @@ def test_a_model_that_cannot_be_opened_is_a_failure_with_its_reason(tmp_path: Pa
     assert isinstance(events.until(Lost), Lost)
 
 
-def test_an_exception_on_the_engine_thread_is_a_failure_and_everybody_hears_of_it(
+def test_an_exception_on_the_engine_thread_is_a_failure_that_every_listener_gets(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     worker = started(tiny_bundle)
