@@ -67,7 +67,7 @@ class QueueBody(BaseModel):
 
 @router.get("/v1/model")
 async def model(http: Request) -> ModelBody:
-    """Describes the model and this server. Its defaults and limits, and what can be asked for."""
+    """Describes the model and this server. Its defaults and limits, and what can be requested."""
     state = State.of(http)
     manifest, defaults = state.manifest, state.manifest.defaults
     return ModelBody(

@@ -1,6 +1,6 @@
 """Jobs as files in the store, which every server reads and a job's owner writes.
 
-    jobs/tenants/<tenant>/<id>/request.json            what was asked for; never changes
+    jobs/tenants/<tenant>/<id>/request.json            what was requested; never changes
                                pictures/picture-1.png  ... and whatever pictures a server adds
                                terms/00000001.json     its owner and progress; the newest term counts
                                snapshots/5.safetensors
@@ -98,7 +98,7 @@ StoredEvent: TypeAlias = Progress | SnapshotSaved | Note | WordSaved | Failed | 
 
 
 class JobRequest(msgspec.Struct, frozen=True):
-    """What a tenant asked for. `pictures` are the names of the job's own pictures, `digest` is the model's, `encoders`
+    """What a tenant requested. `pictures` are the names of the job's own pictures, `digest` is the model's, `encoders`
     are the bundle's text encoders. `replace` says whether the word may take the place of another."""
 
     tenant: str
@@ -196,7 +196,7 @@ class JobFiles:
         self.take(request.tenant, identifier, 1, state)
 
     def request(self, tenant: str, identifier: str) -> JobRequest | None:
-        """What was asked for; None if there is no such job."""
+        """What was requested; None if there is no such job."""
         return _decoded(self._files.read(f"{_folder(tenant, identifier)}/request.json"), JobRequest)
 
     def newest(self, tenant: str, identifier: str) -> tuple[int, State] | None:

@@ -52,7 +52,7 @@ PICTURE_ROUTES = frozenset(
         "/sdapi/v1/img2img",
     }
 )
-"""What asks for pictures, with POST."""
+"""The paths of requests for pictures, with POST."""
 IDEMPOTENCY_KEY = "[!-~]{1,255}"
 """An Idempotency-Key that a route takes."""
 

@@ -4,7 +4,7 @@
     heartbeat = Heartbeat.from_environment(pulse); heartbeat.start()        child
 
 The child writes a line per second into a pipe: whether it starts, works, has failed or hangs, as `pulse` says. No line
-at all means that it hangs in native code that holds the interpreter. With a line of JSON it asks for settings. SIGTERM,
+at all means that it hangs in native code that holds the interpreter. With a line of JSON it requests settings. SIGTERM,
 SIGINT and SIGHUP are passed on to the child; when the parent dies, the pipe breaks and the child ends too. Imports
 nothing but the standard library, so that the parent stays small. POSIX only. Not covered: what counts as a hang
 (`Worker.stalled`).
@@ -158,7 +158,7 @@ class _Watchdog:
                 return End.HUNG, worked
 
     def _pulse(self, line: bytes) -> Pulse:
-        """What a line from the child says; one that asks for settings changes them, for later children too."""
+        """What a line from the child says; one that requests settings changes them, for later children too."""
         if line.startswith(b"{"):
             self._settings = replace(self._settings, **json.loads(line))
             return Pulse.STARTING
@@ -173,7 +173,7 @@ class _Watchdog:
                     child.send_signal(number)
 
     def _ends_within(self, seconds: float) -> bool:
-        """Waits between two children; True as soon as a signal asks for the end."""
+        """Waits between two children; True as soon as a signal requests the end."""
         end = time.monotonic() + seconds
         while not self._asked_to_end and (left := end - time.monotonic()) > 0:
             if select.select([self._signals], [], [], left)[0]:

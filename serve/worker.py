@@ -175,7 +175,7 @@ class WorkerFigures:
     seconds_per_pixel: float = 0.0
     """To decode a picture and whatever else a picture takes, recently."""
     seconds_per_estimate: float = 0.0
-    """Per pixel of a partial picture or preview that was asked for, recently. Few of those that many rows ask for in
+    """Per pixel of a partial picture or preview that was requested, recently. Few of those that many rows request in
     the same turn are decoded."""
     seconds_per_chunk: float = 0.0
     """To encode a chunk of a prompt that is not cached, recently."""

@@ -117,7 +117,7 @@ def info(
 
 
 def echo(body: TextToImage) -> dict[str, Any]:
-    """The body as it was understood, without pictures, unless they were asked for, and without unknown keys."""
+    """The body as it was understood, without pictures, unless they were requested, and without unknown keys."""
     skipped = {*_OPAQUE_KEYS, *(body.model_extra or ())}
     if not getattr(body, "include_init_images", False):
         skipped |= {*_IMAGE_KEYS}

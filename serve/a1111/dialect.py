@@ -117,7 +117,7 @@ class ModelNames:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What a body asks for."""
+    """What a body requests."""
 
     request: Request
     settings: ResolvedSettings
@@ -327,7 +327,7 @@ def _eta(sampler: Sampler, eta: float | None) -> float:
 
 
 def _asks(value: Any, depth: int = 8) -> bool:
-    """Whether a value asks for something: false, 0, null, "None" and what is empty or made of these do not."""
+    """Whether a value requests something: false, 0, null, "None" and what is empty or made of these do not."""
     match value:
         case str():
             return value.strip().lower() not in ("", "none")

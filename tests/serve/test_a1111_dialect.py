@@ -323,7 +323,7 @@ def test_the_options_can_be_sent_back_as_they_are(manifest: Manifest) -> None:
     }
 
 
-def test_a_picture_is_edited_at_the_size_asked_for(manifest: Manifest) -> None:
+def test_a_picture_is_edited_at_the_requested_size(manifest: Manifest) -> None:
     plan = img2img(manifest, width=64, height=64, denoising_strength=0.4)
 
     request = plan.request
@@ -357,7 +357,7 @@ def test_inpainting_the_whole_picture_softens_the_paste_mask_only(manifest: Mani
     assert (request.mask_blur, request.paste, plan.crop) == (4, True, None)
 
 
-def test_inpainting_starts_from_the_colours_around_the_mask_where_that_is_asked_for(manifest: Manifest) -> None:
+def test_inpainting_starts_from_the_colours_around_the_mask_if_requested(manifest: Manifest) -> None:
     original, filled = (
         img2img(manifest, MASK, inpaint_full_res=False, inpainting_fill=fill).request.image for fill in (1, 0)
     )
@@ -474,7 +474,7 @@ def test_the_answer_has_the_pictures_and_info_as_a_json_string(manifest: Manifes
     assert details["job_timestamp"].isdigit()
 
 
-def test_pictures_are_sent_in_the_format_that_was_asked_for_or_not_at_all(manifest: Manifest) -> None:
+def test_pictures_are_sent_in_the_requested_format_or_not_at_all(manifest: Manifest) -> None:
     body = TextToImage(prompt="a cat", override_settings={"samples_format": "jpg"})
     plan = text_to_image(body, manifest, 0)
     silent = TextToImage(send_images=False)
@@ -497,7 +497,7 @@ def test_an_interrupted_request_answers_the_pictures_that_were_ready(manifest: M
     assert (none["seed"], none["all_seeds"], none["infotexts"]) == (5, [5, 6, 7], [])
 
 
-def test_the_init_pictures_are_echoed_only_when_asked_for(manifest: Manifest) -> None:
+def test_the_init_pictures_are_echoed_only_if_requested(manifest: Manifest) -> None:
     bodies = [
         ImageToImage(init_images=["aaaa"], mask="bbbb", include_init_images=include, inpainting_fill=1)
         for include in (False, True)

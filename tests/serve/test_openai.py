@@ -372,7 +372,7 @@ def test_uploads_that_are_read_hold_up_no_answer(server: Running) -> None:
     asyncio.run(scenario())
 
 
-def test_a_picture_asked_for_by_address_is_gone_after_an_hour(start_server: Start) -> None:
+def test_a_picture_requested_as_an_address_is_gone_after_an_hour(start_server: Start) -> None:
     running = start_server()
     clock = [1000.0]
     running.state.results._clock = lambda: clock[0]

@@ -545,7 +545,7 @@ def test_words_are_added_renamed_and_deleted(
         assert [word["name"] for word in http.get("/v1/words").json()["data"]][:2] == ["<gem>", "<toy>"]
 
 
-def test_a_key_is_asked_for_once_and_kept_in_the_tab_only(bundle: Path, tmp_path: Path, visitor: Visitor) -> None:
+def test_a_key_is_requested_once_and_kept_in_the_tab_only(bundle: Path, tmp_path: Path, visitor: Visitor) -> None:
     key, lines = new_key("alice")
     (tmp_path / "keys.toml").write_text(lines)
     server = Server(bundle, tmp_path, ["--keys", str(tmp_path / "keys.toml")], key)

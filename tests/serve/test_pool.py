@@ -698,7 +698,7 @@ def test_a_consumer_of_ends_is_not_woken_for_steps_and_the_progress_counts_them_
     run(scenario)
 
 
-def test_a_step_without_a_preview_does_not_wake_the_loop_and_is_counted_when_somebody_asks(
+def test_a_step_without_a_preview_does_not_wake_the_loop_and_is_counted_on_request(
     pool: Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wakes = 0

@@ -244,7 +244,7 @@ def test_a_lookup_is_one_name_and_the_first_time_one_blob(store: WordStore, word
     assert threading.get_ident() not in files.threads
 
 
-def test_equal_reads_at_the_same_time_are_made_once_and_none_is_older_than_its_question(
+def test_equal_reads_at_the_same_time_are_made_once_and_none_is_older_than_its_request(
     store: WordStore, words: Words
 ) -> None:
     store.put("alice", word(value=1))

@@ -215,7 +215,7 @@ def test_several_pictures_at_once_are_refused(worker: Worker) -> None:
 
 
 @pytest.mark.parametrize("kind", [Started, Step, Partial])
-def test_a_cancelled_picture_is_never_heard_of_again_and_its_slot_is_free(worker: Worker, kind: type) -> None:
+def test_a_cancelled_picture_has_no_further_events_and_its_slot_is_free(worker: Worker, kind: type) -> None:
     tickets: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def cancel(event: WorkerEvent) -> None:  # on the engine thread, at a known moment
