@@ -340,7 +340,7 @@ def of_words(learned_from: dict[str, list[Image]], steps: int) -> list[Section]:
         Section(
             "prompt-schedule",
             "Another word half-way",
-            "`[a:b:0.2]` draws a for a fifth of the steps, then b: the layout is that of a, the thing is b.",
+            "`[a:b:0.2]` draws a for a fifth of the steps, then b: the later b begins, the more of a remains.",
             command([f"a photo of a [red star:<toy>:0.2] {PLACES[0]}"], *concepts),
             [
                 (
@@ -432,7 +432,7 @@ def markdown(sections: Sequence[Section], steps: int) -> str:
 def shell(line: str, reason: str) -> str:
     """A command as a block of the guide, with the reason why the tests do not run it; long ones on several lines."""
     rows = [""]
-    for part in re.findall(r'"[^"]*"|\S+', line):
+    for part in re.findall(r'(?:--\S+ )?(?:"[^"]*"|[^"\s-]\S*)|\S+', line):
         if len(f"{rows[-1]} {part}") > COLUMNS:
             rows.append("   ")
         rows[-1] = f"{rows[-1]} {part}" if rows[-1] else part
