@@ -1,4 +1,4 @@
-"""A model's bundle for a benchmark: exported once, and again if the model's files have changed."""
+"""A model's bundle for a benchmark: exported once, and again if it is of other files or of an older release."""
 
 from pathlib import Path
 
@@ -10,11 +10,12 @@ from oneword.runtime.bundle import Bundle
 
 
 def exported(model: str, bundle: Path, weights: Weights = Weights.FLOAT) -> Path:
-    """Returns `bundle`, up to date with `model` and with such weights."""
+    """Returns `bundle`, up to date with `model`, with such weights, and with the copies that ONNX Runtime opens."""
     try:
         manifest = Bundle.open(bundle).manifest
         stored = {graph.weights for graph in manifest.graphs.values()}
-        if stored == {weights} and manifest.source.digest == digest_directory(find_model(model)[0]):
+        has_copies = any(graph.fused for graph in manifest.graphs.values())
+        if stored == {weights} and has_copies and manifest.source.digest == digest_directory(find_model(model)[0]):
             return bundle
     except OnewordError:
         pass  # it does not exist, or is incomplete

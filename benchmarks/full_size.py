@@ -175,7 +175,7 @@ def _export(options: argparse.Namespace) -> dict[str, float]:
         "parameters": sum(p.numel() for p in graph.module.parameters()),
         "export_seconds": time.perf_counter() - start,
         "export_gib": _peak(),
-        "disk_gib": sum((folder / file).stat().st_size for file in written.files) / 2**30,
+        "disk_gib": sum((folder / file).stat().st_size for file in written.all_files) / 2**30,
     }
 
 

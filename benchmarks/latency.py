@@ -189,7 +189,7 @@ def run(case: Case, contenders: Sequence[str], options: argparse.Namespace) -> l
 
 
 def job_of(case: Case, threads: int) -> dict[str, Any]:
-    """What a contender in an environment of its own is given; see benchmarks/peers/genai.py."""
+    """What a contender in an environment of its own is given; see benchmarks/peers/pictures.py."""
     return {
         "precision": "bf16" if _has_bfloat16() else "f32",
         "size": case.size,

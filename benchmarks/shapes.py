@@ -30,6 +30,7 @@ from PIL import Image
 
 from benchmarks.exported import exported
 from benchmarks.pages import RESULTS, empty_page, marked, provenance, table, write_section
+from benchmarks.words import parser
 from oneword.export.source import find_model
 from oneword.runtime.concept import load_concept
 from oneword.runtime.model import Model
@@ -72,15 +73,10 @@ Pictures = npt.NDArray[np.uint8]  # [N, 64, 64, 3]
 
 def main() -> None:
     """Learns, draws and measures; prints a table and one line of JSON."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--model", default="miniature")
+    p = parser("shapes", __doc__)
     p.add_argument("--recipes", default="fast,precise", help="separated by commas")
     p.add_argument("--shapes", type=int, default=len(LOOKS), help="how many of the shapes")
     p.add_argument("--samples", type=int, default=2, help="pictures per prompt")
-    p.add_argument("--init", default="object")
-    p.add_argument("--guidance", type=float, default=4.0)
-    p.add_argument("--work", type=Path, default=Path("build/shapes"))
-    p.add_argument("--write", action="store_true", help="write the table into docs/results/shapes.md")
     args = p.parse_args()
 
     args.work.mkdir(parents=True, exist_ok=True)

@@ -42,17 +42,12 @@ LIKENESS_BAR, IN_PLACE_BAR, SECONDS_BAR, TOGETHER_BAR = 0.9, 0.85, 300, 45
 
 def main() -> None:
     """Learns, generates and measures; prints a table and one line of JSON."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--model", default="miniature")
+    p = parser("words", __doc__)
     p.add_argument("--looks", type=int, default=12)
-    p.add_argument("--init", default="object")
     p.add_argument("--recipe", default="fast")
-    p.add_argument("--guidance", type=float, default=4.0)
     p.add_argument(
         "--options", nargs=argparse.REMAINDER, default=[], help="further options for ti-train; must come last"
     )
-    p.add_argument("--work", type=Path, default=Path("build/words"))
-    p.add_argument("--write", action="store_true", help="write the table into docs/results/words.md")
     args = p.parse_args()
 
     args.work.mkdir(parents=True, exist_ok=True)
@@ -71,6 +66,17 @@ def main() -> None:
     if args.write:
         write_section(PAGE, "words", f"{provenance('words')}\n\n{text}", NEW_PAGE)
     print(json.dumps({name: round(value, 3) for name, value in report.items()}))
+
+
+def parser(name: str, description: str | None) -> argparse.ArgumentParser:
+    """The options of a benchmark that learns words and writes docs/results/NAME.md."""
+    p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--model", default="miniature")
+    p.add_argument("--init", default="object")
+    p.add_argument("--guidance", type=float, default=4.0)
+    p.add_argument("--work", type=Path, default=Path("build", name))
+    p.add_argument("--write", action="store_true", help=f"write the table into docs/results/{name}.md")
+    return p
 
 
 def summary(report: dict[str, float], args: argparse.Namespace) -> str:

@@ -26,7 +26,7 @@ import logging
 import shutil
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -109,7 +109,7 @@ class OpenVinoEngine:
             self._compiler = _Compiler(core, path, settings, plans, key, convert=low)
         except RuntimeError as error:
             raise EngineError(f"cannot open graph {name!r} ({path}): {one_line(error)}") from error
-        opened = (min(names & self.inputs.keys() or names) for names in self._compiler.inputs)
+        opened = (min(names & self.inputs.keys() or names or ["(no name)"]) for names in self._compiler.inputs)
         check_opened(name, path, self.inputs, opened)
         self.few_shapes = self._compiler.small
 
@@ -328,7 +328,7 @@ def _converted(core: Any, path: Path, plans: PlanCache, key: PlanKey) -> list[Pa
     if (plans.folder, key.name) in _failed:
         return plans.load_files(key, _CONVERTED) or [path]  # another process may have made them
     try:
-        return plans.load_or_build_files(key, _CONVERTED, lambda xml: _convert_if_it_fits(core, path, xml))
+        return plans.load_or_build_files(key, _CONVERTED, lambda xml: convert_graph(core, path, xml))
     except (FileError, RuntimeError, MemoryError) as error:  # a full or read-only disk should not keep it from running
         _failed.add((plans.folder, key.name))
         _log.warning(
@@ -339,23 +339,22 @@ def _converted(core: Any, path: Path, plans: PlanCache, key: PlanKey) -> list[Pa
         return [path]
 
 
-def _convert_if_it_fits(core: Any, path: Path, xml: Path) -> None:
-    """Raises FileError before anything is converted if the disk has no room for two copies in fp16."""
-    if (free := shutil.disk_usage(xml.parent).free) < (size := size_of(path)):
-        raise FileError(f"{xml.parent.parent} has {free >> 20} MiB free, converting takes {size >> 20} MiB")
-    convert_graph(core, path, xml)
-
-
 def convert_graph(core: Any, path: Path, xml: Path) -> None:
-    """Writes an ONNX graph in OpenVINO's own format: `xml` and a .bin file. Raises RuntimeError, which is OpenVINO's.
+    """Writes an ONNX graph in OpenVINO's own format: `xml` and a .bin file.
 
     Small constants stay in float32: among them are the frequencies of the time embedding, whose product with a timestep
     of 999 would be wrong by 0.2 radians. So do those whose largest number fp16 cannot represent.
+
+    Raises:
+        FileError: the disk has no room for the two copies that are there for a while; nothing is written.
+        RuntimeError: OpenVINO's, or OpenVINO reads int8 weights as other nodes than expected.
     """
     ov = _openvino()
     model = core.read_model(path)
     _expand_convolutions(model)
     exact = {op.get_friendly_name(): op for op in model.get_ops() if _stays_exact(op)}
+    if (free := shutil.disk_usage(xml.parent).free) < (size := _size_of_copies(model, exact.values())):
+        raise FileError(f"{xml.parent.parent} has {free >> 20} MiB free, converting takes {size >> 20} MiB")
     all_halved = xml.with_name("halved.xml")
     ov.save_model(model, all_halved, compress_to_fp16=True)
     halved = core.read_model(all_halved)
@@ -366,8 +365,18 @@ def convert_graph(core: Any, path: Path, xml: Path) -> None:
     core.read_model(xml)  # raises if the disk was full
 
 
+def _size_of_copies(model: Any, exact: Iterable[Any]) -> int:
+    """Bytes of a graph's constants with all float32 ones halved, and again with those of `exact` whole."""
+    size: int = sum(op.get_byte_size() // 2 for op in exact)
+    for op in model.get_ops():
+        if op.get_type_name() == "Constant":
+            size += op.get_byte_size() * (1 if op.get_element_type() == _openvino().Type.f32 else 2)
+    return size
+
+
 def _expand_convolutions(model: Any) -> None:
-    """Turns the int8 weights of convolutions into float32; those of matrix products stay int8.
+    """Turns the int8 weights of convolutions, which have more than two axes, into float32; those of matrix products
+    stay int8. Raises RuntimeError, with the graph half expanded, if a weight is not what OpenVINO makes of ONNX's.
 
     OpenVINO computes convolutions with expanded weights, and would expand all of them before it compiles the first.
     """
@@ -375,13 +384,32 @@ def _expand_convolutions(model: Any) -> None:
     for op in model.get_ops():
         if op.get_type_name() != "Convert" or op.get_input_element_type(0) != ov.Type.i8:
             continue
-        for product in _users(op):  # the integers, as float32, times the reshaped scales
-            if all(user.get_type_name() == "Convolution" for user in _users(product)):
-                integers = op.input_value(0).get_node().data
-                scales = product.input_value(1).get_node().input_value(0).get_node().data
-                expanded = ov.op.Constant(integers * scales.reshape(-1, *(1,) * (integers.ndim - 1)))
-                expanded.set_friendly_name(product.get_friendly_name())
-                product.output(0).replace(expanded.output(0))
+        weight = op.input_value(0).get_node()
+        if weight.get_type_name() != "Constant" or weight.data.ndim <= 2:
+            continue
+        for product in _users(op):
+            expanded = ov.op.Constant(weight.data * _channel_scales(product, op.output(0)))
+            expanded.set_friendly_name(product.get_friendly_name())
+            product.output(0).replace(expanded.output(0))
+
+
+def _channel_scales(product: Any, integers: Any) -> NumpyArray:
+    """[C, 1, 1, ...], where `product` is the weight of a convolution: `integers` [C, ...] times reshaped scales [C]."""
+    channels, *kernel = integers.get_shape()
+    shape = (channels, *(1 for _ in kernel))
+    users = {user.get_type_name() for user in _users(product)}
+    if product.get_type_name() == "Multiply" and product.input_value(0) == integers and users == {"Convolution"}:
+        reshape = product.input_value(1)
+        if reshape.get_node().get_type_name() == "Reshape" and reshape.partial_shape == _openvino().PartialShape(shape):
+            scales = reshape.get_node().input_value(0).get_node()
+            if scales.get_type_name() == "Constant":
+                reshaped: NumpyArray = scales.data.reshape(shape)
+                return reshaped
+    raise RuntimeError(
+        f"OpenVINO reads the int8 weight {product.get_friendly_name()!r} {list(integers.get_shape())} as "
+        f"{product.get_type_name()} before {sorted(users)}, not Multiply by reshaped scales before Convolution: "
+        "install another release of OpenVINO"
+    )
 
 
 def _users(op: Any) -> list[Any]:

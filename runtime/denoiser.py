@@ -408,7 +408,7 @@ class Denoiser:
         self._arenas: OrderedDict[Size, Arena] = OrderedDict()
         self._reduced: dict[Size, int] = {}
         # Sizes whose arenas need more than two contexts per row, with why they have no more; None if they have.
-        self._wide: dict[Size, OnewordError | None] = {}
+        self._shortages: dict[Size, OnewordError | None] = {}
         self.displaced: deque[Row] = deque()
 
     @property
@@ -429,7 +429,7 @@ class Denoiser:
 
     def contexts(self, size: Size, capacity: int) -> int:
         """The most that M of an arena can be now: that of `most_contexts`, unless there was no memory or no plan."""
-        return self.most_contexts(size, capacity) if self._wide.get(size) is None else CONTEXTS_PER_ROW * capacity
+        return self.most_contexts(size, capacity) if self._shortages.get(size) is None else CONTEXTS_PER_ROW * capacity
 
     def most_contexts(self, size: Size, capacity: int) -> int:
         """The most that M of an arena may be: `Manifest.max_contexts`, as far as the engine's limit and 256 MiB
@@ -537,8 +537,8 @@ class Denoiser:
         del self._arenas[size]  # and its buffers, before new ones are allocated
         self._forget_idle(len(self._arenas))
         self._reduced[size] = max(1, min(capacity, len(rows)) // 2)
-        if size in self._wide:  # fewer rows may leave memory for more contexts
-            self._wide[size] = None
+        if size in self._shortages:  # fewer rows may leave memory for more contexts
+            self._shortages[size] = None
         self.displaced.extendleft(reversed(rows))
         yield from self._resume(size)
 
@@ -571,7 +571,7 @@ class Denoiser:
     def _place(self, row: Row) -> bool:
         """Gives a row a slot of its size's arena, which exists; False if there is no room. Raises EngineError if memory
         is too short for its contexts, and as `Arena.place` does."""
-        arena, shortage = self._arenas[row.size], self._wide.get(row.size)
+        arena, shortage = self._arenas[row.size], self._shortages.get(row.size)
         try:
             enough = self.most_contexts(row.size, arena.capacity)
             if arena.contexts < row.most_contexts <= enough and isinstance(shortage, EngineError):
@@ -588,7 +588,11 @@ class Denoiser:
         """Releases an arena without rows that has less than full capacity, or fewer contexts than it was to have, so
         that the next one of its size gets all of them if it can."""
         size = arena.size
-        if not arena.rows and not self._displaced(size) and (size in self._reduced or self._wide.get(size) is not None):
+        if (
+            not arena.rows
+            and not self._displaced(size)
+            and (size in self._reduced or self._shortages.get(size) is not None)
+        ):
             self._delete(size)
 
     def _forget_idle(self, count: int) -> None:
@@ -605,15 +609,15 @@ class Denoiser:
     def _forget_limits(self, size: Size) -> None:
         """The next arena of a size has full capacity and two contexts per row again."""
         self._reduced.pop(size, None)
-        self._wide.pop(size, None)
+        self._shortages.pop(size, None)
 
     def _arena_for(self, size: Size, branches_per_row: int, contexts: int) -> Arena:
         """The arena of a size, with room for a row of so many contexts if it can have it."""
-        if contexts > CONTEXTS_PER_ROW and size not in self._wide:
+        if contexts > CONTEXTS_PER_ROW and size not in self._shortages:
             if size in self._arenas:
                 self._widen(size, branches_per_row)
             else:
-                self._wide[size] = None
+                self._shortages[size] = None
         return self._arena(size, branches_per_row)
 
     def _widen(self, size: Size, branches_per_row: int) -> None:
@@ -621,7 +625,7 @@ class Denoiser:
         slot are then displaced."""
         rows = self._arenas[size].clear()
         del self._arenas[size]  # and its buffers, before new ones are allocated
-        self._wide[size] = None
+        self._shortages[size] = None
         self.displaced.extendleft(reversed(rows))
         for row in rows:
             if not self._arena(size, branches_per_row).place(row):
@@ -652,25 +656,25 @@ class Denoiser:
                 self._arenas[size] = self._new_arena(size, capacity, max(1, capacity * branches_per_row))
             except FeedError as error:
                 if self._is_wide(size):
-                    self._wide[size] = without_frames(error)
+                    self._shortages[size] = without_frames(error)
                 elif capacity == 1:
                     raise
                 else:
                     self._reduced[size] = capacity // 2
-                    if size in self._wide:
-                        self._wide[size] = None
+                    if size in self._shortages:
+                        self._shortages[size] = None
             except EngineError as error:
                 retry = any(not arena.rows for arena in self._arenas.values())
                 if not (retry or self._is_wide(size)):
                     raise
                 if not retry:
-                    self._wide[size] = without_frames(error)
+                    self._shortages[size] = without_frames(error)
             if retry:  # outside the handler, whose traceback keeps the allocated memory alive
                 self._forget_idle(len(self._arenas))
 
     def _is_wide(self, size: Size) -> bool:
         """Whether the arena of a size has, or is to have, more than two contexts per row."""
-        return size in self._wide and self._wide[size] is None
+        return size in self._shortages and self._shortages[size] is None
 
     def _new_arena(self, size: Size, capacity: int, branches: int) -> Arena:
         engine, manifest = self.model.engine("denoise_step"), self.model.manifest

@@ -56,6 +56,7 @@ class Tokenizer:
             encoder.eos_id,
             encoder.pad_id,
         )
+        self.masks_padding = encoder.masks_padding
         self._tokenizer = tokenizer
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -134,7 +135,8 @@ class Chunks:
     token_weights: npt.NDArray[np.float32]
     """[chunks, T]; 1 for bos, eos and padding"""
     eos_index: npt.NDArray[np.int64]
-    """[chunks]: position of the first eos, where CLIP pools and after which T5 may mask."""
+    """[chunks]: position of the first eos, where CLIP pools. For an encoder that masks padding, it is that of the eos
+    that ends the chunk, so that an eos within the prompt masks nothing."""
     concepts: tuple[Concept, ...] = ()
     """The learned words in the prompt, each once, in the order of their first use."""
 
@@ -414,11 +416,12 @@ def _padded(chunks: list[list[tuple[int, float]]], tokenizer: Tokenizer, concept
     shape = (len(chunks), tokenizer.length)
     input_ids, token_weights = np.full(shape, tokenizer.pad_id, np.int64), np.ones(shape, np.float32)
     first = tokenizer.length - 1 - tokenizer.room
-    for row, chunk in enumerate(chunks):
-        end = first + len(chunk)
+    ends = first + np.array([len(chunk) for chunk in chunks], np.int64)
+    for row, (chunk, end) in enumerate(zip(chunks, ends, strict=True)):
         if tokenizer.bos_id is not None:
             input_ids[row, 0] = tokenizer.bos_id
         input_ids[row, first:end] = [id_ for id_, _ in chunk]
         token_weights[row, first:end] = [weight for _, weight in chunk]
         input_ids[row, end] = tokenizer.eos_id
-    return Chunks(input_ids, token_weights, (input_ids == tokenizer.eos_id).argmax(1), concepts)
+    eos_index = ends if tokenizer.masks_padding else (input_ids == tokenizer.eos_id).argmax(1)
+    return Chunks(input_ids, token_weights, eos_index, concepts)

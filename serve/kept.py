@@ -24,7 +24,7 @@ from oneword.serve.keys import Tenant
 from oneword.serve.middleware import IDEMPOTENCY_KEY
 from oneword.serve.pool import Generation
 from oneword.serve.results import KeptAnswer
-from oneword.serve.state import Making, State, caller
+from oneword.serve.state import PendingAnswer, State, caller
 
 T = TypeVar("T")
 IdempotencyKey: TypeAlias = Annotated[
@@ -51,12 +51,12 @@ async def answered(http: HTTPRequest, key: str, request: BaseModel, files: Seque
     """
     state, tenant = caller(http)
     digest = await state.in_thread(_digest, request, files)
-    making = state.making.get((tenant.name, key))
-    if making is None:
+    pending = state.pending_answers.get((tenant.name, key))
+    if pending is None:
         task = asyncio.ensure_future(_kept_or_drawn(state, tenant, key, digest, draw))
-        making = state.making[tenant.name, key] = Making(digest, task)
+        pending = state.pending_answers[tenant.name, key] = PendingAnswer(digest, task)
         task.add_done_callback(lambda done: _forget(state, tenant, key, done))
-    if making.digest != digest or (answer := await _result(http, making.task)).digest != digest:
+    if pending.digest != digest or (answer := await _result(http, pending.task)).digest != digest:
         raise Conflict(
             "this Idempotency-Key was sent with another request: choose a new key for each request", "Idempotency-Key"
         )
@@ -66,7 +66,7 @@ async def answered(http: HTTPRequest, key: str, request: BaseModel, files: Seque
 async def drain(state: State) -> None:
     """Returns when the answers to all requests with keys are kept, or if the store takes too long. Their pictures are
     ready or dropped by then."""
-    if tasks := [making.task for making in state.making.values()]:
+    if tasks := [pending.task for pending in state.pending_answers.values()]:
         await asyncio.wait(tasks, timeout=_STORE_SECONDS)
 
 
@@ -113,7 +113,7 @@ async def _kept_or_drawn(state: State, tenant: Tenant, key: str, digest: str, dr
 
 
 def _forget(state: State, tenant: Tenant, key: str, done: asyncio.Task[KeptAnswer]) -> None:
-    del state.making[tenant.name, key]
+    del state.pending_answers[tenant.name, key]
     if not done.cancelled():
         done.exception()  # its client may have left
 

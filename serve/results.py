@@ -35,7 +35,7 @@ _ENTRIES: Final = "kept"
 _NAME: Final = re.compile(r"(\d{1,12})-[0-9a-f]{64}\.(png|jpeg|webp)")
 _ENTRY: Final = re.compile(r"(\d{1,12})-(\d{1,15})-([0-9a-f]{32})(\.json)?")
 _DIGEST: Final = 64  # characters
-_FIX: Final = "leave out the Idempotency-Key and response_format 'url', or ask for fewer pixels"
+_HINT: Final = "leave out the Idempotency-Key and response_format 'url', or ask for fewer pixels"
 
 
 class KeptAnswer(NamedTuple):
@@ -110,7 +110,8 @@ class Results:
         allowed = tenant.max_result_bytes
         if size > allowed:
             raise Forbidden(
-                f"these pictures may have {size} bytes, allowed to be kept are {allowed}: {_FIX}", code="quota_exceeded"
+                f"these pictures may have {size} bytes, allowed to be kept are {allowed}: {_HINT}",
+                code="quota_exceeded",
             )
         with self._lock:
             ledger = self._ledgers.setdefault(tenant.name, _Ledger())
@@ -118,7 +119,7 @@ class Results:
             if (used := ledger.bytes + self._reserved[tenant.name]) + size > allowed:
                 raise Busy(
                     f"{used} bytes of your pictures are kept for a while or reserved, these may have {size}, allowed "
-                    f"are {allowed}: try again later, or {_FIX}",
+                    f"are {allowed}: try again later, or {_HINT}",
                     ledger.queue[0][0] - self._clock() if ledger.queue else _DRAWING_SECONDS,
                     code="quota_exceeded",
                 )

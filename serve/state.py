@@ -41,7 +41,7 @@ _ALWAYS = 1024 * 1024  # pixels that every server makes, however small its model
 _THREADS = 2  # of each kind
 
 
-class Making(NamedTuple):
+class PendingAnswer(NamedTuple):
     """A request whose answer will be kept: its digest, and what makes the answer."""
 
     digest: str
@@ -66,7 +66,7 @@ class State:
     jobs: Jobs
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
     """Set once all pictures are done and the server ends: streams that would last end too."""
-    making: dict[tuple[str, str], Making] = field(default_factory=dict)
+    pending_answers: dict[tuple[str, str], PendingAnswer] = field(default_factory=dict)
     """By tenant and key."""
     created: int = field(default_factory=lambda: int(time.time()))
     _threads: dict[str, ThreadPoolExecutor] = field(default_factory=dict)

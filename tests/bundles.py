@@ -1,11 +1,17 @@
-"""Bundles for tests: exported once, then copied from `.cache/bundles`, keyed by everything the export depends on."""
+"""Bundles for tests: exported once, then copied from `.cache/bundles`, keyed by everything the export depends on.
+
+What was not used for a week is deleted.
+"""
 
 import hashlib
+import os
 import pickle
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from importlib.metadata import version
@@ -25,6 +31,8 @@ PACKAGES = (
     *("onnx", "onnx-ir", "onnxscript", "onnxruntime"),
 )
 OPTIONS = ("precision", "preview", "weights")
+MOST_CODES, MOST_DAYS = 8, 7
+"""The exports of so many versions of the code are kept, each for so many days after it was last used."""
 
 
 def export_once(model: str | Path, bundle: Path, **options: Any) -> Exported:
@@ -35,14 +43,25 @@ def export_once(model: str | Path, bundle: Path, **options: Any) -> Exported:
     """
     folder = CACHE / code_digest() / key(model, options)
     folder.parent.mkdir(parents=True, exist_ok=True)
+    os.utime(folder.parent)
     with FileLock(folder.with_suffix(".lock")):
         if not folder.exists():
+            with suppress(FileNotFoundError):  # another process deletes them
+                drop_unused(CACHE)
             with tempfile.TemporaryDirectory(dir=folder.parent) as work:
                 made = export_bundle(model, Path(work, "whole", "bundle"), **options)
                 Path(work, "whole", "exported.pickle").write_bytes(pickle.dumps(replace(made, bundle=None)))
                 Path(work, "whole").rename(folder)
     shutil.copytree(folder / "bundle", bundle)
     return replace(pickle.loads((folder / "exported.pickle").read_bytes()), bundle=Bundle.open(bundle))
+
+
+def drop_unused(cache: Path) -> None:
+    """Deletes what `cache` has more or longer than MOST_CODES and MOST_DAYS allow."""
+    folders = sorted(cache.iterdir(), key=lambda folder: folder.stat().st_mtime, reverse=True)
+    for place, folder in enumerate(folders):
+        if place >= MOST_CODES or time.time() - folder.stat().st_mtime > MOST_DAYS * 86_400:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def key(model: str | Path, options: Mapping[str, Any]) -> str:

@@ -1,7 +1,10 @@
 """The cache of exported models that the tests share."""
 
+import os
 import shutil
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -43,3 +46,38 @@ def test_another_version_of_a_package_is_another_export(monkeypatch: pytest.Monk
         digests.add(bundles.code_digest())
     bundles.code_digest.cache_clear()
     assert len(digests) == 2
+
+
+def test_exports_of_code_that_was_not_used_for_days_and_of_the_oldest_of_many_are_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ages = {"week-old": 8, **{f"code-{i}": i / 2 for i in range(9)}}  # in days
+    for name, age in ages.items():
+        (tmp_path / name / "bundle").mkdir(parents=True)
+        os.utime(tmp_path / name, (time.time() - age * 86_400,) * 2)
+
+    bundles.drop_unused(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {f"code-{i}" for i in range(8)}
+
+    monkeypatch.setattr(bundles, "MOST_DAYS", 1.25)
+    bundles.drop_unused(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"code-0", "code-1", "code-2"}
+
+
+def test_an_export_drops_what_is_unused_and_a_use_keeps_its_code(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    old, current = cache / "old", cache / bundles.code_digest()
+    for folder in (old, current):
+        folder.mkdir(parents=True)
+        os.utime(folder, (0, 0))
+    monkeypatch.setattr(bundles, "CACHE", cache)
+
+    def export(model: Path, bundle: Path) -> Any:
+        raise InterruptedError
+
+    monkeypatch.setattr(bundles, "export_bundle", export)
+    with pytest.raises(InterruptedError):
+        bundles.export_once(model, tmp_path / "bundle")
+    assert [*cache.iterdir()] == [current]

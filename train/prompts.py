@@ -125,7 +125,7 @@ class Text(NamedTuple):
 
 class Encoded(NamedTuple):
     """Hidden states [B, T, D] and pooled vectors [B, P] of texts, empty if the encoder does not return them, and the
-    positions [B] of their eos."""
+    positions [B] of their eos, as in `oneword.runtime.prompt.Chunks`."""
 
     states: torch.Tensor
     pooled: torch.Tensor
@@ -138,17 +138,16 @@ class PromptEncoder:
     def __init__(self, encoder: AnyEncoder, tokenizer: Any, facts: Encoder) -> None:
         self.encoder, self.tokenizer, self.facts = encoder, tokenizer, facts
         self._rows: dict[int, int] = {}  # vocabulary id -> row of the small table
-        self._sequences: dict[Text, list[int]] = {}
+        self._sequences: dict[Text, tuple[list[int], int]] = {}
 
     def __call__(self, texts: Sequence[Text], learned: torch.Tensor) -> Encoded:
         """Encodes B texts; `learned` [R, D] has all words' rows.
 
         Several threads may encode texts at once if `ids` has been called with each of these texts.
         """
-        sequences = [self.ids(text) for text in texts]
+        sequences, ends = zip(*map(self._sequence, texts), strict=True)
         frozen = self.encoder.table[list(self._rows)].to(learned.dtype)
-        input_ids = torch.tensor(sequences)
-        eos_index = (input_ids == self._row(self.facts.eos_id)).int().argmax(-1)
+        input_ids, eos_index = torch.tensor(sequences), torch.tensor(ends)
         input_ids = torch.where(input_ids < 0, len(frozen) - 1 - input_ids, input_ids)
         inputs = [input_ids, torch.cat([frozen, learned]).to(self.encoder.dtype)]  # in the order of the encoder's graph
         if self.facts.hidden_width is not None:
@@ -166,16 +165,20 @@ class PromptEncoder:
 
     def ids(self, text: Text) -> list[int]:
         """A text as row numbers of the small table, including BOS, EOS and padding; learned row r is -1 - r."""
-        if text not in self._sequences:
-            self._sequences[text] = self._encode(*text)
-        return self._sequences[text]
+        return self._sequence(text)[0]
 
     def places(self, text: Text) -> list[tuple[int, int]]:
         """Where a text has its word: each position among the T tokens, with the number of the word's row there."""
         numbers = [-1 - row - text.first for row in self.ids(text)]
         return [(position, number) for position, number in enumerate(numbers) if 0 <= number < text.used]
 
-    def _encode(self, template: str, first: int, count: int, total: int, text: str | None) -> list[int]:
+    def _sequence(self, text: Text) -> tuple[list[int], int]:
+        """A text's `ids`, and the position of its eos."""
+        if text not in self._sequences:
+            self._sequences[text] = self._encode(*text)
+        return self._sequences[text]
+
+    def _encode(self, template: str, first: int, count: int, total: int, text: str | None) -> tuple[list[int], int]:
         bos = [] if self.facts.bos_id is None else [self.facts.bos_id]
         room = self.facts.length - len(bos) - 1
         pieces = re.split(r"\{(\d*)\}", template)
@@ -194,8 +197,10 @@ class PromptEncoder:
                 f"the prompt {template!r} is {len(inner)} tokens, {self.facts.graph} takes {room}: "
                 "shorten it until the word fits"
             )
-        ids = [*map(self._row, bos), *inner[:room], self._row(self.facts.eos_id)]
-        return ids + [self._row(self.facts.pad_id)] * (self.facts.length - len(ids))
+        eos = self._row(self.facts.eos_id)
+        ids = [*map(self._row, bos), *inner[:room], eos]
+        end = len(ids) - 1 if self.facts.masks_padding else ids.index(eos)
+        return ids + [self._row(self.facts.pad_id)] * (self.facts.length - len(ids)), end
 
     def _text_rows(self, text: str) -> list[int]:
         return [self._row(i) for i in self.tokenizer(text, add_special_tokens=False).input_ids]

@@ -2,40 +2,19 @@
 
     python genai.py '{"model": "...", "static": true, "size": 256, ...}'
 
-Takes one JSON object (see Job). Writes one picture to `cold` and exits, or prints the measurements as JSON. A step is
-timed between two callbacks; the bare engine is the UNet's time as the pipeline reports it. Imports nothing of this
-project, which is not installed there.
+Takes one JSON object (see `pictures.Job`). Writes one picture to `cold` and exits, or prints the measurements as JSON.
+A step is timed between two callbacks; the bare engine is the UNet's time as the pipeline reports it. Imports nothing of
+this project, which is not installed there.
 """
 
 import json
-import resource
-import statistics
 import sys
 import time
-from typing import Any, TypedDict
+from typing import Any
 
 import openvino_genai
+from pictures import Job, between, run
 from PIL import Image
-
-
-class Job(TypedDict):
-    """What to draw, and how."""
-
-    model: str
-    """Folder written by optimum-cli."""
-    cache: str
-    """Folder of OpenVINO's compiled models."""
-    static: bool
-    """Whether the pipeline is reshaped to one size before it is compiled."""
-    precision: str
-    size: int
-    steps: int
-    guidance: float
-    seed: int
-    threads: int
-    warm_up: list[str]
-    prompts: list[str]
-    cold: str | None
 
 
 def main() -> None:
@@ -59,7 +38,7 @@ def main() -> None:
 
     def draw(prompt: str) -> Any:
         ends.clear()
-        return pipeline.generate(
+        picture = pipeline.generate(
             prompt,
             width=job["size"],
             height=job["size"],
@@ -68,27 +47,12 @@ def main() -> None:
             rng_seed=job["seed"],
             callback=ended,
         )
+        return Image.fromarray(picture.data[0])
 
-    if job["cold"]:
-        Image.fromarray(draw(job["prompts"][0]).data[0]).save(job["cold"])
-        return
-    for prompt in job["warm_up"]:
-        draw(prompt)
-    pictures, steps, bare = [], [], []
-    for prompt in job["prompts"]:
-        start = time.perf_counter()
-        draw(prompt)
-        pictures.append(time.perf_counter() - start)
-        steps.append((ends[-1] - ends[0]) / (len(ends) - 1))
-        bare.append(pipeline.get_performance_metrics().get_unet_infer_duration().mean / 1e3)
-    step = statistics.median(steps)
-    result = {
-        "picture_ms": 1e3 * statistics.median(pictures),
-        "step_ms": 1e3 * step,
-        "overhead_ms": 1e3 * (step - statistics.median(bare)),
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-    }
-    print(json.dumps(result))
+    def bare() -> float:
+        return float(pipeline.get_performance_metrics().get_unet_infer_duration().mean) / 1e3
+
+    run(job, draw, lambda: between(ends), bare)
 
 
 if __name__ == "__main__":

@@ -2,14 +2,13 @@
 
     python optimum_intel.py '{"model": "...", "size": 256, ...}'
 
-Takes one JSON object (see Job in genai.py, without `static`): diffusers' pipeline with every network in OpenVINO,
+Takes one JSON object (see `pictures.Job`): diffusers' pipeline with every network in OpenVINO,
 compiled for one size. Writes one picture to `cold` and exits, or prints the measurements as JSON. A step is timed
 between two callbacks; the bare engine is the UNet's time. Imports nothing of this project, which is not installed
 there.
 """
 
 import json
-import resource
 import statistics
 import sys
 import time
@@ -18,11 +17,12 @@ from typing import Any
 import torch
 from diffusers.utils import logging
 from optimum.intel import OVPipelineForText2Image
+from pictures import Job, between, run
 
 
 def main() -> None:
     """Runs one job."""
-    job: dict[str, Any] = json.loads(sys.argv[1])
+    job: Job = json.loads(sys.argv[1])
     logging.disable_progress_bar()
     torch.set_num_threads(job["threads"])
     config = {
@@ -63,26 +63,7 @@ def main() -> None:
             callback_on_step_end=ended,
         ).images[0]
 
-    if job["cold"]:
-        draw(job["prompts"][0]).save(job["cold"])
-        return
-    for prompt in job["warm_up"]:
-        draw(prompt)
-    pictures, steps, bare = [], [], []
-    for prompt in job["prompts"]:
-        start = time.perf_counter()
-        draw(prompt)
-        pictures.append(time.perf_counter() - start)
-        steps.append((ends[-1] - ends[0]) / (len(ends) - 1))
-        bare.append(statistics.mean(spent[1:]))
-    step = statistics.median(steps)
-    result = {
-        "picture_ms": 1e3 * statistics.median(pictures),
-        "step_ms": 1e3 * step,
-        "overhead_ms": 1e3 * (step - statistics.median(bare)),
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-    }
-    print(json.dumps(result))
+    run(job, draw, lambda: between(ends), lambda: statistics.mean(spent[1:]))
 
 
 if __name__ == "__main__":

@@ -2,25 +2,24 @@
 
     python sdcpp.py '{"model": "...", "weights": "q8_0", "size": 256, ...}'
 
-Takes one JSON object (see Job in genai.py, without `static` and `precision`). stable-diffusion.cpp reads the diffusers
+Takes one JSON object (see `pictures.Job`). stable-diffusion.cpp reads the diffusers
 directory and converts its weights each time it starts; it keeps no cache. Writes one picture to `cold` and exits, or
 prints the measurements as JSON. A step is timed between two of its progress reports; it does not report the time within
 its network, so the host's share is 0. Imports nothing of this project, which is not installed there.
 """
 
 import json
-import resource
-import statistics
 import sys
 import time
 from typing import Any
 
+from pictures import Job, run
 from stable_diffusion_cpp import StableDiffusion
 
 
 def main() -> None:
     """Runs one job."""
-    job: dict[str, Any] = json.loads(sys.argv[1])
+    job: Job = json.loads(sys.argv[1])
     model = StableDiffusion(
         model_path=job["model"], wtype=job["weights"], n_threads=job["threads"], vae_decode_only=True, verbose=False
     )
@@ -43,24 +42,10 @@ def main() -> None:
             progress_callback=ended,
         )[0]
 
-    if job["cold"]:
-        draw(job["prompts"][0]).save(job["cold"])
-        return
-    for prompt in job["warm_up"]:
-        draw(prompt)
-    pictures, steps = [], []
-    for prompt in job["prompts"]:
-        start = time.perf_counter()
-        draw(prompt)
-        pictures.append(time.perf_counter() - start)
-        steps.append((ends[job["steps"]] - ends[1]) / (job["steps"] - 1))
-    result = {
-        "picture_ms": 1e3 * statistics.median(pictures),
-        "step_ms": 1e3 * statistics.median(steps),
-        "overhead_ms": 0.0,
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-    }
-    print(json.dumps(result))
+    def step() -> float:
+        return (ends[job["steps"]] - ends[1]) / (job["steps"] - 1)
+
+    run(job, draw, step, step)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """`benchmarks.compression` and what other benchmarks do with int8 weights."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 
 from benchmarks import compression, exported, miniature
 from oneword.engines.graph import Weights
+from oneword.runtime.bundle import MANIFEST, Bundle
 
 
 def test_a_bundle_is_drawn_with_in_processes_of_its_own_and_compared_with_the_first(
@@ -38,6 +40,25 @@ def test_a_bundle_with_other_weights_is_exported_again(
 
     exported.exported(str(tiny_model_dir), tiny_bundle, Weights.INT8)
     assert calls == [{"weights": Weights.INT8}]
+
+
+def test_a_bundle_without_copies_for_onnxruntime_is_exported_again(
+    tiny_model_dir: Path, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Path] = []
+    monkeypatch.setattr(exported, "export_bundle", lambda model, path, **settings: calls.append(path))
+    old = tmp_path / "old"
+    shutil.copytree(tiny_bundle, old)
+    manifest = json.loads((old / MANIFEST).read_text())
+    for graph in manifest["graphs"].values():
+        for name in set(graph.pop("fused", {}).values()):
+            (old / name).unlink()
+            del manifest["files"][name]
+    (old / MANIFEST).write_text(json.dumps(manifest))
+    assert not any(graph.fused for graph in Bundle.open(old).manifest.graphs.values())
+
+    exported.exported(str(tiny_model_dir), old)
+    assert calls == [old]
 
 
 def test_the_miniatures_page_is_not_written_from_int8_weights(

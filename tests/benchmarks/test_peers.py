@@ -2,8 +2,12 @@
 
 import json
 import os
+import subprocess
+import sys
+import textwrap
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -149,3 +153,90 @@ def test_cases_of_one_model_share_its_bundle_and_have_results_of_their_own(
         assert latency.stored(tmp_path, name).parent.is_dir()
 
     assert homes == [tmp_path / "sd15"] * 3
+
+
+STAND_INS = {
+    "openvino_genai": """
+        class Text2ImagePipeline:
+            def __init__(self, model): pass
+            def reshape(self, *args): pass
+            def compile(self, *args, **settings): pass
+            def generate(self, prompt, num_inference_steps, callback, **_):
+                drawn(num_inference_steps, None, lambda i: callback(i, num_inference_steps, None))
+                return SimpleNamespace(data=np.zeros((1, 4, 4, 3), np.uint8))
+            def get_performance_metrics(self):
+                return SimpleNamespace(get_unet_infer_duration=lambda: SimpleNamespace(mean=1500))
+        """,
+    "optimum.intel": """
+        class OVPipelineForText2Image:
+            @classmethod
+            def from_pretrained(cls, model, **settings):
+                pipeline = cls()
+                pipeline.unet = SimpleNamespace(forward=lambda: clock(1.5))
+                return pipeline
+            def reshape(self, **shape): pass
+            def compile(self): pass
+            def set_progress_bar_config(self, **settings): pass
+            def __call__(self, prompt, num_inference_steps, callback_on_step_end, **_):
+                network = lambda: self.unet.forward()
+                drawn(num_inference_steps, network, lambda i: callback_on_step_end(self, i, 0, {}))
+                return SimpleNamespace(images=[Image.new("RGB", (4, 4))])
+        """,
+    "stable_diffusion_cpp": """
+        class StableDiffusion:
+            def __init__(self, **settings): pass
+            def generate_image(self, sample_steps, progress_callback, **_):
+                progress_callback(1, sample_steps + 1, 0.0)  # of loading
+                drawn(sample_steps, None, lambda i: progress_callback(i + 1, sample_steps, 0.0))
+                return [Image.new("RGB", (4, 4))]
+        """,
+}
+CLOCK = """
+import time
+from types import SimpleNamespace
+import numpy as np
+from PIL import Image
+
+now = 0.0
+
+def clock(seconds):
+    global now
+    now += seconds
+
+def drawn(steps, network, ended):
+    with open("pictures", "a") as file:
+        file.write("drawn\\n")
+    for i in range(steps):  # each takes 2 s, 1.5 s of them in the network
+        clock(0.5)
+        (network or (lambda: clock(1.5)))()
+        ended(i)
+    clock(1)
+
+time.perf_counter = lambda: now
+"""
+
+
+@pytest.mark.parametrize("script", ["genai", "optimum_intel", "sdcpp"])
+def test_a_peer_measures_pictures_and_steps_after_its_warm_up(tmp_path: Path, script: str) -> None:
+    """Of four steps and a second of decoding; stand-ins for the libraries move the clock."""
+    for name, text in STAND_INS.items():
+        path = tmp_path / f"{name.replace('.', '/')}.py"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(CLOCK + textwrap.dedent(text))
+    job = {**latency.job_of(latency.CASES["sd15"], 1), "model": "", "cache": "", "cold": None}
+    job |= {"steps": 4, "static": True, "precision": "f32", "weights": "f32", "warm_up": ["a"], "prompts": ["b", "c"]}
+
+    def run_peer(job: dict[str, Any]) -> str:
+        line = [sys.executable, environments.SCRIPTS / f"{script}.py", json.dumps(job)]
+        paths = {**os.environ, "PYTHONPATH": str(tmp_path)}
+        return subprocess.run(line, check=True, cwd=tmp_path, env=paths, capture_output=True, text=True).stdout
+
+    result = json.loads(run_peer(job))
+    assert result.pop("peak_mib") > 0
+    overhead = 0 if script == "sdcpp" else 500  # which does not report its network's time
+    assert result == {"picture_ms": 9000, "step_ms": 2000, "overhead_ms": overhead}
+    assert (tmp_path / "pictures").read_text() == "drawn\n" * 3
+
+    assert run_peer({**job, "cold": str(tmp_path / "cold.png")}) == ""
+    with Image.open(tmp_path / "cold.png") as picture:
+        assert picture.size == (4, 4)

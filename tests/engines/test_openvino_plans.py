@@ -1,8 +1,10 @@
 """OpenVINO compiles a graph once; later starts read the plan."""
 
 import gc
+import re
 import time
 import weakref
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +17,14 @@ from onnx import TensorProto, helper
 from oneword.engines.engine import NumpyArray
 from oneword.engines.errors import EngineError
 from oneword.engines.graph import DType, Graph, Precision, TensorSpec
-from oneword.engines.openvino import OpenVinoBinding, OpenVinoEngine, _Compiler
+from oneword.engines.openvino import (
+    OpenVinoBinding,
+    OpenVinoEngine,
+    _Compiler,
+    _expand_convolutions,
+    _size_of_copies,
+    _stays_exact,
+)
 from oneword.engines.plans import PlanCache, PlanKey
 
 openvino = pytest.importorskip("openvino")
@@ -379,15 +388,87 @@ def test_a_conversion_that_fails_is_tried_once_per_process_and_reported_once(
 def test_a_disk_without_room_is_noticed_before_anything_is_converted(
     product: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise AssertionError("converted although the disk is full")
 
-    monkeypatch.setattr("oneword.engines.openvino.convert_graph", refuse)
-    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=product.stat().st_size - 1))
+    monkeypatch.setattr(openvino, "save_model", refuse)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=90_000 * (2 + 2) + 1 * (2 + 4) - 1))
 
     assert product_of_ones(product, tmp_path / "plans") == pytest.approx(HALVED**2, abs=1e-7)
     assert f"{tmp_path / 'plans'} has 0 MiB free, converting takes 0 MiB" in caplog.text
     assert not list((tmp_path / "plans").glob("*.partial"))
+
+
+def int8_convolution(
+    scaled: Callable[[Any, Any, Any], Any] = lambda ops, integers, scales: ops.multiply(integers, scales),
+    reshape: Sequence[int] | None = (8, 1, 1, 1),
+    twice: bool = False,
+) -> Any:
+    """A convolution whose weight [8, 4, 3, 3] is int8; by default as OpenVINO's frontend reads it from ONNX."""
+    from openvino import opset13 as ops
+
+    x = ops.parameter([1, 4, 100, 100], np.float32, name="x")
+    scales = ops.constant(np.full(8, 0.5, np.float32))
+    if reshape is not None:
+        scales = ops.reshape(scales, ops.constant(np.array(reshape)), special_zero=False)
+    integers = ops.convert(ops.constant(np.full((8, 4, 3, 3), 3, np.int8)), "f32")
+    weight = scaled(ops, integers, scales)
+    convolved = ops.convolution(x, weight, [1, 1], [1, 1], [1, 1], [1, 1])
+    return openvino.Model([convolved, ops.relu(weight)] if twice else [convolved], [x], "convolution")
+
+
+def test_a_weight_that_openvino_reads_in_an_unknown_way_is_refused_and_left() -> None:
+    _expand_convolutions(model := int8_convolution())
+    [expanded] = [op.data for op in model.get_ops() if op.get_type_name() == "Constant" and op.data.ndim == 4]
+    np.testing.assert_array_equal(expanded, np.full((8, 4, 3, 3), 1.5, np.float32))
+
+    unknown = {
+        "Subtract": int8_convolution(lambda ops, integers, scales: ops.subtract(integers, scales)),
+        "Relu": int8_convolution(lambda ops, integers, scales: ops.relu(integers)),
+        "Multiply": int8_convolution(lambda ops, integers, scales: ops.multiply(scales, integers)),
+        "Multiply before ['Convolution', 'Relu']": int8_convolution(twice=True),
+        "Multiply before ['Convolution']": int8_convolution(
+            lambda ops, integers, scales: ops.multiply(integers, ops.constant(np.float32(2))), reshape=None
+        ),
+        "Multiply ": int8_convolution(
+            lambda ops, integers, scales: ops.multiply(integers, ops.relu(scales)), reshape=(8, 1, 1, 1)
+        ),
+    }
+    for node, model in unknown.items():
+        before = [op.get_type_name() for op in model.get_ordered_ops()]
+        with pytest.raises(RuntimeError, match=rf"reads the int8 weight .* \[8, 4, 3, 3\] as {re.escape(node)}"):
+            _expand_convolutions(model)
+        assert [op.get_type_name() for op in model.get_ordered_ops()] == before
+
+
+def size_of_copies(model: Any) -> int:
+    return _size_of_copies(model, [op for op in model.get_ops() if _stays_exact(op)])
+
+
+def test_converting_takes_the_bytes_of_two_copies() -> None:
+    """A convolution's int8 weights, 4 * 8 * 9 numbers, become 2 bytes each; a product's [300, 300] stay 1 byte."""
+    from openvino import opset13 as ops
+
+    model = int8_convolution()
+    _expand_convolutions(model)
+    small = 4 * 8 * 9
+    assert size_of_copies(model) == small * (2 + 4)  # small constants are exact in the second copy
+
+    x = ops.parameter([1, 300], np.float32, name="x")
+    integers, scales = ops.constant(np.ones((300, 300), np.int8)), ops.constant(np.ones((1, 300), np.float32))
+    product = ops.matmul(x, ops.multiply(ops.convert(integers, "f32"), scales), False, False)
+    large = ops.matmul(product, ops.constant(np.ones((300, 300), np.float32)), False, False)
+    model = openvino.Model([large], [x], "products")
+    assert size_of_copies(model) == 2 * 300 * 300 + 300 * (2 + 4) + 2 * 2 * 300 * 300
+
+
+def test_an_input_to_which_openvino_gives_no_name_is_an_error_in_one_line(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unnamed = SimpleNamespace(inputs=[set()], small=True)
+    monkeypatch.setattr("oneword.engines.openvino._Compiler", lambda *_, **__: unnamed)
+    with pytest.raises(EngineError, match=r"takes \(no name\), its manifest says x: export the model again"):
+        engine(path, None)
 
 
 def test_a_plan_that_another_version_has_deleted_is_made_again_for_the_next_shapes(

@@ -53,7 +53,8 @@ def operators_run(
         patch.setattr(ort, "InferenceSession", profiled)
         open_engine(Backend.ONNXRUNTIME, name, graph, folder).run(feeds)
         events = json.loads(Path(sessions[0].end_profiling()).read_text())
-    return Counter(event["args"]["op_name"] for event in events if event["name"].endswith("_kernel_time"))
+    kernels = [event for event in events if event["name"].endswith("_kernel_time")]
+    return [event["args"]["op_name"] for event in sorted(kernels, key=lambda event: event["ts"])]
 
 
 def random(shape: tuple[int, ...], seed: int = 0) -> NumpyArray:

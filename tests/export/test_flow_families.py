@@ -524,6 +524,16 @@ def test_attention_and_residual_norms_of_flux_are_fused(flux_bundle: Path) -> No
     }
 
 
+def test_attention_of_chroma_is_fused(chroma_bundle: Path) -> None:
+    # Two blocks with two streams and two with one, all with a mask. T5: two layers, without a mean in their norms.
+    assert attentions_and_norms(chroma_bundle) == {
+        "text_encoder_3": (2, 0),
+        "denoise_step": (2 + 2, 0),
+        "vae_decoder": (1, 0),
+        "vae_encoder": (1, 0),
+    }
+
+
 def test_sizes_that_sd3_cannot_draw_are_refused(sd3: Model) -> None:
     with pytest.raises(UsageError, match="size 72x64: width must be a multiple of 16, for example 64"):
         draw(sd3, "a cat", size=(72, 64))

@@ -85,13 +85,31 @@ def test_weights_multiply_states_and_keep_a_mean(model: Any) -> None:
         torch.testing.assert_close(states.mean(), plain.mean())
 
 
-def test_the_ids_of_two_thousand_prompts_with_words_are_those_of_transformers() -> None:
-    reference = t5_tokenizer(model_max_length=64)
+def tokenizer_like(reference: Any, masks_padding: bool = False) -> Tokenizer:
+    """The runtime's tokenizer for chunks of 64 tokens."""
     encoder = Encoder(
         graph="text_encoder_3", table="", tokenizer="", vocab_size=len(reference), width=4, hidden_width=4, length=64,
-        bos_id=None, eos_id=1, pad_id=0, layers=(), default_layer=None,
+        bos_id=None, eos_id=1, pad_id=0, layers=(), default_layer=None, masks_padding=masks_padding,
     )  # fmt: skip
-    ours = Tokenizer(tokenizers.Tokenizer.from_str(reference.backend_tokenizer.to_str()), encoder)
+    return Tokenizer(tokenizers.Tokenizer.from_str(reference.backend_tokenizer.to_str()), encoder)
+
+
+@pytest.mark.parametrize("prompt", ["", "a red ring", "a red</s> ring", "</s>", "a </s></s> ring </s>", "a <pad> ring"])
+def test_an_eos_within_a_prompt_masks_nothing_if_the_encoder_masks_padding(prompt: str) -> None:
+    """The denoiser attends to one token of padding more, as in `ChromaPipeline._get_t5_prompt_embeds`."""
+    reference = t5_tokenizer(model_max_length=64)
+    expected = reference(prompt, padding="max_length", max_length=64, truncation=True)
+    length = sum(expected.attention_mask)
+
+    chunks = encode_ids(prompt, tokenizer_like(reference, masks_padding=True), Vocabulary({}), "text_encoder_3")
+    assert chunks.input_ids.tolist() == [expected.input_ids]
+    assert chunks.attended(0).tolist() == [expected.attention_mask]
+    assert chunks.attended(1).tolist() == [(np.arange(64) <= length).tolist()]
+
+
+def test_the_ids_of_two_thousand_prompts_with_words_are_those_of_transformers() -> None:
+    reference = t5_tokenizer(model_max_length=64)
+    ours = tokenizer_like(reference)
     names = ["<toy>", "<cat-toy>", "<style.2>"]
     words = {
         name: Concept(name, {"text_encoder_3": np.full((1 + i, 4), 0.1 * (i + 1), np.float32)})

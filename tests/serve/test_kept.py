@@ -180,7 +180,7 @@ def test_two_requests_with_one_key_at_the_same_time_conflict_at_once(
     monkeypatch.setattr(openai, "encode", encode_later)
     with running.client() as client, ThreadPoolExecutor(1) as threads:
         first = threads.submit(post, client, "key", seed=1)
-        wait_until(lambda: bool(running.state.making))
+        wait_until(lambda: bool(running.state.pending_answers))
         assert post(client, "key", seed=2).status_code == 409
         gate.set()
         assert first.result().status_code == 200

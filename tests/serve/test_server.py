@@ -46,7 +46,7 @@ def server_with(worker: WorkerState, **settings: Any) -> Any:
         pool=Part(),
         jobs=Part(),
         stopping=asyncio.Event(),
-        making={},
+        pending_answers={},
     )
     return Server(app, state)
 

@@ -36,11 +36,11 @@ FLUX = ("text_encoder", "text_encoder_3")
 PROMPTS = ["a photo of a {}", "the {} on the ring"]
 
 
-def a_word(*encoders: str) -> Word:
+def a_word(*encoders: str, prompts: list[str] = PROMPTS) -> Word:
     rng = torch.Generator().manual_seed(1)
     mean = list(torch.randn(3, 16, 8, 8, generator=rng))
     rows = {name: torch.randn(1, WIDTHS[name], generator=rng) * 0.1 for name in encoders}
-    return Word("<toy>", Moments(3, mean, [torch.zeros(16, 8, 8)] * 3, None), rows, PROMPTS, text="painting")
+    return Word("<toy>", Moments(3, mean, [torch.zeros(16, 8, 8)] * 3, None), rows, prompts, text="painting")
 
 
 @pytest.mark.parametrize("size", [(8, 8), (16, 32)])
@@ -122,8 +122,9 @@ def test_the_gradient_in_chroma_is_that_of_the_original_models(tiny_chroma_dir: 
     from diffusers import ChromaPipeline
 
     recipe = QUICK.with_changes(gradient_checkpointing=checkpointing)
-    word, source = a_word("text_encoder_3"), load_source(tiny_chroma_dir)
+    word, source = a_word("text_encoder_3", prompts=[*PROMPTS, "the</s> {} on the ring"]), load_source(tiny_chroma_dir)
     batch = draw(word, recipe, 1000, torch.Generator().manual_seed(2))
+    assert any("</s>" in prompt for prompt in batch.prompts)  # it masks nothing
     pipe = ChromaPipeline.from_pretrained(tiny_chroma_dir)
     tables = {"text_encoder_3": add_word(pipe, word, "text_encoder_3", "")}
     texts = [prompt.format("<toy>") for prompt in batch.prompts]
