@@ -310,7 +310,9 @@ async def generations(http: HTTPRequest, body: GenerationBody, idempotency_key: 
     return await _answer(http, body, prepared, "image_generation", idempotency_key)
 
 
-@router.post("/v1/images/edits", response_model=PicturesAnswer, responses=_pictures_or_stream("image_edit"), openapi_extra=_EDIT)
+@router.post(
+    "/v1/images/edits", response_model=PicturesAnswer, responses=_pictures_or_stream("image_edit"), openapi_extra=_EDIT
+)
 async def edits(http: HTTPRequest, idempotency_key: IdempotencyKey = None) -> Response:
     """Edits uploaded pictures, each by itself. The mask's transparent pixels are repainted in the first picture."""
     text, pictures, masks = await _form(http, "image", "image[]", masks=("mask",))
@@ -321,7 +323,12 @@ async def edits(http: HTTPRequest, idempotency_key: IdempotencyKey = None) -> Re
     return await _edited(http, body, files, "image_edit", idempotency_key)
 
 
-@router.post("/v1/images/variations", response_model=PicturesAnswer, responses=_pictures_or_stream("image_generation"), openapi_extra=_VARIATION)
+@router.post(
+    "/v1/images/variations",
+    response_model=PicturesAnswer,
+    responses=_pictures_or_stream("image_generation"),
+    openapi_extra=_VARIATION,
+)
 async def variations(http: HTTPRequest, idempotency_key: IdempotencyKey = None) -> Response:
     """Varies one uploaded picture."""
     text, pictures, _ = await _form(http, "image")
@@ -478,7 +485,7 @@ async def _drawn(
         settings=body,
         prefix=prefix,
         format=body.output_format or "png",
-        text_tokens=state.count_tokens(requests[0].prompt),
+        text_tokens=await state.count_tokens(requests[0].prompt),
         image_tokens=sum((height // factor) * (width // factor) for height, width, _ in sources),
         keep=keep,
     )
