@@ -45,9 +45,10 @@ _THREADS = 2  # of each kind
 
 
 class Making(NamedTuple):
-    """A request whose answer will be kept: its digest, and what makes the answer."""
+    """A request whose answer will be kept: its digest and bytes, and what makes the answer."""
 
     digest: str
+    size: int
     task: asyncio.Task[KeptAnswer]
 
 
