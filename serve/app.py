@@ -43,7 +43,7 @@ from oneword.serve.worker import Worker
 
 PAGE: Final = Path(__file__).parent / "page"
 _COLLECT_SECONDS: Final = 300.0
-_COUNTED: Final = 256  # prompts whose tokens were counted
+_COUNTED: Final = 256  # prompts whose tokens, and texts whose chunks, were counted
 _log = logging.getLogger("oneword.serve")
 
 
@@ -67,10 +67,17 @@ def build_state(settings: Settings) -> State:
     def tokens(prompt: str) -> int:
         return len(tokenizers[first].ids(prompt))
 
-    def chunks(text: str, words: Mapping[str, Concept]) -> int:
+    def chunks_with(text: str, words: Mapping[str, Concept]) -> int:
         found = encode_ids(text, tokenizers[first], Vocabulary(words), first)
         layers = max((len(rows) for word in found.concepts for rows in word.layer_rows.values()), default=0)
         return len(found.input_ids) * (1 + layers)
+
+    @functools.lru_cache(_COUNTED)
+    def chunks_without_words(text: str) -> int:
+        return chunks_with(text, {})
+
+    def chunks(text: str, words: Mapping[str, Concept]) -> int:
+        return chunks_with(text, words) if words else chunks_without_words(text)
 
     def knows(piece: str) -> bool:
         return all(tokenizer.knows(piece) for tokenizer in tokenizers.values())
