@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import functools
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -22,7 +22,7 @@ from oneword.runtime.bundle import Bundle
 from oneword.runtime.concept import Concept
 from oneword.runtime.lexicon import Lexicon
 from oneword.runtime.model import Model
-from oneword.runtime.prompt import Tokenizer
+from oneword.runtime.prompt import Tokenizer, Vocabulary, encode_ids
 from oneword.serve import errors, health, info, jobs_api, kept, middleware, openai, refine_api, results, words_api
 from oneword.serve.a1111 import routes as a1111
 from oneword.serve.errors import ApiError, Conflict
@@ -43,7 +43,7 @@ from oneword.serve.worker import Worker
 
 PAGE: Final = Path(__file__).parent / "page"
 _COLLECT_SECONDS: Final = 300.0
-_COUNTED: Final = 256  # prompts whose tokens were counted
+_COUNTED: Final = 256  # prompts whose tokens, and texts whose chunks, were counted
 _log = logging.getLogger("oneword.serve")
 
 
@@ -61,21 +61,30 @@ def build_state(settings: Settings) -> State:
     worker = Worker(open_model, max_rows=settings.max_rows, sizes=[size], observer=metrics.turn)
     tokenizers = {e.graph: Tokenizer.read(bundle.file(e.tokenizer), e) for e in manifest.encoders}
 
+    first = manifest.encoders[0].graph
+
     @functools.lru_cache(_COUNTED)
-    def count_tokens(prompt: str) -> int:
-        return len(tokenizers[manifest.encoders[0].graph].ids(prompt))
+    def tokens(prompt: str) -> int:
+        return len(tokenizers[first].ids(prompt))
+
+    def chunks_with(text: str, words: Mapping[str, Concept]) -> int:
+        found = encode_ids(text, tokenizers[first], Vocabulary(words), first)
+        layers = max((len(rows) for word in found.concepts for rows in word.layer_rows.values()), default=0)
+        return len(found.input_ids) * (1 + layers)
+
+    @functools.lru_cache(_COUNTED)
+    def chunks_without_words(text: str) -> int:
+        return chunks_with(text, {})
+
+    def chunks(text: str, words: Mapping[str, Concept]) -> int:
+        return chunks_with(text, words) if words else chunks_without_words(text)
 
     def knows(piece: str) -> bool:
         return all(tokenizer.knows(piece) for tokenizer in tokenizers.values())
 
     words = Words(WordStore(settings.words), knows=knows)
     files = open_files(settings.words)
-    observer, room = PoolMetrics(metrics), manifest.encoders[0].length - 2  # without BOS and EOS
-
-    def chunks(text: str) -> int:
-        return max(1, -(-count_tokens(text) // room))
-
-    pool = Pool(worker, manifest, max_wait=settings.max_wait, observer=observer, chunks=chunks)
+    pool = Pool(worker, manifest, max_wait=settings.max_wait, observer=PoolMetrics(metrics), chunks=chunks)
 
     async def keep(name: str, concept: Concept, replace: bool) -> None:
         tenant = Tenant(name) if keys is None else keys.named(name)
@@ -89,7 +98,7 @@ def build_state(settings: Settings) -> State:
     state = State(
         settings=settings,
         manifest=manifest,
-        count_tokens=count_tokens,
+        tokens=tokens,
         keys=keys,
         words=words,
         worker=worker,

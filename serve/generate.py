@@ -51,11 +51,13 @@ def prepare(
 
 
 async def enter(state: State, *generations: Generation, bare_names: bool = False) -> None:
-    """Resolves the words of generations among their tenant's, and queues the pictures, all or none. Raises ApiError."""
+    """Resolves the words of generations among their tenant's, counts the chunks of their texts with these words, and
+    queues the pictures, all or none. Raises ApiError."""
     for generation in generations:
         words = await state.words.resolve(generation.tenant, generation.settings.texts, bare_names)
         if words:  # the model itself has none
             generation.request = replace(generation.request, words=words)
+    await state.price(*generations)
     state.pool.enter(*generations)
 
 

@@ -198,7 +198,10 @@ async def cancel(http: HTTPRequest, id: str) -> JobBody:
 @router.get(
     "/v1/jobs/{id}/events",
     response_class=Response,
-    responses=stream_response("Events `progress`, `note` and `preview`, then `done`, `error` or `cancelled`."),
+    responses=stream_response(
+        "Events `progress`, `note` and `preview`, then `done`, `error` or `cancelled`.",
+        *("progress", "note", "preview", "done", "error", "cancelled"),
+    ),
 )
 async def job_events(
     http: HTTPRequest, id: str, after: Annotated[int, Query(ge=0, description="the last number you have")] = 0

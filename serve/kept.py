@@ -18,10 +18,10 @@ from pydantic_core import PydanticSerializationError
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
-from oneword.serve.errors import Conflict, Invalid, Unavailable
+from oneword.serve.errors import Busy, Conflict, Invalid, Unavailable
 from oneword.serve.generate import Disconnected, disconnect
 from oneword.serve.keys import Tenant
-from oneword.serve.middleware import IDEMPOTENCY_KEY
+from oneword.serve.middleware import BODIES_LIMIT, IDEMPOTENCY_KEY
 from oneword.serve.pool import Generation
 from oneword.serve.results import KeptAnswer
 from oneword.serve.state import PendingAnswer, State, caller
@@ -39,22 +39,28 @@ Draw: TypeAlias = Callable[[contextlib.AsyncExitStack], Awaitable[tuple[bytes, b
 """Makes an answer, and says whether it has all pictures. What it enters is left once the answer is kept, such as `room`
 for it."""
 
+MAX_REQUESTS: Final = 1000
+"""Requests with keys that one tenant may have in progress, also those whose clients have left."""
+MAX_BYTES: Final = 128 << 20
+"""Bytes of their bodies, which are in memory. All tenants together may have as many as all bodies."""
 _STORE_SECONDS: Final = 10.0
+_BUSY_SECONDS: Final = 5.0
 _METADATA: Final = 4096  # bytes of a file that are neither pixels nor prompts
 
 
 async def answered(http: HTTPRequest, key: str, request: BaseModel, files: Sequence[bytes], draw: Draw) -> Response:
     """The answer to a request with a key: the kept one, or what `draw` makes, even if the client leaves.
 
-    Raises Conflict if the key was that of another request, Invalid if it cannot be compared with others,
-    Disconnected, and what `draw` does.
+    Raises Conflict if the key was that of another request, Invalid if it cannot be compared with others, Busy if too
+    many requests with keys are in progress, Disconnected, and what `draw` does.
     """
     state, tenant = caller(http)
-    digest = await state.in_thread(_digest, request, files)
+    digest, size = await state.in_thread(_digest, request, files)
     pending = state.pending_answers.get((tenant.name, key))
     if pending is None:
+        _check_room(state, tenant, size)
         task = asyncio.ensure_future(_kept_or_drawn(state, tenant, key, digest, draw))
-        pending = state.pending_answers[tenant.name, key] = PendingAnswer(digest, task)
+        pending = state.pending_answers[tenant.name, key] = PendingAnswer(digest, size, task)
         task.add_done_callback(lambda done: _forget(state, tenant, key, done))
     if pending.digest != digest or (answer := await _result(http, pending.task)).digest != digest:
         raise Conflict(
@@ -112,13 +118,31 @@ async def _kept_or_drawn(state: State, tenant: Tenant, key: str, digest: str, dr
     return answer
 
 
+def _check_room(state: State, tenant: Tenant, size: int) -> None:
+    """Raises Busy if a tenant, or all together, have too many requests with keys in progress."""
+    sizes = [pending.size for (name, _), pending in state.pending_answers.items() if name == tenant.name]
+    if len(sizes) >= MAX_REQUESTS or sum(sizes) + size > MAX_BYTES:
+        raise Busy(
+            f"{len(sizes)} of your requests with an Idempotency-Key, of {sum(sizes)} bytes, are in progress, this one "
+            f"has {size}, allowed are {MAX_REQUESTS} of {MAX_BYTES} bytes: send it again later, or without the key",
+            _BUSY_SECONDS,
+            code="quota_exceeded",
+        )
+    if sum(pending.size for pending in state.pending_answers.values()) + size > BODIES_LIMIT:
+        raise Busy(
+            "too many large requests with an Idempotency-Key are in progress: send it again later, or without the key",
+            _BUSY_SECONDS,
+        )
+
+
 def _forget(state: State, tenant: Tenant, key: str, done: asyncio.Task[KeptAnswer]) -> None:
     del state.pending_answers[tenant.name, key]
     if not done.cancelled():
         done.exception()  # its client may have left
 
 
-def _digest(request: BaseModel, files: Sequence[bytes]) -> str:
+def _digest(request: BaseModel, files: Sequence[bytes]) -> tuple[str, int]:
+    """What tells a request from others, and its bytes."""
     digest = hashlib.sha256(type(request).__name__.encode())
     try:
         fields = request.model_dump_json().encode()
@@ -129,4 +153,4 @@ def _digest(request: BaseModel, files: Sequence[bytes]) -> str:
         ) from None
     for part in (fields, *files):
         digest.update(hashlib.sha256(part).digest())
-    return digest.hexdigest()
+    return digest.hexdigest(), len(fields) + sum(map(len, files))

@@ -253,10 +253,6 @@ class Answer:
         return Usage(input_tokens=read, output_tokens=output, total_tokens=read + output, input_tokens_details=details)
 
 
-_STREAM: Final[Responses] = stream_response(
-    "The pictures; with `stream`, events `PREFIX.partial_image`, `PREFIX.preview` and `PREFIX.completed`, or `error`. "
-    "PREFIX is image_edit for edits, else image_generation."
-)
 _IMAGE: Final = file_field("the picture: PNG, JPEG or WebP")
 _INTERVAL: Final = {
     "type": "string",
@@ -279,6 +275,13 @@ _EDIT["requestBody"]["content"]["multipart/form-data"]["schema"]["anyOf"] = [
 ]
 _VARIATION: Final = upload(VariationFields, {"image": _IMAGE}, ("image",), text={"guidance_interval": _INTERVAL})
 
+
+def _pictures_or_stream(prefix: str) -> Responses:
+    """The answer of a route, whose events have this prefix."""
+    names = (f"{prefix}.{name}" for name in ("partial_image", "preview", "completed"))
+    return stream_response("The pictures; with `stream`, as events.", *names, "error")
+
+
 router = APIRouter(tags=["OpenAI images"])
 
 
@@ -295,7 +298,7 @@ async def model(http: HTTPRequest, model: str) -> ListedModel:
     return _model(State.of(http))
 
 
-@router.post("/v1/images/generations", response_model=PicturesAnswer, responses=_STREAM)
+@router.post("/v1/images/generations", response_model=PicturesAnswer, responses=_pictures_or_stream("image_generation"))
 async def generations(http: HTTPRequest, body: GenerationBody, idempotency_key: IdempotencyKey = None) -> Response:
     """Generates pictures from a prompt. With `stream`, server-sent events: partial pictures, then the pictures."""
     state, tenant = caller(http)
@@ -307,7 +310,9 @@ async def generations(http: HTTPRequest, body: GenerationBody, idempotency_key: 
     return await _answer(http, body, prepared, "image_generation", idempotency_key)
 
 
-@router.post("/v1/images/edits", response_model=PicturesAnswer, responses=_STREAM, openapi_extra=_EDIT)
+@router.post(
+    "/v1/images/edits", response_model=PicturesAnswer, responses=_pictures_or_stream("image_edit"), openapi_extra=_EDIT
+)
 async def edits(http: HTTPRequest, idempotency_key: IdempotencyKey = None) -> Response:
     """Edits uploaded pictures, each by itself. The mask's transparent pixels are repainted in the first picture."""
     text, pictures, masks = await _form(http, "image", "image[]", masks=("mask",))
@@ -318,7 +323,12 @@ async def edits(http: HTTPRequest, idempotency_key: IdempotencyKey = None) -> Re
     return await _edited(http, body, files, "image_edit", idempotency_key)
 
 
-@router.post("/v1/images/variations", response_model=PicturesAnswer, responses=_STREAM, openapi_extra=_VARIATION)
+@router.post(
+    "/v1/images/variations",
+    response_model=PicturesAnswer,
+    responses=_pictures_or_stream("image_generation"),
+    openapi_extra=_VARIATION,
+)
 async def variations(http: HTTPRequest, idempotency_key: IdempotencyKey = None) -> Response:
     """Varies one uploaded picture."""
     text, pictures, _ = await _form(http, "image")
@@ -475,7 +485,7 @@ async def _drawn(
         settings=body,
         prefix=prefix,
         format=body.output_format or "png",
-        text_tokens=state.count_tokens(requests[0].prompt),
+        text_tokens=await state.count_tokens(requests[0].prompt),
         image_tokens=sum((height // factor) * (width // factor) for height, width, _ in sources),
         keep=keep,
     )

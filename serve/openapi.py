@@ -88,9 +88,12 @@ def file_response(description: str, *media_types: str) -> Responses:
     return {200: {"description": description, "content": {media: {"schema": schema} for media in media_types}}}
 
 
-def stream_response(description: str) -> Responses:
-    """An answer that is, or may be, server-sent events; `description` says which."""
-    return {200: {"description": description, "content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+def stream_response(description: str, *events: str) -> Responses:
+    """An answer that is, or may be, server-sent events of these names; `description` says which."""
+    data = {"type": "string", "contentMediaType": "application/json", "contentSchema": {"type": "object"}}
+    fields = {"event": {"type": "string", "enum": [*events]}, "data": data}
+    event = {"type": "object", "properties": fields, "required": [*fields], "additionalProperties": False}
+    return {200: {"description": description, "content": {"text/event-stream": {"itemSchema": event}}}}
 
 
 def file_field(description: str, most: int = 1, least: int = 0) -> dict[str, Any]:

@@ -24,7 +24,7 @@ import itertools
 import time
 import uuid
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import partial
@@ -35,6 +35,7 @@ import numpy as np
 
 from oneword.engines.errors import OnewordError
 from oneword.runtime.bundle import Manifest
+from oneword.runtime.concept import Concept
 from oneword.runtime.edit import Paste
 from oneword.runtime.events import Latents, PictureDone
 from oneword.runtime.request import Image, Request, ResolvedSettings, resolve
@@ -55,7 +56,6 @@ from oneword.serve.worker import (
     Worker,
     WorkerEvent,
     branch_pixels,
-    encodings,
 )
 
 MAX_PARTIALS: Final = 3
@@ -195,9 +195,10 @@ class Generation:
         self._branch_pixels = int(self._done_work[-1])
         pixels, estimates = settings.width * settings.height, _estimates(self, pool.manifest)
         self._picture_work = Work(self._branch_pixels, pixels * (1 + (request.image is not None)), pixels * estimates)
-        self._prompt_work = Work()
+        self.chunks = len(settings.texts)
+        """In which the prompts are encoded, at least; `price` counts them."""
+        self._prompt_work = Work(chunks=self.chunks)
         """Of all pictures together; none after the first step of one."""
-        self._price_prompts()
         self._next_index = 0
         self._running: dict[int, _Picture] = {}
         self._left = request.num_images
@@ -289,10 +290,12 @@ class Generation:
         """Drops what waits, and frees the engine of what runs at the end of its running call. Idempotent."""
         self._pool.cancel(self)
 
-    def _price_prompts(self) -> None:
-        """Prices the prompts with the words that the request has now."""
-        counts = (self._pool.chunks(text) * encodings(text, self.request) for text in self.settings.texts)
-        self._prompt_work = Work(chunks=sum(counts))
+    def price(self) -> None:
+        """Counts the chunks of the prompts with the words that the request has now, before it enters: call it in a
+        thread if they are long. Raises UsageError for a malformed prompt."""
+        words = self.request.words or {}
+        self.chunks = sum(self._pool.chunks(text, words) for text in self.settings.texts)
+        self._prompt_work = Work(chunks=self.chunks)
 
     def _branch_pixels_left(self, step: int) -> int:
         """Of one picture after so many steps."""
@@ -336,9 +339,10 @@ class Pool:
         max_wait: float = 60.0,
         clock: Callable[[], float] = time.monotonic,
         observer: Observer | None = None,
-        chunks: Callable[[str], int] = lambda text: 1,
+        chunks: Callable[[str, Mapping[str, Concept]], int] = lambda text, words: 1,
     ) -> None:
-        """`max_wait` is how many seconds of work may be queued, `chunks` about how many chunks a text is encoded in."""
+        """`max_wait` is how many seconds of work may be queued, `chunks` how many chunks a text with these words is
+        encoded in."""
         self.worker, self.manifest, self.max_wait, self.clock, self.chunks = worker, manifest, max_wait, clock, chunks
         self.observer: Observer = NoObserver() if observer is None else observer
         self.draining = False
@@ -380,6 +384,10 @@ class Pool:
         without work takes requests of up to ten times as many seconds; Invalid for a larger one.
         """
         generation = self.prepared(tenant, request, settings, partials=partials, label=label)
+        try:
+            generation.price()
+        except OnewordError as error:
+            raise from_oneword(error) from None
         self.enter(generation, deadline=deadline)
         return generation
 
@@ -413,13 +421,11 @@ class Pool:
             return generation
 
     def enter(self, *generations: Generation, deadline: float | None = None) -> None:
-        """Queues generations of one tenant that were `prepared`, all or none. Their requests may have got other words,
-        and pictures of the same size, since. Raises as `submit`."""
+        """Queues generations of one tenant that were `prepared`, all or none. Their requests may have got other
+        words, and pictures of the same size, since; `Generation.price` comes after that. Raises as `submit`."""
         with self._refusals():
             self._read_inbox()
             self._check_ready()
-            for generation in generations:
-                generation._price_prompts()
             self._check_room(*generations)
             self._spend(*generations)
         for generation in generations:
@@ -650,6 +656,7 @@ class Pool:
                 generation.partial_steps,
                 partial(self._hear, picture),
                 generation.settings,
+                generation.chunks,
             )
 
     def _has_room(self, name: str) -> bool:

@@ -111,6 +111,7 @@ async def _candidates(
     prompt, seed = prompt.replace("{}", current.token), current.seed + len(current.rounds)
     requests = [sample_request(state, prompt, concept, seed) for concept in concepts]
     generations = [state.pool.prepared(tenant, request) for request in requests]
+    await state.price(*generations)
     state.pool.enter(*generations)
     found = await finished(http, *generations, use=lambda _, picture: sample_jpeg(state, picture))
     candidates = [

@@ -29,6 +29,8 @@ from oneword.serve.pictures import MEDIA_TYPES, Format
 
 SECONDS: Final = 3600
 ANSWER_SECONDS: Final = 600
+MAX_ENTRIES: Final = 100_000
+"""Pictures and answers that are kept for one tenant at a time: the store is listed to find them."""
 _DRAWING_SECONDS: Final = 30  # after which a client that waits for reserved room tries again
 _PICTURES: Final = "results"
 _ENTRIES: Final = "kept"
@@ -105,7 +107,7 @@ class Results:
         """Room for so many bytes of pictures and answers, from before they are drawn until they are kept. Of those in
         the store, it knows what was counted.
 
-        Raises Forbidden if the tenant may never keep as many, Busy if it may not now.
+        Raises Forbidden if the tenant may never keep as many, Busy if it may not now, or keeps MAX_ENTRIES.
         """
         allowed = tenant.max_result_bytes
         if size > allowed:
@@ -121,6 +123,13 @@ class Results:
                     f"{used} bytes of your pictures are kept for a while or reserved, these may have {size}, allowed "
                     f"are {allowed}: try again later, or {_HINT}",
                     ledger.queue[0][0] - self._clock() if ledger.queue else _DRAWING_SECONDS,
+                    code="quota_exceeded",
+                )
+            if len(ledger.names) >= MAX_ENTRIES:
+                raise Busy(
+                    f"{len(ledger.names)} of your pictures and answers are kept for a while, allowed are {MAX_ENTRIES}: "
+                    f"try again later, or {_FIX}",
+                    ledger.queue[0][0] - self._clock(),
                     code="quota_exceeded",
                 )
             self._reserved[tenant.name] += size

@@ -4,7 +4,7 @@ import asyncio
 import functools
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,15 +15,17 @@ import numpy as np
 import PIL.Image
 from starlette.requests import HTTPConnection
 
+from oneword.engines.errors import OnewordError
 from oneword.runtime.bundle import Manifest
 from oneword.runtime.events import Latents
 from oneword.runtime.images import preview_image
 from oneword.runtime.request import Image
+from oneword.serve.errors import from_oneword
 from oneword.serve.jobs import Jobs
 from oneword.serve.keys import Keys, Tenant
 from oneword.serve.metrics import Metrics
 from oneword.serve.pictures import encode
-from oneword.serve.pool import Pool
+from oneword.serve.pool import Generation, Pool
 from oneword.serve.refinements import Refinements
 from oneword.serve.results import KeptAnswer, Results
 from oneword.serve.settings import Settings
@@ -36,15 +38,17 @@ T = TypeVar("T")
 PREVIEW_SIDE = 256
 """Pixels of the longer side of a preview."""
 PREVIEW_QUALITY = 85
+_LONG = 2000  # characters of a text whose tokens are counted in a thread
 _LARGER = 4  # times the area of the bundle's default size
 _ALWAYS = 1024 * 1024  # pixels that every server makes, however small its model
 _THREADS = 2  # of each kind
 
 
 class PendingAnswer(NamedTuple):
-    """A request whose answer will be kept: its digest, and what makes the answer."""
+    """A request whose answer will be kept: its digest and bytes, and what makes the answer."""
 
     digest: str
+    size: int
     task: asyncio.Task[KeptAnswer]
 
 
@@ -54,8 +58,8 @@ class State:
 
     settings: Settings
     manifest: Manifest
-    count_tokens: Callable[[str], int]
-    """The number of ids of a prompt in the first encoder, learned words as plain text."""
+    tokens: Callable[[str], int]
+    """See `count_tokens`, which takes long texts to a thread."""
     keys: Keys | None
     words: Words
     worker: Worker
@@ -124,10 +128,31 @@ class State:
         call = functools.partial(function, *args, **kwargs)
         return await asyncio.get_running_loop().run_in_executor(threads, call)
 
+    async def count_tokens(self, prompt: str) -> int:
+        """The number of ids of a prompt in the first encoder, learned words as plain text."""
+        if len(prompt) <= _LONG:
+            return self.tokens(prompt)
+        return await self.in_thread(self.tokens, prompt)
+
+    async def price(self, *generations: Generation) -> None:
+        """Counts the chunks of the generations' prompts, before they enter the pool. Raises ApiError."""
+        try:
+            if sum(len(text) for generation in generations for text in generation.settings.texts) <= _LONG:
+                _price(generations)
+            else:
+                await self.in_thread(_price, generations)
+        except OnewordError as error:
+            raise from_oneword(error) from None
+
     def close(self) -> None:
         """Ends the threads of `in_thread`, without waiting for what they do."""
         for threads in self._threads.values():
             threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _price(generations: Sequence[Generation]) -> None:
+    for generation in generations:
+        generation.price()
 
 
 def caller(http: HTTPConnection) -> tuple[State, Tenant]:

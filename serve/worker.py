@@ -118,8 +118,8 @@ class Ticket:
     listener: Listener
     settings: ResolvedSettings | None = None
     cancelled: bool = False
-    texts: int = 0
-    """Prompts to encode, each with its `encodings`, once it was added."""
+    chunks: int = 0
+    """Of its prompts, to encode."""
     branch_pixels: Sequence[int] = ()
     """Of each step, once it was added."""
     id: int | None = None
@@ -288,14 +288,16 @@ class Worker:
         partial_steps: frozenset[int],
         listener: Listener,
         settings: ResolvedSettings | None = None,
+        chunks: int = 0,
     ) -> Ticket:
         """Queues one picture; never blocks. Its estimate is decoded after each of `partial_steps`.
 
-        `settings` are those of `resolve`, if they are known. Raises UsageError for more than one picture.
+        `settings` are those of `resolve`, if they are known, and `chunks` is how many its prompts are encoded in, for
+        how long a turn may take. Raises UsageError for more than one picture.
         """
         if request.num_images != 1:
             raise UsageError(f"num_images is {request.num_images}, the worker takes single pictures")
-        ticket = Ticket(request, partial_steps, listener, settings)
+        ticket = Ticket(request, partial_steps, listener, settings, chunks=chunks)
         with self._lock:
             alive = not self._stopping and self.state in (State.STARTING, State.READY)
             if alive:
@@ -436,7 +438,6 @@ class Worker:
                 ticket.settings = resolve(request, scheduler.model.manifest)
             if ticket.partial_steps:
                 request = replace(request, previews=_preview_steps(request, ticket))
-            ticket.texts = sum(encodings(text, request) for text in ticket.settings.texts)
             ticket.branch_pixels = branch_pixels(ticket.settings).tolist()
             ticket.id = scheduler.add(request, ticket.settings)
         except Exception as error:
@@ -551,10 +552,10 @@ class Worker:
     def _turn_seconds(self) -> float:
         """How long the next turn takes if all prompts are encoded and every picture is denoised, shown and decoded."""
         pixels = sum(map(_pixels, self._tickets.values()))
-        texts = sum(ticket.texts for ticket in self._tickets.values())
+        chunks = sum(ticket.chunks for ticket in self._tickets.values())
         per_pixel = 2 * self._denoising.seconds_per_unit + self._decoding.seconds_per_unit
         per_pixel += self._estimating.seconds_per_unit
-        return pixels * per_pixel + texts * self._encoding.seconds_per_unit
+        return pixels * per_pixel + chunks * self._encoding.seconds_per_unit
 
     def _publish(self, scheduler: Scheduler) -> None:
         self.figures = WorkerFigures(
@@ -580,14 +581,6 @@ def branch_pixels(settings: ResolvedSettings) -> npt.NDArray[np.int64]:
     """[S]: what each step of a picture costs: its pixels for each line of the schedule, twice if that is guided."""
     branches = settings.schedule.per_step(1 + settings.schedule.guided.astype(np.int64))
     return branches * settings.width * settings.height
-
-
-def encodings(text: str, request: Request) -> int:
-    """How many times a text is encoded: once, and once for each layer that one of its words has rows for. All words of
-    the request count whose names are in the text."""
-    text = text.lower()
-    words = [word for token, word in (request.words or {}).items() if token.strip("<>").lower() in text]
-    return 1 + max((len(rows) for word in words for rows in word.layer_rows.values()), default=0)
 
 
 def _settings(ticket: Ticket) -> ResolvedSettings:

@@ -198,6 +198,29 @@ def test_text_that_is_not_utf8_and_deep_nesting_need_a_request_without_a_key(ser
     assert "send the request without the key" in refused.json()["detail"]
 
 
+@pytest.mark.parametrize(("limit", "value"), [("MAX_REQUESTS", 2), ("MAX_BYTES", 3000), ("BODIES_LIMIT", 3000)])
+def test_requests_with_keys_in_progress_are_limited_even_if_their_clients_have_left(
+    start_server: Start, monkeypatch: pytest.MonkeyPatch, limit: str, value: int
+) -> None:
+    running = start_server()
+    monkeypatch.setattr(f"oneword.serve.kept.{limit}", value)
+    gate, user = Gate(monkeypatch), "u" * 800  # each body has about 1,500 bytes
+    try:
+        for key in ("first", "second"):
+            leave(running, key, user=user)
+        with running.client() as client:
+            refused = post(client, "third", user=user)
+            gate.open.set()
+            wait_until(lambda: not running.state.pending_answers)
+            assert post(client, "third", user=user).status_code == 200
+    finally:
+        gate.open.set()
+
+    assert (refused.status_code, refused.headers["retry-after"]) == (429, "5")
+    assert "Idempotency-Key" in refused.json()["error"]["message"]
+    assert done(running) == 3
+
+
 def test_an_error_is_not_kept(start_server: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     running = start_server()
     failures = [Unavailable("a test")]

@@ -18,6 +18,7 @@ import pytest
 from oneword.runtime import Model, draw, generate
 from oneword.runtime.bundle import Manifest
 from oneword.runtime.events import StepDone
+from oneword.runtime.prompt import Tokenizer
 from oneword.runtime.request import Request, ResolvedSettings, resolve
 from oneword.serve import openai
 from oneword.serve.errors import Unavailable
@@ -146,6 +147,36 @@ def test_a_prompt_that_changes_too_much_is_one_line_of_error(http: httpx.Client,
         answer = http.post(path, json={"prompt": prompt, "steps": 4})
         assert answer.status_code in (400, 422)
         assert message in answer.text
+
+
+def test_others_are_answered_while_a_long_prompt_is_tokenized(
+    server: Running, http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids, entered, released = Tokenizer.ids, threading.Event(), threading.Event()
+
+    def slow(tokenizer: Tokenizer, text: str) -> list[int]:
+        if len(text) > 10_000:
+            entered.set()
+            assert released.wait(60)
+        return ids(tokenizer, text)
+
+    monkeypatch.setattr(Tokenizer, "ids", slow)
+    body = {"prompt": "y " * 9_999, "steps": 1}
+    with ThreadPoolExecutor(1) as pool:
+        long = pool.submit(http.post, "/v1/images/generations", json=body)
+        assert entered.wait(60)
+        assert http.post("/v1/images/generations", json={"prompt": "a cat", "steps": 1}).status_code == 200
+        assert not long.done()
+        released.set()
+        answer = long.result(60)
+
+    assert answer.status_code == 200
+    assert answer.json()["usage"]["input_tokens_details"]["text_tokens"] == 9_999
+    refused = http.post("/v1/images/generations", json={"prompt": "y" * 20_001})
+    assert (refused.status_code, refused.json()["error"]["message"]) == (
+        400,
+        "the prompt has 20001 characters, allowed are 20000",
+    )
 
 
 def test_the_stream_of_two_pictures_has_a_completed_event_for_each(http: httpx.Client) -> None:

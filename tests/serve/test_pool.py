@@ -32,7 +32,7 @@ from oneword.serve.keys import LOCAL, Tenant
 from oneword.serve.pool import Dropped, Generation, GenerationEvent, Outcome, Phase, PictureEvent, Pool, spread
 from oneword.serve.settings import Settings
 from oneword.serve.worker import Done, Failed, Partial, Step, Worker, WorkerFigures
-from tests.serve.running import SECONDS, started_worker
+from tests.serve.running import SECONDS, Running, started_worker
 
 ALICE, BOB, CAROL = Tenant("alice"), Tenant("bob"), Tenant("carol")
 
@@ -242,7 +242,7 @@ def test_texts_are_priced_by_their_chunks_until_they_are_encoded(
 ) -> None:
     gate = Gate(monkeypatch)
     with_figures(worker, monkeypatch, WorkerFigures(seconds_per_chunk=1.0))
-    pool = Pool(worker, model.manifest, max_wait=100, chunks=len)
+    pool = Pool(worker, model.manifest, max_wait=100, chunks=lambda text, words: len(text))
 
     async def scenario() -> None:
         generation = pool.submit(ALICE, Request("[a|bc|def]", "xyzv", num_images=3, steps=6))
@@ -263,29 +263,39 @@ def test_texts_are_priced_by_their_chunks_until_they_are_encoded(
     run(scenario)
 
 
-def test_a_text_whose_word_has_rows_for_each_layer_is_priced_once_more_for_each(
+def test_a_text_is_priced_with_the_words_that_its_request_has_when_it_is_priced(
     worker: Worker, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = Gate(monkeypatch)
     with_figures(worker, monkeypatch, WorkerFigures(seconds_per_chunk=1.0))
-    pool = Pool(worker, model.manifest, max_wait=100, chunks=len)
-    rows, vectors = np.full((4, 1, 32), 0.1, np.float32), {"text_encoder": np.full((1, 32), 0.1, np.float32)}
-    precise = Concept("<Xti>", vectors, out={"text_encoder": rows[None]}, encoder_layers={"text_encoder": 3})
-    layered = Concept("<Xti>", vectors, layer_rows={"text_encoder": rows})
-
-    async def seconds(word: Concept) -> float:
-        generation = pool.prepared(ALICE, Request("[a|<Xti>]", "no", num_images=2, steps=6))
-        generation.request = replace(generation.request, words={"<Xti>": word})  # as when its words are looked up
-        with generation:
-            pool.enter(generation)
-            return pool.queued_seconds
+    pool = Pool(worker, model.manifest, max_wait=100, chunks=lambda text, words: len(text) + 10 * len(words))
+    word = Concept("<toy>", {"text_encoder": np.full((1, 32), 0.1, np.float32)})
 
     async def scenario() -> None:
-        assert await seconds(precise) == 1 + 5 + 2
-        assert await seconds(layered) == 1 + 5 * (1 + 4) + 2
+        generation = pool.prepared(ALICE, Request("[a|<toy>]", "no", num_images=2, steps=6))
+        generation.request = replace(generation.request, words={"<toy>": word})  # as when its words are looked up
+        generation.price()
+        with generation:
+            pool.enter(generation)
+            assert pool.queued_seconds == (1 + 10) + (5 + 10) + (2 + 10)
         gate.open.set()
 
     run(scenario)
+
+
+def test_the_server_counts_the_chunks_that_the_parser_finds(server: Running) -> None:
+    rows, vectors = np.full((4, 1, 32), 0.1, np.float32), {"text_encoder": np.full((1, 32), 0.1, np.float32)}
+    chunks, room = server.state.pool.chunks, server.state.manifest.encoders[0].length - 2
+    plain, layered = (Concept("cat", vectors, layer_rows=layers) for layers in ({}, {"text_encoder": rows}))
+
+    assert chunks("", {}) == chunks("a photo of a cat", {}) == 1
+    assert chunks("a BREAK a BREAK a", {}) == 3
+    assert chunks("a photo of a cat", {"cat": plain}) == 1
+    assert chunks("a photo of a cat", {"cat": layered}) == chunks("(<cat>:1.2)", {"<cat>": layered}) == 1 + 4
+    assert chunks("a cat BREAK a", {"cat": layered}) == 2 * (1 + 4)
+    assert chunks("a category, to concatenate", {"cat": layered}) == chunks("a category, to concatenate", {})
+    assert chunks("a cat", {"<cat>": layered}) == 1  # only <> finds it
+    assert chunks("<toy> " * (room + 1), {"<toy>": replace(plain, token="<toy>")}) == 2
 
 
 def test_pictures_shown_on_the_way_are_priced_by_how_many_are_decoded(

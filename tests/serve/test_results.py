@@ -92,6 +92,27 @@ def test_requests_in_progress_share_the_room_and_give_back_what_they_do_not_use(
         pass
 
 
+def test_a_tenant_keeps_a_limited_number_however_small_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("oneword.serve.results.MAX_ENTRIES", 3)
+    now = 1000.0
+    results, alice, bob = Results(open_files(str(tmp_path)), lambda: now), Tenant("alice"), Tenant("bob")
+    for number in range(2):
+        results.put_answer(alice, f"key {number}", KeptAnswer("0" * 64, b"{}"))
+    results.put(alice, b"a picture", "png")
+
+    with pytest.raises(Busy, match="3 of your pictures and answers") as refused, reserved(results, alice, 1):
+        pass
+    with reserved(results, bob, 1):
+        pass
+    now = 1601.0  # the answers have expired
+    with reserved(results, alice, 1):
+        pass
+
+    assert (refused.value.code, refused.value.headers["Retry-After"]) == ("quota_exceeded", "600")
+
+
 def test_what_a_tenant_has_is_counted_from_the_store(url: str) -> None:
     now = 1000.0
     alice, bob = Tenant("alice", max_result_bytes=150), Tenant("bob/..", max_result_bytes=150)
