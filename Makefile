@@ -41,7 +41,7 @@ demo: $(INSTALLED)
 # Two processes, each with one thread: threads of one process that wait for work would take the other's time.
 test: export OMP_NUM_THREADS ?= 1
 test: $(TEST_INSTALLED)
-	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 test-plans: $(TEST_INSTALLED)
 	$(BIN)/python -m pytest -m plans $(PYTEST_ARGS)

@@ -1,9 +1,11 @@
 """Bundles for tests: exported once, then copied from `.cache/bundles`, keyed by everything the export depends on.
 
-What was not used for a week is deleted.
+What was not used for a week is deleted. Graphs that models share are traced once, and compared with the module of
+every model.
 """
 
 import hashlib
+import io
 import os
 import pickle
 import shutil
@@ -15,13 +17,19 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from importlib.metadata import version
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
+from unittest.mock import patch
 
+import torch
 from filelock import FileLock
 
 import oneword
+from oneword.engines.graph import Provider, Weights
+from oneword.export import write
+from oneword.export.families import Traceable
 from oneword.export.source import find_model
+from oneword.export.trace import trace
 from oneword.export.write import Exported, export_bundle
 from oneword.runtime.bundle import Bundle
 
@@ -49,7 +57,8 @@ def export_once(model: str | Path, bundle: Path, **options: Any) -> Exported:
             with suppress(FileNotFoundError):  # another process deletes them
                 drop_unused(CACHE)
             with tempfile.TemporaryDirectory(dir=folder.parent) as work:
-                made = export_bundle(model, Path(work, "whole", "bundle"), **options)
+                with patch.object(write, "trace", trace_once):
+                    made = export_bundle(model, Path(work, "whole", "bundle"), **options)
                 Path(work, "whole", "exported.pickle").write_bytes(pickle.dumps(replace(made, bundle=None)))
                 Path(work, "whole").rename(folder)
     shutil.copytree(folder / "bundle", bundle)
@@ -62,6 +71,49 @@ def drop_unused(cache: Path) -> None:
     for place, folder in enumerate(folders):
         if place >= MOST_CODES or time.time() - folder.stat().st_mtime > MOST_DAYS * 86_400:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def trace_once(
+    graph: Traceable, folder: Path, weights: Weights = Weights.FLOAT
+) -> tuple[tuple[str, ...], dict[Provider, str]]:
+    """As `trace`; the files of a graph that equals one that was traced before are copied."""
+    traced = CACHE / code_digest() / f"graph-{graph_key(graph, weights)}"
+    traced.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(traced.with_suffix(".lock")):
+        if not traced.exists():
+            with tempfile.TemporaryDirectory(dir=traced.parent) as work:
+                Path(work, "whole", "files").mkdir(parents=True)
+                made = trace(graph, Path(work, "whole", "files"), weights)
+                Path(work, "whole", "traced.pickle").write_bytes(pickle.dumps(made))
+                Path(work, "whole").rename(traced)
+    shutil.copytree(traced / "files", folder, dirs_exist_ok=True)
+    files, copies = pickle.loads((traced / "traced.pickle").read_bytes())
+    return files, copies
+
+
+def graph_key(graph: Traceable, weights: Weights) -> str:
+    """A digest of all that a trace depends on: the module with its settings and weights, inputs, outputs and limits."""
+    content = io.BytesIO()
+    parts = (graph.name, graph.module, graph.inputs, graph.outputs, dict(graph.limits), weights)
+    _GraphPickler(content).dump(parts)
+    return hashlib.sha256(content.getvalue()).hexdigest()[:16]
+
+
+class _GraphPickler(pickle.Pickler):
+    """Equal bytes for equal graphs: no paths, whose folders are temporary, and no order of sets."""
+
+    def persistent_id(self, value: Any) -> bytes | None:
+        match value:
+            case torch.Tensor():
+                numbers = value.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+                return f"{value.dtype} {tuple(value.shape)} ".encode() + hashlib.sha256(numbers.tobytes()).digest()
+            case str():
+                return b"a path" if value != "/" and Path(value).is_absolute() else b"a string: " + value.encode()
+            case PurePath():
+                return b"a path"
+            case set() | frozenset():
+                return repr(sorted(map(repr, value))).encode()
+        return None
 
 
 def key(model: str | Path, options: Mapping[str, Any]) -> str:

@@ -26,6 +26,27 @@ WORDS = [
     "painting",
 ]
 
+LONG = (
+    "test_flow_families.py",
+    "test_families.py",
+    "test_guide.py",
+    "test_precision.py",
+    "test_compress.py",
+    "test_on_a_device.py",
+    "test_gpu.py",
+    "test_checkpoint.py",
+    "test_scheduler.py",
+    "test_precise.py",
+    "test_miniature_training.py",
+    "test_learner_flow.py",
+)
+"""The files that take longest, which run first, so that no process waits for another at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.name, len(LONG)))
+
 
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -3,12 +3,17 @@
 import os
 import shutil
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from oneword.engines.graph import Precision
+from oneword.engines.graph import Precision, Weights
+from oneword.export.families import Traceable, family_of
+from oneword.export.source import load_source
 from tests import bundles
 
 
@@ -81,3 +86,43 @@ def test_an_export_drops_what_is_unused_and_a_use_keeps_its_code(
     with pytest.raises(InterruptedError):
         bundles.export_once(model, tmp_path / "bundle")
     assert [*cache.iterdir()] == [current]
+
+
+def changed_weight(graph: Traceable) -> Traceable:
+    with torch.no_grad():
+        next(graph.module.parameters()).view(-1)[0] += 1
+    return graph
+
+
+def changed_setting(graph: Traceable) -> Traceable:
+    next(module for module in graph.module.modules() if isinstance(module, torch.nn.GroupNorm)).eps *= 2
+    return graph
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        changed_weight,
+        changed_setting,
+        lambda graph: replace(graph, limits={**graph.limits, "T": 19}),
+        lambda graph: replace(graph, inputs=graph.inputs[::-1]),
+        lambda graph: replace(graph, module=graph.module.half()),
+    ],
+)
+def test_a_changed_module_or_signature_is_another_graph(
+    tiny_model_dir: Path, change: Callable[[Traceable], Traceable]
+) -> None:
+    def denoise_step(model: Path) -> Traceable:
+        graphs = family_of(load_source(str(model), torch.float32)).graphs
+        return next(graph for graph in graphs if graph.name == "denoise_step")
+
+    first = bundles.graph_key(denoise_step(tiny_model_dir), Weights.FLOAT)
+    assert bundles.graph_key(change(denoise_step(tiny_model_dir)), Weights.FLOAT) != first
+
+
+def test_the_same_module_in_another_folder_is_the_same_graph(tiny_model_dir: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(tiny_model_dir, tmp_path / "elsewhere" / "copy")
+    graphs = [family_of(load_source(str(model), torch.float32)).graphs for model in (tiny_model_dir, copy)]
+    first, second = ([bundles.graph_key(graph, Weights.FLOAT) for graph in model] for model in graphs)
+    assert first == second
+    assert len({*first, *(bundles.graph_key(graph, Weights.INT8) for graph in graphs[0])}) == 2 * len(first)

@@ -101,6 +101,7 @@ def make_tiny_ldm(path: Path, autoencoder: str) -> Path:
     )  # fmt: skip
     bert = LDMBertModel(config)
     torch.nn.init.normal_(bert.model.layer_norm.bias, 0.1, 0.1)
+    unet = tiny_unet(24, attention_head_dim=4)  # before the autoencoder, so that both models share it
     if autoencoder == "VQModel":
         vqvae: Any = VQModel(
             block_out_channels=(8, 8, 16, 16), down_block_types=("DownEncoderBlock2D",) * 4,
@@ -113,7 +114,7 @@ def make_tiny_ldm(path: Path, autoencoder: str) -> Path:
         vqvae=vqvae,
         bert=bert,
         tokenizer=BertTokenizer.from_pretrained(path.parent),
-        unet=tiny_unet(24, attention_head_dim=4),
+        unet=unet,
         scheduler=DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False),
     )
     return saved(pipeline, path)
