@@ -1,9 +1,10 @@
-"""The whole pipeline on the miniature: five pictures -> ti-train -> ti-export -> ti-run -> one contact sheet.
+"""The whole pipeline on the miniature: pictures -> ti-train -> ti-export -> ti-run -> one contact sheet.
 
-    make demo        or, if it is installed:   python demo.py [--look 0..11] [--model MODEL] [--output DIR]
+    make demo        or, if it is installed:   python demo.py [--looks 0..11 0..11] [--model MODEL] [--output DIR]
 
-It learns a look the miniature was never trained on and draws it in scenes that were never photographed. Only the
-contact sheet is assembled here; the commands a user would type do the work.
+It learns two looks that the miniature was never trained on, from five pictures each, and draws them alone and together
+in scenes that were never photographed. Only the contact sheet is assembled here; the commands a user would type do the
+work.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ from rich.table import Table
 from oneword.train.miniature.world import (
     BACKGROUNDS,
     HELD_OUT_LOOKS,
-    NOUNS,
     STYLES,
     Look,
     Scene,
@@ -36,12 +36,13 @@ from oneword.train.miniature.world import (
     with_article,
 )
 
-TOKEN = "<toy>"
+TOKENS = ("<toy>", "<gem>")
 PHOTOGRAPHED = ("studio", "kitchen", "desert", "meadow", "brick")
 ELSEWHERE = ("snow", "night", "sea", "forest", "sunset")
 MEDIA = ("drawing", "icon", "painting")
-SEED, GUIDANCE = 7, 4
-OUTPUTS = ("pictures", "bundle", "generated")  # folders of an earlier demo, which are replaced
+SEED, GUIDANCE, STEPS = 7, 4, 100
+FOLDERS = ("pictures", "more-pictures")
+OUTPUTS = (*FOLDERS, "bundle", "generated")  # folders of an earlier demo, which are replaced
 
 console = Console(stderr=True)
 
@@ -50,26 +51,34 @@ def main() -> int:
     """Learns, exports, generates, draws the sheet and reports the time per stage."""
     options = _options()
     output: Path = options.output
-    look = HELD_OUT_LOOKS[options.look]
+    looks = [HELD_OUT_LOOKS[number] for number in options.looks]
     if output.exists() and any(output.iterdir()) and not (output / "pictures").is_dir():
         raise SystemExit(f"{output} has files that are not from an earlier demo: give --output an empty or new folder")
     for part in OUTPUTS:
         shutil.rmtree(output / part, ignore_errors=True)
     stages = Stages()
 
-    with stages.timed("draw", f"{len(PHOTOGRAPHED)} pictures of {with_article(look.words)}"):
-        pictures = draw_pictures(look, output / "pictures")
-    word, bundle = output / "toy.safetensors", output / "bundle"
-    word.unlink(missing_ok=True)
+    described = [with_article(look.words) for look in looks]
+    with stages.timed("draw", f"{len(PHOTOGRAPHED)} pictures each of {' and '.join(described)}"):
+        pictures = [
+            draw_pictures(look, output / folder, 1000 + 100 * number)
+            for number, (look, folder) in enumerate(zip(looks, FOLDERS, strict=True))
+        ]
+    words, bundle = [output / f"{token.strip('<>')}.safetensors" for token in TOKENS], output / "bundle"
+    for word in words:
+        word.unlink(missing_ok=True)
+    outputs = [part for token, word in zip(TOKENS, words, strict=True) for part in ("--token", token, "--output", word)]
     stages.command(
-        "learn", "ti-train", output / "pictures", "--model", options.model, "--token", TOKEN, "--init", "object",
-        "--output", word, "--seed", SEED,
+        "learn", "ti-train", *(output / folder for folder in FOLDERS), "--model", options.model, *outputs,
+        "--recipe", "precise", "--steps", STEPS, "--seed", SEED,
     )  # fmt: skip
     stages.command("export", "ti-export", options.model, bundle)
-    rows = scenes()
+    alone, other, together = scenes()
+    rows = [*alone, *other, *together]
     prompts = [prompt for _, row in rows for prompt in row]
+    concepts = [part for word in words for part in ("--concept", word)]
     generated = stages.command(
-        "generate", "ti-run", bundle, *prompts, "--concept", word, "--seed", SEED, "--guidance-scale", GUIDANCE,
+        "generate", "ti-run", bundle, *prompts, *concepts, "--seed", SEED, "--guidance-scale", GUIDANCE,
         "--output", output / "generated", hidden=prompts[1:],
     )  # fmt: skip
 
@@ -77,44 +86,49 @@ def main() -> int:
     with stages.timed("sheet", str(sheet)):
         files = iter(Path(image["file"]) for image in generated["images"])
         drawn = [(title, [(next(files), prompt) for prompt in row]) for title, row in rows]
-        learned_from = (
-            f"learned from five pictures of {with_article(look.words)}",
-            [(path, path.stem) for path in pictures],
-        )
-        contact_sheet([learned_from, *drawn]).save(sheet)
+        learned_from = [
+            (f"{token}, learned from five pictures of {name}", [(path, path.stem) for path in paths])
+            for token, name, paths in zip(TOKENS, described, pictures, strict=True)
+        ]
+        split = len(alone)
+        contact_sheet([learned_from[0], *drawn[:split], learned_from[1], *drawn[split:]]).save(sheet)
     console.print(stages.table())
     console.print(f"Contact sheet: {sheet}", highlight=False)
     return 0
 
 
-def draw_pictures(look: Look, folder: Path) -> list[Path]:
+def draw_pictures(look: Look, folder: Path, seed: int) -> list[Path]:
     """Draws five photographs of the look, each on a different background."""
     folder.mkdir(parents=True)
     paths = []
     for i, background in enumerate(PHOTOGRAPHED):
-        image, _ = render(Scene((Thing(look),), background), seed=1000 + i)
+        image, _ = render(Scene((Thing(look),), background), seed + i)
         paths.append(folder / f"{background}.png")
         Image.fromarray(image).save(paths[-1])
     return paths
 
 
-def scenes() -> list[tuple[str, list[str]]]:
-    """Titled rows of prompts, none of which was photographed."""
-    noun, *_ = NOUNS
-    style, other_style, *_ = STYLES
+Rows = list[tuple[str, list[str]]]
+"""Titled rows of prompts."""
+
+
+def scenes() -> tuple[Rows, Rows, Rows]:
+    """What is drawn of the first word, of the second word and of both together; no scene was photographed."""
+    toy, gem = TOKENS
+    styles = [*STYLES][:2]
     places = [BACKGROUNDS[background].phrase for background in ("meadow", "night", "studio", "snow", "desert")]
-    return [
-        ("on backgrounds it was never seen on", [f"a photo of a {TOKEN} {BACKGROUNDS[b].phrase}" for b in ELSEWHERE]),
-        (
-            "in media and styles it was never seen in",
-            [f"{with_article(medium)} of a {TOKEN} in the snow" for medium in MEDIA]
-            + [f"a {TOKEN} in the meadow in the style of {name}" for name in (style, other_style)],
-        ),
-        (
-            f"with another word: {noun}, which the miniature knows as {with_article(NOUNS[noun].words)}",
-            [f"a photo of a {TOKEN} and a {noun} {place}" for place in places],
-        ),
-    ]
+
+    def elsewhere(token: str) -> tuple[str, list[str]]:
+        prompts = [f"a photo of a {token} {BACKGROUNDS[background].phrase}" for background in ELSEWHERE]
+        return f"{token} on backgrounds it was never seen on", prompts
+
+    media = [f"{with_article(medium)} of a {toy} in the snow" for medium in MEDIA]
+    media += [f"a {toy} in the meadow in the style of {name}" for name in styles]
+    return (
+        [elsewhere(toy), (f"{toy} in media and styles it was never seen in", media)],
+        [elsewhere(gem)],
+        [("both words in one prompt", [f"a photo of a {toy} and a {gem} {place}" for place in places])],
+    )
 
 
 @dataclass
@@ -206,7 +220,8 @@ def _script(name: str) -> Path:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--look", type=int, default=0, choices=range(len(HELD_OUT_LOOKS)), help="which held-out look")
+    numbers = range(len(HELD_OUT_LOOKS))
+    parser.add_argument("--looks", type=int, nargs=2, default=(0, 3), choices=numbers, help="two held-out looks")
     parser.add_argument("--model", default="miniature", help="a diffusers directory trained on the same world")
     parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for all output")
     return parser.parse_args()
