@@ -127,8 +127,8 @@ class Results:
                 )
             if len(ledger.names) >= MAX_ENTRIES:
                 raise Busy(
-                    f"{len(ledger.names)} of your pictures and answers are kept, allowed are {MAX_ENTRIES}: "
-                    f"try again later, or {_HINT}",
+                    f"{len(ledger.names)} of your pictures and answers are kept for a while, allowed are "
+                    f"{MAX_ENTRIES}: try again later, or {_HINT}",
                     ledger.queue[0][0] - self._clock(),
                     code="quota_exceeded",
                 )
