@@ -20,6 +20,7 @@ from oneword.engines.errors import EngineError, UsageError
 from oneword.export import families
 from oneword.export.source import Source, load_source
 from oneword.runtime.concept import load_concept
+from oneword.runtime.schedule import ScheduleKind
 from oneword.train.cli import main
 from oneword.train.learn import learn
 from oneword.train.learner import Learner
@@ -49,7 +50,7 @@ def test_times_are_the_shifted_sigmoid_of_normal_quantiles(dynamic: bool, size: 
     """Static: shift 3. Dynamic: e^mu, with mu from 0.5 at 256 tokens to 1.15 at 4,096 (FluxPipeline)."""
     x_0, t = torch.zeros(3, 16, *size), torch.tensor([0, 500, 999])
     config = {"use_dynamic_shifting": True, "shift": 3.0} if dynamic else {"shift": 3.0}
-    noising = FlowMatching(config, patch=2)
+    noising = FlowMatching(config, ScheduleKind.FLOW, patch=2)
     tokens = size[0] // 2 * size[1] // 2
     shift = math.exp(0.5 + (tokens - 256) * (1.15 - 0.5) / (4096 - 256)) if dynamic else 3.0
     logistic = [1 / (1 + math.exp(-NormalDist().inv_cdf(p))) for p in (0.0005, 0.5005, 0.9995)]
