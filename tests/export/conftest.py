@@ -228,7 +228,11 @@ def tiny_flux2_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.Temp
         in_channels=16, num_layers=1, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
         joint_attention_dim=3 * 32, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False,
     )  # fmt: skip
-    torch.nn.init.normal_(transformer.context_embedder.weight)  # so that pictures depend on the prompt
+    for name, weight in transformer.named_parameters():  # so that pictures depend on the prompt
+        if "norm_" in name:
+            torch.nn.init.constant_(weight, 3)
+        elif name == "context_embedder.weight" or "add_v_proj" in name:
+            torch.nn.init.normal_(weight)
     vae = AutoencoderKLFlux2(
         block_out_channels=(8, 8, 16, 16), latent_channels=4, norm_num_groups=4, layers_per_block=1, sample_size=64
     )
