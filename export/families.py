@@ -35,8 +35,8 @@ from oneword.export.modules import (
     latent_patch,
     latent_scale_and_shift,
 )
-from oneword.export.qwen3 import Qwen3Encoder, chat_frame
 from oneword.export.modules import Vae as AnyVae
+from oneword.export.qwen3 import Qwen3Encoder, chat_frame
 from oneword.export.sd3 import StableDiffusion3
 from oneword.export.source import Source
 from oneword.export.t5 import T5Encoder
@@ -55,7 +55,8 @@ from oneword.runtime.flow import FlowSchedule
 from oneword.runtime.samplers import default_sampler
 from oneword.runtime.schedule import ScheduleKind
 
-FLUX_SAMPLE_SIZE = 128  # h and w of FluxPipeline's and ChromaPipeline's pictures by default, which no config has; FLUX.2's are as large
+FLUX_SAMPLE_SIZE = 128
+"""h and w, in the VAE's latents, of pictures by default in diffusers' pipelines of FLUX and Chroma; no config has it."""
 TABLE_DTYPES = {torch.float32: torch.float32, torch.float16: torch.float16, torch.bfloat16: torch.float32}
 AnyEncoder: TypeAlias = TextEncoder | PooledEncoder | T5Encoder | Qwen3Encoder
 TORCH_DTYPES = {Precision.FP32: torch.float32, Precision.FP16: torch.float16, Precision.BF16: torch.bfloat16}
@@ -259,7 +260,7 @@ def flux_2_klein(source: Source) -> Exportable:
     guidance."""
     network = Flux2(transformer_of(source, Flux2Transformer2DModel))
     refuse_unsupported_flow(source, network, ("text_encoder_qwen3",))
-    encoder = Qwen3Encoder(source.text_encoders["text_encoder_qwen3"])  # type: ignore[arg-type]
+    encoder = Qwen3Encoder(source.text_encoders["text_encoder_qwen3"])
     distilled = bool(source.model_index.get("is_distilled"))
     return assemble(
         source,

@@ -393,6 +393,9 @@ class VaeDecoder(nn.Module):
     """The sampler's latents [B,C,h,w] -> images [B,H,W,3] uint8, finite [B]; scale, shift and squares are undone
     inside."""
 
+    scale: float | Tensor
+    shift: float | Tensor
+
     def __init__(self, vae: Vae | AutoencoderTiny) -> None:
         super().__init__()
         self.decoder = vae.decoder
@@ -420,6 +423,9 @@ class VaeEncoder(nn.Module):
 
     A VQModel has no posterior: its std is zero.
     """
+
+    scale: float | Tensor
+    shift: float | Tensor
 
     def __init__(self, vae: Vae) -> None:
         super().__init__()

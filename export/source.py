@@ -189,8 +189,8 @@ def load_source(
         )
     if file is not None and "transformer" in index:  # T5's `wo` must stay float32, and most have no text encoder
         raise UsageError(
-            f"{model} is a single file of a {pipeline}, whose text encoders are not read from one: single files are for "
-            "models with a UNet, give a diffusers directory or a hub id"
+            f"{model} is a single file of a {pipeline}, whose text encoders are not read from one: single files are "
+            "for models with a UNet, give a diffusers directory or a hub id"
         )
     left_out = components_left_out(pipeline, without)
     if file is None:
@@ -448,7 +448,7 @@ def variant_of(names: Iterable[str]) -> str | None:
 
 
 def digest_directory(path: Path) -> str:
-    """sha256 over every json, txt, jinja and safetensors file of the components in use, with their names, in sorted order."""
+    """sha256 over every json, txt, jinja and safetensors file of the components in use, with their names, sorted."""
     digest = hashlib.sha256()
     folders = [path / name for name in (*COMPONENT_NAMES, "scheduler")]
     files = [path / "model_index.json", *(f for folder in folders for f in folder.glob("*"))]

@@ -100,8 +100,11 @@ class FlowSchedule:
 
 
 def empirical_mu(image_tokens: int, steps: int) -> float:
-    """FLUX.2's shift: linear in the steps through its values at 10 and at 200, which are linear in the picture's tokens;
-    that of 200 for pictures of more than 4,300. Source: compute_empirical_mu in diffusers' Flux2KleinPipeline."""
+    """FLUX.2's shift: linear in the steps through its values at 10 and at 200, which are linear in the picture's
+    tokens; for pictures of more than 4,300, that of 200 steps.
+
+    Source: compute_empirical_mu in diffusers' Flux2KleinPipeline.
+    """
     finest = 0.00016927 * image_tokens + 0.45666666
     if image_tokens > 4300:
         return finest

@@ -155,8 +155,8 @@ class Chunks:
     token_weights: npt.NDArray[np.float32]
     """[chunks, T]; 1 for bos, eos and padding"""
     eos_index: npt.NDArray[np.int64]
-    """[chunks]: position of the first eos, where CLIP pools and after which T5 may mask; in a chat template, of its last
-    token."""
+    """[chunks]: position of the first eos, where CLIP pools and after which T5 may mask; in a chat template, of its
+    last token."""
     concepts: tuple[Concept, ...] = ()
     """The learned words in the prompt, each once, in the order of their first use."""
 
@@ -202,8 +202,8 @@ def encode_ids(prompt: str, tokenizer: Tokenizer, vocabulary: Vocabulary, encode
             continue
         if part.weight != 1 and not tokenizer.weighs:
             raise UsageError(
-                f"weight {part.weight:g} of {part.text[:40]!r}: this model's prompts take no weights, write \\( \\) \\[ \\] "
-                "for brackets"
+                f"weight {part.weight:g} of {part.text[:40]!r}: this model's prompts take no weights, "
+                "write \\( \\) \\[ \\] for brackets"
             )
         for piece in split_at_words(part.text, vocabulary, tokenizer.knows):
             piece = piece.concept if isinstance(piece, Slider) else piece

@@ -264,5 +264,5 @@ def test_a_tokenizer_that_frames_prompts_otherwise_is_refused(change: dict[str, 
 
 def test_a_qwen3_that_cannot_be_the_encoder_is_refused() -> None:
     small = {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "head_dim": 4}
-    with pytest.raises(UsageError, match="has 27 layers, FLUX.2 reads states up to 27, before the last"):
+    with pytest.raises(UsageError, match=r"has 27 layers, FLUX\.2 reads states up to 27, before the last"):
         Qwen3Encoder(Qwen3Model(Qwen3Config(**small, num_key_value_heads=1, num_hidden_layers=27)))

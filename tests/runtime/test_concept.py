@@ -239,7 +239,7 @@ def test_the_text_of_a_word_is_its_class_word(provenance: dict[str, str], text: 
 @pytest.mark.parametrize(("key", "width"), [("qwen3_4b", 2560), ("qwen3_8b", 4096)])
 def test_a_word_of_qwen3_has_the_key_that_comfyui_reads_for_its_size(tmp_path: Path, key: str, width: int) -> None:
     vectors = np.full((2, width), 0.01, np.float32)
-    save_file({key: vectors}, tmp_path / "toy.safetensors")  # as ComfyUI's users make it
+    safetensors.numpy.save_file({key: vectors}, tmp_path / "toy.safetensors")  # as ComfyUI's users make it
 
     word = load_concept(tmp_path / "toy.safetensors")
     save_concept(word, tmp_path / "again.safetensors")
