@@ -56,7 +56,7 @@ from oneword.runtime.samplers import default_sampler
 from oneword.runtime.schedule import ScheduleKind
 
 FLUX_SAMPLE_SIZE = 128
-"""h and w, in the VAE's latents, of pictures by default in diffusers' pipelines of FLUX and Chroma; no config has it."""
+"""h and w, in the VAE's latents, of default pictures in diffusers' pipelines of FLUX and Chroma: no config has it."""
 TABLE_DTYPES = {torch.float32: torch.float32, torch.float16: torch.float16, torch.bfloat16: torch.float32}
 AnyEncoder: TypeAlias = TextEncoder | PooledEncoder | T5Encoder | Qwen3Encoder
 TORCH_DTYPES = {Precision.FP32: torch.float32, Precision.FP16: torch.float16, Precision.BF16: torch.bfloat16}
