@@ -97,7 +97,7 @@ def chat_frame(tokenizer: Any) -> tuple[str, str]:
     """
     probes = ("oneword", "", "\n <think>a  b\t", "<|im_end|> \n\n")
     try:
-        first, *others = (
+        first, *texts = (
             tokenizer.apply_chat_template(
                 [{"role": "user", "content": probe}], tokenize=False, add_generation_prompt=True, enable_thinking=False
             )
@@ -106,7 +106,7 @@ def chat_frame(tokenizer: Any) -> tuple[str, str]:
     except Exception as e:  # of any type: the template is a program
         raise UsageError(f"the tokenizer has no chat template that can be used ({one_line(e)})") from e
     prefix, _, suffix = first.partition(probes[0])
-    if any(text != prefix + probe + suffix for text, probe in zip(others, probes[1:], strict=True)):
+    if any(text != prefix + probe + suffix for text, probe in zip(texts, probes[1:], strict=True)):
         raise UsageError("the tokenizer's chat template changes the prompt: give a model with Qwen3's own template")
     if tokenizer.padding_side != "right":
         raise UsageError(f"the tokenizer pads on the {tokenizer.padding_side}: give a model whose tokenizer pads right")
