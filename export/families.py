@@ -11,12 +11,11 @@ from typing import Any, TypeAlias
 
 import torch
 from diffusers import (
-    AutoencoderKL,
     AutoencoderTiny,
     ChromaTransformer2DModel,
+    Flux2Transformer2DModel,
     FluxTransformer2DModel,
     SD3Transformer2DModel,
-    VQModel,
 )
 from torch import nn
 
@@ -24,6 +23,7 @@ from oneword.engines.errors import UsageError
 from oneword.engines.graph import DType, Graph, Precision, TensorSpec
 from oneword.export.chroma import Chroma
 from oneword.export.flux import Flux
+from oneword.export.flux2 import Flux2
 from oneword.export.modules import (
     DenoiseStep,
     Network,
@@ -32,8 +32,11 @@ from oneword.export.modules import (
     UNet,
     VaeDecoder,
     VaeEncoder,
+    latent_patch,
     latent_scale_and_shift,
 )
+from oneword.export.modules import Vae as AnyVae
+from oneword.export.qwen3 import Qwen3Encoder, chat_frame
 from oneword.export.sd3 import StableDiffusion3
 from oneword.export.source import Source
 from oneword.export.t5 import T5Encoder
@@ -52,9 +55,10 @@ from oneword.runtime.flow import FlowSchedule
 from oneword.runtime.samplers import default_sampler
 from oneword.runtime.schedule import ScheduleKind
 
-FLUX_SAMPLE_SIZE = 128  # h and w of FluxPipeline's and ChromaPipeline's pictures by default, which no config has
+FLUX_SAMPLE_SIZE = 128
+"""h and w, in the VAE's latents, of default pictures in diffusers' pipelines of FLUX and Chroma: no config has it."""
 TABLE_DTYPES = {torch.float32: torch.float32, torch.float16: torch.float16, torch.bfloat16: torch.float32}
-AnyEncoder: TypeAlias = TextEncoder | PooledEncoder | T5Encoder
+AnyEncoder: TypeAlias = TextEncoder | PooledEncoder | T5Encoder | Qwen3Encoder
 TORCH_DTYPES = {Precision.FP32: torch.float32, Precision.FP16: torch.float16, Precision.BF16: torch.bfloat16}
 
 
@@ -250,6 +254,27 @@ def chroma(source: Source) -> Exportable:
     )
 
 
+def flux_2_klein(source: Source) -> Exportable:
+    """FLUX.2-klein (Black Forest Labs, 2026), base and distilled: the states of three layers of Qwen3, whose prompt is
+    in a chat template. The sampler's latents are squares of the VAE's. The distilled model takes 4 steps without
+    guidance."""
+    network = Flux2(transformer_of(source, Flux2Transformer2DModel))
+    refuse_unsupported_flow(source, network, ("text_encoder_qwen3",))
+    encoder = Qwen3Encoder(source.text_encoders["text_encoder_qwen3"])
+    distilled = bool(source.model_index.get("is_distilled"))
+    return assemble(
+        source,
+        "flux-2-klein",
+        network,
+        {"text_encoder_qwen3": encoder},
+        Conditioning(context=(("text_encoder_qwen3",),), repeatable=False),
+        guidance_scale=1.0 if distilled else 4.0,
+        steps=4 if distilled else 50,
+        schedule=ScheduleKind.FLOW_EMPIRICAL,
+        draws_posterior=False,
+    )
+
+
 FAMILIES: dict[Callable[[Source], Exportable], tuple[str, ...]] = {
     stable_diffusion: ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline"),
     stable_diffusion_xl: ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline"),
@@ -257,6 +282,7 @@ FAMILIES: dict[Callable[[Source], Exportable], tuple[str, ...]] = {
     stable_diffusion_3: ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline"),
     flux: ("FluxPipeline", "FluxImg2ImgPipeline"),
     chroma: ("ChromaPipeline", "ChromaImg2ImgPipeline"),
+    flux_2_klein: ("Flux2KleinPipeline", "Flux2KleinInpaintPipeline"),
 }
 
 
@@ -283,16 +309,18 @@ def assemble(
     schedule: ScheduleKind = ScheduleKind.BETAS,
     max_patches: int | None = None,
     word_optional: Collection[str] = (),
+    draws_posterior: bool = True,
 ) -> Exportable:
     """Builds what all families share: encoders, denoise step and VAE as graphs, and the facts about them.
 
     `skipped_layers` is how many of its last layers a CLIP encoder does not run, `max_patches` the largest side of a
     picture in patches of the network, `word_optional` the encoders for which a word may have no vectors.
+    `draws_posterior` is the manifest's.
     """
-    factor = 2 ** (len(source.vae.config.block_out_channels) - 1)
+    factor = vae_factor(source)
     pooled_width = sum(encoders[name].pooled_width for name in conditioning.pooled)
     scale, shift = latent_scale_and_shift(source.vae)
-    size = int(source.network.config.get("sample_size") or FLUX_SAMPLE_SIZE) * factor
+    size = int(source.network.config.get("sample_size") or FLUX_SAMPLE_SIZE) * factor // latent_patch(source.vae)
     step = DenoiseStep(network)
     facts = {
         name: encoder_facts(source, name, encoder, encoder.num_layers - skipped_layers, name in word_optional)
@@ -310,7 +338,13 @@ def assemble(
         conditioning=conditioning,
         columns=step.columns,
         scheduler=source.scheduler_config,
-        vae=Vae(scale=scale, shift=shift, factor=factor, latent_channels=latent_channels(source.vae)),
+        vae=Vae(
+            scale=scale if isinstance(scale, float) else None,
+            shift=shift if isinstance(shift, float) else None,
+            factor=factor,
+            latent_channels=latent_channels(source.vae),
+            draws_posterior=draws_posterior,
+        ),
         defaults=Defaults(
             width=size,
             height=size,
@@ -332,9 +366,10 @@ def encoder_graph(name: str, encoder: AnyEncoder) -> Traceable:
     inputs = [TensorSpec("input_ids", DType.INT64, ("B", "T")), TensorSpec("embedding_table", table, ("V", width))]
     outputs = []
     if encoder.hidden_width is not None:
-        inputs.append(TensorSpec("token_weights", DType.FLOAT32, ("B", "T")))
         outputs.append(TensorSpec("hidden_states", DType.FLOAT32, ("B", "T", encoder.hidden_width)))
-        outputs.append(TensorSpec("weight_scale", DType.FLOAT32, ("B",)))
+        if encoder.weighs_tokens:
+            inputs.append(TensorSpec("token_weights", DType.FLOAT32, ("B", "T")))
+            outputs.append(TensorSpec("weight_scale", DType.FLOAT32, ("B",)))
     if encoder.num_layers:
         inputs.append(TensorSpec("layer", DType.INT64, ("B",)))
     if encoder.pools or encoder.masks_padding:
@@ -380,8 +415,7 @@ def denoise_graph(step: DenoiseStep, pooled_width: int = 0, time_ids: int = 0) -
 
 def vae_graphs(source: Source) -> tuple[Traceable, ...]:
     """The graphs of the VAE's decoder and encoder."""
-    channels = latent_channels(source.vae)
-    factor = 2 ** (len(source.vae.config.block_out_channels) - 1)
+    channels, factor = latent_channels(source.vae), vae_factor(source)
     latents = ("B", channels, "h", "w")
     encoder = Traceable(
         "vae_encoder",
@@ -419,9 +453,14 @@ def with_preview_decoder(exportable: Exportable, tiny: AutoencoderTiny, path: Pa
     return replace(exportable, graphs=(*exportable.graphs, graph))
 
 
-def latent_channels(vae: AutoencoderKL | VQModel) -> int:
+def latent_channels(vae: AnyVae) -> int:
     """C: channels of the denoiser's latents."""
-    return int(vae.config.get("vq_embed_dim") or vae.config.latent_channels)
+    return int(vae.config.get("vq_embed_dim") or vae.config.latent_channels) * latent_patch(vae) ** 2
+
+
+def vae_factor(source: Source) -> int:
+    """Pixels along the side of one of the denoiser's latents."""
+    return int(2 ** (len(source.vae.config.block_out_channels) - 1)) * latent_patch(source.vae)
 
 
 FINITE = TensorSpec("finite", DType.BOOL, ("B",))
@@ -442,6 +481,7 @@ def encoder_facts(source: Source, name: str, encoder: AnyEncoder, default_layer:
         raise UsageError(
             f"{name} has {vocab_size} rows but its tokenizer {len(tokenizer)} tokens: give a model whose files match"
         )
+    prefix, suffix = chat_frame(tokenizer) if isinstance(encoder, Qwen3Encoder) else ("", "")
     return Encoder(
         graph=name,
         table=f"{name.replace('text_encoder', 'embedding_table')}.safetensors",
@@ -458,6 +498,9 @@ def encoder_facts(source: Source, name: str, encoder: AnyEncoder, default_layer:
         pooled_width=encoder.pooled_width if encoder.pools else None,
         masks_padding=encoder.masks_padding,
         word_optional=word_optional,
+        weighs_tokens=encoder.weighs_tokens,
+        prefix=prefix,
+        suffix=suffix,
     )
 
 

@@ -5,16 +5,18 @@ h = H / 8. Inputs and outputs are float32 (an fp16 network's table: fp16); the n
 The last output of every module is `finite` [B] bool, so that a NaN is detected without looking at a picture.
 """
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel, VQModel
+from diffusers import AutoencoderKL, AutoencoderKLFlux2, AutoencoderTiny, UNet2DConditionModel, VQModel
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertModel
 from torch import Tensor, nn
 
 from oneword.engines.errors import UsageError
+
+Vae: TypeAlias = AutoencoderKL | AutoencoderKLFlux2 | VQModel
 
 
 class Parts(NamedTuple):
@@ -70,6 +72,7 @@ class TextEncoder(nn.Module):
     """
 
     masks_padding = False
+    weighs_tokens = True
     table: Tensor
 
     def __init__(self, model: nn.Module, *, final_norm: bool = True, pools: bool = False) -> None:
@@ -146,6 +149,7 @@ class PooledEncoder(nn.Module):
 
     pools = True
     masks_padding = False
+    weighs_tokens = True  # which a pooled state ignores
     num_layers = 0
     hidden_width = None
     table: Tensor
@@ -386,18 +390,25 @@ class DenoiseStep(nn.Module):
 
 
 class VaeDecoder(nn.Module):
-    """The sampler's latents [B,C,h,w] -> images [B,H,W,3] uint8, finite [B]; scale and shift are undone inside."""
+    """The sampler's latents [B,C,h,w] -> images [B,H,W,3] uint8, finite [B]; scale, shift and squares are undone
+    inside."""
 
-    def __init__(self, vae: AutoencoderKL | VQModel | AutoencoderTiny) -> None:
+    scale: float | Tensor
+    shift: float | Tensor
+
+    def __init__(self, vae: Vae | AutoencoderTiny) -> None:
         super().__init__()
         self.decoder = vae.decoder
         self.post_quant_conv = None if isinstance(vae, AutoencoderTiny) else vae.post_quant_conv
         self.codebook: nn.Embedding | None = vae.quantize.embedding if isinstance(vae, VQModel) else None
         self.scale, self.shift = latent_scale_and_shift(vae)
+        self.patch = latent_patch(vae)
         self.network_dtype = vae.dtype
 
     def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         z = (latents / self.scale + self.shift).to(self.network_dtype)
+        if self.patch > 1:
+            z = F.pixel_shuffle(z, self.patch)
         if self.codebook is not None:
             z = nearest(z, self.codebook.weight)
         if self.post_quant_conv is not None:
@@ -413,11 +424,15 @@ class VaeEncoder(nn.Module):
     A VQModel has no posterior: its std is zero.
     """
 
-    def __init__(self, vae: AutoencoderKL | VQModel) -> None:
+    scale: float | Tensor
+    shift: float | Tensor
+
+    def __init__(self, vae: Vae) -> None:
         super().__init__()
         self.encoder, self.quant_conv = vae.encoder, vae.quant_conv
         self.has_posterior = not isinstance(vae, VQModel)
         self.scale, self.shift = latent_scale_and_shift(vae)
+        self.patch = latent_patch(vae)
         self.network_dtype = vae.dtype
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -429,6 +444,8 @@ class VaeEncoder(nn.Module):
         if self.has_posterior:
             mean, logvar = mean.chunk(2, dim=1)
             std = torch.exp(0.5 * logvar.clamp(-30, 20))
+        if self.patch > 1:
+            mean, std = (F.pixel_unshuffle(moment, self.patch) for moment in (mean, std))
         mean, std = (mean - self.shift) * self.scale, std * self.scale
         return mean, std, finite(mean) & finite(std)
 
@@ -509,6 +526,16 @@ def finite(x: Tensor) -> Tensor:
     return torch.isfinite(x).flatten(1).all(dim=1)
 
 
-def latent_scale_and_shift(vae: AutoencoderKL | VQModel | AutoencoderTiny) -> tuple[float, float]:
-    """Scale and shift from the VAE's latents to the sampler's: (z - shift) * scale."""
+def latent_patch(vae: Vae | AutoencoderTiny) -> int:
+    """The side of the square of the VAE's latents that is one of the sampler's: 2 in FLUX.2, else 1."""
+    return int(vae.config.patch_size[0]) if isinstance(vae, AutoencoderKLFlux2) else 1
+
+
+def latent_scale_and_shift(vae: Vae | AutoencoderTiny) -> tuple[float, float] | tuple[Tensor, Tensor]:
+    """Scale and shift from the VAE's latents to the sampler's: (z - shift) * scale. FLUX.2's are [C,1,1], from the
+    statistics that its VAE has of each channel of its squares."""
+    if isinstance(vae, AutoencoderKLFlux2):
+        statistics: Any = vae.bn
+        std = (statistics.running_var.float() + float(vae.config.batch_norm_eps)).sqrt()
+        return 1 / std[:, None, None], statistics.running_mean.float()[:, None, None]
     return float(vae.config.scaling_factor), float(vae.config.get("shift_factor", None) or 0.0)

@@ -21,8 +21,10 @@ import torch
 import transformers
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     AutoencoderTiny,
     ChromaTransformer2DModel,
+    Flux2Transformer2DModel,
     FluxTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
@@ -32,18 +34,28 @@ from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBe
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import nn
-from transformers import AutoTokenizer, BertTokenizer, CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
+from transformers import (
+    AutoTokenizer,
+    BertTokenizer,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    Qwen3Model,
+    T5EncoderModel,
+)
 
 from oneword.engines.errors import FileError, MissingPackage, OnewordError, UsageError, one_line
 from oneword.engines.files import file_digest
 
 COMPONENTS: Mapping[str, Any] = {
     "AutoencoderKL": AutoencoderKL,
+    "AutoencoderKLFlux2": AutoencoderKLFlux2,
     "VQModel": VQModel,
     "UNet2DConditionModel": UNet2DConditionModel,
     "SD3Transformer2DModel": SD3Transformer2DModel,
     "FluxTransformer2DModel": FluxTransformer2DModel,
     "ChromaTransformer2DModel": ChromaTransformer2DModel,
+    "Flux2Transformer2DModel": Flux2Transformer2DModel,
+    "Qwen3ForCausalLM": Qwen3Model,  # without the weights that predict tokens
     "T5EncoderModel": T5EncoderModel,
     "CLIPTextModel": CLIPTextModel,
     "CLIPTextModelWithProjection": CLIPTextModelWithProjection,
@@ -54,6 +66,8 @@ COMPONENTS: Mapping[str, Any] = {
     "BertTokenizerFast": BertTokenizer,
     "T5Tokenizer": AutoTokenizer,
     "T5TokenizerFast": AutoTokenizer,
+    "Qwen2Tokenizer": AutoTokenizer,
+    "Qwen2TokenizerFast": AutoTokenizer,
 }
 COMPONENT_NAMES = (
     *("unet", "transformer", "vae", "vqvae"),
@@ -64,7 +78,6 @@ OMISSIBLE = {"StableDiffusion3Pipeline": "text_encoder_3", "StableDiffusion3Img2
 """The text encoder that a pipeline runs without, by the pipeline's name."""
 UNSUPPORTED = {
     "Flux2Pipeline": "Mistral as its text encoder",
-    "Flux2KleinPipeline": "Qwen3 as its text encoder",
     "ZImagePipeline": "Qwen3 as its text encoder, and prompts without padding",
     "QwenImagePipeline": "Qwen2.5-VL as its text encoder, and a mask of the prompt",
     "QwenImage21Pipeline": "Qwen3-VL as its text encoder",
@@ -83,7 +96,7 @@ UNSUPPORTED = {
 }
 """Text-to-image pipelines that are refused, with the first thing that is missing in `oneword.export.families`."""
 WEIGHTS = "*.safetensors"
-TEXTS = ("*.json", "*.txt")
+TEXTS = ("*.json", "*.txt", "*.jinja")
 
 
 @dataclass(frozen=True)
@@ -99,7 +112,8 @@ class Source:
     """A loaded model. Modules are on the CPU, in eval mode, without gradients.
 
     `text_encoders` and `tokenizers` share their keys, the encoders' names in bundles and words: those of the folders
-    ("text_encoder", "text_encoder_2"), except that T5 is "text_encoder_3" in every family.
+    ("text_encoder", "text_encoder_2"), except that T5 is "text_encoder_3" and Qwen3 "text_encoder_qwen3" in every
+    family.
     `revision` is the hub's commit, empty for a directory. `pipeline` is the class that model_index.json names.
     """
 
@@ -107,8 +121,14 @@ class Source:
     path: Path
     revision: str
     pipeline: str
-    network: UNet2DConditionModel | SD3Transformer2DModel | FluxTransformer2DModel | ChromaTransformer2DModel
-    vae: AutoencoderKL | VQModel
+    network: (
+        UNet2DConditionModel
+        | SD3Transformer2DModel
+        | FluxTransformer2DModel
+        | ChromaTransformer2DModel
+        | Flux2Transformer2DModel
+    )
+    vae: AutoencoderKL | AutoencoderKLFlux2 | VQModel
     text_encoders: Mapping[str, nn.Module]
     tokenizers: Mapping[str, Any]
     scheduler_config: Mapping[str, Any]
@@ -167,10 +187,10 @@ def load_source(
         raise UsageError(
             f"{model} is a {pipeline}, which needs {UNSUPPORTED[pipeline]}: give a model of a supported family"
         )
-    if file is not None and "transformer" in index:  # T5's `wo` must stay float32, and most such files have no T5
+    if file is not None and "transformer" in index:  # T5's `wo` must stay float32, and most have no text encoder
         raise UsageError(
-            f"{model} is a single file of a {pipeline}, whose T5 is not read from one: single files are for models "
-            "with a UNet, give a diffusers directory or a hub id"
+            f"{model} is a single file of a {pipeline}, whose text encoders are not read from one: single files are "
+            "for models with a UNet, give a diffusers directory or a hub id"
         )
     left_out = components_left_out(pipeline, without)
     if file is None:
@@ -221,6 +241,8 @@ def encoder_name(folder: str, module: nn.Module) -> str:
     """The name of a component's encoder in bundles and words; see `Source`."""
     if isinstance(module, T5EncoderModel):
         return "text_encoder_3"
+    if isinstance(module, Qwen3Model):
+        return "text_encoder_qwen3"
     return folder.replace("bert", "text_encoder")
 
 
@@ -426,11 +448,11 @@ def variant_of(names: Iterable[str]) -> str | None:
 
 
 def digest_directory(path: Path) -> str:
-    """sha256 over every json, txt and safetensors file of the components in use, with their names, in sorted order."""
+    """sha256 over every json, txt, jinja and safetensors file of the components in use, with their names, sorted."""
     digest = hashlib.sha256()
     folders = [path / name for name in (*COMPONENT_NAMES, "scheduler")]
     files = [path / "model_index.json", *(f for folder in folders for f in folder.glob("*"))]
-    for file in sorted(f for f in files if f.suffix in (".json", ".txt", ".safetensors")):
+    for file in sorted(f for f in files if f.suffix in (".json", ".txt", ".jinja", ".safetensors")):
         digest.update(file.relative_to(path).as_posix().encode() + b"\0")
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())

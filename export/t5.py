@@ -20,6 +20,7 @@ class T5Encoder(nn.Module):
     """
 
     pools = False
+    weighs_tokens = True
     num_layers = 0
     pooled_width = 0
     buckets: Tensor

@@ -82,6 +82,13 @@ class Encoder(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Whether its attention leaves out the tokens after eos. Its graph then takes `eos_index`, like one that pools."""
     word_optional: bool = False
     """Whether a concept may lack vectors for this encoder, whose prompt then contains the concept's text instead."""
+    weighs_tokens: bool = True
+    """Whether prompts may have weights. If not, they are refused, and its graph has no `token_weights` and no
+    `weight_scale`."""
+    prefix: Annotated[str, msgspec.Meta(max_length=1000)] = ""
+    """The text before the prompt in each chunk: the start of a chat template."""
+    suffix: Annotated[str, msgspec.Meta(max_length=1000)] = ""
+    """The text after the prompt in each chunk, in place of eos; the chunk's eos is its last token."""
 
 
 class MissingNegative(StrEnum):
@@ -117,13 +124,16 @@ TIME_IDS = ("original_height", "original_width", "crop_top", "crop_left", "targe
 
 
 class Vae(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Facts about the autoencoder. Scale and shift are inside the graphs, and recorded here for information only."""
+    """Facts about the autoencoder. Scale and shift are inside the graphs, and recorded here for information only; None
+    if each channel has its own."""
 
-    scale: float
-    shift: float
+    scale: float | None
+    shift: float | None
     factor: Annotated[int, msgspec.Meta(ge=1, le=1 << 10)]
     """Pixels per latent along one side."""
     latent_channels: Annotated[int, msgspec.Meta(ge=1, le=1 << 10)]
+    draws_posterior: bool = True
+    """Whether the latents of a given picture are drawn from the encoder's posterior; else they are its mean."""
 
 
 class Preview(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -7,6 +7,7 @@ header is parsed, and the header before any tensor is read; nothing is ever unpi
     one encoder     {token: [n, D]}                             read by diffusers, A1111 and ComfyUI
     two encoders    {"clip_l": [n, 768], "clip_g": [n, 1280]}   read by all three for SDXL
     with T5         also or instead {"t5xxl": [n, 4096]}        read by ComfyUI for SD3 and FLUX.1
+    with Qwen3      {"qwen3_4b": [n, 2560]}, {"qwen3_8b": [n, 4096]}      read by ComfyUI for FLUX.2
     precise         also {"<token>.out.<encoder>": [stages, layers, n, Dh]}, with `stages`, `layers`, `values_only` and
                     `encoder_layer.<encoder>` in the metadata
     XTI             also {"<token>.rows.<encoder>": [layers, n, D]}, or the 16 keys of kohya's files
@@ -46,24 +47,29 @@ MAX_T5_NORM: Final = 30_000.0  # T5 starts from rows of norm sqrt(D) = 64
 MAX_OUT_NORM: Final = 30_000.0  # of a vector in an encoder's output, where a few columns may be in the hundreds
 MAX_STAGES: Final = 100
 MAX_LAYERS: Final = 100  # SDXL has 11 cross-attention layers, SD 1 has 16; also of an encoder's own layers
-ENCODER_KEYS: Final = {"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5xxl"}
-"""The name of each encoder's vectors in a file for several encoders. ComfyUI reads no other name for T5."""
+ENCODER_KEYS: Final = {
+    "text_encoder": "clip_l",
+    "text_encoder_2": "clip_g",
+    "text_encoder_3": "t5xxl",
+    "text_encoder_qwen3": "qwen3_4b",
+}
+"""The name of each encoder's vectors in a file for several encoders. ComfyUI reads no other names for T5 and Qwen3."""
 
 KEY_ENCODERS: Final = {key: encoder for encoder, key in ENCODER_KEYS.items()} | {
     "t5": "text_encoder_3",  # OneTrainer, diffusers
     "text_encoders_0": "text_encoder",
     "text_encoders_1": "text_encoder_2",
+    "qwen3_8b": "text_encoder_qwen3",
 }
 _OTHER_ENCODERS: Final = {
     "gemma": 2304,
     "llama": 4096,
     "qwen3_06b": 1024,
-    "qwen3_4b": 2560,
-    "qwen3_8b": 4096,
     "qwen25_7b": 3584,
 }
 """The keys of other text encoders in files of OneTrainer and ComfyUI, with their widths."""
 _CLIP_L_WIDTH: Final = 768
+_QWEN3_8B_WIDTH: Final = 4096
 _FILE_NAME_KEYS: Final = ("emb_params", "emp_params")  # kohya, OneTrainer: the file's name is the token
 _FILE_NAME_OUT_KEYS: Final = tuple(f"{key}_out" for key in _FILE_NAME_KEYS)
 _DTYPES: Final[dict[str, np.dtype[Any]]] = {
@@ -216,7 +222,7 @@ def concept_bytes(concept: Concept, name: str = "the file") -> bytes:
     if set(concept.vectors) == {"text_encoder"}:
         tensors = {concept.token: concept.vectors["text_encoder"]}
     else:
-        tensors = {_file_key(encoder): value for encoder, value in concept.vectors.items()}
+        tensors = {_file_key(encoder, value.shape[1]): value for encoder, value in concept.vectors.items()}
     for kind, parts in (("out", concept.out), ("rows", concept.layer_rows)):
         tensors |= {f"{concept.token}.{kind}.{encoder}": _smallest(value) for encoder, value in parts.items()}
     metadata = {"format": "pt", **concept.provenance, **_output_facts(concept), "token": concept.token}
@@ -566,7 +572,10 @@ def _encoder_of(key: str, tensors: Mapping[str, Vectors]) -> str:
     return KEY_ENCODERS[key]
 
 
-def _file_key(encoder: str) -> str:
+def _file_key(encoder: str, width: int) -> str:
+    """ComfyUI has a key for each size of Qwen3."""
+    if encoder == "text_encoder_qwen3" and width == _QWEN3_8B_WIDTH:
+        return "qwen3_8b"
     if encoder not in ENCODER_KEYS:
         raise ConceptError(f"encoder {encoder!r} has no key in a file, allowed are {', '.join(ENCODER_KEYS)}")
     return ENCODER_KEYS[encoder]

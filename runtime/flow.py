@@ -14,6 +14,8 @@ import numpy as np
 from oneword.engines.errors import UsageError
 from oneword.runtime.schedule import Array, ScheduleKind, explicit_settings
 
+FINEST_STEPS: Final = 200
+"""The steps for which FLUX.2's shift equals that of FLUX.1 dev; learning shifts by it."""
 _MUST_BE: Final[dict[str, tuple[Any, ...]]] = {
     "prediction_type": ("flow_prediction",),
     "time_shift_type": ("exponential",),
@@ -40,6 +42,8 @@ class FlowSchedule:
     """Tokens of a picture in the network, (h / patch) (w / patch): a dynamic shift depends on it."""
     even: bool = False
     """Whether the sigmas of `sigmas` are even from 1 to 1 / S before the shift, as in FluxPipeline."""
+    empirical: bool = False
+    """Whether a dynamic shift is that of Flux2KleinPipeline, which depends on the number of steps too."""
     num_train_timesteps: int = 1000
     shift: float = 1.0
     use_dynamic_shifting: bool = False
@@ -58,11 +62,11 @@ class FlowSchedule:
     def read(cls, config: Mapping[str, Any], kind: ScheduleKind, image_tokens: int) -> "FlowSchedule":
         """Reads a scheduler's config, verbatim. Raises UsageError that names a key whose value is not supported."""
         explicit = explicit_settings(config, _MUST_BE)
-        names = cls.__dataclass_fields__.keys() - {"image_tokens", "even"}
+        names = cls.__dataclass_fields__.keys() - {"image_tokens", "even", "empirical"}
         fields = {key: explicit[key] for key in names if explicit.get(key) is not None}
         if "flow_shift" in explicit:  # its name in DPMSolverMultistepScheduler
             fields["shift"] = explicit["flow_shift"]
-        schedule = cls(image_tokens, kind is ScheduleKind.FLOW_EVEN, **fields)
+        schedule = cls(image_tokens, kind is not ScheduleKind.FLOW, kind is ScheduleKind.FLOW_EMPIRICAL, **fields)
         if schedule.base_image_seq_len == schedule.max_image_seq_len:
             raise UsageError(
                 "the scheduler's config has equal base_image_seq_len and max_image_seq_len: they must differ"
@@ -77,17 +81,32 @@ class FlowSchedule:
             lowest = 1 / steps
         elif not self.use_dynamic_shifting:
             lowest = float(self.shifted(np.array(lowest)))
-        return self.shifted(np.linspace(1, lowest, steps))
+        return self.shifted(np.linspace(1, lowest, steps), steps)
 
     def sigmas_dpm(self, steps: int) -> Array:
         """Sigmas [S] of DPMSolverMultistepScheduler with `use_flow_sigmas`, which start slightly below 1."""
-        return self.shifted(1 - np.linspace(1, 1 / self.num_train_timesteps, steps + 1))[:0:-1]
+        return self.shifted(1 - np.linspace(1, 1 / self.num_train_timesteps, steps + 1), steps)[:0:-1]
 
-    def shifted(self, sigmas: Array) -> Array:
+    def shifted(self, sigmas: Array, steps: int = FINEST_STEPS) -> Array:
         """Shifts sigmas: s -> a s / (1 + (a - 1) s), section 5.3.2 of arXiv 2403.03206. A dynamic shift is a = e^mu,
-        with mu linear in `image_tokens`."""
+        with mu linear in `image_tokens`, and for FLUX.2 in `steps`."""
         factor = self.shift
-        if self.use_dynamic_shifting:
+        if self.use_dynamic_shifting and self.empirical:
+            factor = math.exp(empirical_mu(self.image_tokens, steps))
+        elif self.use_dynamic_shifting:
             slope = (self.max_shift - self.base_shift) / (self.max_image_seq_len - self.base_image_seq_len)
             factor = math.exp(self.base_shift + slope * (self.image_tokens - self.base_image_seq_len))
         return np.asarray(factor * sigmas / (1 + (factor - 1) * sigmas))
+
+
+def empirical_mu(image_tokens: int, steps: int) -> float:
+    """FLUX.2's shift: linear in the steps through its values at 10 and at 200, which are linear in the picture's
+    tokens; for pictures of more than 4,300, that of 200 steps.
+
+    Source: compute_empirical_mu in diffusers' Flux2KleinPipeline.
+    """
+    finest = 0.00016927 * image_tokens + 0.45666666
+    if image_tokens > 4300:
+        return finest
+    coarsest = 8.73809524e-05 * image_tokens + 1.89833333
+    return finest + (coarsest - finest) * (FINEST_STEPS - steps) / (FINEST_STEPS - 10)

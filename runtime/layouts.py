@@ -2,6 +2,7 @@
 
     diffusers            {token: [n, D]}, .safetensors or .bin; a folder of sd-concepts-library
     SDXL, SD3, FLUX.1    clip_l, clip_g, t5 or t5xxl, text_encoders_0 and _1; two files of diffusers, one per encoder
+    FLUX.2               qwen3_4b or qwen3_8b
     A1111                .pt: string_to_param with `name`, the file's name is the token; pictures: `sd-ti-embedding`
     Gal et al.           .pt: string_to_param in a ParameterDict, one word per placeholder
     kohya, OneTrainer    emb_params, emp_params, and `bundle_emb.<name>.<key>` inside a LoRA

@@ -401,7 +401,7 @@ class Model:
                 [part.placed(rows[c.identity] for c in part.concepts if c.identity in rows) for part in chunks]
             ),
         }
-        if encoder.hidden_width is not None:
+        if encoder.hidden_width is not None and encoder.weighs_tokens:
             feeds["token_weights"] = np.concatenate([part.token_weights for part in chunks])
         if encoder.default_layer is not None:
             layers = [encoder.default_layer - tokens.clip_skip for tokens in prompts]
@@ -424,7 +424,8 @@ class Model:
             first_row, first_column = sum(map(len, blocks)), 0
             for name, column in zip(block, columns, strict=True):
                 place = slice(first_column, first_column + column.shape[1])
-                chunks, scale = prompt.per_encoder[name], encoded[name]["weight_scale"]
+                chunks = prompt.per_encoder[name]
+                scale = encoded[name].get("weight_scale", np.ones(len(chunks.input_ids), np.float32))
                 insertions += insertions_of(chunks, name, scale, first_row, place, length // len(column))
                 first_column = place.stop
             hidden = np.concatenate([np.tile(column, (length // len(column), 1)) for column in columns], axis=1)

@@ -45,21 +45,40 @@ _RUN: Final = re.compile(r"[\w.+*@#!~&$%^=-]{1,64}")
 _RUNS: Final = re.compile(r"[\w.+*@#!~&$%^=-]+")
 
 
+class Frame(NamedTuple):
+    """What stands around the prompt in each chunk: bos and eos, or the parts of a chat template."""
+
+    head: list[int]
+    joined: str
+    """The whitespace at the end of the head, which is tokenized together with the prompt: it may merge with it."""
+    tail: list[int]
+
+    @classmethod
+    def of(cls, encoder: Encoder, ids: Callable[[str], list[int]]) -> Self:
+        """An encoder's; `ids` tokenizes without bos and eos."""
+        text = encoder.prefix.rstrip()
+        bos = [] if encoder.bos_id is None else [encoder.bos_id]
+        tail = ids(encoder.suffix) if encoder.suffix else [encoder.eos_id]
+        return cls(bos + (ids(text) if text else []), encoder.prefix[len(text) :], tail)
+
+
 class Tokenizer:
     """One encoder's vocabulary and the shape of its chunks."""
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, encoder: Encoder) -> None:
         """Turns off the truncation and padding of `tokenizer`: chunks are made by `encode_ids`."""
-        self.length, self.bos_id, self.eos_id, self.pad_id = (
-            encoder.length,
-            encoder.bos_id,
-            encoder.eos_id,
-            encoder.pad_id,
-        )
-        self.masks_padding = encoder.masks_padding
+        self.length, self.eos_id, self.pad_id = encoder.length, encoder.eos_id, encoder.pad_id
+        self.masks_padding, self.weighs = encoder.masks_padding, encoder.weighs_tokens
         self._tokenizer = tokenizer
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        self.frame = Frame.of(encoder, self.ids)
+        self.start = [(id_, 1.0) for id_ in self.ids(self.frame.joined)]
+        """A chunk without a prompt, between the frame's head and tail."""
+        if self.room <= len(self.start):
+            raise BundleError(
+                f"{encoder.graph} has chunks of {self.length} tokens, which its template fills: export the bundle again"
+            )
 
     @classmethod
     def read(cls, folder: Path, encoder: Encoder) -> Self:
@@ -73,8 +92,8 @@ class Tokenizer:
 
     @property
     def room(self) -> int:
-        """Ids per chunk, besides bos and eos."""
-        return self.length - 1 - (self.bos_id is not None)
+        """Ids per chunk, besides the frame's."""
+        return self.length - len(self.frame.head) - len(self.frame.tail)
 
     def ids(self, text: str) -> list[int]:
         """The ids of a text, without bos and eos, not truncated."""
@@ -135,8 +154,8 @@ class Chunks:
     token_weights: npt.NDArray[np.float32]
     """[chunks, T]; 1 for bos, eos and padding"""
     eos_index: npt.NDArray[np.int64]
-    """[chunks]: position of the first eos, where CLIP pools. For an encoder that masks padding, it is that of the eos
-    that ends the chunk, so that an eos within the prompt masks nothing."""
+    """[chunks]: position of the first eos, where CLIP pools. For an encoder that masks padding, it is that of the last
+    token before the padding, so that an eos within the prompt masks nothing."""
     concepts: tuple[Concept, ...] = ()
     """The learned words in the prompt, each once, in the order of their first use."""
 
@@ -161,7 +180,7 @@ class Chunks:
         """These chunks, and empty ones up to `count`."""
         if count == len(self.input_ids):
             return self
-        empty = _padded([[]] * (count - len(self.input_ids)), tokenizer, ())
+        empty = _padded([tokenizer.start] * (count - len(self.input_ids)), tokenizer, ())
         ids, weights, eos = (
             np.concatenate([getattr(self, name), getattr(empty, name)])
             for name in ("input_ids", "token_weights", "eos_index")
@@ -174,31 +193,38 @@ def encode_ids(prompt: str, tokenizer: Tokenizer, vocabulary: Vocabulary, encode
 
     Raises UsageError for unknown learned words and invalid weights.
     """
-    chunks: list[list[tuple[int, float]]] = [[]]
+    chunks: list[list[tuple[int, float]]] = [[*tokenizer.start]]
     words: dict[str, tuple[Concept, range]] = {}
     for part in weighted_parts(prompt):
         if part is None:
-            chunks.append([])
+            chunks.append([*tokenizer.start])
             continue
+        if part.weight != 1 and not tokenizer.weighs:
+            raise UsageError(
+                f"weight {part.weight:g} of {part.text[:40]!r}: this model's prompts take no weights, "
+                "write \\( \\) \\[ \\] for brackets"
+            )
         for piece in split_at_words(part.text, vocabulary, tokenizer.knows):
             piece = piece.concept if isinstance(piece, Slider) else piece
             is_word = not isinstance(piece, str) and encoder in piece.vectors
             if isinstance(piece, str):
                 ids = tokenizer.ids(piece)
+                if tokenizer.start and chunks[-1] == tokenizer.start:
+                    chunks[-1], ids = [], tokenizer.ids(tokenizer.frame.joined + piece)
             else:
                 start = -1 - sum(len(numbers) for _, numbers in words.values())
                 numbers = range(start, start - len(piece.vectors.get(encoder, ())), -1)
                 ids = list(words.setdefault(piece.identity, (piece, numbers))[1]) or tokenizer.ids(piece.text)
-            if is_word and len(ids) > tokenizer.room:
-                raise UsageError(f"a word of {len(ids)} vectors does not fit this encoder's {tokenizer.room} tokens")
+            if is_word and len(ids) > (room := tokenizer.room - len(tokenizer.start)):
+                raise UsageError(f"a word of {len(ids)} vectors does not fit this encoder's {room} tokens")
             while ids:
                 room = tokenizer.room - len(chunks[-1])
                 if room == 0 or (is_word and room < len(ids)):
-                    chunks.append([])
+                    chunks.append([*tokenizer.start])
                     continue
                 chunks[-1] += [(id_, part.weight) for id_ in ids[:room]]
                 ids = ids[room:]
-    if not chunks[-1] and len(chunks) > 1:
+    if chunks[-1] == tokenizer.start and len(chunks) > 1:
         chunks.pop()  # BREAK at the very end
     return _padded(chunks, tokenizer, tuple(concept for concept, _ in words.values()))
 
@@ -324,12 +350,12 @@ def split_at_words(text: str, vocabulary: Vocabulary, knows: Callable[[str], boo
     while position < len(text):
         end, concept = _word_at(text, position, vocabulary, knows)
         if concept is not None:
-            if text[start:position].strip():
+            if position > start:
                 yield text[start:position]
             yield concept
             start = end
         position = end
-    if text[start:].strip():
+    if start < len(text):
         yield text[start:]
 
 
@@ -415,13 +441,11 @@ def _number(text: str) -> float:
 def _padded(chunks: list[list[tuple[int, float]]], tokenizer: Tokenizer, concepts: tuple[Concept, ...]) -> Chunks:
     shape = (len(chunks), tokenizer.length)
     input_ids, token_weights = np.full(shape, tokenizer.pad_id, np.int64), np.ones(shape, np.float32)
-    first = tokenizer.length - 1 - tokenizer.room
-    ends = first + np.array([len(chunk) for chunk in chunks], np.int64)
-    for row, (chunk, end) in enumerate(zip(chunks, ends, strict=True)):
-        if tokenizer.bos_id is not None:
-            input_ids[row, 0] = tokenizer.bos_id
-        input_ids[row, first:end] = [id_ for id_, _ in chunk]
-        token_weights[row, first:end] = [weight for _, weight in chunk]
-        input_ids[row, end] = tokenizer.eos_id
-    eos_index = ends if tokenizer.masks_padding else (input_ids == tokenizer.eos_id).argmax(1)
+    head, _, tail = tokenizer.frame
+    for row, chunk in enumerate(chunks):
+        ids = [*head, *(id_ for id_, _ in chunk), *tail]
+        input_ids[row, : len(ids)] = ids
+        token_weights[row, len(head) : len(head) + len(chunk)] = [weight for _, weight in chunk]
+    last = len(head) + len(tail) - 1 + np.array([len(chunk) for chunk in chunks], np.int64)
+    eos_index = last if tokenizer.masks_padding else (input_ids == tokenizer.eos_id).argmax(1)
     return Chunks(input_ids, token_weights, eos_index, concepts)

@@ -53,6 +53,7 @@ class ScheduleKind(StrEnum):
     BETAS = "betas"  # alpha^2 + sigma^2 = 1, from betas
     FLOW = "flow"  # alpha = 1 - sigma, and the scheduler chooses its sigmas
     FLOW_EVEN = "flow-even"  # as FLOW, and sigmas are even from 1 to 1 / steps before they are shifted
+    FLOW_EMPIRICAL = "flow-empirical"  # as FLOW_EVEN, and a dynamic shift is that of FLUX.2
 
 
 def explicit_settings(config: Mapping[str, Any], must_be: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:

@@ -326,7 +326,9 @@ class Scheduler:
         known: Latents | None = None
         if pending.posterior is not None:
             mean, std = pending.posterior
-            known = np.asarray(mean + std * generator.randn(shape), np.float32)
+            known = (
+                np.asarray(mean + std * generator.randn(shape), np.float32) if manifest.vae.draws_posterior else mean
+            )
         noise = generator.randn(shape)
         if white is not None:
             generator.randn(shape)  # diffusers also samples the masked picture's latents at this point

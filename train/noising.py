@@ -81,8 +81,8 @@ class FlowMatching:
     The normal quantiles are those in the middle of QUANTILES equal parts, so that all are finite.
     """
 
-    def __init__(self, config: Mapping[str, Any], patch: int) -> None:
-        self.schedule = FlowSchedule.read(config, ScheduleKind.FLOW, image_tokens=0)
+    def __init__(self, config: Mapping[str, Any], kind: ScheduleKind, patch: int) -> None:
+        self.schedule = FlowSchedule.read(config, kind, image_tokens=0)
         self.patch = patch
 
     def __len__(self) -> int:
@@ -122,7 +122,7 @@ def noising_of(source: Source, family: Exportable, recipe: Recipe) -> Noising:
             f"min_snr is {recipe.min_snr} and {source.model} is a model of flow matching, whose loss has no weights: "
             "leave min_snr out"
         )
-    return FlowMatching(source.scheduler_config, denoise_patch(family))
+    return FlowMatching(source.scheduler_config, family.schedule, denoise_patch(family))
 
 
 def denoise_patch(family: Exportable) -> int:

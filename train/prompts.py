@@ -15,6 +15,7 @@ import torch
 from oneword.engines.errors import EngineError, UsageError
 from oneword.export.families import AnyEncoder
 from oneword.runtime.bundle import Encoder
+from oneword.runtime.prompt import Frame
 from oneword.train.recipe import Subject
 
 OBJECT_TEMPLATES = (
@@ -137,6 +138,7 @@ class PromptEncoder:
 
     def __init__(self, encoder: AnyEncoder, tokenizer: Any, facts: Encoder) -> None:
         self.encoder, self.tokenizer, self.facts = encoder, tokenizer, facts
+        self.frame = Frame.of(facts, self._text_ids)
         self._rows: dict[int, int] = {}  # vocabulary id -> row of the small table
         self._sequences: dict[Text, tuple[list[int], int]] = {}
 
@@ -150,7 +152,7 @@ class PromptEncoder:
         input_ids, eos_index = torch.tensor(sequences), torch.tensor(ends)
         input_ids = torch.where(input_ids < 0, len(frozen) - 1 - input_ids, input_ids)
         inputs = [input_ids, torch.cat([frozen, learned]).to(self.encoder.dtype)]  # in the order of the encoder's graph
-        if self.facts.hidden_width is not None:
+        if self.facts.hidden_width is not None and self.facts.weighs_tokens:
             inputs.append(torch.ones(input_ids.shape))
         if self.facts.layers:
             inputs.append(torch.full((len(texts),), self.facts.default_layer or 0))
@@ -173,15 +175,16 @@ class PromptEncoder:
         return [(position, number) for position, number in enumerate(numbers) if 0 <= number < text.used]
 
     def _sequence(self, text: Text) -> tuple[list[int], int]:
-        """A text's `ids`, and the position of its eos."""
+        """A text's `ids`, and the position of its eos, or of the last token of a chat template."""
         if text not in self._sequences:
             self._sequences[text] = self._encode(*text)
         return self._sequences[text]
 
     def _encode(self, template: str, first: int, count: int, total: int, text: str | None) -> tuple[list[int], int]:
-        bos = [] if self.facts.bos_id is None else [self.facts.bos_id]
-        room = self.facts.length - len(bos) - 1
+        head, joined, tail = self.frame
+        room = self.facts.length - len(head) - len(tail)
         pieces = re.split(r"\{(\d*)\}", template)
+        pieces[0] = joined + pieces[0]
         inner: list[int] = []
         for position, piece in enumerate(pieces):
             if position % 2 == 0:
@@ -197,13 +200,16 @@ class PromptEncoder:
                 f"the prompt {template!r} is {len(inner)} tokens, {self.facts.graph} takes {room}: "
                 "shorten it until the word fits"
             )
-        eos = self._row(self.facts.eos_id)
-        ids = [*map(self._row, bos), *inner[:room], eos]
-        end = len(ids) - 1 if self.facts.masks_padding else ids.index(eos)
+        ids = [*map(self._row, head), *inner[:room], *map(self._row, tail)]
+        end = len(ids) - 1 if self.facts.masks_padding else ids.index(self._row(self.facts.eos_id))
         return ids + [self._row(self.facts.pad_id)] * (self.facts.length - len(ids)), end
 
     def _text_rows(self, text: str) -> list[int]:
-        return [self._row(i) for i in self.tokenizer(text, add_special_tokens=False).input_ids]
+        return [self._row(i) for i in self._text_ids(text)]
+
+    def _text_ids(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
+        return ids
 
     def _row(self, token_id: int) -> int:
         return self._rows.setdefault(token_id, len(self._rows))

@@ -207,6 +207,49 @@ def tiny_chroma_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return saved(pipeline, tmp_path_factory.mktemp("chroma") / "model")
 
 
+@pytest.fixture(scope="session", params=["base", "distilled"])
+def tiny_flux2_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """FLUX.2-klein: Qwen3 with a chat template, latents in normalised squares, a shift by size and steps."""
+    import torch
+    from diffusers import (
+        AutoencoderKLFlux2,
+        FlowMatchEulerDiscreteScheduler,
+        Flux2KleinPipeline,
+        Flux2Transformer2DModel,
+    )
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(7)
+    tokenizer = qwen_tokenizer(model_max_length=QWEN_LENGTH)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer) + 3, hidden_size=32, intermediate_size=48, num_hidden_layers=28,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, tie_word_embeddings=True,
+    )  # fmt: skip
+    transformer = Flux2Transformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=3 * 32, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False,
+    )  # fmt: skip
+    for name, weight in transformer.named_parameters():  # so that pictures depend on the prompt
+        if "norm_" in name:
+            torch.nn.init.constant_(weight, 3)
+        elif name == "context_embedder.weight" or "add_v_proj" in name:
+            torch.nn.init.normal_(weight)
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(8, 8, 16, 16), latent_channels=4, norm_num_groups=4, layers_per_block=1, sample_size=64
+    )
+    torch.nn.init.normal_(vae.bn.running_mean, 0, 0.5)
+    torch.nn.init.uniform_(vae.bn.running_var, 0.5, 4)
+    pipeline = Flux2KleinPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
+        vae=vae,
+        text_encoder=with_larger_rows(Qwen3ForCausalLM(config)),
+        tokenizer=tokenizer,
+        transformer=transformer,
+        is_distilled=request.param == "distilled",
+    )
+    return saved(pipeline, tmp_path_factory.mktemp(f"flux2-{request.param}") / "model")
+
+
 @pytest.fixture(scope="session")
 def flow_preview_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An AutoencoderTiny for the latents of the tiny Stable Diffusion 3 and FLUX.1, with a scale and a shift."""
@@ -310,3 +353,53 @@ def t5(tokenizer: Any, *, width: int) -> Any:
         feed_forward_proj="gated-gelu", relative_attention_num_buckets=8, relative_attention_max_distance=16,
     )  # fmt: skip
     return T5EncoderModel(config)
+
+
+QWEN_LENGTH = 48
+QWEN_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}"
+    "{% if enable_thinking is false %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}{% endif %}"
+)
+
+
+def qwen_tokenizer(**settings: Any) -> Any:
+    """A byte-level BPE tokenizer in Qwen3's layout, whose merges are those of the tests' words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import Qwen2TokenizerFast
+    from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+
+    trained = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(tokenizers_regex(PRETOKENIZE_REGEX), behavior="isolated")
+    trained.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    texts = [f" {word}" for word in WORDS] + ["user\n", "assistant\n", "\n\n", "\n\n\n", " \n", "  \n"] * 3
+    trained.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet))
+    model = json.loads(trained.to_str())["model"]
+    tokenizer = Qwen2TokenizerFast(
+        vocab=model["vocab"],
+        merges=[tuple(pair) for pair in model["merges"]],
+        eos_token="<|im_end|>",
+        chat_template=QWEN_TEMPLATE,
+        **settings,
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    tokenizer.add_tokens(["<think>", "</think>"])
+    return tokenizer
+
+
+def tokenizers_regex(pattern: str) -> Any:
+    from tokenizers import Regex
+
+    return Regex(pattern)
+
+
+def with_larger_rows(model: Any) -> Any:
+    """Rows as large as a trained model's in proportion to what its layers add, so that prompts differ."""
+    import torch
+
+    torch.nn.init.normal_(model.get_input_embeddings().weight, 0, 0.3)
+    for name, parameter in model.named_parameters():
+        if name.endswith("proj.weight"):
+            torch.nn.init.normal_(parameter, 0, 0.1)
+    return model

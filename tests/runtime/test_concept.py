@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from oneword.engines.errors import ConceptError, FileError
-from oneword.runtime.concept import Concept, load_concept, save_concept
+from oneword.runtime.concept import Concept, load_concept, read_safetensors, save_concept
 
 ROWS = np.linspace(-0.3, 0.3, 2 * 16, dtype=np.float32).reshape(2, 16)
 
@@ -201,7 +201,7 @@ def test_a_word_for_t5_alone_is_written_under_comfyuis_key(tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     ("key", "width"),
-    [("gemma", 2304), ("llama", 4096), ("qwen3_4b", 2560), ("qwen3_8b", 4096), ("qwen25_7b", 3584)],
+    [("gemma", 2304), ("llama", 4096), ("qwen3_06b", 1024), ("qwen25_7b", 3584)],
 )
 def test_vectors_for_an_encoder_of_no_supported_model_are_refused_by_name(tmp_path: Path, key: str, width: int) -> None:
     tensors = {"clip_l": np.full((2, 768), 0.1, np.float32), key: np.full((2, width), 0.1, np.float32)}
@@ -234,3 +234,15 @@ def test_onetrainers_old_key_for_clip_l_is_recognised_by_its_width(tmp_path: Pat
 )
 def test_the_text_of_a_word_is_its_class_word(provenance: dict[str, str], text: str) -> None:
     assert Concept("<toy>", {"text_encoder": ROWS}, provenance).text == text
+
+
+@pytest.mark.parametrize(("key", "width"), [("qwen3_4b", 2560), ("qwen3_8b", 4096)])
+def test_a_word_of_qwen3_has_the_key_that_comfyui_reads_for_its_size(tmp_path: Path, key: str, width: int) -> None:
+    vectors = np.full((2, width), 0.01, np.float32)
+    safetensors.numpy.save_file({key: vectors}, tmp_path / "toy.safetensors")  # as ComfyUI's users make it
+
+    word = load_concept(tmp_path / "toy.safetensors")
+    save_concept(word, tmp_path / "again.safetensors")
+
+    np.testing.assert_array_equal(word.vectors["text_encoder_qwen3"], vectors)
+    assert list(read_safetensors((tmp_path / "again.safetensors").read_bytes(), "again")[0]) == [key]

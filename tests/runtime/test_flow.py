@@ -9,6 +9,7 @@ import torch
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 from oneword.engines.errors import UsageError
+from oneword.runtime.flow import FlowSchedule
 from oneword.runtime.samplers import Sampler, Schedule, default_sampler, make_schedule, sampler_of, samplers_for
 from oneword.runtime.schedule import ScheduleKind
 
@@ -238,3 +239,17 @@ def test_every_sampler_that_is_offered_for_a_kind_of_schedule_makes_one() -> Non
 def test_the_config_of_a_flow_scheduler_maps_to_its_sampler() -> None:
     euler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(SD3)
     assert sampler_of({**euler.config, "_class_name": "FlowMatchEulerDiscreteScheduler"}) is Sampler.EULER
+
+
+@pytest.mark.parametrize("tokens", [16, 1024, 4096, 4300, 4301, 9216])
+@pytest.mark.parametrize("steps", [1, 4, 28, 50])
+def test_sigmas_of_flux_2_are_those_of_diffusers(tokens: int, steps: int) -> None:
+    from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
+
+    config = {"use_dynamic_shifting": True, "shift": 3.0}
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**config)
+    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), mu=compute_empirical_mu(tokens, steps))
+
+    noise = FlowSchedule.read(config, ScheduleKind.FLOW_EMPIRICAL, tokens)
+
+    np.testing.assert_allclose(noise.sigmas(steps), scheduler.sigmas[:-1].numpy(), rtol=1e-5)

@@ -358,7 +358,7 @@ def test_any_prompt_becomes_valid_ids_or_a_one_line_error(tokenizer: Tokenizer, 
     assert tokens.token_weights.shape == (chunks, LENGTH)
     assert np.isfinite(tokens.token_weights).all()
     assert (placed(tokens, TOY) >= 0).all()
-    assert (tokens.input_ids[:, 0] == tokenizer.bos_id).all()
+    assert (tokens.input_ids[:, :1] == tokenizer.frame.head).all()
     assert (tokens.input_ids[np.arange(chunks), tokens.eos_index] == tokenizer.eos_id).all()
 
 

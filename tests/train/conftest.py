@@ -4,9 +4,23 @@ import pytest
 from PIL import Image
 
 from oneword.train.miniature import world
-from tests.export.conftest import clip_tokenizer_dir, tiny_chroma_dir, tiny_flux_dir, tiny_sd3_dir, tiny_sdxl_dir
+from tests.export.conftest import (
+    clip_tokenizer_dir,
+    tiny_chroma_dir,
+    tiny_flux2_dir,
+    tiny_flux_dir,
+    tiny_sd3_dir,
+    tiny_sdxl_dir,
+)
 
-__all__ = ["clip_tokenizer_dir", "tiny_chroma_dir", "tiny_flux_dir", "tiny_sd3_dir", "tiny_sdxl_dir"]
+__all__ = [
+    "clip_tokenizer_dir",
+    "tiny_chroma_dir",
+    "tiny_flux2_dir",
+    "tiny_flux_dir",
+    "tiny_sd3_dir",
+    "tiny_sdxl_dir",
+]
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 and FLUX.1: flow matching, and words of several encoders, against diffusers' models."""
+"""Families of flow matching, and words of several encoders, against diffusers' models."""
 
 import gc
 import math
@@ -20,6 +20,7 @@ from oneword.engines.errors import EngineError, UsageError
 from oneword.export import families
 from oneword.export.source import Source, load_source
 from oneword.runtime.concept import load_concept
+from oneword.runtime.schedule import ScheduleKind
 from oneword.train.cli import main
 from oneword.train.learn import learn
 from oneword.train.learner import Learner
@@ -31,6 +32,7 @@ from oneword.train.word import Draw, Word, draw
 
 QUICK = Recipe(steps=4, batch_size=4, learning_rate=0.01, weight_decay=0.0, compute=Compute.FP32)
 WIDTHS = {"text_encoder": 16, "text_encoder_2": 12, "text_encoder_3": 32}
+QWEN_WIDTH = 32
 CLIP = ("text_encoder", "text_encoder_2")
 FLUX = ("text_encoder", "text_encoder_3")
 PROMPTS = ["a photo of a {}", "the {} on the ring"]
@@ -39,7 +41,7 @@ PROMPTS = ["a photo of a {}", "the {} on the ring"]
 def a_word(*encoders: str, prompts: list[str] = PROMPTS) -> Word:
     rng = torch.Generator().manual_seed(1)
     mean = list(torch.randn(3, 16, 8, 8, generator=rng))
-    rows = {name: torch.randn(1, WIDTHS[name], generator=rng) * 0.1 for name in encoders}
+    rows = {name: torch.randn(1, WIDTHS.get(name, QWEN_WIDTH), generator=rng) * 0.1 for name in encoders}
     return Word("<toy>", Moments(3, mean, [torch.zeros(16, 8, 8)] * 3, None), rows, prompts, text="painting")
 
 
@@ -49,7 +51,7 @@ def test_times_are_the_shifted_sigmoid_of_normal_quantiles(dynamic: bool, size: 
     """Static: shift 3. Dynamic: e^mu, with mu from 0.5 at 256 tokens to 1.15 at 4,096 (FluxPipeline)."""
     x_0, t = torch.zeros(3, 16, *size), torch.tensor([0, 500, 999])
     config = {"use_dynamic_shifting": True, "shift": 3.0} if dynamic else {"shift": 3.0}
-    noising = FlowMatching(config, patch=2)
+    noising = FlowMatching(config, ScheduleKind.FLOW, patch=2)
     tokens = size[0] // 2 * size[1] // 2
     shift = math.exp(0.5 + (tokens - 256) * (1.15 - 0.5) / (4096 - 256)) if dynamic else 3.0
     logistic = [1 / (1 + math.exp(-NormalDist().inv_cdf(p))) for p in (0.0005, 0.5005, 0.9995)]
@@ -143,6 +145,45 @@ def test_the_gradient_in_chroma_is_that_of_the_original_models(tiny_chroma_dir: 
     assert_same_gradients(Learner(source, [word], recipe, seed=7), batch, loss, tables)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("tiny_flux2_dir", ["base"], indirect=True)
+def test_the_gradient_in_flux_2_is_that_of_the_original_models(tiny_flux2_dir: Path, checkpointing: bool) -> None:
+    """The shift is that of many steps: e^mu, with mu from 0.5 at 256 tokens to 1.15 at 4,096, as in FLUX.1 dev."""
+    from diffusers import Flux2KleinPipeline
+
+    recipe = QUICK.with_changes(gradient_checkpointing=checkpointing)
+    word, source = a_word("text_encoder_qwen3"), load_source(tiny_flux2_dir)
+    batch = draw(word, recipe, 1000, torch.Generator().manual_seed(2))
+    pipe = Flux2KleinPipeline.from_pretrained(tiny_flux2_dir)
+    tables = {"text_encoder_qwen3": add_word(pipe, word, "text_encoder_qwen3", "")}
+    texts = [prompt.format("<toy>") for prompt in batch.prompts]
+    states, ids = pipe.encode_prompt(texts, max_sequence_length=48)
+    shift = math.exp(0.5 + (64 - 256) * (1.15 - 0.5) / (4096 - 256))
+    noisy, sigma, target = reference_noise(batch, lambda s: shift * s / (1 + (shift - 1) * s))
+    predicted = pipe.transformer(
+        hidden_states=pipe._pack_latents(noisy),
+        timestep=sigma,
+        encoder_hidden_states=states,
+        txt_ids=ids,
+        img_ids=pipe._prepare_latent_ids(noisy),
+    ).sample
+    loss = (predicted - pipe._pack_latents(target)).square().mean()
+
+    assert_same_gradients(Learner(source, [word], recipe, seed=7), batch, loss, tables)
+
+
+@pytest.mark.parametrize("tiny_flux2_dir", ["base"], indirect=True)
+def test_the_loss_of_flux_2_falls(tiny_flux2_dir: Path) -> None:
+    """With larger outputs and steps, since little in the tiny model depends on one token of 48: by 0.04 % in 30."""
+    source, word = load_source(tiny_flux2_dir), a_word("text_encoder_qwen3")
+    source.network.get_submodule("proj_out").weight.mul_(4)
+    recipe = RECIPES["fast"].with_changes(steps=30, batch_size=4, learning_rate=0.1, compute=Compute.FP32)
+    learner = Learner(source, [word], recipe, seed=7)
+    while not learner.finished():
+        learner.step()
+    assert learner.probe_loss(0) < 0.9998 * word.start_loss
+
+
 @pytest.mark.parametrize("recipe", ["fast", "directional"])
 def test_the_loss_of_chroma_falls(tiny_chroma_dir: Path, recipe: str) -> None:
     """Slowly, since little in the tiny model depends on the prompt."""
@@ -193,8 +234,9 @@ def test_words_of_transformers_are_learned_at_the_recipes_size(
 
 @pytest.mark.parametrize("recipe", ["fast", "directional"])
 @pytest.mark.parametrize("tiny_flux_dir", ["dev"], indirect=True)
+@pytest.mark.parametrize("tiny_flux2_dir", ["base"], indirect=True)
 def test_a_resumed_run_has_the_same_bits(
-    tiny_sd3_dir: Path, tiny_flux_dir: Path, tiny_chroma_dir: Path, recipe: str
+    tiny_sd3_dir: Path, tiny_flux_dir: Path, tiny_chroma_dir: Path, tiny_flux2_dir: Path, recipe: str
 ) -> None:
     settings = RECIPES[recipe].with_changes(steps=4, batch_size=2, compute=Compute.BF16)
     for model, encoders in (
@@ -202,6 +244,7 @@ def test_a_resumed_run_has_the_same_bits(
         (tiny_sd3_dir, CLIP),
         (tiny_flux_dir, FLUX),
         (tiny_chroma_dir, ("text_encoder_3",)),
+        (tiny_flux2_dir, ("text_encoder_qwen3",)),
     ):
         whole, first, second = (Learner(load_source(model), [a_word(*encoders)], settings, seed=7) for _ in range(3))
         for _ in range(4):
