@@ -1,4 +1,4 @@
-# make demo    learn a word from five pictures, export the miniature, draw the word in new scenes: one contact sheet
+# make demo    learn two words from five pictures each, export the miniature, draw the words in new scenes: one contact sheet
 # make test    run the tests, in two processes; what they export is cached in .cache/bundles
 # make test-plans  run the tests that build TensorRT-RTX plans, which are cached in .cache/plans
 # make test-server   run the tests of the server, with OpenAI's and A1111's clients in an environment of their own

@@ -21,7 +21,7 @@ from oneword.engines.errors import FileError, MissingPackage, OnewordError, Usag
 from oneword.engines.files import write_whole
 from oneword.runtime.commands import HELP, PATH, exit_status, json_option, version_option
 from oneword.runtime.concept import Concept, save_concept
-from oneword.train.recipe import RECIPES, Compute, Norm, Recipe, named_recipe
+from oneword.train.recipe import DEFAULT_RECIPE, RECIPES, Compute, Norm, Recipe, named_recipe
 
 if TYPE_CHECKING:
     from oneword.train.learn import Progress
@@ -131,7 +131,8 @@ class Interruption:
 )
 @click.option(
     "--recipe",
-    show_default="fast; directional with --polish",
+    default=DEFAULT_RECIPE,
+    show_default=True,
     help=f"The settings to start from: {', '.join(RECIPES)}. Each option from --steps to --set replaces one of them.",
 )
 @click.option("--steps", type=int, help="Optimiser steps.")
@@ -185,7 +186,7 @@ def command(
     outputs: Sequence[Path],
     manifest: Path | None,
     polished: Path | None,
-    recipe: str | None,
+    recipe: str,
     settings: Sequence[str],
     norm: str | None,
     compute: str | None,
@@ -218,14 +219,14 @@ def command(
 
         word = read_refined_word(polished)
         tokens, inits, liked = [word.token], [str(polished)], word.liked
-        recipe, changes = recipe or "directional", {"vectors": word.vectors, **changes}
+        changes = {"vectors": word.vectors, **changes}
     job = Job(
         model,
         config,
         without,
         rows_of(images, tokens, inits, outputs, manifest),
         liked,
-        named_recipe(recipe or "fast").with_changes(**changes).with_text(settings),
+        named_recipe(recipe).with_changes(**changes).with_text(settings),
         seed,
         checkpoints,
         checkpoint_every,
