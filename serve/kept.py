@@ -142,7 +142,7 @@ def _forget(state: State, tenant: Tenant, key: str, done: asyncio.Task[KeptAnswe
 
 
 def _digest(request: BaseModel, files: Sequence[bytes]) -> tuple[str, int]:
-    """What tells a request from others, and its bytes."""
+    """What distinguishes a request from others, and its bytes."""
     digest = hashlib.sha256(type(request).__name__.encode())
     try:
         fields = request.model_dump_json().encode()
