@@ -217,13 +217,14 @@ def encode_ids(prompt: str, tokenizer: Tokenizer, vocabulary: Vocabulary, encode
                 ids = list(words.setdefault(piece.identity, (piece, numbers))[1]) or tokenizer.ids(piece.text)
             if is_word and len(ids) > (room := tokenizer.room - len(tokenizer.start)):
                 raise UsageError(f"a word of {len(ids)} vectors does not fit this encoder's {room} tokens")
-            while ids:
+            taken = 0
+            while taken < len(ids):
                 room = tokenizer.room - len(chunks[-1])
                 if room == 0 or (is_word and room < len(ids)):
                     chunks.append([*tokenizer.start])
                     continue
-                chunks[-1] += [(id_, part.weight) for id_ in ids[:room]]
-                ids = ids[room:]
+                chunks[-1] += [(id_, part.weight) for id_ in ids[taken : taken + room]]
+                taken += room
     if chunks[-1] == tokenizer.start and len(chunks) > 1:
         chunks.pop()  # BREAK at the very end
     return _padded(chunks, tokenizer, tuple(concept for concept, _ in words.values()))
