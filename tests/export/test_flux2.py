@@ -195,7 +195,7 @@ def test_the_ids_of_two_thousand_prompts_with_words_are_those_of_transformers() 
     encoder = Encoder(
         graph="text_encoder_qwen3", table="", tokenizer="", vocab_size=len(reference), width=4, hidden_width=12,
         length=length, bos_id=None, eos_id=reference.eos_token_id, pad_id=reference.pad_token_id, layers=(),
-        default_layer=None, weighs_tokens=False, prefix=prefix, suffix=suffix,
+        default_layer=None, masks_padding=True, weighs_tokens=False, prefix=prefix, suffix=suffix,
     )  # fmt: skip
     ours = Tokenizer(tokenizers.Tokenizer.from_str(reference.backend_tokenizer.to_str()), encoder)
     vectors = {"<toy>": 1, "<cat-toy>": 2}

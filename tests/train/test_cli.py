@@ -45,7 +45,8 @@ def test_the_command_writes_a_concept_and_says_what_it_did(
         assert list(file.keys()) == ["<toy>"]
         metadata = file.metadata()
     assert metadata["base_model"] == tiny_model_dir.name  # the file may be shared: no paths
-    assert (metadata["recipe"], metadata["seed"], metadata["steps"], metadata["init"]) == ("directional", "5", "3", "star")
+    facts = [metadata[name] for name in ("recipe", "seed", "steps", "init")]
+    assert facts == ["directional", "5", "3", "star"]
 
 
 def test_a_command_that_cannot_succeed_fails_with_one_line_before_learning(
