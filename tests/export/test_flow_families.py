@@ -641,7 +641,8 @@ def learned_word(model: Path, folder: Path, *options: str) -> Concept:
         PIL.Image.fromarray(scene(side, 64)).save(pictures / f"{side}.png")
     output = folder / "toy.safetensors"
     arguments = [str(pictures), "--model", str(model), "--token", "<toy>", "--init", "star", "--output", str(output)]
-    assert main([*arguments, "--steps", "5", "--batch-size", "2", "--learning-rate", "0.2", *options]) == 0
+    settings = ["--recipe", "fast", "--steps", "5", "--batch-size", "2", "--learning-rate", "0.2"]
+    assert main([*arguments, *settings, *options]) == 0
     return load_concept(output)
 
 
