@@ -187,7 +187,7 @@ def _print_key(name: str, as_json: bool) -> None:
 
 def _check_installed() -> None:
     """Raises MissingPackage with the pip line if the server's packages are not there."""
-    for package in ("fastapi", "fsspec", "httptools", "prometheus_client", "python_multipart", "uvicorn"):
+    for package in ("fastapi", "fsspec", "prometheus_client", "python_multipart", "uvicorn"):
         try:
             __import__(package)
         except ImportError:

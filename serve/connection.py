@@ -6,24 +6,22 @@ Not covered: the time that a body may take, and who may send it (`serve.middlewa
 import asyncio
 import json
 
-import httptools
+import h11
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from oneword.serve.errors import Invalid, openai_body
 from oneword.serve.middleware import SECURITY_HEADERS
 from oneword.serve.settings import Settings
 
 _READ_BYTES = 16 << 10
-_HEAD_BYTES = 64 << 10
 
 
-class Connection(HttpToolsProtocol):
-    """Closes a connection whose request head takes too long or is too large; cuts one off whose client stopped reading.
+class Connection(H11Protocol):
+    """Closes a connection whose request head takes too long; cuts one off whose client stopped reading.
 
-    Reads in small pieces: a request is refused after its head has arrived, before much of its body has. A client that
-    offers to speak another protocol (Upgrade: h2c) is answered in HTTP/1.1.
+    Reads in small pieces: a request is refused after its head has arrived, before much of its body has.
     """
 
     head_seconds = 60.0
@@ -31,9 +29,6 @@ class Connection(HttpToolsProtocol):
 
     _head_timer: asyncio.TimerHandle | None = None
     _write_timer: asyncio.TimerHandle | None = None
-    _in_head = True
-    _head_bytes = 0
-    """Received since the last piece of a body: of a head, a chunk's extensions, or a trailer."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -43,38 +38,11 @@ class Connection(HttpToolsProtocol):
         self._await_head()
 
     def data_received(self, data: bytes) -> None:
-        self._head_bytes += len(data)
-        self._unset_keepalive_if_required()
-        try:
-            self._parse(data)
-        except httptools.HttpParserError:
-            self.send_400_response("the request is not valid")
-            return
-        if self._head_bytes > _HEAD_BYTES:
-            self.send_400_response("the head is too large")
-        elif not self._in_head:
+        super().data_received(data)
+        if self.conn.their_state is not h11.IDLE:
             self._stop_head_timer()
-        elif self._head_timer is None and (self.cycle is None or self.cycle.response_complete):
+        elif self._head_timer is None:
             self._await_head()
-
-    def on_headers_complete(self) -> None:
-        if self.parser.should_upgrade():
-            return  # `_parse` begins again
-        if self.parser.get_http_version() == "1.1" and sum(name == b"host" for name, _ in self.headers) != 1:
-            raise ValueError("HTTP/1.1 asks for one Host header")  # the parser makes it a 400
-        self._in_head, self._head_bytes = False, 0
-        super().on_headers_complete()
-
-    def on_body(self, body: bytes) -> None:
-        self._head_bytes = 0
-        super().on_body(body)
-
-    def on_message_complete(self) -> None:
-        if self.parser.should_upgrade():
-            return
-        self._in_head, self._head_bytes = True, 0
-        self._stop_head_timer()
-        super().on_message_complete()
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -93,28 +61,15 @@ class Connection(HttpToolsProtocol):
     def send_400_response(self, msg: str) -> None:
         """The answer to something that is not HTTP, with the headers and the form of all others."""
         self._stop_head_timer()
-        if self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete:
-            self.transport.abort()  # an answer in the middle of another one would be part of it
-            return
         body = json.dumps(openai_body(Invalid("this is not a valid HTTP/1.1 request: check the client"))).encode()
-        headers = {"Content-Type": "application/json", "Connection": "close", "Content-Length": str(len(body))}
-        lines = [f"{name}: {value}\r\n".encode() for name, value in (headers | SECURITY_HEADERS).items()]
-        self.transport.write(b"".join((STATUS_LINE[400], *lines, b"\r\n", body)))
+        headers = [("Content-Type", "application/json"), ("Connection", "close"), ("Content-Length", str(len(body)))]
+        for event in (
+            h11.Response(status_code=400, headers=[*headers, *SECURITY_HEADERS.items()], reason=b"Bad Request"),
+            h11.Data(data=body),
+            h11.EndOfMessage(),
+        ):
+            self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
-
-    def _parse(self, data: bytes) -> None:
-        """Feeds the parser. It takes a request with Upgrade for one without a body: another one gets it without that
-        header. Raises HttpParserError."""
-        try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade as upgrade:
-            method, version = self.parser.get_method(), self.parser.get_http_version().encode()
-            if method == b"CONNECT":  # it has no other meaning
-                raise httptools.HttpParserInvalidMethodError("CONNECT") from None
-            headers = [b"%b: %b\r\n" % header for header in self.headers if header[0] != b"upgrade"]
-            head = b"".join((b"%b %b HTTP/%b\r\n" % (method, self.url, version), *headers, b"\r\n"))
-            self.parser = httptools.HttpRequestParser(self)
-            self._parse(head + data[upgrade.args[0] :])
 
     def _stop_head_timer(self) -> None:
         if self._head_timer is not None:
