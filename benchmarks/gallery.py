@@ -340,7 +340,7 @@ def of_words(learned_from: dict[str, list[Image]], steps: int) -> list[Section]:
         Section(
             "prompt-schedule",
             "Another word half-way",
-            "`[a:b:0.2]` draws a for a fifth of the steps, then b: the later b begins, the more of a remains.",
+            "`[a:b:0.2]` draws a for a fifth of the steps, then b.",
             command([f"a photo of a [red star:<toy>:0.2] {PLACES[0]}"], *concepts),
             [
                 (

@@ -137,13 +137,18 @@ class Interruption:
 )
 @click.option("--steps", type=int, help="Optimiser steps.")
 @click.option("--vectors", type=int, help="Vectors per word.")
-@click.option("--learning-rate", type=float, help="AdamW's learning rate.")
+@click.option(
+    "--learning-rate",
+    type=float,
+    help="The optimiser's learning rate; the directional optimiser's is the tangent of the angle of a step.",
+)
 @click.option("--batch-size", type=int, help="Pictures per step and word.")
 @click.option("--accumulation", type=int, help="Backward passes per step, each of --batch-size pictures.")
 @click.option(
     "--norm",
     type=click.Choice([norm.value for norm in Norm]),
-    help="Whether a vector's length is free, fixed at the vocabulary's median, or pulled towards it in each step.",
+    help="With AdamW, as in the recipe fast: whether a vector's length is free, fixed at the vocabulary's median, or "
+    "pulled towards it in each step. The directional optimiser, the default recipe's, fixes it and takes only free.",
 )
 @click.option("--min-snr", type=float, help="Gamma of min-SNR weighting.")
 @click.option(

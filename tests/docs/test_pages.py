@@ -8,7 +8,7 @@ from pathlib import Path
 import oneword.runtime
 from oneword.runtime.samplers import COLUMNS, Guidance, Sampler
 from oneword.runtime.spacing import Spacing
-from oneword.train.recipe import RECIPES, Recipe
+from oneword.train.recipe import DEFAULT_RECIPE, RECIPES, Recipe
 
 DOCS = Path(__file__).parents[2] / "docs"
 UNSET = ("none", "all")
@@ -36,10 +36,10 @@ def test_the_samplers_page_lists_every_sampler_spacing_guidance_and_column() -> 
 def test_the_training_page_lists_every_setting_of_a_recipe_with_its_values() -> None:
     page = (DOCS / "guide" / "training.md").read_text("utf-8")
     section = page.partition("## All settings")[2].partition("\n## ")[0]
-    rows = re.findall(r"^\| `(\w+)`.*? \| `?(.+?)`? \| `?(.+?)`? \|", section, re.M)
+    rows = re.findall(r"^\| `(\w+)`.*? \| `?(.+?)`? \| `?(.+?)`? \| `?(.+?)`? \|", section, re.M)
 
-    assert sorted(name for name, _, _ in rows) == sorted({field.name for field in fields(Recipe)} - {"name"})
-    for recipe, column in (("fast", 1), ("one-word", 2)):
+    assert sorted(name for name, *_ in rows) == sorted({field.name for field in fields(Recipe)} - {"name"})
+    for recipe, column in ((DEFAULT_RECIPE, 1), ("fast", 2), ("one-word", 3)):
         shown = [f"{row[0]}={row[column]}" for row in rows if row[column] not in UNSET]
         assert Recipe(recipe).with_text(shown) == RECIPES[recipe]
 
