@@ -78,6 +78,7 @@ OMISSIBLE = {"StableDiffusion3Pipeline": "text_encoder_3", "StableDiffusion3Img2
 """The text encoder that a pipeline runs without, by the pipeline's name."""
 UNSUPPORTED = {
     "Flux2Pipeline": "Mistral as its text encoder",
+    "Flux2KleinKVPipeline": "a network that keeps the keys and values of reference pictures",
     "ZImagePipeline": "Qwen3 as its text encoder, and prompts without padding",
     "QwenImagePipeline": "Qwen2.5-VL as its text encoder, and a mask of the prompt",
     "QwenImage21Pipeline": "Qwen3-VL as its text encoder",

@@ -77,7 +77,8 @@ class Tokenizer:
         """A chunk without a prompt, between the frame's head and tail."""
         if self.room <= len(self.start):
             raise BundleError(
-                f"{encoder.graph} has chunks of {self.length} tokens, which its template fills: export the bundle again"
+                f"{encoder.graph} has chunks of {self.length} tokens, which its template fills: "
+                "export a model whose tokenizer allows longer prompts"
             )
 
     @classmethod

@@ -42,7 +42,7 @@ for it."""
 MAX_REQUESTS: Final = 1000
 """Requests with keys that one tenant may have in progress, also those whose clients have left."""
 MAX_BYTES: Final = 128 << 20
-"""Bytes of their bodies, which are in memory. All tenants together may have as many as all bodies."""
+"""Bytes of their bodies, which are in memory. All tenants together may have BODIES_LIMIT."""
 _STORE_SECONDS: Final = 10.0
 _BUSY_SECONDS: Final = 5.0
 _METADATA: Final = 4096  # bytes of a file that are neither pixels nor prompts

@@ -196,7 +196,7 @@ class Generation:
         pixels, estimates = settings.width * settings.height, _estimates(self, pool.manifest)
         self._picture_work = Work(self._branch_pixels, pixels * (1 + (request.image is not None)), pixels * estimates)
         self.chunks = len(settings.texts)
-        """In which the prompts are encoded, at least; `price` counts them."""
+        """Number of chunks of the prompts: one per text until `price` counts them."""
         self._prompt_work = Work(chunks=self.chunks)
         """Of all pictures together; none after the first step of one."""
         self._next_index = 0

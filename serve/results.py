@@ -107,7 +107,8 @@ class Results:
         """Room for so many bytes of pictures and answers, from before they are drawn until they are kept. Of those in
         the store, it knows what was counted.
 
-        Raises Forbidden if the tenant may never keep as many, Busy if it may not now, or keeps MAX_ENTRIES.
+        Raises Forbidden if the tenant may never keep as many, Busy if it may not now, or if it already keeps
+        MAX_ENTRIES.
         """
         allowed = tenant.max_result_bytes
         if size > allowed:

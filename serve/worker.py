@@ -119,7 +119,7 @@ class Ticket:
     settings: ResolvedSettings | None = None
     cancelled: bool = False
     chunks: int = 0
-    """Of its prompts, to encode."""
+    """Number of chunks of its prompts."""
     branch_pixels: Sequence[int] = ()
     """Of each step, once it was added."""
     id: int | None = None

@@ -1,7 +1,7 @@
 """Bundles for tests: exported once, then copied from `.cache/bundles`, keyed by everything the export depends on.
 
-What was not used for a week is deleted. Graphs that models share are traced once, and compared with the module of
-every model.
+Exports of code that was not used for a week are deleted. Graphs that models share are traced once, and compared with
+the module of every model.
 """
 
 import hashlib

@@ -14,7 +14,7 @@ import torch
 from oneword.engines.graph import Precision, Weights
 from oneword.export.families import Traceable, family_of
 from oneword.export.source import load_source
-from tests import bundles
+from tests import bundles, conftest
 
 
 @pytest.fixture
@@ -126,3 +126,8 @@ def test_the_same_module_in_another_folder_is_the_same_graph(tiny_model_dir: Pat
     first, second = ([bundles.graph_key(graph, Weights.FLOAT) for graph in model] for model in graphs)
     assert first == second
     assert len({*first, *(bundles.graph_key(graph, Weights.INT8) for graph in graphs[0])}) == 2 * len(first)
+
+
+def test_the_files_that_run_first_exist() -> None:
+    folder = Path(__file__).parent
+    assert {name for name in conftest.LONG if not any(folder.rglob(name))} == set()

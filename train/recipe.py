@@ -287,7 +287,7 @@ RECIPES: Mapping[str, Recipe] = _named(
 )
 """The recipes by name.
 
-fast               our own, the longest of those that learn one vector
+fast               our own, with more pictures
 quick              `fast` with an eighth of its pictures, at twice the rate: for a first look
 directional        the default: an eighth of `fast`'s pictures; only the direction is learned, the length is the mean
 precise            the word's direction, and output vectors for each cross-attention layer and four stages, for values

@@ -177,8 +177,8 @@ def test_a_single_file_of_a_model_with_t5_is_refused(tiny_sd3_dir: Path, tiny_fl
     save_file({"weight": torch.ones(3)}, checkpoint)
     for config, pipeline in ((tiny_sd3_dir, "StableDiffusion3Pipeline"), (tiny_flux_dir, "FluxPipeline")):
         message = (
-            rf"large\.safetensors is a single file of a {pipeline}, whose T5 is not read from one: single files are "
-            "for models with a UNet, give a diffusers directory or a hub id"
+            rf"large\.safetensors is a single file of a {pipeline}, whose text encoders are not read from one: "
+            "single files are for models with a UNet, give a diffusers directory or a hub id"
         )
         for dtype in (torch.float32, torch.float16):
             with pytest.raises(UsageError, match=message) as caught:
