@@ -12,22 +12,18 @@ from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAt
 from torch import Tensor, nn
 
 from oneword.export.flux import Rotations, image_ids, packed, unpacked
+from oneword.export.joint import JointTransformer, of_branches
 
 
-class Chroma(nn.Module):
+class Chroma(JointTransformer):
     """ChromaTransformer2DModel on unpacked latents, with a pool of contexts and their masks."""
 
-    num_layers = 1
     patch = 2
-    embeds_guidance = False
     masks_context = True
 
     def __init__(self, transformer: ChromaTransformer2DModel) -> None:
-        super().__init__()
-        self.transformer = transformer
-        self.dtype = transformer.dtype
+        super().__init__(transformer)
         self.in_channels = int(transformer.config.in_channels) // self.patch**2
-        self.context_width = int(transformer.config.joint_attention_dim)
         transformer.pos_embed = Rotations(tuple(transformer.config.axes_dims_rope))
         for module in transformer.modules():
             if isinstance(module, FluxAttention):
@@ -46,10 +42,8 @@ class Chroma(nn.Module):
         """Latents [N,C,h,w], times [N] (1000 sigma), contexts [N,T,D] and context_mask [N,T] (or [M,T,D] and [M,T] with
         branch_context [N,2,1]) -> [N,C,h,w], the direction from picture to noise. The mask is 1 for tokens that are
         attended to; None attends to all."""
-        if branch_context is not None:
-            rows = branch_context[:, 0, 0]
-            context = context.index_select(0, rows)
-            context_mask = None if context_mask is None else context_mask.index_select(0, rows)
+        context = of_branches(context, branch_context)
+        context_mask = None if context_mask is None else of_branches(context_mask, branch_context)
         n, c, h, w = sample.shape
         net: Any = self.transformer
         ids = torch.cat([sample.new_zeros(context.shape[1], 3).float(), image_ids(h // 2, w // 2, sample.device)])

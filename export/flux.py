@@ -4,20 +4,17 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
+from oneword.export.joint import JointTransformer, of_branches
 
-class Flux(nn.Module):
+
+class Flux(JointTransformer):
     """FluxTransformer2DModel on unpacked latents. Its rotations are computed in float32: TensorRT has no float64."""
 
-    num_layers = 1
     patch = 2
-    masks_context = False
 
     def __init__(self, transformer: FluxTransformer2DModel) -> None:
-        super().__init__()
-        self.transformer = transformer
-        self.dtype = transformer.dtype
+        super().__init__(transformer)
         self.in_channels = int(transformer.config.in_channels) // self.patch**2
-        self.context_width = int(transformer.config.joint_attention_dim)
         self.embeds_guidance = bool(transformer.config.guidance_embeds)
         transformer.pos_embed = Rotations(tuple(transformer.config.axes_dims_rope))
 
@@ -33,8 +30,7 @@ class Flux(nn.Module):
     ) -> Tensor:
         """Latents [N,C,h,w], times [N] (1000 sigma), contexts [N,T,D] (or [M,T,D] with branch_context [N,2,1]), pooled
         [N,P], embedded_guidance [N] -> [N,C,h,w], the direction from picture to noise."""
-        if branch_context is not None:
-            context = context.index_select(0, branch_context[:, 0, 0])
+        context = of_branches(context, branch_context)
         _, c, h, w = sample.shape
         prediction: Tensor = self.transformer(
             hidden_states=packed(sample),

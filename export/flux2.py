@@ -2,27 +2,22 @@
 
 import torch
 from diffusers import Flux2Transformer2DModel
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad
 
 from oneword.export.flux import Rotations, image_ids
+from oneword.export.joint import JointTransformer, of_branches
 
 
-class Flux2(nn.Module):
+class Flux2(JointTransformer):
     """Flux2Transformer2DModel on latents that are not packed: a token is one latent of the sampler, whose channels are
     those of a square of the VAE's latents."""
 
-    num_layers = 1
     patch = 1
-    embeds_guidance = False
-    masks_context = False
 
     def __init__(self, transformer: Flux2Transformer2DModel) -> None:
-        super().__init__()
-        self.transformer = transformer
-        self.dtype = transformer.dtype
+        super().__init__(transformer)
         self.in_channels = int(transformer.config.in_channels)
-        self.context_width = int(transformer.config.joint_attention_dim)
         transformer.pos_embed = Rotations(
             tuple(transformer.config.axes_dims_rope), float(transformer.config.rope_theta)
         )
@@ -38,8 +33,7 @@ class Flux2(nn.Module):
     ) -> Tensor:
         """Latents [N,C,h,w], times [N] (1000 sigma), contexts [N,T,D] (or [M,T,D] with branch_context [N,2,1]) ->
         [N,C,h,w], the direction from picture to noise."""
-        if branch_context is not None:
-            context = context.index_select(0, branch_context[:, 0, 0])
+        context = of_branches(context, branch_context)
         _, _, h, w = sample.shape
         prediction: Tensor = self.transformer(
             hidden_states=sample.flatten(2).transpose(1, 2),

@@ -1,23 +1,18 @@
 """The network of Stable Diffusion 3 and 3.5 (arXiv 2403.03206): diffusers' own forward, with a pool of contexts."""
 
 from diffusers import SD3Transformer2DModel
-from torch import Tensor, nn
+from torch import Tensor
+
+from oneword.export.joint import JointTransformer, of_branches
 
 
-class StableDiffusion3(nn.Module):
-    """SD3Transformer2DModel. Every layer attends to image and text tokens together, so all layers share one context."""
-
-    num_layers = 1
-    embeds_guidance = False
-    masks_context = False
+class StableDiffusion3(JointTransformer):
+    """SD3Transformer2DModel."""
 
     def __init__(self, transformer: SD3Transformer2DModel) -> None:
-        super().__init__()
-        self.transformer = transformer
-        self.dtype = transformer.dtype
+        super().__init__(transformer)
         self.in_channels = int(transformer.config.in_channels)
         self.patch = int(transformer.config.patch_size)
-        self.context_width = int(transformer.config.joint_attention_dim)
 
     def forward(
         self,
@@ -30,8 +25,7 @@ class StableDiffusion3(nn.Module):
     ) -> Tensor:
         """Latents [N,C,h,w], times [N] (1000 sigma), contexts [N,T,D] (or [M,T,D] with branch_context [N,2,1]), pooled
         [N,P] -> [N,C,h,w], the direction from picture to noise."""
-        if branch_context is not None:
-            context = context.index_select(0, branch_context[:, 0, 0])
+        context = of_branches(context, branch_context)
         prediction: Tensor = self.transformer(
             hidden_states=sample,
             timestep=t,
