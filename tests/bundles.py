@@ -12,13 +12,13 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, TypeVar
 from unittest.mock import patch
 
 import torch
@@ -33,6 +33,7 @@ from oneword.export.trace import trace
 from oneword.export.write import Exported, export_bundle
 from oneword.runtime.bundle import Bundle
 
+T = TypeVar("T")
 CACHE = Path(__file__).parents[1] / ".cache" / "bundles"
 PACKAGES = (
     *("torch", "diffusers", "transformers", "tokenizers", "safetensors", "peft", "accelerate", "numpy"),
@@ -49,20 +50,31 @@ def export_once(model: str | Path, bundle: Path, **options: Any) -> Exported:
     An export that was made before, of the same files by the same code, is copied. Processes take turns, so that one
     exports and the others copy.
     """
-    folder = CACHE / code_digest() / key(model, options)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    os.utime(folder.parent)
-    with FileLock(folder.with_suffix(".lock")):
-        if not folder.exists():
-            with suppress(FileNotFoundError):  # another process deletes them
-                drop_unused(CACHE)
-            with tempfile.TemporaryDirectory(dir=folder.parent) as work:
-                with patch.object(write, "trace", trace_once):
-                    made = export_bundle(model, Path(work, "whole", "bundle"), **options)
-                Path(work, "whole", "exported.pickle").write_bytes(pickle.dumps(replace(made, bundle=None)))
-                Path(work, "whole").rename(folder)
-    shutil.copytree(folder / "bundle", bundle)
-    return replace(pickle.loads((folder / "exported.pickle").read_bytes()), bundle=Bundle.open(bundle))
+
+    def export(folder: Path) -> Exported:
+        with suppress(FileNotFoundError):  # another process deletes them
+            drop_unused(CACHE)
+        with patch.object(write, "trace", trace_once):
+            return replace(export_bundle(model, folder, **options), bundle=None)
+
+    exported, files = made_once(key(model, options), export)
+    shutil.copytree(files, bundle)
+    return replace(exported, bundle=Bundle.open(bundle))
+
+
+def made_once(name: str, make: Callable[[Path], T]) -> tuple[T, Path]:
+    """What `make` returned when this code first called it for `name`, and the folder that it wrote."""
+    stored = CACHE / code_digest() / name
+    stored.parent.mkdir(parents=True, exist_ok=True)
+    os.utime(stored.parent)
+    with FileLock(stored.with_suffix(".lock")):
+        if not stored.exists():
+            with tempfile.TemporaryDirectory(dir=stored.parent) as work:
+                whole = Path(work, "whole")
+                whole.mkdir()
+                (whole / "result.pickle").write_bytes(pickle.dumps(make(whole / "files")))
+                whole.rename(stored)
+    return pickle.loads((stored / "result.pickle").read_bytes()), stored / "files"
 
 
 def drop_unused(cache: Path) -> None:
@@ -77,18 +89,14 @@ def trace_once(
     graph: Traceable, folder: Path, weights: Weights = Weights.FLOAT
 ) -> tuple[tuple[str, ...], dict[Provider, str]]:
     """As `trace`; the files of a graph that equals one that was traced before are copied."""
-    traced = CACHE / code_digest() / f"graph-{graph_key(graph, weights)}"
-    traced.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(traced.with_suffix(".lock")):
-        if not traced.exists():
-            with tempfile.TemporaryDirectory(dir=traced.parent) as work:
-                Path(work, "whole", "files").mkdir(parents=True)
-                made = trace(graph, Path(work, "whole", "files"), weights)
-                Path(work, "whole", "traced.pickle").write_bytes(pickle.dumps(made))
-                Path(work, "whole").rename(traced)
-    shutil.copytree(traced / "files", folder, dirs_exist_ok=True)
-    files, copies = pickle.loads((traced / "traced.pickle").read_bytes())
-    return files, copies
+
+    def traced(files: Path) -> tuple[tuple[str, ...], dict[Provider, str]]:
+        files.mkdir()
+        return trace(graph, files, weights)
+
+    made, files = made_once(f"graph-{graph_key(graph, weights)}", traced)
+    shutil.copytree(files, folder, dirs_exist_ok=True)
+    return made
 
 
 def graph_key(graph: Traceable, weights: Weights) -> str:
