@@ -292,9 +292,12 @@ class Generation:
 
     def price(self) -> None:
         """Counts the chunks of the prompts with the words that the request has now, before it enters: call it in a
-        thread if they are long. Raises UsageError for a malformed prompt."""
+        thread if they are long. Raises ApiError for a malformed prompt."""
         words = self.request.words or {}
-        self.chunks = sum(self._pool.chunks(text, words) for text in self.settings.texts)
+        try:
+            self.chunks = sum(self._pool.chunks(text, words) for text in self.settings.texts)
+        except OnewordError as error:
+            raise from_oneword(error) from None
         self._prompt_work = Work(chunks=self.chunks)
 
     def _branch_pixels_left(self, step: int) -> int:
@@ -384,10 +387,7 @@ class Pool:
         without work takes requests of up to ten times as many seconds; Invalid for a larger one.
         """
         generation = self.prepared(tenant, request, settings, partials=partials, label=label)
-        try:
-            generation.price()
-        except OnewordError as error:
-            raise from_oneword(error) from None
+        generation.price()
         self.enter(generation, deadline=deadline)
         return generation
 

@@ -15,12 +15,10 @@ import numpy as np
 import PIL.Image
 from starlette.requests import HTTPConnection
 
-from oneword.engines.errors import OnewordError
 from oneword.runtime.bundle import Manifest
 from oneword.runtime.events import Latents
 from oneword.runtime.images import preview_image
 from oneword.runtime.request import Image
-from oneword.serve.errors import from_oneword
 from oneword.serve.jobs import Jobs
 from oneword.serve.keys import Keys, Tenant
 from oneword.serve.metrics import Metrics
@@ -136,13 +134,10 @@ class State:
 
     async def price(self, *generations: Generation) -> None:
         """Counts the chunks of the generations' prompts, before they enter the pool. Raises ApiError."""
-        try:
-            if sum(len(text) for generation in generations for text in generation.settings.texts) <= _LONG:
-                _price(generations)
-            else:
-                await self.in_thread(_price, generations)
-        except OnewordError as error:
-            raise from_oneword(error) from None
+        if sum(len(text) for generation in generations for text in generation.settings.texts) <= _LONG:
+            _price(generations)
+        else:
+            await self.in_thread(_price, generations)
 
     def close(self) -> None:
         """Ends the threads of `in_thread`, without waiting for what they do."""
