@@ -453,7 +453,7 @@ def digest_directory(path: Path) -> str:
     digest = hashlib.sha256()
     folders = [path / name for name in (*COMPONENT_NAMES, "scheduler")]
     files = [path / "model_index.json", *(f for folder in folders for f in folder.glob("*"))]
-    for file in sorted(f for f in files if f.suffix in (".json", ".txt", ".jinja", ".safetensors")):
+    for file in sorted(f for f in files if any(map(f.match, (*TEXTS, WEIGHTS)))):
         digest.update(file.relative_to(path).as_posix().encode() + b"\0")
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
