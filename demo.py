@@ -73,9 +73,8 @@ def main() -> int:
         "--recipe", "precise", "--steps", STEPS, "--seed", SEED,
     )  # fmt: skip
     stages.command("export", "ti-export", options.model, bundle)
-    alone, other, together = scenes()
-    rows = [*alone, *other, *together]
-    prompts = [prompt for _, row in rows for prompt in row]
+    groups = scenes()
+    prompts = [prompt for rows in groups for _, row in rows for prompt in row]
     concepts = [part for word in words for part in ("--concept", word)]
     generated = stages.command(
         "generate", "ti-run", bundle, *prompts, *concepts, "--seed", SEED, "--guidance-scale", GUIDANCE,
@@ -85,13 +84,14 @@ def main() -> int:
     sheet = output / "contact-sheet.png"
     with stages.timed("sheet", str(sheet)):
         files = iter(Path(image["file"]) for image in generated["images"])
-        drawn = [(title, [(next(files), prompt) for prompt in row]) for title, row in rows]
         learned_from = [
-            (f"{token}, learned from five pictures of {name}", [(path, path.stem) for path in paths])
+            [(f"{token}, learned from five pictures of {name}", [(path, path.stem) for path in paths])]
             for token, name, paths in zip(TOKENS, described, pictures, strict=True)
         ]
-        split = len(alone)
-        contact_sheet([learned_from[0], *drawn[:split], learned_from[1], *drawn[split:]]).save(sheet)
+        rows = []
+        for learned, drawn in zip([*learned_from, []], groups, strict=True):
+            rows += [*learned, *((title, [(next(files), prompt) for prompt in row]) for title, row in drawn)]
+        contact_sheet(rows).save(sheet)
     console.print(stages.table())
     console.print(f"Contact sheet: {sheet}", highlight=False)
     return 0

@@ -46,7 +46,7 @@ _RUNS: Final = re.compile(r"[\w.+*@#!~&$%^=-]+")
 
 
 class Frame(NamedTuple):
-    """What stands around the prompt in each chunk: bos and eos, or the parts of a chat template."""
+    """The tokens around the prompt in each chunk: bos and eos, or the parts of a chat template."""
 
     head: list[int]
     joined: str

@@ -289,7 +289,7 @@ RECIPES: Mapping[str, Recipe] = _named(
 
 fast               our own, with more pictures
 quick              `fast` with an eighth of its pictures, at twice the rate: for a first look
-directional        the default: an eighth of `fast`'s pictures; only the direction is learned, the length is the mean
+directional        the default: an eighth of `fast`'s pictures; learns a direction, at the vocabulary's mean length
 precise            the word's direction, and output vectors for each cross-attention layer and four stages, for values
 style              `fast` with the style templates of the paper's released code
 one-word           the paper's method: 5,000 steps of batch 4 at 0.04
