@@ -39,7 +39,7 @@ PACKAGES = (
     *("torch", "diffusers", "transformers", "tokenizers", "safetensors", "peft", "accelerate", "numpy"),
     *("onnx", "onnx-ir", "onnxscript", "onnxruntime"),
 )
-OPTIONS = ("precision", "preview", "weights")
+OPTIONS = ("precision", "preview", "weights", "without")
 MOST_CODES, MOST_DAYS = 8, 7
 """The exports of so many versions of the code are kept, each for so many days after it was last used."""
 

@@ -1,7 +1,7 @@
 """Families of transformers trained by flow matching, end to end, against diffusers' own pipelines.
 
 The tokenizers of the tiny models take 20 tokens (CLIP) and 24 (T5). Exporting one takes a minute, so that each is
-exported once; variants of it run its PyTorch modules in the runtime.
+exported once.
 """
 
 import json
@@ -19,7 +19,7 @@ from oneword.engines.errors import ConceptError, UsageError
 from oneword.engines.open import Backend
 from oneword.export import families
 from oneword.export.cli import plan_warnings
-from oneword.export.eager import EagerEngine, eager_model
+from oneword.export.eager import EagerEngine
 from oneword.export.families import family_of
 from oneword.export.source import UNSUPPORTED, encoders_left_out, load_source
 from oneword.export.trace import example_feeds
@@ -59,6 +59,13 @@ def sd3_bundle(tiny_sd3_dir: Path, flow_preview_dir: Path, tmp_path_factory: pyt
 @pytest.fixture(scope="module")
 def sd3(sd3_bundle: Path) -> Model:
     return Model.open(sd3_bundle, Backend.ONNXRUNTIME, threads=1)
+
+
+@pytest.fixture(scope="module")
+def sd3_without_t5(tiny_sd3_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    path = tmp_path_factory.mktemp("sd3-without-t5") / "bundle"
+    exported = compared(tiny_sd3_dir, path, "stable-diffusion-3", without=("text_encoder_3",))
+    return Model.open(exported.bundle.path, Backend.ONNXRUNTIME, threads=1)
 
 
 @pytest.fixture
@@ -160,15 +167,15 @@ def test_dpmpp_2m_with_sd3_matches_diffusers(sd3: Model, sd3_pipeline: Any) -> N
     assert psnr(ours, diffusers_picture(sd3_pipeline, PROMPT, guidance_scale=4.0)) >= 50
 
 
-def test_sd3_without_t5_attends_to_zeros_in_its_place(tiny_sd3_dir: Path, sd3_pipeline: Any) -> None:
-    model = eager_model(load_source(tiny_sd3_dir, without=["text_encoder_3"]))
+def test_sd3_without_t5_attends_to_zeros_in_its_place(sd3_without_t5: Model, sd3_pipeline: Any) -> None:
     sd3_pipeline.text_encoder_3 = sd3_pipeline.tokenizer_3 = None
 
-    ours = picture(model, PROMPT, guidance_scale=4.0)
+    ours = picture(sd3_without_t5, PROMPT, guidance_scale=4.0)
 
-    assert model.context_length(model.tokenize("")) == 20 + 256
+    assert "text_encoder_3" not in sd3_without_t5.manifest.graphs
+    assert sd3_without_t5.context_length(sd3_without_t5.tokenize("")) == 20 + 256
     assert psnr(ours, diffusers_picture(sd3_pipeline, PROMPT, guidance_scale=4.0, max_sequence_length=256)) >= 50
-    check_fits(concept(*WIDTHS), model.manifest)  # the vectors for T5 are not used
+    check_fits(concept(*WIDTHS), sd3_without_t5.manifest)  # the vectors for T5 are not used
 
 
 def test_a_text_encoder_that_a_model_needs_cannot_be_left_out(tiny_sd3_dir: Path, tiny_model_dir: Path) -> None:
@@ -272,13 +279,14 @@ def test_flux_dev_matches_diffusers(flux: Model, flux_pipeline: Any, size: tuple
 
 
 @pytest.mark.parametrize("tiny_flux_dir", ["schnell"], indirect=True)
-def test_flux_schnell_matches_diffusers(tiny_flux_dir: Path, flux_pipeline: Any) -> None:
-    model = eager_model(load_source(tiny_flux_dir))
-    assert (model.manifest.defaults.steps, model.manifest.defaults.guidance_scale) == (4, 1.0)
-    ours = picture(model, PROMPT, steps=4)
-    assert psnr(ours, diffusers_picture(flux_pipeline, PROMPT, num_inference_steps=4, guidance_scale=0.0)) >= 50
+@pytest.mark.parametrize("size", [(64, 64), (48, 112)])
+def test_flux_schnell_matches_diffusers(flux: Model, flux_pipeline: Any, size: tuple[int, int]) -> None:
+    assert (flux.manifest.defaults.steps, flux.manifest.defaults.guidance_scale) == (4, 1.0)
+    ours = picture(flux, PROMPT, size=size, steps=4)
+    settings = {"num_inference_steps": 4, "guidance_scale": 0.0}
+    assert psnr(ours, diffusers_picture(flux_pipeline, PROMPT, size=size, **settings)) >= 50
     with pytest.raises(UsageError, match="this model takes no embedded_guidance: use guidance_scale"):
-        draw(model, PROMPT, embedded_guidance=3.5)
+        draw(flux, PROMPT, embedded_guidance=3.5)
 
 
 @pytest.mark.parametrize("tiny_flux_dir", ["dev"], indirect=True)
@@ -328,7 +336,7 @@ def test_a_learned_word_in_sd3_draws_the_picture_of_diffusers(
 
 
 def test_a_word_learned_without_t5_draws_the_picture_of_diffusers_with_and_without_it(
-    tiny_sd3_dir: Path, sd3: Model, sd3_pipeline: Any, tmp_path: Path
+    tiny_sd3_dir: Path, sd3: Model, sd3_without_t5: Model, sd3_pipeline: Any, tmp_path: Path
 ) -> None:
     """With T5, that reads the word's init."""
     word = learned_word(tiny_sd3_dir, tmp_path, "--without", "text_encoder_3")
@@ -342,8 +350,7 @@ def test_a_word_learned_without_t5_draws_the_picture_of_diffusers_with_and_witho
     without = diffusers_picture(sd3_pipeline, prompt, guidance_scale=4.0, max_sequence_length=256)
 
     assert psnr(picture(sd3, prompt, **written), with_t5) >= 50
-    model = eager_model(load_source(tiny_sd3_dir, without=["text_encoder_3"]))
-    assert psnr(picture(model, prompt, **written), without) >= 50
+    assert psnr(picture(sd3_without_t5, prompt, **written), without) >= 50
 
 
 @pytest.mark.parametrize("tiny_flux_dir", ["dev"], indirect=True)
@@ -483,7 +490,6 @@ def test_sd3_in_openvino_is_near_onnxruntime(sd3: Model, sd3_bundle: Path) -> No
     assert decibels_of_openvino(sd3, sd3_bundle, guidance_scale=4.0) >= 30
 
 
-@pytest.mark.parametrize("tiny_flux_dir", ["dev"], indirect=True)
 def test_flux_in_openvino_is_near_onnxruntime(flux: Model, flux_bundle: Path) -> None:
     assert decibels_of_openvino(flux, flux_bundle) >= 30
 
@@ -532,6 +538,13 @@ def test_attention_of_chroma_is_fused(chroma_bundle: Path) -> None:
         "vae_decoder": (1, 0),
         "vae_encoder": (1, 0),
     }
+
+
+@pytest.mark.parametrize("size", [(384, 64), (64, 384)])
+def test_the_longest_sides_of_sd3_match_diffusers(sd3: Model, sd3_pipeline: Any, size: tuple[int, int]) -> None:
+    ours = picture(sd3, PROMPT, size=size, steps=2, guidance_scale=4.0)
+    theirs = diffusers_picture(sd3_pipeline, PROMPT, size=size, num_inference_steps=2, guidance_scale=4.0)
+    assert psnr(ours, theirs) >= 50
 
 
 def test_sizes_that_sd3_cannot_draw_are_refused(sd3: Model) -> None:
