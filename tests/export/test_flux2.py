@@ -29,6 +29,7 @@ from tests.export.conftest import QWEN_LENGTH, qwen_tokenizer
 from tests.export.test_flow_families import (
     PROMPT,
     add_word,
+    assert_drawn_as_alone,
     assert_planned,
     compared,
     decibels_of_openvino,
@@ -132,10 +133,7 @@ def test_rows_that_share_a_call_are_those_drawn_alone(model: Model) -> None:
         Request("a ring", "a star", seed=3, steps=5, guidance_scale=7.0, sampler="dpmpp-2m", size=(64, 64)),
         Request("a photo of the red painting, " * 6, seed=4, steps=4, guidance_scale=4.0, size=(64, 64)),
     ]
-    together = [result.image for result in draw(model, *requests)]
-    for request, image in zip(requests, together, strict=True):
-        [alone] = draw(model, request)
-        assert psnr(image, alone.image) >= 50
+    assert_drawn_as_alone(model, requests)
 
 
 @ONLY_BASE
