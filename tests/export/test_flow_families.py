@@ -5,6 +5,7 @@ exported once.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +212,41 @@ def test_a_long_prompt_of_sd3_adds_tokens_to_the_negative_prompt_too(sd3: Model,
 
     assert settings["prompt_embeds"].shape[1] == 2 * 20 + 24
     assert psnr(ours, diffusers_picture(sd3_pipeline, None, guidance_scale=4.0, **settings)) >= 50
+
+
+WEIGHTED = "(red:40) painting,[blue] cat"
+"""In both tokenizers five tokens, the first of weight 40 and the fourth of 1 / 1.1: the tiny models' pictures depend
+little on the prompt."""
+PLAIN, WEIGHTS = "red painting, blue cat", (40, 1, 1, 1 / 1.1, 1)
+
+
+def test_weights_in_a_prompt_of_sd3_scale_the_states_of_all_encoders(sd3: Model, sd3_pipeline: Any) -> None:
+    with torch.no_grad():
+        context, pooled = contexts_of(sd3_pipeline, [PLAIN], PLAIN, WEIGHTS)
+        plain, _ = contexts_of(sd3_pipeline, [PLAIN], PLAIN)
+    embeds = {"pooled_prompt_embeds": pooled, "negative_prompt": "", "guidance_scale": 7.0}
+
+    ours = picture(sd3, WEIGHTED, guidance_scale=7.0)
+
+    assert psnr(ours, diffusers_picture(sd3_pipeline, None, prompt_embeds=context, **embeds)) >= 50
+    only_clip = torch.cat([context[:, :20], plain[:, 20:]], dim=1)
+    only_t5 = torch.cat([plain[:, :20], context[:, 20:]], dim=1)
+    for other in (plain, only_clip, only_t5):
+        assert psnr(ours, diffusers_picture(sd3_pipeline, None, prompt_embeds=other, **embeds)) < 50
+
+
+@pytest.mark.parametrize("tiny_flux_dir", ["dev"], indirect=True)
+def test_weights_in_a_prompt_of_flux_scale_the_states_of_t5_alone(flux: Model, flux_pipeline: Any) -> None:
+    with torch.no_grad():
+        states = flux_pipeline._get_t5_prompt_embeds(PLAIN, max_sequence_length=24)
+        pooled = flux_pipeline._get_clip_prompt_embeds(PLAIN)
+    settings = {"true_cfg_scale": 40.0, "negative_prompt": "dog", "guidance_scale": 3.5}
+
+    ours = picture(flux, WEIGHTED, negative_prompt="dog", guidance_scale=40.0)
+
+    embeds = {"prompt_embeds": weighted(states, WEIGHTS), "pooled_prompt_embeds": pooled}
+    assert psnr(ours, diffusers_picture(flux_pipeline, None, **embeds, **settings)) >= 50
+    assert psnr(ours, diffusers_picture(flux_pipeline, PLAIN, **settings)) < 50
 
 
 def test_rows_of_sd3_that_share_a_call_are_those_drawn_alone(sd3: Model) -> None:
@@ -611,13 +647,25 @@ def diffusers_picture(pipeline: Any, prompt: str | None, size: tuple[int, int] =
     return np.asarray((output.images[0] * 255).round(), np.uint8)
 
 
-def contexts_of(pipeline: Any, clip_texts: list[str], t5_text: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The context and pooled vector of SD3, from diffusers' own encoding of each chunk."""
+def contexts_of(
+    pipeline: Any, clip_texts: list[str], t5_text: str, weights: Sequence[float] = ()
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The context and pooled vector of SD3, from diffusers' own encoding of each chunk. The first chunk's first tokens
+    have these weights."""
     clip = [pipeline._get_clip_prompt_embeds(clip_texts, clip_model_index=index) for index in (0, 1)]
-    hidden = torch.cat([states.flatten(0, 1) for states, _ in clip], dim=-1)[None]
-    t5 = pipeline._get_t5_prompt_embeds(t5_text, max_sequence_length=24)
+    hidden = torch.cat([weighted(states, (1, *weights)).flatten(0, 1) for states, _ in clip], dim=-1)[None]
+    t5 = weighted(pipeline._get_t5_prompt_embeds(t5_text, max_sequence_length=24), weights)
     hidden = torch.nn.functional.pad(hidden, (0, t5.shape[-1] - hidden.shape[-1]))
     return torch.cat([hidden, t5], dim=1), torch.cat([pooled[:1] for _, pooled in clip], dim=-1)
+
+
+def weighted(states: torch.Tensor, weights: Sequence[float]) -> torch.Tensor:
+    """The states [B,T,D] of a prompt whose first tokens have A1111's weights: the first row's mean is restored, as far
+    as one of the weights would."""
+    row, numbers = states[0], torch.ones(states.shape[1])
+    numbers[: len(weights)] = torch.tensor(weights)
+    factor = (row.mean() / (row * numbers[:, None]).mean()).clamp(1 / numbers.max(), 1 / numbers.min())
+    return torch.cat([(row * numbers[:, None] * factor)[None], states[1:]])
 
 
 def concept(*encoders: str, **provenance: str) -> Concept:
