@@ -1,13 +1,16 @@
 """Half-precision bundles, end to end."""
 
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import msgspec
 import numpy as np
+import onnx
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import T5EncoderModel
 
 from oneword.engines.errors import EngineError, NotFinite
 from oneword.engines.graph import Graph, Precision
@@ -16,6 +19,7 @@ from oneword.export.families import TORCH_DTYPES, Traceable, family_of
 from oneword.export.parity import references
 from oneword.export.source import load_source
 from oneword.export.trace import trace
+from oneword.export.write import write_graph
 from oneword.runtime.backends import choose_backend
 from oneword.runtime.bundle import Bundle
 from oneword.runtime.concept import Concept
@@ -90,6 +94,40 @@ def test_the_vae_of_sdxl_stays_in_fp32_in_a_half_precision_export(tiny_sdxl_dir:
         "vae_decoder": Precision.FP32,
         "vae_encoder": Precision.FP32,
     }
+
+
+def test_t5_in_half_precision_has_outputs_beyond_fp16_as_in_transformers(tiny_sd3_dir: Path, tmp_path: Path) -> None:
+    source = load_source(tiny_sd3_dir, torch.float16)
+    reference = T5EncoderModel.from_pretrained(tiny_sd3_dir / "text_encoder_3").requires_grad_(False)
+    for model in (source.text_encoders["text_encoder_3"], reference):
+        for block in model.encoder.block:  # outputs of about 1e5, where fp16 ends at 65,504
+            block.layer[1].DenseReluDense.wo.weight *= 1e5
+    exportable = family_of(source)
+    [traceable] = [graph for graph in exportable.graphs if graph.name == "text_encoder_3"]
+    graph = write_graph(traceable, tmp_path)
+
+    ids, table = torch.arange(2, 18)[None], exportable.tables["text_encoder_3"].numpy()
+    feeds = {"input_ids": ids.numpy(), "embedding_table": table, "token_weights": np.ones((1, 16), np.float32)}
+    outputs = OnnxRuntimeEngine("text_encoder_3", graph, tmp_path).run(feeds)
+
+    assert (traceable.precision, table.dtype) == (Precision.FP16, np.float16)
+    expected = reference(ids)[0].numpy()
+    assert outputs["finite"].all()
+    assert np.abs(outputs["hidden_states"] - expected).max() <= 0.02 * np.abs(expected).max()  # fp16 rounds at 1e-3
+    for file in (graph.files[0], *graph.fused.values()):  # two layers, each with a wo, two wi, and q, k, v and o
+        assert matrices(tmp_path / file) == {"FLOAT": {(37, 32): 2}, "FLOAT16": {(32, 37): 4, (32, 32): 8}}
+
+
+def matrices(file: Path) -> dict[str, Counter[tuple[int, ...]]]:
+    """The weights of a graph's products: how many of each shape, by the type that they are multiplied in."""
+    graph = onnx.load(file, load_external_data=False).graph
+    weights = {tensor.name: tensor for tensor in graph.initializer}
+    counts: dict[str, Counter[tuple[int, ...]]] = {}
+    for node in graph.node:
+        if node.op_type == "MatMul" and node.input[1] in weights:
+            tensor = weights[node.input[1]]
+            counts.setdefault(onnx.TensorProto.DataType.Name(tensor.data_type), Counter())[tuple(tensor.dims)] += 1
+    return counts
 
 
 def test_a_bundle_in_bfloat16_is_left_to_the_gpu(tiny_bundle: Path) -> None:
