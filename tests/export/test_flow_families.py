@@ -168,6 +168,19 @@ def test_dpmpp_2m_with_sd3_matches_diffusers(sd3: Model, sd3_pipeline: Any) -> N
     assert psnr(ours, diffusers_picture(sd3_pipeline, PROMPT, guidance_scale=4.0)) >= 50
 
 
+@pytest.mark.parametrize("tiny_flux_dir", ["dev"], indirect=True)
+@pytest.mark.parametrize("size", [(80, 64), (48, 112)])
+def test_dpmpp_2m_with_flux_dev_matches_diffusers(flux: Model, flux_pipeline: Any, size: tuple[int, int]) -> None:
+    """The pipeline gives any scheduler the shift for the picture's size, which this one refuses for schnell."""
+    from diffusers import DPMSolverMultistepScheduler
+
+    config = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "use_dynamic_shifting": True}
+    flux_pipeline.scheduler = DPMSolverMultistepScheduler.from_config(flux_pipeline.scheduler.config, **config)
+    ours = picture(flux, PROMPT, size=size, sampler="dpmpp-2m")
+    assert psnr(ours, diffusers_picture(flux_pipeline, PROMPT, size=size, guidance_scale=3.5)) >= 50
+    assert psnr(ours, picture(flux, PROMPT, size=size)) < 50  # Euler
+
+
 def test_sd3_without_t5_attends_to_zeros_in_its_place(sd3_without_t5: Model, sd3_pipeline: Any) -> None:
     sd3_pipeline.text_encoder_3 = sd3_pipeline.tokenizer_3 = None
 

@@ -125,15 +125,18 @@ def _dpm(config: dict[str, Any], **settings: Any) -> Any:
 
 
 @pytest.mark.parametrize("steps", STEPS)
-@pytest.mark.parametrize("config", [SD3, FLUX_DEV, FLUX_SCHNELL])
-def test_dpmpp_2m_ends_with_the_latents_of_diffusers(steps: int, config: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("config", "kind"),
+    [(SD3, ScheduleKind.FLOW), (FLUX_DEV, ScheduleKind.FLOW_EVEN), (FLUX_SCHNELL, ScheduleKind.FLOW_EVEN)],
+)
+def test_dpmpp_2m_ends_with_the_latents_of_diffusers(steps: int, config: dict[str, Any], kind: ScheduleKind) -> None:
     scheduler = _dpm(config)
     dynamic = config.get("use_dynamic_shifting", False)
     scheduler.set_timesteps(steps, **({"mu": calculate_shift(1000)} if dynamic else {}))
-    schedule = make_schedule(
-        config, Sampler.DPMPP_2M, steps, guidance_scale=1.0, kind=ScheduleKind.FLOW, image_tokens=1000
-    )
+    schedule = make_schedule(config, Sampler.DPMPP_2M, steps, guidance_scale=1.0, kind=kind, image_tokens=1000)
 
+    sigmas = FlowSchedule.read(config, kind, image_tokens=1000).sigmas_dpm(steps)
+    np.testing.assert_allclose(sigmas, scheduler.sigmas[:-1].numpy(), rtol=1e-5)
     np.testing.assert_array_equal(schedule.timesteps, scheduler.timesteps)
     _assert_close(_run_table(schedule), _run_diffusers(scheduler))
 
