@@ -35,6 +35,7 @@ from oneword.runtime.scheduler import Scheduler
 from oneword.train.cli import main
 from tests.bundles import export_once
 from tests.export.operators import attentions_and_norms
+from tests.export.test_preview import assert_mapped, assert_previewed
 from tests.plans import rtx_plans
 
 PROMPT = "a photo of the red painting, 7 cats"
@@ -524,6 +525,19 @@ def test_a_draft_of_flux_matches_diffusers_with_its_small_decoder(
     flux: Model, flux_pipeline: Any, flow_preview_dir: Path
 ) -> None:
     assert_draft_matches(flux, flux_pipeline, flow_preview_dir)
+
+
+def test_previews_of_sd3_are_those_of_its_small_decoder_or_of_its_map(
+    sd3: Model, sd3_without_t5: Model, flow_preview_dir: Path
+) -> None:
+    assert_previewed(sd3, flow_preview_dir, size=(80, 64))
+    assert not sd3_without_t5.manifest.has_preview_decoder
+    assert_mapped(sd3_without_t5)
+
+
+@pytest.mark.parametrize("tiny_flux_dir", ["dev"], indirect=True)
+def test_previews_of_flux_are_those_of_its_small_decoder(flux: Model, flow_preview_dir: Path) -> None:
+    assert_previewed(flux, flow_preview_dir, size=(80, 64))
 
 
 def test_sd3_in_openvino_is_near_onnxruntime(sd3: Model, sd3_bundle: Path) -> None:

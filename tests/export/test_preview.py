@@ -20,6 +20,7 @@ from oneword.runtime.events import StepDone
 from oneword.runtime.model import Model
 from oneword.runtime.request import Image, Request
 from oneword.train.miniature import world
+from tests.bundles import export_once
 from tests.conftest import make_preview_decoder
 
 
@@ -64,21 +65,25 @@ def test_the_preview_of_a_linear_decoder_is_that_decoder(tiny_model_dir: Path, m
     np.testing.assert_allclose(preview.bias, [0.5] * 3, atol=2e-6)
 
 
-def test_the_model_of_a_bundle_previews_with_its_map(tiny_bundle: Path) -> None:
-    model = Model.open(tiny_bundle, "onnxruntime", threads=1)
-    preview = Bundle.open(tiny_bundle).manifest.preview
-    assert preview is not None
-    latents = np.random.default_rng(0).normal(0, 20, (4, 5, 6)).astype(np.float32)
-    image = model.preview(latents)
+def test_the_preview_of_a_flow_model_includes_the_scale_and_the_shift_of_its_vae(tiny_sd3_dir: Path) -> None:
+    source = load_source(tiny_sd3_dir)
+    weights = torch.linspace(0.04, 0.08, 16 * 3).reshape(16, 3)
 
-    assert image is not None
-    assert (image.dtype, image.shape) == (np.uint8, (5, 6, 3))
-    for y, x in ((0, 0), (4, 5), (2, 3)):
-        rgb = [
-            preview.bias[c] + sum(float(latents[i, y, x]) * preview.weights[i][c] for i in range(4)) for c in range(3)
-        ]
-        expected = [round(min(max(value, 0), 1) * 255) for value in rgb]
-        assert np.abs(image[y, x].astype(int) - expected).max() <= 1
+    class Linear(torch.nn.Module):
+        def forward(self, latents: torch.Tensor) -> torch.Tensor:
+            rgb = torch.einsum("nchw,cd->ndhw", latents, weights)
+            return rgb.repeat_interleave(8, 2).repeat_interleave(8, 3)
+
+    source.vae.decoder = Linear()
+    preview = preview_of(source)
+
+    scale, shift = 1.5305, 0.0609  # the decoder's input is latents / scale + shift, its output is from -1 to 1
+    np.testing.assert_allclose(preview.weights, weights / scale / 2, atol=8e-4)  # pixels are rounded to 1 / 255
+    np.testing.assert_allclose(preview.bias, shift * weights.sum(0) / 2 + 0.5, atol=2e-3)
+
+
+def test_the_model_of_a_bundle_previews_with_its_map(tiny_bundle: Path) -> None:
+    assert_mapped(Model.open(tiny_bundle, "onnxruntime", threads=1))
 
 
 @pytest.mark.parametrize("size", [(64, 64), (80, 72)])
@@ -103,22 +108,33 @@ def test_a_draft_matches_diffusers_with_the_small_decoder(
 
 
 def test_previews_are_those_of_diffusers_small_decoder(previewing: Model, tiny_preview_dir: Path) -> None:
-    from diffusers import AutoencoderTiny
-    from diffusers.image_processor import VaeImageProcessor
-
-    tiny = AutoencoderTiny.from_pretrained(tiny_preview_dir)
-    events = generate(previewing, [Request("a red cat", steps=4, previews=2, size=(72, 64))])
-    [latents] = [event.denoised for event in events if isinstance(event, StepDone) and event.denoised is not None]
-    with torch.no_grad():
-        decoded = tiny.decode(torch.from_numpy(latents)[None] / tiny.config.scaling_factor).sample
-    [expected] = VaeImageProcessor().postprocess(decoded, output_type="np")
-
-    image = previewing.preview(latents)
-
-    assert image is not None
-    assert image.shape == (64, 72, 3)
-    assert decibels(image, (expected * 255).round()) >= 50
+    assert_previewed(previewing, tiny_preview_dir, size=(72, 64))
     assert previewing.manifest.preview is not None  # for who decodes nothing
+
+
+def test_drafts_and_previews_of_sdxl_are_those_of_diffusers_with_its_small_decoder(
+    tiny_sdxl_dir: Path, tiny_preview_dir: Path, tmp_path: Path
+) -> None:
+    from diffusers import AutoencoderTiny, StableDiffusionXLPipeline
+
+    bundle = export_once(tiny_sdxl_dir, tmp_path / "bundle", preview=tiny_preview_dir).bundle.path
+    model = Model.open(bundle, "onnxruntime", threads=1)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(
+        tiny_sdxl_dir, vae=AutoencoderTiny.from_pretrained(tiny_preview_dir), add_watermarker=False
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    settings = {"num_inference_steps": 6, "guidance_scale": 5.0, "width": 80, "height": 64}
+    generator = torch.Generator().manual_seed(4)
+    expected = pipeline("a red cat", generator=generator, output_type="np", **settings).images[0]
+
+    ours, full = (
+        draw(model, "a red cat", steps=6, guidance_scale=5.0, seed=4, size=(80, 64), draft=draft)[0].image
+        for draft in (True, False)
+    )
+
+    assert decibels(ours, (expected * 255).round()) >= 50
+    assert decibels(ours, full) < 30
+    assert_previewed(model, tiny_preview_dir, size=(80, 64))
 
 
 def test_the_small_decoder_has_nothing_to_fuse(tiny_preview_bundle: Path) -> None:
@@ -184,6 +200,44 @@ def assert_refused(model: Path, folder: Path, decoder: Path, message: str) -> No
     assert str(caught.value).startswith(f"--preview {decoder}")
     assert "\n" not in str(caught.value)
     assert not (folder / "bundle").exists()
+
+
+def assert_previewed(model: Model, decoder: Path, size: tuple[int, int]) -> None:
+    """The preview of a step has the pixels of diffusers' AutoencoderTiny."""
+    from diffusers import AutoencoderTiny
+    from diffusers.image_processor import VaeImageProcessor
+
+    tiny = AutoencoderTiny.from_pretrained(decoder)
+    events = generate(model, [Request("a red cat", steps=4, previews=2, size=size)])
+    [latents] = [event.denoised for event in events if isinstance(event, StepDone) and event.denoised is not None]
+    with torch.no_grad():
+        unscaled = torch.from_numpy(latents)[None] / tiny.config.scaling_factor + tiny.config.shift_factor
+        [expected] = VaeImageProcessor().postprocess(tiny.decode(unscaled).sample, output_type="np")
+
+    image = model.preview(latents)
+
+    assert image is not None
+    assert image.shape == (size[1], size[0], 3)
+    assert image.std() > 10
+    assert decibels(image, (expected * 255).round()) >= 50
+
+
+def assert_mapped(model: Model) -> None:
+    """The preview of latents is the manifest's linear map of them, which is computed here by hand."""
+    preview, channels = model.manifest.preview, model.manifest.vae.latent_channels
+    assert preview is not None
+    latents = np.random.default_rng(0).normal(0, 20, (channels, 5, 6)).astype(np.float32)
+    image = model.preview(latents)
+
+    assert image is not None
+    assert (image.dtype, image.shape) == (np.uint8, (5, 6, 3))
+    for y, x in ((0, 0), (4, 5), (2, 3)):
+        rgb = [
+            preview.bias[c] + sum(float(latents[i, y, x]) * preview.weights[i][c] for i in range(channels))
+            for c in range(3)
+        ]
+        expected = [round(min(max(value, 0), 1) * 255) for value in rgb]
+        assert np.abs(image[y, x].astype(int) - expected).max() <= 1
 
 
 def decibels(a: Image, b: Any) -> float:
