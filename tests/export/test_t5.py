@@ -1,6 +1,8 @@
 """T5's encoder and its tokenizer, against transformers."""
 
+import base64
 import random
+import zlib
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,18 @@ from oneword.runtime.concept import Concept
 from oneword.runtime.prompt import Tokenizer, Vocabulary, encode_ids
 from tests.conftest import WORDS
 from tests.export.conftest import t5, t5_tokenizer
+
+CHARSMAP = (
+    "eNol03mwjlUcB/Df+8oYQzPXP+YiM9Qg0RXZ21y0ikIRkoRbNNKGa3+vFupGKFkrlKzVJSpyFVowZI1Wu6GZ7BelUp+HZ+bzfM95fuecOTPPOX"
+    "FFRFSLKHtlRCoisyk7HQWlI7K0Z1XwykpHob4nUyr5VjWijMyUT0emfsTi/MvjTc/MlmVl0i8nJ5ako6KJlcimCpWxRFxFcd10rCpKR/XLW4hr"
+    "uJoafFAcUUvWpDbXUofruJ661CMH24gbuJEGNKIhTWhMM5pyE825hZu5jVvJpQWtaMnttOZO7uBu7qIN99CWe7mPdrTnfjrSgQd5gM50ogsP0Y"
+    "2udOdhevAIPXmUXjxGH3rzOHn05QmepB/9kzFj0zFAPsUzPM1zPMtAnmcwgxhCPsMYygiGM4qRFCQ/lxcYzUu8yBhe5hXGUsirjOM1Xmc8E5nA"
+    "G0xiMm8yhbeYxlRmMJ23mcm7vMNsZvEec5jL+8xLzgELmM8iFvIhi/mYj1hCEZ+wlOUs4zM+ZQWf8wUrk3PHKr5kNWv4inWs5Ru+5ju+ZQPrk1"
+    "pRKjbKzWxiC9+zja3sYDs/sJPd7OInfuQXfuY3fmUve9jPPg5ygMMc4ggnslLxuzya1Jal4uDUVBzT/iOpcZxTnOQMpzlLCec5x1/8yd9c4F/+"
+    "4T8uxqXLl5OT4xrlOop5fWPdgvgfTqyWKQ=="
+)
+"""Rules of a normalizer that SentencePiece 0.2.3 compiled, compressed: U+FB01 is fi, U+FF21 A, U+FF41 a, U+2460 1,
+U+2026 three full stops, U+00A0, U+3000 and the tab are spaces, U+200B is nothing, and e with U+0301 is U+00E9."""
 
 
 @pytest.fixture
@@ -109,8 +123,35 @@ def test_an_eos_within_a_prompt_masks_nothing_if_the_encoder_masks_padding(promp
     assert chunks.attended(1).tolist() == [(np.arange(64) <= length).tolist()]
 
 
-def test_the_ids_of_two_thousand_prompts_with_words_are_those_of_transformers() -> None:
-    reference = t5_tokenizer(model_max_length=64)
+def normalizing_tokenizer() -> Any:
+    """A tokenizer with a precompiled normalizer, as the published T5 has one."""
+    charsmap = zlib.decompress(base64.b64decode(CHARSMAP))
+    return t5_tokenizer(model_max_length=64, _spm_precompiled_charsmap=charsmap)
+
+
+def test_a_precompiled_normalizer_acts_on_each_part_of_a_prompt() -> None:
+    reference = normalizing_tokenizer()
+    ours = tokenizer_like(reference)
+    rows = np.full((1, 4), 0.1, np.float32)
+    vocabulary = Vocabulary({"<toy>": Concept("<toy>", {"text_encoder_3": rows})})
+
+    written, plain = (
+        encode_ids(prompt, ours, vocabulary, "text_encoder_3").input_ids.tolist()
+        for prompt in (
+            "\uff21 ri\u200bng\u2026\u00a0<toy>\u3000\ufb01 (\uff41:1.3)\t\u2460",
+            "A ring... <toy> fi (a:1.3) 1",
+        )
+    )
+
+    assert written == plain
+    assert reference("\uff21 ri\u200bng\u2026").input_ids == reference("A ring...").input_ids
+    without = encode_ids("\uff21", tokenizer_like(t5_tokenizer(model_max_length=64)), vocabulary, "text_encoder_3")
+    assert 2 in without.input_ids  # unknown
+
+
+@pytest.mark.parametrize("normalizes", [False, True])
+def test_the_ids_of_two_thousand_prompts_with_words_are_those_of_transformers(normalizes: bool) -> None:
+    reference = normalizing_tokenizer() if normalizes else t5_tokenizer(model_max_length=64)
     ours = tokenizer_like(reference)
     names = ["<toy>", "<cat-toy>", "<style.2>"]
     words = {
@@ -122,6 +163,7 @@ def test_the_ids_of_two_thousand_prompts_with_words_are_those_of_transformers() 
     learned = {reference.convert_tokens_to_ids(piece): number for number, piece in enumerate(pieces)}
     choose = random.Random(0)
     fragments = [*WORDS, *names, "paintings", "redring", "Éclair", "ü", "☃", "7", ", ", ".", "-", "  ", "\t", "'s"]
+    fragments += ["\ufb01", "\uff21\uff41", "\u2460", "\u2026", "\u00a0", "\u3000", "a\u200bnd", "\u00e9"]
 
     for _ in range(2000):
         prompt = "".join(choose.choice(fragments) + choose.choice(("", " ", " ")) for _ in range(choose.randint(0, 12)))
