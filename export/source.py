@@ -91,11 +91,37 @@ UNSUPPORTED = {
     "Krea2Pipeline": "Qwen3-VL as its text encoder",
     "Ideogram4Pipeline": "Qwen3-VL as its text encoder, and a second network without a prompt",
     "ErnieImagePipeline": "Mistral as its text encoder",
+    "ZImageOmniPipeline": "Qwen3 as its text encoder, and prompts without padding",
+    "QwenImageEditPipeline": "Qwen2.5-VL as its text encoder, which also reads pictures",
+    "QwenImageEditPlusPipeline": "Qwen2.5-VL as its text encoder, which also reads pictures",
+    "LuminaPipeline": "Gemma as its text encoder, and a mask of the prompt",
+    "HunyuanVideoPipeline": "Llama as one of its text encoders, and latents of several frames",
     "StableCascadeCombinedPipeline": "two networks in turn",
+    "StableCascadePriorPipeline": "a second network, which decodes its latents",
+    "StableCascadeDecoderPipeline": "a prior before its network",
     "WuerstchenCombinedPipeline": "two networks in turn",
+    "WuerstchenPriorPipeline": "a second network, which decodes its latents",
+    "WuerstchenDecoderPipeline": "a prior before its network",
     "KandinskyV22CombinedPipeline": "a prior before its network",
+    "KandinskyV22PriorPipeline": "a second network, which draws from its embeddings",
+    "KandinskyV22Pipeline": "a prior before its network",
+    "FluxFillPipeline": "a masked picture as more channels of its input",
+    "FluxKontextPipeline": "a reference picture as more tokens of its network",
+    "FluxKontextInpaintPipeline": "a reference picture as more tokens of its network",
+    "FluxPriorReduxPipeline": "an encoder of pictures",
+    **dict.fromkeys(
+        ("FluxControlPipeline", "FluxControlImg2ImgPipeline", "FluxControlInpaintPipeline"),
+        "a control picture as more channels of its input",
+    ),
+    **dict.fromkeys(
+        (
+            *("FluxControlNetPipeline", "FluxControlNetImg2ImgPipeline", "FluxControlNetInpaintPipeline"),
+            *("StableDiffusion3ControlNetPipeline", "StableDiffusion3ControlNetInpaintingPipeline"),
+        ),
+        "a ControlNet beside its network",
+    ),
 }
-"""Text-to-image pipelines that are refused, with the first thing that is missing in `oneword.export.families`."""
+"""Pipelines that are refused, with the first thing that is missing in `oneword.export.families`."""
 WEIGHTS = "*.safetensors"
 TEXTS = ("*.json", "*.txt", "*.jinja")
 
