@@ -25,6 +25,7 @@ from oneword.export.chroma import Chroma
 from oneword.export.flux import Flux
 from oneword.export.flux2 import Flux2
 from oneword.export.modules import (
+    AnyVae,
     DenoiseStep,
     Network,
     PooledEncoder,
@@ -35,7 +36,6 @@ from oneword.export.modules import (
     latent_patch,
     latent_scale_and_shift,
 )
-from oneword.export.modules import Vae as AnyVae
 from oneword.export.qwen3 import Qwen3Encoder, chat_frame
 from oneword.export.sd3 import StableDiffusion3
 from oneword.export.source import Source

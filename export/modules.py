@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from oneword.engines.errors import UsageError
 
-Vae: TypeAlias = AutoencoderKL | AutoencoderKLFlux2 | VQModel
+AnyVae: TypeAlias = AutoencoderKL | AutoencoderKLFlux2 | VQModel
 
 
 class Parts(NamedTuple):
@@ -396,7 +396,7 @@ class VaeDecoder(nn.Module):
     scale: float | Tensor
     shift: float | Tensor
 
-    def __init__(self, vae: Vae | AutoencoderTiny) -> None:
+    def __init__(self, vae: AnyVae | AutoencoderTiny) -> None:
         super().__init__()
         self.decoder = vae.decoder
         self.post_quant_conv = None if isinstance(vae, AutoencoderTiny) else vae.post_quant_conv
@@ -427,7 +427,7 @@ class VaeEncoder(nn.Module):
     scale: float | Tensor
     shift: float | Tensor
 
-    def __init__(self, vae: Vae) -> None:
+    def __init__(self, vae: AnyVae) -> None:
         super().__init__()
         self.encoder, self.quant_conv = vae.encoder, vae.quant_conv
         self.has_posterior = not isinstance(vae, VQModel)
@@ -526,12 +526,12 @@ def finite(x: Tensor) -> Tensor:
     return torch.isfinite(x).flatten(1).all(dim=1)
 
 
-def latent_patch(vae: Vae | AutoencoderTiny) -> int:
+def latent_patch(vae: AnyVae | AutoencoderTiny) -> int:
     """The side of the square of the VAE's latents that is one of the sampler's: 2 in FLUX.2, else 1."""
     return int(vae.config.patch_size[0]) if isinstance(vae, AutoencoderKLFlux2) else 1
 
 
-def latent_scale_and_shift(vae: Vae | AutoencoderTiny) -> tuple[float, float] | tuple[Tensor, Tensor]:
+def latent_scale_and_shift(vae: AnyVae | AutoencoderTiny) -> tuple[float, float] | tuple[Tensor, Tensor]:
     """Scale and shift from the VAE's latents to the sampler's: (z - shift) * scale. FLUX.2's are [C,1,1], from the
     statistics that its VAE has of each channel of its squares."""
     if isinstance(vae, AutoencoderKLFlux2):

@@ -93,7 +93,7 @@ def chat_frame(tokenizer: Any) -> tuple[str, str]:
     """The text before and after a user's prompt in the tokenizer's chat template, without thinking.
 
     Raises UsageError if there is no template, or if prompts with spaces, newlines or tokens of the template are not in
-    it as they are.
+    it as they are, or share tokens with the text around them.
     """
     probes = ("oneword", "", "\n <think>a  b\t", "<|im_end|> \n\n")
     try:
@@ -108,6 +108,25 @@ def chat_frame(tokenizer: Any) -> tuple[str, str]:
     prefix, _, suffix = first.partition(probes[0])
     if any(text != prefix + probe + suffix for text, probe in zip(texts, probes[1:], strict=True)):
         raise UsageError("the tokenizer's chat template changes the prompt: give a model with Qwen3's own template")
+    if any(
+        tokenizer(prefix + probe + suffix).input_ids != framed_ids(tokenizer, prefix, probe, suffix) for probe in probes
+    ):
+        raise UsageError(
+            "the tokenizer joins the prompt with the text around it in its chat template: give a model with Qwen3's "
+            "own tokenizer and template"
+        )
     if tokenizer.padding_side != "right":
         raise UsageError(f"the tokenizer pads on the {tokenizer.padding_side}: give a model whose tokenizer pads right")
     return prefix, suffix
+
+
+def framed_ids(tokenizer: Any, prefix: str, prompt: str, suffix: str) -> list[int]:
+    """The ids of a prompt in a template whose parts are tokenized separately, as `oneword.runtime.prompt.Frame` is."""
+
+    def ids(text: str) -> list[int]:
+        found: list[int] = tokenizer(text, add_special_tokens=False).input_ids
+        return found
+
+    head, bos = prefix.rstrip(), tokenizer.bos_token_id
+    start, end = [] if bos is None else [bos], ids(suffix) if suffix else [tokenizer.eos_token_id]
+    return [*start, *ids(head), *ids(prefix[len(head) :] + prompt), *end]

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import PIL.Image
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from oneword.engines.errors import ConceptError, UsageError
 from oneword.engines.open import Backend
@@ -296,9 +296,13 @@ def test_a_word_of_all_three_encoders_of_sd3_matches_diffusers(sd3: Model, sd3_p
 
 @pytest.mark.parametrize(("provenance", "text"), [({"init": "painting"}, "painting"), ({}, "")])
 def test_a_word_of_sdxl_works_in_sd3_and_t5_reads_its_text(
-    sd3: Model, sd3_pipeline: Any, provenance: dict[str, str], text: str
+    sd3: Model, sd3_pipeline: Any, tmp_path: Path, provenance: dict[str, str], text: str
 ) -> None:
-    word = concept("text_encoder", "text_encoder_2", **provenance)
+    """From a file as tools for SDXL write it, whose name is the word's."""
+    in_memory = concept("text_encoder", "text_encoder_2", **provenance)
+    clip_l, clip_g = (torch.from_numpy(in_memory.vectors[name].copy()) for name in ("text_encoder", "text_encoder_2"))
+    save_file({"clip_g": clip_g, "clip_l": clip_l}, tmp_path / "<toy>.safetensors", provenance)
+    word = load_concept(tmp_path / "<toy>.safetensors")
     for encoder, suffix in (("text_encoder", ""), ("text_encoder_2", "_2")):
         add_word(sd3_pipeline, word, encoder, suffix)
 
@@ -307,6 +311,8 @@ def test_a_word_of_sdxl_works_in_sd3_and_t5_reads_its_text(
     prompts = {"prompt_2": "a photo of <toy><toy-1> on the ring", "prompt_3": f"a photo of {text} on the ring"}
     theirs = diffusers_picture(sd3_pipeline, prompts["prompt_2"], guidance_scale=4.0, **prompts)
     assert psnr(ours, theirs) >= 50
+    written = {"guidance_scale": 4.0, "words": {"<toy>": in_memory}}
+    np.testing.assert_array_equal(ours, picture(sd3, "a photo of <toy> on the ring", **written))
 
 
 def test_a_word_without_a_clip_encoder_of_sd3_is_refused(sd3: Model) -> None:
@@ -419,6 +425,28 @@ def test_a_learned_word_in_flux_draws_the_picture_of_diffusers_with_its_loader(
 
     assert psnr(ours, diffusers_picture(flux_pipeline, "a photo of <toy> on the ring")) >= 50
     assert psnr(ours, picture(flux, "a photo of star on the ring")) < 50  # its init
+
+
+@pytest.mark.parametrize("tiny_flux_dir", ["dev"], indirect=True)
+def test_a_word_learned_for_t5_alone_in_flux_draws_the_picture_of_diffusers_with_its_loader(
+    tiny_flux_dir: Path, flux_pipeline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CLIP reads the word's init. Values of text are larger, since little in the tiny model depends on T5."""
+    monkeypatch.setattr(families, "FLUX_SAMPLE_SIZE", 8)
+    word = learned_word(tiny_flux_dir, tmp_path, "--set", "encoders=text_encoder_3", "--learning-rate", "2")
+    [(key, rows)] = load_file(tmp_path / "toy.safetensors").items()
+    assert (key, [*word.vectors]) == ("t5xxl", ["text_encoder_3"])
+    t5 = {"text_encoder": flux_pipeline.text_encoder_2, "tokenizer": flux_pipeline.tokenizer_2}
+    flux_pipeline.load_textual_inversion(rows, token="<toy>", **t5)
+    source, init = load_source(tiny_flux_dir), "a photo of star on the ring"
+    for network in (source.network, flux_pipeline.transformer):
+        network.transformer_blocks[0].attn.add_v_proj.weight.data.mul_(100)
+    model = eager_model(source)
+
+    ours = picture(model, "a photo of <toy> on the ring", words={"<toy>": word})
+
+    assert psnr(ours, diffusers_picture(flux_pipeline, init, prompt_2="a photo of <toy> on the ring")) >= 50
+    assert psnr(ours, picture(model, init)) < 50
 
 
 @pytest.mark.parametrize("tiny_flux_dir", ["dev"], indirect=True)

@@ -25,7 +25,7 @@ from oneword.runtime.model import Model
 from oneword.runtime.prompt import Tokenizer, Vocabulary, encode_ids
 from oneword.runtime.request import Image, Request
 from tests.conftest import WORDS
-from tests.export.conftest import QWEN_LENGTH, qwen_tokenizer
+from tests.export.conftest import QWEN_LENGTH, QWEN_TEMPLATE, qwen_tokenizer
 from tests.export.test_flow_families import (
     PROMPT,
     add_word,
@@ -40,6 +40,7 @@ from tests.export.test_flow_families import (
     scene,
 )
 
+JOINED = "the tokenizer joins the prompt with the text around it in its chat template: give a model with Qwen3's own"
 ONLY_BASE = pytest.mark.parametrize("tiny_flux2_dir", ["base"], indirect=True)
 
 
@@ -249,6 +250,8 @@ def test_qwen3_encodes_as_transformers_does() -> None:
     [
         ({"chat_template": None}, "the tokenizer has no chat template that can be used"),
         ({"chat_template": "{{ messages[0].content | trim }}"}, "the tokenizer's chat template changes the prompt"),
+        ({"chat_template": QWEN_TEMPLATE.replace("+ '<|im_end|>", "+ '\\n<|im_end|>")}, JOINED),
+        ({"bos_token": "<|im_start|>"}, JOINED),  # which it does not add to a prompt
         ({"padding_side": "left"}, "the tokenizer pads on the left"),
     ],
 )

@@ -15,7 +15,8 @@ from oneword.runtime.concept import Concept, Vectors
 from oneword.runtime.drawing import draw
 from oneword.runtime.model import Model
 from oneword.runtime.request import Image, Request
-from tests.export.test_flow_families import PROMPT, diffusers_picture, picture, psnr, with_masks
+from tests.export.test_flow_families import PROMPT, diffusers_picture, learned_word, picture, psnr, with_masks
+from tests.export.test_flow_families import add_word as add_tokens
 from tests.runtime.test_precise_words import LONG
 
 SENTENCE = "a photo of <toy> on the ring"
@@ -112,6 +113,35 @@ def test_a_model_of_joint_attention_takes_output_vectors_for_keys_and_values(sd3
     assert (picture.image != plain.image).any()
 
 
+SD3_PLACES = {  # CLIP's encoders share 20 tokens, T5's follow
+    "text_encoder": ("", 0, 0),
+    "text_encoder_2": ("_2", 0, 16),
+    "text_encoder_3": ("_3", 20, 0),
+}
+
+
+@pytest.mark.parametrize("encoders", [tuple(SD3_PLACES), tuple(SD3_PLACES)[:2]])
+def test_learned_output_vectors_in_sd3_draw_what_diffusers_draws(
+    tiny_sd3_dir: Path, sd3: Model, tmp_path: Path, encoders: tuple[str, ...]
+) -> None:
+    """In the prompt of an encoder that the word is not learned for, its init replaces it."""
+    from diffusers import StableDiffusion3Pipeline
+
+    changes = ("values_only=false", "stages=2", "output_rate=5", f"encoders={','.join(encoders)}")
+    options = [option for change in changes for option in ("--set", change)]
+    word = learned_word(tiny_sd3_dir, tmp_path, "--recipe", "precise", "--steps", "20", *options)
+    assert word.out.keys() == word.vectors.keys() == set(encoders)
+    pipeline = StableDiffusion3Pipeline.from_pretrained(tiny_sd3_dir)
+    for name in encoders:
+        add_tokens(pipeline, word, name, SD3_PLACES[name][0])
+    texts = {} if "text_encoder_3" in encoders else {"prompt_3": SENTENCE.replace("<toy>", "star")}
+    places = {name: SD3_PLACES[name] for name in encoders}
+    theirs = picture_with_vectors(pipeline, word, places, unit=1, texts=texts, guidance_scale=4.0)
+
+    assert psnr(picture(sd3, SENTENCE, guidance_scale=4.0, words={"<toy>": word}), theirs) >= 50
+    assert psnr(picture(sd3, SENTENCE, guidance_scale=4.0, words={"<toy>": word.rows_only()}), theirs) < 50
+
+
 def t5_word(stages: int, **other: Vectors) -> Concept:
     """Two rows for T5 and for other encoders, and output vectors for T5."""
     rows = {"text_encoder_3": random(2, 32), **other}
@@ -125,7 +155,9 @@ def test_output_vectors_in_flux_draw_what_diffusers_draws(tiny_flux_dir: Path) -
     pipeline = FluxPipeline.from_pretrained(tiny_flux_dir)
     word = t5_word(2, text_encoder=random(2, 16))
     add_word(pipeline, word, "text_encoder", "")
-    theirs = picture_with_vectors(pipeline, word, "_2", true_cfg_scale=2.0, negative_prompt="blue dog")
+    add_word(pipeline, word, "text_encoder_3", "_2")
+    places = {"text_encoder_3": ("_2", 0, 0)}
+    theirs = picture_with_vectors(pipeline, word, places, true_cfg_scale=2.0, negative_prompt="blue dog")
 
     model = eager_model(load_source(tiny_flux_dir))
     settings = {"guidance_scale": 2.0, "negative_prompt": "blue dog", "words": {"<toy>": word}}
@@ -137,7 +169,8 @@ def test_output_vectors_in_chroma_draw_what_diffusers_draws_if_it_masks(tiny_chr
 
     word, settings = t5_word(2), {"guidance_scale": 4.0, "negative_prompt": "blue dog of the red painting"}
     pipeline = with_masks(ChromaPipeline.from_pretrained(tiny_chroma_dir))
-    theirs = picture_with_vectors(pipeline, word, "", **settings)
+    add_word(pipeline, word, "text_encoder_3", "")
+    theirs = picture_with_vectors(pipeline, word, {"text_encoder_3": ("", 0, 0)}, **settings)
 
     model = eager_model(load_source(tiny_chroma_dir))
     assert psnr(picture(model, SENTENCE, **settings, words={"<toy>": word}), theirs) >= 50
@@ -232,27 +265,44 @@ def add_word(pipeline: Any, word: Concept, encoder: str, suffix: str) -> None:
     )
 
 
-def picture_with_vectors(pipeline: Any, word: Concept, suffix: str, **settings: Any) -> Image:
-    """diffusers' picture, whose T5 is the encoder with this suffix. At the word's tokens, the output vectors of each
-    step's stage replace the states of the prompt, not those of the negative prompt."""
-    add_word(pipeline, word, "text_encoder_3", suffix)
-    tokenizer, out = getattr(pipeline, f"tokenizer{suffix}"), torch.from_numpy(word.out["text_encoder_3"][:, 0].copy())
-    ids = tokenizer(pipeline.maybe_convert_prompt(SENTENCE, tokenizer)).input_ids
-    places = [ids.index(token) for token in tokenizer.convert_tokens_to_ids(["<toy>", "<toy>_1"])]
+def picture_with_vectors(
+    pipeline: Any,
+    word: Concept,
+    places: dict[str, tuple[str, int, int]],
+    unit: float = 1000,
+    texts: dict[str, str] | None = None,
+    **settings: Any,
+) -> Image:
+    """diffusers' picture. At the word's tokens, the output vectors of each step's stage, of two, replace the states of
+    the prompt, not those of the negative prompt.
+
+    `places` are, by encoder, the suffix of its name in the pipeline, and its first token and column in the context;
+    `unit` is the part of the network's time that is one of 1,000 timesteps; `texts` are prompts of single encoders.
+    """
+    texts, columns = texts or {}, list[tuple[list[int], slice, torch.Tensor]]()
+    for name, (suffix, token, column) in places.items():
+        tokenizer, out = getattr(pipeline, f"tokenizer{suffix}"), torch.from_numpy(word.out[name][:, 0].copy())
+        convert = getattr(pipeline, "maybe_convert_prompt", lambda text, _: text)
+        ids = tokenizer(convert(SENTENCE, tokenizer)).input_ids
+        words = tokenizer.convert_tokens_to_ids(["<toy>", "<toy>_1"][: out.shape[1]])
+        tokens = [token + ids.index(word_id) for word_id in words]
+        columns.append((tokens, slice(column, column + out.shape[2]), out))
+    others = [texts.get(f"prompt_{i}") for i in (2, 3) if hasattr(pipeline, f"text_encoder_{i}")]
     with torch.no_grad():  # the kernels of attention, and so the bits, depend on it
-        states = pipeline.encode_prompt(SENTENCE, None, max_sequence_length=24)[0]
+        [states] = pipeline.encode_prompt(SENTENCE, *(others or [None]), max_sequence_length=24)[0]
     stages = set()
 
     def with_vectors(network: Any, inputs: Any, named: dict[str, Any]) -> Any:
-        if torch.equal(named["encoder_hidden_states"], states):
-            stage = int(999 - 1000 * named["timestep"][0] >= 500)  # of two
-            stages.add(stage)
-            written = states.clone()
-            written[0, places] = out[stage]
-            named = {**named, "encoder_hidden_states": written}
-        return inputs, named
+        contexts = named["encoder_hidden_states"].clone()
+        for context in contexts:
+            if torch.equal(context, states):
+                stage = int(999 - unit * named["timestep"][0] >= 500)
+                stages.add(stage)
+                for tokens, part, out in columns:
+                    context[tokens, part] = out[stage]
+        return inputs, {**named, "encoder_hidden_states": contexts}
 
     pipeline.transformer.register_forward_pre_hook(with_vectors, with_kwargs=True)
-    image = diffusers_picture(pipeline, SENTENCE, **settings)
+    image = diffusers_picture(pipeline, SENTENCE, **texts, **settings)
     assert stages == {0, 1}
     return image

@@ -78,23 +78,29 @@ def test_a_converted_pickle_loads_in_diffusers(
 def test_a_pair_of_diffusers_sdxl_files_becomes_one_word(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    wide = np.ones((2, 48), np.float32)
+    wide = np.linspace(0.1, 0.2, 2 * 48, dtype=np.float32).reshape(2, 48)
     safetensors.numpy.save_file({"<toy>": ROWS}, tmp_path / "1.safetensors")
     safetensors.numpy.save_file({"<toy>": wide}, tmp_path / "2.safetensors")
     out = tmp_path / "toy.safetensors"
     assert _main(monkeypatch, capsys, "convert", tmp_path / "2.safetensors", tmp_path / "1.safetensors", out)[0] == 0
-    assert set(safetensors.numpy.load_file(out)) == {"clip_l", "clip_g"}
-    np.testing.assert_array_equal(load_concept(out).vectors["text_encoder_2"], wide)
+    written, word = safetensors.numpy.load_file(out), load_concept(out)
+    assert written.keys() == {"clip_l", "clip_g"}
+    for key, encoder, expected in (("clip_l", "text_encoder", ROWS), ("clip_g", "text_encoder_2", wide)):
+        np.testing.assert_array_equal(written[key], expected)
+        np.testing.assert_array_equal(word.vectors[encoder], expected)
 
 
 def test_several_words_become_a_folder_of_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    torch.save({"<a>": torch.from_numpy(ROWS), "<b>": torch.from_numpy(ROWS)}, tmp_path / "two.bin")
+    torch.save({"<a>": torch.from_numpy(ROWS), "<b>": torch.from_numpy(-ROWS)}, tmp_path / "two.bin")
     code, output = _main(monkeypatch, capsys, "convert", tmp_path / "two.bin", tmp_path / "words", "--json")
     assert code == 0
     assert [word["token"] for word in json.loads(output)] == ["<a>", "<b>"]
-    assert [load_concept(tmp_path / "words" / f"{name}.safetensors").token for name in "ab"] == ["<a>", "<b>"]
+    for name, rows in (("a", ROWS), ("b", -ROWS)):
+        word = load_concept(tmp_path / "words" / f"{name}.safetensors")
+        assert word.token == f"<{name}>"
+        np.testing.assert_array_equal(word.vectors["text_encoder"], rows)
 
 
 def test_wrong_usage_exits_2_and_refused_files_exit_1_with_one_line(
@@ -139,3 +145,4 @@ def test_a_word_for_only_the_second_encoder_is_saved_and_loaded_unchanged(tmp_pa
 
     concept = load_concept(tmp_path / "a.safetensors")
     assert (concept.token, set(concept.vectors)) == ("<a>", {"text_encoder_2"})
+    np.testing.assert_array_equal(concept.vectors["text_encoder_2"], ROWS)

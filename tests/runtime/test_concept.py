@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from oneword.engines.errors import ConceptError, FileError
-from oneword.runtime.concept import Concept, load_concept, read_safetensors, save_concept
+from oneword.runtime.concept import Concept, load_concept, save_concept
 
 ROWS = np.linspace(-0.3, 0.3, 2 * 16, dtype=np.float32).reshape(2, 16)
 
@@ -38,11 +38,19 @@ def test_a_saved_word_is_loaded_unchanged(tmp_path: Path) -> None:
 
 def test_a_word_for_two_encoders_is_written_as_sdxl_tools_read_it(tmp_path: Path) -> None:
     path = tmp_path / "toy.safetensors"
-    save_concept(Concept("<toy>", {"text_encoder": ROWS, "text_encoder_2": ROWS[:, :8]}), path)
-    assert set(safetensors.numpy.load_file(path)) == {"clip_l", "clip_g"}
-    loaded = load_concept(path)
-    assert loaded.token == "<toy>"
-    np.testing.assert_array_equal(loaded.vectors["text_encoder_2"], ROWS[:, :8])
+    save_concept(Concept("<toy>", {"text_encoder": ROWS, "text_encoder_2": -ROWS[:, :8]}), path)
+    assert_file_and_word(path, {"clip_l": ROWS, "clip_g": -ROWS[:, :8]}, ["text_encoder", "text_encoder_2"])
+
+
+def assert_file_and_word(path: Path, tensors: dict[str, np.ndarray], encoders: list[str]) -> None:
+    """A file holds exactly these tensors, and its word <toy> the same numbers for these encoders."""
+    written, word = safetensors.numpy.load_file(path), load_concept(path)
+    assert word.token == "<toy>"
+    for arrays, names in ((written, [*tensors]), (word.vectors, encoders)):
+        assert arrays.keys() == set(names)
+        for name, expected in zip(names, tensors.values(), strict=True):
+            assert arrays[name].shape == expected.shape
+            np.testing.assert_array_equal(arrays[name], expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -182,8 +190,7 @@ def test_vectors_for_t5_are_written_as_comfyui_reads_them_and_may_be_long(tmp_pa
     path = tmp_path / "toy.safetensors"
     long = 100 * ROWS / np.linalg.norm(ROWS, axis=1, keepdims=True) * 10  # of norm 1,000
     save_concept(Concept("<toy>", {"text_encoder": ROWS, "text_encoder_3": long}), path)
-    assert set(safetensors.numpy.load_file(path)) == {"clip_l", "t5xxl"}
-    np.testing.assert_array_equal(load_concept(path).vectors["text_encoder_3"], long)
+    assert_file_and_word(path, {"clip_l": ROWS, "t5xxl": long}, ["text_encoder", "text_encoder_3"])
     with pytest.raises(ConceptError, match="has norm 1e\\+03, a plausible vector has one above 0 and at most 300"):
         Concept("<toy>", {"text_encoder": long})
     with pytest.raises(ConceptError, match="at most 30000"):
@@ -191,12 +198,9 @@ def test_vectors_for_t5_are_written_as_comfyui_reads_them_and_may_be_long(tmp_pa
 
 
 def test_a_word_for_t5_alone_is_written_under_comfyuis_key(tmp_path: Path) -> None:
-    rows = np.full((2, 4096), 0.1, np.float32)
+    rows = np.linspace(0.1, 0.2, 2 * 4096, dtype=np.float32).reshape(2, 4096)
     save_concept(Concept("<toy>", {"text_encoder_3": rows}), tmp_path / "toy.safetensors")
-    assert set(safetensors.numpy.load_file(tmp_path / "toy.safetensors")) == {"t5xxl"}
-    word = load_concept(tmp_path / "toy.safetensors")
-    assert word.token == "<toy>"
-    np.testing.assert_array_equal(word.vectors["text_encoder_3"], rows)
+    assert_file_and_word(tmp_path / "toy.safetensors", {"t5xxl": rows}, ["text_encoder_3"])
 
 
 @pytest.mark.parametrize(
@@ -215,10 +219,12 @@ def test_vectors_for_an_encoder_of_no_supported_model_are_refused_by_name(tmp_pa
 
 
 def test_onetrainers_old_key_for_clip_l_is_recognised_by_its_width(tmp_path: Path) -> None:
-    clip_l, t5 = np.full((2, 768), 0.1, np.float32), np.full((2, 4096), 0.1, np.float32)
-    safetensors.numpy.save_file({"clip_g": clip_l, "t5": t5}, tmp_path / "toy.safetensors")
-    shapes = {name: rows.shape for name, rows in load_concept(tmp_path / "toy.safetensors").vectors.items()}
-    assert shapes == {"text_encoder": (2, 768), "text_encoder_3": (2, 4096)}
+    clip_l = np.linspace(0.1, 0.2, 2 * 768, dtype=np.float32).reshape(2, 768)
+    t5 = np.linspace(0.3, 0.4, 2 * 4096, dtype=np.float32).reshape(2, 4096)
+    safetensors.numpy.save_file({"clip_g": clip_l, "t5": t5}, tmp_path / "<toy>.safetensors")
+    assert_file_and_word(
+        tmp_path / "<toy>.safetensors", {"clip_g": clip_l, "t5": t5}, ["text_encoder", "text_encoder_3"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -238,11 +244,10 @@ def test_the_text_of_a_word_is_its_class_word(provenance: dict[str, str], text: 
 
 @pytest.mark.parametrize(("key", "width"), [("qwen3_4b", 2560), ("qwen3_8b", 4096)])
 def test_a_word_of_qwen3_has_the_key_that_comfyui_reads_for_its_size(tmp_path: Path, key: str, width: int) -> None:
-    vectors = np.full((2, width), 0.01, np.float32)
-    safetensors.numpy.save_file({key: vectors}, tmp_path / "toy.safetensors")  # as ComfyUI's users make it
+    vectors = np.linspace(0.01, 0.02, 2 * width, dtype=np.float32).reshape(2, width)
+    safetensors.numpy.save_file({key: vectors}, tmp_path / "<toy>.safetensors")  # as ComfyUI's users make it
 
-    word = load_concept(tmp_path / "toy.safetensors")
-    save_concept(word, tmp_path / "again.safetensors")
+    save_concept(load_concept(tmp_path / "<toy>.safetensors"), tmp_path / "again.safetensors")
 
-    np.testing.assert_array_equal(word.vectors["text_encoder_qwen3"], vectors)
-    assert list(read_safetensors((tmp_path / "again.safetensors").read_bytes(), "again")[0]) == [key]
+    for name in ("<toy>", "again"):
+        assert_file_and_word(tmp_path / f"{name}.safetensors", {key: vectors}, ["text_encoder_qwen3"])

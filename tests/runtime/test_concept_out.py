@@ -76,17 +76,19 @@ def test_the_file_has_the_rows_where_other_tools_read_them_and_states_the_facts_
 
 
 def test_a_word_of_two_encoders_is_loaded_unchanged(tmp_path: Path) -> None:
-    rows = {"text_encoder": ROWS, "text_encoder_2": ROWS[:, :8]}
-    out = {"text_encoder": OUT, "text_encoder_2": OUT[..., :5]}
+    rows = {"text_encoder": ROWS, "text_encoder_2": -ROWS[:, :8]}
+    out = {"text_encoder": OUT, "text_encoder_2": -OUT[..., :5]}
     word = Concept("toy", rows, {}, out, False, {"text_encoder": 11, "text_encoder_2": 31})
     save_concept(word, tmp_path / "a.safetensors")
     loaded = load_concept(tmp_path / "a.safetensors")
 
     assert loaded.identity == word.identity
-    assert {name: value.shape for name, value in loaded.out.items()} == {
-        "text_encoder": (4, 3, 2, 24),
-        "text_encoder_2": (4, 3, 2, 5),
-    }
+    written = safetensors.numpy.load_file(tmp_path / "a.safetensors")
+    assert written.keys() == {"clip_l", "clip_g", "toy.out.text_encoder", "toy.out.text_encoder_2"}
+    for name, key in (("text_encoder", "clip_l"), ("text_encoder_2", "clip_g")):
+        for arrays, expected, out_key in ((loaded.vectors, rows, key), (loaded.out, out, f"toy.out.{name}")):
+            np.testing.assert_array_equal(arrays[name], expected[name])
+            np.testing.assert_array_equal(written[out_key], expected[name])
 
 
 def test_diffusers_reads_the_rows_once_the_output_vectors_are_left_out(tmp_path: Path, tiny_model: Path) -> None:
@@ -407,6 +409,10 @@ def test_the_rows_of_kohyas_xti_are_read_in_the_order_of_the_layers_and_written_
     )
     assert result.exit_code == 0, result.output
     assert load_concept(tmp_path / "toy.safetensors").identity == word.identity
+    written = safetensors.numpy.load_file(tmp_path / "toy.safetensors")
+    assert written.keys() == {"my_toy", "my_toy.rows.text_encoder"}
+    np.testing.assert_array_equal(written["my_toy.rows.text_encoder"], rows)
+    np.testing.assert_allclose(written["my_toy"], rows.mean(0), atol=1e-7)
 
 
 def test_the_rows_of_kohyas_xti_must_have_one_shape(tmp_path: Path) -> None:
@@ -416,29 +422,29 @@ def test_the_rows_of_kohyas_xti_must_have_one_shape(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tensors", "encoders"),
+    ("tensors", "out"),
     [
-        ({"emp_params": ROWS, "emp_params_out": VECTOR}, ["text_encoder"]),
-        ({"emb_params": ROWS, "emb_params_out": VECTOR}, ["text_encoder"]),
-        ({"emp_params": ROWS * 0, "emp_params_out": VECTOR}, ["text_encoder"]),  # as OneTrainer writes it
+        ({"emp_params": ROWS, "emp_params_out": VECTOR}, {"text_encoder": VECTOR}),
+        ({"emb_params": ROWS, "emb_params_out": VECTOR}, {"text_encoder": VECTOR}),
+        ({"emp_params": ROWS * 0, "emp_params_out": VECTOR}, {"text_encoder": VECTOR}),  # as OneTrainer writes it
         (
-            {"clip_l": ROWS * 0, "clip_g": ROWS * 0, "clip_l_out": VECTOR, "clip_g_out": VECTOR},
-            ["text_encoder", "text_encoder_2"],
+            {"clip_l": ROWS * 0, "clip_g": ROWS * 0, "clip_l_out": VECTOR, "clip_g_out": -VECTOR},
+            {"text_encoder": VECTOR, "text_encoder_2": -VECTOR},
         ),
-        ({"clip_l": ROWS, "t5": ROWS * 0, "t5_out": VECTOR}, ["text_encoder_3"]),
+        ({"clip_l": ROWS, "t5": ROWS * 0, "t5_out": VECTOR}, {"text_encoder_3": VECTOR}),
     ],
 )
 def test_output_vectors_of_onetrainer_are_for_keys_and_values_of_every_stage_and_layer(
-    tmp_path: Path, tensors: dict[str, np.ndarray], encoders: list[str]
+    tmp_path: Path, tensors: dict[str, np.ndarray], out: dict[str, np.ndarray]
 ) -> None:
     path = write(tmp_path / "toy.safetensors", tensors)
     word, [found] = load_concept(path), read_concepts(path)
 
     assert word.identity == found.concept.identity
     assert (word.token, word.stages, word.layers, word.values_only) == ("toy", 1, 1, False)
-    assert sorted(word.out) == encoders
-    for out in word.out.values():
-        np.testing.assert_array_equal(out, VECTOR[None, None])
+    assert word.out.keys() == out.keys()
+    for name, vectors in out.items():
+        np.testing.assert_array_equal(word.out[name], vectors[None, None])
     save_concept(word, tmp_path / "ours.safetensors")
     assert load_concept(tmp_path / "ours.safetensors").identity == word.identity
 

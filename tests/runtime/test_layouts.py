@@ -8,7 +8,7 @@ import struct
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +16,28 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
+from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from oneword.engines.errors import ConceptError, OnewordError
+from oneword.runtime import cli_concept
 from oneword.runtime.concept import XTI_KEYS, Concept, load_concept, save_concept
 from oneword.runtime.layouts import read_concepts
 
 ROWS = np.random.default_rng(0).normal(0, 0.02, (2, 768)).astype(np.float32)
 WIDE = np.random.default_rng(1).normal(0, 0.02, (2, 1280)).astype(np.float32)
-LONG = np.full((2, 4096), 0.1, np.float32)
+LONG, ROWS_OUT, WIDE_OUT, LONG_OUT = (
+    np.random.default_rng(width).normal(0, 1, (2, width % 10_000)).astype(np.float32)
+    for width in (4096, 10_768, 11_280, 14_096)
+)
+FIRST = {"text_encoder": ROWS}
 TENSOR = torch.from_numpy(ROWS)
+XTI = np.arange(16 * 2 * 768, dtype=np.float32).reshape(16, 2, 768) / 2**20  # sums of 16 layers are exact
+XTI_MEAN = {"text_encoder": XTI[0] + np.float32(7.5 * 2 * 768 / 2**20)}
+HALF = ROWS.astype(np.float16).astype(np.float32)
 
 
 def _parameters(**rows: torch.Tensor) -> torch.nn.ParameterDict:
@@ -47,97 +56,145 @@ def _a1111(**fields: Any) -> dict[str, Any]:
     }
 
 
-PICKLED: list[tuple[str, Callable[[], Any], str, list[str]]] = [
-    ("learned_embeds.bin", lambda: {"<toy>": TENSOR}, "diffusers, pickle", ["<toy>"]),
-    ("half.bin", lambda: {"<toy>": TENSOR.half()}, "diffusers, pickle", ["<toy>"]),
-    ("view.bin", lambda: {"<toy>": torch.cat([TENSOR, TENSOR])[2:]}, "diffusers, pickle", ["<toy>"]),
-    ("turned.bin", lambda: {"<toy>": TENSOR.T.contiguous().T}, "diffusers, pickle", ["<toy>"]),
-    ("learned.bin", lambda: {"<toy>": torch.nn.Parameter(TENSOR)}, "diffusers, pickle", ["<toy>"]),
-    ("my toy.pt", _a1111, "A1111", ["my_toy"]),
+KEYS = "a key for each encoder"
+PICKLED: list[tuple[str, Callable[[], Any], str, dict[str, dict[str, np.ndarray]]]] = [
+    ("learned_embeds.bin", lambda: {"<toy>": TENSOR}, "diffusers, pickle", {"<toy>": {"text_encoder": ROWS}}),
+    ("half.bin", lambda: {"<toy>": TENSOR.half()}, "diffusers, pickle", {"<toy>": {"text_encoder": HALF}}),
+    ("view.bin", lambda: {"<toy>": torch.cat([-TENSOR, TENSOR])[2:]}, "diffusers, pickle", {"<toy>": FIRST}),
+    ("turned.bin", lambda: {"<toy>": TENSOR.T.contiguous().T}, "diffusers, pickle", {"<toy>": FIRST}),
+    ("learned.bin", lambda: {"<toy>": torch.nn.Parameter(TENSOR)}, "diffusers, pickle", {"<toy>": FIRST}),
+    ("my toy.pt", _a1111, "A1111", {"my_toy": FIRST}),
     (
         "embeddings.pt",
         lambda: {
             "string_to_token": {"*": torch.tensor(265), "@": torch.tensor(266)},
-            "string_to_param": _parameters(**{"*": TENSOR, "@": TENSOR}),
+            "string_to_param": _parameters(**{"*": TENSOR, "@": -TENSOR}),
         },
         "Gal et al.",
-        ["*", "@"],
+        {"*": FIRST, "@": {"text_encoder": -ROWS}},
     ),
-    ("kohya.pt", lambda: {"emb_params": TENSOR}, "kohya or OneTrainer", ["kohya"]),
-    ("pair.pt", lambda: {"clip_l": TENSOR, "clip_g": torch.from_numpy(WIDE)}, "a key for each encoder", ["pair"]),
+    ("kohya.pt", lambda: {"emb_params": TENSOR}, "kohya or OneTrainer", {"kohya": FIRST}),
+    (
+        "pair.pt",
+        lambda: {"clip_l": TENSOR, "clip_g": torch.from_numpy(WIDE)},
+        KEYS,
+        {"pair": {**FIRST, "text_encoder_2": WIDE}},
+    ),
+    (
+        "flux.pt",
+        lambda: {"clip_l": TENSOR, "t5": torch.from_numpy(LONG)},
+        KEYS,
+        {"flux": {**FIRST, "text_encoder_3": LONG}},
+    ),
 ]
 
 
-@pytest.mark.parametrize(("name", "content", "layout", "tokens"), PICKLED, ids=[case[0] for case in PICKLED])
+@pytest.mark.parametrize(("name", "content", "layout", "words"), PICKLED, ids=[case[0] for case in PICKLED])
 def test_files_of_torch_save_are_read_without_torch(
-    tmp_path: Path, name: str, content: Callable[[], Any], layout: str, tokens: list[str]
+    tmp_path: Path, name: str, content: Callable[[], Any], layout: str, words: dict[str, dict[str, np.ndarray]]
 ) -> None:
     torch.save(content(), tmp_path / name)
-    words = read_concepts(tmp_path / name)
-    assert [word.layout for word in words] == [layout] * len(tokens)
-    assert [word.concept.token for word in words] == tokens
-    expected = TENSOR.half().float().numpy() if name == "half.bin" else ROWS
-    for word in words:
-        np.testing.assert_array_equal(word.concept.vectors["text_encoder"], expected)
+    found = read_concepts(tmp_path / name)
+    assert [word.layout for word in found] == [layout] * len(words)
+    assert [word.concept.token for word in found] == [*words]
+    for word, vectors in zip(found, words.values(), strict=True):
+        assert_same_arrays(word.concept.vectors, vectors)
 
 
-FLAT: list[tuple[str, dict[str, np.ndarray], str, dict[str, tuple[int, ...]]]] = [
-    ("a.safetensors", {"<toy>": ROWS}, "diffusers, safetensors", {"text_encoder": (2, 768)}),
+FLAT: list[tuple[str, dict[str, np.ndarray], str, dict[str, np.ndarray], dict[str, np.ndarray]]] = [
+    # Name, tensors, layout, rows and output vectors.
+    ("a", {"<toy>": ROWS}, "diffusers, safetensors", FIRST, {}),
+    ("b", {"clip_l": ROWS, "clip_g": WIDE}, KEYS, {**FIRST, "text_encoder_2": WIDE}, {}),
     (
-        "b.safetensors",
-        {"clip_l": ROWS, "clip_g": WIDE},
-        "a key for each encoder",
-        {"text_encoder": (2, 768), "text_encoder_2": (2, 1280)},
+        "c",
+        {"clip_l": ROWS, "clip_g": WIDE, "clip_l_out": ROWS_OUT, "clip_g_out": WIDE_OUT},
+        KEYS,
+        {**FIRST, "text_encoder_2": WIDE},
+        {"text_encoder": ROWS_OUT, "text_encoder_2": WIDE_OUT},
+    ),
+    ("d", {"text_encoders_0": ROWS, "text_encoders_1": WIDE}, KEYS, {**FIRST, "text_encoder_2": WIDE}, {}),
+    ("e", {"clip_l": ROWS, "t5": LONG}, KEYS, {**FIRST, "text_encoder_3": LONG}, {}),
+    ("t", {"clip_l": ROWS, "t5xxl": LONG}, KEYS, {**FIRST, "text_encoder_3": LONG}, {}),
+    ("tt", {"t5": LONG, "t5xxl": LONG}, KEYS, {"text_encoder_3": LONG}, {}),
+    (
+        "s",  # ComfyUI's for Stable Diffusion 3.5
+        {"clip_g": WIDE, "clip_l": ROWS, "t5xxl": LONG},
+        KEYS,
+        {**FIRST, "text_encoder_2": WIDE, "text_encoder_3": LONG},
+        {},
     ),
     (
-        "c.safetensors",
-        {"clip_l": ROWS, "clip_g": WIDE, "clip_l_out": ROWS, "clip_g_out": WIDE},
-        "a key for each encoder",
-        {"text_encoder": (2, 768), "text_encoder_2": (2, 1280)},
+        "u",  # OneTrainer's files for FLUX.1 once called CLIP-L clip_g
+        {"clip_g": ROWS, "t5": LONG, "clip_g_out": ROWS_OUT, "t5_out": LONG_OUT},
+        KEYS,
+        {**FIRST, "text_encoder_3": LONG},
+        {"text_encoder": ROWS_OUT, "text_encoder_3": LONG_OUT},
     ),
     (
-        "d.safetensors",
-        {"text_encoders_0": ROWS, "text_encoders_1": WIDE},
-        "a key for each encoder",
-        {"text_encoder": (2, 768), "text_encoder_2": (2, 1280)},
-    ),
-    ("e.safetensors", {"clip_l": ROWS, "t5": WIDE}, "a key for each encoder", {"text_encoder_3": (2, 1280)}),
-    ("t.safetensors", {"clip_l": ROWS, "t5xxl": WIDE}, "a key for each encoder", {"text_encoder_3": (2, 1280)}),
-    (
-        "u.safetensors",  # OneTrainer's files for FLUX.1 once called CLIP-L clip_g
-        {"clip_g": ROWS, "t5": WIDE},
-        "a key for each encoder",
-        {"text_encoder": (2, 768), "text_encoder_3": (2, 1280)},
-    ),
-    (
-        "v.safetensors",  # OneTrainer's for Stable Diffusion 3.5
+        "v",  # OneTrainer's for Stable Diffusion 3.5
         {
             "clip_l": ROWS,
             "clip_g": WIDE,
             "t5": LONG,
-            "clip_l_out": ROWS,
-            "clip_g_out": WIDE,
-            "t5_out": LONG,
+            "clip_l_out": ROWS_OUT,
+            "clip_g_out": WIDE_OUT,
+            "t5_out": LONG_OUT,
         },
-        "a key for each encoder",
-        {"text_encoder": (2, 768), "text_encoder_2": (2, 1280), "text_encoder_3": (2, 4096)},
+        KEYS,
+        {**FIRST, "text_encoder_2": WIDE, "text_encoder_3": LONG},
+        {"text_encoder": ROWS_OUT, "text_encoder_2": WIDE_OUT, "text_encoder_3": LONG_OUT},
     ),
-    ("w.safetensors", {"t5xxl": LONG}, "a key for each encoder", {"text_encoder_3": (2, 4096)}),
-    ("x.safetensors", {"t5": LONG, "t5_out": LONG}, "a key for each encoder", {"text_encoder_3": (2, 4096)}),
-    ("f.safetensors", {"emb_params": ROWS}, "kohya or OneTrainer", {"text_encoder": (2, 768)}),
-    ("g.safetensors", {"emp_params": ROWS, "emp_params_out": ROWS}, "kohya or OneTrainer", {"text_encoder": (2, 768)}),
-    ("h.safetensors", dict.fromkeys(XTI_KEYS, ROWS), "kohya XTI", {"text_encoder": (2, 768)}),
+    ("w", {"t5xxl": LONG}, KEYS, {"text_encoder_3": LONG}, {}),
+    ("x", {"t5": LONG, "t5_out": LONG_OUT}, KEYS, {"text_encoder_3": LONG}, {"text_encoder_3": LONG_OUT}),
+    ("f", {"emb_params": ROWS}, "kohya or OneTrainer", FIRST, {}),
+    (
+        "g",
+        {"emp_params": ROWS, "emp_params_out": ROWS_OUT},
+        "kohya or OneTrainer",
+        FIRST,
+        {"text_encoder": ROWS_OUT},
+    ),
+    ("h", dict(zip(XTI_KEYS, XTI, strict=True)), "kohya XTI", XTI_MEAN, {}),
 ]
+WRITTEN = {"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5xxl"}  # ComfyUI's keys
 
 
-@pytest.mark.parametrize(("name", "tensors", "layout", "shapes"), FLAT, ids=[case[0] for case in FLAT])
-def test_every_safetensors_layout_is_read(
-    tmp_path: Path, name: str, tensors: dict[str, np.ndarray], layout: str, shapes: dict[str, tuple[int, ...]]
+@pytest.mark.parametrize(("name", "tensors", "layout", "rows", "out"), FLAT, ids=[case[0] for case in FLAT])
+def test_every_safetensors_layout_is_read_and_converted_without_changing_a_number(
+    tmp_path: Path,
+    name: str,
+    tensors: dict[str, np.ndarray],
+    layout: str,
+    rows: dict[str, np.ndarray],
+    out: dict[str, np.ndarray],
 ) -> None:
-    safetensors.numpy.save_file(tensors, tmp_path / name)
-    [word] = read_concepts(tmp_path / name)
+    path, converted = tmp_path / f"{name}.safetensors", tmp_path / "converted.safetensors"
+    safetensors.numpy.save_file(tensors, path)
+    [word] = read_concepts(path)
+    shared = {encoder: vectors[None, None] for encoder, vectors in out.items()}
+    layers = {"text_encoder": XTI} if layout == "kohya XTI" else {}
     assert word.layout == layout
-    assert {encoder: word.concept.vectors[encoder].shape for encoder in shapes} == shapes
+    assert_same_arrays(word.concept.vectors, rows)
+    assert_same_arrays(word.concept.out, shared)
+    assert_same_arrays(word.concept.layer_rows, layers)
+
+    result = CliRunner().invoke(cli_concept.command, ["convert", str(path), str(converted)])
+
+    assert result.exit_code == 0, result.output
+    token = "<toy>" if layout == "diffusers, safetensors" else name
+    single = rows.keys() == {"text_encoder"}
+    written = {token if single else WRITTEN[encoder]: vectors for encoder, vectors in rows.items()}
+    written |= {f"{token}.out.{encoder}": vectors for encoder, vectors in shared.items()}
+    written |= {f"{token}.rows.{encoder}": vectors for encoder, vectors in layers.items()}
+    assert_same_arrays(safetensors.numpy.load_file(converted), written)
+
+
+def assert_same_arrays(actual: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> None:
+    """The same names, shapes and numbers."""
+    assert actual.keys() == expected.keys()
+    for name, array in expected.items():
+        assert actual[name].shape == array.shape
+        np.testing.assert_array_equal(actual[name], array)
 
 
 def test_a_word_for_one_encoder_is_converted_from_any_layout_to_that_of_diffusers(
@@ -149,8 +206,8 @@ def test_a_word_for_one_encoder_is_converted_from_any_layout_to_that_of_diffuser
     for name, content, *_ in PICKLED:
         torch.save(content(), tmp_path / name)
     for name, tensors, *_ in FLAT:
-        safetensors.numpy.save_file(tensors, tmp_path / name)
-    words = [word for name, *_ in (*PICKLED, *FLAT) for word in read_concepts(tmp_path / name)]
+        safetensors.numpy.save_file(tensors, tmp_path / f"{name}.safetensors")
+    words = [word for path in tmp_path.iterdir() for word in read_concepts(path)]
     single = [word.concept for word in words if set(word.concept.vectors) == {"text_encoder"}]
     config = CLIPTextConfig(hidden_size=768, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
     pipeline = StableDiffusionPipeline(
@@ -182,13 +239,16 @@ def test_words_in_a_lora_are_read_and_its_other_weights_are_not(tmp_path: Path) 
             "bundle_emb.toy.string_to_param": ROWS,
             "bundle_emb.ring.clip_l": ROWS,
             "bundle_emb.ring.clip_g": WIDE,
+            "bundle_emb.star.clip_l": -ROWS,
+            "bundle_emb.star.t5": LONG,
         },
         path,
     )
     concepts = {word.concept.token: word.concept for word in read_concepts(path)}
-    assert set(concepts) == {"toy", "ring"}
-    np.testing.assert_array_equal(concepts["toy"].vectors["text_encoder"], ROWS)
-    np.testing.assert_array_equal(concepts["ring"].vectors["text_encoder_2"], WIDE)
+    assert set(concepts) == {"toy", "ring", "star"}
+    assert_same_arrays(concepts["toy"].vectors, FIRST)
+    assert_same_arrays(concepts["ring"].vectors, {**FIRST, "text_encoder_2": WIDE})
+    assert_same_arrays(concepts["star"].vectors, {"text_encoder": -ROWS, "text_encoder_3": LONG})
 
 
 def test_words_in_a_lora_that_share_the_same_bytes_beyond_the_limit_are_refused(tmp_path: Path) -> None:
