@@ -24,6 +24,7 @@ from oneword.runtime.profiles import PlanLimits
 from oneword.runtime.request import Image, Request
 from oneword.runtime.scheduler import Scheduler
 from tests.bundles import export_once
+from tests.export.conftest import openvino_decibels
 from tests.export.operators import attentions_and_norms
 from tests.plans import rtx_plans
 
@@ -142,15 +143,15 @@ def test_the_zeros_of_sdxl_for_a_missing_negative_prompt_are_one_shared_context(
 
 
 def test_latent_diffusion_in_openvino_is_near_onnxruntime(ldm_bundle: Path) -> None:
-    assert decibels_of_openvino(ldm_bundle) >= 30
+    assert_openvino_is_near_onnxruntime(ldm_bundle)
 
 
 def test_stable_diffusion_2_in_openvino_is_near_onnxruntime(sd2_bundle: Path) -> None:
-    assert decibels_of_openvino(sd2_bundle) >= 30
+    assert_openvino_is_near_onnxruntime(sd2_bundle)
 
 
 def test_sdxl_in_openvino_is_near_onnxruntime(sdxl_bundle: Path) -> None:
-    assert decibels_of_openvino(sdxl_bundle) >= 30
+    assert_openvino_is_near_onnxruntime(sdxl_bundle)
 
 
 @pytest.mark.plans
@@ -174,11 +175,10 @@ def test_sdxl_in_fp16_is_opened_and_stays_near_fp32(tiny_sdxl_dir: Path, sdxl_bu
     assert psnr(*(picture(model, "a red star", guidance_scale=4.0) for model in models)) >= 40
 
 
-def decibels_of_openvino(bundle: Path) -> float:
-    """PSNR of OpenVINO's picture against ONNX Runtime's; OpenVINO computes in bfloat16 if the processor has it."""
-    pytest.importorskip("openvino")
+def assert_openvino_is_near_onnxruntime(bundle: Path) -> None:
+    decibels = openvino_decibels()
     models = (Model.open(bundle, backend, threads=1) for backend in (Backend.ONNXRUNTIME, Backend.OPENVINO))
-    return psnr(*(picture(model, "a red star", guidance_scale=4.0) for model in models))
+    assert psnr(*(picture(model, "a red star", guidance_scale=4.0) for model in models)) >= decibels
 
 
 def assert_planned(path: Path) -> None:

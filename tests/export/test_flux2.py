@@ -30,9 +30,9 @@ from tests.export.test_flow_families import (
     PROMPT,
     add_word,
     assert_drawn_as_alone,
+    assert_openvino_is_near,
     assert_planned,
     compared,
-    decibels_of_openvino,
     diffusers_picture,
     learned_word,
     picture,
@@ -139,7 +139,7 @@ def test_rows_that_share_a_call_are_those_drawn_alone(model: Model) -> None:
 
 @ONLY_BASE
 def test_openvino_is_near_onnxruntime(model: Model, bundle: Path) -> None:
-    assert decibels_of_openvino(model, bundle, guidance_scale=4.0) >= 30
+    assert_openvino_is_near(model, bundle, guidance_scale=4.0)
 
 
 @ONLY_BASE

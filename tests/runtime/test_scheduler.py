@@ -667,7 +667,7 @@ def test_a_cancelled_picture_that_waits_to_be_decoded_is_not_decoded(
 
 
 def test_in_openvino_each_picture_is_closest_to_the_same_picture_generated_alone(tiny_bundle: Path) -> None:
-    """In bf16, sums depend on the size of a call: identical for equal N, otherwise a median of 45 dB."""
+    """If it computes in bf16, sums depend on the size of a call: identical for equal N, otherwise a median of 45 dB."""
     pytest.importorskip("openvino")
     model = Model.open(tiny_bundle, "openvino", threads=1)
     for i, token in enumerate(WORDS):
