@@ -77,10 +77,10 @@ async def drain(state: State) -> None:
 
 
 @contextlib.asynccontextmanager
-async def room(state: State, tenant: Tenant, size: int) -> AsyncIterator[None]:
-    """Room for so many bytes in the store. Raises as Results.reserved."""
+async def room(state: State, tenant: Tenant, size: int, entries: int = 1) -> AsyncIterator[None]:
+    """Room in the store for so many pictures and answers, of so many bytes. Raises as Results.reserved."""
     await state.in_thread(state.results.count, tenant)
-    with state.results.reserved(tenant, size):
+    with state.results.reserved(tenant, size, entries):
         yield
 
 

@@ -473,7 +473,8 @@ async def _drawn(
     in_json = body.response_format != "url"
     if keep or not in_json:
         size = sum(most_bytes(generation, in_json=in_json) for generation in generations)
-        await stack.enter_async_context(room(state, tenant, size))
+        addresses = 0 if in_json else sum(generation.request.num_images for generation in generations)
+        await stack.enter_async_context(room(state, tenant, size, addresses + keep))
     await enter(state, *generations)
     factor = state.manifest.vae.factor
     requests = [generation.request for generation in generations]

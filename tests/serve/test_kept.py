@@ -299,6 +299,20 @@ def test_a_kept_answer_counts_against_the_keys_limit(start_server: Start, tmp_pa
     assert done(running) == 1
 
 
+def test_each_picture_to_fetch_and_each_answer_counts_against_the_number_that_is_kept(
+    start_server: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running, two = start_server(), {"n": 2, "response_format": "url"}
+    with running.client() as client:
+        monkeypatch.setattr("oneword.serve.results.MAX_ENTRIES", 2)
+        answers = [post(client, "a", **two), client.post(GENERATIONS, json={**BODY, **two})]
+        monkeypatch.setattr("oneword.serve.results.MAX_ENTRIES", 5)
+        answers += [post(client, "b", **two), post(client, "c")]
+
+    assert [answer.status_code for answer in answers] == [429, 200, 200, 429]
+    assert done(running) == 4
+
+
 def test_all_that_an_a1111_answer_repeats_counts_against_the_keys_limit(start_server: Start, tmp_path: Path) -> None:
     key, lines = new_key("alice")
     (tmp_path / "keys.toml").write_text(f"{lines}max_result_bytes = 135000\n")
