@@ -109,6 +109,7 @@ async def _kept_or_drawn(state: State, tenant: Tenant, key: str, digest: str, dr
     name = f"{state.bundle_digest} {key}"  # another bundle makes other pictures
     answer = await state.in_thread(state.results.answer, tenant, name)
     if answer is None:
+        state.pool.check(tenant)  # it is no repetition: the same holds for it as for a request without a key
         async with contextlib.AsyncExitStack() as stack:
             content, complete = await draw(stack)
             answer = KeptAnswer(digest, content)
