@@ -19,7 +19,7 @@ from oneword.runtime.images import resized
 from oneword.runtime.request import Request, ResolvedSettings
 from oneword.serve.errors import ApiError, Cancelled, Invalid, from_oneword
 from oneword.serve.keys import Tenant
-from oneword.serve.pool import Dropped, Generation, PictureEvent
+from oneword.serve.pool import Dropped, Generation, PictureEvent, changed, resolved
 from oneword.serve.state import State
 from oneword.serve.worker import Done, Failed
 
@@ -34,7 +34,7 @@ class Disconnected(ApiError):
         super().__init__(499, "the client closed the connection", "client_disconnected")
 
 
-def prepare(
+async def prepare(
     state: State,
     tenant: Tenant,
     request: Request,
@@ -47,6 +47,10 @@ def prepare(
     """The generation of a request that there is room for now, `beside` others, before its words are looked up and its
     picture is decoded: `enter` queues it. `settings` are those of `resolve`, if they are known. Raises ApiError."""
     _check_size(state, request)
+    if settings is None:
+        characters = len(request.prompt) + len(request.negative_prompt or "")
+        with state.pool.refusals():
+            settings = await state.read_text(characters, resolved, request, state.manifest)
     return state.pool.prepared(tenant, request, settings, partials=partials, label=label, beside=beside)
 
 
@@ -56,7 +60,7 @@ async def enter(state: State, *generations: Generation, bare_names: bool = False
     for generation in generations:
         words = await state.words.resolve(generation.tenant, generation.settings.texts, bare_names)
         if words:  # the model itself has none
-            generation.request = replace(generation.request, words=words)
+            generation.request = changed(generation.request, words=words)
     await state.price(*generations)
     state.pool.enter(*generations)
 

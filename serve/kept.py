@@ -77,10 +77,10 @@ async def drain(state: State) -> None:
 
 
 @contextlib.asynccontextmanager
-async def room(state: State, tenant: Tenant, size: int) -> AsyncIterator[None]:
-    """Room for so many bytes in the store. Raises as Results.reserved."""
+async def room(state: State, tenant: Tenant, size: int, entries: int = 1) -> AsyncIterator[None]:
+    """Room in the store for so many pictures and answers, of so many bytes. Raises as Results.reserved."""
     await state.in_thread(state.results.count, tenant)
-    with state.results.reserved(tenant, size):
+    with state.results.reserved(tenant, size, entries):
         yield
 
 
@@ -109,6 +109,7 @@ async def _kept_or_drawn(state: State, tenant: Tenant, key: str, digest: str, dr
     name = f"{state.bundle_digest} {key}"  # another bundle makes other pictures
     answer = await state.in_thread(state.results.answer, tenant, name)
     if answer is None:
+        state.pool.check(tenant)  # it is no repetition: the same holds for it as for a request without a key
         async with contextlib.AsyncExitStack() as stack:
             content, complete = await draw(stack)
             answer = KeptAnswer(digest, content)

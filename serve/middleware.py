@@ -427,7 +427,7 @@ class Admit:
 
     The body is received and dropped: a client that is still sending would not see the answer if the connection closed.
     One that asks first (Expect: 100-continue) sends none, and the connection is closed. A request with a
-    valid Idempotency-Key passes, as its answer may be there already.
+    valid Idempotency-Key passes, as its answer may be there already: `serve.kept` checks it if there is none.
     """
 
     def __init__(

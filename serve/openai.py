@@ -305,7 +305,8 @@ async def generations(http: HTTPRequest, body: GenerationBody, idempotency_key: 
     _check(state, body, 1)
 
     async def prepared() -> list[Generation]:
-        return [prepare(state, tenant, _request(body, body.prompt), partials=body.partial_images or 0)]
+        request = await _request(state, body)
+        return [await prepare(state, tenant, request, partials=body.partial_images or 0)]
 
     return await _answer(http, body, prepared, "image_generation", idempotency_key)
 
@@ -358,9 +359,9 @@ async def _edited(
         for edit in edits:
             strength = body.strength or (0.8 if edit.mask is None else 1.0)
             image = await state.in_thread(blank, edit.picture, "image")
-            request = _request(body, body.prompt, image=image, strength=strength)
+            request = await _request(state, body, image=image, strength=strength)
             partials = body.partial_images or 0
-            generations.append(prepare(state, tenant, request, partials=partials, beside=generations))
+            generations.append(await prepare(state, tenant, request, partials=partials, beside=generations))
         for edit, generation in zip(edits, generations, strict=True):
             generation.request = await state.in_thread(_decoded, edit, generation.request, generation.settings)
         edits.clear()  # the client may leave before the answer is ready
@@ -395,8 +396,14 @@ def _check_model(state: State, model: str) -> None:
         raise NotFound(f"there is no model {model[:80]!r}, this server has {state.name!r}", param="model")
 
 
-def _request(body: Settings, prompt: str, **edit: Any) -> Request:
+async def _request(state: State, body: GenerationBody | EditFields | VariationFields, **edit: Any) -> Request:
     """The body as a runtime Request. Raises ApiError."""
+    characters = len(body.prompt) + len(body.negative_prompt or "")
+    return await state.read_text(characters, _checked, body, body.prompt, **edit)
+
+
+def _checked(body: Settings, prompt: str, **edit: Any) -> Request:
+    """See `_request`, for a thread if the prompts are long."""
     steps = body.steps if body.num_inference_steps is None else body.num_inference_steps
     if body.steps is not None and steps != body.steps:
         raise Invalid(f"steps is {body.steps} and num_inference_steps {steps}: give one of the two", param="steps")
@@ -473,7 +480,8 @@ async def _drawn(
     in_json = body.response_format != "url"
     if keep or not in_json:
         size = sum(most_bytes(generation, in_json=in_json) for generation in generations)
-        await stack.enter_async_context(room(state, tenant, size))
+        addresses = 0 if in_json else sum(generation.request.num_images for generation in generations)
+        await stack.enter_async_context(room(state, tenant, size, addresses + keep))
     await enter(state, *generations)
     factor = state.manifest.vae.factor
     requests = [generation.request for generation in generations]

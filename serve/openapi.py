@@ -11,6 +11,7 @@ from pydantic import BaseModel, Field
 
 from oneword.serve.fields import Fields
 from oneword.serve.middleware import is_public
+from oneword.serve.streams import PING_SECONDS
 
 Responses: TypeAlias = dict[int | str, dict[str, Any]]
 
@@ -27,6 +28,8 @@ TAGS: Final = [
         "description": "The API of AUTOMATIC1111's web UI, for its clients, with its form of errors.",
     },
 ]
+VERSION: Final = "3.2.0"
+"""Of OpenAPI: the first with `itemSchema`, which describes one event of a stream."""
 PICTURE_TYPES: Final = ("image/png", "image/jpeg", "image/webp")
 WORD_TYPE: Final = "application/octet-stream"
 WORD_NAME: Final[dict[str, Any]] = {
@@ -90,10 +93,11 @@ def file_response(description: str, *media_types: str) -> Responses:
 
 def stream_response(description: str, *events: str) -> Responses:
     """An answer that is, or may be, server-sent events of these names; `description` says which."""
+    pings = f"While there are no events, a comment (`: ping`) every {PING_SECONDS:g} seconds keeps the stream open."
     data = {"type": "string", "contentMediaType": "application/json", "contentSchema": {"type": "object"}}
     fields = {"event": {"type": "string", "enum": [*events]}, "data": data}
     event = {"type": "object", "properties": fields, "required": [*fields], "additionalProperties": False}
-    return {200: {"description": description, "content": {"text/event-stream": {"itemSchema": event}}}}
+    return {200: {"description": f"{description} {pings}", "content": {"text/event-stream": {"itemSchema": event}}}}
 
 
 def file_field(description: str, most: int = 1, least: int = 0) -> dict[str, Any]:
@@ -141,6 +145,7 @@ class DocumentedApp(FastAPI):
         """The document of /openapi.json, made once."""
         if self.openapi_schema is not None:
             return self.openapi_schema
+        self.openapi_version = VERSION
         schema = super().openapi()
         for path, operations in schema["paths"].items():
             for operation in operations.values():

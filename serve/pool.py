@@ -19,17 +19,18 @@ pictures as files.
 
 import asyncio
 import contextlib
+import copy
 import functools
 import itertools
 import time
 import uuid
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import partial
 from types import TracebackType
-from typing import Final, Protocol, Self, TypeAlias
+from typing import Any, Final, Protocol, Self, TypeAlias
 
 import numpy as np
 
@@ -403,7 +404,7 @@ class Pool:
     ) -> Generation:
         """The generation of a request that there is room for now, `beside` others that will enter with it, for `enter`.
         Raises as `submit`, but for quotas."""
-        with self._refusals():
+        with self.refusals():
             self._read_inbox()
             self._check_ready()
             if not 0 <= partials <= MAX_PARTIALS:
@@ -412,10 +413,7 @@ class Pool:
                 raise Invalid(f"seed is {request.seed}, allowed for {request.num_images} pictures is less")
             if settings is None:
                 self._check_wait(tenant, 0.0)  # a full queue refuses a request before it is resolved
-                try:
-                    settings = resolve(request, self.manifest)
-                except OnewordError as error:
-                    raise from_oneword(error) from None
+                settings = resolved(request, self.manifest)
             generation = Generation(self, tenant, request, settings, partials, label)
             self._check_room(*beside, generation)
             return generation
@@ -423,7 +421,7 @@ class Pool:
     def enter(self, *generations: Generation, deadline: float | None = None) -> None:
         """Queues generations of one tenant that were `prepared`, all or none. Their requests may have got other
         words, and pictures of the same size, since; `Generation.price` comes after that. Raises as `submit`."""
-        with self._refusals():
+        with self.refusals():
             self._read_inbox()
             self._check_ready()
             self._check_room(*generations)
@@ -437,14 +435,14 @@ class Pool:
         """Raises what `submit` would for any request, before it is known: Unavailable, and Busy if there is no room, or
         if the tenant was refused and there is still no room for as much. That may refuse a smaller request than the one
         before; else each one that just fits would have to be read while larger ones never found room."""
-        with self._refusals():
+        with self.refusals():
             self._read_inbox()
             self._check_ready()
             self._check_wait(tenant, self._refused.get(tenant.name, 0.0))
             self._refused.pop(tenant.name, None)
 
     @contextlib.contextmanager
-    def _refusals(self) -> Iterator[None]:
+    def refusals(self) -> Iterator[None]:
         """Reports the ApiError that the block raises."""
         try:
             yield
@@ -856,6 +854,14 @@ class _Budget:
         self.time = now
 
 
+def resolved(request: Request, manifest: Manifest) -> ResolvedSettings:
+    """The settings of `resolve`. Raises ApiError."""
+    try:
+        return resolve(request, manifest)
+    except OnewordError as error:
+        raise from_oneword(error) from None
+
+
 def spread(partials: int, steps: int) -> frozenset[int]:
     """The steps after which to show so many partial pictures: evenly spread, before the last one, all different."""
     return frozenset(round(steps * i / (partials + 1)) for i in range(1, partials + 1)) & frozenset(range(1, steps))
@@ -874,4 +880,12 @@ def _single(request: Request, index: int) -> Request:
     """Picture `index` of a request as a request of its own, which is not pasted."""
     if request.num_images == 1 and not (request.mask is not None and request.paste):
         return request
-    return replace(request, num_images=1, seed=request.seed + index, paste=False)
+    return changed(request, num_images=1, seed=request.seed + index, paste=False)
+
+
+def changed(request: Request, **fields: Any) -> Request:
+    """A request with other values of these fields, which are allowed: `replace` would check its prompts again, which
+    takes milliseconds if they are long."""
+    other = copy.copy(request)
+    vars(other).update(fields)
+    return other

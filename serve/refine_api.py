@@ -14,6 +14,7 @@ from oneword.runtime.refine import Refinement, finish, judge, propose, undo
 from oneword.serve.errors import Conflict, Invalid
 from oneword.serve.fields import Fields
 from oneword.serve.generate import finish as finished
+from oneword.serve.generate import prepare
 from oneword.serve.keys import Tenant
 from oneword.serve.pictures import as_base64
 from oneword.serve.samples import sample_jpeg, sample_request
@@ -109,8 +110,10 @@ async def _candidates(
         return RefinementRound(round=len(current.rounds) + 1, aspects=current.words, candidates=[])
     concepts = await state.in_thread(propose, current, state.refinements.lexicon)
     prompt, seed = prompt.replace("{}", current.token), current.seed + len(current.rounds)
-    requests = [sample_request(state, prompt, concept, seed) for concept in concepts]
-    generations = [state.pool.prepared(tenant, request) for request in requests]
+    requests = [
+        await state.read_text(len(prompt), sample_request, state, prompt, concept, seed) for concept in concepts
+    ]
+    generations = [await prepare(state, tenant, request) for request in requests]
     await state.price(*generations)
     state.pool.enter(*generations)
     found = await finished(http, *generations, use=lambda _, picture: sample_jpeg(state, picture))

@@ -87,6 +87,8 @@ class Results:
         """Tenants that were counted since the last `collect`."""
         self._reserved = Counter[str]()
         """Bytes by tenant."""
+        self._reserved_entries = Counter[str]()
+        """Pictures and answers by tenant."""
 
     def count(self, tenant: Tenant) -> None:
         """Counts what other servers, or this one before it was restarted, have kept for a tenant, unless it has counted
@@ -103,12 +105,12 @@ class Results:
             self._counted.add(tenant.name)
 
     @contextlib.contextmanager
-    def reserved(self, tenant: Tenant, size: int) -> Iterator[None]:
-        """Room for so many bytes of pictures and answers, from before they are drawn until they are kept. Of those in
-        the store, it knows what was counted.
+    def reserved(self, tenant: Tenant, size: int, entries: int = 1) -> Iterator[None]:
+        """Room for so many pictures and answers, and so many bytes of them all, from before they are drawn until they
+        are kept. Of those in the store, it knows what was counted.
 
-        Raises Forbidden if the tenant may never keep as many, Busy if it may not now, or if it already keeps
-        MAX_ENTRIES.
+        Raises Forbidden if the tenant may never keep as many bytes, Busy if it may not now, or if it would have more
+        than MAX_ENTRIES with those that are reserved.
         """
         allowed = tenant.max_result_bytes
         if size > allowed:
@@ -126,19 +128,21 @@ class Results:
                     ledger.queue[0][0] - self._clock() if ledger.queue else _DRAWING_SECONDS,
                     code="quota_exceeded",
                 )
-            if len(ledger.names) >= MAX_ENTRIES:
+            if (count := len(ledger.names) + self._reserved_entries[tenant.name]) + entries > MAX_ENTRIES:
                 raise Busy(
-                    f"{len(ledger.names)} of your pictures and answers are kept for a while, allowed are "
-                    f"{MAX_ENTRIES}: try again later, or {_HINT}",
-                    ledger.queue[0][0] - self._clock(),
+                    f"{count} of your pictures and answers are kept for a while or reserved, this request has "
+                    f"{entries}, allowed are {MAX_ENTRIES}: try again later, or {_HINT}",
+                    ledger.queue[0][0] - self._clock() if ledger.queue else _DRAWING_SECONDS,
                     code="quota_exceeded",
                 )
             self._reserved[tenant.name] += size
+            self._reserved_entries[tenant.name] += entries
         try:
             yield
         finally:
             with self._lock:
                 self._reserved[tenant.name] -= size
+                self._reserved_entries[tenant.name] -= entries
 
     def put(self, tenant: Tenant, data: bytes, format: Format) -> str:
         """Keeps a picture for an hour and returns its name."""

@@ -36,7 +36,7 @@ T = TypeVar("T")
 PREVIEW_SIDE = 256
 """Pixels of the longer side of a preview."""
 PREVIEW_QUALITY = 85
-_LONG = 2000  # characters of a text whose tokens are counted in a thread
+_LONG = 2000  # characters of texts that are read in a thread
 _LARGER = 4  # times the area of the bundle's default size
 _ALWAYS = 1024 * 1024  # pixels that every server makes, however small its model
 _THREADS = 2  # of each kind
@@ -126,18 +126,21 @@ class State:
         call = functools.partial(function, *args, **kwargs)
         return await asyncio.get_running_loop().run_in_executor(threads, call)
 
+    async def read_text(self, characters: int, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """The result of a function that reads texts of so many characters: in a thread if they are long, so that
+        nobody else waits for it."""
+        if characters <= _LONG:
+            return function(*args, **kwargs)
+        return await self.in_thread(function, *args, **kwargs)
+
     async def count_tokens(self, prompt: str) -> int:
         """The number of ids of a prompt in the first encoder, learned words as plain text."""
-        if len(prompt) <= _LONG:
-            return self.tokens(prompt)
-        return await self.in_thread(self.tokens, prompt)
+        return await self.read_text(len(prompt), self.tokens, prompt)
 
     async def price(self, *generations: Generation) -> None:
         """Counts the chunks of the generations' prompts, before they enter the pool. Raises ApiError."""
-        if sum(len(text) for generation in generations for text in generation.settings.texts) <= _LONG:
-            _price(generations)
-        else:
-            await self.in_thread(_price, generations)
+        characters = sum(len(text) for generation in generations for text in generation.settings.texts)
+        await self.read_text(characters, _price, generations)
 
     def close(self) -> None:
         """Ends the threads of `in_thread`, without waiting for what they do."""

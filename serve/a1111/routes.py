@@ -20,6 +20,7 @@ from starlette.responses import Response
 import oneword
 from oneword.runtime.bundle import Manifest
 from oneword.runtime.events import PictureDone
+from oneword.runtime.request import Request
 from oneword.serve.a1111 import answers
 from oneword.serve.a1111.dialect import (
     RANDOM_SEEDS,
@@ -67,10 +68,11 @@ _api = APIRouter(prefix="/sdapi/v1", responses=error_responses(Error))
 async def txt2img(http: HTTPRequest, body: TextToImage, idempotency_key: IdempotencyKey = None) -> Response:
     """Generates pictures from a prompt."""
     state, tenant = caller(http)
-    plan, label = text_to_image(body, state.manifest, secrets.randbelow(RANDOM_SEEDS)), _label(http, body)
+    label = _label(http, body)
 
     async def prepared() -> tuple[Plan, Generation]:
-        return plan, prepare(state, tenant, plan.request, plan.settings, label=label)
+        plan = await _text_plan(state, body)
+        return plan, await prepare(state, tenant, plan.request, plan.settings, label=label)
 
     return await _answer(http, body, prepared, idempotency_key)
 
@@ -83,10 +85,9 @@ async def img2img(http: HTTPRequest, body: ImageToImage, idempotency_key: Idempo
 
     async def prepared() -> tuple[Plan, Generation]:
         files = await state.in_thread(_files, body)
-        draft = text_to_image(body, state.manifest, secrets.randbelow(RANDOM_SEEDS)).request
-        image = await state.in_thread(blank, files.image, "init_images")
-        blank_request = replace(draft, image=image, strength=strength_of(body))
-        generation = prepare(state, tenant, blank_request, label=label)  # before a pixel is decoded
+        draft = (await _text_plan(state, body)).request
+        blank_request = await state.in_thread(_blank_request, body, files, draft)
+        generation = await prepare(state, tenant, blank_request, label=label)  # before a pixel is decoded
         plan = await state.in_thread(_edit_plan, body, files, state.manifest, draft.seed)
         generation.request = plan.request
         if not body.include_init_images:
@@ -261,6 +262,12 @@ async def _answer(
     return await answered(http, key, body, (), draw)
 
 
+async def _text_plan(state: State, body: TextToImage) -> Plan:
+    """See `text_to_image`; with a seed at random."""
+    characters = len(body.prompt or "") + len(body.negative_prompt or "")
+    return await state.read_text(characters, text_to_image, body, state.manifest, secrets.randbelow(RANDOM_SEEDS))
+
+
 async def _drawn(
     state: State, http: HTTPRequest | None, body: TextToImage, plan: Plan, generation: Generation
 ) -> bytes:
@@ -310,6 +317,11 @@ def _edit_plan(body: ImageToImage, files: _Files, manifest: Manifest, random_see
     mask = None if files.mask is None else decode_mask(files.mask, transparent=False)
     plan = image_to_image(body, manifest, random_seed, image, mask)
     return replace(plan, request=fitted(plan.request, plan.settings))
+
+
+def _blank_request(body: ImageToImage, files: _Files, draft: Request) -> Request:
+    """The draft as an edit of a black picture: its size is known before a pixel is decoded. Raises as `blank`."""
+    return replace(draft, image=blank(files.image, "init_images"), strength=strength_of(body))
 
 
 def _files(body: ImageToImage) -> _Files:

@@ -286,6 +286,43 @@ def test_uploads_and_a1111s_requests_can_be_kept_too(start_server: Start) -> Non
     assert done(running) == 3
 
 
+def test_without_room_a_key_gets_a_kept_answer_and_nothing_that_a_request_without_one_would_not(
+    start_server: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = start_server()
+    with running.client() as client, ThreadPoolExecutor(1) as threads:
+        first, gate = post(client, "kept"), Gate(monkeypatch)
+        try:
+            threads.submit(client.post, GENERATIONS, json={**BODY, "steps": 900})
+            assert gate.entered.wait(SECONDS)
+            running.state.pool.max_wait = 1.05 * running.state.pool.queued_seconds
+            refused = [post(client, "large", steps=900)]  # until there is room for it, a small one has to wait too
+            refused += [
+                client.post(GENERATIONS, json=BODY),
+                post(client, "small"),
+                post(client, "small", "/sdapi/v1/txt2img"),
+            ]
+            again = post(client, "kept")
+        finally:
+            gate.open.set()
+
+    assert [answer.status_code for answer in refused] == [429] * 4
+    assert (again.status_code, again.content) == (200, first.content)
+    assert done(running) == 2
+    assert running.state.metrics.rejected.labels("rate_limited")._value.get() == 4
+
+
+def test_a_kept_answer_takes_nothing_from_a_quota_and_another_key_does(start_server: Start, tmp_path: Path) -> None:
+    key, lines = new_key("alice")
+    (tmp_path / "keys.toml").write_text(f"{lines}pixel_steps_per_minute = {2 * 64 * 64 + 1000}\n")
+    running = start_server(keys=tmp_path / "keys.toml")
+    with Running(running.url, running.state, key).client() as client:
+        answers = [post(client, name) for name in ("a", "b", "a", "b", "a")]
+
+    assert [answer.status_code for answer in answers] == [200, 429, 200, 429, 200]
+    assert done(running) == 1
+
+
 def test_a_kept_answer_counts_against_the_keys_limit(start_server: Start, tmp_path: Path) -> None:
     key, lines = new_key("alice")
     (tmp_path / "keys.toml").write_text(f"{lines}max_result_bytes = 28000\n")
@@ -297,6 +334,20 @@ def test_a_kept_answer_counts_against_the_keys_limit(start_server: Start, tmp_pa
     assert (first.status_code, second.status_code, again.status_code) == (200, 429, 200)
     assert second.json()["error"]["message"].startswith(f"{64 + len(first.content)} bytes of your pictures are kept")
     assert done(running) == 1
+
+
+def test_each_picture_to_fetch_and_each_answer_counts_against_the_number_that_is_kept(
+    start_server: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running, two = start_server(), {"n": 2, "response_format": "url"}
+    with running.client() as client:
+        monkeypatch.setattr("oneword.serve.results.MAX_ENTRIES", 2)
+        answers = [post(client, "a", **two), client.post(GENERATIONS, json={**BODY, **two})]
+        monkeypatch.setattr("oneword.serve.results.MAX_ENTRIES", 5)
+        answers += [post(client, "b", **two), post(client, "c")]
+
+    assert [answer.status_code for answer in answers] == [429, 200, 200, 429]
+    assert done(running) == 4
 
 
 def test_all_that_an_a1111_answer_repeats_counts_against_the_keys_limit(start_server: Start, tmp_path: Path) -> None:

@@ -71,6 +71,30 @@ def schemathesis(running: Running, folder: Path, examples: int, seed: int) -> in
     return cases["generated"] - cases["without_checks"]
 
 
+def test_the_document_is_valid_in_its_version_of_openapi(document: dict[str, Any], tmp_path: Path) -> None:
+    if CLIENTS is None or not (validator := Path(CLIENTS, "bin", "openapi-spec-validator")).is_file():
+        pytest.skip("openapi-spec-validator is not installed: make test-server installs it with the clients")
+    (tmp_path / "openapi.json").write_text(json.dumps(document))
+    command = [str(validator), str(tmp_path / "openapi.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+
+
+def test_streams_are_described_with_a_keyword_of_the_documents_version_and_with_their_comments(
+    document: dict[str, Any],
+) -> None:
+    streams = [
+        answer
+        for operation in operations(document).values()
+        for answer in operation["responses"].values()
+        if "text/event-stream" in answer.get("content", {})
+    ]
+
+    assert len(streams) == 4
+    assert document["openapi"] == "3.2.0"  # the first version with `itemSchema`
+    assert all("(`: ping`) every 10 seconds" in answer["description"] for answer in streams)
+
+
 def test_every_error_is_in_the_form_of_its_dialect(document: dict[str, Any]) -> None:
     for name, operation in operations(document).items():
         path = name.split()[1]

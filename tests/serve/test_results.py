@@ -113,6 +113,25 @@ def test_a_tenant_keeps_a_limited_number_however_small_they_are(
     assert (refused.value.code, refused.value.headers["Retry-After"]) == ("quota_exceeded", "600")
 
 
+def test_requests_in_progress_count_against_that_number_with_all_that_they_may_keep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("oneword.serve.results.MAX_ENTRIES", 4)
+    results, alice, bob = Results(open_files(str(tmp_path)), lambda: 1000.0), Tenant("alice"), Tenant("bob")
+
+    with results.reserved(alice, 1, entries=3):
+        with pytest.raises(Busy, match=r"3 of your pictures and answers .* this request has 2") as refused:
+            results.reserved(alice, 1, entries=2).__enter__()
+        with results.reserved(alice, 1), results.reserved(bob, 1, entries=4):
+            pass
+    results.put(alice, b"a picture", "png")
+    with results.reserved(alice, 1, entries=3), pytest.raises(Busy, match="4 of your pictures") as later:
+        results.reserved(alice, 1).__enter__()
+
+    # Without anything in the store, room may come as soon as a picture is drawn; else, when the oldest expires.
+    assert [error.value.headers["Retry-After"] for error in (refused, later)] == ["30", "3600"]
+
+
 def test_what_a_tenant_has_is_counted_from_the_store(url: str) -> None:
     now = 1000.0
     alice, bob = Tenant("alice", max_result_bytes=150), Tenant("bob/..", max_result_bytes=150)

@@ -1,0 +1,73 @@
+"""What a request does on the way to its pictures, in every dialect: where its prompts are read."""
+
+import asyncio
+import base64
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.serve.running import word_bytes
+from tests.serve.test_openai import png
+
+READERS = (
+    "oneword.runtime.request.check_prompt",
+    "oneword.runtime.request.prompts_by_step",
+    "oneword.runtime.prompt.weighted_parts",
+)
+"""The functions that take time in proportion to a prompt's length, where they are used."""
+LONG = "[a:b:1] " * 20 + "(" * 2500
+SMALL = {"width": 64, "height": 64, "steps": 2}
+
+
+def generations(http: httpx.Client, prompt: str) -> httpx.Response:
+    body = {"prompt": prompt, "negative_prompt": prompt, "n": 2, "steps": 2, "size": "64x64"}
+    return http.post("/v1/images/generations", json=body)
+
+
+def edits(http: httpx.Client, prompt: str) -> httpx.Response:
+    return http.post("/v1/images/edits", data={"prompt": prompt, "steps": "2", "n": "2"}, files={"image": png()})
+
+
+def txt2img(http: httpx.Client, prompt: str) -> httpx.Response:
+    return http.post("/sdapi/v1/txt2img", json={"prompt": f"toy {prompt}", "n_iter": 2, **SMALL})
+
+
+def img2img(http: httpx.Client, prompt: str) -> httpx.Response:
+    pictures = [base64.b64encode(png()).decode()]
+    return http.post("/sdapi/v1/img2img", json={"prompt": prompt, "init_images": pictures, **SMALL})
+
+
+def refine(http: httpx.Client, prompt: str) -> httpx.Response:
+    return http.post("/v1/words/%3Ctoy%3E/refine", json={"action": "start", "prompt": f"{{}} {prompt}"})
+
+
+@pytest.mark.parametrize("route", [generations, edits, txt2img, img2img, refine])
+def test_a_long_prompt_is_read_in_threads_while_others_are_answered(
+    http: httpx.Client, monkeypatch: pytest.MonkeyPatch, route: Callable[[httpx.Client, str], httpx.Response]
+) -> None:
+    http.put("/v1/words/%3Ctoy%3E", content=word_bytes()).raise_for_status()
+    on_loop: dict[str, set[bool]] = {}
+
+    def watch(name: str) -> None:
+        module, _, function = name.rpartition(".")
+        read = getattr(sys.modules[module], function)
+
+        @functools.wraps(read)
+        def watched(prompt: str, *arguments: Any) -> Any:
+            if len(prompt) > len(LONG) // 2:
+                on_loop.setdefault(name, set()).add(asyncio._get_running_loop() is not None)
+            return read(prompt, *arguments)
+
+        monkeypatch.setattr(name, watched)
+
+    for name in READERS:
+        watch(name)
+
+    answer = route(http, LONG)
+
+    assert answer.status_code == 200, answer.text
+    assert on_loop == {name: {False} for name in READERS}
