@@ -20,7 +20,7 @@ from oneword.engines.errors import ConceptError, UsageError
 from oneword.engines.open import Backend
 from oneword.export import families
 from oneword.export.cli import plan_warnings
-from oneword.export.eager import EagerEngine
+from oneword.export.eager import EagerEngine, eager_model
 from oneword.export.families import family_of
 from oneword.export.source import UNSUPPORTED, encoders_left_out, load_source
 from oneword.export.trace import example_feeds
