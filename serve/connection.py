@@ -5,7 +5,6 @@ Not covered: the time that a body may take, and who may send it (`serve.middlewa
 
 import asyncio
 import json
-from typing import Any, cast
 
 import h11
 import uvicorn
@@ -17,44 +16,6 @@ from oneword.serve.middleware import SECURITY_HEADERS
 from oneword.serve.settings import Settings
 
 _READ_BYTES = 16 << 10
-_JOINED_BYTES = 64 << 10  # more is not worth a copy
-
-
-class Joined:
-    """A transport that sends small pieces together: an answer's head with its body. What is written waits for `flush`,
-    at most until the event loop's next turn."""
-
-    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
-        self._transport, self._loop = transport, loop
-        self._pieces: list[bytes] = []
-        self._size = 0
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._transport, name)
-
-    def write(self, data: bytes) -> None:
-        """See asyncio.Transport."""
-        if self._size + len(data) > _JOINED_BYTES:
-            self.flush()
-            self._transport.write(data)
-        elif data:
-            if not self._pieces:
-                self._loop.call_soon(self.flush)
-            self._pieces.append(data)
-            self._size += len(data)
-
-    def flush(self) -> None:
-        """Sends what waits."""
-        if self._pieces:
-            data = b"".join(self._pieces)
-            self._pieces.clear()
-            self._size = 0
-            self._transport.write(data)
-
-    def close(self) -> None:
-        """Closes the connection after what was written."""
-        self.flush()
-        self._transport.close()
 
 
 class Connection(H11Protocol):
@@ -70,7 +31,7 @@ class Connection(H11Protocol):
     _write_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(cast(asyncio.Transport, Joined(transport, self.loop)))
+        super().connection_made(transport)
         transport.set_write_buffer_limits(high=0)  # any unsent byte counts as a pause
         if hasattr(transport, "max_size"):  # of asyncio's own transports; 256 KiB by default
             transport.max_size = _READ_BYTES  # pyright: ignore[reportAttributeAccessIssue]
@@ -91,10 +52,6 @@ class Connection(H11Protocol):
     def resume_writing(self) -> None:
         super().resume_writing()
         self._stop_write_timer()
-
-    def on_response_complete(self) -> None:
-        cast(Joined, self.transport).flush()
-        super().on_response_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_head_timer()

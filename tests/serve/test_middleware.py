@@ -363,46 +363,6 @@ def test_a_request_without_a_body_keeps_its_connection_open() -> None:
         assert connection.sock is opened
 
 
-def test_the_head_and_the_body_of_an_answer_are_sent_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    transport, sent = asyncio.selector_events._SelectorSocketTransport, list[bytes]()
-    write = transport.write
-
-    def noted(self: Any, data: bytes) -> None:
-        sent.append(bytes(data))
-        write(self, data)
-
-    monkeypatch.setattr(transport, "write", noted)
-    with serving(make_app()) as server, contextlib.closing(HTTPConnection(*server.address)) as connection:
-        for _ in range(2):
-            connection.request("GET", "/v1/who")
-            body = connection.getresponse().read()
-
-    assert [(data[:12], data.endswith(body)) for data in sent] == [(b"HTTP/1.1 200", True)] * 2
-
-
-def test_the_head_of_a_stream_is_sent_before_its_first_event_and_small_pieces_do_not_pile_up() -> None:
-    read, sizes = threading.Event(), list[int]()
-
-    async def app(scope: Any, receive: Any, send: Any) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-        assert await asyncio.to_thread(read.wait, 20)
-        for _ in range(100):  # without a turn of the event loop
-            await send({"type": "http.response.body", "body": bytes(10_000), "more_body": True})
-            sizes.append(send.__self__.transport._size)
-        await send({"type": "http.response.body", "body": b"end"})
-
-    with serving(app) as server, server.connect() as connection:
-        connection.sendall(head("GET", "/", "Connection: close"))
-        connection.settimeout(20)
-        assert connection.recv(65536).startswith(b"HTTP/1.1 200 ")
-        read.set()
-        body = read_all(connection)
-
-    assert body.count(b"\0") == 1_000_000
-    assert body.endswith(b"3\r\nend\r\n0\r\n\r\n")
-    assert max(sizes) <= 64 << 10
-
-
 def test_a_body_that_is_too_large_is_refused_before_any_of_it_is_read() -> None:
     for path, limit in (("/v1/prompt", LIMIT), ("/other", 1000)):
         answer = ask(make_app(), "POST", path, {"Content-Length": str(limit + 1)}, [b"x"] * 10)
