@@ -13,6 +13,7 @@ from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb, repea
 
 from oneword.engines.errors import UsageError, one_line
 from oneword.export.modules import causal_mask, finite
+from oneword.runtime.prompt import Frame
 
 TAPS = (9, 18, 27)
 """The numbers of the layers whose states are side by side in the context, as in Flux2KleinPipeline."""
@@ -108,25 +109,20 @@ def chat_frame(tokenizer: Any) -> tuple[str, str]:
     prefix, _, suffix = first.partition(probes[0])
     if any(text != prefix + probe + suffix for text, probe in zip(texts, probes[1:], strict=True)):
         raise UsageError("the tokenizer's chat template changes the prompt: give a model with Qwen3's own template")
-    if any(
-        tokenizer(prefix + probe + suffix).input_ids != framed_ids(tokenizer, prefix, probe, suffix) for probe in probes
-    ):
-        raise UsageError(
-            "the tokenizer joins the prompt with the text around it in its chat template: give a model with Qwen3's "
-            "own tokenizer and template"
-        )
-    if tokenizer.padding_side != "right":
-        raise UsageError(f"the tokenizer pads on the {tokenizer.padding_side}: give a model whose tokenizer pads right")
-    return prefix, suffix
-
-
-def framed_ids(tokenizer: Any, prefix: str, prompt: str, suffix: str) -> list[int]:
-    """The ids of a prompt in a template whose parts are tokenized separately, as `oneword.runtime.prompt.Frame` is."""
 
     def ids(text: str) -> list[int]:
         found: list[int] = tokenizer(text, add_special_tokens=False).input_ids
         return found
 
-    head, bos = prefix.rstrip(), tokenizer.bos_token_id
-    start, end = [] if bos is None else [bos], ids(suffix) if suffix else [tokenizer.eos_token_id]
-    return [*start, *ids(head), *ids(prefix[len(head) :] + prompt), *end]
+    frame = Frame.of(prefix, suffix, tokenizer.bos_token_id, tokenizer.eos_token_id, ids)
+    if frame.tail[0] not in tokenizer.added_tokens_decoder or any(  # which no prompt can join
+        tokenizer(prefix + probe + suffix).input_ids != [*frame.head, *ids(frame.joined + probe), *frame.tail]
+        for probe in probes
+    ):
+        raise UsageError(
+            "the tokenizer does not split the prompt from its chat template: give a model with Qwen3's own tokenizer "
+            "and template"
+        )
+    if tokenizer.padding_side != "right":
+        raise UsageError(f"the tokenizer pads on the {tokenizer.padding_side}: give a model whose tokenizer pads right")
+    return prefix, suffix

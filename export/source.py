@@ -79,7 +79,7 @@ OMISSIBLE = {"StableDiffusion3Pipeline": "text_encoder_3", "StableDiffusion3Img2
 UNSUPPORTED = {
     "Flux2Pipeline": "Mistral as its text encoder",
     "Flux2KleinKVPipeline": "a network that keeps the keys and values of reference pictures",
-    "ZImagePipeline": "Qwen3 as its text encoder, and prompts without padding",
+    "ZImagePipeline": "prompts without padding",
     "QwenImagePipeline": "Qwen2.5-VL as its text encoder, and a mask of the prompt",
     "QwenImage21Pipeline": "Qwen3-VL as its text encoder",
     "PixArtAlphaPipeline": "a mask of the prompt in cross-attention",
@@ -91,7 +91,7 @@ UNSUPPORTED = {
     "Krea2Pipeline": "Qwen3-VL as its text encoder",
     "Ideogram4Pipeline": "Qwen3-VL as its text encoder, and a second network without a prompt",
     "ErnieImagePipeline": "Mistral as its text encoder",
-    "ZImageOmniPipeline": "Qwen3 as its text encoder, and prompts without padding",
+    "ZImageOmniPipeline": "prompts without padding",
     "QwenImageEditPipeline": "Qwen2.5-VL as its text encoder, which also reads pictures",
     "QwenImageEditPlusPipeline": "Qwen2.5-VL as its text encoder, which also reads pictures",
     "LuminaPipeline": "Gemma as its text encoder, and a mask of the prompt",

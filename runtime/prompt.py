@@ -54,12 +54,12 @@ class Frame(NamedTuple):
     tail: list[int]
 
     @classmethod
-    def of(cls, encoder: Encoder, ids: Callable[[str], list[int]]) -> Self:
-        """An encoder's; `ids` tokenizes without bos and eos."""
-        text = encoder.prefix.rstrip()
-        bos = [] if encoder.bos_id is None else [encoder.bos_id]
-        tail = ids(encoder.suffix) if encoder.suffix else [encoder.eos_id]
-        return cls(bos + (ids(text) if text else []), encoder.prefix[len(text) :], tail)
+    def of(cls, prefix: str, suffix: str, bos_id: int | None, eos_id: int, ids: Callable[[str], list[int]]) -> Self:
+        """That of a template's text before and after the prompt; `ids` tokenizes without bos and eos."""
+        text = prefix.rstrip()
+        bos = [] if bos_id is None else [bos_id]
+        tail = ids(suffix) if suffix else [eos_id]
+        return cls(bos + (ids(text) if text else []), prefix[len(text) :], tail)
 
 
 class Tokenizer:
@@ -72,7 +72,7 @@ class Tokenizer:
         self._tokenizer = tokenizer
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self.frame = Frame.of(encoder, self.ids)
+        self.frame = Frame.of(encoder.prefix, encoder.suffix, encoder.bos_id, encoder.eos_id, self.ids)
         self.start = [(id_, 1.0) for id_ in self.ids(self.frame.joined)]
         """A chunk without a prompt, between the frame's head and tail."""
         if self.room <= len(self.start):

@@ -19,7 +19,7 @@ from oneword.runtime.images import resized
 from oneword.runtime.request import Request, ResolvedSettings
 from oneword.serve.errors import ApiError, Cancelled, Invalid, from_oneword
 from oneword.serve.keys import Tenant
-from oneword.serve.pool import Dropped, Generation, PictureEvent, changed, resolved
+from oneword.serve.pool import Dropped, Generation, PictureEvent, replace_unchecked, resolved
 from oneword.serve.state import State
 from oneword.serve.worker import Done, Failed
 
@@ -48,9 +48,10 @@ async def prepare(
     picture is decoded: `enter` queues it. `settings` are those of `resolve`, if they are known. Raises ApiError."""
     _check_size(state, request)
     if settings is None:
-        characters = len(request.prompt) + len(request.negative_prompt or "")
+        state.pool.check(tenant)  # a full queue refuses a request before it is resolved
+        texts = request.prompt, request.negative_prompt
         with state.pool.refusals():
-            settings = await state.read_text(characters, resolved, request, state.manifest)
+            settings = await state.read_text(texts, resolved, request, state.manifest)
     return state.pool.prepared(tenant, request, settings, partials=partials, label=label, beside=beside)
 
 
@@ -60,7 +61,7 @@ async def enter(state: State, *generations: Generation, bare_names: bool = False
     for generation in generations:
         words = await state.words.resolve(generation.tenant, generation.settings.texts, bare_names)
         if words:  # the model itself has none
-            generation.request = changed(generation.request, words=words)
+            generation.request = replace_unchecked(generation.request, words=words)
     await state.price(*generations)
     state.pool.enter(*generations)
 

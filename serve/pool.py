@@ -880,12 +880,13 @@ def _single(request: Request, index: int) -> Request:
     """Picture `index` of a request as a request of its own, which is not pasted."""
     if request.num_images == 1 and not (request.mask is not None and request.paste):
         return request
-    return changed(request, num_images=1, seed=request.seed + index, paste=False)
+    return replace_unchecked(request, num_images=1, seed=request.seed + index, paste=False)
 
 
-def changed(request: Request, **fields: Any) -> Request:
+def replace_unchecked(request: Request, **fields: Any) -> Request:
     """A request with other values of these fields, which are allowed: `replace` would check its prompts again, which
     takes milliseconds if they are long."""
     other = copy.copy(request)
+    assert fields.keys() <= vars(other).keys()
     vars(other).update(fields)
     return other

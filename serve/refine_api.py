@@ -110,9 +110,7 @@ async def _candidates(
         return RefinementRound(round=len(current.rounds) + 1, aspects=current.words, candidates=[])
     concepts = await state.in_thread(propose, current, state.refinements.lexicon)
     prompt, seed = prompt.replace("{}", current.token), current.seed + len(current.rounds)
-    requests = [
-        await state.read_text(len(prompt), sample_request, state, prompt, concept, seed) for concept in concepts
-    ]
+    requests = [await state.read_text((prompt,), sample_request, state, prompt, concept, seed) for concept in concepts]
     generations = [await prepare(state, tenant, request) for request in requests]
     await state.price(*generations)
     state.pool.enter(*generations)

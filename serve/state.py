@@ -4,7 +4,7 @@ import asyncio
 import functools
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -126,21 +126,22 @@ class State:
         call = functools.partial(function, *args, **kwargs)
         return await asyncio.get_running_loop().run_in_executor(threads, call)
 
-    async def read_text(self, characters: int, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """The result of a function that reads texts of so many characters: in a thread if they are long, so that
-        nobody else waits for it."""
-        if characters <= _LONG:
+    async def read_text(
+        self, texts: Iterable[str | None], function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """The result of a function that reads these texts: in a thread if they are long, so that nobody else waits."""
+        if sum(len(text) for text in texts if text) <= _LONG:
             return function(*args, **kwargs)
         return await self.in_thread(function, *args, **kwargs)
 
     async def count_tokens(self, prompt: str) -> int:
         """The number of ids of a prompt in the first encoder, learned words as plain text."""
-        return await self.read_text(len(prompt), self.tokens, prompt)
+        return await self.read_text((prompt,), self.tokens, prompt)
 
     async def price(self, *generations: Generation) -> None:
         """Counts the chunks of the generations' prompts, before they enter the pool. Raises ApiError."""
-        characters = sum(len(text) for generation in generations for text in generation.settings.texts)
-        await self.read_text(characters, _price, generations)
+        texts = [text for generation in generations for text in generation.settings.texts]
+        await self.read_text(texts, _price, generations)
 
     def close(self) -> None:
         """Ends the threads of `in_thread`, without waiting for what they do."""

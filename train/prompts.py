@@ -138,7 +138,7 @@ class PromptEncoder:
 
     def __init__(self, encoder: AnyEncoder, tokenizer: Any, facts: Encoder) -> None:
         self.encoder, self.tokenizer, self.facts = encoder, tokenizer, facts
-        self.frame = Frame.of(facts, self._text_ids)
+        self.frame = Frame.of(facts.prefix, facts.suffix, facts.bos_id, facts.eos_id, self._text_ids)
         self._rows: dict[int, int] = {}  # vocabulary id -> row of the small table
         self._sequences: dict[Text, tuple[list[int], int]] = {}
 

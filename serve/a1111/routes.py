@@ -264,8 +264,8 @@ async def _answer(
 
 async def _text_plan(state: State, body: TextToImage) -> Plan:
     """See `text_to_image`; with a seed at random."""
-    characters = len(body.prompt or "") + len(body.negative_prompt or "")
-    return await state.read_text(characters, text_to_image, body, state.manifest, secrets.randbelow(RANDOM_SEEDS))
+    texts, seed = (body.prompt, body.negative_prompt), secrets.randbelow(RANDOM_SEEDS)
+    return await state.read_text(texts, text_to_image, body, state.manifest, seed)
 
 
 async def _drawn(

@@ -176,12 +176,6 @@ def test_the_backend_is_reported_with_version_device_and_precision(engine: Engin
     assert re.fullmatch(kinds, engine.backend)
 
 
-def test_openvino_reports_bf16_exactly_on_a_processor_that_computes_in_it(path: Path) -> None:
-    openvino = pytest.importorskip("openvino")
-    capable = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    assert opened(OpenVinoEngine, path).backend.endswith("cpu bf16" if capable else "cpu fp32")
-
-
 def test_a_session_is_opened_once_however_often_it_runs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ort = pytest.importorskip("onnxruntime")
     sessions = []

@@ -356,8 +356,8 @@ def t5(tokenizer: Any, *, width: int) -> Any:
 
 
 def openvino_decibels() -> int:
-    """The PSNR that OpenVINO's pictures must have against ONNX Runtime's: 30 on a processor with bfloat16, in which it
-    computes then, else 50."""
+    """The PSNR that OpenVINO's pictures must have against ONNX Runtime's: 50, or 30 on a processor with
+    bfloat16, in which it then computes."""
     openvino = pytest.importorskip("openvino")
     return 30 if "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES") else 50
 

@@ -40,7 +40,7 @@ from tests.export.test_flow_families import (
     scene,
 )
 
-JOINED = "the tokenizer joins the prompt with the text around it in its chat template: give a model with Qwen3's own"
+JOINED = "the tokenizer does not split the prompt from its chat template: give a model with Qwen3's own"
 ONLY_BASE = pytest.mark.parametrize("tiny_flux2_dir", ["base"], indirect=True)
 
 
@@ -251,6 +251,7 @@ def test_qwen3_encodes_as_transformers_does() -> None:
         ({"chat_template": None}, "the tokenizer has no chat template that can be used"),
         ({"chat_template": "{{ messages[0].content | trim }}"}, "the tokenizer's chat template changes the prompt"),
         ({"chat_template": QWEN_TEMPLATE.replace("+ '<|im_end|>", "+ '\\n<|im_end|>")}, JOINED),
+        ({"chat_template": QWEN_TEMPLATE.replace("+ '<|im_end|>", "+ 'ing<|im_end|>")}, JOINED),  # as in "painting"
         ({"bos_token": "<|im_start|>"}, JOINED),  # which it does not add to a prompt
         ({"padding_side": "left"}, "the tokenizer pads on the left"),
     ],

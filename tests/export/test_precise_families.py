@@ -136,7 +136,7 @@ def test_learned_output_vectors_in_sd3_draw_what_diffusers_draws(
         add_tokens(pipeline, word, name, SD3_PLACES[name][0])
     texts = {} if "text_encoder_3" in encoders else {"prompt_3": SENTENCE.replace("<toy>", "star")}
     places = {name: SD3_PLACES[name] for name in encoders}
-    theirs = picture_with_vectors(pipeline, word, places, unit=1, texts=texts, guidance_scale=4.0)
+    theirs = picture_with_vectors(pipeline, word, places, timesteps_per_unit=1, texts=texts, guidance_scale=4.0)
 
     assert psnr(picture(sd3, SENTENCE, guidance_scale=4.0, words={"<toy>": word}), theirs) >= 50
     assert psnr(picture(sd3, SENTENCE, guidance_scale=4.0, words={"<toy>": word.rows_only()}), theirs) < 50
@@ -269,7 +269,7 @@ def picture_with_vectors(
     pipeline: Any,
     word: Concept,
     places: dict[str, tuple[str, int, int]],
-    unit: float = 1000,
+    timesteps_per_unit: float = 1000,
     texts: dict[str, str] | None = None,
     **settings: Any,
 ) -> Image:
@@ -277,7 +277,7 @@ def picture_with_vectors(
     the prompt, not those of the negative prompt.
 
     `places` are, by encoder, the suffix of its name in the pipeline, and its first token and column in the context;
-    `unit` is the part of the network's time that is one of 1,000 timesteps; `texts` are prompts of single encoders.
+    `timesteps_per_unit` are those of 1,000 in one unit of the network's time; `texts` are prompts of single encoders.
     """
     texts, columns = texts or {}, list[tuple[list[int], slice, torch.Tensor]]()
     for name, (suffix, token, column) in places.items():
@@ -296,7 +296,7 @@ def picture_with_vectors(
         contexts = named["encoder_hidden_states"].clone()
         for context in contexts:
             if torch.equal(context, states):
-                stage = int(999 - unit * named["timestep"][0] >= 500)
+                stage = int(999 - timesteps_per_unit * named["timestep"][0] >= 500)
                 stages.add(stage)
                 for tokens, part, out in columns:
                     context[tokens, part] = out[stage]

@@ -46,7 +46,7 @@ def refine(http: httpx.Client, prompt: str) -> httpx.Response:
 
 
 @pytest.mark.parametrize("route", [generations, edits, txt2img, img2img, refine])
-def test_a_long_prompt_is_read_in_threads_while_others_are_answered(
+def test_a_long_prompt_is_read_in_threads(
     http: httpx.Client, monkeypatch: pytest.MonkeyPatch, route: Callable[[httpx.Client, str], httpx.Response]
 ) -> None:
     http.put("/v1/words/%3Ctoy%3E", content=word_bytes()).raise_for_status()

@@ -197,7 +197,7 @@ def test_the_loss_falls_to_a_fifth_if_a_word_can_explain_the_targets(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The targets are the network's predictions with another word, whose rows are half a radian away, and its output
-    vectors a tenth. Of the noise, little depends on a word: one token of 44."""
+    vectors a tenth. A word is one token of 44, so the predictions depend little on it."""
     folders = {"sd3": tiny_sd3_dir, "flux": tiny_flux_dir, "chroma": tiny_chroma_dir, "flux2": tiny_flux2_dir}
     source, word = load_source(folders[model]), a_word(*encoders, prompts=PROMPTS[:1])
     source.network.get_submodule("proj_out").weight.mul_(100)  # the prior of directions is not scaled with the loss
