@@ -15,25 +15,43 @@ aten: Any = torch.ops.aten
 
 _NAMES = """
 _to_copy.default abs.default add.Scalar add.Tensor all.dim amax.default amin.default arange.default arange.start
-arange.start_step argmax.default bitwise_and.Tensor bmm.default cat.default clamp.default clamp.Tensor clamp_min.default
-clone.default conv2d.default cos.default cumsum.default div.Scalar div.Tensor einsum.default embedding.default eq.Scalar
-eq.Tensor exp.default expand.default full.default full_like.default gather.default ge.Scalar ge.Tensor gelu.default
-group_norm.default gt.Scalar gt.Tensor index.Tensor index_select.default isfinite.default layer_norm.default le.Scalar
-le.Tensor linear.default log.default logical_and.default logical_not.default lt.Scalar lt.Tensor masked_fill.Scalar
-matmul.default maximum.default mean.dim minimum.default mul.Scalar mul.Tensor ne.Scalar ne.Tensor neg.default
-ones.default ones_like.default pad.default permute.default pow.Scalar pow.Tensor_Scalar pow.Tensor_Tensor
-reciprocal.default relu.default repeat.default round.default rsqrt.default scalar_tensor.default
+arange.start_step argmax.default bitwise_and.Tensor bmm.default cat.default clamp.Tensor clamp.default clamp_min.default
+clone.default concat.default conv2d.default cos.default cumsum.default div.Scalar div.Tensor einsum.default
+embedding.default eq.Scalar eq.Tensor exp.default expand.default full.default full_like.default gather.default ge.Scalar
+ge.Tensor gelu.default group_norm.default gt.Scalar gt.Tensor index.Tensor index_select.default isfinite.default
+layer_norm.default le.Scalar le.Tensor linear.default log.default logical_and.default logical_not.default lt.Scalar
+lt.Tensor masked_fill.Scalar matmul.default maximum.default mean.dim minimum.default mul.Scalar mul.Tensor ne.Scalar
+ne.Tensor neg.default new_ones.default new_zeros.default ones.default ones_like.default pad.default permute.default
+pixel_shuffle.default pixel_unshuffle.default pow.Scalar pow.Tensor_Scalar pow.Tensor_Tensor reciprocal.default
+relu.default repeat.default reshape.default round.default rsqrt.default scalar_tensor.default
 scaled_dot_product_attention.default select.int sigmoid.default silu.default sin.default slice.Tensor softmax.int
 split.Tensor split_with_sizes.default sqrt.default squeeze.dim stack.default sub.Scalar sub.Tensor sum.dim_IntList
-sym_size.int tanh.default transpose.int triu.default unbind.int unsqueeze.default upsample_nearest2d.vec view.default
+sym_size.int tanh.default transpose.int triu.default unbind.int unsqueeze.default upsample_nearest2d.vec
 where.ScalarOther where.ScalarSelf where.self zeros.default zeros_like.default
 """
 CONVERTED = frozenset(f"aten.{name}" for name in _NAMES.split())
 """Operators that torch.onnx converts as they are."""
+REPLACED = {
+    aten._assert_tensor_metadata.default,
+    aten.__and__.Tensor,
+    aten.chunk.default,
+    aten.contiguous.default,
+    aten.detach.default,
+    aten.dropout.default,
+    aten.flatten.using_ints,
+    aten.rms_norm.default,
+    aten.rsub.Scalar,
+    aten.to.dtype,
+    aten.to.dtype_layout,
+    aten.unflatten.int,
+    aten.view.default,
+}
 
 
 def lower(program: ExportedProgram) -> None:
     """Lowers a program in place, so that torch.onnx.export does not trace it again."""
+    if not CONVERTED.issuperset(map(str, operators(program) - REPLACED)):
+        return
     symbols: dict[str, Node] = {}
     for node in list(program.graph.nodes):
         if isinstance(node.meta.get("val"), torch.SymInt):
@@ -44,9 +62,13 @@ def lower(program: ExportedProgram) -> None:
     for spec, node in zip(program.graph_signature.output_specs, program.graph.output_node().args[0], strict=True):
         spec.arg.name = node.name
     program.graph_module.recompile()
-    operators = {node.target for node in program.graph.nodes if isinstance(node.target, torch._ops.OpOverload)}
-    if CONVERTED.issuperset(map(str, operators)):
+    if CONVERTED.issuperset(map(str, operators(program))):
         program.run_decompositions = lambda *_: program  # type: ignore[method-assign]
+
+
+def operators(program: ExportedProgram) -> set[Any]:
+    """The operators of a program."""
+    return {node.target for node in program.graph.nodes if isinstance(node.target, torch._ops.OpOverload)}
 
 
 def _replace(node: Node, symbols: dict[str, Node]) -> None:
@@ -64,9 +86,11 @@ def _replace(node: Node, symbols: dict[str, Node]) -> None:
                 _remove(node)
             else:
                 _become(node, aten._to_copy.default, node.args[:1], dtype=dtype)
-        case aten.flatten.using_ints | aten.reshape.default | aten.unflatten.int | aten.view.default:
+        case aten.flatten.using_ints | aten.reshape.default | aten.unflatten.int:
             if sizes := _sizes(node, symbols):
-                _become(node, aten.view.default, (node.args[0], sizes))
+                _become(node, aten.reshape.default, (node.args[0], sizes))
+        case aten.view.default:  # its input may not be contiguous any more
+            _become(node, aten.reshape.default, (node.args[0], _sizes(node, symbols) or node.args[1]))
         case aten.chunk.default:
             source, _, axis = (*node.args, 0)[:3]
             if isinstance(size := node.meta["val"][0].shape[axis], int):
