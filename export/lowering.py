@@ -59,11 +59,12 @@ def lower(program: ExportedProgram) -> None:
         elif node.op == "call_function":
             _replace(node, symbols)
     program.graph.eliminate_dead_code()
-    for spec, node in zip(program.graph_signature.output_specs, program.graph.output_node().args[0], strict=True):
+    outputs: Any = program.graph.output_node().args[0]
+    for spec, node in zip(program.graph_signature.output_specs, outputs, strict=True):
         spec.arg.name = node.name
     program.graph_module.recompile()
     if CONVERTED.issuperset(map(str, operators(program))):
-        program.run_decompositions = lambda *_: program  # type: ignore[method-assign]
+        program.run_decompositions = lambda *_: program
 
 
 def operators(program: ExportedProgram) -> set[Any]:
@@ -71,7 +72,7 @@ def operators(program: ExportedProgram) -> set[Any]:
     return {node.target for node in program.graph.nodes if isinstance(node.target, torch._ops.OpOverload)}
 
 
-def _replace(node: Node, symbols: dict[str, Node]) -> None:
+def _replace(node: Any, symbols: dict[str, Node]) -> None:
     """Replaces one operator, or removes it if it changes nothing. `symbols`: the program's sizes by expression."""
     match node.target:
         case aten._assert_tensor_metadata.default:
@@ -103,7 +104,7 @@ def _replace(node: Node, symbols: dict[str, Node]) -> None:
             _become(node, aten.bitwise_and.Tensor, node.args)
 
 
-def _replace_rms_norm(node: Node) -> None:
+def _replace_rms_norm(node: Any) -> None:
     """As PyTorch computes it: in float32 if the input is less precise."""
     x, normalized, weight, eps = (*node.args, None, None)[:4]
     dtype = node.meta["val"].dtype
@@ -124,7 +125,7 @@ def _replace_rms_norm(node: Node) -> None:
     node.graph.erase_node(node)
 
 
-def _insert(node: Node, target: Any, *args: Any, **kwargs: Any) -> Node:
+def _insert(node: Any, target: Any, *args: Any, **kwargs: Any) -> Any:
     """A new node before `node`, with its value computed from those of its inputs."""
     new = node.graph.call_function(target, args, kwargs)
     new.meta = {**node.meta, "val": target(*(a.meta["val"] if isinstance(a, Node) else a for a in args), **kwargs)}
@@ -136,13 +137,13 @@ def _become(node: Node, target: Any, args: tuple[Any, ...], **kwargs: Any) -> No
     node.target, node.args, node.kwargs = target, args, kwargs
 
 
-def _remove(node: Node) -> None:
+def _remove(node: Any) -> None:
     """Replaces a node by its first input."""
     node.replace_all_uses_with(node.args[0])
     node.graph.erase_node(node)
 
 
-def _sizes(node: Node, symbols: dict[str, Node]) -> list[int | Node] | None:
+def _sizes(node: Any, symbols: dict[str, Node]) -> list[int | Node] | None:
     """The sizes of a node's value, of which one may be -1; None if more of them are not sizes that the program has."""
     shape = node.meta["val"].shape
     if sum(not isinstance(size, int) for size in shape) == 1:
