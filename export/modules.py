@@ -484,8 +484,14 @@ def zero_star_scale(m_uncond: Tensor, m_cond: Tensor, zero_star: Tensor) -> Tens
 
 def rescale_guidance(m: Tensor, m_cond: Tensor, rescale: Tensor) -> Tensor:
     """Guidance rescale, section 3.4 of arXiv 2305.08891: pulls the guided standard deviation to the conditional one."""
-    std_cond, std = (x.std(dim=(1, 2, 3), keepdim=True) for x in (m_cond, m))
+    std_cond, std = map(standard_deviation, (m_cond, m))  # in their ratio, n and n - 1 are the same
     return m * (1 - rescale + rescale * std_cond / std.clamp(min=1e-12))
+
+
+def standard_deviation(x: Tensor) -> Tensor:
+    """Of all n numbers of each row, divided by n: [N,1,1,1]. ONNX has no operator for it."""
+    centred = x - x.mean(dim=(1, 2, 3), keepdim=True)
+    return (centred * centred).mean(dim=(1, 2, 3), keepdim=True).sqrt()
 
 
 def causal_mask(t: int, like: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from unittest.mock import patch
 
 import torch
 from filelock import FileLock
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 import oneword
 from oneword.engines.graph import Provider, Weights
@@ -42,6 +43,8 @@ PACKAGES = (
 OPTIONS = ("precision", "preview", "weights", "without")
 MOST_CODES, MOST_DAYS = 8, 7
 """The exports of so many versions of the code are kept, each for so many days after it was last used."""
+CONVERSIONS = staticmethod(cache(ONNXRegistry.from_torchlib))
+"""torch.onnx's conversions by opset, which it would read from their sources again for every graph."""
 
 
 def export_once(model: str | Path, bundle: Path, **options: Any) -> Exported:
@@ -92,7 +95,8 @@ def trace_once(
 
     def traced(files: Path) -> tuple[tuple[str, ...], dict[Provider, str]]:
         files.mkdir()
-        return trace(graph, files, weights)
+        with patch.object(ONNXRegistry, "from_torchlib", CONVERSIONS):
+            return trace(graph, files, weights)
 
     made, files = made_once(f"graph-{graph_key(graph, weights)}", traced)
     shutil.copytree(files, folder, dirs_exist_ok=True)

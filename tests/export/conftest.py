@@ -317,13 +317,17 @@ def tiny_unet(context: int, **settings: Any) -> Any:
 
 
 def tiny_vae(**settings: Any) -> Any:
+    """Equal for equal settings, so that models share its graphs."""
+    import torch
     from diffusers import AutoencoderKL
 
-    return AutoencoderKL(
-        block_out_channels=(8, 8, 16, 16), down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4, norm_num_groups=4, layers_per_block=1, sample_size=64,
-        **{"latent_channels": 4, **settings},
-    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(8)
+        return AutoencoderKL(
+            block_out_channels=(8, 8, 16, 16), down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4, norm_num_groups=4, layers_per_block=1, sample_size=64,
+            **{"latent_channels": 4, **settings},
+        )  # fmt: skip
 
 
 def flow_vae() -> Any:
@@ -346,13 +350,17 @@ def t5_tokenizer(**settings: Any) -> Any:
 
 
 def t5(tokenizer: Any, *, width: int) -> Any:
+    """Equal for equal settings, so that models share its graph."""
+    import torch
     from transformers import T5Config, T5EncoderModel
 
     config = T5Config(
         vocab_size=len(tokenizer) + 3, d_model=width, d_kv=8, d_ff=37, num_layers=2, num_heads=4,
         feed_forward_proj="gated-gelu", relative_attention_num_buckets=8, relative_attention_max_distance=16,
     )  # fmt: skip
-    return T5EncoderModel(config)
+    with torch.random.fork_rng():
+        torch.manual_seed(9)
+        return T5EncoderModel(config)
 
 
 def openvino_decibels() -> int:
