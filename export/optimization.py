@@ -1,7 +1,7 @@
 """Optimizes a traced graph as torch.onnx does, in linear time.
 
-Of onnxscript's rules, SlicesSplit compares every node with every other: it took half of an export of the largest
-graphs, and no graph has the two adjoining slices that it looks for. It is left out.
+Of onnxscript's rules, SlicesSplit is left out: it compares every node with every other, and took more than half of the
+rules' time on the denoising step of a tiny Stable Diffusion, which has none of the adjoining slices that it looks for.
 """
 
 import onnx_ir
