@@ -1,8 +1,8 @@
-"""Lowers a captured program to operators of which torch.onnx makes good ONNX.
+"""Lowers a captured program to operators that torch.onnx converts well.
 
 torch.onnx calls `run_decompositions` for this, which traces the whole program again and takes longer than capturing it.
-Of the operators that the families use it replaces only a few; `lower` replaces them in place. A program with other
-operators than those in CONVERTED is left to `run_decompositions`.
+Of the operators that the families use it replaces only a few; `lower` replaces them in place. A program with an
+operator that is in neither CONVERTED nor REPLACED is left to `run_decompositions`.
 """
 
 from typing import Any
@@ -48,10 +48,11 @@ REPLACED = {
 }
 
 
-def lower(program: ExportedProgram) -> None:
-    """Lowers a program in place, so that torch.onnx.export does not trace it again."""
+def lower(program: ExportedProgram) -> bool:
+    """Lowers a program in place, unless it has an operator that is not listed here; then torch.onnx.export does not
+    trace it again. Returns whether it did."""
     if not CONVERTED.issuperset(map(str, operators(program) - REPLACED)):
-        return
+        return False
     symbols: dict[str, Node] = {}
     for node in list(program.graph.nodes):
         if isinstance(node.meta.get("val"), torch.SymInt):
@@ -63,13 +64,15 @@ def lower(program: ExportedProgram) -> None:
     for spec, node in zip(program.graph_signature.output_specs, outputs, strict=True):
         spec.arg.name = node.name
     program.graph_module.recompile()
-    if CONVERTED.issuperset(map(str, operators(program))):
+    lowered = CONVERTED.issuperset(map(str, operators(program)))
+    if lowered:
         program.run_decompositions = lambda *_: program
+    return lowered
 
 
 def operators(program: ExportedProgram) -> set[Any]:
-    """The operators of a program."""
-    return {node.target for node in program.graph.nodes if isinstance(node.target, torch._ops.OpOverload)}
+    """The operators of a program, also those that hold programs, such as `cond`."""
+    return {node.target for node in program.graph.nodes if isinstance(node.target, torch._ops.OperatorBase)}
 
 
 def _replace(node: Any, symbols: dict[str, Node]) -> None:
@@ -108,11 +111,10 @@ def _replace_rms_norm(node: Any) -> None:
     """As PyTorch computes it: in float32 if the input is less precise."""
     x, normalized, weight, eps = (*node.args, None, None)[:4]
     dtype = node.meta["val"].dtype
-    if eps is None:
-        eps = torch.finfo(dtype).eps
     with node.graph.inserting_before(node):
         if dtype in (torch.float16, torch.bfloat16):
             x = _insert(node, aten._to_copy.default, x, dtype=torch.float32)
+        eps = torch.finfo(x.meta["val"].dtype).eps if eps is None else eps
         axes = list(range(-len(normalized), 0))
         mean = _insert(node, aten.mean.dim, _insert(node, aten.pow.Tensor_Scalar, x, 2), axes, True)
         scale = _insert(node, aten.rsqrt.default, _insert(node, aten.add.Scalar, mean, eps))
@@ -144,7 +146,7 @@ def _remove(node: Any) -> None:
 
 
 def _sizes(node: Any, symbols: dict[str, Node]) -> list[int | Node] | None:
-    """The sizes of a node's value, of which one may be -1; None if more of them are not sizes that the program has."""
+    """The sizes of a node's value, at most one of them -1; None if several have no node in the program."""
     shape = node.meta["val"].shape
     if sum(not isinstance(size, int) for size in shape) == 1:
         return [size if isinstance(size, int) else -1 for size in shape]

@@ -484,12 +484,12 @@ def zero_star_scale(m_uncond: Tensor, m_cond: Tensor, zero_star: Tensor) -> Tens
 
 def rescale_guidance(m: Tensor, m_cond: Tensor, rescale: Tensor) -> Tensor:
     """Guidance rescale, section 3.4 of arXiv 2305.08891: pulls the guided standard deviation to the conditional one."""
-    std_cond, std = map(standard_deviation, (m_cond, m))  # in their ratio, n and n - 1 are the same
+    std_cond, std = map(standard_deviation, (m_cond, m))  # n and n - 1 give the same ratio
     return m * (1 - rescale + rescale * std_cond / std.clamp(min=1e-12))
 
 
 def standard_deviation(x: Tensor) -> Tensor:
-    """Of all n numbers of each row, divided by n: [N,1,1,1]. ONNX has no operator for it."""
+    """The population standard deviation of each row, [N,1,1,1]; ONNX has no such operator."""
     centred = x - x.mean(dim=(1, 2, 3), keepdim=True)
     return (centred * centred).mean(dim=(1, 2, 3), keepdim=True).sqrt()
 

@@ -243,7 +243,7 @@ def test_weights_in_a_prompt_of_sd3_scale_the_states_of_all_encoders(sd3: Model,
 
     ours = picture(sd3, WEIGHTED, guidance_scale=7.0)
 
-    assert psnr(ours, diffusers_picture(sd3_pipeline, None, prompt_embeds=context, **embeds)) >= 80
+    assert psnr(ours, diffusers_picture(sd3_pipeline, None, prompt_embeds=context, **embeds)) >= 70
     only_clip = torch.cat([context[:, :20], plain[:, 20:]], dim=1)
     only_t5 = torch.cat([plain[:, :20], context[:, 20:]], dim=1)
     for other in (plain, only_clip, only_t5):
