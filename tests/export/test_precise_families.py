@@ -287,9 +287,9 @@ def picture_with_vectors(
         words = tokenizer.convert_tokens_to_ids(["<toy>", "<toy>_1"][: out.shape[1]])
         tokens = [token + ids.index(word_id) for word_id in words]
         columns.append((tokens, slice(column, column + out.shape[2]), out))
-    others = [texts.get(f"prompt_{i}") for i in (2, 3) if hasattr(pipeline, f"text_encoder_{i}")]
+    own_texts = [texts.get(f"prompt_{i}") for i in (2, 3) if hasattr(pipeline, f"text_encoder_{i}")]
     with torch.no_grad():  # the kernels of attention, and so the bits, depend on it
-        [states] = pipeline.encode_prompt(SENTENCE, *(others or [None]), max_sequence_length=24)[0]
+        [states] = pipeline.encode_prompt(SENTENCE, *(own_texts or [None]), max_sequence_length=24)[0]
     stages = set()
 
     def with_vectors(network: Any, inputs: Any, named: dict[str, Any]) -> Any:

@@ -117,7 +117,9 @@ def _assert_equal_runs(
     expected, timesteps = _run_diffusers(sampler, config, steps, 11, strength, **step)
     schedule = make_schedule(config, sampler, steps, guidance_scale=1.0, eta=eta, strength=strength or 1.0)
     assert torch.isfinite(expected).all()
-    np.testing.assert_allclose(schedule.timesteps, timesteps, rtol=0, atol=1e-3)
+    # diffusers computes in float32: DPM2 a of two steps is the root of a difference of squares that are nearly equal
+    atol = 0.02 if (sampler, steps) == (Sampler.DPM2_A, 2) else 1e-3
+    np.testing.assert_allclose(schedule.timesteps, timesteps, rtol=0, atol=atol)
     difference = (_run_table(schedule, 11, strength) - expected).abs().max() / expected.abs().max()
     assert difference <= 1e-4
 

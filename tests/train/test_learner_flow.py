@@ -271,15 +271,15 @@ def test_directions_keep_the_mean_length_of_each_encoders_vocabulary(
         source, word = load_source(model), a_word(*encoders)
         lengths = {name: mean_length(source.text_encoders[name]) for name in encoders}
         assert len({round(length, 3) for length in lengths.values()}) == len(encoders)
-        given = {name: rows / rows.norm() * lengths[name] for name, rows in word.initial.items()}
-        word.initial = given = {name: torch.cat([rows / 2, 3 * rows.flip(1)]) for name, rows in given.items()}
+        scaled = {name: rows / rows.norm() * lengths[name] for name, rows in word.initial.items()}
+        word.initial = start = {name: torch.cat([rows / 2, 3 * rows.flip(1)]) for name, rows in scaled.items()}
         learner = Learner(source, [word], settings_of(recipe, steps=3, batch_size=2, vectors=2), seed=7)
         for _ in range(3):
             learner.step()
             for name, rows in learner.concept(0, {}).vectors.items():
                 np.testing.assert_allclose(np.linalg.norm(rows, axis=1), lengths[name], rtol=1e-5)
         for name, rows in word.rows.items():
-            assert (torch.cosine_similarity(rows, given[name]) < 0.9999).all()
+            assert (torch.cosine_similarity(rows, start[name]) < 0.9999).all()
 
 
 @pytest.mark.parametrize("tiny_flux_dir", ["dev"], indirect=True)
