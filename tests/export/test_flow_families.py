@@ -363,12 +363,7 @@ def test_a_word_of_clip_and_t5_in_flux_matches_diffusers(flux: Model, flux_pipel
     save_concept(concept("text_encoder", "text_encoder_3"), tmp_path / "toy.safetensors")
     word = load_concept(tmp_path / "toy.safetensors")
     for name, suffix in (("text_encoder", ""), ("text_encoder_3", "_2")):
-        flux_pipeline.load_textual_inversion(
-            torch.from_numpy(word.vectors[name].copy()),
-            token="<toy>",
-            text_encoder=getattr(flux_pipeline, f"text_encoder{suffix}"),
-            tokenizer=getattr(flux_pipeline, f"tokenizer{suffix}"),
-        )
+        load_rows(flux_pipeline, word.vectors[name], suffix)
 
     ours = picture(flux, "a photo of <toy> on the ring", words={"<toy>": word})
 
@@ -415,12 +410,7 @@ def test_a_learned_word_in_flux_draws_the_picture_of_diffusers_with_its_loader(
     word = learned_word(tiny_flux_dir, tmp_path)
     rows = load_file(tmp_path / "toy.safetensors")
     for key, suffix in (("clip_l", ""), ("t5xxl", "_2")):
-        flux_pipeline.load_textual_inversion(
-            rows[key],
-            token="<toy>",
-            text_encoder=getattr(flux_pipeline, f"text_encoder{suffix}"),
-            tokenizer=getattr(flux_pipeline, f"tokenizer{suffix}"),
-        )
+        load_rows(flux_pipeline, rows[key], suffix)
 
     ours = picture(flux, "a photo of <toy> on the ring", words={"<toy>": word})
 
@@ -437,8 +427,7 @@ def test_a_word_learned_for_t5_alone_in_flux_draws_the_picture_of_diffusers_with
     word = learned_word(tiny_flux_dir, tmp_path, "--set", "encoders=text_encoder_3", "--learning-rate", "2")
     [(key, rows)] = load_file(tmp_path / "toy.safetensors").items()
     assert (key, [*word.vectors]) == ("t5xxl", ["text_encoder_3"])
-    t5 = {"text_encoder": flux_pipeline.text_encoder_2, "tokenizer": flux_pipeline.tokenizer_2}
-    flux_pipeline.load_textual_inversion(rows, token="<toy>", **t5)
+    load_rows(flux_pipeline, rows, "_2")
     source, init = load_source(tiny_flux_dir), "a photo of star on the ring"
     for network in (source.network, flux_pipeline.transformer):
         network.transformer_blocks[0].attn.add_v_proj.weight.data.mul_(100)
@@ -483,7 +472,7 @@ def test_image_to_image_with_chroma_matches_diffusers(chroma: Model, chroma_pipe
 
 def test_a_word_in_chroma_matches_diffusers(chroma: Model, chroma_pipeline: Any) -> None:
     word = concept("text_encoder_3")
-    chroma_pipeline.load_textual_inversion(torch.from_numpy(word.vectors["text_encoder_3"].copy()), token="<toy>")
+    load_rows(chroma_pipeline, word.vectors["text_encoder_3"], "")
 
     ours = picture(chroma, "a photo of <toy> on the ring", words={"<toy>": word})
 
@@ -499,7 +488,7 @@ def test_a_learned_word_in_chroma_draws_the_picture_of_diffusers_with_its_loader
     word = learned_word(tiny_chroma_dir, tmp_path, "--set", "size=64")
     rows = load_file(tmp_path / "toy.safetensors")
     assert list(rows) == ["t5xxl"]
-    chroma_pipeline.load_textual_inversion(rows["t5xxl"], token="<toy>")
+    load_rows(chroma_pipeline, rows["t5xxl"], "")
 
     ours = picture(chroma, "a photo of <toy> on the ring", words={"<toy>": word})
 
@@ -746,6 +735,16 @@ def add_word(pipeline: Any, word: Concept, encoder: str, suffix: str) -> None:
     ids = tokenizer.convert_tokens_to_ids(["<toy>", "<toy-1>"])
     with torch.no_grad():
         model.get_input_embeddings().weight[ids] = torch.from_numpy(word.vectors[encoder].copy())
+
+
+def load_rows(pipeline: Any, rows: npt.ArrayLike, suffix: str) -> None:
+    """Adds <toy> to one encoder of a pipeline with diffusers' own loader."""
+    pipeline.load_textual_inversion(
+        torch.from_numpy(np.array(rows)),
+        token="<toy>",
+        text_encoder=getattr(pipeline, f"text_encoder{suffix}"),
+        tokenizer=getattr(pipeline, f"tokenizer{suffix}"),
+    )
 
 
 def learned_word(model: Path, folder: Path, *options: str) -> Concept:

@@ -15,8 +15,16 @@ from oneword.runtime.concept import Concept, Vectors
 from oneword.runtime.drawing import draw
 from oneword.runtime.model import Model
 from oneword.runtime.request import Image, Request
-from tests.export.test_flow_families import PROMPT, diffusers_picture, learned_word, picture, psnr, with_masks
-from tests.export.test_flow_families import add_word as add_tokens
+from tests.export.test_flow_families import (
+    PROMPT,
+    add_word,
+    diffusers_picture,
+    learned_word,
+    load_rows,
+    picture,
+    psnr,
+    with_masks,
+)
 from tests.runtime.test_precise_words import LONG
 
 SENTENCE = "a photo of <toy> on the ring"
@@ -133,7 +141,7 @@ def test_learned_output_vectors_in_sd3_draw_what_diffusers_draws(
     assert word.out.keys() == word.vectors.keys() == set(encoders)
     pipeline = StableDiffusion3Pipeline.from_pretrained(tiny_sd3_dir)
     for name in encoders:
-        add_tokens(pipeline, word, name, SD3_PLACES[name][0])
+        add_word(pipeline, word, name, SD3_PLACES[name][0])
     texts = {} if "text_encoder_3" in encoders else {"prompt_3": SENTENCE.replace("<toy>", "star")}
     places = {name: SD3_PLACES[name] for name in encoders}
     theirs = picture_with_vectors(pipeline, word, places, timesteps_per_unit=1, texts=texts, guidance_scale=4.0)
@@ -154,8 +162,8 @@ def test_output_vectors_in_flux_draw_what_diffusers_draws(tiny_flux_dir: Path) -
 
     pipeline = FluxPipeline.from_pretrained(tiny_flux_dir)
     word = t5_word(2, text_encoder=random(2, 16))
-    add_word(pipeline, word, "text_encoder", "")
-    add_word(pipeline, word, "text_encoder_3", "_2")
+    load_rows(pipeline, word.vectors["text_encoder"], "")
+    load_rows(pipeline, word.vectors["text_encoder_3"], "_2")
     places = {"text_encoder_3": ("_2", 0, 0)}
     theirs = picture_with_vectors(pipeline, word, places, true_cfg_scale=2.0, negative_prompt="blue dog")
 
@@ -169,7 +177,7 @@ def test_output_vectors_in_chroma_draw_what_diffusers_draws_if_it_masks(tiny_chr
 
     word, settings = t5_word(2), {"guidance_scale": 4.0, "negative_prompt": "blue dog of the red painting"}
     pipeline = with_masks(ChromaPipeline.from_pretrained(tiny_chroma_dir))
-    add_word(pipeline, word, "text_encoder_3", "")
+    load_rows(pipeline, word.vectors["text_encoder_3"], "")
     theirs = picture_with_vectors(pipeline, word, {"text_encoder_3": ("", 0, 0)}, **settings)
 
     model = eager_model(load_source(tiny_chroma_dir))
@@ -254,15 +262,6 @@ def test_output_vectors_for_an_encoder_that_only_pools_are_refused(tiny_flux_dir
     word = replace(word, out={"text_encoder": random(1, 1, 1, 16)})
     with pytest.raises(ConceptError, match="for text_encoder, of which this model uses no states: use ti-concept"):
         model.load(word)
-
-
-def add_word(pipeline: Any, word: Concept, encoder: str, suffix: str) -> None:
-    pipeline.load_textual_inversion(
-        torch.from_numpy(word.vectors[encoder].copy()),
-        token="<toy>",
-        text_encoder=getattr(pipeline, f"text_encoder{suffix}"),
-        tokenizer=getattr(pipeline, f"tokenizer{suffix}"),
-    )
 
 
 def picture_with_vectors(
