@@ -49,8 +49,8 @@ REPLACED = {
 
 
 def lower(program: ExportedProgram) -> bool:
-    """Lowers a program in place, unless it has an operator that is not listed here; then torch.onnx.export does not
-    trace it again. Returns whether it did."""
+    """Lowers a program in place, so that torch.onnx.export does not trace it again. Returns False if it has an operator
+    that is not listed here; torch.onnx.export then traces it as before."""
     if not CONVERTED.issuperset(map(str, operators(program) - REPLACED)):
         return False
     symbols: dict[str, Node] = {}
