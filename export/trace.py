@@ -18,7 +18,7 @@ from oneword.engines.graph import DType, Precision, Provider, TensorSpec, Weight
 from oneword.export.compress import compress_weights
 from oneword.export.families import Traceable
 from oneword.export.fusion import fused_copies, save_copy
-from oneword.export.lowering import lower
+from oneword.export.lowering import known_values, lower
 from oneword.export.optimization import optimize
 
 OPSET = 20
@@ -41,15 +41,16 @@ def trace(
             # Captured here, because torch.onnx would fall back to a capture that takes five times as long.
             captured = torch.export.export(graph.module, (), examples, dynamic_shapes=dynamic_axes(graph), strict=False)
             lower(captured)
-            program = torch.onnx.export(
-                captured,
-                dynamo=True,
-                opset_version=BF16_OPSET if graph.precision is Precision.BF16 else OPSET,
-                input_names=[spec.name for spec in graph.inputs],
-                output_names=[spec.name for spec in graph.outputs],
-                optimize=False,
-                verbose=False,
-            )
+            with known_values():
+                program = torch.onnx.export(
+                    captured,
+                    dynamo=True,
+                    opset_version=BF16_OPSET if graph.precision is Precision.BF16 else OPSET,
+                    input_names=[spec.name for spec in graph.inputs],
+                    output_names=[spec.name for spec in graph.outputs],
+                    optimize=False,
+                    verbose=False,
+                )
             assert program is not None  # always set with dynamo=True
             optimize(program.model)
             if weights is Weights.INT8:

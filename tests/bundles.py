@@ -1,7 +1,7 @@
 """Bundles for tests: exported once, then copied from `.cache/bundles`, keyed by everything the export depends on.
 
 Exports of code that was not used for a week are deleted. Graphs that models share are traced once, and compared with
-the module of every model.
+the module of every model. `python -m tests.bundles` is `ti-export` with such graphs.
 """
 
 import hashlib
@@ -57,7 +57,7 @@ def export_once(model: str | Path, bundle: Path, **options: Any) -> Exported:
     def export(folder: Path) -> Exported:
         with suppress(FileNotFoundError):  # another process deletes them
             drop_unused(CACHE)
-        with patch.object(write, "trace", trace_once):
+        with traced_once():
             return replace(export_bundle(model, folder, **options), bundle=None)
 
     exported, files = made_once(key(model, options), export)
@@ -86,6 +86,11 @@ def drop_unused(cache: Path) -> None:
     for place, folder in enumerate(folders):
         if place >= MOST_CODES or time.time() - folder.stat().st_mtime > MOST_DAYS * 86_400:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def traced_once() -> Any:
+    """A context in which `export_bundle` traces a graph only if no equal one was traced before."""
+    return patch.object(write, "trace", trace_once)
 
 
 def trace_once(
@@ -158,3 +163,10 @@ def _files(folder: Path, pattern: str = "*") -> Iterator[tuple[str, bytes]]:
     for path in sorted(folder.resolve().rglob(pattern)):
         if path.is_file():
             yield str(path.relative_to(folder.resolve())), path.read_bytes()
+
+
+if __name__ == "__main__":
+    from oneword.export.cli import main
+
+    with traced_once():
+        main()
