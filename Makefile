@@ -39,7 +39,9 @@ demo: $(INSTALLED)
 	$(BIN)/python demo.py
 
 # Two processes, each with one thread: threads of one process that wait for work would take the other's time.
+# The compiled files are kept, because tests start many processes.
 test: export OMP_NUM_THREADS ?= 1
+test: export PYTHONDONTWRITEBYTECODE =
 test: $(TEST_INSTALLED)
 	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 

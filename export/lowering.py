@@ -85,7 +85,8 @@ def known_values() -> Iterator[None]:
         with self._set_current_node(node):
             if rule := type_promotion.get_type_promotion_rule(node, self.type_promotion_table):
                 self._maybe_promote_node(node, rule)
-        return node.meta["val"] if node.op == "call_function" else super(interpreter, self).run_node(node)
+        known = node.op == "call_function" and "val" in node.meta
+        return node.meta["val"] if known else super(interpreter, self).run_node(node)
 
     with patch.object(interpreter, "run_node", run_node):
         yield

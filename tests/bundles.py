@@ -21,6 +21,7 @@ from pathlib import Path, PurePath
 from typing import Any, TypeVar
 from unittest.mock import patch
 
+import onnx_ir
 import torch
 from filelock import FileLock
 from torch.onnx._internal.exporter._registration import ONNXRegistry
@@ -30,7 +31,7 @@ from oneword.engines.graph import Provider, Weights
 from oneword.export import write
 from oneword.export.families import Traceable
 from oneword.export.source import find_model
-from oneword.export.trace import trace
+from oneword.export.trace import converted, trace
 from oneword.export.write import Exported, export_bundle
 from oneword.runtime.bundle import Bundle
 
@@ -100,7 +101,7 @@ def trace_once(
 
     def traced(files: Path) -> tuple[tuple[str, ...], dict[Provider, str]]:
         files.mkdir()
-        with patch.object(ONNXRegistry, "from_torchlib", CONVERSIONS):
+        with patch.object(oneword.export.trace, "converted", converted_once):
             return trace(graph, files, weights)
 
     made, files = made_once(f"graph-{graph_key(graph, weights)}", traced)
@@ -108,7 +109,19 @@ def trace_once(
     return made
 
 
-def graph_key(graph: Traceable, weights: Weights) -> str:
+def converted_once(graph: Traceable) -> onnx_ir.Model:
+    """As `converted`; the models of one graph with weights in different formats are read from one file."""
+
+    def convert(files: Path) -> None:
+        files.mkdir()
+        with patch.object(ONNXRegistry, "from_torchlib", CONVERSIONS):
+            onnx_ir.save(converted(graph), files / "model.onnx")
+
+    _, files = made_once(f"converted-{graph_key(graph)}", convert)
+    return onnx_ir.load(files / "model.onnx")
+
+
+def graph_key(graph: Traceable, weights: Weights | None = None) -> str:
     """A digest of all that a trace depends on: the module with its settings and weights, inputs, outputs and limits."""
     content = io.BytesIO()
     parts = (graph.name, graph.module, graph.inputs, graph.outputs, dict(graph.limits), weights)

@@ -59,7 +59,14 @@ def miniature_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export_once("miniature", bundle).bundle.path
 
 
-@pytest.mark.parametrize("page", [pytest.param(page, id=page.name) for page in PAGES if runnable(page)])
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, id=page.name, marks=[pytest.mark.server] if page.name in SERVED else [])
+        for page in PAGES
+        if runnable(page)
+    ],
+)
 def test_every_code_block_of_a_page_runs(page: Path, miniature_bundle: Path, commands: str, tmp_path: Path) -> None:
     pictures = tmp_path / ("demo-output/pictures" if page.name in FROM_PICTURES else "pictures")
     draw_photographs(pictures)
