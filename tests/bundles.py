@@ -23,6 +23,7 @@ from unittest.mock import patch
 
 import onnx_ir
 import torch
+from diffusers.configuration_utils import FrozenDict
 from filelock import FileLock
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
@@ -143,6 +144,8 @@ class _GraphPickler(pickle.Pickler):
                 return b"a path"
             case set() | frozenset():
                 return repr(sorted(map(repr, value))).encode()
+            case FrozenDict():  # a diffusers configuration; its own entries have a path and a list of unsorted names
+                return repr(sorted((k, v) for k, v in value.items() if not k.startswith("_"))).encode()
         return None
 
 
