@@ -3,7 +3,7 @@
 # make test-plans  run the tests that build TensorRT-RTX plans, which are cached in .cache/plans
 # make test-server   run the tests of the server, with OpenAI's and A1111's clients in an environment of their own
 # make test-browser  run the tests of the server's page in Chromium (Debian's: apt-get install chromium)
-# make test-ray      run the tests of the server on Ray Serve
+# make test-ray      run the tests of training and of the server on Ray
 # make check   lint, format, types, layers, spelling, and the documentation as `make docs` builds it
 # make docs    build the documentation as a site, in site/; every broken link is an error
 # make bench   measure the miniature and learned words against their bars (other benchmarks: python -m benchmarks.NAME)
@@ -39,7 +39,9 @@ demo: $(INSTALLED)
 	$(BIN)/python demo.py
 
 # Two processes, each with one thread: threads of one process that wait for work would take the other's time.
+# The compiled files are kept, because tests start many processes.
 test: export OMP_NUM_THREADS ?= 1
+test: export PYTHONDONTWRITEBYTECODE =
 test: $(TEST_INSTALLED)
 	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 

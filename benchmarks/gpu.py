@@ -152,11 +152,11 @@ def in_this_process(options: argparse.Namespace) -> dict[str, Any]:
 
 def bundle_of(options: argparse.Namespace) -> Path:
     """The small model's bundle in `work`, where plans are added to it; made when the first stage needs it."""
-    from benchmarks.exported import exported
-
     bundle: Path = options.work / "bundle"
     if options.stages[0] in ("cuda", "tensorrt", "tensorrt-rtx", "replays", "swaps"):
         if options.bundle is None:
+            from benchmarks.exported import exported  # imports PyTorch and diffusers, for seconds
+
             return exported("miniature", bundle)
         if not bundle.exists():
             shutil.copytree(options.bundle, bundle)

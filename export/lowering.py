@@ -2,14 +2,19 @@
 
 torch.onnx calls `run_decompositions` for this, which traces the whole program again and takes longer than capturing it.
 Of the operators that the families use it replaces only a few; `lower` replaces them in place. A program with an
-operator that is in neither CONVERTED nor REPLACED is left to `run_decompositions`.
+operator that is in neither CONVERTED nor REPLACED is left to `run_decompositions`. torch.onnx then looks for operands
+of different types; `known_values` keeps it from running the program a third time for this.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.export import ExportedProgram
 from torch.fx import Node
+from torch.onnx._internal.fx.passes import type_promotion
 
 aten: Any = torch.ops.aten
 
@@ -68,6 +73,23 @@ def lower(program: ExportedProgram) -> bool:
     if lowered:
         program.run_decompositions = lambda *_: program
     return lowered
+
+
+@contextlib.contextmanager
+def known_values() -> Iterator[None]:
+    """A context in which torch.onnx's type promotion takes the values that a program's nodes have, and runs only the
+    operators that it changes."""
+    interpreter = type_promotion._TypePromotionInterpreter
+
+    def run_node(self: Any, node: Node) -> Any:
+        with self._set_current_node(node):
+            if rule := type_promotion.get_type_promotion_rule(node, self.type_promotion_table):
+                self._maybe_promote_node(node, rule)
+        known = node.op == "call_function" and "val" in node.meta
+        return node.meta["val"] if known else super(interpreter, self).run_node(node)
+
+    with patch.object(interpreter, "run_node", run_node):
+        yield
 
 
 def operators(program: ExportedProgram) -> set[Any]:

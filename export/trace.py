@@ -18,7 +18,7 @@ from oneword.engines.graph import DType, Precision, Provider, TensorSpec, Weight
 from oneword.export.compress import compress_weights
 from oneword.export.families import Traceable
 from oneword.export.fusion import fused_copies, save_copy
-from oneword.export.lowering import lower
+from oneword.export.lowering import known_values, lower
 from oneword.export.optimization import optimize
 
 OPSET = 20
@@ -35,29 +35,16 @@ def trace(
     if it has a GiB of weights. There are no copies in bf16, for which ONNX Runtime has no kernels of its own.
     """
     path = folder / f"{graph.name}.onnx"
-    examples = to_torch(graph.inputs, example_feeds(graph, EXAMPLE_SIZES, seed=0))
     try:
         with quiet(), torch.no_grad():
-            # Captured here, because torch.onnx would fall back to a capture that takes five times as long.
-            captured = torch.export.export(graph.module, (), examples, dynamic_shapes=dynamic_axes(graph), strict=False)
-            lower(captured)
-            program = torch.onnx.export(
-                captured,
-                dynamo=True,
-                opset_version=BF16_OPSET if graph.precision is Precision.BF16 else OPSET,
-                input_names=[spec.name for spec in graph.inputs],
-                output_names=[spec.name for spec in graph.outputs],
-                optimize=False,
-                verbose=False,
-            )
-            assert program is not None  # always set with dynamo=True
-            optimize(program.model)
+            traced = converted(graph)
             if weights is Weights.INT8:
-                compress_weights(program.model)
-            copies = {} if graph.precision is Precision.BF16 else fused_copies(program.model)
-            for model in (program.model, *copies.values()):
+                compress_weights(traced)
+            copies = {} if graph.precision is Precision.BF16 else fused_copies(traced)
+            for model in (traced, *copies.values()):
                 name_axes(model, graph)
-            program.save(str(path), external_data=large(graph) or bool(copies))
+            data = f"{path.name}.data" if large(graph) or copies else None
+            onnx_ir.save(traced, path, external_data=data)
             copy_paths = {provider: path.with_suffix(f".{provider}.onnx") for provider in copies}
             for provider, model in copies.items():
                 save_copy(model, copy_paths[provider], path)
@@ -74,6 +61,27 @@ def trace(
         raise OnewordError(f"{graph.name} cannot be traced to ONNX ({one_line(e)}): this model is not supported") from e
     files = tuple(p.name for p in (path, path.with_name(path.name + ".data")) if p.exists())
     return files, {provider: copy_path.name for provider, copy_path in copy_paths.items()}
+
+
+def converted(graph: Traceable) -> onnx_ir.Model:
+    """The module as an optimized ONNX model, whose values still have their shapes."""
+    examples = to_torch(graph.inputs, example_feeds(graph, EXAMPLE_SIZES, seed=0))
+    # Captured here, because torch.onnx would fall back to a capture that takes five times as long.
+    captured = torch.export.export(graph.module, (), examples, dynamic_shapes=dynamic_axes(graph), strict=False)
+    lower(captured)
+    with known_values():
+        program = torch.onnx.export(
+            captured,
+            dynamo=True,
+            opset_version=BF16_OPSET if graph.precision is Precision.BF16 else OPSET,
+            input_names=[spec.name for spec in graph.inputs],
+            output_names=[spec.name for spec in graph.outputs],
+            optimize=False,
+            verbose=False,
+        )
+    assert program is not None  # always set with dynamo=True
+    optimize(program.model)
+    return program.model
 
 
 def large(graph: Traceable) -> bool:

@@ -1,7 +1,7 @@
 """Bundles for tests: exported once, then copied from `.cache/bundles`, keyed by everything the export depends on.
 
 Exports of code that was not used for a week are deleted. Graphs that models share are traced once, and compared with
-the module of every model.
+the module of every model. `python -m tests.bundles` is `ti-export` with such graphs.
 """
 
 import hashlib
@@ -21,7 +21,9 @@ from pathlib import Path, PurePath
 from typing import Any, TypeVar
 from unittest.mock import patch
 
+import onnx_ir
 import torch
+from diffusers.configuration_utils import FrozenDict
 from filelock import FileLock
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
@@ -30,7 +32,7 @@ from oneword.engines.graph import Provider, Weights
 from oneword.export import write
 from oneword.export.families import Traceable
 from oneword.export.source import find_model
-from oneword.export.trace import trace
+from oneword.export.trace import converted, trace
 from oneword.export.write import Exported, export_bundle
 from oneword.runtime.bundle import Bundle
 
@@ -57,7 +59,7 @@ def export_once(model: str | Path, bundle: Path, **options: Any) -> Exported:
     def export(folder: Path) -> Exported:
         with suppress(FileNotFoundError):  # another process deletes them
             drop_unused(CACHE)
-        with patch.object(write, "trace", trace_once):
+        with traced_once():
             return replace(export_bundle(model, folder, **options), bundle=None)
 
     exported, files = made_once(key(model, options), export)
@@ -88,6 +90,11 @@ def drop_unused(cache: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def traced_once() -> Any:
+    """A context in which `export_bundle` traces a graph only if no equal one was traced before."""
+    return patch.object(write, "trace", trace_once)
+
+
 def trace_once(
     graph: Traceable, folder: Path, weights: Weights = Weights.FLOAT
 ) -> tuple[tuple[str, ...], dict[Provider, str]]:
@@ -95,7 +102,7 @@ def trace_once(
 
     def traced(files: Path) -> tuple[tuple[str, ...], dict[Provider, str]]:
         files.mkdir()
-        with patch.object(ONNXRegistry, "from_torchlib", CONVERSIONS):
+        with patch.object(oneword.export.trace, "converted", converted_once):
             return trace(graph, files, weights)
 
     made, files = made_once(f"graph-{graph_key(graph, weights)}", traced)
@@ -103,7 +110,19 @@ def trace_once(
     return made
 
 
-def graph_key(graph: Traceable, weights: Weights) -> str:
+def converted_once(graph: Traceable) -> onnx_ir.Model:
+    """As `converted`; the models of one graph with weights in different formats are read from one file."""
+
+    def convert(files: Path) -> None:
+        files.mkdir()
+        with patch.object(ONNXRegistry, "from_torchlib", CONVERSIONS):
+            onnx_ir.save(converted(graph), files / "model.onnx")
+
+    _, files = made_once(f"converted-{graph_key(graph)}", convert)
+    return onnx_ir.load(files / "model.onnx")
+
+
+def graph_key(graph: Traceable, weights: Weights | None = None) -> str:
     """A digest of all that a trace depends on: the module with its settings and weights, inputs, outputs and limits."""
     content = io.BytesIO()
     parts = (graph.name, graph.module, graph.inputs, graph.outputs, dict(graph.limits), weights)
@@ -125,6 +144,8 @@ class _GraphPickler(pickle.Pickler):
                 return b"a path"
             case set() | frozenset():
                 return repr(sorted(map(repr, value))).encode()
+            case FrozenDict():  # a diffusers configuration; its own entries have a path and a list of unsorted names
+                return repr(sorted((k, v) for k, v in value.items() if not k.startswith("_"))).encode()
         return None
 
 
@@ -158,3 +179,10 @@ def _files(folder: Path, pattern: str = "*") -> Iterator[tuple[str, bytes]]:
     for path in sorted(folder.resolve().rglob(pattern)):
         if path.is_file():
             yield str(path.relative_to(folder.resolve())), path.read_bytes()
+
+
+if __name__ == "__main__":
+    from oneword.export.cli import main
+
+    with traced_once():
+        main()

@@ -79,10 +79,10 @@ def _keep_journal(path: str) -> None:
         write(TURN, start, time.monotonic(), branches, len(done))
         return events
 
-    def encode_and_note(self: Any, prompts: Sequence[Any]) -> Any:
+    def encode_and_note(self: Any, prompts: Sequence[Any], layers: Mapping[bytes, Any] | None = None) -> Any:
         for tokens in prompts:
             write(PROMPT, time.monotonic(), tokens.key in self._contexts, bool(tokens.concepts))
-        return encode(self, prompts)
+        return encode(self, prompts, layers)
 
     def first_step_and_note(self: Any, seconds: float) -> None:
         now = time.monotonic()

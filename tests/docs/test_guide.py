@@ -1,6 +1,7 @@
 """Every code block of the README and the guide runs as it is written, in the order of its page.
 
 A block that is not run has `<!-- not run: REASON -->` above it. Each page gets a folder with the files it starts from.
+`ti-export` copies the graphs that it or another test traced before (tests/bundles.py).
 """
 
 import contextlib
@@ -58,8 +59,15 @@ def miniature_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export_once("miniature", bundle).bundle.path
 
 
-@pytest.mark.parametrize("page", [pytest.param(page, id=page.name) for page in PAGES if runnable(page)])
-def test_every_code_block_of_a_page_runs(page: Path, miniature_bundle: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, id=page.name, marks=[pytest.mark.server] if page.name in SERVED else [])
+        for page in PAGES
+        if runnable(page)
+    ],
+)
+def test_every_code_block_of_a_page_runs(page: Path, miniature_bundle: Path, commands: str, tmp_path: Path) -> None:
     pictures = tmp_path / ("demo-output/pictures" if page.name in FROM_PICTURES else "pictures")
     draw_photographs(pictures)
     if page.name not in FROM_PICTURES:
@@ -72,10 +80,10 @@ def test_every_code_block_of_a_page_runs(page: Path, miniature_bundle: Path, tmp
         for block in runnable(page):
             code = block.code.replace(ADDRESS, address)
             if block.language == "sh":
-                run(["bash", "-euo", "pipefail", "-c", code], tmp_path)
+                run(["bash", "-euo", "pipefail", "-c", code], tmp_path, commands)
             else:
                 assert block.language == "python", f"{page.name}: say why {block.language!r} is not run"
-                run([sys.executable, "-c", code], tmp_path)
+                run([sys.executable, "-c", code], tmp_path, commands)
 
     code = "".join(block.code for block in runnable(page))
     saved = re.findall(r"--output (\S+\.safetensors)|picture\.save\(f?\"(\S+)\"\)", code)
@@ -125,7 +133,16 @@ def draw_photographs(folder: Path) -> None:
         Image.fromarray(image).save(folder / f"{background}.png")
 
 
-def run(command: list[str], folder: Path) -> None:
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+@pytest.fixture(scope="session")
+def commands(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The search path of the pages' commands."""
+    folder = tmp_path_factory.mktemp("commands")
+    export = folder / "ti-export"
+    export.write_text(f'#!/bin/sh\nPYTHONPATH="{ROOT}:$PYTHONPATH" exec "{sys.executable}" -m tests.bundles "$@"\n')
+    export.chmod(0o755)
+    return os.pathsep.join([str(folder), str(Path(sys.executable).parent), os.environ["PATH"]])
+
+
+def run(command: list[str], folder: Path, path: str) -> None:
     process = subprocess.run(command, cwd=folder, env={**os.environ, "PATH": path}, capture_output=True, text=True)
     assert process.returncode == 0, f"{' '.join(command)}\n{process.stdout[-2000:]}{process.stderr[-2000:]}"

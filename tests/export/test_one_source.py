@@ -11,6 +11,7 @@ from oneword.export.modules import DenoiseStep, UNet
 from oneword.export.source import load_source
 from oneword.export.trace import example_feeds
 from oneword.export.write import write_graph
+from tests.bundles import traced_once
 
 
 class OneSource(UNet):
@@ -26,7 +27,8 @@ class OneSource(UNet):
 
 def engine(graph: Traceable, folder: Path) -> OnnxRuntimeEngine:
     folder.mkdir()
-    return OnnxRuntimeEngine(graph.name, write_graph(graph, folder), folder)
+    with traced_once():
+        return OnnxRuntimeEngine(graph.name, write_graph(graph, folder), folder)
 
 
 def test_an_ordinary_prompt_has_the_step_of_a_graph_with_one_layer_and_one_source(

@@ -22,10 +22,13 @@ from oneword.train.recipe import Compute, named_recipe
 from oneword.train.tasks import Task
 
 ray = pytest.importorskip("ray")
-# Ray does not wait for its daemons.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning", "ignore::RuntimeWarning"
-)
+pytestmark = [
+    pytest.mark.ray,
+    # Ray does not wait for its daemons.
+    pytest.mark.filterwarnings(
+        "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning", "ignore::RuntimeWarning"
+    ),
+]
 RECIPE = named_recipe("fast").with_changes(steps=3, batch_size=2)
 
 

@@ -5,10 +5,10 @@ in the work folder, and resumes if run again with more minutes. A stage without 
 `Stages.start_from`, a diffusers directory such as the one that ships, so that training can continue on a machine that
 has only the repository. Only the VAE's decoder is then trained, because the UNet was trained on this encoder's latents.
 
-Models compute in bfloat16 under autocast; weights, their averages and the optimisers' states are float32. A step's
-pictures are split into parts, which are computed by processes of one thread each, so that another busy process delays a
-part and not every operation (docs/results/miniature.md has the times). The output is fp16 safetensors in diffusers'
-layout.
+Models compute in bfloat16 under autocast, or in float32 on a CPU without bfloat16 multiplication; weights, their
+averages and the optimisers' states are float32. A step's pictures are split into parts, which are computed by processes
+of one thread each, so that another busy process delays a part and not every operation (docs/results/miniature.md has
+the times). The output is fp16 safetensors in diffusers' layout.
 Not covered: the targets that the weights have to meet (`benchmarks/miniature.py`).
 """
 
@@ -36,6 +36,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextC
 
 from oneword.engines.errors import UsageError, one_line
 from oneword.engines.files import write_whole
+from oneword.train.compute import has_fast_bf16
 from oneword.train.evaluation.judge import Judge
 from oneword.train.miniature import claims, scores, world
 from oneword.train.miniature.tokenizer import LENGTH, make_tokenizer
@@ -494,7 +495,7 @@ class Workers:
         self.gradients[row].zero_()
         value = 0.0
         while (count := self._take()) is not None:
-            with torch.autocast(self.device, torch.bfloat16):
+            with _autocast(self.device):
                 part = self.loss(self.models, count) * (count / sum(self.parts))
             part.backward()
             value += part.item()
@@ -512,6 +513,12 @@ class Workers:
                 group["lr"] = pace * group["initial_lr"]
             optimiser.step()
         return pace
+
+
+def _autocast(device: str) -> torch.autocast:
+    """bf16, except on a CPU that would have to emulate it."""
+    kind = torch.device(device).type
+    return torch.autocast(kind, torch.bfloat16, enabled=kind != "cpu" or has_fast_bf16())
 
 
 def _trained(models: Sequence[nn.Module]) -> list[nn.Parameter]:
@@ -657,6 +664,6 @@ def _encoder_hash(vae: AutoencoderKL) -> str:
 
 def _encode(vae: AutoencoderKL, images: np.ndarray, device: str) -> Iterator[Tensor]:
     for start in range(0, len(images), 250):
-        with torch.no_grad(), torch.autocast(torch.device(device).type, torch.bfloat16):
+        with torch.no_grad(), _autocast(device):
             x = _to_model(torch.from_numpy(images[start : start + 250]), device)
             yield vae.encode(x).latent_dist.mean.half().cpu()
