@@ -28,11 +28,16 @@ def test_the_journal_records_turns_branches_and_prompts(tiny_bundle: Path, tmp_p
     program = """
 import sys
 from benchmarks.served.changes import apply
-from oneword.runtime import Model, Request, draw
+from oneword.runtime import Model, Request
+from oneword.runtime.request import resolve
+from oneword.runtime.scheduler import Scheduler
 
 apply({"journal": sys.argv[2]})
-model = Model.open(sys.argv[1], "onnxruntime", threads=1)
-draw(model, Request("a red star", steps=3), Request("a blue cat", steps=3, guidance_scale=1))
+scheduler = Scheduler(Model.open(sys.argv[1], "onnxruntime", threads=1))
+for request in (Request("a red star", steps=3), Request("a blue cat", steps=3, guidance_scale=1)):
+    scheduler.add(request, resolve(request, scheduler.model.manifest))
+while scheduler:
+    scheduler.step()
 """
     journal = tmp_path / "journal"
     subprocess.run([sys.executable, "-c", program, tiny_bundle, journal], check=True)
