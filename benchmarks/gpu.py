@@ -155,7 +155,7 @@ def bundle_of(options: argparse.Namespace) -> Path:
     bundle: Path = options.work / "bundle"
     if options.stages[0] in ("cuda", "tensorrt", "tensorrt-rtx", "replays", "swaps"):
         if options.bundle is None:
-            from benchmarks.exported import exported  # imports PyTorch and diffusers, for seconds
+            from benchmarks.exported import exported  # takes seconds: imports PyTorch and diffusers
 
             return exported("miniature", bundle)
         if not bundle.exists():

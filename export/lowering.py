@@ -9,12 +9,10 @@ of different types; `known_values` keeps it from running the program a third tim
 import contextlib
 from collections.abc import Iterator
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch.export import ExportedProgram
 from torch.fx import Node
-from torch.onnx._internal.fx.passes import type_promotion
 
 aten: Any = torch.ops.aten
 
@@ -78,18 +76,28 @@ def lower(program: ExportedProgram) -> bool:
 @contextlib.contextmanager
 def known_values() -> Iterator[None]:
     """A context in which torch.onnx's type promotion takes the values that a program's nodes have, and runs only the
-    operators that it changes."""
-    interpreter = type_promotion._TypePromotionInterpreter
+    operators that it changes. Has no effect if another version of PyTorch promotes types in another way."""
+    try:
+        from torch.onnx._internal.fx.passes import type_promotion
+
+        interpreter, rule_of = type_promotion._TypePromotionInterpreter, type_promotion.get_type_promotion_rule
+    except (ImportError, AttributeError):
+        yield
+        return
+    original = interpreter.run_node
 
     def run_node(self: Any, node: Node) -> Any:
         with self._set_current_node(node):
-            if rule := type_promotion.get_type_promotion_rule(node, self.type_promotion_table):
+            if rule := rule_of(node, self.type_promotion_table):
                 self._maybe_promote_node(node, rule)
         known = node.op == "call_function" and "val" in node.meta
         return node.meta["val"] if known else super(interpreter, self).run_node(node)
 
-    with patch.object(interpreter, "run_node", run_node):
+    interpreter.run_node = run_node
+    try:
         yield
+    finally:
+        interpreter.run_node = original
 
 
 def operators(program: ExportedProgram) -> set[Any]:

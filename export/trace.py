@@ -86,7 +86,8 @@ def converted(graph: Traceable) -> onnx_ir.Model:
 
 def large(graph: Traceable) -> bool:
     """Whether the weights go to a data file, which protobuf requires above 2 GB."""
-    return sum(p.numel() * p.element_size() for p in graph.module.parameters()) > 1 << 30
+    tensors = (*graph.module.parameters(), *graph.module.buffers())
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors) > 1 << 30
 
 
 def dynamic_axes(graph: Traceable) -> dict[str, dict[int, object]]:

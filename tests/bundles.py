@@ -116,7 +116,7 @@ def converted_once(graph: Traceable) -> onnx_ir.Model:
     def convert(files: Path) -> None:
         files.mkdir()
         with patch.object(ONNXRegistry, "from_torchlib", CONVERSIONS):
-            onnx_ir.save(converted(graph), files / "model.onnx")
+            onnx_ir.save(converted(graph), files / "model.onnx", external_data="model.onnx.data")
 
     _, files = made_once(f"converted-{graph_key(graph)}", convert)
     return onnx_ir.load(files / "model.onnx")

@@ -34,7 +34,6 @@ WORDS = [
 LONG = (
     "test_flow_families.py",
     "test_families.py",
-    "test_guide.py",
     "test_precision.py",
     "test_compress.py",
     "test_on_a_device.py",

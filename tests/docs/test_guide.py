@@ -1,7 +1,7 @@
 """Every code block of the README and the guide runs as it is written, in the order of its page.
 
 A block that is not run has `<!-- not run: REASON -->` above it. Each page gets a folder with the files it starts from.
-`ti-export` copies the graphs that it or another test traced before (tests/bundles.py).
+Only `ti-export` is replaced, by `python -m tests.bundles`, which copies a graph that a test has traced before.
 """
 
 import contextlib
@@ -59,15 +59,9 @@ def miniature_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export_once("miniature", bundle).bundle.path
 
 
-@pytest.mark.parametrize(
-    "page",
-    [
-        pytest.param(page, id=page.name, marks=[pytest.mark.server] if page.name in SERVED else [])
-        for page in PAGES
-        if runnable(page)
-    ],
-)
-def test_every_code_block_of_a_page_runs(page: Path, miniature_bundle: Path, commands: str, tmp_path: Path) -> None:
+@pytest.mark.docs
+@pytest.mark.parametrize("page", [pytest.param(page, id=page.name) for page in PAGES if runnable(page)])
+def test_every_code_block_of_a_page_runs(page: Path, miniature_bundle: Path, search_path: str, tmp_path: Path) -> None:
     pictures = tmp_path / ("demo-output/pictures" if page.name in FROM_PICTURES else "pictures")
     draw_photographs(pictures)
     if page.name not in FROM_PICTURES:
@@ -80,10 +74,10 @@ def test_every_code_block_of_a_page_runs(page: Path, miniature_bundle: Path, com
         for block in runnable(page):
             code = block.code.replace(ADDRESS, address)
             if block.language == "sh":
-                run(["bash", "-euo", "pipefail", "-c", code], tmp_path, commands)
+                run(["bash", "-euo", "pipefail", "-c", code], tmp_path, search_path)
             else:
                 assert block.language == "python", f"{page.name}: say why {block.language!r} is not run"
-                run([sys.executable, "-c", code], tmp_path, commands)
+                run([sys.executable, "-c", code], tmp_path, search_path)
 
     code = "".join(block.code for block in runnable(page))
     saved = re.findall(r"--output (\S+\.safetensors)|picture\.save\(f?\"(\S+)\"\)", code)
@@ -134,11 +128,12 @@ def draw_photographs(folder: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def commands(tmp_path_factory: pytest.TempPathFactory) -> str:
+def search_path(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The search path of the pages' commands."""
     folder = tmp_path_factory.mktemp("commands")
     export = folder / "ti-export"
-    export.write_text(f'#!/bin/sh\nPYTHONPATH="{ROOT}:$PYTHONPATH" exec "{sys.executable}" -m tests.bundles "$@"\n')
+    path = f'"{ROOT}${{PYTHONPATH:+:$PYTHONPATH}}"'
+    export.write_text(f'#!/bin/sh\nPYTHONPATH={path} exec "{sys.executable}" -m tests.bundles "$@"\n')
     export.chmod(0o755)
     return os.pathsep.join([str(folder), str(Path(sys.executable).parent), os.environ["PATH"]])
 

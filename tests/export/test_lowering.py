@@ -1,5 +1,6 @@
 """Lowered programs compute what their modules do, and are not traced again."""
 
+import contextlib
 from operator import attrgetter
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from torch.export import Dim, ExportedProgram
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from oneword.export.families import family_of
-from oneword.export.lowering import CONVERTED, lower
+from oneword.export.lowering import CONVERTED, known_values, lower
 from oneword.export.source import load_source
 from oneword.export.trace import BF16_OPSET, OPSET, trace
 
@@ -48,6 +49,14 @@ class Spread(torch.nn.Module):
 class Dropped(torch.nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.nn.functional.dropout(x, training=True)
+
+
+class MixedTypes(torch.nn.Module):
+    """x [B, T] float16: operands of different types, of numbers, and sizes as numbers."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        places = torch.arange(x.shape[1])
+        return x / 8 + places, places * 0.5, places.float() / x.shape[0], (x**2 > 0) * x.float(), x.clamp(0, 1) - 1
 
 
 class Nested(torch.nn.Module):
@@ -99,6 +108,21 @@ def test_every_operator_that_is_not_replaced_has_a_conversion() -> None:
     for opset in (OPSET, BF16_OPSET):
         registry = ONNXRegistry.from_torchlib(opset)
         assert [name for name in CONVERTED if not registry.is_registered(attrgetter(name)(torch.ops))] == []
+
+
+@pytest.mark.parametrize("lowered", [False, True])
+def test_types_are_promoted_as_torch_onnx_promotes_them(lowered: bool) -> None:
+    graphs = []
+    for context in (contextlib.nullcontext, known_values):
+        program = captured(MixedTypes(), torch.ones(2, 3, dtype=torch.float16), {0: Dim.DYNAMIC, 1: Dim.DYNAMIC})
+        if lowered:
+            assert lower(program)
+        with context():
+            converted = torch.onnx.export(program, dynamo=True, optimize=False, verbose=False)
+        assert converted is not None
+        graphs.append([(node.op_type, [str(v.type) for v in node.outputs]) for node in converted.model.graph])
+    assert graphs[0] == graphs[1]
+    assert [kind for kind, _ in graphs[0]].count("Cast") >= 4
 
 
 def test_one_rule_of_torch_onnx_is_left_out() -> None:

@@ -27,8 +27,7 @@ class OneSource(UNet):
 
 def engine(graph: Traceable, folder: Path) -> OnnxRuntimeEngine:
     folder.mkdir()
-    with traced_once():
-        return OnnxRuntimeEngine(graph.name, write_graph(graph, folder), folder)
+    return OnnxRuntimeEngine(graph.name, write_graph(graph, folder), folder)
 
 
 def test_an_ordinary_prompt_has_the_step_of_a_graph_with_one_layer_and_one_source(
@@ -36,7 +35,8 @@ def test_an_ordinary_prompt_has_the_step_of_a_graph_with_one_layer_and_one_sourc
 ) -> None:
     source = load_source(tiny_model_dir)
     [graph] = [graph for graph in family_of(source).graphs if graph.name == "denoise_step"]
-    layered = engine(graph, tmp_path / "layered")
+    with traced_once():
+        layered = engine(graph, tmp_path / "layered")
     single_graph = denoise_graph(DenoiseStep(OneSource(source.unet)))
     single = engine(single_graph, tmp_path / "single")
     for seed, sizes in enumerate(

@@ -16,6 +16,7 @@ from transformers import CLIPTextModel
 
 from oneword.engines.errors import UsageError
 from oneword.export.source import find_model, load_source
+from oneword.train import compute
 from oneword.train.miniature import training, world
 
 SECOND = 1 / 60
@@ -80,6 +81,14 @@ def test_a_stage_resumes_with_the_given_rate(stages: training.Stages, tmp_path: 
     training.train_unet(replace(stages, unet_minutes=minutes), lambda _: None)
     rates = [saved["param_groups"][0]["initial_lr"] for saved in state(stages, "unet")["optimisers"]]
     assert rates == pytest.approx([6e-4, 6e-4, 4e-4])  # two Muons, at 1.5 times AdamW's rate
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_a_cpu_computes_in_bfloat16_only_if_it_multiplies_it(fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compute, "has_fast_bf16", lambda: fast)
+    with training._autocast("cpu"):
+        product = torch.ones(2, 2) @ torch.ones(2, 2)
+    assert product.dtype is (torch.bfloat16 if fast else torch.float32)
 
 
 def test_parts_that_do_not_fill_a_batch_are_refused(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ in the work folder, and resumes if run again with more minutes. A stage without 
 `Stages.start_from`, a diffusers directory such as the one that ships, so that training can continue on a machine that
 has only the repository. Only the VAE's decoder is then trained, because the UNet was trained on this encoder's latents.
 
-Models compute in bfloat16 under autocast, or in float32 on a CPU without bfloat16 multiplication; weights, their
+Models compute in bfloat16 under autocast, or in float32 on a CPU without AVX512-BF16 or AMX; weights, their
 averages and the optimisers' states are float32. A step's pictures are split into parts, which are computed by processes
 of one thread each, so that another busy process delays a part and not every operation (docs/results/miniature.md has
 the times). The output is fp16 safetensors in diffusers' layout.
@@ -36,10 +36,11 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextC
 
 from oneword.engines.errors import UsageError, one_line
 from oneword.engines.files import write_whole
-from oneword.train.compute import has_fast_bf16
+from oneword.train.compute import compute_dtype
 from oneword.train.evaluation.judge import Judge
 from oneword.train.miniature import claims, scores, world
 from oneword.train.miniature.tokenizer import LENGTH, make_tokenizer
+from oneword.train.recipe import Compute
 
 LATENT_CHANNELS = 12
 SCHEDULER = {
@@ -518,7 +519,8 @@ class Workers:
 def _autocast(device: str) -> torch.autocast:
     """bf16, except on a CPU that would have to emulate it."""
     kind = torch.device(device).type
-    return torch.autocast(kind, torch.bfloat16, enabled=kind != "cpu" or has_fast_bf16())
+    enabled = kind != "cpu" or compute_dtype(Compute.AUTO) is torch.bfloat16
+    return torch.autocast(kind, torch.bfloat16, enabled=enabled)
 
 
 def _trained(models: Sequence[nn.Module]) -> list[nn.Parameter]:
