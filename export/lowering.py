@@ -80,7 +80,8 @@ def known_values() -> Iterator[None]:
     try:
         from torch.onnx._internal.fx.passes import type_promotion
 
-        interpreter, rule_of = type_promotion._TypePromotionInterpreter, type_promotion.get_type_promotion_rule
+        interpreter: Any = type_promotion._TypePromotionInterpreter
+        rule_of = type_promotion.get_type_promotion_rule
     except (ImportError, AttributeError):
         yield
         return
