@@ -41,13 +41,11 @@ demo: $(INSTALLED)
 
 # Two processes, each with one thread: threads of one process that wait for work would take the other's time.
 # The compiled files are kept, because tests start many processes.
-test: export OMP_NUM_THREADS ?= 1
-test: export PYTHONDONTWRITEBYTECODE =
+test test-docs: export OMP_NUM_THREADS ?= 1
+test test-docs: export PYTHONDONTWRITEBYTECODE =
 test: $(TEST_INSTALLED)
 	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
-test-docs: export OMP_NUM_THREADS ?= 1
-test-docs: export PYTHONDONTWRITEBYTECODE =
 test-docs: $(TEST_INSTALLED)
 	$(BIN)/python -m pytest -m docs --numprocesses=2 $(PYTEST_ARGS)
 

@@ -35,6 +35,7 @@ def trace(
     if it has a GiB of weights. There are no copies in bf16, for which ONNX Runtime has no kernels of its own.
     """
     path = folder / f"{graph.name}.onnx"
+    data = path.with_name(f"{path.name}.data")
     try:
         with quiet(), torch.no_grad():
             traced = converted(graph)
@@ -43,8 +44,7 @@ def trace(
             copies = {} if graph.precision is Precision.BF16 else fused_copies(traced)
             for model in (traced, *copies.values()):
                 name_axes(model, graph)
-            data = f"{path.name}.data" if large(graph) or copies else None
-            onnx_ir.save(traced, path, external_data=data)
+            onnx_ir.save(traced, path, external_data=data.name if large(graph) or copies else None)
             copy_paths = {provider: path.with_suffix(f".{provider}.onnx") for provider in copies}
             for provider, model in copies.items():
                 save_copy(model, copy_paths[provider], path)
@@ -59,7 +59,7 @@ def trace(
         onnx.shape_inference.InferenceError,
     ) as e:
         raise OnewordError(f"{graph.name} cannot be traced to ONNX ({one_line(e)}): this model is not supported") from e
-    files = tuple(p.name for p in (path, path.with_name(path.name + ".data")) if p.exists())
+    files = tuple(p.name for p in (path, data) if p.exists())
     return files, {provider: copy_path.name for provider, copy_path in copy_paths.items()}
 
 

@@ -26,6 +26,7 @@ from oneword.runtime.bundle import Bundle
 from oneword.runtime.drawing import draw
 from oneword.runtime.model import Model
 from oneword.runtime.request import Image
+from tests.bundles import export_once
 from tests.export.operators import attentions_and_norms, operators_run, random
 
 GRAPH = """
@@ -165,7 +166,7 @@ def test_openvino_keeps_the_weights_of_products_compressed_and_those_of_convolut
 
 @pytest.fixture(scope="module")
 def exported(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    return export_bundle(tiny_model_dir, tmp_path_factory.mktemp("int8") / "bundle", weights=Weights.INT8)
+    return export_once(tiny_model_dir, tmp_path_factory.mktemp("int8") / "bundle", weights=Weights.INT8)
 
 
 @pytest.fixture(scope="module")
