@@ -60,7 +60,7 @@ test-browser: $(TEST_INSTALLED)
 	$(BIN)/python -m pytest -m browser $(PYTEST_ARGS)
 
 test-ray: $(TEST_INSTALLED)
-	$(BIN)/python -m pytest -m ray $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "ray and not slow" $(PYTEST_ARGS)
 
 # The clients that judge the server, unmodified, at pinned versions.
 $(CLIENTS)/.installed: tests/serve/clients/requirements.txt tests/serve/clients/package.json
