@@ -83,7 +83,8 @@ class Index:
         return matches
 
     def near(self, name: str) -> list[str]:
-        """Up to three tokens with a similar name, among those that are next to it in the alphabet."""
+        """Up to three tokens with a similar name, among those that are next to it in the alphabet. Takes up to half a
+        second: call it in a thread."""
         names, text = self._names, _folded(name)
         middle = bisect.bisect_left(names, (text, ""))
         start = max(0, min(middle - _NEAR // 2, len(names) - _NEAR))
@@ -163,7 +164,8 @@ class Words:
         try:
             used = await self._scan(prompts, lambda prompt: used_words(prompt, vocabulary, self._knows))
         except UnknownWord as error:
-            near = (await self._index(tenant, self._index_seconds)).near(error.name.removeprefix("embedding:"))
+            index = await self._index(tenant, self._index_seconds)
+            near = await self._run(index.near, error.name.removeprefix("embedding:"))
             similar = f"similar words: {', '.join(near)}" if near else "and none is similar: upload or learn it first"
             raise Invalid(f"there is no word {error.name[:80]!r}, {similar}", "prompt", "unknown_word") from None
         words = {concept.token: concept for concepts in used for concept in concepts}

@@ -3,6 +3,7 @@ wait."""
 
 import asyncio
 import base64
+import difflib
 import functools
 import sys
 from collections.abc import Callable, Iterator
@@ -104,3 +105,24 @@ def test_a_long_prompt_is_read_in_threads(
 
     assert answer.status_code == 200, answer.text
     assert on_loop == {name: {False} for name in READERS}
+
+
+def test_unknown_names_are_compared_with_the_known_ones_in_threads(
+    http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    http.put("/v1/words/%3Ctoy%3E", content=word_bytes()).raise_for_status()
+    compare, on_loop = difflib.get_close_matches, list[bool]()
+
+    def watched(*arguments: Any) -> list[str]:
+        if sys._getframe(1).f_globals["__name__"].startswith("oneword.serve."):  # a prompt's own words are few
+            on_loop.append(asyncio._get_running_loop() is not None)
+        return compare(*arguments)
+
+    monkeypatch.setattr(difflib, "get_close_matches", watched)
+    word = generations(http, "a <toyy>")
+    field = http.post("/sdapi/v1/txt2img", json={"prompt": "a cat", "cfg_scal": 3, **SMALL})
+
+    assert (word.status_code, field.status_code) == (400, 422)
+    assert "<toy>" in word.text
+    assert "cfg_scale" in field.text
+    assert on_loop == [False] * 2
