@@ -59,6 +59,12 @@ DATA: Final = "~/.local/share/oneword"
     show_default=True,
     help="Longest estimated wait, in seconds; requests that would wait longer are refused.",
 )
+@click.option(
+    "--deadline",
+    type=float,
+    show_default="ten times --max-wait",
+    help="Seconds after which a request that was accepted, but not begun, is dropped.",
+)
 @click.option("--drain-seconds", type=float, show_default="no limit", help="Time to finish work when stopped.")
 @click.option(
     "--hang-seconds",

@@ -24,10 +24,12 @@ class File:
 
 @dataclass(frozen=True)
 class Form:
-    """A multipart body. Files of one field are in the order in which they were sent."""
+    """A multipart body. What one field was sent with several times is in that order."""
 
     text: Mapping[str, str]
     files: Mapping[str, Sequence[File]]
+    lists: Mapping[str, Sequence[str]]
+    """The text of fields that may be sent several times."""
 
     def data(self, *fields: str) -> list[bytes]:
         """The content of the files of these fields."""
@@ -39,16 +41,19 @@ def is_form(http: Request) -> bool:
     return http.headers.get("content-type", "").startswith(_MULTIPART)
 
 
-async def read_form(http: Request, files: Collection[str], max_files: int, content: str) -> Form:
-    """The body as a form whose files are in the fields `files`.
+async def read_form(
+    http: Request, files: Collection[str], max_files: int, content: str, lists: Collection[str] = ()
+) -> Form:
+    """The body as a form whose files are in the fields `files`, and whose `lists` are text that may be repeated.
 
     Raises Unprocessable for another kind of body, which names the expected `content`; Invalid for a file in another
-    field, for text in one of `files`, and for a text field that was sent twice.
+    field, for text in one of `files`, and for any other text field that was sent twice.
     """
     if not is_form(http):
         raise Unprocessable(f"the body must be {_MULTIPART}, with {content}")
     text: dict[str, str] = {}
     uploads: dict[str, list[File]] = {}
+    repeated: dict[str, list[str]] = {}
     async with http.form(max_files=max_files, max_fields=_MAX_FIELDS, max_part_size=_MAX_TEXT) as form:
         for name, value in form.multi_items():
             if isinstance(value, UploadFile):
@@ -58,8 +63,10 @@ async def read_form(http: Request, files: Collection[str], max_files: int, conte
                 uploads.setdefault(name, []).append(File(value.filename or "", await value.read()))
             elif name in files:
                 raise Invalid(f"{name} is text, allowed is an uploaded file", param=name)
+            elif name in lists:
+                repeated.setdefault(name, []).append(value)
             elif name in text:
                 raise Invalid(f"the field {name[:40]!r} was sent twice, allowed is once", param=name)
             else:
                 text[name] = value
-    return Form(text, uploads)
+    return Form(text, uploads, repeated)

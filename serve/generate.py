@@ -56,14 +56,16 @@ async def prepare(
 
 
 async def enter(state: State, *generations: Generation, bare_names: bool = False) -> None:
-    """Resolves the words of generations among their tenant's, counts the chunks of their texts with these words, and
-    queues the pictures, all or none. Raises ApiError."""
+    """Resolves the words of generations among their tenant's, but for those that a request brings along; counts the
+    chunks of their texts with these words, and queues the pictures, all or none, with the server's deadline. Raises
+    ApiError."""
     for generation in generations:
         words = await state.words.resolve(generation.tenant, generation.settings.texts, bare_names)
         if words:  # the model itself has none
+            words = {**words, **(generation.request.words or {})}
             generation.request = replace_unchecked(generation.request, words=words)
     await state.price(*generations)
-    state.pool.enter(*generations)
+    state.pool.enter(*generations, deadline=state.settings.deadline_seconds)
 
 
 def fitted(request: Request, settings: ResolvedSettings) -> Request:

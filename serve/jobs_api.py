@@ -291,7 +291,13 @@ def _event(job: Job, event: Progress | Note | Done | Failed | Cancelled) -> byte
 
 
 async def _picture(state: State, tenant: Tenant, job: Job, name: str) -> bytes:
-    """A job's picture; a preview is drawn unless it has been. Raises ApiError."""
+    """A job's picture; a preview is drawn unless it has been, once for all who look at it now. Raises ApiError."""
+    key = tenant.name, job.id, name
+    return await state.job_pictures(key, lambda: _read_or_drawn(state, tenant, job, name))
+
+
+async def _read_or_drawn(state: State, tenant: Tenant, job: Job, name: str) -> bytes:
+    """See `_picture`. What is drawn is kept."""
     jobs = state.jobs
     with contextlib.suppress(NotFound):
         return await jobs.picture(tenant.name, job.id, name)

@@ -260,6 +260,14 @@ _INTERVAL: Final = {
     "description": "two numbers, between which guidance acts",
     "examples": ["0.2,0.8"],
 }
+_INTERVALS: Final = {
+    "type": "array",
+    "items": {"type": "number"},
+    "minItems": 2,
+    "maxItems": 2,
+    "description": "the same, sent once for each number, instead of `guidance_interval`",
+}
+_TEXT: Final = {"guidance_interval": _INTERVAL, "guidance_interval[]": _INTERVALS}
 _EDIT: Final = upload(
     EditFields,
     {
@@ -267,13 +275,13 @@ _EDIT: Final = upload(
         "image[]": file_field("several pictures, instead of `image`", MAX_UPLOADS),
         "mask": file_field("a PNG as large as the first picture: what is transparent is repainted"),
     },
-    text={"guidance_interval": _INTERVAL},
+    text=_TEXT,
 )
 _EDIT["requestBody"]["content"]["multipart/form-data"]["schema"]["anyOf"] = [
     {"required": ["image"]},
     {"required": ["image[]"]},
 ]
-_VARIATION: Final = upload(VariationFields, {"image": _IMAGE}, ("image",), text={"guidance_interval": _INTERVAL})
+_VARIATION: Final = upload(VariationFields, {"image": _IMAGE}, ("image",), text=_TEXT)
 
 
 def _pictures_or_stream(prefix: str) -> Responses:
@@ -481,7 +489,6 @@ async def _drawn(
         size = sum(most_bytes(generation, in_json=in_json) for generation in generations)
         addresses = 0 if in_json else sum(generation.request.num_images for generation in generations)
         await stack.enter_async_context(room(state, tenant, size, addresses + int(keep)))
-    await enter(state, *generations)
     factor = state.manifest.vae.factor
     requests = [generation.request for generation in generations]
     sources = [request.image.shape for request in requests if request.image is not None]
@@ -492,10 +499,11 @@ async def _drawn(
         settings=body,
         prefix=prefix,
         format=body.output_format or "png",
-        text_tokens=await state.count_tokens(requests[0].prompt),
+        text_tokens=await state.count_tokens(requests[0].prompt),  # before they are queued: it may fail
         image_tokens=sum((height // factor) * (width // factor) for height, width, _ in sources),
         keep=keep,
     )
+    await enter(state, *generations)
     return await answer.send(generations)
 
 
@@ -503,9 +511,16 @@ async def _form(
     http: HTTPRequest, *images: str, masks: Sequence[str] = ()
 ) -> tuple[dict[str, object], list[bytes], list[bytes]]:
     """A multipart body: text fields, pictures and at most one mask. Raises ApiError."""
-    form = await read_form(http, (*images, *masks), MAX_UPLOADS + 1, "the picture as the file `image`")
+    content = "the picture as the file `image`"
+    form = await read_form(http, (*images, *masks), MAX_UPLOADS + 1, content, ("guidance_interval[]",))
     text: dict[str, object] = dict(form.text)
-    if "guidance_interval" in text:
+    if numbers := form.lists.get("guidance_interval[]"):
+        if "guidance_interval" in text:
+            raise Invalid(
+                "guidance_interval was sent with and without [], allowed is one of the two", "guidance_interval"
+            )
+        text["guidance_interval"] = numbers
+    elif "guidance_interval" in text:
         text["guidance_interval"] = form.text["guidance_interval"].strip("[] ").split(",")
     given_masks = form.data(*masks)
     if len(given_masks) > 1:

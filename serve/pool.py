@@ -208,6 +208,7 @@ class Generation:
         self.news = asyncio.Event()
         """Set when there is something to read or nothing more will come; several generations may share one."""
         self._timer: asyncio.TimerHandle | None = None
+        """Drops it, and those that entered with it, unless the engine gets one of their pictures before."""
 
     async def __aiter__(self) -> AsyncIterator[PictureEvent]:
         while True:
@@ -380,8 +381,8 @@ class Pool:
         deadline: float | None = None,
         label: object = None,
     ) -> Generation:
-        """Queues a request, at once. `settings` are those of `resolve`, if they are known. Pictures that the engine
-        does not have `deadline` seconds from now are dropped.
+        """Queues a request, at once. `settings` are those of `resolve`, if they are known. If the engine has none of
+        its pictures `deadline` seconds from now, they are dropped.
 
         Raises Unavailable if the server starts or stops, Invalid for a request that this model cannot fulfil, Busy if
         the tenant has used up its quota, or if the work would take more than `max_wait` seconds, in its turn. A server
@@ -420,14 +421,19 @@ class Pool:
 
     def enter(self, *generations: Generation, deadline: float | None = None) -> None:
         """Queues generations of one tenant that were `prepared`, all or none. Their requests may have got other
-        words, and pictures of the same size, since; `Generation.price` comes after that. Raises as `submit`."""
+        words, and pictures of the same size, since; `Generation.price` comes after that. If the engine has no picture
+        of any of them `deadline` seconds from now, all are dropped. Raises as `submit`."""
         with self.refusals():
             self._read_inbox()
             self._check_ready()
             self._check_room(*generations)
             self._spend(*generations)
         for generation in generations:
-            self._enter(generation, deadline)
+            self._enter(generation)
+        if deadline is not None:
+            timer = asyncio.get_running_loop().call_later(deadline, self._expire, generations)
+            for generation in generations:
+                generation._timer = timer
         self._read_inbox()  # a step that freed a slot did not wake the loop up if nothing waited so far
         self._hand_over()
 
@@ -616,15 +622,13 @@ class Pool:
             )
         budget.left -= cost
 
-    def _enter(self, generation: Generation, deadline: float | None) -> None:
+    def _enter(self, generation: Generation) -> None:
         account = self._accounts.setdefault(generation.tenant.name, _Account())
         account.generations[generation.id] = account.waiting[generation.id] = generation
         self._turns.setdefault(generation.tenant.name)
         self._count(generation, generation._work_left)
         self._empty.clear()
         self._loop = asyncio.get_running_loop()
-        if deadline is not None:
-            generation._timer = self._loop.call_later(deadline, self._expire, generation)
 
     def _hand_over(self) -> None:
         """Hands pictures to the engine, the tenants in turn, while it has room."""
@@ -639,9 +643,9 @@ class Pool:
             generation = next(iter(account.waiting.values()))
             index = generation._next_index
             generation._next_index += 1
+            self._stop_timer(generation)
             if not generation.waiting:
                 del account.waiting[generation.id]
-                self._stop_timer(generation)
             if account.waiting:
                 self._turns[name] = None
             picture = _Picture(generation, index, steps=generation.settings.schedule.steps)
@@ -803,11 +807,13 @@ class Pool:
         if not self._accounts:
             self._empty.set()
 
-    def _expire(self, generation: Generation) -> None:
-        seconds = self.clock() - generation.created
-        message = f"the picture had to wait for more than {seconds:.0f} seconds: send the request again"
+    def _expire(self, generations: Sequence[Generation]) -> None:
+        seconds = self.clock() - generations[0].created
+        message = f"the request had to wait for more than {seconds:.0f} seconds: send it again"
         error = Unavailable(message, self._queued_seconds, code="deadline_exceeded")
-        self._drop_waiting(generation, Outcome.DROPPED, error)
+        for generation in generations:
+            self._refund(generation)
+            self._drop_waiting(generation, Outcome.DROPPED, error)
 
     def _drop_all(self, error: ApiError) -> None:
         for account in [*self._accounts.values()]:

@@ -13,8 +13,8 @@ from starlette.requests import Request as HTTPRequest
 from oneword.runtime.refine import Refinement, finish, judge, propose, undo
 from oneword.serve.errors import Conflict, Invalid
 from oneword.serve.fields import Fields
+from oneword.serve.generate import enter, prepare
 from oneword.serve.generate import finish as finished
-from oneword.serve.generate import prepare
 from oneword.serve.keys import Tenant
 from oneword.serve.pictures import as_base64
 from oneword.serve.samples import sample_jpeg, sample_request
@@ -81,7 +81,7 @@ async def refine(http: HTTPRequest, name: str, body: RefineBody) -> RefinementRo
         case "undo":
             current = await state.in_thread(undo, current)
         case "finish":
-            word = await state.in_thread(finish, current, refinements.lexicon)
+            word = await state.in_thread(finish, current, await state.in_thread(refinements.lexicon))
             answer = await state.words.put(tenant, word, token=name, generation=record.generation)
             await state.in_thread(refinements.delete, tenant.name, name)
             return Word.of(answer)
@@ -108,12 +108,11 @@ async def _candidates(
     """The next round's candidates, drawn with one prompt and seed."""
     if not current.room:  # nothing is left but to finish, or to undo a round
         return RefinementRound(round=len(current.rounds) + 1, aspects=current.words, candidates=[])
-    concepts = await state.in_thread(propose, current, state.refinements.lexicon)
+    concepts = await state.in_thread(propose, current, await state.in_thread(state.refinements.lexicon))
     prompt, seed = prompt.replace("{}", current.token), current.seed + len(current.rounds)
     requests = [await state.read_text((prompt,), sample_request, state, prompt, concept, seed) for concept in concepts]
     generations = [await prepare(state, tenant, request) for request in requests]
-    await state.price(*generations)
-    state.pool.enter(*generations)
+    await enter(state, *generations)
     found = await finished(http, *generations, use=lambda _, picture: sample_jpeg(state, picture))
     candidates = [
         Candidate(index=index, aspects=concept.provenance["aspects"], b64_json=as_base64(data))

@@ -1,7 +1,7 @@
 """Refinements in progress, as small files of the word store. Not covered: the search (`oneword.runtime.refine`)."""
 
+import threading
 from collections.abc import Callable
-from functools import cached_property
 
 import msgspec
 
@@ -26,11 +26,15 @@ class Refinements:
     def __init__(self, files: Files, read_lexicon: Callable[[], Lexicon]) -> None:
         """`read_lexicon` is called once, when somebody first refines a word: it reads the model's whole vocabulary."""
         self._files, self._read_lexicon = files, read_lexicon
+        self._lexicon: Lexicon | None = None
+        self._lock = threading.Lock()
 
-    @cached_property
     def lexicon(self) -> Lexicon:
         """The rows of the model's vocabulary."""
-        return self._read_lexicon()
+        with self._lock:  # the first users wait for one read
+            if self._lexicon is None:
+                self._lexicon = self._read_lexicon()
+            return self._lexicon
 
     def read(self, tenant: str, record: WordRecord) -> Refinement | None:
         """The state of a word's refinement; None if there is none, or if the word has been replaced since it began."""
@@ -57,7 +61,8 @@ class Refinements:
         carried = Refinement.of(concept)
         if carried and carried.room:
             return carried
-        return refine_concept(concept, self.lexicon, known_aspects(self.lexicon))
+        lexicon = self.lexicon()
+        return refine_concept(concept, lexicon, known_aspects(lexicon))
 
 
 def _path(tenant: str, token: str) -> str:

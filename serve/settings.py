@@ -55,6 +55,9 @@ class Settings:
     threads: int | None = None
     max_wait: float = 60.0
     """Seconds of work that may be queued; more is refused."""
+    deadline: float | None = None
+    """A request that the engine has not begun so many seconds after it was accepted is dropped; None means MAX_WAITS
+    times `max_wait`."""
     model: str | None = None
     """The checkpoint that words are learned with."""
     jobs: Path | None = None
@@ -76,6 +79,11 @@ class Settings:
         """The folder of this server's own learning jobs, on local disk."""
         return self.jobs or data_folder() / "jobs" / str(self.port)
 
+    @property
+    def deadline_seconds(self) -> float:
+        """How long an accepted request may wait for the engine."""
+        return MAX_WAITS * self.max_wait if self.deadline is None else self.deadline
+
     def __post_init__(self) -> None:
         if self.keys is None and not is_loopback(self.host):
             raise UsageError(
@@ -94,6 +102,8 @@ class Settings:
             raise UsageError(f"--threads is {self.threads}, allowed is at least 1")
         if not 0 < self.max_wait < math.inf:
             raise UsageError(f"--max-wait is {self.max_wait:g} s, allowed is more than 0")
+        if self.deadline is not None and not 0 < self.deadline < math.inf:
+            raise UsageError(f"--deadline is {self.deadline:g} s, allowed is more than 0")
         for name in ("body_seconds", "write_seconds", "drain_seconds", "hang_seconds"):
             seconds = getattr(self, name)
             if seconds is not None and not 0 < seconds < math.inf:

@@ -24,9 +24,11 @@ from oneword.serve.keys import Keys, Tenant
 from oneword.serve.metrics import Metrics
 from oneword.serve.pictures import encode
 from oneword.serve.pool import Generation, Pool
+from oneword.serve.reads import Reads
 from oneword.serve.refinements import Refinements
 from oneword.serve.results import KeptAnswer, Results
 from oneword.serve.settings import Settings
+from oneword.serve.texts import are_long
 from oneword.serve.words import Words
 from oneword.serve.worker import Worker
 
@@ -36,7 +38,6 @@ T = TypeVar("T")
 PREVIEW_SIDE = 256
 """Pixels of the longer side of a preview."""
 PREVIEW_QUALITY = 85
-_LONG = 2000  # characters of texts that are read in a thread
 _LARGER = 4  # times the area of the bundle's default size
 _ALWAYS = 1024 * 1024  # pixels that every server makes, however small its model
 _THREADS = 2  # of each kind
@@ -70,6 +71,8 @@ class State:
     """Set once all pictures are done and the server ends: streams that would last end too."""
     pending_answers: dict[tuple[str, str], PendingAnswer] = field(default_factory=dict)
     """By tenant and key."""
+    job_pictures: Reads = field(default_factory=Reads)
+    """By tenant, job and name."""
     created: int = field(default_factory=lambda: int(time.time()))
     _threads: dict[str, ThreadPoolExecutor] = field(default_factory=dict)
 
@@ -130,7 +133,7 @@ class State:
         self, texts: Iterable[str | None], function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
     ) -> T:
         """The result of a function that reads these texts: in a thread if they are long, so that nobody else waits."""
-        if sum(len(text) for text in texts if text) <= _LONG:
+        if not are_long(texts):
             return function(*args, **kwargs)
         return await self.in_thread(function, *args, **kwargs)
 

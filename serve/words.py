@@ -16,24 +16,25 @@ import re
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any, Final, ParamSpec, TypeVar
+from typing import Final, ParamSpec, TypeVar
 
 from oneword.engines.errors import ConceptError
 from oneword.runtime.concept import Concept, check_token
 from oneword.runtime.prompt import NamedWords, UnknownWord, Vocabulary, named_words, tokens_for, used_words
 from oneword.serve.errors import ApiError, Conflict, Forbidden, Invalid, NotFound
 from oneword.serve.keys import Tenant
+from oneword.serve.reads import Reads
 from oneword.serve.store import DAMAGED, MAX_BYTES, WordRecord, WordStore, blob_of, damaged, page, taken
+from oneword.serve.texts import LONG, are_long
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 MAX_NAMES: Final = 256
 """Words that the prompts of one request may name."""
-_LONG: Final = 2000  # characters of prompts that are split in a thread
 _INDEXED: Final = 2_000_000  # tokens in all tenants' indexes
 _PART: Final = 8  # records that one thread reads in a row
 _END: Final = re.compile(r"\W+$")
@@ -82,7 +83,8 @@ class Index:
         return matches
 
     def near(self, name: str) -> list[str]:
-        """Up to three tokens with a similar name, among those that are next to it in the alphabet."""
+        """Up to three tokens with a similar name, among those that are next to it in the alphabet. Takes up to half a
+        second: call it in a thread."""
         names, text = self._names, _folded(name)
         middle = bisect.bisect_left(names, (text, ""))
         start = max(0, min(middle - _NEAR // 2, len(names) - _NEAR))
@@ -136,7 +138,7 @@ class Words:
         self._bytes = 0
         self._tenants: OrderedDict[str, _Tenant] = OrderedDict()
         self._quotas: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
-        self._reads = _Reads()
+        self._reads = Reads()
 
     @property
     def resident(self) -> int:
@@ -162,7 +164,8 @@ class Words:
         try:
             used = await self._scan(prompts, lambda prompt: used_words(prompt, vocabulary, self._knows))
         except UnknownWord as error:
-            near = (await self._index(tenant, self._index_seconds)).near(error.name.removeprefix("embedding:"))
+            index = await self._index(tenant, self._index_seconds)
+            near = await self._run(index.near, error.name.removeprefix("embedding:"))
             similar = f"similar words: {', '.join(near)}" if near else "and none is similar: upload or learn it first"
             raise Invalid(f"there is no word {error.name[:80]!r}, {similar}", "prompt", "unknown_word") from None
         words = {concept.token: concept for concepts in used for concept in concepts}
@@ -259,7 +262,7 @@ class Words:
 
     async def _scan(self, prompts: Sequence[str], function: Callable[[str], T]) -> Sequence[T]:
         """A function of each prompt; in a thread if they are long."""
-        if sum(map(len, prompts)) <= _LONG:
+        if not are_long(prompts):
             return [function(prompt) for prompt in prompts]
         return await self._run(lambda: [function(prompt) for prompt in prompts])
 
@@ -272,7 +275,7 @@ class Words:
         runs = (names.bare if bare_names else frozenset()) | missing
         if runs:
             index = await self._index(tenant, self._index_seconds)
-            prefixes = await self._run(_prefixes, index, runs) if len(runs) > _LONG // 8 else _prefixes(index, runs)
+            prefixes = await self._run(_prefixes, index, runs) if len(runs) > LONG // 8 else _prefixes(index, runs)
             # The end of a sentence belongs to the run but hardly to the name, which may be too new for the index.
             unended = {_END.sub("", run) for run in missing} - missing
             choices = [*(tokens_for(name) for name in unended), *((token,) for token in prefixes)]
@@ -395,42 +398,8 @@ class Words:
         return await self._read(tenant, tokens)
 
 
-class _Reads:
-    """Shares a read among callers that request it before it begins, so that no result is older than its request."""
-
-    def __init__(self) -> None:
-        self._waiting: dict[Hashable, asyncio.Task[Any]] = {}
-        self._running: dict[Hashable, asyncio.Task[Any]] = {}
-
-    async def __call__(self, key: Hashable, read: Callable[[], Awaitable[T]]) -> T:
-        """The result of `read`, or of an equal one, which continues for others if this caller is cancelled."""
-        task = self._waiting.get(key)
-        if task is None:
-            task = asyncio.ensure_future(self._take_turn(key, read))
-            task.add_done_callback(_retrieve)
-            self._waiting[key] = task
-        result: T = await asyncio.shield(task)
-        return result
-
-    async def _take_turn(self, key: Hashable, read: Callable[[], Awaitable[T]]) -> T:
-        if (running := self._running.get(key)) is not None:
-            await asyncio.wait((running,))
-        task = self._running[key] = self._waiting.pop(key)
-        try:
-            return await read()
-        finally:
-            if self._running.get(key) is task:
-                del self._running[key]
-
-
-def _retrieve(task: asyncio.Task[Any]) -> None:
-    """Keeps asyncio from complaining about an exception if all who waited for it were cancelled."""
-    if not task.cancelled():
-        task.exception()
-
-
 def _named_words(prompt: str) -> NamedWords:
-    return named_words(prompt) if len(prompt) > _LONG else _remembered_words(prompt)
+    return named_words(prompt) if are_long((prompt,)) else _remembered_words(prompt)
 
 
 @functools.lru_cache(64)  # most requests differ in their seed only

@@ -265,6 +265,8 @@ async def _answer(
 async def _text_plan(state: State, body: TextToImage) -> Plan:
     """See `text_to_image`; with a seed at random."""
     texts, seed = (body.prompt, body.negative_prompt), secrets.randbelow(RANDOM_SEEDS)
+    if body.model_extra:  # names that are compared with the known ones
+        return await state.in_thread(text_to_image, body, state.manifest, seed)
     return await state.read_text(texts, text_to_image, body, state.manifest, seed)
 
 

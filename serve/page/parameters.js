@@ -42,6 +42,7 @@ export function parseParameters(text) {
     spacing: sampler === "dpmpp-2m-karras" ? undefined : SPACINGS[pairs.get("Schedule type")],
     method: METHODS[pairs.get("Guidance")],
     guidance: number(pairs.get("CFG scale")),
+    embedded: number(pairs.get("Distilled CFG Scale")),
     seed: whole(pairs.get("Seed")),
     width,
     height,

@@ -1,8 +1,8 @@
 /**
  * A recipe: all that makes a grid of pictures. Pure.
  *
- *   {prompt, negative, seed, count, steps, sampler, guidance, width, height, clipSkip, eta, rescale, interval,
- *    image, mask, strength}
+ *   {prompt, negative, seed, count, steps, sampler, guidance, embedded, width, height, clipSkip, eta, rescale,
+ *    interval, image, mask, strength}
  *
  * Undefined means the server's default. `image` and `mask` are Blobs; transparent pixels of a mask are repainted.
  * Picture i of a recipe has the seed `seed + i`.
@@ -30,6 +30,7 @@ export function requestFields(recipe) {
     spacing: recipe.spacing || undefined,
     guidance: recipe.method || undefined,
     guidance_scale: recipe.guidance,
+    embedded_guidance: recipe.embedded,
     guidance_rescale: recipe.rescale || undefined,
     guidance_interval: interval,
     clip_skip: recipe.clipSkip || undefined,

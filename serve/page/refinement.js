@@ -10,6 +10,12 @@ export function judged(round, index, verdict) {
   return again ? next : { ...next, [verdict]: [...next[verdict], index] };
 }
 
+/** What is asked about a round, which is null while it is drawn. */
+export const question = (round) =>
+  round?.candidates.length === 0
+    ? "No more rounds are possible: keep the word as it is now, or undo the last round."
+    : "Which of these are closer to what you mean?";
+
 export const isJudged = ({ likes, dislikes }) => likes.length + dislikes.length > 0;
 
 /** The server's action for a judged round. */

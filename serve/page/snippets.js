@@ -59,6 +59,7 @@ export function tiRun(recipe) {
     ["--spacing", recipe.spacing || undefined],
     ["--guidance", recipe.method || undefined],
     ["--guidance-scale", recipe.guidance],
+    ["--embedded-guidance", recipe.embedded],
     ["--guidance-rescale", recipe.rescale || undefined],
     ["--guidance-interval", interval?.join(" ")],
     ["--eta", recipe.eta || undefined],

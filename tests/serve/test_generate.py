@@ -1,15 +1,19 @@
-"""What a request does on the way to its pictures, in every dialect: where its prompts are read."""
+"""What a request does on the way to its pictures, in every dialect: where its prompts are read, and how long it may
+wait."""
 
 import asyncio
 import base64
+import difflib
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
 import pytest
 
+from tests.serve.conftest import Start
 from tests.serve.running import word_bytes
 from tests.serve.test_openai import png
 
@@ -45,7 +49,37 @@ def refine(http: httpx.Client, prompt: str) -> httpx.Response:
     return http.post("/v1/words/%3Ctoy%3E/refine", json={"action": "start", "prompt": f"{{}} {prompt}"})
 
 
-@pytest.mark.parametrize("route", [generations, edits, txt2img, img2img, refine])
+ROUTES = generations, edits, txt2img, img2img, refine
+
+
+@pytest.fixture(scope="module")
+def busy(start_server: Start) -> Iterator[httpx.Client]:
+    """A server whose deadline is short and whose engine has as many pictures as it takes."""
+    running = start_server(max_wait=10_000, deadline=0.1)
+    body = {"prompt": "a cat", "steps": 900, "n": 10, "size": "64x64"}
+    with running.client() as http, ThreadPoolExecutor(1) as pool:
+        http.put("/v1/words/%3Ctoy%3E", content=word_bytes()).raise_for_status()
+        first = pool.submit(http.post, "/v1/images/generations", json=body)
+        while not (entries := http.get("/v1/queue").json()["data"]):
+            assert not first.done(), first.result().text
+        yield http
+        assert not first.done()
+        http.delete(f"/v1/queue/{entries[0]['id']}").raise_for_status()
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_request_that_was_not_begun_by_the_servers_deadline_is_dropped(
+    busy: httpx.Client, route: Callable[[httpx.Client, str], httpx.Response]
+) -> None:
+    answer = route(busy, "a cat")
+
+    assert answer.status_code == 503
+    assert "had to wait for more than 0 seconds: send it again" in answer.text
+    assert int(answer.headers["Retry-After"]) >= 1
+    assert len(busy.get("/v1/queue").json()["data"]) == 1
+
+
+@pytest.mark.parametrize("route", ROUTES)
 def test_a_long_prompt_is_read_in_threads(
     http: httpx.Client, monkeypatch: pytest.MonkeyPatch, route: Callable[[httpx.Client, str], httpx.Response]
 ) -> None:
@@ -71,3 +105,24 @@ def test_a_long_prompt_is_read_in_threads(
 
     assert answer.status_code == 200, answer.text
     assert on_loop == {name: {False} for name in READERS}
+
+
+def test_unknown_names_are_compared_with_the_known_ones_in_threads(
+    http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    http.put("/v1/words/%3Ctoy%3E", content=word_bytes()).raise_for_status()
+    compare, on_loop = difflib.get_close_matches, list[bool]()
+
+    def watched(*arguments: Any) -> list[str]:
+        if sys._getframe(1).f_globals["__name__"].startswith("oneword.serve."):  # a prompt's own words are few
+            on_loop.append(asyncio._get_running_loop() is not None)
+        return compare(*arguments)
+
+    monkeypatch.setattr(difflib, "get_close_matches", watched)
+    word = generations(http, "a <toyy>")
+    field = http.post("/sdapi/v1/txt2img", json={"prompt": "a cat", "cfg_scal": 3, **SMALL})
+
+    assert (word.status_code, field.status_code) == (400, 422)
+    assert "<toy>" in word.text
+    assert "cfg_scale" in field.text
+    assert on_loop == [False] * 2

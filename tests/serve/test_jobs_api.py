@@ -13,7 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from oneword.serve.keys import new_key
+from oneword.runtime.concept import Concept
+from oneword.serve import jobs_api
+from oneword.serve.keys import Tenant, new_key
+from oneword.serve.state import State
 from tests.serve.conftest import Start
 from tests.serve.running import Running, word_bytes
 
@@ -92,6 +95,26 @@ def test_the_previews_are_the_words_of_their_steps_drawn_from_the_same_seed(alic
     assert np.abs(drawn - decoded(previews[-3]["b64_json"])).mean() < 8  # a JPEG of the same picture
     again = [data for kind, data in events_of(alice, job["id"]) if kind == "preview"]
     assert again == previews
+
+
+def test_a_preview_that_two_look_at_is_drawn_once(
+    alice: httpx.Client, learners: tuple[Running, Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[int] = []
+
+    async def draw(state: State, tenant: Tenant, concept: Concept, index: int) -> bytes:
+        drawn.append(index)
+        return await draw_preview(state, tenant, concept, index)
+
+    draw_preview = jobs_api._drawn
+    monkeypatch.setattr(jobs_api, "_drawn", draw)
+    job = learn(alice, name="<both>", steps=3).json()
+    with ThreadPoolExecutor(2) as threads:
+        first, second = threads.map(lambda _: [*events_of(alice, job["id"])], range(2))
+
+    previews, others = ([data for kind, data in events if kind == "preview"] for events in (first, second))
+    assert len(previews) == len(drawn) == 6  # of three prompts, after steps 0 and 3
+    assert others == previews
 
 
 def test_a_reader_that_comes_back_gets_only_what_it_has_missed(alice: httpx.Client) -> None:

@@ -63,6 +63,7 @@ def test_the_python_client_generates_streams_edits_and_varies(tenants: tuple[Run
     assert all(size == [64, 64] for _, size in found["stream"])
     assert found["edit with mask"] == [[64, 64]]
     assert found["edit of two"] == [[64, 64]] * 2
+    assert found["edit with an interval"] == [[64, 64]]
     assert found["edit stream"] == ["image_edit.partial_image", "image_edit.completed"]
     assert found["variations"] == [[64, 64]] * 2
     assert found["async"] == [[64, 64]] * 3
@@ -285,6 +286,36 @@ def test_a_file_in_an_unknown_field_and_a_text_instead_of_a_file_are_refused(htt
 
     assert [response.status_code for response in (unknown, text, none)] == [400, 400, 400]
     assert [response.json()["error"]["param"] for response in (unknown, text, none)] == ["picture", "image", "image"]
+
+
+def test_an_interval_in_a_form_is_a_text_or_one_field_for_each_number(http: httpx.Client) -> None:
+    def edit(**fields: Any) -> httpx.Response:
+        data = {"prompt": "a cat", "steps": "4", "seed": "3", **fields}
+        return http.post("/v1/images/edits", data=data, files={"image": png()})
+
+    whole, text, listed = edit(), edit(guidance_interval="0.2,0.8"), edit(**{"guidance_interval[]": ["0.2", "0.8"]})
+    one, both = (edit(**{"guidance_interval[]": ["0.2"]}, **more) for more in ({}, {"guidance_interval": "0.2,0.8"}))
+
+    assert listed.json()["data"] == text.json()["data"] != whole.json()["data"]
+    for refused in (one, both, edit(steps=["4", "4"])):
+        assert refused.status_code == 400
+    assert [refused.json()["error"]["param"] for refused in (one, both)] == ["guidance_interval"] * 2
+
+
+def test_a_prompt_whose_tokens_cannot_be_counted_leaves_nothing_in_the_queue(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(prompt: str) -> int:
+        raise Unavailable("a test")
+
+    monkeypatch.setattr(server.state, "tokens", fail)
+    with server.client() as http:
+        answer = http.post("/v1/images/generations", json={"prompt": "a cat", "steps": 900, "n": 10})
+        left = http.get("/v1/queue").json()["data"]
+        for entry in left:
+            http.delete(f"/v1/queue/{entry['id']}")
+
+    assert (answer.status_code, left) == (503, [])
 
 
 @pytest.mark.parametrize("path", ["generations", "edits"])

@@ -563,24 +563,28 @@ def test_leaving_its_context_cancels_a_generation(pool: Pool) -> None:
     run(scenario)
 
 
-def test_pictures_that_wait_beyond_their_deadline_are_dropped_and_those_that_run_are_finished(
+def test_a_request_that_was_not_begun_by_its_deadline_is_dropped_and_one_that_was_is_finished(
     pool: Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = Gate(monkeypatch)
 
     async def scenario() -> None:
-        generation = pool.submit(ALICE, Request("a cat", num_images=8, steps=2), deadline=0.01)
-        event = (await until(generation, Dropped)).event
-        assert isinstance(event, Dropped)
-        assert isinstance(event.error, Unavailable)
-        assert event.error.code == "deadline_exceeded"
+        begun = pool.submit(ALICE, Request("a cat", num_images=8, steps=2), deadline=0.01)
+        dave = Tenant("dave", pixel_steps_per_minute=3 * 2 * 64 * 64)
+        late = [pool.prepared(dave, Request("a dog", num_images=count, steps=2)) for count in (2, 1)]
+        pool.enter(*late, deadline=0.02)
+        for generation, count in zip(late, (2, 1), strict=True):
+            found = [event for _, event in await events_of(generation)]
+            assert len(found) == count
+            for event in found:
+                assert isinstance(event, Dropped)
+                assert isinstance(event.error, Unavailable)
+                assert event.error.code == "deadline_exceeded"
+        assert pool.waiting == begun.waiting == 2
         gate.open.set()
-        dropped, done = 1, 0
-        for _, event in await events_of(generation):
-            dropped, done = dropped + isinstance(event, Dropped), done + isinstance(event, Done)
-        assert (dropped, done) == (2, 6)
-        in_time = pool.submit(ALICE, Request("a cat", steps=2), deadline=SECONDS)
-        assert len(await in_time.wait()) == 1
+        assert sum(isinstance(event, Done) for _, event in await events_of(begun)) == 8
+        again = pool.submit(dave, Request("a dog", num_images=3, steps=2), deadline=SECONDS)
+        assert len(await again.wait()) == 3
 
     run(scenario)
     assert pool.queued_seconds == 0
@@ -745,10 +749,10 @@ def test_a_slot_that_becomes_free_while_a_request_enters_is_used_at_once(
         running = pool.submit(LOCAL, Request("a cat", num_images=limit, steps=20))
         assert (pool.running, pool.waiting) == (limit, 0)
 
-        def entered(generation: Generation, deadline: float | None) -> None:
+        def entered(generation: Generation) -> None:
             """Enters after the engine's thread has reported a last step and, as nothing waits, not woken the loop."""
             pool._hear(running._running[0], Step(20, 20))
-            enter(generation, deadline)
+            enter(generation)
 
         monkeypatch.setattr(pool, "_enter", entered)
         late = pool.submit(LOCAL, Request("a dog", steps=20))

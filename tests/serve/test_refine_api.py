@@ -3,6 +3,9 @@
 import base64
 import io
 import itertools
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -10,9 +13,12 @@ import PIL.Image
 import pytest
 
 from oneword.runtime.concept import concept_of, read_safetensors
+from oneword.runtime.lexicon import Lexicon
 from oneword.runtime.refine import Refinement
 from oneword.serve.errors import Busy
+from oneword.serve.files import FolderFiles
 from oneword.serve.keys import LOCAL
+from oneword.serve.refinements import Refinements
 from tests.serve.running import Running, word_bytes
 
 WORD = "/v1/words/%3Cpet%3E"
@@ -106,6 +112,40 @@ def test_a_refinement_ends_with_its_word(http: httpx.Client, word: str, change: 
 
     assert http.post(f"{word}/refine", json={"action": "finish"}).status_code == 409
     assert http.get(word).json() == before
+
+
+def test_a_prompt_of_candidates_may_name_other_words(http: httpx.Client, word: str) -> None:
+    def start(prompt: str) -> list[dict[str, Any]]:
+        answer = http.post(f"{word}/refine", json={"action": "start", "prompt": prompt})
+        answer.raise_for_status()
+        candidates: list[dict[str, Any]] = answer.json()["candidates"]
+        return candidates
+
+    pictures = []
+    for seed in (5, 6):
+        http.put("/v1/words/%3Chat%3E", content=word_bytes("<hat>", seed)).raise_for_status()
+        pictures.append([candidate["b64_json"] for candidate in start("a photo of a {} and a <hat>")])
+    unknown = http.post(f"{word}/refine", json={"action": "start", "prompt": "a {} and a <hat-of-nobody>"})
+
+    assert all(first != second for first, second in zip(*pictures, strict=True))
+    assert len({*pictures[0]}) > 1  # they draw the candidates, not the stored word
+    assert (unknown.status_code, unknown.json()["error"]["code"]) == (400, "unknown_word")
+
+
+def test_two_who_first_refine_a_word_read_the_vocabulary_once(tmp_path: Path) -> None:
+    reads: list[Lexicon] = []
+
+    def read() -> Lexicon:
+        time.sleep(0.2)  # the other one comes meanwhile
+        reads.append(Lexicon({}, lambda encoder, text: []))
+        return reads[-1]
+
+    refinements = Refinements(FolderFiles(tmp_path), read)
+    with ThreadPoolExecutor(2) as threads:
+        found = [*threads.map(lambda _: refinements.lexicon(), range(2))]
+
+    assert len(reads) == 1
+    assert all(lexicon is reads[0] for lexicon in found)
 
 
 def test_a_full_queue_leaves_no_candidate_behind(server: Running, http: httpx.Client, word: str) -> None:

@@ -56,6 +56,7 @@ def test_loopback_needs_no_keys(host: str) -> None:
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
+        ({"deadline": 0.0}, "--deadline is 0 s, allowed is more than 0"),
         ({"port": 65536}, "--port is 65536, allowed is 0 to 65535"),
         ({"words": ""}, "--words is empty: pass a folder or a URL"),
         ({"max_rows": 0}, "--max-rows is 0, allowed is at least 1"),

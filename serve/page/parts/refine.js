@@ -3,7 +3,7 @@
 import * as api from "../api.js";
 import { persistently } from "../connection.js";
 import { bareName } from "../prompt.js";
-import { isJudged, judged, judgement, newRound } from "../refinement.js";
+import { isJudged, judged, judgement, newRound, question } from "../refinement.js";
 import { announce, notify, refined } from "../state.js";
 import { html, useEffect, useState } from "../vendor/htm-preact.js";
 import { refresh } from "../words.js";
@@ -42,7 +42,7 @@ export function Refine({ word }) {
   return html`
     <${Dialog} title=${`Refine ${name}`} className="viewer" onClose=${() => refined.set(null)}>
       <div class="stack">
-        <p class="quiet">${round ? `Round ${round.round}. ` : ""}Which of these are closer to what you mean?</p>
+        <p class="quiet">${round ? `Round ${round.round}. ` : ""}${question(round)}</p>
         ${failure && html`<p class="note bad" role="alert">${failure} <button class="link" onClick=${() => act({ action: "start" })}>Try again</button></p>`}
         <ul class="candidates" aria-busy=${round ? "false" : "true"}>
           ${round

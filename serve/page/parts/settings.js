@@ -22,6 +22,8 @@ export function Settings({ recipe, onChange, model }) {
       </div>
       <${NumberField} id="steps" label="Steps" value=${recipe.steps} fallback=${defaults.steps} min="1" max="1000" onChange=${set("steps")} />
       <${NumberField} id="guidance" label="Guidance" value=${recipe.guidance} fallback=${defaults.guidance_scale} min="0" max="100" step="0.5" onChange=${set("guidance")} />
+      ${(defaults.embedded_guidance ?? recipe.embedded ?? null) !== null && html`
+        <${NumberField} id="embedded" label="Distilled guidance" value=${recipe.embedded} fallback=${defaults.embedded_guidance} min="0" max="50" step="0.5" onChange=${set("embedded")} />`}
       <div class="field">
         <label for="sampler">Sampler</label>
         <select id="sampler" value=${recipe.sampler ?? ""} onChange=${(event) => onChange({ sampler: event.target.value || undefined })}>

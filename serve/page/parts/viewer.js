@@ -93,6 +93,7 @@ function facts(recipe) {
     ["Steps", recipe.steps],
     ["Sampler", recipe.sampler],
     ["Guidance", recipe.guidance],
+    ["Distilled guidance", recipe.embedded],
     ["Size", recipe.width && recipe.height && `${recipe.width} × ${recipe.height}`],
     ["Changed", recipe.image && recipe.strength && `${Math.round(recipe.strength * 100)} %`],
     ["Leave out", recipe.negative],

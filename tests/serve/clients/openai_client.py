@@ -47,6 +47,10 @@ edited = client.images.edit(image=("blob", picture), mask=("m", mask), prompt="a
 found["edit with mask"] = [size(item.b64_json) for item in edited.data or []]
 edited = client.images.edit(image=[picture, png((0, 90, 0))], prompt="a blue star", extra_body={"steps": 4})
 found["edit of two"] = [size(item.b64_json) for item in edited.data or []]
+edited = client.images.edit(
+    image=picture, prompt="a blue star", extra_body={"steps": 4, "guidance_interval": [0.2, 0.8]}
+)
+found["edit with an interval"] = [size(item.b64_json) for item in edited.data or []]
 events = client.images.edit(image=picture, prompt="a star", stream=True, partial_images=1, extra_body={"steps": 4})
 found["edit stream"] = [event.type for event in events]
 varied = client.images.create_variation(image=picture, n=2, extra_body={"steps": 4})

@@ -2,6 +2,7 @@ import assert from "node:assert/strict";
 import { test } from "node:test";
 
 import { parseParameters } from "../../../serve/page/parameters.js";
+import { requestFields } from "../../../serve/page/recipe.js";
 
 test("what this project writes is read back", () => {
   const text =
@@ -37,6 +38,13 @@ test("a spacing and a kind of guidance are read", () => {
   assert.equal(recipe.sampler, "dpmpp-2s-a");
   assert.equal(recipe.spacing, "sgm-uniform");
   assert.equal(recipe.method, "zero-star");
+});
+
+test("the guidance that FLUX takes as an input is read and asked for again", () => {
+  const recipe = parseParameters("x\nSteps: 9, CFG scale: 1.0, Seed: 7, Distilled CFG Scale: 3.5, CFG Rescale: 0.5");
+  assert.equal(recipe.embedded, 3.5);
+  assert.equal(recipe.guidance, 1);
+  assert.equal(requestFields(recipe).embedded_guidance, 3.5);
 });
 
 test("a quoted value may hold commas and colons", () => {

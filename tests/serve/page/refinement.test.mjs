@@ -1,7 +1,7 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 
-import { isJudged, judged, judgement, newRound } from "../../../serve/page/refinement.js";
+import { isJudged, judged, judgement, newRound, question } from "../../../serve/page/refinement.js";
 
 const ROUND = newRound({ round: 1, candidates: [{}, {}, {}] });
 
@@ -14,4 +14,10 @@ test("a second press takes a like back", () => {
 test("a candidate is liked or disliked, not both", () => {
   const changed = judged(judged(ROUND, 1, "likes"), 1, "dislikes");
   assert.deepEqual(judgement(changed), { action: "judge", round: 1, likes: [], dislikes: [1] });
+});
+
+test("a round without candidates says that no more are possible", () => {
+  assert.match(question(newRound({ round: 9, candidates: [] })), /^No more rounds are possible/);
+  assert.match(question(ROUND), /^Which of these/);
+  assert.equal(question(null), question(ROUND));
 });

@@ -33,6 +33,7 @@ test("a shell hands ti-run the prompt as it is and each word its file", () => {
   assert.deepEqual(argv.slice(0, 3), ["ti-run", "bundle", RECIPE.prompt]);
   assert.equal(argv[argv.indexOf("--concept") + 1], "toy.safetensors");
   assert.deepEqual(argv.slice(argv.indexOf("--guidance-interval") + 1).slice(0, 2), ["0.5", "4"]);
+  assert.equal(words(tiRun({ ...RECIPE, embedded: 3.5 })).includes("3.5"), true);
 });
 
 test("no snippet holds a key", () => {
