@@ -178,7 +178,7 @@ class WordStore:
         with self._files.locked(_folder(tenant)):
             record = self.get(tenant, old)
             if record is None:
-                raise NotFound(f"there is no word {old[:80]!r}")
+                raise NotFound(f"there is no word {old[:80]!r}: GET /v1/words lists yours", code="word_not_found")
             if new == old:
                 return record
             data = self._read(_blob_path(record.identity))

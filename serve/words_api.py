@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from oneword.engines.errors import OnewordError
+from oneword.engines.errors import ConceptError, OnewordError
 from oneword.runtime.concept import Concept, check_token, concept_bytes, concept_of, read_safetensors, token_from_stem
 from oneword.runtime.model import check_fits
 from oneword.serve.errors import Invalid, from_oneword
@@ -21,6 +21,7 @@ from oneword.serve.openapi import WORD_NAME, WORD_TYPE, file_field, file_respons
 from oneword.serve.state import caller
 from oneword.serve.store import WordRecord
 
+_PNG: Final = b"\x89PNG"  # A1111 keeps words in pictures too
 _NAMES: Final = "letters, digits and . + * @ # ! ~ & $ % ^ = - _ , bare or in <>, for example <toy>"
 
 router = APIRouter(tags=["words"])
@@ -188,6 +189,10 @@ async def _put(http: Request, data: bytes, stem: str, name: str | None, *, if_ab
 
 def _parsed(data: bytes, stem: str, name: str | None) -> Concept:
     """The word in a file, named `name` if it is given. Raises ConceptError."""
+    if data.startswith(_PNG):
+        raise ConceptError(
+            "the file is a picture, allowed is safetensors: run ti-concept convert first if it has a word"
+        )
     concept = concept_of(*read_safetensors(data, "the file"), token_from_stem(stem))
     return concept if name is None else replace(concept, token=name)
 

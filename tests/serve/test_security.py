@@ -14,19 +14,22 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
+import safetensors.numpy
 
 from oneword.serve.connection import Connection
 from oneword.serve.keys import new_key
 from tests.serve.conftest import Start
-from tests.serve.running import Running, word_bytes
+from tests.serve.running import WIDTH, Running, word_bytes
 from tests.serve.test_openai import png
 from tests.serve.test_store import hostile_names, snapshot
 
@@ -206,38 +209,52 @@ def test_a_page_of_another_site_and_a_rebound_name_get_nothing_on_any_route(hous
         assert alice.get("/v1/words").json() == before
 
 
-BODIES = ("/v1/images/generations", "/v1/images/edits", "/v1/words", "/v1/words/learn", "/sdapi/v1/img2img")
+def routes_with_bodies(client: httpx.Client) -> list[Operation]:
+    """The routes whose requests have a body, with addresses."""
+    paths = client.get("/openapi.json").json()["paths"]
+    names = {"id": "0" * 32, "name": "toy", "model": "x"}
+    found = [(m.upper(), path) for path, item in paths.items() for m, route in item.items() if "requestBody" in route]
+    return [(method, path.format_map(names)) for method, path in found]
 
 
-@pytest.mark.parametrize("path", BODIES)
 @pytest.mark.parametrize("framing", ["Content-Length: 1073741824", "Transfer-Encoding: chunked"])
 def test_a_wrong_key_is_refused_after_64_kib_of_a_body_of_1_gib_on_every_route(
-    house: House, monkeypatch: pytest.MonkeyPatch, path: str, framing: str
+    house: House, monkeypatch: pytest.MonkeyPatch, framing: str
 ) -> None:
     received = Connection.data_received
-    read: dict[int, int] = {}
+    read: dict[Connection, int] = {}
 
     def counted(self: Connection, data: bytes) -> None:
-        read[id(self)] = read.get(id(self), 0) + len(data)
+        read[self] = read.get(self, 0) + len(data)
         received(self, data)
 
     monkeypatch.setattr(Connection, "data_received", counted)
     address = httpx.URL(house.alice.url)
     piece = bytes(1 << 20) if "Length" in framing else b"100000\r\n" + bytes(1 << 20) + b"\r\n"
-    lines = [f"POST {path} HTTP/1.1", "Host: localhost", framing, "Authorization: Bearer wrong"]
-    lines += ["Content-Type: multipart/form-data; boundary=x", "", ""]
-    with socket.create_connection((address.host, address.port or 0), timeout=20) as connection:
-        answer = b""
-        with contextlib.suppress(ConnectionError):
-            connection.sendall("\r\n".join(lines).encode())
-            for _ in range(1024):
-                connection.sendall(piece)
-        with contextlib.suppress(ConnectionError):
-            while part := connection.recv(65536):
-                answer += part
+    with house.alice.client() as alice:
+        routes = routes_with_bodies(alice)
+    read.clear()
+    for method, path in routes:
+        lines = [f"{method} {path} HTTP/1.1", "Host: localhost", framing, "Authorization: Bearer wrong"]
+        lines += ["Content-Type: multipart/form-data; boundary=x", "", ""]
+        with socket.create_connection((address.host, address.port or 0), timeout=20) as connection:
+            answer = b""
+            with contextlib.suppress(ConnectionError):
+                connection.sendall("\r\n".join(lines).encode())
+                for _ in range(1024):
+                    connection.sendall(piece)
+            with contextlib.suppress(ConnectionError):  # of what was sent after the answer
+                while part := connection.recv(65536):
+                    answer += part
 
-    assert answer.startswith(b"HTTP/1.1 401 ") or not answer  # a reset may drop an answer that was sent
-    assert read
+        head, _, body = answer.partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 401 "), (method, path, answer)
+        refusal = json.loads(body)
+        assert "key" in (refusal["detail"] if path.startswith("/sdapi/") else refusal["error"]["message"])
+
+    assert len(routes) >= 12
+    assert {path for _, path in routes} >= {"/v1/images/edits", "/v1/words/learn", "/v1/words/toy/refine"}
+    assert len(read) == len(routes)
     assert max(read.values()) <= 64 << 10
 
 
@@ -270,14 +287,22 @@ def test_an_address_instead_of_a_picture_is_refused_and_never_fetched(house: Hou
             listener.accept()
 
 
-def multipart(parts: list[tuple[str, bytes, bytes]]) -> dict[str, Any]:
+def multipart(
+    parts: list[tuple[str, bytes, bytes]], fields: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, Any]:
     """Field, raw file name and content, as a client that escapes nothing sends them."""
     body = b""
+    for field, text in fields.items():
+        body += f'--cut\r\nContent-Disposition: form-data; name="{field}"\r\n\r\n{text}\r\n'.encode()
     for field, name, content in parts:
         body += b'--cut\r\nContent-Disposition: form-data; name="' + field.encode() + b'"; filename="' + name + b'"\r\n'
         body += b"Content-Type: application/octet-stream\r\n\r\n" + content + b"\r\n"
     headers = {"Content-Type": "multipart/form-data; boundary=cut"}
     return {"content": body + b"--cut--\r\n", "headers": headers}
+
+
+def batches(names: list[bytes], size: int) -> list[list[bytes]]:
+    return [names[start : start + size] for start in range(0, len(names), size)]
 
 
 def test_ten_thousand_hostile_file_names_touch_nothing_outside_the_store(house: House) -> None:
@@ -286,32 +311,42 @@ def test_ten_thousand_hostile_file_names_touch_nothing_outside_the_store(house: 
     target = str(house.folder / "written").encode()
     names = [safe.sub(b"_", name) + random.Random(name).choice([b"", b".safetensors", b"/"]) for name in quoted]
     names[::50] = [b"../" * (i % 9) + target for i in range(len(names[::50]))]
-    data, store = word_bytes(), house.folder / "store"
+    data = safetensors.numpy.save({"emb_params": np.full((1, WIDTH), 0.1, np.float32)})  # the file's name is the word's
+    store = house.folder / "store"
 
     def outside() -> dict[str, tuple[int, int, int]]:
         return {path: stat for path, stat in snapshot(house.folder).items() if not path.startswith(("store", "jobs"))}
 
     before = outside()
+    picture, no_picture = png(16), b"no picture"
     with house.alice.client() as alice, ThreadPoolExecutor(4) as threads:
-        words, learn, edits = names[:400], names[400:3600], names[3600:]
-        calls: list[tuple[str, dict[str, Any]]] = [
-            ("/v1/words?replace=true", multipart([("file", name, data)])) for name in words
-        ]
-        for start in range(0, len(learn), 8):
-            files = [("image[]", name, b"no picture") for name in learn[start : start + 8]]
-            calls.append(("/v1/words/learn", multipart(files)))
-        for start in range(0, len(edits), 16):
-            files = [("image[]", name, b"no picture") for name in edits[start : start + 16]]
-            calls.append(("/v1/images/edits", multipart(files)))
+        words, learned, edited, rest = names[:2000], names[2000:2075], names[2075:2275], names[2275:]
+        calls = [("/v1/words?replace=true", multipart([("file", name, data)])) for name in words]
+        for index, batch in enumerate(batches(learned, 5)):
+            fields = {"name": f"<hostile-{index}>", "init": "toy", "steps": "5000"}
+            calls.append(("/v1/words/learn", multipart([("image[]", name, picture) for name in batch], fields)))
+        for batch in batches(edited, 10):
+            fields = {"prompt": "a cat", "steps": "2", "size": "64x64"}
+            calls.append(("/v1/images/edits", multipart([("image[]", name, picture) for name in batch], fields)))
+        for index, batch in enumerate(batches(rest, 8)):
+            path = ("/v1/words/learn", "/v1/images/edits")[index % 2]
+            calls.append((path, multipart([("image[]", name, no_picture) for name in batch])))
         answers = list(threads.map(lambda call: alice.post(call[0], **call[1]), calls))
-        stored = [answer.json()["name"] for answer in answers if answer.status_code in (200, 201)]
+        bodies = [answer.json() for answer in answers if answer.is_success]
+        stored = [body["name"] for body in bodies if body.get("object") == "word"]
+        jobs = [body["id"] for body in bodies if body.get("object") == "job"]
+        for job in jobs:
+            alice.delete(f"/v1/jobs/{job}").raise_for_status()
         for name in [*dict.fromkeys(stored)][:50]:
             path = httpx.URL(house.alice.url).copy_with(raw_path=b"/v1/words/" + quote(name) + b"/file")
             disposition = alice.get(path).headers["content-disposition"]
             assert re.fullmatch(r'attachment; filename="[^"/\\\r\n]+\.safetensors"', disposition)
 
-    assert {answer.status_code for answer in answers} <= {200, 201, 400, 422}
-    assert len(stored) >= 350
+    assert {answer.status_code for answer in answers} <= {200, 201, 202, 400, 422}
+    assert len(set(stored)) >= 1000
+    assert len(jobs) == 15
+    assert [len(body["data"]) for body in bodies if "data" in body] == [10] * 20
+    assert len(stored) >= 1750
     assert outside() == before
     for path in store.rglob("*"):
         assert not path.is_symlink()
@@ -428,22 +463,28 @@ def test_the_key_file_is_read_again_on_sighup_and_a_broken_one_changes_nothing(p
 CLIENT = "127.0.0.77"
 """The clients' address, which is not the server's."""
 SECRET = "zebra-in-a-secret-prompt"
+PUBLIC = ("/health/live", "/health/ready")
 
 
 def test_no_key_prompt_path_address_or_traceback_is_in_any_answer_or_log(process: Process) -> None:
     wrong_key = "ow_this-key-is-wrong"
     answers: list[httpx.Response] = []
+    refused: list[httpx.Response] = []
     with process.client(address=CLIENT) as client, process.client(wrong_key, CLIENT) as stranger:
         for method, path in operations(client):
             address = path.format_map({"id": SECRET, "name": f"<{SECRET}>", "model": SECRET})
             answers += [client.request(method, address, **body) for body in secret_requests(method, path)]
-            answers.append(stranger.request(method, address, **good_request(method, path)))
+            refused += [stranger.request(method, address, **body) for body in secret_requests(method, path)]
         answers += [client.post(path, **body) for path, body in bad_requests()]
         answers += failures(client, process.folder)
     process.process.terminate()
     process.process.wait(60)
 
-    assert {answer.status_code for answer in answers} >= {200, 400, 401, 404, 422}
+    assert {answer.status_code for answer in answers} >= {200, 400, 404, 422}
+    closed = [answer for answer in refused if answer.request.url.path not in PUBLIC]
+    assert {answer.status_code for answer in closed if "/v1/pictures/" not in answer.request.url.path} == {401}
+    assert [answer.text for answer in closed if SECRET in f"{answer.headers} {answer.text}"] == []
+    answers += refused
     assert len(answers) > 250
     never = [process.key, wrong_key, str(process.folder), CLIENT, "Traceback", 'File "', str(Path(__file__).parents[2])]
     for answer in answers:
