@@ -1,14 +1,22 @@
-"""The serving benchmark: its cores, and the journal that it adds to a server's process."""
+"""The serving benchmark: its cores, its page, and the journal that it adds to a server's process."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from benchmarks import serving
+from benchmarks.pages import machine
 from benchmarks.served.changes import FIRST_STEP, PROMPT, TURN, read_journal
 from benchmarks.served.process import CORES, LOAD_CORE, SERVER_CORE, on_core
+from benchmarks.served.results import Result
+
+NEW_FIELDS = ("data", "engine", "machine")
+"""Of a result; files written before do not have them."""
 
 
 @pytest.mark.skipif(not {SERVER_CORE, LOAD_CORE} <= CORES, reason="needs cores 0 and 1")
@@ -51,3 +59,57 @@ PoolMetrics(Metrics()).first_step(0.5)
     assert [tuple(prompt) for prompt in prompts[:, 1:3]] == [(0, 0)] * 3 + [(1, 0)] * 3
     [(arrival, now, *_)] = read_journal(journal, FIRST_STEP)
     assert now - arrival == pytest.approx(0.5)
+
+
+def result(name: str, **settings: Any) -> Result:
+    """A section with one figure."""
+    made = Result(name, name.capitalize(), "How it was measured.", date="2026-01-02", **settings)
+    made.add("answers", 7, 5)
+    return made
+
+
+def test_sections_measured_on_several_machines_each_name_theirs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving, "PAGE", tmp_path / "serving.md")
+    both = [result("fast", machine="a Fast CPU"), result("slow", machine="a Slow CPU")]
+
+    serving.write_page(both)
+    several = serving.PAGE.read_text()
+    serving.write_page([result("fast", machine="a Fast CPU"), result("slow", machine="a Fast CPU")])
+    one = serving.PAGE.read_text()
+
+    assert "## Slow\n\nHow it was measured. Measured on 2026-01-02 on a Slow CPU, `--engine onnxruntime`." in several
+    assert several.count("a Fast CPU") == several.count("a Slow CPU") == 1
+    assert one.count("a Fast CPU") == 1
+    assert "## Slow\n\nHow it was measured. Measured on 2026-01-02.\n" in one
+    assert "| answers | at most 5 | **7** |" in one
+    assert "    python -m benchmarks.serving --write\n" in one
+
+
+def test_a_section_of_the_page_without_a_result_is_never_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving, "PAGE", tmp_path / "serving.md")
+    serving.write_page([result("fast"), result("slow")])
+    before = serving.PAGE.read_text()
+
+    with pytest.raises(SystemExit, match="has sections without a file in --work: Slow. Measure them"):
+        serving.write_page([result("fast")])
+    with pytest.raises(SystemExit, match="fast measured with --scale"):
+        serving.write_page([result("fast", scale=0.02), result("slow")])
+
+    assert serving.PAGE.read_text() == before
+
+
+def test_a_result_keeps_its_machine_and_one_without_is_of_this_machine(tmp_path: Path) -> None:
+    result("old", machine="another CPU").save(tmp_path)
+    kept = Result.read(tmp_path, "old")
+    file = tmp_path / "old.json"
+    fields = {name: value for name, value in json.loads(file.read_text()).items() if name not in NEW_FIELDS}
+    file.write_text(json.dumps(fields))
+    old = Result.read(tmp_path, "old")
+
+    assert kept is not None and (kept.machine, kept.date) == ("another CPU", "2026-01-02")
+    assert old is not None and (old.machine, old.date) == (machine(), "2026-01-02")
+    assert old.rows == kept.rows
