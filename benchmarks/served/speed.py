@@ -19,6 +19,7 @@ from benchmarks.arrivals import WORDS, Order, open_loop, orders, word
 from benchmarks.served.changes import FIRST_STEP, TURN, read_journal
 from benchmarks.served.load import (
     GENERATIONS,
+    PROMPT,
     Answer,
     Answers,
     Call,
@@ -36,7 +37,6 @@ from benchmarks.served.load import (
 from benchmarks.served.process import Engine, Server, Setup, random_words
 from benchmarks.served.results import Result, number, ratio, rows_table
 
-PROMPT = "a photo of a red ring in the snow"
 SIZES = ((64, 64), (96, 64))
 LOADS = (0.6, 0.8)
 ADMIT_ALL = ("--max-wait", "3600")
@@ -352,7 +352,7 @@ def _figures(journal: Path, answers: Sequence[Answer], first: float, last: float
     done = [answer for answer in answers if answer.status == 200 and first <= answer.received <= last]
     return {
         "branches": float(inside[:, 2].sum()) / (last - first),
-        "pictures": sum(_count(answer) for answer in done) / (last - first),
+        "pictures": sum(answer.call.pictures for answer in done) / (last - first),
         "turns50": percentile(waited.tolist(), 50),
         "turns99": percentile(waited.tolist(), 99),
         "first50": 1e3 * percentile((waits[:, 1] - waits[:, 0]).tolist(), 50),
@@ -361,11 +361,6 @@ def _figures(journal: Path, answers: Sequence[Answer], first: float, last: float
         "ready99": 1e3 * percentile([answer.seconds for answer in ready], 99),
         "failed": sum(answer.status != 200 for answer in ready),
     }
-
-
-def _count(answer: Answer) -> int:
-    body = answer.call.arguments.get("json") or answer.call.arguments["data"]
-    return int(body.get("n", 1))
 
 
 async def _first_partials(server: Server, count: int) -> list[tuple[float, float]]:

@@ -12,7 +12,9 @@ import socket
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,6 +24,7 @@ import numpy as np
 from benchmarks.served.load import (
     GENERATIONS,
     LOST,
+    PROMPT,
     REFUSED,
     Answer,
     Call,
@@ -34,8 +37,8 @@ from benchmarks.served.load import (
 )
 from benchmarks.served.process import Server, Setup, quoted, random_words
 from benchmarks.served.results import Result, ratio, rows_table
+from oneword.runtime.concept import Concept, concept_bytes
 
-PROMPT: Final = "a photo of a red ring in the snow"
 FLAT_MB: Final = 5.0
 """Growth that still counts as none."""
 _OVERLOAD: Final = 10
@@ -87,6 +90,7 @@ def disconnects(setup: Setup) -> Result:
     result.add("open files that were not open before", figures["files"], 0)
     result.add("growth of the memory from the first fifth to the end, MB", figures["memory"], FLAT_MB)
     result.add("answers with 5xx", figures["errors"], 0)
+    result.add("connections that were not accepted", figures["refused"], 0)
     phases = ("waiting", "encoding", "denoising", "decoding")
     cells = [after.get(f'cancelled_total{{phase="{phase}"}}', 0) for phase in phases]
     result.extra = rows_table(["cancelled in phase", *phases], [["pictures", *cells]])
@@ -168,7 +172,7 @@ def faults(setup: Setup) -> Result:
 
 
 def soak(setup: Setup) -> Result:
-    """Memory over half an hour."""
+    """Memory over half an hour, and the requests that fail meanwhile. The load is checked every minute."""
     lead, seconds = setup.seconds(600, 10), setup.seconds(1200, 10)
     result = Result(
         "soak",
@@ -176,18 +180,34 @@ def soak(setup: Setup) -> Result:
         "Eight clients with short mixed requests, streams, uploads of words, wrong requests and disconnects. Growth is "
         "that of resident memory between minutes 10 and 30. Then the same with a server that keeps 1 KB per request.",
     )
-    growth, requests = grown(setup, lead, seconds)
-    result.add("requests", requests)
-    result.add("growth, MB", growth, FLAT_MB)
+    plain = grown(setup, lead, seconds)
+    result.add("requests", plain.requests)
+    result.add("answers with 5xx, or none", plain.failed, 0)
+    result.add("growth, MB", plain.mb, FLAT_MB)
     setup.log("soak: with a leak")
-    leaked, requests = grown(setup, lead, seconds, leak=1024)
-    result.add("with a leak: requests", requests)
-    result.add("with a leak: growth, MB", leaked, FLAT_MB, least=True)
+    leaking = grown(setup, lead, seconds, leak=1024)
+    result.add("with a leak: requests", leaking.requests)
+    result.add("with a leak: answers with 5xx, or none", leaking.failed, 0)
+    result.add("with a leak: growth, MB", leaking.mb, FLAT_MB, least=True)
     return result
 
 
-def grown(setup: Setup, lead: float, seconds: float, leak: int = 0) -> tuple[float, int]:
-    """Growth of a server's memory in MB from `lead` seconds to so many later, and the number of requests in between."""
+@dataclass(frozen=True)
+class Growth:
+    """What became of a server under steady load, between two times."""
+
+    mb: float
+    """Growth of its resident memory."""
+    requests: int
+    failed: int
+    """Requests that were answered with 5xx, or not at all; those whose client left are not counted."""
+
+
+def grown(setup: Setup, lead: float, seconds: float, leak: int = 0) -> Growth:
+    """The growth of a server's memory from `lead` seconds of load to so many later.
+
+    Raises RuntimeError if the load stops.
+    """
     changes: dict[str, Any] = {"leak": leak} if leak else {}
     words = random_words(setup.bundle, [f"<soak{number}>" for number in range(4)])
     with Server(setup, "soak", changes=changes, words=words) as server:
@@ -261,6 +281,7 @@ async def _disconnected(setup: Setup, server: Server, count: int) -> dict[str, f
         "files": max(0, open_files - files),
         "memory": memory[-1] - memory[1],
         "errors": errors["5xx"],
+        "refused": errors["refused"],
     }
 
 
@@ -276,7 +297,7 @@ async def _full_batch(server: Server, client: httpx.AsyncClient) -> float:
 
 
 async def cut_off(port: int, rng: random.Random, number: int, errors: Counter[str]) -> None:
-    """One connection that ends at a random point. Counts answers with 5xx, and connections that are not accepted."""
+    """One connection that ends at a random point. Counts answers with `5xx`, and connections that are `refused`."""
     stream = rng.random() < 0.5
     body = {"prompt": PROMPT, "seed": number, "steps": rng.randint(1, 12), "n": rng.choice([1, 1, 2])}
     body |= {"stream": True, "partial_images": rng.randint(0, 3), "previews": 1} if stream else {}
@@ -288,7 +309,7 @@ async def cut_off(port: int, rng: random.Random, number: int, errors: Counter[st
     try:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
     except OSError:
-        errors["5xx"] += 1
+        errors["refused"] += 1
         return
     try:
         writer.write(request[:end])
@@ -437,45 +458,79 @@ def _alive(process: int) -> bool:
     return False
 
 
-async def _soaked(setup: Setup, server: Server, words: Any, lead: float, seconds: float) -> tuple[float, int]:
-    from oneword.runtime.concept import concept_bytes
+class Soaking:
+    """A steady load of short mixed requests, uploads of words, wrong requests and disconnects."""
 
-    count, errors = 0, Counter[str]()
-    files = [concept_bytes(word) for word in words]
-    async with client_of(server.url) as client:
+    def __init__(self, server: Server, words: Sequence[Concept]) -> None:
+        self._server, self._files = server, [concept_bytes(word) for word in words]
+        self._loops: list[asyncio.Task[None]] = []
+        self._cut_off = Counter[str]()
+        self._statuses = Counter[int]()
+        self._checked = 0
+        self.requests = 0
 
-        async def loop(number: int) -> None:
-            nonlocal count
-            rng = random.Random(number)
-            while True:
-                count += 1
-                token = f"<soak{rng.randrange(4)}>"
-                settings = {"seed": rng.randrange(1000), "steps": rng.randint(1, 6), "n": rng.choice([1, 1, 2])}
-                call = plain_call(f"a photo of a {token} {rng.randrange(2000)}", **settings)
-                match rng.randrange(20):
-                    case 0:
-                        await client.put(f"/v1/words/{quoted(token)}", content=rng.choice(files))
-                    case 1:
-                        await client.post(GENERATIONS, json={"prompt": "a <nobody>", "steps": 3})
-                    case 2:
-                        await cut_off(server.port, rng, count, errors)
-                    case 3:
-                        body = {"json": {**call.arguments["json"], "stream": True, "previews": 1}}
-                        await send(client, Call(GENERATIONS, body), keep=False)
-                    case _:
-                        await send(client, call, keep=False)
+    @property
+    def failed(self) -> int:
+        """Requests so far that were answered with 5xx, or not at all."""
+        answered = sum(count for status, count in self._statuses.items() if status in (LOST, REFUSED) or status >= 500)
+        return answered + sum(self._cut_off.values())
 
-        loops = [asyncio.ensure_future(loop(number)) for number in range(8)]
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Eight clients, for the duration of the block."""
+        async with client_of(self._server.url) as client:
+            self._loops = [asyncio.ensure_future(self._loop(client, number)) for number in range(8)]
+            try:
+                yield
+            finally:
+                for task in self._loops:
+                    task.cancel()
+                await asyncio.gather(*self._loops, return_exceptions=True)
+
+    def check(self) -> None:
+        """Raises RuntimeError if a client has stopped, or if no request has been answered since the last check."""
+        for task in self._loops:
+            if task.done():
+                raise RuntimeError("a client of the load stopped") from task.exception()
+        if self.requests == self._checked:
+            raise RuntimeError(f"no request was answered since the last check, {self.requests} before")
+        self._checked = self.requests
+
+    async def _loop(self, client: httpx.AsyncClient, number: int) -> None:
+        rng = random.Random(number)
+        while True:
+            token = f"<soak{rng.randrange(4)}>"
+            settings = {"seed": rng.randrange(1000), "steps": rng.randint(1, 6), "n": rng.choice([1, 1, 2])}
+            call = plain_call(f"a photo of a {token} {rng.randrange(2000)}", **settings)
+            match rng.randrange(20):
+                case 0:
+                    call = Call(f"/v1/words/{quoted(token)}", {"content": rng.choice(self._files)}, method="PUT")
+                case 1:
+                    call = Call(GENERATIONS, {"json": {"prompt": "a <nobody>", "steps": 3}})
+                case 2:
+                    await cut_off(self._server.port, rng, self.requests, self._cut_off)
+                    self.requests += 1
+                    continue
+                case 3:
+                    call = Call(GENERATIONS, {"json": {**call.arguments["json"], "stream": True, "previews": 1}})
+            self._statuses[(await send(client, call, keep=False)).status] += 1
+            self.requests += 1
+
+
+async def _soaked(setup: Setup, server: Server, words: Sequence[Concept], lead: float, seconds: float) -> Growth:
+    load = Soaking(server, words)
+    async with load.running():
         await asyncio.sleep(lead)
-        before, counted = await _memory(server), count
-        for minute in range(10):
-            await asyncio.sleep(seconds / 10)
-            setup.log(f"soak: {minute + 1} of 10, {server.resident_mb:.1f} MB, {count} requests")
-        after, requests = await _memory(server), count - counted
-        for task in loops:
-            task.cancel()
-        await asyncio.gather(*loops, return_exceptions=True)
-    return after - before, requests
+        load.check()
+        before, requests, failed = await _memory(server), load.requests, load.failed
+        minutes = max(1, round(seconds / 60))
+        for minute in range(minutes):
+            await asyncio.sleep(seconds / minutes)
+            load.check()
+            memory = f"{server.resident_mb:.1f} MB"
+            setup.log(f"soak: {minute + 1} of {minutes}, {memory}, {load.requests} requests, {load.failed} failed")
+        growth = await _memory(server) - before
+        return Growth(growth, load.requests - requests, load.failed - failed)
 
 
 async def _memory(server: Server) -> float:

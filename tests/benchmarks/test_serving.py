@@ -1,19 +1,28 @@
 """The serving benchmark: its cores, its page, and the journal that it adds to a server's process."""
 
+import asyncio
 import json
 import os
+import random
+import socket
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
+import numpy as np
 import pytest
 
 from benchmarks import serving
 from benchmarks.pages import machine
 from benchmarks.served.changes import FIRST_STEP, PROMPT, TURN, read_journal
-from benchmarks.served.process import CORES, LOAD_CORE, SERVER_CORE, on_core
+from benchmarks.served.process import CORES, LOAD_CORE, SERVER_CORE, Server, on_core
 from benchmarks.served.results import Result
+from benchmarks.served.stress import Soaking, cut_off
+from oneword.runtime.concept import Concept
 
 NEW_FIELDS = ("data", "engine", "machine")
 """Of a result; files written before do not have them."""
@@ -94,7 +103,7 @@ def test_a_section_of_the_page_without_a_result_is_never_deleted(
     serving.write_page([result("fast"), result("slow")])
     before = serving.PAGE.read_text()
 
-    with pytest.raises(SystemExit, match="has sections without a file in --work: Slow. Measure them"):
+    with pytest.raises(SystemExit, match=r"has sections without a file in --work: Slow\. Measure them"):
         serving.write_page([result("fast")])
     with pytest.raises(SystemExit, match="fast measured with --scale"):
         serving.write_page([result("fast", scale=0.02), result("slow")])
@@ -105,11 +114,76 @@ def test_a_section_of_the_page_without_a_result_is_never_deleted(
 def test_a_result_keeps_its_machine_and_one_without_is_of_this_machine(tmp_path: Path) -> None:
     result("old", machine="another CPU").save(tmp_path)
     kept = Result.read(tmp_path, "old")
+    assert kept
     file = tmp_path / "old.json"
     fields = {name: value for name, value in json.loads(file.read_text()).items() if name not in NEW_FIELDS}
     file.write_text(json.dumps(fields))
     old = Result.read(tmp_path, "old")
+    assert old
 
-    assert kept is not None and (kept.machine, kept.date) == ("another CPU", "2026-01-02")
-    assert old is not None and (old.machine, old.date) == (machine(), "2026-01-02")
+    assert (kept.machine, kept.date) == ("another CPU", "2026-01-02")
+    assert (old.machine, old.date) == (machine(), "2026-01-02")
     assert old.rows == kept.rows
+
+
+async def soaked(words: Sequence[Concept], answer: bytes | None, checks: int = 1) -> Soaking:
+    """The steady load after some checks, on a server that gives everybody the same answer, or none."""
+
+    writers = []
+
+    async def answered(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writers.append(writer)
+        await reader.read(1 << 20)
+        if answer is not None:
+            writer.write(answer)
+            writer.close()
+
+    server = await asyncio.start_server(answered, "127.0.0.1")
+    port = server.sockets[0].getsockname()[1]
+    load = Soaking(cast(Server, SimpleNamespace(url=f"http://127.0.0.1:{port}", port=port)), words)
+    try:
+        async with load.running():
+            for _ in range(checks):
+                await asyncio.sleep(0.5)
+                load.check()
+    finally:
+        server.close()
+        for writer in writers:
+            writer.close()
+        await asyncio.sleep(0.1)  # the connections are closed
+    return load
+
+
+WORD = Concept("<a>", {"text_encoder": np.ones((1, 4), np.float32)})
+
+
+@pytest.mark.parametrize(
+    ("answer", "fails"),
+    [
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n", False),
+        (b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\nConnection: close\r\n\r\n", False),
+        (b"HTTP/1.1 500 Oh\r\nContent-Length: 0\r\nConnection: close\r\n\r\n", True),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nConnection: close\r\n\r\n", True),
+    ],
+    ids=["200", "400", "500", "cut off"],
+)
+def test_the_steady_load_counts_answers_with_5xx_and_broken_ones(answer: bytes, fails: bool) -> None:
+    load = asyncio.run(soaked([WORD], answer))
+
+    assert (load.failed > 0) == fails
+
+
+def test_a_load_that_stops_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match="no request was answered"):
+        asyncio.run(soaked([WORD], None, checks=10))
+    with pytest.raises(RuntimeError, match="a client of the load stopped"):
+        asyncio.run(soaked([], b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n", checks=10))
+
+
+def test_refused_connections_are_not_counted_as_answers_with_5xx() -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        errors = Counter[str]()
+        asyncio.run(cut_off(unused.getsockname()[1], random.Random(0), 0, errors))
+
+    assert errors == {"refused": 1}
