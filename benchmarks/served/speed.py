@@ -14,9 +14,10 @@ from typing import Any
 
 import httpx
 import numpy as np
+import numpy.typing as npt
 
 from benchmarks.arrivals import WORDS, Order, open_loop, orders, word
-from benchmarks.served.changes import FIRST_STEP, TURN, read_journal
+from benchmarks.served.changes import FIRST_STEP, LAST_STEP, TURN, WORK, read_journal
 from benchmarks.served.load import (
     GENERATIONS,
     PROMPT,
@@ -41,8 +42,12 @@ SIZES = ((64, 64), (96, 64))
 LOADS = (0.6, 0.8)
 ADMIT_ALL = ("--max-wait", "3600")
 """For sections that give the server more than a minute of work: nothing is to be refused."""
+SLOTS = 16
 BACKLOG = 32
 """Pictures that a closed loop keeps unfinished: twice the slots."""
+
+
+Array = npt.NDArray[np.float64]
 
 
 def overhead(setup: Setup) -> Result:
@@ -87,28 +92,35 @@ def batching(setup: Setup) -> Result:
 
 
 def traffic(setup: Setup) -> Result:
-    """Mixed requests over HTTP, beside a server with one row and beside batches of whole requests."""
+    """Mixed requests over HTTP, beside a server with one row and beside batches of whole requests.
+
+    Turns and waits count as in `benchmarks.traffic`, but for the overhead of a turn: it is what the turn took outside
+    of the steps, while `benchmarks.traffic` subtracts the engine's own time, measured alone. Branches relative to full
+    batches are not measured here, since nothing can be repeated alone in a server. Earlier results counted the turns of
+    a wait from the time when the server noticed a first step, which may be turns later.
+    """
     seconds = setup.seconds(60)
     result = Result(
         "traffic",
         "Mixed traffic",
         "The mixed requests of [Traffic](traffic.md), of one size, over HTTP: in a closed loop, then at 0.6 and 0.8 of "
         "its branches per second, as a Poisson process. Beside it the same server with `--max-rows 1`, and "
-        "batches of whole requests: the client sends what has arrived only when the server is idle. Turns count as in "
-        "Traffic.",
+        "batches of whole requests: the client sends what has arrived only when the server is idle. Turns, waits and "
+        "median turns count as in Traffic; a turn's overhead is what it takes outside of the steps.",
     )
     words = random_words(setup.bundle, [word(index) for index in range(WORDS)])
     with Engine(setup, words) as engine:
         alone = engine.saturate(10, SIZES[:1], BACKLOG, seconds / 2)
     found: dict[str, dict[str, dict[str, float]]] = {}
     rate = 0.0
-    for name, arguments in (("steps", ()), ("one row", ("--max-rows", "1")), ("whole requests", ())):
+    for name, slots in (("steps", SLOTS), ("one row", 1), ("whole requests", SLOTS)):
         setup.log(f"traffic: {name}")
         journal = setup.work / "traffic" / f"journal-{time.time_ns()}"
         journal.parent.mkdir(parents=True, exist_ok=True)
         changes = {"journal": str(journal)}
-        with Server(setup, "traffic", *ADMIT_ALL, *arguments, changes=changes, words=words) as server:
-            phases = asyncio.run(_phases(server, journal, seconds, rate, name == "whole requests"))
+        arguments = (*ADMIT_ALL, "--max-rows", str(slots))
+        with Server(setup, "traffic", *arguments, changes=changes, words=words) as server:
+            phases = asyncio.run(_phases(server, journal, seconds, rate, slots, name == "whole requests"))
         found[name], rate = phases, rate or phases["closed"]["branches"]
     steps = found["steps"]
     result.add("Scheduler without HTTP, closed loop: branches per second", alone)
@@ -118,7 +130,15 @@ def traffic(setup: Setup) -> Result:
     for load in LOADS:
         result.add(f"load {load:g}: wait for the first step, turns, p50", steps[f"{load:g}"]["turns50"])
         bar = 2 if load == LOADS[0] else None
-        result.add(f"load {load:g}: the same, p99", steps[f"{load:g}"]["turns99"], bar)
+        figures = steps[f"{load:g}"]
+        result.add(f"load {load:g}: the same, p99", figures["turns99"], bar)
+        result.add(f"load {load:g}: the same, in median turns, p99", figures["median_turns99"], bar)
+        result.add(f"load {load:g}, slot free: wait for the first step, turns, p99", figures["free_turns99"], 2)
+        result.add(f"load {load:g}, slot free: the same, in median turns", figures["free_median_turns99"], 2)
+        result.add(f"load {load:g}, slot free: share of the pictures", figures["free_share"])
+        result.add(f"load {load:g}: overhead of a turn, in median turns, p99", figures["overhead99"], 0.5)
+        result.add(f"load {load:g}: median turn, ms", figures["turn_ms"])
+    result.add("bindings created after warm-up", steps["all"]["bindings"], 0)
     gain = ratio(steps["closed"]["branches"], found["one row"]["closed"]["branches"])
     result.add("closed loop: branches per second, relative to one row", gain)
     gain = ratio(found["whole requests"]["0.6"]["ready50"], steps["0.6"]["ready50"])
@@ -139,6 +159,7 @@ def traffic(setup: Setup) -> Result:
         for key, title in titles.items()
     ]
     result.extra = rows_table(["", "step by step", "`--max-rows 1`", "whole requests"], table)
+    result.data = found
     return result
 
 
@@ -305,12 +326,12 @@ def _span(answers: Answers) -> float:
 
 
 async def _phases(
-    server: Server, journal: Path, seconds: float, rate: float, whole: bool
+    server: Server, journal: Path, seconds: float, rate: float, slots: int, whole: bool
 ) -> dict[str, dict[str, float]]:
-    """The figures of the closed loop and of each load; `rate` is that of the loads, 0 for the closed loop's."""
-    phases = {}
+    """The figures of the closed loop, each load, and all; `rate` is that of the loads, 0 for the closed loop's."""
+    phases, begin = {}, time.monotonic()
     async with client_of(server.url) as client:
-        batches = WholeRequests(client, 16)
+        batches = WholeRequests(client, slots)
 
         async def submit(call: Call) -> Answer:
             return await batches.submit(call) if whole else await send(client, call, keep=False)
@@ -319,13 +340,15 @@ async def _phases(
         lead = seconds / 4
         start = time.monotonic()
         answers = await _loops(submit, calls, BACKLOG, lead + seconds / 2)
-        phases["closed"] = _figures(journal, answers, start + lead, start + lead + seconds / 2)
+        phases["closed"] = _figures(journal, slots, answers, start + lead, start + lead + seconds / 2)
         rate = rate or phases["closed"]["branches"]
         for load in LOADS:
             chosen = open_loop(orders(20, SIZES[:1]), load * rate * (lead + seconds), lead + seconds, 30)
             start = time.monotonic()
             answers = await at_times(client, [(at, call_of(order)) for at, order in chosen], submit)
-            phases[f"{load:g}"] = _figures(journal, answers, start + lead, start + lead + seconds)
+            phases[f"{load:g}"] = _figures(journal, slots, answers, start + lead, start + lead + seconds)
+    work = read_journal(journal, WORK)
+    phases["all"] = {"bindings": float(work[work[:, 0] >= begin, 2].sum())}
     return phases
 
 
@@ -341,26 +364,48 @@ async def _loops(submit: Any, calls: Iterator[Call], clients: int, seconds: floa
     return found
 
 
-def _figures(journal: Path, answers: Sequence[Answer], first: float, last: float) -> dict[str, float]:
+def _figures(journal: Path, slots: int, answers: Sequence[Answer], first: float, last: float) -> dict[str, float]:
     """A phase's figures between two times; waits are those of what arrived in between."""
-    turns = read_journal(journal, TURN)
-    waits = read_journal(journal, FIRST_STEP)
+    turns, work = read_journal(journal, TURN), read_journal(journal, WORK)
     inside = turns[(turns[:, 0] >= first) & (turns[:, 1] <= last)]
+    median = float(np.median(inside[:, 1] - inside[:, 0])) if len(inside) else math.nan
+    work = work[(work[:, 0] >= first) & (work[:, 0] <= last)]
+    waits = waits_of(read_journal(journal, FIRST_STEP), read_journal(journal, LAST_STEP)[:, 0], turns[:, 1])
     waits = waits[(waits[:, 0] >= first) & (waits[:, 0] <= last)]
-    waited = np.searchsorted(turns[:, 1], waits[:, 1]) - np.searchsorted(turns[:, 1], waits[:, 0])
+    free = waits[waits[:, 3] < slots]
     ready = [answer for answer in answers if first <= answer.sent <= last]
     done = [answer for answer in answers if answer.status == 200 and first <= answer.received <= last]
     return {
         "branches": float(inside[:, 2].sum()) / (last - first),
         "pictures": sum(answer.call.pictures for answer in done) / (last - first),
-        "turns50": percentile(waited.tolist(), 50),
-        "turns99": percentile(waited.tolist(), 99),
-        "first50": 1e3 * percentile((waits[:, 1] - waits[:, 0]).tolist(), 50),
-        "first99": 1e3 * percentile((waits[:, 1] - waits[:, 0]).tolist(), 99),
+        "turn_ms": 1e3 * median,
+        "turns50": percentile(waits[:, 2].tolist(), 50),
+        "turns99": percentile(waits[:, 2].tolist(), 99),
+        "median_turns99": percentile(waits[:, 1].tolist(), 99) / median,
+        "free_turns99": percentile(free[:, 2].tolist(), 99),
+        "free_median_turns99": percentile(free[:, 1].tolist(), 99) / median,
+        "free_share": ratio(len(free), len(waits)),
+        "overhead99": percentile(work[:, 1].tolist(), 99) / median,
+        "first50": 1e3 * percentile(waits[:, 1].tolist(), 50),
+        "first99": 1e3 * percentile(waits[:, 1].tolist(), 99),
         "ready50": 1e3 * percentile([answer.seconds for answer in ready], 50),
         "ready99": 1e3 * percentile([answer.seconds for answer in ready], 99),
         "failed": sum(answer.status != 200 for answer in ready),
     }
+
+
+def waits_of(first_steps: Array, last_steps: Array, turn_ends: Array) -> Array:
+    """[N, 4]: arrival, wait for the first step in seconds and in turns, pictures ahead, of pictures by arrival.
+
+    `first_steps` is [N, 2 or more]: arrival, end of the first step; the others are sorted times. Turns are those that
+    ended after the arrival, up to and including that of the first step. Ahead are pictures that arrived before, or in
+    the same request, and are not done at the arrival.
+    """
+    order = np.lexsort((first_steps[:, 1], first_steps[:, 0].round(6)))
+    arrivals, firsts = first_steps[order, 0], first_steps[order, 1]
+    turns = np.searchsorted(turn_ends, firsts, "right") - np.searchsorted(turn_ends, arrivals, "right")
+    ahead = np.arange(len(arrivals)) - np.searchsorted(last_steps, arrivals, "right")
+    return np.stack([arrivals, firsts - arrivals, turns, ahead], axis=1)
 
 
 async def _first_partials(server: Server, count: int) -> list[tuple[float, float]]:

@@ -12,9 +12,9 @@ import socket
 import statistics
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,6 +33,7 @@ from benchmarks.served.load import (
     closed_loop,
     percentile,
     plain_call,
+    png,
     send,
 )
 from benchmarks.served.process import Server, Setup, quoted, random_words
@@ -42,6 +43,8 @@ from oneword.runtime.concept import Concept, concept_bytes
 FLAT_MB: Final = 5.0
 """Growth that still counts as none."""
 _OVERLOAD: Final = 10
+_LEARNING_SECONDS: Final = 300.0
+"""That a learning job may take to begin, or to end."""
 _STEPS: Final = 20
 
 
@@ -98,25 +101,39 @@ def disconnects(setup: Setup) -> Result:
 
 
 def slow(setup: Setup) -> Result:
-    """Clients that never read, and slow uploads, beside four ordinary clients."""
+    """Clients that never read, and slow uploads, beside four ordinary clients.
+
+    The bar compares the ordinary clients' answers with those beside as many clients that ask for the same and read it,
+    since the pictures of the streams keep the engine busy whether they are read or not. Earlier results compared with
+    four clients alone, and had no streams: all requested /openapi.json, and the kernel took what nobody read.
+    """
     count, seconds = setup.count(500, 10), setup.seconds(90, 6)
     _allow_files(4096)
     result = Result(
         "slow",
         "Slow clients",
-        f"Four clients in a closed loop with requests of {_STEPS} steps: alone, then beside {count} connections that "
-        f"request /openapi.json four times and never read, and {count} that upload an edit at 50 bytes a second; then "
-        "alone again. Those that are cut off connect again.",
+        f"Four clients in a closed loop with requests of {_STEPS} steps: first alone; then beside {count} other "
+        "connections, half of which request a stream of a small picture with previews and partial pictures, half "
+        "/openapi.json four times, and read what comes; then beside as many that ask for the same and never read, and "
+        f"{count} that upload an edit at 50 bytes a second; then beside those that read again. A connection asks again "
+        f"every {_again(setup):g} s; the server cuts off what is not read for 30 s. Packets are small, so that the "
+        "kernel holds less than a stream.",
     )
     with Server(setup, "slow") as server:
-        before, beside, after, memory = asyncio.run(_beside_slow(server, count, seconds))
-    times, slowed = [*before, *after], beside
-    result.add("requests without and with slow clients", len(times) + len(slowed))
-    result.add("answer, ms, p50", 1e3 * percentile(times, 50))
-    result.add("answer, ms, p99", 1e3 * percentile(times, 99))
-    result.add("p50 beside slow clients, relative to that", ratio(percentile(slowed, 50), percentile(times, 50)))
-    result.add("p99 beside slow clients, relative to that", ratio(percentile(slowed, 99), percentile(times, 99)), 1.1)
-    result.add("growth of the memory with the slow clients connected, MB", memory)
+        beside = asyncio.run(_beside_slow(setup, server, count, seconds))
+    reading, slowed = beside.reading, beside.slowed
+    result.add("requests beside those that read, and beside slow clients", len(reading) + len(slowed))
+    result.add("alone: answer, ms, p50", 1e3 * percentile(beside.alone, 50))
+    result.add("alone: answer, ms, p99", 1e3 * percentile(beside.alone, 99))
+    result.add("beside clients that read: answer, ms, p50", 1e3 * percentile(reading, 50))
+    result.add("beside clients that read: answer, ms, p99", 1e3 * percentile(reading, 99))
+    result.add("p50 beside slow clients, relative to that", ratio(percentile(slowed, 50), percentile(reading, 50)))
+    result.add("p99 beside slow clients, relative to that", ratio(percentile(slowed, 99), percentile(reading, 99)), 1.1)
+    result.add("asked by clients that read", beside.read["asked"])
+    result.add("of these, not answered in full", beside.read["else"], 0)
+    result.add("asked by clients that never read", beside.unread["asked"])
+    result.add("of these, cut off by the server", beside.unread["cut off"])
+    result.add("growth of the memory with the slow clients connected, MB", beside.memory)
     return result
 
 
@@ -146,13 +163,19 @@ def sigterm(setup: Setup) -> Result:
 
 
 def faults(setup: Setup) -> Result:
-    """A killed server and a failed or hung engine, under --supervise."""
+    """A killed server and a failed or hung engine, under --supervise.
+
+    After each fault, three things are looked for: the words, a kept picture's address and a picture that is made
+    again; and the word that was being learned, whose job must go on and succeed. Earlier results had no job, and
+    therefore no `--model`, whose weights a server compares with its bundle's before it is ready.
+    """
     result = Result(
         "faults",
         "Faults",
-        "`ti-serve --supervise` with eight busy clients: the serving process is killed; the engine's thread raises an "
-        "exception; it hangs in native code; it hangs in native code that holds Python's interpreter. The watchdog's "
-        "time is 30 s for a hang. Learning jobs that are killed are a test of their own, which compares their bits.",
+        "`ti-serve --supervise --model miniature` with eight busy clients and a word that is being learned: the "
+        "serving process is killed; the engine's thread raises an exception; it hangs in native code; it hangs in "
+        "native code that holds Python's interpreter. The watchdog's time is 30 s for a hang. A test compares the bits "
+        "of words whose learning was killed.",
     )
     order = setup.work / "faults" / "order"
     order.parent.mkdir(parents=True, exist_ok=True)
@@ -160,14 +183,18 @@ def faults(setup: Setup) -> Result:
     words = random_words(setup.bundle, ["<kept>"])
     bars = {"kill -9": 1.0, "exception": 7.0, "hang": 33.0, "hold": 33.0}
     names = {"hang": "hang", "hold": "hang that holds the interpreter"}
-    with Server(setup, "faults", "--supervise", changes={"fault": str(order)}, words=words) as server:
+    arguments = ("--supervise", "--model", "miniature")
+    with Server(setup, "faults", *arguments, changes={"fault": str(order)}, words=words) as server:
         for kind, limit in bars.items():
             setup.log(f"faults: {kind}")
-            down, ready, missing = asyncio.run(_faulty(server, kind, order))
+            fault = asyncio.run(_faulty(server, kind, order))
             name = names.get(kind, kind)
-            result.add(f"{name}: seconds until the process is down", down, limit)
-            result.add(f"{name}: seconds until another one is ready", ready)
-            result.add(f"{name}: words and pictures that are not there, or not the same", missing, 0)
+            result.add(f"{name}: seconds until the process is down", fault.down, limit)
+            result.add(f"{name}: seconds until another one is ready", fault.ready)
+            result.add(f"{name}: words and pictures that are not there, or not the same", fault.missing, 0)
+            result.add(f"{name}: step of the learning job before", fault.step)
+            result.add(f"{name}: learning jobs that are not there, or do not succeed", fault.lost_jobs, 0)
+            setup.log(f"faults: {kind}: the job {fault.job}")
     return result
 
 
@@ -326,50 +353,137 @@ async def cut_off(port: int, rng: random.Random, number: int, errors: Counter[st
         writer.transport.abort()
 
 
-async def _beside_slow(
-    server: Server, count: int, seconds: float
-) -> tuple[list[float], list[float], list[float], float]:
-    """Seconds per answer before, beside and after the slow clients, and the memory in MB that these take."""
-    calls = _equal_calls()
+@dataclass(eq=False)
+class Beside:
+    """Seconds per answer of ordinary clients, and what others got meanwhile."""
+
+    alone: list[float] = field(default_factory=list)
+    reading: list[float] = field(default_factory=list)
+    """Beside clients that read."""
+    slowed: list[float] = field(default_factory=list)
+    """Beside clients that never read, and slow uploads."""
+    read: Counter[str] = field(default_factory=Counter)
+    unread: Counter[str] = field(default_factory=Counter)
+    memory: float = 0.0
+    """In MB, that the slow clients take."""
+
+
+def _again(setup: Setup) -> float:
+    """Seconds after which a client that reads or never reads asks again."""
+    return setup.seconds(45, 5)
+
+
+async def _beside_slow(setup: Setup, server: Server, count: int, seconds: float) -> Beside:
+    calls, found, again = _equal_calls(), Beside(), _again(setup)
+    requests = [request_of(server.port, Call("/openapi.json", {}, method="GET")) * 4, request_of(server.port, STREAM)]
     async with client_of(server.url) as client:
 
         async def measured(length: float) -> list[float]:
             answers = await closed_loop(client, calls, 4, length)
             return [answer.seconds for answer in answers.by_status(200)]
 
+        def asking(counts: Counter[str], reads: bool) -> Iterator[Awaitable[None]]:
+            return (ask(server.port, requests[i % 2], again, counts, reads=reads) for i in range(count))
+
         await measured(2)
-        before, memory = await measured(seconds / 2), server.resident_mb
-        tasks = [asyncio.ensure_future(kind(server)) for kind in (_never_read, _upload_slowly) for _ in range(count)]
-        await measured(5)  # until all are connected
-        memory = server.resident_mb - memory
-        beside = await measured(seconds)
+        found.alone = await measured(seconds / 2)
+        async with _together(asking(found.read, reads=True)):
+            await measured(again)  # until all are connected
+            found.reading += await measured(seconds / 2)
+        memory = server.resident_mb
+        uploads = (_upload_slowly(server, again) for _ in range(count))
+        async with _together(itertools.chain(asking(found.unread, reads=False), uploads)):
+            await measured(again)
+            found.memory = server.resident_mb - memory
+            found.slowed = await measured(seconds)
+        async with _together(asking(found.read, reads=True)):
+            await measured(again)
+            found.reading += await measured(seconds / 2)
+    return found
+
+
+@asynccontextmanager
+async def _together(clients: Iterable[Awaitable[None]]) -> AsyncIterator[None]:
+    """Endless clients for the duration of the block. Raises RuntimeError if one of them fails."""
+    tasks = [asyncio.ensure_future(client) for client in clients]
+    try:
+        yield
+    finally:
         for task in tasks:
             task.cancel()
         ended = await asyncio.gather(*tasks, return_exceptions=True)
-        failed = [error for error in ended if not isinstance(error, asyncio.CancelledError)]
-        if failed:
-            raise RuntimeError(f"{len(failed)} slow clients failed, the first with {failed[0]!r}")
-        await measured(2)
-        return before, beside, await measured(seconds / 2), memory
+    failed = [error for error in ended if not isinstance(error, asyncio.CancelledError)]
+    if failed:
+        raise RuntimeError(f"{len(failed)} clients failed, the first with {failed[0]!r}")
 
 
-async def _never_read(server: Server) -> None:
-    """Asks for much, reads nothing, and connects again after the server must have cut it off."""
-    request = f"GET /openapi.json HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\n\r\n".encode() * 4
-    await asyncio.sleep(random.uniform(0, 4))
+def request_of(port: int, call: Call) -> bytes:
+    """A call without a body, or with one in JSON, as it is sent."""
+    body = json.dumps(call.arguments["json"]).encode() if call.arguments else b""
+    head = f"{call.method} {call.path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Length: {len(body)}\r\n"
+    return f"{head}Content-Type: application/json\r\n\r\n".encode() + body
+
+
+STREAM: Final = plain_call(PROMPT, steps=3, guidance_scale=1.0, stream=True, previews=1, partial_images=2)
+"""About 28 KB."""
+_END: Final = b"\r\n0\r\n\r\n"
+"""Of a stream."""
+_OK: Final = b"HTTP/1.1 200"
+
+
+async def ask(port: int, request: bytes, again: float, counts: Counter[str], *, reads: bool) -> None:
+    """Asks for much every `again` seconds, and reads it at once, or never.
+
+    Counts how often it `asked`, got something `else` than all of what it reads, and was `cut off` while it did not.
+    """
+    loop = asyncio.get_running_loop()
+    await asyncio.sleep(random.uniform(0, again))
     while True:
+        end = loop.time() + again
         with socket.socket() as connection:
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
             connection.setblocking(False)
-            await asyncio.get_running_loop().sock_connect(connection, ("127.0.0.1", server.port))
-            connection.send(request)
-            await asyncio.sleep(45)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 300)  # else the kernel holds 2 MB
+            if not reads:
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_WINDOW_CLAMP, 1)
+            await loop.sock_connect(connection, ("127.0.0.1", port))
+            await loop.sock_sendall(connection, request)
+            counts["asked"] += 1
+            if reads:
+                data = await _received(connection, again)
+                counts["else"] += not (data.endswith(_END) or data.count(_OK) == 4) or not data.startswith(_OK)
+            else:
+                await asyncio.sleep(again)
+                counts["cut off"] += await _is_closed(connection)
+        await asyncio.sleep(max(0.0, end - loop.time()))
 
 
-async def _upload_slowly(server: Server) -> None:
+async def _received(connection: socket.socket, seconds: float) -> bytes:
+    """What comes until the connection ends, or for so long."""
+    loop, data = asyncio.get_running_loop(), bytearray()
+    with contextlib.suppress(TimeoutError, OSError):
+        async with asyncio.timeout(seconds):
+            while part := await loop.sock_recv(connection, 1 << 16):
+                data += part
+    return bytes(data)
+
+
+async def _is_closed(connection: socket.socket) -> bool:
+    """Whether the server has closed a connection although it has sent less than it wanted: it then resets it."""
+    try:
+        connection.send(b"x")
+        await asyncio.sleep(0.2)
+        connection.send(b"x")
+    except OSError:
+        return True
+    return False
+
+
+async def _upload_slowly(server: Server, again: float) -> None:
+    """Uploads for ever; it connects again when it is cut off."""
     head = f"POST /v1/images/edits HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\nContent-Length: 1000000\r\n"
     part = '--x\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\n'
-    await asyncio.sleep(random.uniform(0, 4))
+    await asyncio.sleep(random.uniform(0, again))
     while True:
         reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
         try:
@@ -414,13 +528,35 @@ def not_accepted(answer: Answer, asked: float) -> bool:
     return answer.status == 503 and b"takes no more requests" in answer.body
 
 
-async def _faulty(server: Server, kind: str, order: Path) -> tuple[float, float, int]:
-    """Seconds until the serving process is gone and another one is ready, and how much is missing or different then."""
+@dataclass(frozen=True)
+class Fault:
+    """What a fault did. Seconds count from it."""
+
+    down: float
+    """Until the serving process is gone."""
+    ready: float
+    """Until another one is."""
+    missing: int
+    """How much is missing or different then, of words, a kept picture and a picture made again."""
+    step: int
+    """Of the learning job, before."""
+    job: str
+    """The learning job's last status; empty if it is not listed."""
+
+    @property
+    def lost_jobs(self) -> int:
+        """How many did not succeed."""
+        return int(self.job != "succeeded")
+
+
+async def _faulty(server: Server, kind: str, order: Path) -> Fault:
     word = {"prompt": "a photo of a <kept> in the snow", "seed": 3, "steps": 10}
     with server.client() as client:
         first = Answer(Call("", {}), 0, body=client.post(GENERATIONS, json=word).content).pictures[0]
         address = client.post(GENERATIONS, json={**word, "response_format": "url"}).json()["data"][0]["url"]
+        kept = client.get(address).raise_for_status().content
         words = client.get("/v1/words").json()["data"]
+        job = await asyncio.to_thread(_started_job, client, f"<{kind.split()[0]}>")
     loops = [asyncio.ensure_future(_insist(server, seed)) for seed in range(8)]
     await asyncio.sleep(1)
     child, start = server.child, time.monotonic()
@@ -438,10 +574,42 @@ async def _faulty(server: Server, kind: str, order: Path) -> tuple[float, float,
         loop.cancel()
     await asyncio.gather(*loops, return_exceptions=True)
     with server.client() as client:
-        missing = client.get("/v1/words").json()["data"] != words
-        missing += client.get(address).status_code != 200
+        there = {entry["name"]: entry for entry in client.get("/v1/words").json()["data"]}
+        missing = any(there.get(entry["name"]) != entry for entry in words)
+        missing += client.get(address).content != kept
         again = Answer(Call("", {}), 0, body=client.post(GENERATIONS, json=word).content).pictures[0]
-    return down, ready, int(missing) + bool(np.abs(first.astype(int) - again).max() > 1)
+        missing += bool(np.abs(first.astype(int) - again).max() > 1)
+        status = await asyncio.to_thread(_job_status, client, job["id"])
+    return Fault(down, ready, int(missing), job["step"], status)
+
+
+def _started_job(client: httpx.Client, token: str) -> Any:
+    """A job that has learned a word for at least one step. Raises RuntimeError if there is none in time."""
+    rng = np.random.default_rng(0)
+    pictures = [png(rng.integers(0, 256, (64, 64, 3), np.uint8)) for _ in range(3)]
+    files = [("image[]", (f"{number}.png", data, "image/png")) for number, data in enumerate(pictures)]
+    fields = {"name": token, "init": "star", "steps": "50"}
+    job = client.post("/v1/words/learn", data=fields, files=files).raise_for_status().json()
+    end = time.monotonic() + _LEARNING_SECONDS
+    while job["step"] == 0:
+        if job["error"] or time.monotonic() > end:
+            raise RuntimeError(f"no word is being learned: {job}")
+        time.sleep(0.1)
+        job = client.get(f"/v1/jobs/{job['id']}").raise_for_status().json()
+    return job
+
+
+def _job_status(client: httpx.Client, identifier: str) -> str:
+    """The status that a job ends with, or has after a while; empty if it is not listed or its word is not there."""
+    if identifier not in [job["id"] for job in client.get("/v1/jobs").json()["data"]]:
+        return ""
+    end = time.monotonic() + _LEARNING_SECONDS
+    while (job := client.get(f"/v1/jobs/{identifier}").json())["status"] in ("queued", "running"):
+        if time.monotonic() > end:
+            break
+        time.sleep(0.2)
+    found = client.get(f"/v1/words/{quoted(job['name'])}").status_code == 200
+    return str(job["status"]) if found or job["status"] != "succeeded" else ""
 
 
 async def _insist(server: Server, seed: int) -> None:

@@ -18,9 +18,10 @@ import pytest
 
 from benchmarks import serving
 from benchmarks.pages import machine
-from benchmarks.served.changes import FIRST_STEP, PROMPT, TURN, read_journal
+from benchmarks.served.changes import FIRST_STEP, LAST_STEP, PROMPT, TURN, WORK, read_journal
 from benchmarks.served.process import CORES, LOAD_CORE, SERVER_CORE, Server, on_core
 from benchmarks.served.results import Result
+from benchmarks.served.speed import waits_of
 from benchmarks.served.stress import Soaking, cut_off
 from oneword.runtime.concept import Concept
 
@@ -40,6 +41,11 @@ def test_a_process_on_the_load_core_starts_others_on_the_server_core() -> None:
         os.sched_setaffinity(0, before)
 
 
+def journal_of(program: str, bundle: Path, journal: Path) -> None:
+    """Runs a program with the bundle's folder and a journal."""
+    subprocess.run([sys.executable, "-c", program, bundle, journal], check=True)
+
+
 def test_the_journal_records_turns_branches_and_prompts(tiny_bundle: Path, tmp_path: Path) -> None:
     """Twice two pictures of three steps, one of them guided, together; their three prompts are new at first."""
     program = """
@@ -48,7 +54,6 @@ from benchmarks.served.changes import apply
 from oneword.runtime import Model, Request
 from oneword.runtime.request import resolve
 from oneword.runtime.scheduler import Scheduler
-from oneword.serve.metrics import Metrics, PoolMetrics
 
 apply({"journal": sys.argv[2]})
 scheduler = Scheduler(Model.open(sys.argv[1], "onnxruntime", threads=1))
@@ -57,17 +62,65 @@ for requests in ((Request("a red star", steps=3), Request("a blue cat", steps=3,
         scheduler.add(request, resolve(request, scheduler.model.manifest))
     while scheduler:
         scheduler.step()
-PoolMetrics(Metrics()).first_step(0.5)
 """
     journal = tmp_path / "journal"
-    subprocess.run([sys.executable, "-c", program, tiny_bundle, journal], check=True)
+    journal_of(program, tiny_bundle, journal)
 
-    turns, prompts = read_journal(journal, TURN), read_journal(journal, PROMPT)
+    turns, prompts, work = (read_journal(journal, kind) for kind in (TURN, PROMPT, WORK))
     assert [tuple(turn) for turn in turns[:, 2:] if turn[1]] == [(3, 2)] * 6
     assert (turns[:, 0] <= turns[:, 1]).all()
     assert [tuple(prompt) for prompt in prompts[:, 1:3]] == [(0, 0)] * 3 + [(1, 0)] * 3
-    [(arrival, now, *_)] = read_journal(journal, FIRST_STEP)
-    assert now - arrival == pytest.approx(0.5)
+    stepped = turns[turns[:, 3] > 0, 1]
+    assert read_journal(journal, LAST_STEP)[:, 0].tolist() == [stepped[2]] * 2 + [stepped[5]] * 2
+    assert work[:, 0].tolist() == turns[:, 1].tolist()
+    assert ((work[:, 1] > 0) & (work[:, 1] <= turns[:, 1] - turns[:, 0])).all()
+    assert work[0, 2] > 0  # without a warm-up
+    assert not work[1:, 2].any()
+
+
+def test_the_journal_records_when_a_first_step_ended_and_not_when_the_server_noticed(
+    tiny_bundle: Path, tmp_path: Path
+) -> None:
+    """A picture alone makes its first step in the first turn, and the server notices at the end of its last."""
+    program = """
+import asyncio, sys
+from pathlib import Path
+from benchmarks.served.changes import apply
+from oneword.runtime import Request
+from oneword.serve.app import build_state
+from oneword.serve.keys import LOCAL
+from oneword.serve.settings import Settings
+
+async def main():
+    state = build_state(Settings(Path(sys.argv[1]), words="memory://journal", engine="onnxruntime", threads=1))
+    state.worker.start()
+    await asyncio.to_thread(state.worker.wait_ready)
+    apply({"journal": sys.argv[2]})
+    await state.pool.submit(LOCAL, Request("a red star", steps=9)).wait()
+    state.worker.stop()
+
+asyncio.run(main())
+"""
+    journal = tmp_path / "journal"
+    journal_of(program, tiny_bundle, journal)
+
+    turns = read_journal(journal, TURN)
+    [(arrived, first, *_)] = read_journal(journal, FIRST_STEP)
+    assert arrived < turns[0, 0]
+    assert turns[0, 1] <= first < turns[1, 1]
+    assert len(turns) >= 9
+
+
+def test_a_wait_counts_turns_and_the_pictures_ahead() -> None:
+    """Turns end at 1, 2, 3 ...; the third and the fourth picture are of one request, which finds two others there."""
+    first_steps = np.array([[2.5, 5], [0.5, 2], [0.6, 2], [2.5, 6], [5.5, 6]])  # in any order
+    last_steps = np.array([3.0, 5, 6, 7, 8])
+
+    waits = waits_of(first_steps, last_steps, np.arange(1.0, 10))
+
+    arrivals = [0.5, 0.6, 2.5, 2.5, 5.5]
+    seconds, turns = [1.5, 1.4, 2.5, 3.5, 0.5], [2, 2, 3, 4, 1]
+    assert waits.tolist() == np.transpose([arrivals, seconds, turns, [0, 1, 2, 3, 2]]).tolist()
 
 
 def result(name: str, **settings: Any) -> Result:
