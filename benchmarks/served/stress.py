@@ -116,8 +116,8 @@ def slow(setup: Setup) -> Result:
         "connections, half of which request a stream of a small picture with previews and partial pictures, half "
         "/openapi.json four times, and read what comes; then beside as many that ask for the same and never read, and "
         f"{count} that upload an edit at 50 bytes a second; then beside those that read again. A connection asks again "
-        f"every {_again(setup):g} s; the server cuts off what is not read for 30 s. Packets are small, so that the "
-        "kernel holds less than a stream.",
+        f"every {_again(setup):g} s; the server cuts off what is not read for 30 s, after 60 s at the latest. Packets "
+        "are small, so that the kernel holds less than a stream.",
     )
     with Server(setup, "slow") as server:
         beside = asyncio.run(_beside_slow(setup, server, count, seconds))
@@ -370,7 +370,7 @@ class Beside:
 
 def _again(setup: Setup) -> float:
     """Seconds after which a client that reads or never reads asks again."""
-    return setup.seconds(45, 5)
+    return setup.seconds(75, 5)
 
 
 async def _beside_slow(setup: Setup, server: Server, count: int, seconds: float) -> Beside:

@@ -21,7 +21,7 @@ from benchmarks.pages import machine
 from benchmarks.served.changes import FIRST_STEP, LAST_STEP, PROMPT, TURN, WORK, read_journal
 from benchmarks.served.process import CORES, LOAD_CORE, SERVER_CORE, Server, on_core
 from benchmarks.served.results import Result
-from benchmarks.served.speed import waits_of
+from benchmarks.served.speed import likeness, waits_of
 from benchmarks.served.stress import Soaking, cut_off
 from oneword.runtime.concept import Concept
 
@@ -121,6 +121,18 @@ def test_a_wait_counts_turns_and_the_pictures_ahead() -> None:
     arrivals = [0.5, 0.6, 2.5, 2.5, 5.5]
     seconds, turns = [1.5, 1.4, 2.5, 3.5, 0.5], [2, 2, 3, 4, 1]
     assert waits.tolist() == np.transpose([arrivals, seconds, turns, [0, 1, 2, 3, 2]]).tolist()
+
+
+def test_pictures_are_compared_to_all_of_their_size() -> None:
+    """One equal, one 2.55 off everywhere (40 dB), one that is another's; the fourth is alone in its size."""
+    grey, white, black = (np.full((2, 2, 3), value, np.float64) for value in (100.0, 255.0, 0.0))
+    wide = np.zeros((2, 4, 3))
+
+    found = likeness([grey, white - 2.55, white, wide], [grey, white, black, wide])
+
+    assert found.mistaken == 1
+    assert found.least == pytest.approx(0)
+    assert found.median == pytest.approx((99 + 40) / 2)
 
 
 def result(name: str, **settings: Any) -> Result:
