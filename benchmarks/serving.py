@@ -28,12 +28,13 @@ learning jobs (their tests kill them at random), browsers, several machines, GPU
 import argparse
 import json
 import os
+import re
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks.pages import RESULTS, empty_page, provenance, write_section
+from benchmarks.pages import RESULTS, empty_page, markers, write_section
 from benchmarks.served import speed, stress, words
 from benchmarks.served.process import CORES, LOAD_CORE, Setup
 from benchmarks.served.results import Result
@@ -54,6 +55,7 @@ SECTIONS: dict[str, Callable[[Setup], Result]] = {
     "faults": stress.faults,
     "soak": stress.soak,
 }
+COMMAND = "python -m benchmarks.serving --write"
 PAGE = RESULTS / "serving.md"
 NEW_PAGE = empty_page("Serving", "`ti-serve` measured over HTTP, with the miniature on two cores.", "serving")
 
@@ -76,30 +78,49 @@ def main() -> None:
             traceback.print_exc()
             failed[name] = f"{type(error).__name__}: {error}"
             continue
-        result.scale = options.scale
+        result.scale, result.engine = options.scale, options.engine
         result.save(options.work)
         setup.log(f"{name}: {time.monotonic() - start:.0f} s, missed: {', '.join(result.missed) or 'nothing'}")
         print(f"\n{result.title}\n\n{result.table()}\n\n{result.extra}", flush=True)
     results = [found for name in SECTIONS if (found := Result.read(options.work, name)) is not None]
     if options.write:
-        _write(results, options)
+        write_page(results)
     figures = {result.name: {row.title: row.value for row in result.rows} for result in results}
     missed = {result.name: result.missed for result in results if result.missed}
     print(json.dumps({"results": figures, "missed": missed, "failed": failed}))
     raise SystemExit(1 if failed else 0)
 
 
-def _write(results: Sequence[Result], options: argparse.Namespace) -> None:
+def write_page(results: Sequence[Result]) -> None:
+    """Writes the sections into the page, each with its date; with its machine and engine too unless all have the same.
+
+    Raises SystemExit if a result was measured with --scale, or if a section of the page has no result: it would be
+    lost.
+    """
     short = [result.name for result in results if result.scale != 1]
     if short:
         raise SystemExit(f"{', '.join(short)} measured with --scale: run them again without it, then write")
-    note = (
-        f"`ti-serve --engine {options.engine} --threads 1` on one core, the load on the other. The benchmark's "
-        "docstring and [Results](README.md#terms) define the terms. Bold: misses its target."
+    titles = {result.title for result in results}
+    lost = [title for title in written_sections() if title not in titles]
+    if lost:
+        raise SystemExit(
+            f"{PAGE} has sections without a file in --work: {', '.join(lost)}. Measure them, or delete them there first"
+        )
+    origins = list(dict.fromkeys(result.origin for result in results))
+    head = (
+        f"`ti-serve --threads 1` on one core, the load on the other{'' if origins[1:] else f': {origins[0]}'}. All "
+        f"sections are measured and written by this command, one of them with `--only NAME`:\n\n    {COMMAND}"
     )
-    newest = max((options.work / f"{result.name}.json" for result in results), key=lambda path: path.stat().st_mtime)
-    parts = [provenance("serving", stored=newest), note, *(result.section() for result in results)]
-    write_section(PAGE, "serving", "\n\n".join(parts), NEW_PAGE)
+    terms = "The benchmark's docstring and [Results](README.md#terms) define the terms. Bold: misses its target."
+    sections = [result.section(origin=len(origins) > 1) for result in results]
+    write_section(PAGE, "serving", "\n\n".join([head, terms, *sections]), NEW_PAGE)
+
+
+def written_sections() -> list[str]:
+    """The titles of the page's generated sections."""
+    begin, end = markers("serving")
+    content = PAGE.read_text(encoding="utf-8") if PAGE.exists() else NEW_PAGE
+    return re.findall("^## (.+)$", content.partition(begin)[2].partition(end)[0], re.MULTILINE)
 
 
 def _bundle(options: argparse.Namespace) -> Path:

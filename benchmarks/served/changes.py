@@ -1,14 +1,19 @@
 """What the benchmark changes in a server's process, so that the product itself needs no hooks.
 
     switch_seconds    the interpreter's switch interval, whatever the server sets
-    journal           a file that gets a record of five doubles for each turn, first step and encoded prompt
+    journal           a file that gets records of five doubles: their kind, and what is listed below
     leak              bytes that are kept for ever with each request
     fault             a file that makes the engine's next turn go wrong once, in the way that it names: `exception`;
                       `hang`, in native code; `hold`, the same while it holds the interpreter
 
-A turn is recorded as (TURN, start, end, branches, rows), a picture's first step as (FIRST_STEP, arrival of its request,
-now, 0, 0), an encoded prompt as (PROMPT, now, 1 if it was cached, 1 if it has a learned word, 0). Times are monotonic,
-thus comparable between the processes of a machine.
+    TURN        start, end, branches, rows
+    WORK        end of a turn, seconds of it outside of the steps, bindings of `denoise_step` that it created
+    FIRST_STEP  arrival of a picture's request, end of its first step
+    LAST_STEP   end of a picture's last step
+    PROMPT      time, 1 if the prompt was cached, 1 if it has a learned word
+
+Times are monotonic, thus comparable between the processes of a machine. A picture's decoding and encoding are outside
+of the steps, as is the scheduler's own work.
 """
 
 import ctypes
@@ -26,6 +31,8 @@ import numpy.typing as npt
 TURN: Final = 1
 FIRST_STEP: Final = 2
 PROMPT: Final = 3
+LAST_STEP: Final = 4
+WORK: Final = 5
 _RECORD: Final = struct.Struct("5d")
 _FOR_EVER: Final = 3600
 
@@ -54,11 +61,11 @@ def _keep_journal(path: str) -> None:
     from oneword.runtime.events import StepDone
     from oneword.runtime.model import Model
     from oneword.runtime.scheduler import Scheduler
-    from oneword.serve.metrics import PoolMetrics
+    from oneword.serve.pool import Pool
 
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     guided: dict[int, Sequence[bool]] = {}
-    add, step, encode, first_step = Scheduler.add, Scheduler.step, Model.encode, PoolMetrics.first_step
+    add, step, encode, advance = Scheduler.add, Scheduler.step, Model.encode, Pool._advance
 
     def write(*values: float) -> None:
         os.write(file, _RECORD.pack(*values, *[0.0] * (5 - len(values))))
@@ -69,14 +76,18 @@ def _keep_journal(path: str) -> None:
         return id
 
     def step_and_note(self: Any, *args: Any) -> Any:
-        start = time.monotonic()
+        start, denoising, bindings = time.monotonic(), self.seconds["denoise"], self.denoiser.stats.bindings
         events = step(self, *args)
+        end = time.monotonic()
+        denoising, bindings = self.seconds["denoise"] - denoising, self.denoiser.stats.bindings - bindings
         done = [event for event in events if isinstance(event, StepDone)]
         branches = sum(1 + int(guided[event.id][event.step - 1]) for event in done)
         for event in done:
             if event.step == event.steps:
                 del guided[event.id]
-        write(TURN, start, time.monotonic(), branches, len(done))
+                write(LAST_STEP, end)
+        write(TURN, start, end, branches, len(done))
+        write(WORK, end, end - start - denoising, bindings)
         return events
 
     def encode_and_note(self: Any, prompts: Sequence[Any], layers: Mapping[bytes, Any] | None = None) -> Any:
@@ -84,14 +95,14 @@ def _keep_journal(path: str) -> None:
             write(PROMPT, time.monotonic(), tokens.key in self._contexts, bool(tokens.concepts))
         return encode(self, prompts, layers)
 
-    def first_step_and_note(self: Any, seconds: float) -> None:
-        now = time.monotonic()
-        write(FIRST_STEP, now - seconds, now)
-        first_step(self, seconds)
+    def advance_and_note(self: Any, picture: Any) -> None:
+        if picture.step == 0 < picture.reported:  # the server may count it turns later
+            write(FIRST_STEP, picture.generation.created, picture.first_step)
+        advance(self, picture)
 
     Scheduler.add, Scheduler.step = add_and_note, step_and_note  # type: ignore[assignment, method-assign]
     Model.encode = encode_and_note  # type: ignore[method-assign]
-    PoolMetrics.first_step = first_step_and_note  # type: ignore[method-assign]
+    Pool._advance = advance_and_note  # type: ignore[method-assign]
 
 
 def _leak(size: int) -> None:

@@ -20,6 +20,7 @@ from benchmarks.arrivals import Order
 
 GENERATIONS: Final = "/v1/images/generations"
 EDITS: Final = "/v1/images/edits"
+PROMPT: Final = "a photo of a red ring in the snow"
 LOST: Final = 0
 """The status of a request whose connection broke before the whole answer came."""
 REFUSED: Final = -1
@@ -36,6 +37,13 @@ class Call:
     arguments: Mapping[str, Any]
     branches: int = 0
     """Branch evaluations of all steps and pictures."""
+    method: str = "POST"
+
+    @property
+    def pictures(self) -> int:
+        """How many it asks for."""
+        body = self.arguments.get("json") or self.arguments["data"]
+        return int(body.get("n", 1))
 
 
 @dataclass(eq=False)
@@ -122,7 +130,7 @@ async def send(client: httpx.AsyncClient, call: Call, keep: bool = True) -> Answ
     """Sends a request and reads its whole answer; it never raises for a broken connection."""
     answer = Answer(call, time.monotonic())
     try:
-        response = await client.post(call.path, **call.arguments)
+        response = await client.request(call.method, call.path, **call.arguments)
         answer.status, answer.body = response.status_code, response.content if keep else b""
     except httpx.ConnectError:
         answer.status = REFUSED
@@ -195,19 +203,14 @@ class WholeRequests:
         while self._waiting:
             batch = list[tuple[Call, float, asyncio.Future[Answer]]]()
             pictures = 0
-            while self._waiting and (not batch or pictures + _pictures(self._waiting[0][0]) <= self._max_pictures):
+            while self._waiting and (not batch or pictures + self._waiting[0][0].pictures <= self._max_pictures):
                 batch.append(self._waiting.pop(0))
-                pictures += _pictures(batch[-1][0])
+                pictures += batch[-1][0].pictures
             answers = await asyncio.gather(*(send(self._client, call, keep=False) for call, _, _ in batch))
             for answer, (_, arrived, future) in zip(answers, batch, strict=True):
                 answer.sent = arrived
                 future.set_result(answer)
         self._running = False
-
-
-def _pictures(call: Call) -> int:
-    body = call.arguments.get("json") or call.arguments["data"]
-    return int(body.get("n", 1))
 
 
 async def events(client: httpx.AsyncClient, call: Call) -> AsyncIterator[tuple[str, dict[str, Any], float]]:

@@ -247,7 +247,8 @@ class Engine:
             self._process = context.Process(target=_run_engine, args=arguments, daemon=True)
             self._process.start()
         theirs.close()
-        self._pipe.recv()
+        self.backend = str(self._pipe.recv())
+        """The engine of `denoise_step`, its version and precision: `onnxruntime 1.32.0 cpu fp32`."""
 
     def __enter__(self) -> Self:
         return self
@@ -278,7 +279,7 @@ def _run_engine(pipe: Any, bundle: Path, backend: str, words: Sequence[bytes]) -
     scheduler = Scheduler(model)
     scheduler.warm()
     commands: dict[str, Callable[..., Any]] = {"draw": drawn, "saturate": _saturate}
-    pipe.send("ready")
+    pipe.send(model.engine("denoise_step").backend)
     while (command := pipe.recv()) is not None:
         name, *arguments = command
         pipe.send(commands[name](scheduler, *arguments))

@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
-from benchmarks.pages import marked, table
+from benchmarks.pages import machine, marked, table
 from oneword.engines.files import write_whole
 
 
@@ -46,8 +46,13 @@ class Result:
     rows: list[Row] = field(default_factory=list)
     extra: str = ""
     """Another table, in Markdown."""
+    data: dict[str, Any] = field(default_factory=dict)
+    """What a plot shows, in JSON."""
     scale: float = 1.0
+    engine: str = "onnxruntime"
     date: str = field(default_factory=lambda: datetime.date.today().isoformat())
+    machine: str = field(default_factory=machine)
+    """In words. A file without one counts as measured on this machine."""
 
     def add(self, title: str, value: float, limit: float | None = None, *, least: bool = False) -> None:
         """Appends a row."""
@@ -62,9 +67,15 @@ class Result:
         """The rows in Markdown; bold misses its bar."""
         return table(["", "target", "measured"], [row.cells for row in self.rows])
 
-    def section(self) -> str:
-        """The section of the page."""
-        parts = [f"## {self.title}", f"{self.note} Measured on {self.date}.", self.table(), self.extra]
+    @property
+    def origin(self) -> str:
+        """Machine and engine."""
+        return f"{self.machine}, `--engine {self.engine}`"
+
+    def section(self, *, origin: bool = False) -> str:
+        """The section of the page, with its date, and with its origin if asked to."""
+        measured = f"Measured on {self.date}{f' on {self.origin}' if origin else ''}."
+        parts = [f"## {self.title}", f"{self.note} {measured}", self.table(), self.extra]
         return "\n\n".join(filter(None, parts))
 
     def save(self, folder: Path) -> None:

@@ -9,16 +9,19 @@ import statistics
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
+import numpy.typing as npt
 
 from benchmarks.arrivals import WORDS, Order, open_loop, orders, word
-from benchmarks.served.changes import FIRST_STEP, TURN, read_journal
+from benchmarks.served.changes import FIRST_STEP, LAST_STEP, TURN, WORK, read_journal
 from benchmarks.served.load import (
     GENERATIONS,
+    PROMPT,
     Answer,
     Answers,
     Call,
@@ -36,13 +39,16 @@ from benchmarks.served.load import (
 from benchmarks.served.process import Engine, Server, Setup, random_words
 from benchmarks.served.results import Result, number, ratio, rows_table
 
-PROMPT = "a photo of a red ring in the snow"
 SIZES = ((64, 64), (96, 64))
 LOADS = (0.6, 0.8)
 ADMIT_ALL = ("--max-wait", "3600")
 """For sections that give the server more than a minute of work: nothing is to be refused."""
+SLOTS = 16
 BACKLOG = 32
 """Pictures that a closed loop keeps unfinished: twice the slots."""
+
+
+Array = npt.NDArray[np.float64]
 
 
 def overhead(setup: Setup) -> Result:
@@ -87,28 +93,35 @@ def batching(setup: Setup) -> Result:
 
 
 def traffic(setup: Setup) -> Result:
-    """Mixed requests over HTTP, beside a server with one row and beside batches of whole requests."""
+    """Mixed requests over HTTP, beside a server with one row and beside batches of whole requests.
+
+    Turns and waits count as in `benchmarks.traffic`, but for the overhead of a turn: it is what the turn took outside
+    of the steps, while `benchmarks.traffic` subtracts the engine's own time, measured alone. Branches relative to full
+    batches are not measured here, since nothing can be repeated alone in a server. Earlier results counted the turns of
+    a wait from the time when the server noticed a first step, which may be turns later.
+    """
     seconds = setup.seconds(60)
     result = Result(
         "traffic",
         "Mixed traffic",
         "The mixed requests of [Traffic](traffic.md), of one size, over HTTP: in a closed loop, then at 0.6 and 0.8 of "
         "its branches per second, as a Poisson process. Beside it the same server with `--max-rows 1`, and "
-        "batches of whole requests: the client sends what has arrived only when the server is idle. Turns count as in "
-        "Traffic.",
+        "batches of whole requests: the client sends what has arrived only when the server is idle. Turns, waits and "
+        "median turns count as in Traffic; a turn's overhead is what it takes outside of the steps.",
     )
     words = random_words(setup.bundle, [word(index) for index in range(WORDS)])
     with Engine(setup, words) as engine:
         alone = engine.saturate(10, SIZES[:1], BACKLOG, seconds / 2)
     found: dict[str, dict[str, dict[str, float]]] = {}
     rate = 0.0
-    for name, arguments in (("steps", ()), ("one row", ("--max-rows", "1")), ("whole requests", ())):
+    for name, slots in (("steps", SLOTS), ("one row", 1), ("whole requests", SLOTS)):
         setup.log(f"traffic: {name}")
         journal = setup.work / "traffic" / f"journal-{time.time_ns()}"
         journal.parent.mkdir(parents=True, exist_ok=True)
         changes = {"journal": str(journal)}
-        with Server(setup, "traffic", *ADMIT_ALL, *arguments, changes=changes, words=words) as server:
-            phases = asyncio.run(_phases(server, journal, seconds, rate, name == "whole requests"))
+        arguments = (*ADMIT_ALL, "--max-rows", str(slots))
+        with Server(setup, "traffic", *arguments, changes=changes, words=words) as server:
+            phases = asyncio.run(_phases(server, journal, seconds, rate, slots, name == "whole requests"))
         found[name], rate = phases, rate or phases["closed"]["branches"]
     steps = found["steps"]
     result.add("Scheduler without HTTP, closed loop: branches per second", alone)
@@ -118,7 +131,15 @@ def traffic(setup: Setup) -> Result:
     for load in LOADS:
         result.add(f"load {load:g}: wait for the first step, turns, p50", steps[f"{load:g}"]["turns50"])
         bar = 2 if load == LOADS[0] else None
-        result.add(f"load {load:g}: the same, p99", steps[f"{load:g}"]["turns99"], bar)
+        figures = steps[f"{load:g}"]
+        result.add(f"load {load:g}: the same, p99", figures["turns99"], bar)
+        result.add(f"load {load:g}: the same, in median turns, p99", figures["median_turns99"], bar)
+        result.add(f"load {load:g}, slot free: wait for the first step, turns, p99", figures["free_turns99"], 2)
+        result.add(f"load {load:g}, slot free: the same, in median turns", figures["free_median_turns99"], 2)
+        result.add(f"load {load:g}, slot free: share of the pictures", figures["free_share"])
+        result.add(f"load {load:g}: overhead of a turn, in median turns, p99", figures["overhead99"], 0.5)
+        result.add(f"load {load:g}: median turn, ms", figures["turn_ms"])
+    result.add("bindings created after warm-up", steps["all"]["bindings"], 0)
     gain = ratio(steps["closed"]["branches"], found["one row"]["closed"]["branches"])
     result.add("closed loop: branches per second, relative to one row", gain)
     gain = ratio(found["whole requests"]["0.6"]["ready50"], steps["0.6"]["ready50"])
@@ -139,6 +160,7 @@ def traffic(setup: Setup) -> Result:
         for key, title in titles.items()
     ]
     result.extra = rows_table(["", "step by step", "`--max-rows 1`", "whole requests"], table)
+    result.data = found
     return result
 
 
@@ -166,7 +188,11 @@ def partials(setup: Setup) -> Result:
 
 
 def fidelity(setup: Setup) -> Result:
-    """Served pictures beside those that the Scheduler makes of each request alone."""
+    """Served pictures beside those that the Scheduler makes of each request alone.
+
+    The bar is one of two: in fp32 no pixel may differ by more than 1; in another precision, where the number of rows of
+    a call may change a picture, each must be nearer to its own than to any other, and half of them within 45 dB.
+    """
     count = setup.count(200, 4)
     result = Result(
         "fidelity",
@@ -177,7 +203,10 @@ def fidelity(setup: Setup) -> Result:
     words = random_words(setup.bundle, [word(index) for index in range(WORDS)])
     chosen = [*itertools.islice(orders(50, SIZES), count)]
     with Engine(setup, words) as engine:
-        alone = kept_pictures(setup, engine, "fidelity", [single for order in chosen for single in singles(order)])
+        exact = engine.backend.endswith("fp32")
+        result.note += f" The engine is {engine.backend}."
+        requests = [single for order in chosen for single in singles(order)]
+        alone = kept_pictures(setup, engine, f"fidelity-{engine.backend.rpartition(' ')[2]}", requests)
     with Server(setup, "fidelity", *ADMIT_ALL, words=words) as server:
         answers = asyncio.run(_each_once(server, [call_of(order) for order in chosen], 32))
         rows = server.metrics()
@@ -186,10 +215,38 @@ def fidelity(setup: Setup) -> Result:
     result.add("requests that failed", sum(answer.status != 200 for answer in answers), 0)
     if len(served) == len(alone):
         worst = [int(np.abs(ours.astype(int) - theirs).max()) for ours, theirs in zip(served, alone, strict=True)]
-        result.add("pixels' largest difference", max(worst), 1)
+        result.add("pixels' largest difference", max(worst), 1 if exact else None)
         result.add("pictures with any difference", sum(value > 0 for value in worst))
+        if not exact:
+            near = likeness(served, alone)
+            result.add("pictures that are nearer to another request's own", near.mistaken, 0)
+            result.add("likeness to its own, dB, median", near.median, 45, least=True)
+            result.add("likeness to its own, dB, least", near.least)
     result.add("mean pictures per turn, of both sizes", rows["batch_rows_sum"] / rows["batch_rows_count"])
     return result
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """PSNR of pictures to their own, in dB, and how many are nearer to another one of their size."""
+
+    median: float
+    least: float
+    mistaken: int
+
+
+def likeness(served: Sequence[Any], alone: Sequence[Any]) -> Likeness:
+    """How like each served picture is to its own that was made alone. Equal pictures count as 99 dB."""
+    own, mistaken = [], 0
+    for number_, picture in enumerate(served):
+        errors = {
+            other: float(np.mean((picture.astype(float) - theirs) ** 2))
+            for other, theirs in enumerate(alone)
+            if theirs.shape == picture.shape
+        }
+        mistaken += errors[number_] > min(errors.values())
+        own.append(10 * math.log10(255**2 / max(errors[number_], 255**2 / 10**9.9)))
+    return Likeness(statistics.median(own), min(own), mistaken)
 
 
 def switching(setup: Setup) -> Result:
@@ -305,12 +362,12 @@ def _span(answers: Answers) -> float:
 
 
 async def _phases(
-    server: Server, journal: Path, seconds: float, rate: float, whole: bool
+    server: Server, journal: Path, seconds: float, rate: float, slots: int, whole: bool
 ) -> dict[str, dict[str, float]]:
-    """The figures of the closed loop and of each load; `rate` is that of the loads, 0 for the closed loop's."""
-    phases = {}
+    """The figures of the closed loop, each load, and all; `rate` is that of the loads, 0 for the closed loop's."""
+    phases, begin = {}, time.monotonic()
     async with client_of(server.url) as client:
-        batches = WholeRequests(client, 16)
+        batches = WholeRequests(client, slots)
 
         async def submit(call: Call) -> Answer:
             return await batches.submit(call) if whole else await send(client, call, keep=False)
@@ -319,13 +376,15 @@ async def _phases(
         lead = seconds / 4
         start = time.monotonic()
         answers = await _loops(submit, calls, BACKLOG, lead + seconds / 2)
-        phases["closed"] = _figures(journal, answers, start + lead, start + lead + seconds / 2)
+        phases["closed"] = _figures(journal, slots, answers, start + lead, start + lead + seconds / 2)
         rate = rate or phases["closed"]["branches"]
         for load in LOADS:
             chosen = open_loop(orders(20, SIZES[:1]), load * rate * (lead + seconds), lead + seconds, 30)
             start = time.monotonic()
             answers = await at_times(client, [(at, call_of(order)) for at, order in chosen], submit)
-            phases[f"{load:g}"] = _figures(journal, answers, start + lead, start + lead + seconds)
+            phases[f"{load:g}"] = _figures(journal, slots, answers, start + lead, start + lead + seconds)
+    work = read_journal(journal, WORK)
+    phases["all"] = {"bindings": float(work[work[:, 0] >= begin, 2].sum())}
     return phases
 
 
@@ -341,31 +400,48 @@ async def _loops(submit: Any, calls: Iterator[Call], clients: int, seconds: floa
     return found
 
 
-def _figures(journal: Path, answers: Sequence[Answer], first: float, last: float) -> dict[str, float]:
+def _figures(journal: Path, slots: int, answers: Sequence[Answer], first: float, last: float) -> dict[str, float]:
     """A phase's figures between two times; waits are those of what arrived in between."""
-    turns = read_journal(journal, TURN)
-    waits = read_journal(journal, FIRST_STEP)
+    turns, work = read_journal(journal, TURN), read_journal(journal, WORK)
     inside = turns[(turns[:, 0] >= first) & (turns[:, 1] <= last)]
+    median = float(np.median(inside[:, 1] - inside[:, 0])) if len(inside) else math.nan
+    work = work[(work[:, 0] >= first) & (work[:, 0] <= last)]
+    waits = waits_of(read_journal(journal, FIRST_STEP), read_journal(journal, LAST_STEP)[:, 0], turns[:, 1])
     waits = waits[(waits[:, 0] >= first) & (waits[:, 0] <= last)]
-    waited = np.searchsorted(turns[:, 1], waits[:, 1]) - np.searchsorted(turns[:, 1], waits[:, 0])
+    free = waits[waits[:, 3] < slots]
     ready = [answer for answer in answers if first <= answer.sent <= last]
     done = [answer for answer in answers if answer.status == 200 and first <= answer.received <= last]
     return {
         "branches": float(inside[:, 2].sum()) / (last - first),
-        "pictures": sum(_count(answer) for answer in done) / (last - first),
-        "turns50": percentile(waited.tolist(), 50),
-        "turns99": percentile(waited.tolist(), 99),
-        "first50": 1e3 * percentile((waits[:, 1] - waits[:, 0]).tolist(), 50),
-        "first99": 1e3 * percentile((waits[:, 1] - waits[:, 0]).tolist(), 99),
+        "pictures": sum(answer.call.pictures for answer in done) / (last - first),
+        "turn_ms": 1e3 * median,
+        "turns50": percentile(waits[:, 2].tolist(), 50),
+        "turns99": percentile(waits[:, 2].tolist(), 99),
+        "median_turns99": percentile(waits[:, 1].tolist(), 99) / median,
+        "free_turns99": percentile(free[:, 2].tolist(), 99),
+        "free_median_turns99": percentile(free[:, 1].tolist(), 99) / median,
+        "free_share": ratio(len(free), len(waits)),
+        "overhead99": percentile(work[:, 1].tolist(), 99) / median,
+        "first50": 1e3 * percentile(waits[:, 1].tolist(), 50),
+        "first99": 1e3 * percentile(waits[:, 1].tolist(), 99),
         "ready50": 1e3 * percentile([answer.seconds for answer in ready], 50),
         "ready99": 1e3 * percentile([answer.seconds for answer in ready], 99),
         "failed": sum(answer.status != 200 for answer in ready),
     }
 
 
-def _count(answer: Answer) -> int:
-    body = answer.call.arguments.get("json") or answer.call.arguments["data"]
-    return int(body.get("n", 1))
+def waits_of(first_steps: Array, last_steps: Array, turn_ends: Array) -> Array:
+    """[N, 4]: arrival, wait for the first step in seconds and in turns, pictures ahead, of pictures by arrival.
+
+    `first_steps` is [N, 2 or more]: arrival, end of the first step; the others are sorted times. Turns are those that
+    ended after the arrival, up to and including that of the first step. Ahead are pictures that arrived before, or in
+    the same request, and are not done at the arrival.
+    """
+    order = np.lexsort((first_steps[:, 1], first_steps[:, 0].round(6)))
+    arrivals, firsts = first_steps[order, 0], first_steps[order, 1]
+    turns = np.searchsorted(turn_ends, firsts, "right") - np.searchsorted(turn_ends, arrivals, "right")
+    ahead = np.arange(len(arrivals)) - np.searchsorted(last_steps, arrivals, "right")
+    return np.stack([arrivals, firsts - arrivals, turns, ahead], axis=1)
 
 
 async def _first_partials(server: Server, count: int) -> list[tuple[float, float]]:

@@ -12,7 +12,9 @@ import socket
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Awaitable, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,6 +24,7 @@ import numpy as np
 from benchmarks.served.load import (
     GENERATIONS,
     LOST,
+    PROMPT,
     REFUSED,
     Answer,
     Call,
@@ -30,15 +33,18 @@ from benchmarks.served.load import (
     closed_loop,
     percentile,
     plain_call,
+    png,
     send,
 )
 from benchmarks.served.process import Server, Setup, quoted, random_words
 from benchmarks.served.results import Result, ratio, rows_table
+from oneword.runtime.concept import Concept, concept_bytes
 
-PROMPT: Final = "a photo of a red ring in the snow"
 FLAT_MB: Final = 5.0
 """Growth that still counts as none."""
 _OVERLOAD: Final = 10
+_LEARNING_SECONDS: Final = 300.0
+"""That a learning job may take to begin, or to end."""
 _STEPS: Final = 20
 
 
@@ -87,6 +93,7 @@ def disconnects(setup: Setup) -> Result:
     result.add("open files that were not open before", figures["files"], 0)
     result.add("growth of the memory from the first fifth to the end, MB", figures["memory"], FLAT_MB)
     result.add("answers with 5xx", figures["errors"], 0)
+    result.add("connections that were not accepted", figures["refused"], 0)
     phases = ("waiting", "encoding", "denoising", "decoding")
     cells = [after.get(f'cancelled_total{{phase="{phase}"}}', 0) for phase in phases]
     result.extra = rows_table(["cancelled in phase", *phases], [["pictures", *cells]])
@@ -94,25 +101,39 @@ def disconnects(setup: Setup) -> Result:
 
 
 def slow(setup: Setup) -> Result:
-    """Clients that never read, and slow uploads, beside four ordinary clients."""
+    """Clients that never read, and slow uploads, beside four ordinary clients.
+
+    The bar compares the ordinary clients' answers with those beside as many clients that ask for the same and read it,
+    since the pictures of the streams keep the engine busy whether they are read or not. Earlier results compared with
+    four clients alone, and had no streams: all requested /openapi.json, and the kernel took what nobody read.
+    """
     count, seconds = setup.count(500, 10), setup.seconds(90, 6)
     _allow_files(4096)
     result = Result(
         "slow",
         "Slow clients",
-        f"Four clients in a closed loop with requests of {_STEPS} steps: alone, then beside {count} connections that "
-        f"request /openapi.json four times and never read, and {count} that upload an edit at 50 bytes a second; then "
-        "alone again. Those that are cut off connect again.",
+        f"Four clients in a closed loop with requests of {_STEPS} steps: first alone; then beside {count} other "
+        "connections, half of which request a stream of a small picture with previews and partial pictures, half "
+        "/openapi.json four times, and read what comes; then beside as many that ask for the same and never read, and "
+        f"{count} that upload an edit at 50 bytes a second; then beside those that read again. A connection asks again "
+        f"every {_again(setup):g} s; the server cuts off what is not read for 30 s, after 60 s at the latest. Packets "
+        "are small, so that the kernel holds less than a stream.",
     )
     with Server(setup, "slow") as server:
-        before, beside, after, memory = asyncio.run(_beside_slow(server, count, seconds))
-    times, slowed = [*before, *after], beside
-    result.add("requests without and with slow clients", len(times) + len(slowed))
-    result.add("answer, ms, p50", 1e3 * percentile(times, 50))
-    result.add("answer, ms, p99", 1e3 * percentile(times, 99))
-    result.add("p50 beside slow clients, relative to that", ratio(percentile(slowed, 50), percentile(times, 50)))
-    result.add("p99 beside slow clients, relative to that", ratio(percentile(slowed, 99), percentile(times, 99)), 1.1)
-    result.add("growth of the memory with the slow clients connected, MB", memory)
+        beside = asyncio.run(_beside_slow(setup, server, count, seconds))
+    reading, slowed = beside.reading, beside.slowed
+    result.add("requests beside those that read, and beside slow clients", len(reading) + len(slowed))
+    result.add("alone: answer, ms, p50", 1e3 * percentile(beside.alone, 50))
+    result.add("alone: answer, ms, p99", 1e3 * percentile(beside.alone, 99))
+    result.add("beside clients that read: answer, ms, p50", 1e3 * percentile(reading, 50))
+    result.add("beside clients that read: answer, ms, p99", 1e3 * percentile(reading, 99))
+    result.add("p50 beside slow clients, relative to that", ratio(percentile(slowed, 50), percentile(reading, 50)))
+    result.add("p99 beside slow clients, relative to that", ratio(percentile(slowed, 99), percentile(reading, 99)), 1.1)
+    result.add("asked by clients that read", beside.read["asked"])
+    result.add("of these, not answered in full", beside.read["else"], 0)
+    result.add("asked by clients that never read", beside.unread["asked"])
+    result.add("of these, cut off by the server", beside.unread["cut off"])
+    result.add("growth of the memory with the slow clients connected, MB", beside.memory)
     return result
 
 
@@ -142,13 +163,19 @@ def sigterm(setup: Setup) -> Result:
 
 
 def faults(setup: Setup) -> Result:
-    """A killed server and a failed or hung engine, under --supervise."""
+    """A killed server and a failed or hung engine, under --supervise.
+
+    After each fault, three things are looked for: the words, a kept picture's address and a picture that is made
+    again; and the word that was being learned, whose job must go on and succeed. Earlier results had no job, and
+    therefore no `--model`, whose weights a server compares with its bundle's before it is ready.
+    """
     result = Result(
         "faults",
         "Faults",
-        "`ti-serve --supervise` with eight busy clients: the serving process is killed; the engine's thread raises an "
-        "exception; it hangs in native code; it hangs in native code that holds Python's interpreter. The watchdog's "
-        "time is 30 s for a hang. Learning jobs that are killed are a test of their own, which compares their bits.",
+        "`ti-serve --supervise --model miniature` with eight busy clients and a word that is being learned: the "
+        "serving process is killed; the engine's thread raises an exception; it hangs in native code; it hangs in "
+        "native code that holds Python's interpreter. The watchdog's time is 30 s for a hang. A test compares the bits "
+        "of words whose learning was killed.",
     )
     order = setup.work / "faults" / "order"
     order.parent.mkdir(parents=True, exist_ok=True)
@@ -156,19 +183,23 @@ def faults(setup: Setup) -> Result:
     words = random_words(setup.bundle, ["<kept>"])
     bars = {"kill -9": 1.0, "exception": 7.0, "hang": 33.0, "hold": 33.0}
     names = {"hang": "hang", "hold": "hang that holds the interpreter"}
-    with Server(setup, "faults", "--supervise", changes={"fault": str(order)}, words=words) as server:
+    arguments = ("--supervise", "--model", "miniature")
+    with Server(setup, "faults", *arguments, changes={"fault": str(order)}, words=words) as server:
         for kind, limit in bars.items():
             setup.log(f"faults: {kind}")
-            down, ready, missing = asyncio.run(_faulty(server, kind, order))
+            fault = asyncio.run(_faulty(server, kind, order))
             name = names.get(kind, kind)
-            result.add(f"{name}: seconds until the process is down", down, limit)
-            result.add(f"{name}: seconds until another one is ready", ready)
-            result.add(f"{name}: words and pictures that are not there, or not the same", missing, 0)
+            result.add(f"{name}: seconds until the process is down", fault.down, limit)
+            result.add(f"{name}: seconds until another one is ready", fault.ready)
+            result.add(f"{name}: words and pictures that are not there, or not the same", fault.missing, 0)
+            result.add(f"{name}: step of the learning job before", fault.step)
+            result.add(f"{name}: learning jobs that are not there, or do not succeed", fault.lost_jobs, 0)
+            setup.log(f"faults: {kind}: the job {fault.job}")
     return result
 
 
 def soak(setup: Setup) -> Result:
-    """Memory over half an hour."""
+    """Memory over half an hour, and the requests that fail meanwhile. The load is checked every minute."""
     lead, seconds = setup.seconds(600, 10), setup.seconds(1200, 10)
     result = Result(
         "soak",
@@ -176,18 +207,34 @@ def soak(setup: Setup) -> Result:
         "Eight clients with short mixed requests, streams, uploads of words, wrong requests and disconnects. Growth is "
         "that of resident memory between minutes 10 and 30. Then the same with a server that keeps 1 KB per request.",
     )
-    growth, requests = grown(setup, lead, seconds)
-    result.add("requests", requests)
-    result.add("growth, MB", growth, FLAT_MB)
+    plain = grown(setup, lead, seconds)
+    result.add("requests", plain.requests)
+    result.add("answers with 5xx, or none", plain.failed, 0)
+    result.add("growth, MB", plain.mb, FLAT_MB)
     setup.log("soak: with a leak")
-    leaked, requests = grown(setup, lead, seconds, leak=1024)
-    result.add("with a leak: requests", requests)
-    result.add("with a leak: growth, MB", leaked, FLAT_MB, least=True)
+    leaking = grown(setup, lead, seconds, leak=1024)
+    result.add("with a leak: requests", leaking.requests)
+    result.add("with a leak: answers with 5xx, or none", leaking.failed, 0)
+    result.add("with a leak: growth, MB", leaking.mb, FLAT_MB, least=True)
     return result
 
 
-def grown(setup: Setup, lead: float, seconds: float, leak: int = 0) -> tuple[float, int]:
-    """Growth of a server's memory in MB from `lead` seconds to so many later, and the number of requests in between."""
+@dataclass(frozen=True)
+class Growth:
+    """What became of a server under steady load, between two times."""
+
+    mb: float
+    """Growth of its resident memory."""
+    requests: int
+    failed: int
+    """Requests that were answered with 5xx, or not at all; those whose client left are not counted."""
+
+
+def grown(setup: Setup, lead: float, seconds: float, leak: int = 0) -> Growth:
+    """The growth of a server's memory from `lead` seconds of load to so many later.
+
+    Raises RuntimeError if the load stops.
+    """
     changes: dict[str, Any] = {"leak": leak} if leak else {}
     words = random_words(setup.bundle, [f"<soak{number}>" for number in range(4)])
     with Server(setup, "soak", changes=changes, words=words) as server:
@@ -261,6 +308,7 @@ async def _disconnected(setup: Setup, server: Server, count: int) -> dict[str, f
         "files": max(0, open_files - files),
         "memory": memory[-1] - memory[1],
         "errors": errors["5xx"],
+        "refused": errors["refused"],
     }
 
 
@@ -276,7 +324,7 @@ async def _full_batch(server: Server, client: httpx.AsyncClient) -> float:
 
 
 async def cut_off(port: int, rng: random.Random, number: int, errors: Counter[str]) -> None:
-    """One connection that ends at a random point. Counts answers with 5xx, and connections that are not accepted."""
+    """One connection that ends at a random point. Counts answers with `5xx`, and connections that are `refused`."""
     stream = rng.random() < 0.5
     body = {"prompt": PROMPT, "seed": number, "steps": rng.randint(1, 12), "n": rng.choice([1, 1, 2])}
     body |= {"stream": True, "partial_images": rng.randint(0, 3), "previews": 1} if stream else {}
@@ -288,7 +336,7 @@ async def cut_off(port: int, rng: random.Random, number: int, errors: Counter[st
     try:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
     except OSError:
-        errors["5xx"] += 1
+        errors["refused"] += 1
         return
     try:
         writer.write(request[:end])
@@ -305,50 +353,137 @@ async def cut_off(port: int, rng: random.Random, number: int, errors: Counter[st
         writer.transport.abort()
 
 
-async def _beside_slow(
-    server: Server, count: int, seconds: float
-) -> tuple[list[float], list[float], list[float], float]:
-    """Seconds per answer before, beside and after the slow clients, and the memory in MB that these take."""
-    calls = _equal_calls()
+@dataclass(eq=False)
+class Beside:
+    """Seconds per answer of ordinary clients, and what others got meanwhile."""
+
+    alone: list[float] = field(default_factory=list)
+    reading: list[float] = field(default_factory=list)
+    """Beside clients that read."""
+    slowed: list[float] = field(default_factory=list)
+    """Beside clients that never read, and slow uploads."""
+    read: Counter[str] = field(default_factory=Counter)
+    unread: Counter[str] = field(default_factory=Counter)
+    memory: float = 0.0
+    """In MB, that the slow clients take."""
+
+
+def _again(setup: Setup) -> float:
+    """Seconds after which a client that reads or never reads asks again."""
+    return setup.seconds(75, 5)
+
+
+async def _beside_slow(setup: Setup, server: Server, count: int, seconds: float) -> Beside:
+    calls, found, again = _equal_calls(), Beside(), _again(setup)
+    requests = [request_of(server.port, Call("/openapi.json", {}, method="GET")) * 4, request_of(server.port, STREAM)]
     async with client_of(server.url) as client:
 
         async def measured(length: float) -> list[float]:
             answers = await closed_loop(client, calls, 4, length)
             return [answer.seconds for answer in answers.by_status(200)]
 
+        def asking(counts: Counter[str], reads: bool) -> Iterator[Awaitable[None]]:
+            return (ask(server.port, requests[i % 2], again, counts, reads=reads) for i in range(count))
+
         await measured(2)
-        before, memory = await measured(seconds / 2), server.resident_mb
-        tasks = [asyncio.ensure_future(kind(server)) for kind in (_never_read, _upload_slowly) for _ in range(count)]
-        await measured(5)  # until all are connected
-        memory = server.resident_mb - memory
-        beside = await measured(seconds)
+        found.alone = await measured(seconds / 2)
+        async with _together(asking(found.read, reads=True)):
+            await measured(again)  # until all are connected
+            found.reading += await measured(seconds / 2)
+        memory = server.resident_mb
+        uploads = (_upload_slowly(server, again) for _ in range(count))
+        async with _together(itertools.chain(asking(found.unread, reads=False), uploads)):
+            await measured(again)
+            found.memory = server.resident_mb - memory
+            found.slowed = await measured(seconds)
+        async with _together(asking(found.read, reads=True)):
+            await measured(again)
+            found.reading += await measured(seconds / 2)
+    return found
+
+
+@asynccontextmanager
+async def _together(clients: Iterable[Awaitable[None]]) -> AsyncIterator[None]:
+    """Endless clients for the duration of the block. Raises RuntimeError if one of them fails."""
+    tasks = [asyncio.ensure_future(client) for client in clients]
+    try:
+        yield
+    finally:
         for task in tasks:
             task.cancel()
         ended = await asyncio.gather(*tasks, return_exceptions=True)
-        failed = [error for error in ended if not isinstance(error, asyncio.CancelledError)]
-        if failed:
-            raise RuntimeError(f"{len(failed)} slow clients failed, the first with {failed[0]!r}")
-        await measured(2)
-        return before, beside, await measured(seconds / 2), memory
+    failed = [error for error in ended if not isinstance(error, asyncio.CancelledError)]
+    if failed:
+        raise RuntimeError(f"{len(failed)} clients failed, the first with {failed[0]!r}")
 
 
-async def _never_read(server: Server) -> None:
-    """Asks for much, reads nothing, and connects again after the server must have cut it off."""
-    request = f"GET /openapi.json HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\n\r\n".encode() * 4
-    await asyncio.sleep(random.uniform(0, 4))
+def request_of(port: int, call: Call) -> bytes:
+    """A call without a body, or with one in JSON, as it is sent."""
+    body = json.dumps(call.arguments["json"]).encode() if call.arguments else b""
+    head = f"{call.method} {call.path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Length: {len(body)}\r\n"
+    return f"{head}Content-Type: application/json\r\n\r\n".encode() + body
+
+
+STREAM: Final = plain_call(PROMPT, steps=3, guidance_scale=1.0, stream=True, previews=1, partial_images=2)
+"""About 28 KB."""
+_END: Final = b"\r\n0\r\n\r\n"
+"""Of a stream."""
+_OK: Final = b"HTTP/1.1 200"
+
+
+async def ask(port: int, request: bytes, again: float, counts: Counter[str], *, reads: bool) -> None:
+    """Asks for much every `again` seconds, and reads it at once, or never.
+
+    Counts how often it `asked`, got something `else` than all of what it reads, and was `cut off` while it did not.
+    """
+    loop = asyncio.get_running_loop()
+    await asyncio.sleep(random.uniform(0, again))
     while True:
+        end = loop.time() + again
         with socket.socket() as connection:
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
             connection.setblocking(False)
-            await asyncio.get_running_loop().sock_connect(connection, ("127.0.0.1", server.port))
-            connection.send(request)
-            await asyncio.sleep(45)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 300)  # else the kernel holds 2 MB
+            if not reads:
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_WINDOW_CLAMP, 1)
+            await loop.sock_connect(connection, ("127.0.0.1", port))
+            await loop.sock_sendall(connection, request)
+            counts["asked"] += 1
+            if reads:
+                data = await _received(connection, again)
+                counts["else"] += not (data.endswith(_END) or data.count(_OK) == 4) or not data.startswith(_OK)
+            else:
+                await asyncio.sleep(again)
+                counts["cut off"] += await _is_closed(connection)
+        await asyncio.sleep(max(0.0, end - loop.time()))
 
 
-async def _upload_slowly(server: Server) -> None:
+async def _received(connection: socket.socket, seconds: float) -> bytes:
+    """What comes until the connection ends, or for so long."""
+    loop, data = asyncio.get_running_loop(), bytearray()
+    with contextlib.suppress(TimeoutError, OSError):
+        async with asyncio.timeout(seconds):
+            while part := await loop.sock_recv(connection, 1 << 16):
+                data += part
+    return bytes(data)
+
+
+async def _is_closed(connection: socket.socket) -> bool:
+    """Whether the server has closed a connection although it has sent less than it wanted: it then resets it."""
+    try:
+        connection.send(b"x")
+        await asyncio.sleep(0.2)
+        connection.send(b"x")
+    except OSError:
+        return True
+    return False
+
+
+async def _upload_slowly(server: Server, again: float) -> None:
+    """Uploads for ever; it connects again when it is cut off."""
     head = f"POST /v1/images/edits HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\nContent-Length: 1000000\r\n"
     part = '--x\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\n'
-    await asyncio.sleep(random.uniform(0, 4))
+    await asyncio.sleep(random.uniform(0, again))
     while True:
         reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
         try:
@@ -393,13 +528,35 @@ def not_accepted(answer: Answer, asked: float) -> bool:
     return answer.status == 503 and b"takes no more requests" in answer.body
 
 
-async def _faulty(server: Server, kind: str, order: Path) -> tuple[float, float, int]:
-    """Seconds until the serving process is gone and another one is ready, and how much is missing or different then."""
+@dataclass(frozen=True)
+class Fault:
+    """What a fault did. Seconds count from it."""
+
+    down: float
+    """Until the serving process is gone."""
+    ready: float
+    """Until another one is."""
+    missing: int
+    """How much is missing or different then, of words, a kept picture and a picture made again."""
+    step: int
+    """Of the learning job, before."""
+    job: str
+    """The learning job's last status; empty if it is not listed."""
+
+    @property
+    def lost_jobs(self) -> int:
+        """How many did not succeed."""
+        return int(self.job != "succeeded")
+
+
+async def _faulty(server: Server, kind: str, order: Path) -> Fault:
     word = {"prompt": "a photo of a <kept> in the snow", "seed": 3, "steps": 10}
     with server.client() as client:
         first = Answer(Call("", {}), 0, body=client.post(GENERATIONS, json=word).content).pictures[0]
         address = client.post(GENERATIONS, json={**word, "response_format": "url"}).json()["data"][0]["url"]
+        kept = client.get(address).raise_for_status().content
         words = client.get("/v1/words").json()["data"]
+        job = await asyncio.to_thread(_started_job, client, f"<{kind.split()[0]}>")
     loops = [asyncio.ensure_future(_insist(server, seed)) for seed in range(8)]
     await asyncio.sleep(1)
     child, start = server.child, time.monotonic()
@@ -417,10 +574,42 @@ async def _faulty(server: Server, kind: str, order: Path) -> tuple[float, float,
         loop.cancel()
     await asyncio.gather(*loops, return_exceptions=True)
     with server.client() as client:
-        missing = client.get("/v1/words").json()["data"] != words
-        missing += client.get(address).status_code != 200
+        there = {entry["name"]: entry for entry in client.get("/v1/words").json()["data"]}
+        missing = any(there.get(entry["name"]) != entry for entry in words)
+        missing += client.get(address).content != kept
         again = Answer(Call("", {}), 0, body=client.post(GENERATIONS, json=word).content).pictures[0]
-    return down, ready, int(missing) + bool(np.abs(first.astype(int) - again).max() > 1)
+        missing += bool(np.abs(first.astype(int) - again).max() > 1)
+        status = await asyncio.to_thread(_job_status, client, job["id"])
+    return Fault(down, ready, int(missing), job["step"], status)
+
+
+def _started_job(client: httpx.Client, token: str) -> Any:
+    """A job that has learned a word for at least one step. Raises RuntimeError if there is none in time."""
+    rng = np.random.default_rng(0)
+    pictures = [png(rng.integers(0, 256, (64, 64, 3), np.uint8)) for _ in range(3)]
+    files = [("image[]", (f"{number}.png", data, "image/png")) for number, data in enumerate(pictures)]
+    fields = {"name": token, "init": "star", "steps": "50"}
+    job = client.post("/v1/words/learn", data=fields, files=files).raise_for_status().json()
+    end = time.monotonic() + _LEARNING_SECONDS
+    while job["step"] == 0:
+        if job["error"] or time.monotonic() > end:
+            raise RuntimeError(f"no word is being learned: {job}")
+        time.sleep(0.1)
+        job = client.get(f"/v1/jobs/{job['id']}").raise_for_status().json()
+    return job
+
+
+def _job_status(client: httpx.Client, identifier: str) -> str:
+    """The status that a job ends with, or has after a while; empty if it is not listed or its word is not there."""
+    if identifier not in [job["id"] for job in client.get("/v1/jobs").json()["data"]]:
+        return ""
+    end = time.monotonic() + _LEARNING_SECONDS
+    while (job := client.get(f"/v1/jobs/{identifier}").json())["status"] in ("queued", "running"):
+        if time.monotonic() > end:
+            break
+        time.sleep(0.2)
+    found = client.get(f"/v1/words/{quoted(job['name'])}").status_code == 200
+    return str(job["status"]) if found or job["status"] != "succeeded" else ""
 
 
 async def _insist(server: Server, seed: int) -> None:
@@ -437,45 +626,79 @@ def _alive(process: int) -> bool:
     return False
 
 
-async def _soaked(setup: Setup, server: Server, words: Any, lead: float, seconds: float) -> tuple[float, int]:
-    from oneword.runtime.concept import concept_bytes
+class Soaking:
+    """A steady load of short mixed requests, uploads of words, wrong requests and disconnects."""
 
-    count, errors = 0, Counter[str]()
-    files = [concept_bytes(word) for word in words]
-    async with client_of(server.url) as client:
+    def __init__(self, server: Server, words: Sequence[Concept]) -> None:
+        self._server, self._files = server, [concept_bytes(word) for word in words]
+        self._loops: list[asyncio.Task[None]] = []
+        self._cut_off = Counter[str]()
+        self._statuses = Counter[int]()
+        self._checked = 0
+        self.requests = 0
 
-        async def loop(number: int) -> None:
-            nonlocal count
-            rng = random.Random(number)
-            while True:
-                count += 1
-                token = f"<soak{rng.randrange(4)}>"
-                settings = {"seed": rng.randrange(1000), "steps": rng.randint(1, 6), "n": rng.choice([1, 1, 2])}
-                call = plain_call(f"a photo of a {token} {rng.randrange(2000)}", **settings)
-                match rng.randrange(20):
-                    case 0:
-                        await client.put(f"/v1/words/{quoted(token)}", content=rng.choice(files))
-                    case 1:
-                        await client.post(GENERATIONS, json={"prompt": "a <nobody>", "steps": 3})
-                    case 2:
-                        await cut_off(server.port, rng, count, errors)
-                    case 3:
-                        body = {"json": {**call.arguments["json"], "stream": True, "previews": 1}}
-                        await send(client, Call(GENERATIONS, body), keep=False)
-                    case _:
-                        await send(client, call, keep=False)
+    @property
+    def failed(self) -> int:
+        """Requests so far that were answered with 5xx, or not at all."""
+        answered = sum(count for status, count in self._statuses.items() if status in (LOST, REFUSED) or status >= 500)
+        return answered + sum(self._cut_off.values())
 
-        loops = [asyncio.ensure_future(loop(number)) for number in range(8)]
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Eight clients, for the duration of the block."""
+        async with client_of(self._server.url) as client:
+            self._loops = [asyncio.ensure_future(self._loop(client, number)) for number in range(8)]
+            try:
+                yield
+            finally:
+                for task in self._loops:
+                    task.cancel()
+                await asyncio.gather(*self._loops, return_exceptions=True)
+
+    def check(self) -> None:
+        """Raises RuntimeError if a client has stopped, or if no request has been answered since the last check."""
+        for task in self._loops:
+            if task.done():
+                raise RuntimeError("a client of the load stopped") from task.exception()
+        if self.requests == self._checked:
+            raise RuntimeError(f"no request was answered since the last check, {self.requests} before")
+        self._checked = self.requests
+
+    async def _loop(self, client: httpx.AsyncClient, number: int) -> None:
+        rng = random.Random(number)
+        while True:
+            token = f"<soak{rng.randrange(4)}>"
+            settings = {"seed": rng.randrange(1000), "steps": rng.randint(1, 6), "n": rng.choice([1, 1, 2])}
+            call = plain_call(f"a photo of a {token} {rng.randrange(2000)}", **settings)
+            match rng.randrange(20):
+                case 0:
+                    call = Call(f"/v1/words/{quoted(token)}", {"content": rng.choice(self._files)}, method="PUT")
+                case 1:
+                    call = Call(GENERATIONS, {"json": {"prompt": "a <nobody>", "steps": 3}})
+                case 2:
+                    await cut_off(self._server.port, rng, self.requests, self._cut_off)
+                    self.requests += 1
+                    continue
+                case 3:
+                    call = Call(GENERATIONS, {"json": {**call.arguments["json"], "stream": True, "previews": 1}})
+            self._statuses[(await send(client, call, keep=False)).status] += 1
+            self.requests += 1
+
+
+async def _soaked(setup: Setup, server: Server, words: Sequence[Concept], lead: float, seconds: float) -> Growth:
+    load = Soaking(server, words)
+    async with load.running():
         await asyncio.sleep(lead)
-        before, counted = await _memory(server), count
-        for minute in range(10):
-            await asyncio.sleep(seconds / 10)
-            setup.log(f"soak: {minute + 1} of 10, {server.resident_mb:.1f} MB, {count} requests")
-        after, requests = await _memory(server), count - counted
-        for task in loops:
-            task.cancel()
-        await asyncio.gather(*loops, return_exceptions=True)
-    return after - before, requests
+        load.check()
+        before, requests, failed = await _memory(server), load.requests, load.failed
+        minutes = max(1, round(seconds / 60))
+        for minute in range(minutes):
+            await asyncio.sleep(seconds / minutes)
+            load.check()
+            memory = f"{server.resident_mb:.1f} MB"
+            setup.log(f"soak: {minute + 1} of {minutes}, {memory}, {load.requests} requests, {load.failed} failed")
+        growth = await _memory(server) - before
+        return Growth(growth, load.requests - requests, load.failed - failed)
 
 
 async def _memory(server: Server) -> float:

@@ -29,7 +29,7 @@ from oneword.serve.words import Words
 
 _SWAPPED: Final = 4
 _POOL: Final = 100
-"""Prompts without a swapped word; with those of the swapped ones in between, they fit into the cache of 256."""
+"""Prompts without a swapped word; with those of the swapped ones in between, they fit into the cache of 512."""
 _PER_TENANT: Final = 1000
 _LOOKUP_MS: Final = 5.0
 _STORE_MS: Final = 50.0

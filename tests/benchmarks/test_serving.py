@@ -1,14 +1,32 @@
-"""The serving benchmark: its cores, and the journal that it adds to a server's process."""
+"""The serving benchmark: its cores, its page, and the journal that it adds to a server's process."""
 
+import asyncio
+import json
 import os
+import random
+import socket
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
+import numpy as np
 import pytest
 
-from benchmarks.served.changes import FIRST_STEP, PROMPT, TURN, read_journal
-from benchmarks.served.process import CORES, LOAD_CORE, SERVER_CORE, on_core
+from benchmarks import serving
+from benchmarks.pages import machine
+from benchmarks.served.changes import FIRST_STEP, LAST_STEP, PROMPT, TURN, WORK, read_journal
+from benchmarks.served.process import CORES, LOAD_CORE, SERVER_CORE, Server, on_core
+from benchmarks.served.results import Result
+from benchmarks.served.speed import likeness, waits_of
+from benchmarks.served.stress import Soaking, cut_off
+from oneword.runtime.concept import Concept
+
+NEW_FIELDS = ("data", "engine", "machine")
+"""Of a result; files written before do not have them."""
 
 
 @pytest.mark.skipif(not {SERVER_CORE, LOAD_CORE} <= CORES, reason="needs cores 0 and 1")
@@ -23,6 +41,11 @@ def test_a_process_on_the_load_core_starts_others_on_the_server_core() -> None:
         os.sched_setaffinity(0, before)
 
 
+def journal_of(program: str, bundle: Path, journal: Path) -> None:
+    """Runs a program with the bundle's folder and a journal."""
+    subprocess.run([sys.executable, "-c", program, bundle, journal], check=True)
+
+
 def test_the_journal_records_turns_branches_and_prompts(tiny_bundle: Path, tmp_path: Path) -> None:
     """Twice two pictures of three steps, one of them guided, together; their three prompts are new at first."""
     program = """
@@ -31,7 +54,6 @@ from benchmarks.served.changes import apply
 from oneword.runtime import Model, Request
 from oneword.runtime.request import resolve
 from oneword.runtime.scheduler import Scheduler
-from oneword.serve.metrics import Metrics, PoolMetrics
 
 apply({"journal": sys.argv[2]})
 scheduler = Scheduler(Model.open(sys.argv[1], "onnxruntime", threads=1))
@@ -40,14 +62,193 @@ for requests in ((Request("a red star", steps=3), Request("a blue cat", steps=3,
         scheduler.add(request, resolve(request, scheduler.model.manifest))
     while scheduler:
         scheduler.step()
-PoolMetrics(Metrics()).first_step(0.5)
 """
     journal = tmp_path / "journal"
-    subprocess.run([sys.executable, "-c", program, tiny_bundle, journal], check=True)
+    journal_of(program, tiny_bundle, journal)
 
-    turns, prompts = read_journal(journal, TURN), read_journal(journal, PROMPT)
+    turns, prompts, work = (read_journal(journal, kind) for kind in (TURN, PROMPT, WORK))
     assert [tuple(turn) for turn in turns[:, 2:] if turn[1]] == [(3, 2)] * 6
     assert (turns[:, 0] <= turns[:, 1]).all()
     assert [tuple(prompt) for prompt in prompts[:, 1:3]] == [(0, 0)] * 3 + [(1, 0)] * 3
-    [(arrival, now, *_)] = read_journal(journal, FIRST_STEP)
-    assert now - arrival == pytest.approx(0.5)
+    stepped = turns[turns[:, 3] > 0, 1]
+    assert read_journal(journal, LAST_STEP)[:, 0].tolist() == [stepped[2]] * 2 + [stepped[5]] * 2
+    assert work[:, 0].tolist() == turns[:, 1].tolist()
+    assert ((work[:, 1] > 0) & (work[:, 1] <= turns[:, 1] - turns[:, 0])).all()
+    assert work[0, 2] > 0  # without a warm-up
+    assert not work[1:, 2].any()
+
+
+def test_the_journal_records_when_a_first_step_ended_and_not_when_the_server_noticed(
+    tiny_bundle: Path, tmp_path: Path
+) -> None:
+    """A picture alone makes its first step in the first turn, and the server notices at the end of its last."""
+    program = """
+import asyncio, sys
+from pathlib import Path
+from benchmarks.served.changes import apply
+from oneword.runtime import Request
+from oneword.serve.app import build_state
+from oneword.serve.keys import LOCAL
+from oneword.serve.settings import Settings
+
+async def main():
+    state = build_state(Settings(Path(sys.argv[1]), words="memory://journal", engine="onnxruntime", threads=1))
+    state.worker.start()
+    await asyncio.to_thread(state.worker.wait_ready)
+    apply({"journal": sys.argv[2]})
+    await state.pool.submit(LOCAL, Request("a red star", steps=9)).wait()
+    state.worker.stop()
+
+asyncio.run(main())
+"""
+    journal = tmp_path / "journal"
+    journal_of(program, tiny_bundle, journal)
+
+    turns = read_journal(journal, TURN)
+    [(arrived, first, *_)] = read_journal(journal, FIRST_STEP)
+    assert arrived < turns[0, 0]
+    assert turns[0, 1] <= first < turns[1, 1]
+    assert len(turns) >= 9
+
+
+def test_a_wait_counts_turns_and_the_pictures_ahead() -> None:
+    """Turns end at 1, 2, 3 ...; the third and the fourth picture are of one request, which finds two others there."""
+    first_steps = np.array([[2.5, 5], [0.5, 2], [0.6, 2], [2.5, 6], [5.5, 6]])  # in any order
+    last_steps = np.array([3.0, 5, 6, 7, 8])
+
+    waits = waits_of(first_steps, last_steps, np.arange(1.0, 10))
+
+    arrivals = [0.5, 0.6, 2.5, 2.5, 5.5]
+    seconds, turns = [1.5, 1.4, 2.5, 3.5, 0.5], [2, 2, 3, 4, 1]
+    assert waits.tolist() == np.transpose([arrivals, seconds, turns, [0, 1, 2, 3, 2]]).tolist()
+
+
+def test_pictures_are_compared_to_all_of_their_size() -> None:
+    """One equal, one 2.55 off everywhere (40 dB), one that is another's; the fourth is alone in its size."""
+    grey, white, black = (np.full((2, 2, 3), value, np.float64) for value in (100.0, 255.0, 0.0))
+    wide = np.zeros((2, 4, 3))
+
+    found = likeness([grey, white - 2.55, white, wide], [grey, white, black, wide])
+
+    assert found.mistaken == 1
+    assert found.least == pytest.approx(0)
+    assert found.median == pytest.approx((99 + 40) / 2)
+
+
+def result(name: str, **settings: Any) -> Result:
+    """A section with one figure."""
+    made = Result(name, name.capitalize(), "How it was measured.", date="2026-01-02", **settings)
+    made.add("answers", 7, 5)
+    return made
+
+
+def test_sections_measured_on_several_machines_each_name_theirs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving, "PAGE", tmp_path / "serving.md")
+    both = [result("fast", machine="a Fast CPU"), result("slow", machine="a Slow CPU")]
+
+    serving.write_page(both)
+    several = serving.PAGE.read_text()
+    serving.write_page([result("fast", machine="a Fast CPU"), result("slow", machine="a Fast CPU")])
+    one = serving.PAGE.read_text()
+
+    assert "## Slow\n\nHow it was measured. Measured on 2026-01-02 on a Slow CPU, `--engine onnxruntime`." in several
+    assert several.count("a Fast CPU") == several.count("a Slow CPU") == 1
+    assert one.count("a Fast CPU") == 1
+    assert "## Slow\n\nHow it was measured. Measured on 2026-01-02.\n" in one
+    assert "| answers | at most 5 | **7** |" in one
+    assert "    python -m benchmarks.serving --write\n" in one
+
+
+def test_a_section_of_the_page_without_a_result_is_never_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving, "PAGE", tmp_path / "serving.md")
+    serving.write_page([result("fast"), result("slow")])
+    before = serving.PAGE.read_text()
+
+    with pytest.raises(SystemExit, match=r"has sections without a file in --work: Slow\. Measure them"):
+        serving.write_page([result("fast")])
+    with pytest.raises(SystemExit, match="fast measured with --scale"):
+        serving.write_page([result("fast", scale=0.02), result("slow")])
+
+    assert serving.PAGE.read_text() == before
+
+
+def test_a_result_keeps_its_machine_and_one_without_is_of_this_machine(tmp_path: Path) -> None:
+    result("old", machine="another CPU").save(tmp_path)
+    kept = Result.read(tmp_path, "old")
+    assert kept
+    file = tmp_path / "old.json"
+    fields = {name: value for name, value in json.loads(file.read_text()).items() if name not in NEW_FIELDS}
+    file.write_text(json.dumps(fields))
+    old = Result.read(tmp_path, "old")
+    assert old
+
+    assert (kept.machine, kept.date) == ("another CPU", "2026-01-02")
+    assert (old.machine, old.date) == (machine(), "2026-01-02")
+    assert old.rows == kept.rows
+
+
+async def soaked(words: Sequence[Concept], answer: bytes | None, checks: int = 1) -> Soaking:
+    """The steady load after some checks, on a server that gives everybody the same answer, or none."""
+
+    writers = []
+
+    async def answered(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writers.append(writer)
+        await reader.read(1 << 20)
+        if answer is not None:
+            writer.write(answer)
+            writer.close()
+
+    server = await asyncio.start_server(answered, "127.0.0.1")
+    port = server.sockets[0].getsockname()[1]
+    load = Soaking(cast(Server, SimpleNamespace(url=f"http://127.0.0.1:{port}", port=port)), words)
+    try:
+        async with load.running():
+            for _ in range(checks):
+                await asyncio.sleep(0.5)
+                load.check()
+    finally:
+        server.close()
+        for writer in writers:
+            writer.close()
+        await asyncio.sleep(0.1)  # the connections are closed
+    return load
+
+
+WORD = Concept("<a>", {"text_encoder": np.ones((1, 4), np.float32)})
+
+
+@pytest.mark.parametrize(
+    ("answer", "fails"),
+    [
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n", False),
+        (b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\nConnection: close\r\n\r\n", False),
+        (b"HTTP/1.1 500 Oh\r\nContent-Length: 0\r\nConnection: close\r\n\r\n", True),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nConnection: close\r\n\r\n", True),
+    ],
+    ids=["200", "400", "500", "cut off"],
+)
+def test_the_steady_load_counts_answers_with_5xx_and_broken_ones(answer: bytes, fails: bool) -> None:
+    load = asyncio.run(soaked([WORD], answer))
+
+    assert (load.failed > 0) == fails
+
+
+def test_a_load_that_stops_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match="no request was answered"):
+        asyncio.run(soaked([WORD], None, checks=10))
+    with pytest.raises(RuntimeError, match="a client of the load stopped"):
+        asyncio.run(soaked([], b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n", checks=10))
+
+
+def test_refused_connections_are_not_counted_as_answers_with_5xx() -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        errors = Counter[str]()
+        asyncio.run(cut_off(unused.getsockname()[1], random.Random(0), 0, errors))
+
+    assert errors == {"refused": 1}
