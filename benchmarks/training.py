@@ -38,6 +38,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.pages import RESULTS, empty_page, marked, provenance, table, write_section
+from benchmarks.store import Store, model_digest
 
 PAGE = RESULTS / "training.md"
 NEW_PAGE = empty_page(
@@ -81,7 +82,7 @@ def main() -> None:
     p.add_argument("--write", action="store_true", help="write docs/results/training.md and its figure")
     args = p.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    args.digest = digest_of(args)
+    args.store = Store(args.work, model_digest(args.model))
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     if args.many:
         learn_together(args)
@@ -89,7 +90,7 @@ def main() -> None:
         full_size(args)
     elif args.script:
         compare(args)
-    rows = [row for row in stored_rows(args.work) if is_asked_for(row, args)]
+    rows = [row for row in args.store.all_rows() if is_asked_for(row, args)]
     summary = summarise(rows)
     if args.write:
         write_page(rows, summary, args)
@@ -99,14 +100,7 @@ def main() -> None:
 def is_asked_for(row: Mapping[str, Any], args: argparse.Namespace) -> bool:
     """Whether a measurement is of this model and recipe; full size has its own."""
     of_recipe = row["contender"] == "diffusers" or row.get("recipe") == args.recipe
-    return "full" in row or (row["model"] == args.digest and of_recipe)
-
-
-def digest_of(args: argparse.Namespace) -> str:
-    """The start of the model's digest, which identifies its weights."""
-    from oneword.export.source import digest_directory, find_model
-
-    return digest_directory(find_model(args.model)[0])[:12]
+    return "full" in row or (row["model"] == args.store.digest and of_recipe)
 
 
 # ---- ti-train and the script, word by word ---------------------------------------------------------------------------
@@ -170,7 +164,7 @@ def in_fp32(args: argparse.Namespace) -> Path:
     from oneword.export.source import find_model
 
     model = find_model(args.model)[0]
-    folder: Path = args.work / f"fp32-{args.digest}"
+    folder: Path = args.work / f"fp32-{args.store.digest}"
     if not (folder / "model_index.json").is_file():
         pipeline = StableDiffusionPipeline.from_pretrained(model, torch_dtype="float32", safety_checker=None)
         pipeline.save_pretrained(folder)
@@ -419,27 +413,10 @@ def measured(
     score: Callable[[], dict[str, float]] = dict,
 ) -> dict[str, Any]:
     """The stored row, if these weights were measured before; else measures and stores it."""
-    row = {**row, "model": args.digest}
-    for old in stored_rows(args.work):
-        if row.items() <= old.items():
-            return old
+    if old := args.store.find(row):
+        return old
     new = {**row, **run()}
-    new |= score()
-    with stored(args.work).open("a") as file:
-        file.write(json.dumps(new) + "\n")
-    print(json.dumps({name: value for name, value in new.items() if name not in ("parts", "began")}), flush=True)
-    return new
-
-
-def stored(work: Path) -> Path:
-    """The file of measurements."""
-    return work / "results.jsonl"
-
-
-def stored_rows(work: Path) -> list[dict[str, Any]]:
-    """All measurements so far."""
-    path = stored(work)
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return args.store.add({**new, **score()}, hidden=("parts", "began"))
 
 
 def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -493,7 +470,7 @@ def write_page(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], ar
         name, text = "full-size", full_size_table(rows)
     else:
         name, text = "compared", compared(rows, summary)
-    origin = provenance("training", stored=stored(args.work))
+    origin = provenance("training", stored=args.store.file)
     write_section(PAGE, name, f"{origin}\n\n{text}", NEW_PAGE)
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 
 from benchmarks import architectures, full_size, latency, training
 from benchmarks.miniature import percent
+from benchmarks.store import Store
 
 
 @pytest.fixture
@@ -48,8 +49,8 @@ def test_ten_of_twelve_words_must_reach_the_scripts_scores() -> None:
     assert [training.reached_bar(words) for words in (12, 6, 1)] == [10, 5, 1]
 
 
-def test_measurements_of_another_recipe_or_model_are_left_out() -> None:
-    args = Namespace(recipe="directional", digest="a")
+def test_measurements_of_another_recipe_or_model_are_left_out(tmp_path: Path) -> None:
+    args = Namespace(recipe="directional", store=Store(tmp_path, "a"))
     ours, theirs = {"contender": "oneword", "model": "a"}, {"contender": "diffusers", "model": "a"}
 
     assert training.is_asked_for({**ours, "recipe": "directional"}, args)
