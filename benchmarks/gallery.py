@@ -50,6 +50,7 @@ FRACTIONS = (0.0, 0.1, 0.2, 0.3, 0.5, 1.0)
 SEED = 7
 COLUMNS = 100  # of a command
 GUIDANCE = 4.0
+AVOID = "avoid.safetensors"
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def main() -> None:
     words, learned_from = learn(of_model, options.model, options.learn_steps)
     write_inputs(options.work, words)
     model = Model.open(bundle, options.engine)
-    for word in words:
+    for word in (*words, options.work / AVOID):
         model.load(load_concept(word))
     learned = time.perf_counter()
     sections = [*of_the_model(options.steps), *of_words(learned_from, options.steps)]
@@ -125,7 +126,7 @@ def write_inputs(folder: Path, words: Sequence[Path]) -> None:
         shutil.copy(word, folder / word.name)
         shutil.copytree(word.with_suffix(""), folder / word.stem, dirs_exist_ok=True)
     avoid = load_concept(folder / "style.safetensors").vectors["text_encoder"]
-    safetensors.numpy.save_file({"emb_params": avoid}, folder / "avoid.safetensors")  # easynegative's layout
+    safetensors.numpy.save_file({"emb_params": avoid}, folder / AVOID)  # easynegative's layout
     save_png(strokes(), folder / "strokes.png", "")
     star, mask = star_and_mask()
     save_png(star, folder / "star.png", "")
@@ -277,7 +278,8 @@ def of_words(learned_from: dict[str, list[Image]], steps: int) -> list[Section]:
             "What the words were learned from",
             f"`<toy>` ({toy.words}) and `<gem>` ({gem.words}) are objects that the miniature was not trained on, and "
             "`<style>` is a drawing style. Five drawn pictures each.",
-            f'ti-train toy --model miniature --token "<toy>" --init object --seed {SEED} --output toy.safetensors',
+            'ti-train toy --model miniature --token "<toy>" --init object --recipe fast '
+            f"--seed {SEED} --output toy.safetensors",
             list(learned_from.items()),
             [PHOTOGRAPHED],
         ),
@@ -358,13 +360,13 @@ def of_words(learned_from: dict[str, list[Image]], steps: int) -> list[Section]:
             "(`emb_params`; the file's name is the word). This one has the vectors of `<style>`.",
             command(
                 [f"a red star {place}" for place in PLACES],
-                *("--concept", "avoid.safetensors", "--negative-prompt", "in the style of avoid"),
+                *("--concept", AVOID, "--negative-prompt", "in the style of avoid"),
             ),
             [
                 (label, [ask(f"a red star {place}{positive}", steps, negative_prompt=negative) for place in PLACES])
                 for label, positive, negative in (
                     ("without", "", None),
-                    ("--negative-prompt ...", "", "in the style of <style>"),
+                    ("--negative-prompt ...", "", "in the style of avoid"),
                     ("for comparison, in the style to avoid", " in the style of <style>", None),
                 )
             ],

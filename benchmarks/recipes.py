@@ -37,9 +37,10 @@ from benchmarks import words
 from benchmarks.exported import exported
 from benchmarks.pages import RESULTS, empty_page, marked, provenance, table, write_section
 from benchmarks.paper import Thing, styles
+from benchmarks.store import Store, model_digest
 from oneword.export.families import family_of
 from oneword.export.modules import DenoiseStep, UNet
-from oneword.export.source import Source, digest_directory, find_model, load_source, silence_libraries
+from oneword.export.source import Source, find_model, load_source, silence_libraries
 from oneword.runtime.concept import Concept
 from oneword.runtime.model import Model
 from oneword.train.compute import compute_dtype, few_positions
@@ -90,7 +91,7 @@ def main() -> None:
     text = f"{described(args)}\n\n{summary(report)}"
     print(text)
     if args.write:
-        write_section(PAGE, "recipes", f"{provenance('recipes', stored=lab.file)}\n\n{text}", NEW_PAGE)
+        write_section(PAGE, "recipes", f"{provenance('recipes', stored=lab.store.file)}\n\n{text}", NEW_PAGE)
     print(json.dumps(report))
 
 
@@ -107,8 +108,7 @@ class Lab:
     def __init__(self, work: Path, samples: int) -> None:
         silence_libraries()
         self.work, self.samples = work, samples
-        self.file = work / "results.jsonl"
-        self.digest = digest_directory(find_model("miniature")[0])[:12]
+        self.store = Store(work, model_digest("miniature"))
         self.model = Model.open(exported("miniature", work / "bundle"))
         self.judge = Judge(find_model("miniature")[0] / "judge")
         self.source = load_source("miniature")
@@ -116,21 +116,21 @@ class Lab:
     def look(self, contender: str, number: int, seed: int) -> Row:
         """Learns a held-out look and scores the word."""
         row = {"of": contender, "look": number, "seed": seed}
-        return self.find(row) or self.store({**row, **self.score_look(contender, number, seed)})
+        return self.store.find(row) or self.keep({**row, **self.score_look(contender, number, seed)})
 
     def caption(self, number: int, seed: int) -> Row:
         """Scores a look's true caption in the word's place."""
         row = {"of": CAPTION, "look": number, "seed": seed}
-        if stored := self.find(row):
+        if stored := self.store.find(row):
             return stored
         look = world.HELD_OUT_LOOKS[number]
         pictures = self.draw(look.words, NEW, seed)
-        return self.store({**row, "right": self.right(pictures, look)})
+        return self.keep({**row, "right": self.right(pictures, look)})
 
     def style(self, contender: str, thing: Thing, seed: int) -> Row:
         """Learns a held-out style and scores the word."""
         row = {"of": contender, "style": thing.token, "seed": seed, "samples": self.samples}
-        if stored := self.find(row):
+        if stored := self.store.find(row):
             return stored
         recipe, init = recipe_and_init(contender)
         thing.write(self.work)
@@ -148,7 +148,7 @@ class Lab:
             likeness_prompt=STYLE_LIKENESS_PROMPT,
         )
         self.model.unload(thing.token)
-        return self.store({**row, **facts, "likeness": scores.likeness, "editability": scores.mean_editability})
+        return self.keep({**row, **facts, "likeness": scores.likeness, "editability": scores.mean_editability})
 
     def score_look(self, contender: str, number: int, seed: int) -> dict[str, Any]:
         """What is measured of a look's word."""
@@ -199,19 +199,9 @@ class Lab:
             )
         return float(np.mean(hits))
 
-    def find(self, row: Row) -> Row | None:
-        """The stored measurement with these facts for these weights, if there is one."""
-        wanted = {**row, "model": self.digest}
-        lines = self.file.read_text().splitlines() if self.file.is_file() else []
-        return next((stored for stored in map(json.loads, lines) if wanted.items() <= stored.items()), None)
-
-    def store(self, row: dict[str, Any]) -> Row:
-        """Prints a measurement and appends it to the file."""
-        row = {name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()}
-        print(json.dumps(row), flush=True)
-        with self.file.open("a") as file:
-            file.write(json.dumps({**row, "model": self.digest}) + "\n")
-        return row
+    def keep(self, row: dict[str, Any]) -> Row:
+        """Keeps a measurement, rounded."""
+        return self.store.add({n: round(value, 4) if isinstance(value, float) else value for n, value in row.items()})
 
 
 def pass_seconds(source: Source) -> float:

@@ -1,6 +1,7 @@
 """`ti-refine`: makes a word better by likes and dislikes. A thin skin over `oneword.runtime.refine`."""
 
 import re
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -123,9 +124,11 @@ def command(
         raise UsageError(f"{output} exists: continue it with --start {output}, or choose another --output")
     for _ in range(undone):
         state = undo(state)
+    drawn = len(state.rounds) + continued
     for answer in answers:
         state = judged(state, answer)
     session = _Session(Model.open(bundle, engine), lexicon, prompt, output, settings)
+    _delete_pictures(output, after=drawn)
     save_concept(finish(state, lexicon), output)
     while len(state.rounds) < rounds and state.room:
         session.show(state)
@@ -134,6 +137,8 @@ def command(
         after = _asked(state)
         if after is None:
             break
+        if len(after.rounds) < len(state.rounds):
+            _delete_pictures(output, after=len(after.rounds) + 1)
         state = after
         save_concept(finish(state, lexicon), output)
 
@@ -223,6 +228,16 @@ def _asked(state: Refinement) -> Refinement | None:
                     return judged(state, answer)
         except UsageError as error:
             click.echo(str(error), err=True)
+
+
+def _delete_pictures(word: Path, after: int) -> None:
+    """Deletes the sheets and pictures of the rounds after that number. They are of a branch that was undone, and
+    `ti-train --polish` would learn from them."""
+    for folder in word.with_suffix(".rounds").glob("round-*/"):
+        number = folder.name.removeprefix("round-")
+        if number.isdecimal() and int(number) > after:
+            folder.with_suffix(".png").unlink(missing_ok=True)
+            shutil.rmtree(folder)
 
 
 def _state(start: str, lexicon: Lexicon, learned: Sequence[Concept], fresh: dict[str, Any]) -> tuple[Refinement, bool]:

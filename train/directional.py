@@ -5,7 +5,8 @@ With e = m v, |v| = 1, m the vocabulary's mean length and mu the unit initial ro
 
     g = m dL/de - kappa mu,   g = g - <g, v> v,   g = g / |g|,   v = (v - lr g) / |v - lr g|
 
-so the rate is the tangent of the angle of a step, whatever the model's scale.
+so the rate is the tangent of the angle of a step, whatever the model's scale. A row with dL/de = 0 is in no prompt of
+the batch and does not move: normalised, the prior alone would turn it back by the full angle.
 """
 
 from __future__ import annotations
@@ -34,13 +35,15 @@ class DirectionalDescent(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Takes one step. A row whose gradient is zero moves towards its initial direction only."""
+        """Takes one step. A row whose gradient is zero stays."""
         for group in self.param_groups:
             for rows, initial in zip(group["params"], group["initial"], strict=True):
                 if rows.grad is None:
                     continue
                 direction = unit(rows)
+                in_batch = rows.grad.any(-1, keepdim=True)
                 gradient = group["length"] * rows.grad - group["kappa"] * initial
                 gradient -= (gradient * direction).sum(-1, keepdim=True) * direction
                 gradient /= torch.linalg.vector_norm(gradient, dim=-1, keepdim=True) + 1e-8
-                rows.copy_(group["length"] * unit(direction - group["lr"] * gradient))
+                turned = group["length"] * unit(direction - group["lr"] * gradient)
+                rows.copy_(torch.where(in_batch, turned, rows))

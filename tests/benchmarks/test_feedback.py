@@ -1,6 +1,7 @@
 """The simulated user's looks, and the methods that `benchmarks.feedback` compares, on problems with a known answer."""
 
 from argparse import Namespace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -50,6 +51,43 @@ def test_a_polished_word_is_listed_by_its_last_score_only() -> None:
     assert "| polished |  |  |  |  |  | 0.90 | 0.80 |" in text
     assert "| real renders |  |  |  |  |  |  | 0.9" in text
     assert "| right answers after 8 rounds | colour | pattern |" in text
+
+
+def test_the_pictures_of_a_run_are_counted_and_bold_above_their_target() -> None:
+    entry = {"scores": dict.fromkeys("023458", 0.5), "seconds": [1.0], "answers": {}, "pixels": 0.7}
+
+    for pictures, cell in ((48, "48"), (54, "**54**")):
+        text = feedback.summary(
+            {"aspects": [{**entry, "pictures": pictures}]}, [], Namespace(looks=1, seeds=1, silhouettes=False)
+        )
+        assert f"| pictures | at most 48 | {cell} |" in text
+
+
+@pytest.mark.parametrize(("name", "answers"), [("aspects", True), ("random", False)])
+def test_a_run_in_which_no_aspect_was_found_counts_as_wrong_answers_if_the_method_has_aspects(
+    name: str, answers: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A user of the first round's pictures only; nothing is drawn."""
+    turn = feedback.Turn(1, [None] * CANDIDATES, 0.1)
+    lab = Namespace(judge=Namespace(pictures=len), method=lambda name, seed: feedback.RandomSearch(LEXICON, seed))
+    monkeypatch.setattr(feedback, "turns", lambda *arguments: [turn])
+    monkeypatch.setattr(feedback, "score", lambda *arguments: 0.5)
+    monkeypatch.setattr(feedback, "by_pixels", lambda *arguments: 0.5)
+
+    measured = feedback.run(lab, name, world.HELD_OUT_LOOKS[0], 0, 0, Path())
+
+    assert measured["answers"] == (dict.fromkeys(("shape", "colour", "pattern"), False) if answers else {})
+    assert measured["pictures"] == CANDIDATES
+
+
+def test_runs_are_kept_by_the_models_digest_and_the_recipe_that_they_learn_by() -> None:
+    work = Path("work")
+
+    drawn = feedback.run_file(work, "held-out", "a third removed", 3, 1, digest="abc", learns=False)
+    learned = feedback.run_file(work, "held-out", "ceiling", 3, digest="abc", learns=True)
+
+    assert drawn == work / "held-out-a-third-removed-3-1-abc.json"
+    assert learned == work / "held-out-ceiling-3-abc-directional.json"
 
 
 def test_a_third_of_each_aspect_s_words_is_removed() -> None:

@@ -1,14 +1,20 @@
 """What benchmarks write into their pages, from measurements made up here."""
 
+import json
+import os
+import subprocess
+import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from benchmarks import architectures, full_size, latency, training
 from benchmarks.miniature import percent
+from benchmarks.store import Store
 
 
 @pytest.fixture
@@ -33,9 +39,41 @@ def test_learning_is_compared_by_medians_and_by_the_time_to_equal_scores(
 
     assert "| oneword, 50 steps | 15.0 | 0.650 | 0.200 |" in text
     assert "| diffusers, 100 steps | 150.0 | 0.700 | 0.200 |" in text
-    assert "| median of words | at least 5 | 5.0 |" in text
+    assert "| median of words | at least 20 | **5.0** |" in text
+    assert "| words of 2 for which a run of oneword reached both | at least 2 | **1** |" in text
     assert "| by word (0: no run of oneword reached both) |  | 10, 0 |" in text
     assert (tmp_path / "training.svg").read_text().startswith("<svg")
+
+
+def test_ten_of_twelve_words_must_reach_the_scripts_scores() -> None:
+    assert [training.reached_bar(words) for words in (12, 6, 1)] == [10, 5, 1]
+
+
+def test_measurements_of_another_recipe_or_model_are_left_out(tmp_path: Path) -> None:
+    args = Namespace(recipe="directional", store=Store(tmp_path, "a"))
+    ours, theirs = {"contender": "oneword", "model": "a"}, {"contender": "diffusers", "model": "a"}
+
+    assert training.is_asked_for({**ours, "recipe": "directional"}, args)
+    assert training.is_asked_for(theirs, args)
+    assert training.is_asked_for({**ours, "full": "sd15", "model": "b"}, args)
+    assert not training.is_asked_for({**ours, "recipe": "fast"}, args)
+    assert not training.is_asked_for(ours, args)
+    assert not training.is_asked_for({**theirs, "model": "b"}, args)
+
+
+def test_the_steps_of_the_default_recipe_are_timed(tiny_model_dir: Path, tmp_path: Path) -> None:
+    pictures, report, output = tmp_path / "pictures", tmp_path / "report.json", tmp_path / "toy.safetensors"
+    pictures.mkdir()
+    Image.effect_noise((64, 64), 60).convert("RGB").save(pictures / "0.png")
+    options = ["--model", str(tiny_model_dir), "--token", "<toy>", "--init", "star", "--output", str(output)]
+    line = ["ti-train", str(pictures), *options, "--steps", "3", "--batch-size", "2"]
+
+    child = [sys.executable, "-m", "benchmarks.training", "--child", str(report), *line]
+    subprocess.run(child, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)
+
+    parts = json.loads(report.read_text())
+    assert parts["optimiser"] > 0
+    assert parts["step"] > 0
 
 
 def test_many_words_in_one_run_are_bold_above_half_the_time_of_single_runs() -> None:

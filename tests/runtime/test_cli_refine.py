@@ -125,6 +125,38 @@ def test_undoing_and_answering_again_gives_the_word_of_the_other_answer(
     assert scripted(monkeypatch, capsys, tiny_bundle, *again)["identity"] == other["identity"]
 
 
+def test_undoing_deletes_the_pictures_of_the_rounds_that_other_answers_would_draw(
+    tiny_bundle: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    aspects = ["--aspects", "aspects.txt", "--candidates", 3]
+    scripted(monkeypatch, capsys, tiny_bundle, "--start", "cat", *aspects)
+    for _ in range(2):
+        scripted(monkeypatch, capsys, tiny_bundle, "--start", "cat-refined.safetensors", "--likes", "1")
+    first = Path("cat-refined.rounds/round-1/1.png").read_bytes()
+    assert sorted(path.name for path in Path("cat-refined.rounds").glob("*.png")) == [
+        f"round-{number}.png" for number in (1, 2, 3)
+    ]
+
+    others = ["--undo", 2, "--likes", "2", "--likes", "3", "--rounds", 2]
+    scripted(monkeypatch, capsys, tiny_bundle, "--start", "cat-refined.safetensors", *others)
+
+    assert sorted(path.name for path in Path("cat-refined.rounds").iterdir()) == ["round-1", "round-1.png"]
+    assert Path("cat-refined.rounds/round-1/1.png").read_bytes() == first
+
+
+def test_undoing_on_a_terminal_deletes_the_pictures_of_later_rounds(
+    tiny_bundle: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli_refine, "on_terminal", lambda: True)
+    line = [tiny_bundle, "--start", "cat", "--aspects", "aspects.txt", "--steps", 1, "--engine", "onnxruntime"]
+
+    result = CliRunner().invoke(cli_refine.command, list(map(str, line)), input="1\nu\nq\n")
+
+    assert result.exit_code == 0, result.stderr
+    rounds = Path("cat-refined.rounds")
+    assert sorted(path.name for path in rounds.iterdir()) == ["round-1", "round-1.png"]
+
+
 def test_a_learned_word_is_refined_into_another_file(
     tiny_bundle: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

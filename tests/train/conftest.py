@@ -9,6 +9,7 @@ from tests.export.conftest import (
     tiny_chroma_dir,
     tiny_flux2_dir,
     tiny_flux_dir,
+    tiny_ldm_dir,
     tiny_sd3_dir,
     tiny_sdxl_dir,
 )
@@ -18,6 +19,7 @@ __all__ = [
     "tiny_chroma_dir",
     "tiny_flux2_dir",
     "tiny_flux_dir",
+    "tiny_ldm_dir",
     "tiny_sd3_dir",
     "tiny_sdxl_dir",
 ]

@@ -40,17 +40,35 @@ def test_rows_turn_independently_and_keep_their_length() -> None:
     torch.testing.assert_close(rows[1], 2 * unit(torch.tensor([[0.0, 1.0, 0.1]]))[0])
 
 
-def test_without_a_gradient_the_prior_turns_a_row_back_to_where_it_began() -> None:
-    parameter = torch.nn.Parameter(torch.tensor([[1.0, 0.0]]))
-    optimizer = DirectionalDescent([{"params": [parameter], "length": 1.0}], 0.2, 0.01)
-    parameter.grad = torch.tensor([[0.0, 5.0]])
+def test_the_prior_turns_a_row_towards_where_it_began_as_far_as_its_share_of_the_gradient() -> None:
+    parameter = torch.nn.Parameter(torch.tensor([[1.0, 0.0, 0.0]]))
+    optimizer = DirectionalDescent([{"params": [parameter], "length": 1.0}], 1.0, kappa=1.0)
+    parameter.grad = torch.tensor([[0.0, 5.0, 0.0]])
     optimizer.step()
-    away = parameter.detach().clone()
-    parameter.grad = torch.zeros(1, 2)
+    half = math.sqrt(0.5)
+    torch.testing.assert_close(parameter.detach(), torch.tensor([[half, -half, 0.0]]))  # the prior is radial here
+
+    parameter.grad = torch.tensor([[0.0, 0.0, 2.0]])
     optimizer.step()
 
-    assert float(away[0, 1]) < 0
-    torch.testing.assert_close(parameter.detach(), torch.tensor([[1.0, 0.0]]), atol=2e-3, rtol=0)
+    # By hand: -(1, 0, 0) without its part along (1, -1, 0) is -(1, 1, 0) / 2; with (0, 0, 2) its length is sqrt(4.5).
+    step = torch.tensor([-0.5, -0.5, 2.0]) / math.sqrt(4.5)
+    expected = unit(torch.tensor([[half, -half, 0.0]]) - step)
+    torch.testing.assert_close(parameter.detach(), expected)
+
+
+def test_a_row_with_a_gradient_of_zero_stays_beside_one_that_turns() -> None:
+    parameter = torch.nn.Parameter(torch.eye(2))
+    optimizer = DirectionalDescent([{"params": [parameter], "length": 1.0}], 0.2, kappa=0.01)
+    parameter.grad = torch.tensor([[0.0, 5.0], [5.0, 0.0]])
+    optimizer.step()
+    away = parameter.detach().clone()
+    parameter.grad = torch.tensor([[0.0, 0.0], [5.0, 0.0]])
+    optimizer.step()
+
+    assert float(away[0, 1]) < -0.1
+    assert parameter[0].equal(away[0])
+    assert not parameter[1].equal(away[1])
 
 
 def test_the_mean_length_leaves_out_rows_of_zeros() -> None:

@@ -196,28 +196,9 @@ def test_the_loss_falls_to_a_fifth_if_a_word_can_explain_the_targets(
     recipe: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The targets are the network's predictions with another word, whose rows are half a radian away, and its output
-    vectors a tenth. A word is one token of 44, so the predictions depend little on it."""
     folders = {"sd3": tiny_sd3_dir, "flux": tiny_flux_dir, "chroma": tiny_chroma_dir, "flux2": tiny_flux2_dir}
     source, word = load_source(folders[model]), a_word(*encoders, prompts=PROMPTS[:1])
-    source.network.get_submodule("proj_out").weight.mul_(100)  # the prior of directions is not scaled with the loss
-    learner = Learner(source, [word], settings_of(recipe, steps=40, batch_size=4, output_rate=0.03), seed=7)
-    rng = torch.Generator().manual_seed(3)
-    rows, out = (
-        {name: turned(value.detach(), angle, rng) for name, value in vectors.items()}
-        for vectors, angle in ((word.rows, 0.5), (word.out, 0.1))
-    )
-
-    @torch.no_grad()
-    def target(x_0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        prompts = [(0, PROMPTS[0])] * len(x_0)
-        conditions = learner._conditions(prompts, learner._stages(t, x_0), {0: rows}, {0: out})
-        return learner._predict(learner.noising.noisy(x_0, eps, t), t, conditions)
-
-    monkeypatch.setattr(learner.noising, "target", target)
-    while not learner.finished():
-        learner.step()
-    assert learner.probe_loss(0) < 0.2 * word.start_loss
+    assert_loss_falls_to_a_fifth(source, word, settings_of(recipe), "proj_out", monkeypatch)
 
 
 def turned(vectors: torch.Tensor, angle: float, rng: torch.Generator) -> torch.Tensor:
@@ -316,24 +297,9 @@ def test_a_resumed_run_has_the_same_bits(
         (tiny_chroma_dir, ("text_encoder_3",)),
         (tiny_flux2_dir, ("text_encoder_qwen3",)),
     ):
-        whole, first, second = (Learner(load_source(model), [a_word(*encoders)], settings, seed=7) for _ in range(3))
-        for _ in range(4):
-            whole.step()
-        for _ in range(2):
-            first.step()
-        second.restore(*first.state())
-        for _ in range(2):
-            second.step()
-        assert second.words[0].losses == whole.words[0].losses
-        for name in encoders:
-            assert torch.equal(second.words[0].rows[name], whole.words[0].rows[name])
-            assert not torch.equal(whole.words[0].rows[name], whole.words[0].initial[name])
         # CLIP only pools in FLUX.1.
         out = {} if recipe != "precise" else set(encoders) - ({"text_encoder"} if model == tiny_flux_dir else set())
-        assert second.words[0].out.keys() == whole.words[0].out.keys() == set(out)
-        for name in out:
-            assert torch.equal(second.words[0].out[name], whole.words[0].out[name])
-            assert not torch.equal(whole.words[0].out[name], whole.words[0].initial_out[name])
+        assert_same_bits_resumed(model, lambda names=encoders: a_word(*names), settings, set(out))
 
 
 class Forgetful(dict[Any, Any]):
@@ -628,6 +594,54 @@ def assert_loss_falls(source: Source, word: Word, recipe: str, steps: int = 20) 
         learner.step()
     assert learner.probe_loss(0) < 0.999 * word.start_loss
     assert all(not torch.equal(rows, word.initial[name]) for name, rows in word.rows.items())
+
+
+def assert_loss_falls_to_a_fifth(
+    source: Source, word: Word, recipe: Recipe, last_layer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The targets are the network's predictions with another word, whose rows are half a radian away, and its output
+    vectors a tenth. A word is one token of many, so the predictions depend little on it."""
+    source.network.get_submodule(last_layer).weight.mul_(100)  # the prior of directions is not scaled with the loss
+    settings = recipe.with_changes(steps=40, batch_size=4, output_rate=0.03)
+    learner = Learner(source, [word], settings, seed=7)
+    rng = torch.Generator().manual_seed(3)
+    rows, out = (
+        {name: turned(value.detach(), angle, rng) for name, value in vectors.items()}
+        for vectors, angle in ((word.rows, 0.5), (word.out, 0.1))
+    )
+
+    @torch.no_grad()
+    def target(x_0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        prompts = [(0, word.prompts[0])] * len(x_0)
+        conditions = learner._conditions(prompts, learner._stages(t, x_0), {0: rows}, {0: out})
+        return learner._predict(learner.noising.noisy(x_0, eps, t), t, conditions)
+
+    monkeypatch.setattr(learner.noising, "target", target)
+    while not learner.finished():
+        learner.step()
+    assert learner.probe_loss(0) < 0.2 * word.start_loss
+
+
+def assert_same_bits_resumed(model: Path, new_word: Callable[[], Word], recipe: Recipe, out: set[str]) -> None:
+    """A run of four steps against one that another process would continue after two; `out` are the encoders that the
+    word has output vectors of."""
+    whole, first, second = (Learner(load_source(model), [new_word()], recipe, seed=7) for _ in range(3))
+    for _ in range(4):
+        whole.step()
+    for _ in range(2):
+        first.step()
+    second.restore(*first.state())
+    for _ in range(2):
+        second.step()
+    [expected], [resumed] = whole.words, second.words
+    assert resumed.losses == expected.losses
+    for name in expected.initial:
+        assert torch.equal(resumed.rows[name], expected.rows[name])
+        assert not torch.equal(expected.rows[name], expected.initial[name])
+    assert resumed.out.keys() == expected.out.keys() == out
+    for name in out:
+        assert torch.equal(resumed.out[name], expected.out[name])
+        assert not torch.equal(expected.out[name], expected.initial_out[name])
 
 
 def settings_of(recipe: str, **changes: Any) -> Recipe:
