@@ -8,7 +8,7 @@ two objects       photos of every two looks: the share in which silhouette and f
 object and style  every look in every style: the share in which the object is right, by the same reader, and the style
                   too. The judge reads the style: of the candidates, it is the one whose renders of the same look and
                   background are nearest. Candidates are the media and six styles. No caption names a held-out style, so
-                  the reference draws the same looks in styles that have a name, six others for each look
+                  the reference draws the same looks in styles that have a name: six of twelve
 
 The target for both is 0.9 of the reference's rate. `second word only` spells out the first object and keeps the second
 object's word, or the style's. The error of a ratio is its standard error over scenes. Words and measurements are stored
@@ -103,7 +103,7 @@ def two_objects(count: int) -> list[Scene]:
 
 
 def object_and_style(count: int, style_count: int, *, named: bool = False) -> list[Scene]:
-    """Every look in every held-out style, or in as many styles with a name, which are others for each look."""
+    """Every look in every held-out style, or in as many styles with a name, which are others for every second look."""
     return [
         Scene((world.Thing(look, f"<look{number}>"),), NEW[(number + index) % len(NEW)], None, style)
         for number, look in enumerate(world.HELD_OUT_LOOKS[:count])
@@ -114,7 +114,7 @@ def object_and_style(count: int, style_count: int, *, named: bool = False) -> li
 def styles_of(look: int, count: int, named: bool) -> list[str]:
     """The names of the styles that a look is drawn in."""
     if named:
-        return [*itertools.islice(itertools.cycle(world.STYLES), look * count, (look + 1) * count)]
+        return [*world.STYLES][look % 2 * count :][:count]
     return [*world.HELD_OUT_STYLES][:count]
 
 
