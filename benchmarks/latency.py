@@ -124,6 +124,8 @@ CASES = {
     "sdxl": Case("sdxl", f"{SDXL}, 512x512, 2 steps", 512, 2, 1, 1, 1, "sdxl"),
 }
 DEFAULT = ("miniature", "sd15")
+Roof = dict[str, Any]
+"""What benchmarks.roof prints; empty if OpenVINO is not installed."""
 
 
 def main() -> None:
@@ -169,10 +171,6 @@ def main() -> None:
     print(json.dumps({"threads": options.threads, "results": results, "roofs": roofs}))
 
 
-Roof = dict[str, Any]
-"""What benchmarks.roof prints; empty if OpenVINO is not installed."""
-
-
 def run(case: Case, contenders: Sequence[str], options: argparse.Namespace) -> tuple[list[dict[str, Result]], Roof]:
     """Runs every contender in turn, `case.rounds` times; stored results are not repeated. Raises ProcessError if the
     model or the roof cannot be had."""
@@ -199,12 +197,12 @@ def run(case: Case, contenders: Sequence[str], options: argparse.Namespace) -> t
                 continue
             try:
                 results[key] = measured(name, case, model, home, folder, options)
-                line_end = f"{results[key]['picture_ms']:.0f} ms per picture"
+                outcome = f"{results[key]['picture_ms']:.0f} ms per picture"
             except ProcessError as error:
                 results[key] = {"error": str(error)}
-                line_end = f"failed: {error}"
+                outcome = f"failed: {error}"
             write_whole(file, json.dumps(results, indent=1).encode(), sync=False)
-            print(f"{case.name}, {name}: {line_end}", file=sys.stderr)
+            print(f"{case.name}, {name}: {outcome}", file=sys.stderr)
         rounds.append({name: results[key] for name, key in keys.items()})
     return rounds, highest(roofs)
 

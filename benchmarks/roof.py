@@ -107,10 +107,11 @@ def floors(work: Work, found: Mapping[str, float]) -> dict[str, float]:
 def described(work: Work, found: Mapping[str, float]) -> str:
     """The arithmetic and the bytes of a step, and the peaks of the machine, in words."""
     names = [name for name in WIDTH if name in found]
-    size = ", ".join(f"{WIDTH[name] * work.numbers / 1e9:.2f} GB in {LONG[name]}" for name in names)
+    amount = f"{work.flops / 1e12:.4g} TFLOP" if work.flops >= 1e11 else f"{work.flops / 1e9:.4g} GFLOP"
+    size = ", ".join(f"{WIDTH[name] * work.numbers / 1e9:.3g} GB in {LONG[name]}" for name in names)
     speed = ", ".join(f"{found[name] / 1e9:.0f} GFLOP/s in {LONG[name]}" for name in names)
     return (
-        f"The products of a guided step are {work.flops / 1e12:.3g} TFLOP; without caches they move {size}. "
+        f"The products of a guided step are {amount}; without caches they move {size}. "
         f"Measured peaks: {speed}, {found['memory'] / 1e9:.1f} GB/s of memory"
     )
 

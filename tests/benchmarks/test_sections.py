@@ -142,7 +142,7 @@ def test_the_roof_is_that_of_the_highest_peaks_which_the_page_lists() -> None:
 
     assert roof["floors"] == {"bf16": 2, "f32": 4}
     assert latency.results_of("sd15", {}, roof).endswith(
-        "- The products of a guided step are 1.6 TFLOP; without caches they move 3.00 GB in bfloat16, 6.00 GB in "
+        "- The products of a guided step are 1.6 TFLOP; without caches they move 3 GB in bfloat16, 6 GB in "
         "float32. Measured peaks: 800 GFLOP/s in bfloat16, 400 GFLOP/s in float32, 12.3 GB/s of memory"
     )
     assert latency.highest([]) == {}
