@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import (
+    compression,
     feedback,
     full_size,
     gallery,
@@ -39,6 +40,7 @@ below
 <!-- end: b -->
 """
 MODULES = (
+    compression,
     feedback,
     full_size,
     gallery,
