@@ -123,23 +123,13 @@ def shape(name: str) -> Mapping[str, int]:
 
 def full_size(name: str, precision: str) -> Any:
     """A denoise step, or T5's encoder, as a graph to trace."""
-    import torch
-
-    from oneword.engines.graph import Precision
-    from oneword.export.families import TORCH_DTYPES, denoise_graph, encoder_graph
+    from oneword.export.families import denoise_graph, encoder_graph
     from oneword.export.flux import Flux
     from oneword.export.modules import DenoiseStep, UNet
     from oneword.export.sd3 import StableDiffusion3
     from oneword.export.t5 import T5Encoder
 
-    model, _ = split(name)
-    with torch.device("meta"):
-        network = torch.nn.Module.to(empty(name), TORCH_DTYPES[Precision(precision)])
-        if model in TEXT:
-            for block in network.encoder.block:
-                block.layer[1].DenseReluDense.wo.float()
-    network = network.to_empty(device="cpu").eval().requires_grad_(False)
-    randomize(network)
+    model, network = split(name)[0], random_network(name, precision)
     if model in TEXT:
         return encoder_graph("text_encoder_3", T5Encoder(network, T5_LENGTH))
     if model in FLOW:
@@ -152,8 +142,25 @@ def full_size(name: str, precision: str) -> Any:
     return denoise_graph(DenoiseStep(UNet(network)), pooled, 6)
 
 
+def random_network(name: str, precision: str) -> Any:
+    """The diffusers or transformers model with random weights, the same ones in every process."""
+    import torch
+
+    from oneword.engines.graph import Precision
+    from oneword.export.families import TORCH_DTYPES
+
+    with torch.device("meta"):
+        network = torch.nn.Module.to(empty(name), TORCH_DTYPES[Precision(precision)])
+        if split(name)[0] in TEXT:
+            for block in network.encoder.block:
+                block.layer[1].DenseReluDense.wo.float()
+    network = network.to_empty(device="cpu").eval().requires_grad_(False)
+    randomize(network)
+    return network
+
+
 def empty(name: str) -> Any:
-    """The diffusers or transformers model."""
+    """The diffusers or transformers model, with its own initial weights."""
     from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
     from transformers import T5Config, T5EncoderModel
 

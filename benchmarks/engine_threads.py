@@ -15,7 +15,8 @@ openvino, one thread
 
 The settings alternate every few pictures, so that other load on the machine affects all of them; medians are compared,
 and processor time is that of the drawing process alone. Bold: the shipped setting takes over 1.1 times as long as the
-fastest of its engine. Linux only. `--write` puts the table into docs/results/latency.md. Ends in one line of JSON.
+fastest of its engine. Linux only. `--write` puts the table into docs/results/latency.md, or latency-float32.md on a
+processor without bfloat16. Ends in one line of JSON.
 """
 
 from __future__ import annotations
@@ -23,18 +24,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks import turns
 from benchmarks.latency import NEW_PAGE, page_of
 from benchmarks.pages import marked, model_name, provenance, table, write_section
-from benchmarks.threads import busy_processes
+from benchmarks.turns import Turns
 from oneword.runtime.bundle import Bundle
 
 BAR = 1.1
@@ -50,8 +49,6 @@ SETTINGS: Mapping[str, Mapping[str, str]] = {
     "openvino, one thread": {"threads": "1"},
 }
 """By engine and name: settings of its sessions, or the number of threads."""
-Turns = dict[str, list[dict[str, float]]]
-"""By setting: `ms` and `cpu_ms` per picture, of each turn."""
 
 
 def main() -> None:
@@ -95,55 +92,15 @@ def threads_table(milliseconds: Mapping[str, Mapping[str, float]], busy: int) ->
 
 def measure(options: argparse.Namespace) -> tuple[Turns, Turns]:
     """The turns of every setting, alone and beside busy processes."""
-    alone: Turns = {name: [] for name in SETTINGS}
-    beside: Turns = {name: [] for name in SETTINGS}
-    with ExitStack() as stack:
-        drawers = {name: stack.enter_context(drawer(name, options)) for name in SETTINGS}
-        for number in range(options.rounds):
-            for name, process in drawers.items():
-                alone[name].append(turn(process))
-                with busy_processes(options.busy):
-                    beside[name].append(turn(process))
-            last = ", ".join(f"{name} {alone[name][-1]['ms']:.0f} / {beside[name][-1]['ms']:.0f}" for name in SETTINGS)
-            print(f"round {number + 1} of {options.rounds}: {last} ms", file=sys.stderr)
-    return alone, beside
-
-
-def turn(process: subprocess.Popen[str]) -> dict[str, float]:
-    """Draws a few pictures in a drawer."""
-    assert process.stdin
-    assert process.stdout
-    process.stdin.write("go\n")
-    process.stdin.flush()
-    result: dict[str, float] = json.loads(process.stdout.readline())
-    return result
-
-
-@contextmanager
-def drawer(name: str, options: argparse.Namespace) -> Iterator[subprocess.Popen[str]]:
-    """A process that draws on request (`turn`)."""
-    command = [sys.executable, "-m", "benchmarks.engine_threads", options.bundle, "--serve", name]
-    command += ["--pictures", options.pictures, "--threads", options.threads]
+    shared = ["--pictures", options.pictures, "--threads", options.threads]
+    start = [sys.executable, "-m", "benchmarks.engine_threads", options.bundle, *shared, "--serve"]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("OMP_")}
-    with subprocess.Popen(
-        [*map(str, command)],
-        env=environment,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    ) as process:
-        try:
-            assert process.stdout
-            if process.stdout.readline().strip() != "ready":
-                raise SystemExit(f"{name} does not run: is its engine installed?")
-            yield process
-        finally:
-            process.kill()
+    commands = {name: [*start, name] for name in SETTINGS}
+    return turns.measure(commands, dict.fromkeys(SETTINGS, environment), options.rounds, options.busy)
 
 
 def serve(options: argparse.Namespace) -> None:
-    """Draws `pictures` pictures per line on standard input; prints what one of them took."""
+    """Draws `pictures` pictures per turn."""
     from oneword.runtime.drawing import draw
     from oneword.runtime.model import Model
     from oneword.runtime.request import Request
@@ -159,13 +116,7 @@ def serve(options: argparse.Namespace) -> None:
 
     for _ in range(4):  # OpenVINO compiles a small graph again for shapes that come often
         picture()
-    print("ready", flush=True)
-    for _ in sys.stdin:
-        wall, cpu = time.perf_counter(), time.process_time()
-        for _ in range(options.pictures):
-            picture()
-        spent = {"ms": time.perf_counter() - wall, "cpu_ms": time.process_time() - cpu}
-        print(json.dumps({key: 1e3 * seconds / options.pictures for key, seconds in spent.items()}), flush=True)
+    turns.serve(picture, options.pictures)
 
 
 def set_onnxruntime(settings: Mapping[str, str]) -> None:
@@ -206,7 +157,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--pictures", type=int, default=3, help="per turn")
     parser.add_argument("--busy", type=int, default=1, help="number of busy processes")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--write", action="store_true", help="write the table into docs/results/latency.md")
+    parser.add_argument("--write", action="store_true", help="write the table into the page of latency")
     parser.add_argument("--serve", choices=SETTINGS, help=argparse.SUPPRESS)
     return parser.parse_args()
 

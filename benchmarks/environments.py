@@ -4,7 +4,8 @@
     optimum-intel                                    genai.sh too, and the model that optimum-cli converts for both
     sdcpp-f16, sdcpp-q8_0                            sdcpp.sh
 
-Each is one script in benchmarks/peers/, which gets a job as JSON and imports nothing of this project.
+Each is one script in benchmarks/peers/, which gets a job as JSON and imports nothing of this project, so that its
+process has no PYTHONPATH.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +26,12 @@ from PIL import Image
 from benchmarks.psnr import psnr
 
 SCRIPTS = Path(__file__).parent / "peers"
-Result = dict[str, float]
+Result = dict[str, Any]
+"""Measurements, all of them numbers, or `error`: one line."""
+
+
+class ProcessError(Exception):
+    """A process failed; the message is one line."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,7 @@ def measured(
     name: str, job: Mapping[str, Any], model: Path, home: Path, folder: Path, options: argparse.Namespace
 ) -> Result:
     """One peer's results. `job` has what all contenders have in common; `home` holds what is made of the model,
-    `folder` what is made for this case. Raises SystemExit if it fails."""
+    `folder` what is made for this case. Raises ProcessError."""
     peer = PEERS[name]
     environment = options.peers / peer.environment / "bin"
     path = converted(environment, model, home) if peer.converted else model
@@ -72,7 +79,7 @@ def measured(
 
     def run_job(job: Mapping[str, Any]) -> str:
         line = [environment / "python", SCRIPTS / peer.script, json.dumps(job)]
-        return process(line, threads=options.threads)
+        return process(line, threads=options.threads, peer=True)
 
     run_job(cold_job)  # fills its cache
     result: Result = json.loads(run_job(job))
@@ -92,7 +99,7 @@ def converted(environment: Path, model: Path, home: Path) -> Path:
     if not (folder / "model_index.json").exists():
         export = ["export", "openvino", "--task", "text-to-image", "--library", "diffusers", "--weight-format", "fp16"]
         shutil.rmtree(partial, ignore_errors=True)
-        process([environment / "optimum-cli", *export, "--model", model, partial], threads=0)
+        process([environment / "optimum-cli", *export, "--model", model, partial], threads=0, peer=True)
         partial.rename(folder)
     return folder
 
@@ -103,16 +110,16 @@ def decibels(picture: Path, reference: Path) -> float:
     return min(psnr(*arrays), 99.0)
 
 
-def process(line: Sequence[object], threads: int) -> str:
-    """The last line that a process prints; 0 threads means its own default. Raises SystemExit if it fails."""
-    run = subprocess.run(
-        [*map(str, line)],
-        env={**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=False,
-    )
+def process(line: Sequence[object], threads: int, peer: bool = False) -> str:
+    """The last line that a process prints; 0 threads means its own default. Raises ProcessError with its last line of
+    error if it fails; all of them are passed on."""
+    environment = {key: value for key, value in os.environ.items() if not (peer and key == "PYTHONPATH")}
+    if threads:
+        environment["OMP_NUM_THREADS"] = str(threads)
+    run = subprocess.run([*map(str, line)], env=environment, capture_output=True, text=True, check=False)
+    sys.stderr.write(run.stderr)
     if run.returncode:
-        failed = f"{' '.join(map(str, line))[:300]} failed with {run.returncode}"
-        raise SystemExit(f"{failed}; finished measurements are stored: the same command resumes")
+        lines = run.stderr.strip().splitlines()
+        killed = f"stopped by signal {-run.returncode}" if run.returncode < 0 else ""
+        raise ProcessError((killed or (lines or [f"no message, status {run.returncode}"])[-1])[:300])
     return run.stdout.strip().rpartition("\n")[2]

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import openvino_cpu
 from benchmarks.pages import table
 from benchmarks.roof import step_shapes
 
@@ -68,13 +69,7 @@ def opened(options: argparse.Namespace) -> dict[str, float]:
     graph, shapes = bundle.graph("denoise_step"), step_shapes(bundle.manifest, options.size)
     feeds = {spec.name: np.zeros(shapes[spec.name], numpy_dtype(spec.dtype)) for spec in graph.inputs}
     core, path = openvino.Core(), bundle.file(graph.files[0])
-    settings = {
-        "INFERENCE_PRECISION_HINT": "bf16"
-        if "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-        else "f32",
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_NUM_THREADS": str(options.threads),
-    }
+    settings = openvino_cpu.settings(openvino_cpu.precision_of(core), options.threads)
     if mode := FORMS[options.form]:
         settings |= {"CACHE_DIR": str(options.work / options.form), "CACHE_MODE": mode}
     if options.form != "onnx":

@@ -2,6 +2,9 @@
 
     torch              the step's own module, fp16, channels last
     torch-compile      the same with torch.compile(mode="max-autotune")
+    diffusers-tuned    diffusers' own UNet with the settings of stable-fast: fp16, channels last, fused projections of
+                       queries, keys and values, and stable-fast's compiler if `sfast` can be imported, otherwise
+                       torch.compile(mode="reduce-overhead"), which also captures CUDA graphs
     onnxruntime-cuda, tensorrt, tensorrt-rtx
                        the exported step, fp16; TensorRT's plans are built for this batch and size alone. Where the
                        engine allows it, the step is also captured as a CUDA graph and replayed
@@ -10,6 +13,7 @@ Random weights (benchmarks.architectures), guided pictures of the model's own si
 Part of `benchmarks.gpu`; not covered: encoding, decoding, and what a scheduler adds.
 """
 
+import importlib.util
 import json
 import os
 import signal
@@ -23,11 +27,11 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.architectures import CONFIGS, SHAPE, bundle_of_one, full_size
+from benchmarks.architectures import CONFIGS, SHAPE, bundle_of_one, full_size, random_network
 from benchmarks.pages import marked, table
 from oneword.runtime.samplers import COLUMNS
 
-CONTENDERS = ("torch", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx", "torch-compile")
+CONTENDERS = ("torch", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx", "diffusers-tuned", "torch-compile")
 """In this order, so that torch.compile, which takes longest, gets the time that the others leave."""
 TFLOP = {"sd15": 1.607, "sdxl": 13.5}  # per guided step of one picture of the model's own size
 TOKENS = SHAPE["T"]
@@ -79,19 +83,21 @@ def finished(command: Sequence[str], seconds: float) -> dict[str, Any]:
     return result
 
 
-def measure(contender: str, model: str, batch: int, work: Path, simulated: bool) -> dict[str, float]:
+def measure(contender: str, model: str, batch: int, work: Path, simulated: bool) -> dict[str, Any]:
     """Runs in a contender's own process. PyTorch runs first and saves the reference for the others."""
     folder, feeds = work / model, feeds_of(model, batch)
     folder.mkdir(parents=True, exist_ok=True)
     steps = 1 if simulated else STEPS if batch == 1 else STEPS // 5
-    prepare = _torch if contender.startswith("torch") else _ours
+    prepare = _torch if contender.startswith(("torch", "diffusers")) else _ours
     first_step, loop, captured, device_memory = prepare(contender, model, folder, feeds, steps)
     reference = folder / f"reference-{batch}.npy"
     if contender == "torch":
         np.save(reference, first_step)
-    result = {"step_ms": 1e3 * _seconds(loop) / steps, "gpu_mib": device_memory() / 2**20}
+    result: dict[str, Any] = {"step_ms": 1e3 * _seconds(loop) / steps, "gpu_mib": device_memory() / 2**20}
     if captured is not None:
         result["captured_ms"] = 1e3 * _seconds(captured) / steps
+    if contender == "diffusers-tuned":
+        result["compiler"] = "stable-fast" if importlib.util.find_spec("sfast") else "torch.compile"
     if reference.exists():
         expected = np.load(reference)
         result["difference"] = float(np.abs(first_step - expected).max() / np.abs(expected).max())
@@ -101,15 +107,18 @@ def measure(contender: str, model: str, batch: int, work: Path, simulated: bool)
 def _torch(contender: str, model: str, folder: Path, feeds: dict[str, Any], steps: int) -> Any:
     import torch
 
-    from oneword.export.trace import to_torch
-
     if not torch.cuda.is_available():
         raise SystemExit(f"PyTorch {torch.__version__} finds no GPU")
+    from oneword.export.trace import to_torch  # takes seconds: imports diffusers
+
     graph = full_size(model, "fp16")
-    module = graph.module.to("cuda", memory_format=torch.channels_last)
+    module = tuned_step(model, "fp16") if contender == "diffusers-tuned" else graph.module
+    module = module.to("cuda", memory_format=torch.channels_last)
     if contender == "torch-compile":
         module = torch.compile(module, mode="max-autotune")
     tensors = {name: value.cuda() for name, value in to_torch(graph.inputs, feeds).items()}
+    if contender == "diffusers-tuned":
+        module.network.unet = compiled(module.network.unet)
 
     def loop(count: int = steps) -> Any:
         inputs = dict(tensors)
@@ -121,6 +130,45 @@ def _torch(contender: str, model: str, folder: Path, feeds: dict[str, Any], step
 
     free_and_total = torch.cuda.mem_get_info
     return loop(1).cpu().numpy(), loop, None, lambda: free_and_total()[1] - free_and_total()[0]
+
+
+def tuned_step(model: str, precision: str) -> Any:
+    """The denoise step around diffusers' own UNet, its projections fused. Each branch has a context of its own, as in
+    diffusers: `branch_context` is not read."""
+    import torch
+
+    from oneword.export.modules import DenoiseStep
+
+    class Network(torch.nn.Module):
+        embeds_guidance = masks_context = False
+
+        def __init__(self, unet: Any) -> None:
+            super().__init__()
+            self.unet, self.dtype = unet, unet.dtype
+
+        def forward(self, sample: Any, t: Any, context: Any, pooled: Any, time_ids: Any, _branch_context: Any) -> Any:
+            added = None if pooled is None else {"text_embeds": pooled, "time_ids": time_ids}
+            return self.unet(sample, t, context, added_cond_kwargs=added, return_dict=False)[0]
+
+    unet = random_network(model, precision)
+    unet.fuse_qkv_projections()
+    network: Any = Network(unet)
+    return DenoiseStep(network)
+
+
+def compiled(unet: Any) -> Any:
+    """diffusers' UNet on the GPU, compiled by stable-fast if it is installed."""
+    import torch
+
+    if not importlib.util.find_spec("sfast"):
+        return torch.compile(unet, mode="reduce-overhead")
+    from sfast.compilers import diffusion_pipeline_compiler as sfast  # its documented settings
+
+    config = sfast.CompilationConfig.Default()
+    config.enable_xformers = bool(importlib.util.find_spec("xformers"))
+    config.enable_triton = bool(importlib.util.find_spec("triton"))
+    config.enable_cuda_graph = True
+    return sfast.compile_unet(unet, config)
 
 
 def _ours(contender: str, model: str, folder: Path, feeds: dict[str, Any], steps: int) -> Any:

@@ -6,11 +6,11 @@
     python -m benchmarks.latency --contenders oneword-openvino openvino-genai-static    some of the contenders
     python -m benchmarks.latency --quick              a few steps per contender, to check that all run
 
-Contenders run one after another, each in its own process. Medians are reported: of three rounds for the miniature, of
-one round of two pictures for SD 1.5.
+Contenders run one after another, each in its own process, in several rounds (CASES), whose medians are reported.
 
     oneword-onnxruntime this project's runtime, ONNX Runtime, fp32
     oneword-openvino    the same, OpenVINO, bf16 if the processor has it
+    oneword-onnxruntime-int8, oneword-openvino-int8    the same with int8 weights
     diffusers           StableDiffusionPipeline, eager, fp32
     diffusers-compile   the same with torch.compile on its UNet
     diffusers-openvino  the same with its UNet in OpenVINO, compiled for one shape, bf16 if the processor has it
@@ -23,14 +23,17 @@ The last five run in environments of their own, built by benchmarks/peers/genai.
 left out (benchmarks.environments). For OpenVINO's, the model is converted once, by optimum-cli.
 
 Models: the miniature at 64x64, 20 steps; and the architectures of SD 1.5 and SDXL with random weights. A picture
-is timed from prompt to pixels in memory, each with a different prompt. A step is timed in the loop, the bare engine
-within it; the difference is the host's share. The roof is the least time that the step's arithmetic can take in the
-contender's number format at the machine's measured peak (benchmarks.roof); stable-diffusion.cpp's is float32. PSNR
-compares a picture of a contender that computes with fewer than 32 bits with that of the same program in float32. A cold
-start is timed from process start to a PNG on disk, with the files in the system's cache, and with whatever a contender
-caches on disk (OpenVINO's plans, Inductor's kernels) already there. All contenders get the same warm-up and threads.
+is timed from prompt to pixels in memory, each with a different prompt. A step is timed from one call of the network to
+the next, or between two callbacks, the bare engine within it; the difference is the host's share. The roof is the least
+time that the step's arithmetic can take at the machine's peak (benchmarks.roof), the highest that any round measured:
+in bfloat16 if the contender computes in it, otherwise in float32, also for stable-diffusion.cpp. PSNR compares a
+picture of a contender that computes with, or has weights of, fewer than 32 bits with that of the same program in
+float32. A cold start is timed from process start to a PNG on disk, with the files in the system's cache, and with
+whatever a contender caches on disk (OpenVINO's plans, Inductor's kernels) already there. All contenders get the same
+warm-up and threads. A contender's class of precision is 8 bits if its weights are int8, otherwise that of its products.
 
-Results are stored in `--work` and not repeated: an interrupted run resumes with the same command. `--write` writes
+Results are stored in `--work` and not repeated: an interrupted run resumes with the same command. A contender that
+fails has a row with the last line of its error, and is started again only with `--retry`. `--write` writes
 docs/results/latency.md, or latency-float32.md on a processor without bfloat16. Not covered: quality, GPUs. Ends in one
 line of JSON.
 """
@@ -51,20 +54,29 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks import environments
-from benchmarks.environments import PEERS, Result, decibels, process
-from benchmarks.pages import RESULTS, empty_page, marked, provenance, write_section
+from benchmarks import environments, openvino_cpu
+from benchmarks.environments import PEERS, ProcessError, Result, decibels, process
+from benchmarks.openvino_cpu import has_bfloat16
+from benchmarks.pages import PATH, RESULTS, empty_page, marked, provenance, write_section
 from benchmarks.pages import table as markdown_table
+from benchmarks.roof import Work, described, floors
 from oneword.engines.files import write_whole
 
 CONTENDERS = {  # and the packages they need
     "oneword-onnxruntime": ("onnxruntime",),
     "oneword-openvino": ("openvino",),
+    "oneword-onnxruntime-int8": ("onnxruntime",),
+    "oneword-openvino-int8": ("openvino",),
     "diffusers": ("torch", "diffusers"),
     "diffusers-compile": ("torch", "diffusers"),
     "diffusers-openvino": ("torch", "diffusers", "openvino"),
 }
-IN_FLOAT32 = {"oneword-openvino": "oneword-onnxruntime", "diffusers-openvino": "diffusers"}
+IN_FLOAT32 = {
+    "oneword-openvino": "oneword-onnxruntime",
+    "oneword-onnxruntime-int8": "oneword-onnxruntime",
+    "oneword-openvino-int8": "oneword-onnxruntime",
+    "diffusers-openvino": "diffusers",
+}
 """The contender that computes in float32 what this one may not."""
 COLOURS = ("red", "blue", "green", "yellow", "purple", "orange", "white", "black")
 SHAPES = ("star", "ring", "heart", "moon", "square", "cross")
@@ -106,12 +118,14 @@ class Case:
 SD15, SDXL = "SD 1.5's architecture, random weights", "SDXL's architecture, random weights"
 CASES = {
     "miniature": Case("miniature", "The miniature, 64x64, 20 steps", 64, 20, 6, 10, 3, "miniature"),
-    "sd15": Case("sd15", f"{SD15}, 256x256, 4 steps", 256, 4, 1, 2, 1, "sd15"),
-    "sd15-512": Case("sd15-512", f"{SD15}, 512x512, 4 steps", 512, 4, 1, 2, 1, "sd15"),
+    "sd15": Case("sd15", f"{SD15}, 256x256, 4 steps", 256, 4, 1, 2, 3, "sd15"),
+    "sd15-512": Case("sd15-512", f"{SD15}, 512x512, 4 steps", 512, 4, 1, 2, 2, "sd15"),
     "sd15-20": Case("sd15-20", f"{SD15}, 256x256, 20 steps", 256, 20, 1, 1, 1, "sd15"),
     "sdxl": Case("sdxl", f"{SDXL}, 512x512, 2 steps", 512, 2, 1, 1, 1, "sdxl"),
 }
 DEFAULT = ("miniature", "sd15")
+Roof = dict[str, Any]
+"""What benchmarks.roof prints; empty if OpenVINO is not installed."""
 
 
 def main() -> None:
@@ -143,55 +157,82 @@ def main() -> None:
         else:
             contenders.append(name)
     contenders = [name for name in contenders if name in (options.contenders or contenders)]
-    results = {name: _medians(run(case, contenders, options)) for name, case in cases.items()}
+    results, roofs = {}, {}
     for name, case in cases.items():
-        print(f"\n{case.title}\n{table(results[name])}\n")
-        print("\n".join([*bars(name, results[name]), *class_lines(results[name], _has_bfloat16())]))
+        try:
+            rounds, roofs[name] = run(case, contenders, options)
+        except ProcessError as error:
+            raise SystemExit(f"{error}; finished measurements are stored: the same command resumes") from None
+        results[name] = with_roof(medians(rounds), roofs[name])
+    for name, case in cases.items():
+        print(f"\n{case.title}\n{results_of(name, results[name], roofs[name])}")
     if options.write:
-        write(results, options)
-    print(json.dumps({"threads": options.threads, "results": results}))
+        write(results, roofs, options)
+    print(json.dumps({"threads": options.threads, "results": results, "roofs": roofs}))
 
 
-def run(case: Case, contenders: Sequence[str], options: argparse.Namespace) -> list[dict[str, Result]]:
-    """Runs every contender in turn, `case.rounds` times; stored results are not repeated."""
+def run(case: Case, contenders: Sequence[str], options: argparse.Namespace) -> tuple[list[dict[str, Result]], Roof]:
+    """Runs every contender in turn, `case.rounds` times; stored results are not repeated. Raises ProcessError if the
+    model or the roof cannot be had."""
     home, folder = options.work / case.model, options.work / case.name
     for path in (home, folder):
         path.mkdir(parents=True, exist_ok=True)
-    model, bundle = prepare(case.model, home)
+    model = prepare(case.model, home)
+    bundle = exported(model, home, "float")
     file = stored(options.work, case.name)
     results: dict[str, Result] = json.loads(file.read_text()) if file.exists() else {}
-    key = f"floors {options.threads} threads"
-    if key not in results and importlib.util.find_spec("openvino"):
-        roof = ["-m", "benchmarks.roof", bundle, "--size", case.size, "--threads", options.threads]
-        results[key] = json.loads(_python(*roof, threads=options.threads))["floors"]
-    floors = results.get(key, {})
+    if options.retry:
+        results = {key: result for key, result in results.items() if "error" not in result}
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(home.resolve() / "inductor")  # a private cache, empty at first
-    rounds = []
+    rounds, roofs = [], list[Roof]()
     for number in range(case.rounds):
-        for name in contenders:
-            key = f"{number} {name} {case.steps} steps {options.threads} threads"
-            if key not in results:
-                shared = ["--contender", name, "--models", case.name, "--threads", options.threads]
-                shared += ["--model", model, "--bundle", bundle, *(["--quick"] if options.quick else [])]
-                if name in PEERS:
-                    job = job_of(case, options.threads)
-                    results[key] = environments.measured(name, job, model, home, folder, options)
-                else:
-                    _cold(name, case, model, bundle, folder, shared, options.threads)  # fills its caches
-                    results[key] = json.loads(_python("-m", "benchmarks.latency", *shared, threads=options.threads))
-                    results[key]["cold_s"] = _cold(name, case, model, bundle, folder, shared, options.threads)
-                    results[key] |= distance(name, folder)
-                write_whole(file, json.dumps(results, indent=1).encode(), sync=False)
-                print(f"{case.name}, {name}: {results[key]['picture_ms']:.0f} ms per picture", file=sys.stderr)
-        by_contender = {n: results[f"{number} {n} {case.steps} steps {options.threads} threads"] for n in contenders}
-        rounds.append({name: with_roof(name, result, floors) for name, result in by_contender.items()})
-    return rounds
+        key = f"{number} roof {options.threads} threads"
+        if key not in results and importlib.util.find_spec("openvino"):
+            line = ["-m", "benchmarks.roof", bundle, "--size", case.size, "--threads", options.threads]
+            results[key] = json.loads(_python(*line, threads=options.threads))
+        roofs += [results[key]] if key in results else []
+        keys = {name: f"{number} {name} {case.steps} steps {options.threads} threads" for name in contenders}
+        for name, key in keys.items():
+            if key in results:
+                continue
+            try:
+                results[key] = measured(name, case, model, home, folder, options)
+                outcome = f"{results[key]['picture_ms']:.0f} ms per picture"
+            except ProcessError as error:
+                results[key] = {"error": str(error)}
+                outcome = f"failed: {error}"
+            write_whole(file, json.dumps(results, indent=1).encode(), sync=False)
+            print(f"{case.name}, {name}: {outcome}", file=sys.stderr)
+        rounds.append({name: results[key] for name, key in keys.items()})
+    return rounds, highest(roofs)
+
+
+def measured(name: str, case: Case, model: Path, home: Path, folder: Path, options: argparse.Namespace) -> Result:
+    """One contender's results. Raises ProcessError."""
+    if name in PEERS:
+        return environments.measured(name, job_of(case, options.threads), model, home, folder, options)
+    bundle = exported(model, home, "int8") if name.endswith("-int8") else home / "bundle"
+    shared = ["--contender", name, "--models", case.name, "--threads", options.threads]
+    shared += ["--model", model, "--bundle", bundle, *(["--quick"] if options.quick else [])]
+    _cold(name, case, bundle, folder, shared, options.threads)  # fills its caches
+    result: Result = json.loads(_python("-m", "benchmarks.latency", *shared, threads=options.threads))
+    result["cold_s"] = _cold(name, case, bundle, folder, shared, options.threads)
+    return result | distance(name, folder)
+
+
+def highest(roofs: Sequence[Roof]) -> Roof:
+    """The roof at the highest peaks of all rounds, since other processes only lower a peak."""
+    if not roofs:
+        return {}
+    peaks = {name: max(roof["peaks"][name] for roof in roofs) for name in roofs[0]["peaks"]}
+    work = Work(roofs[0]["flops"], roofs[0]["numbers"])
+    return {"flops": work.flops, "numbers": work.numbers, "peaks": peaks, "floors": floors(work, peaks)}
 
 
 def job_of(case: Case, threads: int) -> dict[str, Any]:
     """What a contender in an environment of its own is given; see benchmarks/peers/pictures.py."""
     return {
-        "precision": "bf16" if _has_bfloat16() else "f32",
+        "precision": "bf16" if has_bfloat16() else "f32",
         "size": case.size,
         "steps": case.steps,
         "guidance": GUIDANCE,
@@ -215,10 +256,17 @@ def picture_of(name: str, folder: Path) -> list[Path]:
     return [*folder.glob(f"{name}.png"), *(folder / name).glob("*.png")]
 
 
-def with_roof(name: str, result: Result, floors: Result) -> Result:
-    """A contender's result with the share of the roof that its step reaches; `floors` are seconds by number format."""
-    floor = floors.get("bf16" if in_openvino(name) and "bf16" in floors else "f32")
-    return result if floor is None else {**result, "roof": 1e3 * floor / result["step_ms"]}
+def with_roof(results: Mapping[str, Result], roof: Roof) -> dict[str, Result]:
+    """The results, with the share of the roof that each contender's step reaches."""
+    if not roof:
+        return {**results}
+    least, low = roof["floors"], "bf16" in roof["floors"]
+    return {
+        name: result
+        if "error" in result
+        else {**result, "roof": 1e3 * least["bf16" if low and in_openvino(name) else "f32"] / result["step_ms"]}
+        for name, result in results.items()
+    }
 
 
 def stored(work: Path, case: str) -> Path:
@@ -226,19 +274,24 @@ def stored(work: Path, case: str) -> Path:
     return work / case / "results.json"
 
 
-def prepare(name: str, home: Path) -> tuple[Path, Path]:
-    """A model as a diffusers directory, and its bundle."""
+def prepare(name: str, home: Path) -> Path:
+    """A model as a diffusers directory."""
     if name == "miniature":
-        model = Path(str(importlib.resources.files("oneword") / "miniature"))
-    else:
-        model = home / "model"
-        if not (model / "model_index.json").is_file():
-            _python("-m", "benchmarks.random_models", name, model, threads=0)
-    bundle = home / "bundle"
-    # In its own process, because it needs much memory.
-    script = f"from pathlib import Path; from benchmarks.exported import exported; exported({str(model)!r}, Path("
-    _python("-c", f"{script}{str(bundle)!r}))", threads=0)
-    return model, bundle
+        return Path(str(importlib.resources.files("oneword") / "miniature"))
+    model = home / "model"
+    if not (model / "model_index.json").is_file():
+        _python("-m", "benchmarks.random_models", name, model, threads=0)
+    return model
+
+
+def exported(model: Path, home: Path, weights: str) -> Path:
+    """The model's bundle with such weights, `float` or `int8`. In its own process, because exports need much memory."""
+    bundle = home / ("bundle" if weights == "float" else f"bundle-{weights}")
+    script = "import sys; from pathlib import Path; from benchmarks.exported import exported; "
+    script += "from oneword.engines.graph import Weights; "
+    script += "exported(sys.argv[1], Path(sys.argv[2]), Weights(sys.argv[3]))"
+    _python("-c", script, model, bundle, weights, threads=0)
+    return bundle
 
 
 def contend(case: Case, options: argparse.Namespace) -> None:
@@ -272,14 +325,15 @@ StepSeconds = Callable[[], tuple[float, float]]
 
 
 def _ours(case: Case, options: argparse.Namespace) -> tuple[Draw, StepSeconds]:
-    """The bare engine is timed within the loop, in every call of the denoiser's binding."""
+    """A step is timed from one call of the denoiser's binding to the next, the bare engine within the call. So the
+    first step is without encoding, and the last, which decoding follows, is left out."""
     from oneword.runtime.drawing import scheduler_for
     from oneword.runtime.model import Model
     from oneword.runtime.request import Request
 
-    model = Model.open(options.bundle, options.contender.removeprefix("oneword-"), threads=options.threads)
+    model = Model.open(options.bundle, backend_of(options.contender), threads=options.threads)
     engine: Any = model.engine("denoise_step")
-    bind, spent, ends = engine.bind, list[float](), list[float]()
+    bind, spent, starts = engine.bind, list[float](), list[float]()
 
     def timed_bind(*args: Any) -> Any:
         binding = bind(*args)
@@ -288,6 +342,7 @@ def _ours(case: Case, options: argparse.Namespace) -> tuple[Draw, StepSeconds]:
         def timed(stream: int | None = None) -> None:
             start = time.perf_counter()
             run(stream)
+            starts.append(start)
             spent.append(time.perf_counter() - start)
 
         binding.run = timed
@@ -297,18 +352,15 @@ def _ours(case: Case, options: argparse.Namespace) -> tuple[Draw, StepSeconds]:
 
     def draw(prompt: str) -> None:
         spent.clear()
-        ends.clear()
+        starts.clear()
         size = (case.size, case.size)
         request = Request(prompt, seed=SEED, steps=case.steps, guidance_scale=GUIDANCE, size=size)
         scheduler = scheduler_for(model, [request])
         while scheduler:
             scheduler.step()
-            ends.append(time.perf_counter())
 
-    def step_seconds() -> tuple[float, float]:  # the first step includes encoding, the last one decoding
-        if case.steps < 3:
-            return statistics.mean(spent), statistics.mean(spent)
-        return (ends[-2] - ends[0]) / (len(ends) - 2), statistics.mean(spent[1:-1])
+    def step_seconds() -> tuple[float, float]:
+        return (starts[-1] - starts[0]) / (len(starts) - 1), statistics.mean(spent[:-1])
 
     return draw, step_seconds
 
@@ -386,11 +438,7 @@ def _openvino_unet(pipeline: Any, case: Case) -> Callable[..., Any]:
             return self.unet(*inputs, added_cond_kwargs=conditions, return_dict=False)[0]
 
     core = openvino.Core()
-    settings = {
-        "INFERENCE_PRECISION_HINT": "bf16" if _has_bfloat16() else "f32",
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_NUM_THREADS": str(torch.get_num_threads()),
-    }
+    settings = openvino_cpu.settings(openvino_cpu.precision_of(core), torch.get_num_threads())
     graph = openvino.convert_model(Network(), example_input=tuple(example.values()))
     graph.reshape({i: list(value.shape) for i, value in enumerate(example.values())})
     compiled = core.compile_model(graph, "CPU", settings)
@@ -417,18 +465,21 @@ def _draw(pipeline: Any, case: Case, prompt: str, **settings: Any) -> Any:
     ).images[0]
 
 
-def _cold(
-    name: str, case: Case, model: Path, bundle: Path, folder: Path, shared: Sequence[object], threads: int
-) -> float:
+def _cold(name: str, case: Case, bundle: Path, folder: Path, shared: Sequence[object], threads: int) -> float:
     """Seconds from process start to a PNG, by `ti-run` or a diffusers script."""
     start = time.perf_counter()
     if name.startswith("oneword"):
         line: list[object] = ["--steps", case.steps, "--seed", SEED, "--guidance-scale", GUIDANCE]
-        line += ["--size", f"{case.size}x{case.size}", "--engine", name.removeprefix("oneword-")]
+        line += ["--size", f"{case.size}x{case.size}", "--engine", backend_of(name)]
         _python("-m", "oneword.runtime.cli", bundle, PROMPTS[0], *line, "--output", folder / name, threads=threads)
     else:
         _python("-m", "benchmarks.latency", *shared, "--cold", folder / f"{name}.png", threads=threads)
     return time.perf_counter() - start
+
+
+def backend_of(name: str) -> str:
+    """What ti-run calls the backend of one of our contenders."""
+    return name.removeprefix("oneword-").removesuffix("-int8")
 
 
 def _python(*line: object, threads: int) -> str:
@@ -436,18 +487,41 @@ def _python(*line: object, threads: int) -> str:
     return process([sys.executable, "-W", "ignore", *line], threads=threads)
 
 
-def _medians(rounds: Sequence[dict[str, Result]]) -> dict[str, Result]:
-    return {
-        name: {key: round(statistics.median(measured[name][key] for measured in rounds), 3) for key in rounds[0][name]}
-        for name in rounds[0]
-    }
+def medians(rounds: Sequence[Mapping[str, Result]]) -> dict[str, Result]:
+    """Of the rounds in which a contender did not fail; its first error if it failed in all."""
+    results: dict[str, Result] = {}
+    for name in rounds[0]:
+        runs = [by_contender[name] for by_contender in rounds if "error" not in by_contender[name]]
+        keys = [key for key in (runs or [{}])[0] if all(key in run for run in runs)]
+        results[name] = {key: round(statistics.median(run[key] for run in runs), 3) for key in keys} or rounds[0][name]
+    return results
 
 
-def table(results: Mapping[str, Result]) -> str:
+def successes(results: Mapping[str, Result]) -> dict[str, Result]:
+    """The results of the contenders that did not fail."""
+    return {name: result for name, result in results.items() if "error" not in result}
+
+
+def results_of(case: str, results: Mapping[str, Result], roof: Roof) -> str:
+    """One model's table, targets and roof in Markdown."""
+    lines = [*bars(case, results), *class_lines(results, has_bfloat16())]
+    if roof:
+        lines.append(f"- {described(Work(roof['flops'], roof['numbers']), roof['peaks'])}")
+    return f"{table(results, case, has_bfloat16())}\n\n" + "\n".join(lines)
+
+
+def table(results: Mapping[str, Result], case: str, bfloat16: bool) -> str:
     """One model's results in Markdown; both `faster` are relative to diffusers, eager."""
-    base = results.get("diffusers")
+    base = successes(results).get("diffusers")
+    head = ["", "computes in", "weights", "ms per picture", "picture faster", "ms per step", "of the roof"]
+    head += ["of which the host", "cold start, s", "start faster", "peak MiB", "PSNR, dB"]
     rows = []
     for name, result in results.items():
+        numbers = numbers_of(name, case, bfloat16)
+        if "error" in result:
+            error = PATH.sub("PATH", result["error"]).replace("|", "/")
+            rows.append([name, *numbers, f"failed: {error}", *[""] * (len(head) - 4)])
+            continue
         faster = f"{base['picture_ms'] / result['picture_ms']:.2f}x" if base else ""
         colder = f"{base['cold_s'] / result['cold_s']:.2f}x" if base else ""
         host = f"{result['overhead_ms']:.2f} ({result['overhead_ms'] / result['step_ms']:.1%})"
@@ -455,15 +529,13 @@ def table(results: Mapping[str, Result]) -> str:
         roof = f"{result['roof']:.0%}" if "roof" in result else ""
         db = f"{result['db']:.1f}" if "db" in result else ""
         cold, peak = f"{result['cold_s']:.2f}", f"{result['peak_mib']:.0f}"
-        rows.append([name, picture, faster, step, roof, host, cold, colder, peak, db])
-    head = ["ms per picture", "picture faster", "ms per step", "of the roof", "of which the host"]
-    head += ["cold start, s", "start faster", "peak MiB", "PSNR, dB"]
-    return markdown_table(["", *head], rows)
+        rows.append([name, *numbers, picture, faster, step, roof, host, cold, colder, peak, db])
+    return markdown_table(head, rows)
 
 
 def bars(case: str, results: Mapping[str, Result]) -> list[str]:
     """The targets and whether each is met, and every measure in which another contender is better than ours."""
-    lines = []
+    lines, results = list[str](), successes(results)
 
     def bar(name: str, value: float, limit: float, *, least: bool) -> None:
         met = value >= limit if least else value <= limit
@@ -492,9 +564,9 @@ def bars(case: str, results: Mapping[str, Result]) -> list[str]:
 
 def class_lines(results: Mapping[str, Result], bfloat16: bool) -> list[str]:
     """For every class of precision and every measure, the best of ours relative to the best of theirs."""
-    lines = []
-    for precision in ("32 bits", "16 bits", "8 bits"):
-        members = {name: result for name, result in results.items() if bits_of(name, bfloat16) == precision}
+    lines, results = [], successes(results)
+    for bits in (32, 16, 8):
+        members = {name: result for name, result in results.items() if bits_of(name, bfloat16) == bits}
         ours, theirs = (
             {name: result for name, result in members.items() if name.startswith("oneword") == mine}
             for mine in (True, False)
@@ -504,15 +576,29 @@ def class_lines(results: Mapping[str, Result], bfloat16: bool) -> list[str]:
         for key, measure in MEASURES.items():
             mine, peer = (min(group, key=lambda name: group[name][key]) for group in (ours, theirs))
             ratio = ours[mine][key] / theirs[peer][key]
-            lines.append(f"- {precision}, {measure}: {mine} {marked(digits(ratio, 1), ratio <= 1)} of {peer}")
+            lines.append(f"- {bits} bits, {measure}: {mine} {marked(digits(ratio, 1), ratio <= 1)} of {peer}")
     return lines
 
 
-def bits_of(name: str, bfloat16: bool) -> str:
-    """The class of precision that a contender computes in, on a processor with bfloat16 or without."""
-    if name == "sdcpp-q8_0":
-        return "8 bits"
-    return "16 bits" if name == "sdcpp-f16" or (bfloat16 and in_openvino(name)) else "32 bits"
+def bits_of(name: str, bfloat16: bool) -> int:
+    """A contender's class of precision: 8 bits if its weights are int8, otherwise that of its products."""
+    computes, weights = numbers_of(name, "sd15", bfloat16)
+    return 8 if weights == "int8" else 32 if computes == "fp32" else 16
+
+
+def numbers_of(name: str, case: str, bfloat16: bool) -> tuple[str, str]:
+    """The number formats that a contender computes its products in and reads its weights in."""
+    if name in (
+        "sdcpp-f16",
+        "sdcpp-q8_0",
+    ):  # a product's other operand is rounded too; q8_0 leaves convolutions in fp16
+        numbers = "fp16" if name == "sdcpp-f16" else "int8"
+        return numbers, numbers
+    computes = "bf16" if bfloat16 and in_openvino(name) else "fp32"
+    if name.endswith("-int8"):
+        return computes, "int8"
+    halved = name == "oneword-openvino" and bfloat16 and case != "miniature"  # a small graph's are not
+    return computes, "fp16" if halved or name == "optimum-intel" or name.startswith("openvino-genai") else "fp32"
 
 
 def in_openvino(name: str) -> bool:
@@ -536,6 +622,7 @@ def plot(results: Mapping[str, Mapping[str, Result]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    results = {case: successes(by_contender) for case, by_contender in results.items()}
     figure, rows = pyplot.subplots(len(results), 2, figsize=(10, 3 * len(results)), layout="constrained", squeeze=False)
     for axes_row, (case, by_contender) in zip(rows, results.items(), strict=True):
         names = list(by_contender)[::-1]
@@ -547,7 +634,7 @@ def plot(results: Mapping[str, Mapping[str, Result]], path: Path) -> None:
             axes.bar_label(
                 bars_drawn, fmt=lambda value: f"{value:,.0f}" if value >= 1000 else f"{value:.3g}", padding=3
             )
-            axes.set_title(f"{CASES[case].title.split(',')[0]}: {title}")
+            axes.set_title(f"{plot_title(case)}:\n{title}", fontsize="medium")
             axes.spines[["top", "right"]].set_visible(False)
             axes.margins(x=0.15)
             axes.locator_params(axis="x", nbins=4)
@@ -556,19 +643,29 @@ def plot(results: Mapping[str, Mapping[str, Result]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def write(results: Mapping[str, Mapping[str, Result]], options: argparse.Namespace) -> None:
+def plot_title(case: str) -> str:
+    """The model, size and steps of a case."""
+    return CASES[case].title.replace(", random weights", "")
+
+
+def write(results: Mapping[str, Mapping[str, Result]], roofs: Mapping[str, Roof], options: argparse.Namespace) -> None:
     """Writes docs/results/latency.md, or latency-float32.md on a processor without bfloat16, and its plot."""
     page = page_of()
     plot(results, page.with_suffix(".png"))
-    write_section(page, "latency", section(results, options, page.with_suffix(".png").name), NEW_PAGE)
+    write_section(page, "latency", section(results, roofs, options, page.with_suffix(".png").name), NEW_PAGE)
 
 
 def page_of() -> Path:
     """The page of this processor."""
-    return RESULTS / ("latency.md" if _has_bfloat16() else "latency-float32.md")
+    return RESULTS / ("latency.md" if has_bfloat16() else "latency-float32.md")
 
 
-def section(results: Mapping[str, Mapping[str, Result]], options: argparse.Namespace, plot_name: str) -> str:
+def section(
+    results: Mapping[str, Mapping[str, Result]],
+    roofs: Mapping[str, Roof],
+    options: argparse.Namespace,
+    plot_name: str,
+) -> str:
     """The generated part of the page."""
     from importlib.metadata import version
 
@@ -577,23 +674,12 @@ def section(results: Mapping[str, Mapping[str, Result]], options: argparse.Names
     versions = ", ".join([f"Python {platform.python_version()}", *installed])
     parts = [
         provenance("latency", stored=stored(options.work, next(iter(results)))),
-        f"OpenVINO computes in {'bfloat16' if _has_bfloat16() else 'float32'}; {options.threads} threads, {versions}. "
-        "Bold: misses its target.",
+        f"{options.threads} threads, {versions}. Bold: misses its target.",
         f"![time of a picture and of a cold start for each contender]({plot_name})",
     ]
     for name, by_contender in results.items():
-        lines = [*bars(name, by_contender), *class_lines(by_contender, _has_bfloat16())]
-        parts.append(f"## {CASES[name].title}\n\n{table(by_contender)}\n\n" + "\n".join(lines))
+        parts.append(f"## {CASES[name].title}\n\n{results_of(name, by_contender, roofs[name])}")
     return "\n\n".join(parts)
-
-
-def _has_bfloat16() -> bool:
-    """Whether OpenVINO computes in bfloat16 here; False if it is not installed."""
-    if not importlib.util.find_spec("openvino"):
-        return False
-    import openvino
-
-    return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 def _options() -> argparse.Namespace:
@@ -604,6 +690,7 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--peers", type=Path, default=Path("build/peers"), help="folder of the other environments")
     parser.add_argument("--quick", action="store_true", help="two steps per contender, to check that all run")
+    parser.add_argument("--retry", action="store_true", help="start contenders again that failed in an earlier run")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument(
         "--work", type=Path, default=Path("build/latency"), help="folder for models, bundles and results"

@@ -2,12 +2,13 @@
 
     python -m benchmarks.layers BUNDLE --size 256 [--write]    a guided step of one picture
 
-Each engine runs in its own process, as oneword opens it, with its counters on: OpenVINO compiled for this size, in
-bfloat16 if the processor has it and from fp16 weights then; ONNX Runtime in float32. A kind is an operator with the
-kernel that runs it. The runs after the first are averaged. The products' share of the roof is the time that their
-arithmetic takes at the machine's measured peak (benchmarks.roof), divided by the time that the kinds with products
-take. Counters cost a little time themselves. `--write` puts the tables into docs/results/latency.md. Ends in one line
-of JSON.
+Each engine runs in its own process with its counters on: ONNX Runtime in float32, opened by oneword; OpenVINO with the
+settings that oneword's engine has for graphs with float weights, compiled for this size, in bfloat16 if the processor
+has it and from fp16 weights then. A kind is an operator with the kernel that runs it. The runs after the first are
+averaged. The products' share of the roof is the time that their arithmetic takes at the machine's measured peak
+(benchmarks.roof), divided by the time that the kinds with products take. Counters cost a little time themselves.
+`--write` puts the tables into docs/results/latency.md, or latency-float32.md on a processor without bfloat16. Ends in
+one line of JSON.
 """
 
 import argparse
@@ -20,14 +21,16 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 
+from benchmarks import openvino_cpu
 from benchmarks.formats import converted
 from benchmarks.latency import NEW_PAGE, page_of
 from benchmarks.pages import model_name, provenance, table, write_section
 from benchmarks.roof import floors, peaks, step_of, step_shapes
-from oneword.engines.graph import Provider
+from oneword.engines.graph import Graph
 from oneword.runtime.bundle import Bundle
 
 ENGINES = ("openvino", "onnxruntime")
@@ -81,22 +84,17 @@ def counted(options: argparse.Namespace) -> Kinds:
         feeds[spec.name] = np.full(shapes[spec.name], 0 if dtype == np.int64 else 0.1, dtype)
     if options.engine == "openvino":
         return _openvino(bundle.file(graph.files[0]), feeds, options)
-    return _onnxruntime(bundle.file(graph.onnx_for(Provider.CPU)), feeds, options)
+    return _onnxruntime(graph, options.bundle, feeds, options)
 
 
 def _openvino(path: Path, feeds: Mapping[str, Any], options: argparse.Namespace) -> Kinds:
     import openvino
 
     core = openvino.Core()
-    low = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    model = core.read_model(converted(core, path, options.work) if low else path)
+    precision = openvino_cpu.precision_of(core)
+    model = core.read_model(converted(core, path, options.work) if precision == "bf16" else path)
     model.reshape({name: list(value.shape) for name, value in feeds.items()})
-    settings = {
-        "INFERENCE_PRECISION_HINT": "bf16" if low else "f32",
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_NUM_THREADS": str(options.threads),
-        "PERF_COUNT": "YES",
-    }
+    settings = {**openvino_cpu.settings(precision, options.threads), "PERF_COUNT": "YES"}
     request = core.compile_model(model, "CPU", settings).create_infer_request()
     runs = []
     for _ in range(options.runs + 1):
@@ -107,18 +105,26 @@ def _openvino(path: Path, feeds: Mapping[str, Any], options: argparse.Namespace)
     )
 
 
-def _onnxruntime(path: Path, feeds: Mapping[str, Any], options: argparse.Namespace) -> Kinds:
+def _onnxruntime(graph: Graph, bundle: Path, feeds: Mapping[str, Any], options: argparse.Namespace) -> Kinds:
     import onnxruntime
 
-    settings = onnxruntime.SessionOptions()
-    settings.intra_op_num_threads = options.threads
-    settings.enable_profiling = True
-    with tempfile.TemporaryDirectory() as folder:
+    from oneword.engines.onnxruntime import OnnxRuntimeEngine
+
+    sessions: list[Any] = []
+    open_session = onnxruntime.InferenceSession
+
+    def opened(path: str, settings: Any, **more: Any) -> Any:
+        settings.enable_profiling = True
         settings.profile_file_prefix = str(Path(folder) / "profile")
-        session = onnxruntime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
+        sessions.append(open_session(path, settings, **more))
+        return sessions[-1]
+
+    with tempfile.TemporaryDirectory() as folder:
+        with patch.object(onnxruntime, "InferenceSession", opened):
+            engine = OnnxRuntimeEngine("denoise_step", graph, bundle, options.threads)
         for _ in range(options.runs + 1):
-            session.run(None, dict(feeds))
-        events = json.loads(Path(session.end_profiling()).read_text())
+            engine.run(feeds)
+        events = json.loads(Path(sessions[0].end_profiling()).read_text())
     return by_kind(runs_of(events)[1:])
 
 
@@ -173,7 +179,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--runs", type=int, default=3, help="steps that are averaged, after one to warm up")
     parser.add_argument("--work", type=Path, default=Path("build/formats"), help="folder for the converted graph")
-    parser.add_argument("--write", action="store_true", help="write the tables into docs/results/latency.md")
+    parser.add_argument("--write", action="store_true", help="write the tables into the page of latency")
     parser.add_argument("--engine", choices=ENGINES, help=argparse.SUPPRESS)
     return parser.parse_args()
 

@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from benchmarks.openvino_cpu import precision_of, settings
+
 if TYPE_CHECKING:
     from oneword.runtime.bundle import Manifest
 
@@ -29,6 +31,7 @@ _COPIED = 1 << 26  # numbers of float32
 _RUNS = 8
 WIDTH = {"bf16": 2, "f32": 4}
 """Bytes of a number."""
+LONG = {"bf16": "bfloat16", "f32": "float32"}
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ def peaks(threads: int) -> dict[str, float]:
     core = openvino.Core()
     flops = 2 * _SIDE**3
     matrix = np.full((_SIDE, _SIDE), 1e-3, np.float32)
-    precisions = ["bf16", "f32"] if "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES") else ["f32"]
+    precisions = {precision_of(core), "f32"}
     found = {name: flops / _fastest(_openvino_product(core, matrix, name, threads)) for name in precisions}
     found["f32"] = max(found["f32"], flops / _fastest(_onnxruntime_product(matrix, threads)))
     return {**found, "memory": 2 * 4 * _COPIED / _fastest(_openvino_copy(core, threads))}
@@ -99,6 +102,18 @@ def peaks(threads: int) -> dict[str, float]:
 def floors(work: Work, found: Mapping[str, float]) -> dict[str, float]:
     """Seconds that the arithmetic takes at least on a machine with these peaks, by number format."""
     return {name: work.flops / found[name] for name in WIDTH if name in found}
+
+
+def described(work: Work, found: Mapping[str, float]) -> str:
+    """The arithmetic and the bytes of a step, and the peaks of the machine, in words."""
+    names = [name for name in WIDTH if name in found]
+    amount = f"{work.flops / 1e12:.4g} TFLOP" if work.flops >= 1e11 else f"{work.flops / 1e9:.4g} GFLOP"
+    size = ", ".join(f"{WIDTH[name] * work.numbers / 1e9:.3g} GB in {LONG[name]}" for name in names)
+    speed = ", ".join(f"{found[name] / 1e9:.0f} GFLOP/s in {LONG[name]}" for name in names)
+    return (
+        f"The products of a guided step are {amount}; without caches they move {size}. "
+        f"Measured peaks: {speed}, {found['memory'] / 1e9:.1f} GB/s of memory"
+    )
 
 
 def _openvino_product(core: Any, matrix: np.ndarray, precision: str, threads: int) -> Callable[[], object]:
@@ -116,12 +131,7 @@ def _openvino_copy(core: Any, threads: int) -> Callable[[], object]:
 
 
 def _compiled(core: Any, model: Any, precision: str, threads: int) -> Callable[[], object]:
-    settings = {
-        "INFERENCE_PRECISION_HINT": precision,
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_NUM_THREADS": str(threads),
-    }
-    request = core.compile_model(model, "CPU", settings).create_infer_request()
+    request = core.compile_model(model, "CPU", settings(precision, threads)).create_infer_request()
     request.get_input_tensor().data[...] = 1e-3
     run: Callable[[], object] = request.infer
     return run
@@ -160,9 +170,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     options = parser.parse_args()
     work, found = step_of(options.bundle, options.size), peaks(options.threads)
-    print(f"a guided step at {options.size}x{options.size}: {work.flops / 1e12:.3f} TFLOP, {work.numbers / 1e9:.2f} G")
-    for name, value in found.items():
-        print(f"{name}: {value / 1e9:.0f} G{'B' if name == 'memory' else 'FLOP'}/s")
+    print(f"At {options.size}x{options.size}: {described(work, found)}")
     seconds = floors(work, found)
     for name, value in seconds.items():
         memory = WIDTH[name] * work.numbers / found["memory"]

@@ -18,17 +18,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
 from PIL import Image
 
+from benchmarks import turns
 from benchmarks.pages import marked, provenance, table, write_section
 from benchmarks.training import NEW_PAGE, PAGE
 from oneword.train.miniature import world
@@ -70,48 +67,15 @@ def main() -> None:
 
 def measure(folder: Path, rounds: int, steps: int, busy: int) -> tuple[dict[str, float], dict[str, float]]:
     """Median milliseconds per step of every setting, alone and beside `busy` processes."""
-    alone: dict[str, list[float]] = {name: [] for name in SETTINGS}
-    beside: dict[str, list[float]] = {name: [] for name in SETTINGS}
-    with ExitStack() as stack:
-        learners = {name: stack.enter_context(learner(folder, name, steps)) for name in SETTINGS}
-        for number in range(rounds):
-            for name, process in learners.items():
-                alone[name].append(turn(process, steps))
-                with busy_processes(busy):
-                    beside[name].append(turn(process, steps))
-            load = Path("/proc/loadavg").read_text().split()[0]
-            last = ", ".join(f"{name} {alone[name][-1]:.0f} / {beside[name][-1]:.0f}" for name in SETTINGS)
-            print(f"round {number + 1} of {rounds}: {last} ms (load {load})", file=sys.stderr)
-    return {name: median(ms) for name, ms in alone.items()}, {name: median(ms) for name, ms in beside.items()}
-
-
-def turn(process: subprocess.Popen[str], steps: int) -> float:
-    """Runs a learner's steps and returns milliseconds per step."""
-    assert process.stdin
-    assert process.stdout
-    process.stdin.write("go\n")
-    process.stdin.flush()
-    return float(process.stdout.readline()) * 1000 / steps
-
-
-@contextmanager
-def learner(folder: Path, name: str, steps: int) -> Iterator[subprocess.Popen[str]]:
-    """A process that runs its steps on request (`turn`)."""
-    command = [sys.executable, "-m", "benchmarks.threads", "--serve", str(folder), "--steps", str(steps)]
-    environment = {**os.environ, **SETTINGS[name]}
-    with subprocess.Popen(
-        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as process:
-        try:
-            assert process.stdout
-            process.stdout.readline()  # ready
-            yield process
-        finally:
-            process.kill()
+    command = [sys.executable, "-m", "benchmarks.threads", "--serve", folder, "--steps", steps]
+    environments = {name: {**os.environ, **setting} for name, setting in SETTINGS.items()}
+    both = turns.measure(dict.fromkeys(SETTINGS, command), environments, rounds, busy)
+    alone, beside = ({name: median(turn["ms"] for turn in by_name[name]) for name in SETTINGS} for by_name in both)
+    return alone, beside
 
 
 def serve(folder: Path, steps: int) -> None:
-    """Runs `steps` optimiser steps per line on standard input and prints the seconds they took."""
+    """Runs `steps` optimiser steps per turn."""
     from oneword.train import parallel
     from oneword.train.learn import learn, quiet
     from oneword.train.recipe import named_recipe
@@ -123,27 +87,7 @@ def serve(folder: Path, steps: int) -> None:
     run = learn("miniature", [Task(folder, "<toy>", "star")], named_recipe("fast").with_changes(steps=1_000_000))
     for _ in range(3):
         next(run)
-    print("ready", flush=True)
-    for _ in sys.stdin:
-        started = time.perf_counter()
-        for _ in range(steps):
-            next(run)
-        print(time.perf_counter() - started, flush=True)
-
-
-@contextmanager
-def busy_processes(count: int) -> Iterator[None]:
-    """Runs `count` processes that compute without pause."""
-    processes: Sequence[subprocess.Popen[bytes]] = [
-        subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)
-    ]
-    time.sleep(0.2)
-    try:
-        yield
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+    turns.serve(lambda: next(run), steps)
 
 
 def write_pictures(folder: Path) -> None:

@@ -17,7 +17,8 @@ def test_a_bundle_is_drawn_with_in_processes_of_its_own_and_compared_with_the_fi
     tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = ["compression", str(tiny_bundle), "--engine", "onnxruntime", "--size", "64", "--work", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", line)
+    monkeypatch.setattr(sys, "argv", [*line, "--write"])
+    monkeypatch.setattr(compression, "PAGE", tmp_path / "compression.md")
 
     compression.main()
 
@@ -27,6 +28,24 @@ def test_a_bundle_is_drawn_with_in_processes_of_its_own_and_compared_with_the_fi
     assert result["disk_mib"] == pytest.approx(sum(file.stat().st_size for file in graphs) / 2**20)
     assert result["psnr_db"] == float("inf")
     assert min(result["peak_mib"], result["seconds"]) > 0
+    page = (tmp_path / "compression.md").read_text()
+    assert f"| onnxruntime: {tiny_bundle.name} (fp32) | {result['disk_mib']:.4g} |" in page
+    assert "python -m benchmarks.compression PATH --engine onnxruntime --size 64 --work PATH --write" in page
+    assert str(tiny_bundle.parent) not in page
+
+
+def test_the_peak_of_int8_weights_is_bold_above_six_tenths_of_that_of_16_bits() -> None:
+    """310 of 500 MiB are 0.62, 250 are a half."""
+    peaks = {
+        "onnxruntime": {"fp32": 900.0, "fp16": 500.0, "fp32, int8 weights": 310.0},
+        "openvino": {"fp16": 500.0, "fp32, int8 weights": 250.0},
+    }
+
+    assert compression.bars(peaks) == [
+        "- onnxruntime, peak memory with int8 weights relative to fp16: **0.620** (at most 0.6)",
+        "- openvino, peak memory with int8 weights relative to fp16: 0.500 (at most 0.6)",
+    ]
+    assert compression.bars({"openvino": {"fp32": 900.0}}) == []
 
 
 def test_a_bundle_with_other_weights_is_exported_again(

@@ -1,10 +1,12 @@
 """The settings of an engine's threads reach the engine."""
 
+import os
+import sys
 from pathlib import Path
 
 import pytest
 
-from benchmarks import engine_threads
+from benchmarks import engine_threads, turns
 
 
 def test_a_shipped_setting_is_bold_where_another_of_its_engine_is_a_tenth_faster() -> None:
@@ -45,3 +47,20 @@ def test_openvino_compiles_its_graphs_with_the_setting(
     engine = Model.open(tiny_bundle, "openvino", threads=1).engine("vae_decoder")
 
     assert engine._compiler.compile().model.get_property("ENABLE_CPU_PINNING") == pinned  # type: ignore[attr-defined]
+
+
+def test_a_process_works_in_turns_and_one_that_does_not_start_is_named() -> None:
+    """Each turn sleeps twice for 20 ms: 20 ms of time, and no processor time, for one of them."""
+    program = "import time; from benchmarks import turns; turns.serve(lambda: time.sleep(0.02), 2)"
+    commands = {"sleeps": [sys.executable, "-c", program]}
+
+    alone, beside = turns.measure(commands, {"sleeps": os.environ}, rounds=2, busy=1)
+
+    for by_name in (alone, beside):
+        for turn in by_name["sleeps"]:
+            assert turn["ms"] >= 20
+            assert turn["cpu_ms"] < 20
+        assert len(by_name["sleeps"]) == 2
+    broken = {"broken": [sys.executable, "-c", "raise SystemExit"]}
+    with pytest.raises(SystemExit, match="broken does not run: is everything installed that it needs"):
+        turns.measure(broken, {"broken": os.environ}, rounds=1, busy=0)

@@ -1,6 +1,7 @@
 """The plan for an hour on a GPU, rehearsed on simulated CUDA."""
 
 import json
+import re
 import subprocess
 import sys
 from argparse import Namespace
@@ -128,6 +129,41 @@ def test_a_step_that_misses_its_goal_is_bold_on_the_card_that_has_one(device: st
     assert "| torch | no room |  |  |  |  |  |" in table
 
 
+def test_the_tuned_step_of_diffusers_is_the_step_of_the_others() -> None:
+    """Three pictures, each with its prompts, by diffusers' own UNet with fused projections."""
+    import torch
+
+    from benchmarks.architectures import full_size
+    from benchmarks.gpu_step import tuned_step
+    from oneword.export.trace import to_torch
+
+    graph, tuned = full_size("tiny", "fp32"), tuned_step("tiny", "fp32")
+    feeds = feeds_of("tiny", 3)
+    feeds["sample"] = feeds["sample"][..., :16, :16]
+    for name in ("previous", "previous2", "noise", "known", "known_noise", "mask"):
+        feeds[name] = feeds[name][..., :16, :16]
+    tensors = to_torch(graph.inputs, feeds)
+    with torch.no_grad():
+        expected, actual = (module(**tensors)[0] for module in (graph.module, tuned))
+
+    assert [name for name, _ in tuned.named_modules() if name.endswith("to_qkv")]  # fused
+    assert (expected - tensors["sample"]).abs().max() > 0.02  # what the network adds
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+
+
+def test_diffusers_with_the_settings_of_stable_fast_ends_in_one_line_without_a_gpu(tmp_path: Path) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("needs a machine without a GPU")
+    command = [sys.executable, "-m", "benchmarks.gpu_step", "diffusers-tuned", "tiny", "1", str(tmp_path)]
+
+    result = finished(command, 300)
+
+    assert result.keys() == {"error"}
+    assert re.fullmatch(r"PyTorch \S+ finds no GPU", result["error"])
+
+
 @pytest.fixture
 def simulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[Runtime]:
     runtime = Runtime()
@@ -175,14 +211,15 @@ def test_every_stage_of_a_small_model_runs_on_simulated_cuda_or_says_in_one_line
     tiny_bundle: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("onnxruntime")
-    stages = ["arrays", "cuda", "tensorrt", "replays", "swaps", "learning"]
+    stages = ["arrays", "cuda", "tensorrt", "tensorrt-rtx", "replays", "swaps", "learning"]
     command = [sys.executable, "-m", "benchmarks.gpu", *stages, "--simulated", "--bundle", tiny_bundle]
     run = subprocess.run([*command, "--work", tmp_path], capture_output=True, text=True)
 
     assert run.returncode == 0, run.stderr
     *lines, summary = map(json.loads, run.stdout.splitlines())
     entries = {line["stage"]: line for line in lines}
-    assert summary == {"succeeded": ["arrays", "cuda", "replays", "swaps"], "failed": ["tensorrt", "learning"]}
+    failed = ["tensorrt", "tensorrt-rtx", "learning"]
+    assert summary == {"succeeded": ["arrays", "cuda", "replays", "swaps"], "failed": failed}
     cuda = entries["cuda"]["result"]
     assert (cuda["pictures"], cuda["identical"]) == (5, 5)  # both compute on the CPU
     replayed = entries["replays"]["result"]
@@ -191,17 +228,17 @@ def test_every_stage_of_a_small_model_runs_on_simulated_cuda_or_says_in_one_line
     swapped = entries["swaps"]["result"]
     assert (swapped["words loaded"], swapped["last word, dB"]) == (40, 99)
     assert "--script" in entries["learning"]["error"]
-    assert "\n" not in entries["tensorrt"]["error"]
+    assert not any("\n" in entries[name]["error"] for name in failed)
     assert "pip install" in entries["tensorrt"]["error"]
 
 
 @pytest.mark.slow
 def test_the_stages_of_full_size_run_on_simulated_cuda_with_a_toy_model(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.gpu", "tiny-export", "tiny-1", "tiny-4", "--simulated"]
+    command = [sys.executable, "-m", "benchmarks.gpu", "tiny-export", "tiny-1", "tiny-4", "tiny-8", "--simulated"]
     run = subprocess.run([*command, "--work", tmp_path], capture_output=True, text=True)
 
     *lines, summary = map(json.loads, run.stdout.splitlines())
-    assert summary == {"succeeded": ["tiny-export", "tiny-1", "tiny-4"], "failed": []}
+    assert summary == {"succeeded": ["tiny-export", "tiny-1", "tiny-4", "tiny-8"], "failed": []}
     for line in lines[1:]:
         assert line["result"]["onnxruntime-cuda"]["captured_ms"] > 0
         assert "finds no GPU" in line["result"]["torch"]["error"]

@@ -65,3 +65,26 @@ def test_both_engines_report_the_layers_of_a_step(tiny_bundle: Path, tmp_path: P
     assert sum(count for count, _ in products.values()) >= 20  # the tiny UNet has as many convolutions
     assert all(milliseconds > 0 for _, milliseconds in products.values())
     assert engine == "openvino" or kinds["MultiHeadAttention"][0] == 8  # ONNX Runtime runs the fused copy
+
+
+def test_onnx_runtimes_layers_are_those_of_the_session_that_the_engine_opens(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large graph's weights keep their order there, so that no convolution becomes the reordered operator."""
+    ort = pytest.importorskip("onnxruntime")
+    monkeypatch.setattr("oneword.engines.onnxruntime._LARGE", 0)
+    options = Namespace(bundle=tiny_bundle, engine="onnxruntime", size=64, threads=1, runs=1, work=tmp_path)
+    open_session, seen = ort.InferenceSession, []
+
+    def opened(path: str, settings: Any, **more: Any) -> Any:
+        seen.append((settings.get_session_config_entry("session.force_spinning_stop"), more["disabled_optimizers"]))
+        return open_session(path, settings, **more)
+
+    monkeypatch.setattr(ort, "InferenceSession", opened)
+
+    kinds = layers.counted(options)
+
+    assert seen == [("1", ["QDQSelectorActionTransformer"])]
+    assert "Conv" in {kind.replace("Fused", "") for kind in kinds}
+    assert "ReorderInput" not in kinds
+    assert ort.InferenceSession is opened  # only the engine's session was profiled

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import (
+    compression,
     feedback,
     full_size,
     gallery,
@@ -40,6 +41,7 @@ below
 <!-- end: b -->
 """
 MODULES = (
+    compression,
     feedback,
     full_size,
     gallery,

@@ -1,5 +1,7 @@
 """The latency benchmark drives contenders in environments of their own; here their programs are stand-ins."""
 
+import dataclasses
+import itertools
 import json
 import os
 import subprocess
@@ -130,26 +132,137 @@ def test_a_missing_environment_is_named_with_the_script_that_builds_it(options: 
         assert (environments.SCRIPTS.parents[1] / script).is_file()
 
 
-def test_a_peer_that_fails_stops_the_run_with_a_line_that_says_how_to_go_on(options: Namespace, tmp_path: Path) -> None:
-    (options.peers / "genai" / "bin" / "python").write_text("#!/bin/sh\nexit 3\n")
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [
+        ("exit 3", "no message, status 3"),
+        ("echo a; echo 'Error: no room' >&2; exit 1", "Error: no room"),
+        ("echo a >&2; kill -9 $$", "stopped by signal 9"),
+    ],
+)
+def test_a_peer_that_fails_raises_one_line(options: Namespace, tmp_path: Path, program: str, message: str) -> None:
+    (options.peers / "genai" / "bin" / "python").write_text(f"#!/bin/sh\n{program}\n")
 
-    with pytest.raises(SystemExit, match=r"failed with 3; finished measurements are stored: the same command resumes"):
+    with pytest.raises(environments.ProcessError, match=f"^{message}$"):
         run(GENAI[0], tmp_path, options)
 
 
+def test_a_peer_does_not_see_this_projects_modules(
+    options: Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", "ours")
+    monkeypatch.setenv("PIP_INDEX_URL", "theirs")
+    for program in ("python", "optimum-cli"):
+        path = options.peers / "genai" / "bin" / program
+        noted = f'echo "${{PYTHONPATH-none}} $PIP_INDEX_URL $OMP_NUM_THREADS" >> {tmp_path / "paths"}\n'
+        path.write_text(path.read_text().replace("#!/bin/sh\n", f"#!/bin/sh\n{noted}"))
+
+    run(GENAI[0], tmp_path, options)
+
+    assert (tmp_path / "paths").read_text().splitlines()[1:] == ["none theirs 2"] * 4
+    assert (tmp_path / "paths").read_text().startswith("none theirs")
+    assert environments.process(["sh", "-c", 'echo "$PYTHONPATH"'], threads=0) == "ours"
+
+
+@pytest.fixture
+def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Namespace:
+    """Models and bundles are paths that do not exist; the roof is that of one run after another, 1 FLOP/s and more."""
+    peaks = itertools.count(1)
+    monkeypatch.setattr(latency, "prepare", lambda model, home: home / "model")
+    monkeypatch.setattr(latency, "exported", lambda model, home, weights: home / f"bundle-{weights}")
+    monkeypatch.setattr(
+        latency, "_python", lambda *_, **__: json.dumps({"flops": 6, "numbers": 1, "peaks": {"f32": next(peaks)}})
+    )
+    return Namespace(work=tmp_path, threads=1, retry=False)
+
+
+def test_a_contender_that_fails_is_stored_and_started_again_only_on_request(
+    prepared: Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("openvino")
+    started = []
+
+    def measured(name: str, *_: Any) -> environments.Result:
+        started.append(name)
+        if name == "diffusers":
+            raise environments.ProcessError("no room")
+        return dict(MEASURED)
+
+    monkeypatch.setattr(latency, "measured", measured)
+    names = ["diffusers", "oneword-openvino"]
+    for _ in range(2):
+        rounds, roof = latency.run(latency.CASES["sd15-512"], names, prepared)
+
+        assert started == names * 2
+        assert rounds == [{"diffusers": {"error": "no room"}, "oneword-openvino": MEASURED}] * 2
+        assert roof["floors"] == {"f32": 3}  # the higher peak, which the second round measured
+    prepared.retry = True
+    latency.run(latency.CASES["sd15-512"], names, prepared)
+
+    assert started == [*names * 2, "diffusers", "diffusers"]
+
+
+def test_more_rounds_than_before_are_added_to_those_stored(
+    prepared: Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = itertools.count(100)
+    monkeypatch.setattr(latency, "measured", lambda *_: {**MEASURED, "picture_ms": next(times)})
+    case = latency.CASES["sd15"]
+    assert case.rounds == 3
+
+    latency.run(dataclasses.replace(case, rounds=1), ["diffusers"], prepared)
+    rounds, _ = latency.run(case, ["diffusers"], prepared)
+
+    assert [by_contender["diffusers"]["picture_ms"] for by_contender in rounds] == [100, 101, 102]
+    assert latency.medians(rounds)["diffusers"]["picture_ms"] == 101
+
+
+def test_ours_with_int8_weights_runs_on_a_bundle_of_its_own(
+    prepared: Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = []
+
+    def python(*line: object, threads: int) -> str:
+        lines.append([str(word) for word in line])
+        return json.dumps(MEASURED)
+
+    monkeypatch.setattr(latency, "_python", python)
+    prepared.quick = False
+    arguments = (latency.CASES["sd15"], Path("model"), Path("home"), Path("case"), prepared)
+    for name in ("oneword-openvino-int8", "oneword-openvino"):
+        assert latency.measured(name, *arguments).keys() == {*MEASURED, "cold_s"}
+
+    bundles = [next(word for word in line if word.startswith("home/")) for line in lines]
+    assert bundles == ["home/bundle-int8"] * 3 + ["home/bundle"] * 3
+    assert [line[line.index("--engine") + 1] for line in lines if "--engine" in line] == ["openvino"] * 4
+
+
+def test_a_step_of_ours_has_the_hosts_share_also_in_a_picture_of_two_steps(tiny_bundle: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    case = dataclasses.replace(latency.CASES["sdxl"], size=64)
+    options = Namespace(bundle=tiny_bundle, contender="oneword-onnxruntime", threads=1)
+
+    draw, step_seconds = latency._ours(case, options)
+    draw("a photo of a star")
+    step, bare = step_seconds()
+
+    assert case.steps == 2
+    assert 0 < bare < step < 10 * bare
+
+
 def test_cases_of_one_model_share_its_bundle_and_have_results_of_their_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, prepared: Namespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     homes = []
 
-    def prepare(model: str, home: Path) -> tuple[Path, Path]:
+    def exported(model: Path, home: Path, weights: str) -> Path:
+        assert weights == "float"
         homes.append(home)
-        return home / "model", home / "bundle"
+        return home / "bundle"
 
-    monkeypatch.setattr(latency, "prepare", prepare)
-    monkeypatch.setattr(latency, "_python", lambda *_, **__: '{"floors": {"f32": 1}}')
+    monkeypatch.setattr(latency, "exported", exported)
     for name in ("sd15", "sd15-512", "sd15-20"):
-        latency.run(latency.CASES[name], [], Namespace(work=tmp_path, threads=1))
+        latency.run(latency.CASES[name], [], prepared)
         assert latency.stored(tmp_path, name).parent.is_dir()
 
     assert homes == [tmp_path / "sd15"] * 3

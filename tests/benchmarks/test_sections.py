@@ -148,9 +148,8 @@ def test_latency_lists_targets_and_every_measure_in_which_another_contender_is_b
         "- oneword-openvino, a step relative to the bare UNet compiled for one shape: 1.02 (at most 1.03)",
         "- oneword-openvino: 1.002 times the time per step of diffusers-openvino",
     ]
-    assert "| oneword-openvino | 100.0 | 2.40x | 5.00 |  | 0.10 (2.0%) | 1.00 | 5.00x | 200 |  |" in latency.table(
-        results
-    )
+    row = "| oneword-openvino | bf16 | fp32 | 100.0 | 2.40x | 5.00 |  | 0.10 (2.0%) | 1.00 | 5.00x | 200 |  |"
+    assert row in latency.table(results, "miniature", bfloat16=True)
 
 
 @pytest.mark.parametrize(
@@ -167,9 +166,71 @@ def test_latency_lists_targets_and_every_measure_in_which_another_contender_is_b
 def test_a_step_is_compared_with_the_roof_of_its_number_format(name: str, floors: dict[str, float], share: str) -> None:
     result = {"picture_ms": 100.0, "step_ms": 5.0, "overhead_ms": 0.1, "cold_s": 1.0, "peak_mib": 200.0}
 
-    table = latency.table({name: latency.with_roof(name, result, floors)})
+    table = latency.table(latency.with_roof({name: result}, {"floors": floors}), "sd15", bfloat16="bf16" in floors)
 
-    assert f"| {name} | 100.0 |  | 5.00 | {share} | 0.10 (2.0%) |" in table
+    assert f" | 100.0 |  | 5.00 | {share} | 0.10 (2.0%) |" in table
+
+
+def test_the_roof_is_that_of_the_highest_peaks_which_the_page_lists() -> None:
+    """1.6 TFLOP at 800 and 400 GFLOP/s take 2 and 4 s."""
+    facts = {"flops": 1.6e12, "numbers": 1.5e9}
+    rounds = [{"bf16": 800e9, "f32": 100e9, "memory": 9e9}, {"bf16": 90e9, "f32": 400e9, "memory": 12.3e9}]
+
+    roof = latency.highest([{**facts, "peaks": peaks, "floors": {}} for peaks in rounds])
+
+    assert roof["floors"] == {"bf16": 2, "f32": 4}
+    assert latency.results_of("sd15", {}, roof).endswith(
+        "- The products of a guided step are 1.6 TFLOP; without caches they move 3 GB in bfloat16, 6 GB in "
+        "float32. Measured peaks: 800 GFLOP/s in bfloat16, 400 GFLOP/s in float32, 12.3 GB/s of memory"
+    )
+    assert latency.highest([]) == {}
+
+
+def test_a_contender_that_failed_is_a_row_and_not_compared(tmp_path: Path) -> None:
+    ours = {"picture_ms": 100.0, "step_ms": 5.0, "overhead_ms": 0.1, "cold_s": 1.0, "peak_mib": 200.0}
+    failed = {"error": "cannot open /home/me/model | no room"}
+    flaky = {**ours, "picture_ms": 60.0}
+    rounds = [
+        {"oneword-onnxruntime": ours, "diffusers": failed, "diffusers-compile": failed},
+        {"oneword-onnxruntime": ours, "diffusers": failed, "diffusers-compile": flaky},
+    ]
+
+    results = latency.with_roof(latency.medians(rounds), {"floors": {"f32": 0.001}})
+
+    assert results["diffusers"] == failed
+    assert results["diffusers-compile"] == {**flaky, "roof": 0.2}
+    text = latency.table(results, "sd15", bfloat16=False)
+    assert f"| diffusers | fp32 | fp32 | failed: cannot open PATH / no room |{'  |' * 8}" in text
+    assert not any("of diffusers" in line.replace("diffusers-compile", "") for line in latency.bars("sd15", results))
+    assert "- 32 bits, time per picture: oneword-onnxruntime **1.67** of diffusers-compile" in latency.class_lines(
+        results, bfloat16=False
+    )
+    latency.plot({"sd15": results}, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size
+
+
+def test_the_panels_of_two_cases_have_different_titles() -> None:
+    titles = {latency.plot_title(case) for case in latency.CASES}
+
+    assert len(titles) == len(latency.CASES)
+    assert "SD 1.5's architecture, 512x512, 4 steps" in titles
+
+
+@pytest.mark.parametrize(
+    ("name", "bfloat16", "numbers", "bits"),
+    [
+        ("oneword-openvino", True, ("bf16", "fp16"), 16),
+        ("oneword-openvino", False, ("fp32", "fp32"), 32),
+        ("oneword-onnxruntime-int8", True, ("fp32", "int8"), 8),
+        ("openvino-genai-dynamic", False, ("fp32", "fp16"), 32),
+        ("sdcpp-q8_0", True, ("int8", "int8"), 8),
+    ],
+)
+def test_the_class_of_precision_is_that_of_products_or_eight_bits_for_such_weights(
+    name: str, bfloat16: bool, numbers: tuple[str, str], bits: int
+) -> None:
+    assert latency.numbers_of(name, "sd15", bfloat16) == numbers
+    assert latency.bits_of(name, bfloat16) == bits
 
 
 def test_the_best_of_each_class_of_precision_are_compared() -> None:
@@ -198,8 +259,9 @@ def test_the_latency_page_has_a_section_for_each_model(tmp_path: Path) -> None:
     stored.write_text("{}")
     ours = {"picture_ms": 100.0, "step_ms": 5.0, "overhead_ms": 0.1, "cold_s": 1.0, "peak_mib": 200.0}
     results = {name: {"oneword-onnxruntime": ours} for name in latency.CASES}
+    roofs: dict[str, latency.Roof] = {name: {} for name in latency.CASES}
 
-    text = latency.section(results, Namespace(work=tmp_path, threads=2), "latency.png")
+    text = latency.section(results, roofs, Namespace(work=tmp_path, threads=2), "latency.png")
 
     assert [line for line in text.splitlines() if line.startswith("## ")] == [
         f"## {case.title}" for case in latency.CASES.values()
