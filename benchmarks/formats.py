@@ -3,8 +3,9 @@
     python -m benchmarks.formats BUNDLE --size 256    a guided step of one picture, compiled for one size
 
     onnx      the exported graph
-    fp16      OpenVINO's own format with fp16 weights: what the engine keeps as a plan
-    cached    the same with OpenVINO's cache of compiled graphs, which holds the weights again (OPTIMIZE_SPEED)
+    exact     OpenVINO's own format with all weights: what the engine keeps as a plan where it computes in float32
+    fp16      the same with fp16 weights: what it keeps where it computes in bfloat16
+    cached    fp16 with OpenVINO's cache of compiled graphs, which holds the weights again (OPTIMIZE_SPEED)
     cached-small    the same with a cache without weights (OPTIMIZE_SIZE)
 
 Every form is opened twice, in a process of its own, and the second time counts: then the caches exist. Peak memory
@@ -28,7 +29,7 @@ from benchmarks import openvino_cpu
 from benchmarks.pages import table
 from benchmarks.roof import step_shapes
 
-FORMS = {"onnx": "", "fp16": "", "cached": "OPTIMIZE_SPEED", "cached-small": "OPTIMIZE_SIZE"}
+FORMS = {"onnx": "", "exact": "", "fp16": "", "cached": "OPTIMIZE_SPEED", "cached-small": "OPTIMIZE_SIZE"}
 """The mode of OpenVINO's cache."""
 
 
@@ -73,7 +74,7 @@ def opened(options: argparse.Namespace) -> dict[str, float]:
     if mode := FORMS[options.form]:
         settings |= {"CACHE_DIR": str(options.work / options.form), "CACHE_MODE": mode}
     if options.form != "onnx":
-        path = converted(core, path, options.work)
+        path = converted(core, path, options.work, halve=options.form != "exact")
     start, spent = time.perf_counter(), time.process_time()
     model = core.read_model(path)
     model.reshape({name: list(value.shape) for name, value in feeds.items()})
@@ -88,15 +89,16 @@ def opened(options: argparse.Namespace) -> dict[str, float]:
     return {**result, "peak_mib": _peak()}
 
 
-def converted(core: Any, path: Path, work: Path) -> Path:
+def converted(core: Any, path: Path, work: Path, *, halve: bool = True) -> Path:
     """The graph in OpenVINO's own format, converted unless an earlier run finished doing so."""
     from oneword.engines.openvino import convert_graph
 
-    folder, partial = work / "converted", work / "converted.partial"
+    folder = work / ("converted" if halve else "converted-exact")
+    partial = folder.with_name(f"{folder.name}.partial")
     if not folder.exists():
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        convert_graph(core, path, partial / "step.xml")
+        convert_graph(core, path, partial / "step.xml", halve=halve)
         partial.rename(folder)
     return folder / "step.xml"
 

@@ -6,12 +6,12 @@ follows the last of them, such as the sampler's update in `denoise_step`, stays 
 A small graph is compiled once for any shape. Dynamic shapes cost a third of its time in each run, so a binding that has
 run often is compiled again for its own shapes, in the background. Both are cached as plans.
 
-Of a graph that is not small two plans are kept. The first is the graph in OpenVINO's own format, with fp16 weights that
-are mapped instead of read: from it SD 1.5's step compiles in two thirds of the memory. It is made at the first start,
-and only where the engine computes in bfloat16, which keeps fewer bits of a weight than fp16 does. Constants outside
-fp16's range stay in float32. The second is the compiled graph without its weights, which it finds in the first: a few
-MiB for each set of shapes that a process compiled first. If the first cannot be written, the ONNX file is compiled, and
-a warning in the log of `oneword.engines` gives the reason.
+Of a graph that is not small two plans are kept. The first is the graph in OpenVINO's own format, whose weights are
+mapped instead of read. It is made at the first start. Where the engine computes in bfloat16, which keeps fewer bits of
+a weight than fp16 does, its weights are in fp16, except for those outside fp16's range. Where it computes in float32,
+only weights that fp16 represents exactly are. The second is the compiled graph without its weights, which it finds in
+the first: a few MiB for each set of shapes that a process compiled first. If the first cannot be written, the ONNX file
+is compiled, and a warning in the log of `oneword.engines` gives the reason.
 
 A large graph is first compiled for the shapes in use, which makes each run faster and saves seconds in the first. When
 other shapes arrive, that version is released and one for any shape takes its place, so its weights are in memory once.
@@ -31,6 +31,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from oneword.engines.engine import (
     AnyArray,
@@ -54,7 +56,9 @@ _LARGE = 512 << 20  # bytes; a larger graph is compiled only when its first shap
 _MOST_EXACT = 1 << 16  # numbers of a constant that stays in float32 when weights are halved
 _HALF_RANGE = (2.0**-14, 65504.0)  # smallest normal and largest number of fp16
 _CONVERTED = (".xml", ".bin")
-_CONVERSION = "fp16 weights, 2"  # the number changes with what `convert_graph` writes
+_ROUNDED, _EXACT = ("any", "fp16 weights, 2"), ("any in float32", "exact weights, 1")
+"""Device and flag of a conversion's key: with weights rounded to fp16, or not. The numbers change with what
+`convert_graph` writes. Where the devices differ, neither conversion deletes the other."""
 _MOST_PLANS = 64
 _MOST_STATIC = 8  # how many shapes one graph is compiled for in the background
 
@@ -106,7 +110,7 @@ class OpenVinoEngine:
         )
         path = folder / graph.files[0]
         try:
-            self._compiler = _Compiler(core, path, settings, plans, key, convert=low)
+            self._compiler = _Compiler(core, path, settings, plans, key, halve=low)
         except RuntimeError as error:
             raise EngineError(f"cannot open graph {name!r} ({path}): {one_line(error)}") from error
         opened = (min(names & self.inputs.keys() or names or ["(no name)"]) for names in self._compiler.inputs)
@@ -214,7 +218,7 @@ class _Compiled:
 class _Compiler:
     """Compiles one graph, for any shape or for fixed ones, or reads what an earlier start compiled.
 
-    With `convert` a graph that is not small is compiled from its plan in OpenVINO's own format.
+    A graph that is not small is compiled from its plan in OpenVINO's own format, whose weights `halve` rounds to fp16.
     """
 
     def __init__(
@@ -225,9 +229,9 @@ class _Compiler:
         plans: PlanCache | None,
         key: PlanKey,
         *,
-        convert: bool,
+        halve: bool,
     ) -> None:
-        self._core, self._path, self._settings, self._key = core, path, settings, key
+        self._core, self._path, self._settings, self._key, self._halve = core, path, settings, key, halve
         size = size_of(path)
         self.small = size <= _SMALL
         self._lock = threading.Lock()
@@ -235,8 +239,7 @@ class _Compiler:
         self._dynamic: _Compiled | None = None
         self._background: ThreadPoolExecutor | None = None
         self._static_count = 0
-        self._conversions = plans if convert and not self.small else None
-        self._plans = plans if self.small else self._conversions
+        self._plans = plans
         if size <= _LARGE:
             self._dynamic = self.compile()
         model = self._dynamic.model if self._dynamic else core.read_model(*self._files())
@@ -309,8 +312,9 @@ class _Compiler:
 
     def _files(self) -> list[Path]:
         """The graph's file, or the two of its plan; found again each time, since another version may delete them."""
-        plans = self._conversions
-        return [self._path] if plans is None else _converted(self._core, self._path, plans, self._key)
+        if self.small or self._plans is None:
+            return [self._path]
+        return _converted(self._core, self._path, self._plans, self._key, self._halve)
 
     def _settings_for(self, files: Sequence[Path]) -> dict[str, str]:
         """With weights in a file of their own, what is exported refers to it instead of holding them."""
@@ -322,13 +326,14 @@ class _Compiler:
         return replace(self._key, ranges=ranges, flags=(*self._key.flags, *weights))
 
 
-def _converted(core: Any, path: Path, plans: PlanCache, key: PlanKey) -> list[Path]:
-    """The graph as OpenVINO's own two files, with fp16 weights; the ONNX file if they cannot be written or read."""
-    key = replace(key, device="any", flags=(_CONVERSION,))
+def _converted(core: Any, path: Path, plans: PlanCache, key: PlanKey, halve: bool) -> list[Path]:
+    """The graph as OpenVINO's own two files; the ONNX file if they cannot be written or read."""
+    device, form = _ROUNDED if halve else _EXACT
+    key = replace(key, device=device, flags=(form,))
     if (plans.folder, key.name) in _failed:
         return plans.load_files(key, _CONVERTED) or [path]  # another process may have made them
     try:
-        return plans.load_or_build_files(key, _CONVERTED, lambda xml: convert_graph(core, path, xml))
+        return plans.load_or_build_files(key, _CONVERTED, lambda xml: convert_graph(core, path, xml, halve=halve))
     except (FileError, RuntimeError, MemoryError) as error:  # a full or read-only disk should not keep it from running
         _failed.add((plans.folder, key.name))
         _log.warning(
@@ -339,39 +344,52 @@ def _converted(core: Any, path: Path, plans: PlanCache, key: PlanKey) -> list[Pa
         return [path]
 
 
-def convert_graph(core: Any, path: Path, xml: Path) -> None:
+def convert_graph(core: Any, path: Path, xml: Path, *, halve: bool = True) -> None:
     """Writes an ONNX graph in OpenVINO's own format: `xml` and a .bin file.
 
-    Small constants stay in float32: among them are the frequencies of the time embedding, whose product with a timestep
-    of 999 would be wrong by 0.2 radians. So do those whose largest number fp16 cannot represent.
+    With `halve` weights are rounded to fp16, else they are in fp16 only if that is exact. Small constants stay in
+    float32: among them are the frequencies of the time embedding, whose product with a timestep of 999 would be wrong
+    by 0.2 radians. So do those whose largest number fp16 cannot represent.
 
     Raises:
-        FileError: the disk has no room for the two copies that are there for a while; nothing is written.
+        FileError: the disk has no room for the copies that are there for a while; nothing is written.
         RuntimeError: OpenVINO's, or OpenVINO reads int8 weights as other nodes than expected.
     """
     ov = _openvino()
     model = core.read_model(path)
     _expand_convolutions(model)
-    exact = {op.get_friendly_name(): op for op in model.get_ops() if _stays_exact(op)}
+    exact = {op.get_friendly_name(): op for op in model.get_ops() if _stays_exact(op, halve)}
     if (free := shutil.disk_usage(xml.parent).free) < (size := _size_of_copies(model, exact.values())):
         raise FileError(f"{xml.parent.parent} has {free >> 20} MiB free, converting takes {size >> 20} MiB")
-    all_halved = xml.with_name("halved.xml")
-    ov.save_model(model, all_halved, compress_to_fp16=True)
-    halved = core.read_model(all_halved)
-    for op in halved.get_ops():  # a halved constant is followed by a conversion that has its name
-        if op.get_type_name() == "Convert" and op.get_friendly_name() in exact:
-            op.output(0).replace(exact[op.get_friendly_name()].output(0))
-    ov.serialize(halved, xml)
+    if _halved_bytes(model, exact.values()):
+        all_halved = xml.with_name("halved.xml")
+        ov.save_model(model, all_halved, compress_to_fp16=True)
+        model = core.read_model(all_halved)
+        for op in model.get_ops():  # a halved constant is followed by a conversion that has its name
+            if op.get_type_name() == "Convert" and op.get_friendly_name() in exact:
+                op.output(0).replace(exact[op.get_friendly_name()].output(0))
+    ov.serialize(model, xml)
     core.read_model(xml)  # raises if the disk was full
 
 
 def _size_of_copies(model: Any, exact: Iterable[Any]) -> int:
-    """Bytes of a graph's constants with all float32 ones halved, and again with those of `exact` whole."""
-    size: int = sum(op.get_byte_size() // 2 for op in exact)
-    for op in model.get_ops():
-        if op.get_type_name() == "Constant":
-            size += op.get_byte_size() * (1 if op.get_element_type() == _openvino().Type.f32 else 2)
-    return size
+    """Bytes that converting writes. Without halved constants, those of all constants; else those of a graph with all
+    float32 constants halved, and again with those of `exact` whole."""
+    total, halved = sum(op.get_byte_size() for op in _constants(model)), _halved_bytes(model, exact)
+    if not halved:
+        return total
+    floats = sum(op.get_byte_size() for op in _constants(model) if op.get_element_type() == _openvino().Type.f32)
+    return total - floats // 2 + total - halved // 2
+
+
+def _halved_bytes(model: Any, exact: Iterable[Any]) -> int:
+    """Bytes of the float32 constants that are not in `exact`."""
+    floats = sum(op.get_byte_size() for op in _constants(model) if op.get_element_type() == _openvino().Type.f32)
+    return floats - sum(op.get_byte_size() for op in exact)
+
+
+def _constants(model: Any) -> list[Any]:
+    return [op for op in model.get_ops() if op.get_type_name() == "Constant"]
 
 
 def _expand_convolutions(model: Any) -> None:
@@ -416,11 +434,17 @@ def _users(op: Any) -> list[Any]:
     return [target.get_node() for output in op.outputs() for target in output.get_target_inputs()]
 
 
-def _stays_exact(op: Any) -> bool:
+def _stays_exact(op: Any, halve: bool = True) -> bool:
+    """Whether a constant stays in float32. Without `halve`, one that fp16 would change does."""
     if op.get_type_name() != "Constant" or op.get_element_type() != _openvino().Type.f32:
         return False
+    if op.data.size <= _MOST_EXACT:
+        return True
+    if not halve:
+        with np.errstate(over="ignore"):
+            return not np.array_equal(op.data.astype(np.float16), op.data)
     least, most = _HALF_RANGE
-    return bool(op.data.size <= _MOST_EXACT or not least <= max(op.data.max(), -op.data.min()) <= most)
+    return not least <= max(op.data.max(), -op.data.min()) <= most
 
 
 def _tensor(value: NumpyArray) -> Any:

@@ -14,7 +14,7 @@ def test_a_conversion_that_was_interrupted_is_made_again_and_a_complete_one_is_n
     pytest.importorskip("openvino")
     calls: list[Path] = []
 
-    def convert(core: Any, path: Path, xml: Path) -> None:
+    def convert(core: Any, path: Path, xml: Path, *, halve: bool) -> None:
         assert list(xml.parent.iterdir()) == []
         calls.append(path)
         xml.write_bytes(b"half")

@@ -200,7 +200,8 @@ def test_a_large_graph_is_compiled_for_its_first_shapes_then_once_for_any_others
     first.run()
     np.testing.assert_array_equal(first.outputs["y"].numpy(), X + 1)
     assert len(compilations) == 2
-    assert not (tmp_path / "plans").exists()
+    assert len([*(tmp_path / "plans").glob("*.plan")]) == 2
+    assert len([*(tmp_path / "plans").glob("*.xml")]) == 1
 
 
 def test_a_large_graph_that_is_damaged_or_has_other_inputs_is_refused_when_opened(
@@ -217,11 +218,11 @@ def test_a_large_graph_that_is_damaged_or_has_other_inputs_is_refused_when_opene
 
 
 def test_the_error_for_a_large_graph_that_cannot_be_compiled_names_it_and_its_shapes(
-    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("oneword.engines.openvino._SMALL", 0)
     monkeypatch.setattr("oneword.engines.openvino._LARGE", 0)
-    opened = engine(path, PlanCache(tmp_path / "plans"))
+    opened = engine(path, None)
     path.write_bytes(b"changed since it was opened")
 
     with pytest.raises(EngineError, match=r"cannot compile graph 'add' for \{'x': \(2, 4\)\}"):
@@ -283,11 +284,11 @@ def save_product(path: Path, weights: NumpyArray) -> None:
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
 
 
-def product_of_ones(path: Path, plans: Path, precision: str = "f32") -> float:
-    """What the graph returns in this precision, converted as on a processor that computes in bfloat16."""
+def product_of_ones(path: Path, plans: Path, precision: str = "f32", halve: bool = True) -> float:
+    """What the graph returns in this precision, converted with weights rounded to fp16 or not."""
     settings = {"INFERENCE_PRECISION_HINT": precision}
     key = PlanKey("d", "openvino", openvino.__version__, "cpu", Precision.FP32, {})
-    compiled = _Compiler(openvino.Core(), path, settings, PlanCache(plans), key, convert=True).compile()
+    compiled = _Compiler(openvino.Core(), path, settings, PlanCache(plans), key, halve=halve).compile()
     y = compiled.model({"x": np.ones((1, 300), np.float32)})[0]
     assert (y == y[0, 0]).all()
     return float(y[0, 0])
@@ -308,20 +309,32 @@ def test_a_later_start_reads_the_converted_graph_only(product: Path, tmp_path: P
     assert product_of_ones(product, tmp_path / "plans") == HALVED
 
 
-@pytest.mark.skipif(
+needs_bfloat16 = pytest.mark.skipif(
     "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"), reason="needs bfloat16"
 )
+
+
+@pytest.mark.parametrize(
+    ("precision", "halve", "weight"),
+    [("f32", False, HALVED), ("f32", False, 1.0), pytest.param("bf16", True, 1.0, marks=needs_bfloat16)],
+)
 def test_a_later_start_reads_the_compiled_graph_which_finds_its_weights_in_the_converted_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compilations: list[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    compilations: list[str],
+    precision: str,
+    halve: bool,
+    weight: float,
 ) -> None:
     monkeypatch.setattr("oneword.engines.openvino._SMALL", 0)
-    save_product(tmp_path / "p.onnx", np.eye(300))
+    save_product(tmp_path / "p.onnx", np.eye(300) * weight)
 
-    assert {product_of_ones(tmp_path / "p.onnx", tmp_path / "plans", "bf16") for _ in range(3)} == {1.0}
+    for _ in range(3):
+        assert product_of_ones(tmp_path / "p.onnx", tmp_path / "plans", precision, halve) == weight
 
     assert len(compilations) == 1
     [plan] = (tmp_path / "plans").glob("*.plan")
-    assert plan.stat().st_size < 90_000  # the weights have twice as many bytes
+    assert plan.stat().st_size < 90_000  # the weights have at least twice as many bytes
 
 
 def test_a_large_graph_has_a_compiled_plan_for_each_set_of_shapes_that_came_first(
@@ -332,7 +345,7 @@ def test_a_large_graph_has_a_compiled_plan_for_each_set_of_shapes_that_came_firs
     for rows in (1, 2, 1, 2):
         settings = {"INFERENCE_PRECISION_HINT": "f32"}
         plans = PlanCache(tmp_path / "plans")
-        compiler = _Compiler(openvino.Core(), product, settings, plans, key, convert=True)
+        compiler = _Compiler(openvino.Core(), product, settings, plans, key, halve=True)
         compiled = compiler.compiled_for({"x": (rows, 300)})
         assert (compiled.model({"x": np.ones((rows, 300), np.float32)})[0] == HALVED).all()
 
@@ -372,7 +385,7 @@ def test_a_conversion_that_fails_is_tried_once_per_process_and_reported_once(
 ) -> None:
     tries = []
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, halve: bool) -> None:
         tries.append(1)
         raise error
 
@@ -441,25 +454,25 @@ def test_a_weight_that_openvino_reads_in_an_unknown_way_is_refused_and_left() ->
         assert [op.get_type_name() for op in model.get_ordered_ops()] == before
 
 
-def size_of_copies(model: Any) -> int:
-    return _size_of_copies(model, [op for op in model.get_ops() if _stays_exact(op)])
+def size_of_copies(model: Any, halve: bool = True) -> int:
+    return _size_of_copies(model, [op for op in model.get_ops() if _stays_exact(op, halve)])
 
 
-def test_converting_takes_the_bytes_of_two_copies() -> None:
-    """A convolution's int8 weights, 4 * 8 * 9 numbers, become 2 bytes each; a product's [300, 300] stay 1 byte."""
+def test_converting_takes_the_bytes_of_one_copy_or_of_two_if_constants_are_halved() -> None:
+    """A convolution's int8 weights, 8 * 4 * 9 numbers, become 4 bytes each; a product's [300, 300] stay 1 byte."""
     from openvino import opset13 as ops
 
     model = int8_convolution()
     _expand_convolutions(model)
-    small = 4 * 8 * 9
-    assert size_of_copies(model) == small * (2 + 4)  # small constants are exact in the second copy
+    assert size_of_copies(model) == 4 * (8 * 4 * 9)  # small constants are exact
 
     x = ops.parameter([1, 300], np.float32, name="x")
     integers, scales = ops.constant(np.ones((300, 300), np.int8)), ops.constant(np.ones((1, 300), np.float32))
     product = ops.matmul(x, ops.multiply(ops.convert(integers, "f32"), scales), False, False)
-    large = ops.matmul(product, ops.constant(np.ones((300, 300), np.float32)), False, False)
+    large = ops.matmul(product, ops.constant(np.full((300, 300), HALVED, np.float32)), False, False)
     model = openvino.Model([large], [x], "products")
     assert size_of_copies(model) == 2 * 300 * 300 + 300 * (2 + 4) + 2 * 2 * 300 * 300
+    assert size_of_copies(model, halve=False) == 300 * 300 + 300 * 4 + 4 * 300 * 300
 
 
 def test_an_input_to_which_openvino_gives_no_name_is_an_error_in_one_line(
@@ -478,7 +491,7 @@ def test_a_plan_that_another_version_has_deleted_is_made_again_for_the_next_shap
     settings = {"INFERENCE_PRECISION_HINT": "f32"}
     key = PlanKey("d", "openvino", openvino.__version__, "cpu", Precision.FP32, {})
     plans = PlanCache(tmp_path / "plans")
-    compiler = _Compiler(openvino.Core(), product, settings, plans, key, convert=True)
+    compiler = _Compiler(openvino.Core(), product, settings, plans, key, halve=True)
     compiler.compiled_for({"x": (1, 300)})
     for path in [*plans.folder.glob("*.xml"), *plans.folder.glob("*.bin")]:
         path.unlink()
@@ -512,12 +525,47 @@ def test_weights_beyond_the_range_of_fp16_stay_in_float32(
     assert (saved.stat().st_size < 3 * 90_000) == halved
 
 
-def test_an_engine_that_computes_in_float32_keeps_all_weights(product: Path, tmp_path: Path) -> None:
-    spec = TensorSpec("x", DType.FLOAT32, ("B", 300))
-    graph = Graph((product.name,), "d", Precision.FP32, (spec,), (TensorSpec("y", DType.FLOAT32, ("B", 300)),))
+def exact_product(path: Path, plans: PlanCache) -> float:
+    """What an engine that computes in float32 returns for ones."""
+    x, y = (TensorSpec(name, DType.FLOAT32, ("B", 300)) for name in "xy")
+    graph = Graph((path.name,), "d", Precision.FP32, (x,), (y,))
+    opened = OpenVinoEngine("product", graph, path.parent, 1, exact=True, plans=plans)
+    outputs = opened.run({"x": np.ones((1, 300), np.float32)})["y"]
+    assert (outputs == outputs[0, 0]).all()
+    return float(outputs[0, 0])
+
+
+def test_an_engine_that_computes_in_float32_keeps_all_weights_in_openvinos_format(
+    product: Path, tmp_path: Path
+) -> None:
+    plans = PlanCache(tmp_path / "plans")
+    first = exact_product(product, plans)
+    product.write_bytes(b"no graph")
+
+    assert first == exact_product(product, plans) == pytest.approx(HALVED**2, abs=1e-7)
+    [weights] = plans.folder.glob("*.bin")
+    assert 4 * 90_000 <= weights.stat().st_size < 4 * 90_000 + 100
+
+
+@pytest.mark.parametrize(
+    ("weight", "size"),
+    [(1.5, 2), (2.0**-24, 2), (-65504.0, 2), (HALVED, 4), (2.0**-25, 4), (65536.0, 4), (1 / 3, 4)],
+)
+def test_an_engine_that_computes_in_float32_has_fp16_weights_where_they_are_exact(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weight: float, size: int
+) -> None:
+    """fp16 represents 2**-24 to 65504, with 11 bits from 2**-14 on."""
+    monkeypatch.setattr("oneword.engines.openvino._SMALL", 0)
+    save_product(tmp_path / "p.onnx", np.eye(300) * weight)
     plans = PlanCache(tmp_path / "plans")
 
-    y = OpenVinoEngine("product", graph, tmp_path, 1, exact=True, plans=plans).run({"x": np.ones((1, 300), np.float32)})
+    assert exact_product(tmp_path / "p.onnx", plans) == np.float32(weight)
+    [weights] = plans.folder.glob("*.bin")
+    assert size * 90_000 <= weights.stat().st_size < size * 90_000 + 100
 
-    np.testing.assert_allclose(y["y"], HALVED**2, atol=1e-7)
-    assert not plans.folder.exists()
+
+def test_rounded_weights_and_exact_ones_are_kept_beside_each_other(product: Path, tmp_path: Path) -> None:
+    for _ in range(2):
+        assert product_of_ones(product, tmp_path / "plans", halve=True) == HALVED
+        assert product_of_ones(product, tmp_path / "plans", halve=False) == pytest.approx(HALVED**2, abs=1e-7)
+    assert len([*(tmp_path / "plans").glob("*.bin")]) == 2

@@ -11,7 +11,7 @@ import torch
 from safetensors.numpy import load_file
 
 from oneword.engines.errors import UsageError
-from oneword.engines.graph import Precision
+from oneword.engines.graph import Precision, Provider
 from oneword.engines.open import Backend
 from oneword.export.cli import plan_warnings
 from oneword.export.families import family_of
@@ -99,9 +99,10 @@ def test_sdxl_with_a_word_of_two_encoders_matches_diffusers(
         assert psnr(ours, diffusers_picture(pipeline, prompt, **settings)) >= 50, prompt
 
 
-def test_attention_and_residual_norms_of_latent_diffusion_are_fused(ldm_bundle: Path) -> None:
+@pytest.mark.parametrize("provider", Provider)
+def test_attention_and_residual_norms_of_latent_diffusion_are_fused(ldm_bundle: Path, provider: Provider) -> None:
     # Four transformers of one block: two norms of each follow a sum. LDMBert: two layers.
-    assert attentions_and_norms(ldm_bundle) == {
+    assert attentions_and_norms(ldm_bundle, provider) == {
         "text_encoder": (2, 3),
         "denoise_step": (8, 8),
         "vae_decoder": (1, 0),
@@ -109,8 +110,9 @@ def test_attention_and_residual_norms_of_latent_diffusion_are_fused(ldm_bundle: 
     }
 
 
-def test_attention_and_residual_norms_of_stable_diffusion_2_are_fused(sd2_bundle: Path) -> None:
-    assert attentions_and_norms(sd2_bundle) == {
+@pytest.mark.parametrize("provider", Provider)
+def test_attention_and_residual_norms_of_stable_diffusion_2_are_fused(sd2_bundle: Path, provider: Provider) -> None:
+    assert attentions_and_norms(sd2_bundle, provider) == {
         "text_encoder": (2, 3),
         "denoise_step": (8, 8),
         "vae_decoder": (1, 0),
@@ -118,10 +120,11 @@ def test_attention_and_residual_norms_of_stable_diffusion_2_are_fused(sd2_bundle
     }
 
 
-def test_attention_and_residual_norms_of_sdxl_are_fused(sdxl_bundle: Path) -> None:
+@pytest.mark.parametrize("provider", Provider)
+def test_attention_and_residual_norms_of_sdxl_are_fused(sdxl_bundle: Path, provider: Provider) -> None:
     # Four transformers of two blocks, of whose six norms all but the first follow a sum. Encoders of three layers; the
     # pooled state of the second is the norm of the last sum.
-    assert attentions_and_norms(sdxl_bundle) == {
+    assert attentions_and_norms(sdxl_bundle, provider) == {
         "text_encoder": (3, 5),
         "text_encoder_2": (3, 6),
         "denoise_step": (16, 20),

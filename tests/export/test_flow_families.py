@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from oneword.engines.errors import ConceptError, UsageError
+from oneword.engines.graph import Provider
 from oneword.engines.open import Backend
 from oneword.export import families
 from oneword.export.cli import plan_warnings
@@ -576,10 +577,11 @@ def test_every_graph_of_flux_becomes_a_plan(flux_bundle: Path) -> None:
     assert_planned(flux_bundle)
 
 
-def test_attention_and_residual_norms_of_sd3_are_fused(sd3_bundle: Path) -> None:
+@pytest.mark.parametrize("provider", Provider)
+def test_attention_and_residual_norms_of_sd3_are_fused(sd3_bundle: Path, provider: Provider) -> None:
     # Three joint attentions and one of the image alone; the norms have no weights. CLIP: three layers, the last sum is
     # normed for the pooled state. T5: two layers, without a mean in their norms.
-    assert attentions_and_norms(sd3_bundle) == {
+    assert attentions_and_norms(sd3_bundle, provider) == {
         "text_encoder": (3, 6),
         "text_encoder_2": (3, 6),
         "text_encoder_3": (2, 0),
@@ -590,9 +592,10 @@ def test_attention_and_residual_norms_of_sd3_are_fused(sd3_bundle: Path) -> None
     }
 
 
-def test_attention_and_residual_norms_of_flux_are_fused(flux_bundle: Path) -> None:
+@pytest.mark.parametrize("provider", Provider)
+def test_attention_and_residual_norms_of_flux_are_fused(flux_bundle: Path, provider: Provider) -> None:
     # One block with two streams and two with one. CLIP: two layers, of which only the pooled state is used.
-    assert attentions_and_norms(flux_bundle) == {
+    assert attentions_and_norms(flux_bundle, provider) == {
         "text_encoder": (2, 4),
         "text_encoder_3": (2, 0),
         "denoise_step": (1 + 2, 0),
@@ -602,9 +605,10 @@ def test_attention_and_residual_norms_of_flux_are_fused(flux_bundle: Path) -> No
     }
 
 
-def test_attention_of_chroma_is_fused(chroma_bundle: Path) -> None:
+@pytest.mark.parametrize("provider", Provider)
+def test_attention_of_chroma_is_fused(chroma_bundle: Path, provider: Provider) -> None:
     # Two blocks with two streams and two with one, all with a mask. T5: two layers, without a mean in their norms.
-    assert attentions_and_norms(chroma_bundle) == {
+    assert attentions_and_norms(chroma_bundle, provider) == {
         "text_encoder_3": (2, 0),
         "denoise_step": (2 + 2, 0),
         "vae_decoder": (1, 0),

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import Qwen3Config, Qwen3Model
 
 from oneword.engines.errors import ConceptError, UsageError
+from oneword.engines.graph import Provider
 from oneword.engines.open import Backend
 from oneword.export.cli import plan_warnings
 from oneword.export.eager import eager_model
@@ -26,6 +27,7 @@ from oneword.runtime.prompt import Tokenizer, Vocabulary, encode_ids
 from oneword.runtime.request import Image, Request
 from tests.conftest import WORDS
 from tests.export.conftest import QWEN_LENGTH, QWEN_TEMPLATE, qwen_tokenizer
+from tests.export.operators import attentions_and_norms
 from tests.export.test_flow_families import (
     PROMPT,
     add_word,
@@ -140,6 +142,19 @@ def test_rows_that_share_a_call_are_those_drawn_alone(model: Model) -> None:
 @ONLY_BASE
 def test_openvino_is_near_onnxruntime(model: Model, bundle: Path) -> None:
     assert_openvino_is_near(model, bundle, guidance_scale=4.0)
+
+
+@ONLY_BASE
+@pytest.mark.parametrize("provider", Provider)
+def test_attention_of_klein_is_fused(bundle: Path, provider: Provider) -> None:
+    # One block with two streams and two with one. Qwen3: the 27 layers before the last state that is read; they and
+    # the blocks have norms without a mean or without weights.
+    assert attentions_and_norms(bundle, provider) == {
+        "text_encoder_qwen3": (27, 0),
+        "denoise_step": (1 + 2, 0),
+        "vae_decoder": (1, 0),
+        "vae_encoder": (1, 0),
+    }
 
 
 @ONLY_BASE
