@@ -56,7 +56,7 @@ class Settings:
     max_wait: float = 60.0
     """Seconds of work that may be queued; more is refused."""
     deadline: float | None = None
-    """A request that the engine has not begun so many seconds after it was accepted is dropped; None means MAX_WAITS
+    """A request of which the engine has taken no picture so many seconds after it was accepted is dropped; None means MAX_WAITS
     times `max_wait`."""
     model: str | None = None
     """The checkpoint that words are learned with."""

@@ -6,6 +6,8 @@ import base64
 import difflib
 import functools
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
+from oneword.runtime.scheduler import Scheduler
 from tests.serve.conftest import Start
 from tests.serve.running import word_bytes
 from tests.serve.test_openai import png
@@ -27,8 +30,8 @@ LONG = "[a:b:1] " * 20 + "(" * 2500
 SMALL = {"width": 64, "height": 64, "steps": 2}
 
 
-def generations(http: httpx.Client, prompt: str) -> httpx.Response:
-    body = {"prompt": prompt, "negative_prompt": prompt, "n": 2, "steps": 2, "size": "64x64"}
+def generations(http: httpx.Client, prompt: str, **fields: Any) -> httpx.Response:
+    body = {"prompt": prompt, "negative_prompt": prompt, "n": 2, "steps": 2, "size": "64x64", **fields}
     return http.post("/v1/images/generations", json=body)
 
 
@@ -54,29 +57,46 @@ ROUTES = generations, edits, txt2img, img2img, refine
 
 @pytest.fixture(scope="module")
 def busy(start_server: Start) -> Iterator[httpx.Client]:
-    """A server whose deadline is short and whose engine has as many pictures as it takes."""
+    """A server whose deadline is short, and whose engine has as many pictures as it takes and rests."""
     running = start_server(max_wait=10_000, deadline=0.1)
-    body = {"prompt": "a cat", "steps": 900, "n": 10, "size": "64x64"}
+    worker, resting = running.state.worker, threading.Event()
+    turn = worker._turn
+
+    def rest(scheduler: Scheduler) -> None:
+        assert resting.wait(SECONDS)
+        turn(scheduler)
+
+    worker._turn = rest  # type: ignore[method-assign]
+    body = {"prompt": "a cat", "steps": 2, "n": 10, "size": "64x64"}
     with running.client() as http, ThreadPoolExecutor(1) as pool:
         http.put("/v1/words/%3Ctoy%3E", content=word_bytes()).raise_for_status()
         first = pool.submit(http.post, "/v1/images/generations", json=body)
-        while not (entries := http.get("/v1/queue").json()["data"]):
+        while not http.get("/v1/queue").json()["data"]:
             assert not first.done(), first.result().text
+            time.sleep(0.01)
         yield http
-        assert not first.done()
-        http.delete(f"/v1/queue/{entries[0]['id']}").raise_for_status()
+        resting.set()
+        assert len(first.result(SECONDS).json()["data"]) == 10  # the engine had some of its pictures in time
 
 
 @pytest.mark.parametrize("route", ROUTES)
-def test_a_request_that_was_not_begun_by_the_servers_deadline_is_dropped(
+def test_a_request_that_the_engine_does_not_take_by_the_servers_deadline_is_dropped(
     busy: httpx.Client, route: Callable[[httpx.Client, str], httpx.Response]
 ) -> None:
     answer = route(busy, "a cat")
 
     assert answer.status_code == 503
-    assert "had to wait for more than 0 seconds: send it again" in answer.text
+    assert "the engine did not get to this request within 0.1 seconds: send it again" in answer.text
     assert int(answer.headers["Retry-After"]) >= 1
     assert len(busy.get("/v1/queue").json()["data"]) == 1
+
+
+def test_a_stream_that_waits_until_the_deadline_ends_in_an_error_event(busy: httpx.Client) -> None:
+    answer = generations(busy, "a cat", stream=True)
+
+    assert answer.status_code == 200
+    assert answer.text.startswith("event: error\n")
+    assert "the engine did not get to this request within 0.1 seconds" in answer.text
 
 
 @pytest.mark.parametrize("route", ROUTES)
