@@ -154,8 +154,10 @@ def test_pictures_of_another_refinement_are_neither_mixed_with_nor_deleted(
     line = ["--start", start, *(line if start == "cat" else []), "--output", "cat-refined.safetensors"]
 
     assert refine(monkeypatch, tiny_bundle, *line) == 2
-    assert capsys.readouterr().err.splitlines()[-1].endswith(
-        "cat-refined.rounds has the pictures of another refinement: move it, or choose another --output"
+    assert (
+        capsys.readouterr()
+        .err.splitlines()[-1]
+        .endswith("cat-refined.rounds has the pictures of another refinement: move it, or choose another --output")
     )
     assert Path("cat-refined.rounds/round-1/1.png").exists()
     assert not Path("cat-refined.safetensors").exists()
