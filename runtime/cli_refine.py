@@ -235,8 +235,8 @@ def _asked(state: Refinement) -> Refinement | None:
 
 
 def _delete_pictures(word: Path, after: int) -> None:
-    """Deletes the sheets and pictures of the rounds after that number, which were undone: `ti-train --polish` would learn
-    from them."""
+    """Deletes the sheets and pictures of the rounds after that number, which were undone: `ti-train --polish` would
+    learn from them."""
     for folder in word.with_suffix(".rounds").glob("round-*/"):
         number = folder.name.removeprefix("round-")
         if number.isdecimal() and int(number) > after:
