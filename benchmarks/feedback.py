@@ -175,7 +175,7 @@ class Rocchio:
     def __init__(self, directions: Directions, seed: int) -> None:
         self.directions, self.rng = directions, np.random.default_rng(seed)
         self.centre, self.sigma = directions.start, 1.0
-        self.tried = np.empty(0)
+        self.tried: Vectors = np.empty(0)
 
     def propose(self) -> Sequence[Concept]:
         basis = self.directions.components
@@ -205,7 +205,7 @@ class CmaEs:
         count = len(directions.components)
         self.mean, self.sigma, self.covariance = np.zeros(count), 0.5, np.eye(count)
         self.path, self.sigma_path, self.generation = np.zeros(count), np.zeros(count), 0
-        self.tried = np.empty(0)
+        self.tried: Vectors = np.empty(0)
 
     def propose(self) -> Sequence[Concept]:
         factor = np.linalg.cholesky(self.covariance)

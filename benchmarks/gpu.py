@@ -114,7 +114,7 @@ def run(stages: Mapping[str, Stage], names: list[str], options: argparse.Namespa
             continue
         start = time.monotonic()
         limit = min(60 * stages[name].minutes * (SLOWER if options.simulated else 1), end - start)
-        entry = {"date": str(datetime.date.today()), "device": _gpu(options.simulated)}
+        entry: dict[str, Any] = {"date": str(datetime.date.today()), "device": _gpu(options.simulated)}
         if limit < 1:
             entry["error"] = f"not started: the {options.minutes:g} minutes are over"
         else:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.psnr import psnr
+from benchmarks.store import Store
 from benchmarks.trace import gpu_use, read_trace
 from oneword.engines.open import Backend, gpu_stream
 from oneword.runtime.concept import Concept
@@ -295,15 +296,13 @@ def _p99(values: Sequence[float]) -> float:
 
 def learning(settings: Settings) -> Result:
     """Seconds to learn a word: `ti-train`, which computes on the CPU, and diffusers' script on the GPU."""
-    from benchmarks.training import stored_rows
-
     if settings.script is None:
         raise SystemExit("left out: give the path of diffusers' textual_inversion.py with --script")
     work = settings.work / "training"
     command = [sys.executable, "-m", "benchmarks.training", settings.script, "--words", 1, "--work", work]
     command += ["--script-steps", 500, "--budgets", 50, "--samples", 4, "--threads", len(os.sched_getaffinity(0))]
     subprocess.run([*map(str, command)], stdout=subprocess.DEVNULL, check=True)
-    rows = [row for row in stored_rows(work) if row.get("contender") in ("oneword", "diffusers")]
+    rows = [row for row in Store(work, digest="").all_rows() if row.get("contender") in ("oneword", "diffusers")]
     longest = {row["contender"]: row for row in sorted(rows, key=lambda row: row["steps"])}
     return {
         f"{name}, {row['steps']} steps": {

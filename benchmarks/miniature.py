@@ -189,7 +189,7 @@ def summary(report: Report, args: argparse.Namespace) -> str:
     )
     vae, parity_db = report["vae"]["dB"], report["diffusers"]["dB"]
     renders = report["world"]["renders a second"]
-    model_rows = [
+    model_rows: list[list[object]] = [
         ["VAE round trip, dB", VAE_BAR, marked(f"{vae:.1f}", vae >= VAE_BAR)],
         ["least PSNR to diffusers' pictures, dB", PARITY_BAR, marked(f"{parity_db:.1f}", parity_db >= PARITY_BAR)],
         ["renders per second", f"{RENDERS_BAR:,}", marked(f"{renders:,.0f}", renders >= RENDERS_BAR)],

@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -58,7 +59,7 @@ def main() -> None:
             "onnxruntime int8": lambda: _bundle(options.model, Path(folder), Precision.FP32, Weights.INT8),
             "openvino int8": lambda: Model.open(Path(folder) / "int8", Backend.OPENVINO),
         }
-        results = {}
+        results: dict[str, dict[str, Any]] = {}
         expected: Sequence[Image] = ()
         for name, make in models.items():
             start = time.perf_counter()

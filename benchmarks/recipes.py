@@ -209,7 +209,7 @@ def pass_seconds(source: Source) -> float:
     graph = next(graph for graph in family_of(source).graphs if graph.name == "denoise_step")
     network, config = cast(UNet, cast(DenoiseStep, graph.module).network), source.unet.config
     dtype = compute_dtype(Compute.AUTO)
-    network.to(dtype, memory_format=torch.channels_last)
+    network.to(dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     network.attend_plainly(few_positions(dtype, config.sample_size**2))
     noisy = torch.randn(8, config.in_channels, config.sample_size, config.sample_size).to(dtype)
     noisy = noisy.to(memory_format=torch.channels_last)
@@ -290,7 +290,7 @@ def summary(report: Mapping[str, Mapping[str, Any]]) -> str:
                 marked(ranged(right), right[0] >= RIGHT_BAR) if right else "",
                 *(f"{entry[key]:.3f}" if key in entry else "" for key in ("style likeness", "style editability")),
                 f"{entry['seconds']:.1f}",
-                marked(f"{passes:.0f}", passes <= PASSES_BAR),
+                marked(f"{passes:.0f}", entry["passes"] <= PASSES_BAR),
                 "" if entry["search"] is None else f"{entry['search']:.1f}",
             ]
         )

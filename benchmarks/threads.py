@@ -76,12 +76,13 @@ def measure(folder: Path, rounds: int, steps: int, busy: int) -> tuple[dict[str,
 
 def serve(folder: Path, steps: int) -> None:
     """Runs `steps` optimiser steps per turn."""
+    from oneword.export.source import silence_libraries
     from oneword.train import parallel
-    from oneword.train.learn import learn, quiet
+    from oneword.train.learn import learn
     from oneword.train.recipe import named_recipe
     from oneword.train.tasks import Task
 
-    quiet()
+    silence_libraries()
     if os.environ.get("WHOLE"):
         parallel.PARTS = 1
     run = learn("miniature", [Task(folder, "<toy>", "star")], named_recipe("fast").with_changes(steps=1_000_000))

@@ -129,7 +129,7 @@ def compare(args: argparse.Namespace) -> None:
         for step in range(save_every(args.script_steps), args.script_steps, save_every(args.script_steps)):
             saved = output / f"learned_embeds-steps-{step}.safetensors"
             seconds = {"seconds": saved.stat().st_mtime - finished["began"]} if saved.is_file() else {}
-            measured(args, {**row, "steps": step}, lambda seconds=seconds: seconds, score_of(args, saved, folder))
+            measured(args, {**row, "steps": step}, partial(dict, seconds), score_of(args, saved, folder))
 
 
 def ours(args: argparse.Namespace, words: Mapping[str, tuple[Path, Path]], more: Sequence[str]) -> dict[str, Any]:
@@ -238,7 +238,7 @@ def learn_together(args: argparse.Namespace) -> None:
     measured(args, {**row, "run": "together"}, lambda: ours(args, words, more))
     for token, word in words.items():
         alone = ["--recipe", args.recipe, "--init", args.init]
-        measured(args, {**row, "run": token}, lambda t=token, w=word, a=alone: ours(args, {t: w}, a))
+        measured(args, {**row, "run": token}, partial(ours, args, {token: word}, alone))
 
 
 def full_size(args: argparse.Namespace) -> None:
@@ -368,7 +368,7 @@ def child(report: Path, command: Sequence[str]) -> None:
     watch(torch.autograd, "backward", "backward")
     watch(torch.optim.AdamW, "step", "optimiser")
 
-    status: object = 0
+    status = 0
     if command[0] == "ti-train":
         from oneword.train.cli import main as ti_train
 

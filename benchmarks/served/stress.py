@@ -553,7 +553,7 @@ async def _faulty(server: Server, kind: str, order: Path) -> Fault:
     with server.client() as client:
         first = Answer(Call("", {}), 0, body=client.post(GENERATIONS, json=word).content).pictures[0]
         address = client.post(GENERATIONS, json={**word, "response_format": "url"}).json()["data"][0]["url"]
-        kept = client.get(address).raise_for_status().content
+        stored_picture = client.get(address).raise_for_status().content
         words = client.get("/v1/words").json()["data"]
         job = await asyncio.to_thread(_started_job, client, f"<{kind.split()[0]}>")
     loops = [asyncio.ensure_future(_insist(server, seed)) for seed in range(8)]
@@ -573,13 +573,13 @@ async def _faulty(server: Server, kind: str, order: Path) -> Fault:
         loop.cancel()
     await asyncio.gather(*loops, return_exceptions=True)
     with server.client() as client:
-        there = {entry["name"]: entry for entry in client.get("/v1/words").json()["data"]}
-        missing = any(there.get(entry["name"]) != entry for entry in words)
-        missing += client.get(address).content != kept
+        restored = {entry["name"]: entry for entry in client.get("/v1/words").json()["data"]}
+        missing = sum(restored.get(entry["name"]) != entry for entry in words)
+        missing += client.get(address).content != stored_picture
         again = Answer(Call("", {}), 0, body=client.post(GENERATIONS, json=word).content).pictures[0]
-        missing += bool(np.abs(first.astype(int) - again).max() > 1)
+        missing += int(np.abs(first.astype(int) - again).max() > 1)
         status = await asyncio.to_thread(_job_status, client, job["id"])
-    return Fault(down, ready, int(missing), job["step"], status)
+    return Fault(down, ready, missing, job["step"], status)
 
 
 def _started_job(client: httpx.Client, token: str) -> Any:
