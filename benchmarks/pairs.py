@@ -23,6 +23,7 @@ import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -187,12 +188,15 @@ def style_right(
     judge: Judge, pictures: Pictures, scene: Scene, candidates: Sequence[str | world.Style]
 ) -> npt.NDArray[np.bool_]:
     """Whether the nearest renders of the scene, of those in each candidate style, are those in the scene's own."""
-    centres = []
-    for style in candidates:
-        renders = [world.render(replace(scene, style=style), seed)[0] for seed in range(RENDERS)]
-        centres.append(judge.pictures(np.stack(renders)).mean(0))
+    centres = [centre(judge, replace(scene, style=style)) for style in candidates]
     nearest = (judge.pictures(pictures) @ unit(np.stack(centres)).T).argmax(1)
     return cast("npt.NDArray[np.bool_]", nearest == list(candidates).index(cast(str, scene.style)))
+
+
+@cache
+def centre(judge: Judge, scene: Scene) -> npt.NDArray[np.float32]:
+    """The mean embedding [P] of a scene's renders."""
+    return judge.pictures(np.stack([world.render(scene, seed)[0] for seed in range(RENDERS)])).mean(0)
 
 
 def rates(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:

@@ -1,15 +1,25 @@
 """Scenes, prompts, styles and the table of `benchmarks.pairs`, on real renders and numbers made up here."""
 
 from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
 
 from benchmarks import pairs
+from benchmarks.paper import looks, styles
+from benchmarks.recipes import Lab
+from benchmarks.store import Store
 from oneword.export.source import find_model
+from oneword.runtime.concept import Concept, load_concept
 from oneword.train.evaluation.judge import Judge
 from oneword.train.miniature import world
+from oneword.train.miniature.scores import Pictures
+from oneword.train.recipe import Recipe, Subject
+from oneword.train.tasks import Task
 
 
 def test_prompts_name_two_learned_words_only_the_second_or_none() -> None:
@@ -58,6 +68,57 @@ def test_the_judge_finds_the_style_of_real_renders_and_not_another() -> None:
     assert len(candidates) == 10
     assert np.mean(own) >= 0.9
     assert np.mean(others) <= 0.1
+
+
+class StandIn:
+    """A lab without a model. Its pictures are the real renders of `scenes`; the words it learns are ones."""
+
+    keep = Lab.keep
+
+    def __init__(self, work: Path, scenes: Sequence[world.Scene] = ()) -> None:
+        self.work, self.samples, self.store = work, 2, Store(work, "digest")
+        self.judge = Judge(find_model("miniature")[0] / "judge")
+        self.scenes, self.drawings = scenes, 0
+        self.tasks: list[Task] = []
+        self.recipes: list[Recipe] = []
+
+    def drawn(self, scenes: Sequence[world.Scene], words: int) -> Pictures:
+        self.drawings += 1
+        renders = [world.render(scene, seed)[0] for scene, seeds in pairs.seeded(self.scenes, 2) for seed in seeds]
+        return np.stack(renders)
+
+    def learned(self, task: Task, recipe: Recipe, seed: int) -> tuple[Concept, dict[str, float]]:
+        self.tasks.append(task)
+        self.recipes.append(recipe)
+        return Concept(task.token, {"text_encoder": np.ones((1, 4), np.float32)}), {"seconds": 0.0}
+
+
+def test_pictures_are_right_where_they_show_their_own_scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    objects, styles = pairs.two_objects(3), pairs.object_and_style(1, 3)
+    for kind, scenes in ((pairs.OBJECTS, objects), (pairs.STYLES, styles)):
+        lab = StandIn(tmp_path, [scenes[0], scenes[0], scenes[2]])  # the second scene's pictures show the first
+        monkeypatch.setattr(pairs, "drawn", StandIn.drawn)
+        rows = [pairs.measure(cast(Lab, lab), "quick", kind, scenes, words=2) for _ in range(2)]
+        real = pairs.measure(cast(Lab, lab), pairs.REAL, kind, scenes, real=True)["right"]
+
+        assert rows[0]["right"] == [real[0], 0, real[2]]
+        assert rows[1] == rows[0]
+        assert lab.drawings == 1  # the second time it is stored
+        assert np.mean(real) >= 0.8
+    assert rows[0]["object"] >= 0.8  # all three show the same look
+    assert rows[0]["style"] <= 0.7  # two of three are in their style
+    assert (tmp_path / "quick-object-and-style.png").is_file()
+
+
+def test_a_word_is_learned_once_by_its_subject(tmp_path: Path) -> None:
+    lab = StandIn(tmp_path)
+    things = [*looks(1), *styles(1)]
+    paths = {pairs.learned(cast(Lab, lab), thing, "quick") for thing in [*things, *things]}
+
+    assert {path.name for path in paths} == {"quick-look0-digest.safetensors", "quick-style0-digest.safetensors"}
+    assert [load_concept(path).token for path in sorted(paths)] == ["<look0>", "<style0>"]
+    assert [recipe.subject for recipe in lab.recipes] == [Subject.OBJECT, Subject.STYLE]
+    assert [len(list(task.images.glob("*.png"))) for task in lab.tasks] == [5, 5]
 
 
 def test_a_ratio_has_the_standard_error_of_paired_scenes() -> None:
