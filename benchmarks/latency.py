@@ -90,6 +90,12 @@ MEASURES = {
     "cold_s": "time for a cold start",
     "peak_mib": "peak memory",
 }
+GENAI_BARS = (
+    ("openvino-genai-static", "picture_ms", 0.95),
+    ("openvino-genai-static", "cold_s", 0.8),
+    ("openvino-genai-dynamic", "peak_mib", 1),
+)
+"""The most that a measure of oneword-openvino may be, relative to that of each peer, for SD 1.5's architecture."""
 
 NEW_PAGE = empty_page(
     "Latency",
@@ -173,7 +179,7 @@ def main() -> None:
 
 def run(case: Case, contenders: Sequence[str], options: argparse.Namespace) -> tuple[list[dict[str, Result]], Roof]:
     """Runs every contender in turn, `case.rounds` times; stored results are not repeated. Raises ProcessError if the
-    model or the roof cannot be had."""
+    model cannot be made or the roof not measured."""
     home, folder = options.work / case.model, options.work / case.name
     for path in (home, folder):
         path.mkdir(parents=True, exist_ok=True)
@@ -190,6 +196,7 @@ def run(case: Case, contenders: Sequence[str], options: argparse.Namespace) -> t
         if key not in results and importlib.util.find_spec("openvino"):
             line = ["-m", "benchmarks.roof", bundle, "--size", case.size, "--threads", options.threads]
             results[key] = json.loads(_python(*line, threads=options.threads))
+            write_results(file, results)
         roofs += [results[key]] if key in results else []
         keys = {name: f"{number} {name} {case.steps} steps {options.threads} threads" for name in contenders}
         for name, key in keys.items():
@@ -201,10 +208,15 @@ def run(case: Case, contenders: Sequence[str], options: argparse.Namespace) -> t
             except ProcessError as error:
                 results[key] = {"error": str(error)}
                 outcome = f"failed: {error}"
-            write_whole(file, json.dumps(results, indent=1).encode(), sync=False)
+            write_results(file, results)
             print(f"{case.name}, {name}: {outcome}", file=sys.stderr)
         rounds.append({name: results[key] for name, key in keys.items()})
     return rounds, highest(roofs)
+
+
+def write_results(file: Path, results: Mapping[str, Result]) -> None:
+    """Writes all measurements of a case."""
+    write_whole(file, json.dumps(results, indent=1).encode(), sync=False)
 
 
 def measured(name: str, case: Case, model: Path, home: Path, folder: Path, options: argparse.Namespace) -> Result:
@@ -555,6 +567,16 @@ def bars(case: str, results: Mapping[str, Result]) -> list[str]:
         if name == "oneword-openvino" and (bare := results.get("diffusers-openvino")):
             quotient = ours["step_ms"] / (bare["step_ms"] - bare["overhead_ms"])
             bar(f"{name}, a step relative to the bare UNet compiled for one shape", quotient, 1.03, least=False)
+        if case == "sd15" and name == "oneword-openvino":
+            for peer, key, limit in GENAI_BARS:
+                if result := results.get(peer):
+                    quotient = ours[key] / result[key]
+                    bar(f"{name}, {MEASURES[key]} relative to {peer}", quotient, limit, least=False)
+        if case == "sd15" and name == "oneword-onnxruntime" and base:
+            quotient = base["step_ms"] / ours["step_ms"]
+            bar(f"{name}, times faster than diffusers per step", quotient, 1.25, least=True)
+            quotient = ours["peak_mib"] / base["peak_mib"]
+            bar(f"{name}, peak memory relative to diffusers", quotient, 1, least=False)
         for peer, result in results.items():
             for key, measure in MEASURES.items():
                 if not peer.startswith("oneword") and result[key] < ours[key]:

@@ -217,6 +217,20 @@ def test_more_rounds_than_before_are_added_to_those_stored(
     assert latency.medians(rounds)["diffusers"]["picture_ms"] == 101
 
 
+def test_a_roof_is_stored_before_a_contender_is_measured(prepared: Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("openvino")
+
+    def measured(*_: Any) -> environments.Result:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(latency, "measured", measured)
+    with pytest.raises(KeyboardInterrupt):
+        latency.run(latency.CASES["sd15"], ["diffusers"], prepared)
+
+    [(name, roof)] = json.loads(latency.stored(prepared.work, "sd15").read_text()).items()
+    assert (name, roof["peaks"]) == ("0 roof 1 threads", {"f32": 1})
+
+
 def test_ours_with_int8_weights_runs_on_a_bundle_of_its_own(
     prepared: Namespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
