@@ -637,6 +637,11 @@ class Soaking:
         self.requests = 0
 
     @property
+    def answered(self) -> int:
+        """Requests so far with a whole answer of any status, without those that the client ends at a random point."""
+        return sum(count for status, count in self._statuses.items() if status not in (LOST, REFUSED))
+
+    @property
     def failed(self) -> int:
         """Requests so far that were answered with 5xx, or not at all."""
         answered = sum(count for status, count in self._statuses.items() if status in (LOST, REFUSED) or status >= 500)
@@ -659,9 +664,9 @@ class Soaking:
         for task in self._loops:
             if task.done():
                 raise RuntimeError("a client of the load stopped") from task.exception()
-        if self.requests == self._checked:
-            raise RuntimeError(f"no request was answered since the last check, {self.requests} before")
-        self._checked = self.requests
+        if self.answered == self._checked:
+            raise RuntimeError(f"no request was answered since the last check, {self._checked} before")
+        self._checked = self.answered
 
     async def _loop(self, client: httpx.AsyncClient, number: int) -> None:
         rng = random.Random(number)

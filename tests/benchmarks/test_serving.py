@@ -8,7 +8,8 @@ import socket
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -209,41 +210,50 @@ def test_a_result_keeps_its_machine_and_one_without_is_of_this_machine(tmp_path:
     assert old.rows == kept.rows
 
 
-async def soaked(words: Sequence[Concept], answer: bytes | None, checks: int = 1) -> Soaking:
-    """The steady load after some checks, on a server that gives everybody the same answer, or none."""
+def load_on(port: int, words: Sequence[Concept]) -> Soaking:
+    return Soaking(cast(Server, SimpleNamespace(url=f"http://127.0.0.1:{port}", port=port)), words)
 
-    writers = []
+
+@asynccontextmanager
+async def soaking(
+    words: Sequence[Concept], answer: bytes | None
+) -> AsyncIterator[tuple[Soaking, list[asyncio.StreamWriter]]]:
+    """The steady load on a server that gives everybody the same answer, or none; and the server's connections."""
+    connections: list[asyncio.StreamWriter] = []
 
     async def answered(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writers.append(writer)
+        connections.append(writer)
         await reader.read(1 << 20)
         if answer is not None:
             writer.write(answer)
             writer.close()
 
     server = await asyncio.start_server(answered, "127.0.0.1")
-    port = server.sockets[0].getsockname()[1]
-    load = Soaking(cast(Server, SimpleNamespace(url=f"http://127.0.0.1:{port}", port=port)), words)
+    load = load_on(server.sockets[0].getsockname()[1], words)
     try:
         async with load.running():
-            for _ in range(checks):
-                await asyncio.sleep(0.5)
-                load.check()
+            yield load, connections
     finally:
         server.close()
-        for writer in writers:
+        for writer in connections:
             writer.close()
-        await asyncio.sleep(0.1)  # the connections are closed
-    return load
+        await asyncio.gather(*(writer.wait_closed() for writer in connections), return_exceptions=True)
 
 
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(60):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+EMPTY = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 WORD = Concept("<a>", {"text_encoder": np.ones((1, 4), np.float32)})
 
 
 @pytest.mark.parametrize(
     ("answer", "fails"),
     [
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n", False),
+        (EMPTY, False),
         (b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\nConnection: close\r\n\r\n", False),
         (b"HTTP/1.1 500 Oh\r\nContent-Length: 0\r\nConnection: close\r\n\r\n", True),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nConnection: close\r\n\r\n", True),
@@ -251,16 +261,55 @@ WORD = Concept("<a>", {"text_encoder": np.ones((1, 4), np.float32)})
     ids=["200", "400", "500", "cut off"],
 )
 def test_the_steady_load_counts_answers_with_5xx_and_broken_ones(answer: bytes, fails: bool) -> None:
-    load = asyncio.run(soaked([WORD], answer))
+    async def failures() -> int:
+        async with soaking([WORD], answer) as (load, _):
+            await until(lambda: load.requests >= 100)
+            return load.failed
 
-    assert (load.failed > 0) == fails
+    assert (asyncio.run(failures()) > 0) == fails
 
 
-def test_a_load_that_stops_is_an_error() -> None:
-    with pytest.raises(RuntimeError, match="no request was answered"):
-        asyncio.run(soaked([WORD], None, checks=10))
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [
+        (EMPTY, None),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nConnection: close\r\n\r\n", "no request was answered"),
+        (None, "no request was answered"),
+    ],
+    ids=["answered", "cut off", "silent"],
+)
+def test_a_load_without_whole_answers_is_an_error(answer: bytes | None, error: str | None) -> None:
+    async def checked() -> None:
+        async with soaking([WORD], answer) as (load, connections):
+            await until(lambda: len(connections) >= (50 if answer else 8))
+            load.check()
+
+    with pytest.raises(RuntimeError, match=error) if error else nullcontext():
+        asyncio.run(checked())
+
+
+def test_a_client_of_the_load_that_stops_is_an_error() -> None:
+    async def checked() -> None:
+        async with soaking([], EMPTY) as (load, _):  # it has no word to upload
+            await until(lambda: any(task.done() for task in load._loops))
+            load.check()
+
     with pytest.raises(RuntimeError, match="a client of the load stopped"):
-        asyncio.run(soaked([], b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n", checks=10))
+        asyncio.run(checked())
+
+
+def test_refused_connections_are_failures_and_no_answers() -> None:
+    async def checked(port: int) -> None:
+        load = load_on(port, [WORD])
+        async with load.running():
+            await until(lambda: load.requests >= 100)
+            assert load.failed == load.requests
+            load.check()
+
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        with pytest.raises(RuntimeError, match="no request was answered since the last check, 0 before"):
+            asyncio.run(checked(unused.getsockname()[1]))
 
 
 def test_refused_connections_are_not_counted_as_answers_with_5xx() -> None:
