@@ -12,12 +12,13 @@ by a judge (`benchmarks.miniature --weights int8`), and GPUs.
 """
 
 import argparse
+import itertools
 import json
 import resource
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,7 @@ def main() -> None:
     if options.picture:
         print(json.dumps(draw_and_save(options)))
         return
+    check_forms(options.bundles)
     options.work.mkdir(parents=True, exist_ok=True)
     results: dict[str, dict[str, float]] = {}
     peaks: dict[str, dict[str, float]] = {}
@@ -90,6 +92,15 @@ def bars(peaks: Mapping[str, Mapping[str, float]]) -> list[str]:
         f"(at most {BAR:g})"
         for engine, share in shares.items()
     ]
+
+
+def check_forms(bundles: Sequence[Path]) -> None:
+    """Raises SystemExit if a bundle is given twice, or two store their weights in the same form."""
+    for first, second in itertools.combinations(bundles, 2):
+        if first.resolve() == second.resolve():
+            raise SystemExit(f"{second} is given twice: give each bundle once")
+        if form(first) == form(second):
+            raise SystemExit(f"{first} and {second} are both in {form(first)}: give one bundle of each form")
 
 
 def form(bundle: Path) -> str:

@@ -14,6 +14,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -112,14 +113,22 @@ def decibels(picture: Path, reference: Path) -> float:
 
 def process(line: Sequence[object], threads: int, peer: bool = False) -> str:
     """The last line that a process prints; 0 threads means its own default. Raises ProcessError with its last line of
-    error if it fails; all of them are passed on."""
+    error if it fails; all of them are passed on as they come."""
     environment = {key: value for key, value in os.environ.items() if not (peer and key == "PYTHONPATH")}
     if threads:
         environment["OMP_NUM_THREADS"] = str(threads)
-    run = subprocess.run([*map(str, line)], env=environment, capture_output=True, text=True, check=False)
-    sys.stderr.write(run.stderr)
-    if run.returncode:
-        lines = run.stderr.strip().splitlines()
-        killed = f"stopped by signal {-run.returncode}" if run.returncode < 0 else ""
-        raise ProcessError((killed or (lines or [f"no message, status {run.returncode}"])[-1])[:300])
-    return run.stdout.strip().rpartition("\n")[2]
+    last = ""
+    with tempfile.TemporaryFile("w+") as output:
+        with subprocess.Popen(
+            [*map(str, line)], env=environment, stdout=output, stderr=subprocess.PIPE, text=True
+        ) as run:
+            assert run.stderr
+            for message in run.stderr:
+                sys.stderr.write(message)
+                sys.stderr.flush()
+                last = message.strip() or last
+        if run.returncode:
+            killed = f"stopped by signal {-run.returncode}" if run.returncode < 0 else ""
+            raise ProcessError((killed or last or f"no message, status {run.returncode}")[:300])
+        output.seek(0)
+        return output.read().strip().rpartition("\n")[2]

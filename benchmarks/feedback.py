@@ -554,13 +554,14 @@ def report(
     methods = {}
     for name, runs in results.items():
         answers = [entry["answers"] for entry in runs if entry["answers"]]
+        counts = [entry["pictures"] for entry in runs if "pictures" in entry]
         methods[name] = {
             "likeness": means(runs),
             "pixels": round(float(np.mean([entry["pixels"] for entry in runs])), 3),
             "answers": {aspect: round(float(np.mean([found[aspect] for found in answers])), 3) for aspect in answers[0]}
             if answers
             else {},
-            "pictures": max(entry.get("pictures", 0) for entry in runs),
+            **({"pictures": max(counts)} if counts else {}),
             "seconds": round(float(np.median([second for entry in runs for second in entry["seconds"]])), 3),
             "slowest": round(max(second for entry in runs for second in entry["seconds"]), 3),
         }
@@ -606,6 +607,7 @@ def summary(
         table(head, rows),
     ]
     if (entry := methods.get("aspects")) and not args.silhouettes:
+        count = entry.get("pictures")
         three, share = entry["likeness"][3], entry["likeness"][8] / top["likeness"] if top else np.nan
         bars = [
             ["likeness after 3 rounds", f"at least {BAR_3}", marked(f"{three:.3f}", three >= BAR_3)],
@@ -614,11 +616,7 @@ def summary(
                 f"at least {BAR_8}",
                 marked(f"{share:.3f}", share >= BAR_8) if top else "not measured",
             ],
-            [
-                "pictures",
-                f"at most {PICTURES_BAR}",
-                marked(entry["pictures"], entry["pictures"] <= PICTURES_BAR),
-            ],
+            *([["pictures", f"at most {PICTURES_BAR}", marked(count, count <= PICTURES_BAR)]] if count else []),
             [
                 "seconds of a round, median and slowest",
                 f"less than {SECONDS_BAR:g}",

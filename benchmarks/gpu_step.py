@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.architectures import CONFIGS, SHAPE, bundle_of_one, full_size, random_network
+from benchmarks.architectures import CONFIGS, SHAPE, bundle_of_one, full_size
 from benchmarks.pages import marked, table
 from oneword.runtime.samplers import COLUMNS
 
@@ -112,7 +112,7 @@ def _torch(contender: str, model: str, folder: Path, feeds: dict[str, Any], step
     from oneword.export.trace import to_torch  # takes seconds: imports diffusers
 
     graph = full_size(model, "fp16")
-    module = tuned_step(model, "fp16") if contender == "diffusers-tuned" else graph.module
+    module = tuned_step(graph.module.network.unet) if contender == "diffusers-tuned" else graph.module
     module = module.to("cuda", memory_format=torch.channels_last)
     if contender == "torch-compile":
         module = torch.compile(module, mode="max-autotune")
@@ -132,9 +132,9 @@ def _torch(contender: str, model: str, folder: Path, feeds: dict[str, Any], step
     return loop(1).cpu().numpy(), loop, None, lambda: free_and_total()[1] - free_and_total()[0]
 
 
-def tuned_step(model: str, precision: str) -> Any:
-    """The denoise step around diffusers' own UNet, its projections fused. Each branch has a context of its own, as in
-    diffusers: `branch_context` is not read."""
+def tuned_step(unet: Any) -> Any:
+    """The denoise step around diffusers' own UNet, whose projections it fuses: any other step around the same UNet no
+    longer works. Each branch has a context of its own, as in diffusers: `branch_context` is not read."""
     import torch
 
     from oneword.export.modules import DenoiseStep
@@ -150,7 +150,6 @@ def tuned_step(model: str, precision: str) -> Any:
             added = None if pooled is None else {"text_embeds": pooled, "time_ids": time_ids}
             return self.unet(sample, t, context, added_cond_kwargs=added, return_dict=False)[0]
 
-    unet = random_network(model, precision)
     unet.fuse_qkv_projections()
     network: Any = Network(unet)
     return DenoiseStep(network)

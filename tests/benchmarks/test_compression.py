@@ -34,6 +34,20 @@ def test_a_bundle_is_drawn_with_in_processes_of_its_own_and_compared_with_the_fi
     assert str(tiny_bundle.parent) not in page
 
 
+def test_two_bundles_of_one_form_and_one_given_twice_are_refused_before_anything_is_measured(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied = tmp_path / "copied"
+    shutil.copytree(tiny_bundle, copied)
+    for other, error in ((copied, "are both in fp32: give one bundle of each form"), (tiny_bundle, "is given twice")):
+        monkeypatch.setattr(
+            sys, "argv", ["compression", str(tiny_bundle), str(other), "--work", str(tmp_path / "work")]
+        )
+        with pytest.raises(SystemExit, match=f"{other} {error}"):
+            compression.main()
+    assert not (tmp_path / "work").exists()
+
+
 def test_the_peak_of_int8_weights_is_bold_above_six_tenths_of_that_of_16_bits() -> None:
     """310 of 500 MiB are 0.62, 250 are a half."""
     peaks = {

@@ -55,12 +55,13 @@ def test_a_polished_word_is_listed_by_its_last_score_only() -> None:
 
 def test_the_pictures_of_a_run_are_counted_and_bold_above_their_target() -> None:
     entry = {"scores": dict.fromkeys("023458", 0.5), "seconds": [1.0], "answers": {}, "pixels": 0.7}
+    options = Namespace(looks=1, seeds=1, silhouettes=False)
 
     for pictures, cell in ((48, "48"), (54, "**54**")):
-        text = feedback.summary(
-            {"aspects": [{**entry, "pictures": pictures}]}, [], Namespace(looks=1, seeds=1, silhouettes=False)
-        )
+        text = feedback.summary({"aspects": [{**entry, "pictures": pictures}]}, [], options)
         assert f"| pictures | at most 48 | {cell} |" in text
+    assert "| pictures |" not in feedback.summary({"aspects": [entry]}, [], options)  # stored before they were counted
+    assert "pictures" not in feedback.report({"aspects": [entry]}, [])["methods"]["aspects"]
 
 
 @pytest.mark.parametrize(("name", "answers"), [("aspects", True), ("random", False)])

@@ -9,6 +9,7 @@ import sys
 import textwrap
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -145,6 +146,15 @@ def test_a_peer_that_fails_raises_one_line(options: Namespace, tmp_path: Path, p
 
     with pytest.raises(environments.ProcessError, match=f"^{message}$"):
         run(GENAI[0], tmp_path, options)
+
+
+def test_what_a_process_reports_is_passed_on_before_it_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = tmp_path / "seen"
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(write=seen.write_text, flush=lambda: None))
+    wait = f"for i in $(seq 1000); do test -s {seen} && break; sleep 0.01; done; cat {seen}"
+
+    assert environments.process(["sh", "-c", f"echo first; echo 1 of 9 >&2; {wait}"], threads=0) == "1 of 9"
+    assert seen.read_text() == "1 of 9\n"
 
 
 def test_a_peer_does_not_see_this_projects_modules(
