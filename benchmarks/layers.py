@@ -3,8 +3,9 @@
     python -m benchmarks.layers BUNDLE --size 256 [--write]    a guided step of one picture
 
 Each engine runs in its own process with its counters on: ONNX Runtime in float32, opened by oneword; OpenVINO with the
-settings that oneword's engine has for graphs with float weights, compiled for this size, in bfloat16 if the processor
-has it and from fp16 weights then. A kind is an operator with the kernel that runs it. The runs after the first are
+settings that oneword's engine has for graphs with float weights, compiled for this size from the same conversion: in
+bfloat16 from fp16 weights if the processor has it, otherwise in float32 (the engine compiles a small graph, such as the
+miniature's, without converting it). A kind is an operator with the kernel that runs it. The runs after the first are
 averaged. The products' share of the roof is the time that their arithmetic takes at the machine's measured peak
 (benchmarks.roof), divided by the time that the kinds with products take. Counters cost a little time themselves.
 `--write` puts the tables into docs/results/latency.md, or latency-float32.md on a processor without bfloat16. Ends in
@@ -92,7 +93,7 @@ def _openvino(path: Path, feeds: Mapping[str, Any], options: argparse.Namespace)
 
     core = openvino.Core()
     precision = openvino_cpu.precision_of(core)
-    model = core.read_model(converted(core, path, options.work) if precision == "bf16" else path)
+    model = core.read_model(converted(core, path, options.work, halve=precision == "bf16"))
     model.reshape({name: list(value.shape) for name, value in feeds.items()})
     settings = {**openvino_cpu.settings(precision, options.threads), "PERF_COUNT": "YES"}
     request = core.compile_model(model, "CPU", settings).create_infer_request()

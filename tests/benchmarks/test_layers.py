@@ -67,6 +67,26 @@ def test_both_engines_report_the_layers_of_a_step(tiny_bundle: Path, tmp_path: P
     assert engine == "openvino" or kinds["MultiHeadAttention"][0] == 8  # ONNX Runtime runs the fused copy
 
 
+@pytest.mark.parametrize(("precision", "halve"), [("bf16", True), ("f32", False)])
+def test_openvinos_layers_are_those_of_the_conversion_that_the_engine_compiles(
+    precision: str, halve: bool, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("openvino")
+
+    class Converted(Exception):
+        pass
+
+    def convert(core: Any, path: Path, xml: Path, *, halve: bool) -> None:
+        raise Converted(f"{path.name}, halve={halve}")
+
+    monkeypatch.setattr("benchmarks.openvino_cpu.precision_of", lambda core: precision)
+    monkeypatch.setattr("oneword.engines.openvino.convert_graph", convert)
+    options = Namespace(bundle=tiny_bundle, engine="openvino", size=64, threads=1, runs=1, work=tmp_path)
+
+    with pytest.raises(Converted, match=f"onnx, halve={halve}"):
+        layers.counted(options)
+
+
 def test_onnx_runtimes_layers_are_those_of_the_session_that_the_engine_opens(
     tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
