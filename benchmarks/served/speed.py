@@ -192,7 +192,8 @@ def fidelity(setup: Setup) -> Result:
     """Served pictures beside those that the Scheduler makes of each request alone.
 
     The bar is one of two: in fp32 no pixel may differ by more than 1; in another precision, where the number of rows of
-    a call may change a picture, each must be nearer to its own than to any other, and half of them within 45 dB.
+    a call may change a picture, each must be nearest to the picture of the same request made alone, and the median PSNR
+    to that picture must be at least 45 dB.
     """
     count = setup.count(200, 4)
     result = Result(
@@ -229,7 +230,10 @@ def fidelity(setup: Setup) -> Result:
 
 @dataclass(frozen=True)
 class Likeness:
-    """PSNR of pictures to their own, in dB, and how many are nearer to another one of their size."""
+    """PSNR of served pictures to those of the same requests made alone, in dB.
+
+    `mistaken` counts the pictures that are nearer to that of another request of their size.
+    """
 
     median: float
     least: float
@@ -237,16 +241,16 @@ class Likeness:
 
 
 def likeness(served: Sequence[Any], alone: Sequence[Any]) -> Likeness:
-    """How like each served picture is to its own that was made alone. Equal pictures count as 99 dB."""
+    """Compares served pictures with those of the same requests made alone. Equal pictures count as 99 dB."""
     own, mistaken = [], 0
-    for number_, picture in enumerate(served):
+    for index, picture in enumerate(served):
         errors = {
             other: float(np.mean((picture.astype(float) - theirs) ** 2))
             for other, theirs in enumerate(alone)
             if theirs.shape == picture.shape
         }
-        mistaken += errors[number_] > min(errors.values())
-        own.append(10 * math.log10(255**2 / max(errors[number_], 255**2 / 10**9.9)))
+        mistaken += errors[index] > min(errors.values())
+        own.append(10 * math.log10(255**2 / max(errors[index], 255**2 / 10**9.9)))
     return Likeness(statistics.median(own), min(own), mistaken)
 
 
@@ -276,7 +280,7 @@ def singles(order: Order) -> list[dict[str, Any]]:
 
 
 def kept_pictures(setup: Setup, engine: Engine, name: str, requests: Sequence[Mapping[str, Any]]) -> list[Any]:
-    """The pictures of requests, each drawn alone. They are kept, and not drawn again."""
+    """The pictures of requests, each drawn alone. They are stored, and not drawn again."""
     from oneword.runtime.bundle import Bundle
 
     model = Bundle.open(setup.bundle).manifest.source.digest[-12:]
@@ -285,9 +289,9 @@ def kept_pictures(setup: Setup, engine: Engine, name: str, requests: Sequence[Ma
         with np.load(path) as archive:
             return [archive[str(number)] for number in range(len(requests))]
     pictures = []
-    for number_, request in enumerate(requests):
-        if number_ % 100 == 0:
-            setup.log(f"{name}: alone {number_} of {len(requests)}")
+    for index, request in enumerate(requests):
+        if index % 100 == 0:
+            setup.log(f"{name}: alone {index} of {len(requests)}")
         pictures.append(engine.draw([request], keep=True).pictures[0, 0])
     temporary = path.with_suffix(".tmp.npz")
     np.savez(temporary, **{str(number): picture for number, picture in enumerate(pictures)})
@@ -299,8 +303,8 @@ def _in_turn(setup: Setup, server: Server, engine: Engine) -> tuple[list[float],
     """Seconds per picture over HTTP and from the Scheduler, and the pairs' differences."""
     connection = http.client.HTTPConnection("127.0.0.1", server.port)
     served, alone = list[float](), list[float]()
-    for number_ in range(setup.count(300, 10) + 10):
-        settings = {"prompt": PROMPT, "seed": number_, "steps": 10}
+    for seed in range(setup.count(300, 10) + 10):
+        settings = {"prompt": PROMPT, "seed": seed, "steps": 10}
         body = json.dumps(settings)
         start = time.perf_counter()
         connection.request("POST", GENERATIONS, body, {"Content-Type": "application/json"})

@@ -44,7 +44,7 @@ FLAT_MB: Final = 5.0
 """Growth that still counts as none."""
 _OVERLOAD: Final = 10
 _LEARNING_SECONDS: Final = 300.0
-"""That a learning job may take to begin, or to end."""
+"""The longest that a learning job may take to start, or to end."""
 _STEPS: Final = 20
 
 
@@ -221,7 +221,7 @@ def soak(setup: Setup) -> Result:
 
 @dataclass(frozen=True)
 class Growth:
-    """What became of a server under steady load, between two times."""
+    """Changes of a server under steady load, between two times."""
 
     mb: float
     """Growth of its resident memory."""
@@ -427,7 +427,7 @@ def request_of(port: int, call: Call) -> bytes:
 STREAM: Final = plain_call(PROMPT, steps=3, guidance_scale=1.0, stream=True, previews=1, partial_images=2)
 """About 28 KB."""
 _ENDS: Final = (b"\r\n0\r\n\r\n", b"}")
-"""Of a stream, and of JSON."""
+"""How the body of a complete answer ends: a stream's and JSON's."""
 
 
 async def ask(port: int, request: bytes, again: float, counts: Counter[str], *, reads: bool) -> None:
