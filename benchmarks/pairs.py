@@ -89,7 +89,7 @@ def main() -> None:
     text = f"{described(args, kinds)}\n\n{summary(report)}"
     print(text)
     if args.write:
-        write_section(PAGE, "pairs", f"{provenance('pairs', stored=lab.file)}\n\n{text}", NEW_PAGE)
+        write_section(PAGE, "pairs", f"{provenance('pairs', stored=lab.store.file)}\n\n{text}", NEW_PAGE)
     print(json.dumps(report))
 
 
@@ -129,7 +129,7 @@ def prompt(scene: Scene, words: int) -> str:
 
 def learned(lab: Lab, thing: Thing, recipe: str) -> Path:
     """The file of a look's or style's word, which is learned unless it exists."""
-    path = lab.work / f"{recipe}-{thing.token.strip('<>')}-{lab.digest}.safetensors"
+    path = lab.work / f"{recipe}-{thing.token.strip('<>')}-{lab.store.digest}.safetensors"
     if not path.is_file():
         thing.write(lab.work)
         task = Task(thing.folder(lab.work), thing.token, thing.init)
@@ -142,7 +142,7 @@ def learned(lab: Lab, thing: Thing, recipe: str) -> Path:
 def measure(lab: Lab, of: str, kind: str, scenes: Sequence[Scene], *, words: int = 0, real: bool = False) -> Row:
     """The shares of pictures of each scene that are right: drawn by the model, or real renders."""
     facts = {"of": of, "kind": kind, "scenes": len(scenes), "samples": lab.samples}
-    if stored := lab.find(facts):
+    if stored := lab.store.find(facts):
         return stored
     if real:
         pictures = np.stack(
@@ -151,18 +151,14 @@ def measure(lab: Lab, of: str, kind: str, scenes: Sequence[Scene], *, words: int
     else:
         pictures = drawn(lab, scenes, words)
     Image.fromarray(sheet(pictures, lab.samples)).save(lab.work / f"{of}-{kind}.png".replace(" ", "-"))
-    of_each = [pictures[first : first + lab.samples] for first in range(0, len(pictures), lab.samples)]
+    groups = [pictures[first : first + lab.samples] for first in range(0, len(pictures), lab.samples)]
+    pairs = [*zip(groups, scenes, strict=True)]
     if kind == OBJECTS:
-        pairs = zip(of_each, scenes, strict=True)
-        return lab.store({**facts, "right": [both_right(each, [scene] * len(each)) for each, scene in pairs]})
-    objects = [
-        [object_right(picture, scene, 0) for picture in each] for each, scene in zip(of_each, scenes, strict=True)
-    ]
-    in_style = [
-        style_right(lab.judge, each, scene, rivals(scenes, scene)) for each, scene in zip(of_each, scenes, strict=True)
-    ]
+        return lab.keep({**facts, "right": [both_right(group, [scene] * len(group)) for group, scene in pairs]})
+    objects = [[object_right(picture, scene, 0) for picture in group] for group, scene in pairs]
+    in_style = [style_right(lab.judge, group, scene, rivals(scenes, scene)) for group, scene in pairs]
     both = np.logical_and(objects, in_style).mean(1).tolist()
-    return lab.store({**facts, "right": both, "object": float(np.mean(objects)), "style": float(np.mean(in_style))})
+    return lab.keep({**facts, "right": both, "object": float(np.mean(objects)), "style": float(np.mean(in_style))})
 
 
 def drawn(lab: Lab, scenes: Sequence[Scene], words: int) -> Pictures:

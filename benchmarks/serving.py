@@ -1,9 +1,10 @@
 """A server for many users, measured over HTTP: python -m benchmarks.serving [--only NAME ...] [--write]
 
 Runs the miniature on two cores: `ti-serve` with `--threads 1` on core 0, the load and this process on core 1. Every
-section starts its own server, and writes its figures and bars to build/serving/NAME.json; a section that fails leaves
-the file of its last run as it was. `--write` puts what is in these files into docs/results/serving.md; together with
-`--only nothing` it measures nothing. Progress goes to standard error; the last line of the output is one line of JSON.
+section starts its own server, and writes its figures and bars, the machine and the date to build/serving/NAME.json; a
+section that fails leaves the file of its last run as it was. `--write` puts what is in these files into
+docs/results/serving.md; together with `--only nothing` it measures nothing. Progress goes to standard error; the last
+line of the output is one line of JSON.
 
     overhead     HTTP's milliseconds per picture, and a step's time while HTTP is busy
     batching     eight clients with equal requests: pictures per step
@@ -17,12 +18,12 @@ the file of its last run as it was. `--write` puts what is in these files into d
     disconnects  10,000 clients that go away at any time
     slow         500 clients that never read, and 500 that upload slowly
     sigterm      a server that gets a SIGTERM under load
-    faults       a killed server, an exception, and a hang in native code, under --supervise
+    faults       a killed server, an exception, and a hang in native code, under --supervise, while a word is learned
     soak         memory over 30 minutes, of the server and of one that leaks 1 KB per request
 
 The servers are unmodified but for what `benchmarks.served.changes` does to their process from outside. `--scale 0.02`
 shortens everything, to check that it runs. A busy machine makes every time worse: run this on an idle one. Not covered:
-learning jobs (their tests kill them at random), browsers, several machines, GPUs.
+how learning slows pictures down, browsers, several machines, GPUs.
 """
 
 import argparse
@@ -93,6 +94,7 @@ def main() -> None:
 
 def write_page(results: Sequence[Result]) -> None:
     """Writes the sections into the page, each with its date; with its machine and engine too unless all have the same.
+    Writes the figure of the mixed traffic beside it.
 
     Raises SystemExit if a result was measured with --scale, or if a section of the page has no result: it would be
     lost.
@@ -112,8 +114,15 @@ def write_page(results: Sequence[Result]) -> None:
         f"sections are measured and written by this command, one of them with `--only NAME`:\n\n    {COMMAND}"
     )
     terms = "The benchmark's docstring and [Results](README.md#terms) define the terms. Bold: misses its target."
+    if missing := [name for name in SECTIONS if name not in {result.name for result in results}]:
+        terms += f" **Not measured yet**: {', '.join(missing)}."
     sections = [result.section(origin=len(origins) > 1) for result in results]
     write_section(PAGE, "serving", "\n\n".join([head, terms, *sections]), NEW_PAGE)
+    for result in results:
+        if result.data:
+            from benchmarks.served import plot  # matplotlib, which the load does without
+
+            PAGE.with_suffix(".svg").write_text(plot.answers(result.data))
 
 
 def written_sections() -> list[str]:

@@ -375,17 +375,18 @@ def convert_graph(core: Any, path: Path, xml: Path, *, halve: bool = True) -> No
 def _size_of_copies(model: Any, exact: Iterable[Any]) -> int:
     """Bytes that converting writes. Without halved constants, those of all constants; else those of a graph with all
     float32 constants halved, and again with those of `exact` whole."""
-    total, halved = sum(op.get_byte_size() for op in _constants(model)), _halved_bytes(model, exact)
+    total: int = sum(op.get_byte_size() for op in _constants(model))
+    halved = _halved_bytes(model, exact)
     if not halved:
         return total
-    floats = sum(op.get_byte_size() for op in _constants(model) if op.get_element_type() == _openvino().Type.f32)
-    return total - floats // 2 + total - halved // 2
+    return total - _halved_bytes(model, ()) // 2 + total - halved // 2
 
 
 def _halved_bytes(model: Any, exact: Iterable[Any]) -> int:
     """Bytes of the float32 constants that are not in `exact`."""
-    floats = sum(op.get_byte_size() for op in _constants(model) if op.get_element_type() == _openvino().Type.f32)
-    return floats - sum(op.get_byte_size() for op in exact)
+    floats = [op for op in _constants(model) if op.get_element_type() == _openvino().Type.f32]
+    size: int = sum(op.get_byte_size() for op in floats) - sum(op.get_byte_size() for op in exact)
+    return size
 
 
 def _constants(model: Any) -> list[Any]:

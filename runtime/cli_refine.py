@@ -122,13 +122,17 @@ def command(
         raise UsageError(f"--output {output}, allowed is a file name that ends in .safetensors")
     if output.exists() and not (continued and output.samefile(start)):
         raise UsageError(f"{output} exists: continue it with --start {output}, or choose another --output")
+    pictures = output.with_suffix(".rounds")
+    if pictures.exists() and not output.exists():
+        raise UsageError(f"{pictures} has the pictures of another refinement: move it, or choose another --output")
     for _ in range(undone):
         state = undo(state)
-    drawn = len(state.rounds) + continued
+    drawn = len(state.rounds) + 1
     for answer in answers:
         state = judged(state, answer)
     session = _Session(Model.open(bundle, engine), lexicon, prompt, output, settings)
-    _delete_pictures(output, after=drawn)
+    if undone:
+        _delete_pictures(output, after=drawn)
     save_concept(finish(state, lexicon), output)
     while len(state.rounds) < rounds and state.room:
         session.show(state)
@@ -231,8 +235,8 @@ def _asked(state: Refinement) -> Refinement | None:
 
 
 def _delete_pictures(word: Path, after: int) -> None:
-    """Deletes the sheets and pictures of the rounds after that number. They are of a branch that was undone, and
-    `ti-train --polish` would learn from them."""
+    """Deletes the sheets and pictures of the rounds after that number, which were undone: `ti-train --polish` would
+    learn from them."""
     for folder in word.with_suffix(".rounds").glob("round-*/"):
         number = folder.name.removeprefix("round-")
         if number.isdecimal() and int(number) > after:

@@ -63,7 +63,7 @@ DATA: Final = "~/.local/share/oneword"
     "--deadline",
     type=float,
     show_default="ten times --max-wait",
-    help="Seconds after which a request that was accepted, but not begun, is dropped.",
+    help="Seconds after which a request is dropped if the engine has taken none of its pictures.",
 )
 @click.option("--drain-seconds", type=float, show_default="no limit", help="Time to finish work when stopped.")
 @click.option(

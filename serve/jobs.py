@@ -753,13 +753,13 @@ class Jobs:
     async def _read(self, tenant: str, identifier: str) -> tuple[JobRequest, State]:
         """A job's request and newest state, from memory if this server owns it. Raises `NotFound`."""
         if not _IDENTIFIER.fullmatch(identifier):
-            raise NotFound("there is no such job")
+            raise NotFound(f"there is no job {identifier[:80]!r}: GET /v1/jobs lists yours", "id")
         if (owned := self._owned.get(identifier)) and owned.tenant == tenant:
             return owned.request, owned.state
         request = await self._stored(self._files.request, tenant, identifier)
         newest = None if request is None else await self._stored(self._files.newest, tenant, identifier)
         if request is None or newest is None:
-            raise NotFound("there is no such job")
+            raise NotFound(f"there is no job {identifier[:80]!r}: GET /v1/jobs lists yours", "id")
         return request, newest[1]
 
     async def _public(self, tenant: str, identifier: str, event: StoredEvent) -> JobEvent:

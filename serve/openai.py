@@ -254,13 +254,13 @@ class Answer:
 
 
 _IMAGE: Final = file_field("the picture: PNG, JPEG or WebP")
-_INTERVAL: Final = {
+_INTERVAL: Final[dict[str, Any]] = {
     "type": "string",
     "pattern": r"^\[?\s*[0-9.]+\s*,\s*[0-9.]+\s*\]?$",
     "description": "two numbers, between which guidance acts",
     "examples": ["0.2,0.8"],
 }
-_INTERVALS: Final = {
+_INTERVALS: Final[dict[str, Any]] = {
     "type": "array",
     "items": {"type": "number"},
     "minItems": 2,

@@ -207,8 +207,11 @@ class Generation:
         self._unread: OrderedDict[tuple[int, str], PictureEvent] = OrderedDict()
         self.news = asyncio.Event()
         """Set when there is something to read or nothing more will come; several generations may share one."""
+        self.taken = False
+        """Whether the engine has got one of its pictures."""
         self._timer: asyncio.TimerHandle | None = None
-        """Drops it, and those that entered with it, unless the engine gets one of their pictures before."""
+        self._together: Sequence[Generation] = ()
+        """While its deadline is ahead: those that entered with it."""
 
     async def __aiter__(self) -> AsyncIterator[PictureEvent]:
         while True:
@@ -430,10 +433,9 @@ class Pool:
             self._spend(*generations)
         for generation in generations:
             self._enter(generation)
-        if deadline is not None:
-            timer = asyncio.get_running_loop().call_later(deadline, self._expire, generations)
-            for generation in generations:
-                generation._timer = timer
+            if deadline is not None:
+                timer = asyncio.get_running_loop().call_later(deadline, self._expire, generation, deadline)
+                generation._timer, generation._together = timer, generations
         self._read_inbox()  # a step that freed a slot did not wake the loop up if nothing waited so far
         self._hand_over()
 
@@ -643,6 +645,7 @@ class Pool:
             generation = next(iter(account.waiting.values()))
             index = generation._next_index
             generation._next_index += 1
+            generation.taken = True
             self._stop_timer(generation)
             if not generation.waiting:
                 del account.waiting[generation.id]
@@ -807,13 +810,13 @@ class Pool:
         if not self._accounts:
             self._empty.set()
 
-    def _expire(self, generations: Sequence[Generation]) -> None:
-        seconds = self.clock() - generations[0].created
-        message = f"the request had to wait for more than {seconds:.0f} seconds: send it again"
+    def _expire(self, generation: Generation, deadline: float) -> None:
+        if any(other.taken for other in generation._together):
+            return
+        message = f"the engine did not get to this request within {deadline:g} seconds: send it again"
         error = Unavailable(message, self._queued_seconds, code="deadline_exceeded")
-        for generation in generations:
-            self._refund(generation)
-            self._drop_waiting(generation, Outcome.DROPPED, error)
+        self._refund(generation)
+        self._drop_waiting(generation, Outcome.DROPPED, error)
 
     def _drop_all(self, error: ApiError) -> None:
         for account in [*self._accounts.values()]:
@@ -845,7 +848,7 @@ class Pool:
     def _stop_timer(self, generation: Generation) -> None:
         if generation._timer is not None:
             generation._timer.cancel()
-            generation._timer = None
+            generation._timer, generation._together = None, ()
 
 
 @dataclass

@@ -34,10 +34,8 @@ MAX_ENTRIES: Final = 100_000
 _DRAWING_SECONDS: Final = 30  # after which a client that waits for reserved room tries again
 _PICTURES: Final = "results"
 _ENTRIES: Final = "kept"
-_ANSWERS: Final = "answers"
 _NAME: Final = re.compile(r"(\d{1,12})-[0-9a-f]{64}\.(png|jpeg|webp)")
 _ENTRY: Final = re.compile(r"(\d{1,12})-(\d{1,15})-([0-9a-f]{32})(\.json)?")
-_MAX_ENTRY: Final = 100  # characters of an entry's name
 _DIGEST: Final = 64  # characters
 _HINT: Final = "leave out the Idempotency-Key and response_format 'url', or ask for fewer pixels"
 
@@ -73,8 +71,7 @@ class _Ledger:
 
 class Results:
     """Files `results/<expiry>-<random>.<suffix>` of a store, and for each picture and answer of a tenant an entry
-    `kept/<tenant>/<expiry>-<bytes>-<id>`: that of an answer is the answer itself, that of a picture is empty. The name
-    of an answer's entry is in `answers/<tenant>/<id>`, so that nothing is listed to find it.
+    `kept/<tenant>/<expiry>-<bytes>-<id>`: that of an answer is the answer itself, that of a picture is empty.
 
     All methods but `reserved` may block: call them in a thread.
     """
@@ -166,19 +163,19 @@ class Results:
     def put_answer(self, tenant: Tenant, key: str, answer: KeptAnswer) -> None:
         """Keeps an answer for ten minutes under any text of the tenant's."""
         data = answer.digest.encode() + answer.content
-        name = f"{int(self._clock()) + ANSWER_SECONDS}-{len(data)}-{_id(key)}.json"
-        self._enter(tenant, name, data)
-        self._files.write(_place(quoted(tenant.name), _id(key)), name.encode())
+        self._enter(tenant, f"{int(self._clock()) + ANSWER_SECONDS}-{len(data)}-{_id(key)}.json", data)
 
     def answer(self, tenant: Tenant, key: str) -> KeptAnswer | None:
         """The answer under a key; None if there is none or it has expired."""
-        match = _ENTRY.fullmatch(self._entry_at(_place(quoted(tenant.name), _id(key))))
-        if match is None or int(match[1]) < self._clock():
-            return None
-        data = self._files.read(f"{_folder(tenant.name)}/{match[0]}", int(match[2]))
-        if data is None or len(data) != int(match[2]):
-            return None
-        return KeptAnswer(data[:_DIGEST].decode(), data[_DIGEST:])
+        folder, ending = _folder(tenant.name), f"-{_id(key)}.json"
+        for name in self._files.names(folder):
+            match = _ENTRY.fullmatch(name) if name.endswith(ending) else None
+            if match is None or int(match[1]) < self._clock():
+                continue
+            data = self._files.read(f"{folder}/{name}", int(match[2]))
+            if data is not None and len(data) == int(match[2]):
+                return KeptAnswer(data[:_DIGEST].decode(), data[_DIGEST:])
+        return None
 
     def collect(self) -> int:
         """Deletes the pictures and answers that have expired, and returns their number."""
@@ -189,11 +186,8 @@ class Results:
         for tenant in self._files.names(_ENTRIES):
             entries = map(_ENTRY.fullmatch, self._files.names(f"{_ENTRIES}/{tenant}"))
             old = [match for match in entries if match is not None and int(match[1]) < now]
-            answers = [match for match in old if match[4] is not None]
-            places = [(_place(tenant, match[3]), match[0]) for match in answers]
-            expired += [place for place, name in places if self._entry_at(place) == name]  # none was kept since
             expired += [f"{_ENTRIES}/{tenant}/{match[0]}" for match in old]
-            count += len(answers)
+            count += sum(match[4] is not None for match in old)
         for path in expired:
             self._files.delete(path)
         with self._lock:
@@ -201,10 +195,6 @@ class Results:
             for ledger in self._ledgers.values():
                 ledger.expire(now)
         return count
-
-    def _entry_at(self, place: str) -> str:
-        """The name of an answer's entry; empty if there is none."""
-        return (self._files.read(place, _MAX_ENTRY) or b"").decode("ascii", "replace")
 
     def _enter(self, tenant: Tenant, name: str, data: bytes) -> None:
         self._files.write(f"{_folder(tenant.name)}/{name}", data)
@@ -214,11 +204,6 @@ class Results:
 
 def _folder(tenant: str) -> str:
     return f"{_ENTRIES}/{quoted(tenant)}"
-
-
-def _place(tenant: str, identifier: str) -> str:
-    """Where the name of an answer's entry is, in the folder of a tenant's quoted name."""
-    return f"{_ANSWERS}/{tenant}/{identifier}"
 
 
 def _id(key: str) -> str:

@@ -56,8 +56,8 @@ class Settings:
     max_wait: float = 60.0
     """Seconds of work that may be queued; more is refused."""
     deadline: float | None = None
-    """A request that the engine has not begun so many seconds after it was accepted is dropped; None means MAX_WAITS
-    times `max_wait`."""
+    """Seconds after which a request is dropped if the engine has taken none of its pictures; None means MAX_WAITS times
+    `max_wait`."""
     model: str | None = None
     """The checkpoint that words are learned with."""
     jobs: Path | None = None

@@ -24,10 +24,10 @@ from oneword.serve.keys import Keys, Tenant
 from oneword.serve.metrics import Metrics
 from oneword.serve.pictures import encode
 from oneword.serve.pool import Generation, Pool
-from oneword.serve.reads import Reads
 from oneword.serve.refinements import Refinements
 from oneword.serve.results import KeptAnswer, Results
 from oneword.serve.settings import Settings
+from oneword.serve.shared import SharedCalls
 from oneword.serve.texts import are_long
 from oneword.serve.words import Words
 from oneword.serve.worker import Worker
@@ -71,7 +71,7 @@ class State:
     """Set once all pictures are done and the server ends: streams that would last end too."""
     pending_answers: dict[tuple[str, str], PendingAnswer] = field(default_factory=dict)
     """By tenant and key."""
-    job_pictures: Reads = field(default_factory=Reads)
+    job_pictures: SharedCalls = field(default_factory=SharedCalls)
     """By tenant, job and name."""
     created: int = field(default_factory=lambda: int(time.time()))
     _threads: dict[str, ThreadPoolExecutor] = field(default_factory=dict)

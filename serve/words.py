@@ -26,7 +26,7 @@ from oneword.runtime.concept import Concept, check_token
 from oneword.runtime.prompt import NamedWords, UnknownWord, Vocabulary, named_words, tokens_for, used_words
 from oneword.serve.errors import ApiError, Conflict, Forbidden, Invalid, NotFound
 from oneword.serve.keys import Tenant
-from oneword.serve.reads import Reads
+from oneword.serve.shared import SharedCalls
 from oneword.serve.store import DAMAGED, MAX_BYTES, WordRecord, WordStore, blob_of, damaged, page, taken
 from oneword.serve.texts import LONG, are_long
 
@@ -138,7 +138,7 @@ class Words:
         self._bytes = 0
         self._tenants: OrderedDict[str, _Tenant] = OrderedDict()
         self._quotas: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
-        self._reads = Reads()
+        self._reads = SharedCalls()
 
     @property
     def resident(self) -> int:

@@ -159,7 +159,8 @@ def traffic(setup: Setup) -> Result:
         for phase in ("closed", *(f"{load:g}" for load in LOADS))
         for key, title in titles.items()
     ]
-    result.extra = rows_table(["", "step by step", "`--max-rows 1`", "whole requests"], table)
+    figure = "![seconds until the answer, by load: median and p99](serving.svg)"
+    result.extra = f"{rows_table(['', 'step by step', '`--max-rows 1`', 'whole requests'], table)}\n\n{figure}"
     result.data = found
     return result
 

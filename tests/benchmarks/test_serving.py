@@ -19,6 +19,7 @@ import pytest
 from benchmarks import serving
 from benchmarks.pages import machine
 from benchmarks.served.changes import FIRST_STEP, LAST_STEP, PROMPT, TURN, WORK, read_journal
+from benchmarks.served.plot import CONTENDERS, PHASES
 from benchmarks.served.process import CORES, LOAD_CORE, SERVER_CORE, Server, on_core
 from benchmarks.served.results import Result
 from benchmarks.served.speed import likeness, waits_of
@@ -159,6 +160,23 @@ def test_sections_measured_on_several_machines_each_name_theirs(
     assert "## Slow\n\nHow it was measured. Measured on 2026-01-02.\n" in one
     assert "| answers | at most 5 | **7** |" in one
     assert "    python -m benchmarks.serving --write\n" in one
+    assert "**Not measured yet**: overhead, batching" in one
+    assert "swaps, store, disconnects, sigterm" in one  # without slow
+
+
+def test_the_figure_of_the_mixed_traffic_is_written_beside_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving, "PAGE", tmp_path / "serving.md")
+    phase = {"ready50": 2700.0, "ready99": 9000.0}
+    found = {name: dict.fromkeys(PHASES, phase) for name in CONTENDERS}
+
+    serving.write_page([result("traffic", data=found)])
+    figure = (tmp_path / "serving.svg").read_text()
+
+    assert figure.startswith("<svg")
+    assert figure.count(">2.7<") == len(PHASES) * len(CONTENDERS)  # seconds, beside each dot
+    assert all(f">{title}<" in figure for title in (*PHASES.values(), *CONTENDERS.values()))
 
 
 def test_a_section_of_the_page_without_a_result_is_never_deleted(

@@ -15,7 +15,9 @@ from transformers import T5EncoderModel
 from oneword.engines.errors import EngineError, NotFinite
 from oneword.engines.graph import Graph, Precision
 from oneword.engines.onnxruntime import OnnxRuntimeEngine
+from oneword.export.cli import plan_warnings
 from oneword.export.families import TORCH_DTYPES, Traceable, family_of
+from oneword.export.inspection import inspect_graph
 from oneword.export.parity import references
 from oneword.export.source import load_source
 from oneword.export.trace import trace
@@ -41,8 +43,9 @@ def picture(bundle: Path) -> Image:
 
 @pytest.fixture(scope="module")
 def half(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    path = tmp_path_factory.mktemp("half") / "bundle"
-    return export_once(tiny_model_dir, path, precision=Precision.FP16).bundle
+    exported = export_once(tiny_model_dir, tmp_path_factory.mktemp("half") / "bundle", precision=Precision.FP16)
+    assert plan_warnings(exported) == []
+    return exported.bundle
 
 
 def test_a_half_precision_bundle_draws_the_same_picture(half: Bundle, tiny_bundle: Path) -> None:
@@ -51,6 +54,77 @@ def test_a_half_precision_bundle_draws_the_same_picture(half: Bundle, tiny_bundl
     assert table.dtype == torch.float16
     error = float(np.mean((picture(half.path).astype(np.float64) - picture(tiny_bundle).astype(np.float64)) ** 2))
     assert 10 * np.log10(255**2 / max(error, 1e-9)) >= 40  # 8 steps of rounding at 1e-3
+
+
+FLOAT32_PARTS = "parts in float32 between parts in half precision"
+
+
+def step_in_half_precision(model: Path) -> Traceable:
+    [step] = [graph for graph in family_of(load_source(model, torch.float16)).graphs if graph.name == "denoise_step"]
+    return step
+
+
+def test_the_step_of_flux_computes_in_the_number_type_of_most_of_its_weights(tiny_flux_dir: Path) -> None:
+    """The frequencies of positions are in float32."""
+    assert step_in_half_precision(tiny_flux_dir).precision is Precision.FP16
+
+
+def test_the_step_of_flux2_computes_in_the_number_type_of_most_of_its_weights(tiny_flux2_dir: Path) -> None:
+    assert step_in_half_precision(tiny_flux2_dir).precision is Precision.FP16
+
+
+def test_the_step_of_chroma_computes_in_the_number_type_of_most_of_its_weights(tiny_chroma_dir: Path) -> None:
+    assert step_in_half_precision(tiny_chroma_dir).precision is Precision.FP16
+
+
+def warnings_in_half_precision(model: Path, folder: Path) -> list[str]:
+    """Of the denoise step."""
+    files, _ = trace(step_in_half_precision(model), folder)
+    return [line.partition(": ")[2] for line in inspect_graph(folder / files[0]).warnings()]
+
+
+@pytest.mark.plans
+def test_the_step_of_stable_diffusion_2_in_half_precision_has_the_form_that_tensorrt_fuses(
+    tiny_sd2_dir: Path, tmp_path: Path
+) -> None:
+    assert warnings_in_half_precision(tiny_sd2_dir, tmp_path) == []
+
+
+@pytest.mark.plans
+def test_the_step_of_latent_diffusion_in_half_precision_has_that_form(tiny_ldm_dir: Path, tmp_path: Path) -> None:
+    assert warnings_in_half_precision(tiny_ldm_dir, tmp_path) == []
+
+
+@pytest.mark.plans
+def test_the_step_of_sd3_in_half_precision_normalises_queries_and_keys_in_float32(
+    tiny_sd3_dir: Path, tmp_path: Path
+) -> None:
+    """Three blocks with queries and keys of both streams, one of them with a second attention: 3 x 4 + 2 norms."""
+    assert warnings_in_half_precision(tiny_sd3_dir, tmp_path) == [f"{FLOAT32_PARTS}: 14"]
+
+
+@pytest.mark.plans
+def test_the_step_of_flux_in_half_precision_has_parts_in_float32_and_nothing_else_in_the_way(
+    tiny_flux_dir: Path, tmp_path: Path
+) -> None:
+    [parts] = warnings_in_half_precision(tiny_flux_dir, tmp_path)
+    assert parts.startswith(FLOAT32_PARTS)
+
+
+@pytest.mark.plans
+def test_the_step_of_flux2_in_half_precision_has_parts_in_float32_and_nothing_else_in_the_way(
+    tiny_flux2_dir: Path, tmp_path: Path
+) -> None:
+    [parts] = warnings_in_half_precision(tiny_flux2_dir, tmp_path)
+    assert parts.startswith(FLOAT32_PARTS)
+
+
+@pytest.mark.plans
+def test_the_step_of_chroma_in_half_precision_also_masks_attention(tiny_chroma_dir: Path, tmp_path: Path) -> None:
+    """In all of its four blocks."""
+    [masks, parts] = warnings_in_half_precision(tiny_chroma_dir, tmp_path)
+    assert masks == "attentions with a mask before the softmax: 4 of 4"
+    assert parts.startswith(FLOAT32_PARTS)
 
 
 @pytest.mark.plans

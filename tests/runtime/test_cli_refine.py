@@ -144,6 +144,25 @@ def test_undoing_deletes_the_pictures_of_the_rounds_that_other_answers_would_dra
     assert Path("cat-refined.rounds/round-1/1.png").read_bytes() == first
 
 
+@pytest.mark.parametrize("start", ["cat", "other.safetensors"])
+def test_pictures_of_another_refinement_are_neither_mixed_with_nor_deleted(
+    tiny_bundle: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], start: str
+) -> None:
+    line = ["--aspects", "aspects.txt"]
+    scripted(monkeypatch, capsys, tiny_bundle, "--start", "cat", *line, "--candidates", 3)
+    Path("cat-refined.safetensors").rename("other.safetensors")
+    line = ["--start", start, *(line if start == "cat" else []), "--output", "cat-refined.safetensors"]
+
+    assert refine(monkeypatch, tiny_bundle, *line) == 2
+    assert (
+        capsys.readouterr()
+        .err.splitlines()[-1]
+        .endswith("cat-refined.rounds has the pictures of another refinement: move it, or choose another --output")
+    )
+    assert Path("cat-refined.rounds/round-1/1.png").exists()
+    assert not Path("cat-refined.safetensors").exists()
+
+
 def test_undoing_on_a_terminal_deletes_the_pictures_of_later_rounds(
     tiny_bundle: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,7 +19,10 @@ from tests.serve.test_openai import png
 
 FREE = {"/sdapi/v1/options"}  # a body without fields of its own
 NOT_NAMED = {"image[]": "picture"}  # the word for a field in a message, if it is another
-FIX = re.compile(r"allowed|must|send|remove|give|upload|use |add it|did you mean|choose|make it|leave|there is no")
+FIX = re.compile(
+    r"\b(allowed|must|did you mean|similar words|this server has)\b"
+    r"|[:,] (or )?(send|use|upload|give|remove|add|choose|make|leave|set|GET) "
+)
 
 
 @dataclass(frozen=True)
@@ -94,9 +97,17 @@ def cases(document: dict[str, Any]) -> list[Case]:
     for path, item in document["paths"].items():
         for method, operation in item.items():
             for parameter in operation.get("parameters", []):
-                if parameter["in"] == "query":
-                    values = wrong_values(plain(parameter["schema"]), "query")
-                    found += [Case(method, path, "query", parameter["name"], value) for value in values]
+                place, name = parameter["in"], parameter["name"]
+                match place:
+                    case "query":
+                        values = [*wrong_values(plain(parameter["schema"]), place)]
+                    case "header":
+                        values = ["two words", "x" * 256]
+                    case _ if path.endswith("/pictures/{name}"):  # its job is not there either
+                        values = []
+                    case _:
+                        values = ["two words"]
+                found += [Case(method, path, place, name, value) for value in values]
             content = operation.get("requestBody", {}).get("content", {})
             for media, place in {"application/json": "json", "multipart/form-data": "form"}.items():
                 if media not in content or path in FREE:
@@ -115,7 +126,8 @@ def cases(document: dict[str, Any]) -> list[Case]:
 
 def ask(client: httpx.Client, case: Case) -> httpx.Response:
     """A request that is right but for one field."""
-    address = case.path.format_map({"name": "<toy>", "id": "0" * 32, "model": "x"})
+    parts = {"name": "<toy>", "id": "0" * 32, "model": "x"}
+    address = case.path.format_map(parts | ({case.field: case.value} if case.place == "path" else {}))
     fields: dict[str, Any] = {}
     files: list[tuple[str, Any]] = []
     match case.path:
@@ -131,10 +143,18 @@ def ask(client: httpx.Client, case: Case) -> httpx.Response:
             fields = {"prompt": "a cat"}
         case "/v1/words/{name}/refine":
             fields = {"action": "start"}
+        case "/v1/words/{name}" if case.method == "patch":
+            fields = {"name": "<new>"}
         case _:
             pass
     if case.place == "query":
         return client.request(case.method, address, params={case.field: case.value})
+    if case.place == "path":
+        content = {"content": word_bytes()} if case.method == "put" else {"json": fields} if fields else {}
+        return client.request(case.method, address, **content)
+    if case.place == "header":
+        body = {"data": fields, "files": files} if files else {"json": fields}
+        return client.request(case.method, address, headers={case.field: case.value}, **body)
     fields = {name: value for name, value in fields.items() if name != case.field}
     if case.value is None or isinstance(case.value, bytes):
         files = [file for file in files if file[0] != case.field]
@@ -161,7 +181,14 @@ def test_every_wrong_field_of_every_route_is_one_line_that_names_it_and_says_wha
 
     assert wrong == [], "\n".join([f"{len(wrong)} of {len(table)}", *wrong])
     assert len(table) > 300
+    assert {case.place for case in table} == {"query", "path", "header", "json", "form"}
     assert {case.path for case in table} >= {"/v1/words", "/v1/words/learn", "/v1/images/edits", "/sdapi/v1/img2img"}
+
+
+def shows(message: str, value: str | float) -> bool:
+    """Whether a message has a value, or the length of a long one; or says that its field does not exist."""
+    shown = f"text of {len(value)} characters" if isinstance(value, str) and len(value) > 60 else str(value)
+    return shown in message or "is not a field of this request" in message
 
 
 def refusal_problem(case: Case, answer: httpx.Response) -> str:
@@ -171,8 +198,11 @@ def refusal_problem(case: Case, answer: httpx.Response) -> str:
     body = answer.json()
     message = body["detail"] if case.path.startswith("/sdapi/") else body["error"]["message"]
     named = NOT_NAMED.get(case.field, case.field)
-    if case.field not in message and named not in message and not isinstance(case.value, bytes):
+    in_address = case.place == "path"  # where the message says what the name is of
+    if case.field not in message and named not in message and not in_address and not isinstance(case.value, bytes):
         return "does not name the field"
+    if isinstance(case.value, str | int | float) and not shows(message, case.value):
+        return "does not say what was given"
     if "\n" in message or len(message) > 400:
         return "is not one short line"
     return "" if FIX.search(message) else "does not say what to do"

@@ -1,20 +1,29 @@
-"""What a request does on the way to its pictures, in every dialect: where its prompts are read, and how long it may
-wait."""
+"""What a request does on the way to its pictures, in every dialect: where its prompts are read, how long it may wait,
+and clients that leave."""
 
 import asyncio
 import base64
+import contextlib
 import difflib
 import functools
+import json
+import logging
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPConnection
 from typing import Any
 
 import httpx
 import pytest
 
+from oneword.runtime.scheduler import Scheduler
+from oneword.serve.keys import LOCAL
+from oneword.serve.pictures import decode, encode
 from tests.serve.conftest import Start
-from tests.serve.running import word_bytes
+from tests.serve.running import SECONDS, Running, word_bytes
 from tests.serve.test_openai import png
 
 READERS = (
@@ -24,11 +33,12 @@ READERS = (
 )
 """The functions that take time in proportion to a prompt's length, where they are used."""
 LONG = "[a:b:1] " * 20 + "(" * 2500
+PICTURE = base64.b64encode(png()).decode()
 SMALL = {"width": 64, "height": 64, "steps": 2}
 
 
-def generations(http: httpx.Client, prompt: str) -> httpx.Response:
-    body = {"prompt": prompt, "negative_prompt": prompt, "n": 2, "steps": 2, "size": "64x64"}
+def generations(http: httpx.Client, prompt: str, **fields: Any) -> httpx.Response:
+    body = {"prompt": prompt, "negative_prompt": prompt, "n": 2, "steps": 2, "size": "64x64", **fields}
     return http.post("/v1/images/generations", json=body)
 
 
@@ -41,8 +51,7 @@ def txt2img(http: httpx.Client, prompt: str) -> httpx.Response:
 
 
 def img2img(http: httpx.Client, prompt: str) -> httpx.Response:
-    pictures = [base64.b64encode(png()).decode()]
-    return http.post("/sdapi/v1/img2img", json={"prompt": prompt, "init_images": pictures, **SMALL})
+    return http.post("/sdapi/v1/img2img", json={"prompt": prompt, "init_images": [PICTURE], **SMALL})
 
 
 def refine(http: httpx.Client, prompt: str) -> httpx.Response:
@@ -54,29 +63,46 @@ ROUTES = generations, edits, txt2img, img2img, refine
 
 @pytest.fixture(scope="module")
 def busy(start_server: Start) -> Iterator[httpx.Client]:
-    """A server whose deadline is short and whose engine has as many pictures as it takes."""
+    """A server whose deadline is short, and whose engine has as many pictures as it takes and rests."""
     running = start_server(max_wait=10_000, deadline=0.1)
-    body = {"prompt": "a cat", "steps": 900, "n": 10, "size": "64x64"}
+    worker, resting = running.state.worker, threading.Event()
+    turn = worker._turn
+
+    def rest(scheduler: Scheduler) -> None:
+        assert resting.wait(SECONDS)
+        turn(scheduler)
+
+    worker._turn = rest  # type: ignore[method-assign]
+    body = {"prompt": "a cat", "steps": 2, "n": 10, "size": "64x64"}
     with running.client() as http, ThreadPoolExecutor(1) as pool:
         http.put("/v1/words/%3Ctoy%3E", content=word_bytes()).raise_for_status()
         first = pool.submit(http.post, "/v1/images/generations", json=body)
-        while not (entries := http.get("/v1/queue").json()["data"]):
+        while not http.get("/v1/queue").json()["data"]:
             assert not first.done(), first.result().text
+            time.sleep(0.01)
         yield http
-        assert not first.done()
-        http.delete(f"/v1/queue/{entries[0]['id']}").raise_for_status()
+        resting.set()
+        assert len(first.result(SECONDS).json()["data"]) == 10  # the engine had some of its pictures in time
 
 
 @pytest.mark.parametrize("route", ROUTES)
-def test_a_request_that_was_not_begun_by_the_servers_deadline_is_dropped(
+def test_a_request_that_the_engine_does_not_take_by_the_servers_deadline_is_dropped(
     busy: httpx.Client, route: Callable[[httpx.Client, str], httpx.Response]
 ) -> None:
     answer = route(busy, "a cat")
 
     assert answer.status_code == 503
-    assert "had to wait for more than 0 seconds: send it again" in answer.text
+    assert "the engine did not get to this request within 0.1 seconds: send it again" in answer.text
     assert int(answer.headers["Retry-After"]) >= 1
     assert len(busy.get("/v1/queue").json()["data"]) == 1
+
+
+def test_a_stream_that_waits_until_the_deadline_ends_in_an_error_event(busy: httpx.Client) -> None:
+    answer = generations(busy, "a cat", stream=True)
+
+    assert answer.status_code == 200
+    assert answer.text.startswith("event: error\n")
+    assert "the engine did not get to this request within 0.1 seconds" in answer.text
 
 
 @pytest.mark.parametrize("route", ROUTES)
@@ -126,3 +152,149 @@ def test_unknown_names_are_compared_with_the_known_ones_in_threads(
     assert "<toy>" in word.text
     assert "cfg_scale" in field.text
     assert on_loop == [False] * 2
+
+
+class Gate:
+    """A function that is held, in the thread that calls it, until the gate is opened."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.calls = 0
+        self.entered, self.opened = threading.Event(), threading.Event()
+        self._function = function
+
+    def __call__(self, *arguments: Any, **settings: Any) -> Any:
+        self.calls += 1
+        self.entered.set()
+        assert self.opened.wait(SECONDS)
+        return self._function(*arguments, **settings)
+
+
+@contextlib.contextmanager
+def sent(client: httpx.Client, path: str, **body: Any) -> Iterator[HTTPConnection]:
+    """The connection of a request that was sent; it is closed at the end, whatever has come of the answer."""
+    request = client.build_request("POST", path, **body)
+    content = request.read()
+    connection = HTTPConnection(request.url.host, request.url.port, timeout=SECONDS)
+    try:
+        connection.request("POST", path, content, dict(request.headers))
+        yield connection
+    finally:
+        connection.close()
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def is_free(server: Running, client: httpx.Client) -> bool:
+    """Whether the server has no generation, and its engine no row."""
+    idle = client.get("/v1/queue").json()["data"] == [] == server.state.pool.generations(LOCAL)
+    return idle and server.state.pool.running == server.state.worker.figures.rows == 0
+
+
+def ended(caplog: pytest.LogCaptureFixture, route: str) -> int:
+    """The status of the first request to a route, once the server has ended it; 499 if it has sent none."""
+
+    def lines() -> list[dict[str, Any]]:
+        return [json.loads(record.getMessage()) for record in caplog.records if record.name == "oneword.access"]
+
+    wait_until(lambda: any(line["route"] == route for line in lines()))
+    return next(int(line["status"]) for line in lines() if line["route"] == route)
+
+
+LONG_EDITS: dict[str, dict[str, Any]] = {
+    "/v1/images/edits": {"data": {"prompt": "a cat", "steps": "200", "n": "6"}, "files": {"image": png()}},
+    "/sdapi/v1/img2img": {
+        "json": {"prompt": "a cat", "init_images": [PICTURE], "width": 64, "height": 64, "steps": 200, "n_iter": 6}
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("path", "module"), [("/v1/images/edits", "openai"), ("/sdapi/v1/img2img", "a1111.routes")], ids=["openai", "a1111"]
+)
+def test_a_client_that_leaves_while_its_picture_is_decoded_gets_nothing_drawn(
+    server: Running,
+    http: httpx.Client,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    path: str,
+    module: str,
+) -> None:
+    caplog.set_level(logging.INFO, "oneword.access")
+    decoding, encoding = Gate(decode), Gate(encode)
+    encoding.opened.set()
+    monkeypatch.setattr(f"oneword.serve.{module}.decode", decoding)
+    monkeypatch.setattr(f"oneword.serve.{module.replace('routes', 'answers')}.encode", encoding)
+
+    with sent(http, path, **LONG_EDITS[path]):
+        assert decoding.entered.wait(SECONDS)
+    decoding.opened.set()
+
+    assert ended(caplog, path) == 499
+    wait_until(lambda: is_free(server, http))
+    assert (decoding.calls, encoding.calls) == (1, 0)
+    assert edits(http, "a cat").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "module"),
+    [("/v1/images/edits", "openai"), ("/sdapi/v1/img2img", "a1111.answers")],
+    ids=["openai", "a1111"],
+)
+def test_a_client_that_leaves_while_its_answer_is_encoded_holds_no_row(
+    server: Running,
+    http: httpx.Client,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    path: str,
+    module: str,
+) -> None:
+    caplog.set_level(logging.INFO, "oneword.access")
+    encoding = Gate(encode)
+    monkeypatch.setattr(f"oneword.serve.{module}.encode", encoding)
+
+    with sent(http, path, **LONG_EDITS[path]):  # four of its six pictures are drawn together
+        assert encoding.entered.wait(SECONDS)
+        assert not is_free(server, http)
+    wait_until(lambda: is_free(server, http))  # although a picture is still being encoded
+
+    assert 1 <= encoding.calls <= 4
+    encoding.opened.set()
+    assert ended(caplog, path) == 499
+    assert edits(http, "a cat").status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_in_the_middle_of_its_answer_holds_no_row(
+    server: Running,
+    http: httpx.Client,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    stream: bool,
+) -> None:
+    caplog.set_level(logging.INFO, "oneword.access")
+    large = b"more than the buffers of a connection hold" * (1 << 19)
+    monkeypatch.setattr("oneword.serve.openai.encode", lambda *arguments: large)
+    # The rest of a stream's pictures are still being drawn when its first is sent.
+    body = {
+        "prompt": "a cat",
+        "steps": 200 if stream else 2,
+        "n": 6 if stream else 1,
+        "stream": stream,
+        "size": "64x64",
+    }
+
+    with sent(http, "/v1/images/generations", json=body) as connection:
+        answer = connection.getresponse()
+        assert answer.status == 200
+        assert len(answer.read(1 << 10)) == 1 << 10
+        assert is_free(server, http) is not stream
+    wait_until(lambda: is_free(server, http))
+
+    assert ended(caplog, "/v1/images/generations") == 200
+    monkeypatch.undo()
+    assert edits(http, "a cat").status_code == 200

@@ -5,6 +5,7 @@ import base64
 import io
 import json
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -21,9 +22,9 @@ from oneword.runtime.events import StepDone
 from oneword.runtime.prompt import Tokenizer
 from oneword.runtime.request import Request, ResolvedSettings, resolve
 from oneword.serve import openai
-from oneword.serve.errors import Unavailable
+from oneword.serve.errors import Busy, Unavailable
 from oneword.serve.generate import fitted
-from oneword.serve.keys import new_key
+from oneword.serve.keys import Tenant, new_key
 from oneword.serve.pictures import encode
 from oneword.serve.pool import Generation
 from tests.serve.conftest import Start
@@ -49,7 +50,32 @@ def events_of(response: httpx.Response) -> list[tuple[str, dict[str, Any]]]:
     return found
 
 
-def test_the_python_client_generates_streams_edits_and_varies(tenants: tuple[Running, Running]) -> None:
+@pytest.fixture
+def attempts(tenants: tuple[Running, Running], monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """When the requests for a retried cat came, in seconds. The first is refused, with Retry-After: 1."""
+    pool, times = tenants[0].state.pool, list[float]()
+    prepared = pool.prepared
+
+    def busy_at_first(tenant: Tenant, request: Request, *arguments: Any, **settings: Any) -> Generation:
+        if request.prompt == "a retried cat":
+            times.append(time.monotonic())
+            if len(times) == 1:
+                raise Busy("there is no room: try again later", 1)
+        return prepared(tenant, request, *arguments, **settings)
+
+    monkeypatch.setattr(pool, "prepared", busy_at_first)
+    return times
+
+
+def check_retried(attempts: list[float]) -> None:
+    """Two requests came, the second when the first one's answer said; by itself a client waits for half a second."""
+    first, second = attempts
+    assert 1 <= second - first < 10
+
+
+def test_the_python_client_generates_streams_edits_varies_and_retries(
+    tenants: tuple[Running, Running], attempts: list[float]
+) -> None:
     found = run_client("openai_client.py", tenants[0].url, tenants[0].key)
 
     assert found["models"] == [tenants[0].state.name]
@@ -62,11 +88,19 @@ def test_the_python_client_generates_streams_edits_and_varies(tenants: tuple[Run
     ]
     assert all(size == [64, 64] for _, size in found["stream"])
     assert found["edit with mask"] == [[64, 64]]
+    outside = np.ones((64, 64), bool)
+    outside[16:48, 16:48] = False  # the mask's transparent pixels
+    edited, uploaded = (picture_of({"b64_json": found[name]}) for name in ("edited", "uploaded"))
+    assert np.array_equal(edited[outside], uploaded[outside])
+    assert not np.array_equal(edited, uploaded)
     assert found["edit of two"] == [[64, 64]] * 2
     assert found["edit with an interval"] == [[64, 64]]
     assert found["edit stream"] == ["image_edit.partial_image", "image_edit.completed"]
     assert found["variations"] == [[64, 64]] * 2
     assert found["async"] == [[64, 64]] * 3
+    assert found["async stream"] == [[f"image_generation.{kind}", [64, 64]] for kind in ("partial_image", "completed")]
+    assert found["retried"] == [[64, 64]]
+    check_retried(attempts)
     errors = found["errors"]
     assert errors["word"][:2] == ["BadRequestError", 400]
     assert "<nobody>" in errors["word"][2]
@@ -77,13 +111,17 @@ def test_the_python_client_generates_streams_edits_and_varies(tenants: tuple[Run
     assert errors["key"][:2] == ["AuthenticationError", 401]
 
 
-def test_the_node_client_generates_streams_and_edits(tenants: tuple[Running, Running]) -> None:
+def test_the_node_client_generates_streams_edits_and_retries(
+    tenants: tuple[Running, Running], attempts: list[float]
+) -> None:
     found = run_client("openai_client.mjs", tenants[0].url, tenants[0].key)
 
     assert found["generate"] == [[64, 64]] * 2
     assert found["stream"] == ["image_generation.partial_image", "image_generation.completed"]
     assert found["edit"] == [[64, 64]]
     assert found["editOfTwo"] == [[64, 64]] * 2
+    assert found["retried"] == [[64, 64]]
+    check_retried(attempts)
     assert found["error"][:2] == ["BadRequestError", 400]
 
 

@@ -563,7 +563,7 @@ def test_leaving_its_context_cancels_a_generation(pool: Pool) -> None:
     run(scenario)
 
 
-def test_a_request_that_was_not_begun_by_its_deadline_is_dropped_and_one_that_was_is_finished(
+def test_a_request_that_the_engine_does_not_take_by_its_deadline_is_dropped_and_another_is_finished(
     pool: Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = Gate(monkeypatch)
@@ -581,6 +581,10 @@ def test_a_request_that_was_not_begun_by_its_deadline_is_dropped_and_one_that_wa
                 assert isinstance(event.error, Unavailable)
                 assert event.error.code == "deadline_exceeded"
         assert pool.waiting == begun.waiting == 2
+        gone, left = (pool.prepared(BOB, Request("a dog", steps=2)) for _ in range(2))
+        pool.enter(gone, left, deadline=0.02)
+        gone.cancel()  # which leaves the other one its deadline
+        assert [type(event) for _, event in await events_of(left)] == [Dropped]
         gate.open.set()
         assert sum(isinstance(event, Done) for _, event in await events_of(begun)) == 8
         again = pool.submit(dave, Request("a dog", num_images=3, steps=2), deadline=SECONDS)

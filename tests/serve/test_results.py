@@ -31,13 +31,6 @@ class SlowFiles(FolderFiles):
         return super().names(folder)
 
 
-class UnlistedFiles(FolderFiles):
-    """A folder that cannot be listed."""
-
-    def names(self, folder: str) -> Sequence[str]:
-        raise Unavailable("a test")
-
-
 class SmallFiles(FolderFiles):
     """A folder of which 100 bytes are read, unless more are asked for."""
 
@@ -185,36 +178,6 @@ def test_an_answer_is_kept_for_ten_minutes_under_its_tenants_key(url: str) -> No
     assert again.collect() == 1
     now = 1000.0
     assert again.answer(alice, "../key") is None
-
-
-def test_an_answer_of_another_server_is_found_without_listing_what_its_tenant_has(tmp_path: Path) -> None:
-    answer = KeptAnswer("d" * 64, b"{}")
-    Results(FolderFiles(tmp_path)).put_answer(Tenant("alice"), "key", answer)
-
-    results = Results(UnlistedFiles(tmp_path))
-
-    assert results.answer(Tenant("alice"), "key") == answer
-    assert results.answer(Tenant("alice"), "another key") is None
-
-
-def test_an_answer_that_replaced_another_is_kept_when_that_expires_and_nothing_is_left_of_them_later(
-    tmp_path: Path,
-) -> None:
-    now = 1000.0
-    results, alice = Results(FolderFiles(tmp_path), lambda: now), Tenant("alice/..")
-    first, second = (KeptAnswer(letter * 64, b"{}") for letter in "de")
-
-    results.put_answer(alice, "key", first)
-    now = 1300.0
-    results.put_answer(alice, "key", second)
-    assert results.answer(alice, "key") == second
-    now = 1601.0
-    assert results.collect() == 1
-    assert results.answer(alice, "key") == second
-    now = 1901.0
-    assert results.collect() == 1
-    assert results.answer(alice, "key") is None
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_a_picture_that_cannot_be_written_is_not_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

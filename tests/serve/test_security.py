@@ -6,13 +6,11 @@ Not covered: limits of connections and bodies by themselves (test_middleware), p
 import base64
 import contextlib
 import json
-import os
 import random
 import re
 import signal
 import socket
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +27,7 @@ import safetensors.numpy
 from oneword.serve.connection import Connection
 from oneword.serve.keys import new_key
 from tests.serve.conftest import Start
+from tests.serve.machines import Process
 from tests.serve.running import WIDTH, Running, word_bytes
 from tests.serve.test_openai import png
 from tests.serve.test_store import hostile_names, snapshot
@@ -395,24 +394,22 @@ def test_the_quotas_of_a_key_hold_over_http_and_say_what_is_allowed(start_server
 
 
 @dataclass
-class Process:
-    """A `ti-serve` in a process of its own, and everything that it has written."""
+class Keyed(Process):
+    """A `ti-serve` with keys, on its own port."""
 
-    url: str
-    folder: Path
-    key: str
-    process: subprocess.Popen[bytes]
+    key: str = ""
 
     @property
-    def log(self) -> str:
-        return (self.folder / "log").read_text()
+    def running(self) -> subprocess.Popen[bytes]:
+        assert self.process is not None
+        return self.process
 
     def await_line(self, pattern: str, count: int = 1) -> str:
         """Waits until the log has a line that matches, for the `count`th time."""
         while len(found := re.findall(pattern, self.log)) < count:
-            assert self.process.poll() is None, self.log
+            assert self.running.poll() is None, self.log
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(0.05)
+                self.running.wait(0.05)
         return str(found[count - 1])
 
     def client(self, key: str | None = None, address: str = "127.0.0.1") -> httpx.Client:
@@ -423,27 +420,27 @@ class Process:
 
 
 @pytest.fixture
-def process(tiny_bundle: Path, tiny_model_dir: Path, tmp_path: Path) -> Iterator[Process]:
+def process(tiny_bundle: Path, tiny_model_dir: Path, tmp_path: Path) -> Iterator[Keyed]:
     key, table = new_key("alice")
     (tmp_path / "keys.toml").write_text(table)
-    command = [sys.executable, "-m", "oneword.serve.cli", str(tiny_bundle), "--words", str(tmp_path / "store")]
-    command += ["--keys", str(tmp_path / "keys.toml"), "--port", "0", "--threads", "1", "--engine", "onnxruntime"]
-    command += ["--model", str(tiny_model_dir), "--jobs", str(tmp_path / "jobs")]
-    with (tmp_path / "log").open("wb") as log:
-        running = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"PYTHONUNBUFFERED": "1"})
-    found = Process("", tmp_path, key, running)
+    options = [
+        "--words",
+        str(tmp_path / "store"),
+        "--keys",
+        str(tmp_path / "keys.toml"),
+        "--model",
+        str(tiny_model_dir),
+    ]
+    found = Keyed(tiny_bundle, tmp_path, options, environment={"PYTHONUNBUFFERED": "1"}, key=key)
+    found.start()
     try:
-        found.url = found.await_line(r"listening at (http://\S+)")
-        with found.client() as client:
-            while client.get("/health/ready").status_code != 200:
-                pass
+        found.wait_ready()
         yield found
     finally:
-        running.terminate()
-        running.wait(60)
+        found.kill()
 
 
-def test_the_key_file_is_read_again_on_sighup_and_a_broken_one_changes_nothing(process: Process) -> None:
+def test_the_key_file_is_read_again_on_sighup_and_a_broken_one_changes_nothing(process: Keyed) -> None:
     def status(key: str) -> int:
         with process.client(key) as client:
             return client.get("/v1/words").status_code
@@ -451,11 +448,11 @@ def test_the_key_file_is_read_again_on_sighup_and_a_broken_one_changes_nothing(p
     key, table = new_key("carol")
     assert [status(process.key), status(key)] == [200, 401]
     (process.folder / "keys.toml").write_text(table)
-    process.process.send_signal(signal.SIGHUP)
+    process.running.send_signal(signal.SIGHUP)
     process.await_line("read 1 keys")
     assert [status(process.key), status(key)] == [401, 200]
     (process.folder / "keys.toml").write_text(table + "[dave]\nsha256 = 'short'\n")
-    process.process.send_signal(signal.SIGHUP)
+    process.running.send_signal(signal.SIGHUP)
     process.await_line(r"the keys stay as they were: the file of --keys: sha256 of \[dave\]")
     assert [status(process.key), status(key)] == [401, 200]
 
@@ -466,7 +463,7 @@ SECRET = "zebra-in-a-secret-prompt"
 PUBLIC = ("/health/live", "/health/ready")
 
 
-def test_no_key_prompt_path_address_or_traceback_is_in_any_answer_or_log(process: Process) -> None:
+def test_no_key_prompt_path_address_or_traceback_is_in_any_answer_or_log(process: Keyed) -> None:
     wrong_key = "ow_this-key-is-wrong"
     answers: list[httpx.Response] = []
     refused: list[httpx.Response] = []
@@ -477,8 +474,8 @@ def test_no_key_prompt_path_address_or_traceback_is_in_any_answer_or_log(process
             refused += [stranger.request(method, address, **body) for body in secret_requests(method, path)]
         answers += [client.post(path, **body) for path, body in bad_requests()]
         answers += failures(client, process.folder)
-    process.process.terminate()
-    process.process.wait(60)
+    process.running.terminate()
+    process.running.wait(60)
 
     assert {answer.status_code for answer in answers} >= {200, 400, 404, 422}
     closed = [answer for answer in refused if answer.request.url.path not in PUBLIC]

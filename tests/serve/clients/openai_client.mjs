@@ -22,6 +22,9 @@ const edited = await client.images.edit({ image: picture, prompt: "a blue star",
 found.edit = edited.data.map((item) => size(item.b64_json));
 const two = await client.images.edit({ image: [picture, picture], prompt: "a blue star", steps: 4 });
 found.editOfTwo = two.data.map((item) => size(item.b64_json));
+// The server refuses the first request with this prompt, as it does while its queue is full.
+const retried = await client.images.generate({ prompt: "a retried cat", steps: 2 });
+found.retried = retried.data.map((item) => size(item.b64_json));
 try {
   await client.images.generate({ prompt: "a photo of <nobody>" });
 } catch (error) {

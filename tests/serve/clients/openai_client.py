@@ -45,6 +45,7 @@ found["stream"] = [(event.type, size(event.b64_json)) for event in events]
 picture, mask = png((200, 30, 30)), png((255, 255, 255, 255), "RGBA")
 edited = client.images.edit(image=("blob", picture), mask=("m", mask), prompt="a blue star", extra_body={"steps": 4})
 found["edit with mask"] = [size(item.b64_json) for item in edited.data or []]
+found["edited"], found["uploaded"] = (edited.data or [])[0].b64_json, base64.b64encode(picture).decode()
 edited = client.images.edit(image=[picture, png((0, 90, 0))], prompt="a blue star", extra_body={"steps": 4})
 found["edit of two"] = [size(item.b64_json) for item in edited.data or []]
 edited = client.images.edit(
@@ -63,7 +64,19 @@ async def asynchronous() -> list[list[int]]:
         return [size((answer.data or [])[0].b64_json) for answer in await asyncio.gather(*calls)]
 
 
+async def streamed() -> list[tuple[str, list[int]]]:
+    async with openai.AsyncOpenAI(base_url=url, api_key=key) as client:
+        settings = {"stream": True, "partial_images": 1, "extra_body": {"steps": 4}}
+        events = await client.images.generate(prompt="a red ring", **settings)
+        return [(event.type, size(event.b64_json)) async for event in events]
+
+
 found["async"] = asyncio.run(asynchronous())
+found["async stream"] = asyncio.run(streamed())
+
+# The server refuses the first request with this prompt, as it does while its queue is full.
+answer = client.images.generate(prompt="a retried cat", extra_body={"steps": 2})
+found["retried"] = [size(item.b64_json) for item in answer.data or []]
 
 errors: dict[str, object] = {}
 for name, call in {
