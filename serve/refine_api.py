@@ -108,7 +108,7 @@ def _finished(current: Refinement, refinements: Refinements) -> Concept:
     return finish(current, refinements.lexicon())
 
 
-def _proposed(current: Refinement, refinements: Refinements) -> list[Concept]:
+def _proposed(current: Refinement, refinements: Refinements) -> tuple[Concept, ...]:
     return propose(current, refinements.lexicon())
 
 
