@@ -34,7 +34,8 @@ from PIL import Image
 from benchmarks.miniature import sheet
 from benchmarks.pages import RESULTS, empty_page, marked, provenance, table, write_section
 from benchmarks.paper import Thing, looks, styles
-from benchmarks.recipes import GUIDANCE, STEPS, Lab, Row
+from benchmarks.recipes import GUIDANCE, Lab, Row
+from benchmarks.words import STEPS
 from oneword.runtime.concept import load_concept, save_concept
 from oneword.runtime.drawing import draw
 from oneword.runtime.request import Request

@@ -25,42 +25,35 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
-import torch
 
 from benchmarks import words
 from benchmarks.exported import exported
 from benchmarks.pages import RESULTS, empty_page, marked, provenance, table, write_section
 from benchmarks.paper import Thing, styles
 from benchmarks.store import Store, model_digest
-from oneword.export.families import family_of
-from oneword.export.modules import DenoiseStep, UNet
-from oneword.export.source import Source, find_model, load_source, silence_libraries
+from benchmarks.words import LIKENESS_BAR, NEW, PASSES_BAR, RIGHT_BAR, STEPS
+from oneword.export.source import find_model, load_source, silence_libraries
 from oneword.runtime.concept import Concept
 from oneword.runtime.model import Model
-from oneword.train.compute import compute_dtype, few_positions
-from oneword.train.evaluation.evaluate import evaluate, sample
+from oneword.train.evaluation.evaluate import evaluate
 from oneword.train.evaluation.judge import Judge
 from oneword.train.evaluation.prompts import MINIATURE_STYLE_PROMPTS, STYLE_LIKENESS_PROMPT
 from oneword.train.evaluation.scores import likeness
 from oneword.train.learn import learn
-from oneword.train.miniature import readback, world
-from oneword.train.miniature.silhouette import object_right
-from oneword.train.recipe import Compute, Recipe, Subject, named_recipe
+from oneword.train.miniature import world
+from oneword.train.recipe import Recipe, Subject, named_recipe
 from oneword.train.tasks import Task
 
 PAGE = RESULTS / "recipes.md"
 NEW_PAGE = empty_page("Recipes", "Recipes and starts of learning, compared on held-out looks and styles.", "recipes")
 CONTENDERS = ("fast", "quick", "directional", "directional:shape", "directional:auto")
 CAPTION = "the true caption"
-NEW = tuple(name for name in world.BACKGROUNDS if name not in words.SEEN)
-STEPS, GUIDANCE = 20, 4.0
-LIKENESS_BAR, RIGHT_BAR, PASSES_BAR = 0.97, 0.97, 90
+GUIDANCE = 4.0
 Row = Mapping[str, Any]
 
 
@@ -167,7 +160,7 @@ class Lab:
 
     def learned(self, task: Task, recipe: Recipe, seed: int) -> tuple[Concept, dict[str, Any]]:
         """Learns a word alone. Returns it, what it starts from, and the seconds and passes of learning."""
-        one_pass = pass_seconds(self.source)  # just before, because other processes may share the machine
+        one_pass = words.pass_seconds(self.source)  # just before, because other processes may share the machine
         *_, last = learn(self.source, [task], recipe, seed)
         [concept] = last.concepts
         seconds = last.timings["learn"]
@@ -180,46 +173,15 @@ class Lab:
 
     def draw(self, name: str, backgrounds: Sequence[str], seed: int) -> np.ndarray:
         """A photo of the thing on each background [N, 64, 64, 3]."""
-        prompts = [f"a photo of {world.with_article(name)} {world.BACKGROUNDS[place].phrase}" for place in backgrounds]
-        return np.concatenate(sample(self.model, prompts, 1, STEPS, seed, GUIDANCE))
+        return words.photographs(self.model, name, backgrounds, GUIDANCE, seed)
 
     def right(self, pictures: np.ndarray, look: world.Look) -> float:
         """The share of photos on the new backgrounds in which everything is right."""
-        patterns = words.answers(self.judge, self.judge.pictures(pictures), "pattern")
-        hits = []
-        for picture, pattern, name in zip(pictures, patterns, NEW, strict=True):
-            scene = world.Scene((world.Thing(look),), name)
-            shares = readback.read_colours(picture, name, scene.drawn_as)
-            del shares[look.colour]
-            hits.append(
-                object_right(picture, scene, 0)
-                and max(shares, key=shares.__getitem__) == look.second_colour
-                and pattern == look.pattern
-                and readback.read_background(picture, scene.drawn_as) == name
-            )
-        return float(np.mean(hits))
+        return words.all_right(words.read(self.judge, pictures, look))
 
     def keep(self, row: dict[str, Any]) -> Row:
         """Keeps a measurement, rounded."""
         return self.store.add({n: round(value, 4) if isinstance(value, float) else value for n, value in row.items()})
-
-
-def pass_seconds(source: Source) -> float:
-    """Seconds of one forward and backward pass of the UNet over 8 pictures, as learning computes it: a median."""
-    graph = next(graph for graph in family_of(source).graphs if graph.name == "denoise_step")
-    network, config = cast(UNet, cast(DenoiseStep, graph.module).network), source.unet.config
-    dtype = compute_dtype(Compute.AUTO)
-    network.to(dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    network.attend_plainly(few_positions(dtype, config.sample_size**2))
-    noisy = torch.randn(8, config.in_channels, config.sample_size, config.sample_size).to(dtype)
-    noisy = noisy.to(memory_format=torch.channels_last)
-    context = torch.randn(8, 32, config.cross_attention_dim).to(dtype).requires_grad_()
-    seconds = []
-    for _ in range(7):
-        start = time.perf_counter()
-        torch.autograd.grad(network(noisy, torch.full((8,), 500), context).float().square().mean(), context)
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
 
 
 def means(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:

@@ -29,8 +29,9 @@ import numpy.typing as npt
 from PIL import Image
 
 from benchmarks.exported import exported
+from benchmarks.miniature import through_vae
 from benchmarks.pages import RESULTS, empty_page, marked, provenance, table, write_section
-from benchmarks.words import parser
+from benchmarks.words import NEW, SEEN, parser, saved
 from oneword.export.source import find_model
 from oneword.runtime.concept import load_concept
 from oneword.runtime.model import Model
@@ -40,12 +41,11 @@ from oneword.train.evaluation.judge import Judge
 from oneword.train.evaluation.scores import likeness
 from oneword.train.miniature import readback, world
 from oneword.train.miniature.claims import QUESTIONS
-from oneword.train.miniature.silhouette import silhouette_iou
+from oneword.train.miniature.scores import Pictures, mean_iou
 from oneword.train.miniature.world import Look, Scene, Thing
 
 PAGE = RESULTS / "shapes.md"
 NEW_PAGE = empty_page("Shapes", "Silhouettes that no word names, learned from five pictures each.", "shapes")
-SEEN = ("snow", "meadow", "brick", "sunset")  # the backgrounds of the five pictures, the first one twice
 MEDIA = ("drawing", "icon", "painting")
 COLOURS = ("red", "blue", "yellow", "orange", "purple", "lime", "pink", "cyan")  # of the shapes, in their order
 LOOKS = tuple(
@@ -67,8 +67,6 @@ FURTHER_SCORES = (
     ("seconds", "seconds per word"),
 )
 REAL = "real renders after the VAE"
-
-Pictures = npt.NDArray[np.uint8]  # [N, 64, 64, 3]
 
 
 def main() -> None:
@@ -100,10 +98,7 @@ def measure(
     training = np.stack(
         [world.render(scene, 1000 * number + index)[0] for index, scene in enumerate(photos(look, (SEEN[0], *SEEN)))]
     )
-    folder = args.work / look.shape
-    folder.mkdir(exist_ok=True)
-    for index, picture in enumerate(training):
-        Image.fromarray(picture).save(folder / f"{index}.png")
+    folder = saved(training, args.work / look.shape)
     in_photos, in_media = photos(look, world.BACKGROUNDS), other_media(look)
     renders = np.stack([world.render(scene, 1000 * number + 500 + i)[0] for i, scene in enumerate(in_photos)])
     in_other_media = np.stack([world.render(scene, 1000 * number + 600 + i)[0] for i, scene in enumerate(in_media)])
@@ -156,8 +151,7 @@ def photos(look: Look, backgrounds: Iterable[str]) -> list[Scene]:
 
 def other_media(look: Look) -> list[Scene]:
     """The look in each other medium, on each background that is not in the five pictures."""
-    new = [background for background in world.BACKGROUNDS if background not in SEEN]
-    return [Scene((Thing(look, TOKEN),), background, medium) for medium in MEDIA for background in new]
+    return [Scene((Thing(look, TOKEN),), background, medium) for medium in MEDIA for background in NEW]
 
 
 def scores(
@@ -171,11 +165,6 @@ def scores(
         "media_backgrounds": backgrounds_kept(other, in_media),
         "media_iou": mean_iou(other, in_media),
     }
-
-
-def mean_iou(pictures: Pictures, scenes: Sequence[Scene]) -> float:
-    """The mean score of the silhouettes of scenes of one object, 0 to 1."""
-    return float(np.mean([silhouette_iou(picture, scene) for picture, scene in zip(pictures, scenes, strict=True)]))
 
 
 def backgrounds_kept(pictures: Pictures, scenes: Sequence[Scene]) -> float:
@@ -198,12 +187,6 @@ def sheet_of(rows: Sequence[Pictures]) -> npt.NDArray[np.uint8]:
     for line, pictures in zip(sheet, rows, strict=True):
         line[: len(pictures)] = pictures
     return np.concatenate([np.concatenate([*line], 1) for line in sheet])
-
-
-def through_vae(model: Model, pictures: Pictures) -> Pictures:
-    """Pictures encoded to latents and decoded again."""
-    latents = np.stack([model.encode_image(picture)[0] for picture in pictures])
-    return np.concatenate([model.decode(latents[i : i + 10])[0] for i in range(0, len(latents), 10)])
 
 
 def means(rows: Sequence[dict[str, Any]]) -> dict[str, float]:

@@ -69,8 +69,10 @@ def measure(folder: Path, rounds: int, steps: int, busy: int) -> tuple[dict[str,
     """Median milliseconds per step of every setting, alone and beside `busy` processes."""
     command = [sys.executable, "-m", "benchmarks.threads", "--serve", folder, "--steps", steps]
     environments = {name: {**os.environ, **setting} for name, setting in SETTINGS.items()}
-    both = turns.measure(dict.fromkeys(SETTINGS, command), environments, rounds, busy)
-    alone, beside = ({name: median(turn["ms"] for turn in by_name[name]) for name in SETTINGS} for by_name in both)
+    turns_of_settings = turns.measure(dict.fromkeys(SETTINGS, command), environments, rounds, busy)
+    alone, beside = (
+        {name: median(turn["ms"] for turn in by_name[name]) for name in SETTINGS} for by_name in turns_of_settings
+    )
     return alone, beside
 
 

@@ -53,12 +53,13 @@ from oneword.engines.threads import cpu_threads
 OFTEN = 100  # runs of one binding, after which compiling its graph for its own shapes begins to pay
 _SMALL = 64 << 20  # bytes; a smaller graph is cheap to hold twice
 _LARGE = 512 << 20  # bytes; a larger graph is compiled only when its first shapes are known
-_MOST_EXACT = 1 << 16  # numbers of a constant that stays in float32 when weights are halved
+_MOST_FLOAT32 = 1 << 16  # numbers of a constant that stays in float32 when weights are halved
 _HALF_RANGE = (2.0**-14, 65504.0)  # smallest normal and largest number of fp16
 _CONVERTED = (".xml", ".bin")
-_ROUNDED, _EXACT = ("any", "fp16 weights, 2"), ("any in float32", "exact weights, 1")
+_ROUNDED, _UNROUNDED = ("any", "fp16 weights, 2"), ("any in float32", "exact weights, 1")
 """Device and flag of a conversion's key: with weights rounded to fp16, or not. The numbers change with what
-`convert_graph` writes. Where the devices differ, neither conversion deletes the other."""
+`convert_graph` writes. Neither depends on the processor: the "device" says where the conversion is used, since a new
+plan deletes those of its graph and device, and a bundle should keep both conversions."""
 _MOST_PLANS = 64
 _MOST_STATIC = 8  # how many shapes one graph is compiled for in the background
 
@@ -328,7 +329,7 @@ class _Compiler:
 
 def _converted(core: Any, path: Path, plans: PlanCache, key: PlanKey, halve: bool) -> list[Path]:
     """The graph as OpenVINO's own two files; the ONNX file if they cannot be written or read."""
-    device, form = _ROUNDED if halve else _EXACT
+    device, form = _ROUNDED if halve else _UNROUNDED
     key = replace(key, device=device, flags=(form,))
     if (plans.folder, key.name) in _failed:
         return plans.load_files(key, _CONVERTED) or [path]  # another process may have made them
@@ -358,34 +359,34 @@ def convert_graph(core: Any, path: Path, xml: Path, *, halve: bool = True) -> No
     ov = _openvino()
     model = core.read_model(path)
     _expand_convolutions(model)
-    exact = {op.get_friendly_name(): op for op in model.get_ops() if _stays_exact(op, halve)}
-    if (free := shutil.disk_usage(xml.parent).free) < (size := _size_of_copies(model, exact.values())):
+    unhalved = {op.get_friendly_name(): op for op in model.get_ops() if _stays_float32(op, halve)}
+    if (free := shutil.disk_usage(xml.parent).free) < (size := _size_of_copies(model, unhalved.values())):
         raise FileError(f"{xml.parent.parent} has {free >> 20} MiB free, converting takes {size >> 20} MiB")
-    if _halved_bytes(model, exact.values()):
+    if _halved_bytes(model, unhalved.values()):
         all_halved = xml.with_name("halved.xml")
         ov.save_model(model, all_halved, compress_to_fp16=True)
         model = core.read_model(all_halved)
         for op in model.get_ops():  # a halved constant is followed by a conversion that has its name
-            if op.get_type_name() == "Convert" and op.get_friendly_name() in exact:
-                op.output(0).replace(exact[op.get_friendly_name()].output(0))
+            if op.get_type_name() == "Convert" and op.get_friendly_name() in unhalved:
+                op.output(0).replace(unhalved[op.get_friendly_name()].output(0))
     ov.serialize(model, xml)
     core.read_model(xml)  # raises if the disk was full
 
 
-def _size_of_copies(model: Any, exact: Iterable[Any]) -> int:
+def _size_of_copies(model: Any, unhalved: Iterable[Any]) -> int:
     """Bytes that converting writes. Without halved constants, those of all constants; else those of a graph with all
-    float32 constants halved, and again with those of `exact` whole."""
+    float32 constants halved, and again with those of `unhalved` whole."""
     total: int = sum(op.get_byte_size() for op in _constants(model))
-    halved = _halved_bytes(model, exact)
+    halved = _halved_bytes(model, unhalved)
     if not halved:
         return total
     return total - _halved_bytes(model, ()) // 2 + total - halved // 2
 
 
-def _halved_bytes(model: Any, exact: Iterable[Any]) -> int:
-    """Bytes of the float32 constants that are not in `exact`."""
+def _halved_bytes(model: Any, unhalved: Iterable[Any]) -> int:
+    """Bytes of the float32 constants that are not in `unhalved`."""
     floats = [op for op in _constants(model) if op.get_element_type() == _openvino().Type.f32]
-    size: int = sum(op.get_byte_size() for op in floats) - sum(op.get_byte_size() for op in exact)
+    size: int = sum(op.get_byte_size() for op in floats) - sum(op.get_byte_size() for op in unhalved)
     return size
 
 
@@ -435,11 +436,11 @@ def _users(op: Any) -> list[Any]:
     return [target.get_node() for output in op.outputs() for target in output.get_target_inputs()]
 
 
-def _stays_exact(op: Any, halve: bool = True) -> bool:
+def _stays_float32(op: Any, halve: bool = True) -> bool:
     """Whether a constant stays in float32. Without `halve`, one that fp16 would change does."""
     if op.get_type_name() != "Constant" or op.get_element_type() != _openvino().Type.f32:
         return False
-    if op.data.size <= _MOST_EXACT:
+    if op.data.size <= _MOST_FLOAT32:
         return True
     if not halve:
         with np.errstate(over="ignore"):

@@ -4,6 +4,7 @@ A family is one function from a loaded Source to an Exportable, listed in FAMILI
 No family is named in the runtime or the engines.
 """
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -76,8 +77,12 @@ class Traceable:
 
     @property
     def precision(self) -> Precision:
-        """The number type the network computes in: that of its weights."""
-        dtype = next(p.dtype for p in self.module.parameters())
+        """The number type the network computes in: that of most of its weights. Some are always in float32, such as the
+        frequencies of positions."""
+        numbers = Counter[torch.dtype]()
+        for weights in self.module.parameters():
+            numbers[weights.dtype] += weights.numel()
+        [(dtype, _)] = numbers.most_common(1)
         return next(precision for precision, d in TORCH_DTYPES.items() if d == dtype)
 
 

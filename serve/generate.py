@@ -13,6 +13,7 @@ from typing import Final, TypeVar
 import numpy as np
 import starlette.requests
 
+from oneword.runtime.concept import Concept
 from oneword.runtime.edit import edit_mask
 from oneword.runtime.events import PictureDone
 from oneword.runtime.images import resized
@@ -56,12 +57,15 @@ async def prepare(
 
 
 async def enter(state: State, *generations: Generation, bare_names: bool = False) -> None:
-    """Resolves the words of generations among their tenant's, but for those that a request brings along; counts the
-    chunks of their texts with these words, and queues the pictures, all or none, with the server's deadline. Raises
-    ApiError."""
+    """Resolves the words of generations among their tenant's, once for equal texts, but for those that a request brings
+    along; counts the chunks of their texts with these words, and queues the pictures, all or none, with the server's
+    deadline. Raises ApiError."""
+    found: dict[tuple[str, ...], dict[str, Concept]] = {}
     for generation in generations:
-        words = await state.words.resolve(generation.tenant, generation.settings.texts, bare_names)
-        if words:  # the model itself has none
+        tenant, texts = generation.tenant, generation.settings.texts
+        if (key := (tenant.name, *texts)) not in found:
+            found[key] = await state.words.resolve(tenant, texts, bare_names)
+        if words := found[key]:  # the model itself has none
             words = {**words, **(generation.request.words or {})}
             generation.request = replace_unchecked(generation.request, words=words)
     await state.price(*generations)

@@ -10,6 +10,7 @@ from fastapi import APIRouter
 from pydantic import BaseModel, Field
 from starlette.requests import Request as HTTPRequest
 
+from oneword.runtime.concept import Concept
 from oneword.runtime.refine import Refinement, finish, judge, propose, undo
 from oneword.serve.errors import Conflict, Invalid
 from oneword.serve.fields import Fields
@@ -17,6 +18,7 @@ from oneword.serve.generate import enter, prepare
 from oneword.serve.generate import finish as finished
 from oneword.serve.keys import Tenant
 from oneword.serve.pictures import as_base64
+from oneword.serve.refinements import Refinements
 from oneword.serve.samples import sample_jpeg, sample_request
 from oneword.serve.state import State, caller
 from oneword.serve.words_api import Word
@@ -81,7 +83,7 @@ async def refine(http: HTTPRequest, name: str, body: RefineBody) -> RefinementRo
         case "undo":
             current = await state.in_thread(undo, current)
         case "finish":
-            word = await state.in_thread(finish, current, await state.in_thread(refinements.lexicon))
+            word = await state.in_thread(_finished, current, refinements)
             answer = await state.words.put(tenant, word, token=name, generation=record.generation)
             await state.in_thread(refinements.delete, tenant.name, name)
             return Word.of(answer)
@@ -102,13 +104,21 @@ def _judged(current: Refinement, body: RefineBody) -> Refinement:
     return judge(current, likes=body.likes, dislikes=body.dislikes)
 
 
+def _finished(current: Refinement, refinements: Refinements) -> Concept:
+    return finish(current, refinements.lexicon())
+
+
+def _proposed(current: Refinement, refinements: Refinements) -> tuple[Concept, ...]:
+    return propose(current, refinements.lexicon())
+
+
 async def _candidates(
     http: HTTPRequest, state: State, tenant: Tenant, current: Refinement, prompt: str
 ) -> RefinementRound:
     """The next round's candidates, drawn with one prompt and seed."""
     if not current.room:  # nothing is left but to finish, or to undo a round
         return RefinementRound(round=len(current.rounds) + 1, aspects=current.words, candidates=[])
-    concepts = await state.in_thread(propose, current, await state.in_thread(state.refinements.lexicon))
+    concepts = await state.in_thread(_proposed, current, state.refinements)
     prompt, seed = prompt.replace("{}", current.token), current.seed + len(current.rounds)
     requests = [await state.read_text((prompt,), sample_request, state, prompt, concept, seed) for concept in concepts]
     generations = [await prepare(state, tenant, request) for request in requests]

@@ -43,6 +43,7 @@ LONG = (
     "test_precise.py",
     "test_miniature_training.py",
     "test_learner_flow.py",
+    "test_learner_diffusion.py",
 )
 """The files that take longest, which run first, so that no process waits for another at the end."""
 

@@ -51,7 +51,7 @@ def test_all_pairs_of_looks_are_drawn_on_new_backgrounds_with_different_seeds() 
 
     assert len(looks) == len(scenes) == 66
     assert not {scene.background for scene in scenes} & {*list(world.BACKGROUNDS)[:5]}
-    assert len(set(seeds)) == 4 * 66
+    assert len(set(seeds)) == len(seeds) == 4 * 66
 
 
 def test_the_judge_finds_the_style_of_real_renders_and_not_another() -> None:

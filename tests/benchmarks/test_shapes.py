@@ -5,7 +5,7 @@ from argparse import Namespace
 import numpy as np
 
 from benchmarks import shapes
-from oneword.train.miniature import world
+from oneword.train.miniature import scores, world
 
 
 def test_captions_name_the_learned_word_and_no_shape() -> None:
@@ -27,12 +27,12 @@ def test_real_renders_keep_their_backgrounds_and_silhouettes_and_others_do_not()
 
     assert shapes.backgrounds_kept(renders, scenes) >= 0.9
     assert shapes.backgrounds_kept(renders[2:], scenes[:-2]) == 0
-    assert shapes.mean_iou(renders, scenes) >= 0.9
+    assert scores.mean_iou(renders, scenes) >= 0.9
     mistaken = [
         world.Scene((world.Thing(world.Look(other.shape, look.colour, "white", "plain")),), s.background)
         for s in scenes
     ]
-    assert shapes.mean_iou(renders, mistaken) <= 0.8
+    assert scores.mean_iou(renders, mistaken) <= 0.8
 
 
 def test_the_table_marks_what_misses_its_target() -> None:

@@ -23,7 +23,7 @@ from oneword.engines.openvino import (
     _Compiler,
     _expand_convolutions,
     _size_of_copies,
-    _stays_exact,
+    _stays_float32,
 )
 from oneword.engines.plans import PlanCache, PlanKey
 
@@ -455,7 +455,7 @@ def test_a_weight_that_openvino_reads_in_an_unknown_way_is_refused_and_left() ->
 
 
 def size_of_copies(model: Any, halve: bool = True) -> int:
-    return _size_of_copies(model, [op for op in model.get_ops() if _stays_exact(op, halve)])
+    return _size_of_copies(model, [op for op in model.get_ops() if _stays_float32(op, halve)])
 
 
 def test_converting_takes_the_bytes_of_one_copy_or_of_two_if_constants_are_halved() -> None:

@@ -59,23 +59,43 @@ def test_a_half_precision_bundle_draws_the_same_picture(half: Bundle, tiny_bundl
 FLOAT32_PARTS = "parts in float32 between parts in half precision"
 
 
+def step_in_half_precision(model: Path) -> Traceable:
+    [step] = [graph for graph in family_of(load_source(model, torch.float16)).graphs if graph.name == "denoise_step"]
+    return step
+
+
+def test_the_step_of_flux_computes_in_the_number_type_of_most_of_its_weights(tiny_flux_dir: Path) -> None:
+    """The frequencies of positions are in float32."""
+    assert step_in_half_precision(tiny_flux_dir).precision is Precision.FP16
+
+
+def test_the_step_of_flux2_computes_in_the_number_type_of_most_of_its_weights(tiny_flux2_dir: Path) -> None:
+    assert step_in_half_precision(tiny_flux2_dir).precision is Precision.FP16
+
+
+def test_the_step_of_chroma_computes_in_the_number_type_of_most_of_its_weights(tiny_chroma_dir: Path) -> None:
+    assert step_in_half_precision(tiny_chroma_dir).precision is Precision.FP16
+
+
 def warnings_in_half_precision(model: Path, folder: Path) -> list[str]:
     """Of the denoise step."""
-    [step] = [graph for graph in family_of(load_source(model, torch.float16)).graphs if graph.name == "denoise_step"]
-    files, _ = trace(step, folder)
+    files, _ = trace(step_in_half_precision(model), folder)
     return [line.partition(": ")[2] for line in inspect_graph(folder / files[0]).warnings()]
 
 
+@pytest.mark.plans
 def test_the_step_of_stable_diffusion_2_in_half_precision_has_the_form_that_tensorrt_fuses(
     tiny_sd2_dir: Path, tmp_path: Path
 ) -> None:
     assert warnings_in_half_precision(tiny_sd2_dir, tmp_path) == []
 
 
+@pytest.mark.plans
 def test_the_step_of_latent_diffusion_in_half_precision_has_that_form(tiny_ldm_dir: Path, tmp_path: Path) -> None:
     assert warnings_in_half_precision(tiny_ldm_dir, tmp_path) == []
 
 
+@pytest.mark.plans
 def test_the_step_of_sd3_in_half_precision_normalises_queries_and_keys_in_float32(
     tiny_sd3_dir: Path, tmp_path: Path
 ) -> None:
@@ -83,6 +103,7 @@ def test_the_step_of_sd3_in_half_precision_normalises_queries_and_keys_in_float3
     assert warnings_in_half_precision(tiny_sd3_dir, tmp_path) == [f"{FLOAT32_PARTS}: 14"]
 
 
+@pytest.mark.plans
 def test_the_step_of_flux_in_half_precision_has_parts_in_float32_and_nothing_else_in_the_way(
     tiny_flux_dir: Path, tmp_path: Path
 ) -> None:
@@ -90,6 +111,7 @@ def test_the_step_of_flux_in_half_precision_has_parts_in_float32_and_nothing_els
     assert parts.startswith(FLOAT32_PARTS)
 
 
+@pytest.mark.plans
 def test_the_step_of_flux2_in_half_precision_has_parts_in_float32_and_nothing_else_in_the_way(
     tiny_flux2_dir: Path, tmp_path: Path
 ) -> None:
@@ -97,6 +119,7 @@ def test_the_step_of_flux2_in_half_precision_has_parts_in_float32_and_nothing_el
     assert parts.startswith(FLOAT32_PARTS)
 
 
+@pytest.mark.plans
 def test_the_step_of_chroma_in_half_precision_also_masks_attention(tiny_chroma_dir: Path, tmp_path: Path) -> None:
     """In all of its four blocks."""
     [masks, parts] = warnings_in_half_precision(tiny_chroma_dir, tmp_path)

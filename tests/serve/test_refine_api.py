@@ -12,7 +12,7 @@ import httpx
 import PIL.Image
 import pytest
 
-from oneword.runtime.concept import concept_of, read_safetensors
+from oneword.runtime.concept import Concept, concept_of, read_safetensors
 from oneword.runtime.lexicon import Lexicon
 from oneword.runtime.refine import Refinement
 from oneword.serve.errors import Busy
@@ -130,6 +130,22 @@ def test_a_prompt_of_candidates_may_name_other_words(http: httpx.Client, word: s
     assert all(first != second for first, second in zip(*pictures, strict=True))
     assert len({*pictures[0]}) > 1  # they draw the candidates, not the stored word
     assert (unknown.status_code, unknown.json()["error"]["code"]) == (400, "unknown_word")
+
+
+def test_the_words_of_a_round_are_looked_up_once(
+    server: Running, http: httpx.Client, word: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resolve, calls = server.state.words.resolve, itertools.count()
+
+    async def counted(*arguments: Any) -> dict[str, Concept]:
+        next(calls)
+        return await resolve(*arguments)
+
+    monkeypatch.setattr(server.state.words, "resolve", counted)
+    candidates = http.post(f"{word}/refine", json={"action": "start"}).json()["candidates"]
+
+    assert len(candidates) > 1
+    assert next(calls) == 1
 
 
 def test_two_who_first_refine_a_word_read_the_vocabulary_once(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The words of a tenant over HTTP: files of every tool's layout, and what becomes of a word under its name.
+"""The words of a tenant over HTTP: files of every tool's layout, renaming, replacing and removing.
 
 Not covered: learning (test_jobs_api), quotas and other tenants (test_security), each wrong field (test_bad_input).
 """
@@ -182,19 +182,32 @@ def test_a_file_of_another_kind_is_refused_with_the_command_that_converts_it(htt
     assert http.get("/v1/words").json() == before
 
 
-@pytest.mark.parametrize("name", [name for name in OTHERS if name != "legacy.pt"])
+CONVERTED = {  # The rows that each file has, by word.
+    "stored.pt": {"stored": ROWS},
+    "learned_embeds.bin": {"<pickled>": ROWS},
+    "kohya-toy.pt": {"kohya-toy": ROWS},
+    "drawn.png": {"drawn": ROWS},
+    "lora.safetensors": {"lora-toy": ROWS, "lora-ring": -ROWS},
+}
+
+
+@pytest.mark.parametrize("name", CONVERTED)
 def test_what_the_command_converts_is_accepted(http: httpx.Client, tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(OTHERS[name])
 
     result = CliRunner().invoke(cli_concept.command, ["convert", str(tmp_path / name), str(tmp_path / "converted")])
 
     assert result.exit_code == 0, result.output
+    found = {}
     for path in (tmp_path / "converted").iterdir():
         answer = upload(http, path.name, path.read_bytes())
         assert answer.status_code == 201, answer.text
-        [value] = safetensors.numpy.load(http.get(f"/v1/words/{answer.json()['name']}/file").content).values()
-        np.testing.assert_array_equal(np.abs(value), np.abs(ROWS))
-        assert http.delete(f"/v1/words/{answer.json()['name']}").status_code == 204
+        word = answer.json()["name"]
+        [found[word]] = safetensors.numpy.load(http.get(f"/v1/words/{word}/file").content).values()
+        assert http.delete(f"/v1/words/{word}").status_code == 204
+    assert found.keys() == CONVERTED[name].keys()
+    for word, rows in CONVERTED[name].items():
+        np.testing.assert_array_equal(found[word], rows)
 
 
 WRONG: list[tuple[str, dict[str, torch.Tensor], str]] = [

@@ -33,6 +33,13 @@ QUICK = Recipe(steps=4, batch_size=4, learning_rate=0.01, weight_decay=0.0, comp
 WIDTHS = {"text_encoder": 16, "text_encoder_2": 24}
 LDM = {"text_encoder": 24}
 PROMPTS = ["a photo of a {}", "the {}"]
+LDM_CASES = pytest.mark.parametrize(
+    ("tiny_ldm_dir", "recipe"),
+    [("AutoencoderKL", "directional"), ("AutoencoderKL", "precise"), ("VQModel", "directional")],
+    indirect=["tiny_ldm_dir"],
+    scope="session",
+)
+"""Pictures are encoded before a word is learned, so the recipes need not be tried with both autoencoders."""
 
 
 def a_word(widths: dict[str, int], prompts: list[str] = PROMPTS) -> Word:
@@ -87,7 +94,7 @@ def test_the_loss_of_sdxl_falls_to_a_fifth_if_a_word_can_explain_the_targets(
     assert_loss_falls_to_a_fifth(source, a_word(WIDTHS, PROMPTS[:1]), of_type(recipe), "conv_out", monkeypatch)
 
 
-@pytest.mark.parametrize("recipe", ["directional", "precise"])
+@LDM_CASES
 def test_the_loss_of_ldm_falls_to_a_fifth_if_a_word_can_explain_the_targets(
     tiny_ldm_dir: Path, recipe: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,7 +109,7 @@ def test_a_resumed_run_of_sdxl_has_the_same_bits(tiny_sdxl_dir: Path, recipe: st
     assert_same_bits_resumed(tiny_sdxl_dir, lambda: a_word(WIDTHS), settings, out)
 
 
-@pytest.mark.parametrize("recipe", ["directional", "precise"])
+@LDM_CASES
 def test_a_resumed_run_of_ldm_has_the_same_bits(tiny_ldm_dir: Path, recipe: str) -> None:
     settings = of_type(recipe).with_changes(steps=4, batch_size=2)
     out = set(LDM) if recipe == "precise" else set()
