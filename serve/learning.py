@@ -43,7 +43,7 @@ class RecipeChoice:
 
 RECIPES: Mapping[str, RecipeChoice] = MappingProxyType(
     {
-        "quick": RecipeChoice(50, "a thing, in seconds on a small model"),
+        "directional": RecipeChoice(50, "a thing, in seconds on a small model"),
         "fast": RecipeChoice(200, "a thing, learned longer from larger batches"),
         "style": RecipeChoice(200, "a style"),
         "one-word": RecipeChoice(5000, "the paper's method"),

@@ -42,7 +42,7 @@ def test_a_job_is_shown_to_its_tenant_and_to_nobody_else(tmp_path: Path) -> None
             job = await jobs.add("alice", photos(), "<toy>", "toy", seed=7)
             assert jobs._owned[job.id].request.encoders == ("text_encoder",)
 
-            assert (job.status, job.steps, job.recipe, job.position) == (Status.QUEUED, 50, "quick", 0)
+            assert (job.status, job.steps, job.recipe, job.position) == (Status.QUEUED, 50, "directional", 0)
             assert await jobs.get("alice", job.id) == job
             assert (await jobs.add("alice", photos(), "<toy>", recipe="fast", steps=3)).position == 1
             for tenant, identifier in (("bob", job.id), ("alice", "0" * 32), ("alice", f"../alice/{job.id}")):
@@ -78,7 +78,7 @@ def test_jobs_are_listed_from_the_newest_in_pages(tmp_path: Path) -> None:
         ({"token": "../x"}, Unprocessable, "looks like a path"),
         ({"init": "/etc/passwd.safetensors"}, Invalid, "init is '/etc/passwd.safetensors': give one word"),
         ({"init": ""}, Invalid, "give one word"),
-        ({"recipe": "slow"}, Invalid, "unknown recipe 'slow': choose from quick, fast, style, one-word"),
+        ({"recipe": "slow"}, Invalid, "unknown recipe 'slow': choose from directional, fast, style, one-word"),
         ({"steps": 0}, Invalid, "steps is 0: give a whole number from 1 to 5000"),
         ({"steps": 5001}, Invalid, "steps is 5001"),
         ({"seed": -1}, Invalid, "seed is -1"),
@@ -701,7 +701,7 @@ def reference(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) ->
     for name, data in learnable_pictures(photos()).items():
         (folder / "pictures" / name).write_bytes(data)
     digest = load_source(tiny_model_dir).digest
-    order = Order(str(folder), str(tiny_model_dir), digest, "<toy>", "star", "quick", STEPS, 3, ("text_encoder",))
+    order = Order(str(folder), str(tiny_model_dir), digest, "<toy>", "star", "directional", STEPS, 3, ("text_encoder",))
 
     async def run() -> str:
         async with LearningProcess(order, folder / "log") as reports:

@@ -89,9 +89,9 @@ def test_a_models_digest_is_that_of_its_bundle_and_another_bundle_is_refused(
 def test_only_recipes_that_exist_are_offered() -> None:
     for name, choice in learning.RECIPES.items():
         assert RECIPES[name].steps == choice.steps
-    assert recipe_of(None, None) == ("quick", 50)
+    assert recipe_of(None, None) == ("directional", 50)
     assert recipe_of("style", 3) == ("style", 3)
-    with pytest.raises(Invalid, match="unknown recipe 'slow': choose from quick, fast, style, one-word"):
+    with pytest.raises(Invalid, match="unknown recipe 'slow': choose from directional, fast, style, one-word"):
         recipe_of("slow", None)
 
 
@@ -185,7 +185,7 @@ def order(tmp_path: Path, tiny_model_dir: Path) -> Order:
         digest=load_source(tiny_model_dir).digest,
         token="<toy>",
         init="star",
-        recipe="quick",
+        recipe="directional",
         steps=6,
         seed=3,
         encoders=("text_encoder",),
