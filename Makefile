@@ -52,7 +52,7 @@ test-docs: $(TEST_INSTALLED)
 test-plans: $(TEST_INSTALLED)
 	$(BIN)/python -m pytest -m plans $(PYTEST_ARGS)
 
-test-server: $(TEST_INSTALLED) $(CLIENTS)/.installed
+test-server: $(TEST_INSTALLED) $(CLIENTS)/.installed $(if $(shell command -v npm),$(CLIENTS)/node_modules)
 	ONEWORD_CLIENTS=$(CLIENTS) $(BIN)/python -m pytest -m server $(PYTEST_ARGS)
 
 test-browser: $(TEST_INSTALLED)
@@ -63,11 +63,15 @@ test-ray: $(TEST_INSTALLED)
 	$(BIN)/python -m pytest -m "ray and not slow" $(PYTEST_ARGS)
 
 # The clients that judge the server, unmodified, at pinned versions.
-$(CLIENTS)/.installed: tests/serve/clients/requirements.txt tests/serve/clients/package.json
+$(CLIENTS)/.installed: tests/serve/clients/requirements.txt
 	test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS)
 	$(CLIENTS)/bin/python -m pip install --disable-pip-version-check --quiet --requirement $<
-	cp tests/serve/clients/package.json $(CLIENTS)
-	if command -v npm >/dev/null; then cd $(CLIENTS) && npm install --silent --no-audit --no-fund; fi
+	@touch $@
+
+$(CLIENTS)/node_modules: tests/serve/clients/package.json
+	mkdir -p $(CLIENTS)
+	cp $< $(CLIENTS)
+	cd $(CLIENTS) && npm install --silent --no-audit --no-fund
 	@touch $@
 
 check: docs

@@ -57,9 +57,11 @@ async def prepare(
 
 
 async def enter(state: State, *generations: Generation, bare_names: bool = False) -> None:
-    """Resolves the words of generations among their tenant's, once for equal texts, but for those that a request brings
-    along; counts the chunks of their texts with these words, and queues the pictures, all or none, with the server's
-    deadline. Raises ApiError."""
+    """Looks up the words of generations, once for equal texts; words that a request brings along take precedence.
+
+    Then counts the chunks of the texts with these words, and queues the pictures, all or none, with the server's
+    deadline. Raises ApiError.
+    """
     found: dict[tuple[str, ...], dict[str, Concept]] = {}
     for generation in generations:
         tenant, texts = generation.tenant, generation.settings.texts

@@ -211,7 +211,7 @@ class Generation:
         """Whether the engine has got one of its pictures."""
         self._timer: asyncio.TimerHandle | None = None
         self._together: Sequence[Generation] = ()
-        """While its deadline is ahead: those that entered with it."""
+        """Those that entered with it, until its timer ends."""
 
     async def __aiter__(self) -> AsyncIterator[PictureEvent]:
         while True:
@@ -431,11 +431,13 @@ class Pool:
             self._check_ready()
             self._check_room(*generations)
             self._spend(*generations)
+        loop = asyncio.get_running_loop()
+        now = loop.time()
         for generation in generations:
             self._enter(generation)
-            if deadline is not None:
-                timer = asyncio.get_running_loop().call_later(deadline, self._expire, generation, deadline)
-                generation._timer, generation._together = timer, generations
+            if deadline is not None:  # the same moment for all
+                generation._timer = loop.call_at(now + deadline, self._expire, generation, deadline)
+                generation._together = generations
         self._read_inbox()  # a step that freed a slot did not wake the loop up if nothing waited so far
         self._hand_over()
 
@@ -811,7 +813,9 @@ class Pool:
             self._empty.set()
 
     def _expire(self, generation: Generation, deadline: float) -> None:
-        if any(other.taken for other in generation._together):
+        begun = any(other.taken for other in generation._together)
+        self._stop_timer(generation)
+        if begun:
             return
         message = f"the engine did not get to this request within {deadline:g} seconds: send it again"
         error = Unavailable(message, self._queued_seconds, code="deadline_exceeded")

@@ -15,7 +15,7 @@ from oneword.runtime.refine import Refinement, finish, judge, propose, undo
 from oneword.serve.errors import Conflict, Invalid
 from oneword.serve.fields import Fields
 from oneword.serve.generate import enter, prepare
-from oneword.serve.generate import finish as finished
+from oneword.serve.generate import finish as finished_pictures
 from oneword.serve.keys import Tenant
 from oneword.serve.pictures import as_base64
 from oneword.serve.refinements import Refinements
@@ -83,7 +83,7 @@ async def refine(http: HTTPRequest, name: str, body: RefineBody) -> RefinementRo
         case "undo":
             current = await state.in_thread(undo, current)
         case "finish":
-            word = await state.in_thread(_finished, current, refinements)
+            word = await state.in_thread(_refined_word, current, refinements)
             answer = await state.words.put(tenant, word, token=name, generation=record.generation)
             await state.in_thread(refinements.delete, tenant.name, name)
             return Word.of(answer)
@@ -104,11 +104,11 @@ def _judged(current: Refinement, body: RefineBody) -> Refinement:
     return judge(current, likes=body.likes, dislikes=body.dislikes)
 
 
-def _finished(current: Refinement, refinements: Refinements) -> Concept:
+def _refined_word(current: Refinement, refinements: Refinements) -> Concept:
     return finish(current, refinements.lexicon())
 
 
-def _proposed(current: Refinement, refinements: Refinements) -> tuple[Concept, ...]:
+def _proposed_words(current: Refinement, refinements: Refinements) -> tuple[Concept, ...]:
     return propose(current, refinements.lexicon())
 
 
@@ -118,12 +118,12 @@ async def _candidates(
     """The next round's candidates, drawn with one prompt and seed."""
     if not current.room:  # nothing is left but to finish, or to undo a round
         return RefinementRound(round=len(current.rounds) + 1, aspects=current.words, candidates=[])
-    concepts = await state.in_thread(_proposed, current, state.refinements)
+    concepts = await state.in_thread(_proposed_words, current, state.refinements)
     prompt, seed = prompt.replace("{}", current.token), current.seed + len(current.rounds)
     requests = [await state.read_text((prompt,), sample_request, state, prompt, concept, seed) for concept in concepts]
     generations = [await prepare(state, tenant, request) for request in requests]
     await enter(state, *generations)
-    found = await finished(http, *generations, use=lambda _, picture: sample_jpeg(state, picture))
+    found = await finished_pictures(http, *generations, use=lambda _, picture: sample_jpeg(state, picture))
     candidates = [
         Candidate(index=index, aspects=concept.provenance["aspects"], b64_json=as_base64(data))
         for index, (concept, (_, data)) in enumerate(zip(concepts, found, strict=True))

@@ -6,8 +6,10 @@ import os
 import shutil
 import struct
 import subprocess
+import threading
+import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,14 +20,13 @@ import pytest
 
 from oneword.runtime.concept import Concept, concept_bytes
 from oneword.runtime.model import Model
+from oneword.runtime.scheduler import Scheduler
 from oneword.serve.state import State
 from oneword.serve.worker import Worker
 
 WIDTH = 32  # of a vector of the tiny model
 CLIENTS = os.environ.get("ONEWORD_CLIENTS")
 """The environment with the unmodified clients: a folder with `bin/python` and `node_modules`."""
-
-
 SECONDS = 60.0
 """More than anything here takes: a test that waits for so long fails."""
 
@@ -39,6 +40,32 @@ def started_worker(bundle: Path, max_rows: int) -> Iterator[Worker]:
     yield worker
     worker.stop(cancel=True)
     assert worker.join(SECONDS)
+
+
+@contextlib.contextmanager
+def stoppable(worker: Worker) -> Iterator[threading.Event]:
+    """An event that is set: while it is not, the engine thread waits before its next turn."""
+    going, turn = threading.Event(), worker._turn
+
+    def waiting(scheduler: Scheduler) -> None:
+        assert going.wait(SECONDS)
+        turn(scheduler)
+
+    going.set()
+    worker._turn = waiting  # type: ignore[method-assign]
+    try:
+        yield going
+    finally:
+        going.set()
+        worker._turn = turn  # type: ignore[method-assign]
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    """Waits, and fails if it takes longer than anything here does."""
+    end = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 @dataclass

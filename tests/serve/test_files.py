@@ -46,7 +46,9 @@ def test_a_file_over_its_readers_limit_is_recognised(url: str) -> None:
 
 def test_jobs_can_be_kept_in_every_kind_of_store(url: str) -> None:
     files, other = JobFiles(open_files(url)), JobFiles(open_files(url))
-    request = JobRequest("alice", "<toy>", "toy", "directional", 50, 0, ("picture-1.png",), "digest", ("text_encoder",), 1.5)
+    request = JobRequest(
+        "alice", "<toy>", "toy", "directional", 50, 0, ("picture-1.png",), "digest", ("text_encoder",), 1.5
+    )
     files.create("1", request, [b"png"], State("one", 50))
     files.write_beat("one", "tick")
 

@@ -10,7 +10,6 @@ import json
 import logging
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection
@@ -19,11 +18,10 @@ from typing import Any
 import httpx
 import pytest
 
-from oneword.runtime.scheduler import Scheduler
 from oneword.serve.keys import LOCAL
 from oneword.serve.pictures import decode, encode
 from tests.serve.conftest import Start
-from tests.serve.running import SECONDS, Running, word_bytes
+from tests.serve.running import SECONDS, Running, stoppable, wait_until, word_bytes
 from tests.serve.test_openai import png
 
 READERS = (
@@ -61,48 +59,27 @@ def refine(http: httpx.Client, prompt: str) -> httpx.Response:
 ROUTES = generations, edits, txt2img, img2img, refine
 
 
-@pytest.fixture(scope="module")
-def busy(start_server: Start) -> Iterator[httpx.Client]:
-    """A server whose deadline is short, and whose engine has as many pictures as it takes and rests."""
+def test_a_request_that_the_engine_does_not_take_by_the_servers_deadline_is_dropped(start_server: Start) -> None:
     running = start_server(max_wait=10_000, deadline=0.1)
-    worker, resting = running.state.worker, threading.Event()
-    turn = worker._turn
-
-    def rest(scheduler: Scheduler) -> None:
-        assert resting.wait(SECONDS)
-        turn(scheduler)
-
-    worker._turn = rest  # type: ignore[method-assign]
-    body = {"prompt": "a cat", "steps": 2, "n": 10, "size": "64x64"}
-    with running.client() as http, ThreadPoolExecutor(1) as pool:
+    with running.client() as http, stoppable(running.state.worker) as going, ThreadPoolExecutor(1) as pool:
         http.put("/v1/words/%3Ctoy%3E", content=word_bytes()).raise_for_status()
-        first = pool.submit(http.post, "/v1/images/generations", json=body)
-        while not http.get("/v1/queue").json()["data"]:
-            assert not first.done(), first.result().text
-            time.sleep(0.01)
-        yield http
-        resting.set()
-        assert len(first.result(SECONDS).json()["data"]) == 10  # the engine had some of its pictures in time
+        going.clear()
+        first = pool.submit(generations, http, "a cat", n=10)  # more than the engine takes
+        wait_until(lambda: http.get("/v1/queue").json()["data"])
+        answers = [route(http, "a cat") for route in ROUTES]
+        stream = generations(http, "a cat", stream=True)
+        left = http.get("/v1/queue").json()["data"]
+        going.set()
 
-
-@pytest.mark.parametrize("route", ROUTES)
-def test_a_request_that_the_engine_does_not_take_by_the_servers_deadline_is_dropped(
-    busy: httpx.Client, route: Callable[[httpx.Client, str], httpx.Response]
-) -> None:
-    answer = route(busy, "a cat")
-
-    assert answer.status_code == 503
-    assert "the engine did not get to this request within 0.1 seconds: send it again" in answer.text
-    assert int(answer.headers["Retry-After"]) >= 1
-    assert len(busy.get("/v1/queue").json()["data"]) == 1
-
-
-def test_a_stream_that_waits_until_the_deadline_ends_in_an_error_event(busy: httpx.Client) -> None:
-    answer = generations(busy, "a cat", stream=True)
-
-    assert answer.status_code == 200
-    assert answer.text.startswith("event: error\n")
-    assert "the engine did not get to this request within 0.1 seconds" in answer.text
+        for answer in answers:
+            assert answer.status_code == 503
+            assert "the engine did not get to this request within 0.1 seconds: send it again" in answer.text
+            assert int(answer.headers["Retry-After"]) >= 1
+        assert stream.status_code == 200
+        assert stream.text.startswith("event: error\n")
+        assert "the engine did not get to this request within 0.1 seconds" in stream.text
+        assert len(left) == 1
+        assert len(first.result().json()["data"]) == 10  # the engine had some of its pictures in time
 
 
 @pytest.mark.parametrize("route", ROUTES)
@@ -182,27 +159,24 @@ def sent(client: httpx.Client, path: str, **body: Any) -> Iterator[HTTPConnectio
         connection.close()
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
 def is_free(server: Running, client: httpx.Client) -> bool:
     """Whether the server has no generation, and its engine no row."""
     idle = client.get("/v1/queue").json()["data"] == [] == server.state.pool.generations(LOCAL)
     return idle and server.state.pool.running == server.state.worker.figures.rows == 0
 
 
-def ended(caplog: pytest.LogCaptureFixture, route: str) -> int:
-    """The status of the first request to a route, once the server has ended it; 499 if it has sent none."""
+def ended(caplog: pytest.LogCaptureFixture, route: str, status: int) -> bool:
+    """Whether the server has ended a request to a route with this status, which is 499 if it has sent none."""
+    lines = [json.loads(record.getMessage()) for record in caplog.records if record.name == "oneword.access"]
+    return any((line["route"], line["status"]) == (route, status) for line in lines)
 
-    def lines() -> list[dict[str, Any]]:
-        return [json.loads(record.getMessage()) for record in caplog.records if record.name == "oneword.access"]
 
-    wait_until(lambda: any(line["route"] == route for line in lines()))
-    return next(int(line["status"]) for line in lines() if line["route"] == route)
+def draws(http: httpx.Client, caplog: pytest.LogCaptureFixture) -> bool:
+    """Whether the server draws a picture; nothing more is logged of it afterwards."""
+    caplog.clear()
+    answer = edits(http, "a cat")
+    wait_until(lambda: ended(caplog, "/v1/images/edits", answer.status_code))
+    return answer.status_code == 200
 
 
 LONG_EDITS: dict[str, dict[str, Any]] = {
@@ -234,10 +208,10 @@ def test_a_client_that_leaves_while_its_picture_is_decoded_gets_nothing_drawn(
         assert decoding.entered.wait(SECONDS)
     decoding.opened.set()
 
-    assert ended(caplog, path) == 499
+    wait_until(lambda: ended(caplog, path, 499))
     wait_until(lambda: is_free(server, http))
     assert (decoding.calls, encoding.calls) == (1, 0)
-    assert edits(http, "a cat").status_code == 200
+    assert draws(http, caplog)
 
 
 @pytest.mark.parametrize(
@@ -264,8 +238,8 @@ def test_a_client_that_leaves_while_its_answer_is_encoded_holds_no_row(
 
     assert 1 <= encoding.calls <= 4
     encoding.opened.set()
-    assert ended(caplog, path) == 499
-    assert edits(http, "a cat").status_code == 200
+    wait_until(lambda: ended(caplog, path, 499))
+    assert draws(http, caplog)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -278,23 +252,23 @@ def test_a_client_that_leaves_in_the_middle_of_its_answer_holds_no_row(
 ) -> None:
     caplog.set_level(logging.INFO, "oneword.access")
     large = b"more than the buffers of a connection hold" * (1 << 19)
-    monkeypatch.setattr("oneword.serve.openai.encode", lambda *arguments: large)
-    # The rest of a stream's pictures are still being drawn when its first is sent.
-    body = {
-        "prompt": "a cat",
-        "steps": 200 if stream else 2,
-        "n": 6 if stream else 1,
-        "stream": stream,
-        "size": "64x64",
-    }
+    body = {"prompt": "a cat", "steps": 200 if stream else 2, "n": 6 if stream else 1, "stream": stream}
 
-    with sent(http, "/v1/images/generations", json=body) as connection:
-        answer = connection.getresponse()
-        assert answer.status == 200
-        assert len(answer.read(1 << 10)) == 1 << 10
-        assert is_free(server, http) is not stream
-    wait_until(lambda: is_free(server, http))
+    with stoppable(server.state.worker) as going:
 
-    assert ended(caplog, "/v1/images/generations") == 200
+        def encoded(*arguments: object) -> bytes:
+            going.clear()  # two of the six pictures are still being drawn when the first is sent
+            return large
+
+        monkeypatch.setattr("oneword.serve.openai.encode", encoded)
+        with sent(http, "/v1/images/generations", json={**body, "size": "64x64"}) as connection:
+            answer = connection.getresponse()
+            assert answer.status == 200
+            assert len(answer.read(1 << 10)) == 1 << 10
+            assert is_free(server, http) is not stream
+        going.set()
+        wait_until(lambda: is_free(server, http))
+
+    wait_until(lambda: ended(caplog, "/v1/images/generations", 200))
     monkeypatch.undo()
-    assert edits(http, "a cat").status_code == 200
+    assert draws(http, caplog)

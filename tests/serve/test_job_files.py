@@ -19,7 +19,9 @@ from oneword.serve.job_files import (
 )
 from oneword.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 
-REQUEST = JobRequest("alice", "<toy>", "toy", "directional", 50, 0, ("picture-1.png",), "digest", ("text_encoder",), 1.5)
+REQUEST = JobRequest(
+    "alice", "<toy>", "toy", "directional", 50, 0, ("picture-1.png",), "digest", ("text_encoder",), 1.5
+)
 JOB = "0" * 32
 
 

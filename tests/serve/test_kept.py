@@ -5,8 +5,6 @@ import json
 import shutil
 import socket
 import threading
-import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ from oneword.serve.errors import Unavailable
 from oneword.serve.keys import new_key
 from oneword.serve.pictures import as_base64, encode
 from tests.serve.conftest import Start
-from tests.serve.running import SECONDS, Running
+from tests.serve.running import SECONDS, Running, wait_until
 from tests.serve.test_openai import png
 from tests.serve.test_pool import Gate
 
@@ -35,14 +33,6 @@ def post(client: httpx.Client, key: str, path: str = GENERATIONS, **fields: Any)
 def done(running: Running, outcome: str = "done") -> int:
     """Pictures that ended like this."""
     return int(running.state.metrics.pictures.labels(outcome)._value.get())
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    """Returns once it is true."""
-    end = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def leave(running: Running, key: str, **fields: Any) -> None:

@@ -569,7 +569,8 @@ def test_a_request_that_the_engine_does_not_take_by_its_deadline_is_dropped_and_
     gate = Gate(monkeypatch)
 
     async def scenario() -> None:
-        begun = pool.submit(ALICE, Request("a cat", num_images=8, steps=2), deadline=0.01)
+        begun, beside = (pool.prepared(ALICE, Request("a cat", num_images=count, steps=2)) for count in (8, 1))
+        pool.enter(begun, beside, deadline=0.01)  # the engine takes six pictures of the first
         dave = Tenant("dave", pixel_steps_per_minute=3 * 2 * 64 * 64)
         late = [pool.prepared(dave, Request("a dog", num_images=count, steps=2)) for count in (2, 1)]
         pool.enter(*late, deadline=0.02)
@@ -580,13 +581,14 @@ def test_a_request_that_the_engine_does_not_take_by_its_deadline_is_dropped_and_
                 assert isinstance(event, Dropped)
                 assert isinstance(event.error, Unavailable)
                 assert event.error.code == "deadline_exceeded"
-        assert pool.waiting == begun.waiting == 2
+        assert (pool.waiting, begun.waiting, beside.waiting) == (3, 2, 1)
         gone, left = (pool.prepared(BOB, Request("a dog", steps=2)) for _ in range(2))
         pool.enter(gone, left, deadline=0.02)
         gone.cancel()  # which leaves the other one its deadline
         assert [type(event) for _, event in await events_of(left)] == [Dropped]
         gate.open.set()
-        assert sum(isinstance(event, Done) for _, event in await events_of(begun)) == 8
+        for generation, count in ((begun, 8), (beside, 1)):
+            assert sum(isinstance(event, Done) for _, event in await events_of(generation)) == count
         again = pool.submit(dave, Request("a dog", num_images=3, steps=2), deadline=SECONDS)
         assert len(await again.wait()) == 3
 
