@@ -616,7 +616,11 @@ def summary(
                 f"at least {BAR_8}",
                 marked(f"{share:.3f}", share >= BAR_8) if top else "not measured",
             ],
-            *([["pictures", f"at most {PICTURES_BAR}", marked(count, count <= PICTURES_BAR)]] if count else []),
+            [
+                "pictures",
+                f"at most {PICTURES_BAR}",
+                marked(count, count <= PICTURES_BAR) if count else "not measured",
+            ],
             [
                 "seconds of a round, median and slowest",
                 f"less than {SECONDS_BAR:g}",

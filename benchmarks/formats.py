@@ -8,8 +8,9 @@
     cached    fp16 with OpenVINO's cache of compiled graphs, which holds the weights again (OPTIMIZE_SPEED)
     cached-small    the same with a cache without weights (OPTIMIZE_SIZE)
 
-Every form is opened twice, in a process of its own, and the second time counts: then the caches exist. Peak memory
-includes mapped files. Not covered: text encoders and decoders. Ends in one line of JSON.
+Every form is opened twice, in a process of its own, and the second time counts: then the caches exist. `--work` has a
+folder for each graph. Peak memory includes mapped files. Not covered: text encoders and decoders. Ends in one line of
+JSON.
 """
 
 import argparse
@@ -71,10 +72,11 @@ def opened(options: argparse.Namespace) -> dict[str, float]:
     feeds = {spec.name: np.zeros(shapes[spec.name], numpy_dtype(spec.dtype)) for spec in graph.inputs}
     core, path = openvino.Core(), bundle.file(graph.files[0])
     settings = openvino_cpu.settings(openvino_cpu.precision_of(core), options.threads)
+    work = options.work / graph.digest[:12]
     if mode := FORMS[options.form]:
-        settings |= {"CACHE_DIR": str(options.work / options.form), "CACHE_MODE": mode}
+        settings |= {"CACHE_DIR": str(work / options.form), "CACHE_MODE": mode}
     if options.form != "onnx":
-        path = converted(core, path, options.work, halve=options.form != "exact")
+        path = converted(core, path, work, halve=options.form != "exact")
     start, spent = time.perf_counter(), time.process_time()
     model = core.read_model(path)
     model.reshape({name: list(value.shape) for name, value in feeds.items()})

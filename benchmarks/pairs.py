@@ -225,7 +225,8 @@ def described(args: argparse.Namespace, kinds: Mapping[str, Sequence[Scene]]) ->
     return (
         f"{len(kinds[OBJECTS])} pairs of {args.looks} looks, and {len(kinds[STYLES])} pairs of a look and one of "
         f"{args.styles} styles; pictures per pair: {args.samples}; {STEPS} DDIM steps, guidance {GUIDANCE:g}. "
-        "*Relative* is relative to the true captions, with its standard error. Bold: misses its target."
+        "*Relative* is relative to the true captions, with its standard error. The targets are for two learned words "
+        "only. Bold: misses its target."
     )
 
 

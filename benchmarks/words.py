@@ -106,17 +106,28 @@ def means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 def summary(report: Mapping[str, float], args: argparse.Namespace) -> str:
     """The means over words beside their targets, in Markdown."""
+    near, right, passes, together = (report[name] for name in ("likeness", "ratio", "passes", "together_dB"))
     rows = [
-        [text, f"{kind} {bar}", marked(f"{report[name]:.{digits}f}", sign * report[name] >= sign * bar)]
-        for name, text, kind, bar, digits, sign in (
-            ("likeness", "likeness to the five pictures, relative to other renders", "at least", LIKENESS_BAR, 3, 1),
-            ("ratio", "all right on six new backgrounds, relative to the true captions", "at least", RIGHT_BAR, 3, 1),
-            ("passes", "learning in passes of the UNet over 8 pictures, median", "at most", PASSES_BAR, 0, -1),
-            ("together_dB", "all words in one batch, each relative to itself alone, worst, dB", "at least",
-             TOGETHER_BAR, 0, 1),
-        )
-    ]  # fmt: skip
-    rows += [
+        [
+            "likeness to the five pictures, relative to other renders",
+            f"at least {LIKENESS_BAR}",
+            marked(f"{near:.4g}", near >= LIKENESS_BAR),
+        ],
+        [
+            "all right on six new backgrounds, relative to the true captions",
+            f"at least {RIGHT_BAR}",
+            marked(f"{right:.4g}", right >= RIGHT_BAR),
+        ],
+        [
+            "learning in passes of the UNet over 8 pictures, median",
+            f"at most {PASSES_BAR}",
+            marked(f"{passes:.4g}", passes <= PASSES_BAR),
+        ],
+        [
+            "all words in one batch, each relative to itself alone, worst, dB",
+            f"at least {TOGETHER_BAR}",
+            marked(f"{together:.4g}", together >= TOGETHER_BAR),
+        ],
         ["all right: words, captions", "", f"{report['right']:.1%}, {report['caption']:.1%}"],
         [f"of the words: {', '.join(ATTRIBUTES)}", "", ", ".join(f"{report[name]:.1%}" for name in ATTRIBUTES)],
         ["seconds per word, mean and slowest", "", f"{report['seconds']:.0f}, {report['slowest']:.0f}"],

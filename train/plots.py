@@ -26,7 +26,7 @@ def curves(series: Mapping[str, Sequence[float]], label: str, *, smooth: int = 1
         axes.plot(steps[window - 1 :], mean, color=colour, linewidth=1.6, label=name)
     if len(series) > 1:
         axes.legend(frameon=False, fontsize=8)
-    return _svg(figure)
+    return svg(figure)
 
 
 def scatter(points: Sequence[tuple[str, float, float]], across: str = "editability", near: Collection[str] = ()) -> str:
@@ -37,14 +37,14 @@ def scatter(points: Sequence[tuple[str, float, float]], across: str = "editabili
     figure = Figure(figsize=(10, 3.6) if near else (6.4, 3.2), layout="constrained")
     panels = [[name for name, _, _ in points], *([list(near)] if near else [])]
     for column, names in enumerate(panels, start=1):
-        axes = _dressed(figure.add_subplot(1, len(panels), column), across, "likeness")
+        axes = dressed(figure.add_subplot(1, len(panels), column), across, "likeness")
         for number, (colour, (name, up, right)) in enumerate(zip(_cycled(len(points)), points, strict=True)):
             marker = MARKERS[number // len(COLOURS) % len(MARKERS)]  # another marker when colours repeat
             if name in names:
                 axes.scatter([right], [up], color=colour, marker=marker, s=28, zorder=3, label=name)
         if column == 1:
             figure.legend(*axes.get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside right center")
-    return _svg(figure)
+    return svg(figure)
 
 
 def trajectories(panels: Mapping[str, Mapping[str, Sequence[tuple[float, Sequence[float]]]]], across: str) -> str:
@@ -54,7 +54,7 @@ def trajectories(panels: Mapping[str, Mapping[str, Sequence[tuple[float, Sequenc
     """
     figure = Figure(figsize=(3.6 * len(panels), 3.2), layout="constrained")
     for number, (quantity, series) in enumerate(panels.items(), start=1):
-        axes = _dressed(figure.add_subplot(1, len(panels), number), across, quantity)
+        axes = dressed(figure.add_subplot(1, len(panels), number), across, quantity)
         axes.set_xscale("log")
         for colour, (name, points) in zip(_cycled(len(series)), series.items(), strict=True):
             low, middle, high = np.array([np.quantile(ys, (0.25, 0.5, 0.75)) for _, ys in points]).T
@@ -71,15 +71,16 @@ def trajectories(panels: Mapping[str, Mapping[str, Sequence[tuple[float, Sequenc
                 label=name,
             )
     figure.legend(*axes.get_legend_handles_labels(), frameon=False, fontsize=8, ncols=4, loc="outside upper center")
-    return _svg(figure)
+    return svg(figure)
 
 
 def _empty(across: str, up: str) -> tuple[Figure, matplotlib.axes.Axes]:
     figure = Figure(figsize=(6.4, 3.2), layout="constrained")
-    return figure, _dressed(figure.subplots(), across, up)
+    return figure, dressed(figure.subplots(), across, up)
 
 
-def _dressed(axes: matplotlib.axes.Axes, across: str, up: str) -> matplotlib.axes.Axes:
+def dressed(axes: matplotlib.axes.Axes, across: str, up: str) -> matplotlib.axes.Axes:
+    """The axes, with labels, a pale grid, and no frame above and to the right."""
     axes.set_xlabel(across)
     axes.set_ylabel(up)
     axes.spines[["top", "right"]].set_visible(False)
@@ -91,7 +92,7 @@ def _cycled(count: int) -> list[str]:
     return [COLOURS[number % len(COLOURS)] for number in range(count)]
 
 
-def _svg(figure: Figure) -> str:
+def svg(figure: Figure) -> str:
     """The figure's SVG element, with text as text; the same for the same numbers."""
     out = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "oneword"}):

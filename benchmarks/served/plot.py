@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from matplotlib.figure import Figure
 
-from oneword.train.plots import COLOURS, _dressed, _svg
+from oneword.train.plots import COLOURS, dressed, svg
 
 PHASES = {"0.6": "load 0.6", "0.8": "load 0.8", "closed": "closed loop"}
 CONTENDERS = {"steps": "step by step", "whole requests": "whole requests", "one row": "--max-rows 1"}
@@ -16,7 +16,7 @@ def answers(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
     `found` is, by contender and phase, milliseconds as `ready50` and `ready99`.
     """
     figure = Figure(figsize=(6.4, 3.4), layout="constrained")
-    axes = _dressed(figure.subplots(), "", "seconds until the answer\n(dot: median, dash: p99)")
+    axes = dressed(figure.subplots(), "", "seconds until the answer\n(dot: median, dash: p99)")
     for number, (contender, title) in enumerate(CONTENDERS.items()):
         places = [place + 0.2 * (number - 1) for place in range(len(PHASES))]
         middle, high = ([found[contender][phase][key] / 1e3 for phase in PHASES] for key in ("ready50", "ready99"))
@@ -31,4 +31,4 @@ def answers(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
     axes.set_ylim(0)
     axes.grid(axis="x", visible=False)
     figure.legend(frameon=False, fontsize=8, ncols=len(CONTENDERS), loc="outside upper center")
-    return _svg(figure)
+    return svg(figure)

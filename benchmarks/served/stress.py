@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import random
+import re
 import resource
 import signal
 import socket
@@ -426,8 +427,17 @@ def request_of(port: int, call: Call) -> bytes:
 
 STREAM: Final = plain_call(PROMPT, steps=3, guidance_scale=1.0, stream=True, previews=1, partial_images=2)
 """About 28 KB."""
-_ENDS: Final = (b"\r\n0\r\n\r\n", b"}")
-"""How the body of a complete answer ends: a stream's and JSON's."""
+
+
+def is_whole(answer: bytes) -> bool:
+    """Whether an answer as it was received is 200 and complete.
+
+    A body is as long as the head says; a stream, whose head does not say it, ends with an empty chunk.
+    """
+    head, _, body = answer.partition(b"\r\n\r\n")
+    length = re.search(rb"(?im)^content-length: *(\d+)", head)
+    complete = len(body) == int(length[1]) if length else body.endswith(b"\r\n0\r\n\r\n")
+    return complete and head.startswith(b"HTTP/1.1 200")
 
 
 async def ask(port: int, request: bytes, again: float, counts: Counter[str], *, reads: bool) -> None:
@@ -449,8 +459,7 @@ async def ask(port: int, request: bytes, again: float, counts: Counter[str], *, 
             await loop.sock_sendall(connection, request)
             counts["asked"] += 1
             if reads:
-                data = await _received(connection, again)
-                counts["else"] += not (data.startswith(b"HTTP/1.1 200") and data.endswith(_ENDS))
+                counts["else"] += not is_whole(await _received(connection, again))
             else:
                 await asyncio.sleep(again)
                 counts["cut off"] += await _is_closed(connection)
@@ -644,8 +653,8 @@ class Soaking:
     @property
     def failed(self) -> int:
         """Requests so far that were answered with 5xx, or not at all."""
-        answered = sum(count for status, count in self._statuses.items() if status in (LOST, REFUSED) or status >= 500)
-        return answered + sum(self._cut_off.values())
+        broken = sum(count for status, count in self._statuses.items() if status in (LOST, REFUSED) or status >= 500)
+        return broken + sum(self._cut_off.values())
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -692,8 +701,8 @@ class Soaking:
 async def _soaked(setup: Setup, server: Server, words: Sequence[Concept], lead: float, seconds: float) -> Growth:
     load = Soaking(server, words)
 
-    async def checked(length: float) -> None:
-        """Returns after so long, with a check every minute."""
+    async def watch(length: float) -> None:
+        """Waits for `length` seconds and checks the load every minute."""
         minutes = max(1, round(length / 60))
         for _ in range(minutes):
             await asyncio.sleep(length / minutes)
@@ -701,9 +710,9 @@ async def _soaked(setup: Setup, server: Server, words: Sequence[Concept], lead: 
             setup.log(f"soak: {server.resident_mb:.1f} MB, {load.requests} requests, {load.failed} failed")
 
     async with load.running():
-        await checked(lead)
+        await watch(lead)
         before, requests, failed = await _memory(server), load.requests, load.failed
-        await checked(seconds)
+        await watch(seconds)
         growth = await _memory(server) - before
         return Growth(growth, load.requests - requests, load.failed - failed)
 

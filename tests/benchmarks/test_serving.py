@@ -24,7 +24,7 @@ from benchmarks.served.plot import CONTENDERS, PHASES
 from benchmarks.served.process import CORES, LOAD_CORE, SERVER_CORE, Server, on_core
 from benchmarks.served.results import Result
 from benchmarks.served.speed import likeness, waits_of
-from benchmarks.served.stress import Soaking, cut_off
+from benchmarks.served.stress import Soaking, cut_off, is_whole
 from oneword.runtime.concept import Concept
 
 NEW_FIELDS = ("data", "engine", "machine")
@@ -286,6 +286,26 @@ def test_a_load_without_whole_answers_is_an_error(answer: bytes | None, error: s
 
     with pytest.raises(RuntimeError, match=error) if error else nullcontext():
         asyncio.run(checked())
+
+
+STREAM = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("answer", "whole"),
+    [
+        (b'HTTP/1.1 200 OK\r\ncontent-length: 8\r\n\r\n{"a":{}}', True),
+        (b'HTTP/1.1 200 OK\r\ncontent-length: 8\r\n\r\n{"a":{}', False),
+        (b"HTTP/1.1 503 No\r\nContent-Length: 2\r\n\r\n{}", False),
+        (STREAM, True),
+        (STREAM.removesuffix(b"0\r\n\r\n"), False),
+        (b"HTTP/1.1 200 OK\r\nContent-Le", False),
+        (b"", False),
+    ],
+    ids=["JSON", "JSON cut off after a brace", "refused", "stream", "stream cut off", "head cut off", "silent"],
+)
+def test_only_an_answer_with_its_whole_body_is_whole(answer: bytes, whole: bool) -> None:
+    assert is_whole(answer) == whole
 
 
 def test_a_client_of_the_load_that_stops_is_an_error() -> None:

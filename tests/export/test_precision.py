@@ -59,14 +59,15 @@ def test_a_half_precision_bundle_draws_the_same_picture(half: Bundle, tiny_bundl
 FLOAT32_PARTS = "parts in float32 between parts in half precision"
 
 
-def step_in_half_precision(model: Path) -> Traceable:
-    [step] = [graph for graph in family_of(load_source(model, torch.float16)).graphs if graph.name == "denoise_step"]
+def step_in_half_precision(model: Path, dtype: torch.dtype = torch.float16) -> Traceable:
+    [step] = [graph for graph in family_of(load_source(model, dtype)).graphs if graph.name == "denoise_step"]
     return step
 
 
 def test_the_step_of_flux_computes_in_the_number_type_of_most_of_its_weights(tiny_flux_dir: Path) -> None:
     """The frequencies of positions are in float32."""
     assert step_in_half_precision(tiny_flux_dir).precision is Precision.FP16
+    assert step_in_half_precision(tiny_flux_dir, torch.bfloat16).precision is Precision.BF16
 
 
 def test_the_step_of_flux2_computes_in_the_number_type_of_most_of_its_weights(tiny_flux2_dir: Path) -> None:

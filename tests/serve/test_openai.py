@@ -70,7 +70,7 @@ def attempts(tenants: tuple[Running, Running], monkeypatch: pytest.MonkeyPatch) 
 def check_retried(attempts: list[float]) -> None:
     """Two requests came, the second when the first one's answer said; by itself a client waits for half a second."""
     first, second = attempts
-    assert 1 <= second - first < 10
+    assert second - first >= 1
 
 
 def test_the_python_client_generates_streams_edits_varies_and_retries(
