@@ -166,8 +166,8 @@ def kinds_table(engine: str, kinds: Kinds, products: float) -> str:
     """The slowest kinds of one engine in Markdown, the others in one row."""
     total = sum(ms for _, ms in kinds.values())
     shown, hidden = [*kinds.items()][:SHOWN], [*kinds.values()][SHOWN:]
-    others = [sum(count for count, _ in hidden), sum(ms for _, ms in hidden)]
-    lines = [*shown, *([(f"{len(hidden)} other kinds", others)] if hidden else [])]
+    sums = [sum(count for count, _ in hidden), sum(ms for _, ms in hidden)]
+    lines = [*shown, *([(f"{len(hidden)} other kinds", sums)] if hidden else [])]
     rows = [[kind, f"{count:.0f}", f"{ms:.2f}", f"{ms / total:.1%}"] for kind, (count, ms) in lines]
     layers = sum(count for count, _ in kinds.values())
     rows.append([f"all; products reach {products:.0%} of the roof", f"{layers:.0f}", f"{total:.2f}", ""])

@@ -159,8 +159,8 @@ def measure(lab: Lab, of: str, kind: str, scenes: Sequence[Scene], *, words: int
         return lab.keep({**facts, "right": [both_right(group, [scene] * len(group)) for group, scene in pairs]})
     objects = [[object_right(picture, scene, 0) for picture in group] for group, scene in pairs]
     in_style = [style_right(lab.judge, group, scene, rivals(scenes, scene)) for group, scene in pairs]
-    both = np.logical_and(objects, in_style).mean(1).tolist()
-    return lab.keep({**facts, "right": both, "object": float(np.mean(objects)), "style": float(np.mean(in_style))})
+    shares = np.logical_and(objects, in_style).mean(1).tolist()
+    return lab.keep({**facts, "right": shares, "object": float(np.mean(objects)), "style": float(np.mean(in_style))})
 
 
 def drawn(lab: Lab, scenes: Sequence[Scene], words: int) -> Pictures:

@@ -288,7 +288,7 @@ RECIPES: Mapping[str, Recipe] = _named(
 """The recipes by name.
 
 fast               our own, with more pictures
-quick              `fast` with an eighth of its pictures, at twice the rate: for a first look
+quick              `fast` with an eighth of its pictures, at twice the rate: the peer of `directional`
 directional        the default: an eighth of `fast`'s pictures; learns a direction, at the vocabulary's mean length
 precise            the word's direction, and output vectors for each cross-attention layer and four stages, for values
 style              `fast` with the style templates of the paper's released code

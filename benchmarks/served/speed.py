@@ -242,7 +242,7 @@ class Likeness:
 
 def likeness(served: Sequence[Any], alone: Sequence[Any]) -> Likeness:
     """Compares served pictures with those of the same requests made alone. Equal pictures count as 99 dB."""
-    own, mistaken = [], 0
+    decibels, mistaken = [], 0
     for index, picture in enumerate(served):
         errors = {
             other: float(np.mean((picture.astype(float) - theirs) ** 2))
@@ -250,8 +250,8 @@ def likeness(served: Sequence[Any], alone: Sequence[Any]) -> Likeness:
             if theirs.shape == picture.shape
         }
         mistaken += errors[index] > min(errors.values())
-        own.append(10 * math.log10(255**2 / max(errors[index], 255**2 / 10**9.9)))
-    return Likeness(statistics.median(own), min(own), mistaken)
+        decibels.append(10 * math.log10(255**2 / max(errors[index], 255**2 / 10**9.9)))
+    return Likeness(statistics.median(decibels), min(decibels), mistaken)
 
 
 def switching(setup: Setup) -> Result:

@@ -47,7 +47,7 @@ def test_prompts_name_a_learned_style_and_spell_out_its_object_or_not() -> None:
 def test_all_pairs_of_looks_are_drawn_on_new_backgrounds_with_different_seeds() -> None:
     scenes = pairs.two_objects(12)
     looks = {frozenset(thing.look for thing in scene.things) for scene in scenes}
-    seeds = [seed for _, each in pairs.seeded(scenes, 4) for seed in each]
+    seeds = [seed for _, numbers in pairs.seeded(scenes, 4) for seed in numbers]
 
     assert len(looks) == len(scenes) == 66
     assert not {scene.background for scene in scenes} & {*list(world.BACKGROUNDS)[:5]}
@@ -57,17 +57,17 @@ def test_all_pairs_of_looks_are_drawn_on_new_backgrounds_with_different_seeds() 
 def test_the_judge_finds_the_style_of_real_renders_and_not_another() -> None:
     judge = Judge(find_model("miniature")[0] / "judge")
     scenes = pairs.object_and_style(2, 6)
-    own, others = [], []
+    hits, misses = [], []
     for scene in scenes:
         candidates = pairs.rivals(scenes, scene)
         renders = np.stack([world.render(scene, seed)[0] for seed in (7_000, 7_001)])
-        own.append(pairs.style_right(judge, renders, scene, candidates).mean())
+        hits.append(pairs.style_right(judge, renders, scene, candidates).mean())
         other = replace(scene, style=candidates[(candidates.index(scene.style) + 1) % 6])
-        others.append(pairs.style_right(judge, renders, other, candidates).mean())
+        misses.append(pairs.style_right(judge, renders, other, candidates).mean())
 
     assert len(candidates) == 10
-    assert np.mean(own) >= 0.9
-    assert np.mean(others) <= 0.1
+    assert np.mean(hits) >= 0.9
+    assert np.mean(misses) <= 0.1
 
 
 class StandIn:

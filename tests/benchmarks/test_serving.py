@@ -148,21 +148,21 @@ def test_sections_measured_on_several_machines_each_name_theirs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(serving, "PAGE", tmp_path / "serving.md")
-    both = [result("fast", machine="a Fast CPU"), result("slow", machine="a Slow CPU")]
+    results = [result("fast", machine="a Fast CPU"), result("slow", machine="a Slow CPU")]
 
-    serving.write_page(both)
+    serving.write_page(results)
     several = serving.PAGE.read_text()
     serving.write_page([result("fast", machine="a Fast CPU"), result("slow", machine="a Fast CPU")])
-    one = serving.PAGE.read_text()
+    single = serving.PAGE.read_text()
 
     assert "## Slow\n\nHow it was measured. Measured on 2026-01-02 on a Slow CPU, `--engine onnxruntime`." in several
     assert several.count("a Fast CPU") == several.count("a Slow CPU") == 1
-    assert one.count("a Fast CPU") == 1
-    assert "## Slow\n\nHow it was measured. Measured on 2026-01-02.\n" in one
-    assert "| answers | at most 5 | **7** |" in one
-    assert "    python -m benchmarks.serving --write\n" in one
-    assert "**Not measured yet**: overhead, batching" in one
-    assert "swaps, store, disconnects, sigterm" in one  # without slow
+    assert single.count("a Fast CPU") == 1
+    assert "## Slow\n\nHow it was measured. Measured on 2026-01-02.\n" in single
+    assert "| answers | at most 5 | **7** |" in single
+    assert "    python -m benchmarks.serving --write\n" in single
+    assert "**Not measured yet**: overhead, batching" in single
+    assert "swaps, store, disconnects, sigterm" in single  # without slow
 
 
 def test_the_figure_of_the_mixed_traffic_is_written_beside_the_page(
@@ -197,17 +197,17 @@ def test_a_section_of_the_page_without_a_result_is_never_deleted(
 
 def test_a_result_keeps_its_machine_and_one_without_is_of_this_machine(tmp_path: Path) -> None:
     result("old", machine="another CPU").save(tmp_path)
-    kept = Result.read(tmp_path, "old")
-    assert kept
+    result_of_another = Result.read(tmp_path, "old")
+    assert result_of_another
     file = tmp_path / "old.json"
     fields = {name: value for name, value in json.loads(file.read_text()).items() if name not in NEW_FIELDS}
     file.write_text(json.dumps(fields))
     old = Result.read(tmp_path, "old")
     assert old
 
-    assert (kept.machine, kept.date) == ("another CPU", "2026-01-02")
+    assert (result_of_another.machine, result_of_another.date) == ("another CPU", "2026-01-02")
     assert (old.machine, old.date) == (machine(), "2026-01-02")
-    assert old.rows == kept.rows
+    assert old.rows == result_of_another.rows
 
 
 def load_on(port: int, words: Sequence[Concept]) -> Soaking:

@@ -137,8 +137,8 @@ def test_undoing_deletes_the_pictures_of_the_rounds_that_other_answers_would_dra
         f"round-{number}.png" for number in (1, 2, 3)
     ]
 
-    others = ["--undo", 2, "--likes", "2", "--likes", "3", "--rounds", 2]
-    scripted(monkeypatch, capsys, tiny_bundle, "--start", "cat-refined.safetensors", *others)
+    line = ["--undo", 2, "--likes", "2", "--likes", "3", "--rounds", 2]
+    scripted(monkeypatch, capsys, tiny_bundle, "--start", "cat-refined.safetensors", *line)
 
     assert sorted(path.name for path in Path("cat-refined.rounds").iterdir()) == ["round-1", "round-1.png"]
     assert Path("cat-refined.rounds/round-1/1.png").read_bytes() == first

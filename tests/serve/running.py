@@ -45,18 +45,18 @@ def started_worker(bundle: Path, max_rows: int) -> Iterator[Worker]:
 @contextlib.contextmanager
 def stoppable(worker: Worker) -> Iterator[threading.Event]:
     """An event that is set: while it is not, the engine thread waits before its next turn."""
-    going, turn = threading.Event(), worker._turn
+    go_on, turn = threading.Event(), worker._turn
 
     def waiting(scheduler: Scheduler) -> None:
-        assert going.wait(SECONDS)
+        assert go_on.wait(SECONDS)
         turn(scheduler)
 
-    going.set()
+    go_on.set()
     worker._turn = waiting  # type: ignore[method-assign]
     try:
-        yield going
+        yield go_on
     finally:
-        going.set()
+        go_on.set()
         worker._turn = turn  # type: ignore[method-assign]
 
 

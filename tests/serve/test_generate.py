@@ -61,15 +61,15 @@ ROUTES = generations, edits, txt2img, img2img, refine
 
 def test_a_request_that_the_engine_does_not_take_by_the_servers_deadline_is_dropped(start_server: Start) -> None:
     running = start_server(max_wait=10_000, deadline=0.1)
-    with running.client() as http, stoppable(running.state.worker) as going, ThreadPoolExecutor(1) as pool:
+    with running.client() as http, stoppable(running.state.worker) as go_on, ThreadPoolExecutor(1) as pool:
         http.put("/v1/words/%3Ctoy%3E", content=word_bytes()).raise_for_status()
-        going.clear()
+        go_on.clear()
         first = pool.submit(generations, http, "a cat", n=10)  # more than the engine takes
         wait_until(lambda: http.get("/v1/queue").json()["data"])
         answers = [route(http, "a cat") for route in ROUTES]
         stream = generations(http, "a cat", stream=True)
         left = http.get("/v1/queue").json()["data"]
-        going.set()
+        go_on.set()
 
         for answer in answers:
             assert answer.status_code == 503
@@ -254,10 +254,10 @@ def test_a_client_that_leaves_in_the_middle_of_its_answer_holds_no_row(
     large = b"more than the buffers of a connection hold" * (1 << 19)
     body = {"prompt": "a cat", "steps": 200 if stream else 2, "n": 6 if stream else 1, "stream": stream}
 
-    with stoppable(server.state.worker) as going:
+    with stoppable(server.state.worker) as go_on:
 
         def encoded(*arguments: object) -> bytes:
-            going.clear()  # two of the six pictures are still being drawn when the first is sent
+            go_on.clear()  # two of the six pictures are still being drawn when the first is sent
             return large
 
         monkeypatch.setattr("oneword.serve.openai.encode", encoded)
@@ -266,7 +266,7 @@ def test_a_client_that_leaves_in_the_middle_of_its_answer_holds_no_row(
             assert answer.status == 200
             assert len(answer.read(1 << 10)) == 1 << 10
             assert is_free(server, http) is not stream
-        going.set()
+        go_on.set()
         wait_until(lambda: is_free(server, http))
 
     wait_until(lambda: ended(caplog, "/v1/images/generations", 200))

@@ -113,9 +113,9 @@ def test_a_preview_that_two_look_at_is_drawn_once(
     with ThreadPoolExecutor(2) as threads:
         first, second = threads.map(lambda _: [*events_of(alice, job["id"])], range(2))
 
-    previews, others = ([data for kind, data in events if kind == "preview"] for events in (first, second))
+    previews, repetitions = ([data for kind, data in events if kind == "preview"] for events in (first, second))
     assert len(previews) == len(drawn) == 6  # of three prompts, after steps 0 and 3
-    assert others == previews
+    assert repetitions == previews
 
 
 def test_a_reader_that_comes_back_gets_only_what_it_has_missed(alice: httpx.Client) -> None:

@@ -332,12 +332,14 @@ def test_an_interval_in_a_form_is_a_text_or_one_field_for_each_number(http: http
         return http.post("/v1/images/edits", data=data, files={"image": png()})
 
     whole, text, listed = edit(), edit(guidance_interval="0.2,0.8"), edit(**{"guidance_interval[]": ["0.2", "0.8"]})
-    one, both = (edit(**{"guidance_interval[]": ["0.2"]}, **more) for more in ({}, {"guidance_interval": "0.2,0.8"}))
+    short, double = (
+        edit(**{"guidance_interval[]": ["0.2"]}, **more) for more in ({}, {"guidance_interval": "0.2,0.8"})
+    )
 
     assert listed.json()["data"] == text.json()["data"] != whole.json()["data"]
-    for refused in (one, both, edit(steps=["4", "4"])):
+    for refused in (short, double, edit(steps=["4", "4"])):
         assert refused.status_code == 400
-    assert [refused.json()["error"]["param"] for refused in (one, both)] == ["guidance_interval"] * 2
+    assert [refused.json()["error"]["param"] for refused in (short, double)] == ["guidance_interval"] * 2
 
 
 def test_a_prompt_whose_tokens_cannot_be_counted_leaves_nothing_in_the_queue(

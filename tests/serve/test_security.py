@@ -325,7 +325,7 @@ def test_ten_thousand_hostile_file_names_touch_nothing_outside_the_store(house: 
     before = outside()
     picture, no_picture = png(16), b"no picture"
     with house.alice.client() as alice, ThreadPoolExecutor(4) as threads:
-        words, learned, edited, rest = names[:2000], names[2000:2075], names[2075:2275], names[2275:]
+        words, learned, edited, undecodable = names[:2000], names[2000:2075], names[2075:2275], names[2275:]
         calls = [("/v1/words?replace=true", multipart([("file", name, data)])) for name in words]
         for index, batch in enumerate(batches(learned, 5)):
             fields = {"name": f"<hostile-{index}>", "init": "toy", "steps": "5000"}
@@ -333,7 +333,7 @@ def test_ten_thousand_hostile_file_names_touch_nothing_outside_the_store(house: 
         for batch in batches(edited, 10):
             fields = {"prompt": "a cat", "steps": "2", "size": "64x64"}
             calls.append(("/v1/images/edits", multipart([("image[]", name, picture) for name in batch], fields)))
-        for index, batch in enumerate(batches(rest, 8)):
+        for index, batch in enumerate(batches(undecodable, 8)):
             path = ("/v1/words/learn", "/v1/images/edits")[index % 2]
             calls.append((path, multipart([("image[]", name, no_picture) for name in batch])))
         answers = list(threads.map(lambda call: send(*call), calls))

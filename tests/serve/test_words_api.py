@@ -153,7 +153,7 @@ def embedding_picture() -> bytes:
 
 
 A1111 = {"string_to_token": {"*": 265}, "string_to_param": {"*": TENSOR}, "name": "stored", "step": 99}
-OTHERS = {
+REFUSED = {
     "stored.pt": pickled(**A1111),
     "legacy.pt": pickled(legacy=True, **A1111),
     "learned_embeds.bin": pickled(**{"<pickled>": TENSOR}),
@@ -165,14 +165,14 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", REFUSED)
 def test_a_file_of_another_kind_is_refused_with_the_command_that_converts_it(http: httpx.Client, name: str) -> None:
     before = http.get("/v1/words").json()
 
     answers = [
-        upload(http, name, OTHERS[name]),
-        upload(http, name, OTHERS[name], name="<given>"),
-        http.put("/v1/words/<given>", content=OTHERS[name]),
+        upload(http, name, REFUSED[name]),
+        upload(http, name, REFUSED[name], name="<given>"),
+        http.put("/v1/words/<given>", content=REFUSED[name]),
     ]
 
     for answer in answers:
@@ -193,7 +193,7 @@ CONVERTED = {  # The rows that each file has, by word.
 
 @pytest.mark.parametrize("name", CONVERTED)
 def test_what_the_command_converts_is_accepted(http: httpx.Client, tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_bytes(OTHERS[name])
+    (tmp_path / name).write_bytes(REFUSED[name])
 
     result = CliRunner().invoke(cli_concept.command, ["convert", str(tmp_path / name), str(tmp_path / "converted")])
 
