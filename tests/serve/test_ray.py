@@ -45,7 +45,7 @@ PATIENCE = 300.0
 """Seconds; a shared machine may be slow, and nothing here measures time."""
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
     """The address of Ray Serve's proxy on a small cluster of this machine."""
     port = free_port()
