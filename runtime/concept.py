@@ -229,7 +229,7 @@ def concept_bytes(concept: Concept, name: str = "the file") -> bytes:
     data = safetensors.numpy.save({key: np.ascontiguousarray(value) for key, value in tensors.items()}, metadata)
     if len(data) > MAX_FILE_BYTES:
         raise ConceptError(
-            f"{name} would have {len(data)} bytes, allowed are {MAX_FILE_BYTES} (1 MiB): {concept.token!r} needs fewer "
+            f"{name} would have {len(data)} bytes, allowed are {MAX_FILE_BYTES} (1 MiB): learn fewer "
             "vectors, stages or layers"
         )
     concept_of(*read_safetensors(data, name), name)  # never write what load_concept would refuse

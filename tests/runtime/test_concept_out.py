@@ -222,7 +222,7 @@ def test_metadata_of_these_names_is_provenance_in_a_word_without_output_vectors(
 
 def test_a_file_that_would_be_too_large_to_load_is_not_written(tmp_path: Path) -> None:
     large = precise(out={"text_encoder": np.full((100, 16, 2, 128), 0.1, np.float32)})
-    refused = r"would have 16\d+ bytes, allowed are 1048576 \(1 MiB\): '<toy>' needs fewer vectors, stages or layers"
+    refused = r"would have 16\d+ bytes, allowed are 1048576 \(1 MiB\): learn fewer vectors, stages or layers"
     with pytest.raises(ConceptError, match=refused):
         save_concept(large, tmp_path / "a.safetensors")
     assert [*tmp_path.iterdir()] == []

@@ -109,7 +109,7 @@ def test_a_preview_that_two_look_at_is_drawn_once(
 
     draw_preview = jobs_api._drawn
     monkeypatch.setattr(jobs_api, "_drawn", draw)
-    job = learn(alice, name="<seen>", steps=3).json()
+    job = learn(alice, name="<watched>", steps=3).json()
     with ThreadPoolExecutor(2) as threads:
         first, second = threads.map(lambda _: [*events_of(alice, job["id"])], range(2))
 

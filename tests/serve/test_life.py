@@ -120,6 +120,11 @@ def readiness(server: Process) -> int:
     return httpx.get(f"{server.url}/health/ready", timeout=SECONDS).status_code
 
 
+def python_path(folder: Path) -> str:
+    """This process's PYTHONPATH, if it has one, after a folder."""
+    return os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
 def in_progress(server: Process) -> int:
     """The number of requests that have been accepted and are not done."""
     return len(httpx.get(f"{server.url}/v1/queue", timeout=SECONDS).json()["data"])
@@ -225,7 +230,7 @@ def test_a_model_that_cannot_be_opened_ends_the_server_with_one_line(tiny_bundle
             Model.open = fail
         """)
     )
-    path = f"{tmp_path}:{os.environ['PYTHONPATH']}"
+    path = python_path(tmp_path)
     options = [tiny_bundle, "--words", tmp_path / "words", "--port", "0"]
 
     status, _, errors = run(*options, "--supervise", PYTHONPATH=path)
@@ -355,7 +360,7 @@ def test_after_kill_9_it_is_back_with_its_words_jobs_and_kept_results(serve: Ser
 def test_a_broken_engine_is_noticed_and_started_again(serve: Serve, tmp_path: Path, kind: str, report: str) -> None:
     (tmp_path / "path").mkdir()
     (tmp_path / "path" / "sitecustomize.py").write_text(BROKEN.replace("{action}", ACTIONS[kind]))
-    path = f"{tmp_path / 'path'}:{os.environ['PYTHONPATH']}"
+    path = python_path(tmp_path / "path")
     server = serve("--supervise", "--hang-seconds", "8", PYTHONPATH=path, ORDER=str(tmp_path / "order"))
     httpx.put(f"{server.url}/v1/words/<toy>", content=word_bytes(), timeout=SECONDS).raise_for_status()
     first = server.server
@@ -379,7 +384,7 @@ def test_a_broken_engine_is_noticed_and_started_again(serve: Serve, tmp_path: Pa
 def test_a_broken_engine_ends_a_server_that_is_not_supervised(serve: Serve, tmp_path: Path) -> None:
     (tmp_path / "path").mkdir()
     (tmp_path / "path" / "sitecustomize.py").write_text(BROKEN.replace("{action}", ACTIONS["exception"]))
-    path = f"{tmp_path / 'path'}:{os.environ['PYTHONPATH']}"
+    path = python_path(tmp_path / "path")
     server = serve(PYTHONPATH=path, ORDER=str(tmp_path / "order"))
 
     (tmp_path / "order").touch()
