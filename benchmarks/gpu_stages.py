@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.psnr import psnr
-from benchmarks.store import Store
+from benchmarks.store import all_rows, file_of
 from benchmarks.trace import gpu_use, read_trace
 from oneword.engines.open import Backend, gpu_stream
 from oneword.runtime.concept import Concept
@@ -302,7 +302,7 @@ def learning(settings: Settings) -> Result:
     command = [sys.executable, "-m", "benchmarks.training", settings.script, "--words", 1, "--work", work]
     command += ["--script-steps", 500, "--budgets", 50, "--samples", 4, "--threads", len(os.sched_getaffinity(0))]
     subprocess.run([*map(str, command)], stdout=subprocess.DEVNULL, check=True)
-    rows = [row for row in Store(work, digest="").all_rows() if row.get("contender") in ("oneword", "diffusers")]
+    rows = [row for row in all_rows(file_of(work)) if row.get("contender") in ("oneword", "diffusers")]
     longest = {row["contender"]: row for row in sorted(rows, key=lambda row: row["steps"])}
     return {
         f"{name}, {row['steps']} steps": {

@@ -78,6 +78,8 @@ IN_FLOAT32 = {
     "diffusers-openvino": "diffusers",
 }
 """The contender that computes in float32 what this one may not."""
+SDCPP = {"sdcpp-f16": "fp16", "sdcpp-q8_0": "int8"}
+"""Number formats of weights, to which a product's other operand is rounded too; q8_0 leaves convolutions in fp16."""
 COLOURS = ("red", "blue", "green", "yellow", "purple", "orange", "white", "black")
 SHAPES = ("star", "ring", "heart", "moon", "square", "cross")
 PROMPTS = [f"a photo of a {colour} {shape}" for shape in SHAPES for colour in COLOURS]
@@ -610,12 +612,8 @@ def bits_of(name: str, bfloat16: bool) -> int:
 
 def numbers_of(name: str, case: str, bfloat16: bool) -> tuple[str, str]:
     """The number formats that a contender computes its products in and reads its weights in."""
-    if name in (
-        "sdcpp-f16",
-        "sdcpp-q8_0",
-    ):  # a product's other operand is rounded too; q8_0 leaves convolutions in fp16
-        numbers = "fp16" if name == "sdcpp-f16" else "int8"
-        return numbers, numbers
+    if name in SDCPP:
+        return SDCPP[name], SDCPP[name]
     computes = "bf16" if bfloat16 and in_openvino(name) else "fp32"
     if name.endswith("-int8"):
         return computes, "int8"

@@ -30,7 +30,7 @@ from PIL import Image
 
 from benchmarks.exported import exported
 from benchmarks.pages import RESULTS, empty_page, provenance, table, write_section
-from benchmarks.store import Store, model_digest
+from benchmarks.store import Store, file_of, model_digest
 from oneword.export.source import find_model, silence_libraries
 from oneword.runtime.concept import load_concept, save_concept
 from oneword.runtime.model import Model
@@ -328,7 +328,7 @@ def write_page(
     settings += f" ({', '.join(OURS)}: their own settings)"
     settings += f", {args.samples} samples per prompt, {args.sample_steps} DDIM steps."
     setups = [
-        provenance("paper", stored=Store(args.work, "").file),
+        provenance("paper", stored=file_of(args.work)),
         settings,
         table(("mean over words", *columns), lines),
         "![likeness against editability of each set-up](paper.svg)",

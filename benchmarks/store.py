@@ -15,16 +15,12 @@ class Store:
     """The measurements in `results.jsonl` of a folder. New ones are of the model of `digest`."""
 
     def __init__(self, work: Path, digest: str) -> None:
-        self.file = work / "results.jsonl"
+        self.file = file_of(work)
         self.digest = digest
-
-    def all_rows(self) -> list[dict[str, Any]]:
-        """The measurements of all models, oldest first."""
-        return list(map(json.loads, self.file.read_text().splitlines())) if self.file.is_file() else []
 
     def rows(self) -> list[dict[str, Any]]:
         """The measurements of this model."""
-        return [row for row in self.all_rows() if row["model"] == self.digest]
+        return [row for row in all_rows(self.file) if row["model"] == self.digest]
 
     def find(self, facts: Mapping[str, Any]) -> dict[str, Any] | None:
         """The first measurement of this model with these facts, if there is one."""
@@ -37,6 +33,16 @@ class Store:
         with self.file.open("a") as file:
             file.write(json.dumps(whole) + "\n")
         return whole
+
+
+def file_of(work: Path) -> Path:
+    """The file of a folder's measurements."""
+    return work / "results.jsonl"
+
+
+def all_rows(file: Path) -> list[dict[str, Any]]:
+    """The measurements of all models, oldest first."""
+    return list(map(json.loads, file.read_text().splitlines())) if file.is_file() else []
 
 
 def model_digest(model: str) -> str:

@@ -38,7 +38,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.pages import RESULTS, empty_page, marked, provenance, table, write_section
-from benchmarks.store import Store, model_digest
+from benchmarks.store import Store, all_rows, model_digest
 
 PAGE = RESULTS / "training.md"
 NEW_PAGE = empty_page(
@@ -90,7 +90,7 @@ def main() -> None:
         full_size(args)
     elif args.script:
         compare(args)
-    rows = [row for row in args.store.all_rows() if is_asked_for(row, args)]
+    rows = [row for row in all_rows(args.store.file) if is_asked_for(row, args)]
     summary = summarise(rows)
     if args.write:
         write_page(rows, summary, args)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.store import Store
+from benchmarks.store import Store, all_rows
 
 
 def test_a_measurement_is_found_by_its_facts_for_the_same_model_only(
@@ -20,4 +20,4 @@ def test_a_measurement_is_found_by_its_facts_for_the_same_model_only(
     assert store.find({"word": 1}) == {"word": 1, "seconds": 2.0, "parts": [3], "model": "a"}
     assert store.find({"word": 2}) is None
     assert [row["word"] for row in store.rows()] == [1]
-    assert [row["word"] for row in store.all_rows()] == [1, 2]
+    assert [row["word"] for row in all_rows(store.file)] == [1, 2]

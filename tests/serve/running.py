@@ -42,22 +42,26 @@ def started_worker(bundle: Path, max_rows: int) -> Iterator[Worker]:
     assert worker.join(SECONDS)
 
 
-@contextlib.contextmanager
-def stoppable(worker: Worker) -> Iterator[threading.Event]:
-    """An event that is set: while it is not, the engine thread waits before its next turn."""
-    go_on, turn = threading.Event(), worker._turn
+class Gate:
+    """A function that is held, in the thread that calls it, until the gate is opened."""
 
-    def waiting(scheduler: Scheduler) -> None:
-        assert go_on.wait(SECONDS)
-        turn(scheduler)
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.calls = 0
+        self.entered, self.open = threading.Event(), threading.Event()
+        self._function = function
 
-    go_on.set()
-    worker._turn = waiting  # type: ignore[method-assign]
-    try:
-        yield go_on
-    finally:
-        go_on.set()
-        worker._turn = turn  # type: ignore[method-assign]
+    def __call__(self, *arguments: Any, **settings: Any) -> Any:
+        self.calls += 1
+        self.entered.set()
+        assert self.open.wait(SECONDS)
+        return self._function(*arguments, **settings)
+
+
+def engine_gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
+    """Holds engine threads before their next turn."""
+    gate = Gate(Scheduler.step)
+    monkeypatch.setattr(Scheduler, "step", lambda *arguments: gate(*arguments))
+    return gate
 
 
 def wait_until(condition: Callable[[], object]) -> None:

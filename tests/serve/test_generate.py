@@ -9,7 +9,6 @@ import functools
 import json
 import logging
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection
@@ -21,7 +20,7 @@ import pytest
 from oneword.serve.keys import LOCAL
 from oneword.serve.pictures import decode, encode
 from tests.serve.conftest import Start
-from tests.serve.running import SECONDS, Running, stoppable, wait_until, word_bytes
+from tests.serve.running import SECONDS, Gate, Running, engine_gate, wait_until, word_bytes
 from tests.serve.test_openai import png
 
 READERS = (
@@ -59,17 +58,19 @@ def refine(http: httpx.Client, prompt: str) -> httpx.Response:
 ROUTES = generations, edits, txt2img, img2img, refine
 
 
-def test_a_request_that_the_engine_does_not_take_by_the_servers_deadline_is_dropped(start_server: Start) -> None:
+def test_a_request_that_the_engine_does_not_take_by_the_servers_deadline_is_dropped(
+    start_server: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
     running = start_server(max_wait=10_000, deadline=0.1)
-    with running.client() as http, stoppable(running.state.worker) as go_on, ThreadPoolExecutor(1) as pool:
+    gate = engine_gate(monkeypatch)
+    with running.client() as http, ThreadPoolExecutor(1) as pool:
         http.put("/v1/words/%3Ctoy%3E", content=word_bytes()).raise_for_status()
-        go_on.clear()
         first = pool.submit(generations, http, "a cat", n=10)  # more than the engine takes
         wait_until(lambda: http.get("/v1/queue").json()["data"])
         answers = [route(http, "a cat") for route in ROUTES]
         stream = generations(http, "a cat", stream=True)
         left = http.get("/v1/queue").json()["data"]
-        go_on.set()
+        gate.open.set()
 
         for answer in answers:
             assert answer.status_code == 503
@@ -131,21 +132,6 @@ def test_unknown_names_are_compared_with_the_known_ones_in_threads(
     assert on_loop == [False] * 2
 
 
-class Gate:
-    """A function that is held, in the thread that calls it, until the gate is opened."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.calls = 0
-        self.entered, self.opened = threading.Event(), threading.Event()
-        self._function = function
-
-    def __call__(self, *arguments: Any, **settings: Any) -> Any:
-        self.calls += 1
-        self.entered.set()
-        assert self.opened.wait(SECONDS)
-        return self._function(*arguments, **settings)
-
-
 @contextlib.contextmanager
 def sent(client: httpx.Client, path: str, **body: Any) -> Iterator[HTTPConnection]:
     """The connection of a request that was sent; it is closed at the end, whatever has come of the answer."""
@@ -200,13 +186,13 @@ def test_a_client_that_leaves_while_its_picture_is_decoded_gets_nothing_drawn(
 ) -> None:
     caplog.set_level(logging.INFO, "oneword.access")
     decoding, encoding = Gate(decode), Gate(encode)
-    encoding.opened.set()
+    encoding.open.set()
     monkeypatch.setattr(f"oneword.serve.{module}.decode", decoding)
     monkeypatch.setattr(f"oneword.serve.{module.replace('routes', 'answers')}.encode", encoding)
 
     with sent(http, path, **LONG_EDITS[path]):
         assert decoding.entered.wait(SECONDS)
-    decoding.opened.set()
+    decoding.open.set()
 
     wait_until(lambda: ended(caplog, path, 499))
     wait_until(lambda: is_free(server, http))
@@ -237,7 +223,7 @@ def test_a_client_that_leaves_while_its_answer_is_encoded_holds_no_row(
     wait_until(lambda: is_free(server, http))  # although a picture is still being encoded
 
     assert 1 <= encoding.calls <= 4
-    encoding.opened.set()
+    encoding.open.set()
     wait_until(lambda: ended(caplog, path, 499))
     assert draws(http, caplog)
 
@@ -254,21 +240,23 @@ def test_a_client_that_leaves_in_the_middle_of_its_answer_holds_no_row(
     large = b"more than the buffers of a connection hold" * (1 << 19)
     body = {"prompt": "a cat", "steps": 200 if stream else 2, "n": 6 if stream else 1, "stream": stream}
 
-    with stoppable(server.state.worker) as go_on:
+    gate = engine_gate(monkeypatch)
+    gate.open.set()
 
-        def encoded(*arguments: object) -> bytes:
-            go_on.clear()  # two of the six pictures are still being drawn when the first is sent
-            return large
+    def encoded(*arguments: object) -> bytes:
+        gate.open.clear()  # two of the six pictures are still being drawn when the first is sent
+        return large
 
-        monkeypatch.setattr("oneword.serve.openai.encode", encoded)
+    monkeypatch.setattr("oneword.serve.openai.encode", encoded)
+    try:
         with sent(http, "/v1/images/generations", json={**body, "size": "64x64"}) as connection:
             answer = connection.getresponse()
             assert answer.status == 200
             assert len(answer.read(1 << 10)) == 1 << 10
             assert is_free(server, http) is not stream
-        go_on.set()
-        wait_until(lambda: is_free(server, http))
-
+    finally:
+        gate.open.set()
+    wait_until(lambda: is_free(server, http))
     wait_until(lambda: ended(caplog, "/v1/images/generations", 200))
     monkeypatch.undo()
     assert draws(http, caplog)

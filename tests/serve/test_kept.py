@@ -18,9 +18,8 @@ from oneword.serve.errors import Unavailable
 from oneword.serve.keys import new_key
 from oneword.serve.pictures import as_base64, encode
 from tests.serve.conftest import Start
-from tests.serve.running import SECONDS, Running, wait_until
+from tests.serve.running import SECONDS, Running, engine_gate, wait_until
 from tests.serve.test_openai import png
-from tests.serve.test_pool import Gate
 
 GENERATIONS = "/v1/images/generations"
 BODY: dict[str, Any] = {"prompt": "a cat", "steps": 2, "size": "64x64"}
@@ -194,7 +193,7 @@ def test_requests_with_keys_in_progress_are_limited_even_if_their_clients_have_l
 ) -> None:
     running = start_server()
     monkeypatch.setattr(f"oneword.serve.kept.{limit}", value)
-    gate, user = Gate(monkeypatch), "u" * 800  # each body has about 1,500 bytes
+    gate, user = engine_gate(monkeypatch), "u" * 800  # each body has about 1,500 bytes
     try:
         for key in ("first", "second"):
             leave(running, key, user=user)
@@ -239,7 +238,7 @@ def test_an_answer_that_cannot_be_kept_is_answered(start_server: Start, monkeypa
 
 def test_an_interrupted_request_is_not_kept(start_server: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     running, path, size = start_server(), "/sdapi/v1/txt2img", {"width": 64, "height": 64}
-    gate = Gate(monkeypatch)
+    gate = engine_gate(monkeypatch)
     with running.client() as client, ThreadPoolExecutor(1) as threads:
         interrupted = threads.submit(post, client, "key", path, **size)
         assert gate.entered.wait(SECONDS)
@@ -281,7 +280,7 @@ def test_without_room_a_key_gets_a_kept_answer_and_nothing_that_a_request_withou
 ) -> None:
     running = start_server()
     with running.client() as client, ThreadPoolExecutor(1) as threads:
-        first, gate = post(client, "kept"), Gate(monkeypatch)
+        first, gate = post(client, "kept"), engine_gate(monkeypatch)
         try:
             threads.submit(client.post, GENERATIONS, json={**BODY, "steps": 900})
             assert gate.entered.wait(SECONDS)

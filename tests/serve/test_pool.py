@@ -32,7 +32,7 @@ from oneword.serve.keys import LOCAL, Tenant
 from oneword.serve.pool import Dropped, Generation, GenerationEvent, Outcome, Phase, PictureEvent, Pool, spread
 from oneword.serve.settings import Settings
 from oneword.serve.worker import Done, Failed, Partial, Step, Worker, WorkerFigures
-from tests.serve.running import SECONDS, Running, started_worker
+from tests.serve.running import SECONDS, Running, engine_gate, started_worker
 
 ALICE, BOB, CAROL = Tenant("alice"), Tenant("bob"), Tenant("carol")
 
@@ -46,21 +46,6 @@ def worker(tiny_bundle: Path) -> Iterator[Worker]:
 @pytest.fixture
 def pool(worker: Worker, model: Model) -> Pool:
     return Pool(worker, model.manifest, max_wait=1e6)
-
-
-class Gate:
-    """Holds the engine thread before its next turn."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.open, self.entered = threading.Event(), threading.Event()
-        step = Scheduler.step
-
-        def gated(scheduler: Scheduler, *arguments: Any) -> Any:
-            self.entered.set()
-            assert self.open.wait(SECONDS)
-            return step(scheduler, *arguments)
-
-        monkeypatch.setattr(Scheduler, "step", gated)
 
 
 class Record:
@@ -166,7 +151,7 @@ def test_partial_steps_are_spread_over_the_steps_before_the_last(partials: int, 
 
 def test_tenants_take_turns_picture_by_picture(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
-    gate = Gate(monkeypatch)
+    gate = engine_gate(monkeypatch)
     submit = pool.worker.submit
 
     def recorded(request: Request, *arguments: Any) -> Any:
@@ -193,7 +178,7 @@ def test_tenants_take_turns_picture_by_picture(pool: Pool, monkeypatch: pytest.M
 def test_work_beyond_the_limit_is_refused_at_once_and_without_the_engine(
     worker: Worker, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gate = Gate(monkeypatch)
+    gate = engine_gate(monkeypatch)
 
     async def scenario() -> None:
         pool = Pool(worker, model.manifest, max_wait=1e6)
@@ -222,7 +207,7 @@ def test_work_beyond_the_limit_is_refused_at_once_and_without_the_engine(
 def test_an_idle_server_accepts_ten_times_what_may_be_queued(
     worker: Worker, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gate = Gate(monkeypatch)
+    gate = engine_gate(monkeypatch)
     with_seconds_per_step(worker, monkeypatch, 1.0)
 
     async def scenario() -> None:
@@ -240,7 +225,7 @@ def test_an_idle_server_accepts_ten_times_what_may_be_queued(
 def test_texts_are_priced_by_their_chunks_until_they_are_encoded(
     worker: Worker, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gate = Gate(monkeypatch)
+    gate = engine_gate(monkeypatch)
     with_figures(worker, monkeypatch, WorkerFigures(seconds_per_chunk=1.0))
     pool = Pool(worker, model.manifest, max_wait=100, chunks=lambda text, words: len(text))
 
@@ -266,7 +251,7 @@ def test_texts_are_priced_by_their_chunks_until_they_are_encoded(
 def test_a_text_is_priced_with_the_words_that_its_request_has_when_it_is_priced(
     worker: Worker, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gate = Gate(monkeypatch)
+    gate = engine_gate(monkeypatch)
     with_figures(worker, monkeypatch, WorkerFigures(seconds_per_chunk=1.0))
     pool = Pool(worker, model.manifest, max_wait=100, chunks=lambda text, words: len(text) + 10 * len(words))
     word = Concept("<toy>", {"text_encoder": np.full((1, 32), 0.1, np.float32)})
@@ -301,7 +286,7 @@ def test_the_server_counts_the_chunks_that_the_parser_finds(server: Running) -> 
 def test_pictures_shown_on_the_way_are_priced_by_how_many_are_decoded(
     worker: Worker, model: Model, tiny_preview_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gate = Gate(monkeypatch)
+    gate = engine_gate(monkeypatch)
     with_figures(worker, monkeypatch, WorkerFigures(seconds_per_estimate=1 / (64 * 64)))
     with_decoder = Bundle.open(tiny_preview_bundle).manifest
 
@@ -324,7 +309,7 @@ def test_pictures_shown_on_the_way_are_priced_by_how_many_are_decoded(
 def test_the_wait_for_a_slot_counts_where_others_have_all_of_them(
     worker: Worker, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gate = Gate(monkeypatch)
+    gate = engine_gate(monkeypatch)
     with_seconds_per_step(worker, monkeypatch, 1.0)
 
     async def scenario() -> None:
@@ -347,7 +332,7 @@ def test_the_wait_for_a_slot_counts_where_others_have_all_of_them(
 def test_drain_without_a_limit_finishes_all_that_was_accepted_for_any_number_of_tenants(
     worker: Worker, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gate = Gate(monkeypatch)
+    gate = engine_gate(monkeypatch)
     with_seconds_per_step(worker, monkeypatch, 1.0)
     monkeypatch.setattr(worker, "slots", 16)
 
@@ -393,7 +378,7 @@ def test_a_tenant_leaves_a_slot_to_the_others(tiny_bundle: Path, model: Model) -
 def test_retry_after_is_how_long_until_there_is_room(
     worker: Worker, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gate = Gate(monkeypatch)
+    gate = engine_gate(monkeypatch)
     with_seconds_per_step(worker, monkeypatch, 1.0)
 
     async def scenario() -> None:
@@ -415,7 +400,7 @@ def test_retry_after_is_how_long_until_there_is_room(
 def test_after_a_refusal_requests_are_refused_unseen_until_there_is_room_for_as_much(
     worker: Worker, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gate = Gate(monkeypatch)
+    gate = engine_gate(monkeypatch)
     with_seconds_per_step(worker, monkeypatch, 1.0)
 
     async def scenario() -> None:
@@ -448,7 +433,7 @@ def test_after_a_refusal_requests_are_refused_unseen_until_there_is_room_for_as_
 def test_a_full_queue_refuses_requests_unseen_though_nobody_was_refused(
     worker: Worker, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gate = Gate(monkeypatch)
+    gate = engine_gate(monkeypatch)
     with_seconds_per_step(worker, monkeypatch, 1.0)
 
     async def scenario() -> None:
@@ -467,7 +452,7 @@ def test_a_full_queue_refuses_requests_unseen_though_nobody_was_refused(
 def test_requests_that_enter_together_need_room_together(
     worker: Worker, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gate = Gate(monkeypatch)
+    gate = engine_gate(monkeypatch)
     with_seconds_per_step(worker, monkeypatch, 1.0)
 
     async def scenario() -> None:
@@ -566,7 +551,7 @@ def test_leaving_its_context_cancels_a_generation(pool: Pool) -> None:
 def test_a_request_that_the_engine_does_not_take_by_its_deadline_is_dropped_and_another_is_finished(
     pool: Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gate = Gate(monkeypatch)
+    gate = engine_gate(monkeypatch)
 
     async def scenario() -> None:
         begun, beside = (pool.prepared(ALICE, Request("a cat", num_images=count, steps=2)) for count in (8, 1))
@@ -748,7 +733,7 @@ def test_a_step_without_a_preview_does_not_wake_the_loop_and_is_counted_on_reque
 def test_a_slot_that_becomes_free_while_a_request_enters_is_used_at_once(
     pool: Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gate, enter = Gate(monkeypatch), pool._enter
+    gate, enter = engine_gate(monkeypatch), pool._enter
 
     async def scenario() -> None:
         limit = pool.worker.slots + 4  # that the engine has
@@ -899,7 +884,7 @@ def test_a_generation_leaves_nothing_behind(pool: Pool) -> None:
 def test_the_cost_of_an_event_does_not_depend_on_how_many_requests_wait(
     pool: Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gate = Gate(monkeypatch)
+    gate = engine_gate(monkeypatch)
 
     async def scenario() -> None:
         generations: list[Generation] = []
