@@ -318,10 +318,14 @@ class JobFiles:
         """Writes the learned word's file."""
         self._files.write(f"{_folder(tenant, identifier)}/word.safetensors", data)
 
-    def save_checkpoint(self, tenant: str, identifier: str, run: Path) -> str | None:
-        """Copies a run's newest whole checkpoint to the store, and deletes older copies. Returns its name."""
+    def save_checkpoint(self, tenant: str, identifier: str, run: Path, until: int) -> str | None:
+        """Copies a run's newest whole checkpoint to the store, and deletes older copies. Returns its name.
+
+        Checkpoints after step `until` do not count: what the run reported up to them is not in the store yet."""
         folder = f"{_folder(tenant, identifier)}/checkpoint"
         for path in sorted(run.glob("step-*"), reverse=True):
+            if int(path.name.removeprefix("step-")) > until:
+                continue
             try:
                 contents = [(path / name).read_bytes() for name in CHECKPOINT_FILES]
             except OSError:  # being deleted

@@ -546,7 +546,8 @@ class Jobs:
                         await self._publish(owned, state)
                         published = now
                     if now - saved > 2 * self._lease_seconds:
-                        await self._stored(self._files.save_checkpoint, owned.tenant, owned.id, folder / "run")
+                        run = folder / "run"
+                        await self._stored(self._files.save_checkpoint, owned.tenant, owned.id, run, owned.state.step)
                         saved = now
             finally:
                 owned.saving = False

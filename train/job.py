@@ -139,6 +139,9 @@ def learn_word(order: Order, report: Callable[[Report], None], closed: threading
             words_after=order.snapshots,
         )
         (folder / "snapshots").mkdir(exist_ok=True)
+        for step in order.snapshots:  # saved by an earlier process, whose reports may not have been read
+            if (folder / _snapshot_file(step)).exists():
+                report(Snapshot(step, _snapshot_file(step)))
         with closing(run):
             for progress in run:
                 for note in progress.notes:
@@ -146,7 +149,7 @@ def learn_word(order: Order, report: Callable[[Report], None], closed: threading
                 (loss,) = progress.losses
                 report(Step(progress.step, progress.steps, loss if math.isfinite(loss) else None))
                 for concept in progress.words:
-                    report(Snapshot(progress.step, save(concept, folder, f"snapshots/{progress.step}.safetensors")))
+                    report(Snapshot(progress.step, save(concept, folder, _snapshot_file(progress.step))))
                 for concept in progress.concepts:
                     report(Done(save(concept, folder, "word.safetensors")))
                 if closed.is_set():
@@ -175,6 +178,10 @@ def save(concept: Concept, folder: Path, file: str) -> str:
     """Writes a concept whole to a file in `folder`. Returns the file's relative name."""
     save_concept(concept, folder / file)
     return file
+
+
+def _snapshot_file(step: int) -> str:
+    return f"snapshots/{step}.safetensors"
 
 
 def machine_of(dtype: str) -> Mapping[str, str]:

@@ -75,10 +75,10 @@ def test_events_are_numbered_and_only_the_last_progress_is_kept() -> None:
 
 def test_a_checkpoint_in_the_store_resumes_a_run_elsewhere(files: JobFiles, tmp_path: Path) -> None:
     run, copy = tmp_path / "run", tmp_path / "copy"
-    assert files.save_checkpoint("alice", JOB, run) is None
+    assert files.save_checkpoint("alice", JOB, run, until=9) is None
     for step in (1, 2, 3):
         save_checkpoint(run, Checkpoint(step, {"x": torch.full((3,), float(step))}, {"losses": [0.1]}, {"seed": "1"}))
-        assert files.save_checkpoint("alice", JOB, run) == f"step-{step:08d}"
+        assert files.save_checkpoint("alice", JOB, run, until=9) == f"step-{step:08d}"
 
     assert files.load_checkpoint("alice", JOB, copy) == "step-00000003"
 
@@ -88,10 +88,19 @@ def test_a_checkpoint_in_the_store_resumes_a_run_elsewhere(files: JobFiles, tmp_
     assert torch.equal(loaded.tensors["x"], torch.full((3,), 3.0))
 
 
+def test_a_checkpoint_waits_for_the_reports_before_it(files: JobFiles, tmp_path: Path) -> None:
+    for step in (5, 10):
+        save_checkpoint(tmp_path / "run", Checkpoint(step, {"x": torch.ones(1)}, {}, {}))
+
+    names = [files.save_checkpoint("alice", JOB, tmp_path / "run", until) for until in (4, 5, 9, 10)]
+
+    assert names == [None, "step-00000005", "step-00000005", "step-00000010"]
+
+
 @pytest.mark.parametrize("file", ["state.safetensors", "state.json", "COMPLETE"])
 def test_a_checkpoint_that_was_copied_in_part_is_not_used(files: JobFiles, tmp_path: Path, file: str) -> None:
     save_checkpoint(tmp_path / "here", Checkpoint(1, {"x": torch.ones(3)}, {}, {"seed": "1"}))
-    files.save_checkpoint("alice", JOB, tmp_path / "here")
+    files.save_checkpoint("alice", JOB, tmp_path / "here", until=1)
     (copy,) = (tmp_path / "store").rglob(file)
     copy.write_bytes(b"{}") if file == "state.json" else copy.unlink()
 

@@ -38,6 +38,15 @@ def test_a_words_vectors_are_reported_while_it_is_learned(order: Order) -> None:
     assert load_concept(Path(order.folder) / reports[-1].file).provenance["steps"] == "6"
 
 
+def test_vectors_whose_report_was_not_read_are_reported_again(order: Order) -> None:
+    asyncio.run(learned(order))  # the server is killed here and has read nothing; the run resumes at its last step
+
+    reports = asyncio.run(learned(order))
+
+    assert [report.step for report in reports if isinstance(report, Step)] == [6]
+    assert {report.step for report in reports if isinstance(report, Snapshot)} == {0, 2, 6}
+
+
 def test_an_order_for_other_weights_fails_with_one_line_without_a_path(order: Order) -> None:
     reports = asyncio.run(learned(msgspec.structs.replace(order, digest="0" * 64)))
 
