@@ -1,6 +1,7 @@
 # make demo    learn two words from five pictures each, export the miniature, draw the words in new scenes: one contact sheet
 # make test    run the tests, in two processes; what they export is cached in .cache/bundles
 # make test-docs   run the code of the README and of the guide
+# make test-benchmarks   run the tests of the benchmarks
 # make test-plans  run the tests that build TensorRT-RTX plans, which are cached in .cache/plans
 # make test-server   run the tests of the server, with OpenAI's and A1111's clients in an environment of their own
 # make test-browser  run the tests of the server's page in Chromium (Debian's: apt-get install chromium)
@@ -30,7 +31,7 @@ INSTALLED := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 TEST_INSTALLED := $(INSTALLED)$(if $(TEST_EXTRAS),-$(subst $(comma),-,$(TEST_EXTRAS)))
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
-.PHONY: help demo test test-docs test-plans test-server test-browser test-ray check docs bench bench-gpu measure-gpu clean
+.PHONY: help demo test test-docs test-benchmarks test-plans test-server test-browser test-ray check docs bench bench-gpu measure-gpu clean
 .DEFAULT_GOAL := help
 
 help:
@@ -41,13 +42,16 @@ demo: $(INSTALLED)
 
 # Two processes, each with one thread: threads of one process that wait for work would take the other's time.
 # The compiled files are kept, because tests start many processes.
-test test-docs: export OMP_NUM_THREADS ?= 1
-test test-docs: export PYTHONDONTWRITEBYTECODE =
+test test-docs test-benchmarks: export OMP_NUM_THREADS ?= 1
+test test-docs test-benchmarks: export PYTHONDONTWRITEBYTECODE =
 test: $(TEST_INSTALLED)
 	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 test-docs: $(TEST_INSTALLED)
 	$(BIN)/python -m pytest -m docs --numprocesses=2 $(PYTEST_ARGS)
+
+test-benchmarks: $(TEST_INSTALLED)
+	$(BIN)/python -m pytest -m benchmarks --numprocesses=2 --dist=loadfile $(PYTEST_ARGS)
 
 test-plans: $(TEST_INSTALLED)
 	$(BIN)/python -m pytest -m plans $(PYTEST_ARGS)

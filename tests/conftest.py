@@ -34,16 +34,19 @@ WORDS = [
 LONG = (
     "test_flow_families.py",
     "test_families.py",
-    "test_precision.py",
-    "test_compress.py",
-    "test_on_a_device.py",
-    "test_gpu.py",
-    "test_checkpoint.py",
-    "test_scheduler.py",
-    "test_precise.py",
-    "test_miniature_training.py",
     "test_learner_flow.py",
+    "test_flux2.py",
+    "test_on_a_device.py",
+    "test_miniature_training.py",
+    "test_shipped_miniature.py",
+    "test_precision.py",
     "test_learner_diffusion.py",
+    "test_checkpoint.py",
+    "test_compress.py",
+    "test_search.py",
+    "test_precise.py",
+    "test_samplers.py",
+    "test_scheduler.py",
 )
 """The files that take longest, which run first, so that no process waits for another at the end."""
 

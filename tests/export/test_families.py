@@ -172,6 +172,7 @@ def test_every_graph_of_sdxl_becomes_a_plan(sdxl_bundle: Path) -> None:
     assert_planned(sdxl_bundle)
 
 
+@pytest.mark.plans
 def test_sdxl_in_fp16_is_opened_and_stays_near_fp32(tiny_sdxl_dir: Path, sdxl_bundle: Path, tmp_path: Path) -> None:
     assert plan_warnings(export_once(tiny_sdxl_dir, tmp_path / "bundle", precision=Precision.FP16)) == []
     models = (Model.open(path, Backend.ONNXRUNTIME, threads=1) for path in (sdxl_bundle, tmp_path / "bundle"))

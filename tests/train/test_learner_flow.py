@@ -172,7 +172,7 @@ def test_the_gradient_in_flux_2_is_that_of_the_original_models(tiny_flux2_dir: P
     assert_same_gradients(Learner(source, [word], recipe, seed=7), batch, loss, tables)
 
 
-@pytest.mark.parametrize("recipe", ["fast", "directional", "precise"])
+@pytest.mark.parametrize("recipe", ["directional", "precise"])
 @pytest.mark.parametrize(
     ("model", "encoders"),
     [
@@ -209,12 +209,6 @@ def turned(vectors: torch.Tensor, angle: float, rng: torch.Generator) -> torch.T
     return away * (vectors.norm(dim=-1, keepdim=True) / away.norm(dim=-1, keepdim=True))
 
 
-@pytest.mark.parametrize("recipe", ["fast", "directional"])
-def test_the_loss_of_chroma_falls(tiny_chroma_dir: Path, recipe: str) -> None:
-    """Slowly, since little in the tiny model depends on the prompt."""
-    assert_loss_falls(load_source(tiny_chroma_dir), a_word("text_encoder_3"), recipe, steps=60)
-
-
 def test_sd3_without_t5_attends_to_zeros_in_its_place(tiny_sd3_dir: Path) -> None:
     learner = Learner(load_source(tiny_sd3_dir, without=["text_encoder_3"]), [a_word(*CLIP)], QUICK, seed=7)
     context, pooled, mask = learner._context([(0, "a {}")])
@@ -223,18 +217,6 @@ def test_sd3_without_t5_attends_to_zeros_in_its_place(tiny_sd3_dir: Path) -> Non
     assert pooled is not None
     assert not context[0, 20:].any()
     assert not context[0, :20, 16 + 12 :].any()
-
-
-@pytest.mark.parametrize("recipe", ["fast", "directional"])
-@pytest.mark.parametrize("encoders", [tuple(WIDTHS), CLIP])
-def test_the_loss_of_sd3_falls(tiny_sd3_dir: Path, recipe: str, encoders: tuple[str, ...]) -> None:
-    assert_loss_falls(load_source(tiny_sd3_dir), a_word(*encoders), recipe)
-
-
-@pytest.mark.parametrize("recipe", ["fast", "directional"])
-@pytest.mark.parametrize("tiny_flux_dir", ["dev"], indirect=True)
-def test_the_loss_of_flux_falls(tiny_flux_dir: Path, recipe: str) -> None:
-    assert_loss_falls(load_source(tiny_flux_dir), a_word(*FLUX), recipe)
 
 
 @pytest.mark.parametrize("recipe", ["directional", "precise"])
@@ -283,7 +265,7 @@ def test_words_of_transformers_are_learned_at_the_recipes_size(
             picture_size(load_source(tiny_sd3_dir), QUICK.with_changes(**settings))
 
 
-@pytest.mark.parametrize("recipe", ["fast", "directional", "precise"])
+@pytest.mark.parametrize("recipe", ["directional", "precise"])
 @pytest.mark.parametrize("tiny_flux_dir", ["dev"], indirect=True)
 @pytest.mark.parametrize("tiny_flux2_dir", ["base"], indirect=True)
 def test_a_resumed_run_has_the_same_bits(
@@ -585,15 +567,6 @@ def assert_same_gradients(
         assert table.grad is not None
         expected = table.grad[row]
         torch.testing.assert_close(grad[0], expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
-
-
-def assert_loss_falls(source: Source, word: Word, recipe: str, steps: int = 20) -> None:
-    """On a fixed batch; every encoder's rows move."""
-    learner = Learner(source, [word], settings_of(recipe, steps=steps, batch_size=4), seed=7)
-    while not learner.finished():
-        learner.step()
-    assert learner.probe_loss(0) < 0.999 * word.start_loss
-    assert all(not torch.equal(rows, word.initial[name]) for name, rows in word.rows.items())
 
 
 def assert_loss_falls_to_a_fifth(
