@@ -48,6 +48,7 @@ def half(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Bund
     return exported.bundle
 
 
+@pytest.mark.plans
 def test_a_half_precision_bundle_draws_the_same_picture(half: Bundle, tiny_bundle: Path) -> None:
     assert {graph.precision for graph in half.manifest.graphs.values()} == {Precision.FP16}
     table = load_file(half.file(half.manifest.encoder("text_encoder").table))["embedding_table"]
