@@ -4,6 +4,7 @@ Each engine is opened once: when it is needed, or before that in the background.
 table. Not covered: which pictures are denoised together (`oneword.runtime.scheduler`).
 """
 
+import hashlib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,12 +28,13 @@ from oneword.runtime.contexts import EncodedPrompt, Insertion, insertions_of
 from oneword.runtime.images import preview_image
 from oneword.runtime.profiles import DEFAULT_LIMITS, graph_ranges
 from oneword.runtime.prompt import Chunks, Tokenizer, Vocabulary, encode_ids
-from oneword.runtime.prompt_cache import PromptCache
 from oneword.runtime.request import Image
+from oneword.runtime.reuse_cache import ReuseCache
 from oneword.runtime.samplers import COLUMNS
 from oneword.runtime.table import DEFAULT_CAPACITY, EmbeddingTable
 
 _CACHED_PROMPTS: Final = 512
+_CACHED_PICTURES: Final = 64
 _CACHED_BYTES: Final = 256 << 20
 
 
@@ -94,7 +96,8 @@ class Model:
         self._engines: dict[str, Engine] = {}
         self._ahead: dict[str, Future[Engine]] = {}
         self._batched: dict[str, BatchedGraph] = {}
-        self._contexts: PromptCache[EncodedPrompt] = PromptCache(_CACHED_PROMPTS, _CACHED_BYTES)
+        self._contexts: ReuseCache[EncodedPrompt] = ReuseCache(_CACHED_PROMPTS, _CACHED_BYTES)
+        self._posteriors: ReuseCache[npt.NDArray[np.float32]] = ReuseCache(_CACHED_PICTURES, _CACHED_BYTES)
         self._zeros: EncodedPrompt | None = None
         self._words: dict[str, Concept] = {}
         self._tokenizers = dict(tokenizers)
@@ -299,6 +302,10 @@ class Model:
         contexts = {prompt: self._contexts.get(prompt.key) for prompt in prompts}
         return {prompt: context for prompt, context in contexts.items() if context is not None}
 
+    def is_cached(self, prompt: TokenizedPrompt) -> bool:
+        """Whether the prompt need not be encoded."""
+        return prompt.key in self._contexts
+
     def missing_negative(self, clip_skip: int = 0) -> TokenizedPrompt | EncodedPrompt:
         """The replacement of a missing negative prompt: the empty prompt, or zeros."""
         if self.manifest.conditioning.missing_negative is MissingNegative.EMPTY:
@@ -314,13 +321,19 @@ class Model:
         return self._zeros
 
     def encode_image(self, image: Image) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        """The VAE posterior of a picture [H, W, 3]: mean and std, both [C, h, w], in the sampler's space."""
+        """The VAE posterior of a picture [H, W, 3]: mean and std, both [C, h, w], in the sampler's space (cached)."""
         height, width, _ = image.shape
+        key = image.shape, hashlib.blake2b(np.ascontiguousarray(image).data, digest_size=16).digest()
+        if (posterior := self._posteriors.get(key)) is not None:
+            return posterior[0], posterior[1]
         factor = self.manifest.vae.factor
         out = self._graph("vae_encoder")({"images": image[None]}, {"h": height // factor, "w": width // factor})
         if not out["finite"].all():
             raise NotFinite("graph 'vae_encoder' produced NaN or infinity: export the model with --precision fp32")
-        return out["mean"][0], out["std"][0]
+        posterior = np.stack([out["mean"][0], out["std"][0]])
+        posterior.flags.writeable = False
+        self._posteriors.put(key, posterior)
+        return posterior[0], posterior[1]
 
     def decode(self, latents: npt.NDArray[np.float32], draft: bool = False) -> tuple[Image, npt.NDArray[np.bool_]]:
         """Decodes latents [B, C, h, w] to pictures uint8 [B, H, W, 3]; also returns whether each is finite [B].

@@ -15,12 +15,13 @@ Not covered: slots and engine calls (`oneword.runtime.denoiser`), fairness betwe
 """
 
 import contextlib
+import functools
 import itertools
 import math
 import statistics
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -44,7 +45,7 @@ MAX_CONTEXT_BYTES: Final = 64 << 20
 """Of the contexts of one request that has more than a prompt and a negative prompt."""
 MAX_ROWS: Final = 16
 """Slots per size by default."""
-_NEWCOMERS: Final = 4  # requests that a turn prepares while others run
+_NEWCOMERS: Final = 4  # requests that a turn prepares while others run; those that only differ in the seed are one
 _NEW_CHUNKS: Final = 8  # chunks of their prompts that it encodes, or a single longer prompt
 _SHARE: Final = 0.2  # of a typical turn's denoising time, for preparing and decoding together
 _PATIENCE: Final = 4  # turns in a row that decoding may be deferred for newcomers
@@ -83,6 +84,13 @@ class _Pending:
     def branches(self) -> int:
         """N of each of its rows in their first step."""
         return 1 + bool(self.settings.schedule.guided[0])
+
+    @functools.cached_property
+    def alike(self) -> Hashable:
+        """Equal for requests that share all that is prepared for them but the noise."""
+        prompts = dict.fromkeys([*self.tokens, *(self.negatives or ())])
+        keys = frozenset(prompt.key for prompt in prompts if isinstance(prompt, TokenizedPrompt))
+        return keys, id(self.request.image)
 
     @property
     def missing(self) -> list[TokenizedPrompt]:
@@ -193,11 +201,24 @@ class Scheduler:
     def warm(self, *sizes: tuple[int, int]) -> None:
         """Opens the engines, and runs every call that pictures of these sizes (width, height) and prompts of one chunk
         can need, so that no later step compiles or binds. Defaults to the bundle's size. Raises EngineError."""
-        manifest = self.model.manifest
-        tokens = self.model.context_length(self.model.tokenize(""))
-        for width, height in sizes or [(manifest.defaults.width, manifest.defaults.height)]:
+        for width, height in self._sizes(sizes):
             self.model.warm(width, height)
-            self.denoiser.warm((height // manifest.vae.factor, width // manifest.vae.factor, tokens))
+            self.denoiser.warm(self._arena_size(width, height))
+
+    def bind(self, *sizes: tuple[int, int]) -> None:
+        """Makes every binding that steps of such pictures can need, and runs nothing. Raises EngineError."""
+        for width, height in self._sizes(sizes):
+            self.denoiser.bind(self._arena_size(width, height))
+
+    def _sizes(self, sizes: Sequence[tuple[int, int]]) -> Sequence[tuple[int, int]]:
+        """These sizes, by default the bundle's."""
+        defaults = self.model.manifest.defaults
+        return sizes or [(defaults.width, defaults.height)]
+
+    def _arena_size(self, width: int, height: int) -> Size:
+        """That of pictures with prompts of one chunk."""
+        factor = self.model.manifest.vae.factor
+        return height // factor, width // factor, self.model.context_length(self.model.tokenize(""))
 
     def add(self, request: Request, settings: ResolvedSettings | None = None) -> int:
         """Queues a request; its pictures start in the next steps. Returns its id.
@@ -256,7 +277,7 @@ class Scheduler:
                     self._pending.remove(pending)
         for pending in newcomers:
             pending.encoded |= self.model.cached(prompt for prompt in pending.missing if prompt.layered)
-        portions = _portions(newcomers, _NEW_CHUNKS if self._rows else math.inf)
+        portions = _portions(newcomers, _NEW_CHUNKS if self._rows else math.inf, self.model.is_cached)
         with contextlib.suppress(OnewordError):  # each request is tried again alone
             self._encode(portions)
         lacking: set[Size] = set()
@@ -302,7 +323,9 @@ class Scheduler:
                 newcomers.append(pending)
             elif self.denoiser.lacks_contexts(pending.size, pending.contexts):
                 lacking.add(pending.size)
-        return newcomers[:count]
+        alike = [pending.alike for pending in newcomers]
+        first = {*[*dict.fromkeys(alike)][:count]}
+        return [pending for pending, key in zip(newcomers, alike, strict=True) if key in first]
 
     def _drop(self, pending: _Pending, error: OnewordError) -> Iterator[Event]:
         """Reports the pictures of a request that failed."""
@@ -462,16 +485,21 @@ class Scheduler:
             yield PictureDone(row.id, row.index, row.seed, image, row.request, row.settings, self.model.name)
 
 
-def _portions(requests: Sequence[_Pending], chunks: float) -> dict[_Pending, list[TokenizedPrompt]]:
-    """The prompts to encode next of each request: up to so many chunks of all together, at least one prompt."""
+def _portions(
+    requests: Sequence[_Pending], chunks: float, is_cached: Callable[[TokenizedPrompt], bool]
+) -> dict[_Pending, list[TokenizedPrompt]]:
+    """The prompts to encode next of each request: up to so many chunks of all together, at least one prompt. Prompts
+    that are cached, or that an earlier request has too, cost nothing."""
     portions: dict[_Pending, list[TokenizedPrompt]] = {pending: [] for pending in requests}
-    left = chunks
+    left, keys = chunks, set[bytes]()
     for pending in requests:
         for prompt in pending.missing:
-            count = max(len(part.input_ids) for part in prompt.per_encoder.values())
-            if count > left < chunks:
-                return portions
-            left -= count
+            if prompt.key not in keys and not is_cached(prompt):
+                count = max(len(part.input_ids) for part in prompt.per_encoder.values())
+                if count > left < chunks:
+                    return portions
+                left -= count
+                keys.add(prompt.key)
             portions[pending].append(prompt)
     return portions
 

@@ -254,6 +254,26 @@ def test_a_masked_edit_matches_diffusers(model: Model, pipelines: PIPELINES, str
     assert psnr(pictures(model, [request])[0], of_diffusers(reference)) >= 50
 
 
+def test_a_picture_that_was_read_before_is_not_encoded_again(
+    model: Model, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also as another array; an array whose pixels have changed is."""
+    model.encode_image(other := np.zeros((64, 64, 3), np.uint8))
+    graph, calls = model._graph("vae_encoder"), []
+    monkeypatch.setattr(model, "_graph", lambda name: calls.append(name) or graph)
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    first, again = model.encode_image(image), model.encode_image(image.copy())
+    model.encode_image(other)
+    image[0, 0] ^= 255
+    changed = model.encode_image(image)
+    alone = Model.open(tiny_bundle, Backend.ONNXRUNTIME, threads=1)
+
+    assert calls == ["vae_encoder"] * 2
+    assert all(map(np.array_equal, first, again))
+    assert all(map(np.array_equal, changed, alone.encode_image(image)))
+    assert not np.array_equal(first[0], changed[0])
+
+
 def test_picture_i_has_the_seed_plus_i(model: Model) -> None:
     events = list(generate(model, [Request("a cat", seed=7, num_images=3, steps=3)]))
     three = {event.seed: event.image for event in events if isinstance(event, PictureDone)}

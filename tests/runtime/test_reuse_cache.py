@@ -6,7 +6,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from oneword.runtime.prompt_cache import PromptCache
+from oneword.runtime.reuse_cache import ReuseCache
 
 Bytes: TypeAlias = npt.NDArray[np.uint8]
 
@@ -15,12 +15,12 @@ def arrays(size: int = 1) -> Bytes:
     return np.zeros(size, np.uint8)
 
 
-def held(cache: PromptCache[Bytes], keys: Sequence[str]) -> str:
+def held(cache: ReuseCache[Bytes], keys: Sequence[str]) -> str:
     return "".join(key for key in keys if key in cache)
 
 
 def test_the_value_used_longest_ago_leaves_first() -> None:
-    cache = PromptCache[Bytes](3, 100)
+    cache = ReuseCache[Bytes](3, 100)
     for key in "abcd":
         cache.put(key, arrays())
 
@@ -29,7 +29,7 @@ def test_the_value_used_longest_ago_leaves_first() -> None:
 
 
 def test_values_used_once_leave_before_those_used_again() -> None:
-    cache = PromptCache[Bytes](4, 100)
+    cache = ReuseCache[Bytes](4, 100)
     value = arrays()
     cache.put("a", value)
     assert cache.get("a") is value
@@ -40,7 +40,7 @@ def test_values_used_once_leave_before_those_used_again() -> None:
 
 
 def test_at_most_three_quarters_are_protected_so_that_new_values_have_room() -> None:
-    cache = PromptCache[Bytes](4, 100)
+    cache = ReuseCache[Bytes](4, 100)
     for key in "abcd":
         cache.put(key, arrays())
         cache.get(key)
@@ -51,7 +51,7 @@ def test_at_most_three_quarters_are_protected_so_that_new_values_have_room() -> 
 
 
 def test_values_leave_until_their_bytes_fit_and_one_that_is_too_large_is_alone() -> None:
-    cache = PromptCache[Bytes](10, 100)
+    cache = ReuseCache[Bytes](10, 100)
     cache.put("a", arrays(40))
     cache.put("b", arrays(40))
     cache.get("a")
@@ -72,7 +72,7 @@ def test_values_leave_until_their_bytes_fit_and_one_that_is_too_large_is_alone()
 
 
 def test_a_word_that_is_replaced_all_the_time_pushes_out_no_other_prompt() -> None:
-    cache = PromptCache[Bytes](256, 1 << 20)
+    cache = ReuseCache[Bytes](256, 1 << 20)
     rng = np.random.default_rng(0)
     for prompt in range(100):
         cache.put(f"plain {prompt}", arrays())

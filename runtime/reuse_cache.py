@@ -1,7 +1,7 @@
-"""A cache of encoded prompts, so that a prompt that is used again is not encoded again.
+"""A cache of encoded prompts or pictures, so that one that is used again is not encoded again.
 
-A prompt that was used once leaves before any that was used again: a stream of new prompts, such as one with a word that
-is replaced all the time, pushes out none of those that come back. Source: the segmented LRU of Karedla et al. (1994).
+What was used once leaves before anything that was used again: a stream of new prompts, such as one with a word that is
+replaced all the time, pushes out none of those that come back. Source: the segmented LRU of Karedla et al. (1994).
 """
 
 from collections import OrderedDict
@@ -23,7 +23,7 @@ class Sized(Protocol):
 T = TypeVar("T", bound=Sized)
 
 
-class PromptCache(Generic[T]):
+class ReuseCache(Generic[T]):
     """At most `count` values of together `size` bytes; one larger value may be alone in it."""
 
     def __init__(self, count: int, size: int) -> None:
