@@ -1,4 +1,4 @@
-# make demo    learn two words from five pictures each, export the miniature, draw the words in new scenes: one contact sheet
+# make demo    learn two words from five pictures each, export the miniature, draw the words on other backgrounds and together: one contact sheet
 # make test    run the tests, in two processes; what they export is cached in .cache/bundles
 # make test-docs   run the code of the README and of the guide
 # make test-benchmarks   run the tests of the benchmarks
@@ -8,7 +8,7 @@
 # make test-ray      run the tests of training and of the server on Ray
 # make check   lint, format, types, layers, spelling, and the documentation as `make docs` builds it
 # make docs    build the documentation as a site, in site/; every broken link is an error
-# make bench   measure the miniature and learned words against their bars (other benchmarks: python -m benchmarks.NAME)
+# make bench   measure the miniature and learned words against their targets (other benchmarks: python -m benchmarks.NAME)
 # make bench-gpu   run what needs an NVIDIA GPU, in a separate environment; for TensorRT-RTX: GPU_EXTRAS=cuda,train,dev,tensorrt-rtx
 # make clean   delete everything the targets above made, including the environments
 #

@@ -2,9 +2,9 @@
 
     make demo        or, if it is installed:   python demo.py [--looks 0..11 0..11] [--model MODEL] [--output DIR]
 
-It learns two looks that the miniature was never trained on, from five pictures each, and draws them alone and together
-in scenes that were never photographed. Only the contact sheet is assembled here; the commands a user would type do the
-work.
+It learns two looks that the miniature was never trained on, from five pictures each. It draws them on backgrounds, in
+media and in styles that these pictures do not show, and both in one picture. Only the contact sheet is assembled here;
+the commands a user would type do the work.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ Rows = list[tuple[str, list[str]]]
 
 
 def scenes() -> tuple[Rows, Rows, Rows]:
-    """What is drawn of the first word, of the second word and of both together; no scene was photographed."""
+    """What is drawn of the first word, of the second word and of both together; no picture of a word shows it."""
     toy, gem = TOKENS
     styles = [*STYLES][:2]
     places = [BACKGROUNDS[background].phrase for background in ("meadow", "night", "studio", "snow", "desert")]

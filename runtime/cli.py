@@ -54,7 +54,12 @@ _BUNDLES = "the bundle's"
 )
 @click.option("--num-images", type=int, default=1, show_default=True, help="Pictures per prompt.")
 @click.option("--steps", type=int, show_default=_BUNDLES, help="Denoising steps.")
-@click.option("--sampler", type=click.Choice([sampler.value for sampler in Sampler]), show_default=_BUNDLES)
+@click.option(
+    "--sampler",
+    type=click.Choice([sampler.value for sampler in Sampler]),
+    show_default=_BUNDLES,
+    help="How each step removes noise.",
+)
 @click.option(
     "--spacing",
     type=click.Choice([spacing.value for spacing in Spacing]),

@@ -71,9 +71,9 @@ def check(files: tuple[Path, ...], as_json: bool) -> None:
 def convert(files: tuple[Path, ...], out: Path, token: str | None, rows_only: bool, as_json: bool) -> None:
     """Write FILE's word as safetensors that ti-run, ComfyUI, diffusers and A1111 read.
 
-    The last two refuse a word with vectors for layers: leave these out with --rows-only. OUT is a .safetensors file,
-    or a folder if FILE holds several words. Two FILEs of one word, as diffusers writes them for SDXL, are merged into
-    one.
+    A word with vectors for layers is refused by diffusers and A1111: leave these out with --rows-only. OUT is a
+    .safetensors file, or a folder if FILE holds several words. Two FILEs of one word, as diffusers writes them for
+    SDXL, are merged into one.
     """
     if len(files) > 2:
         raise UsageError(f"{len(files)} files to convert, allowed are one, or two that are a pair for SDXL")

@@ -84,7 +84,11 @@ _ANSWER = "allowed are numbers such as 2 5 -3, 0 for none, or all of them from b
 @click.option("--guidance-scale", type=float, show_default="the bundle's", help="Weight of the prompt.")
 @engine_option
 @click.option(
-    "--output", type=PATH, metavar="FILE", show_default="the FILE that is continued, else NAME-refined.safetensors"
+    "--output",
+    type=PATH,
+    metavar="FILE",
+    show_default="the FILE that is continued, else NAME-refined.safetensors",
+    help="File of the refined word.",
 )
 @json_option
 def command(
