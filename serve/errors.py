@@ -23,7 +23,7 @@ import math
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Final
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -67,6 +67,10 @@ _CODES = {
     501: "not_installed",
     503: "unavailable",
 }
+
+
+UNKNOWN: Final = "unknown_parameter"
+"""The code of an answer to a field that no such request has; also the type of pydantic's error for it."""
 
 
 class ApiError(Exception):
@@ -187,7 +191,7 @@ def unknown_field(name: str, known: Iterable[str]) -> Invalid:
     """400 for a field that does not exist; it names similar ones."""
     near = difflib.get_close_matches(name[:100], list(known), 3)
     fix = f"did you mean {' or '.join(repr(known_name) for known_name in near)}?" if near else "remove it"
-    return Invalid(f"{_shown(name)} is not a field of this request: {fix}", param=name[:100], code="unknown_parameter")
+    return Invalid(f"{_shown(name)} is not a field of this request: {fix}", param=name[:100], code=UNKNOWN)
 
 
 def openai_body(error: ApiError) -> dict[str, Any]:
@@ -215,7 +219,8 @@ def from_validation(errors: Sequence[Mapping[str, Any]], status: int = 400) -> A
     param = (first.get("ctx") or {}).get("field") or _param(first["loc"])
     more = len({_param(error["loc"]) for error in errors} - {param})
     suffix = f" (and {more} more field{'s' * (more > 1)})" if more else ""
-    return ApiError(status, _explained(first, param) + suffix, param=param)
+    code = first["type"] if first["type"] == UNKNOWN else None
+    return ApiError(status, _explained(first, param) + suffix, code, param)
 
 
 def install(app: FastAPI) -> None:
@@ -390,7 +395,7 @@ def _explained(error: Mapping[str, Any], param: str | None) -> str:
             return f"{name} is missing: add it to {where}"
         case "json_invalid":
             return "the body is not valid JSON: check quotes, commas and brackets, and send it as UTF-8"
-        case "unknown_parameter":  # of `serve.fields`
+        case _ if kind == UNKNOWN:  # of `serve.fields`
             return str(limits["text"])
         case "extra_forbidden":
             return f"{name} is not a field of this request: remove it, or check its spelling"

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from oneword.serve.errors import from_validation, unknown_field
+from oneword.serve.errors import UNKNOWN, from_validation, unknown_field
 
 Body = TypeVar("Body", bound="Fields")
 
@@ -27,12 +27,12 @@ class Fields(BaseModel):
                 if name not in cls.model_fields:
                     error = unknown_field(str(name), cls.model_fields)
                     context = {"text": error.message, "field": error.param}
-                    raise PydanticCustomError("unknown_parameter", "{text}", context)
+                    raise PydanticCustomError(UNKNOWN, "{text}", context)
         return data
 
 
 def validated(model: type[Body], data: object) -> Body:
-    """`data` as a body. Raises Invalid, one line that names the field, what was given and what is allowed."""
+    """`data` as a body. Raises ApiError, one line that names the field, what was given and what is allowed."""
     try:
         return model.model_validate(data)
     except ValidationError as error:

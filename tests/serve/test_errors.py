@@ -45,6 +45,8 @@ from oneword.serve.errors import (
     openai_body,
     unknown_field,
 )
+from oneword.serve.fields import validated
+from oneword.serve.openai import GenerationBody
 
 SECRETS = ("/secret/path", "0x7f0123456789", "Traceback", "ow_key")
 FIXED = "the server could not do this: its log has the reason"
@@ -325,6 +327,9 @@ def test_an_unknown_field_names_similar_ones() -> None:
 
     assert error.message == "'guidence_scale' is not a field of this request: did you mean 'guidance_scale'?"
     assert (error.param, error.code, error.status) == ("guidence_scale", "unknown_parameter", 400)
+    with pytest.raises(ApiError, match=r"'guidence_scale' is not a field .* did you mean 'guidance_scale'") as answer:
+        validated(GenerationBody, {"prompt": "a cat", "guidence_scale": 3})
+    assert (answer.value.param, answer.value.code) == (error.param, error.code)
     assert unknown_field("x", ["steps"]).message == "'x' is not a field of this request: remove it"
     assert len(unknown_field("x" * 10**6, ["steps"]).message) < 200
 
