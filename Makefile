@@ -51,7 +51,7 @@ test-docs: $(TEST_INSTALLED)
 	$(BIN)/python -m pytest -m docs --numprocesses=2 $(PYTEST_ARGS)
 
 test-benchmarks: $(TEST_INSTALLED)
-	$(BIN)/python -m pytest -m benchmarks --numprocesses=2 --dist=loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m benchmarks --numprocesses=2 --dist=loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 test-plans: $(TEST_INSTALLED)
 	$(BIN)/python -m pytest -m plans $(PYTEST_ARGS)

@@ -242,18 +242,13 @@ class Arena:
         schedule = self._schedule[0]
         schedule[...] = self._inert
         self._stream.upload(self._inputs["schedule"], schedule)
-        self.bind()
-        for bound in self._bound.values():
-            bound.binding.specialize()
-            for _ in range(_WARM_UP + 1 if self._captures else 1):
-                self._run(bound, count=False)
-        self._stream.record().wait()
-
-    def bind(self) -> None:
-        """Makes the binding of every number of branches."""
         for n in range(1, 2 * self.capacity + 1):
-            if n == self._padded(n) and n not in self._bound:
-                self._bind(n)
+            if n == self._padded(n):
+                bound = self._bound.get(n) or self._bind(n)
+                bound.binding.specialize()
+                for _ in range(_WARM_UP + 1 if self._captures else 1):
+                    self._run(bound, count=False)
+        self._stream.record().wait()
 
     def _land(self) -> None:
         flight = self._flights.popleft()
@@ -447,10 +442,6 @@ class Denoiser:
     def warm(self, size: Size) -> None:
         """Creates an arena and runs every number of branches, so that no later step binds or captures."""
         self._arena(size).warm()
-
-    def bind(self, size: Size) -> None:
-        """Creates an arena with the bindings of every number of branches."""
-        self._arena(size).bind()
 
     def prepare(self, size: Size, branches_per_row: int, contexts: int) -> None:
         """Creates the arena that rows of this size, with so many branches and contexts, will get. Raises EngineError,

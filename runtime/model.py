@@ -321,19 +321,24 @@ class Model:
         return self._zeros
 
     def encode_image(self, image: Image) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        """The VAE posterior of a picture [H, W, 3]: mean and std, both [C, h, w], in the sampler's space (cached)."""
-        height, width, _ = image.shape
+        """The VAE posterior of a picture [H, W, 3]: mean and std, both [C, h, w], in the sampler's space. Cached by the
+        pixels, and read-only."""
         key = image.shape, hashlib.blake2b(np.ascontiguousarray(image).data, digest_size=16).digest()
-        if (posterior := self._posteriors.get(key)) is not None:
-            return posterior[0], posterior[1]
+        posterior = self._posteriors.get(key)
+        if posterior is None:
+            posterior = self._encode_image(image)
+            posterior.flags.writeable = False
+            self._posteriors.put(key, posterior)
+        return posterior[0], posterior[1]
+
+    def _encode_image(self, image: Image) -> npt.NDArray[np.float32]:
+        """Mean and std [2, C, h, w]."""
+        height, width, _ = image.shape
         factor = self.manifest.vae.factor
         out = self._graph("vae_encoder")({"images": image[None]}, {"h": height // factor, "w": width // factor})
         if not out["finite"].all():
             raise NotFinite("graph 'vae_encoder' produced NaN or infinity: export the model with --precision fp32")
-        posterior = np.stack([out["mean"][0], out["std"][0]])
-        posterior.flags.writeable = False
-        self._posteriors.put(key, posterior)
-        return posterior[0], posterior[1]
+        return np.concatenate([out["mean"], out["std"]])
 
     def decode(self, latents: npt.NDArray[np.float32], draft: bool = False) -> tuple[Image, npt.NDArray[np.bool_]]:
         """Decodes latents [B, C, h, w] to pictures uint8 [B, H, W, 3]; also returns whether each is finite [B].
@@ -367,7 +372,7 @@ class Model:
             for draft in (False, True) if self.manifest.has_preview_decoder else (False,):
                 self.decode(latents, draft)
         if "vae_encoder" in self.manifest.graphs:
-            self.encode_image(np.zeros((height, width, 3), np.uint8))
+            self._encode_image(np.zeros((height, width, 3), np.uint8))
         for graph in self._batched.values():
             graph.specialize()
 

@@ -45,7 +45,7 @@ MAX_CONTEXT_BYTES: Final = 64 << 20
 """Of the contexts of one request that has more than a prompt and a negative prompt."""
 MAX_ROWS: Final = 16
 """Slots per size by default."""
-_NEWCOMERS: Final = 4  # requests that a turn prepares while others run; those that only differ in the seed are one
+_NEWCOMERS: Final = 4  # requests with different prompts or sizes, or edits, that a turn prepares while others run
 _NEW_CHUNKS: Final = 8  # chunks of their prompts that it encodes, or a single longer prompt
 _SHARE: Final = 0.2  # of a typical turn's denoising time, for preparing and decoding together
 _PATIENCE: Final = 4  # turns in a row that decoding may be deferred for newcomers
@@ -86,11 +86,13 @@ class _Pending:
         return 1 + bool(self.settings.schedule.guided[0])
 
     @functools.cached_property
-    def alike(self) -> Hashable:
-        """Equal for requests that share all that is prepared for them but the noise."""
+    def preparation(self) -> Hashable:
+        """What is prepared for it besides the noise. Equal for requests that share all of it: the server makes one
+        request for each of several pictures. An edit shares only its encoded picture."""
+        if self.request.image is not None:
+            return self.id
         prompts = dict.fromkeys([*self.tokens, *(self.negatives or ())])
-        keys = frozenset(prompt.key for prompt in prompts if isinstance(prompt, TokenizedPrompt))
-        return keys, id(self.request.image)
+        return self.size, frozenset(prompt.key for prompt in prompts if isinstance(prompt, TokenizedPrompt))
 
     @property
     def missing(self) -> list[TokenizedPrompt]:
@@ -201,24 +203,11 @@ class Scheduler:
     def warm(self, *sizes: tuple[int, int]) -> None:
         """Opens the engines, and runs every call that pictures of these sizes (width, height) and prompts of one chunk
         can need, so that no later step compiles or binds. Defaults to the bundle's size. Raises EngineError."""
-        for width, height in self._sizes(sizes):
+        manifest = self.model.manifest
+        tokens = self.model.context_length(self.model.tokenize(""))
+        for width, height in sizes or [(manifest.defaults.width, manifest.defaults.height)]:
             self.model.warm(width, height)
-            self.denoiser.warm(self._arena_size(width, height))
-
-    def bind(self, *sizes: tuple[int, int]) -> None:
-        """Makes every binding that steps of such pictures can need, and runs nothing. Raises EngineError."""
-        for width, height in self._sizes(sizes):
-            self.denoiser.bind(self._arena_size(width, height))
-
-    def _sizes(self, sizes: Sequence[tuple[int, int]]) -> Sequence[tuple[int, int]]:
-        """These sizes, by default the bundle's."""
-        defaults = self.model.manifest.defaults
-        return sizes or [(defaults.width, defaults.height)]
-
-    def _arena_size(self, width: int, height: int) -> Size:
-        """That of pictures with prompts of one chunk."""
-        factor = self.model.manifest.vae.factor
-        return height // factor, width // factor, self.model.context_length(self.model.tokenize(""))
+            self.denoiser.warm((height // manifest.vae.factor, width // manifest.vae.factor, tokens))
 
     def add(self, request: Request, settings: ResolvedSettings | None = None) -> int:
         """Queues a request; its pictures start in the next steps. Returns its id.
@@ -323,9 +312,12 @@ class Scheduler:
                 newcomers.append(pending)
             elif self.denoiser.lacks_contexts(pending.size, pending.contexts):
                 lacking.add(pending.size)
-        alike = [pending.alike for pending in newcomers]
-        first = {*[*dict.fromkeys(alike)][:count]}
-        return [pending for pending, key in zip(newcomers, alike, strict=True) if key in first]
+        preparations = set[Hashable]()
+        for place, pending in enumerate(newcomers):  # none overtakes the first that is left out
+            preparations.add(pending.preparation)
+            if len(preparations) > count:
+                return newcomers[:place]
+        return newcomers
 
     def _drop(self, pending: _Pending, error: OnewordError) -> Iterator[Event]:
         """Reports the pictures of a request that failed."""
@@ -491,13 +483,14 @@ def _portions(
     """The prompts to encode next of each request: up to so many chunks of all together, at least one prompt. Prompts
     that are cached, or that an earlier request has too, cost nothing."""
     portions: dict[_Pending, list[TokenizedPrompt]] = {pending: [] for pending in requests}
-    left, keys = chunks, set[bytes]()
+    left, keys, is_full = chunks, set[bytes](), False
     for pending in requests:
         for prompt in pending.missing:
             if prompt.key not in keys and not is_cached(prompt):
                 count = max(len(part.input_ids) for part in prompt.per_encoder.values())
-                if count > left < chunks:
-                    return portions
+                is_full = is_full or count > left < chunks
+                if is_full:
+                    continue
                 left -= count
                 keys.add(prompt.key)
             portions[pending].append(prompt)

@@ -321,7 +321,7 @@ class JobFiles:
     def save_checkpoint(self, tenant: str, identifier: str, run: Path, until: int) -> str | None:
         """Copies a run's newest whole checkpoint to the store, and deletes older copies. Returns its name.
 
-        Checkpoints after step `until` do not count: what the run reported up to them is not in the store yet."""
+        Checkpoints after step `until` are skipped: the run's reports before them may not be in the store yet."""
         folder = f"{_folder(tenant, identifier)}/checkpoint"
         for path in sorted(run.glob("step-*"), reverse=True):
             if int(path.name.removeprefix("step-")) > until:

@@ -516,7 +516,7 @@ class Jobs:
             snapshots=messages.snapshot_steps(request.steps),
             checkpoint_every=self._checkpoint_every,
         )
-        state, pace, published, saved = owned.state, Pace(), 0.0, time.monotonic()
+        state, pace, published, saved, last_read = owned.state, Pace(), 0.0, time.monotonic(), -1
         async with LearningProcess(order, folder / "learn.log") as reports:
             try:
                 async for report in reports:
@@ -525,8 +525,11 @@ class Jobs:
                         case messages.Started(machine):
                             state = _on_machine(state, machine)
                         case messages.Step(step, steps, loss):
+                            last_read = step
                             state = state.after_progress(step, steps, loss, pace.seconds_left(step, steps, now))
                             due = now - published >= self._progress_seconds
+                        case messages.Snapshot(step) if step in state.snapshots():
+                            pass  # reported before
                         case messages.Snapshot(step, file):
                             data = await self._stored((folder / file).read_bytes)
                             await self._stored(self._files.write_snapshot, owned.tenant, owned.id, step, data)
@@ -546,9 +549,10 @@ class Jobs:
                         await self._publish(owned, state)
                         published = now
                     if now - saved > 2 * self._lease_seconds:
-                        run = folder / "run"
-                        await self._stored(self._files.save_checkpoint, owned.tenant, owned.id, run, owned.state.step)
-                        saved = now
+                        await self._publish(owned, state)
+                        save, run = self._files.save_checkpoint, folder / "run"
+                        if await self._stored(save, owned.tenant, owned.id, run, last_read):
+                            saved = now
             finally:
                 owned.saving = False
                 if owned.cancel.is_set():

@@ -195,11 +195,12 @@ class Generation:
         self._done_work = np.concatenate([[0], np.cumsum(branch_pixels(settings))])
         self._branch_pixels = int(self._done_work[-1])
         pixels, estimates = settings.width * settings.height, _estimates(self, pool.manifest)
-        self._picture_work = Work(self._branch_pixels, pixels * (1 + (request.image is not None)), pixels * estimates)
+        self._picture_work = Work(self._branch_pixels, pixels, pixels * estimates)
         self.chunks = len(settings.texts)
         """Number of chunks of the prompts: one per text until `price` counts them."""
-        self._prompt_work = Work(chunks=self.chunks)
-        """Of all pictures together; none after the first step of one."""
+        self._image_pixels = 0 if request.image is None else pixels
+        self._shared_work = Work(0, self._image_pixels, 0, self.chunks)
+        """For all pictures together, to encode the prompts and the given picture; none after the first step of one."""
         self._next_index = 0
         self._running: dict[int, _Picture] = {}
         self._left = request.num_images
@@ -303,7 +304,7 @@ class Generation:
             self.chunks = sum(self._pool.chunks(text, words) for text in self.settings.texts)
         except OnewordError as error:
             raise from_oneword(error) from None
-        self._prompt_work = Work(chunks=self.chunks)
+        self._shared_work = Work(0, self._image_pixels, 0, self.chunks)
 
     def _branch_pixels_left(self, step: int) -> int:
         """Of one picture after so many steps."""
@@ -313,7 +314,7 @@ class Generation:
     def _work_left(self) -> Work:
         """Of all pictures."""
         done = Work(self._branch_pixels * (self.request.num_images - self._left) - self._work_done)
-        return self._picture_work * self._left + self._prompt_work + done
+        return self._picture_work * self._left + self._shared_work + done
 
     def _push(self, index: int, event: GenerationEvent) -> None:
         if self.only_ends and isinstance(event, Step | Preview | Partial):
@@ -759,7 +760,7 @@ class Pool:
         if step == before:
             return
         if before == 0:
-            self._count_prompts(generation)
+            self._count_encoded(generation)
             self.observer.first_step(picture.first_step - generation.created)
         done = int(generation._done_work[step] - generation._done_work[before])
         picture.step = step
@@ -804,7 +805,7 @@ class Pool:
         generation._left -= pictures
         if generation._left:
             return
-        self._count_prompts(generation)
+        self._count_encoded(generation)
         account = self._accounts[generation.tenant.name]
         del account.generations[generation.id]
         if not account.generations:
@@ -838,11 +839,11 @@ class Pool:
         if budget is not None:
             budget.left += generation._pixel_steps * generation.waiting
 
-    def _count_prompts(self, generation: Generation) -> None:
-        """Counts the prompts of a generation as encoded."""
-        if generation._prompt_work.chunks:
-            self._count(generation, generation._prompt_work * -1)
-            generation._prompt_work = Work()
+    def _count_encoded(self, generation: Generation) -> None:
+        """Counts what a generation's pictures share as encoded."""
+        if generation._shared_work.chunks:
+            self._count(generation, generation._shared_work * -1)
+            generation._shared_work = Work()
 
     def _count(self, generation: Generation, work: Work) -> None:
         """Adds to the work that is not done."""

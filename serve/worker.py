@@ -378,8 +378,6 @@ class Worker:
         defaults = model.manifest.defaults
         if model.stream.depth or model.engine("denoise_step").few_shapes:
             scheduler.warm(*self._sizes)
-        else:
-            scheduler.bind(*self._sizes)
         for size in self._sizes or [(defaults.width, defaults.height)]:
             request = Request("", size=size, steps=min(_WARM_UP_STEPS, defaults.steps))
             settings = resolve(request, model.manifest)

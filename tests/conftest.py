@@ -45,7 +45,6 @@ LONG = (
     "test_compress.py",
     "test_search.py",
     "test_precise.py",
-    "test_samplers.py",
     "test_scheduler.py",
 )
 """The files that take longest, which run first, so that no process waits for another at the end."""

@@ -254,10 +254,10 @@ def test_a_masked_edit_matches_diffusers(model: Model, pipelines: PIPELINES, str
     assert psnr(pictures(model, [request])[0], of_diffusers(reference)) >= 50
 
 
-def test_a_picture_that_was_read_before_is_not_encoded_again(
+def test_a_picture_that_was_encoded_before_is_not_encoded_again(
     model: Model, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also as another array; an array whose pixels have changed is."""
+    """Nor is a copy of it. After a pixel has changed, it is."""
     model.encode_image(other := np.zeros((64, 64, 3), np.uint8))
     graph, calls = model._graph("vae_encoder"), []
     monkeypatch.setattr(model, "_graph", lambda name: calls.append(name) or graph)

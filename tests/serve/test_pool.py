@@ -222,6 +222,19 @@ def test_an_idle_server_accepts_ten_times_what_may_be_queued(
     run(scenario)
 
 
+def test_a_picture_to_start_from_is_priced_once(worker: Worker, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine_gate(monkeypatch)
+    with_figures(worker, monkeypatch, WorkerFigures(seconds_per_pixel=1.0))
+    pool = Pool(worker, model.manifest, max_wait=100_000)
+
+    async def scenario() -> None:
+        request = Request("a cat", num_images=3, steps=2, image=np.zeros((64, 64, 3), np.uint8))
+        with pool.submit(ALICE, request):
+            assert pool.queued_seconds == 64 * 64 * (3 + 1)
+
+    run(scenario)
+
+
 def test_texts_are_priced_by_their_chunks_until_they_are_encoded(
     worker: Worker, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
