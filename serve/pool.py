@@ -26,7 +26,7 @@ import time
 import uuid
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import partial
 from types import TracebackType
@@ -198,8 +198,7 @@ class Generation:
         self._picture_work = Work(self._branch_pixels, pixels, pixels * estimates)
         self.chunks = len(settings.texts)
         """Number of chunks of the prompts: one per text until `price` counts them."""
-        self._image_pixels = 0 if request.image is None else pixels
-        self._shared_work = Work(0, self._image_pixels, 0, self.chunks)
+        self._shared_work = Work(pixels=0 if request.image is None else pixels, chunks=self.chunks)
         """For all pictures together, to encode the prompts and the given picture; none after the first step of one."""
         self._next_index = 0
         self._running: dict[int, _Picture] = {}
@@ -304,7 +303,7 @@ class Generation:
             self.chunks = sum(self._pool.chunks(text, words) for text in self.settings.texts)
         except OnewordError as error:
             raise from_oneword(error) from None
-        self._shared_work = Work(0, self._image_pixels, 0, self.chunks)
+        self._shared_work = replace(self._shared_work, chunks=self.chunks)
 
     def _branch_pixels_left(self, step: int) -> int:
         """Of one picture after so many steps."""

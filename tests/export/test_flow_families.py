@@ -121,7 +121,7 @@ def chroma_pipeline(tiny_chroma_dir: Path) -> Any:
 
 
 def with_masks(pipeline: Any) -> Any:
-    """diffusers adds Chroma's mask of ones and zeros to the scores (its issue 12116); a mask of truth values masks."""
+    """diffusers adds Chroma's mask of ones and zeros to the scores (its issue 12116); a boolean mask masks."""
     prepare = pipeline._prepare_attention_mask
     pipeline._prepare_attention_mask = lambda **settings: (
         None if settings["attention_mask"] is None else prepare(**settings).bool()

@@ -120,7 +120,7 @@ def test_the_gradient_in_flux_is_that_of_the_original_models(tiny_flux_dir: Path
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_gradient_in_chroma_is_that_of_the_original_models(tiny_chroma_dir: Path, checkpointing: bool) -> None:
-    """Reference: diffusers' pipeline and transformer, with a mask of truth values. Its checkpointing loses the mask."""
+    """Reference: diffusers' pipeline and transformer, with a boolean mask. Its checkpointing loses the mask."""
     from diffusers import ChromaPipeline
 
     recipe = QUICK.with_changes(gradient_checkpointing=checkpointing)
