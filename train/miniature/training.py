@@ -39,6 +39,7 @@ from oneword.engines.files import write_whole
 from oneword.train.compute import compute_dtype
 from oneword.train.evaluation.judge import Judge
 from oneword.train.miniature import claims, scores, world
+from oneword.train.miniature.muon import Muon
 from oneword.train.miniature.tokenizer import LENGTH, make_tokenizer
 from oneword.train.recipe import Compute
 
@@ -365,7 +366,7 @@ def run_stage(
         for optimiser, saved in zip(optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(saved)
             for group in optimiser.param_groups:
-                group["initial_lr"] = rate * (MUON if isinstance(optimiser, torch.optim.Muon) else 1)
+                group["initial_lr"] = rate * (MUON if isinstance(optimiser, Muon) else 1)
         step, spent = state["step"], state["spent"]
     if spent >= minutes * 60:
         _copy(average, weights)
@@ -542,9 +543,9 @@ def new_optimisers(
     non_mixing = [p for p in weights if p.ndim < 2 or id(p) in tables]
     matrices = [(p, p.detach().flatten(1)) for p in mixing]
     views = sorted((m for _, m in matrices), key=lambda m: min(m.shape) * m.numel())  # by the cost of orthogonalising
+    dtype = compute_dtype(Compute.AUTO) if weights[0].device.type == "cpu" else torch.bfloat16
     optimisers: list[torch.optim.Optimizer] = [
-        torch.optim.Muon(half, MUON * rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
-        for half in (views[0::2], views[1::2])
+        Muon(half, MUON * rate, weight_decay=0.01, dtype=dtype) for half in (views[0::2], views[1::2])
     ]
     optimisers.append(torch.optim.AdamW(non_mixing, rate, weight_decay=0.01, fused=True))
     for optimiser in optimisers:
