@@ -24,8 +24,8 @@ class Muon(torch.optim.Muon):
         self.dtype = dtype
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        """Updates the matrices in place from their gradients."""
+    def step(self, closure: object = None) -> None:  # type: ignore[override]
+        """Updates the matrices in place from their gradients; `closure` is not called."""
         for group in self.param_groups:
             for matrix in group["params"]:
                 state = self.state[matrix]
@@ -41,7 +41,7 @@ def orthogonal(matrix: Tensor) -> Tensor:
     if matrix.shape[0] > matrix.shape[1]:
         return orthogonal(matrix.T).T
     a, b, c = _NEWTON_SCHULZ
-    x = matrix / matrix.norm().clamp(min=1e-7)
+    x: Tensor = matrix / matrix.norm().clamp(min=1e-7)
     for _ in range(_STEPS):
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
