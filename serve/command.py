@@ -16,7 +16,7 @@ import click
 from oneword.engines.errors import MissingPackage, UsageError
 from oneword.runtime.commands import HELP, PATH, engine_option, json_option, print_json, version_option
 from oneword.serve.keys import LOCAL, new_key
-from oneword.serve.settings import Settings
+from oneword.serve.settings import B64_JSON, URL, Settings
 from oneword.serve.watchdog import Heartbeat, Pulse
 
 SWITCH_SECONDS: Final = 0.0005
@@ -74,6 +74,13 @@ DATA: Final = "~/.local/share/oneword"
     help="Seconds without a finished step after which the engine counts as hanging.",
 )
 @click.option("--public-url", metavar="URL", help="The address under which clients reach the server.")
+@click.option(
+    "--response-format",
+    type=click.Choice([B64_JSON, URL]),
+    default=B64_JSON,
+    show_default=True,
+    help="How OpenAI's routes return pictures if a request does not say.",
+)
 @click.option("--root-path", default="", metavar="PATH", help="The prefix that a proxy removes from paths.")
 @click.option(
     "--trusted-proxy",

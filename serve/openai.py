@@ -31,6 +31,7 @@ from oneword.serve.openapi import Responses, file_field, stream_response, upload
 from oneword.serve.pictures import Format, as_base64, blank, decode, decode_mask, encode
 from oneword.serve.pool import Generation
 from oneword.serve.results import address
+from oneword.serve.settings import B64_JSON, URL
 from oneword.serve.state import State, caller
 from oneword.serve.streams import EventStream, sse
 from oneword.serve.worker import Done, Partial, Preview, Step
@@ -109,7 +110,7 @@ class VariationFields(Settings):
 
 
 class Picture(BaseModel):
-    """One picture: `b64_json`, or `url` where response_format is "url"."""
+    """One picture: `b64_json`, or `url` where response_format, or by default the server's, is "url"."""
 
     b64_json: str | None = None
     url: str | None = None
@@ -170,6 +171,7 @@ class Answer:
     settings: Settings
     prefix: str
     format: Format
+    as_addresses: bool
     text_tokens: int
     image_tokens: int
     keep: bool
@@ -193,7 +195,7 @@ class Answer:
         return Response(answer.model_dump_json(exclude_none=True), media_type="application/json")
 
     async def _entry(self, picture: PictureDone, data: bytes) -> Picture:
-        if self.settings.response_format == "url":
+        if self.as_addresses:
             name = await self.state.in_thread(self.state.results.put, self.tenant, data, self.format)
             return Picture(url=address(self.http, name), seed=picture.seed)
         return Picture(b64_json=as_base64(data), seed=picture.seed)
@@ -446,7 +448,7 @@ def _check(state: State, body: Settings, count: int) -> None:
         _check_model(state, body.model)
     if count * (body.n or 1) > MAX_IMAGES:
         raise Invalid(f"{count} pictures with n={body.n or 1}, allowed are {MAX_IMAGES} results", param="n")
-    if body.stream and body.response_format == "url":
+    if body.stream and body.response_format == URL:
         raise Invalid("response_format is 'url' with stream, allowed is b64_json", param="response_format")
     if body.partial_images and not body.stream:
         raise Invalid(f"partial_images is {body.partial_images} without stream: set stream to true", "partial_images")
@@ -484,7 +486,8 @@ async def _drawn(
 ) -> Response:
     """Queues the generations, all or none, and answers with their pictures. `stack` holds room for what is kept."""
     state, tenant = caller(http)
-    in_json = body.response_format != "url"
+    wanted = body.response_format or (B64_JSON if body.stream else state.settings.response_format)
+    in_json = wanted == B64_JSON
     if keep or not in_json:
         size = sum(most_bytes(generation, in_json=in_json) for generation in generations)
         addresses = 0 if in_json else sum(generation.request.num_images for generation in generations)
@@ -499,6 +502,7 @@ async def _drawn(
         settings=body,
         prefix=prefix,
         format=body.output_format or "png",
+        as_addresses=not in_json,
         text_tokens=await state.count_tokens(requests[0].prompt),  # before they are queued: it may fail
         image_tokens=sum((height // factor) * (width // factor) for height, width, _ in sources),
         keep=keep,

@@ -13,6 +13,7 @@ from oneword.engines.errors import UsageError
 from oneword.engines.open import Backend
 from oneword.runtime.backends import AUTO
 
+B64_JSON, URL = "b64_json", "url"
 MAX_WAITS: Final = 10
 """Times `max_wait` that one request may take, even on a server without other work."""
 
@@ -66,6 +67,8 @@ class Settings:
     """Addresses or networks whose X-Forwarded-* headers are trusted."""
     public_url: str | None = None
     root_path: str = ""
+    response_format: str = B64_JSON
+    """How OpenAI's routes return pictures if a request does not say: as base64, or as addresses."""
     body_seconds: float = 60.0
     """A request must have arrived in this time."""
     write_seconds: float = 30.0
@@ -108,6 +111,8 @@ class Settings:
             seconds = getattr(self, name)
             if seconds is not None and not 0 < seconds < math.inf:
                 raise UsageError(f"{name} is {seconds:g} s, allowed is more than 0")
+        if self.response_format not in (B64_JSON, URL):
+            raise UsageError(f"--response-format is {self.response_format!r}, allowed are {B64_JSON} and {URL}")
         for proxy in self.trusted_proxies:
             _check_network(proxy)
         if self.public_url is not None:

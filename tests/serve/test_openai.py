@@ -487,6 +487,19 @@ def test_a_picture_requested_as_an_address_is_gone_after_an_hour(start_server: S
         assert running.state.results.collect() == 1
 
 
+def test_a_server_can_return_addresses_unless_a_request_asks_otherwise(start_server: Start) -> None:
+    body = {"prompt": "a cat", "steps": 2, "seed": 3}
+    with start_server(response_format="url").client() as client:
+        (by_default,) = client.post("/v1/images/generations", json=body).json()["data"]
+        (in_json,) = client.post("/v1/images/generations", json={**body, "response_format": "b64_json"}).json()["data"]
+        stream = client.post("/v1/images/generations", json={**body, "stream": True}).text
+        file = client.get(by_default["url"]).content
+
+    assert set(by_default) == {"url", "seed"}
+    assert base64.b64decode(in_json["b64_json"]) == file
+    assert in_json["b64_json"] in stream
+
+
 def test_a_key_without_room_for_a_picture_is_refused_before_it_is_drawn(start_server: Start, tmp_path: Path) -> None:
     key, lines = new_key("alice")
     (tmp_path / "keys.toml").write_text(f"{lines}max_result_bytes = {3 * 64 * 64}\n")

@@ -68,6 +68,7 @@ def test_loopback_needs_no_keys(host: str) -> None:
         ({"write_seconds": float("inf")}, "write_seconds is inf s, allowed is more than 0"),
         ({"trusted_proxies": ("nginx",)}, "--trusted-proxy is 'nginx', allowed is an address such as 10.0.0.5"),
         ({"trusted_proxies": ("10.0.0.1/8",)}, "--trusted-proxy is '10.0.0.1/8', allowed is an address"),
+        ({"response_format": "png"}, "--response-format is 'png', allowed are b64_json and url"),
         ({"public_url": "example.com"}, "--public-url is 'example.com', allowed is an address such as https://"),
         ({"public_url": "https://me@example.com"}, "--public-url is 'https://me@example.com'"),
         ({"public_url": "https://example.com:x"}, "--public-url is 'https://example.com:x'"),
