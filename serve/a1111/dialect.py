@@ -1,8 +1,8 @@
 """A1111's way to ask for pictures: what a body of txt2img or img2img means as a `Request` of the runtime.
 
 Pure translation: no HTTP, no files, no sampling. Some meanings differ from the runtime's own: `clip_skip` counts from
-1; `eta` is 1 for ancestral samplers, and passed on to DDIM only, whose default is 0; a scheduler is a spacing; picture
-i has the seed `seed + i`, over all `n_iter` x `batch_size` pictures. Left out, steps, size, guidance and sampler are
+1; `eta` is 1 for ancestral samplers, and passed on to DDIM only, whose default is 0; a scheduler is a spacing, which may
+also end a sampler's name; picture i has the seed `seed + i`, over all `n_iter` x `batch_size` pictures. Left out, steps, size, guidance and sampler are
 the model's defaults, not A1111's.
 
 A key that requests something this server does not do is refused by name; one that requests nothing is accepted. Unknown
@@ -68,7 +68,10 @@ _SAMPLERS: Final = {
     for sampler, a1111_name in A1111_SAMPLERS.items()
     for name in (a1111_name, sampler.value, *ALIASES[sampler])
 }
-_SCHEDULERS: Final = {alias: name for name, label in SCHEDULERS.items() for alias in (name, label.lower())}
+_SCHEDULERS: Final = {
+    "simple": "sgm_uniform",  # the same steps, to one of a thousand
+    **{alias: name for name, label in SCHEDULERS.items() for alias in (name, label.lower())},
+}
 _ANCESTRAL: Final = (
     Sampler.EULER_A,
     Sampler.DPM2_A,
@@ -76,6 +79,8 @@ _ANCESTRAL: Final = (
     Sampler.DPMPP_2M_SDE,
     Sampler.DPMPP_3M_SDE,
 )
+_WITHOUT_NOISE: Final = {Sampler.EULER_A: Sampler.EULER, Sampler.DPMPP_2M_SDE: Sampler.DPMPP_2M}
+"""What ancestral samplers are with eta 0."""
 _NOT_DONE: Final[Mapping[str, str]] = {
     "enable_hr": "the high-resolution fix",
     "styles": "prompt styles",
@@ -92,6 +97,16 @@ _NOT_DONE: Final[Mapping[str, str]] = {
     "latent_mask": "masks of latents",
 }
 _NEUTRAL: Final[Mapping[str, float]] = {"s_noise": 1.0, "initial_noise_multiplier": 1.0}
+_DEFAULT_OPTIONS: Final[Mapping[str, object]] = {
+    "sd_vae": "Automatic",
+    "ddim_discretize": "uniform",
+    "inpainting_mask_weight": 1.0,
+    "initial_noise_multiplier": 1.0,
+    "comma_padding_backtrack": 20,
+}
+"""A1111's defaults of settings that request something at other values; some clients send them always."""
+_IGNORED: Final = ("hr_", "config_scale")
+"""How unknown keys begin that some clients send always, although they look like misspelled ones."""
 _MAX_UNKNOWN: Final = 100  # keys that are compared with the known ones
 
 
@@ -135,6 +150,9 @@ def text_to_image(body: TextToImage, manifest: Manifest, random_seed: int) -> Pl
     check(body)
     overrides = checked_options(body.override_settings or {}, options(manifest), ModelNames.of(manifest.source))
     sampler, spacing = sampler_of(body.sampler_name or body.sampler_index, body.scheduler, manifest)
+    used = sampler or Sampler(manifest.defaults.sampler)
+    if body.eta == 0 and used in _WITHOUT_NOISE:
+        sampler = used = _WITHOUT_NOISE[used]
     count = (body.n_iter or 1) * (body.batch_size or 1)
     if count > MAX_PICTURES:
         raise Unprocessable(f"n_iter x batch_size is {count}, allowed are up to {MAX_PICTURES} pictures", "n_iter")
@@ -151,7 +169,7 @@ def text_to_image(body: TextToImage, manifest: Manifest, random_seed: int) -> Pl
         sampler=sampler,
         spacing=spacing,
         guidance_scale=body.cfg_scale,
-        eta=_eta(sampler or Sampler(manifest.defaults.sampler), body.eta),
+        eta=_eta(used, body.eta),
         clip_skip=clip_skip - 1,
         size=_size(body, manifest),
         previews=PREVIEW_STEPS,
@@ -202,11 +220,15 @@ def strength_of(body: ImageToImage) -> float:
 
 def sampler_of(name: str | None, scheduler: str | None, manifest: Manifest) -> tuple[Sampler | None, Spacing | None]:
     """The sampler and spacing of a name and a scheduler; None is the model's own. Raises NotFound and Unprocessable."""
-    if name and name.strip().lower() not in _SAMPLERS:
-        allowed = ", ".join(A1111_SAMPLERS.values())
-        raise NotFound(f"Sampler not found: {name[:60]!r}, allowed are {allowed}", "sampler_name")
-    sampler = _SAMPLERS[name.strip().lower()] if name else None
     schedule = (scheduler or "automatic").strip().lower()
+    sampler = None
+    if name:
+        base, ending = _without_scheduler(name.strip().lower())
+        if base not in _SAMPLERS:
+            allowed = ", ".join(A1111_SAMPLERS.values())
+            raise NotFound(f"Sampler not found: {name[:60]!r}, allowed are {allowed}", "sampler_name")
+        sampler = _SAMPLERS[base]
+        schedule = ending if schedule == "automatic" else schedule
     if schedule not in _SCHEDULERS:
         raise Unprocessable(f"scheduler is {schedule[:60]!r}, allowed are {', '.join(SCHEDULERS)}", "scheduler")
     spacing = _SPACINGS.get(_SCHEDULERS[schedule])
@@ -214,6 +236,8 @@ def sampler_of(name: str | None, scheduler: str | None, manifest: Manifest) -> t
     if spacing is Spacing.KARRAS and used in (Sampler.DPMPP_2M, Sampler.DPMPP_2M_KARRAS):
         return Sampler.DPMPP_2M_KARRAS, None
     if spacing is not None and spacing not in spacings_of(used):
+        if used is Sampler.DDIM:  # it has steps of its own in A1111
+            return sampler, None
         names = ", ".join(name for name, other in _SPACINGS.items() if other in spacings_of(used))
         raise Unprocessable(
             f"scheduler is {schedule!r} with the sampler {A1111_SAMPLERS[used]}, allowed is "
@@ -223,13 +247,23 @@ def sampler_of(name: str | None, scheduler: str | None, manifest: Manifest) -> t
     return sampler, Spacing.AYS_XL if spacing is Spacing.AYS and manifest.conditioning.time_ids else spacing
 
 
+def _without_scheduler(name: str) -> tuple[str, str]:
+    """A sampler's name in lower case, and the scheduler that it ends in, as in "dpm++ 2m sde karras"."""
+    if name not in _SAMPLERS:
+        for ending in _SCHEDULERS:
+            base = name.removesuffix(f" {ending}")
+            if base != name and base in _SAMPLERS:
+                return base, ending
+    return name, "automatic"
+
+
 def options(manifest: Manifest) -> dict[str, Any]:
     """The server's settings, as A1111 names them."""
     model = ModelNames.of(manifest.source)
     return {
         "sd_model_checkpoint": model.title,
         "sd_checkpoint_hash": model.sha256,
-        "sd_vae": "Automatic",
+        "sd_vae": _DEFAULT_OPTIONS["sd_vae"],
         "CLIP_stop_at_last_layers": 1,
         "samples_format": "png",
         "show_progress_every_n_steps": PREVIEW_STEPS,
@@ -247,7 +281,7 @@ def checked_options(overrides: Mapping[str, Any], current: Mapping[str, Any], mo
         if name == "sd_model_checkpoint":
             if not model.include(value):
                 raise NotFound(f"this server has no model {str(value)[:80]!r}, only {model.title!r}", name)
-        elif value is None or value == current.get(name):
+        elif value is None or value in (current.get(name), _DEFAULT_OPTIONS.get(name)):
             continue
         elif name == "CLIP_stop_at_last_layers":
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 100:
@@ -257,7 +291,7 @@ def checked_options(overrides: Mapping[str, Any], current: Mapping[str, Any], mo
             if str(value).lower() not in FORMATS:
                 raise Unprocessable(f"{name} is {str(value)[:60]!r}, allowed are {', '.join(FORMATS)}", name)
             changed[name] = str(value).lower()
-        elif _asks(value) and not (name == "sd_vae" and value == "Automatic"):
+        elif _asks(value):
             raise Unprocessable(
                 f"the setting {name[:60]!r} cannot be changed on this server: leave it out of override_settings",
                 "override_settings",
@@ -281,7 +315,7 @@ def check(body: TextToImage) -> None:
     known = type(body).model_fields
     for name, value in itertools.islice((body.model_extra or {}).items(), _MAX_UNKNOWN):
         near = difflib.get_close_matches(name[:60], known, 1, 0.85)
-        if near and _asks(value):
+        if near and _asks(value) and not name.startswith(_IGNORED):
             raise Unprocessable(f"{name[:60]!r} is not a field of this request: did you mean {near[0]!r}?", name[:60])
 
 
@@ -322,7 +356,8 @@ def _eta(sampler: Sampler, eta: float | None) -> float:
     """The runtime's eta. Ancestral samplers have 1 built in; the others ignore it, as in A1111."""
     if sampler in _ANCESTRAL and eta not in (None, 1):
         name = A1111_SAMPLERS[sampler]
-        raise Unprocessable(f"eta is {eta:g} with the sampler {name}, allowed is 1: leave it out", "eta")
+        zero = " and 0" if sampler in _WITHOUT_NOISE else ""
+        raise Unprocessable(f"eta is {eta:g} with the sampler {name}, allowed is 1{zero}: leave it out", "eta")
     return (eta or 0.0) if sampler is Sampler.DDIM else 0.0
 
 

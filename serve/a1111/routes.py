@@ -209,6 +209,11 @@ async def upscalers() -> list[UpscalerItem]:
 @_api.get("/loras")
 @_api.get("/hypernetworks")
 @_api.get("/prompt-styles")
+@_api.get("/face-restorers")
+@_api.get("/latent-upscale-modes")
+@_api.get("/realesrgan-models")
+@_api.get("/extensions")
+@_api.get("/sd-modules")
 async def nothing() -> list[dict[str, str]]:
     """Lists what this server does not have: nothing."""
     return []

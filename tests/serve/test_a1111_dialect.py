@@ -176,10 +176,17 @@ def test_samplers_and_schedules_have_a1111s_names(
         ("UniPC", "beta", Sampler.UNIPC, Spacing.BETA),
         ("DPM++ 2M", "Align Your Steps", Sampler.DPMPP_2M, Spacing.AYS),
         (None, "sgm_uniform", None, Spacing.SGM_UNIFORM),
+        ("DPM++ 2M SDE Karras", None, Sampler.DPMPP_2M_SDE, Spacing.KARRAS),
+        ("DPM++ 3M SDE Exponential", "Automatic", Sampler.DPMPP_3M_SDE, Spacing.EXPONENTIAL),
+        ("DPM2 a Karras", "beta", Sampler.DPM2_A, Spacing.BETA),
+        ("Euler a SGM Uniform", "automatic", Sampler.EULER_A, Spacing.SGM_UNIFORM),
+        ("Euler", "simple", Sampler.EULER, Spacing.SGM_UNIFORM),
+        ("DDIM", "sgm_uniform", Sampler.DDIM, Spacing.SGM_UNIFORM),
+        ("DDIM", "karras", Sampler.DDIM, None),
     ],
 )
 def test_a_scheduler_is_a_spacing(
-    manifest: Manifest, name: str | None, scheduler: str, sampler: Sampler | None, spacing: Spacing
+    manifest: Manifest, name: str | None, scheduler: str | None, sampler: Sampler | None, spacing: Spacing | None
 ) -> None:
     plan = txt2img(manifest, sampler_name=name, sampler_index=None, scheduler=scheduler)
     assert (plan.request.sampler, plan.request.spacing) == (sampler, spacing)
@@ -192,14 +199,15 @@ def test_align_your_steps_has_other_levels_for_sdxl(manifest: Manifest) -> None:
 
 
 def test_an_unknown_sampler_is_404_and_a_schedule_that_is_not_there_422(manifest: Manifest) -> None:
-    with pytest.raises(NotFound, match=r"Sampler not found: 'LMS', allowed are DDIM, DDPM, Euler, Euler a, DPM\+\+"):
-        txt2img(manifest, sampler_name="LMS")
+    for name in ("LMS", "LMS Karras", "Karras"):
+        with pytest.raises(NotFound, match=rf"Sampler not found: '{name}', allowed are DDIM, DDPM, Euler, Euler a, DP"):
+            txt2img(manifest, sampler_name=name)
     with pytest.raises(
         Unprocessable, match=r"scheduler is 'polyexponential', allowed are automatic, uniform, normal, "
     ):
         txt2img(manifest, scheduler="polyexponential")
-    with pytest.raises(Unprocessable, match=r"scheduler is 'karras' with the sampler DDIM, allowed is automatic, sgm_"):
-        txt2img(manifest, sampler_name="DDIM", scheduler="karras")
+    with pytest.raises(Unprocessable, match=r"scheduler is 'karras' with the sampler LCM, allowed is automatic$"):
+        txt2img(manifest, sampler_name="LCM", scheduler="karras")
 
 
 def test_sampler_name_goes_before_sampler_index(manifest: Manifest) -> None:
@@ -239,6 +247,12 @@ def test_eta_is_passed_on_to_ddim_only(manifest: Manifest, fields: dict[str, Any
     assert txt2img(manifest, **fields).request.eta == eta
 
 
+def test_eta_0_takes_the_noise_out_of_an_ancestral_sampler(manifest: Manifest) -> None:
+    assert txt2img(manifest, sampler_name="Euler a", eta=0).request.sampler is Sampler.EULER
+    plan = txt2img(manifest, sampler_name="DPM++ 2M SDE", scheduler="exponential", eta=0)
+    assert (plan.request.sampler, plan.request.spacing) == (Sampler.DPMPP_2M, Spacing.EXPONENTIAL)
+
+
 def test_clip_skip_counts_from_one(manifest: Manifest) -> None:
     plan = txt2img(manifest, override_settings={"CLIP_stop_at_last_layers": 2})
 
@@ -264,7 +278,8 @@ def test_clip_skip_counts_from_one(manifest: Manifest) -> None:
         ({"s_noise": 1.1}, "s_noise is 1.1, this server allows 1 only"),
         ({"infotext": "a cat\nSteps: 20"}, "infotext is set, but"),
         ({"seed_resize_from_w": 64, "seed_resize_from_h": 64}, "seed_resize_from_w and _h are not supported"),
-        ({"eta": 0.0}, "eta is 0 with the sampler Euler a, allowed is 1"),
+        ({"eta": 0.5}, "eta is 0.5 with the sampler Euler a, allowed is 1 and 0: leave it out"),
+        ({"sampler_name": "DPM2 a", "eta": 0}, "eta is 0 with the sampler DPM2 a, allowed is 1: leave it out"),
         ({"seed": -2}, "seed is -2, allowed are -1"),
         ({"n_iter": 101}, "n_iter x batch_size is 101, allowed are up to 100 pictures"),
         ({"n_iter": 2, "batch_size": 51}, "n_iter x batch_size is 102, allowed are up to 100 pictures"),
@@ -273,6 +288,7 @@ def test_clip_skip_counts_from_one(manifest: Manifest) -> None:
         ({"override_settings": {"CLIP_stop_at_last_layers": 0}}, "CLIP_stop_at_last_layers is '0', allowed is a whole"),
         ({"override_settings": {"CLIP_stop_at_last_layers": "2"}}, "CLIP_stop_at_last_layers is '2', allowed is"),
         ({"override_settings": {"samples_format": "gif"}}, "samples_format is 'gif', allowed are png, jpg, jpeg, webp"),
+        ({"override_settings": {"ddim_discretize": "quad"}}, "the setting 'ddim_discretize' cannot be changed"),
         ({"override_settings": {"sd_vae": "other.pt"}}, "the setting 'sd_vae' cannot be changed"),
     ],
 )
@@ -297,7 +313,20 @@ def test_what_this_server_does_not_do_is_refused_by_name(
         {"save_images": True, "comments": {"by": "me"}, "s_min_uncond": 0.0},
         {"hr_scale": 4, "hr_upscaler": "ESRGAN", "hr_prompt": "a cat"},
         {"use_deprecated_controlnet": False, "distilled_cfg_scale": 3.5, "sampler": "Euler a"},
+        {"hr_cfg_scale": 3.5, "hr_denoising_strength": 0.7, "config_scale": 7.0},
         {"override_settings": {"sd_vae": "Automatic", "forge_additional_modules": [], "samples_save": False}},
+        {
+            "override_settings": {  # KoboldAI Lite's
+                "eta_noise_seed_delta": 0.0,
+                "CLIP_stop_at_last_layers": 1.0,
+                "ddim_discretize": "uniform",
+                "img2img_fix_steps": False,
+                "sd_hypernetwork": "None",
+                "inpainting_mask_weight": 1.0,
+                "initial_noise_multiplier": 1.0,
+                "comma_padding_backtrack": 20.0,
+            }
+        },
     ],
 )
 def test_keys_that_request_nothing_are_accepted(manifest: Manifest, fields: dict[str, Any]) -> None:
