@@ -75,6 +75,20 @@ DATA: Final = "~/.local/share/oneword"
 )
 @click.option("--public-url", metavar="URL", help="The address under which clients reach the server.")
 @click.option(
+    "--allow-host",
+    "allowed_hosts",
+    multiple=True,
+    metavar="NAME",
+    help="Another name of this server, such as that of its container; may be repeated.",
+)
+@click.option(
+    "--allow-origin",
+    "allowed_origins",
+    multiple=True,
+    metavar="ORIGIN",
+    help="A site whose pages may use the server, such as https://chat.example.com; may be repeated.",
+)
+@click.option(
     "--response-format",
     type=click.Choice([B64_JSON, URL]),
     default=B64_JSON,

@@ -1,7 +1,7 @@
 """What every request passes before a route sees it: ASGI middleware that acts before the body is read.
 
-From the outside in: `AccessLog`, `SecurityHeaders`, `errors.CatchErrors`, `TrustedProxy`, `CheckOrigin`,
-`Authenticate`, `Admit`, `LimitBody`. They raise `ApiError`, and `CatchErrors` answers. Not covered: limits of a
+From the outside in: `AccessLog`, `SecurityHeaders`, Starlette's `CORSMiddleware` if other sites are allowed,
+`errors.CatchErrors`, `TrustedProxy`, `CheckOrigin`, `Authenticate`, `Admit`, `LimitBody`. They raise `ApiError`, and `CatchErrors` answers. Not covered: limits of a
 connection itself, such as clients that do not read their answer (`serve.connection`), and quotas (`serve.pool`,
 `serve.words`).
 """
@@ -22,6 +22,7 @@ from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from oneword.serve.errors import ApiError, CatchErrors, Forbidden, TooLarge, Unauthorized, Unavailable
@@ -41,6 +42,8 @@ BODY_LIMITS = (
 """The largest body by the beginning of the path; the first that matches counts."""
 BODIES_LIMIT = 512 * MIB
 """Bytes of all bodies at a time: a body is in memory until its request is answered."""
+CONTAINER_HOSTS = ("host.docker.internal", "gateway.docker.internal", "host.containers.internal")
+"""What containers call the machine they run on. No public name ends in .internal, so no attacker's DNS has them."""
 MAX_PARTS = 200_000
 """Items of a large JSON body. Pictures in base64 have none, and each other one costs time to parse."""
 PICTURE_ROUTES = frozenset(
@@ -87,9 +90,22 @@ def install(
     app.add_middleware(LimitBody, limits=limits, seconds=settings.body_seconds)
     app.add_middleware(Admit, check=check, limits=limits, seconds=settings.body_seconds)
     app.add_middleware(Authenticate, keys=keys, public=is_public)
-    app.add_middleware(CheckOrigin, hosts=allowed_hosts(settings), public_url=settings.public_url)
+    app.add_middleware(
+        CheckOrigin,
+        hosts=allowed_hosts(settings),
+        public_url=settings.public_url,
+        origins=settings.allowed_origins,
+    )
     app.add_middleware(TrustedProxy, proxies=settings.trusted_proxies)
     app.add_middleware(CatchErrors)
+    if settings.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.allowed_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["Retry-After", "X-Request-Id"],
+        )
     app.add_middleware(SecurityHeaders)
     app.add_middleware(AccessLog, observer=observer)
 
@@ -212,7 +228,7 @@ def allowed_hosts(settings: Settings) -> frozenset[str]:
     A name that an attacker's DNS points at this machine is never one of them. Digits are not resolved, so they are safe
     where the server is bound to all of the machine's addresses.
     """
-    hosts = {"localhost", "127.0.0.1", "[::1]"}
+    hosts = {"localhost", "127.0.0.1", "[::1]", *CONTAINER_HOSTS, *map(str.lower, settings.allowed_hosts)}
     address = _address(settings.host)
     if address is not None and address.is_unspecified:
         hosts.add("*")
@@ -228,9 +244,13 @@ class CheckOrigin:
     Clients other than browsers send no Origin. WebSockets are refused, as there are none.
     """
 
-    def __init__(self, app: ASGIApp, hosts: Collection[str], public_url: str | None = None) -> None:
+    def __init__(
+        self, app: ASGIApp, hosts: Collection[str], public_url: str | None = None, origins: Collection[str] = ()
+    ) -> None:
+        """`origins` are allowed as browsers send them."""
         self.app = app
         self._hosts = hosts
+        self._origins = origins
         self._public = None if public_url is None else urlsplit(public_url).netloc.lower()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -248,15 +268,17 @@ class CheckOrigin:
         if name is None or not (name in self._hosts or digits):
             raise _refused(
                 "this server does not answer to the name in the Host header: use the address it is bound to, "
-                "or start it with --public-url",
+                "or start it with --public-url or --allow-host",
                 "host_not_allowed",
             )
         for origin in origins:
+            if origin in self._origins:
+                continue
             scheme, _, site = origin.lower().partition("://")
             if scheme not in ("http", "https") or site not in (host, self._public):
                 raise _refused(
                     "requests from pages of other sites are not allowed: use this server's own page, "
-                    "or start it with --public-url",
+                    "or start it with --public-url or --allow-origin",
                     "origin_not_allowed",
                 )
 

@@ -139,7 +139,7 @@ def _typed(name: str, value: Any) -> Any:
     if name in _PATHS:
         return Path(value)
     kind = {field.name: field.type for field in fields(Settings)}[name]
-    if name == "trusted_proxies":
+    if kind == tuple[str, ...]:
         return tuple(value.split(",")) if isinstance(value, str) else tuple(value)
     if isinstance(value, str) and kind in (int, float, int | None, float | None):
         return _number(name, value)

@@ -231,4 +231,8 @@ async def picture(http: HTTPRequest, name: str) -> Response:
     if found is None:
         raise NotFound("there is no such picture: its address is valid for an hour")
     data, media_type = found
-    return Response(data, media_type=media_type, headers={"Cache-Control": "private, max-age=3600, immutable"})
+    headers = {
+        "Cache-Control": "private, max-age=3600, immutable",
+        "Cross-Origin-Resource-Policy": "cross-origin",  # chat programs show it in their own pages
+    }
+    return Response(data, media_type=media_type, headers=headers)

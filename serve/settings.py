@@ -3,6 +3,7 @@
 import ipaddress
 import math
 import os
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,8 @@ from oneword.runtime.backends import AUTO
 B64_JSON, URL = "b64_json", "url"
 MAX_WAITS: Final = 10
 """Times `max_wait` that one request may take, even on a server without other work."""
+_HOST: Final = re.compile(r"[A-Za-z0-9_.-]+")
+_ORIGIN: Final = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s*]*")
 
 
 def data_folder() -> Path:
@@ -66,6 +69,10 @@ class Settings:
     trusted_proxies: tuple[str, ...] = ()
     """Addresses or networks whose X-Forwarded-* headers are trusted."""
     public_url: str | None = None
+    allowed_hosts: tuple[str, ...] = ()
+    """More names under which clients reach the server, without a port."""
+    allowed_origins: tuple[str, ...] = ()
+    """Other sites whose pages, and programs whose windows, may use the server, as their browsers call them."""
     root_path: str = ""
     response_format: str = B64_JSON
     """How OpenAI's routes return pictures if a request does not say: as base64, or as addresses."""
@@ -115,6 +122,15 @@ class Settings:
             raise UsageError(f"--response-format is {self.response_format!r}, allowed are {B64_JSON} and {URL}")
         for proxy in self.trusted_proxies:
             _check_network(proxy)
+        for host in self.allowed_hosts:
+            if not _HOST.fullmatch(host):
+                raise UsageError(f"--allow-host is {host!r}, allowed is a name without a port, such as oneword")
+        for origin in self.allowed_origins:
+            if not _ORIGIN.fullmatch(origin):
+                raise UsageError(
+                    f"--allow-origin is {origin!r}, allowed is an origin without a path, such as "
+                    "https://chat.example.com or file://"
+                )
         if self.public_url is not None:
             _check_url(self.public_url)
         if self.root_path and (not self.root_path.startswith("/") or self.root_path.endswith("/")):

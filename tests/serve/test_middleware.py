@@ -653,7 +653,8 @@ def test_a_server_on_all_addresses_answers_to_digits_and_to_its_public_name_only
     app = middleware.CheckOrigin(make_app(), allowed_hosts(settings), settings.public_url)
     hosts = allowed_hosts(settings)
 
-    assert hosts == {"localhost", "127.0.0.1", "[::1]", "0.0.0.0", "*", "pictures.example.com"}
+    containers = {"host.docker.internal", "gateway.docker.internal", "host.containers.internal"}
+    assert hosts == {"localhost", "127.0.0.1", "[::1]", "0.0.0.0", "*", "pictures.example.com"} | containers
     app._check(["192.168.1.5:8000"], [])
     app._check(["[fe80::1]:8000"], ["http://[fe80::1]:8000"])
     app._check(["pictures.example.com:8443"], ["https://pictures.example.com:8443"])
@@ -661,6 +662,41 @@ def test_a_server_on_all_addresses_answers_to_digits_and_to_its_public_name_only
         with pytest.raises(errors.Forbidden):
             app._check([host], [])
     assert "[fe80::1]" in allowed_hosts(Settings(Path("b"), host="fe80::1", keys=Path("k")))
+
+
+def test_containers_reach_the_server_by_their_names_for_the_machine_and_by_allowed_names() -> None:
+    app = make_app(allowed_hosts=("oneword", "Studio.local"))
+    for host in ("host.docker.internal:8000", "oneword:8000", "studio.local", "localhost"):
+        assert ask(app, headers={"Host": host}).status == 200
+    assert ask(app, headers={"Host": "another:8000"}).status == 403
+    assert ask(make_app(), headers={"Host": "oneword:8000"}).status == 403
+
+
+@pytest.mark.parametrize("origin", ["https://chat.example.com", "http://localhost:3000", "file://"])
+def test_pages_of_allowed_sites_may_use_the_server_and_read_its_answers(keys: Keys, origin: str) -> None:
+    app = make_app(keys, allowed_origins=("https://chat.example.com", "http://localhost:3000", "file://"))
+    wanted = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization, content-type"}
+
+    preflight = ask(app, "OPTIONS", "/v1/unread", {"Host": "localhost", "Origin": origin, **wanted})
+    answer = ask(
+        app, "POST", "/v1/unread", {"Host": "localhost", "Origin": origin, "Authorization": f"Bearer {KEY}"}, [b""]
+    )
+    without_key = ask(app, "POST", "/v1/unread", {"Host": "localhost", "Origin": origin})
+
+    assert (preflight.status, answer.status, without_key.status) == (200, 200, 401)
+    assert "authorization" in preflight.headers["access-control-allow-headers"].lower()
+    for response in (preflight, answer, without_key):
+        assert response.headers["access-control-allow-origin"] == origin
+
+
+@pytest.mark.parametrize("origin", ["https://evil.example", "https://chat.example.com.evil.example", "null", "app://"])
+def test_pages_of_all_other_sites_are_still_refused(origin: str) -> None:
+    app = make_app(allowed_origins=("https://chat.example.com", "file://"))
+    for method in ("GET", "POST", "OPTIONS"):
+        answer = ask(app, method, "/v1/unread", {"Host": "localhost", "Origin": origin}, [b"x"])
+
+        assert (answer.status, answer.received) == (403, 0)
+        assert "access-control-allow-origin" not in answer.headers
 
 
 def basic(user: str, password: str) -> str:
