@@ -47,7 +47,7 @@ async def read_form(
     """The body as a form whose files are in the fields `files`, and whose `lists` are text that may be repeated.
 
     Raises Unprocessable for another kind of body, which names the expected `content`; Invalid for a file in another
-    field, for text in one of `files`, and for any other text field that was sent twice.
+    field, for text in one of `files`, and for any other text field that was sent twice with different values.
     """
     if not is_form(http):
         raise Unprocessable(f"the body must be {_MULTIPART}, with {content}")
@@ -65,8 +65,8 @@ async def read_form(
                 raise Invalid(f"{name} is text, allowed is an uploaded file", param=name)
             elif name in lists:
                 repeated.setdefault(name, []).append(value)
-            elif name in text:
-                raise Invalid(f"the field {name[:40]!r} was sent twice, allowed is once", param=name)
+            elif text.get(name, value) != value:
+                raise Invalid(f"the field {name[:40]!r} was sent twice, allowed is one value", param=name)
             else:
                 text[name] = value
     return Form(text, uploads, repeated)

@@ -17,7 +17,7 @@ from oneword.runtime.concept import Concept
 from oneword.runtime.edit import edit_mask
 from oneword.runtime.events import PictureDone
 from oneword.runtime.images import resized
-from oneword.runtime.request import Request, ResolvedSettings
+from oneword.runtime.request import Image, Request, ResolvedSettings
 from oneword.serve.errors import ApiError, Cancelled, Invalid, from_oneword
 from oneword.serve.keys import Tenant
 from oneword.serve.pool import Dropped, Generation, PictureEvent, replace_unchecked, resolved
@@ -72,6 +72,16 @@ async def enter(state: State, *generations: Generation, bare_names: bool = False
             generation.request = replace_unchecked(generation.request, words=words)
     await state.price(*generations)
     state.pool.enter(*generations, deadline=state.settings.deadline_seconds)
+
+
+def reduced(state: State, image: Image) -> tuple[int, int] | None:
+    """The size at which a picture is edited if it is larger than this server makes: smaller in proportion."""
+    height, width = image.shape[:2]
+    side, factor = state.manifest.max_side or max(width, height), state.manifest.size_multiple
+    scale = min((state.max_pixels / (width * height)) ** 0.5, side / max(width, height))
+    if scale >= 1:
+        return None
+    return max(factor, int(width * scale) // factor * factor), max(factor, int(height * scale) // factor * factor)
 
 
 def fitted(request: Request, settings: ResolvedSettings) -> Request:

@@ -1,9 +1,9 @@
 """What every request passes before a route sees it: ASGI middleware that acts before the body is read.
 
 From the outside in: `AccessLog`, `SecurityHeaders`, Starlette's `CORSMiddleware` if other sites are allowed,
-`errors.CatchErrors`, `TrustedProxy`, `CheckOrigin`, `Authenticate`, `Admit`, `LimitBody`. They raise `ApiError`, and `CatchErrors` answers. Not covered: limits of a
-connection itself, such as clients that do not read their answer (`serve.connection`), and quotas (`serve.pool`,
-`serve.words`).
+`errors.CatchErrors`, `TrustedProxy`, `CheckOrigin`, `Authenticate`, `Admit`, `LimitBody`. They raise `ApiError`, and
+`CatchErrors` answers. Not covered: limits of a connection itself, such as clients that do not read their answer
+(`serve.connection`), and quotas (`serve.pool`, `serve.words`).
 """
 
 import asyncio
@@ -112,7 +112,7 @@ def install(
 
 def is_public(path: str) -> bool:
     """Whether a path needs no key: the page, its static files, health checks, and pictures, whose names are secret."""
-    return path in ("/", "/favicon.ico", "/health/live", "/health/ready") or path.startswith(
+    return path in ("/", "/favicon.ico", "/health", "/health/live", "/health/ready") or path.startswith(
         ("/static/", "/v1/pictures/")
     )
 

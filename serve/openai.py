@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Final, Literal
 
+import numpy.typing as npt
 from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request as HTTPRequest
@@ -24,7 +25,7 @@ from oneword.runtime.spacing import Spacing
 from oneword.serve.errors import ApiError, Invalid, NotFound, from_oneword, openai_body
 from oneword.serve.fields import Fields, validated
 from oneword.serve.forms import read_form
-from oneword.serve.generate import cancel, enter, events, finish, fitted, prepare
+from oneword.serve.generate import cancel, enter, events, finish, fitted, prepare, reduced
 from oneword.serve.kept import IdempotencyKey, answered, most_bytes, room
 from oneword.serve.keys import Tenant
 from oneword.serve.openapi import Responses, file_field, stream_response, upload
@@ -47,8 +48,9 @@ class Settings(Fields):
 
     model: str | None = None
     n: Annotated[int, Field(ge=1, le=MAX_IMAGES)] | None = None
-    size: Annotated[str, Field(pattern=r"^(auto|[1-9]\d{0,4}x[1-9]\d{0,4})$")] | None = None
-    response_format: Literal["b64_json", "url"] | None = None
+    size: Annotated[str, Field(pattern=r"^(|auto|[1-9]\d{0,4}x[1-9]\d{0,4})$")] | None = None
+    """Empty text counts as left out here, as in `model` and `response_format`: some clients always send them."""
+    response_format: Literal["b64_json", "url", ""] | None = None
     output_format: Format | None = None
     output_compression: Annotated[int, Field(ge=0, le=100)] | None = None
     stream: bool | None = None
@@ -295,6 +297,7 @@ def _pictures_or_stream(prefix: str) -> Responses:
 router = APIRouter(tags=["OpenAI images"])
 
 
+@router.get("/v1/models/", include_in_schema=False)
 @router.get("/v1/models")
 async def models(http: HTTPRequest) -> ModelList:
     """Lists the models: this server has one."""
@@ -369,7 +372,7 @@ async def _edited(
         for edit in edits:
             strength = body.strength or (0.8 if edit.mask is None else 1.0)
             image = await state.in_thread(blank, edit.picture, "image")
-            request = await _request(state, body, image=image, strength=strength)
+            request = await _request(state, body, size=reduced(state, image), image=image, strength=strength)
             partials = body.partial_images or 0
             generations.append(await prepare(state, tenant, request, partials=partials, beside=generations))
         for edit, generation in zip(edits, generations, strict=True):
@@ -390,10 +393,20 @@ def _decoded(edit: _Edit, request: Request, settings: ResolvedSettings) -> Reque
     """The request with its picture and mask. Raises ApiError."""
     image = decode(edit.picture, "image")
     mask = None if edit.mask is None else decode_mask(edit.mask, transparent=True)
+    if request.size is not None:
+        image, mask = _middle(image, *request.size), None if mask is None else _middle(mask, *request.size)
     try:
         return fitted(replace(request, image=image, mask=mask), settings)
     except OnewordError as error:
         raise from_oneword(error) from None
+
+
+def _middle(pixels: npt.NDArray[Any], width: int, height: int) -> npt.NDArray[Any]:
+    """The largest part of a picture or mask, in its middle, that has the aspect ratio of this size."""
+    h, w = pixels.shape[:2]
+    rows, columns = max(1, min(h, round(w * height / width))), max(1, min(w, round(h * width / height)))
+    top, left = (h - rows) // 2, (w - columns) // 2
+    return pixels[top : top + rows, left : left + columns]
 
 
 def _model(state: State) -> ListedModel:
@@ -411,12 +424,14 @@ async def _request(state: State, body: GenerationBody | EditFields | VariationFi
     return await state.read_text((body.prompt, body.negative_prompt), _built_request, body, body.prompt, **edit)
 
 
-def _built_request(body: Settings, prompt: str, **edit: Any) -> Request:
-    """See `_request`. Takes milliseconds if the prompts are long."""
+def _built_request(body: Settings, prompt: str, size: tuple[int, int] | None = None, **edit: Any) -> Request:
+    """See `_request`; the body's own size goes before `size`. Takes milliseconds if the prompts are long."""
     steps = body.steps if body.num_inference_steps is None else body.num_inference_steps
     if body.steps is not None and steps != body.steps:
         raise Invalid(f"steps is {body.steps} and num_inference_steps {steps}: give one of the two", param="steps")
-    size = None if body.size in (None, "auto") else body.size.split("x")
+    if body.size and body.size != "auto":
+        width, height = body.size.split("x")
+        size = int(width), int(height)
     interval = body.guidance_interval
     try:
         return Request(
@@ -434,7 +449,7 @@ def _built_request(body: Settings, prompt: str, **edit: Any) -> Request:
             guidance_interval=None if interval is None else (interval[0], interval[1]),
             eta=body.eta,
             clip_skip=body.clip_skip,
-            size=None if size is None else (int(size[0]), int(size[1])),
+            size=size,
             previews=body.previews if body.stream else 0,
             **edit,
         )
@@ -444,7 +459,7 @@ def _built_request(body: Settings, prompt: str, **edit: Any) -> Request:
 
 def _check(state: State, body: Settings, count: int) -> None:
     """Raises ApiError for fields that do not go together, with so many pictures to edit or prompts."""
-    if body.model is not None:
+    if body.model:
         _check_model(state, body.model)
     if count * (body.n or 1) > MAX_IMAGES:
         raise Invalid(f"{count} pictures with n={body.n or 1}, allowed are {MAX_IMAGES} results", param="n")
@@ -486,8 +501,7 @@ async def _drawn(
 ) -> Response:
     """Queues the generations, all or none, and answers with their pictures. `stack` holds room for what is kept."""
     state, tenant = caller(http)
-    wanted = body.response_format or (B64_JSON if body.stream else state.settings.response_format)
-    in_json = wanted == B64_JSON
+    in_json = bool(body.stream) or _response_format(state, body) == B64_JSON
     if keep or not in_json:
         size = sum(most_bytes(generation, in_json=in_json) for generation in generations)
         addresses = 0 if in_json else sum(generation.request.num_images for generation in generations)
@@ -509,6 +523,15 @@ async def _drawn(
     )
     await enter(state, *generations)
     return await answer.send(generations)
+
+
+def _response_format(state: State, body: Settings) -> str:
+    """As the body says, else as OpenAI does for its own models, else as the server is set."""
+    if body.response_format:
+        return body.response_format
+    if body.model and body.model != state.name:
+        return URL if body.model.startswith("dall-e") else B64_JSON
+    return state.settings.response_format
 
 
 async def _form(

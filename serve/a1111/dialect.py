@@ -1,9 +1,9 @@
 """A1111's way to ask for pictures: what a body of txt2img or img2img means as a `Request` of the runtime.
 
 Pure translation: no HTTP, no files, no sampling. Some meanings differ from the runtime's own: `clip_skip` counts from
-1; `eta` is 1 for ancestral samplers, and passed on to DDIM only, whose default is 0; a scheduler is a spacing, which may
-also end a sampler's name; picture i has the seed `seed + i`, over all `n_iter` x `batch_size` pictures. Left out, steps, size, guidance and sampler are
-the model's defaults, not A1111's.
+1; `eta` is 1 for ancestral samplers, and passed on to DDIM only, whose default is 0; a scheduler is a spacing, which
+may also end a sampler's name; picture i has the seed `seed + i`, over all `n_iter` x `batch_size` pictures. Left out,
+steps, size, guidance and sampler are the model's defaults, not A1111's.
 
 A key that requests something this server does not do is refused by name; one that requests nothing is accepted. Unknown
 keys are ignored, as A1111 ignores them, unless they look like a misspelled one.

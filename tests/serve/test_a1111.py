@@ -387,12 +387,17 @@ def test_a_wrong_field_is_one_line_of_error(
     assert "\n" not in answer.json()["detail"]
 
 
-@pytest.mark.parametrize("path", ["extra-single-image", "interrogate", "latent-upscale-modes", "face-restorers"])
+@pytest.mark.parametrize("path", ["extra-single-image", "interrogate", "train/embedding"])
 def test_what_is_absent_answers_404(http: httpx.Client, path: str) -> None:
     answer = http.get(f"/sdapi/v1/{path}")
 
     assert answer.status_code == 404
     assert answer.json().keys() == {"error", "detail", "body", "errors"}
+
+
+@pytest.mark.parametrize("path", ["face-restorers", "latent-upscale-modes", "extensions", "loras"])
+def test_lists_that_clients_read_at_their_start_are_empty(http: httpx.Client, path: str) -> None:
+    assert http.get(f"/sdapi/v1/{path}").json() == []
 
 
 def test_numbers_that_are_not_finite_are_refused(http: httpx.Client) -> None:

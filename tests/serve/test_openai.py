@@ -337,7 +337,7 @@ def test_an_interval_in_a_form_is_a_text_or_one_field_for_each_number(http: http
     )
 
     assert listed.json()["data"] == text.json()["data"] != whole.json()["data"]
-    for refused in (short, double, edit(steps=["4", "4"])):
+    for refused in (short, double, edit(steps=["4", "5"])):
         assert refused.status_code == 400
     assert [refused.json()["error"]["param"] for refused in (short, double)] == ["guidance_interval"] * 2
 
@@ -485,6 +485,76 @@ def test_a_picture_requested_as_an_address_is_gone_after_an_hour(start_server: S
         clock[0] += 3601
         assert client.get(url).status_code == 404
         assert running.state.results.collect() == 1
+
+
+@pytest.mark.parametrize(
+    ("model", "setting", "kind"),
+    [
+        ("dall-e-3", "b64_json", "url"),
+        ("gpt-image-1", "url", "b64_json"),
+        ("chatgpt-image-latest", "url", "b64_json"),
+        ("", "url", "url"),
+        ("", "b64_json", "b64_json"),
+    ],
+)
+def test_pictures_of_openais_models_are_returned_as_openai_does(
+    server: Running, http: httpx.Client, monkeypatch: pytest.MonkeyPatch, model: str, setting: str, kind: str
+) -> None:
+    monkeypatch.setattr(server.state, "settings", replace(server.state.settings, response_format=setting))
+    body = {"prompt": "a cat", "steps": 2, "model": model}
+
+    (default,) = http.post("/v1/images/generations", json={**body, "response_format": ""}).json()["data"]
+    (asked,) = http.post("/v1/images/generations", json={**body, "response_format": "b64_json"}).json()["data"]
+
+    assert set(default) == {kind, "seed"}
+    assert set(asked) == {"b64_json", "seed"}
+
+
+def test_a_photograph_that_is_too_large_is_edited_at_a_smaller_size_unless_a_size_is_given(
+    http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("oneword.serve.state._ALWAYS", 0)  # so 128x128 pixels, four times the model's own size
+    photograph = io.BytesIO()
+    PIL.Image.new("RGB", (320, 90), "red").save(photograph, "PNG")
+
+    def edit(**fields: str) -> httpx.Response:
+        data = {"prompt": "a cat", "steps": "2", **fields}
+        return http.post("/v1/images/edits", data=data, files={"image": photograph.getvalue()})
+
+    empty, auto, exact = edit(size=""), edit(size="auto"), edit(size="320x96")
+
+    assert (empty.json()["size"], auto.json()["size"]) == ("240x64", "240x64")  # 241.4x67.9 in multiples of 8
+    assert (exact.status_code, exact.json()["error"]["param"]) == (400, "size")
+
+
+def test_an_edit_at_a_size_of_another_shape_keeps_the_middle_of_the_picture(http: httpx.Client) -> None:
+    image = np.zeros((64, 128, 3), np.uint8)
+    image[:, 32:96] = np.random.default_rng(0).integers(0, 256, (64, 64, 3))
+    mask = np.full((64, 128), 255, np.uint8)
+    mask[:, 32:48] = 0
+    files = {}
+    for name, pixels in (("image", image), ("mask", np.dstack([image, mask]))):
+        stream = io.BytesIO()
+        PIL.Image.fromarray(pixels).save(stream, "PNG")
+        files[name] = stream.getvalue()
+
+    answer = http.post("/v1/images/edits", data={"prompt": "a cat", "steps": "4", "size": "64x64"}, files=files)
+
+    pixels = picture_of(answer.json()["data"][0])
+    assert np.array_equal(pixels[:, 16:], image[:, 48:96])
+    assert not np.array_equal(pixels[:, :16], image[:, 32:48])
+
+
+def test_the_list_of_models_may_end_in_a_slash(http: httpx.Client) -> None:
+    assert http.get("/v1/models/").json() == http.get("/v1/models").json()
+
+
+def test_a_form_may_repeat_a_field_with_the_same_value(http: httpx.Client) -> None:
+    def edit(*steps: str) -> httpx.Response:
+        return http.post("/v1/images/edits", data={"prompt": "a cat", "steps": [*steps]}, files={"image": png()})
+
+    assert edit("2", "2").status_code == 200
+    assert edit("2", "3").json()["error"]["message"] == "the field 'steps' was sent twice, allowed is one value"
 
 
 def test_a_server_can_return_addresses_unless_a_request_asks_otherwise(start_server: Start) -> None:

@@ -464,7 +464,7 @@ def test_the_key_file_is_read_again_on_sighup_and_a_broken_one_changes_nothing(p
 CLIENT = "127.0.0.77"
 """The clients' address, which is not the server's."""
 SECRET = "zebra-in-a-secret-prompt"
-PUBLIC = ("/health/live", "/health/ready")
+PUBLIC = ("/health", "/health/live", "/health/ready")
 
 
 def test_no_key_prompt_path_address_or_traceback_is_in_any_answer_or_log(process: Keyed) -> None:
