@@ -86,14 +86,14 @@ DATA: Final = "~/.local/share/oneword"
     "allowed_origins",
     multiple=True,
     metavar="ORIGIN",
-    help="A site whose pages may use the server, such as https://chat.example.com; may be repeated.",
+    help="Another site whose pages may use the server, such as https://chat.example.com; may be repeated.",
 )
 @click.option(
     "--response-format",
     type=click.Choice([B64_JSON, URL]),
     default=B64_JSON,
     show_default=True,
-    help="How OpenAI's routes return pictures if a request does not say.",
+    help="How OpenAI's routes return pictures, if neither a request nor its model says.",
 )
 @click.option("--root-path", default="", metavar="PATH", help="The prefix that a proxy removes from paths.")
 @click.option(

@@ -396,7 +396,7 @@ def _explained(error: Mapping[str, Any], param: str | None) -> str:
         case "json_invalid":
             return "the body is not valid JSON: check quotes, commas and brackets, and send it as UTF-8"
         case _ if param is None and isinstance(value, bytes):  # FastAPI has not read it
-            return "the body has another Content-Type: send JSON with the header 'Content-Type: application/json'"
+            return "the body was not sent as JSON: add the header 'Content-Type: application/json'"
         case _ if kind == UNKNOWN:  # of `serve.fields`
             return str(limits["text"])
         case "extra_forbidden":

@@ -6,6 +6,7 @@ Both dialects and the page's routes use these. Not covered: admission (`oneword.
 
 import asyncio
 import contextlib
+import math
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import Final, TypeVar
@@ -77,11 +78,18 @@ async def enter(state: State, *generations: Generation, bare_names: bool = False
 def reduced(state: State, image: Image) -> tuple[int, int] | None:
     """The size at which a picture is edited if it is larger than this server makes: smaller in proportion."""
     height, width = image.shape[:2]
-    side, factor = state.manifest.max_side or max(width, height), state.manifest.size_multiple
-    scale = min((state.max_pixels / (width * height)) ** 0.5, side / max(width, height))
-    if scale >= 1:
+    longer, factor, pixels = max(width, height), state.manifest.size_multiple, state.max_pixels
+    limit = state.manifest.max_side or longer
+    if longer <= limit and width * height <= pixels:
         return None
-    return max(factor, int(width * scale) // factor * factor), max(factor, int(height * scale) // factor * factor)
+    width, height = (
+        max(factor, side // factor * factor)
+        for side in (
+            min(math.isqrt(pixels * width // height), width * limit // longer),
+            min(math.isqrt(pixels * height // width), height * limit // longer),
+        )
+    )
+    return width, height
 
 
 def fitted(request: Request, settings: ResolvedSettings) -> Request:

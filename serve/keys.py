@@ -40,7 +40,7 @@ class Tenant:
     max_bytes: int = 100 << 20
     """Of all words together."""
     max_result_bytes: int = 1 << 30
-    """Of the pictures in the store that wait to be fetched, for response_format "url", and the answers kept there."""
+    """Of the pictures in the store whose addresses were answers, and the answers kept there."""
     pixel_steps_per_minute: int | None = None
     """None means no limit."""
 

@@ -1,9 +1,9 @@
 """What every request passes before a route sees it: ASGI middleware that acts before the body is read.
 
-From the outside in: `AccessLog`, `SecurityHeaders`, Starlette's `CORSMiddleware` if other sites are allowed,
-`errors.CatchErrors`, `TrustedProxy`, `CheckOrigin`, `Authenticate`, `Admit`, `LimitBody`. They raise `ApiError`, and
-`CatchErrors` answers. Not covered: limits of a connection itself, such as clients that do not read their answer
-(`serve.connection`), and quotas (`serve.pool`, `serve.words`).
+From the outside in: `AccessLog`, `SecurityHeaders`, `errors.CatchErrors`, `TrustedProxy`, `CheckOrigin`,
+`Authenticate`, `Admit`, `LimitBody`; after `CheckOrigin`, if other sites are allowed, Starlette's `CORSMiddleware`.
+They raise `ApiError`, and `CatchErrors` answers. Not covered: limits of a connection itself, such as clients that do
+not read their answer (`serve.connection`), and quotas (`serve.pool`, `serve.words`).
 """
 
 import asyncio
@@ -43,7 +43,7 @@ BODY_LIMITS = (
 BODIES_LIMIT = 512 * MIB
 """Bytes of all bodies at a time: a body is in memory until its request is answered."""
 CONTAINER_HOSTS = ("host.docker.internal", "gateway.docker.internal", "host.containers.internal")
-"""What containers call the machine they run on. No public name ends in .internal, so no attacker's DNS has them."""
+"""What containers call the machine they run on. No public DNS has names that end in .internal."""
 MAX_PARTS = 200_000
 """Items of a large JSON body. Pictures in base64 have none, and each other one costs time to parse."""
 PICTURE_ROUTES = frozenset(
@@ -90,6 +90,16 @@ def install(
     app.add_middleware(LimitBody, limits=limits, seconds=settings.body_seconds)
     app.add_middleware(Admit, check=check, limits=limits, seconds=settings.body_seconds)
     app.add_middleware(Authenticate, keys=keys, public=is_public)
+    if settings.allowed_origins:
+        app.add_middleware(CatchErrors)  # so that their pages can read errors too
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.allowed_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            allow_private_network=True,
+            expose_headers=["Retry-After", "X-Request-Id", "X-Should-Retry"],
+        )
     app.add_middleware(
         CheckOrigin,
         hosts=allowed_hosts(settings),
@@ -98,14 +108,6 @@ def install(
     )
     app.add_middleware(TrustedProxy, proxies=settings.trusted_proxies)
     app.add_middleware(CatchErrors)
-    if settings.allowed_origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=settings.allowed_origins,
-            allow_methods=["*"],
-            allow_headers=["*"],
-            expose_headers=["Retry-After", "X-Request-Id"],
-        )
     app.add_middleware(SecurityHeaders)
     app.add_middleware(AccessLog, observer=observer)
 
@@ -247,7 +249,7 @@ class CheckOrigin:
     def __init__(
         self, app: ASGIApp, hosts: Collection[str], public_url: str | None = None, origins: Collection[str] = ()
     ) -> None:
-        """`origins` are allowed as browsers send them."""
+        """`origins` are those of other sites that are allowed."""
         self.app = app
         self._hosts = hosts
         self._origins = origins

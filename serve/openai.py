@@ -22,7 +22,7 @@ from oneword.runtime.events import PictureDone
 from oneword.runtime.request import MAX_STEPS, Image, Request, ResolvedSettings
 from oneword.runtime.samplers import Guidance, Sampler
 from oneword.runtime.spacing import Spacing
-from oneword.serve.errors import ApiError, Invalid, NotFound, from_oneword, openai_body
+from oneword.serve.errors import ApiError, Invalid, NotFound, Unprocessable, from_oneword, openai_body
 from oneword.serve.fields import Fields, validated
 from oneword.serve.forms import read_form
 from oneword.serve.generate import cancel, enter, events, finish, fitted, prepare, reduced
@@ -112,7 +112,7 @@ class VariationFields(Settings):
 
 
 class Picture(BaseModel):
-    """One picture: `b64_json`, or `url` where response_format, or by default the server's, is "url"."""
+    """One picture: `b64_json`, or `url` where response_format is "url", which is the default for some models."""
 
     b64_json: str | None = None
     url: str | None = None
@@ -393,8 +393,14 @@ def _decoded(edit: _Edit, request: Request, settings: ResolvedSettings) -> Reque
     """The request with its picture and mask. Raises ApiError."""
     image = decode(edit.picture, "image")
     mask = None if edit.mask is None else decode_mask(edit.mask, transparent=True)
-    if request.size is not None:
+    if request.size is not None and (mask is None or mask.shape == image.shape[:2]):
         image, mask = _middle(image, *request.size), None if mask is None else _middle(mask, *request.size)
+        if mask is not None and not mask.any():
+            raise Unprocessable(
+                "the mask is opaque where the picture has the shape of this size, in its middle: leave the size out, "
+                "or choose one of the picture's shape",
+                "mask",
+            )
     try:
         return fitted(replace(request, image=image, mask=mask), settings)
     except OnewordError as error:
@@ -406,7 +412,7 @@ def _middle(pixels: npt.NDArray[Any], width: int, height: int) -> npt.NDArray[An
     h, w = pixels.shape[:2]
     rows, columns = max(1, min(h, round(w * height / width))), max(1, min(w, round(h * width / height)))
     top, left = (h - rows) // 2, (w - columns) // 2
-    return pixels[top : top + rows, left : left + columns]
+    return pixels[top : top + rows, left : left + columns].copy()  # the rest is not needed while it waits
 
 
 def _model(state: State) -> ListedModel:

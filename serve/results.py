@@ -225,7 +225,7 @@ router = APIRouter(tags=["pictures"])
     responses=file_response("The picture.", *PICTURE_TYPES),
 )
 async def picture(http: HTTPRequest, name: str) -> Response:
-    """A picture that was requested with response_format "url". 404 after an hour."""
+    """A picture whose address was an answer. 404 after an hour."""
     state = http.app.state.oneword
     found = await state.in_thread(state.results.get, name)
     if found is None:

@@ -18,7 +18,8 @@ B64_JSON, URL = "b64_json", "url"
 MAX_WAITS: Final = 10
 """Times `max_wait` that one request may take, even on a server without other work."""
 _HOST: Final = re.compile(r"[A-Za-z0-9_.-]+")
-_ORIGIN: Final = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s*]*")
+_ORIGIN: Final = re.compile(r"([a-z][a-z0-9+.-]*)://([a-z0-9_.-]*|\[[0-9a-f:]+\])(:[1-9][0-9]{0,4})?")
+_DEFAULT_PORTS: Final = {"http": ":80", "https": ":443"}
 
 
 def data_folder() -> Path:
@@ -72,10 +73,10 @@ class Settings:
     allowed_hosts: tuple[str, ...] = ()
     """More names under which clients reach the server, without a port."""
     allowed_origins: tuple[str, ...] = ()
-    """Other sites whose pages, and programs whose windows, may use the server, as their browsers call them."""
+    """Other sites whose pages may use the server, and desktop programs: `Origin` as they send it."""
     root_path: str = ""
     response_format: str = B64_JSON
-    """How OpenAI's routes return pictures if a request does not say: as base64, or as addresses."""
+    """How OpenAI's routes return pictures, as base64 or as addresses, if neither a request nor its model says."""
     body_seconds: float = 60.0
     """A request must have arrived in this time."""
     write_seconds: float = 30.0
@@ -126,11 +127,7 @@ class Settings:
             if not _HOST.fullmatch(host):
                 raise UsageError(f"--allow-host is {host!r}, allowed is a name without a port, such as oneword")
         for origin in self.allowed_origins:
-            if not _ORIGIN.fullmatch(origin):
-                raise UsageError(
-                    f"--allow-origin is {origin!r}, allowed is an origin without a path, such as "
-                    "https://chat.example.com or file://"
-                )
+            _check_origin(origin)
         if self.public_url is not None:
             _check_url(self.public_url)
         if self.root_path and (not self.root_path.startswith("/") or self.root_path.endswith("/")):
@@ -144,6 +141,18 @@ def _check_network(proxy: str) -> None:
         raise UsageError(
             f"--trusted-proxy is {proxy!r}, allowed is an address such as 10.0.0.5, or a network such as 10.0.0.0/8"
         ) from None
+
+
+def _check_origin(origin: str) -> None:
+    """Refuses also what no browser sends, which would never match."""
+    found = _ORIGIN.fullmatch(origin)
+    scheme, host, port = found.groups() if found else ("", "", None)
+    web = scheme in _DEFAULT_PORTS
+    if not found or (web and (not host or port == _DEFAULT_PORTS[scheme])):
+        raise UsageError(
+            f"--allow-origin is {origin!r}, allowed is an origin as browsers send it, in lower case, without a path "
+            "and a default port, such as https://chat.example.com or file://"
+        )
 
 
 def _check_url(url: str) -> None:

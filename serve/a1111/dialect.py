@@ -1,9 +1,9 @@
 """A1111's way to ask for pictures: what a body of txt2img or img2img means as a `Request` of the runtime.
 
 Pure translation: no HTTP, no files, no sampling. Some meanings differ from the runtime's own: `clip_skip` counts from
-1; `eta` is 1 for ancestral samplers, and passed on to DDIM only, whose default is 0; a scheduler is a spacing, which
-may also end a sampler's name; picture i has the seed `seed + i`, over all `n_iter` x `batch_size` pictures. Left out,
-steps, size, guidance and sampler are the model's defaults, not A1111's.
+1; `eta` is passed on to DDIM only, whose default is 0: ancestral samplers have 1, and 0 makes another sampler of
+them; a scheduler is a spacing, which may also end a sampler's name; picture i has the seed `seed + i`, over all
+`n_iter` x `batch_size` pictures. Left out, steps, size, guidance and sampler are the model's defaults, not A1111's.
 
 A key that requests something this server does not do is refused by name; one that requests nothing is accepted. Unknown
 keys are ignored, as A1111 ignores them, unless they look like a misspelled one.
@@ -236,7 +236,7 @@ def sampler_of(name: str | None, scheduler: str | None, manifest: Manifest) -> t
     if spacing is Spacing.KARRAS and used in (Sampler.DPMPP_2M, Sampler.DPMPP_2M_KARRAS):
         return Sampler.DPMPP_2M_KARRAS, None
     if spacing is not None and spacing not in spacings_of(used):
-        if used is Sampler.DDIM:  # it has steps of its own in A1111
+        if sampler is Sampler.DDIM:  # it has steps of its own in A1111
             return sampler, None
         names = ", ".join(name for name, other in _SPACINGS.items() if other in spacings_of(used))
         raise Unprocessable(

@@ -675,7 +675,11 @@ def test_containers_reach_the_server_by_their_names_for_the_machine_and_by_allow
 @pytest.mark.parametrize("origin", ["https://chat.example.com", "http://localhost:3000", "file://"])
 def test_pages_of_allowed_sites_may_use_the_server_and_read_its_answers(keys: Keys, origin: str) -> None:
     app = make_app(keys, allowed_origins=("https://chat.example.com", "http://localhost:3000", "file://"))
-    wanted = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization, content-type"}
+    wanted = {
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization, content-type",
+        "Access-Control-Request-Private-Network": "true",  # from a page on the internet to this machine
+    }
 
     preflight = ask(app, "OPTIONS", "/v1/unread", {"Host": "localhost", "Origin": origin, **wanted})
     answer = ask(
@@ -692,10 +696,12 @@ def test_pages_of_allowed_sites_may_use_the_server_and_read_its_answers(keys: Ke
 @pytest.mark.parametrize("origin", ["https://evil.example", "https://chat.example.com.evil.example", "null", "app://"])
 def test_pages_of_all_other_sites_are_still_refused(origin: str) -> None:
     app = make_app(allowed_origins=("https://chat.example.com", "file://"))
-    for method in ("GET", "POST", "OPTIONS"):
-        answer = ask(app, method, "/v1/unread", {"Host": "localhost", "Origin": origin}, [b"x"])
+    preflight = {"Access-Control-Request-Method": "POST"}
+    for method, more in (("GET", {}), ("POST", {}), ("OPTIONS", {}), ("OPTIONS", preflight)):
+        answer = ask(app, method, "/v1/unread", {"Host": "localhost", "Origin": origin, **more}, [b"x"])
 
         assert (answer.status, answer.received) == (403, 0)
+        assert answer.json["error"]["code"] == "origin_not_allowed"
         assert "access-control-allow-origin" not in answer.headers
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import numpy as np
 import PIL.Image
 import pytest
@@ -23,7 +24,7 @@ from oneword.runtime.prompt import Tokenizer
 from oneword.runtime.request import Request, ResolvedSettings, resolve
 from oneword.serve import openai
 from oneword.serve.errors import Busy, Unavailable
-from oneword.serve.generate import fitted
+from oneword.serve.generate import fitted, reduced
 from oneword.serve.keys import Tenant, new_key
 from oneword.serve.pictures import encode
 from oneword.serve.pool import Generation
@@ -527,19 +528,43 @@ def test_a_photograph_that_is_too_large_is_edited_at_a_smaller_size_unless_a_siz
     assert (exact.status_code, exact.json()["error"]["param"]) == (400, "size")
 
 
+@pytest.mark.parametrize(
+    ("size", "max_side", "expected"),
+    [
+        ((1024, 1024), None, None),
+        ((1039, 1039), None, (1024, 1024)),
+        ((4000, 3000), None, (1176, 880)),  # 1182.4x886.8
+        ((900, 600), 512, (512, 336)),  # 512x341.3
+        ((512, 100), 512, None),
+    ],
+)
+def test_a_picture_is_reduced_in_proportion_to_multiples_of_8(
+    server: Running, size: tuple[int, int], max_side: int | None, expected: tuple[int, int] | None
+) -> None:
+    manifest = msgspec.structs.replace(server.state.manifest, max_side=max_side)
+    assert reduced(replace(server.state, manifest=manifest), np.zeros((size[1], size[0], 3), np.uint8)) == expected
+
+
 def test_an_edit_at_a_size_of_another_shape_keeps_the_middle_of_the_picture(http: httpx.Client) -> None:
     image = np.zeros((64, 128, 3), np.uint8)
     image[:, 32:96] = np.random.default_rng(0).integers(0, 256, (64, 64, 3))
     mask = np.full((64, 128), 255, np.uint8)
     mask[:, 32:48] = 0
     files = {}
-    for name, pixels in (("image", image), ("mask", np.dstack([image, mask]))):
+    smaller_mask = np.zeros((64, 64, 4), np.uint8)
+    for name, pixels in (("image", image), ("mask", np.dstack([image, mask])), ("smaller", smaller_mask)):
         stream = io.BytesIO()
         PIL.Image.fromarray(pixels).save(stream, "PNG")
         files[name] = stream.getvalue()
 
-    answer = http.post("/v1/images/edits", data={"prompt": "a cat", "steps": "4", "size": "64x64"}, files=files)
+    def edit(mask: str, size: str = "64x64") -> httpx.Response:
+        uploads = {"image": files["image"], "mask": files[mask]}
+        return http.post("/v1/images/edits", data={"prompt": "a cat", "steps": "4", "size": size}, files=uploads)
 
+    answer, outside, smaller = edit("mask"), edit("mask", "16x64"), edit("smaller")
+
+    assert (outside.status_code, outside.json()["error"]["param"]) == (422, "mask")
+    assert "the mask is 64x64, the image 128x64" in smaller.json()["error"]["message"]
     pixels = picture_of(answer.json()["data"][0])
     assert np.array_equal(pixels[:, 16:], image[:, 48:96])
     assert not np.array_equal(pixels[:, :16], image[:, 32:48])

@@ -10,9 +10,10 @@ from torch import Tensor
 
 #: The coefficients of the Newton-Schulz iteration, and how often it runs; PyTorch's too.
 _NEWTON_SCHULZ, _STEPS = (3.4445, -4.7750, 2.0315), 5
+_MOMENTUM = 0.95
 
 
-class Muon(torch.optim.Muon):
+class Muon(torch.optim.Optimizer):
     """Muon for matrices, with Nesterov's momentum, decoupled weight decay and updates of AdamW's root mean square.
 
     `dtype` is the type of the products that orthogonalise a gradient. Where bfloat16 is emulated, float32 is 20 times
@@ -20,7 +21,7 @@ class Muon(torch.optim.Muon):
     """
 
     def __init__(self, params: Iterable[Tensor], lr: float, weight_decay: float, dtype: torch.dtype) -> None:
-        super().__init__(params, lr, weight_decay, adjust_lr_fn="match_rms_adamw")
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         self.dtype = dtype
 
     @torch.no_grad()
@@ -29,9 +30,10 @@ class Muon(torch.optim.Muon):
         for group in self.param_groups:
             for matrix in group["params"]:
                 state = self.state[matrix]
-                momentum = state.setdefault("momentum_buffer", torch.zeros_like(matrix))
-                momentum.lerp_(matrix.grad, 1 - group["momentum"])
-                update = orthogonal(matrix.grad.lerp(momentum, group["momentum"]).to(self.dtype))
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(matrix)
+                momentum = state["momentum_buffer"].lerp_(matrix.grad, 1 - _MOMENTUM)
+                update = orthogonal(matrix.grad.lerp(momentum, _MOMENTUM).to(self.dtype))
                 matrix.mul_(1 - group["lr"] * group["weight_decay"])
                 matrix.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(matrix.shape)))
 
