@@ -40,7 +40,7 @@ TOKENS = ("<toy>", "<gem>")
 PHOTOGRAPHED = ("studio", "kitchen", "desert", "meadow", "brick")
 ELSEWHERE = ("snow", "night", "sea", "forest", "sunset")
 MEDIA = ("drawing", "icon", "painting")
-SEED, GUIDANCE, STEPS = 7, 4, 100
+SEED, GUIDANCE = 7, 4
 FOLDERS = ("pictures", "more-pictures")
 OUTPUTS = (*FOLDERS, "bundle", "generated")  # folders of an earlier demo, which are replaced
 
@@ -70,7 +70,7 @@ def main() -> int:
     outputs = [part for token, word in zip(TOKENS, words, strict=True) for part in ("--token", token, "--output", word)]
     stages.command(
         "learn", "ti-train", *(output / folder for folder in FOLDERS), "--model", options.model, *outputs,
-        "--recipe", "precise", "--steps", STEPS, "--seed", SEED,
+        "--init", "auto", "--seed", SEED,
     )  # fmt: skip
     stages.command("export", "ti-export", options.model, bundle)
     groups = scenes()
