@@ -39,7 +39,7 @@ async def live(http: Request) -> Response:
     return JSONResponse({"status": worker.state}, 200 if alive else 500)
 
 
-@router.get("/health", response_model=Health, responses={503: {"model": Health, "description": "See /health/ready."}})
+@router.get("/health", include_in_schema=False)  # where others have it
 @router.get(
     "/health/ready", response_model=Health, responses={503: {"model": Health, "description": "Not ready, or stopping."}}
 )
