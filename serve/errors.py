@@ -395,7 +395,7 @@ def _explained(error: Mapping[str, Any], param: str | None) -> str:
             return f"{name} is missing: add it to {where}"
         case "json_invalid":
             return "the body is not valid JSON: check quotes, commas and brackets, and send it as UTF-8"
-        case _ if param is None and isinstance(value, bytes):  # FastAPI has not read it
+        case _ if param is None and isinstance(value, bytes):  # FastAPI parses JSON only
             return "the body was not sent as JSON: add the header 'Content-Type: application/json'"
         case _ if kind == UNKNOWN:  # of `serve.fields`
             return str(limits["text"])

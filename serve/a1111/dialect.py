@@ -98,7 +98,6 @@ _NOT_DONE: Final[Mapping[str, str]] = {
 }
 _NEUTRAL: Final[Mapping[str, float]] = {"s_noise": 1.0, "initial_noise_multiplier": 1.0}
 _DEFAULT_OPTIONS: Final[Mapping[str, object]] = {
-    "sd_vae": "Automatic",
     "ddim_discretize": "uniform",
     "inpainting_mask_weight": 1.0,
     "initial_noise_multiplier": 1.0,
@@ -263,7 +262,7 @@ def options(manifest: Manifest) -> dict[str, Any]:
     return {
         "sd_model_checkpoint": model.title,
         "sd_checkpoint_hash": model.sha256,
-        "sd_vae": _DEFAULT_OPTIONS["sd_vae"],
+        "sd_vae": "Automatic",
         "CLIP_stop_at_last_layers": 1,
         "samples_format": "png",
         "show_progress_every_n_steps": PREVIEW_STEPS,

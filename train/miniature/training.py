@@ -517,11 +517,14 @@ class Workers:
         return pace
 
 
-def _autocast(device: str) -> torch.autocast:
+def _product_dtype(device: torch.device) -> torch.dtype:
     """bf16, except on a CPU that would have to emulate it."""
-    kind = torch.device(device).type
-    enabled = kind != "cpu" or compute_dtype(Compute.AUTO) is torch.bfloat16
-    return torch.autocast(kind, torch.bfloat16, enabled=enabled)
+    return compute_dtype(Compute.AUTO) if device.type == "cpu" else torch.bfloat16
+
+
+def _autocast(name: str) -> torch.autocast:
+    device = torch.device(name)
+    return torch.autocast(device.type, torch.bfloat16, enabled=_product_dtype(device) is torch.bfloat16)
 
 
 def _trained(models: Sequence[nn.Module]) -> list[nn.Parameter]:
@@ -543,7 +546,7 @@ def new_optimisers(
     non_mixing = [p for p in weights if p.ndim < 2 or id(p) in tables]
     matrices = [(p, p.detach().flatten(1)) for p in mixing]
     views = sorted((m for _, m in matrices), key=lambda m: min(m.shape) * m.numel())  # by the cost of orthogonalising
-    dtype = compute_dtype(Compute.AUTO) if weights[0].device.type == "cpu" else torch.bfloat16
+    dtype = _product_dtype(weights[0].device)
     optimisers: list[torch.optim.Optimizer] = [
         Muon(half, MUON * rate, weight_decay=0.01, dtype=dtype) for half in (views[0::2], views[1::2])
     ]
