@@ -109,7 +109,7 @@ def _torch(contender: str, model: str, folder: Path, feeds: dict[str, Any], step
 
     if not torch.cuda.is_available():
         raise SystemExit(f"PyTorch {torch.__version__} finds no GPU")
-    from oneword.export.trace import to_torch  # takes seconds: imports diffusers
+    from oneword.export.eager import to_torch  # takes seconds: imports diffusers
 
     graph = full_size(model, "fp16")
     module = tuned_step(graph.module.network.unet) if contender == "diffusers-tuned" else graph.module

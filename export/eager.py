@@ -11,7 +11,6 @@ from oneword.engines.errors import EngineError, one_line
 from oneword.engines.graph import Graph, TensorSpec
 from oneword.export.families import Traceable, family_of
 from oneword.export.source import Source
-from oneword.export.trace import to_torch
 from oneword.runtime.bundle import Provenance
 from oneword.runtime.model import Model
 from oneword.runtime.prompt import Tokenizer
@@ -70,6 +69,11 @@ class EagerBinding:
 
     def specialize(self) -> None:
         """See Binding. Does nothing: every shape is equally fast."""
+
+
+def to_torch(specs: tuple[TensorSpec, ...], feeds: Mapping[str, NumpyArray]) -> dict[str, torch.Tensor]:
+    """Feeds as tensors, in the order of the specs."""
+    return {spec.name: torch.from_numpy(np.ascontiguousarray(feeds[spec.name])) for spec in specs}
 
 
 def eager_model(source: Source) -> Model:

@@ -16,6 +16,7 @@ from oneword.engines.engine import NumpyArray, numpy_dtype
 from oneword.engines.errors import OnewordError, one_line
 from oneword.engines.graph import DType, Precision, Provider, TensorSpec, Weights
 from oneword.export.compress import compress_weights
+from oneword.export.eager import to_torch
 from oneword.export.families import Traceable
 from oneword.export.fusion import fused_copies, save_copy
 from oneword.export.lowering import known_values, lower
@@ -163,11 +164,6 @@ def example(
         case "embedding_table":
             values *= np.float32(0.02)
     return values.astype(numpy_dtype(spec.dtype))
-
-
-def to_torch(specs: tuple[TensorSpec, ...], feeds: Mapping[str, NumpyArray]) -> dict[str, torch.Tensor]:
-    """Feeds as tensors, in the order of the specs."""
-    return {spec.name: torch.from_numpy(np.ascontiguousarray(feeds[spec.name])) for spec in specs}
 
 
 @contextlib.contextmanager

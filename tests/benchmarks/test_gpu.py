@@ -135,7 +135,7 @@ def test_the_tuned_step_of_diffusers_is_the_step_of_the_others() -> None:
 
     from benchmarks.architectures import full_size
     from benchmarks.gpu_step import tuned_step
-    from oneword.export.trace import to_torch
+    from oneword.export.eager import to_torch
 
     graph = full_size("tiny", "fp32")
     feeds = feeds_of("tiny", 3)
