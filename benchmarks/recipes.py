@@ -3,7 +3,7 @@
 The miniature's twelve held-out looks and six held-out styles, five pictures each, are learned by every contender with
 three seeds, each word in a run of its own. A contender is RECIPE[:INIT[:SETTING,SETTING]], such as `directional:auto`
 or `directional:auto:steps=25,learning_rate=0.15`. INIT is `object` unless given; `shape` stands for the word that a
-person would say, the look's shape. A style starts from `painting` unless INIT is `auto`.
+person would say, the look's shape. A style starts from `painting` unless INIT is `auto`, and has no `shape`.
 
 likeness     of looks: mean cosine (by the judge) of ten generated pictures to the five, relative to that of other
              renders of the look on the same backgrounds; the target is 0.97
@@ -79,7 +79,8 @@ def main() -> None:
         for row in (lab.caption(number, seed), *(lab.look(name, number, seed) for name in args.contenders))
     ]
     things = list(styles(args.styles))
-    rows += [lab.style(name, thing, seed) for seed in range(args.seeds) for thing in things for name in args.contenders]
+    of_styles = [name for name in args.contenders if recipe_and_init(name)[1] != "shape"]
+    rows += [lab.style(name, thing, seed) for seed in range(args.seeds) for thing in things for name in of_styles]
     report = means(rows)
     text = f"{described(args)}\n\n{summary(report)}"
     print(text)
