@@ -469,7 +469,7 @@ def write_page(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], ar
     elif args.full_size:
         name, text = "full-size", full_size_table(rows)
     else:
-        name, text = "compared", compared(rows, summary)
+        name, text = "compared", f"Recipe `{args.recipe}`, threads: {args.threads}.\n\n{compared(rows, summary)}"
     origin = provenance("training", stored=args.store.file)
     write_section(PAGE, name, f"{origin}\n\n{text}", NEW_PAGE)
 
@@ -521,7 +521,29 @@ def compared(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> s
         parts.append(
             table(("the script's seconds over oneword's, at its likeness and editability", "target", "measured"), lines)
         )
-    return "\n\n".join([*parts, parts_table(words)])
+    return "\n\n".join([*parts, differences(words), parts_table(words)])
+
+
+def differences(words: Sequence[Mapping[str, Any]]) -> str:
+    """Our runs compared with the script's longest run on the same word: medians of times, and means of differences
+    with their standard errors over words."""
+    longest = max(row["steps"] for row in words if row["contender"] == "diffusers")
+    script = {row["word"]: row for row in words if (row["contender"], row["steps"]) == ("diffusers", longest)}
+    ours = [row for row in words if row["contender"] == "oneword" and row["word"] in script]
+    lines = []
+    for steps in sorted({row["steps"] for row in ours}):
+        pairs = [(row, script[row["word"]]) for row in ours if row["steps"] == steps]
+        times = statistics.median(theirs["seconds"] / mine["seconds"] for mine, theirs in pairs)
+        scores = ([mine[name] - theirs[name] for mine, theirs in pairs] for name in ("likeness", "editability"))
+        lines.append((f"oneword, {steps} steps", f"{times:.1f}", *map(with_error, scores)))
+    script_run = f"compared with the script's {longest} steps"
+    return table((script_run, "times faster", "likeness higher by", "editability higher by"), lines)
+
+
+def with_error(values: Sequence[float]) -> str:
+    """The mean, and its standard error if there are several values."""
+    mean = f"{statistics.mean(values):.4f}"
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values) / math.sqrt(len(values)):.4f}"
 
 
 def many_table(rows: Sequence[Mapping[str, Any]], count: int) -> str:
