@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 MARKERS = ("o", "s", "^", "D")
 COLOURS = ("#2f6db3", "#c8553d", "#3a8f5c", "#8d5aa8", "#b8860b", "#3aa6a6", "#7a7a7a", "#c2417c")
@@ -56,6 +57,9 @@ def trajectories(panels: Mapping[str, Mapping[str, Sequence[tuple[float, Sequenc
     for number, (quantity, series) in enumerate(panels.items(), start=1):
         axes = dressed(figure.add_subplot(1, len(panels), number), across, quantity)
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.xaxis.set_minor_locator(NullLocator())
         for colour, (name, points) in zip(_cycled(len(series)), series.items(), strict=True):
             low, middle, high = np.array([np.quantile(ys, (0.25, 0.5, 0.75)) for _, ys in points]).T
             axes.errorbar(
