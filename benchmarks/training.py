@@ -53,6 +53,7 @@ SPEEDUP_BAR, REACHED_BAR, MANY_BAR = 20, 10 / 12, 0.5
 PARTS = ("start", "VAE", "text encoder", "UNet", "backward", "optimiser", "rest")
 README_RATE = 5e-4  # the script multiplies it by its batch (--scale_lr)
 BATCH = 4
+SCORES = ("likeness", "editability")
 
 
 def main() -> None:
@@ -422,8 +423,7 @@ def measured(
 def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The ratios that have targets, from what has been measured so far."""
     summary: dict[str, Any] = {}
-    words = {row["word"] for row in rows if row["contender"] == "diffusers" and "word" in row}
-    ratios = [ratio_of(rows, word) for word in sorted(words)]
+    ratios = [ratio_of(rows, script_run) for _, script_run in sorted(script_runs(rows).items())]
     if ratios:
         summary["their seconds over ours at their likeness and editability"] = {
             "by word": [round(ratio, 2) for ratio in ratios],
@@ -450,14 +450,20 @@ def reached_bar(words: int) -> int:
     return math.ceil(REACHED_BAR * words)
 
 
-def ratio_of(rows: Sequence[Mapping[str, Any]], word: int) -> float:
+def script_runs(rows: Sequence[Mapping[str, Any]]) -> dict[int, Mapping[str, Any]]:
+    """The script's longest run on each word."""
+    runs = [row for row in rows if row["contender"] == "diffusers" and "word" in row]
+    return {row["word"]: row for row in sorted(runs, key=lambda row: row["steps"])}
+
+
+def ratio_of(rows: Sequence[Mapping[str, Any]], script_run: Mapping[str, Any]) -> float:
     """The script's seconds over those of our shortest run with its likeness and editability; 0 if no run has both."""
-    runs = [row for row in rows if row.get("word") == word]
-    script_run = max((row for row in runs if row["contender"] == "diffusers"), key=lambda row: row["steps"])
     good = [
         row["seconds"]
-        for row in runs
-        if row["contender"] == "oneword" and all(row[name] >= script_run[name] for name in ("likeness", "editability"))
+        for row in rows
+        if row["contender"] == "oneword"
+        and row.get("word") == script_run["word"]
+        and all(row[name] >= script_run[name] for name in SCORES)
     ]
     return float(script_run["seconds"] / min(good)) if good else 0.0
 
@@ -482,7 +488,7 @@ def compared(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> s
     if not words:
         raise SystemExit("no word has been measured in --work: give the path of diffusers' script")
     runs = sorted({(row["contender"], row["steps"]) for row in words})
-    names = ("seconds", "likeness", "editability")
+    names = ("seconds", *SCORES)
     values = {
         run: {name: [row[name] for row in words if (row["contender"], row["steps"]) == run] for name in names}
         for run in runs
@@ -494,7 +500,7 @@ def compared(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> s
             ]
             for contender in dict.fromkeys(row["contender"] for row in words)
         }
-        for name in ("likeness", "editability")
+        for name in SCORES
     }
     PAGE.parent.mkdir(parents=True, exist_ok=True)
     PAGE.with_suffix(".svg").write_text(trajectories(panels, "seconds, from the start of the process"))
@@ -527,17 +533,17 @@ def compared(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> s
 def differences(words: Sequence[Mapping[str, Any]]) -> str:
     """Our runs compared with the script's longest run on the same word: medians of times, and means of differences
     with their standard errors over words."""
-    longest = max(row["steps"] for row in words if row["contender"] == "diffusers")
-    script = {row["word"]: row for row in words if (row["contender"], row["steps"]) == ("diffusers", longest)}
+    script = script_runs(words)
     ours = [row for row in words if row["contender"] == "oneword" and row["word"] in script]
     lines = []
     for steps in sorted({row["steps"] for row in ours}):
         pairs = [(row, script[row["word"]]) for row in ours if row["steps"] == steps]
         times = statistics.median(theirs["seconds"] / mine["seconds"] for mine, theirs in pairs)
-        scores = ([mine[name] - theirs[name] for mine, theirs in pairs] for name in ("likeness", "editability"))
+        scores = ([mine[name] - theirs[name] for mine, theirs in pairs] for name in SCORES)
         lines.append((f"oneword, {steps} steps", f"{times:.1f}", *map(with_error, scores)))
-    script_run = f"compared with the script's {longest} steps"
-    return table((script_run, "times faster", "likeness higher by", "editability higher by"), lines)
+    longest = max(row["steps"] for row in script.values())
+    head = (f"compared with the script's {longest} steps", "times faster", *(f"{name} higher by" for name in SCORES))
+    return table(head, lines)
 
 
 def with_error(values: Sequence[float]) -> str:
