@@ -15,6 +15,7 @@ def settings(precision: str, threads: int) -> dict[str, str]:
         "INFERENCE_PRECISION_HINT": precision,
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": str(threads),
+        "ENABLE_CPU_PINNING": "NO",
     }
 
 

@@ -63,7 +63,12 @@ def write_stamps(path: Path, stamps: Mapping[str, Stamp]) -> None:
 
 def size_of(graph: Path) -> int:
     """Bytes of an .onnx file and its external data. Raises OSError."""
-    return sum(file.stat().st_size for file in graph.parent.glob(f"{graph.name}*"))
+    return sum(file.stat().st_size for file in files_of(graph))
+
+
+def files_of(graph: Path) -> list[Path]:
+    """An .onnx file and its external data."""
+    return sorted(graph.parent.glob(f"{graph.name}*"))
 
 
 def _write_and_rename(path: Path, data: bytes, *, durable: bool) -> None:

@@ -140,7 +140,9 @@ def open_session(
     options.intra_op_num_threads = cpu_threads(threads)
     if not reorder:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-    # Threads that spin after a run slow down the next graph's: by a tenth of a picture's time in the miniature.
+    # Threads that wait for each other spin, then sleep. Longer spinning gains little, and beside a busy process the
+    # miniature's pictures take 1.5 times as long. Threads that spin after a run slow down the next graph's by a tenth.
+    options.add_session_config_entry("session.intra_op.spin_duration_us", "10")
     options.add_session_config_entry("session.force_spinning_stop", "1")
     # Fuses int8 weights with their products into operators that hold them twice and round activations to 8 bits.
     disabled = ["QDQSelectorActionTransformer"]

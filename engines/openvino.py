@@ -3,8 +3,8 @@
 A graph exported in fp32 then computes its convolutions and products in bfloat16, and `backend` reports it; whatever
 follows the last of them, such as the sampler's update in `denoise_step`, stays in float32.
 
-A small graph is compiled once for any shape. Dynamic shapes cost a third of its time in each run, so a binding that has
-run often is compiled again for its own shapes, in the background. Both are cached as plans.
+A small graph is compiled once for any shape. Dynamic shapes cost a third of its time in each run, so after many runs
+with the same shapes it is compiled again for these, in the background. Both are cached as plans.
 
 Of a graph that is not small two plans are kept. The first is the graph in OpenVINO's own format, whose weights are
 mapped instead of read. It is made at the first start. Where the engine computes in bfloat16, which keeps fewer bits of
@@ -26,11 +26,12 @@ import logging
 import shutil
 import threading
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -45,12 +46,12 @@ from oneword.engines.engine import (
     host_buffers,
 )
 from oneword.engines.errors import EngineError, FileError, MissingPackage, one_line
-from oneword.engines.files import size_of
+from oneword.engines.files import Stamp, files_of, size_of, stamp
 from oneword.engines.graph import Graph, Precision, Weights
 from oneword.engines.plans import PlanCache, PlanKey
 from oneword.engines.threads import cpu_threads
 
-OFTEN = 100  # runs of one binding, after which compiling its graph for its own shapes begins to pay
+OFTEN = 100  # runs with the same shapes, after which compiling a graph for them begins to pay
 _SMALL = 64 << 20  # bytes; a smaller graph is cheap to hold twice
 _LARGE = 512 << 20  # bytes; a larger graph is compiled only when its first shapes are known
 _MOST_FLOAT32 = 1 << 16  # numbers of a constant that stays in float32 when weights are halved
@@ -61,8 +62,10 @@ _ROUNDED, _UNROUNDED = ("any", "fp16 weights, 2"), ("any in float32", "exact wei
 `convert_graph` writes. Neither depends on the processor: the "device" says where the conversion is used, since a new
 plan deletes those of its graph and device, and a bundle should keep both conversions."""
 _MOST_PLANS = 64
-_MOST_STATIC = 8  # how many shapes one graph is compiled for in the background
+_MOST_STATIC = 8  # shapes that one graph is compiled for in the background, and whose versions are kept
 
+_Key: TypeAlias = tuple[tuple[str, Shape], ...]
+"""Shapes by name."""
 _log = logging.getLogger("oneword.engines")
 _failed: set[tuple[Path, str]] = set()
 """Plans, by folder and key, that this process could not make: it does not try again."""
@@ -95,6 +98,7 @@ class OpenVinoEngine:
         capabilities = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         low = not exact and "BF16" in capabilities
         settings = {"INFERENCE_PRECISION_HINT": "bf16" if low else "f32", "PERFORMANCE_HINT": "LATENCY"}
+        settings["ENABLE_CPU_PINNING"] = "NO"  # a thread that is bound to a core waits for whatever else runs there
         if graph.weights is Weights.INT8:
             settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = "0"  # else products round their other operand to 8 bits too
         if count := cpu_threads(threads):
@@ -156,30 +160,23 @@ class OpenVinoBinding:
         self._shapes = {key: value.shape for key, value in inputs.items()}
         self.tensors = {key: _tensor(value) for key, value in {**inputs, **outputs}.items()}
         """OpenVINO's views of all inputs and outputs, by name."""
-        self._runs = 0
         self._compiled = compiler.cached(self._shapes) or _compiled_for(name, compiler, self._shapes)
-        self._pending: Future[_Compiled] | None = None
         self.inputs: Mapping[str, Array] = {key: HostArray(value) for key, value in inputs.items()}
         self.outputs: Mapping[str, Array] = {key: HostArray(value) for key, value in outputs.items()}
 
     def run(self, stream: int | None = None) -> None:
         """See Binding.run. The CPU has no streams."""
-        self._runs += 1
         if self._compiled.released:
             self._compiled = _compiled_for(self._name, self._compiler, self._shapes)
-        if self._runs == OFTEN and not self._compiled.static:
-            self._pending = self._compiler.compile_later(self._shapes)
-        if self._pending is not None and self._pending.done():
-            if self._pending.exception() is None:  # else it keeps the model it has
-                self._compiled = self._pending.result()
-            self._pending = None
+        if not self._compiled.static:
+            self._compiled = self._compiler.counted(self._shapes) or self._compiled
         _infer(self._name, self._compiled.request_of(self))
 
     def specialize(self) -> None:
         """See Binding. A large graph is not compiled again."""
         if self._compiler.small and not self._compiled.static:
             try:
-                self._compiled = self._compiler.compile(self._shapes)
+                self._compiled = self._compiler.specialized(self._shapes)
             except RuntimeError as error:
                 raise EngineError(f"cannot compile graph {self._name!r} for its shapes: {one_line(error)}") from error
 
@@ -233,13 +230,17 @@ class _Compiler:
         halve: bool,
     ) -> None:
         self._core, self._path, self._settings, self._key, self._halve = core, path, settings, key, halve
+        self._stamps = self._read_stamps()
         size = size_of(path)
         self.small = size <= _SMALL
         self._lock = threading.Lock()
         self._first: tuple[Mapping[str, Shape], _Compiled] | None = None
         self._dynamic: _Compiled | None = None
         self._background: ThreadPoolExecutor | None = None
-        self._static_count = 0
+        self._runs = Counter[_Key]()  # of a small graph, by shapes that it was not compiled for
+        self._pending: dict[_Key, Future[_Compiled]] = {}
+        self._attempted = set[_Key]()
+        self._static: OrderedDict[_Key, _Compiled] = OrderedDict()  # the most recently used
         self._plans = plans
         if size <= _LARGE:
             self._dynamic = self.compile()
@@ -255,18 +256,29 @@ class _Compiler:
                 self._first = dict(shapes), self.compile(shapes)
             if self._first[0] == shapes:
                 return self._first[1]
+            if len(self._files()) == 1:
+                self._check_unchanged()  # while the first version can still be used
             self._first[1].release()  # before another copy of the weights is made
             self._first = None
             self._dynamic = self.compile()
             return self._dynamic
 
-    def compile_later(self, shapes: Mapping[str, Shape]) -> "Future[_Compiled] | None":
-        """Starts to compile a small graph for these shapes in the background; None if it was done often enough."""
-        if not self.small or self._static_count >= _MOST_STATIC:
+    def counted(self, shapes: Mapping[str, Shape]) -> _Compiled | None:
+        """Counts a run of a small graph. Compiles it for shapes that come often, in the background, and returns that
+        version once it exists."""
+        if not self.small:
             return None
-        self._static_count += 1
-        self._background = self._background or ThreadPoolExecutor(1, "openvino-compile")
-        return self._background.submit(self.compile, dict(shapes))
+        key = _key_of(shapes)
+        self._runs[key] += 1
+        if self._runs[key] >= OFTEN and key not in self._attempted and len(self._attempted) < _MOST_STATIC:
+            self._attempted.add(key)
+            self._background = self._background or ThreadPoolExecutor(1, "openvino-compile")
+            self._pending[key] = self._background.submit(self.compile, dict(shapes))
+        if key in self._pending and self._pending[key].done():
+            future = self._pending.pop(key)
+            if future.exception() is None:  # else it keeps the version that it has
+                return self._kept(key, future.result())
+        return self._static.get(key)
 
     def compile(self, shapes: Mapping[str, Shape] | None = None) -> _Compiled:
         """Compiles for these shapes, or reads the plan. Raises RuntimeError, which is OpenVINO's."""
@@ -278,6 +290,8 @@ class _Compiler:
             fresh = self._compile(files, shapes)
             stream = io.BytesIO()
             fresh.model.export_model(stream)
+            if len(files) == 1:
+                self._check_unchanged()  # it was not replaced meanwhile: the plan is kept under this graph's key
             return stream.getvalue()
 
         plans = self._plans if self.small or len(files) > 1 else None
@@ -288,8 +302,24 @@ class _Compiler:
         return fresh or self._load(files, shapes) or self._compile(files, shapes)
 
     def cached(self, shapes: Mapping[str, Shape]) -> _Compiled | None:
-        """The plan of a small graph for these shapes from an earlier start, or None."""
-        return self._load(self._files(), shapes) if self.small else None
+        """The version of a small graph for these shapes that was compiled before, in this process or an earlier one."""
+        if not self.small:
+            return None
+        key = _key_of(shapes)
+        compiled = self._static.get(key) or self._load(self._files(), shapes)
+        return None if compiled is None else self._kept(key, compiled)
+
+    def specialized(self, shapes: Mapping[str, Shape]) -> _Compiled:
+        """The version of a small graph for these shapes. Raises RuntimeError, which is OpenVINO's."""
+        return self.cached(shapes) or self._kept(_key_of(shapes), self.compile(shapes))
+
+    def _kept(self, key: "_Key", compiled: _Compiled) -> _Compiled:
+        """Keeps a version for bindings to come: reading its plan takes as long as several runs."""
+        self._static[key] = compiled
+        self._static.move_to_end(key)
+        if len(self._static) > _MOST_STATIC:
+            self._static.popitem(last=False)
+        return compiled
 
     def _load(self, files: Sequence[Path], shapes: Mapping[str, Shape] | None) -> _Compiled | None:
         if self._plans is None or (plan := self._plans.load(self._key_for(files, shapes))) is None:
@@ -306,6 +336,8 @@ class _Compiler:
             return None
 
     def _compile(self, files: Sequence[Path], shapes: Mapping[str, Shape] | None) -> _Compiled:
+        if len(files) == 1:
+            self._check_unchanged()
         model = self._core.read_model(*files)
         if shapes is not None:
             model.reshape({name: list(shape) for name, shape in shapes.items()})
@@ -315,7 +347,19 @@ class _Compiler:
         """The graph's file, or the two of its plan; found again each time, since another version may delete them."""
         if self.small or self._plans is None:
             return [self._path]
-        return _converted(self._core, self._path, self._plans, self._key, self._halve)
+        return _converted(self._core, self._path, self._plans, self._key, self._halve, self._check_unchanged)
+
+    def _check_unchanged(self) -> None:
+        """Raises EngineError if the graph's files are no longer those that were opened."""
+        if self._read_stamps() != self._stamps:
+            raise EngineError(f"{self._path} was replaced or removed after it was opened: open the bundle again")
+
+    def _read_stamps(self) -> Mapping[str, Stamp] | None:
+        """Those of the .onnx file and its external data; None if they cannot be read."""
+        try:
+            return {file.name: stamp(self._key.graph_digest, file.stat()) for file in files_of(self._path)}
+        except OSError:
+            return None
 
     def _settings_for(self, files: Sequence[Path]) -> dict[str, str]:
         """With weights in a file of their own, what is exported refers to it instead of holding them."""
@@ -327,14 +371,23 @@ class _Compiler:
         return replace(self._key, ranges=ranges, flags=(*self._key.flags, *weights))
 
 
-def _converted(core: Any, path: Path, plans: PlanCache, key: PlanKey, halve: bool) -> list[Path]:
-    """The graph as OpenVINO's own two files; the ONNX file if they cannot be written or read."""
+def _converted(
+    core: Any, path: Path, plans: PlanCache, key: PlanKey, halve: bool, check_unchanged: Callable[[], None]
+) -> list[Path]:
+    """The graph as OpenVINO's own two files; the ONNX file if they cannot be written or read. `check_unchanged` raises
+    EngineError if that is another file by now."""
     device, form = _ROUNDED if halve else _UNROUNDED
     key = replace(key, device=device, flags=(form,))
     if (plans.folder, key.name) in _failed:
         return plans.load_files(key, _CONVERTED) or [path]  # another process may have made them
+
+    def convert(xml: Path) -> None:
+        check_unchanged()
+        convert_graph(core, path, xml, halve=halve)
+        check_unchanged()
+
     try:
-        return plans.load_or_build_files(key, _CONVERTED, lambda xml: convert_graph(core, path, xml, halve=halve))
+        return plans.load_or_build_files(key, _CONVERTED, convert)
     except (FileError, RuntimeError, MemoryError) as error:  # a full or read-only disk should not keep it from running
         _failed.add((plans.folder, key.name))
         _log.warning(
@@ -447,6 +500,10 @@ def _stays_float32(op: Any, halve: bool = True) -> bool:
             return not np.array_equal(op.data.astype(np.float16), op.data)
     least, most = _HALF_RANGE
     return not least <= max(op.data.max(), -op.data.min()) <= most
+
+
+def _key_of(shapes: Mapping[str, Shape]) -> _Key:
+    return tuple(sorted(shapes.items()))
 
 
 def _tensor(value: NumpyArray) -> Any:

@@ -35,7 +35,7 @@ def test_onnx_runtime_opens_its_sessions_with_the_setting(tiny_bundle: Path, mon
     assert options.get_session_config_entry("session.force_spinning_stop") == "0"
 
 
-@pytest.mark.parametrize(("setting", "pinned"), [("unpinned", False), ("pinned", True)])
+@pytest.mark.parametrize(("setting", "pinned"), [("shipped", False), ("pinned", True)])
 def test_openvino_compiles_its_graphs_with_the_setting(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, setting: str, pinned: bool
 ) -> None:

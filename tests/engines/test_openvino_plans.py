@@ -2,6 +2,7 @@
 
 import gc
 import re
+import shutil
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from oneword.engines.engine import NumpyArray
 from oneword.engines.errors import EngineError
 from oneword.engines.graph import DType, Graph, Precision, TensorSpec
 from oneword.engines.openvino import (
+    OFTEN,
     OpenVinoBinding,
     OpenVinoEngine,
     _Compiler,
@@ -167,6 +169,75 @@ def test_a_binding_that_runs_often_is_compiled_for_its_shapes_and_keeps_its_buff
     assert len(compilations) == 2  # the second start compiles nothing
 
 
+@pytest.mark.parametrize("with_plans", [True, False])
+def test_the_runs_of_bindings_that_come_and_go_are_counted_together(
+    path: Path, tmp_path: Path, compilations: list[str], with_plans: bool
+) -> None:
+    """As those of pictures that are drawn one after another, each with a scheduler of its own."""
+    opened = engine(path, PlanCache(tmp_path / "plans") if with_plans else None)
+    for _ in range(OFTEN - 1):
+        opened.bind({"x": (2, 4)}).run()
+        opened.bind({"x": (3, 4)}).run()
+    assert len(compilations) == 1
+    run_until_compiled(opened.bind({"x": (2, 4)}), 2)
+    assert len(compilations) == 2
+
+    binding = opened.bind({"x": (2, 4)}, {"x": X})
+    binding.run()
+
+    assert binding._compiled.static
+    assert len(compilations) == 2
+    np.testing.assert_array_equal(binding.outputs["y"].numpy(), X + 1)
+
+
+def test_the_plan_of_an_earlier_start_is_read_once_for_bindings_that_come_and_go(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_until_compiled(engine(path, PlanCache(tmp_path / "plans")).bind({"x": (2, 4)}), OFTEN)
+    imported = list[Any]()
+    import_model = openvino.Core.import_model
+
+    def noted(self: Any, *args: Any) -> Any:
+        imported.append(args)
+        return import_model(self, *args)
+
+    monkeypatch.setattr(openvino.Core, "import_model", noted)
+    opened = engine(path, PlanCache(tmp_path / "plans"))
+    bindings = [opened.bind({"x": (2, 4)}, {"x": X}) for _ in range(5)]
+
+    assert len(imported) == 2  # for any shape, and for this one
+    for binding in bindings:
+        assert binding._compiled.static
+        binding.run()
+        np.testing.assert_array_equal(binding.outputs["y"].numpy(), X + 1)
+
+
+@pytest.mark.parametrize("with_plans", [True, False])
+def test_a_specialized_version_is_shared(path: Path, tmp_path: Path, compilations: list[str], with_plans: bool) -> None:
+    opened = engine(path, PlanCache(tmp_path / "plans") if with_plans else None)
+    first, second = opened.bind({"x": (2, 4)}), opened.bind({"x": (2, 4)})
+    first.specialize()
+    second.specialize()
+
+    assert len(compilations) == 2  # for any shape, and for this one
+    assert opened.bind({"x": (2, 4)})._compiled is second._compiled is first._compiled
+
+
+def test_versions_that_were_not_used_lately_are_forgotten(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("oneword.engines.openvino._MOST_STATIC", 1)
+    for rows in (1, 2):
+        run_until_compiled(engine(path, PlanCache(tmp_path / "plans")).bind({"x": (rows, 4)}), OFTEN)
+    opened = engine(path, PlanCache(tmp_path / "plans"))
+
+    versions = [weakref.ref(opened.bind({"x": (rows, 4)})._compiled) for rows in (1, 2)]
+    gc.collect()
+
+    assert versions[0]() is None
+    assert versions[1]() is not None
+
+
 def test_the_folder_of_plans_does_not_grow_without_limit(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -204,6 +275,29 @@ def test_a_large_graph_is_compiled_for_its_first_shapes_then_once_for_any_others
     assert len([*(tmp_path / "plans").glob("*.xml")]) == 1
 
 
+@pytest.mark.parametrize("large", [True, False])
+def test_a_graph_that_was_replaced_after_it_was_opened_is_not_compiled_in_place_of_the_other(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large: bool
+) -> None:
+    """Its plan would be kept under the key of the other."""
+    if large:
+        monkeypatch.setattr("oneword.engines.openvino._SMALL", 0)
+        monkeypatch.setattr("oneword.engines.openvino._LARGE", 0)
+    opened = engine(path, PlanCache(tmp_path / "plans"))
+    binding = opened.bind({"x": (2, 4)}, {"x": X})
+    binding.run()
+    shutil.rmtree(tmp_path / "plans")
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(content)
+
+    compile_again = (lambda: opened.bind({"x": (3, 4)})) if large else binding.specialize
+    with pytest.raises(EngineError, match="was replaced or removed after it was opened: open the bundle again"):
+        compile_again()
+    binding.run()  # what was compiled before still runs
+    np.testing.assert_array_equal(binding.outputs["y"].numpy(), X + 1)
+
+
 def test_a_large_graph_that_is_damaged_or_has_other_inputs_is_refused_when_opened(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -223,8 +317,11 @@ def test_the_error_for_a_large_graph_that_cannot_be_compiled_names_it_and_its_sh
     monkeypatch.setattr("oneword.engines.openvino._SMALL", 0)
     monkeypatch.setattr("oneword.engines.openvino._LARGE", 0)
     opened = engine(path, None)
-    path.write_bytes(b"changed since it was opened")
 
+    def refuse(*_: Any) -> Any:
+        raise RuntimeError("no kernel for this shape")
+
+    monkeypatch.setattr(openvino.Core, "compile_model", refuse)
     with pytest.raises(EngineError, match=r"cannot compile graph 'add' for \{'x': \(2, 4\)\}"):
         opened.bind({"x": (2, 4)})
 
