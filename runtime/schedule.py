@@ -145,7 +145,7 @@ class NoiseSchedule:
             case "leading":
                 return np.arange(steps, dtype=np.float64)[::-1] * (train // steps) + self.steps_offset
             case _:
-                return np.round(np.arange(train, 0, -train / steps)) - 1
+                return _trailing(train, steps)
 
     def timesteps_dpm(self, steps: int) -> Array:
         """As `timesteps`, but leading and linspace drop the last of steps + 1, as in diffusers' DPM solver."""
@@ -157,7 +157,7 @@ class NoiseSchedule:
                 t = np.arange(steps + 1, dtype=np.float64)[::-1][:-1] * (train // (steps + 1))
                 return t + self.steps_offset
             case _:
-                return np.round(np.arange(train, 0, -train / steps)) - 1
+                return _trailing(train, steps)
 
     def timesteps_lcm(self, steps: int) -> Array:
         """Timesteps of latent consistency models, evenly spaced over those of the distillation (arXiv 2310.04378)."""
@@ -184,6 +184,11 @@ class NoiseSchedule:
                 f"{self.num_train_timesteps - 1}: use fewer steps"
             )
         return self.alphas_cumprod[timesteps.astype(np.int64)]
+
+
+def _trailing(train: int, steps: int) -> Array:
+    """As diffusers, but never one timestep too many, -1, where rounding makes numpy's range longer: 61 of 1,000."""
+    return np.round(np.arange(train, 0, -train / steps)[:steps]) - 1
 
 
 @functools.lru_cache(16)  # of as many models and spacings

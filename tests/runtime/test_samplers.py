@@ -148,6 +148,17 @@ def test_a_run_ends_with_the_latents_of_diffusers(sampler: Sampler, prediction: 
     _assert_equal_runs(sampler, config, steps)
 
 
+@pytest.mark.parametrize("sampler", [Sampler.DDIM, Sampler.DPMPP_2M])
+@pytest.mark.parametrize("steps", [61, 103, 122])
+def test_trailing_timesteps_are_as_many_as_the_steps(sampler: Sampler, steps: int) -> None:
+    """diffusers adds the timestep -1 for these numbers of steps, whose quotient with 1,000 is rounded down."""
+    schedule = make_schedule({**BASE, "timestep_spacing": "trailing"}, sampler, steps, guidance_scale=1.0)
+
+    assert schedule.steps == steps
+    assert schedule.timesteps[0] == 999
+    np.testing.assert_allclose(schedule.timesteps[-1], 1000 / steps - 1, atol=0.5)
+
+
 @pytest.mark.parametrize("sampler", PEERS)
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])
 def test_image_to_image_starts_and_ends_as_in_diffusers(sampler: Sampler, spacing: str) -> None:
