@@ -246,6 +246,16 @@ class Bundle(msgspec.Struct, frozen=True):
         """Absolute path of a file of the bundle."""
         return (self.path / relative).resolve()
 
+    def check_unchanged(self) -> None:
+        """Raises BundleError if the folder no longer holds this bundle, because ti-export has replaced it for example;
+        FileError if its manifest cannot be read."""
+        try:
+            unchanged = _read_manifest(self.path) == self.manifest
+        except (UsageError, BundleError):
+            unchanged = False
+        if not unchanged:
+            raise BundleError(f"the bundle {self.path} was replaced or removed after it was opened: open it again")
+
     def graph(self, name: str) -> Graph:
         """The graph called `name`. Raises UsageError if the bundle does not have it."""
         try:

@@ -79,8 +79,8 @@ class Model:
         stream: Stream | None = None,
         capacity: int = DEFAULT_CAPACITY,
     ) -> None:
-        """`tables` are the encoders' base tables [V, D]; `capacity` is the number of learned vectors that can be loaded
-        at the same time. Most callers should use `Model.open`."""
+        """`tables` are the encoders' base tables [V, D]; `capacity` is as for `Model.open`, which most callers should
+        use."""
         refuse_unsupported(manifest)
         self.manifest = manifest
         self.stream = HostStream() if stream is None else stream
@@ -116,7 +116,8 @@ class Model:
         """Opens the bundle at `path`, and loads `concepts`.
 
         `backend` is one of Backend, or "auto" for the fastest that is installed and has what it needs. `threads` is the
-        number of CPU threads. `capacity` is the number of learned vectors that can be loaded at the same time.
+        number of CPU threads. `capacity` is the number of learned vectors in an encoder's table at the same time; more
+        can be loaded.
 
         Raises UsageError if there is no bundle or no such backend, BundleError if the bundle is broken, ConceptError.
         """
@@ -128,7 +129,10 @@ class Model:
         def open_graph(name: str) -> Engine:
             ranges = graph_ranges(bundle.manifest, name, DEFAULT_LIMITS)
             options = EngineOptions(threads, bundle.path / PLANS, ranges)
-            return open_engine(chosen, name, bundle.graph(name), bundle.path, options)
+            bundle.check_unchanged()  # before plans are built from it
+            engine = open_engine(chosen, name, bundle.graph(name), bundle.path, options)
+            bundle.check_unchanged()  # it was not replaced meanwhile
+            return engine
 
         encoders = bundle.manifest.encoders
         model = cls(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -166,6 +167,25 @@ def test_an_older_bundle_is_replaced_and_its_plans_are_kept(bundle: Path) -> Non
     assert json.loads((bundle / "bundle.json").read_text())["files"] != older["files"]
     assert (bundle / "plans" / "rtx-sm89" / "a.plan").read_bytes() == b"plan"
     assert [path.name for path in bundle.parent.iterdir()] == ["bundle"]
+
+
+def test_a_bundle_that_was_replaced_or_removed_is_noticed(bundle: Path) -> None:
+    opened = Bundle.open(bundle)
+    opened.check_unchanged()
+
+    def fill_with_another_table(folder: Path) -> Manifest:
+        manifest = fill(folder)
+        (folder / "table.safetensors").write_bytes(b"another table")
+        return manifest
+
+    write_bundle(bundle, fill_with_another_table)
+    with pytest.raises(BundleError, match="was replaced or removed after it was opened: open it again"):
+        opened.check_unchanged()
+    write_bundle(bundle, fill)
+    opened.check_unchanged()  # the same bundle again
+    shutil.rmtree(bundle)
+    with pytest.raises(BundleError, match="was replaced or removed after it was opened: open it again"):
+        opened.check_unchanged()
 
 
 def test_plans_of_changed_graphs_are_deleted_with_the_older_bundle(bundle: Path) -> None:

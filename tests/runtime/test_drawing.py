@@ -1,6 +1,7 @@
 """Pictures compared with diffusers' pipelines on the same weights, and with the same pictures generated alone."""
 
 import contextlib
+import shutil
 import subprocess
 import sys
 import threading
@@ -16,11 +17,11 @@ import PIL.Image
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from oneword.engines.errors import ConceptError, EngineError, OnewordError, UsageError
+from oneword.engines.errors import BundleError, ConceptError, EngineError, OnewordError, UsageError
 from oneword.engines.open import Backend
 from oneword.runtime.concept import Concept, save_concept
 from oneword.runtime.denoiser import Denoiser, Size
-from oneword.runtime.drawing import generate, scheduler_for
+from oneword.runtime.drawing import draw, generate, scheduler_for
 from oneword.runtime.events import Event, Failed, PictureDone, StepDone
 from oneword.runtime.model import Model
 from oneword.runtime.request import Image, Request
@@ -173,6 +174,22 @@ def test_a_sampler_of_two_stages_reports_steps_and_not_evaluations(model: Model)
     steps = [event for event in events if isinstance(event, StepDone)]
     assert [(event.step, event.steps) for event in steps] == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert [event.step for event in steps if event.denoised is not None] == [2]
+
+
+def test_a_graph_of_a_bundle_that_was_replaced_is_not_used_beside_those_of_the_other(
+    tiny_bundle: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    model = Model.open(tmp_path / "bundle", "onnxruntime", threads=1)
+    image = np.zeros((64, 64, 3), np.uint8)
+    [before] = draw(model, "a cat", steps=2)
+    manifest = tmp_path / "bundle" / "bundle.json"
+    manifest.write_text(manifest.read_text().replace('"revision": null', '"revision": "another"'))
+
+    with pytest.raises(BundleError, match="was replaced or removed after it was opened: open it again"):
+        draw(model, "a cat", steps=2, image=image)
+    [after] = draw(model, "a cat", steps=2)
+    np.testing.assert_array_equal(after.image, before.image)
 
 
 def test_openvino_generates_the_same_picture(model: Model, tiny_bundle: Path) -> None:
