@@ -8,7 +8,7 @@ import numpy.typing as npt
 import PIL.Image
 
 from oneword.runtime.images import resized
-from oneword.runtime.request import Image, Request, ResolvedSettings
+from oneword.runtime.request import Image, Request, ResolvedSettings, scaled_mask
 
 Mask = npt.NDArray[np.bool_]
 """[H, W]: True marks the area to regenerate."""
@@ -20,11 +20,7 @@ def edit_mask(request: Request, settings: ResolvedSettings) -> Mask | None:
     """The request's mask at the size of the picture, by nearest neighbour; None if it has none."""
     if request.mask is None:
         return None
-    white = request.mask if request.mask.dtype == np.bool_ else request.mask >= 128
-    height, width = white.shape
-    rows = np.arange(settings.height) * height // settings.height
-    columns = np.arange(settings.width) * width // settings.width
-    return np.asarray(white[np.ix_(rows, columns)])
+    return scaled_mask(request.mask, settings.width, settings.height)
 
 
 def latent_mask(mask: Mask, factor: int) -> npt.NDArray[np.float32]:

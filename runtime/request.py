@@ -85,6 +85,8 @@ class Request:
     """The learned words that the prompts may use, by token; None: those that are loaded in the model."""
 
     def __post_init__(self) -> None:
+        for name, value in [*vars(self).items()]:
+            object.__setattr__(self, name, _plain(value))
         check_prompt(self.prompt)
         if self.negative_prompt is not None:
             check_prompt(self.negative_prompt, "negative prompt")
@@ -173,6 +175,7 @@ def resolve(request: Request, manifest: Manifest) -> ResolvedSettings:
             "draft needs a preview decoder, which this bundle does not have: leave it out, or export the bundle again "
             "with ti-export --preview"
         )
+    _check_scaled_mask(request.mask, width, height)
     steps = defaults.steps if request.steps is None else request.steps
     guidance_scale = _guidance_scale(request, defaults.guidance_scale)
     embedded_guidance = defaults.embedded_guidance
@@ -281,18 +284,51 @@ def _within(name: str, value: float, low: float, high: float, integer: bool = Fa
         raise UsageError(f"{name} is {value}, allowed is {low} to {high}")
 
 
+def _plain(value: Any) -> Any:
+    """The value with Python's numbers in place of numpy's: a seed from its generator, for one."""
+    if isinstance(value, np.generic):
+        return value.item()
+    return type(value)(map(_plain, value)) if type(value) in (tuple, frozenset) else value
+
+
+def _check_array(name: str, value: Any, allowed: str) -> None:
+    if not isinstance(value, np.ndarray):
+        raise UsageError(f"{name} is of type {type(value).__name__}, allowed is a numpy array: {allowed}")
+
+
 def _check_image(image: Image) -> None:
+    _check_array("image", image, "uint8 [H, W, 3], as oneword.runtime.images.read_image returns")
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
         raise UsageError(f"image is {image.dtype} {list(image.shape)}, allowed is uint8 [H, W, 3]")
+
+
+def scaled_mask(mask: npt.NDArray[Any], width: int, height: int) -> npt.NDArray[np.bool_]:
+    """A request's mask [H, W] at another size, by nearest neighbour: True where the picture is regenerated."""
+    rows, columns = (np.arange(to) * side // to for side, to in zip(mask.shape, (height, width), strict=True))
+    return _white(mask[np.ix_(rows, columns)])
+
+
+def _check_scaled_mask(mask: npt.NDArray[Any] | None, width: int, height: int) -> None:
+    if mask is None or mask.shape == (height, width) or scaled_mask(mask, width, height).any():
+        return
+    raise UsageError(
+        f"the mask is all black at {width}x{height}, so it would change nothing: paint a larger area white, or choose "
+        "a larger size"
+    )
+
+
+def _white(mask: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    return np.asarray(mask if mask.dtype == np.bool_ else mask >= 128)
 
 
 def _check_mask(mask: npt.NDArray[Any], image: Image | None) -> None:
     if image is None:
         raise UsageError("a mask was given without an image: add the image it belongs to")
+    _check_array("mask", mask, "uint8 or bool [H, W]")
     if mask.dtype not in (np.uint8, np.bool_) or mask.ndim != 2:
         raise UsageError(f"mask is {mask.dtype} {list(mask.shape)}, allowed is uint8 or bool [H, W]")
     if mask.shape != image.shape[:2]:
         (height, width), (h, w) = image.shape[:2], mask.shape
         raise UsageError(f"the mask is {w}x{h}, the image {width}x{height}: they must have the same size")
-    if not (mask if mask.dtype == np.bool_ else mask >= 128).any():
+    if not _white(mask).any():
         raise UsageError("the mask is all black, so it would change nothing: paint the area to regenerate white")

@@ -449,18 +449,19 @@ class Scheduler:
             self._finished.remove(done)
         return chosen
 
-    def _decode_together(self, finished: list[_Finished]) -> Iterator[Event]:
-        """Decodes rows in one call; if it fails, each row is decoded alone."""
+    def _decode_together(self, finished: list[_Finished], again: bool = False) -> Iterator[Event]:
+        """Decodes rows in one call. If the engine fails, the buffers of encoders and decoders are released, and each
+        row is decoded `again`, alone."""
         start = time.perf_counter()
         draft = finished[0].row.request.draft
         try:
             images, finite = self.model.decode(np.stack([done.latents for done in finished]), draft)
         except OnewordError as error:
             failure = without_frames(error)
-            if isinstance(failure, EngineError) and len(finished) > 1:
+            if isinstance(failure, EngineError) and not again:
                 self.model.forget_bindings()
                 for done in finished:
-                    yield from self._decode_together([done])
+                    yield from self._decode_together([done], again=True)
                 return
             for done in finished:
                 yield Failed(done.row.id, done.row.index, failure)

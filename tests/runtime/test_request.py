@@ -55,6 +55,8 @@ IMAGE = np.zeros((16, 24, 3), np.uint8)
         ({"image": IMAGE, "mask": np.ones((24, 16), np.bool_)}, "the mask is 16x24, the image 24x16"),
         ({"image": IMAGE, "mask": np.zeros((16, 24), np.bool_)}, "the mask is all black"),
         ({"image": IMAGE, "mask": np.full((16, 24), 127, np.uint8)}, "the mask is all black"),
+        ({"image": "a.png"}, r"image is of type str, allowed is a numpy array: uint8 \[H, W, 3\]"),
+        ({"image": IMAGE, "mask": [[True]]}, r"mask is of type list, allowed is a numpy array: uint8 or bool \[H, W\]"),
     ],
 )
 def test_a_wrong_setting_is_one_line_of_error_with_the_allowed_values(settings: dict[str, Any], message: str) -> None:
@@ -79,6 +81,28 @@ def test_a_sampler_may_be_given_by_name(tiny_bundle: Path, sampler: Sampler) -> 
 
     assert request.sampler is sampler
     assert resolve(request, Bundle.open(tiny_bundle).manifest).sampler is sampler
+
+
+def test_numpys_numbers_are_numbers() -> None:
+    numbers: Any = {"seed": np.int64(7), "guidance_scale": np.float32(2), "size": (np.int32(64), np.int32(32))}
+    request = Request("a cat", **numbers, previews=frozenset({np.int64(2)}))  # type: ignore[arg-type]
+
+    assert (request.seed, request.guidance_scale, request.size) == (7, 2.0, (64, 32))
+    assert request.has_preview(2)
+    assert request.size is not None
+    assert {type(value) for value in (request.seed, *request.size)} == {int}
+
+
+def test_a_mask_of_which_nothing_is_left_at_the_pictures_size_is_refused(tiny_bundle: Path) -> None:
+    """A line of one pixel between the columns that nearest neighbour takes: 0, 4, 8, ..."""
+    mask = np.zeros((256, 256), np.bool_)
+    mask[:, 5] = True
+    image = np.zeros((256, 256, 3), np.uint8)
+    manifest = Bundle.open(tiny_bundle).manifest
+
+    assert resolve(Request("a cat", image=image, mask=mask), manifest).width == 256
+    with pytest.raises(UsageError, match="the mask is all black at 64x64, so it would change nothing: paint a larger"):
+        resolve(Request("a cat", image=image, mask=mask, size=(64, 64)), manifest)
 
 
 @pytest.mark.parametrize("sampler", ["ddim", Sampler.DDIM, None])

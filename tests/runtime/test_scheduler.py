@@ -467,6 +467,49 @@ def test_pictures_that_fail_to_decode_together_are_decoded_alone(model: Model, m
     assert all(near(decoded[seed], image) for seed, image in expected.items())
 
 
+def test_a_lone_picture_is_decoded_again_once_other_buffers_are_released(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = Request("a cat", seed=3, steps=2)
+    expected = pictures_of(model, [request])[3]
+    decode, forget, attempts, room = model.decode, model.forget_bindings, list[int](), list[bool]()
+
+    def no_room(latents: npt.NDArray[np.float32], draft: bool) -> Any:
+        attempts.append(len(latents))
+        if not room:
+            raise EngineError("out of memory")
+        return decode(latents, draft)
+
+    def released() -> None:
+        forget()
+        room.append(True)
+
+    monkeypatch.setattr(model, "decode", no_room)
+    monkeypatch.setattr(model, "forget_bindings", released)
+
+    np.testing.assert_array_equal(pictures_of(model, [request])[3], expected)
+    assert attempts == [1, 1]
+
+
+def test_a_picture_that_cannot_be_decoded_fails_after_two_attempts(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempts = list[int]()
+
+    def broken(latents: npt.NDArray[np.float32], draft: bool) -> Any:
+        attempts.append(len(latents))
+        raise EngineError("out of memory")
+
+    monkeypatch.setattr(model, "decode", broken)
+    scheduler = Scheduler(model)
+    scheduler.add(Request("a cat", steps=2))
+    events = [event for _ in range(4) for event in scheduler.step()]
+
+    assert [str(event.error) for event in events if isinstance(event, Failed)] == ["out of memory"]
+    assert attempts == [1, 1]
+    assert len(scheduler) == 0
+
+
 def test_a_request_that_the_engine_cannot_accept_fails_immediately(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
