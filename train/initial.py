@@ -67,6 +67,11 @@ def _rows_of_concept(concept: Concept, models: Mapping[str, Any], vectors: int) 
                 f"the concept {concept.token!r} has rows of zeros for {name} beside its output vectors, from which "
                 "learning cannot start: give another init"
             )
+        if (count := len(concept.vectors[name])) > vectors:
+            raise UsageError(
+                f"the concept {concept.token!r} has {count} vectors for {name}, the word would have {vectors}: add "
+                f"--vectors {count}, or give another init"
+            )
         vectors_of_concept = torch.from_numpy(concept.vectors[name].copy())
         rows[name] = vectors_of_concept[torch.arange(vectors).clamp(max=len(vectors_of_concept) - 1)]
     return rows

@@ -100,15 +100,17 @@ def per_image_template(template: str, index: int) -> str:
 
 
 def caption_template(caption: str, token: str, source: str) -> str:
-    """Turns a user's caption into a template: `token` becomes `{}`.
+    """Turns a user's caption into a template: `token` becomes `{}`, one without brackets where it is a whole word.
 
     Raises `UsageError`, naming `source`, if the caption does not contain the token.
     """
-    if token not in caption:
+    written = re.escape(token) if token.startswith("<") else rf"(?<!\w){re.escape(token)}(?!\w)"
+    template, count = re.subn(written, PLACE, caption.replace("{", "(").replace("}", ")"))
+    if not count:
         raise UsageError(
-            f"{source}: the caption {caption!r} does not contain {token!r}: write it where the word belongs"
+            f"{source}: the caption {caption!r} does not contain the word {token!r}: write it where the word belongs"
         )
-    return caption.replace("{", "(").replace("}", ")").replace(token, PLACE).strip()
+    return template.strip()
 
 
 class Text(NamedTuple):

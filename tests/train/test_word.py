@@ -1,6 +1,9 @@
+import pytest
 import torch
 
+from oneword.engines.errors import UsageError
 from oneword.train.pictures import Moments
+from oneword.train.prompts import caption_template
 from oneword.train.recipe import Recipe
 from oneword.train.word import Word, draw
 
@@ -25,6 +28,23 @@ def test_timesteps_stay_in_their_range() -> None:
 
     assert sorted(batch.timesteps.tolist()) == [int(batch.timesteps.min()) + 100 * i for i in range(5)]
     assert 250 <= batch.timesteps.min() < 350
+
+
+@pytest.mark.parametrize(
+    ("token", "caption", "template"),
+    [
+        ("<cat>", "a <cat> on a <cat>", "a {} on a {}"),
+        ("mycat", "a mycat beside a mycathouse, mycat.", "a {} beside a mycathouse, {}."),
+        ("mycat", " {one} mycat ", "(one) {}"),
+    ],
+)
+def test_a_bare_token_is_replaced_where_it_is_a_whole_word(token: str, caption: str, template: str) -> None:
+    assert caption_template(caption, token, "a.txt") == template
+
+
+def test_a_caption_with_the_token_inside_another_word_only_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"a\.txt: the caption 'a mycathouse' does not contain the word 'mycat'"):
+        caption_template("a mycathouse", "mycat", "a.txt")
 
 
 def test_captions_replace_templates_and_match_their_pictures() -> None:
