@@ -1,15 +1,17 @@
 """Where the time of a step goes: the layers of OpenVINO and ONNX Runtime by kind, as their own counters report them.
 
     python -m benchmarks.layers BUNDLE --size 256 [--write]    a guided step of one picture
+    python -m benchmarks.layers BUNDLE --size 256 --peer build/latency/sd15/genai/unet/openvino_model.xml
 
 Each engine runs in its own process with its counters on: ONNX Runtime in float32, opened by oneword; OpenVINO with the
 settings that oneword's engine has for graphs with float weights, compiled for this size from the same conversion: in
 bfloat16 from fp16 weights if the processor has it, otherwise in float32 (the engine compiles a small graph, such as the
-miniature's, without converting it). A kind is an operator with the kernel that runs it. The runs after the first are
-averaged. The products' share of the roof is the time that their arithmetic takes at the machine's measured peak
-(benchmarks.roof), divided by the time that the kinds with products take. Counters cost a little time themselves.
-`--write` puts the tables into docs/results/latency.md, or latency-float32.md on a processor without bfloat16. Ends in
-one line of JSON.
+miniature's, without converting it). `--peer` is the same UNet without a sampler, in OpenVINO's format, such as
+benchmarks.latency converts for OpenVINO GenAI; its settings are those of ours. A kind is an operator with the kernel
+that runs it. The runs after the first are averaged. The products' share of the roof is the time that their arithmetic
+takes at the machine's measured peak (benchmarks.roof), divided by the time that the kinds with products take. Counters
+cost a little time themselves. `--write` puts the tables into docs/results/latency.md, or latency-float32.md on a
+processor without bfloat16. Ends in one line of JSON.
 """
 
 import argparse
@@ -35,6 +37,7 @@ from oneword.engines.graph import Graph
 from oneword.runtime.bundle import Bundle
 
 ENGINES = ("openvino", "onnxruntime")
+PEER = "peer's UNet in openvino"
 SHOWN = 12
 """Kinds of a table; the others are summed up."""
 PRODUCTS = {
@@ -54,15 +57,16 @@ def main() -> None:
         print(json.dumps(counted(options)))
         return
     results: dict[str, Kinds] = {}
-    for engine in ENGINES:
+    for engine in (*ENGINES, *([PEER] if options.peer else [])):
         line = [sys.executable, "-m", "benchmarks.layers", options.bundle, "--engine", engine, "--size", options.size]
         line += ["--threads", options.threads, "--runs", options.runs, "--work", options.work]
+        line += ["--peer", options.peer] if options.peer else []
         run = subprocess.run([*map(str, line)], stdout=subprocess.PIPE, check=True)
         results[engine] = json.loads(run.stdout.splitlines()[-1])
     least = floors(step_of(options.bundle, options.size), peaks(options.threads))
     shares = {
-        "openvino": products_share(results["openvino"], least.get("bf16", least["f32"])),
-        "onnxruntime": products_share(results["onnxruntime"], least["f32"]),
+        engine: products_share(kinds, least["f32"] if engine == "onnxruntime" else least.get("bf16", least["f32"]))
+        for engine, kinds in results.items()
     }
     text = "\n\n".join(kinds_table(engine, kinds, shares[engine]) for engine, kinds in results.items())
     print(text)
@@ -79,23 +83,45 @@ def counted(options: argparse.Namespace) -> Kinds:
 
     bundle = Bundle.open(options.bundle)
     graph, shapes = bundle.graph("denoise_step"), step_shapes(bundle.manifest, options.size)
+    if options.engine == PEER:
+        return _peer(shapes, options)
     feeds = {}
     for spec in graph.inputs:
         dtype = numpy_dtype(spec.dtype)
         feeds[spec.name] = np.full(shapes[spec.name], 0 if dtype == np.int64 else 0.1, dtype)
     if options.engine == "openvino":
-        return _openvino(bundle.file(graph.files[0]), feeds, options)
+        return _openvino(bundle.file(graph.files[0]), feeds, options.work / graph.digest[:12], options)
     return _onnxruntime(graph, options.bundle, feeds, options)
 
 
-def _openvino(path: Path, feeds: Mapping[str, Any], options: argparse.Namespace) -> Kinds:
+def _openvino(path: Path, feeds: Mapping[str, Any], work: Path, options: argparse.Namespace) -> Kinds:
     import openvino
 
     core = openvino.Core()
-    precision = openvino_cpu.precision_of(core)
-    model = core.read_model(converted(core, path, options.work, halve=precision == "bf16"))
+    halve = openvino_cpu.precision_of(core) == "bf16"
+    return _compiled(core, core.read_model(converted(core, path, work, halve=halve)), feeds, options)
+
+
+def _peer(shapes: Mapping[str, Sequence[int]], options: argparse.Namespace) -> Kinds:
+    """The UNet of an SD 1.x or 2.x. `shapes` are those of our step: two branches of one picture."""
+    import openvino
+
+    core = openvino.Core()
+    model = core.read_model(options.peer)
+    _, _, *side = shapes["sample"]
+    _, tokens, width = shapes["context"]
+    peers = {"sample": (2, shapes["sample"][1], *side), "timestep": (), "encoder_hidden_states": (2, tokens, width)}
+    feeds = {
+        name: np.full(peers[name], 0.1, port.get_element_type().to_dtype())
+        for port in model.inputs
+        for name in [port.get_any_name()]
+    }
+    return _compiled(core, model, feeds, options)
+
+
+def _compiled(core: Any, model: Any, feeds: Mapping[str, Any], options: argparse.Namespace) -> Kinds:
     model.reshape({name: list(value.shape) for name, value in feeds.items()})
-    settings = {**openvino_cpu.settings(precision, options.threads), "PERF_COUNT": "YES"}
+    settings = {**openvino_cpu.settings(openvino_cpu.precision_of(core), options.threads), "PERF_COUNT": "YES"}
     request = core.compile_model(model, "CPU", settings).create_infer_request()
     runs = []
     for _ in range(options.runs + 1):
@@ -180,9 +206,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--runs", type=int, default=3, help="steps that are averaged, after one to warm up")
-    parser.add_argument("--work", type=Path, default=Path("build/formats"), help="folder for the converted graph")
+    parser.add_argument("--work", type=Path, default=Path("build/formats"), help="folder for converted graphs")
     parser.add_argument("--write", action="store_true", help="write the tables into the page of latency")
-    parser.add_argument("--engine", choices=ENGINES, help=argparse.SUPPRESS)
+    parser.add_argument("--peer", type=Path, help="the UNet of an SD 1.x or 2.x, as optimum-cli converts it")
+    parser.add_argument("--engine", choices=(*ENGINES, PEER), help=argparse.SUPPRESS)
     return parser.parse_args()
 
 

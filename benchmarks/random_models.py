@@ -1,18 +1,21 @@
 """Pipelines of Stable Diffusion 1.5's and SDXL's architecture with random weights, as diffusers directories.
 
 Their tokenizer is the miniature's, whose first words are those of the benchmarks' prompts. Pictures are noise, so such
-a model shows time, memory and differences of arithmetic, not quality.
+a model shows time, memory and differences of arithmetic, not quality. Weights are in float16, as most checkpoints are
+published: programs that keep them so and programs that expand them to float32 compute with the same numbers. Their
+names are those of published checkpoints too.
 """
 
 import importlib.resources
 import sys
+from pathlib import Path
 from typing import Any
 
 from benchmarks.architectures import CONFIGS
 
 
 def save_sd15(path: str) -> None:
-    """1.07 billion parameters in float32."""
+    """1.07 billion parameters."""
     import torch
     from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
@@ -26,11 +29,11 @@ def save_sd15(path: str) -> None:
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
-    ).save_pretrained(path)
+    ).to(torch.float16).save_pretrained(path)
 
 
 def save_sdxl(path: str) -> None:
-    """3.5 billion parameters in float16, which halves the memory to make them and the disk to keep them."""
+    """3.5 billion parameters, made in float16, which halves the memory to make them."""
     import torch
     from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 
@@ -92,5 +95,20 @@ def _scheduler() -> Any:
     )
 
 
+def _name_as_published(folder: Path) -> None:
+    """Adds `text_model.` to the names of a text encoder's tensors, which transformers 5 leaves out when it saves them:
+    stable-diffusion.cpp recognizes a model by the longer ones."""
+    from safetensors.torch import load_file, save_file
+
+    file = folder / "model.safetensors"
+    tensors = {
+        name if name.startswith("text_projection") else f"text_model.{name}": tensor
+        for name, tensor in load_file(file).items()
+    }
+    save_file(tensors, file, {"format": "pt"})
+
+
 if __name__ == "__main__":
     {"sd15": save_sd15, "sdxl": save_sdxl}[sys.argv[1]](sys.argv[2])
+    for encoder in Path(sys.argv[2]).glob("text_encoder*"):
+        _name_as_published(encoder)

@@ -108,3 +108,32 @@ def test_onnx_runtimes_layers_are_those_of_the_session_that_the_engine_opens(
     assert "Conv" in {kind.replace("Fused", "") for kind in kinds}
     assert "ReorderInput" not in kinds
     assert ort.InferenceSession is opened  # only the engine's session was profiled
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_peers_unet_has_the_same_convolutions(tiny_model_dir: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    openvino = pytest.importorskip("openvino")
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel.from_pretrained(tiny_model_dir / "unet")
+
+    class Network(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unet = unet
+
+        def forward(self, sample: Any, timestep: Any, encoder_hidden_states: Any) -> Any:
+            return self.unet(sample, timestep, encoder_hidden_states, return_dict=False)[0]
+
+    contexts = torch.zeros(2, 77, unet.config["cross_attention_dim"])
+    example = {"sample": torch.zeros(2, 4, 8, 8), "timestep": torch.tensor(1), "encoder_hidden_states": contexts}
+    openvino.save_model(openvino.convert_model(Network(), example_input=example), tmp_path / "unet.xml")
+    counts = []
+    for engine in (layers.PEER, "openvino"):
+        options = Namespace(bundle=tiny_bundle, engine=engine, size=64, threads=1, runs=1, work=tmp_path)
+        options.peer = tmp_path / "unet.xml"
+        kinds = layers.counted(options)
+        counts.append(sum(count for kind, (count, _) in kinds.items() if kind.startswith("Convolution ")))
+
+    assert counts[0] == counts[1] > 0

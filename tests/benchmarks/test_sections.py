@@ -242,7 +242,7 @@ def test_the_panels_of_two_cases_have_different_titles() -> None:
     ("name", "bfloat16", "numbers", "bits"),
     [
         ("oneword-openvino", True, ("bf16", "fp16"), 16),
-        ("oneword-openvino", False, ("fp32", "fp32"), 32),
+        ("oneword-openvino", False, ("fp32", "fp16"), 32),
         ("oneword-onnxruntime-int8", True, ("fp32", "int8"), 8),
         ("openvino-genai-dynamic", False, ("fp32", "fp16"), 32),
         ("sdcpp-q8_0", True, ("int8", "int8"), 8),
