@@ -149,13 +149,12 @@ def create_app(state: State) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         lifespan=lambda _: running(state),
-        root_path=state.settings.root_path,
     )
     app.secured = state.keys is not None
     app.state.oneword = state
     for part in (openai, jobs_api, refine_api, words_api, results, info, health, a1111):
         app.include_router(part.router, responses=error_responses())
-    app.add_api_route("/", _page, include_in_schema=False)
+    app.add_api_route("/", _page, methods=["GET", "HEAD"], include_in_schema=False)
     app.mount("/static", StaticFiles(directory=PAGE), name="static")
     errors.install(app)
     middleware.install(app, state.settings, state.keys, state.metrics.answered, check=state.pool.check)

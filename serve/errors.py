@@ -205,8 +205,14 @@ def a1111_body(error: ApiError) -> dict[str, Any]:
     return {"error": type(error).__name__, "detail": error.message, "body": "", "errors": error.message}
 
 
+def route_path(scope: Scope) -> str:
+    """The path without the prefix that a proxy has added."""
+    path, prefix = str(scope["path"]), str(scope.get("root_path", ""))
+    return path[len(prefix) :] if prefix and path.startswith(f"{prefix}/") else path
+
+
 def error_response(path: str, error: ApiError) -> Response:
-    """The answer in the dialect of the path."""
+    """The answer in the dialect of the path, which is that of the route."""
     body = a1111_body(error) if path.startswith(_A1111_PREFIX) else openai_body(error)
     return JSONResponse(body, error.status, error.headers)
 
@@ -284,15 +290,16 @@ class CatchErrors:
         except ClientDisconnect:
             return  # there is no client left to answer
         except Exception as error:
-            answer = as_api_error(error, scope["path"])
+            path = route_path(scope)
+            answer = as_api_error(error, path)
             if not started:
-                await error_response(scope["path"], answer)(scope, receive, send)
+                await error_response(path, answer)(scope, receive, send)
             elif isinstance(error, ApiError):  # the others are logged already
                 log_failure(error)
 
 
 async def _answer(request: Request, error: Exception) -> Response:  # a plain function would run in a thread
-    path = request.scope["path"]
+    path = route_path(request.scope)
     if isinstance(error, HTTPException) and error.status_code == 405 and (methods := _allowed(request)):
         error.headers = {"Allow": ", ".join(methods)}
     return error_response(path, as_api_error(error, path))
@@ -300,12 +307,14 @@ async def _answer(request: Request, error: Exception) -> Response:  # a plain fu
 
 def _allowed(request: Request) -> list[str]:
     """The methods of an address. Starlette names those of one route only."""
-    literal = request.app.openapi()["paths"].get(request.scope["path"])
-    if literal is not None:  # such as /v1/words/learn, which /v1/words/{name} matches too
-        return [method for method in _METHODS if method.lower() in literal]
+    literal = request.app.openapi()["paths"].get(route_path(request.scope))
     routes = [route for route in request.app.routes if not isinstance(route, Mount)]
     scopes = {method: {**request.scope, "method": method} for method in _METHODS}
-    return [m for m, scope in scopes.items() if any(route.matches(scope)[0] is Match.FULL for route in routes)]
+    found = [m for m, scope in scopes.items() if any(route.matches(scope)[0] is Match.FULL for route in routes)]
+    if literal is None:
+        return found
+    # A literal such as /v1/words/learn, which /v1/words/{name} matches too. HEAD is in no schema.
+    return [method for method in found if method.lower() in literal or method == "HEAD"]
 
 
 def _from_http(error: HTTPException) -> ApiError:

@@ -1,10 +1,12 @@
 """Multipart bodies: their text fields and their files, each by name. Not covered: what the fields mean."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Final
 
-from starlette.datastructures import UploadFile
+from starlette.datastructures import FormData, UploadFile
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from oneword.serve.errors import Invalid, Unprocessable
@@ -54,7 +56,7 @@ async def read_form(
     text: dict[str, str] = {}
     uploads: dict[str, list[File]] = {}
     repeated: dict[str, list[str]] = {}
-    async with http.form(max_files=max_files, max_fields=_MAX_FIELDS, max_part_size=_MAX_TEXT) as form:
+    async with _parsed(http, max_files) as form:
         for name, value in form.multi_items():
             if isinstance(value, UploadFile):
                 if name not in files:
@@ -70,3 +72,21 @@ async def read_form(
             else:
                 text[name] = value
     return Form(text, uploads, repeated)
+
+
+@asynccontextmanager
+async def _parsed(http: Request, max_files: int) -> AsyncGenerator[FormData]:
+    """The body's fields. Raises Invalid for too much of them, before they are all read."""
+    try:
+        async with http.form(max_files=max_files, max_fields=_MAX_FIELDS, max_part_size=_MAX_TEXT) as form:
+            yield form
+    except HTTPException as error:
+        at_most = "is 1" if max_files == 1 else f"are {max_files}"
+        for problem, message in {
+            "Too many files": f"too many files were sent, allowed {at_most}",
+            "Too many fields": f"too many text fields were sent, allowed are {_MAX_FIELDS}",
+            "Part exceeded": f"a text field has more than the allowed {_MAX_TEXT} bytes: send a shorter one",
+        }.items():
+            if error.detail.startswith(problem):
+                raise Invalid(message) from error
+        raise

@@ -96,11 +96,8 @@ def fitted(request: Request, settings: ResolvedSettings) -> Request:
     """The request with its picture and mask no larger than they are used: they wait in memory."""
     if request.image is None:
         return request
-    mask = edit_mask(request, settings)
-    if mask is not None and not mask.any():  # all of it is thinner than a pixel
-        return request
     size = settings.width, settings.height
-    return replace(request, image=resized(request.image, *size), mask=mask, size=size)
+    return replace(request, image=resized(request.image, *size), mask=edit_mask(request, settings), size=size)
 
 
 async def finish(

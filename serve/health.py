@@ -29,6 +29,7 @@ _METRICS: Final[Responses] = {
 }
 
 
+@router.head("/health/live", include_in_schema=False)
 @router.get(
     "/health/live", response_model=Health, responses={500: {"model": Health, "description": "Failed or stopped."}}
 )
@@ -39,7 +40,8 @@ async def live(http: Request) -> Response:
     return JSONResponse({"status": worker.state}, 200 if alive else 500)
 
 
-@router.get("/health", include_in_schema=False)  # where others have it
+@router.api_route("/health", methods=["GET", "HEAD"], include_in_schema=False)  # where others have it
+@router.head("/health/ready", include_in_schema=False)
 @router.get(
     "/health/ready", response_model=Health, responses={503: {"model": Health, "description": "Not ready, or stopping."}}
 )

@@ -35,6 +35,10 @@ S = TypeVar("S", bound=msgspec.Struct)
 CHECKPOINT_FILES = ("state.safetensors", "state.json", "COMPLETE")
 
 
+class Damaged(Unavailable):
+    """A job's file was not written by a server, or not wholly."""
+
+
 class Status(StrEnum):
     """Where a job is in its life."""
 
@@ -281,8 +285,11 @@ class JobFiles:
         """The servers' last signs of life."""
         result: dict[str, str] = {}
         for server in self._files.names("jobs/servers"):
-            content = _decoded(self._files.read(f"jobs/servers/{server}"), _Beat)
-            result[server] = content.beat if content else ""
+            try:
+                content = _decoded(self._files.read(f"jobs/servers/{server}"), _Beat)
+                result[server] = content.beat if content else ""
+            except Damaged:  # a live server writes another one
+                result[server] = "damaged"
         return result
 
     def forget_server(self, server: str) -> None:
@@ -358,7 +365,7 @@ class JobFiles:
         try:
             return concept_of(*read_safetensors(data, "the word"), "the word")
         except OnewordError as error:
-            raise Unavailable("the word's file in the store is damaged") from error
+            raise Damaged("the word's file in the store is damaged") from error
 
 
 class _Beat(msgspec.Struct, frozen=True):
@@ -378,13 +385,13 @@ def _term(tenant: str, identifier: str, term: int) -> str:
 
 
 def _decoded(data: bytes | None, kind: type[S]) -> S | None:
-    """The object in a file; None if there is no file. Raises `Unavailable` for one that was not written by a server."""
+    """The object in a file; None if there is no file. Raises `Damaged` for one that was not written by a server."""
     if data is None:
         return None
     try:
         return msgspec.json.decode(data, type=kind)
     except msgspec.MsgspecError as error:
-        raise Unavailable("a job's file in the store is damaged") from error
+        raise Damaged("a job's file in the store is damaged") from error
 
 
 def _is_whole(contents: Sequence[bytes | None]) -> bool:

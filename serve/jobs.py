@@ -23,9 +23,9 @@ import secrets
 import shutil
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ParamSpec, TypeAlias, TypeVar
@@ -41,6 +41,7 @@ from oneword.serve.errors import ApiError, Busy, Invalid, NotFound, NotInstalled
 from oneword.serve.files import open_files
 from oneword.serve.job_files import (
     Cancelled,
+    Damaged,
     Failed,
     JobFiles,
     JobRequest,
@@ -72,6 +73,7 @@ _INIT = re.compile(r"[\w'-]+([ ,]+[\w'-]+){0,7}")
 _IDENTIFIER = re.compile(r"[0-9a-f]{32}")
 _PICTURE_NAME = re.compile(r"[a-z0-9-]{1,64}\.(png|jpg|webp)")
 _log = logging.getLogger("oneword.serve.jobs")
+_DAMAGED = "job %s is left alone: one of its files in the store is damaged"
 
 
 @dataclass(frozen=True)
@@ -312,12 +314,14 @@ class Jobs:
         return self._job(identifier, *await self._read(tenant, identifier))
 
     async def list(self, tenant: str, limit: int = 100, before: str = "") -> list[Job]:
-        """A tenant's newest jobs, the newest first; with `before`, those before that job."""
+        """A tenant's newest jobs, the newest first; with `before`, those before that job. Leaves out damaged ones."""
         identifiers = await self._stored(self._files.identifiers, tenant)
         older = [identifier for identifier in reversed(identifiers) if not before or identifier < before]
         jobs: list[Job] = []
-        for identifier in older[:limit]:
-            with suppress(NotFound):  # just being written or deleted
+        for identifier in older:
+            if len(jobs) == limit:
+                break
+            with suppress(NotFound, Damaged):  # just being written or deleted
                 jobs.append(await self.get(tenant, identifier))
         return jobs
 
@@ -331,7 +335,7 @@ class Jobs:
         tokens: list[str] = []
         for identifier in await self._stored(self._files.identifiers, tenant):
             if identifier in unfinished:
-                with suppress(NotFound):  # just being written or deleted
+                with suppress(NotFound, Damaged):  # just being written or deleted
                     tokens.append((await self._read(tenant, identifier))[0].token)
         return tokens
 
@@ -389,7 +393,7 @@ class Jobs:
         return await self._stored(self._files.snapshot, tenant, identifier, step)
 
     async def word(self, tenant: str, identifier: str) -> Concept:
-        """The learned word. Raises `NotFound`."""
+        """The learned word, also if it could not be kept under its name. Raises `NotFound`."""
         await self._read(tenant, identifier)
         return await self._stored(self._files.word, tenant, identifier)
 
@@ -467,12 +471,17 @@ class Jobs:
                     text = f"the learning process ended {lost} times without progress: the server may lack memory"
                     await self._end_surely(owned, owned.state.failed(text))
                     return
+            except Damaged:
+                self._leave(owned)
+                return
             except NotFound:
                 await self._end_surely(owned, owned.state.failed("its pictures are not in the store: send them again"))
                 return
             except (ApiError, OnewordError, OSError) as error:  # the store, or the local disk
                 _log.warning("job %s waits: %s", owned.id, type(error).__name__)
                 wait = min(30.0, 2 * wait)
+            if owned.cancel.is_set():  # the store cannot take the last state
+                await asyncio.sleep(wait)
             with suppress(TimeoutError):
                 await asyncio.wait_for(owned.cancel.wait(), wait)
 
@@ -568,7 +577,8 @@ class Jobs:
             except ApiError as error:
                 if error.status >= 500:
                     raise
-                await self._end(owned, state.failed(error.message))
+                where = f"GET /v1/jobs/{owned.id}/word returns the learned word"
+                await self._end(owned, state.failed(f"{error.message} ({where})"))
                 return
         await self._end(owned, state.succeeded(concept.identity))
 
@@ -615,11 +625,13 @@ class Jobs:
                 owned.running = False
 
     async def _end_surely(self, owned: _Owned, state: State) -> None:
-        """As `_end`, however long the store cannot be reached."""
+        """As `_end`, however long the store cannot be reached. Raises `Damaged`."""
         while True:
             try:
                 await self._end(owned, state)
                 return
+            except Damaged:
+                raise
             except ApiError:
                 await asyncio.sleep(self._retry_seconds)
 
@@ -635,32 +647,45 @@ class Jobs:
         self._owned.pop(owned.id, None)
         owned.changed.set()
 
+    def _leave(self, owned: _Owned) -> None:
+        """Leaves a damaged job until this server starts again, so that it does not stop the others."""
+        _log.error(_DAMAGED, owned.id)
+        self._owned.pop(owned.id, None)
+        owned.changed.set()
+
     # ---- ownership ---------------------------------------------------------------------------------------------------
 
     async def _recover(self) -> None:
-        """Finds this server's jobs: those in its queue, and those it had accepted when it died."""
-        server, seen = self._queue.server, set[str]()
+        """Finds this server's jobs: those in its queue, and those it had accepted when it died. Skips damaged ones."""
+        seen = set[str]()
         for entry in await self._queued(self._queue.entries):
             seen.add(entry.id)
-            newest = await self._stored(self._files.newest, entry.tenant, entry.id)
-            if newest is None or newest[0] != entry.term:
-                await self._queued(self._queue.remove, entry.id)
-            else:
-                await self._adopt(entry.tenant, entry.id, *newest)
+            with _skipped_if_damaged(entry.id):
+                newest = await self._stored(self._files.newest, entry.tenant, entry.id)
+                if newest is None or newest[0] != entry.term:
+                    await self._queued(self._queue.remove, entry.id)
+                else:
+                    await self._adopt(entry.tenant, entry.id, *newest)
         for identifier in await self._stored(self._files.open_identifiers):
-            mark = None if identifier in seen else await self._stored(self._files.open_job, identifier)
-            if mark is None:
-                continue
-            newest = await self._stored(self._files.newest, mark.tenant, identifier)
-            if newest is None and mark.server == server:  # never accepted: its client got no answer
-                await self._stored(self._files.delete, mark.tenant, identifier)
-            elif newest is not None and newest[1].owner == server:
-                await self._adopt(mark.tenant, identifier, *newest)
-        wanted = {owned.id for owned in self._owned.values()}
+            if identifier not in seen:
+                with _skipped_if_damaged(identifier):
+                    await self._recover_accepted(identifier)
+        wanted = {entry.id for entry in await self._queued(self._queue.entries)}
         runs = self._folder / "runs"
         for path in list(runs.iterdir()) if runs.is_dir() else []:
             if path.name not in wanted:
                 await self._stored(shutil.rmtree, path, True)
+
+    async def _recover_accepted(self, identifier: str) -> None:
+        """Finds an open job that this server had accepted, but not put into its queue."""
+        mark = await self._stored(self._files.open_job, identifier)
+        if mark is None:
+            return
+        newest = await self._stored(self._files.newest, mark.tenant, identifier)
+        if newest is None and mark.server == self._queue.server:  # never accepted: its client got no answer
+            await self._stored(self._files.delete, mark.tenant, identifier)
+        elif newest is not None and newest[1].owner == self._queue.server:
+            await self._adopt(mark.tenant, identifier, *newest)
 
     async def _adopt(self, tenant: str, identifier: str, term: int, state: State) -> None:
         """Puts a job of which this server owns the newest term into its queue."""
@@ -702,29 +727,33 @@ class Jobs:
         unfinished = set(await self._stored(self._files.open_identifiers)) - set(self._owned)
         self._owners = {identifier: owner for identifier, owner in self._owners.items() if identifier in unfinished}
         for identifier in sorted(unfinished):
-            if (owner := self._owners.get(identifier)) and self._is_alive(owner, beats, now):
-                continue
-            mark = await self._stored(self._files.open_job, identifier)
-            if mark is None:
-                continue
-            newest = await self._stored(self._files.newest, mark.tenant, identifier)
-            if newest is None:
-                continue
-            term, state = newest
-            self._owners[identifier] = state.owner
-            if state.owner == self._queue.server or self._is_alive(state.owner, beats, now):
-                continue
-            request = await self._stored(self._files.request, mark.tenant, identifier)
-            if request is None or request.digest != self._digest:
-                continue
-            taken = msgspec.structs.replace(state, owner=self._queue.server)
-            if await self._stored(self._files.take, mark.tenant, identifier, term + 1, taken):
-                _log.info("job %s: taken over", identifier)
-                self._owners.pop(identifier)
-                await self._adopt(mark.tenant, identifier, term + 1, taken)
+            if not ((owner := self._owners.get(identifier)) and self._is_alive(owner, beats, now)):
+                with suppress(Damaged):  # as its own server has logged, or will when it starts
+                    await self._take_over_job(identifier, beats, now)
         for server in set(beats) - {self._queue.server, *self._owners.values()}:
             if not self._is_alive(server, beats, now):
                 await self._stored(self._files.forget_server, server)
+
+    async def _take_over_job(self, identifier: str, beats: dict[str, str], now: float) -> None:
+        """Begins a new term for an open job if its owner is dead and this server has its model."""
+        mark = await self._stored(self._files.open_job, identifier)
+        if mark is None:
+            return
+        newest = await self._stored(self._files.newest, mark.tenant, identifier)
+        if newest is None:
+            return
+        term, state = newest
+        self._owners[identifier] = state.owner
+        if state.owner == self._queue.server or self._is_alive(state.owner, beats, now):
+            return
+        request = await self._stored(self._files.request, mark.tenant, identifier)
+        if request is None or request.digest != self._digest:
+            return
+        taken = msgspec.structs.replace(state, owner=self._queue.server)
+        if await self._stored(self._files.take, mark.tenant, identifier, term + 1, taken):
+            _log.info("job %s: taken over", identifier)
+            self._owners.pop(identifier)
+            await self._adopt(mark.tenant, identifier, term + 1, taken)
 
     def _is_alive(self, server: str, beats: dict[str, str], now: float) -> bool:
         """Whether a server has changed its sign of life within the lease, as seen by this server's clock."""
@@ -752,6 +781,9 @@ class Jobs:
             owned.cancel.set()
             if not owned.running:
                 await self._disown(owned)
+        except Damaged:
+            if not owned.running:  # else it finds out itself
+                self._leave(owned)
 
     # ---- helpers -----------------------------------------------------------------------------------------------------
 
@@ -852,6 +884,15 @@ def learnable_pictures(images: Sequence[bytes]) -> dict[str, bytes]:
 def new_identifier(created: float) -> str:
     """A job's id: 32 hex digits that sort by time and cannot be guessed."""
     return f"{max(0, int(created * 1000)):012x}{secrets.token_hex(10)}"
+
+
+@contextmanager
+def _skipped_if_damaged(identifier: str) -> Iterator[None]:
+    """Logs that a job's file is damaged, instead of raising `Damaged`, so that it does not stop the others."""
+    try:
+        yield
+    except Damaged:
+        _log.error(_DAMAGED, identifier)
 
 
 async def _finished_on(threads: ThreadPoolExecutor, call: Callable[[], T]) -> T:

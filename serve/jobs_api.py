@@ -16,23 +16,26 @@ from starlette.requests import Request as HTTPRequest
 from starlette.responses import JSONResponse, Response
 
 from oneword.runtime.concept import Concept
-from oneword.serve.errors import (
-    ApiError,
-    Busy,
-    NotFound,
-    Unavailable,
-    openai_body,
-)
+from oneword.serve.errors import ApiError, Busy, NotFound, Unavailable, openai_body
 from oneword.serve.fields import Fields, validated
 from oneword.serve.forms import read_form
 from oneword.serve.job_files import Cancelled, Failed, Note, Progress, Status
 from oneword.serve.jobs import PICTURES, Done, Job, Snapshot
 from oneword.serve.keys import Tenant
-from oneword.serve.openapi import PICTURE_TYPES, WORD_NAME, file_field, file_response, stream_response, upload
+from oneword.serve.openapi import (
+    PICTURE_TYPES,
+    WORD_NAME,
+    WORD_TYPE,
+    file_field,
+    file_response,
+    stream_response,
+    upload,
+)
 from oneword.serve.pictures import MEDIA_TYPES, as_base64
 from oneword.serve.samples import sample_jpeg, sample_request
 from oneword.serve.state import State, caller
 from oneword.serve.streams import EventStream, sse
+from oneword.serve.words_api import word_response
 
 PROMPTS: Final = ("a photo of a {}", "a photo of a {} in the snow", "a drawing of a {}")
 """What every snapshot of a word draws."""
@@ -105,9 +108,9 @@ class JobBody(BaseModel):
     previews: list[Preview]
 
     @classmethod
-    def of(cls, job: Job) -> "JobBody":
-        """A job as JSON."""
-        address = f"/v1/jobs/{job.id}/pictures"
+    def of(cls, http: HTTPRequest, job: Job) -> "JobBody":
+        """A job as JSON, with addresses as this client reaches them."""
+        address = f"{http.scope.get('root_path', '')}/v1/jobs/{job.id}/pictures"
         return cls(
             id=job.id,
             kind=job.kind,
@@ -166,7 +169,7 @@ async def learn(http: HTTPRequest) -> Response:
         tokens = await state.jobs.open_tokens(tenant.name)
         await state.words.check_room(tenant, body.name, 4 * sum(widths), tokens, replace=body.replace)  # float32
         job = await state.jobs.add(tenant.name, images, *order, replace=body.replace)
-    return JSONResponse(JobBody.of(job).model_dump(mode="json"), 202)
+    return JSONResponse(JobBody.of(http, job).model_dump(mode="json"), 202)
 
 
 @router.get("/v1/jobs")
@@ -178,21 +181,21 @@ async def jobs(
     """Lists the caller's jobs, the newest first."""
     state, tenant = caller(http)
     found = await state.jobs.list(tenant.name, limit + 1, before)
-    return JobList(data=[JobBody.of(job) for job in found[:limit]], has_more=len(found) > limit)
+    return JobList(data=[JobBody.of(http, job) for job in found[:limit]], has_more=len(found) > limit)
 
 
 @router.get("/v1/jobs/{id}")
 async def job(http: HTTPRequest, id: str) -> JobBody:
     """Describes a job."""
     state, tenant = caller(http)
-    return JobBody.of(await state.jobs.get(tenant.name, id))
+    return JobBody.of(http, await state.jobs.get(tenant.name, id))
 
 
 @router.delete("/v1/jobs/{id}")
 async def cancel(http: HTTPRequest, id: str) -> JobBody:
     """Cancels a job. One that has ended stays as it is."""
     state, tenant = caller(http)
-    return JobBody.of(await state.jobs.cancel(tenant.name, id))
+    return JobBody.of(http, await state.jobs.cancel(tenant.name, id))
 
 
 @router.get(
@@ -224,6 +227,13 @@ async def job_picture(http: HTTPRequest, id: str, name: str) -> Response:
     data = await _picture(state, tenant, found, name)
     headers = {"Cache-Control": "private, max-age=86400, immutable"}
     return Response(data, media_type=MEDIA_TYPES[name.rpartition(".")[2]], headers=headers)
+
+
+@router.get("/v1/jobs/{id}/word", response_class=Response, responses=file_response("A safetensors file.", WORD_TYPE))
+async def job_word(http: HTTPRequest, id: str) -> Response:
+    """Downloads a job's learned word, also if its name was taken meanwhile. 404 if it has none."""
+    state, tenant = caller(http)
+    return word_response(await state.jobs.word(tenant.name, id))
 
 
 async def _events(state: State, tenant: Tenant, job: Job, after: int) -> AsyncGenerator[bytes]:
@@ -304,7 +314,8 @@ async def _read_or_drawn(state: State, tenant: Tenant, job: Job, name: str) -> b
     step, index = _preview_of(name)
     concept = await jobs.snapshot(tenant.name, job.id, step)
     data = await _drawn(state, tenant, concept, index)
-    await jobs.write_picture(tenant.name, job.id, name, data)
+    with contextlib.suppress(Unavailable):  # which the store has logged; drawing it again would not help
+        await jobs.write_picture(tenant.name, job.id, name, data)
     return data
 
 

@@ -25,7 +25,15 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from oneword.serve.errors import ApiError, CatchErrors, Forbidden, TooLarge, Unauthorized, Unavailable
+from oneword.serve.errors import (
+    ApiError,
+    CatchErrors,
+    Forbidden,
+    TooLarge,
+    Unauthorized,
+    Unavailable,
+    route_path,
+)
 from oneword.serve.keys import LOCAL, Keys, Tenant
 from oneword.serve.settings import Settings
 
@@ -117,12 +125,6 @@ def is_public(path: str) -> bool:
     return path in ("/", "/favicon.ico", "/health", "/health/live", "/health/ready") or path.startswith(
         ("/static/", "/v1/pictures/")
     )
-
-
-def route_path(scope: Scope) -> str:
-    """The path without the prefix that a proxy has added."""
-    path, prefix = str(scope["path"]), str(scope.get("root_path", ""))
-    return path[len(prefix) :] if prefix and path.startswith(f"{prefix}/") else path
 
 
 class AccessLog:

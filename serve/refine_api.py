@@ -77,6 +77,8 @@ async def refine(http: HTTPRequest, name: str, body: RefineBody) -> RefinementRo
         raise Conflict(f"no refinement of {name[:80]!r} is in progress: send the action 'start'")
     if current is None:
         current = await state.in_thread(refinements.begun, await state.words.concept(record))
+    if body.action != "finish":  # if the store cannot be written, this fails before the pictures are drawn
+        await state.in_thread(refinements.write, tenant.name, record, current)
     match body.action:
         case "judge":
             current = await state.in_thread(_judged, current, body)

@@ -219,6 +219,7 @@ def address(http: HTTPRequest, name: str) -> str:
 router = APIRouter(tags=["pictures"])
 
 
+@router.head("/v1/pictures/{name}", include_in_schema=False)
 @router.get(
     "/v1/pictures/{name}",
     response_class=Response,

@@ -394,8 +394,11 @@ class Words:
     async def list(self, tenant: Tenant, after: str = "", limit: int = 100) -> Sequence[WordRecord]:
         """A page of a tenant's words, sorted by token, from the first after `after`."""
         index = await self._index(tenant, self._index_seconds if after else 0)
-        tokens = page(index.tokens, after, limit)
-        return await self._read(tenant, tokens)
+        records = list[WordRecord]()
+        while len(records) < limit and (tokens := page(index.tokens, after, limit - len(records))):
+            records += await self._read(tenant, tokens)  # without those that are damaged or have just been deleted
+            after = tokens[-1]
+        return records
 
 
 def _named_words(prompt: str) -> NamedWords:

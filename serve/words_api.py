@@ -139,9 +139,12 @@ async def word_file(http: Request, name: str) -> Response:
     """Downloads a word's file. diffusers, A1111 and ComfyUI read it, the first two only if the word has no vectors for
     layers."""
     state, tenant = caller(http)
-    record = await state.words.get(tenant, name)
-    concept = await state.words.concept(record)
-    stem = token_from_stem(record.token).strip("<>")
+    return word_response(await state.words.concept(await state.words.get(tenant, name)))
+
+
+def word_response(concept: Concept) -> Response:
+    """A word's file, as a download."""
+    stem = token_from_stem(concept.token).strip("<>")
     name = stem if stem.isascii() else "word"
     headers = {"Content-Disposition": f'attachment; filename="{name}.safetensors"'}
     return Response(concept_bytes(concept), media_type=WORD_TYPE, headers=headers)
@@ -149,11 +152,12 @@ async def word_file(http: Request, name: str) -> Response:
 
 @router.patch("/v1/words/{name}")
 async def rename(http: Request, name: str, body: Rename) -> Word:
-    """Renames a word. 409 if the new name is taken."""
+    """Renames a word, and forgets its refinement in progress. 409 if the new name is taken."""
     state, tenant = caller(http)
     _check_name(body.name)
     renamed = await state.words.rename(tenant, name, body.name)
-    await state.in_thread(state.refinements.delete, tenant.name, name)
+    if body.name != name:
+        await state.in_thread(state.refinements.delete, tenant.name, name)
     return Word.of(renamed)
 
 

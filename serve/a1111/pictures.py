@@ -43,7 +43,7 @@ class Crop:
         """
         weights = paste_weights(mask, blur)
         height, width = mask.shape
-        visible = np.rint(weights * 255) > 0
+        visible = mask | (np.rint(weights * 255) > 0)  # a wide blur leaves nothing of a small mask
         (top, bottom), (left, right) = (_bounds(visible.any(axis)) for axis in (1, 0))
         left, right = max(left - padding, 0), min(right + padding, width)
         top, bottom = max(top - padding, 0), min(bottom + padding, height)

@@ -53,7 +53,7 @@ export const model = (signal) => json("v1/model", { signal });
 export const queue = (signal) => json("v1/queue", { signal });
 export const jobs = (signal) => json("v1/jobs", { signal });
 export const job = (id, signal) => json(`v1/jobs/${encodeURIComponent(id)}`, { signal });
-export const cancelJob = (id) => send(`v1/jobs/${encodeURIComponent(id)}`, { method: "DELETE" });
+export const cancelJob = (id) => json(`v1/jobs/${encodeURIComponent(id)}`, { method: "DELETE" });
 
 /** All words, up to `limit`. */
 export async function words(limit = 2000, signal) {
@@ -68,7 +68,7 @@ export async function words(limit = 2000, signal) {
 
 export const renameWord = (name, to) => json(word(name), body({ name: to }, "PATCH"));
 export const deleteWord = (name) => send(word(name), { method: "DELETE" });
-export const refineWord = (name, action) => json(`${word(name)}/refine`, body(action));
+export const refineWord = (name, action, signal) => json(`${word(name)}/refine`, { ...body(action), signal });
 export const wordFile = async (name) => (await send(`${word(name)}/file`)).blob();
 
 /** Uploads a word's file. Raises ApiError with status 409 if the name is taken, unless `replace`. */

@@ -4,6 +4,7 @@ import * as api from "./api.js";
 import { pause, persistently } from "./connection.js";
 import { Unreachable, isCancel } from "./errors.js";
 import { afterEvent, found, isEnded, newJob, withPictures } from "./job.js";
+import { notify } from "./state.js";
 import { makeStore } from "./store.js";
 import * as words from "./words.js";
 
@@ -25,9 +26,14 @@ export async function resume(signal) {
 }
 
 export async function cancel() {
-  await persistently(() => api.cancelJob(current.get().id));
-  follower?.abort();
-  current.set((job) => job && { ...job, status: "cancelled" });
+  try {
+    const { status } = await persistently(() => api.cancelJob(current.get().id));
+    if (status !== "cancelled") return; // it has just ended otherwise, or will: its last event says how
+    follower?.abort();
+    current.set((job) => job && { ...job, status: "cancelled" });
+  } catch (error) {
+    notify(error.message, { bad: true });
+  }
 }
 
 export function dismiss() {

@@ -46,6 +46,12 @@ def test_a_crop_has_room_for_the_blur_of_the_mask() -> None:
     assert (crop.left, crop.top, crop.right, crop.bottom) == (30, 20, 70, 60)
 
 
+def test_a_crop_contains_a_mask_of_which_a_wide_blur_leaves_nothing() -> None:
+    crop = Crop.around(mask_of(100, 80, 50, 40, 51, 41), columns(100, 80), blur=64, padding=4, size=(64, 64))
+
+    assert (crop.left, crop.top, crop.right, crop.bottom) == (46, 36, 55, 45)
+
+
 def test_pasting_changes_the_mask_only() -> None:
     original, mask = columns(100, 80), mask_of(100, 80, 40, 40, 60, 60)
     crop = Crop.around(mask, original, blur=0, padding=10, size=(64, 64))

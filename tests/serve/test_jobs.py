@@ -1,5 +1,6 @@
 import asyncio
 import io
+import itertools
 import os
 import random
 import signal
@@ -8,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -260,6 +261,85 @@ def test_a_waiting_job_is_cancelled_at_once(tmp_path: Path) -> None:
                 await jobs.picture("alice", second.id, second.pictures[0])
                 == learnable_pictures(photos())["picture-1.png"]
             )
+
+    asyncio.run(run())
+
+
+def test_a_cancelled_job_whose_end_cannot_be_stored_waits_longer_each_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempts = list[float]()
+
+    async def failing(owned: Any) -> None:
+        attempts.append(time.monotonic())
+        if len(attempts) < 4:
+            raise Unavailable("the store cannot be written")
+
+    async def run() -> None:
+        async with idle(tmp_path) as jobs:
+            job = await jobs.add("alice", photos(), "<toy>")
+            owned = jobs._owned[job.id]
+            owned.cancel.set()
+            monkeypatch.setattr(jobs, "_attempt", failing)
+            monkeypatch.setattr(jobs, "_retry_seconds", 0.02)
+            await jobs._carry_out(owned)
+
+    asyncio.run(run())
+    waits = [later - earlier for earlier, later in itertools.pairwise(attempts)]
+    assert all(wait >= least for wait, least in zip(waits, (0.04, 0.08, 0.16), strict=True))
+
+
+def test_a_damaged_job_stops_neither_the_list_nor_a_server_that_starts_nor_one_that_takes_over(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with idle(tmp_path) as jobs:
+            damaged, whole = [await jobs.add("alice", photos(), token) for token in ("<a>", "<b>")]
+            (tmp_path / f"store/jobs/tenants/alice/{damaged.id}/terms/00000001.json").write_bytes(b"{")
+        async with idle(tmp_path) as jobs:
+            assert [job.id for job in await jobs.list("alice")] == [whole.id]
+            assert await jobs.open_tokens("alice") == ["<b>"]
+            assert jobs.waiting == 1
+            with pytest.raises(Unavailable, match="a job's file in the store is damaged"):
+                await jobs.get("alice", damaged.id)
+        async with idle(tmp_path, "there") as jobs:
+            await until(lambda: jobs.waiting == 1)
+
+    asyncio.run(run())
+
+
+def test_a_job_that_is_damaged_while_it_waits_does_not_hold_up_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def run() -> None:
+        async with idle(tmp_path) as jobs:
+            damaged, whole = [await jobs.add("alice", photos(), token) for token in ("<a>", "<b>")]
+            (tmp_path / f"store/jobs/tenants/alice/{damaged.id}/terms/00000001.json").write_bytes(b"{")
+            attempt, attempted = jobs._attempt, list[str]()
+
+            async def attempted_or_ended(owned: Any) -> None:
+                attempted.append(owned.id)
+                if owned.id == whole.id:
+                    await jobs._end(owned, owned.state.failed("a test"))
+                else:
+                    await attempt(owned)
+
+            monkeypatch.setattr(jobs, "_attempt", attempted_or_ended)
+            working = asyncio.create_task(jobs._work())
+            await until(lambda: whole.id in attempted and jobs.waiting == 0)
+            working.cancel()
+            await asyncio.gather(working, return_exceptions=True)
+            assert attempted.count(damaged.id) <= 1  # the lease may have found it first
+
+    asyncio.run(run())
+
+
+def test_a_damaged_sign_of_life_is_that_of_a_dead_server(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with idle(tmp_path, lease_seconds=1000) as sleeping:  # it gives no further sign of life
+            await sleeping.add("alice", photos(), "<toy>")
+            [beat] = (tmp_path / "store/jobs/servers").iterdir()
+            beat.write_bytes(b"")
+            async with idle(tmp_path, "there") as other:
+                await until(lambda: other.waiting == 1)
 
     asyncio.run(run())
 
@@ -671,7 +751,7 @@ def test_servers_and_processes_killed_at_random_instants_end_with_the_bits_of_an
                 process.stdout.close()
                 process = None
             for victim in held:
-                timers.append(threading.Timer(2, os.kill, (victim, signal.SIGCONT)))
+                timers.append(threading.Timer(2, wake, (victim,)))
                 timers[-1].start()
         if process is None:
             process = subprocess.Popen([*command, tiny_model_dir, digest], stdout=subprocess.PIPE, text=True)
@@ -746,6 +826,12 @@ def wait_until(condition: Callable[[], object], deadline: float) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def wake(process: int) -> None:
+    """Continues a process, which may be gone."""
+    with suppress(ProcessLookupError):
+        os.kill(process, signal.SIGCONT)
 
 
 async def collected(events: AsyncIterator[JobEvent]) -> list[JobEvent]:

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from oneword.runtime.concept import Concept
+from oneword.runtime.concept import Concept, concept_of, read_safetensors
 from oneword.serve import jobs_api
+from oneword.serve.errors import Unavailable
 from oneword.serve.keys import Tenant, new_key
 from oneword.serve.state import State
 from tests.serve.conftest import Start
@@ -98,17 +99,21 @@ def test_the_previews_are_the_words_of_their_steps_drawn_from_the_same_seed(alic
     assert again == previews
 
 
-def test_a_preview_that_two_look_at_is_drawn_once(
-    alice: httpx.Client, learners: tuple[Running, Running], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    drawn: list[int] = []
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Gets the index of every preview that is drawn."""
+    indices: list[int] = []
 
     async def draw(state: State, tenant: Tenant, concept: Concept, index: int) -> bytes:
-        drawn.append(index)
+        indices.append(index)
         return await draw_preview(state, tenant, concept, index)
 
     draw_preview = jobs_api._drawn
     monkeypatch.setattr(jobs_api, "_drawn", draw)
+    return indices
+
+
+def test_a_preview_that_two_look_at_is_drawn_once(alice: httpx.Client, drawn: list[int]) -> None:
     job = learn(alice, name="<watched>", steps=3).json()
     with ThreadPoolExecutor(2) as threads:
         first, second = threads.map(lambda _: [*events_of(alice, job["id"])], range(2))
@@ -116,6 +121,37 @@ def test_a_preview_that_two_look_at_is_drawn_once(
     previews, repetitions = ([data for kind, data in events if kind == "preview"] for events in (first, second))
     assert len(previews) == len(drawn) == 6  # of three prompts, after steps 0 and 3
     assert repetitions == previews
+
+
+def test_a_preview_that_cannot_be_kept_is_sent_and_not_drawn_again(
+    alice: httpx.Client, learners: tuple[Running, Running], drawn: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def full(*_: object) -> None:
+        raise Unavailable("the store cannot be written")
+
+    monkeypatch.setattr(learners[0].state.jobs, "write_picture", full)
+    job = learn(alice, name="<unkept>", steps=3).json()
+
+    previews = [data for kind, data in events_of(alice, job["id"]) if kind == "preview"]
+
+    assert len(previews) == len(drawn) == 6
+
+
+def test_addresses_have_the_prefix_of_the_proxy(start_server: Start, tiny_model_dir: Path, tmp_path: Path) -> None:
+    running = start_server(root_path="/oneword", model=str(tiny_model_dir), jobs=tmp_path)
+    with running.client() as http:
+        job = learn(http, name="<toy>", steps=1).json()
+        list(events_of(http, job["id"]))
+        job = http.get(f"/v1/jobs/{job['id']}").json()
+
+        for address in (*job["pictures"], *(preview["url"] for preview in job["previews"])):
+            assert address.startswith(f"/oneword/v1/jobs/{job['id']}/pictures/")
+            assert http.get(address.removeprefix("/oneword")).status_code == 200  # which the proxy removes
+        wrong = http.post("/sdapi/v1/txt2img", json={"steps": "many"})
+        assert (wrong.status_code, "steps" in wrong.json()["detail"]) == (422, True)
+        method = http.get("/sdapi/v1/txt2img")
+        assert (method.status_code, method.headers["allow"]) == (405, "POST")
+        assert "detail" in method.json()
 
 
 def test_a_reader_that_comes_back_gets_only_what_it_has_missed(alice: httpx.Client) -> None:
@@ -311,7 +347,11 @@ def test_a_word_that_takes_the_name_while_a_job_learns_is_not_replaced(alice: ht
 
     assert kind == "error"
     assert "there is a word '<both>' already" in data["error"]["message"]
+    assert f"GET /v1/jobs/{job['id']}/word returns the learned word" in data["error"]["message"]
     assert alice.get("/v1/words/<both>").json() == before
+    learned = alice.get(f"/v1/jobs/{job['id']}/word")
+    assert learned.headers["content-disposition"] == 'attachment; filename="both.safetensors"'
+    assert concept_of(*read_safetensors(learned.content, "the word"), "the word").identity != before["identity"]
 
 
 def test_a_tenant_without_room_for_a_word_is_refused_before_anything_is_learned(bob: httpx.Client) -> None:

@@ -482,7 +482,9 @@ def test_a_picture_requested_as_an_address_is_gone_after_an_hour(start_server: S
     with running.client() as client:
         body = {"prompt": "a cat", "steps": 2, "response_format": "url", "output_format": "webp"}
         url = client.post("/v1/images/generations", json=body).json()["data"][0]["url"]
-        assert client.get(url).headers["content-type"] == "image/webp"
+        picture, head = client.get(url), client.head(url)
+        assert picture.headers["content-type"] == head.headers["content-type"] == "image/webp"
+        assert (head.status_code, head.content, head.headers["content-length"]) == (200, b"", str(len(picture.content)))
         clock[0] += 3601
         assert client.get(url).status_code == 404
         assert running.state.results.collect() == 1

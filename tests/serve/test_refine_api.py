@@ -15,7 +15,8 @@ import pytest
 from oneword.runtime.concept import Concept, concept_of, read_safetensors
 from oneword.runtime.lexicon import Lexicon
 from oneword.runtime.refine import Refinement
-from oneword.serve.errors import Busy
+from oneword.serve import refine_api
+from oneword.serve.errors import Busy, Unavailable
 from oneword.serve.files import FolderFiles
 from oneword.serve.keys import LOCAL
 from oneword.serve.refinements import Refinements
@@ -112,6 +113,34 @@ def test_a_refinement_ends_with_its_word(http: httpx.Client, word: str, change: 
 
     assert http.post(f"{word}/refine", json={"action": "finish"}).status_code == 409
     assert http.get(word).json() == before
+
+
+def test_a_word_that_is_given_its_own_name_keeps_its_refinement(http: httpx.Client, word: str) -> None:
+    http.patch(word, json={"name": "<pet>"}).raise_for_status()
+    judged = http.post(f"{word}/refine", json={"action": "judge", "round": 1, "likes": [1]})
+    http.patch(word, json={"name": "<dog>"}).raise_for_status()
+
+    assert judged.json()["round"] == 2
+    assert http.post("/v1/words/%3Cdog%3E/refine", json={"action": "undo"}).status_code == 409
+    http.delete("/v1/words/%3Cdog%3E").raise_for_status()
+
+
+@pytest.mark.parametrize("action", [{"action": "start"}, {"action": "judge", "round": 1, "likes": [1]}])
+def test_nothing_is_drawn_if_the_store_cannot_be_written(
+    server: Running, http: httpx.Client, word: str, action: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise Unavailable("the store cannot be written")
+
+    async def draw(*_: object) -> None:
+        raise AssertionError("candidates were drawn")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(server.state.refinements, "write", full)
+        patch.setattr(refine_api, "_candidates", draw)
+        assert http.post(f"{word}/refine", json=action).status_code == 503
+
+    assert http.post(f"{word}/refine", json={"action": "start"}).json()["round"] == 1
 
 
 def test_a_prompt_of_candidates_may_name_other_words(http: httpx.Client, word: str) -> None:

@@ -257,6 +257,30 @@ def test_words_are_listed_by_name_a_page_at_a_time(start_server: Start) -> None:
         assert http.get("/v1/words").json()["data"] == listed
 
 
+def test_a_damaged_word_does_not_end_the_list(start_server: Start, tmp_path: Path) -> None:
+    running = start_server(words=str(tmp_path))
+    names = ["a", "b", "c", "d"]
+    with running.client() as http:
+        for name in names:
+            http.put(f"/v1/words/{name}", content=word_bytes(name)).raise_for_status()
+        [record] = tmp_path.glob("names/*/b.json")
+        record.write_bytes(b"{")
+
+        first = http.get("/v1/words", params={"limit": 2}).json()
+        second = http.get("/v1/words", params={"after": "c", "limit": 2}).json()
+
+    assert ([word["name"] for word in first["data"]], first["has_more"]) == (["a", "c"], True)
+    assert ([word["name"] for word in second["data"]], second["has_more"]) == (["d"], False)
+
+
+def test_a_second_file_is_refused_by_its_number(http: httpx.Client) -> None:
+    files = [("file", (f"{name}.safetensors", word_bytes(f"<{name}>"))) for name in ("first", "second")]
+
+    answer = http.post("/v1/words", files=files)
+
+    assert (answer.status_code, message_of(answer)) == (400, "too many files were sent, allowed is 1")
+
+
 def metadata_of(file: bytes) -> dict[str, str]:
     """The metadata in a safetensors file's header, whose length is in the first eight bytes."""
     header = json.loads(file[8 : 8 + int.from_bytes(file[:8], "little")])

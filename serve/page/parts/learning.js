@@ -3,7 +3,7 @@
 import { isEnded, nameOf, progress, sheet } from "../job.js";
 import * as learning from "../learning.js";
 import { bareName } from "../prompt.js";
-import { draft, go, notify } from "../state.js";
+import { draft, go } from "../state.js";
 import { duration } from "../time.js";
 import { html } from "../vendor/htm-preact.js";
 import { useFocus } from "../hooks.js";
@@ -21,7 +21,7 @@ export function Learning({ job }) {
               <button class="button plain" onClick=${learning.dismiss}>Teach another</button>
               ${job.status === "succeeded" && html`<${Use} name=${name} />`}
             </div>`
-          : html`<button class="button small" onClick=${() => learning.cancel().catch((error) => notify(error.message, { bad: true }))}><${Icon} name="stop" /> Cancel</button>`}
+          : html`<button class="button small" onClick=${learning.cancel}><${Icon} name="stop" /> Cancel</button>`}
       </header>
       ${!isEnded(job) &&
       html`<div class="learning-state">

@@ -5,7 +5,7 @@ import { persistently } from "../connection.js";
 import { bareName } from "../prompt.js";
 import { isJudged, judged, judgement, newRound, question } from "../refinement.js";
 import { announce, notify, refined } from "../state.js";
-import { html, useEffect, useState } from "../vendor/htm-preact.js";
+import { html, useEffect, useRef, useState } from "../vendor/htm-preact.js";
 import { refresh } from "../words.js";
 import { Dialog } from "./dialog.js";
 import { Icon } from "./icons.js";
@@ -16,15 +16,18 @@ export function Refine({ word }) {
   const name = bareName(word.name);
   const [round, setRound] = useState(null);
   const [failure, setFailure] = useState("");
+  const closed = useRef(new AbortController());
   const act = async (action) => {
+    const { signal } = closed.current;
     setFailure("");
     setRound(null);
     try {
-      const answer = newRound(await persistently(() => api.refineWord(word.name, action)));
+      const until = action.action === "start" ? signal : undefined; // what was judged is kept when the dialog is closed
+      const answer = newRound(await persistently(() => api.refineWord(word.name, action, until), signal));
       setRound(answer);
       announce(`Round ${answer.round}`);
     } catch (error) {
-      setFailure(error.message);
+      if (!signal.aborted) setFailure(error.message);
     }
   };
   const finish = async () => {
@@ -37,7 +40,10 @@ export function Refine({ word }) {
       setFailure(error.message);
     }
   };
-  useEffect(() => void act({ action: "start" }), []);
+  useEffect(() => {
+    act({ action: "start" });
+    return () => closed.current.abort();
+  }, []);
 
   return html`
     <${Dialog} title=${`Refine ${name}`} className="viewer" onClose=${() => refined.set(null)}>

@@ -91,7 +91,7 @@ function Question({ asked, onClose }) {
   const act = async (event) => {
     event.preventDefault();
     try {
-      if (kind === "rename") await rename(word, `<${name}>`);
+      if (kind === "rename") await rename(word, word.name.startsWith("<") ? `<${name}>` : name);
       if (kind === "delete") await remove(word);
       if (kind === "replace") await upload(file, { replace: true });
       onClose();
