@@ -21,8 +21,8 @@ HEAD = """# Commands
 
 Every command has `-h` and `--version`. With `--json`, which for `ti-concept` is an option of its subcommands, a command
 prints one JSON document on standard output; progress goes to standard error. Errors are one line that says how to fix
-them. The exit status is 0 for success, 2 for wrong usage, 1 for any other error and 130 after Ctrl-C. An output file is
-written completely or not at all.
+them. The exit status is 0 for success, 2 for wrong usage, 1 for any other error and 130 after Ctrl-C, except
+that `ti-serve` then finishes what it has accepted and exits with 0. An output file is written completely or not at all.
 
 Guides: [Training](training.md) for `ti-train` (its [recipes](training.md#recipes) and
 [settings](training.md#all-settings)) and `ti-eval`, [Refining by likes](refining.md) for `ti-refine`,
