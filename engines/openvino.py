@@ -277,7 +277,7 @@ class _Compiler:
         if key in self._pending and self._pending[key].done():
             future = self._pending.pop(key)
             if future.exception() is None:  # else it keeps the version that it has
-                return self._kept(key, future.result())
+                return self._remember(key, future.result())
         return self._static.get(key)
 
     def compile(self, shapes: Mapping[str, Shape] | None = None) -> _Compiled:
@@ -307,13 +307,13 @@ class _Compiler:
             return None
         key = _key_of(shapes)
         compiled = self._static.get(key) or self._load(self._files(), shapes)
-        return None if compiled is None else self._kept(key, compiled)
+        return None if compiled is None else self._remember(key, compiled)
 
     def specialized(self, shapes: Mapping[str, Shape]) -> _Compiled:
         """The version of a small graph for these shapes. Raises RuntimeError, which is OpenVINO's."""
-        return self.cached(shapes) or self._kept(_key_of(shapes), self.compile(shapes))
+        return self.cached(shapes) or self._remember(_key_of(shapes), self.compile(shapes))
 
-    def _kept(self, key: "_Key", compiled: _Compiled) -> _Compiled:
+    def _remember(self, key: "_Key", compiled: _Compiled) -> _Compiled:
         """Keeps a version for bindings to come: reading its plan takes as long as several runs."""
         self._static[key] = compiled
         self._static.move_to_end(key)
