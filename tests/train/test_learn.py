@@ -76,10 +76,11 @@ def test_a_word_starts_from_a_concept_and_a_run_whose_concept_changed_is_refused
     start = tmp_path / "start.safetensors"
     save_file({"<start>": torch.from_numpy(rows)}, start)
     source = load_source(tiny_model_dir)
-    for vectors, expected in ((1, rows[:1]), (2, rows), (3, rows[[0, 1, 1]])):
+    for vectors, expected in ((2, rows), (3, rows[[0, 1, 1]])):
         np.testing.assert_array_equal(initial_rows(source, str(start), vectors, 0)["text_encoder"], expected)
 
-    task, recipe = Task(folder, "<toy>", str(start)), named_recipe("fast").with_changes(steps=3, batch_size=2)
+    task = Task(folder, "<toy>", str(start))
+    recipe = named_recipe("fast").with_changes(steps=3, batch_size=2, vectors=2)
     run = learn(tiny_model_dir, [task], recipe, checkpoints=tmp_path / "run", checkpoint_every=1)
     next(run)
     run.close()

@@ -27,7 +27,7 @@ def test_captions_replace_templates_and_must_contain_the_word(folder: Path, tiny
     assert word.captions == [f"the red {{}} number {i}" for i in range(5)]
 
     (folder / "3.txt").write_text("the red star")
-    with pytest.raises(UsageError, match=r"3\.txt: the caption 'the red star' does not contain '<toy>'"):
+    with pytest.raises(UsageError, match=r"3\.txt: the caption 'the red star' does not contain the word '<toy>'"):
         next(learn(tiny_model_dir, [Task(folder, "<toy>")], named_recipe("fast")))
 
 
