@@ -1,5 +1,6 @@
 """Rows that join late, leave early, are cancelled or fail, without an effect on other rows."""
 
+import time
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -733,9 +734,12 @@ def test_a_cancelled_picture_that_waits_to_be_decoded_is_not_decoded(
     assert len(scheduler) == 0
 
 
-def test_in_openvino_each_picture_is_closest_to_the_same_picture_generated_alone(tiny_bundle: Path) -> None:
+def test_in_openvino_each_picture_is_closest_to_the_same_picture_generated_alone(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """If it computes in bf16, sums depend on the size of a call: identical for equal N, otherwise a median of 45 dB."""
     pytest.importorskip("openvino")
+    monkeypatch.setattr("oneword.engines.openvino.OFTEN", 1 << 30)  # one version of the graphs throughout
     model = Model.open(tiny_bundle, "openvino", threads=1)
     for i, token in enumerate(WORDS):
         vectors = np.random.default_rng(i).normal(0, 0.5, (1 + i % 3, 32)).astype(np.float32)
@@ -748,6 +752,27 @@ def test_in_openvino_each_picture_is_closest_to_the_same_picture_generated_alone
     for seed, image in together.items():
         np.testing.assert_array_equal(again[seed], alone[seed])
         assert max(alone, key=lambda candidate: psnr(image, alone[candidate])) == seed
+
+
+def test_openvinos_versions_for_one_shape_draw_the_same_picture_up_to_rounding(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("openvino")
+    model = Model.open(tiny_bundle, "openvino", threads=1)
+    request = Request("a cat", seed=1, steps=4)
+    before = pictures_of(model, [request])[1]
+    compiler = model.engine("denoise_step")._compiler  # type: ignore[attr-defined]
+    monkeypatch.setattr("oneword.engines.openvino.OFTEN", 1)
+    deadline = time.monotonic() + 60
+    while not compiler._static:
+        assert time.monotonic() < deadline
+        pictures_of(model, [request])
+    after = pictures_of(model, [request])[1]
+
+    if "bf16" in model.engine("denoise_step").backend:
+        assert psnr(after, before) >= 45
+    else:
+        assert np.abs(after.astype(np.int16) - before).max() <= 1
 
 
 def test_an_engine_that_prefers_few_shapes_gets_no_new_ones_after_the_warm_up(tiny_bundle: Path) -> None:
