@@ -158,9 +158,10 @@ class OpenVinoBinding:
         self._name = name
         self._compiler = compiler
         self._shapes = {key: value.shape for key, value in inputs.items()}
+        self._key = tuple(self._shapes.items())
         self.tensors = {key: _tensor(value) for key, value in {**inputs, **outputs}.items()}
         """OpenVINO's views of all inputs and outputs, by name."""
-        self._compiled = compiler.cached(self._shapes) or _compiled_for(name, compiler, self._shapes)
+        self._compiled = compiler.cached(self._key) or _compiled_for(name, compiler, self._shapes)
         self.inputs: Mapping[str, Array] = {key: HostArray(value) for key, value in inputs.items()}
         self.outputs: Mapping[str, Array] = {key: HostArray(value) for key, value in outputs.items()}
 
@@ -169,14 +170,14 @@ class OpenVinoBinding:
         if self._compiled.released:
             self._compiled = _compiled_for(self._name, self._compiler, self._shapes)
         if not self._compiled.static:
-            self._compiled = self._compiler.counted(self._shapes) or self._compiled
+            self._compiled = self._compiler.counted(self._key) or self._compiled
         _infer(self._name, self._compiled.request_of(self))
 
     def specialize(self) -> None:
         """See Binding. A large graph is not compiled again."""
         if self._compiler.small and not self._compiled.static:
             try:
-                self._compiled = self._compiler.specialized(self._shapes)
+                self._compiled = self._compiler.specialized(self._key)
             except RuntimeError as error:
                 raise EngineError(f"cannot compile graph {self._name!r} for its shapes: {one_line(error)}") from error
 
@@ -256,24 +257,22 @@ class _Compiler:
                 self._first = dict(shapes), self.compile(shapes)
             if self._first[0] == shapes:
                 return self._first[1]
-            if len(self._files()) == 1:
-                self._check_unchanged()  # while the first version can still be used
+            self._check_source(self._files())  # while the first version can still be used
             self._first[1].release()  # before another copy of the weights is made
             self._first = None
             self._dynamic = self.compile()
             return self._dynamic
 
-    def counted(self, shapes: Mapping[str, Shape]) -> _Compiled | None:
+    def counted(self, key: _Key) -> _Compiled | None:
         """Counts a run of a small graph. Compiles it for shapes that come often, in the background, and returns that
         version once it exists."""
         if not self.small:
             return None
-        key = _key_of(shapes)
         self._runs[key] += 1
         if self._runs[key] >= OFTEN and key not in self._attempted and len(self._attempted) < _MOST_STATIC:
             self._attempted.add(key)
             self._background = self._background or ThreadPoolExecutor(1, "openvino-compile")
-            self._pending[key] = self._background.submit(self.compile, dict(shapes))
+            self._pending[key] = self._background.submit(self.compile, dict(key))
         if key in self._pending and self._pending[key].done():
             future = self._pending.pop(key)
             if future.exception() is None:  # else it keeps the version that it has
@@ -290,8 +289,7 @@ class _Compiler:
             fresh = self._compile(files, shapes)
             stream = io.BytesIO()
             fresh.model.export_model(stream)
-            if len(files) == 1:
-                self._check_unchanged()  # it was not replaced meanwhile: the plan is kept under this graph's key
+            self._check_source(files)  # it was not replaced meanwhile: the plan is kept under this graph's key
             return stream.getvalue()
 
         plans = self._plans if self.small or len(files) > 1 else None
@@ -301,19 +299,18 @@ class _Compiler:
                 return fresh or self._read(plan, files, shapes) or self._compile(files, shapes)
         return fresh or self._load(files, shapes) or self._compile(files, shapes)
 
-    def cached(self, shapes: Mapping[str, Shape]) -> _Compiled | None:
+    def cached(self, key: _Key) -> _Compiled | None:
         """The version of a small graph for these shapes that was compiled before, in this process or an earlier one."""
         if not self.small:
             return None
-        key = _key_of(shapes)
-        compiled = self._static.get(key) or self._load(self._files(), shapes)
+        compiled = self._static.get(key) or self._load(self._files(), dict(key))
         return None if compiled is None else self._remember(key, compiled)
 
-    def specialized(self, shapes: Mapping[str, Shape]) -> _Compiled:
+    def specialized(self, key: _Key) -> _Compiled:
         """The version of a small graph for these shapes. Raises RuntimeError, which is OpenVINO's."""
-        return self.cached(shapes) or self._remember(_key_of(shapes), self.compile(shapes))
+        return self.cached(key) or self._remember(key, self.compile(dict(key)))
 
-    def _remember(self, key: "_Key", compiled: _Compiled) -> _Compiled:
+    def _remember(self, key: _Key, compiled: _Compiled) -> _Compiled:
         """Keeps a version for bindings to come: reading its plan takes as long as several runs."""
         self._static[key] = compiled
         self._static.move_to_end(key)
@@ -336,8 +333,7 @@ class _Compiler:
             return None
 
     def _compile(self, files: Sequence[Path], shapes: Mapping[str, Shape] | None) -> _Compiled:
-        if len(files) == 1:
-            self._check_unchanged()
+        self._check_source(files)
         model = self._core.read_model(*files)
         if shapes is not None:
             model.reshape({name: list(shape) for name, shape in shapes.items()})
@@ -348,6 +344,11 @@ class _Compiler:
         if self.small or self._plans is None:
             return [self._path]
         return _converted(self._core, self._path, self._plans, self._key, self._halve, self._check_unchanged)
+
+    def _check_source(self, files: Sequence[Path]) -> None:
+        """Raises EngineError if these are the graph's own files, and no longer those that were opened."""
+        if len(files) == 1:
+            self._check_unchanged()
 
     def _check_unchanged(self) -> None:
         """Raises EngineError if the graph's files are no longer those that were opened."""
@@ -500,10 +501,6 @@ def _stays_float32(op: Any, halve: bool = True) -> bool:
             return not np.array_equal(op.data.astype(np.float16), op.data)
     least, most = _HALF_RANGE
     return not least <= max(op.data.max(), -op.data.min()) <= most
-
-
-def _key_of(shapes: Mapping[str, Shape]) -> _Key:
-    return tuple(sorted(shapes.items()))
 
 
 def _tensor(value: NumpyArray) -> Any:

@@ -25,15 +25,7 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from oneword.serve.errors import (
-    ApiError,
-    CatchErrors,
-    Forbidden,
-    TooLarge,
-    Unauthorized,
-    Unavailable,
-    route_path,
-)
+from oneword.serve.errors import ApiError, CatchErrors, Forbidden, TooLarge, Unauthorized, Unavailable, route_path
 from oneword.serve.keys import LOCAL, Keys, Tenant
 from oneword.serve.settings import Settings
 

@@ -15,7 +15,7 @@ import PIL.ImageFilter
 
 from oneword.runtime.edit import Mask, blended, paste_weights
 from oneword.runtime.images import resized
-from oneword.runtime.request import Image
+from oneword.runtime.request import Image, scaled_mask
 
 Pixels: TypeAlias = npt.NDArray[Any]
 """A picture [H, W, 3] or a mask [H, W]"""
@@ -100,11 +100,7 @@ def filled(image: Image, mask: Mask) -> Image:
 
 
 def _scaled(pixels: Pixels, width: int, height: int) -> Pixels:
-    if pixels.ndim == 3:
-        return resized(pixels, width, height)
-    rows = np.arange(height) * pixels.shape[0] // height
-    columns = np.arange(width) * pixels.shape[1] // width
-    return pixels[np.ix_(rows, columns)]
+    return resized(pixels, width, height) if pixels.ndim == 3 else scaled_mask(pixels, width, height)
 
 
 def _bounds(line: npt.ArrayLike) -> tuple[int, int]:

@@ -323,10 +323,7 @@ def test_a_job_that_is_damaged_while_it_waits_does_not_hold_up_the_others(
                     await attempt(owned)
 
             monkeypatch.setattr(jobs, "_attempt", attempted_or_ended)
-            working = asyncio.create_task(jobs._work())
-            await until(lambda: whole.id in attempted and jobs.waiting == 0)
-            working.cancel()
-            await asyncio.gather(working, return_exceptions=True)
+            await work_until(jobs, lambda: whole.id in attempted and jobs.waiting == 0)
             assert attempted.count(damaged.id) <= 1  # the lease may have found it first
 
     asyncio.run(run())
@@ -340,6 +337,7 @@ def test_a_damaged_sign_of_life_is_that_of_a_dead_server(tmp_path: Path) -> None
             beat.write_bytes(b"")
             async with idle(tmp_path, "there") as other:
                 await until(lambda: other.waiting == 1)
+                assert [job.position for job in await other.list("alice")] == [0]
 
     asyncio.run(run())
 
@@ -369,10 +367,7 @@ def test_tenants_take_turns_and_a_tenants_own_jobs_keep_their_order(
                 await jobs._end(owned, owned.state.failed("a test"))
 
             monkeypatch.setattr(jobs, "_carry_out", carried_out)
-            working = asyncio.create_task(jobs._work())
-            await until(lambda: len(begun) == 6)
-            working.cancel()
-            await asyncio.gather(working, return_exceptions=True)
+            await work_until(jobs, lambda: len(begun) == 6)
 
     asyncio.run(run())
     assert begun == ["<a1>", "<b1>", "<c1>", "<a2>", "<b2>", "<a3>"]
@@ -505,11 +500,7 @@ def test_a_job_without_its_pictures_fails_and_the_next_one_is_begun(
 
             loop = asyncio.get_running_loop()
             monkeypatch.setattr(jobs, "_prepare", prepare)
-            working = asyncio.create_task(jobs._work())
-            async with asyncio.timeout(60):
-                await begun.wait()
-            working.cancel()
-            await asyncio.gather(working, return_exceptions=True)
+            await work_until(jobs, begun.is_set)
 
             failed = await jobs.get("alice", lost.id)
             assert (failed.status, failed.error) == (
@@ -814,6 +805,14 @@ def owned_by(state: State, owner: Jobs) -> State:
 def idle(tmp_path: Path, folder: str = "here", **options: Any) -> Any:
     """A server that accepts jobs and does not begin them."""
     return server(tmp_path, folder, **{"model": "model", "at_once": 0, "lease_seconds": 0.3, **options})
+
+
+async def work_until(jobs: Jobs, condition: Callable[[], bool]) -> None:
+    """Has an idle server begin its jobs until the condition holds."""
+    working = asyncio.create_task(jobs._work())
+    await until(condition)
+    working.cancel()
+    await asyncio.gather(working, return_exceptions=True)
 
 
 async def until(condition: Callable[[], bool]) -> None:
