@@ -1,6 +1,7 @@
 """The engine protocol: a compiled graph, bound to fixed buffers and run on a stream. No backend, no diffusion."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from enum import Enum, auto
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
@@ -61,6 +62,17 @@ class Binding(Protocol):
         ...
 
 
+class ShapeUse(Enum):
+    """What the shapes of bindings mean to an engine."""
+
+    ANY = auto()
+    """All shapes are bound at once and run equally well."""
+    FEW = auto()
+    """Bindings are faster once specialized, so that a few padded shapes are better than exact ones."""
+    FIRST = auto()
+    """The graph is compiled for the first shapes that are bound, and again, for any shape, once others are."""
+
+
 class Engine(Protocol):
     """One compiled graph."""
 
@@ -84,8 +96,8 @@ class Engine(Protocol):
         ...
 
     @property
-    def few_shapes(self) -> bool:
-        """Whether bindings are faster once specialized, so that a few padded shapes are better than exact ones."""
+    def shapes(self) -> ShapeUse:
+        """Which shapes are best bound."""
         ...
 
     def bind(

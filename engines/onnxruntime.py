@@ -16,6 +16,7 @@ from oneword.engines.engine import (
     Array,
     HostArray,
     NumpyArray,
+    ShapeUse,
     check_opened,
     complete_feeds,
     host_buffers,
@@ -46,7 +47,7 @@ class OnnxRuntimeEngine:
     """
 
     limits: Mapping[str, int] = {}
-    few_shapes = False
+    shapes = ShapeUse.ANY
 
     def __init__(self, name: str, graph: Graph, folder: Path, threads: int | None = None) -> None:
         ort = load_onnxruntime()

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from oneword.engines.cuda import CudaStream, DeviceArray
-from oneword.engines.engine import AnyArray, Array, NumpyArray, complete_feeds
+from oneword.engines.engine import AnyArray, Array, NumpyArray, ShapeUse, complete_feeds
 from oneword.engines.errors import EngineError, one_line, pip_line
 from oneword.engines.graph import Graph, Provider
 from oneword.engines.onnxruntime import ELEMENT, load_onnxruntime, open_session
@@ -21,7 +21,7 @@ class OnnxRuntimeCudaEngine:
     """
 
     limits: Mapping[str, int] = {}
-    few_shapes = False
+    shapes = ShapeUse.ANY
 
     def __init__(self, name: str, graph: Graph, folder: Path, stream: CudaStream) -> None:
         ort = load_onnxruntime("cuda")

@@ -14,7 +14,7 @@ import numpy as np
 
 from oneword.engines.builder import RTX_TARGETS, Flavour, build_plan, installed_version, plan_cache, target_of
 from oneword.engines.cuda import CudaStream, Device, DeviceArray
-from oneword.engines.engine import AnyArray, Array, NumpyArray, Shape, check_feeds, check_shapes
+from oneword.engines.engine import AnyArray, Array, NumpyArray, Shape, ShapeUse, check_feeds, check_shapes
 from oneword.engines.errors import EngineError, FeedError, MissingPackage, UsageError
 from oneword.engines.graph import Graph, TensorSpec
 from oneword.engines.plans import PlanCache, PlanKey, Ranges
@@ -30,7 +30,7 @@ class TensorRtEngine:
         UsageError: the flavour does not build for this GPU.
     """
 
-    few_shapes = False
+    shapes = ShapeUse.ANY
 
     def __init__(
         self,

@@ -6,7 +6,7 @@ import numpy as np
 import tokenizers
 import torch
 
-from oneword.engines.engine import AnyArray, Array, HostArray, NumpyArray, complete_feeds, host_buffers
+from oneword.engines.engine import AnyArray, Array, HostArray, NumpyArray, ShapeUse, complete_feeds, host_buffers
 from oneword.engines.errors import EngineError, one_line
 from oneword.engines.graph import Graph, TensorSpec
 from oneword.export.families import Traceable, family_of
@@ -20,7 +20,7 @@ class EagerEngine:
     """An Engine that runs a graph's torch module as it is."""
 
     limits: Mapping[str, int] = {}
-    few_shapes = False
+    shapes = ShapeUse.ANY
 
     def __init__(self, graph: Traceable) -> None:
         self.graph = graph

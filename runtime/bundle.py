@@ -155,6 +155,11 @@ class Defaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The guidance that a guidance-distilled network takes as an input; None for other networks."""
     sampler: str = "ddim"
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height."""
+        return self.width, self.height
+
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`bundle.json`. Graphs: one per encoder, denoise_step, vae_decoder; optionally vae_encoder and vae_preview."""

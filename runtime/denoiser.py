@@ -19,7 +19,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from oneword.engines.engine import Binding, Engine, Event, Replay, Stream, shape_of
+from oneword.engines.engine import Binding, Engine, Event, Replay, ShapeUse, Stream, shape_of
 from oneword.engines.errors import EngineError, FeedError, OnewordError, UsageError, without_frames
 from oneword.runtime.bundle import Manifest
 from oneword.runtime.contexts import Context, Sources
@@ -238,17 +238,21 @@ class Arena:
         if self.rows:
             raise UsageError("the warm-up would overwrite pictures in progress: warm up before requests are added")
         self.settle()
-        self._specialized = self._engine.few_shapes
+        self._specialized = self._engine.shapes is ShapeUse.FEW
         schedule = self._schedule[0]
         schedule[...] = self._inert
         self._stream.upload(self._inputs["schedule"], schedule)
-        for n in range(1, 2 * self.capacity + 1):
-            if n == self._padded(n):
-                bound = self._bound.get(n) or self._bind(n)
-                bound.binding.specialize()
-                for _ in range(_WARM_UP + 1 if self._captures else 1):
-                    self._run(bound, count=False)
+        for bound in self.bind():
+            bound.binding.specialize()
+            for _ in range(_WARM_UP + 1 if self._captures else 1):
+                self._run(bound, count=False)
         self._stream.record().wait()
+        self.bind()  # if nothing can be captured after all, other numbers of branches occur too
+
+    def bind(self) -> list[_Bound]:
+        """Binds a step at every number of branches that can occur, and runs none."""
+        numbers = range(1, 2 * self.capacity + 1)
+        return [self._bound.get(n) or self._bind(n) for n in numbers if n == self._padded(n)]
 
     def _land(self) -> None:
         flight = self._flights.popleft()
@@ -442,6 +446,11 @@ class Denoiser:
     def warm(self, size: Size) -> None:
         """Creates an arena and runs every number of branches, so that no later step binds or captures."""
         self._arena(size).warm()
+
+    def bind(self, size: Size) -> None:
+        """Creates an arena and binds every number of branches, so that no later step does. Raises EngineError,
+        FeedError."""
+        self._arena(size).bind()
 
     def prepare(self, size: Size, branches_per_row: int, contexts: int) -> None:
         """Creates the arena that rows of this size, with so many branches and contexts, will get. Raises EngineError,

@@ -221,7 +221,7 @@ def _size(request: Request, manifest: Manifest) -> tuple[int, int]:
     elif request.image is not None:
         height, width = (side - side % factor for side in request.image.shape[:2])
     else:
-        width, height = defaults.width, defaults.height
+        width, height = defaults.size
     for name, side in (("width", width), ("height", height)):
         if side < factor or side % factor:
             nearest = max(factor, round(side / factor) * factor)

@@ -203,11 +203,23 @@ class Scheduler:
     def warm(self, *sizes: tuple[int, int]) -> None:
         """Opens the engines, and runs every call that pictures of these sizes (width, height) and prompts of one chunk
         can need, so that no later step compiles or binds. Defaults to the bundle's size. Raises EngineError."""
-        manifest = self.model.manifest
-        tokens = self.model.context_length(self.model.tokenize(""))
-        for width, height in sizes or [(manifest.defaults.width, manifest.defaults.height)]:
+        for width, height in sizes or [self.model.manifest.defaults.size]:
             self.model.warm(width, height)
-            self.denoiser.warm((height // manifest.vae.factor, width // manifest.vae.factor, tokens))
+            self.denoiser.warm(self._latent_size(width, height))
+
+    def bind(self, *sizes: tuple[int, int]) -> None:
+        """Opens the engine of the denoising step, and binds it for every number of rows of these sizes (width, height)
+        with prompts of one chunk. This is the part of `warm` that runs nothing. Raises EngineError."""
+        for width, height in sizes or [self.model.manifest.defaults.size]:
+            self.denoiser.bind(self._latent_size(width, height))
+
+    def capacity(self, width: int, height: int) -> int:
+        """How many pictures of this size, with prompts of one chunk, can share a step. Opens the engine."""
+        return self.denoiser.capacity(self._latent_size(width, height))
+
+    def _latent_size(self, width: int, height: int) -> Size:
+        factor = self.model.manifest.vae.factor
+        return height // factor, width // factor, self.model.context_length(self.model.tokenize(""))
 
     def add(self, request: Request, settings: ResolvedSettings | None = None) -> int:
         """Queues a request; its pictures start in the next steps. Returns its id.

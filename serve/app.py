@@ -52,7 +52,7 @@ def build_state(settings: Settings) -> State:
     bundle = Bundle.open(settings.bundle)
     manifest = bundle.manifest
     keys = None if settings.keys is None else Keys.read(settings.keys)
-    size = manifest.defaults.width, manifest.defaults.height
+    size = manifest.defaults.size
 
     def open_model() -> Model:
         return Model.open(settings.bundle, settings.engine, threads=settings.threads)

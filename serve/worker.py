@@ -26,6 +26,7 @@ from typing import Final, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from oneword.engines.engine import ShapeUse
 from oneword.engines.errors import EngineError, OnewordError, UsageError, one_line, without_frames
 from oneword.runtime.batched import CALLS
 from oneword.runtime.events import Event, Latents, PictureDone, StepDone
@@ -376,9 +377,12 @@ class Worker:
         model = self._open_model()
         scheduler = Scheduler(model, self.max_rows)
         defaults = model.manifest.defaults
-        if model.stream.depth or model.engine("denoise_step").few_shapes:
+        shapes = model.engine("denoise_step").shapes
+        if model.stream.depth or shapes is ShapeUse.FEW:
             scheduler.warm(*self._sizes)
-        for size in self._sizes or [(defaults.width, defaults.height)]:
+        elif shapes is ShapeUse.ANY:
+            scheduler.bind(*self._sizes)
+        for size in self._sizes or [defaults.size]:
             request = Request("", size=size, steps=min(_WARM_UP_STEPS, defaults.steps))
             settings = resolve(request, model.manifest)
             scheduler.add(request, settings)
@@ -399,7 +403,7 @@ class Worker:
         encoding, chunks = model.encoding_seconds, model.encoded_chunks
         model.encode([model.tokenize("a")])  # with the encoders open, and nothing of it cached
         self._encoding.add(model.encoded_chunks - chunks, model.encoding_seconds - encoding)
-        self.slots = scheduler.denoiser.capacity(_default_size(model))
+        self.slots = scheduler.capacity(*model.manifest.defaults.size)
         self.backend = model.engine("denoise_step").backend
         self._publish(scheduler)
         return scheduler
@@ -569,12 +573,6 @@ class Worker:
             seconds=dict(self._seconds),
             words=scheduler.model.resident,
         )
-
-
-def _default_size(model: Model) -> tuple[int, int, int]:
-    """h, w and T of pictures of the bundle's size with short prompts."""
-    defaults, factor = model.manifest.defaults, model.manifest.vae.factor
-    return defaults.height // factor, defaults.width // factor, model.context_length(model.tokenize(""))
 
 
 def branch_pixels(settings: ResolvedSettings) -> npt.NDArray[np.int64]:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from oneword.engines.engine import AnyArray, Binding, Engine, NumpyArray, bound_shapes
+from oneword.engines.engine import AnyArray, Binding, Engine, NumpyArray, ShapeUse, bound_shapes
 from oneword.engines.errors import FeedError
 from oneword.engines.open import open_engine
 from oneword.runtime import model as module
@@ -21,7 +21,7 @@ from oneword.runtime.scheduler import Scheduler
 class Limited:
     """A real engine that refuses sizes beyond its limits, as TensorRT's plans do."""
 
-    few_shapes = False
+    shapes = ShapeUse.ANY
 
     def __init__(self, engine: Engine, limits: Mapping[str, int]) -> None:
         self._engine = engine

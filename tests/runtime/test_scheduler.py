@@ -3,7 +3,7 @@
 import time
 import weakref
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -324,9 +324,10 @@ def test_a_row_keeps_its_slot_and_its_context_while_other_rows_join_and_leave(mo
     assert len(writes) == 1  # the newcomer's prompt; the shared empty prompt is already there
 
 
-def test_nothing_is_bound_after_the_warm_up(model: Model) -> None:
+@pytest.mark.parametrize("prepare", [Scheduler.warm, Scheduler.bind])
+def test_nothing_is_bound_after_the_warm_up(model: Model, prepare: Callable[[Scheduler], None]) -> None:
     scheduler = Scheduler(model, max_rows=4)
-    scheduler.warm()
+    prepare(scheduler)
     bindings = scheduler.denoiser.stats.bindings
     for request in [*mixed()[:2], *REQUESTS]:
         scheduler.add(request)

@@ -15,6 +15,7 @@ import pytest
 
 from oneword.engines.errors import EngineError, UsageError
 from oneword.runtime.concept import Concept
+from oneword.runtime.denoiser import Arena
 from oneword.runtime.drawing import draw, generate
 from oneword.runtime.events import StepDone
 from oneword.runtime.model import Model
@@ -89,6 +90,21 @@ def mixed() -> list[Request]:
         Request("a dog", seed=22, steps=4, image=scene(), mask=mask),
         Request("a wide dog", seed=23, steps=4, size=(128, 64)),
     ]
+
+
+def test_a_worker_that_is_ready_binds_nothing_for_pictures_of_its_size(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bound: list[int] = []
+    bind = Arena._bind
+    monkeypatch.setattr(Arena, "_bind", lambda arena, n: bound.append(n) or bind(arena, n))  # type: ignore[func-returns-value]
+    listeners = [Events() for _ in range(4)]
+    for seed, events in enumerate(listeners):
+        guidance = 4.0 if seed else 1.0
+        worker.submit(Request("a cat", seed=seed, steps=3 + seed, guidance_scale=guidance), frozenset(), events)
+
+    assert all(isinstance(events.until(Done, Failed), Done) for events in listeners)
+    assert bound == []
 
 
 def test_served_pictures_match_their_pictures_alone(worker: Worker, model: Model) -> None:
