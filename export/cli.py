@@ -127,7 +127,8 @@ def command(
         installed_version(plans)
         target = target_of(plans, target)
     limits = PlanLimits(max_batch, max_size, static_sizes)
-    from oneword.export.source import Lora, silence_libraries  # imports torch, which --help does not need
+    from oneword.export.loras import Lora
+    from oneword.export.source import silence_libraries  # imports torch, which --help does not need
     from oneword.export.write import export_bundle
 
     silence_libraries()

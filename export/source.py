@@ -1,10 +1,9 @@
-"""Loads a model from a diffusers directory, a hub id, a single-file checkpoint or `miniature`, and fuses LoRAs into it.
+"""Loads a model from a diffusers directory, a hub id, a single-file checkpoint or `miniature`.
 
 Safetensors only, no pickles.
 """
 
 import hashlib
-import importlib.metadata
 import importlib.resources
 import inspect
 import json
@@ -43,8 +42,9 @@ from transformers import (
     T5EncoderModel,
 )
 
-from oneword.engines.errors import FileError, MissingPackage, OnewordError, UsageError, one_line
+from oneword.engines.errors import FileError, OnewordError, UsageError, one_line
 from oneword.engines.files import file_digest
+from oneword.export.loras import Lora, fuse
 
 COMPONENTS: Mapping[str, Any] = {
     "AutoencoderKL": AutoencoderKL,
@@ -124,14 +124,9 @@ UNSUPPORTED = {
 """Pipelines that are refused, with the first thing that is missing in `oneword.export.families`."""
 WEIGHTS = "*.safetensors"
 TEXTS = ("*.json", "*.txt", "*.jinja")
-
-
-@dataclass(frozen=True)
-class Lora:
-    """A LoRA to fuse at export, and its scale."""
-
-    file: Path
-    scale: float = 1.0
+PIECES = "spiece.model"
+VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",), (PIECES,))
+"""The files of a tokenizer's vocabulary, in one of these forms. Without any, transformers makes one of no tokens."""
 
 
 @dataclass(frozen=True)
@@ -206,6 +201,8 @@ def load_source(
     .safetensors file. A single file must be of a model with a UNet and needs `config`: a diffusers directory of the
     same kind of model, whose weights are not read. LoRAs are fused in order. `without` names text encoders to
     leave out, if the model can do without them."""
+    for lora in loras:
+        refuse_pickles(lora.file)
     file = single_file(str(model), config)
     path, revision = find_model(str(model)) if file is None else find_model(str(config))
     index = read_json(path / "model_index.json")
@@ -247,7 +244,7 @@ def load_source(
     if absent := [t for t in tokenizer_names.values() if t not in loaded]:
         raise UsageError(f"{model}: model_index.json has no {absent[0]}: give a model with one for each encoder")
     if loras:
-        fuse(loras, pipeline, loaded)
+        fuse(loras, pipeline_class(pipeline), {name: loaded.get(name) for name in COMPONENT_NAMES})
     return Source(
         model=str(model),
         path=path,
@@ -321,34 +318,6 @@ def load_single_file(file: Path, config: Path, pipeline: str, dtype: torch.dtype
     return loaded
 
 
-def fuse(loras: Sequence[Lora], pipeline: str, loaded: Mapping[str, Any]) -> None:
-    """Fuses LoRAs into the weights of a model's components, in place, with diffusers' own code."""
-    kind = pipeline_class(pipeline)
-    if not hasattr(kind, "fuse_lora"):
-        raise UsageError(f"diffusers cannot fuse a LoRA into a {pipeline}: remove --lora")
-    try:
-        importlib.metadata.version("peft")
-    except importlib.metadata.PackageNotFoundError as e:
-        raise MissingPackage("peft", "export") from e
-    parameters = inspect.signature(kind.__init__).parameters
-    parts = {name: loaded.get(name) for name in parameters if name in COMPONENT_NAMES}
-    unused = {name: None for name in ("safety_checker", "feature_extractor", "image_encoder") if name in parameters}
-    model = kind(**parts, **unused, scheduler=None, **({"requires_safety_checker": False} if unused else {}))
-    for lora in loras:
-        refuse_pickles(lora.file)
-        try:
-            model.load_lora_weights(str(lora.file.parent), weight_name=lora.file.name, local_files_only=True)
-            if not model.get_active_adapters():
-                raise ValueError("none of its keys belongs to this model")
-            model.fuse_lora(lora_scale=lora.scale)
-            model.unload_lora_weights()
-        except Exception as e:  # of any type: the file does not fit the model
-            raise FileError(f"{lora.file} cannot be fused into this model ({one_line(e)}): give one made for it") from e
-    for part in loaded.values():
-        if isinstance(part, nn.Module):
-            part.eval().requires_grad_(False)
-
-
 def pipeline_class(name: str) -> Any:
     """The diffusers class with this name."""
     kind = getattr(diffusers, name, None)
@@ -359,7 +328,9 @@ def pipeline_class(name: str) -> Any:
 
 def refuse_pickles(file: Path) -> None:
     """Raises UsageError if `file` is not a .safetensors file."""
-    if file.suffix != ".safetensors" or not file.is_file():
+    if not file.is_file():
+        raise UsageError(f"there is no file {file}: check the path")
+    if file.suffix != ".safetensors":
         raise UsageError(f"{file} is not a .safetensors file: pickles are not read, convert the weights first")
 
 
@@ -373,6 +344,8 @@ def find_model(model: str) -> tuple[Path, str]:
     path = Path(model).expanduser()
     if path.is_dir():
         if not (path / "model_index.json").is_file():
+            if (path / "bundle.json").is_file():
+                raise UsageError(f"{model} is an exported bundle: give the model that it was made from")
             raise UsageError(f"{model} has no model_index.json: give a diffusers directory, a hub id, or 'miniature'")
         return path, ""
     if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", model):
@@ -410,12 +383,15 @@ def not_from_hub(model: str, error: Exception) -> FileError:
 
 
 def hub_files(names: Sequence[str]) -> list[str]:
-    """The files of a repository that are used: no other folders, no pickles, and of the weights those without a variant
-    if there are any, else those of one variant."""
+    """The files of a model that are used, given the names of all: no other folders, no pickles, SentencePiece's files
+    only for a tokenizer without another form, and of the weights those without a variant if there are any, else those
+    of one variant."""
     files = ["model_index.json"]
     for folder in (*COMPONENT_NAMES, "scheduler"):
         inside = [name for name in names if PurePosixPath(name).parent == PurePosixPath(folder)]
         files += [name for name in inside if any(PurePosixPath(name).match(pattern) for pattern in TEXTS)]
+        if f"{folder}/tokenizer.json" not in inside:
+            files += [name for name in inside if PurePosixPath(name).name == PIECES]
         weights = [name for name in inside if name.endswith(".safetensors")]
         variant = variant_of(PurePosixPath(name).name for name in weights)
         files += [name for name in weights if variant_of([PurePosixPath(name).name]) == variant]
@@ -447,8 +423,12 @@ def load_preview_decoder(path: Path, dtype: torch.dtype) -> AutoencoderTiny:
 
 def load_folder(folder: Path, class_name: str, loader: Any, dtype: torch.dtype) -> Any:
     """Loads a tokenizer or a module, in eval mode and without gradients. Raises FileError."""
+    is_tokenizer = "okenizer" in class_name
+    if is_tokenizer and not any(all((folder / name).is_file() for name in names) for names in VOCABULARIES):
+        forms = ", ".join(" and ".join(names) for names in VOCABULARIES)
+        raise FileError(f"{folder} has no vocabulary ({forms}): download the model again")
     try:
-        if "okenizer" in class_name:
+        if is_tokenizer:
             return loader.from_pretrained(folder, local_files_only=True)
         options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True}
         options["torch_dtype" if hasattr(loader, "load_config") else "dtype"] = dtype
@@ -475,11 +455,10 @@ def variant_of(names: Iterable[str]) -> str | None:
 
 
 def digest_directory(path: Path) -> str:
-    """sha256 over every json, txt, jinja and safetensors file of the components in use, with their names, sorted."""
+    """sha256 over the files of a model that are used (`hub_files`), with their names, sorted."""
     digest = hashlib.sha256()
-    folders = [path / name for name in (*COMPONENT_NAMES, "scheduler")]
-    files = [path / "model_index.json", *(f for folder in folders for f in folder.glob("*"))]
-    for file in sorted(f for f in files if any(map(f.match, (*TEXTS, WEIGHTS)))):
+    names = ["model_index.json", *(file.relative_to(path).as_posix() for file in path.glob("*/*"))]
+    for file in sorted(path / name for name in hub_files(names)):
         digest.update(file.relative_to(path).as_posix().encode() + b"\0")
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())

@@ -12,9 +12,10 @@ from oneword.engines.errors import EngineError, UsageError, one_line
 from oneword.engines.graph import Graph, Precision, Provider, Weights, graph_digest
 from oneword.engines.onnxruntime import OnnxRuntimeEngine
 from oneword.export.families import TORCH_DTYPES, Exportable, Traceable, family_of, with_preview_decoder
+from oneword.export.loras import Lora
 from oneword.export.parity import Difference, Reference, compare, compare_fused, references
 from oneword.export.preview import preview_of
-from oneword.export.source import Lora, Source, load_preview_decoder, load_source
+from oneword.export.source import Source, load_preview_decoder, load_source
 from oneword.export.trace import trace
 from oneword.runtime.bundle import TOKENIZER, Bundle, Manifest, Provenance, write_bundle
 from oneword.runtime.samplers import sampler_of

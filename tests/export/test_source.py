@@ -1,17 +1,17 @@
 """Sources of models: hub ids, against a stand-in for the hub's cache in its client's layout; single files in the layout
-of published checkpoints; LoRAs."""
+of published checkpoints."""
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import huggingface_hub.constants
 import pytest
+import sentencepiece
 import torch
 from safetensors.torch import save_file
 
 from oneword.engines.errors import FileError, OnewordError, UsageError
-from oneword.export.source import Lora, digest_directory, find_model, hub_files, load_source
+from oneword.export.source import COMPONENTS, digest_directory, find_model, hub_files, load_folder, load_source
 from tests.original_layout import original_layout
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -84,70 +84,57 @@ def test_sharded_weights_of_a_variant_are_downloaded_completely() -> None:
     assert hub_files([*shards, "unet/diffusion_pytorch_model.safetensors.index.fp16.json"])[1:] == shards
 
 
-@pytest.fixture(scope="module")
-def lora(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A LoRA of rank 2 on the UNet's and the text encoder's attention, made by peft and written by diffusers."""
-    from diffusers import StableDiffusionPipeline
-    from peft import LoraConfig
-    from peft.utils import get_peft_model_state_dict
-
-    pipeline = StableDiffusionPipeline.from_pretrained(tiny_model_dir, safety_checker=None)
-    torch.manual_seed(0)
-    layers = {}
-    for name, targets in (("unet", ["to_q", "to_v"]), ("text_encoder", ["q_proj", "v_proj"])):
-        module = getattr(pipeline, name)
-        module.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=targets, init_lora_weights="gaussian"))
-        for key, weight in module.named_parameters():
-            if "lora_B" in key:
-                torch.nn.init.normal_(weight, 0, 0.3)
-        layers[f"{name}_lora_layers"] = get_peft_model_state_dict(module)
-    folder = tmp_path_factory.mktemp("lora")
-    pipeline.save_lora_weights(folder, **layers)
-    return (folder / "pytorch_lora_weights.safetensors").rename(folder / "style.safetensors")
+@pytest.mark.parametrize("json", [True, False])
+def test_a_tokenizers_sentencepiece_file_is_downloaded_if_there_is_no_other_form(json: bool) -> None:
+    others = ["tokenizer_2/tokenizer_config.json", *(["tokenizer_2/tokenizer.json"] if json else [])]
+    files = hub_files(["model_index.json", *others, "tokenizer_2/spiece.model"])
+    assert files == ["model_index.json", *others, *([] if json else ["tokenizer_2/spiece.model"])]
 
 
-def outputs(unet: Any, text_encoder: Any) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    sample, context = (torch.randn(shape, generator=generator) for shape in ((1, 4, 8, 8), (1, 7, 32)))
-    with torch.no_grad():
-        states = text_encoder(torch.tensor([[1, 5, 9, 3]])).last_hidden_state
-        return [unet(sample, 500, context).sample, states]
+def test_a_tokenizer_of_a_sentencepiece_file_has_its_ids(tmp_path: Path) -> None:
+    text = ["a photo of a toy in the snow", "a painting of the sun over the sea", "two cats and a dog"]
+    with (tmp_path / "spiece.model").open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(text),
+            model_writer=file,
+            vocab_size=26,
+            minloglevel=2,
+            pad_id=0,
+            eos_id=1,
+            unk_id=2,
+            bos_id=-1,
+        )
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer", "extra_ids": 0}')
+    tokenizer = load_folder(tmp_path, "T5Tokenizer", COMPONENTS["T5Tokenizer"], torch.float32)
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "spiece.model"))
+
+    for prompt in (*text, "a toy dog over the sea", "zebra"):
+        assert tokenizer(prompt).input_ids == [*reference.encode(prompt), reference.eos_id()]
 
 
-def test_a_lora_is_fused_at_the_requested_scale(tiny_model_dir: Path, lora: Path) -> None:
-    from diffusers import StableDiffusionPipeline
-
-    source = load_source(tiny_model_dir, loras=[Lora(lora, 0.5)])
-    pipeline = StableDiffusionPipeline.from_pretrained(tiny_model_dir, safety_checker=None)
-    plain = outputs(pipeline.unet, pipeline.text_encoder)
-    pipeline.load_lora_weights(str(lora.parent), weight_name=lora.name, adapter_name="style")
-    pipeline.set_adapters("style", 0.5)
-    expected = outputs(pipeline.unet, pipeline.text_encoder)
-    ours = outputs(source.unet, source.text_encoders["text_encoder"])
-    for fused, adapted, before in zip(ours, expected, plain, strict=True):
-        torch.testing.assert_close(fused, adapted, rtol=1e-4, atol=1e-5)
-        assert (fused - before).abs().max() > 1e-2
-    assert not any("lora" in name for name, _ in source.unet.named_modules())
+@pytest.mark.parametrize("left", [[], ["vocab.json"], ["merges.txt"]])
+def test_a_tokenizer_without_a_vocabulary_is_refused(tiny_model_dir: Path, tmp_path: Path, left: list[str]) -> None:
+    """transformers would make one whose only tokens are the special ones."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, model)
+    for name in {"tokenizer.json", "vocab.json", "merges.txt"} - set(left):
+        (model / "tokenizer" / name).unlink(missing_ok=True)
+    with pytest.raises(
+        FileError, match=r"tokenizer has no vocabulary \(tokenizer\.json, vocab\.json and merges\.txt, "
+    ):
+        load_source(model)
 
 
-def test_a_lora_changes_the_origin_in_the_bundle(tiny_model_dir: Path, lora: Path) -> None:
-    plain, fused = load_source(tiny_model_dir), load_source(tiny_model_dir, loras=[Lora(lora, 0.5)])
-    assert (plain.name, fused.name) == ("model", "model + style.safetensors x 0.5")
-    assert len({plain.digest, fused.digest, load_source(tiny_model_dir, loras=[Lora(lora)]).digest}) == 3
-
-
-def test_a_lora_that_does_not_fit_or_is_a_pickle_is_refused(
-    tiny_model_dir: Path, tiny_ldm_dir: Path, lora: Path, tmp_path: Path
-) -> None:
-    save_file({"another.model.weight": torch.ones(3)}, tmp_path / "other.safetensors")
-    with pytest.raises(FileError, match=r"other\.safetensors cannot be fused into this model") as caught:
-        load_source(tiny_model_dir, loras=[Lora(tmp_path / "other.safetensors")])
-    assert "\n" not in str(caught.value)
-    shutil.copy(lora, tmp_path / "style.bin")
-    with pytest.raises(UsageError, match=r"style\.bin is not a \.safetensors file: pickles are not read"):
-        load_source(tiny_model_dir, loras=[Lora(tmp_path / "style.bin")])
-    with pytest.raises(UsageError, match="diffusers cannot fuse a LoRA into a LDMTextToImagePipeline"):
-        load_source(tiny_ldm_dir, loras=[Lora(lora)])
+def test_weights_that_are_not_used_do_not_change_the_digest(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """Others may download another variant into the hub's cache while a word is learned."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, model)
+    before = digest_directory(model)
+    (weights,) = (model / "unet").glob("*.safetensors")
+    shutil.copy(weights, weights.with_suffix(".fp16.safetensors"))
+    assert digest_directory(model) == before
+    weights.write_bytes(weights.read_bytes() + b"!")
+    assert digest_directory(model) != before
 
 
 def test_a_single_file_matches_the_model_it_was_made_from(tiny_model_dir: Path, tmp_path: Path) -> None:
