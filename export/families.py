@@ -54,7 +54,7 @@ from oneword.runtime.bundle import (
 )
 from oneword.runtime.flow import FlowSchedule
 from oneword.runtime.samplers import default_sampler
-from oneword.runtime.schedule import ScheduleKind
+from oneword.runtime.schedule import NoiseSchedule, ScheduleKind
 
 FLUX_SAMPLE_SIZE = 128
 """h and w, in the VAE's latents, of default pictures in diffusers' pipelines of FLUX and Chroma: no config has it."""
@@ -546,6 +546,7 @@ def refuse_unsupported(source: Source) -> None:
         (unet.get("attention_type", "default") != "default", f"the UNet's attention is {unet.get('attention_type')}"),
     ]
     refuse_first(source, problems)
+    NoiseSchedule.read(scheduler, "leading")
 
 
 def refuse_unsupported_flow(source: Source, network: Network, encoders: Collection[str]) -> None:

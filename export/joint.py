@@ -15,7 +15,7 @@ class JointTransformer(nn.Module):
     def __init__(self, transformer: Any) -> None:
         super().__init__()
         self.transformer = transformer
-        self.dtype = transformer.dtype
+        self.dtype = transformer.context_embedder.weight.dtype  # of all its weights; a wrapper adds float32 ones
         self.context_width = int(transformer.config.joint_attention_dim)
 
 

@@ -538,10 +538,13 @@ def latent_patch(vae: AnyVae | AutoencoderTiny) -> int:
 
 
 def latent_scale_and_shift(vae: AnyVae | AutoencoderTiny) -> tuple[float, float] | tuple[Tensor, Tensor]:
-    """Scale and shift from the VAE's latents to the sampler's: (z - shift) * scale. FLUX.2's are [C,1,1], from the
-    statistics that its VAE has of each channel of its squares."""
+    """Scale and shift from the VAE's latents to the sampler's: (z - shift) * scale. They are [C,1,1] where the VAE has
+    statistics of each channel: FLUX.2's of its squares, and those that diffusers' SDXL pipeline reads."""
     if isinstance(vae, AutoencoderKLFlux2):
         statistics: Any = vae.bn
         std = (statistics.running_var.float() + float(vae.config.batch_norm_eps)).sqrt()
         return 1 / std[:, None, None], statistics.running_mean.float()[:, None, None]
-    return float(vae.config.scaling_factor), float(vae.config.get("shift_factor", None) or 0.0)
+    scale, mean, std = float(vae.config.scaling_factor), vae.config.get("latents_mean"), vae.config.get("latents_std")
+    if mean is not None and std is not None:
+        return scale / torch.tensor(std)[:, None, None], torch.tensor(mean)[:, None, None]
+    return scale, float(vae.config.get("shift_factor", None) or 0.0)

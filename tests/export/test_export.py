@@ -92,6 +92,9 @@ def test_the_manifest_agrees_with_the_model(tiny_model_dir: Path, tiny_bundle: P
         ("scheduler/scheduler_config.json", {"thresholding": True}, "dynamic thresholding"),
         ("scheduler/scheduler_config.json", {"clip_sample": True}, "clip_sample"),
         ("scheduler/scheduler_config.json", {"prediction_type": "flow"}, "predicts flow"),
+        ("scheduler/scheduler_config.json", {"interpolation_type": "log_linear"}, "interpolation_type = 'log_linear'"),
+        ("scheduler/scheduler_config.json", {"use_flow_sigmas": True}, "use_flow_sigmas = True, supported are: False"),
+        ("scheduler/scheduler_config.json", {"beta_schedule": "sigmoid"}, "beta_schedule = 'sigmoid'"),
         (
             "model_index.json",
             {"_class_name": "KandinskyPipeline"},

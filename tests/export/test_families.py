@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from safetensors.numpy import load_file
@@ -14,7 +15,9 @@ from oneword.engines.errors import UsageError
 from oneword.engines.graph import Precision, Provider
 from oneword.engines.open import Backend
 from oneword.export.cli import plan_warnings
+from oneword.export.eager import eager_model
 from oneword.export.families import family_of
+from oneword.export.modules import VaeEncoder
 from oneword.export.source import load_source
 from oneword.runtime.bundle import Bundle
 from oneword.runtime.concept import Concept, load_concept, save_concept
@@ -191,6 +194,35 @@ def assert_planned(path: Path) -> None:
     plans = rtx_plans(bundle, "sm89", PlanLimits(max_batch=1))
     assert plans.keys() == bundle.manifest.graphs.keys()
     assert all(path.stat().st_size > 1000 for paths in plans.values() for path in paths)
+
+
+def test_the_statistics_of_an_sdxl_vaes_channels_are_used_as_in_diffusers(tiny_sdxl_dir: Path, tmp_path: Path) -> None:
+    from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
+
+    model = tmp_path / "model"
+    shutil.copytree(tiny_sdxl_dir, model)
+    config = json.loads((model / "vae" / "config.json").read_text())
+    config |= {"latents_mean": [-1.6, 1.1, 3.1, 0.5], "latents_std": [4.0, 2.5, 0.5, 1.5], "scaling_factor": 0.5}
+    (model / "vae" / "config.json").write_text(json.dumps(config))
+    pipeline = StableDiffusionXLPipeline.from_pretrained(model)
+    ours = eager_model(load_source(model))
+    assert (
+        psnr(
+            picture(ours, "a red star", guidance_scale=5.0),
+            diffusers_picture(pipeline, "a red star", guidance_scale=5.0),
+        )
+        >= 50
+    )
+
+    image = np.random.default_rng(0).integers(0, 256, (64, 72, 3), np.uint8)
+    moments = StableDiffusionXLImg2ImgPipeline(**pipeline.components)
+    latents = moments.prepare_latents(
+        moments.image_processor.preprocess(PIL.Image.fromarray(image)), None, 1, 1, torch.float32, "cpu",
+        generator=(generator := torch.Generator().manual_seed(0)), add_noise=False,
+    )  # fmt: skip
+    mean, std, _ = VaeEncoder(pipeline.vae)(torch.from_numpy(image)[None])
+    noise = torch.randn(mean.shape, generator=generator.manual_seed(0))
+    torch.testing.assert_close(mean + std * noise, latents, rtol=1e-4, atol=1e-4)
 
 
 def test_the_refiner_of_sdxl_is_refused_by_name(tiny_sdxl_dir: Path, tmp_path: Path) -> None:

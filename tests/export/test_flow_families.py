@@ -199,6 +199,14 @@ def test_sd3_without_t5_attends_to_zeros_in_its_place(sd3_without_t5: Model, sd3
     check_fits(concept(*WIDTHS), sd3_without_t5.manifest)  # the vectors for T5 are not used
 
 
+def test_a_source_can_be_wrapped_twice_in_half_precision(tiny_flux_dir: Path) -> None:
+    """`ti-train` learns on one wrapper and draws its samples with another."""
+    source = load_source(tiny_flux_dir, torch.bfloat16)
+    for model in (eager_model(source), eager_model(source)):
+        [result] = draw(model, "a red star", seed=4, steps=1)
+        assert result.image.std() > 1
+
+
 def test_a_text_encoder_that_a_model_needs_cannot_be_left_out(tiny_sd3_dir: Path, tiny_model_dir: Path) -> None:
     with pytest.raises(UsageError, match=r"--without text_encoder: .* StableDiffusion3Pipeline, allowed is text_enc"):
         load_source(tiny_sd3_dir, without=["text_encoder"])
