@@ -1,6 +1,7 @@
 """Files that appear whole or not at all, and survive a power cut; digests, and the size of a graph on disk."""
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import secrets
@@ -34,6 +35,20 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def lock_folder(folder: Path) -> int | None:
+    """Locks a folder against other processes that lock it; close the descriptor to unlock it, which the end of the
+    process does too. None if it is locked. Raises OSError."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BaseException as error:
+        os.close(descriptor)
+        if isinstance(error, BlockingIOError):
+            return None
+        raise
+    return descriptor
 
 
 def file_digest(path: Path) -> str:

@@ -12,6 +12,7 @@ Not covered: opening the graphs.
 """
 
 import contextlib
+import glob
 import itertools
 import json
 import os
@@ -25,7 +26,7 @@ from typing import Annotated, Any, Self
 import msgspec
 
 from oneword.engines.errors import BundleError, FileError, UsageError, one_line
-from oneword.engines.files import file_digest, read_stamps, stamp, sync, write_stamps
+from oneword.engines.files import file_digest, lock_folder, read_stamps, stamp, sync, write_stamps
 from oneword.engines.graph import Graph, digest_of
 from oneword.engines.plans import PlanCache
 from oneword.runtime.schedule import ScheduleKind
@@ -36,6 +37,8 @@ VERIFIED = ".verified.json"
 PLANS = "plans"
 TOKENIZER = "tokenizer.json"
 _MAX_MANIFEST_BYTES = 8 << 20
+_PARTIAL, _OLD = ".partial", ".old"
+"""How the names of folders beside a bundle end while it is written, and of the bundle that it replaces."""
 
 Count = Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
 """A count in a manifest. The limit is beyond any model, and keeps a bad manifest from exhausting memory."""
@@ -277,13 +280,16 @@ def write_bundle(path: str | Path, fill: Callable[[Path], Manifest]) -> Bundle:
     manifest (its `files` may be empty); everything is hashed, bundle.json is written last, and the folder is renamed.
 
     An older bundle at `path` is replaced, except for the plans of unchanged graphs, which stay valid. Any other
-    non-empty folder, a bundle with foreign files in it, and a file are refused.
+    non-empty folder, a bundle with foreign files in it, a file and a mount point are refused. What a killed process
+    left beside `path` is deleted, and an older bundle that it had moved away is put back.
     """
     path = Path(path).absolute()
-    _refuse_to_overwrite(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+        _recover(path)
+        _refuse_to_overwrite(path)
+        staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_PARTIAL, dir=path.parent))
+        lock = lock_folder(staging)
     except OSError as error:
         raise FileError(f"cannot write the bundle {path}: {error.strerror}") from error
     try:
@@ -311,6 +317,8 @@ def write_bundle(path: str | Path, fill: Callable[[Path], Manifest]) -> Bundle:
         raise FileError(f"cannot write the bundle {path}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
     return Bundle.open(path)
 
 
@@ -340,6 +348,12 @@ def _read_manifest(folder: Path) -> Manifest:
 
 class _Version(msgspec.Struct):
     format_version: int
+
+
+class _Listing(_Version):
+    """What is read of a manifest of any format before it is replaced."""
+
+    files: dict[str, str]
 
 
 def _check_references(folder: Path, manifest: Manifest) -> None:
@@ -443,26 +457,48 @@ def _strays(folder: Path, files: Iterable[str]) -> Iterator[str]:
 
 
 def _refuse_to_overwrite(path: Path) -> None:
-    if path.is_dir() and not any(path.iterdir()):
+    if os.path.ismount(path):
+        raise UsageError(f"{path} is a mount point, which cannot be replaced: choose a folder in it")
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
-    if (path / MANIFEST).is_file():
-        try:
-            files = _read_manifest(path).files
-        except BundleError:  # of another version: its files are unknown, and exporting again is the fix
-            return
-        if stray := next(_strays(path, files), None):
-            raise UsageError(f"{path} holds {stray}, which is not part of the bundle: move it, or choose a new folder")
-        return
-    if path.exists():
-        raise UsageError(f"{path} exists and is not a bundle: choose a new folder")
+    try:
+        files = msgspec.json.decode((path / MANIFEST).read_bytes(), type=_Listing).files
+    except (OSError, msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+        raise UsageError(f"{path} exists and is not a bundle: choose a new folder") from None
+    if stray := next(_strays(path, files), None):
+        raise UsageError(f"{path} holds {stray}, which is not part of the bundle: move it, or choose a new folder")
+
+
+def _recover(path: Path) -> None:
+    """Mends what processes left that were killed while they wrote a bundle to `path`."""
+    pattern = f".{glob.escape(path.name)}.*"
+    for partial in path.parent.glob(pattern + _PARTIAL):
+        with contextlib.suppress(FileNotFoundError):
+            if (lock := lock_folder(partial)) is not None:  # else it is being written
+                shutil.rmtree(partial, ignore_errors=True)
+                os.close(lock)
+    for old in path.parent.glob(pattern + _OLD):
+        if old.with_suffix(_PARTIAL).exists():
+            continue
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.rename(old, path)
 
 
 def _move_into_place(staging: Path, path: Path) -> None:
-    old = staging.with_suffix(".old")
-    if path.exists():
+    old = staging.with_suffix(_OLD)
+    if not path.exists():
+        os.rename(staging, path)
+    else:
         os.rename(path, old)
+        try:
+            os.rename(staging, path)
+        except OSError:
+            os.rename(old, path)
+            raise
         if (old / PLANS).is_dir() and not (old / PLANS).is_symlink():
-            os.rename(old / PLANS, staging / PLANS)
-    os.rename(staging, path)
+            with contextlib.suppress(OSError):  # a process that opened the new bundle has made plans already
+                os.rename(old / PLANS, path / PLANS)
     sync(path.parent)
     shutil.rmtree(old, ignore_errors=True)

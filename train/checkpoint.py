@@ -11,7 +11,6 @@ in the folder is ever touched.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -26,7 +25,7 @@ import safetensors.torch
 import torch
 
 from oneword.engines.errors import FileError, UsageError
-from oneword.engines.files import sync
+from oneword.engines.files import lock_folder, sync
 
 KEEP = 2
 MARK = "COMPLETE"
@@ -112,18 +111,13 @@ def held(folder: Path) -> Iterator[None]:
     """Locks the run's folder. Raises `UsageError` if another process holds it, `FileError` if it cannot be created."""
     try:
         folder.mkdir(exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY)
+        descriptor = lock_folder(folder)
     except OSError as error:
         raise FileError(
             f"{folder}: cannot be used for checkpoints ({error.strerror}): choose a folder with --checkpoints"
         ) from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise UsageError(
-            f"another ti-train is using {folder}: wait for it to finish, or give another --output"
-        ) from error
+    if descriptor is None:
+        raise UsageError(f"another ti-train is using {folder}: wait for it to finish, or give another --output")
     try:
         yield
     finally:

@@ -292,6 +292,89 @@ def test_a_folder_that_is_not_a_bundle_is_not_replaced(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "manifest",
+    ['{"name": "webpack bundle"}', '{"format_version": 1}', '{"format_version": 2, "files": [1]}', "[]", "{", ""],
+)
+def test_a_folder_with_another_programs_bundle_json_is_not_replaced(tmp_path: Path, manifest: str) -> None:
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "bundle.json").write_text(manifest)
+    (tmp_path / "site" / "thesis.txt").write_text("mine")
+    with pytest.raises(UsageError, match="is not a bundle: choose a new folder"):
+        write_bundle(tmp_path / "site", fill)
+    assert sorted(p.name for p in (tmp_path / "site").iterdir()) == ["bundle.json", "thesis.txt"]
+
+
+def test_a_bundle_of_another_format_with_a_foreign_file_is_not_replaced(bundle: Path) -> None:
+    edit(bundle, lambda manifest: manifest.update(format_version=1))
+    (bundle / "thesis.txt").write_text("mine")
+    with pytest.raises(UsageError, match=r"holds thesis.txt, which is not part of the bundle: move it"):
+        write_bundle(bundle, fill)
+
+
+def test_a_mount_point_is_refused_before_anything_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path / "volume")
+    (tmp_path / "volume").mkdir()
+    with pytest.raises(UsageError, match=r"volume is a mount point, which cannot be replaced: choose a folder in it"):
+        write_bundle(tmp_path / "volume", lambda folder: pytest.fail("it was made"))
+
+
+def killed(bundle: Path, renames: int) -> None:
+    """Writes a bundle in a process that is killed instead of its next rename, after so many."""
+    if (child := os.fork()) == 0:
+        done, rename = iter(range(renames)), os.rename
+        os.rename = lambda *paths: os._exit(9) if next(done, None) is None else rename(*paths)  # type: ignore[assignment]
+        write_bundle(bundle, fill)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
+@pytest.mark.parametrize("renames", [0, 1])
+def test_the_next_export_mends_what_a_killed_one_left(bundle: Path, renames: int) -> None:
+    (bundle / "plans").mkdir()
+    (bundle / "plans" / "mine.plan").write_bytes(b"plan")
+    killed(bundle, renames)
+    assert bundle.exists() == (renames == 0)
+    assert len(list(bundle.parent.iterdir())) == 2
+
+    def fails(folder: Path) -> Manifest:
+        raise FileError("disk full")
+
+    with pytest.raises(FileError, match="disk full"):
+        write_bundle(bundle, fails)
+    Bundle.open(bundle)
+    assert [path.name for path in bundle.parent.iterdir()] == ["bundle"]
+    write_bundle(bundle, fill)
+    assert (bundle / "plans" / "mine.plan").read_bytes() == b"plan"
+
+
+def test_a_bundle_that_another_process_writes_is_left_alone(bundle: Path) -> None:
+    def fill_beside_another(folder: Path) -> Manifest:
+        write_bundle(bundle, fill)
+        return fill(folder)
+
+    write_bundle(bundle, fill_beside_another)
+    assert [path.name for path in bundle.parent.iterdir()] == ["bundle"]
+
+
+def test_an_older_bundle_is_put_back_if_the_new_one_cannot_be_moved(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = os.rename
+
+    def refuse(source: Path, target: Path) -> None:
+        if source.name.endswith(".partial"):
+            raise OSError(28, "No space left on device")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", refuse)
+    with pytest.raises(FileError, match=r"cannot write the bundle .*: No space left on device"):
+        write_bundle(bundle, fill)
+    monkeypatch.undo()
+    Bundle.open(bundle)
+    assert [path.name for path in bundle.parent.iterdir()] == ["bundle"]
+
+
+@pytest.mark.parametrize(
     "name", ["denoise_step.onnx", "denoise_step.data", "table.safetensors", "tokenizer/tokenizer.json"]
 )
 def test_a_changed_file_is_named_in_the_error(bundle: Path, name: str) -> None:
