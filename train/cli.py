@@ -19,7 +19,17 @@ from rich.console import Console
 
 from oneword.engines.errors import FileError, MissingPackage, OnewordError, UsageError
 from oneword.engines.files import write_whole
-from oneword.runtime.commands import HELP, PATH, exit_status, json_option, version_option
+from oneword.runtime.commands import (
+    HELP,
+    PATH,
+    counted,
+    exit_status,
+    json_option,
+    refuse_file,
+    require_folder_of,
+    token_name,
+    version_option,
+)
 from oneword.runtime.concept import Concept, save_concept
 from oneword.train.recipe import DEFAULT_RECIPE, RECIPES, Compute, Norm, Recipe, named_recipe
 
@@ -58,6 +68,10 @@ class Job:
         check_outputs([Path(row["output"]) for row in self.rows])
         if self.report and (self.report.is_dir() or not self.report.absolute().parent.is_dir()):
             raise UsageError(f"--report {self.report}: give a file in an existing folder, for example run.html")
+        if self.tensorboard:
+            refuse_file("--tensorboard", self.tensorboard)
+        if self.checkpoints:
+            refuse_file("--checkpoints", self.checkpoints)
 
     def tasks(self) -> list[Task]:
         """The words to learn."""
@@ -100,7 +114,14 @@ class Interruption:
     metavar="ENCODER",
     help="Text encoder to leave out: text_encoder_3 (T5) of Stable Diffusion 3. The word then has no vectors for it.",
 )
-@click.option("--token", "tokens", multiple=True, help='The new word, for example "<toy>"; once for each IMAGES_DIR.')
+@click.option(
+    "--token",
+    "tokens",
+    type=token_name,
+    metavar="NAME",
+    multiple=True,
+    help='The new word, for example "<toy>"; once for each IMAGES_DIR.',
+)
 @click.option(
     "--init",
     "inits",
@@ -283,16 +304,16 @@ def learn_locally(job: Job, console: Console) -> dict[str, Any]:
                 sheets.keep(sheet)
             if interruption.requested and not last.concepts:
                 raise Interrupted(f"stopped at step {last.step} of {last.steps}: run the same command to resume")
-    assert last is not None  # a run always yields its concepts last
-    seconds = time.perf_counter() - started
-    for row, concept, losses in zip(job.rows, last.concepts, last.history, strict=True):
-        save_concept(concept, row["output"])
-        line = f"{concept.token} -> {row['output']}, {len(losses)} steps in {seconds:.0f} s"
-        console.print(line, markup=False, soft_wrap=True)
-    if job.report and make_report:
-        write_whole(job.report, report_of(job, make_report, last, notes, sheets).encode())
-        console.print(f"report -> {job.report}", markup=False, soft_wrap=True)
-    forget(checkpoints)
+        assert last is not None  # a run always yields its concepts last
+        seconds = time.perf_counter() - started
+        for row, concept, losses in zip(job.rows, last.concepts, last.history, strict=True):
+            save_concept(concept, row["output"])
+            line = f"{concept.token} -> {row['output']}, {steps_taken(last.start, len(losses))} in {seconds:.0f} s"
+            console.print(line, markup=False, soft_wrap=True)
+        if job.report and make_report:
+            write_whole(job.report, report_of(job, make_report, last, notes, sheets).encode())
+            console.print(f"report -> {job.report}", markup=False, soft_wrap=True)
+        forget(checkpoints)
     concepts = [
         {
             **reported_row(row, concept),
@@ -303,6 +324,15 @@ def learn_locally(job: Job, console: Console) -> dict[str, Any]:
         for row, concept, losses in zip(job.rows, last.concepts, last.history, strict=True)
     ]
     return document_of(job, concepts, last.step, {**last.timings, "total": seconds})
+
+
+def steps_taken(start: int, count: int) -> str:
+    """The steps of a word that this run took, of `count` in all, after it resumed from step `start`."""
+    if start == 0:
+        return counted(count, "step")
+    if start >= count:
+        return "no more steps"
+    return f"step {count}" if count == start + 1 else f"steps {start + 1} to {count}"
 
 
 def learn_on_ray(job: Job, address: str, group: int, console: Console) -> dict[str, Any]:
@@ -392,7 +422,8 @@ def report_of(
         settings={
             "seed": str(job.seed),
             **({"without": ", ".join(job.without)} if job.without else {}),
-            **job.recipe.as_text(),
+            "recipe": job.recipe.name,
+            **{name: value for name, value in job.recipe.as_text().items() if name != "name"},
         },
         rates=[job.recipe.learning_rate_at(step) for step in range(last.step)],
         notes=notes,
@@ -419,7 +450,9 @@ def rows_of(
     inits = list(inits) * count if len(inits) == 1 else inits
     for option, values in (("--token", tokens), ("--init", inits), ("--output", outputs)):
         if len(values) != count:
-            raise UsageError(f"{count} folders and {len(values)} times {option}: give one for each folder")
+            raise UsageError(
+                f"{counted(count, 'folder')}, but {counted(len(values), 'value')} of {option}: give one for each folder"
+            )
     words = zip(map(str, images), tokens, inits, map(str, outputs), strict=True)
     return [dict(zip(COLUMNS, word, strict=True)) for word in words]
 
@@ -429,8 +462,12 @@ def read_manifest(path: Path) -> list[dict[str, str]]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise FileError(f"{path} cannot be read: {error}") from error
+    except FileNotFoundError as error:
+        raise UsageError(f"there is no file {path}: --manifest takes a CSV") from error
+    except OSError as error:
+        raise FileError(f"{path} cannot be read: {error.strerror}") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise FileError(f"{path} is not a CSV in UTF-8: the columns are {', '.join(COLUMNS)}") from error
     if not rows:
         raise UsageError(f"{path} lists no words: add a line with {', '.join(COLUMNS)} for each")
     for number, row in enumerate(rows, start=2):
@@ -452,8 +489,7 @@ def check_outputs(paths: Sequence[Path]) -> None:
     for path in paths:
         if path.suffix != ".safetensors":
             raise UsageError(f"--output {path}: concepts are written as .safetensors files")
-        if not path.absolute().parent.is_dir():
-            raise UsageError(f"--output {path}: the folder {path.parent} does not exist: create it first")
+        require_folder_of("--output", path)
         if paths.count(path) > 1:
             raise UsageError(f"--output {path} is given twice: give each word its own file")
 

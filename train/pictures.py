@@ -174,7 +174,7 @@ def _cut(image: Image.Image, shape: tuple[int, int], crop: Crop) -> Image.Image:
 
 def _read_caption(path: Path) -> str:
     try:
-        return " ".join(path.read_text(encoding="utf-8").split())
+        return " ".join(path.read_text(encoding="utf-8-sig").split())
     except UnicodeDecodeError as error:
         raise FileError(f"{path} is not UTF-8 text: save it as UTF-8") from error
 

@@ -144,6 +144,13 @@ def test_a_missing_or_empty_folder_says_what_to_give(tmp_path: Path) -> None:
         read_pictures(tmp_path / "nowhere", 64)
 
 
+def test_a_captions_byte_order_mark_is_not_part_of_it(tmp_path: Path) -> None:
+    noise(32, 32).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a photo of <toy>", encoding="utf-8-sig")
+    [picture] = read_pictures(tmp_path, 32)
+    assert picture.caption == "a photo of <toy>"
+
+
 def test_a_folder_is_read_in_name_order_with_captions_and_masks(tmp_path: Path) -> None:
     noise(32, 32, 1).save(tmp_path / "b.png")
     noise(32, 32, 2).save(tmp_path / "a.JPG")
