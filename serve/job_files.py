@@ -190,14 +190,18 @@ class JobFiles:
         self._files = files
 
     def create(self, identifier: str, request: JobRequest, pictures: Sequence[bytes], state: State) -> None:
-        """Writes a new job, owned by `state.owner` in term 1. Its open mark is written first."""
+        """Writes a new job, owned by `state.owner` in term 1. Its open mark is written first.
+
+        Raises `Unavailable` if another server has deleted it meanwhile, as after a long pause of this one.
+        """
         mark = OpenJob(request.tenant, state.owner)
         self._files.write(f"jobs/open/{identifier}", msgspec.json.encode(mark))
         folder = _folder(request.tenant, identifier)
         for name, data in zip(request.pictures, pictures, strict=True):
             self._files.write(f"{folder}/pictures/{name}", data)
         self._files.write(f"{folder}/request.json", msgspec.json.encode(request))
-        self.take(request.tenant, identifier, 1, state)
+        if not self.take(request.tenant, identifier, 1, state) or self.open_job(identifier) is None:
+            raise Unavailable("the server paused while it accepted the job: send the request again")
 
     def request(self, tenant: str, identifier: str) -> JobRequest | None:
         """What was requested; None if there is no such job."""
@@ -229,6 +233,16 @@ class JobFiles:
         """Deletes a job and everything in it."""
         self._files.delete_folder(_folder(tenant, identifier))
         self.close(identifier)
+
+    def delete_unaccepted(self, tenant: str, identifier: str, ended: State) -> bool:
+        """Deletes a job without a term, so that it cannot be accepted any more. Returns False if it has one meanwhile.
+
+        `ended` is written as its first term, then the mark is deleted: `create` finds the one or misses the other."""
+        if not self.take(tenant, identifier, 1, ended):
+            return False
+        self.close(identifier)
+        self._files.delete_folder(_folder(tenant, identifier))
+        return True
 
     def delete_pictures(self, tenant: str, identifier: str) -> None:
         """Deletes a job's pictures, and the copy of its run."""

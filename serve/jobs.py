@@ -7,8 +7,9 @@
 
 A job's files are in the store, so that any server shows it (`oneword.serve.job_files`). The server that accepts a job
 owns it and keeps it in its queue on local disk. A server that is started again continues its jobs; the jobs of one
-that gives no sign of life for `lease_seconds` are taken over by another. An event is published once it is in the store:
-readers on all servers see the same events with the same numbers.
+that gives no sign of life for `lease_seconds` are taken over by another with the same model, or deleted if they were
+not accepted yet. Jobs that are older than `keep_seconds` and that no server continues are ended. An event is published
+once it is in the store: readers on all servers see the same events with the same numbers.
 
 Not covered: routes, drawing previews from snapshots, and quotas of words.
 """
@@ -66,6 +67,7 @@ MAX_SEED = 2**63 - 2  # as in oneword.train.learn
 MAX_WAITING = 20  # jobs of one tenant
 MAX_KEPT = 100  # jobs of one tenant, with those that have ended
 CANCEL_SECONDS = 5.0  # that a request waits for a process to end
+SWEEP_SECONDS = 3600.0  # between two looks for old jobs
 MAX_LOST = 5  # processes in a row that end without progress
 ENDINGS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}
 _ORIENTATION_EXIF = b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0%c\0\0\0\0\0\0\0"
@@ -73,6 +75,7 @@ _INIT = re.compile(r"[\w'-]+([ ,]+[\w'-]+){0,7}")
 _IDENTIFIER = re.compile(r"[0-9a-f]{32}")
 _PICTURE_NAME = re.compile(r"[a-z0-9-]{1,64}\.(png|jpg|webp)")
 _log = logging.getLogger("oneword.serve.jobs")
+_ABANDONED = "the server that had it is gone, and no other one has continued it: send the pictures again"
 _DAMAGED = "job %s is left alone: one of its files in the store is damaged"
 
 
@@ -148,9 +151,9 @@ class Jobs:
 
     `store` is a folder or fsspec URL that all servers share, `folder` is this server's own, on local disk. `model` and
     `digest` are what words are learned on (`learning.check_model`), with those `encoders` that the bundle has. Without
-    a model nothing is accepted and the folder is not used: other servers' jobs are shown, and cancelled. `keep` puts a
-    learned word into its tenant's words, and replaces one of the same name only if asked to; it may be called twice
-    with the same word, and an `ApiError` fails the job.
+    a model nothing is accepted and the folder is not used: other servers' jobs are shown, cancelled, and deleted when
+    they are old. `keep` puts a learned word into its tenant's words, and replaces one of the same name only if asked
+    to; it may be called twice with the same word, and an `ApiError` fails the job.
 
     Raises `UsageError` and `FileError` for a store or folder that cannot be used.
     """
@@ -200,12 +203,14 @@ class Jobs:
         self._tasks: list[asyncio.Task[None]] = []
         self._sightings: dict[str, tuple[str | None, float]] = {}
         self._owners: dict[str, str] = {}  # of other servers' open jobs
+        self._abandoned: dict[str, float] = {}  # open jobs, and since when no server is seen to continue them
 
     # ---- life --------------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Continues this server's jobs, and begins to accept and to take over others."""
+        """Continues this server's jobs, and begins to accept and to take over others. Without a model, only deletes."""
         if self._model is None:
+            self._tasks.append(asyncio.create_task(self._keep_clean()))
             return
         await self._beat()
         await self._recover()
@@ -418,8 +423,11 @@ class Jobs:
 
     async def delete_old(self, now: float | None = None) -> int:
         """Deletes jobs that have ended and are older than `keep_seconds`, pictures included. Returns their number."""
-        before = new_identifier((time.time() if now is None else now) - self._keep_seconds)
-        return await self._stored(self._files.delete_ended, before)
+        return await self._stored(self._files.delete_ended, self._oldest_kept(time.time() if now is None else now))
+
+    def _oldest_kept(self, now: float) -> str:
+        """The ids of older jobs sort before it."""
+        return new_identifier(now - self._keep_seconds)
 
     # ---- carrying out ------------------------------------------------------------------------------------------------
 
@@ -697,7 +705,7 @@ class Jobs:
         self._added.set()
 
     async def _keep_lease(self) -> None:
-        """Gives signs of life, follows requests to cancel, takes over dead servers' jobs, deletes old ones."""
+        """Gives signs of life, follows requests to cancel, takes over or ends dead servers' jobs, deletes old ones."""
         swept, renewed = 0.0, time.monotonic()
         while True:
             await asyncio.sleep(self._lease_seconds / 3)
@@ -711,49 +719,89 @@ class Jobs:
                     if owned.id in requests and owned.id in self._owned:
                         await self._cancel(owned)
                 await self._take_over()
-                if time.monotonic() - swept > 3600:
+                if time.monotonic() - swept > SWEEP_SECONDS:
                     await self.delete_old()
                     swept = time.monotonic()
             except Exception as error:  # so that the lease is kept
                 _log.warning("the jobs' store cannot be used: %s", type(error).__name__)
 
+    async def _keep_clean(self) -> None:
+        """Ends dead servers' jobs and deletes old ones, without signs of life of its own."""
+        while True:
+            try:
+                await self._take_over()
+                await self.delete_old()
+            except Exception as error:
+                _log.warning("the jobs' store cannot be used: %s", type(error).__name__)
+            await asyncio.sleep(SWEEP_SECONDS)
+
     async def _beat(self) -> None:
         await self._stored(self._files.write_beat, self._queue.server, secrets.token_hex(8))
 
     async def _take_over(self) -> None:
-        """Begins a new term for every open job whose owner is dead."""
+        """Begins a new term for every open job whose owner is dead, or ends it if no server can continue it."""
         beats = await self._stored(self._files.beats)
         now = time.monotonic()
         unfinished = set(await self._stored(self._files.open_identifiers)) - set(self._owned)
         self._owners = {identifier: owner for identifier, owner in self._owners.items() if identifier in unfinished}
+        self._abandoned = {identifier: at for identifier, at in self._abandoned.items() if identifier in unfinished}
         for identifier in sorted(unfinished):
             if not ((owner := self._owners.get(identifier)) and self._is_alive(owner, beats, now)):
-                with suppress(Damaged):  # as its own server has logged, or will when it starts
+                try:
                     await self._take_over_job(identifier, beats, now)
+                except Damaged:  # as its own server has logged, or will when it starts
+                    if self._is_abandoned(identifier, now):
+                        _log.error("job %s: ended, as one of its files in the store is damaged", identifier)
+                        await self._stored(self._files.close, identifier)
         for server in set(beats) - {self._queue.server, *self._owners.values()}:
             if not self._is_alive(server, beats, now):
                 await self._stored(self._files.forget_server, server)
 
     async def _take_over_job(self, identifier: str, beats: dict[str, str], now: float) -> None:
-        """Begins a new term for an open job if its owner is dead and this server has its model."""
+        """Begins a new term for an open job if its owner is dead and this server has its model. Deletes it if nobody
+        has accepted it, and ends it if it is old and no server continues it."""
         mark = await self._stored(self._files.open_job, identifier)
         if mark is None:
             return
         newest = await self._stored(self._files.newest, mark.tenant, identifier)
+        owner = mark.server if newest is None else newest[1].owner
+        mine = owner == self._queue.server  # and not in its queue: just being accepted, or left over from that
+        if not mine:
+            self._owners[identifier] = owner
+            if self._is_alive(owner, beats, now):
+                self._abandoned.pop(identifier, None)
+                return
         if newest is None:
-            return
-        term, state = newest
-        self._owners[identifier] = state.owner
-        if state.owner == self._queue.server or self._is_alive(state.owner, beats, now):
+            if not mine or self._is_abandoned(identifier, now):  # its client got no answer
+                ended = State(self._queue.server, 0).failed(_ABANDONED)
+                await self._stored(self._files.delete_unaccepted, mark.tenant, identifier, ended)
             return
         request = await self._stored(self._files.request, mark.tenant, identifier)
-        if request is None or request.digest != self._digest:
-            return
+        if not mine and self._model is not None and request is not None and request.digest == self._digest:
+            await self._begin_term(mark.tenant, identifier, *newest)
+        elif self._is_abandoned(identifier, now):
+            await self._end_abandoned(mark.tenant, identifier, *newest)
+
+    async def _begin_term(self, tenant: str, identifier: str, term: int, state: State) -> None:
+        """Makes another server's job, which is in a term and state, this server's."""
         taken = msgspec.structs.replace(state, owner=self._queue.server)
-        if await self._stored(self._files.take, mark.tenant, identifier, term + 1, taken):
+        if await self._stored(self._files.take, tenant, identifier, term + 1, taken):
             _log.info("job %s: taken over", identifier)
             self._owners.pop(identifier)
-            await self._adopt(mark.tenant, identifier, term + 1, taken)
+            await self._adopt(tenant, identifier, term + 1, taken)
+
+    async def _end_abandoned(self, tenant: str, identifier: str, term: int, state: State) -> None:
+        """Ends a job that no server continues, which is in a term and state."""
+        failed = state.failed(_ABANDONED)
+        if state.status.ended or await self._stored(self._files.take, tenant, identifier, term + 1, failed):
+            _log.warning("job %s: ended, as no server has continued it", identifier)
+            await self._stored(self._files.close, identifier)
+
+    def _is_abandoned(self, identifier: str, now: float) -> bool:
+        """Whether a job that no server is seen to continue is older than ended ones are kept, and another server that
+        could take it over has had the time to."""
+        since = self._abandoned.setdefault(identifier, now)
+        return identifier < self._oldest_kept(time.time()) and now - since > 2 * self._lease_seconds
 
     def _is_alive(self, server: str, beats: dict[str, str], now: float) -> bool:
         """Whether a server has changed its sign of life within the lease, as seen by this server's clock."""

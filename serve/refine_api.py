@@ -34,7 +34,8 @@ class RefineBody(Fields):
     likes: tuple[Annotated[int, Field(ge=0, le=_MAX_INDEX)], ...] = ()
     dislikes: tuple[Annotated[int, Field(ge=0, le=_MAX_INDEX)], ...] = ()
     round: Annotated[int, Field(ge=1)] | None = None
-    """The round that is judged; needed with `judge`."""
+    """The round that is judged, needed with `judge`; or the judged round that `undo` undoes, by default the last one. A
+    repeated request with a round, as after a lost answer, changes nothing."""
     prompt: str = PROMPT
     """What the candidates draw; {} is the word."""
 
@@ -68,8 +69,12 @@ async def refine(http: HTTPRequest, name: str, body: RefineBody) -> RefinementRo
         raise Invalid(f"likes and dislikes were sent with {body.action!r}, allowed is action 'judge'", "likes")
     if "{}" not in body.prompt:
         raise Invalid(f"prompt is {body.prompt[:80]!r}, it needs a {{}} where the word should be", "prompt")
-    if (body.action == "judge") != (body.round is not None):
-        raise Invalid(f"round is {body.round} with {body.action!r}, it is needed with 'judge' and only there", "round")
+    if body.action == "judge" and body.round is None:
+        raise Invalid("round is missing, it is needed with 'judge': send the number of the round", "round")
+    if body.action in ("start", "finish") and body.round is not None:
+        raise Invalid(
+            f"round is {body.round} with {body.action!r}, allowed with 'judge' and 'undo': leave it out", "round"
+        )
     record = await state.words.get(tenant, name)
     refinements = state.refinements
     current = await state.in_thread(refinements.read, tenant.name, record)
@@ -83,7 +88,7 @@ async def refine(http: HTTPRequest, name: str, body: RefineBody) -> RefinementRo
         case "judge":
             current = await state.in_thread(_judged, current, body)
         case "undo":
-            current = await state.in_thread(undo, current)
+            current = await state.in_thread(_undone, current, body.round)
         case "finish":
             word = await state.in_thread(_refined_word, current, refinements)
             answer = await state.words.put(tenant, word, token=name, generation=record.generation)
@@ -104,6 +109,17 @@ def _judged(current: Refinement, body: RefineBody) -> Refinement:
     if body.round != done + 1:
         raise Conflict(f"round is {body.round}, the round to judge is {done + 1}: send the action 'start' to see it")
     return judge(current, likes=body.likes, dislikes=body.dislikes)
+
+
+def _undone(current: Refinement, number: int | None) -> Refinement:
+    """The state before the last judgement; a repeated request, as after a lost answer, changes nothing. Raises
+    Conflict, and UsageError if no round has been judged."""
+    done = len(current.rounds)
+    if number == done + 1:  # it is to be judged again
+        return current
+    if number not in (None, done):
+        raise Conflict(f"round is {number}, rounds judged so far: {done}. Send the action 'start' to see the next one")
+    return undo(current)
 
 
 def _refined_word(current: Refinement, refinements: Refinements) -> Concept:

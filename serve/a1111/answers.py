@@ -25,6 +25,7 @@ from oneword.serve.a1111.schemas import (
 from oneword.serve.pictures import as_base64, encode
 
 _PAIR: Final = re.compile(r'(\w[\w \-/]{0,60}):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
+_SIZE: Final = re.compile(r"(\d+)x(\d+)")
 _MAX_PAIRS_TEXT: Final = 20_000  # characters
 _NEGATIVE: Final = "Negative prompt:"
 _IMAGE_KEYS: Final = ("init_images", "mask")
@@ -148,7 +149,11 @@ def progress_of(jobs: Sequence[Job]) -> Progress:
 
 
 def parsed_parameters(text: str) -> dict[str, str]:
-    """The parts of a parameters text by name: Prompt, Negative prompt, Steps and so on. Empty for an empty text."""
+    """The parts of a parameters text by name: Prompt, Negative prompt, Steps and so on. Empty for an empty text.
+
+    A size is in two parts, Size-1 and Size-2, as in A1111's `parse_generation_parameters`. Its defaults of parts that
+    the text does not have are left out.
+    """
     if not text.strip():
         return {}
     *lines, last = text.strip().split("\n")
@@ -159,7 +164,7 @@ def parsed_parameters(text: str) -> dict[str, str]:
     return {
         "Prompt": prompt.removeprefix("\n"),
         "Negative prompt": negative.strip(),
-        **{name.strip(): _unquoted(value) for name, value in pairs},
+        **{key: part for name, value in pairs for key, part in _parts(name.strip(), _unquoted(value))},
     }
 
 
@@ -188,6 +193,12 @@ def model_items(manifest: Manifest) -> list[ModelItem]:
             filename=model.name,
         )
     ]
+
+
+def _parts(name: str, value: str) -> list[tuple[str, str]]:
+    """A name and its value, or a name for each side of a size."""
+    size = _SIZE.fullmatch(value)
+    return [(name, value)] if size is None else [(f"{name}-{side}", size[side]) for side in (1, 2)]
 
 
 def _unquoted(value: str) -> str:

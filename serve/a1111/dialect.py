@@ -102,8 +102,12 @@ _DEFAULT_OPTIONS: Final[Mapping[str, object]] = {
     "inpainting_mask_weight": 1.0,
     "initial_noise_multiplier": 1.0,
     "comma_padding_backtrack": 20,
+    "eta_ancestral": 1.0,
+    "s_noise": 1.0,
+    "enable_emphasis": True,
 }
-"""A1111's defaults of settings that request something at other values; some clients send them always."""
+"""A1111's defaults of settings that request something at other values, 0 and false among them; some clients send them
+always. Source: AUTOMATIC1111/stable-diffusion-webui, modules/shared_options.py."""
 _IGNORED: Final = ("hr_", "config_scale")
 """How unknown keys begin that some clients send always, although they look like misspelled ones."""
 _MAX_UNKNOWN: Final = 100  # keys that are compared with the known ones
@@ -206,7 +210,7 @@ def image_to_image(
     if mode:
         resize = covering if mode == 1 else filling
         image, mask = resize(image, *request.size), None if mask is None else resize(mask, *request.size)
-    if mask is not None and body.inpainting_fill == 0:
+    if mask is not None and body.inpainting_fill != 1:  # left out, it is 0 in A1111
         image = filled(image, mask)
     request = replace(request, image=image, mask=mask, paste=crop is None)
     return replace(plan, request=request, settings=resolve(request, manifest), crop=crop)
@@ -273,14 +277,16 @@ def options(manifest: Manifest) -> dict[str, Any]:
 def checked_options(overrides: Mapping[str, Any], current: Mapping[str, Any], model: ModelNames) -> dict[str, Any]:
     """The settings that a request changes for itself.
 
-    Raises NotFound for another model, Unprocessable for a setting that cannot be changed.
+    Raises NotFound for another model, Unprocessable for a setting that cannot be changed. An empty text and "None"
+    request nothing; neither do 0 and false, unless the setting is known to have another value.
     """
+    known = {**_DEFAULT_OPTIONS, **current}
     changed: dict[str, Any] = {}
     for name, value in overrides.items():
         if name == "sd_model_checkpoint":
             if not model.include(value):
                 raise NotFound(f"this server has no model {str(value)[:80]!r}, only {model.title!r}", name)
-        elif value is None or value in (current.get(name), _DEFAULT_OPTIONS.get(name)):
+        elif value is None or (name in known and value == known[name]):
             continue
         elif name == "CLIP_stop_at_last_layers":
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 100:
@@ -290,11 +296,12 @@ def checked_options(overrides: Mapping[str, Any], current: Mapping[str, Any], mo
             if str(value).lower() not in FORMATS:
                 raise Unprocessable(f"{name} is {str(value)[:60]!r}, allowed are {', '.join(FORMATS)}", name)
             changed[name] = str(value).lower()
-        elif _asks(value):
+        elif name in known and (_asks(value) or not isinstance(value, str)):
             raise Unprocessable(
-                f"the setting {name[:60]!r} cannot be changed on this server: leave it out of override_settings",
-                "override_settings",
+                f"{name} is {_shown(value)}, this server allows {_shown(known[name])} only: leave it out", name
             )
+        elif _asks(value):
+            raise Unprocessable(f"the setting {name[:60]!r} cannot be changed on this server: leave it out", name[:60])
     return changed
 
 
@@ -370,6 +377,12 @@ def _asks(value: Any, depth: int = 8) -> bool:
             return depth == 0 or any(_asks(item, depth - 1) for item in items)
         case _:
             return bool(value)
+
+
+def _shown(value: object) -> str:
+    """A setting's value for an error, cut off."""
+    text = str(value)[:60]
+    return text.lower() if isinstance(value, bool) else text if _is_number(value) else repr(text)
 
 
 def _is_number(value: Any) -> bool:

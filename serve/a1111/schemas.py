@@ -97,7 +97,7 @@ class ImageToImage(TextToImage):
     mask_blur_y: float | None = Field(None, ge=0, le=64)
     mask_round: bool | None = None
     inpainting_fill: int | None = Field(
-        None, description="0: starts from the colours around the mask; 1: from the picture"
+        None, description="[default: 0] 0: starts from the colours around the mask; 1: from the picture"
     )
     inpainting_mask_invert: int | None = Field(None, ge=0, le=1, description="1: black is regenerated")
     inpaint_full_res: bool | None = Field(None, description="[default: true] regenerates a crop around the mask")
@@ -128,7 +128,7 @@ class PictureInfo(BaseModel):
 
     info: str
     items: dict[str, str]
-    parameters: dict[str, str]
+    parameters: dict[str, str] = Field(description="by name; a size NAME is in two parts, NAME-1 and NAME-2")
 
 
 class ProgressState(BaseModel):

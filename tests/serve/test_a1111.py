@@ -347,6 +347,7 @@ def test_a_picture_contains_the_parameters_that_made_it(http: httpx.Client) -> N
         assert answer["info"] == json.loads(made["info"])["infotexts"][0]
         assert answer["parameters"]["Prompt"] == "a red ring"
         assert answer["parameters"]["Seed"] == "9"
+        assert (answer["parameters"]["Size-1"], answer["parameters"]["Size-2"]) == ("64", "64")
 
 
 def test_a_picture_without_parameters_has_no_info(http: httpx.Client) -> None:
@@ -371,6 +372,7 @@ def test_a_picture_without_parameters_has_no_info(http: httpx.Client) -> None:
         ("img2img", {"init_images": [png()], "mask": png(32, 32)}, 400, "the mask is 32x32, the image 64x64"),
         ("img2img", {"init_images": [png()], "mask": png(), "inpainting_fill": 2}, 422, "inpainting_fill is 2"),
         ("options", {"CLIP_stop_at_last_layers": 2}, 422, "'CLIP_stop_at_last_layers' stays as it is"),
+        ("options", {"live_previews_enable": False}, 422, "live_previews_enable is false, this server all"),
         ("options", {"sd_model_checkpoint": "sdxl"}, 404, "this server has no model 'sdxl'"),
         ("png-info", {"image": "http://127.0.0.1/x.png"}, 422, "address"),
         ("png-info", {}, 422, "'image' is missing"),

@@ -288,8 +288,6 @@ def test_clip_skip_counts_from_one(manifest: Manifest) -> None:
         ({"override_settings": {"CLIP_stop_at_last_layers": 0}}, "CLIP_stop_at_last_layers is '0', allowed is a whole"),
         ({"override_settings": {"CLIP_stop_at_last_layers": "2"}}, "CLIP_stop_at_last_layers is '2', allowed is"),
         ({"override_settings": {"samples_format": "gif"}}, "samples_format is 'gif', allowed are png, jpg, jpeg, webp"),
-        ({"override_settings": {"ddim_discretize": "quad"}}, "the setting 'ddim_discretize' cannot be changed"),
-        ({"override_settings": {"sd_vae": "other.pt"}}, "the setting 'sd_vae' cannot be changed"),
     ],
 )
 def test_what_this_server_does_not_do_is_refused_by_name(
@@ -304,6 +302,32 @@ def test_what_this_server_does_not_do_is_refused_by_name(
 
 
 @pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [  # A1111's defaults are from its modules/shared_options.py
+        ("ddim_discretize", "quad", "is 'quad', this server allows 'uniform' only"),
+        ("eta_ancestral", 0.0, "is 0.0, this server allows 1.0 only"),
+        ("eta_ancestral", 0.5, "is 0.5, this server allows 1.0 only"),
+        ("initial_noise_multiplier", 0, "is 0, this server allows 1.0 only"),
+        ("inpainting_mask_weight", 0.0, "is 0.0, this server allows 1.0 only"),
+        ("s_noise", 0, "is 0, this server allows 1.0 only"),
+        ("enable_emphasis", False, "is false, this server allows true only"),
+        ("comma_padding_backtrack", 0, "is 0, this server allows 20 only"),
+        ("live_previews_enable", False, "is false, this server allows true only"),
+        ("show_progress_every_n_steps", 0, "is 0, this server allows 10 only"),
+        ("sd_vae", "other.pt", "is 'other.pt', this server allows 'Automatic' only"),
+        ("sd_vae", [], "is '[]', this server allows 'Automatic' only"),
+    ],
+)
+def test_a_setting_is_refused_at_another_value_than_this_servers_or_a1111s_default(
+    manifest: Manifest, name: str, value: object, message: str
+) -> None:
+    with pytest.raises(Unprocessable) as caught:
+        txt2img(manifest, override_settings={name: value})
+
+    assert caught.value.message == f"{name} {message}: leave it out"
+
+
+@pytest.mark.parametrize(
     "fields",
     [
         {"alwayson_scripts": {"ControlNet": {"args": []}, "ADetailer": {"args": [False]}}},
@@ -315,6 +339,7 @@ def test_what_this_server_does_not_do_is_refused_by_name(
         {"use_deprecated_controlnet": False, "distilled_cfg_scale": 3.5, "sampler": "Euler a"},
         {"hr_cfg_scale": 3.5, "hr_denoising_strength": 0.7, "config_scale": 7.0},
         {"override_settings": {"sd_vae": "Automatic", "forge_additional_modules": [], "samples_save": False}},
+        {"override_settings": {"sd_vae": "None", "eta_ancestral": 1, "s_noise": 1.0, "eta_ddim": 0.0}},
         {
             "override_settings": {  # KoboldAI Lite's
                 "eta_noise_seed_delta": 0.0,
@@ -386,7 +411,7 @@ def test_inpainting_the_whole_picture_softens_the_paste_mask_only(manifest: Mani
     assert (request.mask_blur, request.paste, plan.crop) == (4, True, None)
 
 
-def test_inpainting_starts_from_the_colours_around_the_mask_if_requested(manifest: Manifest) -> None:
+def test_inpainting_starts_from_the_colours_around_the_mask_or_from_the_picture(manifest: Manifest) -> None:
     original, filled = (
         img2img(manifest, MASK, inpaint_full_res=False, inpainting_fill=fill).request.image for fill in (1, 0)
     )
@@ -395,6 +420,19 @@ def test_inpainting_starts_from_the_colours_around_the_mask_if_requested(manifes
     assert filled is not None
     np.testing.assert_array_equal(filled[~MASK], PAINTED[~MASK])
     assert (filled[MASK] != PAINTED[MASK]).any()
+
+
+@pytest.mark.parametrize("fields", [{}, {"inpainting_fill": None}, {"inpainting_fill": 0}])
+def test_inpainting_fill_is_0_if_it_is_left_out_as_in_a1111(manifest: Manifest, fields: dict[str, Any]) -> None:
+    """`inpainting_fill: int = 0` in A1111's StableDiffusionProcessingImg2Img, where its API takes its defaults from."""
+    picture = np.full_like(PAINTED, (10, 120, 250))
+    picture[MASK] = 0
+
+    body = ImageToImage(**WEBUIAPI | {"inpaint_full_res": False} | fields)
+    image = image_to_image(body, manifest, 1234, picture, MASK).request.image
+
+    assert image is not None
+    np.testing.assert_allclose(image.astype(int), np.full_like(PAINTED, (10, 120, 250)), rtol=0, atol=2)  # blurs round
 
 
 def test_an_inverted_mask_regenerates_the_rest(manifest: Manifest) -> None:
@@ -594,14 +632,30 @@ def test_progress_is_zero_at_rest_and_only_then(manifest: Manifest) -> None:
                 "Prompt": "a cat",
                 "Negative prompt": "",
                 "Steps": "4",
-                "Size": "64x96",
+                "Size-1": "64",
+                "Size-2": "96",
                 "Lora hashes": "a: 1, b: 2",
                 "Version": "1",
             },
         ),
         (
             "a cat\nSteps : 4,  Seed: 3,Size: 64x96",
-            {"Prompt": "a cat", "Negative prompt": "", "Steps": "4", "Seed": "3", "Size": "64x96"},
+            {"Prompt": "a cat", "Negative prompt": "", "Steps": "4", "Seed": "3", "Size-1": "64", "Size-2": "96"},
+        ),
+        (  # what A1111's `parse_generation_parameters` makes of it, without the defaults of parts that are missing
+            'a 2x4\nNegative prompt: 3x5\nSteps: 4, Size: 64x96, Hires resize: 128x0, Tile: "7x9", Box: 1x2x3',
+            {
+                "Prompt": "a 2x4",
+                "Negative prompt": "3x5",
+                "Steps": "4",
+                "Size-1": "64",
+                "Size-2": "96",
+                "Hires resize-1": "128",
+                "Hires resize-2": "0",
+                "Tile-1": "7",
+                "Tile-2": "9",
+                "Box": "1x2x3",
+            },
         ),
         ("just: text, of a user", {"Prompt": "just: text, of a user", "Negative prompt": ""}),
     ],
@@ -626,5 +680,6 @@ def test_our_own_parameters_text_is_taken_apart(manifest: Manifest) -> None:
 
     assert parts["Prompt"] == "a red ring"
     assert parts["Negative prompt"] == "blurry"
-    assert (parts["Seed"], parts["Size"], parts["Mask blur"]) == ("9", "64x96", "4")
+    assert (parts["Seed"], parts["Size-1"], parts["Size-2"], parts["Mask blur"]) == ("9", "64", "96", "4")
+    assert "Size" not in parts
     assert parts["Denoising strength"] == "0.7"

@@ -60,6 +60,32 @@ def test_a_term_has_one_owner_and_the_newest_counts(files: JobFiles) -> None:
     assert files.newest("alice", JOB) == (2, State("two", 50))
 
 
+def test_a_job_that_was_deleted_before_it_was_accepted_cannot_be_accepted(files: JobFiles) -> None:
+    """By another server: just before the first term is written, or wholly while a picture is."""
+    late, ended = "1" * 32, State("two", 50).failed("gone")
+    write = files._files.write
+
+    def paused(path: str, data: bytes, *, durable: bool = True) -> None:
+        write(path, data, durable=durable)
+        if path.endswith(".png"):
+            assert files.delete_unaccepted("alice", late, ended)
+
+    for delete in (lambda: files.take("alice", late, 1, ended), lambda: setattr(files._files, "write", paused)):
+        delete()
+        with pytest.raises(Unavailable, match="the server paused while it accepted the job: send the request again"):
+            files.create(late, REQUEST, [b"png"], State("one", 50))
+        files.delete("alice", late)
+
+    assert files.open_identifiers() == files.identifiers("alice") == [JOB]
+
+
+def test_a_job_that_was_accepted_is_not_deleted_as_if_it_was_not(files: JobFiles) -> None:
+    assert not files.delete_unaccepted("alice", JOB, State("two", 50).failed("gone"))
+
+    assert files.newest("alice", JOB) == (1, State("one", 50))
+    assert files.open_identifiers() == [JOB]
+
+
 def test_events_are_numbered_and_only_the_last_progress_is_kept() -> None:
     state = State("one", 50).after_note("few pictures").after_progress(0, 50, None, None).after_snapshot(0)
     state = state.after_progress(1, 50, 0.5, None).after_progress(2, 50, 0.25, 12.0)

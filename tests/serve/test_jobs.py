@@ -26,7 +26,7 @@ from oneword.runtime.images import open_picture
 from oneword.serve import jobs as module
 from oneword.serve.errors import ApiError, Busy, Invalid, NotFound, NotInstalled, TooLarge, Unavailable, Unprocessable
 from oneword.serve.files import open_files
-from oneword.serve.job_files import Cancelled, Failed, JobFiles, Progress, State, Status
+from oneword.serve.job_files import Cancelled, Failed, JobFiles, JobRequest, Progress, State, Status
 from oneword.serve.jobs import Done, Job, JobEvent, Jobs, Pace, Snapshot, learnable_pictures, new_identifier
 from oneword.serve.learning import LearningProcess
 from oneword.serve.messages import Done as Learned
@@ -603,6 +603,103 @@ def test_what_a_server_had_not_accepted_when_it_died_is_removed(tmp_path: Path) 
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("model", ["model", None])
+def test_what_a_dead_server_had_not_accepted_is_deleted_by_any_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str | None
+) -> None:
+    monkeypatch.setattr(module, "SWEEP_SECONDS", 0.1)
+    identifier = stored_job(tmp_path, "killed", time.time(), accepted=False)
+    assert len(files_of(tmp_path, identifier)) == 3  # its mark, its picture and what was requested
+
+    async def run() -> None:
+        async with idle(tmp_path, "there", model=model) as other:
+            await until(lambda: not files_of(tmp_path, identifier))
+            assert await other.list("alice") == []
+
+    asyncio.run(run())
+
+
+def test_what_a_live_server_is_accepting_is_left_to_it(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with idle(tmp_path, lease_seconds=1) as accepting, idle(tmp_path, "there", lease_seconds=1):
+            identifier = stored_job(tmp_path, accepting._queue.server, time.time(), accepted=False)
+            await asyncio.sleep(3)
+            assert len(files_of(tmp_path, identifier)) == 3
+
+    asyncio.run(run())
+
+
+def test_a_job_that_was_deleted_while_it_was_accepted_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def run() -> None:
+        async with idle(tmp_path) as paused:
+            take = paused._files.take
+
+            def late(tenant: str, identifier: str, term: int, state: State) -> bool:
+                monkeypatch.undo()
+                assert paused._files.delete_unaccepted(tenant, identifier, State("other", 0).failed("gone"))
+                return take(tenant, identifier, term, state)
+
+            monkeypatch.setattr(paused._files, "take", late)
+            with pytest.raises(Unavailable, match="send the request again"):
+                await paused.add("alice", photos(), "<toy>")
+            assert (await paused.list("alice"), paused.waiting) == ([], 0)
+            assert list((tmp_path / "store").rglob("picture-*")) == []
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+@pytest.mark.parametrize("owner", ["another, which is dead", "this one, which does not have it in its queue"])
+def test_an_old_job_that_no_server_continues_is_ended_and_deleted(tmp_path: Path, owner: str, damaged: bool) -> None:
+    """A week, as docs/guide/server.md says."""
+
+    async def run() -> None:
+        async with idle(tmp_path, digest="b") as other:
+            name = "gone" if owner.startswith("another") else other._queue.server
+            old, young = [stored_job(tmp_path, name, time.time() - days * 86400) for days in (7.1, 6.9)]
+            if damaged:
+                (tmp_path / f"store/jobs/tenants/alice/{old}/terms/00000001.json").write_bytes(b"{")
+            await until(lambda: other._files.open_identifiers() == [young])
+
+            if not damaged:
+                job = await other.get("alice", old)
+                assert (job.status, job.error) == (
+                    Status.FAILED,
+                    "the server that had it is gone, and no other one has continued it: send the pictures again",
+                )
+                assert [event async for event in other.events("alice", old)] == [Failed(1, job.error)]
+                assert len(await other.open_tokens("alice")) == 1
+            assert await other.delete_old() == 1
+            assert files_of(tmp_path, old) == []
+            assert len(files_of(tmp_path, young)) == 4
+
+    asyncio.run(run())
+
+
+def test_an_old_job_of_a_live_server_is_left_to_it(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with idle(tmp_path) as owner, idle(tmp_path, "there", digest="b") as other:
+            identifier = stored_job(tmp_path, owner._queue.server, time.time() - 30 * 86400)
+            await owner._adopt("alice", identifier, 1, State(owner._queue.server, 50))
+            await asyncio.sleep(1.5)  # five leases
+            assert other._files.open_identifiers() == [identifier]
+            assert (await other.get("alice", identifier)).status is Status.QUEUED
+
+    asyncio.run(run())
+
+
+def test_another_server_that_has_an_old_jobs_model_has_two_leases_to_take_it_over(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with idle(tmp_path, lease_seconds=15) as jobs:
+            old, young = [new_identifier(time.time() - days * 86400) for days in (8, 6)]
+            assert [jobs._is_abandoned(old, now) for now in (1000, 1029, 1031)] == [False, False, True]
+            assert [jobs._is_abandoned(young, now) for now in (1000, 1031)] == [False, False]
+
+    asyncio.run(run())
+
+
 def test_old_jobs_are_deleted_with_their_pictures(tmp_path: Path) -> None:
     async def run() -> None:
         async with idle(tmp_path) as jobs:
@@ -795,6 +892,24 @@ async def server(tmp_path: Path, folder: str, **options: Any) -> AsyncIterator[J
         yield jobs
     finally:
         await jobs.stop()
+
+
+def stored_job(tmp_path: Path, owner: str, created: float, *, accepted: bool = True) -> str:
+    """The id of a job of Alice, with one picture, that a server without a sign of life has written to the store.
+
+    One that was not accepted is as its server leaves it if it is killed just before the first term."""
+    files, identifier = JobFiles(open_files(str(tmp_path / "store"))), new_identifier(created)
+    pictures, encoders = ("picture-1.png",), ("text_encoder",)
+    request = JobRequest("alice", "<toy>", "toy", "directional", 50, 0, pictures, "", encoders, created)
+    files.create(identifier, request, photos(1), State(owner, 50))
+    if not accepted:
+        (tmp_path / f"store/jobs/tenants/alice/{identifier}/terms/00000001.json").unlink()
+    return identifier
+
+
+def files_of(tmp_path: Path, identifier: str) -> list[Path]:
+    """All files of a job in the store."""
+    return [path for path in (tmp_path / "store").rglob("*") if path.is_file() and identifier in str(path)]
 
 
 def owned_by(state: State, owner: Jobs) -> State:

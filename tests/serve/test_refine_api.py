@@ -66,6 +66,10 @@ def test_a_round_is_drawn_judged_and_undone_and_the_word_changes_when_it_is_fini
         ({"action": "judge", "round": 1, "likes": [1], "dislikes": [1]}, 400, None),
         ({"action": "undo"}, 400, None),
         ({"action": "judge", "likes": [1]}, 400, "round"),
+        ({"action": "start", "round": 1}, 400, "round"),
+        ({"action": "finish", "round": 1}, 400, "round"),
+        ({"action": "undo", "round": 0}, 400, "round"),
+        ({"action": "undo", "round": 2}, 409, None),
         ({"action": "judge", "round": 3, "likes": [1]}, 409, None),
         ({"action": "start", "prompt": "a photo"}, 400, "prompt"),
     ],
@@ -102,6 +106,28 @@ def test_a_judgement_that_is_sent_twice_counts_once(http: httpx.Client, word: st
 
     assert (first["round"], second) == (2, first)
     assert other.status_code == 409
+
+
+def test_an_undo_that_is_sent_twice_with_its_round_undoes_one_round(http: httpx.Client, word: str) -> None:
+    for number in (1, 2, 3):
+        http.post(f"{word}/refine", json={"action": "judge", "round": number, "likes": [1]}).raise_for_status()
+
+    first, second = (http.post(f"{word}/refine", json={"action": "undo", "round": 3}).json() for _ in range(2))
+    late = http.post(f"{word}/refine", json={"action": "undo", "round": 1})
+    without_number = http.post(f"{word}/refine", json={"action": "undo"}).json()
+    judged = http.post(f"{word}/refine", json={"action": "judge", "round": 2, "likes": [2]}).json()
+
+    assert (first["round"], second) == (3, first)
+    assert late.status_code == 409
+    assert "round is 1, rounds judged so far: 2" in late.json()["error"]["message"]
+    assert (without_number["round"], judged["round"]) == (2, 3)
+
+
+def test_openapi_says_that_an_undo_may_name_its_round(http: httpx.Client) -> None:
+    fields = http.get("/openapi.json").json()["components"]["schemas"]["RefineBody"]
+
+    assert "round" not in fields["required"]
+    assert "the judged round that `undo` undoes" in " ".join(fields["properties"]["round"]["description"].split())
 
 
 @pytest.mark.parametrize("change", ["delete", "replace"])
