@@ -17,7 +17,7 @@ export function setKeyPrompt(ask) {
 /** Sends a request and returns an ok response. Raises ApiError, Unreachable or AbortError. */
 export async function send(path, options = {}) {
   for (;;) {
-    const key = sessionStorage.getItem(KEY);
+    const key = storedKey();
     const headers = { ...options.headers, ...(key ? { Authorization: `Bearer ${key}` } : {}) };
     let response;
     try {
@@ -30,6 +30,16 @@ export async function send(path, options = {}) {
     if (response.status !== 401) throw error;
     await newKey(key, error);
   }
+}
+
+/** Whether a header can carry a key: printable ASCII only. */
+export const isSendable = (key) => /^[ -~]+$/.test(key);
+
+/** This tab's key, or null. One that cannot be sent is dropped. */
+function storedKey() {
+  const key = sessionStorage.getItem(KEY);
+  if (key !== null && !isSendable(key)) sessionStorage.removeItem(KEY);
+  return sessionStorage.getItem(KEY);
 }
 
 /** Gets a key other than `refused` into the session's storage, asking once however many requests want it. */

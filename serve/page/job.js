@@ -3,6 +3,7 @@
 export const PREVIEW_STEPS = [0, 5, 10, 20, 35, 50];
 export const MIN_PICTURES = 3;
 export const MAX_PICTURES = 5;
+const MAX_NAME = 62; // with < and > it is a token of 64 characters
 
 const ENDED = ["succeeded", "failed", "cancelled"];
 
@@ -76,12 +77,13 @@ export function missing({ images, name, taken = false }) {
   const more = MIN_PICTURES - images;
   if (more > 0) return `Add ${images ? more : "3 to 5"} ${images ? "more " : ""}picture${more > 1 ? "s" : ""}`;
   if (!name) return "Name it";
+  if (name.length > MAX_NAME) return `A name has at most ${MAX_NAME} characters`;
   if (!validName(name)) return "A name has no spaces or < >";
   if (taken) return "You already have a word of this name";
   return "";
 }
 
-export const validName = (name) => /^[^\s<>]{1,64}$/.test(name);
+export const validName = (name) => name.length <= MAX_NAME && /^[^\s<>]+$/.test(name);
 
 const dataUrl = ({ b64_json, output_format }, format = "jpeg") =>
   b64_json ? `data:image/${output_format ?? format};base64,${b64_json}` : null;

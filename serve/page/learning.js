@@ -3,7 +3,7 @@
 import * as api from "./api.js";
 import { pause, persistently } from "./connection.js";
 import { Unreachable, isCancel } from "./errors.js";
-import { afterEvent, found, isEnded, newJob, withPictures } from "./job.js";
+import { afterEvent, found, isEnded, nameOf, newJob, withPictures } from "./job.js";
 import { notify } from "./state.js";
 import { makeStore } from "./store.js";
 import * as words from "./words.js";
@@ -13,16 +13,24 @@ export const current = makeStore(null);
 
 let follower = null;
 
-/** Starts learning. Raises ApiError. */
+/** Starts learning; if the server's answer is or was lost, shows the job that runs. Raises ApiError or Unreachable. */
 export async function start(images, fields) {
-  show(await api.learn(images, fields));
+  try {
+    show(await api.learn(images, fields));
+  } catch (error) {
+    if (!(error instanceof Unreachable) && error.code !== "word_exists") throw error;
+    if (await persistently(() => resume({ name: fields.name }))) return;
+    await words.refresh().catch(() => {}); // it may have been learned by now
+    throw error;
+  }
 }
 
-/** Finds a job that is still running, or null. */
-export async function resume(signal) {
+/** Shows a job that is still running, of any name or of one. Returns whether there is one. */
+export async function resume({ name, signal } = {}) {
   const { data } = await api.jobs(signal);
-  const running = data.find((job) => job.kind === "learn" && !isEnded(job));
+  const running = data.find((job) => job.kind === "learn" && !isEnded(job) && (!name || nameOf(job) === name));
   if (running) show(running);
+  return Boolean(running);
 }
 
 export async function cancel() {

@@ -1,13 +1,24 @@
 /** Brush geometry for masks, and a mask's PNG. Sizes are the picture's pixels. */
 
-/** Points from `from` to `to`, at most `spacing` apart, without `from`. */
+/** Points from `from` to `to`, at most `spacing` apart, without `from`. The last is exactly `to`. */
 export function between(from, to, spacing) {
   const distance = Math.hypot(to.x - from.x, to.y - from.y);
   const count = Math.max(1, Math.ceil(distance / spacing));
-  return Array.from({ length: count }, (_, i) => ({
+  const inner = Array.from({ length: count - 1 }, (_, i) => ({
     x: from.x + ((to.x - from.x) * (i + 1)) / count,
     y: from.y + ((to.y - from.y) * (i + 1)) / count,
   }));
+  return [...inner, to];
+}
+
+/** Strokes `{size, erase, points}` with a line of a brush `{size, erase}`: it continues a stroke of that brush that ends at
+ * `from`, or begins one. */
+export function withLine(strokes, from, to, { size, erase }) {
+  const last = strokes.at(-1);
+  const end = last?.points.at(-1);
+  const continues = last?.size === size && last.erase === erase && end.x === from.x && end.y === from.y;
+  const points = [...(continues ? last.points : [from]), ...between(from, to, Math.max(0.5, size / 6))];
+  return [...(continues ? strokes.slice(0, -1) : strokes), { size, erase, points }];
 }
 
 /** A pointer's place on the screen as a place in the picture. */

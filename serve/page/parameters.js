@@ -24,6 +24,27 @@ const SPACINGS = {
 };
 const METHODS = { "CFG++": "cfg++", "CFG-Zero*": "zero-star" };
 
+/** What becomes of each value: keys of the recipe. */
+const KEYS = new Map([
+  ["Steps", ["steps"]],
+  ["Sampler", ["sampler"]],
+  ["Schedule type", ["spacing"]],
+  ["Guidance", ["method"]],
+  ["CFG scale", ["guidance"]],
+  ["Distilled CFG Scale", ["embedded"]],
+  ["Seed", ["seed"]],
+  ["Size", ["width", "height"]],
+  ["Clip skip", ["clipSkip"]],
+  ["Eta", ["eta"]],
+  ["CFG Rescale", ["rescale"]],
+  ["CFG interval", ["interval"]],
+]);
+const FILES = new Map([
+  ["Denoising strength", "the picture it started from"],
+  ["Mask blur", "the mask"],
+]);
+const NOT_SETTINGS = ["Model", "Model hash", "VAE", "VAE hash", "Version"];
+
 /** The recipe of a parameters text, or null if the text is none. Values that make no sense are left out. */
 export function parseParameters(text) {
   const lines = text.trim().split(/\r?\n/);
@@ -39,7 +60,7 @@ export function parseParameters(text) {
     negative: split < 0 ? "" : body.slice(split).trim().replace(/^Negative prompt: /, ""),
     steps: whole(pairs.get("Steps")),
     sampler,
-    spacing: sampler === "dpmpp-2m-karras" ? undefined : SPACINGS[pairs.get("Schedule type")],
+    spacing: sampler === undefined || sampler === "dpmpp-2m-karras" ? undefined : SPACINGS[pairs.get("Schedule type")],
     method: METHODS[pairs.get("Guidance")],
     guidance: number(pairs.get("CFG scale")),
     embedded: number(pairs.get("Distilled CFG Scale")),
@@ -53,6 +74,17 @@ export function parseParameters(text) {
     interval: intervalOf(pairs.get("CFG interval")),
   };
   return Object.fromEntries(Object.entries(recipe).filter(([, value]) => value !== undefined));
+}
+
+/** What a parameters text says and its recipe lacks, in words: values that are unknown here, other settings, files. */
+export function leftOut(text) {
+  const recipe = parseParameters(text);
+  const isTaken = ([name, value]) =>
+    NOT_SETTINGS.includes(name) ||
+    KEYS.get(name)?.every((key) => recipe[key] !== undefined) ||
+    (name === "Schedule type" && (value === "Automatic" || (value === "Karras" && recipe.sampler?.endsWith("-karras"))));
+  const said = ([name, value]) => FILES.get(name) ?? (KEYS.has(name) ? `${name} ${value}` : name);
+  return [...readPairs(text.trim().split(/\r?\n/).at(-1))].filter((pair) => !isTaken(pair)).map(said);
 }
 
 /** `Name: value` pairs; a value in quotes may contain commas. */

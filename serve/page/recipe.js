@@ -1,8 +1,8 @@
 /**
  * A recipe: all that makes a grid of pictures. Pure.
  *
- *   {prompt, negative, seed, count, steps, sampler, guidance, embedded, width, height, clipSkip, eta, rescale,
- *    interval, image, mask, strength}
+ *   {prompt, negative, seed, count, steps, sampler, spacing, method, guidance, embedded, width, height, clipSkip, eta,
+ *    rescale, interval, image, mask, strength}
  *
  * Undefined means the server's default. `image` and `mask` are Blobs; transparent pixels of a mask are repainted.
  * Picture i of a recipe has the seed `seed + i`.
@@ -15,6 +15,35 @@ export const randomSeed = () => Math.floor(Math.random() * SEEDS);
 
 /** The recipe of picture `index` alone, without what is left to the server. */
 export const single = (recipe, index) => defined({ ...recipe, seed: recipe.seed + index, count: 1 });
+
+const EXTRAS = {
+  spacing: "Spacing",
+  method: "Kind of guidance",
+  rescale: "Guidance rescale",
+  interval: "Guidance interval",
+  eta: "Eta",
+  clipSkip: "Text layers skipped",
+};
+
+/** The settings `{name, label, value}` that have no field on the page: only a restored recipe has them. */
+export const extras = (recipe) =>
+  Object.entries(EXTRAS).flatMap(([name, label]) => {
+    const value = recipe[name];
+    return value ? [{ name, label, value: Array.isArray(value) ? value.join(" to ") : String(value) }] : [];
+  });
+
+/** A recipe without what a model does not have, and what that was, in words: `{recipe, left}`. */
+export function fit(recipe, { samplers, spacings, guidance, defaults }) {
+  const missing = {
+    sampler: recipe.sampler && !samplers.includes(recipe.sampler) && `Sampler ${recipe.sampler}`,
+    method: recipe.method && !guidance.includes(recipe.method) && `${EXTRAS.method} ${recipe.method}`,
+    embedded: recipe.embedded !== undefined && defaults.embedded_guidance === null && `Distilled guidance ${recipe.embedded}`,
+  };
+  const spaced = !missing.sampler && spacings.includes(recipe.spacing);
+  missing.spacing = recipe.spacing && !spaced && `${EXTRAS.spacing} ${recipe.spacing}`;
+  const kept = Object.entries(recipe).filter(([name]) => !missing[name]);
+  return { recipe: Object.fromEntries(kept), left: Object.values(missing).filter(Boolean) };
+}
 
 /** The fields of a request for the server's images API, by name. */
 export function requestFields(recipe) {

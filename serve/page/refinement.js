@@ -20,3 +20,6 @@ export const isJudged = ({ likes, dislikes }) => likes.length + dislikes.length 
 
 /** The server's action for a judged round. */
 export const judgement = ({ round, likes, dislikes }) => ({ action: "judge", round, likes, dislikes });
+
+/** The server's action that undoes the round before this one. It is named, so that a repeated request undoes it once. */
+export const undoing = ({ round }) => ({ action: "undo", round: round - 1 });

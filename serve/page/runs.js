@@ -7,10 +7,14 @@ import * as gallery from "./gallery.js";
 import { missingRuns, single } from "./recipe.js";
 import { recipeIn } from "./restore.js";
 import { afterEvent, closed, isActive, newRun, openIndexes, restarted } from "./run.js";
+import { makeSlots } from "./slots.js";
 import { makeStore } from "./store.js";
 
 const PREVIEWS = 1; // steps between previews
 const MAX_RUNS = 30; // older ones are in the gallery
+const MAX_STREAMS = 3; // a browser opens six connections per host over HTTP/1.1, and the rest of the page needs some
+
+const withinStream = makeSlots(MAX_STREAMS);
 
 /** Newest first. */
 export const runs = makeStore([]);
@@ -23,7 +27,7 @@ export function start(recipe, extra = {}) {
   const id = `run-${(count += 1)}`;
   const controller = new AbortController();
   controllers.set(id, controller);
-  runs.set((all) => [newRun(id, recipe, extra), ...all].slice(0, MAX_RUNS));
+  runs.set((all) => [newRun(id, recipe, extra), ...all].filter((run, i) => i < MAX_RUNS || isActive(run)));
   follow(id, controller.signal).finally(() => controllers.delete(id));
   return id;
 }
@@ -45,7 +49,9 @@ function change(id, next) {
 async function follow(id, signal) {
   for (;;) {
     try {
-      for (const { first, count } of missingRuns(openIndexes(runOf(id)))) await followPart(id, first, count, signal);
+      for (const { first, count } of missingRuns(openIndexes(runOf(id)))) {
+        await withinStream(() => followPart(id, first, count, signal), signal);
+      }
       change(id, (run) => closed(run, "failed", "The server ended the stream early."));
       return;
     } catch (error) {
@@ -66,12 +72,14 @@ async function recovered(id, error, signal) {
   if (error instanceof Unreachable) {
     change(id, (run) => ({ ...restarted(run), note: "Waiting for the server. The pictures will continue by themselves." }));
     await whenReady(signal);
+    change(id, (run) => ({ ...run, note: "" }));
     return true;
   }
   if (error instanceof ApiError && error.status === 429) {
     const seconds = Math.ceil(error.retryAfter ?? 2);
     change(id, (run) => ({ ...restarted(run), note: `The server is busy. Trying again in ${seconds} s.` }));
     await pause(seconds, signal);
+    change(id, (run) => ({ ...run, note: "" }));
     return true;
   }
   return false;

@@ -11,7 +11,7 @@ export function curl(recipe, origin) {
   const lines = [`curl ${origin}/v1/images/${recipe.image ? "edits" : "generations"}`, `-H "Authorization: Bearer $ONEWORD_KEY"`];
   if (recipe.image) {
     lines.push("-F image=@start.png", ...(recipe.mask ? ["-F mask=@mask.png"] : []));
-    for (const [name, value] of Object.entries(fields)) lines.push(`-F ${shell(`${name}=${value}`)}`);
+    for (const [name, value] of Object.entries(fields)) lines.push(`--form-string ${shell(`${name}=${value}`)}`);
   } else {
     lines.push(`-H "Content-Type: application/json"`, `-d ${shell(JSON.stringify(fields))}`);
   }
@@ -50,7 +50,7 @@ export function python(recipe, origin) {
 export function tiRun(recipe) {
   const { width, height, interval } = recipe;
   const options = [
-    ...namesIn(recipe.prompt).map((name) => ["--concept", `${name}.safetensors`]),
+    ...namesIn(recipe.prompt).map((name) => ["--concept", wordFileName(name)]),
     ["--negative-prompt", recipe.negative || undefined],
     ["--seed", recipe.seed],
     ["--num-images", recipe.count],

@@ -1,7 +1,7 @@
 /** What the parts of the page share: the model, the recipe being written, the route, notices, the open picture. */
 
 import * as api from "./api.js";
-import { randomSeed } from "./recipe.js";
+import { fit, randomSeed } from "./recipe.js";
 import { makeStore } from "./store.js";
 
 /** What the server says about its model; null until it has. */
@@ -36,10 +36,12 @@ export function go(name) {
   location.hash = `#/${name}`;
 }
 
-/** Puts a recipe into the prompt box. */
+/** Puts a recipe into the prompt box, and returns what the model does not have of it, in words. */
 export function edit(recipe) {
-  draft.set((now) => ({ count: now.count, negative: "", locked: recipe.seed !== undefined, seed: now.seed, ...recipe }));
+  const { recipe: fitting, left } = model.get() ? fit(recipe, model.get()) : { recipe, left: [] };
+  draft.set((now) => ({ count: now.count, negative: "", locked: recipe.seed !== undefined, seed: now.seed, ...fitting }));
   go("create");
+  return left;
 }
 
 let count = 0;

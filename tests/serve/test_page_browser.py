@@ -6,6 +6,7 @@ miniature, to save the export. Not covered: other browsers; the page's pure modu
 
 import base64
 import io
+import json
 import os
 import shutil
 import signal
@@ -21,6 +22,7 @@ from typing import Any
 import httpx
 import numpy as np
 import PIL.Image
+import PIL.PngImagePlugin
 import pytest
 
 from oneword.runtime.bundle import Bundle
@@ -140,6 +142,18 @@ def server(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     server.start()
     server.learn("<toy>", BALL)
     server.learn("<gem>", HEART)
+    yield server
+    server.kill()
+
+
+@pytest.fixture(scope="module")
+def keyed(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server that asks for a key, has no words and learns none."""
+    folder = tmp_path_factory.mktemp("keyed")
+    key, lines = new_key("alice")
+    (folder / "keys.toml").write_text(lines)
+    server = Server(bundle, folder, ["--keys", str(folder / "keys.toml")], key)
+    server.start()
     yield server
     server.kill()
 
@@ -545,27 +559,399 @@ def test_words_are_added_renamed_and_deleted(
         assert [word["name"] for word in http.get("/v1/words").json()["data"]][:2] == ["<gem>", "<toy>"]
 
 
-def test_a_key_is_requested_once_and_kept_in_the_tab_only(bundle: Path, tmp_path: Path, visitor: Visitor) -> None:
-    key, lines = new_key("alice")
-    (tmp_path / "keys.toml").write_text(lines)
-    server = Server(bundle, tmp_path, ["--keys", str(tmp_path / "keys.toml")], key)
-    server.start()
-    try:
-        visit = visitor()
-        visit.page.goto(server.url)
-        visit.page.fill("#key", "ow_wrong")
-        visit.page.click("text=Continue")
-        visit.page.wait_for_selector("text=does not know this key")
-        visit.page.fill("#key", key)
-        visit.page.click("text=Continue")
-        visit.page.wait_for_selector("text=No words yet")
-        assert key in visit.page.evaluate("Object.values(sessionStorage)")
-        assert visit.page.evaluate("localStorage.length") == 0
-        assert not any(key in url for url in visit.requests)
-        visit.page.reload()
-        visit.page.wait_for_selector("text=No words yet")
-    finally:
-        server.kill()
+def test_a_key_is_requested_once_and_kept_in_the_tab_only(keyed: Server, visitor: Visitor) -> None:
+    visit = visitor()
+    visit.page.goto(keyed.url)
+    visit.page.fill("#key", "ow_wrong")
+    visit.page.click("text=Continue")
+    visit.page.wait_for_selector("text=does not know this key")
+    visit.page.fill("#key", keyed.key)
+    visit.page.click("text=Continue")
+    visit.page.wait_for_selector("text=No words yet")
+    assert keyed.key in visit.page.evaluate("Object.values(sessionStorage)")
+    assert visit.page.evaluate("localStorage.length") == 0
+    assert not any(keyed.key in url for url in visit.requests)
+    visit.page.reload()
+    visit.page.wait_for_selector("text=No words yet")
+
+
+def test_a_key_that_cannot_be_sent_is_refused(keyed: Server, visitor: Visitor) -> None:
+    visit = visitor()
+    visit.page.goto(keyed.url)
+    visit.page.fill("#key", f"“{keyed.key}”")
+    visit.page.click("text=Continue")
+    visit.page.wait_for_selector("#key-note >> text=this one contains “")
+    visit.save("page-key")
+    assert visit.page.evaluate("sessionStorage.length") == 0
+    visit.page.evaluate("sessionStorage.setItem('oneword.key', '“stored”')")
+    visit.page.reload()
+    visit.page.fill("#key", keyed.key)
+    visit.page.click("text=Continue")
+    visit.page.wait_for_selector("text=No words yet")
+
+
+def test_pictures_dropped_where_nothing_is_learned_are_answered(keyed: Server, visitor: Visitor) -> None:
+    visit = visitor()
+    visit.page.goto(f"{keyed.url}/#/words")
+    visit.page.fill("#key", keyed.key)
+    visit.page.click("text=Continue")
+    visit.page.wait_for_selector("text=cannot learn them")
+    visit.drop("main", *[(f"{i}.png", photograph(BALL, i)) for i in range(3)])
+    visit.page.wait_for_selector(".notice >> text=This server cannot learn words")
+    assert visit.page.url.endswith("#/words")
+
+
+def test_a_number_is_typed_key_by_key(server: Server, visitor: Visitor) -> None:
+    visit = visitor()
+    visit.page.route("**/v1/model", _with_distilled_guidance)
+    visit.open(server)
+    visit.page.click("text=Settings")
+    for name in ("#guidance", "#embedded"):
+        for text in ("7.5", "1.05", "10.25"):
+            visit.page.fill(name, "")
+            visit.page.focus(name)
+            visit.page.keyboard.type(text)
+            assert visit.page.input_value(name) == text
+    visit.page.fill("#seed", "")
+    visit.page.focus("#seed")
+    visit.page.keyboard.type("42")
+    visit.page.keyboard.press("Control+a")
+    visit.page.keyboard.press("Backspace")
+    visit.page.focus("#steps")
+    assert visit.page.input_value("#seed") == "42"  # an empty field has no meaning here
+    visit.page.fill("#prompt", "a photo of a red star")
+    with visit.page.expect_request("**/v1/images/generations") as request:
+        visit.page.keyboard.press("Control+Enter")
+    body = request.value.post_data_json
+    assert (body["guidance_scale"], body["embedded_guidance"], body["seed"]) == (10.25, 10.25, 42)
+
+
+def _with_distilled_guidance(route: Any) -> None:
+    response = route.fetch()
+    body = response.json()
+    body["defaults"]["embedded_guidance"] = 3.5
+    route.fulfill(response=response, json=body)
+
+
+def test_the_server_judges_settings_that_are_hidden(server: Server, visitor: Visitor) -> None:
+    visit = visitor()
+    visit.open(server)
+    visit.page.click("text=Settings")
+    visit.page.fill("#guidance", "7.3")
+    visit.draw("a photo of a red star", steps=1, count=1)
+    visit.wait_for_pictures(1)
+    visit.page.click("text=Settings")
+    visit.page.fill("#width", "70")
+    visit.draw("a photo of a red star", steps=1, count=1)
+    visit.page.wait_for_selector('.run [role="alert"] >> text=70')
+
+
+def test_the_mask_lies_over_the_picture_at_every_width(server: Server, visitor: Visitor) -> None:
+    visit = visitor()
+    visit.open(server)
+    page = visit.page
+    visit.draw("a photo of a red star", steps=1, count=1)
+    visit.wait_for_pictures(1)
+    page.click(".tile-open")
+    page.click("text=Repaint a part")
+    page.focus("#brush-size")
+    page.keyboard.press("Home")
+    for width, height in (DESKTOP, (1000, 500), PHONE, (320, 640)):
+        page.set_viewport_size({"width": width, "height": height})
+        page.wait_for_selector(".mask img.crisp")
+        box = page.locator(".mask img").bounding_box()
+        assert page.locator(".mask canvas").bounding_box() == pytest.approx(box, abs=0.01)
+        for share in (0.02, 0.5, 0.98):
+            page.mouse.click(box["x"] + box["width"] * share, box["y"] + box["height"] * 0.5)
+        painted = _painted(visit, 32)
+        assert [painted[x] for x in (1, 16, 32, 48, 62)] == [True, False, True, False, True]
+        page.click("text=Clear")
+    page.mouse.move(box["x"] + 31, box["y"] + 37)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 188, box["y"] + 101, steps=9)
+    page.mouse.up()
+    page.click("dialog >> text=Undo")
+    assert page.locator("dialog >> text=Undo").is_disabled()  # a drag is one stroke
+
+
+def test_the_keyboard_paints_from_where_the_brush_is(server: Server, visitor: Visitor) -> None:
+    visit = visitor()
+    visit.open(server)
+    page = visit.page
+    visit.draw("a photo of a red star", steps=1, count=1)
+    visit.wait_for_pictures(1)
+    page.click(".tile-open")
+    page.click("text=Repaint a part")
+    page.focus("#brush-size")
+    page.keyboard.press("Home")
+    page.focus(".mask canvas")
+
+    def press(key: str, times: int = 1) -> None:
+        for _ in range(times):
+            page.keyboard.press(key)
+
+    press("ArrowLeft", 20)  # each moves the brush by a third of 2.56 pixels, from the middle, at 32
+    press("Space")
+    press("ArrowRight", 10)
+    press("Shift+ArrowRight", 4)
+    assert _runs(_painted(visit, 32)) == 2
+    press("Shift+ArrowRight", 4)
+    assert _runs(_painted(visit, 32)) == 2
+    page.click("dialog >> text=Erase")
+    page.focus(".mask canvas")
+    press("Shift+ArrowLeft", 4)
+    painted = _painted(visit, 32)
+    assert _runs(painted) == 2
+    assert not painted[29]  # the erased end of the line, at 30
+    assert painted[25]
+
+
+def _painted(visit: Visit, row: int) -> list[bool]:
+    """Which pixels of a row of the mask are painted."""
+    found: list[bool] = visit.page.evaluate(
+        """async (row) => {
+          await new Promise(requestAnimationFrame);
+          await new Promise(requestAnimationFrame);
+          const mask = document.querySelector(".mask canvas");
+          const context = new OffscreenCanvas(mask.width, 1).getContext("2d", { willReadFrequently: true });
+          context.drawImage(mask, 0, -row);
+          const { data } = context.getImageData(0, 0, mask.width, 1);
+          return [...data].filter((_, i) => i % 4 === 3).map((alpha) => alpha >= 128);
+        }""",
+        row,
+    )
+    return found
+
+
+def _runs(painted: list[bool]) -> int:
+    """How many groups of neighbouring pixels are painted."""
+    return sum(now and not before for before, now in zip([False, *painted], painted, strict=False))
+
+
+def test_text_selected_beyond_a_dialog_does_not_close_it(server: Server, visitor: Visitor) -> None:
+    visit = visitor()
+    visit.open(server)
+    page = visit.page
+    visit.draw("a photo of a red star", steps=1, count=1)
+    visit.wait_for_pictures(1)
+    page.click(".tile-open")
+    page.click("text=Repaint a part")
+    page.wait_for_selector(".mask img.crisp")
+    page.click(".mask canvas")
+    dialog, text = page.locator("dialog").bounding_box(), page.locator("#mask-prompt").bounding_box()
+    beside = dialog["x"] + dialog["width"] + 40
+    page.mouse.move(text["x"] + 60, text["y"] + 15)
+    page.mouse.down()
+    page.mouse.move(beside, text["y"] + 15, steps=4)
+    page.mouse.up()
+    assert page.locator("dialog >> text=Undo").is_enabled()
+    page.mouse.click(beside, text["y"] + 15)
+    page.wait_for_selector("dialog", state="detached")
+
+
+def test_many_runs_leave_connections_for_the_page(server: Server, visitor: Visitor) -> None:
+    visit = visitor()
+    visit.open(server)
+    page = visit.page
+    streams: list[Any] = []
+    most = 0
+
+    def begun(request: Any) -> None:
+        nonlocal most
+        if request.url.endswith("/v1/images/generations"):
+            streams.append(request)
+            most = max(most, len(streams))
+
+    def ended(request: Any) -> None:
+        if request in streams:
+            streams.remove(request)
+
+    page.on("request", begun)
+    page.on("requestfinished", ended)
+    page.on("requestfailed", ended)
+    visit.draw("a photo of a <toy>", steps=600, count=1)
+    page.focus("#prompt")
+    for _ in range(6):
+        page.keyboard.press("Control+Enter")
+    page.wait_for_selector(".run >> nth=6")
+    page.wait_for_selector(".tile.running >> nth=2")
+    page.evaluate("fetch('v1/words', { signal: AbortSignal.timeout(20000) })")
+    assert most == 3
+    visit.save("page-waiting")
+    page.click(".run >> nth=0 >> text=Cancel")  # the newest, which waits
+    page.wait_for_selector(".run >> nth=0 >> .tile.cancelled")
+    with page.expect_request("**/v1/images/generations"):
+        page.click(".run >> nth=6 >> text=Cancel")  # the oldest, which is drawn
+    page.click(".queue-button")
+    page.click("text=Cancel all pictures")
+    page.wait_for_selector(".tile.waiting, .tile.running", state="detached")
+
+
+def test_pictures_that_the_browser_does_not_store_are_announced(server: Server, visitor: Visitor) -> None:
+    visit = visitor()
+    visit.open(server)
+    page = visit.page
+    quota = page.context.new_cdp_session(page)
+    quota.send("Storage.overrideQuotaForOrigin", {"origin": server.url, "quotaSize": 1})
+    visit.draw("a photo of a red star", steps=1, count=1)
+    page.wait_for_selector(".notice >> text=does not store new pictures")
+    visit.go("gallery")
+    page.wait_for_selector(".note >> text=does not store new pictures")
+    visit.wait_for_pictures(1)
+    visit.save("page-unstored")
+    quota.send("Storage.overrideQuotaForOrigin", {"origin": server.url})
+    page.click('[aria-label="Empty the gallery"]')
+    page.click("text=Delete all")
+    page.wait_for_selector(".note", state="detached")
+    visit.go("create")
+    page.click('[aria-label="Again, with new seeds"]')
+    visit.wait_for_pictures(2)
+    page.reload()
+    visit.go("gallery")
+    visit.wait_for_pictures(1)
+
+
+def test_restored_settings_without_a_field_are_shown_and_removed(server: Server, visitor: Visitor) -> None:
+    with server.client() as http:
+        body = {"prompt": "a <gem>", "seed": 3, "steps": 2, "sampler": "euler", "spacing": "karras"}
+        body |= {"guidance_rescale": 0.5, "guidance_interval": [0.28, 5.42]}
+        answer = http.post("/v1/images/generations", json=body, timeout=60)
+        data = answer.raise_for_status().json()["data"][0]["b64_json"]
+    visit = visitor()
+    visit.open(server)
+    page = visit.page
+    visit.drop("main", ("old.png", base64.b64decode(data)))
+    page.wait_for_selector("text=Restored all settings")
+    page.click("text=Settings")
+    chips = page.locator(".chip.setting")
+    assert chips.all_inner_texts() == ["Spacing karras", "Guidance rescale 0.5", "Guidance interval 0.28 to 5.42"]
+    visit.save("page-restored")
+    page.click('[aria-label="Remove Guidance rescale 0.5"]')
+    assert chips.all_inner_texts() == ["Spacing karras", "Guidance interval 0.28 to 5.42"]
+    visit.go("compare")
+    assert chips.all_inner_texts() == ["Spacing karras", "Guidance interval 0.28 to 5.42"]
+    page.click('[aria-label="Remove Guidance interval 0.28 to 5.42"]')
+    visit.go("create")
+    page.click("text=Settings")
+    page.select_option("#sampler", "ddim")
+    chips.first.wait_for(state="detached")
+    page.click("text=Create >> nth=-1")
+    visit.wait_for_pictures(1)
+
+
+def test_what_cannot_be_restored_is_named(server: Server, visitor: Visitor) -> None:
+    text = PIL.PngImagePlugin.PngInfo()
+    settings = "Steps: 9, Sampler: DPM++ SDE, Schedule type: Karras, CFG scale: 7, Seed: 5, Size: 64x64, Model: other"
+    text.add_text("parameters", f"a red star\n{settings}, Denoising strength: 0.6")
+    stream = io.BytesIO()
+    PIL.Image.new("RGB", (64, 64)).save(stream, "PNG", pnginfo=text)
+    visit = visitor()
+    visit.open(server)
+    visit.drop("main", ("other.png", stream.getvalue()))
+    notice = visit.page.locator(".notice")
+    notice.wait_for()
+    left = "Sampler DPM++ SDE, Schedule type Karras, the picture it started from"
+    assert notice.inner_text() == f"Restored this picture’s settings, except: {left}."
+    visit.save("page-partly-restored")
+    visit.page.click("text=Settings")
+    values = [visit.page.input_value(f"#{name}") for name in ("prompt", "steps", "sampler", "guidance", "seed")]
+    assert values == ["a red star", "9", "", "7", "5"]
+    assert visit.page.locator(".chip.setting").count() == 0
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="no curl")
+def test_the_curl_command_draws_the_same_picture(server: Server, visitor: Visitor, tmp_path: Path) -> None:
+    start = photograph(BALL, 0)
+    (tmp_path / "start.png").write_bytes(start)
+    visit = visitor(permissions=["clipboard-read", "clipboard-write"])
+    visit.open(server)
+    page = visit.page
+    visit.drop("main", ("start.png", start))
+    page.wait_for_selector(".source img")
+    visit.draw("<toy> in the snow; at night", steps=4, count=1)
+    visit.wait_for_pictures(1)
+    page.click('.run [aria-label="Copy as"]')
+    page.click('[role="menuitem"] >> text=curl')
+    page.wait_for_selector("text=Copied curl.")
+    command = page.evaluate("navigator.clipboard.readText()")
+    answer = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, check=True, timeout=60).stdout
+    picture = PIL.Image.open(io.BytesIO(base64.b64decode(json.loads(answer)["data"][0]["b64_json"])))
+    assert picture.info["parameters"].startswith("<toy> in the snow; at night\n")
+    assert (np.asarray(picture) == _pixels(visit, 0)).all()
+
+
+def test_learning_is_found_after_its_answer_was_lost(server: Server, visitor: Visitor) -> None:
+    visit = visitor()
+    lose = _Lost("/v1/words/learn")
+    visit.page.route("**/v1/words/learn", lose)
+    visit.teach(server, "lost", STAR)
+    assert lose.requests == 1
+    visit.page.click(".learning >> text=Cancel")
+    visit.page.wait_for_selector("text=Cancelled")
+
+
+def test_an_undo_whose_answer_is_lost_undoes_one_round(server: Server, visitor: Visitor) -> None:
+    with server.client() as http:
+        http.put("/v1/words/<again>", content=http.get("/v1/words/<gem>/file").content).raise_for_status()
+    visit = visitor()
+    page = visit.page
+    lose = _Lost('"undo"')
+    page.route("**/refine", lose)
+    visit.open(server, "words")
+    page.click('[aria-label="More about again"]')
+    page.click("text=Refine by likes")
+    for round_ in (1, 2):
+        page.wait_for_selector(f"text=Round {round_}.")
+        page.click('[aria-label="Like picture 1"]')
+        page.click("text=Next round")
+    page.wait_for_selector("text=Round 3.")
+    page.click("text=Undo the last round")
+    page.wait_for_selector("text=Round 2.")
+    assert lose.requests == 2
+    with server.client() as http:
+        http.delete("/v1/words/<again>").raise_for_status()
+
+
+@dataclass
+class _Lost:
+    """Loses the server's answer to the first request whose address or body contains a text; lets the others pass."""
+
+    text: str
+    requests: int = 0
+
+    def __call__(self, route: Any) -> None:
+        request = route.request
+        if self.text not in request.url and self.text not in (request.post_data or ""):
+            return route.continue_()
+        self.requests += 1
+        if self.requests > 1:
+            return route.continue_()
+        route.fetch()
+        route.abort("connectionreset")
+
+
+def test_a_long_name_fits_on_a_small_phone(server: Server, visitor: Visitor, word_file: Callable[[str], bytes]) -> None:
+    name = "".join(f"{i:02d}" for i in range(31))
+    with server.client() as http:
+        http.put(f"/v1/words/<{name}>", content=word_file(f"<{name}>")).raise_for_status()
+    visit = visitor((320, 640), "dark")
+    visit.open(server)
+    visit.save("small-phone-create")
+    for part in PARTS:
+        visit.go(part)
+        visit.page.wait_for_selector(".chip, .card:not(.skeleton), .compare, .empty")
+        _check_width(visit, part)
+    visit.go("create")
+    visit.draw(f"a photo of a <{name}>", steps=1, count=1)
+    visit.wait_for_pictures(1)
+    _check_width(visit, "run")
+    visit.go("words")
+    visit.page.click(f'[aria-label="More about {name}"]')
+    visit.page.click('[role="menuitem"] >> text=Delete')
+    _check_width(visit, "question")
+    visit.save("small-phone-question")
+    visit.page.click("dialog >> text=Delete >> nth=-1")
+    visit.page.wait_for_selector(f'[aria-label="More about {name}"]', state="detached")
 
 
 @pytest.mark.parametrize(("size", "scheme"), [(DESKTOP, "light"), (DESKTOP, "dark"), (PHONE, "light"), (PHONE, "dark")])
@@ -597,6 +983,10 @@ def test_axe_finds_nothing_and_nothing_is_wider_than_the_screen(
 def _check_access(visit: Visit, label: str) -> None:
     violations = axe.Axe().run(visit.page).response["violations"]
     assert [(v["id"], [node["html"][:200] for node in v["nodes"]]) for v in violations] == [], label
+    _check_width(visit, label)
+
+
+def _check_width(visit: Visit, label: str) -> None:
     wide = visit.page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
     assert wide <= 0, f"{label} is {wide} pixels wider than the screen"
 

@@ -6,7 +6,8 @@ import { setKeyPrompt } from "../api.js";
 import { persistently } from "../connection.js";
 import { isCancel } from "../errors.js";
 import { useStore } from "../hooks.js";
-import { isPicture, isWord, recipeIn } from "../restore.js";
+import { leftOut, parseParameters } from "../parameters.js";
+import { isPicture, isWord, parametersIn, sayRestored } from "../restore.js";
 import { announcement, draft, edit, go, masked, model, notify, readModel, refined, route, viewed } from "../state.js";
 import { cut } from "../upload.js";
 import { html, useEffect, useRef, useState } from "../vendor/htm-preact.js";
@@ -25,6 +26,7 @@ import { Words } from "./words.js";
 
 const PARTS = { create: Create, words: Words, compare: Compare, gallery: Gallery };
 const TITLES = { create: "Create", words: "Words", compare: "Compare", gallery: "Gallery" };
+const UNSTORED = "The browser does not store new pictures: download those that you want to keep.";
 
 export function App() {
   const name = useStore(route);
@@ -39,10 +41,11 @@ export function App() {
   const first = useRef(true);
 
   useEffect(() => {
+    const unsubscribe = gallery.volatile.subscribe((isSet) => isSet && notify(UNSTORED, { bad: true }));
     setKeyPrompt((refused) => new Promise((resolve) => setKey({ refused, resolve: (value) => (setKey(null), resolve(value)) })));
     const controller = new AbortController();
     load(controller.signal).catch((error) => isCancel(error) || setFailure(error.message));
-    return () => controller.abort();
+    return () => (controller.abort(), unsubscribe());
   }, []);
 
   useEffect(() => {
@@ -87,7 +90,7 @@ async function load(signal) {
     persistently(async () => {
       await readModel(signal);
       await words.refresh(signal);
-      if (model.get().learn !== false) await learning.resume(signal);
+      if (model.get().learn !== false) await learning.resume({ signal });
     }, signal),
   ]);
   if (!location.hash && (learning.current.get() || words.words.get().length === 0)) go("words");
@@ -96,12 +99,15 @@ async function load(signal) {
 /** The longer side of a picture to start from: what the model draws by default. */
 const startSide = ({ defaults }) => Math.max(defaults.width, defaults.height);
 
-/** Files dropped anywhere. Pictures are for teaching on the words page; elsewhere one with a recipe restores it, and
- * another one is a start. A word's file is added. */
+/** Files dropped anywhere. Pictures are for teaching on the words page, if the server learns; elsewhere one with a recipe
+ * restores it, and another one is a start. A word's file is added. */
 async function take(files) {
   const [file] = files;
   if (!file) return;
-  if (route.get() === "words" && [...files].every(isPicture) && !learning.current.get()) return teaching.add([...files]);
+  if (route.get() === "words" && [...files].every(isPicture) && !learning.current.get()) {
+    if (model.get()?.learn !== false) return teaching.add([...files]);
+    return notify("This server cannot learn words. Drop the picture on Create to start from it.", { bad: true });
+  }
   try {
     if (isWord(file)) {
       const word = await words.upload(file);
@@ -109,10 +115,11 @@ async function take(files) {
       return go("words");
     }
     if (!isPicture(file)) return notify(`${file.name} is neither a picture nor a word’s file.`, { bad: true });
-    const recipe = await recipeIn(file);
+    const text = await parametersIn(file);
+    const recipe = parseParameters(text);
     if (recipe) {
-      edit({ ...recipe, count: 1 });
-      return notify("Restored all settings of this picture.");
+      const left = [...leftOut(text), ...edit({ ...recipe, count: 1 })];
+      return notify(sayRestored(left), { bad: left.length > 0 });
     }
     const { blob, width, height } = await cut(file, model.get().size_multiple, startSide(model.get()));
     draft.set((now) => ({ ...now, image: blob, mask: undefined, strength: 0.6, width, height }));

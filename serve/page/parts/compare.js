@@ -12,7 +12,7 @@ import { words } from "../words.js";
 import { PromptBox } from "./prompt-box.js";
 import { Icon } from "./icons.js";
 import { Word } from "./marked.js";
-import { Count } from "./settings.js";
+import { Count, Extras } from "./settings.js";
 import { Tile } from "./tile.js";
 
 const MAX_WORDS = 6;
@@ -24,6 +24,7 @@ export function Compare() {
   const known = useStore(words);
   const state = useStore(form);
   const all = useStore(runs);
+  const recipe = useStore(draft);
   const change = (values) => form.set((now) => ({ ...now, ...values }));
   if (known === null) return html`<h1 tabindex="-1" class="title">Compare words</h1><p class="panel skeleton tall" aria-busy="true"></p>`;
   if (known.length === 0) return html`<${Nothing} />`;
@@ -37,24 +38,25 @@ export function Compare() {
     change({ chosen: chosen.includes(token) ? chosen.filter((other) => other !== token) : [...chosen, token].slice(-MAX_WORDS) });
   const submit = () => {
     if (!hasHole || chosen.length === 0) return;
-    const { locked, image, mask, strength, prompt, ...settings } = draft.get();
+    const { locked, image, mask, strength, prompt, ...settings } = recipe;
     const seed = locked ? settings.seed : randomSeed();
     const started = chosen.map((token) => {
-      const recipe = { ...settings, prompt: state.prompt.replaceAll("{}", written(token)).trim(), seed, count: state.seeds };
-      return { token, id: start(recipe, { compare: true }) };
+      const made = { ...settings, prompt: state.prompt.replaceAll("{}", written(token)).trim(), seed, count: state.seeds };
+      return { token, id: start(made, { compare: true }) };
     });
     change({ shown: started });
   };
 
   return html`
     <h1 tabindex="-1" class="title">Compare words</h1>
-    <form class="panel composer wide" onSubmit=${(event) => (event.preventDefault(), submit())}>
+    <form class="panel composer wide" novalidate onSubmit=${(event) => (event.preventDefault(), submit())}>
       <${PromptBox} id="compare-prompt" label="One sentence, with {} where each word goes" placeholder="a photo of a {} in the snow"
         value=${state.prompt} tokens=${[]} hole onInput=${(prompt) => change({ prompt })} onSubmit=${submit} describedBy="compare-help" />
       <p id="compare-help" class=${hasHole ? "hidden" : "note"}>${hasHole ? "The seeds are the same for each word." : "Write {} where each word goes."}</p>
       <div class="chips" role="group" aria-label="Words to compare">
         ${tokens.slice(0, 40).map((token) => html`<button key=${token} type="button" class="chip toggle" aria-pressed=${chosen.includes(token) ? "true" : "false"} onClick=${() => toggle(token)}>${bareName(token)}</button>`)}
       </div>
+      <${Extras} recipe=${recipe} onChange=${(values) => draft.set((now) => ({ ...now, ...values }))} />
       <div class="composer-bar">
         <${Count} value=${state.seeds} max=${6} onChange=${(seeds) => change({ seeds })} />
         <span class="quiet grow">for each of ${chosen.length} word${chosen.length === 1 ? "" : "s"}</span>

@@ -36,7 +36,7 @@ export function Create() {
 
   return html`
     <h1 class="hidden" tabindex="-1">Create</h1>
-    <form class="panel composer" onSubmit=${(event) => (event.preventDefault(), submit())}>
+    <form class="panel composer" novalidate onSubmit=${(event) => (event.preventDefault(), submit())}>
       <${PromptBox}
         id="prompt"
         label="Describe a picture"

@@ -10,12 +10,15 @@ export function Dialog({ title, onClose, className = "", onKeyDown, children }) 
     ref.current.showModal();
     return () => before?.isConnected && before.focus({ preventScroll: true });
   }, []);
-  const onBackdrop = (event) => event.target === ref.current && onClose();
+  const pressed = useRef(false); // a press that began inside, as when text is selected, may end outside
+  const onPress = (event) => (pressed.current = event.target === ref.current);
+  const onBackdrop = (event) => pressed.current && event.target === ref.current && onClose();
   return html`
     <dialog
       ref=${ref}
       class=${`dialog ${className}`}
       aria-label=${title}
+      onPointerDown=${onPress}
       onClick=${onBackdrop}
       onKeyDown=${onKeyDown}
       onCancel=${(event) => (event.preventDefault(), onClose())}

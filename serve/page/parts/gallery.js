@@ -18,7 +18,7 @@ export function Gallery() {
   const [limit, setLimit] = useState(PAGE);
   const [asking, setAsking] = useState(false);
   const found = (all ?? []).filter(({ recipe }) => recipe.prompt.toLowerCase().includes(search.toLowerCase()));
-  const bytes = (all ?? []).reduce((sum, { blob }) => sum + blob.size, 0);
+  const bytes = (all ?? []).reduce((sum, picture) => sum + gallery.bytesOf(picture), 0);
   return html`
     <header class="section-head">
       <h1 tabindex="-1" class="title">Gallery</h1>
@@ -28,7 +28,7 @@ export function Gallery() {
         <button class="icon-button" aria-label="Empty the gallery" title="Empty the gallery" onClick=${() => setAsking(true)}><${Icon} name="trash" /></button>
       </div>`}
     </header>
-    ${fleeting && html`<p class="note">This browser does not let the page keep pictures. They last until you close it.</p>`}
+    ${fleeting && html`<p class="note">The browser does not store new pictures. They last until you close this page: download those that you want to keep.</p>`}
     ${all === null && html`<div class="tiles" aria-busy="true">${[0, 1, 2, 3].map((i) => html`<div key=${i} class="tile skeleton"></div>`)}</div>`}
     ${all?.length === 0 &&
     html`<section class="empty">

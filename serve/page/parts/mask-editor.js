@@ -1,7 +1,7 @@
 /** Paints the area of a picture that is to be repainted, by pointer or by keyboard. */
 
 import { useUrl } from "../hooks.js";
-import { between, maskPixels, paint, picturePoint } from "../mask.js";
+import { maskPixels, paint, picturePoint, withLine } from "../mask.js";
 import { randomSeed } from "../recipe.js";
 import { start } from "../runs.js";
 import { go, masked, notify } from "../state.js";
@@ -24,33 +24,31 @@ export function MaskEditor({ picture }) {
   const [strength, setStrength] = useState(0.8);
   const [cursor, setCursor] = useState(null);
   const [natural, setNatural] = useState(null);
-  const drawing = useRef(false);
+  const drawing = useRef(null); // where the pointer was last, while it paints
   const pixels = natural ? size * Math.min(natural.width, natural.height) : 0;
 
   useEffect(() => {
     if (natural) paint(canvas.current.getContext("2d"), strokes, COLOR);
   }, [strokes, natural]);
 
-  const add = (point, begin) =>
-    setStrokes((all) => {
-      if (begin || !all.length) return [...all, { size: pixels, erase, points: [point] }];
-      const last = all.at(-1);
-      const points = [...last.points, ...between(last.points.at(-1), point, Math.max(0.5, last.size / 6))];
-      return [...all.slice(0, -1), { ...last, points }];
-    });
+  const brush = { size: pixels, erase };
+  const dab = (point) => setStrokes((all) => [...all, { ...brush, points: [point] }]);
+  const line = (from, to) => setStrokes((all) => withLine(all, from, to, brush));
   const at = (event) => picturePoint(event.clientX, event.clientY, canvas.current.getBoundingClientRect(), natural.width, natural.height);
   const onDown = (event) => {
     event.preventDefault();
     canvas.current.setPointerCapture(event.pointerId);
     canvas.current.focus({ preventScroll: true });
-    drawing.current = true;
-    add(at(event), true);
+    drawing.current = at(event);
+    dab(drawing.current);
   };
   const onMove = (event) => {
     if (!natural) return;
     const point = at(event);
     setCursor(point);
-    if (drawing.current) add(point, false);
+    if (!drawing.current) return;
+    line(drawing.current, point);
+    drawing.current = point;
   };
   const onKey = (event) => {
     const moves = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
@@ -60,8 +58,8 @@ export function MaskEditor({ picture }) {
       const stride = pixels / 3;
       const next = { x: clamp(now.x + dx * stride, natural.width), y: clamp(now.y + dy * stride, natural.height) };
       setCursor(next);
-      if (event.shiftKey) add(next, false);
-    } else if (event.key === " " || event.key === "Enter") add(now, true);
+      if (event.shiftKey) line(now, next);
+    } else if (event.key === " " || event.key === "Enter") dab(now);
     else return;
     event.preventDefault();
   };
@@ -88,7 +86,7 @@ export function MaskEditor({ picture }) {
     <${Dialog} title="Repaint a part" className="viewer" onClose=${() => masked.set(null)}>
       <form class="viewer-body" onSubmit=${submit}>
         <div class="viewer-stage">
-          <div class="mask">
+          <div class="mask" style=${{ "--ratio": natural ? natural.width / natural.height : 1 }}>
             ${url && html`<img src=${url} alt="" onLoad=${(event) => setNatural({ width: event.target.naturalWidth, height: event.target.naturalHeight })} />`}
             <canvas
               ref=${canvas}
@@ -100,7 +98,8 @@ export function MaskEditor({ picture }) {
               aria-label="Area to repaint. Arrow keys move the brush, space paints, shift with arrow keys paints a line."
               onPointerDown=${onDown}
               onPointerMove=${onMove}
-              onPointerUp=${() => (drawing.current = false)}
+              onPointerUp=${() => (drawing.current = null)}
+              onPointerCancel=${() => (drawing.current = null)}
               onPointerLeave=${() => drawing.current || setCursor(null)}
               onKeyDown=${onKey}
             ></canvas>

@@ -45,7 +45,7 @@ export function PromptBox({ id, label, value, onInput, onSubmit, tokens, placeho
     <div class="prompt">
       <label class="prompt-label" for=${id}>${label}</label>
       <div class="prompt-field">
-        <div class="prompt-marks" aria-hidden="true"><${Marks} text=${value} tokens=${tokens} hole=${hole} />${"\u200b"}</div>
+        <div class="prompt-marks" aria-hidden="true"><${Marks} text=${value} tokens=${tokens} hole=${hole} />${value ? "\u200b" : placeholder}</div>
         <textarea
           id=${id}
           ref=${field}

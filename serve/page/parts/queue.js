@@ -41,13 +41,14 @@ export function Queue() {
 
   const count = active.length + (teaching ? 1 : 0);
   const seconds = Math.max(0, ...entries.map((entry) => entry.seconds_left ?? 0));
+  const isWhole = entries.length >= active.length; // the server does not know of runs that wait for a stream
   const place = Math.max(0, ...entries.map((entry) => entry.position ?? 0));
   return html`
     <div class="queue" ref=${root} onKeyDown=${(event) => event.key === "Escape" && setOpen(false)}>
       <button class=${`queue-button ${count ? "busy" : ""}`} aria-expanded=${open ? "true" : "false"} aria-controls="queue"
-        aria-label=${count ? `Queue: ${count} running` : "Queue: nothing is running"} onClick=${() => setOpen(!open)}>
+        aria-label=${count ? `Queue: ${count} in progress` : "Queue: nothing is in progress"} onClick=${() => setOpen(!open)}>
         <span class=${count ? "pulse" : "dot"} aria-hidden="true"></span>
-        <span class="queue-text">${count ? (busy && seconds ? `${duration(seconds)} left` : `${count} running`) : "Idle"}</span>
+        <span class="queue-text">${count ? (busy && seconds && isWhole ? `${duration(seconds)} left` : `${count} in progress`) : "Idle"}</span>
       </button>
       ${open &&
       html`<section id="queue" class="queue-list" aria-label="Queue">

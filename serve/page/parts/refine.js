@@ -3,7 +3,7 @@
 import * as api from "../api.js";
 import { persistently } from "../connection.js";
 import { bareName } from "../prompt.js";
-import { isJudged, judged, judgement, newRound, question } from "../refinement.js";
+import { isJudged, judged, judgement, newRound, question, undoing } from "../refinement.js";
 import { announce, notify, refined } from "../state.js";
 import { html, useEffect, useRef, useState } from "../vendor/htm-preact.js";
 import { refresh } from "../words.js";
@@ -56,7 +56,7 @@ export function Refine({ word }) {
             : !failure && Array.from({ length: PLACES }, (_, i) => html`<li key=${i} class="tile skeleton"></li>`)}
         </ul>
         <div class="row end wrap sticky">
-          <button class="button plain" disabled=${!round || round.round <= 1} onClick=${() => act({ action: "undo" })}><${Icon} name="undo" /> Undo the last round</button>
+          <button class="button plain" disabled=${!round || round.round <= 1} onClick=${() => act(undoing(round))}><${Icon} name="undo" /> Undo the last round</button>
           <button class="button" disabled=${!round || round.round <= 1} onClick=${finish}>Keep the word as it is now</button>
           <button class="button primary" disabled=${!round || !isJudged(round)} onClick=${() => act(judgement(round))}>Next round</button>
         </div>

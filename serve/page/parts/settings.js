@@ -1,7 +1,7 @@
 /** The settings of a recipe beside its prompt. Empty fields mean the model's defaults. */
 
-import { MAX_COUNT, randomSeed } from "../recipe.js";
-import { html } from "../vendor/htm-preact.js";
+import { MAX_COUNT, extras, randomSeed } from "../recipe.js";
+import { html, useLayoutEffect, useRef } from "../vendor/htm-preact.js";
 import { Icon } from "./icons.js";
 
 export function Settings({ recipe, onChange, model }) {
@@ -21,12 +21,12 @@ export function Settings({ recipe, onChange, model }) {
         />
       </div>
       <${NumberField} id="steps" label="Steps" value=${recipe.steps} fallback=${defaults.steps} min="1" max="1000" onChange=${set("steps")} />
-      <${NumberField} id="guidance" label="Guidance" value=${recipe.guidance} fallback=${defaults.guidance_scale} min="0" max="100" step="0.5" onChange=${set("guidance")} />
+      <${NumberField} id="guidance" label="Guidance" value=${recipe.guidance} fallback=${defaults.guidance_scale} min="0" max="100" step="any" onChange=${set("guidance")} />
       ${(defaults.embedded_guidance ?? recipe.embedded ?? null) !== null && html`
-        <${NumberField} id="embedded" label="Distilled guidance" value=${recipe.embedded} fallback=${defaults.embedded_guidance} min="0" max="50" step="0.5" onChange=${set("embedded")} />`}
+        <${NumberField} id="embedded" label="Distilled guidance" value=${recipe.embedded} fallback=${defaults.embedded_guidance} min="0" max="50" step="any" onChange=${set("embedded")} />`}
       <div class="field">
         <label for="sampler">Sampler</label>
-        <select id="sampler" value=${recipe.sampler ?? ""} onChange=${(event) => onChange({ sampler: event.target.value || undefined })}>
+        <select id="sampler" value=${recipe.sampler ?? ""} onChange=${(event) => onChange({ sampler: event.target.value || undefined, spacing: undefined })}>
           <option value="">${defaults.sampler ? `${defaults.sampler} (default)` : "Default"}</option>
           ${(model?.samplers ?? []).map((name) => html`<option key=${name} value=${name}>${name}</option>`)}
         </select>
@@ -38,14 +38,8 @@ export function Settings({ recipe, onChange, model }) {
       <div class="field">
         <label for="seed">Seed</label>
         <div class="joined">
-          <input
-            id="seed"
-            type="number"
-            inputmode="numeric"
-            min="0"
-            value=${recipe.seed}
-            onInput=${(event) => event.target.value !== "" && onChange({ seed: Math.max(0, Math.floor(Number(event.target.value))), locked: true })}
-          />
+          <${NumberInput} id="seed" inputmode="numeric" value=${recipe.seed} min="0"
+            onChange=${(seed) => seed !== undefined && onChange({ seed: Math.max(0, Math.floor(seed)), locked: true })} />
           <button
             type="button"
             class="icon-button"
@@ -58,19 +52,48 @@ export function Settings({ recipe, onChange, model }) {
           </button>
         </div>
       </div>
+      <${Extras} recipe=${recipe} onChange=${onChange} />
     </div>
   `;
 }
 
-/** An optional number: empty is undefined. */
-function NumberField({ id, label, value, fallback, onChange, ...limits }) {
-  const read = (event) => onChange(event.target.value === "" ? undefined : Number(event.target.value));
+/** The settings that have no field, each with a button that removes it. */
+export function Extras({ recipe, onChange }) {
+  const found = extras(recipe);
+  if (found.length === 0) return null;
+  const remove = (name, { nextElementSibling, previousElementSibling }) => {
+    (nextElementSibling ?? previousElementSibling)?.focus();
+    onChange({ [name]: undefined });
+  };
+  return html`
+    <div class="field wide">
+      <span class="field-label" id="extras">From the restored picture</span>
+      <div class="chips" role="group" aria-labelledby="extras">
+        ${found.map(({ name, label, value }) => html`<button key=${name} type="button" class="chip setting" aria-label=${`Remove ${label} ${value}`}
+          title="Remove" onClick=${(event) => remove(name, event.currentTarget)}><span>${label} <strong>${value}</strong></span><${Icon} name="close" /></button>`)}
+      </div>
+    </div>
+  `;
+}
+
+function NumberField({ id, label, fallback, ...input }) {
   return html`
     <div class="field">
       <label for=${id}>${label}</label>
-      <input id=${id} type="number" inputmode="decimal" value=${value ?? ""} placeholder=${fallback ?? ""} onInput=${read} ...${limits} />
+      <${NumberInput} id=${id} inputmode="decimal" placeholder=${fallback ?? ""} ...${input} />
     </div>
   `;
+}
+
+/** An optional number: empty is undefined. What is typed stays as it is, so that 7. can become 7.5. */
+function NumberInput({ value, onChange, ...attributes }) {
+  const field = useRef();
+  const typed = () => (field.current.value === "" ? undefined : Number(field.current.value));
+  const show = () => (field.current.value = value ?? "");
+  useLayoutEffect(() => {
+    if (typed() !== value) show();
+  }, [value]);
+  return html`<input ref=${field} type="number" onInput=${() => onChange(typed())} onBlur=${show} ...${attributes} />`;
 }
 
 /** How many pictures: minus, number, plus. */

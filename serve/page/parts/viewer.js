@@ -1,7 +1,8 @@
 /** One picture, large, with what made it and what can be done with it. */
 
 import * as gallery from "../gallery.js";
-import { randomSeed } from "../recipe.js";
+import { extras, randomSeed } from "../recipe.js";
+import { sayRestored } from "../restore.js";
 import { start } from "../runs.js";
 import { draft, edit, go, masked, model, notify, viewed } from "../state.js";
 import { html, useState } from "../vendor/htm-preact.js";
@@ -44,6 +45,10 @@ export function Viewer({ view }) {
     draft.set((now) => ({ ...now, image: picture.blob, mask: undefined, strength: 0.6, prompt: now.prompt || recipe.prompt, width: recipe.width, height: recipe.height }));
     go("create");
   });
+  const restore = act(() => {
+    const left = edit({ ...recipe, count: 1 });
+    if (left.length) notify(sayRestored(left), { bad: true });
+  });
   const remove = act(async () => {
     await gallery.remove(picture.id);
     notify("Removed the picture.");
@@ -76,7 +81,7 @@ export function Viewer({ view }) {
             ${editable && html`<button class="button" onClick=${act(() => masked.set({ blob: picture.blob, recipe }))}><${Icon} name="brush" /> Repaint a part</button>`}
             ${editable && html`<button class="button" onClick=${from}><${Icon} name="picture" /> Start from this</button>`}
             <button class="button" onClick=${seeds}><${Icon} name="repeat" /> Next seeds</button>
-            <button class="button" onClick=${act(() => edit({ ...recipe, count: 1 }))}><${Icon} name="settings" /> Use settings</button>
+            <button class="button" onClick=${restore}><${Icon} name="settings" /> Use settings</button>
             <${CopyMenu} recipe=${recipe} className="button" withText />
             <a class="button" href=${picture.url} download=${fileName(recipe)}><${Icon} name="download" /> Download</a>
             <button class="button" onClick=${remove}><${Icon} name="trash" /> Remove</button>
@@ -96,6 +101,7 @@ function facts(recipe) {
     ["Distilled guidance", recipe.embedded],
     ["Size", recipe.width && recipe.height && `${recipe.width} × ${recipe.height}`],
     ["Changed", recipe.image && recipe.strength && `${Math.round(recipe.strength * 100)} %`],
+    ...extras(recipe).map(({ label, value }) => [label, value]),
     ["Leave out", recipe.negative],
   ].filter(([, value]) => value !== undefined && value !== "" && value !== null);
 }

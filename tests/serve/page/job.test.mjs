@@ -52,8 +52,9 @@ test("the form says what is missing, in order", () => {
   assert.equal(missing({ images: 2, name: "" }), "Add 1 more picture");
   assert.equal(missing({ images: 3, name: "" }), "Name it");
   assert.match(missing({ images: 3, name: "a b" }), /no spaces/);
+  assert.equal(missing({ images: 3, name: "a".repeat(63) }), "A name has at most 62 characters");
   assert.match(missing({ images: 3, name: "toy", taken: true }), /already/);
-  assert.equal(missing({ images: 5, name: "toy" }), "");
+  for (const name of ["toy", "a".repeat(62)]) assert.equal(missing({ images: 5, name }), "");
 });
 
 test("a warning is kept once", () => {

@@ -1,7 +1,7 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 
-import { parseParameters } from "../../../serve/page/parameters.js";
+import { leftOut, parseParameters } from "../../../serve/page/parameters.js";
 import { requestFields } from "../../../serve/page/recipe.js";
 
 test("what this project writes is read back", () => {
@@ -64,4 +64,25 @@ test("values that make no sense are left out", () => {
 test("any other text is no recipe", () => {
   assert.equal(parseParameters("just a comment"), null);
   assert.equal(parseParameters(""), null);
+});
+
+test("a spacing is not read without its sampler", () => {
+  const recipe = parseParameters("x\nSteps: 9, Sampler: DPM++ SDE, Schedule type: Karras");
+  assert.deepEqual([recipe.sampler, recipe.spacing], [undefined, undefined]);
+});
+
+test("what is left out is named", () => {
+  const text =
+    "x\nSteps: 9, Sampler: DPM++ SDE, Schedule type: Karras, CFG scale: 7, Seed: -1, Size: 64x64, Model: y, Version: v1.10, " +
+    "Denoising strength: 0.6, Hires upscale: 2, constructor: 1";
+  const left = ["Sampler DPM++ SDE", "Schedule type Karras", "Seed -1", "the picture it started from", "Hires upscale", "constructor"];
+  assert.deepEqual(leftOut(text), left);
+});
+
+test("nothing is left out of what this project writes for a prompt alone", () => {
+  const tail = "CFG scale: 7.5, Seed: 42, Size: 96x64, Model: miniature, Clip skip: 2, Eta: 0.5, CFG Rescale: 0.7, CFG interval: 0.28-5.42";
+  assert.deepEqual(leftOut(`a <toy>\nSteps: 20, Sampler: DPM++ 2M Karras, ${tail}`), []);
+  assert.deepEqual(leftOut(`a <toy>\nSteps: 20, Sampler: DPM++ 2M, Schedule type: Karras, ${tail}`), []);
+  assert.deepEqual(leftOut(`a <toy>\nSteps: 20, Sampler: Euler a, Schedule type: Karras, Guidance: CFG++, ${tail}`), []);
+  assert.deepEqual(leftOut("a\nSteps: 20, Sampler: Euler, Schedule type: Automatic"), []);
 });

@@ -1,7 +1,7 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 
-import { isJudged, judged, judgement, newRound, question } from "../../../serve/page/refinement.js";
+import { isJudged, judged, judgement, newRound, question, undoing } from "../../../serve/page/refinement.js";
 
 const ROUND = newRound({ round: 1, candidates: [{}, {}, {}] });
 
@@ -20,4 +20,8 @@ test("a round without candidates says that no more are possible", () => {
   assert.match(question(newRound({ round: 9, candidates: [] })), /^No more rounds are possible/);
   assert.match(question(ROUND), /^Which of these/);
   assert.equal(question(null), question(ROUND));
+});
+
+test("undo names the round that was judged last", () => {
+  assert.deepEqual(undoing(newRound({ round: 3, candidates: [] })), { action: "undo", round: 2 });
 });

@@ -1,7 +1,7 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 
-import { formOf, missingRuns, requestFields, single } from "../../../serve/page/recipe.js";
+import { extras, fit, formOf, missingRuns, requestFields, single } from "../../../serve/page/recipe.js";
 import { afterEvent, closed, isActive, newRun, openIndexes, progress, restarted } from "../../../serve/page/run.js";
 
 const RECIPE = { prompt: "a <toy>", negative: "", seed: 7, count: 3, guidance: 0, width: 64, height: 96 };
@@ -70,4 +70,22 @@ test("closing keeps what is done", () => {
   run = closed(run, "cancelled");
   assert.deepEqual(run.tiles.map(({ status }) => status), ["done", "cancelled", "cancelled"]);
   assert.equal(isActive(run), false);
+});
+
+test("settings without a field are listed as they are read out", () => {
+  const recipe = { ...RECIPE, spacing: "karras", eta: 0, clipSkip: 1, interval: [0.28, 5.42] };
+  assert.deepEqual(
+    extras(recipe).map(({ name, label, value }) => [name, label, value]),
+    [["spacing", "Spacing", "karras"], ["interval", "Guidance interval", "0.28 to 5.42"], ["clipSkip", "Text layers skipped", "1"]],
+  );
+});
+
+test("a recipe is taken over without what the model does not have", () => {
+  const model = { samplers: ["euler"], spacings: ["karras"], guidance: ["cfg"], defaults: { embedded_guidance: null } };
+  const fitting = { ...RECIPE, sampler: "euler", spacing: "karras" };
+  assert.deepEqual(fit(fitting, model), { recipe: fitting, left: [] });
+  const other = { ...RECIPE, sampler: "ddim", spacing: "karras", method: "cfg++", embedded: 3.5 };
+  const { recipe, left } = fit(other, model);
+  assert.deepEqual(recipe, RECIPE);
+  assert.deepEqual(left, ["Sampler ddim", "Kind of guidance cfg++", "Distilled guidance 3.5", "Spacing karras"]);
 });

@@ -44,3 +44,17 @@ test("no snippet holds a key", () => {
 test("a word's file has a harmless name", () => {
   assert.equal(wordFileName("<a/../b>"), "a_.._b.safetensors");
 });
+
+test("curl takes a text field as it is, whatever it begins with", () => {
+  const text = curl({ ...RECIPE, prompt: "<toy> in the snow; at night", negative: "@home", image: {} }, "http://x");
+  const argv = words(text.replace(/^#.*\n/, ""));
+  const texts = argv.filter((_, i) => argv[i - 1] === "--form-string");
+  assert.equal(texts.includes("prompt=<toy> in the snow; at night"), true);
+  assert.equal(texts.includes("negative_prompt=@home"), true);
+  assert.deepEqual(argv.filter((_, i) => argv[i - 1] === "-F"), ["image=@start.png"]);
+});
+
+test("ti-run finds a word's file under the name of its download", () => {
+  const argv = words(tiRun({ ...RECIPE, prompt: "a <b/c>" }));
+  assert.equal(argv[argv.indexOf("--concept") + 1], wordFileName("<b/c>"));
+});
