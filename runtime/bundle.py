@@ -470,7 +470,7 @@ def _refuse_to_overwrite(path: Path) -> None:
 
 
 def _recover(path: Path) -> None:
-    """Deletes what processes left that were killed while they wrote a bundle to `path`; puts back what they replaced."""
+    """Deletes what killed processes left of bundles that they wrote to `path`, and puts back what they replaced."""
     pattern = f".{glob.escape(path.name)}.*"
     for partial in path.parent.glob(pattern + _PARTIAL):
         with contextlib.suppress(FileNotFoundError):
