@@ -206,7 +206,9 @@ def soak(setup: Setup) -> Result:
         "soak",
         "Memory over half an hour",
         "Eight clients with short mixed requests, streams, uploads of words, wrong requests and disconnects. Growth is "
-        "that of resident memory between minutes 10 and 30. Then the same with a server that keeps 1 KB per request.",
+        "that of resident memory between minutes 10 and 30. At first, 16 pictures of different prompts are drawn "
+        "together: the engine keeps the memory of its largest calls, which this load makes only now and then. Then the "
+        "same with a server that keeps 1 KB per request.",
     )
     plain = grown(setup, lead, seconds)
     result.add("requests", plain.requests)
@@ -316,12 +318,18 @@ async def _disconnected(setup: Setup, server: Server, count: int) -> dict[str, f
 async def _full_batch(server: Server, client: httpx.AsyncClient) -> float:
     """Mean pictures per step of 16 requests that are sent together."""
     before = await _metrics(server)
-    answers = await asyncio.gather(*(send(client, plain_call(PROMPT, seed=seed, steps=50)) for seed in range(16)))
+    await _at_once(client, [PROMPT] * 16)
     after = await _metrics(server)
-    if any(answer.status != 200 for answer in answers):
-        raise RuntimeError(f"{[answer.status for answer in answers]}")
     rows, turns = (after[f"batch_rows_{name}"] - before[f"batch_rows_{name}"] for name in ("sum", "count"))
     return rows / turns
+
+
+async def _at_once(client: httpx.AsyncClient, prompts: Sequence[str]) -> None:
+    """Requests a picture of each prompt, all together. Raises RuntimeError unless all are drawn."""
+    calls = [plain_call(prompt, seed=seed, steps=50) for seed, prompt in enumerate(prompts)]
+    answers = await asyncio.gather(*(send(client, call) for call in calls))
+    if any(answer.status != 200 for answer in answers):
+        raise RuntimeError(f"{[answer.status for answer in answers]}")
 
 
 async def cut_off(port: int, rng: random.Random, number: int, errors: Counter[str]) -> None:
@@ -700,6 +708,8 @@ class Soaking:
 
 async def _soaked(setup: Setup, server: Server, words: Sequence[Concept], lead: float, seconds: float) -> Growth:
     load = Soaking(server, words)
+    async with client_of(server.url) as client:
+        await _at_once(client, [f"{PROMPT}, {number}" for number in range(16)])
 
     async def watch(length: float) -> None:
         """Waits for `length` seconds and checks the load every minute."""
