@@ -1,5 +1,6 @@
 """`ti-concept`: shows, checks and converts embedding files. A thin skin over `oneword.runtime.layouts`."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,21 @@ import click
 import numpy as np
 
 from oneword.engines.errors import ConceptError, FileError, UsageError, one_line
-from oneword.runtime.commands import HELP, PATH, json_option, print_json, run_command, version_option
+from oneword.runtime.commands import (
+    HELP,
+    PATH,
+    counted,
+    json_option,
+    print_json,
+    refuse_file,
+    require_folder_of,
+    run_command,
+    token_name,
+    version_option,
+)
 from oneword.runtime.concept import Concept, save_concept, token_from_stem
 from oneword.runtime.layouts import FoundConcept, paired, read_concepts
+from oneword.runtime.refine import PROVENANCE_KEY, Refinement
 
 
 @click.group(name="ti-concept", no_args_is_help=False, context_settings=HELP)
@@ -29,7 +42,7 @@ def show(files: tuple[Path, ...], as_json: bool) -> None:
         print_json(described)
         return
     for word in described:
-        click.echo(f"{word['token']}  ({word['layout']}, {word['file']})")
+        click.echo(_printable(f"{word['token']}  ({word['layout']}, {word['file']})"))
         for encoder, facts in word["vectors"].items():
             norms = ", ".join(f"{norm:.3g}" for norm in facts["norms"][:8]) + (", ..." if facts["count"] > 8 else "")
             click.echo(f"  {encoder}: {facts['count']} x {facts['width']}, norms {norms}")
@@ -43,7 +56,7 @@ def show(files: tuple[Path, ...], as_json: bool) -> None:
                 + (", for values only" if word["values_only"] else "")
                 + (f", of the encoder's layer {facts['encoder_layer']}" if facts["encoder_layer"] else "")
             )
-        for key, value in word["provenance"].items():
+        for key, value in _summarized(word["provenance"]).items():
             click.echo(_printable(f"  {key}: {value}"))
 
 
@@ -57,7 +70,8 @@ def check(files: tuple[Path, ...], as_json: bool) -> None:
         print_json(results)
     else:
         for result in results:
-            click.echo(f"ok       {result['file']}" if result["ok"] else f"refused  {result['reason']}")
+            line = f"ok       {result['file']}" if result["ok"] else f"refused  {result['reason']}"
+            click.echo(_printable(line))
     if not all(result["ok"] for result in results):
         raise click.exceptions.Exit(1)
 
@@ -65,7 +79,7 @@ def check(files: tuple[Path, ...], as_json: bool) -> None:
 @command.command()
 @click.argument("files", metavar="FILE", type=PATH, nargs=-1, required=True)
 @click.argument("out", type=PATH)
-@click.option("--token", help="New name of the word.")
+@click.option("--token", type=token_name, metavar="NAME", help="New name of the word.")
 @click.option("--rows-only", is_flag=True, help="Leave out vectors for layers.")
 @json_option
 def convert(files: tuple[Path, ...], out: Path, token: str | None, rows_only: bool, as_json: bool) -> None:
@@ -77,7 +91,7 @@ def convert(files: tuple[Path, ...], out: Path, token: str | None, rows_only: bo
     """
     if len(files) > 2:
         raise UsageError(f"{len(files)} files to convert, allowed are one, or two that are a pair for SDXL")
-    words = [word for path in files for word in read_concepts(path)]
+    words = read_concepts(files[0], token) if len(files) == 1 else [w for path in files for w in read_concepts(path)]
     concepts = [paired(words)] if len(files) == 2 else [word.concept for word in words]
     if token is not None:
         if len(concepts) > 1:
@@ -102,9 +116,11 @@ def _targets(concepts: list[Concept], out: Path) -> list[Path]:
     if out.suffix.lower() == ".safetensors":
         if len(concepts) != 1:
             raise UsageError(f"{len(concepts)} words do not fit into the file {out}: pass a folder")
+        require_folder_of("OUT", out)
         return [out]
     if out.suffix:
         raise UsageError(f"{out} is neither a .safetensors file, the only layout that is written, nor a folder")
+    refuse_file("OUT", out)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -138,6 +154,18 @@ def _described(path: Path, word: FoundConcept) -> dict[str, Any]:
     }
 
 
+def _summarized(provenance: Mapping[str, str]) -> dict[str, str]:
+    """The provenance with the state of a refinement, hundreds of characters of JSON, in a few words."""
+    if PROVENANCE_KEY not in provenance:
+        return {**provenance}
+    try:
+        state = Refinement.from_json(provenance[PROVENANCE_KEY])
+    except (UsageError, ConceptError):
+        return {**provenance, PROVENANCE_KEY: "cannot be read by this version"}
+    summary = f"{counted(len(state.rounds), 'round')}, {counted(len(state.aspects), 'aspect')}"
+    return {**provenance, PROVENANCE_KEY: summary}
+
+
 def _described_out(concept: Concept, encoder: str) -> dict[str, Any]:
     stages, layers, count, width = concept.out[encoder].shape
     norms = np.linalg.norm(concept.out[encoder], axis=-1)
@@ -159,8 +187,11 @@ def _printable(text: str) -> str:
 def _checked(path: Path) -> dict[str, Any]:
     try:
         words = read_concepts(path)
-    except ConceptError as error:
+    except (ConceptError, UsageError) as error:
         return {"file": str(path), "ok": False, "reason": one_line(error, limit=None)}
+    except Exception as error:  # a file that this does not foresee must not hide the results of the others
+        reason = f"{path} cannot be read ({type(error).__name__}): {one_line(error)}"
+        return {"file": str(path), "ok": False, "reason": reason}
     return {"file": str(path), "ok": True, "tokens": [word.concept.token for word in words]}
 
 

@@ -32,7 +32,7 @@ import numpy as np
 import numpy.typing as npt
 import safetensors.numpy
 
-from oneword.engines.errors import ConceptError
+from oneword.engines.errors import ConceptError, OnewordError, UsageError
 from oneword.engines.files import write_whole
 
 Vectors: TypeAlias = npt.NDArray[np.float32]
@@ -72,6 +72,8 @@ _CLIP_L_WIDTH: Final = 768
 _QWEN3_8B_WIDTH: Final = 4096
 _FILE_NAME_KEYS: Final = ("emb_params", "emp_params")  # kohya, OneTrainer: the file's name is the token
 _FILE_NAME_OUT_KEYS: Final = tuple(f"{key}_out" for key in _FILE_NAME_KEYS)
+_RESERVED: Final = frozenset({*KEY_ENCODERS, *_FILE_NAME_KEYS, *_FILE_NAME_OUT_KEYS, "__metadata__"})
+"""The keys in files that cannot be the name of a word."""
 _DTYPES: Final[dict[str, np.dtype[Any]]] = {
     "F16": np.dtype("<f2"),
     "F32": np.dtype("<f4"),
@@ -85,6 +87,11 @@ XTI_KEYS: Final = (
 """kohya's names of the cross-attention layers of SD 1 and 2, in the order in which they run."""
 _PART_KEY: Final = re.compile(rf"(.+)\.(out|rows)\.({'|'.join(ENCODER_KEYS)})")
 _ENCODER_LAYER: Final = "encoder_layer."
+PNG: Final = b"\x89PNG\r\n\x1a\n"
+FUSE: Final = "fuse it when you export, with ti-export --lora FILE:0.8"
+"""What to do with a LoRA, at the end of an error."""
+_LORA_KEY: Final = re.compile(rb"[._](lora_(down|up|A|B)|lora\.(down|up)|hada_w[12]_[ab]|lokr_w[12](_[ab])?)[.\"]")
+"""The end of a tensor's name in a LoRA of kohya, diffusers, PEFT or LyCORIS."""
 _MAX_AXES: Final = 4
 _TOKEN: Final = re.compile(r"<[\w.+*@#!~&$%^=-]+>|[\w.+*@#!~&$%^=-]+")
 
@@ -116,7 +123,7 @@ class Concept:
     layer_rows: Mapping[str, Vectors] = field(default_factory=dict[str, Vectors])
 
     def __post_init__(self) -> None:
-        check_token(self.token)
+        _check_safe(self.token)
         if not self.vectors:
             raise ConceptError(f"{self.token!r} has no vectors: a word is 1 to {MAX_VECTORS} vectors for an encoder")
         checked = {
@@ -129,6 +136,7 @@ class Concept:
             raise ConceptError(
                 f"{self.token!r} has output vectors {shapes}: stages and layers must be equal for every encoder"
             )
+        _check_provenance(self.token, self.provenance)
         if self.values_only and not out:
             raise ConceptError(f"{self.token!r} has values_only and no output vectors: leave it out")
         if not self.encoder_layers.keys() <= out.keys():
@@ -216,10 +224,11 @@ def save_concept(concept: Concept, path: str | os.PathLike[str]) -> None:
 def concept_bytes(concept: Concept, name: str = "the file") -> bytes:
     """The content of the word's file. `name` is the file's, for errors.
 
-    Raises ConceptError for a word that `load_concept` would refuse.
+    Raises ConceptError for a word that `load_concept` would refuse, or read as another word.
     """
     tensors: dict[str, npt.NDArray[np.floating[Any]]]
     if set(concept.vectors) == {"text_encoder"}:
+        check_token(concept.token)
         tensors = {concept.token: concept.vectors["text_encoder"]}
     else:
         tensors = {_file_key(encoder, value.shape[1]): value for encoder, value in concept.vectors.items()}
@@ -232,7 +241,9 @@ def concept_bytes(concept: Concept, name: str = "the file") -> bytes:
             f"{name} would have {len(data)} bytes, allowed are {MAX_FILE_BYTES} (1 MiB): learn fewer "
             "vectors, stages or layers"
         )
-    concept_of(*read_safetensors(data, name), name)  # never write what load_concept would refuse
+    written = concept_of(*read_safetensors(data, name), name)  # never write what load_concept would refuse
+    if (written.token, written.identity) != (concept.token, concept.identity):
+        raise ConceptError(f"{name} would be read as another word than {concept.token!r}: rename the word")
     return data
 
 
@@ -247,13 +258,19 @@ def check_size(token: str, numbers: int) -> None:
 
 
 def load_concept(path: str | os.PathLike[str]) -> Concept:
-    """Reads one word from any tool's safetensors file, with all checks. Raises ConceptError."""
+    """Reads one word from any tool's safetensors file, with all checks.
+
+    Raises UsageError if there is no such file, ConceptError if it is refused.
+    """
     name = str(path)
     return concept_of(*read_safetensors(read_limited(Path(path)), name), name)
 
 
-def concept_of(tensors: Mapping[str, Vectors], metadata: Mapping[str, str], name: str) -> Concept:
-    """The word in a file's tensors. `name` is the file's name, and names the word if the file does not."""
+def concept_of(
+    tensors: Mapping[str, Vectors], metadata: Mapping[str, str], name: str, new_token: str | None = None
+) -> Concept:
+    """The word in a file's tensors. `name` is the file's name, and names the word if the file does not; `new_token`
+    replaces its name, which may then be one that a word may not have."""
     rows, parts = parted(tensors)
     token, fields = _named_rows(rows, metadata, name)
     if tokens := sorted({other for other, _, _ in parts if other != token}):
@@ -268,7 +285,7 @@ def concept_of(tensors: Mapping[str, Vectors], metadata: Mapping[str, str], name
         fields[field_name] = {**fields.get(field_name, {}), encoder: value}
     if any(kind == "out" for _, kind, _ in parts):
         fields |= _read_output_facts(provenance, fields["out"], name)
-    return Concept(token, provenance=provenance, **fields)
+    return Concept(new_token or token, provenance=provenance, **fields)
 
 
 def parted(tensors: Mapping[str, Vectors]) -> tuple[dict[str, Vectors], dict[tuple[str, str, str], Vectors]]:
@@ -291,10 +308,22 @@ def _read_output_facts(provenance: dict[str, str], vectors: Mapping[str, Vectors
         case "true" | "false" as text:
             values_only = text == "true"
         case text:
-            raise ConceptError(f"{name} has values_only = {text!r} in its metadata, allowed are 'true' and 'false'")
+            shown = None if text is None else text[:20]
+            raise ConceptError(f"{name} has values_only = {shown!r} in its metadata, allowed are 'true' and 'false'")
     stated = {key: provenance.pop(key) for key in [*provenance] if key.startswith(_ENCODER_LAYER)}
     encoder_layers = {key.removeprefix(_ENCODER_LAYER): _count(value, key, name) for key, value in stated.items()}
     return {"values_only": values_only, "encoder_layers": encoder_layers}
+
+
+def _check_provenance(token: str, provenance: Mapping[str, str]) -> None:
+    for key, value in provenance.items():
+        try:
+            f"{key}{value}".encode()
+        except UnicodeEncodeError:
+            raise ConceptError(
+                f"{token!r} has {key[:80]!r} = {value[:80]!r} in its metadata, which is not valid Unicode: it contains "
+                "half of a surrogate pair"
+            ) from None
 
 
 def _count(text: str | None, key: str, name: str) -> int:
@@ -384,7 +413,17 @@ def _shared(vectors: Vectors) -> Vectors:
 
 
 def check_token(token: str) -> None:
-    """Raises ConceptError for a token that could escape a folder, break a prompt or mislead a reader."""
+    """Raises ConceptError for a token that could escape a folder, break a prompt or mislead a reader, or that a file of
+    the word could not have: tools read it as the name of something else."""
+    _check_safe(token)
+    if token in _RESERVED:
+        raise ConceptError(
+            f"token {token!r} is a key that has a meaning of its own in files of words, such as a text encoder's name: "
+            f"rename the word, for example <{token}>"
+        )
+
+
+def _check_safe(token: str) -> None:
     if "/" in token or "\\" in token or ".." in token:
         raise ConceptError(f"token {token[:80]!r} looks like a path: rename the word, for example <toy>")
     if len(token) > MAX_TOKEN_LENGTH:
@@ -404,20 +443,49 @@ def token_from_stem(name: str) -> str:
 
 
 def read_limited(path: Path) -> bytes:
-    """The file's bytes, at most MAX_FILE_BYTES. Raises ConceptError if it is missing, unreadable or too large."""
+    """The file's bytes, at most MAX_FILE_BYTES.
+
+    Raises UsageError if there is no such file, ConceptError if it is unreadable, too large, or of a known other kind.
+    """
     try:
         with path.open("rb") as file:
             data = file.read(MAX_FILE_BYTES + 1)
             size = os.fstat(file.fileno()).st_size
     except OSError as error:
-        raise ConceptError(f"cannot read {path}: {error.strerror}") from error
+        raise unreadable(path, error) from error
+    refuse_other_kinds(data, str(path))
     if len(data) > MAX_FILE_BYTES:
         raise ConceptError(f"{path} has {max(size, len(data))} bytes, allowed are {MAX_FILE_BYTES} (1 MiB)")
     return data
 
 
+def unreadable(path: Path, error: OSError) -> OnewordError:
+    """What to raise if a word's file cannot be read: UsageError if there is none, else ConceptError."""
+    if isinstance(error, FileNotFoundError):
+        return UsageError(f"there is no file {path}")
+    if isinstance(error, IsADirectoryError):
+        return UsageError(f"{path} is a folder: give a word's file")
+    return ConceptError(f"cannot read {path}: {error.strerror}")
+
+
+def refuse_other_kinds(data: bytes, name: str) -> None:
+    """Raises ConceptError for the beginning of a picture or a LoRA, which users take for a word's file."""
+    if data.startswith(PNG):
+        raise ConceptError(
+            f"{name} is a picture, not a word's file; if A1111 stored a word in it, run ti-concept convert first"
+        )
+    if data.startswith((b"\xff\xd8\xff", b"GIF8")) or (data[:4] == b"RIFF" and data[8:12] == b"WEBP"):
+        raise ConceptError(f"{name} is a picture, not a word's file: learn a word from pictures with ti-train")
+    header = data[8 : 8 + int.from_bytes(data[:8], "little")]
+    if not header.startswith(b"{") or not _LORA_KEY.search(header[:MAX_HEADER_BYTES]):
+        return
+    if b'"bundle_emb.' in header:
+        raise ConceptError(f"{name} is a LoRA with words in it: ti-concept convert writes these as files")
+    raise ConceptError(f"{name} is a LoRA, not a word's file: {FUSE}")
+
+
 def read_safetensors(data: bytes, name: str) -> tuple[dict[str, Vectors], dict[str, str]]:
-    """Tensors (as float32) and metadata of a safetensors file, read strictly. Raises ConceptError.
+    """Tensors (as float32) and metadata of a safetensors file, read strictly. Raises ConceptError, also for a LoRA.
 
     Source: the format documented in huggingface/safetensors. Stricter than that library: floats only, at most 4-D, no
     duplicate keys, no gaps, no empty tensors, no keys that look like paths.
@@ -448,10 +516,13 @@ def _header(data: bytes, name: str) -> tuple[dict[str, Any], int]:
         raise ConceptError(
             f"{name} has {len(data)} bytes, too few for a safetensors file: convert .pt and .bin with ti-concept"
         )
+    refuse_other_kinds(data, name)
     length = int.from_bytes(data[:8], "little")
     if data[8:9] != b"{" and (data[:4] == b"PK\x03\x04" or data[:1] == b"\x80"):
         raise ConceptError(f"{name} is a pickle (.pt, .bin), allowed is safetensors: run ti-concept convert first")
     if length > MAX_HEADER_BYTES:
+        if data[8:9] != b"{":
+            raise ConceptError(f"{name} is not a safetensors file")
         raise ConceptError(f"{name} has a header of {length} bytes, allowed are {MAX_HEADER_BYTES} (64 KiB)")
     if 8 + length > len(data):
         raise ConceptError(f"{name} is truncated: its header of {length} bytes does not fit into {len(data)} bytes")
@@ -492,7 +563,7 @@ def parse_tensor(data: memoryview, key: str, entry: Any, name: str) -> tuple[Vec
         case _:
             raise ConceptError(f"{name}: {key[:80]!r} is not described by dtype, shape and data_offsets")
     if dtype not in _DTYPES:
-        raise ConceptError(f"{name}: {key[:80]!r} is {dtype}, allowed are {', '.join(_DTYPES)}")
+        raise ConceptError(f"{name}: {key[:80]!r} is {dtype[:20]!r}, allowed are {', '.join(_DTYPES)}")
     sizes = [size for size in shape if type(size) is int and 0 < size <= MAX_FILE_BYTES]
     if len(sizes) != len(shape) or not 1 <= len(shape) <= _MAX_AXES:
         raise ConceptError(f"{name}: {key[:80]!r} has shape {shape}, a word is [n, D], 1 <= n <= {MAX_VECTORS}"[:300])
@@ -567,7 +638,7 @@ def _checked_layers(token: str, encoder: str, value: npt.ArrayLike, rows: Mappin
 
 def _encoder_of(key: str, tensors: Mapping[str, Vectors]) -> str:
     """The encoder of a file's key. Older files of OneTrainer for FLUX.1 have CLIP-L's vectors as clip_g."""
-    if key == "clip_g" and "clip_l" not in tensors and tensors[key].shape[-1] == _CLIP_L_WIDTH:
+    if key == "clip_g" and "clip_l" not in tensors and tensors[key].shape[-1:] == (_CLIP_L_WIDTH,):
         return "text_encoder"
     return KEY_ENCODERS[key]
 

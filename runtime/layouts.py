@@ -3,7 +3,8 @@
     diffusers            {token: [n, D]}, .safetensors or .bin; a folder of sd-concepts-library
     SDXL, SD3, FLUX.1    clip_l, clip_g, t5 or t5xxl, text_encoders_0 and _1; two files of diffusers, one per encoder
     FLUX.2               qwen3_4b or qwen3_8b
-    A1111                .pt: string_to_param with `name`, the file's name is the token; pictures: `sd-ti-embedding`
+    A1111                .pt: string_to_param with `name`, the file's name is the token; pictures: `sd-ti-embedding`;
+                         `bundle_emb.<name>.string_to_param.*` inside a LoRA
     Gal et al.           .pt: string_to_param in a ParameterDict, one word per placeholder
     kohya, OneTrainer    emb_params, emp_params, and `bundle_emb.<name>.<key>` inside a LoRA
     oneword              rows in a layout above, beside output vectors or rows of layers, as in `runtime.concept`
@@ -38,6 +39,7 @@ from oneword.engines.errors import ConceptError
 from oneword.runtime.concept import (
     KEY_ENCODERS,
     MAX_FILE_BYTES,
+    PNG,
     XTI_KEYS,
     Concept,
     Vectors,
@@ -48,6 +50,7 @@ from oneword.runtime.concept import (
     read_limited,
     read_safetensors,
     token_from_stem,
+    unreadable,
 )
 
 _MAX_LORA_HEADER: Final = 16 << 20
@@ -56,8 +59,8 @@ _MAX_PICTURE_TEXT: Final = 8 << 20
 _MAX_PICKLED: Final = 8 * MAX_FILE_BYTES
 _MAX_ZIP_ENTRIES: Final = 200
 _MAX_OPCODES: Final = 5_000
-_PNG: Final = b"\x89PNG\r\n\x1a\n"
-_BUNDLED: Final = re.compile(r"bundle_emb\.(.+)\.([^.]+)")
+_BUNDLED: Final = re.compile(r"bundle_emb\.(.+?)\.(?:(string_to_param|string_to_token)(?:\..+)?|([^.]+))")
+"""The name and the key of a word in a LoRA. A1111 has a dictionary in string_to_param, whose key is any."""
 _PICKLES: Final = (".pt", ".bin", ".pth", ".ckpt")
 
 
@@ -69,20 +72,24 @@ class FoundConcept:
     concept: Concept
 
 
-def read_concepts(path: Path) -> list[FoundConcept]:
-    """All words in a file of any tool, or in a folder of sd-concepts-library. Raises ConceptError."""
+def read_concepts(path: Path, new_token: str | None = None) -> list[FoundConcept]:
+    """All words in a file of any tool, or in a folder of sd-concepts-library.
+
+    `new_token` replaces their names, which may then be ones that a word may not have. Raises UsageError if there is no
+    such file, ConceptError.
+    """
     name = str(path)
     if path.is_dir():
-        return _library_folder(path)
+        return _library_folder(path, new_token)
     if path.suffix.lower() == ".png":
-        return _from_dict("A1111 picture", _picture(path), name)
+        return _from_dict("A1111 picture", _picture(path), name, new_token)
     if path.suffix.lower() in _PICKLES:
-        return _from_dict("pickle", _pickled(read_limited(path), name), name)
+        return _from_dict("pickle", _pickled(read_limited(path), name), name, new_token)
     if path.suffix.lower() != ".safetensors":
         raise ConceptError(f"{name} is not an embedding file: allowed are .safetensors, .pt, .bin, .png and folders")
-    if bundled := _lora(path):
+    if bundled := _lora(path, new_token):
         return bundled
-    return _from_tensors("safetensors", *read_safetensors(read_limited(path), name), name)
+    return _from_tensors("safetensors", *read_safetensors(read_limited(path), name), name, new_token)
 
 
 def paired(words: Sequence[FoundConcept]) -> Concept:
@@ -100,16 +107,17 @@ def paired(words: Sequence[FoundConcept]) -> Concept:
     return Concept(concepts[0].token, {"text_encoder": first, "text_encoder_2": second}, concepts[0].provenance)
 
 
-def _library_folder(path: Path) -> list[FoundConcept]:
+def _library_folder(path: Path, new_token: str | None) -> list[FoundConcept]:
     for name in ("learned_embeds.safetensors", "learned_embeds.bin"):
         if (path / name).is_file():
             return [
-                FoundConcept(f"sd-concepts-library, {word.layout}", word.concept) for word in read_concepts(path / name)
+                FoundConcept(f"sd-concepts-library, {word.layout}", word.concept)
+                for word in read_concepts(path / name, new_token)
             ]
     raise ConceptError(f"{path} holds neither learned_embeds.safetensors nor learned_embeds.bin: pass the file itself")
 
 
-def _from_dict(container: str, content: Any, name: str) -> list[FoundConcept]:
+def _from_dict(container: str, content: Any, name: str, new_token: str | None) -> list[FoundConcept]:
     """The words of a pickled or JSON dictionary."""
     if not isinstance(content, Mapping):
         raise ConceptError(f"{name} holds a {type(content).__name__}, an embedding file holds a dictionary")
@@ -117,43 +125,63 @@ def _from_dict(container: str, content: Any, name: str) -> list[FoundConcept]:
     if parameters is None:
         tensors = {key: value for key, value in content.items() if isinstance(value, np.ndarray)}
         if not tensors or len(tensors) != len(content) or not all(isinstance(key, str) for key in content):
-            raise ConceptError(f"{name} has no known layout: its keys are {', '.join(map(repr, content))}"[:300])
-        return _from_tensors(container, tensors, {}, name)
+            raise ConceptError(f"{name} has no known layout: its keys are {_shown(content)}")
+        return _from_tensors(container, tensors, {}, name, new_token)
     if not isinstance(parameters, Mapping) or not parameters:
         raise ConceptError(f"{name}: string_to_param is {type(parameters).__name__}, not a dictionary of vectors")
-    facts = {
-        key: str(content[key])[:200] for key in ("step", "sd_checkpoint", "sd_checkpoint_name") if content.get(key)
-    }
+    facts = _facts(content)
     if "name" not in content:
+        if not all(isinstance(key, str) for key in parameters):
+            raise ConceptError(f"{name}: string_to_param has the keys {_shown(parameters)}, allowed are names")
         return [
-            FoundConcept("Gal et al.", Concept(str(key), {"text_encoder": _array(value, name)}, facts))
+            FoundConcept("Gal et al.", Concept(new_token or key, {"text_encoder": _array(value, name)}, facts))
             for key, value in parameters.items()
         ]
     picture = container == "A1111 picture"
-    token = token_from_stem(f"{content['name']}.x") if picture else token_from_stem(name)
+    if picture and not isinstance(content["name"], str):
+        raise ConceptError(f"{name}: the word's name is a {type(content['name']).__name__}, not text")
+    token = token_from_stem(f"{content['name']}.x" if picture else name)
     vectors = _array(next(iter(parameters.values())), name)
     return [FoundConcept(container if picture else "A1111", Concept(token, {"text_encoder": vectors}, facts))]
 
 
+def _facts(content: Mapping[Any, Any]) -> dict[str, str]:
+    """The provenance in A1111's dictionary."""
+    values = {key: content.get(key) for key in ("step", "sd_checkpoint", "sd_checkpoint_name")}
+    return {key: str(value)[:200] for key, value in values.items() if isinstance(value, str | int | float) and value}
+
+
+def _shown(keys: Mapping[Any, Any]) -> str:
+    """The keys of an untrusted dictionary, in a few words: a nested key can be too deep to be printed."""
+    first = [repr(key[:40]) if isinstance(key, str) else f"a {type(key).__name__}" for key in list(keys)[:5]]
+    return ", ".join(first) + (", ..." if len(keys) > 5 else "")
+
+
 def _from_tensors(
-    container: str, tensors: Mapping[str, Vectors], metadata: Mapping[str, str], name: str
+    container: str,
+    tensors: Mapping[str, Vectors],
+    metadata: Mapping[str, str],
+    name: str,
+    new_token: str | None,
 ) -> list[FoundConcept]:
     """The words in a flat mapping of tensors."""
     if parted(tensors)[1]:
-        return [FoundConcept("oneword", concept_of(tensors, metadata, name))]
-    if set(tensors) == set(XTI_KEYS):
-        return [FoundConcept("kohya XTI", concept_of(tensors, metadata, name))]
-    if any(key in ("emb_params", "emp_params") for key in tensors):
-        return [FoundConcept("kohya or OneTrainer", concept_of(tensors, metadata, name))]
-    if any(key in KEY_ENCODERS for key in tensors):
-        return [FoundConcept("a key for each encoder", concept_of(tensors, metadata, name))]
-    return [
-        FoundConcept(f"diffusers, {container}", concept_of({key: value}, metadata, name))
-        for key, value in tensors.items()
-    ]
+        layout = "oneword"
+    elif set(tensors) == set(XTI_KEYS):
+        layout = "kohya XTI"
+    elif any(key in ("emb_params", "emp_params") for key in tensors):
+        layout = "kohya or OneTrainer"
+    elif any(key in KEY_ENCODERS for key in tensors):
+        layout = "a key for each encoder"
+    else:
+        return [
+            FoundConcept(f"diffusers, {container}", concept_of({key: value}, metadata, name, new_token))
+            for key, value in tensors.items()
+        ]
+    return [FoundConcept(layout, concept_of(tensors, metadata, name, new_token))]
 
 
-def _lora(path: Path) -> list[FoundConcept]:
+def _lora(path: Path, new_token: str | None) -> list[FoundConcept]:
     """The words bundled in a LoRA; only the header and their bytes are read from the file."""
     try:
         with path.open("rb") as file:
@@ -166,7 +194,8 @@ def _lora(path: Path) -> list[FoundConcept]:
             words: dict[str, dict[str, Vectors]] = {}
             size = 0
             for key, entry in parse_header(head, str(path)).items():
-                if match := _BUNDLED.fullmatch(key):
+                match = _BUNDLED.fullmatch(key)
+                if match and match[2] != "string_to_token":  # A1111's ids of the words' names
                     first, last = _offsets(entry, key, str(path))
                     size += last - first  # entries may share bytes
                     if size > _MAX_LORA_WORDS:
@@ -174,19 +203,18 @@ def _lora(path: Path) -> list[FoundConcept]:
                     file.seek(8 + length + first)
                     local = entry | {"data_offsets": [0, last - first]}
                     value, _ = parse_tensor(memoryview(file.read(last - first)), key, local, str(path))
-                    words.setdefault(match[1], {})[match[2]] = value
+                    tensors, name = words.setdefault(match[1], {}), match[2] or match[3]
+                    name = "emb_params" if name in ("*", "string_to_param") else name  # the word is called match[1]
+                    if name in tensors:
+                        raise ConceptError(f"{path}: {match[1][:80]!r} has two tensors in {name}, allowed is one")
+                    tensors[name] = value
     except OSError as error:
-        raise ConceptError(f"cannot read {path}: {error.strerror}") from error
+        raise unreadable(path, error) from error
     return [
         FoundConcept("LoRA bundle", word.concept)
         for stem, tensors in words.items()
-        for word in _from_tensors("LoRA bundle", _renamed(stem, tensors), {}, f"{stem}.safetensors")
+        for word in _from_tensors("LoRA bundle", tensors, {}, f"{stem}.safetensors", new_token)
     ]
-
-
-def _renamed(stem: str, tensors: Mapping[str, Vectors]) -> Mapping[str, Vectors]:
-    """The tensors with OneTrainer's key string_to_param, or *, replaced by the word."""
-    return {token_from_stem(stem + ".x") if key in ("*", "string_to_param") else key: v for key, v in tensors.items()}
 
 
 def _offsets(entry: Any, key: str, name: str) -> tuple[int, int]:
@@ -206,15 +234,15 @@ def _picture(path: Path) -> Any:
                     text = base64.b64decode(data.split(b"\0", 1)[1], validate=True)
                     return json.loads(text, object_hook=_torch_tensor)
     except OSError as error:
-        raise ConceptError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, TypeError, RecursionError, binascii.Error, struct.error):
+        raise unreadable(path, error) from error
+    except (ValueError, TypeError, OverflowError, RecursionError, binascii.Error, struct.error):
         raise ConceptError(f"{path} is a damaged picture: its embedding cannot be read") from None
     raise ConceptError(f"{path} holds no embedding: A1111 stores it in the text chunk sd-ti-embedding")
 
 
 def _chunks(file: io.BufferedReader, name: str) -> Iterator[tuple[bytes, bytes]]:
     """The text chunks of a PNG; other chunks are skipped unread."""
-    if file.read(8) != _PNG:
+    if file.read(8) != PNG:
         raise ConceptError(f"{name} is not a PNG")
     while len(head := file.read(8)) == 8:
         length, kind = struct.unpack(">I4s", head)
@@ -296,7 +324,8 @@ class _TorchUnpickler(pickle.Unpickler):
             return name
         if (module, name) not in self._names:
             raise ConceptError(
-                f"{self._name} refers to {module}.{name}, which is not data: refused, since unpickling could run code"
+                f"{self._name} refers to {f'{module}.{name}'[:80]!r}, which is not data: refused, since unpickling "
+                "could run code"
             )
         return self._names[module, name]
 
@@ -372,4 +401,5 @@ def _plain(content: Any) -> Any:
 def _array(value: Any, name: str) -> Vectors:
     if not isinstance(value, np.ndarray) or value.dtype.kind != "f":
         raise ConceptError(f"{name}: string_to_param holds a {type(value).__name__}, not vectors")
-    return value.astype(np.float32)
+    with np.errstate(over="ignore"):  # a number beyond float32 becomes inf, which Concept refuses
+        return value.astype(np.float32)

@@ -119,7 +119,8 @@ class Model:
         number of CPU threads. `capacity` is the number of learned vectors in an encoder's table at the same time; more
         can be loaded.
 
-        Raises UsageError if there is no bundle or no such backend, BundleError if the bundle is broken, ConceptError.
+        Raises UsageError if there is no bundle, no such backend or no file of a word, BundleError if the bundle is
+        broken, ConceptError.
         """
         bundle = Bundle.open(path)
         chosen, reason = choose_backend(bundle, backend)
@@ -234,7 +235,7 @@ class Model:
         """
         for concept in () if words is None else words.values():
             self._check(concept)
-        vocabulary = Vocabulary(self._words if words is None else words)
+        vocabulary = Vocabulary(self._words if words is None else words, ignore_case=True)
         chunks = {name: encode_ids(prompt, tokenizer, vocabulary, name) for name, tokenizer in self._tokenizers.items()}
         tokens = _tokenized(chunks, clip_skip)
         for concept in tokens.concepts:

@@ -1,7 +1,8 @@
 """Converts prompts to token ids: A1111's weights, BREAK, chunks, and learned words. Independent of the model.
 
     (red) [red]       weight 1.1, 1 / 1.1; they nest        (red:1.3)     weight 1.3
-    \\( \\) \\[ \\] \\\\    the characters themselves            BREAK         starts a new chunk
+    \\( \\) \\[ \\] \\\\    the characters themselves; any other backslash is dropped
+    BREAK                      starts a new chunk
     <word>  embedding:word     a learned word, anywhere       word          a learned word with a bare name, whole only
     {<a>|<b>:0.3}              the word between two learned words (`oneword.runtime.slider`)
 
@@ -30,7 +31,7 @@ import tokenizers
 
 from oneword.engines.errors import BundleError, UsageError, one_line
 from oneword.runtime.bundle import TOKENIZER, Encoder
-from oneword.runtime.concept import MAX_TOKEN_LENGTH, Concept
+from oneword.runtime.concept import FUSE, MAX_TOKEN_LENGTH, Concept
 from oneword.runtime.slider import Slider, slider_at
 
 MAX_CHARACTERS: Final = 20_000
@@ -40,6 +41,8 @@ _ATTENTION: Final = re.compile(r"\\[()\[\]\\]|\\|\(|\[|:\s*([+-]?[.\d]+)\s*\)|\)
 _KINDS: Final = {"(": "(", ")": "(", "[": "[", "]": "["}
 _FACTORS: Final = {"(": 1.1, "[": 1 / 1.1}
 _BREAK: Final = re.compile(r"\bBREAK\b")
+_NETWORK: Final = re.compile(r"<(lora|lyco|hypernet):[^<>]*>?", re.IGNORECASE)
+"""How A1111's prompts load other networks."""
 _NAMED: Final = re.compile(r"<([^\s<>]+)>|\bembedding:(<[^\s<>]+>|[\w.+*@#!~&$%^=-]+)", re.IGNORECASE)
 _RUN: Final = re.compile(r"[\w.+*@#!~&$%^=-]{1,64}")
 _RUNS: Final = re.compile(r"[\w.+*@#!~&$%^=-]+")
@@ -122,10 +125,15 @@ class Vocabulary:
     words: Mapping[str, Concept]
     bare_names: bool = True
     """Whether a word whose token has no <> is also found by its bare name."""
+    ignore_case: bool = False
+    """Whether a name means a word whose token differs in case too, if none has the name itself or the name in lower
+    case; of several the first in alphabetical order."""
 
     def named(self, name: str) -> Concept | None:
         """The word for <name> or embedding:name, whether or not its token has <> itself."""
-        return next((self.words[token] for token in tokens_for(name) if token in self.words), None)
+        tokens = tokens_for(name)
+        exact = next((self.words[token] for token in tokens if token in self.words), None)
+        return exact or next((self._lowered[token] for token in tokens if token in self._lowered), None)
 
     def bare(self, name: str) -> Concept | None:
         """The word whose token has no <>."""
@@ -143,7 +151,14 @@ class Vocabulary:
         return [bare[match] for match in difflib.get_close_matches(name.strip("<>").lower(), bare, 3, 0.5)]
 
     def _get(self, token: str) -> Concept | None:
-        return self.words.get(token) or self.words.get(token.lower())
+        lower = token.lower()
+        return self.words.get(token) or self.words.get(lower) or self._lowered.get(lower)
+
+    @cached_property
+    def _lowered(self) -> Mapping[str, Concept]:
+        """The words by their tokens in lower case, in which CLIP's tokenizer reads all text; empty if case matters."""
+        tokens = sorted(self.words, reverse=True) if self.ignore_case else ()
+        return {token.lower(): self.words[token] for token in tokens}
 
 
 @dataclass(frozen=True)
@@ -239,13 +254,17 @@ class Part(NamedTuple):
 
 
 def check_prompt(prompt: object, name: str = "prompt") -> None:
-    """Raises UsageError for a prompt that is too long, not valid Unicode, or not text."""
+    """Raises UsageError for a prompt that is too long, not valid Unicode, or not text, and for one with a LoRA."""
     if not isinstance(prompt, str):
         raise UsageError(f"the {name} is {prompt!r}, allowed is text")
     if len(prompt) > MAX_CHARACTERS:
         raise UsageError(f"the {name} has {len(prompt)} characters, allowed are {MAX_CHARACTERS}")
     if any("\ud800" <= character <= "\udfff" for character in prompt):
         raise UsageError(f"the {name} is not valid Unicode: it contains half of a surrogate pair")
+    if network := _NETWORK.search(prompt):
+        kind = "a hypernetwork" if network.group(1).lower() == "hypernet" else "a LoRA"
+        fix = "leave it out" if kind == "a hypernetwork" else FUSE
+        raise UsageError(f"the {name} has {network.group()[:80]!r}, but {kind} cannot be used in a prompt: {fix}")
 
 
 def weighted_parts(prompt: str) -> list[Part | None]:
@@ -267,8 +286,8 @@ def weighted_parts(prompt: str) -> list[Part | None]:
             weights[kind].pop()
         else:
             weight = weights["("][-1] * weights["["][-1]
-            if text[0] == "\\" and len(text) == 2:
-                parts.append((text[1], weight))
+            if text[0] == "\\":
+                parts.append((text[1:], weight))
                 continue
             pieces = _BREAK.split(text)
             for j, between in enumerate(pieces):

@@ -68,7 +68,7 @@ def build_state(settings: Settings) -> State:
         return len(tokenizers[first].ids(prompt))
 
     def chunks_with(text: str, words: Mapping[str, Concept]) -> int:
-        found = encode_ids(text, tokenizers[first], Vocabulary(words), first)
+        found = encode_ids(text, tokenizers[first], Vocabulary(words, ignore_case=True), first)
         layers = max((len(rows) for word in found.concepts for rows in word.layer_rows.values()), default=0)
         return len(found.input_ids) * (1 + layers)
 

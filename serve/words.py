@@ -150,7 +150,9 @@ class Words:
         self._threads.shutdown(cancel_futures=True)
 
     async def resolve(self, tenant: Tenant, prompts: Sequence[str], bare_names: bool) -> dict[str, Concept]:
-        """The words that these prompts use, for Request.words; with `bare_names` also those without <>.
+        """The words that these prompts use, for Request.words.
+
+        With `bare_names`, as in A1111, also those without <>, and those whose names differ in case.
 
         Raises Invalid for an unknown <word> or embedding:word, UsageError for a malformed prompt, and ApiError if the
         store fails or a word is damaged.
@@ -160,7 +162,7 @@ class Words:
             return {}
         records = await self._records(tenant, names, bare_names)
         concepts = await asyncio.gather(*map(self.concept, records))
-        vocabulary = Vocabulary({concept.token: concept for concept in concepts}, bare_names)
+        vocabulary = Vocabulary({concept.token: concept for concept in concepts}, bare_names, bare_names)
         try:
             used = await self._scan(prompts, lambda prompt: used_words(prompt, vocabulary, self._knows))
         except UnknownWord as error:
@@ -271,8 +273,9 @@ class Words:
         exact = sorted(names.bracketed | names.embeddings)
         _check_count(len(exact))
         found = await asyncio.gather(*(self._first(tenant, tokens_for(name)) for name in exact))
-        missing = {name for name, record in zip(exact, found, strict=True) if record is None} & names.embeddings
-        runs = (names.bare if bare_names else frozenset()) | missing
+        unfound = {name for name, record in zip(exact, found, strict=True) if record is None}
+        missing = unfound & names.embeddings
+        runs = names.bare | unfound if bare_names else missing
         if runs:
             index = await self._index(tenant, self._index_seconds)
             prefixes = await self._run(_prefixes, index, runs) if len(runs) > LONG // 8 else _prefixes(index, runs)

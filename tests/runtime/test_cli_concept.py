@@ -1,6 +1,7 @@
 """`ti-concept` from the command line, and its files in diffusers."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,10 @@ import torch
 from click.testing import CliRunner
 
 from oneword.runtime import cli_concept
+from oneword.runtime.aspects import Aspect
 from oneword.runtime.concept import Concept, load_concept, save_concept
+from oneword.runtime.layouts import FoundConcept, read_concepts
+from oneword.runtime.refine import Refinement, judge
 
 ROWS = np.random.default_rng(0).normal(0, 0.02, (2, 32)).astype(np.float32)
 
@@ -52,9 +56,92 @@ def test_check_names_every_refused_file_and_exits_1(tmp_path: Path) -> None:
     good, nan, absent = result.stdout.splitlines()
     assert good.startswith("ok")
     assert "NaN or infinity" in nan
-    assert "No such file" in absent
+    assert "there is no file" in absent
     assert "Traceback" not in result.stderr
     assert _run("check", tmp_path / "good.safetensors").returncode == 0
+
+
+def test_check_reports_a_file_that_fails_in_an_unforeseen_way_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    safetensors.numpy.save_file({"<toy>": ROWS}, tmp_path / "good.safetensors")
+
+    def read(path: Path) -> list[FoundConcept]:
+        if path.name == "odd.pt":
+            raise ZeroDivisionError("\x1b[31m \ud800\nno")
+        return read_concepts(path)
+
+    monkeypatch.setattr(cli_concept, "read_concepts", read)
+    for option in ([], ["--json"]):
+        code, output = _main(monkeypatch, capsys, "check", tmp_path / "odd.pt", tmp_path / "good.safetensors", *option)
+        assert code == 1
+        assert not any(character in output for character in "\x1b\ud800")
+        if option:
+            assert [result["ok"] for result in json.loads(output)] == [False, True]
+        else:
+            odd, good = output.splitlines()
+            assert re.fullmatch(r"refused  .*odd.pt cannot be read \(ZeroDivisionError\): .\[31m . no", odd)
+            assert good.startswith("ok")
+
+
+@pytest.mark.parametrize("dtype", ["\x9b2J\x07ok       toy.safetensors", "\ud800"])
+def test_check_prints_no_part_of_a_header_that_a_terminal_obeys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], dtype: str
+) -> None:
+    header = json.dumps({"<toy>": {"dtype": dtype, "shape": [1, 2], "data_offsets": [0, 8]}}).encode()
+    (tmp_path / "bad.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    safetensors.numpy.save_file({"<toy>": ROWS}, tmp_path / "good.safetensors")
+
+    code, output = _main(monkeypatch, capsys, "check", tmp_path / "bad.safetensors", tmp_path / "good.safetensors")
+
+    assert code == 1
+    bad, good = output.splitlines()
+    assert bad.isprintable()
+    assert bad.startswith("refused")
+    assert good.startswith("ok")
+
+
+@pytest.mark.parametrize("name", ["toy.safetensors", "toy.bin", "toy.pt", "named.safetensors"])
+def test_a_word_with_a_name_that_is_refused_is_renamed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    rows, expected = torch.from_numpy(ROWS), {"text_encoder": ROWS}
+    match name:
+        case "toy.safetensors":
+            safetensors.numpy.save_file({"<my toy>": ROWS}, tmp_path / name)
+        case "toy.bin":
+            torch.save({"<my toy>": rows}, tmp_path / name)
+        case "toy.pt":
+            torch.save({"string_to_param": {"my toy": rows}}, tmp_path / name)
+        case _:
+            wide = np.linspace(0.1, 0.2, 2 * 48, dtype=np.float32).reshape(2, 48)
+            safetensors.numpy.save_file({"clip_l": ROWS, "clip_g": wide}, tmp_path / name, {"token": "my toy"})
+            expected["text_encoder_2"] = wide
+    line, out = ["convert", tmp_path / name, tmp_path / "out.safetensors"], tmp_path / "out.safetensors"
+
+    refused, message = _main(monkeypatch, capsys, *line)
+    code, output = _main(monkeypatch, capsys, *line, "--token", "<toy>")
+
+    assert (refused, code) == (1, 0), output
+    assert "my toy>' is not safe" in message or "'my toy' is not safe" in message
+    word = load_concept(out)
+    assert (word.token, word.vectors.keys()) == ("<toy>", expected.keys())
+    for encoder, vectors in expected.items():
+        np.testing.assert_array_equal(word.vectors[encoder], vectors)
+
+
+def test_several_words_with_names_that_are_refused_are_not_renamed_to_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = torch.from_numpy(ROWS)
+    torch.save({"<a b>": rows, "<c d>": rows}, tmp_path / "flat.bin")
+    torch.save({"string_to_param": {"a b": rows, "c d": rows}}, tmp_path / "two.pt")
+    for name in ("flat.bin", "two.pt"):
+        line = ("convert", tmp_path / name, tmp_path / "out.safetensors", "--token", "<toy>")
+        code, output = _main(monkeypatch, capsys, *line)
+        assert code == 2
+        assert "--token '<toy>' for 2 words" in output
+    assert not (tmp_path / "out.safetensors").exists()
 
 
 def test_a_converted_pickle_loads_in_diffusers(
@@ -109,15 +196,23 @@ def test_wrong_usage_exits_2_and_refused_files_exit_1_with_one_line(
     torch.save({"<a>": torch.from_numpy(ROWS), "<b>": torch.from_numpy(ROWS)}, tmp_path / "two.bin")
     safetensors.numpy.save_file({"<a>": ROWS}, tmp_path / "two.safetensors")
     safetensors.numpy.save_file({"<b>": ROWS}, tmp_path / "other.safetensors")
+    (tmp_path / "file").write_text("")
     before = (tmp_path / "two.safetensors").read_bytes()
     out = tmp_path / "out.safetensors"
     for arguments, code, message in [
         (("convert", tmp_path / "two.bin", out), 2, "2 words do not fit into the file"),
         (("convert", tmp_path / "two.bin", tmp_path / "out.pt"), 2, "is neither a .safetensors file"),
         (("convert", tmp_path / "two.bin", tmp_path / "out", "--token", "<c>"), 2, "--token '<c>' for 2 words"),
-        (("convert", tmp_path / "absent.pt", out), 1, "No such file"),
+        (("convert", tmp_path / "absent.pt", out), 2, "there is no file"),
+        (("convert", tmp_path / "two.bin", tmp_path / "file"), 2, "file is a file: give a folder"),
+        (
+            ("convert", tmp_path / "other.safetensors", tmp_path / "no" / "x.safetensors"),
+            2,
+            "does not exist: create it",
+        ),
+        (("convert", tmp_path / "other.safetensors", out, "--token", "x y"), 2, "token 'x y' is not safe"),
         (("convert", tmp_path / "other.safetensors", tmp_path / "two.safetensors"), 2, "two.safetensors exists: "),
-        (("show", tmp_path / "absent.pt"), 1, "No such file"),
+        (("show", tmp_path / "absent.pt"), 2, "there is no file"),
         (("show",), 2, "Missing argument"),
         (("sho",), 2, "No such command"),
     ]:
@@ -138,6 +233,23 @@ def test_the_metadata_of_a_file_cannot_control_the_terminal(
         assert code == 0
         assert "evil" in output
         assert not any(character in output for character in "\x1b\x07\x9b")
+
+
+def test_show_counts_the_rounds_of_a_refinement_and_json_has_all_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = judge(Refinement("<a>", "cat", (Aspect("colour", ("red", "blue")),), "model"), likes=[1])
+    for name, text in (("a", state.to_json()), ("b", "{}")):
+        save_concept(Concept("<a>", {"text_encoder": ROWS}, {"refinement": text}), tmp_path / f"{name}.safetensors")
+
+    _, shown = _main(monkeypatch, capsys, "show", tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    _, document = _main(monkeypatch, capsys, "show", tmp_path / "a.safetensors", "--json")
+
+    assert [line for line in shown.splitlines() if "refinement" in line] == [
+        "  refinement: 1 round, 1 aspect",
+        "  refinement: cannot be read by this version",
+    ]
+    assert json.loads(document)[0]["provenance"]["refinement"] == state.to_json()
 
 
 def test_a_word_for_only_the_second_encoder_is_saved_and_loaded_unchanged(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ import safetensors.numpy
 import torch
 from safetensors.torch import load_file, save_file
 
-from oneword.engines.errors import ConceptError, FileError
-from oneword.runtime.concept import Concept, load_concept, save_concept
+from oneword.engines.errors import ConceptError, FileError, UsageError
+from oneword.runtime.concept import PNG, Concept, check_token, load_concept, save_concept
 
 ROWS = np.linspace(-0.3, 0.3, 2 * 16, dtype=np.float32).reshape(2, 16)
 
@@ -82,7 +82,7 @@ def test_a_vector_without_its_first_axis_as_in_old_diffusers_is_a_word(tmp_path:
         (np.zeros((1, 16), np.float32), "plausible"),
         (np.ones((76, 16), np.float32), "has 76 vectors, allowed are 1 to 75"),
         (np.ones((1, 2, 16), np.float32), "has shape"),
-        (np.ones((1, 16), np.int64), "is I64, allowed are"),
+        (np.ones((1, 16), np.int64), "is 'I64', allowed are"),
     ],
 )
 def test_tensors_that_are_not_a_word_are_refused(tmp_path: Path, rows: np.ndarray, message: str) -> None:
@@ -111,7 +111,7 @@ ENTRY = {"dtype": "F32", "shape": [1, 2], "data_offsets": [0, 8]}
         (_described({"__metadata__": {"a": 1}, "a": ENTRY}), bytes(8), "__metadata__"),
         (b"[" * 60_000, b"", "not JSON"),
         (b"[]", b"", "list, not a table"),
-        (b" " * 65_537, b"", "has a header of 65537 bytes, allowed are 65536"),
+        (b"{" + b" " * 65_536, b"", "has a header of 65537 bytes, allowed are 65536"),
     ],
 )
 def test_a_malicious_header_is_refused_with_the_reason(
@@ -123,6 +123,61 @@ def test_a_malicious_header_is_refused_with_the_reason(
     assert "\n" not in str(caught.value)
 
 
+def test_an_error_shows_little_of_a_header_and_nothing_that_a_terminal_obeys(tmp_path: Path) -> None:
+    long = 9 * "\x1b[2J\ud800"
+    out = {"dtype": "F32", "shape": [1, 1, 1, 2], "data_offsets": [8, 16]}
+    facts = {"stages": "1", "layers": "1", "values_only": long}
+    for number, header in enumerate(
+        (
+            {"a": ENTRY | {"dtype": long}},
+            {"a": ENTRY, "a.out.text_encoder": out, "__metadata__": facts},
+        )
+    ):
+        path = _write(tmp_path / f"{number}.safetensors", _described(header), bytes(8 + 8 * number))
+        with pytest.raises(ConceptError, match=r"\\x1b\[2J") as caught:
+            load_concept(path)
+        assert str(caught.value).isprintable()
+        assert len(str(caught.value)) < 200 + len(str(path))
+
+
+def test_metadata_that_could_not_be_written_again_is_refused_on_reading(tmp_path: Path) -> None:
+    for metadata in ({"where": "\ud800"}, {"\ud800": "here"}):
+        header = _described({"<toy>": ENTRY, "__metadata__": metadata})
+        path = _write(tmp_path / "a.safetensors", header, b"\0\0\0?" * 2)
+        with pytest.raises(ConceptError, match="in its metadata, which is not valid Unicode: it contains") as caught:
+            load_concept(path)
+        assert str(caught.value).isprintable()
+
+
+RESERVED = ["clip_l", "clip_g", "t5", "t5xxl", "text_encoders_0", "text_encoders_1", "qwen3_4b", "qwen3_8b"]
+
+
+@pytest.mark.parametrize("token", [*RESERVED, "emb_params", "emp_params_out", "__metadata__"])
+def test_a_word_cannot_be_named_after_a_key_with_another_meaning_in_its_file(tmp_path: Path, token: str) -> None:
+    path, other = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    with pytest.raises(ConceptError, match=f"token '{token}' is a key .*: rename the word, for example <{token}>"):
+        save_concept(Concept(token, {"text_encoder": ROWS}), path)
+    with pytest.raises(ConceptError, match="rename the word"):
+        check_token(token)  # as where a word is named, before it is learned
+    assert not path.exists()
+
+    save_concept(Concept(f"<{token}>", {"text_encoder": ROWS}, {"seed": "7"}), path)
+    save_concept(Concept(token, {"text_encoder": ROWS, "text_encoder_2": ROWS}), other)  # named in the metadata
+
+    word = load_concept(path)
+    assert (word.token, dict(word.provenance), set(word.vectors)) == (f"<{token}>", {"seed": "7"}, {"text_encoder"})
+    np.testing.assert_array_equal(word.vectors["text_encoder"], ROWS)
+    assert load_concept(other).token == token
+
+
+def test_a_file_that_is_named_after_such_a_key_is_still_read(tmp_path: Path) -> None:
+    safetensors.numpy.save_file({"emb_params": ROWS}, tmp_path / "t5.safetensors")
+
+    word = load_concept(tmp_path / "t5.safetensors")
+
+    assert (word.token, set(word.vectors)) == ("t5", {"text_encoder"})
+
+
 def test_other_files_are_refused_with_the_reason(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     for data, message in [
@@ -131,13 +186,50 @@ def test_other_files_are_refused_with_the_reason(tmp_path: Path) -> None:
         (b"\x80\x02" + bytes(99), "is a pickle"),
         ((200).to_bytes(8, "little") + b"{}", "is truncated"),
         ((2**63).to_bytes(8, "little") + b"{}", "header of 9223372036854775808 bytes"),
+        (b"a text that is long enough", "a.safetensors is not a safetensors file$"),
+        (PNG, "is a picture, not a word's file; if A1111 stored a word in it, run ti-concept convert first"),
+        (PNG + bytes(2 << 20), "is a picture"),
+        (b"\xff\xd8\xff\xe0" + bytes(99), "is a picture, not a word's file: learn a word from pictures with ti-train"),
+        (b"RIFF\0\0\0\0WEBP" + bytes(99), "is a picture, not a word's file"),
         (bytes((1 << 20) + 1), "has 1048577 bytes"),
     ]:
         path.write_bytes(data)
         with pytest.raises(ConceptError, match=message):
             load_concept(path)
-    with pytest.raises(ConceptError, match="No such file"):
+    with pytest.raises(UsageError, match=r"there is no file .*absent\.safetensors"):
         load_concept(tmp_path / "absent.safetensors")
+    with pytest.raises(UsageError, match="is a folder: give a word's file"):
+        load_concept(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight",  # kohya
+        "unet.down_blocks.0.attentions.0.to_q.lora_A.weight",  # PEFT
+        "unet.down_blocks.0.attn1.processor.to_q_lora.down.weight",  # diffusers, older
+        "lora_unet_mid_block_attentions_0_proj_in.hada_w1_a",  # LyCORIS
+        "lycoris_mid_block_attentions_0_proj_in.lokr_w2",
+    ],
+)
+@pytest.mark.parametrize("size", [16, 2 << 20])
+def test_a_lora_of_any_size_is_refused_with_what_to_do_with_it(tmp_path: Path, key: str, size: int) -> None:
+    path = tmp_path / "style.safetensors"
+    safetensors.numpy.save_file({key: np.ones(size // 4, np.float32)}, path)
+
+    with pytest.raises(ConceptError, match="is a LoRA, not a word's file: fuse it when you export, with ti-export --l"):
+        load_concept(path)
+
+    safetensors.numpy.save_file({key: ROWS, "bundle_emb.toy.emb_params": ROWS}, path)
+    with pytest.raises(ConceptError, match="is a LoRA with words in it: ti-concept convert writes these as files"):
+        load_concept(path)
+
+
+def test_a_word_whose_name_resembles_a_loras_tensors_is_loaded(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    safetensors.numpy.save_file({"<lora_down>": ROWS}, path, {"ss_network_module": "networks.lora"})
+
+    assert load_concept(path).token == "<lora_down>"
 
 
 @pytest.mark.parametrize("token", ["", "a b", "../toy", "a/b", "(toy:2)", "<a", "x" * 65, "to\ny", "e\u0301", "\u202e"])

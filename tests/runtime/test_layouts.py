@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from oneword.engines.errors import ConceptError, OnewordError
+from oneword.engines.errors import ConceptError, OnewordError, UsageError
 from oneword.runtime import cli_concept
 from oneword.runtime.concept import XTI_KEYS, Concept, load_concept, save_concept
 from oneword.runtime.layouts import read_concepts
@@ -251,6 +251,35 @@ def test_words_in_a_lora_are_read_and_its_other_weights_are_not(tmp_path: Path) 
     assert_same_arrays(concepts["star"].vectors, {"text_encoder": -ROWS, "text_encoder_3": LONG})
 
 
+def test_words_in_a_lora_of_a1111_are_read_under_their_names(tmp_path: Path) -> None:
+    """modules/networks.py of A1111: the name ends before string_to_param, whose key is any; other keys are ignored."""
+    path = tmp_path / "lora.safetensors"
+    safetensors.numpy.save_file(
+        {
+            "lora_unet.weight": np.zeros((20, 50), np.float32),
+            "bundle_emb.toy.string_to_param.*": ROWS,
+            "bundle_emb.toy.string_to_token.*": np.array([265], np.int64),
+            "bundle_emb.star.v2.string_to_param.star": -ROWS,
+            "bundle_emb.t5.string_to_param.*": ROWS * 2,  # a word for CLIP whose name is a key of other files
+        },
+        path,
+    )
+
+    words = {word.concept.token: word.concept.vectors for word in read_concepts(path)}
+
+    assert set(words) == {"toy", "star.v2", "t5"}
+    for name, rows in (("toy", ROWS), ("star.v2", -ROWS), ("t5", ROWS * 2)):
+        assert_same_arrays(words[name], {"text_encoder": rows})
+
+
+def test_a_word_in_a_lora_with_two_tensors_in_one_place_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "lora.safetensors"
+    tensors = {f"bundle_emb.toy.string_to_param.{key}": ROWS for key in ("a", "b")}
+    safetensors.numpy.save_file(tensors, path)
+    with pytest.raises(ConceptError, match="'toy' has two tensors in emb_params, allowed is one"):
+        read_concepts(path)
+
+
 def test_words_in_a_lora_that_share_the_same_bytes_beyond_the_limit_are_refused(tmp_path: Path) -> None:
     path, size = tmp_path / "lora.safetensors", 1 << 20
     entry = {"dtype": "F32", "shape": [1, size // 4], "data_offsets": [0, size]}
@@ -333,6 +362,37 @@ def test_a_pickle_that_torch_never_writes_is_refused_with_the_reason(tmp_path: P
         read_concepts(_archive(tmp_path / "a.pt", data))
 
 
+DEEP = b")" + b"\x85" * 3_000  # ((((...)))), which cannot be printed
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"\x80\x02}" + DEEP + b"Ns.", "has no known layout: its keys are a tuple$"),
+        (
+            b"\x80\x02}X\x0f\x00\x00\x00string_to_param}" + DEEP + b"Nss.",
+            "string_to_param has the keys a tuple, allowed are names",
+        ),
+        (b"\x80\x02cos\n\x1b[31m\n.", r"refers to 'os\.\\x1b\[31m', which is not data"),
+    ],
+)
+def test_a_pickle_that_cannot_be_printed_is_refused_with_the_reason(tmp_path: Path, data: bytes, message: str) -> None:
+    with pytest.raises(ConceptError, match=message) as caught:
+        read_concepts(_archive(tmp_path / "a.pt", data))
+    assert str(caught.value).isprintable()
+
+
+def test_facts_that_are_neither_text_nor_numbers_are_left_out(tmp_path: Path) -> None:
+    deep: tuple[Any, ...] = ()
+    for _ in range(200):
+        deep = (deep,)
+    torch.save(_a1111(step=torch.ones(2), sd_checkpoint=deep, sd_checkpoint_name="SD1.5"), tmp_path / "toy.pt")
+
+    [word] = read_concepts(tmp_path / "toy.pt")
+
+    assert dict(word.concept.provenance) == {"sd_checkpoint_name": "SD1.5"}
+
+
 def test_archives_that_are_bombs_or_invalid_are_refused_with_the_reason(tmp_path: Path) -> None:
     bomb = _archive(tmp_path / "bomb.pt", bytes(100_000_000), zipfile.ZIP_DEFLATED)
     with pytest.raises(ConceptError, match="refused as a bomb"):
@@ -365,9 +425,10 @@ def test_a_tensor_that_reads_past_its_numbers_is_refused(tmp_path: Path) -> None
 
 
 def test_a_tensor_without_an_axis_is_refused(tmp_path: Path) -> None:
-    torch.save({"<toy>": torch.tensor(1.0)}, tmp_path / "toy.pt")
-    with pytest.raises(ConceptError, match=r"has shape \[\], a word is \[n, D\]"):
-        read_concepts(tmp_path / "toy.pt")
+    for key, value in (("<toy>", 1.0), ("clip_g", 3)):
+        torch.save({key: torch.tensor(value)}, tmp_path / "toy.pt")
+        with pytest.raises(ConceptError, match=r"has shape \[\], a word is \[n, D\]"):
+            read_concepts(tmp_path / "toy.pt")
 
 
 def test_tensors_of_a_pickle_cannot_exceed_a_limit_by_sharing_bytes(tmp_path: Path) -> None:
@@ -380,6 +441,11 @@ def test_tensors_of_a_pickle_cannot_exceed_a_limit_by_sharing_bytes(tmp_path: Pa
         read_concepts(tmp_path / "shared.pt")
 
 
+def _json(content: object) -> str:
+    """As A1111 writes it into a picture."""
+    return base64.b64encode(json.dumps(content).encode()).decode()
+
+
 def test_pictures_without_a_word_are_refused_with_the_reason(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
     (tmp_path / "text.png").write_text("hello")
@@ -390,6 +456,15 @@ def test_pictures_without_a_word_are_refused_with_the_reason(tmp_path: Path) -> 
         (tmp_path / "long.png", "text chunk of 2147483648 bytes"),
         (_picture(tmp_path / "damaged.png", "!!!"), "damaged picture"),
         (_picture(tmp_path / "odd.png", base64.b64encode(b'{"a": {"TORCHTENSOR": {}}}').decode()), "damaged picture"),
+        (_picture(tmp_path / "large.png", _json({"a": {"TORCHTENSOR": [[10**400]]}})), "damaged picture"),
+        (_picture(tmp_path / "list.png", _json({"string_to_param": {"*": 1}, "name": []})), "name is a list, not text"),
+        (
+            _picture(
+                tmp_path / "unicode.png",
+                _json(_a1111(string_to_param={"*": {"TORCHTENSOR": [[1.0]]}}, step="\ud800")),
+            ),
+            r"'step' = '\\ud800' in its metadata, which is not valid Unicode",
+        ),
         (_picture(tmp_path / "empty.png", base64.b64encode(b"{}").decode()), "has no known layout"),
     ]:
         with pytest.raises(ConceptError, match=message):
@@ -401,8 +476,9 @@ def test_other_files_and_empty_folders_are_refused_with_the_reason(tmp_path: Pat
         read_concepts(tmp_path)
     with pytest.raises(ConceptError, match=r"allowed are \.safetensors, \.pt, \.bin, \.png and folders"):
         read_concepts(tmp_path / "a.txt")
-    with pytest.raises(ConceptError, match="No such file"):
-        read_concepts(tmp_path / "a.pt")
+    for name in ("a.pt", "a.safetensors", "a.png"):
+        with pytest.raises(UsageError, match=f"there is no file .*{name}"):
+            read_concepts(tmp_path / name)
 
 
 @settings(deadline=None, max_examples=300)

@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,6 +36,7 @@ from oneword.runtime.prompt import (
     weighted_parts,
 )
 from oneword.runtime.prompt_schedule import prompts_by_step
+from oneword.runtime.request import Request
 
 CORPUS = (
     "a photo of the small red and blue striped toy on a wooden table in the style of an old painting party artist "
@@ -154,6 +156,8 @@ def test_ids_match_those_of_the_slow_bpe_of_clips_release(tmp_path: Path) -> Non
         ("an (important) word", [("an ", 1.0), ("important", 1.1), (" word", 1.0)]),
         ("(unbalanced", [("unbalanced", 1.1)]),
         (r"\(literal\]", [("(literal]", 1.0)]),
+        (r"\m/ \\m/ a\:b (c\)", [(r"m/ \m/ a:b ", 1.0), ("c)", 1.1)]),
+        ("a\\", [("a", 1.0)]),
         ("(unnecessary)(parens)", [("unnecessaryparens", 1.1)]),
         (
             "a (((house:1.3)) [on] a (hill:0.5), sun, (((sky))).",
@@ -244,12 +248,33 @@ def test_learned_words_are_inserted_where_the_prompt_names_them(
     assert row[1 + len(expected)] == tokenizer.eos_id
 
 
-@pytest.mark.parametrize("prompt", ["<toyy>", "embedding:nothing", "a <lora:x:0.8>", "(<toy-3>:1.2)"])
+@pytest.mark.parametrize("prompt", ["<toyy>", "embedding:nothing", "a <cat:x:0.8>", "(<toy-3>:1.2)"])
 def test_an_unknown_word_is_an_error_that_lists_similar_ones(tokenizer: Tokenizer, prompt: str) -> None:
     with pytest.raises(UsageError, match=r"no word .* is loaded, similar words: .*(<toy>|art)"):
         encode_ids(prompt, tokenizer, vocabulary(TOY))
     with pytest.raises(UsageError, match="add its file with --concept"):
         encode_ids(prompt, tokenizer, NOTHING)
+
+
+@pytest.mark.parametrize("name", ["lora:foo:0.8", "lyco:foo", "LoRA:my style:1"])
+def test_a_lora_in_a_prompt_is_refused_with_what_to_do_with_it(tokenizer: Tokenizer, name: str) -> None:
+    message = (
+        f"'<{name}>', but a LoRA cannot be used in a prompt: fuse it when you export, with ti-export --lora FILE:0.8"
+    )
+    for refuse in (
+        lambda prompt: encode_ids(prompt, tokenizer, vocabulary(TOY)),
+        lambda prompt: Request("a cat", negative_prompt=prompt),
+        named_words,
+    ):
+        with pytest.raises(UsageError, match=re.escape(message)):
+            refuse(f"a (<toy> <{name}>:1.2), [a:b:0.5]")
+
+
+def test_a_hypernetwork_in_a_prompt_is_refused() -> None:
+    with pytest.raises(
+        UsageError, match="has '<hypernet:foo:1>', but a hypernetwork cannot be used in a prompt: leave"
+    ):
+        Request("a cat <hypernet:foo:1>")
 
 
 def test_a_word_of_many_vectors_is_never_split(tokenizer: Tokenizer) -> None:
@@ -431,18 +456,38 @@ PIECES = [
 def test_no_word_is_used_whose_name_was_not_found(prompt: str, tokens: set[str]) -> None:
     words = {token: Concept(token, {"text_encoder": np.ones((1, 4), np.float32)}) for token in tokens}
     try:
-        used = used_words(prompt, Vocabulary(words), lambda piece: True)
+        used = used_words(prompt, Vocabulary(words, ignore_case=True), lambda piece: True)
     except UsageError:  # the prompt is malformed: "(a:.)"
         reject()
 
     names = named_words(prompt)
     for concept in used:
-        bare = concept.token.strip("<>")
-        exact = names.bracketed | {name.lower() for name in names.bracketed}
-        prefixes = [
-            name for name in names.embeddings | names.bare if name.startswith(bare) or name.lower().startswith(bare)
-        ]
-        assert bare in exact or prefixes, (prompt, concept.token)
+        bare = concept.token.strip("<>").lower()
+        prefixes = [name for name in names.embeddings | names.bare if name.lower().startswith(bare)]
+        assert bare in {name.lower() for name in names.bracketed} or prefixes, (prompt, concept.token)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["EasyNegative", "easynegative, bad", "EASYNEGATIVE", "embedding:easynegative", "<EASYnegative>", "(easyNegative)"],
+)
+def test_a_word_is_found_whatever_the_case_of_its_name(prompt: str) -> None:
+    """A1111 finds a word by the ids of its name, and CLIP's tokenizer lower-cases it."""
+    word = Concept("EasyNegative", {"text_encoder": np.ones((1, 4))})
+
+    assert used_words(prompt, Vocabulary({"EasyNegative": word}, ignore_case=True), lambda piece: False) == [word]
+
+
+@pytest.mark.parametrize("tokens", itertools.permutations(["Toy", "TOY", "toys", "<Gem>", "gem"], 5))
+def test_of_words_that_differ_in_case_the_one_with_exactly_the_name_or_else_the_first_in_the_alphabet_is_meant(
+    tokens: Sequence[str],
+) -> None:
+    words = {token: Concept(token, {"text_encoder": np.full((1, 4), i + 1.0)}) for i, token in enumerate(tokens)}
+    vocabulary = Vocabulary(words, ignore_case=True)
+    for name, token in (("TOY", "TOY"), ("Toy", "Toy"), ("toy", "TOY"), ("toYS", "toys"), ("GEM", "gem")):
+        assert [word.token for word in used_words(f"a {name}", vocabulary, lambda piece: False)] == [token]
+    for name, token in (("<toy>", "TOY"), ("<gem>", "gem"), ("<Gem>", "<Gem>"), ("embedding:TOYS", "toys")):
+        assert [word.token for word in used_words(f"a {name}", vocabulary, lambda piece: False)] == [token]
 
 
 def test_used_words_are_those_that_the_tokenizer_is_given(tokenizer: Tokenizer) -> None:
@@ -530,7 +575,7 @@ def test_bare_names_are_compared_with_those_of_known_lengths_only() -> None:
             return super().get(token, default)
 
     words = Words(gem=Concept("gem", {"text_encoder": np.ones((1, 4))}))
-    assert used_words("." * 1_000, Vocabulary(words), lambda piece: False) == []
+    assert used_words("." * 1_000, Vocabulary(words, ignore_case=True), lambda piece: False) == []
     assert words.looked_up <= 2 * 1_000
 
 

@@ -110,6 +110,15 @@ def test_only_the_words_that_the_prompts_use_are_returned(store: WordStore, word
     assert resolved(words) == {}
 
 
+def test_case_does_not_matter_in_a1111s_api(store: WordStore, words: Words) -> None:
+    """There CLIP's tokenizer, which lower-cases all text, reads the names of embeddings too."""
+    store.put("alice", word("EasyNegative", 1))
+    for prompt in ("bad, easynegative", "EASYNEGATIVE", "<easyNegative>", "embedding:easynegative"):
+        assert resolved(words, prompt, bare=True) == {"EasyNegative": 1}, prompt
+    with pytest.raises(Invalid, match=r"there is no word '<easynegative>', similar words: EasyNegative"):
+        run(words.resolve(ALICE, ["<easynegative>"], False))
+
+
 def test_the_requests_own_vocabulary_finds_the_same_words(store: WordStore, words: Words) -> None:
     for value, token in enumerate(["<toy>", "toy", "TOY", "cat", "Dog"], 1):
         store.put("alice", word(token, value))
@@ -119,7 +128,8 @@ def test_the_requests_own_vocabulary_finds_the_same_words(store: WordStore, word
             {record.token: store.concept(record) for record in store.records("alice", store.tokens("alice"))}, False
         )
         expected = [concept.identity for concept in used_words(prompt, everything, lambda piece: False)]
-        assert [c.identity for c in used_words(prompt, Vocabulary(found), lambda piece: False)] == expected, prompt
+        vocabulary = Vocabulary(found, ignore_case=True)
+        assert [c.identity for c in used_words(prompt, vocabulary, lambda piece: False)] == expected, prompt
 
 
 PIECES = ["<", ">", "a", "A", "b", "embedding:", "-", ".", " ", "(", ")", "é", "É", "BREAK", "<a>", "<B>"]
@@ -137,7 +147,8 @@ def test_any_prompt_gets_the_words_that_the_tokenizer_would_find_among_all(
             store.delete("alice", token)
     for token in sorted(tokens - set(store.tokens("alice"))):
         store.put("alice", word(token, 1.0 + TOKENS.index(token)))
-    everything = Vocabulary({token: word(token, 1.0 + TOKENS.index(token)) for token in tokens}, bare_names)
+    known = {token: word(token, 1.0 + TOKENS.index(token)) for token in tokens}
+    everything = Vocabulary(known, bare_names, ignore_case=bare_names)
     words = Words(store)
     try:
         expected = {concept.identity for concept in used_words(prompt, everything, lambda piece: False)}
@@ -147,7 +158,8 @@ def test_any_prompt_gets_the_words_that_the_tokenizer_would_find_among_all(
     else:
         found = run(words.resolve(ALICE, [prompt], bare_names))
         assert {concept.identity for concept in found.values()} == expected
-        assert {c.identity for c in used_words(prompt, Vocabulary(found), lambda piece: False)} == expected
+        vocabulary = Vocabulary(found, ignore_case=True)
+        assert {c.identity for c in used_words(prompt, vocabulary, lambda piece: False)} == expected
     finally:
         words.close()
 

@@ -215,7 +215,7 @@ WRONG: list[tuple[str, dict[str, torch.Tensor], str]] = [
     ("SDXL", {"clip_l": TENSOR, "clip_g": torch.from_numpy(WIDE)}, "text_encoder_2, this model's encoders are"),
     ("layers", dict.fromkeys(XTI_KEYS, TENSOR), "rows for 16 cross-attention layers, this model has"),
     ("NaN", {"<nan>": TENSOR * float("nan")}, "NaN or infinity: its training failed, train it again"),
-    ("whole numbers", {"<int>": torch.ones(2, WIDTH, dtype=torch.int32)}, "I32, allowed are F16, F32, F64, BF16"),
+    ("whole numbers", {"<int>": torch.ones(2, WIDTH, dtype=torch.int32)}, "'I32', allowed are F16, F32, F64, BF16"),
     ("76 vectors", {"<long>": torch.ones(76, WIDTH)}, "76 vectors, allowed are 1 to 75"),
     ("a path", {"../../evil": TENSOR}, "looks like a path"),
 ]
