@@ -54,6 +54,8 @@ def save_png(image: Image, path: str | Path, parameters: str = "") -> None:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise FileError(f"{path.parent} is a file: give a folder") from error
     except OSError as error:
         raise FileError(f"cannot create the folder {path.parent}: {error.strerror}") from error
     write_whole(path, png_bytes(image, parameters), sync=False)
@@ -90,7 +92,7 @@ def open_picture(path: Path) -> PIL.Image.Image:
 def decode_picture(
     stream: BinaryIO, name: str, max_pixels: int = _MAX_PIXELS, formats: tuple[str, ...] = _FORMATS
 ) -> PIL.Image.Image:
-    """Decodes an untrusted picture: rotated as its EXIF says, 8 bits per channel, in its own mode.
+    """Decodes an untrusted picture: rotated as its EXIF says, 8 bits per channel, in its own mode, but RGB for LAB.
 
     An animation is read as its first frame. 16-bit values are scaled to 8 bits; floats and 32-bit integers, which have
     no fixed range, are scaled by the smallest of 1 (floats only), 255 and 65535 that covers them all.
@@ -180,12 +182,18 @@ def parameters_text(request: Request, settings: ResolvedSettings, seed: int, mod
 
 
 def _eight_bits(picture: PIL.Image.Image) -> PIL.Image.Image:
-    """Converts a grey picture of 16 or 32 bits to 8 bits; returns any other unchanged."""
+    """Converts a grey picture of 16 or 32 bits to 8 bits, and one in LAB, which Pillow converts to little else, to RGB;
+    returns any other unchanged."""
+    if picture.mode == "LAB":
+        return picture.convert("RGB")
     if picture.mode not in _TOPS and not picture.mode.startswith("I;16"):
         return picture
+    transparent = picture.info.get("transparency")  # the value of transparent pixels, in some PNGs
+    opaque = None if transparent is None else np.asarray(picture) != transparent
     values = np.asarray(picture).astype(np.float32)
     finite = np.isfinite(values)
     largest = float(values.max(where=finite, initial=0))
     top = next((top for top in _TOPS.get(picture.mode, (65535,)) if largest <= top), largest)
     values = np.where(finite | (values > 0), values, 0).clip(0, top)  # NaN is black, infinity white
-    return PIL.Image.fromarray((values / top * 255 + 0.5).astype(np.uint8))
+    grey = (values / top * 255 + 0.5).astype(np.uint8)
+    return PIL.Image.fromarray(grey if opaque is None else np.stack([grey, opaque * np.uint8(255)], -1))

@@ -438,8 +438,9 @@ def _noise_schedule(config: Mapping[str, Any], sampler: Sampler, spacing: Spacin
     if sampler is Sampler.DPMPP_2M_KARRAS:
         spacing = Spacing.KARRAS
     noise = NoiseSchedule.read(config, _METHODS[sampler].default_spacing, spacing)
-    if sampler is Sampler.DPMPP_2M and spacing is None and noise.spacing is Spacing.KARRAS:
-        return replace(noise, spacing=None)  # which dpmpp-2m-karras is for
+    karras = sampler is Sampler.DPMPP_2M and noise.spacing is Spacing.KARRAS  # which dpmpp-2m-karras is for
+    if spacing is None and (karras or sampler is Sampler.EULER_A):  # whose class ignores the config's spacing of sigmas
+        return replace(noise, spacing=None)
     return noise
 
 
@@ -449,7 +450,8 @@ def _start(steps: int, strength: float, kind: ScheduleKind) -> int:
         raise UsageError(f"strength {strength:g}, allowed are 0 < strength <= 1")
     count = int(steps * strength) if kind is ScheduleKind.BETAS else steps - int(steps - steps * strength)
     if count == 0:
-        raise UsageError(f"strength {strength:g} of {steps} steps leaves none: use {math.ceil(1 / strength)} or more")
+        more = f"use {math.ceil(1 / strength)} or more" if strength >= 0.001 else "use a higher strength"
+        raise UsageError(f"strength {strength:g} of {steps} steps leaves none: {more}")
     return steps - count
 
 

@@ -100,14 +100,36 @@ def test_a_large_blur_is_near_the_exact_one(blur: float) -> None:
     mask = np.zeros((200, 230), np.bool_)
     mask[:40, :30] = mask[80:150, 90:200] = mask[170, 40] = True
 
-    weights = paste_weights(mask, blur)
+    np.testing.assert_allclose(paste_weights(mask, blur), exact(mask, blur), atol=0.01)
 
+
+@pytest.mark.parametrize(
+    ("height", "width", "rows", "columns", "blur"),
+    [
+        (128, 104, slice(0, 1), slice(20, 90), 8.0),  # a line at the border, which reflection has once
+        (192, 184, slice(78, 83), slice(63, 184), 8.0),
+        (440, 296, slice(25, 440), slice(2, 296), 8.0),
+        (8, 8, slice(1, 8), slice(1, 8), 10.0),
+        (8, 8, slice(1, 8), slice(1, 8), 64.0),
+    ],
+)
+def test_a_large_blur_is_near_the_exact_one_at_borders_and_in_small_pictures(
+    height: int, width: int, rows: slice, columns: slice, blur: float
+) -> None:
+    mask = np.zeros((height, width), np.bool_)
+    mask[rows, columns] = True
+
+    np.testing.assert_allclose(paste_weights(mask, blur), exact(mask, blur), atol=0.01)
+
+
+def exact(mask: npt.NDArray[np.bool_], blur: float) -> npt.NDArray[np.float64]:
+    """OpenCV's GaussianBlur, pixel by pixel."""
     radius = int(2.5 * blur + 0.5)
     kernel = np.exp(-0.5 * (np.arange(-radius, radius + 1) / blur) ** 2)
     expected = np.pad(mask.astype(float), radius, "reflect")
     for axis in (0, 1):
         expected = np.apply_along_axis(np.convolve, axis, expected, kernel / kernel.sum(), "valid")
-    np.testing.assert_allclose(weights, expected, atol=0.03)
+    return np.asarray(expected, np.float64)
 
 
 def test_a_large_blur_costs_no_more_than_a_small_one() -> None:

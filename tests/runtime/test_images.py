@@ -72,6 +72,13 @@ def test_ctrl_c_while_a_picture_is_saved_leaves_no_file(tmp_path: Path, monkeypa
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_file_in_place_of_the_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("kept")
+
+    with pytest.raises(FileError, match=r"notes\.txt is a file: give a folder$"):
+        save_png(RED, tmp_path / "notes.txt" / "cat.png")
+
+
 def test_a_rotated_photograph_is_turned_upright(tmp_path: Path) -> None:
     exif = PIL.Image.Exif()
     exif[0x0112] = 6  # the camera was turned by 90 degrees
@@ -121,6 +128,26 @@ def test_sixteen_bits_and_floats_are_scaled_to_eight_bits(
 
     np.testing.assert_array_equal(read_image(tmp_path / name), np.array(expected)[None, :, None].repeat(3, 2))
     np.testing.assert_array_equal(read_mask(tmp_path / name), np.array(expected)[None] >= 128)
+
+
+@pytest.mark.parametrize("value", [0, 300, 65535])
+def test_a_transparent_value_of_a_sixteen_bit_picture_becomes_white_and_no_other(tmp_path: Path, value: int) -> None:
+    """The PNG specification, 11.3.2.1: pixels of exactly this value are transparent, all others are opaque."""
+    values = np.array([[0, 256, 300, 32896, 65535]], np.uint16)
+    PIL.Image.fromarray(values).save(tmp_path / "picture.png", transparency=value)
+
+    expected = np.array([0, 1, 1, 128, 255])  # 256 * 255 / 65535 = 0.996, 300 * 255 / 65535 = 1.17
+    expected[values[0] == value] = 255
+    np.testing.assert_array_equal(read_image(tmp_path / "picture.png"), expected[None, :, None].repeat(3, 2))
+
+
+def test_a_picture_in_lab_is_read_also_as_a_mask(tmp_path: Path) -> None:
+    picture = PIL.Image.new("LAB", (4, 2), (255, 128, 128))  # white
+    picture.paste((0, 128, 128), (0, 0, 2, 2))  # black
+    picture.save(tmp_path / "lab.tif")
+
+    np.testing.assert_array_equal(read_mask(tmp_path / "lab.tif"), [[False, False, True, True]] * 2)
+    np.testing.assert_allclose(read_image(tmp_path / "lab.tif")[0, :, 0], [0, 0, 255, 255], atol=1)
 
 
 def test_a_mask_is_true_where_it_is_closer_to_white_than_to_black(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import pytest
 import torch
 from diffusers.schedulers import AysSchedules
+from diffusers.schedulers.scheduling_euler_discrete import rescale_zero_terminal_snr
 
 from oneword.engines.errors import UsageError
 from oneword.runtime.samplers import Guidance, Sampler, Schedule, make_schedule, sampler_of, stage_at
@@ -184,6 +185,49 @@ SHIFTING = sorted(PEERS.keys() - {Sampler.HEUN, Sampler.DPM2_A})  # the peers of
 def test_zero_terminal_snr_matches_diffusers(sampler: Sampler, spacing: str) -> None:
     config = {**BASE, "prediction_type": "v_prediction", "timestep_spacing": spacing, "rescale_betas_zero_snr": True}
     _assert_equal_runs(sampler, config, 10)
+
+
+@pytest.mark.parametrize("sampler", [Sampler.HEUN, Sampler.DPM2_A])
+@pytest.mark.parametrize(("spacing", "tolerance"), [("leading", 1e-4), ("trailing", 1e-3)])
+def test_zero_terminal_snr_is_followed_by_samplers_whose_diffusers_class_lacks_it(
+    sampler: Sampler, spacing: str, tolerance: float
+) -> None:
+    """diffusers gets the betas that its other schedulers compute. With trailing its float32 state is 4096 times ours,
+    whose difference of nearly equal numbers loses some digits."""
+    config = {**BASE, "prediction_type": "v_prediction", "timestep_spacing": spacing}
+    cls, _ = PEERS[sampler]
+    betas = rescale_zero_terminal_snr(cls.from_config(config).betas)
+    scheduler = cls.from_config({**config, "trained_betas": betas.tolist()})
+    scheduler.alphas_cumprod[-1] = 2**-24  # as in EulerDiscreteScheduler
+    scheduler.set_timesteps(20)
+    expected, timesteps = _run_scheduler(scheduler, 20, 11, None)
+
+    schedule = make_schedule({**config, "rescale_betas_zero_snr": True}, sampler, 20, guidance_scale=1.0)
+
+    np.testing.assert_allclose(schedule.timesteps, timesteps, rtol=0, atol=0.02)
+    assert (_run_table(schedule, 11, None) - expected).abs().max() / expected.abs().max() <= tolerance
+
+
+SPACED = ("use_karras_sigmas", "use_exponential_sigmas")
+
+
+@pytest.mark.parametrize("sampler", sorted(PEERS.keys() - {Sampler.DPMPP_2M_KARRAS}))
+@pytest.mark.parametrize("key", SPACED)
+def test_a_spacing_of_sigmas_in_the_config_is_followed_if_the_diffusers_class_has_it(
+    sampler: Sampler, key: str
+) -> None:
+    """dpmpp-2m leaves use_karras_sigmas to dpmpp-2m-karras."""
+    cls, _ = PEERS[sampler]
+    has_key = key in inspect.signature(cls.__init__).parameters
+    config = {**BASE, "prediction_type": "epsilon", "timestep_spacing": "leading", "steps_offset": 1}
+    plain, spaced = (make_schedule({**config, **extra}, sampler, 20, guidance_scale=1.0) for extra in ({}, {key: True}))
+
+    followed = has_key and (sampler, key) != (Sampler.DPMPP_2M, "use_karras_sigmas")
+    assert np.array_equal(spaced.timesteps, plain.timesteps) != followed
+    if not followed:
+        np.testing.assert_array_equal(_table(spaced), _table(plain))
+    if not has_key:
+        _assert_equal_runs(sampler, {**config, key: True}, 20)
 
 
 @pytest.mark.parametrize("eta", [0.3, 1.0])
@@ -465,6 +509,7 @@ def test_a_run_without_guidance_needs_no_negative_prompt() -> None:
         ({}, Sampler.LCM, 51, {}, "lcm allows at most 50"),
         ({}, Sampler.DDIM, 5, {"strength": 2.0}, "strength 2, allowed"),
         ({}, Sampler.DDIM, 5, {"strength": 0.1}, "leaves none: use 10"),
+        ({}, Sampler.DDIM, 5, {"strength": 1e-309}, "strength 1e-309 of 5 steps leaves none: use a higher strength"),
     ],
 )
 def test_unsupported_settings_are_refused_by_name(
