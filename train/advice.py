@@ -8,6 +8,7 @@ from typing import Any
 
 from oneword.engines.errors import UsageError
 from oneword.export.source import Source
+from oneword.runtime.commands import counted
 from oneword.runtime.concept import load_concept
 from oneword.train.initial import RANDOM, concept_file, split_words, token_ids
 from oneword.train.learner import Learner
@@ -24,7 +25,7 @@ DEAF = 0.3  # of the initial response to the rest of a prompt
 def before(source: Source, images: Path, init: str, pictures: Sequence[Picture]) -> Iterator[str]:
     """Warns of too few pictures, skipped or duplicate pictures, and an init of several tokens."""
     if len(pictures) < FEW_PICTURES:
-        yield f"{images} has {len(pictures)} picture{'s'[: len(pictures) - 1]}: three to five are usual"
+        yield f"{images} has {counted(len(pictures), 'picture')}: three to five are usual"
     if unread := unread_pictures(images):
         yield f"skipped {', '.join(unread)} in {images}: convert to PNG or JPEG"
     for first, second in near_duplicates(pictures):
@@ -37,8 +38,11 @@ def before(source: Source, images: Path, init: str, pictures: Sequence[Picture])
         return
     tokenizer: Any = next(iter(source.tokenizers.values()))
     for word in split_words(init):
-        if len(token_ids(tokenizer, word)) > 1:
-            yield f"init {word!r} is several tokens in this model, so their mean is used: a common word works better"
+        if (count := len(token_ids(tokenizer, word))) > 1:
+            yield (
+                f"init {word!r} is {count} tokens in this model, so their mean is used; a common word works better "
+                "(check the spelling)"
+            )
 
 
 def after(learner: Learner, index: int) -> Iterator[str]:

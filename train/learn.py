@@ -49,7 +49,8 @@ MAX_SEED = 2**63 - 2  # the fixed batch of each word uses the next one
 
 @dataclass(frozen=True)
 class Progress:
-    """A run's progress after `step` of `steps`. `losses` and `stopped` are in the tasks' order.
+    """A run's progress after `step` of `steps`. `losses` and `stopped` are in the tasks' order. `start` is
+    the step that the run resumed from, 0 if it did not.
 
     `notes` are new warnings, `sheets` are samples drawn after this step, `words` are the words as they are after this
     step, if it is one of `words_after`. The last progress also has the `concepts`, the `history` of each word's losses,
@@ -68,6 +69,7 @@ class Progress:
     history: Sequence[Sequence[float]] = ()
     lengths: Sequence[float] = ()
     timings: dict[str, float] = field(default_factory=dict)
+    start: int = 0
 
 
 def learn(
@@ -187,6 +189,7 @@ class Run:
             self.learner.restore(self.checkpoint.tensors, self.checkpoint.facts)
             self.notes.append(f"resuming from step {step} of {self.recipe.steps} ({self.checkpoints})")
             self.checkpoint = None
+        self.start = self.learner.steps_done
         self.losses = [word.losses[-1] if word.losses else math.nan for word in self.learner.words]
         self.rate = self.learner.learning_rate
 
@@ -214,7 +217,9 @@ class Run:
         notes, self.notes = self.notes, []
         stopped = [word.stopped for word in self.learner.words]
         step, words = self.learner.steps_done, self.words()
-        return Progress(step, self.recipe.steps, self.losses, self.rate, stopped, notes, sheets, words)
+        return Progress(
+            step, self.recipe.steps, self.losses, self.rate, stopped, notes, sheets, words, start=self.start
+        )
 
     def words(self) -> list[Concept]:
         """The words as they are now, if this step is one of `words_after`."""
@@ -233,7 +238,7 @@ class Run:
             for index, task in enumerate(self.tasks)
         ]
         lengths = [relative_length(learner, index) for index in range(len(words))]
-        self.clock.lap("look")
+        self.clock.lap("samples")
         return Progress(
             learner.steps_done,
             self.recipe.steps,
@@ -247,6 +252,7 @@ class Run:
             history=[word.losses for word in words],
             lengths=lengths,
             timings=self.clock.seconds,
+            start=self.start,
         )
 
     def sheets(self) -> list[Sheet]:

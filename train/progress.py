@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def show(run: Iterable[Progress], console: Console) -> Iterator[Progress]:
-    """Shows a bar with loss, rate, likeness and the number of stopped words, or a line per tenth of the steps."""
+    """Shows loss, learning rate, likeness and the number of stopped words: a bar, or a line per tenth of the steps."""
     columns = (TextColumn("learning"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     bar = Bar(*columns, TextColumn("{task.description}"), console=console, transient=True)
     smooth, likeness = math.nan, math.nan
@@ -37,7 +37,7 @@ def show(run: Iterable[Progress], console: Console) -> Iterator[Progress]:
             smooth = mean if math.isnan(smooth) else 0.9 * smooth + 0.1 * mean
             likenesses = [sheet.likeness for sheet in progress.sheets if sheet.likeness is not None]
             likeness = float(np.mean(likenesses)) if likenesses else likeness
-            state = f"loss {smooth:.4f} rate {progress.learning_rate:.2g}"
+            state = f"loss {smooth:.4f} learning rate {progress.learning_rate:.2g}"
             state += "" if math.isnan(likeness) else f" likeness {likeness:.3f}"
             if len(progress.stopped) > 1 and any(progress.stopped):
                 state += f" stopped {sum(progress.stopped)} of {len(progress.stopped)}"
@@ -50,7 +50,7 @@ def show(run: Iterable[Progress], console: Console) -> Iterator[Progress]:
 
 
 def log(run: Iterable[Progress], folder: Path, tokens: list[str]) -> Iterator[Progress]:
-    """Writes TensorBoard logs to `folder`: loss, likeness and sheets of every word, and the rate."""
+    """Writes TensorBoard logs to `folder`: loss, likeness and sheets of every word, and the learning rate."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
@@ -61,7 +61,7 @@ def log(run: Iterable[Progress], folder: Path, tokens: list[str]) -> Iterator[Pr
         raise FileError(f"--tensorboard {folder}: {error.strerror or error}: give a writable folder") from error
     with writer:
         for progress in run:
-            writer.add_scalar("rate", progress.learning_rate, progress.step)
+            writer.add_scalar("learning_rate", progress.learning_rate, progress.step)
             for token, loss in zip(tokens, progress.losses, strict=True):
                 if math.isfinite(loss):
                     writer.add_scalar(f"loss/{token}", loss, progress.step)

@@ -21,6 +21,9 @@ from oneword.engines.errors import UsageError
 from oneword.runtime.concept import MAX_STAGES
 from oneword.train.stopping import WINDOW
 
+NOTHING: Final = "null"
+"""The text of a setting that is None or an empty list."""
+
 
 class Subject(Enum):
     """What the pictures have in common, which decides the templates."""
@@ -143,10 +146,10 @@ class Recipe:
             raise UsageError(f"stages is {self.stages} without output vectors: set output to shared or layers")
         if self.output is not Output.NONE and self.grow_at:
             raise UsageError(
-                f"grow_at is {self.grow_at} with output vectors, which all learn from the start: leave it out"
+                f"grow_at is {_text(self.grow_at)} with output vectors, which all learn from the start: leave it out"
             )
         if not all(0 <= beta < 1 for beta in self.betas):
-            raise UsageError(f"betas is {self.betas}: give two numbers from 0 to below 1, for example 0.9,0.999")
+            raise UsageError(f"betas is {_text(self.betas)}: give two numbers from 0 to below 1, for example 0.9,0.999")
         if self.optimizer is Optimizer.DIRECTIONAL and self.norm is not Norm.FREE:
             raise UsageError(
                 f"norm is {self.norm.value} with the directional optimizer, which fixes lengths: leave it at free"
@@ -170,13 +173,15 @@ class Recipe:
         if self.words_per_call is not None:
             _within("words_per_call", self.words_per_call, 1, 4096)
         if not 0 <= self.timesteps[0] < self.timesteps[1] <= 1:
-            raise UsageError(f"timesteps is {self.timesteps}: give two rising numbers from 0 to 1, for example 0.2,1")
+            raise UsageError(
+                f"timesteps is {_text(self.timesteps)}: give two rising numbers from 0 to 1, for example 0.2,1"
+            )
         if len(self.grow_at) >= self.vectors or list(self.grow_at) != sorted(set(self.grow_at)):
             raise UsageError(
-                f"grow_at is {self.grow_at} with {self.vectors} vectors: give rising steps, fewer than vectors"
+                f"grow_at is {_text(self.grow_at)} and vectors is {self.vectors}: give rising steps, fewer than vectors"
             )
         if self.grow_at and not 0 < self.grow_at[0] <= self.grow_at[-1] < self.steps:
-            raise UsageError(f"grow_at is {self.grow_at}: give steps from 1 to {self.steps - 1}")
+            raise UsageError(f"grow_at is {_text(self.grow_at)}: give steps from 1 to {self.steps - 1}")
 
     def vectors_at(self, step: int) -> int:
         """How many rows are in use after `step` optimiser steps."""
@@ -209,22 +214,25 @@ class Recipe:
         return dataclasses.replace(self, **changes)
 
     def with_text(self, settings: Iterable[str]) -> Recipe:
-        """Returns this recipe with settings given as `name=value`; tuples are written with commas, None as `null`."""
+        """Returns this recipe with settings given as `name=value`, in the form of `as_text`."""
         changes: dict[str, Any] = {}
         types = typing.get_type_hints(Recipe)
         for setting in settings:
             name, _, text = (part.strip() for part in setting.partition("="))
             if name not in types:
                 raise UsageError(f"{setting!r} is not a setting: give name=value, the names are {', '.join(types)}")
-            value = text.split(",") if typing.get_origin(types[name]) is tuple else text
+            value: str | list[str] = text
+            if typing.get_origin(types[name]) is tuple:
+                value = [] if text == NOTHING else text.split(",")
             try:
                 changes[name] = msgspec.convert(value, types[name], strict=False)
             except msgspec.ValidationError as error:
-                raise UsageError(f"{setting!r}: {error}") from error
+                raise UsageError(f"{name} is {text!r}: give {_allowed(types[name])}") from error
         return self.with_changes(**changes)
 
     def as_text(self) -> dict[str, str]:
-        """Every setting as text, for metadata and to compare a run with the command that resumes it."""
+        """Every setting as text: lists with commas, nothing as `null`. For metadata and reports, and to compare a run
+        with the command that resumes it."""
         return {field.name: _text(getattr(self, field.name)) for field in dataclasses.fields(self)}
 
 
@@ -234,7 +242,34 @@ def _within(field: str, value: int, low: int, high: int) -> None:
 
 
 def _text(value: object) -> str:
-    return value.value if isinstance(value, Enum) else str(value)
+    match value:
+        case Enum():
+            return str(value.value)
+        case bool():
+            return str(value).lower()
+        case None | ():
+            return NOTHING
+        case tuple():
+            return ",".join(map(_text, value))
+        case float():
+            return str(value).removesuffix(".0")
+    return str(value)
+
+
+_ALLOWED: Mapping[Any, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+
+
+def _allowed(kind: Any) -> str:
+    """What a setting of this type may be, in words."""
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return " or ".join(choice.value for choice in kind)
+    if kind in _ALLOWED:
+        return _ALLOWED[kind]
+    parts = typing.get_args(kind)
+    if typing.get_origin(kind) is tuple:
+        count = "two numbers" if parts == (float, float) else f"{_ALLOWED[parts[0]].removeprefix('a ')}s"
+        return f"{count} with commas between"
+    return f"{_allowed(parts[0])} or {NOTHING}"
 
 
 def _named(*recipes: Recipe) -> Mapping[str, Recipe]:

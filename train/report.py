@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from oneword.train.plots import curves
+from oneword.train.recipe import NOTHING
 
 SMOOTH = 20  # steps of the loss's running mean
 
@@ -49,7 +50,10 @@ def report(
     seconds: Mapping[str, float],
     config: str | None = None,
 ) -> str:
-    """Returns the page. `rates` and the words' losses are by step, `seconds` by stage; `config` is as in `learn`."""
+    """Returns the page. `rates` and the words' losses are by step, `seconds` by stage; `config` is as in `learn`.
+
+    Settings whose text is `NOTHING` are left out.
+    """
     losses = {word.token: [loss for loss in word.losses if math.isfinite(loss)] for word in words}
     return (
         jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
@@ -62,7 +66,8 @@ def report(
             notes=notes,
             seconds=seconds,
             loss_curves=curves(losses, "loss", smooth=SMOOTH),
-            rate_curve=curves({"rate": rates}, "rate"),
+            rate_curve=curves({"learning rate": rates}, "learning rate"),
+            nothing=NOTHING,
             picture=as_data,
             run_line=run_line,
         )
@@ -117,7 +122,7 @@ well: look at the samples.</p>
 {{ loss_curves | safe }}
 {{ rate_curve | safe }}
 {% for word in words %}
-<h2>{{ word.token }}</h2>
+<h2>{{ word.token if words | length > 1 else "The word" }}</h2>
 <p>{{ word.vectors }} vector{{ "s" if word.vectors > 1 }}, from <code>{{ word.init }}</code>,
 {{ "%.1f" | format(word.length) }} times as long as the median vector of the vocabulary
 {%- if word.likeness is not none %}; likeness {{ "%.3f" | format(word.likeness) }}{% endif %}.
@@ -133,7 +138,7 @@ src="{{ picture(sheet) }}"><figcaption>step {{ step }}</figcaption></figure>
 {% endfor %}{% endif %}
 {% endfor %}
 <h2>Settings</h2>
-<table>{% for name, value in settings.items() %}<tr><td>{{ name }}<td>{{ value }}</tr>
+<table>{% for name, value in settings.items() if value != nothing %}<tr><td>{{ name }}<td>{{ value }}</tr>
 {% endfor %}</table>
 </html>
 """

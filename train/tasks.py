@@ -8,7 +8,7 @@ from pathlib import Path
 
 from diffusers import UNet2DConditionModel
 
-from oneword.engines.errors import UsageError
+from oneword.engines.errors import ConceptError, UsageError
 from oneword.export.families import family_of
 from oneword.export.source import Source
 from oneword.runtime.concept import check_token, load_concept
@@ -24,7 +24,7 @@ class Task:
     """One word to learn: its folder of pictures, its token, and what it starts from.
 
     `init` is a word of the model's vocabulary, several words (their rows are averaged), `auto` (words that are found in
-    the pictures), `random` (a random row of the vocabulary's median length), or a concept file. Raises `ConceptError`
+    the pictures), `random` (a random row of the vocabulary's median length), or a concept file. Raises `UsageError`
     for a token that the runtime would refuse. `more` are pictures outside the folder to learn from too.
     """
 
@@ -34,7 +34,10 @@ class Task:
     more: tuple[Path, ...] = ()
 
     def __post_init__(self) -> None:
-        check_token(self.token)
+        try:
+            check_token(self.token)
+        except ConceptError as error:
+            raise UsageError(str(error)) from None
 
 
 def check_tasks(tasks: Sequence[Task]) -> None:

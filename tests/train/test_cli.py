@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import oneword
 from oneword.export.source import load_source
 from oneword.runtime.concept import load_concept
-from oneword.train.cli import main
+from oneword.train.cli import main, steps_taken
 from tests.original_layout import original_layout
 
 
@@ -38,6 +39,7 @@ def test_the_command_writes_a_concept_and_says_what_it_did(
     assert report["steps"] == 3
     assert report["concepts"][0]["output"] == str(output)
     assert "step 3/3 loss" in captured.err
+    assert re.search(r"toy\.safetensors, 3 steps in \d+ s$", captured.err, re.M)
     concept = load_concept(output)
     assert concept.token == "<toy>"
     assert concept.vectors["text_encoder"].shape == (1, 32)
@@ -56,6 +58,8 @@ def test_a_command_that_cannot_succeed_fails_with_one_line_before_learning(
     empty = tmp_path / "empty"
     empty.mkdir()
     (tmp_path / "none.csv").write_text("images,token,init,output\n")
+    (tmp_path / "0.csv").write_bytes(b"\xff\xfe\xff")
+    (tmp_path / "x.csv").write_text("images,token,init,output\npictures,x y,star,x.safetensors\n")
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "x.png").write_text("text")
     cases = [
@@ -64,22 +68,34 @@ def test_a_command_that_cannot_succeed_fails_with_one_line_before_learning(
         ([str(tmp_path / "bad"), *good[1:]], 1, "x.png cannot be read as a picture"),
         ([*good, "--recipe", "nothing"], 2, "unknown recipe 'nothing'"),
         ([*good, "--learning-rate", "0"], 2, "learning_rate is 0.0"),
-        ([*good, "--token", "<again>"], 2, "1 folders and 2 times --token"),
-        ([str(folder), *good], 2, "2 folders and 1 times --token"),
+        ([*good, "--token", "<again>"], 2, "1 folder, but 2 values of --token: give one for each folder"),
+        ([str(folder), *good], 2, "2 folders, but 1 value of --token: give one for each folder"),
         ([*good[:-1], "x"], 2, "Invalid value for '--batch-size': 'x' is not a valid integer"),
         (good[:1], 2, "Missing option '--model'"),
         ([*good, "--config", str(tiny_model_dir)], 2, "--config is for a single .safetensors file"),
         (command(folder, tiny_model_dir, tmp_path / "toy.bin"), 2, "written as .safetensors"),
         (command(folder, tiny_model_dir, tmp_path / "no" / "toy.safetensors"), 2, "create it first"),
         (command(folder, tmp_path / "no-model", tmp_path / "toy.safetensors"), 2, "no-model"),
-        ([*good[:4], "../x", *good[5:]], 1, "looks like a path"),
+        ([*good[:4], "../x", *good[5:]], 2, "looks like a path"),
+        ([*good[:4], "x y", *good[5:]], 2, "token 'x y' is not safe"),
+        ([*good[:6], "absent.safetensors", *good[7:]], 2, "there is no file absent.safetensors"),
+        ([*good, "--set", "buckets=yes"], 2, "buckets is 'yes': give true or false"),
+        ([*good, "--checkpoints", str(tmp_path / "none.csv")], 2, "none.csv is a file: give a folder"),
+        ([*good, "--tensorboard", str(tmp_path / "none.csv")], 2, "none.csv is a file: give a folder"),
         ([*good[:4], "star", *good[5:]], 2, "'star' is already in the model's vocabulary: use <star> instead"),
         ([*good[:6], " ", *good[7:]], 2, "init is empty"),
         ([*good, "--set", "speed=9"], 2, "'speed=9' is not a setting"),
         ([*good, "--seed", "-1"], 2, "the seed is -1: give a whole number from 0"),
         ([*good, "--seed", str(10**30)], 2, "the seed is 1000"),
-        ([*good, "--set", "betas=0.9,1.5"], 2, "betas is (0.9, 1.5)"),
+        ([*good, "--set", "betas=0.9,1.5"], 2, "betas is 0.9,1.5: give two numbers"),
         (["--manifest", str(tmp_path / "none.csv"), "--model", str(tiny_model_dir)], 2, "lists no words"),
+        (
+            ["--manifest", str(tmp_path / "no.csv"), "--model", str(tiny_model_dir)],
+            2,
+            f"no file {tmp_path / 'no.csv'}:",
+        ),
+        (["--manifest", str(tmp_path / "0.csv"), "--model", str(tiny_model_dir)], 1, "0.csv is not a CSV in UTF-8"),
+        (["--manifest", str(tmp_path / "x.csv"), "--model", str(tiny_model_dir)], 2, "token 'x y' is not safe"),
         ([*good, "--preview-every", "0"], 2, "--preview-every is 0"),
         ([*good, "--report", str(tmp_path / "no" / "run.html")], 2, "in an existing folder"),
         ([str(folder), *good, "--token", "<toy>", "--output", str(tmp_path / "b.safetensors")], 2, "learned twice"),
@@ -92,6 +108,21 @@ def test_a_command_that_cannot_succeed_fails_with_one_line_before_learning(
         assert captured.err.count("\n") == 1
         assert captured.out == ""
     assert not list(tmp_path.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("start", "count", "text"),
+    [
+        (0, 1, "1 step"),
+        (0, 50, "50 steps"),
+        (10, 50, "steps 11 to 50"),
+        (49, 50, "step 50"),
+        (50, 50, "no more steps"),
+        (50, 20, "no more steps"),
+    ],
+)
+def test_only_the_steps_of_this_run_are_reported(start: int, count: int, text: str) -> None:
+    assert steps_taken(start, count) == text
 
 
 def with_nan(model: Path, part: str, copy: Path) -> Path:
@@ -141,7 +172,9 @@ def test_a_full_disk_at_the_end_loses_nothing(
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("toy")] == ["toy.run"]
 
     assert main(arguments) == 0
-    assert "resuming from step 3 of 3" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "resuming from step 3 of 3" in error
+    assert re.search(r"toy\.safetensors, no more steps in \d+ s$", error, re.M)
     assert load_concept(tmp_path / "toy.safetensors").token == "<toy>"
     assert not (tmp_path / "toy.run").exists()
 

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from oneword.engines.errors import UsageError
 from oneword.export.source import load_source
-from oneword.train.initial import initial_rows
+from oneword.train.initial import initial_rows, token_ids
 from oneword.train.learn import learn
 from oneword.train.recipe import named_recipe
 from oneword.train.tasks import Task
@@ -48,6 +48,7 @@ def test_words_are_shown_at_chosen_steps_also_when_a_run_resumes_there(
     )
     np.testing.assert_array_equal(shown[4], whole[-1].concepts[0].vectors["text_encoder"])
     assert [progress.step for progress in resumed] == [2, 3, 4]
+    assert ({progress.start for progress in whole}, {progress.start for progress in resumed}) == ({0}, {2})
     for progress in (resumed[0], resumed[-1]):
         np.testing.assert_array_equal(progress.words[0].vectors["text_encoder"], shown[progress.step])
 
@@ -66,7 +67,11 @@ def test_warnings_are_reported_at_the_first_step(folder: Path, tiny_model_dir: P
     assert "skipped 5.HEIC" in first.notes[1]
     assert "convert to PNG or JPEG" in first.notes[1]
     assert "0.png and 1.png" in first.notes[2]
-    assert "init 'zebra' is several tokens" in first.notes[3]
+    count = len(token_ids(load_source(tiny_model_dir).tokenizers["text_encoder"], "zebra"))
+    assert first.notes[3] == (
+        f"init 'zebra' is {count} tokens in this model, so their mean is used; a common word works better "
+        "(check the spelling)"
+    )
 
 
 def test_a_word_starts_from_a_concept_and_a_run_whose_concept_changed_is_refused(

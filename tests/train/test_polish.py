@@ -155,7 +155,7 @@ def test_what_cannot_be_polished_is_refused_in_one_line(
         (line(folder, tiny_model_dir, learned), 2, f"{learned} has no rounds of ti-refine"),
         (line(folder, tiny_model_dir, disliked), 2, "no picture was liked in the rounds of"),
         (line(folder, tiny_model_dir, missing), 1, "2.png is missing, a picture liked in a round of"),
-        (line(folder, tiny_model_dir, tmp_path / "absent.safetensors"), 1, "cannot read"),
+        (line(folder, tiny_model_dir, tmp_path / "absent.safetensors"), 2, "there is no file"),
         ([*good, "--token", "<x>"], 2, "--polish takes one IMAGES_DIR and --output"),
         ([*good, "--init", "cat"], 2, "--polish takes one IMAGES_DIR and --output"),
         ([str(folder), *good], 2, "--polish takes one IMAGES_DIR and --output"),

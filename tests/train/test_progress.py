@@ -27,13 +27,13 @@ def test_without_a_terminal_there_are_plain_lines() -> None:
     """The loss is the words' mean, smoothed with nine tenths of the previous value: 0.375, 0.3775."""
     assert printed(terminal=False).splitlines() == [
         "note: a note",
-        "step 1/2 loss 0.3750 rate 0.1",
-        "step 2/2 loss 0.3775 rate 0.05 likeness 0.750 stopped 1 of 2",
+        "step 1/2 loss 0.3750 learning rate 0.1",
+        "step 2/2 loss 0.3775 learning rate 0.05 likeness 0.750 stopped 1 of 2",
     ]
 
 
 def test_on_a_terminal_the_bar_shows_loss_likeness_and_stopped_words() -> None:
-    assert "loss 0.3775 rate 0.05 likeness 0.750 stopped 1 of 2" in printed(terminal=True)
+    assert "loss 0.3775 learning rate 0.05 likeness 0.750 stopped 1 of 2" in printed(terminal=True)
 
 
 def test_tensorboard_logs_have_every_words_numbers_and_sheets(tmp_path: Path) -> None:
@@ -45,7 +45,7 @@ def test_tensorboard_logs_have_every_words_numbers_and_sheets(tmp_path: Path) ->
     events.Reload()
     numbers = {tag: [(e.step, pytest.approx(e.value)) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
     assert numbers == {
-        "rate": [(1, 0.1), (2, 0.05)],
+        "learning_rate": [(1, 0.1), (2, 0.05)],
         "loss/<a>": [(1, 0.5), (2, 0.4)],
         "loss/<b>": [(1, 0.25)],
         "likeness/<a>": [(2, 0.75)],

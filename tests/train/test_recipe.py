@@ -75,14 +75,35 @@ def test_any_setting_can_be_given_as_text() -> None:
     )
 
 
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_a_recipe_as_text_gives_the_same_recipe(recipe: Recipe) -> None:
+    assert Recipe().with_text(f"{name}={value}" for name, value in recipe.as_text().items()) == recipe
+
+
+def test_settings_are_written_as_on_the_command_line() -> None:
+    recipe = named_recipe("progressive-three").with_changes(flip=True, encoders=("text_encoder", "text_encoder_2"))
+    text = recipe.as_text()
+
+    assert (text["grow_at"], text["betas"], text["flip"]) == ("2000,4000", "0.9,0.999", "true")
+    assert (text["learning_rate"], text["init_weight"], text["timesteps"]) == ("0.04", "0", "0,1")
+    assert (text["encoders"], text["min_snr"], text["rate"]) == ("text_encoder,text_encoder_2", "null", "constant")
+    assert named_recipe("fast").as_text()["grow_at"] == "null"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("speed=9", "'speed=9' is not a setting: give name=value, the names are name, subject"),
-        ("steps=many", "'steps=many': Expected `int`"),
-        ("rate=fast", "'rate=fast': Invalid enum value 'fast'"),
-        ("timesteps=0.5", "'timesteps=0.5': Expected `array` of length 2"),
-        ("timesteps=0.5,0.5", "timesteps is"),
+        ("steps=many", "steps is 'many': give a whole number$"),
+        ("buckets=yes", "buckets is 'yes': give true or false$"),
+        ("learning_rate=", "learning_rate is '': give a number$"),
+        ("min_snr=some", "min_snr is 'some': give a number or null$"),
+        ("words_per_call=1.5", "words_per_call is '1.5': give a whole number or null$"),
+        ("rate=fast", "rate is 'fast': give constant or cosine$"),
+        ("grow_at=1,x", "grow_at is '1,x': give whole numbers with commas between$"),
+        ("timesteps=0.5", "timesteps is '0.5': give two numbers with commas between$"),
+        ("timesteps=0.5,0.5", "timesteps is 0.5,0.5: give two rising numbers"),
+        ("betas=0.9,1.5", "betas is 0.9,1.5: give two numbers"),
         ("words_per_call=0", "words_per_call is 0"),
     ],
 )

@@ -27,7 +27,7 @@ class Page(HTMLParser):
         self.text += data
 
 
-def a_page() -> str:
+def a_page(words: int = 1) -> str:
     grey = np.full((8, 8, 3), 128, np.uint8)
     word = LearnedWord(
         token="<toy>",
@@ -42,9 +42,9 @@ def a_page() -> str:
         length=3.25,
     )
     return report(
-        [word],
+        [word] * words,
         model="miniature",
-        settings={"steps": "10", "rate": "<cosine>"},
+        settings={"steps": "10", "rate": "<cosine>", "min_snr": "null"},
         rates=[0.1, 0.05, 0.0],
         notes=["<toy> is where it started"],
         seconds={"load": 1.0, "learn": 2.0},
@@ -75,6 +75,17 @@ def test_the_report_describes_the_word_and_says_how_to_draw_it() -> None:
         "step 10",
     ):
         assert part in text, part
+
+
+def test_the_report_names_its_parts_in_full_and_the_word_once_as_a_heading() -> None:
+    assert re.findall(r"<h[12]>(.*?)</h[12]>", a_page(1)) == ["&lt;toy&gt;", "Curves", "The word", "Settings"]
+    assert re.findall(r"<h[12]>(.*?)</h[12]>", a_page(2)) == [
+        *("&lt;toy&gt;, &lt;toy&gt;", "Curves", "&lt;toy&gt;", "&lt;toy&gt;", "Settings")
+    ]
+    assert ">learning rate<" in a_page()
+    assert ">rate<" not in a_page().replace("<td>rate<", "")
+    assert "<td>steps<td>10</tr>" in a_page()
+    assert "min_snr" not in a_page()  # it is not set
 
 
 def test_curves_are_drawn_to_scale_and_reproducible() -> None:

@@ -12,7 +12,7 @@ import click
 
 from oneword.engines.errors import FileError, UsageError
 from oneword.engines.files import write_whole
-from oneword.runtime.commands import HELP, PATH, exit_status, json_option, version_option
+from oneword.runtime.commands import HELP, PATH, counted, exit_status, json_option, refuse_file, version_option
 from oneword.runtime.concept import load_concept
 from oneword.runtime.model import Model
 from oneword.train.evaluation.prompts import LIKENESS_PROMPT, PROMPTS, STYLE_LIKENESS_PROMPT
@@ -75,9 +75,12 @@ def command(
 ) -> None:
     """Score learned words by likeness and editability (Gal et al. 2022, section 5), with the model in BUNDLE."""
     if len(concepts) != len(folders):
-        raise UsageError(f"{len(concepts)} concepts and {len(folders)} folders: give --images for each --concept")
+        words, given_folders = counted(len(concepts), "concept"), counted(len(folders), "folder")
+        raise UsageError(f"{words} and {given_folders}: give --images for each --concept")
     if samples < 1:
         raise UsageError(f"--samples is {samples}: give at least 1")
+    if output:
+        refuse_file("--output", output)
     prompts = prompts or ("miniature" if judge == "miniature" else "paper")
     settings = {"subject": subject, "formula": formula, "samples": samples, "steps": steps, "seed": seed}
     report = score(bundle, concepts, folders, judge, prompts, settings, output)
@@ -152,12 +155,12 @@ def score(
 
 
 def judge_folder(judge: str) -> Path:
-    """The CLIP directory, or the miniature's judge. Raises `FileError` if it does not exist."""
+    """The CLIP directory, or the miniature's judge. Raises `UsageError` if it does not exist."""
     from oneword.export.source import find_model
 
     folder = find_model(judge)[0] / "judge" if judge == "miniature" else Path(judge)
     if not folder.is_dir():
-        raise FileError(f"--judge {judge}: the folder {folder} does not exist: give the directory of a CLIP model")
+        raise UsageError(f"--judge {judge}: the folder {folder} does not exist: give the directory of a CLIP model")
     return folder
 
 

@@ -127,10 +127,12 @@ def test_editability_of_a_style_by_either_formula(
 
 
 def test_wrong_usage_is_one_line(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
     cases = [
-        ([*arguments, "--images", "x"], 2, "1 concepts and 2 folders"),
+        ([*arguments, "--images", "x"], 2, "1 concept and 2 folders"),
         ([*arguments, "--samples", "0"], 2, "--samples is 0"),
-        ([*arguments, "--judge", str(tmp_path / "nobody")], 1, "does not exist"),
+        ([*arguments, "--output", str(tmp_path / "file")], 2, "file is a file: give a folder"),
+        ([*arguments, "--judge", str(tmp_path / "nobody")], 2, "does not exist"),
         ([*arguments, "--judge", str(tmp_path / "pictures")], 1, "has no CLIP model"),
     ]
     for command, status, message in cases:
