@@ -419,7 +419,7 @@ def markdown(sections: Sequence[Section], steps: int) -> str:
         "This learns three words, exports the model and draws all pictures in one call. It leaves the bundle, the "
         "words, the folders of pictures they were learned from, `star.png`, `strokes.png` and `mask.png` in "
         "`build/gallery/`: run the commands below there. Some commands draw the whole sheet; for others, the labels "
-        "say what to change for the remaining pictures. Nothing was selected. Pictures have "
+        "say what to change for the remaining pictures. No picture was picked for its quality. Pictures have "
         "64x64 pixels and are shown enlarged.",
     ]
     settings = f" --guidance-scale {GUIDANCE:g} --steps {steps} --seed {SEED}"
