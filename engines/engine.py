@@ -67,7 +67,7 @@ class ShapeUse(Enum):
 
     ANY = auto()
     """All shapes are bound at once and run equally well."""
-    FEW = auto()
+    PADDED = auto()
     """Bindings are faster once specialized, so that a few padded shapes are better than exact ones."""
     FIRST = auto()
     """The graph is compiled for the first shapes that are bound, and again, for any shape, once others are."""

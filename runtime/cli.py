@@ -15,14 +15,16 @@ from oneword.runtime.commands import (
     HELP,
     PATH,
     ProgressBar,
+    counted,
     engine_option,
     json_option,
+    load_concepts,
     print_json,
+    refuse_file,
     run_command,
     size,
     version_option,
 )
-from oneword.runtime.concept import load_concept
 from oneword.runtime.drawing import scheduler_for
 from oneword.runtime.events import Failed, PictureDone, StepDone
 from oneword.runtime.grid import Grid
@@ -97,7 +99,7 @@ _BUNDLES = "the bundle's"
 )
 @click.option("--size", type=size, metavar="WxH", show_default="--image's, else the bundle's", help="Size in pixels.")
 @click.option("--image", type=PATH, help="A picture to start from.")
-@click.option("--strength", type=float, default=0.8, show_default=True, help="How much to change --image, 0 to 1.")
+@click.option("--strength", type=float, help="How much to change --image, 0 to 1; needs --image.  [default: 0.8]")
 @click.option("--mask", type=PATH, help="A picture of --image's size: white marks the area to regenerate.")
 @click.option(
     "--paste/--no-paste", default=True, show_default=True, help="Keep --image's pixels where --mask is black."
@@ -116,7 +118,7 @@ _BUNDLES = "the bundle's"
     "words",
     multiple=True,
     show_default="the words of every --concept",
-    help="Replaces {} in the prompts; may be repeated, one picture per word.",
+    help="Replaces {} in the prompts, which need one; may be repeated, one picture per word.",
 )
 @click.option(
     "--grid", type=PATH, metavar="FILE.png", help="Also save all pictures in one grid: prompts by words and seeds."
@@ -134,6 +136,7 @@ def command(
     prompts: Sequence[str],
     concepts: Sequence[Path],
     image: Path | None,
+    strength: float | None,
     mask: Path | None,
     engine: str,
     max_rows: int,
@@ -148,12 +151,18 @@ def command(
     {} in a prompt stands for each --word in turn, by default for each learned word.
     """
     start = time.perf_counter()
+    if strength is not None and image is None:
+        raise UsageError("--strength needs --image, the picture to start from")
+    if words and not any(_PLACE in prompt for prompt in prompts):
+        raise UsageError(f"--word needs {_PLACE} in a prompt, as in 'a photo of a {_PLACE}'")
+    refuse_file("--output", output)
     shared = {
         **settings,
+        **({} if strength is None else {"strength": strength}),
         "image": None if image is None else read_image(image),
         "mask": None if mask is None else read_mask(mask),
     }
-    loaded = [load_concept(file) for file in _concept_files(concepts)]
+    loaded = load_concepts(_concept_files(concepts))
     words = words or [concept.token for concept in loaded]
     requests = [Request(prompt, **shared) for prompt in _filled(prompts, words, grid)]
     model = Model.open(bundle, engine, concepts=loaded)
@@ -162,7 +171,7 @@ def command(
     scheduler = scheduler_for(model, requests, max_rows)
     count = len(scheduler)
     try:
-        with ProgressBar(f"{count} picture{'s' * (count > 1)}") as progress:
+        with ProgressBar(counted(count, "picture"), unit="step") as progress:
             images, failed = _generate(scheduler, requests, output, progress)
     finally:
         model.stop_opening()
@@ -207,15 +216,18 @@ def _generate(
     keys = [(id, index) for id, request in enumerate(requests) for index in range(request.num_images)]
     saved: dict[tuple[int, int], dict[str, Any]] = {}
     errors: dict[tuple[int, int], OnewordError] = {}
-    steps: dict[tuple[int, int], tuple[int, int]] = {}
+    counts = [resolve(request, scheduler.model.manifest).schedule.steps for request in requests]
+    done, total = dict.fromkeys(keys, 0), sum(counts[id] for id, _ in keys)
+    progress.update(completed=0, total=total)
     while scheduler:
         for event in scheduler.step(1 if progress.on_terminal else None):
             key = event.id, event.index
             match event:
                 case StepDone():
-                    steps[key] = event.step, event.steps
+                    done[key] = event.step
                 case Failed():
                     errors[key] = event.error
+                    done[key] = counts[event.id]
                 case PictureDone():
                     try:
                         saved[key] = _save(event, output)
@@ -223,9 +235,7 @@ def _generate(
                     except FileError as error:
                         errors = dict.fromkeys(keys, error) | errors
                         scheduler.cancel_all()
-        progress.update(
-            completed=sum(step for step, _ in steps.values()), total=sum(count for _, count in steps.values())
-        )
+        progress.update(completed=sum(done.values()), total=total)
     failed = [
         {"prompt": requests[id].prompt, "seed": requests[id].seed + index, "error": one_line(errors[id, index], None)}
         for id, index in keys

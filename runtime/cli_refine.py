@@ -1,10 +1,11 @@
 """`ti-refine`: makes a word better by likes and dislikes. A thin skin over `oneword.runtime.refine`."""
 
+import os
 import re
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,14 @@ from oneword.runtime.commands import (
     HELP,
     PATH,
     ProgressBar,
+    counted,
     engine_option,
     json_option,
+    load_concepts,
     print_json,
+    require_folder_of,
     run_command,
+    token_name,
     version_option,
 )
 from oneword.runtime.concept import Concept, load_concept, save_concept, token_from_stem
@@ -45,6 +50,7 @@ from oneword.runtime.request import Request
 ROUNDS = 8
 PROMPT = "a photo of a {}"
 QUESTION = "Which do you like? For example 2 5 -3 (likes 2 and 5, dislikes 3), 0 none, u undo, q quit"
+_WORD_FILES = (".safetensors", ".pt", ".bin", ".pth", ".png")
 _ANSWER = "allowed are numbers such as 2 5 -3, 0 for none, or all of them from best to worst, such as 2>5>1>3>4>6"
 
 
@@ -57,7 +63,9 @@ _ANSWER = "allowed are numbers such as 2 5 -3, 0 for none, or all of them from b
     metavar="WORD|FILE",
     help="An ordinary word, or the file of a learned word; a refined word's file continues its rounds.",
 )
-@click.option("--token", help="Name of the refined word.", show_default="<WORD>, or the FILE's")
+@click.option(
+    "--token", type=token_name, metavar="NAME", help="Name of the refined word.", show_default="<WORD>, or the FILE's"
+)
 @click.option("--aspects", type=PATH, help="File of aspects, one per line: NAME: WORD, WORD.", show_default="built in")
 @click.option(
     "--concept",
@@ -116,25 +124,28 @@ def command(
     """
     if "{}" not in prompt:
         raise UsageError(f"--prompt is {prompt[:80]!r}, it needs a {{}} where the word should be")
-    learned = [load_concept(path) for path in concepts]
+    learned = load_concepts(concepts)
     lexicon = Lexicon.read(bundle, learned)
     fresh = {"token": token, "aspects": aspects, "candidates": candidates, "seed": seed}
     state, continued = _state(start, lexicon, learned, fresh)
     if output is None:
         output = Path(start if continued else f"{state.token.strip('<>')}-refined.safetensors")
-    if output.suffix != ".safetensors":
+    if output.suffix.lower() != ".safetensors":
         raise UsageError(f"--output {output}, allowed is a file name that ends in .safetensors")
+    require_folder_of("--output", output)
     if output.exists() and not (continued and output.samefile(start)):
         raise UsageError(f"{output} exists: continue it with --start {output}, or choose another --output")
     pictures = output.with_suffix(".rounds")
     if pictures.exists() and not output.exists():
         raise UsageError(f"{pictures} has the pictures of another refinement: move it, or choose another --output")
-    for _ in range(undone):
-        state = undo(state)
+    state = _without_last(state, undone)
     drawn = len(state.rounds) + 1
     for answer in answers:
         state = judged(state, answer)
     session = _Session(Model.open(bundle, engine), lexicon, prompt, output, settings)
+    if not continued and not state.start_rows:
+        for note in _notes(start, lexicon):
+            click.echo(f"note: {note}", err=True)
     if undone:
         _delete_pictures(output, after=drawn)
     save_concept(finish(state, lexicon), output)
@@ -154,7 +165,8 @@ def command(
     if as_json:
         print_json(_report(state, word, output, session))
     else:
-        click.echo(f"{state.token} after {len(state.rounds)} rounds: {word.provenance['aspects'] or 'as it began'}")
+        rounds_judged = counted(len(state.rounds), "round")
+        click.echo(f"{state.token} after {rounds_judged}: {word.provenance['aspects'] or 'as it began'}")
         for file in (session.sheet, output):
             if file is not None:
                 click.echo(file)
@@ -183,7 +195,7 @@ class _Session:
             Request(prompt, seed=state.seed + number - 1, words={state.token: concept}, **self.settings)
             for concept in concepts
         ]
-        with ProgressBar(f"round {number}: {len(requests)} pictures") as progress:
+        with ProgressBar(f"round {number}: {counted(len(requests), 'picture')}") as progress:
             pictures = draw(self.model, *requests)
             self.labels = [concept.provenance["aspects"] or "as it began" for concept in concepts]
             headings = [f"{i}: {label}" for i, label in enumerate(self.labels, 1)]
@@ -238,6 +250,16 @@ def _asked(state: Refinement) -> Refinement | None:
             click.echo(str(error), err=True)
 
 
+def _without_last(state: Refinement, count: int) -> Refinement:
+    """The state before the last `count` judgements. Raises UsageError if there are fewer."""
+    if count > (total := len(state.rounds)):
+        rounds = {0: "no round has", 1: "only 1 round has"}.get(total, f"only {total} rounds have")
+        raise UsageError(f"--undo is {count}, but {rounds} been judged")
+    for _ in range(count):
+        state = undo(state)
+    return state
+
+
 def _delete_pictures(word: Path, after: int) -> None:
     """Deletes the sheets and pictures of the rounds after that number, which were undone: `ti-train --polish` would
     learn from them."""
@@ -251,8 +273,8 @@ def _delete_pictures(word: Path, after: int) -> None:
 def _state(start: str, lexicon: Lexicon, learned: Sequence[Concept], fresh: dict[str, Any]) -> tuple[Refinement, bool]:
     """The state to begin with, and whether it continues the rounds of a file."""
     concept = next((word for word in learned if word.token == start), None)
-    if start.endswith(".safetensors"):
-        concept = load_concept(start)
+    if concept is None and _is_file(start):
+        concept = _learned(Path(start))
         if state := Refinement.of(concept):
             _refuse(fresh)
             propose(state, lexicon)  # raises if its words or its model are others
@@ -265,6 +287,28 @@ def _state(start: str, lexicon: Lexicon, learned: Sequence[Concept], fresh: dict
     lexicon.rows(start)  # raises if the model does not have the word
     token = fresh["token"] or f"<{token_from_stem(start).strip('<>')}>"
     return Refinement(token, start, aspects, lexicon.digest, **settings), False
+
+
+def _notes(start: str, lexicon: Lexicon) -> Iterator[str]:
+    """Warns of ordinary words that the model does not have as one token."""
+    for word in start.split():
+        if (count := lexicon.tokens(word)) > 1:
+            yield f"{word!r} is {count} tokens in this model; a common word works better (check the spelling)"
+
+
+def _is_file(start: str) -> bool:
+    """Whether --start names a file, which need not exist, and not a word."""
+    return "/" in start or Path(start).suffix.lower() in _WORD_FILES or os.path.isfile(start)
+
+
+def _learned(path: Path) -> Concept:
+    """The word in the file of --start. Raises UsageError, ConceptError."""
+    if path.exists() and path.suffix.lower() != ".safetensors":
+        raise UsageError(
+            f"--start is {path}, allowed is a .safetensors file: convert it with ti-concept convert {path} "
+            "NAME.safetensors"
+        )
+    return load_concept(path)
 
 
 def _refuse(fresh: dict[str, Any]) -> None:

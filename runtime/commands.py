@@ -3,7 +3,7 @@
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, NoReturn, Self
@@ -13,9 +13,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import oneword
-from oneword.engines.errors import OnewordError
+from oneword.engines.errors import ConceptError, OnewordError, UsageError
 from oneword.engines.open import Backend
 from oneword.runtime.backends import AUTO, FASTEST_FIRST
+from oneword.runtime.concept import Concept, check_token, load_concept
 
 HELP: Final = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
 """Context settings of every command."""
@@ -42,6 +43,46 @@ def size(value: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def token_name(value: str) -> str:
+    """Parses an option that names a word, such as `<toy>`."""
+    try:
+        check_token(value)
+    except ConceptError as error:
+        raise click.BadParameter(str(error)) from None
+    return value
+
+
+def load_concepts(files: Iterable[Path]) -> list[Concept]:
+    """The words of `--concept`. Raises UsageError if two files hold the same word, and as `load_concept`."""
+    loaded: dict[str, tuple[Path, Concept]] = {}
+    for file in files:
+        concept = load_concept(file)
+        if concept.token in loaded:
+            raise UsageError(
+                f"two files hold the word {concept.token}: {loaded[concept.token][0]} and {file}; leave one out, or "
+                "rename it: ti-concept convert FILE OUT --token NAME"
+            )
+        loaded[concept.token] = file, concept
+    return [concept for _, concept in loaded.values()]
+
+
+def refuse_file(option: str, folder: Path) -> None:
+    """Raises UsageError if an option that takes a folder names a file."""
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{option} {folder} is a file: give a folder")
+
+
+def require_folder_of(option: str, file: Path) -> None:
+    """Raises UsageError if the folder that an option's file would be written into does not exist."""
+    if not file.absolute().parent.is_dir():
+        raise UsageError(f"{option} {file}: the folder {file.parent} does not exist: create it first")
+
+
+def counted(count: int, noun: str) -> str:
+    """For example `1 step` and `2 steps`."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def print_json(document: object) -> None:
     """Prints the document of `--json` on standard output."""
     click.echo(json.dumps(document, indent=1))
@@ -50,14 +91,16 @@ def print_json(document: object) -> None:
 class ProgressBar:
     """A bar on a terminal, plain lines elsewhere; both on standard error.
 
-    with ProgressBar("2 pictures") as progress:
-        progress.update(completed=7, total=40)      the bar, if there is one
+    with ProgressBar("2 pictures", unit="step") as progress:
+        progress.update(completed=7, total=40)      the bar with `step 7/40`, if there is one
         progress.line("1/2 output/a-cat-0.png")     a line, if there is no bar
         progress.note("the pictures repeat")        a line, always
     """
 
-    def __init__(self, description: str, console: Console | None = None) -> None:
+    def __init__(self, description: str, console: Console | None = None, unit: str = "") -> None:
+        """`unit` names what `update` counts."""
         self.console = Console(stderr=True) if console is None else console
+        self.unit = unit
         columns = (
             TextColumn("{task.description}", markup=False),
             BarColumn(),
@@ -86,7 +129,9 @@ class ProgressBar:
         self, *, completed: float | None = None, total: float | None = None, description: str | None = None
     ) -> None:
         """Updates the bar; None leaves a value unchanged."""
-        fields: dict[str, Any] = {} if completed is None or total is None else {"count": f"{completed:g}/{total:g}"}
+        fields: dict[str, Any] = {}
+        if completed is not None and total is not None:
+            fields["count"] = f"{self.unit} {completed:g}/{total:g}".lstrip()
         self._bar.update(self._task, total=total, completed=completed, description=description, **fields)
 
     def line(self, message: str) -> None:

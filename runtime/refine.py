@@ -35,6 +35,7 @@ CANDIDATES: Final = 6
 MIN_CANDIDATES, MAX_CANDIDATES = 3, 16
 ASPECT_ROUNDS: Final = 8
 MAX_ROUNDS: Final = 40
+MAX_SEED: Final = 2**63 - MAX_ROUNDS  # the pictures of the last round have a seed that is higher by MAX_ROUNDS - 1
 MAX_JSON: Final = 40 << 10  # of the 64 KiB that a concept file's header may have
 MAX_START: Final = 24 << 10  # for a learned start: 12 rows of 768, four of 768 and 1280, one of these and 4096
 PROVENANCE_KEY: Final = "refinement"
@@ -89,7 +90,7 @@ class Refinement:
         if not self.start.strip() or len(self.start) > 200 or not self.start.isprintable():
             raise UsageError(f"the start is {self.start[:60]!r}, allowed is a word of up to 200 printable characters")
         check_aspects(self.aspects)
-        _within("seed", self.seed, 0, 2**63 - 1)
+        _within("seed", self.seed, 0, MAX_SEED)
         _within("candidates", self.candidates, MIN_CANDIDATES, MAX_CANDIDATES)
         _within("aspect_rounds", self.aspect_rounds, 1, MAX_ROUNDS)
         _within("rounds", len(self.rounds), 0, MAX_ROUNDS)
@@ -98,9 +99,10 @@ class Refinement:
 
     @classmethod
     def of(cls, concept: Concept) -> Self | None:
-        """The state in a refined word's provenance; None if it has none that this version can continue."""
+        """The state in a refined word's provenance, for the word's own name, which may have been changed since; None if
+        it has none that this version can continue."""
         try:
-            return cls.from_json(concept.provenance[PROVENANCE_KEY])
+            return replace(cls.from_json(concept.provenance[PROVENANCE_KEY]), token=concept.token)
         except (KeyError, UsageError, ConceptError):
             return None
 

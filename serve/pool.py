@@ -556,7 +556,7 @@ class Pool:
         if self.draining:
             raise Unavailable("the server stops and takes no more requests: send it again in a few seconds", 5)
         if self.worker.state is State.STARTING:
-            raise Unavailable("the server is not ready: it opens the model", 5)
+            raise Unavailable("the server is still loading the model: try again in a few seconds", 5)
         if self.worker.state is not State.READY:
             raise Unavailable("the engine has stopped: the server starts again if it is supervised", 5)
 

@@ -123,7 +123,7 @@ class Server(uvicorn.Server):
         return state.worker.pulse(state.settings.hang_seconds) if self._opened else Pulse.STARTING
 
     async def _follow_opening(self) -> None:
-        """Ends the server if the model cannot be opened."""
+        """Says when the model is open; ends the server if it cannot be opened."""
         worker = self.state_of_app.worker
         while worker.state is WorkerState.STARTING:
             await asyncio.sleep(_OPEN_SECONDS)
@@ -134,6 +134,7 @@ class Server(uvicorn.Server):
             gc.collect()
             gc.freeze()  # a full collection of what lasts as long as the process would stop all threads for tens of ms
             self._opened = True
+            _log.info("ready: %s, %s", self.state_of_app.name, worker.backend)
         if self._heartbeat is not None:
             with contextlib.suppress(BrokenPipeError):  # the heartbeat's own thread ends this process then
                 self._heartbeat.beat()  # from now on, a hang is noticed soon

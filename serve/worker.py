@@ -378,7 +378,7 @@ class Worker:
         scheduler = Scheduler(model, self.max_rows)
         defaults = model.manifest.defaults
         shapes = model.engine("denoise_step").shapes
-        if model.stream.depth or shapes is ShapeUse.FEW:
+        if model.stream.depth or shapes is ShapeUse.PADDED:
             scheduler.warm(*self._sizes)
         elif shapes is ShapeUse.ANY:
             scheduler.bind(*self._sizes)

@@ -92,8 +92,8 @@ def weights_of(source: Source, part: str) -> Mapping[str, torch.Tensor]:
 
 def factors(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Random ones: down [rank, in, ...] and up [out, rank, ...]."""
-    ones = (1,) * (weight.ndim - 2)
-    return torch.randn(rank, *weight.shape[1:]), torch.randn(len(weight), rank, *ones)
+    kernel = (1,) * (weight.ndim - 2)
+    return torch.randn(rank, *weight.shape[1:]), torch.randn(len(weight), rank, *kernel)
 
 
 def product(down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

@@ -86,9 +86,9 @@ def test_sharded_weights_of_a_variant_are_downloaded_completely() -> None:
 
 @pytest.mark.parametrize("json", [True, False])
 def test_a_tokenizers_sentencepiece_file_is_downloaded_if_there_is_no_other_form(json: bool) -> None:
-    others = ["tokenizer_2/tokenizer_config.json", *(["tokenizer_2/tokenizer.json"] if json else [])]
-    files = hub_files(["model_index.json", *others, "tokenizer_2/spiece.model"])
-    assert files == ["model_index.json", *others, *([] if json else ["tokenizer_2/spiece.model"])]
+    configs = ["tokenizer_2/tokenizer_config.json", *(["tokenizer_2/tokenizer.json"] if json else [])]
+    files = hub_files(["model_index.json", *configs, "tokenizer_2/spiece.model"])
+    assert files == ["model_index.json", *configs, *([] if json else ["tokenizer_2/spiece.model"])]
 
 
 def test_a_tokenizer_of_a_sentencepiece_file_has_its_ids(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """`ti-run` from the command line: output, files, exit status."""
 
+import io
 import json
 import resource
 import sys
@@ -11,14 +12,16 @@ import numpy as np
 import numpy.typing as npt
 import PIL.Image
 import pytest
+from rich.console import Console
 
 from oneword.engines.errors import EngineError, FileError
 from oneword.engines.open import Backend
 from oneword.runtime import events
 from oneword.runtime.bundle import Bundle
-from oneword.runtime.cli import main
+from oneword.runtime.cli import _generate, main
+from oneword.runtime.commands import ProgressBar
 from oneword.runtime.concept import Concept, save_concept
-from oneword.runtime.drawing import draw, generate
+from oneword.runtime.drawing import draw, generate, scheduler_for
 from oneword.runtime.events import PictureDone
 from oneword.runtime.images import save_png
 from oneword.runtime.model import Model
@@ -218,9 +221,23 @@ def test_an_edit_reads_its_picture_and_mask(tiny_bundle: Path, tmp_path: Path, m
         (["a cat", "--size", "big"], 2, "'big' is not WIDTHxHEIGHT, for example 512x512"),
         (["a cat", "--sampler", "best"], 2, "'best' is not one of 'ddim', 'ddpm'"),
         (["a <nobody>"], 2, "nobody"),
-        (["a cat", "--concept", "absent.safetensors"], 1, "absent.safetensors"),
+        (["a cat", "--concept", "absent.safetensors"], 2, "there is no file absent.safetensors"),
+        (
+            ["a cat", "--concept", "large.png"],
+            1,
+            "large.png is a picture, not a word's file; if A1111 stored a word in it",
+        ),
+        (
+            ["a cat", "--concept", "one/toy.safetensors", "--concept", "two"],
+            2,
+            "two files hold the word <toy>: one/toy.safetensors and two/again.safetensors; leave one out, or rename "
+            "it: ti-concept convert FILE OUT --token NAME",
+        ),
+        (["a cat <lora:foo:0.8>"], 2, "fuse it when you export, with ti-export --lora FILE:0.8"),
         (["a cat", "--image", "absent.png"], 2, "there is no picture absent.png"),
         (["a cat", "--concept", "."], 2, "holds no .safetensors file"),
+        (["a cat", "--word", "dog"], 2, "--word needs {} in a prompt, as in 'a photo of a {}'"),
+        (["a cat", "--strength", "0.8"], 2, "--strength needs --image, the picture to start from"),
         (["a {}"], 2, "no word is given for the {} of 'a {}': add --word or --concept"),
         (["a cat", "--grid", "grid.jpg"], 2, "--grid grid.jpg, allowed is a file name that ends in .png"),
         (
@@ -229,7 +246,7 @@ def test_an_edit_reads_its_picture_and_mask(tiny_bundle: Path, tmp_path: Path, m
             "'a cat' has no {}, other prompts of this grid do",
         ),
         (["a cat", "--num-images", "1000", "--size", "512x512", "--grid", "g.png"], 2, "pixels, allowed are 67108864"),
-        (["a cat", "--strength", "2"], 2, "strength is 2.0, allowed is 0 to 1"),
+        (["a cat", "--image", "large.png", "--strength", "2"], 2, "strength is 2.0, allowed is 0 to 1"),
         (["a cat", "--guidance-interval", "1", "1"], 2, "guidance_interval is 1 to 1, allowed is 0 <= low < high"),
         (["a cat", "--eta", "0.5", "--sampler", "euler"], 2, "eta is 0.5 with the sampler euler, allowed is 0"),
         (["a cat", "--size", "32768x32768"], 2, "has 1073741824 pixels, allowed are 16777216: choose a smaller size"),
@@ -258,6 +275,9 @@ def test_a_mistake_is_one_line_of_error_and_an_exit_status(
     Path("half.png").write_bytes(Path("large.png").read_bytes()[:60])
     PIL.Image.new("L", (16, 16), 255).save("small.png")
     PIL.Image.new("L", (72, 64), 0).save("black.png")
+    for name in ("one/toy.safetensors", "two/again.safetensors"):
+        Path(name).parent.mkdir()
+        save_concept(Concept("<toy>", {"text_encoder": np.full((1, 32), 0.1, np.float32)}), name)
     before = sorted(tmp_path.iterdir())
 
     assert run(monkeypatch, tiny_bundle, *line, "--output", tmp_path / "out") == status
@@ -268,6 +288,55 @@ def test_a_mistake_is_one_line_of_error_and_an_exit_status(
     assert captured.err.count("\n") == 1
     assert captured.out == ""
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_an_output_that_is_a_file_is_refused_before_a_picture_is_drawn(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "notes.txt").write_text("kept")
+
+    assert run(monkeypatch, tiny_bundle, "a cat", "--steps", 1, "--output", tmp_path / "notes.txt") == 2
+
+    assert capsys.readouterr().err == f"ti-run: --output {tmp_path / 'notes.txt'} is a file: give a folder\n"
+    assert (tmp_path / "notes.txt").read_text() == "kept"
+
+
+class Bar(ProgressBar):
+    """A bar on a terminal that records what it shows."""
+
+    def __init__(self) -> None:
+        super().__init__("", Console(file=io.StringIO(), force_terminal=True))
+        self.shown: list[tuple[float | None, float | None]] = []
+
+    def update(
+        self, *, completed: float | None = None, total: float | None = None, description: str | None = None
+    ) -> None:
+        self.shown.append((completed, total))
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_the_bar_counts_the_steps_of_all_pictures_from_the_start(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: bool
+) -> None:
+    """Three pictures of 4 steps, and one of half of 6 in an edit: 15, though only two pictures are drawn at a time."""
+    model = Model.open(tiny_bundle, Backend.ONNXRUNTIME)
+    grey = np.full((64, 64, 3), 128, np.uint8)
+    requests = [
+        Request("a cat", steps=4, num_images=3),
+        Request("a dog", steps=6, strength=0.5, image=grey, sampler=Sampler.HEUN),
+    ]
+    if failing:
+        second_fails(monkeypatch)
+    bar = Bar()
+
+    _generate(scheduler_for(model, requests, max_rows=2), requests, tmp_path, bar)
+
+    assert bar.shown[0] == (0, 15)
+    assert bar.shown[-1] == (15, 15)
+    assert {total for _, total in bar.shown} == {15}
+    completed = [done for done, _ in bar.shown if done is not None]
+    assert completed == sorted(completed)
+    assert len(set(completed)) > 5
 
 
 def test_a_full_disk_is_one_line_of_error_and_leaves_no_partial_file(

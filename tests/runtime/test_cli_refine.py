@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from oneword.runtime.drawing import draw
 from oneword.runtime.grid import labelled_grid
 from oneword.runtime.lexicon import Lexicon
 from oneword.runtime.model import Model
-from oneword.runtime.refine import Refinement, propose
+from oneword.runtime.refine import Refinement, judge, propose
 from oneword.runtime.request import Request
 
 ASPECTS = "colour: red, blue, green\nshape: star, ring\n"
@@ -176,6 +177,47 @@ def test_undoing_on_a_terminal_deletes_the_pictures_of_later_rounds(
     assert sorted(path.name for path in rounds.iterdir()) == ["round-1", "round-1.png"]
 
 
+def test_a_refined_word_that_was_renamed_keeps_its_new_name_and_its_rounds(
+    tiny_bundle: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scripted(monkeypatch, capsys, tiny_bundle, "--start", "cat", "--rounds", 0, "--likes", "1")
+    save_concept(replace(load_concept("cat-refined.safetensors"), token="<gem>"), "gem.safetensors")
+
+    report = scripted(monkeypatch, capsys, tiny_bundle, "--start", "gem.safetensors", "--rounds", 0, "--likes", "2")
+
+    assert (report["token"], report["rounds"]) == ("<gem>", 2)
+    assert load_concept("gem.safetensors").token == "<gem>"
+
+
+@pytest.mark.parametrize("name", ["toy.SAFETENSORS", "toy", "./folder/toy"])
+def test_a_start_that_is_a_file_is_not_taken_for_a_word(
+    tiny_bundle: Path,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+) -> None:
+    """Of these only the first is a file that is read; `toy` and `folder/toy` have no suffix of a word's file."""
+    Path("folder").mkdir()
+    Path("toy.safetensors").rename(name)
+    line = ("--start", name, "--rounds", 0)
+    if name == "toy.SAFETENSORS":
+        assert scripted(monkeypatch, capsys, tiny_bundle, *line)["token"] == "<toy>"
+        vectors = load_concept("toy-refined.safetensors").vectors["text_encoder"]
+        np.testing.assert_allclose(vectors, np.full((2, 32), 0.1), rtol=1e-3)  # those of the file, as float16
+        return
+    assert refine(monkeypatch, tiny_bundle, *line) == 2
+    assert "allowed is a .safetensors file: convert it with ti-concept convert" in capsys.readouterr().err
+
+
+def test_a_word_with_the_name_of_a_folder_is_a_word(
+    tiny_bundle: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("cat").mkdir()
+
+    assert scripted(monkeypatch, capsys, tiny_bundle, "--start", "cat", "--rounds", 0)["token"] == "<cat>"
+
+
 def test_a_learned_word_is_refined_into_another_file(
     tiny_bundle: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -211,27 +253,52 @@ def test_aspects_may_name_learned_words(
     assert set(report["candidates"]) == {"as it began", "<toy>", "red"}
 
 
+def test_a_start_that_may_be_misspelt_is_noted(
+    tiny_bundle: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    count = Lexicon.read(Bundle.open(tiny_bundle)).tokens("teapotte")
+    assert count > 1
+    aspects = ["--aspects", "aspects.txt"]
+
+    assert refine(monkeypatch, tiny_bundle, "--start", "red teapotte", *aspects, "--rounds", 0) == 0
+    assert capsys.readouterr().err == (
+        f"note: 'teapotte' is {count} tokens in this model; a common word works better (check the spelling)\n"
+    )
+    for line in (["red", *aspects], ["toy.safetensors", *aspects], ["red_teapotte-refined.safetensors"]):
+        assert refine(monkeypatch, tiny_bundle, "--start", *line, "--rounds", 0) == 0
+        assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize(
     ("line", "status", "message"),
     [
         ([], 2, "Missing option '--start'"),
         (["--start", ""], 2, "'' has no token in this model"),
-        (["--start", "absent.safetensors"], 1, "cannot read absent.safetensors"),
+        (["--start", "absent.safetensors"], 2, "there is no file absent.safetensors"),
         (["--start", "<gone>"], 2, "no word '<gone>' is loaded"),
-        (["--start", "cat", "--token", "a b"], 1, "token 'a b' is not safe"),
+        (["--start", "cat", "--token", "a b"], 2, "token 'a b' is not safe"),
+        (["--start", "cat", "--concept", "toy.safetensors", "--concept", "toy.safetensors"], 2, "two files hold the w"),
         (["--start", "cat", "--aspects", "absent.txt"], 2, "there is no file absent.txt"),
         (["--start", "cat", "--aspects", "toy.safetensors"], 1, "toy.safetensors is not UTF-8 text"),
         (["--start", "cat", "--aspects", "mine.txt"], 2, "no word '<gone>' is loaded, loaded words: none"),
         (["--start", "cat", "--candidates", 2], 2, "candidates is 2, allowed is 3 to 16"),
         (["--start", "cat", "--seed", -1], 2, "seed is -1"),
+        (["--start", "cat", "--seed", 2**63 - 1], 2, "seed is 9223372036854775807, allowed is 0 to 922337203685477576"),
+        (["--start", "./nope.SAFETENSORS"], 2, "there is no file nope.SAFETENSORS"),
+        (["--start", "nope.pt"], 2, "there is no file nope.pt"),
+        (["--start", "folder/nope"], 2, "there is no file folder/nope"),
+        (["--start", "word.pt"], 2, "word.pt, allowed is a .safetensors file: convert it with ti-concept convert word"),
         (["--start", "cat", "--likes", "seven"], 2, "the answer is 'seven', allowed are numbers such as 2 5 -3"),
         (["--start", "cat", "--likes", ""], 2, "the answer is '', allowed are numbers"),
         (["--start", "cat", "--likes", "7"], 2, "names picture 7 of 6"),
         (["--start", "cat", "--likes", "2 -2"], 2, "both likes and dislikes picture 2"),
         (["--start", "cat", "--likes", "0 2"], 2, "has 0 beside other numbers"),
         (["--start", "cat", "--likes", "1>2"], 2, "does not rank each of 1 to 6 once"),
-        (["--start", "cat", "--undo", 1], 2, "there is no round to undo"),
+        (["--start", "cat", "--undo", 1], 2, "--undo is 1, but no round has been judged"),
+        (["--start", "once.safetensors", "--undo", 9], 2, "--undo is 9, but only 1 round has been judged"),
+        (["--start", "twice.safetensors", "--undo", 9], 2, "--undo is 9, but only 2 rounds have been judged"),
         (["--start", "cat", "--prompt", "a cat"], 2, "needs a {} where the word should be"),
+        (["--start", "cat", "--output", "no/a.safetensors"], 2, "the folder no does not exist: create it first"),
         (["--start", "cat", "--output", "a.pt"], 2, "allowed is a file name that ends in .safetensors"),
         (["--start", "cat", "--output", "toy.safetensors"], 2, "toy.safetensors exists: continue it with --start"),
         (["--start", "begun.safetensors", "--seed", 1], 2, "--seed cannot change in a refinement that has begun"),
@@ -254,11 +321,14 @@ def test_a_mistake_is_one_line_and_writes_no_word(
     state = Refinement("<cat>", "cat", DEFAULT_ASPECTS, Bundle.open(tiny_bundle).manifest.source.digest)
     for name, text in [
         ("begun", state.to_json()),
+        ("once", judge(state, likes=[1]).to_json()),
+        ("twice", judge(judge(state, likes=[1]), likes=[2]).to_json()),
         ("other", Refinement("<cat>", "cat", DEFAULT_ASPECTS, "another").to_json()),
     ]:
         save_concept(Concept("<cat>", row, {"refinement": text}), f"{name}.safetensors")
     save_concept(Concept("<cat>", {"text_encoder": np.ones((1, 40), np.float32)}), "wide.safetensors")
     Path("mine.txt").write_text("kind: <gone>, red")
+    Path("word.pt").write_bytes(b"PK")
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
 
     assert refine(monkeypatch, tiny_bundle, *line) == status

@@ -177,7 +177,7 @@ def test_the_version_is_that_of_the_package(
 
 def shown(terminal: bool) -> str:
     out = io.StringIO()
-    with ProgressBar("2 [pictures]", Console(file=out, force_terminal=terminal, width=100)) as progress:
+    with ProgressBar("2 [pictures]", Console(file=out, force_terminal=terminal, width=100), unit="step") as progress:
         progress.line("1/2 [a].png")
         progress.note("note: [b]")
         progress.update(completed=20, total=40, description="2 [pictures]")
@@ -192,6 +192,6 @@ def test_progress_is_a_bar_on_a_terminal() -> None:
     output = shown(terminal=True)
 
     assert "2 [pictures]" in output
-    assert "20/40" in output
+    assert "step 20/40" in output
     assert "note: [b]" in output
     assert "1/2 [a].png" not in output

@@ -203,7 +203,7 @@ def test_rows_may_be_zeros_only_beside_output_vectors() -> None:
         ({"<toy>.out.text_encoder": OUT}, FACTS, "is not safe in a prompt"),
         ({"<toy>": ROWS[None]}, {}, "has shape"),
         ({"<toy>": ROWS[None, None, None]}, {}, "has shape"),
-        ({"<toy>": ROWS, "<toy>.out.text_encoder": OUT.astype(np.int32)}, FACTS, "is I32, allowed are"),
+        ({"<toy>": ROWS, "<toy>.out.text_encoder": OUT.astype(np.int32)}, FACTS, "is 'I32', allowed are"),
     ],
 )
 def test_a_file_that_describes_its_output_vectors_wrongly_is_one_line_of_error(

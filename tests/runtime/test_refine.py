@@ -32,6 +32,7 @@ from oneword.runtime.refine import (
     refine_concept,
     undo,
 )
+from oneword.runtime.request import Request
 
 ASPECTS = (Aspect("colour", ("red", "blue", "green")), Aspect("shape", ("star", "ring")))
 NAMES = ["toy", "red", "blue", "green", "star", "ring", "unused"]
@@ -294,6 +295,22 @@ def test_nothing_to_undo_and_no_more_rounds_are_errors() -> None:
         judge(played(MAX_ROUNDS))
 
 
+def test_the_pictures_of_the_last_round_have_a_seed_with_the_highest_one() -> None:
+    """A picture's seed is the refinement's, counted up by round, and at most 2^63 - 1."""
+    assert Request("a cat", seed=refinement(seed=2**63 - MAX_ROUNDS).seed + MAX_ROUNDS - 1)
+    with pytest.raises(UsageError, match="seed is"):
+        Request("a cat", seed=refinement(seed=2**63 - MAX_ROUNDS).seed + MAX_ROUNDS)
+
+
+def test_the_state_of_a_renamed_word_has_its_new_name() -> None:
+    word = finish(played(3), lexicon())
+
+    state = Refinement.of(dataclasses.replace(word, token="<gem>"))
+
+    assert state == dataclasses.replace(played(3), token="<gem>")
+    assert finish(state, lexicon()).token == "<gem>"
+
+
 @pytest.mark.parametrize("rounds", [0, 3, 9])
 def test_a_state_survives_its_word_s_file(rounds: int, tmp_path: Path) -> None:
     state = played(rounds)
@@ -375,6 +392,7 @@ def test_a_refinement_of_a_learned_word_starts_at_that_word_and_needs_no_file_la
         (lambda: refinement(start=" "), "the start is ' '"),
         (lambda: refinement(candidates=2), "candidates is 2, allowed is 3 to 16"),
         (lambda: refinement(seed=-1), "seed is -1"),
+        (lambda: refinement(seed=2**63 - MAX_ROUNDS + 1), f"allowed is 0 to {2**63 - MAX_ROUNDS}"),
         (lambda: refinement(aspects=()), "0 aspects, allowed are 1 to 16"),
         (lambda: refinement(aspects=(ASPECTS[0], ASPECTS[0])), "two aspects are called 'colour'"),
         (lambda: refinement(token="a b"), "token 'a b' is not safe"),

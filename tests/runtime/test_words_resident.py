@@ -50,6 +50,15 @@ def test_a_word_loaded_into_a_table_in_use_is_read_by_the_next_call(model: Model
     assert np.abs(before - after).max() > 0.01
 
 
+def test_a_loaded_word_is_found_whatever_the_case_of_its_name(model: Model) -> None:
+    """As in A1111, whose prompts CLIP's tokenizer lower-cases."""
+    word = Concept("EasyNegative", {"text_encoder": np.full((1, 32), 0.3, np.float32)})
+    model.load(word)
+
+    for prompt in ("easynegative", "a EASYNEGATIVE, bad", "<easynegative>", "embedding:easyNegative"):
+        assert [*model.tokenize(prompt).concepts] == [word]
+
+
 def test_more_words_can_be_loaded_than_fit_into_the_table(tiny_bundle: Path) -> None:
     model = Model.open(tiny_bundle, "onnxruntime", threads=1, capacity=2)
     roomy = Model.open(tiny_bundle, "onnxruntime", threads=1)

@@ -650,7 +650,7 @@ def test_when_the_engine_ends_every_picture_gets_an_error_and_nothing_more_is_ac
 def test_a_server_that_still_opens_its_model_accepts_nothing(model: Model) -> None:
     async def scenario() -> None:
         pool = Pool(Worker(lambda: model), model.manifest)
-        with pytest.raises(Unavailable, match="not ready"):
+        with pytest.raises(Unavailable, match="still loading the model: try again in a few seconds"):
             pool.submit(ALICE, Request("a cat"))
 
     run(scenario)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from oneword.serve import server as server_module
 from oneword.serve.server import Server
 from oneword.serve.settings import Settings
 from oneword.serve.worker import State as WorkerState
@@ -42,7 +43,8 @@ def server_with(worker: WorkerState, **settings: Any) -> Any:
 
     state: Any = SimpleNamespace(
         settings=Settings(Path("bundle"), **settings),
-        worker=SimpleNamespace(state=worker, failure="no such engine"),
+        name="miniature",
+        worker=SimpleNamespace(state=worker, failure="no such engine", backend="openvino 2026.2.0 cpu fp32"),
         pool=Part(),
         jobs=Part(),
         stopping=asyncio.Event(),
@@ -67,6 +69,24 @@ def test_garbage_of_the_start_is_freed_before_the_rest_is_frozen(monkeypatch: py
     finally:
         gc.enable()
     assert frozen == [False]
+
+
+@pytest.mark.parametrize(
+    ("worker", "lines"),
+    [(WorkerState.READY, ["ready: miniature, openvino 2026.2.0 cpu fp32"]), (WorkerState.FAILED, [])],
+)
+def test_a_line_says_when_the_server_takes_requests(
+    monkeypatch: pytest.MonkeyPatch, worker: WorkerState, lines: list[str]
+) -> None:
+    found: list[str] = []
+    monkeypatch.setattr(gc, "freeze", lambda: None)
+    monkeypatch.setattr(server_module._log, "info", lambda text, *values: found.append(text % values))
+
+    async def run() -> None:
+        await server_with(worker)._follow_opening()
+
+    asyncio.run(run())
+    assert found == lines
 
 
 def test_nothing_is_frozen_if_the_model_cannot_be_opened(monkeypatch: pytest.MonkeyPatch) -> None:
