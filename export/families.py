@@ -544,6 +544,7 @@ def refuse_unsupported(source: Source) -> None:
         (source.vae.config.get("norm_type") == "spatial", "the VAE's decoder also takes the codes (norm_type spatial)"),
         (unet.get("center_input_sample"), "the UNet centres its input (center_input_sample)"),
         (unet.get("attention_type", "default") != "default", f"the UNet's attention is {unet.get('attention_type')}"),
+        *vae_problems(source),
     ]
     refuse_first(source, problems)
     NoiseSchedule.read(scheduler, "leading")
@@ -562,9 +563,21 @@ def refuse_unsupported_flow(source: Source, network: Network, encoders: Collecti
         (not flow, f"the scheduler is {scheduler.get('_class_name')}, which is not one of flow matching"),
         (network.in_channels != channels, f"the network takes {network.in_channels} channels, the VAE has {channels}"),
         (out_channels != channels, f"the network returns {out_channels} channels but the VAE has {channels}"),
+        *vae_problems(source),
     ]
     refuse_first(source, problems)
     FlowSchedule.read(scheduler, ScheduleKind.FLOW, image_tokens=0)
+
+
+def vae_problems(source: Source) -> list[tuple[Any, str]]:
+    """The settings of a VAE that the source's pipeline does not read in diffusers."""
+    config = source.vae.config
+    has_statistics = config.get("latents_mean") is not None or config.get("latents_std") is not None
+    is_sdxl = source.pipeline.startswith("StableDiffusionXL")
+    return [
+        (has_statistics and not is_sdxl, "its VAE has statistics of channels (latents_mean), which only SDXL's uses"),
+        (has_statistics and config.get("shift_factor"), "its VAE has a shift_factor and statistics of channels"),
+    ]
 
 
 def refuse_first(source: Source, problems: Iterable[tuple[Any, str]]) -> None:

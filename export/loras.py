@@ -17,10 +17,14 @@ from torch import Tensor, nn
 from oneword.engines.errors import FileError, MissingPackage, UsageError, one_line
 
 _UNUSED: Final = ("safety_checker", "feature_extractor", "image_encoder")
-_PAIRS: Final = ((".lora_down.weight", ".lora_up.weight"), (".lora_A.weight", ".lora_B.weight"))
+_PAIRS: Final = (
+    (".lora_down.weight", ".lora_up.weight"),
+    (".lora_A.weight", ".lora_B.weight"),
+    (".lora.down.weight", ".lora.up.weight"),
+)
 """The two factors of a layer, in files that give each layer a strength."""
 _FIRST_FACTORS: Final = ("down.weight", "lora_A.weight")
-"""How the first factor's name ends, in diffusers' forms."""
+"""How the first factor's name ends, in files and in diffusers' form."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +64,9 @@ def _fuse(lora: Lora, model: Any) -> None:
     if any("dora_scale" in name for name in weights):
         raise ValueError("it is a DoRA, whose magnitudes diffusers does not read")
     file: Any = _at_strength_one(weights) if any(name.endswith(".alpha") for name in weights) else str(lora.file)
+    if not (layers := _count_layers(weights, model, file)):
+        raise ValueError("it has no layers")
     adapted = [name for name in model._lora_loadable_modules if getattr(model, name, None) is not None]
-    layers = _count_layers(model, file)
     model.load_lora_weights(file)
     found = sum(_has_lora(module) for name in adapted for module in getattr(model, name).modules())
     if found != layers:
@@ -71,30 +76,39 @@ def _fuse(lora: Lora, model: Any) -> None:
 
 
 def _at_strength_one(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same layers without alphas: the second factor times alpha / rank.
+    """The same layers without alphas: the second factor times alpha / rank, in float32.
 
     diffusers passes alphas that differ from layer to layer to peft under names that match none of them. Factors whose
-    file has no alphas count as they are, whatever their rank.
+    file has no alphas count as they are, whatever their rank. Raises ValueError for an alpha without a layer.
     """
     plain = {name: tensor for name, tensor in weights.items() if not name.endswith(".alpha")}
-    for name, alpha in weights.items():
+    for name in weights.keys() - plain.keys():
         layer = name.removesuffix(".alpha")
-        for down, up in _PAIRS if layer != name else ():
+        for down, up in _PAIRS:
             if layer + down in plain and layer + up in plain:
-                rank = len(plain[layer + down])
-                plain[layer + up] = plain[layer + up] * (alpha.item() / rank)
+                strength = weights[name].item() / len(plain[layer + down])
+                plain[layer + up] = plain[layer + up].float() * strength
+                break
+        else:
+            raise ValueError(f"{name} belongs to none of its layers")
     return plain
 
 
-def _count_layers(model: Any, file: Any) -> int:
-    """The number of layers in a file, once diffusers has converted it; one of a fused product counts for each part."""
+def _count_layers(weights: Mapping[str, Tensor], model: Any, file: Any) -> int:
+    """The number of layers in a file, once diffusers has converted it; one of a fused product counts for each part.
+
+    Raises ValueError for other tensors, and for layers that are lost in the conversion.
+    """
     unet = getattr(model, "unet", None)
     file = {**file} if isinstance(file, Mapping) else file  # converting empties it
     converted = model.lora_state_dict(file, unet_config=None if unet is None else unet.config)
     names = list(converted[0] if isinstance(converted, tuple) else converted)
     if foreign := [name for name in names if "lora" not in name]:
         raise ValueError(f"{foreign[0]} is not part of a LoRA")
-    return sum(name.endswith(_FIRST_FACTORS) for name in names)
+    layers, converted_layers = (sum(name.endswith(_FIRST_FACTORS) for name in found) for found in (weights, names))
+    if converted_layers < layers:
+        raise ValueError(f"diffusers reads {converted_layers} of its {layers} layers")
+    return converted_layers
 
 
 def _has_lora(module: nn.Module) -> bool:

@@ -102,6 +102,11 @@ def test_the_manifest_agrees_with_the_model(tiny_model_dir: Path, tiny_bundle: P
         ),
         ("model_index.json", {"tokenizer": [None, None]}, "no tokenizer"),
         (
+            "vae/config.json",
+            {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4},
+            "its VAE has statistics of channels",
+        ),
+        (
             "model_index.json",
             {"unet": ["diffusers", "UNet3DConditionModel"]},
             "UNet3DConditionModel: give a model with one of",

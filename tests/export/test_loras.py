@@ -207,6 +207,48 @@ def test_a_lora_that_fits_in_part_is_refused(tiny_model_dir: Path, tmp_path: Pat
         load_source(tiny_model_dir, loras=[Lora(tmp_path / "partial.safetensors")])
 
 
+def test_a_lora_without_layers_is_refused(tiny_model_dir: Path, tmp_path: Path) -> None:
+    save_file({}, tmp_path / "empty.safetensors")
+    with pytest.raises(FileError, match=r"empty.safetensors cannot be fused into this model"):
+        load_source(tiny_model_dir, loras=[Lora(tmp_path / "empty.safetensors")])
+
+
+def test_an_alpha_without_a_layer_is_refused(tiny_model_dir: Path, tmp_path: Path) -> None:
+    layer = f"lora_unet_{ATTENTION.replace('.', '_')}_attn1_to_q"
+    tensors = {f"{layer}.lora_down.weight": torch.ones(2, 16), f"{layer}.lora_up.weight": torch.ones(16, 2)}
+    save_file({**tensors, "lora_unet_x.alpha": torch.tensor(1.0)}, tmp_path / "odd.safetensors")
+    with pytest.raises(FileError, match=r"lora_unet_x.alpha belongs to none of its layers"):
+        load_source(tiny_model_dir, loras=[Lora(tmp_path / "odd.safetensors")])
+
+
+def test_a_small_alpha_in_half_precision_loses_nothing(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """Numbers of fp16 that would leave its range once they are scaled."""
+    torch.manual_seed(0)
+    name = f"{ATTENTION}.attn1.to_q"
+    down, up = factors(weights_of(load_source(tiny_model_dir), "network")[f"{name}.weight"], 8)
+    down, up = (1e3 * down).half(), (1e-3 * up).half()
+    key = f"lora_unet_{name.replace('.', '_')}"
+    alpha = torch.tensor(1e-3)
+    tensors = {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up, f"{key}.alpha": alpha}
+    delta = alpha / 8 * product(down.float(), up.float())
+
+    save_file(tensors, tmp_path / "half.safetensors")
+    plain, fused = (load_source(tiny_model_dir, loras=loras) for loras in ([], [Lora(tmp_path / "half.safetensors")]))
+    found = weights_of(fused, "network")[f"{name}.weight"] - weights_of(plain, "network")[f"{name}.weight"]
+    torch.testing.assert_close(found, delta, rtol=1e-2, atol=1e-7)
+
+
+def test_layers_that_diffusers_loses_are_noticed(tiny_sdxl_dir: Path, tmp_path: Path) -> None:
+    """It drops the layers with the original names of blocks if there are others with its own."""
+    tensors = {}
+    for block in ("down_blocks_1_attentions_0", "input_blocks_4_1"):
+        key = f"lora_unet_{block}_transformer_blocks_0_attn1_to_q"
+        tensors |= {f"{key}.lora_down.weight": torch.ones(2, 32), f"{key}.lora_up.weight": torch.ones(32, 2)}
+    save_file(tensors, tmp_path / "mixed.safetensors")
+    with pytest.raises(FileError, match=r"diffusers reads 1 of its 2 layers"):
+        load_source(tiny_sdxl_dir, loras=[Lora(tmp_path / "mixed.safetensors")])
+
+
 def test_a_lora_that_is_missing_is_named_before_the_model_is_loaded(
     tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
