@@ -16,7 +16,9 @@ import glob
 import itertools
 import json
 import os
+import re
 import shutil
+import socket
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from enum import StrEnum
@@ -288,8 +290,7 @@ def write_bundle(path: str | Path, fill: Callable[[Path], Manifest]) -> Bundle:
         path.parent.mkdir(parents=True, exist_ok=True)
         _recover(path)
         _refuse_to_overwrite(path)
-        staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_PARTIAL, dir=path.parent))
-        lock = lock_folder(staging)
+        staging, lock = _new_staging(path)
     except OSError as error:
         raise FileError(f"cannot write the bundle {path}: {error.strerror}") from error
     try:
@@ -342,7 +343,7 @@ def _read_manifest(folder: Path) -> Manifest:
         return msgspec.json.decode(data, type=Manifest)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise BundleError(
-            f"{path} is not a valid manifest ({one_line(error)}): export the model again with ti-export"
+            f"{path} is not a valid manifest ({one_line(error)}): export the model to a new folder with ti-export"
         ) from error
 
 
@@ -469,21 +470,49 @@ def _refuse_to_overwrite(path: Path) -> None:
         raise UsageError(f"{path} holds {stray}, which is not part of the bundle: move it, or choose a new folder")
 
 
+def _new_staging(path: Path) -> tuple[Path, int | None]:
+    """A folder beside a bundle to write it in, and the descriptor of its lock; None where there are no locks."""
+    while True:
+        staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.{_host()}-", suffix=_PARTIAL, dir=path.parent))
+        try:
+            lock = lock_folder(staging)
+        except FileNotFoundError:
+            continue
+        except OSError:
+            return staging, None
+        if lock is not None:  # else another process found it before it was locked, and deletes it
+            return staging, lock
+
+
 def _recover(path: Path) -> None:
-    """Deletes what killed processes left of bundles that they wrote to `path`, and puts back what they replaced."""
-    pattern = f".{glob.escape(path.name)}.*"
-    for partial in path.parent.glob(pattern + _PARTIAL):
-        with contextlib.suppress(FileNotFoundError):
+    """Deletes what killed processes left of bundles that they wrote to `path`, and puts back what they replaced.
+
+    Folders of other hosts, whose locks may not be seen here, are left alone.
+    """
+    for partial in _beside(path, f"{_host()}-*", _PARTIAL):
+        with contextlib.suppress(OSError):  # it is gone, or cannot be locked
             if (lock := lock_folder(partial)) is not None:  # else it is being written
                 shutil.rmtree(partial, ignore_errors=True)
                 os.close(lock)
-    for old in path.parent.glob(pattern + _OLD):
+    for old in _beside(path, "*", _OLD):
         if old.with_suffix(_PARTIAL).exists():
             continue
         if path.exists():
-            shutil.rmtree(old, ignore_errors=True)
+            _discard(old, path)
         else:
             os.rename(old, path)
+
+
+def _beside(path: Path, stem: str, suffix: str) -> list[Path]:
+    """The folders beside a bundle with such names. Those of another bundle, such as sd1.5 beside sd1, have a dot."""
+    start = f".{path.name}."
+    found = path.parent.glob(f"{glob.escape(start)}{stem}{suffix}")
+    return [folder for folder in found if "." not in folder.name.removeprefix(start).removesuffix(suffix)]
+
+
+def _host() -> str:
+    """This host's name, as a part of a file's name without dots."""
+    return re.sub(r"\W", "_", socket.gethostname())[:40]
 
 
 def _move_into_place(staging: Path, path: Path) -> None:
@@ -497,8 +526,14 @@ def _move_into_place(staging: Path, path: Path) -> None:
         except OSError:
             os.rename(old, path)
             raise
-        if (old / PLANS).is_dir() and not (old / PLANS).is_symlink():
-            with contextlib.suppress(OSError):  # a process that opened the new bundle has made plans already
-                os.rename(old / PLANS, path / PLANS)
     sync(path.parent)
+    if old.exists():
+        _discard(old, path)
+
+
+def _discard(old: Path, path: Path) -> None:
+    """Deletes a bundle that another one has replaced, which gets its plans."""
+    if (old / PLANS).is_dir() and not (old / PLANS).is_symlink():
+        with contextlib.suppress(OSError):  # a process that opened the new bundle has made plans already
+            os.rename(old / PLANS, path / PLANS)
     shutil.rmtree(old, ignore_errors=True)

@@ -328,12 +328,12 @@ def killed(bundle: Path, renames: int) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
 
 
-@pytest.mark.parametrize("renames", [0, 1])
+@pytest.mark.parametrize("renames", [0, 1, 2])
 def test_the_next_export_mends_what_a_killed_one_left(bundle: Path, renames: int) -> None:
     (bundle / "plans").mkdir()
     (bundle / "plans" / "mine.plan").write_bytes(b"plan")
     killed(bundle, renames)
-    assert bundle.exists() == (renames == 0)
+    assert bundle.exists() == (renames != 1)
     assert len(list(bundle.parent.iterdir())) == 2
 
     def fails(folder: Path) -> Manifest:
@@ -345,6 +345,34 @@ def test_the_next_export_mends_what_a_killed_one_left(bundle: Path, renames: int
     assert [path.name for path in bundle.parent.iterdir()] == ["bundle"]
     write_bundle(bundle, fill)
     assert (bundle / "plans" / "mine.plan").read_bytes() == b"plan"
+
+
+@pytest.mark.parametrize("renames", [0, 1, 2])
+def test_what_is_left_of_a_bundle_with_a_longer_name_is_left_alone(tmp_path: Path, renames: int) -> None:
+    longer = write_bundle(tmp_path / "sd1.5", fill).path
+    (longer / "plans").mkdir()
+    killed(longer, renames)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    for _ in range(2):
+        write_bundle(tmp_path / "sd1", fill)
+        assert sorted(path.name for path in tmp_path.iterdir() if path.name != "sd1") == before
+
+
+def test_what_another_host_writes_is_left_alone(bundle: Path) -> None:
+    other = bundle.with_name(".bundle.another_host-abcdefgh.partial")
+    other.mkdir()
+    write_bundle(bundle, fill)
+    assert sorted(path.name for path in bundle.parent.iterdir()) == [other.name, "bundle"]
+
+
+def test_a_bundle_is_written_where_folders_cannot_be_locked(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(37, "No locks available")
+
+    killed(bundle, 0)
+    monkeypatch.setattr("fcntl.flock", refuse)
+    write_bundle(bundle, fill)
+    assert len(list(bundle.parent.iterdir())) == 2  # the other process may be alive
 
 
 def test_a_bundle_that_another_process_writes_is_left_alone(bundle: Path) -> None:
