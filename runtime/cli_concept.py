@@ -1,7 +1,6 @@
 """`ti-concept`: shows, checks and converts embedding files. A thin skin over `oneword.runtime.layouts`."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,12 +90,10 @@ def convert(files: tuple[Path, ...], out: Path, token: str | None, rows_only: bo
     """
     if len(files) > 2:
         raise UsageError(f"{len(files)} files to convert, allowed are one, or two that are a pair for SDXL")
-    words = read_concepts(files[0], token) if len(files) == 1 else [w for path in files for w in read_concepts(path)]
+    words = [word for path in files for word in read_concepts(path, token)]
     concepts = [paired(words)] if len(files) == 2 else [word.concept for word in words]
-    if token is not None:
-        if len(concepts) > 1:
-            raise UsageError(f"--token {token!r} for {len(concepts)} words: convert them without it")
-        concepts = [replace(concepts[0], token=token)]
+    if token is not None and len(concepts) > 1:
+        raise UsageError(f"--token {token!r} for {len(concepts)} words: convert them without it")
     if rows_only:
         concepts = [concept.rows_only() for concept in concepts]
     targets = _targets(concepts, out)

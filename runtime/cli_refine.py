@@ -1,6 +1,5 @@
 """`ti-refine`: makes a word better by likes and dislikes. A thin skin over `oneword.runtime.refine`."""
 
-import os
 import re
 import shutil
 import sys
@@ -285,7 +284,7 @@ def _state(start: str, lexicon: Lexicon, learned: Sequence[Concept], fresh: dict
         state = refine_concept(concept, lexicon, aspects, **settings)
         return (state if fresh["token"] is None else replace(state, token=fresh["token"])), False
     lexicon.rows(start)  # raises if the model does not have the word
-    token = fresh["token"] or f"<{token_from_stem(start).strip('<>')}>"
+    token = fresh["token"] or f"<{token_from_stem(start.replace('/', '_') + '.x').strip('<>')}>"
     return Refinement(token, start, aspects, lexicon.digest, **settings), False
 
 
@@ -297,8 +296,8 @@ def _notes(start: str, lexicon: Lexicon) -> Iterator[str]:
 
 
 def _is_file(start: str) -> bool:
-    """Whether --start names a file, which need not exist, and not a word."""
-    return "/" in start or Path(start).suffix.lower() in _WORD_FILES or os.path.isfile(start)
+    """Whether --start names a file, which need not exist, and not a word: by its suffix or the beginning of a path."""
+    return start.startswith(("./", "../", "/", "~")) or Path(start).suffix.lower() in _WORD_FILES
 
 
 def _learned(path: Path) -> Concept:

@@ -24,6 +24,7 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, TypeAlias
@@ -90,8 +91,13 @@ _ENCODER_LAYER: Final = "encoder_layer."
 PNG: Final = b"\x89PNG\r\n\x1a\n"
 FUSE: Final = "fuse it when you export, with ti-export --lora FILE:0.8"
 """What to do with a LoRA, at the end of an error."""
-_LORA_KEY: Final = re.compile(rb"[._](lora_(down|up|A|B)|lora\.(down|up)|hada_w[12]_[ab]|lokr_w[12](_[ab])?)[.\"]")
-"""The end of a tensor's name in a LoRA of kohya, diffusers, PEFT or LyCORIS."""
+MAX_LORA_HEADER: Final = 16 << 20
+_LORA_TENSOR: Final = re.compile(
+    rb"[._](?:lora_(?:down|up|A|B)|lora\.(?:down|up)|hada_w[12]_[ab]|lokr_w[12](?:_[ab])?)"
+    rb"(?:(?:\.\w{1,64})?\.(?:weight|bias))?\"\s{0,8}:\s{0,8}\{"
+)
+"""The end of a tensor's name in the header of a LoRA of kohya, diffusers, PEFT or LyCORIS, to the brace of its entry.
+Metadata never match: their values are strings, in which a quote is escaped."""
 _MAX_AXES: Final = 4
 _TOKEN: Final = re.compile(r"<[\w.+*@#!~&$%^=-]+>|[\w.+*@#!~&$%^=-]+")
 
@@ -450,6 +456,9 @@ def read_limited(path: Path) -> bytes:
     try:
         with path.open("rb") as file:
             data = file.read(MAX_FILE_BYTES + 1)
+            rest = 8 + int.from_bytes(data[:8], "little") - len(data)
+            if data[8:9] == b"{" and 0 < rest <= MAX_LORA_HEADER:  # a LoRA's tensors are named after its metadata
+                data += file.read(rest)
             size = os.fstat(file.fileno()).st_size
     except OSError as error:
         raise unreadable(path, error) from error
@@ -476,8 +485,12 @@ def refuse_other_kinds(data: bytes, name: str) -> None:
         )
     if data.startswith((b"\xff\xd8\xff", b"GIF8")) or (data[:4] == b"RIFF" and data[8:12] == b"WEBP"):
         raise ConceptError(f"{name} is a picture, not a word's file: learn a word from pictures with ti-train")
-    header = data[8 : 8 + int.from_bytes(data[:8], "little")]
-    if not header.startswith(b"{") or not _LORA_KEY.search(header[:MAX_HEADER_BYTES]):
+    length = int.from_bytes(data[:8], "little")
+    if data[8:9] != b"{" or length > MAX_LORA_HEADER:
+        return
+    header = data[8 : 8 + length]
+    lora_tensors = [*islice(_LORA_TENSOR.finditer(header), 2)]
+    if len(lora_tensors) < 2:  # a LoRA has two or more for each layer; one can be a word's name, such as x_lora_A
         return
     if b'"bundle_emb.' in header:
         raise ConceptError(f"{name} is a LoRA with words in it: ti-concept convert writes these as files")
@@ -516,7 +529,7 @@ def _header(data: bytes, name: str) -> tuple[dict[str, Any], int]:
         raise ConceptError(
             f"{name} has {len(data)} bytes, too few for a safetensors file: convert .pt and .bin with ti-concept"
         )
-    refuse_other_kinds(data, name)
+    refuse_other_kinds(data[:MAX_FILE_BYTES], name)  # of uploads, which may be larger
     length = int.from_bytes(data[:8], "little")
     if data[8:9] != b"{" and (data[:4] == b"PK\x03\x04" or data[:1] == b"\x80"):
         raise ConceptError(f"{name} is a pickle (.pt, .bin), allowed is safetensors: run ti-concept convert first")

@@ -23,7 +23,6 @@ import io
 import json
 import pickle
 import pickletools
-import re
 import struct
 import zipfile
 import zlib
@@ -39,6 +38,7 @@ from oneword.engines.errors import ConceptError
 from oneword.runtime.concept import (
     KEY_ENCODERS,
     MAX_FILE_BYTES,
+    MAX_LORA_HEADER,
     PNG,
     XTI_KEYS,
     Concept,
@@ -53,14 +53,12 @@ from oneword.runtime.concept import (
     unreadable,
 )
 
-_MAX_LORA_HEADER: Final = 16 << 20
 _MAX_LORA_WORDS: Final = 8 * MAX_FILE_BYTES
 _MAX_PICTURE_TEXT: Final = 8 << 20
 _MAX_PICKLED: Final = 8 * MAX_FILE_BYTES
 _MAX_ZIP_ENTRIES: Final = 200
 _MAX_OPCODES: Final = 5_000
-_BUNDLED: Final = re.compile(r"bundle_emb\.(.+?)\.(?:(string_to_param|string_to_token)(?:\..+)?|([^.]+))")
-"""The name and the key of a word in a LoRA. A1111 has a dictionary in string_to_param, whose key is any."""
+_MAX_BUNDLED_KEY: Final = 1_000
 _PICKLES: Final = (".pt", ".bin", ".pth", ".ckpt")
 
 
@@ -75,8 +73,8 @@ class FoundConcept:
 def read_concepts(path: Path, new_token: str | None = None) -> list[FoundConcept]:
     """All words in a file of any tool, or in a folder of sd-concepts-library.
 
-    `new_token` replaces their names, which may then be ones that a word may not have. Raises UsageError if there is no
-    such file, ConceptError.
+    `new_token` replaces the name of each, which may then be one that a word may not have. Raises UsageError if there is
+    no such file, ConceptError.
     """
     name = str(path)
     if path.is_dir():
@@ -140,7 +138,7 @@ def _from_dict(container: str, content: Any, name: str, new_token: str | None) -
     picture = container == "A1111 picture"
     if picture and not isinstance(content["name"], str):
         raise ConceptError(f"{name}: the word's name is a {type(content['name']).__name__}, not text")
-    token = token_from_stem(f"{content['name']}.x" if picture else name)
+    token = new_token or token_from_stem(f"{content['name']}.x" if picture else name)
     vectors = _array(next(iter(parameters.values())), name)
     return [FoundConcept(container if picture else "A1111", Concept(token, {"text_encoder": vectors}, facts))]
 
@@ -186,7 +184,7 @@ def _lora(path: Path, new_token: str | None) -> list[FoundConcept]:
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            if not 8 < length <= _MAX_LORA_HEADER:
+            if not 8 < length <= MAX_LORA_HEADER:
                 return []
             head = file.read(length)
             if b"bundle_emb." not in head:
@@ -194,8 +192,8 @@ def _lora(path: Path, new_token: str | None) -> list[FoundConcept]:
             words: dict[str, dict[str, Vectors]] = {}
             size = 0
             for key, entry in parse_header(head, str(path)).items():
-                match = _BUNDLED.fullmatch(key)
-                if match and match[2] != "string_to_token":  # A1111's ids of the words' names
+                stem, name = _bundled(key, str(path))
+                if stem and name != "string_to_token":  # A1111's ids of the words' names
                     first, last = _offsets(entry, key, str(path))
                     size += last - first  # entries may share bytes
                     if size > _MAX_LORA_WORDS:
@@ -203,18 +201,38 @@ def _lora(path: Path, new_token: str | None) -> list[FoundConcept]:
                     file.seek(8 + length + first)
                     local = entry | {"data_offsets": [0, last - first]}
                     value, _ = parse_tensor(memoryview(file.read(last - first)), key, local, str(path))
-                    tensors, name = words.setdefault(match[1], {}), match[2] or match[3]
-                    name = "emb_params" if name in ("*", "string_to_param") else name  # the word is called match[1]
+                    tensors = words.setdefault(stem, {})
+                    name = "emb_params" if name in ("*", "string_to_param") else name  # the word is called as the stem
                     if name in tensors:
-                        raise ConceptError(f"{path}: {match[1][:80]!r} has two tensors in {name}, allowed is one")
+                        raise ConceptError(f"{path}: {stem[:80]!r} has two tensors in {name}, allowed is one")
                     tensors[name] = value
     except OSError as error:
         raise unreadable(path, error) from error
     return [
         FoundConcept("LoRA bundle", word.concept)
         for stem, tensors in words.items()
-        for word in _from_tensors("LoRA bundle", tensors, {}, f"{stem}.safetensors", new_token)
+        for word in _from_tensors("LoRA bundle", tensors, {}, f"{token_from_stem(f'{stem}.x')}.safetensors", new_token)
     ]
+
+
+def _bundled(key: str, name: str) -> tuple[str, str]:
+    """The name of a word in a LoRA and the key of its tensor, or nothing for another tensor's key. Raises ConceptError.
+
+    A1111 has a dictionary in string_to_param, whose keys are ignored.
+    """
+    if not key.startswith("bundle_emb."):
+        return "", ""
+    if len(key) > _MAX_BUNDLED_KEY:
+        raise ConceptError(
+            f"{name}: key {key[:80]!r}... has {len(key)} characters, allowed for a word are {_MAX_BUNDLED_KEY}"
+        )
+    rest = key.removeprefix("bundle_emb.")
+    for dictionary in ("string_to_param", "string_to_token"):
+        stem, found, _ = f"{rest}.".partition(f".{dictionary}.")
+        if stem and found:
+            return stem, dictionary
+    stem, _, tensor = rest.rpartition(".")
+    return (stem, tensor) if tensor else ("", "")
 
 
 def _offsets(entry: Any, key: str, name: str) -> tuple[int, int]:

@@ -177,6 +177,24 @@ def test_a_pair_of_diffusers_sdxl_files_becomes_one_word(
         np.testing.assert_array_equal(word.vectors[encoder], expected)
 
 
+def test_a_pair_with_names_that_are_refused_or_differ_is_renamed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wide = np.linspace(0.1, 0.2, 2 * 48, dtype=np.float32).reshape(2, 48)
+    safetensors.numpy.save_file({"<my toy>": ROWS}, tmp_path / "1.safetensors")
+    torch.save({"string_to_param": {"*": torch.from_numpy(wide)}, "name": "x"}, tmp_path / "2.pt")
+    out = tmp_path / "toy.safetensors"
+    line = ("convert", tmp_path / "1.safetensors", tmp_path / "2.pt", out)
+
+    code, output = _main(monkeypatch, capsys, *line, "--token", "<toy>")
+
+    assert code == 0, output
+    word = load_concept(out)
+    assert word.token == "<toy>"
+    for encoder, expected in (("text_encoder", ROWS), ("text_encoder_2", wide)):
+        np.testing.assert_array_equal(word.vectors[encoder], expected)
+
+
 def test_several_words_become_a_folder_of_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -189,7 +189,7 @@ def test_a_refined_word_that_was_renamed_keeps_its_new_name_and_its_rounds(
     assert load_concept("gem.safetensors").token == "<gem>"
 
 
-@pytest.mark.parametrize("name", ["toy.SAFETENSORS", "toy", "./folder/toy"])
+@pytest.mark.parametrize("name", ["toy.SAFETENSORS", "./toy", "./folder/toy"])
 def test_a_start_that_is_a_file_is_not_taken_for_a_word(
     tiny_bundle: Path,
     folder: Path,
@@ -197,7 +197,7 @@ def test_a_start_that_is_a_file_is_not_taken_for_a_word(
     capsys: pytest.CaptureFixture[str],
     name: str,
 ) -> None:
-    """Of these only the first is a file that is read; `toy` and `folder/toy` have no suffix of a word's file."""
+    """Of these only the first is a file that is read; `./toy` and `./folder/toy` have no suffix of a word's file."""
     Path("folder").mkdir()
     Path("toy.safetensors").rename(name)
     line = ("--start", name, "--rounds", 0)
@@ -210,12 +210,24 @@ def test_a_start_that_is_a_file_is_not_taken_for_a_word(
     assert "allowed is a .safetensors file: convert it with ti-concept convert" in capsys.readouterr().err
 
 
-def test_a_word_with_the_name_of_a_folder_is_a_word(
-    tiny_bundle: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_word_with_the_name_of_a_file_or_folder_is_a_word(
+    tiny_bundle: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
-    Path("cat").mkdir()
+    if kind == "folder":
+        Path("cat").mkdir()
+    else:
+        Path("cat").write_text("mine")
 
     assert scripted(monkeypatch, capsys, tiny_bundle, "--start", "cat", "--rounds", 0)["token"] == "<cat>"
+
+
+def test_a_word_with_a_slash_is_a_word(
+    tiny_bundle: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = scripted(monkeypatch, capsys, tiny_bundle, "--start", "black/white", "--rounds", 0)
+
+    assert (report["token"], report["file"]) == ("<black_white>", "black_white-refined.safetensors")
 
 
 def test_a_learned_word_is_refined_into_another_file(
@@ -286,7 +298,11 @@ def test_a_start_that_may_be_misspelt_is_noted(
         (["--start", "cat", "--seed", 2**63 - 1], 2, "seed is 9223372036854775807, allowed is 0 to 922337203685477576"),
         (["--start", "./nope.SAFETENSORS"], 2, "there is no file nope.SAFETENSORS"),
         (["--start", "nope.pt"], 2, "there is no file nope.pt"),
-        (["--start", "folder/nope"], 2, "there is no file folder/nope"),
+        (["--start", "./folder/nope"], 2, "there is no file folder/nope"),
+        (["--start", "../nope"], 2, "there is no file ../nope"),
+        (["--start", "/nope"], 2, "there is no file /nope"),
+        (["--start", "~/nope"], 2, "there is no file ~/nope"),
+        (["--start", "folder/nope.PNG"], 2, "there is no file folder/nope.PNG"),
         (["--start", "word.pt"], 2, "word.pt, allowed is a .safetensors file: convert it with ti-concept convert word"),
         (["--start", "cat", "--likes", "seven"], 2, "the answer is 'seven', allowed are numbers such as 2 5 -3"),
         (["--start", "cat", "--likes", ""], 2, "the answer is '', allowed are numbers"),

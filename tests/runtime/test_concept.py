@@ -203,33 +203,67 @@ def test_other_files_are_refused_with_the_reason(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "key",
+    ("layer", "factors"),
     [
-        "lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight",  # kohya
-        "unet.down_blocks.0.attentions.0.to_q.lora_A.weight",  # PEFT
-        "unet.down_blocks.0.attn1.processor.to_q_lora.down.weight",  # diffusers, older
-        "lora_unet_mid_block_attentions_0_proj_in.hada_w1_a",  # LyCORIS
-        "lycoris_mid_block_attentions_0_proj_in.lokr_w2",
+        ("lora_unet_down_blocks_0_attentions_0_proj_in", ["lora_down.weight", "lora_up.weight", "alpha"]),  # kohya
+        ("unet.down_blocks.0.attentions.0.to_q", ["lora_A.weight", "lora_B.weight"]),  # diffusers
+        ("base_model.model.attentions.0.to_q", ["lora_A.default.weight", "lora_B.default.weight"]),  # PEFT
+        ("unet.down_blocks.0.attn1.processor", ["to_q_lora.down.weight", "to_q_lora.up.weight"]),  # diffusers, older
+        ("lora_unet_mid_block_attentions_0_proj_in", ["hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"]),  # LyCORIS
+        ("lycoris_mid_block_attentions_0_proj_in", ["lokr_w1", "lokr_w2"]),
     ],
 )
 @pytest.mark.parametrize("size", [16, 2 << 20])
-def test_a_lora_of_any_size_is_refused_with_what_to_do_with_it(tmp_path: Path, key: str, size: int) -> None:
-    path = tmp_path / "style.safetensors"
-    safetensors.numpy.save_file({key: np.ones(size // 4, np.float32)}, path)
+@pytest.mark.parametrize("metadata", [0, 2 << 20])
+def test_a_lora_of_any_size_is_refused_with_what_to_do_with_it(
+    tmp_path: Path, layer: str, factors: list[str], size: int, metadata: int
+) -> None:
+    """Its metadata, such as kohya's counts of captions, is before the names of its tensors."""
+    path, facts = tmp_path / "style.safetensors", {"ss_tag_frequency": "x" * metadata}
+    tensors = {f"{layer}.{factor}": np.ones(size // 4, np.float32) for factor in factors}
+    safetensors.numpy.save_file(tensors, path, facts)
 
     with pytest.raises(ConceptError, match="is a LoRA, not a word's file: fuse it when you export, with ti-export --l"):
         load_concept(path)
 
-    safetensors.numpy.save_file({key: ROWS, "bundle_emb.toy.emb_params": ROWS}, path)
+    safetensors.numpy.save_file({**tensors, "bundle_emb.toy.emb_params": ROWS}, path, facts)
     with pytest.raises(ConceptError, match="is a LoRA with words in it: ti-concept convert writes these as files"):
         load_concept(path)
 
 
 def test_a_word_whose_name_resembles_a_loras_tensors_is_loaded(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
-    safetensors.numpy.save_file({"<lora_down>": ROWS}, path, {"ss_network_module": "networks.lora"})
+    facts = {"ss_network_module": "networks.lora", "x_lora_A": "x_lora_B", "json": '{"a.lora_up": {"b.lora_down": {}}}'}
+    safetensors.numpy.save_file({"<lora_down>": ROWS}, path, facts)
 
     assert load_concept(path).token == "<lora_down>"
+
+
+@pytest.mark.parametrize(
+    "token",
+    [
+        "my_lora_A",
+        "style_lora_up",
+        "x.lora_B",
+        "x.lora_down.weight",
+        "a.lora.up",
+        "b_hada_w1_a",
+        "c.lokr_w2",
+        "_lora_A",
+    ],
+)
+def test_a_word_that_is_named_as_a_tensor_of_a_lora_is_saved_and_loaded(tmp_path: Path, token: str) -> None:
+    path, out, layers = tmp_path / "a.safetensors", np.ones((1, 1, 2, 4), np.float32), ROWS[None]
+    names = ("text_encoder", "text_encoder_2")
+    for encoders in (names[:1], names):
+        rows = dict.fromkeys(encoders, ROWS)
+        for parts in ({}, {"out": dict.fromkeys(encoders, out)}, {"layer_rows": dict.fromkeys(encoders, layers)}):
+            word = Concept(token, rows, {"x_lora_A": "x_lora_B"}, **parts)
+
+            save_concept(word, path)
+
+            loaded = load_concept(path)
+            assert (loaded.token, loaded.identity) == (token, word.identity)
 
 
 @pytest.mark.parametrize("token", ["", "a b", "../toy", "a/b", "(toy:2)", "<a", "x" * 65, "to\ny", "e\u0301", "\u202e"])

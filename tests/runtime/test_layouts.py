@@ -272,6 +272,41 @@ def test_words_in_a_lora_of_a1111_are_read_under_their_names(tmp_path: Path) -> 
         assert_same_arrays(words[name], {"text_encoder": rows})
 
 
+@pytest.mark.parametrize(
+    ("key", "token"),
+    [
+        ("my\ntoy.string_to_param.*", "my_toy"),
+        (f"{'a.' * 30}b.string_to_param.*", f"{'a.' * 30}b"),
+        (f"toy.string_to_param.{'.string_to_param' * 60}", "toy"),
+        (f"toy.string_to_param{'.x' * 400}", "toy"),
+        (f"{'string_to_param' * 60}.emb_params", ("string_to_param" * 60)[:62]),
+        ("toy.v2.emb_params", "toy.v2"),
+    ],
+)
+def test_a_long_key_of_a_word_in_a_lora_is_split_at_its_dictionary_or_its_last_part(
+    tmp_path: Path, key: str, token: str
+) -> None:
+    path = tmp_path / "lora.safetensors"
+    safetensors.numpy.save_file({"lora_unet.weight": ROWS, f"bundle_emb.{key}": -ROWS}, path)
+
+    [word] = read_concepts(path)
+
+    assert word.concept.token == token
+    assert_same_arrays(word.concept.vectors, {"text_encoder": -ROWS})
+
+
+@pytest.mark.parametrize("part", [".string_to_param", "\n", ".", ".string_to_param\n", "a"])
+def test_a_key_of_a_word_in_a_lora_is_limited(tmp_path: Path, part: str) -> None:
+    """131 kB; of a key that a pattern matches by trial and error, they took 8.8 seconds."""
+    path, key = tmp_path / "lora.safetensors", "bundle_emb.a" + (part * (1 << 17))[: 1 << 17]
+    safetensors.numpy.save_file({key: ROWS}, path)
+    with pytest.raises(
+        ConceptError, match=r"key 'bundle_emb.* has 131084 characters, allowed for a word are 1000"
+    ) as e:
+        read_concepts(path)
+    assert len(str(e.value)) < 500
+
+
 def test_a_word_in_a_lora_with_two_tensors_in_one_place_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "lora.safetensors"
     tensors = {f"bundle_emb.toy.string_to_param.{key}": ROWS for key in ("a", "b")}
@@ -303,6 +338,23 @@ def test_an_a1111_picture_holds_a_word_with_its_name(tmp_path: Path) -> None:
     assert (word.layout, word.concept.token) == ("A1111 picture", "stored_name")
     np.testing.assert_array_equal(word.concept.vectors["text_encoder"], ROWS)
     assert word.concept.provenance["sd_checkpoint_name"] == "SD1.5"
+
+
+def test_a_new_token_replaces_the_name_in_every_layout(tmp_path: Path) -> None:
+    for name, content, *_ in PICKLED:
+        torch.save(content(), tmp_path / name)
+    for name, tensors, *_ in FLAT:
+        safetensors.numpy.save_file(tensors, tmp_path / f"{name}.safetensors")
+    tensors = {"lora_unet.weight": ROWS, "bundle_emb.toy.string_to_param.*": ROWS, "bundle_emb.ring.clip_l": ROWS}
+    safetensors.numpy.save_file(tensors, tmp_path / "lora.safetensors")
+    _picture(tmp_path / "picture.png", _json(_a1111(string_to_param={"*": {"TORCHTENSOR": ROWS.tolist()}})))
+    (tmp_path / "library").mkdir()
+    torch.save({"<toy>": TENSOR}, tmp_path / "library" / "learned_embeds.bin")
+
+    for path in tmp_path.iterdir():
+        before, after = read_concepts(path), read_concepts(path, "<new>")
+        assert [word.concept.token for word in after] == ["<new>"] * len(before), path.name
+        assert [word.concept.identity for word in after] == [word.concept.identity for word in before]
 
 
 def test_a_folder_of_the_concepts_library_holds_one_word(tmp_path: Path) -> None:
