@@ -11,8 +11,8 @@
     jobs/servers/<id>                                  a sign of life that its server renews
 
 A term is one server's ownership of a job. It is created exclusively, so that one server wins, and only its owner writes
-it: one that is late writes to its own old term, which nobody reads. No clocks are compared. Synchronous; not covered:
-who takes over what and when (`oneword.serve.jobs`).
+it: one that is late writes to its own old term, which nobody reads. Clocks and the times of files decide only about
+what is days old. Synchronous; not covered: who takes over what and when (`oneword.serve.jobs`).
 """
 
 from __future__ import annotations
@@ -263,15 +263,30 @@ class JobFiles:
         """A tenant's jobs, the oldest first."""
         return sorted(self._files.names(_tenant(tenant)))
 
-    def delete_ended(self, before: str) -> int:
-        """Deletes all tenants' jobs that have ended and whose ids sort before `before`. Returns their number."""
+    def delete_ended(self, created_before: str, ended_before: float) -> int:
+        """Deletes all tenants' jobs that ended before a time, among those with ids that sort before `created_before`.
+        Returns their number."""
         unfinished, count = set(self.open_identifiers()), 0
         for tenant in self._files.names("jobs/tenants"):
             for identifier in self._files.names(f"jobs/tenants/{tenant}"):
-                if identifier < before and identifier not in unfinished:
-                    self._files.delete_folder(f"jobs/tenants/{tenant}/{identifier}")
-                    count += 1
+                folder = f"jobs/tenants/{tenant}/{identifier}"
+                if identifier >= created_before or identifier in unfinished or self._written(folder) >= ended_before:
+                    continue
+                self._files.delete_folder(folder)
+                count += 1
         return count
+
+    def last_sign(self, identifier: str, tenant: str | None, server: str | None) -> float:
+        """The last sign that an open job is continued, in seconds since 1970: the newest time of its mark, its newest
+        term and a server's sign of life, of those that are known and exist."""
+        paths = [f"jobs/open/{identifier}", *([] if server is None else [f"jobs/servers/{server}"])]
+        written = 0.0 if tenant is None else self._written(_folder(tenant, identifier))
+        return max(written, *(self._files.modified(path) or 0.0 for path in paths))
+
+    def _written(self, folder: str) -> float:
+        """When the newest term of the job in a folder was last written; 0 if it has none."""
+        names = self._files.names(f"{folder}/terms")
+        return (self._files.modified(f"{folder}/terms/{max(names)}") or 0.0) if names else 0.0
 
     # ---- marks -------------------------------------------------------------------------------------------------------
 

@@ -8,8 +8,8 @@
 A job's files are in the store, so that any server shows it (`oneword.serve.job_files`). The server that accepts a job
 owns it and keeps it in its queue on local disk. A server that is started again continues its jobs; the jobs of one
 that gives no sign of life for `lease_seconds` are taken over by another with the same model, or deleted if they were
-not accepted yet. Jobs that are older than `keep_seconds` and that no server continues are ended. An event is published
-once it is in the store: readers on all servers see the same events with the same numbers.
+not accepted yet. A job that no server has continued for `keep_seconds` is ended. An event is published once it is in
+the store: readers on all servers see the same events with the same numbers.
 
 Not covered: routes, drawing previews from snapshots, and quotas of words.
 """
@@ -203,7 +203,7 @@ class Jobs:
         self._tasks: list[asyncio.Task[None]] = []
         self._sightings: dict[str, tuple[str | None, float]] = {}
         self._owners: dict[str, str] = {}  # of other servers' open jobs
-        self._abandoned: dict[str, float] = {}  # open jobs, and since when no server is seen to continue them
+        self._abandoned: dict[str, float] = {}  # open jobs, and since when this server sees no other continue them
 
     # ---- life --------------------------------------------------------------------------------------------------------
 
@@ -422,12 +422,9 @@ class Jobs:
             raise NotFound("the job was cancelled, and its pictures were deleted")
 
     async def delete_old(self, now: float | None = None) -> int:
-        """Deletes jobs that have ended and are older than `keep_seconds`, pictures included. Returns their number."""
-        return await self._stored(self._files.delete_ended, self._oldest_kept(time.time() if now is None else now))
-
-    def _oldest_kept(self, now: float) -> str:
-        """The ids of older jobs sort before it."""
-        return new_identifier(now - self._keep_seconds)
+        """Deletes jobs that ended more than `keep_seconds` ago, pictures included. Returns their number."""
+        before = (time.time() if now is None else now) - self._keep_seconds
+        return await self._stored(self._files.delete_ended, new_identifier(before), before)
 
     # ---- carrying out ------------------------------------------------------------------------------------------------
 
@@ -750,16 +747,14 @@ class Jobs:
                 try:
                     await self._take_over_job(identifier, beats, now)
                 except Damaged:  # as its own server has logged, or will when it starts
-                    if self._is_abandoned(identifier, now):
-                        _log.error("job %s: ended, as one of its files in the store is damaged", identifier)
-                        await self._stored(self._files.close, identifier)
+                    await self._end_damaged(identifier, beats, now)
         for server in set(beats) - {self._queue.server, *self._owners.values()}:
             if not self._is_alive(server, beats, now):
                 await self._stored(self._files.forget_server, server)
 
     async def _take_over_job(self, identifier: str, beats: dict[str, str], now: float) -> None:
         """Begins a new term for an open job if its owner is dead and this server has its model. Deletes it if nobody
-        has accepted it, and ends it if it is old and no server continues it."""
+        has accepted it, and ends it if no server has continued it for long."""
         mark = await self._stored(self._files.open_job, identifier)
         if mark is None:
             return
@@ -772,14 +767,14 @@ class Jobs:
                 self._abandoned.pop(identifier, None)
                 return
         if newest is None:
-            if not mine or self._is_abandoned(identifier, now):  # its client got no answer
+            if not mine or await self._is_abandoned(identifier, mark.tenant, owner, now):  # its client got no answer
                 ended = State(self._queue.server, 0).failed(_ABANDONED)
                 await self._stored(self._files.delete_unaccepted, mark.tenant, identifier, ended)
             return
         request = await self._stored(self._files.request, mark.tenant, identifier)
         if not mine and self._model is not None and request is not None and request.digest == self._digest:
             await self._begin_term(mark.tenant, identifier, *newest)
-        elif self._is_abandoned(identifier, now):
+        elif await self._is_abandoned(identifier, mark.tenant, owner, now):
             await self._end_abandoned(mark.tenant, identifier, *newest)
 
     async def _begin_term(self, tenant: str, identifier: str, term: int, state: State) -> None:
@@ -797,11 +792,32 @@ class Jobs:
             _log.warning("job %s: ended, as no server has continued it", identifier)
             await self._stored(self._files.close, identifier)
 
-    def _is_abandoned(self, identifier: str, now: float) -> bool:
-        """Whether a job that no server is seen to continue is older than ended ones are kept, and another server that
-        could take it over has had the time to."""
+    async def _end_damaged(self, identifier: str, beats: dict[str, str], now: float) -> None:
+        """Ends an open job with a damaged file if no server has continued it for long. Its owner may be unknown."""
+        tenant, owner = None, self._owners.get(identifier)
+        with suppress(Damaged):
+            mark = await self._stored(self._files.open_job, identifier)
+            if mark is None:
+                return
+            tenant, owner = mark.tenant, owner or mark.server
+        if owner is not None and owner != self._queue.server:
+            self._owners[identifier] = owner
+            if self._is_alive(owner, beats, now):
+                self._abandoned.pop(identifier, None)
+                return
+        if await self._is_abandoned(identifier, tenant, owner, now):
+            _log.error("job %s: ended, as one of its files in the store is damaged", identifier)
+            await self._stored(self._files.close, identifier)
+
+    async def _is_abandoned(self, identifier: str, tenant: str | None, owner: str | None, now: float) -> bool:
+        """Whether no server has continued an open job for `keep_seconds`, by the times of its files and of its owner's
+        sign of life, and another server that could take it over has had the time to."""
         since = self._abandoned.setdefault(identifier, now)
-        return identifier < self._oldest_kept(time.time()) and now - since > 2 * self._lease_seconds
+        if now - since <= 2 * self._lease_seconds:
+            return False
+        server = None if owner == self._queue.server else owner  # this one is alive and does not continue it
+        last = await self._stored(self._files.last_sign, identifier, tenant, server)
+        return last < time.time() - self._keep_seconds
 
     def _is_alive(self, server: str, beats: dict[str, str], now: float) -> bool:
         """Whether a server has changed its sign of life within the lease, as seen by this server's clock."""

@@ -98,16 +98,87 @@ _NOT_DONE: Final[Mapping[str, str]] = {
 }
 _NEUTRAL: Final[Mapping[str, float]] = {"s_noise": 1.0, "initial_noise_multiplier": 1.0}
 _DEFAULT_OPTIONS: Final[Mapping[str, object]] = {
-    "ddim_discretize": "uniform",
+    "jpeg_quality": 80,
+    "enable_pnginfo": True,
+    "sd_unet": "Automatic",
+    "emphasis": "Original",
+    "enable_emphasis": True,  # as older versions named it
+    "enable_batch_seeds": True,
+    "comma_padding_backtrack": 20,
+    "randn_source": "GPU",
+    "sd_vae_encode_method": "Full",
+    "sd_vae_decode_method": "Full",
     "inpainting_mask_weight": 1.0,
     "initial_noise_multiplier": 1.0,
-    "comma_padding_backtrack": 20,
+    "img2img_background_color": "#ffffff",
+    "overlay_inpaint": True,
+    "fp8_storage": "Disable",
     "eta_ancestral": 1.0,
+    "ddim_discretize": "uniform",
     "s_noise": 1.0,
-    "enable_emphasis": True,
+    "uni_pc_variant": "bh1",
+    "uni_pc_skip_type": "time_uniform",
+    "uni_pc_order": 3,
+    "uni_pc_lower_order_final": True,
+    "sd_noise_schedule": "Default",
+    "beta_dist_alpha": 0.6,
+    "beta_dist_beta": 0.6,
 }
-"""A1111's defaults of settings that request something at other values, 0 and false among them; some clients send them
-always. Source: AUTOMATIC1111/stable-diffusion-webui, modules/shared_options.py."""
+"""A1111's defaults of settings that change pictures or answers at other values, 0 and false among them; some clients
+send them always. Those whose default is 0, false or empty need no line. Source: AUTOMATIC1111/stable-diffusion-webui
+1.10, modules/shared_options.py."""
+_IGNORED_OPTIONS: Final = (
+    # saving
+    *("samples_save", "samples_filename_pattern", "samples_log_stdout", "save_", "grid_", "n_rows", "font", "outdir_"),
+    *("directories_", "use_save_to_dirs_for_ui", "use_original_name_batch", "use_upscaler_name_as_suffix", "temp_dir"),
+    *(
+        "export_for_4chan",
+        "img_downscale_threshold",
+        "target_side_length",
+        "img_max_size_mp",
+        "clean_temp_dir_at_start",
+    ),
+    # display, and the text that is saved with a picture
+    *("show_", "live_preview", "js_", "gallery_", "return_grid", "do_not_show_images", "sd_webui_modal_", "open_dir_"),
+    *(
+        "ui_",
+        "hidden_tabs",
+        "hide_",
+        "gradio_",
+        "localization",
+        "quicksettings",
+        "keyedit_",
+        "extra_networks_",
+        "send_",
+    ),
+    *(
+        "compact_prompt_box",
+        "samplers_in_dropdown",
+        "dimensions_and_batch_together",
+        "sd_checkpoint_dropdown_use_short",
+    ),
+    *("txt2img_settings_accordion", "img2img_settings_accordion", "img2img_editor_height", "img2img_sketch_default_"),
+    *("img2img_inpaint_mask_brush_", "img2img_inpaint_sketch_", "img2img_batch_show_", "notification_", "infotext_"),
+    *("add_model_", "add_vae_", "add_user_name_to_info", "add_version_to_infotext", "textual_inversion_", "print_"),
+    *("disable_token_counters", "include_styles_into_token_counters", "disable_weights_auto_swap", "auto_backcompat"),
+    *("multiple_tqdm", "enable_console_prompts", "prevent_screen_sleep_", "enable_reloading_ui_scripts"),
+    # speed, memory and the program
+    *("cross_attention_optimization", "persistent_cond_cache", "batch_cond_uncond", "cache_fp16_weight", "pin_memory"),
+    *("sd_checkpoints_", "sd_checkpoint_cache", "sd_vae_checkpoint_cache", "sd_vae_overrides_", "auto_vae_precision"),
+    *("memmon_poll_rate", "auto_launch_browser", "list_hidden_files", "disable_mmap_", "hide_ldm_", "dump_stacks_"),
+    *(
+        "api_",
+        "disabled_extensions",
+        "disable_all_extensions",
+        "interrupt_after_current",
+        "unload_models_when_training",
+    ),
+    # features that a request for is refused by their own names
+    *("training_", "dataset_filename_", "interrogate_", "deepbooru_", "ESRGAN_", "realesrgan_", "face_restoration_"),
+    *("code_former_weight", "sdxl_refiner_", "refiner_switch_by_", "hires_fix_", "use_old_hires_fix_width_height"),
+    *("postprocessing_disable_", "postprocessing_operation_", "postprocessing_existing_", "upscaling_max_images_"),
+)
+"""How the names of settings begin that change no picture and no answer of this server, whatever their value."""
 _IGNORED: Final = ("hr_", "config_scale")
 """How unknown keys begin that some clients send always, although they look like misspelled ones."""
 _MAX_UNKNOWN: Final = 100  # keys that are compared with the known ones
@@ -278,7 +349,8 @@ def checked_options(overrides: Mapping[str, Any], current: Mapping[str, Any], mo
     """The settings that a request changes for itself.
 
     Raises NotFound for another model, Unprocessable for a setting that cannot be changed. An empty text and "None"
-    request nothing; neither do 0 and false, unless the setting is known to have another value.
+    request nothing; neither do 0 and false, unless the setting is known to have another value. Settings of display,
+    saving and speed are ignored.
     """
     known = {**_DEFAULT_OPTIONS, **current}
     changed: dict[str, Any] = {}
@@ -296,7 +368,9 @@ def checked_options(overrides: Mapping[str, Any], current: Mapping[str, Any], mo
             if str(value).lower() not in FORMATS:
                 raise Unprocessable(f"{name} is {str(value)[:60]!r}, allowed are {', '.join(FORMATS)}", name)
             changed[name] = str(value).lower()
-        elif name in known and (_asks(value) or not isinstance(value, str)):
+        elif name.startswith(_IGNORED_OPTIONS):
+            continue
+        elif name in known and (_asks(value) or not isinstance(value, str) or (name, value) == ("emphasis", "None")):
             raise Unprocessable(
                 f"{name} is {_shown(value)}, this server allows {_shown(known[name])} only: leave it out", name
             )

@@ -2,7 +2,7 @@
 
 A route translates, starts a generation, and answers. `progress`, `interrupt` and `skip` are about the caller's own
 requests in this dialect: those of its key, or of its address where the server has no keys. The server keeps no
-settings: `options` takes what it lists itself, and `override_settings` has those of one request. Not covered, and
+settings: `options` takes them only as they are, and `override_settings` has those of one request. Not covered, and
 answered with 404: upscaling, interrogation, extensions.
 """
 
@@ -145,7 +145,8 @@ async def read_options(http: HTTPRequest) -> dict[str, Any]:
 
 @_api.post("/options", responses=NULL_RESPONSE)
 async def write_options(http: HTTPRequest, body: dict[str, Any]) -> None:
-    """Accepts the settings as they are. Another value is refused: `override_settings` changes one request's."""
+    """Accepts the settings as they are, and ignores those of display, saving and speed. Another value of one that
+    changes pictures is refused: `override_settings` changes one request's."""
     manifest = State.of(http).manifest
     for name in checked_options(body, options(manifest), ModelNames.of(manifest.source)):
         raise Unprocessable(

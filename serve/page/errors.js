@@ -2,12 +2,13 @@
 
 /** The server refused; `message` is its own sentence. */
 export class ApiError extends Error {
-  constructor(status, { message, code = null, param = null } = {}, retryAfter = null) {
+  constructor(status, { message, code = null, param = null } = {}, retryAfter = null, date = NaN) {
     super(message || `The server answered ${status}.`);
     this.status = status;
     this.code = code;
     this.param = param;
     this.retryAfter = retryAfter;
+    this.date = date; // when the server answered, in seconds since 1970 by its own clock
   }
 }
 
@@ -33,5 +34,6 @@ export async function errorOf(response) {
   const seconds = Number(response.headers.get("Retry-After"));
   const detail = typeof body.error === "object" && body.error ? body.error : { message: body.detail ?? body.message };
   if ([502, 503, 504].includes(response.status)) return new Unreachable(detail.message ?? "The server is not ready.");
-  return new ApiError(response.status, detail, seconds > 0 ? seconds : null);
+  const date = Date.parse(response.headers.get("Date")) / 1000;
+  return new ApiError(response.status, detail, seconds > 0 ? seconds : null, date);
 }

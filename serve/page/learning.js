@@ -11,24 +11,40 @@ import * as words from "./words.js";
 /** The job that the page shows, or null. */
 export const current = makeStore(null);
 
+const ROUNDING_SECONDS = 2; // the times of answers and of jobs are whole seconds
+
 let follower = null;
 
-/** Starts learning; if the server's answer is or was lost, shows the job that runs. Raises ApiError or Unreachable. */
+/** What was sent when the server could not be reached, and when: `{images, name, since}`. Its job may begin later. */
+let unanswered = null;
+
+/**
+ * Starts learning. If the server's answer was lost, shows the job that runs: that of this try, not one of the same name
+ * that began before it, with other pictures. Raises ApiError or Unreachable.
+ */
 export async function start(images, fields) {
+  const { name } = fields;
+  const isRepeated = unanswered?.images === images && unanswered.name === name;
+  const since = isRepeated ? unanswered.since : performance.now();
+  unanswered = null;
   try {
     show(await api.learn(images, fields));
   } catch (error) {
-    if (!(error instanceof Unreachable) && error.code !== "word_exists") throw error;
-    if (await persistently(() => resume({ name: fields.name }))) return;
+    const isLost = error instanceof Unreachable;
+    if (!isLost && error.code !== "word_exists") throw error;
+    const after = isLost ? 0 : error.date - (performance.now() - since) / 1000 - ROUNDING_SECONDS;
+    if (await persistently(() => resume({ name, after }))) return;
+    if (isLost) unanswered = { images, name, since };
     await words.refresh().catch(() => {}); // it may have been learned by now
     throw error;
   }
 }
 
-/** Shows a job that is still running, of any name or of one. Returns whether there is one. */
-export async function resume({ name, signal } = {}) {
+/** Shows a job that is still running, of any name or of one, created after a time. Returns whether there is one. */
+export async function resume({ name, after = 0, signal } = {}) {
   const { data } = await api.jobs(signal);
-  const running = data.find((job) => job.kind === "learn" && !isEnded(job) && (!name || nameOf(job) === name));
+  const isWanted = (job) => job.kind === "learn" && !isEnded(job) && (!name || (nameOf(job) === name && job.created >= after));
+  const running = data.find(isWanted);
   if (running) show(running);
   return Boolean(running);
 }

@@ -372,7 +372,7 @@ def test_a_picture_without_parameters_has_no_info(http: httpx.Client) -> None:
         ("img2img", {"init_images": [png()], "mask": png(32, 32)}, 400, "the mask is 32x32, the image 64x64"),
         ("img2img", {"init_images": [png()], "mask": png(), "inpainting_fill": 2}, 422, "inpainting_fill is 2"),
         ("options", {"CLIP_stop_at_last_layers": 2}, 422, "'CLIP_stop_at_last_layers' stays as it is"),
-        ("options", {"live_previews_enable": False}, 422, "live_previews_enable is false, this server all"),
+        ("options", {"emphasis": "No norm"}, 422, "emphasis is 'No norm', this server allows 'Original' only"),
         ("options", {"sd_model_checkpoint": "sdxl"}, 404, "this server has no model 'sdxl'"),
         ("png-info", {"image": "http://127.0.0.1/x.png"}, 422, "address"),
         ("png-info", {}, 422, "'image' is missing"),
@@ -387,6 +387,15 @@ def test_a_wrong_field_is_one_line_of_error(
     assert answer.status_code == status, answer.text
     assert message in answer.json()["detail"]
     assert "\n" not in answer.json()["detail"]
+
+
+def test_the_route_options_ignores_settings_of_display(http: httpx.Client) -> None:
+    before = http.get("/sdapi/v1/options").json()
+
+    answer = http.post("/sdapi/v1/options", json={"live_previews_enable": False, "show_progress_every_n_steps": 0})
+
+    assert (answer.status_code, answer.json()) == (200, None)
+    assert http.get("/sdapi/v1/options").json() == before
 
 
 @pytest.mark.parametrize("path", ["extra-single-image", "interrogate", "train/embedding"])

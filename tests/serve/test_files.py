@@ -1,5 +1,6 @@
 import subprocess
 import sys
+import time
 import unicodedata
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -59,8 +60,13 @@ def test_jobs_can_be_kept_in_every_kind_of_store(url: str) -> None:
     assert other.beats() == {"one": "tick"}
     assert other.request("alice", "1") == request
     assert (other.open_identifiers(), other.identifiers("alice")) == (["1"], ["1"])
+    now = time.time()
+    assert other.last_sign("1", "alice", "one") == pytest.approx(now, abs=60)
+    assert other.last_sign("1", None, None) == pytest.approx(now, abs=60)
+    assert other.last_sign("2", "alice", "two") == 0
     files.close("1")
-    assert other.delete_ended("2") == 1
+    assert [other.delete_ended("2", now - 60), other.delete_ended("0", now + 60)] == [0, 0]
+    assert other.delete_ended("2", now + 60) == 1
     assert other.request("alice", "1") is None
 
 

@@ -34,6 +34,8 @@ from oneword.serve.messages import Order
 from oneword.train import learn as train_learn
 from oneword.train import pictures as train_pictures
 
+ABANDONED = "the server that had it is gone, and no other one has continued it: send the pictures again"
+
 # ---- what is accepted ------------------------------------------------------------------------------------------------
 
 
@@ -652,7 +654,7 @@ def test_a_job_that_was_deleted_while_it_was_accepted_leaves_nothing(
 
 @pytest.mark.parametrize("damaged", [False, True])
 @pytest.mark.parametrize("owner", ["another, which is dead", "this one, which does not have it in its queue"])
-def test_an_old_job_that_no_server_continues_is_ended_and_deleted(tmp_path: Path, owner: str, damaged: bool) -> None:
+def test_a_job_that_no_server_has_continued_for_a_week_is_ended(tmp_path: Path, owner: str, damaged: bool) -> None:
     """A week, as docs/guide/server.md says."""
 
     async def run() -> None:
@@ -660,42 +662,97 @@ def test_an_old_job_that_no_server_continues_is_ended_and_deleted(tmp_path: Path
             name = "gone" if owner.startswith("another") else other._queue.server
             old, young = [stored_job(tmp_path, name, time.time() - days * 86400) for days in (7.1, 6.9)]
             if damaged:
-                (tmp_path / f"store/jobs/tenants/alice/{old}/terms/00000001.json").write_bytes(b"{")
+                damage(tmp_path, old)
             await until(lambda: other._files.open_identifiers() == [young])
 
             if not damaged:
                 job = await other.get("alice", old)
-                assert (job.status, job.error) == (
-                    Status.FAILED,
-                    "the server that had it is gone, and no other one has continued it: send the pictures again",
-                )
-                assert [event async for event in other.events("alice", old)] == [Failed(1, job.error)]
+                assert (job.status, job.error) == (Status.FAILED, ABANDONED)
+                assert [event async for event in other.events("alice", old)] == [Failed(1, ABANDONED)]
                 assert len(await other.open_tokens("alice")) == 1
-            assert await other.delete_old() == 1
+            assert await other.delete_old() == int(damaged)  # the others are kept for another week
+            assert await other.delete_old(time.time() + 7.1 * 86400) == int(not damaged)
             assert files_of(tmp_path, old) == []
             assert len(files_of(tmp_path, young)) == 4
 
     asyncio.run(run())
 
 
-def test_an_old_job_of_a_live_server_is_left_to_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("model", ["model", None])
+@pytest.mark.parametrize("damaged", [False, True])
+def test_an_old_job_is_kept_for_a_week_after_its_server_has_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: bool, model: str | None
+) -> None:
+    monkeypatch.setattr(module, "SWEEP_SECONDS", 0.1)
+    identifier = stored_job(tmp_path, "restarting", time.time() - 30 * 86400)
+    if damaged:
+        damage(tmp_path, identifier)
+
+    async def run() -> None:
+        async with idle(tmp_path, "there", model=model, digest="b") as other:
+            other._files.write_beat("restarting", "")  # as the server does when it stops
+            await asyncio.sleep(1.5)  # five leases
+            assert other._files.open_identifiers() == [identifier]
+
+            date(tmp_path / "store/jobs/servers/restarting", time.time() - 7.1 * 86400)
+            await until(lambda: other._files.open_identifiers() == [])
+
+    asyncio.run(run())
+
+
+def test_a_job_that_is_ended_by_a_server_without_a_model_is_shown_as_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SWEEP_SECONDS", 0.1)
+    identifier = stored_job(tmp_path, "gone", time.time() - 8 * 86400)
+
+    async def run() -> None:
+        async with server(tmp_path, "", model=None, lease_seconds=0.1) as reader:
+            await until(lambda: reader._files.open_identifiers() == [])
+            await asyncio.sleep(0.5)  # several sweeps
+            assert (await reader.get("alice", identifier)).error == ABANDONED
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_an_old_job_of_a_live_server_is_left_to_it(tmp_path: Path, damaged: bool) -> None:
     async def run() -> None:
         async with idle(tmp_path) as owner, idle(tmp_path, "there", digest="b") as other:
             identifier = stored_job(tmp_path, owner._queue.server, time.time() - 30 * 86400)
             await owner._adopt("alice", identifier, 1, State(owner._queue.server, 50))
+            if damaged:
+                damage(tmp_path, identifier)
             await asyncio.sleep(1.5)  # five leases
             assert other._files.open_identifiers() == [identifier]
-            assert (await other.get("alice", identifier)).status is Status.QUEUED
+            if not damaged:
+                assert (await other.get("alice", identifier)).status is Status.QUEUED
+
+    asyncio.run(run())
+
+
+def test_a_damaged_job_whose_mark_is_damaged_too_is_ended_after_a_week(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with idle(tmp_path) as other:
+            old, young = [stored_job(tmp_path, "gone", time.time() - days * 86400) for days in (7.1, 6.9)]
+            for identifier, days in ((old, 7.1), (young, 6.9)):
+                mark = tmp_path / "store/jobs/open" / identifier
+                mark.write_bytes(b"{")
+                date(mark, time.time() - days * 86400)
+            await until(lambda: other._files.open_identifiers() == [young])
+            await asyncio.sleep(1.5)  # five leases
+            assert other._files.open_identifiers() == [young]
 
     asyncio.run(run())
 
 
 def test_another_server_that_has_an_old_jobs_model_has_two_leases_to_take_it_over(tmp_path: Path) -> None:
     async def run() -> None:
-        async with idle(tmp_path, lease_seconds=15) as jobs:
-            old, young = [new_identifier(time.time() - days * 86400) for days in (8, 6)]
-            assert [jobs._is_abandoned(old, now) for now in (1000, 1029, 1031)] == [False, False, True]
-            assert [jobs._is_abandoned(young, now) for now in (1000, 1031)] == [False, False]
+        async with idle(tmp_path, model=None, lease_seconds=15) as jobs:
+            old, young = [stored_job(tmp_path, "gone", time.time() - days * 86400) for days in (8, 6)]
+            for identifier, expected in ((old, [False, False, True]), (young, [False, False, False])):
+                found = [await jobs._is_abandoned(identifier, "alice", "gone", now) for now in (1000, 1029, 1031)]
+                assert found == expected
 
     asyncio.run(run())
 
@@ -707,7 +764,8 @@ def test_old_jobs_are_deleted_with_their_pictures(tmp_path: Path) -> None:
             await jobs.cancel("alice", ended.id)
 
             assert await jobs.delete_old() == 0
-            assert await jobs.delete_old(time.time() + 8 * 86400) == 1
+            assert await jobs.delete_old(time.time() + 6.9 * 86400) == 0
+            assert await jobs.delete_old(time.time() + 7.1 * 86400) == 1
 
             assert [job.id for job in await jobs.list("alice")] == [waiting.id]
 
@@ -903,8 +961,28 @@ def stored_job(tmp_path: Path, owner: str, created: float, *, accepted: bool = T
     request = JobRequest("alice", "<toy>", "toy", "directional", 50, 0, pictures, "", encoders, created)
     files.create(identifier, request, photos(1), State(owner, 50))
     if not accepted:
-        (tmp_path / f"store/jobs/tenants/alice/{identifier}/terms/00000001.json").unlink()
+        first_term(tmp_path, identifier).unlink()
+    for path in files_of(tmp_path, identifier):
+        date(path, created)
     return identifier
+
+
+def first_term(tmp_path: Path, identifier: str) -> Path:
+    """The file of a job's first state."""
+    return tmp_path / f"store/jobs/tenants/alice/{identifier}/terms/00000001.json"
+
+
+def damage(tmp_path: Path, identifier: str) -> None:
+    """Damages the file of a job's first state, which keeps its time."""
+    path = first_term(tmp_path, identifier)
+    written = path.stat().st_mtime
+    path.write_bytes(b"{")
+    date(path, written)
+
+
+def date(path: Path, seconds: float) -> None:
+    """Dates a file to a time since 1970."""
+    os.utime(path, (seconds, seconds))
 
 
 def files_of(tmp_path: Path, identifier: str) -> list[Path]:

@@ -626,6 +626,42 @@ def test_a_number_is_typed_key_by_key(server: Server, visitor: Visitor) -> None:
     assert (body["guidance_scale"], body["embedded_guidance"], body["seed"]) == (10.25, 10.25, 42)
 
 
+def test_a_number_that_cannot_be_read_is_marked_and_nothing_starts(server: Server, visitor: Visitor) -> None:
+    visit = visitor()
+    visit.open(server)
+    visit.page.fill("#prompt", "a photo of a red star")
+    visit.page.click("text=Settings")
+    for name, text, bad in (("#steps", "1", "e"), ("#guidance", "12", "e")):
+        visit.page.focus(name)
+        visit.page.keyboard.type(text)
+        assert visit.page.get_attribute(name, "aria-invalid") == "false"
+        visit.page.keyboard.type(bad)
+        visit.page.wait_for_selector(f"{name}[aria-invalid=true]")
+        error = visit.page.get_attribute(name, "aria-describedby")
+        assert visit.page.inner_text(f"#{error}") == "This is not a number."
+    visit.page.click("text=Settings")
+
+    visit.page.click("text=Create >> nth=-1")
+
+    visit.page.wait_for_selector("#steps:focus")  # it is shown, and what was typed is still there
+    visit.page.keyboard.press("Backspace")
+    visit.page.wait_for_selector("#steps[aria-invalid=false]")
+    visit.page.keyboard.press("Enter")
+    visit.page.wait_for_selector("#guidance:focus")
+    assert visit.page.evaluate("document.querySelector('#guidance').validity.badInput")
+    assert not any(url.endswith("/v1/images/generations") for url in visit.requests)
+    visit.go("compare")
+    visit.go("create")
+    visit.page.click("text=Settings")
+    assert (visit.page.input_value("#guidance"), visit.page.input_value("#steps")) == ("12", "1")
+    with visit.page.expect_request("**/v1/images/generations") as request:
+        visit.page.click("text=Create >> nth=-1")
+    assert (request.value.post_data_json["guidance_scale"], request.value.post_data_json["num_inference_steps"]) == (
+        12,
+        1,
+    )
+
+
 def _with_distilled_guidance(route: Any) -> None:
     response = route.fetch()
     body = response.json()
@@ -886,6 +922,40 @@ def test_learning_is_found_after_its_answer_was_lost(server: Server, visitor: Vi
     visit.page.route("**/v1/words/learn", lose)
     visit.teach(server, "lost", STAR)
     assert lose.requests == 1
+    visit.page.click(".learning >> text=Cancel")
+    visit.page.wait_for_selector("text=Cancelled")
+
+
+def test_a_word_that_is_being_learned_elsewhere_is_not_taken_for_ones_own(server: Server, visitor: Visitor) -> None:
+    visit = visitor()
+    visit.open(server, "words")
+    visit.drop(".drop", *[(f"{i}.png", photograph(STAR, i)) for i in range(3)])
+    visit.page.wait_for_selector(".slot img >> nth=2")
+    visit.page.fill("#name", "twin")
+    files = [("image[]", (f"{i}.png", photograph(HEART, i), "image/png")) for i in range(3)]
+    with server.client() as http:
+        fields = {"name": "<twin>", "recipe": "style", "steps": "1000"}
+        job = http.post("/v1/words/learn", files=files, data=fields).raise_for_status().json()
+        time.sleep(4)  # the page does not take a job for its own that began two seconds before
+
+        visit.page.click("text=Learn it")
+
+        visit.page.wait_for_selector(".teach [role=alert] >> text=<twin>")
+        assert visit.page.locator(".learning").count() == 0
+        assert visit.page.locator(".slot img").count() == 3
+        assert http.get(f"/v1/jobs/{job['id']}").json()["status"] in ("queued", "running")
+        http.delete(f"/v1/jobs/{job['id']}").raise_for_status()
+
+
+def test_a_learning_request_that_the_browser_sends_twice_is_followed(server: Server, visitor: Visitor) -> None:
+    visit = visitor()
+
+    def send_twice(route: Any) -> None:
+        assert route.fetch().ok
+        route.fulfill(response=route.fetch())
+
+    visit.page.route("**/v1/words/learn", send_twice)
+    visit.teach(server, "twice", STAR)
     visit.page.click(".learning >> text=Cancel")
     visit.page.wait_for_selector("text=Cancelled")
 

@@ -5,13 +5,13 @@ import { unknownNames, bareName } from "../prompt.js";
 import { isActive } from "../run.js";
 import { runs, start } from "../runs.js";
 import { draft, go, masked, model } from "../state.js";
-import { html, useState } from "../vendor/htm-preact.js";
+import { html, useRef, useState } from "../vendor/htm-preact.js";
 import { words } from "../words.js";
 import { useStore, useUrl } from "../hooks.js";
 import { Icon } from "./icons.js";
 import { PromptBox } from "./prompt-box.js";
 import { RunView } from "./run-view.js";
-import { Count, Settings } from "./settings.js";
+import { Count, Settings, unreadableField } from "./settings.js";
 
 const IDEAS = ["a photo of a {} in the snow", "a painting of a {}", "a {} by the sea at sunset", "an icon of a {}"];
 
@@ -21,6 +21,7 @@ export function Create() {
   const known = useStore(words);
   const all = useStore(runs).filter((run) => !run.compare);
   const [open, setOpen] = useState(false);
+  const form = useRef();
   const tokens = (known ?? []).map(({ name }) => name);
   const change = (values) => draft.set((now) => ({ ...now, ...values }));
   const unknown = known ? unknownNames(recipe.prompt, tokens) : [];
@@ -28,6 +29,11 @@ export function Create() {
 
   const submit = () => {
     if (!prompt) return document.getElementById("prompt").focus();
+    const field = unreadableField(form.current);
+    if (field) {
+      setOpen(true);
+      return setTimeout(() => field.focus());
+    }
     const { locked, ...made } = recipe;
     start({ ...made, prompt });
     if (!locked) change({ seed: randomSeed() });
@@ -36,7 +42,7 @@ export function Create() {
 
   return html`
     <h1 class="hidden" tabindex="-1">Create</h1>
-    <form class="panel composer" novalidate onSubmit=${(event) => (event.preventDefault(), submit())}>
+    <form ref=${form} class="panel composer" novalidate onSubmit=${(event) => (event.preventDefault(), submit())}>
       <${PromptBox}
         id="prompt"
         label="Describe a picture"

@@ -1,7 +1,7 @@
 /** The settings of a recipe beside its prompt. Empty fields mean the model's defaults. */
 
 import { MAX_COUNT, extras, randomSeed } from "../recipe.js";
-import { html, useLayoutEffect, useRef } from "../vendor/htm-preact.js";
+import { html, useLayoutEffect, useRef, useState } from "../vendor/htm-preact.js";
 import { Icon } from "./icons.js";
 
 export function Settings({ recipe, onChange, model }) {
@@ -37,9 +37,8 @@ export function Settings({ recipe, onChange, model }) {
         onChange=${(height) => onChange({ height, width: recipe.width ?? (height && defaults.width) })} />
       <div class="field">
         <label for="seed">Seed</label>
-        <div class="joined">
-          <${NumberInput} id="seed" inputmode="numeric" value=${recipe.seed} min="0"
-            onChange=${(seed) => seed !== undefined && onChange({ seed: Math.max(0, Math.floor(seed)), locked: true })} />
+        <${NumberInput} id="seed" inputmode="numeric" value=${recipe.seed} min="0"
+          onChange=${(seed) => seed !== undefined && onChange({ seed: Math.max(0, Math.floor(seed)), locked: true })}>
           <button
             type="button"
             class="icon-button"
@@ -50,7 +49,7 @@ export function Settings({ recipe, onChange, model }) {
           >
             <${Icon} name=${recipe.locked ? "lock" : "unlock"} />
           </button>
-        </div>
+        <//>
       </div>
       <${Extras} recipe=${recipe} onChange=${onChange} />
     </div>
@@ -85,16 +84,38 @@ function NumberField({ id, label, fallback, ...input }) {
   `;
 }
 
-/** An optional number: empty is undefined. What is typed stays as it is, so that 7. can become 7.5. */
-function NumberInput({ value, onChange, ...attributes }) {
+/**
+ * An optional number: empty is undefined. What is typed stays as it is, so that 7. can become 7.5. If it is no number, as
+ * 12e is, the last number still counts, and the field says so until it is corrected. `children` follow the field.
+ */
+function NumberInput({ id, value, onChange, children, ...attributes }) {
   const field = useRef();
+  const [unreadable, setUnreadable] = useState(false);
+  const check = () => setUnreadable(field.current.validity.badInput);
   const typed = () => (field.current.value === "" ? undefined : Number(field.current.value));
-  const show = () => (field.current.value = value ?? "");
+  const show = () => {
+    field.current.value = value ?? "";
+    check();
+  };
+  const read = () => {
+    check();
+    if (!field.current.validity.badInput) onChange(typed());
+  };
   useLayoutEffect(() => {
     if (typed() !== value) show();
   }, [value]);
-  return html`<input ref=${field} type="number" onInput=${() => onChange(typed())} onBlur=${show} ...${attributes} />`;
+  return html`
+    <div class="joined">
+      <input ref=${field} id=${id} type="number" aria-invalid=${unreadable ? "true" : "false"} aria-describedby=${unreadable ? `${id}-error` : undefined}
+        onInput=${read} onBlur=${() => field.current.validity.badInput || show()} ...${attributes} />
+      ${children}
+    </div>
+    ${unreadable && html`<p id=${`${id}-error`} class="field-error">This is not a number.</p>`}
+  `;
 }
+
+/** The first number field in a form whose text is not a number, or undefined. */
+export const unreadableField = (form) => [...form.elements].find((field) => field.validity?.badInput);
 
 /** How many pictures: minus, number, plus. */
 export function Count({ value, onChange, max = MAX_COUNT }) {
