@@ -15,6 +15,7 @@ from oneword.export.source import Source, load_source
 
 ATTENTION = "down_blocks.0.attentions.0.transformer_blocks.0"
 CLIP = "encoder.layers.{}.self_attn.{}"
+JOINT = "transformer_blocks.0.attn.to_q"
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
@@ -162,23 +163,19 @@ def test_a_lora_is_fused_into_sdxl(tiny_sdxl_dir: Path, tmp_path: Path) -> None:
 
 
 def test_a_lora_is_fused_into_stable_diffusion_3(tiny_sd3_dir: Path, tmp_path: Path) -> None:
-    layer = "transformer_blocks.0.attn.to_q"
-    fuse_everywhere(tiny_sd3_dir, tmp_path / "lora.safetensors", "transformer", layer, clip=True)
+    fuse_everywhere(tiny_sd3_dir, tmp_path / "lora.safetensors", "transformer", JOINT, clip=True)
 
 
 def test_a_lora_is_fused_into_flux(tiny_flux_dir: Path, tmp_path: Path) -> None:
-    layer = "transformer_blocks.0.attn.to_q"
-    fuse_everywhere(tiny_flux_dir, tmp_path / "lora.safetensors", "transformer", layer, clip=True)
+    fuse_everywhere(tiny_flux_dir, tmp_path / "lora.safetensors", "transformer", JOINT, clip=True)
 
 
 def test_a_lora_is_fused_into_chroma(tiny_chroma_dir: Path, tmp_path: Path) -> None:
-    layer = "transformer_blocks.0.attn.to_q"
-    fuse_everywhere(tiny_chroma_dir, tmp_path / "lora.safetensors", "transformer", layer, clip=False)
+    fuse_everywhere(tiny_chroma_dir, tmp_path / "lora.safetensors", "transformer", JOINT, clip=False)
 
 
 def test_a_lora_is_fused_into_flux_2(tiny_flux2_dir: Path, tmp_path: Path) -> None:
-    layer = "transformer_blocks.0.attn.to_q"
-    fuse_everywhere(tiny_flux2_dir, tmp_path / "lora.safetensors", "transformer", layer, clip=False)
+    fuse_everywhere(tiny_flux2_dir, tmp_path / "lora.safetensors", "transformer", JOINT, clip=False)
 
 
 @pytest.mark.parametrize(

@@ -683,13 +683,8 @@ def test_the_server_judges_settings_that_are_hidden(server: Server, visitor: Vis
 
 
 def test_the_mask_lies_over_the_picture_at_every_width(server: Server, visitor: Visitor) -> None:
-    visit = visitor()
-    visit.open(server)
+    visit = _repainting(server, visitor)
     page = visit.page
-    visit.draw("a photo of a red star", steps=1, count=1)
-    visit.wait_for_pictures(1)
-    page.click(".tile-open")
-    page.click("text=Repaint a part")
     page.focus("#brush-size")
     page.keyboard.press("Home")
     for width, height in (DESKTOP, (1000, 500), PHONE, (320, 640)):
@@ -711,13 +706,8 @@ def test_the_mask_lies_over_the_picture_at_every_width(server: Server, visitor: 
 
 
 def test_the_keyboard_paints_from_where_the_brush_is(server: Server, visitor: Visitor) -> None:
-    visit = visitor()
-    visit.open(server)
+    visit = _repainting(server, visitor)
     page = visit.page
-    visit.draw("a photo of a red star", steps=1, count=1)
-    visit.wait_for_pictures(1)
-    page.click(".tile-open")
-    page.click("text=Repaint a part")
     page.focus("#brush-size")
     page.keyboard.press("Home")
     page.focus(".mask canvas")
@@ -740,6 +730,17 @@ def test_the_keyboard_paints_from_where_the_brush_is(server: Server, visitor: Vi
     assert _runs(painted) == 2
     assert not painted[29]  # the erased end of the line, at 30
     assert painted[25]
+
+
+def _repainting(server: Server, visitor: Visitor) -> Visit:
+    """A visit that has drawn a picture and opened it to paint a mask."""
+    visit = visitor()
+    visit.open(server)
+    visit.draw("a photo of a red star", steps=1, count=1)
+    visit.wait_for_pictures(1)
+    visit.page.click(".tile-open")
+    visit.page.click("text=Repaint a part")
+    return visit
 
 
 def _painted(visit: Visit, row: int) -> list[bool]:
@@ -765,13 +766,7 @@ def _runs(painted: list[bool]) -> int:
 
 
 def test_text_selected_beyond_a_dialog_does_not_close_it(server: Server, visitor: Visitor) -> None:
-    visit = visitor()
-    visit.open(server)
-    page = visit.page
-    visit.draw("a photo of a red star", steps=1, count=1)
-    visit.wait_for_pictures(1)
-    page.click(".tile-open")
-    page.click("text=Repaint a part")
+    page = _repainting(server, visitor).page
     page.wait_for_selector(".mask img.crisp")
     page.click(".mask canvas")
     dialog, text = page.locator("dialog").bounding_box(), page.locator("#mask-prompt").bounding_box()
