@@ -535,7 +535,7 @@ def _header(data: bytes, name: str) -> tuple[dict[str, Any], int]:
         raise ConceptError(f"{name} is a pickle (.pt, .bin), allowed is safetensors: run ti-concept convert first")
     if length > MAX_HEADER_BYTES:
         if data[8:9] != b"{":
-            raise ConceptError(f"{name} is not a safetensors file")
+            raise ConceptError(f"{name} is not a safetensors file: give one of a word, such as ti-train writes")
         raise ConceptError(f"{name} has a header of {length} bytes, allowed are {MAX_HEADER_BYTES} (64 KiB)")
     if 8 + length > len(data):
         raise ConceptError(f"{name} is truncated: its header of {length} bytes does not fit into {len(data)} bytes")
