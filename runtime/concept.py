@@ -456,9 +456,9 @@ def read_limited(path: Path) -> bytes:
     try:
         with path.open("rb") as file:
             data = file.read(MAX_FILE_BYTES + 1)
-            rest = 8 + int.from_bytes(data[:8], "little") - len(data)
-            if data[8:9] == b"{" and 0 < rest <= MAX_LORA_HEADER:  # a LoRA's tensors are named after its metadata
-                data += file.read(rest)
+            unread = 8 + int.from_bytes(data[:8], "little") - len(data)
+            if data[8:9] == b"{" and 0 < unread <= MAX_LORA_HEADER:  # a LoRA's tensors are named after its metadata
+                data += file.read(unread)
             size = os.fstat(file.fileno()).st_size
     except OSError as error:
         raise unreadable(path, error) from error

@@ -226,12 +226,12 @@ def _bundled(key: str, name: str) -> tuple[str, str]:
         raise ConceptError(
             f"{name}: key {key[:80]!r}... has {len(key)} characters, allowed for a word are {_MAX_BUNDLED_KEY}"
         )
-    rest = key.removeprefix("bundle_emb.")
+    path = key.removeprefix("bundle_emb.")
     for dictionary in ("string_to_param", "string_to_token"):
-        stem, found, _ = f"{rest}.".partition(f".{dictionary}.")
+        stem, found, _ = f"{path}.".partition(f".{dictionary}.")
         if stem and found:
             return stem, dictionary
-    stem, _, tensor = rest.rpartition(".")
+    stem, _, tensor = path.rpartition(".")
     return (stem, tensor) if tensor else ("", "")
 
 
