@@ -6,7 +6,7 @@ kinds that diffusers does not read.
 
 import importlib.metadata
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -54,8 +54,9 @@ def fuse(loras: Sequence[Lora], pipeline: Any, components: Mapping[str, Any]) ->
             _fuse(lora, model)
         except Exception as e:  # of any type: the file does not fit the model
             raise FileError(f"{lora.file} cannot be fused into this model ({one_line(e)}): give one made for it") from e
-    for module in _modules(components.values()):
-        module.eval().requires_grad_(False)
+    for part in components.values():
+        if isinstance(part, nn.Module):
+            part.eval().requires_grad_(False)
 
 
 def _fuse(lora: Lora, model: Any) -> None:
@@ -63,11 +64,11 @@ def _fuse(lora: Lora, model: Any) -> None:
     weights = load_file(lora.file)
     if any("dora_scale" in name for name in weights):
         raise ValueError("it is a DoRA, whose magnitudes diffusers does not read")
-    file: Any = _at_strength_one(weights) if any(name.endswith(".alpha") for name in weights) else str(lora.file)
-    if not (layers := _count_layers(weights, model, file)):
+    plain = _at_strength_one(weights)
+    if not (layers := _count_layers(plain, model)):
         raise ValueError("it has no layers")
     adapted = [name for name in model._lora_loadable_modules if getattr(model, name, None) is not None]
-    model.load_lora_weights(file)
+    model.load_lora_weights(str(lora.file) if plain.keys() == weights.keys() else plain)  # a file has metadata too
     found = sum(_has_lora(module) for name in adapted for module in getattr(model, name).modules())
     if found != layers:
         raise ValueError(f"the model has {found} of its {layers} layers")
@@ -94,14 +95,15 @@ def _at_strength_one(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return plain
 
 
-def _count_layers(weights: Mapping[str, Tensor], model: Any, file: Any) -> int:
-    """The number of layers in a file, once diffusers has converted it; one of a fused product counts for each part.
+def _count_layers(weights: Mapping[str, Tensor], model: Any) -> int:
+    """The number of layers in a file's weights, once diffusers has converted them; one of a fused product counts for
+    each part.
 
     Raises ValueError for other tensors, and for layers that are lost in the conversion.
     """
     unet = getattr(model, "unet", None)
-    file = {**file} if isinstance(file, Mapping) else file  # converting empties it
-    converted = model.lora_state_dict(file, unet_config=None if unet is None else unet.config)
+    copy = {**weights}  # which the conversion empties
+    converted = model.lora_state_dict(copy, unet_config=None if unet is None else unet.config)
     names = list(converted[0] if isinstance(converted, tuple) else converted)
     if foreign := [name for name in names if "lora" not in name]:
         raise ValueError(f"{foreign[0]} is not part of a LoRA")
@@ -113,7 +115,3 @@ def _count_layers(weights: Mapping[str, Tensor], model: Any, file: Any) -> int:
 
 def _has_lora(module: nn.Module) -> bool:
     return bool(getattr(module, "lora_A", None))
-
-
-def _modules(parts: Iterable[Any]) -> list[nn.Module]:
-    return [part for part in parts if isinstance(part, nn.Module)]

@@ -137,7 +137,7 @@ def test_layers_of_any_rank_and_alpha_are_fused_at_their_own_strength(tiny_model
     assert_fused(tiny_model_dir, tmp_path / "resized.safetensors", tensors, deltas)
 
 
-def fuse_everywhere(directory: Path, file: Path, network: str, layer: str, *, clip: bool) -> None:
+def assert_fused_everywhere(directory: Path, file: Path, network: str, layer: str, *, clip: bool) -> None:
     """Checks a file, in diffusers' layout, with a layer of the network and, with `clip`, the first encoder's attention.
 
     `network` is the network's name in the file.
@@ -159,23 +159,23 @@ def fuse_everywhere(directory: Path, file: Path, network: str, layer: str, *, cl
 
 def test_a_lora_is_fused_into_sdxl(tiny_sdxl_dir: Path, tmp_path: Path) -> None:
     layer = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
-    fuse_everywhere(tiny_sdxl_dir, tmp_path / "lora.safetensors", "unet", layer, clip=True)
+    assert_fused_everywhere(tiny_sdxl_dir, tmp_path / "lora.safetensors", "unet", layer, clip=True)
 
 
 def test_a_lora_is_fused_into_stable_diffusion_3(tiny_sd3_dir: Path, tmp_path: Path) -> None:
-    fuse_everywhere(tiny_sd3_dir, tmp_path / "lora.safetensors", "transformer", JOINT, clip=True)
+    assert_fused_everywhere(tiny_sd3_dir, tmp_path / "lora.safetensors", "transformer", JOINT, clip=True)
 
 
 def test_a_lora_is_fused_into_flux(tiny_flux_dir: Path, tmp_path: Path) -> None:
-    fuse_everywhere(tiny_flux_dir, tmp_path / "lora.safetensors", "transformer", JOINT, clip=True)
+    assert_fused_everywhere(tiny_flux_dir, tmp_path / "lora.safetensors", "transformer", JOINT, clip=True)
 
 
 def test_a_lora_is_fused_into_chroma(tiny_chroma_dir: Path, tmp_path: Path) -> None:
-    fuse_everywhere(tiny_chroma_dir, tmp_path / "lora.safetensors", "transformer", JOINT, clip=False)
+    assert_fused_everywhere(tiny_chroma_dir, tmp_path / "lora.safetensors", "transformer", JOINT, clip=False)
 
 
 def test_a_lora_is_fused_into_flux_2(tiny_flux2_dir: Path, tmp_path: Path) -> None:
-    fuse_everywhere(tiny_flux2_dir, tmp_path / "lora.safetensors", "transformer", JOINT, clip=False)
+    assert_fused_everywhere(tiny_flux2_dir, tmp_path / "lora.safetensors", "transformer", JOINT, clip=False)
 
 
 @pytest.mark.parametrize(
