@@ -761,11 +761,8 @@ class Jobs:
         newest = await self._stored(self._files.newest, mark.tenant, identifier)
         owner = mark.server if newest is None else newest[1].owner
         mine = owner == self._queue.server  # and not in its queue: just being accepted, or left over from that
-        if not mine:
-            self._owners[identifier] = owner
-            if self._is_alive(owner, beats, now):
-                self._abandoned.pop(identifier, None)
-                return
+        if not mine and self._is_continued(identifier, owner, beats, now):
+            return
         if newest is None:
             if not mine or await self._is_abandoned(identifier, mark.tenant, owner, now):  # its client got no answer
                 ended = State(self._queue.server, 0).failed(_ABANDONED)
@@ -800,14 +797,19 @@ class Jobs:
             if mark is None:
                 return
             tenant, owner = mark.tenant, owner or mark.server
-        if owner is not None and owner != self._queue.server:
-            self._owners[identifier] = owner
-            if self._is_alive(owner, beats, now):
-                self._abandoned.pop(identifier, None)
-                return
+        if owner not in (None, self._queue.server) and self._is_continued(identifier, owner, beats, now):
+            return
         if await self._is_abandoned(identifier, tenant, owner, now):
             _log.error("job %s: ended, as one of its files in the store is damaged", identifier)
             await self._stored(self._files.close, identifier)
+
+    def _is_continued(self, identifier: str, owner: str, beats: dict[str, str], now: float) -> bool:
+        """Whether an open job's owner, another server, is alive; notes the owner."""
+        self._owners[identifier] = owner
+        if self._is_alive(owner, beats, now):
+            self._abandoned.pop(identifier, None)
+            return True
+        return False
 
     async def _is_abandoned(self, identifier: str, tenant: str | None, owner: str | None, now: float) -> bool:
         """Whether no server has continued an open job for `keep_seconds`, by the times of its files and of its owner's
