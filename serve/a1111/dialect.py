@@ -129,55 +129,28 @@ send them always. Those whose default is 0, false or empty need no line. Source:
 1.10, modules/shared_options.py."""
 _IGNORED_OPTIONS: Final = (
     # saving
-    *("samples_save", "samples_filename_pattern", "samples_log_stdout", "save_", "grid_", "n_rows", "font", "outdir_"),
-    *("directories_", "use_save_to_dirs_for_ui", "use_original_name_batch", "use_upscaler_name_as_suffix", "temp_dir"),
-    *(
-        "export_for_4chan",
-        "img_downscale_threshold",
-        "target_side_length",
-        "img_max_size_mp",
-        "clean_temp_dir_at_start",
-    ),
+    "samples_save", "samples_filename_pattern", "samples_log_stdout", "save_", "grid_", "n_rows", "font", "outdir_",
+    "directories_", "use_save_to_dirs_for_ui", "use_original_name_batch", "use_upscaler_name_as_suffix", "temp_dir",
+    "export_for_4chan", "img_downscale_threshold", "target_side_length", "img_max_size_mp", "clean_temp_dir_at_start",
     # display, and the text that is saved with a picture
-    *("show_", "live_preview", "js_", "gallery_", "return_grid", "do_not_show_images", "sd_webui_modal_", "open_dir_"),
-    *(
-        "ui_",
-        "hidden_tabs",
-        "hide_",
-        "gradio_",
-        "localization",
-        "quicksettings",
-        "keyedit_",
-        "extra_networks_",
-        "send_",
-    ),
-    *(
-        "compact_prompt_box",
-        "samplers_in_dropdown",
-        "dimensions_and_batch_together",
-        "sd_checkpoint_dropdown_use_short",
-    ),
-    *("txt2img_settings_accordion", "img2img_settings_accordion", "img2img_editor_height", "img2img_sketch_default_"),
-    *("img2img_inpaint_mask_brush_", "img2img_inpaint_sketch_", "img2img_batch_show_", "notification_", "infotext_"),
-    *("add_model_", "add_vae_", "add_user_name_to_info", "add_version_to_infotext", "textual_inversion_", "print_"),
-    *("disable_token_counters", "include_styles_into_token_counters", "disable_weights_auto_swap", "auto_backcompat"),
-    *("multiple_tqdm", "enable_console_prompts", "prevent_screen_sleep_", "enable_reloading_ui_scripts"),
+    "show_", "live_preview", "js_", "gallery_", "return_grid", "do_not_show_images", "sd_webui_modal_", "open_dir_",
+    "ui_", "hidden_tabs", "hide_", "gradio_", "localization", "quicksettings", "keyedit_", "extra_networks_", "send_",
+    "compact_prompt_box", "samplers_in_dropdown", "dimensions_and_batch_together", "sd_checkpoint_dropdown_use_short",
+    "txt2img_settings_accordion", "img2img_settings_accordion", "img2img_editor_height", "img2img_sketch_default_",
+    "img2img_inpaint_mask_brush_", "img2img_inpaint_sketch_", "img2img_batch_show_", "notification_", "infotext_",
+    "add_model_", "add_vae_", "add_user_name_to_info", "add_version_to_infotext", "textual_inversion_", "print_",
+    "disable_token_counters", "include_styles_into_token_counters", "disable_weights_auto_swap", "auto_backcompat",
+    "multiple_tqdm", "enable_console_prompts", "prevent_screen_sleep_", "enable_reloading_ui_scripts",
     # speed, memory and the program
-    *("cross_attention_optimization", "persistent_cond_cache", "batch_cond_uncond", "cache_fp16_weight", "pin_memory"),
-    *("sd_checkpoints_", "sd_checkpoint_cache", "sd_vae_checkpoint_cache", "sd_vae_overrides_", "auto_vae_precision"),
-    *("memmon_poll_rate", "auto_launch_browser", "list_hidden_files", "disable_mmap_", "hide_ldm_", "dump_stacks_"),
-    *(
-        "api_",
-        "disabled_extensions",
-        "disable_all_extensions",
-        "interrupt_after_current",
-        "unload_models_when_training",
-    ),
+    "cross_attention_optimization", "persistent_cond_cache", "batch_cond_uncond", "cache_fp16_weight", "pin_memory",
+    "sd_checkpoints_", "sd_checkpoint_cache", "sd_vae_checkpoint_cache", "sd_vae_overrides_", "auto_vae_precision",
+    "memmon_poll_rate", "auto_launch_browser", "list_hidden_files", "disable_mmap_", "hide_ldm_", "dump_stacks_",
+    "api_", "disabled_extensions", "disable_all_extensions", "interrupt_after_current", "unload_models_when_training",
     # features that a request for is refused by their own names
-    *("training_", "dataset_filename_", "interrogate_", "deepbooru_", "ESRGAN_", "realesrgan_", "face_restoration_"),
-    *("code_former_weight", "sdxl_refiner_", "refiner_switch_by_", "hires_fix_", "use_old_hires_fix_width_height"),
-    *("postprocessing_disable_", "postprocessing_operation_", "postprocessing_existing_", "upscaling_max_images_"),
-)
+    "training_", "dataset_filename_", "interrogate_", "deepbooru_", "ESRGAN_", "realesrgan_", "face_restoration_",
+    "code_former_weight", "sdxl_refiner_", "refiner_switch_by_", "hires_fix_", "use_old_hires_fix_width_height",
+    "postprocessing_disable_", "postprocessing_operation_", "postprocessing_existing_", "upscaling_max_images_",
+)  # fmt: skip
 """How the names of settings begin that change no picture and no answer of this server, whatever their value."""
 _IGNORED: Final = ("hr_", "config_scale")
 """How unknown keys begin that some clients send always, although they look like misspelled ones."""
