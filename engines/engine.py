@@ -96,7 +96,7 @@ class Engine(Protocol):
         ...
 
     @property
-    def shapes(self) -> ShapeUse:
+    def shape_use(self) -> ShapeUse:
         """Which shapes are best bound."""
         ...
 

@@ -47,7 +47,7 @@ class OnnxRuntimeEngine:
     """
 
     limits: Mapping[str, int] = {}
-    shapes = ShapeUse.ANY
+    shape_use = ShapeUse.ANY
 
     def __init__(self, name: str, graph: Graph, folder: Path, threads: int | None = None) -> None:
         ort = load_onnxruntime()

@@ -21,7 +21,7 @@ class OnnxRuntimeCudaEngine:
     """
 
     limits: Mapping[str, int] = {}
-    shapes = ShapeUse.ANY
+    shape_use = ShapeUse.ANY
 
     def __init__(self, name: str, graph: Graph, folder: Path, stream: CudaStream) -> None:
         ort = load_onnxruntime("cuda")

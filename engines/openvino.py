@@ -121,7 +121,7 @@ class OpenVinoEngine:
             raise EngineError(f"cannot open graph {name!r} ({path}): {one_line(error)}") from error
         opened = (min(names & self.inputs.keys() or names or ["(no name)"]) for names in self._compiler.inputs)
         check_opened(name, path, self.inputs, opened)
-        self.shapes = self._compiler.shapes
+        self.shape_use = self._compiler.shape_use
 
     def bind(
         self,
@@ -235,7 +235,7 @@ class _Compiler:
         self._stamps = self._read_stamps()
         size = size_of(path)
         self.small = size <= _SMALL
-        self.shapes = ShapeUse.PADDED if self.small else ShapeUse.ANY if size <= _LARGE else ShapeUse.FIRST
+        self.shape_use = ShapeUse.PADDED if self.small else ShapeUse.ANY if size <= _LARGE else ShapeUse.FIRST
         self._lock = threading.Lock()
         self._first: tuple[Mapping[str, Shape], _Compiled] | None = None
         self._dynamic: _Compiled | None = None
@@ -245,7 +245,7 @@ class _Compiler:
         self._attempted = set[_Key]()
         self._static: OrderedDict[_Key, _Compiled] = OrderedDict()  # the most recently used
         self._plans = plans
-        if self.shapes is not ShapeUse.FIRST:
+        if self.shape_use is not ShapeUse.FIRST:
             self._dynamic = self.compile()
         model = self._dynamic.model if self._dynamic else core.read_model(*self._files())
         self.inputs = [value.names for value in model.inputs]  # also of the conversions that compiling removed

@@ -30,7 +30,7 @@ class TensorRtEngine:
         UsageError: the flavour does not build for this GPU.
     """
 
-    shapes = ShapeUse.ANY
+    shape_use = ShapeUse.ANY
 
     def __init__(
         self,

@@ -20,7 +20,7 @@ class EagerEngine:
     """An Engine that runs a graph's torch module as it is."""
 
     limits: Mapping[str, int] = {}
-    shapes = ShapeUse.ANY
+    shape_use = ShapeUse.ANY
 
     def __init__(self, graph: Traceable) -> None:
         self.graph = graph

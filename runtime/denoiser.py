@@ -238,7 +238,7 @@ class Arena:
         if self.rows:
             raise UsageError("the warm-up would overwrite pictures in progress: warm up before requests are added")
         self.settle()
-        self._specialized = self._engine.shapes is ShapeUse.PADDED
+        self._specialized = self._engine.shape_use is ShapeUse.PADDED
         schedule = self._schedule[0]
         schedule[...] = self._inert
         self._stream.upload(self._inputs["schedule"], schedule)

@@ -377,10 +377,10 @@ class Worker:
         model = self._open_model()
         scheduler = Scheduler(model, self.max_rows)
         defaults = model.manifest.defaults
-        shapes = model.engine("denoise_step").shapes
-        if model.stream.depth or shapes is ShapeUse.PADDED:
+        shape_use = model.engine("denoise_step").shape_use
+        if model.stream.depth or shape_use is ShapeUse.PADDED:
             scheduler.warm(*self._sizes)
-        elif shapes is ShapeUse.ANY:
+        elif shape_use is ShapeUse.ANY:
             scheduler.bind(*self._sizes)
         for size in self._sizes or [defaults.size]:
             request = Request("", size=size, steps=min(_WARM_UP_STEPS, defaults.steps))

@@ -349,7 +349,7 @@ def test_a_specialized_binding_has_a_graph_for_its_shapes_which_the_next_start_r
         binding.specialize()
         binding.run()
 
-        assert add.shapes is ShapeUse.PADDED
+        assert add.shape_use is ShapeUse.PADDED
         assert binding._compiled.static
         np.testing.assert_array_equal(binding.outputs["y"].numpy(), X + 1)
     assert len(compilations) == 2  # for any shape, and for these

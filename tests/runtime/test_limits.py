@@ -21,7 +21,7 @@ from oneword.runtime.scheduler import Scheduler
 class Limited:
     """A real engine that refuses sizes beyond its limits, as TensorRT's plans do."""
 
-    shapes = ShapeUse.ANY
+    shape_use = ShapeUse.ANY
 
     def __init__(self, engine: Engine, limits: Mapping[str, int]) -> None:
         self._engine = engine
