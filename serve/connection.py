@@ -4,7 +4,10 @@ Not covered: the time that a body may take, and who may send it (`serve.middlewa
 """
 
 import asyncio
+import contextlib
 import json
+import socket
+import sys
 
 import h11
 import uvicorn
@@ -21,7 +24,8 @@ _READ_BYTES = 16 << 10
 class Connection(H11Protocol):
     """Closes a connection whose request head takes too long; cuts one off whose client stopped reading.
 
-    Reads in small pieces: a request is refused after its head has arrived, before much of its body has.
+    Reads in small pieces: a request is refused after its head has arrived, before much of its body has. A slow upload
+    stays in the kernel until such a piece, or the whole body, is there.
     """
 
     head_seconds = 60.0
@@ -29,6 +33,10 @@ class Connection(H11Protocol):
 
     _head_timer: asyncio.TimerHandle | None = None
     _write_timer: asyncio.TimerHandle | None = None
+    _body_left = 0
+    """Bytes of the body that have not been read; 0 if that is not known."""
+    _wanted = 1
+    """Bytes that wake this process up."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -38,7 +46,15 @@ class Connection(H11Protocol):
         self._await_head()
 
     def data_received(self, data: bytes) -> None:
+        cycle, unread = self.cycle, 0 if self.cycle is None else len(self.cycle.body)
         super().data_received(data)
+        if self.cycle is not cycle:  # this was a head, and maybe the beginning of its body
+            unread, self._body_left = 0, _content_length(self.headers)
+        if self.conn.their_state is h11.SEND_BODY and not self.cycle.response_complete:
+            self._body_left -= len(self.cycle.body) - unread
+            self._want(min(self._body_left, _READ_BYTES))
+        else:
+            self._want(1)
         if self.conn.their_state is not h11.IDLE:
             self._stop_head_timer()
         elif self._head_timer is None:
@@ -71,6 +87,15 @@ class Connection(H11Protocol):
             self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
 
+    def _want(self, size: int) -> None:
+        """Lets the kernel wait for so many bytes, at least 1, or the end of the stream, before it reports that there is
+        something to read. Linux checks what has already come when the number changes; elsewhere it stays at 1."""
+        size = max(size, 1)
+        if size != self._wanted and sys.platform == "linux":
+            self._wanted = size
+            with contextlib.suppress(OSError):  # the connection is lost
+                self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, size)
+
     def _stop_head_timer(self) -> None:
         if self._head_timer is not None:
             self._head_timer.cancel()
@@ -94,6 +119,11 @@ class Connection(H11Protocol):
             self._await_progress()
         else:
             self.transport.abort()
+
+
+def _content_length(headers: list[tuple[bytes, bytes]]) -> int:
+    """0 for a chunked body, or none; h11 has checked that it is a number."""
+    return next((int(value) for name, value in headers if name == b"content-length"), 0)
 
 
 def limited_connection(settings: Settings) -> type[Connection]:

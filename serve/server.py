@@ -29,6 +29,7 @@ from oneword.serve.worker import State as WorkerState
 
 _LAST_SECONDS: Final = 0.2  # for the last pictures, which are still being written to their clients
 _OPEN_SECONDS: Final = 0.05  # between two checks of whether the model is open
+_TICK_SECONDS: Final = 1.0  # between two updates of the Date header
 _log = logging.getLogger("oneword.serve")
 
 
@@ -65,6 +66,7 @@ class Server(uvicorn.Server):
         self._stopping: asyncio.Task[None] | None = None
         self._opened = False
         self._failure: OnewordError | None = None
+        self._leaving = asyncio.Event()
         self._heartbeat = heartbeat
         if heartbeat is not None:
             heartbeat.pulse = self.pulse
@@ -86,6 +88,13 @@ class Server(uvicorn.Server):
         host, port, *_ = self.servers[0].sockets[0].getsockname()
         _log.info("listening at http://%s:%s", f"[{host}]" if ":" in host else host, port)
         self._opening = asyncio.ensure_future(self._follow_opening())
+
+    async def main_loop(self) -> None:
+        """Returns when the server is to end. uvicorn's own looks ten times a second: on a shared core every look stops
+        the engine."""
+        while not await self.on_tick(0):
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._leaving.wait(), _TICK_SECONDS)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -129,7 +138,7 @@ class Server(uvicorn.Server):
             await asyncio.sleep(_OPEN_SECONDS)
         if worker.state is WorkerState.FAILED:
             self._failure = EngineError(worker.failure)
-            self.should_exit = True
+            self._leave()
         if worker.state is WorkerState.READY:
             gc.collect()
             gc.freeze()  # a full collection of what lasts as long as the process would stop all threads for tens of ms
@@ -146,4 +155,9 @@ class Server(uvicorn.Server):
         await kept.drain(self.state_of_app)
         await asyncio.sleep(_LAST_SECONDS)
         self.state_of_app.stopping.set()
+        self._leave()
+
+    def _leave(self) -> None:
+        """Ends `main_loop`."""
         self.should_exit = True
+        self._leaving.set()

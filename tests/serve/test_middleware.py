@@ -7,7 +7,9 @@ import hashlib
 import json
 import logging
 import socket
+import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -184,11 +186,12 @@ def ask(
 
 
 class Server(uvicorn.Server):
-    """A real server on a free port, in a thread; counts the bytes it has read."""
+    """A real server on a free port, in a thread; counts the bytes it has read, and how often it has read."""
 
     def __init__(self, app: Any, **settings: Any) -> None:
         server = self
         self.bytes_read = 0
+        self.reads = 0
         self.ready = threading.Event()
         self.closed = threading.Event()
         config = server_config(app, Settings(Path("bundle"), port=0, **settings))
@@ -199,6 +202,7 @@ class Server(uvicorn.Server):
         class Counting(limited):  # type: ignore[valid-type, misc]
             def data_received(self, data: bytes) -> None:
                 server.bytes_read += len(data)
+                server.reads += 1
                 super().data_received(data)
 
             def connection_lost(self, exc: Exception | None) -> None:
@@ -246,6 +250,16 @@ def read_all(connection: socket.socket) -> bytes:
     with contextlib.suppress(ConnectionError):
         while piece := connection.recv(65536):
             data += piece
+    return data
+
+
+def read_until(connection: socket.socket, text: bytes) -> bytes:
+    """Everything up to this text, and what came with it."""
+    data = b""
+    while text not in data:
+        piece = connection.recv(65536)
+        assert piece, data
+        data += piece
     return data
 
 
@@ -496,6 +510,43 @@ def test_a_client_that_trickles_its_body_is_refused_as_well() -> None:
         return status
 
     assert asyncio.run(trickle()) == 408
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere every piece is read as it comes")
+def test_a_slow_upload_is_read_in_few_pieces_and_its_connection_is_used_again() -> None:
+    body = json.dumps({"prompt": "a" * 40_000}).encode()
+    request = head("POST", "/v1/prompt", "Content-Type: application/json", f"Content-Length: {len(body)}") + body
+    with serving(make_app()) as server, server.connect() as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for _ in range(2):
+            before = server.reads
+            for start in range(0, len(request), 200):
+                connection.sendall(request[start : start + 200])
+                time.sleep(0.001)
+            read_until(connection, b"40000")
+            assert server.reads - before <= 10  # of 200 pieces: the head, and at least 16 KiB at a time
+
+
+@pytest.mark.parametrize("path", ["/v1/unread", "/v1/swallows"])
+def test_a_body_that_the_app_does_not_wait_for_does_not_hold_up_the_next_request(path: str) -> None:
+    with serving(make_app()) as server, server.connect() as connection:
+        for length in (10, 30_000):
+            body = b"x" * length
+            connection.sendall(head("POST", path, f"Content-Length: {length}") + body[:5])
+            time.sleep(0.05)
+            connection.sendall(body[5:-1])
+            time.sleep(0.05)
+            connection.sendall(body[-1:] + head("GET", "/v1/who"))
+            assert read_until(connection, b'"tenant"').count(b"HTTP/1.1 200 ") == 2
+
+
+def test_a_client_that_leaves_in_the_middle_of_its_body_is_noticed() -> None:
+    with serving(make_app()) as server, server.connect() as connection:
+        connection.sendall(head("POST", "/v1/swallows", "Content-Length: 90000") + b"x" * 100)
+        time.sleep(0.05)
+        connection.close()
+
+        assert server.closed.wait(5)
 
 
 def test_a_request_head_that_does_not_arrive_in_time_ends_the_connection() -> None:

@@ -117,3 +117,19 @@ def test_learning_stops_at_once_and_the_server_ends_when_its_pictures_are_finish
         assert server.should_exit
 
     asyncio.run(run())
+
+
+def test_the_end_does_not_wait_for_the_next_tick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("oneword.serve.server._TICK_SECONDS", 1000.0)
+
+    async def run() -> None:
+        server = server_with(WorkerState.READY)
+        looping = asyncio.ensure_future(server.main_loop())
+        await asyncio.sleep(0.01)
+        assert not looping.done()
+        server.stop()
+        server.state_of_app.pool.drained.set()
+        server.state_of_app.jobs.drained.set()
+        await asyncio.wait_for(looping, 20)
+
+    asyncio.run(run())
