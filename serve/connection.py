@@ -8,6 +8,7 @@ import contextlib
 import json
 import socket
 import sys
+from collections.abc import Iterator
 
 import h11
 import uvicorn
@@ -15,7 +16,7 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from oneword.serve.errors import Invalid, openai_body
-from oneword.serve.middleware import SECURITY_HEADERS
+from oneword.serve.middleware import SECURITY_HEADERS, content_length
 from oneword.serve.settings import Settings
 
 _READ_BYTES = 16 << 10
@@ -24,8 +25,8 @@ _READ_BYTES = 16 << 10
 class Connection(H11Protocol):
     """Closes a connection whose request head takes too long; cuts one off whose client stopped reading.
 
-    Reads in small pieces: a request is refused after its head has arrived, before much of its body has. A slow upload
-    stays in the kernel until such a piece, or the whole body, is there.
+    Reads in small pieces: a request is refused after its head has arrived, before much of its body has. On Linux, a
+    slow upload with a Content-Length stays in the kernel until such a piece, or the whole body, is there.
     """
 
     head_seconds = 60.0
@@ -34,7 +35,7 @@ class Connection(H11Protocol):
     _head_timer: asyncio.TimerHandle | None = None
     _write_timer: asyncio.TimerHandle | None = None
     _body_left = 0
-    """Bytes of the body that have not been read; 0 if that is not known."""
+    """Bytes of the body that have not been read; 0 or less if that is not known."""
     _wanted = 1
     """Bytes that wake this process up."""
 
@@ -46,19 +47,16 @@ class Connection(H11Protocol):
         self._await_head()
 
     def data_received(self, data: bytes) -> None:
-        cycle, unread = self.cycle, 0 if self.cycle is None else len(self.cycle.body)
-        super().data_received(data)
-        if self.cycle is not cycle:  # this was a head, and maybe the beginning of its body
-            unread, self._body_left = 0, _content_length(self.headers)
-        if self.conn.their_state is h11.SEND_BODY and not self.cycle.response_complete:
-            self._body_left -= len(self.cycle.body) - unread
-            self._want(min(self._body_left, _READ_BYTES))
-        else:
-            self._want(1)
+        with self._counting_body():
+            super().data_received(data)
         if self.conn.their_state is not h11.IDLE:
             self._stop_head_timer()
         elif self._head_timer is None:
             self._await_head()
+
+    def on_response_complete(self) -> None:
+        with self._counting_body():  # of a next request that came before this answer was complete
+            super().on_response_complete()
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -86,6 +84,19 @@ class Connection(H11Protocol):
         ):
             self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
+
+    @contextlib.contextmanager
+    def _counting_body(self) -> Iterator[None]:
+        """Counts what the block reads of a body. Then waits for a piece of it, or all of it, in the kernel."""
+        cycle, unread = self.cycle, 0 if self.cycle is None else len(self.cycle.body)
+        yield
+        if self.cycle is not cycle:  # the block has read a head, and maybe the beginning of its body
+            unread, self._body_left = 0, content_length(self.headers) or 0
+        if self.conn.their_state is h11.SEND_BODY and not self.cycle.response_complete:
+            self._body_left -= len(self.cycle.body) - unread
+            self._want(min(self._body_left, _READ_BYTES))
+        else:
+            self._want(1)
 
     def _want(self, size: int) -> None:
         """Lets the kernel wait for so many bytes, at least 1, or the end of the stream, before it reports that there is
@@ -119,11 +130,6 @@ class Connection(H11Protocol):
             self._await_progress()
         else:
             self.transport.abort()
-
-
-def _content_length(headers: list[tuple[bytes, bytes]]) -> int:
-    """0 for a chunked body, or none; h11 has checked that it is a number."""
-    return next((int(value) for name, value in headers if name == b"content-length"), 0)
 
 
 def limited_connection(settings: Settings) -> type[Connection]:

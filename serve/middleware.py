@@ -343,7 +343,7 @@ class LimitBody:
             return
         path = route_path(scope)
         limit = next((size for prefix, size in self._limits if path.startswith(prefix)), MIB)
-        length = _content_length(scope)
+        length = content_length(scope["headers"])
         if length is not None and length > limit:
             raise _too_large(limit)
         small = length is not None and length <= _SMALL
@@ -423,7 +423,7 @@ class _Body:
         if self._max_parts is not None:
             self._parts += sum(piece.count(mark) for mark in (b",", b"[", b"{"))
             if self._parts > self._max_parts:
-                self.failure = TooLarge(f"the body has too many parts, allowed are {self._max_parts}: send less")
+                self.failure = TooLarge(f"the body has more than the allowed {self._max_parts} parts: send less")
 
     def release(self) -> None:
         """Gives the room of the body back."""
@@ -490,7 +490,7 @@ def _refused(message: str, code: str) -> Forbidden:
 
 def _too_large(limit: int) -> TooLarge:
     size = f"{limit // MIB} MiB" if limit >= MIB and limit % MIB == 0 else f"{limit} bytes"
-    return TooLarge(f"the body is too large, allowed are {size}: send less, or smaller pictures")
+    return TooLarge(f"the body has more than the allowed {size}: send less, or smaller pictures")
 
 
 def _too_slow(seconds: float) -> ApiError:
@@ -498,10 +498,11 @@ def _too_slow(seconds: float) -> ApiError:
     return ApiError(408, message, headers={"Connection": "close", "x-should-retry": "false"})
 
 
-def _content_length(scope: Scope) -> int | None:
-    """None for a chunked body, or no body; the server has checked that it is a number."""
-    values = _values(scope, b"content-length")
-    return int(values[0]) if values and values[0].isascii() and values[0].isdigit() else None
+def content_length(headers: Iterable[tuple[bytes, bytes]]) -> int | None:
+    """None for no body, and for one in chunks, whatever else its head says; the names are in lower case."""
+    values = dict(headers)
+    length = values.get(b"content-length", b"")
+    return int(length) if length.isdigit() and b"transfer-encoding" not in values else None
 
 
 def _values(scope: Scope, name: bytes) -> list[str]:

@@ -28,7 +28,7 @@ from oneword.serve.app import build_state, create_app
 from oneword.serve.connection import Connection, limited_connection, server_config
 from oneword.serve.errors import Busy
 from oneword.serve.keys import Keys, Tenant
-from oneword.serve.middleware import AccessLog, LimitBody, TrustedProxy, allowed_hosts
+from oneword.serve.middleware import AccessLog, LimitBody, TrustedProxy, allowed_hosts, content_length
 from oneword.serve.settings import Settings
 
 KEY = "ow_the-key-of-alice"
@@ -188,7 +188,7 @@ def ask(
 class Server(uvicorn.Server):
     """A real server on a free port, in a thread; counts the bytes it has read, and how often it has read."""
 
-    def __init__(self, app: Any, **settings: Any) -> None:
+    def __init__(self, app: Any, keep_alive: int = 5, **settings: Any) -> None:
         server = self
         self.bytes_read = 0
         self.reads = 0
@@ -210,6 +210,7 @@ class Server(uvicorn.Server):
                 server.closed.set()
 
         config.http = Counting
+        config.timeout_keep_alive = keep_alive
         config.timeout_graceful_shutdown = 1
         super().__init__(config)
 
@@ -228,6 +229,7 @@ class Server(uvicorn.Server):
 
 @contextlib.contextmanager
 def serving(app: Any, **settings: Any) -> Iterator[Server]:
+    """A running server; `settings` are those of `Server`."""
     server = Server(app, **settings)
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -383,7 +385,7 @@ def test_a_body_that_is_too_large_is_refused_before_any_of_it_is_read() -> None:
         assert (answer.status, answer.received) == (413, 0)
         assert answer.headers["connection"] == "close"
         assert answer.json["error"]["message"] == (
-            f"the body is too large, allowed are {limit} bytes: send less, or smaller pictures"
+            f"the body has more than the allowed {limit} bytes: send less, or smaller pictures"
         )
 
 
@@ -402,7 +404,7 @@ def test_a_chunked_body_is_cut_off_at_the_limit_whatever_the_route_makes_of_it(p
         answer = read_all(connection)
 
         assert answer.startswith(b"HTTP/1.1 413 ")
-        assert b"allowed are 100000 bytes" in answer
+        assert b"more than the allowed 100000 bytes" in answer
         assert server.bytes_read <= LIMIT + (256 << 10)
 
 
@@ -528,7 +530,7 @@ def test_a_slow_upload_is_read_in_few_pieces_and_its_connection_is_used_again() 
 
 
 @pytest.mark.parametrize("path", ["/v1/unread", "/v1/swallows"])
-def test_a_body_that_the_app_does_not_wait_for_does_not_hold_up_the_next_request(path: str) -> None:
+def test_a_body_in_pieces_does_not_hold_up_the_next_request_whether_it_is_used_or_not(path: str) -> None:
     with serving(make_app()) as server, server.connect() as connection:
         for length in (10, 30_000):
             body = b"x" * length
@@ -538,6 +540,58 @@ def test_a_body_that_the_app_does_not_wait_for_does_not_hold_up_the_next_request
             time.sleep(0.05)
             connection.sendall(body[-1:] + head("GET", "/v1/who"))
             assert read_until(connection, b'"tenant"').count(b"HTTP/1.1 200 ") == 2
+
+
+def test_the_body_of_a_request_that_came_with_the_one_before_may_be_late() -> None:
+    first, second = (json.dumps({"prompt": "a" * length}).encode() for length in (3000, 70))
+    lines = "Content-Type: application/json", "Content-Length: "
+    both = [head("POST", "/v1/prompt", lines[0], f"{lines[1]}{len(body)}") + body for body in (first, second)]
+    with serving(make_app()) as server, server.connect() as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.sendall(both[0] + both[1][:-60])
+        read_until(connection, b"3000")
+        for start in (-60, -59):
+            connection.sendall(both[1][start : start + 1 if start < -59 else None])
+            time.sleep(0.05)
+        assert read_until(connection, b"\r\n\r\n70").startswith(b"HTTP/1.1 200 ")
+
+
+def test_a_body_in_chunks_ends_with_its_last_chunk_whatever_its_length_is_said_to_be() -> None:
+    body = json.dumps({"prompt": "a" * 70}).encode()
+    chunks = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+    lines = "Content-Type: application/json", "Content-Length: 50000", "Transfer-Encoding: chunked"
+    with serving(make_app()) as server, server.connect() as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for piece in (head("POST", "/v1/prompt", *lines), chunks[:20], chunks[20:]):
+            connection.sendall(piece)
+            time.sleep(0.05)
+        assert read_until(connection, b"\r\n\r\n70").startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize(
+    ("headers", "length"),
+    [
+        ([], None),
+        ([(b"content-length", b"12")], 12),
+        ([(b"content-length", b"+1")], None),
+        ([(b"transfer-encoding", b"chunked")], None),
+        ([(b"content-length", b"1"), (b"transfer-encoding", b"chunked")], None),
+    ],
+)
+def test_a_body_in_chunks_has_no_length(headers: list[tuple[bytes, bytes]], length: int | None) -> None:
+    assert content_length(headers) == length
+
+
+def test_a_client_that_sends_on_after_its_answer_keeps_the_connection_open() -> None:
+    with serving(make_app(), keep_alive=1) as server, server.connect() as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.sendall(head("POST", "/v1/unread", "Content-Length: 30000"))
+        read_until(connection, b"unread")
+        for _ in range(30):  # longer than an idle connection is kept
+            connection.sendall(b"x" * 100)
+            time.sleep(0.05)
+        connection.sendall(b"x" * 27_000 + head("GET", "/v1/who"))
+        read_until(connection, b'"tenant"')
 
 
 def test_a_client_that_leaves_in_the_middle_of_its_body_is_noticed() -> None:

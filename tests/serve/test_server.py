@@ -119,17 +119,21 @@ def test_learning_stops_at_once_and_the_server_ends_when_its_pictures_are_finish
     asyncio.run(run())
 
 
-def test_the_end_does_not_wait_for_the_next_tick(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("worker", [WorkerState.READY, WorkerState.FAILED])
+def test_the_end_does_not_wait_for_the_next_tick(worker: WorkerState, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("oneword.serve.server._TICK_SECONDS", 1000.0)
 
     async def run() -> None:
-        server = server_with(WorkerState.READY)
+        server = server_with(worker)
         looping = asyncio.ensure_future(server.main_loop())
         await asyncio.sleep(0.01)
         assert not looping.done()
-        server.stop()
-        server.state_of_app.pool.drained.set()
-        server.state_of_app.jobs.drained.set()
+        if worker is WorkerState.FAILED:
+            await server._follow_opening()
+        else:
+            server.stop()
+            server.state_of_app.pool.drained.set()
+            server.state_of_app.jobs.drained.set()
         await asyncio.wait_for(looping, 20)
 
     asyncio.run(run())
