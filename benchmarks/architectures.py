@@ -112,8 +112,8 @@ def check(name: str) -> None:
     if model not in CONFIGS | FLOW | TEXT:
         raise ValueError(f"unknown model {model!r}: choose from {', '.join(CONFIGS | FLOW | TEXT)}")
     if layers and layers not in map(str, range(1, LAYERS.get(model, 0) + 1)):
-        allowed = f"from 1 to {LAYERS[model]}" if model in LAYERS else "none, because its layers are not alike"
-        raise ValueError(f"{name!r} has {layers} layers, allowed are {allowed}")
+        allowed = f"be 1 to {LAYERS[model]}" if model in LAYERS else "be left out, because its layers are not alike"
+        raise ValueError(f"the number of layers of {name!r} is {layers}, but must {allowed}")
 
 
 def shape(name: str) -> Mapping[str, int]:

@@ -11,7 +11,11 @@ OnewordError            exit status 1
 ├── MissingPackage      an optional package is not installed; the message carries the pip line
 └── EngineError         a graph could not be opened or failed while it ran
     └── NotFinite       a graph produced NaN or infinity
+
+Also the parts that messages are made of.
 """
+
+from collections.abc import Iterable
 
 
 class OnewordError(Exception):
@@ -76,3 +80,14 @@ def without_frames(error: OnewordError) -> OnewordError:
 def one_line(error: BaseException, limit: int | None = 300) -> str:
     """An error's message on one line, by default truncated to 300 characters; its type's name if it has no message."""
     return " ".join(str(error).split())[:limit] or type(error).__name__
+
+
+def counted(count: int, noun: str) -> str:
+    """For example `1 step` and `2 steps`."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def one_of(names: Iterable[str]) -> str:
+    """What a value may be, after "must be": "a", "a or b", "one of a, b, c"."""
+    known = list(names)
+    return f"one of {', '.join(known)}" if len(known) > 2 else " or ".join(known)

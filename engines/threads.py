@@ -15,5 +15,5 @@ def cpu_threads(threads: int | None) -> int:
     value = os.environ.get("OMP_NUM_THREADS", "")
     first = value.split(",")[0].strip()
     if first and not first.isdecimal():
-        raise UsageError(f"OMP_NUM_THREADS is {value!r}, allowed is a number such as 4: set it to one, or unset it")
+        raise UsageError(f"OMP_NUM_THREADS is {value!r}, but must be a number such as 4: set it to one, or unset it")
     return int(first or 0)

@@ -281,8 +281,10 @@ def components_left_out(pipeline: str, without: Sequence[str]) -> set[str]:
     """The components of the text encoders to leave out. Raises UsageError for one that the pipeline needs."""
     for name in without:
         if name != OMISSIBLE.get(pipeline):
-            allowed = f"allowed is {OMISSIBLE[pipeline]}" if pipeline in OMISSIBLE else "it needs all its encoders"
-            raise UsageError(f"--without {name}: the model is a {pipeline}, {allowed}")
+            needs = "it needs all its encoders"
+            if pipeline in OMISSIBLE:
+                needs = f"whose only optional encoder is {OMISSIBLE[pipeline]}"
+            raise UsageError(f"--without {name}: the model is a {pipeline}, {needs}")
     return {*without, *(name.replace("text_encoder", "tokenizer") for name in without)}
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from oneword.engines.errors import FileError, UsageError
+from oneword.engines.errors import FileError, UsageError, counted
 
 MAX_ASPECTS: Final = 16
 MAX_WORDS: Final = 64
@@ -42,8 +42,8 @@ class Aspect:
     def __post_init__(self) -> None:
         for text in (self.name, *self.words):
             _check(text)
-        if not 2 <= len(self.words) <= MAX_WORDS:
-            raise UsageError(f"aspect {self.name!r} has {len(self.words)} words, allowed are 2 to {MAX_WORDS}")
+        if not 2 <= (count := len(self.words)) <= MAX_WORDS:
+            raise UsageError(f"aspect {self.name!r} has {counted(count, 'word')}, but must have 2 to {MAX_WORDS}")
         if repeated := _first_repeated(self.words):
             raise UsageError(f"aspect {self.name!r} lists {repeated!r} twice: list each word once")
 
@@ -51,7 +51,7 @@ class Aspect:
 def check_aspects(aspects: tuple[Aspect, ...]) -> None:
     """Raises UsageError for too many or too few aspects, and for two of one name."""
     if not 1 <= len(aspects) <= MAX_ASPECTS:
-        raise UsageError(f"{len(aspects)} aspects, allowed are 1 to {MAX_ASPECTS}")
+        raise UsageError(f"there are {len(aspects)} aspects, but there must be 1 to {MAX_ASPECTS}")
     if repeated := _first_repeated([aspect.name for aspect in aspects]):
         raise UsageError(f"two aspects are called {repeated!r}: put their words on one line")
 
@@ -88,7 +88,7 @@ def read_aspects(path: Path) -> tuple[Aspect, ...]:
     except FileNotFoundError:
         raise UsageError(f"there is no file {path}: --aspects takes a text file with lines NAME: WORD, WORD") from None
     except UnicodeDecodeError:
-        raise FileError(f"{path} is not UTF-8 text: allowed are lines NAME: WORD, WORD, ...") from None
+        raise FileError(f"{path} is not UTF-8 text: save it as UTF-8, with lines NAME: WORD, WORD, ...") from None
     except OSError as error:
         raise FileError(f"cannot read {path}: {error.strerror}") from error
 
@@ -96,7 +96,7 @@ def read_aspects(path: Path) -> tuple[Aspect, ...]:
 def _check(text: str) -> None:
     if not text or len(text) > MAX_LENGTH or not text.isprintable() or re.search(r"[,:#]", text):
         raise UsageError(
-            f"{text[:60]!r} is not a name or word of an aspect: allowed are 1 to {MAX_LENGTH} printable characters "
+            f"{text[:60]!r} is not a name or word of an aspect: it must be 1 to {MAX_LENGTH} printable characters "
             "without , : #"
         )
 

@@ -30,8 +30,8 @@ def choose_backend(bundle: Bundle, name: Backend | str = AUTO) -> tuple[Backend,
         try:
             return Backend(name), ""
         except ValueError:
-            allowed = ", ".join([AUTO, *(backend.value for backend in Backend)])
-            raise UsageError(f"no backend is called {name!r}, allowed are {allowed}") from None
+            names = ", ".join([AUTO, *(backend.value for backend in Backend)])
+            raise UsageError(f"no backend is called {name!r}: choose one of {names}") from None
     reasons: list[str] = []
     for backend in FASTEST_FIRST:
         if (reason := next(_obstacles(bundle, backend), None)) is None:

@@ -377,7 +377,9 @@ def _check_references(folder: Path, manifest: Manifest) -> None:
     if masked != (conditioning.attended_padding is not None):
         raise _invalid(f"the bundle {folder} has attended_padding without a context_mask, or the reverse")
     if unknown := set(conditioning.time_ids) - set(TIME_IDS):
-        raise _invalid(f"the bundle {folder} has the time id {min(unknown)!r}, allowed are {', '.join(TIME_IDS)}")
+        raise _invalid(
+            f"the bundle {folder} has the time id {min(unknown)!r}, but each must be one of {', '.join(TIME_IDS)}"
+        )
     for name, graph in graphs.items():
         if not graph.files:
             raise _invalid(f"graph {name!r} of the bundle {folder} has no file")

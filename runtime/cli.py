@@ -10,12 +10,11 @@ from typing import Any
 
 import click
 
-from oneword.engines.errors import FileError, OnewordError, UsageError, one_line
+from oneword.engines.errors import FileError, OnewordError, UsageError, counted, one_line
 from oneword.runtime.commands import (
     HELP,
     PATH,
     ProgressBar,
-    counted,
     engine_option,
     json_option,
     load_concepts,
@@ -269,7 +268,7 @@ def _filled(prompts: Sequence[str], words: Sequence[str], grid: Path | None) -> 
     if templates and not words:
         raise UsageError(f"no word is given for the {_PLACE} of {templates[0][:80]!r}: add --word or --concept")
     if grid is not None and grid.suffix.lower() != ".png":
-        raise UsageError(f"--grid {grid}, allowed is a file name that ends in .png")
+        raise UsageError(f"--grid is {grid}, but must end in .png")
     if grid is not None and 0 < len(templates) < len(prompts):
         plain = next(prompt for prompt in prompts if _PLACE not in prompt)
         raise UsageError(

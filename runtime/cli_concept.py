@@ -7,11 +7,10 @@ from typing import Any
 import click
 import numpy as np
 
-from oneword.engines.errors import ConceptError, FileError, UsageError, one_line
+from oneword.engines.errors import ConceptError, FileError, UsageError, counted, one_line
 from oneword.runtime.commands import (
     HELP,
     PATH,
-    counted,
     json_option,
     print_json,
     refuse_file,
@@ -89,7 +88,7 @@ def convert(files: tuple[Path, ...], out: Path, token: str | None, rows_only: bo
     SDXL, are merged into one.
     """
     if len(files) > 2:
-        raise UsageError(f"{len(files)} files to convert, allowed are one, or two that are a pair for SDXL")
+        raise UsageError(f"{len(files)} files are too many to convert: give one, or two that are a pair for SDXL")
     words = [word for path in files for word in read_concepts(path, token)]
     concepts = [paired(words)] if len(files) == 2 else [word.concept for word in words]
     if token is not None and len(concepts) > 1:

@@ -11,13 +11,12 @@ from typing import Any
 
 import click
 
-from oneword.engines.errors import UsageError
+from oneword.engines.errors import UsageError, counted
 from oneword.runtime.aspects import Aspect, read_aspects
 from oneword.runtime.commands import (
     HELP,
     PATH,
     ProgressBar,
-    counted,
     engine_option,
     json_option,
     load_concepts,
@@ -50,7 +49,7 @@ ROUNDS = 8
 PROMPT = "a photo of a {}"
 QUESTION = "Which do you like? For example 2 5 -3 (likes 2 and 5, dislikes 3), 0 none, u undo, q quit"
 _WORD_FILES = (".safetensors", ".pt", ".bin", ".pth", ".png")
-_ANSWER = "allowed are numbers such as 2 5 -3, 0 for none, or all of them from best to worst, such as 2>5>1>3>4>6"
+_ANSWER = "numbers such as 2 5 -3, 0 for none, or all of them from best to worst, such as 2>5>1>3>4>6"
 
 
 @click.command(name="ti-refine", context_settings=HELP)
@@ -130,7 +129,7 @@ def command(
     if output is None:
         output = Path(start if continued else f"{state.token.strip('<>')}-refined.safetensors")
     if output.suffix.lower() != ".safetensors":
-        raise UsageError(f"--output {output}, allowed is a file name that ends in .safetensors")
+        raise UsageError(f"--output is {output}, but must end in .safetensors")
     require_folder_of("--output", output)
     if output.exists() and not (continued and output.samefile(start)):
         raise UsageError(f"{output} exists: continue it with --start {output}, or choose another --output")
@@ -216,20 +215,22 @@ def judged(state: Refinement, answer: str) -> Refinement:
     """The state after an answer such as `2 5 -3`, `0` or `2>5>1>3>4>6`, which count from 1. Raises UsageError."""
     numbers = re.split(r"\s*>\s*|[\s,]+", answer.strip())
     if not all(re.fullmatch(r"-?\d{1,3}", number, re.ASCII) for number in numbers):
-        raise UsageError(f"the answer is {answer[:60]!r}, {_ANSWER}")
+        raise UsageError(f"the answer is {answer[:60]!r}, but must be {_ANSWER}")
     values = [int(number) for number in numbers]
     if unknown := [value for value in values if abs(value) > state.candidates]:
-        raise UsageError(f"the answer {answer[:60]!r} names picture {abs(unknown[0])} of {state.candidates}: {_ANSWER}")
+        raise UsageError(
+            f"the answer {answer[:60]!r} names picture {abs(unknown[0])} of {state.candidates}: give {_ANSWER}"
+        )
     if ">" in answer:
         if sorted(values) != list(range(1, state.candidates + 1)):
             raise UsageError(
-                f"the answer {answer[:60]!r} does not rank each of 1 to {state.candidates} once: {_ANSWER}"
+                f"the answer {answer[:60]!r} does not rank each of 1 to {state.candidates} once: give {_ANSWER}"
             )
         return judge(state, ranking=[value - 1 for value in values])
     if 0 in values and len(values) > 1:
-        raise UsageError(f"the answer {answer[:60]!r} has 0 beside other numbers: {_ANSWER}")
+        raise UsageError(f"the answer {answer[:60]!r} has 0 beside other numbers: give {_ANSWER}")
     if overlap := {value for value in values if value and -value in values}:
-        raise UsageError(f"the answer {answer[:60]!r} both likes and dislikes picture {max(overlap)}: {_ANSWER}")
+        raise UsageError(f"the answer {answer[:60]!r} both likes and dislikes picture {max(overlap)}: give {_ANSWER}")
     return judge(state, likes=[v - 1 for v in values if v > 0], dislikes=[-v - 1 for v in values if v < 0])
 
 
@@ -304,7 +305,7 @@ def _learned(path: Path) -> Concept:
     """The word in the file of --start. Raises UsageError, ConceptError."""
     if path.exists() and path.suffix.lower() != ".safetensors":
         raise UsageError(
-            f"--start is {path}, allowed is a .safetensors file: convert it with ti-concept convert {path} "
+            f"--start is {path}, but must be a .safetensors file: convert it with ti-concept convert {path} "
             "NAME.safetensors"
         )
     return load_concept(path)

@@ -78,11 +78,6 @@ def require_folder_of(option: str, file: Path) -> None:
         raise UsageError(f"{option} {file}: the folder {file.parent} does not exist: create it first")
 
 
-def counted(count: int, noun: str) -> str:
-    """For example `1 step` and `2 steps`."""
-    return f"{count} {noun}{'' if count == 1 else 's'}"
-
-
 def print_json(document: object) -> None:
     """Prints the document of `--json` on standard output."""
     click.echo(json.dumps(document, indent=1))

@@ -33,7 +33,7 @@ import numpy as np
 import numpy.typing as npt
 import safetensors.numpy
 
-from oneword.engines.errors import ConceptError, OnewordError, UsageError
+from oneword.engines.errors import ConceptError, OnewordError, UsageError, counted
 from oneword.engines.files import write_whole
 
 Vectors: TypeAlias = npt.NDArray[np.float32]
@@ -129,7 +129,7 @@ class Concept:
     layer_rows: Mapping[str, Vectors] = field(default_factory=dict[str, Vectors])
 
     def __post_init__(self) -> None:
-        _check_safe(self.token)
+        _check_safe(self.token, "token")
         if not self.vectors:
             raise ConceptError(f"{self.token!r} has no vectors: a word is 1 to {MAX_VECTORS} vectors for an encoder")
         checked = {
@@ -153,8 +153,8 @@ class Concept:
         for encoder, layer in self.encoder_layers.items():
             if not 1 <= layer <= MAX_LAYERS:
                 raise ConceptError(
-                    f"{self.token!r} ({encoder}) has output vectors of the encoder's layer {layer}, allowed are 1 to "
-                    f"{MAX_LAYERS}"
+                    f"{self.token!r} ({encoder}) has output vectors of the encoder's layer {layer}, but the layer "
+                    f"must be 1 to {MAX_LAYERS}"
                 )
         layer_rows = {name: _checked_layers(self.token, name, rows, checked) for name, rows in self.layer_rows.items()}
         if layer_rows and out:
@@ -244,7 +244,7 @@ def concept_bytes(concept: Concept, name: str = "the file") -> bytes:
     data = safetensors.numpy.save({key: np.ascontiguousarray(value) for key, value in tensors.items()}, metadata)
     if len(data) > MAX_FILE_BYTES:
         raise ConceptError(
-            f"{name} would have {len(data)} bytes, allowed are {MAX_FILE_BYTES} (1 MiB): learn fewer "
+            f"{name} would have {len(data)} bytes, but at most {MAX_FILE_BYTES} are allowed (1 MiB): learn fewer "
             "vectors, stages or layers"
         )
     written = concept_of(*read_safetensors(data, name), name)  # never write what load_concept would refuse
@@ -307,15 +307,15 @@ def _read_output_facts(provenance: dict[str, str], vectors: Mapping[str, Vectors
     for encoder, value in vectors.items():
         if value.ndim != _MAX_AXES or value.shape[:2] != (stages, layers):
             raise ConceptError(
-                f"{name} has output vectors {list(value.shape)} for {encoder}, its metadata says {stages} stages and "
-                f"{layers} layers: allowed is [stages, layers, n, D]"
+                f"{name} has output vectors {list(value.shape)} for {encoder}, its metadata says "
+                f"{counted(stages, 'stage')} and {counted(layers, 'layer')}: the vectors must be [stages, layers, n, D]"
             )
     match provenance.pop("values_only", None):
         case "true" | "false" as text:
             values_only = text == "true"
         case text:
             shown = None if text is None else text[:20]
-            raise ConceptError(f"{name} has values_only = {shown!r} in its metadata, allowed are 'true' and 'false'")
+            raise ConceptError(f"{name} has values_only = {shown!r} in its metadata, but it must be 'true' or 'false'")
     stated = {key: provenance.pop(key) for key in [*provenance] if key.startswith(_ENCODER_LAYER)}
     encoder_layers = {key.removeprefix(_ENCODER_LAYER): _count(value, key, name) for key, value in stated.items()}
     return {"values_only": values_only, "encoder_layers": encoder_layers}
@@ -364,11 +364,13 @@ def _named_rows(tensors: Mapping[str, Vectors], metadata: Mapping[str, str], nam
     if other := [key for key, value in tensors.items() if value.shape[-1:] == (_OTHER_ENCODERS.get(key),)]:
         raise ConceptError(
             f"{name} has vectors for {other[0]}, a text encoder of no supported model: "
-            f"allowed are {', '.join(sorted(KEY_ENCODERS))}"
+            f"the encoder must be one of {', '.join(sorted(KEY_ENCODERS))}"
         )
     if set(tensors) == set(XTI_KEYS):
         if len({value.shape for value in tensors.values()}) > 1 or tensors["MID"].ndim != 2:
-            raise ConceptError(f"{name} has rows of different shapes for its 16 layers, allowed is [n, D] for each")
+            raise ConceptError(
+                f"{name} has rows of different shapes for its 16 layers, but must have the same [n, D] for each"
+            )
         layers = np.stack([tensors[key] for key in XTI_KEYS])
         rows = {"text_encoder": layers.mean(axis=0)}
         return metadata.get("token", stem), {"vectors": rows, "layer_rows": {"text_encoder": layers}}
@@ -377,7 +379,8 @@ def _named_rows(tensors: Mapping[str, Vectors], metadata: Mapping[str, str], nam
         other = [key for key in tensors if key not in KEY_ENCODERS]
         if any(not key.endswith("_out") or key.removesuffix("_out") not in tensors for key in other):
             raise ConceptError(
-                f"{name} mixes {_listed(tensors)}: allowed beside keys of encoders are their output vectors (_out)"
+                f"{name} mixes {_listed(tensors)}: besides the keys of encoders, only their output vectors (_out) are "
+                "allowed"
             )
         outs = {key.removesuffix("_out"): _shared(tensors[key]) for key in other}
         out = _by_encoder(outs, tensors, name)
@@ -418,25 +421,27 @@ def _shared(vectors: Vectors) -> Vectors:
     return vectors[None, None] if vectors.ndim == 2 else vectors[None, None, None]
 
 
-def check_token(token: str) -> None:
+def check_token(token: str, noun: str = "token") -> None:
     """Raises ConceptError for a token that could escape a folder, break a prompt or mislead a reader, or that a file of
-    the word could not have: tools read it as the name of something else."""
-    _check_safe(token)
+    the word could not have: tools read it as the name of something else. `noun` is what the message calls it."""
+    _check_safe(token, noun)
     if token in _RESERVED:
         raise ConceptError(
-            f"token {token!r} is a key that has a meaning of its own in files of words, such as a text encoder's name: "
-            f"rename the word, for example <{token}>"
+            f"{noun} {token!r} is a key that has a meaning of its own in files of words, such as a text encoder's "
+            f"name: rename the word, for example <{token}>"
         )
 
 
-def _check_safe(token: str) -> None:
+def _check_safe(token: str, noun: str) -> None:
     if "/" in token or "\\" in token or ".." in token:
-        raise ConceptError(f"token {token[:80]!r} looks like a path: rename the word, for example <toy>")
+        raise ConceptError(f"{noun} {token[:80]!r} looks like a path: rename the word, for example <toy>")
     if len(token) > MAX_TOKEN_LENGTH:
-        raise ConceptError(f"token {token[:20]!r}... has {len(token)} characters, allowed are {MAX_TOKEN_LENGTH}")
+        raise ConceptError(
+            f"{noun} {token[:20]!r}... has {len(token)} characters, but may have at most {MAX_TOKEN_LENGTH}: use fewer"
+        )
     if not _TOKEN.fullmatch(token) or unicodedata.normalize("NFC", token) != token:
         raise ConceptError(
-            f"token {token!r} is not safe in a prompt: allowed are letters, digits and . + * @ # ! ~ & $ % ^ = - _ , "
+            f"{noun} {token!r} is not safe in a prompt: use only letters, digits and . + * @ # ! ~ & $ % ^ = - _ , "
             "bare or in <>, for example <toy>"
         )
 
@@ -464,7 +469,7 @@ def read_limited(path: Path) -> bytes:
         raise unreadable(path, error) from error
     refuse_other_kinds(data, str(path))
     if len(data) > MAX_FILE_BYTES:
-        raise ConceptError(f"{path} has {max(size, len(data))} bytes, allowed are {MAX_FILE_BYTES} (1 MiB)")
+        raise ConceptError(f"{path} has {max(size, len(data))} bytes, but at most {MAX_FILE_BYTES} are allowed (1 MiB)")
     return data
 
 
@@ -511,7 +516,7 @@ def read_safetensors(data: bytes, name: str) -> tuple[dict[str, Vectors], dict[s
     regions: list[tuple[int, int]] = []
     for key, entry in header.items():
         if "/" in key or "\\" in key or ".." in key:
-            raise ConceptError(f"{name}: key {key[:80]!r} looks like a path, allowed is a word such as <toy>")
+            raise ConceptError(f"{name}: key {key[:80]!r} looks like a path, but must be a word such as <toy>")
         tensors[key], region = parse_tensor(memoryview(data)[start:], key, entry, name)
         regions.append(region)
     end = 0
@@ -532,11 +537,13 @@ def _header(data: bytes, name: str) -> tuple[dict[str, Any], int]:
     refuse_other_kinds(data[:MAX_FILE_BYTES], name)  # of uploads, which may be larger
     length = int.from_bytes(data[:8], "little")
     if data[8:9] != b"{" and (data[:4] == b"PK\x03\x04" or data[:1] == b"\x80"):
-        raise ConceptError(f"{name} is a pickle (.pt, .bin), allowed is safetensors: run ti-concept convert first")
+        raise ConceptError(f"{name} is a pickle (.pt, .bin), but must be safetensors: run ti-concept convert first")
     if length > MAX_HEADER_BYTES:
         if data[8:9] != b"{":
             raise ConceptError(f"{name} is not a safetensors file: give one of a word, such as ti-train writes")
-        raise ConceptError(f"{name} has a header of {length} bytes, allowed are {MAX_HEADER_BYTES} (64 KiB)")
+        raise ConceptError(
+            f"{name} has a header of {length} bytes, but at most {MAX_HEADER_BYTES} are allowed (64 KiB)"
+        )
     if 8 + length > len(data):
         raise ConceptError(f"{name} is truncated: its header of {length} bytes does not fit into {len(data)} bytes")
     return parse_header(data[8 : 8 + length], name), 8 + length
@@ -576,7 +583,7 @@ def parse_tensor(data: memoryview, key: str, entry: Any, name: str) -> tuple[Vec
         case _:
             raise ConceptError(f"{name}: {key[:80]!r} is not described by dtype, shape and data_offsets")
     if dtype not in _DTYPES:
-        raise ConceptError(f"{name}: {key[:80]!r} is {dtype[:20]!r}, allowed are {', '.join(_DTYPES)}")
+        raise ConceptError(f"{name}: {key[:80]!r} is {dtype[:20]!r}, but must be one of {', '.join(_DTYPES)}")
     sizes = [size for size in shape if type(size) is int and 0 < size <= MAX_FILE_BYTES]
     if len(sizes) != len(shape) or not 1 <= len(shape) <= _MAX_AXES:
         raise ConceptError(f"{name}: {key[:80]!r} has shape {shape}, a word is [n, D], 1 <= n <= {MAX_VECTORS}"[:300])
@@ -601,7 +608,7 @@ def _checked(token: str, encoder: str, value: npt.ArrayLike, zero: bool) -> Vect
     if vectors.ndim != 2 or vectors.shape[1] == 0:
         raise ConceptError(f"{name} has shape {list(vectors.shape)}, a word is [n, D]")
     if not 1 <= len(vectors) <= MAX_VECTORS:
-        raise ConceptError(f"{name} has {len(vectors)} vectors, allowed are 1 to {MAX_VECTORS}")
+        raise ConceptError(f"{name} has {len(vectors)} vectors, but must have 1 to {MAX_VECTORS}")
     if not np.isfinite(vectors).all():
         raise ConceptError(f"{name} holds NaN or infinity: its training failed, train it again")
     norm = float(np.linalg.norm(vectors.astype(np.float64), axis=1).max())
@@ -617,19 +624,19 @@ def _checked_out(token: str, encoder: str, value: npt.ArrayLike, rows: Mapping[s
         raise ConceptError(f"{name} has output vectors and no rows: a word needs rows for the same encoder")
     if out.ndim != _MAX_AXES or 0 in out.shape or out.shape[2] != len(rows[encoder]):
         raise ConceptError(
-            f"{name} has output vectors {list(out.shape)} for {len(rows[encoder])} rows, allowed is "
+            f"{name} has output vectors {list(out.shape)} for {counted(len(rows[encoder]), 'row')}, but must have "
             "[stages, layers, n, D] with as many vectors as rows"
         )
     if out.shape[0] > MAX_STAGES or out.shape[1] > MAX_LAYERS:
         raise ConceptError(
-            f"{name} has output vectors for {out.shape[0]} stages and {out.shape[1]} layers, allowed are up to "
-            f"{MAX_STAGES} and {MAX_LAYERS}"
+            f"{name} has output vectors for {counted(out.shape[0], 'stage')} and {counted(out.shape[1], 'layer')}, "
+            f"but at most {MAX_STAGES} and {MAX_LAYERS} are allowed"
         )
     if not np.isfinite(out).all():
         raise ConceptError(f"{name} has output vectors with NaN or infinity: its training failed, train it again")
     norm = float(np.linalg.norm(out.astype(np.float64), axis=-1).max())
     if norm > MAX_OUT_NORM:
-        raise ConceptError(f"{name} has an output vector of norm {norm:.3g}, allowed is at most {MAX_OUT_NORM:g}")
+        raise ConceptError(f"{name} has an output vector of norm {norm:.3g}, but at most {MAX_OUT_NORM:g} is allowed")
     out.flags.writeable = False
     return out
 
@@ -639,10 +646,11 @@ def _checked_layers(token: str, encoder: str, value: npt.ArrayLike, rows: Mappin
     if encoder not in rows or layers.ndim != 3 or layers.shape[1:] != rows[encoder].shape:
         expected = list(rows[encoder].shape) if encoder in rows else "none"
         raise ConceptError(
-            f"{name} has rows {list(layers.shape)} for each layer and {expected} for all, allowed is [layers, n, D]"
+            f"{name} has rows {list(layers.shape)} for each layer and {expected} for all, but must have [layers, n, D] "
+            "and [n, D]"
         )
     if not 1 <= len(layers) <= MAX_LAYERS:
-        raise ConceptError(f"{name} has rows for {len(layers)} layers, allowed are 1 to {MAX_LAYERS}")
+        raise ConceptError(f"{name} has rows for {len(layers)} layers, but must have them for 1 to {MAX_LAYERS}")
     for layer in layers:
         _checked(token, encoder, layer, zero=False)
     layers.flags.writeable = False
@@ -661,7 +669,7 @@ def _file_key(encoder: str, width: int) -> str:
     if encoder == "text_encoder_qwen3" and width == _QWEN3_8B_WIDTH:
         return "qwen3_8b"
     if encoder not in ENCODER_KEYS:
-        raise ConceptError(f"encoder {encoder!r} has no key in a file, allowed are {', '.join(ENCODER_KEYS)}")
+        raise ConceptError(f"encoder {encoder!r} has no key in a file: it must be one of {', '.join(ENCODER_KEYS)}")
     return ENCODER_KEYS[encoder]
 
 

@@ -47,7 +47,8 @@ class Grid:
         width, height = self.size
         if width * height > MAX_PIXELS:
             raise UsageError(
-                f"a grid of {width}x{height} pixels, allowed are {MAX_PIXELS}: make fewer or smaller pictures"
+                f"the grid would have {width}x{height} pixels, but may have at most {MAX_PIXELS}: make fewer or "
+                "smaller pictures"
             )
 
     @property

@@ -11,7 +11,7 @@ import PIL.Image
 import PIL.ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from oneword.engines.errors import FileError, OnewordError, UsageError, one_line
+from oneword.engines.errors import FileError, OnewordError, UsageError, one_line, one_of
 from oneword.engines.files import write_whole
 from oneword.runtime.bundle import Preview
 from oneword.runtime.request import Image, Request, ResolvedSettings
@@ -103,12 +103,12 @@ def decode_picture(
         picture = PIL.Image.open(stream, formats=formats)
         if picture.width * picture.height > max_pixels:
             raise FileError(
-                f"{name} is {picture.width}x{picture.height}, allowed are {max_pixels} pixels: make it smaller"
+                f"{name} is {picture.width}x{picture.height}, but may have at most {max_pixels} pixels: make it smaller"
             )
         picture.load()
         return _eight_bits(PIL.ImageOps.exif_transpose(picture))
     except PIL.UnidentifiedImageError:
-        raise FileError(f"{name} cannot be read as a picture: allowed are {', '.join(formats)}") from None
+        raise FileError(f"{name} cannot be read as a picture: its format must be {one_of(formats)}") from None
     except OnewordError:
         raise
     except Exception as error:  # Pillow's decoders can raise almost anything for a damaged file

@@ -84,7 +84,9 @@ def read_concepts(path: Path, new_token: str | None = None) -> list[FoundConcept
     if path.suffix.lower() in _PICKLES:
         return _from_dict("pickle", _pickled(read_limited(path), name), name, new_token)
     if path.suffix.lower() != ".safetensors":
-        raise ConceptError(f"{name} is not an embedding file: allowed are .safetensors, .pt, .bin, .png and folders")
+        raise ConceptError(
+            f"{name} is not an embedding file: give a .safetensors, .pt, .bin or .png file, or a word's folder"
+        )
     if bundled := _lora(path, new_token):
         return bundled
     return _from_tensors("safetensors", *read_safetensors(read_limited(path), name), name, new_token)
@@ -130,7 +132,7 @@ def _from_dict(container: str, content: Any, name: str, new_token: str | None) -
     facts = _facts(content)
     if "name" not in content:
         if not all(isinstance(key, str) for key in parameters):
-            raise ConceptError(f"{name}: string_to_param has the keys {_shown(parameters)}, allowed are names")
+            raise ConceptError(f"{name}: string_to_param has the keys {_shown(parameters)}, but they must be names")
         return [
             FoundConcept("Gal et al.", Concept(new_token or key, {"text_encoder": _array(value, name)}, facts))
             for key, value in parameters.items()
@@ -204,7 +206,7 @@ def _lora(path: Path, new_token: str | None) -> list[FoundConcept]:
                     tensors = words.setdefault(stem, {})
                     name = "emb_params" if name in ("*", "string_to_param") else name  # the word is called as the stem
                     if name in tensors:
-                        raise ConceptError(f"{path}: {stem[:80]!r} has two tensors in {name}, allowed is one")
+                        raise ConceptError(f"{path}: {stem[:80]!r} has two tensors in {name}, but may have only one")
                     tensors[name] = value
     except OSError as error:
         raise unreadable(path, error) from error
@@ -224,7 +226,8 @@ def _bundled(key: str, name: str) -> tuple[str, str]:
         return "", ""
     if len(key) > _MAX_BUNDLED_KEY:
         raise ConceptError(
-            f"{name}: key {key[:80]!r}... has {len(key)} characters, allowed for a word are {_MAX_BUNDLED_KEY}"
+            f"{name}: key {key[:80]!r}... has {len(key)} characters, but a word's key may have at most "
+            f"{_MAX_BUNDLED_KEY}"
         )
     path = key.removeprefix("bundle_emb.")
     for dictionary in ("string_to_param", "string_to_token"):
@@ -268,7 +271,9 @@ def _chunks(file: io.BufferedReader, name: str) -> Iterator[tuple[bytes, bytes]]
             file.seek(length + 4, io.SEEK_CUR)
             continue
         if length > _MAX_PICTURE_TEXT:
-            raise ConceptError(f"{name} has a text chunk of {length} bytes, allowed are {_MAX_PICTURE_TEXT}")
+            raise ConceptError(
+                f"{name} has a text chunk of {length} bytes, but at most {_MAX_PICTURE_TEXT} are allowed"
+            )
         data = file.read(length)
         if zlib.crc32(kind + data).to_bytes(4, "big") != file.read(4):
             raise ConceptError(f"{name} is a damaged picture: a text chunk's checksum is wrong")
@@ -312,7 +317,9 @@ class _TorchUnpickler(pickle.Unpickler):
         self._archive, self._name = archive, name
         entries = archive.infolist()
         if len(entries) > _MAX_ZIP_ENTRIES:
-            raise ConceptError(f"{name} is an archive of {len(entries)} files, allowed are {_MAX_ZIP_ENTRIES}")
+            raise ConceptError(
+                f"{name} is an archive of {len(entries)} files, but at most {_MAX_ZIP_ENTRIES} are allowed"
+            )
         for entry in entries:
             if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > MAX_FILE_BYTES:
                 raise ConceptError(f"{name} is a compressed archive, which torch.save never writes: refused as a bomb")

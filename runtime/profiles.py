@@ -35,7 +35,7 @@ class PlanLimits(msgspec.Struct, frozen=True):
         if self.max_batch < 1 or (self.max_size is not None and (self.max_size < typical or self.max_size % factor)):
             raise UsageError(
                 f"--max-batch {self.max_batch} --max-size {self.max_size or typical}: "
-                f"allowed are a batch of at least 1 and a size from {typical} that is a multiple of {factor}"
+                f"the batch must be at least 1, the size at least {typical} and a multiple of {factor}"
             )
         for width, height in self.static_sizes:
             if min(width, height) < factor or width % factor or height % factor:

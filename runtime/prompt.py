@@ -256,9 +256,9 @@ class Part(NamedTuple):
 def check_prompt(prompt: object, name: str = "prompt") -> None:
     """Raises UsageError for a prompt that is too long, not valid Unicode, or not text, and for one with a LoRA."""
     if not isinstance(prompt, str):
-        raise UsageError(f"the {name} is {prompt!r}, allowed is text")
+        raise UsageError(f"the {name} is {prompt!r}, but must be text")
     if len(prompt) > MAX_CHARACTERS:
-        raise UsageError(f"the {name} has {len(prompt)} characters, allowed are {MAX_CHARACTERS}")
+        raise UsageError(f"the {name} has {len(prompt)} characters, but may have at most {MAX_CHARACTERS}: use fewer")
     if any("\ud800" <= character <= "\udfff" for character in prompt):
         raise UsageError(f"the {name} is not valid Unicode: it contains half of a surrogate pair")
     if network := _NETWORK.search(prompt):
@@ -445,7 +445,9 @@ def _joined(parts: list[tuple[str | None, float]]) -> Iterator[Part | None]:
             continue
         if text:
             if not abs(weight) <= MAX_WEIGHT:
-                raise UsageError(f"weight {weight:g} of {text[:40]!r}, allowed are -{MAX_WEIGHT:g} to {MAX_WEIGHT:g}")
+                raise UsageError(
+                    f"the weight of {text[:40]!r} is {weight:g}, but must be -{MAX_WEIGHT:g} to {MAX_WEIGHT:g}"
+                )
             yield Part(text, weight)
         text, weight = piece or "", factor if piece else 1.0
         if piece is None and not math.isnan(factor):

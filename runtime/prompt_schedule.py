@@ -61,13 +61,13 @@ def prompts_by_step(prompt: str, steps: int) -> list[str]:
         prompts.append(texts.setdefault(text, text))
         if len(texts) > MAX_TEXTS:
             raise UsageError(
-                f"the prompt changes between more than {MAX_TEXTS} texts in {steps} steps, allowed are {MAX_TEXTS}: "
-                "use fewer [a|b]"
+                f"the prompt changes between more than {MAX_TEXTS} texts in {steps} steps, but at most {MAX_TEXTS} "
+                "are allowed: use fewer [a|b]"
             )
         if (count := sum(map(len, texts))) > MAX_CHARACTERS:
             raise UsageError(
-                f"the prompt's texts have {count} characters in the first {step} of {steps} steps, allowed are "
-                f"{MAX_CHARACTERS} together: shorten the prompt, or use fewer schedules"
+                f"the prompt's texts have {count} characters in the first {step} of {steps} steps, but may have "
+                f"at most {MAX_CHARACTERS} together: shorten the prompt, or use fewer schedules"
             )
     return prompts
 

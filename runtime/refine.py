@@ -26,7 +26,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from oneword.engines.errors import ConceptError, UsageError, one_line
+from oneword.engines.errors import ConceptError, UsageError, counted, one_line
 from oneword.runtime.aspects import DEFAULT_ASPECTS, Aspect, check_aspects
 from oneword.runtime.concept import Concept, Vectors, check_token
 from oneword.runtime.lexicon import Lexicon, Rows, joined
@@ -88,7 +88,7 @@ class Refinement:
     def __post_init__(self) -> None:
         check_token(self.token)
         if not self.start.strip() or len(self.start) > 200 or not self.start.isprintable():
-            raise UsageError(f"the start is {self.start[:60]!r}, allowed is a word of up to 200 printable characters")
+            raise UsageError(f"the start is {self.start[:60]!r}, but must be a word of up to 200 printable characters")
         check_aspects(self.aspects)
         _within("seed", self.seed, 0, MAX_SEED)
         _within("candidates", self.candidates, MIN_CANDIDATES, MAX_CANDIDATES)
@@ -111,7 +111,7 @@ class Refinement:
         """Reads `to_json`. Raises UsageError, ConceptError."""
         try:
             if len(text) > MAX_JSON:
-                raise ValueError(f"{len(text)} characters, allowed are {MAX_JSON}")
+                raise ValueError(f"it has {len(text)} characters, but at most {MAX_JSON} are allowed")
             document = json.loads(text)
             state = msgspec.convert(document, cls)
             if json.loads(state.to_json()) != document:
@@ -125,7 +125,7 @@ class Refinement:
         text = msgspec.json.encode(self).decode()
         if len(text) > MAX_JSON:
             raise UsageError(
-                f"the state has {len(text)} characters, allowed are {MAX_JSON}: use fewer aspects or words"
+                f"the state has {len(text)} characters, but may have at most {MAX_JSON}: use fewer aspects or words"
             )
         return text
 
@@ -167,8 +167,8 @@ def refine_concept(concept: Concept, lexicon: Lexicon, aspects: tuple[Aspect, ..
     encoded = {name: base64.b64encode(data).decode() for name, data in halves.items()}
     if (size := sum(map(len, encoded.values()))) > MAX_START:
         raise UsageError(
-            f"the rows of {concept.token!r} take {size} characters, allowed are {MAX_START}: start from a word with "
-            "fewer vectors"
+            f"the rows of {concept.token!r} take {size} characters, but at most {MAX_START} are allowed: start from a "
+            "word with fewer vectors"
         )
     return Refinement(concept.token, concept.token, aspects, lexicon.digest, start_rows=encoded, **settings)
 
@@ -423,18 +423,20 @@ def _levels_of_likes(likes: Sequence[int], dislikes: Sequence[int], count: int) 
 def _levels_of_ranking(ranking: Sequence[int], count: int) -> tuple[int, ...]:
     """The upper half is liked, the lower half disliked: 5, 3, 1, -1, -3, -5 for six."""
     if sorted(ranking) != list(range(count)):
-        raise UsageError(f"the ranking is {list(ranking)}, allowed is every candidate once, 0 to {count - 1}")
+        raise UsageError(f"the ranking is {list(ranking)}, but must list every candidate once, 0 to {count - 1}")
     return tuple(count - 1 - 2 * ranking.index(index) for index in range(count))
 
 
 def _check_round(state: Refinement, number: int, judged: Round) -> None:
-    if len(judged.levels) != state.candidates:
-        raise UsageError(f"round {number} has {len(judged.levels)} levels, allowed are {state.candidates}, one each")
+    if (count := len(judged.levels)) != state.candidates:
+        raise UsageError(
+            f"round {number} has {counted(count, 'level')}, but must have {state.candidates}, one for each candidate"
+        )
     for level in judged.levels:
         _within("level", level, -MAX_CANDIDATES, MAX_CANDIDATES)
     expected = state.candidates if number <= state.aspect_rounds else 0
-    if len(judged.choices) != expected:
-        raise UsageError(f"round {number} has {len(judged.choices)} choices, allowed are {expected}")
+    if (count := len(judged.choices)) != expected:
+        raise UsageError(f"round {number} has {counted(count, 'choice')}, but must have {expected}")
     for choice in judged.choices:
         if len(choice) != len(state.aspects):
             raise UsageError(f"round {number} has a choice of {len(choice)} words for {len(state.aspects)} aspects")
@@ -444,6 +446,6 @@ def _check_round(state: Refinement, number: int, judged: Round) -> None:
 
 def _within(name: str, value: int, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise UsageError(f"{name} is {value!r}, allowed is a whole number")
+        raise UsageError(f"{name} is {value!r}, but must be a whole number")
     if not low <= value <= high:
-        raise UsageError(f"{name} is {value}, allowed is {low} to {high}")
+        raise UsageError(f"{name} is {value}, but must be {low} to {high}")

@@ -114,13 +114,15 @@ class Request:
             _check_pair("guidance_interval", self.guidance_interval)
             low, high = self.guidance_interval
             if not 0 <= low < high:
-                raise UsageError(f"guidance_interval is {low:g} to {high:g}, allowed is 0 <= low < high")
+                raise UsageError(
+                    f"guidance_interval is {low:g} to {high:g}, but must start at 0 or more and end higher"
+                )
         if self.size is not None:
             _check_pair("size", self.size, integer=True)
         if self.image is not None:
             _check_image(self.image)
             if self.strength == 0:
-                raise UsageError("strength is 0, which changes nothing: allowed is more than 0, up to 1")
+                raise UsageError("strength is 0, which changes nothing: it must be more than 0 and at most 1")
         if self.mask is not None:
             _check_mask(self.mask, self.image)
 
@@ -163,7 +165,7 @@ def resolve(request: Request, manifest: Manifest) -> ResolvedSettings:
     width, height = _size(request, manifest)
     sampler = _default_sampler(defaults.sampler) if request.sampler is None else Sampler(request.sampler)
     if request.eta > 0 and sampler is not Sampler.DDIM:
-        raise UsageError(f"eta is {request.eta:g} with the sampler {sampler}, allowed is 0: only ddim allows more")
+        raise UsageError(f"eta is {request.eta:g} with the sampler {sampler}, but must be 0: only ddim allows more")
     for encoder in manifest.encoders:
         if encoder.default_layer is not None and encoder.default_layer - request.clip_skip not in encoder.layers:
             limit = encoder.default_layer - min(encoder.layers)
@@ -230,7 +232,8 @@ def _size(request: Request, manifest: Manifest) -> tuple[int, int]:
         raise UsageError(f"size {width}x{height}: this model allows up to {manifest.max_side} pixels per side")
     if width * height > MAX_PIXELS:
         raise UsageError(
-            f"size {width}x{height} has {width * height} pixels, allowed are {MAX_PIXELS}: choose a smaller size"
+            f"size {width}x{height} has {width * height} pixels, but may have at most {MAX_PIXELS}: choose a smaller "
+            "size"
         )
     return width, height
 
@@ -242,8 +245,8 @@ def _guidance_scale(request: Request, default: float) -> float:
         return CFG_PP_SCALE if plus_plus else default
     if plus_plus and request.guidance_scale > MAX_CFG_PP_SCALE:
         raise UsageError(
-            f"guidance_scale is {request.guidance_scale:g} with cfg++, allowed is 0 to {MAX_CFG_PP_SCALE:g}, "
-            f"usually {CFG_PP_SCALE:g}"
+            f"guidance_scale is {request.guidance_scale:g} with cfg++, but must be 0 to {MAX_CFG_PP_SCALE:g}: "
+            f"{CFG_PP_SCALE:g} is usual"
         )
     return request.guidance_scale
 
@@ -252,7 +255,7 @@ def _known(field: str, name: str, choices: type[Choice]) -> Choice:
     try:
         return choices(name)
     except ValueError:
-        raise UsageError(f"{field} is {name!r}, allowed are {', '.join(choices)}") from None
+        raise UsageError(f"{field} is {name!r}, but must be one of {', '.join(choices)}") from None
 
 
 def _default_sampler(name: str) -> Sampler:
@@ -260,28 +263,28 @@ def _default_sampler(name: str) -> Sampler:
         return Sampler(name)
     except ValueError:
         raise BundleError(
-            f"bundle.json names {name!r} as the default sampler, allowed are {', '.join(Sampler)}"
+            f"bundle.json names {name!r} as the default sampler, but must name one of {', '.join(Sampler)}"
         ) from None
 
 
 def _check_pair(name: str, pair: Any, integer: bool = False) -> None:
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-        raise UsageError(f"{name} is {pair!r}, allowed are two {'whole ' if integer else ''}numbers")
+        raise UsageError(f"{name} is {pair!r}, but must be two {'whole ' if integer else ''}numbers")
     for value in pair:
         _check_number(name, value, integer)
 
 
 def _check_number(name: str, value: Any, integer: bool) -> None:
     if isinstance(value, bool) or not isinstance(value, int if integer else (int, float)):
-        raise UsageError(f"{name} is {value!r}, allowed is a {'whole ' if integer else ''}number")
+        raise UsageError(f"{name} is {value!r}, but must be a {'whole ' if integer else ''}number")
     if abs(value) > sys.float_info.max and value not in (math.inf, -math.inf):
-        raise UsageError(f"{name} has more than 300 digits: allowed is a smaller number")
+        raise UsageError(f"{name} has more than 300 digits: give a smaller number")
 
 
 def _within(name: str, value: float, low: float, high: float, integer: bool = False) -> None:
     _check_number(name, value, integer)
     if not low <= value <= high:  # false for NaN
-        raise UsageError(f"{name} is {value}, allowed is {low} to {high}")
+        raise UsageError(f"{name} is {value}, but must be {low} to {high}")
 
 
 def _plain(value: Any) -> Any:
@@ -293,13 +296,13 @@ def _plain(value: Any) -> Any:
 
 def _check_array(name: str, value: Any, allowed: str) -> None:
     if not isinstance(value, np.ndarray):
-        raise UsageError(f"{name} is of type {type(value).__name__}, allowed is a numpy array: {allowed}")
+        raise UsageError(f"{name} is of type {type(value).__name__}, but must be a numpy array of {allowed}")
 
 
 def _check_image(image: Image) -> None:
     _check_array("image", image, "uint8 [H, W, 3], as oneword.runtime.images.read_image returns")
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-        raise UsageError(f"image is {image.dtype} {list(image.shape)}, allowed is uint8 [H, W, 3]")
+        raise UsageError(f"image is {image.dtype} {list(image.shape)}, but must be uint8 [H, W, 3]")
 
 
 def scaled_mask(mask: npt.NDArray[Any], width: int, height: int) -> npt.NDArray[np.bool_]:
@@ -326,7 +329,7 @@ def _check_mask(mask: npt.NDArray[Any], image: Image | None) -> None:
         raise UsageError("a mask was given without an image: add the image it belongs to")
     _check_array("mask", mask, "uint8 or bool [H, W]")
     if mask.dtype not in (np.uint8, np.bool_) or mask.ndim != 2:
-        raise UsageError(f"mask is {mask.dtype} {list(mask.shape)}, allowed is uint8 or bool [H, W]")
+        raise UsageError(f"mask is {mask.dtype} {list(mask.shape)}, but must be uint8 or bool [H, W]")
     if mask.shape != image.shape[:2]:
         (height, width), (h, w) = image.shape[:2], mask.shape
         raise UsageError(f"the mask is {w}x{h}, the image {width}x{height}: they must have the same size")

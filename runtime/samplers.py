@@ -31,7 +31,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from oneword.engines.errors import UsageError
+from oneword.engines.errors import UsageError, one_of
 from oneword.runtime.flow import FlowSchedule
 from oneword.runtime.levels import (
     Levels,
@@ -313,7 +313,9 @@ def prediction(prediction_type: str, levels: Levels) -> tuple[Array, Array]:
 def _cfg_pp(update: Update, levels: Levels, sampler: Sampler) -> Update:
     """CFG++ (arXiv 2406.08070): what a step keeps of its noise is that of the unconditional prediction."""
     if sampler not in _FIRST_ORDER:
-        raise UsageError(f"guidance is cfg++ with the sampler {sampler}, allowed are {', '.join(_FIRST_ORDER)}")
+        raise UsageError(
+            f"guidance is cfg++ with the sampler {sampler}, but the sampler must be one of {', '.join(_FIRST_ORDER)}"
+        )
     moved = update.sample * levels.alpha
     return update._replace(denoised=update.denoised + moved, uncond=-moved)
 
@@ -416,11 +418,13 @@ def default_sampler(scheduler_config: Mapping[str, Any], kind: ScheduleKind) -> 
 
 def _flow_method(sampler: Sampler, spacing: Spacing | None, guidance: Guidance) -> _Method:
     if sampler not in _FLOW_METHODS:
-        raise UsageError(f"the sampler {sampler} does not suit flow matching, allowed are {', '.join(_FLOW_METHODS)}")
+        raise UsageError(
+            f"the sampler {sampler} does not suit flow matching: it must be one of {', '.join(_FLOW_METHODS)}"
+        )
     if spacing is not None:
         raise UsageError(f"spacing is {spacing}, a model of flow matching has its own: leave it out")
     if guidance not in (allowed := guidance_for(ScheduleKind.FLOW)):
-        raise UsageError(f"guidance is {guidance}, allowed with flow matching are {', '.join(allowed)}")
+        raise UsageError(f"guidance is {guidance} with flow matching, but must be {one_of(allowed)}")
     return _FLOW_METHODS[sampler]
 
 
@@ -433,7 +437,7 @@ def _noise_schedule(config: Mapping[str, Any], sampler: Sampler, spacing: Spacin
     """The config's noise schedule in this spacing. Raises UsageError for one that the sampler does not allow."""
     allowed = spacings_of(sampler)
     if spacing is not None and spacing not in allowed:
-        choices = f"allowed is {', '.join(allowed)}" if allowed else "which has its own: leave it out"
+        choices = f"but must be {one_of(allowed)}" if allowed else "which has its own: leave it out"
         raise UsageError(f"spacing is {spacing} with the sampler {sampler}, {choices}")
     if sampler is Sampler.DPMPP_2M_KARRAS:
         spacing = Spacing.KARRAS
@@ -447,7 +451,7 @@ def _noise_schedule(config: Mapping[str, Any], sampler: Sampler, spacing: Spacin
 def _start(steps: int, strength: float, kind: ScheduleKind) -> int:
     """The steps that `strength` skips. Diffusers' pipelines round the others down for betas, and up for flows."""
     if not 0 < strength <= 1:
-        raise UsageError(f"strength {strength:g}, allowed are 0 < strength <= 1")
+        raise UsageError(f"strength is {strength:g}, but must be more than 0 and at most 1")
     count = int(steps * strength) if kind is ScheduleKind.BETAS else steps - int(steps - steps * strength)
     if count == 0:
         more = f"use {math.ceil(1 / strength)} or more" if strength >= 0.001 else "use a higher strength"
@@ -467,7 +471,7 @@ def _guided(levels: Levels, guided_at_all: bool, interval: tuple[float, float] |
 def _check(noise: NoiseSchedule | FlowSchedule, sampler: Sampler, steps: int) -> None:
     """Refuses what the scheduler's config rules out; `Request` checks the ranges of its numbers."""
     if not 1 <= steps <= noise.num_train_timesteps:
-        raise UsageError(f"{steps} steps, allowed are 1 to {noise.num_train_timesteps}")
+        raise UsageError(f"steps is {steps}, but must be 1 to {noise.num_train_timesteps}")
     if sampler in _DPM and noise.algorithm_type not in ("dpmsolver++", "sde-dpmsolver++"):
         raise UsageError(
             f"the scheduler's config says algorithm_type = {noise.algorithm_type!r}, {sampler} supports dpmsolver++ "

@@ -179,7 +179,7 @@ class Scheduler:
 
     def __post_init__(self) -> None:
         if self.max_rows < 1:
-            raise UsageError(f"max_rows is {self.max_rows}, allowed is 1 or more")
+            raise UsageError(f"max_rows is {self.max_rows}, but must be 1 or more")
         self.denoiser = Denoiser(self.model, self.max_rows)
         self._issued = 0
         self._pending: deque[_Pending] = deque()
@@ -252,7 +252,7 @@ class Scheduler:
     def step(self, max_steps: int | None = 1) -> list[Event]:
         """Runs one turn, or up to `max_steps` while nothing but StepDone happens; None means no limit."""
         if max_steps is not None and max_steps < 1:
-            raise UsageError(f"max_steps is {max_steps}, allowed is 1 or more, or None")
+            raise UsageError(f"max_steps is {max_steps}, but must be 1 or more, or None")
         events: list[Event] = []
         for _ in itertools.count() if max_steps is None else range(max_steps):
             self._left = _SHARE * statistics.median(self._turn_seconds)
@@ -534,7 +534,7 @@ def _check_bytes(contexts: Sequence[int]) -> None:
     if sum(contexts) > MAX_CONTEXT_BYTES:
         raise UsageError(
             f"the {len(contexts)} texts of the prompts, negative ones included, take {sum(contexts) / 2**20:.1f} MiB "
-            f"when encoded, allowed are {MAX_CONTEXT_BYTES >> 20}: use fewer or shorter ones"
+            f"when encoded, but may take at most {MAX_CONTEXT_BYTES >> 20} MiB: use fewer or shorter ones"
         )
 
 
@@ -545,5 +545,6 @@ def _check_lengths(prompts: Sequence[TokenizedPrompt]) -> None:
         if math.lcm(*chunks) > max(MAX_CHUNKS, 4 * max(chunks)):
             raise UsageError(
                 f"the prompts, negative ones included, have {' and '.join(map(str, chunks))} chunks, whose least "
-                f"common multiple is {math.lcm(*chunks)}, allowed is {max(MAX_CHUNKS, 4 * max(chunks))}: shorten one"
+                f"common multiple is {math.lcm(*chunks)}, but must be at most {max(MAX_CHUNKS, 4 * max(chunks))}: "
+                "shorten one"
             )

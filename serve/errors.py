@@ -39,6 +39,7 @@ from oneword.engines.errors import (
     NotFinite,
     OnewordError,
     UsageError,
+    counted,
     one_line,
 )
 
@@ -324,7 +325,7 @@ def _from_http(error: HTTPException) -> ApiError:
             return NotFound("there is nothing at this address: /openapi.json lists the routes")
         case 405:
             allowed = (error.headers or {}).get("Allow", "")
-            suffix = f": allowed is {allowed}" if allowed else ": /openapi.json lists the routes"
+            suffix = f", only {allowed}" if allowed else ": /openapi.json lists the routes"
             message = f"this address does not take this method{suffix}"
             return ApiError(405, message, headers={"Allow": allowed} if allowed else {})
         case 413:
@@ -411,22 +412,22 @@ def _explained(error: Mapping[str, Any], param: str | None) -> str:
         case "extra_forbidden":
             return f"{name} is not a field of this request: remove it, or check its spelling"
         case "literal_error" | "enum":
-            return f"{shown}, allowed is {limits.get('expected', 'another value')}"
+            return f"{shown}, but must be {limits.get('expected', 'another value')}"
         case "greater_than" | "greater_than_equal" | "less_than" | "less_than_equal" | "multiple_of":
             word, key = _RANGES[kind]
-            return f"{shown}, allowed is {word} {_number(limits.get(key))}"
+            return f"{shown}, but must be {word} {_number(limits.get(key))}"
         case "string_too_long" | "too_long" | "bytes_too_long":
-            unit = "items" if kind == "too_long" else "characters"
-            return f"{_sized(name, value, unit)}, allowed are at most {limits.get('max_length')}: shorten it"
+            unit = "item" if kind == "too_long" else "character"
+            return f"{_sized(name, value, unit, 'many')}, but must have at most {limits.get('max_length')}: shorten it"
         case "string_too_short" | "too_short" | "bytes_too_short":
-            unit = "items" if kind == "too_short" else "characters"
-            return f"{_sized(name, value, unit)}, allowed are at least {limits.get('min_length')}: add to it"
+            unit = "item" if kind == "too_short" else "character"
+            return f"{_sized(name, value, unit, 'few')}, but must have at least {limits.get('min_length')}: add to it"
         case "string_pattern_mismatch":
-            return f"{shown}, allowed is what matches {limits.get('pattern')}"
+            return f"{shown}, but must match {limits.get('pattern')}"
         case "value_error" | "assertion_error":
             return _from_validator(limits.get("error"), name, shown)
         case _ if kind in _SINGLE:
-            return f"{shown}, allowed is {_SINGLE[kind]}"
+            return f"{shown}, but must be {_SINGLE[kind]}"
         case _:
             return f"{shown}, which is not allowed: /openapi.json describes it"
 
@@ -440,8 +441,8 @@ _RANGES = {
 }
 
 
-def _sized(name: str, value: object, unit: str) -> str:
-    return f"{name} has {len(value)} {unit}" if isinstance(value, Sized) else f"{name} has another length"
+def _sized(name: str, value: object, unit: str, amount: str) -> str:
+    return f"{name} has {counted(len(value), unit) if isinstance(value, Sized) else f'too {amount} {unit}s'}"
 
 
 def _number(value: object) -> str:
@@ -452,7 +453,7 @@ def _from_validator(error: object, name: str, shown: str) -> str:
     """The message of a ValueError that one of our validators raised; FastAPI's own one is about a file that is text."""
     text = one_line(error, limit=500) if isinstance(error, Exception) else ""
     if text.startswith("Expected UploadFile"):
-        return f"{name} is not a file, allowed is one: send the request as multipart/form-data"
+        return f"{name} is not a file, but must be one: send the request as multipart/form-data"
     return text or f"{shown}, which is not allowed: /openapi.json describes it"
 
 

@@ -107,7 +107,7 @@ def open_files(location: str) -> Files:
     except Exception as error:  # any library behind any protocol
         raise UsageError(
             f"--words {protocol}://... cannot be opened ({one_line(error)}): "
-            "allowed is a folder, or a URL that fsspec opens, such as s3://bucket/words"
+            "pass a folder, or a URL that fsspec opens, such as s3://bucket/words"
         ) from None
     return UrlFiles(system, root.rstrip("/"))
 

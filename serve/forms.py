@@ -9,6 +9,7 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
+from oneword.engines.errors import one_of
 from oneword.serve.errors import Invalid, Unprocessable
 
 _MULTIPART: Final = "multipart/form-data"
@@ -60,15 +61,14 @@ async def read_form(
         for name, value in form.multi_items():
             if isinstance(value, UploadFile):
                 if name not in files:
-                    allowed = ", ".join(files)
-                    raise Invalid(f"the file field {name[:40]!r} is unknown, allowed is {allowed}", param=name)
+                    raise Invalid(f"the file field {name[:40]!r} is unknown: use {one_of(files)}", param=name)
                 uploads.setdefault(name, []).append(File(value.filename or "", await value.read()))
             elif name in files:
-                raise Invalid(f"{name} is text, allowed is an uploaded file", param=name)
+                raise Invalid(f"{name} is text, but must be an uploaded file", param=name)
             elif name in lists:
                 repeated.setdefault(name, []).append(value)
             elif text.get(name, value) != value:
-                raise Invalid(f"the field {name[:40]!r} was sent twice, allowed is one value", param=name)
+                raise Invalid(f"the field {name[:40]!r} was sent twice, but may have only one value", param=name)
             else:
                 text[name] = value
     return Form(text, uploads, repeated)
@@ -81,10 +81,9 @@ async def _parsed(http: Request, max_files: int) -> AsyncGenerator[FormData]:
         async with http.form(max_files=max_files, max_fields=_MAX_FIELDS, max_part_size=_MAX_TEXT) as form:
             yield form
     except HTTPException as error:
-        at_most = "is 1" if max_files == 1 else f"are {max_files}"
         for problem, message in {
-            "Too many files": f"too many files were sent, allowed {at_most}",
-            "Too many fields": f"too many text fields were sent, allowed are {_MAX_FIELDS}",
+            "Too many files": f"too many files were sent: send at most {max_files}",
+            "Too many fields": f"too many text fields were sent: send at most {_MAX_FIELDS}",
             "Part exceeded": f"a text field has more than the allowed {_MAX_TEXT} bytes: send a shorter one",
         }.items():
             if error.detail.startswith(problem):

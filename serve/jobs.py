@@ -1003,9 +1003,9 @@ def _without_metadata(data: bytes, name: str) -> tuple[str, bytes]:
 def _check_words(token: str, init: str) -> None:
     """Raises `Unprocessable` for a token, `Invalid` for an init, that is not a word. An init is never a file here."""
     try:
-        check_token(token)
+        check_token(token, "name")
     except ConceptError as error:
-        raise Unprocessable(f"name: {one_line(error)}", "name", "invalid_name") from error
+        raise Unprocessable(one_line(error), "name", "invalid_name") from error
     if len(init) > 100 or not _INIT.fullmatch(init):
         raise Invalid(f"init is {init[:80]!r}: give one word that roughly describes the pictures, such as toy", "init")
 

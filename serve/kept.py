@@ -18,6 +18,7 @@ from pydantic_core import PydanticSerializationError
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
+from oneword.engines.errors import counted
 from oneword.serve.errors import Busy, Conflict, Invalid, Unavailable
 from oneword.serve.generate import Disconnected, disconnect
 from oneword.serve.keys import Tenant
@@ -124,8 +125,9 @@ def _check_room(state: State, tenant: Tenant, size: int) -> None:
     sizes = [pending.size for (name, _), pending in state.pending_answers.items() if name == tenant.name]
     if len(sizes) >= MAX_REQUESTS or sum(sizes) + size > MAX_BYTES:
         raise Busy(
-            f"{len(sizes)} of your requests with an Idempotency-Key, of {sum(sizes)} bytes, are in progress, this one "
-            f"has {size}, allowed are {MAX_REQUESTS} of {MAX_BYTES} bytes: send it again later, or without the key",
+            f"you have {counted(len(sizes), 'request')} with an Idempotency-Key in progress, of {sum(sizes)} bytes, "
+            f"and this one has {size}, but may have at most {MAX_REQUESTS} of {MAX_BYTES} bytes together: send it "
+            "again later, or without the key",
             _BUSY_SECONDS,
             code="quota_exceeded",
         )

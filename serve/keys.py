@@ -127,7 +127,7 @@ def _entry(path: Path, name: str, table: Any) -> tuple[bytes, Tenant]:
         raise FileError(f"{path}: {name} is outside of a table: start one with [NAME]")
     if unknown := sorted(table.keys() - {"sha256", *_LIMITS}):
         raise FileError(
-            f"{path}: [{name}] has the unknown field {unknown[0]!r}, allowed are sha256, {', '.join(_LIMITS)}"
+            f"{path}: [{name}] has the unknown field {unknown[0]!r}, but may have only sha256, {', '.join(_LIMITS)}"
         )
     digest = table.get("sha256")
     if not isinstance(digest, str) or not _HASH.fullmatch(digest):
@@ -137,5 +137,5 @@ def _entry(path: Path, name: str, table: Any) -> tuple[bytes, Tenant]:
     limits = {field: table[field] for field in _LIMITS if field in table}
     for field, value in limits.items():
         if type(value) is not int or value < 0:
-            raise FileError(f"{path}: {field} of [{name}] is {value!r}, allowed is a whole number from 0 on")
+            raise FileError(f"{path}: {field} of [{name}] is {value!r}, but must be a whole number, 0 or more")
     return bytes.fromhex(digest), Tenant(name, **limits)

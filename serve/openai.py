@@ -348,7 +348,7 @@ async def variations(http: HTTPRequest, idempotency_key: IdempotencyKey = None) 
     text, pictures, _ = await _form(http, "image")
     body = validated(VariationFields, text)
     if len(pictures) != 1:
-        raise Invalid(f"{len(pictures)} pictures were uploaded, allowed is one, as `image`", param="image")
+        raise Invalid(f"{len(pictures)} pictures were uploaded: upload exactly one, as `image`", param="image")
     return await _edited(http, body, [_Edit(pictures[0])], "image_generation", idempotency_key)
 
 
@@ -468,9 +468,11 @@ def _check(state: State, body: Settings, count: int) -> None:
     if body.model:
         _check_model(state, body.model)
     if count * (body.n or 1) > MAX_IMAGES:
-        raise Invalid(f"{count} pictures with n={body.n or 1}, allowed are {MAX_IMAGES} results", param="n")
+        raise Invalid(
+            f"{count} pictures with n={body.n or 1} are too many: at most {MAX_IMAGES} results are allowed", param="n"
+        )
     if body.stream and body.response_format == URL:
-        raise Invalid("response_format is 'url' with stream, allowed is b64_json", param="response_format")
+        raise Invalid("response_format is 'url' with stream, but must be b64_json", param="response_format")
     if body.partial_images and not body.stream:
         raise Invalid(f"partial_images is {body.partial_images} without stream: set stream to true", "partial_images")
 
@@ -488,7 +490,7 @@ async def _answer(
         async with contextlib.AsyncExitStack() as stack:
             return await _drawn(http, body, await prepared(), prefix, stack)
     if body.stream:
-        raise Invalid("stream is true with an Idempotency-Key, allowed is one of the two", "stream")
+        raise Invalid("stream is true with an Idempotency-Key: use one of the two", "stream")
 
     async def draw(stack: contextlib.AsyncExitStack) -> tuple[bytes, bool]:
         return bytes((await _drawn(http, body, await prepared(), prefix, stack, keep=True)).body), True
@@ -549,13 +551,11 @@ async def _form(
     text: dict[str, object] = dict(form.text)
     if numbers := form.lists.get("guidance_interval[]"):
         if "guidance_interval" in text:
-            raise Invalid(
-                "guidance_interval was sent with and without [], allowed is one of the two", "guidance_interval"
-            )
+            raise Invalid("guidance_interval was sent with and without []: use one of the two", "guidance_interval")
         text["guidance_interval"] = numbers
     elif "guidance_interval" in text:
         text["guidance_interval"] = form.text["guidance_interval"].strip("[] ").split(",")
     given_masks = form.data(*masks)
     if len(given_masks) > 1:
-        raise Invalid(f"{len(given_masks)} masks were uploaded, allowed is one", param="mask")
+        raise Invalid(f"{len(given_masks)} masks were uploaded, but at most one is allowed", param="mask")
     return text, form.data(*images), given_masks

@@ -153,7 +153,8 @@ def _checked(data: bytes, name: str) -> Container:
         raise _refusal(name, "is empty")
     if len(data) > MAX_BYTES:
         raise TooLarge(
-            f"{name!r} has {len(data)} bytes, allowed are {MAX_BYTES} ({MAX_BYTES >> 20} MiB): send a smaller picture",
+            f"{name!r} has {len(data)} bytes, but at most {MAX_BYTES} are allowed ({MAX_BYTES >> 20} MiB): "
+            "send a smaller picture",
             name,
         )
     try:
@@ -162,7 +163,9 @@ def _checked(data: bytes, name: str) -> Container:
         raise _refusal(name, str(error)) from None
     if container.width * container.height > MAX_PIXELS:
         raise Unprocessable(
-            f"{name!r} is {container.width}x{container.height}, allowed are {MAX_PIXELS} pixels: make it smaller", name
+            f"{name!r} is {container.width}x{container.height}, but may have at most {MAX_PIXELS} pixels: "
+            "make it smaller",
+            name,
         )
     return container
 

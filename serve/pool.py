@@ -412,9 +412,12 @@ class Pool:
             self._read_inbox()
             self._check_ready()
             if not 0 <= partials <= MAX_PARTIALS:
-                raise Invalid(f"partials is {partials}, allowed is 0 to {MAX_PARTIALS}")
+                raise Invalid(f"partials is {partials}, but must be 0 to {MAX_PARTIALS}")
             if request.seed + request.num_images - 1 > _MAX_SEED:
-                raise Invalid(f"seed is {request.seed}, allowed for {request.num_images} pictures is less")
+                raise Invalid(
+                    f"seed is {request.seed}, but must be at most {_MAX_SEED - request.num_images + 1} for "
+                    f"{request.num_images} pictures"
+                )
             if settings is None:
                 self._check_wait(tenant, 0.0)  # a full queue refuses a request before it is resolved
                 settings = resolved(request, self.manifest)
@@ -566,7 +569,7 @@ class Pool:
         seconds = self._seconds(sum((generation._work_left for generation in generations), Work()))
         if seconds > MAX_WAITS * self.max_wait:
             raise Invalid(
-                f"this request would take {seconds:.0f} seconds, allowed are {MAX_WAITS * self.max_wait:g}: "
+                f"this request would take {seconds:.0f} seconds, but may take at most {MAX_WAITS * self.max_wait:g}: "
                 "ask for fewer steps, pixels, pictures or texts",
                 code="too_much_work",
             )
@@ -589,7 +592,8 @@ class Pool:
         )
         if wait > self.max_wait:
             raise Busy(
-                f"this request would be ready in {wait:.0f} seconds, allowed are {self.max_wait:g}: try again later",
+                f"this request would be ready in {wait:.0f} seconds, but at most {self.max_wait:g} are allowed: "
+                "try again later",
                 min(wait - self.max_wait, self._queued_seconds),
             )
 

@@ -102,7 +102,7 @@ def app(arguments: Mapping[str, Any]) -> serve.Application:
     scaling = Scaling(**{name: _number(name, arguments[name]) for name in arguments if name in _names(Scaling)})
     if unknown := arguments.keys() - _names(Settings) - _names(Scaling):
         allowed = ", ".join(sorted(_names(Settings) | _names(Scaling)))
-        raise UsageError(f"there is no argument {min(unknown)!r}, allowed are {allowed}")
+        raise UsageError(f"there is no argument {min(unknown)!r}: use one of {allowed}")
     deployment: Any = serve.deployment(
         serve.ingress()(Replica),
         name="oneword",
@@ -150,5 +150,5 @@ def _number(name: str, value: Any) -> Any:
     try:
         number = float(value)
     except (TypeError, ValueError):
-        raise UsageError(f"{name} is {value!r}, allowed is a number") from None
+        raise UsageError(f"{name} is {value!r}, but must be a number") from None
     return int(number) if number.is_integer() and "seconds" not in name and "delay" not in name else number

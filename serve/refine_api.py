@@ -66,14 +66,15 @@ async def refine(http: HTTPRequest, name: str, body: RefineBody) -> RefinementRo
     """Refines a word by likes. Answers the next round's candidates as pictures, or the word after `finish`."""
     state, tenant = caller(http)
     if body.action != "judge" and (body.likes or body.dislikes):
-        raise Invalid(f"likes and dislikes were sent with {body.action!r}, allowed is action 'judge'", "likes")
+        raise Invalid(f"likes and dislikes were sent with {body.action!r}, but are allowed only with 'judge'", "likes")
     if "{}" not in body.prompt:
         raise Invalid(f"prompt is {body.prompt[:80]!r}, it needs a {{}} where the word should be", "prompt")
     if body.action == "judge" and body.round is None:
         raise Invalid("round is missing, it is needed with 'judge': send the number of the round", "round")
     if body.action in ("start", "finish") and body.round is not None:
         raise Invalid(
-            f"round is {body.round} with {body.action!r}, allowed with 'judge' and 'undo': leave it out", "round"
+            f"round is {body.round} with {body.action!r}, but is allowed only with 'judge' and 'undo': leave it out",
+            "round",
         )
     record = await state.words.get(tenant, name)
     refinements = state.refinements

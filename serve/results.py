@@ -115,7 +115,7 @@ class Results:
         allowed = tenant.max_result_bytes
         if size > allowed:
             raise Forbidden(
-                f"these pictures may have {size} bytes, allowed to be kept are {allowed}: {_HINT}",
+                f"these pictures could have {size} bytes, but at most {allowed} can be kept: {_HINT}",
                 code="quota_exceeded",
             )
         with self._lock:
@@ -123,15 +123,15 @@ class Results:
             ledger.expire(self._clock())
             if (used := ledger.bytes + self._reserved[tenant.name]) + size > allowed:
                 raise Busy(
-                    f"{used} bytes of your pictures are kept for a while or reserved, these may have {size}, allowed "
-                    f"are {allowed}: try again later, or {_HINT}",
+                    f"{used} bytes of your pictures are kept for a while or reserved, and these could have {size}, but "
+                    f"at most {allowed} can be kept: try again later, or {_HINT}",
                     ledger.queue[0][0] - self._clock() if ledger.queue else _DRAWING_SECONDS,
                     code="quota_exceeded",
                 )
             if (count := len(ledger.names) + self._reserved_entries[tenant.name]) + entries > MAX_ENTRIES:
                 raise Busy(
-                    f"{count} of your pictures and answers are kept for a while or reserved, this request has "
-                    f"{entries}, allowed are {MAX_ENTRIES}: try again later, or {_HINT}",
+                    f"{count} of your pictures and answers are kept for a while or reserved, and this request has "
+                    f"{entries}, but at most {MAX_ENTRIES} can be kept: try again later, or {_HINT}",
                     ledger.queue[0][0] - self._clock() if ledger.queue else _DRAWING_SECONDS,
                     code="quota_exceeded",
                 )

@@ -102,36 +102,36 @@ class Settings:
                 "or use --host 127.0.0.1"
             )
         if not 0 <= self.port <= 65535:
-            raise UsageError(f"--port is {self.port}, allowed is 0 to 65535")
+            raise UsageError(f"--port is {self.port}, but must be 0 to 65535")
         if not self.words:
             raise UsageError("--words is empty: pass a folder or a URL")
         if self.engine not in (choices := (AUTO, *(backend.value for backend in Backend))):
-            raise UsageError(f"--engine is {self.engine!r}, allowed are {', '.join(choices)}")
+            raise UsageError(f"--engine is {self.engine!r}, but must be one of {', '.join(choices)}")
         if self.max_rows < 1:
-            raise UsageError(f"--max-rows is {self.max_rows}, allowed is at least 1")
+            raise UsageError(f"--max-rows is {self.max_rows}, but must be at least 1")
         if self.threads is not None and self.threads < 1:
-            raise UsageError(f"--threads is {self.threads}, allowed is at least 1")
+            raise UsageError(f"--threads is {self.threads}, but must be at least 1")
         if not 0 < self.max_wait < math.inf:
-            raise UsageError(f"--max-wait is {self.max_wait:g} s, allowed is more than 0")
+            raise UsageError(f"--max-wait is {self.max_wait:g} s, but must be more than 0 and finite")
         if self.deadline is not None and not 0 < self.deadline < math.inf:
-            raise UsageError(f"--deadline is {self.deadline:g} s, allowed is more than 0")
+            raise UsageError(f"--deadline is {self.deadline:g} s, but must be more than 0 and finite")
         for name in ("body_seconds", "write_seconds", "drain_seconds", "hang_seconds"):
             seconds = getattr(self, name)
             if seconds is not None and not 0 < seconds < math.inf:
-                raise UsageError(f"{name} is {seconds:g} s, allowed is more than 0")
+                raise UsageError(f"{name} is {seconds:g} s, but must be more than 0 and finite")
         if self.response_format not in (B64_JSON, URL):
-            raise UsageError(f"--response-format is {self.response_format!r}, allowed are {B64_JSON} and {URL}")
+            raise UsageError(f"--response-format is {self.response_format!r}, but must be {B64_JSON} or {URL}")
         for proxy in self.trusted_proxies:
             _check_network(proxy)
         for host in self.allowed_hosts:
             if not _HOST.fullmatch(host):
-                raise UsageError(f"--allow-host is {host!r}, allowed is a name without a port, such as oneword")
+                raise UsageError(f"--allow-host is {host!r}, but must be a name without a port, such as oneword")
         for origin in self.allowed_origins:
             _check_origin(origin)
         if self.public_url is not None:
             _check_url(self.public_url)
         if self.root_path and (not self.root_path.startswith("/") or self.root_path.endswith("/")):
-            raise UsageError(f"--root-path is {self.root_path!r}, allowed is a path such as /oneword")
+            raise UsageError(f"--root-path is {self.root_path!r}, but must be a path such as /oneword")
 
 
 def _check_network(proxy: str) -> None:
@@ -139,7 +139,7 @@ def _check_network(proxy: str) -> None:
         ipaddress.ip_network(proxy)
     except ValueError:
         raise UsageError(
-            f"--trusted-proxy is {proxy!r}, allowed is an address such as 10.0.0.5, or a network such as 10.0.0.0/8"
+            f"--trusted-proxy is {proxy!r}, but must be an address such as 10.0.0.5, or a network such as 10.0.0.0/8"
         ) from None
 
 
@@ -150,8 +150,8 @@ def _check_origin(origin: str) -> None:
     web = scheme in _DEFAULT_PORTS
     if not found or (web and (not host or port == _DEFAULT_PORTS[scheme])):
         raise UsageError(
-            f"--allow-origin is {origin!r}, allowed is an origin as browsers send it, in lower case, without a path "
-            "and a default port, such as https://chat.example.com or file://"
+            f"--allow-origin is {origin!r}, but must be an origin as browsers send it, in lower case, without a path "
+            "or a default port, such as https://chat.example.com or file://"
         )
 
 
@@ -163,4 +163,4 @@ def _check_url(url: str) -> None:
     except ValueError:  # a port that is no number, a broken IPv6 address
         valid = plain = False
     if not (valid and plain):
-        raise UsageError(f"--public-url is {url!r}, allowed is an address such as https://pictures.example.com")
+        raise UsageError(f"--public-url is {url!r}, but must be an address such as https://pictures.example.com")

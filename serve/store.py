@@ -228,7 +228,9 @@ class WordStore:
     def _write_name(self, path: str, record: WordRecord, *, if_absent: bool) -> None:
         data = msgspec.json.encode(record)
         if len(data) > MAX_BYTES:
-            raise ConceptError(f"{record.token!r} has a provenance of {len(data)} bytes, allowed are {MAX_BYTES}")
+            raise ConceptError(
+                f"{record.token!r} has a provenance of {len(data)} bytes, but at most {MAX_BYTES} are allowed"
+            )
         if not if_absent:
             self._files.write(path, data)
         elif not self._files.create(path, data):

@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Final, ParamSpec, TypeVar
 
-from oneword.engines.errors import ConceptError
+from oneword.engines.errors import ConceptError, counted
 from oneword.runtime.concept import Concept, check_token
 from oneword.runtime.prompt import NamedWords, UnknownWord, Vocabulary, named_words, tokens_for, used_words
 from oneword.serve.errors import ApiError, Conflict, Forbidden, Invalid, NotFound
@@ -358,9 +358,10 @@ class Words:
         coming = {name for name in learning if name not in index} - {token}
         count = len(index.tokens) + len(coming) + (token not in index)
         if count > tenant.max_words and token not in index:
-            learned = f" and learn {len(coming)}" if coming else ""
+            learned = f" and are learning {len(coming)}" if coming else ""
             raise Forbidden(
-                f"you have {len(index.tokens)} words{learned}, allowed are {tenant.max_words}: delete some first",
+                f"you have {counted(len(index.tokens), 'word')}{learned}, and may have at most {tenant.max_words}: "
+                "delete some first",
                 code="quota_exceeded",
             )
         if count * MAX_BYTES <= tenant.max_bytes:
@@ -369,8 +370,8 @@ class Words:
         used += len(coming) * size
         if used + size > tenant.max_bytes:
             raise Forbidden(
-                f"this word has {size} bytes, your others {used}, allowed are {tenant.max_bytes} together: "
-                "delete some first",
+                f"this word has {size} bytes and your others have {used}, but together they may have at most "
+                f"{tenant.max_bytes}: delete some first",
                 code="quota_exceeded",
             )
 
@@ -457,7 +458,7 @@ def _is_token(text: str) -> bool:
 
 def _check_count(count: int) -> None:
     if count > MAX_NAMES:
-        raise Invalid(f"the prompts may name {count} words, allowed are {MAX_NAMES}: use fewer", "prompt")
+        raise Invalid(f"the prompts could name {count} words, but at most {MAX_NAMES} are allowed: use fewer", "prompt")
 
 
 def _folded(text: str) -> str:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from oneword.engines.errors import ConceptError, OnewordError
+from oneword.engines.errors import ConceptError, OnewordError, one_line
 from oneword.runtime.concept import Concept, check_token, concept_bytes, concept_of, read_safetensors, token_from_stem
 from oneword.runtime.model import check_fits
 from oneword.serve.errors import Invalid, from_oneword
@@ -22,7 +22,6 @@ from oneword.serve.state import caller
 from oneword.serve.store import WordRecord
 
 _PNG: Final = b"\x89PNG"  # A1111 keeps words in pictures too
-_NAMES: Final = "letters, digits and . + * @ # ! ~ & $ % ^ = - _ , bare or in <>, for example <toy>"
 
 router = APIRouter(tags=["words"])
 
@@ -195,7 +194,7 @@ def _parsed(data: bytes, stem: str, name: str | None) -> Concept:
     """The word in a file, named `name` if it is given. Raises ConceptError."""
     if data.startswith(_PNG):
         raise ConceptError(
-            "the file is a picture, allowed is safetensors: run ti-concept convert first if it has a word"
+            "the file is a picture, but must be safetensors: run ti-concept convert first if it has a word"
         )
     concept = concept_of(*read_safetensors(data, "the file"), token_from_stem(stem))
     return concept if name is None else replace(concept, token=name)
@@ -203,6 +202,6 @@ def _parsed(data: bytes, stem: str, name: str | None) -> Concept:
 
 def _check_name(name: str) -> None:
     try:
-        check_token(name)
-    except OnewordError:
-        raise Invalid(f"name is {name[:80]!r}, allowed are {_NAMES}", param="name") from None
+        check_token(name, "name")
+    except OnewordError as error:
+        raise Invalid(one_line(error), param="name") from None

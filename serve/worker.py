@@ -240,7 +240,7 @@ class Worker:
         """`open_model` runs on the engine thread. It is warmed up for pictures of these `sizes` (width, height), by
         default the bundle's. `observer` gets every turn's measurements, on the engine thread. Raises UsageError."""
         if max_rows < 1:
-            raise UsageError(f"max_rows is {max_rows}, allowed is 1 or more")
+            raise UsageError(f"max_rows is {max_rows}, but must be 1 or more")
         self.max_rows = max_rows
         self.slots = max_rows
         """Pictures of the bundle's size that can share a step; fewer than `max_rows` if the engine has a limit."""

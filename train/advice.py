@@ -6,9 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from oneword.engines.errors import UsageError
+from oneword.engines.errors import UsageError, counted
 from oneword.export.source import Source
-from oneword.runtime.commands import counted
 from oneword.runtime.concept import load_concept
 from oneword.train.initial import RANDOM, concept_file, split_words, token_ids
 from oneword.train.learner import Learner

@@ -17,12 +17,11 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.console import Console
 
-from oneword.engines.errors import FileError, MissingPackage, OnewordError, UsageError
+from oneword.engines.errors import FileError, MissingPackage, OnewordError, UsageError, counted
 from oneword.engines.files import write_whole
 from oneword.runtime.commands import (
     HELP,
     PATH,
-    counted,
     exit_status,
     json_option,
     refuse_file,

@@ -126,9 +126,9 @@ def picture_size(source: Source, recipe: Recipe) -> int:
     longest = 2 if recipe.buckets else 1  # sides of a bucket's picture, in sizes
     limit = None if family.max_side is None else family.max_side // (longest * multiple) * multiple
     if recipe.size % multiple or (limit is not None and recipe.size > limit):
-        allowed = f"multiples of {multiple}" + ("" if limit is None else f" up to {limit}")
         buckets = " with buckets" if recipe.buckets else ""
-        raise UsageError(f"size is {recipe.size}: allowed are {allowed}{buckets}, for {source.model}")
+        allowed = f"a multiple of {multiple}" + ("" if limit is None else f" and at most {limit}")
+        raise UsageError(f"size is {recipe.size}{buckets}, but must be {allowed} for {source.model}")
     return recipe.size
 
 

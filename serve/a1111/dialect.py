@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import Any, Final
 
+from oneword.engines.errors import one_of
 from oneword.runtime.bundle import Manifest, Provenance
 from oneword.runtime.edit import Mask
 from oneword.runtime.images import A1111_SAMPLERS, A1111_SPACINGS
@@ -202,10 +203,12 @@ def text_to_image(body: TextToImage, manifest: Manifest, random_seed: int) -> Pl
         sampler = used = _WITHOUT_NOISE[used]
     count = (body.n_iter or 1) * (body.batch_size or 1)
     if count > MAX_PICTURES:
-        raise Unprocessable(f"n_iter x batch_size is {count}, allowed are up to {MAX_PICTURES} pictures", "n_iter")
+        raise Unprocessable(
+            f"n_iter x batch_size is {count}, but at most {MAX_PICTURES} pictures are allowed", "n_iter"
+        )
     seed = -1 if body.seed is None else body.seed
     if seed < -1:
-        raise Unprocessable(f"seed is {seed}, allowed are -1 (at random) and 0 to {2**63 - 1}", "seed")
+        raise Unprocessable(f"seed is {seed}, but must be -1 (random) or 0 to {2**63 - 1}", "seed")
     clip_skip = overrides.get("CLIP_stop_at_last_layers") or body.clip_skip or 1
     request = Request(
         body.prompt or "",
@@ -234,7 +237,7 @@ def image_to_image(
     plan = text_to_image(body, manifest, random_seed)
     mode = body.resize_mode or 0
     if mode not in (0, 1, 2):
-        raise Unprocessable(f"resize_mode is {mode}, allowed are 0 (stretch), 1 (crop) and 2 (fill)", "resize_mode")
+        raise Unprocessable(f"resize_mode is {mode}, but must be 0 (stretch), 1 (crop) or 2 (fill)", "resize_mode")
     blur = 0.0
     if mask is not None:
         _check_inpainting(body)
@@ -272,12 +275,11 @@ def sampler_of(name: str | None, scheduler: str | None, manifest: Manifest) -> t
     if name:
         base, ending = _without_scheduler(name.strip().lower())
         if base not in _SAMPLERS:
-            allowed = ", ".join(A1111_SAMPLERS.values())
-            raise NotFound(f"Sampler not found: {name[:60]!r}, allowed are {allowed}", "sampler_name")
+            raise NotFound(f"Sampler not found: {name[:60]!r} is not {one_of(A1111_SAMPLERS.values())}", "sampler_name")
         sampler = _SAMPLERS[base]
         schedule = ending if schedule == "automatic" else schedule
     if schedule not in _SCHEDULERS:
-        raise Unprocessable(f"scheduler is {schedule[:60]!r}, allowed are {', '.join(SCHEDULERS)}", "scheduler")
+        raise Unprocessable(f"scheduler is {schedule[:60]!r}, but must be {one_of(SCHEDULERS)}", "scheduler")
     spacing = _SPACINGS.get(_SCHEDULERS[schedule])
     used = sampler or Sampler(manifest.defaults.sampler)
     if spacing is Spacing.KARRAS and used in (Sampler.DPMPP_2M, Sampler.DPMPP_2M_KARRAS):
@@ -285,10 +287,10 @@ def sampler_of(name: str | None, scheduler: str | None, manifest: Manifest) -> t
     if spacing is not None and spacing not in spacings_of(used):
         if sampler is Sampler.DDIM:  # it has steps of its own in A1111
             return sampler, None
-        names = ", ".join(name for name, other in _SPACINGS.items() if other in spacings_of(used))
+        names = [name for name, other in _SPACINGS.items() if other in spacings_of(used)]
         raise Unprocessable(
-            f"scheduler is {schedule!r} with the sampler {A1111_SAMPLERS[used]}, allowed is "
-            f"{', '.join(filter(None, ['automatic', names]))}",
+            f"scheduler is {schedule!r} with the sampler {A1111_SAMPLERS[used]}, but must be "
+            f"{one_of(['automatic', *names])}",
             "scheduler",
         )
     return sampler, Spacing.AYS_XL if spacing is Spacing.AYS and manifest.conditioning.time_ids else spacing
@@ -335,11 +337,11 @@ def checked_options(overrides: Mapping[str, Any], current: Mapping[str, Any], mo
             continue
         elif name == "CLIP_stop_at_last_layers":
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 100:
-                raise Unprocessable(f"{name} is {str(value)[:60]!r}, allowed is a whole number from 1", name)
+                raise Unprocessable(f"{name} is {str(value)[:60]!r}, but must be a whole number from 1 to 100", name)
             changed[name] = value
         elif name == "samples_format":
             if str(value).lower() not in FORMATS:
-                raise Unprocessable(f"{name} is {str(value)[:60]!r}, allowed are {', '.join(FORMATS)}", name)
+                raise Unprocessable(f"{name} is {str(value)[:60]!r}, but must be {one_of(FORMATS)}", name)
             changed[name] = str(value).lower()
         elif name.startswith(_IGNORED_OPTIONS):
             continue
@@ -376,8 +378,8 @@ def _check_inpainting(body: ImageToImage) -> None:
     """Raises Unprocessable for what is not done with a mask."""
     if body.inpainting_fill not in (None, 0, 1):
         raise Unprocessable(
-            f"inpainting_fill is {body.inpainting_fill}, allowed are 0 (the colours around the mask) and 1 (the "
-            "original picture)",
+            f"inpainting_fill is {body.inpainting_fill}, but must be 0 (the colours around the mask) or 1 "
+            "(the original picture)",
             "inpainting_fill",
         )
     if body.mask_round is False:
@@ -409,8 +411,8 @@ def _eta(sampler: Sampler, eta: float | None) -> float:
     """The runtime's eta. Ancestral samplers have 1 built in; the others ignore it, as in A1111."""
     if sampler in _ANCESTRAL and eta not in (None, 1):
         name = A1111_SAMPLERS[sampler]
-        zero = " and 0" if sampler in _WITHOUT_NOISE else ""
-        raise Unprocessable(f"eta is {eta:g} with the sampler {name}, allowed is 1{zero}: leave it out", "eta")
+        zero = "0 or " if sampler in _WITHOUT_NOISE else ""
+        raise Unprocessable(f"eta is {eta:g} with the sampler {name}, but must be {zero}1: leave it out", "eta")
     return (eta or 0.0) if sampler is Sampler.DDIM else 0.0
 
 

@@ -340,7 +340,7 @@ def _files(body: ImageToImage) -> _Files:
         case [text]:
             image = decode_base64(text, "init_images")
         case texts:
-            raise Unprocessable(f"init_images has {len(texts)} pictures, allowed is one", "init_images")
+            raise Unprocessable(f"init_images has {len(texts)} pictures, but must have exactly one", "init_images")
     return _Files(image, decode_base64(body.mask, "mask") if body.mask else None)
 
 

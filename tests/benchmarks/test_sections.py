@@ -119,10 +119,13 @@ def test_transformers_have_the_published_numbers_of_parameters(name: str, publis
     ("name", "message"),
     [
         ("sd4", "unknown model 'sd4': choose from sd15, sd2"),
-        ("sd35-medium@2", "'sd35-medium@2' has 2 layers, allowed are none, because its layers are not alike"),
-        ("sdxl@2", "'sdxl@2' has 2 layers, allowed are none, because its layers are not alike"),
-        ("flux-dev@20", "'flux-dev@20' has 20 layers, allowed are from 1 to 19"),
-        ("t5-xxl@0", "'t5-xxl@0' has 0 layers, allowed are from 1 to 24"),
+        (
+            "sd35-medium@2",
+            "the number of layers of 'sd35-medium@2' is 2, but must be left out, because its layers are not alike",
+        ),
+        ("sdxl@2", "the number of layers of 'sdxl@2' is 2, but must be left out, because its layers are not alike"),
+        ("flux-dev@20", "the number of layers of 'flux-dev@20' is 20, but must be 1 to 19"),
+        ("t5-xxl@0", "the number of layers of 't5-xxl@0' is 0, but must be 1 to 24"),
     ],
 )
 def test_models_of_full_size_are_named_with_their_layers(name: str, message: str) -> None:

@@ -102,7 +102,7 @@ def test_profiles_follow_the_largest_batch_and_size(tiny_bundle: Path) -> None:
     [
         (
             PlanLimits(max_batch=3, max_size=60),
-            "--max-batch 3 --max-size 60: allowed are a batch of at least 1 and a size from 64 that is a multiple of 8",
+            "--max-batch 3 --max-size 60: the batch must be at least 1, the size at least 64 and a multiple of 8",
         ),
         (PlanLimits(static_sizes=((64, 60),)), "--static-size 64x60: both must be multiples of 8"),
     ],

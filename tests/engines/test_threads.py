@@ -15,5 +15,5 @@ def test_the_environment_is_read_as_openmp_reads_it(monkeypatch: pytest.MonkeyPa
 def test_a_value_that_is_not_a_number_is_named_in_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "many")
 
-    with pytest.raises(UsageError, match="OMP_NUM_THREADS is 'many', allowed is a number such as 4"):
+    with pytest.raises(UsageError, match="OMP_NUM_THREADS is 'many', but must be a number such as 4"):
         cpu_threads(None)

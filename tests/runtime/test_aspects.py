@@ -26,17 +26,17 @@ def test_the_built_in_aspects_are_those_that_the_guide_names() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "a.txt: 0 aspects, allowed are 1 to 16"),
+        ("", "a.txt: there are 0 aspects, but there must be 1 to 16"),
         ("red, blue", "a.txt, line 1: 'red, blue' is not NAME: WORD, WORD"),
-        ("\ncolour: red", "a.txt, line 2: aspect 'colour' has 1 words, allowed are 2 to 64"),
+        ("\ncolour: red", "a.txt, line 2: aspect 'colour' has 1 word, but must have 2 to 64"),
         ("colour: red,,blue", "a.txt, line 1: '' is not a name or word of an aspect"),
         (": red, blue", "a.txt, line 1: '' is not a name"),
         ("colour: red, blue, red", "a.txt, line 1: aspect 'colour' lists 'red' twice"),
         ("a: b, c\na: d, e", "a.txt: two aspects are called 'a'"),
         ("a: b, c:d", "a.txt, line 1: 'c:d' is not a name or word"),
         ("a: b, \x1b[31m", r"a.txt, line 1: '\\x1b\[31m' is not a name or word"),
-        (f"a: b, {'x' * 41}", "allowed are 1 to 40 printable characters"),
-        ("\n".join(f"a{i}: b, c" for i in range(17)), "a.txt: 17 aspects, allowed are 1 to 16"),
+        (f"a: b, {'x' * 41}", "it must be 1 to 40 printable characters"),
+        ("\n".join(f"a{i}: b, c" for i in range(17)), "a.txt: there are 17 aspects, but there must be 1 to 16"),
     ],
 )
 def test_a_bad_line_is_named(text: str, message: str, tmp_path: Path) -> None:

@@ -534,7 +534,10 @@ def test_swapped_graphs_are_detected(bundle: Path) -> None:
         ({"context": [["text_encoder"], ["text_encoder_3"]]}, "conditions on 'text_encoder_3', which is not one of"),
         ({"context": []}, "pools an encoder that does not pool, or has no context"),
         ({"pooled": ["text_encoder"]}, "pools an encoder that does not pool, or has no context"),
-        ({"time_ids": ["crop_top", "aesthetics"]}, "has the time id 'aesthetics', allowed are original_height, "),
+        (
+            {"time_ids": ["crop_top", "aesthetics"]},
+            "has the time id 'aesthetics', but each must be one of original_height, ",
+        ),
         ({"missing_negative": "nothing"}, "is not a valid manifest"),
         ({"width": 1}, "has a block of encoders that is wider than its context"),
         ({"zero_tokens": -1}, "is not a valid manifest"),

@@ -98,7 +98,7 @@ def test_on_a_terminal_it_asks_until_the_rounds_are_done_and_an_answer_can_be_un
 
     assert result.exit_code == 0, result.stderr
     assert "there is no round to undo" in result.stderr
-    assert "the answer is 'x', allowed are numbers such as 2 5 -3" in result.stderr
+    assert "the answer is 'x', but must be numbers such as 2 5 -3" in result.stderr
     assert result.stdout.splitlines()[0].startswith("<cat> after 2 rounds: ")
     state = Refinement.of(load_concept("cat-refined.safetensors"))
     assert state is not None
@@ -207,7 +207,7 @@ def test_a_start_that_is_a_file_is_not_taken_for_a_word(
         np.testing.assert_allclose(vectors, np.full((2, 32), 0.1), rtol=1e-3)  # those of the file, as float16
         return
     assert refine(monkeypatch, tiny_bundle, *line) == 2
-    assert "allowed is a .safetensors file: convert it with ti-concept convert" in capsys.readouterr().err
+    assert "but must be a .safetensors file: convert it with ti-concept convert" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
@@ -293,9 +293,13 @@ def test_a_start_that_may_be_misspelt_is_noted(
         (["--start", "cat", "--aspects", "absent.txt"], 2, "there is no file absent.txt"),
         (["--start", "cat", "--aspects", "toy.safetensors"], 1, "toy.safetensors is not UTF-8 text"),
         (["--start", "cat", "--aspects", "mine.txt"], 2, "no word '<gone>' is loaded, loaded words: none"),
-        (["--start", "cat", "--candidates", 2], 2, "candidates is 2, allowed is 3 to 16"),
+        (["--start", "cat", "--candidates", 2], 2, "candidates is 2, but must be 3 to 16"),
         (["--start", "cat", "--seed", -1], 2, "seed is -1"),
-        (["--start", "cat", "--seed", 2**63 - 1], 2, "seed is 9223372036854775807, allowed is 0 to 922337203685477576"),
+        (
+            ["--start", "cat", "--seed", 2**63 - 1],
+            2,
+            "seed is 9223372036854775807, but must be 0 to 922337203685477576",
+        ),
         (["--start", "./nope.SAFETENSORS"], 2, "there is no file nope.SAFETENSORS"),
         (["--start", "nope.pt"], 2, "there is no file nope.pt"),
         (["--start", "./folder/nope"], 2, "there is no file folder/nope"),
@@ -303,9 +307,13 @@ def test_a_start_that_may_be_misspelt_is_noted(
         (["--start", "/nope"], 2, "there is no file /nope"),
         (["--start", "~/nope"], 2, "there is no file ~/nope"),
         (["--start", "folder/nope.PNG"], 2, "there is no file folder/nope.PNG"),
-        (["--start", "word.pt"], 2, "word.pt, allowed is a .safetensors file: convert it with ti-concept convert word"),
-        (["--start", "cat", "--likes", "seven"], 2, "the answer is 'seven', allowed are numbers such as 2 5 -3"),
-        (["--start", "cat", "--likes", ""], 2, "the answer is '', allowed are numbers"),
+        (
+            ["--start", "word.pt"],
+            2,
+            "word.pt, but must be a .safetensors file: convert it with ti-concept convert word",
+        ),
+        (["--start", "cat", "--likes", "seven"], 2, "the answer is 'seven', but must be numbers such as 2 5 -3"),
+        (["--start", "cat", "--likes", ""], 2, "the answer is '', but must be numbers"),
         (["--start", "cat", "--likes", "7"], 2, "names picture 7 of 6"),
         (["--start", "cat", "--likes", "2 -2"], 2, "both likes and dislikes picture 2"),
         (["--start", "cat", "--likes", "0 2"], 2, "has 0 beside other numbers"),
@@ -315,12 +323,12 @@ def test_a_start_that_may_be_misspelt_is_noted(
         (["--start", "twice.safetensors", "--undo", 9], 2, "--undo is 9, but only 2 rounds have been judged"),
         (["--start", "cat", "--prompt", "a cat"], 2, "needs a {} where the word should be"),
         (["--start", "cat", "--output", "no/a.safetensors"], 2, "the folder no does not exist: create it first"),
-        (["--start", "cat", "--output", "a.pt"], 2, "allowed is a file name that ends in .safetensors"),
+        (["--start", "cat", "--output", "a.pt"], 2, "--output is a.pt, but must end in .safetensors"),
         (["--start", "cat", "--output", "toy.safetensors"], 2, "toy.safetensors exists: continue it with --start"),
         (["--start", "begun.safetensors", "--seed", 1], 2, "--seed cannot change in a refinement that has begun"),
         (["--start", "other.safetensors"], 2, "begun with another model"),
         (["--start", "wide.safetensors"], 2, "vectors of width 40"),
-        (["--start", "cat", "--steps", 0], 2, "steps is 0, allowed is 1 to 1000"),
+        (["--start", "cat", "--steps", 0], 2, "steps is 0, but must be 1 to 1000"),
         (["--start", "cat", "--engine", "none"], 2, "Invalid value for '--engine'"),
     ],
 )

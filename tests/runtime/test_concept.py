@@ -80,9 +80,9 @@ def test_a_vector_without_its_first_axis_as_in_old_diffusers_is_a_word(tmp_path:
         (np.full((1, 16), 1e300), "NaN or infinity"),
         (np.full((1, 16), 1e6, np.float32), "plausible"),
         (np.zeros((1, 16), np.float32), "plausible"),
-        (np.ones((76, 16), np.float32), "has 76 vectors, allowed are 1 to 75"),
+        (np.ones((76, 16), np.float32), "has 76 vectors, but must have 1 to 75"),
         (np.ones((1, 2, 16), np.float32), "has shape"),
-        (np.ones((1, 16), np.int64), "is 'I64', allowed are"),
+        (np.ones((1, 16), np.int64), "is 'I64', but must be one of"),
     ],
 )
 def test_tensors_that_are_not_a_word_are_refused(tmp_path: Path, rows: np.ndarray, message: str) -> None:
@@ -111,7 +111,7 @@ ENTRY = {"dtype": "F32", "shape": [1, 2], "data_offsets": [0, 8]}
         (_described({"__metadata__": {"a": 1}, "a": ENTRY}), bytes(8), "__metadata__"),
         (b"[" * 60_000, b"", "not JSON"),
         (b"[]", b"", "list, not a table"),
-        (b"{" + b" " * 65_536, b"", "has a header of 65537 bytes, allowed are 65536"),
+        (b"{" + b" " * 65_536, b"", "has a header of 65537 bytes, but at most 65536 are allowed"),
     ],
 )
 def test_a_malicious_header_is_refused_with_the_reason(
@@ -338,7 +338,8 @@ def test_vectors_for_an_encoder_of_no_supported_model_are_refused_by_name(tmp_pa
     for number, keys in enumerate(([key], ["clip_l", key])):
         path = tmp_path / f"{number}.safetensors"
         safetensors.numpy.save_file({name: tensors[name] for name in keys}, path)
-        with pytest.raises(ConceptError, match=f"has vectors for {key}, a text encoder of no supported model: allowed"):
+        refused = f"has vectors for {key}, a text encoder of no supported model: the encoder must be one of"
+        with pytest.raises(ConceptError, match=refused):
             load_concept(path)
     save_concept(Concept(key, {"text_encoder": ROWS}), tmp_path / "word.safetensors")  # a word with that name
     assert load_concept(tmp_path / "word.safetensors").token == key

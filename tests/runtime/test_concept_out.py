@@ -144,18 +144,27 @@ def test_names_and_provenance_do_not_change_the_identity() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"out": {"text_encoder": OUT[0]}}, r"has output vectors \[3, 2, 24\] for 2 rows, allowed is \[stages, layers"),
+        (
+            {"out": {"text_encoder": OUT[0]}},
+            r"has output vectors \[3, 2, 24\] for 2 rows, but must have \[stages, layers",
+        ),
         ({"out": {"text_encoder": OUT[:, :, :1]}}, r"has output vectors \[4, 3, 1, 24\] for 2 rows"),
         ({"out": {"text_encoder": OUT[:0]}}, r"has output vectors \[0, 3, 2, 24\]"),
         ({"out": {"text_encoder": OUT * np.float32(np.nan)}}, "has output vectors with NaN or infinity"),
-        ({"out": {"text_encoder": OUT * 1e5}}, r"has an output vector of norm .*, allowed is at most 30000"),
-        ({"out": {"text_encoder": np.ones((101, 1, 2, 4))}}, "for 101 stages and 1 layers, allowed are up to 100"),
-        ({"out": {"text_encoder": np.ones((1, 101, 2, 4))}}, "for 1 stages and 101 layers, allowed are up to 100"),
+        ({"out": {"text_encoder": OUT * 1e5}}, r"has an output vector of norm .*, but at most 30000 is allowed"),
+        (
+            {"out": {"text_encoder": np.ones((101, 1, 2, 4))}},
+            "for 101 stages and 1 layer, but at most 100 and 100 are allowed",
+        ),
+        (
+            {"out": {"text_encoder": np.ones((1, 101, 2, 4))}},
+            "for 1 stage and 101 layers, but at most 100 and 100 are allowed",
+        ),
         ({"out": {"text_encoder_2": OUT}, "encoder_layers": {}}, r"\(text_encoder_2\) has output vectors and no rows"),
         ({"out": {}}, "has values_only and no output vectors: leave it out"),
         ({"out": {}, "values_only": False}, "each needs output vectors"),
         ({"encoder_layers": {"text_encoder_2": 3}}, "each needs output vectors"),
-        ({"encoder_layers": {"text_encoder": 0}}, "of the encoder's layer 0, allowed are 1 to 100"),
+        ({"encoder_layers": {"text_encoder": 0}}, "of the encoder's layer 0, but the layer must be 1 to 100"),
         ({"vectors": {"text_encoder": ROWS * 1e6}}, "plausible"),
         (
             {
@@ -203,7 +212,7 @@ def test_rows_may_be_zeros_only_beside_output_vectors() -> None:
         ({"<toy>.out.text_encoder": OUT}, FACTS, "is not safe in a prompt"),
         ({"<toy>": ROWS[None]}, {}, "has shape"),
         ({"<toy>": ROWS[None, None, None]}, {}, "has shape"),
-        ({"<toy>": ROWS, "<toy>.out.text_encoder": OUT.astype(np.int32)}, FACTS, "is 'I32', allowed are"),
+        ({"<toy>": ROWS, "<toy>.out.text_encoder": OUT.astype(np.int32)}, FACTS, "is 'I32', but must be one of"),
     ],
 )
 def test_a_file_that_describes_its_output_vectors_wrongly_is_one_line_of_error(
@@ -222,7 +231,9 @@ def test_metadata_of_these_names_is_provenance_in_a_word_without_output_vectors(
 
 def test_a_file_that_would_be_too_large_to_load_is_not_written(tmp_path: Path) -> None:
     large = precise(out={"text_encoder": np.full((100, 16, 2, 128), 0.1, np.float32)})
-    refused = r"would have 16\d+ bytes, allowed are 1048576 \(1 MiB\): learn fewer vectors, stages or layers"
+    refused = (
+        r"would have 16\d+ bytes, but at most 1048576 are allowed \(1 MiB\): learn fewer vectors, stages or layers"
+    )
     with pytest.raises(ConceptError, match=refused):
         save_concept(large, tmp_path / "a.safetensors")
     assert [*tmp_path.iterdir()] == []
@@ -376,7 +387,7 @@ def test_rows_of_layers_are_saved_and_loaded_unchanged_and_are_part_of_the_ident
             r"has rows \[3, 1, 32\] for each layer and \[2, 32\] for all",
         ),
         ({"layer_rows": {"text_encoder_2": LAYERS}}, r"has rows \[3, 2, 32\] for each layer and none for all"),
-        ({"layer_rows": {"text_encoder": LAYERS[:0]}}, "has rows for 0 layers, allowed are 1 to 100"),
+        ({"layer_rows": {"text_encoder": LAYERS[:0]}}, "has rows for 0 layers, but must have them for 1 to 100"),
         ({"layer_rows": {"text_encoder": LAYERS * np.float32(np.nan)}}, "NaN or infinity"),
         ({"out": {"text_encoder": OUT}}, "has rows for each layer and output vectors: a word has one of the two"),
         (
@@ -463,7 +474,7 @@ def test_output_vectors_in_a_lora_are_read(tmp_path: Path) -> None:
     ("tensors", "message"),
     [
         ({"clip_l": ROWS, "clip_g_out": VECTOR}, "mixes 'clip_g_out', 'clip_l'|mixes 'clip_l', 'clip_g_out'"),
-        ({"clip_l": ROWS, "other": VECTOR}, "allowed beside keys of encoders are their output vectors"),
+        ({"clip_l": ROWS, "other": VECTOR}, "besides the keys of encoders, only their output vectors"),
         ({"emp_params": ROWS, "emp_params_out": VECTOR[:1]}, r"has output vectors \[1, 1, 1, 24\] for 2 rows"),
         ({"emp_params_out": VECTOR}, "has emp_params_out and no emp_params: output vectors need rows"),
         ({"emb_params": ROWS, "emp_params_out": VECTOR}, "has emp_params_out and no emp_params"),

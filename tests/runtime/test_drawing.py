@@ -388,7 +388,7 @@ def test_guidance_of_one_costs_one_branch(model: Model) -> None:
     ("changes", "message"),
     [
         ({"size": (60, 64)}, "size 60x64: width must be a multiple of 8, for example 64"),
-        ({"size": (32768, 32768)}, "size 32768x32768 has 1073741824 pixels, allowed are 16777216"),
+        ({"size": (32768, 32768)}, "size 32768x32768 has 1073741824 pixels, but may have at most 16777216"),
         ({"clip_skip": 3}, "clip_skip is 3, this model allows 0 to 2"),
         ({"prompt": "a <nobody>"}, "<nobody>"),
         ({"image": scene(), "strength": 0.01, "steps": 3}, "strength 0.01"),
@@ -407,7 +407,9 @@ def test_a_request_that_the_model_does_not_support_is_refused_when_added(
 def test_prompts_that_would_exhaust_memory_are_refused(model: Model) -> None:
     scheduler = Scheduler(model)
     long, longer = ("BREAK ".join([f"a {word} "] * n) for word, n in (("dog", 13), ("cat", 11)))
-    with pytest.raises(UsageError, match=r"have 13 and 11 chunks, whose least common multiple is 143, allowed is 64"):
+    with pytest.raises(
+        UsageError, match=r"have 13 and 11 chunks, whose least common multiple is 143, but must be at most 64: "
+    ):
         scheduler.add(Request(long, negative_prompt=longer))
 
     assert len(scheduler) == 0

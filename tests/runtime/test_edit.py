@@ -91,7 +91,7 @@ def test_without_pasting_there_is_nothing_to_soften() -> None:
 
 @pytest.mark.parametrize("blur", [-1, 64.5, float("nan")])
 def test_a_blur_out_of_range_is_refused(blur: float) -> None:
-    with pytest.raises(UsageError, match=r"mask_blur is \S+, allowed is 0 to 64"):
+    with pytest.raises(UsageError, match=r"mask_blur is \S+, but must be 0 to 64"):
         Request("", mask_blur=blur)
 
 

@@ -219,9 +219,9 @@ def test_embedded_guidance_is_a_column_of_every_step() -> None:
             {},
             Sampler.DDIM,
             5,
-            "the sampler ddim does not suit flow matching, allowed are euler, dpmpp-2m, ",
+            "the sampler ddim does not suit flow matching: it must be one of euler, dpmpp-2m, ",
         ),
-        ({}, Sampler.EULER, 1001, "1001 steps, allowed are 1 to 1000"),
+        ({}, Sampler.EULER, 1001, "steps is 1001, but must be 1 to 1000"),
     ],
 )
 def test_unsupported_settings_are_refused_by_name(

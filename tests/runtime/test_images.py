@@ -176,7 +176,9 @@ def test_a_truncated_picture_and_a_decompression_bomb_are_refused(tmp_path: Path
         read_image(tmp_path / "half.png")
 
     PIL.Image.new("1", (12_000, 12_000)).save(tmp_path / "bomb.png")
-    with pytest.raises(FileError, match=r"bomb.png is 12000x12000, allowed are 120000000 pixels: make it smaller"):
+    with pytest.raises(
+        FileError, match=r"bomb.png is 12000x12000, but may have at most 120000000 pixels: make it smaller"
+    ):
         read_image(tmp_path / "bomb.png")
 
     PIL.Image.new("1", (30_000, 30_000)).save(tmp_path / "bigger.png")
@@ -202,7 +204,9 @@ def test_a_damaged_file_is_a_picture_or_a_file_error(tmp_path: Path, format: str
 def test_a_picture_that_would_run_another_program_is_refused(tmp_path: Path) -> None:
     PIL.Image.new("RGB", (8, 8)).save(tmp_path / "picture.png", format="EPS")  # Pillow hands EPS to Ghostscript
 
-    with pytest.raises(FileError, match=r"picture.png cannot be read as a picture: allowed are PNG, JPEG, WEBP"):
+    with pytest.raises(
+        FileError, match=r"picture.png cannot be read as a picture: its format must be one of PNG, JPEG, WEBP"
+    ):
         read_image(tmp_path / "picture.png")
 
 

@@ -301,7 +301,7 @@ def test_a_key_of_a_word_in_a_lora_is_limited(tmp_path: Path, part: str) -> None
     path, key = tmp_path / "lora.safetensors", "bundle_emb.a" + (part * (1 << 17))[: 1 << 17]
     safetensors.numpy.save_file({key: ROWS}, path)
     with pytest.raises(
-        ConceptError, match=r"key 'bundle_emb.* has 131084 characters, allowed for a word are 1000"
+        ConceptError, match=r"key 'bundle_emb.* has 131084 characters, but a word's key may have at most 1000"
     ) as e:
         read_concepts(path)
     assert len(str(e.value)) < 500
@@ -311,7 +311,7 @@ def test_a_word_in_a_lora_with_two_tensors_in_one_place_is_refused(tmp_path: Pat
     path = tmp_path / "lora.safetensors"
     tensors = {f"bundle_emb.toy.string_to_param.{key}": ROWS for key in ("a", "b")}
     safetensors.numpy.save_file(tensors, path)
-    with pytest.raises(ConceptError, match="'toy' has two tensors in emb_params, allowed is one"):
+    with pytest.raises(ConceptError, match="'toy' has two tensors in emb_params, but may have only one"):
         read_concepts(path)
 
 
@@ -423,7 +423,7 @@ DEEP = b")" + b"\x85" * 3_000  # ((((...)))), which cannot be printed
         (b"\x80\x02}" + DEEP + b"Ns.", "has no known layout: its keys are a tuple$"),
         (
             b"\x80\x02}X\x0f\x00\x00\x00string_to_param}" + DEEP + b"Nss.",
-            "string_to_param has the keys a tuple, allowed are names",
+            "string_to_param has the keys a tuple, but they must be names",
         ),
         (b"\x80\x02cos\n\x1b[31m\n.", r"refers to 'os\.\\x1b\[31m', which is not data"),
     ],
@@ -455,7 +455,7 @@ def test_archives_that_are_bombs_or_invalid_are_refused_with_the_reason(tmp_path
     with zipfile.ZipFile(tmp_path / "many.pt", "w") as archive:
         for i in range(201):
             archive.writestr(f"a/data/{i}", b"")
-    with pytest.raises(ConceptError, match="archive of 201 files, allowed are 200"):
+    with pytest.raises(ConceptError, match="archive of 201 files, but at most 200 are allowed"):
         read_concepts(tmp_path / "many.pt")
 
 
@@ -526,7 +526,7 @@ def test_pictures_without_a_word_are_refused_with_the_reason(tmp_path: Path) -> 
 def test_other_files_and_empty_folders_are_refused_with_the_reason(tmp_path: Path) -> None:
     with pytest.raises(ConceptError, match="holds neither learned_embeds"):
         read_concepts(tmp_path)
-    with pytest.raises(ConceptError, match=r"allowed are \.safetensors, \.pt, \.bin, \.png and folders"):
+    with pytest.raises(ConceptError, match=r"give a \.safetensors, \.pt, \.bin or \.png file, or a word's folder"):
         read_concepts(tmp_path / "a.txt")
     for name in ("a.pt", "a.safetensors", "a.png"):
         with pytest.raises(UsageError, match=f"there is no file .*{name}"):

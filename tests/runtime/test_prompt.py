@@ -352,9 +352,9 @@ def test_berts_wordpiece_ids_match_those_of_transformers(tmp_path: Path) -> None
 def test_invalid_prompts_are_refused_with_the_reason(tokenizer: Tokenizer) -> None:
     for prompt, message in [
         ("(a:1.2.3)", "weight '1.2.3' is not a number"),
-        ("(a:1e)" + "(" * 60 + "b", "weight .* allowed are -100 to 100"),
-        ("(a:999)", "weight 999 of 'a', allowed"),
-        ("a" * 20_001, "20001 characters, allowed are 20000"),
+        ("(a:1e)" + "(" * 60 + "b", "the weight of .* must be -100 to 100"),
+        ("(a:999)", "the weight of 'a' is 999, but must be"),
+        ("a" * 20_001, "20001 characters, but may have at most 20000: "),
     ]:
         with pytest.raises(UsageError, match=message):
             encode_ids(prompt, tokenizer, NOTHING)

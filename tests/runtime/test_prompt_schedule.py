@@ -97,12 +97,15 @@ def test_each_text_has_the_words_of_its_steps_and_no_others() -> None:
     [
         (
             "[a|b|c|d|e|f|g] [h|i|j|k|l]",
-            "the prompt changes between more than 32 texts in 50 steps, allowed are 32: use fewer",
+            "the prompt changes between more than 32 texts in 50 steps, but at most 32 are allowed: use fewer",
         ),
         ("[a:b:3] " * 33, "the prompt's schedules have more than 64 texts: use fewer of them"),
         (
             "[a|b|c]" + "x" * 7_000,
-            "texts have 21003 characters in the first 3 of 50 steps, allowed are 20000 together: shorten the prompt",
+            (
+                "texts have 21003 characters in the first 3 of 50 steps, but may have at most 20000 together: "
+                "shorten the prompt"
+            ),
         ),
     ],
 )

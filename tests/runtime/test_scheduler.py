@@ -920,7 +920,7 @@ def test_a_warm_up_while_pictures_are_in_progress_is_refused(model: Model) -> No
     ],
 )
 def test_invalid_calls_are_refused(model: Model, call: Any) -> None:
-    with pytest.raises(UsageError, match=r"allowed is 1 or more|set them in each Request|0 have been added"):
+    with pytest.raises(UsageError, match=r"but must be 1 or more|set them in each Request|0 have been added"):
         call(model)
 
 

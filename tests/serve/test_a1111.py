@@ -359,9 +359,9 @@ def test_a_picture_without_parameters_has_no_info(http: httpx.Client) -> None:
 @pytest.mark.parametrize(
     ("path", "body", "status", "message"),
     [
-        ("txt2img", {"steps": "many"}, 422, "'steps' is 'many', allowed is a whole number"),
-        ("txt2img", {"n_iter": 0}, 422, "'n_iter' is 0, allowed is at least 1"),
-        ("txt2img", {"steps": 0}, 400, "steps is 0, allowed is 1 to 1000"),
+        ("txt2img", {"steps": "many"}, 422, "'steps' is 'many', but must be a whole number"),
+        ("txt2img", {"n_iter": 0}, 422, "'n_iter' is 0, but must be at least 1"),
+        ("txt2img", {"steps": 0}, 400, "steps is 0, but must be 1 to 1000"),
         ("txt2img", {"width": 60}, 400, "size 60x64: width must be a multiple of 8"),
         ("txt2img", {"prompt": "\ud800"}, 400, "the prompt is not valid Unicode"),
         ("txt2img", {"force_task_id": "\ud800"}, 422, "'force_task_id' is '\\ud800'"),

@@ -200,13 +200,14 @@ def test_align_your_steps_has_other_levels_for_sdxl(manifest: Manifest) -> None:
 
 def test_an_unknown_sampler_is_404_and_a_schedule_that_is_not_there_422(manifest: Manifest) -> None:
     for name in ("LMS", "LMS Karras", "Karras"):
-        with pytest.raises(NotFound, match=rf"Sampler not found: '{name}', allowed are DDIM, DDPM, Euler, Euler a, DP"):
+        expected = rf"Sampler not found: '{name}' is not one of DDIM, DDPM, Euler, Euler a, DP"
+        with pytest.raises(NotFound, match=expected):
             txt2img(manifest, sampler_name=name)
     with pytest.raises(
-        Unprocessable, match=r"scheduler is 'polyexponential', allowed are automatic, uniform, normal, "
+        Unprocessable, match=r"scheduler is 'polyexponential', but must be one of automatic, uniform, normal, "
     ):
         txt2img(manifest, scheduler="polyexponential")
-    with pytest.raises(Unprocessable, match=r"scheduler is 'karras' with the sampler LCM, allowed is automatic$"):
+    with pytest.raises(Unprocessable, match=r"scheduler is 'karras' with the sampler LCM, but must be automatic$"):
         txt2img(manifest, sampler_name="LCM", scheduler="karras")
 
 
@@ -278,16 +279,22 @@ def test_clip_skip_counts_from_one(manifest: Manifest) -> None:
         ({"s_noise": 1.1}, "s_noise is 1.1, this server allows 1 only"),
         ({"infotext": "a cat\nSteps: 20"}, "infotext is set, but"),
         ({"seed_resize_from_w": 64, "seed_resize_from_h": 64}, "seed_resize_from_w and _h are not supported"),
-        ({"eta": 0.5}, "eta is 0.5 with the sampler Euler a, allowed is 1 and 0: leave it out"),
-        ({"sampler_name": "DPM2 a", "eta": 0}, "eta is 0 with the sampler DPM2 a, allowed is 1: leave it out"),
-        ({"seed": -2}, "seed is -2, allowed are -1"),
-        ({"n_iter": 101}, "n_iter x batch_size is 101, allowed are up to 100 pictures"),
-        ({"n_iter": 2, "batch_size": 51}, "n_iter x batch_size is 102, allowed are up to 100 pictures"),
+        ({"eta": 0.5}, "eta is 0.5 with the sampler Euler a, but must be 0 or 1: leave it out"),
+        ({"sampler_name": "DPM2 a", "eta": 0}, "eta is 0 with the sampler DPM2 a, but must be 1: leave it out"),
+        ({"seed": -2}, "seed is -2, but must be -1"),
+        ({"n_iter": 101}, "n_iter x batch_size is 101, but at most 100 pictures are allowed"),
+        ({"n_iter": 2, "batch_size": 51}, "n_iter x batch_size is 102, but at most 100 pictures are allowed"),
         ({"negative_promt": "blurry"}, "'negative_promt' is not a field of this request: did you mean 'negative_pr"),
         ({"override_settings": {"eta_noise_seed_delta": 31337}}, "the setting 'eta_noise_seed_delta' cannot be"),
-        ({"override_settings": {"CLIP_stop_at_last_layers": 0}}, "CLIP_stop_at_last_layers is '0', allowed is a whole"),
-        ({"override_settings": {"CLIP_stop_at_last_layers": "2"}}, "CLIP_stop_at_last_layers is '2', allowed is"),
-        ({"override_settings": {"samples_format": "gif"}}, "samples_format is 'gif', allowed are png, jpg, jpeg, webp"),
+        (
+            {"override_settings": {"CLIP_stop_at_last_layers": 0}},
+            "CLIP_stop_at_last_layers is '0', but must be a whole number from 1 to 100",
+        ),
+        ({"override_settings": {"CLIP_stop_at_last_layers": "2"}}, "CLIP_stop_at_last_layers is '2', but must be a"),
+        (
+            {"override_settings": {"samples_format": "gif"}},
+            "samples_format is 'gif', but must be one of png, jpg, jpeg, webp",
+        ),
     ],
 )
 def test_what_this_server_does_not_do_is_refused_by_name(
@@ -446,7 +453,7 @@ def test_cropping_and_filling_happen_before_the_edit(manifest: Manifest) -> None
     assert filled is not None
     np.testing.assert_array_equal(cropped, PAINTED[16:80])
     np.testing.assert_array_equal(filled[:, 32:96], PAINTED)
-    with pytest.raises(Unprocessable, match=r"resize_mode is 3, allowed are 0 \(stretch\), 1 \(crop\) and 2 \(fill\)"):
+    with pytest.raises(Unprocessable, match=r"resize_mode is 3, but must be 0 \(stretch\), 1 \(crop\) or 2 \(fill\)"):
         img2img(manifest, resize_mode=3)
 
 
@@ -522,7 +529,7 @@ def test_full_resolution_is_the_default_and_needs_a_mask(manifest: Manifest) -> 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"inpainting_fill": 2}, "inpainting_fill is 2, allowed are 0 (the colours around the mask) and 1"),
+        ({"inpainting_fill": 2}, "inpainting_fill is 2, but must be 0 (the colours around the mask) or 1"),
         ({"mask_round": False}, "mask_round is false"),
         ({"mask_blur_x": 2}, "mask_blur_x is 2 and mask_blur_y 4, they must be equal"),
         ({"initial_noise_multiplier": 1.2}, "initial_noise_multiplier is 1.2, this server allows 1 only"),

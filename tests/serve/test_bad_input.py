@@ -201,7 +201,7 @@ def refusal_problem(case: Case, answer: httpx.Response) -> str:
     in_address = case.place == "path"  # where the message says what the name is of
     if case.field not in message and named not in message and not in_address and not isinstance(case.value, bytes):
         return "does not name the field"
-    value = "has 1 items" if case.field.endswith("[]") and "items" in message else case.value  # a list of one
+    value = "has 1 item" if case.field.endswith("[]") and "item" in message else case.value  # a list of one
     if isinstance(value, str | int | float) and not shows(message, value):
         return "does not say what was given"
     if "\n" in message or len(message) > 400:

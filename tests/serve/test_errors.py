@@ -77,7 +77,7 @@ class Fields(BaseModel):
     @classmethod
     def _known(cls, sampler: str) -> str:
         if sampler != "euler":
-            raise ValueError(f"the sampler is {sampler!r}, allowed is euler")
+            raise ValueError(f"the sampler is {sampler!r}, but must be euler")
         return sampler
 
 
@@ -169,7 +169,7 @@ def test_a_busy_server_says_when_to_try_again(seconds: float, header: str) -> No
 @pytest.mark.parametrize(
     ("error", "status", "message"),
     [
-        (UsageError("steps is 0,\n allowed is 1 to 1000"), 400, "steps is 0, allowed is 1 to 1000"),
+        (UsageError("steps is 0,\n but must be 1 to 1000"), 400, "steps is 0, but must be 1 to 1000"),
         (
             FeedError("'sample' is 2x4x96x96, the plan allows at most 64x64"),
             400,
@@ -214,33 +214,33 @@ def test_an_unforeseen_exception_is_a_500_without_detail_and_its_log_names_the_p
     ("fields", "param", "message"),
     [
         ({}, "prompt", "'prompt' is missing: add it to the body"),
-        ({"prompt": 5}, "prompt", "'prompt' is 5, allowed is text"),
-        ({"prompt": None}, "prompt", "'prompt' is null, allowed is text"),
-        ({"prompt": "secret" * 50}, "prompt", "'prompt' has 300 characters, allowed are at most 100: shorten it"),
-        ({"prompt": ""}, "prompt", "'prompt' has 0 characters, allowed are at least 1: add to it"),
-        ({"n": 11}, "n", "'n' is 11, allowed is at most 10"),
-        ({"n": 0}, "n", "'n' is 0, allowed is at least 1"),
-        ({"n": 1.5}, "n", "'n' is 1.5, allowed is a whole number"),
-        ({"n": "many"}, "n", "'n' is 'many', allowed is a whole number"),
-        ({"n": [1]}, "n", "'n' is a list of 1, allowed is a whole number"),
-        ({"n": "x" * 5000}, "n", "'n' is text of 5000 characters, allowed is a whole number"),
-        ({"scale": 0}, "scale", "'scale' is 0, allowed is more than 0"),
-        ({"scale": 100}, "scale", "'scale' is 100, allowed is less than 100"),
-        ({"scale": {}}, "scale", "'scale' is an object, allowed is a number"),
-        ({"size": "1x1"}, "size", "'size' is '1x1', allowed is '256x256', '512x512' or 'auto'"),
-        ({"colour": "green"}, "colour", "'colour' is 'green', allowed is 'red' or 'blue'"),
-        ({"stream": "maybe"}, "stream", "'stream' is 'maybe', allowed is true or false"),
-        ({"sides": 5}, "sides", "'sides' is 5, allowed is a list"),
-        ({"sides": [1, "a"]}, "sides[1]", "'sides[1]' is 'a', allowed is a whole number"),
-        ({"sides": [1, 2, 3]}, "sides", "'sides' has 3 items, allowed are at most 2: shorten it"),
-        ({"picture": 5}, "picture", "'picture' is 5, allowed is text"),
-        ({"seed": 2**63}, "seed", f"'seed' is {2**63}, allowed is at most {2**63 - 1}"),
-        ({"even": 3}, "even", "'even' is 3, allowed is a multiple of 2"),
-        ({"sampler": "magic"}, "sampler", "the sampler is 'magic', allowed is euler"),
-        ({"name": "A"}, "name", "'name' is 'A', allowed is what matches ^[a-z]+$"),
+        ({"prompt": 5}, "prompt", "'prompt' is 5, but must be text"),
+        ({"prompt": None}, "prompt", "'prompt' is null, but must be text"),
+        ({"prompt": "secret" * 50}, "prompt", "'prompt' has 300 characters, but must have at most 100: shorten it"),
+        ({"prompt": ""}, "prompt", "'prompt' has 0 characters, but must have at least 1: add to it"),
+        ({"n": 11}, "n", "'n' is 11, but must be at most 10"),
+        ({"n": 0}, "n", "'n' is 0, but must be at least 1"),
+        ({"n": 1.5}, "n", "'n' is 1.5, but must be a whole number"),
+        ({"n": "many"}, "n", "'n' is 'many', but must be a whole number"),
+        ({"n": [1]}, "n", "'n' is a list of 1, but must be a whole number"),
+        ({"n": "x" * 5000}, "n", "'n' is text of 5000 characters, but must be a whole number"),
+        ({"scale": 0}, "scale", "'scale' is 0, but must be more than 0"),
+        ({"scale": 100}, "scale", "'scale' is 100, but must be less than 100"),
+        ({"scale": {}}, "scale", "'scale' is an object, but must be a number"),
+        ({"size": "1x1"}, "size", "'size' is '1x1', but must be '256x256', '512x512' or 'auto'"),
+        ({"colour": "green"}, "colour", "'colour' is 'green', but must be 'red' or 'blue'"),
+        ({"stream": "maybe"}, "stream", "'stream' is 'maybe', but must be true or false"),
+        ({"sides": 5}, "sides", "'sides' is 5, but must be a list"),
+        ({"sides": [1, "a"]}, "sides[1]", "'sides[1]' is 'a', but must be a whole number"),
+        ({"sides": [1, 2, 3]}, "sides", "'sides' has 3 items, but must have at most 2: shorten it"),
+        ({"picture": 5}, "picture", "'picture' is 5, but must be text"),
+        ({"seed": 2**63}, "seed", f"'seed' is {2**63}, but must be at most {2**63 - 1}"),
+        ({"even": 3}, "even", "'even' is 3, but must be a multiple of 2"),
+        ({"sampler": "magic"}, "sampler", "the sampler is 'magic', but must be euler"),
+        ({"name": "A"}, "name", "'name' is 'A', but must match ^[a-z]+$"),
         ({"sed": 1}, "sed", "'sed' is not a field of this request: remove it, or check its spelling"),
-        ({"n": 0, "scale": 0}, "n", "'n' is 0, allowed is at least 1 (and 1 more field)"),
-        ({"n": 0, "scale": 0, "even": 1}, "n", "'n' is 0, allowed is at least 1 (and 2 more fields)"),
+        ({"n": 0, "scale": 0}, "n", "'n' is 0, but must be at least 1 (and 1 more field)"),
+        ({"n": 0, "scale": 0, "even": 1}, "n", "'n' is 0, but must be at least 1 (and 2 more fields)"),
     ],
 )
 def test_a_wrong_field_is_one_line_that_says_what_was_given_and_what_is_allowed(
@@ -267,9 +267,9 @@ def test_a_wrong_field_is_one_line_that_says_what_was_given_and_what_is_allowed(
         (b"{", "the body is not valid JSON: check quotes, commas and brackets, and send it as UTF-8"),
         (b'{"prompt": "\xff"}', "the body cannot be read: check its Content-Type and that it is complete"),
         (b"", "the body is missing: send one, as /openapi.json describes"),
-        (b"[]", "the body is a list of 0, allowed is an object"),
-        (b'"text"', "the body is 'text', allowed is an object"),
-        (b'{"prompt": "a", "scale": NaN}', "'scale' is nan, allowed is a finite number"),
+        (b"[]", "the body is a list of 0, but must be an object"),
+        (b'"text"', "the body is 'text', but must be an object"),
+        (b'{"prompt": "a", "scale": NaN}', "'scale' is nan, but must be a finite number"),
         (b'{"prompt": "\\ud800"}', "'prompt' is "),
         (b'{"prompt": "a", "n": ' + b"9" * 10_000 + b"}", "the body cannot be read"),
         (b'{"prompt": "a", "n": ' + b"9" * 3_000 + b"}", "'n' is 999"),
@@ -299,10 +299,10 @@ def test_forms_and_queries_are_described_too() -> None:
     assert answer.status_code == 400
     assert (
         answer.json()["error"]["message"]
-        == "'image' is not a file, allowed is one: send the request as multipart/form-data"
+        == "'image' is not a file, but must be one: send the request as multipart/form-data"
     )
     answer = ask(app, "POST", "/v1/files", data={"n": "x"}, files={"image": ("a", io.BytesIO(b"x"))})
-    assert answer.json()["error"]["message"] == "'n' is 'x', allowed is a whole number"
+    assert answer.json()["error"]["message"] == "'n' is 'x', but must be a whole number"
     answer = ask(app, "POST", "/v1/files", content=b"--x", headers={"Content-Type": "multipart/form-data"})
     assert answer.status_code == 400
     assert (
@@ -312,7 +312,7 @@ def test_forms_and_queries_are_described_too() -> None:
     assert answer.json()["error"]["message"] == "'limit' is missing: add it to the address"
     answer = ask(app, "GET", "/v1/list?limit=101")
     assert answer.json()["error"] == {
-        "message": "'limit' is '101', allowed is at most 100",
+        "message": "'limit' is '101', but must be at most 100",
         "type": "invalid_request_error",
         "param": "limit",
         "code": "invalid_request",
@@ -327,7 +327,7 @@ def test_a_wrong_address_and_a_wrong_method_are_described() -> None:
     assert answer.json()["error"]["message"] == "there is nothing at this address: /openapi.json lists the routes"
     answer = ask(app, "DELETE", "/v1/images")
     assert (answer.status_code, answer.headers["Allow"]) == (405, "POST")
-    assert answer.json()["error"]["message"] == "this address does not take this method: allowed is POST"
+    assert answer.json()["error"]["message"] == "this address does not take this method, only POST"
     assert ask(app, "GET", "/sdapi/v1/absent").json()["error"] == "NotFound"
 
 

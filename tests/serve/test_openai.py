@@ -215,7 +215,7 @@ def test_others_are_answered_while_a_long_prompt_is_tokenized(
     refused = http.post("/v1/images/generations", json={"prompt": "y" * 20_001})
     assert (refused.status_code, refused.json()["error"]["message"]) == (
         400,
-        "the prompt has 20001 characters, allowed are 20000",
+        "the prompt has 20001 characters, but may have at most 20000: use fewer",
     )
 
 
@@ -581,7 +581,7 @@ def test_a_form_may_repeat_a_field_with_the_same_value(http: httpx.Client) -> No
         return http.post("/v1/images/edits", data={"prompt": "a cat", "steps": [*steps]}, files={"image": png()})
 
     assert edit("2", "2").status_code == 200
-    assert edit("2", "3").json()["error"]["message"] == "the field 'steps' was sent twice, allowed is one value"
+    assert edit("2", "3").json()["error"]["message"] == "the field 'steps' was sent twice, but may have only one value"
 
 
 def test_a_server_can_return_addresses_unless_a_request_asks_otherwise(start_server: Start) -> None:

@@ -212,7 +212,7 @@ def test_an_idle_server_accepts_ten_times_what_may_be_queued(
 
     async def scenario() -> None:
         pool = Pool(worker, model.manifest, max_wait=2)
-        with pytest.raises(Invalid, match="would take 21 seconds, allowed are 20: ask for fewer") as refusal:
+        with pytest.raises(Invalid, match="would take 21 seconds, but may take at most 20: ask for fewer") as refusal:
             pool.submit(ALICE, Request("a cat", steps=21))
         assert refusal.value.code == "too_much_work"
         with pool.submit(ALICE, Request("a cat", steps=20)), pytest.raises(Busy):
@@ -452,7 +452,7 @@ def test_a_full_queue_refuses_requests_unseen_though_nobody_was_refused(
     async def scenario() -> None:
         pool = Pool(worker, model.manifest, max_wait=100)
         large = pool.submit(ALICE, Request("a cat", steps=500))
-        with pytest.raises(Busy, match="ready in 500 seconds, allowed are 100"):
+        with pytest.raises(Busy, match="ready in 500 seconds, but at most 100 are allowed"):
             pool.check(ALICE)
         pool.check(BOB)  # whose turn comes earlier
         large.cancel()

@@ -288,7 +288,7 @@ def test_wrong_arguments_are_named() -> None:
 
     with pytest.raises(UsageError, match=r"no bundle was given"):
         build({})
-    with pytest.raises(UsageError, match=r"there is no argument 'rows', allowed are .*bundle, .*max_rows"):
+    with pytest.raises(UsageError, match=r"there is no argument 'rows': use one of .*bundle, .*max_rows"):
         build({"bundle": "b", "rows": 3})
-    with pytest.raises(UsageError, match=r"max_replicas is 'many', allowed is a number"):
+    with pytest.raises(UsageError, match=r"max_replicas is 'many', but must be a number"):
         build({"bundle": "b", "max_replicas": "many"})

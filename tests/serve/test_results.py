@@ -63,7 +63,7 @@ def test_a_tenant_has_room_for_pictures_again_once_its_oldest_has_expired(tmp_pa
         results.put(alice, bytes(40), "png")
 
     with (
-        pytest.raises(Busy, match=r"140 bytes of your pictures are kept .* these may have 11") as refused,
+        pytest.raises(Busy, match=r"140 bytes of your pictures are kept .* these could have 11") as refused,
         reserved(results, alice, 11),
     ):
         pass
@@ -213,7 +213,7 @@ def test_a_request_that_can_never_be_kept_is_not_one_to_send_again(tmp_path: Pat
 
     with (
         pytest.raises(
-            Forbidden, match=f"may have 100 bytes, allowed to be kept are {allowed}: leave out the Idempotency-Key"
+            Forbidden, match=f"could have 100 bytes, but at most {allowed} can be kept: leave out the Idempotency-Key"
         ),
         reserved(results, Tenant("alice", max_result_bytes=allowed), 100),
     ):

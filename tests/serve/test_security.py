@@ -375,11 +375,13 @@ def test_the_quotas_of_a_key_hold_over_http_and_say_what_is_allowed(start_server
         return answer.status_code, error["code"], error["message"]
 
     assert [put(words, name).status_code for name in ("a", "b", "a")] == [201, 201, 200]
-    assert refusal(put(words, "c")) == (403, "quota_exceeded", "you have 2 words, allowed are 2: delete some first")
+    message = "you have 2 words, and may have at most 2: delete some first"
+    assert refusal(put(words, "c")) == (403, "quota_exceeded", message)
     assert put(size, "a").status_code == 201
     status, code, message = refusal(put(size, "b", rows=40))
     assert (status, code) == (403, "quota_exceeded")
-    assert re.fullmatch(r"this word has \d+ bytes, your others \d+, allowed are 3000 together: .+", message)
+    expected = r"this word has \d+ bytes and your others have \d+, but together they may have at most 3000: .+"
+    assert re.fullmatch(expected, message)
     assert put(size, "b").status_code == 201
 
     with Running(running.url, running.state, steps).client() as client:

@@ -547,7 +547,8 @@ def test_a_lookup_reads_one_file_however_many_words_there_are(tmp_path: Path) ->
 def test_a_word_that_would_be_too_large_is_refused(tmp_path: Path) -> None:
     store = WordStore(str(tmp_path))
 
-    with pytest.raises(ConceptError, match="the file of '<toy>' would have 2400128 bytes, allowed are 1048576"):
+    message = "the file of '<toy>' would have 2400128 bytes, but at most 1048576 are allowed"
+    with pytest.raises(ConceptError, match=message):
         store.put("alice", Concept("<toy>", {"text_encoder": np.ones((75, 8000), np.float32)}))
     with pytest.raises(ConceptError, match="provenance"):
         store.put("alice", word(note="x" * (3 << 20)))

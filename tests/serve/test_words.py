@@ -203,7 +203,7 @@ def test_a_malformed_prompt_is_a_usage_error(words: Words) -> None:
 def test_a_request_may_not_name_more_than_256_words(words: Words, store: WordStore) -> None:
     files = Files(store)
 
-    with pytest.raises(Invalid, match="257 words, allowed are 256"):
+    with pytest.raises(Invalid, match="257 words, but at most 256 are allowed"):
         run(words.resolve(ALICE, ["".join(f"<w{number}>" for number in range(257))], False))
     assert files.calls == []
 
@@ -382,7 +382,7 @@ def test_the_quota_of_words_is_kept(words: Words) -> None:
     run(words.put(tenant, word("a")))
     run(words.put(tenant, word("b")))
 
-    with pytest.raises(Forbidden, match="you have 2 words, allowed are 2: delete some first") as info:
+    with pytest.raises(Forbidden, match="you have 2 words, and may have at most 2: delete some first") as info:
         run(words.put(tenant, word("c")))
     assert (info.value.status, info.value.code) == (403, "quota_exceeded")
     assert run(words.put(tenant, word("b", 2))).generation == 2
@@ -398,7 +398,8 @@ def test_the_quota_of_bytes_is_kept_also_for_words_of_other_servers(
     tenant = Tenant("alice", max_bytes=2 * size)
     run(words.put(tenant, word("b")))
 
-    with pytest.raises(Forbidden, match=f"your others {2 * size}, allowed are {2 * size} together"):
+    message = f"your others have {2 * size}, but together they may have at most {2 * size}: delete"
+    with pytest.raises(Forbidden, match=message):
         run(words.put(tenant, word("c")))
     run(words.put(tenant, word("b", 2)))
     assert sum(record.bytes for record in run(words.list(tenant))) == 2 * size

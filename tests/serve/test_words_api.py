@@ -215,8 +215,12 @@ WRONG: list[tuple[str, dict[str, torch.Tensor], str]] = [
     ("SDXL", {"clip_l": TENSOR, "clip_g": torch.from_numpy(WIDE)}, "text_encoder_2, this model's encoders are"),
     ("layers", dict.fromkeys(XTI_KEYS, TENSOR), "rows for 16 cross-attention layers, this model has"),
     ("NaN", {"<nan>": TENSOR * float("nan")}, "NaN or infinity: its training failed, train it again"),
-    ("whole numbers", {"<int>": torch.ones(2, WIDTH, dtype=torch.int32)}, "'I32', allowed are F16, F32, F64, BF16"),
-    ("76 vectors", {"<long>": torch.ones(76, WIDTH)}, "76 vectors, allowed are 1 to 75"),
+    (
+        "whole numbers",
+        {"<int>": torch.ones(2, WIDTH, dtype=torch.int32)},
+        "'I32', but must be one of F16, F32, F64, BF16",
+    ),
+    ("76 vectors", {"<long>": torch.ones(76, WIDTH)}, "76 vectors, but must have 1 to 75"),
     ("a path", {"../../evil": TENSOR}, "looks like a path"),
 ]
 
@@ -278,7 +282,7 @@ def test_a_second_file_is_refused_by_its_number(http: httpx.Client) -> None:
 
     answer = http.post("/v1/words", files=files)
 
-    assert (answer.status_code, message_of(answer)) == (400, "too many files were sent, allowed is 1")
+    assert (answer.status_code, message_of(answer)) == (400, "too many files were sent: send at most 1")
 
 
 def metadata_of(file: bytes) -> dict[str, str]:

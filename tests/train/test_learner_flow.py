@@ -263,9 +263,9 @@ def test_words_of_transformers_are_learned_at_the_recipes_size(
         *_, last = learn(source, [task], recipe)
         assert math.isfinite(last.history[0][0])
     for settings, message in (
-        ({"size": 88}, "size is 88: allowed are multiples of 16 up to 384, for "),
-        ({"size": 400}, "size is 400: allowed are multiples of 16 up to 384, for "),
-        ({"size": 208, "buckets": True}, "size is 208: allowed are multiples of 16 up to 192 with buckets, for "),
+        ({"size": 88}, "size is 88, but must be a multiple of 16 and at most 384 for "),
+        ({"size": 400}, "size is 400, but must be a multiple of 16 and at most 384 for "),
+        ({"size": 208, "buckets": True}, "size is 208 with buckets, but must be a multiple of 16 and at most 192 for "),
     ):
         with pytest.raises(UsageError, match=message):
             picture_size(load_source(tiny_sd3_dir), QUICK.with_changes(**settings))

@@ -118,7 +118,7 @@ def test_a_program_disguised_as_a_picture_is_not_run(tmp_path: Path) -> None:
     program = "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\n(all your files) run\n%%EOF\n"
     (tmp_path / "a.png").write_text(program)
 
-    with pytest.raises(FileError, match=r"a\.png cannot be read as a picture: allowed are PNG, JPEG"):
+    with pytest.raises(FileError, match=r"a\.png cannot be read as a picture: its format must be one of PNG, JPEG"):
         read_picture(tmp_path / "a.png", 64)
 
 

@@ -49,8 +49,8 @@ def test_pictures_are_learned_at_the_recipes_size(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"size": 44}, "size is 44: allowed are multiples of 8, for "),
-        ({"size": 40, "buckets": True}, "size is 40: allowed are multiples of 16 with buckets, for "),
+        ({"size": 44}, "size is 44, but must be a multiple of 8 for "),
+        ({"size": 40, "buckets": True}, "size is 40 with buckets, but must be a multiple of 16 for "),
     ],
 )
 def test_a_size_that_a_unet_cannot_take_is_refused(

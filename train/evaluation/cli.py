@@ -10,9 +10,9 @@ from typing import Any
 
 import click
 
-from oneword.engines.errors import FileError, UsageError
+from oneword.engines.errors import FileError, UsageError, counted
 from oneword.engines.files import write_whole
-from oneword.runtime.commands import HELP, PATH, counted, exit_status, json_option, refuse_file, version_option
+from oneword.runtime.commands import HELP, PATH, exit_status, json_option, refuse_file, version_option
 from oneword.runtime.concept import load_concept
 from oneword.runtime.model import Model
 from oneword.train.evaluation.prompts import LIKENESS_PROMPT, PROMPTS, STYLE_LIKENESS_PROMPT
