@@ -6,6 +6,7 @@ Not covered: the time that a body may take, and who may send it (`serve.middlewa
 import asyncio
 import contextlib
 import json
+import os
 import socket
 import sys
 from collections.abc import Iterator
@@ -26,7 +27,8 @@ class Connection(H11Protocol):
     """Closes a connection whose request head takes too long; cuts one off whose client stopped reading.
 
     Reads in small pieces: a request is refused after its head has arrived, before much of its body has. On Linux, a
-    slow upload with a Content-Length stays in the kernel until such a piece, or the whole body, is there.
+    slow upload with a Content-Length stays in the kernel until such a piece, or the whole body, is there: an app that
+    refuses a body by its beginning waits for that too. Not for TLS, where bytes of a body are not those of the socket.
     """
 
     head_seconds = 60.0
@@ -55,6 +57,8 @@ class Connection(H11Protocol):
             self._await_head()
 
     def on_response_complete(self) -> None:
+        if self._wanted > 1 and self.transport.is_closing():
+            self._drop_received()
         with self._counting_body():  # of a next request that came before this answer was complete
             super().on_response_complete()
 
@@ -97,6 +101,12 @@ class Connection(H11Protocol):
             self._want(min(self._body_left, _READ_BYTES))
         else:
             self._want(1)
+
+    def _drop_received(self) -> None:
+        """Drops what the kernel holds of a body. Closing the socket with it would reset the connection, and the client
+        might not see its answer."""
+        with contextlib.suppress(OSError):
+            os.read(self.transport.get_extra_info("socket").fileno(), _READ_BYTES)
 
     def _want(self, size: int) -> None:
         """Lets the kernel wait for so many bytes, at least 1, or the end of the stream, before it reports that there is

@@ -582,6 +582,19 @@ def test_a_body_in_chunks_has_no_length(headers: list[tuple[bytes, bytes]], leng
     assert content_length(headers) == length
 
 
+def test_a_connection_with_half_a_body_is_closed_and_not_reset() -> None:
+    with serving(make_app(body_seconds=0.3)) as server:
+        for _ in range(5):
+            with server.connect() as connection:
+                connection.sendall(head("POST", "/v1/swallows", "Content-Length: 9000"))
+                time.sleep(0.05)
+                connection.sendall(b"x" * 1000)
+                answer = b""
+                while piece := connection.recv(65536):  # raises ConnectionResetError after a reset
+                    answer += piece
+            assert answer.startswith(b"HTTP/1.1 408 ")
+
+
 def test_a_client_that_sends_on_after_its_answer_keeps_the_connection_open() -> None:
     with serving(make_app(), keep_alive=1) as server, server.connect() as connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
