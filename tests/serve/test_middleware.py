@@ -545,13 +545,13 @@ def test_a_body_in_pieces_does_not_hold_up_the_next_request_whether_it_is_used_o
 def test_the_body_of_a_request_that_came_with_the_one_before_may_be_late() -> None:
     first, second = (json.dumps({"prompt": "a" * length}).encode() for length in (3000, 70))
     lines = "Content-Type: application/json", "Content-Length: "
-    both = [head("POST", "/v1/prompt", lines[0], f"{lines[1]}{len(body)}") + body for body in (first, second)]
+    requests = [head("POST", "/v1/prompt", lines[0], f"{lines[1]}{len(body)}") + body for body in (first, second)]
     with serving(make_app()) as server, server.connect() as connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connection.sendall(both[0] + both[1][:-60])
+        connection.sendall(requests[0] + requests[1][:-60])
         read_until(connection, b"3000")
         for start in (-60, -59):
-            connection.sendall(both[1][start : start + 1 if start < -59 else None])
+            connection.sendall(requests[1][start : start + 1 if start < -59 else None])
             time.sleep(0.05)
         assert read_until(connection, b"\r\n\r\n70").startswith(b"HTTP/1.1 200 ")
 
