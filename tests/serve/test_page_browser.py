@@ -181,7 +181,9 @@ class Visit:
             self.page.wait_for_selector(".chip")
 
     def go(self, part: str) -> None:
-        self.page.click(f'nav a[href="#/{part}"]')
+        link = f'nav a[href="#/{part}"]'
+        self.page.click(link)
+        self.page.wait_for_selector(f"{link}[aria-current=page]")  # the part before is gone
 
     def draw(self, prompt: str, *, steps: int = 6, count: int = 2) -> None:
         """Fills in the form and starts."""
