@@ -42,7 +42,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from oneword.engines.errors import FileError, OnewordError, UsageError, one_line
+from oneword.engines.errors import FileError, OnewordError, UsageError, one_line, one_of
 from oneword.engines.files import file_digest
 from oneword.export.loras import Lora, fuse
 
@@ -403,7 +403,7 @@ def hub_files(names: Sequence[str]) -> list[str]:
 def load_component(path: Path, name: str, class_name: str, dtype: torch.dtype) -> Any:
     """Loads one component of a diffusers directory with the class that model_index.json names."""
     if class_name not in COMPONENTS:
-        raise UsageError(f"{name} is a {class_name}: give a model with one of {', '.join(sorted(COMPONENTS))}")
+        raise UsageError(f"{name} is a {class_name}: give a model with {one_of(sorted(COMPONENTS))}")
     folder = path / name
     if not folder.is_dir():
         raise FileError(f"{path} names a component {name} but has no such folder: download the model again")

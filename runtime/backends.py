@@ -4,7 +4,7 @@ import importlib.util
 from collections.abc import Iterator
 from typing import Final
 
-from oneword.engines.errors import EngineError, MissingPackage, OnewordError, UsageError
+from oneword.engines.errors import EngineError, MissingPackage, OnewordError, UsageError, one_of
 from oneword.engines.graph import Precision, Weights
 from oneword.engines.open import Backend, gpu_stream
 from oneword.runtime.bundle import PLANS, Bundle
@@ -30,8 +30,7 @@ def choose_backend(bundle: Bundle, name: Backend | str = AUTO) -> tuple[Backend,
         try:
             return Backend(name), ""
         except ValueError:
-            names = ", ".join([AUTO, *(backend.value for backend in Backend)])
-            raise UsageError(f"no backend is called {name!r}: choose one of {names}") from None
+            raise UsageError(f"no backend is called {name!r}: choose {one_of([AUTO, *Backend])}") from None
     reasons: list[str] = []
     for backend in FASTEST_FIRST:
         if (reason := next(_obstacles(bundle, backend), None)) is None:

@@ -27,7 +27,7 @@ from typing import Annotated, Any, Self
 
 import msgspec
 
-from oneword.engines.errors import BundleError, FileError, UsageError, one_line
+from oneword.engines.errors import BundleError, FileError, UsageError, one_line, one_of
 from oneword.engines.files import file_digest, lock_folder, read_stamps, stamp, sync, write_stamps
 from oneword.engines.graph import Graph, digest_of
 from oneword.engines.plans import PlanCache
@@ -377,9 +377,7 @@ def _check_references(folder: Path, manifest: Manifest) -> None:
     if masked != (conditioning.attended_padding is not None):
         raise _invalid(f"the bundle {folder} has attended_padding without a context_mask, or the reverse")
     if unknown := set(conditioning.time_ids) - set(TIME_IDS):
-        raise _invalid(
-            f"the bundle {folder} has the time id {min(unknown)!r}, but each must be one of {', '.join(TIME_IDS)}"
-        )
+        raise _invalid(f"the bundle {folder} has the time id {min(unknown)!r}, but each must be {one_of(TIME_IDS)}")
     for name, graph in graphs.items():
         if not graph.files:
             raise _invalid(f"graph {name!r} of the bundle {folder} has no file")

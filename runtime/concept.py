@@ -33,7 +33,7 @@ import numpy as np
 import numpy.typing as npt
 import safetensors.numpy
 
-from oneword.engines.errors import ConceptError, OnewordError, UsageError, counted
+from oneword.engines.errors import ConceptError, OnewordError, UsageError, counted, one_of
 from oneword.engines.files import write_whole
 
 Vectors: TypeAlias = npt.NDArray[np.float32]
@@ -364,7 +364,7 @@ def _named_rows(tensors: Mapping[str, Vectors], metadata: Mapping[str, str], nam
     if other := [key for key, value in tensors.items() if value.shape[-1:] == (_OTHER_ENCODERS.get(key),)]:
         raise ConceptError(
             f"{name} has vectors for {other[0]}, a text encoder of no supported model: "
-            f"the encoder must be one of {', '.join(sorted(KEY_ENCODERS))}"
+            f"the encoder must be {one_of(sorted(KEY_ENCODERS))}"
         )
     if set(tensors) == set(XTI_KEYS):
         if len({value.shape for value in tensors.values()}) > 1 or tensors["MID"].ndim != 2:
@@ -583,7 +583,7 @@ def parse_tensor(data: memoryview, key: str, entry: Any, name: str) -> tuple[Vec
         case _:
             raise ConceptError(f"{name}: {key[:80]!r} is not described by dtype, shape and data_offsets")
     if dtype not in _DTYPES:
-        raise ConceptError(f"{name}: {key[:80]!r} is {dtype[:20]!r}, but must be one of {', '.join(_DTYPES)}")
+        raise ConceptError(f"{name}: {key[:80]!r} is {dtype[:20]!r}, but must be {one_of(_DTYPES)}")
     sizes = [size for size in shape if type(size) is int and 0 < size <= MAX_FILE_BYTES]
     if len(sizes) != len(shape) or not 1 <= len(shape) <= _MAX_AXES:
         raise ConceptError(f"{name}: {key[:80]!r} has shape {shape}, a word is [n, D], 1 <= n <= {MAX_VECTORS}"[:300])
@@ -669,7 +669,7 @@ def _file_key(encoder: str, width: int) -> str:
     if encoder == "text_encoder_qwen3" and width == _QWEN3_8B_WIDTH:
         return "qwen3_8b"
     if encoder not in ENCODER_KEYS:
-        raise ConceptError(f"encoder {encoder!r} has no key in a file: it must be one of {', '.join(ENCODER_KEYS)}")
+        raise ConceptError(f"encoder {encoder!r} has no key in a file: it must be {one_of(ENCODER_KEYS)}")
     return ENCODER_KEYS[encoder]
 
 

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from oneword.engines.errors import BundleError, UsageError
+from oneword.engines.errors import BundleError, UsageError, one_of
 from oneword.runtime.bundle import Manifest
 from oneword.runtime.concept import Concept
 from oneword.runtime.prompt import check_prompt
@@ -255,7 +255,7 @@ def _known(field: str, name: str, choices: type[Choice]) -> Choice:
     try:
         return choices(name)
     except ValueError:
-        raise UsageError(f"{field} is {name!r}, but must be one of {', '.join(choices)}") from None
+        raise UsageError(f"{field} is {name!r}, but must be {one_of(choices)}") from None
 
 
 def _default_sampler(name: str) -> Sampler:
@@ -263,7 +263,7 @@ def _default_sampler(name: str) -> Sampler:
         return Sampler(name)
     except ValueError:
         raise BundleError(
-            f"bundle.json names {name!r} as the default sampler, but must name one of {', '.join(Sampler)}"
+            f"bundle.json names {name!r} as the default sampler, but must name {one_of(Sampler)}"
         ) from None
 
 

@@ -314,7 +314,7 @@ def _cfg_pp(update: Update, levels: Levels, sampler: Sampler) -> Update:
     """CFG++ (arXiv 2406.08070): what a step keeps of its noise is that of the unconditional prediction."""
     if sampler not in _FIRST_ORDER:
         raise UsageError(
-            f"guidance is cfg++ with the sampler {sampler}, but the sampler must be one of {', '.join(_FIRST_ORDER)}"
+            f"guidance is cfg++ with the sampler {sampler}, but the sampler must be {one_of(_FIRST_ORDER)}"
         )
     moved = update.sample * levels.alpha
     return update._replace(denoised=update.denoised + moved, uncond=-moved)
@@ -418,9 +418,7 @@ def default_sampler(scheduler_config: Mapping[str, Any], kind: ScheduleKind) -> 
 
 def _flow_method(sampler: Sampler, spacing: Spacing | None, guidance: Guidance) -> _Method:
     if sampler not in _FLOW_METHODS:
-        raise UsageError(
-            f"the sampler {sampler} does not suit flow matching: it must be one of {', '.join(_FLOW_METHODS)}"
-        )
+        raise UsageError(f"the sampler {sampler} does not suit flow matching: it must be {one_of(_FLOW_METHODS)}")
     if spacing is not None:
         raise UsageError(f"spacing is {spacing}, a model of flow matching has its own: leave it out")
     if guidance not in (allowed := guidance_for(ScheduleKind.FLOW)):

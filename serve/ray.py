@@ -20,7 +20,7 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy
 from starlette.types import ASGIApp
 
-from oneword.engines.errors import EngineError, UsageError
+from oneword.engines.errors import EngineError, UsageError, one_of
 from oneword.serve.app import build_state, create_app
 from oneword.serve.command import SWITCH_SECONDS, log_to_standard_error
 from oneword.serve.settings import Settings
@@ -101,8 +101,8 @@ def app(arguments: Mapping[str, Any]) -> serve.Application:
     settings = Settings(**{name: _typed(name, value) for name, value in arguments.items() if name in _names(Settings)})
     scaling = Scaling(**{name: _number(name, arguments[name]) for name in arguments if name in _names(Scaling)})
     if unknown := arguments.keys() - _names(Settings) - _names(Scaling):
-        allowed = ", ".join(sorted(_names(Settings) | _names(Scaling)))
-        raise UsageError(f"there is no argument {min(unknown)!r}: use one of {allowed}")
+        allowed = one_of(sorted(_names(Settings) | _names(Scaling)))
+        raise UsageError(f"there is no argument {min(unknown)!r}: use {allowed}")
     deployment: Any = serve.deployment(
         serve.ingress()(Replica),
         name="oneword",

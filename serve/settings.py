@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
 
-from oneword.engines.errors import UsageError
+from oneword.engines.errors import UsageError, one_of
 from oneword.engines.open import Backend
 from oneword.runtime.backends import AUTO
 
@@ -106,7 +106,7 @@ class Settings:
         if not self.words:
             raise UsageError("--words is empty: pass a folder or a URL")
         if self.engine not in (choices := (AUTO, *(backend.value for backend in Backend))):
-            raise UsageError(f"--engine is {self.engine!r}, but must be one of {', '.join(choices)}")
+            raise UsageError(f"--engine is {self.engine!r}, but must be {one_of(choices)}")
         if self.max_rows < 1:
             raise UsageError(f"--max-rows is {self.max_rows}, but must be at least 1")
         if self.threads is not None and self.threads < 1:

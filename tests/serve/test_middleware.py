@@ -224,7 +224,10 @@ class Server(uvicorn.Server):
         return host, port
 
     def connect(self) -> socket.socket:
-        return socket.create_connection(self.address, timeout=20)
+        """A connection that sends every piece at once."""
+        connection = socket.create_connection(self.address, timeout=20)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return connection
 
 
 @contextlib.contextmanager
@@ -519,7 +522,6 @@ def test_a_slow_upload_is_read_in_few_pieces_and_its_connection_is_used_again() 
     body = json.dumps({"prompt": "a" * 40_000}).encode()
     request = head("POST", "/v1/prompt", "Content-Type: application/json", f"Content-Length: {len(body)}") + body
     with serving(make_app()) as server, server.connect() as connection:
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for _ in range(2):
             before = server.reads
             for start in range(0, len(request), 200):
@@ -547,7 +549,6 @@ def test_the_body_of_a_request_that_came_with_the_one_before_may_be_late() -> No
     lines = "Content-Type: application/json", "Content-Length: "
     requests = [head("POST", "/v1/prompt", lines[0], f"{lines[1]}{len(body)}") + body for body in (first, second)]
     with serving(make_app()) as server, server.connect() as connection:
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.sendall(requests[0] + requests[1][:-60])
         read_until(connection, b"3000")
         for start in (-60, -59):
@@ -561,7 +562,6 @@ def test_a_body_in_chunks_ends_with_its_last_chunk_whatever_its_length_is_said_t
     chunks = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
     lines = "Content-Type: application/json", "Content-Length: 50000", "Transfer-Encoding: chunked"
     with serving(make_app()) as server, server.connect() as connection:
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for piece in (head("POST", "/v1/prompt", *lines), chunks[:20], chunks[20:]):
             connection.sendall(piece)
             time.sleep(0.05)
@@ -597,14 +597,13 @@ def test_a_connection_with_half_a_body_is_closed_and_not_reset() -> None:
 
 def test_a_client_that_sends_on_after_its_answer_keeps_the_connection_open() -> None:
     with serving(make_app(), keep_alive=1) as server, server.connect() as connection:
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.sendall(head("POST", "/v1/unread", "Content-Length: 30000"))
-        read_until(connection, b"unread")
+        assert read_until(connection, b"unread").startswith(b"HTTP/1.1 200 ")
         for _ in range(30):  # longer than an idle connection is kept
             connection.sendall(b"x" * 100)
             time.sleep(0.05)
         connection.sendall(b"x" * 27_000 + head("GET", "/v1/who"))
-        read_until(connection, b'"tenant"')
+        assert read_until(connection, b'"tenant"').startswith(b"HTTP/1.1 200 ")
 
 
 def test_a_client_that_leaves_in_the_middle_of_its_body_is_noticed() -> None:
