@@ -40,7 +40,7 @@ MAX_JSON: Final = 40 << 10  # of the 64 KiB that a concept file's header may hav
 MAX_START: Final = 24 << 10  # for a learned start: 12 rows of 768, four of 768 and 1280, one of these and 4096
 PROVENANCE_KEY: Final = "refinement"
 
-PRIOR, NOISE = 0.5, 0.7  # standard deviations of a word's effect and of a candidate's score
+PRIOR, NOISE = 0.7, 0.5  # standard deviations of a word's effect and of a candidate's score
 LIKED, DISLIKED = 1.0, 0.25  # Rocchio's weights
 COMPONENTS: Final = 8  # of each encoder, for the local search
 SIGMA, DECAY = 0.06, 0.93  # size of the local search's steps, beside rows of length 1
@@ -284,7 +284,22 @@ def _choices(state: Refinement) -> tuple[Choice, ...]:
     mean, covariance = posterior(state)
     noise = rng.standard_normal((state.candidates - 1, len(mean)))
     drawn = _by_aspect(state, mean + noise @ np.linalg.cholesky(covariance).T)
-    return (best_choice(state), *zip(*(part.argmax(1).tolist() for part in drawn), strict=True))
+    history = [choice for judged in state.rounds for choice in judged.choices]
+    words = [_best_of_draws(draws, {choice[number] for choice in history}) for number, draws in enumerate(drawn)]
+    return (best_choice(state), *zip(*words, strict=True))
+
+
+def _best_of_draws(draws: npt.NDArray[np.float64], earlier: set[int]) -> list[int]:
+    """The best word of each draw [K, W]. A word that is not in `earlier` rounds is taken by one draw only, while there
+    are others: the fewer words repeat, the sooner all are seen."""
+    best: list[int] = []
+    new: set[int] = set()
+    for values in draws:
+        if len(new) == len(values):
+            new.clear()
+        best.append(max((word for word in range(len(values)) if word not in new), key=values.__getitem__))
+        new |= {best[-1]} - earlier
+    return best
 
 
 def _indicators(state: Refinement, choices: Sequence[Choice]) -> npt.NDArray[np.float64]:

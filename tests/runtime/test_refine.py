@@ -100,8 +100,9 @@ def test_equal_levels_share_the_mean_of_their_scores() -> None:
 
 def test_the_posterior_of_one_round_is_the_closed_form() -> None:
     # Scores 0, a, -a for none, star, ring, where a is the normal quantile of 2.625 / 3.25. Centred, the design has the
-    # eigenvalue 1 along (1, -1) and 1/3 along (1, 1); a ridge of (noise / prior)^2 = 1.96 is added to both.
-    a, noise = 0.86942, 0.7
+    # eigenvalue 1 along (1, -1) and 1/3 along (1, 1); a ridge of (noise / prior)^2 is added to both.
+    a, noise, prior = 0.86942, 0.5, 0.7
+    ridge = (noise / prior) ** 2
     state = refinement(
         candidates=3,
         aspects=(ASPECTS[1],),
@@ -110,8 +111,8 @@ def test_the_posterior_of_one_round_is_the_closed_form() -> None:
 
     mean, covariance = posterior(state)
 
-    assert mean == pytest.approx([a / 2.96, -a / 2.96], abs=1e-5)
-    difference, total = noise**2 / (1 + 1.96), noise**2 / (1 / 3 + 1.96)
+    assert mean == pytest.approx([a / (1 + ridge), -a / (1 + ridge)], abs=1e-5)
+    difference, total = noise**2 / (1 + ridge), noise**2 / (1 / 3 + ridge)
     assert covariance == pytest.approx(
         np.array([[total + difference, total - difference], [total - difference, total + difference]]) / 2
     )
@@ -121,7 +122,7 @@ def test_before_the_first_round_every_word_has_the_prior() -> None:
     mean, covariance = posterior(refinement())
 
     assert not mean.any()
-    np.testing.assert_allclose(covariance, 0.25 * np.eye(5))
+    np.testing.assert_allclose(covariance, 0.7**2 * np.eye(5))
     assert best_choice(refinement()) == (NONE, NONE)
 
 
@@ -234,6 +235,25 @@ def test_liked_words_come_more_often() -> None:
 
     assert state.words["colour"] == "green"
     assert sum("green" in label for label in labels) > 8  # a third of 16 by chance
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_round_shows_a_word_that_was_in_no_round_before_once(seed: int) -> None:
+    state, earlier = refinement(seed=seed, aspects=(Aspect("shape", tuple(NAMES)),), aspect_rounds=8), set[str]()
+    for _ in range(8):
+        words = [concept.provenance["aspects"] for concept in propose(state, lexicon())[1:]]
+        new = [word for word in words if word not in earlier]
+        assert len(set(new)) == len(new)
+        earlier |= set(words)
+        state = judge(state, likes=[1], dislikes=[2])
+
+    assert earlier == set(NAMES)
+
+
+def test_a_round_shows_all_words_of_a_short_aspect() -> None:
+    words = [concept.provenance["aspects"] for concept in propose(refinement(aspects=ASPECTS[1:]), lexicon())[1:]]
+
+    assert {words.count(word) for word in ASPECTS[1].words} == {2, 3}
 
 
 # ---- local search ---------------------------------------------------------------------------------------------------
