@@ -1,5 +1,6 @@
 """A labelled grid of pictures: a row per prompt, a column per word and seed. No model, no files."""
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -153,8 +154,8 @@ def _lines(text: str, width: int, font: Font) -> list[str]:
             continue
         lines += [word] if lines[-1] else []
         lines[-1] = word
-        while font.getlength(lines[-1]) > width and len(lines[-1]) > 1:
-            split = next(n for n in range(len(lines[-1]), 0, -1) if n == 1 or font.getlength(lines[-1][:n]) <= width)
+        while len(lines[-1]) > 1 and font.getlength(start := lines[-1][: width + 1]) > width:  # letters have a pixel
+            split = max(1, bisect_left(range(1, len(start)), True, key=lambda n: font.getlength(start[:n]) > width))
             lines[-1:] = [lines[-1][:split], lines[-1][split:]]
     return lines
 

@@ -26,7 +26,7 @@ MAX_TEXTS: Final = 32
 """Different texts that one prompt may have, one after another."""
 
 _PIECE: Final = re.compile(rf"\\[^{{]|{SLIDER.pattern}|[\[\]():|]|[^\\\[\]():|{{]+|.", re.DOTALL)
-_NUMBER: Final = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*")
+_NUMBER: Final = re.compile(r"\s*([+-]?(?:\d++\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*")
 
 
 @dataclass(eq=False)

@@ -1,5 +1,7 @@
 """Labelled grids of pictures."""
 
+import time
+
 import numpy as np
 import pytest
 
@@ -60,6 +62,18 @@ def test_a_long_label_is_wrapped_and_the_row_grows() -> None:
     assert left <= 340
     assert second > top + 300  # below the label's many lines
     assert ink(grid[top:second, left - 8 : left]) == 0  # which end before the picture
+
+
+@pytest.mark.parametrize("label", ["图" * 2000, "x" * 2000])
+def test_a_long_label_without_spaces_is_wrapped_in_little_time(label: str) -> None:
+    """Chinese and Japanese prompts have none. Measuring every beginning of every line took three minutes."""
+    start = time.process_time()
+    grid = labelled_grid([[flat(COLOURS[0])]], [label], [], smallest=1)
+    assert time.process_time() - start < 5
+
+    [(_, left, _, _)] = boxes(grid, COLOURS[:1])
+    assert left <= 340
+    assert len(grid) > 17 * 2000 // (320 // 5)  # lines of 17 pixels, of at most 64 letters, which have 5 or more
 
 
 def test_a_grid_without_labels_has_only_pictures() -> None:

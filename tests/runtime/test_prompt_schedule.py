@@ -1,5 +1,7 @@
 """Prompt schedules against A1111's own test table, their limits, and the pictures they draw."""
 
+import contextlib
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -223,3 +225,12 @@ def test_fractions_count_the_steps_that_strength_leaves(tiny_bundle: Path) -> No
     assert settings.prompts == ["a", "a", "b", "b"]
     assert settings.negative_prompts == ["", "", "", "c"]
     assert settings.texts == ["a", "b", "", "c"]
+
+
+@pytest.mark.parametrize("prompt", ["[a:b:{}x]", "{{<a>|<b>:{}"])
+def test_many_digits_are_read_in_linear_time(prompt: str) -> None:
+    """Digit by digit, from each digit on, they take 9 and 32 seconds."""
+    start = time.process_time()
+    with contextlib.suppress(UsageError):
+        prompts_by_step(prompt.format("1" * 19_900), 50)
+    assert time.process_time() - start < 2
