@@ -27,7 +27,7 @@ from oneword.engines.engine import (
     check_dtype,
     numpy_dtype,
 )
-from oneword.engines.errors import EngineError, MissingPackage
+from oneword.engines.errors import EngineError, not_imported
 from oneword.engines.graph import TensorSpec
 
 _NO_TIMING = 2  # cudaEventDisableTiming
@@ -201,8 +201,10 @@ class CudaStream:
         finally:
             if collecting:
                 gc.enable()
-        executable = call("cudaGraphInstantiate", graph, 0)
-        call("cudaGraphDestroy", graph)
+        try:
+            executable = call("cudaGraphInstantiate", graph, 0)
+        finally:
+            call("cudaGraphDestroy", graph)
         return _Captured(self, executable)
 
     def record(self) -> Event:
@@ -316,7 +318,7 @@ def _runtime() -> Any:
     try:
         from cuda.bindings import runtime  # pyright: ignore[reportAttributeAccessIssue]
     except ImportError as error:
-        raise MissingPackage("cuda-python", "cuda") from error
+        raise not_imported("cuda-python", "cuda", error) from error
     return runtime
 
 

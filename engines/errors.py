@@ -68,6 +68,14 @@ class NotFinite(EngineError):
     """A graph produced NaN or infinity; the message names the graph and the rows."""
 
 
+def not_imported(package: str, extra: str, error: ImportError) -> OnewordError:
+    """What to raise if an optional package cannot be imported: MissingPackage if it, or one that it needs, is not
+    installed; else EngineError with the reason, such as a shared library that is missing."""
+    if isinstance(error, ModuleNotFoundError):
+        return MissingPackage(package, extra)
+    return EngineError(f"{package} is installed but cannot be imported: {one_line(error)}")
+
+
 def without_frames(error: OnewordError) -> OnewordError:
     """Strips the tracebacks of an error and its causes: their frames keep alive what the failed call allocated."""
     link: BaseException | None = error

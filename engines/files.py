@@ -66,7 +66,7 @@ def read_stamps(path: Path) -> Mapping[str, Stamp]:
     """The stamps in a file, by name; empty if it cannot be read."""
     try:
         return msgspec.json.decode(path.read_bytes(), type=dict[str, Stamp])
-    except (OSError, msgspec.DecodeError):
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
         return {}
 
 

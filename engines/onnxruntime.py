@@ -21,7 +21,7 @@ from oneword.engines.engine import (
     complete_feeds,
     host_buffers,
 )
-from oneword.engines.errors import EngineError, MissingPackage, one_line, pip_line
+from oneword.engines.errors import EngineError, not_imported, one_line, pip_line
 from oneword.engines.files import size_of
 from oneword.engines.graph import DType, Graph, Precision, Provider, TensorSpec
 from oneword.engines.threads import cpu_threads
@@ -133,11 +133,11 @@ def open_session(
 ) -> Any:
     """A session over one graph, for any shape; `reorder` lays out the weights for the processor.
 
-    Raises EngineError if it cannot be opened or its inputs differ from these.
+    Raises EngineError if it cannot be opened, its inputs differ from these, or the first provider is not used.
     """
     ort = load_onnxruntime()
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what it would log is in the exceptions
     options.intra_op_num_threads = cpu_threads(threads)
     if not reorder:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
@@ -151,6 +151,12 @@ def open_session(
         session = ort.InferenceSession(os.fspath(path), options, providers=providers, disabled_optimizers=disabled)
     except Exception as error:  # ONNX Runtime's exceptions have no common base class
         raise EngineError(f"cannot open graph {name!r} ({path}): {one_line(error)}") from error
+    provider = providers[0] if isinstance(providers[0], str) else providers[0][0]
+    if provider not in session.get_providers():  # it would run on the CPU instead
+        raise EngineError(
+            f"ONNX Runtime cannot load {provider} for graph {name!r}: install the CUDA and cuDNN that this onnxruntime "
+            "needs, or use another --engine"
+        )
     check_opened(name, path, inputs, (value.name for value in session.get_inputs()))
     return session
 
@@ -161,11 +167,12 @@ def available_providers() -> list[str]:
 
 
 def load_onnxruntime(extra: str = "cpu") -> Any:
-    """The package. Raises MissingPackage with the line that installs it, EngineError if both builds are installed."""
+    """The package. Raises MissingPackage with the line that installs it; EngineError if both builds are installed, or
+    the installed one cannot be imported."""
     try:
         import onnxruntime
     except ImportError as error:
-        raise MissingPackage("onnxruntime", extra) from error
+        raise not_imported("onnxruntime", extra, error) from error
     if _installed("onnxruntime") and _installed("onnxruntime-gpu"):
         raise EngineError(
             "onnxruntime and onnxruntime-gpu are both installed and overwrite each other: "

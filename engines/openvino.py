@@ -46,7 +46,7 @@ from oneword.engines.engine import (
     complete_feeds,
     host_buffers,
 )
-from oneword.engines.errors import EngineError, FileError, MissingPackage, one_line
+from oneword.engines.errors import EngineError, FileError, not_imported, one_line
 from oneword.engines.files import Stamp, files_of, size_of, stamp
 from oneword.engines.graph import Graph, Precision, Weights
 from oneword.engines.plans import PlanCache, PlanKey
@@ -295,11 +295,20 @@ class _Compiler:
             return stream.getvalue()
 
         plans = self._plans if self.small or len(files) > 1 else None
-        if plans is not None and len([*plans.folder.glob("*.plan")]) < _MOST_PLANS:
+        if plans is not None and self._has_room(plans):
             with contextlib.suppress(FileError):  # a full or read-only disk should not keep it from running
                 plan = plans.load_or_build(self._key_for(files, shapes), build)
                 return fresh or self._read(plan, files, shapes) or self._compile(files, shapes)
         return fresh or self._load(files, shapes) or self._compile(files, shapes)
+
+    def _has_room(self, plans: PlanCache) -> bool:
+        """Whether another plan may be written. If there are many, those of other versions of OpenVINO go first."""
+        count = len([*plans.folder.glob("*.plan")])
+        if count >= _MOST_PLANS:
+            with contextlib.suppress(FileError):  # a read-only disk
+                plans.keep_version(self._key.version)
+            count = len([*plans.folder.glob("*.plan")])
+        return count < _MOST_PLANS
 
     def cached(self, key: _Key) -> _Compiled | None:
         """The version of a small graph for these shapes that was compiled before, in this process or an earlier one."""
@@ -527,5 +536,5 @@ def _openvino() -> Any:
     try:
         import openvino
     except ImportError as error:
-        raise MissingPackage("openvino", "openvino") from error
+        raise not_imported("openvino", "openvino", error) from error
     return openvino

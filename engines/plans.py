@@ -136,9 +136,11 @@ class PlanCache:
 
     def keep_graphs(self, digests: Collection[str]) -> None:
         """Deletes the plans of all other graphs. Raises FileError."""
-        with self._lock("index.lock"):
-            index = self._index()
-            self._replace_index({name: e for name, e in index.items() if e.key.get("graph_digest") in digests})
+        self._keep("graph_digest", digests)
+
+    def keep_version(self, version: str) -> None:
+        """Deletes the plans of all other versions of the backend. Raises FileError."""
+        self._keep("version", (version,))
 
     def recorded(self) -> list[PlanKey]:
         """The keys of all plans in the index; entries that are not valid keys are skipped."""
@@ -151,6 +153,11 @@ class PlanCache:
     def path(self, key: PlanKey) -> Path:
         """The plan's file."""
         return self.folder / f"{key.name}.plan"
+
+    def _keep(self, name: str, values: Collection[str]) -> None:
+        """Deletes all plans but those whose key has one of these values in the field of this name."""
+        with self._lock("index.lock"):
+            self._replace_index({key: e for key, e in self._index().items() if e.key.get(name) in values})
 
     def _store(self, key: PlanKey, plan: bytes) -> None:
         """Writes the plan, then its index entry: a plan without one, as after a kill in between, is never loaded."""
@@ -193,7 +200,7 @@ class PlanCache:
     def _index(self) -> dict[str, _Entry]:
         try:
             return msgspec.json.decode((self.folder / "index.json").read_bytes(), type=dict[str, _Entry])
-        except (OSError, msgspec.DecodeError, UnicodeDecodeError):
+        except (OSError, msgspec.DecodeError, RecursionError, UnicodeDecodeError):
             return {}
 
     @contextlib.contextmanager
@@ -205,7 +212,10 @@ class PlanCache:
         except OSError as error:
             raise FileError(f"cannot write into {self.folder}: {error.strerror}") from error
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            except OSError as error:  # a disk without locks
+                raise FileError(f"cannot lock {self.folder / name}: {error.strerror}") from error
             yield
         finally:
             os.close(descriptor)

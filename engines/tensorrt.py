@@ -15,7 +15,7 @@ import numpy as np
 from oneword.engines.builder import RTX_TARGETS, Flavour, build_plan, installed_version, plan_cache, target_of
 from oneword.engines.cuda import CudaStream, Device, DeviceArray
 from oneword.engines.engine import AnyArray, Array, NumpyArray, Shape, ShapeUse, check_feeds, check_shapes
-from oneword.engines.errors import EngineError, FeedError, MissingPackage, UsageError
+from oneword.engines.errors import EngineError, FeedError, UsageError, not_imported
 from oneword.engines.graph import Graph, TensorSpec
 from oneword.engines.plans import PlanCache, PlanKey, Ranges
 
@@ -220,7 +220,7 @@ def _runtime(flavour: Flavour) -> Any:
     try:
         trt = importlib.import_module(flavour.replace("-", "_"))
     except ImportError as error:
-        raise MissingPackage(str(flavour), str(flavour)) from error
+        raise not_imported(str(flavour), str(flavour), error) from error
     return trt.Runtime(trt.Logger(trt.Logger.ERROR))
 
 

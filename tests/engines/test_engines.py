@@ -12,6 +12,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
+from oneword.engines import onnxruntime
 from oneword.engines.engine import Engine
 from oneword.engines.errors import EngineError, FeedError, MissingPackage
 from oneword.engines.graph import DType, Graph, Precision, TensorSpec, graph_digest
@@ -168,6 +169,39 @@ def test_the_error_for_a_missing_package_gives_the_pip_command(
     extra = {"onnxruntime": "cpu"}.get(package, package)
 
     with pytest.raises(MissingPackage, match=rf"{package} is not installed: in a checkout .* -e '\.\[{extra}\]'"):
+        opened(KINDS[package], path)
+
+
+@pytest.mark.filterwarnings("ignore:Specified provider")
+def test_a_provider_that_cannot_be_loaded_is_an_error_and_not_replaced_by_the_cpu(path: Path) -> None:
+    """ONNX Runtime would go on with its CPU provider."""
+    if "CUDAExecutionProvider" in onnxruntime.available_providers():
+        pytest.skip("this build of onnxruntime has it")
+    specs = {spec.name: spec for spec in INPUTS}
+
+    with pytest.raises(EngineError, match=r"^ONNX Runtime cannot load CUDAExecutionProvider for graph"):
+        onnxruntime.open_session("lookup", path, specs, [("CUDAExecutionProvider", {})], threads=1)
+
+
+def test_a_call_that_fails_is_reported_once(path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """By the exception, whose message ONNX Runtime would also log, in colours."""
+    lookup = opened(OnnxRuntimeEngine, path)
+    arrays = feeds(rows=3) | {"ids": np.full(3, 99)}
+
+    with pytest.raises(EngineError, match=r"^graph 'lookup' failed: .*indices element out of data bounds"):
+        lookup.run(arrays)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("package", KINDS)
+def test_an_installed_package_that_cannot_be_imported_is_not_called_missing(
+    path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, package: str
+) -> None:
+    (tmp_path / f"{package}.py").write_text("raise ImportError('libcudart.so: cannot open shared object file')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, package, raising=False)
+
+    with pytest.raises(EngineError, match=f"^{package} is installed but cannot be imported: libcudart.so: cannot open"):
         opened(KINDS[package], path)
 
 

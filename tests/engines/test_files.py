@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from oneword.engines.errors import FileError
-from oneword.engines.files import write_whole
+from oneword.engines.files import read_stamps, write_whole
 
 
 def failing(error: BaseException) -> Any:
@@ -72,3 +72,10 @@ def test_a_file_with_the_longest_allowed_name_is_written(tmp_path: Path) -> None
     write_whole(tmp_path / ("語" * 85), b"data")  # 255 bytes
 
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"data"]
+
+
+@pytest.mark.parametrize("damaged", [b"", b"{", b"[]", b'{"a": 1}', b'{"a": ["\xff"]}', b'{"\xff": ["a"]}'])
+def test_damaged_stamps_are_none(tmp_path: Path, damaged: bytes) -> None:
+    (tmp_path / "verified.json").write_bytes(damaged)
+
+    assert read_stamps(tmp_path / "verified.json") == {}

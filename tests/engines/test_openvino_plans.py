@@ -250,6 +250,31 @@ def test_the_folder_of_plans_does_not_grow_without_limit(
     assert len(list((tmp_path / "plans").glob("*.plan"))) == 3
 
 
+def test_plans_of_other_versions_make_room_for_those_of_this_one(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compilations: list[str]
+) -> None:
+    """Else every start would compile after a few updates of OpenVINO."""
+    monkeypatch.setattr("oneword.engines.openvino._MOST_PLANS", 3)
+    plans = PlanCache(tmp_path / "plans")
+    for flag in "abc":
+        plans.load_or_build(PlanKey("d", "openvino", "2020.1", "CPU", Precision.FP32, {}, (flag,)), lambda: b"plan")
+
+    engine(path, plans)
+    engine(path, plans)
+
+    assert len(compilations) == 1
+    assert [key.version for key in plans.recorded()] == [openvino.__version__]
+
+
+def test_a_graph_runs_where_plans_cannot_be_locked(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+
+    np.testing.assert_array_equal(engine(path, PlanCache(tmp_path / "plans")).run({"x": X})["y"], X + 1)
+
+
 def test_a_large_graph_is_compiled_for_its_first_shapes_then_once_for_any_others(
     path: Path, tmp_path: Path, compilations: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

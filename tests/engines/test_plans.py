@@ -263,6 +263,36 @@ def test_the_plans_of_other_graphs_are_deleted(tmp_path: Path) -> None:
     assert cache.load(replace(KEY, graph_digest="new", flags=())) == b"plan"
 
 
+def test_the_plans_of_other_versions_are_deleted(tmp_path: Path) -> None:
+    cache = PlanCache(tmp_path)
+    for version in ("1.7", "1.8"):
+        cache.load_or_build(replace(KEY, version=version), lambda: b"plan")
+
+    cache.keep_version("1.8")
+
+    assert [key.version for key in cache.recorded()] == ["1.8"]
+    assert len([*tmp_path.glob("*.plan")]) == 1
+
+
+@pytest.mark.parametrize("damaged", [b"{", b'{"\xff": {}}', b'{"a": {"files": {}, "key": {"b": ' + b"[" * 100_000])
+def test_a_damaged_index_is_an_empty_one(tmp_path: Path, damaged: bytes) -> None:
+    (tmp_path / "index.json").write_bytes(damaged)
+
+    assert PlanCache(tmp_path).load(KEY) is None
+    assert PlanCache(tmp_path).load_or_build(KEY, lambda: b"plan") == b"plan"
+    assert PlanCache(tmp_path).load(KEY) == b"plan"
+
+
+def test_a_disk_without_locks_is_one_line_of_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+
+    with pytest.raises(FileError, match=r"^cannot lock .*\.lock: No locks available$"):
+        PlanCache(tmp_path).load_or_build(KEY, refuse)  # type: ignore[arg-type]
+
+
 def test_a_name_in_a_damaged_index_deletes_nothing_outside_the_folder(tmp_path: Path) -> None:
     (tmp_path / "precious").write_bytes(b"a picture")
     cache = PlanCache(tmp_path / "plans")

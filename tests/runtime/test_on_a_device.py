@@ -483,6 +483,21 @@ def test_waiting_in_a_capture_is_an_error_and_the_stream_stays_usable(cuda: Runt
     np.testing.assert_array_equal(stream.put(np.arange(3)).numpy(), [0, 1, 2])
 
 
+def test_a_capture_that_there_is_no_memory_for_is_destroyed(cuda: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    destroyed: list[object] = []
+    monkeypatch.setattr(cuda, "cudaGraphInstantiate", lambda graph, flags: (2, None))
+    monkeypatch.setattr(cuda, "cudaGraphDestroy", lambda graph: (destroyed.append(graph), (0,))[1])
+    stream = gpu_stream()
+    first, second = stream.put(np.arange(3)), stream.put(np.zeros(3, int))
+
+    with pytest.raises(EngineError, match="cudaGraphInstantiate failed on GPU 0"):
+        stream.capture(lambda: stream.copy(second, first))
+
+    assert len(destroyed) == 1
+    stream.copy(second, first)
+    np.testing.assert_array_equal(second.numpy(), [0, 1, 2])
+
+
 def test_pinned_memory_is_read_and_written_when_the_copy_is_done(cuda: Runtime) -> None:
     stream = gpu_stream()
     source, target = stream.pinned((3,), np.float32), stream.pinned((3,), np.float32)
