@@ -23,6 +23,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from enum import StrEnum
 from pathlib import Path, PurePosixPath
+from stat import S_ISREG
 from typing import Annotated, Any, Self
 
 import msgspec
@@ -421,11 +422,13 @@ def _check_files(folder: Path, manifest: Manifest) -> None:
     stamps = {}
     for name, digest in manifest.files.items():
         path = folder / name
-        if not path.resolve().is_relative_to(root):
+        if not Path(os.path.realpath(path)).is_relative_to(root):  # Path.resolve raises if links go round in circles
             raise BundleError(f"{path} is a link that leaves the bundle: copy the file itself")
         try:
             stat = path.stat()
             stamps[name] = stamp(digest, stat)  # taken before the hash: a change during it is noticed next time
+            if not S_ISREG(stat.st_mode):
+                raise BundleError(f"{path} is not a file: copy or export the bundle again")
             if name in in_graphs and stat.st_nlink > 1:
                 raise BundleError(
                     f"{path} is hard-linked, so it can change through another path: copy it (cp --no-preserve=links)"

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Final
 import numpy as np
 
 from oneword.engines.errors import UsageError
-from oneword.runtime.schedule import Array, ScheduleKind, explicit_settings
+from oneword.runtime.schedule import Array, ScheduleKind, check_types, explicit_settings
 
 FINEST_STEPS: Final = 200
 """The steps for which FLUX.2's shift equals that of FLUX.1 dev; learning shifts by it."""
@@ -66,6 +66,7 @@ class FlowSchedule:
         fields = {key: explicit[key] for key in names if explicit.get(key) is not None}
         if "flow_shift" in explicit:  # its name in DPMSolverMultistepScheduler
             fields["shift"] = explicit["flow_shift"]
+        check_types(cls, fields)
         schedule = cls(image_tokens, kind is not ScheduleKind.FLOW, kind is ScheduleKind.FLOW_EMPIRICAL, **fields)
         if schedule.base_image_seq_len == schedule.max_image_seq_len:
             raise UsageError(

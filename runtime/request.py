@@ -170,6 +170,8 @@ def resolve(request: Request, manifest: Manifest) -> ResolvedSettings:
         if encoder.default_layer is not None and encoder.default_layer - request.clip_skip not in encoder.layers:
             limit = encoder.default_layer - min(encoder.layers)
             raise UsageError(f"clip_skip is {request.clip_skip}, this model allows 0 to {limit}")
+    if request.clip_skip and all(encoder.default_layer is None for encoder in manifest.encoders):
+        raise UsageError(f"clip_skip is {request.clip_skip}, but must be 0: this model's encoders skip no layers")
     if request.image is not None and "vae_encoder" not in manifest.graphs:
         raise UsageError("this bundle has no vae_encoder, so it cannot edit pictures: export it again with ti-export")
     if request.draft and not manifest.has_preview_decoder:
@@ -221,7 +223,12 @@ def _size(request: Request, manifest: Manifest) -> tuple[int, int]:
     if request.size is not None:
         width, height = request.size
     elif request.image is not None:
-        height, width = (side - side % factor for side in request.image.shape[:2])
+        h, w = request.image.shape[:2]
+        if min(h, w) < factor:
+            raise UsageError(
+                f"the image is {w}x{h}, but must have at least {factor} pixels per side: enlarge it, or set the size"
+            )
+        height, width = h - h % factor, w - w % factor
     else:
         width, height = defaults.size
     for name, side in (("width", width), ("height", height)):

@@ -70,6 +70,18 @@ def explicit_settings(config: Mapping[str, Any], must_be: Mapping[str, tuple[Any
     return explicit
 
 
+def check_types(schedule: type, fields: Mapping[str, Any]) -> None:
+    """Raises UsageError that names a key whose value is not of the type of the field's default in a schedule."""
+    for key, value in fields.items():
+        default = schedule.__dataclass_fields__[key].default  # type: ignore[attr-defined]
+        kinds = (list, tuple) if default is None else (float, int) if isinstance(default, float) else (type(default),)
+        if not isinstance(value, kinds):
+            raise UsageError(
+                f"the scheduler's config says {key} = {value!r}, which is of type {type(value).__name__}, but must be "
+                f"of type {kinds[0].__name__}"
+            )
+
+
 @dataclass(frozen=True)
 class NoiseSchedule:
     """The part of a scheduler's config that samplers need. A missing key has the default of the sampler's diffusers
@@ -106,8 +118,9 @@ class NoiseSchedule:
         Raises UsageError that names a key whose value is not supported.
         """
         explicit = explicit_settings(config, _MUST_BE)
-        fields: dict[str, Any] = {"timestep_spacing": default_spacing}
-        fields |= {key: explicit[key] for key in cls.__dataclass_fields__ if explicit.get(key) is not None}
+        known = {key: explicit[key] for key in cls.__dataclass_fields__ if explicit.get(key) is not None}
+        check_types(cls, known)
+        fields: dict[str, Any] = {"timestep_spacing": default_spacing, **known}
         if spacing is not None:
             trailing = spacing is Spacing.SGM_UNIFORM
             fields |= {"timestep_spacing": "trailing" if trailing else "linspace"}

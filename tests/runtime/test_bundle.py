@@ -16,6 +16,7 @@ from oneword.engines.errors import BundleError, FileError, OnewordError, UsageEr
 from oneword.engines.graph import DType, Graph, Precision, Provider, TensorSpec, Weights, graph_digest
 from oneword.engines.plans import PlanCache, PlanKey
 from oneword.runtime.bundle import (
+    VERIFIED,
     Bundle,
     Conditioning,
     Defaults,
@@ -435,6 +436,24 @@ def test_a_link_that_leaves_the_bundle_is_refused(bundle: Path, tmp_path: Path) 
         Bundle.open(bundle)
 
 
+def test_a_link_to_itself_is_one_line_of_error(bundle: Path) -> None:
+    (bundle / "table.safetensors").unlink()
+    (bundle / "table.safetensors").symlink_to("table.safetensors")
+
+    with pytest.raises(FileError, match=r"^cannot read .*table.safetensors: Too many levels of symbolic links$"):
+        Bundle.open(bundle)
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_what_is_not_a_file_is_refused(bundle: Path, make: Callable[[Path], None]) -> None:
+    """A pipe would be read forever; a folder has several names, like a file that is hard-linked."""
+    (bundle / "table.safetensors").unlink()
+    make(bundle / "table.safetensors")
+
+    with pytest.raises(BundleError, match=r"table.safetensors is not a file: copy or export the bundle again$"):
+        Bundle.open(bundle)
+
+
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/../../b", "..\\b", "C:/x", ""])
 def test_a_path_that_leaves_the_bundle_is_refused(bundle: Path, name: str) -> None:
     edit(bundle, lambda m: m["files"].update({name: "0" * 64}))  # type: ignore[attr-defined]
@@ -461,6 +480,12 @@ def test_a_file_is_hashed_once_and_again_only_if_it_changes(bundle: Path, monkey
     Bundle.open(bundle)
     Bundle.open(bundle)
     assert hashed == ["table.safetensors"]
+
+
+def test_a_bundle_whose_list_of_hashed_files_is_damaged_is_hashed_again(bundle: Path) -> None:
+    (bundle / VERIFIED).write_bytes(b'{"\xff": ["a"]}')
+
+    assert Bundle.open(bundle).manifest.files
 
 
 def test_the_error_for_a_folder_that_is_not_a_bundle_says_how_to_make_one(tmp_path: Path) -> None:

@@ -173,3 +173,24 @@ def test_cfg_pp_has_a_scale_of_its_own(tiny_bundle: Path) -> None:
 def test_a_spacing_that_the_sampler_does_not_allow_is_refused_before_anything_runs(tiny_bundle: Path) -> None:
     with pytest.raises(UsageError, match="spacing is karras with the sampler ddim, but must be sgm-uniform"):
         resolve(Request("a cat", sampler="ddim", spacing="karras"), Bundle.open(tiny_bundle).manifest)
+
+
+def test_layers_cannot_be_skipped_if_no_encoder_has_a_choice_of_them(tiny_bundle: Path) -> None:
+    """As in FLUX.1, whose CLIP only pools."""
+    manifest = Bundle.open(tiny_bundle).manifest
+    encoders = tuple(msgspec.structs.replace(e, layers=(), default_layer=None) for e in manifest.encoders)
+    manifest = msgspec.structs.replace(manifest, encoders=encoders)
+
+    with pytest.raises(UsageError, match=r"^clip_skip is 2, but must be 0: this model's encoders skip no layers$"):
+        resolve(Request("a cat", clip_skip=2), manifest)
+    assert resolve(Request("a cat"), manifest).steps == manifest.defaults.steps
+
+
+def test_the_error_for_a_picture_smaller_than_a_latent_has_its_size(tiny_bundle: Path) -> None:
+    manifest = Bundle.open(tiny_bundle).manifest
+
+    with pytest.raises(
+        UsageError, match=r"^the image is 7x16, but must have at least 8 pixels per side: enlarge it, or"
+    ):
+        resolve(Request("a cat", image=np.zeros((16, 7, 3), np.uint8)), manifest)
+    assert resolve(Request("a cat", image=np.zeros((16, 7, 3), np.uint8), size=(16, 16)), manifest).width == 16

@@ -17,6 +17,7 @@ from diffusers.schedulers.scheduling_euler_discrete import rescale_zero_terminal
 
 from oneword.engines.errors import UsageError
 from oneword.runtime.samplers import Guidance, Sampler, Schedule, make_schedule, sampler_of, stage_at
+from oneword.runtime.schedule import ScheduleKind
 from oneword.runtime.spacing import Spacing, aligned_sigmas, beta_quantile
 
 SHAPE = (2, 4, 6, 5)
@@ -478,6 +479,34 @@ def test_a_run_without_guidance_needs_no_negative_prompt() -> None:
         ({"prediction_type": "flow_prediction"}, Sampler.DDIM, 5, {}, "prediction_type = 'flow_prediction'"),
         ({"beta_schedule": "laplace"}, Sampler.DDIM, 5, {}, "beta_schedule = 'laplace'"),
         ({"timestep_spacing": "odd"}, Sampler.DDIM, 5, {}, "timestep_spacing = 'odd'"),
+        (
+            {"num_train_timesteps": "1000"},
+            Sampler.DDIM,
+            5,
+            {},
+            "num_train_timesteps = '1000', which is of type str, but must be of type int",
+        ),
+        (
+            {"beta_end": [0.02]},
+            Sampler.DDIM,
+            5,
+            {},
+            r"beta_end = \[0.02\], which is of type list, but must be of type fl",
+        ),
+        (
+            {"trained_betas": 5},
+            Sampler.DDIM,
+            5,
+            {},
+            "trained_betas = 5, which is of type int, but must be of type list",
+        ),
+        (
+            {"shift": "3"},
+            Sampler.EULER,
+            5,
+            {"kind": ScheduleKind.FLOW},
+            "shift = '3', which is of type str, but must be",
+        ),
         ({"sigma_max": 5.0}, Sampler.EULER, 5, {"spacing": Spacing.KARRAS}, "sigma_max = 5.0"),
         ({}, Sampler.UNIPC, 1000, {}, "unipc in 1000 steps has no finite schedule"),
         ({}, Sampler.LCM, 5, {"spacing": Spacing.BETA}, "spacing is beta with the sampler lcm, which has its own"),
