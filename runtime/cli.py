@@ -35,6 +35,7 @@ from oneword.runtime.scheduler import MAX_ROWS, Scheduler
 from oneword.runtime.spacing import Spacing
 
 _PLACE = "{}"
+_SLUG_BYTES = 200  # of a file's name, which may have 255 in most file systems
 _BUNDLES = "the bundle's"
 
 
@@ -245,7 +246,8 @@ def _generate(
 
 def _save(event: PictureDone, output: Path) -> dict[str, Any]:
     """Writes one picture under an unused name and returns its entry in the report. Raises FileError."""
-    slug = re.sub(r"[\W_]+", "-", event.request.prompt).strip("-").lower()[:60] or "picture"
+    slug = re.sub(r"[\W_]+", "-", event.request.prompt).strip("-").lower()[:60]
+    slug = slug.encode()[:_SLUG_BYTES].decode(errors="ignore") or "picture"
     path = output / f"{slug}-{event.seed}.png"
     for number in range(2, 100_000):
         if not path.exists():

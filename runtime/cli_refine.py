@@ -44,6 +44,7 @@ from oneword.runtime.refine import (
     undo,
 )
 from oneword.runtime.request import Request
+from oneword.runtime.scheduler import Scheduler
 
 ROUNDS = 8
 PROMPT = "a photo of a {}"
@@ -141,12 +142,15 @@ def command(
     for answer in answers:
         state = judged(state, answer)
     session = _Session(Model.open(bundle, engine), lexicon, prompt, output, settings)
+    word = finish(state, lexicon)
+    if len(state.rounds) < rounds and state.room:
+        session.check(state, word)
     if not continued and not state.start_rows:
         for note in _notes(start, lexicon):
             click.echo(f"note: {note}", err=True)
     if undone:
         _delete_pictures(output, after=drawn)
-    save_concept(finish(state, lexicon), output)
+    save_concept(word, output)
     while len(state.rounds) < rounds and state.room:
         session.show(state)
         if not on_terminal():
@@ -156,10 +160,9 @@ def command(
             break
         if len(after.rounds) < len(state.rounds):
             _delete_pictures(output, after=len(after.rounds) + 1)
-        state = after
-        save_concept(finish(state, lexicon), output)
+        state, word = after, finish(after, lexicon)
+        save_concept(word, output)
 
-    word = finish(state, lexicon)
     if as_json:
         print_json(_report(state, word, output, session))
     else:
@@ -184,15 +187,20 @@ class _Session:
         self.seconds: list[float] = []
         """The time that each sheet took."""
 
+    def check(self, state: Refinement, word: Concept) -> None:
+        """Raises UsageError if the word cannot be drawn, before its file is written, which would have to be moved."""
+        Scheduler(self.model).add(self._request(state, word))
+
+    def _request(self, state: Refinement, concept: Concept) -> Request:
+        """That of a candidate of the next round."""
+        prompt, seed = self.prompt.replace("{}", state.token), state.seed + len(state.rounds)
+        return Request(prompt, seed=seed, words={state.token: concept}, **self.settings)
+
     def show(self, state: Refinement) -> None:
         """Draws the next round's candidates, each in its file and all on a sheet."""
         start = time.perf_counter()
         concepts, number = propose(state, self.lexicon), len(state.rounds) + 1
-        prompt = self.prompt.replace("{}", state.token)
-        requests = [
-            Request(prompt, seed=state.seed + number - 1, words={state.token: concept}, **self.settings)
-            for concept in concepts
-        ]
+        requests = [self._request(state, concept) for concept in concepts]
         with ProgressBar(f"round {number}: {counted(len(requests), 'picture')}") as progress:
             pictures = draw(self.model, *requests)
             self.labels = [concept.provenance["aspects"] or "as it began" for concept in concepts]

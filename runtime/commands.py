@@ -1,5 +1,6 @@
 """Shared by all commands: common options, progress on standard error, exit status. Not covered: the commands."""
 
+import io
 import json
 import re
 import sys
@@ -140,7 +141,9 @@ class ProgressBar:
 
 
 def run_command(command: click.Command, name: str) -> NoReturn:
-    """Runs a command and exits with its `exit_status`."""
+    """Runs a command and exits with its `exit_status`. Names of files that are not UTF-8 are printed as they are."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")
     sys.exit(exit_status(command, name))
 
 

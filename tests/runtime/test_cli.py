@@ -199,6 +199,18 @@ def test_an_older_picture_is_not_overwritten(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a-cat-0-2.png", "a-cat-0.png"]
 
 
+def test_a_files_name_is_short_enough_in_any_script(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names may have 255 bytes; these letters have four each."""
+    prompt, seed = "\U00020000" * 70, 2**63 - 1
+    for _ in range(2):
+        assert run(monkeypatch, tiny_bundle, prompt, "--seed", seed, "--steps", 1, "--output", tmp_path) == 0
+
+    stem = f"{prompt[:50]}-{seed}"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{stem}-2.png", f"{stem}.png"]
+
+
 def test_an_edit_reads_its_picture_and_mask(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_png(np.full((64, 80, 3), 99, np.uint8), tmp_path / "in.png", "")
     mask = np.zeros((64, 80), np.uint8)

@@ -68,6 +68,17 @@ def test_a_script_answers_a_round_at_a_time_and_the_word_keeps_its_rounds(
     assert len(second["candidates"]) == 6
 
 
+@pytest.mark.parametrize("mistake", [["--prompt", "{} <nope>"], ["--prompt", "(a:1000) {}"], ["--guidance-scale", 101]])
+def test_a_mistake_in_what_to_draw_leaves_no_file_that_the_next_try_would_find(
+    tiny_bundle: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, mistake: list[object]
+) -> None:
+    line = [tiny_bundle, "--start", "cat", "--aspects", "aspects.txt", "--output", "cat.safetensors"]
+
+    assert refine(monkeypatch, *line, *mistake) == 2
+    assert not (folder / "cat.safetensors").exists()
+    assert refine(monkeypatch, *line, "--steps", 1, "--engine", "onnxruntime") == 0
+
+
 def test_a_sheet_and_files_show_the_candidates_with_one_prompt_and_seed(
     tiny_bundle: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
