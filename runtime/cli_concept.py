@@ -114,16 +114,17 @@ def _targets(concepts: list[Concept], out: Path) -> list[Path]:
             raise UsageError(f"{len(concepts)} words do not fit into the file {out}: pass a folder")
         require_folder_of("OUT", out)
         return [out]
-    if out.suffix:
+    if out.suffix and not out.is_dir():
         raise UsageError(f"{out} is neither a .safetensors file, the only layout that is written, nor a folder")
     refuse_file("OUT", out)
+    names = [token_from_stem(concept.token.strip("<>") + ".x") for concept in concepts]
+    names = [c.token if names.count(name) > 1 else name for c, name in zip(concepts, names, strict=True)]
+    if repeated := {name for name in names if names.count(name) > 1}:
+        raise UsageError(f"two words are named {', '.join(sorted(repeated))}: rename one in the file that has them")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise FileError(f"cannot create the folder {out}: {error.strerror}") from error
-    names = [token_from_stem(concept.token.strip("<>") + ".x") for concept in concepts]
-    if len(set(names)) != len(names):
-        raise UsageError(f"words {', '.join(c.token for c in concepts)} would share a file: convert them one by one")
     return [out / f"{name}.safetensors" for name in names]
 
 

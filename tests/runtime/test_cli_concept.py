@@ -208,6 +208,20 @@ def test_several_words_become_a_folder_of_files(
         np.testing.assert_array_equal(word.vectors["text_encoder"], rows)
 
 
+def test_words_go_into_an_existing_folder_with_a_dot_in_its_name_and_into_a_file_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save({"<a>": torch.from_numpy(ROWS), "a": torch.from_numpy(-ROWS)}, tmp_path / "two.bin")
+    (tmp_path / "v1.5").mkdir()
+
+    assert _main(monkeypatch, capsys, "convert", tmp_path / "two.bin", tmp_path / "v1.5")[0] == 0
+
+    for token, rows in (("<a>", ROWS), ("a", -ROWS)):
+        word = load_concept(tmp_path / "v1.5" / f"{token}.safetensors")
+        assert word.token == token
+        np.testing.assert_array_equal(word.vectors["text_encoder"], rows)
+
+
 def test_wrong_usage_exits_2_and_refused_files_exit_1_with_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
