@@ -13,6 +13,7 @@ import functools
 import hashlib
 import logging
 import os
+import re
 import secrets
 import shutil
 import string
@@ -38,6 +39,8 @@ _OPTIONS: Final[dict[str, dict[str, Any]]] = {
     "s3a": {"max_concurrency": 1},
 }
 _LOCK: Final = ".lock"
+_TEMPORARY: Final = re.compile(r"\.(.+\.)?[0-9a-f]{16}")
+"""Names that `create` and `write_whole` give to what they have not finished; a folder may hold other hidden files."""
 _PLAIN: Final = frozenset(string.ascii_lowercase + string.digits + "_-")
 _QUOTES: Final = {byte: f"={byte:02x}" for byte in range(256) if chr(byte) not in _PLAIN}
 _MAX_QUOTED: Final = 200  # characters; file systems allow 255 bytes
@@ -221,7 +224,7 @@ class FolderFiles:
             for name in names:
                 file = Path(folder, name)
                 with contextlib.suppress(FileNotFoundError):
-                    if name[0] == "." and name != _LOCK and file.stat().st_mtime <= before:
+                    if _TEMPORARY.fullmatch(name) and file.stat().st_mtime <= before:
                         file.unlink()
 
     @contextlib.contextmanager

@@ -354,7 +354,7 @@ class Jobs:
         if owned is not None:
             await self._cancel(owned)
             with suppress(TimeoutError):
-                await asyncio.wait_for(_ended(owned), CANCEL_SECONDS)
+                await asyncio.wait_for(self._ended(owned), CANCEL_SECONDS)
         if owned is None or owned.taken_over:
             await self._cancel_elsewhere(tenant, identifier)
         return await self.get(tenant, identifier)
@@ -367,6 +367,9 @@ class Jobs:
         term, state = newest
         if self._is_alive(state.owner, await self._stored(self._files.beats), time.monotonic()):
             await self._stored(self._files.request_cancel, identifier)
+            newest = await self._stored(self._files.newest, tenant, identifier)
+            if newest is None or newest[1].status.ended:  # meanwhile: nobody would delete the request
+                await self._stored(self._files.close, identifier)
         elif await self._stored(self._files.take, tenant, identifier, term + 1, state.cancelled()):
             await self._stored(self._files.delete_pictures, tenant, identifier)
             await self._stored(self._files.close, identifier)
@@ -422,8 +425,10 @@ class Jobs:
             raise NotFound("the job was cancelled, and its pictures were deleted")
 
     async def delete_old(self, now: float | None = None) -> int:
-        """Deletes jobs that ended more than `keep_seconds` ago, pictures included. Returns their number."""
+        """Deletes jobs that ended more than `keep_seconds` ago, pictures included, and this server's logs of them.
+        Returns the number of jobs."""
         before = (time.time() if now is None else now) - self._keep_seconds
+        await self._stored(_delete_logs, self._folder / "failed", before)
         return await self._stored(self._files.delete_ended, new_identifier(before), before)
 
     # ---- carrying out ------------------------------------------------------------------------------------------------
@@ -573,7 +578,9 @@ class Jobs:
                     reports.kill()
 
     async def _finish(self, owned: _Owned, state: State, data: bytes) -> None:
-        """Puts the learned word into the store and its tenant's words."""
+        """Puts the learned word into the store and its tenant's words, unless another server has the job, and may have
+        cancelled it. Raises `_TakenOver` then."""
+        await self._check_term(owned)
         concept = concept_of(*read_safetensors(data, "the word"), "the word")
         await self._stored(self._files.write_word, owned.tenant, owned.id, data)
         if self._keep is not None:
@@ -628,6 +635,11 @@ class Jobs:
                 await self._disown(owned)
             finally:
                 owned.running = False
+
+    async def _ended(self, owned: _Owned) -> None:
+        """Returns once a job has ended here, or this server does not have it any more."""
+        while self._owned.get(owned.id) is owned and not (owned.state.status.ended or owned.taken_over):
+            await owned.changed.wait()
 
     async def _end_surely(self, owned: _Owned, state: State) -> None:
         """As `_end`, however long the store cannot be reached. Raises `Damaged`."""
@@ -972,10 +984,11 @@ async def _finished_on(threads: ThreadPoolExecutor, call: Callable[[], T]) -> T:
         raise
 
 
-async def _ended(owned: _Owned) -> None:
-    """Returns once a job has ended here."""
-    while not (owned.state.status.ended or owned.taken_over):
-        await owned.changed.wait()
+def _delete_logs(folder: Path, before: float) -> None:
+    """Deletes the logs in a folder, which need not exist, that were written before a time."""
+    for path in folder.glob("*.log"):
+        if path.stat().st_mtime < before:
+            path.unlink()
 
 
 class _TakenOver(Exception):

@@ -203,7 +203,7 @@ ENVIRONMENT: Mapping[str, str] = MappingProxyType(
 
 def _report_of(line: bytes) -> Report | None:
     """The report in a line; None for anything else."""
-    with suppress(msgspec.DecodeError):
+    with suppress(ValueError):  # msgspec's errors, and UnicodeDecodeError
         report: Report = msgspec.json.decode(line, type=Report)
         return report
     return None

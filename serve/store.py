@@ -314,7 +314,7 @@ def _record(raw: bytes, token: str) -> WordRecord:
     """A record that was read from the file of this token. Raises ApiError if it is damaged."""
     try:
         record = msgspec.json.decode(raw, type=WordRecord)
-    except (msgspec.MsgspecError, RecursionError):
+    except (ValueError, RecursionError):  # msgspec's errors, and UnicodeDecodeError
         raise damaged(token) from None
     if record.token != token or not _IDENTITY.fullmatch(record.identity) or len(raw) > MAX_BYTES:
         raise damaged(token)

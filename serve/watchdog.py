@@ -5,9 +5,9 @@
 
 The child writes a line per second into a pipe: whether it starts, works, has failed or hangs, as `pulse` says. No line
 at all means that it hangs in native code that holds the interpreter. With a line of JSON it requests settings. SIGTERM,
-SIGINT and SIGHUP are passed on to the child; when the parent dies, the pipe breaks and the child ends too. Imports
-nothing but the standard library, so that the parent stays small. POSIX only. Not covered: what counts as a hang
-(`Worker.stalled`).
+SIGINT and SIGHUP are passed on to the child, which ignores SIGHUP until it has a handler; when the parent dies, the
+pipe breaks and the child ends too. Imports nothing but the standard library, so that the parent stays small. POSIX
+only. Not covered: what counts as a hang (`Worker.stalled`).
 """
 
 import contextlib
@@ -111,10 +111,12 @@ class _Watchdog:
         """How a child ended, the exit status that follows, and whether it ever worked."""
         pipe, heartbeat = os.pipe()
         environment = {**os.environ, VARIABLE: str(heartbeat)}
+        handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # inherited: else it would end a child that starts
         try:
             # In a process group of its own: Ctrl-C in a terminal reaches it once, from here.
             child = subprocess.Popen(self._command, pass_fds=[heartbeat], env=environment, process_group=0)
         finally:
+            signal.signal(signal.SIGHUP, handler)
             os.close(heartbeat)
         try:
             end, worked = self._follow(child, pipe)

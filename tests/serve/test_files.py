@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 import time
@@ -132,6 +133,35 @@ def test_a_folder_that_two_servers_delete_at_once_is_gone(tmp_path: Path) -> Non
             list(threads.map(files.delete_folder, [str(round)] * 4))
 
         assert not (tmp_path / str(round)).exists()
+
+
+def test_only_what_interrupted_writes_left_behind_is_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a folder that others use too."""
+    files = FolderFiles(tmp_path / "store")
+    user_files = [
+        tmp_path / "store" / name for name in (".bashrc", ".env.0123456789", ".git/.hidden", "names/.lock", "a")
+    ]
+    for path in user_files:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"1")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", lambda *_, **__: None)  # the process is killed before it tidies up
+        patch.setattr(os, "replace", interrupted)
+        patch.setattr(os, "link", interrupted)
+        for write in (files.write, files.create):
+            with pytest.raises(Unavailable):
+                write("names/bob", b"2")
+    left = {path for path in tmp_path.rglob("*") if path.is_file()} - {*user_files}
+    assert len(left) == 2
+
+    files.sweep(time.time() - 60)
+    assert all(path.exists() for path in left)
+    files.sweep(time.time() + 60)
+    assert {path for path in tmp_path.rglob("*") if path.is_file()} == {*user_files}
+
+
+def interrupted(*_: object, **__: object) -> None:
+    raise OSError("a test")
 
 
 def test_a_store_that_cannot_be_reached_is_unavailable_and_says_no_path(tmp_path: Path) -> None:

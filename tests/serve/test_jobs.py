@@ -33,6 +33,7 @@ from oneword.serve.messages import Done as Learned
 from oneword.serve.messages import Order
 from oneword.train import learn as train_learn
 from oneword.train import pictures as train_pictures
+from tests.serve.running import word_bytes
 
 ABANDONED = "the server that had it is gone, and no other one has continued it: send the pictures again"
 
@@ -291,11 +292,14 @@ def test_a_cancelled_job_whose_end_cannot_be_stored_waits_longer_each_time(
     assert all(wait >= least for wait, least in zip(waits, (0.04, 0.08, 0.16), strict=True))
 
 
-def test_a_damaged_job_stops_neither_the_list_nor_a_server_that_starts_nor_one_that_takes_over(tmp_path: Path) -> None:
+@pytest.mark.parametrize("raw", [b"{", b'{"owner": "\xff"}'])
+def test_a_damaged_job_stops_neither_the_list_nor_a_server_that_starts_nor_one_that_takes_over(
+    tmp_path: Path, raw: bytes
+) -> None:
     async def run() -> None:
         async with idle(tmp_path) as jobs:
             damaged, whole = [await jobs.add("alice", photos(), token) for token in ("<a>", "<b>")]
-            (tmp_path / f"store/jobs/tenants/alice/{damaged.id}/terms/00000001.json").write_bytes(b"{")
+            first_term(tmp_path, damaged.id).write_bytes(raw)
         async with idle(tmp_path) as jobs:
             assert [job.id for job in await jobs.list("alice")] == [whole.id]
             assert await jobs.open_tokens("alice") == ["<b>"]
@@ -329,6 +333,36 @@ def test_a_job_that_is_damaged_while_it_waits_does_not_hold_up_the_others(
             assert attempted.count(damaged.id) <= 1  # the lease may have found it first
 
     asyncio.run(run())
+
+
+def test_a_running_job_that_is_damaged_can_be_cancelled_and_holds_up_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    statuses: list[int] = []
+
+    async def run() -> None:
+        async with idle(tmp_path, lease_seconds=1000) as jobs:
+            job, learning = await jobs.add("alice", photos(), "<toy>"), asyncio.Event()
+
+            async def learn(owned: Any) -> None:
+                learning.set()
+                await asyncio.Event().wait()
+
+            monkeypatch.setattr(jobs, "_learn", learn)
+            working = asyncio.create_task(jobs._work())
+            await learning.wait()
+            damage(tmp_path, job.id)
+            with pytest.raises(Unavailable, match="a job's file in the store is damaged") as error:
+                await jobs.cancel("alice", job.id)
+            statuses.append(error.value.status)
+            assert jobs.waiting == jobs.running == 0
+            working.cancel()
+
+    thread = threading.Thread(target=lambda: asyncio.run(run()), daemon=True)
+    thread.start()
+    thread.join(30)  # an event loop that hangs has no time-out of its own
+    assert not thread.is_alive()
+    assert statuses == [503]
 
 
 def test_a_damaged_sign_of_life_is_that_of_a_dead_server(tmp_path: Path) -> None:
@@ -481,6 +515,51 @@ def test_a_server_that_wakes_up_cancels_a_job_for_its_new_owner_and_deletes_noth
                 await owner.cancel("alice", job.id)
                 assert (await sleeping.get("alice", job.id)).status is Status.CANCELLED
                 assert (owner._files.open_identifiers(), list(owner._files.cancel_requests())) == ([], [])
+
+    asyncio.run(run())
+
+
+def test_a_job_that_ends_just_before_it_is_cancelled_leaves_no_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def run() -> None:
+        async with idle(tmp_path) as owner, idle(tmp_path, "there", model=None) as other:
+            job = await owner.add("alice", photos(), "<toy>")
+            owned, request = owner._owned[job.id], other._files.request_cancel
+
+            def late(identifier: str) -> None:
+                ending = owner._end(owned, owned.state.failed("a test"))
+                asyncio.run_coroutine_threadsafe(ending, loop).result(30)
+                request(identifier)
+
+            loop = asyncio.get_running_loop()
+            monkeypatch.setattr(other._files, "request_cancel", late)
+            assert (await other.cancel("alice", job.id)).status is Status.FAILED
+            assert list(other._files.cancel_requests()) == []
+
+    asyncio.run(run())
+
+
+def test_a_word_is_not_kept_if_its_job_was_cancelled_while_the_server_slept(tmp_path: Path) -> None:
+    words: list[str] = []
+
+    async def keep(tenant: str, concept: Concept, replace: bool) -> None:
+        words.append(concept.token)
+
+    async def run() -> None:
+        async with idle(tmp_path, lease_seconds=1000, keep=keep) as sleeping:
+            job = await sleeping.add("alice", photos(), "<toy>")
+            owned = sleeping._owned[job.id]
+            async with idle(tmp_path, "there", lease_seconds=0.1) as other:
+                other._is_alive(sleeping._queue.server, other._files.beats(), time.monotonic() - 1)
+                cancelled = await other.cancel("alice", job.id)
+                assert cancelled.status is Status.CANCELLED
+
+                with pytest.raises(module._TakenOver):
+                    await sleeping._finish(owned, owned.state, word_bytes())
+
+                assert words == []
+                assert [path.name for path in files_of(tmp_path, job.id) if path.suffix == ".safetensors"] == []
 
     asyncio.run(run())
 
@@ -768,6 +847,24 @@ def test_old_jobs_are_deleted_with_their_pictures(tmp_path: Path) -> None:
             assert await jobs.delete_old(time.time() + 7.1 * 86400) == 1
 
             assert [job.id for job in await jobs.list("alice")] == [waiting.id]
+
+    asyncio.run(run())
+
+
+def test_the_logs_of_failed_jobs_are_kept_for_a_week(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with idle(tmp_path) as jobs:
+            job = await jobs.add("alice", photos(), "<toy>")
+            owned, log = jobs._owned[job.id], tmp_path / "here/failed" / f"{job.id}.log"
+            run_folder = jobs._run_folder(job.id)
+            run_folder.mkdir(parents=True)
+            (run_folder / "learn.log").write_text("why")
+            await jobs._end(owned, owned.state.failed("a test"))
+
+            await jobs.delete_old(time.time() + 6.9 * 86400)
+            assert log.read_text() == "why"
+            await jobs.delete_old(time.time() + 7.1 * 86400)
+            assert not log.exists()
 
     asyncio.run(run())
 

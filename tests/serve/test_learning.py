@@ -16,7 +16,7 @@ from oneword.runtime.bundle import Bundle
 from oneword.runtime.concept import load_concept
 from oneword.serve import learning
 from oneword.serve.errors import Invalid
-from oneword.serve.learning import LearningProcess, check_model, model_digest, public_text, recipe_of
+from oneword.serve.learning import LearningProcess, ProcessLost, check_model, model_digest, public_text, recipe_of
 from oneword.serve.messages import Done, Failed, Order, Report, Snapshot, Started, Step, snapshot_steps
 from oneword.train.checkpoint import held
 from oneword.train.job import learn_word
@@ -127,6 +127,19 @@ def test_words_are_shown_at_early_steps_then_rarely_and_at_the_end() -> None:
 )
 def test_a_text_that_holds_a_path_is_not_shown(text: str, shown: bool) -> None:
     assert (public_text(text) == text) == shown
+
+
+@pytest.mark.parametrize("line", [b"a library says hello\n", b'"\xe9"\n', b'{"type": "note", "text": "\xff"}\n', b"\n"])
+def test_a_line_that_is_no_report_ends_the_process(
+    order: Order, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: bytes
+) -> None:
+    script = tmp_path / "python"
+    script.write_text(f"#!{sys.executable}\nimport os, signal\nos.write(1, {line!r})\nsignal.pause()\n")
+    script.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(script))
+
+    with pytest.raises(ProcessLost, match="the learning process ended with status -9"):
+        asyncio.run(learned(order))
 
 
 def test_the_process_saves_and_ends_when_its_server_is_killed(order: Order, tmp_path: Path) -> None:

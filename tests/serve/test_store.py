@@ -208,7 +208,10 @@ class TestAnyStore:
         assert store.gc(time.time() + 2 * DAY).blobs == 2
         assert store.concept(record).identity == record.identity
 
-    @pytest.mark.parametrize("raw", [b"", b"{", b"[]", b"null", b'{"token": "<toy>"}', b"\xff\xfe", b"[" * 100_000])
+    @pytest.mark.parametrize(
+        "raw",
+        [b"", b"{", b"[]", b"null", b'{"token": "<toy>"}', b'{"token": "\xff"}', b"\xff\xfe", b"[" * 100_000],
+    )
     def test_a_damaged_record_is_a_clean_error_and_can_be_replaced_and_deleted(self, url: str, raw: bytes) -> None:
         store = WordStore(url)
         store.put("alice", word())
@@ -494,7 +497,7 @@ def test_a_put_that_is_killed_leaves_the_old_word_or_the_new_one(tmp_path: Path)
 def test_what_killed_writes_leave_behind_is_swept_after_a_day(tmp_path: Path) -> None:
     store = WordStore(str(tmp_path))
     store.put("alice", word())
-    leftovers = [tmp_path / "names" / "alice" / ".=3ctoy=3e.json.0123", tmp_path / "blobs" / ".00.4567"]
+    leftovers = [tmp_path / "names" / "alice" / f".=3ctoy=3e.json.{'0' * 16}", tmp_path / "blobs" / f".00.{'f' * 16}"]
     for path in leftovers:
         path.write_bytes(b"half")
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -67,6 +68,7 @@ class Process:
         code = textwrap.dedent(child)
         self.popen = subprocess.Popen(
             [sys.executable, "-c", PARENT, BEATING + code, repr(settings), *arguments],
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -314,6 +316,28 @@ def test_sighup_reaches_the_server_which_goes_on(processes: list[Process]) -> No
         process.popen.send_signal(signal.SIGHUP)
         assert process.line() == "reloaded"
     assert process.popen.poll() is None
+
+
+def test_sighup_does_not_end_a_server_that_does_not_handle_it_yet(processes: list[Process]) -> None:
+    child = """
+    say("starting")
+    sys.stdin.readline()
+    signal.signal(signal.SIGHUP, lambda number, frame: say("reloaded"))
+    beat()
+    say("ready")
+    while True:
+        signal.pause()
+    """
+    process = start(processes, child)
+    assert process.line() == "starting"
+    process.popen.send_signal(signal.SIGHUP)
+    time.sleep(0.5)  # it is passed on
+    assert process.popen.stdin is not None
+    process.popen.stdin.write("go on\n")
+    process.popen.stdin.flush()
+    assert process.line() == "ready"
+    process.popen.send_signal(signal.SIGHUP)
+    assert process.line() == "reloaded"
 
 
 @pytest.mark.parametrize("obedient", [True, False])
