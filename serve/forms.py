@@ -41,7 +41,7 @@ class Form:
 
 def is_form(http: Request) -> bool:
     """Whether the body is multipart."""
-    return http.headers.get("content-type", "").startswith(_MULTIPART)
+    return http.headers.get("content-type", "").lower().startswith(_MULTIPART)
 
 
 async def read_form(

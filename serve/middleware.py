@@ -45,7 +45,7 @@ BODIES_LIMIT = 512 * MIB
 CONTAINER_HOSTS = ("host.docker.internal", "gateway.docker.internal", "host.containers.internal")
 """What containers call the machine they run on. No public DNS has names that end in .internal."""
 MAX_PARTS = 200_000
-"""Items of a large JSON body. Pictures in base64 have none, and each other one costs time to parse."""
+"""Items of a JSON body. Pictures in base64 have none, and each other one costs time to parse, on the event loop."""
 PICTURE_ROUTES = frozenset(
     {
         "/v1/images/generations",
@@ -74,6 +74,7 @@ _log = logging.getLogger("oneword.access")
 _METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9_.-]+)(?::[0-9]{1,5})?")
 _KEY = re.compile(IDEMPOTENCY_KEY)
+_JSON = re.compile(r"\s*application/[^;]*json", re.IGNORECASE)  # whatever FastAPI parses, and a little more
 _SMALL = 64 << 10
 
 
@@ -175,8 +176,8 @@ class SecurityHeaders:
                 headers = list(message.get("headers", ()))
                 names = {name.lower() for name, _ in headers}
                 headers += [(name, value) for name, value in self._headers if name not in names]
-                if not names & {b"cache-control", b"etag"}:
-                    headers.append((b"cache-control", b"no-store"))
+                if b"cache-control" not in names:  # with an ETag, a browser would guess how long it may keep the answer
+                    headers.append((b"cache-control", b"no-cache" if b"etag" in names else b"no-store"))
                 message = {**message, "headers": headers}
             await send(message)
 
@@ -348,7 +349,8 @@ class LimitBody:
             raise _too_large(limit)
         small = length is not None and length <= _SMALL
         empty = length is None and not _values(scope, b"transfer-encoding")
-        max_parts = MAX_PARTS if path.startswith("/sdapi/") else None
+        is_json = any(_JSON.match(value) for value in _values(scope, b"content-type"))
+        max_parts = MAX_PARTS if is_json else None
         body = _Body(receive, send, limit, self._seconds, small, empty, self._room, max_parts)
         try:
             await self.app(scope, body.receive, body.send)

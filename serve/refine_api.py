@@ -85,6 +85,7 @@ async def refine(http: HTTPRequest, name: str, body: RefineBody) -> RefinementRo
         current = await state.in_thread(refinements.begun, await state.words.concept(record))
     if body.action != "finish":  # if the store cannot be written, this fails before the pictures are drawn
         await state.in_thread(refinements.write, tenant.name, record, current)
+    known = current
     match body.action:
         case "judge":
             current = await state.in_thread(_judged, current, body)
@@ -96,7 +97,8 @@ async def refine(http: HTTPRequest, name: str, body: RefineBody) -> RefinementRo
             await state.in_thread(refinements.delete, tenant.name, name)
             return Word.of(answer)
     candidates = await _candidates(http, state, tenant, current, body.prompt)
-    await state.in_thread(refinements.write, tenant.name, record, current)
+    if current is not known:  # a judgement that came while a `start` was drawn is kept
+        await state.in_thread(refinements.write, tenant.name, record, current)
     return candidates
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import msgspec
 
+from oneword.engines.errors import OnewordError
 from oneword.runtime.concept import Concept
 from oneword.runtime.lexicon import Lexicon
 from oneword.runtime.refine import Refinement, known_aspects, refine_concept
@@ -39,13 +40,14 @@ class Refinements:
     def read(self, tenant: str, record: WordRecord) -> Refinement | None:
         """The state of a word's refinement; None if there is none, or if the word has been replaced since it began."""
         data = self._files.read(_path(tenant, record.token))
+        if data is None:
+            return None
         try:
-            progress = None if data is None else msgspec.json.decode(data, type=_Record)
-        except ValueError:  # damaged: as if there were none
+            progress = msgspec.json.decode(data, type=_Record)
+            same = (progress.identity, progress.generation) == (record.identity, record.generation)
+            return Refinement.from_json(progress.refinement) if same else None
+        except (ValueError, OnewordError):  # damaged, or of another version: as if there were none
             return None
-        if progress is None or (progress.identity, progress.generation) != (record.identity, record.generation):
-            return None
-        return Refinement.from_json(progress.refinement)
 
     def write(self, tenant: str, record: WordRecord, state: Refinement) -> None:
         """Keeps the state of a word's refinement."""

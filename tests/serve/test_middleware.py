@@ -433,9 +433,12 @@ def test_only_routes_that_take_pictures_have_a_large_limit(path: str, mebibytes:
 def test_a_large_json_body_may_not_have_many_parts(piece: bytes) -> None:
     app = errors.CatchErrors(LimitBody(reading))
 
-    assert ask(app, "POST", "/sdapi/v1/img2img", chunks=[piece] * 201).status == 413
-    assert ask(app, "POST", "/sdapi/v1/img2img", chunks=[piece] * 199).status == 200
-    assert ask(app, "POST", "/v1/images/edits", chunks=[piece] * 201).status == 200  # no JSON
+    for path in ("/sdapi/v1/img2img", "/v1/words/%3Ctoy%3E/refine"):
+        for kind in ("application/json", "Application/JSON; charset=utf-8", "application/merge-patch+json"):
+            for pieces, status in ((201, 413), (199, 200)):
+                assert ask(app, "POST", path, {"Content-Type": kind}, [piece] * pieces).status == status
+        for kind in ("multipart/form-data; boundary=json", "application/octet-stream"):
+            assert ask(app, "POST", path, {"Content-Type": kind}, [piece] * 201).status == 200
 
 
 def test_all_bodies_together_are_limited_and_small_ones_pass() -> None:

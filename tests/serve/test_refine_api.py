@@ -1,8 +1,11 @@
 """Refining a word over HTTP."""
 
+import asyncio
 import base64
 import io
 import itertools
+import json
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,7 +23,7 @@ from oneword.serve.errors import Busy, Unavailable
 from oneword.serve.files import FolderFiles
 from oneword.serve.keys import LOCAL
 from oneword.serve.refinements import Refinements
-from tests.serve.running import Running, word_bytes
+from tests.serve.running import SECONDS, Running, word_bytes
 
 WORD = "/v1/words/%3Cpet%3E"
 
@@ -167,6 +170,46 @@ def test_nothing_is_drawn_if_the_store_cannot_be_written(
         assert http.post(f"{word}/refine", json=action).status_code == 503
 
     assert http.post(f"{word}/refine", json={"action": "start"}).json()["round"] == 1
+
+
+def test_a_start_that_is_drawn_while_a_round_is_judged_does_not_undo_the_judgement(
+    server: Running, http: httpx.Client, word: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The page's dialog is closed after a judgement, and opened again."""
+    draw, began, judged = refine_api._candidates, threading.Event(), threading.Event()
+
+    async def slow_start(*arguments: Any) -> Any:
+        if not began.is_set():
+            began.set()
+            await asyncio.to_thread(judged.wait, SECONDS)
+        return await draw(*arguments)
+
+    monkeypatch.setattr(refine_api, "_candidates", slow_start)
+    with ThreadPoolExecutor(1) as threads, server.client() as other:
+        start = threads.submit(other.post, f"{word}/refine", json={"action": "start"})
+        assert began.wait(SECONDS)
+        second = http.post(f"{word}/refine", json={"action": "judge", "round": 1, "likes": [1]}).json()
+        judged.set()
+        assert start.result().json()["round"] == 1
+
+    assert second["round"] == 2
+    assert http.post(f"{word}/refine", json={"action": "start"}).json() == second
+
+
+@pytest.mark.parametrize("damage", ["file", "state"])
+def test_a_refinement_that_is_damaged_or_of_another_version_is_begun_again(
+    server: Running, http: httpx.Client, word: str, damage: str
+) -> None:
+    http.post(f"{word}/refine", json={"action": "judge", "round": 1, "likes": [1]}).raise_for_status()
+    path = "refinements/local/=3cpet=3e.json"
+    files = server.state.refinements._files
+    record = json.loads(files.read(path) or b"")
+    record["refinement"] = json.dumps({**json.loads(record["refinement"]), "added_later": 1})
+    files.write(path, b'{"identity": "\xff"}' if damage == "file" else json.dumps(record).encode())
+
+    again = http.post(f"{word}/refine", json={"action": "start"})
+
+    assert (again.status_code, again.json()["round"]) == (200, 1)
 
 
 def test_a_prompt_of_candidates_may_name_other_words(http: httpx.Client, word: str) -> None:

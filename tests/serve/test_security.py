@@ -208,6 +208,17 @@ def test_a_page_of_another_site_and_a_rebound_name_get_nothing_on_any_route(hous
         assert alice.get("/v1/words").json() == before
 
 
+def test_a_browser_asks_again_for_each_file_of_the_page_after_an_update(house: House) -> None:
+    """Without Cache-Control it may keep a file for a part of its age (RFC 9111, 4.2.2): old modules beside new ones."""
+    with house.alice.client() as alice:
+        for path in ("/", "/static/main.js", "/static/css/base.css"):
+            answer = alice.get(path)
+            again = alice.get(path, headers={"If-None-Match": answer.headers["etag"]})
+            assert (answer.status_code, answer.headers["cache-control"]) == (200, "no-cache")
+            assert again.status_code in (200, 304)
+            assert again.headers["cache-control"] == "no-cache"
+
+
 def routes_with_bodies(client: httpx.Client) -> list[Operation]:
     """The routes whose requests have a body, with addresses."""
     paths = client.get("/openapi.json").json()["paths"]

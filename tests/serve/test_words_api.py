@@ -58,6 +58,15 @@ def library(start_server: Start) -> Running:
     return start_server()
 
 
+def test_the_type_of_a_form_may_be_in_any_case(library: Running) -> None:
+    """RFC 9110, 8.3.1: types and subtypes are case-insensitive."""
+    with library.client() as http:
+        upload = http.build_request("POST", "/v1/words", files={"file": ("cased.safetensors", word_bytes("<cased>"))})
+        upload.headers["Content-Type"] = upload.headers["Content-Type"].replace("multipart/form", "Multipart/Form")
+        assert http.send(upload).status_code == 201
+        http.delete("/v1/words/<cased>").raise_for_status()
+
+
 @pytest.fixture
 def http(library: Running) -> Iterator[httpx.Client]:
     with library.client() as client:
