@@ -1,6 +1,6 @@
 /** The server's public API. The only module that knows routes, and the only one that touches the key. */
 
-import { Unreachable, errorOf, isCancel } from "./errors.js";
+import { Unreachable, errorOf, isCancel, streamError } from "./errors.js";
 import { formOf, requestFields } from "./recipe.js";
 import { readEvents } from "./stream.js";
 
@@ -92,9 +92,13 @@ export function uploadWord(file, { name, replace = false } = {}) {
 export const learn = (images, fields) =>
   json("v1/words/learn", { method: "POST", body: formOf(fields, { image: images }) });
 
-/** Yields the events of a job, those of the past first. */
+/** Yields the events of a job, those of the past first. Raises ApiError or Unreachable if the server cannot read the job:
+ * only an error of learning is the job's own. */
 export async function* jobEvents(id, signal) {
-  yield* eventsOf(await send(`v1/jobs/${encodeURIComponent(id)}/events`, { signal }));
+  for await (const event of eventsOf(await send(`v1/jobs/${encodeURIComponent(id)}/events`, { signal }))) {
+    if (event.type === "error" && event.data.error?.code !== "learning_failed") throw streamError(event.data);
+    yield event;
+  }
 }
 
 export const jobPicture = async (url, signal) => (await send(url, { signal })).blob();

@@ -50,11 +50,12 @@ export async function resume({ name, after = 0, signal } = {}) {
 }
 
 export async function cancel() {
+  const { id } = current.get(); // it may be another one, or none, when the server is back
   try {
-    const { status } = await persistently(() => api.cancelJob(current.get().id));
-    if (status !== "cancelled") return; // it has just ended otherwise, or will: its last event says how
+    const { status } = await persistently(() => api.cancelJob(id));
+    if (status !== "cancelled" || current.get()?.id !== id) return; // its last event says how it ended, or will
     follower?.abort();
-    current.set((job) => job && { ...job, status: "cancelled" });
+    update(id, (job) => ({ ...job, status: "cancelled" }));
   } catch (error) {
     notify(error.message, { bad: true });
   }

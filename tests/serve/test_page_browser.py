@@ -437,8 +437,11 @@ def test_a_word_is_refined_by_likes(server: Server, visitor: Visitor) -> None:
     page.click('[aria-label="Like picture 3"]')
     page.click("text=Next round")
     page.wait_for_selector("text=Round 2.")
-    page.click("text=Keep the word")
+    finishes: list[Any] = []
+    page.on("request", lambda request: finishes.append(request) if '"finish"' in (request.post_data or "") else None)
+    page.dblclick("text=Keep the word")
     page.wait_for_selector("dialog", state="detached")
+    assert len(finishes) == 1
     with server.client() as http:
         assert http.get("/v1/words/<pet>").json()["identity"] != before
         http.delete("/v1/words/<pet>").raise_for_status()
@@ -459,6 +462,46 @@ def test_words_are_compared_on_the_same_seeds(server: Server, visitor: Visitor) 
     assert (_pixels(visit, 0) != _pixels(visit, 1)).any()
     for row, seed in enumerate(seeds):
         assert all(label.endswith(seed) for label in labels[2 * row : 2 * row + 2])
+
+
+def test_a_new_comparison_ends_the_one_before_whose_pictures_nobody_sees(server: Server, visitor: Visitor) -> None:
+    visit = visitor()
+    page = visit.page
+    visit.open(server)
+    visit.draw("a photo", steps=600, count=1)
+    page.click(".run >> text=Cancel")
+    visit.go("compare")
+    page.click("button.primary >> text=Compare")
+    page.wait_for_selector(".compare .tile.running")
+    with page.expect_event("requestfailed"):
+        page.click("button.primary >> text=Compare")
+    page.wait_for_selector(".compare .tile.running")
+    page.click(".composer-bar >> text=Cancel")
+    page.wait_for_selector(".tile.waiting, .tile.running", state="detached")
+
+
+@pytest.mark.parametrize(
+    ("answer", "notice"),
+    [
+        ("abort", "The server has not answered yet: drop the picture again when it has."),
+        ("edits", "This server’s model cannot start from a picture."),
+    ],
+)
+def test_a_picture_that_cannot_be_a_start_is_answered(
+    server: Server, visitor: Visitor, answer: str, notice: str
+) -> None:
+    def model(route: Any) -> None:
+        if answer == "abort":
+            route.abort()
+        else:
+            route.fulfill(json={**httpx.get(f"{server.url}/v1/model").json(), "edits": False})
+
+    visit = visitor()
+    visit.page.route("**/v1/model", model)
+    visit.page.goto(f"{server.url}/#/create")
+    visit.page.wait_for_selector(".connection p" if answer == "abort" else ".chip")
+    visit.drop("main", ("start.png", photograph(BALL, 1)))
+    visit.page.wait_for_selector(f".notice >> text={notice}")
 
 
 def test_a_dropped_picture_restores_what_made_it(server: Server, visitor: Visitor) -> None:

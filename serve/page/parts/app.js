@@ -121,6 +121,8 @@ async function take(files) {
       const left = [...leftOut(text), ...edit({ ...recipe, count: 1 })];
       return notify(sayRestored(left), { bad: left.length > 0 });
     }
+    if (!model.get()) return notify("The server has not answered yet: drop the picture again when it has.", { bad: true });
+    if (model.get().edits === false) return notify("This server’s model cannot start from a picture.", { bad: true });
     const { blob, width, height } = await cut(file, model.get().size_multiple, startSide(model.get()));
     draft.set((now) => ({ ...now, image: blob, mask: undefined, strength: 0.6, width, height }));
     go("create");

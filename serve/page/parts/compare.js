@@ -38,6 +38,7 @@ export function Compare() {
     change({ chosen: chosen.includes(token) ? chosen.filter((other) => other !== token) : [...chosen, token].slice(-MAX_WORDS) });
   const submit = () => {
     if (!hasHole || chosen.length === 0) return;
+    shown.forEach(({ run }) => cancel(run.id)); // nobody would see its pictures any more
     const { locked, image, mask, strength, prompt, ...settings } = recipe;
     const seed = locked ? settings.seed : randomSeed();
     const started = chosen.map((token) => {

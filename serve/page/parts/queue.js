@@ -2,6 +2,7 @@
 
 import * as api from "../api.js";
 import { connection, pause } from "../connection.js";
+import { Unreachable } from "../errors.js";
 import { useStore } from "../hooks.js";
 import { isEnded, nameOf, progress as learned } from "../job.js";
 import * as learning from "../learning.js";
@@ -73,10 +74,15 @@ export function Queue() {
   `;
 }
 
-async function watch(show, signal) {
+/** Shows the requests in progress, none while the server does not say, until `signal` aborts or it refuses to say. */
+export async function watch(show, signal) {
   for (;;) {
-    const { data } = await api.queue(signal);
-    show(data);
+    try {
+      show((await api.queue(signal)).data);
+    } catch (error) {
+      show([]);
+      if (!(error instanceof Unreachable)) throw error;
+    }
     await pause(SECONDS, signal);
   }
 }

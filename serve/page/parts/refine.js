@@ -31,6 +31,8 @@ export function Refine({ word }) {
     }
   };
   const finish = async () => {
+    setFailure("");
+    setRound(null); // there is nothing to press twice
     try {
       await api.refineWord(word.name, { action: "finish" });
       await refresh();
