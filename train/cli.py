@@ -67,6 +67,11 @@ class Job:
         check_outputs([Path(row["output"]) for row in self.rows])
         if self.report and (self.report.is_dir() or not self.report.absolute().parent.is_dir()):
             raise UsageError(f"--report {self.report}: give a file in an existing folder, for example run.html")
+        if self.report and _place(self.report) in [_place(Path(row["output"])) for row in self.rows]:
+            raise UsageError(f"--report {self.report} is --output too: give it a file of its own, for example run.html")
+        for folder in self.sheet_folders().values():
+            if (self.report or self.preview_every) and folder.exists() and not folder.is_dir():
+                raise UsageError(f"{folder} is a file, but samples are saved in a folder of that name: move the file")
         if self.tensorboard:
             refuse_file("--tensorboard", self.tensorboard)
         if self.checkpoints:
@@ -77,6 +82,10 @@ class Job:
         from oneword.train.tasks import Task
 
         return [Task(Path(row["images"]), row["token"], row["init"], self.liked) for row in self.rows]
+
+    def sheet_folders(self) -> dict[str, Path]:
+        """Where each word's samples are saved, by token."""
+        return {row["token"]: Path(row["output"]).with_suffix(".previews") for row in self.rows}
 
 
 class Interrupted(OnewordError):
@@ -251,7 +260,7 @@ def command(
         without,
         rows_of(images, tokens, inits, outputs, manifest),
         liked,
-        named_recipe(recipe).with_changes(**changes).with_text(settings),
+        named_recipe(recipe).with_text(settings, **changes),
         seed,
         checkpoints,
         checkpoint_every,
@@ -289,7 +298,7 @@ def learn_locally(job: Job, console: Console) -> dict[str, Any]:
         checkpoint_every=job.checkpoint_every,
         preview_every=job.preview_every or (job.recipe.steps if job.report else None),
     )
-    sheets = SheetFolders({row["token"]: Path(row["output"]).with_suffix(".previews") for row in job.rows})
+    sheets = SheetFolders(job.sheet_folders())
     updates = show(run, console)
     if job.tensorboard:
         updates = log(updates, job.tensorboard, [task.token for task in tasks])
@@ -297,7 +306,7 @@ def learn_locally(job: Job, console: Console) -> dict[str, Any]:
     with Interruption() as interruption, held(checkpoints), closing(run):
         for last in updates:
             notes += last.notes
-            if last.step == 1 and not last.concepts:  # a new run
+            if last.step == 1:  # a new run
                 sheets.forget()
             for sheet in last.sheets:
                 sheets.keep(sheet)
@@ -310,7 +319,8 @@ def learn_locally(job: Job, console: Console) -> dict[str, Any]:
             line = f"{concept.token} -> {row['output']}, {steps_taken(last.start, len(losses))} in {seconds:.0f} s"
             console.print(line, markup=False, soft_wrap=True)
         if job.report and make_report:
-            write_whole(job.report, report_of(job, make_report, last, notes, sheets).encode())
+            page = report_of(job, make_report, last, notes, sheets)
+            write_whole(job.report, page.encode(errors="replace"))  # names of files need not be UTF-8
             console.print(f"report -> {job.report}", markup=False, soft_wrap=True)
         forget(checkpoints)
     concepts = [
@@ -457,10 +467,12 @@ def rows_of(
 
 
 def read_manifest(path: Path) -> list[dict[str, str]]:
-    """Returns the rows of a CSV; folders and outputs are relative to it. Raises `UsageError` for missing columns."""
+    """Returns the rows of a CSV; folders and outputs are relative to it. Raises `UsageError` for missing cells and
+    unknown columns."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
+            reader = csv.DictReader(file)
+            rows = [(reader.line_num, row) for row in reader]
     except FileNotFoundError as error:
         raise UsageError(f"there is no file {path}: --manifest takes a CSV") from error
     except OSError as error:
@@ -469,7 +481,11 @@ def read_manifest(path: Path) -> list[dict[str, str]]:
         raise FileError(f"{path} is not a CSV in UTF-8: the columns are {', '.join(COLUMNS)}") from error
     if not rows:
         raise UsageError(f"{path} lists no words: add a line with {', '.join(COLUMNS)} for each")
-    for number, row in enumerate(rows, start=2):
+    if unknown := [name for name in reader.fieldnames or () if name not in COLUMNS]:
+        raise UsageError(f"{path} has the column {unknown[0]!r}, but the columns must be {', '.join(COLUMNS)}")
+    for number, row in rows:
+        if None in row:  # where DictReader puts the cells that have no column
+            raise UsageError(f"{path} line {number} has more cells than columns: put a cell that has commas in quotes")
         if missing := [name for name in COLUMNS if not row.get(name) and name != "init"]:
             raise UsageError(f"{path} line {number} has no {', '.join(missing)}: the columns are {', '.join(COLUMNS)}")
     return [
@@ -479,18 +495,26 @@ def read_manifest(path: Path) -> list[dict[str, str]]:
             "init": _relative_init(path, row.get("init") or "object"),
             "output": str(path.parent / row["output"]),
         }
-        for row in rows
+        for _, row in rows
     ]
 
 
 def check_outputs(paths: Sequence[Path]) -> None:
     """Raises `UsageError` if a concept could not be written."""
+    places = [_place(path) for path in paths]
     for path in paths:
         if path.suffix != ".safetensors":
             raise UsageError(f"--output {path}: concepts are written as .safetensors files")
         require_folder_of("--output", path)
-        if paths.count(path) > 1:
+        if path.is_dir():
+            raise UsageError(f"--output {path} is a folder: give a file, for example {path / 'toy.safetensors'}")
+        if places.count(_place(path)) > 1:
             raise UsageError(f"--output {path} is given twice: give each word its own file")
+
+
+def _place(file: Path) -> Path:
+    """The file that is written, however its path is spelled: a link at its end is replaced, not followed."""
+    return file.parent.resolve() / file.name
 
 
 def _relative_init(manifest: Path, init: str) -> str:

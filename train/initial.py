@@ -84,10 +84,12 @@ def embedding_table(model: Any) -> torch.Tensor:
 
 
 def split_words(init: str) -> list[str]:
-    """The words of an init, separated by spaces or commas. Raises `UsageError` if there are none."""
-    words = re.split(r"[\s,]+", init.strip())
-    if not words[0]:
+    """The words of an init, separated by spaces or commas. Raises `UsageError` if there are none or one is not text."""
+    words = [word for word in re.split(r"[\s,]+", init) if word]
+    if not words:
         raise UsageError("init is empty: give a word that roughly describes the pictures, for example toy")
+    if any("\ud800" <= character <= "\udfff" for character in init):  # how Python reads bytes that are not UTF-8
+        raise UsageError(f"init is {init!r}, but must be UTF-8: give a word that describes the pictures")
     return words
 
 

@@ -320,7 +320,7 @@ def _digest_of(init: str) -> str:
 
 def provenance(source: Source, task: Task, recipe: Recipe, seed: int, steps: int) -> dict[str, str]:
     """The metadata of a concept: how it was learned. Names only, no paths, because the file may be shared."""
-    return {
+    facts = {
         "base_model": source.name,
         "base_model_digest": source.digest,
         "recipe": recipe.name,
@@ -329,3 +329,4 @@ def provenance(source: Source, task: Task, recipe: Recipe, seed: int, steps: int
         "steps": str(steps),
         "version": __version__,
     }
+    return {name: text.encode(errors="replace").decode() for name, text in facts.items()}  # file names may not be UTF-8

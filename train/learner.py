@@ -31,7 +31,7 @@ from oneword.train.losses import distance_to_start
 from oneword.train.noising import noising_of
 from oneword.train.norms import vocabulary_mean_norm, vocabulary_norm, with_norm
 from oneword.train.parallel import Recorded, in_threads, parts_of
-from oneword.train.prompts import Encoded, FrozenPrompts, PromptEncoder, Text, probes
+from oneword.train.prompts import Encoded, FrozenPrompts, PromptEncoder, Text, per_image_template, probes
 from oneword.train.recipe import Output, Recipe
 from oneword.train.stopping import has_settled
 from oneword.train.word import (
@@ -107,6 +107,7 @@ class Learner:
             self._prepare_outputs()
         for word in words:
             check_size(word.token, sum(part.numel() for part in [*word.rows.values(), *word.out.values()]))
+        self._check_prompts()
         # Each word's fixed batch, from a separate random stream, so that a resumed run has the same one.
         self._probes = [
             draw(word, recipe, len(self.noising), torch.Generator().manual_seed(seed + 1)) for word in words
@@ -344,6 +345,16 @@ class Learner:
         word = self.words[index]
         text = None if encoder in word.rows else word.text
         return Text(prompt, self._first_row[index], self.rows_in_use(index), self.recipe.vectors, text)
+
+    def _check_prompts(self) -> None:
+        """Raises `UsageError` for a prompt without room for all of its word's vectors, now and not at the step that
+        draws it or has as many vectors."""
+        vectors = self.recipe.vectors
+        for first, word in zip(self._first_row, self.words, strict=True):
+            for prompt in dict.fromkeys(word.captions or word.prompts):
+                longest = per_image_template(prompt, 0) if self.recipe.per_image else prompt
+                for name in word.rows:
+                    self.encoders[name].ids(Text(longest, first, vectors, vectors))
 
     def _prepare_outputs(self) -> None:
         """Gives every word output vectors: the states of its initial rows, averaged over its prompts.

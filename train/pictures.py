@@ -1,7 +1,7 @@
 """The pictures a word is learned from: read, turned upright, cropped to the model's size, and encoded once.
 
 A folder's pictures are its files with an image suffix, sorted by name. `name.txt` beside `name.png` is its caption, and
-`name.mask.png` (or the alpha channel) marks the part that counts. Other files are ignored. Not covered: learning and
+`name.mask.png` and the alpha channel mark the part that counts. Other files are ignored. Not covered: learning and
 noise.
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from PIL import Image
+from PIL import Image, ImageChops
 from torch.nn.functional import interpolate
 
 from oneword.engines.errors import FileError, NotFinite, UsageError
@@ -76,13 +76,18 @@ def read_pictures(folder: Path, size: int, *, step: int | None = None) -> list[P
     """
     if not folder.is_dir():
         raise UsageError(f"{folder} is not a folder: give a folder of pictures of the word (three to five are usual)")
-    paths = [
-        path
-        for path in sorted(folder.iterdir())
-        if path.suffix.lower() in ENDINGS and not path.name.startswith(".") and not path.name.endswith(MASK_ENDING)
-    ]
+    files = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in ENDINGS and path.name[0] != "."]
+    masks = [path for path in files if path.stem.lower().endswith(".mask")]
+    paths = [path for path in files if path not in masks]
     if not paths:
-        raise UsageError(f"{folder} has no pictures: put three to five in it ({', '.join(ENDINGS)})")
+        unread = ", ".join(unread_pictures(folder))
+        fix = f"convert {unread} to PNG or JPEG" if unread else f"put three to five in it ({', '.join(ENDINGS)})"
+        raise UsageError(f"{folder} has no pictures that can be read: {fix}")
+    names = {path.stem + MASK_ENDING for path in paths}
+    if unused := [path for path in masks if path.name not in names]:
+        raise FileError(
+            f"{unused[0]} is the mask of no picture, but must be named after one: NAME{MASK_ENDING} beside NAME.png"
+        )
     return [read_picture(path, size, step=step) for path in paths]
 
 
@@ -104,6 +109,7 @@ def read_picture(path: Path, size: int, *, step: int | None = None, crop: Crop =
         if mask.size != colours.size:
             sizes = f"{mask.width}x{mask.height}, its picture {colours.width}x{colours.height}"
             raise FileError(f"{mask_path} is {sizes}: give a mask of the picture's size")
+        mask = mask if alpha is None else ImageChops.multiply(mask, alpha)
     shape = nearest_shape(colours.height / colours.width, shapes(size, step)) if step else (size, size)
     return Picture(
         path,

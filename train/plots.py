@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 MARKERS = ("o", "s", "^", "D")
@@ -17,16 +18,17 @@ COLOURS = ("#2f6db3", "#c8553d", "#3a8f5c", "#8d5aa8", "#b8860b", "#3aa6a6", "#7
 def curves(series: Mapping[str, Sequence[float]], label: str, *, smooth: int = 1) -> str:
     """One line per name over steps 1, 2, ...; with `smooth`, a running mean of that many steps over pale raw values."""
     figure, axes = _empty("step", label)
-    for colour, (name, values) in zip(_cycled(len(series)), series.items(), strict=True):
+    lines = []
+    for colour, values in zip(_cycled(len(series)), series.values(), strict=True):
         raw = np.asarray(values, float)
         steps = np.arange(1, len(raw) + 1)
         window = max(1, min(smooth, len(raw)))
         mean = np.convolve(raw, np.full(window, 1 / window), "valid")
         if window > 1:
             axes.plot(steps, raw, color=colour, alpha=0.25, linewidth=0.8)
-        axes.plot(steps[window - 1 :], mean, color=colour, linewidth=1.6, label=name)
+        lines += axes.plot(steps[window - 1 :], mean, color=colour, linewidth=1.6)
     if len(series) > 1:
-        axes.legend(frameon=False, fontsize=8)
+        _as_written(axes.legend(lines, list(series), frameon=False, fontsize=8))
     return svg(figure)
 
 
@@ -44,7 +46,9 @@ def scatter(points: Sequence[tuple[str, float, float]], across: str = "editabili
             if name in names:
                 axes.scatter([right], [up], color=colour, marker=marker, s=28, zorder=3, label=name)
         if column == 1:
-            figure.legend(*axes.get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside right center")
+            dots = list(axes.collections)
+            labels = [str(dot.get_label()) for dot in dots]
+            _as_written(figure.legend(dots, labels, frameon=False, fontsize=8, loc="outside right center"))
     return svg(figure)
 
 
@@ -90,6 +94,13 @@ def dressed(axes: matplotlib.axes.Axes, across: str, up: str) -> matplotlib.axes
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25, linewidth=0.5)
     return axes
+
+
+def _as_written(legend: Legend) -> None:
+    """Shows a legend's names as they are: a word's may have dollar signs, between which matplotlib reads formulas, and
+    begin with an underscore, which hides it from a legend that finds its own names."""
+    for text in legend.get_texts():
+        text.set_parse_math(False)
 
 
 def _cycled(count: int) -> list[str]:

@@ -7,6 +7,7 @@ learns with. Sampling does not touch learning's random numbers, so a run with sh
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from oneword.train.pictures import Picture
 
 SAMPLES = 4  # per prompt
 STEPS = 20
+SHEET = re.compile(r"step-([0-9]{6,7})\.png")
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class SheetFolders:
     def forget(self) -> None:
         """Deletes the sheets of an earlier run."""
         for folder in self.folders.values():
-            for old in folder.glob("step-*.png"):
+            for old in _saved(folder).values():
                 old.unlink()
 
     def keep(self, sheet: Sheet) -> None:
@@ -94,5 +96,11 @@ class SheetFolders:
 
     def images(self, token: str) -> dict[int, Image.Image]:
         """A word's saved sheets, by step."""
-        paths = sorted(self.folders[token].glob("step-*.png"))
-        return {int(path.stem.removeprefix("step-")): Image.open(io.BytesIO(path.read_bytes())) for path in paths}
+        sheets = _saved(self.folders[token])
+        return {step: Image.open(io.BytesIO(path.read_bytes())) for step, path in sheets.items()}
+
+
+def _saved(folder: Path) -> dict[int, Path]:
+    """The sheets in a folder, by step, in order; other files in it are the user's."""
+    sheets = [(int(name[1]), path) for path in folder.glob("*.png") if (name := SHEET.fullmatch(path.name))]
+    return dict(sorted(sheets))

@@ -7,6 +7,7 @@ after CLIP's ImageNet prompts), the style templates the 19 in its released code;
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -104,6 +105,7 @@ def caption_template(caption: str, token: str, source: str) -> str:
 
     Raises `UsageError`, naming `source`, if the caption does not contain the token.
     """
+    caption = unicodedata.normalize("NFC", caption)  # as tokens are, and prompts when they are drawn
     written = re.escape(token) if token.startswith("<") else rf"(?<!\w){re.escape(token)}(?!\w)"
     template, count = re.subn(written, PLACE, caption.replace("{", "(").replace("}", ")"))
     if not count:
@@ -199,8 +201,8 @@ class PromptEncoder:
                 inner += [-1 - (first + row) for row in range(count)]
         if any(row < 0 for row in inner[room:]):
             raise UsageError(
-                f"the prompt {template!r} is {len(inner)} tokens, {self.facts.graph} takes {room}: "
-                "shorten it until the word fits"
+                f"the prompt {template!r} is {len(inner)} tokens with the word, but {self.facts.graph} takes {room}: "
+                "use fewer vectors, or shorten the caption"
             )
         ids = [*map(self._row, head), *inner[:room], *map(self._row, tail)]
         end = len(ids) - 1 if self.facts.masks_padding else ids.index(self._row(self.facts.eos_id))

@@ -154,9 +154,10 @@ class Recipe:
             raise UsageError(
                 f"norm is {self.norm.value} with the directional optimizer, which fixes lengths: leave it at free"
             )
-        if self.weight_decay < 0 or self.init_weight < 0:
+        if not (0 <= self.weight_decay < math.inf and 0 <= self.init_weight < math.inf):
             raise UsageError(
-                f"weight_decay is {self.weight_decay} and init_weight is {self.init_weight}: give numbers from 0 up"
+                f"weight_decay is {self.weight_decay} and init_weight is {self.init_weight}: "
+                "give finite numbers from 0 up"
             )
         if not 0 <= self.per_image <= 1:
             raise UsageError(f"per_image is {self.per_image}: give a share from 0 to 1")
@@ -213,9 +214,9 @@ class Recipe:
             changes["warmup"] = min(self.warmup, max(0, changes["steps"]))
         return dataclasses.replace(self, **changes)
 
-    def with_text(self, settings: Iterable[str]) -> Recipe:
-        """Returns this recipe with settings given as `name=value`, in the form of `as_text`."""
-        changes: dict[str, Any] = {}
+    def with_text(self, settings: Iterable[str], **changes: Any) -> Recipe:
+        """Returns this recipe with `changes` and settings given as `name=value`, in the form of `as_text`. They are
+        checked together, because one may allow another; the text wins over a change of the same setting."""
         types = typing.get_type_hints(Recipe)
         for setting in settings:
             name, _, text = (part.strip() for part in setting.partition("="))
@@ -223,7 +224,7 @@ class Recipe:
                 raise UsageError(f"{setting!r} is not a setting: give name=value, the names are {', '.join(types)}")
             value: str | list[str] = text
             if typing.get_origin(types[name]) is tuple:
-                value = [] if text == NOTHING else text.split(",")
+                value = [] if text == NOTHING else [part.strip() for part in text.split(",")]
             try:
                 changes[name] = msgspec.convert(value, types[name], strict=False)
             except msgspec.ValidationError as error:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from diffusers import UNet2DConditionModel
 
-from oneword.engines.errors import ConceptError, UsageError
+from oneword.engines.errors import ConceptError, FileError, UsageError
 from oneword.export.families import family_of
 from oneword.export.source import Source
 from oneword.runtime.concept import check_token, load_concept
@@ -102,6 +102,11 @@ def make_word(source: Source, task: Task, pictures: Sequence[Picture], recipe: R
             caption_template(picture.caption or "", task.token, str(picture.path.with_suffix(".txt")))
             for picture in pictures
         ]
+    if blank := [picture.path for picture in pictures if picture.mask is not None and not picture.mask.any()]:
+        raise FileError(
+            f"{blank[0]} is transparent, or its mask black, in all of the part that is used, the middle: "
+            "show the word there, or leave the picture out"
+        )
     size, step = picture_size(source, recipe), side_step(source) if recipe.buckets else None
     crops = random_crops(pictures, recipe.crops, seed, size, step=step)
     return Word(

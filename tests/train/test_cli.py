@@ -60,7 +60,11 @@ def test_a_command_that_cannot_succeed_fails_with_one_line_before_learning(
     (tmp_path / "none.csv").write_text("images,token,init,output\n")
     (tmp_path / "0.csv").write_bytes(b"\xff\xfe\xff")
     (tmp_path / "x.csv").write_text("images,token,init,output\npictures,x y,star,x.safetensors\n")
+    (tmp_path / "more.csv").write_text("images,token,output,init\n\npictures,<x>,x.safetensors,red, toy\n")
+    (tmp_path / "typo.csv").write_text("images,token,Init,output\npictures,<x>,star,x.safetensors\n")
     (tmp_path / "bad").mkdir()
+    (tmp_path / "in.safetensors").mkdir()
+    (tmp_path / "toy.previews").write_text("")
     (tmp_path / "bad" / "x.png").write_text("text")
     cases = [
         (["--model", str(tiny_model_dir)], 2, "no folder of pictures"),
@@ -96,10 +100,30 @@ def test_a_command_that_cannot_succeed_fails_with_one_line_before_learning(
         ),
         (["--manifest", str(tmp_path / "0.csv"), "--model", str(tiny_model_dir)], 1, "0.csv is not a CSV in UTF-8"),
         (["--manifest", str(tmp_path / "x.csv"), "--model", str(tiny_model_dir)], 2, "token 'x y' is not safe"),
+        (
+            ["--manifest", str(tmp_path / "more.csv"), "--model", str(tiny_model_dir)],
+            2,
+            "more.csv line 3 has more cells than columns: put a cell that has commas in quotes",
+        ),
+        (
+            ["--manifest", str(tmp_path / "typo.csv"), "--model", str(tiny_model_dir)],
+            2,
+            "typo.csv has the column 'Init', but the columns must be images, token, init, output",
+        ),
+        ([*good[:6], os.fsdecode(b"\xff"), *good[7:]], 2, r"init is '\udcff', but must be UTF-8"),
         ([*good, "--preview-every", "0"], 2, "--preview-every is 0"),
         ([*good, "--report", str(tmp_path / "no" / "run.html")], 2, "in an existing folder"),
         ([str(folder), *good, "--token", "<toy>", "--output", str(tmp_path / "b.safetensors")], 2, "learned twice"),
         ([str(folder), *good, "--token", "<b>", "--output", str(tmp_path / "toy.safetensors")], 2, "is given twice"),
+        (
+            [str(folder), *good, "--token", "<b>", "--output", str(tmp_path / "bad" / ".." / "toy.safetensors")],
+            2,
+            "is given twice",
+        ),
+        (command(folder, tiny_model_dir, tmp_path / "in.safetensors"), 2, "in.safetensors is a folder: give a file"),
+        ([*good, "--report", str(tmp_path / "bad" / ".." / "toy.safetensors")], 2, "is --output too: give it a file"),
+        ([*good, "--preview-every", "1"], 2, "toy.previews is a file, but samples are saved in a folder of that name"),
+        ([*good, "--report", str(tmp_path / "run.html")], 2, "toy.previews is a file, but samples are saved in a"),
     ]
     for arguments, status, message in cases:
         assert main(arguments) == status, arguments
@@ -107,7 +131,7 @@ def test_a_command_that_cannot_succeed_fails_with_one_line_before_learning(
         assert message in captured.err
         assert captured.err.count("\n") == 1
         assert captured.out == ""
-    assert not list(tmp_path.glob("*.safetensors"))
+    assert [path.name for path in tmp_path.glob("*.safetensors")] == ["in.safetensors"]
 
 
 @pytest.mark.parametrize(
@@ -225,6 +249,33 @@ def test_sheets_and_a_report_are_written_without_changing_a_bit_of_the_word(
     ]
     page = (tmp_path / "run.html").read_text()
     assert page.count("data:image/png;base64,") == 5 + 2
+
+
+def test_names_of_files_need_not_be_utf_8(folder: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
+    """A note in the report names the twin of a picture, and the word's metadata the file it started from."""
+    strange = os.fsdecode(b"\xff")
+    shutil.copy(folder / "0.png", folder / f"{strange}.png")
+    start, output, page = (tmp_path / name for name in (f"{strange}.safetensors", "toy.safetensors", "run.html"))
+    assert main(command(folder, tiny_model_dir, start)) == 0
+
+    arguments = command(folder, tiny_model_dir, output, "--report", str(page))
+    arguments[arguments.index("star")] = str(start)
+
+    assert main(arguments) == 0
+    assert load_concept(output).provenance["init"] == "?.safetensors"
+    assert "0.png and ?.png" in page.read_text()
+
+
+def test_a_run_of_one_step_has_no_samples_of_an_older_run(folder: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "toy.previews").mkdir()
+    (tmp_path / "toy.previews" / "step-000050.png").write_bytes(b"of an older run")
+
+    status = main(
+        command(folder, tiny_model_dir, tmp_path / "toy.safetensors", "--steps", "1", "--report", str(tmp_path / "r"))
+    )
+
+    assert status == 0
+    assert [path.name for path in (tmp_path / "toy.previews").iterdir()] == ["step-000001.png"]
 
 
 def test_a_single_file_model_gives_the_same_word_as_its_directory(

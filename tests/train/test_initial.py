@@ -19,7 +19,7 @@ def test_a_word_starts_from_a_row_a_mean_of_rows_or_a_random_row(tiny_model_dir:
     assert len(star) == len(ring) == 1
 
     single = initial_rows(source, "star", 2, 0)["text_encoder"]
-    mean = initial_rows(source, "star, ring", 1, 0)["text_encoder"]
+    mean = initial_rows(source, "star, ring,", 1, 0)["text_encoder"]
     random = initial_rows(source, "random", 3, 0)["text_encoder"]
     auto = initial_rows(source, "auto", 2, 0)["text_encoder"]
 

@@ -315,10 +315,28 @@ def test_a_loss_that_is_not_finite_names_the_word(tiny_model_dir: Path) -> None:
 def test_a_prompt_too_long_for_the_word_is_refused(tiny_model_dir: Path) -> None:
     word = a_word()
     word.prompts = ["a photo of a red blue green star ring cat dog in style and on with painting red red {}"]
-    learner = Learner(load_source(tiny_model_dir), [word], QUICK, seed=7)
 
-    with pytest.raises(UsageError, match="shorten it"):
-        learner.step()
+    with pytest.raises(UsageError, match="shorten the caption"):
+        Learner(load_source(tiny_model_dir), [word], QUICK, seed=7)
+
+
+@pytest.mark.parametrize("later", [{"grow_at": (3,)}, {"per_image": 0.01}])
+def test_a_prompt_that_would_be_too_long_at_a_later_step_is_refused_at_once(
+    tiny_model_dir: Path, later: dict[str, Any]
+) -> None:
+    """The prompt and the word fill the encoder once the last vector has joined; a picture's word is one token more,
+    after " with"."""
+    source = load_source(tiny_model_dir)
+    room = source.text_encoders["text_encoder"].config.max_position_embeddings - 2
+    fitting = QUICK.with_changes(vectors=room - 4)  # "a photo of a"
+    longer = fitting.with_changes(vectors=fitting.vectors + ("grow_at" in later), **later)
+    words = [a_word(recipe=recipe) for recipe in (fitting, longer)]
+    for word in words:
+        word.prompts = ["the {}", "a photo of a {}"]
+
+    Learner(source, words[:1], fitting, seed=7)
+    with pytest.raises(UsageError, match=rf"'a photo of a {{}}.*tokens with the word, but text_encoder takes {room}"):
+        Learner(source, words[1:], longer, seed=7)
 
 
 def test_accumulated_gradients_are_the_mean_of_their_draws(tiny_model_dir: Path) -> None:

@@ -142,6 +142,9 @@ def test_a_missing_or_empty_folder_says_what_to_give(tmp_path: Path) -> None:
         read_pictures(tmp_path, 64)
     with pytest.raises(UsageError, match="is not a folder"):
         read_pictures(tmp_path / "nowhere", 64)
+    (tmp_path / "phone.HEIC").write_bytes(b"")
+    with pytest.raises(UsageError, match=r"has no pictures that can be read: convert phone\.HEIC to PNG or JPEG"):
+        read_pictures(tmp_path, 64)
 
 
 def test_a_captions_byte_order_mark_is_not_part_of_it(tmp_path: Path) -> None:
@@ -171,6 +174,32 @@ def test_a_mask_of_another_size_is_refused(tmp_path: Path) -> None:
     noise(32, 16).save(tmp_path / "a.mask.png")
     with pytest.raises(OnewordError, match=r"a\.mask\.png is 32x16"):
         read_picture(tmp_path / "a.png", 32)
+
+
+def test_transparent_areas_are_not_learned_even_where_a_mask_is_white(tmp_path: Path) -> None:
+    """Each hides one half: a quarter is left."""
+    left, top = (Image.new("L", (32, 32)) for _ in range(2))
+    left.paste(255, (0, 0, 16, 32))
+    top.paste(255, (0, 0, 32, 16))
+    picture = noise(32, 32)
+    picture.putalpha(left)
+    picture.save(tmp_path / "a.png")
+    top.save(tmp_path / "a.mask.png")
+
+    [read] = read_pictures(tmp_path, 32)
+
+    expected = np.zeros((32, 32))
+    expected[:16, :16] = 1
+    assert read.mask is not None
+    np.testing.assert_array_equal(read.mask, expected)
+
+
+@pytest.mark.parametrize("name", ["b.mask.png", "a.mask.jpg", "a.mask.PNG", "a.MASK.png"])
+def test_a_mask_that_no_picture_would_use_is_refused_and_not_learned(tmp_path: Path, name: str) -> None:
+    noise(32, 32).save(tmp_path / "a.png")
+    noise(32, 32).save(tmp_path / name)
+    with pytest.raises(FileError, match=rf"{name} is the mask of no picture, but must be named after one"):
+        read_pictures(tmp_path, 32)
 
 
 def test_near_duplicates_are_found(tmp_path: Path) -> None:

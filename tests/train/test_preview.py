@@ -38,6 +38,7 @@ def test_a_sheet_has_one_row_per_prompt_and_is_saved_by_step(
 
     sheet = previewer.sheet(concept, 7, [])
     folders.keep(sheet)
+    (tmp_path / "toy.previews" / "step-final.png").write_bytes(b"the user's")
 
     assert list(sheet.pictures) == ["a photo of a <toy>", "the <toy>"]
     assert sheet.likeness is None  # this model comes without a judge
@@ -47,4 +48,5 @@ def test_a_sheet_has_one_row_per_prompt_and_is_saved_by_step(
     np.testing.assert_array_equal(image[64:, 64:128], sheet.pictures["the <toy>"][1])
     folders.forget()
     assert folders.images("<toy>") == {}
+    assert [path.name for path in (tmp_path / "toy.previews").iterdir()] == ["step-final.png"]
     assert previewer.model.words == ()

@@ -3,7 +3,7 @@ import math
 import pytest
 
 from oneword.engines.errors import UsageError
-from oneword.train.recipe import RECIPES, Output, Rate, Recipe, named_recipe
+from oneword.train.recipe import RECIPES, Norm, Output, Rate, Recipe, named_recipe
 
 
 def test_the_one_word_recipe_has_the_papers_settings() -> None:
@@ -53,6 +53,9 @@ def test_every_recipe_is_listed_under_its_own_name() -> None:
         ({"stop_below": 0.15, "steps": 310}, "stop_below looks back 310 steps and steps is 310"),
         ({"vectors": 2, "grow_at": (7, 3)}, "grow_at"),
         ({"vectors": 2, "grow_at": (9000,)}, "grow_at"),
+        ({"weight_decay": math.nan}, "weight_decay is nan"),
+        ({"weight_decay": math.inf}, "weight_decay is inf"),
+        ({"init_weight": math.nan}, "init_weight is nan"),
         ({"stages": 4}, "stages is 4 without output vectors: set output to shared or layers"),
         ({"output": Output.LAYERS, "stages": 101}, "stages is 101"),
         ({"output_rate": 0.0}, "output_rate is 0.0"),
@@ -73,6 +76,26 @@ def test_any_setting_can_be_given_as_text() -> None:
     assert recipe == named_recipe("fast").with_changes(
         learning_rate=0.5, timesteps=(0.2, 0.9), rate=Rate.CONSTANT, min_snr=5.0, flip=True, stop_below=None
     )
+
+
+def test_a_list_may_have_spaces_after_its_commas() -> None:
+    recipe = Recipe().with_text(["betas=0.8, 0.9", "encoders=text_encoder, text_encoder_2"])
+
+    assert (recipe.betas, recipe.encoders) == ((0.8, 0.9), ("text_encoder", "text_encoder_2"))
+
+
+def test_changes_and_text_are_checked_together() -> None:
+    """Each of these changes is refused without its text."""
+    for changes, text in (
+        ({"norm": Norm.FIXED}, "optimizer=adamw"),
+        ({"stop_below": 0.15}, "steps=400"),
+        ({"vectors": 2}, "grow_at=1"),
+    ):
+        base = named_recipe("progressive-three" if "vectors" in changes else "directional")
+        with pytest.raises(UsageError):
+            base.with_changes(**changes)
+        base.with_text([text], **changes)
+    assert Recipe().with_text(["steps=7"], steps=5).steps == 7
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)

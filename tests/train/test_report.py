@@ -1,4 +1,5 @@
 import re
+import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -105,6 +106,13 @@ def test_the_scatter_names_its_dots_and_axes() -> None:
 
     for text in ("one-word", "captions", "editability, by hand", "likeness"):
         assert f">{text}<" in svg
+
+
+@pytest.mark.parametrize("word", ["<$^^$>", "<$a$>", "_toy"])
+def test_the_names_of_words_are_drawn_as_they_are_written(word: str) -> None:
+    for svg in (curves({word: [1.0, 2.0], "<b>": [2.0, 1.0]}, "loss"), scatter([(word, 0.8, 0.3), ("<b>", 0.5, 0.2)])):
+        texts = [text.text for text in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
+        assert texts[-2:] == [word, "<b>"]
 
 
 def test_a_second_panel_of_the_scatter_has_only_the_near_points(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,8 +2,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
-from oneword.engines.errors import UsageError
+from oneword.engines.errors import FileError, UsageError
 from oneword.export.source import load_source
 from oneword.train.learn import learn
 from oneword.train.pictures import read_pictures
@@ -29,6 +30,26 @@ def test_captions_replace_templates_and_must_contain_the_word(folder: Path, tiny
     (folder / "3.txt").write_text("the red star")
     with pytest.raises(UsageError, match=r"3\.txt: the caption 'the red star' does not contain the word '<toy>'"):
         next(learn(tiny_model_dir, [Task(folder, "<toy>")], named_recipe("fast")))
+
+
+@pytest.mark.parametrize("alpha", [False, True])
+def test_a_picture_whose_mask_leaves_nothing_of_the_middle_is_refused(
+    folder: Path, tiny_model_dir: Path, alpha: bool
+) -> None:
+    """White at the left end of a wide picture, which is cropped to the square in its middle."""
+    mask = Image.new("L", (200, 64))
+    mask.paste(255, (0, 0, 40, 64))
+    wide = Image.effect_noise((200, 64), 60).convert("RGB")
+    if alpha:
+        wide.putalpha(mask)
+    else:
+        mask.save(folder / "wide.mask.png")
+    wide.save(folder / "wide.png")
+
+    with pytest.raises(
+        FileError, match=r"wide\.png is transparent, or its mask black, in all of the part that is used"
+    ):
+        next(learn(tiny_model_dir, [Task(folder, "<toy>", "star")], named_recipe("fast")))
 
 
 @pytest.mark.parametrize(("size", "side"), [(None, 64), (96, 96), (40, 40)])

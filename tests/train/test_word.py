@@ -36,6 +36,7 @@ def test_timesteps_stay_in_their_range() -> None:
         ("<cat>", "a <cat> on a <cat>", "a {} on a {}"),
         ("mycat", "a mycat beside a mycathouse, mycat.", "a {} beside a mycathouse, {}."),
         ("mycat", " {one} mycat ", "(one) {}"),
+        ("<\N{LATIN SMALL LETTER E WITH ACUTE}tui>", "an <e\N{COMBINING ACUTE ACCENT}tui>", "an {}"),
     ],
 )
 def test_a_bare_token_is_replaced_where_it_is_a_whole_word(token: str, caption: str, template: str) -> None:

@@ -126,6 +126,9 @@ def score(
         make_folder(output)
     side = model.manifest.defaults.width
     loaded = [load_concept(path) for path in concepts]
+    for concept in loaded:  # refuses a word of another model now, not after hours of drawing
+        model.load(concept)
+        model.unload(concept.token)
     training = [np.stack([picture.pixels for picture in read_pictures(folder, side)]) for folder in folders]
     ends = bounds(model, clip, training, groups, **options)
     words = []

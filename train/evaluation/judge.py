@@ -57,8 +57,8 @@ class Judge:
         height, width, _ = picture.shape
         if (height, width) == (self.side, self.side):
             return picture
-        scale = self.side / min(height, width)
-        size = (int(width * scale), int(height * scale))
+        shorter = min(height, width)
+        size = (self.side * width // shorter, self.side * height // shorter)
         left, top = ((length - self.side) // 2 for length in size)
         sized = np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC))
         return sized[top : top + self.side, left : left + self.side]

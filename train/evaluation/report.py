@@ -33,7 +33,11 @@ def table(report: Mapping[str, Any]) -> str:
 def figure(report: Mapping[str, Any]) -> str:
     """The paper's scatter plot as SVG: editability across, likeness up, one dot per word and one per bound's mean."""
     words = report["words"]
-    points = [(word["recipe"] or word["token"], word["likeness"], word["editability"]["mean"]) for word in words]
+    names = [word["recipe"] or word["token"] for word in words]
+    points = [
+        (f"{name} {word['token']}" if names.count(name) > 1 else name, word["likeness"], word["editability"]["mean"])
+        for name, word in zip(names, words, strict=True)
+    ]
     for name in dict.fromkeys(name for word in words for name in word["bounds"]):
         ends = [word["bounds"][name] for word in words if name in word["bounds"]]
         likeness = float(np.mean([end["likeness"] for end in ends]))

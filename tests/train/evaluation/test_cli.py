@@ -94,6 +94,31 @@ def test_a_word_is_scored_and_its_samples_are_saved(
     }
 
 
+def test_a_word_of_another_model_is_refused_before_anything_is_drawn(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_concept(Concept("<b>", {"text_encoder": np.full((1, 48), 0.1)}), tmp_path / "wide.safetensors")
+    monkeypatch.setattr("oneword.train.evaluation.evaluate.draw", lambda *_, **__: pytest.fail("something was drawn"))
+
+    more = ["--concept", str(tmp_path / "wide.safetensors"), "--images", str(tmp_path / "pictures")]
+
+    assert main([*arguments, *more]) == 1
+    assert "48" in capsys.readouterr().err
+
+
+def test_words_of_one_recipe_have_their_names_in_the_figure(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = {"text_encoder": np.full((1, 32), 0.1)}
+    save_concept(Concept("<b>", rows, {"recipe": "fast"}), tmp_path / "b.safetensors")
+    more = ["--concept", str(tmp_path / "b.safetensors"), "--images", str(tmp_path / "pictures")]
+
+    assert main([*arguments, *more, "--output", str(tmp_path / "out")]) == 0, capsys.readouterr().err
+
+    drawn = ElementTree.fromstring((tmp_path / "out" / "figure.svg").read_text())
+    assert {"fast <toy>", "fast <b>"} <= {text.text for text in drawn.findall(".//{*}text")}
+
+
 def test_a_table_is_printed_without_json(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 0
     lines = capsys.readouterr().out.splitlines()

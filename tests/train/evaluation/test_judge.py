@@ -35,7 +35,7 @@ def judge_dir(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) ->
 def test_the_judge_embeds_as_transformers_clip_does(judge_dir: Path) -> None:
     """Reference: CLIPModel's forward on the image processor's pixels."""
     rng = np.random.default_rng(0)
-    pictures = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in ((32, 32), (32, 32), (48, 80))]
+    pictures = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in ((32, 32), (49, 49), (48, 80))]
     model, tokenizer = CLIPModel.from_pretrained(judge_dir), CLIPTokenizer.from_pretrained(judge_dir)
     pixels = PROCESSOR([Image.fromarray(p) for p in pictures], return_tensors="pt").pixel_values
     texts = ["a photo of the red star", "cat"]
