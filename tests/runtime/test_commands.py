@@ -135,6 +135,15 @@ def test_a_command_that_fails_ends_with_one_line(
     assert len(captured.err.strip().splitlines()) == 1
 
 
+def test_the_name_of_a_file_that_is_not_utf8_is_printed_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, "utf-8", "strict"))
+
+    assert ending(monkeypatch, lambda: click.echo(os.fsdecode(b"output\xff/a-cat-0.png"))) == 0
+    sys.stdout.flush()
+    assert out.getvalue() == b"output\xff/a-cat-0.png\n"
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
