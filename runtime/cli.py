@@ -176,13 +176,18 @@ def command(
     finally:
         model.stop_opening()
     files = [entry["file"] for entry in images]
+    saved_grid, grid_error = None, None
     if grid is not None and sheet is not None and not failed:
-        _save_grid(grid, sheet, images)
-        files.append(str(grid))
+        try:
+            _save_grid(grid, sheet, images)
+            saved_grid = str(grid)
+            files.append(saved_grid)
+        except OnewordError as error:  # raised once the pictures, which are saved, have been listed
+            grid_error = error
     report = {
         "images": images,
         "failed": failed,
-        "grid": None if grid is None or failed else str(grid),
+        "grid": saved_grid,
         "words": model.words,
         "engine": model.engine("denoise_step").backend if "denoise_step" in model.opened else None,
         "engine_choice": model.backend_reason or None,
@@ -204,6 +209,8 @@ def command(
     if failed:
         suffix = f" (and {len(failed) - 1} more of {count} pictures failed)" if len(failed) > 1 else ""
         raise OnewordError(f"{failed[0]['error']}{suffix}")
+    if grid_error is not None:
+        raise grid_error
 
 
 def _generate(

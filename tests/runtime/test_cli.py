@@ -414,6 +414,21 @@ def test_when_a_picture_fails_the_others_are_saved_and_reported(
     assert sorted(str(path) for path in (tmp_path / "out").iterdir()) == [entry["file"] for entry in report["images"]]
 
 
+def test_when_a_grid_cannot_be_saved_its_pictures_are_reported(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    line = [tiny_bundle, "a cat", "--steps", 1, "--output", tmp_path / "out", "--grid", tmp_path / "file" / "grid.png"]
+
+    assert run(monkeypatch, *line, "--json") == 1
+
+    captured = capsys.readouterr()
+    report = json.loads(captured.out)
+    assert [entry["file"] for entry in report["images"]] == [str(path) for path in (tmp_path / "out").iterdir()]
+    assert report["grid"] is None
+    assert captured.err.splitlines()[-1] == f"ti-run: {tmp_path / 'file'} is a file: give a folder"
+
+
 def test_when_a_picture_cannot_be_saved_those_before_it_are_reported(
     tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
