@@ -142,7 +142,7 @@ class ProgressBar:
 
 def run_command(command: click.Command, name: str) -> NoReturn:
     """Runs a command and exits with its `exit_status`. Names of files that are not UTF-8 are printed as they are."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="surrogateescape")
     sys.exit(exit_status(command, name))
 

@@ -4,6 +4,7 @@ Not covered, and refused by name: linear time shifts, a terminal shift, inverted
 and stochastic sampling.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -62,7 +63,7 @@ class FlowSchedule:
     def read(cls, config: Mapping[str, Any], kind: ScheduleKind, image_tokens: int) -> "FlowSchedule":
         """Reads a scheduler's config, verbatim. Raises UsageError that names a key whose value is not supported."""
         explicit = explicit_settings(config, _MUST_BE)
-        names = cls.__dataclass_fields__.keys() - {"image_tokens", "even", "empirical"}
+        names = {field.name for field in dataclasses.fields(cls)} - {"image_tokens", "even", "empirical"}
         fields = {key: explicit[key] for key in names if explicit.get(key) is not None}
         if "flow_shift" in explicit:  # its name in DPMSolverMultistepScheduler
             fields["shift"] = explicit["flow_shift"]

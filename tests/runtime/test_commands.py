@@ -144,6 +144,16 @@ def test_the_name_of_a_file_that_is_not_utf8_is_printed_as_it_is(monkeypatch: py
     assert out.getvalue() == b"output\xff/a-cat-0.png\n"
 
 
+def test_letters_that_a_terminal_lacks_are_printed_as_the_user_wants(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with PYTHONIOENCODING=latin-1:replace."""
+    out = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, "latin-1", "replace"))
+
+    assert ending(monkeypatch, lambda: click.echo("\N{CAT FACE}.png")) == 0
+    sys.stdout.flush()
+    assert out.getvalue() == b"?.png\n"
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

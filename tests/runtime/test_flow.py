@@ -124,6 +124,12 @@ def _dpm(config: dict[str, Any], **settings: Any) -> Any:
     return diffusers.DPMSolverMultistepScheduler.from_config(euler.config, **flow, **settings)
 
 
+def test_the_config_of_a_dpm_solver_is_read_as_that_of_euler() -> None:
+    kind = ScheduleKind.FLOW
+
+    assert FlowSchedule.read(_dpm(SD3).config, kind, 1000) == FlowSchedule.read(SD3, kind, 1000)
+
+
 @pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize(
     ("config", "kind"),

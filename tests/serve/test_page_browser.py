@@ -437,6 +437,9 @@ def test_a_word_is_refined_by_likes(server: Server, visitor: Visitor) -> None:
     page.click('[aria-label="Like picture 3"]')
     page.click("text=Next round")
     page.wait_for_selector("text=Round 2.")
+    page.route("**/refine", lambda route: route.abort(), times=1)
+    page.click("text=Keep the word")
+    page.wait_for_selector("dialog [role=alert]")
     finishes: list[Any] = []
     page.on("request", lambda request: finishes.append(request) if '"finish"' in (request.post_data or "") else None)
     page.dblclick("text=Keep the word")

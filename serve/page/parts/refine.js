@@ -39,6 +39,7 @@ export function Refine({ word }) {
       refined.set(null);
       notify(`Refined ${name}.`);
     } catch (error) {
+      setRound(round);
       setFailure(error.message);
     }
   };
