@@ -419,7 +419,7 @@ def _decoded(data: bytes | None, kind: type[S]) -> S | None:
         return None
     try:
         return msgspec.json.decode(data, type=kind)
-    except ValueError as error:  # msgspec's errors, and UnicodeDecodeError
+    except (ValueError, RecursionError) as error:  # msgspec's errors, and UnicodeDecodeError
         raise Damaged("a job's file in the store is damaged") from error
 
 

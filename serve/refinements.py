@@ -46,7 +46,7 @@ class Refinements:
             progress = msgspec.json.decode(data, type=_Record)
             same = (progress.identity, progress.generation) == (record.identity, record.generation)
             return Refinement.from_json(progress.refinement) if same else None
-        except (ValueError, OnewordError):  # damaged, or of another version: as if there were none
+        except (ValueError, RecursionError, OnewordError):  # damaged, or of another version: as if there were none
             return None
 
     def write(self, tenant: str, record: WordRecord, state: Refinement) -> None:

@@ -103,9 +103,7 @@ class Server(uvicorn.Server):
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.stop)
         loop.add_signal_handler(signal.SIGHUP, self.reload)
-        if (keys := self.state_of_app.keys) is not None:
-            with contextlib.suppress(OnewordError):
-                keys.reload()  # a SIGHUP since the file was read was ignored
+        self.reload()  # a SIGHUP since the file was read was ignored
         yield
 
     def stop(self) -> None:

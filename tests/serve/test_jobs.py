@@ -292,7 +292,7 @@ def test_a_cancelled_job_whose_end_cannot_be_stored_waits_longer_each_time(
     assert all(wait >= least for wait, least in zip(waits, (0.04, 0.08, 0.16), strict=True))
 
 
-@pytest.mark.parametrize("raw", [b"{", b'{"owner": "\xff"}'])
+@pytest.mark.parametrize("raw", [b"{", b'{"owner": "\xff"}', b'{"x": ' + b"[" * 5000], ids=["cut", "bytes", "deep"])
 def test_a_damaged_job_stops_neither_the_list_nor_a_server_that_starts_nor_one_that_takes_over(
     tmp_path: Path, raw: bytes
 ) -> None:

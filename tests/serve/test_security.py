@@ -464,9 +464,9 @@ def test_the_key_file_is_read_again_on_sighup_and_a_broken_one_changes_nothing(p
 
     key, table = new_key("carol")
     assert [status(process.key), status(key)] == [200, 401]
-    (process.folder / "keys.toml").write_text(table)
+    (process.folder / "keys.toml").write_text(table + new_key("eve")[1])
     process.running.send_signal(signal.SIGHUP)
-    process.await_line("read 1 keys")
+    process.await_line("read 2 keys")
     assert [status(process.key), status(key)] == [401, 200]
     (process.folder / "keys.toml").write_text(table + "[dave]\nsha256 = 'short'\n")
     process.running.send_signal(signal.SIGHUP)

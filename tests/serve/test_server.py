@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from oneword.serve import server as server_module
+from oneword.serve.keys import Keys, Tenant, new_key
 from oneword.serve.server import Server
 from oneword.serve.settings import Settings
 from oneword.serve.worker import State as WorkerState
@@ -51,6 +52,23 @@ def server_with(worker: WorkerState, **settings: Any) -> Any:
         pending_answers={},
     )
     return Server(app, state)
+
+
+def test_keys_that_change_while_the_server_starts_are_read(tmp_path: Path) -> None:
+    """A SIGHUP is ignored until it is handled."""
+    (old, old_table), (new, new_table) = new_key("alice"), new_key("alice")
+    file = tmp_path / "keys.toml"
+    file.write_text(old_table)
+    keys = Keys.read(file)
+    file.write_text(new_table)
+
+    async def run() -> None:
+        server = server_with(WorkerState.STARTING)
+        server.state_of_app.keys = keys
+        with server.capture_signals():
+            assert (keys.tenant(old), keys.tenant(new)) == (None, Tenant("alice"))
+
+    asyncio.run(run())
 
 
 def test_garbage_of_the_start_is_freed_before_the_rest_is_frozen(monkeypatch: pytest.MonkeyPatch) -> None:

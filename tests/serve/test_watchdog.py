@@ -60,6 +60,14 @@ worker.submit(Request("a cat", steps=900), frozenset(), listen)
 running.wait()
 """
 
+RELOADS = """
+signal.signal(signal.SIGHUP, lambda number, frame: say("reloaded"))
+beat()
+say("ready")
+while True:
+    signal.pause()
+"""
+
 
 class Process:
     """A parent process, its output line by line, and what is left of it at the end."""
@@ -303,14 +311,7 @@ def test_a_signal_to_end_reaches_the_server_which_ends_in_its_way(processes: lis
 
 
 def test_sighup_reaches_the_server_which_goes_on(processes: list[Process]) -> None:
-    child = """
-    signal.signal(signal.SIGHUP, lambda number, frame: say("reloaded"))
-    beat()
-    say("ready")
-    while True:
-        signal.pause()
-    """
-    process = start(processes, child)
+    process = start(processes, RELOADS)
     assert process.line() == "ready"
     for _ in range(2):
         process.popen.send_signal(signal.SIGHUP)
@@ -319,16 +320,7 @@ def test_sighup_reaches_the_server_which_goes_on(processes: list[Process]) -> No
 
 
 def test_sighup_does_not_end_a_server_that_does_not_handle_it_yet(processes: list[Process]) -> None:
-    child = """
-    say("starting")
-    sys.stdin.readline()
-    signal.signal(signal.SIGHUP, lambda number, frame: say("reloaded"))
-    beat()
-    say("ready")
-    while True:
-        signal.pause()
-    """
-    process = start(processes, child)
+    process = start(processes, f'say("starting")\nsys.stdin.readline()\n{RELOADS}')
     assert process.line() == "starting"
     process.popen.send_signal(signal.SIGHUP)
     time.sleep(0.5)  # it is passed on
