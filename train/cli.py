@@ -481,10 +481,10 @@ def read_manifest(path: Path) -> list[dict[str, str]]:
         raise FileError(f"{path} is not a CSV in UTF-8: the columns are {', '.join(COLUMNS)}") from error
     if not rows:
         raise UsageError(f"{path} lists no words: add a line with {', '.join(COLUMNS)} for each")
-    if unknown := [name for name in reader.fieldnames or () if name not in COLUMNS]:
+    if unknown := [name for name in reader.fieldnames or () if name and name not in COLUMNS]:
         raise UsageError(f"{path} has the column {unknown[0]!r}, but the columns must be {', '.join(COLUMNS)}")
     for number, row in rows:
-        if None in row:  # where DictReader puts the cells that have no column
+        if row.get(None) or row.get(""):  # DictReader puts cells that have no column under None
             raise UsageError(f"{path} line {number} has more cells than columns: put a cell that has commas in quotes")
         if missing := [name for name in COLUMNS if not row.get(name) and name != "init"]:
             raise UsageError(f"{path} line {number} has no {', '.join(missing)}: the columns are {', '.join(COLUMNS)}")

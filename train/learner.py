@@ -31,7 +31,7 @@ from oneword.train.losses import distance_to_start
 from oneword.train.noising import noising_of
 from oneword.train.norms import vocabulary_mean_norm, vocabulary_norm, with_norm
 from oneword.train.parallel import Recorded, in_threads, parts_of
-from oneword.train.prompts import Encoded, FrozenPrompts, PromptEncoder, Text, per_image_template, probes
+from oneword.train.prompts import Encoded, FrozenPrompts, PromptEncoder, Text, probes
 from oneword.train.recipe import Output, Recipe
 from oneword.train.stopping import has_settled
 from oneword.train.word import (
@@ -351,10 +351,9 @@ class Learner:
         draws it or has as many vectors."""
         vectors = self.recipe.vectors
         for first, word in zip(self._first_row, self.words, strict=True):
-            for prompt in dict.fromkeys(word.captions or word.prompts):
-                longest = per_image_template(prompt, 0) if self.recipe.per_image else prompt
+            for prompt in all_prompts(word, self.recipe):
                 for name in word.rows:
-                    self.encoders[name].ids(Text(longest, first, vectors, vectors))
+                    self.encoders[name].ids(Text(prompt, first, vectors, vectors))
 
     def _prepare_outputs(self) -> None:
         """Gives every word output vectors: the states of its initial rows, averaged over its prompts.

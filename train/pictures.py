@@ -79,11 +79,13 @@ def read_pictures(folder: Path, size: int, *, step: int | None = None) -> list[P
     files = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in ENDINGS and path.name[0] != "."]
     masks = [path for path in files if path.stem.lower().endswith(".mask")]
     paths = [path for path in files if path not in masks]
+    unread = unread_pictures(folder)
     if not paths:
-        unread = ", ".join(unread_pictures(folder))
-        fix = f"convert {unread} to PNG or JPEG" if unread else f"put three to five in it ({', '.join(ENDINGS)})"
+        fix = f"put three to five in it ({', '.join(ENDINGS)})"
+        if unread:
+            fix = f"convert {', '.join(unread)} to PNG or JPEG"
         raise UsageError(f"{folder} has no pictures that can be read: {fix}")
-    names = {path.stem + MASK_ENDING for path in paths}
+    names = {path.stem + MASK_ENDING for path in [*paths, *map(Path, unread)]}
     if unused := [path for path in masks if path.name not in names]:
         raise FileError(
             f"{unused[0]} is the mask of no picture, but must be named after one: NAME{MASK_ENDING} beside NAME.png"

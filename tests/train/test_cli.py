@@ -223,7 +223,8 @@ def test_a_manifest_lists_several_words_with_paths_relative_to_itself(
     assert load_concept(tmp_path / "a.safetensors").token == "<a>"
     assert load_concept(tmp_path / "b.safetensors").token == "<b>"
 
-    manifest.write_text("images,token,init,output\npictures,<c>,a.safetensors,c.safetensors\n")
+    spreadsheet = "images,token,init,output,\npictures,<c>,a.safetensors,c.safetensors,\n"  # with an empty column
+    manifest.write_text(spreadsheet)
     assert main(arguments) == 0, capsys.readouterr().err
     with safe_open(tmp_path / "c.safetensors", "numpy") as file:
         assert file.metadata()["init"] == "a.safetensors"

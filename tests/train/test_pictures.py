@@ -202,6 +202,14 @@ def test_a_mask_that_no_picture_would_use_is_refused_and_not_learned(tmp_path: P
         read_pictures(tmp_path, 32)
 
 
+def test_the_mask_of_a_picture_that_is_skipped_is_skipped_too(tmp_path: Path) -> None:
+    noise(32, 32).save(tmp_path / "a.png")
+    noise(32, 32).save(tmp_path / "phone.mask.png")
+    (tmp_path / "phone.HEIC").write_bytes(b"")
+
+    assert [picture.path.name for picture in read_pictures(tmp_path, 32)] == ["a.png"]
+
+
 def test_near_duplicates_are_found(tmp_path: Path) -> None:
     photograph, _ = world.render(world.Scene((world.Thing(world.HELD_OUT_LOOKS[0]),), "snow"), 1)
     Image.fromarray(photograph).save(tmp_path / "a.png")
