@@ -3,8 +3,8 @@
 Learns three words that the miniature was not trained on (two objects and a style, five pictures each), exports the
 model and draws all pictures in one call. Words and bundle are stored in `--work` and reused as long as the model is the
 same, with the pictures that the page's commands name. The page's pictures are written there, or with `--write` into
-docs/gallery/, which docs/guide/gallery.md shows. Nothing is measured and nothing is selected: every picture uses the
-first seed. Ends in one line of JSON.
+docs/gallery/, which docs/guide/gallery.md shows, and three rounds of a refinement, which docs/guide/refining.md shows.
+Nothing is measured and nothing is selected: every picture uses the first seed. Ends in one line of JSON.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from PIL import ImageDraw
 from benchmarks.exported import exported
 from benchmarks.pages import RESULTS, empty_page, provenance, write_section
 from oneword.engines.open import Backend
+from oneword.runtime import cli_refine
 from oneword.runtime.bundle import Bundle
 from oneword.runtime.concept import load_concept
 from oneword.runtime.drawing import draw
@@ -51,6 +52,8 @@ SEED = 7
 COLUMNS = 100  # of a command
 GUIDANCE = 4.0
 AVOID = "avoid.safetensors"
+LIKES = ("4>2>5>3>6>1", "2>1>3>5>4>6", "1>4>6>2>3>5", "1>2>4>6>5>3", "1>2>5>6>4>3")
+"""Answers to the first rounds of a refinement, for a pink heart with dots."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,9 @@ def main() -> None:
     folder = DOCS / "gallery" if options.write else options.work / "pictures"
     for section, grid in zip(sections, grids, strict=True):
         save_png(grid, folder / f"{section.name}.png", section.command)
+    for count in (0, 2, len(LIKES)):
+        sheet = refined(bundle, options.work / "refined", options.engine, LIKES[:count])
+        shutil.copy(sheet, folder / f"refining-{count + 1}.png")
     if options.write:
         write_section(PAGE, "gallery", markdown(sections, options.steps), NEW_PAGE)
     seconds = {"prepare": learned - start, "generate": time.perf_counter() - learned}
@@ -408,6 +414,16 @@ def drawn(model: Model, sections: Sequence[Section]) -> list[Image]:
         )
         for section in sections
     ]
+
+
+def refined(bundle: Path, work: Path, engine: str, likes: Sequence[str]) -> Path:
+    """Refines a word by the answers to the first rounds, as docs/guide/refining.md shows; the sheet of the next one."""
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    line = [str(bundle), "--start", "object", "--token", "<mytoy>", "--output", str(work / "mytoy.safetensors")]
+    line += ["--steps", "20", "--engine", engine]
+    cli_refine.command.main([*line, *(part for answer in likes for part in ("--likes", answer))], standalone_mode=False)
+    return work / "mytoy.rounds" / f"round-{len(likes) + 1}.png"
 
 
 def markdown(sections: Sequence[Section], steps: int) -> str:
