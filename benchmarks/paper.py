@@ -49,6 +49,8 @@ from oneword.train.plots import scatter
 from oneword.train.recipe import RECIPES, Recipe, Subject
 from oneword.train.tasks import Task
 
+NEAR = 0.05
+"""The distance in likeness to the median of what the figure shows enlarged."""
 PAGE = RESULTS / "paper.md"
 NEW_PAGE = empty_page(
     "The paper's comparison",
@@ -321,7 +323,8 @@ def write_page(
     columns = [f"{kind} {name}" for kind in ("look", "style") for name in ("likeness", "editability")]
     lines = [(name, *(f"{m[c]:.3f}" if c in m else "" for c in columns)) for name, m in means.items()]
     points = [(name, m["look likeness"], m["look editability"]) for name, m in means.items() if "look likeness" in m]
-    near = [name for name, _, _ in points if name not in (TRAINING, WORDLESS)]
+    middle = float(np.median([likeness for _, likeness, _ in points]))
+    near = [name for name, likeness, _ in points if name != TRAINING and abs(likeness - middle) < NEAR]
     PAGE.parent.mkdir(parents=True, exist_ok=True)
     PAGE.with_suffix(".svg").write_text(scatter(points, near=near))
     settings = f"{args.looks} looks, {args.styles} styles, {args.steps} steps at batch 4"
