@@ -1,5 +1,7 @@
 """The linear map from latents to RGB that previews a picture without the decoder."""
 
+from copy import deepcopy
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -14,9 +16,12 @@ COARSE = (1, 2, 4, 8)  # sides of the noise before it is enlarged: real latents 
 
 
 def preview_of(source: Source) -> Preview:
-    """Fits the decoder's pixels, averaged over each latent's square, by least squares on smooth random latents."""
+    """Fits the decoder's pixels, averaged over each latent's square, by least squares on smooth random latents.
+
+    Decodes in float32: in fp16 some processors take minutes for each latent.
+    """
     generator = torch.Generator().manual_seed(0)
-    channels, decoder = latent_channels(source.vae), VaeDecoder(source.vae)
+    channels, decoder = latent_channels(source.vae), VaeDecoder(deepcopy(source.vae).float())
     latents = torch.cat(
         [
             F.interpolate(torch.randn(1, channels, side, side, generator=generator), (SIDE, SIDE), mode="nearest")

@@ -65,6 +65,16 @@ def test_the_preview_of_a_linear_decoder_is_that_decoder(tiny_model_dir: Path, m
     np.testing.assert_allclose(preview.bias, [0.5] * 3, atol=2e-6)
 
 
+def test_the_preview_of_a_decoder_in_fp16_is_that_of_its_weights_in_fp32(tiny_model_dir: Path) -> None:
+    source = load_source(tiny_model_dir)
+    source.vae.half().float()
+    preview = preview_of(source)
+    source.vae.half()
+
+    assert preview_of(source) == preview
+    assert source.vae.dtype == torch.float16
+
+
 def test_the_preview_of_a_flow_model_includes_the_scale_and_the_shift_of_its_vae(tiny_sd3_dir: Path) -> None:
     source = load_source(tiny_sd3_dir)
     weights = torch.linspace(0.04, 0.08, 16 * 3).reshape(16, 3)
