@@ -9,8 +9,9 @@ kept        backgrounds of photos and of other media, from the pixels (`readback
 
 The looks are the eight of `world.HELD_OUT_SHAPES`, which no picture of the miniature's training set shows. Each recipe
 learns each word alone, by `ti-train`; the runtime draws photos on ten backgrounds, and the other media on those that
-are not in the five pictures, with the same seeds for every recipe. `--work` gets the words, and a sheet for each shape:
-the five pictures, then a row of pictures for each recipe. `--write` puts the table into docs/results/shapes.md. Not
+are not in the five pictures, with the same seeds for every recipe. `--work` gets the words, a sheet for each, with the
+five pictures above those of the word, and the measurements, one line of JSON each, which are not repeated: the command
+can be stopped at any time and continues where it was. `--write` puts the table into docs/results/shapes.md. Not
 covered: patterns, and shapes beside other objects. Ends in one line of JSON.
 """
 
@@ -31,6 +32,7 @@ from PIL import Image
 from benchmarks.exported import exported
 from benchmarks.miniature import through_vae
 from benchmarks.pages import RESULTS, empty_page, marked, provenance, table, write_section
+from benchmarks.store import Store, model_digest
 from benchmarks.words import NEW, SEEN, parser, saved
 from oneword.export.source import find_model
 from oneword.runtime.concept import load_concept
@@ -80,18 +82,18 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     model = Model.open(exported(args.model, args.work / "bundle"))
     judge = Judge(find_model(args.model)[0] / "judge")
-    recipes = args.recipes.split(",")
-    rows = [row for number in range(args.shapes) for row in measure(args, model, judge, number, recipes)]
+    recipes, store = args.recipes.split(","), Store(args.work, model_digest(args.model))
+    rows = [row for number in range(args.shapes) for row in measure(args, model, judge, store, number, recipes)]
     report = {name: means([row for row in rows if row["recipe"] == name]) for name in (*recipes, REAL)}
     text = summary(report, recipes, args)
     print(text)
     if args.write:
-        write_section(PAGE, "shapes", f"{provenance('shapes')}\n\n{text}", NEW_PAGE)
+        write_section(PAGE, "shapes", f"{provenance('shapes', stored=store.file)}\n\n{text}", NEW_PAGE)
     print(json.dumps({name: {k: round(v, 3) for k, v in values.items()} for name, values in report.items()}))
 
 
 def measure(
-    args: argparse.Namespace, model: Model, judge: Judge, number: int, recipes: Sequence[str]
+    args: argparse.Namespace, model: Model, judge: Judge, store: Store, number: int, recipes: Sequence[str]
 ) -> list[dict[str, Any]]:
     """Learns one look by each recipe, and scores its pictures."""
     look = LOOKS[number]
@@ -106,9 +108,7 @@ def measure(
     most_likeness = likeness(judge.pictures(renders), reference)
     real = scores(judge, through_vae(model, renders), in_photos, through_vae(model, in_other_media), in_media)
 
-    rows: list[dict[str, Any]] = [{"recipe": REAL, "silhouette": 1.0, "likeness": 1.0, **real}]
-    sheet = [training]
-    for recipe in recipes:
+    def learned(recipe: str) -> dict[str, float]:
         seconds = learn(args, folder, recipe)
         model.load(replace(load_concept(folder / f"{recipe}.safetensors"), token=TOKEN))
         photo, other = (
@@ -118,19 +118,19 @@ def measure(
             for scenes in (in_photos, in_media)
         )
         model.unload(TOKEN)
-        sheet.append(photo[:: args.samples])
+        Image.fromarray(sheet_of([training, photo[:: args.samples]])).save(args.work / f"{look.shape}-{recipe}.png")
         in_each, in_others = (
             [scene for scene in scenes for _ in range(args.samples)] for scenes in (in_photos, in_media)
         )
         row = scores(judge, photo, in_each, other, in_others)
-        row |= {
-            "silhouette": row["iou"] / real["iou"],
-            "likeness": likeness(judge.pictures(photo), reference) / most_likeness,
-            "seconds": seconds,
-        }
-        print(f"{look.words:18} {recipe:10} " + "  ".join(f"{name} {value:.3f}" for name, value in row.items()))
-        rows.append({"recipe": recipe, **row})
-    Image.fromarray(sheet_of(sheet)).save(args.work / f"{look.shape}.png")
+        similar = likeness(judge.pictures(photo), reference) / most_likeness
+        return row | {"silhouette": row["iou"] / real["iou"], "likeness": similar, "seconds": seconds}
+
+    rows: list[dict[str, Any]] = [{"recipe": REAL, "silhouette": 1.0, "likeness": 1.0, **real}]
+    for recipe in recipes:
+        facts = {"shape": look.shape, "recipe": recipe, "init": args.init}
+        facts |= {"guidance": args.guidance, "samples": args.samples}
+        rows.append(store.find(facts) or store.add(facts | learned(recipe)))
     return rows
 
 
@@ -191,7 +191,7 @@ def sheet_of(rows: Sequence[Pictures]) -> npt.NDArray[np.uint8]:
 
 def means(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     """The mean of each score over shapes, and the worst silhouette."""
-    names = [name for name, value in rows[0].items() if isinstance(value, float)]
+    names = [name for name, *_ in (*BARS, *FURTHER_SCORES) if name in rows[0]]
     worst = min(row["silhouette"] for row in rows)
     return {name: float(np.mean([row[name] for row in rows])) for name in names} | {"worst_silhouette": worst}
 

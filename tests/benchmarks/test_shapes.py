@@ -45,7 +45,7 @@ def test_the_table_marks_what_misses_its_target() -> None:
     assert "| mean of 8 shapes | target | fast | precise | real renders after the VAE |" in text
 
 
-def test_a_sheet_has_a_row_for_each_recipe_and_white_where_pictures_are_missing() -> None:
+def test_a_sheet_has_rows_and_white_where_pictures_are_missing() -> None:
     sheet = shapes.sheet_of([np.zeros((1, 64, 64, 3), np.uint8), np.zeros((2, 64, 64, 3), np.uint8)])
 
     assert sheet.shape == (128, 128, 3)
