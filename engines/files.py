@@ -7,12 +7,13 @@ import os
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import msgspec
 
 from oneword.engines.errors import FileError
 
+T = TypeVar("T")
 Stamp: TypeAlias = list[str | int]
 """A file's sha256, size, mtime and inode: while the last three are unchanged, it need not be hashed again."""
 
@@ -51,6 +52,14 @@ def lock_folder(folder: Path) -> int | None:
     return descriptor
 
 
+def from_json(data: bytes, kind: type[T]) -> T:
+    """Reads JSON of any origin. Raises ValueError if it is damaged or not of this kind."""
+    try:
+        return msgspec.json.decode(data, type=kind)  # its errors are ValueErrors, and so is UnicodeDecodeError
+    except RecursionError as error:
+        raise ValueError(str(error)) from error
+
+
 def file_digest(path: Path) -> str:
     """sha256 of a file's bytes, as hex."""
     with path.open("rb") as stream:
@@ -65,8 +74,8 @@ def stamp(digest: str, stat: os.stat_result) -> Stamp:
 def read_stamps(path: Path) -> Mapping[str, Stamp]:
     """The stamps in a file, by name; empty if it cannot be read."""
     try:
-        return msgspec.json.decode(path.read_bytes(), type=dict[str, Stamp])
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
+        return from_json(path.read_bytes(), dict[str, Stamp])
+    except (OSError, ValueError):
         return {}
 
 

@@ -27,7 +27,7 @@ from pathlib import Path
 import msgspec
 
 from oneword.engines.errors import FileError
-from oneword.engines.files import file_digest, read_stamps, stamp, sync, write_stamps, write_whole
+from oneword.engines.files import file_digest, from_json, read_stamps, stamp, sync, write_stamps, write_whole
 from oneword.engines.graph import Precision
 
 _VERIFIED = "verified.json"
@@ -199,8 +199,8 @@ class PlanCache:
 
     def _index(self) -> dict[str, _Entry]:
         try:
-            return msgspec.json.decode((self.folder / "index.json").read_bytes(), type=dict[str, _Entry])
-        except (OSError, msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+            return from_json((self.folder / "index.json").read_bytes(), dict[str, _Entry])
+        except (OSError, ValueError):
             return {}
 
     @contextlib.contextmanager

@@ -29,7 +29,7 @@ from typing import Annotated, Any, Self
 import msgspec
 
 from oneword.engines.errors import BundleError, FileError, UsageError, one_line, one_of
-from oneword.engines.files import file_digest, lock_folder, read_stamps, stamp, sync, write_stamps
+from oneword.engines.files import file_digest, from_json, lock_folder, read_stamps, stamp, sync, write_stamps
 from oneword.engines.graph import Graph, digest_of
 from oneword.engines.plans import PlanCache
 from oneword.runtime.schedule import ScheduleKind
@@ -335,14 +335,14 @@ def _read_manifest(folder: Path) -> Manifest:
     except OSError as error:
         raise FileError(f"cannot read {path}: {error.strerror}") from error
     try:
-        version = msgspec.json.decode(data, type=_Version).format_version
+        version = from_json(data, _Version).format_version
         if version != FORMAT_VERSION:
             raise BundleError(
                 f"{path} has format version {version}, this oneword reads {FORMAT_VERSION}: "
                 f"export the model again with ti-export MODEL {folder}"
             )
-        return msgspec.json.decode(data, type=Manifest)
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        return from_json(data, Manifest)
+    except ValueError as error:
         raise BundleError(
             f"{path} is not a valid manifest ({one_line(error)}): export the model to a new folder with ti-export"
         ) from error
@@ -466,8 +466,8 @@ def _refuse_to_overwrite(path: Path) -> None:
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     try:
-        files = msgspec.json.decode((path / MANIFEST).read_bytes(), type=_Listing).files
-    except (OSError, msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+        files = from_json((path / MANIFEST).read_bytes(), _Listing).files
+    except (OSError, ValueError):
         raise UsageError(f"{path} exists and is not a bundle: choose a new folder") from None
     if stray := next(_strays(path, files), None):
         raise UsageError(f"{path} holds {stray}, which is not part of the bundle: move it, or choose a new folder")

@@ -27,6 +27,7 @@ from typing import TypeAlias, TypeVar
 import msgspec
 
 from oneword.engines.errors import OnewordError
+from oneword.engines.files import from_json
 from oneword.runtime.concept import Concept, concept_of, read_safetensors
 from oneword.serve.errors import NotFound, Unavailable
 from oneword.serve.files import Files, quoted
@@ -418,8 +419,8 @@ def _decoded(data: bytes | None, kind: type[S]) -> S | None:
     if data is None:
         return None
     try:
-        return msgspec.json.decode(data, type=kind)
-    except (ValueError, RecursionError) as error:  # msgspec's errors, and UnicodeDecodeError
+        return from_json(data, kind)
+    except ValueError as error:
         raise Damaged("a job's file in the store is damaged") from error
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import msgspec
 
 from oneword.engines.errors import OnewordError
+from oneword.engines.files import from_json
 from oneword.runtime.concept import Concept
 from oneword.runtime.lexicon import Lexicon
 from oneword.runtime.refine import Refinement, known_aspects, refine_concept
@@ -43,10 +44,10 @@ class Refinements:
         if data is None:
             return None
         try:
-            progress = msgspec.json.decode(data, type=_Record)
+            progress = from_json(data, _Record)
             same = (progress.identity, progress.generation) == (record.identity, record.generation)
             return Refinement.from_json(progress.refinement) if same else None
-        except (ValueError, RecursionError, OnewordError):  # damaged, or of another version: as if there were none
+        except (ValueError, OnewordError):  # damaged, or of another version: as if there were none
             return None
 
     def write(self, tenant: str, record: WordRecord, state: Refinement) -> None:

@@ -32,6 +32,7 @@ from typing import Final
 import msgspec
 
 from oneword.engines.errors import ConceptError, UsageError
+from oneword.engines.files import from_json
 from oneword.runtime.concept import Concept, check_token, concept_bytes, concept_of, read_safetensors
 from oneword.serve.errors import ApiError, Conflict, NotFound
 from oneword.serve.files import Files, open_files, quoted, unquoted
@@ -313,8 +314,8 @@ def _mark_path(identity: str) -> str:
 def _record(raw: bytes, token: str) -> WordRecord:
     """A record that was read from the file of this token. Raises ApiError if it is damaged."""
     try:
-        record = msgspec.json.decode(raw, type=WordRecord)
-    except (ValueError, RecursionError):  # msgspec's errors, and UnicodeDecodeError
+        record = from_json(raw, WordRecord)
+    except ValueError:
         raise damaged(token) from None
     if record.token != token or not _IDENTITY.fullmatch(record.identity) or len(raw) > MAX_BYTES:
         raise damaged(token)

@@ -502,13 +502,13 @@ def read_manifest(path: Path) -> list[dict[str, str]]:
 def check_outputs(paths: Sequence[Path]) -> None:
     """Raises `UsageError` if a concept could not be written."""
     places = [_place(path) for path in paths]
-    for path in paths:
+    for path, place in zip(paths, places, strict=True):
         if path.suffix != ".safetensors":
             raise UsageError(f"--output {path}: concepts are written as .safetensors files")
         require_folder_of("--output", path)
         if path.is_dir():
             raise UsageError(f"--output {path} is a folder: give a file, for example {path / 'toy.safetensors'}")
-        if places.count(_place(path)) > 1:
+        if places.count(place) > 1:
             raise UsageError(f"--output {path} is given twice: give each word its own file")
 
 
