@@ -235,7 +235,7 @@ class _Compiler:
         self._stamps = self._read_stamps()
         size = size_of(path)
         self.small = size <= _SMALL
-        self.shape_use = ShapeUse.PADDED if self.small else ShapeUse.ANY if size <= _LARGE else ShapeUse.FIRST
+        self.shape_use = ShapeUse.PADDED if self.small else ShapeUse.SINGLE if size <= _LARGE else ShapeUse.FIRST
         self._lock = threading.Lock()
         self._first: tuple[Mapping[str, Shape], _Compiled] | None = None
         self._dynamic: _Compiled | None = None

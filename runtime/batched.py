@@ -1,4 +1,5 @@
-"""Runs a graph over any number of items, in calls of 8, 4, 2 and 1; each size is bound once. No denoising."""
+"""Runs a graph over any number of items, in calls of 8, 4, 2 and 1, or one at a time if that is best for the engine;
+each size of call is bound once. No denoising."""
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -6,7 +7,7 @@ from typing import Final
 
 import numpy as np
 
-from oneword.engines.engine import AnyArray, Binding, Engine, NumpyArray, shape_of
+from oneword.engines.engine import AnyArray, Binding, Engine, NumpyArray, ShapeUse, shape_of
 
 CALLS: Final = (8, 4, 2, 1)
 _MAX_BINDINGS: Final = 16
@@ -20,7 +21,8 @@ class BatchedGraph:
 
     def __init__(self, engine: Engine, fixed: Mapping[str, AnyArray]) -> None:
         self._engine, self._fixed = engine, fixed
-        self._largest = engine.limits.get("B", CALLS[0])
+        most = CALLS[0] if engine.shape_use in (ShapeUse.ANY, ShapeUse.PADDED) else 1
+        self._largest = max(1, min(most, engine.limits.get("B", most)))
         self._bindings: OrderedDict[tuple[object, ...], Binding] = OrderedDict()
 
     def __call__(
@@ -44,7 +46,7 @@ class BatchedGraph:
     def _parts(self, count: int) -> Iterator[slice]:
         start = 0
         while start < count:
-            size = next(size for size in CALLS if size <= min(count - start, max(1, self._largest)))
+            size = next(size for size in CALLS if size <= min(count - start, self._largest))
             yield slice(start, start + size)
             start += size
 

@@ -247,6 +247,8 @@ class Worker:
         self.state = State.STARTING
         self.backend = ""
         """What runs the graphs, with its version and precision, once it is open."""
+        self.backend_reason = ""
+        """Why `auto` chose it; empty if it was named."""
         self.failure = ""
         """Why the thread failed: one line, which may hold paths."""
         self.ready = threading.Event()
@@ -380,7 +382,7 @@ class Worker:
         shape_use = model.engine("denoise_step").shape_use
         if model.stream.depth or shape_use is ShapeUse.PADDED:
             scheduler.warm(*self._sizes)
-        elif shape_use is ShapeUse.ANY:
+        elif shape_use is not ShapeUse.FIRST:
             scheduler.bind(*self._sizes)
         for size in self._sizes or [defaults.size]:
             request = Request("", size=size, steps=min(_WARM_UP_STEPS, defaults.steps))
@@ -404,7 +406,7 @@ class Worker:
         model.encode([model.tokenize("a")])  # with the encoders open, and nothing of it cached
         self._encoding.add(model.encoded_chunks - chunks, model.encoding_seconds - encoding)
         self.slots = scheduler.capacity(*model.manifest.defaults.size)
-        self.backend = model.engine("denoise_step").backend
+        self.backend, self.backend_reason = model.engine("denoise_step").backend, model.backend_reason
         self._publish(scheduler)
         return scheduler
 

@@ -397,6 +397,11 @@ def product(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "p.onnx"
 
 
+def test_a_graph_of_medium_size_is_opened_for_any_shape_and_run_best_with_one_item(product: Path) -> None:
+    opened = engine(product, None)
+    assert opened.shape_use is ShapeUse.SINGLE
+
+
 def save_product(path: Path, weights: NumpyArray) -> None:
     """y = x @ weights, which are [300, 300]."""
     values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["B", 300]) for name in "xy"]

@@ -21,10 +21,8 @@ from oneword.runtime.scheduler import Scheduler
 class Limited:
     """A real engine that refuses sizes beyond its limits, as TensorRT's plans do."""
 
-    shape_use = ShapeUse.ANY
-
-    def __init__(self, engine: Engine, limits: Mapping[str, int]) -> None:
-        self._engine = engine
+    def __init__(self, engine: Engine, limits: Mapping[str, int], shape_use: ShapeUse = ShapeUse.ANY) -> None:
+        self._engine, self.shape_use = engine, shape_use
         self.name, self.backend, self.inputs, self.outputs = engine.name, engine.backend, engine.inputs, engine.outputs
         axes = {axis for spec in engine.inputs.values() for axis in spec.axes}
         self.limits = {axis: size for axis, size in limits.items() if axis in axes}
@@ -55,9 +53,14 @@ class Limited:
 LIMITS = {"B": 4, "N": 8, "M": 8}
 
 
-def limited(bundle: Path, monkeypatch: pytest.MonkeyPatch, limits: Mapping[str, int] = LIMITS) -> Model:
+def limited(
+    bundle: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    limits: Mapping[str, int] = LIMITS,
+    shape_use: ShapeUse = ShapeUse.ANY,
+) -> Model:
     with monkeypatch.context() as patch:
-        patch.setattr(module, "open_engine", lambda *args: Limited(open_engine(*args), limits))
+        patch.setattr(module, "open_engine", lambda *args: Limited(open_engine(*args), limits, shape_use))
         model = Model.open(bundle, "onnxruntime", threads=1)
         for name in model.manifest.graphs:
             model.engine(name)
@@ -104,6 +107,19 @@ def test_five_pictures_of_a_prompt_are_drawn_without_an_error_about_limits(
     assert 2 <= largest(model, "denoise_step", "N") <= 8
     assert largest(model, "denoise_step", "M") == 8
     assert largest(model, "vae_decoder", "B") <= 4
+
+
+@pytest.mark.parametrize("shape_use", [ShapeUse.SINGLE, ShapeUse.FIRST])
+def test_an_engine_for_which_one_item_at_a_time_is_best_gets_one_prompt_and_one_picture_per_call(
+    tiny_bundle: Path, free: Model, monkeypatch: pytest.MonkeyPatch, shape_use: ShapeUse
+) -> None:
+    model = limited(tiny_bundle, monkeypatch, {}, shape_use)
+    actual = draw(model, "a cat", num_images=3, steps=2)
+
+    for a, b in zip(actual, draw(free, "a cat", num_images=3, steps=2), strict=True):
+        np.testing.assert_array_equal(a.image, b.image)
+    assert largest(model, "text_encoder", "B") == largest(model, "vae_decoder", "B") == 1
+    assert largest(model, "denoise_step", "B") == 3
 
 
 def test_requests_of_five_prompts_are_drawn_together(
