@@ -144,7 +144,8 @@ class Server(uvicorn.Server):
             gc.collect()
             gc.freeze()  # a full collection of what lasts as long as the process would stop all threads for tens of ms
             self._opened = True
-            _log.info("ready: %s, %s", self.state_of_app.name, worker.backend)
+            reason = f" ({worker.backend_reason})" if worker.backend_reason else ""
+            _log.info("ready: %s, %s%s", self.state_of_app.name, worker.backend, reason)
         if self._heartbeat is not None:
             with contextlib.suppress(BrokenPipeError):  # the heartbeat's own thread ends this process then
                 self._heartbeat.beat()  # from now on, a hang is noticed soon

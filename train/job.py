@@ -25,7 +25,7 @@ from pathlib import Path
 
 import msgspec
 
-from oneword.engines.errors import OnewordError, UsageError, one_line
+from oneword.engines.errors import MissingPackage, OnewordError, UsageError, one_line
 from oneword.runtime.concept import Concept, save_concept
 from oneword.serve.messages import Digest, Done, Failed, Note, Order, Report, Snapshot, Started, Step
 
@@ -107,6 +107,8 @@ def reported(report: Callable[[Report], None], work: Callable[[], None], *paths:
         return CLOSED
     except OnewordError as error:
         report(Failed(without_paths(one_line(error), *paths)))
+    except ModuleNotFoundError as error:
+        report(Failed(str(MissingPackage(str(error.name), "train"))))
     except Exception as error:  # a library's: its text may hold anything
         traceback.print_exc()
         report(Failed(f"learning failed unexpectedly ({type(error).__name__}): the server's log has the reason"))

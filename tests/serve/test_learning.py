@@ -1,6 +1,7 @@
 import asyncio
 import contextlib
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -19,7 +20,7 @@ from oneword.serve.errors import Invalid
 from oneword.serve.learning import LearningProcess, ProcessLost, check_model, model_digest, public_text, recipe_of
 from oneword.serve.messages import Done, Failed, Order, Report, Snapshot, Started, Step, snapshot_steps
 from oneword.train.checkpoint import held
-from oneword.train.job import learn_word
+from oneword.train.job import learn_word, reported
 from oneword.train.recipe import RECIPES
 
 
@@ -55,6 +56,18 @@ def test_an_order_for_other_weights_fails_with_one_line_without_a_path(order: Or
     reports = asyncio.run(learned(msgspec.structs.replace(order, digest="0" * 64)))
 
     assert reports == [Failed("the model's weights are not those the bundle was exported from: export it again")]
+
+
+def test_a_missing_package_is_reported_with_the_command_that_installs_it() -> None:
+    def work() -> None:
+        raise ModuleNotFoundError("No module named 'diffusers'", name="diffusers")
+
+    reports: list[Report] = []
+    reported(reports.append, work)
+
+    [failed] = reports
+    assert isinstance(failed, Failed)
+    assert re.match(r"diffusers is not installed: .*pip install .*\[train\]", failed.error)
 
 
 @pytest.mark.parametrize("encoders", [("text_encoder", "text_encoder_2"), ("text_encoder", "text_encoder_3")])

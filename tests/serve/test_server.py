@@ -45,7 +45,12 @@ def server_with(worker: WorkerState, **settings: Any) -> Any:
     state: Any = SimpleNamespace(
         settings=Settings(Path("bundle"), **settings),
         name="miniature",
-        worker=SimpleNamespace(state=worker, failure="no such engine", backend="openvino 2026.2.0 cpu fp32"),
+        worker=SimpleNamespace(
+            state=worker,
+            failure="no such engine",
+            backend="openvino 2026.2.0 cpu fp32",
+            backend_reason="openvino is used; not tensorrt: no plans",
+        ),
         pool=Part(),
         jobs=Part(),
         stopping=asyncio.Event(),
@@ -91,7 +96,13 @@ def test_garbage_of_the_start_is_freed_before_the_rest_is_frozen(monkeypatch: py
 
 @pytest.mark.parametrize(
     ("worker", "lines"),
-    [(WorkerState.READY, ["ready: miniature, openvino 2026.2.0 cpu fp32"]), (WorkerState.FAILED, [])],
+    [
+        (
+            WorkerState.READY,
+            ["ready: miniature, openvino 2026.2.0 cpu fp32 (openvino is used; not tensorrt: no plans)"],
+        ),
+        (WorkerState.FAILED, []),
+    ],
 )
 def test_a_line_says_when_the_server_takes_requests(
     monkeypatch: pytest.MonkeyPatch, worker: WorkerState, lines: list[str]
