@@ -50,7 +50,7 @@ from oneword.runtime.drawing import draw
 from oneword.runtime.grid import labelled_grid
 from oneword.runtime.images import save_png
 from oneword.runtime.lexicon import Lexicon, joined
-from oneword.runtime.model import Model, base_table
+from oneword.runtime.model import Model
 from oneword.runtime.refine import (
     CANDIDATES,
     DISLIKED,
@@ -64,6 +64,7 @@ from oneword.runtime.refine import (
 )
 from oneword.runtime.request import Request
 from oneword.runtime.samplers import Sampler
+from oneword.runtime.table import base_table
 from oneword.train import cli
 from oneword.train.evaluation.judge import Judge
 from oneword.train.evaluation.scores import Embeddings, likeness

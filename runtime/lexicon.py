@@ -10,8 +10,8 @@ import numpy.typing as npt
 from oneword.engines.errors import UsageError
 from oneword.runtime.bundle import Bundle
 from oneword.runtime.concept import Concept, Vectors
-from oneword.runtime.model import base_table
 from oneword.runtime.prompt import Tokenizer
+from oneword.runtime.table import base_table
 
 Rows = Mapping[str, Vectors]
 """By encoder, the rows [n, D] of a word. n may differ between encoders, whose tokenizers may differ."""

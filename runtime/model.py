@@ -15,7 +15,6 @@ from typing import Final, Self
 
 import numpy as np
 import numpy.typing as npt
-import safetensors
 
 from oneword.engines.engine import Engine, HostStream, NumpyArray, Stream
 from oneword.engines.errors import BundleError, ConceptError, NotFinite, UsageError
@@ -31,7 +30,7 @@ from oneword.runtime.prompt import Chunks, Tokenizer, Vocabulary, encode_ids
 from oneword.runtime.request import Image
 from oneword.runtime.reuse_cache import ReuseCache
 from oneword.runtime.samplers import COLUMNS
-from oneword.runtime.table import DEFAULT_CAPACITY, EmbeddingTable
+from oneword.runtime.table import DEFAULT_CAPACITY, EmbeddingTable, base_table
 
 _CACHED_PROMPTS: Final = 512
 _CACHED_PICTURES: Final = 64
@@ -578,17 +577,3 @@ def _vectors(prompts: Iterable[TokenizedPrompt], encoder: str) -> dict[str, Vect
         for concept in prompt.concepts
         if encoder in concept.vectors
     }
-
-
-def base_table(path: Path) -> NumpyArray:
-    """[V, D]"""
-    try:
-        [(name, tensor)] = safetensors.deserialize(path.read_bytes())
-        dtype = {"F32": np.float32, "F16": np.float16}[tensor["dtype"]]
-        if name != "embedding_table":
-            raise KeyError(name)
-        return np.frombuffer(tensor["data"], dtype).reshape(tensor["shape"])
-    except (OSError, KeyError, ValueError, safetensors.SafetensorError) as error:
-        raise BundleError(
-            f"{path} holds no embedding_table ({error}): export the model again with ti-export"
-        ) from error

@@ -6,13 +6,15 @@ ago. Nothing else changes: no engine is touched, no vocabulary grows. Not thread
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
+import safetensors
 
 from oneword.engines.engine import Array, HostArray
-from oneword.engines.errors import UsageError
+from oneword.engines.errors import BundleError, UsageError
 
 DEFAULT_CAPACITY: Final = 1024
 """Learned rows. On the host, pages to which no word was written take no memory."""
@@ -84,3 +86,24 @@ class EmbeddingTable:
             self.array.write(row, vector)
         del self._free[-len(vectors) :]
         self._words[identity] = np.array(ids, np.int64)
+
+
+def base_table(path: Path) -> npt.NDArray[Any]:
+    """The rows [V, D] of an encoder's file in a bundle. They are mapped: what is not used is not read.
+
+    Raises BundleError if the file is damaged or holds something else.
+    """
+    try:
+        with safetensors.safe_open(path, "numpy") as tensors:
+            [name] = tensors.keys()
+            tensor = tensors.get_slice(name)
+            dtype, shape = {"F32": np.float32, "F16": np.float16}[tensor.get_dtype()], tuple(tensor.get_shape())
+        if name != "embedding_table":
+            raise KeyError(name)
+        with path.open("rb") as file:
+            header = int.from_bytes(file.read(8), "little")
+        return np.asarray(np.memmap(path, dtype, "r", 8 + header, shape))
+    except (OSError, KeyError, ValueError, safetensors.SafetensorError) as error:
+        raise BundleError(
+            f"{path} holds no embedding_table ({error}): export the model again with ti-export"
+        ) from error

@@ -210,7 +210,7 @@ def quoted(token: str) -> str:
 def random_words(bundle: Path, tokens: Sequence[str], seed: int = 0) -> list[Concept]:
     """Words of 1 to 3 vectors, each the mean of four rows of the model's table."""
     from oneword.runtime.bundle import Bundle
-    from oneword.runtime.model import base_table
+    from oneword.runtime.table import base_table
 
     opened = Bundle.open(bundle)
     tables = {encoder.graph: base_table(opened.file(encoder.table)) for encoder in opened.manifest.encoders}

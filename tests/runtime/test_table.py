@@ -1,12 +1,15 @@
 """Words are placed in the rows behind the model's own, and give them up in the order of their last use."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
-from oneword.engines.errors import UsageError
-from oneword.runtime.table import EmbeddingTable
+from oneword.engines.errors import BundleError, UsageError
+from oneword.runtime.table import EmbeddingTable, base_table
 
 BASE = np.arange(20, dtype=np.float32).reshape(5, 4)
 
@@ -86,3 +89,41 @@ def test_every_word_of_a_call_has_rows_with_its_vectors(calls: list[set[int]]) -
         for word, vectors in words.items():
             np.testing.assert_array_equal(table.array.numpy()[ids[word]], vectors)
         np.testing.assert_array_equal(table.array.numpy()[:5], BASE)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_a_file_of_rows_is_mapped_in_its_dtype(tmp_path: Path, dtype: type) -> None:
+    save_file({"embedding_table": BASE.astype(dtype)}, tmp_path / "table")
+    rows = base_table(tmp_path / "table")
+
+    np.testing.assert_array_equal(rows, BASE)
+    assert rows.dtype == dtype
+    assert isinstance(rows.base, np.memmap)
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {},
+        {"rows": BASE},
+        {"embedding_table": BASE.astype(np.int64)},
+        {"embedding_table": BASE, "more": BASE},
+    ],
+)
+def test_a_file_of_something_else_is_refused(tmp_path: Path, tensors: dict[str, np.ndarray]) -> None:
+    save_file(tensors, tmp_path / "table")
+    with pytest.raises(BundleError, match=r"table holds no embedding_table .*: export the model again with ti-export"):
+        base_table(tmp_path / "table")
+
+
+@pytest.mark.parametrize("left", [0, 4, 40, -1])
+def test_a_file_that_was_cut_off_is_refused(tmp_path: Path, left: int) -> None:
+    save_file({"embedding_table": BASE}, tmp_path / "table")
+    (tmp_path / "table").write_bytes((tmp_path / "table").read_bytes()[:left])
+    with pytest.raises(BundleError, match="holds no embedding_table"):
+        base_table(tmp_path / "table")
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="holds no embedding_table"):
+        base_table(tmp_path / "table")
