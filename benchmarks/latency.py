@@ -128,7 +128,7 @@ SD15, SDXL = "SD 1.5's architecture, random weights", "SDXL's architecture, rand
 CASES = {
     "miniature": Case("miniature", "The miniature, 64x64, 20 steps", 64, 20, 6, 10, 3, "miniature"),
     "sd15": Case("sd15", f"{SD15}, 256x256, 4 steps", 256, 4, 1, 2, 3, "sd15"),
-    "sd15-512": Case("sd15-512", f"{SD15}, 512x512, 4 steps", 512, 4, 1, 2, 2, "sd15"),
+    "sd15-512": Case("sd15-512", f"{SD15}, 512x512, 4 steps", 512, 4, 1, 1, 1, "sd15"),
     "sd15-20": Case("sd15-20", f"{SD15}, 256x256, 20 steps", 256, 20, 1, 1, 1, "sd15"),
     "sdxl": Case("sdxl", f"{SDXL}, 512x512, 2 steps", 512, 2, 1, 1, 1, "sdxl"),
 }
