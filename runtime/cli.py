@@ -79,10 +79,13 @@ _BUNDLES = "the bundle's"
     "--guidance-scale",
     type=float,
     show_default=f"{_BUNDLES}; 0.6 with cfg++",
-    help="Weight of the prompt; 1 means no guidance.",
+    help="Weight of the prompt; 0 to 1 means no guidance, except with cfg++.",
 )
 @click.option(
-    "--embedded-guidance", type=float, show_default=_BUNDLES, help="Guidance scale as an input of a distilled model."
+    "--embedded-guidance",
+    type=float,
+    show_default=_BUNDLES,
+    help="Guidance scale that a guidance-distilled model, such as FLUX.1 dev, takes as an input.",
 )
 @click.option("--guidance-rescale", type=float, default=0.0, show_default=True, help="Reduces overexposure, 0 to 1.")
 @click.option(
@@ -95,7 +98,11 @@ _BUNDLES = "the bundle's"
 )
 @click.option("--eta", type=float, default=0.0, show_default=True, help="Noise added in each step, 0 to 1; DDIM only.")
 @click.option(
-    "--clip-skip", type=int, default=0, show_default=True, help="Number of the text encoder's last layers to skip."
+    "--clip-skip",
+    type=int,
+    default=0,
+    show_default=True,
+    help="Number of the text encoder's last layers to skip, 1 for A1111's 2.",
 )
 @click.option("--size", type=size, metavar="WxH", show_default="--image's, else the bundle's", help="Size in pixels.")
 @click.option("--image", type=PATH, help="A picture to start from.")
@@ -118,7 +125,7 @@ _BUNDLES = "the bundle's"
     "words",
     multiple=True,
     show_default="the words of every --concept",
-    help="Replaces {} in the prompts, which need one; may be repeated, one picture per word.",
+    help="Replaces {} in the prompts, which must contain it; may be repeated, one picture per word.",
 )
 @click.option(
     "--grid", type=PATH, metavar="FILE.png", help="Also save all pictures in one grid: prompts by words and seeds."

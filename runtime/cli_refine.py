@@ -34,6 +34,9 @@ from oneword.runtime.lexicon import Lexicon
 from oneword.runtime.model import Model
 from oneword.runtime.refine import (
     CANDIDATES,
+    MAX_CANDIDATES,
+    MAX_ROUNDS,
+    MIN_CANDIDATES,
     Refinement,
     finish,
     judge,
@@ -73,8 +76,16 @@ _ANSWER = "numbers such as 2 5 -3, 0 for none, or all of them from best to worst
     multiple=True,
     help="File of a learned word that --aspects or --start names; may be repeated.",
 )
-@click.option("--rounds", type=click.IntRange(0), default=ROUNDS, show_default=True, help="Rounds in all.")
-@click.option("--candidates", type=int, help=f"Pictures per round.  [default: {CANDIDATES}]")
+@click.option(
+    "--rounds",
+    type=click.IntRange(0),
+    default=ROUNDS,
+    show_default=True,
+    help=f"Rounds in all; at most {MAX_ROUNDS} are drawn.",
+)
+@click.option(
+    "--candidates", type=int, help=f"Pictures per round, {MIN_CANDIDATES} to {MAX_CANDIDATES}.  [default: {CANDIDATES}]"
+)
 @click.option(
     "--seed", type=int, help="Seed of the candidates and, counted up by round, of the pictures.  [default: 0]"
 )

@@ -33,7 +33,9 @@ DATA: Final = "~/.local/share/oneword"
 @version_option
 @click.argument("bundle", type=PATH, required=False)
 @click.option("--words", metavar="FOLDER|URL", show_default=f"{DATA}/words", help="Where learned words are kept.")
-@click.option("--model", metavar="MODEL", help="The model of the bundle, to learn words with.")
+@click.option(
+    "--model", metavar="MODEL", help="The model that the bundle was exported from; needed only to learn words."
+)
 @click.option(
     "--jobs",
     type=PATH,
@@ -41,7 +43,12 @@ DATA: Final = "~/.local/share/oneword"
     show_default=f"{DATA}/jobs/<PORT>",
     help="Folder for this server's own learning jobs.",
 )
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; others need --keys.")
+@click.option(
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="Address to listen on; any but this machine's own needs --keys.",
+)
 @click.option("--port", type=int, default=8000, show_default=True, help="0 means any free port.")
 @click.option(
     "--keys",
@@ -109,7 +116,7 @@ DATA: Final = "~/.local/share/oneword"
     "--gc",
     "collect",
     is_flag=True,
-    help="Delete the vectors in --words of words that were deleted or replaced more than a day ago, then exit.",
+    help="Delete from --words the vectors of words that were deleted or replaced more than a day ago, then exit.",
 )
 @json_option
 def command(
