@@ -1,6 +1,7 @@
 """A small graph, y = x + table[ids] + bias, through every CPU backend, including the torch modules."""
 
 import re
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -205,6 +206,24 @@ def test_an_installed_package_that_cannot_be_imported_is_not_called_missing(
         opened(KINDS[package], path)
 
 
+@pytest.mark.parametrize("shadowed", [False, True])
+def test_two_builds_of_onnx_runtime_are_refused_only_in_one_folder(
+    path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, shadowed: bool
+) -> None:
+    for name in ("onnxruntime", "onnxruntime-gpu"):
+        folder = tmp_path / (name if shadowed else "site-packages")
+        metadata = folder / f"{name.replace('-', '_')}-1.0.dist-info" / "METADATA"
+        metadata.parent.mkdir(parents=True)
+        metadata.write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        monkeypatch.syspath_prepend(folder)
+
+    if shadowed:
+        opened(OnnxRuntimeEngine, path)
+    else:
+        with pytest.raises(EngineError, match=r"are both installed and overwrite each other: pip uninstall"):
+            opened(OnnxRuntimeEngine, path)
+
+
 def test_the_backend_is_reported_with_version_device_and_precision(engine: Engine) -> None:
     kinds = r"(onnxruntime [\d.]+ cpu fp32)|(openvino [\d.]+ cpu (fp32|bf16))|(eager [\d.]+(\+cpu)? cpu fp32)"
     assert re.fullmatch(kinds, engine.backend)
@@ -252,6 +271,40 @@ def test_weights_of_a_large_graph_are_not_reordered_and_its_output_is_the_same(
     assert levels == [ort.GraphOptimizationLevel.ORT_ENABLE_ALL, ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED]
     for result in results:
         np.testing.assert_array_equal(result, arrays["x"] + arrays["table"][arrays["ids"]])
+
+
+def test_graphs_that_are_not_small_share_the_memory_that_they_compute_in(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    nodes = [
+        helper.make_node("Expand", ["x", "shape"], ["wide"]),
+        helper.make_node("Sin", ["wide"], ["sines"]),  # both of 128 MiB
+        helper.make_node("ReduceMean", ["sines"], ["y"], keepdims=1),
+    ]
+    inputs, outputs = ([helper.make_tensor_value_info(name, TensorProto.FLOAT, ["B", 1])] for name in "xy")
+    shape = helper.make_tensor("shape", TensorProto.INT64, [2], [1, 32 << 20])
+    made = helper.make_graph(nodes, "mean", inputs, outputs, [shape])
+    onnx.save(helper.make_model(made, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), tmp_path / "g.onnx")
+    code = """if True:
+        import resource, sys
+        from pathlib import Path
+        import numpy as np
+        from oneword.engines import onnxruntime
+        from oneword.engines.graph import DType, TensorSpec
+
+        x = np.zeros((1, 1), np.float32)
+        specs = {"x": TensorSpec("x", DType.FLOAT32, ("B", 1))}
+        line = (Path(sys.argv[1]), specs, ["CPUExecutionProvider"], 1, int(sys.argv[2]))
+        sessions = [onnxruntime.open_session("mean", *line) for _ in range(3)]
+        for session in [*sessions, *sessions]:
+            assert session.run(["y"], {"x": x})[0].item() == 0
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
+    """
+
+    def peak(size: int) -> int:
+        line = [sys.executable, "-c", code, str(tmp_path / "g.onnx"), str(size)]
+        return int(subprocess.run(line, capture_output=True, text=True, check=True, timeout=100).stdout)
+
+    assert peak(33 << 20) < peak(32 << 20) - 400  # MiB: three sessions would need 256 each, or 512 with patterns
 
 
 def test_given_outputs_are_used_in_place(engine: Engine) -> None:
