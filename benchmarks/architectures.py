@@ -121,15 +121,15 @@ def shape(name: str) -> Mapping[str, int]:
     return SHAPES.get(split(name)[0], SHAPE)
 
 
-def full_size(name: str, precision: str) -> Any:
-    """A denoise step, or T5's encoder, as a graph to trace."""
+def full_size(name: str, precision: str, weights: Path | None = None) -> Any:
+    """A denoise step, or T5's encoder, as a graph to trace. `weights`: see random_network."""
     from oneword.export.families import denoise_graph, encoder_graph
     from oneword.export.flux import Flux
     from oneword.export.modules import DenoiseStep, UNet
     from oneword.export.sd3 import StableDiffusion3
     from oneword.export.t5 import T5Encoder
 
-    model, network = split(name)[0], random_network(name, precision)
+    model, network = split(name)[0], random_network(name, precision, weights)
     if model in TEXT:
         return encoder_graph("text_encoder_3", T5Encoder(network, T5_LENGTH))
     if model in FLOW:
@@ -142,9 +142,11 @@ def full_size(name: str, precision: str) -> Any:
     return denoise_graph(DenoiseStep(UNet(network)), pooled, 6)
 
 
-def random_network(name: str, precision: str) -> Any:
-    """The diffusers or transformers model with random weights, the same ones in every process."""
+def random_network(name: str, precision: str, weights: Path | None = None) -> Any:
+    """The diffusers or transformers model with random weights, the same ones in every process. They are stored in the
+    file `weights`, if one is given, and read from it the next time: for SDXL drawing them takes most of a minute."""
     import torch
+    from safetensors.torch import load_file, save_file
 
     from oneword.engines.graph import Precision
     from oneword.export.families import TORCH_DTYPES
@@ -155,7 +157,14 @@ def random_network(name: str, precision: str) -> Any:
             for block in network.encoder.block:
                 block.layer[1].DenseReluDense.wo.float()
     network = network.to_empty(device="cpu").eval().requires_grad_(False)
+    if weights is not None and weights.is_file():
+        network.load_state_dict(load_file(weights))
+        return network
     randomize(network)
+    if weights is not None:
+        part = weights.with_suffix(".part")
+        save_file(network.state_dict(), part)
+        part.rename(weights)
     return network
 
 
@@ -199,8 +208,9 @@ def side(name: str) -> int:
     return 8 * int((CONFIGS | FLOW)[model].get("sample_size", 128))
 
 
-def bundle_of_one(name: str, precision: str, folder: Path) -> Any:
-    """The exported step as a bundle of one graph, which is all an engine reads; exported if it does not exist yet."""
+def bundle_of_one(name: str, precision: str, folder: Path, weights: Path | None = None) -> Any:
+    """The exported step as a bundle of one graph, which is all an engine reads; exported if it does not exist yet.
+    `weights`: see random_network."""
     import msgspec
 
     from oneword.engines.graph import Graph
@@ -212,7 +222,7 @@ def bundle_of_one(name: str, precision: str, folder: Path) -> Any:
     if path.is_file():
         graph = msgspec.json.decode(path.read_bytes(), type=Graph)
     else:
-        graph = write_graph(full_size(name, precision), folder)
+        graph = write_graph(full_size(name, precision, weights), folder)
         path.write_bytes(msgspec.json.encode(graph))
     inputs: dict[str, Any] = {spec.name: spec.axes for spec in graph.inputs}
     encoder = Encoder(

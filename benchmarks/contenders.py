@@ -168,7 +168,7 @@ def _prepare(model: Any, meter: Meter) -> None:
     for name in model.manifest.graphs:
         meter.watch(model.engine(name))
     rng = np.random.default_rng(0)
-    tables = {name: table.array.numpy() for name, table in model._tables.items()}
+    tables = {name: table.base for name, table in model._tables.items()}
     for number in range(WORDS):
         count = 1 + number % 3
         vectors = {

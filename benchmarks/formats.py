@@ -93,7 +93,7 @@ def opened(options: argparse.Namespace) -> dict[str, float]:
 
 def converted(core: Any, path: Path, work: Path, *, halve: bool = True) -> Path:
     """The graph in OpenVINO's own format, converted unless an earlier run finished doing so."""
-    from oneword.engines.openvino import convert_graph
+    from oneword.engines.openvino_conversion import convert_graph
 
     folder = work / ("converted" if halve else "converted-exact")
     partial = folder.with_name(f"{folder.name}.partial")

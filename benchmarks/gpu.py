@@ -15,9 +15,10 @@
     learning       seconds to learn a word beside SCRIPT, diffusers' textual_inversion.py
 
 Each stage runs in its own process, is stopped at its limit, and ends in one line of JSON with its result or its error.
-Results are stored in `--work`; a stage that has succeeded is not repeated, so an interrupted plan resumes with the same
-command. `--write` writes docs/results/gpu.md from everything stored. TensorRT-RTX does not build for every GPU, and
-TensorRT's libraries are not on PyPI: such a stage says so and counts as failed. Ends in one line of JSON.
+Results are stored in `--work`, and the same command resumes the plan: it runs again what has failed or had no time, and
+in a stage that times a step only those contenders. `--write` writes docs/results/gpu.md from everything stored.
+TensorRT-RTX does not build for every GPU, and TensorRT's libraries are not on PyPI: such a stage says so and counts as
+failed. Ends in one line of JSON.
 """
 
 import argparse
@@ -62,18 +63,18 @@ def plan(models: list[str]) -> dict[str, Stage]:
     """The stages by name, in their order; those of these models after the checks."""
     stages = {
         "arrays": Stage(1, gpu_stages.arrays),
-        "cuda": Stage(3, gpu_stages.cuda),
+        "cuda": Stage(2, gpu_stages.cuda),
         "tensorrt": Stage(4, gpu_stages.tensorrt),
         "tensorrt-rtx": Stage(2, gpu_stages.tensorrt_rtx),
-        "replays": Stage(3, gpu_stages.replays),
+        "replays": Stage(2, gpu_stages.replays),
     }
     for model in models:
         large = model == "sdxl"
-        stages[f"{model}-export"] = Stage(9 if large else 3, partial(exported_step, model))
+        stages[f"{model}-export"] = Stage(6 if large else 3, partial(exported_step, model))
         for batch in BATCHES:
-            minutes = 3 if batch > 1 else 7 if large else 6
+            minutes = (7 if batch == 1 else 3) + (2 if large else 0)
             stages[f"{model}-{batch}"] = Stage(minutes, partial(step_latency, model, batch))
-    return {**stages, "swaps": Stage(3, gpu_stages.swaps), "learning": Stage(6, gpu_stages.learning)}
+    return {**stages, "swaps": Stage(2, gpu_stages.swaps), "learning": Stage(6, gpu_stages.learning)}
 
 
 def exported_step(model: str, settings: Settings) -> dict[str, Any]:
@@ -83,7 +84,9 @@ def exported_step(model: str, settings: Settings) -> dict[str, Any]:
 
 def step_latency(model: str, batch: int, settings: Settings) -> dict[str, Any]:
     """See gpu_step.contend."""
-    return gpu_step.contend(model, batch, settings.work, 0.95 * settings.seconds, settings.simulated)
+    entry = _stored(settings.work).get(f"{model}-{batch}", {})
+    before = entry.get("result", {}) if entry.get("device") == _gpu(settings.simulated) else {}
+    return gpu_step.contend(model, batch, settings.work, 0.95 * settings.seconds, settings.simulated, before)
 
 
 def main() -> None:
@@ -101,30 +104,52 @@ def main() -> None:
     if options.write:
         write(stored)
     failed = [name for name, entry in stored.items() if "error" in entry]
-    print(json.dumps({"succeeded": [name for name in stored if name not in failed], "failed": failed}))
+    succeeded = [name for name, entry in stored.items() if _complete(entry)]
+    incomplete = [name for name in stored if name not in (*succeeded, *failed)]
+    print(json.dumps({"succeeded": succeeded, "incomplete": incomplete, "failed": failed}))
 
 
 def run(stages: Mapping[str, Stage], names: list[str], options: argparse.Namespace) -> Stored:
     """Runs these stages in turn, each in its own process, while there is time. Returns everything stored so far."""
-    file = options.work / "results.json"
-    stored: Stored = json.loads(file.read_text()) if file.exists() else {}
+    stored = _stored(options.work)
     end = time.monotonic() + 60 * options.minutes
     for name in names:
-        if "result" in stored.get(name, {}):
+        before = stored.get(name, {})
+        if _complete(before):
             continue
         start = time.monotonic()
         limit = min(60 * stages[name].minutes * (SLOWER if options.simulated else 1), end - start)
         entry: dict[str, Any] = {"date": str(datetime.date.today()), "device": _gpu(options.simulated)}
+        if limit < 1 and before:
+            break
         if limit < 1:
             entry["error"] = f"not started: the {options.minutes:g} minutes are over"
         else:
             finish = finished(_command(name, limit, options), limit + 10)
             entry |= finish if "error" in finish else {"result": finish}
         entry["seconds"] = round(time.monotonic() - start, 1)
-        stored[name] = entry
-        file.write_text(json.dumps(stored, indent=1))
+        if "result" in entry or "result" not in before:
+            stored[name] = entry
+            _file(options.work).write_text(json.dumps(stored, indent=1))
         print(json.dumps({"stage": name, **entry}), flush=True)
     return stored
+
+
+def _complete(entry: Mapping[str, Any]) -> bool:
+    """Whether a stage has succeeded with all of its contenders."""
+    return "result" in entry and not any(
+        isinstance(part, Mapping) and "error" in part for part in entry["result"].values()
+    )
+
+
+def _stored(work: Path) -> Stored:
+    file = _file(work)
+    stored: Stored = json.loads(file.read_text()) if file.exists() else {}
+    return stored
+
+
+def _file(work: Path) -> Path:
+    return work / "results.json"
 
 
 def _command(name: str, limit: float, options: argparse.Namespace) -> list[str]:
@@ -229,7 +254,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--script", type=Path, help="diffusers' textual_inversion.py, for the last stage")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="time for all stages of this call")
     parser.add_argument("--simulated", action="store_true", help="on simulated CUDA, which computes on the CPU")
-    parser.add_argument("--work", type=Path, default=Path("build/gpu"), help="20 GB for graphs, plans and results")
+    parser.add_argument(
+        "--work", type=Path, default=Path("build/gpu"), help="40 GB for weights, graphs, plans and results"
+    )
     parser.add_argument("--write", action="store_true", help="write docs/results/gpu.md")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -10,7 +10,8 @@
                        engine allows it, the step is also captured as a CUDA graph and replayed
 
 Random weights (benchmarks.architectures), guided pictures of the model's own size. Each contender has its own process.
-Part of `benchmarks.gpu`; not covered: encoding, decoding, and what a scheduler adds.
+Compilers take minutes for each batch, so `torch-compile` and `diffusers-tuned` run at batch 1 only. Part of
+`benchmarks.gpu`; not covered: encoding, decoding, and what a scheduler adds.
 """
 
 import importlib.util
@@ -31,35 +32,56 @@ from benchmarks.architectures import CONFIGS, SHAPE, bundle_of_one, full_size
 from benchmarks.pages import marked, table
 from oneword.runtime.samplers import COLUMNS
 
-CONTENDERS = ("torch", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx", "diffusers-tuned", "torch-compile")
-"""In this order, so that torch.compile, which takes longest, gets the time that the others leave."""
+SHARES = {
+    "torch": 1,
+    "onnxruntime-cuda": 2,
+    "tensorrt": 3,
+    "tensorrt-rtx": 1,
+    "diffusers-tuned": 2,
+    "torch-compile": 3,
+}
+"""The contenders and their shares of the time that is left, in this order: torch.compile, which takes longest, gets
+what the others leave. TensorRT first builds a plan."""
+COMPILED = ("diffusers-tuned", "torch-compile")
+WEIGHTS = "weights.safetensors"
+"""The random weights of a model, in its folder."""
 TFLOP = {"sd15": 1.607, "sdxl": 13.5}  # per guided step of one picture of the model's own size
 TOKENS = SHAPE["T"]
 STEPS = 50
-"""Steps in a loop of one picture; larger batches take a fifth of them."""
+"""Steps in a loop of one picture; in larger batches so many in all pictures together."""
 GOALS = {("sd15", 1): 6.0}
 """The most milliseconds that a step should take in the CUDA provider on an H100, H200 or B200, by model and batch."""
 GOAL_CARDS = ("H100", "H200", "B200")
 
 
 def export(model: str, work: Path) -> dict[str, Any]:
-    """Exports the step in fp16, which the other contenders of this model then open."""
+    """Exports the step in fp16 and stores its weights, for the contenders of this model."""
     folder = work / model
     folder.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    bundle = bundle_of_one(model, "fp16", folder)
+    bundle = bundle_of_one(model, "fp16", folder, folder / WEIGHTS)
     size = sum((folder / name).stat().st_size for name in bundle.graph("denoise_step").all_files)
     return {"export, s": round(time.perf_counter() - start, 1), "on disk, MiB": size >> 20}
 
 
-def contend(model: str, batch: int, work: Path, seconds: float, simulated: bool) -> dict[str, Any]:
-    """Every contender's measurements, or why it has none, within this time. Raises SystemExit if none ran."""
+def contend(
+    model: str, batch: int, work: Path, seconds: float, simulated: bool, before: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Every contender's measurements, or why it has none, within this time; contenders that have some in `before` are
+    not run again, unless the reference was missing. Raises SystemExit if none has any."""
     end = time.monotonic() + seconds
-    results: dict[str, Any] = {}
-    for number, name in enumerate(CONTENDERS):
-        limit = max(1.0, (end - time.monotonic()) / (len(CONTENDERS) - number))
+    results: dict[str, Any] = {
+        name: before.get(name, {"error": "not run"}) for name in SHARES if batch == 1 or name not in COMPILED
+    }
+    unchecked = [name for name, result in results.items() if "difference" not in result]
+    due = unchecked if "error" in results["torch"] else [name for name in unchecked if "error" in results[name]]
+    for number, name in enumerate(due):
+        share = SHARES[name] / sum(SHARES[later] for later in due[number:])
+        limit = max(1.0, (end - time.monotonic()) * share)
         command = [sys.executable, "-m", "benchmarks.gpu_step", name, model, batch, work, *(["sim"] * simulated)]
-        results[name] = finished([str(word) for word in command], limit)
+        result = finished([str(word) for word in command], limit)
+        if "error" not in result or "error" in results[name]:
+            results[name] = result
     if all("error" in result for result in results.values()):
         raise SystemExit("; ".join(f"{name}: {result['error']}" for name, result in results.items()))
     return results
@@ -87,7 +109,7 @@ def measure(contender: str, model: str, batch: int, work: Path, simulated: bool)
     """Runs in a contender's own process. PyTorch runs first and saves the reference for the others."""
     folder, feeds = work / model, feeds_of(model, batch)
     folder.mkdir(parents=True, exist_ok=True)
-    steps = 1 if simulated else STEPS if batch == 1 else STEPS // 5
+    steps = 1 if simulated else STEPS // batch
     prepare = _torch if contender.startswith(("torch", "diffusers")) else _ours
     first_step, loop, captured, device_memory = prepare(contender, model, folder, feeds, steps)
     reference = folder / f"reference-{batch}.npy"
@@ -111,7 +133,7 @@ def _torch(contender: str, model: str, folder: Path, feeds: dict[str, Any], step
         raise SystemExit(f"PyTorch {torch.__version__} finds no GPU")
     from oneword.export.eager import to_torch  # takes seconds: imports diffusers
 
-    graph = full_size(model, "fp16")
+    graph = full_size(model, "fp16", folder / WEIGHTS)
     module = tuned_step(graph.module.network.unet) if contender == "diffusers-tuned" else graph.module
     module = module.to("cuda", memory_format=torch.channels_last)
     if contender == "torch-compile":
@@ -121,15 +143,25 @@ def _torch(contender: str, model: str, folder: Path, feeds: dict[str, Any], step
         module.network.unet = compiled(module.network.unet)
 
     def loop(count: int = steps) -> Any:
-        inputs = dict(tensors)
-        with torch.no_grad():
-            for _ in range(count):
-                inputs["sample"], inputs["previous"], _ = module(**inputs)
+        sample = stepped(module, tensors, count)
         torch.cuda.synchronize()
-        return inputs["sample"]
+        return sample
 
     free_and_total = torch.cuda.mem_get_info
     return loop(1).cpu().numpy(), loop, None, lambda: free_and_total()[1] - free_and_total()[0]
+
+
+def stepped(module: Any, tensors: Mapping[str, Any], count: int) -> Any:
+    """The sample after so many steps. Each gets copies of the outputs of the last one: a compiled module may return
+    memory of a CUDA graph, which the next call overwrites."""
+    import torch
+
+    inputs = dict(tensors)
+    with torch.no_grad():
+        for _ in range(count):
+            sample, denoised, _ = module(**inputs)
+            inputs["sample"], inputs["previous"] = sample.clone(), denoised.clone()
+    return inputs["sample"]
 
 
 def tuned_step(unet: Any) -> Any:
@@ -174,7 +206,7 @@ def _ours(contender: str, model: str, folder: Path, feeds: dict[str, Any], steps
     from oneword.engines.open import Backend, EngineOptions, gpu_stream, open_engine
 
     stream = gpu_stream()  # before the long work, since there may be no GPU
-    bundle = bundle_of_one(model, "fp16", folder)
+    bundle = bundle_of_one(model, "fp16", folder, folder / WEIGHTS)
     graph = bundle.graph("denoise_step")
     ranges = {
         axis: (size, size, size)

@@ -55,6 +55,10 @@ class Device:
             int(self.call("cudaDeviceGetAttribute", attribute.cudaDevAttrComputeCapabilityMajor, index)),
             int(self.call("cudaDeviceGetAttribute", attribute.cudaDevAttrComputeCapabilityMinor, index)),
         )
+        self.reads_pageable_memory = bool(
+            self.call("cudaDeviceGetAttribute", attribute.cudaDevAttrPageableMemoryAccess, index)
+        )
+        """Whether a queued copy may read host memory that is not pinned when it runs; other GPUs read it at once."""
         self.name = self.call("cudaGetDeviceProperties", index).name.decode()
 
     @property
@@ -84,7 +88,8 @@ class Device:
         if installed == 0 or status == self.runtime.cudaError_t.cudaErrorInsufficientDriver:
             has = "there is none" if installed == 0 else f"this one supports CUDA {_version(installed)}"
             raise EngineError(
-                f"an NVIDIA driver for CUDA {_version(required)} is needed and {has}: install or update the driver"
+                f"an NVIDIA driver for CUDA {required // 1000} or newer is needed and {has}: "
+                "install or update the driver"
             )
         if status == self.runtime.cudaError_t.cudaErrorNoDevice:
             raise EngineError("the NVIDIA driver finds no GPU: check `nvidia-smi` and CUDA_VISIBLE_DEVICES")
@@ -107,8 +112,7 @@ class CudaStream:
     def put(self, values: NumpyArray) -> "DeviceArray":
         """Copies a host array to the device."""
         array = self.empty(values.shape, values.dtype)
-        values = np.ascontiguousarray(values)
-        self.transfer(array.pointer, values.ctypes.data, values.nbytes, "HostToDevice")
+        self.send(array.pointer, np.ascontiguousarray(values))
         return array
 
     def pinned(self, shape: Shape, dtype: npt.DTypeLike) -> NumpyArray:
@@ -176,8 +180,14 @@ class CudaStream:
         """See Stream."""
         binding.run(self.handle)
 
+    def send(self, target: int, source: NumpyArray) -> None:
+        """Copies contiguous host memory, which need not be pinned and may be changed afterwards, to an address."""
+        self.transfer(target, source.ctypes.data, source.nbytes, "HostToDevice")
+        if self.device.reads_pageable_memory:
+            self.wait()
+
     def transfer(self, target: int, source: int, size: int, kind: str) -> None:
-        """Queues a copy of `size` bytes between addresses; pageable host memory is read before this returns."""
+        """Queues a copy of `size` bytes between addresses. Memory of the host should be pinned: see `send`."""
         kinds = self.device.runtime.cudaMemcpyKind
         direction = getattr(kinds, f"cudaMemcpy{kind}")
         self.device.call("cudaMemcpyAsync", target, source, size, direction, self.handle)
@@ -291,7 +301,7 @@ class DeviceArray:
         else:
             part[...] = values
         offset = part.ctypes.data - self._mirror.ctypes.data
-        self.stream.transfer(self.pointer + offset, part.ctypes.data, part.nbytes, "HostToDevice")
+        self.stream.send(self.pointer + offset, part)
 
     @cached_property
     def _mirror(self) -> NumpyArray:

@@ -69,8 +69,6 @@ class ShapeUse(Enum):
     """All shapes are bound at once and run equally well."""
     PADDED = auto()
     """Bindings are faster once specialized, so that a few padded shapes are better than exact ones."""
-    SINGLE = auto()
-    """All shapes run, but the weights may be held once more for other numbers of items: run one item at a time."""
     FIRST = auto()
     """The graph is compiled for the first shapes that are bound, and again, for any shape, once others are."""
 

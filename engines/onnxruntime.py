@@ -11,6 +11,7 @@ int8 weights a quarter of its memory. A picture of the miniature, whose graphs a
 import functools
 import importlib.metadata
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -144,7 +145,8 @@ def open_session(
     options.log_severity_level = 4  # what it would log is in the exceptions
     options.intra_op_num_threads = cpu_threads(threads)
     if size > _SMALL:
-        _register_arena()
+        with _arena_lock:
+            _register_arena()
         options.add_session_config_entry("session.use_env_allocators", "1")
         options.enable_mem_pattern = False
     if size > _LARGE:
@@ -156,7 +158,9 @@ def open_session(
     # Fuses int8 weights with their products into operators that hold them twice and round activations to 8 bits.
     disabled = ["QDQSelectorActionTransformer"]
     try:
-        session = ort.InferenceSession(os.fspath(path), options, providers=providers, disabled_optimizers=disabled)
+        session = ort.InferenceSession(
+            os.fspath(path), options, providers=providers, disabled_optimizers=disabled, enable_fallback=0
+        )
     except Exception as error:  # ONNX Runtime's exceptions have no common base class
         raise EngineError(f"cannot open graph {name!r} ({path}): {one_line(error)}") from error
     provider = providers[0] if isinstance(providers[0], str) else providers[0][0]
@@ -169,12 +173,19 @@ def open_session(
     return session
 
 
+_arena_lock = threading.Lock()
+
+
 @functools.cache
 def _register_arena() -> None:
-    """Makes the arena of all sessions of this process that use it."""
+    """Makes the arena of all sessions of this process that use it. It stays until the process ends. Raises
+    EngineError."""
     ort = load_onnxruntime()
     memory = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
-    ort.create_and_register_allocator(memory, None)
+    try:
+        ort.create_and_register_allocator(memory, None)
+    except Exception as error:  # ONNX Runtime's exceptions have no common base class
+        raise EngineError(f"ONNX Runtime cannot share memory between graphs: {one_line(error)}") from error
 
 
 def available_providers() -> list[str]:

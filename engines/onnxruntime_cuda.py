@@ -1,15 +1,23 @@
 """ONNX Runtime's CUDA provider: inputs and outputs bound to device memory, on the stream that all engines share."""
 
+import contextlib
+import io
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from oneword.engines.cuda import CudaStream, DeviceArray
 from oneword.engines.engine import AnyArray, Array, NumpyArray, ShapeUse, complete_feeds
 from oneword.engines.errors import EngineError, one_line, pip_line
-from oneword.engines.graph import Graph, Provider
+from oneword.engines.graph import DType, Graph, Provider, TensorSpec
 from oneword.engines.onnxruntime import ELEMENT, load_onnxruntime, open_session
 
 PROVIDER = "CUDAExecutionProvider"
+_IDENTITY = (  # an ONNX graph that returns its input, `x`
+    b'\x08\x08:7\n\x10\n\x01x\x12\x01y"\x08Identity\x12\x01gZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01'
+    b"b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\x11"
+)
 
 
 class OnnxRuntimeCudaEngine:
@@ -36,15 +44,8 @@ class OnnxRuntimeCudaEngine:
         self.outputs = {spec.name: spec for spec in graph.outputs}
         device = stream.device
         self.backend = f"onnxruntime {ort.__version__} {device.name} {device.target} {graph.precision}"
-        settings = {
-            "device_id": device.index,
-            "user_compute_stream": str(stream.handle),
-            "use_tf32": "0",
-            "enable_skip_layer_norm_strict_mode": "1",  # sums in float32; else fp16 graphs sum in fp16
-        }
         self._ortvalue = ort.OrtValue.ortvalue_from_numpy
-        path = folder / graph.onnx_for(Provider.CUDA)
-        self.session = open_session(name, path, self.inputs, [(PROVIDER, settings)])
+        self.session = _session(name, folder / graph.onnx_for(Provider.CUDA), self.inputs, stream)
         self.options = ort.RunOptions()
         self.options.add_run_config_entry("disable_synchronize_execution_providers", "1")
 
@@ -103,3 +104,30 @@ class CudaBinding:
 
     def specialize(self) -> None:
         """See Binding. Does nothing: every shape is equally fast."""
+
+
+def check_provider(stream: CudaStream) -> None:
+    """Opens a tiny graph. Raises EngineError if the provider, or a library that it needs, cannot be loaded."""
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "identity.onnx"
+            path.write_bytes(_IDENTITY)
+            _session("identity", path, {"x": TensorSpec("x", DType.FLOAT32, (1,))}, stream)
+    except OSError as error:
+        raise EngineError(f"the CUDA provider cannot be tried: {error}") from error
+
+
+def _session(name: str, path: Path, inputs: Mapping[str, TensorSpec], stream: CudaStream) -> Any:
+    """A session in the provider, on this stream. Raises as open_session does."""
+    ort = load_onnxruntime("cuda")
+    settings = {
+        "device_id": stream.device.index,
+        "user_compute_stream": str(stream.handle),
+        "use_tf32": "0",
+        "enable_skip_layer_norm_strict_mode": "1",  # sums in float32; else fp16 graphs sum in fp16
+    }
+    with contextlib.redirect_stdout(
+        io.StringIO()
+    ):  # which may be for JSON; a missing library is in open_session's error
+        ort.preload_dlls()  # those of the pip packages, which the loader does not find
+    return open_session(name, path, inputs, [(PROVIDER, settings)])

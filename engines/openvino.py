@@ -1,4 +1,5 @@
-"""OpenVINO: graphs on the CPU, in bfloat16 if the processor supports it. The only module that imports `openvino`.
+"""OpenVINO: graphs on the CPU, in bfloat16 if the processor supports it. The only module that imports `openvino`
+besides `oneword.engines.openvino_conversion`.
 
 A graph exported in fp32 then computes its convolutions and products in bfloat16, and `backend` reports it; whatever
 follows the last of them, such as the sampler's update in `denoise_step`, stays in float32.
@@ -13,9 +14,10 @@ only weights that fp16 represents exactly are. The second is the compiled graph 
 the first: a few MiB for each set of shapes that a process compiled first. If the first cannot be written, the ONNX file
 is compiled, and a warning in the log of `oneword.engines` gives the reason.
 
-A large graph is first compiled for the shapes in use, which makes each run faster and saves seconds in the first. When
-other shapes arrive, that version is released and one for any shape takes its place, so its weights are in memory once.
-That one stays until the process ends: a single request of another size makes the steps of all later ones slower.
+Such a graph is first compiled for the shapes in use. That makes each run of SD 1.5's step faster and saves seconds in
+the first, and its decoder needs less memory. When other shapes arrive, that version is released and one for any shape
+takes its place, so its weights are in memory once. That one stays until the process ends: a single request of another
+size makes the steps of all later ones slower.
 
 One infer request serves all bindings of a compiled graph: a binding sets its tensors before it runs.
 """
@@ -23,17 +25,14 @@ One infer request serves all bindings of a compiled graph: a binding sets its te
 import contextlib
 import io
 import logging
-import shutil
 import threading
 import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
-
-import numpy as np
 
 from oneword.engines.engine import (
     AnyArray,
@@ -46,19 +45,17 @@ from oneword.engines.engine import (
     complete_feeds,
     host_buffers,
 )
-from oneword.engines.errors import EngineError, FileError, not_imported, one_line
+from oneword.engines.errors import EngineError, FileError, one_line
 from oneword.engines.files import Stamp, files_of, size_of, stamp
 from oneword.engines.graph import Graph, Precision, Weights
+from oneword.engines.openvino_conversion import convert_graph, load_openvino
 from oneword.engines.plans import PlanCache, PlanKey
 from oneword.engines.threads import cpu_threads
 
 OFTEN = 100  # runs with the same shapes, after which compiling a graph for them begins to pay
 _SMALL = 64 << 20  # bytes; a smaller graph is cheap to hold twice
-_LARGE = 512 << 20  # bytes; a larger graph is compiled only when its first shapes are known
-_MOST_FLOAT32 = 1 << 16  # numbers of a constant that stays in float32 when weights are halved
-_HALF_RANGE = (2.0**-14, 65504.0)  # smallest normal and largest number of fp16
 _CONVERTED = (".xml", ".bin")
-_ROUNDED, _UNROUNDED = ("any", "fp16 weights, 2"), ("any in float32", "exact weights, 1")
+_ROUNDED, _UNROUNDED = ("any", "fp16 weights, 3"), ("any in float32", "exact weights, 2")
 """Device and flag of a conversion's key: with weights rounded to fp16, or not. The numbers change with what
 `convert_graph` writes. Neither depends on the processor: the "device" says where the conversion is used, since a new
 plan deletes those of its graph and device, and a bundle should keep both conversions."""
@@ -91,7 +88,7 @@ class OpenVinoEngine:
         exact: bool = False,
         plans: PlanCache | None = None,
     ) -> None:
-        ov = _openvino()
+        ov = load_openvino()
         self.name = name
         self.inputs = {spec.name: spec for spec in graph.inputs}
         self.outputs = {spec.name: spec for spec in graph.outputs}
@@ -233,9 +230,8 @@ class _Compiler:
     ) -> None:
         self._core, self._path, self._settings, self._key, self._halve = core, path, settings, key, halve
         self._stamps = self._read_stamps()
-        size = size_of(path)
-        self.small = size <= _SMALL
-        self.shape_use = ShapeUse.PADDED if self.small else ShapeUse.SINGLE if size <= _LARGE else ShapeUse.FIRST
+        self.small = size_of(path) <= _SMALL
+        self.shape_use = ShapeUse.PADDED if self.small else ShapeUse.FIRST
         self._lock = threading.Lock()
         self._first: tuple[Mapping[str, Shape], _Compiled] | None = None
         self._dynamic: _Compiled | None = None
@@ -245,7 +241,7 @@ class _Compiler:
         self._attempted = set[_Key]()
         self._static: OrderedDict[_Key, _Compiled] = OrderedDict()  # the most recently used
         self._plans = plans
-        if self.shape_use is not ShapeUse.FIRST:
+        if self.small:
             self._dynamic = self.compile()
         model = self._dynamic.model if self._dynamic else core.read_model(*self._files())
         self.inputs = [value.names for value in model.inputs]  # also of the conversions that compiling removed
@@ -410,112 +406,8 @@ def _converted(
         return [path]
 
 
-def convert_graph(core: Any, path: Path, xml: Path, *, halve: bool = True) -> None:
-    """Writes an ONNX graph in OpenVINO's own format: `xml` and a .bin file.
-
-    With `halve` weights are rounded to fp16, else they are in fp16 only if that is exact. Small constants stay in
-    float32: among them are the frequencies of the time embedding, whose product with a timestep of 999 would be wrong
-    by 0.2 radians. So do those whose largest number fp16 cannot represent.
-
-    Raises:
-        FileError: the disk has no room for the copies that are there for a while; nothing is written.
-        RuntimeError: OpenVINO's, or OpenVINO reads int8 weights as other nodes than expected.
-    """
-    ov = _openvino()
-    model = core.read_model(path)
-    _expand_convolutions(model)
-    unhalved = {op.get_friendly_name(): op for op in model.get_ops() if _stays_float32(op, halve)}
-    if (free := shutil.disk_usage(xml.parent).free) < (size := _size_of_copies(model, unhalved.values())):
-        raise FileError(f"{xml.parent.parent} has {free >> 20} MiB free, converting takes {size >> 20} MiB")
-    if _halved_bytes(model, unhalved.values()):
-        all_halved = xml.with_name("halved.xml")
-        ov.save_model(model, all_halved, compress_to_fp16=True)
-        model = core.read_model(all_halved)
-        for op in model.get_ops():  # a halved constant is followed by a conversion that has its name
-            if op.get_type_name() == "Convert" and op.get_friendly_name() in unhalved:
-                op.output(0).replace(unhalved[op.get_friendly_name()].output(0))
-    ov.serialize(model, xml)
-    core.read_model(xml)  # raises if the disk was full
-
-
-def _size_of_copies(model: Any, unhalved: Iterable[Any]) -> int:
-    """Bytes that converting writes. Without halved constants, those of all constants; else those of a graph with all
-    float32 constants halved, and again with those of `unhalved` whole."""
-    total: int = sum(op.get_byte_size() for op in _constants(model))
-    halved = _halved_bytes(model, unhalved)
-    if not halved:
-        return total
-    return total - _halved_bytes(model, ()) // 2 + total - halved // 2
-
-
-def _halved_bytes(model: Any, unhalved: Iterable[Any]) -> int:
-    """Bytes of the float32 constants that are not in `unhalved`."""
-    floats = [op for op in _constants(model) if op.get_element_type() == _openvino().Type.f32]
-    size: int = sum(op.get_byte_size() for op in floats) - sum(op.get_byte_size() for op in unhalved)
-    return size
-
-
-def _constants(model: Any) -> list[Any]:
-    return [op for op in model.get_ops() if op.get_type_name() == "Constant"]
-
-
-def _expand_convolutions(model: Any) -> None:
-    """Turns the int8 weights of convolutions, which have more than two axes, into float32; those of matrix products
-    stay int8. Raises RuntimeError, with the graph half expanded, if a weight is not what OpenVINO makes of ONNX's.
-
-    OpenVINO computes convolutions with expanded weights, and would expand all of them before it compiles the first.
-    """
-    ov = _openvino()
-    for op in model.get_ops():
-        if op.get_type_name() != "Convert" or op.get_input_element_type(0) != ov.Type.i8:
-            continue
-        weight = op.input_value(0).get_node()
-        if weight.get_type_name() != "Constant" or weight.data.ndim <= 2:
-            continue
-        for product in _users(op):
-            expanded = ov.op.Constant(weight.data * _channel_scales(product, op.output(0)))
-            expanded.set_friendly_name(product.get_friendly_name())
-            product.output(0).replace(expanded.output(0))
-
-
-def _channel_scales(product: Any, integers: Any) -> NumpyArray:
-    """[C, 1, 1, ...], where `product` is the weight of a convolution: `integers` [C, ...] times reshaped scales [C]."""
-    channels, *kernel = integers.get_shape()
-    shape = (channels, *(1 for _ in kernel))
-    users = {user.get_type_name() for user in _users(product)}
-    if product.get_type_name() == "Multiply" and product.input_value(0) == integers and users == {"Convolution"}:
-        reshape = product.input_value(1)
-        if reshape.get_node().get_type_name() == "Reshape" and reshape.partial_shape == _openvino().PartialShape(shape):
-            scales = reshape.get_node().input_value(0).get_node()
-            if scales.get_type_name() == "Constant":
-                reshaped: NumpyArray = scales.data.reshape(shape)
-                return reshaped
-    raise RuntimeError(
-        f"OpenVINO reads the int8 weight {product.get_friendly_name()!r} {list(integers.get_shape())} as "
-        f"{product.get_type_name()} before {sorted(users)}, not Multiply by reshaped scales before Convolution: "
-        "install another release of OpenVINO"
-    )
-
-
-def _users(op: Any) -> list[Any]:
-    return [target.get_node() for output in op.outputs() for target in output.get_target_inputs()]
-
-
-def _stays_float32(op: Any, halve: bool = True) -> bool:
-    """Whether a constant stays in float32. Without `halve`, one that fp16 would change does."""
-    if op.get_type_name() != "Constant" or op.get_element_type() != _openvino().Type.f32:
-        return False
-    if op.data.size <= _MOST_FLOAT32:
-        return True
-    if not halve:
-        with np.errstate(over="ignore"):
-            return not np.array_equal(op.data.astype(np.float16), op.data)
-    least, most = _HALF_RANGE
-    return not least <= max(op.data.max(), -op.data.min()) <= most
-
-
 def _tensor(value: NumpyArray) -> Any:
-    return _openvino().Tensor(value, shared_memory=True)
+    return load_openvino().Tensor(value, shared_memory=True)
 
 
 def _compiled_for(name: str, compiler: _Compiler, shapes: Mapping[str, Shape]) -> _Compiled:
@@ -530,11 +422,3 @@ def _infer(name: str, request: Any) -> None:
         request.infer()
     except RuntimeError as error:
         raise EngineError(f"graph {name!r} failed: {one_line(error)}") from error
-
-
-def _openvino() -> Any:
-    try:
-        import openvino
-    except ImportError as error:
-        raise not_imported("openvino", "openvino", error) from error
-    return openvino

@@ -1,10 +1,12 @@
 """TensorRT and TensorRT-RTX on a GPU: a graph's plans, run on device buffers. The only module that imports `tensorrt`
 and `tensorrt_rtx` into this process. Not covered: building plans, which is in `oneword.engines.builder`.
 
-Every input and output is a plain buffer, bound once; a run is one `execute_async_v3` on the shared stream.
+Every input and output is a plain buffer, bound once; a run is one `execute_async_v3` on the shared stream. As runs
+follow each other there, all bindings of a plan share the memory for its activations.
 """
 
 import importlib
+import weakref
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -63,6 +65,7 @@ class TensorRtEngine:
             )
         self.limits = widest([key.ranges for _, key in self._plans])
         self._opened: dict[str, Any] = {}
+        self._activations: dict[str, DeviceArray] = {}
 
     def bind(
         self,
@@ -76,11 +79,12 @@ class TensorRtEngine:
         sizes, input_shapes = check_shapes(
             self.name, self.inputs, {**fixed, **{name: shape for name, shape in arrays.items() if name in self.inputs}}
         )
-        context = self._context(narrowest(self.name, self._plans, sizes), input_shapes)
+        context, activations = self._context(narrowest(self.name, self._plans, sizes), input_shapes)
         inferred = {name: shape for name in self.outputs if (shape := known_shape(context, name))}
         shapes = {**inferred, **shapes}
         buffers = self.stream.buffers(self.name, self.inputs, self.outputs, shapes, inputs, outputs)
-        return TensorRtBinding(self.name, self.stream, context, *buffers, self._flavour is Flavour.TENSORRT)
+        capturable = self._flavour is Flavour.TENSORRT
+        return TensorRtBinding(self.name, self.stream, context, activations, *buffers, capturable)
 
     def run(self, feeds: Mapping[str, NumpyArray]) -> dict[str, NumpyArray]:
         """See Engine.run."""
@@ -89,16 +93,21 @@ class TensorRtEngine:
         bound.run()
         return {name: value.numpy() for name, value in bound.outputs.items()}
 
-    def _context(self, plan: tuple[PlanCache, PlanKey], shapes: Mapping[str, Shape]) -> Any:
-        """An execution context at these shapes."""
-        engine = self._engine(*plan)
-        context = engine.create_execution_context()
+    def _context(self, plan: tuple[PlanCache, PlanKey], shapes: Mapping[str, Shape]) -> tuple[Any, DeviceArray]:
+        """An execution context at these shapes, and the memory of its activations."""
+        engine, key = self._engine(*plan), plan[1].name
+        if key not in self._activations:
+            self._activations[key] = self.stream.empty((engine.device_memory_size_v2,), np.uint8)
+        activations = self._activations[key]
+        strategy = _library(self._flavour).ExecutionContextAllocationStrategy.USER_MANAGED
+        context = engine.create_execution_context(strategy)
         if context is None:
             raise EngineError(f"{self._flavour} has no room for graph {self.name!r}: {_memory(self.stream.device)}")
+        context.set_device_memory(activations.pointer, activations.nbytes)
         for name, shape in shapes.items():
             if not context.set_input_shape(name, shape):
                 raise EngineError(f"the plan of graph {self.name!r} does not accept {name!r} as {list(shape)}")
-        return context
+        return context, activations
 
     def _engine(self, cache: PlanCache, key: PlanKey) -> Any:
         """The plan, deserialized at its first use, after its hash is checked."""
@@ -132,20 +141,26 @@ class TensorRtBinding:
         name: str,
         stream: CudaStream,
         context: Any,
+        activations: DeviceArray,
         inputs: Mapping[str, DeviceArray],
         outputs: Mapping[str, DeviceArray],
         capturable: bool,
     ) -> None:
         self._name, self._stream, self._context = name, stream, context
+        self._activations = activations  # which the context uses by address
         self.capturable = capturable
         self.inputs: Mapping[str, Array] = inputs
         self.outputs: Mapping[str, Array] = outputs
         for key, array in (*inputs.items(), *outputs.items()):
             context.set_tensor_address(key, array.pointer)
+        # The context is destroyed with the binding, once no queued work can use it any more.
+        weakref.finalize(self, stream.device.runtime.cudaStreamSynchronize, stream.handle)
 
     def run(self, stream: int | None = None) -> None:
-        """See Binding.run; on the shared stream if none is given."""
-        if not self._context.execute_async_v3(self._stream.handle if stream is None else stream):
+        """See Binding.run. The plan runs on the shared stream; any other is refused."""
+        if stream not in (None, self._stream.handle):
+            raise EngineError(f"graph {self._name!r} was opened for another stream: open an engine on that one")
+        if not self._context.execute_async_v3(self._stream.handle):
             raise EngineError(f"graph {self._name!r} failed on {self._stream.device.name}")
 
     def specialize(self) -> None:
@@ -217,11 +232,15 @@ def known_shape(context: Any, name: str) -> Shape | None:
 
 @cache
 def _runtime(flavour: Flavour) -> Any:
+    trt = _library(flavour)
+    return trt.Runtime(trt.Logger(trt.Logger.ERROR))
+
+
+def _library(flavour: Flavour) -> Any:
     try:
-        trt = importlib.import_module(flavour.replace("-", "_"))
+        return importlib.import_module(flavour.replace("-", "_"))
     except ImportError as error:
         raise not_imported(str(flavour), str(flavour), error) from error
-    return trt.Runtime(trt.Logger(trt.Logger.ERROR))
 
 
 def _memory(device: Device) -> str:

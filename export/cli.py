@@ -115,7 +115,7 @@ def command(
 
     MODEL is a diffusers directory, a hub id, a single .safetensors file or `miniature`. It becomes ONNX graphs, which
     ONNX Runtime and OpenVINO compile when they open them. Every graph is compared with PyTorch on fresh inputs before
-    the bundle appears (in bf16 it is only checked for NaN and infinity).
+    the bundle appears. In bf16, only PyTorch's own results are checked, for NaN and infinity.
     """
     started = time.perf_counter()
     plans = None if flavour is None else Flavour(flavour)
@@ -140,7 +140,7 @@ def command(
 
         def accept(exportable: Any) -> None:
             if plans is not None:
-                limits.check(exportable.size_multiple, exportable.defaults)
+                limits.check(exportable.size_multiple, exportable.defaults, exportable.max_side)
 
         exported = export_bundle(
             model,
@@ -159,7 +159,7 @@ def command(
             report(f"building plans with {plans} for {target}")
             paths = build_plans(exported.bundle, plans, target, limits, report)
         seconds = time.perf_counter() - started
-    warnings = [] if plans is None else plan_warnings(exported)
+    warnings = [*exported.warnings, *([] if plans is None else plan_warnings(exported))]
     for line in (*parity_lines(exported), *warnings):
         progress.note(line)
     if not as_json:

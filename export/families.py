@@ -1,11 +1,12 @@
 """Model families: which components become which graphs, and what the manifest records about them.
 
-A family is one function from a loaded Source to an Exportable, listed in FAMILIES with its diffusers pipelines.
+A family is one function from a loaded Source to an Exportable, listed in FAMILIES; `PIPELINES` has its pipelines.
 No family is named in the runtime or the engines.
 """
 
+import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -37,6 +38,7 @@ from oneword.export.modules import (
     latent_patch,
     latent_scale_and_shift,
 )
+from oneword.export.pipelines import PIPELINES, refuse_first
 from oneword.export.qwen3 import Qwen3Encoder, chat_frame
 from oneword.export.sd3 import StableDiffusion3
 from oneword.export.source import Source
@@ -52,12 +54,13 @@ from oneword.runtime.bundle import (
     Provenance,
     Vae,
 )
-from oneword.runtime.flow import FlowSchedule
 from oneword.runtime.samplers import default_sampler
-from oneword.runtime.schedule import NoiseSchedule, ScheduleKind
+from oneword.runtime.schedule import ScheduleKind
 
 FLUX_SAMPLE_SIZE = 128
 """h and w, in the VAE's latents, of default pictures in diffusers' pipelines of FLUX and Chroma: no config has it."""
+SAMPLE_SIZES = {"stable-diffusion": 64, "latent-diffusion": 32, "stable-diffusion-xl": 128, "stable-diffusion-3": 128}
+"""The same for a model of another family whose config does not have it."""
 TABLE_DTYPES = {torch.float32: torch.float32, torch.float16: torch.float16, torch.bfloat16: torch.float32}
 AnyEncoder: TypeAlias = TextEncoder | PooledEncoder | T5Encoder | Qwen3Encoder
 TORCH_DTYPES = {Precision.FP32: torch.float32, Precision.FP16: torch.float16, Precision.BF16: torch.bfloat16}
@@ -123,21 +126,15 @@ class Exportable:
 
 def family_of(source: Source) -> Exportable:
     """The Exportable of a source's family. Raises UsageError that names what is not supported."""
-    families = {pipeline: family for family in FAMILIES for pipeline in FAMILIES[family]}
-    if source.pipeline not in families:
-        raise UsageError(
-            f"{source.model} is a {source.pipeline or 'model without pipeline'}: give a model of {', '.join(families)}"
-        )
-    return families[source.pipeline](source)
+    return FAMILIES[PIPELINES[source.pipeline]](source)
 
 
 def stable_diffusion(source: Source) -> Exportable:
     """Stable Diffusion 1.x and 2.x (arXiv 2112.10752): one CLIP text encoder, its last state after the norm."""
-    refuse_unsupported(source)
+    refuse_unsupported(source, ("text_encoder",))
     encoder = TextEncoder(source.text_encoders["text_encoder"])
     return assemble(
         source,
-        "stable-diffusion",
         UNet(source.unet),
         {"text_encoder": encoder},
         Conditioning(context=(("text_encoder",),)),
@@ -147,7 +144,7 @@ def stable_diffusion(source: Source) -> Exportable:
 
 def stable_diffusion_xl(source: Source) -> Exportable:
     """SDXL (arXiv 2307.01952): two CLIP encoders, penultimate states without norm, concatenated; the second pools."""
-    refuse_unsupported(source)
+    refuse_unsupported(source, ("text_encoder", "text_encoder_2"))
     if source.vae.dtype == torch.float16:
         source.vae.float()  # this VAE overflows in fp16, which gives black pictures
     encoders = {
@@ -162,18 +159,15 @@ def stable_diffusion_xl(source: Source) -> Exportable:
         time_ids=TIME_IDS,
     )
     network = UNet(source.unet)
-    return assemble(
-        source, "stable-diffusion-xl", network, encoders, conditioning, guidance_scale=5.0, skipped_layers=1
-    )
+    return assemble(source, network, encoders, conditioning, guidance_scale=5.0, skipped_layers=1)
 
 
 def latent_diffusion(source: Source) -> Exportable:
     """The paper's own model, LDM text-to-image (arXiv 2112.10752): an LDMBert encoder over WordPiece tokens."""
-    refuse_unsupported(source)
+    refuse_unsupported(source, ("text_encoder",))
     encoder = TextEncoder(source.text_encoders["text_encoder"])
     return assemble(
         source,
-        "latent-diffusion",
         UNet(source.unet),
         {"text_encoder": encoder},
         Conditioning(context=(("text_encoder",),)),
@@ -205,7 +199,6 @@ def stable_diffusion_3(source: Source) -> Exportable:
     config = network.transformer.config
     return assemble(
         source,
-        "stable-diffusion-3",
         network,
         encoders,
         conditioning,
@@ -229,7 +222,6 @@ def flux(source: Source) -> Exportable:
     }
     return assemble(
         source,
-        "flux-1",
         network,
         encoders,
         Conditioning(context=(("text_encoder_3",),), pooled=("text_encoder",), repeatable=False),
@@ -249,7 +241,6 @@ def chroma(source: Source) -> Exportable:
     encoder = T5Encoder(source.text_encoders["text_encoder_3"], 512, masks_padding=True)
     return assemble(
         source,
-        "chroma",
         network,
         {"text_encoder_3": encoder},
         Conditioning(context=(("text_encoder_3",),), repeatable=False, attended_padding=1),
@@ -269,7 +260,6 @@ def flux_2_klein(source: Source) -> Exportable:
     distilled = bool(source.model_index.get("is_distilled"))
     return assemble(
         source,
-        "flux-2-klein",
         network,
         {"text_encoder_qwen3": encoder},
         Conditioning(context=(("text_encoder_qwen3",),), repeatable=False),
@@ -280,14 +270,14 @@ def flux_2_klein(source: Source) -> Exportable:
     )
 
 
-FAMILIES: dict[Callable[[Source], Exportable], tuple[str, ...]] = {
-    stable_diffusion: ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline"),
-    stable_diffusion_xl: ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline"),
-    latent_diffusion: ("LDMTextToImagePipeline",),
-    stable_diffusion_3: ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline"),
-    flux: ("FluxPipeline", "FluxImg2ImgPipeline"),
-    chroma: ("ChromaPipeline", "ChromaImg2ImgPipeline"),
-    flux_2_klein: ("Flux2KleinPipeline", "Flux2KleinInpaintPipeline"),
+FAMILIES: dict[str, Callable[[Source], Exportable]] = {
+    "stable-diffusion": stable_diffusion,
+    "stable-diffusion-xl": stable_diffusion_xl,
+    "latent-diffusion": latent_diffusion,
+    "stable-diffusion-3": stable_diffusion_3,
+    "flux-1": flux,
+    "chroma": chroma,
+    "flux-2-klein": flux_2_klein,
 }
 
 
@@ -302,7 +292,6 @@ def transformer_of(source: Source, kind: type[Any]) -> Any:
 
 def assemble(
     source: Source,
-    family: str,
     network: Network,
     encoders: Mapping[str, AnyEncoder],
     conditioning: Conditioning,
@@ -323,16 +312,17 @@ def assemble(
     `draws_posterior` is the manifest's.
     """
     factor = vae_factor(source)
+    refuse_widths(source, network, encoders, conditioning)
     pooled_width = sum(encoders[name].pooled_width for name in conditioning.pooled)
     scale, shift = latent_scale_and_shift(source.vae)
-    size = int(source.network.config.get("sample_size") or FLUX_SAMPLE_SIZE) * factor // latent_patch(source.vae)
+    height, width = (side * factor // latent_patch(source.vae) for side in sample_size(source))
     step = DenoiseStep(network)
     facts = {
         name: encoder_facts(source, name, encoder, encoder.num_layers - skipped_layers, name in word_optional)
         for name, encoder in encoders.items()
     }
     return Exportable(
-        family=family,
+        family=PIPELINES[source.pipeline],
         graphs=(
             *(encoder_graph(name, encoder) for name, encoder in encoders.items()),
             denoise_graph(step, pooled_width, len(conditioning.time_ids)),
@@ -351,8 +341,8 @@ def assemble(
             draws_posterior=draws_posterior,
         ),
         defaults=Defaults(
-            width=size,
-            height=size,
+            width=width,
+            height=height,
             steps=steps,
             guidance_scale=guidance_scale,
             embedded_guidance=embedded_guidance,
@@ -362,6 +352,25 @@ def assemble(
         size_multiple=factor * network.patch,
         max_side=None if max_patches is None else max_patches * network.patch * factor,
     )
+
+
+def sample_size(source: Source) -> tuple[int, int]:
+    """h and w, in the VAE's latents, of a model's default pictures, as in diffusers' pipelines."""
+    config, family = source.network.config, PIPELINES[source.pipeline]
+    match config.get("sample_size"):
+        case None:
+            side = SAMPLE_SIZES.get(family, FLUX_SAMPLE_SIZE)
+            return side, side
+        case int(side):
+            if family == "stable-diffusion" and re.match(r"0\.[0-8]\b", str(config.get("_diffusers_version"))):
+                side = max(side, 64)  # these configs had 32 by mistake
+            return side, side
+        case [int(height), int(width)]:
+            return height, width
+        case value:
+            raise UsageError(
+                f"{source.model}: the network's config says sample_size = {value!r}: it must be a number, or two"
+            )
 
 
 def encoder_graph(name: str, encoder: AnyEncoder) -> Traceable:
@@ -486,6 +495,9 @@ def encoder_facts(source: Source, name: str, encoder: AnyEncoder, default_layer:
         raise UsageError(
             f"{name} has {vocab_size} rows but its tokenizer {len(tokenizer)} tokens: give a model whose files match"
         )
+    if eos is None or tokenizer.pad_token_id is None:
+        missing = "token for the end of a text" if eos is None else "pad_token"
+        raise UsageError(f"{name}'s tokenizer has no {missing}: set it in its tokenizer_config.json")
     prefix, suffix = chat_frame(tokenizer) if isinstance(encoder, Qwen3Encoder) else ("", "")
     return Encoder(
         graph=name,
@@ -509,36 +521,23 @@ def encoder_facts(source: Source, name: str, encoder: AnyEncoder, default_layer:
     )
 
 
-def refuse_unsupported(source: Source) -> None:
-    """Raises UsageError that names the first setting that no graph or schedule here can express."""
-    scheduler, unet = source.scheduler_config, source.unet.config
-    channels = latent_channels(source.vae)
+def refuse_unsupported(source: Source, encoders: Collection[str]) -> None:
+    """Raises UsageError that names the first setting of a model with a UNet and these text encoders that no graph here
+    can express."""
+    unet, channels = source.unet.config, latent_channels(source.vae)
     problems: list[tuple[Any, str]] = [
         (
             source.model_index.get("requires_aesthetics_score"),
             "this is SDXL's refiner (requires_aesthetics_score), which finishes another model's pictures",
         ),
-        (
-            source.pipeline.startswith("StableDiffusionXL") and len(source.text_encoders) != 2,
-            f"it has only the encoder {', '.join(source.text_encoders)}, but SDXL needs two",
-        ),
-        (scheduler.get("thresholding"), "the scheduler uses dynamic thresholding, which depends on every pixel"),
-        (scheduler.get("clip_sample"), "the scheduler clips samples (clip_sample)"),
-        (
-            "beta_schedule" not in scheduler,
-            f"the scheduler is {scheduler.get('_class_name')}, which has no beta_schedule",
-        ),
-        (
-            scheduler.get("prediction_type", "epsilon") not in ("epsilon", "v_prediction", "sample"),
-            f"the scheduler predicts {scheduler.get('prediction_type')}",
-        ),
+        missing_encoders(source, encoders),
         (unet.in_channels != channels, f"the UNet takes {unet.in_channels} channels but the VAE has {channels}"),
         (unet.out_channels != channels, f"the UNet returns {unet.out_channels} channels but the VAE has {channels}"),
         (unet.get("time_cond_proj_dim"), "the UNet needs timestep_cond (distilled guidance)"),
         (unet.get("class_embed_type") or unet.get("num_class_embeds"), "the UNet needs class labels"),
         (unet.get("encoder_hid_dim_type"), f"the UNet needs {unet.get('encoder_hid_dim_type')} for its context"),
         (
-            unet.get("addition_embed_type") not in ((None, "text_time") if len(source.text_encoders) > 1 else (None,)),
+            unet.get("addition_embed_type") not in ((None, "text_time") if len(encoders) > 1 else (None,)),
             f"the UNet needs added conditions of type {unet.get('addition_embed_type')}",
         ),
         (source.vae.config.get("norm_type") == "spatial", "the VAE's decoder also takes the codes (norm_type spatial)"),
@@ -546,27 +545,51 @@ def refuse_unsupported(source: Source) -> None:
         (unet.get("attention_type", "default") != "default", f"the UNet's attention is {unet.get('attention_type')}"),
         *vae_problems(source),
     ]
-    refuse_first(source, problems)
-    NoiseSchedule.read(scheduler, "leading")
+    refuse_first(source.model, problems)
 
 
 def refuse_unsupported_flow(source: Source, network: Network, encoders: Collection[str]) -> None:
     """As refuse_unsupported, for a transformer that is trained by flow matching and needs these text encoders."""
-    scheduler, channels = source.scheduler_config, latent_channels(source.vae)
+    channels = latent_channels(source.vae)
     out_channels = int(source.network.config.out_channels or source.network.config.in_channels)
     if source.network.config.in_channels != network.in_channels:  # packed
         out_channels //= network.patch**2
-    missing = [name for name in encoders if name not in source.text_encoders]
-    flow = scheduler.get("_class_name") == "FlowMatchEulerDiscreteScheduler" or scheduler.get("use_flow_sigmas")
     problems: list[tuple[Any, str]] = [
-        (missing, f"it has no {', '.join(missing)}"),
-        (not flow, f"the scheduler is {scheduler.get('_class_name')}, which is not one of flow matching"),
+        missing_encoders(source, encoders),
         (network.in_channels != channels, f"the network takes {network.in_channels} channels, the VAE has {channels}"),
         (out_channels != channels, f"the network returns {out_channels} channels but the VAE has {channels}"),
         *vae_problems(source),
     ]
-    refuse_first(source, problems)
-    FlowSchedule.read(scheduler, ScheduleKind.FLOW, image_tokens=0)
+    refuse_first(source.model, problems)
+
+
+def missing_encoders(source: Source, encoders: Collection[str]) -> tuple[Any, str]:
+    """The problem that not all of these text encoders are among a source's."""
+    missing = [name for name in encoders if name not in source.text_encoders]
+    return missing, f"its text encoders are {', '.join(source.text_encoders)}, without {', '.join(missing)}"
+
+
+def refuse_widths(source: Source, network: Network, encoders: Mapping[str, AnyEncoder], facts: Conditioning) -> None:
+    """Raises UsageError if the text encoders' outputs are not as wide as the network's inputs."""
+    config, input_width = source.network.config, network.context_width
+    width = max(sum(encoders[name].hidden_width or 0 for name in block) for block in facts.context)
+    is_padded = facts.width is not None
+    pooled_width = sum(encoders[name].pooled_width for name in facts.pooled)
+    pooled_input_width = config.get("pooled_projection_dim") or 0
+    if config.get("addition_embed_type") == "text_time":
+        time_width = len(facts.time_ids) * config.addition_time_embed_dim
+        pooled_input_width = config.projection_class_embeddings_input_dim - time_width
+    problems = [
+        (
+            width > input_width or (width < input_width and not is_padded),
+            f"its text encoders' states have width {width}, its network takes {input_width}",
+        ),
+        (
+            pooled_width != pooled_input_width,
+            f"its text encoders' pooled states have width {pooled_width}, its network takes {pooled_input_width}",
+        ),
+    ]
+    refuse_first(source.model, problems)
 
 
 def vae_problems(source: Source) -> list[tuple[Any, str]]:
@@ -578,10 +601,3 @@ def vae_problems(source: Source) -> list[tuple[Any, str]]:
         (has_statistics and not is_sdxl, "its VAE has statistics of channels (latents_mean), which only SDXL's uses"),
         (has_statistics and config.get("shift_factor"), "its VAE has a shift_factor and statistics of channels"),
     ]
-
-
-def refuse_first(source: Source, problems: Iterable[tuple[Any, str]]) -> None:
-    """Raises UsageError for the first problem that applies."""
-    for applies, problem in problems:
-        if applies:
-            raise UsageError(f"{source.model} is not supported: {problem}; give a plain text-to-image model")

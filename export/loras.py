@@ -1,7 +1,7 @@
 """Fuses LoRAs into a model's weights, with diffusers' own loaders.
 
-Every layer of a file is fused, at its own strength, or the file is refused. Not covered: DoRA, LoHa, LoKr and other
-kinds that diffusers does not read.
+Every layer of a file is fused, at its own strength, or the file is refused. Not covered, and refused: DoRA, LoHa, LoKr
+and other kinds.
 """
 
 import importlib.metadata
@@ -35,17 +35,21 @@ class Lora:
     scale: float = 1.0
 
 
-def fuse(loras: Sequence[Lora], pipeline: Any, components: Mapping[str, Any]) -> None:
-    """Fuses LoRAs into the weights of a model's components, in place, in order. `pipeline` is its diffusers class.
-
-    Raises UsageError, MissingPackage, and FileError for a file of which any part does not fit the model.
-    """
+def refuse_pipeline(pipeline: Any) -> None:
+    """Raises UsageError for a diffusers class that LoRAs cannot be fused into, and MissingPackage."""
     if not hasattr(pipeline, "fuse_lora"):
         raise UsageError(f"diffusers cannot fuse a LoRA into a {pipeline.__name__}: remove --lora")
     try:
         importlib.metadata.version("peft")
     except importlib.metadata.PackageNotFoundError as e:
         raise MissingPackage("peft", "export") from e
+
+
+def fuse(loras: Sequence[Lora], pipeline: Any, components: Mapping[str, Any]) -> None:
+    """Fuses LoRAs into the weights of a model's components, in place, in order. `pipeline` is its diffusers class.
+
+    Raises FileError for a file of which any part does not fit the model.
+    """
     parameters = inspect.signature(pipeline.__init__).parameters
     parts = {**components, **dict.fromkeys((*_UNUSED, "scheduler")), "requires_safety_checker": False}
     model = pipeline(**{name: value for name, value in parts.items() if name in parameters})

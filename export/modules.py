@@ -286,6 +286,8 @@ class UNet(nn.Module):
         added = {"text_embeds": pooled, "time_ids": time_ids}
         aug = unet.get_aug_embed(emb=emb, encoder_hidden_states=context, added_cond_kwargs=added)
         emb = emb if aug is None else emb + aug
+        if unet.time_embed_act is not None:
+            emb = unet.time_embed_act(emb)
         x = unet.conv_in(sample)
         skips = (x,)
         for block in unet.down_blocks:

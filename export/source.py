@@ -8,7 +8,10 @@ import importlib.resources
 import inspect
 import json
 import logging
+import os
 import re
+import shutil
+import tempfile
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,7 +34,7 @@ from diffusers import (
 )
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertModel
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError
 from torch import nn
 from transformers import (
     AutoTokenizer,
@@ -44,7 +47,14 @@ from transformers import (
 
 from oneword.engines.errors import FileError, OnewordError, UsageError, one_line, one_of
 from oneword.engines.files import file_digest
-from oneword.export.loras import Lora, fuse
+from oneword.export.loras import Lora, fuse, refuse_pipeline
+from oneword.export.pipelines import (
+    OMISSIBLE,
+    checked_pipeline,
+    components_left_out,
+    refuse_scheduler,
+    tokenizer_name,
+)
 
 COMPONENTS: Mapping[str, Any] = {
     "AutoencoderKL": AutoencoderKL,
@@ -74,54 +84,6 @@ COMPONENT_NAMES = (
     *("text_encoder", "text_encoder_2", "text_encoder_3", "bert"),
     *("tokenizer", "tokenizer_2", "tokenizer_3"),
 )
-OMISSIBLE = {"StableDiffusion3Pipeline": "text_encoder_3", "StableDiffusion3Img2ImgPipeline": "text_encoder_3"}
-"""The text encoder that a pipeline runs without, by the pipeline's name."""
-UNSUPPORTED = {
-    "Flux2Pipeline": "Mistral as its text encoder",
-    "Flux2KleinKVPipeline": "a network that keeps the keys and values of reference pictures",
-    "ZImagePipeline": "prompts without padding",
-    "QwenImagePipeline": "Qwen2.5-VL as its text encoder, and a mask of the prompt",
-    "QwenImage21Pipeline": "Qwen3-VL as its text encoder",
-    "PixArtAlphaPipeline": "a mask of the prompt in cross-attention",
-    "PixArtSigmaPipeline": "a mask of the prompt in cross-attention",
-    "SanaPipeline": "Gemma2 as its text encoder, and a mask of the prompt",
-    "SanaSprintPipeline": "Gemma2 as its text encoder, and a mask of the prompt",
-    "Lumina2Pipeline": "Gemma2 as its text encoder, and a mask of the prompt",
-    "HiDreamImagePipeline": "Llama as one of its text encoders",
-    "Krea2Pipeline": "Qwen3-VL as its text encoder",
-    "Ideogram4Pipeline": "Qwen3-VL as its text encoder, and a second network without a prompt",
-    "ErnieImagePipeline": "Mistral as its text encoder",
-    "ZImageOmniPipeline": "prompts without padding",
-    "QwenImageEditPipeline": "Qwen2.5-VL as its text encoder, which also reads pictures",
-    "QwenImageEditPlusPipeline": "Qwen2.5-VL as its text encoder, which also reads pictures",
-    "LuminaPipeline": "Gemma as its text encoder, and a mask of the prompt",
-    "HunyuanVideoPipeline": "Llama as one of its text encoders, and latents of several frames",
-    "StableCascadeCombinedPipeline": "two networks in turn",
-    "StableCascadePriorPipeline": "a second network, which decodes its latents",
-    "StableCascadeDecoderPipeline": "a prior before its network",
-    "WuerstchenCombinedPipeline": "two networks in turn",
-    "WuerstchenPriorPipeline": "a second network, which decodes its latents",
-    "WuerstchenDecoderPipeline": "a prior before its network",
-    "KandinskyV22CombinedPipeline": "a prior before its network",
-    "KandinskyV22PriorPipeline": "a second network, which draws from its embeddings",
-    "KandinskyV22Pipeline": "a prior before its network",
-    "FluxFillPipeline": "a masked picture as more channels of its input",
-    "FluxKontextPipeline": "a reference picture as more tokens of its network",
-    "FluxKontextInpaintPipeline": "a reference picture as more tokens of its network",
-    "FluxPriorReduxPipeline": "an encoder of pictures",
-    **dict.fromkeys(
-        ("FluxControlPipeline", "FluxControlImg2ImgPipeline", "FluxControlInpaintPipeline"),
-        "a control picture as more channels of its input",
-    ),
-    **dict.fromkeys(
-        (
-            *("FluxControlNetPipeline", "FluxControlNetImg2ImgPipeline", "FluxControlNetInpaintPipeline"),
-            *("StableDiffusion3ControlNetPipeline", "StableDiffusion3ControlNetInpaintingPipeline"),
-        ),
-        "a ControlNet beside its network",
-    ),
-}
-"""Pipelines that are refused, with the first thing that is missing in `oneword.export.families`."""
 WEIGHTS = "*.safetensors"
 TEXTS = ("*.json", "*.txt", "*.jinja")
 PIECES = "spiece.model"
@@ -206,43 +168,24 @@ def load_source(
     file = single_file(str(model), config)
     path, revision = find_model(str(model)) if file is None else find_model(str(config))
     index = read_json(path / "model_index.json")
-    pipeline = str(index.get("_class_name", ""))
-    if pipeline in UNSUPPORTED:
-        raise UsageError(
-            f"{model} is a {pipeline}, which needs {UNSUPPORTED[pipeline]}: give a model of a supported family"
-        )
+    pipeline = checked_pipeline(str(model), index)
     if file is not None and "transformer" in index:  # T5's `wo` must stay float32, and most have no text encoder
         raise UsageError(
             f"{model} is a single file of a {pipeline}, whose text encoders are not read from one: single files are "
             "for models with a UNet, give a diffusers directory or a hub id"
         )
+    if loras:
+        refuse_pipeline(pipeline_class(pipeline))
     left_out = components_left_out(pipeline, without)
+    scheduler_config = read_json(path / "scheduler" / "scheduler_config.json")
+    refuse_scheduler(str(model), pipeline, scheduler_config)
+    classes = checked_components(str(model), path, index, left_out, has_weights=file is None)
     if file is None:
-        loaded = {
-            name: load_component(path, name, str(index[name][1]), dtype)
-            for name in COMPONENT_NAMES
-            if isinstance(index.get(name), list) and index[name][1] is not None and name not in left_out
-        }
+        loaded = {name: load_folder(path / name, kind, COMPONENTS[kind], dtype) for name, kind in classes.items()}
     else:
         single = load_single_file(file, path, pipeline, dtype)
-        loaded = {name: part for name, part in single.items() if name not in left_out}
-    network, vae = loaded.get("unet", loaded.get("transformer")), loaded.get("vae", loaded.get("vqvae"))
-    folders = {
-        encoder_name(folder, part): folder
-        for folder, part in loaded.items()
-        if folder.startswith("text_encoder") or folder == "bert"
-    }
-    if network is None or "scheduler" not in index or vae is None or not folders:
-        raise UsageError(
-            f"{model}: model_index.json has {', '.join(sorted(loaded)) or 'no known component'}: "
-            "give a model with a unet or transformer, a vae, a text_encoder and a scheduler"
-        )
-    tokenizer_names = {
-        name: folder.replace("text_encoder", "tokenizer").replace("bert", "tokenizer")
-        for name, folder in folders.items()
-    }
-    if absent := [t for t in tokenizer_names.values() if t not in loaded]:
-        raise UsageError(f"{model}: model_index.json has no {absent[0]}: give a model with one for each encoder")
+        loaded = {name: single[name] for name in classes}
+    folders = {encoder_name(folder, loaded[folder]): folder for folder in classes if is_encoder(folder)}
     if loras:
         fuse(loras, pipeline_class(pipeline), {name: loaded.get(name) for name in COMPONENT_NAMES})
     return Source(
@@ -250,15 +193,75 @@ def load_source(
         path=path,
         revision=revision if file is None else "",
         pipeline=pipeline,
-        network=network,
-        vae=vae,
+        network=loaded.get("unet", loaded.get("transformer")),
+        vae=loaded.get("vae", loaded.get("vqvae")),
         text_encoders={name: loaded[folder] for name, folder in folders.items()},
-        tokenizers={name: loaded[t] for name, t in tokenizer_names.items()},
-        scheduler_config=read_json(path / "scheduler" / "scheduler_config.json"),
+        tokenizers={name: loaded[tokenizer_name(folder)] for name, folder in folders.items()},
+        scheduler_config=scheduler_config,
         model_index=index,
         file=file,
         loras=tuple(loras),
     )
+
+
+def checked_components(
+    model: str, path: Path, index: Mapping[str, Any], left_out: Collection[str], *, has_weights: bool
+) -> dict[str, str]:
+    """The class of each component to load, by its folder. Nothing is loaded. Raises UsageError and FileError for a
+    component that is missing or cannot be loaded."""
+    classes: dict[str, str] = {}
+    for name in (name for name in COMPONENT_NAMES if name in index and name not in left_out):
+        match index[name]:
+            case None | [_, None]:
+                continue
+            case [str(), str(class_name)]:
+                classes[name] = class_name
+            case value:
+                raise FileError(
+                    f"{path / 'model_index.json'} has {name} = {value!r}, which must be a library and a class: "
+                    "download the model again"
+                )
+    encoders = [name for name in classes if is_encoder(name)]
+    if not ({"unet", "transformer"} & classes.keys() and {"vae", "vqvae"} & classes.keys() and encoders):
+        raise UsageError(
+            f"{model}: model_index.json has {', '.join(sorted(classes)) or 'no known component'}: "
+            "give a model with a unet or transformer, a vae or vqvae, and a text_encoder or bert"
+        )
+    if absent := [t for t in map(tokenizer_name, encoders) if t not in classes]:
+        raise UsageError(f"{model}: model_index.json has no {absent[0]}: give a model with one for each encoder")
+    for name, class_name in classes.items():
+        check_component(path / name, class_name, has_weights)
+    return classes
+
+
+def check_component(folder: Path, class_name: str, has_weights: bool) -> None:
+    """Raises UsageError or FileError for a component that cannot be loaded, by its files' names and its config."""
+    if class_name not in COMPONENTS:
+        raise UsageError(f"{folder.name} is a {class_name}: give a model with {one_of(sorted(COMPONENTS))}")
+    if not folder.is_dir():
+        raise FileError(
+            f"{folder.parent} names a component {folder.name} but has no such folder: download the model again"
+        )
+    if is_tokenizer(class_name):
+        if not any(all((folder / name).is_file() for name in names) for names in VOCABULARIES):
+            forms = ", ".join(" and ".join(names) for names in VOCABULARIES)
+            raise FileError(f"{folder} has no vocabulary ({forms}): download the model again")
+        return
+    if quantization := read_json(folder / "config.json").get("quantization_config"):
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise UsageError(f"{folder} is quantised ({method}): give the model with weights that are floats")
+    if has_weights:
+        weights_variant(folder)  # raises if there are none
+
+
+def is_encoder(folder: str) -> bool:
+    """Whether the component in a folder of this name is a text encoder."""
+    return folder.startswith("text_encoder") or folder == "bert"
+
+
+def is_tokenizer(class_name: str) -> bool:
+    """Whether a component of this class is a tokenizer."""
+    return "okenizer" in class_name
 
 
 def encoder_name(folder: str, module: nn.Module) -> str:
@@ -277,17 +280,6 @@ def encoders_left_out(model: str, encoders: Collection[str]) -> tuple[str, ...]:
     return () if omissible is None or omissible in encoders else (omissible,)
 
 
-def components_left_out(pipeline: str, without: Sequence[str]) -> set[str]:
-    """The components of the text encoders to leave out. Raises UsageError for one that the pipeline needs."""
-    for name in without:
-        if name != OMISSIBLE.get(pipeline):
-            needs = "it needs all its encoders"
-            if pipeline in OMISSIBLE:
-                needs = f"whose only optional encoder is {OMISSIBLE[pipeline]}"
-            raise UsageError(f"--without {name}: the model is a {pipeline}, {needs}")
-    return {*without, *(name.replace("text_encoder", "tokenizer") for name in without)}
-
-
 def single_file(model: str, config: Path | None) -> Path | None:
     """The path of `model` if it is a single file, else None. Raises UsageError if `config` does not go with it."""
     path = Path(model).expanduser()
@@ -302,20 +294,24 @@ def single_file(model: str, config: Path | None) -> Path | None:
 
 
 def load_single_file(file: Path, config: Path, pipeline: str, dtype: torch.dtype) -> dict[str, Any]:
-    """Loads a checkpoint's components with diffusers' own loader, offline."""
+    """Loads a checkpoint's components with diffusers' own loader, offline, by the configs and tokenizers of a diffusers
+    directory, without its weights."""
     kind = pipeline_class(pipeline)
     unused = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
     parameters = inspect.signature(kind.__init__).parameters
     options = {name: value for name, value in unused.items() if name in parameters}
     try:
-        model = kind.from_single_file(
-            str(file), config=str(config), local_files_only=True, torch_dtype=dtype, **options
-        )
-    except Exception as e:  # of any type: the file does not match the config
+        with tempfile.TemporaryDirectory() as folder:
+            for name in used_files(config, weights=False):
+                (Path(folder) / name).parent.mkdir(exist_ok=True)
+                shutil.copy(config / name, Path(folder) / name)
+            model = kind.from_single_file(str(file), config=folder, local_files_only=True, torch_dtype=dtype, **options)
+    except Exception as e:  # of any type: the file does not match the config, or there is no room for the configs
         raise FileError(f"{file} cannot be loaded as a {pipeline} ({one_line(e)}): give a matching --config") from e
     loaded = {name: part for name, part in model.components.items() if name in COMPONENT_NAMES and part is not None}
     for part in loaded.values():
         if isinstance(part, nn.Module):
+            refuse_missing(file, (name for name, weight in part.state_dict().items() if weight.is_meta))
             part.to(dtype).eval().requires_grad_(False)
     return loaded
 
@@ -334,6 +330,13 @@ def refuse_pickles(file: Path) -> None:
         raise UsageError(f"there is no file {file}: check the path")
     if file.suffix != ".safetensors":
         raise UsageError(f"{file} is not a .safetensors file: pickles are not read, convert the weights first")
+    refuse_name(file)
+
+
+def refuse_name(path: Path) -> None:
+    """Raises UsageError for a path that is not UTF-8, which safetensors cannot open."""
+    if str(path).encode(errors="replace").decode() != str(path):
+        raise UsageError(f"{path} is not a name in UTF-8, which safetensors needs: rename it")
 
 
 def find_model(model: str) -> tuple[Path, str]:
@@ -345,11 +348,14 @@ def find_model(model: str) -> tuple[Path, str]:
         return path, ""
     path = Path(model).expanduser()
     if path.is_dir():
+        refuse_name(path)
         if not (path / "model_index.json").is_file():
             if (path / "bundle.json").is_file():
                 raise UsageError(f"{model} is an exported bundle: give the model that it was made from")
             raise UsageError(f"{model} has no model_index.json: give a diffusers directory, a hub id, or 'miniature'")
         return path, ""
+    if model.startswith((".", "/", "~")) and not path.exists():
+        raise UsageError(f"there is no file or folder {model}: check the path")
     if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", model):
         raise UsageError(
             f"{model} is neither a directory nor a hub id: give a diffusers directory, owner/name, or 'miniature'"
@@ -359,22 +365,36 @@ def find_model(model: str) -> tuple[Path, str]:
 
 def download(model: str) -> tuple[Path, str]:
     """Downloads a hub model's configs, vocabularies and safetensors to the hub's cache, at one commit: one variant of
-    each component in use. Falls back to the cache if the hub cannot be reached."""
+    each component in use. An unsupported model is refused by its model_index.json, before the rest is downloaded. Falls
+    back to the cache if the hub cannot be reached."""
     repo, _, revision = model.partition("@")
     try:
-        info = HfApi().model_info(repo, revision=revision or None)
-        files = hub_files([file.rfilename for file in info.siblings or []])
-        path = Path(snapshot_download(repo, revision=info.sha, allow_patterns=files))
-    except (HfHubHTTPError, HFValidationError) as e:
+        path = Path(snapshot_download(repo, revision=revision or None, allow_patterns=["model_index.json"]))
+    except Exception as e:  # its type depends on the HTTP library of the hub's client
         raise not_from_hub(model, e) from e
-    except Exception as unreachable:  # its type depends on the HTTP library of the hub's client
-        try:
-            path = Path(snapshot_download(repo, revision=revision or None, local_files_only=True))
-        except (LocalEntryNotFoundError, ValueError):
-            raise not_from_hub(model, unreachable) from unreachable
     if not (path / "model_index.json").is_file():
-        raise UsageError(f"{model} has no model_index.json: give the hub id of a model in diffusers' format")
+        raise not_in_diffusers_format(model)
+    index = read_json(path / "model_index.json")
+    checked_pipeline(model, index)
+    try:
+        info = HfApi().model_info(repo, revision=path.name)
+    except HfHubHTTPError as e:
+        raise not_from_hub(model, e) from e
+    except Exception as e:  # the hub cannot be reached: the folder may be that of an earlier download
+        if not all((path / name).is_dir() for name in COMPONENT_NAMES if name in index):
+            raise not_from_hub(model, e) from e
+        return path, path.name
+    files = hub_files([file.rfilename for file in info.siblings or []])
+    try:
+        snapshot_download(repo, revision=path.name, allow_patterns=files)
+    except Exception as e:
+        raise not_from_hub(model, e) from e
     return path, path.name
+
+
+def not_in_diffusers_format(model: str) -> UsageError:
+    """The error for a repository of something else."""
+    return UsageError(f"{model} has no model_index.json: give the hub id of a model in diffusers' format")
 
 
 def not_from_hub(model: str, error: Exception) -> FileError:
@@ -400,16 +420,6 @@ def hub_files(names: Sequence[str]) -> list[str]:
     return [name for name in files if name in names]
 
 
-def load_component(path: Path, name: str, class_name: str, dtype: torch.dtype) -> Any:
-    """Loads one component of a diffusers directory with the class that model_index.json names."""
-    if class_name not in COMPONENTS:
-        raise UsageError(f"{name} is a {class_name}: give a model with {one_of(sorted(COMPONENTS))}")
-    folder = path / name
-    if not folder.is_dir():
-        raise FileError(f"{path} names a component {name} but has no such folder: download the model again")
-    return load_folder(folder, class_name, COMPONENTS[class_name], dtype)
-
-
 def load_preview_decoder(path: Path, dtype: torch.dtype) -> AutoencoderTiny:
     """Loads a diffusers directory of an AutoencoderTiny. Raises UsageError if it is not one."""
     config = path / "config.json"
@@ -425,21 +435,28 @@ def load_preview_decoder(path: Path, dtype: torch.dtype) -> AutoencoderTiny:
 
 def load_folder(folder: Path, class_name: str, loader: Any, dtype: torch.dtype) -> Any:
     """Loads a tokenizer or a module, in eval mode and without gradients. Raises FileError."""
-    is_tokenizer = "okenizer" in class_name
-    if is_tokenizer and not any(all((folder / name).is_file() for name in names) for names in VOCABULARIES):
-        forms = ", ".join(" and ".join(names) for names in VOCABULARIES)
-        raise FileError(f"{folder} has no vocabulary ({forms}): download the model again")
     try:
-        if is_tokenizer:
+        if is_tokenizer(class_name):
             return loader.from_pretrained(folder, local_files_only=True)
-        options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True}
+        options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
         options["torch_dtype" if hasattr(loader, "load_config") else "dtype"] = dtype
         if variant := weights_variant(folder):
             options["variant"] = variant
-        module: nn.Module = loader.from_pretrained(folder, **options)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as e:
+        module, loading = loader.from_pretrained(folder, **options)
+    except OnewordError:
+        raise
+    except Exception as e:  # of any type: the folder is damaged, or of another kind of model
         raise FileError(f"{folder} cannot be loaded as {class_name} ({one_line(e)}): download the model again") from e
-    return module.eval().requires_grad_(False)
+    refuse_missing(folder, loading["missing_keys"])
+    evaluated: nn.Module = module.eval().requires_grad_(False)
+    return evaluated
+
+
+def refuse_missing(path: Path, weights: Iterable[str]) -> None:
+    """Raises FileError for weights that a model needs and that are not in its file or folder."""
+    if names := sorted(weights):
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise FileError(f"{path} has no weights {', '.join(names[:3])}{more}: download the model again")
 
 
 def weights_variant(folder: Path) -> str | None:
@@ -456,20 +473,24 @@ def variant_of(names: Iterable[str]) -> str | None:
     return None if None in variants or not variants else min(v for v in variants if v)
 
 
-def digest_directory(path: Path) -> str:
-    """sha256 over the files of a model that are used (`hub_files`), with their names, sorted."""
-    digest = hashlib.sha256()
+def used_files(path: Path, *, weights: bool = True) -> list[str]:
+    """The files of a diffusers directory that are used (`hub_files`), sorted; without `weights`, its configs and
+    vocabularies alone."""
     names = ["model_index.json", *(file.relative_to(path).as_posix() for file in path.glob("*/*"))]
-    for file in sorted(path / name for name in hub_files(names)):
-        digest.update(file.relative_to(path).as_posix().encode() + b"\0")
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return sorted(name for name in hub_files(names) if weights or not name.endswith(".safetensors"))
+
+
+def digest_directory(path: Path, *, weights: bool = True) -> str:
+    """sha256 over the files of a model that are used (`used_files`), with their names."""
+    digest = hashlib.sha256()
+    for name in used_files(path, weights=weights):
+        digest.update(name.encode() + b"\0" + bytes.fromhex(file_digest(path / name)))
     return digest.hexdigest()
 
 
 def source_digest(path: Path, file: Path | None = None, loras: Sequence[Lora] = ()) -> str:
     """The digest of a source, without loading it; see `Source.digest`."""
-    parts = [digest_directory(path)]
+    parts = [digest_directory(path, weights=file is None)]
     if file is not None:
         parts.append(file_digest(file))
     parts += [f"{file_digest(lora.file)} {lora.scale!r}" for lora in loras]
@@ -478,7 +499,7 @@ def source_digest(path: Path, file: Path | None = None, loras: Sequence[Lora] = 
 
 def source_name(model: str, path: Path, revision: str) -> str:
     """The origin of a source without its LoRAs; see `Source.name`."""
-    return model if revision else path.name
+    return model if revision else os.fsencode(os.path.basename(os.path.abspath(path))).decode(errors="replace")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -10,14 +10,14 @@ from safetensors.torch import save_file
 
 from oneword.engines.errors import EngineError, UsageError, one_line
 from oneword.engines.graph import Graph, Precision, Provider, Weights, graph_digest
-from oneword.engines.onnxruntime import OnnxRuntimeEngine
+from oneword.engines.onnxruntime import OnnxRuntimeEngine, load_onnxruntime
 from oneword.export.families import TORCH_DTYPES, Exportable, Traceable, family_of, with_preview_decoder
 from oneword.export.loras import Lora
 from oneword.export.parity import Difference, Reference, compare, compare_fused, references
 from oneword.export.preview import preview_of
 from oneword.export.source import Source, load_preview_decoder, load_source
 from oneword.export.trace import trace
-from oneword.runtime.bundle import TOKENIZER, Bundle, Manifest, Provenance, write_bundle
+from oneword.runtime.bundle import TOKENIZER, Bundle, Manifest, Provenance, check_target, write_bundle
 from oneword.runtime.samplers import sampler_of
 
 Report = Callable[[str], None]
@@ -34,6 +34,8 @@ class Exported:
     """Graphs that the checking engine cannot run, each with the reason."""
     unfused: tuple[str, ...] = ()
     """Graphs whose fused copies were left out, each with the reason."""
+    warnings: tuple[str, ...] = ()
+    """What is different in the bundle from the model, one line each."""
 
 
 def export_bundle(
@@ -54,16 +56,23 @@ def export_bundle(
     stage; `accept` may raise, after the model is loaded and before the long work."""
     if weights is Weights.INT8 and precision is not Precision.FP32:
         raise UsageError(f"--weights int8 with --precision {precision}: int8 weights are for --precision fp32 only")
+    check_target(path)
+    if precision is not Precision.BF16:  # else no graph is run
+        load_onnxruntime()
     report(f"loading {model}")
     tiny = None if preview is None else load_preview_decoder(preview, TORCH_DTYPES[precision])
     source = load_source(model, TORCH_DTYPES[precision], config=config, loras=loras, without=without)
     exportable = family_of(source)
     if tiny is not None and preview is not None:
         exportable = with_preview_decoder(exportable, tiny, preview)
+    accept(exportable)
+    origin = Provenance(id=source.name, digest=source.digest, revision=source.revision or None)
+    warnings: list[str] = []
     if sampler_of(source.scheduler_config) is None:
         scheduler = source.scheduler_config.get("_class_name")
-        report(f"{scheduler} has no counterpart here: {exportable.defaults.sampler} is the bundle's default sampler")
-    accept(exportable)
+        warnings.append(
+            f"{scheduler} has no counterpart here: {exportable.defaults.sampler} is the bundle's default sampler"
+        )
     differences: list[Difference] = []
     unchecked: list[str] = []
     unfused: list[str] = []
@@ -84,11 +93,10 @@ def export_bundle(
                 unfused.extend(checked.unfused)
         report("writing tables and tokenizers")
         write_encoders(source, exportable, folder)
-        origin = Provenance(id=source.name, digest=source.digest, revision=source.revision or None)
         return exportable.manifest(graphs, origin, preview_of(source))
 
     bundle = write_bundle(path, fill)
-    return Exported(bundle, exportable.family, tuple(differences), tuple(unchecked), tuple(unfused))
+    return Exported(bundle, exportable.family, tuple(differences), tuple(unchecked), tuple(unfused), tuple(warnings))
 
 
 def write_graph(graph: Traceable, folder: Path, weights: Weights = Weights.FLOAT) -> Graph:

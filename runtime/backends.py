@@ -53,11 +53,9 @@ def _obstacles(bundle: Bundle, backend: Backend) -> Iterator[str]:
         yield "the bundle has int8 weights, which it does not run"
     if backend.on_gpu:
         try:
-            if backend is Backend.CUDA and not _has_cuda_provider():
-                yield "the installed onnxruntime has no CUDA"
-                return
-            target = gpu_stream().device.target
-            if backend is not Backend.CUDA and not _has_plans(bundle, backend, target):
+            if backend is Backend.CUDA:
+                yield from _cuda_obstacles()
+            elif not _has_plans(bundle, backend, target := gpu_stream().device.target):
                 yield f"the bundle has no plans for {target}"
         except OnewordError as error:
             yield str(error)
@@ -65,10 +63,15 @@ def _obstacles(bundle: Bundle, backend: Backend) -> Iterator[str]:
         yield "the bundle computes in bf16, which it does not run on a CPU"
 
 
-def _has_cuda_provider() -> bool:
+def _cuda_obstacles() -> Iterator[str]:
+    """Raises EngineError if there is no GPU, or a library that ONNX Runtime needs cannot be loaded."""
     from oneword.engines.onnxruntime import available_providers
+    from oneword.engines.onnxruntime_cuda import PROVIDER, check_provider
 
-    return "CUDAExecutionProvider" in available_providers()
+    if PROVIDER not in available_providers():
+        yield "the installed onnxruntime has no CUDA"
+    else:
+        check_provider(gpu_stream())
 
 
 def _has_plans(bundle: Bundle, backend: Backend, target: str) -> bool:

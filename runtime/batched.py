@@ -1,5 +1,5 @@
-"""Runs a graph over any number of items, in calls of 8, 4, 2 and 1, or one at a time if that is best for the engine;
-each size of call is bound once. No denoising."""
+"""Runs a graph over any number of items, in calls of 8, 4, 2 and 1, or one at a time if the engine would compile the
+graph again for more; each size of call is bound once. No denoising."""
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -21,7 +21,7 @@ class BatchedGraph:
 
     def __init__(self, engine: Engine, fixed: Mapping[str, AnyArray]) -> None:
         self._engine, self._fixed = engine, fixed
-        most = CALLS[0] if engine.shape_use in (ShapeUse.ANY, ShapeUse.PADDED) else 1
+        most = 1 if engine.shape_use is ShapeUse.FIRST else CALLS[0]
         self._largest = max(1, min(most, engine.limits.get("B", most)))
         self._bindings: OrderedDict[tuple[object, ...], Binding] = OrderedDict()
 

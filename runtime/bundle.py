@@ -14,7 +14,6 @@ Not covered: opening the graphs.
 import contextlib
 import glob
 import itertools
-import json
 import os
 import re
 import shutil
@@ -177,7 +176,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     columns: tuple[str, ...]
     """The columns of denoise_step's `schedule`, in order; see `oneword.runtime.samplers.COLUMNS`."""
     scheduler: dict[str, Any]
-    """The scheduler's config, verbatim, `_class_name` included."""
+    """The scheduler's config, verbatim, `_class_name` included; null in place of infinity and NaN."""
     vae: Vae
     defaults: Defaults
     schedule: ScheduleKind = ScheduleKind.BETAS
@@ -278,15 +277,28 @@ class Bundle(msgspec.Struct, frozen=True):
             ) from None
 
 
+def check_target(path: str | Path) -> None:
+    """Raises UsageError or FileError if `write_bundle` cannot write a bundle to `path`. Nothing is created."""
+    path = _target(path)
+    try:
+        _refuse_to_overwrite(path)
+        folder = next(parent for parent in path.parents if parent.exists())
+    except OSError as error:
+        raise FileError(f"cannot write the bundle {path}: {error.strerror}") from error
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise FileError(f"cannot write the bundle {path}: {folder} is not a folder that you may write to")
+
+
 def write_bundle(path: str | Path, fill: Callable[[Path], Manifest]) -> Bundle:
     """Writes a bundle, whole or not at all: `fill(folder)` writes the files into a folder beside `path` and returns the
     manifest (its `files` may be empty); everything is hashed, bundle.json is written last, and the folder is renamed.
 
     An older bundle at `path` is replaced, except for the plans of unchanged graphs, which stay valid. Any other
     non-empty folder, a bundle with foreign files in it, a file and a mount point are refused. What a killed process
-    left beside `path` is deleted, and an older bundle that it had moved away is put back.
+    left beside `path` is deleted, and an older bundle that it had moved away is put back. A link stays, and the folder
+    that it leads to is replaced.
     """
-    path = Path(path).absolute()
+    path = _target(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _recover(path)
@@ -307,8 +319,7 @@ def write_bundle(path: str | Path, fill: Callable[[Path], Manifest]) -> Bundle:
         write_stamps(staging / VERIFIED, {name: stamp(digest, stats[name]) for name, digest in files.items()})
         for name in relative:
             sync(staging / name)
-        text = json.dumps(msgspec.to_builtins(manifest), indent=1)
-        (staging / MANIFEST).write_text(text + "\n", encoding="utf-8")
+        (staging / MANIFEST).write_bytes(_encoded(manifest))
         sync(staging / MANIFEST)
         sync(staging)
         _move_into_place(staging, path)
@@ -322,6 +333,23 @@ def write_bundle(path: str | Path, fill: Callable[[Path], Manifest]) -> Bundle:
         if lock is not None:
             os.close(lock)
     return Bundle.open(path)
+
+
+def _target(path: str | Path) -> Path:
+    """The absolute path of the folder itself, if `path` is a link to it."""
+    return Path(os.path.realpath(path)) if os.path.islink(path) else Path(path).absolute()
+
+
+def _encoded(manifest: Manifest) -> bytes:
+    """The content of bundle.json; infinity and NaN become null. Raises BundleError if it could not be read again."""
+    try:
+        data = msgspec.json.format(msgspec.json.encode(manifest), indent=1)
+        from_json(data, Manifest)
+    except ValueError as error:
+        raise BundleError(
+            f"the manifest would not be valid ({one_line(error)}): check the configs of the model that is exported"
+        ) from error
+    return data + b"\n"
 
 
 def _read_manifest(folder: Path) -> Manifest:

@@ -417,12 +417,13 @@ class Model:
     ) -> list[dict[str, NumpyArray]]:
         """The graph's outputs for each prompt, [chunks, ...]."""
         counts = [len(part.input_ids) for part in chunks]
-        rows = self._tables[encoder.graph].place(_vectors(prompts, encoder.graph))
-        feeds: dict[str, NumpyArray] = {
-            "input_ids": np.concatenate(
-                [part.placed(rows[c.identity] for c in part.concepts if c.identity in rows) for part in chunks]
-            ),
-        }
+        table = self._tables[encoder.graph]
+        rows = table.place(_vectors(prompts, encoder.graph))
+        input_ids = np.concatenate(
+            [part.placed(rows[c.identity] for c in part.concepts if c.identity in rows) for part in chunks]
+        )
+        table.look_up(input_ids)
+        feeds: dict[str, NumpyArray] = {"input_ids": input_ids}
         if encoder.hidden_width is not None and encoder.weighs_tokens:
             feeds["token_weights"] = np.concatenate([part.token_weights for part in chunks])
         if encoder.default_layer is not None:

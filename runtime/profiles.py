@@ -3,6 +3,7 @@
 Plans are built with `oneword.engines.builder`, which knows nothing of bundles.
 """
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,17 +30,20 @@ class PlanLimits(msgspec.Struct, frozen=True):
     """(width, height) pairs that get separate plans for one picture, guided and unguided, besides the plan for all
     sizes."""
 
-    def check(self, size_multiple: int, defaults: Defaults) -> None:
-        """Raises UsageError for limits that this model cannot be built for."""
-        factor, typical = size_multiple, defaults.width
-        if self.max_batch < 1 or (self.max_size is not None and (self.max_size < typical or self.max_size % factor)):
+    def check(self, size_multiple: int, defaults: Defaults, max_side: int | None = None) -> None:
+        """Raises UsageError for limits that this model, whose pictures have sides of at most `max_side`, cannot be
+        built for."""
+        factor, typical = size_multiple, max(defaults.size)
+        longest, size = max_side or math.inf, self.max_size or typical
+        at_most = "" if max_side is None else f", at most {max_side}"
+        if self.max_batch < 1 or not typical <= size <= longest or (self.max_size and self.max_size % factor):
             raise UsageError(
-                f"--max-batch {self.max_batch} --max-size {self.max_size or typical}: "
-                f"the batch must be at least 1, the size at least {typical} and a multiple of {factor}"
+                f"--max-batch {self.max_batch} --max-size {size}: "
+                f"the batch must be at least 1, the size at least {typical}{at_most} and a multiple of {factor}"
             )
         for width, height in self.static_sizes:
-            if min(width, height) < factor or width % factor or height % factor:
-                raise UsageError(f"--static-size {width}x{height}: both must be multiples of {factor}")
+            if min(width, height) < factor or max(width, height) > longest or width % factor or height % factor:
+                raise UsageError(f"--static-size {width}x{height}: both must be multiples of {factor}{at_most}")
 
 
 DEFAULT_LIMITS = PlanLimits()
@@ -61,7 +65,7 @@ def build_plans(
 
     Raises UsageError (target, sizes), MissingPackage, EngineError (the builder's message), FileError (disk).
     """
-    limits.check(bundle.manifest.size_multiple, bundle.manifest.defaults)
+    limits.check(bundle.manifest.size_multiple, bundle.manifest.defaults, bundle.manifest.max_side)
     version, target = installed_version(flavour), target_of(flavour, target)
     folder = bundle.path
     return {
@@ -89,7 +93,7 @@ def graph_ranges(manifest: Manifest, graph: str, limits: PlanLimits) -> list[Ran
 
 def axis_ranges(manifest: Manifest, graph: str, limits: PlanLimits) -> dict[str, tuple[int, int, int]]:
     """Smallest, typical and largest size of every axis that graphs may name."""
-    factor, typical = manifest.vae.factor, manifest.defaults.width
+    factor, typical = manifest.vae.factor, max(manifest.defaults.size)
     max_batch, max_size = limits.max_batch, limits.max_size or typical
     lengths = {encoder.graph: encoder.length for encoder in manifest.encoders}
     conditioning = manifest.conditioning

@@ -1,7 +1,8 @@
 """The embedding table that is fed to a compiled text encoder: the model's rows, then learned words' rows, in one array.
 
 `place` writes the words that a call needs and that are not in the table yet, in place of those that were used longest
-ago. Nothing else changes: no engine is touched, no vocabulary grows. Not thread-safe.
+ago. Nothing else changes: no engine is touched, no vocabulary grows. `look_up` writes those of the model's own rows
+that a run is the first to use. Not thread-safe.
 """
 
 from collections import OrderedDict
@@ -17,13 +18,14 @@ from oneword.engines.engine import Array, HostArray
 from oneword.engines.errors import BundleError, UsageError
 
 DEFAULT_CAPACITY: Final = 1024
-"""Learned rows. On the host, pages to which no word was written take no memory."""
+"""Learned rows."""
 
 Ids = npt.NDArray[np.int64]
 
 
 class EmbeddingTable:
-    """`base` [V, D] and room for `capacity` learned rows, in the base's dtype.
+    """`base` [V, D] and room for `capacity` learned rows, in the base's dtype. On the host, pages to which nothing was
+    written take no memory.
 
     `place_array` puts the array into its memory, such as a GPU's; by default it stays on the host.
     """
@@ -36,10 +38,10 @@ class EmbeddingTable:
     ) -> None:
         self.vocab_size, self.width = base.shape
         self.capacity = capacity
-        values = np.zeros((self.vocab_size + capacity, self.width), base.dtype)
-        values[: self.vocab_size] = base
-        self.array = place_array(values)
+        self.array = place_array(np.zeros((self.vocab_size + capacity, self.width), base.dtype))
         """[V + capacity, D]: permanently bound to the graph's input `embedding_table`."""
+        self.base = base
+        self._written = np.zeros(self.vocab_size, bool)
         self._words: OrderedDict[str, Ids] = OrderedDict()
         self._free = list(range(self.vocab_size + capacity - 1, self.vocab_size - 1, -1))
 
@@ -73,6 +75,14 @@ class EmbeddingTable:
                 self._write(identity, vectors)
             self._words.move_to_end(identity)
         return {identity: self._words[identity] for identity in words}
+
+    def look_up(self, ids: Ids) -> None:
+        """Writes the model's own rows with these ids [...] if no earlier call has; call it before a run that uses them.
+        Ids of learned rows, V and above, are ignored."""
+        used = np.unique(ids[ids < self.vocab_size])
+        for row in used[~self._written[used]]:
+            self.array.write(row, self.base[row])
+        self._written[used] = True
 
     def _evict(self, rows: int, words: Mapping[str, object]) -> None:
         """Makes room for so many rows; the words of this call stay."""

@@ -14,7 +14,8 @@ import sys
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Final
+from types import NoneType
+from typing import Any, Final, get_args
 
 from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy
@@ -100,6 +101,8 @@ def app(arguments: Mapping[str, Any]) -> serve.Application:
         raise UsageError("no bundle was given: serve run oneword.serve.ray:app bundle=FOLDER")
     settings = Settings(**{name: _typed(name, value) for name, value in arguments.items() if name in _names(Settings)})
     scaling = Scaling(**{name: _number(name, arguments[name]) for name in arguments if name in _names(Scaling)})
+    if scaling.max_replicas > 1 and "words" not in arguments:
+        raise UsageError("with more than one replica, words must name a folder or a URL that all nodes reach")
     if unknown := arguments.keys() - _names(Settings) - _names(Scaling):
         allowed = one_of(sorted(_names(Settings) | _names(Scaling)))
         raise UsageError(f"there is no argument {min(unknown)!r}: use {allowed}")
@@ -136,9 +139,13 @@ def _names(settings: type) -> set[str]:
 
 def _typed(name: str, value: Any) -> Any:
     """A value of serve.yaml or of `serve run`'s command line, as Settings has it."""
+    kind = {field.name: field.type for field in fields(Settings)}[name]
+    if value is None:
+        if NoneType not in get_args(kind):
+            raise UsageError(f"{name} is null: leave it out for its default")
+        return None
     if name in _PATHS:
         return Path(value)
-    kind = {field.name: field.type for field in fields(Settings)}[name]
     if kind == tuple[str, ...]:
         return tuple(value.split(",")) if isinstance(value, str) else tuple(value)
     if isinstance(value, str) and kind in (int, float, int | None, float | None):

@@ -382,7 +382,7 @@ class Worker:
         shape_use = model.engine("denoise_step").shape_use
         if model.stream.depth or shape_use is ShapeUse.PADDED:
             scheduler.warm(*self._sizes)
-        elif shape_use is not ShapeUse.FIRST:
+        elif shape_use is ShapeUse.ANY:
             scheduler.bind(*self._sizes)
         for size in self._sizes or [defaults.size]:
             request = Request("", size=size, steps=min(_WARM_UP_STEPS, defaults.steps))

@@ -3,7 +3,8 @@
 Queued work runs as late as CUDA allows: only when something waits for it, so that a buffer read or reused too early is
 detected. Pageable host memory is read when a copy is queued, as in CUDA; pinned memory is read and written when the
 copy runs. Waiting for an event runs the work queued before it was recorded, and no more. While a stream is captured,
-work is recorded but does not run, and calls that CUDA forbids during a capture fail and break it.
+work is recorded but does not run, and calls that CUDA forbids during a capture fail and break it. With
+`reads_pageable_memory` pageable memory is read when the copy runs, too.
 
 Stricter than CUDA: memory that is freed while queued work uses it, or used after it was freed, is recorded in
 `violations`, which every test must find empty. Not covered: CUDA's own arithmetic, and what libraries allocate at their
@@ -38,12 +39,15 @@ class Runtime:
 
     cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2, cudaMemcpyDeviceToDevice=3)
     cudaDeviceAttr = SimpleNamespace(
-        cudaDevAttrComputeCapabilityMajor="major", cudaDevAttrComputeCapabilityMinor="minor"
+        cudaDevAttrComputeCapabilityMajor="major",
+        cudaDevAttrComputeCapabilityMinor="minor",
+        cudaDevAttrPageableMemoryAccess="pageable",
     )
     cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
     cudaError_t = SimpleNamespace(cudaErrorInsufficientDriver=35, cudaErrorNoDevice=100)
 
-    def __init__(self) -> None:
+    def __init__(self, reads_pageable_memory: bool = False) -> None:
+        self._reads_pageable_memory = reads_pageable_memory
         self.waits = 0
         """How often the host waited for all queued work."""
         self.event_waits = 0
@@ -143,7 +147,7 @@ class Runtime:
                 spans = ((target, size), (source, size))
             elif self.refused():
                 return (CAPTURE_REFUSES,)
-            elif kind == kinds.cudaMemcpyHostToDevice:
+            elif kind == kinds.cudaMemcpyHostToDevice and not self._reads_pageable_memory:
                 values = ctypes.string_at(source, size)
                 return self.queue(lambda: ctypes.memmove(target, values, size), *spans)
         return self.queue(lambda: ctypes.memmove(target, source, size), *spans)
@@ -217,7 +221,7 @@ class Runtime:
         return (0,)
 
     def cudaDeviceGetAttribute(self, attribute: str, index: int) -> tuple[int, int]:
-        return 0, {"major": 8, "minor": 9}[attribute]
+        return 0, {"major": 8, "minor": 9, "pageable": int(self._reads_pageable_memory)}[attribute]
 
     def cudaGetDeviceProperties(self, index: int) -> tuple[int, Any]:
         return 0, SimpleNamespace(name=b"Simulated")

@@ -107,11 +107,12 @@ def reported(report: Callable[[Report], None], work: Callable[[], None], *paths:
         return CLOSED
     except OnewordError as error:
         report(Failed(without_paths(one_line(error), *paths)))
-    except ModuleNotFoundError as error:
-        report(Failed(str(MissingPackage(str(error.name), "train"))))
     except Exception as error:  # a library's: its text may hold anything
         traceback.print_exc()
-        report(Failed(f"learning failed unexpectedly ({type(error).__name__}): the server's log has the reason"))
+        if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("oneword"):
+            report(Failed(str(MissingPackage(error.name, "train"))))
+        else:
+            report(Failed(f"learning failed unexpectedly ({type(error).__name__}): the server's log has the reason"))
     return 0
 
 

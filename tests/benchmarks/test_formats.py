@@ -25,7 +25,7 @@ def test_a_conversion_that_was_interrupted_is_made_again_and_a_complete_one_is_n
             raise KeyboardInterrupt
         xml.write_bytes(b"whole")
 
-    monkeypatch.setattr("oneword.engines.openvino.convert_graph", convert)
+    monkeypatch.setattr("oneword.engines.openvino_conversion.convert_graph", convert)
     with pytest.raises(KeyboardInterrupt):
         converted(None, tmp_path / "g.onnx", tmp_path / "work")
     paths = {converted(None, tmp_path / "g.onnx", tmp_path / "work") for _ in range(2)}

@@ -80,7 +80,7 @@ def test_openvinos_layers_are_those_of_the_conversion_that_the_engine_compiles(
         raise Converted(f"{path.name}, halve={halve}")
 
     monkeypatch.setattr("benchmarks.openvino_cpu.precision_of", lambda core: precision)
-    monkeypatch.setattr("oneword.engines.openvino.convert_graph", convert)
+    monkeypatch.setattr("oneword.engines.openvino_conversion.convert_graph", convert)
     options = Namespace(bundle=tiny_bundle, engine="openvino", size=64, threads=1, runs=1, work=tmp_path)
 
     with pytest.raises(Converted, match=f"onnx, halve={halve}"):

@@ -43,9 +43,22 @@ def has_gpu() -> bool:
 @pytest.mark.parametrize("backend", GPU_BACKENDS)
 def test_without_a_driver_the_error_says_what_to_install(tiny_bundle: Path, backend: Backend) -> None:
     pytest.importorskip("cuda.bindings")
-    with pytest.raises(EngineError, match=r"an NVIDIA driver for CUDA [\d.]+ is needed and there is none") as caught:
+    with pytest.raises(
+        EngineError, match=r"an NVIDIA driver for CUDA 13 or newer is needed and there is none"
+    ) as caught:
         opened(tiny_bundle, "denoise_step", backend)
     assert "\n" not in str(caught.value)
+
+
+def test_a_driver_of_an_older_major_version_is_named_in_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = Runtime()
+    monkeypatch.setattr("oneword.engines.cuda._runtime", lambda: runtime)
+    monkeypatch.setattr(runtime, "cudaRuntimeGetVersion", lambda: (0, 13020))
+    monkeypatch.setattr(runtime, "cudaDriverGetVersion", lambda: (0, 12080))
+    monkeypatch.setattr(runtime, "cudaGetDeviceCount", lambda: (35, 0))
+
+    with pytest.raises(EngineError, match=r"for CUDA 13 or newer is needed and this one supports CUDA 12\.8: "):
+        Device()
 
 
 @pytest.mark.parametrize("backend", GPU_BACKENDS)
@@ -147,17 +160,24 @@ def test_the_widest_sizes_are_the_largest_of_all_plans() -> None:
 class Plan:
     """A deserialized plan and its execution context: records its calls and infers the shapes passed to it."""
 
+    device_memory_size_v2 = 512
+
     def __init__(self, graph: Graph, shapes: dict[str, tuple[int, ...]]) -> None:
         self.names = [spec.name for spec in (*graph.inputs, *graph.outputs)]
         self.num_io_tensors, self.shapes = len(self.names), shapes
         self.addresses: dict[str, int] = {}
         self.streams: list[int] = []
+        self.activations: list[tuple[int, int]] = []
 
     def get_tensor_name(self, index: int) -> str:
         return self.names[index]
 
-    def create_execution_context(self) -> "Plan":
+    def create_execution_context(self, strategy: str) -> "Plan":
+        assert strategy == "user managed"
         return self
+
+    def set_device_memory(self, address: int, size: int) -> None:
+        self.activations.append((address, size))
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         self.shapes[name] = tuple(shape)
@@ -188,6 +208,8 @@ def decoder(own_bundle: Bundle, simulated: CudaStream, monkeypatch: pytest.Monke
     planned(own_bundle, "sm89", "vae_decoder", B=(1, 1, 4), h=(1, 8, 16), w=(1, 8, 16))
     planned(own_bundle, "sm89", "vae_decoder", B=(1, 1, 1), h=(4, 4, 4), w=(4, 4, 4))
     monkeypatch.setattr("oneword.engines.tensorrt.installed_version", lambda flavour: "1.7")
+    library = SimpleNamespace(ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED="user managed"))
+    monkeypatch.setattr("oneword.engines.tensorrt._library", lambda flavour: library)
     graph, folder = own_bundle.graph("vae_decoder"), own_bundle.path
     return TensorRtEngine("vae_decoder", graph, folder, Flavour.RTX, simulated, folder / PLANS, ())
 
@@ -211,11 +233,55 @@ def test_tensorrt_binds_given_device_arrays_in_place(
     assert plan.addresses["images"] == images.pointer
     assert binding.outputs["finite"].shape == (2,)  # inferred by the plan
     binding.run()
-    binding.run(7)
-    assert plan.streams == [simulated.handle, 7]
+    binding.run(simulated.handle)
+    with pytest.raises(EngineError, match="graph 'vae_decoder' was opened for another stream"):
+        binding.run(7)
+    assert plan.streams == [simulated.handle] * 2
     assert not binding.capturable  # TensorRT-RTX; TensorRT's runs are captured
     with pytest.raises(FeedError, match="'images' of vae_decoder has shape 1x64x64x3"):
         decoder.bind({}, {"latents": latents}, {"images": simulated.empty((1, 64, 64, 3), np.uint8)})
+
+
+def test_the_bindings_of_a_plan_share_the_memory_of_its_activations(
+    decoder: TensorRtEngine, monkeypatch: pytest.MonkeyPatch, own_bundle: Bundle
+) -> None:
+    plan = Plan(own_bundle.graph("vae_decoder"), {"images": (2, 64, 64, 3), "finite": (2,)})
+    runtime = SimpleNamespace(deserialize_cuda_engine=lambda data: plan)
+    monkeypatch.setattr("oneword.engines.tensorrt._runtime", lambda flavour: runtime)
+    for _ in range(2):
+        decoder.bind({}, {"latents": np.zeros((2, 4, 8, 8), np.float32)})
+
+    first, second = plan.activations
+    assert first == second
+    assert first[1] == plan.device_memory_size_v2
+
+
+def test_a_context_is_destroyed_after_the_work_that_uses_it(
+    decoder: TensorRtEngine, simulated: CudaStream, monkeypatch: pytest.MonkeyPatch, own_bundle: Bundle
+) -> None:
+    log: list[str] = []
+
+    class Context(Plan):
+        def execute_async_v3(self, stream: int) -> bool:
+            simulated.device.runtime.queue(lambda: log.append("run"))
+            return True
+
+        def __del__(self) -> None:
+            log.append("destroyed")
+
+    shapes = {"images": (1, 64, 64, 3), "finite": (1,)}
+    plan_graph = own_bundle.graph("vae_decoder")
+    plan = Plan(plan_graph, {})
+    monkeypatch.setattr(plan, "create_execution_context", lambda strategy: Context(plan_graph, shapes))
+    library = SimpleNamespace(deserialize_cuda_engine=lambda data: plan)
+    monkeypatch.setattr("oneword.engines.tensorrt._runtime", lambda flavour: library)
+    latents = simulated.put(np.zeros((1, 4, 8, 8), np.float32))
+    outputs = {"images": simulated.empty(shapes["images"], np.uint8), "finite": simulated.empty((1,), np.bool_)}
+    binding = decoder.bind({}, {"latents": latents}, outputs)
+    binding.run()
+    del binding
+
+    assert log == ["run", "destroyed"]
 
 
 def test_without_a_plan_or_sizes_to_build_one_the_error_says_how_to_build_it(

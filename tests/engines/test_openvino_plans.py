@@ -1,11 +1,9 @@
 """OpenVINO compiles a graph once; later starts read the plan."""
 
 import gc
-import re
 import shutil
 import time
 import weakref
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,9 +21,6 @@ from oneword.engines.openvino import (
     OpenVinoBinding,
     OpenVinoEngine,
     _Compiler,
-    _expand_convolutions,
-    _size_of_copies,
-    _stays_float32,
 )
 from oneword.engines.plans import PlanCache, PlanKey
 
@@ -279,7 +274,6 @@ def test_a_large_graph_is_compiled_for_its_first_shapes_then_once_for_any_others
     path: Path, tmp_path: Path, compilations: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("oneword.engines.openvino._SMALL", 0)
-    monkeypatch.setattr("oneword.engines.openvino._LARGE", 0)
     opened = engine(path, PlanCache(tmp_path / "plans"))
     assert len(compilations) == 0
 
@@ -307,7 +301,6 @@ def test_a_graph_that_was_replaced_after_it_was_opened_is_not_compiled_in_place_
     """Its plan would be kept under the key of the other."""
     if large:
         monkeypatch.setattr("oneword.engines.openvino._SMALL", 0)
-        monkeypatch.setattr("oneword.engines.openvino._LARGE", 0)
     opened = engine(path, PlanCache(tmp_path / "plans"))
     binding = opened.bind({"x": (2, 4)}, {"x": X})
     binding.run()
@@ -327,7 +320,6 @@ def test_a_large_graph_that_is_damaged_or_has_other_inputs_is_refused_when_opene
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("oneword.engines.openvino._SMALL", 0)
-    monkeypatch.setattr("oneword.engines.openvino._LARGE", 0)
     with pytest.raises(EngineError, match="takes x, its manifest says z"):
         engine(path, None, inputs=(TensorSpec("z", DType.FLOAT32, ("B", 4)),))
     path.write_bytes(b"no graph")
@@ -340,7 +332,6 @@ def test_the_error_for_a_large_graph_that_cannot_be_compiled_names_it_and_its_sh
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("oneword.engines.openvino._SMALL", 0)
-    monkeypatch.setattr("oneword.engines.openvino._LARGE", 0)
     opened = engine(path, None)
 
     def refuse(*_: Any) -> Any:
@@ -395,11 +386,6 @@ def product(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     graph = helper.make_graph(nodes, "product", values[:1], values[1:], [weights, factor])
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), tmp_path / "p.onnx")
     return tmp_path / "p.onnx"
-
-
-def test_a_graph_of_medium_size_is_opened_for_any_shape_and_run_best_with_one_item(product: Path) -> None:
-    opened = engine(product, None)
-    assert opened.shape_use is ShapeUse.SINGLE
 
 
 def save_product(path: Path, weights: NumpyArray) -> None:
@@ -467,7 +453,6 @@ def test_a_later_start_reads_the_compiled_graph_which_finds_its_weights_in_the_c
 def test_a_large_graph_has_a_compiled_plan_for_each_set_of_shapes_that_came_first(
     product: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compilations: list[str]
 ) -> None:
-    monkeypatch.setattr("oneword.engines.openvino._LARGE", 0)
     key = PlanKey("d", "openvino", openvino.__version__, "cpu", Precision.FP32, {})
     for rows in (1, 2, 1, 2):
         settings = {"INFERENCE_PRECISION_HINT": "f32"}
@@ -539,69 +524,6 @@ def test_a_disk_without_room_is_noticed_before_anything_is_converted(
     assert not list((tmp_path / "plans").glob("*.partial"))
 
 
-def int8_convolution(
-    scaled: Callable[[Any, Any, Any], Any] = lambda ops, integers, scales: ops.multiply(integers, scales),
-    reshape: Sequence[int] | None = (8, 1, 1, 1),
-    twice: bool = False,
-) -> Any:
-    """A convolution whose weight [8, 4, 3, 3] is int8; by default as OpenVINO's frontend reads it from ONNX."""
-    from openvino import opset13 as ops
-
-    x = ops.parameter([1, 4, 100, 100], np.float32, name="x")
-    scales = ops.constant(np.full(8, 0.5, np.float32))
-    if reshape is not None:
-        scales = ops.reshape(scales, ops.constant(np.array(reshape)), special_zero=False)
-    integers = ops.convert(ops.constant(np.full((8, 4, 3, 3), 3, np.int8)), "f32")
-    weight = scaled(ops, integers, scales)
-    convolved = ops.convolution(x, weight, [1, 1], [1, 1], [1, 1], [1, 1])
-    return openvino.Model([convolved, ops.relu(weight)] if twice else [convolved], [x], "convolution")
-
-
-def test_a_weight_that_openvino_reads_in_an_unknown_way_is_refused_and_left() -> None:
-    _expand_convolutions(model := int8_convolution())
-    [expanded] = [op.data for op in model.get_ops() if op.get_type_name() == "Constant" and op.data.ndim == 4]
-    np.testing.assert_array_equal(expanded, np.full((8, 4, 3, 3), 1.5, np.float32))
-
-    unknown = {
-        "Subtract": int8_convolution(lambda ops, integers, scales: ops.subtract(integers, scales)),
-        "Relu": int8_convolution(lambda ops, integers, scales: ops.relu(integers)),
-        "Multiply": int8_convolution(lambda ops, integers, scales: ops.multiply(scales, integers)),
-        "Multiply before ['Convolution', 'Relu']": int8_convolution(twice=True),
-        "Multiply before ['Convolution']": int8_convolution(
-            lambda ops, integers, scales: ops.multiply(integers, ops.constant(np.float32(2))), reshape=None
-        ),
-        "Multiply ": int8_convolution(
-            lambda ops, integers, scales: ops.multiply(integers, ops.relu(scales)), reshape=(8, 1, 1, 1)
-        ),
-    }
-    for node, model in unknown.items():
-        before = [op.get_type_name() for op in model.get_ordered_ops()]
-        with pytest.raises(RuntimeError, match=rf"reads the int8 weight .* \[8, 4, 3, 3\] as {re.escape(node)}"):
-            _expand_convolutions(model)
-        assert [op.get_type_name() for op in model.get_ordered_ops()] == before
-
-
-def size_of_copies(model: Any, halve: bool = True) -> int:
-    return _size_of_copies(model, [op for op in model.get_ops() if _stays_float32(op, halve)])
-
-
-def test_converting_takes_the_bytes_of_one_copy_or_of_two_if_constants_are_halved() -> None:
-    """A convolution's int8 weights, 8 * 4 * 9 numbers, become 4 bytes each; a product's [300, 300] stay 1 byte."""
-    from openvino import opset13 as ops
-
-    model = int8_convolution()
-    _expand_convolutions(model)
-    assert size_of_copies(model) == 4 * (8 * 4 * 9)  # small constants are exact
-
-    x = ops.parameter([1, 300], np.float32, name="x")
-    integers, scales = ops.constant(np.ones((300, 300), np.int8)), ops.constant(np.ones((1, 300), np.float32))
-    product = ops.matmul(x, ops.multiply(ops.convert(integers, "f32"), scales), False, False)
-    large = ops.matmul(product, ops.constant(np.full((300, 300), HALVED, np.float32)), False, False)
-    model = openvino.Model([large], [x], "products")
-    assert size_of_copies(model) == 2 * 300 * 300 + 300 * (2 + 4) + 2 * 2 * 300 * 300
-    assert size_of_copies(model, halve=False) == 300 * 300 + 300 * 4 + 4 * 300 * 300
-
-
 def test_an_input_to_which_openvino_gives_no_name_is_an_error_in_one_line(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -614,7 +536,6 @@ def test_an_input_to_which_openvino_gives_no_name_is_an_error_in_one_line(
 def test_a_plan_that_another_version_has_deleted_is_made_again_for_the_next_shapes(
     product: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("oneword.engines.openvino._LARGE", 0)
     settings = {"INFERENCE_PRECISION_HINT": "f32"}
     key = PlanKey("d", "openvino", openvino.__version__, "cpu", Precision.FP32, {})
     plans = PlanCache(tmp_path / "plans")

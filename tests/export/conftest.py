@@ -1,6 +1,8 @@
 """Tiny random models of the families' real architectures, as diffusers directories."""
 
 import json
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -270,6 +272,15 @@ BETAS: dict[str, Any] = {
 def saved(pipeline: Any, path: Path) -> Path:
     pipeline.save_pretrained(path)
     return path
+
+
+def changed_copy(model: Path, folder: Path, file: str, change: Mapping[str, object]) -> Path:
+    """A copy of a model in `folder`, with other settings in one of its JSON files."""
+    copy = folder / "model"
+    shutil.copytree(model, copy)
+    path = copy / file
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    return copy
 
 
 def clip_tokenizer(folder: Path, **settings: str) -> Any:

@@ -10,9 +10,14 @@ import pytest
 
 from oneword.engines import builder
 from oneword.engines.builder import Flavour
+from oneword.engines.graph import Precision, Weights
 from oneword.export import cli, write
+from oneword.export.loras import Lora
 from oneword.export.parity import Difference
+from oneword.runtime.commands import ProgressBar
 from oneword.runtime.profiles import PlanLimits
+
+EXPORTED = SimpleNamespace(bundle="bundle", differences=(), unchecked=(), unfused=(), warnings=())
 
 
 class Hopper:
@@ -25,7 +30,6 @@ class Hopper:
 def built(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """The arguments plans were built with; replaces the export and the build, on a machine with an sm90."""
     calls: list[tuple[Any, ...]] = []
-    exported = SimpleNamespace(bundle="bundle", differences=(), unchecked=(), unfused=())
 
     def build(*arguments: Any) -> dict[str, list[Path]]:
         calls.append(arguments[1:4])
@@ -36,7 +40,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     monkeypatch.setattr(cli, "build_plans", build)
     monkeypatch.setattr(cli, "summary", lambda exported, seconds: {})
     monkeypatch.setattr(cli, "plan_warnings", lambda exported: ["a mask"])
-    monkeypatch.setattr(write, "export_bundle", lambda *_, **__: exported)
+    monkeypatch.setattr(write, "export_bundle", lambda *_, **__: EXPORTED)
     return calls
 
 
@@ -75,14 +79,56 @@ def test_plans_are_built_for_the_installed_or_the_requested_gpu(
 
 
 @pytest.mark.usefixtures("built")
-def test_the_options_of_the_model_reach_the_export(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("line", "option", "value"),
+    [
+        ("", "precision", Precision.FP32),
+        ("--precision bf16", "precision", Precision.BF16),
+        ("", "weights", Weights.FLOAT),
+        ("--weights int8", "weights", Weights.INT8),
+        ("--config sd15", "config", Path("sd15")),
+        ("--without text_encoder_3", "without", ("text_encoder_3",)),
+        ("--preview taesd3", "preview", Path("taesd3")),
+        (
+            "--lora a.safetensors --lora b.safetensors:-0.5",
+            "loras",
+            [Lora(Path("a.safetensors")), Lora(Path("b.safetensors"), -0.5)],
+        ),
+    ],
+)
+def test_the_options_of_the_model_reach_the_export(
+    monkeypatch: pytest.MonkeyPatch, line: str, option: str, value: object
+) -> None:
     options: dict[str, Any] = {}
-    exported = SimpleNamespace(bundle="bundle", differences=(), unchecked=(), unfused=())
-    monkeypatch.setattr(write, "export_bundle", lambda *_, **values: options.update(values) or exported)
+    monkeypatch.setattr(write, "export_bundle", lambda *_, **values: options.update(values) or EXPORTED)
 
-    assert run(monkeypatch, "--without", "text_encoder_3", "--preview", "taesd3", "--json") == 0
+    assert run(monkeypatch, *line.split(), "--json") == 0
 
-    assert (options["without"], options["preview"]) == (("text_encoder_3",), Path("taesd3"))
+    assert options[option] == value
+
+
+def test_limits_of_plans_reach_the_builder(built: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+    options = "--plans tensorrt --max-batch 2 --max-size 768 --static-size 512x640 --static-size 512x512"
+    assert run(monkeypatch, *options.split()) == 0
+    assert built == [(Flavour.TENSORRT, "sm90", PlanLimits(2, 768, ((512, 640), (512, 512))))]
+
+
+@pytest.mark.usefixtures("built")
+@pytest.mark.parametrize("terminal", [False, True])
+@pytest.mark.parametrize("as_json", [False, True])
+def test_warnings_are_printed_and_in_the_document(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], as_json: bool, terminal: bool
+) -> None:
+    warning = "PNDMScheduler has no counterpart here"
+    exported = SimpleNamespace(**{**vars(EXPORTED), "warnings": (warning,)})
+    monkeypatch.setattr(write, "export_bundle", lambda *_, **__: exported)
+    monkeypatch.setattr(ProgressBar, "on_terminal", terminal)
+
+    assert run(monkeypatch, *(["--json"] if as_json else [])) == 0
+
+    output = capsys.readouterr()
+    assert warning in output.err.splitlines()
+    assert not as_json or json.loads(output.out)["warnings"] == [warning]
 
 
 def test_without_plans_none_are_built_and_nothing_is_printed_about_tensorrt(
@@ -107,7 +153,12 @@ def test_without_plans_none_are_built_and_nothing_is_printed_about_tensorrt(
         ),
         (["--target", "sm89"], "--target has no effect without plans: add --plans tensorrt or --plans tensorrt-rtx"),
         (["--max-batch", "4"], "--max-batch has no effect without plans"),
+        (["--max-size", "64"], "--max-size has no effect without plans"),
         (["--static-size", "64x64"], "--static-size has no effect without plans"),
+        (["--static-size", "64"], "'64' is not WIDTHxHEIGHT, for example 512x512"),
+        (["--precision", "fp8"], "'fp8' is not one of 'fp32', 'fp16', 'bf16'"),
+        (["--lora", "style.safetensors:strong"], "is not FILE or FILE:SCALE, for example style.safetensors:0.8"),
+        (["--lora", "style.safetensors:inf"], "is not FILE or FILE:SCALE"),
     ],
 )
 def test_options_that_cannot_be_satisfied_are_wrong_usage(

@@ -144,7 +144,7 @@ def test_openvino_keeps_the_weights_of_products_compressed_and_those_of_convolut
     compressed: Graph, tmp_path: Path
 ) -> None:
     openvino = pytest.importorskip("openvino")
-    from oneword.engines.openvino import convert_graph
+    from oneword.engines.openvino_conversion import convert_graph
 
     core = openvino.Core()
     (tmp_path / "plan").mkdir()

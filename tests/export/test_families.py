@@ -1,9 +1,6 @@
 """Every family end to end: exported, run without torch, and compared with the picture of diffusers' own pipeline."""
 
-import json
-import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -11,6 +8,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+from benchmarks.psnr import psnr
 from oneword.engines.errors import UsageError
 from oneword.engines.graph import Precision, Provider
 from oneword.engines.open import Backend
@@ -19,17 +17,14 @@ from oneword.export.eager import eager_model
 from oneword.export.families import family_of
 from oneword.export.modules import VaeEncoder
 from oneword.export.source import load_source
-from oneword.runtime.bundle import Bundle
 from oneword.runtime.concept import Concept, load_concept, save_concept
-from oneword.runtime.drawing import draw
 from oneword.runtime.model import Model
-from oneword.runtime.profiles import PlanLimits
-from oneword.runtime.request import Image, Request
+from oneword.runtime.request import Request
 from oneword.runtime.scheduler import Scheduler
 from tests.bundles import export_once
-from tests.export.conftest import openvino_decibels
+from tests.export.conftest import changed_copy, openvino_decibels
 from tests.export.operators import attentions_and_norms
-from tests.plans import rtx_plans
+from tests.export.pictures import assert_planned, diffusers_picture, picture
 
 
 @pytest.fixture(scope="module")
@@ -188,22 +183,11 @@ def assert_openvino_is_near_onnxruntime(bundle: Path) -> None:
     assert psnr(*(picture(model, "a red star", guidance_scale=4.0) for model in models)) >= decibels
 
 
-def assert_planned(path: Path) -> None:
-    """Builds plans without a GPU; the builder fails if the parsed network differs from the manifest."""
-    bundle = Bundle.open(path)
-    plans = rtx_plans(bundle, "sm89", PlanLimits(max_batch=1))
-    assert plans.keys() == bundle.manifest.graphs.keys()
-    assert all(path.stat().st_size > 1000 for paths in plans.values() for path in paths)
-
-
 def test_the_statistics_of_an_sdxl_vaes_channels_are_used_as_in_diffusers(tiny_sdxl_dir: Path, tmp_path: Path) -> None:
     from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
 
-    model = tmp_path / "model"
-    shutil.copytree(tiny_sdxl_dir, model)
-    config = json.loads((model / "vae" / "config.json").read_text())
-    config |= {"latents_mean": [-1.6, 1.1, 3.1, 0.5], "latents_std": [4.0, 2.5, 0.5, 1.5], "scaling_factor": 0.5}
-    (model / "vae" / "config.json").write_text(json.dumps(config))
+    statistics = {"latents_mean": [-1.6, 1.1, 3.1, 0.5], "latents_std": [4.0, 2.5, 0.5, 1.5], "scaling_factor": 0.5}
+    model = changed_copy(tiny_sdxl_dir, tmp_path, "vae/config.json", statistics)
     pipeline = StableDiffusionXLPipeline.from_pretrained(model)
     ours = eager_model(load_source(model))
     assert (
@@ -225,34 +209,20 @@ def test_the_statistics_of_an_sdxl_vaes_channels_are_used_as_in_diffusers(tiny_s
     torch.testing.assert_close(mean + std * noise, latents, rtol=1e-4, atol=1e-4)
 
 
+def test_a_pooled_state_of_another_width_than_the_network_takes_is_refused(tiny_sdxl_dir: Path) -> None:
+    source = load_source(tiny_sdxl_dir)
+    source.text_encoders["text_encoder_2"].text_projection = torch.nn.Linear(24, 21)
+    with pytest.raises(UsageError, match="its text encoders' pooled states have width 21, its network takes 20"):
+        family_of(source)
+
+
 def test_the_refiner_of_sdxl_is_refused_by_name(tiny_sdxl_dir: Path, tmp_path: Path) -> None:
-    model = tmp_path / "refiner"
-    shutil.copytree(tiny_sdxl_dir, model)
-    index = json.loads((model / "model_index.json").read_text())
     no_first_encoder = {"text_encoder": [None, None], "tokenizer": [None, None]}
     refiner = {"_class_name": "StableDiffusionXLImg2ImgPipeline", "requires_aesthetics_score": True}
-    (model / "model_index.json").write_text(json.dumps({**index, **no_first_encoder, **refiner}))
-    with pytest.raises(UsageError, match="this is SDXL's refiner"):
-        family_of(load_source(model))
-    (model / "model_index.json").write_text(json.dumps({**index, **no_first_encoder}))
-    with pytest.raises(UsageError, match="it has only the encoder text_encoder_2, but SDXL needs two"):
-        family_of(load_source(model))
-
-
-def picture(model: Model, prompt: str, **settings: Any) -> Image:
-    [result] = draw(model, prompt, seed=4, steps=6, size=(72, 64), **settings)
-    assert result.image.std() > 1  # not a blank picture
-    return result.image
-
-
-def diffusers_picture(pipeline: Any, prompt: str, **settings: Any) -> Image:
-    pipeline.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(4)
-    size = {"num_inference_steps": 6, "width": 72, "height": 64, "output_type": "np"}
-    output = pipeline(prompt, generator=generator, **size, **settings)
-    return np.asarray((output.images[0] * 255).round(), np.uint8)
-
-
-def psnr(a: Image, b: Image) -> float:
-    error = float(np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2))
-    return float(10 * np.log10(255**2 / max(error, 1e-9)))
+    for folder, change, message in (
+        ("refiner", refiner, "this is SDXL's refiner"),
+        ("incomplete", {}, "its text encoders are text_encoder_2, without text_encoder; give a plain"),
+    ):
+        model = changed_copy(tiny_sdxl_dir, tmp_path / folder, "model_index.json", {**no_first_encoder, **change})
+        with pytest.raises(UsageError, match=message):
+            family_of(load_source(model))

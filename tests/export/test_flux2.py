@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import Qwen3Config, Qwen3Model
 
+from benchmarks.psnr import psnr
 from oneword.engines.errors import ConceptError, UsageError
 from oneword.engines.graph import Provider
 from oneword.engines.open import Backend
@@ -28,17 +29,14 @@ from oneword.runtime.request import Image, Request
 from tests.conftest import WORDS
 from tests.export.conftest import QWEN_LENGTH, QWEN_TEMPLATE, qwen_tokenizer
 from tests.export.operators import attentions_and_norms
+from tests.export.pictures import assert_planned, diffusers_picture, picture
 from tests.export.test_flow_families import (
     PROMPT,
     add_word,
     assert_drawn_as_alone,
     assert_openvino_is_near,
-    assert_planned,
     compared,
-    diffusers_picture,
     learned_word,
-    picture,
-    psnr,
     scene,
 )
 

@@ -249,6 +249,6 @@ def test_layers_that_diffusers_loses_are_noticed(tiny_sdxl_dir: Path, tmp_path: 
 def test_a_lora_that_is_missing_is_named_before_the_model_is_loaded(
     tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("oneword.export.source.load_component", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("oneword.export.source.load_folder", lambda *_: pytest.fail("the model was loaded"))
     with pytest.raises(UsageError, match=r"there is no file .*none\.safetensors"):
         load_source(tiny_model_dir, loras=[Lora(tmp_path / "none.safetensors")])

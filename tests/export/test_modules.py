@@ -154,6 +154,16 @@ def test_the_unet_matches_diffusers_at_even_and_odd_sizes(
         torch.testing.assert_close(unet(sample, t, context), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_the_activation_of_the_time_embedding_is_that_of_diffusers(diffusers_unet: Any) -> None:
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel.from_config({**diffusers_unet.config, "time_embedding_act_fn": "gelu"}).eval()
+    x, t, context = torch.randn(2, 4, 8, 8), torch.tensor([3.0, 700.0]), torch.randn(2, 7, 32)
+    with torch.no_grad():
+        expected = unet(x, t, context).sample
+        torch.testing.assert_close(UNet(unet)(x, t, context), expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("size", [(8, 8), (9, 15)])
 def test_a_step_of_a_plain_prompt_matches_the_unet_of_diffusers(
     source: Source, diffusers_unet: Any, size: tuple[int, int]

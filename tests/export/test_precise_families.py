@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.psnr import psnr
 from oneword.engines.errors import ConceptError
 from oneword.export.eager import eager_model
 from oneword.export.source import load_source
@@ -15,16 +16,8 @@ from oneword.runtime.concept import Concept, Vectors
 from oneword.runtime.drawing import draw
 from oneword.runtime.model import Model
 from oneword.runtime.request import Image, Request
-from tests.export.test_flow_families import (
-    PROMPT,
-    add_word,
-    diffusers_picture,
-    learned_word,
-    load_rows,
-    picture,
-    psnr,
-    with_masks,
-)
+from tests.export.pictures import picture
+from tests.export.test_flow_families import PROMPT, add_word, flow_picture, learned_word, load_rows, with_masks
 from tests.runtime.test_precise_words import LONG
 
 SENTENCE = "a photo of <toy> on the ring"
@@ -302,6 +295,6 @@ def picture_with_vectors(
         return inputs, {**named, "encoder_hidden_states": contexts}
 
     pipeline.transformer.register_forward_pre_hook(with_vectors, with_kwargs=True)
-    image = diffusers_picture(pipeline, SENTENCE, **texts, **settings)
+    image = flow_picture(pipeline, SENTENCE, **texts, **settings)
     assert stages == {0, 1}
     return image

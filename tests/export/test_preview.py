@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks.psnr import psnr
 from oneword.engines.errors import NotFinite, UsageError
 from oneword.export.modules import VaeDecoder, VaeEncoder
 from oneword.export.preview import preview_of
@@ -112,9 +113,9 @@ def test_a_draft_matches_diffusers_with_the_small_decoder(
     for image, vae in zip(ours, (pipeline.vae, AutoencoderTiny.from_pretrained(tiny_preview_dir)), strict=True):
         pipeline.vae = vae
         output = pipeline("a red cat", generator=torch.Generator().manual_seed(4), output_type="np", **settings)
-        assert decibels(image, (output.images[0] * 255).round()) >= 50
+        assert psnr(image, (output.images[0] * 255).round()) >= 50
         assert image.std() > 10
-    assert decibels(*ours) < 30
+    assert psnr(*ours) < 30
 
 
 def test_previews_are_those_of_diffusers_small_decoder(previewing: Model, tiny_preview_dir: Path) -> None:
@@ -142,8 +143,8 @@ def test_drafts_and_previews_of_sdxl_are_those_of_diffusers_with_its_small_decod
         for draft in (True, False)
     )
 
-    assert decibels(ours, (expected * 255).round()) >= 50
-    assert decibels(ours, full) < 30
+    assert psnr(ours, (expected * 255).round()) >= 50
+    assert psnr(ours, full) < 30
     assert_previewed(model, tiny_preview_dir, size=(80, 64))
 
 
@@ -229,7 +230,7 @@ def assert_previewed(model: Model, decoder: Path, size: tuple[int, int]) -> None
     assert image is not None
     assert image.shape == (size[1], size[0], 3)
     assert image.std() > 10
-    assert decibels(image, (expected * 255).round()) >= 50
+    assert psnr(image, (expected * 255).round()) >= 50
 
 
 def assert_mapped(model: Model) -> None:
@@ -248,8 +249,3 @@ def assert_mapped(model: Model) -> None:
         ]
         expected = [round(min(max(value, 0), 1) * 255) for value in rgb]
         assert np.abs(image[y, x].astype(int) - expected).max() <= 1
-
-
-def decibels(a: Image, b: Any) -> float:
-    error = float(np.mean((a.astype(np.float64) - np.asarray(b, np.float64)) ** 2))
-    return float(10 * np.log10(255**2 / max(error, 1e-9)))

@@ -1,7 +1,15 @@
 """Sources of models: hub ids, against a stand-in for the hub's cache in its client's layout; single files in the layout
 of published checkpoints."""
 
+import hashlib
+import json
+import os
 import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -48,6 +56,103 @@ def test_a_model_in_neither_hub_nor_cache_is_reported_on_one_line(cache: Path, m
     with pytest.raises(FileError, match=message) as caught:
         find_model(model)
     assert "\n" not in str(caught.value)
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The addresses of the Hub that its client requests for a repository owner/tiny of the files in `folder`."""
+
+    folder: Path
+    requested: list[str]
+    environment: dict[str, str]
+    """Of a process that uses it."""
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        files = {file.relative_to(self.folder).as_posix(): file for file in self.folder.rglob("*") if file.is_file()}
+        if path == f"/api/models/owner/tiny/tree/{COMMIT}":
+            tree = [
+                {"type": "file", "path": name, "size": file.stat().st_size, "oid": "0"} for name, file in files.items()
+            ]
+            self.answer(json.dumps(tree).encode())
+        elif path in ("/api/models/owner/tiny", *(f"/api/models/owner/tiny/revision/{r}" for r in ("main", COMMIT))):
+            info = {"id": "owner/tiny", "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]}
+            self.answer(json.dumps(info).encode())
+        elif (name := path.removeprefix(f"/owner/tiny/resolve/{COMMIT}/")) in files:
+            self.requested.append(name)
+            self.answer(files[name].read_bytes())
+        else:
+            self.send_error(404)
+
+    do_HEAD = do_GET
+
+    def answer(self, body: bytes) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("ETag", hashlib.sha1(body).hexdigest())
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *args: object) -> None:
+        """Prints nothing."""
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[type[Hub]]:
+    """Serves tmp_path/repository."""
+    handler = type("TheHub", (Hub,), {"folder": tmp_path / "repository", "requested": []})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        handler.environment = {
+            **os.environ,
+            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_address[1]}",
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_HUB_OFFLINE": "0",
+        }
+        yield handler
+        server.shutdown()
+        thread.join()
+
+
+def digest_of_owner_tiny(hub: type[Hub]) -> subprocess.CompletedProcess[str]:
+    """What another process prints that finds the model in the hub."""
+    code = "from oneword.export.source import *; print(digest_directory(find_model('owner/tiny')[0]))"
+    line = [sys.executable, "-c", code]
+    return subprocess.run(line, env=hub.environment, capture_output=True, text=True, timeout=120)
+
+
+def test_a_hub_model_is_downloaded_and_found_without_a_network(hub: type[Hub], tiny_model_dir: Path) -> None:
+    shutil.copytree(tiny_model_dir, hub.folder)
+    (hub.folder / "README.md").write_text("A file that is not downloaded.")
+    assert digest_of_owner_tiny(hub).stdout.strip() == digest_directory(tiny_model_dir)
+    assert set(hub.requested) == {p.relative_to(tiny_model_dir).as_posix() for p in tiny_model_dir.rglob("*.*")}
+    for address in ({"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}):  # a port that nothing listens on
+        hub.environment |= address
+        assert digest_of_owner_tiny(hub).stdout.strip() == digest_directory(tiny_model_dir)
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        (
+            {"_class_name": "PixArtSigmaPipeline"},
+            "owner/tiny is a PixArtSigmaPipeline, which needs a mask of the prompt",
+        ),
+        (None, "owner/tiny has no model_index.json: give the hub id of a model in diffusers' format"),
+    ],
+)
+def test_an_unsupported_hub_model_is_refused_before_its_weights_are_downloaded(
+    hub: type[Hub], tiny_model_dir: Path, index: dict[str, str] | None, message: str
+) -> None:
+    shutil.copytree(tiny_model_dir, hub.folder)
+    (hub.folder / "model_index.json").unlink()
+    if index:
+        (hub.folder / "model_index.json").write_text(json.dumps(index))
+
+    assert f"UsageError: {message}" in digest_of_owner_tiny(hub).stderr
+    assert set(hub.requested) == ({"model_index.json"} if index else set())
 
 
 def test_a_hub_model_with_only_pickles_is_refused(cache: Path) -> None:
@@ -156,6 +261,42 @@ def test_a_single_file_matches_the_model_it_was_made_from(tiny_model_dir: Path, 
         assert dict(ours.named_parameters()).keys() == expected.keys()
         assert all(torch.equal(value, expected[name]) for name, value in ours.named_parameters())
     assert source.digest != directory.digest
+
+
+def test_the_weights_of_a_single_files_config_are_neither_read_nor_hashed(tiny_model_dir: Path, tmp_path: Path) -> None:
+    weights = original_layout(load_source(tiny_model_dir))
+    checkpoint, config = tmp_path / "tiny.safetensors", tmp_path / "config"
+    save_file(weights, checkpoint)
+    shutil.copytree(tiny_model_dir, config, ignore=shutil.ignore_patterns("*.safetensors"))
+    assert load_source(checkpoint, config=config).digest == load_source(checkpoint, config=tiny_model_dir).digest
+    save_file({name: weight for name, weight in weights.items() if "cond_stage_model" not in name}, checkpoint)
+    with pytest.raises(FileError, match=r"CLIPTextModel.*: give a matching --config"):
+        load_source(checkpoint, config=tiny_model_dir)
+
+
+@pytest.mark.parametrize(
+    ("lost", "message"),
+    [
+        ("cond_stage_model.transformer.text_model.encoder.layers.1.mlp.fc1.bias", "has no weights .*layers.1.mlp.fc1"),
+        ("model.diffusion_model.input_blocks.0.0.bias", "cannot be loaded as a StableDiffusionPipeline"),
+    ],
+)
+def test_a_single_file_in_which_a_weight_is_missing_is_refused(
+    tiny_model_dir: Path, tmp_path: Path, lost: str, message: str
+) -> None:
+    weights = original_layout(load_source(tiny_model_dir))
+    del weights[lost]
+    save_file(weights, tmp_path / "tiny.safetensors")
+    with pytest.raises(FileError, match=rf"tiny\.safetensors {message}"):
+        load_source(tmp_path / "tiny.safetensors", config=tiny_model_dir)
+
+
+def test_a_single_file_whose_config_has_no_vocabulary_is_refused(tiny_model_dir: Path, tmp_path: Path) -> None:
+    config, checkpoint = tmp_path / "config", tmp_path / "tiny.safetensors"
+    shutil.copytree(tiny_model_dir, config, ignore=shutil.ignore_patterns("tokenizer.json", "vocab.json"))
+    save_file({"weight": torch.ones(3)}, checkpoint)
+    with pytest.raises(FileError, match=r"config/tokenizer has no vocabulary \(tokenizer\.json, "):
+        load_source(checkpoint, config=config)
 
 
 @pytest.mark.parametrize("tiny_flux_dir", ["dev"], indirect=True)

@@ -109,11 +109,10 @@ def test_five_pictures_of_a_prompt_are_drawn_without_an_error_about_limits(
     assert largest(model, "vae_decoder", "B") <= 4
 
 
-@pytest.mark.parametrize("shape_use", [ShapeUse.SINGLE, ShapeUse.FIRST])
-def test_an_engine_for_which_one_item_at_a_time_is_best_gets_one_prompt_and_one_picture_per_call(
-    tiny_bundle: Path, free: Model, monkeypatch: pytest.MonkeyPatch, shape_use: ShapeUse
+def test_an_engine_that_compiles_for_its_first_shapes_gets_one_prompt_and_one_picture_per_call(
+    tiny_bundle: Path, free: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = limited(tiny_bundle, monkeypatch, {}, shape_use)
+    model = limited(tiny_bundle, monkeypatch, {}, ShapeUse.FIRST)
     actual = draw(model, "a cat", num_images=3, steps=2)
 
     for a, b in zip(actual, draw(free, "a cat", num_images=3, steps=2), strict=True):

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from oneword.engines import onnxruntime_cuda
+from oneword.engines.cuda import CudaStream, Device
 from oneword.engines.errors import EngineError, FeedError, NotFinite
 from oneword.engines.onnxruntime import open_session
 from oneword.engines.open import Backend, gpu_stream
@@ -473,6 +474,23 @@ def test_regions_of_an_array_are_written_and_read(cuda: Runtime) -> None:
         host[region] = values
         np.testing.assert_array_equal(array.numpy(), host)
         np.testing.assert_array_equal(array.read(region), host[region])
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_host_memory_may_be_changed_after_it_was_written_to_an_array(
+    monkeypatch: pytest.MonkeyPatch, late: bool
+) -> None:
+    runtime = Runtime(reads_pageable_memory=late)
+    monkeypatch.setattr("oneword.engines.cuda._runtime", lambda: runtime)
+    stream, host = CudaStream(Device()), np.array([1, 2])
+    array = stream.put(host)
+    host[:] = 9
+    copied = stream.empty((2,), host.dtype)
+    stream.copy(copied, array)
+    for value in (5, 6):
+        array.write(0, value)
+
+    assert (copied.numpy().tolist(), array.numpy().tolist()) == ([1, 2], [6, 2])
 
 
 def test_waiting_in_a_capture_is_an_error_and_the_stream_stays_usable(cuda: Runtime) -> None:

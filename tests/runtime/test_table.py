@@ -79,16 +79,21 @@ def test_a_word_whose_rows_could_not_be_written_is_not_in_the_table(monkeypatch:
 
 
 @settings(deadline=None, max_examples=100)
-@given(st.lists(st.sets(st.integers(0, 7), max_size=4), max_size=30))
-def test_every_word_of_a_call_has_rows_with_its_vectors(calls: list[set[int]]) -> None:
+@given(st.lists(st.tuples(st.sets(st.integers(0, 7), max_size=4), st.lists(st.integers(0, 4))), max_size=30))
+def test_every_word_of_a_call_has_rows_with_its_vectors(calls: list[tuple[set[int], list[int]]]) -> None:
+    """And the model's own rows that a call looks up are those of its file; the others are not written."""
     table = EmbeddingTable(BASE, capacity=8)
-    for call in calls:
+    looked_up = set[int]()
+    for call, base_ids in calls:
         words = {str(word): rows(100 + word, word % 2 + 1) for word in call}
         ids = table.place(words)
         assert len({*np.concatenate([*ids.values(), np.zeros(0, int)]).tolist()}) == sum(map(len, words.values()))
         for word, vectors in words.items():
             np.testing.assert_array_equal(table.array.numpy()[ids[word]], vectors)
-        np.testing.assert_array_equal(table.array.numpy()[:5], BASE)
+        table.look_up(np.array([[*base_ids, 5, 12]], np.int64))
+        looked_up |= {*base_ids}
+        expected = [row if i in looked_up else np.zeros(4) for i, row in enumerate(BASE)]
+        np.testing.assert_array_equal(table.array.numpy()[:5], expected)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])

@@ -85,6 +85,7 @@ def test_hidden_states_and_pooled_match_a_model_with_the_words_in_its_vocabulary
         tokens_ = encode_ids(prompt, tokenizer, vocabulary)
         places = table.place({concept.identity: concept.vectors["text_encoder"] for concept in tokens_.concepts})
         input_ids = tokens_.placed(places[concept.identity] for concept in tokens_.concepts)
+        table.look_up(input_ids)
         states, _, pooled, finite = TextEncoder(model, pools=True)(
             torch.from_numpy(input_ids),
             torch.from_numpy(table.array.numpy()),

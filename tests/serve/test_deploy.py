@@ -52,6 +52,19 @@ def test_service_managers_and_proxies_wait_for_an_hour_as_the_guide_says() -> No
         assert int(seconds) == 3600, name
 
 
+def test_kuberay_starts_workers_as_replicas_need_them_and_lets_them_finish() -> None:
+    yaml = pytest.importorskip("yaml")
+    cluster = yaml.safe_load((DEPLOY / "rayservice.yaml").read_text())["spec"]["rayClusterConfig"]
+    (workers,) = cluster["workerGroupSpecs"]
+    pod = workers["template"]["spec"]
+    (worker,) = pod["containers"]
+    (drain,) = (float(v["value"]) for v in worker["env"] if v["name"] == "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S")
+
+    assert workers["minReplicas"] < workers["maxReplicas"]
+    assert cluster["enableInTreeAutoscaling"] is True
+    assert 0.95 * pod["terminationGracePeriodSeconds"] < drain < pod["terminationGracePeriodSeconds"]
+
+
 @pytest.mark.skipif(SYSTEMD is None, reason="no systemd-analyze: apt-get install systemd")
 def test_systemd_finds_no_fault_with_the_unit(tmp_path: Path) -> None:
     unit = tmp_path / "oneword.service"

@@ -292,3 +292,17 @@ def test_wrong_arguments_are_named() -> None:
         build({"bundle": "b", "rows": 3})
     with pytest.raises(UsageError, match=r"max_replicas is 'many', but must be a number"):
         build({"bundle": "b", "max_replicas": "many"})
+    with pytest.raises(UsageError, match=r"with more than one replica, words must name a folder or a URL"):
+        build({"bundle": "b", "max_replicas": 2})
+    for name in ("bundle", "port"):
+        with pytest.raises(UsageError, match=rf"{name} is null: leave it out for its default"):
+            build({"bundle": "b", name: None})
+
+
+def test_null_is_the_value_of_an_argument_that_may_have_none() -> None:
+    build = importlib.import_module("oneword.serve.ray").app
+
+    application = build({"bundle": "b", "keys": None, "deadline": None, "model": None})
+
+    (settings,) = application._bound_deployment.init_args
+    assert (settings.keys, settings.deadline, settings.model) == (None, None, None)
