@@ -324,7 +324,7 @@ def test_a_bundle_that_cannot_be_written_is_refused_before_the_model_is_loaded(
 
 def test_a_link_to_a_bundle_stays_and_the_bundle_is_replaced(tiny_bundle: Path, tmp_path: Path) -> None:
     bundle = Bundle.open(shutil.copytree(tiny_bundle, tmp_path / "store" / "bundle"))
-    (bundle.path / "plans").mkdir()
+    (bundle.path / "plans").mkdir(exist_ok=True)
     link = tmp_path / "link"
     link.symlink_to(bundle.path)
 
