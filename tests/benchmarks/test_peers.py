@@ -199,15 +199,15 @@ def test_a_contender_that_fails_is_stored_and_started_again_only_on_request(
         return dict(MEASURED)
 
     monkeypatch.setattr(latency, "measured", measured)
-    names = ["diffusers", "oneword-openvino"]
+    names, case = ["diffusers", "oneword-openvino"], dataclasses.replace(latency.CASES["sd15-512"], rounds=2)
     for _ in range(2):
-        rounds, roof = latency.run(latency.CASES["sd15-512"], names, prepared)
+        rounds, roof = latency.run(case, names, prepared)
 
         assert started == names * 2
         assert rounds == [{"diffusers": {"error": "no room"}, "oneword-openvino": MEASURED}] * 2
         assert roof["floors"] == {"f32": 3}  # the higher peak, which the second round measured
     prepared.retry = True
-    latency.run(latency.CASES["sd15-512"], names, prepared)
+    latency.run(case, names, prepared)
 
     assert started == [*names * 2, "diffusers", "diffusers"]
 
