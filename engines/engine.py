@@ -1,6 +1,6 @@
 """The engine protocol: a compiled graph, bound to fixed buffers and run on a stream. No backend, no diffusion."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum, auto
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from oneword.engines.errors import EngineError, FeedError
-from oneword.engines.graph import DType, TensorSpec
+from oneword.engines.graph import DType, Graph, TensorSpec
 
 NumpyArray: TypeAlias = npt.NDArray[Any]
 Region: TypeAlias = Any  # what numpy accepts between [ ]: an int, a slice, Ellipsis, or a tuple of them
@@ -360,14 +360,39 @@ def complete_feeds(
     return {name: np.ascontiguousarray(value) for name, value in {**feeds, **missing}.items()}
 
 
-def check_opened(graph: str, path: Path, specs: Mapping[str, TensorSpec], opened: Iterable[str]) -> None:
-    """Raises EngineError if the inputs of an opened graph are not those of its manifest."""
-    names = set(opened)
-    if names != set(specs):
-        raise EngineError(
-            f"graph {graph!r} ({path}) takes {', '.join(sorted(names))}, "
-            f"its manifest says {', '.join(sorted(specs))}: export the model again with ti-export"
-        )
+def check_opened(
+    name: str,
+    path: Path,
+    graph: Graph,
+    inputs: Mapping[str, Sequence[object]],
+    outputs: Mapping[str, Sequence[object]],
+) -> None:
+    """Raises EngineError if an opened graph has other inputs or outputs than its manifest says.
+
+    `inputs` and `outputs` are the opened shapes by name: a number for every fixed axis, empty if unknown.
+    """
+    for verb, specs, opened in (("takes", graph.inputs, inputs), ("returns", graph.outputs, outputs)):
+        if opened.keys() != {spec.name for spec in specs}:
+            raise EngineError(
+                f"graph {name!r} ({path}) {verb} {', '.join(sorted(opened))}, "
+                f"its manifest says {', '.join(sorted(spec.name for spec in specs))}: export the model again with "
+                "ti-export"
+            )
+        for spec in specs:
+            shape = opened[spec.name]
+            if shape and not _same_axes(spec.axes, shape):
+                raise EngineError(
+                    f"graph {name!r} ({path}) {verb} {spec.name} [{', '.join(map(str, shape))}], "
+                    f"its manifest says {spec}: export the model again with ti-export"
+                )
+
+
+def _same_axes(axes: Sequence[str | int], shape: Sequence[object]) -> bool:
+    """Whether an opened shape has as many axes, and the same sizes where both are numbers."""
+    if len(axes) != len(shape):
+        return False
+    pairs = zip(axes, shape, strict=True)
+    return all(axis == size for axis, size in pairs if isinstance(axis, int) and isinstance(size, int))
 
 
 def check_dtype(graph: str, spec: TensorSpec, dtype: np.dtype[Any]) -> None:

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
+from typing import Annotated, TypeAlias
 
 import msgspec
 
@@ -42,6 +43,10 @@ class DType(StrEnum):
     BOOL = "bool"
 
 
+Size: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
+"""Of a fixed axis."""
+
+
 class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One input or output of a graph.
 
@@ -51,7 +56,7 @@ class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     name: str
     dtype: DType
-    axes: tuple[str | int, ...]
+    axes: tuple[str | Size, ...]
     optional: bool = False
 
     def __str__(self) -> str:

@@ -68,7 +68,8 @@ class OnnxRuntimeEngine:
         self._ortvalue = ort.OrtValue.ortvalue_from_numpy  # shares the array's memory: nothing is copied
         path = folder / graph.onnx_for(Provider.CPU)
         size = size_of(folder / graph.files[0])
-        self._session = open_session(name, path, self.inputs, ["CPUExecutionProvider"], threads, size)
+        self._session = open_session(name, path, ["CPUExecutionProvider"], threads, size)
+        check_session(name, path, graph, self._session)
 
     def bind(
         self,
@@ -131,14 +132,13 @@ class OnnxRuntimeBinding:
 def open_session(
     name: str,
     path: Path,
-    inputs: Mapping[str, TensorSpec],
     providers: Sequence[Any],
     threads: int | None = None,
     size: int = 0,
 ) -> Any:
     """A session over one graph, for any shape. `size` is that of its weights, in bytes, if the CPU computes with them.
 
-    Raises EngineError if it cannot be opened, its inputs differ from these, or the first provider is not used.
+    Raises EngineError if it cannot be opened, or the first provider is not used.
     """
     ort = load_onnxruntime()
     options = ort.SessionOptions()
@@ -169,8 +169,15 @@ def open_session(
             f"ONNX Runtime cannot load {provider} for graph {name!r}: install the CUDA and cuDNN that this onnxruntime "
             "needs, or use another --engine"
         )
-    check_opened(name, path, inputs, (value.name for value in session.get_inputs()))
     return session
+
+
+def check_session(name: str, path: Path, graph: Graph, session: Any) -> None:
+    """Raises EngineError if a session has other inputs or outputs than its graph's manifest says."""
+    inputs, outputs = (
+        {value.name: value.shape for value in values} for values in (session.get_inputs(), session.get_outputs())
+    )
+    check_opened(name, path, graph, inputs, outputs)
 
 
 _arena_lock = threading.Lock()

@@ -10,8 +10,8 @@ from typing import Any
 from oneword.engines.cuda import CudaStream, DeviceArray
 from oneword.engines.engine import AnyArray, Array, NumpyArray, ShapeUse, complete_feeds
 from oneword.engines.errors import EngineError, one_line, pip_line
-from oneword.engines.graph import DType, Graph, Provider, TensorSpec
-from oneword.engines.onnxruntime import ELEMENT, load_onnxruntime, open_session
+from oneword.engines.graph import Graph, Provider
+from oneword.engines.onnxruntime import ELEMENT, check_session, load_onnxruntime, open_session
 
 PROVIDER = "CUDAExecutionProvider"
 _IDENTITY = (  # an ONNX graph that returns its input, `x`
@@ -45,7 +45,9 @@ class OnnxRuntimeCudaEngine:
         device = stream.device
         self.backend = f"onnxruntime {ort.__version__} {device.name} {device.target} {graph.precision}"
         self._ortvalue = ort.OrtValue.ortvalue_from_numpy
-        self.session = _session(name, folder / graph.onnx_for(Provider.CUDA), self.inputs, stream)
+        path = folder / graph.onnx_for(Provider.CUDA)
+        self.session = _session(name, path, stream)
+        check_session(name, path, graph, self.session)
         self.options = ort.RunOptions()
         self.options.add_run_config_entry("disable_synchronize_execution_providers", "1")
 
@@ -112,12 +114,12 @@ def check_provider(stream: CudaStream) -> None:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "identity.onnx"
             path.write_bytes(_IDENTITY)
-            _session("identity", path, {"x": TensorSpec("x", DType.FLOAT32, (1,))}, stream)
+            _session("identity", path, stream)
     except OSError as error:
         raise EngineError(f"the CUDA provider cannot be tried: {error}") from error
 
 
-def _session(name: str, path: Path, inputs: Mapping[str, TensorSpec], stream: CudaStream) -> Any:
+def _session(name: str, path: Path, stream: CudaStream) -> Any:
     """A session in the provider, on this stream. Raises as open_session does."""
     ort = load_onnxruntime("cuda")
     settings = {
@@ -130,4 +132,4 @@ def _session(name: str, path: Path, inputs: Mapping[str, TensorSpec], stream: Cu
         io.StringIO()
     ):  # which may be for JSON; a missing library is in open_session's error
         ort.preload_dlls()  # those of the pip packages, which the loader does not find
-    return open_session(name, path, inputs, [(PROVIDER, settings)])
+    return open_session(name, path, [(PROVIDER, settings)])

@@ -28,7 +28,7 @@ import logging
 import threading
 import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -47,7 +47,7 @@ from oneword.engines.engine import (
 )
 from oneword.engines.errors import EngineError, FileError, one_line
 from oneword.engines.files import Stamp, files_of, size_of, stamp
-from oneword.engines.graph import Graph, Precision, Weights
+from oneword.engines.graph import Graph, Precision, TensorSpec, Weights
 from oneword.engines.openvino_conversion import convert_graph, load_openvino
 from oneword.engines.plans import PlanCache, PlanKey
 from oneword.engines.threads import cpu_threads
@@ -63,6 +63,8 @@ _MOST_PLANS = 64
 _MOST_STATIC = 8  # shapes that one graph is compiled for in the background, and whose versions are kept
 
 _Key: TypeAlias = tuple[tuple[str, Shape], ...]
+_Port: TypeAlias = tuple[set[str], list[object]]
+"""An input's or output's names and shape."""
 """Shapes by name."""
 _log = logging.getLogger("oneword.engines")
 _failed: set[tuple[Path, str]] = set()
@@ -116,8 +118,8 @@ class OpenVinoEngine:
             self._compiler = _Compiler(core, path, settings, plans, key, halve=low)
         except RuntimeError as error:
             raise EngineError(f"cannot open graph {name!r} ({path}): {one_line(error)}") from error
-        opened = (min(names & self.inputs.keys() or names or ["(no name)"]) for names in self._compiler.inputs)
-        check_opened(name, path, self.inputs, opened)
+        inputs, outputs = self._compiler.inputs, self._compiler.outputs
+        check_opened(name, path, graph, _named(inputs, self.inputs), _named(outputs, self.outputs))
         self.shape_use = self._compiler.shape_use
 
     def bind(
@@ -244,7 +246,8 @@ class _Compiler:
         if self.small:
             self._dynamic = self.compile()
         model = self._dynamic.model if self._dynamic else core.read_model(*self._files())
-        self.inputs = [value.names for value in model.inputs]  # also of the conversions that compiling removed
+        # Their names include those of the conversions that compiling removed.
+        self.inputs, self.outputs = ([_port(value) for value in values] for values in (model.inputs, model.outputs))
 
     def compiled_for(self, shapes: Mapping[str, Shape]) -> _Compiled:
         """The compiled graph for these shapes. Raises RuntimeError, which is OpenVINO's."""
@@ -404,6 +407,16 @@ def _converted(
             one_line(error),
         )
         return [path]
+
+
+def _port(value: Any) -> _Port:
+    shape = value.get_partial_shape()
+    return value.names, [] if shape.rank.is_dynamic else [str(d) if d.is_dynamic else d.get_length() for d in shape]
+
+
+def _named(ports: Iterable[_Port], specs: Mapping[str, TensorSpec]) -> dict[str, Sequence[object]]:
+    """Shapes by the names that the manifest uses."""
+    return {min(names & specs.keys() or names or ["(no name)"]): shape for names, shape in ports}
 
 
 def _tensor(value: NumpyArray) -> Any:

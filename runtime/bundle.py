@@ -398,8 +398,10 @@ def _check_references(folder: Path, manifest: Manifest) -> None:
             raise _invalid(f"the bundle {folder} conditions on {name!r}, which is not one of its encoders")
     if any(encoders[name].hidden_width is None for block in conditioning.context for name in block):
         raise _invalid(f"the bundle {folder} has an encoder without hidden states in its context")
-    if any(encoders[name].pooled_width is None for name in conditioning.pooled) or not conditioning.context:
-        raise _invalid(f"the bundle {folder} pools an encoder that does not pool, or has no context")
+    if any(encoders[name].pooled_width is None for name in conditioning.pooled):
+        raise _invalid(f"the bundle {folder} pools an encoder that does not pool")
+    if not conditioning.context or not all(conditioning.context):
+        raise _invalid(f"the bundle {folder} has no context, or a block of it without encoders")
     if conditioning.width is not None and conditioning.width < manifest.widest_block:
         raise _invalid(f"the bundle {folder} has a block of encoders that is wider than its context")
     masked = any(spec.name == "context_mask" for spec in graphs["denoise_step"].inputs)
@@ -425,6 +427,12 @@ def _check_references(folder: Path, manifest: Manifest) -> None:
     if manifest.size_multiple % manifest.vae.factor:
         raise _invalid(f"the bundle {folder} has sizes in multiples of {manifest.size_multiple} pixels, not latents")
     for encoder in manifest.encoders:
+        widths = {spec.name: spec.axes[-1:] for spec in graphs[encoder.graph].outputs}
+        for output, width in (("hidden_states", encoder.hidden_width), ("pooled", encoder.pooled_width)):
+            if widths.get(output, (width,)) != (width,):
+                raise _invalid(
+                    f"encoder {encoder.graph!r} of the bundle {folder} has {output} whose width is not {width}"
+                )
         if (encoder.default_layer is None) != (not encoder.layers):
             raise _invalid(
                 f"encoder {encoder.graph!r} of the bundle {folder} has layers without a default, or the reverse"

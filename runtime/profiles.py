@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 
 from oneword.engines.builder import Flavour, build_plan, installed_version, target_of
-from oneword.engines.errors import UsageError
+from oneword.engines.errors import BundleError, UsageError, one_of
 from oneword.engines.plans import Ranges
 from oneword.runtime.bundle import PLANS, Bundle, Defaults, Manifest
 
@@ -78,9 +78,17 @@ def build_plans(
 
 
 def graph_ranges(manifest: Manifest, graph: str, limits: PlanLimits) -> list[Ranges]:
-    """Smallest, typical and largest size of every named axis of a graph: for all sizes, then for each static one."""
+    """Smallest, typical and largest size of every named axis of a graph: for all sizes, then for each static one.
+
+    Raises BundleError if it names an axis that no graph has.
+    """
     axes = {axis for spec in manifest.graphs[graph].inputs for axis in spec.axes if isinstance(axis, str)}
     ranges = axis_ranges(manifest, graph, limits)
+    if unknown := axes - ranges.keys():
+        raise BundleError(
+            f"graph {graph!r} has an axis {min(unknown)!r}, but each must be {one_of(ranges)}: export the model again "
+            "with ti-export"
+        )
     dynamic: Ranges = {axis: ranges[axis] for axis in sorted(axes)}
     if not axes & {"h", "w", "H", "W"}:
         return [dynamic]

@@ -40,6 +40,9 @@ _MUST_BE: Final[dict[str, tuple[Any, ...]]] = {
     "timestep_spacing": SPACINGS,
 }
 
+_MAX_TIMESTEPS: Final = 1_000_000
+"""Beyond any model's."""
+
 _SPACED: Final = {
     "use_karras_sigmas": Spacing.KARRAS,
     "use_exponential_sigmas": Spacing.EXPONENTIAL,
@@ -120,6 +123,7 @@ class NoiseSchedule:
         explicit = explicit_settings(config, _MUST_BE)
         known = {key: explicit[key] for key in cls.__dataclass_fields__ if explicit.get(key) is not None}
         check_types(cls, known)
+        _check_betas(known)
         fields: dict[str, Any] = {"timestep_spacing": default_spacing, **known}
         if spacing is not None:
             trailing = spacing is Spacing.SGM_UNIFORM
@@ -197,6 +201,20 @@ class NoiseSchedule:
                 f"{self.num_train_timesteps - 1}: use fewer steps"
             )
         return self.alphas_cumprod[timesteps.astype(np.int64)]
+
+
+def _check_betas(fields: Mapping[str, Any]) -> None:
+    """Raises UsageError that names a key whose betas are not between 0 and 1, or are not a possible number of them."""
+    betas = {key: [fields[key]] for key in ("beta_start", "beta_end") if key in fields}
+    betas |= {"trained_betas": fields["trained_betas"]} if "trained_betas" in fields else {}
+    for key, values in betas.items():
+        if wrong := [value for value in values if not isinstance(value, int | float) or not 0 <= value <= 1]:
+            raise UsageError(f"the scheduler's config says {key} = {wrong[0]!r}, but betas must be from 0 to 1")
+    count = len(betas["trained_betas"]) if "trained_betas" in betas else fields.get("num_train_timesteps", 1)
+    if not 1 <= count <= _MAX_TIMESTEPS:
+        raise UsageError(
+            f"the scheduler's config says num_train_timesteps = {count}, but it must be from 1 to {_MAX_TIMESTEPS}"
+        )
 
 
 def _trailing(train: int, steps: int) -> Array:

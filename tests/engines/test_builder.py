@@ -24,10 +24,10 @@ from oneword.engines.builder import (
     target_of,
 )
 from oneword.engines.cuda import Device
-from oneword.engines.errors import EngineError, MissingPackage, UsageError
+from oneword.engines.errors import BundleError, EngineError, MissingPackage, UsageError
 from oneword.engines.graph import graph_digest
 from oneword.runtime.bundle import Bundle, Manifest, write_bundle
-from oneword.runtime.profiles import PlanLimits, axis_ranges, build_plans, graph_ranges
+from oneword.runtime.profiles import DEFAULT_LIMITS, PlanLimits, axis_ranges, build_plans, graph_ranges
 
 
 @pytest.mark.parametrize("target", ["sm90", "sm89,sm90", "ampere", "89", "sm89,"])
@@ -111,6 +111,16 @@ def test_limits_that_the_model_cannot_meet_are_refused(tiny_bundle: Path, limits
     manifest = Bundle.open(tiny_bundle).manifest
     with pytest.raises(UsageError, match=message):
         limits.check(manifest.size_multiple, manifest.defaults)
+
+
+def test_an_axis_that_no_graph_has_is_an_error(tiny_bundle: Path) -> None:
+    manifest = Bundle.open(tiny_bundle).manifest
+    graph = manifest.graphs["vae_decoder"]
+    first = msgspec.structs.replace(graph.inputs[0], axes=("B", 4, "height", "w"))
+    changed = msgspec.structs.replace(graph, inputs=(first, *graph.inputs[1:]))
+    manifest = msgspec.structs.replace(manifest, graphs={**manifest.graphs, "vae_decoder": changed})
+    with pytest.raises(BundleError, match="graph 'vae_decoder' has an axis 'height', but each must be one of B, N, M"):
+        graph_ranges(manifest, "vae_decoder", DEFAULT_LIMITS)
 
 
 def test_a_static_size_is_one_picture_guided_or_not_and_affects_graphs_that_see_pictures(

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnx
 import pytest
@@ -149,9 +150,22 @@ def test_a_failure_inside_the_graph_is_an_engine_error_of_one_line(path: Path) -
     assert "\n" not in str(caught.value)
 
 
-def test_a_graph_that_differs_from_its_manifest_is_refused(kind: Any, path: Path) -> None:
-    with pytest.raises(EngineError, match=r"takes bias, ids, table, x, its manifest says x:"):
-        kind("lookup", graph(path, INPUTS[:1]), path.parent)
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "message"),
+    [
+        (slice(1), ("y", ("B", 4)), "takes bias, ids, table, x, its manifest says x:"),
+        (slice(4), ("z", ("B", 4)), "returns y, its manifest says z:"),
+        (slice(4), ("y", ("B",)), r"returns y \[[^,]+, 4\], its manifest says y float32\[B\]:"),
+        (slice(4), ("y", ("B", 5)), r"returns y \[[^,]+, 4\], its manifest says y float32\[B, 5\]:"),
+    ],
+)
+def test_a_graph_that_differs_from_its_manifest_is_refused(
+    kind: Any, path: Path, inputs: slice, outputs: tuple[str, tuple[str | int, ...]], message: str
+) -> None:
+    name, axes = outputs
+    changed = msgspec.structs.replace(graph(path, INPUTS[inputs]), outputs=(TensorSpec(name, DType.FLOAT32, axes),))
+    with pytest.raises(EngineError, match=message):
+        kind("lookup", changed, path.parent)
 
 
 def test_a_broken_graph_is_named_in_the_error(kind: Any, tmp_path: Path) -> None:
@@ -178,10 +192,8 @@ def test_a_provider_that_cannot_be_loaded_is_an_error_and_not_replaced_by_the_cp
     """ONNX Runtime would go on with its CPU provider."""
     if "CUDAExecutionProvider" in onnxruntime.available_providers():
         pytest.skip("this build of onnxruntime has it")
-    specs = {spec.name: spec for spec in INPUTS}
-
     with pytest.raises(EngineError, match=r"^ONNX Runtime cannot load CUDAExecutionProvider for graph"):
-        onnxruntime.open_session("lookup", path, specs, [("CUDAExecutionProvider", {})], threads=1)
+        onnxruntime.open_session("lookup", path, [("CUDAExecutionProvider", {})], threads=1)
 
 
 def test_a_call_that_fails_is_reported_once(path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -290,11 +302,9 @@ def test_graphs_that_are_not_small_share_the_memory_that_they_compute_in(tmp_pat
         from pathlib import Path
         import numpy as np
         from oneword.engines import onnxruntime
-        from oneword.engines.graph import DType, TensorSpec
 
         x = np.zeros((1, 1), np.float32)
-        specs = {"x": TensorSpec("x", DType.FLOAT32, ("B", 1))}
-        line = (Path(sys.argv[1]), specs, ["CPUExecutionProvider"], 1, int(sys.argv[2]))
+        line = (Path(sys.argv[1]), ["CPUExecutionProvider"], 1, int(sys.argv[2]))
         sessions = [onnxruntime.open_session("mean", *line) for _ in range(3)]
         for session in [*sessions, *sessions]:
             assert session.run(["y"], {"x": x})[0].item() == 0

@@ -527,7 +527,7 @@ def test_a_disk_without_room_is_noticed_before_anything_is_converted(
 def test_an_input_to_which_openvino_gives_no_name_is_an_error_in_one_line(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    unnamed = SimpleNamespace(inputs=[set()], small=True)
+    unnamed = SimpleNamespace(inputs=[(set(), [])], outputs=[], small=True)
     monkeypatch.setattr("oneword.engines.openvino._Compiler", lambda *_, **__: unnamed)
     with pytest.raises(EngineError, match=r"takes \(no name\), its manifest says x: export the model again"):
         engine(path, None)

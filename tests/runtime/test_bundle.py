@@ -557,8 +557,9 @@ def test_swapped_graphs_are_detected(bundle: Path) -> None:
     ("change", "message"),
     [
         ({"context": [["text_encoder"], ["text_encoder_3"]]}, "conditions on 'text_encoder_3', which is not one of"),
-        ({"context": []}, "pools an encoder that does not pool, or has no context"),
-        ({"pooled": ["text_encoder"]}, "pools an encoder that does not pool, or has no context"),
+        ({"context": []}, "has no context, or a block of it without encoders"),
+        ({"context": [["text_encoder"], []]}, "has no context, or a block of it without encoders"),
+        ({"pooled": ["text_encoder"]}, "pools an encoder that does not pool"),
         (
             {"time_ids": ["crop_top", "aesthetics"]},
             "has the time id 'aesthetics', but each must be one of original_height, ",

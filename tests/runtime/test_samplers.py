@@ -500,6 +500,16 @@ def test_a_run_without_guidance_needs_no_negative_prompt() -> None:
             {},
             "trained_betas = 5, which is of type int, but must be of type list",
         ),
+        ({"beta_start": -0.1}, Sampler.DDIM, 5, {}, r"beta_start = -0\.1, but betas must be from 0 to 1"),
+        (
+            {"trained_betas": [0.1, "0.2"]},
+            Sampler.DDIM,
+            5,
+            {},
+            r"trained_betas = '0\.2', but betas must be from 0 to 1",
+        ),
+        ({"trained_betas": []}, Sampler.DDIM, 5, {}, "num_train_timesteps = 0, but it must be from 1 to 1000000"),
+        ({"num_train_timesteps": 10**30}, Sampler.DDIM, 5, {}, "num_train_timesteps = 10+, but it must be from 1 to"),
         (
             {"shift": "3"},
             Sampler.EULER,
