@@ -16,8 +16,8 @@ def simulate_cuda() -> Any:
 
     runtime = Runtime()
 
-    def on_the_cpu(name: str, path: Path, inputs: Any, providers: Any) -> Any:
-        return Session(open_session(name, path, inputs, ["CPUExecutionProvider"], threads=1), runtime)
+    def on_the_cpu(name: str, path: Path, providers: Any) -> Any:
+        return Session(open_session(name, path, ["CPUExecutionProvider"], threads=1), runtime)
 
     modules: list[Any] = [oneword.engines.cuda, onnxruntime_cuda, onnxruntime]
     cuda, provider, library = modules

@@ -244,6 +244,7 @@ class Session:
 
     def __init__(self, inner: Any, runtime: Runtime) -> None:
         self._inner, self._runtime = inner, runtime
+        self.get_inputs, self.get_outputs = inner.get_inputs, inner.get_outputs
 
     def io_binding(self) -> Any:
         inner, pointers = self._inner.io_binding(), []

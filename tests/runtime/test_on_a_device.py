@@ -60,8 +60,8 @@ POOL = [
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Runtime]:
     runtime = Runtime()
 
-    def on_the_cpu(name: str, path: Path, inputs: Any, providers: Any) -> Session:
-        return Session(open_session(name, path, inputs, ["CPUExecutionProvider"], threads=1), runtime)
+    def on_the_cpu(name: str, path: Path, providers: Any) -> Session:
+        return Session(open_session(name, path, ["CPUExecutionProvider"], threads=1), runtime)
 
     monkeypatch.setattr("oneword.engines.cuda._runtime", lambda: runtime)
     monkeypatch.setattr(onnxruntime_cuda, "open_session", on_the_cpu)
