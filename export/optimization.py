@@ -4,6 +4,8 @@ Of onnxscript's rules, SlicesSplit is left out: it compares every node with ever
 rules' time on the denoising step of a tiny Stable Diffusion, which has none of the adjoining slices that it looks for.
 """
 
+import copy
+
 import onnx_ir
 from onnx_ir.passes import common
 from onnxscript.optimizer import fold_constants, inline
@@ -15,7 +17,8 @@ ROUNDS = 2
 
 def optimize(model: onnx_ir.Model) -> None:
     """Folds constants, simplifies operators, and removes what is unused or repeated, in place."""
-    rules = RewriteRuleSet([rule for rule in _DEFAULT_REWRITE_RULES if rule.name != "SlicesSplit"])
+    # Copies, because a rule keeps the last node that it looked at, and with it the model and its weights.
+    rules = RewriteRuleSet([copy.deepcopy(rule) for rule in _DEFAULT_REWRITE_RULES if rule.name != "SlicesSplit"])
     inline(model)
     for _ in range(ROUNDS):
         folded = fold_constants(model, onnx_shape_inference=True)
