@@ -43,7 +43,12 @@ compressible (float[B, 16, H, W] image, float[B, 32] row) => (float[B, 32, H, W]
 """
 SHAPES = {"kernel": (32, 16, 3, 3), "columns": (32, 48), "rows": (64, 32), "both": (64, 32)}
 INPUTS = (TensorSpec("image", DType.FLOAT32, ("B", 16, "H", "W")), TensorSpec("row", DType.FLOAT32, ("B", 32)))
-OUTPUTS = tuple(TensorSpec(name, DType.FLOAT32, ("B",)) for name in ("convolved", "product", "gemm", "transposed"))
+OUTPUTS = (
+    TensorSpec("convolved", DType.FLOAT32, ("B", 32, "H", "W")),
+    TensorSpec("product", DType.FLOAT32, ("B", 48)),
+    TensorSpec("gemm", DType.FLOAT32, ("B", 64)),
+    TensorSpec("transposed", DType.FLOAT32, ("B", 32)),
+)
 
 
 @pytest.fixture

@@ -1,10 +1,12 @@
 """Bundles: their contents, and that their graphs match the model."""
 
+import gc
 import json
 import math
 import os
 import shutil
 import sys
+import weakref
 from pathlib import Path
 
 import msgspec
@@ -24,7 +26,7 @@ from oneword.export.loras import fuse
 from oneword.export.modules import DenoiseStep
 from oneword.export.parity import compare, references
 from oneword.export.source import load_source
-from oneword.export.write import export_bundle
+from oneword.export.write import export_bundle, write_graph
 from oneword.runtime.bundle import Bundle, Defaults, Manifest, write_bundle
 from oneword.runtime.profiles import PlanLimits
 from oneword.runtime.samplers import COLUMNS
@@ -358,6 +360,18 @@ def test_the_digest_is_that_of_the_files_that_were_loaded(
 
     monkeypatch.setattr(write, "trace", change)
     assert export_bundle(model, tmp_path / "bundle").bundle.manifest.source.digest == digest
+
+
+def test_a_traced_network_can_be_freed(tiny_model_dir: Path, tmp_path: Path) -> None:
+    source = load_source(tiny_model_dir)
+    [graph] = [graph for graph in family_of(source).graphs if graph.name == "denoise_step"]
+    weight = weakref.ref(source.network.conv_in.weight)
+    write_graph(graph, tmp_path)
+    assert weight() is not None
+
+    source.network.to("meta")
+    gc.collect()
+    assert weight() is None
 
 
 def test_a_scheduler_without_a_counterpart_is_a_warning(tiny_model_dir: Path, tmp_path: Path) -> None:

@@ -76,9 +76,9 @@ def test_without_the_libraries_of_cuda_the_cpu_is_used_and_nothing_is_printed(
 def test_with_the_libraries_of_cuda_the_gpu_is_used(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = []
 
-    def on_the_cpu(name: str, path: Path, inputs: Any, providers: Any) -> Any:
+    def on_the_cpu(name: str, path: Path, providers: Any) -> Any:
         opened.append(name)
-        return open_session(name, path, inputs, ["CPUExecutionProvider"])
+        return open_session(name, path, ["CPUExecutionProvider"])
 
     monkeypatch.setattr(onnxruntime_cuda, "open_session", on_the_cpu)
 
