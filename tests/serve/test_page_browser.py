@@ -401,7 +401,8 @@ def test_only_the_painted_part_is_repainted(server: Server, visitor: Visitor) ->
     before = _pixels(visit, 0)
     visit.page.click(".tile-open")
     visit.page.click("text=Repaint a part")
-    canvas = visit.page.locator(".mask canvas")
+    canvas = visit.page.locator('.mask canvas:not([width="1"])')
+    canvas.wait_for()  # the picture has its size
     box = canvas.bounding_box()
     visit.page.mouse.move(box["x"] + box["width"] * 0.2, box["y"] + box["height"] * 0.2)
     visit.page.mouse.down()
