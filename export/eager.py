@@ -44,7 +44,7 @@ class EagerEngine:
         try:
             with torch.no_grad():
                 values = self.graph.module(**tensors)
-        except RuntimeError as error:
+        except Exception as error:  # of any class, if a model's config has wrong values
             raise EngineError(f"graph {self.name!r} failed: {one_line(error)}") from error
         return {name: np.ascontiguousarray(value.numpy()) for name, value in zip(self.outputs, values, strict=True)}
 

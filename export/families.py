@@ -498,6 +498,11 @@ def encoder_facts(source: Source, name: str, encoder: AnyEncoder, default_layer:
     if eos is None or tokenizer.pad_token_id is None:
         missing = "token for the end of a text" if eos is None else "pad_token"
         raise UsageError(f"{name}'s tokenizer has no {missing}: set it in its tokenizer_config.json")
+    length = tokenizer.model_max_length
+    if not isinstance(length, int | float) or not length >= 3:
+        raise UsageError(
+            f"{name}'s tokenizer_config.json says model_max_length = {length!r}, but it must be a number of at least 3"
+        )
     prefix, suffix = chat_frame(tokenizer) if isinstance(encoder, Qwen3Encoder) else ("", "")
     return Encoder(
         graph=name,
@@ -506,7 +511,7 @@ def encoder_facts(source: Source, name: str, encoder: AnyEncoder, default_layer:
         vocab_size=vocab_size,
         width=width,
         hidden_width=encoder.hidden_width,
-        length=min(int(tokenizer.model_max_length), encoder.max_length),
+        length=min(int(length), encoder.max_length),
         bos_id=bos,
         eos_id=eos,
         pad_id=tokenizer.pad_token_id,

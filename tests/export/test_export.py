@@ -192,6 +192,29 @@ def test_an_unsupported_setting_is_refused_by_name_before_weights_are_read(
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("unet/config.json", {"norm_eps": ["x"]}, r"graph 'denoise_step' failed: group_norm\(\)"),
+        ("unet/config.json", {"norm_num_groups": True}, r"graph 'denoise_step' failed: group_norm\(\)"),
+        (
+            "tokenizer/tokenizer_config.json",
+            {"model_max_length": []},
+            r"tokenizer_config\.json says model_max_length = \[\], but it must be a number of at least 3",
+        ),
+        ("tokenizer/tokenizer_config.json", {"model_max_length": 2}, "model_max_length = 2, but it must be a number"),
+    ],
+)
+def test_a_config_with_a_wrong_value_is_an_error_in_one_line(
+    tiny_model_dir: Path, tmp_path: Path, file: str, change: dict[str, object], message: str
+) -> None:
+    model = changed_copy(tiny_model_dir, tmp_path, file, change)
+    with traced_once(), pytest.raises(OnewordError, match=message) as caught:
+        export_bundle(model, tmp_path / "bundle")
+    assert "\n" not in str(caught.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
 def test_a_tokenizer_without_a_padding_token_is_refused(tiny_model_dir: Path, tmp_path: Path) -> None:
     model = changed_copy(tiny_model_dir, tmp_path, "tokenizer/tokenizer_config.json", {"pad_token": None})
     with pytest.raises(UsageError, match="text_encoder's tokenizer has no pad_token: set it in its tokenizer_config"):
