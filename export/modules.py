@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL, AutoencoderKLFlux2, AutoencoderTiny, UNet2D
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertModel
 from torch import Tensor, nn
 
-from oneword.engines.errors import UsageError
+from oneword.engines.errors import UsageError, one_line
 
 AnyVae: TypeAlias = AutoencoderKL | AutoencoderKLFlux2 | VQModel
 
@@ -541,12 +541,22 @@ def latent_patch(vae: AnyVae | AutoencoderTiny) -> int:
 
 def latent_scale_and_shift(vae: AnyVae | AutoencoderTiny) -> tuple[float, float] | tuple[Tensor, Tensor]:
     """Scale and shift from the VAE's latents to the sampler's: (z - shift) * scale. They are [C,1,1] where the VAE has
-    statistics of each channel: FLUX.2's of its squares, and those that diffusers' SDXL pipeline reads."""
+    statistics of each channel: FLUX.2's of its squares, and those that diffusers' SDXL pipeline reads.
+
+    Raises UsageError if the config has other values than numbers.
+    """
     if isinstance(vae, AutoencoderKLFlux2):
         statistics: Any = vae.bn
         std = (statistics.running_var.float() + float(vae.config.batch_norm_eps)).sqrt()
         return 1 / std[:, None, None], statistics.running_mean.float()[:, None, None]
-    scale, mean, std = float(vae.config.scaling_factor), vae.config.get("latents_mean"), vae.config.get("latents_std")
-    if mean is not None and std is not None:
-        return scale / torch.tensor(std)[:, None, None], torch.tensor(mean)[:, None, None]
-    return scale, float(vae.config.get("shift_factor", None) or 0.0)
+    mean, std = vae.config.get("latents_mean"), vae.config.get("latents_std")
+    try:
+        scale = float(vae.config.scaling_factor)
+        if mean is not None and std is not None:
+            return scale / torch.tensor(std)[:, None, None], torch.tensor(mean)[:, None, None]
+        return scale, float(vae.config.get("shift_factor", None) or 0.0)
+    except (TypeError, ValueError, IndexError) as error:
+        raise UsageError(
+            "the VAE's config.json must have numbers as scaling_factor and shift_factor, and lists of numbers as "
+            f"latents_mean and latents_std: {one_line(error)}"
+        ) from error

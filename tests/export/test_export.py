@@ -203,6 +203,8 @@ def test_an_unsupported_setting_is_refused_by_name_before_weights_are_read(
             r"tokenizer_config\.json says model_max_length = \[\], but it must be a number of at least 3",
         ),
         ("tokenizer/tokenizer_config.json", {"model_max_length": 2}, "model_max_length = 2, but it must be a number"),
+        ("vae/config.json", {"shift_factor": [1]}, "must have numbers as scaling_factor and shift_factor, and lists"),
+        ("vae/config.json", {"scaling_factor": "x"}, "latents_std: could not convert string to float: 'x'"),
     ],
 )
 def test_a_config_with_a_wrong_value_is_an_error_in_one_line(
