@@ -511,7 +511,7 @@ def encoder_facts(source: Source, name: str, encoder: AnyEncoder, default_layer:
         vocab_size=vocab_size,
         width=width,
         hidden_width=encoder.hidden_width,
-        length=min(int(length), encoder.max_length),
+        length=int(min(length, encoder.max_length)),
         bos_id=bos,
         eos_id=eos,
         pad_id=tokenizer.pad_token_id,

@@ -123,7 +123,6 @@ class NoiseSchedule:
         explicit = explicit_settings(config, _MUST_BE)
         known = {key: explicit[key] for key in cls.__dataclass_fields__ if explicit.get(key) is not None}
         check_types(cls, known)
-        _check_betas(known)
         fields: dict[str, Any] = {"timestep_spacing": default_spacing, **known}
         if spacing is not None:
             trailing = spacing is Spacing.SGM_UNIFORM
@@ -134,6 +133,7 @@ class NoiseSchedule:
         if "trained_betas" in fields:
             fields["trained_betas"] = tuple(fields["trained_betas"])
             fields["num_train_timesteps"] = len(fields["trained_betas"])
+        _check_betas(fields)
         return cls(**fields)
 
     @property
@@ -205,12 +205,12 @@ class NoiseSchedule:
 
 def _check_betas(fields: Mapping[str, Any]) -> None:
     """Raises UsageError that names a key whose betas are not between 0 and 1, or are not a possible number of them."""
-    betas = {key: [fields[key]] for key in ("beta_start", "beta_end") if key in fields}
-    betas |= {"trained_betas": fields["trained_betas"]} if "trained_betas" in fields else {}
-    for key, values in betas.items():
-        if wrong := [value for value in values if not isinstance(value, int | float) or not 0 <= value <= 1]:
-            raise UsageError(f"the scheduler's config says {key} = {wrong[0]!r}, but betas must be from 0 to 1")
-    count = len(betas["trained_betas"]) if "trained_betas" in betas else fields.get("num_train_timesteps", 1)
+    for key in ("beta_start", "beta_end", "trained_betas"):
+        values = fields.get(key, ())
+        for value in values if isinstance(values, tuple) else (values,):
+            if not isinstance(value, int | float) or not 0 <= value <= 1:
+                raise UsageError(f"the scheduler's config says {key} = {value!r}, but betas must be from 0 to 1")
+    count = fields.get("num_train_timesteps", 1)
     if not 1 <= count <= _MAX_TIMESTEPS:
         raise UsageError(
             f"the scheduler's config says num_train_timesteps = {count}, but it must be from 1 to {_MAX_TIMESTEPS}"

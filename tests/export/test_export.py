@@ -217,6 +217,15 @@ def test_a_config_with_a_wrong_value_is_an_error_in_one_line(
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
+@pytest.mark.parametrize("limit", [10**30, math.inf])
+def test_a_tokenizer_without_a_limit_has_that_of_its_encoder(
+    tiny_model_dir: Path, tmp_path: Path, limit: float
+) -> None:
+    model = changed_copy(tiny_model_dir, tmp_path, "tokenizer/tokenizer_config.json", {"model_max_length": limit})
+    [encoder] = family_of(load_source(model)).encoders
+    assert encoder.length == 20
+
+
 def test_a_tokenizer_without_a_padding_token_is_refused(tiny_model_dir: Path, tmp_path: Path) -> None:
     model = changed_copy(tiny_model_dir, tmp_path, "tokenizer/tokenizer_config.json", {"pad_token": None})
     with pytest.raises(UsageError, match="text_encoder's tokenizer has no pad_token: set it in its tokenizer_config"):

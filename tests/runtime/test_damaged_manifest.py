@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oneword.engines.errors import OnewordError
@@ -47,7 +47,7 @@ def damaged(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("damaged") / "bundle")
 
 
-@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=500, deadline=None)
 @given(st.data())
 def test_a_wrong_value_is_an_error_in_one_line_or_does_not_matter(
     tiny_bundle: Path, damaged: Path, data: st.DataObject

@@ -49,6 +49,9 @@ BOTTOM = """() => {
 }"""
 """The size of what can be seen; on a phone, whose parts are named at the bottom, and with a dialog, of all."""
 
+_CANVAS = 'dialog[open] .mask canvas:not([width="1"])'
+"""Where a mask is painted, when the dialog has the focus and the picture its size."""
+
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium")]
 
 
@@ -401,8 +404,8 @@ def test_only_the_painted_part_is_repainted(server: Server, visitor: Visitor) ->
     before = _pixels(visit, 0)
     visit.page.click(".tile-open")
     visit.page.click("text=Repaint a part")
-    canvas = visit.page.locator('.mask canvas:not([width="1"])')
-    canvas.wait_for()  # the picture has its size
+    canvas = visit.page.locator(_CANVAS)
+    canvas.wait_for()
     box = canvas.bounding_box()
     visit.page.mouse.move(box["x"] + box["width"] * 0.2, box["y"] + box["height"] * 0.2)
     visit.page.mouse.down()
@@ -789,6 +792,7 @@ def _repainting(server: Server, visitor: Visitor) -> Visit:
     visit.wait_for_pictures(1)
     visit.page.click(".tile-open")
     visit.page.click("text=Repaint a part")
+    visit.page.wait_for_selector(_CANVAS)
     return visit
 
 

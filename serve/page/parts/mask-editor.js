@@ -37,6 +37,7 @@ export function MaskEditor({ picture }) {
   const at = (event) => picturePoint(event.clientX, event.clientY, canvas.current.getBoundingClientRect(), natural.width, natural.height);
   const onDown = (event) => {
     event.preventDefault();
+    if (!natural) return;
     canvas.current.setPointerCapture(event.pointerId);
     canvas.current.focus({ preventScroll: true });
     drawing.current = at(event);
@@ -51,6 +52,7 @@ export function MaskEditor({ picture }) {
     drawing.current = point;
   };
   const onKey = (event) => {
+    if (!natural) return;
     const moves = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
     const now = cursor ?? { x: natural.width / 2, y: natural.height / 2 };
     if (moves[event.key]) {
