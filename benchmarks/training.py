@@ -1,7 +1,7 @@
 """Learning a word: ti-train beside diffusers' textual_inversion.py, on the same model.
 
     python -m benchmarks.training SCRIPT [--words 12] [--script-steps 3000] [--budgets 50,100,200]   both, for each word
-    python -m benchmarks.training SCRIPT --full-size           seconds per step and peak memory, SD 1.5's architecture
+    python -m benchmarks.training SCRIPT --full-size           a step and a whole word on SD 1.5's architecture
     python -m benchmarks.training --many 16                    16 words in one run, and 16 runs of one word
 
 SCRIPT is the path of diffusers' examples/textual_inversion/textual_inversion.py, which is not part of this project. It
@@ -53,6 +53,7 @@ SPEEDUP_BAR, REACHED_BAR, MANY_BAR = 20, 10 / 12, 0.5
 PARTS = ("start", "VAE", "text encoder", "UNet", "backward", "optimiser", "rest")
 README_RATE = 5e-4  # the script multiplies it by its batch (--scale_lr)
 BATCH = 4
+README_STEPS = 3000
 SCORES = ("likeness", "editability")
 
 
@@ -67,7 +68,7 @@ def main() -> None:
     p.add_argument("--model", default="miniature")
     p.add_argument("--init", default="object", help="one word of the vocabulary, as the script requires")
     p.add_argument("--words", type=int, default=12)
-    p.add_argument("--script-steps", type=int, default=3000)
+    p.add_argument("--script-steps", type=int, default=README_STEPS)
     p.add_argument(
         "--script-options", default="", help='further options for the script, such as "--mixed_precision bf16"'
     )
@@ -75,7 +76,7 @@ def main() -> None:
     p.add_argument("--recipe", default=DEFAULT_RECIPE)
     p.add_argument("--samples", type=int, default=16, help="pictures per prompt")
     p.add_argument("--sample-steps", type=int, default=20)
-    p.add_argument("--full-size", action="store_true", help="SD 1.5's architecture at 512x512, batch 1")
+    p.add_argument("--full-size", action="store_true", help="SD 1.5's architecture at 512x512")
     p.add_argument("--full-steps", type=int, default=3)
     p.add_argument("--many", type=int, metavar="N", help="N words in one run, and N runs of one word")
     p.add_argument("--threads", type=int, default=2)
@@ -101,7 +102,9 @@ def main() -> None:
 def is_asked_for(row: Mapping[str, Any], args: argparse.Namespace) -> bool:
     """Whether a measurement is of this model and recipe; full size has its own."""
     of_recipe = row["contender"] == "diffusers" or row.get("recipe") == args.recipe
-    return "full" in row or (row["model"] == args.store.digest and of_recipe)
+    if "full" in row:
+        return of_recipe or "recipe" not in row
+    return of_recipe and row["model"] == args.store.digest
 
 
 # ---- ti-train and the script, word by word ---------------------------------------------------------------------------
@@ -243,7 +246,12 @@ def learn_together(args: argparse.Namespace) -> None:
 
 
 def full_size(args: argparse.Namespace) -> None:
-    """A few steps of batch 1 at 512x512, on SD 1.5's architecture with random weights."""
+    """A few steps of batch 1 at 512x512, on SD 1.5's architecture with random weights, and a whole word of the recipe.
+
+    The word's steps have the recipe's number of pictures, one after the other.
+    """
+    from oneword.train.recipe import named_recipe
+
     args.model = str(random_sd15(args.work / "sd15"))
     folder = args.work / "noise"
     folder.mkdir(exist_ok=True)
@@ -256,6 +264,12 @@ def full_size(args: argparse.Namespace) -> None:
     measured(args, {**row, "contender": "oneword"}, lambda: ours(args, {"<word>": (folder, output)}, more))
     peer = partial(script, args, Path(args.model), folder, args.work / "full-diffusers", steps, 512)
     measured(args, {**row, "contender": "diffusers"}, peer)
+    recipe = named_recipe(args.recipe)
+    pictures = recipe.steps * recipe.batch_size * recipe.accumulation
+    one_by_one = ["--batch-size", "1", "--accumulation", str(recipe.batch_size * recipe.accumulation)]
+    more = ["--init", args.init, "--recipe", args.recipe, *one_by_one]
+    row = {"full": "sd15", "contender": "oneword", "recipe": args.recipe, "pictures": pictures}
+    measured(args, row, lambda: ours(args, {"<word>": (folder, args.work / "whole.safetensors")}, more))
 
 
 def random_sd15(folder: Path) -> Path:
@@ -570,9 +584,26 @@ def many_table(rows: Sequence[Mapping[str, Any]], count: int) -> str:
 
 
 def full_size_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Seconds per step and peak memory on SD 1.5's architecture."""
-    lines = [(row["contender"], f"{row['step']:.1f}", f"{row['peak_mib'] / 1024:.1f}") for row in rows if "full" in row]
-    return table(("SD 1.5's architecture, 512x512, batch 1", "s per step", "peak GiB"), lines)
+    """Seconds per step and peak memory on SD 1.5's architecture, and those of a whole word.
+
+    The script's word is not measured: it is its step times the pictures of its README.
+    """
+    rows = [row for row in rows if "full" in row]
+    steps, words = [row for row in rows if "pictures" not in row], [row for row in rows if "pictures" in row]
+    lines = [(row["contender"], f"{row['step']:.1f}", f"{row['peak_mib'] / 1024:.1f}") for row in steps]
+    parts = [table(("SD 1.5's architecture, 512x512, batch 1", "s per step", "peak GiB"), lines)]
+    if words:
+        [word] = words
+        pictures = README_STEPS * BATCH
+        taken = [(f"oneword, `{word['recipe']}`", word["pictures"], word["seconds"], word["peak_mib"])]
+        taken += [
+            (f"diffusers, {README_STEPS} steps, extrapolated", pictures, pictures * row["step"], row["peak_mib"])
+            for row in steps
+            if row["contender"] == "diffusers"
+        ]
+        words_lines = [(name, str(n), f"{seconds / 60:.0f}", f"{mib / 1024:.1f}") for name, n, seconds, mib in taken]
+        parts.append(table(("a whole word", "pictures", "minutes", "peak GiB"), words_lines))
+    return "\n\n".join(parts)
 
 
 def parts_table(words: Sequence[Mapping[str, Any]]) -> str:

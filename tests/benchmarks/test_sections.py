@@ -56,6 +56,7 @@ def test_measurements_of_another_recipe_or_model_are_left_out(tmp_path: Path) ->
     assert training.is_asked_for({**ours, "recipe": "directional"}, args)
     assert training.is_asked_for(theirs, args)
     assert training.is_asked_for({**ours, "full": "sd15", "model": "b"}, args)
+    assert not training.is_asked_for({**ours, "full": "sd15", "recipe": "fast"}, args)
     assert not training.is_asked_for({**ours, "recipe": "fast"}, args)
     assert not training.is_asked_for(ours, args)
     assert not training.is_asked_for({**theirs, "model": "b"}, args)
@@ -90,6 +91,22 @@ def test_full_size_is_listed_in_seconds_per_step_and_gibibytes() -> None:
     row = {"full": "sd15", "contender": "oneword", "step": 6.84, "peak_mib": 5245}
 
     assert training.full_size_table([row]).endswith("| oneword | 6.8 | 5.1 |")
+
+
+def test_a_whole_word_of_the_script_is_its_step_times_the_pictures_of_its_readme() -> None:
+    """3,000 steps of 4 pictures at 20 s each: 4,000 minutes."""
+    steps = [
+        {"full": "sd15", "contender": "oneword", "step": 6.0, "peak_mib": 5120},
+        {"full": "sd15", "contender": "diffusers", "step": 20.0, "peak_mib": 6656},
+    ]
+    word = {"full": "sd15", "contender": "oneword", "recipe": "directional", "pictures": 400, "seconds": 2520.0}
+
+    text = training.full_size_table([*steps, {**word, "step": 48.0, "peak_mib": 5632}])
+
+    assert "| diffusers | 20.0 | 6.5 |" in text
+    assert text.endswith(
+        "| oneword, `directional` | 400 | 42 | 5.5 |\n| diffusers, 3000 steps, extrapolated | 12000 | 4000 | 6.5 |"
+    )
 
 
 def test_a_whole_transformer_is_computed_on_paper_from_two_numbers_of_layers() -> None:
