@@ -454,8 +454,9 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             summary[f"{count} words together over {count} runs"] = {"ratio": ratio, "bar": MANY_BAR}
     for row in rows:
         if "full" in row:
+            what = f"{row['contender']}, a word" if "pictures" in row else row["contender"]
             facts = {"seconds a step": round(row["step"], 2), "peak MiB": row["peak_mib"]}
-            summary.setdefault("full size", {})[row["contender"]] = facts
+            summary.setdefault("full size", {})[what] = facts
     return summary
 
 
@@ -601,8 +602,8 @@ def full_size_table(rows: Sequence[Mapping[str, Any]]) -> str:
             for row in steps
             if row["contender"] == "diffusers"
         ]
-        words_lines = [(name, str(n), f"{seconds / 60:.0f}", f"{mib / 1024:.1f}") for name, n, seconds, mib in taken]
-        parts.append(table(("a whole word", "pictures", "minutes", "peak GiB"), words_lines))
+        of_words = [(name, str(n), f"{seconds / 60:.0f}", f"{mib / 1024:.1f}") for name, n, seconds, mib in taken]
+        parts.append(table(("a whole word", "pictures", "minutes", "peak GiB"), of_words))
     return "\n\n".join(parts)
 
 

@@ -63,9 +63,9 @@ _MOST_PLANS = 64
 _MOST_STATIC = 8  # shapes that one graph is compiled for in the background, and whose versions are kept
 
 _Key: TypeAlias = tuple[tuple[str, Shape], ...]
+"""Shapes by name."""
 _Port: TypeAlias = tuple[set[str], list[object]]
 """An input's or output's names and shape."""
-"""Shapes by name."""
 _log = logging.getLogger("oneword.engines")
 _failed: set[tuple[Path, str]] = set()
 """Plans, by folder and key, that this process could not make: it does not try again."""
