@@ -9,10 +9,12 @@ Everything outside the markers is written by hand and stays as it is.
 from __future__ import annotations
 
 import datetime
+import math
 import os
 import platform
 import re
 import shlex
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -69,6 +71,12 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 def marked(value: object, met: bool) -> str:
     """A value beside its target: bold if it misses it."""
     return str(value) if met else f"**{value}**"
+
+
+def with_error(values: Sequence[float]) -> str:
+    """The mean, and its standard error if there are several values."""
+    mean = f"{statistics.mean(values):.4f}"
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values) / math.sqrt(len(values)):.4f}"
 
 
 def provenance(benchmark: str, *, stored: Path | None = None, device: str = "") -> str:

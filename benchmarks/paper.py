@@ -29,7 +29,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.exported import exported
-from benchmarks.pages import RESULTS, empty_page, provenance, table, write_section
+from benchmarks.pages import RESULTS, empty_page, provenance, table, with_error, write_section
 from benchmarks.store import Store, file_of, model_digest
 from oneword.export.source import find_model, silence_libraries
 from oneword.runtime.concept import load_concept, save_concept
@@ -274,6 +274,19 @@ def means_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     return means
 
 
+def differences(rows: Sequence[Mapping[str, Any]]) -> str:
+    """How much better than one word each learned set-up is on the same looks: means and their standard errors."""
+    learned = {(row["setup"], row["word"]): row for row in rows if "learned" in row and row["word"].startswith("<look")}
+    words = [word for setup, word in learned if setup == "one-word"]
+    lines = []
+    for setup in dict.fromkeys(setup for setup, _ in learned if setup != "one-word"):
+        pairs = [(learned[setup, word], learned["one-word", word]) for word in words if (setup, word) in learned]
+        if pairs:
+            scores = ([ours[name] - other[name] for ours, other in pairs] for name in ("likeness", "editability"))
+            lines.append((setup, *map(with_error, scores)))
+    return table(("looks, compared with one word", "likeness higher by", "editability higher by"), lines)
+
+
 def order(means: Mapping[str, Mapping[str, float]]) -> list[tuple[str, bool]]:
     """The paper's findings and the claim about our recipes, and whether each holds here (looks only)."""
     like = {name: m["look likeness"] for name, m in means.items() if "look likeness" in m}
@@ -334,6 +347,7 @@ def write_page(
         provenance("paper", stored=file_of(args.work)),
         settings,
         table(("mean over words", *columns), lines),
+        differences(rows),
         "![likeness against editability of each set-up](paper.svg)",
         "\n".join(f"- {'holds' if holds else '**does not hold**'}: {claim}" for claim, holds in order(means)),
     ]

@@ -37,7 +37,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from benchmarks.pages import RESULTS, empty_page, marked, provenance, table, write_section
+from benchmarks.pages import RESULTS, empty_page, marked, provenance, table, with_error, write_section
 from benchmarks.store import Store, all_rows, model_digest
 
 PAGE = RESULTS / "training.md"
@@ -559,12 +559,6 @@ def differences(words: Sequence[Mapping[str, Any]]) -> str:
     longest = max(row["steps"] for row in script.values())
     head = (f"compared with the script's {longest} steps", "times faster", *(f"{name} higher by" for name in SCORES))
     return table(head, lines)
-
-
-def with_error(values: Sequence[float]) -> str:
-    """The mean, and its standard error if there are several values."""
-    mean = f"{statistics.mean(values):.4f}"
-    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values) / math.sqrt(len(values)):.4f}"
 
 
 def many_table(rows: Sequence[Mapping[str, Any]], count: int) -> str:

@@ -41,6 +41,7 @@ def scatter(points: Sequence[tuple[str, float, float]], across: str = "editabili
     panels = [[name for name, _, _ in points], *([list(near)] if near else [])]
     for column, names in enumerate(panels, start=1):
         axes = dressed(figure.add_subplot(1, len(panels), column), across, "likeness")
+        axes.locator_params(axis="x", nbins=5)  # more labels would overlap
         for number, (colour, (name, up, right)) in enumerate(zip(_cycled(len(points)), points, strict=True)):
             marker = MARKERS[number // len(COLOURS) % len(MARKERS)]  # another marker when colours repeat
             if name in names:

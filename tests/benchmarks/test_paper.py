@@ -46,3 +46,19 @@ def test_our_recipes_are_compared_with_three_vectors_and_one_word(
 
     claim = "precise has the likeness of three-vectors at the editability of one word (within 0.01 and 0.002)"
     assert (claim, holds) in paper.order(means)
+
+
+def test_set_ups_are_compared_with_one_word_look_by_look() -> None:
+    """Differences of 0.1 and 0.3 in likeness: 0.2, and a standard error of 0.1."""
+
+    def row(setup: str, word: str, like: float, edit: float) -> dict[str, object]:
+        return {"setup": setup, "word": word, "learned": 300, "likeness": like, "editability": edit}
+
+    rows = [
+        row("one-word", "<look0>", 0.5, 0.2), row("one-word", "<look1>", 0.6, 0.1),
+        row("per-image", "<look1>", 0.9, 0.1), row("per-image", "<look0>", 0.6, 0.2),
+        row("one-word", "<style0>", 0.1, 0.1), row("per-image", "<style0>", 0.9, 0.9),
+        {"setup": "caption, long", "word": "<look0>", "likeness": 0.9, "editability": 0.9},
+    ]  # fmt: skip
+
+    assert paper.differences(rows).splitlines()[2:] == ["| per-image | 0.2000 ± 0.1000 | 0.0000 ± 0.0000 |"]

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.training import differences, summarise, with_error
+from benchmarks.pages import with_error
+from benchmarks.training import differences, summarise
 
 pytestmark = pytest.mark.benchmarks
 
