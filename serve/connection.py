@@ -21,6 +21,8 @@ from oneword.serve.middleware import SECURITY_HEADERS, content_length
 from oneword.serve.settings import Settings
 
 _READ_BYTES = 16 << 10
+_KEEP_ALIVE = 75
+"""Seconds after which an idle connection is closed, as in nginx: longer than clients commonly wait between requests."""
 
 
 class Connection(H11Protocol):
@@ -161,5 +163,6 @@ def server_config(app: ASGIApp, settings: Settings) -> uvicorn.Config:
         log_config=None,
         proxy_headers=False,  # by default, any local process is trusted
         server_header=False,
+        timeout_keep_alive=_KEEP_ALIVE,
         root_path=settings.root_path,
     )

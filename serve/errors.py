@@ -223,11 +223,16 @@ def from_validation(errors: Sequence[Mapping[str, Any]], status: int = 400) -> A
     if not errors:
         return ApiError(status, "the request is not valid: /openapi.json describes it")
     first = errors[0]
-    param = (first.get("ctx") or {}).get("field") or _param(first["loc"])
-    more = len({_param(error["loc"]) for error in errors} - {param})
+    param = _field(first)
+    more = len({_field(error) for error in errors} - {param})
     suffix = f" (and {more} more field{'s' * (more > 1)})" if more else ""
     code = first["type"] if first["type"] == UNKNOWN else None
     return ApiError(status, _explained(first, param) + suffix, code, param)
+
+
+def _field(error: Mapping[str, Any]) -> str | None:
+    """The field of one of pydantic's errors; that of an unknown field is in its context."""
+    return (error.get("ctx") or {}).get("field") or _param(error["loc"])
 
 
 def install(app: FastAPI) -> None:

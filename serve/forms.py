@@ -64,7 +64,7 @@ async def read_form(
                     raise Invalid(f"the file field {name[:40]!r} is unknown: use {one_of(files)}", param=name)
                 uploads.setdefault(name, []).append(File(value.filename or "", await value.read()))
             elif name in files:
-                raise Invalid(f"{name} is text, but must be an uploaded file", param=name)
+                raise Invalid(f"{name} is text, but must be an uploaded file, with a file name", param=name)
             elif name in lists:
                 repeated.setdefault(name, []).append(value)
             elif text.get(name, value) != value:
@@ -84,7 +84,8 @@ async def _parsed(http: Request, max_files: int) -> AsyncGenerator[FormData]:
         for problem, message in {
             "Too many files": f"too many files were sent: send at most {max_files}",
             "Too many fields": f"too many text fields were sent: send at most {_MAX_FIELDS}",
-            "Part exceeded": f"a text field has more than the allowed {_MAX_TEXT} bytes: send a shorter one",
+            "Part exceeded": f"a text field has more than the allowed {_MAX_TEXT} bytes: send a shorter one, or a file "
+            "with a file name",
         }.items():
             if error.detail.startswith(problem):
                 raise Invalid(message) from error

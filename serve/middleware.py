@@ -298,8 +298,13 @@ class Authenticate:
                 scope.setdefault("state", {})["tenant"] = tenant
             elif not self._public(route_path(scope)):
                 if any(value.strip() for value in _values(scope, b"authorization")):
-                    raise Unauthorized("the key is unknown: check it, or ask this server's operator for another")
-                raise Unauthorized("a key is needed: send it as 'Authorization: Bearer KEY'")
+                    raise Unauthorized(
+                        "the key is unknown: check it (in Basic it is the password, with no user name), or ask this "
+                        "server's operator for another"
+                    )
+                raise Unauthorized(
+                    "a key is needed: send it as 'Authorization: Bearer KEY', or as the password of Basic"
+                )
         await self.app(scope, receive, send)
 
     @staticmethod

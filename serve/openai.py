@@ -1,7 +1,8 @@
 """OpenAI's images API: /v1/images/{generations,edits,variations} and /v1/models, as its own clients call them.
 
 Bodies and answers follow OpenAI's API reference of November 2026; `Settings` lists the fields that are ours.
-Not covered: transparent backgrounds, and pictures as references for a new one: each picture is edited by itself.
+Not covered: transparent backgrounds, SVG and animations, edits as JSON, and pictures as references for a new one: each
+picture is edited by itself.
 """
 
 import contextlib
@@ -57,6 +58,7 @@ class Settings(Fields):
     partial_images: Annotated[int, Field(ge=0, le=3)] | None = None
     background: Literal["auto", "opaque"] | None = None
     quality: str | None = None
+    complexity: str | None = None
     moderation: str | None = None
     style: str | None = None
     input_fidelity: str | None = None
@@ -142,7 +144,6 @@ class PicturesAnswer(BaseModel):
     data: list[Picture]
     background: Literal["opaque"] = "opaque"
     output_format: Format
-    quality: Literal["auto"] = "auto"
     size: str = Field(examples=["512x512"])
     usage: Usage
 

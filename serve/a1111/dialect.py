@@ -333,8 +333,8 @@ def checked_options(overrides: Mapping[str, Any], current: Mapping[str, Any], mo
         if name == "sd_model_checkpoint":
             if not model.include(value):
                 raise NotFound(f"this server has no model {str(value)[:80]!r}, only {model.title!r}", name)
-        elif value is None or (name in known and value == known[name]):
-            continue
+        elif value is None or (name in known and value == known[name]) or (name, value) == ("randn_source", "CPU"):
+            continue  # noise is drawn on the CPU; A1111's default is GPU, and some clients send it always
         elif name == "CLIP_stop_at_last_layers":
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 100:
                 raise Unprocessable(f"{name} is {str(value)[:60]!r}, but must be a whole number from 1 to 100", name)
@@ -417,10 +417,13 @@ def _eta(sampler: Sampler, eta: float | None) -> float:
 
 
 def _asks(value: Any, depth: int = 8) -> bool:
-    """Whether a value requests something: false, 0, null, "None" and what is empty or made of these do not."""
+    """Whether a value requests something. False, 0, null, "None", a mapping whose `enabled` is false, and what is empty
+    or made of these do not."""
     match value:
         case str():
             return value.strip().lower() not in ("", "none")
+        case Mapping() if value.get("enabled") is False:  # a unit of ControlNet
+            return False
         case Mapping() | list():
             items = value.values() if isinstance(value, Mapping) else value
             return depth == 0 or any(_asks(item, depth - 1) for item in items)

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import PIL.Image
 import pytest
 
 from oneword.engines.errors import FileError, UsageError
-from oneword.runtime.images import parameters_text, read_image, read_mask, resized, save_png
+from oneword.runtime.images import open_picture, parameters_text, read_image, read_mask, resized, save_png
 from oneword.runtime.request import Request, ResolvedSettings
 from oneword.runtime.samplers import Sampler, make_schedule
 
@@ -139,6 +140,17 @@ def test_a_transparent_value_of_a_sixteen_bit_picture_becomes_white_and_no_other
     expected = np.array([0, 1, 1, 128, 255])  # 256 * 255 / 65535 = 0.996, 300 * 255 / 65535 = 1.17
     expected[values[0] == value] = 255
     np.testing.assert_array_equal(read_image(tmp_path / "picture.png"), expected[None, :, None].repeat(3, 2))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"), [(os.mkfifo, "is not a file: pass one picture"), (os.mkdir, "is a folder: pass one picture")]
+)
+def test_what_is_not_a_file_is_not_read(tmp_path: Path, make: Callable[[Path], None], message: str) -> None:
+    """A pipe that nobody writes into would be read forever."""
+    make(tmp_path / "x.png")
+
+    with pytest.raises(UsageError, match=message):
+        open_picture(tmp_path / "x.png")
 
 
 def test_a_picture_in_lab_is_read_also_as_a_mask(tmp_path: Path) -> None:

@@ -273,6 +273,7 @@ def test_clip_skip_counts_from_one(manifest: Manifest) -> None:
         ({"subseed_strength": 0.3}, "subseed_strength is 0.3, but this server does not do variation seeds"),
         ({"script_name": "xyz plot"}, "script_name is set, but this server does not do scripts"),
         ({"alwayson_scripts": {"ControlNet": {"args": [{"model": "canny"}]}}}, "alwayson_scripts is set, but"),
+        ({"alwayson_scripts": {"controlnet": {"args": [{"enabled": True}]}}}, "alwayson_scripts is set, but"),
         ({"alwayson_scripts": {"x": [[[[[[[[[[[]]]]]]]]]]]}}, "alwayson_scripts is set, but"),
         ({"refiner_checkpoint": "xl_refiner"}, "refiner_checkpoint is set, but this server does not do a refiner"),
         ({"s_churn": 2}, "s_churn is 2.0, but"),
@@ -345,6 +346,8 @@ def test_a_setting_is_refused_at_another_value_than_this_servers_or_a1111s_defau
     "fields",
     [
         {"alwayson_scripts": {"ControlNet": {"args": []}, "ADetailer": {"args": [False]}}},
+        {"alwayson_scripts": {"controlnet": {"args": [{"enabled": False, "model": "canny", "weight": 1}]}}},
+        {"override_settings": {"randn_source": "CPU"}},  # as it is here
         {"refiner_checkpoint": "None", "refiner_switch_at": 0.8},
         {"refiner_checkpoint": "", "script_name": "", "script_args": [1, 2]},
         {"subseed": 5, "seed_resize_from_w": -1, "seed_resize_from_h": -1},

@@ -12,10 +12,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from fastapi import FastAPI
 
 from oneword.serve.command import command
+from oneword.serve.connection import server_config
+from oneword.serve.settings import Settings
 
 DEPLOY = Path(__file__).parents[2] / "serve" / "deploy"
+DOCS = Path(__file__).parents[2] / "docs"
 SYSTEMD = shutil.which("systemd-analyze")
 
 
@@ -75,3 +79,14 @@ def test_systemd_finds_no_fault_with_the_unit(tmp_path: Path) -> None:
 
     assert checked.returncode == 0, checked.stderr
     assert "oneword.service" not in checked.stderr
+
+
+def test_a_proxy_closes_idle_connections_before_the_server_does() -> None:
+    """Else a request that it sends just then is lost."""
+    server = server_config(FastAPI(), Settings(Path("bundle"))).timeout_keep_alive
+    texts = [(DEPLOY / "nginx.conf").read_text(), (DOCS / "guide" / "deploy.md").read_text()]  # of Caddy
+
+    for text in texts:
+        seconds = [int(number) for number in re.findall(r"keepalive(?:_timeout)? (\d+)s", text)]
+        assert seconds
+        assert max(seconds) < server

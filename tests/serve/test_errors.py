@@ -339,6 +339,9 @@ def test_an_unknown_field_names_similar_ones() -> None:
     with pytest.raises(ApiError, match=r"'guidence_scale' is not a field .* did you mean 'guidance_scale'") as answer:
         validated(GenerationBody, {"prompt": "a cat", "guidence_scale": 3})
     assert (answer.value.param, answer.value.code) == (error.param, error.code)
+    with pytest.raises(ApiError) as alone:
+        validated(GenerationBody, {"prompt": "a cat", "foo": 1})
+    assert alone.value.message == "'foo' is not a field of this request: remove it"
     assert unknown_field("x", ["steps"]).message == "'x' is not a field of this request: remove it"
     assert len(unknown_field("x" * 10**6, ["steps"]).message) < 200
 

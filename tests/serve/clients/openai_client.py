@@ -10,7 +10,7 @@ import openai
 from PIL import Image
 
 url, key = sys.argv[1] + "/v1", sys.argv[2]
-client = openai.OpenAI(base_url=url, api_key=key, max_retries=2)
+client = openai.OpenAI(base_url=url, api_key=key, max_retries=2, _strict_response_validation=True)
 found: dict[str, object] = {}
 
 
