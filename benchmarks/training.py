@@ -454,9 +454,9 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             summary[f"{count} words together over {count} runs"] = {"ratio": ratio, "bar": MANY_BAR}
     for row in rows:
         if "full" in row:
-            what = f"{row['contender']}, a word" if "pictures" in row else row["contender"]
+            run = f"{row['contender']}, a word" if "pictures" in row else row["contender"]
             facts = {"seconds a step": round(row["step"], 2), "peak MiB": row["peak_mib"]}
-            summary.setdefault("full size", {})[what] = facts
+            summary.setdefault("full size", {})[run] = facts
     return summary
 
 
