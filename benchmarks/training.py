@@ -455,7 +455,8 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for row in rows:
         if "full" in row:
             run = f"{row['contender']}, a word" if "pictures" in row else row["contender"]
-            facts = {"seconds a step": round(row["step"], 2), "peak MiB": row["peak_mib"]}
+            seconds = {"seconds": row["seconds"]} if "pictures" in row else {"seconds a step": round(row["step"], 2)}
+            facts = {**seconds, "peak MiB": row["peak_mib"]}
             summary.setdefault("full size", {})[run] = facts
     return summary
 
@@ -588,7 +589,7 @@ def full_size_table(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = [(row["contender"], f"{row['step']:.1f}", f"{row['peak_mib'] / 1024:.1f}") for row in steps]
     parts = [table(("SD 1.5's architecture, 512x512, batch 1", "s per step", "peak GiB"), lines)]
     if words:
-        [word] = words
+        word = words[-1]
         pictures = README_STEPS * BATCH
         taken = [(f"oneword, `{word['recipe']}`", word["pictures"], word["seconds"], word["peak_mib"])]
         taken += [

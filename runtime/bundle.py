@@ -420,7 +420,7 @@ def _check_references(folder: Path, manifest: Manifest) -> None:
         if name not in manifest.files:
             raise _invalid(f"{name} is not among the hashed files of the bundle {folder}")
     steps = [spec for spec in graphs["denoise_step"].inputs if spec.name == "schedule"]
-    if steps and steps[0].axes[-1] != len(manifest.columns):
+    if steps and steps[0].axes[-1:] != (len(manifest.columns),):
         raise _invalid(f"the bundle {folder} names {len(manifest.columns)} columns, its schedule is {steps[0]}")
     if manifest.preview is not None and len(manifest.preview.weights) != manifest.vae.latent_channels:
         raise _invalid(f"the bundle {folder} has a preview whose channels differ from its latents'")

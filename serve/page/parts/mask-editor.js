@@ -68,6 +68,7 @@ export function MaskEditor({ picture }) {
 
   const submit = async (event) => {
     event?.preventDefault();
+    if (!natural) return;
     const context = canvas.current.getContext("2d");
     const { width, height } = natural;
     const mask = maskPixels(context.getImageData(0, 0, width, height).data);
