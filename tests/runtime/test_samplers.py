@@ -508,8 +508,14 @@ def test_a_run_without_guidance_needs_no_negative_prompt() -> None:
             {},
             r"trained_betas = '0\.2', but betas must be from 0 to 1",
         ),
-        ({"trained_betas": []}, Sampler.DDIM, 5, {}, "num_train_timesteps = 0, but it must be from 1 to 1000000"),
-        ({"num_train_timesteps": 10**30}, Sampler.DDIM, 5, {}, "num_train_timesteps = 10+, but it must be from 1 to"),
+        ({"trained_betas": []}, Sampler.DDIM, 5, {}, "has 0 trained_betas, but the number must be from 1 to 1000000"),
+        (
+            {"num_train_timesteps": 10**30},
+            Sampler.DDIM,
+            5,
+            {},
+            "num_train_timesteps = 10+, but the number must be from 1",
+        ),
         (
             {"shift": "3"},
             Sampler.EULER,
