@@ -274,9 +274,10 @@ def means_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     return means
 
 
-def differences(rows: Sequence[Mapping[str, Any]]) -> str:
-    """How much better than one word each learned set-up is on the same looks: means and their standard errors."""
-    learned = {(row["setup"], row["word"]): row for row in rows if "learned" in row and row["word"].startswith("<look")}
+def differences(rows: Sequence[Mapping[str, Any]], kind: str) -> str:
+    """How much better than one word each learned set-up is on the same words, `kind` of which are "look" or "style":
+    means and their standard errors."""
+    learned = {(row["setup"], row["word"]): row for row in rows if "learned" in row and f"<{kind}" in row["word"]}
     words = [word for setup, word in learned if setup == "one-word"]
     lines = []
     for setup in dict.fromkeys(setup for setup, _ in learned if setup != "one-word"):
@@ -284,7 +285,7 @@ def differences(rows: Sequence[Mapping[str, Any]]) -> str:
         if pairs:
             scores = ([ours[name] - other[name] for ours, other in pairs] for name in ("likeness", "editability"))
             lines.append((setup, *map(with_error, scores)))
-    return table(("looks, compared with one word", "likeness higher by", "editability higher by"), lines)
+    return table((f"{kind}s, compared with one word", "likeness higher by", "editability higher by"), lines)
 
 
 def order(means: Mapping[str, Mapping[str, float]]) -> list[tuple[str, bool]]:
@@ -347,7 +348,8 @@ def write_page(
         provenance("paper", stored=file_of(args.work)),
         settings,
         table(("mean over words", *columns), lines),
-        differences(rows),
+        differences(rows, "look"),
+        differences(rows, "style"),
         "![likeness against editability of each set-up](paper.svg)",
         "\n".join(f"- {'holds' if holds else '**does not hold**'}: {claim}" for claim, holds in order(means)),
     ]

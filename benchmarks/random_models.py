@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.architectures import CONFIGS
 
 
-def save_sd15(path: str) -> None:
+def save_sd15(path: str, dtype: str = "float16") -> None:
     """1.07 billion parameters."""
     import torch
     from diffusers import StableDiffusionPipeline, UNet2DConditionModel
@@ -29,7 +29,7 @@ def save_sd15(path: str) -> None:
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
-    ).to(torch.float16).save_pretrained(path)
+    ).to(getattr(torch, dtype)).save_pretrained(path)
 
 
 def save_sdxl(path: str) -> None:

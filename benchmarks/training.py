@@ -246,13 +246,14 @@ def learn_together(args: argparse.Namespace) -> None:
 
 
 def full_size(args: argparse.Namespace) -> None:
-    """A few steps of batch 1 at 512x512, on SD 1.5's architecture with random weights, and a whole word of the recipe.
-
-    The word's steps have the recipe's number of pictures, one after the other.
-    """
+    """A few steps of one picture at 512x512, on SD 1.5's architecture with random weights, and a whole word of the
+    recipe, whose pictures are computed one at a time."""
+    from benchmarks.random_models import save_sd15
     from oneword.train.recipe import named_recipe
 
-    args.model = str(random_sd15(args.work / "sd15"))
+    args.model = str(args.work / "sd15")
+    if not (args.work / "sd15" / "model_index.json").is_file():
+        save_sd15(args.model, "float32")  # 4.3 GB
     folder = args.work / "noise"
     folder.mkdir(exist_ok=True)
     for index in range(3):
@@ -265,44 +266,10 @@ def full_size(args: argparse.Namespace) -> None:
     peer = partial(script, args, Path(args.model), folder, args.work / "full-diffusers", steps, 512)
     measured(args, {**row, "contender": "diffusers"}, peer)
     recipe = named_recipe(args.recipe)
-    pictures = recipe.steps * recipe.batch_size * recipe.accumulation
-    one_by_one = ["--batch-size", "1", "--accumulation", str(recipe.batch_size * recipe.accumulation)]
-    more = ["--init", args.init, "--recipe", args.recipe, *one_by_one]
-    row = {"full": "sd15", "contender": "oneword", "recipe": args.recipe, "pictures": pictures}
+    per_step = recipe.batch_size * recipe.accumulation
+    more = ["--init", args.init, "--recipe", args.recipe, "--batch-size", "1", "--accumulation", str(per_step)]
+    row = {"full": "sd15", "contender": "oneword", "recipe": args.recipe, "pictures": recipe.steps * per_step}
     measured(args, row, lambda: ours(args, {"<word>": (folder, args.work / "whole.safetensors")}, more))
-
-
-def random_sd15(folder: Path) -> Path:
-    """SD 1.5's architecture with random weights (4.3 GB) and the miniature's tokenizer."""
-    import torch
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
-    from oneword.export.source import find_model
-
-    if (folder / "model_index.json").is_file():
-        return folder
-    torch.manual_seed(0)
-    tokenizer = CLIPTokenizer.from_pretrained(find_model("miniature")[0] / "tokenizer", model_max_length=77)
-    text = CLIPTextConfig(
-        hidden_size=768, intermediate_size=3072, num_attention_heads=12, num_hidden_layers=12,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
-    StableDiffusionPipeline(
-        vae=AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, sample_size=512,
-            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        ),
-        text_encoder=CLIPTextModel(text),
-        tokenizer=tokenizer,
-        unet=UNet2DConditionModel(sample_size=64, cross_attention_dim=768),
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(folder)  # fmt: skip
-    return folder
 
 
 # ---- one contender in its own process, timed -------------------------------------------------------------------------
@@ -584,21 +551,18 @@ def full_size_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
     The script's word is not measured: it is its step times the pictures of its README.
     """
-    rows = [row for row in rows if "full" in row]
-    steps, words = [row for row in rows if "pictures" not in row], [row for row in rows if "pictures" in row]
-    lines = [(row["contender"], f"{row['step']:.1f}", f"{row['peak_mib'] / 1024:.1f}") for row in steps]
+    full = [row for row in rows if "full" in row]
+    steps = {row["contender"]: row for row in full if "pictures" not in row}
+    lines = [(name, f"{row['step']:.1f}", f"{row['peak_mib'] / 1024:.1f}") for name, row in steps.items()]
     parts = [table(("SD 1.5's architecture, 512x512, batch 1", "s per step", "peak GiB"), lines)]
-    if words:
-        word = words[-1]
-        pictures = README_STEPS * BATCH
-        taken = [(f"oneword, `{word['recipe']}`", word["pictures"], word["seconds"], word["peak_mib"])]
-        taken += [
-            (f"diffusers, {README_STEPS} steps, extrapolated", pictures, pictures * row["step"], row["peak_mib"])
-            for row in steps
-            if row["contender"] == "diffusers"
+    for word in (row for row in full if "pictures" in row):
+        script, pictures = steps["diffusers"], README_STEPS * BATCH
+        words = [
+            (f"oneword, `{word['recipe']}`", word["pictures"], word["seconds"], word["peak_mib"]),
+            (f"diffusers, {README_STEPS} steps, extrapolated", pictures, pictures * script["step"], script["peak_mib"]),
         ]
-        of_words = [(name, str(n), f"{seconds / 60:.0f}", f"{mib / 1024:.1f}") for name, n, seconds, mib in taken]
-        parts.append(table(("a whole word", "pictures", "minutes", "peak GiB"), of_words))
+        columns = [(name, str(n), f"{seconds / 60:.0f}", f"{mib / 1024:.1f}") for name, n, seconds, mib in words]
+        parts.append(table(("a whole word", "pictures", "minutes", "peak GiB"), columns))
     return "\n\n".join(parts)
 
 

@@ -212,8 +212,8 @@ def _check_betas(fields: Mapping[str, Any]) -> None:
                 raise UsageError(f"the scheduler's config says {key} = {value!r}, but betas must be from 0 to 1")
     count = fields.get("num_train_timesteps", 1)
     if not 1 <= count <= _MAX_TIMESTEPS:
-        given = f"has {count} trained_betas" if "trained_betas" in fields else f"says num_train_timesteps = {count}"
-        raise UsageError(f"the scheduler's config {given}, but the number must be from 1 to {_MAX_TIMESTEPS}")
+        fact = f"has {count} trained_betas" if "trained_betas" in fields else f"says num_train_timesteps = {count}"
+        raise UsageError(f"the scheduler's config {fact}, but the number must be from 1 to {_MAX_TIMESTEPS}")
 
 
 def _trailing(train: int, steps: int) -> Array:

@@ -61,4 +61,4 @@ def test_set_ups_are_compared_with_one_word_look_by_look() -> None:
         {"setup": "caption, long", "word": "<look0>", "likeness": 0.9, "editability": 0.9},
     ]  # fmt: skip
 
-    assert paper.differences(rows).splitlines()[2:] == ["| per-image | 0.2000 ± 0.1000 | 0.0000 ± 0.0000 |"]
+    assert paper.differences(rows, "look").splitlines()[2:] == ["| per-image | 0.2000 ± 0.1000 | 0.0000 ± 0.0000 |"]

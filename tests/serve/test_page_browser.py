@@ -49,9 +49,6 @@ BOTTOM = """() => {
 }"""
 """The size of what can be seen; on a phone, whose parts are named at the bottom, and with a dialog, of all."""
 
-_CANVAS = 'dialog[open] .mask canvas:not([width="1"])'
-"""Where a mask is painted, when the dialog has the focus and the picture its size."""
-
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium")]
 
 
@@ -403,10 +400,7 @@ def test_only_the_painted_part_is_repainted(server: Server, visitor: Visitor) ->
     visit.wait_for_pictures(1)
     before = _pixels(visit, 0)
     visit.page.click(".tile-open")
-    visit.page.click("text=Repaint a part")
-    canvas = visit.page.locator(_CANVAS)
-    canvas.wait_for()
-    box = canvas.bounding_box()
+    box = _mask_canvas(visit).bounding_box()
     visit.page.mouse.move(box["x"] + box["width"] * 0.2, box["y"] + box["height"] * 0.2)
     visit.page.mouse.down()
     visit.page.mouse.move(box["x"] + box["width"] * 0.8, box["y"] + box["height"] * 0.2, steps=5)
@@ -791,9 +785,16 @@ def _repainting(server: Server, visitor: Visitor) -> Visit:
     visit.draw("a photo of a red star", steps=1, count=1)
     visit.wait_for_pictures(1)
     visit.page.click(".tile-open")
-    visit.page.click("text=Repaint a part")
-    visit.page.wait_for_selector(_CANVAS)
+    _mask_canvas(visit)
     return visit
+
+
+def _mask_canvas(visit: Visit) -> Any:
+    """Where the mask of the open picture is painted, once its dialog is open and the picture has its size."""
+    visit.page.click("text=Repaint a part")
+    canvas = visit.page.locator('dialog[open] .mask canvas:not([width="1"])')
+    canvas.wait_for()
+    return canvas
 
 
 def _painted(visit: Visit, row: int) -> list[bool]:
@@ -1093,8 +1094,7 @@ def test_axe_finds_nothing_and_nothing_is_wider_than_the_screen(
     visit.page.wait_for_selector("dialog[open] img")
     visit.save(f"{name}-picture")
     _check_access(visit, "picture")
-    visit.page.click("text=Repaint a part")
-    visit.page.wait_for_selector(".mask canvas")
+    _mask_canvas(visit)
     _check_access(visit, "mask")
 
 
