@@ -153,7 +153,9 @@ def nearest_shape(aspect: float, allowed: Sequence[tuple[int, int]]) -> tuple[in
 
 
 def _open(path: Path) -> Image.Image:
-    """Opens a picture as `open_picture` does. Raises FileError also if it is too small."""
+    """Opens a picture as `open_picture` does. Raises UsageError also for a pipe, FileError also if it is too small."""
+    if path.is_fifo():  # reading it would wait
+        raise UsageError(f"{path} is not a file: remove it, or put a picture in its place")
     image = open_picture(path)
     if min(image.size) < MIN_SIDE:
         size = f"{image.width}x{image.height}"

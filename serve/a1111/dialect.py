@@ -417,18 +417,21 @@ def _eta(sampler: Sampler, eta: float | None) -> float:
 
 
 def _asks(value: Any, depth: int = 8) -> bool:
-    """Whether a value requests something. False, 0, null, "None", a mapping whose `enabled` is false, and what is empty
-    or made of these do not."""
+    """Whether a value requests something. False, 0, null, "None", a disabled item of a list, and what is empty or made
+    of these do not."""
     match value:
         case str():
             return value.strip().lower() not in ("", "none")
-        case Mapping() if value.get("enabled") is False:  # a unit of ControlNet
-            return False
         case Mapping() | list():
-            items = value.values() if isinstance(value, Mapping) else value
+            items = value.values() if isinstance(value, Mapping) else [item for item in value if not _is_disabled(item)]
             return depth == 0 or any(_asks(item, depth - 1) for item in items)
         case _:
             return bool(value)
+
+
+def _is_disabled(item: Any) -> bool:
+    """Whether an item of a list is switched off as a whole, as a unit of ControlNet."""
+    return isinstance(item, Mapping) and item.get("enabled") is False
 
 
 def _shown(value: object) -> str:

@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -142,15 +141,19 @@ def test_a_transparent_value_of_a_sixteen_bit_picture_becomes_white_and_no_other
     np.testing.assert_array_equal(read_image(tmp_path / "picture.png"), expected[None, :, None].repeat(3, 2))
 
 
-@pytest.mark.parametrize(
-    ("make", "message"), [(os.mkfifo, "is not a file: pass one picture"), (os.mkdir, "is a folder: pass one picture")]
-)
-def test_what_is_not_a_file_is_not_read(tmp_path: Path, make: Callable[[Path], None], message: str) -> None:
-    """A pipe that nobody writes into would be read forever."""
-    make(tmp_path / "x.png")
+def test_a_folder_is_not_read_as_a_picture(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="is a folder: pass one picture"):
+        open_picture(tmp_path)
 
-    with pytest.raises(UsageError, match=message):
-        open_picture(tmp_path / "x.png")
+
+def test_a_picture_is_read_from_a_pipe_that_is_named(tmp_path: Path) -> None:
+    """As in `--image <(command)`."""
+    save_png(RED, tmp_path / "red.png", "")
+    reading, writing = os.pipe()
+    with open(reading, "rb"), open(writing, "wb") as pipe:
+        pipe.write((tmp_path / "red.png").read_bytes())
+        pipe.close()
+        np.testing.assert_array_equal(read_image(Path(f"/dev/fd/{reading}")), RED)
 
 
 def test_a_picture_in_lab_is_read_also_as_a_mask(tmp_path: Path) -> None:

@@ -274,6 +274,10 @@ def test_clip_skip_counts_from_one(manifest: Manifest) -> None:
         ({"script_name": "xyz plot"}, "script_name is set, but this server does not do scripts"),
         ({"alwayson_scripts": {"ControlNet": {"args": [{"model": "canny"}]}}}, "alwayson_scripts is set, but"),
         ({"alwayson_scripts": {"controlnet": {"args": [{"enabled": True}]}}}, "alwayson_scripts is set, but"),
+        (
+            {"alwayson_scripts": {"enabled": False, "x": {"enabled": False, "args": [1]}}},
+            "alwayson_scripts is set, but",
+        ),
         ({"alwayson_scripts": {"x": [[[[[[[[[[[]]]]]]]]]]]}}, "alwayson_scripts is set, but"),
         ({"refiner_checkpoint": "xl_refiner"}, "refiner_checkpoint is set, but this server does not do a refiner"),
         ({"s_churn": 2}, "s_churn is 2.0, but"),

@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import numpy as np
@@ -152,6 +153,14 @@ def test_a_captions_byte_order_mark_is_not_part_of_it(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a photo of <toy>", encoding="utf-8-sig")
     [picture] = read_pictures(tmp_path, 32)
     assert picture.caption == "a photo of <toy>"
+
+
+def test_a_pipe_in_a_folder_is_refused(tmp_path: Path) -> None:
+    """Nobody writes into it, so that it would be read forever."""
+    os.mkfifo(tmp_path / "x.png")
+
+    with pytest.raises(UsageError, match=r"x\.png is not a file: remove it, or put a picture in its place"):
+        read_pictures(tmp_path, 64)
 
 
 def test_a_folder_is_read_in_name_order_with_captions_and_masks(tmp_path: Path) -> None:
